@@ -11,6 +11,7 @@ Decisions
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -36,18 +37,23 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
 
-def _resolve(tag: str, pattern: str, first: str) -> None:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
+def _resolve(tag: str, pattern: str, first: list[str]) -> None:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), first)
 
 
-_resolve("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF")
-_resolve("int", r"^[-+]?(?:0|[1-9][0-9]*)(?:_[0-9]+)*$", "-+0123456789")
+_resolve("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF"))
+_resolve("int", r"^[-+]?(?:0|[1-9][0-9]*)(?:_[0-9]+)*$", list("-+0123456789"))
 _resolve(
     "float",
     r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-    "-+0123456789.",
+    list("-+0123456789."),
 )
-_resolve("null", r"^(?:~|null|Null|NULL|)$", "~nN\0")
+_resolve("null", r"^(?:~|null|Null|NULL|)$", [*"~nN", ""])
+
+MAX_DEPTH = 32
+"""Levels of nesting; a deeper file is a mistake or an alias that contains itself."""
+MAX_VALUES = 100_000
+"""Values in one file, aliases expanded; stops files that aliases blow up exponentially."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +73,14 @@ class Located:
 
     def with_values(self, overrides: Mapping[str, str]) -> Located:
         """The file with `--set key.path=value` applied; values are YAML scalars or flow collections."""
-        value, lines = json.loads(json.dumps(self.value)) if self.value is not None else {}, dict(self.lines)
+        value, lines = copy.deepcopy(self.value) if self.value is not None else {}, dict(self.lines)
         for key, text in overrides.items():
             node = value
             *parents, last = key.split(".")
             for parent in parents:
-                node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+                if isinstance(node, dict) and node.get(parent) is None:
+                    node[parent] = {}
+                node = node[parent] if isinstance(node, dict) else None
             if not isinstance(node, dict):
                 raise ConfigError(f"--set {key}={text}: '{'.'.join(parents)}' is not a section. Give section.key=value.")
             node[last] = parse_yaml(text, f"--set {key}").value
@@ -119,10 +127,11 @@ def _read(path: Path | str) -> str:
 
 def parse_yaml(text: str, source: str) -> Located:
     """Parse YAML text; `source` is what error messages call it."""
-    loader = _Loader(text)
     lines: dict[KeyPath, int] = {}
     problems: list[str] = []
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is not None:
             _note_lines(node, (), lines, problems, source)
@@ -131,8 +140,13 @@ def parse_yaml(text: str, source: str) -> Located:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{source}{line}: not valid YAML: {getattr(error, 'problem', None) or error}.") from error
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply. At most {MAX_DEPTH} levels are read.") from None
+    except ValueError as error:
+        raise ConfigError(f"{source}: a value cannot be read: {error}.") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if problems:
         raise ConfigError(problems)
     return Located(source, value, lines)
@@ -142,6 +156,10 @@ def _note_lines(
     node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[str], source: str
 ) -> None:
     lines.setdefault(path, node.start_mark.line + 1)
+    if len(path) > MAX_DEPTH:
+        raise ConfigError(f"{source}:{node.start_mark.line + 1}: nested too deeply. At most {MAX_DEPTH} levels are read.")
+    if len(lines) > MAX_VALUES:
+        raise ConfigError(f"{source}: more than {MAX_VALUES} values, aliases expanded. Write less into one file.")
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key_node, value_node in node.value:

@@ -1,0 +1,191 @@
+"""Everything this project relies on inside DeepSpeed, in one file, behind a version check.
+
+Decisions
+    Expert parallelism uses the engine's AutoEP support without patching it: the engine recognises an
+    `AutoEPMoELayer` by class and reads four marks on its expert parameters.  If either is missing, ZeRO-3 shards
+    *different* experts over the whole world as if they were replicas, without an error.
+    Sequence parallelism is never told to DeepSpeed: to the engine every rank is a data-parallel rank.
+    A ZeRO shard is reported as a contiguous range of the flattened parameter, whatever the stage.
+
+Read in deepspeed 0.19.8: runtime/engine.py (`_configure_distributed_model`, `_configure_zero_optimizer`),
+runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py, utils/groups.py, utils/tensor_fragment.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
+from torch import nn
+
+from cpt.errors import ConfigError
+
+TESTED_VERSIONS = ("0.19.8",)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+ExpertLayerBase = AutoEPMoELayer
+"""The class by which the engine knows an expert layer; subclasses must not call its constructor."""
+
+
+def check_version() -> None:
+    """Refuse a DeepSpeed whose inside has not been read.
+
+    Raises:
+        ConfigError: another version is installed.
+    """
+    if deepspeed.__version__ not in TESTED_VERSIONS:
+        raise ConfigError(
+            f"deepspeed {deepspeed.__version__} is installed; expert parallelism and checkpoints rely on the inside "
+            f"of {', '.join(TESTED_VERSIONS)}. Install that version (constraints.txt), or run the tests under "
+            "tests/dist with yours and add it to TESTED_VERSIONS in cpt/deepspeed_internals.py."
+        )
+
+
+def expert_group_name(ep_size: int) -> str:
+    """The name under which DeepSpeed files the expert groups of this size."""
+    return f"ep_size_{ep_size}"
+
+
+def create_expert_groups(ep_size: int) -> dist.ProcessGroup:
+    """Create (once) the expert-parallel and expert-data-parallel groups; every rank must call this.
+
+    Returns:
+        This rank's expert-parallel group: `ep_size` consecutive ranks.
+    """
+    groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size, mp_size=1, pp_size=1)
+    return groups._get_expert_parallel_group(expert_group_name(ep_size))
+
+
+def mark_expert(parameter: nn.Parameter, ep_size: int) -> None:
+    """Tell the engine that a parameter holds this rank's experts, not a replica."""
+    parameter.allreduce = False  # type: ignore[attr-defined]
+    parameter.group_name = expert_group_name(ep_size)  # type: ignore[attr-defined]
+    parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+    parameter.ds_zero_partition_group_name = expert_group_name(ep_size)  # type: ignore[attr-defined]
+
+
+def is_expert(parameter: nn.Parameter) -> bool:
+    """Whether `mark_expert` was applied."""
+    return getattr(parameter, "ds_zero_placement_family", None) == "autoep_expert"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalShard:
+    """What this rank holds of one parameter and its optimizer state, as a range of the flattened local tensor."""
+
+    offset: int
+    """First element, counted in the flattened tensor that this rank would hold without ZeRO."""
+    tensors: dict[str, torch.Tensor]
+    """`master`, `exp_avg`, `exp_avg_sq`: 1-D fp32 views without ZeRO padding; writing to them changes the state."""
+
+
+def create_optimizer_state(engine: Any) -> None:
+    """Give every flat partition Adam moments if it has none, as the first optimizer step would.
+
+    DeepSpeed creates the state lazily; a checkpoint is loaded, and step 0 is saved, before that step.
+    """
+    inner = engine.optimizer.optimizer
+    for flat in _flat_partitions(engine):
+        if not inner.state.get(flat):
+            inner.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _flat_partitions(engine: Any) -> list[torch.Tensor]:
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return list(zero.fp32_partitioned_groups_flat)
+    return list(zero.single_partition_of_fp32_groups)
+
+
+def set_optimizer_step(engine: Any, step: int) -> None:
+    """Set Adam's step count, which decides the bias correction."""
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state["step"]):
+            state["step"].fill_(float(step))
+        else:
+            state["step"] = step
+
+
+def local_shards(engine: Any) -> dict[str, LocalShard]:
+    """Views of everything this rank must save, by parameter name; parameters with an empty range are left out."""
+    create_optimizer_state(engine)
+    stage = engine.zero_optimization_stage()
+    find = _shard_of_stage3 if stage == 3 else _shard_of_stage1_or_2
+    shards = {name: find(engine, parameter) for name, parameter in engine.module.named_parameters()}
+    return {name: shard for name, shard in shards.items() if shard is not None}
+
+
+def _shard_of_stage3(engine: Any, parameter: Any) -> LocalShard | None:
+    zero, partition_numel = engine.optimizer, parameter.ds_tensor.ds_numel
+    rank = dist.get_rank(group=parameter.ds_process_group)
+    offset = rank * partition_numel
+    real = max(0, min(parameter.ds_numel - offset, partition_numel))
+    if real == 0:
+        return None
+    index, start, numel = zero.grad_position[zero.get_param_id(parameter)]
+    flat = zero.fp32_partitioned_groups_flat[index]
+    assert numel == partition_numel, "ZeRO-3 partition geometry is not the one this file was written for"
+    state = zero.optimizer.state[flat]
+    sources = {"master": flat, **{key: state[key] for key in MOMENTS}}
+    return LocalShard(offset=offset, tensors={key: t.narrow(0, start, real) for key, t in sources.items()})
+
+
+def _shard_of_stage1_or_2(engine: Any, parameter: Any) -> LocalShard | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    tensors = {"master": mapping.hp_fragment, **{key: mapping.optim_fragment[key] for key in MOMENTS}}
+    return LocalShard(offset=mapping.lp_fragment_address.start, tensors=tensors)
+
+
+def full_local_numel(parameter: Any) -> int:
+    """Elements of the tensor that this rank would hold without ZeRO."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def full_local_shape(parameter: Any) -> tuple[int, ...]:
+    """Shape of the tensor that this rank would hold without ZeRO."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def publish_master_weights(engine: Any) -> None:
+    """After writing fp32 master shards: bring the working weights that the next forward reads in line."""
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() != 3:
+        for group_index in range(len(zero.bit16_groups)):
+            for parameter in zero.bit16_groups[group_index]:
+                if parameter._hp_mapping is not None:
+                    parameter._hp_mapping.update_lp()
+        _gather_updated_partitions(zero)
+        return
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].partition(zero.persistent_parameters)
+    for parameter in engine.module.parameters():
+        shard = _shard_of_stage3(engine, parameter)
+        if shard is not None:
+            master = shard.tensors["master"]
+            parameter.ds_tensor.data.view(-1)[: master.numel()].copy_(master)
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def _gather_updated_partitions(zero: Any) -> None:
+    from deepspeed.runtime.utils import all_gather_dp_groups
+
+    all_gather_dp_groups(
+        groups_flat=zero.bit16_groups_flat,
+        partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+        dp_process_group=zero.real_dp_process_group,
+        start_alignment_factor=zero.nccl_start_alignment_factor,
+        allgather_bucket_size=zero.allgather_bucket_size,
+    )

@@ -1,0 +1,211 @@
+"""The gpt-oss model: built from its configuration, patched once, filled with weights.
+
+    build_config -> skeleton on the meta device -> patch -> materialise -> fill (random or from files) -> marks
+
+Decisions
+    `GptOssForCPT` adds one forward to Hugging Face's class: it returns the loss of every token, not logits.
+    Everything that differs from Hugging Face is done by `patch`, which reports what it changed.
+    The model is never whole in memory under expert parallelism: experts of other ranks exist on meta only.
+    Rotary frequencies are computed again in fp32 after materialising; a bf16 or meta build gets them wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssForCausalLM,
+    GptOssMLP,
+    GptOssRMSNorm,
+    GptOssRotaryEmbedding,
+)
+
+from cpt.model import attention
+from cpt.model.experts import EXPERT_TENSORS, ExpertParallelMLP
+from cpt.model.loss_head import LossHead
+from cpt.parallel.topology import Topology
+
+_SHARED: dict[str, Any] = {
+    "vocab_size": 201_088,
+    "sliding_window": 128,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150_000.0,
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "pad_token_id": 199_999,
+    "bos_token_id": 199_998,
+    "eos_token_id": 200_002,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.9,
+    "tie_word_embeddings": False,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **_SHARED,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "gpt-oss-20b": {
+        **_SHARED,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+    },
+    "gpt-oss-120b": {
+        **_SHARED,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+    },
+}
+"""Published configurations (model card, arXiv 2508.10925, and the released config.json), and a tiny one of the same
+architecture: alternating window and full layers, grouped heads, sinks, YaRN, experts with biases."""
+
+
+class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
+    """GptOssForCausalLM whose forward gives the loss of every token."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **attention_arguments: Any,
+    ) -> torch.Tensor:
+        """Loss of every token, or logits without labels.
+
+        Args:
+            input_ids: (B, S) local tokens.
+            position_ids: (B, S) position of each token in its document.
+            labels: (B, S) next tokens, already shifted; -100 where there is none.
+            attention_arguments: `packed_rows`, `sequence_parallel` and `kernel`, handed to every layer's attention.
+
+        Returns:
+            (B, S) nats, 0 where the label is -100; (B, S, V) logits if labels is None.
+        """
+        hidden = self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask={"full_attention": None, "sliding_attention": None},
+            use_cache=False,
+            **attention_arguments,
+        ).last_hidden_state
+        return self.lm_head(hidden, labels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchReport:
+    """What `patch` changed, for the log."""
+
+    attention: str
+    """Name of the registered attention function."""
+    expert_layers: int
+    """MLPs replaced by expert-parallel ones."""
+    experts_per_rank: int
+    """Experts of each layer that this rank holds."""
+    loss_head: str
+    """What took the place of lm_head."""
+
+    def __str__(self) -> str:
+        return (
+            f"attention={self.attention}, {self.expert_layers} MLPs -> ExpertParallelMLP "
+            f"({self.experts_per_rank} experts each on this rank), lm_head -> {self.loss_head}"
+        )
+
+
+def patch(model: GptOssForCPT, topology: Topology) -> PatchReport:
+    """Replace attention, MLPs and lm_head of a Hugging Face gpt-oss; call it once, before weights are filled in.
+
+    Raises:
+        TypeError: a layer's MLP or the lm_head is not the class this was written for.
+    """
+    model.set_attn_implementation(attention.register())
+    for index, layer in enumerate(model.model.layers):
+        if type(layer.mlp) is not GptOssMLP:
+            raise TypeError(f"layers.{index}.mlp is {type(layer.mlp).__name__}, expected GptOssMLP: patched twice?")
+        layer.mlp = ExpertParallelMLP(layer.mlp, topology)
+    if type(model.lm_head) is not nn.Linear:
+        raise TypeError(f"lm_head is {type(model.lm_head).__name__}, expected Linear: patched twice?")
+    with model.lm_head.weight.device:
+        head = LossHead(model.config.hidden_size, model.config.vocab_size, bias=False, dtype=model.lm_head.weight.dtype)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    return PatchReport(
+        attention=model.config._attn_implementation,
+        expert_layers=len(model.model.layers),
+        experts_per_rank=model.model.layers[0].mlp.num_local_experts,
+        loss_head="LossHead",
+    )
+
+
+def skeleton(config: GptOssConfig, dtype: torch.dtype) -> GptOssForCPT:
+    """The unpatched model on the meta device."""
+    with torch.device("meta"):
+        return GptOssForCPT(config).to(dtype)
+
+
+def materialise(model: GptOssForCPT, device: torch.device) -> None:
+    """Allocate this rank's parameters, uninitialised, restore fp32 rotary frequencies, and mark the experts."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            real = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            module.register_parameter(name, nn.Parameter(real, requires_grad=parameter.requires_grad))
+        if isinstance(module, ExpertParallelMLP):
+            module.mark_experts()
+    model.model.rotary_emb = GptOssRotaryEmbedding(config=model.config).to(device)
+
+
+@torch.no_grad()
+def fill_random(model: GptOssForCPT, seed: int) -> None:
+    """Initialise as Hugging Face does, each tensor (each expert) from a generator of its own.
+
+    The values depend on (seed, name, expert) alone: not on world size, sequence- or expert-parallel size.
+    """
+    std = model.config.initializer_range
+    for module_name, module in model.named_modules():
+        first_expert = getattr(module, "first_expert", 0)
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{module_name}.{name}"
+            if isinstance(module, GptOssRMSNorm):
+                parameter.fill_(1.0)
+            elif name.endswith("bias") and not module_name.endswith("router"):
+                parameter.zero_()
+            elif name in EXPERT_TENSORS:
+                for index, expert in enumerate(parameter):
+                    _fill_normal(expert, std, f"{seed}:{full_name}:{first_expert + index}")
+            else:
+                _fill_normal(parameter, std, f"{seed}:{full_name}")
+
+
+def _fill_normal(tensor: torch.Tensor, std: float, key: str) -> None:
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little"))
+    tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)

@@ -1,0 +1,99 @@
+"""Negative log-likelihood of the next token without ever holding all logits.
+
+The vocabulary is walked in tiles.  The forward keeps only the log-sum-exp of every token; the backward computes each
+tile of logits again and writes that tile's rows of the weight gradient once, so nothing is accumulated in low
+precision.  Extra memory is a few tiles, whatever the number of tokens.
+
+    nll_n = lse_n - z_{n, y_n},   lse_n = log sum_v exp z_{nv},   z = hidden W^T
+    dz = g_n (exp(z - lse_n) - [v = y_n]),   dhidden = dz W,   dW = dz^T hidden
+
+Shape letters: N tokens, M model size, V vocabulary, v one tile of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+IGNORE_INDEX = -100
+TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
+"""Memory for one tile of logits in the accumulation dtype, by device: what fits the cache of a CPU core, and what
+fills a GPU.  About three such tiles are alive at a time."""
+
+
+class _TiledNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NM: torch.Tensor, weight_VM: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
+        lse_N, target_N = _log_sum_exp_and_target(hidden_NM, weight_VM, label_N)
+        ctx.save_for_backward(hidden_NM, weight_VM, label_N, lse_N)
+        return lse_N - target_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        hidden_NM, weight_VM, label_N, lse_N = ctx.saved_tensors
+        grad_N1 = grads[0].unsqueeze(1)
+        d_hidden_NM = torch.zeros_like(hidden_NM, dtype=lse_N.dtype)
+        d_weight_VM = torch.empty_like(weight_VM)
+        for first, tile_vM in _tiles(weight_VM, hidden_NM.shape[0], lse_N.dtype):
+            logits_Nv = (hidden_NM @ tile_vM.T).to(lse_N.dtype)
+            d_logits_Nv = logits_Nv.sub_(lse_N.unsqueeze(1)).exp_()
+            here, column = _labels_in_tile(label_N, first, tile_vM.shape[0])
+            d_logits_Nv[here, column] -= 1
+            d_logits_Nv = d_logits_Nv.mul_(grad_N1).to(hidden_NM.dtype)
+            d_hidden_NM += d_logits_Nv @ tile_vM
+            torch.mm(d_logits_Nv.T, hidden_NM, out=d_weight_VM[first : first + tile_vM.shape[0]])
+        return d_hidden_NM.to(hidden_NM.dtype), d_weight_VM, None
+
+
+def _tiles(weight_VM: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    tile_bytes = TILE_BYTES.get(weight_VM.device.type, TILE_BYTES["cuda"])
+    rows = max(1, tile_bytes // (max(1, num_tokens) * dtype.itemsize))
+    for first in range(0, weight_VM.shape[0], rows):
+        yield first, weight_VM[first : first + rows]
+
+
+def _labels_in_tile(label_N: torch.Tensor, first: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens whose label lies in [first, first + rows), and its position there."""
+    here = ((label_N >= first) & (label_N < first + rows)).nonzero().squeeze(1)
+    return here, label_N[here] - first
+
+
+def _log_sum_exp_and_target(
+    hidden_NM: torch.Tensor, weight_VM: torch.Tensor, label_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(hidden_NM.dtype, torch.float32)
+    lse_N = torch.full_like(label_N, float("-inf"), dtype=dtype)
+    target_N = torch.zeros_like(lse_N)
+    for first, tile_vM in _tiles(weight_VM, hidden_NM.shape[0], dtype):
+        logits_Nv = (hidden_NM @ tile_vM.T).to(dtype)
+        here, column = _labels_in_tile(label_N, first, tile_vM.shape[0])
+        target_N[here] = logits_Nv[here, column]
+        largest_N1 = logits_Nv.amax(1, keepdim=True)
+        tile_lse_N = logits_Nv.sub_(largest_N1).exp_().sum(1).log_() + largest_N1.squeeze(1)
+        lse_N = torch.logaddexp(lse_N, tile_lse_N)
+    return lse_N, target_N
+
+
+class LossHead(nn.Linear):
+    """The lm_head; with labels it returns the negative log-likelihood instead of the logits."""
+
+    def forward(self, hidden: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits, or the loss of every token.
+
+        Args:
+            hidden: (..., M) last hidden states.
+            label: (...) next token of every position, -100 where there is none.
+
+        Returns:
+            (..., V) logits without labels; else (...) nats in fp32 (fp64 for fp64), 0 where the label is -100.
+        """
+        if label is None:
+            return super().forward(hidden)
+        flat_NM, flat_label_N = hidden.reshape(-1, hidden.shape[-1]), label.reshape(-1)
+        kept = (flat_label_N != IGNORE_INDEX).nonzero().squeeze(1)
+        nll = _TiledNLL.apply(flat_NM[kept], self.weight, flat_label_N[kept])
+        whole = nll.new_zeros(flat_label_N.shape).index_copy(0, kept, nll)
+        return whole.view_as(label)

@@ -1,0 +1,135 @@
+"""Hugging Face directories in and out: which file holds which tensor, and this rank's part of it.
+
+Only safetensors are read: a pickle can run code.  Every key of the directory must be one the model has and the other
+way round; a tensor is never dropped, invented or cast without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import GptOssConfig
+
+from cpt.errors import ConfigError
+from cpt.model.experts import EXPERT_TENSORS
+from cpt.model.gpt_oss import PRESETS, GptOssForCPT
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_config(path: Path | None, preset: str | None) -> GptOssConfig:
+    """The model's configuration, from a directory's config.json or a preset of `init`.
+
+    Raises:
+        ConfigError: no gpt-oss configuration there, or one that this project cannot train.
+    """
+    if path is None:
+        return GptOssConfig(**PRESETS[str(preset)])
+    file = path / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"model.path: {file} does not exist. Give a Hugging Face directory with a config.json.")
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if values.get("model_type") != "gpt_oss":
+        raise ConfigError(f"{file}: model_type is {values.get('model_type')!r}, must be 'gpt_oss'.")
+    if "quantization_config" in values:
+        method = values["quantization_config"].get("quant_method")
+        raise ConfigError(
+            f"{file}: the weights are quantised ({method}); training starts from bf16 or fp32 safetensors. Load the "
+            "model in transformers with Mxfp4Config(dequantize=True), save_pretrained it, and give that directory."
+        )
+    return GptOssConfig(**values)
+
+
+def tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file of a Hugging Face directory.
+
+    Raises:
+        ConfigError: no safetensors, only pickles, or an index that names missing files.
+    """
+    index = path / INDEX_FILE
+    if index.is_file():
+        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: path / Path(file).name for name, file in names.items()}
+    elif (path / SINGLE_FILE).is_file():
+        with _open(path / SINGLE_FILE) as opened:
+            files = dict.fromkeys(opened.keys(), path / SINGLE_FILE)
+    else:
+        pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix))
+        found = f" It holds {', '.join(pickles)}: pickles can run code and are not read." if pickles else ""
+        raise ConfigError(f"{path}: neither {INDEX_FILE} nor {SINGLE_FILE} is there.{found} Save as safetensors.")
+    missing = sorted({str(file) for file in files.values() if not file.is_file()})
+    if missing:
+        raise ConfigError([f"{index} names {file}, which does not exist." for file in missing])
+    return files
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except SafetensorError as error:
+        raise ConfigError(f"{file}: not a whole safetensors file ({error}).") from error
+
+
+def expected_shapes(model: GptOssForCPT) -> dict[str, tuple[int, ...]]:
+    """Global shape of every tensor, whatever part of it this rank holds."""
+    num_experts = model.config.num_local_experts
+    return {
+        name: (num_experts, *parameter.shape[1:]) if _is_expert_name(name) else tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _is_expert_name(name: str) -> bool:
+    return ".experts." in name and name.rsplit(".", 1)[1] in EXPERT_TENSORS
+
+
+def check_directory(path: Path, model: GptOssForCPT) -> dict[str, Path]:
+    """Compare a directory's keys and shapes with the model's, before any memory is taken.
+
+    Returns:
+        Tensor name -> file.
+
+    Raises:
+        ConfigError: every missing, unknown or misshapen tensor, with its file.
+    """
+    files, expected, problems = tensor_files(path), expected_shapes(model), []
+    problems += [f"{path}: tensor '{name}' is missing." for name in sorted(expected.keys() - files.keys())]
+    problems += [f"{files[name]}: unknown tensor '{name}'." for name in sorted(files.keys() - expected.keys())]
+    for file in sorted(set(files.values())):
+        with _open(file) as opened:
+            held = set(opened.keys())
+            for name in sorted(name for name, where in files.items() if where == file and name in expected):
+                if name not in held:
+                    problems.append(f"{file}: tensor '{name}' is missing, though {INDEX_FILE} says it is here.")
+                    continue
+                shape = tuple(opened.get_slice(name).get_shape())
+                if shape != expected[name]:
+                    problems.append(f"{file}: tensor '{name}' has shape {shape}, expected {expected[name]}.")
+    if problems:
+        raise ConfigError(problems)
+    return files
+
+
+@torch.no_grad()
+def fill_from_directory(model: GptOssForCPT, path: Path) -> None:
+    """Fill a materialised model; of expert tensors only this rank's experts are read.
+
+    Raises:
+        ConfigError: see `check_directory`.
+    """
+    files = check_directory(path, model)
+    parameters = dict(model.named_parameters())
+    first_expert = model.model.layers[0].mlp.experts.first_expert
+    for file in sorted(set(files.values())):
+        with _open(file) as opened:
+            for name in sorted(name for name, where in files.items() if where == file):
+                target = parameters[name]
+                if _is_expert_name(name):
+                    value = opened.get_slice(name)[first_expert : first_expert + target.shape[0]]
+                else:
+                    value = opened.get_tensor(name)
+                target.copy_(value)

