@@ -134,14 +134,14 @@ class GuardSection:
     """Steps between measurements; 0: only before step 0 and at the end."""
     tolerance_percent: float = 1.0
     """Rise of bits per byte over the untouched model that is worth a warning, per domain."""
-    max_documents: int = 256
-    """Documents scored per domain, the first ones by content hash."""
+    max_rows: int = 64
+    """Packed rows scored per domain; documents that lie in them as a whole count."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.interval_steps < 0:
             yield "interval_steps", f"is {self.interval_steps}, must be >= 0."
-        if self.max_documents < 2:
-            yield "max_documents", f"is {self.max_documents}, must be >= 2."
+        if self.max_rows < 1:
+            yield "max_rows", f"is {self.max_rows}, must be >= 1."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

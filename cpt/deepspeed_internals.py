@@ -20,6 +20,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups
 from torch import nn
 
@@ -72,6 +73,11 @@ def mark_expert(parameter: nn.Parameter, ep_size: int) -> None:
 def is_expert(parameter: nn.Parameter) -> bool:
     """Whether `mark_expert` was applied."""
     return getattr(parameter, "ds_zero_placement_family", None) == "autoep_expert"
+
+
+def separate_experts(parameter_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Split optimizer groups so that none mixes experts with replicated parameters; empty ones are dropped."""
+    return [g for g in split_params_into_different_moe_groups_for_optimizer(parameter_groups) if g["params"]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -278,8 +278,9 @@ def _check_guard(reader: Reader, guard: Any, sources: dict[Any, dict[str, Any]])
         path: KeyPath = ("guard", "domains", number)
         if isinstance(domain.get("name"), str):
             names[(*path, "name")] = domain["name"]
-        members = domain.get("sources")
-        for index, member in enumerate(members if isinstance(members, list) else []):
+        listed = domain.get("sources")
+        members = listed if isinstance(listed, list) else []
+        for index, member in enumerate(members):
             here = (*path, "sources", index)
             if member not in sources:
                 reader.problem(here, f"is '{member}', which is no source.{nearest(str(member), map(str, sources))}")

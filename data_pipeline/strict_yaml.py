@@ -34,7 +34,8 @@ KeyPath = tuple[str | int, ...]
 class _Loader(yaml.SafeLoader):
     """Safe loader with YAML 1.2 scalars."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+_Loader.yaml_implicit_resolvers = {}
 
 
 def _resolve(tag: str, pattern: str, first: list[str]) -> None:
@@ -82,7 +83,9 @@ class Located:
                     node[parent] = {}
                 node = node[parent] if isinstance(node, dict) else None
             if not isinstance(node, dict):
-                raise ConfigError(f"--set {key}={text}: '{'.'.join(parents)}' is not a section. Give section.key=value.")
+                raise ConfigError(
+                    f"--set {key}={text}: '{'.'.join(parents)}' is not a section. Give section.key=value."
+                )
             node[last] = parse_yaml(text, f"--set {key}").value
             for known in [known for known in lines if known[: len(parents) + 1] == (*parents, last)]:
                 del lines[known]
@@ -152,12 +155,12 @@ def parse_yaml(text: str, source: str) -> Located:
     return Located(source, value, lines)
 
 
-def _note_lines(
-    node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[str], source: str
-) -> None:
+def _note_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[str], source: str) -> None:
     lines.setdefault(path, node.start_mark.line + 1)
     if len(path) > MAX_DEPTH:
-        raise ConfigError(f"{source}:{node.start_mark.line + 1}: nested too deeply. At most {MAX_DEPTH} levels are read.")
+        raise ConfigError(
+            f"{source}:{node.start_mark.line + 1}: nested too deeply. At most {MAX_DEPTH} levels are read."
+        )
     if len(lines) > MAX_VALUES:
         raise ConfigError(f"{source}: more than {MAX_VALUES} values, aliases expanded. Write less into one file.")
     if isinstance(node, yaml.MappingNode):

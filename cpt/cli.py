@@ -1,0 +1,86 @@
+"""The `cpt` command: what is done with a run besides training it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from cpt.errors import CheckpointError, ConfigError, CptError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    parser = argparse.ArgumentParser(prog="cpt", description="Continual pretraining of gpt-oss: after the run.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_export(commands)
+    _add_sample(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+        return 0
+    except CptError as error:
+        print(f"{error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
+    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.add_argument("--step", type=int, help="default: the newest complete checkpoint")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--format", default="bf16", help="bf16 or fp32")
+    parser.set_defaults(run=_export)
+
+
+def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("sample", help="continue a text with an export or the checkpoint of a run")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--run_dir", type=Path)
+    where.add_argument("--model", type=Path, help="an exported directory")
+    parser.add_argument("--step", type=int, help="default: the newest complete checkpoint")
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_sample)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from cpt.state.export import export_checkpoint
+
+    folder = _checkpoint_folder(options.run_dir, options.step)
+    print(f"{folder} -> {export_checkpoint(folder, options.out, options.format)}")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from cpt.sample import load_for_sampling, sample
+
+    folder = None if options.model else _checkpoint_folder(options.run_dir, options.step)
+    model = load_for_sampling(options.model, folder)
+    for prompt in options.prompt:
+        text = sample(
+            model,
+            prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
+        print(f"--- {prompt}\n{text}")
+
+
+def _checkpoint_folder(run_dir: Path, step: int | None) -> Path:
+    from cpt.state.checkpoint import find_checkpoint, step_folder
+
+    if not run_dir.is_dir():
+        raise ConfigError(f"--run_dir {run_dir} does not exist.")
+    found, rejected = find_checkpoint(run_dir, "auto" if step is None else str(step))
+    for reason in rejected:
+        print(f"checkpoint rejected: {reason}", file=sys.stderr)
+    if found is None:
+        raise CheckpointError(f"{run_dir} holds no checkpoint yet.")
+    return step_folder(run_dir, found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

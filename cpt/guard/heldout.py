@@ -1,0 +1,95 @@
+"""The guard of one run: baseline frozen before step 0, measurements paired against it.
+
+The baseline lives in <run_dir>/guard/baseline.json with the fingerprint of the data it was measured on.  It is
+written once and never again: resuming a run reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpt.config import RunConfig
+from cpt.errors import ConfigError
+from cpt.guard.policy import judge
+from cpt.guard.score import DomainScore, score_domain
+from cpt.parallel.agreement import on_first_rank
+from cpt.parallel.topology import Topology
+from cpt.telemetry.metrics import Telemetry
+from cpt.training.engine import TrainingEngine
+from data_pipeline.dataset import BuiltData
+
+log = logging.getLogger("cpt.guard")
+
+
+class Guard:
+    """Held-out domains and the scores of the untouched model on them."""
+
+    def __init__(self, data: BuiltData, config: RunConfig, topology: Topology, run_dir: Path) -> None:
+        self._domains, self._config, self._topology = data.held_out, config, topology
+        self._fingerprint = data.manifest.fingerprint
+        self._file = run_dir / "guard" / "baseline.json"
+        self._baseline: dict[str, DomainScore] = {}
+
+    def measure(self, step: int, engine: TrainingEngine, telemetry: Telemetry) -> None:
+        """Score all domains, freeze or compare, and log one guard event per domain; all ranks call it together."""
+        scores = {d.name: score_domain(d, engine, self._topology, self._config) for d in self._domains}
+        if not self._baseline:
+            self._baseline = self._stored_baseline() or self._freeze(scores, step)
+        for name, score in scores.items():
+            verdict = judge(score, self._baseline[name], self._config.guard.tolerance_percent)
+            event = {"event": "guard", "step": step, "domain": name, "language": score.language}
+            telemetry.log({**event, "bits_per_byte": score.bits_per_byte, **asdict(verdict)})
+            if verdict.action == "warn" and self._topology.rank == 0:
+                log.warning(
+                    "held-out domain %s is %.2f %% worse than the untouched model (95 %% interval %.2f to %.2f).",
+                    *(name, verdict.delta_percent, verdict.ci_low, verdict.ci_high),
+                )
+
+    def _freeze(self, scores: dict[str, DomainScore], step: int) -> dict[str, DomainScore]:
+        if step != 0:
+            raise ConfigError(
+                f"{self._file} is missing, and at step {step} the untouched model is gone. Restore the file, or go on "
+                "with --set guard.enabled=false."
+            )
+        plain = {
+            name: {"language": score.language, "nats": score.nats.tolist(), "bytes": score.bytes.tolist()}
+            for name, score in scores.items()
+        }
+        on_first_rank(self._topology.control_group, lambda: self._write({"fingerprint": self._fingerprint, "domains": plain}))
+        return scores
+
+    def _write(self, content: dict[str, Any]) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._file.with_suffix(".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, self._file)
+
+    def _stored_baseline(self) -> dict[str, DomainScore] | None:
+        text = on_first_rank(
+            self._topology.control_group,
+            lambda: self._file.read_text(encoding="utf-8") if self._file.is_file() else None,
+        )
+        if text is None:
+            return None
+        stored = json.loads(text)
+        if stored["fingerprint"] != self._fingerprint or stored["domains"].keys() != {d.name for d in self._domains}:
+            raise ConfigError(f"{self._file} was measured on other held-out text than this data holds. Use a new --run_dir.")
+        return {
+            name: DomainScore(
+                name=name,
+                language=value["language"],
+                nats=np.asarray(value["nats"]),
+                bytes=np.asarray(value["bytes"]),
+            )
+            for name, value in stored["domains"].items()
+        }

@@ -1,0 +1,95 @@
+"""Bits per byte of held-out documents under the present weights, in any layout.
+
+    rows of a domain -> spread over data-parallel ranks, filled up so that all do equally many forward passes
+      -> token losses -> summed per document over ranks
+
+A document's score is the sum of nats over its predicted tokens (all but its first, end of text included); bits per
+byte divides by ln 2 and its UTF-8 bytes, which makes domains and tokenizers comparable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from cpt.config import RunConfig
+from cpt.parallel.topology import Topology
+from cpt.training.engine import TrainingEngine
+from cpt.training.loader import filler_row, make_micro_batch
+from data_pipeline.dataset import HeldOutSet, PackedRow
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainScore:
+    """Scores of one held-out domain."""
+
+    name: str
+    """Domain."""
+    language: str
+    """Language of the domain."""
+    nats: Floats
+    """(documents,) summed negative log-likelihood of each scored document."""
+    bytes: Floats
+    """(documents,) UTF-8 bytes of each scored document."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Over the whole domain."""
+        return bits_per_byte(self.nats, self.bytes)
+
+
+def bits_per_byte(nats: Floats, num_bytes: Floats) -> float:
+    """Bits per byte of documents taken together."""
+    return float(nats.sum() / math.log(2) / num_bytes.sum())
+
+
+def score_domain(
+    domain: HeldOutSet, engine: TrainingEngine, topology: Topology, config: RunConfig
+) -> DomainScore:
+    """Score the first `guard.max_rows` rows of a domain; all ranks call it together and get the same numbers."""
+    num_rows = min(domain.num_rows, config.guard.max_rows)
+    rows = [domain.read_row(index) for index in range(num_rows)]
+    nats = torch.zeros(domain.num_documents, dtype=torch.float64)
+    per_pass = topology.dp_size * config.micro_batch_size
+    padded = rows + [filler_row(config.train.seq_len)] * (-num_rows % per_pass)
+    for first in range(0, len(padded), per_pass):
+        start = first + topology.dp_rank * config.micro_batch_size
+        mine = padded[start : start + config.micro_batch_size]
+        losses_BS = engine.score(make_micro_batch(mine, [-1] * len(mine), topology)).double()
+        for losses_S, row in zip(losses_BS, mine, strict=True):
+            _add_by_document(nats, losses_S, row, topology)
+    dist.all_reduce(nats, group=topology.control_group)
+    whole = _documents_within(rows, domain.num_documents, [domain.read_row(i) for i in range(num_rows, domain.num_rows)])
+    return DomainScore(
+        name=domain.name,
+        language=domain.language,
+        nats=nats.numpy()[whole],
+        bytes=np.asarray(domain.document_bytes, dtype=np.float64)[whole],
+    )
+
+
+def _add_by_document(nats: torch.Tensor, losses_S: torch.Tensor, row: PackedRow, topology: Topology) -> None:
+    """Add this rank's part of a row to the documents it belongs to."""
+    local = losses_S.numel()
+    lengths = np.diff(row.bounds)[: len(row.documents)]
+    document_of_token = torch.from_numpy(np.repeat(row.documents, lengths))
+    mine = document_of_token[topology.sp_rank * local : (topology.sp_rank + 1) * local]
+    nats.index_add_(0, mine, losses_S[: mine.numel()])
+
+
+def _documents_within(scored: Sequence[PackedRow], num_documents: int, rest: Sequence[PackedRow]) -> npt.NDArray[np.bool_]:
+    """Documents all of whose pieces are in the scored rows."""
+    within = np.zeros(num_documents, dtype=bool)
+    for row in scored:
+        within[row.documents] = True
+    for row in rest:
+        within[row.documents] = False
+    return within

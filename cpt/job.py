@@ -1,0 +1,197 @@
+"""A validated configuration -> everything the training loop needs, in the order in which it can fail cheaply.
+
+    data (built by rank 0 if missing and small) -> mix ledger -> model -> engine -> checkpoint -> guard, telemetry
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import GptOssConfig
+
+from cpt.config import RunConfig
+from cpt.errors import ConfigError
+from cpt.guard.heldout import Guard
+from cpt.model import attention, gpt_oss, weights
+from cpt.parallel.agreement import on_first_rank, together
+from cpt.parallel.topology import Topology
+from cpt.state.checkpoint import LoadedState, load_checkpoint
+from cpt.state.stop import StopRequest
+from cpt.telemetry.metrics import Telemetry
+from cpt.telemetry.trackers import trackers_for
+from cpt.training.engine import TrainingEngine
+from cpt.training.loader import MicroBatch, load_micro_batch
+from data_pipeline.build import build, default_build_dir, input_bytes
+from data_pipeline.dataset import BuiltData
+from data_pipeline.ledger import Ledger
+from data_pipeline.mixture import GlobalBatch, Mixture
+from data_pipeline.schema import MixConfig, load_mix
+
+log = logging.getLogger("cpt.job")
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where the run is; saved with every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Predicted tokens seen."""
+    batch_chain: str = ""
+    """Hash chain over the row ids of all steps so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run, ready to train."""
+
+    config: RunConfig
+    run_dir: Path
+    topology: Topology
+    data: BuiltData
+    mixture: Mixture
+    engine: TrainingEngine
+    guard: Guard | None
+    telemetry: Telemetry
+    stop: StopRequest
+    progress: Progress
+    identity: dict[str, Any]
+    """What may not change when the run is resumed."""
+    model_config: dict[str, Any]
+    """Hugging Face configuration, for export."""
+
+    def micro_batches(self, batch: GlobalBatch) -> Iterator[MicroBatch]:
+        """This rank's forward passes of one global batch."""
+        for micro_step in range(self.config.gradient_accumulation_steps):
+            yield load_micro_batch(self.data, batch, micro_step, self.config.micro_batch_size, self.topology)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides tensors."""
+        return {
+            "progress": dataclasses.asdict(self.progress),
+            "identity": self.identity,
+            "model_config": self.model_config,
+            "config": self.config.to_plain(),
+        }
+
+
+def open_data(config: RunConfig, mix: MixConfig, topology: Topology) -> BuiltData:
+    """Open the built shards of a mix, building them first if they are missing and small.
+
+    Raises:
+        ConfigError: the mix and the run disagree, or there is too much input to build on the spot.
+        DataError: the input or the build is not usable.
+    """
+    if mix.seq_len != config.train.seq_len:
+        raise ConfigError(
+            f"train.seq_len is {config.train.seq_len}, but rows of {config.data.mix} have seq_len {mix.seq_len}. "
+            "Make them equal: rows are packed when the data is built."
+        )
+    directory = config.data.build_dir
+
+    def build_if_missing() -> str:
+        where = directory or default_build_dir(mix, Path("data"))
+        if not where.exists():
+            size, limit = input_bytes(mix), config.data.auto_build_limit_bytes
+            if size > limit:
+                raise ConfigError(
+                    f"{config.data.mix} is not built and has {size / 1e6:.0f} MB of input, more than "
+                    f"data.auto_build_limit_bytes ({limit / 1e6:.0f} MB). Build it first: "
+                    f"python -m data_pipeline build {config.data.mix} --out {where}"
+                )
+            log.info("building token shards in %s", where)
+            build(mix, where, progress=True)
+        return str(where)
+
+    built = on_first_rank(topology.control_group, build_if_missing)
+    return together(topology.control_group, lambda: BuiltData.open(Path(built), mix))
+
+
+def build_engine(config: RunConfig, model_config: GptOssConfig, topology: Topology) -> TrainingEngine:
+    """Skeleton, patch, weights, engine; the attention backend is chosen here and refuses what it cannot do."""
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    kernel = attention.choose(
+        config.model.attention, device=topology.device, dtype=dtype, head_dim=model_config.head_dim
+    )
+    model = gpt_oss.skeleton(model_config, dtype)
+    report = gpt_oss.patch(model, topology)
+    if config.model.path is not None:
+        path = config.model.path
+        weights.check_directory(path, model)
+        gpt_oss.materialise(model, topology.device)
+        together(topology.control_group, lambda: weights.fill_from_directory(model, path))
+    else:
+        gpt_oss.materialise(model, topology.device)
+        gpt_oss.fill_random(model, config.train.seed)
+    log.info("patched: %s", report)
+    return TrainingEngine(model, config, topology, kernel)
+
+
+def assemble(
+    config: RunConfig, model_config: GptOssConfig, topology: Topology, run_dir: Path, resume: str, stop: StopRequest
+) -> Job:
+    """Build everything and restore the newest checkpoint.
+
+    Args:
+        config: The validated configuration.
+        model_config: The model's configuration.
+        topology: The layout.
+        run_dir: Exists already.
+        resume: `auto`, `never` or a step.
+        stop: Where stop requests arrive.
+    """
+    mix = load_mix(config.data.mix)
+    data = open_data(config, mix, topology)
+    ledger = Ledger.start(mix)
+    engine = build_engine(config, model_config, topology)
+    identity = {
+        "data_fingerprint": data.manifest.fingerprint,
+        "mix": {name: round(weight, 12) for name, weight in sorted(ledger.segments[0].weights.items())},
+        "seed": config.train.seed,
+        "seq_len": config.train.seq_len,
+        "global_batch_size": config.train.global_batch_size,
+    }
+    loaded = None if resume == "never" else load_checkpoint(run_dir, engine.deepspeed, topology, resume)
+    progress = Progress() if loaded is None else _resumed(loaded, identity)
+    metrics = run_dir / "metrics.jsonl" if topology.rank == 0 else None
+    telemetry = Telemetry(metrics, trackers_for(config, run_dir) if metrics else ())
+    if topology.rank == 0:
+        text = yaml.safe_dump(config.to_plain(), sort_keys=False)
+        (run_dir / "config.resolved.yaml").write_text(text, encoding="utf-8")
+    return Job(
+        config=config,
+        run_dir=run_dir,
+        topology=topology,
+        data=data,
+        mixture=Mixture(data, ledger, config.train.seed),
+        engine=engine,
+        guard=Guard(data, config, topology, run_dir) if config.guard.enabled and data.held_out else None,
+        telemetry=telemetry,
+        stop=stop,
+        progress=progress,
+        identity=identity,
+        model_config=model_config.to_dict(),
+    )
+
+
+def _resumed(loaded: LoadedState, identity: dict[str, Any]) -> Progress:
+    """The saved progress, refused if the run is no longer the same."""
+    saved = loaded.state["identity"]
+    changed = [
+        f"{loaded.folder.name} was trained with {key} {saved.get(key)}, now it is {value}."
+        for key, value in identity.items()
+        if saved.get(key) != value
+    ]
+    if changed:
+        advice = "Change it back, or start another run with a new --run_dir."
+        raise ConfigError([*changed, advice])
+    log.info("resuming from %s", loaded.folder)
+    return Progress(**loaded.state["progress"])

@@ -1,0 +1,156 @@
+"""From command-line options to a finished run: validate before anything is loaded, then build, train, tell."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import GptOssConfig
+
+from cpt import deepspeed_internals
+from cpt.config import LaunchInfo, RunConfig, load, resolve
+from cpt.errors import ConfigError, StorageError
+from cpt.job import Job, assemble
+from cpt.model.weights import load_config
+from cpt.parallel.agreement import on_first_rank
+from cpt.parallel.topology import Topology, create_topology
+from cpt.state.checkpoint import list_steps, step_folder
+from cpt.state.export import export_checkpoint
+from cpt.state.stop import StopRequest
+from cpt.train import train
+from cpt.training.engine import init_distributed
+
+log = logging.getLogger("cpt")
+
+
+def launch(options: argparse.Namespace) -> None:
+    """Do one run.
+
+    Raises:
+        CptError: with the exit code of the run.
+    """
+    config, model_config = validate(options)
+    run_dir = options.run_dir or Path("runs") / options.config.stem
+    if options.dry_run:
+        if os.environ["RANK"] == "0":
+            print(describe(config, model_config, run_dir, options.resume))
+        return
+    device = this_device(config)
+    init_distributed(device)
+    try:
+        topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=device)
+        on_first_rank(topology.control_group, lambda: prepare_run_dir(run_dir, options.resume))
+        stop = StopRequest(run_dir, topology.rank)
+        stop.listen()
+        if topology.rank == 0:
+            log.info("%s", describe(config, model_config, run_dir, options.resume))
+        job = assemble(config, model_config, topology, run_dir, options.resume, stop)
+        try:
+            train(job)
+            finish(job)
+        finally:
+            job.telemetry.close()
+    finally:
+        dist.destroy_process_group()
+
+
+def validate(options: argparse.Namespace) -> tuple[RunConfig, GptOssConfig]:
+    """Files, command line and launcher -> configuration, or one ConfigError with everything that is wrong."""
+    deepspeed_internals.check_version()
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"no launcher: {', '.join(missing)} not set. Start with  deepspeed cpt/run.py --ds_config "
+            f"{options.ds_config}  (on a machine without GPU add --num_gpus N for N processes)."
+        )
+    problems = [f"--set {item} has no '='. Write --set section.key=value." for item in options.set if "=" not in item]
+    if options.resume not in ("auto", "never") and not options.resume.isdigit():
+        problems.append(f"--resume {options.resume} must be auto, never or a step.")
+    if problems:
+        raise ConfigError(problems)
+    run_yaml, json_file = load(options.config, options.ds_config, dict(item.split("=", 1) for item in options.set))
+    model_config = load_config(run_yaml.model.path, run_yaml.model.init)
+    world_size = int(os.environ["WORLD_SIZE"])
+    info = LaunchInfo(world_size=world_size, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    return resolve(run_yaml, json_file, model_config, info), model_config
+
+
+def this_device(config: RunConfig) -> torch.device:
+    """This rank's device; CPU ranks share the cores of the node."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", config.world_size))
+    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // local))
+    return torch.device("cpu")
+
+
+def prepare_run_dir(run_dir: Path, resume: str) -> None:
+    """Create the run directory; with `never`, move what an earlier run left aside instead of overwriting it.
+
+    Raises:
+        StorageError: it cannot be created or written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if resume == "never" and any(run_dir.iterdir()):
+            number = 1 + sum(1 for entry in run_dir.glob("previous-*"))
+            aside = run_dir / f"previous-{number}"
+            aside.mkdir()
+            for entry in list(run_dir.iterdir()):
+                if not entry.name.startswith("previous-"):
+                    shutil.move(str(entry), str(aside / entry.name))
+        probe = run_dir / f".write-probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(f"run directory {run_dir}: {error.strerror}. Give another with --run_dir.") from error
+
+
+def describe(config: RunConfig, model_config: GptOssConfig, run_dir: Path, resume: str) -> str:
+    """What is about to happen, as a table for people."""
+    train = config.train
+    steps = list_steps(run_dir)
+    found = f"step {steps[0]}" if steps and resume == "auto" else "nothing" if resume == "auto" else resume
+    rows: dict[str, Any] = {
+        "model": config.model.path or config.model.init,
+        "architecture": f"{model_config.num_hidden_layers} layers, {model_config.num_local_experts} experts, "
+        f"{model_config.num_attention_heads}/{model_config.num_key_value_heads} heads",
+        "world size": config.world_size,
+        "sequence parallel": config.sp_size,
+        "expert parallel": config.ep_size,
+        "data parallel": config.world_size // config.sp_size,
+        "ZeRO stage": config.zero_stage,
+        "dtype": train.dtype,
+        "tokens per step": f"{train.global_batch_size} rows x {train.seq_len} = "
+        f"{train.global_batch_size * train.seq_len} slots",
+        "accumulation": f"{config.gradient_accumulation_steps} x micro batch {config.micro_batch_size}",
+        "steps": train.total_steps,
+        "mix": config.data.mix,
+        "run directory": run_dir,
+        "resumes from": found,
+    }
+    width = max(map(len, rows))
+    return "\n".join(["resolved configuration", *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def finish(job: Job) -> None:
+    """Export if asked, and tell people where everything is."""
+    last = step_folder(job.run_dir, job.progress.step)
+    where = {"metrics": job.run_dir / "metrics.jsonl", "checkpoint": last}
+    if job.config.telemetry.export_at_end:
+        out = job.run_dir / "export" / last.name
+        on_first_rank(job.topology.control_group, lambda: str(export_checkpoint(last, out, "bf16")))
+        where["export"] = out
+    if job.topology.rank == 0:
+        lines = [f"  {name:<12}{path}" for name, path in where.items()]
+        print("\n".join([f"\ndone: {job.progress.step} steps, {job.progress.tokens} tokens", *lines]), flush=True)
+
+

@@ -1,0 +1,115 @@
+"""What attention sees of a micro batch: rows of packed documents, described by offsets.
+
+Decisions
+    Documents are intervals of the flattened tokens, never a mask, so a description is as small as the number of
+    documents. The start of a row is always the start of a document: rows need no further treatment anywhere.
+    A padding tail is one more document, or many.
+    Whatever a kernel computes from the description alone (masks, offsets on a device) is kept here and lives as long
+    as the batch: it is computed by the first layer and read by the others.
+
+Shape suffixes: B rows, T tokens of a row, N = B * T tokens of the micro batch.
+"""
+
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+Derived = TypeVar("Derived")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedRows:
+    """The documents of `batch_size` rows of `seq_len` tokens, flattened row after row.
+
+    Raises:
+        ValueError: `bounds` do not describe such rows.
+    """
+
+    batch_size: int
+    """Number of rows."""
+    seq_len: int
+    """Tokens of each row."""
+    bounds: tuple[int, ...]
+    """Offsets of the documents in the flattened tokens, then the number of tokens; every row start is among them."""
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.seq_len < 1:
+            raise ValueError(f"packed rows need tokens, got batch_size={self.batch_size} and seq_len={self.seq_len}.")
+        row_bounds = range(0, self.num_tokens + 1, self.seq_len)
+        if self.bounds[:1] != (0,) or self.bounds[-1] != self.num_tokens:
+            raise ValueError(
+                f"document bounds must run from 0 to {self.num_tokens} ({self.batch_size} rows of {self.seq_len} "
+                f"tokens), got {_shortened(self.bounds)}."
+            )
+        for start, end in itertools.pairwise(self.bounds):
+            if end <= start:
+                raise ValueError(f"document bounds must grow, but {start} is followed by {end}. No document is empty.")
+        if missing := sorted(set(row_bounds).difference(self.bounds)):
+            raise ValueError(
+                f"no document starts at token {missing[0]}, the start of row {missing[0] // self.seq_len}. "
+                "A document cannot run from one row into the next: cut it there."
+            )
+
+    @classmethod
+    def from_position_ids(cls, position_ids_BT: Tensor) -> "PackedRows":
+        """Start a document at every row start and wherever a position is not its predecessor plus one.
+
+        Reads the tensor once: on a GPU that is one synchronisation per call.
+        """
+        if position_ids_BT.ndim != 2:
+            raise ValueError(f"position_ids must have shape (rows, tokens), got {tuple(position_ids_BT.shape)}.")
+        starts_BT = torch.ones_like(position_ids_BT, dtype=torch.bool)
+        starts_BT[:, 1:] = position_ids_BT[:, 1:] != position_ids_BT[:, :-1] + 1
+        starts = starts_BT.flatten().nonzero().flatten().tolist()
+        batch_size, seq_len = position_ids_BT.shape
+        return cls(batch_size=batch_size, seq_len=seq_len, bounds=(*starts, batch_size * seq_len))
+
+    @classmethod
+    def from_bounds(cls, bounds_per_row: Sequence[Sequence[int]], seq_len: int) -> "PackedRows":
+        """Take for each row the offsets of its documents within the row, from 0 to `seq_len`, both included."""
+        for index, bounds in enumerate(bounds_per_row):
+            if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != seq_len:
+                raise ValueError(
+                    f"bounds of row {index} must run from 0 to seq_len={seq_len}, got {_shortened(bounds)}. "
+                    "Give a padding tail as a document of its own."
+                )
+        flat = [row * seq_len + offset for row, bounds in enumerate(bounds_per_row) for offset in bounds[:-1]]
+        return cls(batch_size=len(bounds_per_row), seq_len=seq_len, bounds=(*flat, len(bounds_per_row) * seq_len))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows together."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def longest_document_tokens(self) -> int:
+        """Tokens of the longest document."""
+        return max(end - start for start, end in itertools.pairwise(self.bounds))
+
+    def document_ids(self, device: torch.device) -> Tensor:
+        """Return the number of the document of each token, shape (N,), counted over all rows."""
+
+        def build() -> Tensor:
+            lengths = torch.tensor(self.bounds).diff()
+            return torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+
+        return self.derive(("document_ids", device), build)
+
+    def derive(self, key: Hashable, build: Callable[[], Derived]) -> Derived:
+        """Return what `build` returned at the first call with this key.
+
+        `build` must depend on the key and on this description only, and its result must not be changed in place.
+        """
+        if key not in self._derived:
+            self._derived[key] = build()
+        return cast(Derived, self._derived[key])
+
+
+def _shortened(offsets: Sequence[int]) -> str:
+    shown = [str(offset) for offset in offsets]
+    return f"[{', '.join(shown)}]" if len(shown) <= 8 else f"[{', '.join(shown[:4])}, ..., {', '.join(shown[-3:])}]"

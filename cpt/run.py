@@ -1,0 +1,58 @@
+"""Started by the launcher: `deepspeed cpt/run.py --ds_config ds_configs/z3_ulysses.json`.
+
+parse -> validate -> join the process group -> build -> train -> exit code
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
+    sys.path[0] = str(ROOT)  # the launcher puts cpt/ itself first, where `import config` would find a second copy
+
+from cpt.errors import EXIT_DONE, EXIT_INTERNAL, CptError  # noqa: E402
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Command line of a run."""
+    parser = argparse.ArgumentParser(prog="cpt/run.py", description="Continual pretraining of gpt-oss.")
+    parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed JSON")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny.yaml", help="run YAML")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value")
+    parser.add_argument("--run_dir", type=Path, help="default: runs/<name of the run YAML>")
+    parser.add_argument("--resume", default="auto", help="auto, never, or a step")
+    parser.add_argument("--dry_run", action="store_true", help="resolve and print everything, load nothing")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Run a job and return its exit code; people's mistakes are told by rank 0 without a stack trace."""
+    first_rank = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(
+        level=logging.INFO if first_rank else logging.ERROR,
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    options = parse_arguments(arguments)
+    try:
+        from cpt.launch import launch
+
+        launch(options)
+        return EXIT_DONE
+    except CptError as error:
+        if first_rank:
+            print(f"\n{error}\n", file=sys.stderr, flush=True)
+        return error.exit_code
+    except Exception:
+        logging.getLogger("cpt").exception("internal error on rank %s", os.environ.get("RANK", "0"))
+        return EXIT_INTERNAL
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

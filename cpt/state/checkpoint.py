@@ -1,0 +1,308 @@
+"""Checkpoints that know no layout: flat global fp32 tensors, written and read by range.
+
+Save: fresh `.tmp-step-*` folder -> each rank writes its ranges -> each hashes what it wrote -> rank 0 writes the
+manifest and renames.  Load: newest verified directory first; keys and shapes are compared both ways before any tensor
+is read.  Nothing random happens inside a step, so there is no random state to save.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import re
+import shutil
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+
+from cpt import deepspeed_internals
+from cpt.errors import CheckpointError, StorageError
+from cpt.parallel.agreement import gather_json, on_first_rank, together
+from cpt.parallel.topology import Topology
+from cpt.state.flat_planner import FlatLoadPlanner, FlatRange, FlatSavePlanner
+from cpt.state.manifest import (
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    read_manifest,
+    record_file,
+    sync_folder,
+    verify_files,
+    write_manifest,
+)
+
+log = logging.getLogger("cpt.checkpoint")
+PARTS = ("master", *deepspeed_internals.MOMENTS)
+_STEP_FOLDER = re.compile(r"step-(\d{8})")
+_OWN_FILE = re.compile(r"__(\d+)_\d+\.distcp")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedState:
+    """What a checkpoint says besides its tensors."""
+
+    step: int
+    """Optimizer steps done."""
+    state: dict[str, Any]
+    """The JSON values given to `save_checkpoint`."""
+    folder: Path
+    """Where it came from."""
+    rejected: list[str]
+    """Newer directories that were passed over, each with its reason."""
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def list_steps(run_dir: Path) -> list[int]:
+    """Steps that have a folder, newest first, complete or not."""
+    parent = run_dir / "checkpoints"
+    found = [_STEP_FOLDER.fullmatch(entry.name) for entry in parent.iterdir()] if parent.is_dir() else []
+    return sorted((int(match.group(1)) for match in found if match), reverse=True)
+
+
+def flat_ranges(engine: Any, topology: Topology) -> dict[str, FlatRange]:
+    """This rank's part of every stored tensor, keyed `part/parameter name`."""
+    parameters = dict(engine.module.named_parameters())
+    ranges = {}
+    for name, shard in deepspeed_internals.local_shards(engine).items():
+        parameter = parameters[name]
+        local_numel = deepspeed_internals.full_local_numel(parameter)
+        expert = deepspeed_internals.is_expert(parameter)
+        first = topology.ep_rank * local_numel if expert else 0
+        for part, tensor in shard.tensors.items():
+            ranges[f"{part}/{name}"] = FlatRange(
+                tensor=tensor,
+                offset=first + shard.offset,
+                global_numel=local_numel * (topology.ep_size if expert else 1),
+            )
+    return ranges
+
+
+def tensor_records(engine: Any, topology: Topology) -> dict[str, TensorRecord]:
+    """Global shape of every parameter."""
+    records = {}
+    for name, parameter in engine.module.named_parameters():
+        shape = deepspeed_internals.full_local_shape(parameter)
+        if deepspeed_internals.is_expert(parameter):
+            shape = (shape[0] * topology.ep_size, *shape[1:])
+        records[name] = TensorRecord(shape=shape, dtype="float32")
+    return records
+
+
+def save_checkpoint(
+    run_dir: Path, engine: Any, topology: Topology, *, step: int, state: dict[str, Any], keep_last: int
+) -> Path:
+    """Write one checkpoint; all ranks call it together.
+
+    Args:
+        run_dir: The run directory.
+        engine: The DeepSpeed engine.
+        topology: The layout.
+        step: Optimizer steps done.
+        state: JSON values to restore besides the tensors.
+        keep_last: Complete checkpoints to keep, this one included.
+
+    Returns:
+        The published folder.  A complete checkpoint of the same step is left as it is.
+
+    Raises:
+        StorageError: a rank could not write; nothing was published and nothing older was touched.
+    """
+    final, group = step_folder(run_dir, step), topology.control_group
+    temporary = final.with_name(f".tmp-{final.name}")
+    if on_first_rank(group, lambda: (final / MANIFEST).is_file()):
+        return final
+    try:
+        on_first_rank(group, lambda: _prepare(run_dir, temporary, topology, engine))
+        own = together(group, lambda: _write_shards(temporary, engine, topology))
+        records = [FileRecord(**record) for rank in gather_json([asdict(r) for r in own], group) for record in rank]
+        manifest = Manifest(
+            step=step,
+            files=tuple(sorted(records, key=lambda record: record.name)),
+            tensors=tensor_records(engine, topology),
+            layout={
+                "world_size": topology.world_size,
+                "sp_size": topology.sp_size,
+                "ep_size": topology.ep_size,
+                "zero_stage": engine.zero_optimization_stage(),
+            },
+            versions=versions(),
+            state=state,
+        )
+        on_first_rank(group, lambda: _publish(temporary, final, manifest))
+    except Exception:
+        if topology.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if topology.rank == 0:
+        prune(run_dir, keep_last, keep=step)
+    return final
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _prepare(run_dir: Path, temporary: Path, topology: Topology, engine: Any) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    for stale in temporary.parent.glob(".tmp-step-*"):
+        shutil.rmtree(stale)
+    numel = sum(_numel(record.shape) for record in tensor_records(engine, topology).values())
+    needed, free = int(1.2 * 4 * len(PARTS) * numel), shutil.disk_usage(temporary.parent).free
+    if free < needed:
+        raise StorageError(f"a checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free at {run_dir}.")
+    temporary.mkdir()
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _write_shards(temporary: Path, engine: Any, topology: Topology) -> list[FileRecord]:
+    writer = dcp.FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True, overwrite=False)
+    try:
+        dcp.save(
+            flat_ranges(engine, topology),
+            storage_writer=writer,
+            planner=FlatSavePlanner(),
+            process_group=topology.control_group,
+        )
+    except (OSError, dcp.CheckpointException) as error:
+        raise StorageError(f"writing {temporary} failed: {_root_cause(error)}") from error
+    names = [entry.name for entry in os.scandir(temporary)]
+    own = [name for name in names if (m := _OWN_FILE.fullmatch(name)) and int(m.group(1)) == topology.rank]
+    if topology.rank == 0:
+        own.append(".metadata")
+    return [record_file(temporary / name) for name in own]
+
+
+def _root_cause(error: BaseException) -> str:
+    failures = list(error.failures.values()) if isinstance(error, dcp.CheckpointException) else []
+    first = failures[0][0] if failures else error
+    return f"{type(first).__name__}: {first}"
+
+
+def _publish(temporary: Path, final: Path, manifest: Manifest) -> None:
+    if final.exists():  # an incomplete directory of the same step: no manifest, so nothing that counts
+        shutil.rmtree(final)
+    write_manifest(temporary, manifest)
+    os.rename(temporary, final)
+    sync_folder(final.parent)
+
+
+def prune(run_dir: Path, keep_last: int, *, keep: int) -> None:
+    """Delete all but the newest complete checkpoints; the manifest goes first, so a crash leaves no half truth."""
+    complete = [step for step in list_steps(run_dir) if (step_folder(run_dir, step) / MANIFEST).is_file()]
+    for step in complete[keep_last:]:
+        if step == keep:
+            continue
+        folder = step_folder(run_dir, step)
+        try:
+            (folder / MANIFEST).unlink()
+            shutil.rmtree(folder)
+        except OSError as error:
+            warnings.warn(f"could not delete {folder}: {error.strerror}", stacklevel=2)
+
+
+def find_checkpoint(run_dir: Path, resume: str) -> tuple[int | None, list[str]]:
+    """The step to resume from, verified, and the reasons of those passed over; only rank 0 calls this.
+
+    Args:
+        run_dir: The run directory.
+        resume: `auto` (newest verified, None if there is no folder at all) or a step number.
+
+    Raises:
+        CheckpointError: folders exist but none is good, or the asked-for step is not.
+    """
+    steps = list_steps(run_dir) if resume == "auto" else [int(resume)]
+    rejected = []
+    for step in steps:
+        folder = step_folder(run_dir, step)
+        try:
+            verify_files(folder, read_manifest(folder))
+            return step, rejected
+        except CheckpointError as error:
+            rejected.append(str(error))
+    if rejected:
+        advice = "Training does not restart at step 0 by itself: --resume never starts a fresh run beside the old one."
+        raise CheckpointError("\n".join(["no usable checkpoint:", *rejected, advice]))
+    return None, []
+
+
+def load_checkpoint(run_dir: Path, engine: Any, topology: Topology, resume: str) -> LoadedState | None:
+    """Restore weights and optimizer state of a run; all ranks call it together.
+
+    Returns:
+        What else the checkpoint holds; None if the run has no checkpoint folder yet.
+
+    Raises:
+        CheckpointError: see `find_checkpoint`; or the checkpoint is of another model, naming the key.
+    """
+    step, rejected = on_first_rank(topology.control_group, lambda: list(find_checkpoint(run_dir, resume)))
+    for reason in rejected:
+        log.warning("checkpoint rejected: %s", reason)
+    if step is None:
+        return None
+    folder = step_folder(run_dir, step)
+    manifest = read_manifest(folder)
+    _compare(folder, manifest.tensors, tensor_records(engine, topology))
+    ranges = flat_ranges(engine, topology)
+    reader = dcp.FileSystemReader(folder)
+    together(topology.control_group, lambda: dcp.load(ranges, storage_reader=reader, planner=FlatLoadPlanner(), no_dist=True))
+    deepspeed_internals.set_optimizer_step(engine, step)
+    deepspeed_internals.publish_master_weights(engine)
+    engine.global_steps = step
+    return LoadedState(step=step, state=manifest.state, folder=folder, rejected=rejected)
+
+
+def _compare(folder: Path, stored: dict[str, TensorRecord], wanted: dict[str, TensorRecord]) -> None:
+    problems = [f"key '{name}' is missing." for name in sorted(wanted.keys() - stored.keys())]
+    problems += [f"key '{name}' is unknown to this model." for name in sorted(stored.keys() - wanted.keys())]
+    for name in sorted(stored.keys() & wanted.keys()):
+        if stored[name] != wanted[name]:
+            problems.append(
+                f"key '{name}' is {stored[name].dtype} {stored[name].shape}, "
+                f"expected {wanted[name].dtype} {wanted[name].shape}."
+            )
+    if problems:
+        raise CheckpointError(f"{folder.name} is of another model: " + " ".join(problems[:5]))
+
+
+def read_weights(folder: Path, names: list[str], manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Read whole fp32 master weights of some parameters, in a single process, without the engine.
+
+    Args:
+        folder: A verified checkpoint.
+        names: Parameters to read; only these take memory.
+        manifest: The checkpoint's manifest.
+    """
+    flat = {name: torch.empty(_numel(manifest.tensors[name].shape), dtype=torch.float32) for name in names}
+    ranges = {
+        f"master/{name}": FlatRange(tensor=tensor, offset=0, global_numel=tensor.numel())
+        for name, tensor in flat.items()
+    }
+    dcp.load(ranges, storage_reader=dcp.FileSystemReader(folder), planner=FlatLoadPlanner(), no_dist=True)
+    return {name: tensor.view(manifest.tensors[name].shape) for name, tensor in flat.items()}
+
+
+def barrier(topology: Topology) -> None:
+    """Wait for all ranks."""
+    dist.barrier(group=topology.control_group)

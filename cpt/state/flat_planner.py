@@ -1,0 +1,88 @@
+"""Flat ranges for torch.distributed.checkpoint: each rank writes, and asks for, a contiguous range of a 1-D tensor.
+
+A ZeRO shard of any stage is such a range, and so is a slice of the expert axis; a DTensor could only express the even
+cuts of ZeRO-3.  The files know nothing of the layout that wrote them, so any layout can read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlatRange:
+    """Elements [offset, offset + len(tensor)) of a flattened global tensor."""
+
+    tensor: torch.Tensor
+    """1-D; read on save, written in place on load."""
+    offset: int
+    """First element in the global tensor."""
+    global_numel: int
+    """Elements of the global tensor."""
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """The range in the terms of torch.distributed.checkpoint."""
+        return ChunkStorageMetadata(offsets=torch.Size([self.offset]), sizes=torch.Size([self.tensor.numel()]))
+
+
+class FlatSavePlanner(DefaultSavePlanner):
+    """Saves a dictionary of FlatRange."""
+
+    state_dict: dict[str, Any]
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        items = [
+            WriteItem(
+                index=MetadataIndex(key, part.chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=part.chunk,
+                    properties=TensorProperties.create_from_tensor(part.tensor),
+                    size=torch.Size([part.global_numel]),
+                ),
+            )
+            for key, part in self.state_dict.items()
+        ]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn].tensor
+
+
+class FlatLoadPlanner(DefaultLoadPlanner):
+    """Fills a dictionary of FlatRange; every range must be covered by the checkpoint."""
+
+    state_dict: dict[str, Any]
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        stored = self.metadata.state_dict_metadata
+        items: list[ReadItem] = []
+        for key, part in self.state_dict.items():
+            items += create_read_items_for_chunk_list(key, stored[key], [part.chunk])  # type: ignore[arg-type]
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn].tensor

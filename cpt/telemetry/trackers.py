@@ -1,0 +1,73 @@
+"""Weights & Biases and TensorBoard: the numbers of metrics.jsonl, as time series."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cpt.config import RunConfig
+from cpt.telemetry.metrics import Tracker
+
+
+def scalars(event: dict[str, Any]) -> dict[str, float]:
+    """Flatten one event into named numbers: `train/loss`, `loss_by_language/ja`, `guard/english/bits_per_byte`."""
+    if event["event"] == "guard":
+        prefix, skipped = f"guard/{event['domain']}", ("event", "step", "domain")
+    else:
+        prefix, skipped = "train" if event["event"] == "step" else event["event"], ("event", "step")
+    numbers: dict[str, float] = {}
+    for key, value in event.items():
+        if isinstance(value, dict):
+            numbers.update({f"{key}/{name}": v for name, v in value.items() if isinstance(v, (int, float))})
+        elif isinstance(value, (int, float)) and key not in skipped:
+            numbers[f"{prefix}/{key}"] = value
+    return numbers
+
+
+class WandbTracker:
+    """Weights & Biases."""
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.telemetry.wandb_project,
+            mode=config.telemetry.wandb,  # type: ignore[arg-type]
+            dir=str(run_dir),
+            name=run_dir.name,
+            config=config.to_plain(),
+            settings=wandb.Settings(console="off"),
+        )
+
+    def log(self, event: dict[str, Any]) -> None:
+        if "step" in event:
+            self._run.log(scalars(event), step=event["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardTracker:
+    """TensorBoard event files in <run_dir>/tensorboard."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def log(self, event: dict[str, Any]) -> None:
+        for name, value in scalars(event).items() if "step" in event else ():
+            self._writer.add_scalar(name, value, event["step"])  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+def trackers_for(config: RunConfig, run_dir: Path) -> list[Tracker]:
+    """The trackers that the run YAML asks for; libraries are imported only then."""
+    trackers: list[Tracker] = []
+    if config.telemetry.wandb != "disabled":
+        trackers.append(WandbTracker(config, run_dir))
+    if config.telemetry.tensorboard:
+        trackers.append(TensorBoardTracker(run_dir))
+    return trackers

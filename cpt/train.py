@@ -1,0 +1,108 @@
+"""The training loop: load, step, log, measure, save.  It knows no model and no layout."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cpt.errors import RequeueRequested
+from cpt.job import Job
+from cpt.state.checkpoint import save_checkpoint
+from cpt.training.engine import StepResult
+from cpt.training.schedule import learning_rate
+from data_pipeline.mixture import GlobalBatch
+
+
+def train(job: Job) -> None:
+    """Train from `job.progress` to the planned end.
+
+    Raises:
+        RequeueRequested: stopped on request, after saving.
+    """
+    settings, progress = job.config.train, job.progress
+    last_step = settings.stop_at_step if settings.stop_at_step is not None else settings.total_steps
+    if job.guard is not None and progress.step == 0:
+        job.guard.measure(0, job.engine, job.telemetry)
+    with tqdm(total=last_step, initial=progress.step, unit="step", disable=job.topology.rank != 0) as bar:
+        while progress.step < last_step:
+            started = time.perf_counter()
+            batch = job.mixture.global_batch(progress.step, settings.global_batch_size)
+            lr = learning_rate(progress.step, settings)
+            job.engine.set_learning_rate(lr)
+            result = job.engine.step(
+                job.micro_batches(batch), tokens_by_source(batch, job), stop_requested=job.stop.requested()
+            )
+            progress.step += 1
+            progress.tokens += sum(result.tokens_by_source)
+            progress.batch_chain = batch.chain_hash(progress.batch_chain)
+            event = step_event(job, result, lr, time.perf_counter() - started)
+            job.telemetry.log(event)
+            bar.set_postfix_str(f"loss {result.loss:.3f}, {event['tokens_per_second']:.0f} tokens/s")
+            bar.update()
+            finished = progress.step == last_step
+            if result.stop_requested and not finished:
+                save(job)
+                job.stop.consume()
+                raise RequeueRequested(f"stopped on request after step {progress.step}; saved, start again to go on.")
+            if is_due(progress.step, job.config.guard.interval_steps) and not finished and job.guard is not None:
+                job.guard.measure(progress.step, job.engine, job.telemetry)
+            if is_due(progress.step, job.config.checkpoint.interval_steps) and not finished:
+                save(job)
+    if job.guard is not None and progress.step > 0:
+        job.guard.measure(progress.step, job.engine, job.telemetry)
+    save(job)
+
+
+def is_due(step: int, interval_steps: int) -> bool:
+    """Whether something that happens every so many steps happens now; 0 means never."""
+    return interval_steps > 0 and step % interval_steps == 0
+
+
+def tokens_by_source(batch: GlobalBatch, job: Job) -> list[int]:
+    """Predicted tokens of a global batch per source, known to every rank without asking."""
+    counts = np.bincount(batch.sources, weights=batch.predicted_tokens, minlength=len(job.data.source_names))
+    return [int(count) for count in counts]
+
+
+def save(job: Job) -> None:
+    """Publish a checkpoint of the present step."""
+    started = time.perf_counter()
+    folder = save_checkpoint(
+        job.run_dir,
+        job.engine.deepspeed,
+        job.topology,
+        step=job.progress.step,
+        state=job.state(),
+        keep_last=job.config.checkpoint.keep_last,
+    )
+    seconds = time.perf_counter() - started
+    job.telemetry.log({"event": "checkpoint", "step": job.progress.step, "path": folder.name, "seconds": seconds})
+
+
+def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    tokens = sum(result.tokens_by_source)
+    nll_by_language: dict[str, float] = defaultdict(float)
+    tokens_by_language: dict[str, int] = defaultdict(int)
+    for language, nll, count in zip(job.data.languages, result.nll_by_source, result.tokens_by_source, strict=True):
+        nll_by_language[language] += nll
+        tokens_by_language[language] += count
+    by_source = list(zip(job.data.source_names, result.nll_by_source, result.tokens_by_source, strict=True))
+    return {
+        "event": "step",
+        "step": job.progress.step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "loss_by_source": {name: nll / count for name, nll, count in by_source if count},
+        "loss_by_language": {name: nll / tokens_by_language[name] for name, nll in nll_by_language.items() if tokens_by_language[name]},
+        "tokens_by_source": {name: count for name, _, count in by_source},
+        "bytes_sent": result.bytes_sent,
+    }

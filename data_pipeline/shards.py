@@ -1,0 +1,181 @@
+"""Token shards: the documents of a source as one file that is read through a memory map.
+
+    bytes 0..7      magic
+    bytes 8..11     version, uint32
+    bytes 12..15    length of the JSON header in bytes, uint32
+    bytes 16..4095  JSON header, padded with spaces: dtype, num_tokens, num_documents
+    4096            tokens, uint32 each, every document ending with END_OF_TEXT; padded to a multiple of 8 bytes
+    then            document offsets in tokens, uint64, num_documents + 1 of them
+    then            UTF-8 bytes of each document, uint64
+
+Decisions
+    All numbers are little-endian.  The size of the file follows from the header, so a cut-off file is always noticed.
+    The reader trusts nothing: what does not add up is a DataError that names the file.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.errors import DataError
+from data_pipeline.files import atomic_write
+from data_pipeline.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, VOCAB_SIZE, Tokens
+
+MAGIC = b"CPTSHARD"
+VERSION = 1
+HEADER_BYTES = 4096
+_DTYPE = "uint32"
+_SCAN_TOKENS = 1 << 24
+
+
+class ShardWriter:
+    """Appends documents to an open shard; `writing` gives one out."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._offsets = array.array("Q", [0])
+        self._document_bytes = array.array("Q")
+        file.write(bytes(HEADER_BYTES))
+
+    @property
+    def num_documents(self) -> int:
+        """Documents written so far."""
+        return len(self._document_bytes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens written so far, END_OF_TEXT included."""
+        return self._offsets[-1]
+
+    def add(self, tokens: Tokens, num_bytes: int) -> None:
+        """Append one document; END_OF_TEXT is added here."""
+        assert tokens.dtype == np.uint32 and len(tokens) > 0
+        self._file.write(tokens.astype("<u4", copy=False).tobytes())
+        self._file.write(struct.pack("<I", END_OF_TEXT))
+        self._offsets.append(self._offsets[-1] + len(tokens) + 1)
+        self._document_bytes.append(num_bytes)
+
+    def finish(self) -> None:
+        """Write what follows the tokens, and the header."""
+        self._file.write(bytes(-4 * self.num_tokens % 8))
+        self._file.write(np.asarray(self._offsets, dtype="<u8").tobytes())
+        self._file.write(np.asarray(self._document_bytes, dtype="<u8").tobytes())
+        header = json.dumps(
+            {"dtype": _DTYPE, "num_documents": self.num_documents, "num_tokens": self.num_tokens}
+        ).encode("ascii")
+        self._file.seek(0)
+        self._file.write(MAGIC + struct.pack("<II", VERSION, len(header)) + header.ljust(HEADER_BYTES - 16))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[ShardWriter]:
+    """Write a shard that appears under `path` only when the block ends without an error."""
+    with atomic_write(path) as file:
+        writer = ShardWriter(file)
+        yield writer
+        writer.finish()
+
+
+class Shard:
+    """Documents of one shard file, read through a memory map."""
+
+    def __init__(self, path: Path, *, verify: bool = True) -> None:
+        """Open `path`.
+
+        Args:
+            path: a file that `writing` wrote.
+            verify: read every token and check it, not only the header, the size and the offsets.
+
+        Raises:
+            DataError: the file is missing, damaged, or of another format; the message names it.
+        """
+        self.path = path
+        header = self._read_header()
+        self.num_tokens = self._count(header, "num_tokens")
+        self.num_documents = self._count(header, "num_documents")
+        offsets_at = HEADER_BYTES + 4 * self.num_tokens + (-4 * self.num_tokens % 8)
+        bytes_at = offsets_at + 8 * (self.num_documents + 1)
+        expected, found = bytes_at + 8 * self.num_documents, path.stat().st_size
+        if found != expected:
+            raise self._error(f"{found} bytes, its header says {expected}")
+        self._tokens = np.memmap(path, "<u4", "r", HEADER_BYTES, (self.num_tokens,))
+        self.offsets: npt.NDArray[np.int64] = self._read_array(offsets_at, self.num_documents + 1)
+        self.document_bytes: npt.NDArray[np.int64] = self._read_array(bytes_at, self.num_documents)
+        self._check_offsets()
+        if verify:
+            self._check_tokens()
+
+    def tokens(self, document: int, start: int, stop: int) -> npt.NDArray[np.uint32]:
+        """Tokens [start, stop) of a document."""
+        first = self.offsets[document]
+        return self._tokens[first + start : first + stop]
+
+    @property
+    def document_tokens(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document, END_OF_TEXT included."""
+        return np.diff(self.offsets)
+
+    def _error(self, problem: str) -> DataError:
+        return DataError(f"{self.path}: {problem}. The token shard is damaged: delete the build and build it again.")
+
+    def _read_header(self) -> dict[str, Any]:
+        try:
+            with self.path.open("rb") as file:
+                block = file.read(HEADER_BYTES)
+        except OSError as error:
+            raise self._error(f"cannot be read ({error.strerror})") from error
+        if block[:8] != MAGIC:
+            raise self._error(f"starts with {block[:8]!r}, must start with {MAGIC!r}")
+        if len(block) < HEADER_BYTES:
+            raise self._error(f"{len(block)} bytes, too short for its header of {HEADER_BYTES}")
+        version, length = struct.unpack("<II", block[8:16])
+        if version != VERSION:
+            raise self._error(f"has format version {version}, this code reads {VERSION}")
+        try:
+            header = json.loads(block[16 : 16 + min(length, HEADER_BYTES - 16)])
+        except ValueError as error:
+            raise self._error("has a header that is not JSON") from error
+        if not isinstance(header, dict) or header.get("dtype") != _DTYPE:
+            raise self._error(f"has a header without dtype {_DTYPE}: {header!r:.100}")
+        return header
+
+    def _count(self, header: dict[str, Any], key: str) -> int:
+        value = header.get(key)
+        if type(value) is not int or not 0 < value < 2**48:
+            raise self._error(f"has {key} {value!r:.40} in its header, must be above 0")
+        return value
+
+    def _read_array(self, position: int, count: int) -> npt.NDArray[np.int64]:
+        return np.fromfile(self.path, "<u8", count, offset=position).astype(np.int64)
+
+    def _check_offsets(self) -> None:
+        steps = np.diff(self.offsets)
+        if self.offsets[0] != 0 or self.offsets[-1] != self.num_tokens or (steps < 2).any():
+            bad = int(np.argmax(steps < 2)) if (steps < 2).any() else 0
+            raise self._error(f"has document offsets that do not rise from 0 to {self.num_tokens} (document {bad})")
+        if (self.document_bytes < 0).any():
+            raise self._error("has a document of negative size")
+
+    def _check_tokens(self) -> None:
+        ends = self.offsets[1:] - 1
+        if (self._tokens[ends] != END_OF_TEXT).any():
+            bad = int(np.argmax(self._tokens[ends] != END_OF_TEXT))
+            raise self._error(f"document {bad} does not end with END_OF_TEXT ({END_OF_TEXT})")
+        num_control = 0
+        for start in range(0, self.num_tokens, _SCAN_TOKENS):
+            block = self._tokens[start : start + _SCAN_TOKENS]
+            if block.max() >= VOCAB_SIZE:
+                bad = start + int(np.argmax(block >= VOCAB_SIZE))
+                raise self._error(f"token {bad} has id {self._tokens[bad]}, must be below {VOCAB_SIZE}")
+            num_control += int(np.count_nonzero(block >= NUM_TEXT_TOKENS))
+        if num_control != self.num_documents:
+            raise self._error(f"holds {num_control} control tokens for {self.num_documents} documents")
