@@ -47,6 +47,17 @@ def check_version() -> None:
         )
 
 
+def init_distributed(device: torch.device) -> None:
+    """Join the process group that the launcher prepared.
+
+    On CPU, DeepSpeed would compile a shared-memory all-reduce at first use (most of a minute) that leaves its buffers
+    in /dev/shm when a rank is killed; it is declared incompatible, so that gloo does the work.
+    """
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+
+
 def expert_group_name(ep_size: int) -> str:
     """The name under which DeepSpeed files the expert groups of this size."""
     return f"ep_size_{ep_size}"

@@ -112,7 +112,7 @@ def open_data(config: RunConfig, mix: MixConfig, topology: Topology) -> BuiltDat
         return str(where)
 
     built = on_first_rank(topology.control_group, build_if_missing)
-    return together(topology.control_group, lambda: BuiltData.open(Path(built), mix))
+    return together(topology.control_group, lambda: BuiltData.open(Path(built), mix=mix))
 
 
 def build_engine(config: RunConfig, model_config: GptOssConfig, topology: Topology) -> TrainingEngine:

@@ -24,7 +24,6 @@ from cpt.state.checkpoint import list_steps, step_folder
 from cpt.state.export import export_checkpoint
 from cpt.state.stop import StopRequest
 from cpt.train import train
-from cpt.training.engine import init_distributed
 
 log = logging.getLogger("cpt")
 
@@ -42,7 +41,7 @@ def launch(options: argparse.Namespace) -> None:
             print(describe(config, model_config, run_dir, options.resume))
         return
     device = this_device(config)
-    init_distributed(device)
+    deepspeed_internals.init_distributed(device)
     try:
         topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=device)
         on_first_rank(topology.control_group, lambda: prepare_run_dir(run_dir, options.resume))

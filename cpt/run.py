@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,8 @@ def main(arguments: list[str]) -> int:
         format="%(asctime)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
+    # DeepSpeed 0.19.8 calls names that torch 2.13 renamed
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
     options = parse_arguments(arguments)
     try:
         from cpt.launch import launch

@@ -265,12 +265,18 @@ def load_checkpoint(run_dir: Path, engine: Any, topology: Topology, resume: str)
     manifest = read_manifest(folder)
     _compare(folder, manifest.tensors, tensor_records(engine, topology))
     ranges = flat_ranges(engine, topology)
-    reader = dcp.FileSystemReader(folder)
-    together(topology.control_group, lambda: dcp.load(ranges, storage_reader=reader, planner=FlatLoadPlanner(), no_dist=True))
+    together(topology.control_group, lambda: _read_ranges(folder, ranges))
     deepspeed_internals.set_optimizer_step(engine, step)
     deepspeed_internals.publish_master_weights(engine)
     engine.global_steps = step
     return LoadedState(step=step, state=manifest.state, folder=folder, rejected=rejected)
+
+
+def _read_ranges(folder: Path, ranges: dict[str, FlatRange]) -> None:
+    """Fill ranges from a checkpoint; each process plans its own reads, nothing is sent."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(ranges, storage_reader=dcp.FileSystemReader(folder), planner=FlatLoadPlanner(), no_dist=True)
 
 
 def _compare(folder: Path, stored: dict[str, TensorRecord], wanted: dict[str, TensorRecord]) -> None:
@@ -299,7 +305,7 @@ def read_weights(folder: Path, names: list[str], manifest: Manifest) -> dict[str
         f"master/{name}": FlatRange(tensor=tensor, offset=0, global_numel=tensor.numel())
         for name, tensor in flat.items()
     }
-    dcp.load(ranges, storage_reader=dcp.FileSystemReader(folder), planner=FlatLoadPlanner(), no_dist=True)
+    _read_ranges(folder, ranges)
     return {name: tensor.view(manifest.tensors[name].shape) for name, tensor in flat.items()}
 
 

@@ -48,11 +48,6 @@ class StepResult:
     """Whether any rank wants to stop."""
 
 
-def init_distributed(device: torch.device) -> None:
-    """Join the process group that the launcher prepared."""
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups: matrices decay; biases, norms and sinks do not.
 

@@ -1,8 +1,9 @@
 """CPU kernels for sink attention, linear in memory, built on the flash operator inside torch.
 
 Decisions
-    A full layer is one causal call per document. Documents too short to be worth a call are taken together: a
-    document of n tokens sees the same keys causally and in a window of n.
+    A full layer is one causal call per document. Runs of documents too short to be worth a call, such as a padding
+    tail in which every position is 0, are taken together as a window layer: within a document of n tokens, a window
+    of n is full attention.
     A window layer is one call for all documents. Queries are cut into blocks; a block meets the keys that end with it,
     `block + window` of them, which are overlapping views of one buffer. The query heads of a group are folded into
     the rows of the block, so that the operator works on tall tiles and dk and dv come back per key/value head.
@@ -29,8 +30,11 @@ from cpt.model.attention.rows import PackedRows
 BLOCK_TOKENS = 128
 """Queries of a block in window layers, unless the window is larger."""
 
-SHORT_DOCUMENT_TOKENS = 128
-"""Documents up to this length are taken together in full layers."""
+SHORT_DOCUMENT_TOKENS = 16
+"""Documents up to this length are taken together in full layers, where from here on calls cost more than they do."""
+
+SHORT_BLOCK_TOKENS = 32
+"""Queries of a block where short documents are taken together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +43,10 @@ class Span:
 
     start: int
     end: int
-    window: int | None
+    window: int | None = None
     """None: one document, full causal. Otherwise any documents, and the number of keys that a query sees."""
+    block: int = BLOCK_TOKENS
+    """Queries of a block, at least `window`; of no meaning for one document."""
 
     def of(self, x: Tensor) -> Tensor:
         """Return the tokens of this span from a tensor with tokens in dimension 1."""
@@ -93,7 +99,7 @@ def spans(rows: PackedRows, window: int | None) -> tuple[Span, ...]:
     """Cut the tokens of `rows` into the calls of a layer with this window."""
     longest_tokens = rows.longest_document_tokens
     if window is not None and window < longest_tokens:
-        return (Span(0, rows.num_tokens, window),)
+        return (Span(0, rows.num_tokens, window, max(BLOCK_TOKENS, window)),)
     return rows.derive("spans of full layers", lambda: tuple(_full_spans(rows.bounds)))
 
 
@@ -102,11 +108,11 @@ def _full_spans(bounds: tuple[int, ...]) -> list[Span]:
     for start, end in itertools.pairwise(bounds):
         previous = found[-1] if found else None
         if end - start > SHORT_DOCUMENT_TOKENS:
-            found.append(Span(start, end, None))
+            found.append(Span(start, end))
         elif previous is None or previous.window is None:
-            found.append(Span(start, end, end - start))
+            found.append(Span(start, end, end - start, SHORT_BLOCK_TOKENS))
         else:
-            found[-1] = Span(previous.start, end, max(previous.window, end - start))
+            found[-1] = Span(previous.start, end, max(previous.window, end - start), SHORT_BLOCK_TOKENS)
     return found
 
 
@@ -150,13 +156,12 @@ class _Band:
         """Take the mask from `rows`, or make it."""
         assert span.window is not None
         window, group = span.window, len(q_HTD) // len(k_KTD)
-        block = max(BLOCK_TOKENS, window)
 
         def build() -> Tensor:
             document_T = rows.document_ids(q_HTD.device)[span.start : span.end]
-            return _band_mask(document_T, block, window, group, q_HTD.dtype)
+            return _band_mask(document_T, span.block, window, group, q_HTD.dtype)
 
-        return cls(block, window, rows.derive(("band", span, block, group, q_HTD.dtype, q_HTD.device), build))
+        return cls(span.block, window, rows.derive(("band", span, group, q_HTD.dtype, q_HTD.device), build))
 
     def forward(self, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         num_tokens, num_kv_heads = q_HTD.shape[1], len(k_KTD)

@@ -1,0 +1,164 @@
+"""Configuration files say what they mean, or are refused with file, line and key."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.strict_yaml import Reader, load_json, load_yaml, parse_yaml, read_file
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Inner:
+    lr: float = 1.0
+    kind: Literal["cosine", "linear"] = "cosine"
+    limit: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Outer:
+    steps: int
+    lang: str = "ja"
+    inner: Inner = Inner()
+    parts: tuple[Inner, ...] = ()
+    path: str | tuple[str, ...] = ""
+
+
+def problems_of(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        read_file(Outer, parse_yaml(text, "f.yaml"))
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5),
+        ("-1E+3", -1000.0),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("1_000", 1000),
+        ("no", "no"),
+        ("on", "on"),
+        ("true", True),
+        ("1:30:00", "1:30:00"),
+        ("2024-01-01", "2024-01-01"),
+        ("~", None),
+        ("", None),
+        ("0x10", "0x10"),
+        ("'1'", "1"),
+    ],
+)
+def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
+    read = parse_yaml(f"a: {text}\n", "f").value["a"]
+    assert read == value and type(read) is type(value)
+
+
+def test_a_good_file_becomes_dataclasses() -> None:
+    text = "steps: 3\nlang: no\ninner: {lr: 1e-5, kind: linear}\nparts: [{limit: 2}, {}]\npath: [a, b]\n"
+    built = read_file(Outer, parse_yaml(text, "f.yaml"))
+    parts = (Inner(limit=2), Inner())
+    assert built == Outer(steps=3, lang="no", inner=Inner(lr=1e-5, kind="linear"), parts=parts, path=("a", "b"))
+
+
+def test_all_problems_are_reported_with_line_and_key() -> None:
+    text = "stepz: 3\ninner:\n  lr: fast\n  kind: step\nparts:\n  - limit: 1.5\n"
+    assert problems_of(text) == [
+        "f.yaml:1: stepz is not a known key. Did you mean 'steps'?",
+        "f.yaml:1: steps is missing. It has no default: add it.",
+        "f.yaml:3: inner.lr is 'fast', must be a number.",
+        "f.yaml:4: inner.kind is 'step', must be one of: cosine, linear.",
+        "f.yaml:6: parts[0].limit is 1.5, must be a whole number.",
+    ]
+
+
+def test_duplicate_key_is_refused_with_both_lines() -> None:
+    assert problems_of("steps: 1\nlang: ja\nsteps: 2\n") == [
+        "f.yaml:3: steps is given twice (first in line 1). Remove one."
+    ]
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_a_number_that_is_not_finite_is_refused(value: str) -> None:
+    assert "must be a finite number" in problems_of(f"steps: 1\ninner: {{lr: {value}}}\n")[0]
+
+
+@pytest.mark.parametrize("value", ["true", "1.0", "'1'", "[1]", ""])
+def test_a_whole_number_is_nothing_else(value: str) -> None:
+    assert "must be a whole number" in problems_of(f"steps: {value}\n")[0]
+
+
+def test_an_empty_section_means_its_defaults() -> None:
+    assert read_file(Outer, parse_yaml("steps: 1\ninner:\n", "f.yaml")).inner == Inner()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("a: !!python/object:os.system {}", "not valid YAML"),
+        ("a: \0", "not valid YAML"),
+        ("a: " + "[" * 2000, "nested too deeply"),
+        ("a: &x [*x]", "nested too deeply"),
+        ("a: " + "9" * 5000, "cannot be read"),
+        ("? [a]\n: b", "not valid YAML"),
+        ("a: 1\n---\nb: 2", "not valid YAML"),
+    ],
+)
+def test_hostile_yaml_is_a_configuration_error(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^f.yaml.*{message}"):
+        parse_yaml(text, "f.yaml")
+
+
+def test_aliases_cannot_blow_a_file_up() -> None:
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
+    with pytest.raises(ConfigError, match="more than 100000 values"):
+        parse_yaml("\n".join(lines), "f.yaml")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xe9\n")
+    with pytest.raises(ConfigError, match=r"latin.yaml: not UTF-8 at byte 3"):
+        load_yaml(tmp_path / "latin.yaml")
+    with pytest.raises(ConfigError, match=r"none.yaml: no such file"):
+        load_yaml(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="directory"):
+        load_yaml(tmp_path)
+
+
+def test_json_has_lines_and_strict_syntax(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{\n\t"steps": 1,\n\t"inner": {"lr": 1e-5, "limt": 3}\n}')
+    located = load_json(path)
+    assert located.value["inner"]["lr"] == 1e-5
+    with pytest.raises(ConfigError, match=r"ds.json:3: inner.limt is not a known key. Did you mean 'limit'?"):
+        read_file(Outer, located)
+    path.write_text('{"a": 1,\n "b": 2,}')
+    with pytest.raises(ConfigError, match=r"ds.json:2: not valid JSON"):
+        load_json(path)
+
+
+def test_overrides_replace_and_create_values() -> None:
+    located = parse_yaml("steps: 1\ninner:\n", "f.yaml").with_values({"inner.lr": "2e-5", "steps": "4"})
+    built = read_file(Outer, located)
+    assert (built.steps, built.inner.lr) == (4, 2e-5)
+    with pytest.raises(ConfigError, match="'steps' is not a section"):
+        located.with_values({"steps.more": "1"})
+
+
+def test_cross_field_rules_name_their_key() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+    class Checked:
+        parts: tuple[Inner, ...]
+
+        def check(self) -> Any:
+            yield "parts[1].lr", "is too large."
+
+    reader = Reader(parse_yaml("parts:\n  - {}\n  - lr: 3\n", "f.yaml"))
+    assert reader.read(Checked) is None
+    assert reader.problems == ["f.yaml:3: parts[1].lr is too large."]
