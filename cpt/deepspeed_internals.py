@@ -113,8 +113,6 @@ def create_optimizer_state(engine: Any) -> None:
                 "step": torch.zeros((), dtype=torch.float32),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
-    if engine.zero_optimization_stage() in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _flat_partitions(engine: Any) -> list[torch.Tensor]:
@@ -161,7 +159,11 @@ def _shard_of_stage1_or_2(engine: Any, parameter: Any) -> LocalShard | None:
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
-    tensors = {"master": mapping.hp_fragment, **{key: mapping.optim_fragment[key] for key in MOMENTS}}
+    zero, where = engine.optimizer, mapping.hp_fragment_address
+    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+    # not mapping.optim_fragment: it is linked after the first group's first step and lacks the other groups' state
+    sources = {"master": flat, **{key: zero.optimizer.state[flat][key] for key in MOMENTS}}
+    tensors = {key: source.narrow(0, where.start, where.numel) for key, source in sources.items()}
     return LocalShard(offset=mapping.lp_fragment_address.start, tensors=tensors)
 
 

@@ -159,19 +159,7 @@ class _Stored:
 def _build_into(directory: Path, mix: MixConfig, wanted: str, progress: bool) -> Manifest:
     stored = [_store(directory, mix, source, progress) for source in mix.sources]
     assignments = assign([as_array(s.hashes) for s in stored], [s.held_out_share for s in mix.sources])
-    for source, assignment in zip(mix.sources, assignments, strict=True):
-        if source.held_out_share < 1 and not len(assignment.train):
-            raise DataError(
-                f"source '{source.name}': no document is left to train on ({assignment.num_duplicates} are copies of "
-                f"other sources' documents, {assignment.num_held_out_copies} are held out by other sources)."
-            )
-    for domain in mix.guard_domains():
-        held = {s.name: len(a.held_out) for s, a in zip(mix.sources, assignments, strict=True)}
-        if not sum(held[name] for name in domain.sources):
-            raise DataError(
-                f"guard domain '{domain.name}': no document is held out. Its sources ({', '.join(domain.sources)}) "
-                "need at least two different documents each."
-            )
+    _check_assignments(mix, assignments)
     entries = tuple(
         _pack_source(directory, mix, source, s, assignment)
         for source, s, assignment in zip(mix.sources, stored, assignments, strict=True)
@@ -195,6 +183,23 @@ def _build_into(directory: Path, mix: MixConfig, wanted: str, progress: bool) ->
     manifest.write(directory)
     sync_directory(directory)
     return manifest
+
+
+def _check_assignments(mix: MixConfig, assignments: Sequence[Assignment]) -> None:
+    """Every source can be trained on, every guard domain measured."""
+    for source, assignment in zip(mix.sources, assignments, strict=True):
+        if source.held_out_share < 1 and not len(assignment.train):
+            raise DataError(
+                f"source '{source.name}': no document is left to train on ({assignment.num_duplicates} are copies of "
+                f"other sources' documents, {assignment.num_held_out_copies} are held out by other sources)."
+            )
+    held = {source.name: len(a.held_out) for source, a in zip(mix.sources, assignments, strict=True)}
+    for domain in mix.guard_domains():
+        if not sum(held[name] for name in domain.sources):
+            raise DataError(
+                f"guard domain '{domain.name}': no document is held out. Its sources ({', '.join(domain.sources)}) "
+                "need at least two different documents each."
+            )
 
 
 def _store(directory: Path, mix: MixConfig, source: SourceConfig, progress: bool) -> _Stored:

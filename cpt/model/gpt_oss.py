@@ -179,8 +179,8 @@ def materialise(model: GptOssForCPT, device: torch.device) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             real = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             module.register_parameter(name, nn.Parameter(real, requires_grad=parameter.requires_grad))
-        if isinstance(module, ExpertParallelMLP):
-            module.mark_experts()
+    for layer in model.model.layers:
+        layer.mlp.mark_experts()
     model.model.rotary_emb = GptOssRotaryEmbedding(config=model.config).to(device)
 
 

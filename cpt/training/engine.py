@@ -75,6 +75,14 @@ def _optimizer(model: GptOssForCPT, train: TrainSection, config: dict[str, Any])
     return torch.optim.AdamW(groups, fused=model.device.type == "cuda", **settings)
 
 
+def _check_expert_marks(model: GptOssForCPT) -> None:
+    """Without the marks ZeRO-3 trains different experts as if they were replicas, and says nothing."""
+    for name, parameter in model.named_parameters():
+        expert = ".mlp.experts." in name
+        if expert != deepspeed_internals.is_expert(parameter):
+            raise InternalError(f"{name} {'lacks' if expert else 'has'} the marks of an expert parameter.")
+
+
 class TrainingEngine:
     """A patched model in a DeepSpeed engine, with the attention kernel and the exchanges it was built for."""
 
@@ -82,6 +90,7 @@ class TrainingEngine:
         if config.model.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
+        _check_expert_marks(model)
         self.topology = topology
         self._sequence_parallel = Ulysses(topology) if topology.sp_size > 1 else None
         self._kernel = kernel

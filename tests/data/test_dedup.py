@@ -42,9 +42,7 @@ def test_a_single_document_is_trained_on_unless_all_are_held_out() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(st.sets(st.integers(0, 30)), st.sampled_from([0.0, 0.1, 0.5, 1.0])), min_size=1, max_size=5)
-)
+@given(st.lists(st.tuples(st.sets(st.integers(0, 30)), st.sampled_from([0.0, 0.1, 0.5, 1.0])), min_size=1, max_size=5))
 def test_every_text_has_exactly_one_fate_across_sources(sources: list[tuple[set[int], float]]) -> None:
     names = [sorted(texts) for texts, _ in sources]
     assigned = assign([as_array(hashes_of(*texts)) for texts in names], [share for _, share in sources])

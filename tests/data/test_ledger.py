@@ -7,10 +7,10 @@ import json
 from typing import Any
 
 import pytest
-from conftest import MakeMix, make_texts
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.ledger import Ledger, mix_hash
+from tests.data.inputs import MakeMix, make_texts
 
 
 def test_a_run_starts_with_one_segment_at_step_0(make_mix: MakeMix) -> None:
@@ -54,5 +54,6 @@ def test_mix_hash_sees_every_setting_but_not_where_the_files_are(make_mix: MakeM
     base = make_mix(texts)
     assert mix_hash(make_mix(texts, folder="elsewhere")) == mix_hash(base)
     assert mix_hash(make_mix(texts, weights={"ja": 0.4, "en": 0.6})) != mix_hash(base)
-    for name, value in {"seed": 8, "seq_len": 64, "max_reject_share": 0.1}.items():
-        assert mix_hash(dataclasses.replace(base, **{name: value})) != mix_hash(base)
+    changes: list[dict[str, Any]] = [{"seed": 8}, {"seq_len": 64}, {"max_reject_share": 0.1}]
+    for change in changes:
+        assert mix_hash(dataclasses.replace(base, **change)) != mix_hash(base)

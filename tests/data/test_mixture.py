@@ -67,12 +67,15 @@ def test_every_prefix_is_within_one_packed_row_of_every_target(mix: tuple[Rows, 
     assert worst_deviation(*mix, count=400) <= 1 + 1e-9
 
 
-def test_many_small_sources_beside_a_large_one_stay_within_one_row() -> None:
-    # the case in which picking the largest deficit falls behind by more than a row
-    weights = [0.3, *[0.7 / (i + 2) for i in range(14)]]
-    weights = [weight / sum(weights) for weight in weights]
-    rows = Rows({f"s{i}": [4096] * 5 for i in range(15)})
-    assert worst_deviation(rows, weights, 50_000) <= 1
+def test_a_large_source_beside_small_ones_stays_within_one_row_where_largest_deficit_does_not() -> None:
+    weights = [0.855, 0.093, 0.048, 0.004]
+    rows = Rows({f"s{i}": [4096] * 5 for i in range(4)})
+    assert worst_deviation(rows, weights, 2000) <= 1
+    chosen, worst = np.zeros(4), 0.0
+    for count in range(2000):
+        chosen[np.argmax(np.array(weights) * count - chosen)] += 1
+        worst = max(worst, float(np.abs(np.array(weights) * (count + 1) - chosen).max()))
+    assert worst > 1.4
 
 
 def test_long_japanese_and_short_english_rows_share_tokens_equally() -> None:
@@ -167,7 +170,7 @@ def test_a_weight_on_nothing_is_refused() -> None:
         Mixture(Rows({"a": [1], "b": [1]}), Ledger((segment({"a": 0.5, "c": 0.5}),)), 0)
 
 
-def test_a_jump_of_a_billion_tokens_takes_seconds_at_most() -> None:
+def test_a_jump_over_a_billion_tokens_takes_less_than_three_seconds() -> None:
     rows = some_rows({f"s{i}": 3000 for i in range(8)}, seq_len=8192)
     mixture = Mixture(rows, Ledger((segment({f"s{i}": 0.125 for i in range(8)}),)), 0)
     start = time.perf_counter()

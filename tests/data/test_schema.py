@@ -189,8 +189,9 @@ def test_holding_out_everything_needs_weight_0(folder: Path) -> None:
 
 
 def test_guard_domain_over_unknown_or_unheld_source_is_refused(folder: Path) -> None:
-    assert "guard.domains[0].sources[0] is 'ja_wb', which is no source. Did you mean 'ja_web'?" in (
-        changed(folder, "[ja_web]", "[ja_wb]")[0]
+    assert (
+        "guard.domains[0].sources[0] is 'ja_wb', which is no source. Did you mean 'ja_web'?"
+        in (changed(folder, "[ja_web]", "[ja_wb]")[0])
     )
     assert "which holds out nothing" in changed(folder, "[ja_web]", "[en_web]")[0]
 

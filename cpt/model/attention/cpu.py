@@ -53,6 +53,7 @@ class Span:
         return x[:, self.start : self.end]
 
 
+@dataclass(frozen=True, slots=True)
 class CpuKernel:
     """The `cpt.model.attention.function.Kernel` of CPU tensors."""
 

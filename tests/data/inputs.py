@@ -1,0 +1,30 @@
+"""Texts and files that the data tests share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data_pipeline.schema import MixConfig
+
+WORDS = ("river", "stone", "lamp", "seven", "quiet", "market", "\u6c34", "\u5c71\u9053", "\u304a\u8336", "\u65e5\u8a18")
+MakeMix = Callable[..., MixConfig]
+
+
+def make_texts(count: int, salt: str, mean_words: int = 40) -> list[str]:
+    """Different texts of different lengths, always the same ones."""
+    texts = []
+    for number in range(count):
+        length = 1 + (number * 7919 + len(salt) * 31) % (2 * mean_words)
+        words = (WORDS[(number * 31 + i * i + len(salt)) % len(WORDS)] for i in range(length))
+        texts.append(f"{salt} {number}: " + " ".join(words))
+    return texts
+
+
+def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
+    """One record per text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"id": str(number), "title": "t", "text": text}) for number, text in enumerate(texts))
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
