@@ -97,7 +97,14 @@ class TrainSection:
     """CPU threads per process; default: cores / processes on this node."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        at_least = {"seq_len": 2, "global_batch_size": 1, "total_steps": 0, "warmup_steps": 0, "decay_steps": 0, "seed": 0}
+        at_least = {
+            "seq_len": 2,
+            "global_batch_size": 1,
+            "total_steps": 0,
+            "warmup_steps": 0,
+            "decay_steps": 0,
+            "seed": 0,
+        }
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 yield name, f"is {getattr(self, name)}, must be >= {least}."
@@ -116,10 +123,9 @@ class TrainSection:
             yield "micro_batch_size", f"is {self.micro_batch_size}, must be >= 1."
         if self.stop_at_step is not None and not 1 <= self.stop_at_step <= self.total_steps:
             yield "stop_at_step", f"is {self.stop_at_step}, must be between 1 and total_steps ({self.total_steps})."
-        if self.warmup_steps + self.decay_steps > self.total_steps > 0:
-            yield "warmup_steps", (
-                f"+ decay_steps is {self.warmup_steps + self.decay_steps}, more than total_steps ({self.total_steps})."
-            )
+        shaped_steps = self.warmup_steps + self.decay_steps
+        if shaped_steps > self.total_steps > 0:
+            yield "warmup_steps", f"+ decay_steps is {shaped_steps}, more than total_steps ({self.total_steps})."
         if self.decay_steps and self.schedule != "wsd":
             yield "decay_steps", f"is {self.decay_steps}, but only schedule: wsd has one; remove it."
 
@@ -134,14 +140,14 @@ class GuardSection:
     """Steps between measurements; 0: only before step 0 and at the end."""
     tolerance_percent: float = 1.0
     """Rise of bits per byte over the untouched model that is worth a warning, per domain."""
-    max_rows: int = 64
-    """Packed rows scored per domain; documents that lie in them as a whole count."""
+    max_documents: int = 256
+    """Documents scored per domain, each as a whole."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.interval_steps < 0:
             yield "interval_steps", f"is {self.interval_steps}, must be >= 0."
-        if self.max_rows < 1:
-            yield "max_rows", f"is {self.max_rows}, must be >= 1."
+        if self.max_documents < 1:
+            yield "max_documents", f"is {self.max_documents}, must be >= 1."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -399,7 +405,9 @@ class _Resolver:
         rules = {
             f"the world size {self.launch.world_size}": lambda n: self.launch.world_size % n == 0,
             f"the {heads} query heads": lambda n: heads % n == 0,
-            f"(or is not a multiple of) the {kv_heads} key/value heads": lambda n: kv_heads % n == 0 or n % kv_heads == 0,
+            f"(or is not a multiple of) the {kv_heads} key/value heads": lambda n: (
+                kv_heads % n == 0 or n % kv_heads == 0
+            ),
             f"train.seq_len {self.run.train.seq_len}": lambda n: self.run.train.seq_len % n == 0,
         }
         return self._choose("sequence_parallel_size", self.json.get("sequence_parallel_size", 1), rules)
@@ -474,9 +482,8 @@ class _Resolver:
             )
         self._check_optimizer()
         if train.seq_len > self.model.max_position_embeddings:
-            self.problems.append(
-                f"train.seq_len={train.seq_len} is more than the model's {self.model.max_position_embeddings} positions."
-            )
+            limit = self.model.max_position_embeddings
+            self.problems.append(f"train.seq_len={train.seq_len} is more than the model's {limit} positions.")
 
     def _check_optimizer(self) -> None:
         """An `optimizer` block is welcome as long as it says what the run YAML says."""

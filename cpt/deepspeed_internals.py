@@ -13,6 +13,7 @@ runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py, utils/groups.py, utils/te
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,15 @@ def init_distributed(device: torch.device) -> None:
     """
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise ConfigError(
+            f"port {port} is in use by another process. Give another: deepspeed --master_port N ..."
+        ) from error
 
 
 def expert_group_name(ep_size: int) -> str:

@@ -1,6 +1,6 @@
 """A validated configuration -> everything the training loop needs, in the order in which it can fail cheaply.
 
-    data (built by rank 0 if missing and small) -> mix ledger -> model -> engine -> checkpoint -> guard, telemetry
+data (built by rank 0 if missing and small) -> mix ledger -> model -> engine -> checkpoint -> guard, telemetry
 """
 
 from __future__ import annotations

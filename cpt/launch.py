@@ -19,7 +19,7 @@ from cpt.errors import ConfigError, StorageError
 from cpt.job import Job, assemble
 from cpt.model.weights import load_config
 from cpt.parallel.agreement import on_first_rank
-from cpt.parallel.topology import Topology, create_topology
+from cpt.parallel.topology import create_topology
 from cpt.state.checkpoint import list_steps, step_folder
 from cpt.state.export import export_checkpoint
 from cpt.state.stop import StopRequest
@@ -146,10 +146,9 @@ def finish(job: Job) -> None:
     where = {"metrics": job.run_dir / "metrics.jsonl", "checkpoint": last}
     if job.config.telemetry.export_at_end:
         out = job.run_dir / "export" / last.name
-        on_first_rank(job.topology.control_group, lambda: str(export_checkpoint(last, out, "bf16")))
+        if not on_first_rank(job.topology.control_group, out.exists):
+            on_first_rank(job.topology.control_group, lambda: str(export_checkpoint(last, out, "bf16")))
         where["export"] = out
     if job.topology.rank == 0:
         lines = [f"  {name:<12}{path}" for name, path in where.items()]
         print("\n".join([f"\ndone: {job.progress.step} steps, {job.progress.tokens} tokens", *lines]), flush=True)
-
-

@@ -25,7 +25,9 @@ def train(job: Job) -> None:
     """
     settings, progress = job.config.train, job.progress
     last_step = settings.stop_at_step if settings.stop_at_step is not None else settings.total_steps
-    if job.guard is not None and progress.step == 0:
+    if progress.step >= last_step > 0:
+        return
+    if job.guard is not None and progress.step == 0 < last_step:
         job.guard.measure(0, job.engine, job.telemetry)
     with tqdm(total=last_step, initial=progress.step, unit="step", disable=job.topology.rank != 0) as bar:
         while progress.step < last_step:
@@ -102,7 +104,9 @@ def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "loss_by_source": {name: nll / count for name, nll, count in by_source if count},
-        "loss_by_language": {name: nll / tokens_by_language[name] for name, nll in nll_by_language.items() if tokens_by_language[name]},
+        "loss_by_language": {
+            name: nll_by_language[name] / count for name, count in tokens_by_language.items() if count
+        },
         "tokens_by_source": {name: count for name, _, count in by_source},
         "bytes_sent": result.bytes_sent,
     }

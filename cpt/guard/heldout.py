@@ -18,7 +18,7 @@ import numpy as np
 from cpt.config import RunConfig
 from cpt.errors import ConfigError
 from cpt.guard.policy import judge
-from cpt.guard.score import DomainScore, score_domain
+from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.telemetry.metrics import Telemetry
@@ -32,7 +32,8 @@ class Guard:
     """Held-out domains and the scores of the untouched model on them."""
 
     def __init__(self, data: BuiltData, config: RunConfig, topology: Topology, run_dir: Path) -> None:
-        self._domains, self._config, self._topology = data.held_out, config, topology
+        self._config, self._topology = config, topology
+        self._domains = [ScoredSet(domain, config.guard.max_documents) for domain in data.held_out if domain.num_rows]
         self._fingerprint = data.manifest.fingerprint
         self._file = run_dir / "guard" / "baseline.json"
         self._baseline: dict[str, DomainScore] = {}
@@ -62,7 +63,9 @@ class Guard:
             name: {"language": score.language, "nats": score.nats.tolist(), "bytes": score.bytes.tolist()}
             for name, score in scores.items()
         }
-        on_first_rank(self._topology.control_group, lambda: self._write({"fingerprint": self._fingerprint, "domains": plain}))
+        on_first_rank(
+            self._topology.control_group, lambda: self._write({"fingerprint": self._fingerprint, "domains": plain})
+        )
         return scores
 
     def _write(self, content: dict[str, Any]) -> None:
@@ -83,7 +86,9 @@ class Guard:
             return None
         stored = json.loads(text)
         if stored["fingerprint"] != self._fingerprint or stored["domains"].keys() != {d.name for d in self._domains}:
-            raise ConfigError(f"{self._file} was measured on other held-out text than this data holds. Use a new --run_dir.")
+            raise ConfigError(
+                f"{self._file} was measured on other held-out text than this data holds. Use a new --run_dir."
+            )
         return {
             name: DomainScore(
                 name=name,

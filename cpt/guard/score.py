@@ -10,7 +10,6 @@ byte divides by ln 2 and its UTF-8 bytes, which makes domains and tokenizers com
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,15 +50,22 @@ def bits_per_byte(nats: Floats, num_bytes: Floats) -> float:
     return float(nats.sum() / math.log(2) / num_bytes.sum())
 
 
-def score_domain(
-    domain: HeldOutSet, engine: TrainingEngine, topology: Topology, config: RunConfig
-) -> DomainScore:
-    """Score the first `guard.max_rows` rows of a domain; all ranks call it together and get the same numbers."""
-    num_rows = min(domain.num_rows, config.guard.max_rows)
-    rows = [domain.read_row(index) for index in range(num_rows)]
-    nats = torch.zeros(domain.num_documents, dtype=torch.float64)
+class ScoredSet:
+    """The documents of a held-out domain that are scored, and the packed rows they lie in."""
+
+    def __init__(self, domain: HeldOutSet, max_documents: int) -> None:
+        self.name, self.language = domain.name, domain.language
+        self.num_documents = min(domain.num_documents, max_documents)
+        self.document_bytes = np.asarray(domain.document_bytes[: self.num_documents], dtype=np.float64)
+        rows = (domain.read_row(index) for index in range(domain.num_rows))
+        self.rows = [row for row in rows if (row.documents < self.num_documents).any()]
+
+
+def score_domain(domain: ScoredSet, engine: TrainingEngine, topology: Topology, config: RunConfig) -> DomainScore:
+    """Score a domain; all ranks call it together and get the same numbers."""
+    nats = torch.zeros(1 + max(int(row.documents.max()) for row in domain.rows), dtype=torch.float64)
     per_pass = topology.dp_size * config.micro_batch_size
-    padded = rows + [filler_row(config.train.seq_len)] * (-num_rows % per_pass)
+    padded = domain.rows + [filler_row(config.train.seq_len)] * (-len(domain.rows) % per_pass)
     for first in range(0, len(padded), per_pass):
         start = first + topology.dp_rank * config.micro_batch_size
         mine = padded[start : start + config.micro_batch_size]
@@ -67,13 +73,8 @@ def score_domain(
         for losses_S, row in zip(losses_BS, mine, strict=True):
             _add_by_document(nats, losses_S, row, topology)
     dist.all_reduce(nats, group=topology.control_group)
-    whole = _documents_within(rows, domain.num_documents, [domain.read_row(i) for i in range(num_rows, domain.num_rows)])
-    return DomainScore(
-        name=domain.name,
-        language=domain.language,
-        nats=nats.numpy()[whole],
-        bytes=np.asarray(domain.document_bytes, dtype=np.float64)[whole],
-    )
+    scored = nats[: domain.num_documents].numpy()
+    return DomainScore(name=domain.name, language=domain.language, nats=scored, bytes=domain.document_bytes)
 
 
 def _add_by_document(nats: torch.Tensor, losses_S: torch.Tensor, row: PackedRow, topology: Topology) -> None:
@@ -83,13 +84,3 @@ def _add_by_document(nats: torch.Tensor, losses_S: torch.Tensor, row: PackedRow,
     document_of_token = torch.from_numpy(np.repeat(row.documents, lengths))
     mine = document_of_token[topology.sp_rank * local : (topology.sp_rank + 1) * local]
     nats.index_add_(0, mine, losses_S[: mine.numel()])
-
-
-def _documents_within(scored: Sequence[PackedRow], num_documents: int, rest: Sequence[PackedRow]) -> npt.NDArray[np.bool_]:
-    """Documents all of whose pieces are in the scored rows."""
-    within = np.zeros(num_documents, dtype=bool)
-    for row in scored:
-        within[row.documents] = True
-    for row in rest:
-        within[row.documents] = False
-    return within

@@ -78,9 +78,7 @@ class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
         self.ep_group = topology.ep_group
         self.traffic = topology.traffic
         self.router = source.router
-        self.experts = LocalExperts(
-            source.experts, topology.ep_rank * self.num_local_experts, self.num_local_experts
-        )
+        self.experts = LocalExperts(source.experts, topology.ep_rank * self.num_local_experts, self.num_local_experts)
 
     def mark_experts(self) -> None:
         """Mark the expert parameters for DeepSpeed; materialising or loading weights loses the marks."""

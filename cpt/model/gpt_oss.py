@@ -170,7 +170,9 @@ def patch(model: GptOssForCPT, topology: Topology) -> PatchReport:
 def skeleton(config: GptOssConfig, dtype: torch.dtype) -> GptOssForCPT:
     """The unpatched model on the meta device."""
     with torch.device("meta"):
-        return GptOssForCPT(config).to(dtype)
+        model = GptOssForCPT(config)
+    nn.Module.to(model, dtype)
+    return model
 
 
 def materialise(model: GptOssForCPT, device: torch.device) -> None:

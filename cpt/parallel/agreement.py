@@ -28,9 +28,7 @@ def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
     padded[: data.numel()] = data
     parts = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(parts, padded, group=group)
-    return [
-        json.loads(part[: int(size)].numpy().tobytes().decode()) for part, size in zip(parts, sizes, strict=True)
-    ]
+    return [json.loads(part[: int(size)].numpy().tobytes().decode()) for part, size in zip(parts, sizes, strict=True)]
 
 
 def together(group: dist.ProcessGroup, action: Callable[[], T]) -> T:

@@ -233,7 +233,7 @@ def find_checkpoint(run_dir: Path, resume: str) -> tuple[int | None, list[str]]:
         CheckpointError: folders exist but none is good, or the asked-for step is not.
     """
     steps = list_steps(run_dir) if resume == "auto" else [int(resume)]
-    rejected = []
+    rejected: list[str] = []
     for step in steps:
         folder = step_folder(run_dir, step)
         try:
@@ -256,7 +256,7 @@ def load_checkpoint(run_dir: Path, engine: Any, topology: Topology, resume: str)
     Raises:
         CheckpointError: see `find_checkpoint`; or the checkpoint is of another model, naming the key.
     """
-    step, rejected = on_first_rank(topology.control_group, lambda: list(find_checkpoint(run_dir, resume)))
+    step, rejected = on_first_rank(topology.control_group, lambda: find_checkpoint(run_dir, resume))
     for reason in rejected:
         log.warning("checkpoint rejected: %s", reason)
     if step is None:
@@ -265,14 +265,14 @@ def load_checkpoint(run_dir: Path, engine: Any, topology: Topology, resume: str)
     manifest = read_manifest(folder)
     _compare(folder, manifest.tensors, tensor_records(engine, topology))
     ranges = flat_ranges(engine, topology)
-    together(topology.control_group, lambda: _read_ranges(folder, ranges))
+    together(topology.control_group, lambda: read_ranges(folder, ranges))
     deepspeed_internals.set_optimizer_step(engine, step)
     deepspeed_internals.publish_master_weights(engine)
     engine.global_steps = step
     return LoadedState(step=step, state=manifest.state, folder=folder, rejected=rejected)
 
 
-def _read_ranges(folder: Path, ranges: dict[str, FlatRange]) -> None:
+def read_ranges(folder: Path, ranges: dict[str, FlatRange]) -> None:
     """Fill ranges from a checkpoint; each process plans its own reads, nothing is sent."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -305,7 +305,7 @@ def read_weights(folder: Path, names: list[str], manifest: Manifest) -> dict[str
         f"master/{name}": FlatRange(tensor=tensor, offset=0, global_numel=tensor.numel())
         for name, tensor in flat.items()
     }
-    _read_ranges(folder, ranges)
+    read_ranges(folder, ranges)
     return {name: tensor.view(manifest.tensors[name].shape) for name, tensor in flat.items()}
 
 

@@ -25,7 +25,7 @@ class Telemetry:
     """Appends events to a file and hands them to trackers; without a file (ranks other than 0) it does nothing."""
 
     def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
-        self._file = open(path, "a", encoding="utf-8") if path else None
+        self._file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115 (lives as long as the run)
         self._trackers = trackers
 
     def log(self, event: dict[str, Any]) -> None:

@@ -11,15 +11,13 @@ from cpt.telemetry.metrics import Tracker
 
 def scalars(event: dict[str, Any]) -> dict[str, float]:
     """Flatten one event into named numbers: `train/loss`, `loss_by_language/ja`, `guard/english/bits_per_byte`."""
-    if event["event"] == "guard":
-        prefix, skipped = f"guard/{event['domain']}", ("event", "step", "domain")
-    else:
-        prefix, skipped = "train" if event["event"] == "step" else event["event"], ("event", "step")
+    kind = event["event"]
+    prefix = {"step": "train", "guard": f"guard/{event.get('domain')}"}.get(kind, kind)
     numbers: dict[str, float] = {}
     for key, value in event.items():
         if isinstance(value, dict):
             numbers.update({f"{key}/{name}": v for name, v in value.items() if isinstance(v, (int, float))})
-        elif isinstance(value, (int, float)) and key not in skipped:
+        elif isinstance(value, (int, float)) and key != "step":
             numbers[f"{prefix}/{key}"] = value
     return numbers
 

@@ -53,7 +53,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     gpt-oss stores an expert bias as a matrix (one row per expert), so names decide, not the number of axes.
     """
-    kept, decayed = [], []
+    kept: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         last = name.rsplit(".", 1)[-1]
         plain = last.endswith("bias") or last == "sinks" or "norm" in name
@@ -66,7 +67,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def _optimizer(model: GptOssForCPT, train: TrainSection, config: dict[str, Any]) -> torch.optim.Optimizer:
     groups = deepspeed_internals.separate_experts(parameter_groups(model, train.weight_decay))
-    settings = {"lr": train.lr, "betas": (train.beta1, train.beta2), "eps": train.eps}
+    settings: dict[str, Any] = {"lr": train.lr, "betas": (train.beta1, train.beta2), "eps": train.eps}
     offload = config["zero_optimization"].get("offload_optimizer", {}).get("device")
     if offload in ("cpu", "nvme"):
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles a kernel on import of its builder

@@ -18,6 +18,15 @@ WINDOW = 8
 PACKED = [list(range(11)) + list(range(20)) + [0] + list(range(5)), list(range(37))]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Waiting for one another costs threads more than work of these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def registered() -> None:
     assert register() == register() == "sink"
@@ -41,11 +50,11 @@ def tiny_config(**changes: Any) -> GptOssConfig:
     return GptOssConfig(**(sizes | changes))
 
 
-def tiny_model(attention: str, dtype: torch.dtype = torch.float64) -> GptOssForCausalLM:
-    """Build the same model with either attention; biases and sinks are far from 0 so that no error hides in them."""
+def tiny_model(attention: str, dtype: torch.dtype = torch.float64) -> Any:
+    """Build the same GptOssForCausalLM with either attention, no bias and no sink near 0, where errors would hide."""
     config = tiny_config()
     config._attn_implementation, config._experts_implementation = attention, "eager"
-    model = GptOssForCausalLM(config)
+    model: Any = GptOssForCausalLM(config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         spread = 1.0 if "sinks" in name else 0.3
@@ -71,11 +80,9 @@ def packed_batch() -> tuple[Tensor, Tensor]:
     return torch.randint(0, 97, position_ids.shape, generator=torch.Generator().manual_seed(1)), position_ids
 
 
-def loss_and_gradients(model: nn.Module, **inputs: Any) -> dict[str, Tensor]:
+def loss_and_gradients(model: Any, **inputs: Any) -> dict[str, Tensor]:
     input_ids, position_ids = packed_batch()
-    loss = model(
-        input_ids=input_ids, labels=input_ids, position_ids=position_ids, use_cache=False, **inputs
-    ).loss
+    loss = model(input_ids=input_ids, labels=input_ids, position_ids=position_ids, use_cache=False, **inputs).loss
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert len(gradients) == len(list(model.parameters()))
@@ -163,14 +170,16 @@ def test_every_way_to_name_the_attention_works(tmp_path: Path) -> None:
     model = tiny_model("sink", torch.float32)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sink")
-    built = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation="sink")
+    built = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation="sink")  # type: ignore[no-untyped-call]
     built.load_state_dict(model.state_dict())
     switched = tiny_model("eager", torch.float32)
     switched.set_attn_implementation("sink")
     want = model(input_ids, position_ids=position_ids, use_cache=False).logits
     for other in (loaded, built, switched):
         assert other.config._attn_implementation == "sink"
-        assert torch.equal(other(input_ids, position_ids=position_ids, use_cache=False).logits, want)
+        got = other(input_ids, position_ids=position_ids, use_cache=False).logits
+        # The experts of the first two sum in another order, as transformers' default differs from `tiny_model`.
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prompt_tokens", [3, 13], ids=["prompt within the window", "prompt beyond the window"])
@@ -226,7 +235,10 @@ def call(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, **changes: Any) -> Tens
 def _refusals() -> Iterator[tuple[Callable[[], Tensor], str]]:
     q, k, v = qkv()
     one_row = PackedRows.from_bounds([(0, 6)], 6)
-    yield lambda: call(q, k, v, attention_mask=torch.zeros(1, 1, 6, 6)), r"takes no mask, got one of shape \(1, 1, 6, 6\)"
+    yield (
+        lambda: call(q, k, v, attention_mask=torch.zeros(1, 1, 6, 6)),
+        r"takes no mask, got one of shape \(1, 1, 6, 6\)",
+    )
     yield lambda: call(q, k, v, dropout=0.1), "attention dropout is 0.1, must be 0"
     yield lambda: call(q, k, v, s_aux=None), "needs the sinks"
     yield lambda: call(q, k, v, s_aux=torch.zeros(4)), r"sinks have shape \(4,\), must be \(8,\)"
