@@ -70,7 +70,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _checkpoint_folder(run_dir: Path, step: int | None) -> Path:
-    from cpt.state.checkpoint import find_checkpoint, step_folder
+    from cpt.state.stored import find_checkpoint, step_folder
 
     if not run_dir.is_dir():
         raise ConfigError(f"--run_dir {run_dir} does not exist.")

@@ -20,9 +20,9 @@ from cpt.job import Job, assemble
 from cpt.model.weights import load_config
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import create_topology
-from cpt.state.checkpoint import list_steps, step_folder
 from cpt.state.export import export_checkpoint
 from cpt.state.stop import StopRequest
+from cpt.state.stored import list_steps, step_folder
 from cpt.train import train
 
 log = logging.getLogger("cpt")

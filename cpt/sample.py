@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.errors import ConfigError
-from cpt.state.checkpoint import read_weights
 from cpt.state.manifest import read_manifest
+from cpt.state.stored import read_weights
 from data_pipeline.tokenizer import END_OF_TEXT, decode, encode
 
 STOP_IDS = [200_002, END_OF_TEXT, 200_012]

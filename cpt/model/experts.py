@@ -21,10 +21,9 @@ import torch.distributed as dist
 from torch import nn
 
 from cpt.deepspeed_internals import ExpertLayerBase, expert_group_name, mark_expert
+from cpt.model.hf_layout import EXPERT_TENSORS
 from cpt.parallel.exchange import all_to_all
 from cpt.parallel.topology import Topology
-
-EXPERT_TENSORS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 
 class LocalExperts(nn.Module):

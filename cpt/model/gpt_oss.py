@@ -26,7 +26,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 )
 
 from cpt.model import attention
-from cpt.model.experts import EXPERT_TENSORS, ExpertParallelMLP
+from cpt.model.experts import ExpertParallelMLP
+from cpt.model.hf_layout import EXPERT_TENSORS
 from cpt.model.loss_head import LossHead
 from cpt.parallel.topology import Topology
 

@@ -15,10 +15,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
-from cpt.model.experts import EXPERT_TENSORS
 from cpt.model.gpt_oss import PRESETS, GptOssForCPT
-
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+from cpt.model.hf_layout import INDEX_FILE, SINGLE_FILE, is_expert_name
 
 
 def load_config(path: Path | None, preset: str | None) -> GptOssConfig:
@@ -78,13 +76,9 @@ def expected_shapes(model: GptOssForCPT) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor, whatever part of it this rank holds."""
     num_experts = model.config.num_local_experts
     return {
-        name: (num_experts, *parameter.shape[1:]) if _is_expert_name(name) else tuple(parameter.shape)
+        name: (num_experts, *parameter.shape[1:]) if is_expert_name(name) else tuple(parameter.shape)
         for name, parameter in model.named_parameters()
     }
-
-
-def _is_expert_name(name: str) -> bool:
-    return ".experts." in name and name.rsplit(".", 1)[1] in EXPERT_TENSORS
 
 
 def check_directory(path: Path, model: GptOssForCPT) -> dict[str, Path]:
@@ -128,7 +122,7 @@ def fill_from_directory(model: GptOssForCPT, path: Path) -> None:
         with _open(file) as opened:
             for name in sorted(name for name, where in files.items() if where == file):
                 target = parameters[name]
-                if _is_expert_name(name):
+                if is_expert_name(name):
                     value = opened.get_slice(name)[first_expert : first_expert + target.shape[0]]
                 else:
                     value = opened.get_tensor(name)

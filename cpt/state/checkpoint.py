@@ -14,20 +14,18 @@ import re
 import shutil
 import warnings
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import transformers
 
 from cpt import deepspeed_internals
 from cpt.errors import CheckpointError, StorageError
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
-from cpt.state.flat_planner import FlatLoadPlanner, FlatRange, FlatSavePlanner
+from cpt.state.flat_planner import FlatRange, FlatSavePlanner
 from cpt.state.manifest import (
     MANIFEST,
     FileRecord,
@@ -36,13 +34,11 @@ from cpt.state.manifest import (
     read_manifest,
     record_file,
     sync_folder,
-    verify_files,
     write_manifest,
 )
+from cpt.state.stored import PARTS, find_checkpoint, list_steps, read_ranges, step_folder
 
 log = logging.getLogger("cpt.checkpoint")
-PARTS = ("master", *deepspeed_internals.MOMENTS)
-_STEP_FOLDER = re.compile(r"step-(\d{8})")
 _OWN_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
 
@@ -58,18 +54,6 @@ class LoadedState:
     """Where it came from."""
     rejected: list[str]
     """Newer directories that were passed over, each with its reason."""
-
-
-def step_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
-def list_steps(run_dir: Path) -> list[int]:
-    """Steps that have a folder, newest first, complete or not."""
-    parent = run_dir / "checkpoints"
-    found = [_STEP_FOLDER.fullmatch(entry.name) for entry in parent.iterdir()] if parent.is_dir() else []
-    return sorted((int(match.group(1)) for match in found if match), reverse=True)
 
 
 def flat_ranges(engine: Any, topology: Topology) -> dict[str, FlatRange]:
@@ -153,12 +137,8 @@ def save_checkpoint(
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "transformers": transformers.__version__,
-    }
+    packages = ("torch", "deepspeed", "transformers")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _prepare(run_dir: Path, temporary: Path, topology: Topology, engine: Any) -> None:
@@ -222,31 +202,6 @@ def prune(run_dir: Path, keep_last: int, *, keep: int) -> None:
             warnings.warn(f"could not delete {folder}: {error.strerror}", stacklevel=2)
 
 
-def find_checkpoint(run_dir: Path, resume: str) -> tuple[int | None, list[str]]:
-    """The step to resume from, verified, and the reasons of those passed over; only rank 0 calls this.
-
-    Args:
-        run_dir: The run directory.
-        resume: `auto` (newest verified, None if there is no folder at all) or a step number.
-
-    Raises:
-        CheckpointError: folders exist but none is good, or the asked-for step is not.
-    """
-    steps = list_steps(run_dir) if resume == "auto" else [int(resume)]
-    rejected: list[str] = []
-    for step in steps:
-        folder = step_folder(run_dir, step)
-        try:
-            verify_files(folder, read_manifest(folder))
-            return step, rejected
-        except CheckpointError as error:
-            rejected.append(str(error))
-    if rejected:
-        advice = "Training does not restart at step 0 by itself: --resume never starts a fresh run beside the old one."
-        raise CheckpointError("\n".join(["no usable checkpoint:", *rejected, advice]))
-    return None, []
-
-
 def load_checkpoint(run_dir: Path, engine: Any, topology: Topology, resume: str) -> LoadedState | None:
     """Restore weights and optimizer state of a run; all ranks call it together.
 
@@ -272,13 +227,6 @@ def load_checkpoint(run_dir: Path, engine: Any, topology: Topology, resume: str)
     return LoadedState(step=step, state=manifest.state, folder=folder, rejected=rejected)
 
 
-def read_ranges(folder: Path, ranges: dict[str, FlatRange]) -> None:
-    """Fill ranges from a checkpoint; each process plans its own reads, nothing is sent."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(ranges, storage_reader=dcp.FileSystemReader(folder), planner=FlatLoadPlanner(), no_dist=True)
-
-
 def _compare(folder: Path, stored: dict[str, TensorRecord], wanted: dict[str, TensorRecord]) -> None:
     problems = [f"key '{name}' is missing." for name in sorted(wanted.keys() - stored.keys())]
     problems += [f"key '{name}' is unknown to this model." for name in sorted(stored.keys() - wanted.keys())]
@@ -290,25 +238,3 @@ def _compare(folder: Path, stored: dict[str, TensorRecord], wanted: dict[str, Te
             )
     if problems:
         raise CheckpointError(f"{folder.name} is of another model: " + " ".join(problems[:5]))
-
-
-def read_weights(folder: Path, names: list[str], manifest: Manifest) -> dict[str, torch.Tensor]:
-    """Read whole fp32 master weights of some parameters, in a single process, without the engine.
-
-    Args:
-        folder: A verified checkpoint.
-        names: Parameters to read; only these take memory.
-        manifest: The checkpoint's manifest.
-    """
-    flat = {name: torch.empty(_numel(manifest.tensors[name].shape), dtype=torch.float32) for name in names}
-    ranges = {
-        f"master/{name}": FlatRange(tensor=tensor, offset=0, global_numel=tensor.numel())
-        for name, tensor in flat.items()
-    }
-    read_ranges(folder, ranges)
-    return {name: tensor.view(manifest.tensors[name].shape) for name, tensor in flat.items()}
-
-
-def barrier(topology: Topology) -> None:
-    """Wait for all ranks."""
-    dist.barrier(group=topology.control_group)

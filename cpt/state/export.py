@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from cpt.errors import CheckpointError, ConfigError
-from cpt.model.weights import INDEX_FILE, SINGLE_FILE
-from cpt.state.checkpoint import read_weights
+from cpt.model.hf_layout import INDEX_FILE, SINGLE_FILE
 from cpt.state.hf_tokenizer import save_tokenizer
 from cpt.state.manifest import Manifest, read_manifest, verify_files
+from cpt.state.stored import read_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LARGEST_FILE_BYTES = 4 * 2**30
