@@ -1,0 +1,27 @@
+# The GPU image: CUDA with a compiler (DeepSpeed builds its operators at first use), the tested package set, no root.
+#   docker build -t gpt-oss-cpt .
+#   docker run --gpus all --shm-size=16g -v /data:/data gpt-oss-cpt deepspeed cpt/run.py --ds_config ...
+# Pin BASE by digest in production:  --build-arg BASE=nvidia/cuda@sha256:...
+ARG BASE=nvidia/cuda:13.0.1-devel-ubuntu24.04
+FROM ${BASE}
+
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3 python3-venv python3-dev build-essential ninja-build git pdsh \
+    && rm -rf /var/lib/apt/lists/*
+
+RUN python3 -m venv /opt/venv && useradd --create-home --uid 10001 cpt
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
+
+WORKDIR /opt/gpt-oss-cpt
+COPY constraints.txt setup.cfg pyproject.toml README.md ./
+COPY cpt cpt
+COPY data_pipeline data_pipeline
+RUN pip install --no-cache-dir -c constraints.txt torch \
+    && pip install --no-cache-dir -c constraints.txt -e '.[tensorboard]'
+# flash-attn compiles for half an hour and is an option, not a need:
+#   RUN pip install --no-cache-dir --no-build-isolation 'flash-attn>=2.8.3'
+COPY configs configs
+COPY ds_configs ds_configs
+
+USER cpt
+CMD ["deepspeed", "cpt/run.py", "--ds_config", "ds_configs/z3_ulysses.json", "--run_dir", "/tmp/run"]

@@ -1,0 +1,39 @@
+# make train | make test | make check | make bench.  Needs Python 3.11 or newer, make and a C compiler.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(abspath $(VENV)/bin)
+READY  := $(VENV)/.installed
+
+export PATH := $(BIN):$(PATH)
+
+.PHONY: train test check format bench install clean
+train: $(READY)
+	deepspeed cpt/run.py --ds_config ds_configs/z3_ulysses.json
+
+test: $(READY)
+	python -m pytest
+
+check: $(READY)
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: $(READY)
+	ruff check --fix .
+	ruff format .
+
+bench: $(READY)
+	for script in bench/*.py; do python $$script || exit 1; done
+
+install: $(READY)
+
+# torch goes first and pinned: a range, asked for by another package, would take another build
+$(READY): constraints.txt setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,tensorboard]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info

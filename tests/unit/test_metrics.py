@@ -1,0 +1,130 @@
+"""metrics.jsonl holds every event once, survives a crash, and reaches the trackers as named numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpt.telemetry.metrics import Telemetry, read_events
+from cpt.telemetry.trackers import scalars
+
+
+class Recorder:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.closed = 0
+
+    def log(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def step(number: int) -> dict[str, Any]:
+    return {"event": "step", "step": number, "loss": 1.5, "loss_by_source": {"ja_web": 1.25}}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+def write(path: Path, *events: dict[str, Any]) -> None:
+    telemetry = Telemetry(path)
+    for event in events:
+        telemetry.log(event)
+    telemetry.close()
+
+
+def test_events_come_back_as_they_were_logged(path: Path) -> None:
+    write(path, step(1), step(2))
+    assert read_events(path) == [step(1), step(2)]
+
+
+def test_event_is_in_the_file_before_the_next_one(path: Path) -> None:
+    telemetry = Telemetry(path)
+    telemetry.log(step(1))
+    assert read_events(path) == [step(1)]
+    telemetry.close()
+
+
+def test_every_event_is_one_line(path: Path) -> None:
+    write(path, {"event": "note", "text": "two\nlines \u2028 and more"}, step(1))
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_resumed_run_appends(path: Path) -> None:
+    write(path, step(1))
+    write(path, step(2))
+    assert read_events(path) == [step(1), step(2)]
+
+
+def test_cut_off_last_line_is_passed_over(path: Path) -> None:
+    write(path, step(1), step(2))
+    path.write_bytes(path.read_bytes()[:-9])
+    assert read_events(path) == [step(1)]
+
+
+def test_first_event_after_a_cut_off_line_is_not_lost(path: Path) -> None:
+    write(path, step(1), step(2))
+    path.write_bytes(path.read_bytes()[:-9])
+    write(path, step(2), step(3))
+    assert read_events(path) == [step(1), step(2), step(3)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_line_with_a_non_finite_number_is_still_json(path: Path, value: float) -> None:
+    """`NaN` and `Infinity` are Python's own; jq, pandas and JavaScript refuse the line."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    write(path, {**step(1), "grad_norm": value})
+    assert json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)["step"] == 1
+
+
+def test_rank_without_a_file_writes_and_shows_nothing() -> None:
+    recorder = Recorder()
+    telemetry = Telemetry(None, [recorder])
+    telemetry.log(step(1))
+    assert recorder.events == []
+
+
+def test_trackers_see_every_event(path: Path) -> None:
+    recorder = Recorder()
+    telemetry = Telemetry(path, [recorder])
+    telemetry.log(step(1))
+    telemetry.log(step(2))
+    telemetry.close()
+    assert recorder.events == [step(1), step(2)] and recorder.closed == 1
+
+
+def test_closing_twice_is_harmless(path: Path) -> None:
+    telemetry = Telemetry(path)
+    telemetry.close()
+    telemetry.close()
+    assert path.read_bytes() == b""
+
+
+def test_numbers_of_a_step_are_named_after_training() -> None:
+    assert scalars({"event": "step", "step": 3, "loss": 1.5, "lr": 1e-3}) == {"train/loss": 1.5, "train/lr": 1e-3}
+
+
+def test_maps_become_one_number_per_entry() -> None:
+    numbers = scalars({"event": "step", "step": 3, "loss_by_language": {"ja": 2.0, "en": 1.0}, "bytes_sent": {"halo": 4}})
+    assert numbers == {"loss_by_language/ja": 2.0, "loss_by_language/en": 1.0, "bytes_sent/halo": 4}
+
+
+def test_numbers_of_a_guard_measurement_are_named_after_its_domain() -> None:
+    event = {"event": "guard", "step": 3, "domain": "english", "language": "en", "bits_per_byte": 0.8, "action": "none"}
+    assert scalars(event) == {"guard/english/bits_per_byte": 0.8}
+
+
+def test_other_events_keep_their_own_name() -> None:
+    assert scalars({"event": "checkpoint", "step": 3, "path": "x", "seconds": 2.0}) == {"checkpoint/seconds": 2.0}
