@@ -28,18 +28,23 @@ import hashlib
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.jump import walk_blocks
 from data_pipeline.ledger import Ledger, Segment
 from data_pipeline.pack import Integers
 from data_pipeline.sources import splitmix64
 
 SNAPSHOT_ROWS = 1 << 14
 """Rows of the run between two snapshots; bounds the work of a step back."""
+JUMP_ROWS = 1 << 14
+"""Rows from which on `jump` beats the walk row by row."""
+MAX_JUMP_ROWS = 1 << 22
+"""Rows in one jump; bounds its memory."""
+_CURSOR_ROWS = 1 << 10
 
 
 class RowCounts(Protocol):
@@ -103,7 +108,7 @@ class Mixture:
                     raise ConfigError(f"mix ledger: source '{name}' is not in the build ({', '.join(self._names)}).")
                 if weight > 0 and not len(self._row_tokens[self._names.index(name)]):
                     raise DataError(f"source '{name}' has weight {weight:g} but no training rows.")
-        self._orders: OrderedDict[tuple[int, int], tuple[Integers, list[int]]] = OrderedDict()
+        self._orders: OrderedDict[tuple[int, int], tuple[Integers, Integers]] = OrderedDict()
         self._global_batch_size = 0
         self._snapshots: dict[int, Position] = {}
         self._snapshot_indices: list[int] = []
@@ -148,11 +153,58 @@ class Mixture:
         if start < self._latest[0] <= index:
             start, position = self._latest
         while start < index:
-            count = min(index - start, SNAPSHOT_ROWS - start % SNAPSHOT_ROWS)
+            segment, ends = self._segment_at(start)
+            stop = index if ends is None else min(index, ends)
+            position = self._enter(segment, start, position)
+            if stop - start >= JUMP_ROWS:
+                start, position = self._jump(position, segment, start, min(stop - start, MAX_JUMP_ROWS))
+            count = min(stop - start, SNAPSHOT_ROWS)
             position = self._advance(position, start, count, None)
             start += count
         self._latest = (index, position)
         return position
+
+    def _jump(self, position: Position, segment: Segment, index: int, count: int) -> tuple[int, Position]:
+        """(a row less than `count` after `index`, the position before it), as a walk row by row would find it."""
+        weights = self._weights(segment)
+        sources = sorted(weights, key=self._names.__getitem__)
+        cumulative = [self._cumulative(source, position, weights[source], count) for source in sources]
+        blocks = walk_blocks(cumulative, [weights[source] for source in sources], count)
+        if blocks is None:
+            return index, position
+        known, first_index = blocks.first[0], index
+        indices, positions = [], []
+        for number in range(len(blocks.first)):
+            begin, end = int(blocks.index[number]), int(blocks.index[number + 1])
+            drawn, given = list(position.drawn_rows), list(position.segment_tokens)
+            for source, values, rows in zip(sources, cumulative, known.tolist(), strict=True):
+                drawn[source] += rows
+                given[source] = int(values[rows])
+            indices.append(first_index + begin)
+            positions.append(Position(drawn_rows=tuple(drawn), segment_tokens=tuple(given)))
+            if (known == blocks.first[number]).all():
+                known = blocks.last[number]
+            else:
+                after = self._choose(positions[-1], segment, end - begin, None).drawn_rows
+                known = np.array([after[source] - position.drawn_rows[source] for source in sources])
+        where = bisect.bisect_right(self._snapshot_indices, index)
+        keep = [number for number, at in enumerate(indices) if at not in self._snapshots]
+        self._snapshot_indices[where:where] = [indices[number] for number in keep]
+        self._snapshots.update((indices[number], positions[number]) for number in keep)
+        return indices[-1], positions[-1]
+
+    def _cumulative(self, source: int, position: Position, weight: float, count: int) -> Integers:
+        """Tokens that a source has given, then after each further row, for `count` rows of the run and some more."""
+        longest = max(int(tokens.max(initial=0)) for tokens in self._row_tokens)
+        wanted = weight * (sum(position.segment_tokens) + (count + 64) * longest) + 64 * longest
+        epoch, place = divmod(position.drawn_rows[source], len(self._row_tokens[source]))
+        parts, total = [np.array([position.segment_tokens[source]], np.int64)], position.segment_tokens[source]
+        while total < wanted:
+            parts.append(self._order(source, epoch)[1][place:])
+            total += int(parts[-1].sum())
+            epoch, place = epoch + 1, 0
+        values = np.cumsum(np.concatenate(parts))
+        return values[: int(np.searchsorted(values, wanted)) + 2]
 
     def _note(self, index: int, position: Position) -> None:
         """Keep a snapshot if one is due."""
@@ -164,13 +216,18 @@ class Mixture:
         """Draw `count` rows from row `index` of the run on; `chosen` takes (source, rows drawn from it before)."""
         while count:
             segment, ends = self._segment_at(index)
-            if index == segment.start_step * self._global_batch_size:
-                position = dataclasses.replace(position, segment_tokens=self._origin().segment_tokens)
+            position = self._enter(segment, index, position)
             part = count if ends is None else min(count, ends - index)
             position = self._choose(position, segment, part, chosen)
             index += part
             count -= part
         self._note(index, position)
+        return position
+
+    def _enter(self, segment: Segment, index: int, position: Position) -> Position:
+        """`position`, with a new token account if `index` is the first row of the segment."""
+        if index == segment.start_step * self._global_batch_size:
+            return dataclasses.replace(position, segment_tokens=self._origin().segment_tokens)
         return position
 
     def _segment_at(self, index: int) -> tuple[Segment, int | None]:
@@ -213,13 +270,13 @@ class Mixture:
         total = math.fsum(segment.weights.values())
         return {self._names.index(name): weight / total for name, weight in segment.weights.items() if weight > 0}
 
-    def _order(self, source: int, epoch: int) -> tuple[Integers, list[int]]:
+    def _order(self, source: int, epoch: int) -> tuple[Integers, Integers]:
         """Row numbers of a source in the order of an epoch, and their predicted tokens."""
         key = (source, epoch)
         if key not in self._orders:
             tokens = self._row_tokens[source]
             rows = epoch_order(len(tokens), self._seed, self._names[source], epoch)
-            self._orders[key] = (rows, tokens[rows].tolist())
+            self._orders[key] = (rows, tokens[rows])
             while len(self._orders) > 3 * len(self._names):
                 self._orders.popitem(last=False)
         self._orders.move_to_end(key)
@@ -243,23 +300,28 @@ class _Cursor:
     def __init__(self, mixture: Mixture, source: int, drawn: int) -> None:
         self._mixture = mixture
         self._source = source
-        num_rows = len(mixture._row_tokens[source])
-        self._epoch, self._place = divmod(drawn, max(num_rows, 1))
-        self._tokens: Sequence[int] = mixture._order(source, self._epoch)[1] if num_rows else [0]
-        self.next_tokens = self._tokens[self._place]
+        self._num_rows = len(mixture._row_tokens[source])
+        self._next = drawn
+        self._tokens: list[int] = []
+        self._place = -1
+        self.next_tokens = 0
+        self.step()
 
     def step(self) -> None:
         """Go to the next row."""
         self._place += 1
-        if self._place == len(self._tokens):
-            self._epoch += 1
+        if self._place == len(self._tokens) and self._num_rows:
+            # a stretch of the epoch as a list: indexing an array item by item is several times slower
+            epoch, place = divmod(self._next, self._num_rows)
+            self._tokens = self._mixture._order(self._source, epoch)[1][place : place + _CURSOR_ROWS].tolist()
+            self._next += len(self._tokens)
             self._place = 0
-            self._tokens = self._mixture._order(self._source, self._epoch)[1]
-        self.next_tokens = self._tokens[self._place]
+        self.next_tokens = self._tokens[self._place] if self._num_rows else 0
 
 
 def epoch_order(num_rows: int, seed: int, source_name: str, epoch: int) -> Integers:
     """Row numbers in the order of one epoch: sorted by splitmix64(row ^ key), key from (seed, source, epoch)."""
     digest = hashlib.sha256(f"{seed}:{source_name}:{epoch}".encode()).digest()
     key = np.uint64(int.from_bytes(digest[:8], "little"))
-    return np.argsort(splitmix64(np.arange(num_rows, dtype=np.uint64) ^ key), kind="stable").astype(np.int64)
+    # splitmix64 is a bijection: no two keys are equal, so any sort gives the same order
+    return np.argsort(splitmix64(np.arange(num_rows, dtype=np.uint64) ^ key)).astype(np.int64)
