@@ -151,4 +151,6 @@ def finish(job: Job) -> None:
         where["export"] = out
     if job.topology.rank == 0:
         lines = [f"  {name:<12}{path}" for name, path in where.items()]
+        if job.guard is not None and job.guard.latest:
+            print(f"\n{job.guard.table()}", flush=True)
         print("\n".join([f"\ndone: {job.progress.step} steps, {job.progress.tokens} tokens", *lines]), flush=True)

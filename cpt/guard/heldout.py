@@ -17,7 +17,7 @@ import numpy as np
 
 from cpt.config import RunConfig
 from cpt.errors import ConfigError
-from cpt.guard.policy import judge
+from cpt.guard.policy import Judgement, judge
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
@@ -37,6 +37,8 @@ class Guard:
         self._fingerprint = data.manifest.fingerprint
         self._file = run_dir / "guard" / "baseline.json"
         self._baseline: dict[str, DomainScore] = {}
+        self.latest: dict[str, Judgement] = {}
+        """The last measurement of each domain."""
 
     def measure(self, step: int, engine: TrainingEngine, telemetry: Telemetry) -> None:
         """Score all domains, freeze or compare, and log one guard event per domain; all ranks call it together."""
@@ -45,6 +47,7 @@ class Guard:
             self._baseline = self._stored_baseline() or self._freeze(scores, step)
         for name, score in scores.items():
             verdict = judge(score, self._baseline[name], self._config.guard.tolerance_percent)
+            self.latest[name] = verdict
             event = {"event": "guard", "step": step, "domain": name, "language": score.language}
             telemetry.log({**event, "bits_per_byte": score.bits_per_byte, **asdict(verdict)})
             if verdict.action == "warn" and self._topology.rank == 0:
@@ -52,6 +55,17 @@ class Guard:
                     "held-out domain %s is %.2f %% worse than the untouched model (95 %% interval %.2f to %.2f).",
                     *(name, verdict.delta_percent, verdict.ci_low, verdict.ci_high),
                 )
+
+    def table(self) -> str:
+        """The last measurement for people: bits per byte of each domain, before and now."""
+        width = max(map(len, self.latest), default=0)
+        head = f"  {'held-out domain':<{max(width, 15)}}  untouched    now   change %  (95 % interval)"
+        rows = [
+            f"  {name:<{max(width, 15)}}  {v.baseline:9.3f}  {v.baseline * (1 + v.delta_percent / 100):5.3f}  "
+            f"{v.delta_percent:+9.2f}  ({v.ci_low:+.2f} to {v.ci_high:+.2f})  {'WARNING' if v.action == 'warn' else ''}".rstrip()
+            for name, v in self.latest.items()
+        ]
+        return "\n".join(["bits per byte", head, *rows])
 
     def _freeze(self, scores: dict[str, DomainScore], step: int) -> dict[str, DomainScore]:
         if step != 0:
