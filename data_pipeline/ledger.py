@@ -3,7 +3,9 @@
 Decisions
     A segment says from which step on which weights hold.  What is in the ledger never changes; an edit of the mix is
     one more segment, so the batches of past steps stay what they were.
-    A segment holds all that the choice of rows needs.  The hash of the mix is there to notice that somebody edited it.
+    A segment holds all that the choice of rows needs, and the settings of its mix, so that an edit can be shown.
+    Weights, limits, labels may be edited, sources added, and a source retired with weight 0.  The rows of a source that
+    was trained on may not change: places in it would mean other text, and rows would be lost or repeated.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from data_pipeline.changes import Settings, describe_changes, mix_settings
 from data_pipeline.errors import ConfigError
 from data_pipeline.schema import WEIGHT_SUM_TOLERANCE, MixConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_FIXED = ("seq_len", "seed")
+"""Settings that decide what a row is and in which order rows come: no edit may touch them (R5)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +39,10 @@ class Segment:
     """Epochs by source name; a source that is not here repeats without limit."""
     mix_hash: str
     """`mix_hash` of the mix that the weights come from."""
+    settings: Settings = dataclasses.field(default_factory=dict)
+    """`mix_settings` of that mix."""
+    rows: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Hash of the training rows by source name (`Manifest.row_hashes`)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,17 +64,17 @@ class Ledger:
                 raise ConfigError(f"mix ledger: weights from step {segment.start_step} are not shares that sum to 1.")
 
     @classmethod
-    def start(cls, mix: MixConfig) -> Ledger:
-        """The ledger of a new run."""
-        return cls((_segment(mix, 0),))
+    def start(cls, mix: MixConfig, rows: Mapping[str, str] | None = None) -> Ledger:
+        """The ledger of a new run; `rows` as in `Segment`."""
+        return cls((_segment(mix, 0, rows),))
 
-    def append(self, mix: MixConfig, start_step: int) -> Ledger:
+    def append(self, mix: MixConfig, start_step: int, rows: Mapping[str, str] | None = None) -> Ledger:
         """This ledger and one more segment.
 
         Raises:
             ConfigError: `start_step` is not after the start of the last segment.
         """
-        return Ledger((*self.segments, _segment(mix, start_step)))
+        return Ledger((*self.segments, _segment(mix, start_step, rows)))
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -91,18 +100,89 @@ class Ledger:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
+def resume_ledger(
+    stored: Mapping[str, Any],
+    mix: MixConfig,
+    next_step: int,
+    *,
+    accept_change: bool,
+    rows: Mapping[str, str] | None = None,
+) -> Ledger:
+    """The ledger to go on with: the stored one, or one segment longer if an edit of the mix is accepted.
+
+    Args:
+        stored: `Ledger.to_json` of the run so far.
+        mix: the mix as it is now.
+        next_step: the first step that is still to be done; an accepted edit starts there.
+        accept_change: the user agrees to go on with an edited mix.
+        rows: `Manifest.row_hashes` of the present build; None leaves out the check that no rows changed.
+
+    Raises:
+        ConfigError: the mix was edited and that was not accepted, with the edit line by line; or it was edited in a
+            way that would lose or repeat rows, which no flag allows.
+    """
+    ledger = Ledger.from_json(stored)
+    last = ledger.segments[-1]
+    if last.start_step > next_step:
+        raise ConfigError(f"mix ledger: its last segment starts at step {last.start_step}, after step {next_step}.")
+    _check_rows(ledger, mix, rows)
+    if mix_hash(mix) == last.mix_hash and (rows is None or rows.items() <= dict(last.rows).items()):
+        return ledger
+    changes = describe_changes(last.settings, mix_settings(mix))
+    if not accept_change:
+        raise ConfigError(
+            [
+                f"The data mix was edited since step {last.start_step} of this run:",
+                *(f"  {line}" for line in changes),
+                f"Change it back, or go on with the edited mix from step {next_step} on: "
+                "--set data.accept_mix_change=true",
+            ]
+        )
+    if last.start_step == next_step:
+        # no row was drawn from the last segment: the new one takes its place
+        ledger = Ledger(ledger.segments[:-1]) if len(ledger.segments) > 1 else Ledger.start(mix, rows)
+        return ledger if ledger.segments[-1].start_step == next_step else ledger.append(mix, next_step, rows)
+    return ledger.append(mix, next_step, rows)
+
+
 def mix_hash(mix: MixConfig) -> str:
     """Hex sha256 of the settings of a mix, paths aside: what the files hold is for `build.fingerprint` to notice."""
-    content = dataclasses.asdict(mix)
-    for source in content["sources"]:
-        del source["path"]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(mix_settings(mix), sort_keys=True).encode()).hexdigest()
 
 
-def _segment(mix: MixConfig, start_step: int) -> Segment:
+def _check_rows(ledger: Ledger, mix: MixConfig, rows: Mapping[str, str] | None) -> None:
+    """Nothing that past steps were drawn from is gone or other than it was."""
+    settings, problems = ledger.segments[-1].settings, []
+    for key in _FIXED:
+        if key in settings and settings[key] != getattr(mix, key):
+            problems.append(
+                f"{key}: was {settings[key]}, is {getattr(mix, key)}. It decides what past and future rows are: change "
+                "it back, or start another run with a new --run_dir."
+            )
+    names = [source.name for source in mix.sources]
+    drawn = {name for segment in ledger.segments for name, weight in segment.weights.items() if weight > 0}
+    for name in sorted(drawn):
+        known = next((s.rows[name] for s in reversed(ledger.segments) if name in s.rows), None)
+        if name not in names:
+            problems.append(
+                f"source '{name}' was trained on and is no longer in the mix. Keep it, with weight: 0, so that past "
+                "steps stay known."
+            )
+        elif rows is not None and known is not None and rows.get(name) != known:
+            problems.append(
+                f"source '{name}' was trained on and has other rows now: its text, or what decides its rows, was "
+                "changed. Change it back, and add new text as a source of its own after the others."
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _segment(mix: MixConfig, start_step: int, rows: Mapping[str, str] | None) -> Segment:
     return Segment(
         start_step=start_step,
         weights={source.name: source.weight for source in mix.sources},
         max_epochs={source.name: source.max_epochs for source in mix.sources if source.max_epochs is not None},
         mix_hash=mix_hash(mix),
+        settings=mix_settings(mix),
+        rows=dict(rows or {}),
     )

@@ -94,6 +94,15 @@ class Manifest:
         """Hex sha256 of the content; names the build."""
         return _checksum(self.content())
 
+    def row_hashes(self) -> dict[str, str]:
+        """Hex sha256, by source, over the files that its training rows come from."""
+        hashes = {}
+        for source in self.sources:
+            prefixes = (f"{source.name}/train/", f"{source.name}/documents")
+            files = sorted((name, entry.sha256) for name, entry in self.files.items() if name.startswith(prefixes))
+            hashes[source.name] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        return hashes
+
     def write(self, directory: Path) -> None:
         """Write `manifest.json`, atomically."""
         text = json.dumps({**self.content(), "checksum": self.hash}, indent=1, sort_keys=True)

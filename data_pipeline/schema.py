@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import math
 import re
-from collections import Counter
+import string
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from data_pipeline.strict_yaml import KeyPath, Reader, load_yaml, nearest
+from data_pipeline.strict_yaml import Reader, load_yaml, nearest
 
 LANGUAGES = (
     *("ja", "en", "code", "math", "parallel", "mixed"),
@@ -31,10 +30,18 @@ MAX_SEQ_LEN = 131_072
 """Tokens; the longest context that gpt-oss was trained for."""
 
 SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
-"""What `format: auto` reads a file as."""
+"""What `format: auto` reads a file as, once COMPRESSIONS is taken off its name."""
+COMPRESSIONS = (".gz", ".zst")
+"""Suffixes of compressed JSONL and text files."""
+FILE_FORMATS = ("auto", "jsonl", "parquet", "text")
+"""Formats whose `path` names files; that of the others is a folder, or there is none."""
 
 WEIGHT_SUM_TOLERANCE = 1e-6
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+Normalisation = Literal["newlines", "nfc", "nfkc", "width", "control", "spaces"]
+"""What may be done to a text; `clean` says what each step does, and what it destroys."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +55,26 @@ class SourceConfig:
     domain: str
     """Kind of text, free: web, encyclopedia, code."""
     path: str | tuple[str, ...] | None = None
-    """File, glob, or a list of them, relative to the YAML file; none for `format: mock`."""
-    format: Literal["auto", "jsonl", "parquet", "text", "mock"] = "auto"
-    """`auto` goes by the suffix; `text` is one document a file; `mock` is random tokens for speed tests."""
+    """File, glob, or a list of them, relative to the YAML file; a folder for `huggingface` and `build`."""
+    format: Literal["auto", "jsonl", "parquet", "text", "huggingface", "build", "mock"] = "auto"
+    """`auto` goes by the suffix; `text` is one document a file; `huggingface` a dataset, from the hub or saved on disk;
+    `build` the training documents of an earlier build; `mock` random tokens for speed tests."""
     text_field: str = "text"
-    """Key (JSONL) or column (Parquet) that holds the text."""
+    """Key (JSONL) or column (Parquet, datasets) that holds the text."""
+    template: str | None = None
+    """Text made of several fields, for example "{title}\n\n{body}"; replaces `text_field`."""
+    dataset: str | None = None
+    """Name on the Hugging Face hub, for `format: huggingface` without `path`."""
+    revision: str | None = None
+    """Commit of `dataset`: 40 hexadecimal digits, so that the text cannot change under the run."""
+    subset: str | None = None
+    """Configuration of `dataset`, if it has several."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    build_sources: tuple[str, ...] = ()
+    """Sources of an earlier build to take; empty: all of them."""
+    normalise: tuple[Normalisation, ...] = ()
+    """Steps done to each text, in the order of `clean.STEPS`; empty: the text is taken as it stands."""
     weight: float
     """Share of the predicted tokens, 0 to 1; all weights sum to 1."""
     held_out_share: float = 0.0
@@ -78,7 +100,44 @@ class SourceConfig:
             yield "held_out_share", "is 1, which leaves nothing to train on. Set weight: 0, or hold out less."
         if self.max_epochs is not None and self.max_epochs <= 0:
             yield "max_epochs", f"is {self.max_epochs:g}, must be above 0. Remove it to repeat without limit."
+        yield from self._check_text()
+        yield from self._check_place()
         yield from self._check_mock()
+
+    def _check_text(self) -> Iterator[tuple[str, str]]:
+        if self.template is not None:
+            try:
+                fields = template_fields(self.template)
+            except ValueError as error:
+                yield "template", f"is not a template: {error}. Write a brace that is text twice: {{{{."
+            else:
+                if not fields:
+                    yield "template", "names no field. Write fields in braces, for example: '{title}\\n{text}'."
+        if self.format in ("text", "build", "mock") and (self.template is not None or self.text_field != "text"):
+            key = "text_field" if self.template is None else "template"
+            yield key, f"is given, but format: {self.format} has no fields. Remove it."
+        if "nfc" in self.normalise and "nfkc" in self.normalise:
+            yield "normalise", "lists nfc and nfkc. Choose one."
+        if self.normalise and self.format == "mock":
+            yield "normalise", "is given, but format: mock has no text. Remove it."
+
+    def _check_place(self) -> Iterator[tuple[str, str]]:
+        hub = self.format == "huggingface" and self.path is None
+        if hub and self.dataset is None:
+            yield "dataset", "is missing. Give a name on the hub, or the path of a dataset saved on disk."
+        if hub and self.dataset is not None and not _COMMIT.fullmatch(self.revision or ""):
+            yield "revision", f"is '{self.revision}', must be a commit of 40 hexadecimal digits, so that the text is fixed."
+        for key in ("dataset", "revision", "subset"):
+            if getattr(self, key) is not None and not hub:
+                yield key, "is given, but only format: huggingface without a path uses it. Remove it."
+        if self.split != "train" and self.format != "huggingface":
+            yield "split", "is given, but only format: huggingface has splits. Remove it."
+        if self.build_sources and self.format != "build":
+            yield "build_sources", "is given, but only format: build has them. Remove it."
+        if self.format in ("huggingface", "build") and isinstance(self.path, tuple):
+            yield "path", f"is a list, but format: {self.format} reads one folder. Make one source of each."
+        if self.format == "build" and self.path is None:
+            yield "path", "is missing. Give the folder of an earlier build."
 
     def _check_mock(self) -> Iterator[tuple[str, str]]:
         mock = self.format == "mock"
@@ -97,12 +156,15 @@ class SourceConfig:
         return () if self.path is None else (self.path,) if isinstance(self.path, str) else self.path
 
     def files(self) -> list[Path]:
-        """The input files: patterns in the order given, the files of a glob sorted by name."""
+        """The input files: patterns in the order given, the files of a glob or of a folder sorted by name."""
+        if self.format not in FILE_FORMATS:
+            folders = [Path(pattern) for pattern in self.patterns()]
+            return sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
         return [path for pattern in self.patterns() for path in expand(pattern)]
 
     def format_of(self, path: Path) -> str | None:
         """The format to read `path` in; None if `auto` does not know the suffix."""
-        return SUFFIXES.get(path.suffix.lower()) if self.format == "auto" else self.format
+        return suffix_format(path) if self.format == "auto" else self.format
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +197,24 @@ class GuardConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageLimits:
+    """Bounds on the share of the predicted tokens that a language may have."""
+
+    min_share: float = 0.0
+    """0 to 1."""
+    max_share: float = 1.0
+    """0 to 1."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Rules within one language."""
+        for key, value in (("min_share", self.min_share), ("max_share", self.max_share)):
+            if not 0 <= value <= 1:
+                yield key, f"is {value:g}, must be from 0 to 1 (a share of the tokens)."
+        if self.min_share > self.max_share:
+            yield "min_share", f"is {self.min_share:g}, above max_share {self.max_share:g}. No mix can meet both."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MixConfig:
     """A whole data mix."""
 
@@ -150,6 +230,16 @@ class MixConfig:
     """Grouping of held-out documents."""
     max_reject_share: float = 0.05
     """Share of a source's documents that may be unusable before the build stops, 0 to 1."""
+    languages: dict[str, LanguageLimits] = dataclasses.field(default_factory=dict)
+    """Floors and ceilings by language; a mix outside them is refused."""
+    packing: Literal["best_fit", "concatenate"] = "best_fit"
+    """`concatenate` fills each row to the brim and cuts documents at its end; it is there for comparison."""
+    near_duplicates: float = 0.8
+    """Jaccard similarity of 5-token shingles from which on a document counts as a copy; 0: exact copies only."""
+    decontaminate_tokens: int = 50
+    """A document that shares a run of this many tokens with a held-out one is not trained on; 0: off."""
+    max_mislabelled_share: float = 0.05
+    """Share of a source's documents that may be in another language than its label before `audit` fails, 0 to 1."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Rules on the top-level keys alone; those that span sources are in `_check_across`."""
@@ -159,6 +249,12 @@ class MixConfig:
             yield "seed", f"is {self.seed}, must be from 0 to 2^63 - 1."
         if not 0 <= self.max_reject_share <= 1:
             yield "max_reject_share", f"is {self.max_reject_share:g}, must be from 0 to 1."
+        if not 0 <= self.max_mislabelled_share <= 1:
+            yield "max_mislabelled_share", f"is {self.max_mislabelled_share:g}, must be from 0 to 1."
+        if self.near_duplicates != 0 and not 0.5 <= self.near_duplicates <= 1:
+            yield "near_duplicates", f"is {self.near_duplicates:g}, must be 0 (off), or from 0.5 to 1."
+        if self.decontaminate_tokens != 0 and not 8 <= self.decontaminate_tokens <= 1024:
+            yield "decontaminate_tokens", f"is {self.decontaminate_tokens}, must be 0 (off), or from 8 to 1024 tokens."
 
     def guard_domains(self) -> tuple[GuardDomain, ...]:
         """The domains asked for, or one per source with held-out documents."""
@@ -175,12 +271,14 @@ def load_mix(path: Path | str) -> MixConfig:
     Raises:
         ConfigError: with every problem found, each as `file:line: key message`.
     """
+    from data_pipeline.schema_checks import check_across
+
     path = Path(path)
     reader = Reader(load_yaml(path))
     base = path.resolve().parent
     mix = reader.read(MixConfig)
     if isinstance(reader.located.value, dict):
-        _check_across(reader, reader.located.value, base)
+        check_across(reader, reader.located.value, base)
     reader.finish()
     assert mix is not None
     sources = [
@@ -197,95 +295,29 @@ def expand(pattern: str) -> list[Path]:
     return sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
 
 
-def _check_across(reader: Reader, raw: dict[str, Any], base: Path) -> None:
-    """Rules that need several sources, read from the parsed file so that other problems do not hide them."""
-    seq_len = raw.get("seq_len")
-    if type(seq_len) is int and not 2 <= seq_len <= MAX_SEQ_LEN:
-        reader.problem(("seq_len",), f"is {seq_len}, must be from 2 to {MAX_SEQ_LEN} (the context of gpt-oss).")
-    listed = raw.get("sources")
-    if listed == []:
-        reader.problem(("sources",), "is an empty list. Add at least one source.")
-    if not isinstance(listed, list) or not listed:
-        return
-    sources = {index: source for index, source in enumerate(listed) if isinstance(source, dict)}
-    names = {index: source["name"] for index, source in sources.items() if isinstance(source.get("name"), str)}
-    _check_unique(reader, {("sources", index, "name"): name for index, name in names.items()})
-    _check_weights(reader, sources)
-    for index, source in sources.items():
-        if source.get("format") != "mock":
-            _check_files(reader, source, ("sources", index, "path"), base)
-    _check_guard(reader, raw.get("guard"), {source.get("name"): source for source in sources.values()})
 
 
-def _check_unique(reader: Reader, names: dict[KeyPath, str]) -> None:
-    counts = Counter(names.values())
-    first: dict[str, KeyPath] = {}
-    for path, name in names.items():
-        if counts[name] > 1 and name in first:
-            line = reader.located.lines.get(first[name], "?")
-            reader.problem(path, f"is '{name}', which line {line} uses, too. Give each its own name.")
-        first.setdefault(name, path)
+def suffix_format(path: Path) -> str | None:
+    """The format that the name of a file stands for; None if it is not known."""
+    name = path.name.lower()
+    for suffix in COMPRESSIONS:
+        if name.endswith(suffix):
+            known = SUFFIXES.get(Path(name.removesuffix(suffix)).suffix)
+            return known if known != "parquet" else None
+    return SUFFIXES.get(Path(name).suffix)
 
 
-def _check_weights(reader: Reader, sources: dict[int, dict[str, Any]]) -> None:
-    weights = {index: source.get("weight") for index, source in sources.items()}
-    numbers = {i: float(w) for i, w in weights.items() if isinstance(w, (int, float)) and not isinstance(w, bool)}
-    negative = [index for index, weight in numbers.items() if weight < 0]
-    for index in negative:
-        reader.problem(
-            ("sources", index, "weight"),
-            f"is {numbers[index]:g}, must be >= 0. Remove the source or give it a share of the tokens.",
-        )
-    if len(numbers) < len(weights) or negative or not all(map(math.isfinite, numbers.values())):
-        return
-    total = math.fsum(numbers.values())
-    if total == 0:
-        reader.problem(("sources",), "have weights that are all 0. Give at least one a share of the tokens.")
-    elif abs(total - 1) > WEIGHT_SUM_TOLERANCE:
-        names = (sources[index].get("name", f"sources[{index}]") for index in numbers)
-        scaled = ", ".join(f"{name} {weight / total:.6g}" for name, weight in zip(names, numbers.values(), strict=True))
-        reader.problem(("sources",), f"have weights that sum to {total:.9g}, must be 1. Scaled to 1: {scaled}.")
+def template_fields(template: str) -> tuple[str, ...]:
+    """Names of the fields in a template, in order.
 
-
-def _check_files(reader: Reader, source: dict[str, Any], path: KeyPath, base: Path) -> None:
-    patterns = source.get("path")
-    if patterns is None:
-        reader.problem(path, "is missing. Give a file, a glob, or a list of them.")
-    if patterns == []:
-        reader.problem(path, "is an empty list. Give at least one file or glob.")
-    patterns = [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, list) else []
-    seen: set[Path] = set()
-    for pattern in patterns:
-        files = expand(str(base / pattern)) if isinstance(pattern, str) and pattern else []
-        if isinstance(pattern, str) and not files:
-            reader.problem(path, f"is '{pattern}', which matches no file (looked in {base}).")
-        twice = [file for file in files if file in seen]
-        if twice:
-            reader.problem(path, f"names {twice[0]} twice. Remove one.")
-        seen.update(files)
-        unknown = [file for file in files if file.suffix.lower() not in SUFFIXES]
-        if unknown and source.get("format", "auto") == "auto":
-            known = ", ".join(SUFFIXES)
-            reader.problem(path, f"names {unknown[0]}, whose suffix is not one of {known}. Set format.")
-
-
-def _check_guard(reader: Reader, guard: Any, sources: dict[Any, dict[str, Any]]) -> None:
-    domains = guard.get("domains") if isinstance(guard, dict) else None
-    names: dict[KeyPath, str] = {}
-    for number, domain in enumerate(domains if isinstance(domains, list) else []):
-        if not isinstance(domain, dict):
+    Raises:
+        ValueError: a brace is left open, or a field is not a plain name.
+    """
+    names = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
             continue
-        path: KeyPath = ("guard", "domains", number)
-        if isinstance(domain.get("name"), str):
-            names[(*path, "name")] = domain["name"]
-        listed = domain.get("sources")
-        members = listed if isinstance(listed, list) else []
-        for index, member in enumerate(members):
-            here = (*path, "sources", index)
-            if member not in sources:
-                reader.problem(here, f"is '{member}', which is no source.{nearest(str(member), map(str, sources))}")
-            elif not sources[member].get("held_out_share"):
-                reader.problem(here, f"is '{member}', which holds out nothing. Set its held_out_share above 0.")
-            if member in members[:index]:
-                reader.problem(here, f"is '{member}', which the list already has. Remove one.")
-    _check_unique(reader, names)
+        if not name or spec or conversion or set(".[]") & set(name):
+            raise ValueError(f"'{{{name}}}' is not a plain field name")
+        names.append(name)
+    return tuple(names)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_pipeline.build import build
+from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError
-from data_pipeline.ledger import Ledger, mix_hash
+from data_pipeline.ledger import Ledger, mix_hash, resume_ledger
+from data_pipeline.mixture import Mixture
+from data_pipeline.schema import MixConfig
 from tests.data.inputs import MakeMix, make_texts
 
 
@@ -34,7 +39,7 @@ def test_a_segment_that_does_not_come_later_is_refused(make_mix: MakeMix, step: 
 
 
 @pytest.mark.parametrize(
-    "change", [{"format_version": 2}, {"segments": []}, {"segments": [{"start_step": 0}]}, {"segments": [3]}]
+    "change", [{"format_version": 99}, {"segments": []}, {"segments": [{"start_step": 0}]}, {"segments": [3]}]
 )
 def test_a_damaged_ledger_is_refused(make_mix: MakeMix, change: dict[str, Any]) -> None:
     value = Ledger.start(make_mix({"en": make_texts(3, "e")})).to_json()
@@ -57,3 +62,93 @@ def test_mix_hash_sees_every_setting_but_not_where_the_files_are(make_mix: MakeM
     changes: list[dict[str, Any]] = [{"seed": 8}, {"seq_len": 64}, {"max_reject_share": 0.1}]
     for change in changes:
         assert mix_hash(dataclasses.replace(base, **change)) != mix_hash(base)
+
+
+TEXTS = {"ja": make_texts(30, "j"), "en": make_texts(40, "e"), "code": make_texts(20, "c")}
+
+
+def stored(mix: MixConfig, rows: dict[str, str] | None = None) -> dict[str, Any]:
+    return json.loads(json.dumps(Ledger.start(mix, rows).to_json()))  # type: ignore[no-any-return]
+
+
+def edited(mix: MixConfig, **weights: float) -> MixConfig:
+    sources = (dataclasses.replace(s, weight=weights.get(s.name, s.weight)) for s in mix.sources)
+    return dataclasses.replace(mix, sources=tuple(sources))
+
+
+def test_an_unchanged_mix_goes_on_with_the_stored_ledger(make_mix: MakeMix) -> None:
+    mix, rows = make_mix(TEXTS), {"ja": "1", "en": "2", "code": "3"}
+    assert resume_ledger(stored(mix, rows), mix, 5, accept_change=False, rows=rows) == Ledger.start(mix, rows)
+    moved = dataclasses.replace(mix, name="other")
+    assert resume_ledger(stored(mix, rows), moved, 5, accept_change=True, rows=rows) == Ledger.start(mix, rows)
+
+
+def test_an_edited_mix_is_refused_with_every_change_in_words(make_mix: MakeMix) -> None:
+    before = make_mix(TEXTS, weights={"ja": 0.5, "en": 0.3, "code": 0.2})
+    after = make_mix(
+        TEXTS, folder="b", weights={"ja": 0.4, "en": 0.4, "code": 0.2}, sources={"ja": {"max_epochs": 3.0}}
+    )
+    with pytest.raises(ConfigError) as caught:
+        resume_ledger(stored(before), after, 812, accept_change=False)
+    message = str(caught.value)
+    assert caught.value.exit_code == 78 and "data.accept_mix_change=true" in message and "from step 812 on" in message
+    assert "sources[ja].weight: 0.5 -> 0.4" in message and "sources[en].weight: 0.3 -> 0.4" in message
+    assert "sources[ja].max_epochs: none -> 3" in message and "code" not in message
+    assert "share of ja: 50.00% -> 40.00% of the tokens (-10.00 points)" in message
+
+
+def test_an_accepted_edit_starts_at_the_next_step_and_repeats_or_loses_no_row(make_mix: MakeMix, tmp_path: Path) -> None:
+    mix = make_mix(TEXTS, weights={"ja": 0.5, "en": 0.3, "code": 0.2})
+    build(mix, tmp_path / "out", progress=False)
+    built = BuiltData.open(tmp_path / "out")
+    rows = built.manifest.row_hashes()
+    ledger = resume_ledger(
+        stored(mix, rows), edited(mix, ja=0.2, en=0.4, code=0.4), 3, accept_change=True, rows=rows
+    )
+    assert [segment.start_step for segment in ledger.segments] == [0, 3]
+    old, new = Mixture(built, Ledger.start(mix), 7), Mixture(built, ledger, 7)
+    drawn: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
+    for step in range(12):
+        batch = new.global_batch(step, 4)
+        same = old.global_batch(step, 4).chain_hash("") == batch.chain_hash("")
+        assert same or step >= 3, "an edit may not touch past steps"
+        for source, epoch, row in zip(batch.sources.tolist(), batch.epochs.tolist(), batch.rows.tolist(), strict=True):
+            drawn[source].append((epoch, row))
+    for source, seen in drawn.items():
+        count = built.num_rows(source)
+        assert len(set(seen)) == len(seen), "no row is repeated within an epoch"
+        for epoch in range(len(seen) // count):
+            part = seen[epoch * count : (epoch + 1) * count]
+            assert sorted(part) == [(epoch, row) for row in range(count)], "no row is lost"
+
+
+def test_a_second_edit_before_any_step_takes_the_place_of_the_first(make_mix: MakeMix) -> None:
+    mix = make_mix(TEXTS, weights={"ja": 0.5, "en": 0.3, "code": 0.2})
+    once = resume_ledger(stored(mix), edited(mix, ja=0.4, en=0.4), 3, accept_change=True)
+    twice = resume_ledger(once.to_json(), edited(mix, ja=0.3, en=0.5), 3, accept_change=True)
+    assert [segment.weights["ja"] for segment in twice.segments] == [0.5, 0.3]
+    at_start = resume_ledger(stored(mix), edited(mix, ja=0.3, en=0.5), 0, accept_change=True)
+    assert [segment.weights["ja"] for segment in at_start.segments] == [0.3]
+
+
+@pytest.mark.parametrize("key", ["seq_len", "seed"])
+def test_settings_that_decide_the_rows_are_refused_by_name_whatever_is_accepted(make_mix: MakeMix, key: str) -> None:
+    mix = make_mix(TEXTS)
+    changed = dataclasses.replace(mix, **{key: getattr(mix, key) + 1})
+    with pytest.raises(ConfigError, match=f"{key}: was {getattr(mix, key)}, is {getattr(mix, key) + 1}"):
+        resume_ledger(stored(mix), changed, 3, accept_change=True)
+
+
+def test_other_text_in_a_source_already_trained_on_is_refused(make_mix: MakeMix) -> None:
+    mix, rows = make_mix(TEXTS), {"ja": "1", "en": "2", "code": "3"}
+    with pytest.raises(ConfigError, match="source 'en' was trained on and has other rows now"):
+        resume_ledger(stored(mix, rows), mix, 3, accept_change=True, rows=rows | {"en": "9"})
+
+
+def test_a_source_may_be_added_but_one_trained_on_may_only_be_retired(make_mix: MakeMix) -> None:
+    small, rows = make_mix({n: TEXTS[n] for n in ("ja", "en")}), {"ja": "1", "en": "2"}
+    large = make_mix(TEXTS, folder="b", weights={"ja": 0.5, "en": 0.0, "code": 0.5})
+    ledger = resume_ledger(stored(small, rows), large, 3, accept_change=True, rows=rows | {"code": "3"})
+    assert ledger.segments[-1].weights == {"ja": 0.5, "en": 0.0, "code": 0.5}
+    with pytest.raises(ConfigError, match="source 'code' was trained on and is no longer in the mix"):
+        resume_ledger(ledger.to_json(), small, 5, accept_change=True, rows=rows)
