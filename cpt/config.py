@@ -33,8 +33,9 @@ class ModelSection:
     """Random weights of a published configuration; exclusive with `path`."""
     attention: str = "auto"
     """Attention backend: auto picks the fastest one that is right here."""
-    window_exchange: Literal["auto", "ulysses"] = "auto"
-    """How window layers exchange tokens under sequence parallelism."""
+    window_exchange: Literal["auto", "halo", "ulysses"] = "auto"
+    """How window layers exchange tokens under sequence parallelism: with the left neighbour (halo) or as full layers
+    do (ulysses); auto takes the halo where one neighbour holds the whole window."""
     activation_checkpointing: bool = False
     """Compute each layer again in the backward pass instead of storing its activations."""
 
@@ -230,6 +231,8 @@ class RunConfig:
     """Ranks that share one packed row."""
     ep_size: int
     """Ranks that together hold all experts of a layer."""
+    use_halo: bool
+    """Whether window layers exchange with their left neighbour only."""
     micro_batch_size: int
     """Packed rows of one forward pass."""
     gradient_accumulation_steps: int
@@ -381,6 +384,7 @@ class _Resolver:
     def resolve(self) -> RunConfig:
         sp_size, ep_size = self._sp_size(), self._ep_size()
         micro_batch_size, accumulation = self._batch_sizes(sp_size)
+        use_halo = self._use_halo(sp_size)
         self._check_agreement()
         engine_json = self._engine_json(micro_batch_size, accumulation)
         if self.problems:
@@ -391,6 +395,7 @@ class _Resolver:
             world_size=self.launch.world_size,
             sp_size=sp_size,
             ep_size=ep_size,
+            use_halo=use_halo,
             micro_batch_size=micro_batch_size,
             gradient_accumulation_steps=accumulation,
             engine_json=engine_json,
@@ -437,6 +442,16 @@ class _Resolver:
             self._problem(key + label, f"= {wanted} does not divide {joined}. Nearest sizes that fit: {options}.")
             return 1
         return int(wanted)
+
+    def _use_halo(self, sp_size: int) -> bool:
+        wanted, local_tokens = self.run.model.window_exchange, self.run.train.seq_len // sp_size
+        reach = (self.model.sliding_window or 1) - 1
+        if wanted == "halo" and sp_size > 1 and local_tokens < reach:
+            self.problems.append(
+                f"model.window_exchange=halo needs {reach} tokens on each rank, but train.seq_len "
+                f"{self.run.train.seq_len} / sequence_parallel_size {sp_size} is {local_tokens}. Use auto or ulysses."
+            )
+        return sp_size > 1 and wanted != "ulysses" and local_tokens >= reach
 
     def _batch_sizes(self, sp_size: int) -> tuple[int, int]:
         """(micro batch size, accumulation steps); nothing is ever rounded."""

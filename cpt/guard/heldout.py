@@ -62,7 +62,7 @@ class Guard:
         head = f"  {'held-out domain':<{max(width, 15)}}  untouched    now   change %  (95 % interval)"
         rows = [
             f"  {name:<{max(width, 15)}}  {v.baseline:9.3f}  {v.baseline * (1 + v.delta_percent / 100):5.3f}  "
-            f"{v.delta_percent:+9.2f}  ({v.ci_low:+.2f} to {v.ci_high:+.2f})  {'WARNING' if v.action == 'warn' else ''}".rstrip()
+            f"{v.delta_percent:+9.2f}  ({v.ci_low:+.2f} to {v.ci_high:+.2f}){'  WARNING' * (v.action == 'warn')}"
             for name, v in self.latest.items()
         ]
         return "\n".join(["bits per byte", head, *rows])

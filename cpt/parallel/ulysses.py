@@ -15,13 +15,18 @@ from __future__ import annotations
 import torch
 
 from cpt.parallel.exchange import all_to_all
+from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 
 
 class Ulysses:
-    """The exchange around attention for one sequence-parallel group; `size` 1 needs none of it."""
+    """The exchange around attention for one sequence-parallel group; `size` 1 needs none of it.
 
-    def __init__(self, topology: Topology) -> None:
+    Layers of window `halo.window` use the halo instead, if one is given.
+    """
+
+    def __init__(self, topology: Topology, halo: WindowHalo | None = None) -> None:
+        self.halo = halo
         self.size = topology.sp_size
         self.rank = topology.sp_rank
         self._group = topology.sp_group

@@ -24,6 +24,7 @@ from cpt.config import RunConfig, TrainSection
 from cpt.errors import InternalError
 from cpt.model.attention import Attention
 from cpt.model.gpt_oss import GptOssForCPT
+from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
@@ -93,7 +94,8 @@ class TrainingEngine:
         model.train()
         _check_expert_marks(model)
         self.topology = topology
-        self._sequence_parallel = Ulysses(topology) if topology.sp_size > 1 else None
+        halo = WindowHalo(topology, int(model.config.sliding_window or 0)) if config.use_halo else None
+        self._sequence_parallel = Ulysses(topology, halo) if topology.sp_size > 1 else None
         self._kernel = kernel
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=_optimizer(model, config.train, config.engine_json), config=config.engine_json

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +30,10 @@ train:
   lr: 1e-5
 """
 JSON: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+
+
+def preset(name: str, **changes: Any) -> GptOssConfig:
+    return GptOssConfig(**{**PRESETS[name], **changes})
 
 
 class Files:
@@ -60,7 +63,7 @@ class Files:
         self, world: int = 1, *, local: int | None = None, model: Any = None, overrides: dict[str, str] | None = None
     ) -> RunConfig:
         run, located = load(self.yaml, self.json, overrides or {})
-        model = model if model is not None else GptOssConfig(**PRESETS["tiny"])
+        model = model if model is not None else preset("tiny")
         return resolve(run, located, model, LaunchInfo(world_size=world, local_world_size=local or world))
 
     def problems(self, world: int = 1, **arguments: Any) -> list[str]:
@@ -335,18 +338,18 @@ def test_buffers_in_low_precision_are_refused(files: Files) -> None:
 # both files, the model and the world size together
 
 
-@pytest.mark.parametrize("preset", ["tiny", "gpt-oss-20b", "gpt-oss-120b"])
+@pytest.mark.parametrize("name", ["tiny", "gpt-oss-20b", "gpt-oss-120b"])
 @pytest.mark.parametrize("world", [1, 2, 4, 8, 16])
-def test_auto_picks_the_largest_size_on_the_node(files: Files, preset: str, world: int) -> None:
+def test_auto_picks_the_largest_size_on_the_node(files: Files, name: str, world: int) -> None:
     files.write_json(sequence_parallel_size="auto", expert_parallel={"enabled": True})
-    config = files.config(world, model=GptOssConfig(**PRESETS[preset]))
-    largest = 8 if preset == "tiny" else 64  # tiny has 8 query heads and 8 experts
+    config = files.config(world, model=preset(name))
+    largest = 8 if name == "tiny" else 64  # tiny has 8 query heads and 8 experts
     assert (config.sp_size, config.ep_size) == (min(world, largest), min(world, largest, 32))
 
 
 def test_auto_stays_within_the_node(files: Files) -> None:
     files.write_json(sequence_parallel_size="auto", expert_parallel={"enabled": True})
-    config = files.config(16, local=4, model=GptOssConfig(**PRESETS["gpt-oss-20b"]))
+    config = files.config(16, local=4, model=preset("gpt-oss-20b"))
     assert (config.sp_size, config.ep_size) == (4, 4)
 
 
@@ -371,14 +374,12 @@ def test_experts_stay_together_when_the_block_is_off(files: Files) -> None:
 
 
 def test_more_sequence_ranks_than_key_value_heads_are_allowed(files: Files) -> None:
-    config = files.write_json(sequence_parallel_size=16).config(16, model=GptOssConfig(**PRESETS["gpt-oss-20b"]))
+    config = files.write_json(sequence_parallel_size=16).config(16, model=preset("gpt-oss-20b"))
     assert config.sp_size == 16
 
 
 def test_sequence_size_that_splits_key_value_heads_unevenly_is_refused(files: Files) -> None:
-    model = SimpleNamespace(
-        num_attention_heads=12, num_key_value_heads=4, num_local_experts=8, max_position_embeddings=4096, hidden_size=64
-    )
+    model = preset("tiny", num_attention_heads=12, num_key_value_heads=4)
     files.write_train(seq_len=1200, global_batch_size=18).write_json(sequence_parallel_size=6)
     problem = only(files.problems(6, model=model))
     assert "4 key/value heads" in problem and "query heads" not in problem
@@ -401,7 +402,7 @@ def test_refused_size_leads_to_no_second_complaint_about_the_batch(files: Files)
 
 def test_every_rule_that_a_sequence_size_breaks_is_named(files: Files) -> None:
     files.write_train(seq_len=1000).write_json(sequence_parallel_size=24)
-    problem = only(files.problems(16, model=GptOssConfig(**PRESETS["gpt-oss-20b"])))
+    problem = only(files.problems(16, model=preset("gpt-oss-20b")))
     for rule in ("world size 16", "64 query heads", "train.seq_len 1000"):
         assert rule in problem
     assert "key/value" not in problem  # 24 is a multiple of 8
@@ -410,6 +411,28 @@ def test_every_rule_that_a_sequence_size_breaks_is_named(files: Files) -> None:
 
 def test_row_longer_than_the_models_positions_is_refused(files: Files) -> None:
     assert "131072 positions" in only(files.write_train(seq_len=131_074).problems())
+
+
+@pytest.mark.parametrize(("seq_len", "halo"), [(508, True), (504, False)])
+def test_auto_takes_the_halo_where_one_neighbour_holds_the_window(files: Files, seq_len: int, halo: bool) -> None:
+    """128 keys are the query itself and 127 before it: 508 / 4 = 127 is just enough."""
+    config = files.write_train(seq_len=seq_len).write_json(sequence_parallel_size=4).config(4)
+    assert config.use_halo == halo
+
+
+def test_one_rank_needs_no_halo(files: Files) -> None:
+    assert not files.config(2, overrides={"model.window_exchange": "halo"}).use_halo
+
+
+def test_ulysses_in_window_layers_can_be_asked_for(files: Files) -> None:
+    files.write_json(sequence_parallel_size=2)
+    assert not files.config(2, overrides={"model.window_exchange": "ulysses"}).use_halo
+
+
+def test_halo_that_needs_more_than_one_neighbour_is_refused(files: Files) -> None:
+    files.write_train(seq_len=504).write_json(sequence_parallel_size=4)
+    problem = only(files.problems(4, overrides={"model.window_exchange": "halo"}))
+    assert "127 tokens" in problem and "126" in problem
 
 
 def test_batch_that_does_not_divide_is_refused_with_the_neighbours_on_both_sides(files: Files) -> None:
@@ -516,7 +539,7 @@ def test_resolving_leaves_the_parsed_json_as_it_is(files: Files) -> None:
     )
     run, located = load(files.yaml, files.json, {})
     before = copy.deepcopy(located.value)
-    resolve(run, located, GptOssConfig(**PRESETS["tiny"]), LaunchInfo(world_size=1, local_world_size=1))
+    resolve(run, located, preset("tiny"), LaunchInfo(world_size=1, local_world_size=1))
     assert located.value == before
 
 

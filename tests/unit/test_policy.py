@@ -43,12 +43,12 @@ def test_unchanged_scores_have_no_interval(baseline: DomainScore) -> None:
     assert (verdict.delta_percent, verdict.ci_low, verdict.ci_high, verdict.action) == (0, 0, 0, "none")
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(100, 120))
 def test_noise_alone_leads_to_no_warning(baseline: DomainScore, seed: int) -> None:
     assert judge(changed(baseline, 0, 10, seed), baseline, TOLERANCE_PERCENT).action == "none"
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(100, 120))
 def test_real_loss_leads_to_a_warning(baseline: DomainScore, seed: int) -> None:
     """A shift of 4 % with noise of 5 % per document: ten standard errors of the mean from the tolerance."""
     assert judge(changed(baseline, 4, 5, seed), baseline, TOLERANCE_PERCENT).action == "warn"

@@ -14,6 +14,7 @@ Shape suffixes: B rows, S tokens of a row on this rank, T tokens of a row on all
 N all tokens of the rows (flattened), H query heads, K key/value heads, D head size.
 """
 
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from cpt.model.attention.choice import AUTO, choose
 from cpt.model.attention.function import Attention, FoldedSinks, Kernel, SinkAttention
 from cpt.model.attention.reference import cached_attention, reference_attention
 from cpt.model.attention.rows import PackedRows
+from cpt.parallel.halo import WindowHalo
 
 __all__ = [
     "AUTO",
@@ -56,6 +58,10 @@ class SequenceParallel(Protocol):
 
     def exchange_out(self, out_BTHD: Tensor) -> Tensor:
         """Return the output with all heads and the tokens of this rank, (B, S, H, D)."""
+
+    @property
+    def halo(self) -> WindowHalo | None:
+        """The cheaper exchange for layers of its window, or None."""
 
 
 def register() -> str:
@@ -111,25 +117,48 @@ def sink_attention(
     """
     sinks_H = _checked_sinks(s_aux)
     _refuse_what_is_not_computed(attention_mask, dropout, kwargs)
+    if kernel is None or isinstance(kernel, str):
+        kernel = choose(kernel or AUTO, device=query_BHSD.device, dtype=query_BHSD.dtype, head_dim=query_BHSD.shape[-1])
+    attend = partial(_attend, window=sliding_window, scaling=scaling, kernel=kernel)
     if sequence_parallel is not None:
         if packed_rows is None:
             raise ValueError("sequence_parallel needs packed_rows of the whole rows: position_ids show a part of them.")
-        query_BHSD, key_BKSD, value_BKSD = sequence_parallel.exchange_qkv(query_BHSD, key_BKSD, value_BKSD)
-        sinks_H = sequence_parallel.local_sinks(sinks_H)
+        halo = sequence_parallel.halo
+        if halo is not None and halo.window == sliding_window:
+            rows = packed_rows.derive(("halo", sliding_window), lambda: halo.extended_rows(packed_rows))
+            query, key, value = halo.extend(query_BHSD, key_BKSD, value_BKSD)
+            return halo.trim(attend(query, key, value, sinks_H, rows)), None
+        query, key, value = sequence_parallel.exchange_qkv(query_BHSD, key_BKSD, value_BKSD)
+        out_BTHD = attend(query, key, value, sequence_parallel.local_sinks(sinks_H), packed_rows)
+        return sequence_parallel.exchange_out(out_BTHD), None
     _check_tensors(query_BHSD, key_BKSD, value_BKSD, sinks_H)
-    batch_size, _, seq_len, head_dim = query_BHSD.shape
+    batch_size, _, seq_len, _ = query_BHSD.shape
     if key_BKSD.shape[2] != seq_len:
         _refuse_rows_with_a_cache(packed_rows, seq_len, key_BKSD.shape[2])
         out_BHSD = cached_attention(query_BHSD, key_BKSD, value_BKSD, sinks_H, position_ids, sliding_window, scaling)
         return out_BHSD.transpose(1, 2).contiguous(), None
     rows = packed_rows if packed_rows is not None else _rows_of(position_ids, batch_size, seq_len)
+    return attend(query_BHSD, key_BKSD, value_BKSD, sinks_H, rows), None
+
+
+def _attend(
+    query_BHTD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTD: Tensor,
+    sinks_H: Tensor,
+    rows: PackedRows,
+    *,
+    window: int | None,
+    scaling: float,
+    kernel: Attention,
+) -> Tensor:
+    """Run a backend on rows; (B, T, H, D)."""
+    _check_tensors(query_BHTD, key_BKTD, value_BKTD, sinks_H)
+    batch_size, _, seq_len, _ = query_BHTD.shape
     _check_rows(rows, batch_size, seq_len)
-    if kernel is None or isinstance(kernel, str):
-        kernel = choose(kernel or AUTO, device=query_BHSD.device, dtype=query_BHSD.dtype, head_dim=head_dim)
-    q_HND, k_KND, v_KND = (x.transpose(0, 1).flatten(1, 2) for x in (query_BHSD, key_BKSD, value_BKSD))
-    out_HND = kernel(q_HND, k_KND, v_KND, sinks_H, rows, sliding_window, scaling)
-    out_BTHD = torch.unflatten(out_HND.transpose(0, 1), 0, (batch_size, seq_len))
-    return (out_BTHD if sequence_parallel is None else sequence_parallel.exchange_out(out_BTHD)), None
+    q_HND, k_KND, v_KND = (x.transpose(0, 1).flatten(1, 2) for x in (query_BHTD, key_BKTD, value_BKTD))
+    out_HND = kernel(q_HND, k_KND, v_KND, sinks_H, rows, window, scaling)
+    return torch.unflatten(out_HND.transpose(0, 1), 0, (batch_size, seq_len))
 
 
 def sink_mask(

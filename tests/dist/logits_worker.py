@@ -1,0 +1,53 @@
+"""Trains a few steps, then leaves the training model's logits and a checkpoint for the export test."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from cpt import deepspeed_internals
+from cpt.config import LaunchInfo, resolve
+from cpt.job import build_engine
+from cpt.parallel.topology import create_topology
+from cpt.state.checkpoint import save_checkpoint
+from cpt.training.loader import make_micro_batch
+from data_pipeline.strict_yaml import parse_yaml
+from tests.dist.cases import ROWS, Scenario, model_config, rows_of_step
+from tests.dist.worker import run_yaml
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    deepspeed_internals.init_distributed(torch.device("cpu"))
+    scenario = Scenario(world_size=2, sp=1, ep=2, stage=3)
+    engine_json = parse_yaml(
+        json.dumps({"zero_optimization": {"stage": 3}, "expert_parallel": {"enabled": True, "autoep_size": 2}}), "json"
+    )
+    info = LaunchInfo(world_size=2, local_world_size=2)
+    config = resolve(run_yaml(scenario, folder / "model"), engine_json, model_config(), info)
+    topology = create_topology(sp_size=1, ep_size=2, device=torch.device("cpu"))
+    engine = build_engine(config, model_config(), topology)
+    for step in range(2):
+        rows = rows_of_step(step)
+        batches = [make_micro_batch([rows[i]], [0], topology) for i in range(topology.rank, ROWS, 2)]
+        engine.step(batches, [sum(int((row.labels >= 0).sum()) for row in rows)], stop_requested=False)
+    batch = make_micro_batch([rows_of_step(0)[0]], [0], topology)
+    with torch.no_grad():
+        logits = engine.deepspeed(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, packed_rows=batch.packed_rows
+        )
+    if topology.rank == 0:
+        save_file({"logits": logits.contiguous()}, str(folder / "logits.safetensors"))
+    state = {"model_config": model_config().to_dict()}
+    save_checkpoint(folder / "run", engine.deepspeed, topology, step=2, state=state, keep_last=2)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

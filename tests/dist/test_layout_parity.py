@@ -1,0 +1,232 @@
+"""Every layout gives the numbers of one process with Hugging Face's eager code and plain AdamW.
+
+Tolerances: fp32 sums are taken in another order by every layout (2e-5 in loss, 1e-4 relative in norm); bf16 rounds
+activations at other places (2e-2).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cpt.state.flat_planner import FlatRange
+from cpt.state.manifest import read_manifest, verify_files
+from cpt.state.stored import PARTS, read_ranges, step_folder
+from cpt.training.engine import parameter_groups
+from tests.dist.cases import (
+    CLIPPING,
+    ROWS,
+    SEQ_LEN,
+    SETTINGS,
+    STEPS,
+    WINDOW,
+    Scenario,
+    parameter_file,
+    reference_model,
+    rows_of_step,
+)
+from tests.support.launcher import ROOT, launch
+
+pytestmark = pytest.mark.dist
+
+LAYOUTS = [
+    (1, 1, 1, 3),
+    (2, 2, 1, 3),
+    (2, 1, 2, 3),
+    (4, 2, 2, 3),
+    (4, 4, 4, 3),
+    (4, 1, 4, 3),
+    (2, 2, 1, 2),
+    (2, 1, 2, 1),
+]
+FULL = [Scenario(world_size=w, sp=s, ep=e, stage=z) for w, s, e, z in LAYOUTS]
+VARIANTS = [
+    Scenario(world_size=2, sp=2, ep=1, stage=3, exchange="ulysses"),
+    Scenario(world_size=4, sp=4, ep=1, stage=3, exchange="ulysses"),
+    Scenario(world_size=1, sp=1, ep=1, stage=3, micro_batch_size=8),
+    Scenario(world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2, checkpointing=True),
+    Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=4, checkpointing=True),
+]
+FIRST_STEP = [Scenario(world_size=w, sp=s, ep=e, stage=z, micro_batch_size=2, steps=1) for w, s, e, z in LAYOUTS]
+BF16 = [Scenario(world_size=w, sp=s, ep=e, stage=z, dtype="bf16", steps=3) for w, s, e, z in LAYOUTS]
+
+
+class Reference:
+    """Losses, gradient norms and Adam's first moments of the single process."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.set_num_threads(2)
+        model = reference_model()
+        model.save_pretrained(str(folder / "model"))
+        self.names = [name for name, _ in model.named_parameters()]
+        groups = parameter_groups(model, SETTINGS["weight_decay"])
+        optimizer = torch.optim.AdamW(
+            groups, lr=SETTINGS["lr"], betas=(SETTINGS["beta1"], SETTINGS["beta2"]), eps=SETTINGS["eps"]
+        )
+        self.losses, self.norms, self.nll_by_source = [], [], []
+        for step in range(STEPS):
+            loss, by_source = self._backward(model, step)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+            optimizer.step()
+            self.losses.append(loss)
+            self.nll_by_source.append(by_source)
+            self.norms.append(float(norm))
+            if step == 0:
+                self.first_moments = {n: optimizer.state[p]["exp_avg"].clone() for n, p in model.named_parameters()}
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def _backward(self, model: torch.nn.Module, step: int) -> tuple[float, list[float]]:
+        model.zero_grad()
+        rows = rows_of_step(step)
+        tokens = sum(int((row.labels >= 0).sum()) for row in rows)
+        total, by_source = 0.0, [0.0, 0.0]
+        for index, row in enumerate(rows):
+            logits = model(
+                input_ids=torch.from_numpy(row.input_ids)[None],
+                position_ids=torch.from_numpy(row.position_ids)[None],
+                attention_mask=explicit_masks(row.bounds),
+                use_cache=False,
+            ).logits[0]
+            nll = F.cross_entropy(logits, torch.from_numpy(row.labels), reduction="sum", ignore_index=-100)
+            (nll / tokens).backward()
+            total += nll.item()
+            by_source[index % 2] += nll.item()
+        return total / tokens, by_source
+
+
+def explicit_masks(bounds: list[int]) -> dict[str, torch.Tensor]:
+    """Additive 4-D masks for both layer kinds; transformers does not isolate packed documents by itself."""
+    index = torch.arange(SEQ_LEN)
+    document = torch.bucketize(index, torch.tensor(bounds[1:]), right=True)
+    back = index[:, None] - index
+    allowed = (back >= 0) & (document[:, None] == document)
+    lowest = torch.finfo(torch.float32).min
+
+    def additive(visible: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(visible.shape).masked_fill(~visible, lowest)[None, None]
+
+    return {"full_attention": additive(allowed), "sliding_attention": additive(allowed & (back < WINDOW))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Reference:
+    return Reference(folder)
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, reference: Reference) -> dict[str, list[dict]]:  # type: ignore[type-arg]
+    """All scenarios, one launch per world size: starting up takes longer than running."""
+    found = {}
+    for world_size in (1, 2, 4):
+        scenarios = [s for s in [*FULL, *VARIANTS, *FIRST_STEP, *BF16] if s.world_size == world_size]
+        arguments = [str(folder), *(s.dump() for s in scenarios)]
+        codes = launch(ROOT / "tests" / "dist" / "worker.py", world_size, arguments, timeout_seconds=400)
+        assert codes == [0] * world_size, codes
+        found |= {s.name + str(s.steps): json.loads(parameter_file(folder, s).read_text()) for s in scenarios}
+    return found
+
+
+def named(scenarios: list[Scenario]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("scenario", scenarios, ids=lambda s: s.name)
+
+
+@named([*FULL, *VARIANTS])
+def test_loss_and_grad_norm_equal_the_single_process_at_every_step(scenario, results, reference) -> None:
+    steps = results[scenario.name + str(scenario.steps)]
+    losses = [abs(step["loss"] - expected) for step, expected in zip(steps, reference.losses, strict=True)]
+    norms = [abs(step["grad_norm"] / expected - 1) for step, expected in zip(steps, reference.norms, strict=True)]
+    assert max(losses) <= 2e-5 and max(norms) <= 1e-4, f"loss differences {losses}, relative norm differences {norms}"
+
+
+@named(FULL)
+def test_loss_of_each_source_equals_the_single_process(scenario, results, reference) -> None:
+    for step, expected in zip(results[scenario.name + str(scenario.steps)], reference.nll_by_source, strict=True):
+        assert step["nll_by_source"] == pytest.approx(expected, rel=1e-5)
+
+
+@named(BF16)
+def test_bf16_stays_within_its_rounding(scenario, results, reference) -> None:
+    steps = results[scenario.name + str(scenario.steps)]
+    losses = [abs(step["loss"] - expected) for step, expected in zip(steps, reference.losses, strict=False)]
+    norms = [abs(step["grad_norm"] / expected - 1) for step, expected in zip(steps, reference.norms, strict=False)]
+    assert max(losses) <= 2e-2 and max(norms) <= 2e-2, f"loss differences {losses}, relative norm differences {norms}"
+
+
+def stored_tensors(step: Path, part: str) -> dict[str, torch.Tensor]:
+    """Whole tensors of one part of a checkpoint."""
+    manifest = read_manifest(step)
+    verify_files(step, manifest)
+    numels = {name: torch.Size(record.shape).numel() for name, record in manifest.tensors.items()}
+    flat = {name: torch.full((numel,), float("nan")) for name, numel in numels.items()}
+    ranges = {f"{part}/{n}": FlatRange(tensor=t, offset=0, global_numel=t.numel()) for n, t in flat.items()}
+    read_ranges(step, ranges)
+    return {name: tensor.view(manifest.tensors[name].shape) for name, tensor in flat.items()}
+
+
+def stored(folder: Path, scenario: Scenario, part: str) -> dict[str, torch.Tensor]:
+    """Whole tensors of a scenario's checkpoint."""
+    return stored_tensors(step_folder(folder / scenario.name, scenario.steps), part)
+
+
+@named(FIRST_STEP)
+def test_gradient_of_every_parameter_equals_the_single_process(scenario, results, reference, folder) -> None:
+    """Adam's first moment after one step is the clipped gradient times (1 - beta1)."""
+    moments = stored(folder, scenario, "exp_avg")
+    errors = {}
+    for name, expected in reference.first_moments.items():
+        scale = expected.norm().clamp(min=1e-9)
+        errors[name] = float((moments[name] - expected).norm() / scale)
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= 1e-4, (
+        f"largest relative error {errors[worst]} in {worst}; mean {sum(errors.values()) / len(errors)}"
+    )
+
+
+@named(FULL)
+def test_weights_after_training_equal_the_single_process(scenario, results, reference, folder) -> None:
+    """Adam divides by the root of the second moment, so tiny gradient differences may move a weight by part of lr."""
+    weights = stored(folder, scenario, "master")
+    for name, expected in reference.weights.items():
+        moved = STEPS * SETTINGS["lr"]
+        difference = (weights[name] - expected).abs()
+        assert float(difference.mean()) <= 0.01 * moved, f"{name}: mean {difference.mean()}, max {difference.max()}"
+
+
+def test_every_expert_tensor_and_sink_is_trained(results, reference, folder) -> None:
+    scenario = FULL[3]
+    before = dict(reference_model().named_parameters())
+    after = stored(folder, scenario, "master")
+    unchanged = [n for n in reference.names if torch.equal(before[n].detach(), after[n])]
+    assert unchanged == []
+
+
+def test_every_part_of_the_state_is_in_the_checkpoint(results, reference, folder) -> None:
+    for scenario in FULL:
+        for part in PARTS:
+            assert all(t.isfinite().all() for t in stored(folder, scenario, part).values())
+
+
+def test_bytes_are_counted_for_the_exchanges_that_happen(results) -> None:
+    def sent(sp: int, ep: int, world_size: int, exchange: str = "auto") -> dict[str, int]:
+        wanted = (world_size, sp, ep, exchange)
+        scenario = next(s for s in [*FULL, *VARIANTS] if (s.world_size, s.sp, s.ep, s.exchange) == wanted)
+        return results[scenario.name + str(scenario.steps)][0]["bytes_sent"]
+
+    assert sent(1, 1, 1) == {"ulysses": 0, "halo": 0, "experts": 0}
+    # per layer q, k, v out and o back, forward and backward; half of each goes to the other of two ranks;
+    # 8 heads and 2 + 2 key/value heads of 16 fp32 values
+    layer_bytes = ROWS * SEQ_LEN * (8 + 2 + 2 + 8) * 16 * 4 * 2 // 2
+    # per window layer the keys and values of one window less the query itself, to the right and back
+    halo_bytes = ROWS * (WINDOW - 1) * (2 + 2) * 16 * 4 * 2
+    assert sent(2, 1, 2, "ulysses") == {"ulysses": 4 * layer_bytes, "halo": 0, "experts": 0}
+    assert sent(2, 1, 2) == {"ulysses": 2 * layer_bytes, "halo": 2 * halo_bytes, "experts": 0}
+    assert sent(1, 2, 2)["ulysses"] == 0 and sent(1, 2, 2)["experts"] > 0

@@ -1,0 +1,253 @@
+"""The product itself, as users start it: real tokenizer, real vocabulary, sample corpus, two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from cpt.errors import CheckpointError
+from cpt.state.stored import PARTS, find_checkpoint, list_steps, step_folder
+from cpt.telemetry.metrics import read_events
+from tests.dist.test_layout_parity import stored_tensors
+from tests.support.launcher import ROOT, free_port, rank_environment
+
+pytestmark = pytest.mark.dist
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mix with short rows, a run YAML and a DeepSpeed JSON; built data is shared by all tests."""
+    folder = tmp_path_factory.mktemp("run")
+    sample = ROOT / "data_pipeline" / "sample"
+    names = {"ja_essay": ("ja", 0.5), "en_web": ("en", 0.3), "en_math": ("math", 0.2)}
+    sources = [
+        {
+            "name": name,
+            "language": language,
+            "domain": name,
+            "path": str(sample / f"{name}.jsonl"),
+            "weight": weight,
+            "held_out_share": 0.1,
+        }
+        for name, (language, weight) in names.items()
+    ]
+    (folder / "mix.yaml").write_text(yaml.safe_dump({"seq_len": 256, "seed": 1, "sources": sources}))
+    run = {
+        "model": {"init": "tiny"},
+        "data": {"mix": "mix.yaml"},
+        "train": {
+            "seq_len": 256,
+            "global_batch_size": 2,
+            "total_steps": STEPS,
+            "lr": 1e-3,
+            "warmup_steps": 2,
+            "dtype": "bf16",
+        },
+        "guard": {"max_documents": 1},
+        "checkpoint": {"interval_steps": 3},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    zero = {"stage": 3, "stage3_param_persistence_threshold": "auto", "reduce_bucket_size": "auto"}
+    ds = {
+        "zero_optimization": zero,
+        "sequence_parallel_size": 2,
+        "expert_parallel": {"enabled": True, "autoep_size": 2},
+    }
+    (folder / "ds.json").write_text(json.dumps(ds))
+    return folder
+
+
+def start(workplace: Path, run_dir: str, *arguments: str, world_size: int = 2) -> list[subprocess.Popen[str]]:
+    """Start the ranks of one run in the workplace."""
+    port = free_port()
+    command = [sys.executable, str(ROOT / "cpt" / "run.py"), "--ds_config", "ds.json", "--config", "run.yaml"]
+    command += ["--run_dir", run_dir, *arguments]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=workplace,
+            env=rank_environment(rank, world_size, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def wait(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
+    """Exit codes and rank 0's output."""
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    return [process.returncode for process in processes], outputs[0]
+
+
+def finish(workplace: Path, run_dir: str, *arguments: str, world_size: int = 2) -> tuple[list[int], str]:
+    return wait(start(workplace, run_dir, *arguments, world_size=world_size))
+
+
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [event for event in read_events(run_dir / "metrics.jsonl") if event["event"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def whole(workplace: Path) -> Path:
+    """An undisturbed run."""
+    codes, output = finish(
+        workplace, "whole", "--set", "telemetry.wandb=offline", "--set", "telemetry.export_at_end=true"
+    )
+    assert codes == [0, 0], output
+    return workplace / "whole"
+
+
+def test_undisturbed_run_writes_what_the_contract_says(whole: Path) -> None:
+    steps = steps_of(whole)
+    keys = {
+        "event", "step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second",
+        "loss_by_source", "loss_by_language", "tokens_by_source", "bytes_sent",
+    }  # fmt: skip
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+    assert all(step.keys() == keys for step in steps)
+    assert all(step["tokens"] == sum(step["tokens_by_source"].values()) for step in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    guard = [event for event in read_events(whole / "metrics.jsonl") if event["event"] == "guard"]
+    assert {event["step"] for event in guard} == {0, STEPS}
+    assert {event["language"] for event in guard} == {"ja", "en", "math"}
+    assert all(event["delta_percent"] < 0 for event in guard if event["step"] == STEPS)
+    resolved = yaml.safe_load((whole / "config.resolved.yaml").read_text())
+    assert (resolved["sp_size"], resolved["ep_size"]) == (2, 2)
+    assert list_steps(whole) == [8, 6]  # interval 3, keep_last 2
+    assert list((whole / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_export_at_the_end_loads_in_plain_transformers_and_continues_text(whole: Path) -> None:
+    out = whole / "export" / "step-00000008"
+    command = [
+        sys.executable,
+        "-m",
+        "cpt.cli",
+        "sample",
+        "--model",
+        str(out),
+        "--prompt",
+        "むかし、",
+        "--max_new_tokens",
+        "4",
+    ]
+    from_export = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert from_export.returncode == 0, from_export.stderr
+    assert "むかし、" in from_export.stdout
+    command[4:6] = ["--run_dir", str(whole)]
+    from_run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert from_run.stdout == from_export.stdout
+
+
+def test_four_and_four_steps_equal_eight_bit_for_bit(workplace: Path, whole: Path) -> None:
+    codes, output = finish(workplace, "halves", "--set", "train.stop_at_step=4")
+    assert codes == [0, 0], output
+    codes, output = finish(workplace, "halves")
+    assert codes == [0, 0] and "resuming from" in output, output
+    halves = workplace / "halves"
+    first, second = step_folder(whole, STEPS), step_folder(halves, STEPS)
+    for part in PARTS:
+        expected, got = stored_tensors(first, part), stored_tensors(second, part)
+        different = [name for name in expected if not torch.equal(expected[name], got[name])]
+        assert different == [], f"{part}: {different}"
+    same = ("step", "loss", "grad_norm", "lr", "tokens_by_source", "bytes_sent")
+    pick = [[step[key] for key in same] for step in steps_of(halves)]
+    assert pick == [[step[key] for key in same] for step in steps_of(whole)]
+
+
+def test_finished_run_started_again_does_nothing(workplace: Path, whole: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    codes, output = finish(workplace, "whole", "--set", "telemetry.export_at_end=true")
+    assert codes == [0, 0], output
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_stop_file_saves_and_exits_75_and_the_next_start_goes_on(workplace: Path, whole: Path) -> None:
+    run_dir = workplace / "stopped"
+    run_dir.mkdir()
+    (run_dir / "STOP").touch()
+    codes, output = finish(workplace, "stopped")
+    assert codes == [75, 75], output
+    assert list_steps(run_dir) == [1] and not (run_dir / "STOP").exists()
+
+
+def test_signal_to_one_rank_stops_all_at_the_same_step(workplace: Path) -> None:
+    processes = start(workplace, "signalled")
+    deadline = time.monotonic() + 120
+    metrics = workplace / "signalled" / "metrics.jsonl"
+    while time.monotonic() < deadline and not (metrics.exists() and '"event": "step"' in metrics.read_text()):
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGUSR1)
+    codes, output = wait(processes)
+    assert codes == [75, 75], output
+    assert list_steps(workplace / "signalled") == [steps_of(workplace / "signalled")[-1]["step"]]
+
+
+def test_changed_seed_or_mix_is_refused_on_resume(workplace: Path, whole: Path) -> None:
+    codes, output = finish(workplace, "whole", "--set", "train.seed=99")
+    assert codes == [78, 78] and "seed 1234, now it is 99" in output, output
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(workplace: Path, whole: Path) -> None:
+    run_dir = workplace / "damaged"
+    shutil.copytree(whole, run_dir)
+    victim = step_folder(run_dir, 8) / "__1_0.distcp"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    step, rejected = find_checkpoint(run_dir, "auto")
+    assert step == 6 and "step-00000008/__1_0.distcp" in rejected[0]
+    with pytest.raises(CheckpointError, match=r"__1_0\.distcp"):
+        find_checkpoint(run_dir, "8")
+
+
+def test_zero_steps_round_trip_is_byte_equal(workplace: Path, whole: Path) -> None:
+    """Hugging Face -> project -> Hugging Face."""
+    source = whole / "export" / "step-00000008"
+    settings = ["model.init=null", f"model.path={source}", "train.total_steps=0", "train.warmup_steps=0"]
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    codes, output = finish(workplace, "round-trip", *arguments, "--set", "telemetry.export_at_end=true")
+    assert codes == [0, 0], output
+    before = load_file(source / "model.safetensors")
+    after = load_file(workplace / "round-trip" / "export" / "step-00000000" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].view(torch.int16), after[name].view(torch.int16)) for name in before)
+
+
+def test_launcher_passes_the_exit_code_of_a_bad_configuration(workplace: Path) -> None:
+    """Through `deepspeed` itself."""
+    (workplace / "typo.json").write_text('{"zero_optimisation": {"stage": 3}}')
+    bin_dir = Path(sys.executable).parent
+    command = [
+        str(bin_dir / "deepspeed"),
+        "--master_port",
+        str(free_port()),
+        "--num_gpus",
+        "2",
+        str(ROOT / "cpt/run.py"),
+    ]
+    done = subprocess.run(
+        [*command, "--ds_config", "typo.json", "--config", "run.yaml"],
+        cwd=workplace,
+        env={**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 78, done.stdout + done.stderr
+    assert "zero_optimisation is not a known key. Did you mean 'zero_optimization'?" in done.stderr

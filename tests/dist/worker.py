@@ -1,0 +1,78 @@
+"""One rank of the layout comparison: runs scenarios one after another and leaves losses and a checkpoint of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cpt import deepspeed_internals
+from cpt.config import LaunchInfo, RunYaml, resolve
+from cpt.job import build_engine
+from cpt.parallel.topology import create_topology
+from cpt.state.checkpoint import save_checkpoint
+from cpt.training.loader import make_micro_batch
+from data_pipeline.strict_yaml import parse_yaml, read_file
+from tests.dist.cases import CLIPPING, ROWS, SEQ_LEN, SETTINGS, Scenario, model_config, parameter_file, rows_of_step
+
+
+def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
+    text = f"""
+model: {{path: {model_dir}, activation_checkpointing: {str(scenario.checkpointing).lower()},
+  window_exchange: {scenario.exchange}}}
+data: {{mix: unused.yaml}}
+train: {{seq_len: {SEQ_LEN}, global_batch_size: {ROWS}, micro_batch_size: {scenario.micro_batch_size}, total_steps: 100,
+  schedule: constant, dtype: {scenario.dtype}, gradient_clipping: {CLIPPING},
+  {", ".join(f"{key}: {value}" for key, value in SETTINGS.items())}}}
+"""
+    return read_file(RunYaml, parse_yaml(text, "scenario"))
+
+
+def run(scenario: Scenario, folder: Path) -> None:
+    json_text = json.dumps(
+        {
+            "zero_optimization": {"stage": scenario.stage, "stage3_param_persistence_threshold": 100},
+            "sequence_parallel_size": scenario.sp,
+            "expert_parallel": {"enabled": True, "autoep_size": scenario.ep},
+        }
+    )
+    launch_info = LaunchInfo(world_size=scenario.world_size, local_world_size=scenario.world_size)
+    config = resolve(
+        run_yaml(scenario, folder / "model"), parse_yaml(json_text, "scenario.json"), model_config(), launch_info
+    )
+    topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu"))
+    engine = build_engine(config, model_config(), topology)
+    results = []
+    for step in range(scenario.steps):
+        rows = rows_of_step(step)
+        per_pass = config.micro_batch_size * topology.dp_size
+        micro_batches = []
+        for first in range(0, ROWS, per_pass):
+            start = first + topology.dp_rank * config.micro_batch_size
+            mine = range(start, start + config.micro_batch_size)
+            micro_batches.append(make_micro_batch([rows[i] for i in mine], [i % 2 for i in mine], topology))
+        tokens = [int(sum((row.labels >= 0).sum() for row in rows[source::2])) for source in (0, 1)]
+        result = engine.step(micro_batches, tokens, stop_requested=False)
+        results.append(dataclasses.asdict(result))
+    save_checkpoint(folder / scenario.name, engine.deepspeed, topology, step=scenario.steps, state={}, keep_last=2)
+    if topology.rank == 0:
+        parameter_file(folder, scenario).write_text(json.dumps(results))
+    engine.deepspeed.destroy()
+    dist.barrier()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    deepspeed_internals.init_distributed(torch.device("cpu"))
+    for text in sys.argv[2:]:
+        run(Scenario(**json.loads(text)), folder)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Ranges of flat tensors that some ranks wrote are read by other ranks, cut in other places, bit for bit.
+
+The ranks live in one process here: each plans and writes as torch.distributed.checkpoint would let it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cpt.errors import CheckpointError
+from cpt.state.stored import read_ranges
+from cpt.state.flat_planner import FlatLoadPlanner, FlatRange, FlatSavePlanner
+
+Ranges = dict[str, FlatRange]
+
+
+def save(folder: Path, ranks: list[Ranges]) -> None:
+    """The stages of dcp.save, with all ranks in turn."""
+    planners = [FlatSavePlanner() for _ in ranks]
+    writers = [dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=False) for _ in ranks]
+    plans = []
+    for rank, (planner, writer, ranges) in enumerate(zip(planners, writers, ranks, strict=True)):
+        planner.set_up_planner(ranges, is_coordinator=rank == 0)
+        writer.set_up_storage_writer(rank == 0)
+        plans.append(writer.prepare_local_plan(planner.create_local_plan()))
+    plans, metadata = planners[0].create_global_plan(plans)
+    plans = writers[0].prepare_global_plan(plans)
+    results = []
+    for planner, writer, plan in zip(planners, writers, plans, strict=True):
+        future = writer.write_data(planner.finish_plan(plan), planner)
+        future.wait()
+        results.append(future.value())
+    writers[0].finish(metadata, results)
+
+
+def load(folder: Path, ranges: Ranges) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(ranges, storage_reader=dcp.FileSystemReader(folder), planner=FlatLoadPlanner(), no_dist=True)
+
+
+def pieces(whole: Tensor, cuts: list[int]) -> list[FlatRange]:
+    """`whole` cut at `cuts`; equal cuts give nobody anything and are left out, as by `local_shards`."""
+    bounds = [0, *sorted(cuts), whole.numel()]
+    return [
+        FlatRange(tensor=whole[first:last], offset=first, global_numel=whole.numel())
+        for first, last in zip(bounds, bounds[1:], strict=False)
+        if last > first
+    ]
+
+
+def empty_like(piece: FlatRange) -> FlatRange:
+    tensor = torch.full_like(piece.tensor, float("nan"))
+    return FlatRange(tensor=tensor, offset=piece.offset, global_numel=piece.global_numel)
+
+
+def bits(tensor: Tensor) -> list[int]:
+    return tensor.view(torch.int32).tolist()
+
+
+def numbers(numel: int, seed: int = 0) -> Tensor:
+    """Any bits at all, not-a-number and negative zero among them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31 - 1, (numel,), generator=generator).to(torch.int32).view(torch.float32)
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
+    numel = draw(st.integers(1, 60))
+    somewhere = st.lists(st.integers(0, numel), max_size=5)
+    return numel, draw(somewhere), draw(somewhere)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts())
+def test_any_cut_reads_what_any_other_cut_wrote(
+    tmp_path_factory: pytest.TempPathFactory, sizes: tuple[int, list[int], list[int]]
+) -> None:
+    numel, written, read = sizes
+    folder, whole = tmp_path_factory.mktemp("cut"), numbers(numel)
+    save(folder, [{"w": piece} for piece in pieces(whole, written)])
+    for piece in pieces(whole, read):
+        target = empty_like(piece)
+        load(folder, {"w": target})
+        assert bits(target.tensor) == bits(piece.tensor)
+
+
+def test_many_tensors_of_a_rank_come_back_under_their_names(tmp_path: Path) -> None:
+    tensors = {f"{part}/layer.{i}.weight": numbers(10 + i, i) for part in ("master", "exp_avg") for i in range(4)}
+    cut = {name: pieces(tensor, [3, 7]) for name, tensor in tensors.items()}
+    save(tmp_path, [{name: cut[name][rank] for name in tensors} for rank in range(3)])
+    targets = {name: empty_like(pieces(tensor, [])[0]) for name, tensor in tensors.items()}
+    load(tmp_path, targets)
+    assert all(bits(targets[name].tensor) == bits(tensors[name]) for name in tensors)
+
+
+def test_rank_that_holds_nothing_of_a_tensor_takes_part(tmp_path: Path) -> None:
+    whole, other = numbers(20), numbers(8, 1)
+    first, second = pieces(whole, [12])
+    save(tmp_path, [{"w": first, "v": pieces(other, [])[0]}, {"w": second}, {}])
+    target = empty_like(pieces(whole, [])[0])
+    load(tmp_path, {"w": target})
+    assert bits(target.tensor) == bits(whole)
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
+    save(tmp_path, [{"w": pieces(numbers(20), [])[0], "v": pieces(numbers(8, 1), [])[0]}])
+    target = empty_like(pieces(numbers(8, 1), [])[0])
+    load(tmp_path, {"v": target})
+    assert bits(target.tensor) == bits(numbers(8, 1))
+
+
+def test_view_of_a_larger_buffer_is_filled_in_place(tmp_path: Path) -> None:
+    """ZeRO's shards are views of one flat buffer; what lies beside them must stay."""
+    whole = numbers(20)
+    save(tmp_path, [{"w": piece} for piece in pieces(whole, [5])])
+    buffer = torch.zeros(40)
+    load(tmp_path, {"w": FlatRange(tensor=buffer[10:20], offset=8, global_numel=20)})
+    assert bits(buffer[10:20]) == bits(whole[8:18])
+    assert (buffer[:10] == 0).all() and (buffer[20:] == 0).all()
+
+
+def test_every_rank_writes_one_file_of_its_own(tmp_path: Path) -> None:
+    save(tmp_path, [{"w": piece} for piece in pieces(numbers(20), [5, 9])])
+    assert {file.name for file in tmp_path.iterdir()} == {f"__{r}_0.distcp" for r in range(3)} | {".metadata"}
+
+
+def test_file_holds_a_range_and_not_the_buffer_behind_it(tmp_path: Path) -> None:
+    buffer = torch.zeros(1_000_000)
+    save(tmp_path, [{"w": FlatRange(tensor=buffer[:10], offset=0, global_numel=10)}])
+    assert (tmp_path / "__0_0.distcp").stat().st_size < 100_000
+
+
+def test_ranks_that_together_leave_a_hole_cannot_save(tmp_path: Path) -> None:
+    first, _, third = pieces(numbers(20), [5, 9])
+    with pytest.raises(ValueError):
+        save(tmp_path, [{"w": first}, {"w": third}])
+
+
+def test_ranks_whose_ranges_overlap_cannot_save(tmp_path: Path) -> None:
+    whole = numbers(20)
+    overlapping = [FlatRange(tensor=whole[a:b], offset=a, global_numel=20) for a, b in ((0, 12), (10, 20))]
+    with pytest.raises(ValueError):
+        save(tmp_path, [{"w": piece} for piece in overlapping])
+
+
+REFUSALS = (dcp.CheckpointException, CheckpointError, ValueError)  # DCP's own is no `Exception`
+
+
+def test_unknown_key_is_named(tmp_path: Path) -> None:
+    save(tmp_path, [{"w": pieces(numbers(20), [])[0]}])
+    with pytest.raises(REFUSALS, match="master/lm_head"):
+        load(tmp_path, {"master/lm_head": empty_like(pieces(numbers(20), [])[0])})
+
+
+@pytest.mark.parametrize("offset", [15, 20, 100])
+def test_range_beyond_what_is_stored_is_refused(tmp_path: Path, offset: int) -> None:
+    """Otherwise the rest of the range would keep whatever was in memory."""
+    save(tmp_path, [{"w": pieces(numbers(20), [])[0]}])
+    with pytest.raises(REFUSALS):
+        load(tmp_path, {"w": FlatRange(tensor=torch.zeros(10), offset=offset, global_numel=offset + 10)})
+
+
+def test_failure_while_reading_is_a_checkpoint_error(tmp_path: Path) -> None:
+    """DCP raises a BaseException: `together` would not tell the other ranks, and the run would end with code 1."""
+    save(tmp_path, [{"w": pieces(numbers(20), [])[0]}])
+    (tmp_path / "__0_0.distcp").unlink()
+    target = empty_like(pieces(numbers(20), [])[0])
+    try:
+        with pytest.raises(CheckpointError):
+            read_ranges(tmp_path, {"w": target})
+    except dcp.CheckpointException as error:
+        pytest.fail(f"not translated: {type(error).__name__}")
