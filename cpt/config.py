@@ -54,6 +54,8 @@ class DataSection:
     """Built shards; default: data/<mix>-<fingerprint>, built on the spot when the input is small."""
     auto_build_limit_bytes: int = 256 * 2**20
     """Largest input that training builds by itself."""
+    accept_mix_change: bool = False
+    """Go on with a mix that was edited since the last checkpoint, as a new segment of the ledger."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

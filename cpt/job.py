@@ -30,7 +30,7 @@ from cpt.training.engine import TrainingEngine
 from cpt.training.loader import MicroBatch, load_micro_batch
 from data_pipeline.build import build, default_build_dir, input_bytes
 from data_pipeline.dataset import BuiltData
-from data_pipeline.ledger import Ledger
+from data_pipeline.ledger import Ledger, resume_ledger
 from data_pipeline.mixture import GlobalBatch, Mixture
 from data_pipeline.schema import MixConfig, load_mix
 
@@ -57,6 +57,7 @@ class Job:
     run_dir: Path
     topology: Topology
     data: BuiltData
+    ledger: Ledger
     mixture: Mixture
     engine: TrainingEngine
     guard: Guard | None
@@ -78,6 +79,7 @@ class Job:
         return {
             "progress": dataclasses.asdict(self.progress),
             "identity": self.identity,
+            "ledger": self.ledger.to_json(),
             "model_config": self.model_config,
             "config": self.config.to_plain(),
         }
@@ -150,17 +152,21 @@ def assemble(
     """
     mix = load_mix(config.data.mix)
     data = open_data(config, mix, topology)
-    ledger = Ledger.start(mix)
     engine = build_engine(config, model_config, topology)
     identity = {
-        "data_fingerprint": data.manifest.fingerprint,
-        "mix": {name: round(weight, 12) for name, weight in sorted(ledger.segments[0].weights.items())},
         "seed": config.train.seed,
         "seq_len": config.train.seq_len,
         "global_batch_size": config.train.global_batch_size,
     }
     loaded = None if resume == "never" else load_checkpoint(run_dir, engine.deepspeed, topology, resume)
-    progress = Progress() if loaded is None else _resumed(loaded, identity)
+    rows = data.manifest.row_hashes()
+    if loaded is None:
+        progress, ledger = Progress(), Ledger.start(mix, rows)
+    else:
+        progress = _resumed(loaded, identity)
+        ledger = resume_ledger(
+            loaded.state["ledger"], mix, progress.step, accept_change=config.data.accept_mix_change, rows=rows
+        )
     metrics = run_dir / "metrics.jsonl" if topology.rank == 0 else None
     telemetry = Telemetry(metrics, trackers_for(config, run_dir) if metrics else ())
     if topology.rank == 0:
@@ -171,6 +177,7 @@ def assemble(
         run_dir=run_dir,
         topology=topology,
         data=data,
+        ledger=ledger,
         mixture=Mixture(data, ledger, config.train.seed),
         engine=engine,
         guard=Guard(data, config, topology, run_dir) if config.guard.enabled and data.held_out else None,

@@ -1,7 +1,7 @@
 """The guard of one run: baseline frozen before step 0, measurements paired against it.
 
-The baseline lives in <run_dir>/guard/baseline.json with the fingerprint of the data it was measured on.  It is
-written once and never again: resuming a run reads it.
+The baseline lives in <run_dir>/guard/baseline.json with a hash of the text it was measured on.  It is written
+once and never again: resuming a run reads it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ class Guard:
     def __init__(self, data: BuiltData, config: RunConfig, topology: Topology, run_dir: Path) -> None:
         self._config, self._topology = config, topology
         self._domains = [ScoredSet(domain, config.guard.max_documents) for domain in data.held_out if domain.num_rows]
-        self._fingerprint = data.manifest.fingerprint
         self._file = run_dir / "guard" / "baseline.json"
         self._baseline: dict[str, DomainScore] = {}
         self.latest: dict[str, Judgement] = {}
@@ -42,9 +41,15 @@ class Guard:
 
     def measure(self, step: int, engine: TrainingEngine, telemetry: Telemetry) -> None:
         """Score all domains, freeze or compare, and log one guard event per domain; all ranks call it together."""
-        scores = {d.name: score_domain(d, engine, self._topology, self._config) for d in self._domains}
         if not self._baseline:
-            self._baseline = self._stored_baseline() or self._freeze(scores, step)
+            self._baseline = self._stored_baseline()
+        scores = {
+            domain.name: score_domain(domain, engine, self._topology, self._config)
+            for domain in self._domains
+            if step == 0 or domain.name in self._baseline
+        }
+        if not self._baseline:
+            self._baseline = self._freeze(scores, step)
         for name, score in scores.items():
             verdict = judge(score, self._baseline[name], self._config.guard.tolerance_percent)
             self.latest[name] = verdict
@@ -74,12 +79,15 @@ class Guard:
                 "with --set guard.enabled=false."
             )
         plain = {
-            name: {"language": score.language, "nats": score.nats.tolist(), "bytes": score.bytes.tolist()}
-            for name, score in scores.items()
+            domain.name: {
+                "language": domain.language,
+                "content_hash": domain.content_hash,
+                "nats": scores[domain.name].nats.tolist(),
+                "bytes": scores[domain.name].bytes.tolist(),
+            }
+            for domain in self._domains
         }
-        on_first_rank(
-            self._topology.control_group, lambda: self._write({"fingerprint": self._fingerprint, "domains": plain})
-        )
+        on_first_rank(self._topology.control_group, lambda: self._write(plain))
         return scores
 
     def _write(self, content: dict[str, Any]) -> None:
@@ -91,24 +99,32 @@ class Guard:
             os.fsync(file.fileno())
         os.rename(temporary, self._file)
 
-    def _stored_baseline(self) -> dict[str, DomainScore] | None:
-        text = on_first_rank(
+    def _stored_baseline(self) -> dict[str, DomainScore]:
+        """Scores of the untouched model on the domains of this run; empty if none were stored.
+
+        Raises:
+            ConfigError: a domain holds other text than the one that was measured.
+        """
+        stored = on_first_rank(
             self._topology.control_group,
-            lambda: self._file.read_text(encoding="utf-8") if self._file.is_file() else None,
+            lambda: json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {},
         )
-        if text is None:
-            return None
-        stored = json.loads(text)
-        if stored["fingerprint"] != self._fingerprint or stored["domains"].keys() != {d.name for d in self._domains}:
+        known = [domain for domain in self._domains if domain.name in stored]
+        changed = [domain.name for domain in known if domain.content_hash != stored[domain.name]["content_hash"]]
+        if changed:
             raise ConfigError(
-                f"{self._file} was measured on other held-out text than this data holds. Use a new --run_dir."
+                f"{self._file} was measured on other held-out text of {', '.join(changed)} than the data holds now. "
+                "Change the data back, or use a new --run_dir."
             )
+        if stored and len(known) < len(self._domains) and self._topology.rank == 0:
+            names = ", ".join(domain.name for domain in self._domains if domain.name not in stored)
+            log.warning("held-out domains %s are new: the untouched model was not measured on them; left out.", names)
         return {
-            name: DomainScore(
-                name=name,
-                language=value["language"],
-                nats=np.asarray(value["nats"]),
-                bytes=np.asarray(value["bytes"]),
+            domain.name: DomainScore(
+                name=domain.name,
+                language=domain.language,
+                nats=np.asarray(stored[domain.name]["nats"]),
+                bytes=np.asarray(stored[domain.name]["bytes"]),
             )
-            for name, value in stored["domains"].items()
+            for domain in known
         }

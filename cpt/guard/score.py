@@ -9,6 +9,7 @@ byte divides by ln 2 and its UTF-8 bytes, which makes domains and tokenizers com
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -59,6 +60,10 @@ class ScoredSet:
         self.document_bytes = np.asarray(domain.document_bytes[: self.num_documents], dtype=np.float64)
         rows = (domain.read_row(index) for index in range(domain.num_rows))
         self.rows = [row for row in rows if (row.documents < self.num_documents).any()]
+        digest = hashlib.sha256(str(self.num_documents).encode())
+        for row in self.rows:
+            digest.update(row.input_ids.astype("<i8").tobytes() + row.documents.astype("<i8").tobytes())
+        self.content_hash = digest.hexdigest()
 
 
 def score_domain(domain: ScoredSet, engine: TrainingEngine, topology: Topology, config: RunConfig) -> DomainScore:

@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from cpt.errors import CheckpointError
+from cpt.state.manifest import read_manifest
 from cpt.state.stored import PARTS, find_checkpoint, list_steps, step_folder
 from cpt.telemetry.metrics import read_events
 from tests.dist.test_layout_parity import stored_tensors
@@ -201,6 +202,24 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(workplace: Path) -> None:
 def test_changed_seed_or_mix_is_refused_on_resume(workplace: Path, whole: Path) -> None:
     codes, output = finish(workplace, "whole", "--set", "train.seed=99")
     assert codes == [78, 78] and "seed 1234, now it is 99" in output, output
+
+
+def test_edited_mix_is_refused_with_the_change_and_accepted_as_a_new_segment(workplace: Path, whole: Path) -> None:
+    shutil.copytree(whole, workplace / "edited")
+    shutil.rmtree(step_folder(workplace / "edited", 8))
+    original = (workplace / "mix.yaml").read_text()
+    mix = yaml.safe_load(original)
+    mix["sources"][0]["weight"], mix["sources"][1]["weight"] = 0.4, 0.4
+    (workplace / "mix.yaml").write_text(yaml.safe_dump(mix))
+    try:
+        codes, output = finish(workplace, "edited")
+        assert codes == [78, 78] and "ja_essay" in output and "data.accept_mix_change=true" in output, output
+        codes, output = finish(workplace, "edited", "--set", "data.accept_mix_change=true")
+        assert codes == [0, 0], output
+    finally:
+        (workplace / "mix.yaml").write_text(original)
+    state = read_manifest(step_folder(workplace / "edited", 8)).state
+    assert [segment["start_step"] for segment in state["ledger"]["segments"]] == [0, 6]
 
 
 def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(workplace: Path, whole: Path) -> None:
