@@ -409,15 +409,22 @@ class _Resolver:
     def _sp_size(self) -> int:
         """Refuse what does not divide; `auto`: the largest size within a node that divides all it must."""
         heads, kv_heads = self.model.num_attention_heads, self.model.num_key_value_heads
+        wanted, seq_len = self.json.get("sequence_parallel_size", 1), self.run.train.seq_len
         rules = {
             f"the world size {self.launch.world_size}": lambda n: self.launch.world_size % n == 0,
             f"the {heads} query heads": lambda n: heads % n == 0,
-            f"(or is not a multiple of) the {kv_heads} key/value heads": lambda n: (
-                kv_heads % n == 0 or n % kv_heads == 0
-            ),
-            f"train.seq_len {self.run.train.seq_len}": lambda n: self.run.train.seq_len % n == 0,
+            f"(nor is a multiple of) the {kv_heads} key/value heads": lambda n: kv_heads % n == 0 or n % kv_heads == 0,
         }
-        return self._choose("sequence_parallel_size", self.json.get("sequence_parallel_size", 1), rules)
+        if wanted == "auto":
+            rules["seq_len"] = lambda n: seq_len % n == 0
+        elif seq_len % wanted:
+            below = seq_len - seq_len % wanted
+            options = f"{below} or {below + wanted}" if below else str(wanted)
+            self.problems.append(
+                f"train.seq_len={seq_len} cannot be cut into {wanted} equal parts (sequence_parallel_size). "
+                f"Nearest that can: {options}."
+            )
+        return self._choose("sequence_parallel_size", wanted, rules)
 
     def _ep_size(self) -> int:
         block = self.json.get("expert_parallel", {})

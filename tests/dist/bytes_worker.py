@@ -1,0 +1,45 @@
+"""One rank of the traffic comparison: the exchanges of a window layer in the shape of gpt-oss-20b at 32k, SP = 4."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cpt import deepspeed_internals
+from cpt.parallel.halo import WindowHalo
+from cpt.parallel.topology import create_topology
+from cpt.parallel.ulysses import Ulysses
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    deepspeed_internals.init_distributed(device)
+    topology = create_topology(sp_size=4, ep_size=1, device=device)
+    local_tokens, heads, kv_heads, head_dim = 32_768 // 4, 64, 8, 64
+    shapes = [(1, n, local_tokens, head_dim) for n in (heads, kv_heads, kv_heads)]
+
+    def draw() -> list[torch.Tensor]:
+        return [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+
+    ulysses, sent = Ulysses(topology), {}
+    query, _, value = ulysses.exchange_qkv(*draw())
+    out = ulysses.exchange_out(query.transpose(1, 2))
+    (out.sum() + value.sum()).backward()
+    sent["ulysses"] = topology.traffic.take()["ulysses"]
+    query, key, value = WindowHalo(topology, 128).extend(*draw())
+    (query.sum() + key.sum() + value.sum()).backward()
+    sent["halo"] = topology.traffic.take()["halo"]
+    totals = torch.tensor([sent["ulysses"], sent["halo"]])
+    dist.all_reduce(totals, group=topology.control_group)
+    if topology.rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(totals.tolist()))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
