@@ -85,18 +85,28 @@ class Job:
         }
 
 
-def open_data(config: RunConfig, mix: MixConfig, topology: Topology) -> BuiltData:
-    """Open the built shards of a mix, building them first if they are missing and small.
+def check_mix(config: RunConfig) -> MixConfig:
+    """Read the data-mix YAML and compare it with the run.
 
     Raises:
-        ConfigError: the mix and the run disagree, or there is too much input to build on the spot.
-        DataError: the input or the build is not usable.
+        ConfigError: it cannot be right, or packs rows of another length.
     """
+    mix = load_mix(config.data.mix)
     if mix.seq_len != config.train.seq_len:
         raise ConfigError(
             f"train.seq_len is {config.train.seq_len}, but rows of {config.data.mix} have seq_len {mix.seq_len}. "
             "Make them equal: rows are packed when the data is built."
         )
+    return mix
+
+
+def open_data(config: RunConfig, mix: MixConfig, topology: Topology) -> BuiltData:
+    """Open the built shards of a mix, building them first if they are missing and small.
+
+    Raises:
+        ConfigError: there is too much input to build on the spot.
+        DataError: the input or the build is not usable.
+    """
     directory = config.data.build_dir
 
     def build_if_missing() -> str:
@@ -150,7 +160,7 @@ def assemble(
         resume: `auto`, `never` or a step.
         stop: Where stop requests arrive.
     """
-    mix = load_mix(config.data.mix)
+    mix = check_mix(config)
     data = open_data(config, mix, topology)
     engine = build_engine(config, model_config, topology)
     identity = {

@@ -16,7 +16,8 @@ from transformers import GptOssConfig
 from cpt import deepspeed_internals
 from cpt.config import LaunchInfo, RunConfig, load, resolve
 from cpt.errors import ConfigError, StorageError
-from cpt.job import Job, assemble
+from cpt.job import Job, assemble, check_mix
+from cpt.memory import memory_by_part, memory_table
 from cpt.model.weights import load_config
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import create_topology
@@ -24,6 +25,9 @@ from cpt.state.export import export_checkpoint
 from cpt.state.stop import StopRequest
 from cpt.state.stored import list_steps, step_folder
 from cpt.train import train
+from data_pipeline.build import default_build_dir, input_bytes
+from data_pipeline.dataset import BuiltData
+from data_pipeline.plan import make_plan
 
 log = logging.getLogger("cpt")
 
@@ -39,6 +43,8 @@ def launch(options: argparse.Namespace) -> None:
     if options.dry_run:
         if os.environ["RANK"] == "0":
             print(describe(config, model_config, run_dir, options.resume))
+            print(memory_table(memory_by_part(config, model_config)))
+            print(describe_data(config))
         return
     device = this_device(config)
     deepspeed_internals.init_distributed(device)
@@ -123,7 +129,9 @@ def describe(config: RunConfig, model_config: GptOssConfig, run_dir: Path, resum
         "architecture": f"{model_config.num_hidden_layers} layers, {model_config.num_local_experts} experts, "
         f"{model_config.num_attention_heads}/{model_config.num_key_value_heads} heads",
         "world size": config.world_size,
-        "sequence parallel": config.sp_size,
+        "sequence parallel": f"{config.sp_size}, window layers by {'halo' if config.use_halo else 'all-to-all'}"
+        if config.sp_size > 1
+        else 1,
         "expert parallel": config.ep_size,
         "data parallel": config.world_size // config.sp_size,
         "ZeRO stage": config.zero_stage,
@@ -138,6 +146,20 @@ def describe(config: RunConfig, model_config: GptOssConfig, run_dir: Path, resum
     }
     width = max(map(len, rows))
     return "\n".join(["resolved configuration", *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def describe_data(config: RunConfig) -> str:
+    """The plan of the mix if it is built, with what does not add up; nothing is built here.
+
+    Raises:
+        ConfigError: the data-mix YAML cannot be right.
+    """
+    mix = check_mix(config)
+    directory = config.data.build_dir or default_build_dir(mix, Path("data"))
+    if not directory.exists():
+        return f"data\n  {config.data.mix} is sound; not built yet ({input_bytes(mix) / 1e6:.1f} MB of input)."
+    data = BuiltData.open(directory, verify=False, mix=mix)
+    return make_plan(data, mix, max(1, config.train.total_steps), config.train.global_batch_size).describe()
 
 
 def finish(job: Job) -> None:
