@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.build import SHARD_NAME
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, SourceEntry, check_files, read_manifest
 from data_pipeline.pack import ARRAY_NAMES, Integers, PackedRows
 from data_pipeline.schema import GuardDomain, MixConfig
-from data_pipeline.shards import Shard
+from data_pipeline.shards import Shards
 from data_pipeline.tokenizer import END_OF_TEXT
 
 IGNORED_LABEL = -100
@@ -44,7 +43,7 @@ class PackedRow:
 class _Rows:
     """The rows of one split of one source."""
 
-    def __init__(self, directory: Path, split: str, shard: Shard, seq_len: int) -> None:
+    def __init__(self, directory: Path, split: str, shard: Shards, seq_len: int) -> None:
         arrays = {name: _load_array(directory / split / f"{name}.npy") for name in ARRAY_NAMES}
         self.packed = PackedRows(**arrays)
         self.shard = shard
@@ -139,7 +138,9 @@ class BuiltData:
         self.source_names = tuple(source.name for source in sources)
         self.languages = tuple(source.language for source in sources)
         self.domains = tuple(source.domain for source in sources)
-        shards = [Shard(directory / name / SHARD_NAME, verify=verify) for name in self.source_names]
+        shards = [
+            Shards(directory / name, manifest.shard_names(name), verify=verify) for name in self.source_names
+        ]
         folders = [directory / name for name in self.source_names]
         self._train = [_Rows(folder, "train", s, self.seq_len) for folder, s in zip(folders, shards, strict=True)]
         held_out = [_Rows(folder, "held_out", s, self.seq_len) for folder, s in zip(folders, shards, strict=True)]

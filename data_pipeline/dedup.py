@@ -9,11 +9,14 @@ Decisions
       3. duplicate: of equal texts the first one, in the order of the mix, is trained on.
     A source of at least two documents that is to hold some out holds out at least one and keeps at least one: if the
     hash would not have it so, the documents with the smallest or the largest hash move.
+    Equal hashes meet in buckets by their leading bits, one bucket in memory at a time, so memory does not grow with
+    the corpus but for one byte a document; the hashes themselves may be memory maps.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +27,22 @@ _HELD_OUT_SALT = b"held out documents 1:"
 HASH_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8")])
 Hashes = npt.NDArray[np.void]
 Indices = npt.NDArray[np.int64]
+BUCKET_DOCUMENTS = 1 << 22
+"""Documents compared at once, about."""
+
+
+class Fate(enum.IntEnum):
+    """What becomes of a stored document."""
+
+    TRAIN = 0
+    HELD_OUT = 1
+    DUPLICATE = 2
+    HELD_OUT_COPY = 3
+    NEAR_DUPLICATE = 4
+    CONTAMINATED = 5
+
+
+Fates = npt.NDArray[np.uint8]
 
 
 def content_hash(content: bytes) -> int:
@@ -39,62 +58,103 @@ def as_array(hashes: Sequence[int]) -> Hashes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """What becomes of the stored documents of one source, as document numbers in ascending order."""
+    """What becomes of the stored documents of one source."""
 
-    train: Indices
-    held_out: Indices
-    num_duplicates: int
-    """Documents that another source of the mix already has."""
-    num_held_out_copies: int
-    """Documents dropped because their text is held out elsewhere."""
+    fates: Fates
+    """A `Fate` per document."""
+
+    def numbers(self, fate: Fate) -> Indices:
+        """Document numbers with a fate, in ascending order."""
+        return np.flatnonzero(self.fates == fate).astype(np.int64)
+
+    def count(self, fate: Fate) -> int:
+        """Documents with a fate."""
+        return int(np.count_nonzero(self.fates == fate))
+
+    @property
+    def train(self) -> Indices:
+        """Documents to train on."""
+        return self.numbers(Fate.TRAIN)
+
+    @property
+    def held_out(self) -> Indices:
+        """Documents to measure."""
+        return self.numbers(Fate.HELD_OUT)
+
+    @property
+    def num_duplicates(self) -> int:
+        """Documents that stand earlier in the mix, too."""
+        return self.count(Fate.DUPLICATE)
+
+    @property
+    def num_held_out_copies(self) -> int:
+        """Documents dropped because their text is held out elsewhere."""
+        return self.count(Fate.HELD_OUT_COPY)
 
 
 def held_out_mask(hashes: Hashes, share: float) -> npt.NDArray[np.bool_]:
-    """True for the documents to hold out, of a source without duplicates."""
-    order = _held_out_order(hashes)
-    if share <= 0 or len(hashes) == 0 or (share < 1 and len(hashes) < 2):
+    """True for the documents to hold out; copies have the fate of their original."""
+    if share <= 0 or len(hashes) == 0:
         return np.zeros(len(hashes), dtype=bool)
     if share >= 1:
         return np.ones(len(hashes), dtype=bool)
+    order = _held_out_order(hashes)
+    low, high = order.min(), order.max()
+    if low == high:  # a single text
+        return np.zeros(len(hashes), dtype=bool)
     mask = order < np.uint64(int(share * 2**64))
     if not mask.any():
-        mask[order.argmin()] = True
+        mask = order == low
     if mask.all():
-        mask[order.argmax()] = False
-    return mask
+        mask = order != high
+    return np.asarray(mask)
 
 
 def assign(hashes: Sequence[Hashes], shares: Sequence[float]) -> list[Assignment]:
-    """Assign the documents of every source; within one source all hashes must differ.
+    """Assign the documents of every source.
 
     Args:
         hashes: content hashes per source, in the order of the mix.
         shares: held_out_share per source.
     """
-    held_masks = [held_out_mask(values, share) for values, share in zip(hashes, shares, strict=True)]
-    held_out: set[bytes] = set()
-    trained: set[bytes] = set()
-    kept_by_source = []
-    for values, mask in zip(hashes, held_masks, strict=True):
-        keys = [value.tobytes() for value in values]
-        kept = [number for number in np.flatnonzero(mask) if keys[number] not in held_out]
-        held_out.update(keys[number] for number in kept)
-        kept_by_source.append(np.array(kept, dtype=np.int64))
-    assignments = []
-    for values, kept_numbers in zip(hashes, kept_by_source, strict=True):
-        keys = [value.tobytes() for value in values]
-        free = [number for number in range(len(keys)) if keys[number] not in held_out]
-        train = [number for number in free if keys[number] not in trained]
-        trained.update(keys[number] for number in train)
-        assignments.append(
-            Assignment(
-                train=np.array(train, dtype=np.int64),
-                held_out=kept_numbers,
-                num_duplicates=len(free) - len(train),
-                num_held_out_copies=len(keys) - len(free) - len(kept_numbers),
-            )
-        )
-    return assignments
+    held = [held_out_mask(values, share) for values, share in zip(hashes, shares, strict=True)]
+    fates = [np.zeros(len(values), np.uint8) for values in hashes]
+    bits = max(0, (sum(map(len, hashes)) // BUCKET_DOCUMENTS).bit_length())
+    for bucket in range(1 << bits):
+        chosen = [_in_bucket(values, bucket, bits) for values in hashes]
+        keys = np.concatenate([values[numbers] for values, numbers in zip(hashes, chosen, strict=True)])
+        flags = np.concatenate([mask[numbers] for mask, numbers in zip(held, chosen, strict=True)])
+        found = _fates(keys, flags)
+        ends = np.cumsum([len(numbers) for numbers in chosen])[:-1]
+        for source, part in enumerate(np.split(found, ends)):
+            fates[source][chosen[source]] = part
+    return [Assignment(fates=values) for values in fates]
+
+
+def _in_bucket(hashes: Hashes, bucket: int, bits: int) -> Indices:
+    if not bits:
+        return np.arange(len(hashes))
+    return np.flatnonzero(hashes["high"] >> np.uint64(64 - bits) == bucket)
+
+
+def _fates(keys: Hashes, held: npt.NDArray[np.bool_]) -> Fates:
+    """Fates of documents in the order of the mix; `held` marks those whose source holds them out."""
+    fates = np.full(len(keys), Fate.DUPLICATE, np.uint8)
+    if not len(keys):
+        return fates
+    order = np.lexsort((np.arange(len(keys)), keys["low"], keys["high"]))
+    ordered = keys[order]
+    new = np.ones(len(keys), dtype=bool)
+    new[1:] = (ordered["high"][1:] != ordered["high"][:-1]) | (ordered["low"][1:] != ordered["low"][:-1])
+    starts = np.flatnonzero(new)
+    groups = np.cumsum(new) - 1
+    group_held = np.logical_or.reduceat(held[order], starts)
+    fates[order[starts]] = Fate.TRAIN
+    fates[order[group_held[groups]]] = Fate.HELD_OUT_COPY
+    held_places = np.flatnonzero(held[order])
+    _, first = np.unique(groups[held_places], return_index=True)
+    fates[order[held_places[first]]] = Fate.HELD_OUT
+    return fates
 
 
 def _held_out_order(hashes: Hashes) -> npt.NDArray[np.uint64]:

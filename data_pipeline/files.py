@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -12,12 +13,14 @@ from typing import IO
 import xxhash
 
 _CHUNK_BYTES = 1 << 22
+PARTIAL_SUFFIX = ".partial"
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears under `path` only once it is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.partial")
+    # a name of its own, so that two processes at work on the same file cannot mix
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -18,8 +18,9 @@ from typing import Any
 from data_pipeline.errors import DataError
 from data_pipeline.files import atomic_write, sha256_of
 from data_pipeline.schema import GuardDomain
+from data_pipeline.shards import SUFFIX
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
 _MAX_BYTES = 64 * 2**20
 
@@ -57,6 +58,10 @@ class SourceEntry:
     """Rows of those documents."""
     duplicates: int
     """Documents dropped as exact copies of another document of the mix."""
+    near_duplicates: int
+    """Documents dropped as near copies of another document of the mix."""
+    contaminated: int
+    """Documents dropped because they share a long run of tokens with a held-out document."""
     held_out_copies: int
     """Documents dropped because another source holds the same text out."""
     rejects: Mapping[str, int]
@@ -93,6 +98,12 @@ class Manifest:
     def hash(self) -> str:
         """Hex sha256 of the content; names the build."""
         return _checksum(self.content())
+
+    def shard_names(self, source: str) -> list[str]:
+        """Names of the token shards of a source within its folder, in order."""
+        prefix = f"{source}/"
+        names = (name.removeprefix(prefix) for name in self.files if name.startswith(prefix))
+        return sorted(name for name in names if "/" not in name and name.endswith(SUFFIX))
 
     def row_hashes(self) -> dict[str, str]:
         """Hex sha256, by source, over the files that its training rows come from."""

@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 Integers = npt.NDArray[np.int64]
+BLOCK_DOCUMENTS = 1 << 20
+"""Documents that are packed together; bounds the memory."""
 ARRAY_NAMES = ("row_offsets", "piece_document", "piece_start", "piece_pairs")
 
 
@@ -48,16 +50,36 @@ class PackedRows:
         return np.diff(totals[self.row_offsets])
 
 
-def pack(documents: Integers, document_tokens: Integers, seq_len: int) -> PackedRows:
+def pack(documents: Integers, document_tokens: Integers, seq_len: int, method: str = "best_fit") -> PackedRows:
     """Pack documents into rows.
 
     Args:
         documents: document numbers; they only label the pieces.
         document_tokens: tokens of each of them, END_OF_TEXT included, at least 2.
         seq_len: slots in a row.
+        method: `best_fit`, or `concatenate`: documents one after the other, cut wherever a row ends.
     """
+    assert len(document_tokens) == 0 or document_tokens.min() >= 2
+    if method == "concatenate":
+        return _concatenate(documents, document_tokens - 1, seq_len)
+    blocks = [
+        _pack_block(documents[some], document_tokens[some], seq_len)
+        for first in range(0, max(len(documents), 1), BLOCK_DOCUMENTS)
+        for some in [slice(first, first + BLOCK_DOCUMENTS)]
+    ]
+    if len(blocks) == 1:
+        return blocks[0]
+    before = np.cumsum([0, *(len(block.piece_document) for block in blocks)])
+    offsets = [block.row_offsets[1:] + first for block, first in zip(blocks, before[:-1], strict=True)]
+    names = ("piece_document", "piece_start", "piece_pairs")
+    return PackedRows(
+        row_offsets=np.concatenate([np.zeros(1, np.int64), *offsets]),
+        **{name: np.concatenate([getattr(block, name) for block in blocks]) for name in names},
+    )
+
+
+def _pack_block(documents: Integers, document_tokens: Integers, seq_len: int) -> PackedRows:
     pairs = document_tokens - 1
-    assert len(pairs) == 0 or pairs.min() >= 1
     num_full, rest = np.divmod(pairs, seq_len)
     full = np.repeat(np.arange(len(pairs)), num_full)
     full_start = (np.arange(len(full)) - np.repeat(np.cumsum(num_full) - num_full, num_full)) * seq_len
@@ -71,6 +93,23 @@ def pack(documents: Integers, document_tokens: Integers, seq_len: int) -> Packed
         piece_document=documents[np.concatenate([full, order])],
         piece_start=np.concatenate([full_start, num_full[order] * seq_len]).astype(np.int64),
         piece_pairs=np.concatenate([np.full(len(full), seq_len, np.int64), rest[order]]),
+    )
+
+
+def _concatenate(documents: Integers, pairs: Integers, seq_len: int) -> PackedRows:
+    """Pieces end where their document or a row does."""
+    ends = np.cumsum(pairs)
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.unique(np.concatenate([ends, np.arange(seq_len, total, seq_len), np.zeros(0, np.int64)]))
+    begins = np.concatenate([np.zeros(min(len(cuts), 1), np.int64), cuts[:-1]])
+    owner = np.searchsorted(ends, begins, side="right")
+    borders = np.append(np.arange(seq_len, total, seq_len), total)[: len(cuts)]
+    row_ends = np.searchsorted(cuts, borders) + 1
+    return PackedRows(
+        row_offsets=np.concatenate([np.zeros(1, np.int64), row_ends]),
+        piece_document=documents[owner],
+        piece_start=begins - (ends - pairs)[owner],
+        piece_pairs=cuts - begins,
     )
 
 

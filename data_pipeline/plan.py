@@ -55,8 +55,10 @@ class Plan:
         tokens = sum(source.drawn_tokens for source in self.sources)
         header = ("source", "language", "documents", "tokens", "rows", "drawn tokens", "share", "epochs")
         rows = [
-            (s.name, s.language, f"{s.documents:,}", f"{s.tokens:,}", f"{s.rows:,}", f"{s.drawn_tokens:,}")
-            + (f"{s.share:.2%}", f"{s.epochs:.2f}")
+            (
+                *(s.name, s.language, f"{s.documents:,}", f"{s.tokens:,}", f"{s.rows:,}", f"{s.drawn_tokens:,}"),
+                *(f"{s.share:.2%}", f"{s.epochs:.2f}"),
+            )
             for s in self.sources
         ]
         languages = ", ".join(f"{name} {share:.2%}" for name, share in self.language_shares().items())
@@ -100,13 +102,16 @@ def make_plan(built: BuiltData, mix: MixConfig, steps: int, global_batch_size: i
 
 def describe_build(entries: Sequence[SourceEntry]) -> str:
     """A table of what a build holds and what it turned away."""
-    header = ("source", "language", "documents", "tokens", "rows", "held out", "duplicates", "rejected")
+    header = ("source", "language", "documents", "tokens", "rows", "held out", "copies", "near copies", "contaminated")
     rows = [
-        (e.name, e.language, f"{e.documents:,}", f"{e.predicted_tokens:,}", f"{e.rows:,}", f"{e.held_out_documents:,}")
-        + (f"{e.duplicates + e.held_out_copies:,}", _rejects(e))
+        (
+            *(e.name, e.language, f"{e.documents:,}", f"{e.predicted_tokens:,}", f"{e.rows:,}"),
+            *(f"{e.held_out_documents:,}", f"{e.duplicates + e.held_out_copies:,}", f"{e.near_duplicates:,}"),
+            *(f"{e.contaminated:,}", _rejects(e)),
+        )
         for e in entries
     ]
-    return table(header, rows)
+    return table((*header, "rejected"), rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

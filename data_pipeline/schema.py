@@ -126,7 +126,7 @@ class SourceConfig:
         if hub and self.dataset is None:
             yield "dataset", "is missing. Give a name on the hub, or the path of a dataset saved on disk."
         if hub and self.dataset is not None and not _COMMIT.fullmatch(self.revision or ""):
-            yield "revision", f"is '{self.revision}', must be a commit of 40 hexadecimal digits, so that the text is fixed."
+            yield "revision", f"is '{self.revision}', must be a commit (40 hexadecimal digits): names move."
         for key in ("dataset", "revision", "subset"):
             if getattr(self, key) is not None and not hub:
                 yield key, "is given, but only format: huggingface without a path uses it. Remove it."

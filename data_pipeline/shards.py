@@ -16,10 +16,11 @@ Decisions
 from __future__ import annotations
 
 import array
+import bisect
 import contextlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +34,7 @@ from data_pipeline.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, VOCAB_SIZE, To
 MAGIC = b"CPTSHARD"
 VERSION = 1
 HEADER_BYTES = 4096
+SUFFIX = ".tokens"
 _DTYPE = "uint32"
 _SCAN_TOKENS = 1 << 24
 
@@ -120,6 +122,11 @@ class Shard:
         return self._tokens[first + start : first + stop]
 
     @property
+    def all_tokens(self) -> npt.NDArray[np.uint32]:
+        """Tokens of all documents, one after the other."""
+        return self._tokens
+
+    @property
     def document_tokens(self) -> npt.NDArray[np.int64]:
         """Tokens of each document, END_OF_TEXT included."""
         return np.diff(self.offsets)
@@ -179,3 +186,29 @@ class Shard:
             num_control += int(np.count_nonzero(block >= NUM_TEXT_TOKENS))
         if num_control != self.num_documents:
             raise self._error(f"holds {num_control} control tokens for {self.num_documents} documents")
+
+
+class Shards:
+    """The documents of a source, numbered through all its shards in order."""
+
+    def __init__(self, directory: Path, names: Sequence[str], *, verify: bool = True) -> None:
+        """Open the shards `names` in `directory`; arguments and errors as for `Shard`."""
+        if not names:
+            raise DataError(f"{directory}: holds no token shard. Delete the build and build it again.")
+        self._shards = [Shard(directory / name, verify=verify) for name in names]
+        self._ends = np.cumsum([shard.num_documents for shard in self._shards]).tolist()
+        self.document_tokens = np.concatenate([shard.document_tokens for shard in self._shards])
+        """Tokens of each document, END_OF_TEXT included."""
+        self.document_bytes = np.concatenate([shard.document_bytes for shard in self._shards])
+        """UTF-8 bytes of each document."""
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return len(self.document_tokens)
+
+    def tokens(self, document: int, start: int, stop: int) -> npt.NDArray[np.uint32]:
+        """Tokens [start, stop) of a document."""
+        number = bisect.bisect_right(self._ends, document)
+        shard = self._shards[number]
+        return shard.tokens(document - (self._ends[number] - shard.num_documents), start, stop)

@@ -1,147 +1,255 @@
-"""Input files -> texts, and invented documents for speed tests.
+"""Units of a source -> texts, and invented documents for speed tests.
 
-    file -> lines, rows or the whole -> text field -> usable? -> text
-                                                         |
-                                                         +-> counted by reason, with file and line
+    unit -> lines, rows or files -> text field or template -> usable? -> normalised -> text
+                                                                 |
+                                                                 +-> counted by reason, with file and line
 
 Decisions
     Files are read in the order given, a glob's files by name, so the order of documents depends on nothing else.
     JSONL is read as bytes, one line at a time: a broken line costs that line.  A line longer than MAX_LINE_BYTES is
-    rejected without being held in memory.
-    A file that is empty or unreadable stops the build: it is more often a failed download than a wish.
+    rejected without being held in memory, and so is a text file.
+    A file that is empty, cut off or unreadable stops the build: it is more often a failed download than a wish.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.clean import Tally
+from data_pipeline.clean import Place, Tally, normalise, why_unusable
 from data_pipeline.errors import DataError
-from data_pipeline.schema import SourceConfig
+from data_pipeline.schema import SourceConfig, template_fields
+from data_pipeline.stored import read_build, read_dataset
 from data_pipeline.tokenizer import NUM_TEXT_TOKENS, Tokens
+from data_pipeline.units import Unit, compressed, split
 
 MAX_LINE_BYTES = 64 * 2**20
-"""Bytes; the longest JSONL line that is read."""
-MOCK_BYTES_PER_TOKEN = 4
-"""Bytes; what an invented token is said to stand for."""
+"""Bytes; the longest JSONL line or text file that is read."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_PARQUET_ROWS = 1024
+_BUFFER_BYTES = 1 << 20
+_PARQUET_ROWS = 256
 
 
 def read_texts(source: SourceConfig, tally: Tally) -> Iterator[str]:
-    """Usable texts of a source in order; everything else is counted in `tally`.
+    """Usable texts of a source in order, normalised; everything else is counted in `tally`.
 
     Raises:
         DataError: a file is missing, empty or unreadable, or a Parquet file lacks the column.
     """
+    lines, previous = 0, None
+    for unit in split(source):
+        lines = lines if unit.paths == previous else 0
+        part, previous = Tally(), unit.paths
+        yield from read_unit(source, unit, part)
+        tally.add(part, lines)
+        lines += part.lines
+
+
+def read_unit(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[str]:
+    """Usable texts of one unit, as in `read_texts`; lines are counted from the start of the unit."""
+    readers: dict[str, Callable[[SourceConfig, Unit, Tally], Iterator[tuple[Any, Place]]]]
     readers = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text}
-    for path in source.files():
-        kind = source.format_of(path)
-        assert kind in readers, f"{path}: load_mix lets no unknown suffix through"
-        try:
-            if path.stat().st_size == 0:
-                raise DataError(f"{path}: empty file (source '{source.name}'). Remove it or fetch it again.")
-            yield from readers[kind](path, source.text_field, tally)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    readers |= {"huggingface": _read_dataset, "build": _read_build}
+    try:
+        for text, place in readers[unit.format](source, unit, tally):
+            if why_unusable(text) is None and source.normalise:
+                text = normalise(text, source.normalise, tally.notes)
+            if tally.take(text, place):
+                yield text
+    except OSError as error:
+        path = error.filename or (unit.paths[0] if unit.paths else source.name)
+        hint = " Fetch it again." if "runcated" in str(error) else ""
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.{hint}") from error
 
 
-def _read_jsonl(path: Path, text_field: str, tally: Tally) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in _lines(file, path, tally):
-            text, reason = _parse_line(line, text_field)
+def fields_of(source: SourceConfig) -> tuple[str, ...]:
+    """Fields that a record must have."""
+    return template_fields(source.template) if source.template is not None else (source.text_field,)
+
+
+def _text_of(source: SourceConfig, record: dict[str, Any]) -> tuple[Any, str | None]:
+    """(text, None), or (None, reason)."""
+    for field in fields_of(source):
+        if field not in record:
+            return None, f"no field '{field}'"
+    if source.template is None:
+        return record[source.text_field], None
+    for field in fields_of(source):
+        reason = why_unusable(record[field])
+        if reason is not None:
+            return None, f"field '{field}': {reason}"
+    return source.template.format_map(record), None
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    """A file for reading, decompressed on the way; a cut-off one raises OSError."""
+    if not compressed(path):
+        with path.open("rb", buffering=_BUFFER_BYTES) as file:
+            yield file
+        return
+    import pyarrow as pa
+
+    kind = "gzip" if path.name.lower().endswith(".gz") else "zstd"
+    try:
+        with path.open("rb") as raw, pa.CompressedInputStream(pa.PythonFile(raw), kind) as stream:
+            yield cast("IO[bytes]", io.BufferedReader(stream, _BUFFER_BYTES))
+    except OSError as error:
+        raise OSError(error.errno or 0, str(error), str(path)) from error
+
+
+def _read_jsonl(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[tuple[Any, Place]]:
+    (path,) = unit.paths
+    with _open(path) as file:
+        for number, line in _lines(file, path, unit, tally):
+            place = Place(str(path), number)
+            record, reason = _parse_line(line)
+            if reason is None:
+                text, reason = _text_of(source, record)
             if reason is not None:
                 cut_off = reason == "broken JSON" and not line.endswith(b"\n")
-                tally.reject("last line cut off" if cut_off else reason, f"{path}:{number}")
-            elif tally.take(text, f"{path}:{number}"):
-                yield text
+                tally.reject("last line cut off" if cut_off else reason, place)
+            else:
+                yield text, place
 
 
-def _lines(file: IO[bytes], path: Path, tally: Tally) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of each line that is neither blank nor too long."""
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if number == 1 and line.startswith(_BYTE_ORDER_MARK):
+def _lines(file: IO[bytes], path: Path, unit: Unit, tally: Tally) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of each line of the unit that is neither blank nor too long."""
+    stop = unit.stop if not compressed(path) else None
+    position = unit.start
+    if unit.start:
+        # the line that the byte before the unit belongs to is the previous unit's
+        file.seek(unit.start - 1)
+        position = unit.start - 1
+        while position < unit.stop:
+            line = file.readline(_BUFFER_BYTES)
+            position += len(line)
+            if not line or line.endswith(b"\n"):
+                break
+    while (stop is None or position < stop) and (line := file.readline(MAX_LINE_BYTES + 1)):
+        at_start = position == 0
+        position += len(line)
+        tally.lines += 1
+        if at_start and line.startswith(_BYTE_ORDER_MARK):
             tally.notes["byte order mark"] += 1
             line = line.removeprefix(_BYTE_ORDER_MARK)
         if len(line) > MAX_LINE_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = file.readline(MAX_LINE_BYTES)
-            tally.reject(f"line longer than {MAX_LINE_BYTES} bytes", f"{path}:{number}")
-        elif line.strip():
-            yield number, line
+            while line and not line.endswith(b"\n") and (stop is None or position < stop):
+                line = file.readline(_BUFFER_BYTES)
+                position += len(line)
+            tally.reject(f"line longer than {MAX_LINE_BYTES} bytes", Place(str(path), tally.lines))
+        elif not line.isspace():
+            yield tally.lines, line
         else:
             tally.notes["blank line"] += 1
 
 
-def _parse_line(line: bytes, text_field: str) -> tuple[Any, str | None]:
-    """(value of the text field, None) or (None, reason)."""
+def _parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
+    """(record, None), or ({}, reason)."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        return None, "invalid UTF-8"
+        return {}, "invalid UTF-8"
     except (ValueError, RecursionError):
-        return None, "broken JSON"
-    if not isinstance(record, dict):
-        return None, "not a JSON object"
-    if text_field not in record:
-        return None, f"no field '{text_field}'"
-    return record[text_field], None
+        return {}, "broken JSON"
+    return (record, None) if isinstance(record, dict) else ({}, "not a JSON object")
 
 
-def _read_parquet(path: Path, text_field: str, tally: Tally) -> Iterator[str]:
+def _read_parquet(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[tuple[Any, Place]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    (path,) = unit.paths
+    fields = fields_of(source)
     try:
-        file = pq.ParquetFile(path)
-        schema = file.schema_arrow
-        if text_field not in schema.names:
-            raise DataError(f"{path}: no column '{text_field}'. It has: {', '.join(schema.names)}. Set text_field.")
-        is_text = pa.types.is_string(schema.field(text_field).type) or pa.types.is_large_string(
-            schema.field(text_field).type
-        )
-        if not is_text:
-            kind = schema.field(text_field).type
-            raise DataError(f"{path}: column '{text_field}' holds {kind}, must hold strings. Set text_field.")
-        number = 0
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
-            # as bytes: one invalid string must not cost the whole batch
-            for value in batch.column(0).cast(pa.large_binary()).to_pylist():
-                number += 1
-                yield from _decode(value, f"{path}: row {number}", tally)
+        with pq.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow, fields)
+            number = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
+            groups = list(range(unit.start, unit.stop))
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups, columns=list(fields)):
+                # as bytes: one invalid string must not cost the whole batch
+                columns = [batch.column(field).cast(pa.large_binary()).to_pylist() for field in fields]
+                for values in zip(*columns, strict=True):
+                    number += 1
+                    place = Place(f"{path}: row {number}")
+                    decoded = [_decode(value, place, tally) for value in values]
+                    if _REJECTED not in decoded:
+                        text, reason = _text_of(source, dict(zip(fields, decoded, strict=True)))
+                        if reason is None:
+                            yield text, place
+                        else:
+                            tally.reject(reason, place)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}.") from error
 
 
-def _read_text(path: Path, text_field: str, tally: Tally) -> Iterator[str]:
-    del text_field
-    content = path.read_bytes()
-    if content.startswith(_BYTE_ORDER_MARK):
-        tally.notes["byte order mark"] += 1
-        content = content.removeprefix(_BYTE_ORDER_MARK)
-    if b"\r\n" in content:
-        tally.notes["file with CRLF line ends, read as LF"] += 1
-        content = content.replace(b"\r\n", b"\n")
-    yield from _decode(content, str(path), tally)
+def _check_columns(path: Path, schema: Any, fields: tuple[str, ...]) -> None:
+    import pyarrow as pa
+
+    for field in fields:
+        if field not in schema.names:
+            raise DataError(f"{path}: no column '{field}'. It has: {', '.join(schema.names)}. Set text_field.")
+        kind = schema.field(field).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise DataError(f"{path}: column '{field}' holds {kind}, must hold strings. Set text_field.")
 
 
-def _decode(value: bytes | None, place: str, tally: Tally) -> Iterator[str]:
+def _read_text(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[tuple[Any, Place]]:
+    for path in unit.paths:
+        place = Place(str(path))
+        with _open(path) as file:
+            content = file.read(MAX_LINE_BYTES + 1)
+        if len(content) > MAX_LINE_BYTES:
+            tally.reject(f"text file longer than {MAX_LINE_BYTES} bytes", place)
+            continue
+        if content.startswith(_BYTE_ORDER_MARK):
+            tally.notes["byte order mark"] += 1
+            content = content.removeprefix(_BYTE_ORDER_MARK)
+        if b"\r\n" in content:
+            tally.notes["file with CRLF line ends, read as LF"] += 1
+            content = content.replace(b"\r\n", b"\n")
+        text = _decode(content, place, tally)
+        if text is not _REJECTED:
+            yield text, place
+
+
+def _read_dataset(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[tuple[Any, Place]]:
+    name = unit.paths[0] if unit.paths else source.dataset
+    rows = read_dataset(source, unit.start, unit.stop, fields_of(source))
+    for number, record in enumerate(rows, unit.start + 1):
+        place = Place(f"{name}: row {number}")
+        text, reason = _text_of(source, record)
+        if reason is None:
+            yield text, place
+        else:
+            tally.reject(reason, place)
+
+
+def _read_build(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[tuple[Any, Place]]:
+    for number, content in enumerate(read_build(source, unit.start, unit.stop), unit.start + 1):
+        place = Place(f"{unit.paths[0]}: document {number}")
+        text = _decode(content, place, tally)
+        if text is not _REJECTED:
+            yield text, place
+
+
+_REJECTED = object()
+"""Stands for a value that was counted as a reject already."""
+
+
+def _decode(value: bytes | None, place: Place, tally: Tally) -> Any:
     try:
-        text = None if value is None else value.decode("utf-8")
+        return None if value is None else value.decode("utf-8")
     except UnicodeDecodeError:
         tally.reject("invalid UTF-8", place)
-        return
-    if tally.take(text, place):
-        assert text is not None
-        yield text
+        return _REJECTED
 
 
 def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -155,11 +263,11 @@ def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def invent_documents(source: SourceConfig, key: int) -> Iterator[Tokens]:
+def invent_documents(source: SourceConfig, key: int, start: int = 0, stop: int | None = None) -> Iterator[Tokens]:
     """Random text tokens, END_OF_TEXT not included; lengths spread evenly over half to one and a half of the mean."""
     assert source.num_documents is not None and source.mean_tokens is not None
-    start = np.uint64(key)
-    numbers = splitmix64(np.arange(source.num_documents, dtype=np.uint64) ^ start)
+    documents = np.arange(start, source.num_documents if stop is None else stop, dtype=np.uint64)
+    numbers = splitmix64(documents ^ np.uint64(key))
     lengths = source.mean_tokens // 2 + numbers % np.uint64(source.mean_tokens + 1)
     for number, length in zip(numbers, lengths.tolist(), strict=True):
         scattered = splitmix64(np.arange(length, dtype=np.uint64) + number)

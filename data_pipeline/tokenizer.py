@@ -14,6 +14,8 @@ import functools
 import gzip
 import hashlib
 import importlib.util
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,10 @@ NUM_TEXT_TOKENS = 199_998
 RANKS_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 
 Tokens = npt.NDArray[np.uint32]
+
+PIECE_CHARACTERS = 1 << 20
+"""Characters; longer texts are encoded in pieces of about this size."""
+_CUT = re.compile("[A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff][ \\n.,\u3001\u3002]")
 
 # tiktoken_ext/openai_public.py, functions o200k_base and o200k_harmony (tiktoken 0.14.0)
 _PATTERN = (
@@ -81,11 +87,36 @@ def encoding() -> tiktoken.Encoding:
 def encode(text: str) -> Tokens:
     """Ids of `text` as plain text, none of them a control token.
 
+    A long text is encoded piece by piece, which gives the same ids in a bounded amount of memory.
+
     Raises:
         UnicodeEncodeError: `text` holds a lone surrogate, which no UTF-8 text can.
     """
     # tiktoken's encode_ordinary without the detour over a Python list; it replaces lone surrogates, this raises
-    return encoding().encode_to_numpy(text, disallowed_special=())
+    if len(text) <= PIECE_CHARACTERS:
+        return encoding().encode_to_numpy(text, disallowed_special=())
+    return np.concatenate([encoding().encode_to_numpy(part, disallowed_special=()) for part in pieces(text)])
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut a text where the tokenizer's pattern cuts it, too: after a letter that one of ` `, LF, `.`, `,` follows.
+
+    Every match of the pattern that holds a letter ends with its letters, marks or a contraction, so it ends there; and
+    no match looks back.  A text without such a place within PIECE_CHARACTERS is cut at the next one.
+    """
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        place = _CUT.search(text, start + PIECE_CHARACTERS)
+        if place is None:
+            break
+        yield text[start : place.start() + 1]
+        start = place.start() + 1
+    yield text[start:]
+
+
+def decode_bytes(tokens: Tokens) -> bytes:
+    """UTF-8 text of ids."""
+    return encoding().decode_bytes(tokens.tolist())
 
 
 def decode(tokens: Tokens) -> str:

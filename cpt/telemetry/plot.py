@@ -35,6 +35,8 @@ GLYPHS = (
     "M-5 0A5 5 0 1 1 5 0Z",
 )
 """Shapes of marks around (0, 0): triangle, diamond, square, inverted triangle, half disc."""
+MARK_GAP = 7.0
+"""Least distance between two marks of one shape, as wide as one of them."""
 
 
 def clean(value: object, limit: int = 28) -> str:
@@ -57,7 +59,7 @@ class Series:
 
 
 def bin_series(x: Array, y: Array, low: Array | None = None, high: Array | None = None) -> Series:
-    """Drop what is not finite, then average into at most MAX_POINTS / 2 bins of equal width if there are too many points.
+    """Drop what is not finite; average into MAX_POINTS / 2 bins of equal width if there are too many points.
 
     Args:
         x: ascending.
@@ -114,8 +116,9 @@ class Scale:
             power = 10.0 ** math.floor(math.log10(raw))
             step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= raw * 0.999)
             first = math.ceil(self.low / step - 1e-6)
-            found = [n * step for n in range(first, first + math.floor((self.high - self.low) / step + 1e-6) + 1)]
-        return [value for value in found if self.low * (1 - 1e-9) <= value <= self.high or not self.log]
+            found = [n * step for n in range(first, math.floor(self.high / step + 1e-6) + 1)]
+        slack = 1e-6 * (self.high - self.low)
+        return [value for value in found if self.low - slack <= value <= self.high + slack]
 
 
 def scale_over(values: Sequence[Array], *, include: Sequence[float] = (), log_beyond: float = math.inf) -> Scale:
@@ -127,9 +130,8 @@ def scale_over(values: Sequence[Array], *, include: Sequence[float] = (), log_be
     if low > 0 and high > log_beyond * low:
         return Scale(low=low / 1.15, high=high * 1.15, log=True)
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    return Scale(
-        low=low if low == 0 and 0.0 in include else low - room, high=high + room if high or low else max(high, room)
-    )
+    starts_at_zero = low == 0.0 and 0.0 in include
+    return Scale(low=0.0 if starts_at_zero else low - room, high=high + room)
 
 
 def step_scale(steps: Array) -> Scale:
@@ -151,17 +153,19 @@ def tick_label(value: float, ticks: Sequence[float]) -> str:
         return f"{value / 10.0**exponent:.3g}e{exponent}"
     if abs(value) >= 10_000:
         power = min(4, math.floor(math.log10(abs(value)) / 3 + 1e-9))
-        return f"{value / 1000.0**power:.4g}{'kMGT'[power - 1]}"
+        return f"{value / 1000.0**power:.4g}{'kMBT'[power - 1]}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 class Plot:
     """A frame with axes; every method draws on top of what is there."""
 
-    def __init__(self, *, size: tuple[int, int], x: Scale, y: Scale, labels: tuple[str, str], right: int = 12) -> None:
+    def __init__(
+        self, *, size: tuple[int, int], x: Scale, y: Scale, labels: tuple[str, str], left: int = 60, right: int = 12
+    ) -> None:
         self._width, self._height = size
         self._x, self._y = x, y
-        self._left, self._right, self._top, self._bottom = 54, size[0] - right, 8, size[1] - 34
+        self._left, self._right, self._top, self._bottom = left, size[0] - right, 10, size[1] - 34
         self._parts: list[str] = []
         self._axes(*labels)
 
@@ -192,15 +196,15 @@ class Plot:
         """The surface between two curves."""
         across = self.across(x)
         outline = f"M{_points(across, self.up(high))}L{_points(across[::-1], self.up(low)[::-1])}Z"
-        self._parts.append(f'<path d="{outline}" fill="{color}" fill-opacity="{opacity}"/>')
+        border = 'stroke="#fff" stroke-width="0.7"' if opacity == 1 else ""
+        self._parts.append(f'<path d="{outline}" fill="{color}" fill-opacity="{opacity}" {border}/>')
 
     def whiskers(self, series: Series, color: str) -> None:
         """The interval of every point as a vertical bar."""
-        ends = zip(self.across(series.x), self.up(series.low), self.up(series.high), strict=True)
-        bars = "".join(
-            f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6m-6 {high - low:.1f}h6" for x, low, high in ends
-        )
-        self._parts.append(f'<path d="{bars}" stroke="{color}" stroke-width="1.2" fill="none"/>')
+        bars = []
+        for x, low, high in zip(self.across(series.x), self.up(series.low), self.up(series.high), strict=True):
+            bars.append(f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6m-6 {high - low:.1f}h6")
+        self._parts.append(f'<path d="{"".join(bars)}" stroke="{color}" stroke-width="1.2" fill="none"/>')
 
     def horizontal(self, value: float, color: str, *, dash: str = "5 3", label: str = "") -> None:
         """A level across the whole plot, with a label at its right end."""
@@ -219,13 +223,18 @@ class Plot:
                 f'<path d="M{at:.1f} {self._top}V{self._bottom}" stroke="{color}" stroke-dasharray="1 3" fill="none"/>'
             )
 
-    def mark(self, x: float, y: float, shape: int, tooltip: str) -> None:
-        """A sign at a point that explains itself when the mouse rests on it."""
-        across, up = self.across(np.asarray([x]))[0], self.up(np.asarray([y]))[0]
-        self._parts.append(
-            f'<path transform="translate({across:.1f} {up:.1f})" d="{GLYPHS[shape % len(GLYPHS)]}" fill="{ALARM}" '
-            f'stroke="#fff" stroke-width="0.8"><title>{clean(tooltip, 200)}</title></path>'
-        )
+    def marks(self, marks: Sequence[tuple[float, int, str]]) -> None:
+        """(step, shape, tooltip) along the upper edge; of marks of one shape that would cover each other, the first."""
+        drawn: dict[int, float] = {}
+        for step, shape, tooltip in marks:
+            at = float(self.across(np.asarray([step]))[0])
+            if at - drawn.get(shape, -math.inf) < MARK_GAP:
+                continue
+            drawn[shape] = at
+            self._parts.append(
+                f'<path transform="translate({at:.1f} {self._top})" d="{GLYPHS[shape % len(GLYPHS)]}" fill="{ALARM}" '
+                f'stroke="#fff" stroke-width="0.8"><title>{clean(tooltip, 200)}</title></path>'
+            )
 
     def right_labels(self, labels: Sequence[tuple[float, str, str]], gap: float = 13.0) -> None:
         """(value, colour, text) beside the right edge, pushed apart until none covers another."""
@@ -253,8 +262,8 @@ class Plot:
         )
 
     def _axes(self, x_label: str, y_label: str) -> None:
-        x_ticks = [t for t in self._x.ticks(max(2, (self._right - self._left) // 80)) if t == round(t)]
-        y_ticks = self._y.ticks(max(2, (self._bottom - self._top) // 38))
+        x_ticks = [t for t in self._x.ticks(max(2, (self._right - self._left) // 64)) if t == round(t)]
+        y_ticks = self._y.ticks(max(2, (self._bottom - self._top) // 29))
         for tick, up in zip(y_ticks, self.up(np.asarray(y_ticks)), strict=True):
             self._parts.append(f'<path d="M{self._left} {up:.1f}H{self._right}" stroke="{GRID}"/>')
             self._text(self._left - 6, up + 4, tick_label(tick, y_ticks), anchor="end")
@@ -277,3 +286,22 @@ class Plot:
 
 def _points(across: Array, up: Array) -> str:
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across, up, strict=True))
+
+
+def legend(lines: Sequence[tuple[str, str, str]], marks: Sequence[str] = ()) -> str:
+    """An HTML list above a plot: (colour, dash, text) of lines, then names of marks, whose position is their shape."""
+    drawings = [(f'<path d="M0 5H20" stroke="{c}" stroke-width="2.4" stroke-dasharray="{d}"/>', t) for c, d, t in lines]
+    for index, name in enumerate(marks):
+        glyph = GLYPHS[index % len(GLYPHS)]
+        drawings.append((f'<path transform="translate(10 5) scale(.85)" d="{glyph}" fill="{ALARM}"/>', name))
+    entries = (
+        f'<li><svg viewBox="0 0 20 10" aria-hidden="true">{drawing}</svg>{clean(text, 60)}</li>'
+        for drawing, text in drawings
+    )
+    return f"<ul>{''.join(entries)}</ul>"
+
+
+def tint(color: str, share_of_white: float) -> str:
+    """A colour mixed with white."""
+    channels = (int(color[at : at + 2], 16) for at in (1, 3, 5))
+    return "#" + "".join(f"{round(c + (255 - c) * share_of_white):02x}" for c in channels)

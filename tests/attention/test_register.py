@@ -265,6 +265,8 @@ def test_what_cannot_be_computed_is_refused(refused: Callable[[], Tensor], messa
 class SplitHeads:
     """What rank `rank` of `size` sees of an exchange, in a process that has all tokens and all heads."""
 
+    halo = None
+
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
 

@@ -12,6 +12,10 @@ from data_pipeline.schema import MixConfig, load_mix
 from tests.data.inputs import MakeMix, write_jsonl
 
 
+EXACT_ONLY = {"near_duplicates": 0, "decontaminate_tokens": 0}
+"""The texts of these tests are near copies of each other."""
+
+
 @pytest.fixture
 def make_mix(tmp_path: Path) -> MakeMix:
     """Writes a mix over JSONL files and loads it: `make_mix({name: texts}, seq_len=32, weights=..., **keys)`."""
@@ -39,7 +43,7 @@ def make_mix(tmp_path: Path) -> MakeMix:
             source |= {"weight": 1 / len(texts) if weights is None else weights[name], **(sources or {}).get(name, {})}
             listed.append(source)
         path = base / "mix.yaml"
-        path.write_text(yaml.safe_dump({"seq_len": 32, "seed": 7, **keys, "sources": listed}), encoding="utf-8")
+        path.write_text(yaml.safe_dump({"seq_len": 32, "seed": 7, **EXACT_ONLY, **keys, "sources": listed}), encoding="utf-8")
         return load_mix(path)
 
     return make

@@ -213,7 +213,7 @@ def test_a_build_killed_anywhere_leaves_nothing_and_its_rerun_gives_the_same_man
     undisturbed = build(mix, tmp_path / "undisturbed", progress=False).hash
     place = {
         "documents": "data_pipeline.shards.ShardWriter.add",
-        "rows": "data_pipeline.build.pack",
+        "rows": "data_pipeline.finish.pack",
         "manifest": "data_pipeline.manifest.Manifest.write",
         "rename": "pathlib.Path.rename",
     }[point]
@@ -222,7 +222,7 @@ def test_a_build_killed_anywhere_leaves_nothing_and_its_rerun_gives_the_same_man
         "from data_pipeline.build import build; from data_pipeline.schema import load_mix\n"
         "rename = Path.rename\n"
         "def kill(self, *args):\n"
-        "    if isinstance(self, Path) and not self.name.endswith('.building'): return rename(self, *args)\n"
+        "    if isinstance(self, Path) and self.name != 'build': return rename(self, *args)\n"
         "    os.kill(os.getpid(), 9)\n"
         f"with mock.patch('{place}', kill): build(load_mix(sys.argv[1]), sys.argv[2], progress=False)\n"
     )
@@ -250,12 +250,12 @@ def _flip(path: Path, position: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: _flip(d / "ja/documents.tokens", 4100), r"ja/documents.tokens: content differs"),
+        (lambda d: _flip(d / "ja/documents-00000.tokens", 4100), r"ja/documents-00000.tokens: content differs"),
         (lambda d: _flip(d / "en/train/piece_start.npy", -1), r"piece_start.npy: content differs"),
-        (lambda d: os.truncate(d / "ja/documents.tokens", 5000), r"ja/documents.tokens: 5000 bytes, manifest says"),
-        (lambda d: (d / "en/documents.tokens").unlink(), r"en/documents.tokens: missing"),
+        (lambda d: os.truncate(d / "ja/documents-00000.tokens", 5000), r"ja/documents-00000.tokens: 5000 bytes, manifest says"),
+        (lambda d: (d / "en/documents-00000.tokens").unlink(), r"en/documents-00000.tokens: missing"),
         (lambda d: (d / "en/extra.tokens").write_bytes(b"x"), r"en/extra.tokens: not in the manifest"),
-        (lambda d: shutil.rmtree(d / "en"), r"en/documents.tokens: missing"),
+        (lambda d: shutil.rmtree(d / "en"), r"en/documents-00000.tokens: missing"),
         (lambda d: (d / FILE_NAME).unlink(), r"manifest.json: cannot be read"),
         (lambda d: (d / FILE_NAME).write_text(""), r"manifest.json: not JSON"),
         (lambda d: (d / FILE_NAME).write_text("[]"), r"does not match its own checksum"),
@@ -275,7 +275,7 @@ def test_damaged_build_is_refused_by_file(
 
 def test_a_link_in_place_of_a_file_is_refused(mix: MixConfig, tmp_path: Path) -> None:
     build(mix, tmp_path / "out", progress=False)
-    path = tmp_path / "out" / "en" / "documents.tokens"
+    path = tmp_path / "out" / "en" / "documents-00000.tokens"
     path.rename(tmp_path / "moved")
     path.symlink_to(tmp_path / "moved")
     with pytest.raises(DataError, match="not a plain file"):
@@ -294,7 +294,8 @@ def test_a_manifest_cannot_point_outside_the_build(mix: MixConfig, tmp_path: Pat
 def test_the_shipped_sample_mix_builds(tmp_path: Path) -> None:
     (tmp_path / "configs" / "mixes").mkdir(parents=True)
     path = tmp_path / "configs" / "mixes" / "sample.yaml"
-    shutil.copy(ROOT / "configs" / "mixes" / "sample.yaml", path)
+    content = (ROOT / "configs" / "mixes" / "sample.yaml").read_text()
+    path.write_text(content + "\nnear_duplicates: 0\ndecontaminate_tokens: 0\n")
     names = ("ja_essay", "ja_story", "ja_reference", "ja_practical", "en_web", "en_reference", "en_code", "en_math")
     for name in names:
         write_jsonl(tmp_path / "data_pipeline" / "sample" / f"{name}.jsonl", make_texts(25, name, 200))

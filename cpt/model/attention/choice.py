@@ -1,7 +1,8 @@
 """Which implementation of sink attention runs: a table of backends, best first, and the choice among them.
 
-To add a backend, write its kernel (see `cpt.model.attention.function.Kernel`) and put a line into BACKENDS. `usable`
-says why a backend cannot run, in words for the user, so that a refusal names every reason at once.
+To add a backend, write its kernel (see `cpt.model.attention.function.Kernel`) and put a line into BACKENDS. `problems`
+says why a backend cannot run and what would help, in words for the user, so that a refusal names every reason at once.
+Nothing is imported from a GPU package before its backend runs.
 """
 
 from collections.abc import Callable
@@ -9,23 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from cpt.model.attention import flash_attn_2, flash_attn_4, flex, torch_flash
 from cpt.model.attention.cpu import CpuKernel
 from cpt.model.attention.function import Attention, FoldedSinks
+from cpt.model.attention.machine import Machine
 from cpt.model.attention.reference import reference_attention
 
 AUTO = "auto"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Demand:
-    """What a backend has to work with."""
-
-    device: torch.device
-    """Where the tensors are."""
-    dtype: torch.dtype
-    """Type of queries, keys and values."""
-    head_dim: int
-    """Size of a head."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,33 +27,58 @@ class Backend:
     """Name in the run YAML's `model.attention`."""
     attention: Attention
     """The implementation."""
-    usable: Callable[[Demand], str | None]
-    """Why it cannot serve a demand, or None."""
+    device_type: str | None
+    """Where it runs, as in torch.device.type; None for anywhere."""
+    problems: Callable[[Machine, torch.dtype, int], list[str]]
+    """What keeps it from serving this dtype and head size on this machine, and what would help."""
+
+    def usable(self, device: torch.device, dtype: torch.dtype, head_dim: int, machine: Machine) -> str | None:
+        """Say why it cannot serve such tensors and what would help, or return None."""
+        if self.device_type not in (None, device.type):
+            return f"it reads {str(self.device_type).upper()} tensors, these are on {device}"
+        return "; ".join(self.problems(machine, dtype, head_dim)) or None
 
 
-def choose(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
+def choose(
+    name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int, machine: Machine | None = None
+) -> Attention:
     """Return the implementation called `name`, or for "auto" the first one that can run.
 
     "auto" never takes the reference, whose memory grows with the square of the row: it has to be asked for.
 
+    Args:
+        name: One of `known_names()`.
+        device: Where the tensors are.
+        dtype: Type of queries, keys and values.
+        head_dim: Size of a head.
+        machine: Facts about `device`; by default they are read from it.
+
     Raises:
         ValueError: There is no such backend, or it cannot run here; the message says why.
     """
-    demand = Demand(device=device, dtype=dtype, head_dim=head_dim)
+    return chosen_backend(name, device=device, dtype=dtype, head_dim=head_dim, machine=machine).attention
+
+
+def chosen_backend(
+    name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int, machine: Machine | None = None
+) -> Backend:
+    """Return the line of the table that `choose` takes, for the same arguments."""
+    machine = machine or Machine.of(device)
     if name == AUTO:
-        candidates = [backend for backend in BACKENDS if backend.attention is not reference_attention]
+        candidates = [backend for backend in BACKENDS if backend.device_type == device.type]
     else:
         candidates = [backend for backend in BACKENDS if backend.name == name]
-    if not candidates:
-        raise ValueError(f"unknown attention {name!r}. Known are: {', '.join(known_names())}.")
+        if not candidates:
+            raise ValueError(f"unknown attention {name!r}. Known are: {', '.join(known_names())}.")
     reasons = []
     for backend in candidates:
-        reason = backend.usable(demand)
+        reason = backend.usable(device, dtype, head_dim, machine)
         if reason is None:
-            return backend.attention
+            return backend
         reasons.append(f"{backend.name}: {reason}")
+    why = ". ".join(reasons) or f"nothing but the reference runs on {device}"
     hint = 'Use attention "auto".' if name != AUTO else 'For short rows, attention "reference" runs everywhere.'
-    raise ValueError(f"attention {name!r} cannot run. {'; '.join(reasons)}. {hint}")
+    raise ValueError(f"attention {name!r} cannot run. {why}. {hint}")
 
 
 def known_names() -> tuple[str, ...]:
@@ -70,22 +86,40 @@ def known_names() -> tuple[str, ...]:
     return (AUTO, *(backend.name for backend in BACKENDS))
 
 
-def _always_usable(demand: Demand) -> None:
-    return None
+def _no_problems(machine: Machine, dtype: torch.dtype, head_dim: int) -> list[str]:
+    return []
 
 
-def _cpu_usable(demand: Demand) -> str | None:
-    if demand.device.type != "cpu":
-        return f"it reads CPU tensors, these are on {demand.device}"
-    if demand.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        return f"it has no code for {demand.dtype}"
+def _cpu_problems(machine: Machine, dtype: torch.dtype, head_dim: int) -> list[str]:
+    found = []
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        found.append(f"it has no code for {dtype}")
     if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
-        return f"torch {torch.__version__} lacks the operator _scaled_dot_product_flash_attention_for_cpu"
-    return None
+        found.append(f"torch {machine.torch_build} lacks the operator _scaled_dot_product_flash_attention_for_cpu")
+    return found
 
 
 BACKENDS = (
-    Backend(name="cpu", attention=FoldedSinks(CpuKernel()), usable=_cpu_usable),
-    Backend(name="reference", attention=reference_attention, usable=_always_usable),
+    Backend(
+        name="flash_attn_4",
+        attention=flash_attn_4.FlashAttn4(),
+        device_type="cuda",
+        problems=flash_attn_4.problems,
+    ),
+    Backend(
+        name="torch_flash",
+        attention=FoldedSinks(torch_flash.TorchFlashKernel()),
+        device_type="cuda",
+        problems=torch_flash.problems,
+    ),
+    Backend(
+        name="flash_attn_2",
+        attention=FoldedSinks(flash_attn_2.FlashAttn2Kernel()),
+        device_type="cuda",
+        problems=flash_attn_2.problems,
+    ),
+    Backend(name="flex", attention=flex.Flex(), device_type="cuda", problems=flex.problems),
+    Backend(name="cpu", attention=FoldedSinks(CpuKernel()), device_type="cpu", problems=_cpu_problems),
+    Backend(name="reference", attention=reference_attention, device_type=None, problems=_no_problems),
 )
 """In the order in which "auto" tries them."""

@@ -1,0 +1,130 @@
+"""What the log of a run says, read back: the branch of steps that counts, as columns over steps.
+
+A run that resumes from an older checkpoint appends to metrics.jsonl.  When step k is logged again, everything that was
+logged before for step k or later was taken back by the resume and is dropped: steps, measurements and checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from cpt.telemetry.metrics import read_events
+from cpt.telemetry.plot import Array
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What the log of a run says, without what a resume took back."""
+
+    steps: Array
+    """Optimizer steps, ascending."""
+    step_events: list[dict[str, Any]]
+    """One for each of `steps`."""
+    guard_events: list[dict[str, Any]]
+    """The last measurement of each step and domain, in order of steps."""
+    checkpoint_events: list[dict[str, Any]]
+    resumes: list[int]
+    """Steps at which a resume set in again, below steps that had been logged before."""
+    num_repeated_steps: int
+    config: dict[str, Any]
+    """Content of config.resolved.yaml; empty if it cannot be read."""
+    notes: list[str]
+    """What a reader of the page must know."""
+
+    def column(self, key: str) -> Array:
+        """One number of every step; NaN where it is missing."""
+        return np.asarray([number(event.get(key)) for event in self.step_events], dtype=np.float64)
+
+    def columns(self, key: str) -> dict[str, Array]:
+        """A map of every step as one column per entry."""
+        found: dict[str, Array] = {}
+        for row, event in enumerate(self.step_events):
+            values = event.get(key)
+            for name, value in values.items() if isinstance(values, dict) else ():
+                if name not in found:
+                    found[name] = np.full(len(self.step_events), math.nan)
+                found[name][row] = number(value)
+        return found
+
+    def setting(self, section: str, key: str) -> Any:
+        """One value of the configuration, or None."""
+        values = self.config.get(section)
+        return values.get(key) if isinstance(values, dict) else None
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read metrics.jsonl and config.resolved.yaml."""
+    kept, resumes, repeated = current_branch(read_events(run_dir / "metrics.jsonl"))
+    steps = [event for event in kept if event["event"] == "step"]
+    guard = {(e["step"], str(e.get("domain"))): e for e in kept if e["event"] == "guard"}
+    config, notes = _read_config(run_dir / "config.resolved.yaml")
+    lost = [e["step"] for e in steps if not math.isfinite(number(e.get("loss")))]
+    if lost:
+        notes.append(
+            f"The loss is not a finite number at {len(lost):,} of {len(steps):,} steps, first at step {lost[0]:,}."
+        )
+    return Run(
+        steps=np.asarray([event["step"] for event in steps], dtype=np.float64),
+        step_events=steps,
+        guard_events=sorted(guard.values(), key=lambda e: e["step"]),
+        checkpoint_events=[event for event in kept if event["event"] == "checkpoint"],
+        resumes=resumes,
+        num_repeated_steps=repeated,
+        config=config,
+        notes=notes,
+    )
+
+
+def current_branch(events: Iterable[Any]) -> tuple[list[dict[str, Any]], list[int], int]:
+    """Drop what a resume took back: when step k is logged again, everything logged before for k or later.
+
+    Returns:
+        The events that count; where in them a resume set in again; how many steps were trained more than once.
+    """
+    kept: list[dict[str, Any]] = []
+    resumes: list[int] = []
+    last, repeated = -1, 0
+    for event in events:
+        if not isinstance(event, dict) or not _is_step(event.get("step")) or "event" not in event:
+            continue
+        if event["event"] == "step":
+            step = event["step"]
+            if step <= last:
+                taken_back = [e for e in kept if e["step"] >= step]
+                repeated += sum(e["event"] == "step" for e in taken_back)
+                kept = [e for e in kept if e["step"] < step]
+                resumes = [*(r for r in resumes if r < step), step]
+            last = step
+        kept.append(event)
+    return kept, resumes, repeated
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def number(value: object) -> float:
+    """A number from a file as a float; NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = None
+    if isinstance(config, dict):
+        return config, []
+    return {}, [f"{path.name} is missing or damaged: tolerance, clipping and planned steps are not shown."]

@@ -1,0 +1,243 @@
+"""Parts -> a finished build: what becomes of each document, packed rows, manifest.
+
+Decisions
+    This stage sees all documents and runs once, in one process; only the search for held-out text is spread.
+    It needs some tens of bytes of memory a document, never their text or tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.clean import Tally
+from data_pipeline.decontaminate import HeldOutRuns, contaminated
+from data_pipeline.dedup import HASH_DTYPE, Assignment, Fate, Indices, assign
+from data_pipeline.errors import DataError
+from data_pipeline.files import atomic_write, sha256_of, sync_directory
+from data_pipeline.manifest import FILE_NAME, FORMAT_VERSION, FileEntry, Manifest, SourceEntry
+from data_pipeline.near import mark_near_duplicates
+from data_pipeline.pack import ARRAY_NAMES, PackedRows, pack
+from data_pipeline.part import Account, Part, read_account, read_hashes, read_signatures
+from data_pipeline.schema import MixConfig, SourceConfig
+from data_pipeline.shards import Shard, Shards
+from data_pipeline.tokenizer import NAME, RANKS_SHA256
+from data_pipeline.workers import spread
+
+SPLITS = ("train", "held_out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """A source after tokenising."""
+
+    source: SourceConfig
+    parts: Sequence[Part]
+    """Those with documents."""
+    accounts: Sequence[Account]
+    """Of those parts."""
+    tally: Tally
+    num_duplicates: int
+    """Copies left out of the shards."""
+
+
+def finish(work_dir: Path, mix: MixConfig, wanted: str, parts: Sequence[Sequence[Part]], workers: int) -> Manifest:
+    """Turn the parts in `work_dir` into a whole build in its folder `build`.
+
+    Raises:
+        DataError: too many rejects, a source without documents, or a guard domain without any.
+    """
+    stored = [_gather(source, listed) for source, listed in zip(mix.sources, parts, strict=True)]
+    for source in stored:
+        _check_rejects(source, mix.max_reject_share)
+    assignments = _assign(mix, stored, work_dir, workers)
+    _check_assignments(mix, assignments)
+    directory = work_dir / "build"
+    (directory / FILE_NAME).unlink(missing_ok=True)  # of a build killed just before the end
+    entries = tuple(_pack_source(directory, mix, s, a) for s, a in zip(stored, assignments, strict=True))
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        fingerprint=wanted,
+        tokenizer=NAME,
+        tokenizer_sha256=RANKS_SHA256,
+        seq_len=mix.seq_len,
+        sources=entries,
+        guard_domains=mix.guard_domains(),
+        files=_file_entries(directory, stored),
+    )
+    for folder in {path.parent for path in directory.rglob("*")}:
+        sync_directory(folder)
+    manifest.write(directory)
+    sync_directory(directory)
+    return manifest
+
+
+def _gather(source: SourceConfig, parts: Sequence[Part]) -> Stored:
+    """Add up the accounts of a source."""
+    tally, lines, paths = Tally(), 0, None
+    accounts = []
+    for part in parts:
+        account = read_account(part)
+        assert account is not None, f"{part.side_path('json')}: parts are made before the end"
+        lines = lines if part.unit.paths == paths else 0
+        tally.add(account.tally, lines)
+        lines, paths = lines + account.tally.lines, part.unit.paths
+        accounts.append(account)
+    full = [(part, account) for part, account in zip(parts, accounts, strict=True) if account.num_documents]
+    return Stored(
+        source=source,
+        parts=[part for part, _ in full],
+        accounts=[account for _, account in full],
+        tally=tally,
+        num_duplicates=sum(account.num_duplicates for account in accounts),
+    )
+
+
+def _check_rejects(stored: Stored, limit: float) -> None:
+    tally, name = stored.tally, stored.source.name
+    if tally.reject_share > limit:
+        rejected = tally.rejects.total()
+        raise DataError(
+            f"source '{name}': {rejected} of {rejected + tally.accepted} documents cannot be used, more than "
+            f"max_reject_share {limit:g}: {tally.describe_rejects()}. Repair the files, or raise max_reject_share."
+        )
+    if not stored.parts:
+        raise DataError(f"source '{name}': its files hold no documents.")
+
+
+def _assign(mix: MixConfig, stored: Sequence[Stored], work_dir: Path, workers: int) -> list[Assignment]:
+    """What becomes of every document."""
+    hashes = [np.concatenate([np.zeros(0, HASH_DTYPE), *map(read_hashes, s.parts)]) for s in stored]
+    assignments = assign(hashes, [source.held_out_share for source in mix.sources])
+    del hashes
+    if mix.near_duplicates > 0:
+        real = [n for n, s in enumerate(stored) if s.source.format != "mock"]
+        fates = np.concatenate([np.zeros(0, np.uint8), *(assignments[n].fates for n in real)])
+        mark_near_duplicates(
+            fates, [read_signatures(part) for n in real for part in stored[n].parts], mix.near_duplicates
+        )
+        ends = np.cumsum([len(assignments[n].fates) for n in real])[:-1]
+        for number, values in zip(real, np.split(fates, ends) if real else [], strict=True):
+            assignments[number] = Assignment(fates=values)
+    if mix.decontaminate_tokens:
+        _decontaminate(mix, stored, assignments, work_dir, workers)
+    return assignments
+
+
+def _decontaminate(
+    mix: MixConfig, stored: Sequence[Stored], assignments: Sequence[Assignment], work_dir: Path, workers: int
+) -> None:
+    """Turn TRAIN into CONTAMINATED where a document shares a run with a held-out one."""
+    length = mix.decontaminate_tokens
+    held = []
+    for source, assignment in zip(stored, assignments, strict=True):
+        if len(assignment.held_out) and source.source.format != "mock":
+            shards = _shards(source)
+            ends = shards.document_tokens - 1
+            held += [shards.tokens(n, 0, int(ends[n])) for n in assignment.held_out.tolist() if ends[n] >= length]
+    if not held:
+        return
+    runs = HeldOutRuns.of(held, length)
+    path = work_dir / "held_out_runs.npy"
+    with atomic_write(path) as file:
+        np.save(file, runs.hashes)
+    jobs = [(part.shard_path, path, length) for s in stored if s.source.format != "mock" for part in s.parts]
+    found = {item[0]: hit for item, hit in spread(_scan, jobs, workers)}
+    for source, assignment in zip(stored, assignments, strict=True):
+        if source.source.format != "mock":
+            hits = np.concatenate([found[part.shard_path] for part in source.parts])
+            assignment.fates[hits & (assignment.fates == Fate.TRAIN)] = Fate.CONTAMINATED
+
+
+def _scan(job: tuple[Path, Path, int]) -> npt.NDArray[np.bool_]:
+    """For each document of a shard whether it shares a run with a held-out one."""
+    shard_path, runs_path, length = job
+    shard = Shard(shard_path, verify=False)
+    return contaminated(shard.all_tokens, shard.offsets, _load_runs(runs_path, runs_path.stat().st_mtime_ns, length))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_runs(path: Path, modified_ns: int, length: int) -> HeldOutRuns:
+    del modified_ns
+    return HeldOutRuns.from_hashes(np.load(path), length)
+
+
+def _check_assignments(mix: MixConfig, assignments: Sequence[Assignment]) -> None:
+    """Every source can be trained on, every guard domain measured."""
+    for source, assignment in zip(mix.sources, assignments, strict=True):
+        if source.held_out_share < 1 and not len(assignment.train):
+            raise DataError(
+                f"source '{source.name}': no document is left to train on ({assignment.num_duplicates} are copies of "
+                f"other documents, {assignment.num_held_out_copies} are held out by other sources, "
+                f"{assignment.count(Fate.NEAR_DUPLICATE)} are near copies, {assignment.count(Fate.CONTAMINATED)} share "
+                f"{mix.decontaminate_tokens} tokens with a held-out document)."
+            )
+    held = {source.name: len(a.held_out) for source, a in zip(mix.sources, assignments, strict=True)}
+    for domain in mix.guard_domains():
+        if not sum(held[name] for name in domain.sources):
+            raise DataError(
+                f"guard domain '{domain.name}': no document is held out. Its sources ({', '.join(domain.sources)}) "
+                "need at least two different documents each."
+            )
+
+
+def _shards(stored: Stored) -> Shards:
+    paths = [part.shard_path for part in stored.parts]
+    return Shards(paths[0].parent, [path.name for path in paths], verify=False)
+
+
+def _pack_source(directory: Path, mix: MixConfig, stored: Stored, assignment: Assignment) -> SourceEntry:
+    """Pack one source's training and held-out documents and describe it."""
+    shards, source = _shards(stored), stored.source
+    train, held_out = (
+        _pack_split(directory / source.name / split, documents, shards.document_tokens[documents], mix)
+        for split, documents in zip(SPLITS, (assignment.train, assignment.held_out), strict=True)
+    )
+    return SourceEntry(
+        name=source.name,
+        language=source.language,
+        domain=source.domain,
+        documents=len(assignment.train),
+        tokens=int(shards.document_tokens[assignment.train].sum()),
+        predicted_tokens=int(train.piece_pairs.sum()),
+        bytes=int(shards.document_bytes[assignment.train].sum()),
+        rows=train.num_rows,
+        held_out_documents=len(assignment.held_out),
+        held_out_rows=held_out.num_rows,
+        duplicates=stored.num_duplicates + assignment.num_duplicates,
+        near_duplicates=assignment.count(Fate.NEAR_DUPLICATE),
+        contaminated=assignment.count(Fate.CONTAMINATED),
+        held_out_copies=assignment.num_held_out_copies,
+        rejects=dict(sorted(stored.tally.rejects.items())),
+        notes=dict(sorted(stored.tally.notes.items())),
+    )
+
+
+def _pack_split(directory: Path, documents: Indices, document_tokens: Indices, mix: MixConfig) -> PackedRows:
+    rows = pack(documents, document_tokens, mix.seq_len, mix.packing)
+    directory.mkdir(exist_ok=True)
+    for name in ARRAY_NAMES:
+        with atomic_write(directory / f"{name}.npy") as file:
+            np.save(file, getattr(rows, name).astype("<i8"), allow_pickle=False)
+    return rows
+
+
+def _file_entries(directory: Path, stored: Sequence[Stored]) -> dict[str, FileEntry]:
+    """Every file of the build; shards were hashed when they were written."""
+    known = {
+        part.shard_path: FileEntry(bytes=account.shard_bytes, sha256=account.shard_sha256)
+        for source in stored
+        for part, account in zip(source.parts, source.accounts, strict=True)
+    }
+    paths: list[Any] = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {
+        path.relative_to(directory).as_posix(): known.get(path)
+        or FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
+        for path in paths
+    }
