@@ -15,6 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_export(commands)
     _add_sample(commands)
+    _add_report(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -44,6 +45,18 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_sample)
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("report", help="write report.html of a run, also while it is going on")
+    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from cpt.telemetry.report import write_report
+
+    print(write_report(options.run_dir))
 
 
 def _export(options: argparse.Namespace) -> None:

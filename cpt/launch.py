@@ -24,6 +24,7 @@ from cpt.parallel.topology import create_topology
 from cpt.state.export import export_checkpoint
 from cpt.state.stop import StopRequest
 from cpt.state.stored import list_steps, step_folder
+from cpt.telemetry.report import write_report
 from cpt.train import train
 from data_pipeline.build import default_build_dir, input_bytes
 from data_pipeline.dataset import BuiltData
@@ -163,7 +164,7 @@ def describe_data(config: RunConfig) -> str:
 
 
 def finish(job: Job) -> None:
-    """Export if asked, and tell people where everything is."""
+    """Export if asked, write the report, and tell people where everything is."""
     last = step_folder(job.run_dir, job.progress.step)
     where = {"metrics": job.run_dir / "metrics.jsonl", "checkpoint": last}
     if job.config.telemetry.export_at_end:
@@ -172,6 +173,7 @@ def finish(job: Job) -> None:
             on_first_rank(job.topology.control_group, lambda: str(export_checkpoint(last, out, "bf16")))
         where["export"] = out
     if job.topology.rank == 0:
+        where["report"] = write_report(job.run_dir)
         lines = [f"  {name:<12}{path}" for name, path in where.items()]
         if job.guard is not None and job.guard.latest:
             print(f"\n{job.guard.table()}", flush=True)

@@ -6,9 +6,10 @@ A run that resumes from an older step appends; readers take the last line of a s
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 
 class Tracker(Protocol):
@@ -25,14 +26,14 @@ class Telemetry:
     """Appends events to a file and hands them to trackers; without a file (ranks other than 0) it does nothing."""
 
     def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
-        self._file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115 (lives as long as the run)
+        self._file = _open_at_line_start(path) if path else None
         self._trackers = trackers
 
     def log(self, event: dict[str, Any]) -> None:
         """Write one event as a JSON line, at once."""
         if self._file is None:
             return
-        self._file.write(json.dumps(event) + "\n")
+        self._file.write(json.dumps(_finite(event), allow_nan=False) + "\n")
         self._file.flush()
         for tracker in self._trackers:
             tracker.log(event)
@@ -44,6 +45,23 @@ class Telemetry:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _open_at_line_start(path: Path) -> TextIO:
+    """Append to a file; a line that a crash cut off is ended first, so that the next event is not lost with it."""
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
+    if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        file.write("\n")
+    return file
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as null: JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return value
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
