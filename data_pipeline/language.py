@@ -27,6 +27,8 @@ UNTESTABLE = frozenset(("code", "math", "parallel", "mixed"))
 """Labels that no text can be told to disagree with."""
 MIN_KANA_SHARE = 0.05
 """Of all letters; from here on a text is Japanese."""
+MIN_SCORE = 0.5
+"""Of the model; a lower one is no verdict: lists of names and commands get any language."""
 MIN_LETTERS = 20
 """Letters; shorter text is not judged."""
 
@@ -53,7 +55,8 @@ def language_of(text: str) -> str | None:
             return language
     if counts["han"] > letters / 2:
         return "zh"
-    return _by_model(sample)
+    # a few Japanese headings must not make an untranslated page Japanese: the model sees the rest
+    return _by_model(_SCRIPTS["han"].sub(" ", _SCRIPTS["kana"].sub(" ", sample)))
 
 
 def disagrees(text: str, label: str) -> bool:
@@ -69,4 +72,4 @@ def _by_model(sample: str) -> str | None:
 
     # the model reads one line
     found = detect(" ".join(sample.split()), model="lite", k=1)
-    return str(found[0]["lang"]) if found else None
+    return str(found[0]["lang"]) if found and found[0]["score"] >= MIN_SCORE else None
