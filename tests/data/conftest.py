@@ -11,7 +11,6 @@ import yaml
 from data_pipeline.schema import MixConfig, load_mix
 from tests.data.inputs import MakeMix, write_jsonl
 
-
 EXACT_ONLY = {"near_duplicates": 0, "decontaminate_tokens": 0}
 """The texts of these tests are near copies of each other."""
 
@@ -43,7 +42,8 @@ def make_mix(tmp_path: Path) -> MakeMix:
             source |= {"weight": 1 / len(texts) if weights is None else weights[name], **(sources or {}).get(name, {})}
             listed.append(source)
         path = base / "mix.yaml"
-        path.write_text(yaml.safe_dump({"seq_len": 32, "seed": 7, **EXACT_ONLY, **keys, "sources": listed}), encoding="utf-8")
+        content = {"seq_len": 32, "seed": 7, **EXACT_ONLY, **keys, "sources": listed}
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
         return load_mix(path)
 
     return make

@@ -252,7 +252,7 @@ def _flip(path: Path, position: int) -> None:
     [
         (lambda d: _flip(d / "ja/documents-00000.tokens", 4100), r"ja/documents-00000.tokens: content differs"),
         (lambda d: _flip(d / "en/train/piece_start.npy", -1), r"piece_start.npy: content differs"),
-        (lambda d: os.truncate(d / "ja/documents-00000.tokens", 5000), r"ja/documents-00000.tokens: 5000 bytes, manifest says"),
+        (lambda d: os.truncate(d / "ja/documents-00000.tokens", 5000), r"tokens: 5000 bytes, manifest says"),
         (lambda d: (d / "en/documents-00000.tokens").unlink(), r"en/documents-00000.tokens: missing"),
         (lambda d: (d / "en/extra.tokens").write_bytes(b"x"), r"en/extra.tokens: not in the manifest"),
         (lambda d: shutil.rmtree(d / "en"), r"en/documents-00000.tokens: missing"),

@@ -97,7 +97,9 @@ def test_an_edited_mix_is_refused_with_every_change_in_words(make_mix: MakeMix) 
     assert "share of ja: 50.00% -> 40.00% of the tokens (-10.00 points)" in message
 
 
-def test_an_accepted_edit_starts_at_the_next_step_and_repeats_or_loses_no_row(make_mix: MakeMix, tmp_path: Path) -> None:
+def test_an_accepted_edit_starts_at_the_next_step_and_repeats_or_loses_no_row(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
     mix = make_mix(TEXTS, weights={"ja": 0.5, "en": 0.3, "code": 0.2})
     build(mix, tmp_path / "out", progress=False)
     built = BuiltData.open(tmp_path / "out")

@@ -153,7 +153,7 @@ def test_a_source_beyond_its_epochs_is_refused_by_name_and_step() -> None:
     mixture = Mixture(rows, Ledger((segment({"a": 0.5, "b": 0.5}, max_epochs={"a": 1.5}),)), 0)
     for step in range(6):
         mixture.global_batch(step, 4)
-    with pytest.raises(DataError, match="source 'a': step 6 asks for epoch 1.75, max_epochs is 1.5"):
+    with pytest.raises(DataError, match=r"source 'a': step 6 asks for epoch 1.75, max_epochs is 1.5"):
         mixture.global_batch(6, 4)
     assert mixture.position(20, 4).drawn_rows == (40, 40)
 
@@ -164,7 +164,7 @@ def test_a_source_of_weight_0_is_never_drawn() -> None:
 
 
 def test_a_weight_on_nothing_is_refused() -> None:
-    with pytest.raises(DataError, match="source 'b' has weight 0.5 but no training rows"):
+    with pytest.raises(DataError, match=r"source 'b' has weight 0.5 but no training rows"):
         Mixture(Rows({"a": [1], "b": []}), Ledger((segment({"a": 0.5, "b": 0.5}),)), 0)
     with pytest.raises(ConfigError, match="source 'c' is not in the build"):
         Mixture(Rows({"a": [1], "b": [1]}), Ledger((segment({"a": 0.5, "c": 0.5}),)), 0)

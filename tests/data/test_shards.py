@@ -51,7 +51,7 @@ def test_equal_documents_give_equal_bytes(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), writing(tmp_path / "x.tokens") as shard:
+    with pytest.raises(RuntimeError), writing(tmp_path / "x.tokens") as shard:  # noqa: PT012
         shard.add(np.array([1], dtype=np.uint32), 1)
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
