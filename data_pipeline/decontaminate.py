@@ -6,6 +6,8 @@ Decisions
     A run that more than MAX_COMMON training documents have is a stock text, such as a licence or a colophon, and does
     not count (Brown et al., arXiv 2005.14165, appendix C, ignore runs in more than 10 documents).  Shards are therefore
     searched twice: first runs are counted, then documents are marked.
+    A stock text with a few tokens beside it that happen to agree is still one.  Runs of `length` - EDGE_TOKENS tokens
+    are looked up, and more than EDGE_TOKENS of them in a row, none of them common, mark a document.
     All runs of the held-out documents are kept as sorted 64-bit hashes, with a bitmap before them that turns nearly all
     runs of the training documents away.  Held-out sets are small; their size bounds the memory.
 """
@@ -24,6 +26,8 @@ from data_pipeline.tokenizer import Tokens
 Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
+EDGE_TOKENS = 8
+"""Tokens beside a stock text that may agree."""
 MAX_COMMON = 10
 """Training documents."""
 _BITMAP_BITS = 24
@@ -34,8 +38,8 @@ _BLOCK_TOKENS = 1 << 16  # what fits the cache is searched twice as fast
 class HeldOutRuns:
     """All runs of tokens in the held-out documents."""
 
-    length: int
-    """Tokens in a run."""
+    window: int
+    """Tokens that are looked up at once."""
     hashes: npt.NDArray[np.uint64]
     """Sorted, each once."""
     bitmap: npt.NDArray[np.bool_]
@@ -44,23 +48,24 @@ class HeldOutRuns:
     @classmethod
     def of(cls, documents: Iterable[Tokens], length: int) -> HeldOutRuns:
         """Runs of `documents`."""
-        parts = [window_hashes(tokens, length) for tokens in documents]
-        return cls.from_hashes(np.unique(np.concatenate([np.zeros(0, np.uint64), *parts])), length)
+        window = length - EDGE_TOKENS
+        parts = [window_hashes(tokens, window) for tokens in documents]
+        return cls.from_hashes(np.unique(np.concatenate([np.zeros(0, np.uint64), *parts])), window)
 
     @classmethod
-    def from_hashes(cls, hashes: npt.NDArray[np.uint64], length: int) -> HeldOutRuns:
+    def from_hashes(cls, hashes: npt.NDArray[np.uint64], window: int) -> HeldOutRuns:
         """From `hashes` of a set made before."""
         bitmap = np.zeros(1 << _BITMAP_BITS, dtype=bool)
         bitmap[_leading(hashes)] = True
-        return cls(length, hashes, bitmap)
+        return cls(window, hashes, bitmap)
 
     def without_common(self, counts: Integers) -> HeldOutRuns:
         """These runs without those that more than MAX_COMMON documents have."""
-        return HeldOutRuns.from_hashes(self.hashes[counts <= MAX_COMMON], self.length)
+        return HeldOutRuns.from_hashes(self.hashes[counts <= MAX_COMMON], self.window)
 
     def find(self, tokens: Tokens) -> tuple[Integers, Integers]:
         """(places of `tokens` where a run of a held-out document begins, numbers of those runs)."""
-        windows = window_hashes(tokens, self.length)
+        windows = window_hashes(tokens, self.window)
         candidates = np.flatnonzero(self.bitmap[_leading(windows)])
         numbers = np.searchsorted(self.hashes, windows[candidates])
         numbers = np.minimum(numbers, max(len(self.hashes) - 1, 0))
@@ -90,17 +95,24 @@ def count_runs(tokens: Tokens, offsets: Integers, train: Mask, runs: HeldOutRuns
 def contaminated(tokens: Tokens, offsets: Integers, runs: HeldOutRuns) -> Mask:
     """For each document of a shard whether it has one of `runs`; arguments as in `count_runs`."""
     result = np.zeros(len(offsets) - 1, dtype=bool)
-    for documents, _ in _hits(tokens, offsets, runs):
+    for documents, _ in _hits(tokens, offsets, runs, in_a_row=EDGE_TOKENS + 1):
         result[documents] = True
     return result
 
 
-def _hits(tokens: Tokens, offsets: Integers, runs: HeldOutRuns) -> Iterator[tuple[Integers, Integers]]:
-    """(documents, runs) that meet, block by block."""
+def _hits(
+    tokens: Tokens, offsets: Integers, runs: HeldOutRuns, in_a_row: int = 1
+) -> Iterator[tuple[Integers, Integers]]:
+    """(documents, runs) that meet, block by block; only where `in_a_row` places in a row are hits."""
     if not len(runs.hashes):
         return
     for start in range(0, len(tokens), _BLOCK_TOKENS):
-        places, numbers = runs.find(tokens[start : start + _BLOCK_TOKENS + runs.length - 1])
+        # blocks overlap by what a hit at their end needs
+        places, numbers = runs.find(tokens[start : start + _BLOCK_TOKENS + runs.window + in_a_row - 2])
+        if in_a_row > 1:
+            ends = places[in_a_row - 1 :]
+            whole = ends - places[: len(ends)] == in_a_row - 1
+            places, numbers = places[: len(ends)][whole], numbers[: len(ends)][whole]
         if len(places):
             yield np.searchsorted(offsets, places + start, side="right") - 1, numbers
 

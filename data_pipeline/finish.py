@@ -145,12 +145,12 @@ def _decontaminate(
     if not held:
         return
     real = [(s, a) for s, a in zip(stored, assignments, strict=True) if s.source.format != "mock"]
+    runs = HeldOutRuns.of(held, length)
     jobs = []
     for source, assignment in real:
         ends = np.cumsum([account.num_documents for account in source.accounts])[:-1]
         masks = np.split(assignment.fates == Fate.TRAIN, ends)
-        jobs += [_Scan(part.shard_path, mask, work_dir, length) for part, mask in zip(source.parts, masks, strict=True)]
-    runs = HeldOutRuns.of(held, length)
+        jobs += [_Scan(part.shard_path, mask, work_dir, runs.window) for part, mask in zip(source.parts, masks, strict=True)]
     _save_runs(work_dir, runs)
     counts = sum((found for _, found in spread(_count, jobs, workers)), np.zeros(len(runs.hashes), np.int64))
     _save_runs(work_dir, runs.without_common(counts))
@@ -167,7 +167,7 @@ class _Scan:
     shard_path: Path
     train: npt.NDArray[np.bool_]
     work_dir: Path
-    length: int
+    window: int
 
 
 def _count(job: _Scan) -> npt.NDArray[np.int64]:
@@ -188,14 +188,14 @@ def _save_runs(work_dir: Path, runs: HeldOutRuns) -> None:
 def _runs(job: _Scan) -> HeldOutRuns:
     path = job.work_dir / _RUNS_FILE
     status = path.stat()
-    return _load_runs(path, status.st_mtime_ns, status.st_ino, job.length)
+    return _load_runs(path, status.st_mtime_ns, status.st_ino, job.window)
 
 
 @functools.lru_cache(maxsize=1)
-def _load_runs(path: Path, modified_ns: int, inode: int, length: int) -> HeldOutRuns:
+def _load_runs(path: Path, modified_ns: int, inode: int, window: int) -> HeldOutRuns:
     """Read once per process and version of the file."""
     del modified_ns, inode
-    return HeldOutRuns.from_hashes(np.load(path), length)
+    return HeldOutRuns.from_hashes(np.load(path), window)
 
 
 def _check_assignments(mix: MixConfig, assignments: Sequence[Assignment]) -> None:

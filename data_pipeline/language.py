@@ -72,4 +72,4 @@ def _by_model(sample: str) -> str | None:
 
     # the model reads one line
     found = detect(" ".join(sample.split()), model="lite", k=1)
-    return str(found[0]["lang"]) if found and found[0]["score"] >= MIN_SCORE else None
+    return str(found[0]["lang"]) if found and float(found[0]["score"]) >= MIN_SCORE else None

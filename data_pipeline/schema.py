@@ -254,8 +254,8 @@ class MixConfig:
             yield "max_mislabelled_share", f"is {self.max_mislabelled_share:g}, must be from 0 to 1."
         if self.near_duplicates != 0 and not 0.5 <= self.near_duplicates <= 1:
             yield "near_duplicates", f"is {self.near_duplicates:g}, must be 0 (off), or from 0.5 to 1."
-        if self.decontaminate_tokens != 0 and not 8 <= self.decontaminate_tokens <= 1024:
-            yield "decontaminate_tokens", f"is {self.decontaminate_tokens}, must be 0 (off), or from 8 to 1024 tokens."
+        if self.decontaminate_tokens != 0 and not 16 <= self.decontaminate_tokens <= 1024:
+            yield "decontaminate_tokens", f"is {self.decontaminate_tokens}, must be 0 (off), or from 16 to 1024 tokens."
 
     def guard_domains(self) -> tuple[GuardDomain, ...]:
         """The domains asked for, or one per source with held-out documents."""
