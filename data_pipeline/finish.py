@@ -150,7 +150,8 @@ def _decontaminate(
     for source, assignment in real:
         ends = np.cumsum([account.num_documents for account in source.accounts])[:-1]
         masks = np.split(assignment.fates == Fate.TRAIN, ends)
-        jobs += [_Scan(part.shard_path, mask, work_dir, runs.window) for part, mask in zip(source.parts, masks, strict=True)]
+        paths = [part.shard_path for part in source.parts]
+        jobs += [_Scan(path, mask, work_dir, runs.window) for path, mask in zip(paths, masks, strict=True)]
     _save_runs(work_dir, runs)
     counts = sum((found for _, found in spread(_count, jobs, workers)), np.zeros(len(runs.hashes), np.int64))
     _save_runs(work_dir, runs.without_common(counts))

@@ -76,3 +76,40 @@ def test_padding_is_rare_and_packing_quick(seq_len: int) -> None:
     rows = pack(np.arange(len(lengths)), lengths, seq_len)
     assert time.perf_counter() - start < 1.0
     assert 1 - rows.row_tokens().sum() / (rows.num_rows * seq_len) < 0.002
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths_and_seq_len)
+def test_concatenation_fills_every_row_but_the_last_and_loses_no_pair(case: tuple[list[int], int]) -> None:
+    lengths, seq_len = case
+    rows = pack(np.arange(len(lengths)), np.array(lengths, dtype=np.int64), seq_len, "concatenate")
+    totals = rows.row_tokens().tolist()
+    assert all(total == seq_len for total in totals[:-1]) and sum(totals) == sum(n - 1 for n in lengths)
+    pairs = [
+        (document, pair)
+        for document, start, count in zip(rows.piece_document, rows.piece_start, rows.piece_pairs, strict=True)
+        for pair in range(start, start + count)
+    ]
+    assert pairs == [(document, pair) for document, n in enumerate(lengths) for pair in range(n - 1)]
+
+
+def test_concatenation_cuts_documents_that_would_fit_and_best_fit_does_not() -> None:
+    generator = np.random.default_rng(0)
+    lengths = np.minimum(generator.lognormal(6.5, 1.1, 5000).astype(np.int64) + 2, 20_000)
+    fitting = np.flatnonzero(lengths <= 4097)
+    cut = {}
+    for method in ("best_fit", "concatenate"):
+        counts = np.bincount(pack(np.arange(5000), lengths, 4096, method).piece_document, minlength=5000)
+        cut[method] = float((counts[fitting] > 1).mean())
+    assert cut["best_fit"] == 0 and cut["concatenate"] > 0.1
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths_and_seq_len, st.integers(1, 20))
+def test_packing_in_blocks_keeps_every_pair(case: tuple[list[int], int], block: int) -> None:
+    lengths, seq_len = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_pipeline.pack.BLOCK_DOCUMENTS", block)
+        rows = packed(lengths, seq_len)
+    assert rows.row_tokens().max(initial=0) <= seq_len and rows.row_tokens().sum() == sum(n - 1 for n in lengths)
+    assert rows.row_offsets[-1] == len(rows.piece_document) and (np.diff(rows.row_offsets) > 0).all()

@@ -67,6 +67,16 @@ def test_any_text_round_trips_below_the_control_tokens(text: str) -> None:
     assert len(tokens) == 0 or tokens.max() < tokenizer.NUM_TEXT_TOKENS
 
 
+@settings(max_examples=400, deadline=None)
+@given(st.text("abZ \u3042\u30a2\u6c34\n.,'\u3001\u3002\u0301\u30991 s\u3000/{\r", max_size=80), st.integers(1, 12))
+def test_a_long_text_encoded_in_pieces_gives_the_same_ids(text: str, size: int) -> None:
+    whole = tokenizer.encode(text).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "PIECE_CHARACTERS", size)
+        parts = list(tokenizer.pieces(text))
+        assert "".join(parts) == text and tokenizer.encode(text).tolist() == whole
+
+
 def test_end_of_text_is_the_control_token_of_gpt_oss() -> None:
     assert tokenizer.encoding().decode([tokenizer.END_OF_TEXT]) == "<|endoftext|>"
 
