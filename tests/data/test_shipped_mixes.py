@@ -1,0 +1,80 @@
+"""Every shipped mix can be read once its corpora are there, and its shares are those that its comments promise."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from data_pipeline.build import build
+from data_pipeline.schema import MixConfig, load_mix
+from tests.data.inputs import make_texts
+
+ROOT = Path(__file__).parents[2]
+TEMPLATES = ("swallow_like", "gpt-oss-20b", "gpt-oss-120b")
+
+
+@pytest.fixture
+def load_template(tmp_path: Path) -> Callable[[str], MixConfig]:
+    """Loads a shipped template with small corpora where its paths point."""
+
+    def load(name: str) -> MixConfig:
+        path = tmp_path / "configs" / "mixes" / f"{name}.yaml"
+        path.parent.mkdir(parents=True)
+        shutil.copy(ROOT / "configs" / "mixes" / f"{name}.yaml", path)
+        for source in yaml.safe_load(path.read_text())["sources"]:
+            texts = make_texts(30, source["name"])
+            records = [{key: text for key in ("text", "title", "content", "en", "ja")} for text in texts]
+            _write(path.parent / source["path"].replace("*", "part"), records)
+        return load_mix(path)
+
+    return load
+
+
+def _write(path: Path, records: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content))
+    elif path.suffix == ".zst":
+        with pa.CompressedOutputStream(str(path), "zstd") as file:
+            file.write(content)
+    else:
+        datasets.Dataset.from_list(records).save_to_disk(str(path))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_reads_and_builds_once_its_corpora_are_there(
+    load_template: Callable[[str], MixConfig], tmp_path: Path, name: str
+) -> None:
+    mix = load_template(name)
+    lenient = dataclasses.replace(mix, near_duplicates=0.0, decontaminate_tokens=0)  # the texts are near copies
+    manifest = build(lenient, tmp_path / "out", progress=False)
+    assert all(entry.documents >= 28 for entry in manifest.sources)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_without_its_corpora_says_what_is_missing(name: str) -> None:
+    with pytest.raises(Exception, match=r"ja_web/\*.jsonl.zst', which matches no file"):
+        load_mix(ROOT / "configs" / "mixes" / f"{name}.yaml")
+
+
+def test_shares_are_those_that_the_comments_promise(load_template: Callable[[str], MixConfig]) -> None:
+    mix = load_template("swallow_like")
+    shares: dict[str, float] = {}
+    for source in mix.sources:
+        shares[source.language] = shares.get(source.language, 0) + source.weight
+    assert shares["ja"] == pytest.approx(0.54) and shares["en"] + shares["math"] == pytest.approx(0.296)
+    assert shares["code"] == pytest.approx(0.16, abs=0.0005) and shares["parallel"] == pytest.approx(0.0044)
+    assert not any(source.normalise for source in mix.sources if source.language != "ja")
