@@ -30,7 +30,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--run_dir", type=Path, required=True)
     parser.add_argument("--step", type=int, help="default: the newest complete checkpoint")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--format", default="bf16", help="bf16 or fp32")
+    parser.add_argument("--format", default="bf16", help="bf16, mxfp4 or fp32")
     parser.set_defaults(run=_export)
 
 

@@ -7,6 +7,9 @@ INDEX_FILE = "model.safetensors.index.json"
 EXPERT_TENSORS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """Per layer, under `mlp.experts.`; the first axis counts experts."""
 
+BLOCKS, SCALES = "_blocks", "_scales"
+"""Suffixes of the two tensors that stand for an expert matrix in the released MXFP4 layout."""
+
 
 def is_expert_name(name: str) -> bool:
     """Whether a tensor of this name has an expert axis."""

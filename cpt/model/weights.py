@@ -1,12 +1,15 @@
 """Hugging Face directories in and out: which file holds which tensor, and this rank's part of it.
 
 Only safetensors are read: a pickle can run code.  Every key of the directory must be one the model has and the other
-way round; a tensor is never dropped, invented or cast without a word.
+way round; a tensor is never dropped or invented.  Expert matrices may be in the released MXFP4 layout: a rank decodes
+its own experts, one tensor at a time.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
+from cpt.model import mxfp4
 from cpt.model.gpt_oss import PRESETS, GptOssForCPT
-from cpt.model.hf_layout import INDEX_FILE, SINGLE_FILE, is_expert_name
+from cpt.model.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, is_expert_name
 
 
 def load_config(path: Path | None, preset: str | None) -> GptOssConfig:
@@ -33,11 +37,10 @@ def load_config(path: Path | None, preset: str | None) -> GptOssConfig:
     values = json.loads(file.read_text(encoding="utf-8"))
     if values.get("model_type") != "gpt_oss":
         raise ConfigError(f"{file}: model_type is {values.get('model_type')!r}, must be 'gpt_oss'.")
-    if "quantization_config" in values:
-        method = values["quantization_config"].get("quant_method")
+    method = values.pop("quantization_config", {}).get("quant_method", "mxfp4")
+    if method != "mxfp4":
         raise ConfigError(
-            f"{file}: the weights are quantised ({method}); training starts from bf16 or fp32 safetensors. Load the "
-            "model in transformers with Mxfp4Config(dequantize=True), save_pretrained it, and give that directory."
+            f"{file}: the weights are quantised by {method}; training starts from bf16, fp32 or the released MXFP4."
         )
     return GptOssConfig(**values)
 
@@ -81,6 +84,19 @@ def expected_shapes(model: GptOssForCPT) -> dict[str, tuple[int, ...]]:
     }
 
 
+def stored_shapes(model: GptOssForCPT, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes that a directory must hold: of each expert matrix the tensor itself, or its MXFP4 blocks and scales."""
+    names, stored = set(names), {}
+    for name, shape in expected_shapes(model).items():
+        if len(shape) == 3 and name not in names and name + BLOCKS in names:
+            experts, inputs, rows = shape
+            stored[name + BLOCKS] = (experts, rows, inputs // mxfp4.BLOCK, mxfp4.BLOCK // 2)
+            stored[name + SCALES] = (experts, rows, inputs // mxfp4.BLOCK)
+        else:
+            stored[name] = shape
+    return stored
+
+
 def check_directory(path: Path, model: GptOssForCPT) -> dict[str, Path]:
     """Compare a directory's keys and shapes with the model's, before any memory is taken.
 
@@ -90,7 +106,8 @@ def check_directory(path: Path, model: GptOssForCPT) -> dict[str, Path]:
     Raises:
         ConfigError: every missing, unknown or misshapen tensor, with its file.
     """
-    files, expected, problems = tensor_files(path), expected_shapes(model), []
+    files, problems = tensor_files(path), []
+    expected = stored_shapes(model, files)
     problems += [f"{path}: tensor '{name}' is missing." for name in sorted(expected.keys() - files.keys())]
     problems += [f"{files[name]}: unknown tensor '{name}'." for name in sorted(files.keys() - expected.keys())]
     for file in sorted(set(files.values())):
@@ -110,20 +127,24 @@ def check_directory(path: Path, model: GptOssForCPT) -> dict[str, Path]:
 
 @torch.no_grad()
 def fill_from_directory(model: GptOssForCPT, path: Path) -> None:
-    """Fill a materialised model; of expert tensors only this rank's experts are read.
+    """Fill a materialised model tensor by tensor; of expert tensors only this rank's experts are read.
 
     Raises:
         ConfigError: see `check_directory`.
     """
     files = check_directory(path, model)
-    parameters = dict(model.named_parameters())
     first_expert = model.model.layers[0].mlp.experts.first_expert
-    for file in sorted(set(files.values())):
-        with _open(file) as opened:
-            for name in sorted(name for name, where in files.items() if where == file):
-                target = parameters[name]
-                if is_expert_name(name):
-                    value = opened.get_slice(name)[first_expert : first_expert + target.shape[0]]
-                else:
-                    value = opened.get_tensor(name)
-                target.copy_(value)
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(_open(file)) for file in sorted(set(files.values()))}
+
+        def experts_of(name: str, count: int) -> torch.Tensor:
+            return opened[files[name]].get_slice(name)[first_expert : first_expert + count]
+
+        for name, target in model.named_parameters():
+            if not is_expert_name(name):
+                target.copy_(opened[files[name]].get_tensor(name))
+            elif name in files:
+                target.copy_(experts_of(name, target.shape[0]))
+            else:
+                blocks, scales = (experts_of(name + suffix, target.shape[0]) for suffix in (BLOCKS, SCALES))
+                target.copy_(mxfp4.decode(blocks, scales))
