@@ -1,17 +1,27 @@
-"""`python -m data_pipeline`: build a data mix, and plan a run over it."""
+"""`python -m data_pipeline`: build a data mix, look at it, and plan a run over it."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_pipeline.build import build, default_build_dir
+from data_pipeline.audit import DEFAULT_LIMIT, audit
+from data_pipeline.audit_page import audit_page
+from data_pipeline.build import build, build_share, default_build_dir
+from data_pipeline.changes import describe_changes, mix_settings
+from data_pipeline.corpus import make_corpus
 from data_pipeline.dataset import BuiltData
+from data_pipeline.diff import describe_diff
 from data_pipeline.errors import CptError, DataError
-from data_pipeline.plan import describe_build, make_plan
-from data_pipeline.schema import load_mix
+from data_pipeline.files import atomic_write
+from data_pipeline.ledger import Ledger, resume_ledger
+from data_pipeline.plan import Plan, make_plan
+from data_pipeline.schema import MixConfig, load_mix
+from data_pipeline.tables import describe_build
+from data_pipeline.workers import available_cores
 
 DEFAULT_ROOT = Path("data")
 """Where builds go that are given no place."""
@@ -21,11 +31,10 @@ EXIT_STORAGE = 74
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
+    commands: dict[str, Callable[[argparse.Namespace], None]]
+    commands = {"build": _build, "plan": _plan, "diff": _diff, "audit": _audit, "corpus": _corpus}
     try:
-        if options.command == "build":
-            _build(options)
-        else:
-            _plan(options)
+        commands[options.command](options)
     except CptError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -38,35 +47,122 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
     out_dir = options.out or default_build_dir(mix, DEFAULT_ROOT)
-    manifest = build(mix, out_dir)
+    if options.share:
+        index, count = options.share
+        made = build_share(mix, out_dir, index, count, options.workers)
+        print(f"{out_dir}: share {index} of {count} has {made} parts. When all are done, build without --share.")
+        return
+    manifest = build(mix, out_dir, workers=options.workers)
     print(describe_build(manifest.sources))
     print(f"{out_dir}: manifest {manifest.hash[:16]}, fingerprint {manifest.fingerprint[:10]}")
 
 
 def _plan(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
-    out_dir = options.out or default_build_dir(mix, DEFAULT_ROOT)
-    build(mix, out_dir)
-    plan = make_plan(BuiltData.open(out_dir, verify=False, mix=mix), mix, options.steps, options.global_batch_size)
+    built = _built(mix, options.out, options.workers)
+    plan = make_plan(built, mix, options.steps or _one_pass(built, options), options.global_batch_size)
     print(plan.describe())
+    if options.json:
+        _write(options.json, json.dumps(plan.to_json(), indent=1) + "\n")
+    if options.plot:
+        _write(options.plot, plan.plot())
     if plan.problems:
         raise DataError("\n".join(plan.problems))
+
+
+def _diff(options: argparse.Namespace) -> None:
+    old, new = load_mix(options.old), load_mix(options.new)
+    changes = describe_changes(mix_settings(old), mix_settings(new))
+    print("\n".join(changes) or "no setting differs")
+    before, after = _built(old, None, options.workers), _built(new, None, options.workers)
+    steps, ledger = options.steps or _one_pass(before, options), None
+    if options.at_step is not None:
+        stored = Ledger.start(old, before.manifest.row_hashes()).to_json()
+        rows = after.manifest.row_hashes()
+        ledger = resume_ledger(stored, new, options.at_step, accept_change=True, rows=rows)
+    plans: list[Plan] = [
+        make_plan(before, old, steps, options.global_batch_size),
+        make_plan(after, new, steps, options.global_batch_size, ledger),
+    ]
+    edit = "" if options.at_step is None else f", the edit made at step {options.at_step:,}"
+    print(f"\nover {steps:,} steps of {options.global_batch_size:,} rows{edit}:\n{describe_diff(*plans)}")
+
+
+def _audit(options: argparse.Namespace) -> None:
+    mix = load_mix(options.mix)
+    result = audit(mix, options.documents, options.workers)
+    print(result.describe())
+    _write(options.out, audit_page(result))
+    if options.json:
+        _write(options.json, json.dumps([source.to_json() for source in result.sources], indent=1) + "\n")
+    print(f"page: {options.out}")
+    if problems := result.problems():
+        raise DataError("\n".join(problems))
+
+
+def _corpus(options: argparse.Namespace) -> None:
+    counts = make_corpus(options.out)
+    print(f"{options.out}: " + ", ".join(f"{count:,} documents in {name}.jsonl" for name, count in counts.items()))
+
+
+def _built(mix: MixConfig, out_dir: Path | None, workers: int) -> BuiltData:
+    """The build of a mix, made if it is missing."""
+    out_dir = out_dir or default_build_dir(mix, DEFAULT_ROOT)
+    build(mix, out_dir, workers=workers)
+    return BuiltData.open(out_dir, verify=False, mix=mix)
+
+
+def _one_pass(built: BuiltData, options: argparse.Namespace) -> int:
+    """Steps that draw as many rows as the build has."""
+    rows = sum(built.num_rows(source) for source in range(len(built.source_names)))
+    return max(-(-rows // options.global_batch_size), 1)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("build", "make the token shards and packed rows that training reads"),
-        ("plan", "show tokens, epochs and language shares of a run; builds what is missing"),
-    ):
+
+    def add(name: str, text: str, *mixes: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("mix", type=Path, metavar="MIX.yaml")
-        command.add_argument("--out", type=Path, metavar="DIR", help="build directory (default: data/NAME-FINGERPRINT)")
-        if name == "plan":
-            command.add_argument("--steps", type=_positive, required=True, help="optimizer steps of the run")
-            command.add_argument("--global_batch_size", type=_positive, required=True, help="packed rows per step")
+        for mix in mixes:
+            command.add_argument(mix, type=Path, metavar=f"{mix.upper()}.yaml")
+        if mixes:
+            command.add_argument(
+                "--workers", type=_positive, default=available_cores(), help="processes; the output is the same"
+            )
+        return command
+
+    command = add("build", "make the token shards and packed rows that training reads", "mix")
+    command.add_argument("--out", type=Path, metavar="DIR", help="build directory (default: data/NAME-FINGERPRINT)")
+    command.add_argument(
+        "--share", type=_share, metavar="K/N", help="make only share K (from 0) of N; a build without it finishes them"
+    )
+    command = add("plan", "show what a run draws from each source; builds what is missing", "mix")
+    command.add_argument("--out", type=Path, metavar="DIR", help="build directory (default: data/NAME-FINGERPRINT)")
+    _add_run(command)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
+    command.add_argument("--plot", type=Path, metavar="FILE.svg", help="write shares and epochs as an SVG picture")
+    command = add("diff", "show what an edit of a mix changes in tokens, epochs and shares", "old", "new")
+    _add_run(command)
+    command.add_argument("--at_step", type=_positive, metavar="STEP", help="first step with the new mix (default: 0)")
+    command = add("audit", "look at language and quality of the text; exit code 65 if a source is mislabelled", "mix")
+    command.add_argument("--out", type=Path, metavar="FILE.html", default=Path("audit.html"), help="page to write")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    command.add_argument("--documents", type=_positive, default=DEFAULT_LIMIT, help="documents per source at most")
+    command = add("corpus", "fetch parallel Japanese/English documentation from Debian as JSONL (needs apt)")
+    command.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder for ja.jsonl and en.jsonl")
     return parser
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--steps", type=_positive, help="optimizer steps of the run (default: one pass over the rows)")
+    command.add_argument("--global_batch_size", type=_positive, default=8, help="packed rows per step (default: 8)")
 
 
 def _positive(text: str) -> int:
@@ -74,6 +170,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not K/N with K from 0 to N - 1")
+    return int(index), int(count)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 Decisions
     A run of `length` equal tokens counts (Lee et al., arXiv 2107.06499, use 50): a short held-out text inside a long
     document is found, a common phrase is not.
+    A run that more than MAX_COMMON training documents have is a stock text, such as a licence or a colophon, and does
+    not count (Brown et al., arXiv 2005.14165, appendix C, ignore runs in more than 10 documents).  Shards are therefore
+    searched twice: first runs are counted, then documents are marked.
     All runs of the held-out documents are kept as sorted 64-bit hashes, with a bitmap before them that turns nearly all
     runs of the training documents away.  Held-out sets are small; their size bounds the memory.
 """
@@ -10,7 +13,7 @@ Decisions
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +21,13 @@ import numpy.typing as npt
 from data_pipeline.near import window_hashes
 from data_pipeline.tokenizer import Tokens
 
+Integers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+MAX_COMMON = 10
+"""Training documents."""
 _BITMAP_BITS = 24
+_BLOCK_TOKENS = 1 << 16  # what fits the cache is searched twice as fast
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,36 +54,56 @@ class HeldOutRuns:
         bitmap[_leading(hashes)] = True
         return cls(length, hashes, bitmap)
 
-    def meets(self, tokens: Tokens) -> npt.NDArray[np.bool_]:
-        """For each run of `tokens` whether a held-out document has it, too."""
+    def without_common(self, counts: Integers) -> HeldOutRuns:
+        """These runs without those that more than MAX_COMMON documents have."""
+        return HeldOutRuns.from_hashes(self.hashes[counts <= MAX_COMMON], self.length)
+
+    def find(self, tokens: Tokens) -> tuple[Integers, Integers]:
+        """(places of `tokens` where a run of a held-out document begins, numbers of those runs)."""
         windows = window_hashes(tokens, self.length)
-        found = self.bitmap[_leading(windows)]
-        candidates = np.flatnonzero(found)
-        if len(candidates):
-            places = np.searchsorted(self.hashes, windows[candidates])
-            places = np.minimum(places, len(self.hashes) - 1)
-            found[candidates] = self.hashes[places] == windows[candidates]
-        return found
+        candidates = np.flatnonzero(self.bitmap[_leading(windows)])
+        numbers = np.searchsorted(self.hashes, windows[candidates])
+        numbers = np.minimum(numbers, max(len(self.hashes) - 1, 0))
+        equal = self.hashes[numbers] == windows[candidates] if len(candidates) else np.zeros(0, dtype=bool)
+        return candidates[equal], numbers[equal]
 
 
-def contaminated(tokens: Tokens, offsets: npt.NDArray[np.int64], runs: HeldOutRuns) -> npt.NDArray[np.bool_]:
-    """For each document of a shard whether it shares a run with a held-out document.
+def count_runs(tokens: Tokens, offsets: Integers, train: Mask, runs: HeldOutRuns) -> Integers:
+    """For each run the training documents of a shard that have it.
 
     Args:
         tokens: of all documents; END_OF_TEXT after each keeps runs from spanning two.
         offsets: first token of each document, and the end.
+        train: which documents are trained on.
         runs: of the held-out documents, which hold no END_OF_TEXT.
     """
+    counts = np.zeros(len(runs.hashes), np.int64)
+    seen_last = np.full(len(runs.hashes), -1, np.int64)
+    for documents, numbers in _hits(tokens, offsets, runs):
+        documents, numbers = np.divmod(np.unique(documents * len(counts) + numbers), len(counts))
+        new = train[documents] & (seen_last[numbers] != documents)  # a document that two blocks share counts once
+        np.add.at(counts, numbers[new], 1)
+        np.maximum.at(seen_last, numbers[new], documents[new])
+    return counts
+
+
+def contaminated(tokens: Tokens, offsets: Integers, runs: HeldOutRuns) -> Mask:
+    """For each document of a shard whether it has one of `runs`; arguments as in `count_runs`."""
     result = np.zeros(len(offsets) - 1, dtype=bool)
-    if not len(runs.hashes):
-        return result
-    block = 1 << 22
-    for start in range(0, len(tokens), block):
-        hits = np.flatnonzero(runs.meets(tokens[start : start + block + runs.length - 1])) + start
-        if len(hits):
-            result[np.unique(np.searchsorted(offsets, hits, side="right") - 1)] = True
+    for documents, _ in _hits(tokens, offsets, runs):
+        result[documents] = True
     return result
 
 
-def _leading(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+def _hits(tokens: Tokens, offsets: Integers, runs: HeldOutRuns) -> Iterator[tuple[Integers, Integers]]:
+    """(documents, runs) that meet, block by block."""
+    if not len(runs.hashes):
+        return
+    for start in range(0, len(tokens), _BLOCK_TOKENS):
+        places, numbers = runs.find(tokens[start : start + _BLOCK_TOKENS + runs.length - 1])
+        if len(places):
+            yield np.searchsorted(offsets, places + start, side="right") - 1, numbers
+
+
+def _leading(hashes: npt.NDArray[np.uint64]) -> Integers:
     return (hashes >> np.uint64(64 - _BITMAP_BITS)).astype(np.int64)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.clean import Tally
-from data_pipeline.decontaminate import HeldOutRuns, contaminated
+from data_pipeline.decontaminate import HeldOutRuns, contaminated, count_runs
 from data_pipeline.dedup import HASH_DTYPE, Assignment, Fate, Indices, assign
 from data_pipeline.errors import DataError
 from data_pipeline.files import atomic_write, sha256_of, sync_directory
@@ -31,6 +31,7 @@ from data_pipeline.tokenizer import NAME, RANKS_SHA256
 from data_pipeline.workers import spread
 
 SPLITS = ("train", "held_out")
+_RUNS_FILE = "held_out_runs.npy"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,28 +144,57 @@ def _decontaminate(
             held += [shards.tokens(n, 0, int(ends[n])) for n in assignment.held_out.tolist() if ends[n] >= length]
     if not held:
         return
+    real = [(s, a) for s, a in zip(stored, assignments, strict=True) if s.source.format != "mock"]
+    jobs = []
+    for source, assignment in real:
+        ends = np.cumsum([account.num_documents for account in source.accounts])[:-1]
+        masks = np.split(assignment.fates == Fate.TRAIN, ends)
+        jobs += [_Scan(part.shard_path, mask, work_dir, length) for part, mask in zip(source.parts, masks, strict=True)]
     runs = HeldOutRuns.of(held, length)
-    path = work_dir / "held_out_runs.npy"
-    with atomic_write(path) as file:
+    _save_runs(work_dir, runs)
+    counts = sum((found for _, found in spread(_count, jobs, workers)), np.zeros(len(runs.hashes), np.int64))
+    _save_runs(work_dir, runs.without_common(counts))
+    marked = {job.shard_path: found for job, found in spread(_mark, jobs, workers)}
+    for source, assignment in real:
+        hits = np.concatenate([marked[part.shard_path] for part in source.parts])
+        assignment.fates[hits & (assignment.fates == Fate.TRAIN)] = Fate.CONTAMINATED
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Scan:
+    """A shard to search for held-out runs."""
+
+    shard_path: Path
+    train: npt.NDArray[np.bool_]
+    work_dir: Path
+    length: int
+
+
+def _count(job: _Scan) -> npt.NDArray[np.int64]:
+    shard = Shard(job.shard_path, verify=False)
+    return count_runs(shard.all_tokens, shard.offsets, job.train, _runs(job))
+
+
+def _mark(job: _Scan) -> npt.NDArray[np.bool_]:
+    shard = Shard(job.shard_path, verify=False)
+    return contaminated(shard.all_tokens, shard.offsets, _runs(job))
+
+
+def _save_runs(work_dir: Path, runs: HeldOutRuns) -> None:
+    with atomic_write(work_dir / _RUNS_FILE) as file:
         np.save(file, runs.hashes)
-    jobs = [(part.shard_path, path, length) for s in stored if s.source.format != "mock" for part in s.parts]
-    found = {item[0]: hit for item, hit in spread(_scan, jobs, workers)}
-    for source, assignment in zip(stored, assignments, strict=True):
-        if source.source.format != "mock":
-            hits = np.concatenate([found[part.shard_path] for part in source.parts])
-            assignment.fates[hits & (assignment.fates == Fate.TRAIN)] = Fate.CONTAMINATED
 
 
-def _scan(job: tuple[Path, Path, int]) -> npt.NDArray[np.bool_]:
-    """For each document of a shard whether it shares a run with a held-out one."""
-    shard_path, runs_path, length = job
-    shard = Shard(shard_path, verify=False)
-    return contaminated(shard.all_tokens, shard.offsets, _load_runs(runs_path, runs_path.stat().st_mtime_ns, length))
+def _runs(job: _Scan) -> HeldOutRuns:
+    path = job.work_dir / _RUNS_FILE
+    status = path.stat()
+    return _load_runs(path, status.st_mtime_ns, status.st_ino, job.length)
 
 
 @functools.lru_cache(maxsize=1)
-def _load_runs(path: Path, modified_ns: int, length: int) -> HeldOutRuns:
-    del modified_ns
+def _load_runs(path: Path, modified_ns: int, inode: int, length: int) -> HeldOutRuns:
+    """Read once per process and version of the file."""
+    del modified_ns, inode
     return HeldOutRuns.from_hashes(np.load(path), length)
 
 

@@ -137,6 +137,10 @@ class Mixture:
         """What was drawn before `step`; epoch limits are not enforced here, so a plan can list all that break."""
         return self._position_at(step * global_batch_size, global_batch_size)
 
+    def epoch_tokens(self, source: int, epoch: int) -> Integers:
+        """Predicted tokens of the rows of a source, in the order of an epoch."""
+        return self._order(source, epoch)[1]
+
     def _origin(self) -> Position:
         zeros = (0,) * len(self._names)
         return Position(drawn_rows=zeros, segment_tokens=zeros)

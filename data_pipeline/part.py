@@ -33,7 +33,7 @@ from data_pipeline.units import MOCK_BYTES_PER_TOKEN, Unit
 
 MAX_SEEN = 1 << 20
 """Content hashes kept to find copies within a unit; those further apart are found at the end of the build."""
-SIGNATURE_TOKENS = 1 << 20
+SIGNATURE_TOKENS = 1 << 17
 """Tokens whose signatures are computed at once."""
 
 

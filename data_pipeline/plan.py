@@ -1,15 +1,31 @@
-"""What a run will draw from each source, computed with the very function that training uses."""
+"""What a run will draw from each source, computed with the very function that training uses.
+
+Decisions
+    An impossible run fails here, not at step 40,000: every reason is in `Plan.problems`.
+    What is unwise but possible is a warning: a source read more than WARN_EPOCHS times teaches little more (Muennighoff
+    et al., arXiv 2305.16264: up to 4 epochs are nearly as good as new text).
+    Tokens are not content.  The same text costs about JAPANESE_PREMIUM times the tokens in Japanese, so half the tokens
+    are less than half of what is said.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+
+from data_pipeline.charts import Bar, bars, lines, stack
 from data_pipeline.dataset import BuiltData
 from data_pipeline.ledger import Ledger
-from data_pipeline.manifest import SourceEntry
 from data_pipeline.mixture import Mixture
 from data_pipeline.schema import MixConfig
+from data_pipeline.tables import table
+
+WARN_EPOCHS = 4.0
+JAPANESE_PREMIUM = 1.32
+"""Tokens of a Japanese text over those of the same text in English: 1.27 to 1.38, Debian's parallel documentation."""
+_CURVE_POINTS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,12 +40,20 @@ class PlannedSource:
     """Predicted tokens in one epoch."""
     rows: int
     """Rows in one epoch."""
+    bytes_per_token: float
+    """UTF-8 bytes per token of its documents."""
     drawn_tokens: int
     """Predicted tokens that the run takes."""
     epochs: float
-    """Rows drawn per row there is."""
+    """Rows drawn per row there is: how often the text is read, on average."""
     share: float
     """Of the run's predicted tokens, 0 to 1."""
+    read_once_at_step: int | None
+    """Step, within one, at which every row was drawn once; None if the run ends before."""
+    max_epochs: float | None
+    """Limit of the mix."""
+    epoch_curve: tuple[float, ...]
+    """Epochs at `Plan.curve_steps`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +64,18 @@ class Plan:
     global_batch_size: int
     """Packed rows per step."""
     sources: tuple[PlannedSource, ...]
+    limits: tuple[tuple[str, float, float, bool], ...]
+    """(language, floor, ceiling, met) for each language that the mix bounds."""
+    curve_steps: tuple[int, ...]
     problems: tuple[str, ...]
     """Why the run cannot be done; empty if it can."""
+    warnings: tuple[str, ...]
+    """What a person should think about."""
+
+    @property
+    def drawn_tokens(self) -> int:
+        """Predicted tokens of the run."""
+        return sum(source.drawn_tokens for source in self.sources)
 
     def language_shares(self) -> dict[str, float]:
         """Share of the predicted tokens by language, 0 to 1."""
@@ -50,80 +84,162 @@ class Plan:
             shares[source.language] = shares.get(source.language, 0.0) + source.share
         return shares
 
+    def content_shares(self) -> dict[str, float]:
+        """`language_shares`, a Japanese token counted as 1 / JAPANESE_PREMIUM of one in another language."""
+        worth = {name: s / (JAPANESE_PREMIUM if name == "ja" else 1) for name, s in self.language_shares().items()}
+        total = sum(worth.values()) or 1.0
+        return {name: value / total for name, value in worth.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        keys = ("steps", "global_batch_size", "curve_steps", "problems", "warnings")
+        return {
+            **{key: getattr(self, key) for key in keys},
+            "drawn_tokens": self.drawn_tokens,
+            "sources": [dataclasses.asdict(source) for source in self.sources],
+            "language_shares": self.language_shares(),
+            "content_shares": self.content_shares(),
+            "limits": [
+                {"language": name, "min_share": low, "max_share": high, "met": met}
+                for name, low, high, met in self.limits
+            ],
+        }
+
     def describe(self) -> str:
-        """A table for people."""
-        tokens = sum(source.drawn_tokens for source in self.sources)
-        header = ("source", "language", "documents", "tokens", "rows", "drawn tokens", "share", "epochs")
+        """A table for people, then shares, limits and warnings."""
+        header = ("source", "language", "documents", "tokens", "rows", "bytes/token", "drawn tokens", "share")
         rows = [
             (
-                *(s.name, s.language, f"{s.documents:,}", f"{s.tokens:,}", f"{s.rows:,}", f"{s.drawn_tokens:,}"),
-                *(f"{s.share:.2%}", f"{s.epochs:.2f}"),
+                *(s.name, s.language, f"{s.documents:,}", f"{s.tokens:,}", f"{s.rows:,}", f"{s.bytes_per_token:.2f}"),
+                *(f"{s.drawn_tokens:,}", f"{s.share:.2%}", f"{s.epochs:.2f}"),
+                "-" if s.read_once_at_step is None else f"{s.read_once_at_step:,}",
             )
             for s in self.sources
         ]
-        languages = ", ".join(f"{name} {share:.2%}" for name, share in self.language_shares().items())
-        return "\n".join(
+        shares, content = self.language_shares(), self.content_shares()
+        text = [
+            table((*header, "epochs", "read once at step"), rows),
+            f"{self.steps:,} steps of {self.global_batch_size:,} rows: {self.drawn_tokens:,} predicted tokens",
+            "languages: " + ", ".join(f"{name} {share:.2%}" for name, share in shares.items()),
+        ]
+        if 0 < shares.get("ja", 0) < 1:
+            text.append(
+                f"the same text costs about {JAPANESE_PREMIUM:g} times the tokens in Japanese: by content "
+                + ", ".join(f"{name} {share:.1%}" for name, share in content.items())
+            )
+        for name, low, high, met in self.limits:
+            text.append(f"limit: {name} from {low:.0%} to {high:.0%}: {'met' if met else 'NOT MET'}")
+        return "\n".join([*text, *(f"warning: {line}" for line in self.warnings)])
+
+    def plot(self) -> str:
+        """Shares and epochs, as an SVG file."""
+        limits = {name: low for name, low, _, _ in self.limits if low > 0}
+        languages = [
+            Bar(name, share, f"{share:.1%}", limits.get(name)) for name, share in self.language_shares().items()
+        ]
+        sources = [Bar(s.name, s.share, f"{s.share:.1%}") for s in self.sources]
+        epochs = [
+            Bar(s.name, s.epochs, f"{s.epochs:.2f}", s.max_epochs, s.epochs > WARN_EPOCHS) for s in self.sources
+        ]
+        curves = [(s.name, s.epoch_curve) for s in self.sources if s.epochs]
+        return stack(
             [
-                table(header, rows),
-                f"{self.steps:,} steps of {self.global_batch_size:,} rows: {tokens:,} predicted tokens; {languages}",
+                bars("Share of the predicted tokens by language (tick: floor)", languages),
+                bars("Share of the predicted tokens by source", sources),
+                bars(f"Epochs by source (tick: max_epochs; red: above {WARN_EPOCHS:g})", epochs),
+                lines("Epochs over the run", self.curve_steps, curves, "step", "epochs"),
             ]
         )
 
 
-def make_plan(built: BuiltData, mix: MixConfig, steps: int, global_batch_size: int) -> Plan:
-    """Draw `steps` steps without reading a token."""
-    ledger = Ledger.start(mix)
-    end = Mixture(built, ledger, mix.seed).position(steps, global_batch_size)
-    total = max(sum(end.segment_tokens), 1)
-    documents = {entry.name: entry.documents for entry in built.manifest.sources}
-    sources, problems = [], []
-    for number, (source, config) in enumerate(zip(built.source_names, mix.sources, strict=True)):
-        rows = built.num_rows(number)
-        epochs = end.drawn_rows[number] / max(rows, 1)
+def make_plan(
+    built: BuiltData, mix: MixConfig, steps: int, global_batch_size: int, ledger: Ledger | None = None
+) -> Plan:
+    """Draw `steps` steps without reading a token.
+
+    Args:
+        built: the build of `mix`.
+        mix: gives limits and seed.
+        steps: of the run.
+        global_batch_size: packed rows per step.
+        ledger: the mix over the run, if it was edited on the way; None: `mix` from start to end.
+    """
+    mixture = Mixture(built, ledger or Ledger.start(mix), mix.seed)
+    end = mixture.position(steps, global_batch_size)
+    curve_steps = tuple(np.unique(np.linspace(0, steps, min(steps, _CURVE_POINTS) + 1).astype(int)).tolist())
+    drawn = np.array([mixture.position(step, global_batch_size).drawn_rows for step in curve_steps])
+    tokens = [_drawn_tokens(mixture, built, number, end.drawn_rows[number]) for number in range(len(mix.sources))]
+    total = max(sum(tokens), 1)
+    entries = {entry.name: entry for entry in built.manifest.sources}
+    sources = []
+    for number, (name, config) in enumerate(zip(built.source_names, mix.sources, strict=True)):
+        rows, entry = built.num_rows(number), entries[name]
+        curve = drawn[:, number] / max(rows, 1)
+        once = None
+        if rows and end.drawn_rows[number] >= rows:
+            once = int(np.ceil(np.interp(rows, drawn[:, number], curve_steps)))
         sources.append(
             PlannedSource(
-                name=source,
+                name=name,
                 language=built.languages[number],
-                documents=documents[source],
-                tokens=int(built.row_tokens(number).sum()),
+                documents=entry.documents,
+                tokens=entry.predicted_tokens,
                 rows=rows,
-                drawn_tokens=end.segment_tokens[number],
-                epochs=epochs,
-                share=end.segment_tokens[number] / total,
+                bytes_per_token=entry.bytes / max(entry.tokens, 1),
+                drawn_tokens=tokens[number],
+                epochs=end.drawn_rows[number] / max(rows, 1),
+                share=tokens[number] / total,
+                read_once_at_step=once,
+                max_epochs=config.max_epochs,
+                epoch_curve=tuple(curve.round(6).tolist()),
             )
         )
-        if config.max_epochs is not None and epochs > config.max_epochs:
+    plan = Plan(
+        steps=steps,
+        global_batch_size=global_batch_size,
+        sources=tuple(sources),
+        limits=(),
+        curve_steps=curve_steps,
+        problems=(),
+        warnings=(),
+    )
+    return _judged(plan, mix)
+
+
+def _drawn_tokens(mixture: Mixture, built: BuiltData, source: int, rows: int) -> int:
+    """Predicted tokens in the first `rows` rows that are drawn from a source."""
+    row_tokens = built.row_tokens(source)
+    if not len(row_tokens):
+        return 0
+    epochs, rest = divmod(rows, len(row_tokens))
+    return epochs * int(row_tokens.sum()) + int(mixture.epoch_tokens(source, epochs)[:rest].sum())
+
+
+def _judged(plan: Plan, mix: MixConfig) -> Plan:
+    """`plan` with limits, problems and warnings."""
+    problems, warnings, limits = [], [], []
+    for source in plan.sources:
+        if source.max_epochs is not None and source.epochs > source.max_epochs:
+            step = int(np.interp(source.max_epochs, source.epoch_curve, plan.curve_steps))
             problems.append(
-                f"source '{source}': {steps} steps take {epochs:.2f} epochs, max_epochs is {config.max_epochs:g}. "
+                f"source '{source.name}': {plan.steps} steps take {source.epochs:.2f} epochs, max_epochs is "
+                f"{source.max_epochs:g}, which is used up near step {step:,}. "
                 "Train fewer steps, add data, lower its weight, or raise max_epochs."
             )
-    return Plan(steps=steps, global_batch_size=global_batch_size, sources=tuple(sources), problems=tuple(problems))
-
-
-def describe_build(entries: Sequence[SourceEntry]) -> str:
-    """A table of what a build holds and what it turned away."""
-    header = ("source", "language", "documents", "tokens", "rows", "held out", "copies", "near copies", "contaminated")
-    rows = [
-        (
-            *(e.name, e.language, f"{e.documents:,}", f"{e.predicted_tokens:,}", f"{e.rows:,}"),
-            *(f"{e.held_out_documents:,}", f"{e.duplicates + e.held_out_copies:,}", f"{e.near_duplicates:,}"),
-            *(f"{e.contaminated:,}", _rejects(e)),
-        )
-        for e in entries
-    ]
-    return table((*header, "rejected"), rows)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, text to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    right = [all(cell[:1].isdigit() for cell in column) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
-        for row in (header, *rows)
-    ]
-    return "\n".join(lines)
-
-
-def _rejects(entry: SourceEntry) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in entry.rejects.items()) or "0"
+        elif source.epochs > WARN_EPOCHS:
+            step = int(np.interp(WARN_EPOCHS, source.epoch_curve, plan.curve_steps))
+            warnings.append(
+                f"source '{source.name}' is read {source.epochs:.1f} times, more than {WARN_EPOCHS:g} from step "
+                f"{step:,} on. Add data or lower its weight."
+            )
+    row = mix.seq_len / max(plan.drawn_tokens, 1)
+    for language, bounds in mix.languages.items():
+        share = plan.language_shares().get(language, 0.0)
+        met = bounds.min_share - row <= share <= bounds.max_share + row
+        limits.append((language, bounds.min_share, bounds.max_share, met))
+        if not met:
+            problems.append(
+                f"language '{language}': has {share:.2%} of the tokens, must have from {bounds.min_share:.2%} to "
+                f"{bounds.max_share:.2%}. Change the weights."
+            )
+    return dataclasses.replace(plan, limits=tuple(limits), problems=tuple(problems), warnings=tuple(warnings))

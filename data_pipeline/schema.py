@@ -237,7 +237,8 @@ class MixConfig:
     near_duplicates: float = 0.8
     """Jaccard similarity of 5-token shingles from which on a document counts as a copy; 0: exact copies only."""
     decontaminate_tokens: int = 50
-    """A document that shares a run of this many tokens with a held-out one is not trained on; 0: off."""
+    """A document that shares a run of this many tokens with a held-out one is not trained on; 0: off.  Runs that more
+    than 10 documents have are stock texts and do not count."""
     max_mislabelled_share: float = 0.05
     """Share of a source's documents that may be in another language than its label before `audit` fails, 0 to 1."""
 

@@ -24,6 +24,7 @@ FLOORS = (
     "cpt.state",
     "cpt.telemetry",
     "cpt.guard",
+    "cpt.memory",
     "cpt.job",
     "cpt.train",
     "cpt.launch",

@@ -13,8 +13,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.cli import main
 from cpt.model.gpt_oss import PRESETS
-from cpt.state.stored import step_folder
 from cpt.state.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, write_manifest
+from cpt.state.stored import step_folder
 
 CONTENT = b"not really tensors"
 

@@ -14,7 +14,6 @@ from transformers import GptOssConfig
 from cpt.config import OWN_KEYS, REFUSED_KEYS, LaunchInfo, RunConfig, load, resolve
 from cpt.errors import ConfigError
 from cpt.model.gpt_oss import PRESETS
-from cpt.model.weights import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -402,11 +401,15 @@ def test_refused_size_leads_to_no_second_complaint_about_the_batch(files: Files)
 
 def test_every_rule_that_a_sequence_size_breaks_is_named(files: Files) -> None:
     files.write_train(seq_len=1000).write_json(sequence_parallel_size=24)
-    problem = only(files.problems(16, model=preset("gpt-oss-20b")))
-    for rule in ("world size 16", "64 query heads", "train.seq_len 1000"):
-        assert rule in problem
-    assert "key/value" not in problem  # 24 is a multiple of 8
-    assert problem.endswith("Nearest sizes that fit: 2, 4, 8.")
+    message = "\n".join(files.problems(16, model=preset("gpt-oss-20b")))
+    for rule in ("world size 16", "64 query heads", "train.seq_len"):
+        assert rule in message
+    assert "key/value" not in message  # 24 is a multiple of 8
+
+
+def test_row_that_cannot_be_cut_is_refused_with_the_neighbours_on_both_sides(files: Files) -> None:
+    files.write_train(seq_len=1002).write_json(sequence_parallel_size=4)
+    assert "Nearest that can: 1000 or 1004" in only(files.problems(4))
 
 
 def test_row_longer_than_the_models_positions_is_refused(files: Files) -> None:
@@ -534,9 +537,7 @@ def test_no_auto_is_left_for_the_engine(files: Files) -> None:
 
 
 def test_resolving_leaves_the_parsed_json_as_it_is(files: Files) -> None:
-    files.write_json(
-        zero_optimization={"stage": 3, "reduce_bucket_size": "auto", "offload_param": {"device": "none"}}
-    )
+    files.write_json(zero_optimization={"stage": 3, "reduce_bucket_size": "auto", "offload_param": {"device": "none"}})
     run, located = load(files.yaml, files.json, {})
     before = copy.deepcopy(located.value)
     resolve(run, located, preset("tiny"), LaunchInfo(world_size=1, local_world_size=1))
@@ -554,11 +555,20 @@ RUN_YAMLS = sorted((ROOT / "configs").glob("*.yaml"))
 DS_JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
+def resolve_shipped(run_yaml: Path, ds_json: Path, world: int) -> RunConfig:
+    run, located = load(run_yaml, ds_json, {})
+    name = run.model.init or next(name for name in PRESETS if run_yaml.stem.startswith(name))  # no weights ship
+    return resolve(run, located, preset(name), LaunchInfo(world_size=world, local_world_size=world))
+
+
 @pytest.mark.parametrize("ds_json", DS_JSONS, ids=lambda path: path.name)
 @pytest.mark.parametrize("run_yaml", RUN_YAMLS, ids=lambda path: path.name)
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_shipped_files_resolve_on_small_worlds(run_yaml: Path, ds_json: Path, world: int) -> None:
-    run, located = load(run_yaml, ds_json, {})
-    model = load_config(run.model.path, run.model.init)
-    config = resolve(run, located, model, LaunchInfo(world_size=world, local_world_size=world))
+def test_any_two_shipped_files_fit_together_on_a_node_of_eight(run_yaml: Path, ds_json: Path) -> None:
+    config = resolve_shipped(run_yaml, ds_json, 8)
     assert config.data.mix.is_file() and config.zero_stage in (1, 2, 3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_default_files_fit_together_on_small_machines(world: int) -> None:
+    run_yaml, ds_json = ROOT / "configs" / "tiny.yaml", ROOT / "ds_configs" / "z3_ulysses.json"
+    assert resolve_shipped(run_yaml, ds_json, world).sp_size == world

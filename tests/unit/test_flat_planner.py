@@ -6,6 +6,7 @@ The ranks live in one process here: each plans and writes as torch.distributed.c
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cpt.errors import CheckpointError
-from cpt.state.stored import read_ranges
 from cpt.state.flat_planner import FlatLoadPlanner, FlatRange, FlatSavePlanner
+from cpt.state.stored import read_ranges
 
 Ranges = dict[str, FlatRange]
 
@@ -52,7 +53,7 @@ def pieces(whole: Tensor, cuts: list[int]) -> list[FlatRange]:
     bounds = [0, *sorted(cuts), whole.numel()]
     return [
         FlatRange(tensor=whole[first:last], offset=first, global_numel=whole.numel())
-        for first, last in zip(bounds, bounds[1:], strict=False)
+        for first, last in pairwise(bounds)
         if last > first
     ]
 

@@ -1,4 +1,4 @@
-"""A directory is a checkpoint if every byte is the one that was written; what is wrong is named, and nothing is trusted."""
+"""A directory is a checkpoint if every byte is the one that was written; what is wrong is named."""
 
 from __future__ import annotations
 

@@ -117,7 +117,9 @@ def test_numbers_of_a_step_are_named_after_training() -> None:
 
 
 def test_maps_become_one_number_per_entry() -> None:
-    numbers = scalars({"event": "step", "step": 3, "loss_by_language": {"ja": 2.0, "en": 1.0}, "bytes_sent": {"halo": 4}})
+    numbers = scalars(
+        {"event": "step", "step": 3, "loss_by_language": {"ja": 2.0, "en": 1.0}, "bytes_sent": {"halo": 4}}
+    )
     assert numbers == {"loss_by_language/ja": 2.0, "loss_by_language/en": 1.0, "bytes_sent/halo": 4}
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cpt.errors import CptError
+from cpt.guard.heldout import Guard
 from cpt.guard.policy import judge
 from cpt.guard.score import DomainScore, bits_per_byte
 
@@ -106,8 +110,11 @@ def test_scores_of_different_documents_are_not_compared(baseline: DomainScore) -
         judge(other, baseline, TOLERANCE_PERCENT)
 
 
-def test_domain_without_a_whole_document_is_refused_by_name() -> None:
-    """It happens: one held-out document longer than guard.max_rows rows."""
-    empty = scores(np.empty(0), np.empty(0))
+def test_domain_without_a_document_is_refused_by_name(tmp_path: Path) -> None:
+    """A small source with a small held_out_share; passed over, the domain would look guarded and never warn."""
+    domain = SimpleNamespace(name="english", language="en", num_documents=0, document_bytes=[], num_rows=0)
+    data: Any = SimpleNamespace(held_out=(domain,), manifest=SimpleNamespace(fingerprint="f"))
+    config: Any = SimpleNamespace(guard=SimpleNamespace(max_documents=4))
+    topology: Any = SimpleNamespace(rank=0)
     with pytest.raises(CptError, match="english"):
-        judge(empty, empty, TOLERANCE_PERCENT)
+        Guard(data, config, topology, tmp_path)
