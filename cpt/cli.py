@@ -69,6 +69,8 @@ def _export(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from cpt.sample import load_for_sampling, sample
 
+    if not all(options.prompt):
+        raise ConfigError("--prompt is empty. Give some text to continue.")
     folder = None if options.model else _checkpoint_folder(options.run_dir, options.step)
     model = load_for_sampling(options.model, folder)
     for prompt in options.prompt:

@@ -58,4 +58,5 @@ def encode(values_ECR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         codes += (magnitude >= midpoint) if index % 2 else (magnitude > midpoint)
     codes |= torch.signbit(scaled).to(torch.uint8) << 3
     pairs = codes.unflatten(-1, (BLOCK // 2, 2))
-    return pairs[..., 0] | (pairs[..., 1] << 4), (exponent_ERb + _EXPONENT_BIAS).to(torch.uint8)
+    blocks = pairs[..., 0] | (pairs[..., 1] << 4)
+    return blocks.contiguous(), (exponent_ERb + _EXPONENT_BIAS).to(torch.uint8).contiguous()

@@ -42,7 +42,7 @@ def export_checkpoint(folder: Path, out: Path, format_name: str) -> Path:
 
     Args:
         folder: A checkpoint.
-        out: Must not exist, or be an earlier export of the same checkpoint and format.
+        out: Must not exist.
         format_name: `bf16`, `mxfp4` (expert matrices rounded to the released layout, the rest bf16), or `fp32` (the
             master weights).
 
@@ -50,7 +50,7 @@ def export_checkpoint(folder: Path, out: Path, format_name: str) -> Path:
         `out`.
 
     Raises:
-        ConfigError: unknown format, or `out` holds something else.
+        ConfigError: unknown format, or `out` exists.
         CheckpointError: the checkpoint is not whole.
     """
     if format_name not in DTYPES:
@@ -101,6 +101,8 @@ def _stored_form(name: str, value: torch.Tensor, quantise: bool) -> dict[str, to
     """A tensor as the format stores it."""
     if not (quantise and is_expert_name(name) and value.ndim == 3):
         return {name: value}
+    if value.shape[1] % mxfp4.BLOCK:
+        raise ConfigError(f"{name} has {value.shape[1]} inputs; MXFP4 needs a multiple of {mxfp4.BLOCK}. Use bf16.")
     blocks, scales = mxfp4.encode(value)
     return {name + BLOCKS: blocks, name + SCALES: scales}
 

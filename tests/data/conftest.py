@@ -11,7 +11,6 @@ import yaml
 from data_pipeline.schema import MixConfig, load_mix
 from tests.data.inputs import MakeMix, write_jsonl
 
-
 EXACT_ONLY = {"near_duplicates": 0, "decontaminate_tokens": 0}
 """The texts of these tests are near copies of each other."""
 
