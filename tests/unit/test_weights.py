@@ -314,7 +314,7 @@ def test_mxfp4_blocks_without_their_scales_are_named(path: Path) -> None:
     stored = load_file(path / SINGLE_FILE)
     del stored[EXPERT + SCALES]
     save_file(stored, path / SINGLE_FILE, metadata={"format": "pt"})
-    assert f"'{EXPERT}{SCALES}' is missing" in refusal(path)
+    assert any(f"'{EXPERT}{SCALES}' is missing" in problem for problem in problems(path))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])
