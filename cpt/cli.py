@@ -30,7 +30,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--run_dir", type=Path, required=True)
     parser.add_argument("--step", type=int, help="default: the newest complete checkpoint")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--format", default="bf16", help="bf16 or fp32")
+    parser.add_argument("--format", default="bf16", help="bf16, mxfp4 or fp32")
     parser.set_defaults(run=_export)
 
 
@@ -69,6 +69,8 @@ def _export(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from cpt.sample import load_for_sampling, sample
 
+    if not all(options.prompt):
+        raise ConfigError("--prompt is empty. Give some text to continue.")
     folder = None if options.model else _checkpoint_folder(options.run_dir, options.step)
     model = load_for_sampling(options.model, folder)
     for prompt in options.prompt:

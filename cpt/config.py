@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cpt.errors import ConfigError
-from data_pipeline.strict_yaml import Located, Reader, load_json, load_yaml, nearest
+from data_pipeline.strict_yaml import KeyPath, Located, Reader, load_json, load_yaml, nearest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +125,8 @@ class TrainSection:
             yield "min_lr_ratio", f"is {self.min_lr_ratio}, must be in [0, 1]."
         if isinstance(self.micro_batch_size, int) and self.micro_batch_size < 1:
             yield "micro_batch_size", f"is {self.micro_batch_size}, must be >= 1."
+        if self.threads is not None and self.threads < 1:
+            yield "threads", f"is {self.threads}, must be >= 1; leave it out for the default."
         if self.stop_at_step is not None and not 1 <= self.stop_at_step <= self.total_steps:
             yield "stop_at_step", f"is {self.stop_at_step}, must be between 1 and total_steps ({self.total_steps})."
         shaped_steps = self.warmup_steps + self.decay_steps
@@ -205,6 +208,10 @@ class ExpertParallelJson:
     """Ranks that together hold all experts of a layer."""
     preset_model: Literal["gpt_oss"] = "gpt_oss"
     """Layout of the experts."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if isinstance(self.autoep_size, int) and self.autoep_size < 1:
+            yield "autoep_size", f"is {self.autoep_size}, must be 'auto' or >= 1."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -290,6 +297,9 @@ KNOWN_KEYS = (
 )
 """Top-level keys of the DeepSpeed JSON that this project accepts: DeepSpeed itself ignores a misspelt one."""
 
+BLOCKS = ("bf16", "expert_parallel", "optimizer", "data_types", "aio", "comms_logger", "flops_profiler")
+"""Keys of the DeepSpeed JSON whose value is a mapping."""
+
 REFUSED_KEYS = {
     "fp16": "gpt-oss overflows in fp16; use bf16 (train.dtype in the run YAML).",
     "scheduler": "the learning rate follows train.schedule in the run YAML; remove it.",
@@ -357,9 +367,29 @@ def _json_problems(file: Located) -> list[str]:
     zero = file.value.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         problems.append(f"{file.where(('zero_optimization',))}.stage must be 1, 2 or 3 (optimizer state is sharded).")
+    problems += _malformed_blocks(file, file.value, (), BLOCKS)
+    if isinstance(zero, dict):
+        problems += _malformed_blocks(file, zero, ("zero_optimization",), ("offload_optimizer", "offload_param"))
+    if isinstance(file.value.get("optimizer"), dict):
+        problems += _malformed_blocks(file, file.value["optimizer"], ("optimizer",), ("params",))
+    if isinstance(file.value.get("data_types"), dict) and "buffer_dtype" in file.value["data_types"]:
+        problems.append(
+            f"{file.where(('data_types', 'buffer_dtype'))} would round the rotary frequencies, which must stay fp32; "
+            "remove it."
+        )
     reader = Reader(file)
-    reader.read(ExpertParallelJson, file.value.get("expert_parallel", {}), ("expert_parallel",))
+    if isinstance(file.value.get("expert_parallel", {}), dict):
+        reader.read(ExpertParallelJson, file.value.get("expert_parallel", {}), ("expert_parallel",))
     return problems + reader.problems
+
+
+def _malformed_blocks(file: Located, block: dict[str, Any], path: KeyPath, names: Iterable[str]) -> list[str]:
+    """Blocks that are there but are no mapping."""
+    return [
+        f"{file.where((*path, name))} is {json.dumps(block[name])}, must be a mapping."
+        for name in names
+        if name in block and not isinstance(block[name], dict)
+    ]
 
 
 def resolve(run: RunYaml, json_file: Located, model_config: Any, launch: LaunchInfo) -> RunConfig:
@@ -385,6 +415,8 @@ class _Resolver:
 
     def resolve(self) -> RunConfig:
         sp_size, ep_size = self._sp_size(), self._ep_size()
+        if self.problems:  # what follows from a refused size would only mislead
+            raise ConfigError(self.problems)
         micro_batch_size, accumulation = self._batch_sizes(sp_size)
         use_halo = self._use_halo(sp_size)
         self._check_agreement()
@@ -544,7 +576,7 @@ class _Resolver:
             if zero.get(name, {}).get("device") == "none":
                 del zero[name]
         if train.dtype == "bf16" and zero["stage"] != 1:
-            engine.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+            engine["data_types"] = {"grad_accum_dtype": "fp32", **engine.get("data_types", {})}
         if not math.isfinite(train.gradient_clipping):
             self._problem("gradient_clipping", "must be finite.")
         return engine

@@ -18,6 +18,7 @@ from cpt.config import LaunchInfo, RunConfig, load, resolve
 from cpt.errors import ConfigError, StorageError
 from cpt.job import Job, assemble, check_mix
 from cpt.memory import memory_by_part, memory_table
+from cpt.model import attention
 from cpt.model.weights import load_config
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import create_topology
@@ -29,6 +30,7 @@ from cpt.train import train
 from data_pipeline.build import default_build_dir, input_bytes
 from data_pipeline.dataset import BuiltData
 from data_pipeline.plan import make_plan
+from data_pipeline.strict_yaml import nearest
 
 log = logging.getLogger("cpt")
 
@@ -76,15 +78,23 @@ def validate(options: argparse.Namespace) -> tuple[RunConfig, GptOssConfig]:
             f"{options.ds_config}  (on a machine without GPU add --num_gpus N for N processes)."
         )
     problems = [f"--set {item} has no '='. Write --set section.key=value." for item in options.set if "=" not in item]
-    if options.resume not in ("auto", "never") and not options.resume.isdigit():
+    if options.resume not in ("auto", "never") and not (options.resume.isascii() and options.resume.isdigit()):
         problems.append(f"--resume {options.resume} must be auto, never or a step.")
     if problems:
         raise ConfigError(problems)
     run_yaml, json_file = load(options.config, options.ds_config, dict(item.split("=", 1) for item in options.set))
     model_config = load_config(run_yaml.model.path, run_yaml.model.init)
     world_size = int(os.environ["WORLD_SIZE"])
-    info = LaunchInfo(world_size=world_size, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    if run_yaml.model.attention not in attention.known_names():
+        name = run_yaml.model.attention
+        raise ConfigError(f"model.attention is '{name}', which is no backend.{nearest(name, attention.known_names())}")
+    info = LaunchInfo(world_size=world_size, local_world_size=local_world_size(world_size))
     return resolve(run_yaml, json_file, model_config, info), model_config
+
+
+def local_world_size(world_size: int) -> int:
+    """Ranks on this node: torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
 
 
 def this_device(config: RunConfig) -> torch.device:
@@ -93,8 +103,8 @@ def this_device(config: RunConfig) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         return device
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", config.world_size))
-    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // local))
+    share = (os.cpu_count() or 1) // local_world_size(config.world_size)
+    torch.set_num_threads(config.train.threads or max(1, share))
     return torch.device("cpu")
 
 

@@ -11,17 +11,25 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
     sys.path[0] = str(ROOT)  # the launcher puts cpt/ itself first, where `import config` would find a second copy
 
-from cpt.errors import EXIT_DONE, EXIT_INTERNAL, CptError  # noqa: E402
+from cpt.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, CptError  # noqa: E402
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong option is a bad configuration like any other: code 78, and one rank says so."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. cpt/run.py --help lists the options.")
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Command line of a run."""
-    parser = argparse.ArgumentParser(prog="cpt/run.py", description="Continual pretraining of gpt-oss.")
+    parser = _Parser(prog="cpt/run.py", description="Continual pretraining of gpt-oss.")
     parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed JSON")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny.yaml", help="run YAML")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value")
@@ -42,8 +50,8 @@ def main(arguments: list[str]) -> int:
     )
     # DeepSpeed 0.19.8 calls names that torch 2.13 renamed
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
-    options = parse_arguments(arguments)
     try:
+        options = parse_arguments(arguments)
         from cpt.launch import launch
 
         launch(options)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.errors import ConfigError
+from cpt.model.hf_layout import tensor_files
 from cpt.state.manifest import read_manifest
 from cpt.state.stored import read_weights
 from data_pipeline.tokenizer import END_OF_TEXT, decode, encode
@@ -23,7 +24,8 @@ def load_for_sampling(model_dir: Path | None, checkpoint: Path | None) -> Any:
     if model_dir is not None:
         if not (model_dir / "config.json").is_file():
             raise ConfigError(f"--model {model_dir}: no config.json there. Give a directory that `cpt export` wrote.")
-        return AutoModelForCausalLM.from_pretrained(str(model_dir), dtype="auto").eval()
+        tensor_files(model_dir)  # refuses pickles and names missing files
+        return AutoModelForCausalLM.from_pretrained(str(model_dir), dtype="auto", use_safetensors=True).eval()
     assert checkpoint is not None
     manifest = read_manifest(checkpoint)
     with torch.device("meta"):
@@ -39,8 +41,6 @@ def load_for_sampling(model_dir: Path | None, checkpoint: Path | None) -> Any:
 def sample(model: Any, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
     """The prompt's continuation as text; control tokens appear by name."""
     ids = torch.from_numpy(encode(prompt).astype("int64"))[None]
-    if ids.shape[1] == 0:
-        raise ConfigError("--prompt is empty. Give some text to continue.")
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     out = model.generate(

@@ -33,7 +33,13 @@ class Guard:
 
     def __init__(self, data: BuiltData, config: RunConfig, topology: Topology, run_dir: Path) -> None:
         self._config, self._topology = config, topology
-        self._domains = [ScoredSet(domain, config.guard.max_documents) for domain in data.held_out if domain.num_rows]
+        empty = [domain.name for domain in data.held_out if not domain.num_rows]
+        if empty:
+            raise ConfigError(
+                f"guard domain {', '.join(empty)} holds no document. Raise held_out_share of its sources, or take the "
+                "domain out of the mix."
+            )
+        self._domains = [ScoredSet(domain, config.guard.max_documents) for domain in data.held_out]
         self._file = run_dir / "guard" / "baseline.json"
         self._baseline: dict[str, DomainScore] = {}
         self.latest: dict[str, Judgement] = {}

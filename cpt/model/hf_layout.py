@@ -2,12 +2,67 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from cpt.errors import ConfigError
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 EXPERT_TENSORS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """Per layer, under `mlp.experts.`; the first axis counts experts."""
 
+BLOCKS, SCALES = "_blocks", "_scales"
+"""Suffixes of the two tensors that stand for an expert matrix in the released MXFP4 layout."""
+
 
 def is_expert_name(name: str) -> bool:
     """Whether a tensor of this name has an expert axis."""
     return ".experts." in name and name.rsplit(".", 1)[1] in EXPERT_TENSORS
+
+
+def tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file of a Hugging Face directory.
+
+    Raises:
+        ConfigError: no safetensors, only pickles, or an index that names missing files.
+    """
+    index = path / INDEX_FILE
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise ConfigError(f"{index}: has no weight_map from tensor names to files.")
+        files = {name: path / Path(file).name for name, file in names.items()}
+    elif (path / SINGLE_FILE).is_file():
+        with open_tensors(path / SINGLE_FILE) as opened:
+            files = dict.fromkeys(opened.keys(), path / SINGLE_FILE)
+    else:
+        pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix))
+        found = f" It holds {', '.join(pickles)}: pickles can run code and are not read." if pickles else ""
+        raise ConfigError(f"{path}: neither {INDEX_FILE} nor {SINGLE_FILE} is there.{found} Save as safetensors.")
+    missing = sorted({str(file) for file in files.values() if not file.is_file()})
+    if missing:
+        raise ConfigError([f"{index} names {file}, which does not exist." for file in missing])
+    return files
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, or a ConfigError that names the file."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: not readable as JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: must be a JSON object.")
+    return values
+
+
+def open_tensors(file: Path) -> Any:
+    """A safetensors file, or a ConfigError that names it."""
+    try:
+        return safe_open(str(file), framework="pt")
+    except SafetensorError as error:
+        raise ConfigError(f"{file}: not a whole safetensors file ({error}).") from error

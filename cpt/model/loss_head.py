@@ -23,6 +23,9 @@ TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 """Memory for one tile of logits in the accumulation dtype, by device: what fits the cache of a CPU core, and what
 fills a GPU.  About three such tiles are alive at a time."""
 
+SMALLEST_TILE_ROWS = 256
+"""Below this, matrix products are too thin to be worth the memory they save."""
+
 
 class _TiledNLL(torch.autograd.Function):
     @staticmethod
@@ -50,7 +53,7 @@ class _TiledNLL(torch.autograd.Function):
 
 def _tiles(weight_VM: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
     tile_bytes = TILE_BYTES.get(weight_VM.device.type, TILE_BYTES["cuda"])
-    rows = max(1, tile_bytes // (max(1, num_tokens) * dtype.itemsize))
+    rows = max(SMALLEST_TILE_ROWS, tile_bytes // (max(1, num_tokens) * dtype.itemsize))
     for first in range(0, weight_VM.shape[0], rows):
         yield first, weight_VM[first : first + rows]
 

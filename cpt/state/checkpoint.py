@@ -36,7 +36,7 @@ from cpt.state.manifest import (
     sync_folder,
     write_manifest,
 )
-from cpt.state.stored import PARTS, find_checkpoint, list_steps, read_ranges, step_folder
+from cpt.state.stored import PARTS, find_checkpoint, list_steps, read_ranges, root_cause, step_folder
 
 log = logging.getLogger("cpt.checkpoint")
 _OWN_FILE = re.compile(r"__(\d+)_\d+\.distcp")
@@ -166,18 +166,12 @@ def _write_shards(temporary: Path, engine: Any, topology: Topology) -> list[File
             process_group=topology.control_group,
         )
     except (OSError, dcp.CheckpointException) as error:
-        raise StorageError(f"writing {temporary} failed: {_root_cause(error)}") from error
+        raise StorageError(f"writing {temporary} failed: {root_cause(error)}") from error
     names = [entry.name for entry in os.scandir(temporary)]
     own = [name for name in names if (m := _OWN_FILE.fullmatch(name)) and int(m.group(1)) == topology.rank]
     if topology.rank == 0:
         own.append(".metadata")
     return [record_file(temporary / name) for name in own]
-
-
-def _root_cause(error: BaseException) -> str:
-    failures = list(error.failures.values()) if isinstance(error, dcp.CheckpointException) else []
-    first = failures[0][0] if failures else error
-    return f"{type(first).__name__}: {first}"
 
 
 def _publish(temporary: Path, final: Path, manifest: Manifest) -> None:

@@ -16,13 +16,25 @@ import torch
 from safetensors.torch import save_file
 
 from cpt.errors import CheckpointError, ConfigError
-from cpt.model.hf_layout import INDEX_FILE, SINGLE_FILE
+from cpt.model import mxfp4
+from cpt.model.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, is_expert_name
 from cpt.state.hf_tokenizer import save_tokenizer
 from cpt.state.manifest import Manifest, read_manifest, verify_files
 from cpt.state.stored import read_weights
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "mxfp4": torch.bfloat16, "fp32": torch.float32}
+"""Dtype of what is not quantised, by format."""
 LARGEST_FILE_BYTES = 4 * 2**30
+QUANTIZATION_CONFIG = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+"""As in the released config.json."""
 
 
 def export_checkpoint(folder: Path, out: Path, format_name: str) -> Path:
@@ -30,14 +42,15 @@ def export_checkpoint(folder: Path, out: Path, format_name: str) -> Path:
 
     Args:
         folder: A checkpoint.
-        out: Must not exist, or be an earlier export of the same checkpoint and format.
-        format_name: `bf16` (what serves) or `fp32` (the master weights).
+        out: Must not exist.
+        format_name: `bf16`, `mxfp4` (expert matrices rounded to the released layout, the rest bf16), or `fp32` (the
+            master weights).
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: unknown format, or `out` holds something else.
+        ConfigError: unknown format, or `out` exists.
         CheckpointError: the checkpoint is not whole.
     """
     if format_name not in DTYPES:
@@ -50,15 +63,18 @@ def export_checkpoint(folder: Path, out: Path, format_name: str) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     dtype = DTYPES[format_name]
-    _write_weights(folder, manifest, temporary, dtype)
-    _write_json(temporary / "config.json", _config_json(manifest.state["model_config"], dtype))
+    _write_weights(folder, manifest, temporary, dtype, quantise=format_name == "mxfp4")
+    config = _config_json(manifest.state["model_config"], dtype)
+    if format_name == "mxfp4":
+        config["quantization_config"] = QUANTIZATION_CONFIG
+    _write_json(temporary / "config.json", config)
     _write_json(temporary / "generation_config.json", _generation_json(manifest.state["model_config"]))
     save_tokenizer(temporary)
     temporary.rename(out)
     return out
 
 
-def _write_weights(folder: Path, manifest: Manifest, out: Path, dtype: torch.dtype) -> None:
+def _write_weights(folder: Path, manifest: Manifest, out: Path, dtype: torch.dtype, *, quantise: bool) -> None:
     groups = list(_groups(manifest, dtype))
     names = (
         [SINGLE_FILE]
@@ -68,14 +84,27 @@ def _write_weights(folder: Path, manifest: Manifest, out: Path, dtype: torch.dty
     weight_map: dict[str, str] = {}
     total_bytes = 0
     for file, group in zip(names, groups, strict=True):
-        tensors = {key: value.to(dtype) for key, value in read_weights(folder, group, manifest).items()}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, value in read_weights(folder, group, manifest).items():
+            tensors |= _stored_form(name, value.to(dtype), quantise)
         save_file(tensors, str(out / file), metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(group, file)
+        weight_map |= dict.fromkeys(tensors, file)
         total_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if weight_map.keys() != manifest.tensors.keys():
+    written = {name.removesuffix(BLOCKS).removesuffix(SCALES) for name in weight_map}
+    if written != manifest.tensors.keys():
         raise CheckpointError(f"{folder.name}: not every tensor reached the export.")
     if len(groups) > 1:
         _write_json(out / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
+def _stored_form(name: str, value: torch.Tensor, quantise: bool) -> dict[str, torch.Tensor]:
+    """A tensor as the format stores it."""
+    if not (quantise and is_expert_name(name) and value.ndim == 3):
+        return {name: value}
+    if value.shape[1] % mxfp4.BLOCK:
+        raise ConfigError(f"{name} has {value.shape[1]} inputs; MXFP4 needs a multiple of {mxfp4.BLOCK}. Use bf16.")
+    blocks, scales = mxfp4.encode(value)
+    return {name + BLOCKS: blocks, name + SCALES: scales}
 
 
 def _groups(manifest: Manifest, dtype: torch.dtype) -> Iterator[list[str]]:

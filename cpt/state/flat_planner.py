@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
@@ -21,6 +27,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from cpt.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +95,17 @@ class FlatLoadPlanner(DefaultLoadPlanner):
         stored = self.metadata.state_dict_metadata
         items: list[ReadItem] = []
         for key, part in self.state_dict.items():
-            items += create_read_items_for_chunk_list(key, stored[key], [part.chunk])  # type: ignore[arg-type]
+            record = stored[key]
+            if not isinstance(record, TensorStorageMetadata):
+                raise CheckpointError(f"'{key}' is stored as bytes, not as a tensor; such entries are not read.")
+            reads = create_read_items_for_chunk_list(key, record, [part.chunk])
+            found = sum(item.lengths[0] for item in reads)
+            if tuple(record.size) != (part.global_numel,) or found != part.tensor.numel():
+                raise CheckpointError(
+                    f"tensor '{key}': elements {part.offset} to {part.offset + part.tensor.numel()} of "
+                    f"{part.global_numel} are asked for, the checkpoint holds {found} of them in {tuple(record.size)}."
+                )
+            items += reads
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:

@@ -51,16 +51,26 @@ def find_checkpoint(run_dir: Path, resume: str) -> tuple[int | None, list[str]]:
         except CheckpointError as error:
             rejected.append(str(error))
     if rejected:
-        advice = "Training does not restart at step 0 by itself: --resume never starts a fresh run beside the old one."
+        advice = "Training does not restart at step 0 by itself. A fresh run beside the old one needs --resume never."
         raise CheckpointError("\n".join(["no usable checkpoint:", *rejected, advice]))
     return None, []
 
 
 def read_ranges(folder: Path, ranges: dict[str, FlatRange]) -> None:
     """Fill ranges from a checkpoint; each process plans its own reads, nothing is sent."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(ranges, storage_reader=dcp.FileSystemReader(folder), planner=FlatLoadPlanner(), no_dist=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(ranges, storage_reader=dcp.FileSystemReader(folder), planner=FlatLoadPlanner(), no_dist=True)
+    except (OSError, dcp.CheckpointException) as error:  # the latter is no Exception: peers would not be told
+        raise CheckpointError(f"{folder}: {root_cause(error)}") from error
+
+
+def root_cause(error: BaseException) -> str:
+    """What happened first inside torch.distributed.checkpoint, in one line."""
+    failures = list(error.failures.values()) if isinstance(error, dcp.CheckpointException) else []
+    first = failures[0][0] if failures else error
+    return str(first) if isinstance(first, CheckpointError) else f"{type(first).__name__}: {first}"
 
 
 def read_weights(folder: Path, names: list[str], manifest: Manifest) -> dict[str, torch.Tensor]:

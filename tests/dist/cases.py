@@ -33,10 +33,15 @@ class Scenario:
     checkpointing: bool = False
     exchange: str = "auto"
     steps: int = STEPS
+    resume_from: str = ""
+    """Name of the scenario whose checkpoint is loaded first."""
+    start: int = 0
+    """First step to run."""
 
     @property
     def name(self) -> str:
         options = f"{self.dtype}-micro{self.micro_batch_size}{'-ckpt' if self.checkpointing else ''}"
+        options += f"-from-{self.resume_from}" if self.resume_from else ""
         options += f"-{self.exchange}" if self.exchange != "auto" else ""
         return f"world{self.world_size}-sp{self.sp}-ep{self.ep}-zero{self.stage}-{options}"
 

@@ -16,8 +16,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from cpt.errors import CheckpointError
+from cpt.model import mxfp4
+from cpt.state.export import export_checkpoint
 from cpt.state.manifest import read_manifest
 from cpt.state.stored import PARTS, find_checkpoint, list_steps, step_folder
 from cpt.telemetry.metrics import read_events
@@ -153,6 +156,18 @@ def test_export_at_the_end_loads_in_plain_transformers_and_continues_text(whole:
     command[4:6] = ["--run_dir", str(whole)]
     from_run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert from_run.stdout == from_export.stdout
+
+
+def test_mxfp4_export_is_read_by_transformers_as_the_rounded_weights(whole: Path, tmp_path: Path) -> None:
+    checkpoint = step_folder(whole, STEPS)
+    exported = export_checkpoint(checkpoint, tmp_path / "mxfp4", "mxfp4")
+    model = AutoModelForCausalLM.from_pretrained(str(exported), quantization_config=Mxfp4Config(dequantize=True))
+    weights = load_file(export_checkpoint(checkpoint, tmp_path / "bf16", "bf16") / "model.safetensors")
+    values = dict(model.named_parameters())
+    assert values.keys() == weights.keys()
+    for name, value in weights.items():
+        expected = mxfp4.decode(*mxfp4.encode(value)) if ".experts." in name and value.ndim == 3 else value
+        assert torch.equal(values[name].detach().cpu(), expected), name
 
 
 def test_four_and_four_steps_equal_eight_bit_for_bit(workplace: Path, whole: Path) -> None:

@@ -14,7 +14,7 @@ from cpt import deepspeed_internals
 from cpt.config import LaunchInfo, RunYaml, resolve
 from cpt.job import build_engine
 from cpt.parallel.topology import create_topology
-from cpt.state.checkpoint import save_checkpoint
+from cpt.state.checkpoint import load_checkpoint, save_checkpoint
 from cpt.training.loader import make_micro_batch
 from data_pipeline.strict_yaml import parse_yaml, read_file
 from tests.dist.cases import CLIPPING, ROWS, SEQ_LEN, SETTINGS, Scenario, model_config, parameter_file, rows_of_step
@@ -46,8 +46,11 @@ def run(scenario: Scenario, folder: Path) -> None:
     )
     topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu"))
     engine = build_engine(config, model_config(), topology)
+    if scenario.resume_from:
+        loaded = load_checkpoint(folder / scenario.resume_from, engine.deepspeed, topology, str(scenario.start))
+        assert loaded is not None and loaded.step == scenario.start
     results = []
-    for step in range(scenario.steps):
+    for step in range(scenario.start, scenario.steps):
         rows = rows_of_step(step)
         per_pass = config.micro_batch_size * topology.dp_size
         micro_batches = []

@@ -16,16 +16,10 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.errors import ConfigError
-from cpt.model import gpt_oss
+from cpt.model import gpt_oss, mxfp4
 from cpt.model.experts import EXPERT_TENSORS
-from cpt.model.weights import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    check_directory,
-    expected_shapes,
-    fill_from_directory,
-    load_config,
-)
+from cpt.model.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, is_expert_name
+from cpt.model.weights import check_directory, expected_shapes, fill_from_directory, load_config
 from cpt.parallel.traffic import Traffic
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -288,8 +282,39 @@ def test_another_architecture_is_refused_by_name(path: Path) -> None:
 
 
 def test_quantised_weights_are_refused_with_the_way_out(path: Path) -> None:
+    change_config(path, quantization_config={"quant_method": "bitsandbytes"})
+    assert "bitsandbytes" in refusal(path) and "the released MXFP4" in refusal(path)
+
+
+def quantised(path: Path) -> dict[str, Tensor]:
+    """Put the expert matrices of a directory into the released layout; returns what they decode to."""
+    stored, decoded = {}, {}
+    for name, value in load_file(path / SINGLE_FILE).items():
+        if is_expert_name(name) and value.ndim == 3:
+            stored[name + BLOCKS], stored[name + SCALES] = mxfp4.encode(value)
+            decoded[name] = mxfp4.decode(stored[name + BLOCKS], stored[name + SCALES])
+        else:
+            stored[name] = value
+    save_file(stored, path / SINGLE_FILE, metadata={"format": "pt"})
     change_config(path, quantization_config={"quant_method": "mxfp4"})
-    assert "mxfp4" in refusal(path) and "dequantize=True" in refusal(path)
+    return decoded
+
+
+@pytest.mark.parametrize(("ep_size", "ep_rank"), [(1, 0), (4, 0), (4, 3)])
+def test_released_mxfp4_layout_fills_each_rank_with_its_decoded_experts(path: Path, ep_size: int, ep_rank: int) -> None:
+    expected = quantised(path)
+    values = filled(path, ep_size=ep_size, ep_rank=ep_rank)
+    count = small_config().num_local_experts // ep_size
+    for name, whole in expected.items():
+        assert torch.equal(values[name], whole[ep_rank * count : (ep_rank + 1) * count].float())
+
+
+def test_mxfp4_blocks_without_their_scales_are_named(path: Path) -> None:
+    quantised(path)
+    stored = load_file(path / SINGLE_FILE)
+    del stored[EXPERT + SCALES]
+    save_file(stored, path / SINGLE_FILE, metadata={"format": "pt"})
+    assert any(f"'{EXPERT}{SCALES}' is missing" in problem for problem in problems(path))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from cpt.model.attention.choice import AUTO, choose
+from cpt.model.attention.choice import AUTO, choose, known_names
 from cpt.model.attention.function import Attention, FoldedSinks, Kernel, SinkAttention
 from cpt.model.attention.reference import cached_attention, reference_attention
 from cpt.model.attention.rows import PackedRows
@@ -37,6 +37,7 @@ __all__ = [
     "SequenceParallel",
     "SinkAttention",
     "choose",
+    "known_names",
     "reference_attention",
     "register",
     "sink_attention",
