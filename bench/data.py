@@ -1,0 +1,181 @@
+"""Tokenising and reading: this pipeline beside `datasets` with Hugging Face's tokenizers, on the same files.
+
+    python -m data_pipeline corpus --out CORPUS
+    python bench/data.py --corpus CORPUS --rounds 5
+
+Every measurement is a process of its own on one core; the two contestants take turns, so a busy machine slows both.
+The figures are medians; on a shared machine only the ratios mean something.
+
+    build   ours: read, hash, exact and near copies, decontamination, tokens, best-fit rows, checksums, fsync
+            theirs: load_dataset("json"), map(tokenize), map(group into rows), save_to_disk: no cleaning, no copies
+    read    ours: the mixture's choice of rows and BuiltData.read_row: ids, labels, positions, document bounds
+            theirs: interleave_datasets of the shuffled saved datasets, as numpy: ids alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+SEQ_LEN = 4096
+LANGUAGES = ("ja", "en")
+READ_ROWS = 20_000
+
+
+def ours_build(work: Path) -> int:
+    from data_pipeline.build import build
+    from data_pipeline.schema import load_mix
+    from data_pipeline.shards import Shards
+
+    shutil.rmtree(work / "ours", ignore_errors=True)
+    manifest = build(load_mix(work / "mix.yaml"), work / "ours", progress=False)
+    shards = (Shards(work / "ours" / name, manifest.shard_names(name), verify=False) for name in LANGUAGES)
+    return sum(int(shard.document_tokens.sum()) for shard in shards)
+
+
+def theirs_build(work: Path) -> int:
+    import datasets
+    import tokenizers
+
+    datasets.disable_progress_bars()
+    shutil.rmtree(work / "theirs", ignore_errors=True)
+    tokenizer = tokenizers.Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|endoftext|>")
+
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[*e.ids, end] for e in tokenizer.encode_batch(batch["text"], add_special_tokens=False)]}
+
+    def group(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        joined = [token for ids in batch["input_ids"] for token in ids]
+        usable = len(joined) // SEQ_LEN * SEQ_LEN
+        return {"input_ids": [joined[start : start + SEQ_LEN] for start in range(0, usable, SEQ_LEN)]}
+
+    total = 0
+    for language in LANGUAGES:
+        file = str(work / "corpus" / f"{language}.jsonl")
+        cache = str(work / "theirs" / "cache")
+        loaded = datasets.load_dataset("json", data_files=file, split="train", cache_dir=cache)
+        tokens = loaded.map(tokenize, batched=True, remove_columns=loaded.column_names)
+        total += sum(len(ids) for ids in tokens.with_format("numpy")["input_ids"])
+        tokens.map(group, batched=True).save_to_disk(str(work / "theirs" / language))
+    return total
+
+
+def ours_read(work: Path) -> int:
+    from data_pipeline.dataset import BuiltData
+    from data_pipeline.ledger import Ledger
+    from data_pipeline.mixture import Mixture
+    from data_pipeline.schema import load_mix
+
+    mix = load_mix(work / "mix.yaml")
+    built = BuiltData.open(work / "ours", verify=False, mix=mix)
+    mixture, tokens = Mixture(built, Ledger.start(mix), mix.seed), 0
+    for step in range(READ_ROWS // 64):
+        batch = mixture.global_batch(step, 64)
+        for source, row in zip(batch.sources.tolist(), batch.rows.tolist(), strict=True):
+            tokens += len(built.read_row(source, row).input_ids)
+    return tokens
+
+
+def theirs_read(work: Path) -> int:
+    import datasets
+
+    datasets.disable_progress_bars()
+    parts = [datasets.load_from_disk(str(work / "theirs" / language)).shuffle(seed=1) for language in LANGUAGES]
+    mixed = datasets.interleave_datasets(parts, [0.5, 0.5], seed=1, stopping_strategy="all_exhausted")
+    mixed, tokens, number = mixed.with_format("numpy"), 0, 0
+    while number < READ_ROWS // 10:
+        for row in mixed:
+            tokens += len(row["input_ids"])
+            number += 1
+            if number >= READ_ROWS // 10:
+                break
+    return tokens
+
+
+CONTESTANTS: dict[str, Callable[[Path], int]] = {
+    f.__name__: f for f in (ours_build, theirs_build, ours_read, theirs_read)
+}
+
+
+def measure(name: str, work: Path) -> None:
+    """Print one measurement as JSON: tokens, rate without the start of Python, peak memory."""
+    from data_pipeline.tokenizer import encoding
+
+    encoding()  # half a second, once a process
+    start = time.perf_counter()
+    tokens = CONTESTANTS[name](work)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"tokens": tokens, "tokens_per_second": tokens / seconds, "peak_bytes": peak}))
+
+
+def call(name: str, work: Path) -> dict[str, Any]:
+    """One measurement in a process of its own, on one core."""
+    environment = {
+        **os.environ,
+        "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(work / "hf"), "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, str(Path(__file__)), "--run", name, "--work", str(work)]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, help="folder with ja.jsonl and en.jsonl")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--run", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        measure(options.run, options.work)
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as temporary:
+        work = Path(temporary)
+        (work / "corpus").symlink_to(options.corpus.resolve())
+        # in another process: a child starts with the peak memory of its parent
+        code = "import sys; from pathlib import Path; from cpt.state.hf_tokenizer import save_tokenizer; "
+        subprocess.run([sys.executable, "-c", f"{code}save_tokenizer(Path(sys.argv[1]))", work / "tokenizer"],
+                       cwd=ROOT, check=True)  # fmt: skip
+        sources = "".join(
+            f"  - {{name: {name}, language: {name}, domain: docs, path: corpus/{name}.jsonl, weight: 0.5, "
+            "held_out_share: 0.02}\n"
+            for name in LANGUAGES
+        )
+        (work / "mix.yaml").write_text(f"seq_len: {SEQ_LEN}\nseed: 1\nsources:\n{sources}")
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
+        for _ in range(options.rounds):
+            for name in CONTESTANTS:
+                results[name].append(call(name, work))
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    rates = {}
+    for name, runs in results.items():
+        rates[name] = statistics.median(run["tokens_per_second"] for run in runs)
+        peak = statistics.median(run["peak_bytes"] for run in runs)
+        spread = [run["tokens_per_second"] / 1e6 for run in runs]
+        print(
+            f"{name:14} {rates[name] / 1e6:8.2f} M tokens/s (from {min(spread):.2f} to {max(spread):.2f}), "
+            f"peak {peak / 2**20:,.0f} MiB, {runs[0]['tokens']:,} tokens"
+        )
+    for kind in ("build", "read"):
+        print(f"{kind}: ours / theirs = {rates[f'ours_{kind}'] / rates[f'theirs_{kind}']:.1f}")
+
+
+if __name__ == "__main__":
+    main()
