@@ -5,8 +5,9 @@ tokens and receives window - 1 keys and values from the rank that holds the toke
 all tokens for heads.  Backward, their gradients travel the other way and are added to those of the neighbour's own
 tokens (autograd does the addition).
 
-Kernels want as many queries as keys, so window - 1 empty queries go in front and their outputs are dropped: their
-output gradient is zero, hence so is what they add to any gradient, the sinks' included.
+The exchange overlaps with compute: it starts, the attention within this rank's tokens runs (right for all but the
+first window - 1 queries), it ends, and those few queries run again with their neighbour's keys.  Outputs that are
+dropped have a zero gradient, hence add nothing to any other, the sinks' included.
 
 Shape letters: B rows, S local tokens, W window, H query heads, K key/value heads, D head size.
 """
@@ -14,13 +15,12 @@ Shape letters: B rows, S local tokens, W window, H query heads, K key/value head
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 
-from cpt.parallel.exchange import all_to_all
+from cpt.parallel.exchange import Pending, start_all_to_all
 from cpt.parallel.topology import Topology
 
 
@@ -56,59 +56,61 @@ class WindowHalo:
         self._size, self._rank = topology.sp_size, topology.sp_rank
         self._group, self._traffic = topology.sp_group, topology.traffic
 
-    def extend(
-        self, query_BHSD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Put the neighbour's last W - 1 keys and values in front, and as many empty queries.
-
-        On the first rank of a row they are zeros, which `extended_rows` keeps apart from every document.
-
-        Returns:
-            Query, key and value with W - 1 + S tokens.
-        """
+    def start(self, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor) -> Pending:
+        """Send the last W - 1 keys and values to the right neighbour and return at once."""
         reach = self.window - 1
         if not fits(key_BKSD.shape[2], self.window):
             raise ValueError(f"{key_BKSD.shape[2]} local tokens are fewer than window - 1 = {reach}: use Ulysses.")
-        tail = torch.stack([key_BKSD, value_BKSD])[:, :, :, -reach:]
-        first, last = self._rank == 0, self._rank == self._size - 1
-        send = [int(rank == self._rank + 1) for rank in range(self._size)]
-        receive = [int(rank == self._rank - 1) for rank in range(self._size)]
-        arrived = all_to_all(
-            tail[None][: 0 if last else 1],
-            send,
-            receive,
+        tail = torch.stack([key_BKSD, value_BKSD])[None, :, :, :, -reach:]
+        return start_all_to_all(
+            tail[: 0 if self._rank == self._size - 1 else 1],
+            [int(rank == self._rank + 1) for rank in range(self._size)],
+            [int(rank == self._rank - 1) for rank in range(self._size)],
             group=self._group,
             traffic=self._traffic,
             kind="halo",
         )
-        # the empty exchange of the first rank stays in the graph: its backward is the other half of a collective
-        halo = torch.zeros_like(tail) + arrived.sum() if first else arrived[0]
-        key, value = torch.cat([halo[0], key_BKSD], 2), torch.cat([halo[1], value_BKSD], 2)
-        return F.pad(query_BHSD, (0, 0, reach, 0)), key, value
 
-    def extended_rows(self, rows: AnyRows) -> AnyRows:
-        """Documents of this rank's tokens and of the W - 1 before them.
+    def edge(
+        self, pending: Pending, query_BHSD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The first W - 1 tokens of this rank, with the W - 1 keys and values before them.
 
-        Args:
-            rows: Documents of the whole rows.
+        On the first rank of a row those before are zeros, which `edge_rows` keeps apart from every document.
+
+        Returns:
+            Query, key and value with 2 (W - 1) tokens; the first W - 1 queries are empty.
         """
+        reach = self.window - 1
+        query, key, value = (x[:, :, :reach] for x in (query_BHSD, key_BKSD, value_BKSD))
+        arrived = pending.finish()
+        # the empty exchange of the first rank stays in the graph: its backward is the other half of a collective
+        before = torch.zeros_like(torch.stack([key, value])) + arrived.sum() if self._rank == 0 else arrived[0]
+        return F.pad(query, (0, 0, reach, 0)), torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
+
+    def local_rows(self, rows: AnyRows) -> AnyRows:
+        """Documents of this rank's tokens, from those of the whole rows."""
         local = rows.seq_len // self._size
-        length, reach = local + self.window - 1, self.window - 1
-        start = self._rank * local - reach
-        bounds: list[int] = []
-        for row in range(rows.batch_size):
-            inner = _within(rows.bounds, row * rows.seq_len + start, row * rows.seq_len + start + length)
-            if self._rank == 0:  # what lies before the row is not a document; neither does the row before lend its own
-                inner = [0, reach, *(offset for offset in inner if offset > reach)]
-            bounds += [row * length + offset for offset in inner]
-        end = rows.batch_size * length
-        return cast(AnyRows, dataclasses.replace(rows, seq_len=length, bounds=(*bounds, end)))  # type: ignore[type-var]
+        return _section(rows, self._rank * local, local)
 
-    def trim(self, out_BLHD: torch.Tensor) -> torch.Tensor:
-        """Drop the outputs of the empty queries."""
-        return out_BLHD[:, self.window - 1 :]
+    def edge_rows(self, rows: AnyRows) -> AnyRows:
+        """Documents of what `edge` returns, from those of the whole rows."""
+        reach = self.window - 1
+        return _section(rows, self._rank * (rows.seq_len // self._size) - reach, 2 * reach)
+
+    def join(self, edge_BLHD: torch.Tensor, local_BSHD: torch.Tensor) -> torch.Tensor:
+        """Outputs of the first W - 1 tokens from the edge, of the rest from the local attention."""
+        reach = self.window - 1
+        return torch.cat([edge_BLHD[:, reach:], local_BSHD[:, reach:]], 1)
 
 
-def _within(bounds: Sequence[int], start: int, end: int) -> list[int]:
-    """Offsets of document starts in [start, end), relative to start, with 0 in front."""
-    return [0, *(bound - start for bound in bounds if start < bound < end)]
+def _section(rows: AnyRows, start: int, length: int) -> AnyRows:
+    """Documents of the tokens [start, start + length) of every row; what lies before a row is a document of its own."""
+    bounds: list[int] = []
+    for row in range(rows.batch_size):
+        first = row * rows.seq_len
+        offsets = [bound - first for bound in rows.bounds if first <= bound < first + rows.seq_len]
+        inner = [offset - start for offset in offsets if start < offset < start + length]
+        bounds += [row * length, *(row * length + offset for offset in inner)]
+    end = rows.batch_size * length
+    return cast(AnyRows, dataclasses.replace(rows, seq_len=length, bounds=(*bounds, end)))  # type: ignore[type-var]

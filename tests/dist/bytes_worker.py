@@ -31,7 +31,8 @@ def main() -> None:
     out = ulysses.exchange_out(query.transpose(1, 2))
     (out.sum() + value.sum()).backward()
     sent["ulysses"] = topology.traffic.take()["ulysses"]
-    query, key, value = WindowHalo(topology, 128).extend(*draw())
+    halo, (query, key, value) = WindowHalo(topology, 128), draw()
+    query, key, value = halo.edge(halo.start(key, value), query, key, value)
     (query.sum() + key.sum() + value.sum()).backward()
     sent["halo"] = topology.traffic.take()["halo"]
     totals = torch.tensor([sent["ulysses"], sent["halo"]])

@@ -126,9 +126,12 @@ def sink_attention(
             raise ValueError("sequence_parallel needs packed_rows of the whole rows: position_ids show a part of them.")
         halo = sequence_parallel.halo
         if halo is not None and halo.window == sliding_window:
-            rows = packed_rows.derive(("halo", sliding_window), lambda: halo.extended_rows(packed_rows))
-            query, key, value = halo.extend(query_BHSD, key_BKSD, value_BKSD)
-            return halo.trim(attend(query, key, value, sinks_H, rows)), None
+            pending = halo.start(key_BKSD, value_BKSD)
+            local_rows = packed_rows.derive(("local rows",), lambda: halo.local_rows(packed_rows))
+            local_BSHD = attend(query_BHSD, key_BKSD, value_BKSD, sinks_H, local_rows)
+            edge_rows = packed_rows.derive(("edge rows", sliding_window), lambda: halo.edge_rows(packed_rows))
+            edge_BLHD = attend(*halo.edge(pending, query_BHSD, key_BKSD, value_BKSD), sinks_H, edge_rows)
+            return halo.join(edge_BLHD, local_BSHD), None
         query, key, value = sequence_parallel.exchange_qkv(query_BHSD, key_BKSD, value_BKSD)
         out_BTHD = attend(query, key, value, sequence_parallel.local_sinks(sinks_H), packed_rows)
         return sequence_parallel.exchange_out(out_BTHD), None
