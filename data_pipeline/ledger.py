@@ -129,6 +129,7 @@ def resume_ledger(
     if mix_hash(mix) == last.mix_hash and (rows is None or rows.items() <= dict(last.rows).items()):
         return ledger
     changes = describe_changes(last.settings, mix_settings(mix))
+    changes += [f"rows of source {name}: others than before" for name in _other_rows(last, rows)]
     if not accept_change:
         raise ConfigError(
             [
@@ -148,6 +149,11 @@ def resume_ledger(
 def mix_hash(mix: MixConfig) -> str:
     """Hex sha256 of the settings of a mix, paths aside: what the files hold is for `build.fingerprint` to notice."""
     return hashlib.sha256(json.dumps(mix_settings(mix), sort_keys=True).encode()).hexdigest()
+
+
+def _other_rows(segment: Segment, rows: Mapping[str, str] | None) -> list[str]:
+    """Sources whose rows are not those that the segment knows."""
+    return [name for name, value in (rows or {}).items() if segment.rows.get(name, value) != value]
 
 
 def _check_rows(ledger: Ledger, mix: MixConfig, rows: Mapping[str, str] | None) -> None:

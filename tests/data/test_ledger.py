@@ -154,3 +154,18 @@ def test_a_source_may_be_added_but_one_trained_on_may_only_be_retired(make_mix: 
     assert ledger.segments[-1].weights == {"ja": 0.5, "en": 0.0, "code": 0.5}
     with pytest.raises(ConfigError, match="source 'code' was trained on and is no longer in the mix"):
         resume_ledger(ledger.to_json(), small, 5, accept_change=True, rows=rows)
+
+
+def test_other_text_in_a_source_not_yet_trained_on_is_an_edit_in_words(make_mix: MakeMix) -> None:
+    mix = make_mix(TEXTS, weights={"ja": 0.5, "en": 0.5, "code": 0.0})
+    rows = {"ja": "1", "en": "2", "code": "3"}
+    with pytest.raises(ConfigError, match="rows of source code: others than before"):
+        resume_ledger(stored(mix, rows), mix, 3, accept_change=False, rows=rows | {"code": "9"})
+    ledger = resume_ledger(stored(mix, rows), mix, 3, accept_change=True, rows=rows | {"code": "9"})
+    assert ledger.segments[-1].rows["code"] == "9"
+
+
+def test_a_checkpoint_older_than_the_last_segment_is_refused(make_mix: MakeMix) -> None:
+    mix = make_mix(TEXTS)
+    with pytest.raises(ConfigError, match="starts at step 9, after step 5"):
+        resume_ledger(Ledger.start(mix).append(mix, 9).to_json(), mix, 5, accept_change=True)
