@@ -218,7 +218,22 @@ def load_checkpoint(run_dir: Path, engine: Any, topology: Topology, resume: str)
     deepspeed_internals.set_optimizer_step(engine, step)
     deepspeed_internals.publish_master_weights(engine)
     engine.global_steps = step
+    on_first_rank(topology.control_group, lambda: _set_newer_aside(run_dir, step, resume))
     return LoadedState(step=step, state=manifest.state, folder=folder, rejected=rejected)
+
+
+def _set_newer_aside(run_dir: Path, step: int, resume: str) -> None:
+    """The run will reach the steps of newer folders again; they must not be taken for its own."""
+    kind = "rejected" if resume == "auto" else "superseded"
+    for newer in [found for found in list_steps(run_dir) if found > step]:
+        folder = step_folder(run_dir, newer)
+        aside = folder.with_name(f".{kind}-{folder.name}")
+        number = 2
+        while aside.exists():
+            aside = folder.with_name(f".{kind}-{folder.name}-{number}")
+            number += 1
+        folder.rename(aside)
+        log.warning("%s is set aside as %s", folder.name, aside.name)
 
 
 def _compare(folder: Path, stored: dict[str, TensorRecord], wanted: dict[str, TensorRecord]) -> None:

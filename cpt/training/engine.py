@@ -10,6 +10,7 @@ layout.  `backward` is told not to divide by the accumulation steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,8 @@ class TrainingEngine:
             stop_requested: Whether this rank wants to stop; all ranks learn whether any does.
 
         Raises:
-            InternalError: the loss is not finite; no rank has applied the update.
+            InternalError: on all ranks alike: the loss is not finite, and no rank has applied the update; or the
+                gradient norm is not, and the weights in memory are lost.
         """
         total_tokens = sum(tokens_by_source)
         nll_by_source = torch.zeros(len(tokens_by_source), dtype=torch.float64)
@@ -147,9 +149,12 @@ class TrainingEngine:
         if not torch.isfinite(nll_by_source).all():
             raise InternalError(f"the loss is {loss}; the update was not applied. The last checkpoint is intact.")
         self.deepspeed.step()
+        grad_norm = float(self.deepspeed.get_global_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise InternalError(f"the gradient norm is {grad_norm}; nothing was saved. The last checkpoint is intact.")
         return StepResult(
             loss=loss,
-            grad_norm=float(self.deepspeed.get_global_grad_norm()),
+            grad_norm=grad_norm,
             nll_by_source=nll_by_source.tolist(),
             tokens_by_source=tokens_by_source,
             bytes_sent=bytes_sent,

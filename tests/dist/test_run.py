@@ -248,6 +248,19 @@ def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(workpla
     assert step == 6 and "step-00000008/__1_0.distcp" in rejected[0]
     with pytest.raises(CheckpointError, match=r"__1_0\.distcp"):
         find_checkpoint(run_dir, "8")
+    codes, output = finish(workplace, "damaged")
+    assert codes == [0, 0] and "checkpoint rejected: step-00000008/__1_0.distcp" in output, output
+    assert (run_dir / "checkpoints" / ".rejected-step-00000008").is_dir()
+    expected, got = (stored_tensors(step_folder(folder, STEPS), "master") for folder in (whole, run_dir))
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+
+
+def test_going_back_to_an_older_step_sets_the_newer_ones_aside(workplace: Path, whole: Path) -> None:
+    shutil.copytree(whole, workplace / "back")
+    codes, output = finish(workplace, "back", "--resume", "6")
+    assert codes == [0, 0], output
+    names = {entry.name for entry in (workplace / "back" / "checkpoints").iterdir()}
+    assert names == {"step-00000006", "step-00000008", ".superseded-step-00000008"}
 
 
 def test_zero_steps_round_trip_is_byte_equal(workplace: Path, whole: Path) -> None:
