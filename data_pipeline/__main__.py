@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_pipeline.audit import DEFAULT_LIMIT, audit
 from data_pipeline.audit_page import audit_page
-from data_pipeline.build import build, build_share, default_build_dir
+from data_pipeline.build import build, build_share, default_build_dir, fingerprint
 from data_pipeline.changes import describe_changes, mix_settings
 from data_pipeline.corpus import make_corpus
 from data_pipeline.dataset import BuiltData
@@ -18,6 +18,7 @@ from data_pipeline.diff import describe_diff
 from data_pipeline.errors import CptError, DataError
 from data_pipeline.files import atomic_write
 from data_pipeline.ledger import Ledger, resume_ledger
+from data_pipeline.manifest import FILE_NAME, read_manifest
 from data_pipeline.plan import Plan, make_plan
 from data_pipeline.schema import MixConfig, load_mix
 from data_pipeline.tables import describe_build
@@ -106,9 +107,10 @@ def _corpus(options: argparse.Namespace) -> None:
 
 
 def _built(mix: MixConfig, out_dir: Path | None, workers: int) -> BuiltData:
-    """The build of a mix, made if it is missing."""
+    """The build of a mix, made if it is missing; one that is there is not read to its end."""
     out_dir = out_dir or default_build_dir(mix, DEFAULT_ROOT)
-    build(mix, out_dir, workers=workers)
+    if not (out_dir / FILE_NAME).exists() or read_manifest(out_dir).fingerprint != fingerprint(mix):
+        build(mix, out_dir, workers=workers)
     return BuiltData.open(out_dir, verify=False, mix=mix)
 
 

@@ -187,7 +187,7 @@ def test_a_document_of_fifty_megabytes_is_kept_in_bounded_memory(tmp_path: Path)
     _write_mix(folder)
     code, text, peak = _build_with_limit(folder / "mix.yaml", tmp_path / "out")
     assert code == 0, text
-    assert peak < 1.2, peak  # one document of this size; far from the 64 MB limit a worker stays below 1
+    assert peak < 1, peak
     entry = BuiltData.open(tmp_path / "out").manifest.sources[0]
     assert entry.documents == 1 and entry.bytes > 40_000_000
 
