@@ -96,7 +96,7 @@ class TrainSection:
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Working precision; master weights and Adam moments are fp32 in both."""
     seed: int = 1234
-    """Seeds the weights of `init` and the order of the data."""
+    """Seeds the weights of `init`; the order of the data follows the mix's own seed."""
     threads: int | None = None
     """CPU threads per process; default: cores / processes on this node."""
 

@@ -17,7 +17,7 @@ import yaml
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
-from cpt.errors import ConfigError
+from cpt.errors import ConfigError, DataError
 from cpt.guard.heldout import Guard
 from cpt.model import attention, gpt_oss, weights
 from cpt.parallel.agreement import on_first_rank, together
@@ -32,6 +32,7 @@ from data_pipeline.build import build, default_build_dir, input_bytes
 from data_pipeline.dataset import BuiltData
 from data_pipeline.ledger import Ledger, resume_ledger
 from data_pipeline.mixture import GlobalBatch, Mixture
+from data_pipeline.plan import make_plan
 from data_pipeline.schema import MixConfig, load_mix
 
 log = logging.getLogger("cpt.job")
@@ -127,6 +128,22 @@ def open_data(config: RunConfig, mix: MixConfig, topology: Topology) -> BuiltDat
     return together(topology.control_group, lambda: BuiltData.open(Path(built), mix=mix))
 
 
+def check_plan(config: RunConfig, data: BuiltData, mix: MixConfig, ledger: Ledger) -> None:
+    """Refuse a run that its data cannot feed, now and not at the step where it runs dry.
+
+    Raises:
+        DataError: a source would be read more often than its max_epochs allows, or a floor is not met.
+    """
+    steps = config.train.total_steps
+    if steps == 0:
+        return
+    plan = make_plan(data, mix, steps, config.train.global_batch_size, ledger)
+    for warning in plan.warnings:
+        log.warning("data plan: %s", warning)
+    if plan.problems:
+        raise DataError("\n".join(["the data cannot feed this run:", *plan.problems]))
+
+
 def build_engine(config: RunConfig, model_config: GptOssConfig, topology: Topology) -> TrainingEngine:
     """Skeleton, patch, weights, engine; the attention backend is chosen here and refuses what it cannot do."""
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
@@ -177,6 +194,7 @@ def assemble(
         ledger = resume_ledger(
             loaded.state["ledger"], mix, progress.step, accept_change=config.data.accept_mix_change, rows=rows
         )
+    on_first_rank(topology.control_group, lambda: check_plan(config, data, mix, ledger))
     metrics = run_dir / "metrics.jsonl" if topology.rank == 0 else None
     telemetry = Telemetry(metrics, trackers_for(config, run_dir) if metrics else ())
     if topology.rank == 0:
@@ -188,7 +206,7 @@ def assemble(
         topology=topology,
         data=data,
         ledger=ledger,
-        mixture=Mixture(data, ledger, config.train.seed),
+        mixture=Mixture(data, ledger, mix.seed),
         engine=engine,
         guard=Guard(data, config, topology, run_dir) if config.guard.enabled and data.held_out else None,
         telemetry=telemetry,
