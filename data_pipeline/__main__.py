@@ -93,10 +93,11 @@ def _audit(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
     result = audit(mix, options.documents, options.workers)
     print(result.describe())
-    _write(options.out, audit_page(result))
+    page = options.out or DEFAULT_ROOT / f"{mix.name}-audit.html"
+    _write(page, audit_page(result))
     if options.json:
         _write(options.json, json.dumps([source.to_json() for source in result.sources], indent=1) + "\n")
-    print(f"page: {options.out}")
+    print(f"page: {page}")
     if problems := result.problems():
         raise DataError("\n".join(problems))
 
@@ -154,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(command)
     command.add_argument("--at_step", type=_positive, metavar="STEP", help="first step with the new mix (default: 0)")
     command = add("audit", "look at language and quality of the text; exit code 65 if a source is mislabelled", "mix")
-    command.add_argument("--out", type=Path, metavar="FILE.html", default=Path("audit.html"), help="page to write")
+    command.add_argument("--out", type=Path, metavar="FILE.html", help="page to write (default: data/NAME-audit.html)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     command.add_argument("--documents", type=_positive, default=DEFAULT_LIMIT, help="documents per source at most")
     command = add("corpus", "fetch parallel Japanese/English documentation from Debian as JSONL (needs apt)")

@@ -134,13 +134,13 @@ def _lines(file: IO[bytes], path: Path, unit: Unit, tally: Tally) -> Iterator[tu
             if not line or line.endswith(b"\n"):
                 break
     while (stop is None or position < stop) and (line := file.readline(MAX_LINE_BYTES + 1)):
-        at_start = position == 0
+        at_start, too_long = position == 0, len(line) > MAX_LINE_BYTES
         position += len(line)
         tally.lines += 1
         if at_start and line.startswith(_BYTE_ORDER_MARK):
             tally.notes["byte order mark"] += 1
             line = line.removeprefix(_BYTE_ORDER_MARK)
-        if len(line) > MAX_LINE_BYTES:
+        if too_long:
             while line and not line.endswith(b"\n") and (stop is None or position < stop):
                 line = file.readline(_BUFFER_BYTES)
                 position += len(line)

@@ -7,18 +7,21 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline import units
 from data_pipeline.build import build, build_share
 from data_pipeline.clean import Tally
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import DataError
-from data_pipeline.schema import MixConfig, load_mix
+from data_pipeline.schema import MixConfig, SourceConfig, load_mix
 from data_pipeline.sources import read_texts
 from tests.data.inputs import MakeMix, make_texts, write_jsonl
 
@@ -56,6 +59,35 @@ def test_units_are_many_and_their_boundaries_change_no_document(mix: MixConfig, 
     split_up = [list(read_texts(source, Tally())) for source in mix.sources]
     units.MIN_UNIT_BYTES = 1 << 30
     assert [list(read_texts(source, Tally())) for source in mix.sources] == split_up
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lines=st.lists(
+        st.sampled_from([b'{"text": "a"}', b'{"text": "\xe6\xb0\xb4"}', b"", b"\r", b"x", b'{"text": ""}', b" " * 30])
+    ),
+    mark=st.booleans(),
+    last=st.sampled_from([b"", b"\n", b'{"text": "end"}', b'{"te']),
+    unit_bytes=st.integers(1, 60),
+    line_limit=st.integers(10, 40),
+)
+def test_where_units_begin_changes_no_text_and_no_account(
+    lines: list[bytes], mark: bool, last: bytes, unit_bytes: int, line_limit: int
+) -> None:
+    content = (b"\xef\xbb\xbf" if mark else b"") + b"".join(line + b"\n" for line in lines) + last
+    if not content:
+        return
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder) / "a.jsonl"
+        path.write_bytes(content)
+        source = SourceConfig(name="s", language="en", domain="web", path=str(path), weight=1.0)
+        patch.setattr("data_pipeline.sources.MAX_LINE_BYTES", line_limit)
+        results = []
+        for size in (1 << 20, unit_bytes):
+            patch.setattr(units, "MIN_UNIT_BYTES", size)
+            tally = Tally()
+            results.append((list(read_texts(source, tally)), tally.to_json() | {"lines": 0}))
+        assert results[0] == results[1]
 
 
 def test_rejects_in_later_units_are_named_by_their_line_in_the_file(mix: MixConfig) -> None:

