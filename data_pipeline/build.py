@@ -29,6 +29,7 @@ from pathlib import Path
 
 import tqdm
 
+from data_pipeline import units
 from data_pipeline.errors import DataError
 from data_pipeline.files import PARTIAL_SUFFIX, atomic_write, sync_directory, xxh3_of
 from data_pipeline.finish import finish
@@ -36,7 +37,6 @@ from data_pipeline.manifest import FILE_NAME, FORMAT_VERSION, Manifest, check_fi
 from data_pipeline.part import Part, make_part, read_account
 from data_pipeline.schema import MixConfig, SourceConfig
 from data_pipeline.tokenizer import RANKS_SHA256
-from data_pipeline.units import MOCK_BYTES_PER_TOKEN, split
 from data_pipeline.workers import spread
 
 _WORK_FILE = "work.json"
@@ -108,6 +108,7 @@ def fingerprint(mix: MixConfig) -> str:
         "near_duplicates": mix.near_duplicates,
         "decontaminate_tokens": mix.decontaminate_tokens,
         "tokenizer": RANKS_SHA256,
+        "unit_bytes": units.MIN_UNIT_BYTES,
         "sources": [_source_content(source) for source in mix.sources],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -142,7 +143,7 @@ def default_build_dir(mix: MixConfig, root: Path | str) -> Path:
 def input_bytes(mix: MixConfig) -> int:
     """Bytes to read, or to invent, for a build."""
     return sum(
-        (source.num_documents or 0) * (source.mean_tokens or 0) * MOCK_BYTES_PER_TOKEN
+        (source.num_documents or 0) * (source.mean_tokens or 0) * units.MOCK_BYTES_PER_TOKEN
         + sum(path.stat().st_size for path in source.files())
         for source in mix.sources
     )
@@ -175,7 +176,7 @@ def _prepare(work_dir: Path, mix: MixConfig, wanted: str) -> list[list[Part]]:
                 work_dir=work_dir,
                 near_duplicates=mix.near_duplicates > 0 and source.format != "mock",
             )
-            for number, unit in enumerate(split(source))
+            for number, unit in enumerate(units.split(source))
         ]
         for source in mix.sources
     ]
