@@ -6,7 +6,7 @@ READY  := $(VENV)/.installed
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: train test check format bench install clean
+.PHONY: train test check format bench corpus install clean
 train: $(READY)
 	deepspeed cpt/run.py --ds_config ds_configs/z3_ulysses.json
 
@@ -24,6 +24,10 @@ format: $(READY)
 
 bench: $(READY)
 	for script in bench/*.py; do python $$script || exit 1; done
+
+# parallel Japanese/English documentation from Debian packages, with licences; a Debian machine with a package mirror
+corpus: $(READY)
+	python -m data_pipeline corpus --out data/corpus
 
 install: $(READY)
 

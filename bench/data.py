@@ -128,8 +128,11 @@ def call(name: str, work: Path) -> dict[str, Any]:
     """One measurement in a process of its own, on one core."""
     environment = {
         **os.environ,
-        "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
-        "HF_HOME": str(work / "hf"), "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAYON_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(work / "hf"),
+        "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, str(Path(__file__)), "--run", name, "--work", str(work)]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)

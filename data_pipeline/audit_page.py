@@ -63,8 +63,7 @@ def _cells(audit: Audit) -> list[list[str]]:
 
 def _source(source: SourceAudit) -> str:
     languages = [
-        Bar(name, count, f"{count:,}", alarm=name != source.language)
-        for name, count in source.languages.most_common(8)
+        Bar(name, count, f"{count:,}", alarm=name != source.language) for name, count in source.languages.most_common(8)
     ]
     charts = columns("Documents by characters", source.lengths, [_short(edge) for edge in LENGTH_EDGES])
     if languages:

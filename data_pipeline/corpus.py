@@ -118,7 +118,7 @@ def _manual(path: Path, language: str) -> tuple[str, str, str]:
     content = gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace")
     if content.startswith(".so "):
         return "", "", ""
-    notice = re.search(r'%%%LICENSE_START\(([^)]*)\)|SPDX-License-Identifier: (\S.*)', content)
+    notice = re.search(r"%%%LICENSE_START\(([^)]*)\)|SPDX-License-Identifier: (\S.*)", content)
     return language, manual_text(content), f"page: {(notice[1] or notice[2]).strip()}" if notice else ""
 
 
@@ -126,7 +126,7 @@ def manual_text(source: str) -> str:
     """Plain text of a manual page in troff's man macros."""
     lines: list[str] = []
     for line in source.splitlines():
-        if line.startswith((".\\\"", "'\\\"", "'\\", '\\"')):
+        if line.startswith(('.\\"', "'\\\"", "'\\", '\\"')):
             continue
         if line.startswith((".", "'")):
             line = _macro(line)

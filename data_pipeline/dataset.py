@@ -138,9 +138,7 @@ class BuiltData:
         self.source_names = tuple(source.name for source in sources)
         self.languages = tuple(source.language for source in sources)
         self.domains = tuple(source.domain for source in sources)
-        shards = [
-            Shards(directory / name, manifest.shard_names(name), verify=verify) for name in self.source_names
-        ]
+        shards = [Shards(directory / name, manifest.shard_names(name), verify=verify) for name in self.source_names]
         folders = [directory / name for name in self.source_names]
         self._train = [_Rows(folder, "train", s, self.seq_len) for folder, s in zip(folders, shards, strict=True)]
         held_out = [_Rows(folder, "held_out", s, self.seq_len) for folder, s in zip(folders, shards, strict=True)]

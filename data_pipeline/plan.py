@@ -138,9 +138,7 @@ class Plan:
             Bar(name, share, f"{share:.1%}", limits.get(name)) for name, share in self.language_shares().items()
         ]
         sources = [Bar(s.name, s.share, f"{s.share:.1%}") for s in self.sources]
-        epochs = [
-            Bar(s.name, s.epochs, f"{s.epochs:.2f}", s.max_epochs, s.epochs > WARN_EPOCHS) for s in self.sources
-        ]
+        epochs = [Bar(s.name, s.epochs, f"{s.epochs:.2f}", s.max_epochs, s.epochs > WARN_EPOCHS) for s in self.sources]
         curves = [(s.name, s.epoch_curve) for s in self.sources if s.epochs]
         return stack(
             [

@@ -296,8 +296,6 @@ def expand(pattern: str) -> list[Path]:
     return sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
 
 
-
-
 def suffix_format(path: Path) -> str | None:
     """The format that the name of a file stands for; None if it is not known."""
     name = path.name.lower()

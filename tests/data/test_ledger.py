@@ -104,9 +104,7 @@ def test_an_accepted_edit_starts_at_the_next_step_and_repeats_or_loses_no_row(
     build(mix, tmp_path / "out", progress=False)
     built = BuiltData.open(tmp_path / "out")
     rows = built.manifest.row_hashes()
-    ledger = resume_ledger(
-        stored(mix, rows), edited(mix, ja=0.2, en=0.4, code=0.4), 3, accept_change=True, rows=rows
-    )
+    ledger = resume_ledger(stored(mix, rows), edited(mix, ja=0.2, en=0.4, code=0.4), 3, accept_change=True, rows=rows)
     assert [segment.start_step for segment in ledger.segments] == [0, 3]
     old, new = Mixture(built, Ledger.start(mix), 7), Mixture(built, ledger, 7)
     drawn: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
