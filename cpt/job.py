@@ -147,9 +147,12 @@ def check_plan(config: RunConfig, data: BuiltData, mix: MixConfig, ledger: Ledge
 def build_engine(config: RunConfig, model_config: GptOssConfig, topology: Topology) -> TrainingEngine:
     """Skeleton, patch, weights, engine; the attention backend is chosen here and refuses what it cannot do."""
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    kernel = attention.choose(
-        config.model.attention, device=topology.device, dtype=dtype, head_dim=model_config.head_dim
-    )
+    try:
+        kernel = attention.choose(
+            config.model.attention, device=topology.device, dtype=dtype, head_dim=model_config.head_dim
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.attention: {error}") from error
     model = gpt_oss.skeleton(model_config, dtype)
     report = gpt_oss.patch(model, topology)
     if config.model.path is not None:
