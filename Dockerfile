@@ -23,5 +23,6 @@ RUN pip install --no-cache-dir -c constraints.txt torch \
 COPY configs configs
 COPY ds_configs ds_configs
 
+RUN install -d -o cpt -g cpt data runs
 USER cpt
-CMD ["deepspeed", "cpt/run.py", "--ds_config", "ds_configs/z3_ulysses.json", "--run_dir", "/tmp/run"]
+CMD ["deepspeed", "cpt/run.py", "--ds_config", "ds_configs/z3_ulysses.json"]

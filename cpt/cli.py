@@ -11,11 +11,15 @@ from cpt.errors import CheckpointError, ConfigError, CptError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
-    parser = argparse.ArgumentParser(prog="cpt", description="Continual pretraining of gpt-oss: after the run.")
+    parser = argparse.ArgumentParser(
+        prog="cpt", description="Continual pretraining of gpt-oss: before and after the run."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_export(commands)
     _add_sample(commands)
     _add_report(commands)
+    doctor = commands.add_parser("doctor", help="versions, devices, and which attention backends run here, or why not")
+    doctor.set_defaults(run=_doctor)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -45,6 +49,12 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_sample)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from cpt.doctor import main as doctor
+
+    doctor()
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -119,7 +119,8 @@ def create_optimizer_state(engine: Any) -> None:
     for flat in _flat_partitions(engine):
         if not inner.state.get(flat):
             inner.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32),
+                # a fused optimizer hands the step to its kernel, so it lives where the partition lives
+                "step": torch.zeros((), device=flat.device if inner.defaults.get("fused") else "cpu"),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
 

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from cpt.config import RunConfig
 from cpt.errors import ConfigError, DataError
 from cpt.guard.heldout import Guard
 from cpt.model import attention, gpt_oss, weights
+from cpt.model.attention import Attention
+from cpt.model.attention.probe import run_probe
 from cpt.parallel.agreement import on_first_rank, together
+from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
+from cpt.parallel.ulysses import Ulysses
 from cpt.state.checkpoint import LoadedState, load_checkpoint
 from cpt.state.stop import StopRequest
 from cpt.telemetry.metrics import Telemetry
@@ -153,18 +158,53 @@ def build_engine(config: RunConfig, model_config: GptOssConfig, topology: Topolo
         )
     except ValueError as error:
         raise ConfigError(f"model.attention: {error}") from error
+    exchange = make_exchange(config, int(model_config.sliding_window or 1), topology)
+    probe_attention(kernel, exchange, dtype, model_config, topology)
     model = gpt_oss.skeleton(model_config, dtype)
     report = gpt_oss.patch(model, topology)
     if config.model.path is not None:
         path = config.model.path
-        weights.check_directory(path, model)
+        together(topology.control_group, lambda: weights.check_directory(path, model))
         gpt_oss.materialise(model, topology.device)
         together(topology.control_group, lambda: weights.fill_from_directory(model, path))
     else:
         gpt_oss.materialise(model, topology.device)
         gpt_oss.fill_random(model, config.train.seed)
     log.info("patched: %s", report)
-    return TrainingEngine(model, config, topology, kernel)
+    return TrainingEngine(model, config, topology, kernel, exchange)
+
+
+def make_exchange(config: RunConfig, window: int, topology: Topology) -> Ulysses | None:
+    """How ranks that share a row exchange around attention; None if none do."""
+    if topology.sp_size == 1:
+        return None
+    return Ulysses(topology, WindowHalo(topology, window) if config.use_halo else None)
+
+
+def probe_attention(
+    kernel: Attention, exchange: Ulysses | None, dtype: torch.dtype, model_config: GptOssConfig, topology: Topology
+) -> None:
+    """Compare the attention of this run, exchange included, with its definition; see `cpt.model.attention.probe`.
+
+    Raises:
+        ConfigError: on all ranks, if it is wrong on any.
+    """
+    run = partial(
+        run_probe,
+        kernel,
+        device=topology.device,
+        dtype=dtype,
+        head_dim=model_config.head_dim,
+        num_query_heads=model_config.num_attention_heads,
+        num_kv_heads=model_config.num_key_value_heads,
+        window=int(model_config.sliding_window or 1),
+        sequence_parallel=exchange,
+        sp_size=topology.sp_size,
+        sp_rank=topology.sp_rank,
+    )
+    report = together(topology.control_group, run)
+    topology.traffic.take()
+    log.info("attention agrees with its definition: largest relative error %.1e", report.largest_error)
 
 
 def assemble(
@@ -198,11 +238,7 @@ def assemble(
             loaded.state["ledger"], mix, progress.step, accept_change=config.data.accept_mix_change, rows=rows
         )
     on_first_rank(topology.control_group, lambda: check_plan(config, data, mix, ledger))
-    metrics = run_dir / "metrics.jsonl" if topology.rank == 0 else None
-    telemetry = Telemetry(metrics, trackers_for(config, run_dir) if metrics else ())
-    if topology.rank == 0:
-        text = yaml.safe_dump(config.to_plain(), sort_keys=False)
-        (run_dir / "config.resolved.yaml").write_text(text, encoding="utf-8")
+    telemetry = together(topology.control_group, lambda: open_telemetry(config, run_dir, topology))
     return Job(
         config=config,
         run_dir=run_dir,
@@ -218,6 +254,15 @@ def assemble(
         identity=identity,
         model_config=model_config.to_dict(),
     )
+
+
+def open_telemetry(config: RunConfig, run_dir: Path, topology: Topology) -> Telemetry:
+    """Metrics and trackers on rank 0, nothing elsewhere; leaves config.resolved.yaml."""
+    if topology.rank != 0:
+        return Telemetry(None)
+    text = yaml.safe_dump(config.to_plain(), sort_keys=False)
+    (run_dir / "config.resolved.yaml").write_text(text, encoding="utf-8")
+    return Telemetry(run_dir / "metrics.jsonl", trackers_for(config, run_dir))
 
 
 def _resumed(loaded: LoadedState, identity: dict[str, Any]) -> Progress:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -17,11 +19,11 @@ from cpt import deepspeed_internals
 from cpt.config import LaunchInfo, RunConfig, load, resolve
 from cpt.errors import ConfigError, StorageError
 from cpt.job import Job, assemble, check_mix
-from cpt.memory import memory_by_part, memory_table
+from cpt.memory import memory_by_part, memory_table, start_up_bytes
 from cpt.model import attention
 from cpt.model.weights import load_config
-from cpt.parallel.agreement import on_first_rank
-from cpt.parallel.topology import create_topology
+from cpt.parallel.agreement import gather_json, on_first_rank
+from cpt.parallel.topology import Topology, create_topology
 from cpt.state.export import export_checkpoint
 from cpt.state.stop import StopRequest
 from cpt.state.stored import list_steps, step_folder
@@ -46,26 +48,50 @@ def launch(options: argparse.Namespace) -> None:
     if options.dry_run:
         if os.environ["RANK"] == "0":
             print(describe(config, model_config, run_dir, options.resume))
-            print(memory_table(memory_by_part(config, model_config)))
+            print(memory_table(memory_by_part(config, model_config), start_up_bytes(config, model_config)))
             print(describe_data(config))
         return
     device = this_device(config)
     deepspeed_internals.init_distributed(device)
+    topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=device)
+    check_same_everywhere(config, topology)
+    resume = resume_of(options.resume)
+    on_first_rank(topology.control_group, lambda: prepare_run_dir(run_dir, resume))
+    stop = StopRequest(run_dir, topology.rank)
+    stop.listen()
+    if topology.rank == 0:
+        log.info("%s", describe(config, model_config, run_dir, resume))
+    job = assemble(config, model_config, topology, run_dir, resume, stop)
     try:
-        topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=device)
-        on_first_rank(topology.control_group, lambda: prepare_run_dir(run_dir, options.resume))
-        stop = StopRequest(run_dir, topology.rank)
-        stop.listen()
-        if topology.rank == 0:
-            log.info("%s", describe(config, model_config, run_dir, options.resume))
-        job = assemble(config, model_config, topology, run_dir, options.resume, stop)
-        try:
-            train(job)
-            finish(job)
-        finally:
-            job.telemetry.close()
+        train(job)
+        finish(job)
     finally:
-        dist.destroy_process_group()
+        job.telemetry.close()
+    dist.destroy_process_group()
+
+
+def resume_of(asked: str) -> str:
+    """A requeued job goes on from its own newest checkpoint, whatever its first start was told."""
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    if requeued and asked != "auto":
+        log.info("requeued: --resume %s held for the first start, now auto", asked)
+    return "auto" if requeued else asked
+
+
+def check_same_everywhere(config: RunConfig, topology: Topology) -> None:
+    """Refuse to run on nodes that read other files or found another layout.
+
+    Raises:
+        ConfigError: the resolved configuration of some rank differs from rank 0's.
+    """
+    digest = hashlib.sha256(json.dumps(config.to_plain(), sort_keys=True).encode()).hexdigest()
+    digests = gather_json(digest, topology.control_group)
+    different = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if different:
+        raise ConfigError(
+            f"ranks {different} resolved another configuration than rank 0. Give every node the same files and the "
+            "same number of ranks, or write sizes instead of 'auto' in the DeepSpeed JSON."
+        )
 
 
 def validate(options: argparse.Namespace) -> tuple[RunConfig, GptOssConfig]:
@@ -117,8 +143,8 @@ def prepare_run_dir(run_dir: Path, resume: str) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         if resume == "never" and any(run_dir.iterdir()):
-            number = 1 + sum(1 for entry in run_dir.glob("previous-*"))
-            aside = run_dir / f"previous-{number}"
+            taken = [int(entry.name.removeprefix("previous-")) for entry in run_dir.glob("previous-[0-9]*")]
+            aside = run_dir / f"previous-{max(taken, default=0) + 1}"
             aside.mkdir()
             for entry in list(run_dir.iterdir()):
                 if not entry.name.startswith("previous-"):
@@ -183,7 +209,10 @@ def finish(job: Job) -> None:
             on_first_rank(job.topology.control_group, lambda: str(export_checkpoint(last, out, "bf16")))
         where["export"] = out
     if job.topology.rank == 0:
-        where["report"] = write_report(job.run_dir)
+        try:
+            where["report"] = write_report(job.run_dir)
+        except Exception as error:  # the run is done and saved; its picture is not worth its exit code
+            log.warning("report.html could not be written: %s", error)
         lines = [f"  {name:<12}{path}" for name, path in where.items()]
         if job.guard is not None and job.guard.latest:
             print(f"\n{job.guard.table()}", flush=True)

@@ -35,11 +35,20 @@ def memory_by_part(config: RunConfig, model: GptOssConfig) -> dict[str, int]:
         "activations": _activations(model, config, itemsize),
         "logits": 3 * TILE_BYTES["cuda"],
     }
+    if not config.model.activation_checkpointing and stage == 3:
+        # autograd keeps each layer's experts until its backward
+        parts["kept expert weights"] = itemsize * experts // config.ep_size
     if offload_optimizer:
         parts["optimizer"] = parts["gradients"] = 0
     if "offload_param" in zero:
         parts["weights"] = 0
     return parts
+
+
+def start_up_bytes(config: RunConfig, model: GptOssConfig) -> int:
+    """What a rank holds before ZeRO takes its part of it: all dense weights and its own experts."""
+    dense, experts = parameter_counts(model)
+    return (2 if config.train.dtype == "bf16" else 4) * (dense + experts // config.ep_size)
 
 
 def parameter_counts(model: GptOssConfig) -> tuple[int, int]:
@@ -73,9 +82,10 @@ def _activations(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:
     return itemsize * tokens * (layers * hidden + kept_layers * (attention + moe))
 
 
-def memory_table(parts: dict[str, Any]) -> str:
+def memory_table(parts: dict[str, Any], start_up: int) -> str:
     """The parts and their sum, for people."""
     width = max(map(len, parts))
     lines = [f"  {name:<{width}}  {size / 2**30:9.2f} GiB" for name, size in parts.items() if size]
     total = f"  {'sum':<{width}}  {sum(parts.values()) / 2**30:9.2f} GiB"
-    return "\n".join(["memory of one rank (estimate, see cpt/memory.py)", *lines, total])
+    before = f"  {'at start-up, before ZeRO':<{width}}  {start_up / 2**30:9.2f} GiB (not in the sum)"
+    return "\n".join(["memory of one rank (estimate, see cpt/memory.py)", *lines, total, before])

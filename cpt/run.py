@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
         launch(options)
         return EXIT_DONE
     except CptError as error:
-        if first_rank:
+        if first_rank or os.environ.get("LOCAL_RANK") == "0":  # once on every node: the cause may lie there alone
             print(f"\n{error}\n", file=sys.stderr, flush=True)
         return error.exit_code
     except Exception:
@@ -66,4 +66,10 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == EXIT_DONE:
+        sys.exit(code)
+    # a process group that broke in the middle of a collective may never shut down; the code must get out
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -46,9 +46,10 @@ def train(job: Job) -> None:
             bar.set_postfix_str(f"loss {result.loss:.3f}, {event['tokens_per_second']:.0f} tokens/s")
             bar.update()
             finished = progress.step == last_step
+            if result.stop_requested:
+                job.stop.consume()
             if result.stop_requested and not finished:
                 save(job)
-                job.stop.consume()
                 raise RequeueRequested(f"stopped on request after step {progress.step}; saved, start again to go on.")
             if is_due(progress.step, job.config.guard.interval_steps) and not finished and job.guard is not None:
                 job.guard.measure(progress.step, job.engine, job.telemetry)

@@ -25,6 +25,7 @@ FLOORS = (
     "cpt.telemetry",
     "cpt.guard",
     "cpt.memory",
+    "cpt.doctor",
     "cpt.job",
     "cpt.train",
     "cpt.launch",

@@ -40,6 +40,7 @@ class Guard:
                 "domain out of the mix."
             )
         self._domains = [ScoredSet(domain, config.guard.max_documents) for domain in data.held_out]
+        self._model = str(config.model.path or f"{config.model.init}, seed {config.train.seed}")
         self._file = run_dir / "guard" / "baseline.json"
         self._baseline: dict[str, DomainScore] = {}
         self.latest: dict[str, Judgement] = {}
@@ -86,6 +87,7 @@ class Guard:
             )
         plain = {
             domain.name: {
+                "model": self._model,
                 "language": domain.language,
                 "content_hash": domain.content_hash,
                 "nats": scores[domain.name].nats.tolist(),
@@ -121,6 +123,12 @@ class Guard:
             raise ConfigError(
                 f"{self._file} was measured on other held-out text of {', '.join(changed)} than the data holds now. "
                 "Change the data back, or use a new --run_dir."
+            )
+        others = sorted({stored[domain.name]["model"] for domain in known} - {self._model})
+        if others:
+            raise ConfigError(
+                f"{self._file} holds the scores of another untouched model ({', '.join(others)}) than {self._model}. "
+                "Use a new --run_dir."
             )
         if stored and len(known) < len(self._domains) and self._topology.rank == 0:
             names = ", ".join(domain.name for domain in self._domains if domain.name not in stored)

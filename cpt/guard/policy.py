@@ -25,7 +25,7 @@ class Judgement:
     ci_high: float
     """Upper end."""
     action: str
-    """`none`, or `warn` when the whole interval is above the tolerance."""
+    """`none`, or `warn` when the whole interval is above the tolerance, or a score is not a number."""
 
 
 def judge(now: DomainScore, baseline: DomainScore, tolerance_percent: float) -> Judgement:
@@ -44,5 +44,5 @@ def judge(now: DomainScore, baseline: DomainScore, tolerance_percent: float) -> 
         delta_percent=float(100 * (now.nats.sum() / baseline.nats.sum() - 1)),
         ci_low=float(low),
         ci_high=float(high),
-        action="warn" if low > tolerance_percent else "none",
+        action="none" if low <= tolerance_percent else "warn",
     )

@@ -10,12 +10,16 @@ so that both exchanges stay inside a node whenever their size divides the ranks 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from cpt import deepspeed_internals
 from cpt.parallel.traffic import Traffic
+
+CONTROL_TIMEOUT = timedelta(hours=6)
+"""All ranks wait here while rank 0 builds data, verifies a checkpoint or exports one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,5 +89,5 @@ def create_topology(*, sp_size: int, ep_size: int, device: torch.device) -> Topo
         device=device,
         sp_group=sp_group,
         ep_group=deepspeed_internals.create_expert_groups(ep_size),
-        control_group=dist.new_group(backend="gloo"),
+        control_group=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
     )

@@ -194,6 +194,8 @@ def prune(run_dir: Path, keep_last: int, *, keep: int) -> None:
             shutil.rmtree(folder)
         except OSError as error:
             warnings.warn(f"could not delete {folder}: {error.strerror}", stacklevel=2)
+    for rejected in (run_dir / "checkpoints").glob(".rejected-step-*"):
+        shutil.rmtree(rejected, ignore_errors=True)  # damaged, and now there is a newer one
 
 
 def load_checkpoint(run_dir: Path, engine: Any, topology: Topology, resume: str) -> LoadedState | None:
@@ -233,6 +235,9 @@ def _set_newer_aside(run_dir: Path, step: int, resume: str) -> None:
             aside = folder.with_name(f".{kind}-{folder.name}-{number}")
             number += 1
         folder.rename(aside)
+        export = run_dir / "export" / folder.name
+        if export.exists():  # of the weights just set aside; the step will be exported anew
+            export.rename(aside / "export")
         log.warning("%s is set aside as %s", folder.name, aside.name)
 
 

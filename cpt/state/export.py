@@ -103,7 +103,8 @@ def _stored_form(name: str, value: torch.Tensor, quantise: bool) -> dict[str, to
         return {name: value}
     if value.shape[1] % mxfp4.BLOCK:
         raise ConfigError(f"{name} has {value.shape[1]} inputs; MXFP4 needs a multiple of {mxfp4.BLOCK}. Use bf16.")
-    blocks, scales = mxfp4.encode(value)
+    encoded = [mxfp4.encode(expert.unsqueeze(0)) for expert in value]  # one at a time: it works in fp32
+    blocks, scales = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     return {name + BLOCKS: blocks, name + SCALES: scales}
 
 

@@ -25,7 +25,6 @@ from cpt.config import RunConfig, TrainSection
 from cpt.errors import InternalError
 from cpt.model.attention import Attention
 from cpt.model.gpt_oss import GptOssForCPT
-from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
@@ -89,14 +88,15 @@ def _check_expert_marks(model: GptOssForCPT) -> None:
 class TrainingEngine:
     """A patched model in a DeepSpeed engine, with the attention kernel and the exchanges it was built for."""
 
-    def __init__(self, model: GptOssForCPT, config: RunConfig, topology: Topology, kernel: Attention) -> None:
+    def __init__(
+        self, model: GptOssForCPT, config: RunConfig, topology: Topology, kernel: Attention, exchange: Ulysses | None
+    ) -> None:
         if config.model.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         _check_expert_marks(model)
         self.topology = topology
-        halo = WindowHalo(topology, int(model.config.sliding_window or 0)) if config.use_halo else None
-        self._sequence_parallel = Ulysses(topology, halo) if topology.sp_size > 1 else None
+        self._sequence_parallel = exchange
         self._kernel = kernel
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=_optimizer(model, config.train, config.engine_json), config=config.engine_json

@@ -68,7 +68,7 @@ def make_micro_batch(rows: Sequence[PackedRow], row_labels: Sequence[int], topol
 
     def stack(name: str) -> torch.Tensor:
         array = np.stack([getattr(row, name)[span] for row in rows])
-        return torch.from_numpy(array).to(topology.device, non_blocking=True)
+        return torch.from_numpy(array).to(topology.device)
 
     return MicroBatch(
         input_ids=stack("input_ids"),

@@ -42,6 +42,8 @@ LAYOUTS = [
     (4, 1, 4, 3),
     (2, 2, 1, 2),
     (2, 1, 2, 1),
+    (4, 1, 2, 1),
+    (4, 2, 2, 2),
 ]
 FULL = [Scenario(world_size=w, sp=s, ep=e, stage=z) for w, s, e, z in LAYOUTS]
 VARIANTS = [

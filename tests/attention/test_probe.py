@@ -1,0 +1,117 @@
+"""The probe lets the right attention pass and finds each silent error seen in the wild."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpt.errors import ConfigError
+from cpt.model.attention import Attention, FoldedSinks, PackedRows, choose, reference_attention
+from cpt.model.attention.cpu import CpuKernel
+from cpt.model.attention.probe import run_probe
+
+CPU = torch.device("cpu")
+
+
+def probe(attention: Attention, dtype: torch.dtype = torch.bfloat16, **arguments: Any) -> float:
+    shape: dict[str, Any] = {"head_dim": 32, "num_query_heads": 8, "num_kv_heads": 2, "window": 128}
+    return run_probe(attention, device=CPU, dtype=dtype, **(shape | arguments)).largest_error
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(8, 2, 32, 128), (64, 8, 64, 128), (8, 8, 16, 32)])
+def test_cpu_backend_passes(dtype: torch.dtype, heads: tuple[int, int, int, int]) -> None:
+    attention = choose("auto", device=CPU, dtype=dtype, head_dim=heads[2])
+    names = ("num_query_heads", "num_kv_heads", "head_dim", "window")
+    assert probe(attention, dtype, **dict(zip(names, heads, strict=True))) > 0
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """The right attention with one thing changed."""
+
+    change: Callable[..., Tensor]
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        return self.change(*arguments)
+
+
+def right(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rows: PackedRows, window: int | None, scale: float) -> Tensor:
+    return FoldedSinks(CpuKernel())(q, k, v, sinks, rows, window, scale)
+
+
+def window_of_129_keys(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
+    return right(q, k, v, sinks, rows, window + 1 if window else None, scale)
+
+
+def sinks_dropped(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
+    return right(q, k, v, sinks * 0 - 1e4, rows, window, scale)
+
+
+def sinks_frozen(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
+    return right(q, k, v, sinks.detach(), rows, window, scale)
+
+
+def sinks_scaled(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
+    return right(q, k, v, sinks * scale, rows, window, scale)
+
+
+def documents_not_isolated(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
+    whole = PackedRows.from_bounds([[0, rows.seq_len]], rows.seq_len)
+    return right(q, k, v, sinks, whole, window, scale)
+
+
+def window_lost(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
+    return right(q, k, v, sinks, rows, None, scale)
+
+
+class _KeepsValue(torch.autograd.Function):
+    """`right` in value; its gradient is that of out * sigmoid(lse - sink) with the gradient of lse dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, stand_in: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]
+
+
+def lse_gradient_dropped(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
+    value = right(q, k, v, sinks, rows, window, scale)
+    plain = reference_attention(q, k, v, sinks.detach() * 0 - 1e4, rows, window, scale)
+    with torch.no_grad():
+        factor = (value.float() * plain.float()).sum(-1, keepdim=True) / plain.float().square().sum(-1, keepdim=True)
+    wrong = plain * factor.to(plain.dtype) + (value - value.detach()) * 0
+    return _KeepsValue.apply(value.detach(), wrong) + (sinks.sum() * 0).to(value.dtype)
+
+
+SILENT_ERRORS = [
+    window_of_129_keys,
+    window_lost,
+    sinks_dropped,
+    sinks_frozen,
+    sinks_scaled,
+    documents_not_isolated,
+    lse_gradient_dropped,
+]
+
+
+@pytest.mark.parametrize("change", SILENT_ERRORS, ids=lambda change: change.__name__)
+def test_silent_error_is_refused_with_its_figures(change: Callable[..., Tensor]) -> None:
+    with pytest.raises(ConfigError, match="attention is wrong on cpu") as refused:
+        probe(Spoiled(change))
+    assert "!" in str(refused.value) and "dsink" in str(refused.value)
+
+
+def test_attention_that_cannot_run_is_refused_with_its_reason() -> None:
+    def broken(*arguments: Any) -> Tensor:
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(ConfigError, match=r"does not run on cpu.*no such kernel"):
+        probe(Spoiled(broken))
