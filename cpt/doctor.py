@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 from cpt.errors import ConfigError, DataError
 from cpt.model.attention import choice
-from cpt.model.attention.machine import Machine
+from cpt.model.attention.machine import Machine, installed_version
 from data_pipeline.tokenizer import encoding
 
 PACKAGES = (
@@ -54,11 +53,7 @@ def report() -> tuple[str, bool]:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+    found |= {package: installed_version(package) or "not installed" for package in PACKAGES}
     found["CUDA of torch"] = str(torch.version.cuda or torch.version.hip or "none")
     return found
 
