@@ -250,7 +250,9 @@ def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(workpla
         find_checkpoint(run_dir, "8")
     codes, output = finish(workplace, "damaged")
     assert codes == [0, 0] and "checkpoint rejected: step-00000008/__1_0.distcp" in output, output
-    assert (run_dir / "checkpoints" / ".rejected-step-00000008").is_dir()
+    assert "step-00000008 is set aside as .rejected-step-00000008" in output
+    assert list_steps(run_dir) == [8, 6]
+    assert not list((run_dir / "checkpoints").glob(".*")), "the damaged one goes once a newer one is complete"
     expected, got = (stored_tensors(step_folder(folder, STEPS), "master") for folder in (whole, run_dir))
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
 
