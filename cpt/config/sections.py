@@ -1,0 +1,252 @@
+"""The run YAML's sections, and the `RunConfig` that everything else works with: dataclasses and their own checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """What is trained."""
+
+    path: Path | None = None
+    """Hugging Face directory (safetensors); exclusive with `init`."""
+    init: Literal["tiny", "gpt-oss-20b", "gpt-oss-120b"] | None = None
+    """Random weights of a published configuration; exclusive with `path`."""
+    attention: str = "auto"
+    """Attention backend: auto picks the fastest one that is right here."""
+    window_exchange: Literal["auto", "halo", "ulysses"] = "auto"
+    """How window layers exchange tokens under sequence parallelism: with the left neighbour (halo) or as full layers
+    do (ulysses); auto takes the halo where one neighbour holds the whole window."""
+    activation_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of storing its activations."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if (self.path is None) == (self.init is None):
+            yield "path", "and init: give exactly one of them (a directory of weights, or a preset to initialise)."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSection:
+    """What it is trained on."""
+
+    mix: Path
+    """Data-mix YAML, relative to the run YAML."""
+    build_dir: Path | None = None
+    """Built shards; default: data/<mix>-<fingerprint>, built on the spot when the input is small."""
+    auto_build_limit_bytes: int = 256 * 2**20
+    """Largest input that training builds by itself."""
+    accept_mix_change: bool = False
+    """Go on with a mix that was edited since the last checkpoint, as a new segment of the ledger."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSection:
+    """How it is trained."""
+
+    seq_len: int
+    """Tokens of a packed row; must equal the mix's."""
+    global_batch_size: int
+    """Packed rows of one optimizer step, over all ranks."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Packed rows of one forward pass; auto: 1."""
+    total_steps: int
+    """Optimizer steps of the schedule; 0 loads, saves and leaves."""
+    stop_at_step: int | None = None
+    """Save and leave with exit code 0 after this step, the schedule unchanged."""
+    lr: float
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Floor of the schedule as a share of `lr`."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """Cosine to the floor, constant, or warm-up / stable / linear decay to the floor."""
+    warmup_steps: int = 0
+    """Linear warm-up from 0."""
+    decay_steps: int = 0
+    """Length of the decay of `wsd`."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; biases, norms and sinks get none."""
+    beta1: float = 0.9
+    """Adam's first-moment decay."""
+    beta2: float = 0.95
+    """Adam's second-moment decay."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Working precision; master weights and Adam moments are fp32 in both."""
+    seed: int = 1234
+    """Seeds the weights of `init`; the order of the data follows the mix's own seed."""
+    threads: int | None = None
+    """CPU threads per process; default: cores / processes on this node."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        at_least = {
+            "seq_len": 2,
+            "global_batch_size": 1,
+            "total_steps": 0,
+            "warmup_steps": 0,
+            "decay_steps": 0,
+            "seed": 0,
+        }
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                yield name, f"is {getattr(self, name)}, must be >= {least}."
+        for name in ("lr", "eps"):
+            if getattr(self, name) <= 0:
+                yield name, f"is {getattr(self, name)}, must be > 0."
+        for name in ("weight_decay", "gradient_clipping"):
+            if getattr(self, name) < 0:
+                yield name, f"is {getattr(self, name)}, must be >= 0."
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield name, f"is {getattr(self, name)}, must be in [0, 1)."
+        if not 0 <= self.min_lr_ratio <= 1:
+            yield "min_lr_ratio", f"is {self.min_lr_ratio}, must be in [0, 1]."
+        if isinstance(self.micro_batch_size, int) and self.micro_batch_size < 1:
+            yield "micro_batch_size", f"is {self.micro_batch_size}, must be >= 1."
+        if self.threads is not None and self.threads < 1:
+            yield "threads", f"is {self.threads}, must be >= 1; leave it out for the default."
+        if self.stop_at_step is not None and not 1 <= self.stop_at_step <= self.total_steps:
+            yield "stop_at_step", f"is {self.stop_at_step}, must be between 1 and total_steps ({self.total_steps})."
+        shaped_steps = self.warmup_steps + self.decay_steps
+        if shaped_steps > self.total_steps > 0:
+            yield "warmup_steps", f"+ decay_steps is {shaped_steps}, more than total_steps ({self.total_steps})."
+        if self.decay_steps and self.schedule != "wsd":
+            yield "decay_steps", f"is {self.decay_steps}, but only schedule: wsd has one; remove it."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardSection:
+    """Watching held-out text."""
+
+    enabled: bool = True
+    """Measure held-out bits per byte before step 0, every `interval_steps` and at the end."""
+    interval_steps: int = 0
+    """Steps between measurements; 0: only before step 0 and at the end."""
+    tolerance_percent: float = 1.0
+    """Rise of bits per byte over the untouched model that is worth a warning, per domain."""
+    max_documents: int = 256
+    """Documents scored per domain, each as a whole."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if self.interval_steps < 0:
+            yield "interval_steps", f"is {self.interval_steps}, must be >= 0."
+        if self.max_documents < 1:
+            yield "max_documents", f"is {self.max_documents}, must be >= 1."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSection:
+    """What survives."""
+
+    interval_steps: int = 0
+    """Steps between periodic saves; 0: only at the end."""
+    keep_last: int = 2
+    """Complete checkpoints to keep."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if self.interval_steps < 0:
+            yield "interval_steps", f"is {self.interval_steps}, must be >= 0."
+        if self.keep_last < 2:
+            yield "keep_last", f"is {self.keep_last}, must be >= 2: one may turn out to be damaged."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TelemetrySection:
+    """What can be seen."""
+
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases mode; offline writes into the run directory."""
+    wandb_project: str = "gpt-oss-cpt"
+    """Weights & Biases project."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run directory."""
+    export_at_end: bool = False
+    """Write a Hugging Face directory (bf16) into the run directory when the run is done."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunYaml:
+    """The run YAML as written."""
+
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    guard: GuardSection = field(default_factory=GuardSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    telemetry: TelemetrySection = field(default_factory=TelemetrySection)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertParallelJson:
+    """The `expert_parallel` block of the DeepSpeed JSON."""
+
+    enabled: bool = False
+    """Spread the experts over ranks."""
+    autoep_size: int | Literal["auto"] = "auto"
+    """Ranks that together hold all experts of a layer."""
+    preset_model: Literal["gpt_oss"] = "gpt_oss"
+    """Layout of the experts."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if isinstance(self.autoep_size, int) and self.autoep_size < 1:
+            yield "autoep_size", f"is {self.autoep_size}, must be 'auto' or >= 1."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchInfo:
+    """What the launcher decided."""
+
+    world_size: int
+    """Number of ranks."""
+    local_world_size: int
+    """Ranks on this node."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything a run needs to know, with no `auto` left."""
+
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    guard: GuardSection
+    checkpoint: CheckpointSection
+    telemetry: TelemetrySection
+    world_size: int
+    """Number of ranks."""
+    sp_size: int
+    """Ranks that share one packed row."""
+    ep_size: int
+    """Ranks that together hold all experts of a layer."""
+    use_halo: bool
+    """Whether window layers exchange with their left neighbour only."""
+    micro_batch_size: int
+    """Packed rows of one forward pass."""
+    gradient_accumulation_steps: int
+    """Forward passes of one optimizer step."""
+    engine_json: dict[str, Any]
+    """Configuration of the DeepSpeed engine."""
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the engine."""
+        return int(self.engine_json["zero_optimization"]["stage"])
+
+    def to_plain(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values, for config.resolved.yaml and the manifest."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
