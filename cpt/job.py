@@ -19,6 +19,7 @@ from transformers import GptOssConfig
 
 from cpt.config import RunConfig
 from cpt.errors import ConfigError, DataError
+from cpt.faults import fault_point
 from cpt.guard.heldout import Guard
 from cpt.model import attention, gpt_oss, weights
 from cpt.model.attention import Attention
@@ -78,6 +79,7 @@ class Job:
     def micro_batches(self, batch: GlobalBatch) -> Iterator[MicroBatch]:
         """This rank's forward passes of one global batch."""
         for micro_step in range(self.config.gradient_accumulation_steps):
+            fault_point("data", batch.step + 1)
             yield load_micro_batch(self.data, batch, micro_step, self.config.micro_batch_size, self.topology)
 
     def state(self) -> dict[str, Any]:
@@ -228,6 +230,7 @@ def assemble(
         "seq_len": config.train.seq_len,
         "global_batch_size": config.train.global_batch_size,
     }
+    fault_point("load", 0)
     loaded = None if resume == "never" else load_checkpoint(run_dir, engine.deepspeed, topology, resume)
     rows = data.manifest.row_hashes()
     if loaded is None:

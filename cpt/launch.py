@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import GptOssConfig
 
-from cpt import deepspeed_internals
+from cpt import deepspeed_internals, faults
 from cpt.config import LaunchInfo, RunConfig, load, resolve
 from cpt.errors import ConfigError, StorageError
 from cpt.job import Job, assemble, check_mix
@@ -97,6 +97,7 @@ def check_same_everywhere(config: RunConfig, topology: Topology) -> None:
 def validate(options: argparse.Namespace) -> tuple[RunConfig, GptOssConfig]:
     """Files, command line and launcher -> configuration, or one ConfigError with everything that is wrong."""
     deepspeed_internals.check_version()
+    faults.check_environment()
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cpt.errors import RequeueRequested
+from cpt.faults import fault_point
 from cpt.job import Job
 from cpt.state.checkpoint import save_checkpoint
 from cpt.training.engine import StepResult
@@ -27,6 +28,7 @@ def train(job: Job) -> None:
     last_step = settings.stop_at_step if settings.stop_at_step is not None else settings.total_steps
     if progress.step >= last_step > 0:
         return
+    fault_point("before_first_step", progress.step)
     if job.guard is not None and progress.step == 0 < last_step:
         job.guard.measure(0, job.engine, job.telemetry)
     with tqdm(total=last_step, initial=progress.step, unit="step", disable=job.topology.rank != 0) as bar:
@@ -36,7 +38,10 @@ def train(job: Job) -> None:
             lr = learning_rate(progress.step, settings)
             job.engine.set_learning_rate(lr)
             result = job.engine.step(
-                job.micro_batches(batch), tokens_by_source(batch, job), stop_requested=job.stop.requested()
+                job.micro_batches(batch),
+                tokens_by_source(batch, job),
+                step=progress.step + 1,
+                stop_requested=job.stop.requested(),
             )
             progress.step += 1
             progress.tokens += sum(result.tokens_by_source)

@@ -16,6 +16,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 FLOORS = (
     "cpt.errors",
+    "cpt.faults",
     "cpt.config",
     "cpt.deepspeed_internals",
     "cpt.parallel",

@@ -17,6 +17,7 @@ import numpy as np
 
 from cpt.config import RunConfig
 from cpt.errors import ConfigError
+from cpt.faults import fault_point
 from cpt.guard.policy import Judgement, judge
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.parallel.agreement import on_first_rank
@@ -48,6 +49,7 @@ class Guard:
 
     def measure(self, step: int, engine: TrainingEngine, telemetry: Telemetry) -> None:
         """Score all domains, freeze or compare, and log one guard event per domain; all ranks call it together."""
+        fault_point("evaluate", step)
         if not self._baseline:
             self._baseline = self._stored_baseline()
         scores = {

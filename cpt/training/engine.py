@@ -23,6 +23,7 @@ from torch import nn
 from cpt import deepspeed_internals
 from cpt.config import RunConfig, TrainSection
 from cpt.errors import InternalError
+from cpt.faults import fault_point
 from cpt.model.attention import Attention
 from cpt.model.gpt_oss import GptOssForCPT
 from cpt.parallel.topology import Topology
@@ -119,12 +120,13 @@ class TrainingEngine:
         )
 
     def step(
-        self, micro_batches: Iterable[MicroBatch], tokens_by_source: list[int], *, stop_requested: bool
+        self, micro_batches: Iterable[MicroBatch], tokens_by_source: list[int], *, step: int, stop_requested: bool
     ) -> StepResult:
         """Forward, backward and update on one global batch.
 
         Args:
             micro_batches: This rank's part.
+            step: The optimizer step being done, counted from 1; names it to `fault_point`.
             tokens_by_source: Predicted tokens of the whole global batch, by source; known from the row ids.
             stop_requested: Whether this rank wants to stop; all ranks learn whether any does.
 
@@ -139,8 +141,10 @@ class TrainingEngine:
         for batch in micro_batches:
             if pending:
                 self.deepspeed.step()  # between accumulation steps this only advances the engine's counter
-            nll_BS = self.token_losses(batch)
-            self.deepspeed.backward(nll_BS.sum() * loss_scale, scale_wrt_gas=False)
+            nll_BS = self.token_losses(batch) * fault_point("forward", step)
+            fault_point("backward", step)
+            share = loss_scale * fault_point("gradient", step)
+            self.deepspeed.backward(nll_BS.sum() * share, scale_wrt_gas=False)
             by_row = nll_BS.detach().sum(1).double().cpu()
             nll_by_source.index_add_(0, batch.row_labels.cpu(), by_row)
             pending = True
@@ -148,6 +152,7 @@ class TrainingEngine:
         loss = float(nll_by_source.sum()) / total_tokens
         if not torch.isfinite(nll_by_source).all():
             raise InternalError(f"the loss is {loss}; the update was not applied. The last checkpoint is intact.")
+        fault_point("optimizer_step", step)
         self.deepspeed.step()
         grad_norm = float(self.deepspeed.get_global_grad_norm())
         if not math.isfinite(grad_norm):

@@ -36,7 +36,7 @@ def main() -> None:
     for step in range(2):
         rows = rows_of_step(step)
         batches = [make_micro_batch([rows[i]], [0], topology) for i in range(topology.rank, ROWS, 2)]
-        engine.step(batches, [sum(int((row.labels >= 0).sum()) for row in rows)], stop_requested=False)
+        engine.step(batches, [sum(int((row.labels >= 0).sum()) for row in rows)], step=1, stop_requested=False)
     batch = make_micro_batch([rows_of_step(0)[0]], [0], topology)
     with torch.no_grad():
         logits = engine.deepspeed(

@@ -59,7 +59,7 @@ def run(scenario: Scenario, folder: Path) -> None:
             mine = range(start, start + config.micro_batch_size)
             micro_batches.append(make_micro_batch([rows[i] for i in mine], [i % 2 for i in mine], topology))
         tokens = [int(sum((row.labels >= 0).sum() for row in rows[source::2])) for source in (0, 1)]
-        result = engine.step(micro_batches, tokens, stop_requested=False)
+        result = engine.step(micro_batches, tokens, step=step + 1, stop_requested=False)
         results.append(dataclasses.asdict(result))
     save_checkpoint(folder / scenario.name, engine.deepspeed, topology, step=scenario.steps, state={}, keep_last=2)
     if topology.rank == 0:

@@ -1,0 +1,97 @@
+"""Faults fire where they are planned, once, and only with permission."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cpt import faults
+from cpt.errors import ConfigError
+from cpt.faults import InjectedFault, check_environment, fault_point
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    monkeypatch.setenv("CPT_ALLOW_FAULTS", "1")
+    monkeypatch.setenv("RANK", "1")
+    faults._planned.cache_clear()
+    yield monkeypatch
+    faults._planned.cache_clear()
+
+
+@pytest.mark.case("X8", "no fault fires, one line says so")
+def test_without_permission_nothing_fires_and_one_line_says_so(plan, caplog) -> None:
+    plan.delenv("CPT_ALLOW_FAULTS")
+    plan.setenv("CPT_FAULT", "forward:*:*:raise")
+    with caplog.at_level(logging.WARNING):
+        assert [fault_point("forward", step) for step in range(3)] == [1.0, 1.0, 1.0]
+    assert [record.message for record in caplog.records] == [
+        "CPT_FAULT is set, but CPT_ALLOW_FAULTS is not 1: no fault will fire. Unset it."
+    ]
+
+
+def test_fault_fires_at_its_point_rank_and_step_only_and_once(plan) -> None:
+    plan.setenv("CPT_FAULT", "forward:1:3:nan,forward:0:4:inf,gradient:*:*:scale=50")
+    assert [fault_point("forward", step) for step in (1, 2, 4, 5)] == [1.0] * 4
+    assert fault_point("backward", 3) == 1.0
+    assert math.isnan(fault_point("forward", 3)) and fault_point("forward", 3) == 1.0
+    assert [fault_point("gradient", 9), fault_point("gradient", 9)] == [50.0, 1.0]
+
+
+def test_errors_are_raised_as_the_real_ones(plan) -> None:
+    plan.setenv("CPT_FAULT", "data:1:1:raise,save_write:1:2:enospc")
+    with pytest.raises(InjectedFault, match="data, step 1"):
+        fault_point("data", 1)
+    with pytest.raises(OSError, match="No space left") as caught:
+        fault_point("save_write", 2)
+    assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("forward:1:3", "must be <point>:<rank>:<step>:<action>"),
+        ("froward:1:3:kill", "point 'froward' is none of load,"),
+        ("forward:one:-1:kill", r"rank 'one' must be a whole number or \*; step '-1'"),
+        ("forward:1:3:kil", "action 'kil' is none of kill,"),
+        ("forward:1:3:sleep", "action 'sleep'"),
+        ("forward:1:3:sleep=soon", "action 'sleep=soon'"),
+        ("forward:1:3:kill=9", "action 'kill=9'"),
+    ],
+)
+def test_malformed_fault_is_a_bad_configuration(plan, entry: str, message: str) -> None:
+    plan.setenv("CPT_FAULT", f"forward:0:1:nan,{entry}")
+    with pytest.raises(ConfigError, match=message):
+        check_environment()
+
+
+def test_killgroup_ends_the_ranks_of_this_run_and_nothing_else(tmp_path: Path) -> None:
+    """Three children of one parent: two ranks of a run, of which one strikes, and one of another run."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import sys, time\nfrom cpt.faults import fault_point\nfault_point('forward', 1)\ntime.sleep(60)\n"
+    )
+
+    def rank(number: int, port: int, fault: str) -> subprocess.Popen[bytes]:
+        environment = {"RANK": str(number), "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "CPT_FAULT": fault}
+        return subprocess.Popen([sys.executable, str(script)], env={**environment, "CPT_ALLOW_FAULTS": "1"})
+
+    strange, peer = rank(0, 4001, ""), rank(0, 4002, "")
+    striking = rank(1, 4002, "forward:1:1:killgroup")
+    try:
+        assert striking.wait(30) == -signal.SIGKILL and peer.wait(30) == -signal.SIGKILL
+        assert strange.poll() is None
+    finally:
+        for process in (strange, peer, striking):
+            process.kill()
+            process.wait()
