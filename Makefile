@@ -1,4 +1,4 @@
-# make train | make test | make check | make bench.  Needs Python 3.11 or newer, make and a C compiler.
+# make train | make test | make check | make faults | make bench.  Needs Python 3.11 or newer, make and a C compiler.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(abspath $(VENV)/bin)
@@ -6,12 +6,16 @@ READY  := $(VENV)/.installed
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: train test check format bench corpus install clean
+.PHONY: train test faults check format bench corpus install clean
 train: $(READY)
 	deepspeed cpt/run.py --ds_config ds_configs/z3_ulysses.json
 
 test: $(READY)
 	python -m pytest
+
+# every test that shows a fault case; writes the table into docs/reliability.md
+faults: $(READY)
+	python -m pytest --faults --fault_table docs/reliability.md
 
 check: $(READY)
 	ruff check .

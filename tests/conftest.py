@@ -1,7 +1,66 @@
-"""Shared by all tests."""
+"""Shared by all tests: which of them run, and the table of fault cases.
+
+`pytest` runs everything but the slow part of tests/faults and says how many tests it left out.  `pytest --faults` runs
+every test that shows a case of docs/reliability.md, wherever it lives.  Naming tests/faults runs what is named.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 import torch
 
+from tests.support.fault_table import FaultTable
+
 torch.set_num_threads(1)  # two threads on a busy two-core machine wait for each other more than they compute
+
+FAULTS = Path(__file__).parent / "faults"
+LEFT_OUT = pytest.StashKey[int]()
+TABLE = pytest.StashKey[FaultTable]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="run all tests that show a fault case, and no others")
+    parser.addoption("--fault_table", type=Path, help="file whose fault table is written anew")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TABLE] = FaultTable()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--faults"):
+        kept = [item for item in items if item.get_closest_marker("case")]
+    elif any("faults" in argument for argument in config.invocation_params.args):
+        return
+    else:
+        kept = [item for item in items if FAULTS not in item.path.parents or item.get_closest_marker("quick")]
+    left_out = [item for item in items if item not in set(kept)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+    config.stash[LEFT_OUT] = sum(FAULTS in item.path.parents for item in left_out)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None | pytest.TestReport]:
+    report = yield
+    if report.when == "call" or report.outcome != "passed":  # a fixture may fail or skip before the call
+        reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped and report.longrepr else ""
+        for mark in item.iter_markers("case"):
+            item.config.stash[TABLE].add(*mark.args, report.outcome, reason, call.duration)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    left_out = config.stash.get(LEFT_OUT, 0)
+    if left_out:
+        terminalreporter.write_line(f"{left_out} fault tests are left to: make faults")
+    if config.getoption("--faults"):
+        table = config.stash[TABLE]
+        terminalreporter.write_line(table.markdown())
+        terminalreporter.write_line(table.summary())
+        if path := config.getoption("--fault_table"):
+            table.write(path)
