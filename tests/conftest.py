@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None | pytest.TestReport]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport | None]:
     report = yield
     if report.when == "call" or report.outcome != "passed":  # a fixture may fail or skip before the call
         reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped and report.longrepr else ""
