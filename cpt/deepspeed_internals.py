@@ -107,7 +107,8 @@ class LocalShard:
     offset: int
     """First element, counted in the flattened tensor that this rank would hold without ZeRO."""
     tensors: dict[str, torch.Tensor]
-    """`master`, `exp_avg`, `exp_avg_sq`: 1-D fp32 views without ZeRO padding; writing to them changes the state."""
+    """`master`, `exp_avg`, `exp_avg_sq`: 1-D fp32 views without ZeRO padding; writing to them changes the state.  Of a
+    frozen parameter `master` alone, in the working dtype: there is no other copy."""
 
 
 def create_optimizer_state(engine: Any) -> None:
@@ -146,15 +147,33 @@ def local_shards(engine: Any) -> dict[str, LocalShard]:
     create_optimizer_state(engine)
     stage = engine.zero_optimization_stage()
     find = _shard_of_stage3 if stage == 3 else _shard_of_stage1_or_2
-    shards = {name: find(engine, parameter) for name, parameter in engine.module.named_parameters()}
+    shards = {
+        name: find(engine, parameter) if parameter.requires_grad else _frozen_shard(stage, parameter)
+        for name, parameter in engine.module.named_parameters()
+    }
     return {name: shard for name, shard in shards.items() if shard is not None}
+
+
+def _partition_of_stage3(parameter: Any) -> tuple[int, int]:
+    """(first element, elements without padding) of this rank's partition; the padding fills the last ranks."""
+    partition_numel = parameter.ds_tensor.ds_numel
+    offset = dist.get_rank(group=parameter.ds_process_group) * partition_numel
+    return offset, max(0, min(parameter.ds_numel - offset, partition_numel))
+
+
+def _frozen_shard(stage: int, parameter: Any) -> LocalShard | None:
+    """ZeRO-3 cuts frozen parameters as it cuts the others; stages 1 and 2 leave them whole on every rank."""
+    if stage != 3:
+        return LocalShard(offset=0, tensors={"master": parameter.data.view(-1)})
+    offset, real = _partition_of_stage3(parameter)
+    if real == 0:
+        return None
+    return LocalShard(offset=offset, tensors={"master": parameter.ds_tensor.data.view(-1)[:real]})
 
 
 def _shard_of_stage3(engine: Any, parameter: Any) -> LocalShard | None:
     zero, partition_numel = engine.optimizer, parameter.ds_tensor.ds_numel
-    rank = dist.get_rank(group=parameter.ds_process_group)
-    offset = rank * partition_numel
-    real = max(0, min(parameter.ds_numel - offset, partition_numel))
+    offset, real = _partition_of_stage3(parameter)
     if real == 0:
         return None
     index, start, numel = zero.grad_position[zero.get_param_id(parameter)]
@@ -200,7 +219,7 @@ def publish_master_weights(engine: Any) -> None:
     if zero.persistent_parameters:
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
     for parameter in engine.module.parameters():
-        shard = _shard_of_stage3(engine, parameter)
+        shard = _shard_of_stage3(engine, parameter) if parameter.requires_grad else None
         if shard is not None:
             master = shard.tensors["master"]
             parameter.ds_tensor.data.view(-1)[: master.numel()].copy_(master)

@@ -24,6 +24,7 @@ from cpt.guard.heldout import Guard
 from cpt.model import attention, gpt_oss, weights
 from cpt.model.attention import Attention
 from cpt.model.attention.probe import run_probe
+from cpt.model.freezing import freeze
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
@@ -173,6 +174,8 @@ def build_engine(config: RunConfig, model_config: GptOssConfig, topology: Topolo
         gpt_oss.materialise(model, topology.device)
         gpt_oss.fill_random(model, config.train.seed)
     log.info("patched: %s", report)
+    if config.train.freeze:
+        log.info("frozen: %d tensors (%s)", freeze(model, config.train.freeze), ", ".join(config.train.freeze))
     return TrainingEngine(model, config, topology, kernel, exchange)
 
 

@@ -21,6 +21,7 @@ from cpt.errors import ConfigError, StorageError
 from cpt.job import Job, assemble, check_mix
 from cpt.memory import memory_by_part, memory_table, start_up_bytes
 from cpt.model import attention
+from cpt.model.freezing import freeze_problems, frozen_names, parameter_numels
 from cpt.model.weights import load_config
 from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology, create_topology
@@ -112,9 +113,12 @@ def validate(options: argparse.Namespace) -> tuple[RunConfig, GptOssConfig]:
     run_yaml, json_file = load(options.config, options.ds_config, dict(item.split("=", 1) for item in options.set))
     model_config = load_config(run_yaml.model.path, run_yaml.model.init)
     world_size = int(os.environ["WORLD_SIZE"])
+    problems = freeze_problems(run_yaml.train.freeze, parameter_numels(model_config))
     if run_yaml.model.attention not in attention.known_names():
         name = run_yaml.model.attention
-        raise ConfigError(f"model.attention is '{name}', which is no backend.{nearest(name, attention.known_names())}")
+        problems.append(f"model.attention is '{name}', which is no backend.{nearest(name, attention.known_names())}")
+    if problems:
+        raise ConfigError(problems)
     info = LaunchInfo(world_size=world_size, local_world_size=local_world_size(world_size))
     return resolve(run_yaml, json_file, model_config, info), model_config
 
@@ -174,6 +178,7 @@ def describe(config: RunConfig, model_config: GptOssConfig, run_dir: Path, resum
         "data parallel": config.world_size // config.sp_size,
         "ZeRO stage": config.zero_stage,
         "dtype": train.dtype,
+        "frozen": describe_frozen(config, model_config),
         "tokens per step": f"{train.global_batch_size} rows x {train.seq_len} = "
         f"{train.global_batch_size * train.seq_len} slots",
         "accumulation": f"{config.gradient_accumulation_steps} x micro batch {config.micro_batch_size}",
@@ -184,6 +189,15 @@ def describe(config: RunConfig, model_config: GptOssConfig, run_dir: Path, resum
     }
     width = max(map(len, rows))
     return "\n".join(["resolved configuration", *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def describe_frozen(config: RunConfig, model_config: GptOssConfig) -> str:
+    """How much of the model is left as it is."""
+    numels = parameter_numels(model_config)
+    frozen = sum(numels[name] for name in frozen_names(config.train.freeze, numels))
+    if not frozen:
+        return "nothing"
+    return f"{', '.join(config.train.freeze)}: {frozen:,} of {sum(numels.values()):,} parameters"
 
 
 def describe_data(config: RunConfig) -> str:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
-from cpt.model.gpt_oss import skeleton
+from cpt.model.freezing import frozen_names, parameter_numels
 from cpt.model.hf_layout import is_expert_name
 from cpt.model.loss_head import TILE_BYTES
 
@@ -21,16 +20,19 @@ from cpt.model.loss_head import TILE_BYTES
 def memory_by_part(config: RunConfig, model: GptOssConfig) -> dict[str, int]:
     """Bytes on the device of one rank, by part; offloaded parts are left out."""
     dense, experts = parameter_counts(model)
+    trained_dense, trained_experts = parameter_counts(model, config.train.freeze)
     itemsize = 2 if config.train.dtype == "bf16" else 4
     world, stage = config.world_size, config.zero_stage
     per_rank = (dense + experts) // world
     held = dense + experts // config.ep_size  # what a rank has without ZeRO
+    trained_per_rank = (trained_dense + trained_experts) // world
+    trained_held = trained_dense + trained_experts // config.ep_size
     zero = config.engine_json["zero_optimization"]
     offload_optimizer = "offload_optimizer" in zero
     parts = {
         "weights": itemsize * (per_rank if stage == 3 else held),
-        "gradients": 4 * per_rank if stage >= 2 else 4 * held,
-        "optimizer": 12 * per_rank,
+        "gradients": 4 * (trained_per_rank if stage >= 2 else trained_held),
+        "optimizer": 12 * trained_per_rank,
         "gathered weights": _gathered(model, config, itemsize) if stage == 3 else 0,
         "activations": _activations(model, config, itemsize),
         "logits": 3 * TILE_BYTES["cuda"],
@@ -51,15 +53,13 @@ def start_up_bytes(config: RunConfig, model: GptOssConfig) -> int:
     return (2 if config.train.dtype == "bf16" else 4) * (dense + experts // config.ep_size)
 
 
-def parameter_counts(model: GptOssConfig) -> tuple[int, int]:
-    """(dense, expert) parameters of the whole model."""
-    dense = experts = 0
-    for name, parameter in skeleton(model, torch.bfloat16).named_parameters():
-        if is_expert_name(name):
-            experts += parameter.numel()
-        else:
-            dense += parameter.numel()
-    return dense, experts
+def parameter_counts(model: GptOssConfig, left_out: tuple[str, ...] = ()) -> tuple[int, int]:
+    """(dense, expert) parameters of the whole model, without those that the patterns `left_out` match."""
+    numels = parameter_numels(model)
+    for name in frozen_names(left_out, numels):
+        del numels[name]
+    experts = sum(numel for name, numel in numels.items() if is_expert_name(name))
+    return sum(numels.values()) - experts, experts
 
 
 def _gathered(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:

@@ -82,6 +82,9 @@ class TrainSection:
     """Working precision; master weights and Adam moments are fp32 in both."""
     seed: int = 1234
     """Seeds the weights of `init`; the order of the data follows the mix's own seed."""
+    freeze: tuple[str, ...] = ()
+    """Parameters left as they are: name patterns (`model.layers.0.*`) or the words router, experts, attention, sinks,
+    norms, embeddings, lm_head."""
     threads: int | None = None
     """CPU threads per process; default: cores / processes on this node."""
 

@@ -35,11 +35,11 @@ class _TiledNLL(torch.autograd.Function):
         return lse_N - target_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         hidden_NM, weight_VM, label_N, lse_N = ctx.saved_tensors
         grad_N1 = grads[0].unsqueeze(1)
         d_hidden_NM = torch.zeros_like(hidden_NM, dtype=lse_N.dtype)
-        d_weight_VM = torch.empty_like(weight_VM)
+        d_weight_VM = torch.empty_like(weight_VM) if ctx.needs_input_grad[1] else None
         for first, tile_vM in _tiles(weight_VM, hidden_NM.shape[0], lse_N.dtype):
             logits_Nv = (hidden_NM @ tile_vM.T).to(lse_N.dtype)
             d_logits_Nv = logits_Nv.sub_(lse_N.unsqueeze(1)).exp_()
@@ -47,7 +47,8 @@ class _TiledNLL(torch.autograd.Function):
             d_logits_Nv[here, column] -= 1
             d_logits_Nv = d_logits_Nv.mul_(grad_N1).to(hidden_NM.dtype)
             d_hidden_NM += d_logits_Nv @ tile_vM
-            torch.mm(d_logits_Nv.T, hidden_NM, out=d_weight_VM[first : first + tile_vM.shape[0]])
+            if d_weight_VM is not None:
+                torch.mm(d_logits_Nv.T, hidden_NM, out=d_weight_VM[first : first + tile_vM.shape[0]])
         return d_hidden_NM.to(hidden_NM.dtype), d_weight_VM, None
 
 

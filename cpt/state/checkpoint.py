@@ -81,7 +81,7 @@ def tensor_records(engine: Any, topology: Topology) -> dict[str, TensorRecord]:
         shape = deepspeed_internals.full_local_shape(parameter)
         if deepspeed_internals.is_expert(parameter):
             shape = (shape[0] * topology.ep_size, *shape[1:])
-        records[name] = TensorRecord(shape=shape, dtype="float32")
+        records[name] = TensorRecord(shape=shape, dtype="float32", trained=parameter.requires_grad)
     return records
 
 
@@ -145,8 +145,9 @@ def _prepare(run_dir: Path, temporary: Path, topology: Topology, engine: Any) ->
     temporary.parent.mkdir(parents=True, exist_ok=True)
     for stale in temporary.parent.glob(".tmp-step-*"):
         shutil.rmtree(stale)
-    numel = sum(_numel(record.shape) for record in tensor_records(engine, topology).values())
-    needed, free = int(1.2 * 4 * len(PARTS) * numel), shutil.disk_usage(temporary.parent).free
+    records = tensor_records(engine, topology).values()
+    numel = sum(_numel(record.shape) * (len(PARTS) if record.trained else 1) for record in records)
+    needed, free = int(1.2 * 4 * numel), shutil.disk_usage(temporary.parent).free
     if free < needed:
         raise StorageError(f"a checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free at {run_dir}.")
     temporary.mkdir()
@@ -215,13 +216,43 @@ def load_checkpoint(run_dir: Path, engine: Any, topology: Topology, resume: str)
     folder = step_folder(run_dir, step)
     manifest = read_manifest(folder)
     _compare(folder, manifest.tensors, tensor_records(engine, topology))
-    ranges = flat_ranges(engine, topology)
+    ranges = _stored_ranges(flat_ranges(engine, topology), manifest.tensors)
+    _tell_freezing(manifest.tensors, tensor_records(engine, topology))
     together(topology.control_group, lambda: read_ranges(folder, ranges))
     deepspeed_internals.set_optimizer_step(engine, step)
     deepspeed_internals.publish_master_weights(engine)
     engine.global_steps = step
     on_first_rank(topology.control_group, lambda: _set_newer_aside(run_dir, step, resume))
     return LoadedState(step=step, state=manifest.state, folder=folder, rejected=rejected)
+
+
+def _stored_ranges(ranges: dict[str, FlatRange], stored: dict[str, TensorRecord]) -> dict[str, FlatRange]:
+    """The ranges that the checkpoint can fill; moments of what was frozen when it was written start at zero."""
+    kept = {}
+    for key, part in ranges.items():
+        kind, name = key.split("/", 1)
+        if kind == "master" or stored[name].trained:
+            kept[key] = part
+        else:
+            part.tensor.zero_()
+    return kept
+
+
+def _tell_freezing(stored: dict[str, TensorRecord], wanted: dict[str, TensorRecord]) -> None:
+    thawed = sorted(name for name in wanted if wanted[name].trained and not stored[name].trained)
+    frozen = sorted(name for name in wanted if stored[name].trained and not wanted[name].trained)
+    if thawed:
+        log.warning("%d tensors are frozen no more, their moments start at zero: %s", len(thawed), shorten(thawed))
+    if frozen:
+        log.warning(
+            "%d tensors are frozen from here on, in working precision and without moments: %s",
+            *(len(frozen), shorten(frozen)),
+        )
+
+
+def shorten(names: list[str]) -> str:
+    """The first few names, for a log."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _set_newer_aside(run_dir: Path, step: int, resume: str) -> None:
@@ -245,7 +276,7 @@ def _compare(folder: Path, stored: dict[str, TensorRecord], wanted: dict[str, Te
     problems = [f"key '{name}' is missing." for name in sorted(wanted.keys() - stored.keys())]
     problems += [f"key '{name}' is unknown to this model." for name in sorted(stored.keys() - wanted.keys())]
     for name in sorted(stored.keys() & wanted.keys()):
-        if stored[name] != wanted[name]:
+        if (stored[name].shape, stored[name].dtype) != (wanted[name].shape, wanted[name].dtype):
             problems.append(
                 f"key '{name}' is {stored[name].dtype} {stored[name].shape}, "
                 f"expected {wanted[name].dtype} {wanted[name].shape}."

@@ -49,7 +49,7 @@ class FlatRange:
 
 
 class FlatSavePlanner(DefaultSavePlanner):
-    """Saves a dictionary of FlatRange."""
+    """Saves a dictionary of FlatRange in fp32; a range that several ranks hold is written by one of them."""
 
     state_dict: dict[str, Any]
 
@@ -63,7 +63,7 @@ class FlatSavePlanner(DefaultSavePlanner):
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
                     chunk=part.chunk,
-                    properties=TensorProperties.create_from_tensor(part.tensor),
+                    properties=TensorProperties(dtype=torch.float32),
                     size=torch.Size([part.global_numel]),
                 ),
             )
@@ -73,7 +73,7 @@ class FlatSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        return self.state_dict[index.fqn].tensor
+        return self.state_dict[index.fqn].tensor.float()
 
 
 class FlatLoadPlanner(DefaultLoadPlanner):

@@ -42,6 +42,8 @@ class TensorRecord:
     """Shape of the whole tensor, in Hugging Face's terms."""
     dtype: str
     """Stored dtype."""
+    trained: bool = True
+    """Whether Adam's moments are stored; of a frozen parameter there are none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +55,7 @@ class Manifest:
     files: tuple[FileRecord, ...]
     """Every file but the manifest."""
     tensors: dict[str, TensorRecord]
-    """Parameter name -> record; each is stored as master, exp_avg and exp_avg_sq."""
+    """Parameter name -> record; each is stored as master and, if it was trained, exp_avg and exp_avg_sq."""
     layout: dict[str, int]
     """world_size, sp_size, ep_size, zero_stage of the run that wrote it."""
     versions: dict[str, str]
@@ -119,7 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
         del body["format"]
         files = tuple(FileRecord(**record) for record in body.pop("files"))
         records = body.pop("tensors").items()
-        tensors = {name: TensorRecord(shape=tuple(r["shape"]), dtype=r["dtype"]) for name, r in records}
+        tensors = {name: TensorRecord(**{**record, "shape": tuple(record["shape"])}) for name, record in records}
         return Manifest(files=files, tensors=tensors, **body)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing, so the directory is not a complete checkpoint.") from None

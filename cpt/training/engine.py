@@ -51,13 +51,15 @@ class StepResult:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay; biases, norms and sinks do not.
+    """AdamW's groups: matrices decay; biases, norms and sinks do not; frozen parameters are in none.
 
     gpt-oss stores an expert bias as a matrix (one row per expert), so names decide, not the number of axes.
     """
     kept: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         last = name.rsplit(".", 1)[-1]
         plain = last.endswith("bias") or last == "sinks" or "norm" in name
         (kept if plain else decayed).append(parameter)

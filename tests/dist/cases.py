@@ -37,12 +37,15 @@ class Scenario:
     """Name of the scenario whose checkpoint is loaded first."""
     start: int = 0
     """First step to run."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of `train.freeze`."""
 
     @property
     def name(self) -> str:
         options = f"{self.dtype}-micro{self.micro_batch_size}{'-ckpt' if self.checkpointing else ''}"
         options += f"-from-{self.resume_from}" if self.resume_from else ""
         options += f"-{self.exchange}" if self.exchange != "auto" else ""
+        options += f"-frozen-{len(self.freeze)}" if self.freeze else ""
         return f"world{self.world_size}-sp{self.sp}-ep{self.ep}-zero{self.stage}-{options}"
 
     def dump(self) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cpt.model.freezing import freeze
 from cpt.state.flat_planner import FlatRange
 from cpt.state.manifest import read_manifest, verify_files
 from cpt.state.stored import PARTS, read_ranges, step_folder
@@ -60,9 +61,10 @@ BF16 = [Scenario(world_size=w, sp=s, ep=e, stage=z, dtype="bf16", steps=3) for w
 class Reference:
     """Losses, gradient norms and Adam's first moments of the single process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, frozen: tuple[str, ...] = (), num_steps: int = STEPS) -> None:
         torch.set_num_threads(2)
         model = reference_model()
+        freeze(model, frozen)
         model.save_pretrained(str(folder / "model"))
         self.names = [name for name, _ in model.named_parameters()]
         groups = parameter_groups(model, SETTINGS["weight_decay"])
@@ -70,7 +72,7 @@ class Reference:
             groups, lr=SETTINGS["lr"], betas=(SETTINGS["beta1"], SETTINGS["beta2"]), eps=SETTINGS["eps"]
         )
         self.losses, self.norms, self.nll_by_source = [], [], []
-        for step in range(STEPS):
+        for step in range(num_steps):
             loss, by_source = self._backward(model, step)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
             optimizer.step()
@@ -78,7 +80,8 @@ class Reference:
             self.nll_by_source.append(by_source)
             self.norms.append(float(norm))
             if step == 0:
-                self.first_moments = {n: optimizer.state[p]["exp_avg"].clone() for n, p in model.named_parameters()}
+                trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+                self.first_moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in trained.items()}
         self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def _backward(self, model: torch.nn.Module, step: int) -> tuple[float, list[float]]:

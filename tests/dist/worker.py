@@ -20,6 +20,9 @@ from data_pipeline.strict_yaml import parse_yaml, read_file
 from tests.dist.cases import CLIPPING, ROWS, SEQ_LEN, SETTINGS, Scenario, model_config, parameter_file, rows_of_step
 
 
+STATE = {"model_config": model_config().to_dict()}
+
+
 def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
     text = f"""
 model: {{path: {model_dir}, activation_checkpointing: {str(scenario.checkpointing).lower()},
@@ -27,6 +30,7 @@ model: {{path: {model_dir}, activation_checkpointing: {str(scenario.checkpointin
 data: {{mix: unused.yaml}}
 train: {{seq_len: {SEQ_LEN}, global_batch_size: {ROWS}, micro_batch_size: {scenario.micro_batch_size}, total_steps: 100,
   schedule: constant, dtype: {scenario.dtype}, gradient_clipping: {CLIPPING},
+  freeze: {json.dumps(scenario.freeze)},
   {", ".join(f"{key}: {value}" for key, value in SETTINGS.items())}}}
 """
     return read_file(RunYaml, parse_yaml(text, "scenario"))
@@ -61,7 +65,7 @@ def run(scenario: Scenario, folder: Path) -> None:
         tokens = [int(sum((row.labels >= 0).sum() for row in rows[source::2])) for source in (0, 1)]
         result = engine.step(micro_batches, tokens, step=step + 1, stop_requested=False)
         results.append(dataclasses.asdict(result))
-    save_checkpoint(folder / scenario.name, engine.deepspeed, topology, step=scenario.steps, state={}, keep_last=2)
+    save_checkpoint(folder / scenario.name, engine.deepspeed, topology, step=scenario.steps, state=STATE, keep_last=2)
     if topology.rank == 0:
         parameter_file(folder, scenario).write_text(json.dumps(results))
     engine.deepspeed.destroy()

@@ -265,6 +265,19 @@ def test_dry_run_refuses_an_unknown_attention_with_the_known_ones(environment: E
     assert "flash9" in message and "auto" in message
 
 
+def test_dry_run_says_how_much_is_frozen(environment: Environment, capsys: Any) -> None:
+    environment()
+    assert run("--dry_run", "--set", "train.freeze=[sinks, model.layers.0.input_layernorm]") == 0
+    assert table(capsys.readouterr().out)["frozen"].startswith("sinks, model.layers.0.input_layernorm: 96 of ")
+
+
+def test_dry_run_refuses_a_freeze_pattern_that_matches_nothing(environment: Environment, capsys: Any) -> None:
+    environment()
+    assert run("--dry_run", "--set", "train.freeze=[snks]", "--set", "model.attention=flash9") == 78
+    message = capsys.readouterr().err
+    assert "train.freeze[0] is 'snks'" in message and "sinks" in message and "flash9" in message
+
+
 def test_dry_run_refuses_a_missing_mix(environment: Environment, capsys: Any, tmp_path: Path) -> None:
     environment()
     assert run("--dry_run", "--set", f"data.mix={tmp_path / 'none.yaml'}") == 78

@@ -1,0 +1,71 @@
+"""Which parameters training leaves as they are: name patterns of `train.freeze`, checked before anything is loaded.
+
+A frozen parameter has no gradient, no optimizer state and no fp32 copy; the checkpoint holds its working value.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from transformers import GptOssConfig
+
+from cpt.model.gpt_oss import skeleton
+
+SHORTHANDS = {
+    "router": "model.layers.*.mlp.router.*",
+    "experts": "model.layers.*.mlp.experts.*",
+    "attention": "model.layers.*.self_attn.*",
+    "sinks": "model.layers.*.self_attn.sinks",
+    "norms": "model.*norm.weight",
+    "embeddings": "model.embed_tokens.weight",
+    "lm_head": "lm_head.weight",
+}
+"""Words that stand for patterns."""
+
+
+def parameter_numels(config: GptOssConfig) -> dict[str, int]:
+    """Elements of every parameter of the whole model, by Hugging Face's name."""
+    return {name: parameter.numel() for name, parameter in skeleton(config, torch.bfloat16).named_parameters()}
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern or shorthand names a parameter, or a module that holds it (`model.layers.0`)."""
+    pattern = SHORTHANDS.get(pattern, pattern)
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def frozen_names(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The parameters that some pattern matches."""
+    patterns = list(patterns)
+    return {name for name in names if any(matches(pattern, name) for pattern in patterns)}
+
+
+def freeze_problems(patterns: tuple[str, ...], names: Iterable[str]) -> list[str]:
+    """What cannot be right about `train.freeze`: a pattern without a match, or nothing left to train."""
+    names = list(names)
+    problems = []
+    for index, pattern in enumerate(patterns):
+        if not frozen_names([pattern], names):
+            close = difflib.get_close_matches(pattern, [*SHORTHANDS, *names], n=3, cutoff=0.3)
+            hint = f"Nearest names: {', '.join(close)}." if close else f"Shorthands: {', '.join(SHORTHANDS)}."
+            problems.append(f"train.freeze[{index}] is '{pattern}', which matches no parameter. {hint}")
+    if patterns and not problems and len(frozen_names(patterns, names)) == len(names):
+        problems.append("train.freeze matches every parameter: nothing is left to train. Take a pattern out.")
+    return problems
+
+
+def freeze(model: nn.Module, patterns: tuple[str, ...]) -> int:
+    """Take the matching parameters out of training; must happen before the engine is made.
+
+    Returns:
+        The number of frozen tensors.
+    """
+    parameters = dict(model.named_parameters())
+    frozen = frozen_names(patterns, parameters)
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    return len(frozen)

@@ -1,0 +1,111 @@
+"""Frozen parameters stay as they are, bit for bit, and the others train as one process trains them.
+
+Tolerances as in test_layout_parity: fp32 sums in another order.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cpt.model.freezing import frozen_names
+from cpt.state.export import export_checkpoint
+from cpt.state.manifest import read_manifest
+from cpt.state.stored import read_weights, step_folder
+from tests.dist.cases import Scenario, model_config, parameter_file
+from tests.dist.test_layout_parity import Reference
+from tests.support.launcher import ROOT, launch
+
+pytestmark = pytest.mark.dist
+
+FROZEN = ("router", "sinks", "embeddings", "lm_head", "norms", "model.layers.0", "model.layers.2.mlp.experts.*_bias")
+OTHERS = ("attention", "model.layers.1.mlp.experts.down_proj")
+HALF, STEPS = 1, 2
+FIRST = Scenario(world_size=2, sp=1, ep=2, stage=3, freeze=FROZEN, steps=HALF)
+LAYOUTS = [
+    FIRST,
+    Scenario(world_size=2, sp=2, ep=1, stage=3, freeze=FROZEN, steps=HALF, micro_batch_size=2, checkpointing=True),
+    Scenario(world_size=2, sp=1, ep=2, stage=2, freeze=FROZEN, steps=HALF),
+]
+RESUMED = Scenario(world_size=2, sp=2, ep=2, stage=1, freeze=FROZEN, start=HALF, steps=STEPS, resume_from=FIRST.name)
+CHANGED = [
+    Scenario(world_size=2, sp=1, ep=e, stage=z, freeze=OTHERS, start=HALF, steps=STEPS, resume_from=FIRST.name)
+    for e, z in ((1, 3), (2, 2))
+]
+BF16 = Scenario(world_size=2, sp=1, ep=2, stage=3, freeze=FROZEN, steps=HALF, dtype="bf16")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("freezing")
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Reference:
+    return Reference(folder, frozen=FROZEN, num_steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, reference: Reference) -> dict[str, list[dict[str, Any]]]:
+    scenarios = [*LAYOUTS, RESUMED, *CHANGED, BF16]
+    arguments = [str(folder), *(scenario.dump() for scenario in scenarios)]
+    assert launch(ROOT / "tests" / "dist" / "worker.py", 2, arguments) == [0, 0]
+    return {s.name: json.loads(parameter_file(folder, s).read_text()) for s in scenarios}
+
+
+def weights_of(step: Path) -> dict[str, torch.Tensor]:
+    manifest = read_manifest(step)
+    return read_weights(step, sorted(manifest.tensors), manifest)
+
+
+def frozen_in(scenario: Scenario, names: list[str]) -> set[str]:
+    return frozen_names(scenario.freeze, names)
+
+
+@pytest.mark.parametrize("scenario", [*LAYOUTS, RESUMED], ids=lambda s: s.name)
+def test_losses_and_norms_are_those_of_one_process_with_the_same_parameters_frozen(
+    scenario, results, reference
+) -> None:
+    span = slice(scenario.start, scenario.steps)
+    steps = results[scenario.name]
+    losses = [abs(step["loss"] - expected) for step, expected in zip(steps, reference.losses[span], strict=True)]
+    norms = [abs(step["grad_norm"] / e - 1) for step, e in zip(steps, reference.norms[span], strict=True)]
+    assert max(losses) <= 2e-5 and max(norms) <= 1e-4, f"loss differences {losses}, relative norm differences {norms}"
+
+
+@pytest.mark.parametrize("scenario", [*LAYOUTS, RESUMED, BF16], ids=lambda s: s.name)
+def test_frozen_parameters_are_unchanged_bit_for_bit_and_all_others_changed(scenario, results, folder) -> None:
+    before = load_file(folder / "model" / "model.safetensors")
+    if scenario.dtype == "bf16":
+        before = {name: value.bfloat16().float() for name, value in before.items()}
+    after = weights_of(step_folder(folder / scenario.name, scenario.steps))
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    assert 0 < len(unchanged) < len(before)
+    assert unchanged == frozen_in(scenario, list(before))
+
+
+def test_checkpoint_holds_no_moments_of_frozen_parameters(results, folder: Path) -> None:
+    tensors = read_manifest(step_folder(folder / FIRST.name, HALF)).tensors
+    assert {name for name, record in tensors.items() if not record.trained} == frozen_in(FIRST, list(tensors))
+
+
+@pytest.mark.parametrize("scenario", CHANGED, ids=lambda s: s.name)
+def test_run_goes_on_with_another_freeze_set(scenario, results, reference, folder: Path) -> None:
+    before = weights_of(step_folder(folder / FIRST.name, HALF))
+    after = weights_of(step_folder(folder / scenario.name, STEPS))
+    assert {n for n in before if torch.equal(before[n], after[n])} == frozen_in(scenario, list(before))
+    assert results[scenario.name][0]["loss"] == pytest.approx(reference.losses[HALF], abs=2e-5)
+    norms = [results[other.name][0]["grad_norm"] for other in CHANGED]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_export_holds_the_frozen_parameters_as_they_were(results, folder: Path) -> None:
+    out = export_checkpoint(step_folder(folder / RESUMED.name, STEPS), folder / "out", "fp32")
+    before, after = (load_file(path / "model.safetensors") for path in (folder / "model", out))
+    names = frozen_in(FIRST, [f"model.layers.{i}.self_attn.sinks" for i in range(model_config().num_hidden_layers)])
+    assert names and all(torch.equal(before[name], after[name]) for name in names)
