@@ -6,7 +6,7 @@ READY  := $(VENV)/.installed
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: train test faults check format bench corpus install clean
+.PHONY: train test faults check format bench prove corpus install clean
 train: $(READY)
 	deepspeed cpt/run.py --ds_config ds_configs/z3_ulysses.json
 
@@ -28,6 +28,10 @@ format: $(READY)
 
 bench: $(READY)
 	for script in bench/*.py; do python $$script || exit 1; done
+
+# slow proofs: memory at full length, memory of loading
+prove: $(READY)
+	for script in bench/prove/*.py; do python $$script || exit 1; done
 
 # parallel Japanese/English documentation from Debian packages, with licences; a Debian machine with a package mirror
 corpus: $(READY)

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime import zero
 from deepspeed.utils import groups
 from torch import nn
 
@@ -88,6 +89,38 @@ def mark_expert(parameter: nn.Parameter, ep_size: int) -> None:
     parameter.group_name = expert_group_name(ep_size)  # type: ignore[attr-defined]
     parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
     parameter.ds_zero_partition_group_name = expert_group_name(ep_size)  # type: ignore[attr-defined]
+
+
+def allocate(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    """The same parameter, uninitialised on a device, with its marks."""
+    real = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), parameter.requires_grad)
+    real.__dict__.update(parameter.__dict__)
+    return real
+
+
+class _EmptyInit(zero.Init):  # type: ignore[misc]
+    """zero.Init for a model on the meta device whose values come later.
+
+    The base class takes whole tensors and broadcasts them from the first rank; here a parameter is allocated, cut up
+    and freed before the next one, nothing is sent, and experts are cut over their own group.
+    """
+
+    def _convert_to_zero_parameters(self, param_list: Any) -> None:
+        for module in self.module.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                real = allocate(parameter, self.local_device)
+                if is_expert(real):
+                    name_of_group = real.ds_zero_partition_group_name  # type: ignore[attr-defined]
+                    group = groups._get_expert_data_parallel_group(name_of_group)
+                    real.ds_zero_partition_process_group = group  # type: ignore[attr-defined]
+                module.register_parameter(name, real)
+                self._convert_to_deepspeed_param(real)
+                real.partition()  # type: ignore[attr-defined]
+
+
+def materialise_partitioned(model: nn.Module, engine_json: dict[str, Any], dtype: torch.dtype) -> None:
+    """Give every parameter of a meta model its uninitialised ZeRO-3 part on this rank; call it on all ranks."""
+    _EmptyInit(module=model, config_dict_or_path=engine_json, dtype=dtype)
 
 
 def is_expert(parameter: nn.Parameter) -> bool:

@@ -17,6 +17,7 @@ import torch
 import yaml
 from transformers import GptOssConfig
 
+from cpt import deepspeed_internals
 from cpt.config import RunConfig
 from cpt.errors import ConfigError, DataError
 from cpt.faults import fault_point
@@ -24,12 +25,15 @@ from cpt.guard.heldout import Guard
 from cpt.model import attention, gpt_oss, weights
 from cpt.model.attention import Attention
 from cpt.model.attention.probe import run_probe
+from cpt.model.checksums import damaged, known_sums, share
 from cpt.model.freezing import freeze
-from cpt.parallel.agreement import on_first_rank, together
+from cpt.model.random_init import RandomWeights
+from cpt.model.weights import DirectoryWeights, WeightSource
+from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
-from cpt.state.checkpoint import LoadedState, load_checkpoint
+from cpt.state.checkpoint import LoadedState, flat_ranges, load_checkpoint
 from cpt.state.stop import StopRequest
 from cpt.telemetry.metrics import Telemetry
 from cpt.telemetry.trackers import trackers_for
@@ -153,7 +157,10 @@ def check_plan(config: RunConfig, data: BuiltData, mix: MixConfig, ledger: Ledge
 
 
 def build_engine(config: RunConfig, model_config: GptOssConfig, topology: Topology) -> TrainingEngine:
-    """Skeleton, patch, weights, engine; the attention backend is chosen here and refuses what it cannot do."""
+    """Skeleton, patch, engine, with no values yet: see `fill_weights`.
+
+    The attention backend is chosen here and refuses what it cannot do.
+    """
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     try:
         kernel = attention.choose(
@@ -165,18 +172,64 @@ def build_engine(config: RunConfig, model_config: GptOssConfig, topology: Topolo
     probe_attention(kernel, exchange, dtype, model_config, topology)
     model = gpt_oss.skeleton(model_config, dtype)
     report = gpt_oss.patch(model, topology)
-    if config.model.path is not None:
-        path = config.model.path
-        together(topology.control_group, lambda: weights.check_directory(path, model))
-        gpt_oss.materialise(model, topology.device)
-        together(topology.control_group, lambda: weights.fill_from_directory(model, path))
+    if config.zero_stage == 3:
+        deepspeed_internals.materialise_partitioned(model, config.engine_json, dtype)
+        gpt_oss.restore_rotary_frequencies(model, topology.device)
     else:
         gpt_oss.materialise(model, topology.device)
-        gpt_oss.fill_random(model, config.train.seed)
     log.info("patched: %s", report)
     if config.train.freeze:
         log.info("frozen: %d tensors (%s)", freeze(model, config.train.freeze), ", ".join(config.train.freeze))
     return TrainingEngine(model, config, topology, kernel, exchange)
+
+
+def fill_weights(engine: TrainingEngine, source: WeightSource) -> None:
+    """Give the engine its first weights: every rank reads or draws its own part, in fp32 where the source has it.
+
+    Raises:
+        StorageError: on all ranks, if one could not read.
+    """
+    topology, master = engine.topology, "master/"
+    targets = {
+        key.removeprefix(master): (part.tensor, part.offset)
+        for key, part in flat_ranges(engine.deepspeed, topology).items()
+        if key.startswith(master)
+    }
+    together(topology.control_group, lambda: weights.fill(targets, source))
+    deepspeed_internals.publish_master_weights(engine.deepspeed)
+
+
+def verify_checksums(source: WeightSource, topology: Topology) -> None:
+    """Hash the weight files, each on one rank, and refuse damaged ones.
+
+    Raises:
+        ConfigError: on all ranks, naming every file whose SHA-256 is not the known one.
+    """
+    if not isinstance(source, DirectoryWeights):
+        return
+    group = topology.control_group
+    sums = together(group, lambda: known_sums(source.path, source.files))
+    if not sums:
+        log.info("weights: no SHA256SUMS in %s, files are read as they are", source.path)
+        return
+    mine = share({file: file.stat().st_size for file in sums}, topology.rank, topology.world_size)
+    problems = gather_json(together(group, lambda: damaged(sums, mine)), group)
+    if any(problems):
+        raise ConfigError([problem for rank in problems for problem in rank])
+    log.info("weights: SHA-256 of %d files of %d verified", len(sums), len(source.files))
+
+
+def weight_source(config: RunConfig, model_config: GptOssConfig, topology: Topology) -> WeightSource:
+    """Where the first weights come from; a directory is compared with the model here, before memory is taken.
+
+    Raises:
+        ConfigError: the directory does not hold this model.
+    """
+    path = config.model.path
+    if path is None:
+        return RandomWeights(config.train.seed, float(model_config.initializer_range))
+    skeleton = gpt_oss.skeleton(model_config, torch.bfloat16)
+    return together(topology.control_group, lambda: DirectoryWeights(path, skeleton))
 
 
 def make_exchange(config: RunConfig, window: int, topology: Topology) -> Ulysses | None:
@@ -227,6 +280,7 @@ def assemble(
     """
     mix = check_mix(config)
     data = open_data(config, mix, topology)
+    source = weight_source(config, model_config, topology)
     engine = build_engine(config, model_config, topology)
     identity = {
         "seed": config.train.seed,
@@ -237,6 +291,9 @@ def assemble(
     loaded = None if resume == "never" else load_checkpoint(run_dir, engine.deepspeed, topology, resume)
     rows = data.manifest.row_hashes()
     if loaded is None:
+        if config.model.verify_checksums:
+            verify_checksums(source, topology)
+        fill_weights(engine, source)
         progress, ledger = Progress(), Ledger.start(mix, rows)
     else:
         progress = _resumed(loaded, identity)

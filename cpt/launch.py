@@ -19,7 +19,7 @@ from cpt import deepspeed_internals, faults
 from cpt.config import LaunchInfo, RunConfig, load, resolve
 from cpt.errors import ConfigError, StorageError
 from cpt.job import Job, assemble, check_mix
-from cpt.memory import memory_by_part, memory_table, start_up_bytes
+from cpt.memory import memory_by_part, memory_table
 from cpt.model import attention
 from cpt.model.freezing import freeze_problems, frozen_names, parameter_numels
 from cpt.model.weights import load_config
@@ -49,7 +49,7 @@ def launch(options: argparse.Namespace) -> None:
     if options.dry_run:
         if os.environ["RANK"] == "0":
             print(describe(config, model_config, run_dir, options.resume))
-            print(memory_table(memory_by_part(config, model_config), start_up_bytes(config, model_config)))
+            print(memory_table(memory_by_part(config, model_config)))
             print(describe_data(config))
         return
     device = this_device(config)

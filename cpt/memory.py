@@ -47,12 +47,6 @@ def memory_by_part(config: RunConfig, model: GptOssConfig) -> dict[str, int]:
     return parts
 
 
-def start_up_bytes(config: RunConfig, model: GptOssConfig) -> int:
-    """What a rank holds before ZeRO takes its part of it: all dense weights and its own experts."""
-    dense, experts = parameter_counts(model)
-    return (2 if config.train.dtype == "bf16" else 4) * (dense + experts // config.ep_size)
-
-
 def parameter_counts(model: GptOssConfig, left_out: tuple[str, ...] = ()) -> tuple[int, int]:
     """(dense, expert) parameters of the whole model, without those that the patterns `left_out` match."""
     numels = parameter_numels(model)
@@ -82,10 +76,9 @@ def _activations(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:
     return itemsize * tokens * (layers * hidden + kept_layers * (attention + moe))
 
 
-def memory_table(parts: dict[str, Any], start_up: int) -> str:
+def memory_table(parts: dict[str, Any]) -> str:
     """The parts and their sum, for people."""
     width = max(map(len, parts))
     lines = [f"  {name:<{width}}  {size / 2**30:9.2f} GiB" for name, size in parts.items() if size]
     total = f"  {'sum':<{width}}  {sum(parts.values()) / 2**30:9.2f} GiB"
-    before = f"  {'at start-up, before ZeRO':<{width}}  {start_up / 2**30:9.2f} GiB (not in the sum)"
-    return "\n".join(["memory of one rank (estimate, see cpt/memory.py)", *lines, total, before])
+    return "\n".join(["memory of one rank (estimate, see cpt/memory.py)", *lines, total])

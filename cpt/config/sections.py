@@ -22,6 +22,9 @@ class ModelSection:
     window_exchange: Literal["auto", "halo", "ulysses"] = "auto"
     """How window layers exchange tokens under sequence parallelism: with the left neighbour (halo) or as full layers
     do (ulysses); auto takes the halo where one neighbour holds the whole window."""
+    verify_checksums: bool = True
+    """Compare the weight files of `path` with SHA256SUMS beside them, or with the names of their blobs in a cache of
+    the Hugging Face Hub, before the first step; files of which neither knows are read as they are."""
     activation_checkpointing: bool = False
     """Compute each layer again in the backward pass instead of storing its activations."""
 

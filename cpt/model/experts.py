@@ -78,9 +78,6 @@ class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
         self.traffic = topology.traffic
         self.router = source.router
         self.experts = LocalExperts(source.experts, topology.ep_rank * self.num_local_experts, self.num_local_experts)
-
-    def mark_experts(self) -> None:
-        """Mark the expert parameters for DeepSpeed; materialising or loading weights loses the marks."""
         for parameter in self.experts.parameters():
             mark_expert(parameter, self.ep_size)
 

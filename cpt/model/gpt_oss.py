@@ -1,17 +1,18 @@
 """The gpt-oss model: built from its configuration, patched once, filled with weights.
 
-    build_config -> skeleton on the meta device -> patch -> materialise -> fill (random or from files) -> marks
+    build_config -> skeleton on the meta device -> patch -> materialise (whole, or this rank's ZeRO-3 part) -> engine
+    -> fill the rank's part (random or from files, see weights.py)
 
 Decisions
     `GptOssForCPT` adds one forward to Hugging Face's class: it returns the loss of every token, not logits.
     Everything that differs from Hugging Face is done by `patch`, which reports what it changed.
-    The model is never whole in memory under expert parallelism: experts of other ranks exist on meta only.
+    The model is never whole in memory: experts of other ranks exist on meta only, and under ZeRO-3 a parameter is cut
+    up as soon as it is allocated, before it has a value.
     Rotary frequencies are computed again in fp32 after materialising; a bf16 or meta build gets them wrong.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,12 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssForCausalLM,
     GptOssMLP,
-    GptOssRMSNorm,
     GptOssRotaryEmbedding,
 )
 
+from cpt.deepspeed_internals import allocate
 from cpt.model import attention
 from cpt.model.experts import ExpertParallelMLP
-from cpt.model.hf_layout import EXPERT_TENSORS
 from cpt.model.loss_head import LossHead
 from cpt.parallel.topology import Topology
 
@@ -177,38 +177,13 @@ def skeleton(config: GptOssConfig, dtype: torch.dtype) -> GptOssForCPT:
 
 
 def materialise(model: GptOssForCPT, device: torch.device) -> None:
-    """Allocate this rank's parameters, uninitialised, restore fp32 rotary frequencies, and mark the experts."""
+    """Allocate this rank's parameters whole and uninitialised; for ZeRO-3 see `materialise_partitioned`."""
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            real = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            module.register_parameter(name, nn.Parameter(real, requires_grad=parameter.requires_grad))
-    for layer in model.model.layers:
-        layer.mlp.mark_experts()
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, allocate(parameter, device))
+    restore_rotary_frequencies(model, device)
+
+
+def restore_rotary_frequencies(model: GptOssForCPT, device: torch.device) -> None:
+    """Compute the rotary frequencies in fp32 on the device; those of a meta or bf16 build are wrong."""
     model.model.rotary_emb = GptOssRotaryEmbedding(config=model.config).to(device)
-
-
-@torch.no_grad()
-def fill_random(model: GptOssForCPT, seed: int) -> None:
-    """Initialise as Hugging Face does, each tensor (each expert) from a generator of its own.
-
-    The values depend on (seed, name, expert) alone: not on world size, sequence- or expert-parallel size.
-    """
-    std = model.config.initializer_range
-    for module_name, module in model.named_modules():
-        first_expert = getattr(module, "first_expert", 0)
-        for name, parameter in module.named_parameters(recurse=False):
-            full_name = f"{module_name}.{name}"
-            if isinstance(module, GptOssRMSNorm):
-                parameter.fill_(1.0)
-            elif name.endswith("bias") and not module_name.endswith("router"):
-                parameter.zero_()
-            elif name in EXPERT_TENSORS:
-                for index, expert in enumerate(parameter):
-                    _fill_normal(expert, std, f"{seed}:{full_name}:{first_expert + index}")
-            else:
-                _fill_normal(parameter, std, f"{seed}:{full_name}")
-
-
-def _fill_normal(tensor: torch.Tensor, std: float, key: str) -> None:
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little"))
-    tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)

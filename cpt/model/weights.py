@@ -1,21 +1,23 @@
 """Hugging Face directories in and out: which file holds which tensor, and this rank's part of it.
 
 Only safetensors are read: a pickle can run code.  Every key of the directory must be one the model has and the other
-way round; a tensor is never dropped or invented.  Expert matrices may be in the released MXFP4 layout: a rank decodes
-its own experts, one tensor at a time.
+way round; a tensor is never dropped or invented.  A rank reads the byte ranges of what it keeps: its part of each
+tensor after expert parallelism and ZeRO.  Expert matrices may be in the released MXFP4 layout and are decoded on the
+way, a few megabytes at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
 from cpt.model import mxfp4
+from cpt.model.byte_ranges import TensorFile
 from cpt.model.gpt_oss import PRESETS, GptOssForCPT
 from cpt.model.hf_layout import (
     BLOCKS,
@@ -30,6 +32,8 @@ from cpt.model.hf_layout import (
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 CODE_DTYPES = ("U8",)
 """Dtypes, in the words of safetensors, of plain tensors and of MXFP4 codes."""
+PIECE_NUMEL = 2**22
+"""Elements that are in memory at once while weights are read."""
 
 
 def load_config(path: Path | None, preset: str | None) -> GptOssConfig:
@@ -111,26 +115,102 @@ def check_directory(path: Path, model: GptOssForCPT) -> dict[str, Path]:
     return files
 
 
-@torch.no_grad()
-def fill_from_directory(model: GptOssForCPT, path: Path) -> None:
-    """Fill a materialised model tensor by tensor; of expert tensors only this rank's experts are read.
+class WeightSource(Protocol):
+    """Where weights come from."""
 
-    Raises:
-        ConfigError: see `check_directory`.
-    """
-    files = check_directory(path, model)
-    first_expert = model.model.layers[0].mlp.experts.first_expert
-    with ExitStack() as stack:
-        opened = {file: stack.enter_context(open_tensors(file)) for file in sorted(set(files.values()))}
+    def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Elements [start, stop) of the flattened global tensor `name`, as (position of the first, 1-D values)."""
+        ...
 
-        def experts_of(name: str, count: int) -> torch.Tensor:
-            return opened[files[name]].get_slice(name)[first_expert : first_expert + count]
 
-        for name, target in model.named_parameters():
-            if not is_expert_name(name):
-                target.copy_(opened[files[name]].get_tensor(name))
-            elif name in files:
-                target.copy_(experts_of(name, target.shape[0]))
+class DirectoryWeights:
+    """A Hugging Face directory, read by byte ranges; MXFP4 experts are decoded as they are read."""
+
+    def __init__(self, path: Path, model: GptOssForCPT) -> None:
+        """Check the directory against a model (the meta device will do) and open its files.
+
+        Raises:
+            ConfigError: see `check_directory`.
+        """
+        where = check_directory(path, model)
+        self.path = path
+        self._opened = {file: TensorFile(file) for file in sorted(set(where.values()))}
+        self._files = {name: self._opened[file] for name, file in where.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files."""
+        return sorted(self._opened)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read so far."""
+        return sum(file.bytes_read for file in self._opened.values())
+
+    def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """See `WeightSource`; a piece has at most `PIECE_NUMEL` elements, rounded up to whole MXFP4 blocks."""
+        if name in self._files:
+            for low in range(start, stop, PIECE_NUMEL):
+                yield low, self._files[name].elements(name, low, min(stop, low + PIECE_NUMEL))
+            return
+        _, rows, num_blocks, _ = self._files[name + BLOCKS].shape(name + BLOCKS)
+        numel = num_blocks * mxfp4.BLOCK * rows  # of one expert, stored as (rows, inputs), wanted as (inputs, rows)
+        for expert in range(start // numel, -(-stop // numel)):
+            low, high = max(start - expert * numel, 0), min(stop - expert * numel, numel)
+            for position, values in self._decoded(name, expert, low, high):
+                yield expert * numel + position, values
+
+    def _decoded(self, name: str, expert: int, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Elements [start, stop) of one expert, flattened as (inputs, rows)."""
+        _, rows, num_blocks, _ = self._files[name + BLOCKS].shape(name + BLOCKS)
+        block_numel = mxfp4.BLOCK * rows  # a block column: 32 inputs of every row
+        first, last = start // block_numel, -(-stop // block_numel)
+        codes_Rb16, scales_Rb = self._columns(name, expert, rows, num_blocks, first, last)
+        step = max(1, PIECE_NUMEL // block_numel)
+        for at in range(first, last, step):
+            end = min(last, at + step)
+            columns = slice(at - first, end - first)
+            flat = mxfp4.decode(codes_Rb16[None, :, columns], scales_Rb[None, :, columns]).flatten()
+            low, high = max(start, at * block_numel), min(stop, end * block_numel)
+            yield low, flat[low - at * block_numel : high - at * block_numel]
+
+    def _columns(
+        self, name: str, expert: int, rows: int, num_blocks: int, first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block columns [first, last) of one expert: codes (rows, columns, 16) and scales (rows, columns)."""
+        half = mxfp4.BLOCK // 2
+        found = []
+        for suffix, width in ((BLOCKS, half), (SCALES, 1)):
+            file, start = self._files[name + suffix], expert * rows * num_blocks
+            if (first, last) == (0, num_blocks):
+                flat = file.elements(name + suffix, start * width, (start + rows * num_blocks) * width)
             else:
-                blocks, scales = (experts_of(name + suffix, target.shape[0]) for suffix in (BLOCKS, SCALES))
-                target.copy_(mxfp4.decode(blocks, scales))
+                begins = range(start + first, start + rows * num_blocks, num_blocks)
+                parts = [file.elements(name + suffix, b * width, (b + last - first) * width) for b in begins]
+                flat = torch.cat(parts)
+            found.append(flat.view(rows, last - first, *([half] if width > 1 else [])))
+        return found[0], found[1]
+
+
+@torch.no_grad()
+def fill(targets: Mapping[str, tuple[torch.Tensor, int]], source: WeightSource) -> None:
+    """Write a part of every tensor.
+
+    Args:
+        targets: By parameter name: a 1-D view to write to, and the position of its first element in the flattened
+            global tensor.  Values are cast to its dtype.
+        source: Where the values come from.
+    """
+    for name, (view, offset) in targets.items():
+        for position, values in source.pieces(name, offset, offset + view.numel()):
+            view[position - offset : position - offset + values.numel()].copy_(values)
+
+
+def fill_model(model: GptOssForCPT, source: WeightSource) -> None:
+    """Fill a materialised model without ZeRO: every tensor, of the experts this rank's."""
+    first_expert = model.model.layers[0].mlp.experts.first_expert
+    targets = {}
+    for name, parameter in model.named_parameters():
+        expert_numel = parameter.numel() // parameter.shape[0] if is_expert_name(name) else 0
+        targets[name] = (parameter.detach().view(-1), first_expert * expert_numel)
+    fill(targets, source)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from cpt import deepspeed_internals
 from cpt.config import LaunchInfo, resolve
-from cpt.job import build_engine
+from cpt.job import build_engine, fill_weights, weight_source
 from cpt.parallel.topology import create_topology
 from cpt.state.checkpoint import save_checkpoint
 from cpt.training.loader import make_micro_batch
@@ -33,6 +33,7 @@ def main() -> None:
     config = resolve(run_yaml(scenario, folder / "model"), engine_json, model_config(), info)
     topology = create_topology(sp_size=1, ep_size=2, device=torch.device("cpu"))
     engine = build_engine(config, model_config(), topology)
+    fill_weights(engine, weight_source(config, model_config(), topology))
     for step in range(2):
         rows = rows_of_step(step)
         batches = [make_micro_batch([rows[i]], [0], topology) for i in range(topology.rank, ROWS, 2)]

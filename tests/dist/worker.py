@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from cpt import deepspeed_internals
 from cpt.config import LaunchInfo, RunYaml, resolve
-from cpt.job import build_engine
+from cpt.job import build_engine, fill_weights, weight_source
 from cpt.parallel.topology import create_topology
 from cpt.state.checkpoint import load_checkpoint, save_checkpoint
 from cpt.training.loader import make_micro_batch
@@ -50,6 +50,8 @@ def run(scenario: Scenario, folder: Path) -> None:
     )
     topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu"))
     engine = build_engine(config, model_config(), topology)
+    if not scenario.resume_from:
+        fill_weights(engine, weight_source(config, model_config(), topology))
     if scenario.resume_from:
         loaded = load_checkpoint(folder / scenario.resume_from, engine.deepspeed, topology, str(scenario.start))
         assert loaded is not None and loaded.step == scenario.start

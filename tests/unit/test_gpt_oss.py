@@ -16,6 +16,8 @@ from cpt import deepspeed_internals
 from cpt.model import gpt_oss
 from cpt.model.experts import EXPERT_TENSORS, ExpertParallelMLP
 from cpt.model.loss_head import LossHead
+from cpt.model.random_init import RandomWeights
+from cpt.model.weights import fill_model
 from cpt.parallel.traffic import Traffic
 
 
@@ -36,7 +38,7 @@ def filled(dtype: torch.dtype = torch.float32, seed: int = 7, **layout: int) -> 
     model = gpt_oss.skeleton(preset("tiny", **SMALL), dtype)
     gpt_oss.patch(model, topology(**layout))
     gpt_oss.materialise(model, torch.device("cpu"))
-    gpt_oss.fill_random(model, seed)
+    fill_model(model, RandomWeights(seed, 0.02))
     return model
 
 
@@ -185,7 +187,7 @@ def test_nothing_stays_uninitialised() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    gpt_oss.fill_random(model, 7)
+    fill_model(model, RandomWeights(7, 0.02))
     assert not [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
 
 

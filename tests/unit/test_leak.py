@@ -11,6 +11,8 @@ import torch
 
 from cpt.model import gpt_oss
 from cpt.model.attention import PackedRows, choose
+from cpt.model.random_init import RandomWeights
+from cpt.model.weights import fill_model
 from cpt.parallel.traffic import Traffic
 from tests.dist.cases import model_config
 
@@ -24,7 +26,7 @@ def logits_before_and_after(layer_type: str, dtype: torch.dtype, **changes: int)
     topology: Any = SimpleNamespace(ep_size=1, ep_rank=0, ep_group=None, traffic=Traffic())
     gpt_oss.patch(model, topology)
     gpt_oss.materialise(model, torch.device("cpu"))
-    gpt_oss.fill_random(model, seed=3)
+    fill_model(model, RandomWeights(3, 0.02))
     bounds = [0, 40, 97, 128]
     rows = PackedRows.from_bounds([bounds], 128)
     positions = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(bounds)])[None]

@@ -19,7 +19,7 @@ from cpt.errors import ConfigError
 from cpt.model import gpt_oss, mxfp4
 from cpt.model.experts import EXPERT_TENSORS
 from cpt.model.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, is_expert_name
-from cpt.model.weights import check_directory, expected_shapes, fill_from_directory, load_config
+from cpt.model.weights import DirectoryWeights, check_directory, expected_shapes, fill_model, load_config
 from cpt.parallel.traffic import Traffic
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -42,7 +42,7 @@ def patched(ep_size: int = 1, ep_rank: int = 0, dtype: torch.dtype = torch.float
 def filled(path: Path, **arguments: Any) -> dict[str, Tensor]:
     model = patched(**arguments)
     gpt_oss.materialise(model, torch.device("cpu"))
-    fill_from_directory(model, path)
+    fill_model(model, DirectoryWeights(path, model))
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 

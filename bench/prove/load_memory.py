@@ -1,0 +1,161 @@
+"""Peak host memory of each rank while a released-layout (MXFP4) directory is loaded on 4 ranks with EP 4.
+
+    python bench/prove/load_memory.py            # about two minutes, 15 GB of memory, 0.5 GB of disk
+
+Bound: what the rank keeps (working weights, fp32 master, Adam moments, gradient buffer) + 2 x its part of the largest
+layer.  Peaks are VmHWM, reset before the model is built; the files are read, not mapped, so they do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+WORLD_SIZE = 4
+MODEL = {
+    "hidden_size": 1024,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_local_experts": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 4096,
+    "pad_token_id": 4095,
+    "bos_token_id": 4094,
+    "eos_token_id": 4093,
+}
+
+
+def write_fixture(path: Path) -> int:
+    """A directory in the released layout, one file per layer; returns the bytes of its decoded experts in bf16."""
+    from transformers import GptOssConfig
+
+    from cpt.model import gpt_oss
+    from cpt.model.weights import expected_shapes
+
+    config = GptOssConfig(**{**gpt_oss.PRESETS["tiny"], **MODEL})
+    config.save_pretrained(str(path))
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "mxfp4"}}))
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    decoded_bytes = 0
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in expected_shapes(gpt_oss.skeleton(config, torch.bfloat16)).items():
+        layer = name.split(".")[2] if ".layers." in name else "x"
+        tensors = files.setdefault(f"model-{layer}.safetensors", {})
+        if len(shape) == 3:
+            experts, inputs, rows = shape
+            blocks = (experts, rows, inputs // 32, 16)
+            tensors[name + "_blocks"] = torch.randint(0, 256, blocks, dtype=torch.uint8, generator=generator)
+            tensors[name + "_scales"] = torch.randint(116, 124, blocks[:3], dtype=torch.uint8, generator=generator)
+            decoded_bytes += 2 * experts * inputs * rows
+        else:
+            tensors[name] = (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+    for file, tensors in files.items():
+        save_file(tensors, str(path / file), metadata={"format": "pt"})
+    index = {"weight_map": {name: file for file, tensors in files.items() for name in tensors}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return decoded_bytes
+
+
+def status_bytes(key: str) -> int:
+    """A line of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def kept_bytes(engine: object) -> int:
+    """Bytes of every tensor that the engine keeps for this rank."""
+    zero = engine.optimizer  # type: ignore[attr-defined]
+    parts = [zero.grad_partitions_flat_buffer, zero.lp_param_buffer]
+    for flat in zero.fp32_partitioned_groups_flat:
+        parts += [flat, *(value for value in zero.optimizer.state[flat].values() if value.dim())]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
+    """An engine of ZeRO-3 and EP, filled as a run fills it, and the source."""
+    from cpt.config import LaunchInfo, RunYaml, resolve
+    from cpt.job import build_engine, fill_weights, weight_source
+    from data_pipeline.strict_yaml import parse_yaml, read_file
+
+    engine_json = {"zero_optimization": {"stage": 3}, "expert_parallel": {"enabled": True, "autoep_size": WORLD_SIZE}}
+    info = LaunchInfo(world_size=WORLD_SIZE, local_world_size=WORLD_SIZE)
+    rest = "data: {mix: x.yaml}, train: {seq_len: 128, global_batch_size: 4, total_steps: 1, lr: 1e-5}"
+    parsed = read_file(RunYaml, parse_yaml(f"{{{run_yaml}, {rest}}}", "run"))
+    config = resolve(parsed, parse_yaml(json.dumps(engine_json), "json"), model_config, info)
+    source = weight_source(config, model_config, topology)
+    engine = build_engine(config, model_config, topology)
+    fill_weights(engine, source)
+    return engine, source
+
+
+def worker(path: Path) -> None:
+    """One rank."""
+    from cpt import deepspeed_internals
+    from cpt.model.weights import load_config
+    from cpt.parallel.agreement import gather_json
+    from cpt.parallel.topology import create_topology
+
+    torch.set_num_threads(1)
+    deepspeed_internals.init_distributed(torch.device("cpu"))
+    topology = create_topology(sp_size=1, ep_size=WORLD_SIZE, device=torch.device("cpu"))
+    # a tiny engine first: what the libraries take at their first use is not the model's
+    build("model: {init: tiny}", load_config(None, "tiny"), topology)
+    before = status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at VmRSS
+    engine, source = build(f"model: {{path: {path}}}", load_config(path, None), topology)
+    peak = status_bytes("VmHWM") - before
+    layer = engine.deepspeed.module.model.layers[0]
+    local_layer = 2 * sum(p.ds_numel for p in layer.parameters())
+    found = {"peak": peak, "kept": kept_bytes(engine.deepspeed), "layer": local_layer, "read": source.bytes_read}
+    reports = gather_json(found, topology.control_group)
+    if topology.rank == 0:
+        print("RESULT " + json.dumps(reports), flush=True)
+    os._exit(0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker)
+    with tempfile.TemporaryDirectory() as folder:
+        decoded = write_fixture(Path(folder))
+        stored = sum(file.stat().st_size for file in Path(folder).iterdir())
+        print(f"experts: {decoded / 1e9:.2f} GB in bf16, directory: {stored / 1e9:.2f} GB")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(WORLD_SIZE), "--standalone"]
+        done = subprocess.run([*command, __file__, "--worker", folder], capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        print(done.stderr[-12000:])
+        return 1
+    reports = json.loads(lines[0].removeprefix("RESULT "))
+    print("rank    read MB   peak MB   kept MB   layer MB   bound MB   peak/bound")
+    for rank, r in enumerate(reports):
+        bound = r["kept"] + 2 * r["layer"]
+        numbers = [r["read"], r["peak"], r["kept"], r["layer"], bound]
+        print(f"{rank:>4} " + "".join(f"{value / 1e6:>10.0f}" for value in numbers) + f"{r['peak'] / bound:>12.2f}")
+    over = [rank for rank, r in enumerate(reports) if r["peak"] > r["kept"] + 2 * r["layer"]]
+    print(f"over the bound: {over or 'none'}")
+    return int(bool(over))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""One rank of the load test: fills engines from a directory, compares its own parts, counts bytes, does one step."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from cpt import deepspeed_internals
+from cpt.config import LaunchInfo, resolve
+from cpt.job import build_engine, fill_weights, verify_checksums, weight_source
+from cpt.errors import ConfigError
+from cpt.model.weights import DirectoryWeights, load_config
+from cpt.parallel.agreement import gather_json
+from cpt.parallel.topology import Topology, create_topology
+from cpt.state.checkpoint import flat_ranges
+from cpt.training.engine import TrainingEngine
+from cpt.training.loader import make_micro_batch
+from data_pipeline.strict_yaml import parse_yaml
+from tests.dist.cases import ROWS, Scenario, rows_of_step
+from tests.dist.worker import run_yaml
+
+
+def build(scenario: Scenario, path: Path) -> tuple[TrainingEngine, DirectoryWeights, Topology]:
+    """An engine in the layout of a scenario, filled from a directory."""
+    text = {
+        "zero_optimization": {"stage": scenario.stage},
+        "sequence_parallel_size": scenario.sp,
+        "expert_parallel": {"enabled": True, "autoep_size": scenario.ep},
+    }
+    info = LaunchInfo(world_size=scenario.world_size, local_world_size=scenario.world_size)
+    model_config = load_config(path, None)
+    config = resolve(run_yaml(scenario, path), parse_yaml(json.dumps(text), "json"), model_config, info)
+    topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu"))
+    source = weight_source(config, model_config, topology)
+    assert isinstance(source, DirectoryWeights)
+    verify_checksums(source, topology)
+    engine = build_engine(config, model_config, topology)
+    fill_weights(engine, source)
+    return engine, source, topology
+
+
+def report(engine: TrainingEngine, source: DirectoryWeights, topology: Topology, expected: Path) -> dict[str, Any]:
+    """Values of this rank that differ from the expected ones, bytes read, elements held."""
+    different = []
+    numel = {"experts": 0, "dense": 0}
+    with safe_open(str(expected), framework="pt") as values:
+        for key, part in flat_ranges(engine.deepspeed, topology).items():
+            kind, name = key.split("/", 1)
+            if kind != "master":
+                continue
+            whole = values.get_tensor(name).view(-1)
+            if not torch.equal(part.tensor, whole[part.offset : part.offset + part.tensor.numel()]):
+                different.append(name)
+            numel["experts" if name.endswith(("_proj",)) and ".experts." in name else "dense"] += part.tensor.numel()
+    return {"different": different, "bytes_read": source.bytes_read, **numel}
+
+
+def first_loss(engine: TrainingEngine, topology: Topology) -> float:
+    """Loss of one step on the rows of step 0."""
+    rows = rows_of_step(0)
+    batches = [make_micro_batch([rows[i]], [0], topology) for i in range(topology.dp_rank, ROWS, topology.dp_size)]
+    tokens = [sum(int((row.labels >= 0).sum()) for row in rows)]
+    return engine.step(batches, tokens, stop_requested=False).loss
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    deepspeed_internals.init_distributed(torch.device("cpu"))
+    for text in sys.argv[2:]:
+        case = json.loads(text)
+        scenario = Scenario(**case["scenario"])
+        try:
+            engine, source, topology = build(scenario, folder / case["directory"])
+        except ConfigError as error:
+            (folder / f"{case['directory']}-refused-{dist.get_rank()}.txt").write_text(str(error))
+            continue
+        reports = gather_json(
+            report(engine, source, topology, folder / f"{case['directory']}-expected.safetensors"),
+            topology.control_group,
+        )
+        loss = first_loss(engine, topology)
+        if topology.rank == 0:
+            out = folder / f"{case['directory']}-{scenario.name}.json"
+            out.write_text(json.dumps({"loss": loss, "ranks": reports}))
+        engine.deepspeed.destroy()
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Weight files whose SHA-256 is known are compared with it, each by one rank."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from cpt.errors import ConfigError
+from cpt.model.checksums import SUMS_FILE, damaged, known_sums, share
+
+NAMES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    found = [tmp_path / name for name in NAMES]
+    for number, file in enumerate(found):
+        file.write_bytes(bytes([number]) * 1000)
+    return found
+
+
+def write_sums(files: list[Path], separator: str = "  ") -> None:
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}{separator}{file.name}" for file in files]
+    (files[0].parent / SUMS_FILE).write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("separator", ["  ", " *"])
+def test_whole_files_pass(files: list[Path], separator: str) -> None:
+    write_sums(files, separator)
+    sums = known_sums(files[0].parent, files)
+    assert set(sums) == set(files) and damaged(sums, files) == []
+
+
+def test_flipped_byte_is_named_with_its_file(files: list[Path]) -> None:
+    write_sums(files)
+    files[1].write_bytes(b"\x01" * 500 + b"\x03" + b"\x01" * 499)
+    (problem,) = damaged(known_sums(files[0].parent, files), files)
+    assert str(files[1]) in problem and "fetch it again" in problem
+
+
+def test_links_into_a_hub_cache_know_their_sum(files: list[Path], tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshots"
+    snapshot.mkdir()
+    links = []
+    for file in files:
+        blob = tmp_path / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blob)
+        links.append(snapshot / file.name)
+        links[-1].symlink_to(blob)
+    sums = known_sums(snapshot, links)
+    assert set(sums) == set(links) and damaged(sums, links) == []
+    links[0].resolve().write_bytes(b"other")
+    assert len(damaged(sums, links)) == 1
+
+
+def test_files_that_nobody_knows_are_left_out(files: list[Path]) -> None:
+    assert known_sums(files[0].parent, files) == {}
+
+
+def test_list_that_leaves_out_a_file_is_refused(files: list[Path]) -> None:
+    write_sums(files[:1])
+    with pytest.raises(ConfigError, match=f"does not list {NAMES[1]}"):
+        known_sums(files[0].parent, files)
+
+
+def test_malformed_list_is_refused_with_its_line(files: list[Path]) -> None:
+    (files[0].parent / SUMS_FILE).write_text("no sums here\n")
+    with pytest.raises(ConfigError, match=f"{SUMS_FILE}:1"):
+        known_sums(files[0].parent, files)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_ranks_share_all_files_evenly(world_size: int) -> None:
+    sizes = {Path(f"{n}.safetensors"): size for n, size in enumerate([90, 10, 40, 40, 30, 5])}
+    parts = [share(sizes, rank, world_size) for rank in range(world_size)]
+    assert sorted(file for part in parts for file in part) == sorted(sizes)
+    loads = [sum(sizes[file] for file in part) for part in parts]
+    assert max(loads) - min(loads) <= max(sizes.values())
