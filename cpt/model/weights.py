@@ -32,7 +32,7 @@ from cpt.model.hf_layout import (
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 CODE_DTYPES = ("U8",)
 """Dtypes, in the words of safetensors, of plain tensors and of MXFP4 codes."""
-PIECE_NUMEL = 2**22
+PIECE_NUMEL = 2**20
 """Elements that are in memory at once while weights are read."""
 
 
