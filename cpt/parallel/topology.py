@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from cpt import deepspeed_internals
+from cpt.parallel.place import Place
 from cpt.parallel.traffic import Traffic
 
 CONTROL_TIMEOUT = timedelta(hours=6)
@@ -44,6 +45,8 @@ class Topology:
     """All ranks, over gloo: decisions and bookkeeping, never activations."""
     traffic: Traffic = field(default_factory=Traffic)
     """Bytes sent by this rank."""
+    place: Place = field(default_factory=Place)
+    """What this rank is doing."""
 
     @property
     def sp_rank(self) -> int:

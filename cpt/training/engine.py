@@ -6,6 +6,9 @@ The loss that a rank hands to the engine is
 
 so that the engine's mean over ranks, and its sum over accumulation steps, is the mean over the global batch in every
 layout.  `backward` is told not to divide by the accumulation steps.
+
+Whether an update is made is decided before it, from the loss and the squared gradient norm summed over all ranks, so
+that all ranks decide alike and nothing that is not finite reaches weights or Adam's state.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
 from cpt.training.loader import MicroBatch
 
+LARGEST_GRAD_NORM = 1e18
+"""A norm from here on counts as not finite: its square is near the largest fp32 number, which DeepSpeed sums in."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
@@ -40,6 +46,8 @@ class StepResult:
     """Nats per predicted token over the global batch."""
     grad_norm: float
     """Global gradient norm before clipping."""
+    applied: bool
+    """Whether the update was made; if not, it was made on no rank, because something was not finite."""
     nll_by_source: list[float]
     """Sum of nats per source."""
     tokens_by_source: list[int]
@@ -48,6 +56,16 @@ class StepResult:
     """Bytes on the wire by kind."""
     stop_requested: bool
     """Whether any rank wants to stop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sums:
+    """What the ranks know together."""
+
+    nll_by_source: torch.Tensor
+    bytes_sent: dict[str, int]
+    squared_grad_norm: float
+    stop_requested: bool
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -132,52 +150,64 @@ class TrainingEngine:
             tokens_by_source: Predicted tokens of the whole global batch, by source; known from the row ids.
             stop_requested: Whether this rank wants to stop; all ranks learn whether any does.
 
-        Raises:
-            InternalError: on all ranks alike: the loss is not finite, and no rank has applied the update; or the
-                gradient norm is not, and the weights in memory are lost.
+        Returns:
+            What happened.  If loss or gradient norm is not finite anywhere, no rank has applied the update.
         """
         total_tokens = sum(tokens_by_source)
         nll_by_source = torch.zeros(len(tokens_by_source), dtype=torch.float64)
-        loss_scale = self.topology.world_size / total_tokens
+        place, loss_scale = self.topology.place, self.topology.world_size / total_tokens
         pending = False
         for batch in micro_batches:
             if pending:
                 self.deepspeed.step()  # between accumulation steps this only advances the engine's counter
+            place.enter("forward", step)
             nll_BS = self.token_losses(batch) * fault_point("forward", step)
+            place.enter("backward", step)
             fault_point("backward", step)
             share = loss_scale * fault_point("gradient", step)
             self.deepspeed.backward(nll_BS.sum() * share, scale_wrt_gas=False)
             by_row = nll_BS.detach().sum(1).double().cpu()
             nll_by_source.index_add_(0, batch.row_labels.cpu(), by_row)
             pending = True
-        nll_by_source, bytes_sent, stop = self._sum_over_ranks(nll_by_source, stop_requested)
-        loss = float(nll_by_source.sum()) / total_tokens
-        if not torch.isfinite(nll_by_source).all():
-            raise InternalError(f"the loss is {loss}; the update was not applied. The last checkpoint is intact.")
+        place.enter("gradient", step)
+        sums = self._sum_over_ranks(nll_by_source, stop_requested)
+        grad_norm = math.sqrt(sums.squared_grad_norm)  # NaN and infinity stay what they are
+        applied = bool(torch.isfinite(sums.nll_by_source).all()) and grad_norm < LARGEST_GRAD_NORM
+        place.enter("optimizer_step", step)
         fault_point("optimizer_step", step)
-        self.deepspeed.step()
-        grad_norm = float(self.deepspeed.get_global_grad_norm())
-        if not math.isfinite(grad_norm):
-            raise InternalError(f"the gradient norm is {grad_norm}; nothing was saved. The last checkpoint is intact.")
+        self._finish(applied=applied)
         return StepResult(
-            loss=loss,
+            loss=float(sums.nll_by_source.sum()) / total_tokens,
             grad_norm=grad_norm,
-            nll_by_source=nll_by_source.tolist(),
+            applied=applied,
+            nll_by_source=sums.nll_by_source.tolist(),
             tokens_by_source=tokens_by_source,
-            bytes_sent=bytes_sent,
-            stop_requested=stop,
+            bytes_sent=sums.bytes_sent,
+            stop_requested=sums.stop_requested,
         )
 
-    def _sum_over_ranks(
-        self, nll_by_source: torch.Tensor, stop_requested: bool
-    ) -> tuple[torch.Tensor, dict[str, int], bool]:
+    def _finish(self, *, applied: bool) -> None:
+        if not applied:
+            deepspeed_internals.discard_gradients(self.deepspeed)
+            return
+        self.deepspeed.step()
+        if not self.deepspeed.was_step_applied():
+            raise InternalError("DeepSpeed dropped an update whose loss and gradient norm are finite.")
+
+    def _sum_over_ranks(self, nll_by_source: torch.Tensor, stop_requested: bool) -> _Sums:
         """The one bookkeeping collective of a step."""
         sent = self.topology.traffic.take()
-        extra = torch.tensor([*(sent[kind] for kind in KINDS), int(stop_requested)], dtype=torch.float64)
-        everything = torch.cat([nll_by_source, extra])
+        squares = deepspeed_internals.squared_gradient_norm(self.deepspeed)
+        extra = [*(sent[kind] for kind in KINDS), squares, int(stop_requested)]
+        everything = torch.cat([nll_by_source, torch.tensor(extra, dtype=torch.float64)])
         dist.all_reduce(everything, group=self.topology.control_group)
-        nll, rest = everything[: nll_by_source.numel()], everything[nll_by_source.numel() :]
-        return nll, {kind: int(value) for kind, value in zip(KINDS, rest, strict=False)}, bool(rest[-1] > 0)
+        nll, rest = everything[: nll_by_source.numel()], everything[nll_by_source.numel() :].tolist()
+        return _Sums(
+            nll_by_source=nll,
+            bytes_sent={kind: int(value) for kind, value in zip(KINDS, rest, strict=False)},
+            squared_grad_norm=rest[-2],
+            stop_requested=rest[-1] > 0,
+        )
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> torch.Tensor:

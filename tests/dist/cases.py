@@ -39,10 +39,13 @@ class Scenario:
     """First step to run."""
     freeze: tuple[str, ...] = ()
     """Patterns of `train.freeze`."""
+    omit: tuple[int, ...] = ()
+    """Steps that are not run at all."""
 
     @property
     def name(self) -> str:
         options = f"{self.dtype}-micro{self.micro_batch_size}{'-ckpt' if self.checkpointing else ''}"
+        options += "-omits" if self.omit else ""
         options += f"-from-{self.resume_from}" if self.resume_from else ""
         options += f"-{self.exchange}" if self.exchange != "auto" else ""
         options += f"-frozen-{len(self.freeze)}" if self.freeze else ""

@@ -56,7 +56,7 @@ def run(scenario: Scenario, folder: Path) -> None:
         loaded = load_checkpoint(folder / scenario.resume_from, engine.deepspeed, topology, str(scenario.start))
         assert loaded is not None and loaded.step == scenario.start
     results = []
-    for step in range(scenario.start, scenario.steps):
+    for step in (step for step in range(scenario.start, scenario.steps) if step not in scenario.omit):
         rows = rows_of_step(step)
         per_pass = config.micro_batch_size * topology.dp_size
         micro_batches = []
