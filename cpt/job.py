@@ -5,7 +5,6 @@ data (built by rank 0 if missing and small) -> mix ledger -> model -> engine -> 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,12 +32,14 @@ from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
+from cpt.progress import Progress, batch_of_step, merged, read_rollbacks, skipped_by
 from cpt.state.checkpoint import LoadedState, flat_ranges, load_checkpoint
 from cpt.state.stop import StopRequest
 from cpt.telemetry.metrics import Telemetry
 from cpt.telemetry.trackers import trackers_for
 from cpt.training.engine import TrainingEngine
 from cpt.training.loader import MicroBatch, load_micro_batch
+from cpt.training.stability import Stability
 from data_pipeline.build import build, default_build_dir, input_bytes
 from data_pipeline.dataset import BuiltData
 from data_pipeline.ledger import Ledger, resume_ledger
@@ -47,18 +48,6 @@ from data_pipeline.plan import make_plan
 from data_pipeline.schema import MixConfig, load_mix
 
 log = logging.getLogger("cpt.job")
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """Where the run is; saved with every checkpoint."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens: int = 0
-    """Predicted tokens seen."""
-    batch_chain: str = ""
-    """Hash chain over the row ids of all steps so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +65,7 @@ class Job:
     telemetry: Telemetry
     stop: StopRequest
     progress: Progress
+    stability: Stability
     identity: dict[str, Any]
     """What may not change when the run is resumed."""
     model_config: dict[str, Any]
@@ -84,13 +74,15 @@ class Job:
     def micro_batches(self, batch: GlobalBatch) -> Iterator[MicroBatch]:
         """This rank's forward passes of one global batch."""
         for micro_step in range(self.config.gradient_accumulation_steps):
-            fault_point("data", batch.step + 1)
+            self.topology.place.enter("data", self.progress.step + 1)
+            fault_point("data", self.progress.step + 1)
             yield load_micro_batch(self.data, batch, micro_step, self.config.micro_batch_size, self.topology)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides tensors."""
         return {
-            "progress": dataclasses.asdict(self.progress),
+            "progress": self.progress.to_json(),
+            "stability": self.stability.to_json(),
             "identity": self.identity,
             "ledger": self.ledger.to_json(),
             "model_config": self.model_config,
@@ -140,16 +132,16 @@ def open_data(config: RunConfig, mix: MixConfig, topology: Topology) -> BuiltDat
     return together(topology.control_group, lambda: BuiltData.open(Path(built), mix=mix))
 
 
-def check_plan(config: RunConfig, data: BuiltData, mix: MixConfig, ledger: Ledger) -> None:
+def check_plan(config: RunConfig, data: BuiltData, mix: MixConfig, ledger: Ledger, progress: Progress) -> None:
     """Refuse a run that its data cannot feed, now and not at the step where it runs dry.
 
     Raises:
         DataError: a source would be read more often than its max_epochs allows, or a floor is not met.
     """
-    steps = config.train.total_steps
-    if steps == 0:
+    if config.train.total_steps == 0:
         return
-    plan = make_plan(data, mix, steps, config.train.global_batch_size, ledger)
+    batches = batch_of_step(config.train.total_steps - 1, progress.skip_ranges) + 1
+    plan = make_plan(data, mix, batches, config.train.global_batch_size, ledger)
     for warning in plan.warnings:
         log.warning("data plan: %s", warning)
     if plan.problems:
@@ -294,13 +286,16 @@ def assemble(
         if config.model.verify_checksums:
             verify_checksums(source, topology)
         fill_weights(engine, source)
-        progress, ledger = Progress(), Ledger.start(mix, rows)
+        progress, stability, ledger = Progress(), Stability(), Ledger.start(mix, rows)
     else:
-        progress = _resumed(loaded, identity)
+        progress, stability = _resumed(loaded, identity), Stability(loaded.state.get("stability"))
+        rollbacks = on_first_rank(topology.control_group, lambda: read_rollbacks(run_dir))
+        progress.skip_ranges = merged([*progress.skip_ranges, *skipped_by(rollbacks)])
+        deepspeed_internals.set_optimizer_step(engine.deepspeed, progress.updates)
         ledger = resume_ledger(
-            loaded.state["ledger"], mix, progress.step, accept_change=config.data.accept_mix_change, rows=rows
+            loaded.state["ledger"], mix, progress.next_batch, accept_change=config.data.accept_mix_change, rows=rows
         )
-    on_first_rank(topology.control_group, lambda: check_plan(config, data, mix, ledger))
+    on_first_rank(topology.control_group, lambda: check_plan(config, data, mix, ledger, progress))
     telemetry = together(topology.control_group, lambda: open_telemetry(config, run_dir, topology))
     return Job(
         config=config,
@@ -314,6 +309,7 @@ def assemble(
         telemetry=telemetry,
         stop=stop,
         progress=progress,
+        stability=stability,
         identity=identity,
         model_config=model_config.to_dict(),
     )
@@ -340,4 +336,4 @@ def _resumed(loaded: LoadedState, identity: dict[str, Any]) -> Progress:
         advice = "Change it back, or start another run with a new --run_dir."
         raise ConfigError([*changed, advice])
     log.info("resuming from %s", loaded.folder)
-    return Progress(**loaded.state["progress"])
+    return Progress.from_json(loaded.state["progress"])

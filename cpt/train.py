@@ -12,6 +12,7 @@ from tqdm import tqdm
 from cpt.errors import RequeueRequested
 from cpt.faults import fault_point
 from cpt.job import Job
+from cpt.recovery import after_step
 from cpt.state.checkpoint import save_checkpoint
 from cpt.training.engine import StepResult
 from cpt.training.schedule import learning_rate
@@ -34,7 +35,7 @@ def train(job: Job) -> None:
     with tqdm(total=last_step, initial=progress.step, unit="step", disable=job.topology.rank != 0) as bar:
         while progress.step < last_step:
             started = time.perf_counter()
-            batch = job.mixture.global_batch(progress.step, settings.global_batch_size)
+            batch = job.mixture.global_batch(progress.next_batch, settings.global_batch_size)
             lr = learning_rate(progress.step, settings)
             job.engine.set_learning_rate(lr)
             result = job.engine.step(
@@ -48,8 +49,9 @@ def train(job: Job) -> None:
             progress.batch_chain = batch.chain_hash(progress.batch_chain)
             event = step_event(job, result, lr, time.perf_counter() - started)
             job.telemetry.log(event)
+            after_step(job, batch, result)
             bar.set_postfix_str(f"loss {result.loss:.3f}, {event['tokens_per_second']:.0f} tokens/s")
-            bar.update()
+            bar.update(progress.step - bar.n)
             finished = progress.step == last_step
             if result.stop_requested:
                 job.stop.consume()
@@ -58,7 +60,9 @@ def train(job: Job) -> None:
                 raise RequeueRequested(f"stopped on request after step {progress.step}; saved, start again to go on.")
             if is_due(progress.step, job.config.guard.interval_steps) and not finished and job.guard is not None:
                 job.guard.measure(progress.step, job.engine, job.telemetry)
-            if is_due(progress.step, job.config.checkpoint.interval_steps) and not finished:
+            # a checkpoint between skipped updates would hold nothing new, and be what a rollback finds
+            due = is_due(progress.step, job.config.checkpoint.interval_steps) and not job.stability.skipped_in_a_row
+            if due and not finished:
                 save(job)
     if job.guard is not None and progress.step > 0:
         job.guard.measure(progress.step, job.engine, job.telemetry)

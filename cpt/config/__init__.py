@@ -16,11 +16,21 @@ from pathlib import Path
 
 from cpt.config.engine_json import OWN_KEYS, REFUSED_KEYS, json_problems
 from cpt.config.resolve import resolve
-from cpt.config.sections import LaunchInfo, RunConfig, RunYaml, TrainSection
+from cpt.config.sections import LaunchInfo, RunConfig, RunYaml, TrainSection, WatchdogSection
 from cpt.errors import ConfigError
 from data_pipeline.strict_yaml import Located, Reader, load_json, load_yaml
 
-__all__ = ["OWN_KEYS", "REFUSED_KEYS", "LaunchInfo", "RunConfig", "RunYaml", "TrainSection", "load", "resolve"]
+__all__ = [
+    "OWN_KEYS",
+    "REFUSED_KEYS",
+    "LaunchInfo",
+    "RunConfig",
+    "RunYaml",
+    "TrainSection",
+    "WatchdogSection",
+    "load",
+    "resolve",
+]
 
 
 def load(run_yaml: Path, ds_json: Path, overrides: dict[str, str]) -> tuple[RunYaml, Located]:

@@ -81,6 +81,8 @@ class TrainSection:
     """Adam's epsilon."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+    max_rollbacks: int = 1
+    """Times a run may go back to a checkpoint because three updates in a row were not finite; the next one ends it."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Working precision; master weights and Adam moments are fp32 in both."""
     seed: int = 1234
@@ -98,6 +100,7 @@ class TrainSection:
             "total_steps": 0,
             "warmup_steps": 0,
             "decay_steps": 0,
+            "max_rollbacks": 0,
             "seed": 0,
         }
         for name, least in at_least.items():
@@ -164,6 +167,31 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WatchdogSection:
+    """When a rank counts as hung or slow."""
+
+    enabled: bool = True
+    """Watch all ranks; a hung one ends the run with exit code 71."""
+    timeout_seconds: float = 900.0
+    """Longest stay in one phase of a step: reading data, forward, backward, update."""
+    long_timeout_seconds: float = 14400.0
+    """Longest stay in one of the others: loading, saving, scoring held-out text, rolling back, exporting."""
+    interval_seconds: float = 1.0
+    """Seconds between two looks."""
+    straggler_ratio: float = 2.0
+    """A step of one rank that takes this many median steps while the others wait is reported; 0: none is."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if self.interval_seconds < 0.05:
+            yield "interval_seconds", f"is {self.interval_seconds}, must be >= 0.05."
+        for name in ("timeout_seconds", "long_timeout_seconds"):
+            if getattr(self, name) < 4 * self.interval_seconds:
+                yield name, f"is {getattr(self, name)}, must be at least four times watchdog.interval_seconds."
+        if self.straggler_ratio != 0 and self.straggler_ratio <= 1:
+            yield "straggler_ratio", f"is {self.straggler_ratio}, must be > 1, or 0 for no report."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TelemetrySection:
     """What can be seen."""
 
@@ -187,6 +215,7 @@ class RunYaml:
     guard: GuardSection = field(default_factory=GuardSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     telemetry: TelemetrySection = field(default_factory=TelemetrySection)
+    watchdog: WatchdogSection = field(default_factory=WatchdogSection)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,6 +254,7 @@ class RunConfig:
     guard: GuardSection
     checkpoint: CheckpointSection
     telemetry: TelemetrySection
+    watchdog: WatchdogSection
     world_size: int
     """Number of ranks."""
     sp_size: int

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from dataclasses import dataclass
+
+RECENT_STEPS = 64
+"""Steps whose median is what a step usually takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,20 +21,30 @@ class Position:
     """load, data, forward, backward, gradient, optimizer_step, evaluate, save, rollback or export."""
     step: int
     """The optimizer step that is being done, counted from 1; 0 before the first."""
-    since: float
-    """Seconds of this process's monotonic clock at which the phase was entered."""
 
 
 class Place:
     """The position of this rank."""
 
     def __init__(self) -> None:
-        self._position = Position(count=0, phase="load", step=0, since=time.monotonic())
+        self._position = Position(count=0, phase="load", step=0)
+        self._step_started = 0.0
+        self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def enter(self, phase: str, step: int) -> None:
         """Say what comes next; a single assignment, so that a reader never sees half of it."""
-        self._position = Position(count=self._position.count + 1, phase=phase, step=step, since=time.monotonic())
+        if step != self._position.step:
+            now = time.monotonic()
+            if step == self._position.step + 1 and self._position.step > 0:
+                self._step_seconds.append(now - self._step_started)
+            self._step_started = now
+        self._position = Position(count=self._position.count + 1, phase=phase, step=step)
 
     def now(self) -> Position:
         """The present position."""
         return self._position
+
+    def median_step_seconds(self) -> float | None:
+        """What a step usually takes; None before there were three."""
+        seconds = list(self._step_seconds)
+        return statistics.median(seconds) if len(seconds) >= 3 else None

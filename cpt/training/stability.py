@@ -42,7 +42,10 @@ class Stability:
     """The windows and counters of one run; the same on every rank, because they see reduced values only."""
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
-        """Args: `state` is what `to_json` gave when the checkpoint was saved."""
+        self.restore(state)
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go back to what `to_json` gave; None is the beginning of a run."""
         plain = state or {}
         self._losses: list[float] = list(plain.get("losses", []))
         self._norms: list[float] = list(plain.get("grad_norms", []))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cpt.state.stored import PARTS, step_folder
-from tests.dist.cases import Scenario, parameter_file, reference_model
+from tests.dist.cases import ROWS, Scenario, parameter_file, reference_model
 from tests.dist.test_layout_parity import stored_tensors
 from tests.support.launcher import ROOT, launch
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.dist
 
 STEPS, LOSS, GRADIENT = 4, 1, 2
 """Planned steps; those at which rank 1's loss is NaN, and its gradient infinite while its loss is finite."""
-RUN = Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=2, steps=STEPS)
+RUN = Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=4, steps=STEPS)
 POISONED = [  # stage 3 first: it patches torch's linear layer for the rest of the process, which rounds bf16 otherwise
-    RUN,
+    dataclasses.replace(RUN, micro_batch_size=2),
     dataclasses.replace(RUN, dtype="bf16"),
     dataclasses.replace(RUN, sp=2, ep=1),
     dataclasses.replace(RUN, stage=1),
@@ -45,7 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Results:
-    faults = [f"forward:1:{LOSS + 1}:nan", f"gradient:1:{GRADIENT + 1}:inf"] * len(POISONED)
+    passes = sum(ROWS // (s.micro_batch_size * s.world_size // s.sp) for s in POISONED)  # each uses up one fault
+    faults = [f"forward:1:{LOSS + 1}:nan", f"gradient:1:{GRADIENT + 1}:inf"] * passes
     scenarios = POISONED + OMITTING
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CPT_ALLOW_FAULTS", "1")
