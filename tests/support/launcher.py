@@ -1,13 +1,20 @@
-"""Start N processes of a Python file as the launcher would: gloo, one thread each, a free port."""
+"""Start N processes of a Python file as the launcher would: gloo, one thread each, a free port.
+
+The processes are forked from one that has imported the libraries (see zygote.py).
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import os
 import socket
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,6 +43,37 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
+class _Zygote:
+    """The forking process of this test session; started at the first launch."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "support" / "zygote.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+        atexit.register(self._process.kill)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        reply = self._process.stdout.readline()
+        assert reply, "the forking process of the tests has died; run tests/support/zygote.py by hand to see why"
+        answer: dict[str, Any] = json.loads(reply)
+        return answer
+
+
+@functools.cache
+def _zygote() -> _Zygote:
+    return _Zygote()
+
+
 def launch(script: Path, world_size: int, arguments: list[str], timeout_seconds: float = 300) -> list[int]:
     """Run a script on `world_size` ranks and wait.
 
@@ -45,30 +83,21 @@ def launch(script: Path, world_size: int, arguments: list[str], timeout_seconds:
     Raises:
         AssertionError: the time is up; all ranks are killed and their output is shown.
     """
-    port, processes, logs = free_port(), [], []
-    for rank in range(world_size):
-        command = [sys.executable, str(script), *arguments]
-        log = Path(os.environ.get("PYTEST_LOG_DIR", "/tmp")) / f"cpt-test-{port}-rank{rank}.log"
-        logs.append(log)
-        with open(log, "wb") as out:
-            environment = rank_environment(rank, world_size, port)
-            processes.append(subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=ROOT))
-    deadline = time.monotonic() + timeout_seconds
-    try:
-        while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-            if any(p.poll() not in (None, 0) for p in processes):
-                deadline = min(deadline, time.monotonic() + 20)  # the others will not finish; give them time to say so
-            time.sleep(0.1)
-        timed_out = any(p.poll() is None for p in processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    codes = [int(p.returncode) for p in processes]
+    port = free_port()
+    logs = [Path(tempfile.gettempdir()) / f"cpt-test-{port}-rank{rank}.log" for rank in range(world_size)]
+    request = {
+        "script": str(script),
+        "arguments": arguments,
+        "environments": [rank_environment(rank, world_size, port) for rank in range(world_size)],
+        "logs": [str(log) for log in logs],
+        "timeout_seconds": timeout_seconds,
+    }
+    answer = _zygote().ask(request)
+    codes = [int(code) for code in answer["codes"]]
     output = "\n".join(f"--- rank {i}\n{log.read_text(errors='replace')[-4000:]}" for i, log in enumerate(logs))
     for log in logs:
         log.unlink()
-    assert not timed_out or any(code > 0 for code in codes), f"ranks hung:\n{output}"
+    assert not answer["timed_out"] or any(code > 0 for code in codes), f"ranks hung:\n{output}"
     if any(codes):
         print(output)
     return codes
