@@ -16,9 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_export(commands)
+    _add_merge(commands)
     _add_sample(commands)
     _add_report(commands)
-    _add_checkpoints(commands)
     doctor = commands.add_parser("doctor", help="versions, devices, and which attention backends run here, or why not")
     doctor.set_defaults(run=_doctor)
     options = parser.parse_args(arguments)
@@ -36,7 +36,26 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--step", type=int, help="default: the newest complete checkpoint")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--format", default="bf16", help="bf16, mxfp4 or fp32")
+    parser.add_argument(
+        "--score",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="of mxfp4: measure its cost on the run's held-out text; auto: if it is there and the model small enough",
+    )
     parser.set_defaults(run=_export)
+
+
+def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("merge", help="interpolate between the weights before and after training")
+    parser.add_argument("--base", type=Path, required=True, help="Hugging Face directory of the model before training")
+    parser.add_argument("--tuned", type=Path, required=True, help="Hugging Face directory of the model after it")
+    parser.add_argument("--alpha", default="0.0:1.0:0.1", help="shares of the tuned model: FROM:TO:STEP or A,B,C")
+    parser.add_argument("--out", type=Path, required=True, help="gets one directory per alpha")
+    parser.add_argument("--mix", type=Path, help="data-mix YAML whose held-out text is scored for every alpha")
+    parser.add_argument("--build_dir", type=Path, help="where that mix is built; default: as in training")
+    parser.add_argument("--max_documents", type=int, default=256, help="documents scored per held-out domain")
+    parser.add_argument("--score_only", action="store_true", help="write scores and plot, but no weights")
+    parser.set_defaults(run=_merge)
 
 
 def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -64,27 +83,6 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(run=_report)
 
 
-def _add_checkpoints(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("checkpoints", help="list the checkpoints of a run with a verdict on each")
-    parser.add_argument("--run_dir", type=Path, required=True)
-    parser.add_argument("--verify", action="store_true", help="hash every file; default: manifests, names and sizes")
-    parser.set_defaults(run=_checkpoints)
-
-
-def _checkpoints(options: argparse.Namespace) -> None:
-    from cpt.state.listing import list_checkpoints, table
-
-    if not options.run_dir.is_dir():
-        raise ConfigError(f"--run_dir {options.run_dir} does not exist.")
-    listed = list_checkpoints(options.run_dir, verify=options.verify)
-    if not listed:
-        print(f"{options.run_dir} holds no checkpoint yet.")
-        return
-    print(table(listed))
-    if not any(one.good for one in listed):
-        raise CheckpointError("none of them is usable.")
-
-
 def _report(options: argparse.Namespace) -> None:
     from cpt.telemetry.report import write_report
 
@@ -92,10 +90,22 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from cpt.state.export import export_checkpoint
+    from cpt.release.export_run import describe_export, export_run
 
     folder = _checkpoint_folder(options.run_dir, options.step)
-    print(f"{folder} -> {export_checkpoint(folder, options.out, options.format)}")
+    out = export_run(options.run_dir, folder, options.out, options.format, options.score)
+    print(f"{describe_export(out)}{folder} -> {out}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from cpt.guard.offline import held_out_sets
+    from cpt.release.sweep import merge
+
+    if options.score_only and options.mix is None:
+        raise ConfigError("--score_only needs --mix: there is nothing to score.")
+    sets = held_out_sets(options.mix, options.build_dir, options.max_documents) if options.mix else []
+    print(merge(options.base, options.tuned, options.alpha, options.out, sets, score_only=options.score_only))
+    print(f"-> {options.out}")
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -12,16 +12,15 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from cpt.config import RunConfig
 from cpt.parallel.topology import Topology
-from cpt.training.engine import TrainingEngine
-from cpt.training.loader import filler_row, make_micro_batch
+from cpt.training.loader import MicroBatch, filler_row, make_micro_batch
 from data_pipeline.dataset import HeldOutSet, PackedRow
 
 Floats = npt.NDArray[np.float64]
@@ -66,15 +65,23 @@ class ScoredSet:
         self.content_hash = digest.hexdigest()
 
 
-def score_domain(domain: ScoredSet, engine: TrainingEngine, topology: Topology, config: RunConfig) -> DomainScore:
+class Scorer(Protocol):
+    """A model that can score: the training engine, or weights without one."""
+
+    def score(self, batch: MicroBatch) -> torch.Tensor:
+        """(B, S) nats of this rank's tokens, on the CPU, without a backward pass."""
+        ...
+
+
+def score_domain(domain: ScoredSet, scorer: Scorer, topology: Topology, *, micro_batch_size: int) -> DomainScore:
     """Score a domain; all ranks call it together and get the same numbers."""
     nats = torch.zeros(1 + max(int(row.documents.max()) for row in domain.rows), dtype=torch.float64)
-    per_pass = topology.dp_size * config.micro_batch_size
-    padded = domain.rows + [filler_row(config.train.seq_len)] * (-len(domain.rows) % per_pass)
+    per_pass = topology.dp_size * micro_batch_size
+    padded = domain.rows + [filler_row(len(domain.rows[0].input_ids))] * (-len(domain.rows) % per_pass)
     for first in range(0, len(padded), per_pass):
-        start = first + topology.dp_rank * config.micro_batch_size
-        mine = padded[start : start + config.micro_batch_size]
-        losses_BS = engine.score(make_micro_batch(mine, [-1] * len(mine), topology)).double()
+        start = first + topology.dp_rank * micro_batch_size
+        mine = padded[start : start + micro_batch_size]
+        losses_BS = scorer.score(make_micro_batch(mine, [-1] * len(mine), topology)).double()
         for losses_S, row in zip(losses_BS, mine, strict=True):
             _add_by_document(nats, losses_S, row, topology)
     dist.all_reduce(nats, group=topology.control_group)

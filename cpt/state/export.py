@@ -1,30 +1,38 @@
 """A checkpoint -> a Hugging Face directory that transformers loads with no code of this project.
 
-Tensors are read and written in groups, so memory stays at one output file whatever the model; no engine and no
-process group is needed.  The directory appears under its name when it is whole.
+    stored fp32 pieces -> bf16, fp32, or MXFP4 codes -> weight files -> the other files -> rename
+
+Tensors are read and written in pieces, so memory stays at a few of them whatever the model; no engine and no process
+group is needed.  The directory appears under its name when it is whole.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from transformers import GptOssConfig
 
 from cpt.errors import CheckpointError, ConfigError
+from cpt.faults import fault_point
 from cpt.model import mxfp4
-from cpt.model.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, is_expert_name
+from cpt.model.gpt_oss import skeleton
+from cpt.model.hf_layout import BLOCKS, SCALES, is_expert_name
+from cpt.state.flat_planner import FlatRange
+from cpt.state.harmony import STOP_IDS
 from cpt.state.hf_tokenizer import save_tokenizer
-from cpt.state.manifest import Manifest, read_manifest, verify_files
-from cpt.state.stored import read_weights
+from cpt.state.manifest import Manifest, TensorRecord, read_manifest, verify_files
+from cpt.state.quantisation import ErrorOfTensor, quantisation_report
+from cpt.state.stored import read_ranges
+from cpt.state.tensor_writer import DirectoryWriter, Entry, check_space, published, refuse_existing, write_json
 
 DTYPES = {"bf16": torch.bfloat16, "mxfp4": torch.bfloat16, "fp32": torch.float32}
 """Dtype of what is not quantised, by format."""
-LARGEST_FILE_BYTES = 4 * 2**30
+PIECE_NUMEL = 2**26
+"""Elements read at once: 256 MB in fp32.  A tensor with an expert axis is cut between experts."""
 QUANTIZATION_CONFIG = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": [
@@ -35,91 +43,140 @@ QUANTIZATION_CONFIG = {
     ],
 }
 """As in the released config.json."""
+REPORT_FILE = "mxfp4_report.json"
+
+Complete = Callable[[Path], None]
+"""Adds files to a directory that is about to be published."""
 
 
-def export_checkpoint(folder: Path, out: Path, format_name: str) -> Path:
+def export_checkpoint(folder: Path, out: Path, format_name: str, complete: Complete | None = None) -> Path:
     """Write the weights of a checkpoint as a Hugging Face directory.
 
     Args:
         folder: A checkpoint.
         out: Must not exist.
-        format_name: `bf16`, `mxfp4` (expert matrices rounded to the released layout, the rest bf16), or `fp32` (the
-            master weights).
+        format_name: `bf16`, `mxfp4` (expert matrices rounded to the released layout, the rest bf16; with a report of
+            the error of every tensor), or `fp32` (the master weights).
+        complete: Called with the directory when only its publication is left.
 
     Returns:
         `out`.
 
     Raises:
         ConfigError: unknown format, or `out` exists.
-        CheckpointError: the checkpoint is not whole.
+        StorageError: it could not be written; nothing is left behind.
+        CheckpointError: the checkpoint is not whole, or does not hold every tensor of its model.
     """
     if format_name not in DTYPES:
         raise ConfigError(f"--format {format_name} is not one of: {', '.join(DTYPES)}.")
+    refuse_existing(out)  # hashing a large checkpoint takes minutes
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
-    if out.exists():
-        raise ConfigError(f"{out} exists already and is not overwritten. Remove it or give another --out.")
-    temporary = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    dtype = DTYPES[format_name]
-    _write_weights(folder, manifest, temporary, dtype, quantise=format_name == "mxfp4")
-    config = _config_json(manifest.state["model_config"], dtype)
-    if format_name == "mxfp4":
-        config["quantization_config"] = QUANTIZATION_CONFIG
-    _write_json(temporary / "config.json", config)
-    _write_json(temporary / "generation_config.json", _generation_json(manifest.state["model_config"]))
-    save_tokenizer(temporary)
-    temporary.rename(out)
+    _check_keys(folder, manifest)
+    with published(out) as temporary:
+        entries = _entries(manifest, format_name)
+        check_space(temporary, sum(entry.num_bytes for entry in entries.values()))
+        errors = _write_weights(folder, manifest, temporary, entries)
+        if format_name == "mxfp4":
+            write_json(temporary / REPORT_FILE, quantisation_report(errors))
+        _write_other_files(temporary, manifest.state["model_config"], format_name)
+        if complete is not None:
+            complete(temporary)
     return out
 
 
-def _write_weights(folder: Path, manifest: Manifest, out: Path, dtype: torch.dtype, *, quantise: bool) -> None:
-    groups = list(_groups(manifest, dtype))
-    names = (
-        [SINGLE_FILE]
-        if len(groups) == 1
-        else [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    )
-    weight_map: dict[str, str] = {}
-    total_bytes = 0
-    for file, group in zip(names, groups, strict=True):
-        tensors: dict[str, torch.Tensor] = {}
-        for name, value in read_weights(folder, group, manifest).items():
-            tensors |= _stored_form(name, value.to(dtype), quantise)
-        save_file(tensors, str(out / file), metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    written = {name.removesuffix(BLOCKS).removesuffix(SCALES) for name in weight_map}
-    if written != manifest.tensors.keys():
-        raise CheckpointError(f"{folder.name}: not every tensor reached the export.")
-    if len(groups) > 1:
-        _write_json(out / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+def _check_keys(folder: Path, manifest: Manifest) -> None:
+    """The checkpoint must hold the tensors of its model, no more and no less, in their shapes."""
+    model = skeleton(GptOssConfig(**manifest.state["model_config"]), torch.bfloat16)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    stored = {name: record.shape for name, record in manifest.tensors.items()}
+    problems = [f"tensor '{name}' is missing." for name in sorted(expected.keys() - stored.keys())]
+    problems += [f"tensor '{name}' is unknown to its model." for name in sorted(stored.keys() - expected.keys())]
+    problems += [
+        f"tensor '{name}' has shape {stored[name]}, expected {expected[name]}."
+        for name in sorted(expected.keys() & stored.keys())
+        if stored[name] != expected[name]
+    ]
+    if problems:
+        raise CheckpointError(f"{folder.name} is not exported: " + " ".join(problems[:5]))
 
 
-def _stored_form(name: str, value: torch.Tensor, quantise: bool) -> dict[str, torch.Tensor]:
-    """A tensor as the format stores it."""
-    if not (quantise and is_expert_name(name) and value.ndim == 3):
-        return {name: value}
-    if value.shape[1] % mxfp4.BLOCK:
-        raise ConfigError(f"{name} has {value.shape[1]} inputs; MXFP4 needs a multiple of {mxfp4.BLOCK}. Use bf16.")
-    encoded = [mxfp4.encode(expert.unsqueeze(0)) for expert in value]  # one at a time: it works in fp32
-    blocks, scales = (torch.cat(parts) for parts in zip(*encoded, strict=True))
-    return {name + BLOCKS: blocks, name + SCALES: scales}
+def _is_quantised(name: str, shape: tuple[int, ...]) -> bool:
+    return is_expert_name(name) and len(shape) == 3
 
 
-def _groups(manifest: Manifest, dtype: torch.dtype) -> Iterator[list[str]]:
-    """Names in sorted order, cut so that a file stays below the limit."""
-    group: list[str] = []
-    size = 0
-    for name in sorted(manifest.tensors):
-        num_bytes = torch.Size(manifest.tensors[name].shape).numel() * dtype.itemsize
-        if group and size + num_bytes > LARGEST_FILE_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += num_bytes
-    yield group
+def _entries(manifest: Manifest, format_name: str) -> dict[str, Entry]:
+    """What the directory will hold, in order of writing."""
+    dtype = DTYPES[format_name]
+    entries: dict[str, Entry] = {}
+    for name, record in sorted(manifest.tensors.items()):
+        if format_name == "mxfp4" and _is_quantised(name, record.shape):
+            experts, inputs, rows = record.shape
+            if inputs % mxfp4.BLOCK:
+                raise ConfigError(f"{name} has {inputs} inputs; MXFP4 needs a multiple of {mxfp4.BLOCK}. Use bf16.")
+            blocks = (experts, rows, inputs // mxfp4.BLOCK)
+            entries[name + BLOCKS] = Entry(shape=(*blocks, mxfp4.BLOCK // 2), dtype=torch.uint8)
+            entries[name + SCALES] = Entry(shape=blocks, dtype=torch.uint8)
+        else:
+            entries[name] = Entry(shape=record.shape, dtype=dtype)
+    return entries
+
+
+def _write_weights(folder: Path, manifest: Manifest, out: Path, entries: dict[str, Entry]) -> dict[str, ErrorOfTensor]:
+    """Write all pieces; of quantised tensors the error is returned."""
+    errors: dict[str, ErrorOfTensor] = {}
+    with DirectoryWriter(out, entries) as writer:
+        for name, start, values in stored_pieces(folder, manifest.tensors):
+            if name in entries:
+                writer.write(name, start, values.to(entries[name].dtype))
+                continue
+            _, inputs, rows = manifest.tensors[name].shape
+            first = start // (inputs * rows)
+            for index, expert in enumerate(values.view(-1, inputs, rows), start=first):
+                rounded = expert.unsqueeze(0).to(torch.bfloat16)
+                blocks, scales = mxfp4.encode(rounded)
+                writer.write(name + BLOCKS, index * blocks.numel(), blocks)
+                writer.write(name + SCALES, index * scales.numel(), scales)
+                errors.setdefault(name, ErrorOfTensor()).add(rounded, mxfp4.decode(blocks, scales))
+        fault_point("export", manifest.step)
+    return errors
+
+
+def stored_pieces(folder: Path, tensors: dict[str, TensorRecord]) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """All fp32 weights of a checkpoint as (name, first element, 1-D values), names in order.
+
+    Small tensors are read together, large ones in parts, whole experts each.
+    """
+    together: dict[str, FlatRange] = {}
+    waiting = 0
+    for name, record in sorted(tensors.items()):
+        numel = math.prod(record.shape)
+        unit = numel // record.shape[0] if is_expert_name(name) else 1
+        step = max(1, PIECE_NUMEL // unit) * unit
+        for start in range(0, numel, step):
+            size = min(step, numel - start)
+            if together and (waiting + size > PIECE_NUMEL or start > 0):
+                yield from _read(folder, together)
+                together, waiting = {}, 0
+            part = FlatRange(tensor=torch.empty(size), offset=start, global_numel=numel)
+            together[f"master/{name}"] = part
+            waiting += size
+    yield from _read(folder, together)
+
+
+def _read(folder: Path, ranges: dict[str, FlatRange]) -> Iterator[tuple[str, int, torch.Tensor]]:
+    read_ranges(folder, ranges)
+    for key, part in ranges.items():
+        yield key.removeprefix("master/"), part.offset, part.tensor
+
+
+def _write_other_files(out: Path, model_config: dict[str, Any], format_name: str) -> None:
+    config = _config_json(model_config, DTYPES[format_name])
+    if format_name == "mxfp4":
+        config["quantization_config"] = QUANTIZATION_CONFIG
+    write_json(out / "config.json", config)
+    write_json(out / "generation_config.json", _generation_json(model_config))
+    save_tokenizer(out, model_config["max_position_embeddings"])
 
 
 def _config_json(model_config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -132,11 +189,22 @@ def _generation_json(model_config: dict[str, Any]) -> dict[str, Any]:
     """End of text, end of a turn and a tool call all end a generation."""
     return {
         "bos_token_id": model_config["bos_token_id"],
-        "eos_token_id": [200_002, 199_999, 200_012],
+        "eos_token_id": list(STOP_IDS),
         "pad_token_id": model_config["pad_token_id"],
         "do_sample": True,
     }
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+class CheckpointWeights:
+    """The weights of a checkpoint, rounded to a dtype, as a source for `cpt.model.weights.fill`."""
+
+    def __init__(self, folder: Path, manifest: Manifest, dtype: torch.dtype) -> None:
+        self._folder, self._tensors, self._dtype = folder, manifest.tensors, dtype
+
+    def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """See `cpt.model.weights.WeightSource`."""
+        numel = math.prod(self._tensors[name].shape)
+        for low in range(start, stop, PIECE_NUMEL):
+            part = FlatRange(tensor=torch.empty(min(PIECE_NUMEL, stop - low)), offset=low, global_numel=numel)
+            for _, position, values in _read(self._folder, {f"master/{name}": part}):
+                yield position, values.to(self._dtype)

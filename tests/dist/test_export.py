@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
-from cpt.errors import ConfigError
-from cpt.state.export import export_checkpoint
+from cpt.errors import CheckpointError, ConfigError
+from cpt.model import mxfp4
+from cpt.model.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, tensor_files
+from cpt.state import export, tensor_writer
+from cpt.state.export import QUANTIZATION_CONFIG, REPORT_FILE, export_checkpoint
+from cpt.state.manifest import read_manifest, write_manifest
 from cpt.state.stored import step_folder
-from tests.dist.cases import reference_model, rows_of_step
+from tests.dist.cases import model_config, reference_model, rows_of_step
 from tests.dist.test_layout_parity import explicit_masks
 from tests.support.launcher import ROOT, launch
 
 pytestmark = pytest.mark.dist
 
 
+def save_released_layout(path: Path) -> dict[str, torch.Tensor]:
+    """A directory whose expert matrices are random MXFP4 codes; every other block does not use its range."""
+    config = model_config()
+    config.intermediate_size = 64
+    model = GptOssForCausalLM(config).bfloat16()
+    generator = torch.Generator().manual_seed(7)
+    stored: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3:
+            experts, inputs, rows = parameter.shape
+            blocks = torch.randint(0, 256, (experts, rows, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+            blocks[:, ::2] &= 0x99  # codes 0 and 1 and their negatives: values of 0 and 0.5
+            scales = torch.randint(115, 123, blocks.shape[:3], dtype=torch.uint8, generator=generator)
+            stored |= {name + BLOCKS: blocks, name + SCALES: scales}
+        else:
+            stored[name] = torch.randn(parameter.shape, generator=generator).bfloat16() * 0.1
+    path.mkdir()
+    save_file(stored, str(path / SINGLE_FILE), metadata={"format": "pt"})
+    content = {**config.to_dict(), "quantization_config": QUANTIZATION_CONFIG, "dtype": "bfloat16"}
+    (path / "config.json").write_text(json.dumps(content))
+    return stored
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     reference_model().save_pretrained(str(folder / "model"))
+    save_released_layout(folder / "mxfp4")
     assert launch(ROOT / "tests" / "dist" / "logits_worker.py", 2, [str(folder)]) == [0, 0]
     return folder
 
@@ -76,3 +110,105 @@ def test_exported_tokenizer_encodes_as_the_data_pipeline_does(folder: Path) -> N
         200_002,
         200_012,
     ]
+
+
+def test_mxfp4_in_and_out_keeps_every_value_and_the_bytes_of_blocks_that_use_their_range(folder: Path) -> None:
+    """Released layout -> ZeRO-3 x expert parallel -> checkpoint -> released layout, without a step."""
+    before = load_file(folder / "mxfp4" / SINGLE_FILE)
+    after = load_file(export_checkpoint(step_folder(folder / "untouched", 0), folder / "again", "mxfp4") / SINGLE_FILE)
+    assert before.keys() == after.keys()
+    same_bytes = different_bytes = 0
+    for name, value in before.items():
+        if name.endswith(SCALES):
+            continue
+        if not name.endswith(BLOCKS):
+            assert torch.equal(after[name], value), name
+            continue
+        scales = name.removesuffix(BLOCKS) + SCALES
+        expected, found = (mxfp4.decode(tensors[name], tensors[scales]) for tensors in (before, after))
+        assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), name
+        codes = torch.stack([value & 7, (value >> 4) & 7], dim=-1).flatten(-2)
+        used = codes.amax(-1) >= 6  # a value of 4 or 6: the quantiser chooses this very scale
+        assert torch.equal(after[name][used], value[used]) and torch.equal(after[scales][used], before[scales][used])
+        same_bytes += int(used.sum())
+        different_bytes += int((~used).sum())
+    assert min(same_bytes, different_bytes) > 100, "both kinds of block must be there"
+    report = json.loads((folder / "again" / REPORT_FILE).read_text())
+    assert report["all_expert_matrices"] == {"relative_l2_error": 0.0, "largest_absolute_error": 0.0}
+
+
+def test_transformers_decodes_the_mxfp4_export_as_this_project_does(folder: Path) -> None:
+    step = step_folder(folder / "untouched", 0)
+    exported = export_checkpoint(step, folder / "decoded", "mxfp4")
+    model = AutoModelForCausalLM.from_pretrained(str(exported), quantization_config=Mxfp4Config(dequantize=True))
+    expected = load_file(export_checkpoint(step, folder / "plain", "bf16") / SINGLE_FILE)
+    found = dict(model.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].detach(), expected[name]) for name in expected)
+    assert json.loads((exported / "config.json").read_text())["quantization_config"] == QUANTIZATION_CONFIG
+    assert "quantization_config" not in json.loads((folder / "plain" / "config.json").read_text())
+
+
+def test_memory_is_bounded_by_a_piece_and_several_files_hold_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = step_folder(folder / "run", 2)
+    whole = load_file(export_checkpoint(step, folder / "one-file", "bf16") / SINGLE_FILE)
+    asked: list[int] = []
+    read = export.read_ranges
+
+    def counting(where: Path, ranges: dict) -> None:  # type: ignore[type-arg]
+        asked.append(sum(part.tensor.numel() for part in ranges.values()))
+        read(where, ranges)
+
+    monkeypatch.setattr(export, "read_ranges", counting)
+    monkeypatch.setattr(export, "PIECE_NUMEL", 20_000)
+    monkeypatch.setattr(tensor_writer, "LARGEST_FILE_BYTES", 100_000)
+    out = export_checkpoint(step, folder / "many-files", "bf16")
+    expert = 64 * 2 * 48
+    assert max(asked) <= 20_000 and expert <= 20_000 < 8 * expert, "a piece holds whole experts, not whole tensors"
+    files = tensor_files(out)
+    assert len(set(files.values())) > 3 and files.keys() == whole.keys()
+    loaded = {file: load_file(file) for file in set(files.values())}
+    assert all(torch.equal(loaded[file][name], whole[name]) for name, file in files.items())
+    assert AutoModelForCausalLM.from_pretrained(str(out)).dtype == torch.bfloat16
+
+
+def test_killed_export_leaves_nothing_that_loads_and_the_next_one_succeeds(folder: Path) -> None:
+    """E1: all weight files are there when it dies, the index and config.json are not."""
+    command = [sys.executable, "-m", "cpt.cli", "export", "--run_dir", str(folder / "run"), "--out"]
+    faulty = {**os.environ, "CPT_ALLOW_FAULTS": "1", "CPT_FAULT": "export:*:*:kill"}
+    killed = subprocess.run([*command, str(folder / "killed")], cwd=ROOT, env=faulty, capture_output=True, timeout=200)
+    assert killed.returncode == -9
+    assert not (folder / "killed").exists()
+    left = folder / ".tmp-killed"
+    assert left.is_dir() and not (left / INDEX_FILE).exists() and not (left / "config.json").exists()
+    with pytest.raises(ValueError, match=r"config\.json"):
+        AutoModelForCausalLM.from_pretrained(str(left))
+    again = subprocess.run([*command, str(folder / "killed")], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0 and not left.exists(), again.stderr
+    assert AutoModelForCausalLM.from_pretrained(str(folder / "killed")).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "tensor 'model.norm.weight' is missing"),
+        (lambda tensors: tensors.update(extra=tensors["model.norm.weight"]), "tensor 'extra' is unknown"),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": tensors["lm_head.weight"]}),
+            r"'model.norm.weight' has shape \(512, 64\), expected \(64,\)",
+        ),
+    ],
+    ids=["missing", "unknown", "misshapen"],
+)
+def test_checkpoint_that_lacks_or_invents_a_tensor_is_not_exported(folder: Path, tmp_path: Path, change, message) -> None:
+    """E3."""
+    shutil.copytree(step_folder(folder / "run", 2), tmp_path / "step-00000002")
+    manifest = read_manifest(tmp_path / "step-00000002")
+    tensors = dict(manifest.tensors)
+    change(tensors)
+    write_manifest(tmp_path / "step-00000002", dataclasses.replace(manifest, tensors=tensors))
+    with pytest.raises(CheckpointError, match=message):
+        export_checkpoint(tmp_path / "step-00000002", tmp_path / "out", "bf16")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000002"]

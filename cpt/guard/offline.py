@@ -1,0 +1,94 @@
+"""Bits per byte of weights that no engine holds, in one process: exports, merged weights, quantised weights.
+
+The forward pass is the training one (sink attention on packed rows, tiled loss), without DeepSpeed's engine.  On a
+CPU it computes in fp32 whatever the weights are stored in; on a GPU in bf16.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import GptOssConfig
+
+from cpt import deepspeed_internals
+from cpt.errors import ConfigError
+from cpt.guard.score import DomainScore, ScoredSet, score_domain
+from cpt.model import attention, gpt_oss
+from cpt.model.weights import WeightSource, fill_model
+from cpt.parallel.topology import Topology, create_topology
+from cpt.training.loader import MicroBatch
+from data_pipeline.build import default_build_dir
+from data_pipeline.dataset import BuiltData
+from data_pipeline.schema import load_mix
+
+log = logging.getLogger("cpt.guard")
+
+
+def held_out_sets(mix_file: Path, build_dir: Path | None, max_documents: int) -> list[ScoredSet]:
+    """The guard domains of a data mix that is built.
+
+    Raises:
+        ConfigError: the mix is wrong, not built, or holds nothing out.
+    """
+    mix = load_mix(mix_file)
+    directory = build_dir or default_build_dir(mix, Path("data"))
+    if not directory.is_dir():
+        raise ConfigError(
+            f"{mix_file} is not built in {directory}. Build it: python -m data_pipeline build {mix_file} --out "
+            f"{directory}, or give its folder with --build_dir."
+        )
+    data = BuiltData.open(directory, verify=False, mix=mix)
+    sets = [ScoredSet(domain, max_documents) for domain in data.held_out if domain.num_rows]
+    if not sets:
+        raise ConfigError(f"{mix_file} holds no document out. Give its sources a held_out_share.")
+    return sets
+
+
+@contextmanager
+def single_process() -> Iterator[Topology]:
+    """The layout of one process, with a process group of its own that needs neither a launcher nor a port."""
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        deepspeed_internals.init_distributed(device)
+        yield create_topology(sp_size=1, ep_size=1, device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+class OfflineModel:
+    """A gpt-oss model that scores; `load` gives it its weights, and may do so again and again."""
+
+    def __init__(self, config: GptOssConfig, topology: Topology) -> None:
+        dtype = torch.float32 if topology.device.type == "cpu" else torch.bfloat16
+        self._model = gpt_oss.skeleton(config, dtype)
+        gpt_oss.patch(self._model, topology)
+        gpt_oss.materialise(self._model, topology.device)
+        self._model.eval()
+        self._kernel = attention.choose("auto", device=topology.device, dtype=dtype, head_dim=config.head_dim)
+        self._topology = topology
+
+    def load(self, source: WeightSource) -> None:
+        """Take the weights of a source."""
+        fill_model(self._model, source)
+
+    @torch.no_grad()
+    def score(self, batch: MicroBatch) -> torch.Tensor:
+        """Token losses (B, S), 0 where there is no label."""
+        losses: torch.Tensor = self._model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            labels=batch.labels,
+            packed_rows=batch.packed_rows,
+            kernel=self._kernel,
+        )
+        return losses.cpu()
+
+    def score_all(self, sets: list[ScoredSet]) -> list[DomainScore]:
+        """Score every held-out set."""
+        return [score_domain(domain, self, self._topology, micro_batch_size=1) for domain in sets]

@@ -1,0 +1,151 @@
+"""`cpt export`: a checkpoint of a run as a Hugging Face directory, with its model card and what quantising it costs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import GptOssConfig
+
+from cpt.errors import ConfigError, DataError
+from cpt.guard.offline import OfflineModel, held_out_sets, single_process
+from cpt.guard.policy import judge
+from cpt.guard.score import ScoredSet
+from cpt.model.gpt_oss import skeleton
+from cpt.model.weights import DirectoryWeights
+from cpt.release.card import markdown_table, model_card
+from cpt.state.export import REPORT_FILE, CheckpointWeights, export_checkpoint
+from cpt.state.manifest import Manifest, read_manifest
+from cpt.state.quantisation import report_rows
+from cpt.state.tensor_writer import write_json
+from data_pipeline.tables import table
+
+log = logging.getLogger("cpt.release")
+
+COST_FILE = "mxfp4_cost.json"
+LARGEST_CPU_MODEL = 10**9
+"""Parameters; a larger model is scored on a CPU only if that is asked for."""
+
+Score = Literal["auto", "always", "never"]
+
+
+def export_run(run_dir: Path, folder: Path, out: Path, format_name: str, score: Score = "never") -> Path:
+    """Export a checkpoint of a run.
+
+    Args:
+        run_dir: The run; its metrics.jsonl goes into the model card.
+        folder: The checkpoint.
+        out: Must not exist.
+        format_name: See `export_checkpoint`.
+        score: Whether an MXFP4 export is scored on the run's held-out text: `auto` if it is there and the model is
+            small enough for the device.
+
+    Raises:
+        ConfigError: see `export_checkpoint`; or `always`, and there is no held-out text.
+    """
+    manifest = read_manifest(folder)
+    sets = _sets_to_score(manifest, score) if format_name == "mxfp4" else []
+
+    def complete(temporary: Path) -> None:
+        sections = []
+        if format_name == "mxfp4":
+            sections.append(_error_section(json.loads((temporary / REPORT_FILE).read_text(encoding="utf-8"))))
+        if sets:
+            costs = quantisation_cost(folder, manifest, temporary, sets)
+            write_json(temporary / COST_FILE, {"domains": costs})
+            sections.append(_cost_section(costs))
+        card = model_card(manifest, run_dir / "metrics.jsonl", format_name, sections)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+    return export_checkpoint(folder, out, format_name, complete)
+
+
+def _sets_to_score(manifest: Manifest, score: Score) -> list[ScoredSet]:
+    if score == "never":
+        return []
+    config = manifest.state["config"]
+    try:
+        build_dir = config["data"].get("build_dir")
+        sets = held_out_sets(
+            Path(config["data"]["mix"]), Path(build_dir) if build_dir else None, config["guard"]["max_documents"]
+        )
+    except (ConfigError, DataError) as error:
+        if score == "always":
+            raise
+        log.warning("bits per byte of the quantised weights are not measured: %s", error)
+        return []
+    numel = sum(torch.Size(record.shape).numel() for record in manifest.tensors.values())
+    if score == "auto" and numel > LARGEST_CPU_MODEL and not torch.cuda.is_available():
+        log.warning("bits per byte of the quantised weights are not measured: no GPU. --score always does it anyway.")
+        return []
+    return sets
+
+
+def quantisation_cost(folder: Path, manifest: Manifest, exported: Path, sets: list[ScoredSet]) -> list[dict[str, Any]]:
+    """Bits per byte of the bf16 weights and of the quantised ones, paired by document."""
+    config = GptOssConfig(**manifest.state["model_config"])
+    with single_process() as topology:
+        model = OfflineModel(config, topology)
+        model.load(CheckpointWeights(folder, manifest, torch.bfloat16))
+        before = model.score_all(sets)
+        model.load(DirectoryWeights(exported, skeleton(config, torch.bfloat16)))
+        after = model.score_all(sets)
+    costs = []
+    for exact, rounded in zip(before, after, strict=True):
+        verdict = judge(rounded, exact, 0.0)
+        costs.append(
+            {
+                "domain": exact.name,
+                "language": exact.language,
+                "documents": len(exact.nats),
+                "bits_per_byte_bf16": exact.bits_per_byte,
+                "bits_per_byte_mxfp4": rounded.bits_per_byte,
+                "delta_percent": verdict.delta_percent,
+                "ci_low": verdict.ci_low,
+                "ci_high": verdict.ci_high,
+            }
+        )
+    return costs
+
+
+def describe_export(out: Path) -> str:
+    """What an MXFP4 export costs, as tables for people; empty for other formats."""
+    text = ""
+    if (out / REPORT_FILE).is_file():
+        rows = report_rows(json.loads((out / REPORT_FILE).read_text(encoding="utf-8")))
+        text += table(("tensor", "relative l2 error, %", "largest error"), rows) + "\n\n"
+    if (out / COST_FILE).is_file():
+        costs = json.loads((out / COST_FILE).read_text(encoding="utf-8"))["domains"]
+        text += "bits per byte\n" + table(COST_HEADER, cost_rows(costs)) + "\n\n"
+    return text
+
+
+def cost_rows(costs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The cost as table rows."""
+    return [
+        (
+            cost["domain"],
+            f"{cost['bits_per_byte_bf16']:.4f}",
+            f"{cost['bits_per_byte_mxfp4']:.4f}",
+            f"{cost['delta_percent']:+.3f} ({cost['ci_low']:+.3f} to {cost['ci_high']:+.3f})",
+        )
+        for cost in costs
+    ]
+
+
+COST_HEADER = ("domain", "bf16", "MXFP4", "change in % (95 % interval)")
+
+
+def _cost_section(costs: list[dict[str, Any]]) -> str:
+    return f"## Cost of MXFP4, bits per byte of held-out text\n\n{markdown_table(COST_HEADER, cost_rows(costs))}"
+
+
+def _error_section(report: dict[str, Any]) -> str:
+    error = report["all_expert_matrices"]["relative_l2_error"]
+    return (
+        f"Rounding the expert matrices to MXFP4 has a relative l2 error of {100 * error:.3f} %; `{REPORT_FILE}` has "
+        "the error of every tensor."
+    )

@@ -1,0 +1,196 @@
+"""Hugging Face weight files written piece by piece: memory holds a piece, never a file or a whole tensor.
+
+safetensors' own `save_file` wants all tensors of a file at once.  The format is an 8-byte length, a JSON header with
+dtype, shape and byte range of every tensor, and the bytes; so the header is written first and pieces go to their place.
+A file carries the suffix `.part` until it is whole, and the index comes last.
+
+Source: safetensors, README, section Format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+
+from cpt.errors import ConfigError, InternalError, StorageError
+from cpt.model.hf_layout import INDEX_FILE, SINGLE_FILE
+from cpt.state.manifest import sync_folder
+
+LARGEST_FILE_BYTES = 4 * 2**30
+"""A file holds at least one tensor, and more as long as it stays below this."""
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A tensor of the directory."""
+
+    shape: tuple[int, ...]
+    """Shape."""
+    dtype: torch.dtype
+    """Stored dtype."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _File:
+    """One safetensors file being written."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+        self._path, self._entries, self._left = path, entries, {n: math.prod(e.shape) for n, e in entries.items()}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, entry in entries.items():
+            begin, end = end, end + entry.num_bytes
+            header[name] = {
+                "dtype": DTYPE_NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in entries}
+        self._opened: BinaryIO = open(path.with_name(path.name + ".part"), "wb")  # noqa: SIM115 - closed by finish
+        self._opened.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, start: int, values: torch.Tensor) -> None:
+        entry = self._entries[name]
+        assert values.dtype == entry.dtype, (name, values.dtype)
+        self._opened.seek(self._start[name] + start * entry.dtype.itemsize)
+        self._opened.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._left[name] -= values.numel()
+
+    @property
+    def whole(self) -> bool:
+        return not any(self._left.values())
+
+    def finish(self) -> None:
+        self._opened.flush()
+        os.fsync(self._opened.fileno())
+        self._opened.close()
+        os.rename(self._opened.name, self._path)
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+class DirectoryWriter:
+    """The weight files of a Hugging Face directory; use it as a context manager.
+
+    Tensors are written in the order of `entries`, each in pieces; a file is finished when its last piece is there.
+    """
+
+    def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
+        self._folder = folder
+        groups = _grouped(entries)
+        count = len(groups)
+        self._names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        if count == 1:
+            self._names = [SINGLE_FILE]
+        self._groups = dict(zip(self._names, groups, strict=True))
+        self._file_of = {name: file for file, group in self._groups.items() for name in group}
+        self._total_bytes = sum(entry.num_bytes for entry in entries.values())
+        self._open: dict[str, _File] = {}
+        self._done: set[str] = set()
+
+    def write(self, name: str, start: int, values: torch.Tensor) -> None:
+        """Put elements [start, start + len(values)) of a flattened tensor into their file."""
+        file = self._file_of[name]
+        if file not in self._open:
+            self._open[file] = _File(self._folder / file, self._groups[file])
+        self._open[file].write(name, start, values)
+        if self._open[file].whole:
+            self._open.pop(file).finish()
+            self._done.add(file)
+
+    def __enter__(self) -> DirectoryWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._open.values():
+            file.close()
+        if error is not None:
+            return
+        missing = sorted(set(self._names) - self._done)
+        if missing:
+            raise InternalError(f"{self._folder}: not every tensor of {', '.join(missing)} was written.")
+        if len(self._names) > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": self._file_of}
+            write_json(self._folder / INDEX_FILE, index)
+
+
+def _grouped(entries: Mapping[str, Entry]) -> list[dict[str, Entry]]:
+    groups: list[dict[str, Entry]] = []
+    size = 0
+    for name, entry in entries.items():
+        if not groups or size + entry.num_bytes > LARGEST_FILE_BYTES:
+            groups.append({})
+            size = 0
+        groups[-1][name] = entry
+        size += entry.num_bytes
+    return groups
+
+
+def refuse_existing(out: Path) -> None:
+    """Overwrite nothing.
+
+    Raises:
+        ConfigError: `out` exists.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already and is not overwritten. Remove it or give another --out.")
+
+
+@contextmanager
+def published(out: Path) -> Iterator[Path]:
+    """A directory to fill, renamed to `out` at the end; if anything fails, nothing is left of it.
+
+    Raises:
+        ConfigError: `out` exists.
+        StorageError: a file could not be written.
+    """
+    refuse_existing(out)
+    temporary = out.with_name(f".tmp-{out.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_folder(temporary)
+        os.rename(temporary, out)
+        sync_folder(out.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise StorageError(f"{out} could not be written: {error.strerror or error}.") from error
+        raise
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        StorageError: the disk has less room than the weight files will take.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise StorageError(f"the weights need {num_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free at {folder}.")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file as people read it."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
