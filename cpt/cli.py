@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_merge(commands)
     _add_sample(commands)
     _add_report(commands)
+    _add_status(commands)
     doctor = commands.add_parser("doctor", help="versions, devices, and which attention backends run here, or why not")
     doctor.set_defaults(run=_doctor)
     options = parser.parse_args(arguments)
@@ -87,6 +88,18 @@ def _report(options: argparse.Namespace) -> None:
     from cpt.telemetry.report import write_report
 
     print(write_report(options.run_dir))
+
+
+def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("status", help="how far a run is; exit code 0 only if its planned last step is saved")
+    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.set_defaults(run=_status)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from cpt.state.status import check_finished
+
+    print(check_finished(options.run_dir))
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -1,0 +1,36 @@
+"""Whether a run has reached its end, by what it has saved: an exit code of 0 is no proof.
+
+Job scripts ask while ranks may still be running, so this imports no torch and answers in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from cpt.errors import InternalError
+from cpt.state.manifest import read_manifest
+
+
+def check_finished(run_dir: Path) -> str:
+    """Compare the newest manifest with the plan in config.resolved.yaml; no file of the checkpoint is read.
+
+    Returns:
+        One line for people.
+
+    Raises:
+        InternalError: the planned last step is not saved.
+        CheckpointError: the newest manifest is missing or damaged.
+    """
+    plan = run_dir / "config.resolved.yaml"
+    try:
+        train = yaml.safe_load(plan.read_text(encoding="utf-8"))["train"]
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise InternalError(f"{plan}: no plan to compare with ({error}); the run has not started.") from error
+    planned = int(train["total_steps"] if train.get("stop_at_step") is None else train["stop_at_step"])
+    folders = sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8))
+    saved = read_manifest(folders[-1]).step if folders else 0
+    if not folders or saved < planned:
+        raise InternalError(f"{run_dir}: not finished; saved is step {saved} of {planned}. Start it again to go on.")
+    return f"{run_dir}: finished, step {saved} of {planned} is saved"

@@ -1,0 +1,201 @@
+# shellcheck shell=bash disable=SC2034  # sourced: others use what is set here
+# What the job templates share.  They run in the repository and source this file; it defines functions only.
+#
+#   train.sbatch, pbs/train.pbs, age/train.sh    one job: starts node.sh on every node, waits, decides what comes next
+#     node.sh                                    one node: starts `deepspeed`, sees that nothing outlives it
+#
+# Decisions
+#   Nobody signals a launcher: SIGTERM to `deepspeed` orphans its ranks.  A signal to a template or to node.sh becomes
+#   the file <run_dir>/STOP, by which all ranks agree to stop, save the same step and exit with 75.
+#   Exit code 0 alone proves nothing: `deepspeed` ends with 0 when its child was killed.  A run is done when its newest
+#   manifest holds the planned last step.
+
+readonly EXIT_INTERNAL=70 EXIT_REQUEUE=75 EXIT_CONFIG=78
+
+say() {
+    printf '%(%H:%M:%S)T %s: %s\n' -1 "${SLURMD_NODENAME:-${HOSTNAME:-node}}" "$*" >&2
+}
+
+refuse() {
+    say "$*"
+    exit "$EXIT_CONFIG"
+}
+
+# Read the settings file, check it, and set the container prefix.
+load_settings() {
+    local file=${CPT_ENV:-slurm/env.sh}
+    [[ -r "$file" ]] || refuse "$file is not there. Run  cp slurm/env.example.sh slurm/env.sh  and edit it."
+    CPT_RUN_ARGUMENTS=()
+    # shellcheck source=slurm/env.example.sh
+    source "$file"
+    : "${CPT_MODULES:=}" "${CPT_CONTAINER:=none}" "${CPT_VENV:=.venv}" "${CPT_IMAGE:=}" "${CPT_BINDS:=}"
+    : "${CPT_RANKS_PER_NODE:=}" "${CPT_MASTER_INTERFACE:=}" "${CPT_STOP_AFTER_SECONDS:=0}" "${CPT_SUBMIT:=qsub}"
+    : "${CPT_MAX_RESTARTS:=20}" "${CPT_SAVE_SECONDS:=600}" "${CPT_MPIRUN:=mpirun -n NODES --map-by ppr:1:node}"
+    local name
+    for name in CPT_RUN_DIR CPT_CONFIG CPT_DS_CONFIG; do
+        [[ -n "${!name:-}" ]] || refuse "$file: $name is empty. slurm/env.example.sh says what it is."
+    done
+    for name in CPT_MAX_RESTARTS CPT_SAVE_SECONDS CPT_STOP_AFTER_SECONDS; do
+        [[ "${!name}" =~ ^[0-9]+$ ]] || refuse "$file: $name is '${!name}', must be a whole number."
+    done
+    case $CPT_CONTAINER in
+        none) [[ -x "$CPT_VENV/bin/python" ]] || refuse "$file: CPT_VENV=$CPT_VENV has no bin/python. make install makes one." ;;
+        apptainer | singularity | pyxis) [[ -n "$CPT_IMAGE" ]] || refuse "$file: CPT_CONTAINER=$CPT_CONTAINER needs CPT_IMAGE." ;;
+        *) refuse "$file: CPT_CONTAINER is '$CPT_CONTAINER', must be none, apptainer, singularity or pyxis." ;;
+    esac
+    STOP_FILE=$CPT_RUN_DIR/STOP
+}
+
+# Outside of containers: modules, and the commands that bring a process into the container.
+#   SRUN_CONTAINER  options for srun (Pyxis)
+#   CONTAINER       words in front of a command (Apptainer)
+prepare_container() {
+    if [[ -n "$CPT_MODULES" ]]; then
+        # shellcheck disable=SC2086  # several modules
+        module load $CPT_MODULES || refuse "module load $CPT_MODULES failed."
+    fi
+    SRUN_CONTAINER=() CONTAINER=()
+    local folder mounts=$PWD:$PWD
+    case $CPT_CONTAINER in
+        apptainer | singularity)
+            CONTAINER=("$CPT_CONTAINER" exec --nv --pwd "$PWD" --bind "$PWD")
+            for folder in $CPT_BINDS; do CONTAINER+=(--bind "$folder"); done
+            CONTAINER+=("$CPT_IMAGE")
+            ;;
+        pyxis)
+            for folder in $CPT_BINDS; do mounts+=",$folder:$folder"; done
+            SRUN_CONTAINER=(--container-image="$CPT_IMAGE" --container-mounts="$mounts" --container-workdir="$PWD")
+            ;;
+    esac
+}
+
+# Inside: the venv, unless the container brings its own.
+enter_environment() {
+    if [[ "$CPT_CONTAINER" == none ]]; then
+        PATH=$(cd "$CPT_VENV/bin" && pwd):$PATH
+        export PATH
+    fi
+    if [[ -n "$CPT_MASTER_INTERFACE" ]]; then
+        export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$CPT_MASTER_INTERFACE}
+        export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$CPT_MASTER_INTERFACE}
+    fi
+}
+
+# Run one command of the project on this node, in the venv or the container.
+run_inside() {
+    if [[ "$CPT_CONTAINER" == pyxis ]]; then
+        srun --nodes=1 --ntasks=1 "${SRUN_CONTAINER[@]}" "$@"
+    else
+        (enter_environment && exec "${CONTAINER[@]}" "$@")
+    fi
+}
+
+# The address at which all nodes reach this one; this must be the node of rank 0.
+master_address() {
+    local found=
+    if [[ -n "$CPT_MASTER_INTERFACE" ]]; then
+        found=$(ip -o -4 addr show dev "$CPT_MASTER_INTERFACE" | sed -n 's/.* inet \([0-9.]*\).*/\1/p' | head -n 1)
+        [[ -n "$found" ]] || refuse "CPT_MASTER_INTERFACE=$CPT_MASTER_INTERFACE has no IPv4 address on $HOSTNAME."
+    elif [[ -n "${SLURMD_NODENAME:-}" ]]; then
+        found=$(scontrol show node "$SLURMD_NODENAME" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    fi
+    printf '%s\n' "${found:-$HOSTNAME}"
+}
+
+# A random port below the range of outgoing connections that nobody listens on here.
+free_port() {
+    local port
+    while port=$((20000 + RANDOM % 12000)); (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
+    printf '%s\n' "$port"
+}
+
+# Ask the run to stop.  The file names who asked, so that a later start knows whose leftover it is.
+ask_to_stop() {
+    mkdir -p "$CPT_RUN_DIR"
+    printf 'job %s: %s\n' "$JOB" "$*" >"$STOP_FILE"
+    say "$*: wrote $STOP_FILE; the run saves and stops"
+}
+
+# A STOP file of this job that no run has obeyed must not stop the next start.  One from a person stays.
+forget_own_stop() {
+    if [[ -f "$STOP_FILE" && "$(<"$STOP_FILE")" == "job $JOB: "* ]]; then
+        rm -f "$STOP_FILE"
+    fi
+}
+
+# Turn signals into a request to stop.  `wait` returns when one arrives, so it is flagged.
+listen_for_signals() {
+    INTERRUPTED=0
+    local name
+    for name in "$@"; do
+        # shellcheck disable=SC2064  # the name is meant to be filled in now
+        trap "INTERRUPTED=1; ask_to_stop 'got SIG$name'" "$name"
+    done
+}
+
+# The exit code of a background process, signals notwithstanding.
+wait_for() {
+    local code
+    while INTERRUPTED=0; do
+        wait "$1"
+        code=$?
+        ((INTERRUPTED)) || return "$code"
+    done
+}
+
+# Start node.sh on every node through the given command, wait, and return what it returned.
+#   run_nodes NODES RANKS_PER_NODE START...      with JOB, RESTARTS and CONTAINER set
+run_nodes() {
+    local nodes=$1 ranks=$2 code address timer=
+    shift 2
+    address=$(master_address) || exit
+    forget_own_stop
+    local settings=(
+        CPT_ENV="${CPT_ENV:-slurm/env.sh}" CPT_RUN_DIR="$CPT_RUN_DIR" CPT_CONFIG="$CPT_CONFIG"
+        CPT_DS_CONFIG="$CPT_DS_CONFIG" JOB="$JOB" SLURM_RESTART_COUNT="$RESTARTS" # cpt asks this whether it is a restart
+    )
+    say "start $RESTARTS of at most $CPT_MAX_RESTARTS restarts: $nodes nodes x $ranks ranks, run directory $CPT_RUN_DIR"
+    listen_for_signals USR1 TERM
+    # a process group of its own: what is sent to this script's group must not reach srun, mpirun or a launcher
+    set -m
+    "$@" "${CONTAINER[@]}" env "${settings[@]}" bash slurm/node.sh "$address" "$(free_port)" "$nodes" "$ranks" </dev/null &
+    local run=$!
+    if ((CPT_STOP_AFTER_SECONDS > 0)); then
+        (sleep "$CPT_STOP_AFTER_SECONDS" && kill -USR1 $$) </dev/null &
+        timer=$!
+    fi
+    set +m
+    wait_for "$run"
+    code=$?
+    trap - USR1 TERM
+    [[ -z "$timer" ]] || kill -- -"$timer" 2>/dev/null
+    forget_own_stop
+    return "$code"
+}
+
+# For `qsub -v`: the restart is counted, and the job keeps the settings that it was submitted with.
+variables_of_next_start() {
+    local name list=CPT_RESTARTS=$((RESTARTS + 1))
+    for name in CPT_ENV CPT_RUN_DIR CPT_CONFIG CPT_DS_CONFIG; do
+        list+=${!name:+,$name=${!name}}
+    done
+    printf '%s\n' "$list"
+}
+
+# What a finished start means.  queue_again is the template's: it puts the job back into the queue.
+conclude() {
+    local code=$1
+    if ((code == 0)); then
+        say "done"
+    elif ((code != EXIT_REQUEUE)); then
+        say "exit code $code: not queued again (docs/slurm.md lists the codes). The same sbatch or qsub command goes on" \
+            "from the newest checkpoint."
+    elif ((RESTARTS >= CPT_MAX_RESTARTS)); then
+        say "saved, but not queued again: $RESTARTS restarts used of CPT_MAX_RESTARTS=$CPT_MAX_RESTARTS"
+    elif queue_again; then
+        say "saved and queued again"
+    else
+        say "saved, but could not be queued again. The same sbatch or qsub command goes on."
+    fi
+    exit "$code"
+}

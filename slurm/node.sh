@@ -1,0 +1,98 @@
+#!/bin/bash
+# One node's part of a run: starts the DeepSpeed launcher, keeps signals from it, and leaves no process behind.
+#
+#   node.sh MASTER_ADDRESS MASTER_PORT NODES RANKS_PER_NODE
+#
+# Runs in the repository, on every node at once, inside the container if there is one.  The nodes meet by TCP at
+# MASTER_ADDRESS (that of node 0); no ssh, no host file shared between them.
+
+set -uo pipefail
+umask 077
+source slurm/lib.sh
+load_settings
+enter_environment
+
+readonly ADDRESS=$1 PORT=$2 NODES=$3 RANKS=$4
+readonly NODE=${SLURM_NODEID:-${OMPI_COMM_WORLD_RANK:-${PMIX_RANK:-${PMI_RANK:-0}}}}
+
+# GPU ids of this node: a job that shares its node may have got 4,5 and not 0,1
+gpu_ids() {
+    local ids=${CUDA_VISIBLE_DEVICES:-}
+    if [[ "$ids" =~ ^[0-9]+(,[0-9]+)*$ && $(tr -cd , <<<"$ids" | wc -c) -eq $((RANKS - 1)) ]]; then
+        echo "$ids"
+    else
+        seq -s, 0 $((RANKS - 1))
+    fi
+}
+
+# DeepSpeed reads ranks from a host file and a filter.  It only counts the entries of other nodes, so any name will do.
+start_launcher() {
+    local node include='' ids
+    for ((node = 0; node < NODES; node++)); do
+        echo "node$node slots=1024" # no limit: the filter says which
+        if ((node == NODE)); then ids=$(gpu_ids); else ids=$(seq -s, 0 $((RANKS - 1))); fi
+        include+="${include:+@}node$node:$ids"
+    done >"$HOSTS"
+    # a process group of its own: signals to this script's group do not reach it, and all that it starts can be found
+    set -m
+    deepspeed --hostfile "$HOSTS" --include "$include" --no_ssh --node_rank "$NODE" \
+        --master_addr "$ADDRESS" --master_port "$PORT" \
+        cpt/run.py --ds_config "$CPT_DS_CONFIG" --config "$CPT_CONFIG" --run_dir "$CPT_RUN_DIR" \
+        "${CPT_RUN_ARGUMENTS[@]}" </dev/null &
+    LAUNCHER=$!
+    set +m
+}
+
+processes_left() {
+    kill -0 -- -"$LAUNCHER" 2>/dev/null
+}
+
+# Wait until nothing of the launcher's group lives, at most so many seconds.
+wait_until_gone() {
+    local deadline=$((SECONDS + $1))
+    while processes_left && ((SECONDS < deadline)); do sleep 0.5; done
+    ! processes_left
+}
+
+finished() {
+    python -m cpt.cli status --run_dir "$CPT_RUN_DIR"
+}
+
+# The launcher was killed, its ranks were not: let them save by the agreed stop.  Whoever obeys removes the STOP file.
+stop_orphans() {
+    ask_to_stop "the launcher of node $NODE ended with $1 and left its ranks behind"
+    wait_until_gone "$CPT_SAVE_SECONDS" || say "ranks still run after CPT_SAVE_SECONDS=$CPT_SAVE_SECONDS: killing them"
+    [[ -f "$STOP_FILE" ]] || return "$EXIT_REQUEUE"
+    finished || return "$EXIT_INTERNAL"
+}
+
+# The exit code of this node's part, given the launcher's.
+judge() {
+    local code=$1
+    # 1 to 128 was passed on by a launcher that has seen all its ranks end
+    if ((0 < code && code <= 128)); then
+        return "$code"
+    fi
+    if ((code == 0)) && { ((NODE == 0)) || processes_left; } && ! finished; then
+        say "the launcher ended with 0, but the run is not finished"
+        code=$EXIT_INTERNAL
+    elif ((code == 0)); then
+        return 0
+    fi
+    if ! wait_until_gone 2; then
+        stop_orphans "$1"
+        return
+    fi
+    return "$code"
+}
+
+HOSTS=$(mktemp)
+readonly HOSTS
+trap 'rm -f "$HOSTS"' EXIT
+listen_for_signals TERM USR1 INT
+start_launcher
+wait_for "$LAUNCHER"
+judge $?
+code=$?
+processes_left && kill -KILL -- -"$LAUNCHER"
+exit "$code"

@@ -1,0 +1,140 @@
+"""The shipped train.sbatch under a real Slurm: stopped, requeued, robbed of its launcher, and finished all the same."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from cpt.state.manifest import read_manifest
+from cpt.state.stored import list_steps, step_folder
+from tests.support.launcher import ROOT
+from tests.support.service import STEPS
+from tests.support.slurm_cluster import Cluster
+
+pytestmark = pytest.mark.dist
+
+TRAIN = str(ROOT / "slurm" / "train.sbatch")
+SECRETS = {
+    "HF_TOKEN": "hf_canary_4711",
+    "WANDB_API_KEY": "wandb_canary_4711",
+    "AWS_SECRET_ACCESS_KEY": "aws_canary_4711",
+    "AWS_SESSION_TOKEN": "session_canary_4711",
+}
+
+
+def submit(cluster: Cluster, workplace: Path, name: str, *options: str, **variables: str) -> int:
+    """sbatch as docs/slurm.md says, in the repository; two ranks, the experts shared between them."""
+    variables = {"CPT_ENV": f"{workplace}/env.sh", "CPT_RUN_DIR": f"{workplace}/{name}", **variables}
+    allowed = {"CPT_ALLOW_FAULTS": "1"} if "CPT_FAULT" in variables else {}
+    return cluster.submit(*options, "--chdir", str(ROOT), TRAIN, **variables, **allowed)
+
+
+def processes(run_dir: Path, module: str = "") -> dict[int, str]:
+    """Command lines of living processes that name a run directory."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if f"{run_dir} " in command and module in command:
+                found[int(entry.name)] = command
+    return found
+
+
+def weights(run_dir: Path) -> dict[str, str]:
+    """Hashes of the tensor files of the last step."""
+    assert list_steps(run_dir)[0] == STEPS
+    files = read_manifest(step_folder(run_dir, STEPS)).files
+    hashes = {record.name: record.xxh3_128 for record in files if record.name.endswith(".distcp")}
+    assert hashes
+    return hashes
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, slurm_workplace: Path) -> int:
+    """A job on one node with two GPUs; the two jobs that nothing waits for share its time."""
+    return submit(cluster, slurm_workplace, "undisturbed", "--gpus-per-node=2")
+
+
+@pytest.fixture(scope="module")
+def robbed(cluster: Cluster, slurm_workplace: Path, undisturbed: int) -> int:
+    """A job that sleeps in step 3, so that something can happen to it there, and may not restart."""
+    faults = {"CPT_FAULT": "forward:*:3:sleep=6", "CPT_MAX_RESTARTS": "0"}
+    return submit(cluster, slurm_workplace, "robbed", "--gpus-per-node=2", **faults)
+
+
+@pytest.mark.case("S6", "all ranks save and stop, no orphan, the job is not called done; the cap on restarts holds")
+def test_ranks_that_lost_their_launcher_save_and_nothing_is_left(cluster, slurm_workplace, robbed) -> None:
+    run_dir = slurm_workplace / "robbed"
+    cluster.wait_for(robbed, "step=3 action=sleep", times=2)
+    (launcher,) = processes(run_dir, "bin/deepspeed")
+    os.kill(launcher, signal.SIGTERM)
+    fields = cluster.wait(robbed)
+    output = cluster.output(robbed)
+    assert "the launcher of node 0 ended with 143 and left its ranks behind" in output, output
+    assert "saved, but not queued again: 0 restarts used of CPT_MAX_RESTARTS=0" in output
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "75:0", "0")
+    assert 3 <= list_steps(run_dir)[0] < STEPS and not (run_dir / "STOP").exists()
+    assert not processes(run_dir)
+
+
+def test_finished_job_is_called_done(cluster, slurm_workplace, undisturbed) -> None:
+    fields = cluster.wait(undisturbed)
+    output = cluster.output(undisturbed)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("COMPLETED", "0:0", "0"), output
+    assert f"finished, step {STEPS} of {STEPS} is saved" in output and "1 nodes x 2 ranks" in output
+    assert (slurm_workplace / "undisturbed").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.case("S5", "USR1: save, exit 75, one requeue, finished; final weights bit-identical")
+@pytest.mark.case("S8", "launcher ended with 0, run not called done: ranks save, requeue, same final weights")
+@pytest.mark.case("X4", "in no line of a job's output, no file of the run directory, no command line")
+def test_job_survives_its_time_limit_and_a_killed_launcher_on_two_nodes(cluster, slurm_workplace, undisturbed) -> None:
+    """Start 0 is asked to stop in step 2, start 1 loses a launcher in step 4, start 2 finishes."""
+    run_dir = slurm_workplace / "two-nodes"
+    disturbed = {
+        "CPT_FAULT": "forward:*:2:sleep=3,forward:*:4:sleep=12",
+        "CPT_RANKS_PER_NODE": "1",
+        "CPT_MAX_RESTARTS": "2",
+    }
+    job = submit(cluster, slurm_workplace, "two-nodes", "--nodes=2", "--gpus-per-node=1", **disturbed, **SECRETS)
+    cluster.wait_for(job, "step=2 action=sleep", times=2)
+    commands = " ".join(processes(run_dir).values())
+    cluster.command("scancel", "--batch", "--signal=USR1", str(job))
+    cluster.wait_for(job, "step=4 action=sleep", times=2)
+    launchers = processes(run_dir, "deepspeed.launcher.launch")
+    (victim,) = [pid for pid, command in launchers.items() if "--node_rank=1" in command]
+    os.kill(victim, signal.SIGKILL)
+    fields = cluster.wait(job)
+    output = cluster.output(job)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("COMPLETED", "0:0", "2"), output
+    assert "got SIGUSR1: wrote" in output and output.count("saved and queued again") == 2
+    assert "the launcher ended with 0, but the run is not finished" in output
+    assert "the launcher of node 1 ended with 0 and left its ranks behind" in output
+    assert "'node0': [0], 'node1': [1]" in output
+    assert weights(run_dir) == weights(slurm_workplace / "undisturbed")
+    assert not processes(run_dir)
+    check_no_secret(output, commands, run_dir)
+
+
+def check_no_secret(output: str, commands: str, run_dir: Path) -> None:
+    files = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    assert commands.count("cpt/run.py") >= 2 and files
+    for name, secret in SECRETS.items():
+        assert secret not in output and secret not in commands, name
+        assert not [path for path, content in files.items() if secret.encode() in content], name
+
+
+@pytest.mark.case("S5", "exit 78 is not queued again")
+def test_bad_configuration_is_not_queued_again(cluster, slurm_workplace) -> None:
+    (slurm_workplace / "typo.json").write_text('{"zero_optimisation": {"stage": 3}}')
+    settings = {"CPT_DS_CONFIG": str(slurm_workplace / "typo.json"), "CPT_RANKS_PER_NODE": "1"}
+    job = submit(cluster, slurm_workplace, "typo", "--gpus-per-node=1", **settings)
+    fields = cluster.wait(job)
+    output = cluster.output(job)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "78:0", "0"), output
+    assert "exit code 78: not queued again" in output
+    assert "zero_optimisation is not a known key" in output
