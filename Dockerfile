@@ -1,6 +1,7 @@
 # The GPU image: CUDA with a compiler (DeepSpeed builds its operators at first use), the tested package set, no root.
 #   docker build -t gpt-oss-cpt .
 #   docker run --gpus all --shm-size=16g -v /data:/data gpt-oss-cpt deepspeed cpt/run.py --ds_config ...
+# Under SLURM see docs/slurm.md: Apptainer or Pyxis run it as the user of the job, with the repository mounted.
 # Pin BASE by digest in production:  --build-arg BASE=nvidia/cuda@sha256:...
 ARG BASE=nvidia/cuda:13.0.1-devel-ubuntu24.04
 FROM ${BASE}
@@ -24,5 +25,5 @@ COPY configs configs
 COPY ds_configs ds_configs
 
 RUN install -d -o cpt -g cpt data runs
-USER cpt
+USER 10001
 CMD ["deepspeed", "cpt/run.py", "--ds_config", "ds_configs/z3_ulysses.json"]

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.service import make_workplace
-from tests.support.slurm_cluster import Cluster, missing_programs, running_cluster, write_settings
-
-MISSING = "no Slurm on this machine"
+from tests.support.slurm_cluster import MISSING, Cluster, make_slurm_workplace, require_slurm, running_cluster
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Two nodes with two make-believe GPUs each."""
-    if missing := missing_programs():
-        reason = f"{MISSING} ({', '.join(missing)} not found). Debian: apt-get install slurm-wlm munge"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    require_slurm()
     with running_cluster() as started:
         yield started
 
@@ -30,12 +21,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def slurm_workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Mix, run YAML, DeepSpeed JSON, built data, and env.sh for the job templates."""
-    folder = make_workplace(tmp_path_factory.mktemp("slurm"))
-    ds = json.loads((folder / "ds.json").read_text())
-    ds["expert_parallel"]["autoep_size"] = 2  # `auto` stays within a node, and jobs differ in their nodes
-    (folder / "ds.json").write_text(json.dumps(ds))
-    write_settings(folder)
-    return folder
+    return make_slurm_workplace(tmp_path_factory.mktemp("slurm"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,28 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from cpt.state.manifest import read_manifest
-from cpt.state.stored import list_steps, step_folder
-from tests.support.launcher import ROOT
+from cpt.state.stored import list_steps
 from tests.support.service import STEPS
-from tests.support.slurm_cluster import Cluster
+from tests.support.slurm_cluster import Cluster, submit_training, tensor_hashes
 
 pytestmark = pytest.mark.dist
 
-TRAIN = str(ROOT / "slurm" / "train.sbatch")
 SECRETS = {
     "HF_TOKEN": "hf_canary_4711",
     "WANDB_API_KEY": "wandb_canary_4711",
     "AWS_SECRET_ACCESS_KEY": "aws_canary_4711",
     "AWS_SESSION_TOKEN": "session_canary_4711",
 }
-
-
-def submit(cluster: Cluster, workplace: Path, name: str, *options: str, **variables: str) -> int:
-    """sbatch as docs/slurm.md says, in the repository; two ranks, the experts shared between them."""
-    variables = {"CPT_ENV": f"{workplace}/env.sh", "CPT_RUN_DIR": f"{workplace}/{name}", **variables}
-    allowed = {"CPT_ALLOW_FAULTS": "1"} if "CPT_FAULT" in variables else {}
-    return cluster.submit(*options, "--chdir", str(ROOT), TRAIN, **variables, **allowed)
 
 
 def processes(run_dir: Path, module: str = "") -> dict[int, str]:
@@ -44,26 +34,17 @@ def processes(run_dir: Path, module: str = "") -> dict[int, str]:
     return found
 
 
-def weights(run_dir: Path) -> dict[str, str]:
-    """Hashes of the tensor files of the last step."""
-    assert list_steps(run_dir)[0] == STEPS
-    files = read_manifest(step_folder(run_dir, STEPS)).files
-    hashes = {record.name: record.xxh3_128 for record in files if record.name.endswith(".distcp")}
-    assert hashes
-    return hashes
-
-
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, slurm_workplace: Path) -> int:
     """A job on one node with two GPUs; the two jobs that nothing waits for share its time."""
-    return submit(cluster, slurm_workplace, "undisturbed", "--gpus-per-node=2")
+    return submit_training(cluster, slurm_workplace, "undisturbed", "--gpus-per-node=2")
 
 
 @pytest.fixture(scope="module")
 def robbed(cluster: Cluster, slurm_workplace: Path, undisturbed: int) -> int:
     """A job that sleeps in step 3, so that something can happen to it there, and may not restart."""
     faults = {"CPT_FAULT": "forward:*:3:sleep=6", "CPT_MAX_RESTARTS": "0"}
-    return submit(cluster, slurm_workplace, "robbed", "--gpus-per-node=2", **faults)
+    return submit_training(cluster, slurm_workplace, "robbed", "--gpus-per-node=2", **faults)
 
 
 @pytest.mark.case("S6", "all ranks save and stop, no orphan, the job is not called done; the cap on restarts holds")
@@ -92,15 +73,16 @@ def test_finished_job_is_called_done(cluster, slurm_workplace, undisturbed) -> N
 @pytest.mark.case("S5", "USR1: save, exit 75, one requeue, finished; final weights bit-identical")
 @pytest.mark.case("S8", "launcher ended with 0, run not called done: ranks save, requeue, same final weights")
 @pytest.mark.case("X4", "in no line of a job's output, no file of the run directory, no command line")
-def test_job_survives_its_time_limit_and_a_killed_launcher_on_two_nodes(cluster, slurm_workplace, undisturbed) -> None:
+def test_job_on_two_nodes_survives_a_signal_and_a_killed_launcher(cluster, slurm_workplace, undisturbed) -> None:
     """Start 0 is asked to stop in step 2, start 1 loses a launcher in step 4, start 2 finishes."""
     run_dir = slurm_workplace / "two-nodes"
-    disturbed = {
+    settings = {
         "CPT_FAULT": "forward:*:2:sleep=3,forward:*:4:sleep=12",
         "CPT_RANKS_PER_NODE": "1",
         "CPT_MAX_RESTARTS": "2",
     }
-    job = submit(cluster, slurm_workplace, "two-nodes", "--nodes=2", "--gpus-per-node=1", **disturbed, **SECRETS)
+    options = ("--nodes=2", "--gpus-per-node=1")
+    job = submit_training(cluster, slurm_workplace, "two-nodes", *options, **settings, **SECRETS)
     cluster.wait_for(job, "step=2 action=sleep", times=2)
     commands = " ".join(processes(run_dir).values())
     cluster.command("scancel", "--batch", "--signal=USR1", str(job))
@@ -115,7 +97,7 @@ def test_job_survives_its_time_limit_and_a_killed_launcher_on_two_nodes(cluster,
     assert "the launcher ended with 0, but the run is not finished" in output
     assert "the launcher of node 1 ended with 0 and left its ranks behind" in output
     assert "'node0': [0], 'node1': [1]" in output
-    assert weights(run_dir) == weights(slurm_workplace / "undisturbed")
+    assert tensor_hashes(run_dir) == tensor_hashes(slurm_workplace / "undisturbed")
     assert not processes(run_dir)
     check_no_secret(output, commands, run_dir)
 
@@ -132,9 +114,26 @@ def check_no_secret(output: str, commands: str, run_dir: Path) -> None:
 def test_bad_configuration_is_not_queued_again(cluster, slurm_workplace) -> None:
     (slurm_workplace / "typo.json").write_text('{"zero_optimisation": {"stage": 3}}')
     settings = {"CPT_DS_CONFIG": str(slurm_workplace / "typo.json"), "CPT_RANKS_PER_NODE": "1"}
-    job = submit(cluster, slurm_workplace, "typo", "--gpus-per-node=1", **settings)
+    job = submit_training(cluster, slurm_workplace, "typo", "--gpus-per-node=1", **settings)
     fields = cluster.wait(job)
     output = cluster.output(job)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "78:0", "0"), output
     assert "exit code 78: not queued again" in output
     assert "zero_optimisation is not a known key" in output
+
+
+def test_data_array_and_export_jobs_do_what_one_process_does(cluster, slurm_workplace, undisturbed) -> None:
+    small = ("--cpus-per-task=1", "--mem=0")
+    variables = {"CPT_ENV": f"{slurm_workplace}/env.sh", "CPT_RUN_DIR": f"{slurm_workplace}/undisturbed"}
+    cluster.wait(undisturbed)
+    build = ("slurm/prepare_data.sbatch", f"{slurm_workplace}/mix.yaml", f"{slurm_workplace}/by-array")
+    array = cluster.submit("--array=0-1", *small, *build, **variables)
+    last = cluster.submit(f"--dependency=afterok:{array}", *small, *build, **variables)
+    out = slurm_workplace / "exported"
+    export = cluster.submit(*small, "slurm/export.sbatch", str(out), "--format", "fp32", **variables)
+    for job in (export, last):
+        fields = cluster.wait(job)
+        assert (fields["JobState"], fields["ExitCode"]) == ("COMPLETED", "0:0"), cluster.output(job)
+    built = slurm_workplace / "built" / "manifest.json"
+    assert (slurm_workplace / "by-array" / "manifest.json").read_bytes() == built.read_bytes()
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in out.iterdir()} and [*out.glob("*.safetensors")]

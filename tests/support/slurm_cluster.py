@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from cpt.state.manifest import read_manifest
+from cpt.state.stored import step_folder
 from tests.support.launcher import ROOT, free_port
+from tests.support.service import STEPS, make_workplace
+
+MISSING = "no Slurm on this machine"
 
 SEARCH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
@@ -67,14 +75,14 @@ class Cluster:
     """Configuration, logs, state, and the output of jobs as <job>.out."""
 
     def command(self, *words: str, check: bool = True, **variables: str) -> str:
-        """Run a Slurm command; returns what it prints."""
+        """Run a Slurm command in the repository; returns what it prints."""
         environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SEARCH, **variables}
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout
 
     def submit(self, *words: str, **variables: str) -> int:
-        """sbatch in the present directory; returns the job's number."""
+        """sbatch; returns the job's number."""
         output = f"--output={self.folder}/%j.out"
         return int(self.command("sbatch", "--parsable", output, *words, **variables).split(";")[0])
 
@@ -88,7 +96,7 @@ class Cluster:
         path = self.folder / f"{number}.out"
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
-    def wait_for(self, number: int, text: str, times: int = 1, timeout_seconds: float = 120) -> None:
+    def wait_for(self, number: int, text: str, times: int = 1, timeout_seconds: float = 400) -> None:
         """Until the job has printed a text so many times."""
         deadline = time.monotonic() + timeout_seconds
         while self.output(number).count(text) < times:
@@ -97,7 +105,7 @@ class Cluster:
             assert alive, f"no '{text}' (x{times}): {fields}\n{self.output(number)[-8000:]}"
             time.sleep(0.2)
 
-    def wait(self, number: int, timeout_seconds: float = 240) -> dict[str, str]:
+    def wait(self, number: int, timeout_seconds: float = 400) -> dict[str, str]:
         """Until the job has ended for good; returns its fields."""
         deadline = time.monotonic() + timeout_seconds
         while (fields := self.job(number))["JobState"] not in FINAL:
@@ -183,16 +191,45 @@ def _wait_until(condition: Callable[[], bool], cluster: Cluster, timeout_seconds
         time.sleep(0.2)
 
 
-def write_settings(workplace: Path) -> Path:
-    """env.sh of a workplace: the example with its run, paths absolute because jobs start in the repository."""
+def require_slurm() -> None:
+    """Skip the test on a machine without Slurm; fail it where CI has promised to install it."""
+    if missing := missing_programs():
+        reason = f"{MISSING} ({', '.join(missing)} not found). Debian: apt-get install slurm-wlm munge"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+def make_slurm_workplace(folder: Path) -> Path:
+    """A workplace whose env.sh the job templates read; all paths absolute, because jobs start in the repository."""
+    make_workplace(folder)
+    ds = json.loads((folder / "ds.json").read_text())
+    ds["expert_parallel"]["autoep_size"] = 2  # `auto` stays within a node, and jobs differ in their nodes
+    (folder / "ds.json").write_text(json.dumps(ds))
     run = {
-        "CPT_CONFIG": workplace / "run.yaml",
-        "CPT_DS_CONFIG": workplace / "ds.json",
+        "CPT_CONFIG": folder / "run.yaml",
+        "CPT_DS_CONFIG": folder / "ds.json",
         "CPT_SAVE_SECONDS": 120,
         "CPT_VENV": Path(sys.prefix),
     }
     lines = [f': "${{{name}:={value}}}"' for name, value in run.items()]
-    lines += [f"source {ROOT}/slurm/env.example.sh", f"CPT_RUN_ARGUMENTS=(--set data.build_dir={workplace}/built)"]
-    path = workplace / "env.sh"
-    path.write_text("\n".join([*lines, "export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning", ""]))
-    return path
+    lines += [f"source {ROOT}/slurm/env.example.sh", f"CPT_RUN_ARGUMENTS=(--set data.build_dir={folder}/built)"]
+    lines += ["export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning", ""]
+    (folder / "env.sh").write_text("\n".join(lines))
+    return folder
+
+
+def submit_training(cluster: Cluster, workplace: Path, run_dir: str, *options: str, **variables: str) -> int:
+    """sbatch slurm/train.sbatch in the repository, as docs/slurm.md says; faults are allowed if there are any."""
+    variables = {"CPT_ENV": f"{workplace}/env.sh", "CPT_RUN_DIR": f"{workplace}/{run_dir}", **variables}
+    if "CPT_FAULT" in variables:
+        variables["CPT_ALLOW_FAULTS"] = "1"
+    return cluster.submit(*options, "slurm/train.sbatch", **variables)
+
+
+def tensor_hashes(run_dir: Path) -> dict[str, str]:
+    """Hashes of the tensor files of the last step."""
+    files = read_manifest(step_folder(run_dir, STEPS)).files
+    hashes = {record.name: record.xxh3_128 for record in files if record.name.endswith(".distcp")}
+    assert hashes
+    return hashes
