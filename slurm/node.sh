@@ -58,28 +58,27 @@ finished() {
     python -m cpt.cli status --run_dir "$CPT_RUN_DIR"
 }
 
-# The launcher was killed, its ranks were not: let them save by the agreed stop.  Whoever obeys removes the STOP file.
+# The launcher was killed, its ranks were not: let them save by the agreed stop, and go on in another start.
 stop_orphans() {
     ask_to_stop "the launcher of node $NODE ended with $1 and left its ranks behind"
-    wait_until_gone "$CPT_SAVE_SECONDS" || say "ranks still run after CPT_SAVE_SECONDS=$CPT_SAVE_SECONDS: killing them"
-    [[ -f "$STOP_FILE" ]] || return "$EXIT_REQUEUE"
-    finished || return "$EXIT_INTERNAL"
+    if ! wait_until_gone "$CPT_SAVE_SECONDS"; then
+        say "ranks still run after CPT_SAVE_SECONDS=$CPT_SAVE_SECONDS: killing them"
+        return "$EXIT_INTERNAL"
+    fi
+    finished 2>/dev/null || return "$EXIT_REQUEUE"
 }
 
 # The exit code of this node's part, given the launcher's.
 judge() {
-    local code=$1
-    # 1 to 128 was passed on by a launcher that has seen all its ranks end
-    if ((0 < code && code <= 128)); then
-        return "$code"
-    fi
-    if ((code == 0)) && { ((NODE == 0)) || processes_left; } && ! finished; then
+    local code=$1 orphans=false
+    processes_left && orphans=true
+    if ((code == 0)) && { ((NODE == 0)) || $orphans; } && ! finished; then
         say "the launcher ended with 0, but the run is not finished"
         code=$EXIT_INTERNAL
-    elif ((code == 0)); then
-        return 0
     fi
-    if ! wait_until_gone 2; then
+    # 0: `deepspeed` ends so when its child was killed; 129 to 192: killed itself.  Any other code was passed on by
+    # launchers that have seen all their ranks end.
+    if $orphans && { (($1 == 0 && code != 0)) || ((128 < code && code <= 192)); }; then
         stop_orphans "$1"
         return
     fi
