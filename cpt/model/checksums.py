@@ -46,6 +46,12 @@ def known_sums(path: Path, files: Iterable[Path]) -> dict[Path, str]:
     return {file: sums[file.name] for file in files}
 
 
+def write_sums(path: Path, names: Iterable[str]) -> None:
+    """Write SHA256SUMS of files in a directory."""
+    lines = [f"{sha256_of(path / name)}  {name}\n" for name in sorted(names)]
+    (path / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
 def share(sizes: dict[Path, int], rank: int, world_size: int) -> list[Path]:
     """The files that one rank hashes, so that all have about as many bytes: largest first, to the emptiest rank."""
     loads = [0] * world_size

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from cpt.errors import ConfigError, InternalError, StorageError
+from cpt.model.checksums import write_sums
 from cpt.model.hf_layout import INDEX_FILE, SINGLE_FILE
 from cpt.state.manifest import sync_folder
 
@@ -132,6 +133,7 @@ class DirectoryWriter:
         if len(self._names) > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": self._file_of}
             write_json(self._folder / INDEX_FILE, index)
+        write_sums(self._folder, self._names)
 
 
 def _grouped(entries: Mapping[str, Entry]) -> list[dict[str, Entry]]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GptOssForCausalLM, Mxfp4Config
 
 from cpt.model import mxfp4
-from cpt.model.checksums import SUMS_FILE, sha256_of
+from cpt.model.checksums import write_sums
 from cpt.model.hf_layout import BLOCKS, SCALES, is_expert_name
 from tests.dist.cases import Scenario, model_config, reference_model, rows_of_step
 from tests.support.launcher import launch
@@ -53,7 +53,7 @@ def quantise(path: Path) -> None:
 def damage_after_summing(path: Path) -> None:
     """Write SHA256SUMS, then flip a bit of a weight: no check of the format can see it."""
     files = sorted(path.glob("*.safetensors"))
-    (path / SUMS_FILE).write_text("".join(f"{sha256_of(file)}  {file.name}\n" for file in files))
+    write_sums(path, [file.name for file in files])
     content = bytearray(files[1].read_bytes())
     content[-7] ^= 0x10
     files[1].write_bytes(content)

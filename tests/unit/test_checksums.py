@@ -6,9 +6,11 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import torch
 
 from cpt.errors import ConfigError
-from cpt.model.checksums import SUMS_FILE, damaged, known_sums, share
+from cpt.model.checksums import SUMS_FILE, damaged, known_sums, share, write_sums
+from cpt.state.tensor_writer import DirectoryWriter, Entry
 
 NAMES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -21,20 +23,29 @@ def files(tmp_path: Path) -> list[Path]:
     return found
 
 
-def write_sums(files: list[Path], separator: str = "  ") -> None:
-    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}{separator}{file.name}" for file in files]
-    (files[0].parent / SUMS_FILE).write_text("\n".join(lines) + "\n")
+def write_list(files: list[Path], separator: str = "  ") -> None:
+    write_sums(files[0].parent, [file.name for file in files])
+    sums = files[0].parent / SUMS_FILE
+    sums.write_text(sums.read_text().replace("  ", separator))
+
+
+def test_written_directory_knows_its_sums(tmp_path: Path) -> None:
+    with DirectoryWriter(tmp_path, {"a": Entry(shape=(3,), dtype=torch.float32)}) as writer:
+        writer.write("a", 0, torch.ones(3))
+    files = list(tmp_path.glob("*.safetensors"))
+    sums = known_sums(tmp_path, files)
+    assert set(sums) == set(files) and damaged(sums, files) == []
 
 
 @pytest.mark.parametrize("separator", ["  ", " *"])
 def test_whole_files_pass(files: list[Path], separator: str) -> None:
-    write_sums(files, separator)
+    write_list(files, separator)
     sums = known_sums(files[0].parent, files)
     assert set(sums) == set(files) and damaged(sums, files) == []
 
 
 def test_flipped_byte_is_named_with_its_file(files: list[Path]) -> None:
-    write_sums(files)
+    write_list(files)
     files[1].write_bytes(b"\x01" * 500 + b"\x03" + b"\x01" * 499)
     (problem,) = damaged(known_sums(files[0].parent, files), files)
     assert str(files[1]) in problem and "fetch it again" in problem
@@ -60,7 +71,7 @@ def test_files_that_nobody_knows_are_left_out(files: list[Path]) -> None:
 
 
 def test_list_that_leaves_out_a_file_is_refused(files: list[Path]) -> None:
-    write_sums(files[:1])
+    write_list(files[:1])
     with pytest.raises(ConfigError, match=f"does not list {NAMES[1]}"):
         known_sums(files[0].parent, files)
 
