@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_sample(commands)
     _add_report(commands)
     _add_status(commands)
+    _add_checkpoints(commands)
     doctor = commands.add_parser("doctor", help="versions, devices, and which attention backends run here, or why not")
     doctor.set_defaults(run=_doctor)
     options = parser.parse_args(arguments)
@@ -82,6 +83,27 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser("report", help="write report.html of a run, also while it is going on")
     parser.add_argument("--run_dir", type=Path, required=True)
     parser.set_defaults(run=_report)
+
+
+def _add_checkpoints(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("checkpoints", help="list the checkpoints of a run with a verdict on each")
+    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.add_argument("--verify", action="store_true", help="hash every file; default: manifests, names and sizes")
+    parser.set_defaults(run=_checkpoints)
+
+
+def _checkpoints(options: argparse.Namespace) -> None:
+    from cpt.state.listing import list_checkpoints, table
+
+    if not options.run_dir.is_dir():
+        raise ConfigError(f"--run_dir {options.run_dir} does not exist.")
+    listed = list_checkpoints(options.run_dir, verify=options.verify)
+    if not listed:
+        print(f"{options.run_dir} holds no checkpoint yet.")
+        return
+    print(table(listed))
+    if not any(one.good for one in listed):
+        raise CheckpointError("none of them is usable.")
 
 
 def _report(options: argparse.Namespace) -> None:

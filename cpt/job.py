@@ -34,6 +34,8 @@ from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
 from cpt.progress import Progress, batch_of_step, merged, read_rollbacks, skipped_by
 from cpt.state.checkpoint import LoadedState, flat_ranges, load_checkpoint
+from cpt.state.leaving import leave_if_asked
+from cpt.state.saver import Saver
 from cpt.state.stop import StopRequest
 from cpt.telemetry.metrics import Telemetry
 from cpt.telemetry.trackers import trackers_for
@@ -62,6 +64,7 @@ class Job:
     mixture: Mixture
     engine: TrainingEngine
     guard: Guard | None
+    saver: Saver
     telemetry: Telemetry
     stop: StopRequest
     progress: Progress
@@ -272,8 +275,10 @@ def assemble(
     """
     mix = check_mix(config)
     data = open_data(config, mix, topology)
+    leave_if_asked(stop, topology.control_group, "before the model was loaded")
     source = weight_source(config, model_config, topology)
     engine = build_engine(config, model_config, topology)
+    leave_if_asked(stop, topology.control_group, "before the checkpoint was loaded")
     identity = {
         "seed": config.train.seed,
         "seq_len": config.train.seq_len,
@@ -281,6 +286,7 @@ def assemble(
     }
     fault_point("load", 0)
     loaded = None if resume == "never" else load_checkpoint(run_dir, engine.deepspeed, topology, resume)
+    saver = Saver(run_dir, engine.deepspeed, topology, config.checkpoint)
     rows = data.manifest.row_hashes()
     if loaded is None:
         if config.model.verify_checksums:
@@ -292,6 +298,7 @@ def assemble(
         rollbacks = on_first_rank(topology.control_group, lambda: read_rollbacks(run_dir))
         progress.skip_ranges = merged([*progress.skip_ranges, *skipped_by(rollbacks)])
         deepspeed_internals.set_optimizer_step(engine.deepspeed, progress.updates)
+        saver.trust(loaded.step)
         ledger = resume_ledger(
             loaded.state["ledger"], mix, progress.next_batch, accept_change=config.data.accept_mix_change, rows=rows
         )
@@ -306,6 +313,7 @@ def assemble(
         mixture=Mixture(data, ledger, mix.seed),
         engine=engine,
         guard=Guard(data, config, topology, run_dir) if config.guard.enabled and data.held_out else None,
+        saver=saver,
         telemetry=telemetry,
         stop=stop,
         progress=progress,

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import GptOssConfig
 
 from cpt import deepspeed_internals, faults
 from cpt.config import LaunchInfo, RunConfig, load, resolve
-from cpt.errors import ConfigError, StorageError
+from cpt.errors import ConfigError
 from cpt.job import Job, assemble, check_mix
 from cpt.memory import memory_by_part, memory_table
 from cpt.model import attention
@@ -26,7 +25,8 @@ from cpt.model.weights import load_config
 from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology, create_topology
 from cpt.release.export_run import export_run
-from cpt.state.stop import StopRequest
+from cpt.run_dir import held_run_dir
+from cpt.state.stop import StopRequest, watch_launcher
 from cpt.state.stored import list_steps, step_folder
 from cpt.telemetry.report import write_report
 from cpt.train import train
@@ -38,8 +38,12 @@ from data_pipeline.strict_yaml import nearest
 log = logging.getLogger("cpt")
 
 
-def launch(options: argparse.Namespace) -> None:
+def launch(options: argparse.Namespace, stop: StopRequest) -> None:
     """Do one run.
+
+    Args:
+        options: The command line.
+        stop: Notes requests to stop since the process was started.
 
     Raises:
         CptError: with the exit code of the run.
@@ -57,17 +61,17 @@ def launch(options: argparse.Namespace) -> None:
     topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=device)
     check_same_everywhere(config, topology)
     resume = resume_of(options.resume)
-    on_first_rank(topology.control_group, lambda: prepare_run_dir(run_dir, resume))
-    stop = StopRequest(run_dir, topology.rank)
-    stop.listen()
-    if topology.rank == 0:
-        log.info("%s", describe(config, model_config, run_dir, resume))
-    job = assemble(config, model_config, topology, run_dir, resume, stop)
-    try:
-        train(job)
-        finish(job)
-    finally:
-        job.telemetry.close()
+    watch_launcher(stop, config.checkpoint.stop_budget_seconds)
+    with held_run_dir(run_dir, resume, config, model_config, topology):
+        if topology.rank == 0:
+            stop.watch_run(run_dir, config.checkpoint.stop_margin_seconds)
+            log.info("%s", describe(config, model_config, run_dir, resume))
+        job = assemble(config, model_config, topology, run_dir, resume, stop)
+        try:
+            train(job)
+            finish(job)
+        finally:
+            job.telemetry.close()
     dist.destroy_process_group()
 
 
@@ -137,28 +141,6 @@ def this_device(config: RunConfig) -> torch.device:
     share = (os.cpu_count() or 1) // local_world_size(config.world_size)
     torch.set_num_threads(config.train.threads or max(1, share))
     return torch.device("cpu")
-
-
-def prepare_run_dir(run_dir: Path, resume: str) -> None:
-    """Create the run directory; with `never`, move what an earlier run left aside instead of overwriting it.
-
-    Raises:
-        StorageError: it cannot be created or written.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if resume == "never" and any(run_dir.iterdir()):
-            taken = [int(entry.name.removeprefix("previous-")) for entry in run_dir.glob("previous-[0-9]*")]
-            aside = run_dir / f"previous-{max(taken, default=0) + 1}"
-            aside.mkdir()
-            for entry in list(run_dir.iterdir()):
-                if not entry.name.startswith("previous-"):
-                    shutil.move(str(entry), str(aside / entry.name))
-        probe = run_dir / f".write-probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise StorageError(f"run directory {run_dir}: {error.strerror}. Give another with --run_dir.") from error
 
 
 def describe(config: RunConfig, model_config: GptOssConfig, run_dir: Path, resume: str) -> str:

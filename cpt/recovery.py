@@ -13,6 +13,7 @@ from cpt.errors import InternalError
 from cpt.job import Job
 from cpt.parallel.agreement import on_first_rank
 from cpt.progress import Progress, batch_of_step, merged, read_rollbacks, write_rollbacks
+from cpt.saving import publish
 from cpt.state.checkpoint import load_checkpoint
 from cpt.state.stored import list_steps
 from cpt.training.engine import StepResult
@@ -70,6 +71,7 @@ def roll_back(job: Job) -> None:
         InternalError: on all ranks: there is no checkpoint, or `train.max_rollbacks` is used up.
         CheckpointError: no checkpoint is sound.
     """
+    publish(job)  # the save in flight may be the newest sound one
     started, progress, group = time.perf_counter(), job.progress, job.topology.control_group
     from_step, first_step = progress.step, progress.step - job.stability.skipped_in_a_row
     first_batch = batch_of_step(first_step, progress.skip_ranges)
@@ -86,6 +88,7 @@ def roll_back(job: Job) -> None:
         raise InternalError(f"{cause}, and there is no checkpoint to roll back to. {advice}")
     loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, "auto")
     assert loaded is not None
+    job.saver.trust(loaded.step)
     saved = Progress.from_json(loaded.state["progress"])
     given_up = (max(first_batch, saved.next_batch), last_batch)  # a checkpoint of the streak itself has consumed some
     job.progress.restore(saved, merged([*progress.skip_ranges, *saved.skip_ranges, given_up]))

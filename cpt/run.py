@@ -18,6 +18,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
     sys.path[0] = str(ROOT)  # the launcher puts cpt/ itself first, where `import config` would find a second copy
 
 from cpt.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, CptError  # noqa: E402
+from cpt.state.stop import StopRequest  # noqa: E402
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,7 +41,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], stop: StopRequest) -> int:
     """Run a job and return its exit code; people's mistakes are told by rank 0 without a stack trace."""
     first_rank = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> int:
         options = parse_arguments(arguments)
         from cpt.launch import launch
 
-        launch(options)
+        launch(options, stop)
         return EXIT_DONE
     except CptError as error:
         if first_rank or os.environ.get("LOCAL_RANK") == "0":  # once on every node: the cause may lie there alone
@@ -66,7 +67,9 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    request = StopRequest()
+    request.listen()  # before the imports of `main`, which take seconds
+    code = main(sys.argv[1:], request)
     if code == EXIT_DONE:
         sys.exit(code)
     # a process group that broke in the middle of a collective may never shut down; the code must get out

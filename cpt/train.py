@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cpt.errors import RequeueRequested
 from cpt.faults import fault_point
 from cpt.job import Job
 from cpt.recovery import after_step
-from cpt.state.checkpoint import save_checkpoint
-from cpt.training.engine import StepResult
+from cpt.saving import final_save, leave, periodic_save, publish
+from cpt.state.leaving import leave_if_asked
+from cpt.training.engine import StepResult, Votes
 from cpt.training.schedule import learning_rate
 from data_pipeline.mixture import GlobalBatch
 
@@ -31,7 +31,8 @@ def train(job: Job) -> None:
         return
     fault_point("before_first_step", progress.step)
     if job.guard is not None and progress.step == 0 < last_step:
-        job.guard.measure(0, job.engine, job.telemetry)
+        job.guard.measure(0, job.engine, job.telemetry, job.stop)
+    leave_if_asked(job.stop, job.topology.control_group, "before the first step")
     with tqdm(total=last_step, initial=progress.step, unit="step", disable=job.topology.rank != 0) as bar:
         while progress.step < last_step:
             started = time.perf_counter()
@@ -42,7 +43,7 @@ def train(job: Job) -> None:
                 job.micro_batches(batch),
                 tokens_by_source(batch, job),
                 step=progress.step + 1,
-                stop_requested=job.stop.requested(),
+                votes=lambda: Votes(stop=job.stop.requested(), save_settled=job.saver.own_part_is_settled()),
             )
             progress.step += 1
             progress.tokens += sum(result.tokens_by_source)
@@ -52,21 +53,26 @@ def train(job: Job) -> None:
             after_step(job, batch, result)
             bar.set_postfix_str(f"loss {result.loss:.3f}, {event['tokens_per_second']:.0f} tokens/s")
             bar.update(progress.step - bar.n)
-            finished = progress.step == last_step
-            if result.stop_requested:
-                job.stop.consume()
-            if result.stop_requested and not finished:
-                save(job)
-                raise RequeueRequested(f"stopped on request after step {progress.step}; saved, start again to go on.")
-            if is_due(progress.step, job.config.guard.interval_steps) and not finished and job.guard is not None:
-                job.guard.measure(progress.step, job.engine, job.telemetry)
+            publish(job, settled_ranks=result.votes.save_settled)
+            if progress.step == last_step:
+                break  # a request to stop is obeyed by being done
+            if result.votes.stop:
+                leave(job)
+            if is_due(progress.step, job.config.guard.interval_steps):
+                measure(job)
             # a checkpoint between skipped updates would hold nothing new, and be what a rollback finds
-            due = is_due(progress.step, job.config.checkpoint.interval_steps) and not job.stability.skipped_in_a_row
-            if due and not finished:
-                save(job)
+            if is_due(progress.step, job.config.checkpoint.interval_steps) and not job.stability.skipped_in_a_row:
+                periodic_save(job)
+    job.stop.consume()
+    final_save(job)
     if job.guard is not None and progress.step > 0:
         job.guard.measure(progress.step, job.engine, job.telemetry)
-    save(job)
+
+
+def measure(job: Job) -> None:
+    """Watch held-out text; a request to stop comes first."""
+    if job.guard is not None and not job.guard.measure(job.progress.step, job.engine, job.telemetry, job.stop):
+        leave(job)
 
 
 def is_due(step: int, interval_steps: int) -> bool:
@@ -78,21 +84,6 @@ def tokens_by_source(batch: GlobalBatch, job: Job) -> list[int]:
     """Predicted tokens of a global batch per source, known to every rank without asking."""
     counts = np.bincount(batch.sources, weights=batch.predicted_tokens, minlength=len(job.data.source_names))
     return [int(count) for count in counts]
-
-
-def save(job: Job) -> None:
-    """Publish a checkpoint of the present step."""
-    started = time.perf_counter()
-    folder = save_checkpoint(
-        job.run_dir,
-        job.engine.deepspeed,
-        job.topology,
-        step=job.progress.step,
-        state=job.state(),
-        keep_last=job.config.checkpoint.keep_last,
-    )
-    seconds = time.perf_counter() - started
-    job.telemetry.log({"event": "checkpoint", "step": job.progress.step, "path": folder.name, "seconds": seconds})
 
 
 def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:

@@ -158,10 +158,22 @@ class CheckpointSection:
     """Steps between periodic saves; 0: only at the end."""
     keep_last: int = 2
     """Complete checkpoints to keep."""
+    keep_every_steps: int = 0
+    """Checkpoints of multiples of this step are kept for good, besides `keep_last`; 0: none."""
+    async_save: bool = True
+    """Periodic saves copy the state to host memory (12 bytes per parameter over all ranks) and are written while
+    training goes on; false: training waits for each."""
+    stop_budget_seconds: int = 540
+    """Longest time from the decision to stop until the process has left; it ends with 74 when it is used up."""
+    stop_margin_seconds: int = 300
+    """Under SLURM: stop this long before the end time of the job, at most a quarter of what is left at start."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        if self.interval_steps < 0:
-            yield "interval_steps", f"is {self.interval_steps}, must be >= 0."
+        for name in ("interval_steps", "keep_every_steps", "stop_margin_seconds"):
+            if getattr(self, name) < 0:
+                yield name, f"is {getattr(self, name)}, must be >= 0."
+        if self.stop_budget_seconds < 1:
+            yield "stop_budget_seconds", f"is {self.stop_budget_seconds}, must be >= 1."
         if self.keep_last < 2:
             yield "keep_last", f"is {self.keep_last}, must be >= 2: one may turn out to be damaged."
 

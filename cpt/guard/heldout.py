@@ -22,6 +22,8 @@ from cpt.guard.policy import Judgement, judge
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
+from cpt.state.leaving import agreed_reason
+from cpt.state.stop import StopRequest
 from cpt.telemetry.metrics import Telemetry
 from cpt.training.engine import TrainingEngine
 from data_pipeline.dataset import BuiltData
@@ -47,16 +49,29 @@ class Guard:
         self.latest: dict[str, Judgement] = {}
         """The last measurement of each domain."""
 
-    def measure(self, step: int, engine: TrainingEngine, telemetry: Telemetry) -> None:
-        """Score all domains, freeze or compare, and log one guard event per domain; all ranks call it together."""
+    def measure(self, step: int, engine: TrainingEngine, telemetry: Telemetry, stop: StopRequest | None = None) -> bool:
+        """Score all domains, freeze or compare, and log one guard event per domain; all ranks call it together.
+
+        Args:
+            step: Optimizer steps done.
+            engine: Scores.
+            telemetry: Where the events go.
+            stop: Looked at after each domain; a measurement is not worth a missed deadline.
+
+        Returns:
+            Whether it was finished.
+        """
         fault_point("evaluate", step)
         if not self._baseline:
             self._baseline = self._stored_baseline()
-        scores = {
-            domain.name: score_domain(domain, engine, self._topology, micro_batch_size=self._config.micro_batch_size)
-            for domain in self._domains
-            if step == 0 or domain.name in self._baseline
-        }
+        scores: dict[str, DomainScore] = {}
+        for domain in self._domains:
+            if scores and stop is not None and agreed_reason(stop, self._topology.control_group):
+                return False
+            if step == 0 or domain.name in self._baseline:
+                scores[domain.name] = score_domain(
+                    domain, engine, self._topology, micro_batch_size=self._config.micro_batch_size
+                )
         if not self._baseline:
             self._baseline = self._freeze(scores, step)
         for name, score in scores.items():
@@ -69,6 +84,7 @@ class Guard:
                     "held-out domain %s is %.2f %% worse than the untouched model (95 %% interval %.2f to %.2f).",
                     *(name, verdict.delta_percent, verdict.ci_low, verdict.ci_high),
                 )
+        return True
 
     def table(self) -> str:
         """The last measurement for people: bits per byte of each domain, before and now."""

@@ -1,45 +1,35 @@
-"""Checkpoints that know no layout: flat global fp32 tensors, written and read by range.
+"""A run's checkpoint and the engine: which ranges this rank holds, and how they come back.
 
-Save: fresh `.tmp-step-*` folder -> each rank writes its ranges -> each hashes what it wrote -> rank 0 writes the
-manifest and renames.  Load: newest verified directory first; keys and shapes are compared both ways before any tensor
-is read.  Nothing random happens inside a step, so there is no random state to save.
+A checkpoint is a set of flat global fp32 tensors, written and read by range, so it knows no layout.  Load: newest
+directory first, its files hashed by all ranks together; keys, shapes and dtypes are compared both ways before any
+tensor is read.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import platform
-import re
-import shutil
-import warnings
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
-
 from cpt import deepspeed_internals
-from cpt.errors import CheckpointError, StorageError
+from cpt.errors import CheckpointError
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
-from cpt.state.flat_planner import FlatRange, FlatSavePlanner
+from cpt.state.flat_planner import FlatRange
 from cpt.state.manifest import (
-    MANIFEST,
-    FileRecord,
     Manifest,
     TensorRecord,
+    check_hashes,
+    check_listing,
+    ownership_warnings,
     read_manifest,
-    record_file,
-    sync_folder,
-    write_manifest,
+    share_of_files,
 )
-from cpt.state.stored import PARTS, find_checkpoint, list_steps, read_ranges, root_cause, step_folder
+from cpt.state.metadata import check_metadata
+from cpt.state.stored import candidates, first_sound, list_steps, read_ranges, reason_of, step_folder
 
 log = logging.getLogger("cpt.checkpoint")
-_OWN_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +39,7 @@ class LoadedState:
     step: int
     """Optimizer steps done."""
     state: dict[str, Any]
-    """The JSON values given to `save_checkpoint`."""
+    """The JSON values it was saved with."""
     folder: Path
     """Where it came from."""
     rejected: list[str]
@@ -85,120 +75,6 @@ def tensor_records(engine: Any, topology: Topology) -> dict[str, TensorRecord]:
     return records
 
 
-def save_checkpoint(
-    run_dir: Path, engine: Any, topology: Topology, *, step: int, state: dict[str, Any], keep_last: int
-) -> Path:
-    """Write one checkpoint; all ranks call it together.
-
-    Args:
-        run_dir: The run directory.
-        engine: The DeepSpeed engine.
-        topology: The layout.
-        step: Optimizer steps done.
-        state: JSON values to restore besides the tensors.
-        keep_last: Complete checkpoints to keep, this one included.
-
-    Returns:
-        The published folder.  A complete checkpoint of the same step is left as it is.
-
-    Raises:
-        StorageError: a rank could not write; nothing was published and nothing older was touched.
-    """
-    final, group = step_folder(run_dir, step), topology.control_group
-    temporary = final.with_name(f".tmp-{final.name}")
-    if on_first_rank(group, lambda: (final / MANIFEST).is_file()):
-        return final
-    try:
-        on_first_rank(group, lambda: _prepare(run_dir, temporary, topology, engine))
-        own = together(group, lambda: _write_shards(temporary, engine, topology))
-        records = [FileRecord(**record) for rank in gather_json([asdict(r) for r in own], group) for record in rank]
-        manifest = Manifest(
-            step=step,
-            files=tuple(sorted(records, key=lambda record: record.name)),
-            tensors=tensor_records(engine, topology),
-            layout={
-                "world_size": topology.world_size,
-                "sp_size": topology.sp_size,
-                "ep_size": topology.ep_size,
-                "zero_stage": engine.zero_optimization_stage(),
-            },
-            versions=versions(),
-            state=state,
-        )
-        on_first_rank(group, lambda: _publish(temporary, final, manifest))
-    except Exception:
-        if topology.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if topology.rank == 0:
-        prune(run_dir, keep_last, keep=step)
-    return final
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    packages = ("torch", "deepspeed", "transformers")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def _prepare(run_dir: Path, temporary: Path, topology: Topology, engine: Any) -> None:
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    for stale in temporary.parent.glob(".tmp-step-*"):
-        shutil.rmtree(stale)
-    records = tensor_records(engine, topology).values()
-    numel = sum(_numel(record.shape) * (len(PARTS) if record.trained else 1) for record in records)
-    needed, free = int(1.2 * 4 * numel), shutil.disk_usage(temporary.parent).free
-    if free < needed:
-        raise StorageError(f"a checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free at {run_dir}.")
-    temporary.mkdir()
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _write_shards(temporary: Path, engine: Any, topology: Topology) -> list[FileRecord]:
-    writer = dcp.FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True, overwrite=False)
-    try:
-        dcp.save(
-            flat_ranges(engine, topology),
-            storage_writer=writer,
-            planner=FlatSavePlanner(),
-            process_group=topology.control_group,
-        )
-    except (OSError, dcp.CheckpointException) as error:
-        raise StorageError(f"writing {temporary} failed: {root_cause(error)}") from error
-    names = [entry.name for entry in os.scandir(temporary)]
-    own = [name for name in names if (m := _OWN_FILE.fullmatch(name)) and int(m.group(1)) == topology.rank]
-    if topology.rank == 0:
-        own.append(".metadata")
-    return [record_file(temporary / name) for name in own]
-
-
-def _publish(temporary: Path, final: Path, manifest: Manifest) -> None:
-    if final.exists():  # an incomplete directory of the same step: no manifest, so nothing that counts
-        shutil.rmtree(final)
-    write_manifest(temporary, manifest)
-    os.rename(temporary, final)
-    sync_folder(final.parent)
-
-
-def prune(run_dir: Path, keep_last: int, *, keep: int) -> None:
-    """Delete all but the newest complete checkpoints; the manifest goes first, so a crash leaves no half truth."""
-    complete = [step for step in list_steps(run_dir) if (step_folder(run_dir, step) / MANIFEST).is_file()]
-    for step in complete[keep_last:]:
-        if step == keep:
-            continue
-        folder = step_folder(run_dir, step)
-        try:
-            (folder / MANIFEST).unlink()
-            shutil.rmtree(folder)
-        except OSError as error:
-            warnings.warn(f"could not delete {folder}: {error.strerror}", stacklevel=2)
-    for rejected in (run_dir / "checkpoints").glob(".rejected-step-*"):
-        shutil.rmtree(rejected, ignore_errors=True)  # damaged, and now there is a newer one
-
-
 def load_checkpoint(run_dir: Path, engine: Any, topology: Topology, resume: str) -> LoadedState | None:
     """Restore weights and optimizer state of a run; all ranks call it together.
 
@@ -206,24 +82,47 @@ def load_checkpoint(run_dir: Path, engine: Any, topology: Topology, resume: str)
         What else the checkpoint holds; None if the run has no checkpoint folder yet.
 
     Raises:
-        CheckpointError: see `find_checkpoint`; or the checkpoint is of another model, naming the key.
+        CheckpointError: see `first_sound`; or the checkpoint is of another model, naming the key.
     """
-    step, rejected = on_first_rank(topology.control_group, lambda: find_checkpoint(run_dir, resume))
-    for reason in rejected:
-        log.warning("checkpoint rejected: %s", reason)
+    group = topology.control_group
+    steps = on_first_rank(group, lambda: candidates(run_dir, resume))
+    step, rejected = first_sound(run_dir, steps, lambda folder: agreed_refusal(folder, topology))
     if step is None:
         return None
     folder = step_folder(run_dir, step)
-    manifest = read_manifest(folder)
+    manifest = together(group, lambda: read_manifest(folder))
     _compare(folder, manifest.tensors, tensor_records(engine, topology))
     ranges = _stored_ranges(flat_ranges(engine, topology), manifest.tensors)
     _tell_freezing(manifest.tensors, tensor_records(engine, topology))
-    together(topology.control_group, lambda: read_ranges(folder, ranges))
+    together(group, lambda: read_ranges(folder, ranges))
     deepspeed_internals.set_optimizer_step(engine, step)
     deepspeed_internals.publish_master_weights(engine)
     engine.global_steps = step
-    on_first_rank(topology.control_group, lambda: _set_newer_aside(run_dir, step, resume))
+    on_first_rank(group, lambda: _set_newer_aside(run_dir, step, resume))
     return LoadedState(step=step, state=manifest.state, folder=folder, rejected=rejected)
+
+
+def agreed_refusal(folder: Path, topology: Topology) -> str | None:
+    """Why a checkpoint is not to be used; all ranks read their share of its bytes, and all get the same answer."""
+    group = topology.control_group
+    manifests: list[Manifest] = []
+
+    def read_share() -> None:
+        manifests.append(read_manifest(folder))
+        if topology.rank == 0:
+            check_listing(folder, manifests[0])
+        check_hashes(folder, share_of_files(manifests[0].files, topology.rank, topology.world_size))
+
+    reasons = gather_json(reason_of(read_share), group)
+    if not any(reasons):
+        reasons = on_first_rank(group, lambda: [reason_of(lambda: check_metadata(folder, manifests[0]))])
+    reason = next((reason for reason in reasons if reason is not None), None)
+    if topology.rank == 0:
+        for warning in ownership_warnings(folder) if reason is None else []:
+            log.warning("who may change this checkpoint: %s", warning)
+        if reason is not None:
+            log.warning("checkpoint rejected: %s", reason)
+    return reason
 
 
 def _stored_ranges(ranges: dict[str, FlatRange], stored: dict[str, TensorRecord]) -> dict[str, FlatRange]:

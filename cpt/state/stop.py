@@ -1,34 +1,148 @@
-"""Requests to stop: signals set a flag, rank 0 looks for <run_dir>/STOP; acting on them is a collective decision."""
+"""Requests to stop: noted by one rank, from a signal, the file <run_dir>/STOP, the end of the SLURM job, or the loss of
+the launcher; acting on them is a collective decision.
+
+This module imports nothing heavy, so that signals are noted while torch and DeepSpeed are still being imported.  The
+handler of a signal does nothing but note it.  A rank whose launcher is gone is nobody's child any more: it asks for
+a stop like any other request, and leaves by force when its time is up.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
+from cpt.errors import StorageError
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "deepspeed.launcher.runner", "torchrun", "torch.distributed.run")
+POLL_SECONDS = 1.0
+LEAVE_BEFORE_END_SECONDS = 15
+"""A process of a SLURM job leaves by itself this long before it would be killed."""
 
 
 class StopRequest:
     """Whether this rank has been asked to stop."""
 
-    def __init__(self, run_dir: Path, rank: int) -> None:
-        self._file = run_dir / "STOP" if rank == 0 else None
-        self._signalled = False
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self._reason = ""
+        self._file: Path | None = None
+        self._stop_at: float | None = None
+        end = environment.get("SLURM_JOB_END_TIME", "")
+        self._job_end = float(end) if end.isascii() and end.isdigit() else None
 
     def listen(self) -> None:
-        """Take over the stop signals; the handler does nothing but note them."""
+        """Take over the stop signals."""
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self._on_signal)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.note(signal.Signals(number).name)
+
+    def note(self, reason: str) -> None:
+        """Ask for a stop; the first reason is kept."""
+        self._reason = self._reason or reason
+
+    def watch_run(self, run_dir: Path, margin_seconds: float) -> None:
+        """Also look for the STOP file and at the clock; rank 0 does this for all."""
+        self._file = run_dir / "STOP"
+        if self._job_end is not None:
+            left = self._job_end - time.time()
+            self._stop_at = self._job_end - min(margin_seconds, left / 4)
 
     def requested(self) -> bool:
-        """Whether a signal came or the file is there."""
-        return self._signalled or (self._file is not None and self._file.exists())
+        """Whether this rank wants to stop."""
+        return bool(self.reason())
+
+    def reason(self) -> str:
+        """Why this rank wants to stop; empty if it does not."""
+        if not self._reason and self._file is not None and self._file.exists():
+            self.note("STOP file")
+        if not self._reason and self._stop_at is not None and time.time() >= self._stop_at:
+            self.note(f"the job ends in {self._job_end_in():.0f} s")
+        return self._reason
 
     def consume(self) -> None:
-        """Remove the file that this run has obeyed."""
+        """Remove the file that this run obeys."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
+
+    def _job_end_in(self) -> float:
+        assert self._job_end is not None
+        return self._job_end - time.time()
+
+    def seconds_to_leave(self, budget_seconds: float) -> float:
+        """How long leaving may take: the budget, or less if the job ends before."""
+        if self._job_end is None:
+            return budget_seconds
+        return max(1.0, min(budget_seconds, self._job_end_in() - LEAVE_BEFORE_END_SECONDS))
+
+
+class Deadline:
+    """Ends the process by force with the code of a storage failure, unless it is called off."""
+
+    def __init__(self, seconds: float, what: str) -> None:
+        self._text = f"\n{what} took longer than {seconds:.0f} s; leaving now. Complete checkpoints are intact.\n"
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def cancel(self) -> None:
+        """What was waited for is done."""
+        self._timer.cancel()
+
+    def _expire(self) -> None:
+        os.write(2, self._text.encode())
+        os._exit(StorageError.exit_code)
+
+
+def watch_launcher(stop: StopRequest, budget_seconds: float) -> None:
+    """From now on, take the loss of a launcher process above this one as a request to stop.
+
+    The launcher itself forwards no signal, and its ranks outlive it: a `deepspeed` that is killed leaves orphans.
+    """
+    links = launcher_links()
+    if not links:
+        return
+
+    def watch() -> None:
+        while all(parent_of(child) == parent for child, parent in links):
+            time.sleep(POLL_SECONDS)
+        stop.note("the launcher is gone")
+        Deadline(budget_seconds, "leaving after the launcher was gone")
+
+    threading.Thread(target=watch, daemon=True, name="launcher watch").start()
+
+
+def launcher_links() -> list[tuple[int, int]]:
+    """(child, parent) from this process upwards, as far as the parents are launchers."""
+    links = []
+    child = os.getpid()
+    while (parent := parent_of(child)) is not None and _is_launcher(parent):
+        links.append((child, parent))
+        child = parent
+    return links
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    # python [-u] [-m] NAME: a script of the user that merely has the word among its arguments is none
+    return any(word.decode(errors="replace").rpartition("/")[2] in LAUNCHERS for word in words[:4])
+
+
+def parent_of(pid: int) -> int | None:
+    """Parent of a process; None if it is gone."""
+    if pid == os.getpid():
+        return os.getppid()
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return int(fields[1])
+    except (OSError, IndexError):
+        return None

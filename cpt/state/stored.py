@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,9 +14,9 @@ import torch.distributed.checkpoint as dcp
 from cpt.errors import CheckpointError
 from cpt.state.flat_planner import FlatLoadPlanner, FlatRange
 from cpt.state.manifest import Manifest, read_manifest, verify_files
+from cpt.state.metadata import PARTS as PARTS
+from cpt.state.metadata import FolderReader, check_metadata
 
-PARTS = ("master", "exp_avg", "exp_avg_sq")
-"""What is stored of every parameter: fp32 weights and Adam's two moments."""
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -32,28 +33,60 @@ def list_steps(run_dir: Path) -> list[int]:
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> tuple[int | None, list[str]]:
-    """The step to resume from, verified, and the reasons of those passed over; only rank 0 calls this.
+    """The step to resume from, every file of it read by this process, and the reasons of those passed over.
+
+    Raises:
+        CheckpointError: see `first_sound`.
+    """
+    return first_sound(run_dir, candidates(run_dir, resume), refusal_of)
+
+
+def candidates(run_dir: Path, resume: str) -> list[int]:
+    """Steps to try, best first: all that have a folder for `auto`, else the one asked for."""
+    return list_steps(run_dir) if resume == "auto" else [int(resume)]
+
+
+def first_sound(run_dir: Path, steps: list[int], refusal: Callable[[Path], str | None]) -> tuple[int | None, list[str]]:
+    """The first sound step of a list, and the reasons of those passed over; None if the list is empty.
 
     Args:
         run_dir: The run directory.
-        resume: `auto` (newest verified, None if there is no folder at all) or a step number.
+        steps: See `candidates`.
+        refusal: Why a folder is not to be used, or None if it is sound.
 
     Raises:
-        CheckpointError: folders exist but none is good, or the asked-for step is not.
+        CheckpointError: there are steps, but none is sound.
     """
-    steps = list_steps(run_dir) if resume == "auto" else [int(resume)]
     rejected: list[str] = []
     for step in steps:
-        folder = step_folder(run_dir, step)
-        try:
-            verify_files(folder, read_manifest(folder))
+        reason = refusal(step_folder(run_dir, step))
+        if reason is None:
             return step, rejected
-        except CheckpointError as error:
-            rejected.append(str(error))
+        rejected.append(reason)
     if rejected:
         advice = "Training does not restart at step 0 by itself. A fresh run beside the old one needs --resume never."
         raise CheckpointError("\n".join(["no usable checkpoint:", *rejected, advice]))
     return None, []
+
+
+def refusal_of(folder: Path) -> str | None:
+    """Why a checkpoint is not to be used; None if every file is the one that was written."""
+    return reason_of(lambda: _verify(folder))
+
+
+def _verify(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    check_metadata(folder, manifest)
+
+
+def reason_of(check: Callable[[], object]) -> str | None:
+    """What a check finds wrong, as text."""
+    try:
+        check()
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
 
 
 def read_ranges(folder: Path, ranges: dict[str, FlatRange]) -> None:
@@ -61,7 +94,7 @@ def read_ranges(folder: Path, ranges: dict[str, FlatRange]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(ranges, storage_reader=dcp.FileSystemReader(folder), planner=FlatLoadPlanner(), no_dist=True)
+            dcp.load(ranges, storage_reader=FolderReader(folder), planner=FlatLoadPlanner(), no_dist=True)
     except (OSError, dcp.CheckpointException) as error:  # the latter is no Exception: peers would not be told
         raise CheckpointError(f"{folder}: {root_cause(error)}") from error
 

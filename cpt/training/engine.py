@@ -14,9 +14,9 @@ that all ranks decide alike and nothing that is not finite reaches weights or Ad
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -38,6 +38,15 @@ LARGEST_GRAD_NORM = 1e18
 """A norm from here on counts as not finite: its square is near the largest fp32 number, which DeepSpeed sums in."""
 
 
+class Votes(NamedTuple):
+    """What each rank tells the others in the bookkeeping collective of a step, where the values are summed."""
+
+    stop: int = 0
+    """1 if this rank has been asked to stop."""
+    save_settled: int = 0
+    """1 if this rank's part of the save in flight is on disk, or has failed."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
     """One optimizer step, summed over all ranks."""
@@ -54,8 +63,8 @@ class StepResult:
     """Predicted tokens per source."""
     bytes_sent: dict[str, int]
     """Bytes on the wire by kind."""
-    stop_requested: bool
-    """Whether any rank wants to stop."""
+    votes: Votes
+    """How many ranks said what."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +74,7 @@ class _Sums:
     nll_by_source: torch.Tensor
     bytes_sent: dict[str, int]
     squared_grad_norm: float
-    stop_requested: bool
+    votes: Votes
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -140,7 +149,12 @@ class TrainingEngine:
         )
 
     def step(
-        self, micro_batches: Iterable[MicroBatch], tokens_by_source: list[int], *, step: int, stop_requested: bool
+        self,
+        micro_batches: Iterable[MicroBatch],
+        tokens_by_source: list[int],
+        *,
+        step: int,
+        votes: Callable[[], Votes] = Votes,
     ) -> StepResult:
         """Forward, backward and update on one global batch.
 
@@ -148,7 +162,7 @@ class TrainingEngine:
             micro_batches: This rank's part.
             step: The optimizer step being done, counted from 1; names it to `fault_point`.
             tokens_by_source: Predicted tokens of the whole global batch, by source; known from the row ids.
-            stop_requested: Whether this rank wants to stop; all ranks learn whether any does.
+            votes: Called once, when the ranks exchange their sums; all learn how many said what.
 
         Returns:
             What happened.  If loss or gradient norm is not finite anywhere, no rank has applied the update.
@@ -170,7 +184,7 @@ class TrainingEngine:
             nll_by_source.index_add_(0, batch.row_labels.cpu(), by_row)
             pending = True
         place.enter("gradient", step)
-        sums = self._sum_over_ranks(nll_by_source, stop_requested)
+        sums = self._sum_over_ranks(nll_by_source, votes())
         grad_norm = math.sqrt(sums.squared_grad_norm)  # NaN and infinity stay what they are
         applied = bool(torch.isfinite(sums.nll_by_source).all()) and grad_norm < LARGEST_GRAD_NORM
         place.enter("optimizer_step", step)
@@ -183,7 +197,7 @@ class TrainingEngine:
             nll_by_source=sums.nll_by_source.tolist(),
             tokens_by_source=tokens_by_source,
             bytes_sent=sums.bytes_sent,
-            stop_requested=sums.stop_requested,
+            votes=sums.votes,
         )
 
     def _finish(self, *, applied: bool) -> None:
@@ -194,19 +208,19 @@ class TrainingEngine:
         if not self.deepspeed.was_step_applied():
             raise InternalError("DeepSpeed dropped an update whose loss and gradient norm are finite.")
 
-    def _sum_over_ranks(self, nll_by_source: torch.Tensor, stop_requested: bool) -> _Sums:
+    def _sum_over_ranks(self, nll_by_source: torch.Tensor, votes: Votes) -> _Sums:
         """The one bookkeeping collective of a step."""
         sent = self.topology.traffic.take()
         squares = deepspeed_internals.squared_gradient_norm(self.deepspeed)
-        extra = [*(sent[kind] for kind in KINDS), squares, int(stop_requested)]
+        extra = [*(sent[kind] for kind in KINDS), squares, *votes]
         everything = torch.cat([nll_by_source, torch.tensor(extra, dtype=torch.float64)])
         dist.all_reduce(everything, group=self.topology.control_group)
         nll, rest = everything[: nll_by_source.numel()], everything[nll_by_source.numel() :].tolist()
         return _Sums(
             nll_by_source=nll,
             bytes_sent={kind: int(value) for kind, value in zip(KINDS, rest, strict=False)},
-            squared_grad_norm=rest[-2],
-            stop_requested=rest[-1] > 0,
+            squared_grad_norm=rest[len(KINDS)],
+            votes=Votes(*(int(value) for value in rest[len(KINDS) + 1 :])),
         )
 
     @torch.no_grad()

@@ -66,7 +66,7 @@ def first_loss(engine: TrainingEngine, topology: Topology) -> float:
     rows = rows_of_step(0)
     batches = [make_micro_batch([rows[i]], [0], topology) for i in range(topology.dp_rank, ROWS, topology.dp_size)]
     tokens = [sum(int((row.labels >= 0).sum()) for row in rows)]
-    return engine.step(batches, tokens, step=1, stop_requested=False).loss
+    return engine.step(batches, tokens, step=1).loss
 
 
 def main() -> None:

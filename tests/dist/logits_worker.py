@@ -11,11 +11,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from cpt import deepspeed_internals
-from cpt.config import LaunchInfo, resolve
+from cpt.config import CheckpointSection, LaunchInfo, resolve
 from cpt.job import build_engine, fill_weights, weight_source
 from cpt.model.weights import load_config
 from cpt.parallel.topology import create_topology
-from cpt.state.checkpoint import save_checkpoint
+from cpt.state.saver import Saver
 from cpt.training.loader import make_micro_batch
 from data_pipeline.strict_yaml import parse_yaml
 from tests.dist.cases import ROWS, Scenario, model_config, rows_of_step
@@ -38,7 +38,7 @@ def main() -> None:
     for step in range(2):
         rows = rows_of_step(step)
         batches = [make_micro_batch([rows[i]], [0], topology) for i in range(topology.rank, ROWS, 2)]
-        engine.step(batches, [sum(int((row.labels >= 0).sum()) for row in rows)], step=1, stop_requested=False)
+        engine.step(batches, [sum(int((row.labels >= 0).sum()) for row in rows)], step=1)
     batch = make_micro_batch([rows_of_step(0)[0]], [0], topology)
     with torch.no_grad():
         logits = engine.deepspeed(
@@ -47,7 +47,7 @@ def main() -> None:
     if topology.rank == 0:
         save_file({"logits": logits.contiguous()}, str(folder / "logits.safetensors"))
     state = {"model_config": model_config().to_dict()}
-    save_checkpoint(folder / "run", engine.deepspeed, topology, step=2, state=state, keep_last=2)
+    Saver(folder / "run", engine.deepspeed, topology, CheckpointSection()).save_now(2, state)
     engine.deepspeed.destroy()
     path = folder / "mxfp4"
     quantised = load_config(path, None)
@@ -55,7 +55,7 @@ def main() -> None:
     engine = build_engine(config, quantised, topology)
     fill_weights(engine, weight_source(config, quantised, topology))
     state = {"model_config": quantised.to_dict()}
-    save_checkpoint(folder / "untouched", engine.deepspeed, topology, step=0, state=state, keep_last=2)
+    Saver(folder / "untouched", engine.deepspeed, topology, CheckpointSection()).save_now(0, state)
     dist.destroy_process_group()
 
 

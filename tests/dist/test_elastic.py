@@ -12,19 +12,20 @@ import pytest
 import torch
 
 from cpt.state.stored import PARTS, step_folder
-from tests.dist.cases import STEPS, Scenario, parameter_file
+from tests.dist.cases import Scenario, parameter_file
 from tests.dist.test_layout_parity import Reference, stored_tensors
 from tests.support.launcher import ROOT, launch
 
 pytestmark = pytest.mark.dist
 
-HALF = 3
+HALF, LAST = 4, 8
+"""Saved after step 4; steps 5 to 8 are compared."""
 FIRST = Scenario(world_size=4, sp=2, ep=2, stage=3, steps=HALF)
 FIRST_STAGE1 = Scenario(world_size=2, sp=1, ep=2, stage=1, steps=HALF)
 LAYOUTS = [(1, 1, 1, 3), (2, 2, 1, 3), (2, 1, 2, 3), (4, 4, 4, 3), (4, 1, 1, 3), (2, 1, 1, 2), (2, 1, 2, 1)]
 RESUMED = [
-    Scenario(world_size=w, sp=s, ep=e, stage=z, start=HALF, resume_from=FIRST.name) for w, s, e, z in LAYOUTS
-] + [Scenario(world_size=2, sp=2, ep=1, stage=3, start=HALF, resume_from=FIRST_STAGE1.name)]
+    Scenario(world_size=w, sp=s, ep=e, stage=z, start=HALF, steps=LAST, resume_from=FIRST.name) for w, s, e, z in LAYOUTS
+] + [Scenario(world_size=2, sp=2, ep=1, stage=3, start=HALF, steps=LAST, resume_from=FIRST_STAGE1.name)]
 UNTOUCHED = Scenario(world_size=2, sp=1, ep=2, stage=2, start=HALF, steps=HALF, resume_from=FIRST.name)
 
 
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Reference:
-    return Reference(folder)
+    return Reference(folder, num_steps=LAST)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +55,16 @@ def run(folder: Path, scenarios: list[Scenario]) -> None:
 
 
 @pytest.mark.parametrize("scenario", RESUMED, ids=lambda s: s.name)
+@pytest.mark.case("R2", "losses of steps 5-8 to 2e-5, norms to 1e-4")
+@pytest.mark.case("R3", "losses of steps 5-8 to 2e-5, norms to 1e-4")
+@pytest.mark.case("R6", "losses of steps 5-8 to 2e-5, norms to 1e-4")
 def test_any_layout_goes_on_with_the_losses_of_the_run_that_never_changed(scenario, results, reference) -> None:
     steps = results[scenario.name]
     losses = [abs(step["loss"] - expected) for step, expected in zip(steps, reference.losses[HALF:], strict=True)]
     norms = [
         abs(step["grad_norm"] / expected - 1) for step, expected in zip(steps, reference.norms[HALF:], strict=True)
     ]
-    assert len(steps) == STEPS - HALF
+    assert len(steps) == LAST - HALF
     assert max(losses) <= 2e-5 and max(norms) <= 1e-4, f"loss differences {losses}, relative norm differences {norms}"
 
 

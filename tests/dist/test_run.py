@@ -170,6 +170,7 @@ def test_mxfp4_export_is_read_by_transformers_as_the_rounded_weights(whole: Path
         assert torch.equal(values[name].detach().cpu(), expected), name
 
 
+@pytest.mark.case("R1", "weights, moments, losses, lr, tokens: bit-identical, across an asynchronous save")
 def test_four_and_four_steps_equal_eight_bit_for_bit(workplace: Path, whole: Path) -> None:
     codes, output = finish(workplace, "halves", "--set", "train.stop_at_step=4")
     assert codes == [0, 0], output
@@ -193,13 +194,13 @@ def test_finished_run_started_again_does_nothing(workplace: Path, whole: Path) -
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-def test_stop_file_saves_and_exits_75_and_the_next_start_goes_on(workplace: Path, whole: Path) -> None:
+def test_stop_before_the_first_step_leaves_with_75_and_nothing_to_save(workplace: Path, whole: Path) -> None:
     run_dir = workplace / "stopped"
     run_dir.mkdir()
     (run_dir / "STOP").touch()
     codes, output = finish(workplace, "stopped")
-    assert codes == [75, 75], output
-    assert list_steps(run_dir) == [1] and not (run_dir / "STOP").exists()
+    assert codes == [75, 75] and "STOP file (rank 0). There was nothing to save" in output, output
+    assert list_steps(run_dir) == [] and not (run_dir / "STOP").exists()
 
 
 def test_signal_to_one_rank_stops_all_at_the_same_step(workplace: Path) -> None:
@@ -210,15 +211,17 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(workplace: Path) -> None:
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGUSR1)
     codes, output = wait(processes)
-    assert codes == [75, 75], output
+    assert codes == [75, 75] and "SIGUSR1 (rank 1). Saved; start again to go on." in output, output
     assert list_steps(workplace / "signalled") == [steps_of(workplace / "signalled")[-1]["step"]]
 
 
+@pytest.mark.case("R5", "exit 78 naming the field")
 def test_changed_seed_or_mix_is_refused_on_resume(workplace: Path, whole: Path) -> None:
     codes, output = finish(workplace, "whole", "--set", "train.seed=99")
     assert codes == [78, 78] and "seed 1234, now it is 99" in output, output
 
 
+@pytest.mark.case("R4", "refused with a diff; accepted as a new segment")
 def test_edited_mix_is_refused_with_the_change_and_accepted_as_a_new_segment(workplace: Path, whole: Path) -> None:
     shutil.copytree(whole, workplace / "edited")
     shutil.rmtree(step_folder(workplace / "edited", 8))
@@ -237,6 +240,7 @@ def test_edited_mix_is_refused_with_the_change_and_accepted_as_a_new_segment(wor
     assert [segment["start_step"] for segment in state["ledger"]["segments"]] == [0, 6]
 
 
+@pytest.mark.case("C6", "full launch: file named, previous one used, same final weights")
 def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(workplace: Path, whole: Path) -> None:
     run_dir = workplace / "damaged"
     shutil.copytree(whole, run_dir)
@@ -262,7 +266,7 @@ def test_going_back_to_an_older_step_sets_the_newer_ones_aside(workplace: Path, 
     codes, output = finish(workplace, "back", "--resume", "6")
     assert codes == [0, 0], output
     names = {entry.name for entry in (workplace / "back" / "checkpoints").iterdir()}
-    assert names == {"step-00000006", "step-00000008", ".superseded-step-00000008"}
+    assert names == {"step-00000006", "step-00000008"}, "the abandoned one goes once the run has come to its step again"
 
 
 def test_zero_steps_round_trip_is_byte_equal(workplace: Path, whole: Path) -> None:

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from cpt import deepspeed_internals
-from cpt.config import LaunchInfo, RunYaml, resolve
+from cpt.config import CheckpointSection, LaunchInfo, RunYaml, resolve
 from cpt.job import build_engine, fill_weights, weight_source
 from cpt.parallel.topology import create_topology
-from cpt.state.checkpoint import load_checkpoint, save_checkpoint
+from cpt.state.checkpoint import load_checkpoint
+from cpt.state.saver import Saver
 from cpt.training.loader import make_micro_batch
 from data_pipeline.strict_yaml import parse_yaml, read_file
 from tests.dist.cases import CLIPPING, ROWS, SEQ_LEN, SETTINGS, Scenario, model_config, parameter_file, rows_of_step
@@ -65,9 +66,10 @@ def run(scenario: Scenario, folder: Path) -> None:
             mine = range(start, start + config.micro_batch_size)
             micro_batches.append(make_micro_batch([rows[i] for i in mine], [i % 2 for i in mine], topology))
         tokens = [int(sum((row.labels >= 0).sum() for row in rows[source::2])) for source in (0, 1)]
-        result = engine.step(micro_batches, tokens, step=step + 1, stop_requested=False)
+        result = engine.step(micro_batches, tokens, step=step + 1)
         results.append(dataclasses.asdict(result))
-    save_checkpoint(folder / scenario.name, engine.deepspeed, topology, step=scenario.steps, state=STATE, keep_last=2)
+    saver = Saver(folder / scenario.name, engine.deepspeed, topology, CheckpointSection())
+    saver.save_now(scenario.steps, STATE)
     if topology.rank == 0:
         parameter_file(folder, scenario).write_text(json.dumps(results))
     engine.deepspeed.destroy()

@@ -41,7 +41,7 @@ def make_workplace(folder: Path) -> Path:
             "dtype": "bf16", "threads": 1,
         },
         "guard": {"enabled": False, "max_documents": 1},
-        "checkpoint": {"interval_steps": 2},
+        "checkpoint": {"interval_steps": 2, "async_save": False},  # so that a test knows which are there
     }  # fmt: skip
     zero = {"stage": 3, "stage3_param_persistence_threshold": "auto", "reduce_bucket_size": "auto"}
     ds = {"zero_optimization": zero, "expert_parallel": {"enabled": True, "autoep_size": "auto"}}

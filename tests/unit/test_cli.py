@@ -7,32 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-import xxhash
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.cli import main
 from cpt.model.gpt_oss import PRESETS
-from cpt.state.manifest import MANIFEST, FileRecord, Manifest, TensorRecord, write_manifest
-from cpt.state.stored import step_folder
-
-CONTENT = b"not really tensors"
-
-
-def write_checkpoint(run_dir: Path, step: int) -> Path:
-    """A directory that passes for a checkpoint until its tensors are read."""
-    folder = step_folder(run_dir, step)
-    folder.mkdir(parents=True)
-    (folder / "__0_0.distcp").write_bytes(CONTENT)
-    record = FileRecord(name="__0_0.distcp", bytes=len(CONTENT), xxh3_128=xxhash.xxh3_128_hexdigest(CONTENT))
-    tensors = {"lm_head.weight": TensorRecord(shape=(4, 2), dtype="float32")}
-    manifest = Manifest(step=step, files=(record,), tensors=tensors, layout={}, versions={}, state={"model_config": {}})
-    write_manifest(folder, manifest)
-    return folder
+from cpt.state.manifest import MANIFEST
+from tests.support.checkpoints import flip, write_checkpoint
 
 
 def damage(folder: Path) -> None:
-    (folder / "__0_0.distcp").write_bytes(CONTENT.swapcase())
+    flip(folder / "__0_0.distcp", 3)
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ import pytest
 import yaml
 
 from cpt import launch
-from cpt.launch import prepare_run_dir
 from cpt.run import main, parse_arguments
+from cpt.run_dir import make_run_dir, move_aside
+from cpt.state.stop import StopRequest
 from tests.support.launcher import ROOT, free_port, rank_environment
 
 DS_CONFIG = ROOT / "ds_configs" / "z3_ulysses.json"
@@ -58,13 +59,13 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **keywords: Any) -> None:
         raise AssertionError("the run went on")
 
-    for name in ("create_topology", "assemble", "prepare_run_dir", "train"):
+    for name in ("create_topology", "assemble", "held_run_dir", "train"):
         monkeypatch.setattr(launch, name, refuse)
     monkeypatch.setattr(launch.deepspeed_internals, "init_distributed", refuse)
 
 
 def run(*arguments: str, ds_config: Path = DS_CONFIG) -> int:
-    return main(["--ds_config", str(ds_config), *arguments])
+    return main(["--ds_config", str(ds_config), *arguments], StopRequest())
 
 
 def write_files(folder: Path, *, mix: dict[str, Any] | None = None, **train: Any) -> Path:
@@ -303,14 +304,15 @@ def test_dry_run_refuses_a_missing_data_file(environment: Environment, capsys: A
 
 
 def test_run_directory_is_private(tmp_path: Path) -> None:
-    prepare_run_dir(tmp_path / "a" / "run", "auto")
+    make_run_dir(tmp_path / "a" / "run")
     assert (tmp_path / "a" / "run").stat().st_mode & 0o777 == 0o700
 
 
 def test_fresh_start_moves_what_was_there_aside(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / "metrics.jsonl").write_text(f"run {number}", encoding="utf-8")
-        prepare_run_dir(tmp_path, "never")
+        make_run_dir(tmp_path)
+        move_aside(tmp_path)
     aside = sorted(tmp_path.rglob("metrics.jsonl"))
     assert [file.read_text(encoding="utf-8") for file in aside] == ["run 1", "run 2"]
     assert {entry.name for entry in tmp_path.iterdir()} == {"previous-1", "previous-2"}
@@ -318,7 +320,7 @@ def test_fresh_start_moves_what_was_there_aside(tmp_path: Path) -> None:
 
 def test_continuing_leaves_the_run_directory_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("events", encoding="utf-8")
-    prepare_run_dir(tmp_path, "auto")
+    make_run_dir(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -382,6 +384,7 @@ def assert_refused(result: tuple[int, str, Path, int], code: int, *words: str) -
     assert "Traceback" not in output and all(word in output for word in words), output
 
 
+@pytest.mark.case("G5", "exit 78 with the right command")
 def test_start_without_a_launcher_shows_the_right_command(started: Any) -> None:
     assert_refused(started["no_launcher"], 78, "no launcher", f"deepspeed cpt/run.py --ds_config {DS_CONFIG}")
 
@@ -402,6 +405,7 @@ def test_file_in_the_way_of_a_run_directory_stays(started: Any) -> None:
     assert started["run_dir_is_a_file"][2].read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.case("G5", "exit 78 naming the port")
 def test_port_in_use_is_named(started: Any) -> None:
     assert_refused(started["port_in_use"], 78, f"port {started['port_in_use'][3]} is in use", "--master_port")
 

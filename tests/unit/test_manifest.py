@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,44 +12,17 @@ import pytest
 import xxhash
 
 from cpt.errors import CheckpointError
-from cpt.state.checkpoint import _compare, prune
+from cpt.state.checkpoint import _compare
 from cpt.state.manifest import (
     MANIFEST,
     FileRecord,
-    Manifest,
     TensorRecord,
     read_manifest,
     record_file,
     verify_files,
-    write_manifest,
 )
-from cpt.state.stored import find_checkpoint, list_steps, step_folder
-
-FILES = {"__0_0.distcp": bytes(range(256)) * 40, "__1_0.distcp": b"\x00" * 5000 + b"end", ".metadata": b"pickled" * 30}
-TENSORS = {
-    "lm_head.weight": TensorRecord(shape=(96, 64), dtype="float32"),
-    "model.norm.weight": TensorRecord(shape=(64,), dtype="float32"),
-}
-
-
-def manifest_of(folder: Path, step: int = 100) -> Manifest:
-    return Manifest(
-        step=step,
-        files=tuple(record_file(folder / name) for name in sorted(FILES)),
-        tensors=TENSORS,
-        layout={"world_size": 2, "sp_size": 2, "ep_size": 1, "zero_stage": 3},
-        versions={"torch": "2.13.0"},
-        state={"progress": {"step": step, "tokens": 123, "batch_chain": "ab"}, "lr": 0.125, "mix": None, "done": True},
-    )
-
-
-def write_checkpoint(run_dir: Path, step: int) -> Path:
-    folder = step_folder(run_dir, step)
-    folder.mkdir(parents=True)
-    for name, content in FILES.items():
-        (folder / name).write_bytes(content)
-    write_manifest(folder, manifest_of(folder, step))
-    return folder
+from cpt.state.stored import find_checkpoint, list_steps
+from tests.support.checkpoints import FILES, SHARDS, TENSORS, flip, manifest_of, sign_again, write_checkpoint
 
 
 @pytest.fixture
@@ -58,25 +30,10 @@ def folder(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path, 100)
 
 
-def flip(file: Path, position: int, bit: int = 0) -> None:
-    content = bytearray(file.read_bytes())
-    content[position] ^= 1 << bit
-    file.write_bytes(content)
-
-
 def refusal(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         verify_files(folder, read_manifest(folder))
     return str(caught.value)
-
-
-def sign_again(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the manifest and give it a valid checksum, as an author of a crafted checkpoint would."""
-    body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    del body["checksum"]
-    change(body)
-    body["checksum"] = xxhash.xxh3_128(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(body), encoding="utf-8")
 
 
 # whole
@@ -91,31 +48,34 @@ def test_untouched_checkpoint_is_accepted(folder: Path) -> None:
 
 
 def test_record_holds_name_size_and_hash(folder: Path) -> None:
-    content = FILES["__0_0.distcp"]
+    content = SHARDS["__0_0.distcp"]
     expected = FileRecord(name="__0_0.distcp", bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
     assert record_file(folder / "__0_0.distcp") == expected
 
 
 # damaged files
 
-EVERY_FILE = pytest.mark.parametrize("name", sorted(FILES))
+EVERY_FILE = pytest.mark.parametrize("name", FILES)
 
 
 @EVERY_FILE
 @pytest.mark.parametrize("position", [0, 100, -1])
+@pytest.mark.case("C6", "named, for each kind of file")
 def test_flipped_byte_is_named(folder: Path, name: str, position: int) -> None:
     flip(folder / name, position)
     assert refusal(folder) == f"step-00000100/{name}: its content does not match the manifest's hash."
 
 
 @EVERY_FILE
+@pytest.mark.case("C5", "named with both sizes")
 def test_cut_file_is_named_with_both_sizes(folder: Path, name: str) -> None:
-    size = len(FILES[name])
+    size = (folder / name).stat().st_size
     os.truncate(folder / name, size // 2)
     assert refusal(folder) == f"step-00000100/{name}: {size // 2} bytes, manifest says {size}."
 
 
 @EVERY_FILE
+@pytest.mark.case("C7", "empty: named")
 def test_empty_file_is_named(folder: Path, name: str) -> None:
     os.truncate(folder / name, 0)
     assert f"step-00000100/{name}: 0 bytes" in refusal(folder)
@@ -123,17 +83,20 @@ def test_empty_file_is_named(folder: Path, name: str) -> None:
 
 @EVERY_FILE
 def test_longer_file_is_named(folder: Path, name: str) -> None:
-    os.truncate(folder / name, len(FILES[name]) + 1)
-    assert f"step-00000100/{name}: {len(FILES[name]) + 1} bytes" in refusal(folder)
+    size = (folder / name).stat().st_size
+    os.truncate(folder / name, size + 1)
+    assert f"step-00000100/{name}: {size + 1} bytes" in refusal(folder)
 
 
 @EVERY_FILE
+@pytest.mark.case("C7", "deleted: named")
 def test_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     assert refusal(folder) == f"step-00000100/{name}: missing, though the manifest lists it."
 
 
 @pytest.mark.parametrize("name", ["__2_0.distcp", ".hidden", "zero_to_fp32.py"])
+@pytest.mark.case("C7", "unknown: named")
 def test_unknown_file_is_named(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"x")
     assert refusal(folder) == f"step-00000100/{name}: not in the manifest."
@@ -164,12 +127,14 @@ def replace_by_pipe(file: Path) -> None:
 
 
 @pytest.mark.parametrize("replace", [replace_by_symlink, replace_by_folder, replace_by_pipe])
+@pytest.mark.case("X5", "link, folder, pipe: refused unopened")
 def test_file_that_is_no_regular_file_is_refused_unopened(folder: Path, replace: Callable[[Path], None]) -> None:
     replace(folder / ".metadata")
     assert refusal(folder) == "step-00000100/.metadata: not a regular file."
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/hostname", "a/b", "..", "."])
+@pytest.mark.case("X5", "refused")
 def test_name_that_leads_out_of_the_directory_is_refused(folder: Path, name: str) -> None:
     record = {"name": name, "bytes": 1, "xxh3_128": "0" * 32}
     sign_again(folder, lambda body: body["files"].append(record))
@@ -185,6 +150,7 @@ def test_missing_manifest_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", "{}", '{"format": 1}', "\x00" * 64], ids=repr)
+@pytest.mark.case("C7", "manifest empty or not JSON: named")
 def test_text_that_is_no_manifest_is_named(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     assert f"{folder / MANIFEST}: not a readable manifest" in refusal(folder)
@@ -206,6 +172,7 @@ def test_changed_value_is_noticed_by_the_checksum(folder: Path) -> None:
     assert refusal(folder) == f"{folder / MANIFEST}: its checksum does not match its content."
 
 
+@pytest.mark.case("C6", "a flipped bit anywhere in the manifest is noticed")
 def test_no_flipped_bit_goes_unnoticed(folder: Path) -> None:
     original = (folder / MANIFEST).read_bytes()
     for position in range(len(original)):
@@ -261,12 +228,14 @@ def test_checkpoint_before_a_damaged_one_is_taken_and_the_damage_told(tmp_path: 
     assert step == 50 and len(rejected) == 1 and "step-00000100/__0_0.distcp" in rejected[0]
 
 
+@pytest.mark.case("C7", "manifest missing: the previous checkpoint is used")
 def test_directory_without_a_manifest_is_passed_over(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 50)
     (write_checkpoint(tmp_path, 100) / MANIFEST).unlink()
     assert find_checkpoint(tmp_path, "auto")[0] == 50
 
 
+@pytest.mark.case("C8", "74 with each reason")
 def test_nothing_but_damaged_checkpoints_is_an_error_with_every_reason(tmp_path: Path) -> None:
     for step in (50, 100):
         damage(write_checkpoint(tmp_path, step))
@@ -277,6 +246,7 @@ def test_nothing_but_damaged_checkpoints_is_an_error_with_every_reason(tmp_path:
     assert "--resume never" in text
 
 
+@pytest.mark.case("C8", "a chosen step does not fall back")
 def test_damaged_checkpoint_that_was_asked_for_is_an_error_without_another(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 50)
     damage(write_checkpoint(tmp_path, 100))
@@ -297,29 +267,6 @@ def test_unfinished_folder_is_no_checkpoint(tmp_path: Path) -> None:
     assert list_steps(tmp_path) == [50]
 
 
-def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
-    for step in (10, 20, 30, 40):
-        write_checkpoint(tmp_path, step)
-    prune(tmp_path, 2, keep=40)
-    assert list_steps(tmp_path) == [40, 30]
-
-
-def test_pruning_does_not_count_incomplete_directories(tmp_path: Path) -> None:
-    for step in (10, 20, 30, 40):
-        write_checkpoint(tmp_path, step)
-    (step_folder(tmp_path, 30) / MANIFEST).unlink()
-    prune(tmp_path, 2, keep=40)
-    assert {40, 20} <= set(list_steps(tmp_path)) and 10 not in list_steps(tmp_path)
-
-
-def test_pruning_never_deletes_what_was_just_written(tmp_path: Path) -> None:
-    """A run that was resumed from an older step saves below the newest one."""
-    for step in (10, 20, 30, 40):
-        write_checkpoint(tmp_path, step)
-    prune(tmp_path, 2, keep=10)
-    assert list_steps(tmp_path) == [40, 30, 10]
-
-
 # of another model
 
 
@@ -337,6 +284,7 @@ def with_record(name: str, **changes: Any) -> dict[str, TensorRecord]:
     ],
     ids=["one_more", "one_less", "shape", "dtype"],
 )
+@pytest.mark.case("C16", "the key is named")
 def test_checkpoint_of_another_model_is_refused_by_key(tmp_path: Path, stored: Any, words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         _compare(tmp_path / "step-00000100", stored, TENSORS)

@@ -1,0 +1,158 @@
+"""What a save takes from training: asynchronous against synchronous, in one run.
+
+    python bench/checkpoint.py [--ranks 2] [--steps 6] [--rounds 3] [--layers 4] [--hidden 512] [--folder DIR]
+
+Ranks train a gpt-oss of random weights on random tokens with ZeRO-3.  Every round times the same number of steps three
+times: without a save, with a synchronous save after the first step, with an asynchronous one (until it is published,
+so that what the writer takes from the steps beside it is counted).  The cost of a save is the difference to the
+steps without one; figures are medians over the rounds, and so are the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SEQ_LEN = 512
+
+
+def train_and_save(options: argparse.Namespace) -> None:
+    """One rank; rank 0 prints a JSON line of seconds by round and kind."""
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from transformers import GptOssConfig
+
+    from cpt import deepspeed_internals
+    from cpt.config import CheckpointSection, LaunchInfo, RunYaml, resolve
+    from cpt.model import attention, gpt_oss
+    from cpt.parallel.topology import create_topology
+    from cpt.state.saver import Saver
+    from cpt.training.engine import TrainingEngine, Votes
+    from cpt.training.loader import make_micro_batch
+    from data_pipeline.dataset import PackedRow
+    from data_pipeline.strict_yaml import parse_yaml, read_file
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    deepspeed_internals.init_distributed(device)
+    shape = {**gpt_oss.PRESETS["tiny"], "hidden_size": options.hidden, "num_hidden_layers": options.layers}
+    shape["layer_types"] = None
+    model_config = GptOssConfig(**{**shape, "vocab_size": 32_000, "pad_token_id": 0, "eos_token_id": 1})
+    run = f"""
+model: {{init: tiny}}
+data: {{mix: unused.yaml}}
+train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 100000, lr: 1e-4}}
+"""
+    ds_json = '{"zero_optimization": {"stage": 3}, "sequence_parallel_size": 1}'
+    launch = LaunchInfo(world_size=options.ranks, local_world_size=options.ranks)
+    config = resolve(read_file(RunYaml, parse_yaml(run, "run")), parse_yaml(ds_json, "ds"), model_config, launch)
+    topology = create_topology(sp_size=1, ep_size=1, device=device)
+    model = gpt_oss.skeleton(model_config, torch.bfloat16)
+    gpt_oss.patch(model, topology)
+    gpt_oss.materialise(model, device)
+    gpt_oss.fill_random(model, 1)
+    kernel = attention.choose("auto", device=device, dtype=torch.bfloat16, head_dim=model_config.head_dim)
+    engine = TrainingEngine(model, config, topology, kernel, None)
+    generator = np.random.default_rng(topology.rank)
+    tokens = generator.integers(2, 32_000, size=SEQ_LEN + 1)
+    row = PackedRow(
+        input_ids=tokens[:-1], labels=tokens[1:], position_ids=np.arange(SEQ_LEN), bounds=[0, SEQ_LEN],
+        documents=np.zeros(1, dtype=np.int64),
+    )  # fmt: skip
+    batch = make_micro_batch([row], [0], topology)
+    folder = Path(options.folder)
+    saver = Saver(folder, engine.deepspeed, topology, CheckpointSection(async_save=True, interval_steps=1))
+    done = 0
+
+    def steps(kind: str) -> float:
+        nonlocal done
+        dist.barrier(topology.control_group)
+        began = time.perf_counter()
+        in_flight = False
+        for number in range(options.steps):
+            done += 1
+            result = engine.step(
+                [batch],
+                [SEQ_LEN * options.ranks],
+                step=done,
+                votes=lambda: Votes(save_settled=saver.own_part_is_settled()),
+            )
+            in_flight = in_flight and saver.publish_settled(result.votes.save_settled) is None
+            if number == 0 and kind == "synchronous":
+                saver.save_now(done, {})
+            if number == 0 and kind == "asynchronous":
+                saver.start(done, {})
+                in_flight = True
+        if in_flight:
+            saver.finish()
+        seconds = time.perf_counter() - began
+        saver.close()
+        return seconds
+
+    for kind in ("none", "synchronous", "asynchronous"):  # first touches of memory and disk
+        steps(kind)
+    kinds = ("none", "synchronous", "asynchronous")
+    rounds = [{kind: steps(kind) for kind in kinds} for _ in range(options.rounds)]
+    size = sum(file.stat().st_size for file in max(folder.glob("checkpoints/step-*")).iterdir())
+    if topology.rank == 0:
+        print("RESULT " + json.dumps({"rounds": rounds, "bytes": size, "step": rounds[0]["none"] / options.steps}))
+    dist.barrier(topology.control_group)
+    os._exit(0)
+
+
+def report(result: dict) -> None:  # type: ignore[type-arg]
+    """Medians for people."""
+    rounds = result["rounds"]
+    cost = {kind: [one[kind] - one["none"] for one in rounds] for kind in ("synchronous", "asynchronous")}
+    print(f"checkpoint of {result['bytes'] / 1e6:.0f} MB, {len(rounds)} rounds")
+    print(f"steps without a save: median {statistics.median(one['none'] for one in rounds):.2f} s a round")
+    for kind, seconds in cost.items():
+        print(f"{kind:13} takes {statistics.median(seconds):6.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
+    ratios = [a / s for a, s in zip(cost["asynchronous"], cost["synchronous"], strict=True)]
+    print(f"asynchronous / synchronous = {statistics.median(ratios):.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of one measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--folder", help="where to save; default: the temporary folder")
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        train_and_save(options)
+        return
+    from tests.support.launcher import free_port, rank_environment
+
+    folder = options.folder or tempfile.mkdtemp(prefix="bench-checkpoint-")
+    try:
+        port = free_port()
+        command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder]
+        pipes = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+        ranks = []
+        for rank in range(options.ranks):
+            environment = rank_environment(rank, options.ranks, port)
+            environment.pop("CUDA_VISIBLE_DEVICES")  # which hides the GPUs
+            ranks.append(subprocess.Popen(command, env=environment, **pipes))
+        outputs = [rank.communicate()[0] for rank in ranks]
+        line = next(line for line in outputs[0].splitlines() if line.startswith("RESULT "))
+        report(json.loads(line.removeprefix("RESULT ")))
+    finally:
+        shutil.rmtree(Path(folder) / "checkpoints", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

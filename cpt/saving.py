@@ -1,0 +1,87 @@
+"""When a run saves: in passing, at its end, and before it leaves on request; and what a failure costs each time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from cpt.errors import RequeueRequested, StorageError
+from cpt.job import Job
+from cpt.state.leaving import agreed_reason
+from cpt.state.saver import Published
+from cpt.state.stop import Deadline
+
+log = logging.getLogger("cpt.saving")
+
+
+def periodic_save(job: Job) -> None:
+    """Save in passing: a failure costs one error line, and training goes on.
+
+    Raises:
+        RequeueRequested: training stood still for the save, and meanwhile a stop was asked for.
+    """
+    publish(job)
+    step = job.progress.step
+    job.topology.place.enter("save", step)
+    with failure_is_told(job, step):
+        if job.config.checkpoint.async_save:
+            job.saver.start(step, job.state())
+            return
+        log_checkpoint(job, job.saver.save_now(step, job.state()))
+    if agreed_reason(job.stop, job.topology.control_group):  # it came while all stood still
+        leave(job)
+
+
+def final_save(job: Job) -> None:
+    """Save before leaving; a failure is the run's.
+
+    Raises:
+        StorageError: it could not be saved; older checkpoints are intact.
+    """
+    publish(job)
+    job.topology.place.enter("save", job.progress.step)
+    log_checkpoint(job, job.saver.save_now(job.progress.step, job.state()))
+    job.saver.close()
+
+
+def leave(job: Job) -> NoReturn:
+    """Obey a request to stop that all ranks know of.
+
+    Raises:
+        RequeueRequested: saved.
+        StorageError: it could not be saved.
+    """
+    reason = agreed_reason(job.stop, job.topology.control_group)
+    job.stop.consume()
+    seconds = job.stop.seconds_to_leave(job.config.checkpoint.stop_budget_seconds)
+    deadline = Deadline(seconds, f"saving step {job.progress.step} before leaving")
+    final_save(job)
+    deadline.cancel()
+    raise RequeueRequested(f"stopped on request after step {job.progress.step}: {reason}. Saved; start again to go on.")
+
+
+def publish(job: Job, settled_ranks: int | None = None) -> None:
+    """Publish the save in flight: once all ranks have written their part, or after waiting for them."""
+    with failure_is_told(job, job.progress.step):
+        done = job.saver.finish() if settled_ranks is None else job.saver.publish_settled(settled_ranks)
+        if done is not None:
+            log_checkpoint(job, done)
+
+
+@contextmanager
+def failure_is_told(job: Job, step: int) -> Iterator[None]:
+    """All ranks fail alike here: the error was agreed on."""
+    try:
+        yield
+    except StorageError as error:
+        if job.topology.rank == 0:
+            log.error("no checkpoint was saved, training goes on (at step %d): %s", step, error)
+        job.telemetry.log({"event": "checkpoint_failed", "step": step, "reason": str(error)})
+
+
+def log_checkpoint(job: Job, done: Published) -> None:
+    """One line of metrics.jsonl: `blocked_seconds` of `seconds` training stood still."""
+    event = {"event": "checkpoint", "step": done.step, "path": done.folder.name, "seconds": done.seconds}
+    job.telemetry.log({**event, "blocked_seconds": done.blocked_seconds})

@@ -1,0 +1,286 @@
+"""Saving: a fresh `.tmp-step-*` folder -> each rank writes and hashes its ranges -> manifest -> rename -> prune.
+
+Decisions
+    What needs all ranks happens at a step boundary, in the main thread, over the control group.  A background thread
+    only writes and hashes its rank's own file, so it needs no collective and no group of its own.
+    A save is published when all ranks have said, in the bookkeeping collective of a step, that their part is on disk.
+    At most one save is in flight: a second one waits for the first to be published.
+    Nothing random happens inside a step, so there is no random state to save.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cpt.config import CheckpointSection
+from cpt.errors import InternalError
+from cpt.faults import fault_point
+from cpt.parallel.agreement import gather_json, on_first_rank, together
+from cpt.parallel.topology import Topology
+from cpt.state.checkpoint import flat_ranges, tensor_records
+from cpt.state.flat_planner import FlatRange
+from cpt.state.manifest import MANIFEST
+from cpt.state.prune import prune
+from cpt.state.space import check_space, write_error
+from cpt.state.staging import Staging, check_host_memory
+from cpt.state.stored import refusal_of, step_folder
+from cpt.state.written import Written, complete_folder, publish_folder, write_ranges, written_by
+
+log = logging.getLogger("cpt.checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """A checkpoint that has come to be."""
+
+    step: int
+    """Optimizer steps done."""
+    folder: Path
+    """Where it is."""
+    seconds: float
+    """From the decision to save until the rename."""
+    blocked_seconds: float
+    """Of these, the time in which training stood still."""
+
+
+class _Save:
+    """One save on its way: who it is, and what became of this rank's part."""
+
+    def __init__(self, step: int, state: dict[str, Any], final: Path) -> None:
+        self.step, self.final = step, final
+        self.temporary = final.with_name(f".tmp-{final.name}")
+        self.state = json.loads(json.dumps(state))  # the run goes on and changes its own
+        self.written: Written | None = None
+        self.error: Exception | None = None
+        self.thread: threading.Thread | None = None
+        self.started = time.perf_counter()
+        self.blocked_seconds = 0.0
+
+    def write(self, ranges: dict[str, FlatRange], rank: int) -> None:
+        """Write this rank's part; what goes wrong is kept for the next agreement."""
+        try:
+            self.written = write_ranges(self.temporary, ranges, rank, self.step)
+        except Exception as error:
+            self.error = write_error(error, self.temporary)
+
+    def result(self) -> Written:
+        """What `write` did.
+
+        Raises:
+            StorageError: it failed.
+        """
+        if self.error is not None:
+            raise self.error
+        if self.written is None:
+            raise InternalError(f"{self.temporary.name}: asked for a result before there is one.")
+        return self.written
+
+
+class Saver:
+    """Saves the checkpoints of one run; every method is called by all ranks together."""
+
+    def __init__(self, run_dir: Path, engine: Any, topology: Topology, settings: CheckpointSection) -> None:
+        self._run_dir, self._engine, self._topology, self._settings = run_dir, engine, topology, settings
+        self._staging = Staging()
+        self._in_flight: _Save | None = None
+        self._pruning: threading.Thread | None = None
+        self._sound: set[int] = set()
+        self._loaded: int | None = None
+        self._written_here: set[str] | None = None
+        if settings.async_save and settings.interval_steps:
+            self._check_host_memory()
+
+    def _check_host_memory(self) -> None:
+        ranges = self._ranges()
+        own = sum(part.tensor.numel() * part.tensor.element_size() for part in ranges.values())
+        host, group = socket.gethostname(), self._topology.control_group
+        on_this_node = sum(size for name, size in gather_json((host, own), group) if name == host)
+        together(group, lambda: check_host_memory(own, on_this_node))
+
+    def _ranges(self) -> dict[str, FlatRange]:
+        """What this rank writes: its ranges, of those that several ranks hold its share."""
+        ranges = flat_ranges(self._engine, self._topology)
+        if self._written_here is None:  # the layout of a run does not change
+            held = {key: (part.offset, part.tensor.numel()) for key, part in ranges.items()}
+            self._written_here = written_by(self._topology.rank, gather_json(held, self._topology.control_group))
+        return {key: part for key, part in ranges.items() if key in self._written_here}
+
+    def trust(self, step: int) -> None:
+        """Note that a checkpoint was verified and loaded: it counts as sound and is not pruned by this run."""
+        self._sound.add(step)
+        self._loaded = step
+
+    def save_now(self, step: int, state: dict[str, Any]) -> Published:
+        """Publish one checkpoint before returning.  A complete one of the same step is left as it is.
+
+        Args:
+            step: Optimizer steps done.
+            state: JSON values to restore besides the tensors.
+
+        Raises:
+            StorageError: a rank could not write; nothing was published and nothing older was touched.
+        """
+        save = self._begin(step, state)
+        if not self._is_complete(save):
+            try:
+                self._prepare(save)
+                save.write(self._ranges(), self._topology.rank)
+                self._publish(save)
+            except Exception:
+                self._remove(save)
+                raise
+        seconds = time.perf_counter() - save.started
+        return Published(step=step, folder=save.final, seconds=seconds, blocked_seconds=seconds)
+
+    def start(self, step: int, state: dict[str, Any]) -> None:
+        """Copy the state of this step to host memory and write it in the background; arguments as in `save_now`.
+
+        Raises:
+            StorageError: this save cannot begin; nothing older was touched.
+        """
+        save = self._begin(step, state)
+        if self._is_complete(save):
+            return
+        try:
+            self._prepare(save)
+            own = self._ranges()
+            ranges = together(self._topology.control_group, lambda: self._staging.copy(own))
+        except Exception:
+            self._remove(save)
+            raise
+        save.thread = threading.Thread(target=save.write, args=(ranges, self._topology.rank), daemon=True)
+        save.thread.start()
+        save.blocked_seconds += time.perf_counter() - save.started
+        self._in_flight = save
+
+    def _begin(self, step: int, state: dict[str, Any]) -> _Save:
+        if self._in_flight is not None:
+            raise InternalError(f"step {step} is to be saved while step {self._in_flight.step} is still in flight.")
+        return _Save(step, state, step_folder(self._run_dir, step))
+
+    def own_part_is_settled(self) -> bool:
+        """Whether this rank's part of the save in flight has been written, or has failed."""
+        return self._in_flight is not None and (self._in_flight.thread is None or not self._in_flight.thread.is_alive())
+
+    def publish_settled(self, settled_ranks: int) -> Published | None:
+        """Publish the save in flight if every rank's part is settled.
+
+        Args:
+            settled_ranks: How many ranks said `own_part_is_settled`, as all have agreed.
+
+        Raises:
+            StorageError: a rank's part has failed; the save is gone.
+        """
+        return self.finish() if settled_ranks == self._topology.world_size else None
+
+    def finish(self) -> Published | None:
+        """Wait for the save in flight, if there is one, and publish it.
+
+        Raises:
+            StorageError: it failed; nothing was published and nothing older was touched.
+        """
+        save, self._in_flight = self._in_flight, None
+        if save is None:
+            return None
+        began = time.perf_counter()
+        if save.thread is not None and save.thread.is_alive():
+            log.info("waiting for the checkpoint of step %d, still being written", save.step)
+            save.thread.join()
+        try:
+            self._publish(save)
+        except Exception:
+            self._remove(save)
+            raise
+        now = time.perf_counter()
+        return Published(
+            step=save.step,
+            folder=save.final,
+            seconds=now - save.started,
+            blocked_seconds=save.blocked_seconds + now - began,
+        )
+
+    def close(self) -> None:
+        """Wait for deletions; rank-local, so it may be called in any state."""
+        if self._pruning is not None:
+            self._pruning.join()
+
+    def _is_complete(self, save: _Save) -> bool:
+        return on_first_rank(self._topology.control_group, lambda: (save.final / MANIFEST).is_file())
+
+    def _prepare(self, save: _Save) -> None:
+        self.close()
+        fault_point("save_stage", save.step)
+        records, world_size = tensor_records(self._engine, self._topology), self._topology.world_size
+
+        def fresh_folder() -> None:
+            parent = save.temporary.parent
+            try:
+                parent.mkdir(parents=True, exist_ok=True)
+                for stale in parent.glob(".tmp-step-*"):
+                    shutil.rmtree(stale)
+                needed = sum(record.stored_bytes for record in records.values())
+                check_space(parent, needed, largest_file_bytes=needed // world_size)
+                save.temporary.mkdir()
+            except OSError as error:
+                raise write_error(error, parent) from error
+
+        on_first_rank(self._topology.control_group, fresh_folder)
+
+    def _publish(self, save: _Save) -> None:
+        group = self._topology.control_group
+        own = together(group, save.result)
+        parts = gather_json({"file": asdict(own.file), "ranges": own.ranges}, group)
+        layout = {
+            "world_size": self._topology.world_size,
+            "sp_size": self._topology.sp_size,
+            "ep_size": self._topology.ep_size,
+            "zero_stage": self._engine.zero_optimization_stage(),
+        }
+        records = tensor_records(self._engine, self._topology)
+        fault_point("save_manifest", save.step)
+        on_first_rank(
+            group,
+            lambda: complete_folder(
+                save.temporary, parts, step=save.step, layout=layout, tensors=records, state=save.state
+            ),
+        )
+        fault_point("save_rename", save.step)
+        on_first_rank(group, lambda: publish_folder(save.temporary, save.final))
+        fault_point("save_published", save.step)
+        self._sound.add(save.step)
+        if self._topology.rank == 0:
+            self._pruning = threading.Thread(target=self._prune, args=(save.step,), daemon=True)
+            self._pruning.start()
+
+    def _prune(self, newest: int) -> None:
+        prune(
+            self._run_dir,
+            newest=newest,
+            keep_last=self._settings.keep_last,
+            keep_every_steps=self._settings.keep_every_steps,
+            protected={newest, *([self._loaded] if self._loaded is not None else [])},
+            is_sound=self._is_sound,
+        )
+
+    def _is_sound(self, step: int) -> bool:
+        """Whether this run wrote or loaded a checkpoint; others are read once, in the background, before they count."""
+        if step not in self._sound:
+            reason = refusal_of(step_folder(self._run_dir, step))
+            if reason is not None:
+                log.warning("an older checkpoint is damaged and does not count as kept: %s", reason)
+                return False
+            self._sound.add(step)
+        return True
+
+    def _remove(self, save: _Save) -> None:
+        """Clear away a failed save; by then no rank writes into it any more."""
+        if self._topology.rank == 0:
+            shutil.rmtree(save.temporary, ignore_errors=True)

@@ -1,0 +1,74 @@
+"""Room for checkpoints: checked before anything is written, and said in words where writing fails all the same."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+from pathlib import Path
+
+from cpt.errors import StorageError
+
+MARGIN = 1.2
+"""Free space asked for, as a multiple of the size of a checkpoint."""
+BYTES_PER_PARAMETER = 12
+"""fp32 master weight and two Adam moments."""
+
+
+def check_space(folder: Path, needed_bytes: int, *, largest_file_bytes: int = 0) -> None:
+    """Refuse to start writing what will not fit.
+
+    Args:
+        folder: Where it will be written; exists.
+        needed_bytes: Size of what will be written.
+        largest_file_bytes: Size of its largest file.
+
+    Raises:
+        StorageError: too little space is free, or files may not become that large.
+    """
+    wanted, free = int(MARGIN * needed_bytes), shutil.disk_usage(folder).free
+    if free < wanted:
+        raise StorageError(
+            f"a checkpoint needs {megabytes(wanted)} ({MARGIN} times its size), {megabytes(free)} are free at "
+            f"{folder}. Free some space, lower checkpoint.keep_last, or give another --run_dir."
+        )
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if 0 <= limit < largest_file_bytes:
+        raise StorageError(
+            f"a checkpoint has files of {megabytes(largest_file_bytes)}, this process may write {megabytes(limit)} per "
+            "file (ulimit -f). Raise the limit."
+        )
+
+
+def megabytes(count: int) -> str:
+    """A size for people."""
+    return f"{count / 1e6:.1f} MB"
+
+
+def write_error(error: BaseException, folder: Path) -> StorageError:
+    """What a failed write means, also where the library that wrote has lost the cause."""
+    number = _errno_of(error)
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return StorageError(f"writing {folder} failed: {type(error).__name__}: {error}; the folder is gone.")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        cause = f"no space left ({megabytes(free)} free, or a quota is used up)"
+    elif number == errno.EFBIG:
+        cause = f"a file grew beyond the limit of {megabytes(limit)} per file (ulimit -f)"
+    elif number is not None:
+        cause = os.strerror(number)
+    else:
+        cause = f"{type(error).__name__}: {error} ({megabytes(free)} free)"
+    return StorageError(f"writing {folder} failed: {cause}.")
+
+
+def _errno_of(error: BaseException | None) -> int | None:
+    """Of the first OSError in the chain of causes."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,87 @@
+"""Host memory of an asynchronous save: a copy of this rank's ranges that the next steps cannot change.
+
+The buffers are taken at the first save and kept, so that no later save can fail for want of memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from cpt.errors import ConfigError
+from cpt.state.flat_planner import FlatRange
+
+
+class Staging:
+    """Buffers for the ranges of one rank."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def copy(self, ranges: dict[str, FlatRange]) -> dict[str, FlatRange]:
+        """The ranges with their content copied to host memory; valid until the next call."""
+        copies = {}
+        for key, part in ranges.items():
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.shape != part.tensor.shape:
+                pinned = part.tensor.is_cuda
+                buffer = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, device="cpu", pin_memory=pinned)
+                self._buffers[key] = buffer
+            buffer.copy_(part.tensor.detach(), non_blocking=True)
+            copies[key] = FlatRange(tensor=buffer, offset=part.offset, global_numel=part.global_numel)
+        if any(part.tensor.is_cuda for part in ranges.values()):
+            torch.cuda.synchronize()
+        return copies
+
+
+def check_host_memory(own_bytes: int, node_bytes: int) -> None:
+    """Refuse asynchronous saves that this node has no memory for.
+
+    Args:
+        own_bytes: What this rank copies.
+        node_bytes: What all ranks of this node copy.
+
+    Raises:
+        ConfigError: with the sizes, and what to do.
+    """
+    available = available_bytes()
+    if available is not None and node_bytes > available:
+        raise ConfigError(
+            f"checkpoint.async_save copies {own_bytes / 1e9:.1f} GB of each rank to host memory, "
+            f"{node_bytes / 1e9:.1f} GB on this node; {available / 1e9:.1f} GB are available. "
+            "Use --set checkpoint.async_save=false."
+        )
+
+
+def available_bytes() -> int | None:
+    """Memory that processes of this node can still take, with its cgroup's limit; None if the system does not say."""
+    found = [_system_available(), _cgroup_available()]
+    known = [value for value in found if value is not None]
+    return min(known, default=None)
+
+
+def _system_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    values = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return values[0] if values else None
+
+
+def _cgroup_available() -> int | None:
+    """Of the cgroup that this process sees as its root (version 2), as in a container or a SLURM job."""
+    try:
+        own = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition("::")[2]
+        folder = Path("/sys/fs/cgroup") / own.lstrip("/")
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        reclaimable = [
+            int(line.split()[1])
+            for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+            if line.startswith("inactive_file ")
+        ]
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else max(0, int(limit) - used + sum(reclaimable))

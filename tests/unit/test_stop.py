@@ -1,0 +1,143 @@
+"""Requests to stop are noted, wherever they come from, and leaving has an end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cpt.state.stop import LEAVE_BEFORE_END_SECONDS, Deadline, StopRequest, launcher_links, parent_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_signals_are_noted_and_nothing_else_happens() -> None:
+    code = """
+import os, signal
+from cpt.state.stop import SIGNALS, StopRequest
+for number in SIGNALS:
+    stop = StopRequest()
+    stop.listen()
+    assert not stop.requested()
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.reason() == signal.Signals(number).name, stop.reason()
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_noting_signals_needs_no_heavy_import() -> None:
+    assert run_python("import cpt.state.stop, sys; sys.exit('torch' in sys.modules)").returncode == 0
+
+
+def test_stop_file_is_seen_by_the_rank_that_watches_and_consumed(tmp_path: Path) -> None:
+    watching, other = StopRequest({}), StopRequest({})
+    watching.watch_run(tmp_path, 300)
+    assert not watching.requested()
+    (tmp_path / "STOP").touch()
+    assert watching.reason() == "STOP file" and not other.requested()
+    watching.consume()
+    other.consume()
+    assert not (tmp_path / "STOP").exists() and watching.requested(), "a request does not go away"
+
+
+def test_end_of_the_job_is_a_request_some_time_before(tmp_path: Path) -> None:
+    soon, later = (StopRequest({"SLURM_JOB_END_TIME": str(int(time.time() + left))}) for left in (2000, 4000))
+    soon.watch_run(tmp_path, 10_000)  # a quarter of what is left at most: the request comes 500 s before the end
+    later.watch_run(tmp_path, 300)
+    assert not soon.requested() and not later.requested()
+    soon._job_end = soon._stop_at = time.time() + 0.0
+    assert soon.reason().startswith("the job ends in")
+
+
+def test_leaving_may_not_take_longer_than_the_job_lasts() -> None:
+    assert StopRequest({}).seconds_to_leave(540) == 540
+    end = str(int(time.time() + 100))
+    assert StopRequest({"SLURM_JOB_END_TIME": end}).seconds_to_leave(540) <= 100 - LEAVE_BEFORE_END_SECONDS
+    assert StopRequest({"SLURM_JOB_END_TIME": "1"}).seconds_to_leave(540) == 1
+
+
+def test_deadline_ends_the_process_with_the_code_of_a_storage_failure() -> None:
+    code = "import time; from cpt.state.stop import Deadline; Deadline(0.2, 'saving step 3'); time.sleep(30)"
+    done = run_python(code)
+    assert done.returncode == 74 and "saving step 3 took longer than 0 s" in done.stderr
+
+
+def test_cancelled_deadline_does_nothing() -> None:
+    deadline = Deadline(0.1, "nothing")
+    deadline.cancel()
+    time.sleep(0.3)
+
+
+LAUNCHER = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, '-c', sys.argv[1]])
+print(child.pid, flush=True)
+child.wait()
+"""
+RANK = """
+import time
+from cpt.state.stop import StopRequest, launcher_links, watch_launcher
+stop = StopRequest({})
+watch_launcher(stop, 1.0)
+print(len(launcher_links()), flush=True)
+while not stop.requested():
+    time.sleep(0.05)
+print(stop.reason(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("name", "watched"), [("deepspeed", True), ("my_deepspeed_script", False)])
+def test_lost_launcher_is_a_request_and_an_end_by_force(tmp_path: Path, name: str, watched: bool) -> None:
+    script = tmp_path / name
+    script.write_text(LAUNCHER, encoding="utf-8")
+    output = tmp_path / "output"
+    with open(output, "w", encoding="utf-8") as out:
+        command = [sys.executable, str(script), RANK]
+        launcher = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=out)
+
+    def wait_for(lines: int) -> list[str]:
+        deadline = time.monotonic() + 30
+        while len(found := output.read_text(encoding="utf-8").splitlines()) < lines and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return found
+
+    rank = int(wait_for(2)[0])
+    try:
+        assert wait_for(2)[1] == str(int(watched))
+        launcher.kill()
+        launcher.wait()
+        if watched:
+            assert wait_for(3)[2] == "the launcher is gone"
+            deadline = time.monotonic() + 20
+            while (parent := parent_of(rank)) is not None and is_running(rank) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert parent is None or not is_running(rank)
+        else:
+            time.sleep(2)
+            assert is_running(rank) and len(wait_for(2)) == 2
+    finally:
+        if is_running(rank):
+            os.kill(rank, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_process_without_a_launcher_watches_none() -> None:
+    assert launcher_links() == []
