@@ -1,4 +1,4 @@
-# make train | make test | make check | make faults | make bench.  Needs Python 3.11 or newer, make and a C compiler.
+# make train | make test | make check | make faults | make bench | make prove.  Needs Python 3.11 or newer, make and a C compiler.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(abspath $(VENV)/bin)

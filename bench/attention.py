@@ -1,132 +1,224 @@
 """Sink attention against what a user would pick instead: Hugging Face eager, and attention without sinks.
 
-    python bench/attention.py [--lengths 1024 4096 8192] [--rounds 5] [--threads 2] [--json FILE]
+    python bench/attention.py [--lengths 1024 4096 8192 16384] [--rounds 5] [--json FILE] [--svg FILE]
 
-Forward + backward in bf16, 16 query and 2 key/value heads of 64.  Every round times each contender once, one after the
-other, so that a noisy machine disturbs all alike; figures are medians, and ratios are medians of the rounds' ratios.
-Eager builds rows x rows matrices and is left out above --eager_limit tokens.  On a GPU the same script times the
-backend that `auto` takes there.
+One attention layer, forward + backward in bf16, full and with a window of 128.  Every round times each contender once,
+one after the other, so that a noisy machine disturbs all alike; figures are medians, and ratios are medians of the
+rounds' ratios.  Peak memory is that of one pass beyond its inputs, on a CPU in a process of its own.
+
+On a CPU: 16 query and 2 key/value heads of 64, and plain scaled_dot_product_attention, which knows no window, as the
+kernel without sinks.  On a GPU: the 64/8 heads of gpt-oss, rows of 4k, 32k and 128k, every backend that runs there
+(flex among them), torch's variable-length FlashAttention with the same window as the kernel without sinks, and the
+share of the chip's bf16 peak.
+
+On a machine that others use at the same time, `--clock cpu --threads 1` counts the CPU seconds of the process instead
+of wall time.
+
+Eager holds about 4.5 matrices of heads x tokens x tokens, and is left out where these do not fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
+import os
+import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cpt.model.attention import PackedRows
-from cpt.model.attention.choice import chosen_backend
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from attention_parts import contenders, drawing, memory  # noqa: E402
+from attention_parts.contenders import EAGER, PLAIN, WINDOW, Layer, Step  # noqa: E402
 
-QUERY_HEADS, KV_HEADS, HEAD_DIM, WINDOW = 16, 2, 64, 128
-SCALE = HEAD_DIM**-0.5
-Step = Callable[[], None]
-
-
-def draw(length: int, device: torch.device) -> list[torch.Tensor]:
-    """Query, key, value and output gradient, heads first, and sinks."""
-    shapes = [(QUERY_HEADS, length), (KV_HEADS, length), (KV_HEADS, length), (QUERY_HEADS, length)]
-    tensors = [torch.randn(*shape, HEAD_DIM, dtype=torch.bfloat16, device=device) for shape in shapes]
-    return [*tensors, torch.linspace(-3, 9, QUERY_HEADS, device=device).bfloat16()]
+LENGTHS = {"cpu": [1024, 4096, 8192, 16_384], "cuda": [4096, 32_768, 131_072]}
+HEADS = {"cpu": (16, 2), "cuda": (64, 8)}
+HEAD_DIM = 64
+PEAK_TFLOPS = {"A100": 312, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "GB200": 2500}
+"""Dense bf16 of the data sheets; the longest name that a device's name contains counts."""
 
 
-def contenders(length: int, window: int | None, device: torch.device, eager_limit: int) -> dict[str, Step]:
-    """Name -> one forward and backward pass."""
-    q, k, v, d_out, sinks = draw(length, device)
-    backend = chosen_backend("auto", device=device, dtype=q.dtype, head_dim=HEAD_DIM)
-    rows = PackedRows.from_bounds([[0, length]], length)
-
-    def leaves() -> list[torch.Tensor]:
-        return [x.detach().requires_grad_() for x in (q, k, v, sinks)]
-
-    def ours() -> None:
-        a, b, c, s = leaves()
-        backend.attention(a, b, c, s, rows, window, SCALE).backward(d_out)
-
-    def plain() -> None:
-        """Causal attention without sinks: what the kernel costs by itself; it knows no window."""
-        a, b, c, _ = leaves()
-        out = F.scaled_dot_product_attention(a[None], b[None], c[None], is_causal=True, enable_gqa=True)
-        out[0].backward(d_out)
-
-    found: dict[str, Step] = {f"ours ({backend.name})": ours, "sdpa without sinks": plain}
-    if length <= eager_limit:
-        index = torch.arange(length, device=device)
-        back = index[:, None] - index
-        hidden = (back < 0) | (back >= (window or length))
-        mask = torch.zeros(length, length, dtype=q.dtype, device=device).masked_fill_(hidden, float("-inf"))
-
-        def eager() -> None:
-            """The formula of transformers' eager_attention_forward for gpt-oss."""
-            a, b, c, s = leaves()
-            group = QUERY_HEADS // KV_HEADS
-            scores = a @ b.repeat_interleave(group, 0).transpose(1, 2) * SCALE + mask
-            scores = torch.cat([scores, s.view(-1, 1, 1).expand(-1, length, 1)], -1)
-            probability = (scores - scores.max(-1, keepdim=True).values).softmax(-1)[..., :-1]
-            (probability @ c.repeat_interleave(group, 0)).backward(d_out)
-
-        found["Hugging Face eager"] = eager
-    return found
+def main(arguments: list[str] | None = None) -> None:
+    """Print a table, and write the figures and the plot if asked."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    if options.peak_of:
+        return print_peaks(options)
+    results = []
+    for kind in options.layers:
+        for length in options.lengths:
+            results.append(measure(make_layer(options, kind, length), options))
+            print(line_of(results[-1]), flush=True)
+    growth = growth_per_doubling(results)
+    for kind, text in growth.items():
+        print(f"{kind:>6} growth of time per doubling of the length: {text}")
+    report = {"machine": machine(options), "results": results, "growth per doubling": growth}
+    print(json.dumps(report["machine"]))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.svg:
+        options.svg.parent.mkdir(parents=True, exist_ok=True)
+        options.svg.write_text(drawing.draw(report), encoding="utf-8")
 
 
-def seconds(step: Step, device: torch.device) -> float:
-    """Wall time of one pass."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line; defaults depend on the device."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the row, one document")
+    parser.add_argument("--layers", choices=["full", "window"], nargs="+", default=["full", "window"])
+    parser.add_argument("--heads", type=int)
+    parser.add_argument("--kv_heads", type=int)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU seconds of all threads")
+    parser.add_argument("--eager_share", type=float, default=0.6, help="of the free memory that eager may take")
+    parser.add_argument("--no_memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--svg", type=Path)
+    parser.add_argument("--peak_of", help="only print the peak memory of this contender")
+    options = parser.parse_args(arguments)
+    options.lengths = options.lengths or LENGTHS[options.device]
+    default_heads = HEADS[options.device]
+    options.heads, options.kv_heads = options.heads or default_heads[0], options.kv_heads or default_heads[1]
+    return options
+
+
+def make_layer(options: argparse.Namespace, kind: str, length: int) -> Layer:
+    """One case of the command line."""
+    return Layer(
+        tokens=length,
+        window=None if kind == "full" else WINDOW,
+        heads=options.heads,
+        kv_heads=options.kv_heads,
+        head_dim=HEAD_DIM,
+        device=torch.device(options.device),
+    )
+
+
+def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
+    """Median times, ratios and peaks of all contenders that fit."""
+    names, left_out = contenders.contender_names(layer), {}
+    if layer.eager_bytes > options.eager_share * memory.free_bytes(layer.device):
+        left_out[EAGER] = f"needs about {layer.eager_bytes / 2**30:.0f} GiB"
+        names.remove(EAGER)
+    peaks = {name: peak_of(name, layer, options) for name in names}
+    steps = {name: contenders.make_step(name, layer) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for step in steps.values():
+        step()
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            times[name].append(seconds(step, layer.device, options.clock))
+    own = times[names[0]]
+    median = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "layer": layer.kind,
+        "tokens": layer.tokens,
+        "ours": names[0],
+        "ms": {name: 1e3 * value for name, value in median.items()},
+        "ratio to ours": {
+            name: statistics.median(other / mine for other, mine in zip(values, own, strict=True))
+            for name, values in times.items()
+        },
+        "peak MiB": {name: None if peak is None else peak / 2**20 for name, peak in peaks.items()},
+        "left out": left_out,
+        "TFLOP/s of ours": layer.flops / median[names[0]] / 1e12,
+        "share of bf16 peak": share_of_peak(layer, median[names[0]]),
+    }
+
+
+def seconds(step: Step, device: torch.device, clock: str) -> float:
+    """Time of one pass."""
+    read = time.process_time if clock == "cpu" else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = read()
     step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return read() - started
 
 
-def measure(length: int, window: int | None, device: torch.device, rounds: int, eager_limit: int) -> dict[str, object]:
-    """Medians of all contenders for one length and layer kind."""
-    steps = contenders(length, window, device, eager_limit)
-    for step in steps.values():
-        step()
-    times = {name: [] for name in steps}  # type: dict[str, list[float]]
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(seconds(step, device))
-    first = next(iter(steps))
-    ratios = {
-        name: statistics.median(other / own for other, own in zip(times[name], times[first], strict=True))
-        for name in steps
-        if name != first
-    }
-    medians = {name: round(1e3 * statistics.median(values), 2) for name, values in times.items()}
-    return {"layer": "window" if window else "full", "tokens": length, "ms": medians, "times ours": ratios}
+def share_of_peak(layer: Layer, pass_seconds: float) -> float | None:
+    """Of the data sheet's dense bf16 rate, on a GPU that is known."""
+    name = torch.cuda.get_device_name(layer.device) if layer.device.type == "cuda" else ""
+    known = max((gpu for gpu in PEAK_TFLOPS if gpu in name), key=len, default=None)
+    return None if known is None else layer.flops / pass_seconds / (PEAK_TFLOPS[known] * 1e12)
 
 
-def main() -> None:
-    """Print a table, and write the figures as JSON if asked."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--eager_limit", type=int, default=4096)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = []
-    for window in (None, WINDOW):
+def peak_of(name: str, layer: Layer, options: argparse.Namespace) -> int | None:
+    """Peak memory of one pass in bytes; on a CPU of a fresh process."""
+    if options.no_memory or not memory.can_measure(layer.device):
+        return None
+    if layer.device.type == "cuda":
+        return memory.peak_bytes(name, layer)[0]
+    command = [sys.executable, __file__, "--device", "cpu", "--peak_of", name, "--layers", layer.kind]
+    command += ["--lengths", str(layer.tokens), "--heads", str(layer.heads), "--kv_heads", str(layer.kv_heads)]
+    command += ["--threads", str(options.threads)]
+    environment = {**os.environ, **memory.RETURN_MEMORY}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+
+
+def print_peaks(options: argparse.Namespace) -> None:
+    """One line of JSON per layer kind and length."""
+    for kind in options.layers:
         for length in options.lengths:
-            result = measure(length, window, device, options.rounds, options.eager_limit)
-            results.append(result)
-            figures = ", ".join(f"{name} {value} ms" for name, value in result["ms"].items())  # type: ignore[attr-defined]
-            ratios = ", ".join(f"{name} {value:.1f}x" for name, value in result["times ours"].items())  # type: ignore[attr-defined]
-            print(f"{result['layer']:>6} {length:>6} tokens: {figures}; against ours: {ratios}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            peak, largest = memory.peak_bytes(options.peak_of, make_layer(options, kind, length))
+            print(json.dumps({"layer": kind, "tokens": length, "peak_bytes": peak, "largest_bytes": largest}))
+
+
+def growth_per_doubling(results: list[dict[str, Any]]) -> dict[str, str]:
+    """From each length to the next, how often time multiplies when the length doubles."""
+    growth = {}
+    for kind in dict.fromkeys(result["layer"] for result in results):
+        own = [(r["tokens"], r["ms"][r["ours"]]) for r in results if r["layer"] == kind]
+        parts = [
+            f"{short} to {long}: {(after / before) ** (1 / math.log2(long / short)):.2f}"
+            for (short, before), (long, after) in itertools.pairwise(own)
+        ]
+        growth[kind] = ", ".join(parts) or "one length only"
+    return growth
+
+
+def line_of(result: dict[str, Any]) -> str:
+    """A row of the table."""
+    parts = []
+    for name, milliseconds in result["ms"].items():
+        ratio = "" if name == result["ours"] else f" ({result['ratio to ours'][name]:.2f}x)"
+        peak = result["peak MiB"][name]
+        parts.append(f"{name} {milliseconds:.1f} ms{ratio}" + ("" if peak is None else f" {peak:.0f} MiB"))
+    parts += [f"{name} left out: {reason}" for name, reason in result["left out"].items()]
+    share = result["share of bf16 peak"]
+    parts.append(f"{result['TFLOP/s of ours']:.3g} TFLOP/s" + ("" if share is None else f", {share:.0%} of bf16 peak"))
+    return f"{result['layer']:>6} {result['tokens']:>6} tokens: " + ", ".join(parts)
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """Where the figures come from."""
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "rounds": options.rounds,
+        "clock": options.clock,
+    }
+    facts |= {"heads": f"{options.heads}/{options.kv_heads} of {HEAD_DIM}", "without sinks": PLAIN}
+    if options.device == "cuda":
+        return facts | {"device": torch.cuda.get_device_name()}
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return facts | {"device": (names or [platform.processor()])[0], "threads": options.threads}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ Decisions
     A window layer is one call for all documents. Queries are cut into blocks; a block meets the keys that end with it,
     `block + window` of them, which are overlapping views of one buffer. The query heads of a group are folded into
     the rows of the block, so that the operator works on tall tiles and dk and dv come back per key/value head.
+    Short blocks waste less work on keys that no query sees, but from 768 rows on the operator takes tiles of 256
+    rows instead of 64. The first wins in the forward, the second in the backward, which multiplies five matrices per
+    tile: hence two sizes of block.
     A small additive mask holds the window and the documents; it is the same in all layers and kept in PackedRows.
     The backward of a full layer puts the members of a group into the batch dimension and adds up their dk and dv
     in float32: left to the operator, bf16 gradients are added in bf16 and are twice as far off.
@@ -27,14 +30,17 @@ from torch import Tensor
 
 from cpt.model.attention.rows import PackedRows
 
-BLOCK_TOKENS = 128
-"""Queries of a block in window layers, unless the window is larger."""
+FORWARD_BLOCK_ROWS = 256
+"""Rows of a block, query heads of a group times tokens, in the forward of window layers."""
+
+BACKWARD_BLOCK_ROWS = 768
+"""The same in the backward."""
+
+SMALLEST_BLOCK_TOKENS, LARGEST_BLOCK_TOKENS = 32, 128
+"""Limits of the tokens that make up these rows."""
 
 SHORT_DOCUMENT_TOKENS = 16
 """Documents up to this length are taken together in full layers, where from here on calls cost more than they do."""
-
-SHORT_BLOCK_TOKENS = 32
-"""Queries of a block where short documents are taken together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +51,6 @@ class Span:
     end: int
     window: int | None = None
     """None: one document, full causal. Otherwise any documents, and the number of keys that a query sees."""
-    block: int = BLOCK_TOKENS
-    """Queries of a block, at least `window`; of no meaning for one document."""
 
     def of(self, x: Tensor) -> Tensor:
         """Return the tokens of this span from a tensor with tokens in dimension 1."""
@@ -67,7 +71,7 @@ class CpuKernel:
             if span.window is None:
                 parts.append(_causal_forward(q, k, v, scale))
             else:
-                parts.append(_Band.of(span, rows, q, k).forward(q, k, v, scale))
+                parts.append(_Band.of(span, rows, q, k, FORWARD_BLOCK_ROWS).forward(q, k, v, scale))
         out_HTD, lse_HT = (_joined(pieces) for pieces in zip(*parts, strict=True))
         return out_HTD, lse_HT, ()
 
@@ -91,7 +95,8 @@ class CpuKernel:
             if span.window is None:
                 parts.append(_causal_backward(d_out, q, k, v, out, lse, scale))
             else:
-                parts.append(_Band.of(span, rows, q, k).backward(d_out, q, k, v, out, lse, scale))
+                band = _Band.of(span, rows, q, k, BACKWARD_BLOCK_ROWS)
+                parts.append(band.backward(d_out, q, k, v, out, lse, scale))
         dq_HTD, dk_KTD, dv_KTD = (_joined(pieces) for pieces in zip(*parts, strict=True))
         return dq_HTD, dk_KTD, dv_KTD
 
@@ -100,7 +105,7 @@ def spans(rows: PackedRows, window: int | None) -> tuple[Span, ...]:
     """Cut the tokens of `rows` into the calls of a layer with this window."""
     longest_tokens = rows.longest_document_tokens
     if window is not None and window < longest_tokens:
-        return (Span(0, rows.num_tokens, window, max(BLOCK_TOKENS, window)),)
+        return (Span(0, rows.num_tokens, window),)
     return rows.derive("spans of full layers", lambda: tuple(_full_spans(rows.bounds)))
 
 
@@ -111,9 +116,9 @@ def _full_spans(bounds: tuple[int, ...]) -> list[Span]:
         if end - start > SHORT_DOCUMENT_TOKENS:
             found.append(Span(start, end))
         elif previous is None or previous.window is None:
-            found.append(Span(start, end, end - start, SHORT_BLOCK_TOKENS))
+            found.append(Span(start, end, end - start))
         else:
-            found[-1] = Span(previous.start, end, max(previous.window, end - start), SHORT_BLOCK_TOKENS)
+            found[-1] = Span(previous.start, end, max(previous.window, end - start))
     return found
 
 
@@ -153,16 +158,17 @@ class _Band:
     mask_N1RU: Tensor
 
     @classmethod
-    def of(cls, span: Span, rows: PackedRows, q_HTD: Tensor, k_KTD: Tensor) -> "_Band":
+    def of(cls, span: Span, rows: PackedRows, q_HTD: Tensor, k_KTD: Tensor, block_rows: int) -> "_Band":
         """Take the mask from `rows`, or make it."""
         assert span.window is not None
         window, group = span.window, len(q_HTD) // len(k_KTD)
+        block = min(max(block_rows // group, SMALLEST_BLOCK_TOKENS), LARGEST_BLOCK_TOKENS)
 
         def build() -> Tensor:
             document_T = rows.document_ids(q_HTD.device)[span.start : span.end]
-            return _band_mask(document_T, span.block, window, group, q_HTD.dtype)
+            return _band_mask(document_T, block, window, group, q_HTD.dtype)
 
-        return cls(span.block, window, rows.derive(("band", span, group, q_HTD.dtype, q_HTD.device), build))
+        return cls(block, window, rows.derive(("band", span, block, group, q_HTD.dtype, q_HTD.device), build))
 
     def forward(self, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         num_tokens, num_kv_heads = q_HTD.shape[1], len(k_KTD)
@@ -214,13 +220,18 @@ class _Band:
     def _merged(self, grad_NKUD: Tensor, num_tokens: int) -> Tensor:
         """Add up the gradients of the key windows where they overlap, (K, T, D), in float32 at least.
 
-        Every token is in the second part of one key window and at most in the first part of one other, as the
-        window is not larger than the block.
+        Cut into pieces of a block, piece j of key window n covers the same tokens as piece 0 of key window n + j.
         """
-        sum_dtype = torch.promote_types(grad_NKUD.dtype, torch.float32)
-        total_NKCD = grad_NKUD[:, :, self.window :].to(sum_dtype)
-        total_NKCD[:-1, :, self.block - self.window :] += grad_NKUD[1:, :, : self.window]
-        return total_NKCD.transpose(0, 1).flatten(1, 2)[:, :num_tokens].to(grad_NKUD.dtype)
+        num_blocks, num_kv_heads, num_keys, size = grad_NKUD.shape
+        num_pieces = -(-num_keys // self.block)
+        total_KNCD = grad_NKUD.new_zeros(
+            (num_kv_heads, num_blocks + num_pieces - 1, self.block, size),
+            dtype=torch.promote_types(grad_NKUD.dtype, torch.float32),
+        )
+        for j, piece_NKCD in enumerate(grad_NKUD.split(self.block, dim=2)):
+            total_KNCD[:, j : j + num_blocks, : piece_NKCD.shape[2]] += piece_NKCD.transpose(0, 1)
+        # key window 0 starts `window` tokens before the first one
+        return total_KNCD.flatten(1, 2)[:, self.window : self.window + num_tokens].to(grad_NKUD.dtype)
 
 
 def _band_mask(document_T: Tensor, block: int, window: int, group: int, dtype: torch.dtype) -> Tensor:

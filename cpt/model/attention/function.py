@@ -29,6 +29,9 @@ from torch.autograd.function import once_differentiable
 
 from cpt.model.attention.rows import PackedRows
 
+PIECE_ELEMENTS = {"cpu": 2**19, "gpu": 2**25}
+"""Products that are held at once where the gradient of the sinks is summed: what a cache holds, or 128 MiB."""
+
 
 class Attention(Protocol):
     """Causal attention with sinks over packed rows, differentiable in its four tensors."""
@@ -148,10 +151,24 @@ class SinkAttention(torch.autograd.Function):
         )
         d_sinks_H = None
         if ctx.needs_input_grad[3]:
-            delta_HT = (d_out_HTD * out_HTD.to(folded_HT.dtype)).sum(2)
-            probability_HT = (sinks_H.to(folded_HT.dtype).unsqueeze(1) - folded_HT).exp_()
-            d_sinks_H = -(probability_HT * delta_HT).sum(1).to(sinks_H.dtype)
+            d_sinks_H = _gradient_of_sinks(d_out_HTD, out_HTD, folded_HT, sinks_H)
         return dq_HTD, dk_KTD, dv_KTD, d_sinks_H, None, None, None, None
+
+
+def _gradient_of_sinks(d_out_HTD: Tensor, out_HTD: Tensor, folded_HT: Tensor, sinks_H: Tensor) -> Tensor:
+    """Return dsink_h = - sum_i exp(sink_h - lse'_hi) delta_hi, summed in pieces to keep no (H, T, D) of products."""
+    probability_HT = (sinks_H.to(folded_HT.dtype).unsqueeze(1) - folded_HT).exp_()
+    elements = PIECE_ELEMENTS["cpu" if out_HTD.is_cpu else "gpu"]
+    piece_tokens = max(1, elements // (out_HTD.shape[0] * out_HTD.shape[2]))
+    total_H = torch.zeros_like(folded_HT[:, 0])
+    for d_out, out, probability in zip(
+        d_out_HTD.split(piece_tokens, 1),
+        out_HTD.split(piece_tokens, 1),
+        probability_HT.split(piece_tokens, 1),
+        strict=True,
+    ):
+        total_H -= (probability * (d_out * out.to(folded_HT.dtype)).sum(2)).sum(1)
+    return total_H.to(sinks_H.dtype)
 
 
 def _with_dense_heads(x_HTD: Tensor) -> Tensor:
