@@ -78,6 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", choices=["full", "window"], nargs="+", default=["full", "window"])
     parser.add_argument("--heads", type=int)
     parser.add_argument("--kv_heads", type=int)
+    parser.add_argument("--only", nargs="+", help="leave out all contenders but this project's and these", default=None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU seconds of all threads")
@@ -108,7 +109,9 @@ def make_layer(options: argparse.Namespace, kind: str, length: int) -> Layer:
 def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
     """Median times, ratios and peaks of all contenders that fit."""
     names, left_out = contenders.contender_names(layer), {}
-    if layer.eager_bytes > options.eager_share * memory.free_bytes(layer.device):
+    if options.only is not None:
+        names = [name for name in names if name == names[0] or name in options.only]
+    if EAGER in names and layer.eager_bytes > options.eager_share * memory.free_bytes(layer.device):
         left_out[EAGER] = f"needs about {layer.eager_bytes / 2**30:.0f} GiB"
         names.remove(EAGER)
     peaks = {name: peak_of(name, layer, options) for name in names}

@@ -91,6 +91,18 @@ def lse_gradient_dropped(q, k, v, sinks, rows, window, scale):  # type: ignore[n
     return _KeepsValue.apply(value.detach(), wrong) + (sinks.sum() * 0).to(value.dtype)
 
 
+class _RoundedLse(CpuKernel):
+    """Keeps its log-sum-exp in bf16, as Hugging Face's flex path does."""
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        out, lse, extra = super().forward(*arguments)
+        return out, lse.bfloat16().to(lse.dtype), extra
+
+
+def lse_in_bf16(*arguments: Any) -> Tensor:
+    return FoldedSinks(_RoundedLse())(*arguments)
+
+
 SILENT_ERRORS = [
     window_of_129_keys,
     window_lost,
@@ -99,6 +111,7 @@ SILENT_ERRORS = [
     sinks_scaled,
     documents_not_isolated,
     lse_gradient_dropped,
+    lse_in_bf16,
 ]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cpt.model.attention import Attention, FoldedSinks, PackedRows, choose, reference_attention
 from cpt.model.attention.cpu import CpuKernel
-from tests.attention.yardstick import LIMITS, NAMES, Problem, assert_close, definition, norms, relative_errors
+from tests.attention.yardstick import LIMITS, NAMES, Problem, assert_close, definition, relative_errors, sizes_of
 
 CPU = FoldedSinks(CpuKernel())
 
@@ -48,17 +48,11 @@ def attention(request: pytest.FixtureRequest) -> Attention:
 
 @functools.cache
 def solved(rows_name: str, heads_name: str, window: int | None) -> tuple[Problem, list[Tensor], list[Tensor]]:
-    """Return a problem, its solution, and the size of each part of it.
-
-    dsink is a sum of terms of both signs, which may cancel by chance while their rounding errors do not: its size is
-    the one that it has on average over the signs, the root of the sum of the squared terms.
-    """
+    """Return a problem, its solution, and the size of each part of it."""
     rows = ROWS[rows_name]
     problem = Problem.draw(rows.num_tokens, HEADS[heads_name])
     want = problem.solve(definition, rows, window)
-    sink_per_token = replace(problem, sinks_H=problem.sinks_H[:, None].expand(-1, rows.num_tokens))
-    dsink_terms_HT = sink_per_token.solve(definition, rows, window)[4]
-    return problem, want, [*norms(want[:4]), dsink_terms_HT.norm()]
+    return problem, want, sizes_of(problem, rows, window, want)
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)

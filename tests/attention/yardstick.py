@@ -6,7 +6,7 @@ Shape suffixes: T tokens of all rows (flattened), H query heads, K key/value hea
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,6 +80,17 @@ def definition(
 
 def norms(results: list[Tensor]) -> list[Tensor]:
     return [x.double().norm() for x in results]
+
+
+def sizes_of(problem: Problem, rows: PackedRows, window: int | None, want: list[Tensor]) -> list[Tensor]:
+    """Return the size of each part of the solution.
+
+    dsink is a sum of terms of both signs, which may cancel by chance while their rounding errors do not: its size is
+    the one that it has on average over the signs, the root of the sum of the squared terms.
+    """
+    sink_per_token = replace(problem, sinks_H=problem.sinks_H[:, None].expand(-1, rows.num_tokens))
+    dsink_terms_HT = sink_per_token.solve(definition, rows, window)[4]
+    return [*norms(want[:4]), dsink_terms_HT.norm()]
 
 
 def relative_errors(got: list[Tensor], want: list[Tensor], sizes: list[Tensor] | None = None) -> dict[str, float]:

@@ -34,9 +34,10 @@ class Backend:
 
     def usable(self, device: torch.device, dtype: torch.dtype, head_dim: int, machine: Machine) -> str | None:
         """Say why it cannot serve such tensors and what would help, or return None."""
+        reasons = self.problems(machine, dtype, head_dim)
         if self.device_type not in (None, device.type):
-            return f"it reads {str(self.device_type).upper()} tensors, these are on {device}"
-        return "; ".join(self.problems(machine, dtype, head_dim)) or None
+            reasons = [f"it reads {str(self.device_type).upper()} tensors, these are on {device}", *reasons]
+        return "; ".join(reasons) or None
 
 
 def choose(
