@@ -9,8 +9,8 @@ import numpy as np
 from attention_parts.contenders import EAGER, PLAIN
 from cpt.telemetry.plot import ALARM, INK, MUTED, PALETTE, Plot, Scale, bin_series, clean
 
-SIZE = (520, 320)
-LABEL_ROOM = 190
+SIZE = (545, 320)
+LABEL_ROOM = 215
 HEADER, FOOTER = 34, 20
 
 
@@ -50,7 +50,8 @@ def _panel(results: list[dict[str, Any]], x: Scale, y: Scale) -> str:
         tokens, times = (np.asarray(values, dtype=np.float64) for values in zip(*points, strict=True))
         color = {EAGER: ALARM, PLAIN: MUTED}.get(name, PALETTE[index % len(PALETTE)])
         plot.line(bin_series(tokens, times), color, dots=True, dash="5 3" if name == PLAIN else "")
-        at_the_end.append((float(times[-1]), color, _label(name, points[-1])))
+        shown = f"this project ({name})" if name == results[0]["ours"] else name
+        at_the_end.append((float(times[-1]), color, _label(shown, points[-1])))
     plot.right_labels(at_the_end)
     return plot.svg("time over length")
 
