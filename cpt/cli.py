@@ -69,7 +69,11 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chat", action="store_true", help="ask the prompt as a question, in the Harmony format")
+    parser.add_argument("--developer", help="with --chat: instructions for the model")
+    parser.add_argument("--effort", choices=("low", "medium", "high"), help="with --chat: reasoning effort")
     parser.set_defaults(run=_sample)
 
 
@@ -144,21 +148,34 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from cpt.sample import load_for_sampling, sample
+    import datetime
 
+    from cpt.sample import Sampling, as_channels, as_text, generate, load_for_sampling
+    from cpt.state.harmony import Effort, encode_prompt
+    from data_pipeline.tokenizer import encode
+
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    problems = sampling.problems()
     if not all(options.prompt):
-        raise ConfigError("--prompt is empty. Give some text to continue.")
+        problems.append("--prompt is empty. Give some text to continue.")
+    if not options.chat and (options.developer or options.effort):
+        problems.append("--developer and --effort are for --chat only.")
+    if problems:
+        raise ConfigError(problems)
     folder = None if options.model else _checkpoint_folder(options.run_dir, options.step)
     model = load_for_sampling(options.model, folder)
     for prompt in options.prompt:
-        text = sample(
-            model,
-            prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-        )
-        print(f"--- {prompt}\n{text}")
+        if options.chat:
+            effort: Effort = options.effort or "medium"
+            ids = encode_prompt(prompt, developer=options.developer, effort=effort, date=datetime.date.today())
+            print(f"--- {prompt}\n{as_channels(generate(model, ids, sampling))}")
+        else:
+            print(f"--- {prompt}\n{as_text(generate(model, encode(prompt).tolist(), sampling))}")
 
 
 def _checkpoint_folder(run_dir: Path, step: int | None) -> Path:

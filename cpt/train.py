@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from cpt.continuations import show_continuations
 from cpt.faults import fault_point
 from cpt.job import Job
 from cpt.recovery import after_step
@@ -54,6 +55,8 @@ def train(job: Job) -> None:
             bar.set_postfix_str(f"loss {result.loss:.3f}, {event['tokens_per_second']:.0f} tokens/s")
             bar.update(progress.step - bar.n)
             publish(job, settled_ranks=result.votes.save_settled)
+            if is_due(progress.step, job.config.telemetry.sample_interval_steps):
+                show_continuations(job)
             if progress.step == last_step:
                 break  # a request to stop is obeyed by being done
             if result.votes.stop:

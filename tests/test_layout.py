@@ -33,6 +33,7 @@ FLOORS = (
     "cpt.run_dir",
     "cpt.saving",
     "cpt.recovery",
+    "cpt.continuations",
     "cpt.train",
     "cpt.launch",
     "cpt.sample",

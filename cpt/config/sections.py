@@ -215,6 +215,20 @@ class TelemetrySection:
     """Write TensorBoard event files into the run directory."""
     export_at_end: bool = False
     """Write a Hugging Face directory (bf16) into the run directory when the run is done."""
+    sample_interval_steps: int = 0
+    """Steps between continuations of `sample_prompts` in the log, metrics.jsonl and the trackers; 0: never."""
+    sample_prompts: tuple[str, ...] = ("\u6614\u3005\u3001\u3042\u308b\u3068\u3053\u308d\u306b", "Once upon a time")
+    """Texts that are continued, always by the likeliest token, so that steps can be compared."""
+    sample_tokens: int = 32
+    """Tokens of a continuation."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if self.sample_interval_steps < 0:
+            yield "sample_interval_steps", f"is {self.sample_interval_steps}, must be >= 0."
+        if self.sample_tokens < 1:
+            yield "sample_tokens", f"is {self.sample_tokens}, must be >= 1."
+        if self.sample_interval_steps and not (self.sample_prompts and all(self.sample_prompts)):
+            yield "sample_prompts", "must hold at least one text, and no empty one."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

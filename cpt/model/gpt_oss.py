@@ -100,6 +100,7 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
+        logits_at: torch.Tensor | None = None,
         **attention_arguments: Any,
     ) -> torch.Tensor:
         """Loss of every token, or logits without labels.
@@ -108,10 +109,11 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
             input_ids: (B, S) local tokens.
             position_ids: (B, S) position of each token in its document.
             labels: (B, S) next tokens, already shifted; -100 where there is none.
+            logits_at: (B,) one local position per row whose logits alone are wanted; only without labels.
             attention_arguments: `packed_rows`, `sequence_parallel` and `kernel`, handed to every layer's attention.
 
         Returns:
-            (B, S) nats, 0 where the label is -100; (B, S, V) logits if labels is None.
+            (B, S) nats, 0 where the label is -100; (B, S, V) logits if labels is None, (B, 1, V) with `logits_at`.
         """
         hidden = self.model(
             input_ids=input_ids,
@@ -120,6 +122,9 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
             use_cache=False,
             **attention_arguments,
         ).last_hidden_state
+        if logits_at is not None:
+            rows = torch.arange(hidden.shape[0], device=hidden.device)
+            hidden = hidden[rows, logits_at].unsqueeze(1)
         return self.lm_head(hidden, labels)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,12 @@ class WandbTracker:
         )
 
     def log(self, event: dict[str, Any]) -> None:
-        if "step" in event:
+        if event["event"] == "sample":
+            import wandb
+
+            page = f"<p><b>{html.escape(event['prompt'])}</b>{html.escape(event['text'])}</p>"
+            self._run.log({f"sample/{event['number']}": wandb.Html(page)}, step=event["step"])
+        elif "step" in event:
             self._run.log(scalars(event), step=event["step"])
 
     def close(self) -> None:
@@ -54,6 +60,10 @@ class TensorBoardTracker:
         self._writer = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
 
     def log(self, event: dict[str, Any]) -> None:
+        if event["event"] == "sample":
+            text = f"**{event['prompt']}**{event['text']}"
+            self._writer.add_text(f"sample/{event['number']}", text, event["step"])  # type: ignore[no-untyped-call]
+            return
         for name, value in scalars(event).items() if "step" in event else ():
             self._writer.add_scalar(name, value, event["step"])  # type: ignore[no-untyped-call]
 

@@ -232,3 +232,21 @@ class TrainingEngine:
         finally:
             self.deepspeed.train()
             self.topology.traffic.take()
+
+    @torch.no_grad()
+    def next_token_logits(self, batch: MicroBatch, at: torch.Tensor) -> torch.Tensor:
+        """(B, V) fp32 logits at one local position per row, on the CPU; the labels of the batch are not read."""
+        self.deepspeed.eval()
+        try:
+            logits_B1V = self.deepspeed(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                logits_at=at.to(self.topology.device),
+                packed_rows=batch.packed_rows,
+                sequence_parallel=self._sequence_parallel,
+                kernel=self._kernel,
+            )
+            return logits_B1V.squeeze(1).float().cpu()
+        finally:
+            self.deepspeed.train()
+            self.topology.traffic.take()

@@ -18,6 +18,9 @@ from data_pipeline.dataset import PackedRow
 SEQ_LEN, ROWS, STEPS, WINDOW = 128, 8, 6, 32
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
 CLIPPING = 1.0
+PROMPTS = [[5, 17, 300, 42], [7], [*range(100, 140)]]
+"""Texts to continue: the first two end inside the first rank's part of a row, the last one crosses into the second's."""
+NEW_TOKENS = 12
 
 
 @dataclass(frozen=True, kw_only=True)

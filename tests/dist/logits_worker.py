@@ -16,10 +16,17 @@ from cpt.job import build_engine, fill_weights, weight_source
 from cpt.model.weights import load_config
 from cpt.parallel.topology import create_topology
 from cpt.state.saver import Saver
+from cpt.training.engine import TrainingEngine
+from cpt.training.generate import continue_texts
 from cpt.training.loader import make_micro_batch
 from data_pipeline.strict_yaml import parse_yaml
-from tests.dist.cases import ROWS, Scenario, model_config, rows_of_step
+from tests.dist.cases import NEW_TOKENS, PROMPTS, ROWS, WINDOW, Scenario, model_config, rows_of_step
 from tests.dist.worker import run_yaml
+
+
+def generate(engine: TrainingEngine) -> list[list[int]]:
+    """Continuations of PROMPTS."""
+    return continue_texts(engine, PROMPTS, max_new_tokens=NEW_TOKENS, window=WINDOW, stop_ids=[])
 
 
 def main() -> None:
@@ -27,9 +34,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     deepspeed_internals.init_distributed(torch.device("cpu"))
     scenario = Scenario(world_size=2, sp=1, ep=2, stage=3)
-    engine_json = parse_yaml(
-        json.dumps({"zero_optimization": {"stage": 3}, "expert_parallel": {"enabled": True, "autoep_size": 2}}), "json"
-    )
+    experts = {"enabled": True, "autoep_size": 2}
+    engine_json = parse_yaml(json.dumps({"zero_optimization": {"stage": 3}, "expert_parallel": experts}), "json")
     info = LaunchInfo(world_size=2, local_world_size=2)
     config = resolve(run_yaml(scenario, folder / "model"), engine_json, model_config(), info)
     topology = create_topology(sp_size=1, ep_size=2, device=torch.device("cpu"))
@@ -44,6 +50,7 @@ def main() -> None:
         logits = engine.deepspeed(
             input_ids=batch.input_ids, position_ids=batch.position_ids, packed_rows=batch.packed_rows
         )
+    new_tokens = {"run": generate(engine)}
     if topology.rank == 0:
         save_file({"logits": logits.contiguous()}, str(folder / "logits.safetensors"))
     state = {"model_config": model_config().to_dict()}
@@ -51,11 +58,20 @@ def main() -> None:
     engine.deepspeed.destroy()
     path = folder / "mxfp4"
     quantised = load_config(path, None)
-    config = resolve(run_yaml(scenario, path), engine_json, quantised, info)
+    sequence_parallel = parse_yaml(
+        json.dumps(
+            {"zero_optimization": {"stage": 3}, "expert_parallel": experts, "sequence_parallel_size": 2}
+        ),
+        "json",
+    )
+    config = resolve(run_yaml(scenario, path), sequence_parallel, quantised, info)
+    topology = create_topology(sp_size=2, ep_size=2, device=torch.device("cpu"))
     engine = build_engine(config, quantised, topology)
     fill_weights(engine, weight_source(config, quantised, topology))
     state = {"model_config": quantised.to_dict()}
     Saver(folder / "untouched", engine.deepspeed, topology, CheckpointSection()).save_now(0, state)
+    new_tokens["untouched"] = generate(engine)
+    (folder / f"generated-{topology.rank}.json").write_text(json.dumps(new_tokens))
     dist.destroy_process_group()
 
 

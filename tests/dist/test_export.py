@@ -22,7 +22,7 @@ from cpt.state import export, tensor_writer
 from cpt.state.export import QUANTIZATION_CONFIG, REPORT_FILE, export_checkpoint
 from cpt.state.manifest import read_manifest, write_manifest
 from cpt.state.stored import step_folder
-from tests.dist.cases import model_config, reference_model, rows_of_step
+from tests.dist.cases import NEW_TOKENS, PROMPTS, model_config, reference_model, rows_of_step
 from tests.dist.test_layout_parity import explicit_masks
 from tests.support.launcher import ROOT, launch
 
@@ -110,6 +110,19 @@ def test_exported_tokenizer_encodes_as_the_data_pipeline_does(folder: Path) -> N
         200_002,
         200_012,
     ]
+
+
+@pytest.mark.parametrize(("run", "step"), [("run", 2), ("untouched", 0)], ids=["ep2", "sp2-ep2"])
+def test_training_engine_continues_texts_as_plain_transformers_does(folder: Path, run: str, step: int) -> None:
+    """Greedy, fp32, in two layouts; every rank gets the same tokens."""
+    out = export_checkpoint(step_folder(folder / run, step), folder / f"greedy-{run}", "fp32")
+    model = AutoModelForCausalLM.from_pretrained(str(out), dtype=torch.float32, attn_implementation="eager")
+    found = [json.loads((folder / f"generated-{rank}.json").read_text())[run] for rank in (0, 1)]
+    assert found[0] == found[1]
+    for prompt, tokens in zip(PROMPTS, found[0], strict=True):
+        ids = torch.tensor([prompt])
+        expected = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=511)
+        assert tokens == expected[0, len(prompt) :].tolist()
 
 
 def test_mxfp4_in_and_out_keeps_every_value_and_the_bytes_of_blocks_that_use_their_range(folder: Path) -> None:

@@ -16,14 +16,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 
+from cpt.cli import main
 from cpt.errors import CheckpointError
 from cpt.model import mxfp4
+from cpt.sample import Sampling
 from cpt.state.export import export_checkpoint
+from cpt.state.harmony import CHANNEL, END, MESSAGE, RETURN
 from cpt.state.manifest import read_manifest
 from cpt.state.stored import PARTS, find_checkpoint, list_steps, step_folder
 from cpt.telemetry.metrics import read_events
+from data_pipeline.tokenizer import encode
 from tests.dist.test_layout_parity import stored_tensors
 from tests.support.launcher import ROOT, free_port, rank_environment
 
@@ -110,7 +114,10 @@ def steps_of(run_dir: Path) -> list[dict[str, Any]]:
 def whole(workplace: Path) -> Path:
     """An undisturbed run."""
     codes, output = finish(
-        workplace, "whole", "--set", "telemetry.wandb=offline", "--set", "telemetry.export_at_end=true"
+        workplace,
+        "whole",
+        *("--set", "telemetry.wandb=offline", "--set", "telemetry.export_at_end=true"),
+        *("--set", "telemetry.sample_interval_steps=4", "--set", "telemetry.sample_tokens=3"),
     )
     assert codes == [0, 0], output
     return workplace / "whole"
@@ -136,26 +143,68 @@ def test_undisturbed_run_writes_what_the_contract_says(whole: Path) -> None:
     assert list((whole / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_export_at_the_end_loads_in_plain_transformers_and_continues_text(whole: Path) -> None:
+def test_export_at_the_end_and_its_checkpoint_continue_text_as_plain_transformers_does(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = whole / "export" / "step-00000008"
-    command = [
-        sys.executable,
-        "-m",
-        "cpt.cli",
-        "sample",
-        "--model",
-        str(out),
-        "--prompt",
-        "むかし、",
-        "--max_new_tokens",
-        "4",
-    ]
-    from_export = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert from_export.returncode == 0, from_export.stderr
-    assert "むかし、" in from_export.stdout
-    command[4:6] = ["--run_dir", str(whole)]
-    from_run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert from_run.stdout == from_export.stdout
+    command = ["sample", "--prompt", "\u3080\u304b\u3057\u3001", "--max_new_tokens", "4"]
+    assert main([*command, "--model", str(out)]) == 0
+    from_export = capsys.readouterr().out
+    assert main([*command, "--run_dir", str(whole)]) == 0
+    assert capsys.readouterr().out == from_export
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(str(out)), AutoTokenizer.from_pretrained(str(out))
+    ids = tokenizer("\u3080\u304b\u3057\u3001", add_special_tokens=False, return_tensors="pt").input_ids
+    tokens = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    assert from_export == f"--- \u3080\u304b\u3057\u3001\n{tokenizer.decode(tokens)}\n"
+
+
+def test_question_is_put_in_the_harmony_format_of_the_exported_chat_template(
+    whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+
+    def reply(model: Any, prompt: list[int], sampling: Sampling) -> list[int]:
+        asked.append(prompt)
+        return [*harmony_reply("analysis", "hm"), END, *harmony_reply("final", "42"), RETURN]
+
+    monkeypatch.setattr("cpt.sample.generate", reply)
+    out = whole / "export" / "step-00000008"
+    command = ["sample", "--model", str(out), "--chat", "--effort", "low", "--developer", "Be brief.", "--prompt", "Q?"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == "--- Q?\n[analysis]\nhm\n[final]\n42\n"
+    tokenizer = AutoTokenizer.from_pretrained(str(out))
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Q?"}]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, reasoning_effort="low")
+    assert asked == [expected["input_ids"]]
+
+
+def harmony_reply(channel: str, text: str) -> list[int]:
+    return [CHANNEL, *encode(channel).tolist(), MESSAGE, *encode(text).tolist()]
+
+
+def test_samples_are_drawn_with_their_seed(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sample", "--model", str(whole / "export" / "step-00000008"), "--prompt", "a", "--max_new_tokens", "6"]
+    drawn = [*command, "--temperature", "5", "--top_p", "0.99", "--seed"]
+    printed = []
+    for seed in ("1", "1", "2"):
+        assert main([*drawn, seed]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+
+
+def test_fixed_prompts_are_continued_during_training(whole: Path) -> None:
+    samples = [event for event in read_events(whole / "metrics.jsonl") if event["event"] == "sample"]
+    assert [(event["step"], event["number"]) for event in samples] == [(4, 0), (4, 1), (8, 0), (8, 1)]
+    assert {event["prompt"] for event in samples} == {"\u6614\u3005\u3001\u3042\u308b\u3068\u3053\u308d\u306b", "Once upon a time"}
+    assert all(1 <= len(event["tokens"]) <= 3 and isinstance(event["text"], str) for event in samples)
+
+
+def test_model_card_says_what_was_trained_on_what_and_nothing_about_the_machine(whole: Path) -> None:
+    card = (whole / "export" / "step-00000008" / "README.md").read_text()
+    tokens = sum(step["tokens_by_source"]["ja_essay"] for step in steps_of(whole))
+    assert f"| ja_essay | ja | ja_essay | 0.5 | {tokens:,} |" in card
+    assert "Started from random weights (`tiny`). 8 optimizer steps" in card and "Held-out text" in card
+    assert str(whole.parent) not in card and str(ROOT) not in card
 
 
 def test_mxfp4_export_is_read_by_transformers_as_the_rounded_weights(whole: Path, tmp_path: Path) -> None:

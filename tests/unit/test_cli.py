@@ -156,3 +156,21 @@ def test_sampling_needs_exactly_one_origin(arguments: list[str], capsys: Any) ->
     with pytest.raises(SystemExit) as caught:
         sample(*arguments)
     assert caught.value.code != 0 and "--model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_new_tokens", "0"], "--max_new_tokens 0"),
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--top_p", "0.9"], "--top_p 0.9 has no meaning"),
+        (["--temperature", "1", "--top_p", "1.5"], "--top_p 1.5"),
+        (["--developer", "Be brief."], "for --chat only"),
+    ],
+)
+def test_settings_of_sampling_that_make_no_sense_are_refused(
+    model_dir: Path, capsys: Any, arguments: list[str], message: str
+) -> None:
+    """The directory has no weights: they have to be noticed first."""
+    assert sample("--model", model_dir, *arguments) == 78
+    assert message in capsys.readouterr().err
