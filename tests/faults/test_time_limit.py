@@ -13,7 +13,7 @@ from tests.support.slurm_cluster import (
     tensor_hashes,
 )
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(1200)]
 
 
 @pytest.mark.case("S5", "a true time limit of two minutes: saved before it, as often as needed; weights bit-identical")
@@ -25,9 +25,10 @@ def test_run_longer_than_its_time_limit_finishes(tmp_path) -> None:
     options = ("--gpus-per-node=2", "--time=2", "--signal=B:USR1@60")
     with running_cluster() as cluster:
         job = submit_training(cluster, tmp_path, "limited", *options, CPT_FAULT=sleeps, CPT_MAX_RESTARTS="8")
-        fields, output = cluster.wait(job, timeout_seconds=500), cluster.output(job)
+        fields, output = cluster.wait(job, timeout_seconds=900), cluster.output(job)
     assert fields["JobState"] == "COMPLETED" and int(fields["Restarts"]) >= 1, output
-    assert output.count("got SIGUSR1: wrote") == int(fields["Restarts"]) == output.count("saved and queued again")
+    assert output.count("saved and queued again") == int(fields["Restarts"])
+    assert output.count("got SIGUSR1: wrote") >= int(fields["Restarts"])  # the last one may come too late to matter
     code, whole = run_to_end(tmp_path, "whole")
     assert code == 0, whole.output
     assert tensor_hashes(tmp_path / "limited") == tensor_hashes(whole.run_dir)

@@ -145,7 +145,7 @@ def test_launcher_is_told_nodes_ranks_and_address_without_ssh(bench: Bench) -> N
     )
     assert bench.calls("host") == ["file node0 slots=1024 node1 slots=1024 "]
     (srun,) = bench.calls("srun")
-    assert srun.startswith("--nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=300 --cpus-per-task=4")
+    assert srun.startswith("--nodes=2 --ntasks=2 --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0")
 
 
 def test_exit_0_is_not_believed_without_the_last_step(bench: Bench) -> None:
