@@ -6,6 +6,7 @@ data (built by rank 0 if missing and small) -> mix ledger -> model -> engine -> 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -78,8 +79,11 @@ class Job:
         """This rank's forward passes of one global batch."""
         for micro_step in range(self.config.gradient_accumulation_steps):
             self.topology.place.enter("data", self.progress.step + 1)
+            started = time.perf_counter()
             fault_point("data", self.progress.step + 1)
-            yield load_micro_batch(self.data, batch, micro_step, self.config.micro_batch_size, self.topology)
+            loaded = load_micro_batch(self.data, batch, micro_step, self.config.micro_batch_size, self.topology)
+            self.topology.place.waited_for_data(time.perf_counter() - started)
+            yield loaded
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides tensors."""

@@ -28,6 +28,7 @@ from cpt.release.export_run import export_run
 from cpt.run_dir import held_run_dir
 from cpt.state.stop import StopRequest, watch_launcher
 from cpt.state.stored import list_steps, step_folder
+from cpt.state.watchdog import watching
 from cpt.telemetry.report import write_report
 from cpt.train import train
 from data_pipeline.build import default_build_dir, input_bytes
@@ -66,12 +67,13 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
         if topology.rank == 0:
             stop.watch_run(run_dir, config.checkpoint.stop_margin_seconds)
             log.info("%s", describe(config, model_config, run_dir, resume))
-        job = assemble(config, model_config, topology, run_dir, resume, stop)
-        try:
-            train(job)
-            finish(job)
-        finally:
-            job.telemetry.close()
+        with watching(run_dir, topology, config.watchdog):
+            job = assemble(config, model_config, topology, run_dir, resume, stop)
+            try:
+                train(job)
+                finish(job)
+            finally:
+                job.telemetry.close()
     dist.destroy_process_group()
 
 
@@ -200,6 +202,7 @@ def finish(job: Job) -> None:
     """Export if asked, write the report, and tell people where everything is."""
     last = step_folder(job.run_dir, job.progress.step)
     where = {"metrics": job.run_dir / "metrics.jsonl", "checkpoint": last}
+    job.topology.place.enter("export", job.progress.step)
     if job.config.telemetry.export_at_end:
         out = job.run_dir / "export" / last.name
         if not on_first_rank(job.topology.control_group, out.exists):

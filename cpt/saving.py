@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -12,6 +13,8 @@ from cpt.job import Job
 from cpt.state.leaving import agreed_reason
 from cpt.state.saver import Published
 from cpt.state.stop import Deadline
+from cpt.telemetry.goodput import goodput
+from cpt.telemetry.metrics import read_events
 
 log = logging.getLogger("cpt.saving")
 
@@ -59,7 +62,17 @@ def leave(job: Job) -> NoReturn:
     deadline = Deadline(seconds, f"saving step {job.progress.step} before leaving")
     final_save(job)
     deadline.cancel()
+    end(job)
     raise RequeueRequested(f"stopped on request after step {job.progress.step}: {reason}. Saved; start again to go on.")
+
+
+def end(job: Job) -> None:
+    """Log when training ended, and where the time of all starts of the run went."""
+    job.telemetry.log({"event": "end", "step": job.progress.step, "time": time.time()})
+    if job.topology.rank == 0:
+        spent = goodput(read_events(job.run_dir / "metrics.jsonl"))
+        job.telemetry.log(spent.event(job.progress.step))
+        log.info("%s", spent.describe())
 
 
 def publish(job: Job, settled_ranks: int | None = None) -> None:

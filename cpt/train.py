@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from typing import Any
@@ -13,11 +14,18 @@ from cpt.continuations import show_continuations
 from cpt.faults import fault_point
 from cpt.job import Job
 from cpt.recovery import after_step
-from cpt.saving import final_save, leave, periodic_save, publish
+from cpt.saving import end, final_save, leave, periodic_save, publish
 from cpt.state.leaving import leave_if_asked
+from cpt.state.stop import StopRequest
+from cpt.telemetry.goodput import start_event
 from cpt.training.engine import StepResult, Votes
 from cpt.training.schedule import learning_rate
 from data_pipeline.mixture import GlobalBatch
+
+log = logging.getLogger("cpt.train")
+
+LEAST_DATA_WAIT = 0.01
+"""Share of a step from which on its wait for data is logged; below, it counts as productive."""
 
 
 def train(job: Job) -> None:
@@ -31,8 +39,9 @@ def train(job: Job) -> None:
     if progress.step >= last_step > 0:
         return
     fault_point("before_first_step", progress.step)
-    if job.guard is not None and progress.step == 0 < last_step:
-        job.guard.measure(0, job.engine, job.telemetry, job.stop)
+    job.telemetry.log(start_event(progress.step, job.telemetry.previous_end))
+    if progress.step == 0 < last_step:
+        measure(job, job.stop)
     leave_if_asked(job.stop, job.topology.control_group, "before the first step")
     with tqdm(total=last_step, initial=progress.step, unit="step", disable=job.topology.rank != 0) as bar:
         while progress.step < last_step:
@@ -51,6 +60,7 @@ def train(job: Job) -> None:
             progress.batch_chain = batch.chain_hash(progress.batch_chain)
             event = step_event(job, result, lr, time.perf_counter() - started)
             job.telemetry.log(event)
+            log_waits(job, event["seconds"])
             after_step(job, batch, result)
             bar.set_postfix_str(f"loss {result.loss:.3f}, {event['tokens_per_second']:.0f} tokens/s")
             bar.update(progress.step - bar.n)
@@ -61,21 +71,36 @@ def train(job: Job) -> None:
                 break  # a request to stop is obeyed by being done
             if result.votes.stop:
                 leave(job)
-            if is_due(progress.step, job.config.guard.interval_steps):
-                measure(job)
+            if is_due(progress.step, job.config.guard.interval_steps) and not measure(job, job.stop):
+                leave(job)
             # a checkpoint between skipped updates would hold nothing new, and be what a rollback finds
             if is_due(progress.step, job.config.checkpoint.interval_steps) and not job.stability.skipped_in_a_row:
                 periodic_save(job)
     job.stop.consume()
     final_save(job)
-    if job.guard is not None and progress.step > 0:
-        job.guard.measure(progress.step, job.engine, job.telemetry)
+    if progress.step > 0:
+        measure(job)
+    end(job)
 
 
-def measure(job: Job) -> None:
-    """Watch held-out text; a request to stop comes first."""
-    if job.guard is not None and not job.guard.measure(job.progress.step, job.engine, job.telemetry, job.stop):
-        leave(job)
+def measure(job: Job, stop: StopRequest | None = None) -> bool:
+    """Watch held-out text; False if a request to stop came first."""
+    if job.guard is None:
+        return True
+    started = time.perf_counter()
+    finished = job.guard.measure(job.progress.step, job.engine, job.telemetry, stop)
+    seconds = time.perf_counter() - started
+    job.telemetry.log({"event": "evaluation", "step": job.progress.step, "seconds": seconds})
+    return finished
+
+
+def log_waits(job: Job, step_seconds: float) -> None:
+    """Events beside the step's own: slow ranks, and the wait for data where it was worth a line."""
+    for event in job.topology.place.take_reports():
+        job.telemetry.log(event)
+    waited = job.topology.place.take_data_seconds()
+    if waited >= LEAST_DATA_WAIT * step_seconds:
+        job.telemetry.log({"event": "data_wait", "step": job.progress.step, "seconds": waited})
 
 
 def is_due(step: int, interval_steps: int) -> bool:

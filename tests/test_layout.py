@@ -133,6 +133,7 @@ def is_pickle(node: ast.expr) -> bool:
 
 
 @by_path(SOURCES)
+@pytest.mark.case("X1", "no pickle, torch.load, eval or exec in the code")
 def test_no_pickle_is_read_and_no_text_becomes_code(path: Path) -> None:
     modules = imported_packages(path) & {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
     if relative(path) == MAY_UNPICKLE:
@@ -145,6 +146,7 @@ def test_no_pickle_is_read_and_no_text_becomes_code(path: Path) -> None:
 
 
 @by_path(SOURCES)
+@pytest.mark.case("X3", "trust_remote_code appears nowhere in the code")
 def test_code_from_a_model_directory_can_not_be_trusted(path: Path) -> None:
     assert "trust_remote_code" not in path.read_text(encoding="utf-8")
 

@@ -61,6 +61,7 @@ class Guard:
         Returns:
             Whether it was finished.
         """
+        self._topology.place.enter("evaluate", step)
         fault_point("evaluate", step)
         if not self._baseline:
             self._baseline = self._stored_baseline()

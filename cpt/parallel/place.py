@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 RECENT_STEPS = 64
 """Steps whose median is what a step usually takes."""
@@ -28,6 +29,8 @@ class Place:
 
     def __init__(self) -> None:
         self._position = Position(count=0, phase="load", step=0)
+        self._reports: deque[dict[str, Any]] = deque()
+        self._data_seconds = 0.0
         self._step_started = 0.0
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
@@ -43,6 +46,23 @@ class Place:
     def now(self) -> Position:
         """The present position."""
         return self._position
+
+    def waited_for_data(self, seconds: float) -> None:
+        """Count time in which this rank could do nothing but read."""
+        self._data_seconds += seconds
+
+    def take_data_seconds(self) -> float:
+        """Seconds counted since the last call."""
+        taken, self._data_seconds = self._data_seconds, 0.0
+        return taken
+
+    def report(self, event: dict[str, Any]) -> None:
+        """Leave an event for metrics.jsonl, which only the main thread writes."""
+        self._reports.append(event)
+
+    def take_reports(self) -> list[dict[str, Any]]:
+        """Events left since the last call."""
+        return [self._reports.popleft() for _ in range(len(self._reports))]
 
     def median_step_seconds(self) -> float | None:
         """What a step usually takes; None before there were three."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from cpt.telemetry.goodput import Goodput, goodput
 from cpt.telemetry.metrics import read_events
 from cpt.telemetry.plot import Array
 
@@ -35,6 +36,8 @@ class Run:
     num_repeated_steps: int
     config: dict[str, Any]
     """Content of config.resolved.yaml; empty if it cannot be read."""
+    goodput: Goodput
+    """Where the time went, over all starts."""
     notes: list[str]
     """What a reader of the page must know."""
 
@@ -61,7 +64,8 @@ class Run:
 
 def read_run(run_dir: Path) -> Run:
     """Read metrics.jsonl and config.resolved.yaml."""
-    kept, resumes, repeated = current_branch(read_events(run_dir / "metrics.jsonl"))
+    events = read_events(run_dir / "metrics.jsonl")
+    kept, resumes, repeated = current_branch(events)
     steps = [event for event in kept if event["event"] == "step"]
     guard = {(e["step"], str(e.get("domain"))): e for e in kept if e["event"] == "guard"}
     config, notes = _read_config(run_dir / "config.resolved.yaml")
@@ -78,6 +82,7 @@ def read_run(run_dir: Path) -> Run:
         resumes=resumes,
         num_repeated_steps=repeated,
         config=config,
+        goodput=goodput(events),
         notes=notes,
     )
 

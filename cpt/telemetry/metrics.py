@@ -26,6 +26,8 @@ class Telemetry:
     """Appends events to a file and hands them to trackers; without a file (ranks other than 0) it does nothing."""
 
     def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
+        self.previous_end = path.stat().st_mtime if path and path.is_file() else None
+        """When the last line of an earlier start was written; None if there was none."""
         self._file = _open_at_line_start(path) if path else None
         self._trackers = trackers
 

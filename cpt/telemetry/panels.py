@@ -40,6 +40,8 @@ MAX_MIX_SOURCES = 12
 MAX_RESUME_MARKS = 40
 WHISKER_LIMIT = 24
 """Up to so many measurements, intervals are drawn as bars: a band would claim knowledge between them."""
+TIME_COLORS = ("#009e73", "#56b4e9", "#e69f00", "#cc79a7", "#0072b2", "#882255", "#999933", "#d55e00", "#9ca3af")
+"""Productive time, then each kind of lost time in the order of `goodput.LOST`."""
 STEP_LABEL = "optimizer step"
 
 
@@ -295,3 +297,38 @@ def traffic_panel(run: Run, x: Scale) -> str:
         plot.line(series, color, dash=dash, width=1.8)
         entries.append((color, dash, f"{short(name)} {series.mean[-1]:.3g} {unit}"))
     return panel(title, "w4", legend(entries) + plot.svg("Bytes sent over steps"), "all ranks together")
+
+
+def time_panel(run: Run) -> str:
+    """Where the time of all starts went: one bar, the productive part first."""
+    title, spent = "Where the time went", run.goodput
+    if spent.total <= 0:
+        return panel(title, "w12", empty("No time has been logged."))
+    parts = {"productive": spent.productive, **spent.lost}
+    x, drawn, entries = 0.0, [], []
+    for index, (kind, seconds) in enumerate(parts.items()):
+        if seconds <= 0:
+            continue
+        color, name = TIME_COLORS[index % len(TIME_COLORS)], kind.replace("_", " ")
+        width, share = 1376 * seconds / spent.total, 100 * seconds / spent.total
+        drawn.append(
+            f'<rect x="{x:.2f}" y="0" width="{width:.2f}" height="22" fill="{color}" stroke="#fff" stroke-width="0.7">'
+            f"<title>{clean(name)}: {duration(seconds)}, {share:.1f} %</title></rect>"
+        )
+        entries.append((color, "", f"{name} {duration(seconds)} ({share:.1f} %)"))
+        x += width
+    bar = f'<svg viewBox="0 0 1376 24" role="img" aria-label="{title}">{"".join(drawn)}</svg>'
+    starts = f"{spent.num_starts:,} start{'s' * (spent.num_starts != 1)}"
+    return panel(
+        title, "w12", legend(entries) + bar, f"goodput {100 * spent.share:.1f} % of {duration(spent.total)}, {starts}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 0.42 s, 12.3 s, 4 min 5 s, 3 h 20 min."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"

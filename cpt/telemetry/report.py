@@ -29,6 +29,7 @@ from cpt.telemetry.panels import (
     norm_panel,
     rate_panel,
     throughput_panel,
+    time_panel,
     traffic_panel,
 )
 from cpt.telemetry.plot import Array, clean, step_scale
@@ -61,8 +62,8 @@ section>svg,.small svg{display:block;width:100%;height:auto;margin-top:auto}
 svg text{font-size:11px}
 .small{display:grid;gap:0 8px;margin-top:auto}
 .empty{margin:auto;color:#6b7280;padding:30px 10px;text-align:center}
-.w5{grid-column:span 5}.w7{grid-column:span 7}.w4{grid-column:span 4}.tall{grid-row:span 2}
-@media(max-width:900px){.w4,.w5,.w7{grid-column:span 12}.w4>svg{max-width:500px}}
+.w5{grid-column:span 5}.w7{grid-column:span 7}.w4{grid-column:span 4}.w12{grid-column:span 12}.tall{grid-row:span 2}
+@media(max-width:900px){.w4,.w5,.w7,.w12{grid-column:span 12}.w4>svg{max-width:500px}}
 """
 
 
@@ -98,6 +99,7 @@ def page(run: Run, name: str, freshness: str) -> str:
     colors = language_colors(run)
     x = step_scale(np.append(run.steps, [event["step"] for event in run.guard_events]))
     panels = [
+        time_panel(run),
         loss_panel(run, x, colors),
         guard_panel(run, x, colors),
         mixture_panel(run, x, colors),

@@ -113,6 +113,7 @@ def test_written_control_tokens_stay_text_in_a_build(make_mix: MakeMix, tmp_path
     assert row.labels[: len(expected) - 1].tolist() == expected[1:]
 
 
+@pytest.mark.case("B1", "above the limit the build stops with 65")
 def test_too_many_rejects_stop_the_build_with_reasons_and_places(make_mix: MakeMix, tmp_path: Path) -> None:
     mix = make_mix({"en": [*make_texts(8, "en"), "", "a\0"]})
     with pytest.raises(DataError) as caught:
@@ -206,6 +207,7 @@ def test_two_builds_of_one_directory_do_not_mix(mix: MixConfig, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("point", ["documents", "rows", "manifest", "rename"])
+@pytest.mark.case("B12", "rerun gives the manifest of an undisturbed build")
 def test_a_build_killed_anywhere_leaves_nothing_and_its_rerun_gives_the_same_manifest(
     mix: MixConfig, tmp_path: Path, point: str
 ) -> None:
@@ -262,6 +264,7 @@ def _flip(path: Path, position: int) -> None:
         (lambda d: _damage_manifest(d / FILE_NAME), r"does not match its own checksum"),
     ],
 )
+@pytest.mark.case("B10", "damaged, missing and extra files named; exit 65")
 def test_damaged_build_is_refused_by_file(
     mix: MixConfig, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:

@@ -136,6 +136,7 @@ def test_a_rerun_makes_only_what_is_missing(mix: MixConfig, tmp_path: Path, monk
     assert len(made) == total - (total + 1) // 2
 
 
+@pytest.mark.case("B12", "rerun gives the manifest of an undisturbed build")
 def test_killed_at_any_moment_a_rerun_gives_the_same_manifest(tmp_path: Path, make_mix: MakeMix) -> None:
     texts = {"ja": make_texts(4000, "ja"), "en": make_texts(4000, "en")}
     make_mix(texts, held_out_share=0.01, decontaminate_tokens=50)
@@ -200,6 +201,7 @@ def _build_with_limit(mix_path: Path, out: Path) -> tuple[int, str, float]:
     return done.returncode, done.stdout + done.stderr, peak
 
 
+@pytest.mark.case("B7", "bounded memory")
 def test_a_line_of_a_gigabyte_is_rejected_in_bounded_memory(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write_jsonl(folder / "en.jsonl", make_texts(200, "en"))
@@ -216,6 +218,7 @@ def test_a_line_of_a_gigabyte_is_rejected_in_bounded_memory(tmp_path: Path) -> N
     (folder / "en.jsonl").unlink()
 
 
+@pytest.mark.case("B7", "bounded memory")
 def test_a_document_of_fifty_megabytes_is_kept_in_bounded_memory(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     rng = np.random.default_rng(0)

@@ -56,6 +56,7 @@ def test_compressed_files_read_like_plain_ones(tmp_path: Path, suffix: str) -> N
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("kept", [0.3, 0.9])
+@pytest.mark.case("B6", "a truncated archive stops the build by name")
 def test_a_cut_off_compressed_file_stops_the_build_by_name(tmp_path: Path, suffix: str, kept: float) -> None:
     content = write_jsonl(tmp_path / "a.jsonl", make_texts(3000, "t")).read_bytes()
     path = compress(content, tmp_path / f"a.jsonl{suffix}")
@@ -123,6 +124,7 @@ def test_a_hub_dataset_is_asked_for_by_name_and_commit(monkeypatch: pytest.Monke
     assert asked == {"name": "some/name", "subset": "ja", "split": "train", "revision": "0" * 40}
 
 
+@pytest.mark.case("X3", "a hub data set without a commit is refused")
 def test_a_hub_dataset_without_a_commit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mix.yaml").write_text(
         "seq_len: 64\nseed: 1\nsources:\n  - {name: a, language: en, domain: web, format: huggingface, "

@@ -58,6 +58,7 @@ def test_a_plan_of_an_edited_run_counts_both_segments(built: BuiltData, mix: Mix
     assert {s.name: s.drawn_tokens for s in plan.sources if s.drawn_tokens} == drawn_tokens(built, ledger, mix)
 
 
+@pytest.mark.case("B11", "said by build, plan and --dry_run, with the step")
 def test_what_runs_out_is_named_with_its_step(built: BuiltData, mix: MixConfig) -> None:
     plan = make_plan(built, mix, STEPS, ROWS)
     mixture = Mixture(built, Ledger.start(mix), mix.seed)

@@ -89,28 +89,33 @@ def test_duplicate_key_is_refused(folder: Path) -> None:
     ]
 
 
+@pytest.mark.case("G1", "language no is text, and unknown")
 def test_language_no_is_text_and_unknown(folder: Path) -> None:
     assert changed(folder, "language: ja\n", "language: no\n")[0].startswith(
         "mix.yaml:5: sources[0].language is 'no', which is not known."
     )
 
 
+@pytest.mark.case("G2", "unknown language with a suggestion")
 def test_unknown_language_gets_a_suggestion(folder: Path) -> None:
     assert "Did you mean 'code'?" in changed(folder, "language: ja\n", "language: cod\n")[0]
 
 
+@pytest.mark.case("G2", "negative weight refused")
 def test_negative_weight_is_refused(folder: Path) -> None:
     assert changed(folder, "weight: 0.5", "weight: -0.1") == [
         "mix.yaml:8: sources[0].weight is -0.1, must be >= 0. Remove the source or give it a share of the tokens."
     ]
 
 
+@pytest.mark.case("G2", "NaN weight refused")
 def test_nan_weight_is_refused(folder: Path) -> None:
     assert changed(folder, "weight: 0.5", "weight: .nan") == [
         "mix.yaml:8: sources[0].weight is nan, must be a finite number."
     ]
 
 
+@pytest.mark.case("G2", "all weights zero refused")
 def test_weights_that_are_all_zero_are_refused(folder: Path) -> None:
     text = GOOD.replace("weight: 0.5", "weight: 0")
     assert problems_of(folder, text) == [
@@ -118,6 +123,7 @@ def test_weights_that_are_all_zero_are_refused(folder: Path) -> None:
     ]
 
 
+@pytest.mark.case("G2", "weights that do not sum to 1 shown with their sum and scaled")
 def test_weights_that_do_not_sum_to_1_are_shown_with_their_sum_and_scaled(folder: Path) -> None:
     assert changed(folder, "weight: 0.5", "weight: 0.3") == [
         "mix.yaml:3: sources have weights that sum to 0.8, must be 1. Scaled to 1: ja_web 0.375, en_web 0.625."
@@ -128,6 +134,7 @@ def test_weights_within_rounding_of_1_are_taken(folder: Path) -> None:
     assert load_mix(write(folder, GOOD.replace("weight: 0.5", "weight: 0.5000004", 1))).sources[0].weight == 0.5000004
 
 
+@pytest.mark.case("G2", "duplicate source refused")
 def test_duplicate_source_name_is_refused(folder: Path) -> None:
     assert changed(folder, "name: en_web", "name: ja_web")[0] == (
         "mix.yaml:10: sources[1].name is 'ja_web', which line 4 uses, too. Give each its own name."
@@ -139,6 +146,7 @@ def test_a_name_that_is_no_folder_name_is_refused(folder: Path, name: str) -> No
     assert "sources[1].name is" in changed(folder, "name: en_web", f"name: '{name}'")[0]
 
 
+@pytest.mark.case("G2", "missing path refused")
 def test_missing_path_is_refused(folder: Path) -> None:
     assert changed(folder, "    path: ja.jsonl\n", "") == [
         "mix.yaml:4: sources[0].path is missing. Give a file, a glob, or a list of them."
@@ -152,6 +160,7 @@ def test_path_that_matches_nothing_is_refused_with_the_place_looked_in(folder: P
 
 
 @pytest.mark.parametrize(("old", "new"), [("ja.jsonl", "[]"), ("[ja_web]", "[]")])
+@pytest.mark.case("G2", "empty list refused")
 def test_empty_list_is_refused(folder: Path, old: str, new: str) -> None:
     assert any("is an empty list" in problem for problem in changed(folder, old, new))
 

@@ -90,6 +90,7 @@ def _header(**changes: object) -> Callable[[Path], None]:
         (lambda p: p.unlink(), "cannot be read"),
     ],
 )
+@pytest.mark.case("B10", "each kind of damage is a DataError that names the file")
 def test_damage_is_a_data_error_that_names_the_file(path: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(path)
     with pytest.raises(DataError, match=message) as caught:

@@ -55,6 +55,10 @@ def shown(tally: Tally) -> dict[str, list[str]]:
         (b'{"n": ' + b"9" * 5000 + b"}\n", "broken JSON"),
     ],
 )
+@pytest.mark.case("B1", "counted by reason with file and line; the build goes on")
+@pytest.mark.case("B2", "counted by reason with file and line; the build goes on")
+@pytest.mark.case("B3", "counted by reason with file and line; the build goes on")
+@pytest.mark.case("B4", "counted by reason with file and line; the build goes on")
 def test_a_bad_line_costs_that_line_and_is_counted_with_its_place(tmp_path: Path, line: bytes, reason: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD + line + GOOD)
@@ -64,6 +68,7 @@ def test_a_bad_line_costs_that_line_and_is_counted_with_its_place(tmp_path: Path
     assert shown(tally)[reason] == [f"{path}:2"]
 
 
+@pytest.mark.case("B6", "a cut-off last line is told from a broken one")
 def test_a_cut_off_last_line_is_told_from_a_broken_one(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD + GOOD[:-5])
@@ -77,6 +82,7 @@ def test_a_whole_last_line_needs_no_line_end(tmp_path: Path) -> None:
     assert read(path)[0] == ["good", "good"]
 
 
+@pytest.mark.case("B5", "cost no document")
 def test_byte_order_mark_crlf_and_blank_lines_cost_no_document(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a\\r\\nb"}\r\n' + b"\r\n\n" + GOOD)
@@ -85,6 +91,7 @@ def test_byte_order_mark_crlf_and_blank_lines_cost_no_document(tmp_path: Path) -
     assert dict(tally.notes) == {"byte order mark": 1, "blank line": 2}
 
 
+@pytest.mark.case("B7", "an overlong line is rejected, the next one read")
 def test_a_line_above_the_limit_is_rejected_and_the_next_one_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +120,7 @@ def test_text_file_is_one_document_without_mark_and_crlf(tmp_path: Path) -> None
     assert dict(tally.notes) == {"byte order mark": 1, "file with CRLF line ends, read as LF": 1}
 
 
+@pytest.mark.case("B9", "Shift-JIS rejected, not guessed")
 def test_text_file_in_shift_jis_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\u65e5\u672c\u8a9e".encode("shift_jis"))

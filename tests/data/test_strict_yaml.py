@@ -53,6 +53,7 @@ def problems_of(text: str) -> list[str]:
         ("'1'", "1"),
     ],
 )
+@pytest.mark.case("G1", "no, 1e-5 and 1:30:00 keep their meaning")
 def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
     read = parse_yaml(f"a: {text}\n", "f").value["a"]
     assert read == value and type(read) is type(value)
@@ -109,11 +110,13 @@ def test_an_empty_section_means_its_defaults() -> None:
         ("a: 1\n---\nb: 2", "not valid YAML"),
     ],
 )
+@pytest.mark.case("X6", "hostile YAML is a configuration error")
 def test_hostile_yaml_is_a_configuration_error(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^f.yaml.*{message}"):
         parse_yaml(text, "f.yaml")
 
 
+@pytest.mark.case("X6", "aliases cannot blow a file up")
 def test_aliases_cannot_blow_a_file_up() -> None:
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
     lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]

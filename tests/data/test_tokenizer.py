@@ -48,12 +48,14 @@ def test_the_encoding_equals_tiktokens_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", SAMPLES)
+@pytest.mark.case("B9", "every form comes back unchanged")
 def test_text_comes_back_unchanged(text: str) -> None:
     tokens = tokenizer.encode(text)
     assert tokens.dtype == np.uint32 and tokenizer.decode(tokens) == text
 
 
 @pytest.mark.parametrize(("name", "number"), sorted(tokenizer.encoding()._special_tokens.items())[:40])
+@pytest.mark.case("B8", "encoded as plain text, never as control ids")
 def test_written_control_token_stays_plain_text(name: str, number: int) -> None:
     tokens = tokenizer.encode(f"a {name} b")
     assert tokens.max() < tokenizer.NUM_TEXT_TOKENS and number not in tokens
@@ -81,6 +83,7 @@ def test_end_of_text_is_the_control_token_of_gpt_oss() -> None:
     assert tokenizer.encoding().decode([tokenizer.END_OF_TEXT]) == "<|endoftext|>"
 
 
+@pytest.mark.case("B2", "the tokenizer refuses it, nothing is replaced")
 def test_lone_surrogate_is_refused_and_not_replaced() -> None:
     with pytest.raises(UnicodeEncodeError):
         tokenizer.encode("a\ud800b")

@@ -145,6 +145,7 @@ def named(scenarios: list[Scenario]) -> pytest.MarkDecorator:
 
 
 @named([*FULL, *VARIANTS])
+@pytest.mark.case("N5", "finite, equal to one process in ten layouts")
 def test_loss_and_grad_norm_equal_the_single_process_at_every_step(scenario, results, reference) -> None:
     steps = results[scenario.name + str(scenario.steps)]
     losses = [abs(step["loss"] - expected) for step, expected in zip(steps, reference.losses, strict=True)]
@@ -183,6 +184,7 @@ def stored(folder: Path, scenario: Scenario, part: str) -> dict[str, torch.Tenso
 
 
 @named(FIRST_STEP)
+@pytest.mark.case("N6", "no hang, every gradient equal to the dense reference")
 def test_gradient_of_every_parameter_equals_the_single_process(scenario, results, reference, folder) -> None:
     """Adam's first moment after one step is the clipped gradient times (1 - beta1)."""
     moments = stored(folder, scenario, "exp_avg")

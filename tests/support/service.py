@@ -21,6 +21,8 @@ from cpt.telemetry.metrics import read_events
 from tests.support.launcher import ROOT, free_port
 
 SAMPLE = ROOT / "data_pipeline" / "sample"
+SECRETS = {name: f"canary-of-{name.lower()}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
+"""In the environment of every run; must be found nowhere."""
 STEPS = 6
 """Planned steps of a run in a workplace."""
 
@@ -94,7 +96,7 @@ class Service:
                 ranks[int(pids[pid]["RANK"])] = pid
         return ranks
 
-    def wait(self, timeout_seconds: float = 150) -> int:
+    def wait(self, timeout_seconds: float = 300) -> int:
         """Exit code of the launcher.
 
         Raises:
@@ -105,7 +107,7 @@ class Service:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout_seconds} s:\n{self.output[-6000:]}") from None
 
-    def wait_for(self, text: str, timeout_seconds: float = 90) -> None:
+    def wait_for(self, text: str, timeout_seconds: float = 240) -> None:
         """Until the output holds a text."""
         deadline = time.monotonic() + timeout_seconds
         while text not in self.output:
@@ -123,6 +125,13 @@ class Service:
             time.sleep(0.1)
         commands = {pid: _command(pid) for pid in left}
         assert not left, f"orphans after {within_seconds} s: {commands}\n{self.output[-3000:]}"
+
+    def check_no_secret(self) -> None:
+        """No value of `SECRETS` is in any file of the run directory or in what was printed."""
+        for path in [self.log, *(path for path in self.run_dir.rglob("*") if path.is_file())]:
+            content = path.read_bytes()
+            found = [name for name, value in SECRETS.items() if value.encode() in content]
+            assert not found, f"{path} holds the value of {found}"
 
     def steps(self) -> list[dict[str, Any]]:
         """Step events of metrics.jsonl."""
@@ -169,6 +178,7 @@ def service(
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "CPT_TEST_RUN": tag,
+        **SECRETS,
         **({"CPT_FAULT": fault, "CPT_ALLOW_FAULTS": "1"} if fault else {}),
         **(environment or {}),
     }

@@ -84,24 +84,29 @@ def only(problems: list[str]) -> str:
 # the run YAML alone
 
 
+@pytest.mark.case("G1", "lr: 1e-5 is a number")
 def test_float_with_exponent_and_no_point_is_a_number(files: Files) -> None:
     assert files.config().train.lr == 1e-5
 
 
+@pytest.mark.case("G1", "unknown key refused with file, line and suggestion")
 def test_unknown_key_is_refused_with_file_line_and_suggestion(files: Files) -> None:
     problem = only(files.write(YAML + "  warmup_step: 3\n").problems())
     assert f"{files.yaml}:10: train.warmup_step" in problem and "'warmup_steps'" in problem
 
 
+@pytest.mark.case("G1", "duplicate key refused with both lines")
 def test_duplicate_key_is_refused_with_both_lines(files: Files) -> None:
     problem = only(files.write(YAML + "  lr: 1e-4\n").problems())
     assert f"{files.yaml}:10: train.lr" in problem and "line 9" in problem
 
 
+@pytest.mark.case("X6", "!!python/object refused, exit 78")
 def test_python_object_in_yaml_is_refused(files: Files) -> None:
     assert "not valid YAML" in only(files.write(YAML + "  seed: !!python/object/apply:os.getpid []\n").problems())
 
 
+@pytest.mark.case("X3", "trust_remote_code is no key and cannot be set")
 def test_code_from_the_model_directory_cannot_be_switched_on(files: Files) -> None:
     text = YAML.replace("init: tiny", "init: tiny\n  trust_remote_code: true")
     assert "model.trust_remote_code is not a known key" in only(files.write(text).problems())
@@ -236,11 +241,13 @@ def test_override_below_a_value_is_refused(files: Files) -> None:
 # the DeepSpeed JSON alone
 
 
+@pytest.mark.case("G3", "top-level typo refused with line and suggestion")
 def test_misspelt_top_level_json_key_is_refused_with_line_and_suggestion(files: Files) -> None:
     problem = only(files.write_json(gradient_acumulation_steps=2).problems())
     assert f"{files.json}:5: gradient_acumulation_steps" in problem and "'gradient_accumulation_steps'" in problem
 
 
+@pytest.mark.case("G3", "top-level typo refused with line and suggestion")
 def test_misspelt_zero_optimization_is_refused_with_a_suggestion(files: Files) -> None:
     files.json.write_text('{"zero_optimisation": {"stage": 3}}', encoding="utf-8")
     assert any("'zero_optimization'" in problem for problem in files.problems())
@@ -261,10 +268,12 @@ def test_count_that_is_no_positive_whole_number_is_refused(files: Files, key: st
 
 
 @pytest.mark.parametrize("zero", [{"stage": 0}, {"stage": 4}, {"stage": "3"}, {}, None, 3])
+@pytest.mark.case("G3", "stage other than 1, 2, 3 refused")
 def test_zero_stage_other_than_1_2_3_is_refused(files: Files, zero: Any) -> None:
     assert "zero_optimization.stage" in only(files.write_json(zero_optimization=zero).problems())
 
 
+@pytest.mark.case("G3", "fp16 refused with the reason")
 def test_fp16_is_refused_with_the_reason(files: Files) -> None:
     problem = only(files.write_json(fp16={"enabled": True}, bf16={"enabled": "auto"}).problems())
     assert "fp16" in problem and "overflows" in problem and "bf16" in problem
@@ -377,6 +386,7 @@ def test_more_sequence_ranks_than_key_value_heads_are_allowed(files: Files) -> N
     assert config.sp_size == 16
 
 
+@pytest.mark.case("G4", "more sequence ranks than key/value heads only in even parts")
 def test_sequence_size_that_splits_key_value_heads_unevenly_is_refused(files: Files) -> None:
     model = preset("tiny", num_attention_heads=12, num_key_value_heads=4)
     files.write_train(seq_len=1200, global_batch_size=18).write_json(sequence_parallel_size=6)
@@ -384,6 +394,7 @@ def test_sequence_size_that_splits_key_value_heads_unevenly_is_refused(files: Fi
     assert "4 key/value heads" in problem and "query heads" not in problem
 
 
+@pytest.mark.case("G4", "one message with all problems and the nearest sizes")
 def test_sizes_that_do_not_divide_are_refused_together_with_the_nearest(files: Files) -> None:
     files.write_train(global_batch_size=18)
     files.write_json(sequence_parallel_size=4, expert_parallel={"enabled": True, "autoep_size": 16})
@@ -399,6 +410,7 @@ def test_refused_size_leads_to_no_second_complaint_about_the_batch(files: Files)
     assert "sequence_parallel_size" in problem
 
 
+@pytest.mark.case("G4", "every broken rule named")
 def test_every_rule_that_a_sequence_size_breaks_is_named(files: Files) -> None:
     files.write_train(seq_len=1000).write_json(sequence_parallel_size=24)
     message = "\n".join(files.problems(16, model=preset("gpt-oss-20b")))
@@ -407,6 +419,7 @@ def test_every_rule_that_a_sequence_size_breaks_is_named(files: Files) -> None:
     assert "key/value" not in message  # 24 is a multiple of 8
 
 
+@pytest.mark.case("G4", "seq_len that cannot be cut: nearest that can")
 def test_row_that_cannot_be_cut_is_refused_with_the_neighbours_on_both_sides(files: Files) -> None:
     files.write_train(seq_len=1002).write_json(sequence_parallel_size=4)
     assert "Nearest that can: 1000 or 1004" in only(files.problems(4))
@@ -472,6 +485,7 @@ def test_two_files_that_disagree_about_the_micro_batch_are_refused(files: Files)
 
 
 @pytest.mark.parametrize("key, right, wrong", [("train_batch_size", 16, 8), ("gradient_accumulation_steps", 4, 2)])
+@pytest.mark.case("G3", "batch arithmetic that does not fit refused")
 def test_batch_number_of_the_json_is_accepted_only_if_it_is_right(
     files: Files, key: str, right: int, wrong: int
 ) -> None:

@@ -153,6 +153,7 @@ def test_missing_configuration_file_is_named(
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+@pytest.mark.case("G5", "missing launcher variables named")
 def test_incomplete_launcher_environment_is_refused_by_name(
     environment: Environment, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -303,6 +304,7 @@ def test_dry_run_refuses_a_missing_data_file(environment: Environment, capsys: A
 # the run directory
 
 
+@pytest.mark.case("X7", "run directory 0700")
 def test_run_directory_is_private(tmp_path: Path) -> None:
     make_run_dir(tmp_path / "a" / "run")
     assert (tmp_path / "a" / "run").stat().st_mode & 0o777 == 0o700

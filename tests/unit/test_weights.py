@@ -197,6 +197,7 @@ def test_file_that_is_no_safetensors_is_named(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+@pytest.mark.case("X2", ".bin and .pt refused, never opened")
 def test_pickle_is_refused_and_never_opened(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()  # reading it would fail in another way
     found = problems(tmp_path)
@@ -272,6 +273,7 @@ def test_missing_configuration_is_refused_with_its_path(tmp_path: Path) -> None:
     assert f"{tmp_path / 'config.json'} does not exist" in refusal(tmp_path)
 
 
+@pytest.mark.case("X3", "a name on a hub is no path")
 def test_name_on_a_hub_is_refused_as_a_path() -> None:
     assert "does not exist" in refusal(Path("openai/gpt-oss-20b"))
 

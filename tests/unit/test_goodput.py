@@ -1,0 +1,104 @@
+"""The time of a run adds up: what counts, and what each kind of trouble has cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpt.telemetry.goodput import LOST, Goodput, goodput, process_seconds, start_event
+
+Event = dict[str, Any]
+
+
+def steps(first: int, last: int, seconds: float = 10.0) -> list[Event]:
+    return [{"event": "step", "step": step, "seconds": seconds} for step in range(first, last + 1)]
+
+
+def start(step: int, at: float, start_up: float = 20.0, previous_end: float | None = None) -> Event:
+    known = {} if previous_end is None else {"previous_end": previous_end}
+    return {"event": "start", "step": step, "time": at, "start_up_seconds": start_up, **known}
+
+
+def lost(result: Goodput) -> dict[str, float]:
+    assert result.lost.keys() == set(LOST)
+    return {kind: seconds for kind, seconds in result.lost.items() if seconds}
+
+
+def test_undisturbed_run_loses_its_start_its_saves_and_its_waits() -> None:
+    events = [
+        start(0, at=1000.0),
+        *steps(1, 4),
+        {"event": "data_wait", "step": 3, "seconds": 2.0},
+        {"event": "checkpoint", "step": 4, "seconds": 30.0, "blocked_seconds": 4.0},
+        {"event": "evaluation", "step": 4, "seconds": 6.0},
+        {"event": "end", "step": 4, "time": 1053.0},
+    ]
+    result = goodput(events)
+    assert result.productive == 38.0
+    assert lost(result) == {
+        "start_up": 20.0, "data_wait": 2.0, "save_wait": 4.0, "evaluation": 6.0, "other": 3.0
+    }  # fmt: skip
+    assert result.total == 73.0 and result.share == pytest.approx(38 / 73) and result.num_starts == 1
+
+
+@pytest.mark.case("M1", "kill, requeue, rollback and saves counted by kind; sums to the time on the clock")
+def test_kill_and_requeue_cost_what_is_done_again_and_the_time_between() -> None:
+    events = [
+        start(0, at=1000.0),
+        *steps(1, 3),
+        {"event": "checkpoint", "step": 2, "seconds": 5.0},
+        *steps(4, 5),  # killed in step 6: the last line was written at 1055
+        start(2, at=1100.0, start_up=15.0, previous_end=1055.0),
+        *steps(3, 6),
+        {"event": "end", "step": 6, "time": 1140.0},
+    ]
+    result = goodput(events)
+    assert result.productive == 60.0
+    assert lost(result) == {"start_up": 20.0, "save_wait": 5.0, "restart": 30.0 + 45.0}
+    assert result.total == 1140.0 - 980.0 and result.num_starts == 2 and result.share < 1
+
+
+def test_rollback_costs_its_load_and_the_steps_it_took_back() -> None:
+    events = [
+        start(0, at=1000.0),
+        *steps(1, 7),
+        *({"event": "skipped_update", "step": step} for step in (2, 5, 6, 7)),
+        {"event": "rollback", "step": 4, "seconds": 3.0},
+        *steps(5, 8),
+    ]
+    result = goodput(events)
+    assert result.productive == 70.0
+    assert lost(result) == {"start_up": 20.0, "skipped": 10.0, "rollback": 33.0}
+
+
+def test_log_without_starts_and_with_nonsense_is_still_accounted_for() -> None:
+    events: list[Any] = [
+        *steps(1, 2),
+        None,
+        7,
+        {"event": "step"},
+        {"event": 3, "step": 1},
+        {"event": "step", "step": "x"},
+    ]
+    events += [{"event": "step", "step": 3, "seconds": None}, {"event": "unheard_of", "step": 3, "seconds": 9}]
+    result = goodput(events)
+    assert result.productive == 20.0 and lost(result) == {} and result.share == 1.0
+    assert goodput([]).describe().startswith("goodput nan")
+
+
+def test_line_and_event_name_every_loss() -> None:
+    result = goodput([start(0, at=1000.0), *steps(1, 3)])
+    assert result.describe() == "goodput 60.0 %: 30.0 of 50.0 s; lost: start-up 20.0 s"
+    event = json.loads(json.dumps(result.event(3)))
+    assert event["goodput"] == 0.6 and event["seconds"]["productive"] == 30.0 and event["seconds"]["start_up"] == 20.0
+
+
+def test_start_counts_from_when_the_process_was_made(tmp_path: Path) -> None:
+    alive = process_seconds()
+    assert alive > 0
+    event = start_event(3, 12.0)
+    assert event["start_up_seconds"] >= alive and event["previous_end"] == 12.0 and event["step"] == 3
+    assert "previous_end" not in start_event(0, None)
