@@ -17,6 +17,7 @@ log = logging.getLogger("cpt.continuations")
 def show_continuations(job: Job) -> None:
     """Continue `telemetry.sample_prompts`, into the log, metrics.jsonl and the trackers; all ranks call it together."""
     settings = job.config.telemetry
+    job.topology.place.enter("sample", job.progress.step)
     continuations = continue_texts(
         job.engine,
         [encode(prompt).tolist() for prompt in settings.sample_prompts],

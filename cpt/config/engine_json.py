@@ -106,6 +106,12 @@ def json_problems(file: Located) -> list[str]:
         ]
         if "nvme" in [zero[name].get("device") for name in OFFLOADS if isinstance(zero.get(name), dict)]:
             problems.append(f"{file.where(('zero_optimization',))}: offload to nvme cannot be saved yet; use cpu.")
+    bf16 = file.value.get("bf16")
+    if isinstance(bf16, dict) and bf16.get("check_grad_overflow", True) is not True:
+        problems.append(
+            f"{file.where(('bf16', 'check_grad_overflow'))} is {json.dumps(bf16['check_grad_overflow'])}: updates that "
+            "are not finite would reach the weights; remove it."
+        )
     if isinstance(file.value.get("optimizer"), dict):
         problems += _malformed_blocks(file, file.value["optimizer"], ("optimizer",), ("params",))
     if isinstance(file.value.get("data_types"), dict) and "buffer_dtype" in file.value["data_types"]:

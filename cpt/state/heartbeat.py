@@ -17,7 +17,7 @@ from typing import Any
 
 from cpt.parallel.place import Position
 
-LONG_PHASES = frozenset({"load", "save", "evaluate", "rollback", "export"})
+LONG_PHASES = frozenset({"load", "save", "evaluate", "sample", "rollback", "export"})
 """Phases that may take the longer timeout."""
 
 

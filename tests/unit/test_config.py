@@ -338,6 +338,11 @@ def test_json_block_that_is_no_mapping_is_refused_by_name(files: Files, key: str
     assert any(key in problem for problem in files.write_json(**{key: value}).problems())
 
 
+def test_check_for_updates_that_are_not_finite_cannot_be_switched_off(files: Files) -> None:
+    files.write_json(bf16={"check_grad_overflow": False})
+    assert "bf16.check_grad_overflow is false: updates that are not finite" in only(files.problems())
+
+
 def test_buffers_in_low_precision_are_refused(files: Files) -> None:
     """DeepSpeed would round the rotary frequencies to bf16: up to 0.4 % off, at every position."""
     assert "buffer_dtype" in only(files.write_json(data_types={"buffer_dtype": "bf16"}).problems())
