@@ -26,6 +26,7 @@ from cpt.errors import ConfigError, InternalError, StorageError
 from cpt.model.checksums import write_sums
 from cpt.model.hf_layout import INDEX_FILE, SINGLE_FILE
 from cpt.state.manifest import sync_folder
+from cpt.state.space import megabytes, write_error
 
 LARGEST_FILE_BYTES = 4 * 2**30
 """A file holds at least one tensor, and more as long as it stays below this."""
@@ -178,7 +179,7 @@ def published(out: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
-            raise StorageError(f"{out} could not be written: {error.strerror or error}.") from error
+            raise write_error(error, out.parent) from error
         raise
 
 
@@ -190,7 +191,7 @@ def check_space(folder: Path, num_bytes: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise StorageError(f"the weights need {num_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free at {folder}.")
+        raise StorageError(f"the weights need {megabytes(num_bytes)}, {megabytes(free)} are free at {folder}.")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
