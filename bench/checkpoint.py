@@ -4,8 +4,8 @@
 
 Ranks train a gpt-oss of random weights on random tokens with ZeRO-3.  Every round times the same number of steps three
 times: without a save, with a synchronous save after the first step, with an asynchronous one (until it is published,
-so that what the writer takes from the steps beside it is counted).  The cost of a save is the difference to the
-steps without one; figures are medians over the rounds, and so are the ratios.
+so that what the writer takes from the steps beside it is counted).  Told are the time in which training stood still,
+and how much longer the steps took than without a save; figures are medians over the rounds, and so are the ratios.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ def train_and_save(options: argparse.Namespace) -> None:
 
     from cpt import deepspeed_internals
     from cpt.config import CheckpointSection, LaunchInfo, RunYaml, resolve
-    from cpt.model import attention, gpt_oss
+    from cpt.job import build_engine, fill_weights
+    from cpt.model.gpt_oss import PRESETS
+    from cpt.model.random_init import RandomWeights
     from cpt.parallel.topology import create_topology
     from cpt.state.saver import Saver
-    from cpt.training.engine import TrainingEngine, Votes
+    from cpt.training.engine import Votes
     from cpt.training.loader import make_micro_batch
     from data_pipeline.dataset import PackedRow
     from data_pipeline.strict_yaml import parse_yaml, read_file
@@ -46,8 +48,7 @@ def train_and_save(options: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     deepspeed_internals.init_distributed(device)
-    shape = {**gpt_oss.PRESETS["tiny"], "hidden_size": options.hidden, "num_hidden_layers": options.layers}
-    shape["layer_types"] = None
+    shape = {**PRESETS["tiny"], "hidden_size": options.hidden, "num_hidden_layers": options.layers}
     model_config = GptOssConfig(**{**shape, "vocab_size": 32_000, "pad_token_id": 0, "eos_token_id": 1})
     run = f"""
 model: {{init: tiny}}
@@ -58,12 +59,8 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 10
     launch = LaunchInfo(world_size=options.ranks, local_world_size=options.ranks)
     config = resolve(read_file(RunYaml, parse_yaml(run, "run")), parse_yaml(ds_json, "ds"), model_config, launch)
     topology = create_topology(sp_size=1, ep_size=1, device=device)
-    model = gpt_oss.skeleton(model_config, torch.bfloat16)
-    gpt_oss.patch(model, topology)
-    gpt_oss.materialise(model, device)
-    gpt_oss.fill_random(model, 1)
-    kernel = attention.choose("auto", device=device, dtype=torch.bfloat16, head_dim=model_config.head_dim)
-    engine = TrainingEngine(model, config, topology, kernel, None)
+    engine = build_engine(config, model_config, topology)
+    fill_weights(engine, RandomWeights(1, 0.02))
     generator = np.random.default_rng(topology.rank)
     tokens = generator.integers(2, 32_000, size=SEQ_LEN + 1)
     row = PackedRow(
@@ -75,11 +72,12 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 10
     saver = Saver(folder, engine.deepspeed, topology, CheckpointSection(async_save=True, interval_steps=1))
     done = 0
 
-    def steps(kind: str) -> float:
+    def steps(kind: str) -> tuple[float, float]:
+        """Seconds of all steps, and how long of these training stood still for the save."""
         nonlocal done
+        published = None
         dist.barrier(topology.control_group)
         began = time.perf_counter()
-        in_flight = False
         for number in range(options.steps):
             done += 1
             result = engine.step(
@@ -88,17 +86,15 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 10
                 step=done,
                 votes=lambda: Votes(save_settled=saver.own_part_is_settled()),
             )
-            in_flight = in_flight and saver.publish_settled(result.votes.save_settled) is None
+            published = saver.publish_settled(result.votes.save_settled) or published
             if number == 0 and kind == "synchronous":
-                saver.save_now(done, {})
+                published = saver.save_now(done, {})
             if number == 0 and kind == "asynchronous":
                 saver.start(done, {})
-                in_flight = True
-        if in_flight:
-            saver.finish()
+        published = saver.finish() or published
         seconds = time.perf_counter() - began
         saver.close()
-        return seconds
+        return seconds, published.blocked_seconds if published else 0.0
 
     for kind in ("none", "synchronous", "asynchronous"):  # first touches of memory and disk
         steps(kind)
@@ -106,7 +102,7 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 10
     rounds = [{kind: steps(kind) for kind in kinds} for _ in range(options.rounds)]
     size = sum(file.stat().st_size for file in max(folder.glob("checkpoints/step-*")).iterdir())
     if topology.rank == 0:
-        print("RESULT " + json.dumps({"rounds": rounds, "bytes": size, "step": rounds[0]["none"] / options.steps}))
+        print("RESULT " + json.dumps({"rounds": rounds, "bytes": size, "steps": options.steps}))
     dist.barrier(topology.control_group)
     os._exit(0)
 
@@ -114,13 +110,18 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 10
 def report(result: dict) -> None:  # type: ignore[type-arg]
     """Medians for people."""
     rounds = result["rounds"]
-    cost = {kind: [one[kind] - one["none"] for one in rounds] for kind in ("synchronous", "asynchronous")}
+    kinds = ("synchronous", "asynchronous")
+    cost = {kind: [one[kind][0] - one["none"][0] for one in rounds] for kind in kinds}
+    still = {kind: [one[kind][1] for one in rounds] for kind in kinds}
     print(f"checkpoint of {result['bytes'] / 1e6:.0f} MB, {len(rounds)} rounds")
-    print(f"steps without a save: median {statistics.median(one['none'] for one in rounds):.2f} s a round")
-    for kind, seconds in cost.items():
-        print(f"{kind:13} takes {statistics.median(seconds):6.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
-    ratios = [a / s for a, s in zip(cost["asynchronous"], cost["synchronous"], strict=True)]
-    print(f"asynchronous / synchronous = {statistics.median(ratios):.2f}")
+    plain = statistics.median(one["none"][0] for one in rounds)
+    print(f"{result['steps']} steps without a save: median {plain:.2f} s")
+    for name, seconds in (("training stands still", still), ("the steps take longer by", cost)):
+        for kind, values in seconds.items():
+            spread = f"({min(values):.2f} to {max(values):.2f})"
+            print(f"{name:25} {kind:13} {statistics.median(values):6.2f} s {spread}")
+        ratios = [a / s for s, a in zip(*seconds.values(), strict=True)]
+        print(f"{name:25} asynchronous / synchronous = {statistics.median(ratios):.2f}")
 
 
 def main() -> None:

@@ -79,5 +79,8 @@ CASES = {
 }
 """Case -> what is injected."""
 
-NOT_HERE: dict[str, str] = {}
+NOT_HERE: dict[str, str] = {
+    "C12": "no name or path holds the time: the run directory is given, and nothing is left to disagree about",
+    "S7": "the loader has no worker processes: a row is a memory map away",
+}
 """Cases that no test on one machine without a GPU can show -> why."""
