@@ -179,7 +179,9 @@ class Saver:
         Raises:
             StorageError: a rank's part has failed; the save is gone.
         """
-        return self.finish() if settled_ranks == self._topology.world_size else None
+        if self._in_flight is None or settled_ranks < self._topology.world_size:
+            return None
+        return self._publish_in_flight(self._in_flight)
 
     def finish(self) -> Published | None:
         """Wait for the save in flight, if there is one, and publish it.
@@ -187,12 +189,18 @@ class Saver:
         Raises:
             StorageError: it failed; nothing was published and nothing older was touched.
         """
-        save, self._in_flight = self._in_flight, None
+        save = self._in_flight
         if save is None:
             return None
+        settled = gather_json(self.own_part_is_settled(), self._topology.control_group)
+        if behind := [rank for rank, done in enumerate(settled) if not done]:
+            log.info("waiting for the checkpoint of step %d, still being written by ranks %s", save.step, behind)
+        return self._publish_in_flight(save)
+
+    def _publish_in_flight(self, save: _Save) -> Published:
         began = time.perf_counter()
-        if save.thread is not None and save.thread.is_alive():
-            log.info("waiting for the checkpoint of step %d, still being written", save.step)
+        self._in_flight = None
+        if save.thread is not None:
             save.thread.join()
         try:
             self._publish(save)

@@ -182,7 +182,7 @@ def service(
         **({"CPT_FAULT": fault, "CPT_ALLOW_FAULTS": "1"} if fault else {}),
         **(environment or {}),
     }
-    log = workplace / f"{run_dir}-{tag[:6]}.log"
+    log = workplace / f"{run_dir.replace('/', '-')}-{tag[:6]}.log"  # the run directory may lie on a full disk
     with open(log, "wb") as out:
         process = subprocess.Popen(
             [*command, *arguments],
