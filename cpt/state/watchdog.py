@@ -107,7 +107,7 @@ class Watchdog:
         """Everything that may block on the store."""
         try:
             store = self._connect()
-            while not self._closed.wait(self._settings.interval_seconds):
+            while not self._all_left.is_set() and not self._closed.wait(self._settings.interval_seconds):
                 self._exchange(store)
                 self._heard_at = time.monotonic()
         except Exception as error:  # the store's errors have no common class; the watching thread decides
@@ -226,6 +226,8 @@ class Watchdog:
         """Wait until every rank is about to go, so that none meets a closed connection before it knows why."""
         self._left.set()
         self._all_left.wait(LEAVE_SECONDS)
+        if self._topology.rank == 0:
+            time.sleep(2 * self._settings.interval_seconds)  # the others see it too, and no longer ask the store
 
 
 @contextlib.contextmanager

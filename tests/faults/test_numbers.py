@@ -77,7 +77,6 @@ def test_kill_after_a_rollback_does_not_forget_it(workplace) -> None:
         assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
 
 
-@pytest.mark.quick
 @pytest.mark.case("N4", "in a run: logged with rows and limits, nothing else happens")
 def test_spike_is_logged_with_its_rows_and_the_run_goes_on(workplace) -> None:
     steps = (
