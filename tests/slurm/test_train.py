@@ -77,7 +77,7 @@ def test_job_on_two_nodes_survives_a_signal_and_a_killed_launcher(cluster, slurm
     """Start 0 is asked to stop in step 2, start 1 loses a launcher in step 4, start 2 finishes."""
     run_dir = slurm_workplace / "two-nodes"
     settings = {
-        "CPT_FAULT": "forward:*:2:sleep=3,forward:*:4:sleep=12",
+        "CPT_FAULT": "forward:*:2:sleep=3,forward:*:4:sleep=6",
         "CPT_RANKS_PER_NODE": "1",
         "CPT_MAX_RESTARTS": "2",
     }
