@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 from cpt.cli import main
 from cpt.errors import CheckpointError
 from cpt.model import mxfp4
+from cpt.release.export_run import export_run
 from cpt.sample import Sampling
 from cpt.state.export import export_checkpoint
 from cpt.state.harmony import CHANNEL, END, MESSAGE, RETURN
@@ -207,9 +208,19 @@ def test_model_card_says_what_was_trained_on_what_and_nothing_about_the_machine(
     assert str(whole.parent) not in card and str(ROOT) not in card
 
 
-def test_mxfp4_export_is_read_by_transformers_as_the_rounded_weights(whole: Path, tmp_path: Path) -> None:
+def test_mxfp4_export_is_read_by_transformers_as_the_rounded_weights_and_says_what_it_costs(
+    whole: Path, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = step_folder(whole, STEPS)
-    exported = export_checkpoint(checkpoint, tmp_path / "mxfp4", "mxfp4")
+    monkeypatch.chdir(workplace)  # where the run found its built data
+    exported = export_run(whole, checkpoint, tmp_path / "mxfp4", "mxfp4", "always")
+    costs = {cost["domain"]: cost for cost in json.loads((exported / "mxfp4_cost.json").read_text())["domains"]}
+    measured = {e["domain"]: e for e in read_events(whole / "metrics.jsonl") if e["event"] == "guard"}
+    assert costs.keys() == measured.keys()
+    for domain, event in measured.items():  # the last one counts: that of the final weights, computed in bf16
+        assert costs[domain]["bits_per_byte_bf16"] == pytest.approx(event["bits_per_byte"], rel=1e-3)
+        assert costs[domain]["bits_per_byte_mxfp4"] != costs[domain]["bits_per_byte_bf16"]
+    assert "Cost of MXFP4" in (exported / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(str(exported), quantization_config=Mxfp4Config(dequantize=True))
     weights = load_file(export_checkpoint(checkpoint, tmp_path / "bf16", "bf16") / "model.safetensors")
     values = dict(model.named_parameters())
