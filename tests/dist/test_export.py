@@ -61,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.case("E2", "plain transformers gives the training model's logits")
 def test_exported_model_gives_the_training_models_logits(folder: Path) -> None:
     out = export_checkpoint(step_folder(folder / "run", 2), folder / "fp32", "fp32")
     model = AutoModelForCausalLM.from_pretrained(str(out), dtype=torch.float32, attn_implementation="eager")
@@ -187,6 +188,7 @@ def test_memory_is_bounded_by_a_piece_and_several_files_hold_the_same(
     assert AutoModelForCausalLM.from_pretrained(str(out)).dtype == torch.bfloat16
 
 
+@pytest.mark.case("E1", "nothing that loads is left, the rerun succeeds")
 def test_killed_export_leaves_nothing_that_loads_and_the_next_one_succeeds(folder: Path) -> None:
     """E1: all weight files are there when it dies, the index and config.json are not."""
     command = [sys.executable, "-m", "cpt.cli", "export", "--run_dir", str(folder / "run"), "--out"]
@@ -215,6 +217,7 @@ def test_killed_export_leaves_nothing_that_loads_and_the_next_one_succeeds(folde
     ],
     ids=["missing", "unknown", "misshapen"],
 )
+@pytest.mark.case("E3", "refused, naming the tensor")
 def test_checkpoint_that_lacks_or_invents_a_tensor_is_not_exported(folder: Path, tmp_path: Path, change, message) -> None:
     """E3."""
     shutil.copytree(step_folder(folder / "run", 2), tmp_path / "step-00000002")

@@ -329,6 +329,7 @@ def test_going_back_to_an_older_step_sets_the_newer_ones_aside(workplace: Path, 
     assert names == {"step-00000006", "step-00000008"}, "the abandoned one goes once the run has come to its step again"
 
 
+@pytest.mark.case("E2", "there and back is byte-equal")
 def test_zero_steps_round_trip_is_byte_equal(workplace: Path, whole: Path) -> None:
     """Hugging Face -> project -> Hugging Face."""
     source = whole / "export" / "step-00000008"
