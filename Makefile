@@ -1,6 +1,7 @@
 # make train | make test | make check | make faults | make bench | make prove.  Needs Python 3.11 or newer, make and a C compiler.
 PYTHON ?= python3
 VENV   := .venv
+TEST_WORKERS ?= 2
 BIN    := $(abspath $(VENV)/bin)
 READY  := $(VENV)/.installed
 
@@ -10,8 +11,9 @@ export PATH := $(BIN):$(PATH)
 train: $(READY)
 	deepspeed cpt/run.py --ds_config ds_configs/z3_ulysses.json
 
+# each file stays with one worker, and so do the launches that its tests share
 test: $(READY)
-	python -m pytest
+	python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 # every test that shows a fault case; writes the table into docs/reliability.md
 faults: $(READY)
