@@ -16,6 +16,7 @@ from transformers import GptOssConfig
 
 from cpt import deepspeed_internals, faults
 from cpt.config import LaunchInfo, RunConfig, load, resolve
+from cpt.continuations import print_continuations
 from cpt.errors import ConfigError
 from cpt.job import Job, assemble, check_mix
 from cpt.memory import memory_by_part, memory_table
@@ -70,8 +71,11 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
         with watching(run_dir, topology, config.watchdog):
             job = assemble(config, model_config, topology, run_dir, resume, stop)
             try:
-                train(job)
-                finish(job)
+                if options.sample:
+                    print_continuations(job, options.sample)
+                else:
+                    train(job)
+                    finish(job)
             finally:
                 job.telemetry.close()
     dist.destroy_process_group()

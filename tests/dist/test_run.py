@@ -254,6 +254,16 @@ def test_finished_run_started_again_does_nothing(workplace: Path, whole: Path) -
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+def test_sampling_on_all_ranks_prints_what_training_printed_at_that_step(workplace: Path, whole: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    prompt = "Once upon a time"
+    codes, output = finish(workplace, "whole", "--sample", prompt, "--set", "telemetry.sample_tokens=3")
+    samples = [event for event in read_events(whole / "metrics.jsonl") if event["event"] == "sample"]
+    (expected,) = [event["text"] for event in samples if event["step"] == STEPS and event["prompt"] == prompt]
+    assert codes == [0, 0] and f"{prompt}|{expected}\n" in output, output
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
 def test_stop_before_the_first_step_leaves_with_75_and_nothing_to_save(workplace: Path, whole: Path) -> None:
     run_dir = workplace / "stopped"
     run_dir.mkdir()
