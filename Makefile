@@ -17,7 +17,7 @@ test: $(READY)
 
 # every test that shows a fault case; writes the table into docs/reliability.md
 faults: $(READY)
-	python -m pytest --faults --fault_table docs/reliability.md
+	python -m pytest tests --faults --fault_table docs/reliability.md
 
 check: $(READY)
 	ruff check .
