@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from cpt.config import RunConfig
 from cpt.errors import ConfigError, DataError
 from cpt.faults import fault_point
 from cpt.guard.heldout import Guard
+from cpt.guard.ladder import GuardState
+from cpt.guard.replay_share import ReplayShares
 from cpt.model import attention, gpt_oss, weights
 from cpt.model.attention import Attention
 from cpt.model.attention.probe import run_probe
@@ -33,7 +35,7 @@ from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
-from cpt.progress import Progress, batch_of_step, merged, read_rollbacks, skipped_by
+from cpt.progress import Progress, batch_of_step, merged, read_guard_rollbacks, read_rollbacks, skipped_by
 from cpt.state.checkpoint import LoadedState, flat_ranges, load_checkpoint
 from cpt.state.leaving import leave_if_asked
 from cpt.state.saver import Saver
@@ -45,7 +47,7 @@ from cpt.training.loader import MicroBatch, load_micro_batch
 from cpt.training.stability import Stability
 from data_pipeline.build import build, default_build_dir, input_bytes
 from data_pipeline.dataset import BuiltData
-from data_pipeline.ledger import Ledger, resume_ledger
+from data_pipeline.ledger import Ledger, resume_ledger, same_weights
 from data_pipeline.mixture import GlobalBatch, Mixture
 from data_pipeline.plan import make_plan
 from data_pipeline.schema import MixConfig, load_mix
@@ -53,9 +55,9 @@ from data_pipeline.schema import MixConfig, load_mix
 log = logging.getLogger("cpt.job")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Job:
-    """One run, ready to train."""
+    """One run, ready to train; `ledger` and `mixture` change when the guard raises replay, nothing else is replaced."""
 
     config: RunConfig
     run_dir: Path
@@ -65,6 +67,7 @@ class Job:
     mixture: Mixture
     engine: TrainingEngine
     guard: Guard | None
+    replay: ReplayShares
     saver: Saver
     telemetry: Telemetry
     stop: StopRequest
@@ -85,9 +88,16 @@ class Job:
             self.topology.place.waited_for_data(time.perf_counter() - started)
             yield loaded
 
+    def reweigh(self, weights: Mapping[str, float]) -> None:
+        """Mix with these weights from the next batch on: one more segment of the ledger, if they are others."""
+        if not same_weights(self.ledger.segments[-1].weights, weights):
+            self.ledger = self.ledger.reweigh(self.progress.next_batch, weights)
+            self.mixture = Mixture(self.data, self.ledger, self.mixture.seed)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides tensors."""
         return {
+            "guard": self.guard.state.to_json() if self.guard is not None else None,
             "progress": self.progress.to_json(),
             "stability": self.stability.to_json(),
             "identity": self.identity,
@@ -306,6 +316,13 @@ def assemble(
         ledger = resume_ledger(
             loaded.state["ledger"], mix, progress.next_batch, accept_change=config.data.accept_mix_change, rows=rows
         )
+    guard = Guard(data, config, topology, run_dir) if config.guard.enabled and data.held_out else None
+    replay = ReplayShares(mix, data, config.guard.max_replay_share)
+    if guard is not None and loaded is not None:
+        guard.state = GuardState.from_json(newest_guard_state(loaded.state.get("guard"), run_dir, topology))
+        wanted = replay.weights(guard.state.shares)
+        if not same_weights(ledger.segments[-1].weights, wanted):
+            ledger = ledger.reweigh(progress.next_batch, wanted)
     on_first_rank(topology.control_group, lambda: check_plan(config, data, mix, ledger, progress))
     telemetry = together(topology.control_group, lambda: open_telemetry(config, run_dir, topology))
     return Job(
@@ -316,7 +333,8 @@ def assemble(
         ledger=ledger,
         mixture=Mixture(data, ledger, mix.seed),
         engine=engine,
-        guard=Guard(data, config, topology, run_dir) if config.guard.enabled and data.held_out else None,
+        guard=guard,
+        replay=replay,
         saver=saver,
         telemetry=telemetry,
         stop=stop,
@@ -325,6 +343,13 @@ def assemble(
         identity=identity,
         model_config=model_config.to_dict(),
     )
+
+
+def newest_guard_state(saved: dict[str, Any] | None, run_dir: Path, topology: Topology) -> dict[str, Any] | None:
+    """The guard's state of a checkpoint, or that of a later rollback to it which no checkpoint knows of yet."""
+    states = on_first_rank(topology.control_group, lambda: read_guard_rollbacks(run_dir))
+    known = (saved or {}).get("rollbacks", 0)
+    return states[-1] if len(states) > known else saved
 
 
 def open_telemetry(config: RunConfig, run_dir: Path, topology: Topology) -> Telemetry:

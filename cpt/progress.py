@@ -8,7 +8,8 @@ Batches are numbered in the order of the mixture, so the rows of a step stay a p
 skip ranges).  Without a rollback, batch and step are the same number.
 
 A rollback must not be forgotten when the run is killed before its next checkpoint, or it would meet the same batches
-again: <run_dir>/rollbacks.json holds all of them, written before the first step is repeated.
+again: <run_dir>/rollbacks.json holds all of them, written before the first step is repeated.  The guard's rollbacks
+give up no batch, they mix anew from an earlier step on: guard_rollbacks.json holds what it knew after each.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "rollbacks.json"
+GUARD_FILE = "guard_rollbacks.json"
 Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of batches, ascending and disjoint."""
 
@@ -92,12 +94,27 @@ def read_rollbacks(run_dir: Path) -> list[dict[str, int]]:
 
 def write_rollbacks(run_dir: Path, rollbacks: list[dict[str, int]]) -> None:
     """Replace the file as a whole."""
-    temporary = run_dir / f".{FILE}.tmp"
+    _replace(run_dir, FILE, rollbacks)
+
+
+def read_guard_rollbacks(run_dir: Path) -> list[dict[str, Any]]:
+    """The guard's state after each of its rollbacks so far, as `GuardState.to_json` gave it."""
+    path = run_dir / GUARD_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def write_guard_rollbacks(run_dir: Path, states: list[dict[str, Any]]) -> None:
+    """Replace the file as a whole."""
+    _replace(run_dir, GUARD_FILE, states)
+
+
+def _replace(run_dir: Path, name: str, content: Sequence[dict[str, Any]]) -> None:
+    temporary = run_dir / f".{name}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(rollbacks, file, indent=1)
+        json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, run_dir / FILE)
+    os.replace(temporary, run_dir / name)
 
 
 def skipped_by(rollbacks: list[dict[str, int]]) -> list[tuple[int, int]]:

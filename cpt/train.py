@@ -17,6 +17,7 @@ from cpt.recovery import after_step
 from cpt.saving import end, final_save, leave, periodic_save, publish
 from cpt.state.leaving import leave_if_asked
 from cpt.state.stop import StopRequest
+from cpt.steering import go_on_after_pause, note_green, replay_limits, steer
 from cpt.telemetry.goodput import start_event
 from cpt.training.engine import StepResult, Votes
 from cpt.training.schedule import learning_rate
@@ -38,6 +39,7 @@ def train(job: Job) -> None:
     last_step = settings.stop_at_step if settings.stop_at_step is not None else settings.total_steps
     if progress.step >= last_step > 0:
         return
+    go_on_after_pause(job)
     fault_point("before_first_step", progress.step)
     job.telemetry.log(start_event(progress.step, job.telemetry.previous_end))
     if progress.step == 0 < last_step:
@@ -47,7 +49,7 @@ def train(job: Job) -> None:
         while progress.step < last_step:
             started = time.perf_counter()
             batch = job.mixture.global_batch(progress.next_batch, settings.global_batch_size)
-            lr = learning_rate(progress.step, settings)
+            lr = learning_rate(progress.step, settings) * (job.guard.state.lr_scale if job.guard else 1.0)
             job.engine.set_learning_rate(lr)
             result = job.engine.step(
                 job.micro_batches(batch),
@@ -75,23 +77,31 @@ def train(job: Job) -> None:
                 leave(job)
             # a checkpoint between skipped updates would hold nothing new, and be what a rollback finds
             if is_due(progress.step, job.config.checkpoint.interval_steps) and not job.stability.skipped_in_a_row:
+                note_green(job)
                 periodic_save(job)
     job.stop.consume()
     final_save(job)
     if progress.step > 0:
-        measure(job)
+        measure(job, last=True)
     end(job)
 
 
-def measure(job: Job, stop: StopRequest | None = None) -> bool:
-    """Watch held-out text; False if a request to stop came first."""
+def measure(job: Job, stop: StopRequest | None = None, *, last: bool = False) -> bool:
+    """Watch held-out text and do what follows; False if a request to stop came first.
+
+    Raises:
+        RequeueRequested: the guard paused the run.
+    """
     if job.guard is None:
         return True
     started = time.perf_counter()
-    finished = job.guard.measure(job.progress.step, job.engine, job.telemetry, stop)
+    replay = None if last else lambda: replay_limits(job)
+    decision = job.guard.measure(job.progress.step, job.engine, job.telemetry, stop=stop, replay=replay)
     seconds = time.perf_counter() - started
     job.telemetry.log({"event": "evaluation", "step": job.progress.step, "seconds": seconds})
-    return finished
+    if decision is not None and not last:
+        steer(job, job.guard, decision)
+    return decision is not None
 
 
 def log_waits(job: Job, step_seconds: float) -> None:

@@ -76,6 +76,18 @@ class Ledger:
         """
         return Ledger((*self.segments, _segment(mix, start_step, rows)))
 
+    def reweigh(self, start_step: int, weights: Mapping[str, float]) -> Ledger:
+        """This ledger with other weights from `start_step` on, which the mix does not name: the guard raises replay.
+
+        A last segment that starts at the same step has given no row yet, and is replaced.
+
+        Raises:
+            ConfigError: `start_step` is before the start of the last segment, or the weights are no shares.
+        """
+        last = self.segments[-1]
+        kept = self.segments[:-1] if last.start_step == start_step else self.segments
+        return Ledger((*kept, dataclasses.replace(last, start_step=start_step, weights=dict(weights))))
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return {"format_version": FORMAT_VERSION, "segments": [dataclasses.asdict(s) for s in self.segments]}
@@ -144,6 +156,13 @@ def resume_ledger(
         ledger = Ledger(ledger.segments[:-1]) if len(ledger.segments) > 1 else Ledger.start(mix, rows)
         return ledger if ledger.segments[-1].start_step == next_step else ledger.append(mix, next_step, rows)
     return ledger.append(mix, next_step, rows)
+
+
+def same_weights(first: Mapping[str, float], second: Mapping[str, float]) -> bool:
+    """Whether two mixes are one, rounding aside."""
+    return first.keys() == second.keys() and all(
+        math.isclose(first[name], second[name], rel_tol=1e-9, abs_tol=1e-12) for name in first
+    )
 
 
 def mix_hash(mix: MixConfig) -> str:

@@ -101,7 +101,7 @@ class Mixture:
         self._names = built.source_names
         self._row_tokens = [built.row_tokens(source) for source in range(len(self._names))]
         self._ledger = ledger
-        self._seed = seed
+        self.seed = seed
         for segment in ledger.segments:
             for name, weight in segment.weights.items():
                 if name not in self._names:
@@ -279,7 +279,7 @@ class Mixture:
         key = (source, epoch)
         if key not in self._orders:
             tokens = self._row_tokens[source]
-            rows = epoch_order(len(tokens), self._seed, self._names[source], epoch)
+            rows = epoch_order(len(tokens), self.seed, self._names[source], epoch)
             self._orders[key] = (rows, tokens[rows])
             while len(self._orders) > 3 * len(self._names):
                 self._orders.popitem(last=False)

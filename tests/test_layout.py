@@ -33,6 +33,7 @@ FLOORS = (
     "cpt.run_dir",
     "cpt.saving",
     "cpt.recovery",
+    "cpt.steering",
     "cpt.continuations",
     "cpt.train",
     "cpt.launch",

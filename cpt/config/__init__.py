@@ -16,7 +16,16 @@ from pathlib import Path
 
 from cpt.config.engine_json import OWN_KEYS, REFUSED_KEYS, json_problems
 from cpt.config.resolve import resolve
-from cpt.config.sections import CheckpointSection, LaunchInfo, RunConfig, RunYaml, TrainSection, WatchdogSection
+from cpt.config.sections import (
+    CheckpointSection,
+    DomainLimits,
+    GuardSection,
+    LaunchInfo,
+    RunConfig,
+    RunYaml,
+    TrainSection,
+    WatchdogSection,
+)
 from cpt.errors import ConfigError
 from data_pipeline.strict_yaml import Located, Reader, load_json, load_yaml
 
@@ -24,6 +33,8 @@ __all__ = [
     "OWN_KEYS",
     "REFUSED_KEYS",
     "CheckpointSection",
+    "DomainLimits",
+    "GuardSection",
     "LaunchInfo",
     "RunConfig",
     "RunYaml",

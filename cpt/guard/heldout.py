@@ -1,24 +1,29 @@
-"""The guard of one run: baseline frozen before step 0, measurements paired against it.
+"""The guard of one run: baseline frozen before step 0, measurements paired against it, and what follows from them.
 
 The baseline lives in <run_dir>/guard/baseline.json with a hash of the text it was measured on.  It is written
-once and never again: resuming a run reads it.
+once and never again: resuming a run reads it.  Scores of later steps lie beside it, so that every interval can be
+computed again; metrics.jsonl has one line per domain and one per decision.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cpt.config import RunConfig
+from cpt.config import GuardSection, RunConfig
 from cpt.errors import ConfigError
 from cpt.faults import fault_point
-from cpt.guard.policy import Judgement, judge
+from cpt.guard.ladder import Decision, Evidence, GuardState, decide
+from cpt.guard.policy import Judgement, judge, noise_floor_percent
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
@@ -31,35 +36,71 @@ from data_pipeline.dataset import BuiltData
 log = logging.getLogger("cpt.guard")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayLimits:
+    """What replay may still do for the domains of a run, at one step."""
+
+    shares: dict[str, tuple[float | None, float]]
+    """Share of each domain's sources now (None: there are none to raise), and what it may grow to."""
+    room: float
+    """Share of the tokens by which all replay together may still grow."""
+
+
 class Guard:
-    """Held-out domains and the scores of the untouched model on them."""
+    """Held-out domains, the scores of the untouched model on them, and the state of the ladder."""
 
     def __init__(self, data: BuiltData, config: RunConfig, topology: Topology, run_dir: Path) -> None:
         self._config, self._topology = config, topology
-        empty = [domain.name for domain in data.held_out if not domain.num_rows]
-        if empty:
-            raise ConfigError(
-                f"guard domain {', '.join(empty)} holds no document. Raise held_out_share of its sources, or take the "
-                "domain out of the mix."
-            )
+        known = [domain.name for domain in data.held_out]
+        problems = [
+            f"guard.domains.{name}: no such held-out domain. There are: {', '.join(known)}."
+            for name in config.guard.domains
+            if name not in known
+        ]
+        problems += [
+            f"guard domain {domain.name} holds no document. Raise held_out_share of its sources, or take the domain "
+            "out of the mix."
+            for domain in data.held_out
+            if not domain.num_rows
+        ]
+        if problems:
+            raise ConfigError(problems)
         self._domains = [ScoredSet(domain, config.guard.max_documents) for domain in data.held_out]
         self._model = str(config.model.path or f"{config.model.init}, seed {config.train.seed}")
-        self._file = run_dir / "guard" / "baseline.json"
+        self._folder = run_dir / "guard"
+        self._file = self._folder / "baseline.json"
         self._baseline: dict[str, DomainScore] = {}
+        self.state = GuardState()
         self.latest: dict[str, Judgement] = {}
         """The last measurement of each domain."""
+        self.decision: Decision | None = None
+        """What followed from it."""
 
-    def measure(self, step: int, engine: TrainingEngine, telemetry: Telemetry, stop: StopRequest | None = None) -> bool:
-        """Score all domains, freeze or compare, and log one guard event per domain; all ranks call it together.
+    @property
+    def domain_names(self) -> list[str]:
+        """The domains of the mix."""
+        return [domain.name for domain in self._domains]
+
+    def measure(
+        self,
+        step: int,
+        engine: TrainingEngine,
+        telemetry: Telemetry,
+        *,
+        stop: StopRequest | None = None,
+        replay: Callable[[], ReplayLimits] | None = None,
+    ) -> Decision | None:
+        """Score all domains, freeze or compare, decide, and log it; all ranks call it together and get the same.
 
         Args:
             step: Optimizer steps done.
             engine: Scores.
             telemetry: Where the events go.
             stop: Looked at after each domain; a measurement is not worth a missed deadline.
+            replay: What replay may still do; None if the run is over, when nothing but warnings makes sense.
 
         Returns:
-            Whether it was finished.
+            What is to be done; None if a stop was asked for before all was measured.
         """
         self._topology.place.enter("evaluate", step)
         fault_point("evaluate", step)
@@ -68,32 +109,70 @@ class Guard:
         scores: dict[str, DomainScore] = {}
         for domain in self._domains:
             if scores and stop is not None and agreed_reason(stop, self._topology.control_group):
-                return False
+                return None
             if step == 0 or domain.name in self._baseline:
                 scores[domain.name] = score_domain(
                     domain, engine, self._topology, micro_batch_size=self._config.micro_batch_size
                 )
         if not self._baseline:
             self._baseline = self._freeze(scores, step)
-        for name, score in scores.items():
-            verdict = judge(score, self._baseline[name], self._config.guard.tolerance_percent)
-            self.latest[name] = verdict
-            event = {"event": "guard", "step": step, "domain": name, "language": score.language}
-            telemetry.log({**event, "bits_per_byte": score.bits_per_byte, **asdict(verdict)})
-            if verdict.action == "warn" and self._topology.rank == 0:
+        elif step:
+            plain = {name: score.nats.tolist() for name, score in scores.items()}
+            self._on_first_rank_write(scores_file(self._folder, step), {"num_tests": self.num_tests, "nats": plain})
+        self.latest = {name: judge(score, self._baseline[name], self.num_tests) for name, score in scores.items()}
+        self.decision = self._decide(step, telemetry, replay() if replay is not None else None)
+        for name, verdict in self.latest.items():
+            event = {"event": "guard", "step": step, "domain": name, "language": scores[name].language}
+            event |= {"bits_per_byte": scores[name].bits_per_byte, **asdict(verdict)}
+            telemetry.log({**event, "action": self.decision.actions[name]})
+            if self.decision.actions[name] != "none" and self._topology.rank == 0:
                 log.warning(
-                    "held-out domain %s is %.2f %% worse than the untouched model (95 %% interval %.2f to %.2f).",
-                    *(name, verdict.delta_percent, verdict.ci_low, verdict.ci_high),
+                    "held-out domain %s is %.2f %% worse than the untouched model (95 %% interval %.2f to %.2f): %s.",
+                    *(name, verdict.delta_percent, verdict.ci_low, verdict.ci_high, self.decision.actions[name]),
                 )
-        return True
+        return self.decision
+
+    @property
+    def num_tests(self) -> int:
+        """Domains times measurements of the whole run: how many bounds must hold together."""
+        interval, steps = self._config.guard.interval_steps, self._config.train.total_steps
+        return len(self._domains) * (1 + (steps // interval if interval else 0))
+
+    def evidence(self, replay: ReplayLimits) -> list[Evidence]:
+        """The last measurement as the ladder wants it."""
+        return [
+            Evidence(
+                domain=name,
+                lower_bound=None if math.isnan(verdict.lower_bound) else max(-100.0, verdict.lower_bound),
+                tolerance_percent=self._config.guard.limits(name)[0],
+                hard_limit_percent=self._config.guard.limits(name)[1],
+                share=replay.shares.get(name, (None, 1.0))[0],
+                largest_share=replay.shares.get(name, (None, 1.0))[1],
+            )
+            for name, verdict in self.latest.items()
+        ]
+
+    def _decide(self, step: int, telemetry: Telemetry, replay: ReplayLimits | None) -> Decision:
+        """Climb the ladder and log the decision with all that led to it."""
+        last, before = replay is None, self.state
+        replay = replay or ReplayLimits(shares={}, room=0.0)
+        evidence, settings = self.evidence(replay), self._config.guard
+        self.state, decision = decide(before, evidence, settings, replay_room=replay.room, last=last)
+        if step > 0:
+            telemetry.log(
+                decision_event(step, decision, evidence, settings, before, self.state, replay.room, last=last)
+            )
+        return decision
 
     def table(self) -> str:
         """The last measurement for people: bits per byte of each domain, before and now."""
         width = max(map(len, self.latest), default=0)
+        actions = self.decision.actions if self.decision is not None else {}
         head = f"  {'held-out domain':<{max(width, 15)}}  untouched    now   change %  (95 % interval)"
         rows = [
             f"  {name:<{max(width, 15)}}  {v.baseline:9.3f}  {v.baseline * (1 + v.delta_percent / 100):5.3f}  "
-            f"{v.delta_percent:+9.2f}  ({v.ci_low:+.2f} to {v.ci_high:+.2f}){'  WARNING' * (v.action == 'warn')}"
+            f"{v.delta_percent:+9.2f}  ({v.ci_low:+.2f} to {v.ci_high:+.2f})"
+            f"{'  WARNING' * (actions.get(name, 'none') != 'none')}"
             for name, v in self.latest.items()
         ]
         return "\n".join(["bits per byte", head, *rows])
@@ -104,6 +183,7 @@ class Guard:
                 f"{self._file} is missing, and at step {step} the untouched model is gone. Restore the file, or go on "
                 "with --set guard.enabled=false."
             )
+        self._check_noise(scores)
         plain = {
             domain.name: {
                 "model": self._model,
@@ -114,17 +194,38 @@ class Guard:
             }
             for domain in self._domains
         }
-        on_first_rank(self._topology.control_group, lambda: self._write(plain))
+        self._on_first_rank_write(self._file, plain)
         return scores
 
-    def _write(self, content: dict[str, Any]) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_suffix(".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, self._file)
+    def _check_noise(self, scores: dict[str, DomainScore]) -> None:
+        """Refuse tolerances that the held-out documents cannot show; where the guard only tells, say so.
+
+        Raises:
+            ConfigError: naming each domain, what it can show, and the cure.
+        """
+        problems = []
+        for name, score in scores.items():
+            tolerance, count = self._config.guard.limits(name)[0], len(score.nats)
+            try:
+                floor = noise_floor_percent(score.nats, self.num_tests)
+            except ValueError as error:
+                problems.append(f"guard domain {name} has {error}: nothing can be told from it. Hold out more.")
+                continue
+            if floor > tolerance:
+                problems.append(
+                    f"guard domain {name}: {count} documents show changes of {floor:.1f} % and more, the tolerance is "
+                    f"{tolerance:g} %. Hold out about {math.ceil(count * (floor / tolerance) ** 2):,} documents "
+                    "(held_out_share in the mix, guard.max_documents), or set guard.tolerance_percent (or "
+                    f"guard.domains.{name}.tolerance_percent) to {math.ceil(10 * floor) / 10:g}."
+                )
+        acts = self._config.guard.policy == "act" and self._config.guard.interval_steps > 0
+        if problems and acts:
+            raise ConfigError([*problems, "Or let the guard only tell: guard.policy: warn."])
+        for problem in problems:
+            log.info("%s", problem)
+
+    def _on_first_rank_write(self, path: Path, content: dict[str, Any]) -> None:
+        on_first_rank(self._topology.control_group, lambda: _write(path, content))
 
     def _stored_baseline(self) -> dict[str, DomainScore]:
         """Scores of the untouched model on the domains of this run; empty if none were stored.
@@ -161,3 +262,45 @@ class Guard:
             )
             for domain in known
         }
+
+
+def scores_file(folder: Path, step: int) -> Path:
+    """Where the scores of a step are kept, for `cpt guard replay`."""
+    return folder / f"scores-{step:08d}.json"
+
+
+def decision_event(
+    step: int,
+    decision: Decision,
+    evidence: list[Evidence],
+    settings: GuardSection,
+    before: GuardState,
+    after: GuardState,
+    replay_room: float,
+    *,
+    last: bool,
+) -> dict[str, Any]:
+    """A decision with everything that it follows from, as one line of metrics.jsonl."""
+    return {
+        "event": "guard_decision",
+        "step": step,
+        "action": decision.action,
+        "reason": decision.reason,
+        "actions": dict(decision.actions),
+        "evidence": [e.to_json() for e in evidence],
+        "replay_room": replay_room,
+        "last": last,
+        "settings": asdict(settings),
+        "before": before.to_json(),
+        "after": after.to_json(),
+    }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)

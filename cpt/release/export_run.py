@@ -95,7 +95,7 @@ def quantisation_cost(folder: Path, manifest: Manifest, exported: Path, sets: li
         after = model.score_all(sets)
     costs = []
     for exact, rounded in zip(before, after, strict=True):
-        verdict = judge(rounded, exact, 0.0)
+        verdict = judge(rounded, exact)
         costs.append(
             {
                 "domain": exact.name,

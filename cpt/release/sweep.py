@@ -59,7 +59,7 @@ def score_sweep(pair: Pair, alphas: Sequence[float], sets: list[ScoredSet]) -> l
 
 
 def _result(alpha: float, score: DomainScore, untouched: DomainScore) -> dict[str, Any]:
-    verdict = judge(score, untouched, 0.0)
+    verdict = judge(score, untouched)
     return {
         "alpha": alpha,
         "domain": score.name,

@@ -94,6 +94,7 @@ class Saver:
         self._pruning: threading.Thread | None = None
         self._sound: set[int] = set()
         self._loaded: int | None = None
+        self._kept: int | None = None
         self._written_here: set[str] | None = None
         if settings.async_save and settings.interval_steps:
             self._check_host_memory()
@@ -117,6 +118,10 @@ class Saver:
         """Note that a checkpoint was verified and loaded: it counts as sound and is not pruned by this run."""
         self._sound.add(step)
         self._loaded = step
+
+    def keep(self, step: int) -> None:
+        """Delete this checkpoint only after another one was named here."""
+        self._kept = step
 
     def save_now(self, step: int, state: dict[str, Any]) -> Published:
         """Publish one checkpoint before returning.  A complete one of the same step is left as it is.
@@ -274,7 +279,7 @@ class Saver:
             newest=newest,
             keep_last=self._settings.keep_last,
             keep_every_steps=self._settings.keep_every_steps,
-            protected={newest, *([self._loaded] if self._loaded is not None else [])},
+            protected={newest} | {step for step in (self._loaded, self._kept) if step is not None},
             is_sound=self._is_sound,
         )
 

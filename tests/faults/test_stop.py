@@ -12,7 +12,7 @@ from cpt.state.stored import list_steps, refusal_of, step_folder
 from tests.support.service import Service, run_to_end, service
 
 pytestmark = pytest.mark.dist
-GUARD = ("--set", "guard.enabled=true", "--set", "guard.interval_steps=2")
+GUARD = ("--set", "guard.enabled=true", "--set", "guard.interval_steps=2", "--set", "guard.policy=warn")
 NO_SAVES = ("--set", "checkpoint.interval_steps=0")
 
 

@@ -1,8 +1,9 @@
-"""The guard warns when held-out text got worse for certain, and only then."""
+"""The guard knows what got worse for certain, and how much it can tell."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpt.config import GuardSection
 from cpt.errors import CptError
 from cpt.guard.heldout import Guard
-from cpt.guard.policy import judge
+from cpt.guard.policy import decision_bound, effective_documents, judge, noise_floor_percent, student_quantile
 from cpt.guard.score import DomainScore, bits_per_byte
 
-TOLERANCE_PERCENT = 1.0
+NUM_TESTS = 60
 NUM_DOCUMENTS = 200
 
 
@@ -39,45 +41,69 @@ def changed(baseline: DomainScore, percent: float, noise_percent: float, seed: i
 
 def test_same_scores_give_the_same_judgement(baseline: DomainScore) -> None:
     now = changed(baseline, 1.2, 3)
-    assert judge(now, baseline, TOLERANCE_PERCENT) == judge(now, baseline, TOLERANCE_PERCENT)
+    assert judge(now, baseline, NUM_TESTS) == judge(now, baseline, NUM_TESTS)
 
 
 def test_unchanged_scores_have_no_interval(baseline: DomainScore) -> None:
-    verdict = judge(baseline, baseline, TOLERANCE_PERCENT)
-    assert (verdict.delta_percent, verdict.ci_low, verdict.ci_high, verdict.action) == (0, 0, 0, "none")
+    verdict = judge(baseline, baseline, NUM_TESTS)
+    assert (verdict.delta_percent, verdict.ci_low, verdict.ci_high, verdict.lower_bound) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("seed", range(100, 120))
-def test_noise_alone_leads_to_no_warning(baseline: DomainScore, seed: int) -> None:
-    assert judge(changed(baseline, 0, 10, seed), baseline, TOLERANCE_PERCENT).action == "none"
+def test_decision_bound_is_never_above_the_interval(baseline: DomainScore, seed: int) -> None:
+    verdict = judge(changed(baseline, 1, 10, seed), baseline, NUM_TESTS)
+    assert verdict.lower_bound <= verdict.ci_low <= verdict.delta_percent
 
 
 @pytest.mark.parametrize("seed", range(100, 120))
-def test_real_loss_leads_to_a_warning(baseline: DomainScore, seed: int) -> None:
-    """A shift of 4 % with noise of 5 % per document: ten standard errors of the mean from the tolerance."""
-    assert judge(changed(baseline, 4, 5, seed), baseline, TOLERANCE_PERCENT).action == "warn"
-
-
-def test_gain_leads_to_no_warning(baseline: DomainScore) -> None:
-    assert judge(changed(baseline, -5, 3), baseline, TOLERANCE_PERCENT).action == "none"
+def test_real_loss_is_certain(baseline: DomainScore, seed: int) -> None:
+    """A shift of 5 % with noise of 5 % per document: they count as some 70 equal ones, so it is 8 errors."""
+    assert judge(changed(baseline, 5, 5, seed), baseline, NUM_TESTS).lower_bound > 1
 
 
 def test_mean_above_the_tolerance_is_not_enough(baseline: DomainScore) -> None:
     nats = baseline.nats.copy()
     nats[np.argmax(nats)] *= 1 + 0.02 * nats.sum() / nats.max()  # one document makes the whole difference: 2 %
-    verdict = judge(dataclasses.replace(baseline, nats=nats), baseline, TOLERANCE_PERCENT)
-    assert verdict.delta_percent == pytest.approx(2) and verdict.action == "none"
+    verdict = judge(dataclasses.replace(baseline, nats=nats), baseline, NUM_TESTS)
+    assert verdict.delta_percent == pytest.approx(2) and verdict.lower_bound < 1
 
 
-def test_tolerance_is_what_separates_warning_from_silence(baseline: DomainScore) -> None:
-    now = changed(baseline, 4, 2)
-    low = judge(now, baseline, 0).ci_low
-    assert judge(now, baseline, low - 1e-9).action == "warn" and judge(now, baseline, low + 1e-9).action == "none"
+def test_more_tests_in_a_run_ask_for_more_certainty(baseline: DomainScore) -> None:
+    now = changed(baseline, 4, 5)
+    bounds = [decision_bound(now.nats, baseline.nats, count) for count in (1, 10, 1000)]
+    assert bounds[0] > bounds[1] > bounds[2]
+
+
+def test_score_that_is_not_a_number_has_no_bound(baseline: DomainScore) -> None:
+    nats = baseline.nats.copy()
+    nats[3] = np.nan
+    assert math.isnan(judge(dataclasses.replace(baseline, nats=nats), baseline, NUM_TESTS).lower_bound)
+
+
+@pytest.mark.parametrize(
+    ("tail", "degrees", "published"), [(0.025, 10, 2.228), (0.005, 30, 2.750), (0.001, 8, 4.501), (0.0005, 120, 3.373)]
+)
+def test_quantiles_are_those_of_the_tables(tail: float, degrees: int, published: float) -> None:
+    """Abramowitz and Stegun, table 26.10."""
+    assert student_quantile(tail, degrees) == pytest.approx(published, rel=3e-3)
+
+
+def test_documents_that_outweigh_the_others_count_less(baseline: DomainScore) -> None:
+    assert effective_documents(np.ones(50)) == pytest.approx(50)
+    assert effective_documents(baseline.nats) < NUM_DOCUMENTS / 2
+    assert effective_documents(np.array([1.0, 1000.0, 1.0])) < 1.01
+
+
+def test_noise_floor_falls_with_the_number_of_documents() -> None:
+    assert noise_floor_percent(np.ones(400), 60) == pytest.approx(3.6 * 3 / 20, rel=0.05)
+    assert noise_floor_percent(np.ones(100), 60) > 1.9 * noise_floor_percent(np.ones(400), 60)
+    with pytest.raises(ValueError, match="2 documents"):
+        noise_floor_percent(np.ones(2), 60)
 
 
 def test_interval_is_much_narrower_than_for_unpaired_documents(baseline: DomainScore) -> None:
     """Documents differ by a factor of three; pairing takes that out and leaves the noise of the change."""
-    verdict = judge(changed(baseline, 2, 1), baseline, TOLERANCE_PERCENT)
+    verdict = judge(changed(baseline, 2, 1), baseline, NUM_TESTS)
     assert verdict.ci_low <= verdict.delta_percent <= verdict.ci_high
     assert verdict.ci_high - verdict.ci_low < 1  # unpaired: over 10 percentage points
 
@@ -90,13 +116,13 @@ def test_interval_covers_the_truth_about_as_often_as_it_says(shift: float) -> No
         generator = np.random.default_rng(seed)
         num_bytes = generator.uniform(500, 2000, 60)
         before = scores(num_bytes * 0.7, num_bytes)
-        verdict = judge(changed(before, shift, 5, seed + 1000), before, TOLERANCE_PERCENT)
+        verdict = judge(changed(before, shift, 5, seed + 1000), before, NUM_TESTS)
         covered += verdict.ci_low <= shift <= verdict.ci_high
     assert covered / 200 >= 0.88
 
 
 def test_baseline_is_in_bits_per_byte(baseline: DomainScore) -> None:
-    verdict = judge(changed(baseline, 3, 0), baseline, TOLERANCE_PERCENT)
+    verdict = judge(changed(baseline, 3, 0), baseline, NUM_TESTS)
     assert verdict.baseline == baseline.bits_per_byte
 
 
@@ -107,14 +133,14 @@ def test_one_bit_for_every_byte_is_one() -> None:
 def test_scores_of_different_documents_are_not_compared(baseline: DomainScore) -> None:
     other = dataclasses.replace(baseline, bytes=baseline.bytes + 1)
     with pytest.raises(AssertionError, match="paired"):
-        judge(other, baseline, TOLERANCE_PERCENT)
+        judge(other, baseline, NUM_TESTS)
 
 
 def test_domain_without_a_document_is_refused_by_name(tmp_path: Path) -> None:
     """A small source with a small held_out_share; passed over, the domain would look guarded and never warn."""
     domain = SimpleNamespace(name="english", language="en", num_documents=0, document_bytes=[], num_rows=0)
     data: Any = SimpleNamespace(held_out=(domain,), manifest=SimpleNamespace(fingerprint="f"))
-    config: Any = SimpleNamespace(guard=SimpleNamespace(max_documents=4))
+    config: Any = SimpleNamespace(guard=GuardSection(max_documents=4))
     topology: Any = SimpleNamespace(rank=0)
     with pytest.raises(CptError, match="english"):
         Guard(data, config, topology, tmp_path)

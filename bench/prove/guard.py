@@ -1,0 +1,209 @@
+"""What English costs on the way to Japanese, on real text: no replay, fixed shares of it, and the guard.
+
+    python bench/prove/guard.py [--work_dir DIR] [--seeds 3] [--json FILE] [--svg FILE]     # about an hour on two cores
+
+A gpt-oss of 3.9 M parameters (all parts of the architecture, the first 8,192 merges of its vocabulary) learns English
+prose, reference, code, mathematics and Harmony-like dialogue, then goes on with Japanese:
+
+    naive           Japanese alone
+    replay N %      N percent of the tokens are the English of before, evenly over its five domains
+    guard           starts with 1 % replay and is told nothing but the tolerance
+
+Every run is the product: `deepspeed cpt/run.py`, ZeRO, the mixture, the guard.  All measure the same held-out
+documents, and only the guard arm acts on them.  Runs that are done are not repeated: the script can be stopped and
+started again.
+Needs a Debian system with a package mirror (the texts) and about 2 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "prove")]
+
+from guard_parts.small_vocabulary import NUM_MERGES, VOCAB_SIZE, shrink  # noqa: E402
+
+shrink()
+
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from guard_parts import drawing  # noqa: E402
+from guard_parts.text import write_domains  # noqa: E402
+from transformers import GptOssConfig, GptOssForCausalLM  # noqa: E402
+
+from cpt.model import gpt_oss  # noqa: E402
+from cpt.telemetry.metrics import read_events  # noqa: E402
+from data_pipeline.build import build  # noqa: E402
+from data_pipeline.schema import load_mix  # noqa: E402
+
+ENGLISH = {"prose": "en", "reference": "en", "code": "code", "math": "math", "chat": "en"}
+SHARES = {"naive": 0.0, **{f"replay {percent} %": percent / 100 for percent in (1, 5, 10, 25, 50)}, "guard": 0.01}
+"""Replay of each arm at its start."""
+TOLERANCE_PERCENT = 1.0
+SEQ_LEN = 512
+GLOBAL_BATCH_SIZE = 8
+MODEL = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB_SIZE,
+    "pad_token_id": NUM_MERGES,
+    "bos_token_id": NUM_MERGES + 1,
+    "eos_token_id": NUM_MERGES,
+    "max_position_embeddings": 4096,
+}
+
+
+def main() -> None:
+    """Run what is not done yet, then print the table."""
+    parser = argparse.ArgumentParser(description="The guard's proof.")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "prove_guard")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--arms", nargs="+", choices=list(SHARES), default=list(SHARES))
+    parser.add_argument("--pretrain_steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=150, help="of the continuation")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--svg", type=Path)
+    options = parser.parse_args()
+    prepare(options.work_dir)
+    base = pretrain(options.work_dir, options.pretrain_steps)
+    planned = [(arm, seed) for seed in range(1, options.seeds + 1) for arm in options.arms]
+    with ThreadPoolExecutor(options.parallel) as pool:
+        folders = list(pool.map(lambda run: continue_on_japanese(options, base, *run), planned))
+    runs = [{"arm": arm, "seed": seed, **outcome(folder)} for (arm, seed), folder in zip(planned, folders, strict=True)]
+    report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", "runs": runs,
+              "pretrain_steps": options.pretrain_steps, "steps": options.steps,
+              "tokens_per_step": SEQ_LEN * GLOBAL_BATCH_SIZE, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    print(drawing.table(runs))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.svg:
+        options.svg.write_text(drawing.draw(runs, TOLERANCE_PERCENT), encoding="utf-8")
+
+
+def prepare(work_dir: Path) -> None:
+    """Texts, their build, and the untrained model."""
+    if (work_dir / "initial").exists():
+        return
+    shutil.rmtree(work_dir, ignore_errors=True)
+    write_domains(work_dir / "text")
+    build(load_mix(write_mix(work_dir, "pretrain", seed=0, replay=1.0)), work_dir / "build")
+    torch.manual_seed(0)
+    config = GptOssConfig(**{**gpt_oss.PRESETS["tiny"], **MODEL})
+    GptOssForCausalLM(config).save_pretrained(work_dir / "initial.part")
+    (work_dir / "initial.part").rename(work_dir / "initial")
+
+
+def write_mix(work_dir: Path, name: str, *, seed: int, replay: float) -> Path:
+    """A mix whose English domains share `replay` evenly; Japanese has the rest."""
+    weights = {**dict.fromkeys(ENGLISH, replay / len(ENGLISH)), "japanese": 1 - replay}
+    sources = [
+        {
+            "name": domain,
+            "language": ENGLISH.get(domain, "ja"),
+            "domain": domain,
+            "path": str(work_dir / "text" / f"{domain}.jsonl"),
+            "weight": weight,
+            "held_out_share": 0.06 if domain == "japanese" else 0.12,
+        }
+        for domain, weight in weights.items()
+    ]
+    path = work_dir / f"{name}.mix.yaml"
+    path.write_text(yaml.safe_dump({"seq_len": SEQ_LEN, "seed": seed, "sources": sources}, sort_keys=False))
+    return path
+
+
+def pretrain(work_dir: Path, steps: int) -> Path:
+    """The small model after English, as a Hugging Face directory."""
+    mix = write_mix(work_dir, "pretrain", seed=0, replay=1.0)
+    train = {"total_steps": steps, "lr": 3e-3, "warmup_steps": 50, "schedule": "cosine"}
+    run_dir = launch(work_dir, "pretrain", work_dir / "initial", mix, train, {"enabled": False})
+    return run_dir / "export"
+
+
+def continue_on_japanese(options: argparse.Namespace, base: Path, arm: str, seed: int) -> Path:
+    """One arm with one order of the data."""
+    name = f"{arm.replace(' %', '').replace(' ', '-')}-{seed}"
+    mix = write_mix(options.work_dir, name, seed=seed, replay=SHARES[arm])
+    guard: dict[str, Any] = {"max_documents": 48, "tolerance_percent": TOLERANCE_PERCENT}
+    if arm == "guard":
+        guard |= {"interval_steps": 10, "policy": "act"}
+    train = {"total_steps": options.steps, "lr": 1e-3, "warmup_steps": 10, "schedule": "cosine"}
+    return launch(options.work_dir, name, base, mix, train, guard)
+
+
+def launch(work_dir: Path, name: str, model: Path, mix: Path, train: dict[str, Any], guard: dict[str, Any]) -> Path:
+    """Train through the launcher unless it is done; returns the run directory."""
+    run_dir = work_dir / name
+    if (run_dir / "done").exists():
+        return run_dir
+    run = {
+        "model": {"path": str(model)},
+        "data": {"mix": str(mix), "build_dir": str(work_dir / "build")},
+        "train": {"seq_len": SEQ_LEN, "global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": GLOBAL_BATCH_SIZE,
+                  "dtype": "fp32", "threads": 1, **train},
+        "guard": guard,
+        "telemetry": {"export_at_end": name == "pretrain"},
+    }  # fmt: skip
+    config = work_dir / f"{name}.run.yaml"
+    config.write_text(yaml.safe_dump(run, sort_keys=False))
+    automatic = dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        "auto",
+    )
+    engine = work_dir / "engine.json"
+    engine.write_text(json.dumps({**automatic, "zero_optimization": {"stage": 1}}))
+    worker = ROOT / "bench" / "prove" / "guard_parts" / "worker.py"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        "1",
+        "--master_port",
+        str(port),
+        str(worker),
+        "--ds_config",
+        str(engine),
+        "--config",
+        str(config),
+    ]
+    print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+    with open(work_dir / f"{name}.log", "w", encoding="utf-8") as log:
+        subprocess.run([*command, "--run_dir", str(run_dir)], cwd=ROOT, stdout=log, stderr=log, check=True)
+    (run_dir / "done").touch()
+    return run_dir
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """Change of every domain against the untouched model at the end, and how the run went."""
+    events = read_events(run_dir / "metrics.jsonl")
+    guard = {event["domain"]: event for event in events if event["event"] == "guard"}
+    steps = [event for event in events if event["event"] == "step"]
+    replayed = sum(count for event in steps for name, count in event["tokens_by_source"].items() if name != "japanese")
+    return {
+        "change_percent": {domain: event["delta_percent"] for domain, event in guard.items()},
+        "interval": {domain: [event["ci_low"], event["ci_high"]] for domain, event in guard.items()},
+        "baseline": {domain: event["baseline"] for domain, event in guard.items()},
+        "replay_share": replayed / sum(event["tokens"] for event in steps),
+        "decisions": [event for event in events if event["event"] == "guard_decision"],
+    }
+
+
+if __name__ == "__main__":
+    main()

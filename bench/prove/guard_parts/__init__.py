@@ -1,0 +1,1 @@
+"""Parts of the guard's proof, `bench/prove/guard.py`."""

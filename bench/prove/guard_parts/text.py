@@ -1,0 +1,125 @@
+"""Real text for the guard's proof, one JSONL per domain: Debian documentation, Python's library, questions and answers.
+
+Nothing of it enters the repository.  Documents are cut at paragraphs to some 1,500 characters, so that there are
+enough of them to hold some out; which ones are held out follows from their text alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from data_pipeline import corpus
+
+MATHEMATICS = ("maxima-doc", "octave-doc", "libmpfr-doc")
+"""Debian packages whose manuals are mathematics and computing with it."""
+DOCUMENT_CHARACTERS = 1500
+LIMITS_BYTES = {"prose": 2_200_000, "reference": 2_500_000, "code": 2_500_000, "math": 2_200_000, "chat": 1_500_000,
+                "japanese": 12_000_000}  # fmt: skip
+"""UTF-8 bytes taken of each domain."""
+_JAPANESE = re.compile("[\u3041-\u30ff\u4e00-\u9fff]")
+
+
+def write_domains(out_dir: Path) -> None:
+    """Write `<domain>.jsonl` for every domain; needs a Debian system with a package mirror.
+
+    Raises:
+        DataError: the packages cannot be fetched.
+    """
+    with tempfile.TemporaryDirectory(prefix="proof-") as temporary:
+        corpus.make_corpus(Path(temporary))
+        english, japanese = (list(_records(Path(temporary) / f"{name}.jsonl")) for name in ("en", "ja"))
+    pages = [text for package, text in english if package.startswith("manpages")]
+    texts: dict[str, Iterable[str]] = {
+        "prose": (text for package, text in english if not package.startswith("manpages")),
+        "reference": pages[::2],
+        "code": _code(),
+        "math": _mathematics(),
+        "chat": _chat(pages[1::2]),
+        "japanese": (text for _, text in japanese if len(_JAPANESE.findall(text)) > len(text) / 4),
+    }
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for domain, sources in texts.items():
+        _write(out_dir / f"{domain}.jsonl", sources, LIMITS_BYTES[domain])
+
+
+def _records(path: Path) -> Iterator[tuple[str, str]]:
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            yield record["package"], record["text"]
+
+
+def _write(path: Path, texts: Iterable[str], limit_bytes: int) -> None:
+    """Take documents evenly from all of `texts` until there are `limit_bytes`."""
+    documents = [document for text in texts for document in cut(text)]
+    size = sum(len(document.encode()) for document in documents)
+    keep = min(1.0, limit_bytes / size)
+    chosen = [document for index, document in enumerate(documents) if int((index + 1) * keep) > int(index * keep)]
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in chosen)
+
+
+def cut(text: str) -> Iterator[str]:
+    """Pieces of about `DOCUMENT_CHARACTERS`, cut at empty lines where there are some."""
+    piece = ""
+    for paragraph in re.split(r"\n\n+", text):
+        piece += f"{paragraph}\n\n"
+        while len(piece) > 2 * DOCUMENT_CHARACTERS:
+            yield piece[:DOCUMENT_CHARACTERS]
+            piece = piece[DOCUMENT_CHARACTERS:]
+        if len(piece) > DOCUMENT_CHARACTERS:
+            yield piece.strip()
+            piece = ""
+    if len(piece) > 200:
+        yield piece.strip()
+
+
+def _code() -> Iterator[str]:
+    """Modules of the Python library that runs this."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.glob("**/*.py")):
+        if not {"test", "tests", "site-packages", "dist-packages", "lib2to3", "encodings"} & set(path.parts):
+            yield path.read_text(encoding="utf-8", errors="ignore")
+
+
+def _mathematics() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="proof-") as temporary:
+        work = Path(temporary)
+        corpus._call(work, "apt-get", "download", *MATHEMATICS)
+        for deb in sorted(work.glob("*.deb")):
+            corpus._call(work, "dpkg-deb", "-x", str(deb), str(work / deb.stem))
+            for page in sorted((work / deb.stem).rglob("*.html")):
+                if page.is_file() and not re.search(r"/(de|es|pt|pt_BR|ja)(\.utf8)?/", str(page)):
+                    yield corpus.html_text(page.read_text(encoding="utf-8", errors="ignore"))
+
+
+def _chat(pages: list[str]) -> Iterator[str]:
+    """Questions, reasoning and answers in the layout of Harmony, made of manual pages that `reference` leaves out."""
+    for page in pages:
+        sections = dict(re.findall(r"^([A-Z][A-Z ]+)\n(.*?)(?=^[A-Z][A-Z ]+\n|\Z)", page, re.MULTILINE | re.DOTALL))
+        name, _, summary = " ".join(sections.get("NAME", "").split()).partition(" - ")
+        if not (name and summary and sections.get("DESCRIPTION")):
+            continue
+        for title, body in islice(sections.items(), 1, 12):
+            paragraphs = [" ".join(part.split()) for part in body.split("\n\n") if len(part) > 120]
+            for number, paragraph in enumerate(paragraphs[:6]):
+                yield _dialogue(name, summary, title, paragraph, number)
+
+
+def _dialogue(name: str, summary: str, title: str, paragraph: str, number: int) -> str:
+    asked = (
+        f"What does the {title.lower()} of {name} say?",
+        f"I use {name}. Explain this to me: {paragraph[:60].rsplit(' ', 1)[0]}...",
+        f"Tell me more about {name}, please. What should I know about its {title.lower()}?",
+    )[number % 3]
+    thought = f"The user asks about {name}. {name} is for this: {summary}. The section is {title}, part {number + 1}."
+    return (
+        f"<|start|>user<|message|>{asked}<|end|><|start|>assistant<|channel|>analysis<|message|>{thought}<|end|>"
+        f"<|start|>assistant<|channel|>final<|message|>{paragraph}<|return|>"
+    )
