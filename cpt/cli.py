@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_report(commands)
     _add_status(commands)
     _add_checkpoints(commands)
+    _add_guard(commands)
     doctor = commands.add_parser("doctor", help="versions, devices, and which attention backends run here, or why not")
     doctor.set_defaults(run=_doctor)
     options = parser.parse_args(arguments)
@@ -114,6 +115,20 @@ def _report(options: argparse.Namespace) -> None:
     from cpt.telemetry.report import write_report
 
     print(write_report(options.run_dir))
+
+
+def _add_guard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("guard", help="what the guard of a run decided")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    replay = actions.add_parser("replay", help="make every decision again from what the run left, and compare")
+    replay.add_argument("--run_dir", type=Path, required=True)
+    replay.set_defaults(run=_guard_replay)
+
+
+def _guard_replay(options: argparse.Namespace) -> None:
+    from cpt.guard.again import check, replay
+
+    print(check(replay(options.run_dir)))
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -19,8 +19,9 @@ from transformers import GptOssConfig
 
 from cpt import deepspeed_internals
 from cpt.config import RunConfig
-from cpt.errors import ConfigError, DataError
+from cpt.errors import ConfigError
 from cpt.faults import fault_point
+from cpt.feed import check_mix, check_plan, open_data
 from cpt.guard.heldout import Guard
 from cpt.guard.ladder import GuardState
 from cpt.guard.replay_share import ReplayShares
@@ -35,7 +36,7 @@ from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
-from cpt.progress import Progress, batch_of_step, merged, read_guard_rollbacks, read_rollbacks, skipped_by
+from cpt.progress import Progress, merged, read_guard_rollbacks, read_rollbacks, skipped_by
 from cpt.state.checkpoint import LoadedState, flat_ranges, load_checkpoint
 from cpt.state.leaving import leave_if_asked
 from cpt.state.saver import Saver
@@ -45,12 +46,9 @@ from cpt.telemetry.trackers import trackers_for
 from cpt.training.engine import TrainingEngine
 from cpt.training.loader import MicroBatch, load_micro_batch
 from cpt.training.stability import Stability
-from data_pipeline.build import build, default_build_dir, input_bytes
 from data_pipeline.dataset import BuiltData
 from data_pipeline.ledger import Ledger, resume_ledger, same_weights
 from data_pipeline.mixture import GlobalBatch, Mixture
-from data_pipeline.plan import make_plan
-from data_pipeline.schema import MixConfig, load_mix
 
 log = logging.getLogger("cpt.job")
 
@@ -105,64 +103,6 @@ class Job:
             "model_config": self.model_config,
             "config": self.config.to_plain(),
         }
-
-
-def check_mix(config: RunConfig) -> MixConfig:
-    """Read the data-mix YAML and compare it with the run.
-
-    Raises:
-        ConfigError: it cannot be right, or packs rows of another length.
-    """
-    mix = load_mix(config.data.mix)
-    if mix.seq_len != config.train.seq_len:
-        raise ConfigError(
-            f"train.seq_len is {config.train.seq_len}, but rows of {config.data.mix} have seq_len {mix.seq_len}. "
-            "Make them equal: rows are packed when the data is built."
-        )
-    return mix
-
-
-def open_data(config: RunConfig, mix: MixConfig, topology: Topology) -> BuiltData:
-    """Open the built shards of a mix, building them first if they are missing and small.
-
-    Raises:
-        ConfigError: there is too much input to build on the spot.
-        DataError: the input or the build is not usable.
-    """
-    directory = config.data.build_dir
-
-    def build_if_missing() -> str:
-        where = directory or default_build_dir(mix, Path("data"))
-        if not where.exists():
-            size, limit = input_bytes(mix), config.data.auto_build_limit_bytes
-            if size > limit:
-                raise ConfigError(
-                    f"{config.data.mix} is not built and has {size / 1e6:.0f} MB of input, more than "
-                    f"data.auto_build_limit_bytes ({limit / 1e6:.0f} MB). Build it first: "
-                    f"python -m data_pipeline build {config.data.mix} --out {where}"
-                )
-            log.info("building token shards in %s", where)
-            build(mix, where, progress=True)
-        return str(where)
-
-    built = on_first_rank(topology.control_group, build_if_missing)
-    return together(topology.control_group, lambda: BuiltData.open(Path(built), mix=mix))
-
-
-def check_plan(config: RunConfig, data: BuiltData, mix: MixConfig, ledger: Ledger, progress: Progress) -> None:
-    """Refuse a run that its data cannot feed, now and not at the step where it runs dry.
-
-    Raises:
-        DataError: a source would be read more often than its max_epochs allows, or a floor is not met.
-    """
-    if config.train.total_steps == 0:
-        return
-    batches = batch_of_step(config.train.total_steps - 1, progress.skip_ranges) + 1
-    plan = make_plan(data, mix, batches, config.train.global_batch_size, ledger)
-    for warning in plan.warnings:
-        log.warning("data plan: %s", warning)
-    if plan.problems:
-        raise DataError("\n".join(["the data cannot feed this run:", *plan.problems]))
 
 
 def build_engine(config: RunConfig, model_config: GptOssConfig, topology: Topology) -> TrainingEngine:
@@ -275,7 +215,14 @@ def probe_attention(
 
 
 def assemble(
-    config: RunConfig, model_config: GptOssConfig, topology: Topology, run_dir: Path, resume: str, stop: StopRequest
+    config: RunConfig,
+    model_config: GptOssConfig,
+    topology: Topology,
+    run_dir: Path,
+    resume: str,
+    stop: StopRequest,
+    *,
+    observe: bool = False,
 ) -> Job:
     """Build everything and restore the newest checkpoint.
 
@@ -286,6 +233,7 @@ def assemble(
         run_dir: Exists already.
         resume: `auto`, `never` or a step.
         stop: Where stop requests arrive.
+        observe: Nothing in the run directory is changed: another job may be at work there.
     """
     mix = check_mix(config)
     data = open_data(config, mix, topology)
@@ -299,7 +247,11 @@ def assemble(
         "global_batch_size": config.train.global_batch_size,
     }
     fault_point("load", 0)
-    loaded = None if resume == "never" else load_checkpoint(run_dir, engine.deepspeed, topology, resume)
+    loaded = (
+        None
+        if resume == "never"
+        else load_checkpoint(run_dir, engine.deepspeed, topology, resume, set_aside=not observe)
+    )
     saver = Saver(run_dir, engine.deepspeed, topology, config.checkpoint)
     rows = data.manifest.row_hashes()
     if loaded is None:
@@ -324,7 +276,11 @@ def assemble(
         if not same_weights(ledger.segments[-1].weights, wanted):
             ledger = ledger.reweigh(progress.next_batch, wanted)
     on_first_rank(topology.control_group, lambda: check_plan(config, data, mix, ledger, progress))
-    telemetry = together(topology.control_group, lambda: open_telemetry(config, run_dir, topology))
+    telemetry = (
+        Telemetry(None)
+        if observe
+        else together(topology.control_group, lambda: open_telemetry(config, run_dir, topology))
+    )
     return Job(
         config=config,
         run_dir=run_dir,

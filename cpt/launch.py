@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from cpt import deepspeed_internals, faults
 from cpt.config import LaunchInfo, RunConfig, load, resolve
 from cpt.continuations import print_continuations
 from cpt.errors import ConfigError
-from cpt.job import Job, assemble, check_mix
+from cpt.feed import check_mix
+from cpt.job import Job, assemble
 from cpt.memory import memory_by_part, memory_table
 from cpt.model import attention
 from cpt.model.freezing import freeze_problems, frozen_names, parameter_numels
@@ -64,21 +66,40 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
     check_same_everywhere(config, topology)
     resume = resume_of(options.resume)
     watch_launcher(stop, config.checkpoint.stop_budget_seconds)
-    with held_run_dir(run_dir, resume, config, model_config, topology):
-        if topology.rank == 0:
+    observe = bool(options.sample or options.measure)
+    if topology.rank == 0:
+        log.info("%s", describe(config, model_config, run_dir, resume))
+    with (
+        nullcontext() if observe else held_run_dir(run_dir, resume, config, model_config, topology),
+        watching(run_dir, topology, config.watchdog),
+    ):
+        if topology.rank == 0 and not observe:
             stop.watch_run(run_dir, config.checkpoint.stop_margin_seconds)
-            log.info("%s", describe(config, model_config, run_dir, resume))
-        with watching(run_dir, topology, config.watchdog):
-            job = assemble(config, model_config, topology, run_dir, resume, stop)
-            try:
-                if options.sample:
-                    print_continuations(job, options.sample)
-                else:
-                    train(job)
-                    finish(job)
-            finally:
-                job.telemetry.close()
+        job = assemble(config, model_config, topology, run_dir, resume, stop, observe=observe)
+        try:
+            if options.sample:
+                print_continuations(job, options.sample)
+            if options.measure:
+                measure_once(job)
+            if not observe:
+                train(job)
+                finish(job)
+        finally:
+            job.telemetry.close()
     dist.destroy_process_group()
+
+
+def measure_once(job: Job) -> None:
+    """Score the held-out text with the weights of a run, and leave the run as it is.
+
+    Raises:
+        ConfigError: the mix holds nothing out, or the untouched model was never measured.
+    """
+    if job.guard is None:
+        raise ConfigError("--measure: nothing is held out (held_out_share in the mix), or guard.enabled is false.")
+    file = job.guard.measure_apart(job.progress.step, job.engine)
+    if job.topology.rank == 0:
+        print(f"\nweights after step {job.progress.step}\n{job.guard.table()}\n-> {file}", flush=True)
 
 
 def resume_of(asked: str) -> str:

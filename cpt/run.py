@@ -38,6 +38,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--resume", default="auto", help="auto, never, or a step")
     parser.add_argument("--dry_run", action="store_true", help="resolve and print everything, load nothing")
     parser.add_argument("--sample", action="append", metavar="TEXT", help="continue a text, on all ranks; do not train")
+    parser.add_argument("--measure", action="store_true", help="score the held-out text once; do not train")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     return parser.parse_args(arguments)
 

@@ -4,7 +4,8 @@
 #   node.sh MASTER_ADDRESS MASTER_PORT NODES RANKS_PER_NODE
 #
 # Runs in the repository, on every node at once, inside the container if there is one.  The nodes meet by TCP at
-# MASTER_ADDRESS (that of node 0); no ssh, no host file shared between them.
+# MASTER_ADDRESS (that of node 0); no ssh, no host file shared between them.  With CPT_MEASURE (a step, or auto) the run is
+# only measured at that step.
 
 set -uo pipefail
 umask 077
@@ -12,6 +13,9 @@ source slurm/lib.sh
 load_settings
 enter_environment
 
+if [[ -n "${CPT_MEASURE:-}" ]]; then
+    CPT_RUN_ARGUMENTS+=(--measure --resume "$CPT_MEASURE")
+fi
 readonly ADDRESS=$1 PORT=$2 NODES=$3 RANKS=$4
 readonly NODE=${SLURM_NODEID:-${OMPI_COMM_WORLD_RANK:-${PMIX_RANK:-${PMI_RANK:-0}}}}
 
@@ -55,12 +59,13 @@ wait_until_gone() {
 }
 
 finished() {
-    python -m cpt.cli status --run_dir "$CPT_RUN_DIR"
+    [[ -n "${CPT_MEASURE:-}" ]] || python -m cpt.cli status --run_dir "$CPT_RUN_DIR"
 }
 
 # The launcher was killed, its ranks were not: let them save by the agreed stop, and go on in another start.
 stop_orphans() {
-    ask_to_stop "the launcher of node $NODE ended with $1 and left its ranks behind"
+    # who only measures listens to no STOP file: it would stop the run
+    [[ -n "${CPT_MEASURE:-}" ]] || ask_to_stop "the launcher of node $NODE ended with $1 and left its ranks behind"
     if ! wait_until_gone "$CPT_SAVE_SECONDS"; then
         say "ranks still run after CPT_SAVE_SECONDS=$CPT_SAVE_SECONDS: killing them"
         return "$EXIT_INTERNAL"
@@ -88,7 +93,7 @@ judge() {
 HOSTS=$(mktemp)
 readonly HOSTS
 trap 'rm -f "$HOSTS"' EXIT
-listen_for_signals TERM USR1 INT
+[[ -n "${CPT_MEASURE:-}" ]] || listen_for_signals TERM USR1 INT
 start_launcher
 wait_for "$LAUNCHER"
 judge $?

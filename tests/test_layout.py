@@ -29,6 +29,7 @@ FLOORS = (
     "cpt.memory",
     "cpt.doctor",
     "cpt.progress",
+    "cpt.feed",
     "cpt.job",
     "cpt.run_dir",
     "cpt.saving",

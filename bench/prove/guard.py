@@ -132,7 +132,7 @@ def pretrain(work_dir: Path, steps: int) -> Path:
     mix = write_mix(work_dir, "pretrain", seed=0, replay=1.0)
     train = {"total_steps": steps, "lr": 3e-3, "warmup_steps": 50, "schedule": "cosine"}
     run_dir = launch(work_dir, "pretrain", work_dir / "initial", mix, train, {"enabled": False})
-    return run_dir / "export"
+    return next((run_dir / "export").glob("step-*"))
 
 
 def continue_on_japanese(options: argparse.Namespace, base: Path, arm: str, seed: int) -> Path:

@@ -104,6 +104,43 @@ class Guard:
         """
         self._topology.place.enter("evaluate", step)
         fault_point("evaluate", step)
+        scores = self._score(step, engine, stop)
+        if scores is None:
+            return None
+        if step:
+            plain = {name: score.nats.tolist() for name, score in scores.items()}
+            self._on_first_rank_write(scores_file(self._folder, step), {"num_tests": self.num_tests, "nats": plain})
+        self.decision = self._decide(step, telemetry, replay() if replay is not None else None)
+        for name, verdict in self.latest.items():
+            event = {"event": "guard", "step": step, "domain": name, "language": scores[name].language}
+            event |= {"bits_per_byte": scores[name].bits_per_byte, **asdict(verdict)}
+            telemetry.log({**event, "action": self.decision.actions[name]})
+            if self.decision.actions[name] != "none" and self._topology.rank == 0:
+                log.warning(
+                    "held-out domain %s is %.2f %% worse than the untouched model (95 %% interval %.2f to %.2f): %s.",
+                    *(name, verdict.delta_percent, verdict.ci_low, verdict.ci_high, self.decision.actions[name]),
+                )
+        return self.decision
+
+    def measure_apart(self, step: int, engine: TrainingEngine) -> Path:
+        """Score all domains without any consequence for the run; returns the file with the result.
+
+        Raises:
+            ConfigError: the untouched model was never measured.
+        """
+        self._topology.place.enter("evaluate", step)
+        scores = self._score(step, engine, None)
+        assert scores is not None
+        file = self._folder / f"measured-{step:08d}.json"
+        found = {
+            name: {"language": score.language, "bits_per_byte": score.bits_per_byte, **asdict(self.latest[name])}
+            for name, score in scores.items()
+        }
+        self._on_first_rank_write(file, {"step": step, "domains": found})
+        return file
+
+    def _score(self, step: int, engine: TrainingEngine, stop: StopRequest | None) -> dict[str, DomainScore] | None:
+        """Scores of all domains, their judgement in `latest`; None if a stop was asked for before all was scored."""
         if not self._baseline:
             self._baseline = self._stored_baseline()
         scores: dict[str, DomainScore] = {}
@@ -116,21 +153,8 @@ class Guard:
                 )
         if not self._baseline:
             self._baseline = self._freeze(scores, step)
-        elif step:
-            plain = {name: score.nats.tolist() for name, score in scores.items()}
-            self._on_first_rank_write(scores_file(self._folder, step), {"num_tests": self.num_tests, "nats": plain})
         self.latest = {name: judge(score, self._baseline[name], self.num_tests) for name, score in scores.items()}
-        self.decision = self._decide(step, telemetry, replay() if replay is not None else None)
-        for name, verdict in self.latest.items():
-            event = {"event": "guard", "step": step, "domain": name, "language": scores[name].language}
-            event |= {"bits_per_byte": scores[name].bits_per_byte, **asdict(verdict)}
-            telemetry.log({**event, "action": self.decision.actions[name]})
-            if self.decision.actions[name] != "none" and self._topology.rank == 0:
-                log.warning(
-                    "held-out domain %s is %.2f %% worse than the untouched model (95 %% interval %.2f to %.2f): %s.",
-                    *(name, verdict.delta_percent, verdict.ci_low, verdict.ci_high, self.decision.actions[name]),
-                )
-        return self.decision
+        return scores
 
     @property
     def num_tests(self) -> int:
@@ -157,11 +181,10 @@ class Guard:
         last, before = replay is None, self.state
         replay = replay or ReplayLimits(shares={}, room=0.0)
         evidence, settings = self.evidence(replay), self._config.guard
-        self.state, decision = decide(before, evidence, settings, replay_room=replay.room, last=last)
-        if step > 0:
-            telemetry.log(
-                decision_event(step, decision, evidence, settings, before, self.state, replay.room, last=last)
-            )
+        after, decision = decide(before, evidence, settings, replay_room=replay.room, last=last)
+        if step > 0:  # the untouched model has changed nothing
+            self.state = after
+            telemetry.log(decision_event(step, decision, evidence, settings, before, after, replay.room, last=last))
         return decision
 
     def table(self) -> str:

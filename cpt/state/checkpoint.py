@@ -75,8 +75,12 @@ def tensor_records(engine: Any, topology: Topology) -> dict[str, TensorRecord]:
     return records
 
 
-def load_checkpoint(run_dir: Path, engine: Any, topology: Topology, resume: str) -> LoadedState | None:
+def load_checkpoint(
+    run_dir: Path, engine: Any, topology: Topology, resume: str, *, set_aside: bool = True
+) -> LoadedState | None:
     """Restore weights and optimizer state of a run; all ranks call it together.
+
+    Newer checkpoints are set aside, since the run will come to their steps again, unless `set_aside` is false.
 
     Returns:
         What else the checkpoint holds; None if the run has no checkpoint folder yet.
@@ -98,7 +102,8 @@ def load_checkpoint(run_dir: Path, engine: Any, topology: Topology, resume: str)
     deepspeed_internals.set_optimizer_step(engine, step)
     deepspeed_internals.publish_master_weights(engine)
     engine.global_steps = step
-    on_first_rank(group, lambda: _set_newer_aside(run_dir, step, resume))
+    if set_aside:
+        on_first_rank(group, lambda: _set_newer_aside(run_dir, step, resume))
     return LoadedState(step=step, state=manifest.state, folder=folder, rejected=rejected)
 
 

@@ -254,14 +254,20 @@ def test_finished_run_started_again_does_nothing(workplace: Path, whole: Path) -
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-def test_sampling_on_all_ranks_prints_what_training_printed_at_that_step(workplace: Path, whole: Path) -> None:
+def test_sampling_and_measuring_on_all_ranks_gives_what_training_gave_at_that_step(workplace: Path, whole: Path) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
-    prompt = "Once upon a time"
-    codes, output = finish(workplace, "whole", "--sample", prompt, "--set", "telemetry.sample_tokens=3")
+    prompt, only = "Once upon a time", ("--measure", "--set", "telemetry.sample_tokens=3")
+    codes, output = finish(workplace, "whole", "--sample", prompt, *only)
     samples = [event for event in read_events(whole / "metrics.jsonl") if event["event"] == "sample"]
     (expected,) = [event["text"] for event in samples if event["step"] == STEPS and event["prompt"] == prompt]
     assert codes == [0, 0] and f"{prompt}|{expected}\n" in output, output
     assert (whole / "metrics.jsonl").read_bytes() == before
+    measured = json.loads((whole / "guard" / f"measured-{STEPS:08d}.json").read_text())["domains"]
+    logged = [e for e in read_events(whole / "metrics.jsonl") if e["event"] == "guard" and e["step"] == STEPS]
+    assert {name: plain["bits_per_byte"] for name, plain in measured.items()} == {
+        event["domain"]: event["bits_per_byte"] for event in logged
+    }
+    assert main(["guard", "replay", "--run_dir", str(whole)]) == 0
 
 
 def test_stop_before_the_first_step_leaves_with_75_and_nothing_to_save(workplace: Path, whole: Path) -> None:

@@ -116,7 +116,14 @@ def test_script_is_sound_bash(path: Path) -> None:
 
 def test_there_is_a_template_for_every_scheduler() -> None:
     names = {path.relative_to(ROOT / "slurm").as_posix() for path in SCRIPTS}
-    assert {"train.sbatch", "export.sbatch", "prepare_data.sbatch", "pbs/train.pbs", "age/train.sh"} <= names
+    assert {
+        "guard.sbatch",
+        "train.sbatch",
+        "export.sbatch",
+        "prepare_data.sbatch",
+        "pbs/train.pbs",
+        "age/train.sh",
+    } <= names
 
 
 @pytest.mark.parametrize(
@@ -221,6 +228,16 @@ def test_apptainer_and_pyxis_get_repository_binds_and_image(bench: Bench) -> Non
     assert code == 0, output
     mounts = f"{ROOT}:{ROOT},/data:/data,/scratch:/scratch"
     assert f"--container-image=cpt.sif --container-mounts={mounts} --container-workdir={ROOT}" in bench.calls("srun")[1]
+
+
+def test_guard_job_measures_one_step_and_asks_nothing_of_the_run(bench: Bench) -> None:
+    assert bench.run("guard.sbatch", "4")[0] == 78  # there is no run yet
+    bench.run_dir.mkdir(parents=True, exist_ok=True)
+    code, output = bench.run("guard.sbatch", "4", DEEPSPEED_EXIT="0")
+    (call,) = bench.calls("deepspeed")
+    assert code == 0 and call.endswith("--measure --resume 4"), output
+    assert not bench.calls("scontrol requeue") and not (bench.run_dir / "STOP").exists()
+    assert bench.run("guard.sbatch", "newest")[0] == 78
 
 
 def test_export_and_data_jobs_run_in_the_same_environment(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cpt.state.stored import list_steps
+from cpt.telemetry.metrics import read_events
 from tests.support.service import STEPS
 from tests.support.slurm_cluster import Cluster, submit_training, tensor_hashes
 
@@ -36,8 +38,11 @@ def processes(run_dir: Path, module: str = "") -> dict[int, str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, slurm_workplace: Path) -> int:
-    """A job on one node with two GPUs; the two jobs that nothing waits for share its time."""
-    return submit_training(cluster, slurm_workplace, "undisturbed", "--gpus-per-node=2")
+    """A job on one node with two GPUs and the guard on; the two jobs that nothing waits for share its time."""
+    guarded = slurm_workplace / "guarded.yaml"
+    guarded.write_text((slurm_workplace / "run.yaml").read_text().replace("enabled: false", "enabled: true"))
+    settings = {"CPT_CONFIG": str(guarded)}
+    return submit_training(cluster, slurm_workplace, "undisturbed", "--gpus-per-node=2", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +127,7 @@ def test_bad_configuration_is_not_queued_again(cluster, slurm_workplace) -> None
     assert "zero_optimisation is not a known key" in output
 
 
-def test_data_array_and_export_jobs_do_what_one_process_does(cluster, slurm_workplace, undisturbed) -> None:
+def test_data_array_export_and_guard_jobs_do_what_one_process_does(cluster, slurm_workplace, undisturbed) -> None:
     small = ("--cpus-per-task=1", "--mem=0")
     variables = {"CPT_ENV": f"{slurm_workplace}/env.sh", "CPT_RUN_DIR": f"{slurm_workplace}/undisturbed"}
     cluster.wait(undisturbed)
@@ -131,9 +136,17 @@ def test_data_array_and_export_jobs_do_what_one_process_does(cluster, slurm_work
     last = cluster.submit(f"--dependency=afterok:{array}", *small, *build, **variables)
     out = slurm_workplace / "exported"
     export = cluster.submit(*small, "slurm/export.sbatch", str(out), "--format", "fp32", **variables)
-    for job in (export, last):
+    measuring = {**variables, "CPT_CONFIG": f"{slurm_workplace}/guarded.yaml"}
+    guard = cluster.submit("--gpus-per-node=1", "slurm/guard.sbatch", str(STEPS), **measuring)
+    for job in (export, last, guard):
         fields = cluster.wait(job)
         assert (fields["JobState"], fields["ExitCode"]) == ("COMPLETED", "0:0"), cluster.output(job)
     built = slurm_workplace / "built" / "manifest.json"
     assert (slurm_workplace / "by-array" / "manifest.json").read_bytes() == built.read_bytes()
+    assert "weights after step 6" in cluster.output(guard)
+    run_dir = slurm_workplace / "undisturbed"
+    measured = json.loads((run_dir / "guard" / f"measured-{STEPS:08d}.json").read_text())["domains"]
+    logged = {e["domain"]: e for e in read_events(run_dir / "metrics.jsonl") if e["event"] == "guard"}
+    for name, found in measured.items():  # on one rank, what training measured on two, in bf16
+        assert found["bits_per_byte"] == pytest.approx(logged[name]["bits_per_byte"], rel=1e-3)
     assert {"config.json", "tokenizer.json"} <= {path.name for path in out.iterdir()} and [*out.glob("*.safetensors")]

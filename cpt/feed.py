@@ -1,0 +1,77 @@
+"""The data of a run: the mix is compared with the run, built if it is missing and small, opened, and planned."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from cpt.config import RunConfig
+from cpt.errors import ConfigError, DataError
+from cpt.parallel.agreement import on_first_rank, together
+from cpt.parallel.topology import Topology
+from cpt.progress import Progress, batch_of_step
+from data_pipeline.build import build, default_build_dir, input_bytes
+from data_pipeline.dataset import BuiltData
+from data_pipeline.ledger import Ledger
+from data_pipeline.plan import make_plan
+from data_pipeline.schema import MixConfig, load_mix
+
+log = logging.getLogger("cpt.feed")
+
+
+def check_mix(config: RunConfig) -> MixConfig:
+    """Read the data-mix YAML and compare it with the run.
+
+    Raises:
+        ConfigError: it cannot be right, or packs rows of another length.
+    """
+    mix = load_mix(config.data.mix)
+    if mix.seq_len != config.train.seq_len:
+        raise ConfigError(
+            f"train.seq_len is {config.train.seq_len}, but rows of {config.data.mix} have seq_len {mix.seq_len}. "
+            "Make them equal: rows are packed when the data is built."
+        )
+    return mix
+
+
+def open_data(config: RunConfig, mix: MixConfig, topology: Topology) -> BuiltData:
+    """Open the built shards of a mix, building them first if they are missing and small.
+
+    Raises:
+        ConfigError: there is too much input to build on the spot.
+        DataError: the input or the build is not usable.
+    """
+    directory = config.data.build_dir
+
+    def build_if_missing() -> str:
+        where = directory or default_build_dir(mix, Path("data"))
+        if not where.exists():
+            size, limit = input_bytes(mix), config.data.auto_build_limit_bytes
+            if size > limit:
+                raise ConfigError(
+                    f"{config.data.mix} is not built and has {size / 1e6:.0f} MB of input, more than "
+                    f"data.auto_build_limit_bytes ({limit / 1e6:.0f} MB). Build it first: "
+                    f"python -m data_pipeline build {config.data.mix} --out {where}"
+                )
+            log.info("building token shards in %s", where)
+            build(mix, where, progress=True)
+        return str(where)
+
+    built = on_first_rank(topology.control_group, build_if_missing)
+    return together(topology.control_group, lambda: BuiltData.open(Path(built), mix=mix))
+
+
+def check_plan(config: RunConfig, data: BuiltData, mix: MixConfig, ledger: Ledger, progress: Progress) -> None:
+    """Refuse a run that its data cannot feed, now and not at the step where it runs dry.
+
+    Raises:
+        DataError: a source would be read more often than its max_epochs allows, or a floor is not met.
+    """
+    if config.train.total_steps == 0:
+        return
+    batches = batch_of_step(config.train.total_steps - 1, progress.skip_ranges) + 1
+    plan = make_plan(data, mix, batches, config.train.global_batch_size, ledger)
+    for warning in plan.warnings:
+        log.warning("data plan: %s", warning)
+    if plan.problems:
+        raise DataError("\n".join(["the data cannot feed this run:", *plan.problems]))
