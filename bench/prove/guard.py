@@ -88,11 +88,13 @@ def main() -> None:
     report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", "runs": runs,
               "pretrain_steps": options.pretrain_steps, "steps": options.steps,
               "tokens_per_step": SEQ_LEN * GLOBAL_BATCH_SIZE, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    size = f"{options.steps} steps of {report['tokens_per_step']} slots"
+    source = f"{report['machine']}, {report['date']}; one point a run, {size}"
     print(drawing.table(runs))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.svg:
-        options.svg.write_text(drawing.draw(runs, TOLERANCE_PERCENT), encoding="utf-8")
+        options.svg.write_text(drawing.draw(runs, TOLERANCE_PERCENT, source), encoding="utf-8")
 
 
 def prepare(work_dir: Path) -> None:
