@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_status(commands)
     _add_checkpoints(commands)
     _add_guard(commands)
+    _add_plan(commands)
     doctor = commands.add_parser("doctor", help="versions, devices, and which attention backends run here, or why not")
     doctor.set_defaults(run=_doctor)
     options = parser.parse_args(arguments)
@@ -129,6 +130,34 @@ def _guard_replay(options: argparse.Namespace) -> None:
     from cpt.guard.again import check, replay
 
     print(check(replay(options.run_dir)))
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("plan", help="memory, traffic, time and the best layout, before there is a machine")
+    parser.add_argument("--config", type=Path, required=True, help="run YAML")
+    parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed JSON")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value")
+    parser.add_argument("--gpus", type=int, nargs="+", required=True, metavar="N", help="ranks, 8 per node")
+    parser.add_argument("--gpu", choices=("h100", "h200", "b200"), default="h100")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        choices=("tiny", "gpt-oss-20b", "gpt-oss-120b"),
+        help="architecture in place of the run YAML's model, whose weights then need not be there",
+    )
+    parser.add_argument("--seq_len", type=int, nargs="+", metavar="TOKENS", help="default: the run YAML's")
+    parser.add_argument("--batch_tokens", type=int, help="tokens of an optimizer step; default: as in the run YAML")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak reached while computing")
+    parser.add_argument("--imbalance", type=float, default=1.0, help="rows of the busiest expert rank over the mean")
+    parser.add_argument("--overlap", type=float, default=0.5, help="share of ZeRO's traffic that compute hides")
+    parser.add_argument("--plot", type=Path, help="of several points: SVG of speed and cost against GPUs")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from cpt.planning.command import plan
+
+    plan(options)
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

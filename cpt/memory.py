@@ -7,6 +7,7 @@ allocator fragmentation and library workspaces are not included.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import GptOssConfig
@@ -16,11 +17,39 @@ from cpt.model.freezing import frozen_names, parameter_numels
 from cpt.model.hf_layout import is_expert_name
 from cpt.model.loss_head import TILE_BYTES
 
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterCounts:
+    """Parameters of the whole model."""
+
+    dense: int
+    """That every rank needs."""
+    experts: int
+    """With an expert axis."""
+    trained_dense: int
+    """Of `dense`, those that are not frozen."""
+    trained_experts: int
+    """Of `experts`, those that are not frozen."""
+
+
+def count_parameters(model: GptOssConfig, freeze: tuple[str, ...]) -> ParameterCounts:
+    """Count what `train.freeze` leaves; builds the model on the meta device, so do it once."""
+    dense, experts = parameter_counts(model)
+    trained_dense, trained_experts = parameter_counts(model, freeze)
+    return ParameterCounts(dense=dense, experts=experts, trained_dense=trained_dense, trained_experts=trained_experts)
+
 
 def memory_by_part(config: RunConfig, model: GptOssConfig) -> dict[str, int]:
     """Bytes on the device of one rank, by part; offloaded parts are left out."""
-    dense, experts = parameter_counts(model)
-    trained_dense, trained_experts = parameter_counts(model, config.train.freeze)
+    return device_memory(config, model, count_parameters(model, config.train.freeze))
+
+
+def device_memory(config: RunConfig, model: GptOssConfig, counts: ParameterCounts) -> dict[str, int]:
+    """What `memory_by_part` returns, for parameters that were counted before."""
+    dense, experts = counts.dense, counts.experts
+    trained_dense, trained_experts = counts.trained_dense, counts.trained_experts
     itemsize = 2 if config.train.dtype == "bf16" else 4
     world, stage = config.world_size, config.zero_stage
     per_rank = (dense + experts) // world
@@ -47,6 +76,20 @@ def memory_by_part(config: RunConfig, model: GptOssConfig) -> dict[str, int]:
     return parts
 
 
+def host_memory(config: RunConfig, model: GptOssConfig, counts: ParameterCounts) -> dict[str, int]:
+    """Bytes that offloading takes of the host, for one rank; state on NVMe is left out."""
+    itemsize = 2 if config.train.dtype == "bf16" else 4
+    trained = (counts.trained_dense + counts.trained_experts) // config.world_size
+    zero, parts = config.engine_json["zero_optimization"], {}
+    if zero.get("offload_optimizer", {}).get("device") == "cpu":
+        parts["optimizer"], parts["gradients"] = 12 * trained, 4 * trained
+    if zero.get("offload_param", {}).get("device") == "cpu":
+        parts["weights"] = itemsize * ((counts.dense + counts.experts) // config.world_size)
+    if config.model.offload_checkpoints:
+        parts["layer inputs"] = model.num_hidden_layers * _layer_input(model, config, itemsize)
+    return parts
+
+
 def parameter_counts(model: GptOssConfig, left_out: tuple[str, ...] = ()) -> tuple[int, int]:
     """(dense, expert) parameters of the whole model, without those that the patterns `left_out` match."""
     numels = parameter_numels(model)
@@ -57,28 +100,35 @@ def parameter_counts(model: GptOssConfig, left_out: tuple[str, ...] = ()) -> tup
 
 
 def _gathered(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:
-    """The larger of: two layers that ZeRO-3 has gathered, or one vocabulary table with its gradient."""
+    """The larger of: two layers that ZeRO-3 has gathered and gradients of one, or a vocabulary table with its own."""
     hidden, heads = model.hidden_size, model.num_attention_heads + 2 * model.num_key_value_heads
     attention = hidden * model.head_dim * (heads + model.num_attention_heads)
     experts = model.num_local_experts // config.ep_size * 3 * hidden * model.intermediate_size
-    return itemsize * max(2 * (attention + experts), 2 * model.vocab_size * hidden)
+    return itemsize * max(3 * (attention + experts), 2 * model.vocab_size * hidden)
 
 
 def _activations(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:
     """Layer inputs of all layers, and what one layer (all layers without checkpointing) keeps for its backward."""
     tokens = config.micro_batch_size * config.train.seq_len // config.sp_size
     hidden, layers = model.hidden_size, model.num_hidden_layers
+    if config.model.offload_checkpoints:
+        layers = 2  # the one being computed, and the one whose copy is on its way
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     attention = 4 * hidden + 2 * heads * model.head_dim  # norms, projections, rotated copies, output
     expert_row = 2 * hidden + 4 * model.intermediate_size  # input, gate and up, activated, output
     moe = 4 * hidden + model.num_experts_per_tok * expert_row
     kept_layers = 1 if config.model.activation_checkpointing else layers
-    return itemsize * tokens * (layers * hidden + kept_layers * (attention + moe))
+    return layers * _layer_input(model, config, itemsize) + itemsize * tokens * kept_layers * (attention + moe)
+
+
+def _layer_input(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:
+    """The hidden states of this rank's tokens, once."""
+    return itemsize * (config.micro_batch_size * config.train.seq_len // config.sp_size) * model.hidden_size
 
 
 def memory_table(parts: dict[str, Any]) -> str:
     """The parts and their sum, for people."""
     width = max(map(len, parts))
-    lines = [f"  {name:<{width}}  {size / 2**30:9.2f} GiB" for name, size in parts.items() if size]
-    total = f"  {'sum':<{width}}  {sum(parts.values()) / 2**30:9.2f} GiB"
+    lines = [f"  {name:<{width}}  {size / GIB:9.2f} GiB" for name, size in parts.items() if size]
+    total = f"  {'sum':<{width}}  {sum(parts.values()) / GIB:9.2f} GiB"
     return "\n".join(["memory of one rank (estimate, see cpt/memory.py)", *lines, total])

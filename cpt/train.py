@@ -19,6 +19,7 @@ from cpt.state.leaving import leave_if_asked
 from cpt.state.stop import StopRequest
 from cpt.steering import go_on_after_pause, note_green, replay_limits, steer
 from cpt.telemetry.goodput import start_event
+from cpt.training.collection import collecting
 from cpt.training.engine import StepResult, Votes
 from cpt.training.schedule import learning_rate
 from data_pipeline.mixture import GlobalBatch
@@ -45,7 +46,8 @@ def train(job: Job) -> None:
     if progress.step == 0 < last_step:
         measure(job, job.stop)
     leave_if_asked(job.stop, job.topology.control_group, "before the first step")
-    with tqdm(total=last_step, initial=progress.step, unit="step", disable=job.topology.rank != 0) as bar:
+    bar = tqdm(total=last_step, initial=progress.step, unit="step", disable=job.topology.rank != 0)
+    with collecting(settings.gc_interval_steps) as collect, bar:
         while progress.step < last_step:
             started = time.perf_counter()
             batch = job.mixture.global_batch(progress.next_batch, settings.global_batch_size)
@@ -64,6 +66,7 @@ def train(job: Job) -> None:
             job.telemetry.log(event)
             log_waits(job, event["seconds"])
             after_step(job, batch, result)
+            collect(progress.step)
             bar.set_postfix_str(f"loss {result.loss:.3f}, {event['tokens_per_second']:.0f} tokens/s")
             bar.update(progress.step - bar.n)
             publish(job, settled_ranks=result.votes.save_settled)

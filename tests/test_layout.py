@@ -27,6 +27,7 @@ FLOORS = (
     "cpt.guard",
     "cpt.release",
     "cpt.memory",
+    "cpt.planning",
     "cpt.doctor",
     "cpt.progress",
     "cpt.feed",

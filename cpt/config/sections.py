@@ -27,10 +27,14 @@ class ModelSection:
     the Hugging Face Hub, before the first step; files of which neither knows are read as they are."""
     activation_checkpointing: bool = False
     """Compute each layer again in the backward pass instead of storing its activations."""
+    offload_checkpoints: bool = False
+    """Keep the layer inputs that activation checkpointing stores in host memory until their backward."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if (self.path is None) == (self.init is None):
             yield "path", "and init: give exactly one of them (a directory of weights, or a preset to initialise)."
+        if self.offload_checkpoints and not self.activation_checkpointing:
+            yield "offload_checkpoints", "needs model.activation_checkpointing: true; without it there are none."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +94,8 @@ class TrainSection:
     freeze: tuple[str, ...] = ()
     """Parameters left as they are: name patterns (`model.layers.0.*`) or the words router, experts, attention, sinks,
     norms, embeddings, lm_head."""
+    gc_interval_steps: int = 0
+    """Steps between garbage collections, on all ranks at once and at no other time; 0 leaves it to Python."""
     threads: int | None = None
     """CPU threads per process; default: cores / processes on this node."""
 
@@ -101,6 +107,7 @@ class TrainSection:
             "warmup_steps": 0,
             "decay_steps": 0,
             "max_rollbacks": 0,
+            "gc_interval_steps": 0,
             "seed": 0,
         }
         for name, least in at_least.items():

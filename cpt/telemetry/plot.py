@@ -97,6 +97,8 @@ class Scale:
     low: float
     high: float
     log: bool = False
+    given_ticks: tuple[float, ...] = ()
+    """Ticks to take in place of round values."""
 
     def __call__(self, value: Array) -> Array:
         if self.log:
@@ -105,7 +107,9 @@ class Scale:
         return (value - low) / (high - low)
 
     def ticks(self, count: int) -> list[float]:
-        """About `count` round values inside the range: steps of 1, 2 or 5 times a power of ten."""
+        """About `count` round values inside the range: steps of 1, 2 or 5 times a power of ten; or those given."""
+        if self.given_ticks:
+            return list(self.given_ticks)
         if self.log:
             exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             digits = (1.0,) if len(exponents) > 3 else (1.0, 2.0, 5.0)

@@ -32,6 +32,7 @@ from cpt.model.gpt_oss import GptOssForCPT
 from cpt.parallel.topology import Topology
 from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
+from cpt.training.checkpointing import enable_checkpointing
 from cpt.training.loader import MicroBatch
 
 LARGEST_GRAD_NORM = 1e18
@@ -122,7 +123,7 @@ class TrainingEngine:
         self, model: GptOssForCPT, config: RunConfig, topology: Topology, kernel: Attention, exchange: Ulysses | None
     ) -> None:
         if config.model.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model, offload=config.model.offload_checkpoints)
         model.train()
         _check_expert_marks(model)
         self.topology = topology

@@ -34,6 +34,7 @@ class Scenario:
     dtype: str = "fp32"
     micro_batch_size: int = 1
     checkpointing: bool = False
+    offload_checkpoints: bool = False
     exchange: str = "auto"
     steps: int = STEPS
     resume_from: str = ""
@@ -48,6 +49,7 @@ class Scenario:
     @property
     def name(self) -> str:
         options = f"{self.dtype}-micro{self.micro_batch_size}{'-ckpt' if self.checkpointing else ''}"
+        options += "-host" if self.offload_checkpoints else ""
         options += "-omits" if self.omit else ""
         options += f"-from-{self.resume_from}" if self.resume_from else ""
         options += f"-{self.exchange}" if self.exchange != "auto" else ""

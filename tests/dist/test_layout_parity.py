@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from cpt.model.freezing import freeze
+from cpt.planning.traffic import exchanges
 from cpt.state.flat_planner import FlatRange
 from cpt.state.manifest import read_manifest, verify_files
 from cpt.state.stored import PARTS, read_ranges, step_folder
@@ -26,10 +27,12 @@ from tests.dist.cases import (
     STEPS,
     WINDOW,
     Scenario,
+    model_config,
     parameter_file,
     reference_model,
     rows_of_step,
 )
+from tests.dist.worker import config_of
 from tests.support.launcher import ROOT, launch
 
 pytestmark = pytest.mark.dist
@@ -53,6 +56,7 @@ VARIANTS = [
     Scenario(world_size=1, sp=1, ep=1, stage=3, micro_batch_size=8),
     Scenario(world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2, checkpointing=True),
     Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=4, checkpointing=True),
+    Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=4, checkpointing=True, offload_checkpoints=True),
 ]
 FIRST_STEP = [Scenario(world_size=w, sp=s, ep=e, stage=z, micro_batch_size=2, steps=1) for w, s, e, z in LAYOUTS]
 BF16 = [Scenario(world_size=w, sp=s, ep=e, stage=z, dtype="bf16", steps=3) for w, s, e, z in LAYOUTS]
@@ -237,3 +241,23 @@ def test_bytes_are_counted_for_the_exchanges_that_happen(results) -> None:
     assert sent(2, 1, 2, "ulysses") == {"ulysses": 4 * layer_bytes, "halo": 0, "experts": 0}
     assert sent(2, 1, 2) == {"ulysses": 2 * layer_bytes, "halo": 2 * halo_bytes, "experts": 0}
     assert sent(1, 2, 2)["ulysses"] == 0 and sent(1, 2, 2)["experts"] > 0
+
+
+@named([*FULL, *VARIANTS])
+def test_planned_bytes_are_those_that_the_run_counted(scenario, results, folder) -> None:
+    """Attention's exchanges to the byte; how many rows leave for other experts is up to the router."""
+    planned = exchanges(config_of(scenario, folder), model_config(), ranks_per_node=8)
+    for step in results[scenario.name + str(scenario.steps)]:
+        counted = step["bytes_sent"]
+        assert {kind: planned[kind].total * scenario.world_size for kind in ("ulysses", "halo")} == {
+            kind: counted[kind] for kind in ("ulysses", "halo")
+        }
+        assert planned["experts"].total * scenario.world_size == pytest.approx(counted["experts"], rel=0.05)
+
+
+def test_layer_inputs_kept_on_the_host_change_no_bit(results, folder) -> None:
+    on_device, on_host = VARIANTS[-2:]
+    assert results[on_device.name + str(on_device.steps)] == results[on_host.name + str(on_host.steps)]
+    for part in PARTS:
+        expected, got = (stored(folder, scenario, part) for scenario in (on_device, on_host))
+        assert [name for name in expected if not torch.equal(expected[name], got[name])] == []

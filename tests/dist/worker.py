@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cpt import deepspeed_internals
-from cpt.config import CheckpointSection, LaunchInfo, RunYaml, resolve
+from cpt.config import CheckpointSection, LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.job import build_engine, fill_weights, weight_source
 from cpt.parallel.topology import create_topology
 from cpt.state.checkpoint import load_checkpoint
@@ -27,6 +27,7 @@ STATE = {"model_config": model_config().to_dict()}
 def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
     text = f"""
 model: {{path: {model_dir}, activation_checkpointing: {str(scenario.checkpointing).lower()},
+  offload_checkpoints: {str(scenario.offload_checkpoints).lower()},
   window_exchange: {scenario.exchange}}}
 data: {{mix: unused.yaml}}
 train: {{seq_len: {SEQ_LEN}, global_batch_size: {ROWS}, micro_batch_size: {scenario.micro_batch_size}, total_steps: 100,
@@ -37,7 +38,7 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {ROWS}, micro_batch_size: {scena
     return read_file(RunYaml, parse_yaml(text, "scenario"))
 
 
-def run(scenario: Scenario, folder: Path) -> None:
+def config_of(scenario: Scenario, folder: Path) -> RunConfig:
     json_text = json.dumps(
         {
             "zero_optimization": {"stage": scenario.stage, "stage3_param_persistence_threshold": 100},
@@ -46,9 +47,13 @@ def run(scenario: Scenario, folder: Path) -> None:
         }
     )
     launch_info = LaunchInfo(world_size=scenario.world_size, local_world_size=scenario.world_size)
-    config = resolve(
+    return resolve(
         run_yaml(scenario, folder / "model"), parse_yaml(json_text, "scenario.json"), model_config(), launch_info
     )
+
+
+def run(scenario: Scenario, folder: Path) -> None:
+    config = config_of(scenario, folder)
     topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu"))
     engine = build_engine(config, model_config(), topology)
     if not scenario.resume_from:

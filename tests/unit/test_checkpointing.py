@@ -1,0 +1,73 @@
+"""Activation checkpointing keeps layer inputs where it is told, and collection happens when it is told."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from transformers import GptOssForCausalLM
+
+from cpt.training import checkpointing
+from cpt.training.checkpointing import HostCopies, enable_checkpointing
+from cpt.training.collection import collecting
+from tests.dist.cases import model_config
+
+
+class Recorded(HostCopies):
+    """Counts what goes out and what comes back."""
+
+    sent: ClassVar[list[tuple[int, ...]]] = []
+    returned: ClassVar[list[tuple[int, ...]]] = []
+
+    def out(self, tensor: torch.Tensor) -> Any:
+        self.sent.append(tuple(tensor.shape))
+        packed = super().out(tensor)
+        assert packed[0].data_ptr() != tensor.data_ptr()
+        return packed
+
+    def back(self, packed: Any) -> torch.Tensor:
+        tensor = super().back(packed)
+        self.returned.append(tuple(tensor.shape))
+        return tensor
+
+
+def loss_and_gradients(offload: bool | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(model_config())
+    model.train()
+    if offload is not None:
+        enable_checkpointing(model, offload=offload)
+    ids = torch.randint(0, 500, (2, 24))
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_inputs_of_all_layers_and_nothing_else_go_to_the_host_and_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against storing everything the order of sums is the same too, so equality is bitwise."""
+    monkeypatch.setattr(checkpointing, "HostCopies", Recorded)
+    plain, on_device, on_host = (loss_and_gradients(offload) for offload in (None, False, True))
+    assert Recorded.sent == Recorded.returned == [(2, 24, 64)] * 4
+    for loss, gradients in (on_device, on_host):
+        assert torch.equal(loss, plain[0]) and len(gradients) == len(plain[1])
+        assert all(torch.equal(got, expected) for got, expected in zip(gradients, plain[1], strict=True))
+
+
+def test_collection_happens_at_its_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(gc, "collect", lambda *_: calls.append(0) or 0)
+    with collecting(3) as after_step:
+        assert not gc.isenabled() and len(calls) == 1
+        for step in range(1, 8):
+            after_step(step)
+    assert gc.isenabled() and len(calls) == 1 + 2
+
+
+def test_interval_of_zero_leaves_collection_to_python() -> None:
+    with collecting(0) as after_step:
+        after_step(1)
+        assert gc.isenabled()

@@ -1,0 +1,211 @@
+"""`cpt plan` computes what is known from elsewhere, and the layout it names is one that starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GptOssConfig
+
+from cpt.cli import main
+from cpt.config import RunYaml, load
+from cpt.memory import ParameterCounts, count_parameters
+from cpt.model.weights import load_config
+from cpt.planning.estimate import Estimate, estimate
+from cpt.planning.flops import flops_per_token
+from cpt.planning.hardware import GPUS, Assumptions
+from cpt.planning.search import SIMPLER_UNTIL, Layout, as_config, layouts, search
+from cpt.planning.traffic import traffic
+from tests.support.launcher import ROOT
+
+FILES = ["--config", str(ROOT / "configs" / "gpt-oss-20b.yaml"), "--ds_config", str(ROOT / "ds_configs" / "z3_ep.json")]
+H100, ASSUMED = GPUS["h100"], Assumptions()
+
+
+@functools.cache
+def model(name: str = "gpt-oss-20b") -> tuple[GptOssConfig, ParameterCounts]:
+    config = load_config(None, name)
+    return config, count_parameters(config, ())
+
+
+@functools.cache
+def run_of(seq_len: int, rows: int) -> RunYaml:
+    run, _ = load(Path(FILES[1]), Path(FILES[3]), {})
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, seq_len=seq_len, global_batch_size=rows))
+
+
+def layout(**changes: Any) -> Layout:
+    plain = Layout(
+        sp_size=1,
+        ep_size=1,
+        stage=3,
+        micro_batch_size=1,
+        activation_checkpointing=True,
+        offload_checkpoints=False,
+        offloads=(),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def estimated(gpus: int = 16, name: str = "gpt-oss-20b", seq_len: int = 4096, **changes: Any) -> Estimate:
+    config, counts = model(name)
+    resolved = as_config(layout(**changes), run_of(seq_len, 512), config, gpus)
+    return estimate(resolved, config, counts, H100, ASSUMED)
+
+
+@pytest.mark.parametrize(
+    ("name", "seq_len", "gigaflops"),
+    [
+        ("gpt-oss-20b", 4096, 22.9),
+        ("gpt-oss-20b", 8192, 24.1),
+        ("gpt-oss-20b", 32768, 31.4),
+        ("gpt-oss-120b", 4096, 32.7),
+        ("gpt-oss-120b", 8192, 34.5),
+        ("gpt-oss-120b", 32768, 45.4),
+    ],
+)
+def test_operations_of_a_token_are_those_counted_by_hand(name: str, seq_len: int, gigaflops: float) -> None:
+    """Worked out from the model card's active parameters; rounded to 0.1 there."""
+    assert flops_per_token(model(name)[0], seq_len).total / 1e9 == pytest.approx(gigaflops, abs=0.051)
+
+
+def test_compute_alone_gives_the_tokens_that_the_peak_allows() -> None:
+    """40 % of 989 TFLOP/s over 22.9 GFLOPs is 17.3k tokens/s; recomputation leaves three quarters."""
+    tokens = 512 * 4096 / 16
+    assert tokens / estimated(activation_checkpointing=False).seconds["compute"] == pytest.approx(17_300, rel=0.005)
+    assert tokens / estimated().seconds["compute"] == pytest.approx(0.75 * 17_300, rel=0.005)
+
+
+def test_state_of_16_bytes_per_parameter_is_divided_by_the_ranks() -> None:
+    """2 for bf16 weights, 4 for fp32 gradients, 12 for master weights and moments."""
+    memory = estimated(gpus=8).memory
+    state = sum(memory[part] for part in ("weights", "gradients", "optimizer"))
+    assert state / 8 == pytest.approx(18 * 20.914757184e9 / 64, rel=1e-3)
+
+
+def test_nothing_leaves_a_node_of_eight() -> None:
+    for ep_size, sp_size in ((1, 1), (8, 8), (4, 2)):
+        assert all(wire.inter == 0 for wire in estimated(gpus=8, ep_size=ep_size, sp_size=sp_size).wire.values())
+
+
+def test_experts_of_one_node_are_gathered_between_nodes_and_never_inside() -> None:
+    """Expert parallel 8 on two nodes: the other copy of an expert's shard lies on the other node."""
+    config, counts = model()
+    only_experts = dataclasses.replace(counts, dense=0, trained_dense=0)
+    resolved = as_config(layout(ep_size=8), run_of(4096, 512), config, 16)
+    gather = traffic(resolved, config, only_experts, 8)["ZeRO gather"]
+    micro_steps = resolved.gradient_accumulation_steps
+    assert gather.intra == 0 and gather.inter == 2 * micro_steps * 2 * counts.experts / 8 / 2
+
+
+def test_without_expert_parallelism_one_hop_in_eight_leaves_the_node() -> None:
+    gather = estimated(gpus=32).wire["ZeRO gather"]
+    assert gather.intra == pytest.approx(7 * gather.inter)
+    assert gather.total == pytest.approx(2 * (512 / 32) * 2 * 20.914757184e9 * 31 / 32)
+
+
+def test_exchanges_over_two_nodes_are_split_by_where_the_peers_are() -> None:
+    """Of 15 peers 7 are in the node; of 15 neighbours in a row one is in the next node."""
+    wire = estimated(gpus=16, sp_size=16, ep_size=16, seq_len=32768).wire
+    assert wire["ulysses"].intra / wire["ulysses"].total == pytest.approx(7 / 15)
+    assert wire["experts"].intra / wire["experts"].total == pytest.approx(7 / 15)
+    assert wire["halo"].inter / wire["halo"].total == pytest.approx(1 / 15)
+
+
+def test_imbalance_slows_experts_only() -> None:
+    config, counts = model()
+    resolved = as_config(layout(ep_size=8), run_of(4096, 512), config, 16)
+    even, skewed = (
+        estimate(resolved, config, counts, H100, dataclasses.replace(ASSUMED, imbalance=factor))
+        for factor in (1.0, 2.0)
+    )
+    share = even.flops.experts / even.flops.total
+    assert skewed.seconds["compute"] / even.seconds["compute"] == pytest.approx(1 + share)
+    assert skewed.exchange_seconds == pytest.approx(2 * even.exchange_seconds)
+
+
+def test_offloading_moves_memory_from_device_to_host() -> None:
+    plain = estimated(gpus=16)
+    moved = estimated(gpus=16, offloads=("offload_optimizer", "offload_param"), offload_checkpoints=True)
+    for part in ("weights", "gradients", "optimizer"):
+        assert moved.memory[part] == 0 and moved.host[part] == plain.memory[part]
+    inputs = 24 * 4096 * 2880 * 2
+    assert moved.host["layer inputs"] == inputs
+    assert plain.memory["activations"] - moved.memory["activations"] == inputs * 22 // 24
+    assert moved.seconds["PCIe"] > 0 == plain.seconds["PCIe"] and moved.seconds["update"] > plain.seconds["update"]
+
+
+@pytest.mark.parametrize(("name", "gpus", "seq_len"), [("gpt-oss-20b", 16, 131072), ("gpt-oss-120b", 64, 4096)])
+def test_layout_found_starts_and_no_layout_that_fits_is_clearly_faster(name: str, gpus: int, seq_len: int) -> None:
+    config, counts = model(name)
+    run = run_of(seq_len, 64 if seq_len > 4096 else 512)
+    found = search(run, config, counts, gpus, H100, ASSUMED)
+    assert found is not None and found[1].fits
+    rates = []
+    for other in [candidate for candidate in layouts(run, config, gpus) if candidate.micro_batch_size == 1]:
+        one = estimate(as_config(other, run, config, gpus), config, counts, H100, ASSUMED)
+        rates.append(one.tokens_per_gpu_second if one.fits else 0.0)
+    assert max(rates) <= SIMPLER_UNTIL * found[1].tokens_per_gpu_second
+
+
+def test_120b_needs_the_host_on_16_gpus_of_80_gb_and_nothing_but_gpus_on_64() -> None:
+    """State of 18 bytes per parameter is 2.1 TB: too much for 8, 131 GB each on 16, 33 GB each on 64."""
+    config, counts = model("gpt-oss-120b")
+    found = {gpus: search(run_of(4096, 512), config, counts, gpus, H100, ASSUMED) for gpus in (8, 16, 64)}
+    assert found[8] is None and found[16] is not None and found[64] is not None
+    assert "offload_optimizer" in found[16][0].offloads and found[64][0].offloads == ()
+
+
+# the command
+
+
+def plan(*arguments: str) -> int:
+    return main(["plan", *FILES, *arguments])
+
+
+def test_one_point_shows_the_files_beside_the_best_layout(capsys: Any) -> None:
+    assert plan("--gpus", "8", "--model", "gpt-oss-20b", "--seq_len", "4096") == 0
+    printed = capsys.readouterr().out
+    assert "as configured" in printed and "best found" in printed and '"autoep_size": 8' in printed
+    for row in ("optimizer", "ZeRO gather", "experts", "GFLOPs per token", "bottleneck", "tokens/s/GPU", "NVLink"):
+        assert f"  {row}" in printed, row
+    assert "computing reaches 40% of it (assumed" in printed and "routing: balanced" in printed
+
+
+def test_many_points_are_a_table_and_a_plot(tmp_path: Path, capsys: Any) -> None:
+    svg = tmp_path / "cost.svg"
+    sizes = ["--seq_len", "4096", "32768", "--batch_tokens", str(2**22), "--plot", str(svg)]
+    assert plan("--gpus", "8", "64", "--gpu", "h200", "--model", "gpt-oss-20b", "gpt-oss-120b", *sizes) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  gpt-oss")]
+    points = itertools.product(("gpt-oss-20b", "gpt-oss-120b"), ("4096", "32768"), ("8", "64"))
+    assert [line[:3] for line in lines] == [list(point) for point in points]
+    assert "Computed, not measured: H200" in svg.read_text() and svg.read_text().count(">20b, 32,768<") == 2
+
+
+def test_configuration_that_does_not_start_is_told_beside_the_best_layout(capsys: Any) -> None:
+    """64 rows cannot be divided among 128 data-parallel ranks; two ranks that share a row can take them."""
+    assert plan("--gpus", "128", "--model", "gpt-oss-20b") == 0
+    printed = capsys.readouterr().out
+    assert "as configured it does not start on 128 GPUs:" in printed and "global_batch_size=64 rows" in printed
+    assert "best found" in printed and '"sequence_parallel_size": 2' in printed
+
+
+def test_weights_that_are_not_here_need_the_name_of_their_architecture(capsys: Any) -> None:
+    assert plan("--gpus", "8") == 78
+    assert "--model gpt-oss-20b" in capsys.readouterr().err
+
+
+def test_options_that_make_no_sense_are_refused_together(capsys: Any) -> None:
+    wrong = ["--mfu", "1.5", "--overlap", "2", "--imbalance", "0.5"]
+    assert plan("--gpus", "0", "--model", "gpt-oss-20b", *wrong) == 78
+    told = capsys.readouterr().err
+    assert all(option in told for option in ("--gpus", "--mfu is 1.5", "--overlap is 2", "--imbalance is 0.5"))
+
+
+def test_rows_that_do_not_divide_a_step_are_refused(capsys: Any) -> None:
+    assert plan("--gpus", "8", "--model", "gpt-oss-20b", "--seq_len", "3000") == 78
+    assert "65536 tokens of a step are no multiple of rows of 3000" in capsys.readouterr().err
