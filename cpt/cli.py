@@ -134,10 +134,10 @@ def _guard_replay(options: argparse.Namespace) -> None:
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("plan", help="memory, traffic, time and the best layout, before there is a machine")
-    parser.add_argument("--config", type=Path, required=True, help="run YAML")
-    parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed JSON")
+    parser.add_argument("--config", type=Path, help="run YAML")
+    parser.add_argument("--ds_config", type=Path, help="DeepSpeed JSON")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value")
-    parser.add_argument("--gpus", type=int, nargs="+", required=True, metavar="N", help="ranks, 8 per node")
+    parser.add_argument("--gpus", type=int, nargs="+", metavar="N", help="ranks, 8 per node")
     parser.add_argument("--gpu", choices=("h100", "h200", "b200"), default="h100")
     parser.add_argument(
         "--model",
@@ -151,13 +151,37 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--imbalance", type=float, default=1.0, help="rows of the busiest expert rank over the mean")
     parser.add_argument("--overlap", type=float, default=0.5, help="share of ZeRO's traffic that compute hides")
     parser.add_argument("--plot", type=Path, help="of several points: SVG of speed and cost against GPUs")
+    mix = parser.add_argument_group("instead of hardware: the largest share of the main language, from probe runs")
+    mix.add_argument("--english_tolerance", type=float, metavar="PERCENT", help="largest rise of any other domain")
+    mix.add_argument(
+        "--probe", type=Path, action="append", default=[], metavar="RUN_DIR", help="a short run; 3 or more"
+    )
     parser.set_defaults(run=_plan)
 
 
 def _plan(options: argparse.Namespace) -> None:
+    if options.english_tolerance is not None or options.probe:
+        _plan_mix(options)
+        return
+    missing = [name for name in ("config", "ds_config", "gpus") if getattr(options, name) is None]
+    if missing:
+        raise ConfigError([f"--{name} is missing. cpt plan --help lists what a plan needs." for name in missing])
     from cpt.planning.command import plan
 
     plan(options)
+
+
+def _plan_mix(options: argparse.Namespace) -> None:
+    from cpt.guard.curve import describe, read_probe
+    from cpt.guard.curve_drawing import draw
+
+    if options.english_tolerance is None or not options.probe:
+        raise ConfigError("--english_tolerance and --probe go together: a tolerance, and three or more probe runs.")
+    probes = [read_probe(run_dir) for run_dir in options.probe]
+    print(describe(probes, options.english_tolerance))
+    if options.plot:
+        options.plot.write_text(draw(probes, options.english_tolerance), encoding="utf-8")
+        print(f"-> {options.plot}")
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
