@@ -52,6 +52,7 @@ ENGLISH = {"prose": "en", "reference": "en", "code": "code", "math": "math", "ch
 SHARES = {"naive": 0.0, **{f"replay {percent} %": percent / 100 for percent in (1, 5, 10, 25, 50)}, "guard": 0.01}
 """Replay of each arm at its start."""
 TOLERANCE_PERCENT = 1.0
+EXIT_REQUEUE = 75
 SEQ_LEN = 512
 GLOBAL_BATCH_SIZE = 8
 MODEL = {
@@ -120,7 +121,7 @@ def write_mix(work_dir: Path, name: str, *, seed: int, replay: float) -> Path:
             "domain": domain,
             "path": str(work_dir / "text" / f"{domain}.jsonl"),
             "weight": weight,
-            "held_out_share": 0.06 if domain == "japanese" else 0.12,
+            "held_out_share": 0.01 if domain == "japanese" else 0.12,
         }
         for domain, weight in weights.items()
     ]
@@ -141,9 +142,9 @@ def continue_on_japanese(options: argparse.Namespace, base: Path, arm: str, seed
     """One arm with one order of the data."""
     name = f"{arm.replace(' %', '').replace(' ', '-')}-{seed}"
     mix = write_mix(options.work_dir, name, seed=seed, replay=SHARES[arm])
-    guard: dict[str, Any] = {"max_documents": 48, "tolerance_percent": TOLERANCE_PERCENT}
+    guard: dict[str, Any] = {"max_documents": 80, "tolerance_percent": TOLERANCE_PERCENT}
     if arm == "guard":
-        guard |= {"interval_steps": 10, "policy": "act"}
+        guard |= {"interval_steps": 10}
     train = {"total_steps": options.steps, "lr": 1e-3, "warmup_steps": 10, "schedule": "cosine"}
     return launch(options.work_dir, name, base, mix, train, guard)
 
@@ -186,8 +187,13 @@ def launch(work_dir: Path, name: str, model: Path, mix: Path, train: dict[str, A
         str(config),
     ]
     print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+    command += ["--run_dir", str(run_dir)]
     with open(work_dir / f"{name}.log", "w", encoding="utf-8") as log:
-        subprocess.run([*command, "--run_dir", str(run_dir)], cwd=ROOT, stdout=log, stderr=log, check=True)
+        code = EXIT_REQUEUE
+        while code == EXIT_REQUEUE:  # the guard paused; as slurm/train.sbatch does
+            code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False).returncode
+    if code:
+        raise SystemExit(f"{name} ended with {code}; see {log.name}")
     (run_dir / "done").touch()
     return run_dir
 

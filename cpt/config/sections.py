@@ -169,7 +169,7 @@ class GuardSection:
     """Share of the tolerance from which on a rise that is certain counts."""
     replay_factor: float = 1.5
     """A raise multiplies the share of a domain's sources by this, ..."""
-    replay_step: float = 0.02
+    replay_step: float = 0.03
     """... and adds at least this share of all tokens."""
     max_replay_share: float = 0.75
     """Largest share of all sources that are not in the main language, the one with the largest share of the mix."""
@@ -180,7 +180,7 @@ class GuardSection:
     patience: int = 2
     """Measurements after a lever was pulled before the learning rate is lowered."""
     pause_after: int = 4
-    """Measurements in a row over the hard limit, or without a lever left, before the run pauses."""
+    """Measurements without a lever left, or in a row over the hard limit, before the run pauses."""
     max_rollbacks: int = 1
     """Pauses after which the run goes on from its last green checkpoint; the next one ends it with 78."""
 

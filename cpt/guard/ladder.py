@@ -8,11 +8,11 @@ above `act_at` times its tolerance: acting begins before the tolerance is used u
     warn          over the line for the first time, or waiting for a lever to show
     raise_replay  over the line twice in a row, or over the tolerance: the share of its sources grows, within a bound
     lower_lr      over the tolerance, no replay left to raise, `patience` measurements after a lever was last pulled
-    pause         over the hard limit `pause_after` measurements in a row, or over the tolerance `pause_after`
-                  measurements after the last lever: save, exit with 75
+    pause         over the tolerance with no lever left, and `pause_after` measurements have passed since the last one
+                  was pulled; or `patience`, if the hard limit was exceeded `pause_after` times in a row: save, exit 75
     rollback      at the start after a pause: the last checkpoint saved while all was green, with more replay
 
-A raise is given one measurement to show before the next.
+A raise is given one measurement to show before the next, unless the domain is over its tolerance.
 """
 
 from __future__ import annotations
@@ -143,15 +143,14 @@ def _pull(
     state: GuardState, evidence: Sequence[Evidence], beyond: list[str], settings: GuardSection, replay_room: float
 ) -> tuple[GuardState, dict[str, str]]:
     """Choose the lever: one rung per measurement."""
-    if beyond and (state.hard >= settings.pause_after or state.idle > settings.pause_after):
-        return state, dict.fromkeys(beyond, "pause")
-    if state.idle > 1 and (raised := raised_shares(state, evidence, settings, replay_room)):
+    if (state.idle > 1 or beyond) and (raised := raised_shares(state, evidence, settings, replay_room)):
         state = dataclasses.replace(state, shares={**state.shares, **raised}, idle=0)
         return state, dict.fromkeys(raised, "raise_replay")
     if beyond and state.idle >= settings.patience and state.lr_scale > settings.min_lr_scale:
         scale = max(settings.min_lr_scale, state.lr_scale * settings.lr_factor)
         return dataclasses.replace(state, lr_scale=scale, idle=0), dict.fromkeys(beyond, "lower_lr")
-    return state, {}
+    waited = settings.patience if state.hard >= settings.pause_after else settings.pause_after
+    return state, dict.fromkeys(beyond if state.idle >= waited else [], "pause")
 
 
 def after_pause(

@@ -20,7 +20,7 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 FALSE_ALARM_SHARE = 0.01
 """Runs that lose nothing and yet see an action."""
-DOCUMENT_SPREAD_PERCENT = 3.0
+DOCUMENT_SPREAD_PERCENT = 2.0
 """Standard deviation of the change of single documents while their mean is near 1 %, an assumption: it tells before the
 run what a held-out set can show; during the run the spread is measured."""
 

@@ -14,7 +14,14 @@ import pytest
 from cpt.config import GuardSection
 from cpt.errors import CptError
 from cpt.guard.heldout import Guard
-from cpt.guard.policy import decision_bound, effective_documents, judge, noise_floor_percent, student_quantile
+from cpt.guard.policy import (
+    DOCUMENT_SPREAD_PERCENT,
+    decision_bound,
+    effective_documents,
+    judge,
+    noise_floor_percent,
+    student_quantile,
+)
 from cpt.guard.score import DomainScore, bits_per_byte
 
 NUM_TESTS = 60
@@ -95,7 +102,7 @@ def test_documents_that_outweigh_the_others_count_less(baseline: DomainScore) ->
 
 
 def test_noise_floor_falls_with_the_number_of_documents() -> None:
-    assert noise_floor_percent(np.ones(400), 60) == pytest.approx(3.6 * 3 / 20, rel=0.05)
+    assert noise_floor_percent(np.ones(400), 60) == pytest.approx(3.6 * DOCUMENT_SPREAD_PERCENT / 20, rel=0.05)
     assert noise_floor_percent(np.ones(100), 60) > 1.9 * noise_floor_percent(np.ones(400), 60)
     with pytest.raises(ValueError, match="2 documents"):
         noise_floor_percent(np.ones(2), 60)
