@@ -219,7 +219,7 @@ def _sample(options: argparse.Namespace) -> None:
     import datetime
 
     from cpt.sample import Sampling, as_channels, as_text, generate, load_for_sampling
-    from cpt.state.harmony import Effort, encode_prompt
+    from data_pipeline.harmony import Effort, encode_prompt
     from data_pipeline.tokenizer import encode
 
     sampling = Sampling(

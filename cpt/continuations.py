@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from cpt.job import Job
-from cpt.state.harmony import STOP_IDS
 from cpt.training.generate import continue_texts
+from data_pipeline.harmony import STOP_IDS
 from data_pipeline.tokenizer import decode, encode
 
 log = logging.getLogger("cpt.continuations")

@@ -19,8 +19,9 @@ from transformers.utils.quantization_config import Mxfp4Config
 from cpt.errors import ConfigError
 from cpt.model.hf_layout import read_json, tensor_files
 from cpt.state.export import CheckpointWeights
-from cpt.state.harmony import STOP_IDS, parse_reply
+from cpt.state.harmony import parse_reply
 from cpt.state.manifest import read_manifest
+from data_pipeline.harmony import STOP_IDS
 from data_pipeline.tokenizer import END_OF_TEXT, encoding
 
 

@@ -17,6 +17,7 @@ from data_pipeline.dataset import BuiltData
 from data_pipeline.diff import describe_diff
 from data_pipeline.errors import CptError, DataError
 from data_pipeline.files import atomic_write
+from data_pipeline.guard_sets import describe_guard_sets
 from data_pipeline.ledger import Ledger, resume_ledger
 from data_pipeline.manifest import FILE_NAME, read_manifest
 from data_pipeline.plan import Plan, make_plan
@@ -55,6 +56,7 @@ def _build(options: argparse.Namespace) -> None:
         return
     manifest = build(mix, out_dir, workers=options.workers)
     print(describe_build(manifest.sources))
+    print(describe_guard_sets(manifest), end="\n" * bool(manifest.guard_domains))
     print(f"{out_dir}: manifest {manifest.hash[:16]}, fingerprint {manifest.fingerprint[:10]}")
 
 

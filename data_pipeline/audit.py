@@ -22,7 +22,8 @@ from typing import Any
 from data_pipeline.clean import Tally
 from data_pipeline.dedup import content_hash
 from data_pipeline.language import UNTESTABLE, language_of
-from data_pipeline.schema import MixConfig, SourceConfig
+from data_pipeline.schema import MixConfig
+from data_pipeline.source_config import SourceConfig
 from data_pipeline.sources import read_unit
 from data_pipeline.tables import table
 from data_pipeline.tokenizer import encode

@@ -35,7 +35,8 @@ from data_pipeline.files import PARTIAL_SUFFIX, atomic_write, sync_directory, xx
 from data_pipeline.finish import finish
 from data_pipeline.manifest import FILE_NAME, FORMAT_VERSION, Manifest, check_files, read_manifest
 from data_pipeline.part import Part, make_part, read_account
-from data_pipeline.schema import MixConfig, SourceConfig
+from data_pipeline.schema import MixConfig
+from data_pipeline.source_config import SourceConfig
 from data_pipeline.tokenizer import RANKS_SHA256
 from data_pipeline.workers import spread
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.errors import DataError
+from data_pipeline.guard_sets import check_guard_sets
 from data_pipeline.manifest import Manifest, SourceEntry, check_files, read_manifest
 from data_pipeline.pack import ARRAY_NAMES, Integers, PackedRows
 from data_pipeline.schema import GuardDomain, MixConfig
@@ -164,6 +165,7 @@ class BuiltData:
         manifest = read_manifest(directory)
         if mix is not None:
             manifest = _relabel(directory, manifest, mix)
+            check_guard_sets(manifest, mix)
         check_files(directory, manifest, verify=verify)
         return cls(directory, manifest, manifest.sources, verify)
 

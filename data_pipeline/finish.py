@@ -21,13 +21,16 @@ from data_pipeline.decontaminate import HeldOutRuns, contaminated, count_runs
 from data_pipeline.dedup import HASH_DTYPE, Assignment, Fate, Indices, assign
 from data_pipeline.errors import DataError
 from data_pipeline.files import atomic_write, sha256_of, sync_directory
+from data_pipeline.guard_sets import check_dropped, check_guard_sets, copied, held_out_hash, runs_found
+from data_pipeline.harmony import body
 from data_pipeline.manifest import FILE_NAME, FORMAT_VERSION, FileEntry, Manifest, SourceEntry
 from data_pipeline.near import mark_near_duplicates
 from data_pipeline.pack import ARRAY_NAMES, PackedRows, pack
 from data_pipeline.part import Account, Part, read_account, read_hashes, read_signatures
-from data_pipeline.schema import MixConfig, SourceConfig
+from data_pipeline.schema import MixConfig
 from data_pipeline.shards import Shard, Shards
-from data_pipeline.tokenizer import NAME, RANKS_SHA256
+from data_pipeline.source_config import SourceConfig
+from data_pipeline.tokenizer import NAME, RANKS_SHA256, Tokens
 from data_pipeline.workers import spread
 
 SPLITS = ("train", "held_out")
@@ -57,11 +60,12 @@ def finish(work_dir: Path, mix: MixConfig, wanted: str, parts: Sequence[Sequence
     stored = [_gather(source, listed) for source, listed in zip(mix.sources, parts, strict=True)]
     for source in stored:
         _check_rejects(source, mix.max_reject_share)
-    assignments = _assign(mix, stored, work_dir, workers)
+    assignments, held_out = _assign(mix, stored, work_dir, workers)
+    check_dropped(mix, assignments)
     _check_assignments(mix, assignments)
     directory = work_dir / "build"
     (directory / FILE_NAME).unlink(missing_ok=True)  # of a build killed just before the end
-    entries = tuple(_pack_source(directory, mix, s, a) for s, a in zip(stored, assignments, strict=True))
+    entries = tuple(_pack_source(directory, mix, *one) for one in zip(stored, assignments, held_out, strict=True))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=wanted,
@@ -72,6 +76,7 @@ def finish(work_dir: Path, mix: MixConfig, wanted: str, parts: Sequence[Sequence
         guard_domains=mix.guard_domains(),
         files=_file_entries(directory, stored),
     )
+    check_guard_sets(manifest, mix)
     for folder in {path.parent for path in directory.rglob("*")}:
         sync_directory(folder)
     manifest.write(directory)
@@ -112,10 +117,25 @@ def _check_rejects(stored: Stored, limit: float) -> None:
         raise DataError(f"source '{name}': its files hold no documents.")
 
 
-def _assign(mix: MixConfig, stored: Sequence[Stored], work_dir: Path, workers: int) -> list[Assignment]:
+@dataclasses.dataclass(kw_only=True, slots=True)
+class _HeldOut:
+    """What is known about the held-out documents of one source."""
+
+    hash: str
+    found: npt.NDArray[np.bool_]
+    """Of which training text had a copy or a long run."""
+
+
+def _assign(
+    mix: MixConfig, stored: Sequence[Stored], work_dir: Path, workers: int
+) -> tuple[list[Assignment], list[_HeldOut]]:
     """What becomes of every document."""
     hashes = [np.concatenate([np.zeros(0, HASH_DTYPE), *map(read_hashes, s.parts)]) for s in stored]
     assignments = assign(hashes, [source.held_out_share for source in mix.sources])
+    held_out = [
+        _HeldOut(hash=held_out_hash(values, assignment), found=found)
+        for values, assignment, found in zip(hashes, assignments, copied(hashes, assignments), strict=True)
+    ]
     del hashes
     if mix.near_duplicates > 0:
         real = [n for n, s in enumerate(stored) if s.source.format != "mock"]
@@ -127,25 +147,25 @@ def _assign(mix: MixConfig, stored: Sequence[Stored], work_dir: Path, workers: i
         for number, values in zip(real, np.split(fates, ends) if real else [], strict=True):
             assignments[number] = Assignment(fates=values)
     if mix.decontaminate_tokens:
-        _decontaminate(mix, stored, assignments, work_dir, workers)
-    return assignments
+        _decontaminate(mix, stored, assignments, held_out, work_dir, workers)
+    return assignments, held_out
 
 
 def _decontaminate(
-    mix: MixConfig, stored: Sequence[Stored], assignments: Sequence[Assignment], work_dir: Path, workers: int
+    mix: MixConfig,
+    stored: Sequence[Stored],
+    assignments: Sequence[Assignment],
+    held_out: Sequence[_HeldOut],
+    work_dir: Path,
+    workers: int,
 ) -> None:
-    """Turn TRAIN into CONTAMINATED where a document shares a run with a held-out one."""
-    length = mix.decontaminate_tokens
-    held = []
-    for source, assignment in zip(stored, assignments, strict=True):
-        if len(assignment.held_out) and source.source.format != "mock":
-            shards = _shards(source)
-            ends = shards.document_tokens - 1
-            held += [shards.tokens(n, 0, int(ends[n])) for n in assignment.held_out.tolist() if ends[n] >= length]
-    if not held:
+    """Turn TRAIN into CONTAMINATED where a document shares a run with a held-out one, and note which ones those are."""
+    held = [_held_out_texts(source, assignment) for source, assignment in zip(stored, assignments, strict=True)]
+    if not any(held):
         return
     real = [(s, a) for s, a in zip(stored, assignments, strict=True) if s.source.format != "mock"]
-    runs = HeldOutRuns.of(held, length)
+    length = mix.decontaminate_tokens
+    runs = HeldOutRuns.of([text for texts in held for text in texts if len(text) >= length], length)
     jobs = []
     for source, assignment in real:
         ends = np.cumsum([account.num_documents for account in source.accounts])[:-1]
@@ -159,6 +179,18 @@ def _decontaminate(
     for source, assignment in real:
         hits = np.concatenate([marked[part.shard_path] for part in source.parts])
         assignment.fates[hits & (assignment.fates == Fate.TRAIN)] = Fate.CONTAMINATED
+    for texts, one in zip(held, held_out, strict=True):
+        one.found[: len(texts)] |= np.array([runs_found(text, runs, counts) for text in texts], dtype=bool)
+
+
+def _held_out_texts(stored: Stored, assignment: Assignment) -> list[Tokens]:
+    """Tokens of each held-out document, without the last one, and without what all conversations begin with."""
+    if not len(assignment.held_out) or stored.source.format == "mock":
+        return []
+    shards = _shards(stored)
+    ends = shards.document_tokens - 1
+    texts = [shards.tokens(n, 0, int(ends[n])) for n in assignment.held_out.tolist()]
+    return [body(text) for text in texts] if shards.chat else texts
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -223,7 +255,9 @@ def _shards(stored: Stored) -> Shards:
     return Shards(paths[0].parent, [path.name for path in paths], verify=False)
 
 
-def _pack_source(directory: Path, mix: MixConfig, stored: Stored, assignment: Assignment) -> SourceEntry:
+def _pack_source(
+    directory: Path, mix: MixConfig, stored: Stored, assignment: Assignment, held: _HeldOut
+) -> SourceEntry:
     """Pack one source's training and held-out documents and describe it."""
     shards, source = _shards(stored), stored.source
     train, held_out = (
@@ -241,6 +275,9 @@ def _pack_source(directory: Path, mix: MixConfig, stored: Stored, assignment: As
         rows=train.num_rows,
         held_out_documents=len(assignment.held_out),
         held_out_rows=held_out.num_rows,
+        held_out_tokens=int(held_out.piece_pairs.sum()),
+        held_out_hash=held.hash,
+        held_out_found=int(held.found.sum()),
         duplicates=stored.num_duplicates + assignment.num_duplicates,
         near_duplicates=assignment.count(Fate.NEAR_DUPLICATE),
         contaminated=assignment.count(Fate.CONTAMINATED),

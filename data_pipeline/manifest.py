@@ -20,7 +20,7 @@ from data_pipeline.files import atomic_write, sha256_of
 from data_pipeline.schema import GuardDomain
 from data_pipeline.shards import SUFFIX
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILE_NAME = "manifest.json"
 _MAX_BYTES = 64 * 2**20
 
@@ -56,6 +56,12 @@ class SourceEntry:
     """Documents that are only ever measured."""
     held_out_rows: int
     """Rows of those documents."""
+    held_out_tokens: int
+    """Labels in those rows."""
+    held_out_hash: str
+    """Hex sha256 of those documents' content hashes, in the order of the hashes."""
+    held_out_found: int
+    """Held-out documents of which training text had a copy or a long run; that training text was dropped."""
     duplicates: int
     """Documents dropped as exact copies of another document of the mix."""
     near_duplicates: int
@@ -68,6 +74,20 @@ class SourceEntry:
     """Unusable documents by reason."""
     notes: Mapping[str, int]
     """Oddities that cost no document."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GuardSet:
+    """The held-out text of one guard domain."""
+
+    documents: int
+    """Documents."""
+    tokens: int
+    """Predicted tokens."""
+    found: int
+    """Documents of which training text had a copy or a long run; that training text was dropped."""
+    hash: str
+    """Hex sha256 over the held-out documents of its sources."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +124,21 @@ class Manifest:
         prefix = f"{source}/"
         names = (name.removeprefix(prefix) for name in self.files if name.startswith(prefix))
         return sorted(name for name in names if "/" not in name and name.endswith(SUFFIX))
+
+    def guard_sets(self) -> dict[str, GuardSet]:
+        """What is measured, by name of the guard domain."""
+        entries = {source.name: source for source in self.sources}
+        sets = {}
+        for domain in self.guard_domains:
+            members = [entries[name] for name in domain.sources]
+            digest = hashlib.sha256(json.dumps([entry.held_out_hash for entry in members]).encode())
+            sets[domain.name] = GuardSet(
+                documents=sum(entry.held_out_documents for entry in members),
+                tokens=sum(entry.held_out_tokens for entry in members),
+                found=sum(entry.held_out_found for entry in members),
+                hash=digest.hexdigest(),
+            )
+        return sets
 
     def row_hashes(self) -> dict[str, str]:
         """Hex sha256, by source, over the files that its training rows come from."""

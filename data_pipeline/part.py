@@ -24,10 +24,11 @@ import xxhash
 from data_pipeline.clean import Tally
 from data_pipeline.dedup import Hashes, as_array, content_hash
 from data_pipeline.files import atomic_write, sha256_of
+from data_pipeline.harmony import Conversation, body
 from data_pipeline.near import NUM_HASHES, Signatures, signatures
-from data_pipeline.schema import SourceConfig
 from data_pipeline.shards import SUFFIX, writing
-from data_pipeline.sources import invent_documents, read_unit
+from data_pipeline.source_config import SourceConfig
+from data_pipeline.sources import invent_documents, read_documents
 from data_pipeline.tokenizer import Tokens, encode
 from data_pipeline.units import MOCK_BYTES_PER_TOKEN, Unit
 
@@ -112,8 +113,8 @@ def make_part(part: Part) -> Account:
     if first is not None:
         with writing(part.shard_path) as shard:
             shard.add(*first)
-            for tokens, num_bytes in documents:
-                shard.add(tokens, num_bytes)
+            for document in documents:
+                shard.add(*document)
     with atomic_write(part.side_path("hashes")) as file:
         np.save(file, as_array(maker.keys()))
     if part.near_duplicates:
@@ -146,8 +147,9 @@ class _Maker:
         self.num_tokens = 0
         self.num_duplicates = 0
 
-    def documents(self, tally: Tally) -> Iterator[tuple[Tokens, int]]:
-        """(tokens, UTF-8 bytes) of each text of the unit once."""
+    def documents(self, tally: Tally) -> Iterator[tuple[Tokens, int, bool]]:
+        """(tokens, UTF-8 bytes, whether it is a conversation) of each document of the unit once."""
+        chat = self._part.source.format == "harmony"
         seen: set[int] = set()
         for key, content in self._contents(tally):
             if key in seen:
@@ -156,13 +158,15 @@ class _Maker:
             if len(seen) >= MAX_SEEN:
                 seen.clear()
             seen.add(key)
-            if isinstance(content, tuple):
+            if isinstance(content, Conversation):
+                tokens, num_bytes = content.tokens(), content.num_bytes
+            elif isinstance(content, tuple):
                 text, num_bytes = content
                 tokens = encode(text)
             else:
                 tokens, num_bytes = content, len(content) * MOCK_BYTES_PER_TOKEN
-            self._note(key, tokens)
-            yield tokens, num_bytes
+            self._note(key, tokens, chat)
+            yield tokens, num_bytes, chat
 
     def keys(self) -> list[int]:
         """Content hashes."""
@@ -173,8 +177,8 @@ class _Maker:
         self._sign()
         return np.concatenate([np.zeros((0, NUM_HASHES), np.uint32), *self._signatures])
 
-    def _contents(self, tally: Tally) -> Iterator[tuple[int, tuple[str, int] | Tokens]]:
-        """(content hash, (text, bytes) or invented tokens)."""
+    def _contents(self, tally: Tally) -> Iterator[tuple[int, tuple[str, int] | Conversation | Tokens]]:
+        """(content hash, (text, bytes), conversation or invented tokens)."""
         source, unit = self._part.source, self._part.unit
         if source.format == "mock":
             key = xxhash.xxh3_64_intdigest(source.name.encode())
@@ -182,16 +186,19 @@ class _Maker:
                 tally.accepted += 1
                 yield content_hash(tokens.tobytes()), tokens
             return
-        for text in read_unit(source, unit, tally):
-            content = text.encode("utf-8")
-            yield content_hash(content), (text, len(content))
+        for document in read_documents(source, unit, tally):
+            if isinstance(document, Conversation):
+                yield content_hash(repr(document.messages).encode("utf-8")), document
+                continue
+            content = document.encode("utf-8")
+            yield content_hash(content), (document, len(content))
 
-    def _note(self, key: int, tokens: Tokens) -> None:
+    def _note(self, key: int, tokens: Tokens, chat: bool) -> None:
         self.high.append(key >> 64)
         self.low.append(key & 2**64 - 1)
-        self.num_tokens += len(tokens) + 1
+        self.num_tokens += len(tokens) + (not chat)
         if self._part.near_duplicates:
-            self._waiting.append(tokens)
+            self._waiting.append(body(tokens) if chat else tokens)
             self._waiting_tokens += len(tokens)
             if self._waiting_tokens >= SIGNATURE_TOKENS:
                 self._sign()

@@ -10,14 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.schema import (
-    LANGUAGES,
-    MAX_SEQ_LEN,
-    SUFFIXES,
-    WEIGHT_SUM_TOLERANCE,
-    expand,
-    suffix_format,
-)
+from data_pipeline.schema import MAX_SEQ_LEN, OWN_PREFIX, WEIGHT_SUM_TOLERANCE
+from data_pipeline.source_config import LANGUAGES, SUFFIXES, expand, suffix_format
 from data_pipeline.strict_yaml import KeyPath, Reader, nearest
 
 
@@ -42,6 +36,7 @@ def check_across(reader: Reader, raw: dict[str, Any], base: Path) -> None:
             _check_files(reader, source, ("sources", index, "path"), base)
     _check_languages(reader, raw.get("languages"), sources)
     _check_guard(reader, raw.get("guard"), {source.get("name"): source for source in sources.values()})
+    _check_guard_files(reader, raw, base)
 
 
 def _check_unique(reader: Reader, names: dict[KeyPath, str]) -> None:
@@ -145,3 +140,23 @@ def _check_guard(reader: Reader, guard: Any, sources: dict[Any, dict[str, Any]])
             if member in members[:index]:
                 reader.problem(here, f"is '{member}', which the list already has. Remove one.")
     _check_unique(reader, names)
+
+
+def _check_guard_files(reader: Reader, raw: dict[str, Any], base: Path) -> None:
+    """Files of guard domains are there, and training text that holds them will be found."""
+    guard = raw.get("guard")
+    domains = guard.get("domains") if isinstance(guard, dict) else None
+    for number, domain in enumerate(domains if isinstance(domains, list) else []):
+        if not isinstance(domain, dict) or domain.get("path") is None:
+            continue
+        path: KeyPath = ("guard", "domains", number)
+        _check_files(reader, domain, (*path, "path"), base)
+        own = f"{OWN_PREFIX}{domain.get('name')}"
+        if any(isinstance(s, dict) and s.get("name") == own for s in raw["sources"]):
+            reader.problem((*path, "name"), f"needs the source name '{own}', which is taken. Rename one of the two.")
+        if raw.get("decontaminate_tokens") == 0:
+            reader.problem(
+                (*path, "path"),
+                "names guard files, but decontaminate_tokens is 0: training text that holds them would stay. Remove "
+                "decontaminate_tokens.",
+            )

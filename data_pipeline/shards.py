@@ -3,8 +3,10 @@
     bytes 0..7      magic
     bytes 8..11     version, uint32
     bytes 12..15    length of the JSON header in bytes, uint32
-    bytes 16..4095  JSON header, padded with spaces: dtype, num_tokens, num_documents
-    4096            tokens, uint32 each, every document ending with END_OF_TEXT; padded to a multiple of 8 bytes
+    bytes 16..4095  JSON header, padded with spaces: dtype, num_tokens, num_documents; num_control_tokens if the
+                    documents are conversations
+    4096            tokens, uint32 each, every document ending with END_OF_TEXT, a conversation with <|return|>; padded
+                    to a multiple of 8 bytes
     then            document offsets in tokens, uint64, num_documents + 1 of them
     then            UTF-8 bytes of each document, uint64
 
@@ -29,6 +31,7 @@ import numpy.typing as npt
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import atomic_write
+from data_pipeline.harmony import RETURN
 from data_pipeline.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, VOCAB_SIZE, Tokens
 
 MAGIC = b"CPTSHARD"
@@ -46,6 +49,8 @@ class ShardWriter:
         self._file = file
         self._offsets = array.array("Q", [0])
         self._document_bytes = array.array("Q")
+        self._num_control_tokens = 0
+        self._chat = False
         file.write(bytes(HEADER_BYTES))
 
     @property
@@ -58,12 +63,16 @@ class ShardWriter:
         """Tokens written so far, END_OF_TEXT included."""
         return self._offsets[-1]
 
-    def add(self, tokens: Tokens, num_bytes: int) -> None:
-        """Append one document; END_OF_TEXT is added here."""
-        assert tokens.dtype == np.uint32 and len(tokens) > 0
+    def add(self, tokens: Tokens, num_bytes: int, chat: bool = False) -> None:
+        """Append one document; END_OF_TEXT is added here, but to a conversation, which has an end of its own."""
+        assert tokens.dtype == np.uint32 and len(tokens) > 0 and (chat or not self._chat)
         self._file.write(tokens.astype("<u4", copy=False).tobytes())
-        self._file.write(struct.pack("<I", END_OF_TEXT))
-        self._offsets.append(self._offsets[-1] + len(tokens) + 1)
+        if chat:
+            self._chat = True
+            self._num_control_tokens += int(np.count_nonzero(tokens >= NUM_TEXT_TOKENS))
+        else:
+            self._file.write(struct.pack("<I", END_OF_TEXT))
+        self._offsets.append(self._offsets[-1] + len(tokens) + (not chat))
         self._document_bytes.append(num_bytes)
 
     def finish(self) -> None:
@@ -71,9 +80,10 @@ class ShardWriter:
         self._file.write(bytes(-4 * self.num_tokens % 8))
         self._file.write(np.asarray(self._offsets, dtype="<u8").tobytes())
         self._file.write(np.asarray(self._document_bytes, dtype="<u8").tobytes())
-        header = json.dumps(
-            {"dtype": _DTYPE, "num_documents": self.num_documents, "num_tokens": self.num_tokens}
-        ).encode("ascii")
+        content = {"dtype": _DTYPE, "num_documents": self.num_documents, "num_tokens": self.num_tokens}
+        if self._chat:
+            content["num_control_tokens"] = self._num_control_tokens
+        header = json.dumps(content).encode("ascii")
         self._file.seek(0)
         self._file.write(MAGIC + struct.pack("<II", VERSION, len(header)) + header.ljust(HEADER_BYTES - 16))
 
@@ -104,6 +114,9 @@ class Shard:
         header = self._read_header()
         self.num_tokens = self._count(header, "num_tokens")
         self.num_documents = self._count(header, "num_documents")
+        self.chat = "num_control_tokens" in header
+        """Whether the documents are conversations."""
+        self._num_control_tokens = self._count(header, "num_control_tokens") if self.chat else self.num_documents
         offsets_at = HEADER_BYTES + 4 * self.num_tokens + (-4 * self.num_tokens % 8)
         bytes_at = offsets_at + 8 * (self.num_documents + 1)
         expected, found = bytes_at + 8 * self.num_documents, path.stat().st_size
@@ -173,10 +186,11 @@ class Shard:
             raise self._error("has a document of negative size")
 
     def _check_tokens(self) -> None:
-        ends = self.offsets[1:] - 1
-        if (self._tokens[ends] != END_OF_TEXT).any():
-            bad = int(np.argmax(self._tokens[ends] != END_OF_TEXT))
-            raise self._error(f"document {bad} does not end with END_OF_TEXT ({END_OF_TEXT})")
+        ends, last = self.offsets[1:] - 1, RETURN if self.chat else END_OF_TEXT
+        if (self._tokens[ends] != last).any():
+            bad = int(np.argmax(self._tokens[ends] != last))
+            name = "<|return|>" if self.chat else "END_OF_TEXT"
+            raise self._error(f"document {bad} does not end with {name} ({last})")
         num_control = 0
         for start in range(0, self.num_tokens, _SCAN_TOKENS):
             block = self._tokens[start : start + _SCAN_TOKENS]
@@ -184,8 +198,9 @@ class Shard:
                 bad = start + int(np.argmax(block >= VOCAB_SIZE))
                 raise self._error(f"token {bad} has id {self._tokens[bad]}, must be below {VOCAB_SIZE}")
             num_control += int(np.count_nonzero(block >= NUM_TEXT_TOKENS))
-        if num_control != self.num_documents:
-            raise self._error(f"holds {num_control} control tokens for {self.num_documents} documents")
+        if num_control != self._num_control_tokens:
+            expected = f"its header says {self._num_control_tokens}" if self.chat else "one each is right"
+            raise self._error(f"holds {num_control} control tokens for {self.num_documents} documents, {expected}")
 
 
 class Shards:
@@ -196,6 +211,8 @@ class Shards:
         if not names:
             raise DataError(f"{directory}: holds no token shard. Delete the build and build it again.")
         self._shards = [Shard(directory / name, verify=verify) for name in names]
+        self.chat = any(shard.chat for shard in self._shards)
+        """Whether the documents are conversations."""
         self._ends = np.cumsum([shard.num_documents for shard in self._shards]).tolist()
         self.document_tokens = np.concatenate([shard.document_tokens for shard in self._shards])
         """Tokens of each document, END_OF_TEXT included."""

@@ -25,7 +25,8 @@ import numpy.typing as npt
 
 from data_pipeline.clean import Place, Tally, normalise, why_unusable
 from data_pipeline.errors import DataError
-from data_pipeline.schema import SourceConfig, template_fields
+from data_pipeline.harmony import Conversation, read_conversation
+from data_pipeline.source_config import SourceConfig, template_fields
 from data_pipeline.stored import read_build, read_dataset
 from data_pipeline.tokenizer import NUM_TEXT_TOKENS, Tokens
 from data_pipeline.units import Unit, compressed, split
@@ -54,11 +55,21 @@ def read_texts(source: SourceConfig, tally: Tally) -> Iterator[str]:
 
 def read_unit(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[str]:
     """Usable texts of one unit, as in `read_texts`; lines are counted from the start of the unit."""
+    for document in read_documents(source, unit, tally):
+        yield document.text if isinstance(document, Conversation) else document
+
+
+def read_documents(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[str | Conversation]:
+    """What `read_unit` reads, before the format of a conversation is lost."""
     readers: dict[str, Callable[[SourceConfig, Unit, Tally], Iterator[tuple[Any, Place]]]]
-    readers = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text}
+    readers = {"jsonl": _read_jsonl, "harmony": _read_jsonl, "parquet": _read_parquet, "text": _read_text}
     readers |= {"huggingface": _read_dataset, "build": _read_build}
     try:
         for text, place in readers[unit.format](source, unit, tally):
+            if isinstance(text, Conversation):
+                tally.accepted += 1
+                yield text
+                continue
             if why_unusable(text) is None and source.normalise:
                 text = normalise(text, source.normalise, tally.notes)
             if tally.take(text, place):
@@ -75,7 +86,9 @@ def fields_of(source: SourceConfig) -> tuple[str, ...]:
 
 
 def _text_of(source: SourceConfig, record: dict[str, Any]) -> tuple[Any, str | None]:
-    """(text, None), or (None, reason)."""
+    """(text or conversation, None), or (None, reason)."""
+    if source.format == "harmony":
+        return read_conversation(record)
     for field in fields_of(source):
         if field not in record:
             return None, f"no field '{field}'"

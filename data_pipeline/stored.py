@@ -18,8 +18,8 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import read_manifest
-from data_pipeline.schema import SourceConfig
 from data_pipeline.shards import Shards
+from data_pipeline.source_config import SourceConfig
 from data_pipeline.tokenizer import decode_bytes
 
 _BATCH_ROWS = 256
@@ -80,6 +80,11 @@ def _build_documents(directory: Path, names: tuple[str, ...]) -> list[tuple[Shar
     parts = []
     for name in names or known:
         shards = Shards(directory / name, manifest.shard_names(name), verify=False)
+        if shards.chat:
+            raise DataError(
+                f"{directory}: source '{name}' holds conversations (format: harmony), which cannot be taken as text. "
+                "List the other sources in build_sources, and take the conversations from their own files."
+            )
         parts.append((shards, np.unique(np.load(directory / name / "train" / "piece_document.npy"))))
     return parts
 

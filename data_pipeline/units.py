@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.errors import DataError
-from data_pipeline.schema import COMPRESSIONS, SourceConfig
+from data_pipeline.source_config import COMPRESSIONS, SourceConfig
 
 MIN_UNIT_BYTES = 16 * 2**20
 """Bytes of input; some seconds of work, which is what a kill costs at most."""
@@ -32,7 +32,7 @@ class Unit:
     paths: tuple[Path, ...] = ()
     """One file, or several text files; a folder for datasets and builds."""
     format: str
-    """How to read it: jsonl, parquet, text, huggingface, build, mock."""
+    """How to read it: jsonl, parquet, text, harmony, huggingface, build, mock."""
     start: int = 0
     """First byte (JSONL), row group (Parquet), row or document."""
     stop: int = 0
@@ -96,7 +96,7 @@ def _text_unit(texts: Sequence[tuple[Path, int]]) -> Unit:
 def _file_units(path: Path, kind: str, size: int, unit_bytes: int) -> Iterator[Unit]:
     if kind == "parquet":
         yield from _parquet_units(path, unit_bytes)
-    elif kind == "jsonl" and not compressed(path):
+    elif kind in ("jsonl", "harmony") and not compressed(path):
         for start in range(0, size, unit_bytes):
             stop = min(start + unit_bytes, size)
             yield Unit(paths=(path,), format=kind, start=start, stop=stop, size_bytes=stop - start)

@@ -22,12 +22,12 @@ from cpt.model import mxfp4
 from cpt.model.gpt_oss import skeleton
 from cpt.model.hf_layout import BLOCKS, SCALES, is_expert_name
 from cpt.state.flat_planner import FlatRange
-from cpt.state.harmony import STOP_IDS
 from cpt.state.hf_tokenizer import save_tokenizer
 from cpt.state.manifest import Manifest, TensorRecord, read_manifest, verify_files
 from cpt.state.quantisation import ErrorOfTensor, quantisation_report
 from cpt.state.stored import read_ranges
 from cpt.state.tensor_writer import DirectoryWriter, Entry, check_space, published, refuse_existing, write_json
+from data_pipeline.harmony import STOP_IDS
 
 DTYPES = {"bf16": torch.bfloat16, "mxfp4": torch.bfloat16, "fp32": torch.float32}
 """Dtype of what is not quantised, by format."""

@@ -43,6 +43,7 @@ def make_mix(tmp_path: Path) -> MakeMix:
             listed.append(source)
         path = base / "mix.yaml"
         content = {"seq_len": 32, "seed": 7, **EXACT_ONLY, **keys, "sources": listed}
+        content["guard"] = {"min_documents": 1, "min_tokens": 1, **keys.get("guard", {})}
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
         return load_mix(path)
 

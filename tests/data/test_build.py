@@ -301,12 +301,14 @@ def test_the_shipped_sample_mix_builds(tmp_path: Path) -> None:
     path.write_text(content + "\nnear_duplicates: 0\ndecontaminate_tokens: 0\n")
     names = ("ja_essay", "ja_story", "ja_reference", "ja_practical", "en_web", "en_reference", "en_code", "en_math")
     for name in names:
-        write_jsonl(tmp_path / "data_pipeline" / "sample" / f"{name}.jsonl", make_texts(25, name, 200))
+        write_jsonl(tmp_path / "data_pipeline" / "sample" / f"{name}.jsonl", make_texts(60, name, 200))
+    shutil.copy(ROOT / "data_pipeline" / "sample" / "en_chat.jsonl", tmp_path / "data_pipeline" / "sample")
     mix = load_mix(path)
     build(mix, tmp_path / "out", progress=False)
     built = BuiltData.open(tmp_path / "out", mix=mix)
-    assert built.source_names == names and built.seq_len == 1024
-    assert [domain.name for domain in built.held_out] == ["japanese", "english", "english_reference", "code", "math"]
+    assert built.source_names == (*names, "en_chat") and built.seq_len == 1024
+    domains = ["japanese", "english", "english_reference", "code", "math", "chat"]
+    assert [domain.name for domain in built.held_out] == domains
     assert sum(s.weight for s in mix.sources if s.language == "ja") == pytest.approx(0.5)
 
 

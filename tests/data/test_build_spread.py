@@ -21,7 +21,8 @@ from data_pipeline.build import build, build_share
 from data_pipeline.clean import Tally
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import DataError
-from data_pipeline.schema import MixConfig, SourceConfig, load_mix
+from data_pipeline.schema import MixConfig, load_mix
+from data_pipeline.source_config import SourceConfig
 from data_pipeline.sources import read_texts
 from tests.data.inputs import MakeMix, make_texts, write_jsonl
 

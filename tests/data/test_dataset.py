@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.build import build
 from data_pipeline.dataset import BuiltData, PackedRow
 from data_pipeline.errors import DataError
-from data_pipeline.schema import GuardConfig, GuardDomain, MixConfig
+from data_pipeline.schema import GuardDomain, MixConfig
 from data_pipeline.tokenizer import END_OF_TEXT
 from tests.data.inputs import MakeMix, make_texts
 
@@ -96,7 +96,7 @@ def test_labels_and_guard_domains_of_the_present_mix_replace_those_of_the_build(
 ) -> None:
     domain = GuardDomain(name="english", language="en", sources=("en",))
     sources = tuple(dataclasses.replace(source, domain="books") for source in mix.sources)
-    changed = dataclasses.replace(mix, sources=sources, guard=GuardConfig(domains=(domain,)))
+    changed = dataclasses.replace(mix, sources=sources, guard=dataclasses.replace(mix.guard, domains=(domain,)))
     again = BuiltData.open(built.directory, mix=changed)
     assert [held.name for held in again.held_out] == ["english"] and again.domains == ("books",) * 3
     with pytest.raises(DataError, match="built for seq_len 32"):

@@ -13,7 +13,7 @@ import pytest
 from data_pipeline import sources
 from data_pipeline.clean import MAX_WHITESPACE_RUN, Tally, why_unusable
 from data_pipeline.errors import DataError
-from data_pipeline.schema import SourceConfig
+from data_pipeline.source_config import SourceConfig
 from data_pipeline.sources import invent_documents, read_texts, splitmix64
 from data_pipeline.tokenizer import NUM_TEXT_TOKENS, encode
 

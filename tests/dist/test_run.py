@@ -24,13 +24,14 @@ from cpt.model import mxfp4
 from cpt.release.export_run import export_run
 from cpt.sample import Sampling
 from cpt.state.export import export_checkpoint
-from cpt.state.harmony import CHANNEL, END, MESSAGE, RETURN
+from data_pipeline.harmony import CHANNEL, END, MESSAGE, RETURN
 from cpt.state.manifest import read_manifest
 from cpt.state.stored import PARTS, find_checkpoint, list_steps, step_folder
 from cpt.telemetry.metrics import read_events
 from data_pipeline.tokenizer import encode
 from tests.dist.test_layout_parity import stored_tensors
 from tests.support.launcher import ROOT, free_port, rank_environment
+from tests.support.service import SMALL_GUARD
 
 pytestmark = pytest.mark.dist
 STEPS = 8
@@ -53,7 +54,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for name, (language, weight) in names.items()
     ]
-    (folder / "mix.yaml").write_text(yaml.safe_dump({"seq_len": 256, "seed": 1, "sources": sources}))
+    (folder / "mix.yaml").write_text(yaml.safe_dump({"seq_len": 256, "seed": 1, "guard": SMALL_GUARD, "sources": sources}))
     run = {
         "model": {"init": "tiny"},
         "data": {"mix": "mix.yaml"},

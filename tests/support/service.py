@@ -23,6 +23,8 @@ from tests.support.launcher import ROOT, free_port
 SAMPLE = ROOT / "data_pipeline" / "sample"
 SECRETS = {name: f"canary-of-{name.lower()}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
 """In the environment of every run; must be found nowhere."""
+SMALL_GUARD = {"min_documents": 1, "min_tokens": 1}
+"""One document a domain shows that the guard runs; it measures nothing."""
 STEPS = 6
 """Planned steps of a run in a workplace."""
 
@@ -47,7 +49,9 @@ def make_workplace(folder: Path) -> Path:
     }  # fmt: skip
     zero = {"stage": 3, "stage3_param_persistence_threshold": "auto", "reduce_bucket_size": "auto"}
     ds = {"zero_optimization": zero, "expert_parallel": {"enabled": True, "autoep_size": "auto"}}
-    (folder / "mix.yaml").write_text(yaml.safe_dump({"seq_len": 256, "seed": 1, "sources": sources}))
+    (folder / "mix.yaml").write_text(
+        yaml.safe_dump({"seq_len": 256, "seed": 1, "guard": SMALL_GUARD, "sources": sources})
+    )
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     (folder / "ds.json").write_text(json.dumps(ds))
     build = [sys.executable, "-m", "data_pipeline", "build", "mix.yaml", "--out", "built"]

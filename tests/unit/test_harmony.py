@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 import string
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from cpt.state.harmony import CALL, CHANNEL, END, MESSAGE, RETURN, START, TEMPLATE, Part, encode_prompt, parse_reply
+from cpt.state.harmony import TEMPLATE, Part, parse_reply
+from data_pipeline.harmony import CALL, CHANNEL, END, MESSAGE, RETURN, START, encode_prompt, read_conversation
 from data_pipeline.tokenizer import NUM_TEXT_TOKENS, encode, encoding
 
 LETTERS = string.printable.replace("|", "") + "\u7a7a\u3042"
@@ -112,6 +115,18 @@ def test_encoded_prompt_is_the_rendered_one(user: str, developer: str | None) ->
     text = render([*first, {"role": "user", "content": user}])
     expected = encoding().encode(text, allowed_special="all")
     assert encode_prompt(user, developer=developer, effort="high", date=DATE) == expected
+
+
+def test_training_conversations_are_rendered_as_the_chat_template_of_an_export_renders_them() -> None:
+    sample = Path(__file__).parents[2] / "data_pipeline" / "sample" / "en_chat.jsonl"
+    records = [json.loads(line) for line in sample.read_text(encoding="utf-8").splitlines()]
+    assert len(records) >= 40
+    for record in records:
+        effort = record.get("reasoning_effort", "medium")
+        text = render(record["messages"], prompt=False, reasoning_effort=effort, current_date="2025-08-05")
+        conversation, reason = read_conversation(record)
+        assert conversation is not None, reason
+        assert conversation.tokens().tolist() == encoding().encode(text, allowed_special="all"), record["id"]
 
 
 def test_control_tokens_in_a_question_stay_text() -> None:

@@ -1,0 +1,192 @@
+"""One source of a data mix: its keys, what makes one impossible, and the files it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import re
+import string
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from data_pipeline.strict_yaml import nearest
+
+LANGUAGES = (
+    *("ja", "en", "code", "math", "parallel", "mixed"),
+    *("ar", "cs", "de", "el", "es", "fa", "fr", "he", "hi", "id", "it", "ko", "nl", "pl", "pt", "ro", "ru", "sv", "th"),
+    *("tr", "uk", "vi", "zh"),
+)
+"""What `language` may be: ISO 639-1 codes, and four kinds of text that are not one natural language."""
+
+SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+"""What `format: auto` reads a file as, once COMPRESSIONS is taken off its name."""
+COMPRESSIONS = (".gz", ".zst")
+"""Suffixes of compressed JSONL and text files."""
+FILE_FORMATS = ("auto", "jsonl", "parquet", "text", "harmony")
+"""Formats whose `path` names files; that of the others is a folder, or there is none."""
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+Normalisation = Literal["newlines", "nfc", "nfkc", "width", "control", "spaces"]
+"""What may be done to a text; `clean` says what each step does, and what it destroys."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One stream of documents of one language and domain."""
+
+    name: str
+    """Unique within the mix; names folders and metrics: lower-case letters, digits, `_` and `-`."""
+    language: str
+    """One of LANGUAGES."""
+    domain: str
+    """Kind of text, free: web, encyclopedia, code."""
+    path: str | tuple[str, ...] | None = None
+    """File, glob, or a list of them, relative to the YAML file; a folder for `huggingface` and `build`."""
+    format: Literal["auto", "jsonl", "parquet", "text", "harmony", "huggingface", "build", "mock"] = "auto"
+    """`auto` goes by the suffix; `text` is one document a file; `harmony` JSONL conversations (see `harmony`);
+    `huggingface` a dataset, from the hub or saved on disk; `build` the training documents of an earlier
+    build; `mock` random tokens for speed tests."""
+    text_field: str = "text"
+    """Key (JSONL) or column (Parquet, datasets) that holds the text."""
+    template: str | None = None
+    """Text made of several fields, for example "{title}\n\n{body}"; replaces `text_field`."""
+    dataset: str | None = None
+    """Name on the Hugging Face hub, for `format: huggingface` without `path`."""
+    revision: str | None = None
+    """Commit of `dataset`: 40 hexadecimal digits, so that the text cannot change under the run."""
+    subset: str | None = None
+    """Configuration of `dataset`, if it has several."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    build_sources: tuple[str, ...] = ()
+    """Sources of an earlier build to take; empty: all of them."""
+    normalise: tuple[Normalisation, ...] = ()
+    """Steps done to each text, in the order of `clean.STEPS`; empty: the text is taken as it stands."""
+    weight: float
+    """Share of the predicted tokens, 0 to 1; all weights sum to 1."""
+    held_out_share: float = 0.0
+    """Share of the documents that are never trained on, 0 to 1."""
+    max_epochs: float | None = None
+    """Epochs; a plan that repeats the source more often is refused."""
+    num_documents: int | None = None
+    """Documents to invent, for `format: mock` only."""
+    mean_tokens: int | None = None
+    """Mean tokens per invented document, for `format: mock` only."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Rules within one source."""
+        if not NAME.fullmatch(self.name):
+            yield "name", f"is '{self.name}', must be 1 to 64 of: lower-case letters, digits, '_', '-'."
+        if self.language not in LANGUAGES:
+            yield "language", f"is '{self.language}', which is not known.{nearest(self.language, LANGUAGES)}"
+        if not self.domain.strip():
+            yield "domain", "is empty. Say what kind of text this is, for example: web."
+        if not 0 <= self.held_out_share <= 1:
+            yield "held_out_share", f"is {self.held_out_share:g}, must be from 0 to 1 (a share of the documents)."
+        if self.held_out_share == 1 and self.weight > 0:
+            yield "held_out_share", "is 1, which leaves nothing to train on. Set weight: 0, or hold out less."
+        if self.max_epochs is not None and self.max_epochs <= 0:
+            yield "max_epochs", f"is {self.max_epochs:g}, must be above 0. Remove it to repeat without limit."
+        yield from self._check_text()
+        yield from self._check_place()
+        yield from self._check_mock()
+
+    def _check_text(self) -> Iterator[tuple[str, str]]:
+        if self.template is not None:
+            try:
+                fields = template_fields(self.template)
+            except ValueError as error:
+                yield "template", f"is not a template: {error}. Write a brace that is text twice: {{{{."
+            else:
+                if not fields:
+                    yield "template", "names no field. Write fields in braces, for example: '{title}\\n{text}'."
+        if self.format in ("text", "harmony", "build", "mock") and (
+            self.template is not None or self.text_field != "text"
+        ):
+            key = "text_field" if self.template is None else "template"
+            yield key, f"is given, but format: {self.format} has no fields. Remove it."
+        if "nfc" in self.normalise and "nfkc" in self.normalise:
+            yield "normalise", "lists nfc and nfkc. Choose one."
+        if self.normalise and self.format in ("mock", "harmony"):
+            yield "normalise", f"is given, but format: {self.format} has no plain text. Remove it."
+
+    def _check_place(self) -> Iterator[tuple[str, str]]:
+        hub = self.format == "huggingface" and self.path is None
+        if hub and self.dataset is None:
+            yield "dataset", "is missing. Give a name on the hub, or the path of a dataset saved on disk."
+        if hub and self.dataset is not None and not _COMMIT.fullmatch(self.revision or ""):
+            yield "revision", f"is '{self.revision}', must be a commit (40 hexadecimal digits): names move."
+        for key in ("dataset", "revision", "subset"):
+            if getattr(self, key) is not None and not hub:
+                yield key, "is given, but only format: huggingface without a path uses it. Remove it."
+        if self.split != "train" and self.format != "huggingface":
+            yield "split", "is given, but only format: huggingface has splits. Remove it."
+        if self.build_sources and self.format != "build":
+            yield "build_sources", "is given, but only format: build has them. Remove it."
+        if self.format in ("huggingface", "build") and isinstance(self.path, tuple):
+            yield "path", f"is a list, but format: {self.format} reads one folder. Make one source of each."
+        if self.format == "build" and self.path is None:
+            yield "path", "is missing. Give the folder of an earlier build."
+
+    def _check_mock(self) -> Iterator[tuple[str, str]]:
+        mock = self.format == "mock"
+        if mock and self.path is not None:
+            yield "path", "is given, but format: mock reads no files. Remove one of the two."
+        for key, value in (("num_documents", self.num_documents), ("mean_tokens", self.mean_tokens)):
+            if value is None and mock:
+                yield key, "is missing. format: mock needs it."
+            elif value is not None and not mock:
+                yield key, "is given, but only format: mock invents documents. Remove it."
+            elif value is not None and value < 2:
+                yield key, f"is {value}, must be at least 2."
+
+    def patterns(self) -> tuple[str, ...]:
+        """`path` as a list."""
+        return () if self.path is None else (self.path,) if isinstance(self.path, str) else self.path
+
+    def files(self) -> list[Path]:
+        """The input files: patterns in the order given, the files of a glob or of a folder sorted by name."""
+        if self.format not in FILE_FORMATS:
+            folders = [Path(pattern) for pattern in self.patterns()]
+            return sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+        return [path for pattern in self.patterns() for path in expand(pattern)]
+
+    def format_of(self, path: Path) -> str | None:
+        """The format to read `path` in; None if `auto` does not know the suffix."""
+        return suffix_format(path) if self.format == "auto" else self.format
+
+
+def expand(pattern: str) -> list[Path]:
+    """Files that an absolute path or glob names, sorted."""
+    if not glob.has_magic(pattern) or Path(pattern).exists():
+        return [Path(pattern)] if Path(pattern).is_file() else []
+    return sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+
+
+def suffix_format(path: Path) -> str | None:
+    """The format that the name of a file stands for; None if it is not known."""
+    name = path.name.lower()
+    for suffix in COMPRESSIONS:
+        if name.endswith(suffix):
+            known = SUFFIXES.get(Path(name.removesuffix(suffix)).suffix)
+            return known if known != "parquet" else None
+    return SUFFIXES.get(Path(name).suffix)
+
+
+def template_fields(template: str) -> tuple[str, ...]:
+    """Names of the fields in a template, in order.
+
+    Raises:
+        ValueError: a brace is left open, or a field is not a plain name.
+    """
+    names = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name or spec or conversion or set(".[]") & set(name):
+            raise ValueError(f"'{{{name}}}' is not a plain field name")
+        names.append(name)
+    return tuple(names)
