@@ -4,6 +4,8 @@ Decisions
     A segment says from which step on which weights hold.  What is in the ledger never changes; an edit of the mix is
     one more segment, so the batches of past steps stay what they were.
     A segment holds all that the choice of rows needs, and the settings of its mix, so that an edit can be shown.
+    Every segment keeps the floors and ceilings (`languages`) of its mix, whoever made it: a mix YAML, an accepted edit,
+    or the guard that raises replay.  So at every prefix of the run a language has its floor, up to `slack_rows`.
     Weights, limits, labels may be edited, sources added, and a source retired with weight 0.  The rows of a source that
     was trained on may not change: places in it would mean other text, and rows would be lost or repeated.
 """
@@ -15,7 +17,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from data_pipeline.changes import Settings, describe_changes, mix_settings
@@ -44,6 +46,23 @@ class Segment:
     rows: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Hash of the training rows by source name (`Manifest.row_hashes`)."""
 
+    def sources_of(self, language: str) -> list[str]:
+        """Sources of a language that have a weight; by the labels of the segment's own mix."""
+        known = self.settings.get("sources", {})
+        return [n for n, w in self.weights.items() if w > 0 and known.get(n, {}).get("language") == language]
+
+    def broken_limits(self) -> Iterator[str]:
+        """Floors and ceilings of the segment's mix that its weights do not keep, as problems."""
+        for language, bounds in self.settings.get("languages", {}).items():
+            share = math.fsum(self.weights[name] for name in self.sources_of(language))
+            low, high = bounds.get("min_share", 0.0), bounds.get("max_share", 1.0)
+            if not low - WEIGHT_SUM_TOLERANCE <= share <= high + WEIGHT_SUM_TOLERANCE:
+                yield (
+                    f"mix ledger: weights from step {self.start_step} give language '{language}' a share of "
+                    f"{share:.2%}, the mix allows {low:.2%} to {high:.2%}. Change the weights, or the limit in the "
+                    "mix's `languages`."
+                )
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ledger:
@@ -62,6 +81,9 @@ class Ledger:
             sound = all(weight >= 0 for weight in segment.weights.values())
             if not sound or abs(total - 1) > WEIGHT_SUM_TOLERANCE:
                 raise ConfigError(f"mix ledger: weights from step {segment.start_step} are not shares that sum to 1.")
+        problems = [problem for segment in self.segments for problem in segment.broken_limits()]
+        if problems:
+            raise ConfigError(problems)
 
     @classmethod
     def start(cls, mix: MixConfig, rows: Mapping[str, str] | None = None) -> Ledger:
@@ -105,6 +127,18 @@ class Ledger:
             return cls(tuple(Segment(**segment) for segment in value["segments"]))
         except (TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"mix ledger: lacks or misnames a key: {error}.") from error
+
+    def slack_rows(self, language: str) -> int:
+        """Rows by which the tokens of a language may miss its share at any prefix of the run.
+
+        In a segment every source is within one row of its share, so n sources together are within n rows, and within as
+        many rows as there are other sources, since what they miss the others have.  A segment starts a new account.
+        """
+        rows = 0
+        for segment in self.segments:
+            ours = len(segment.sources_of(language))
+            rows += min(ours, sum(weight > 0 for weight in segment.weights.values()) - ours)
+        return rows
 
     @property
     def ledger_hash(self) -> str:

@@ -162,7 +162,8 @@ def make_plan(
         global_batch_size: packed rows per step.
         ledger: the mix over the run, if it was edited on the way; None: `mix` from start to end.
     """
-    mixture = Mixture(built, ledger or Ledger.start(mix), mix.seed)
+    ledger = ledger or Ledger.start(mix)
+    mixture = Mixture(built, ledger, mix.seed)
     end = mixture.position(steps, global_batch_size)
     curve_steps = tuple(np.unique(np.linspace(0, steps, min(steps, _CURVE_POINTS) + 1).astype(int)).tolist())
     drawn = np.array([mixture.position(step, global_batch_size).drawn_rows for step in curve_steps])
@@ -201,7 +202,7 @@ def make_plan(
         problems=(),
         warnings=(),
     )
-    return _judged(plan, mix)
+    return _judged(plan, mix, ledger)
 
 
 def _drawn_tokens(mixture: Mixture, built: BuiltData, source: int, rows: int) -> int:
@@ -213,7 +214,7 @@ def _drawn_tokens(mixture: Mixture, built: BuiltData, source: int, rows: int) ->
     return epochs * int(row_tokens.sum()) + int(mixture.epoch_tokens(source, epochs)[:rest].sum())
 
 
-def _judged(plan: Plan, mix: MixConfig) -> Plan:
+def _judged(plan: Plan, mix: MixConfig, ledger: Ledger) -> Plan:
     """`plan` with limits, problems and warnings."""
     problems, warnings, limits = [], [], []
     for source in plan.sources:
@@ -230,10 +231,10 @@ def _judged(plan: Plan, mix: MixConfig) -> Plan:
                 f"source '{source.name}' is read {source.epochs:.1f} times, more than {WARN_EPOCHS:g} from step "
                 f"{step:,} on. Add data or lower its weight."
             )
-    row = mix.seq_len / max(plan.drawn_tokens, 1)
     for language, bounds in mix.languages.items():
         share = plan.language_shares().get(language, 0.0)
-        met = bounds.min_share - row <= share <= bounds.max_share + row
+        slack = ledger.slack_rows(language) * mix.seq_len / max(plan.drawn_tokens, 1)
+        met = bounds.min_share - slack <= share <= bounds.max_share + slack
         limits.append((language, bounds.min_share, bounds.max_share, met))
         if not met:
             problems.append(

@@ -167,3 +167,36 @@ def test_a_checkpoint_older_than_the_last_segment_is_refused(make_mix: MakeMix) 
     mix = make_mix(TEXTS)
     with pytest.raises(ConfigError, match="starts at step 9, after step 5"):
         resume_ledger(Ledger.start(mix).append(mix, 9).to_json(), mix, 5, accept_change=True)
+
+
+def test_no_segment_may_break_a_floor_whoever_makes_it(make_mix: MakeMix) -> None:
+    texts = {"ja": make_texts(3, "j"), "en": make_texts(3, "e")}
+    limits = {"languages": {"en": {"min_share": 0.3}, "ja": {"min_share": 0.2, "max_share": 0.7}}}
+    mix = make_mix(texts, weights={"ja": 0.6, "en": 0.4}, **limits)
+    ledger = Ledger.start(mix)
+    assert ledger.reweigh(5, {"ja": 0.2, "en": 0.8}).segments[1].weights["en"] == 0.8
+    with pytest.raises(ConfigError) as caught:
+        ledger.reweigh(5, {"ja": 0.75, "en": 0.25})
+    assert [line.split(". Change")[0] for line in caught.value.problems] == [
+        "mix ledger: weights from step 5 give language 'en' a share of 25.00%, the mix allows 30.00% to 100.00%",
+        "mix ledger: weights from step 5 give language 'ja' a share of 75.00%, the mix allows 20.00% to 70.00%",
+    ]
+    with pytest.raises(ConfigError, match="'ja' a share of 10"):
+        ledger.reweigh(5, {"ja": 0.1, "en": 0.9})
+    edited = dataclasses.replace(
+        mix, sources=tuple(dataclasses.replace(s, weight=0.9 if s.name == "ja" else 0.1) for s in mix.sources)
+    )
+    with pytest.raises(ConfigError, match="'en' a share of 10"):
+        resume_ledger(ledger.to_json(), edited, 5, accept_change=True)
+    damaged = ledger.to_json()
+    damaged["segments"][0]["weights"] = {"ja": 0.9, "en": 0.1}
+    with pytest.raises(ConfigError, match="from step 0 give language 'en'"):
+        Ledger.from_json(json.loads(json.dumps(damaged)))
+
+
+def test_two_sources_of_a_language_miss_its_share_by_two_rows_at_most(make_mix: MakeMix) -> None:
+    texts = {name: make_texts(3, name) for name in ("ja_a", "ja_b", "en_a", "en_b", "en_c")}
+    mix = make_mix(texts)
+    ledger = Ledger.start(mix)
+    assert (ledger.slack_rows("ja"), ledger.slack_rows("en"), ledger.slack_rows("fr")) == (2, 2, 0)
+    assert ledger.append(mix, 4).slack_rows("ja") == 4

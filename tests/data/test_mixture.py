@@ -67,6 +67,39 @@ def test_every_prefix_is_within_one_packed_row_of_every_target(mix: tuple[Rows, 
     assert worst_deviation(*mix, count=400) <= 1 + 1e-9
 
 
+@st.composite
+def ledgers_with_a_floor(draw: st.DrawFn) -> tuple[Rows, Ledger, float]:
+    """Up to four segments of other weights, steps and sources, all of which keep the same floor of English."""
+    sizes = draw(st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=9), min_size=2, max_size=7))
+    names = [f"{'en' if i % 2 else 'ja'}{i}" for i in range(len(sizes))]
+    english, others = names[1::2], names[::2]
+    floor, segments, start = draw(st.floats(0.05, 0.6)), [], 0
+    labels = {"sources": {n: {"language": n[:2]} for n in names}, "languages": {"en": {"min_share": floor}}}
+    for _ in range(draw(st.integers(1, 4))):
+        share = draw(st.floats(floor, 1.0))
+        weights = {name: 0.0 for name in names}
+        for group, total in ((english, share), (others, 1 - share)):
+            parts = [draw(st.integers(0, 9)) for _ in group]
+            parts = parts if any(parts) else [1] * len(group)
+            weights |= {name: total * part / sum(parts) for name, part in zip(group, parts, strict=True)}
+        segments.append(Segment(start_step=start, weights=weights, max_epochs={}, mix_hash="", settings=labels))
+        start += draw(st.integers(1, 60))
+    return Rows(dict(zip(names, sizes, strict=True))), Ledger(tuple(segments)), floor
+
+
+@settings(max_examples=150, deadline=None)
+@given(ledgers_with_a_floor())
+def test_a_language_has_its_floor_at_every_prefix_of_all_segments(case: tuple[Rows, Ledger, float]) -> None:
+    rows, ledger, floor = case
+    mixture = Mixture(rows, ledger, 3)
+    batches = [mixture.global_batch(step, 2) for step in range(ledger.segments[-1].start_step + 60)]
+    tokens = np.concatenate([batch.predicted_tokens for batch in batches])
+    english = np.concatenate([batch.sources for batch in batches]) % 2 == 1
+    missing = floor * np.cumsum(tokens) - np.cumsum(tokens * english)
+    longest = max(int(rows.row_tokens(source).max()) for source in range(len(rows.source_names)))
+    assert missing.max() <= (ledger.slack_rows("en") + 1e-6) * longest
+
+
 def test_a_large_source_beside_small_ones_stays_within_one_row_where_largest_deficit_does_not() -> None:
     weights = [0.855, 0.093, 0.048, 0.004]
     rows = Rows({f"s{i}": [4096] * 5 for i in range(4)})

@@ -84,7 +84,7 @@ def test_floors_are_reported_as_met_or_not(built: BuiltData, mix: MixConfig) -> 
     plan = make_plan(built, mix, STEPS, ROWS)
     assert [(name, met) for name, _, _, met in plan.limits] == [("en", True), ("ja", True)]
     broken = dataclasses.replace(mix, languages={"en": LanguageLimits(min_share=0.5)})
-    (problem,) = make_plan(built, broken, STEPS, ROWS).problems
+    (problem,) = make_plan(built, broken, STEPS, ROWS, Ledger.start(mix)).problems
     assert "language 'en': has" in problem and "must have from 50.00%" in problem
 
 
