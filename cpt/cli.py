@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_checkpoints(commands)
     _add_guard(commands)
     _add_plan(commands)
+    _add_evaluate(commands)
     doctor = commands.add_parser("doctor", help="versions, devices, and which attention backends run here, or why not")
     doctor.set_defaults(run=_doctor)
     options = parser.parse_args(arguments)
@@ -60,6 +61,30 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--max_documents", type=int, default=256, help="documents scored per held-out domain")
     parser.add_argument("--score_only", action="store_true", help="write scores and plot, but no weights")
     parser.set_defaults(run=_merge)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "evaluate", help="run tasks on an export; exit code 65 if one dropped more than it may"
+    )
+    parser.add_argument("--model", type=Path, required=True, help="an exported directory")
+    parser.add_argument("--tasks", type=Path, required=True, help="task YAML, such as configs/tasks/sample.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="gets the result as JSON")
+    baseline = parser.add_mutually_exclusive_group()
+    baseline.add_argument("--baseline", type=Path, help="result of the model before training")
+    baseline.add_argument("--no_baseline", action="store_true", help="this is the model before training: only measure")
+    parser.add_argument("--batch_size", type=int, default=1, help="of tasks of lm-evaluation-harness")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from cpt.downstream.evaluation import evaluate
+
+    if options.baseline is None and not options.no_baseline:
+        raise ConfigError(
+            "--baseline is missing. Give the result of the model before training, or --no_baseline for it."
+        )
+    evaluate(options.model, options.tasks, options.out, options.baseline, options.batch_size)
 
 
 def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -17,6 +17,10 @@ class InternalError(CptError):
     exit_code = EXIT_INTERNAL
 
 
+class EvaluationFailed(DataError):
+    """A model that lost more on a listed task than it may; exit code 65, so that no job goes on with it."""
+
+
 class HungRankError(CptError):
     """A rank stopped making progress."""
 
@@ -46,6 +50,7 @@ __all__ = [
     "ConfigError",
     "CptError",
     "DataError",
+    "EvaluationFailed",
     "HungRankError",
     "InternalError",
     "RequeueRequested",

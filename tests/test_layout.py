@@ -40,6 +40,7 @@ FLOORS = (
     "cpt.train",
     "cpt.launch",
     "cpt.sample",
+    "cpt.downstream",
     "cpt.cli",
     "cpt.run",
 )

@@ -1,0 +1,282 @@
+"""`cpt evaluate`: tasks are scored right, drops are refused, and so is what chance would decide."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import GptOssConfig, GptOssForCausalLM
+
+from cpt.cli import main
+from cpt.downstream import harness
+from cpt.downstream.evaluation import evaluate
+from cpt.downstream.local import _nats
+from cpt.downstream.tasks import load_tasks
+from cpt.downstream.verdict import Score, _change_of_bits, _noise_of_answers
+from cpt.errors import ConfigError, DataError
+from cpt.sample import load_for_sampling
+from data_pipeline.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"Line {n}: the river and the lamp, number {n * n}." for n in range(12)]
+CHOICES = [{"question": f"{n} is", "choices": [" one", " two", " three"], "answer": n % 3} for n in range(12)]
+TASKS = [
+    {"name": "text", "language": "en", "kind": "perplexity", "path": "text.jsonl", "max_drop": 5.0},
+    {"name": "choice", "language": "en", "kind": "multiple_choice", "path": "choice.jsonl", "max_drop": 40.0},
+    {"name": "reply", "language": "en", "kind": "exact_match", "path": "reply.jsonl", "max_drop": 40.0,
+     "max_new_tokens": 2},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random model, and the same one with a head that is far too sure of itself."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = GptOssForCausalLM(GptOssConfig(vocab_size=VOCAB_SIZE, **sizes, **heads))
+    model.save_pretrained(folder / "good")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    model.save_pretrained(folder / "bad")
+    return {name: folder / name for name in ("good", "bad")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    records: dict[str, list[Any]] = {"text": [{"text": text} for text in TEXTS], "choice": CHOICES}
+    records["reply"] = [{"prompt": text, "answer": ["yes", "no"]} for text in TEXTS[:4]]
+    for name, listed in records.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in listed))
+    write_tasks(tmp_path, TASKS)
+    return tmp_path
+
+
+def write_tasks(folder: Path, tasks: list[dict[str, Any]]) -> None:
+    (folder / "tasks.yaml").write_text(yaml.safe_dump({"tasks": tasks}))
+
+
+def run(folder: Path, model: Path, *options: str) -> int:
+    return main(["evaluate", "--model", str(model), "--tasks", str(folder / "tasks.yaml"), *options])
+
+
+def test_nats_are_those_of_the_whole_logit_matrix(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpt.downstream.local.HEAD_TOKENS", 3)
+    model, tokens = load_for_sampling(models["good"], None), encode(TEXTS[5]).tolist()
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0].double()
+    expected = -logits.log_softmax(-1)[range(3, len(tokens) - 1), tokens[4:]].sum()
+    assert _nats(model, tokens, 4) == pytest.approx(float(expected), rel=1e-5)  # fp32 against fp64
+
+
+def test_a_model_passes_against_itself_and_fails_once_it_has_lost_more_than_it_may(
+    models: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, now = str(folder / "base.json"), str(folder / "now.json")
+    assert run(folder, models["good"], "--no_baseline", "--out", base) == 0
+    scores = json.loads(Path(base).read_text())["tasks"]
+    model = load_for_sampling(models["good"], None)
+    nats = [_nats(model, [*encode(text).tolist(), END_OF_TEXT], 1) for text in TEXTS]
+    expected = sum(nats) / math.log(2) / sum(map(len, TEXTS))
+    assert scores["text"]["value"] == pytest.approx(expected) and scores["text"]["documents"] == 12
+    assert scores["choice"]["value"] == pytest.approx(100 * np.mean(scores["choice"]["per_document"]))
+    assert scores["reply"]["value"] == 0
+
+    assert run(folder, models["good"], "--baseline", base, "--out", now) == 0
+    verdicts = json.loads(Path(now).read_text())["verdicts"]
+    assert [verdict["drop"] for verdict in verdicts] == [0, 0, 0]
+    capsys.readouterr()
+
+    assert run(folder, models["bad"], "--baseline", base, "--out", now) == 65
+    printed = capsys.readouterr()
+    assert "task 'text' dropped by" in printed.err and "max_drop is 5" in printed.err and "'choice'" not in printed.err
+    failed = {v["name"]: v["failed"] for v in json.loads(Path(now).read_text())["verdicts"]}
+    assert "FAILED" in printed.out and failed == {"text": True, "choice": False, "reply": False}
+
+
+def test_a_likelier_choice_is_the_answer(models: dict[str, Path], folder: Path) -> None:
+    out = folder / "out.json"
+    evaluate(models["good"], folder / "tasks.yaml", out, None)
+    model = load_for_sampling(models["good"], None)
+    right = []
+    for record in CHOICES:
+        question = encode(record["question"]).tolist()
+        nats = [
+            _nats(model, encode(f"{record['question']} {c}").tolist(), len(question)) / len(c)
+            for c in record["choices"]
+        ]
+        right.append(float(int(np.argmin(nats)) == record["answer"]))
+    assert json.loads(out.read_text())["tasks"]["choice"]["per_document"] == right
+
+
+def baseline(folder: Path, **changes: Any) -> Path:
+    """A baseline as if measured, without a model."""
+    from cpt.downstream.local import local_contents
+    from cpt.downstream.verdict import write_scores
+
+    contents = local_contents([task for task in load_tasks(folder / "tasks.yaml") if task.kind != "harness"])
+    kinds = {task["name"]: task["kind"] for task in TASKS}
+    scores = {
+        name: Score(kind=kinds[name], language="en", value=50.0, documents=12, content=content)
+        for name, content in contents.items()
+    }
+    path = folder / "base.json"
+    write_scores(path, "base", {name: score for name, score in scores.items() if name not in changes}, [])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_drop": 9.0}, r"task 'choice': max_drop 9 is below the noise floor of 14.43 points that 12 documents "
+         r"have: chance would decide. Raise it, or give about 31 documents"),
+        ({"separator": "-"}, "task 'choice': its documents or settings are not those of the baseline"),
+        ({"name": "other"}, "task 'other': the baseline has no score of it"),
+    ],
+)  # fmt: skip
+def test_what_the_baseline_cannot_decide_is_refused_before_a_model_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
+) -> None:
+    base = baseline(folder)
+    write_tasks(folder, [TASKS[1] | change])
+    assert run(folder, folder / "no model", "--baseline", str(base), "--out", str(folder / "out.json")) == 78
+    with pytest.raises(ConfigError, match=message):
+        evaluate(folder, folder / "tasks.yaml", folder / "out.json", base)
+
+
+def test_a_missing_baseline_is_refused_with_the_command_that_makes_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, folder, "--out", "x.json") == 78
+    assert "--baseline is missing" in capsys.readouterr().err
+    assert run(folder, folder, "--baseline", str(folder / "none.json"), "--out", "x.json") == 78
+    assert "--no_baseline --out FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "multiple"}, "tasks.yaml:"),
+        ({"max_drop": 0.0}, "must be above 0"),
+        ({"path": "none.jsonl"}, "which is no file"),
+        ({"kind": "harness"}, "task is missing"),
+        ({"chat": True}, "only kind: exact_match asks"),
+        ({"limt": 3}, "Did you mean 'limit'"),
+        ({"name": "text"}, "which the list already has"),
+    ],
+)
+def test_a_wrong_task_is_refused_with_file_line_and_key(folder: Path, change: dict[str, Any], message: str) -> None:
+    write_tasks(folder, [TASKS[0], TASKS[1] | change])
+    with pytest.raises(ConfigError, match=message):
+        load_tasks(folder / "tasks.yaml")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', r"choice.jsonl:1: 'answer' is missing or wrong"),
+        ('{"question": "q", "choices": ["a"], "answer": 0}', "'choices' is missing or wrong"),
+        ("[1]", "not a JSON object"),
+        ("", "holds no record"),
+    ],
+)
+def test_a_wrong_record_is_refused_with_file_and_line(folder: Path, line: str, message: str) -> None:
+    (folder / "choice.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=message):
+        evaluate(folder, folder / "tasks.yaml", folder / "out.json", None)
+
+
+HARNESS = {"name": "hs", "language": "en", "kind": "harness", "task": "hellaswag", "metric": "acc", "max_drop": 2.0}
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, accuracy: float) -> list[dict[str, Any]]:
+    """Modules with the names and shapes of lm-eval 0.4.13; returns the calls."""
+    calls: list[dict[str, Any]] = []
+
+    def simple_evaluate(model: Any, tasks: list[str], **keys: Any) -> dict[str, Any]:
+        calls.append({"tasks": tasks, **keys})
+        found = {"alias": "hellaswag", "acc,none": accuracy, "acc_stderr,none": 0.01, "acc_norm,none": 0.9}
+        sizes = {"hellaswag": {"original": 10042, "effective": keys["limit"] or 10042}}
+        return {"results": {"hellaswag": found}, "n-samples": sizes, "versions": {"hellaswag": 1.0}}
+
+    modules = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")}
+    modules["lm_eval"].simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+    modules["lm_eval.tasks"].TaskManager = lambda: types.SimpleNamespace(all_tasks=["hellaswag", "arc"])  # type: ignore[attr-defined]
+    modules["lm_eval.models.huggingface"].HFLM = lambda **keys: "model"  # type: ignore[attr-defined]
+    modules["lm_eval"].__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda path: None)
+    monkeypatch.setattr("cpt.downstream.evaluation.load_for_sampling", lambda *_: None)
+    return calls
+
+
+def test_harness_tasks_are_scored_judged_and_refused_like_local_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tasks(folder, [HARNESS])
+    base, now = folder / "base.json", folder / "now.json"
+    calls = stand_in(monkeypatch, 0.60)
+    evaluate(folder, folder / "tasks.yaml", base, None)
+    assert calls[0]["tasks"] == ["hellaswag"] and json.loads(base.read_text())["tasks"]["hs"]["value"] == 60
+    stand_in(monkeypatch, 0.57)
+    with pytest.raises(DataError, match=r"task 'hs' dropped by 3.00 \(from 60.000 to 57.000\), max_drop is 2"):
+        evaluate(folder, folder / "tasks.yaml", now, base)
+    (verdict,) = json.loads(now.read_text())["verdicts"]
+    assert verdict["noise"] == pytest.approx(100 * math.sqrt((0.6 * 0.4 + 0.57 * 0.43) / 10042), rel=1e-3)
+
+
+def test_unknown_harness_tasks_and_metrics_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, 0.6)
+    write_tasks(folder, [HARNESS | {"task": "helaswag"}])
+    with pytest.raises(ConfigError, match=r"no task 'helaswag'. Did you mean 'hellaswag'"):
+        evaluate(folder, folder / "tasks.yaml", folder / "out.json", None)
+    write_tasks(folder, [HARNESS | {"metric": "f1"}])
+    with pytest.raises(DataError, match=r"no metric 'f1'. It has: acc, acc_norm"):
+        evaluate(folder, folder / "tasks.yaml", folder / "out.json", None)
+
+
+def test_without_the_harness_its_tasks_are_refused_with_the_cure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    write_tasks(folder, [HARNESS])
+    with pytest.raises(ConfigError, match=r"pip install 'gpt-oss-cpt\[evaluate\]'"):
+        evaluate(folder, folder / "tasks.yaml", folder / "out.json", None)
+
+
+def test_shipped_task_files_can_be_read() -> None:
+    for name in ("sample", "harness"):
+        assert {task.language for task in load_tasks(ROOT / "configs" / "tasks" / f"{name}.yaml")} == {"en", "ja"}
+
+
+def test_the_noise_is_the_spread_over_repeated_draws() -> None:
+    generator, changes, noises = np.random.default_rng(5), [], []
+    rises, errors = [], []
+    for _ in range(400):
+        before = (generator.random(200) < 0.6).astype(float)
+        after = np.where(generator.random(200) < 0.2, (generator.random(200) < 0.6).astype(float), before)
+        one, two = (Score(kind="multiple_choice", language="en", value=100 * float(x.mean()), documents=200, content="",
+                          per_document=tuple(x)) for x in (after, before))  # fmt: skip
+        changes.append(two.value - one.value)
+        noises.append(_noise_of_answers(one, two))
+        sizes = generator.gamma(2.0, 100.0, 200)
+        rise, error = _change_of_bits(sizes * generator.normal(1.02, 0.05, 200), sizes)
+        rises.append(rise)
+        errors.append(error)
+    assert np.mean(noises) == pytest.approx(np.std(changes), rel=0.15)  # 400 draws know a spread to 3.5 %
+    assert np.mean(errors) == pytest.approx(np.std(rises), rel=0.15) and np.mean(rises) == pytest.approx(2, abs=0.1)
+
+
+def test_a_limit_below_the_noise_of_a_paired_change_is_refused(models: dict[str, Path], folder: Path) -> None:
+    write_tasks(folder, [TASKS[0] | {"max_drop": 1e-6}])
+    evaluate(models["good"], folder / "tasks.yaml", folder / "base.json", None)
+    with pytest.raises(ConfigError, match=r"below the noise floor of \d+\.\d+ percent that 12 documents have"):
+        evaluate(models["bad"], folder / "tasks.yaml", folder / "now.json", folder / "base.json")
