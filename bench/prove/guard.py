@@ -142,7 +142,8 @@ def continue_on_japanese(options: argparse.Namespace, base: Path, arm: str, seed
     """One arm with one order of the data."""
     name = f"{arm.replace(' %', '').replace(' ', '-')}-{seed}"
     mix = write_mix(options.work_dir, name, seed=seed, replay=SHARES[arm])
-    guard: dict[str, Any] = {"max_documents": 80, "tolerance_percent": TOLERANCE_PERCENT}
+    guard: dict[str, Any] = {"max_documents": 100, "tolerance_percent": TOLERANCE_PERCENT}
+    guard["domains"] = {"japanese": {"tolerance_percent": 5.0}}  # fewer documents: it falls by tens of percent
     if arm == "guard":
         guard |= {"interval_steps": 10}
     train = {"total_steps": options.steps, "lr": 1e-3, "warmup_steps": 10, "schedule": "cosine"}

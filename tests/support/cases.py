@@ -76,6 +76,7 @@ CASES = {
     "E2": "export read by plain transformers",
     "E3": "unmapped or missing key in an export",
     "M1": "goodput of a run with a kill and a requeue",
+    "M2": "a run that forgets what its guard holds out",
 }
 """Case -> what is injected."""
 
