@@ -1,4 +1,4 @@
-"""The guard acts on a run that forgets: replay, learning rate, pause, and back to the checkpoint at which all was well."""
+"""The guard acts on a run that forgets: more replay, a lower rate, a pause, and back to where all was well."""
 
 from __future__ import annotations
 
