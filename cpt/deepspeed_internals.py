@@ -166,6 +166,25 @@ def _flat_partitions(engine: Any) -> list[torch.Tensor]:
     return list(zero.single_partition_of_fp32_groups)
 
 
+def state_tensors(engine: Any) -> dict[str, list[torch.Tensor]]:
+    """The tensors that the engine keeps between steps on this rank, by part; they may share storages.
+
+    Gradients of ZeRO 1 and 2 are made anew in every step and are not among them.
+    """
+    zero, inner = engine.optimizer, engine.optimizer.optimizer
+    masters = _flat_partitions(engine)
+    moments = [inner.state[flat][key] for flat in masters for key in MOMENTS if key in inner.state.get(flat, {})]
+    parameters = list(engine.module.parameters())
+    if engine.zero_optimization_stage() != 3:
+        return {"weights": [p.data for p in parameters], "optimizer": [*masters, *moments]}
+    whole = [p.data for p in parameters if p.data.numel() == p.ds_numel]  # small ones are never partitioned
+    return {
+        "weights": [*(p.ds_tensor.data for p in parameters), *whole],
+        "gradients": [zero.grad_partitions_flat_buffer],
+        "optimizer": [*masters, *moments],
+    }
+
+
 def set_optimizer_step(engine: Any, step: int) -> None:
     """Set Adam's step count, which decides the bias correction."""
     for state in engine.optimizer.optimizer.state.values():

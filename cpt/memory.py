@@ -18,6 +18,11 @@ from cpt.model.hf_layout import is_expert_name
 from cpt.model.loss_head import TILE_BYTES
 
 GIB = 2**30
+SUB_GROUP_SIZE = 10**9
+"""Parameters that DeepSpeed updates at a time, unless the JSON says otherwise."""
+UPDATE_COPIES = {"cuda": 1, "cpu": 3}
+"""fp32 copies of what is updated: the gradient; torch's unfused AdamW on a CPU also holds the root of the second moment
+and the step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +51,9 @@ def memory_by_part(config: RunConfig, model: GptOssConfig) -> dict[str, int]:
     return device_memory(config, model, count_parameters(model, config.train.freeze))
 
 
-def device_memory(config: RunConfig, model: GptOssConfig, counts: ParameterCounts) -> dict[str, int]:
+def device_memory(
+    config: RunConfig, model: GptOssConfig, counts: ParameterCounts, device_type: str = "cuda"
+) -> dict[str, int]:
     """What `memory_by_part` returns, for parameters that were counted before."""
     dense, experts = counts.dense, counts.experts
     trained_dense, trained_experts = counts.trained_dense, counts.trained_experts
@@ -64,11 +71,15 @@ def device_memory(config: RunConfig, model: GptOssConfig, counts: ParameterCount
         "optimizer": 12 * trained_per_rank,
         "gathered weights": _gathered(model, config, itemsize) if stage == 3 else 0,
         "activations": _activations(model, config, itemsize),
-        "logits": 3 * TILE_BYTES["cuda"],
+        "logits": 3 * TILE_BYTES[device_type],
     }
     if not config.model.activation_checkpointing and stage == 3:
         # autograd keeps each layer's experts until its backward
         parts["kept expert weights"] = itemsize * experts // config.ep_size
+    # the update comes when the step's own tensors are gone, and adds only what it takes beyond them
+    in_step = sum(size for name, size in parts.items() if name not in ("weights", "gradients", "optimizer"))
+    update = UPDATE_COPIES[device_type] * 4 * min(trained_per_rank, int(zero.get("sub_group_size", SUB_GROUP_SIZE)))
+    parts["update"] = 0 if offload_optimizer else max(0, update - in_step)
     if offload_optimizer:
         parts["optimizer"] = parts["gradients"] = 0
     if "offload_param" in zero:
@@ -114,7 +125,8 @@ def _activations(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:
     if config.model.offload_checkpoints:
         layers = 2  # the one being computed, and the one whose copy is on its way
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
-    attention = 4 * hidden + 2 * heads * model.head_dim  # norms, projections, rotated copies, output
+    # two norms, whose input and quotient are kept in fp32; projections, rotated copies, output
+    attention = 2 * hidden + 2 * 2 * 4 // itemsize * hidden + 2 * heads * model.head_dim
     expert_row = 2 * hidden + 4 * model.intermediate_size  # input, gate and up, activated, output
     moe = 4 * hidden + model.num_experts_per_tok * expert_row
     kept_layers = 1 if config.model.activation_checkpointing else layers

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cpt.continuations import show_continuations
 from cpt.faults import fault_point
 from cpt.job import Job
+from cpt.memory_report import report_memory
 from cpt.recovery import after_step
 from cpt.saving import end, final_save, leave, periodic_save, publish
 from cpt.state.leaving import leave_if_asked
@@ -47,18 +48,21 @@ def train(job: Job) -> None:
         measure(job, job.stop)
     leave_if_asked(job.stop, job.topology.control_group, "before the first step")
     bar = tqdm(total=last_step, initial=progress.step, unit="step", disable=job.topology.rank != 0)
+    started_at = progress.step
     with collecting(settings.gc_interval_steps) as collect, bar:
         while progress.step < last_step:
             started = time.perf_counter()
             batch = job.mixture.global_batch(progress.next_batch, settings.global_batch_size)
             lr = learning_rate(progress.step, settings) * (job.guard.state.lr_scale if job.guard else 1.0)
             job.engine.set_learning_rate(lr)
-            result = job.engine.step(
-                job.micro_batches(batch),
-                tokens_by_source(batch, job),
-                step=progress.step + 1,
-                votes=lambda: Votes(stop=job.stop.requested(), save_settled=job.saver.own_part_is_settled()),
-            )
+            second = progress.step == started_at + 1 and job.config.telemetry.memory_report
+            with report_memory(job.config, job.engine, progress.step + 1, due=second):
+                result = job.engine.step(
+                    job.micro_batches(batch),
+                    tokens_by_source(batch, job),
+                    step=progress.step + 1,
+                    votes=lambda: Votes(stop=job.stop.requested(), save_settled=job.saver.own_part_is_settled()),
+                )
             progress.step += 1
             progress.tokens += sum(result.tokens_by_source)
             progress.batch_chain = batch.chain_hash(progress.batch_chain)

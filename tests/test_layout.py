@@ -27,6 +27,7 @@ FLOORS = (
     "cpt.guard",
     "cpt.release",
     "cpt.memory",
+    "cpt.memory_report",
     "cpt.planning",
     "cpt.doctor",
     "cpt.progress",

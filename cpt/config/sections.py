@@ -274,6 +274,8 @@ class TelemetrySection:
     """Weights & Biases project."""
     tensorboard: bool = False
     """Write TensorBoard event files into the run directory."""
+    memory_report: bool = False
+    """Measure the memory of the second step after a start, part by part, beside the prediction of --dry_run."""
     export_at_end: bool = False
     """Write a Hugging Face directory (bf16) into the run directory when the run is done."""
     sample_interval_steps: int = 0

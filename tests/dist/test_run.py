@@ -120,6 +120,7 @@ def whole(workplace: Path) -> Path:
         "whole",
         *("--set", "telemetry.wandb=offline", "--set", "telemetry.export_at_end=true"),
         *("--set", "telemetry.sample_interval_steps=4", "--set", "telemetry.sample_tokens=3"),
+        *("--set", "telemetry.memory_report=true"),
     )
     assert codes == [0, 0], output
     return workplace / "whole"
@@ -143,6 +144,16 @@ def test_undisturbed_run_writes_what_the_contract_says(whole: Path) -> None:
     assert (resolved["sp_size"], resolved["ep_size"]) == (2, 2)
     assert list_steps(whole) == [8, 6]  # interval 3, keep_last 2
     assert list((whole / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_memory_of_every_rank_is_the_predicted_one_within_15_percent(whole: Path) -> None:
+    """State is exact for ZeRO; at this size the update is the peak of a step."""
+    (event,) = [event for event in read_events(whole / "metrics.jsonl") if event["event"] == "memory"]
+    assert event["step"] == 2 and len(event["measured_by_rank"]) == 2
+    for rank in event["measured_by_rank"]:
+        assert rank.keys() == event["predicted"].keys() == {"weights", "gradients", "optimizer", "peak of a step"}
+        for part, expected in event["predicted"].items():
+            assert rank[part] == pytest.approx(expected, rel=0.15), part
 
 
 def test_export_at_the_end_and_its_checkpoint_continue_text_as_plain_transformers_does(
