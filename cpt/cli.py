@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_guard(commands)
     _add_plan(commands)
     _add_evaluate(commands)
+    _add_replay(commands)
     doctor = commands.add_parser("doctor", help="versions, devices, and which attention backends run here, or why not")
     doctor.set_defaults(run=_doctor)
     options = parser.parse_args(arguments)
@@ -85,6 +86,38 @@ def _evaluate(options: argparse.Namespace) -> None:
             "--baseline is missing. Give the result of the model before training, or --no_baseline for it."
         )
     evaluate(options.model, options.tasks, options.out, options.baseline, options.batch_size)
+
+
+def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("replay", help="let the base model write replay for itself (kind: self_replay)")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the base model")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="new folder for plain.jsonl, chat.jsonl and the sidecar"
+    )
+    parser.add_argument("--prefixes", type=Path, help="JSONL with 'text': the first tokens of each are continued")
+    parser.add_argument("--questions", type=Path, help="JSONL with 'prompt': each is asked in the Harmony format")
+    parser.add_argument("--prefix_tokens", type=int, default=8)
+    parser.add_argument("--max_new_tokens", type=int, default=1024)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_replay)
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from cpt.sample import Sampling
+    from cpt.self_replay import ReplayRequest, sample_replay
+
+    keys = ("max_new_tokens", "temperature", "top_p", "seed")
+    request = ReplayRequest(
+        model_dir=options.model,
+        out=options.out,
+        prefixes=options.prefixes,
+        questions=options.questions,
+        prefix_tokens=options.prefix_tokens,
+        sampling=Sampling(**{key: getattr(options, key) for key in keys}),
+    )
+    print(sample_replay(request))
 
 
 def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cpt.config import RunConfig
 from cpt.errors import ConfigError, DataError
+from cpt.model.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.progress import Progress, batch_of_step
@@ -15,6 +16,7 @@ from data_pipeline.dataset import BuiltData
 from data_pipeline.ledger import Ledger
 from data_pipeline.plan import make_plan
 from data_pipeline.schema import MixConfig, load_mix
+from data_pipeline.self_replay import check_base_model
 
 log = logging.getLogger("cpt.feed")
 
@@ -40,6 +42,7 @@ def open_data(config: RunConfig, mix: MixConfig, topology: Topology) -> BuiltDat
     Raises:
         ConfigError: there is too much input to build on the spot.
         DataError: the input or the build is not usable.
+        ConfigError: it holds replay that another model wrote.
     """
     directory = config.data.build_dir
 
@@ -58,7 +61,23 @@ def open_data(config: RunConfig, mix: MixConfig, topology: Topology) -> BuiltDat
         return str(where)
 
     built = on_first_rank(topology.control_group, build_if_missing)
-    return together(topology.control_group, lambda: BuiltData.open(Path(built), mix=mix))
+    data = together(topology.control_group, lambda: BuiltData.open(Path(built), mix=mix))
+    on_first_rank(topology.control_group, lambda: check_replay(config, data))
+    return data
+
+
+def check_replay(config: RunConfig, data: BuiltData) -> None:
+    """Refuse replay that another model wrote than the one this run starts from.
+
+    Raises:
+        ConfigError: naming every such source.
+    """
+    replayed = {source.name: source.base_model for source in data.manifest.sources}
+    path = config.model.path
+    files = sorted(set(tensor_files(path).values())) if path is not None and any(replayed.values()) else []
+    problems = check_base_model(replayed, files, str(path or f"init: {config.model.init}"))
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_plan(config: RunConfig, data: BuiltData, mix: MixConfig, ledger: Ledger, progress: Progress) -> None:

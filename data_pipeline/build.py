@@ -118,7 +118,7 @@ def fingerprint(mix: MixConfig) -> str:
 def _source_content(source: SourceConfig) -> dict[str, object]:
     keys = (
         *("name", "format", "text_field", "template", "normalise", "held_out_share", "num_documents", "mean_tokens"),
-        *("dataset", "revision", "subset", "split", "build_sources"),
+        *("dataset", "revision", "subset", "split", "build_sources", "kind"),
     )
     files = [[path.name, path.stat().st_size, _file_hash(path)] for path in source.files()]
     return {key: getattr(source, key) for key in keys} | {"files": files}

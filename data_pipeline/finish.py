@@ -28,6 +28,7 @@ from data_pipeline.near import mark_near_duplicates
 from data_pipeline.pack import ARRAY_NAMES, PackedRows, pack
 from data_pipeline.part import Account, Part, read_account, read_hashes, read_signatures
 from data_pipeline.schema import MixConfig
+from data_pipeline.self_replay import base_model_of
 from data_pipeline.shards import Shard, Shards
 from data_pipeline.source_config import SourceConfig
 from data_pipeline.tokenizer import NAME, RANKS_SHA256, Tokens
@@ -282,6 +283,7 @@ def _pack_source(
         near_duplicates=assignment.count(Fate.NEAR_DUPLICATE),
         contaminated=assignment.count(Fate.CONTAMINATED),
         held_out_copies=assignment.num_held_out_copies,
+        base_model=base_model_of(source),
         rejects=dict(sorted(stored.tally.rejects.items())),
         notes=dict(sorted(stored.tally.notes.items())),
     )

@@ -20,7 +20,7 @@ from data_pipeline.files import atomic_write, sha256_of
 from data_pipeline.schema import GuardDomain
 from data_pipeline.shards import SUFFIX
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FILE_NAME = "manifest.json"
 _MAX_BYTES = 64 * 2**20
 
@@ -70,6 +70,8 @@ class SourceEntry:
     """Documents dropped because they share a long run of tokens with a held-out document."""
     held_out_copies: int
     """Documents dropped because another source holds the same text out."""
+    base_model: str
+    """Hash of the model that wrote it (`self_replay.weights_hash`); empty: given text."""
     rejects: Mapping[str, int]
     """Unusable documents by reason."""
     notes: Mapping[str, int]

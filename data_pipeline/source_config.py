@@ -49,6 +49,9 @@ class SourceConfig:
     """`auto` goes by the suffix; `text` is one document a file; `harmony` JSONL conversations (see `harmony`);
     `huggingface` a dataset, from the hub or saved on disk; `build` the training documents of an earlier
     build; `mock` random tokens for speed tests."""
+    kind: Literal["given", "self_replay"] = "given"
+    """`self_replay`: text that the base model wrote (`cpt replay`), whose sidecar is verified; training refuses it if it
+    starts from another model."""
     text_field: str = "text"
     """Key (JSONL) or column (Parquet, datasets) that holds the text."""
     template: str | None = None
@@ -108,6 +111,8 @@ class SourceConfig:
         ):
             key = "text_field" if self.template is None else "template"
             yield key, f"is given, but format: {self.format} has no fields. Remove it."
+        if self.kind == "self_replay" and self.format not in ("auto", "jsonl", "harmony"):
+            yield "kind", f"is self_replay, but cpt replay writes JSONL, not format: {self.format}. Remove one of them."
         if "nfc" in self.normalise and "nfkc" in self.normalise:
             yield "normalise", "lists nfc and nfkc. Choose one."
         if self.normalise and self.format in ("mock", "harmony"):

@@ -42,6 +42,7 @@ FLOORS = (
     "cpt.launch",
     "cpt.sample",
     "cpt.downstream",
+    "cpt.self_replay",
     "cpt.cli",
     "cpt.run",
 )
