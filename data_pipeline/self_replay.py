@@ -3,9 +3,9 @@
     folder: plain.jsonl, chat.jsonl, self_replay.json
 
 Decisions
-    The sidecar names the hash of the base model's weight files, how was sampled, and the hash of every file, so that text
-    of another model, or edited text, cannot pass for replay.  `cpt replay` writes it; a source of `kind: self_replay`
-    is built only if it fits.
+    The sidecar names the hash of the base model's weight files, how was sampled, and the hash of every file, so that
+    text of another model, or edited text, cannot pass for replay.  `cpt replay` writes it; a source of
+    `kind: self_replay` is built only if it fits.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ class SourceConfig:
     `huggingface` a dataset, from the hub or saved on disk; `build` the training documents of an earlier
     build; `mock` random tokens for speed tests."""
     kind: Literal["given", "self_replay"] = "given"
-    """`self_replay`: text that the base model wrote (`cpt replay`), whose sidecar is verified; training refuses it if it
-    starts from another model."""
+    """`self_replay`: text that the base model wrote (`cpt replay`), whose sidecar is verified; training refuses it if
+    it starts from another model."""
     text_field: str = "text"
     """Key (JSONL) or column (Parquet, datasets) that holds the text."""
     template: str | None = None

@@ -18,6 +18,7 @@ import yaml
 
 from data_pipeline.build import build
 from data_pipeline.schema import MixConfig, load_mix
+from data_pipeline.self_replay import write_sidecar
 from tests.data.inputs import make_texts
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,10 @@ def load_template(tmp_path: Path) -> Callable[[str], MixConfig]:
             if source.get("format") == "harmony":
                 answer = {"role": "assistant", "content": "yes"}
                 records = [{"messages": [{"role": "user", "content": text}, answer]} for text in texts]
-            _write(path.parent / source["path"].replace("*", "part"), records)
+            corpus = path.parent / source["path"].replace("*", "part")
+            _write(corpus, records)
+            if source.get("kind") == "self_replay":
+                write_sidecar(corpus.parent, "0" * 32, {}, [corpus.name])
         return load_mix(path)
 
     return load
@@ -50,6 +54,8 @@ def _write(path: Path, records: list[dict[str, Any]]) -> None:
     content = "".join(json.dumps(record) + "\n" for record in records).encode()
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(records), path)
+    elif path.suffix == ".jsonl":
+        path.write_bytes(content)
     elif path.suffix == ".gz":
         path.write_bytes(gzip.compress(content))
     elif path.suffix == ".zst":

@@ -22,7 +22,7 @@ from data_pipeline.schema import MixConfig, load_mix
 from data_pipeline.self_replay import SIDECAR
 from data_pipeline.tokenizer import VOCAB_SIZE, encode
 
-PREFIXES = [f"Number {n} of the lamps along the river was" for n in range(6)]
+PREFIXES = [f"Number {n} of the lamps along the river was" for n in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def replay(folder: Path, base: Path, out: str, *options: str) -> int:
-    plain = ("--prefixes", str(folder / "prefixes.jsonl"), "--max_new_tokens", "6")
+    plain = ("--prefixes", str(folder / "prefixes.jsonl"), "--max_new_tokens", "3")
     return main(["replay", "--model", str(base), "--out", str(folder / out), *plain, *options])
 
 
