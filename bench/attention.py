@@ -24,7 +24,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -36,8 +35,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import measuring  # noqa: E402
 from attention_parts import contenders, drawing, memory  # noqa: E402
-from attention_parts.contenders import EAGER, PLAIN, WINDOW, Layer, Step  # noqa: E402
+from attention_parts.contenders import EAGER, PLAIN, WINDOW, Layer  # noqa: E402
 
 LENGTHS = {"cpu": [1024, 4096, 8192, 16_384], "cuda": [4096, 32_768, 131_072]}
 HEADS = {"cpu": (16, 2), "cuda": (64, 8)}
@@ -111,7 +111,7 @@ def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
     names, left_out = contenders.contender_names(layer), {}
     if options.only is not None:
         names = [name for name in names if name == names[0] or name in options.only]
-    if EAGER in names and layer.eager_bytes > options.eager_share * memory.free_bytes(layer.device):
+    if EAGER in names and layer.eager_bytes > options.eager_share * measuring.free_bytes(layer.device):
         left_out[EAGER] = f"needs about {layer.eager_bytes / 2**30:.0f} GiB"
         names.remove(EAGER)
     peaks = {name: peak_of(name, layer, options) for name in names}
@@ -121,7 +121,7 @@ def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
         step()
     for _ in range(options.rounds):
         for name, step in steps.items():
-            times[name].append(seconds(step, layer.device, options.clock))
+            times[name].append(measuring.seconds(step, layer.device, options.clock))
     own = times[names[0]]
     median = {name: statistics.median(values) for name, values in times.items()}
     return {
@@ -140,18 +140,6 @@ def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def seconds(step: Step, device: torch.device, clock: str) -> float:
-    """Time of one pass."""
-    read = time.process_time if clock == "cpu" else time.perf_counter
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = read()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return read() - started
-
-
 def share_of_peak(layer: Layer, pass_seconds: float) -> float | None:
     """Of the data sheet's dense bf16 rate, on a GPU that is known."""
     name = torch.cuda.get_device_name(layer.device) if layer.device.type == "cuda" else ""
@@ -161,14 +149,14 @@ def share_of_peak(layer: Layer, pass_seconds: float) -> float | None:
 
 def peak_of(name: str, layer: Layer, options: argparse.Namespace) -> int | None:
     """Peak memory of one pass in bytes; on a CPU of a fresh process."""
-    if options.no_memory or not memory.can_measure(layer.device):
+    if options.no_memory or not measuring.can_measure_memory(layer.device):
         return None
     if layer.device.type == "cuda":
         return memory.peak_bytes(name, layer)[0]
     command = [sys.executable, __file__, "--device", "cpu", "--peak_of", name, "--layers", layer.kind]
     command += ["--lengths", str(layer.tokens), "--heads", str(layer.heads), "--kv_heads", str(layer.kv_heads)]
     command += ["--threads", str(options.threads)]
-    environment = {**os.environ, **memory.RETURN_MEMORY}
+    environment = {**os.environ, **measuring.RETURN_MEMORY}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
 
@@ -216,12 +204,8 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "clock": options.clock,
     }
     facts |= {"heads": f"{options.heads}/{options.kv_heads} of {HEAD_DIM}", "without sinks": PLAIN}
-    if options.device == "cuda":
-        return facts | {"device": torch.cuda.get_device_name()}
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return facts | {"device": (names or [platform.processor()])[0], "threads": options.threads}
+    facts["device"] = measuring.device_name(torch.device(options.device))
+    return facts if options.device == "cuda" else facts | {"threads": options.threads}
 
 
 if __name__ == "__main__":

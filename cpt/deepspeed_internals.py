@@ -14,6 +14,8 @@ runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py, utils/groups.py, utils/te
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -327,3 +329,10 @@ def _gather_updated_partitions(zero: Any) -> None:
         start_alignment_factor=zero.nccl_start_alignment_factor,
         allgather_bucket_size=zero.allgather_bucket_size,
     )
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Whole parameters inside the block, to be read only; all ranks must enter together."""
+    with zero.GatheredParameters(parameters):
+        yield

@@ -39,6 +39,7 @@ from cpt.parallel.ulysses import Ulysses
 from cpt.progress import Progress, merged, read_guard_rollbacks, read_rollbacks, skipped_by
 from cpt.state.checkpoint import LoadedState, flat_ranges, load_checkpoint
 from cpt.state.leaving import leave_if_asked
+from cpt.state.original_router import watch_drift
 from cpt.state.saver import Saver
 from cpt.state.stop import StopRequest
 from cpt.telemetry.metrics import Telemetry
@@ -98,6 +99,7 @@ class Job:
             "guard": self.guard.state.to_json() if self.guard is not None else None,
             "progress": self.progress.to_json(),
             "stability": self.stability.to_json(),
+            "router_load": self.engine.router_watch.state(),
             "identity": self.identity,
             "ledger": self.ledger.to_json(),
             "model_config": self.model_config,
@@ -264,6 +266,7 @@ def assemble(
         rollbacks = on_first_rank(topology.control_group, lambda: read_rollbacks(run_dir))
         progress.skip_ranges = merged([*progress.skip_ranges, *skipped_by(rollbacks)])
         deepspeed_internals.set_optimizer_step(engine.deepspeed, progress.updates)
+        engine.router_watch.restore(loaded.state.get("router_load"))
         saver.trust(loaded.step)
         ledger = resume_ledger(
             loaded.state["ledger"], mix, progress.next_batch, accept_change=config.data.accept_mix_change, rows=rows
@@ -275,6 +278,8 @@ def assemble(
         wanted = replay.weights(guard.state.shares)
         if not same_weights(ledger.segments[-1].weights, wanted):
             ledger = ledger.reweigh(progress.next_batch, wanted)
+    if config.telemetry.router_interval_steps:
+        watch_drift(engine, run_dir, untouched=loaded is None)
     on_first_rank(topology.control_group, lambda: check_plan(config, data, mix, ledger, progress))
     telemetry = (
         Telemetry(None)

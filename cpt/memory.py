@@ -73,9 +73,6 @@ def device_memory(
         "activations": _activations(model, config, itemsize),
         "logits": 3 * TILE_BYTES[device_type],
     }
-    if not config.model.activation_checkpointing and stage == 3:
-        # autograd keeps each layer's experts until its backward
-        parts["kept expert weights"] = itemsize * experts // config.ep_size
     # the update comes when the step's own tensors are gone, and adds only what it takes beyond them
     in_step = sum(size for name, size in parts.items() if name not in ("weights", "gradients", "optimizer"))
     update = UPDATE_COPIES[device_type] * 4 * min(trained_per_rank, int(zero.get("sub_group_size", SUB_GROUP_SIZE)))
@@ -127,10 +124,15 @@ def _activations(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     # two norms, whose input and quotient are kept in fp32; projections, rotated copies, output
     attention = 2 * hidden + 2 * 2 * 4 // itemsize * hidden + 2 * heads * model.head_dim
-    expert_row = 2 * hidden + 4 * model.intermediate_size  # input, gate and up, activated, output
-    moe = 4 * hidden + model.num_experts_per_tok * expert_row
-    kept_layers = 1 if config.model.activation_checkpointing else layers
-    return layers * _layer_input(model, config, itemsize) + itemsize * tokens * kept_layers * (attention + moe)
+    top_k, expert_size = model.num_experts_per_tok, model.intermediate_size
+    moe = 4 * hidden + top_k * (hidden + 2 * expert_size)  # of each row its input, gate and up
+    moe_backward = top_k * (2 * hidden + 3 * expert_size)  # output and input; activated, gate and up: one layer's
+    checkpointing = config.model.activation_checkpointing
+    kept_layers = 1 if checkpointing else layers
+    values = kept_layers * (attention + moe) + moe_backward
+    if checkpointing and config.model.expert_recompute == "keep" and config.ep_size > 1:
+        values += model.num_hidden_layers * top_k * hidden
+    return layers * _layer_input(model, config, itemsize) + itemsize * tokens * values
 
 
 def _layer_input(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:

@@ -93,6 +93,7 @@ def roll_back(job: Job) -> None:
     given_up = (max(first_batch, saved.next_batch), last_batch)  # a checkpoint of the streak itself has consumed some
     job.progress.restore(saved, merged([*progress.skip_ranges, *saved.skip_ranges, given_up]))
     job.stability.restore(loaded.state.get("stability"))
+    job.engine.router_watch.restore(loaded.state.get("router_load"))
     deepspeed_internals.set_optimizer_step(job.engine.deepspeed, progress.updates)
     record = {"from_step": from_step, "to_step": progress.step}
     record |= {"first_batch": given_up[0], "last_batch": given_up[1]}

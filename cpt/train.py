@@ -20,6 +20,7 @@ from cpt.state.leaving import leave_if_asked
 from cpt.state.stop import StopRequest
 from cpt.steering import go_on_after_pause, note_green, replay_limits, steer
 from cpt.telemetry.goodput import start_event
+from cpt.telemetry.router import router_event
 from cpt.training.collection import collecting
 from cpt.training.engine import StepResult, Votes
 from cpt.training.schedule import learning_rate
@@ -62,6 +63,7 @@ def train(job: Job) -> None:
                     tokens_by_source(batch, job),
                     step=progress.step + 1,
                     votes=lambda: Votes(stop=job.stop.requested(), save_settled=job.saver.own_part_is_settled()),
+                    measure_routers=is_due(progress.step + 1, job.config.telemetry.router_interval_steps),
                 )
             progress.step += 1
             progress.tokens += sum(result.tokens_by_source)
@@ -69,6 +71,8 @@ def train(job: Job) -> None:
             event = step_event(job, result, lr, time.perf_counter() - started)
             job.telemetry.log(event)
             log_waits(job, event["seconds"])
+            if result.router is not None:
+                job.telemetry.log(router_event(progress.step, result.router, job.data.languages))
             after_step(job, batch, result)
             collect(progress.step)
             bar.set_postfix_str(f"loss {result.loss:.3f}, {event['tokens_per_second']:.0f} tokens/s")

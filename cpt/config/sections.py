@@ -29,12 +29,23 @@ class ModelSection:
     """Compute each layer again in the backward pass instead of storing its activations."""
     offload_checkpoints: bool = False
     """Keep the layer inputs that activation checkpointing stores in host memory until their backward."""
+    expert_recompute: Literal["keep", "recompute"] = "recompute"
+    """With activation_checkpointing and expert parallelism: keep the rows that other ranks sent (experts_per_token x
+    hidden_size values per token and layer), or send them again in the backward pass (a quarter more bytes)."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of each layer's load-balancing loss, 1 at perfect balance (cpt/model/router_watch.py); 0, as gpt-oss is
+    trained by default: off.  Published: Switch Transformer 0.01; the released config.json says 0.9, without use."""
+    router_z_loss_coef: float = 0.0
+    """Weight of each layer's router z-loss; 0: off.  Published: ST-MoE 0.001."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if (self.path is None) == (self.init is None):
             yield "path", "and init: give exactly one of them (a directory of weights, or a preset to initialise)."
         if self.offload_checkpoints and not self.activation_checkpointing:
             yield "offload_checkpoints", "needs model.activation_checkpointing: true; without it there are none."
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                yield name, f"is {getattr(self, name)}, must be >= 0."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,6 +289,8 @@ class TelemetrySection:
     """Measure the memory of the second step after a start, part by part, beside the prediction of --dry_run."""
     export_at_end: bool = False
     """Write a Hugging Face directory (bf16) into the run directory when the run is done."""
+    router_interval_steps: int = 100
+    """Steps between lines about the routers: load, entropy, drift from the untouched model, by language; 0: never."""
     sample_interval_steps: int = 0
     """Steps between continuations of `sample_prompts` in the log, metrics.jsonl and the trackers; 0: never."""
     sample_prompts: tuple[str, ...] = ("\u6614\u3005\u3001\u3042\u308b\u3068\u3053\u308d\u306b", "Once upon a time")
@@ -286,8 +299,9 @@ class TelemetrySection:
     """Tokens of a continuation."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        if self.sample_interval_steps < 0:
-            yield "sample_interval_steps", f"is {self.sample_interval_steps}, must be >= 0."
+        for name in ("sample_interval_steps", "router_interval_steps"):
+            if getattr(self, name) < 0:
+                yield name, f"is {getattr(self, name)}, must be >= 0."
         if self.sample_tokens < 1:
             yield "sample_tokens", f"is {self.sample_tokens}, must be >= 1."
         if self.sample_interval_steps and not (self.sample_prompts and all(self.sample_prompts)):

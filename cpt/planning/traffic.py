@@ -20,6 +20,7 @@ from transformers import GptOssConfig
 
 from cpt.config import RunConfig
 from cpt.memory import ParameterCounts
+from cpt.model.grouped import ALIGNMENT_BYTES
 
 KINDS = ("ZeRO gather", "ZeRO reduce", "ulysses", "halo", "experts")
 """In the order in which they are printed."""
@@ -64,8 +65,12 @@ def exchanges(config: RunConfig, model: GptOssConfig, ranks_per_node: int) -> di
     # the first rank of a row gets nothing: sp_size - 1 sends among sp_size ranks
     reach = int(model.sliding_window or 1) - 1
     halo = rows * reach * 2 * model.num_key_value_heads * size * itemsize * halo_layers * passes * (1 - 1 / sp_size)
-    sent = local_tokens * model.num_experts_per_tok * model.hidden_size * itemsize * 2  # there and back
-    experts = model.num_hidden_layers * passes * sent * (1 - 1 / ep_size)
+    row_bytes = model.hidden_size * itemsize
+    # rows leave with their routing weight beside them; only they are needed again where layers are computed again
+    outward = 3 if passes == 3 and config.model.expert_recompute == "recompute" else 2
+    row_exchanges = outward * (row_bytes + ALIGNMENT_BYTES) + 2 * row_bytes
+    sent = local_tokens * model.num_experts_per_tok * row_exchanges
+    experts = model.num_hidden_layers * sent * (1 - 1 / ep_size)
     return {
         "ulysses": _all_to_all(ulysses, sp_size, ranks_per_node),
         "halo": _to_neighbour(halo, sp_size, ranks_per_node),

@@ -31,6 +31,8 @@ class Run:
     guard_events: list[dict[str, Any]]
     """The last measurement of each step and domain, in order of steps."""
     checkpoint_events: list[dict[str, Any]]
+    router_events: list[dict[str, Any]]
+    """The last measurement of each step, in order of steps."""
     resumes: list[int]
     """Steps at which a resume set in again, below steps that had been logged before."""
     num_repeated_steps: int
@@ -79,6 +81,7 @@ def read_run(run_dir: Path) -> Run:
         step_events=steps,
         guard_events=sorted(guard.values(), key=lambda e: e["step"]),
         checkpoint_events=[event for event in kept if event["event"] == "checkpoint"],
+        router_events=[*{event["step"]: event for event in kept if event["event"] == "router"}.values()],
         resumes=resumes,
         num_repeated_steps=repeated,
         config=config,

@@ -33,6 +33,7 @@ from cpt.telemetry.panels import (
     traffic_panel,
 )
 from cpt.telemetry.plot import Array, clean, step_scale
+from cpt.telemetry.router_panel import router_panel
 
 STYLE = """
 *{box-sizing:border-box}
@@ -107,6 +108,7 @@ def page(run: Run, name: str, freshness: str) -> str:
         norm_panel(run, x),
         throughput_panel(run, x),
         traffic_panel(run, x),
+        router_panel(run, x, colors),
     ]
     notes = "".join(f'<p class="note">{clean(note, 200)}</p>' for note in run.notes)
     return (

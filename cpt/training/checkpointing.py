@@ -19,15 +19,18 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from cpt.model.recomputation import context_fn
 
-def enable_checkpointing(model: PreTrainedModel, *, offload: bool) -> None:
+
+def enable_checkpointing(model: PreTrainedModel, *, offload: bool, keep_exchanged_rows: bool) -> None:
     """Compute every layer again in the backward pass.
 
     Args:
         model: A Hugging Face model whose layers support it.
         offload: Keep the inputs of the layers in host memory.
+        keep_exchanged_rows: Keep what the exchange of the experts brought instead of exchanging again.
     """
-    run: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
+    run: Callable[..., Any] = partial(checkpoint, use_reentrant=False, context_fn=context_fn(keep=keep_exchanged_rows))
     if offload:
         run = partial(_with_input_on_host, HostCopies(), run)
     # gradient_checkpointing_enable takes arguments for torch's checkpoint, but no other function in its place

@@ -29,6 +29,7 @@ from cpt.errors import InternalError
 from cpt.faults import fault_point
 from cpt.model.attention import Attention
 from cpt.model.gpt_oss import GptOssForCPT
+from cpt.model.router_watch import RouterSums, RouterWatch
 from cpt.parallel.topology import Topology
 from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
@@ -66,6 +67,8 @@ class StepResult:
     """Bytes on the wire by kind."""
     votes: Votes
     """How many ranks said what."""
+    router: RouterSums | None = None
+    """What the routers did, if that was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +119,19 @@ def _check_expert_marks(model: GptOssForCPT) -> None:
             raise InternalError(f"{name} {'lacks' if expert else 'has'} the marks of an expert parameter.")
 
 
+def _router_watch(model: GptOssForCPT, config: RunConfig, topology: Topology) -> RouterWatch:
+    watch = RouterWatch(
+        num_layers=model.config.num_hidden_layers,
+        num_experts=model.config.num_local_experts,
+        top_k=model.config.num_experts_per_tok,
+        aux_coef=config.model.router_aux_loss_coef,
+        z_coef=config.model.router_z_loss_coef,
+        device=topology.device,
+    )
+    watch.attach(model)
+    return watch
+
+
 class TrainingEngine:
     """A patched model in a DeepSpeed engine, with the attention kernel and the exchanges it was built for."""
 
@@ -123,12 +139,15 @@ class TrainingEngine:
         self, model: GptOssForCPT, config: RunConfig, topology: Topology, kernel: Attention, exchange: Ulysses | None
     ) -> None:
         if config.model.activation_checkpointing:
-            enable_checkpointing(model, offload=config.model.offload_checkpoints)
+            keep = config.model.expert_recompute == "keep"
+            enable_checkpointing(model, offload=config.model.offload_checkpoints, keep_exchanged_rows=keep)
         model.train()
         _check_expert_marks(model)
         self.topology = topology
         self._sequence_parallel = exchange
         self._kernel = kernel
+        self._positions = config.train.global_batch_size * config.train.seq_len
+        self.router_watch = _router_watch(model, config, topology)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=_optimizer(model, config.train, config.engine_json), config=config.engine_json
         )
@@ -156,6 +175,7 @@ class TrainingEngine:
         *,
         step: int,
         votes: Callable[[], Votes] = Votes,
+        measure_routers: bool = False,
     ) -> StepResult:
         """Forward, backward and update on one global batch.
 
@@ -164,6 +184,7 @@ class TrainingEngine:
             step: The optimizer step being done, counted from 1; names it to `fault_point`.
             tokens_by_source: Predicted tokens of the whole global batch, by source; known from the row ids.
             votes: Called once, when the ranks exchange their sums; all learn how many said what.
+            measure_routers: Fill `StepResult.router`.
 
         Returns:
             What happened.  If loss or gradient norm is not finite anywhere, no rank has applied the update.
@@ -172,10 +193,17 @@ class TrainingEngine:
         nll_by_source = torch.zeros(len(tokens_by_source), dtype=torch.float64)
         place, loss_scale = self.topology.place, self.topology.world_size / total_tokens
         pending = False
+        self.router_watch.begin(
+            num_sources=len(tokens_by_source),
+            positions=self._positions,
+            world_size=self.topology.world_size,
+            measure=measure_routers,
+        )
         for batch in micro_batches:
             if pending:
                 self.deepspeed.step()  # between accumulation steps this only advances the engine's counter
             place.enter("forward", step)
+            self.router_watch.enter(batch.row_labels)
             nll_BS = self.token_losses(batch) * fault_point("forward", step)
             place.enter("backward", step)
             fault_point("backward", step)
@@ -186,6 +214,7 @@ class TrainingEngine:
             pending = True
         place.enter("gradient", step)
         sums = self._sum_over_ranks(nll_by_source, votes())
+        router = self.router_watch.finish(self.topology.control_group)
         grad_norm = math.sqrt(sums.squared_grad_norm)  # NaN and infinity stay what they are
         applied = bool(torch.isfinite(sums.nll_by_source).all()) and grad_norm < LARGEST_GRAD_NORM
         place.enter("optimizer_step", step)
@@ -199,6 +228,7 @@ class TrainingEngine:
             tokens_by_source=tokens_by_source,
             bytes_sent=sums.bytes_sent,
             votes=sums.votes,
+            router=router,
         )
 
     def _finish(self, *, applied: bool) -> None:

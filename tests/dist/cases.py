@@ -36,6 +36,9 @@ class Scenario:
     checkpointing: bool = False
     offload_checkpoints: bool = False
     exchange: str = "auto"
+    expert_recompute: str = "recompute"
+    router_penalties: bool = False
+    """Whether both router losses are on."""
     steps: int = STEPS
     resume_from: str = ""
     """Name of the scenario whose checkpoint is loaded first."""
@@ -53,6 +56,8 @@ class Scenario:
         options += "-omits" if self.omit else ""
         options += f"-from-{self.resume_from}" if self.resume_from else ""
         options += f"-{self.exchange}" if self.exchange != "auto" else ""
+        options += f"-{self.expert_recompute}" if self.expert_recompute != "recompute" else ""
+        options += "-penalties" if self.router_penalties else ""
         options += f"-frozen-{len(self.freeze)}" if self.freeze else ""
         return f"world{self.world_size}-sp{self.sp}-ep{self.ep}-zero{self.stage}-{options}"
 

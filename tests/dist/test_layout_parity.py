@@ -55,8 +55,14 @@ VARIANTS = [
     Scenario(world_size=4, sp=4, ep=1, stage=3, exchange="ulysses"),
     Scenario(world_size=1, sp=1, ep=1, stage=3, micro_batch_size=8),
     Scenario(world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2, checkpointing=True),
+    Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=4, checkpointing=True, expert_recompute="keep"),
     Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=4, checkpointing=True),
     Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=4, checkpointing=True, offload_checkpoints=True),
+]
+PENALIZED = [
+    Scenario(world_size=1, sp=1, ep=1, stage=3, router_penalties=True),
+    Scenario(world_size=2, sp=2, ep=1, stage=3, micro_batch_size=2, router_penalties=True),
+    Scenario(world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2, checkpointing=True, router_penalties=True),
 ]
 FIRST_STEP = [Scenario(world_size=w, sp=s, ep=e, stage=z, micro_batch_size=2, steps=1) for w, s, e, z in LAYOUTS]
 BF16 = [Scenario(world_size=w, sp=s, ep=e, stage=z, dtype="bf16", steps=3) for w, s, e, z in LAYOUTS]
@@ -136,7 +142,7 @@ def results(folder: Path, reference: Reference) -> dict[str, list[dict]]:  # typ
     """All scenarios, one launch per world size: starting up takes longer than running."""
     found = {}
     for world_size in (1, 2, 4):
-        scenarios = [s for s in [*FULL, *VARIANTS, *FIRST_STEP, *BF16] if s.world_size == world_size]
+        scenarios = [s for s in [*FULL, *VARIANTS, *PENALIZED, *FIRST_STEP, *BF16] if s.world_size == world_size]
         arguments = [str(folder), *(s.dump() for s in scenarios)]
         codes = launch(ROOT / "tests" / "dist" / "worker.py", world_size, arguments, timeout_seconds=400)
         assert codes == [0] * world_size, codes
@@ -155,6 +161,17 @@ def test_loss_and_grad_norm_equal_the_single_process_at_every_step(scenario, res
     losses = [abs(step["loss"] - expected) for step, expected in zip(steps, reference.losses, strict=True)]
     norms = [abs(step["grad_norm"] / expected - 1) for step, expected in zip(steps, reference.norms, strict=True)]
     assert max(losses) <= 2e-5 and max(norms) <= 1e-4, f"loss differences {losses}, relative norm differences {norms}"
+
+
+@named(PENALIZED[1:])
+def test_router_penalties_train_alike_in_every_layout(scenario, results, reference) -> None:
+    """Their gradients as such are compared with the formula in tests/unit/test_router_watch.py."""
+    expected, found = (results[s.name + str(s.steps)] for s in (PENALIZED[0], scenario))
+    losses = [abs(a["loss"] - b["loss"]) for a, b in zip(expected, found, strict=True)]
+    norms = [abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(expected, found, strict=True)]
+    assert max(losses) <= 2e-5 and max(norms) <= 1e-4, f"loss differences {losses}, relative norm differences {norms}"
+    without = [abs(a["grad_norm"] / b - 1) for a, b in zip(expected, reference.norms, strict=True)]
+    assert min(without) > 1e-3, f"the penalties did nothing: {without}"
 
 
 @named(FULL)
@@ -261,3 +278,17 @@ def test_layer_inputs_kept_on_the_host_change_no_bit(results, folder) -> None:
     for part in PARTS:
         expected, got = (stored(folder, scenario, part) for scenario in (on_device, on_host))
         assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+
+
+def test_kept_rows_are_not_sent_again_when_layers_are_recomputed(results) -> None:
+    """A layer sends its rows out and back, and the gradients of both: four times the same rows; a recomputation that
+    kept nothing sends the rows out a fifth time."""
+
+    def sent(**wanted: object) -> list[int]:
+        fields = {"world_size": 2, "sp": 1, "ep": 2, "stage": 3, "exchange": "auto", **wanted}
+        scenario = next(s for s in [*FULL, *VARIANTS] if all(getattr(s, k) == v for k, v in fields.items()))
+        return [step["bytes_sent"]["experts"] for step in results[scenario.name + str(scenario.steps)]]
+
+    plain = sent(checkpointing=False)[0]
+    assert sent(checkpointing=True, expert_recompute="keep")[0] == plain
+    assert sent(checkpointing=True, expert_recompute="recompute")[0] > 1.2 * plain

@@ -28,7 +28,8 @@ def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
     text = f"""
 model: {{path: {model_dir}, activation_checkpointing: {str(scenario.checkpointing).lower()},
   offload_checkpoints: {str(scenario.offload_checkpoints).lower()},
-  window_exchange: {scenario.exchange}}}
+  window_exchange: {scenario.exchange}, expert_recompute: {scenario.expert_recompute},
+  router_aux_loss_coef: {scenario.router_penalties * 0.3}, router_z_loss_coef: {scenario.router_penalties * 0.1}}}
 data: {{mix: unused.yaml}}
 train: {{seq_len: {SEQ_LEN}, global_batch_size: {ROWS}, micro_batch_size: {scenario.micro_batch_size}, total_steps: 100,
   schedule: constant, dtype: {scenario.dtype}, gradient_clipping: {CLIPPING},

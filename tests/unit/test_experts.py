@@ -17,6 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from cpt import deepspeed_internals
 from cpt.model.experts import EXPERT_TENSORS, ExpertParallelMLP, LocalExperts
+from cpt.model.grouped import Groups
 from cpt.parallel.traffic import Traffic
 
 NUM_EXPERTS, TOP_K, BATCH, TOKENS = 8, 3, 2, 19
@@ -151,17 +152,25 @@ def test_layer_keeps_the_names_of_transformers() -> None:
     assert [*ExpertParallelMLP(source, topology()).state_dict()] == [*source.state_dict()]
 
 
+def groups(*counts: int) -> Groups:
+    return Groups(torch.tensor(counts))
+
+
 def test_local_experts_give_rows_in_the_order_they_came() -> None:
     source = transformers_mlp(24, 40).experts
     experts = LocalExperts(source, 2, 3)
-    rows_RM = hidden_states(24).view(-1, 24)[:9]
-    alone = [experts(rows_RM[i : i + 1], [int(i < 4), 0, int(i >= 4)]) for i in range(9)]
-    assert_equal(experts(rows_RM, [4, 0, 5]), torch.cat(alone))
+    rows_RM, weights_R = hidden_states(24).view(-1, 24)[:9], torch.linspace(0, 1, 9, dtype=torch.float64)
+    one = [experts(rows_RM[i : i + 1], weights_R[i : i + 1], groups(int(i < 4), 0, int(i >= 4))) for i in range(9)]
+    assert_equal(experts(rows_RM, weights_R, groups(4, 0, 5)), torch.cat(one))
 
 
-def test_local_experts_without_a_single_row_give_none() -> None:
-    out = LocalExperts(transformers_mlp(24, 40).experts, 0, 4)(torch.empty(0, 24, dtype=torch.float64), [0, 0, 0, 0])
-    assert out.shape == (0, 24) and out.requires_grad
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_local_experts_without_a_single_row_give_none(dtype: torch.dtype) -> None:
+    experts = LocalExperts(transformers_mlp(24, 40).experts.to(dtype), 0, 4)
+    out = experts(torch.empty(0, 24, dtype=dtype), torch.empty(0, dtype=dtype), groups(0, 0, 0, 0))
+    out.sum().backward()
+    assert out.shape == (0, 24)
+    assert all((parameter.grad == 0).all() for parameter in experts.parameters())
 
 
 def test_expert_parameters_are_marked_for_the_engine_and_others_are_not() -> None:

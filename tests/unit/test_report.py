@@ -116,6 +116,16 @@ def long_run() -> list[dict[str, Any]]:
     return [guard(0, delta_percent=0.0), *(step(n) for n in range(1, 31)), guard(30, action="warn"), checkpoint(30)]
 
 
+def router(number: int, **changes: Any) -> dict[str, Any]:
+    drift = 1 - number / 400
+    values = {"load_max_over_mean": [1.5, 2.0 + number / 20, None], "overlap": [1.0, drift]}
+    languages = {
+        "en": {"distance": [0.1, 0.12], "load_max_over_mean": [1.7, 2.2], "overlap": [1.0, drift]},
+        "ja": {"distance": [0.3, 0.2], "load_max_over_mean": [2.5, 3.0], "overlap": [0.99, drift - 0.05]},
+    }
+    return {"event": "router", "step": number, "dropped": 0, "by_language": languages, **values, **changes}
+
+
 SHAPES: dict[str, list[dict[str, Any]]] = {
     "empty": [],
     "baseline only": [guard(0)],
@@ -128,6 +138,12 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "bare steps": [{"event": "step", "step": n} for n in range(1, 5)],
     "started late": [step(n) for n in range(90_000, 90_010)],
     "many domains": [guard(n, f"domain {d}", language=f"l{d}") for n in range(9) for d in range(14)],
+    "routers": [event for n in range(1, 31) for event in (step(n), *([router(n)] if n % 5 == 0 else []))],
+    "routers damaged": [
+        router(1, by_language=3, overlap="x", load_max_over_mean=[None]),
+        step(2),
+        router(2, dropped=None),
+    ],
     "many sources": [step(n, tokens_by_source={f"s{i}": i for i in range(40)}) for n in range(1, 9)],
 }
 
@@ -239,6 +255,13 @@ def test_sources_take_the_colour_of_their_language(tmp_path: Path) -> None:
     text = page(tmp_path, step(1), config=json.dumps({"data": {"mix": str(mix)}}))
     mixture = text[text.index("Data mixture") : text.index("Learning rate")]
     assert f'fill="{PALETTE[0]}"' in mixture and f'fill="{PALETTE[1]}"' in mixture
+
+
+def test_routers_are_shown_by_language_and_only_if_measured(tmp_path: Path) -> None:
+    text = page(tmp_path, *SHAPES["routers"])
+    section = text[text.index("<h2>Routers") :]
+    assert "assignments dropped: 0" in section and "ja 25" in section and "all 2.5<" in section
+    assert "<h2>Routers" not in page(tmp_path, *SHAPES["long"])
 
 
 def test_directory_without_metrics_is_refused(tmp_path: Path) -> None:

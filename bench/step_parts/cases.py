@@ -1,0 +1,102 @@
+"""What every contender trains: a small gpt-oss with the proportions of the real one, on the same packed rows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import GptOssConfig
+
+from data_pipeline.dataset import PackedRow
+
+OURS, EAGER, GROUPED = "this project", "Trainer, eager", "Trainer, grouped_mm"
+NAMES = (OURS, EAGER, GROUPED)
+WARM_UP_STEPS = 2
+LR = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One contender at one length."""
+
+    contender: str
+    """Of NAMES."""
+    tokens: int
+    """Tokens of a row; each rank has one row per step."""
+    ranks: int
+    """Processes."""
+    steps: int
+    """Timed steps, after WARM_UP_STEPS."""
+    threads: int
+    """Of each process."""
+    experts: int
+    """Experts per layer."""
+    layers: int
+    """Layers."""
+    clock: str
+    """wall or cpu."""
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def model_config(case: Case) -> GptOssConfig:
+    """Window and full layers in turn, grouped heads, sinks, YaRN, top-4 experts; H != I."""
+    return GptOssConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=384,
+        num_hidden_layers=case.layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_local_experts=case.experts,
+        num_experts_per_tok=4,
+        sliding_window=128,
+        max_position_embeddings=131_072,
+        pad_token_id=8191,
+        bos_token_id=8190,
+        eos_token_id=8189,
+    )
+
+
+def row(case: Case, number: int) -> PackedRow:
+    """Row `number` of the data: documents of all lengths, no padding."""
+    generator = np.random.default_rng(number)
+    tokens = generator.integers(0, 8000, size=case.tokens + 1)
+    cuts = np.sort(generator.choice(np.arange(1, case.tokens), size=max(1, case.tokens // 700), replace=False))
+    bounds = [0, *cuts.tolist(), case.tokens]
+    labels = tokens[1:].copy()
+    labels[np.asarray(bounds[1:]) - 1] = -100
+    positions = np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(bounds)])
+    return PackedRow(
+        input_ids=tokens[:-1],
+        labels=labels,
+        position_ids=positions,
+        bounds=bounds,
+        documents=np.empty(0, dtype=np.int64),
+    )
+
+
+class Baton:
+    """Lets contenders take turns: the parent creates `go-N`, the ranks run step N, the first rank leaves `done-N`."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank = folder, rank
+
+    def wait(self, step: int) -> None:
+        """Until the parent wants this step."""
+        while not (self._folder / f"go-{step}").exists():
+            time.sleep(0.02)
+
+    def done(self, step: int, result: dict[str, Any]) -> None:
+        """Tell the parent."""
+        if self._rank == 0:
+            temporary = self._folder / f".done-{step}"
+            temporary.write_text(json.dumps(result))
+            temporary.rename(self._folder / f"done-{step}")

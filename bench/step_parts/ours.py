@@ -1,0 +1,34 @@
+"""This project's engine, as cpt/run.py builds it: ZeRO-3, one row per rank, all experts on every rank."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from cpt import deepspeed_internals
+from cpt.config import LaunchInfo, RunYaml, resolve
+from cpt.job import build_engine, fill_weights
+from cpt.model.random_init import RandomWeights
+from cpt.parallel.topology import Topology, create_topology
+from cpt.training.engine import TrainingEngine
+from data_pipeline.strict_yaml import parse_yaml, read_file
+from step_parts.cases import LR, Case, model_config
+
+
+def build(case: Case) -> tuple[TrainingEngine, Topology]:
+    """The engine with random weights; joins the process group."""
+    deepspeed_internals.init_distributed(torch.device("cpu"))
+    text = f"""
+model: {{init: tiny}}
+data: {{mix: unused.yaml}}
+train: {{seq_len: {case.tokens}, global_batch_size: {case.ranks}, total_steps: 1000, schedule: constant, lr: {LR}}}
+"""
+    engine_json = parse_yaml(json.dumps({"zero_optimization": {"stage": 3}, "sequence_parallel_size": 1}), "ds.json")
+    launch_info = LaunchInfo(world_size=case.ranks, local_world_size=case.ranks)
+    model = model_config(case)
+    config = resolve(read_file(RunYaml, parse_yaml(text, "run.yaml")), engine_json, model, launch_info)
+    topology = create_topology(sp_size=1, ep_size=1, device=torch.device("cpu"))
+    engine = build_engine(config, model, topology)
+    fill_weights(engine, RandomWeights(0, 0.02))
+    return engine, topology

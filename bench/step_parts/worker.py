@@ -1,0 +1,137 @@
+"""One rank of one contender: trains when it is told to and reports what each step took."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import measuring  # noqa: E402
+
+from step_parts.cases import GROUPED, LR, OURS, WARM_UP_STEPS, Baton, Case, model_config, row  # noqa: E402
+
+
+class Clock:
+    """Time of a step on the case's clock, and memory since `start`."""
+
+    def __init__(self, case: Case) -> None:
+        self._read = time.process_time if case.clock == "cpu" else time.perf_counter
+
+    def start(self) -> None:
+        """Just before the step."""
+        measuring.reset_peak()
+        self._started = self._read()
+
+    def stop(self) -> dict[str, Any]:
+        """Just after it."""
+        return {"seconds": self._read() - self._started, "peak_bytes": measuring.peak_resident_bytes()}
+
+
+def run_ours(case: Case, baton: Baton, rank: int) -> None:
+    """This project."""
+    from cpt.training.loader import make_micro_batch
+    from step_parts.ours import build
+
+    engine, topology = build(case)
+    clock = Clock(case)
+    for step in range(WARM_UP_STEPS + case.steps):
+        baton.wait(step)
+        clock.start()
+        rows = [row(case, step * case.ranks + other) for other in range(case.ranks)]
+        predicted = sum(int((r.labels >= 0).sum()) for r in rows)
+        batch = make_micro_batch([rows[rank]], [0], topology)
+        result = engine.step([batch], [predicted], step=step + 1)
+        baton.done(step, {**clock.stop(), "loss": result.loss})
+
+
+def run_trainer(case: Case, baton: Baton, rank: int, folder: Path) -> None:
+    """Hugging Face Trainer with DeepSpeed ZeRO-3 and eager attention, as its documentation sets it up.
+
+    It does not keep packed documents apart: with eager attention, restarting positions go unseen.
+    """
+    from transformers import GptOssForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 1000
+
+        def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+            packed = row(case, number)
+            # the model shifts labels itself
+            labels = np.concatenate([[-100], packed.labels[:-1]])
+            return {
+                "input_ids": torch.from_numpy(packed.input_ids),
+                "labels": torch.from_numpy(labels),
+                "position_ids": torch.from_numpy(packed.position_ids),
+            }
+
+    class TakeTurns(TrainerCallback):
+        clock = Clock(case)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            baton.wait(state.global_step)
+            self.clock.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            baton.done(state.global_step - 1, self.clock.stop())
+
+    zero = {"stage": 3, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": False}
+    settings = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        per_device_train_batch_size=1,
+        max_steps=WARM_UP_STEPS + case.steps,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to=[],
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        deepspeed={
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+    config = model_config(case)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "grouped_mm" if case.contender == GROUPED else "eager"
+    torch.manual_seed(0)
+    model = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
+    Trainer(model=model, args=settings, train_dataset=Rows(), callbacks=[TakeTurns()]).train()
+
+
+def main() -> None:
+    """Arguments: the case as JSON, the folder of the baton."""
+    case, folder = Case(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    torch.set_num_threads(case.threads)
+    rank = int(os.environ["RANK"])
+    baton = Baton(folder, rank)
+    if case.contender == OURS:
+        run_ours(case, baton, rank)
+    else:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for most of a minute, for nothing
+        run_trainer(case, baton, rank, folder)
+
+
+if __name__ == "__main__":
+    main()

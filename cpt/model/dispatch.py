@@ -1,0 +1,207 @@
+"""Rows to the ranks of their experts and back: one sort, one all-to-all out, one back.
+
+    spread (row of token i for each of its experts, sorted by expert) -> out -> arrange by local expert
+    -> experts -> arrange by origin -> back -> collect (the rows of a token are added in a fixed order)
+
+Decisions
+    Each step is a gather whose gradient is a gather, too: nothing is scattered, and sums over the experts of a token
+    are taken in fp32 in a fixed order, forward and backward, so that neither the layout nor chance changes them.
+    The routing weight of a row travels beside it in the same exchange, padded to where the grouped products want rows
+    to start (16 bytes): the rank of the expert applies it, and the rows that come back need not be kept.
+    Counts are exchanged first; their sums are the only thing the host waits for, and not at all with one rank.
+    Arrived rows are put in order by arithmetic on the counts, not by another sort.
+
+Shape letters: N tokens, k experts per token, R = N k rows sorted by expert, A arrived rows, M model size, E experts,
+g ranks of the expert-parallel group, e experts of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cpt.model import recomputation
+from cpt.model.grouped import ALIGNMENT_BYTES, Groups
+from cpt.parallel.exchange import all_to_all
+from cpt.parallel.traffic import Traffic
+
+
+def count(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How often each expert occurs; not `bincount`, for which the host waits on a GPU."""
+    flat = experts.reshape(-1)
+    return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+def _gather_and_add(rows_RM: torch.Tensor, places_Nk: torch.Tensor) -> torch.Tensor:
+    """(N, M): the rows at `places_Nk[i]` added in this order, in fp32."""
+    first, *others = places_Nk.unbind(1)
+    total = rows_RM.index_select(0, first)
+    if not others:
+        return total
+    total = total.to(torch.promote_types(rows_RM.dtype, torch.float32))
+    for places in others:
+        total += rows_RM.index_select(0, places)
+    return total.to(rows_RM.dtype)
+
+
+class _Spread(torch.autograd.Function):
+    """(N, M) -> (R, M)."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_NM: torch.Tensor, tokens_R: torch.Tensor, places_Nk: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens_R, places_Nk)
+        return tokens_NM.index_select(0, tokens_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        tokens_R, places_Nk = ctx.saved_tensors
+        return _Collect.apply(grads[0], tokens_R, places_Nk), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """(R, M) -> (N, M)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RM: torch.Tensor, tokens_R: torch.Tensor, places_Nk: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens_R, places_Nk)
+        return _gather_and_add(rows_RM, places_Nk)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        tokens_R, places_Nk = ctx.saved_tensors
+        return _Spread.apply(grads[0], tokens_R, places_Nk), None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Row `order[i]` becomes row i."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order, inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Permute.apply(grads[0], inverse, order), None, None
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The rows of this rank's tokens, sorted by expert."""
+
+    tokens_R: torch.Tensor
+    """Token of each row."""
+    places_Nk: torch.Tensor
+    """Row of each of a token's experts."""
+    order_R: torch.Tensor
+    """Index of each row in the flattened choice."""
+    counts_E: torch.Tensor
+    """Rows of each expert."""
+
+    @classmethod
+    def of(cls, choice_Nk: torch.Tensor, num_experts: int) -> Assignment:
+        """Sort the router's choice."""
+        flat = choice_Nk.reshape(-1)
+        order_R = flat.argsort(stable=True)
+        places = torch.empty_like(order_R)
+        places[order_R] = torch.arange(order_R.numel(), device=order_R.device)
+        return cls(order_R // choice_Nk.shape[1], places.view_as(choice_Nk), order_R, count(flat, num_experts))
+
+    def spread(self, tokens_NM: torch.Tensor) -> torch.Tensor:
+        """(R, M) the row of each assignment."""
+        return _Spread.apply(tokens_NM, self.tokens_R, self.places_Nk)
+
+    def sort_weights(self, weights_Nk: torch.Tensor) -> torch.Tensor:
+        """(R,) the routing weight of each row."""
+        flat, places = weights_Nk.reshape(-1), self.places_Nk.reshape(-1)
+        return _Permute.apply(flat, self.order_R, places)
+
+    def collect(self, rows_RM: torch.Tensor) -> torch.Tensor:
+        """(N, M) the sum of each token's rows."""
+        return _Collect.apply(rows_RM, self.tokens_R, self.places_Nk)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who sends how much to whom, and the order of what arrives."""
+
+    send: list[int]
+    """Rows for each rank of the group."""
+    receive: list[int]
+    """Rows from each rank of the group."""
+    by_expert_A: torch.Tensor
+    """Arrived rows in the order of the local experts, origins in turn within each."""
+    by_origin_A: torch.Tensor
+    """The inverse of `by_expert_A`."""
+    groups: Groups
+    """Arrived rows of each local expert."""
+
+
+def make_plan(counts_E: torch.Tensor, group: dist.ProcessGroup) -> Plan:
+    """Exchange the counts; waits for the host once."""
+    ranks = dist.get_world_size(group)
+    arriving_E = torch.empty_like(counts_E)
+    dist.all_to_all_single(arriving_E, counts_E, group=group)
+    send, receive = torch.stack([counts_E, arriving_E]).view(2, ranks, -1).sum(2).tolist()
+    by_expert, by_origin = arrival_orders(arriving_E.view(ranks, -1), sum(receive))
+    return Plan(send, receive, by_expert, by_origin, Groups(arriving_E.view(ranks, -1).sum(0)))
+
+
+def arrival_orders(arriving_ge: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows that lie by (origin, expert), in the order (expert, origin), and the inverse of that order."""
+    ranks, experts = arriving_ge.shape
+    lengths_eg = arriving_ge.t().reshape(-1)
+    start_by_origin = (arriving_ge.reshape(-1).cumsum(0) - arriving_ge.reshape(-1)).view(ranks, experts)
+    start_by_expert = (lengths_eg.cumsum(0) - lengths_eg).view(experts, ranks)
+    rows = torch.arange(num_rows, device=arriving_ge.device)
+    shift_eg = (start_by_origin.t() - start_by_expert).reshape(-1)
+    shift_ge = (start_by_expert.t() - start_by_origin).reshape(-1)
+    by_expert = rows + shift_eg.repeat_interleave(lengths_eg, output_size=num_rows)
+    by_origin = rows + shift_ge.repeat_interleave(arriving_ge.reshape(-1), output_size=num_rows)
+    return by_expert, by_origin
+
+
+class Exchange:
+    """Both exchanges of a layer, aware of recomputation."""
+
+    def __init__(self, group: dist.ProcessGroup, traffic: Traffic) -> None:
+        self._group, self._traffic = group, traffic
+
+    def out(
+        self, rows_RM: torch.Tensor, weights_R: torch.Tensor, counts_E: torch.Tensor
+    ) -> tuple[Plan, torch.Tensor, torch.Tensor]:
+        """Send rows and weights to their experts.
+
+        Returns:
+            The plan; (A, M) rows and (A,) weights in the order of the local experts.
+        """
+        columns = ALIGNMENT_BYTES // rows_RM.element_size()
+        beside = rows_RM.new_zeros(rows_RM.shape[0], columns - 1)
+        payload = torch.cat([rows_RM, weights_R[:, None].to(rows_RM.dtype), beside], 1)
+
+        running = recomputation.current()
+        if running is not None and running.keep and running.is_second:
+            plan, arrived = running.take()
+            arrived.requires_grad_(payload.requires_grad)
+        else:
+            plan = make_plan(counts_E, self._group)
+            arrived = self._move(payload, plan.send, plan.receive)
+            if running is not None and running.keep:
+                running.put((plan, arrived.detach()))
+        arrived = _Permute.apply(arrived, plan.by_expert_A, plan.by_origin_A)
+        return plan, arrived[:, : rows_RM.shape[1]], arrived[:, rows_RM.shape[1]]
+
+    def back(self, done_AM: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """(R, M) results on the rank of their tokens; zeros in a recomputation, where nobody reads them."""
+        arranged = _Permute.apply(done_AM, plan.by_origin_A, plan.by_expert_A)
+        if recomputation.is_second_run():  # from here on, too, both runs must save the same tensors
+            zeros = arranged.new_zeros(sum(plan.send), done_AM.shape[1])
+            return zeros.requires_grad_(arranged.requires_grad)
+        return self._move(arranged, plan.receive, plan.send)
+
+    def _move(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+        return all_to_all(rows, send, receive, group=self._group, traffic=self._traffic, kind="experts")

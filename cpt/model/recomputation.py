@@ -1,0 +1,76 @@
+"""What activation checkpointing need not do twice.
+
+torch runs a checkpointed layer again in the backward pass and takes from that second run only what autograd saves; its
+output is dropped.  So the second run needs the rows that an exchange brought, but nothing that is sent back, and may
+take those rows from the first run if they were kept.  torch's `context_fn` tells the two runs apart.
+
+Decisions
+    One `Recomputation` per checkpointed call holds what its first run kept; its second run takes it in the same order,
+    and memory is free again after the layer's backward.
+    The second run may happen on another thread (autograd's, on a GPU), so what is current is per thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from cpt.errors import InternalError
+
+_current = threading.local()
+
+
+class Recomputation:
+    """One checkpointed call, first run and second."""
+
+    def __init__(self, *, keep: bool) -> None:
+        self.keep, self.is_second = keep, False
+        self._kept: deque[object] = deque()
+
+    @contextmanager
+    def _run(self, *, second: bool) -> Iterator[None]:
+        outer, self.is_second = current(), second
+        _current.value = self
+        try:
+            yield
+        finally:
+            _current.value = outer
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What torch enters around the first run and around the second."""
+        return self._run(second=False), self._run(second=True)
+
+    def put(self, value: object) -> None:
+        """Keep something of the first run; a tensor must be detached, or its graph keeps itself alive."""
+        self._kept.append(value)
+
+    def take(self) -> Any:
+        """What the first run kept, in its order.
+
+        Raises:
+            InternalError: there is no more, because a second backward went through the same graph.
+        """
+        if not self._kept:
+            raise InternalError(
+                "a checkpointed layer was recomputed twice; with model.expert_recompute: keep it can be only once."
+            )
+        return self._kept.popleft()
+
+
+def current() -> Recomputation | None:
+    """The checkpointed call that is running on this thread."""
+    return getattr(_current, "value", None)
+
+
+def is_second_run() -> bool:
+    """Whether this is a recomputation, whose output nobody reads."""
+    running = current()
+    return running is not None and running.is_second
+
+
+def context_fn(*, keep: bool) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+    """What `torch.utils.checkpoint` wants as `context_fn`."""
+    return lambda: Recomputation(keep=keep).contexts()

@@ -1,0 +1,53 @@
+"""The untouched model's routers, kept beside a run: the mark from which their drift is measured.
+
+<run_dir>/router_original.safetensors is written before step 0 and read by every later start.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from cpt import deepspeed_internals
+from cpt.model.router_watch import router_parameters
+from cpt.parallel.agreement import on_first_rank, together
+from cpt.training.engine import TrainingEngine
+
+log = logging.getLogger("cpt.original_router")
+
+FILE = "router_original.safetensors"
+
+
+def watch_drift(engine: TrainingEngine, run_dir: Path, *, untouched: bool) -> None:
+    """Give the engine's router watch the untouched routers; call it on all ranks.
+
+    Args:
+        engine: The engine, its weights in place.
+        run_dir: Where the file is.
+        untouched: Whether the weights are still those of the start; then the file is written.
+
+    Raises:
+        StorageError: on all ranks, if one could not write or read it.
+    """
+    parameters, group = router_parameters(engine.deepspeed.module), engine.topology.control_group
+    path = run_dir / FILE
+    if untouched:
+        with deepspeed_internals.gathered(list(parameters.values())):
+            tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        on_first_rank(group, lambda: _write(path, tensors))
+    elif on_first_rank(group, path.is_file):
+        tensors = together(group, lambda: load_file(path, device=str(engine.topology.device)))
+    else:
+        log.warning("%s is missing: the drift of the routers is not measured", path)
+        return
+    halves = zip(*([tensors[n] for n in parameters if n.endswith(kind)] for kind in (".weight", ".bias")), strict=True)
+    engine.router_watch.original = list(halves)
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    temporary = path.with_suffix(".tmp")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    temporary.replace(path)
