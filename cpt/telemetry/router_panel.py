@@ -12,14 +12,14 @@ import numpy as np
 
 from cpt.telemetry.history import Run, number
 from cpt.telemetry.panels import panel, short
-from cpt.telemetry.plot import INK, PALETTE, Plot, Scale, Series, bin_series, legend, scale_over
+from cpt.telemetry.plot import INK, PALETTE, Plot, Scale, Series, bin_series, clean, legend, scale_over
 
 PLOTS = (
-    ("load_max_over_mean", "busiest expert over the mean", 1.0, (1.0,)),
-    ("distance", "% of the load that differs from all", 100.0, (0.0,)),
-    ("overlap", "% chosen as the untouched router would", 100.0, (100.0,)),
+    ("load_max_over_mean", "Busiest expert", "times the mean", 1.0, (1.0,)),
+    ("distance", "Load unlike that of all tokens", "%", 100.0, (0.0,)),
+    ("overlap", "Choices as before training", "%", 100.0, (100.0,)),
 )
-"""Key of the event, axis label, factor, and values that the axis includes."""
+"""Key of the event, heading, axis label, factor, and values that the axis includes."""
 
 
 def router_panel(run: Run, x: Scale, colors: dict[str, str]) -> str:
@@ -30,7 +30,7 @@ def router_panel(run: Run, x: Scale, colors: dict[str, str]) -> str:
     languages = sorted({str(name) for event in events for name in _by_language(event)})
     shades = {name: colors.get(name, PALETTE[-1 - index % 4]) for index, name in enumerate(languages)}
     cells = []
-    for key, label, factor, include in PLOTS:
+    for key, title, label, factor, include in PLOTS:
         lines = {"all": _series(run, key, None, factor)}
         lines |= {name: _series(run, key, name, factor) for name in languages}
         lines = {name: series for name, series in lines.items() if len(series)}
@@ -40,14 +40,14 @@ def router_panel(run: Run, x: Scale, colors: dict[str, str]) -> str:
         plot = Plot(size=(450, 180), x=x, y=scale_over(ends, include=include), labels=("optimizer step", label))
         for name, series in lines.items():
             plot.line(series, shades.get(name, INK), dots=len(series) < 12)
-        entries = [(shades.get(name, INK), "", f"{short(name)} {line.mean[-1]:.3g}") for name, line in lines.items()]
-        cells.append(f"<div>{legend(entries)}{plot.svg(label)}</div>")
-    newest = events[-1]
-    dropped = number(newest.get("dropped"))
+        newest = ", ".join(f"{short(name, 8)} {line.mean[-1]:.3g}" for name, line in lines.items())
+        cells.append(f"<div><h3>{clean(title, 40)} <small>{clean(newest, 60)}</small></h3>{plot.svg(title)}</div>")
+    dropped = number(events[-1].get("dropped"))
     detail = "mean over layers; band: lowest to highest layer; assignments dropped: "
     detail += f"{dropped:.0f}" if math.isfinite(dropped) else "unknown"
     style = f"grid-template-columns:repeat({len(cells)},minmax(0,1fr))"
-    return panel("Routers", "w12", f'<div class="small" style="{style}">{"".join(cells)}</div>', detail)
+    key = legend([(INK, "", "all"), *((shades[name], "", name) for name in languages)])
+    return panel("Routers", "w12", f'{key}<div class="small" style="{style}">{"".join(cells)}</div>', detail)
 
 
 def _series(run: Run, key: str, language: str | None, factor: float) -> Series:

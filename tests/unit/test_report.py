@@ -260,7 +260,7 @@ def test_sources_take_the_colour_of_their_language(tmp_path: Path) -> None:
 def test_routers_are_shown_by_language_and_only_if_measured(tmp_path: Path) -> None:
     text = page(tmp_path, *SHAPES["routers"])
     section = text[text.index("<h2>Routers") :]
-    assert "assignments dropped: 0" in section and "ja 25" in section and "all 2.5<" in section
+    assert "assignments dropped: 0" in section and "ja 25" in section and "all 2.5," in section
     assert "<h2>Routers" not in page(tmp_path, *SHAPES["long"])
 
 
