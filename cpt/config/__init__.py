@@ -15,11 +15,10 @@ import dataclasses
 from pathlib import Path
 
 from cpt.config.engine_json import OWN_KEYS, REFUSED_KEYS, json_problems
+from cpt.config.guard_section import DomainLimits, GuardSection
 from cpt.config.resolve import resolve
 from cpt.config.sections import (
     CheckpointSection,
-    DomainLimits,
-    GuardSection,
     LaunchInfo,
     RunConfig,
     RunYaml,

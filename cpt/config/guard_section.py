@@ -1,0 +1,81 @@
+"""The run YAML's `guard` section."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainLimits:
+    """Limits of one held-out domain that differ from the others'."""
+
+    tolerance_percent: float | None = None
+    """As in `guard`; left out: that one."""
+    hard_limit_percent: float | None = None
+    """As in `guard`; left out: that one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardSection:
+    """Watching held-out text, and what is done about it (cpt/guard/ladder.py)."""
+
+    enabled: bool = True
+    """Measure held-out bits per byte before step 0, every `interval_steps` and at the end."""
+    interval_steps: int = 0
+    """Steps between measurements; 0: only before step 0 and at the end."""
+    tolerance_percent: float = 1.0
+    """Rise of bits per byte over the untouched model that is tolerated, per domain."""
+    hard_limit_percent: float = 5.0
+    """Rise that pauses the run if it stays."""
+    domains: dict[str, DomainLimits] = field(default_factory=dict)
+    """Other limits for single domains, by name."""
+    max_documents: int = 256
+    """Documents scored per domain, each as a whole."""
+    policy: Literal["act", "warn"] = "act"
+    """act: raise replay, lower the learning rate, pause, roll back; warn: only tell."""
+    act_at: float = 0.5
+    """Share of the tolerance from which on a rise that is certain counts."""
+    replay_factor: float = 1.5
+    """A raise multiplies the share of a domain's sources by this, ..."""
+    replay_step: float = 0.03
+    """... and adds at least this share of all tokens."""
+    max_replay_share: float = 0.75
+    """Largest share of all sources that are not in the main language, the one with the largest share of the mix."""
+    lr_factor: float = 0.5
+    """Lowering the learning rate multiplies it by this."""
+    min_lr_scale: float = 0.25
+    """Least product of these factors."""
+    patience: int = 2
+    """Measurements after a lever was pulled before the learning rate is lowered."""
+    pause_after: int = 4
+    """Measurements without a lever left, or in a row over the hard limit, before the run pauses."""
+    max_rollbacks: int = 1
+    """Pauses after which the run goes on from its last green checkpoint; the next one ends it with 78."""
+
+    def limits(self, domain: str) -> tuple[float, float]:
+        """Tolerance and hard limit of a domain in percent."""
+        own = self.domains.get(domain, DomainLimits())
+        tolerance = self.tolerance_percent if own.tolerance_percent is None else own.tolerance_percent
+        return tolerance, self.hard_limit_percent if own.hard_limit_percent is None else own.hard_limit_percent
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        at_least = {"interval_steps": 0, "max_documents": 1, "patience": 1, "pause_after": 1, "max_rollbacks": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                yield name, f"is {getattr(self, name)}, must be >= {least}."
+        for name in ("act_at", "lr_factor", "min_lr_scale"):
+            if not 0 < getattr(self, name) <= 1:
+                yield name, f"is {getattr(self, name)}, must be above 0 and at most 1."
+        if self.replay_factor < 1:
+            yield "replay_factor", f"is {self.replay_factor}, must be >= 1: replay is raised, never lowered."
+        if not 0 < self.replay_step < 1:
+            yield "replay_step", f"is {self.replay_step}, must be between 0 and 1 (a share of the tokens)."
+        if not 0 <= self.max_replay_share < 1:
+            yield "max_replay_share", f"is {self.max_replay_share}, must be >= 0 and below 1 (a share of the tokens)."
+        for domain in ("", *self.domains):
+            tolerance, hard = self.limits(domain)
+            key = f"domains.{domain}.tolerance_percent" if domain else "tolerance_percent"
+            if not 0 < tolerance <= hard:
+                yield key, f"is {tolerance:g}, must be above 0 and at most the hard limit ({hard:g})."
