@@ -58,15 +58,14 @@ def steer(job: Job, guard: Guard, decision: Decision) -> None:
     Raises:
         RequeueRequested: the run is paused, after saving.
     """
-    state = guard.state
-    if decision.action == "raise_replay":
+    if decision.action == "pause":
+        pause(job, decision.reason)
+    state, taken = guard.state, set(decision.actions.values())
+    if "raise_replay" in taken or "lower_lr" in taken:
         job.reweigh(job.replay.weights(state.shares))
         if job.topology.rank == 0:
-            log.warning("replay from step %d on: %s", job.progress.step + 1, shares_for_people(state.shares))
-    elif decision.action == "lower_lr" and job.topology.rank == 0:
-        log.warning("learning rate from step %d on: %g of the schedule's", job.progress.step + 1, state.lr_scale)
-    elif decision.action == "pause":
-        pause(job, decision.reason)
+            log.warning("from step %d on: replay %s; learning rate %g of the schedule's", job.progress.step + 1,
+                        shares_for_people(state.shares), state.lr_scale)  # fmt: skip
 
 
 def pause(job: Job, reason: str) -> NoReturn:

@@ -146,7 +146,7 @@ def continue_on_japanese(options: argparse.Namespace, base: Path, arm: str, seed
     guard["domains"] = {"japanese": {"tolerance_percent": 5.0}}  # fewer documents: it falls by tens of percent
     if arm == "guard":
         guard |= {"interval_steps": 10}
-    train = {"total_steps": options.steps, "lr": 1e-3, "warmup_steps": 10, "schedule": "cosine"}
+    train = {"total_steps": options.steps, "lr": 5e-4, "warmup_steps": 10, "schedule": "cosine"}
     return launch(options.work_dir, name, base, mix, train, guard)
 
 

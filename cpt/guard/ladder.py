@@ -7,7 +7,8 @@ above `act_at` times its tolerance: acting begins before the tolerance is used u
 
     warn          over the line for the first time, or waiting for a lever to show
     raise_replay  over the line twice in a row, or over the tolerance: the share of its sources grows, within a bound
-    lower_lr      over the tolerance, no replay left to raise, `patience` measurements after a lever was last pulled
+    lower_lr      over the hard limit; or over the tolerance with no replay left to raise, `patience` measurements after
+                  a lever was last pulled
     pause         over the tolerance with no lever left, and `pause_after` measurements have passed since the last one
                   was pulled; or `patience`, if the hard limit was exceeded `pause_after` times in a row: save, exit 75
     rollback      at the start after a pause: the last checkpoint saved while all was green, with more replay
@@ -142,13 +143,20 @@ def decide(
 def _pull(
     state: GuardState, evidence: Sequence[Evidence], beyond: list[str], settings: GuardSection, replay_room: float
 ) -> tuple[GuardState, dict[str, str]]:
-    """Choose the lever: one rung per measurement."""
-    if (state.idle > 1 or beyond) and (raised := raised_shares(state, evidence, settings, replay_room)):
+    """Choose the lever: one rung per measurement, two where a hard limit is exceeded."""
+    pulled: dict[str, str] = {}
+    idle = state.idle
+    if (idle > 1 or beyond) and (raised := raised_shares(state, evidence, settings, replay_room)):
         state = dataclasses.replace(state, shares={**state.shares, **raised}, idle=0)
-        return state, dict.fromkeys(raised, "raise_replay")
-    if beyond and state.idle >= settings.patience and state.lr_scale > settings.min_lr_scale:
+        pulled = dict.fromkeys(raised, "raise_replay")
+    urgent = [e.domain for e in evidence if e.above(e.hard_limit_percent)]
+    in_vain = beyond if not pulled and idle >= settings.patience else []
+    if (urgent or in_vain) and state.lr_scale > settings.min_lr_scale:
         scale = max(settings.min_lr_scale, state.lr_scale * settings.lr_factor)
-        return dataclasses.replace(state, lr_scale=scale, idle=0), dict.fromkeys(beyond, "lower_lr")
+        state = dataclasses.replace(state, lr_scale=scale, idle=0)
+        pulled |= dict.fromkeys(urgent or in_vain, "lower_lr")
+    if pulled:
+        return state, pulled
     waited = settings.patience if state.hard >= settings.pause_after else settings.pause_after
     return state, dict.fromkeys(beyond if state.idle >= waited else [], "pause")
 

@@ -92,15 +92,16 @@ def test_rate_falls_only_when_replay_is_used_up() -> None:
     assert actions(climb([1.5, 1.5, 0.9], share=0.1, room=0.05)[1]) == ["raise_replay", "warn", "warn"]
 
 
-def test_loss_over_the_hard_limit_that_stays_pauses_sooner() -> None:
-    lowered = ["lower_lr", "warn", "lower_lr"]
-    assert actions(climb([6.0] * 6, share=None)[1]) == [*lowered, "warn", "pause", "pause"]
-    assert actions(climb([6.0, 6.0, 2.0, 6.0, 6.0, 6.0], share=None)[1]) == [*lowered, "warn", "warn", "warn"]
+def test_loss_over_the_hard_limit_pulls_two_levers_at_once_and_pauses_sooner() -> None:
+    state, decisions = climb([6.0])
+    assert actions(decisions) == ["lower_lr"] and state.shares and state.lr_scale == 0.5
+    assert actions(climb([6.0] * 6, share=None)[1]) == ["lower_lr", "lower_lr", "warn", "pause", "pause", "pause"]
+    assert "pause" not in actions(climb([6.0, 6.0, 6.0, 2.0, 6.0], share=None)[1])
 
 
 def test_score_that_is_not_a_number_is_over_every_line() -> None:
     state, decisions = climb([None])
-    assert actions(decisions) == ["raise_replay"] and state.hard == 1
+    assert actions(decisions) == ["lower_lr"] and state.shares and state.hard == 1
     assert "not a number" in decisions[0].reason
 
 
