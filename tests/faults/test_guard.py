@@ -29,6 +29,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for source in mix["sources"]:
         source["held_out_share"] = 0.3
         source["weight"] = {"ja_essay": 0.0, "en_web": 1.0}[source["name"]]
+    mix["guard"] = {"domains": [{"name": "en_web", "language": "en", "sources": ["en_web"]}]}
     (folder / "mix.yaml").write_text(yaml.safe_dump(mix))
     run["train"] |= {"global_batch_size": 4, "total_steps": ENGLISH_STEPS, "lr": 5e-3, "dtype": "fp32"}
     run["checkpoint"] = {"async_save": False}
