@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,11 +89,13 @@ class Baton:
     """Lets contenders take turns: the parent creates `go-N`, the ranks run step N, the first rank leaves `done-N`."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._rank = folder, rank
+        self._folder, self._rank, self._parent = folder, rank, os.getppid()
 
     def wait(self, step: int) -> None:
-        """Until the parent wants this step."""
+        """Until the parent wants this step; leave if it is gone."""
         while not (self._folder / f"go-{step}").exists():
+            if os.getppid() != self._parent:
+                sys.exit("bench/step.py has ended")
             time.sleep(0.02)
 
     def done(self, step: int, result: dict[str, Any]) -> None:
