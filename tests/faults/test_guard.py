@@ -36,7 +36,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run["telemetry"] = {"export_at_end": True}
     del run["data"]["build_dir"]
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
-    code, english = run_to_end(folder, "english")
+    code, english = run_to_end(folder, "english", ranks=1)
     assert code == 0, english.output
     (export,) = (english.run_dir / "export").glob("step-*")
     for source in mix["sources"]:
