@@ -108,7 +108,7 @@ def _optimizer(model: GptOssForCPT, train: TrainSection, config: dict[str, Any])
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles a kernel on import of its builder
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    return torch.optim.AdamW(groups, fused=model.device.type == "cuda", **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 def _check_expert_marks(model: GptOssForCPT) -> None:
