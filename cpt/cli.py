@@ -90,10 +90,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("replay", help="let the base model write replay for itself (kind: self_replay)")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the base model")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="new folder for plain.jsonl, chat.jsonl and the sidecar"
-    )
+    parser.add_argument("--model", type=Path, help="Hugging Face directory of the base model")
+    parser.add_argument("--out", type=Path, help="new folder for plain.jsonl, chat.jsonl and the sidecar")
     parser.add_argument("--prefixes", type=Path, help="JSONL with 'text': the first tokens of each are continued")
     parser.add_argument("--questions", type=Path, help="JSONL with 'prompt': each is asked in the Harmony format")
     parser.add_argument("--prefix_tokens", type=int, default=8)
@@ -102,12 +100,30 @@ def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_replay)
+    actions = parser.add_subparsers(metavar="ACTION")
+    targets = actions.add_parser("targets", help="the base model's likeliest next tokens, for train.kl_targets")
+    targets.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the base model")
+    targets.add_argument("--build", type=Path, required=True, help="built shards, as for data.build_dir")
+    targets.add_argument("--source", action="append", required=True, help="of that build; may be given several times")
+    targets.add_argument("--top_k", type=int, default=32, help="tokens listed per predicted token")
+    targets.add_argument("--out", type=Path, required=True, help="new folder")
+    targets.set_defaults(run=_targets)
+
+
+def _targets(options: argparse.Namespace) -> None:
+    from cpt.base_targets import TargetsRequest, write_targets
+
+    print(write_targets(TargetsRequest(model_dir=options.model, build_dir=options.build, sources=options.source,
+                                       top_k=options.top_k, out=options.out)))  # fmt: skip
 
 
 def _replay(options: argparse.Namespace) -> None:
     from cpt.sample import Sampling
     from cpt.self_replay import ReplayRequest, sample_replay
 
+    missing = [f"--{name} is missing." for name in ("model", "out") if getattr(options, name) is None]
+    if missing:
+        raise ConfigError(missing)
     keys = ("max_new_tokens", "temperature", "top_p", "seed")
     request = ReplayRequest(
         model_dir=options.model,

@@ -11,6 +11,7 @@ from cpt.model.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.progress import Progress, batch_of_step
+from cpt.training.kl_targets import KLTargets, check_targets
 from data_pipeline.build import build, default_build_dir, input_bytes
 from data_pipeline.dataset import BuiltData
 from data_pipeline.ledger import Ledger
@@ -73,11 +74,37 @@ def check_replay(config: RunConfig, data: BuiltData) -> None:
         ConfigError: naming every such source.
     """
     replayed = {source.name: source.base_model for source in data.manifest.sources}
-    path = config.model.path
-    files = sorted(set(tensor_files(path).values())) if path is not None and any(replayed.values()) else []
-    problems = check_base_model(replayed, files, str(path or f"init: {config.model.init}"))
+    files = base_files(config) if any(replayed.values()) else []
+    problems = check_base_model(replayed, files, base_name(config))
     if problems:
         raise ConfigError(problems)
+
+
+def base_files(config: RunConfig) -> list[Path]:
+    """Weight files of the model that a run starts from; none for random weights."""
+    return [] if config.model.path is None else sorted(set(tensor_files(config.model.path).values()))
+
+
+def base_name(config: RunConfig) -> str:
+    """What a message calls that model."""
+    return str(config.model.path or f"init: {config.model.init}")
+
+
+def open_kl_targets(config: RunConfig, data: BuiltData, topology: Topology) -> KLTargets | None:
+    """The base model's distributions, if the run asks for them.
+
+    Raises:
+        ConfigError: on all ranks: they are of another model or of other rows.
+        DataError: on all ranks: a file is missing or damaged.
+    """
+    folder, group = config.train.kl_targets, topology.control_group
+    if folder is None:
+        return None
+    on_first_rank(group, lambda: check_targets(folder, data, base_files(config), base_name(config)))
+    row_tokens = {name: data.row_tokens(number) for number, name in enumerate(data.source_names)}
+    targets = together(group, lambda: KLTargets(folder, data.source_names, row_tokens))
+    log.info("divergence from the base model on rows of %s", ", ".join(targets.sources))
+    return targets
 
 
 def check_plan(config: RunConfig, data: BuiltData, mix: MixConfig, ledger: Ledger, progress: Progress) -> None:

@@ -21,7 +21,7 @@ from cpt import deepspeed_internals
 from cpt.config import RunConfig
 from cpt.errors import ConfigError
 from cpt.faults import fault_point
-from cpt.feed import check_mix, check_plan, open_data
+from cpt.feed import check_mix, check_plan, open_data, open_kl_targets
 from cpt.guard.heldout import Guard
 from cpt.guard.ladder import GuardState
 from cpt.guard.replay_share import ReplayShares
@@ -45,6 +45,7 @@ from cpt.state.stop import StopRequest
 from cpt.telemetry.metrics import Telemetry
 from cpt.telemetry.trackers import trackers_for
 from cpt.training.engine import TrainingEngine
+from cpt.training.kl_targets import KLTargets
 from cpt.training.loader import MicroBatch, load_micro_batch
 from cpt.training.stability import Stability
 from data_pipeline.dataset import BuiltData
@@ -62,6 +63,8 @@ class Job:
     run_dir: Path
     topology: Topology
     data: BuiltData
+    kl_targets: KLTargets | None
+    """The base model's distributions for rows of some sources; None if the run does not ask for them."""
     ledger: Ledger
     mixture: Mixture
     engine: TrainingEngine
@@ -83,7 +86,8 @@ class Job:
             self.topology.place.enter("data", self.progress.step + 1)
             started = time.perf_counter()
             fault_point("data", self.progress.step + 1)
-            loaded = load_micro_batch(self.data, batch, micro_step, self.config.micro_batch_size, self.topology)
+            size = self.config.micro_batch_size
+            loaded = load_micro_batch(self.data, batch, micro_step, size, self.topology, self.kl_targets)
             self.topology.place.waited_for_data(time.perf_counter() - started)
             yield loaded
 
@@ -239,6 +243,7 @@ def assemble(
     """
     mix = check_mix(config)
     data = open_data(config, mix, topology)
+    kl_targets = open_kl_targets(config, data, topology)
     leave_if_asked(stop, topology.control_group, "before the model was loaded")
     source = weight_source(config, model_config, topology)
     engine = build_engine(config, model_config, topology)
@@ -291,6 +296,7 @@ def assemble(
         run_dir=run_dir,
         topology=topology,
         data=data,
+        kl_targets=kl_targets,
         ledger=ledger,
         mixture=Mixture(data, ledger, mix.seed),
         engine=engine,

@@ -143,8 +143,9 @@ def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[
     for language, nll, count in zip(job.data.languages, result.nll_by_source, result.tokens_by_source, strict=True):
         nll_by_language[language] += nll
         tokens_by_language[language] += count
-    by_source = list(zip(job.data.source_names, result.nll_by_source, result.tokens_by_source, strict=True))
-    return {
+    names = job.data.source_names
+    by_source = list(zip(names, result.nll_by_source, result.tokens_by_source, strict=True))
+    event: dict[str, Any] = {
         "event": "step",
         "step": job.progress.step,
         "loss": result.loss,
@@ -160,3 +161,8 @@ def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[
         "tokens_by_source": {name: count for name, _, count in by_source},
         "bytes_sent": result.bytes_sent,
     }
+    if job.kl_targets is not None and result.kl_by_source is not None:
+        by_source = list(zip(names, result.kl_by_source, result.tokens_by_source, strict=True))
+        with_targets = job.kl_targets.sources
+        event["kl_by_source"] = {name: kl / count for name, kl, count in by_source if count and name in with_targets}
+    return event

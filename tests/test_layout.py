@@ -43,6 +43,7 @@ FLOORS = (
     "cpt.sample",
     "cpt.downstream",
     "cpt.self_replay",
+    "cpt.base_targets",
     "cpt.cli",
     "cpt.run",
 )

@@ -73,6 +73,6 @@ def _with_paths_beside(parsed: RunYaml, run_yaml: Path) -> RunYaml:
     data = dataclasses.replace(
         parsed.data, mix=(run_yaml.parent / parsed.data.mix).resolve(), build_dir=beside(parsed.data.build_dir)
     )
-    return dataclasses.replace(
-        parsed, model=dataclasses.replace(parsed.model, path=beside(parsed.model.path)), data=data
-    )
+    model = dataclasses.replace(parsed.model, path=beside(parsed.model.path))
+    train = dataclasses.replace(parsed.train, kl_targets=beside(parsed.train.kl_targets))
+    return dataclasses.replace(parsed, model=model, data=data, train=train)

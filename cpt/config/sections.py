@@ -107,6 +107,11 @@ class TrainSection:
     freeze: tuple[str, ...] = ()
     """Parameters left as they are: name patterns (`model.layers.0.*`) or the words router, experts, attention, sinks,
     norms, embeddings, lm_head."""
+    kl_targets: Path | None = None
+    """Folder that `cpt replay targets` wrote: the base model's distributions, for rows of some sources; relative to the
+    run YAML."""
+    kl_weight: float | None = None
+    """Weight of the divergence from them in nats per predicted token; needed with kl_targets, 0 only measures it."""
     gc_interval_steps: int = 0
     """Steps between garbage collections, on all ranks at once and at no other time; 0 leaves it to Python."""
     threads: int | None = None
@@ -135,6 +140,10 @@ class TrainSection:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 yield name, f"is {getattr(self, name)}, must be in [0, 1)."
+        if (self.kl_targets is None) != (self.kl_weight is None):
+            yield "kl_targets", "and kl_weight go together: give both, or neither."
+        if self.kl_weight is not None and not 0 <= self.kl_weight < float("inf"):
+            yield "kl_weight", f"is {self.kl_weight}, must be >= 0."
         if not 0 <= self.min_lr_ratio <= 1:
             yield "min_lr_ratio", f"is {self.min_lr_ratio}, must be in [0, 1]."
         if isinstance(self.micro_batch_size, int) and self.micro_batch_size < 1:

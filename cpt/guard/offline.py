@@ -65,7 +65,8 @@ class OfflineModel:
     """A gpt-oss model that scores; `load` gives it its weights, and may do so again and again."""
 
     def __init__(self, config: GptOssConfig, topology: Topology) -> None:
-        dtype = torch.float32 if topology.device.type == "cpu" else torch.bfloat16
+        self.dtype = dtype = torch.float32 if topology.device.type == "cpu" else torch.bfloat16
+        """Of the forward pass."""
         self._model = gpt_oss.skeleton(config, dtype)
         gpt_oss.patch(self._model, topology)
         gpt_oss.materialise(self._model, topology.device)
@@ -88,6 +89,19 @@ class OfflineModel:
             kernel=self._kernel,
         )
         return losses.cpu()
+
+    @torch.no_grad()
+    def top_k(self, batch: MicroBatch, num_predicted: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest next tokens of the first `num_predicted` tokens of a batch of one row.
+
+        Returns:
+            On the CPU, what `LossHead.top_k` gives.
+        """
+        hidden_BSM = self._model.hidden_states(
+            batch.input_ids, batch.position_ids, packed_rows=batch.packed_rows, kernel=self._kernel
+        )
+        ids, log_p = self._model.lm_head.top_k(hidden_BSM[0, :num_predicted], k)
+        return ids.cpu(), log_p.cpu()
 
     def score_all(self, sets: list[ScoredSet]) -> list[DomainScore]:
         """Score every held-out set."""

@@ -29,6 +29,7 @@ from cpt.deepspeed_internals import allocate
 from cpt.model import attention
 from cpt.model.experts import ExpertParallelMLP
 from cpt.model.loss_head import LossHead
+from cpt.model.top_k import TopK
 from cpt.parallel.topology import Topology
 
 _SHARED: dict[str, Any] = {
@@ -101,6 +102,7 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
         position_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
         logits_at: torch.Tensor | None = None,
+        targets: TopK | None = None,
         **attention_arguments: Any,
     ) -> torch.Tensor:
         """Loss of every token, or logits without labels.
@@ -110,22 +112,30 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
             position_ids: (B, S) position of each token in its document.
             labels: (B, S) next tokens, already shifted; -100 where there is none.
             logits_at: (B,) one local position per row whose logits alone are wanted; only without labels.
+            targets: Another model's distribution for some of the tokens; only with labels.
             attention_arguments: `packed_rows`, `sequence_parallel` and `kernel`, handed to every layer's attention.
 
         Returns:
-            (B, S) nats, 0 where the label is -100; (B, S, V) logits if labels is None, (B, 1, V) with `logits_at`.
+            (B, S) nats, 0 where the label is -100, with targets (2, B, S), the second their divergence;
+            (B, S, V) logits if labels is None, (B, 1, V) with `logits_at`.
         """
-        hidden = self.model(
+        hidden = self.hidden_states(input_ids, position_ids, **attention_arguments)
+        if logits_at is not None:
+            rows = torch.arange(hidden.shape[0], device=hidden.device)
+            hidden = hidden[rows, logits_at].unsqueeze(1)
+        return self.lm_head(hidden, labels, targets)
+
+    def hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, **attention_arguments: Any
+    ) -> torch.Tensor:
+        """(B, S, M) last hidden states; arguments as for `forward`."""
+        return self.model(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask={"full_attention": None, "sliding_attention": None},
             use_cache=False,
             **attention_arguments,
         ).last_hidden_state
-        if logits_at is not None:
-            rows = torch.arange(hidden.shape[0], device=hidden.device)
-            hidden = hidden[rows, logits_at].unsqueeze(1)
-        return self.lm_head(hidden, labels)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,7 +30,7 @@ from cpt.state.space import megabytes, write_error
 
 LARGEST_FILE_BYTES = 4 * 2**30
 """A file holds at least one tensor, and more as long as it stays below this."""
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8"}
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8", torch.int32: "I32"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +48,8 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class _File:
-    """One safetensors file being written."""
+class TensorFileWriter:
+    """One safetensors file being written; `finish` gives it its name."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
         self._path, self._entries, self._left = path, entries, {n: math.prod(e.shape) for n, e in entries.items()}
@@ -105,14 +105,14 @@ class DirectoryWriter:
         self._groups = dict(zip(self._names, groups, strict=True))
         self._file_of = {name: file for file, group in self._groups.items() for name in group}
         self._total_bytes = sum(entry.num_bytes for entry in entries.values())
-        self._open: dict[str, _File] = {}
+        self._open: dict[str, TensorFileWriter] = {}
         self._done: set[str] = set()
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Put elements [start, start + len(values)) of a flattened tensor into their file."""
         file = self._file_of[name]
         if file not in self._open:
-            self._open[file] = _File(self._folder / file, self._groups[file])
+            self._open[file] = TensorFileWriter(self._folder / file, self._groups[file])
         self._open[file].write(name, start, values)
         if self._open[file].whole:
             self._open.pop(file).finish()

@@ -5,7 +5,8 @@ The loss that a rank hands to the engine is
     sum over its own tokens of nll / predicted tokens of the global batch * world_size
 
 so that the engine's mean over ranks, and its sum over accumulation steps, is the mean over the global batch in every
-layout.  `backward` is told not to divide by the accumulation steps.
+layout.  With targets of another model (`train.kl_targets`) `train.kl_weight` times the divergence from them is added in
+the same way.  `backward` is told not to divide by the accumulation steps.
 
 Whether an update is made is decided before it, from the loss and the squared gradient norm summed over all ranks, so
 that all ranks decide alike and nothing that is not finite reaches weights or Adam's state.
@@ -63,6 +64,8 @@ class StepResult:
     """Sum of nats per source."""
     tokens_by_source: list[int]
     """Predicted tokens per source."""
+    kl_by_source: list[float] | None = None
+    """Sum of nats per source of the divergence from the targets, which is in no loss here; None without targets."""
     bytes_sent: dict[str, int]
     """Bytes on the wire by kind."""
     votes: Votes
@@ -75,7 +78,7 @@ class StepResult:
 class _Sums:
     """What the ranks know together."""
 
-    nll_by_source: torch.Tensor
+    by_source: torch.Tensor
     bytes_sent: dict[str, int]
     squared_grad_norm: float
     votes: Votes
@@ -147,6 +150,8 @@ class TrainingEngine:
         self._sequence_parallel = exchange
         self._kernel = kernel
         self._positions = config.train.global_batch_size * config.train.seq_len
+        self._num_losses = 1 if config.train.kl_targets is None else 2
+        self._kl_weight = config.train.kl_weight or 0.0
         self.router_watch = _router_watch(model, config, topology)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=_optimizer(model, config.train, config.engine_json), config=config.engine_json
@@ -158,11 +163,12 @@ class TrainingEngine:
             group["lr"] = lr
 
     def token_losses(self, batch: MicroBatch) -> torch.Tensor:
-        """(B, S) nats of this rank's tokens, 0 where there is no label."""
+        """(B, S) nats of this rank's tokens, 0 where there is no label; (2, B, S) if the batch has targets."""
         return self.deepspeed(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             labels=batch.labels,
+            targets=batch.targets,
             packed_rows=batch.packed_rows,
             sequence_parallel=self._sequence_parallel,
             kernel=self._kernel,
@@ -190,7 +196,7 @@ class TrainingEngine:
             What happened.  If loss or gradient norm is not finite anywhere, no rank has applied the update.
         """
         total_tokens = sum(tokens_by_source)
-        nll_by_source = torch.zeros(len(tokens_by_source), dtype=torch.float64)
+        by_source = torch.zeros(self._num_losses, len(tokens_by_source), dtype=torch.float64)
         place, loss_scale = self.topology.place, self.topology.world_size / total_tokens
         pending = False
         self.router_watch.begin(
@@ -204,28 +210,31 @@ class TrainingEngine:
                 self.deepspeed.step()  # between accumulation steps this only advances the engine's counter
             place.enter("forward", step)
             self.router_watch.enter(batch.row_labels)
-            nll_BS = self.token_losses(batch) * fault_point("forward", step)
+            losses = self.token_losses(batch) * fault_point("forward", step)
+            losses_LBS = losses.view(-1, *batch.labels.shape)
             place.enter("backward", step)
             fault_point("backward", step)
             share = loss_scale * fault_point("gradient", step)
-            self.deepspeed.backward(nll_BS.sum() * share, scale_wrt_gas=False)
-            by_row = nll_BS.detach().sum(1).double().cpu()
-            nll_by_source.index_add_(0, batch.row_labels.cpu(), by_row)
+            total = losses_LBS[0].sum() + self._kl_weight * losses_LBS[1:].sum()
+            self.deepspeed.backward(total * share, scale_wrt_gas=False)
+            by_row_LB = losses_LBS.detach().sum(2).double().cpu()
+            by_source[: len(by_row_LB)].index_add_(1, batch.row_labels.cpu(), by_row_LB)
             pending = True
         place.enter("gradient", step)
-        sums = self._sum_over_ranks(nll_by_source, votes())
+        sums = self._sum_over_ranks(by_source, votes())
         router = self.router_watch.finish(self.topology.control_group)
         grad_norm = math.sqrt(sums.squared_grad_norm)  # NaN and infinity stay what they are
-        applied = bool(torch.isfinite(sums.nll_by_source).all()) and grad_norm < LARGEST_GRAD_NORM
+        applied = bool(torch.isfinite(sums.by_source).all()) and grad_norm < LARGEST_GRAD_NORM
         place.enter("optimizer_step", step)
         fault_point("optimizer_step", step)
         self._finish(applied=applied)
         return StepResult(
-            loss=float(sums.nll_by_source.sum()) / total_tokens,
+            loss=float(sums.by_source[0].sum()) / total_tokens,
             grad_norm=grad_norm,
             applied=applied,
-            nll_by_source=sums.nll_by_source.tolist(),
+            nll_by_source=sums.by_source[0].tolist(),
             tokens_by_source=tokens_by_source,
+            kl_by_source=sums.by_source[1].tolist() if self._num_losses == 2 else None,
             bytes_sent=sums.bytes_sent,
             votes=sums.votes,
             router=router,
@@ -239,16 +248,16 @@ class TrainingEngine:
         if not self.deepspeed.was_step_applied():
             raise InternalError("DeepSpeed dropped an update whose loss and gradient norm are finite.")
 
-    def _sum_over_ranks(self, nll_by_source: torch.Tensor, votes: Votes) -> _Sums:
+    def _sum_over_ranks(self, by_source: torch.Tensor, votes: Votes) -> _Sums:
         """The one bookkeeping collective of a step."""
         sent = self.topology.traffic.take()
         squares = deepspeed_internals.squared_gradient_norm(self.deepspeed)
         extra = [*(sent[kind] for kind in KINDS), squares, *votes]
-        everything = torch.cat([nll_by_source, torch.tensor(extra, dtype=torch.float64)])
+        everything = torch.cat([by_source.view(-1), torch.tensor(extra, dtype=torch.float64)])
         dist.all_reduce(everything, group=self.topology.control_group)
-        nll, rest = everything[: nll_by_source.numel()], everything[nll_by_source.numel() :].tolist()
+        losses, rest = everything[: by_source.numel()], everything[by_source.numel() :].tolist()
         return _Sums(
-            nll_by_source=nll,
+            by_source=losses.view_as(by_source),
             bytes_sent={kind: int(value) for kind, value in zip(KINDS, rest, strict=False)},
             squared_grad_norm=rest[len(KINDS)],
             votes=Votes(*(int(value) for value in rest[len(KINDS) + 1 :])),

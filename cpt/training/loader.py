@@ -13,14 +13,16 @@ Shape letters: B rows of the micro batch, T tokens of a row, S local tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from cpt.model.attention import PackedRows
 from cpt.model.loss_head import IGNORE_INDEX
+from cpt.model.top_k import TopK
 from cpt.parallel.topology import Topology
+from cpt.training.kl_targets import KLTargets
 from data_pipeline.dataset import BuiltData, PackedRow
 from data_pipeline.mixture import GlobalBatch
 from data_pipeline.tokenizer import END_OF_TEXT
@@ -40,6 +42,8 @@ class MicroBatch:
     """Document bounds of the whole rows."""
     row_labels: torch.Tensor
     """(B,) what each row counts as: its source, or -1 for a filler row."""
+    targets: TopK | None = None
+    """The base model's distribution for the tokens of some rows; None if there is none for any."""
 
 
 def rows_of_rank(batch: GlobalBatch, micro_step: int, micro_batch_size: int, topology: Topology) -> list[int]:
@@ -49,15 +53,21 @@ def rows_of_rank(batch: GlobalBatch, micro_step: int, micro_batch_size: int, top
 
 
 def load_micro_batch(
-    data: BuiltData, batch: GlobalBatch, micro_step: int, micro_batch_size: int, topology: Topology
+    data: BuiltData,
+    batch: GlobalBatch,
+    micro_step: int,
+    micro_batch_size: int,
+    topology: Topology,
+    kl_targets: KLTargets | None = None,
 ) -> MicroBatch:
-    """Read one micro batch of a global batch."""
+    """Read one micro batch of a global batch, with its targets where there are any."""
     positions = rows_of_rank(batch, micro_step, micro_batch_size, topology)
-    sources = [int(batch.sources[position]) for position in positions]
-    rows = [
-        data.read_row(source, int(batch.rows[position])) for source, position in zip(sources, positions, strict=True)
-    ]
-    return make_micro_batch(rows, sources, topology)
+    places = [(int(batch.sources[position]), int(batch.rows[position])) for position in positions]
+    rows = [data.read_row(source, row) for source, row in places]
+    micro_batch = make_micro_batch(rows, [source for source, _ in places], topology)
+    if kl_targets is None:
+        return micro_batch
+    return replace(micro_batch, targets=kl_targets.of_rows(places, topology, data.seq_len))
 
 
 def make_micro_batch(rows: Sequence[PackedRow], row_labels: Sequence[int], topology: Topology) -> MicroBatch:

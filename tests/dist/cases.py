@@ -11,13 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from safetensors.torch import save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
+from cpt.training.kl_targets import SIDECAR, Sidecar, TargetsOfSource, target_file
 from data_pipeline.dataset import PackedRow
 
 SEQ_LEN, ROWS, STEPS, WINDOW = 128, 8, 6, 32
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
 CLIPPING = 1.0
+KL_WEIGHT, KL_TOP_K = 0.7, 5
+SOURCES = ("even", "odd")
+"""A row's number in its batch says which source it is of."""
 PROMPTS = [[5, 17, 300, 42], [7], [*range(100, 140)]]
 """Texts to continue: the first two end inside the first rank's part of a row, the last one crosses into the second's."""
 NEW_TOKENS = 12
@@ -39,6 +44,8 @@ class Scenario:
     expert_recompute: str = "recompute"
     router_penalties: bool = False
     """Whether both router losses are on."""
+    kl: bool = False
+    """Whether the divergence from the targets of `write_targets` is in the loss."""
     steps: int = STEPS
     resume_from: str = ""
     """Name of the scenario whose checkpoint is loaded first."""
@@ -58,6 +65,7 @@ class Scenario:
         options += f"-{self.exchange}" if self.exchange != "auto" else ""
         options += f"-{self.expert_recompute}" if self.expert_recompute != "recompute" else ""
         options += "-penalties" if self.router_penalties else ""
+        options += "-kl" if self.kl else ""
         options += f"-frozen-{len(self.freeze)}" if self.freeze else ""
         return f"world{self.world_size}-sp{self.sp}-ep{self.ep}-zero{self.stage}-{options}"
 
@@ -132,6 +140,31 @@ def rows_of_step(step: int) -> list[PackedRow]:
             PackedRow(input_ids=tokens, labels=labels, position_ids=positions, bounds=bounds, documents=documents)
         )
     return rows
+
+
+def even_row_tokens() -> list[int]:
+    """Predicted tokens of the rows of the even source, step after step."""
+    return [int((row.labels >= 0).sum()) for step in range(STEPS) for row in rows_of_step(step)[0::2]]
+
+
+def targets_of_step(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Made-up ids and log-probabilities of the even rows of a step."""
+    generator, targets = torch.Generator().manual_seed(900 + step), []
+    for count in even_row_tokens()[step * ROWS // 2 : (step + 1) * ROWS // 2]:
+        ids = torch.rand(count, 500, generator=generator).topk(KL_TOP_K).indices
+        targets.append((ids, torch.randn(count, KL_TOP_K + 1, generator=generator).log_softmax(1)))
+    return targets
+
+
+def write_targets(folder: Path) -> None:
+    """What `cpt replay targets` would leave of `targets_of_step`."""
+    folder.mkdir()
+    parts = [part for step in range(STEPS) for part in targets_of_step(step)]
+    ids, log_p = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+    save_file({"ids": ids.int(), "log_p": log_p}, target_file(folder, SOURCES[0]))
+    stored = TargetsOfSource(rows=len(parts), tokens=len(ids), row_hash="", xxh3="")
+    sidecar = Sidecar(base_model="", computed_in="float32", build="", top_k=KL_TOP_K, sources={SOURCES[0]: stored})
+    (folder / SIDECAR).write_text(json.dumps(sidecar.content()))
 
 
 def parameter_file(folder: Path, scenario: Scenario) -> Path:

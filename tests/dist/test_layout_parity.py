@@ -21,6 +21,7 @@ from cpt.state.stored import PARTS, read_ranges, step_folder
 from cpt.training.engine import parameter_groups
 from tests.dist.cases import (
     CLIPPING,
+    KL_WEIGHT,
     ROWS,
     SEQ_LEN,
     SETTINGS,
@@ -31,7 +32,10 @@ from tests.dist.cases import (
     parameter_file,
     reference_model,
     rows_of_step,
+    targets_of_step,
+    write_targets,
 )
+from data_pipeline.dataset import PackedRow
 from tests.dist.worker import config_of
 from tests.support.launcher import ROOT, launch
 
@@ -63,6 +67,11 @@ PENALIZED = [
     Scenario(world_size=1, sp=1, ep=1, stage=3, router_penalties=True),
     Scenario(world_size=2, sp=2, ep=1, stage=3, micro_batch_size=2, router_penalties=True),
     Scenario(world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2, checkpointing=True, router_penalties=True),
+]
+WITH_KL = [
+    Scenario(world_size=1, sp=1, ep=1, stage=3, steps=2, kl=True),
+    Scenario(world_size=2, sp=2, ep=1, stage=3, micro_batch_size=2, steps=2, kl=True),
+    Scenario(world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2, steps=2, checkpointing=True, kl=True),
 ]
 FIRST_STEP = [Scenario(world_size=w, sp=s, ep=e, stage=z, micro_batch_size=2, steps=1) for w, s, e, z in LAYOUTS]
 BF16 = [Scenario(world_size=w, sp=s, ep=e, stage=z, dtype="bf16", steps=3) for w, s, e, z in LAYOUTS]
@@ -100,17 +109,23 @@ class Reference:
         tokens = sum(int((row.labels >= 0).sum()) for row in rows)
         total, by_source = 0.0, [0.0, 0.0]
         for index, row in enumerate(rows):
-            logits = model(
-                input_ids=torch.from_numpy(row.input_ids)[None],
-                position_ids=torch.from_numpy(row.position_ids)[None],
-                attention_mask=explicit_masks(row.bounds),
-                use_cache=False,
-            ).logits[0]
+            logits = eager_logits(model, row)
             nll = F.cross_entropy(logits, torch.from_numpy(row.labels), reduction="sum", ignore_index=-100)
             (nll / tokens).backward()
             total += nll.item()
             by_source[index % 2] += nll.item()
         return total / tokens, by_source
+
+
+def eager_logits(model: torch.nn.Module, row: PackedRow) -> torch.Tensor:
+    """(T, V) of Hugging Face's own code."""
+    logits: torch.Tensor = model(
+        input_ids=torch.from_numpy(row.input_ids)[None],
+        position_ids=torch.from_numpy(row.position_ids)[None],
+        attention_mask=explicit_masks(row.bounds),
+        use_cache=False,
+    ).logits[0]
+    return logits
 
 
 def explicit_masks(bounds: list[int]) -> dict[str, torch.Tensor]:
@@ -141,8 +156,9 @@ def reference(folder: Path) -> Reference:
 def results(folder: Path, reference: Reference) -> dict[str, list[dict]]:  # type: ignore[type-arg]
     """All scenarios, one launch per world size: starting up takes longer than running."""
     found = {}
+    write_targets(folder / "targets")
     for world_size in (1, 2, 4):
-        scenarios = [s for s in [*FULL, *VARIANTS, *PENALIZED, *FIRST_STEP, *BF16] if s.world_size == world_size]
+        scenarios = [s for s in [*FULL, *VARIANTS, *PENALIZED, *WITH_KL, *FIRST_STEP, *BF16] if s.world_size == world_size]
         arguments = [str(folder), *(s.dump() for s in scenarios)]
         codes = launch(ROOT / "tests" / "dist" / "worker.py", world_size, arguments, timeout_seconds=400)
         assert codes == [0] * world_size, codes
@@ -172,6 +188,37 @@ def test_router_penalties_train_alike_in_every_layout(scenario, results, referen
     assert max(losses) <= 2e-5 and max(norms) <= 1e-4, f"loss differences {losses}, relative norm differences {norms}"
     without = [abs(a["grad_norm"] / b - 1) for a, b in zip(expected, reference.norms, strict=True)]
     assert min(without) > 1e-3, f"the penalties did nothing: {without}"
+
+
+@pytest.fixture(scope="module")
+def first_step_with_kl() -> tuple[float, float]:
+    """Sum of nats of the divergence, and the gradient norm of the first step, from all logits of the eager model."""
+    model, rows, total = reference_model(), rows_of_step(0), 0.0
+    tokens = sum(int((row.labels >= 0).sum()) for row in rows)
+    for index, row in enumerate(rows):
+        log_q = eager_logits(model, row).log_softmax(1)
+        loss = F.nll_loss(log_q, torch.from_numpy(row.labels), reduction="sum", ignore_index=-100)
+        if index % 2 == 0:
+            ids, log_p = targets_of_step(0)[index // 2]
+            q = log_q[: len(ids)].exp().gather(1, ids)
+            log_parts = torch.cat([q, 1 - q.sum(1, keepdim=True)], 1).log()
+            kl = F.kl_div(log_parts, log_p, reduction="sum", log_target=True)
+            loss, total = loss + KL_WEIGHT * kl, total + kl.item()
+        (loss / tokens).backward()
+    return total, float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING))
+
+
+@named(WITH_KL)
+def test_divergence_from_targets_trains_alike_in_every_layout(scenario, results, reference, first_step_with_kl) -> None:
+    expected, found = (results[s.name + str(s.steps)] for s in (WITH_KL[0], scenario))
+    for key, tolerance in (("loss", 2e-5), ("grad_norm", 1e-4), ("kl_by_source", 2e-5)):
+        for a, b in zip(expected, found, strict=True):
+            assert b[key] == pytest.approx(a[key], rel=tolerance if key != "loss" else 0, abs=tolerance), key
+    (nats, others), norm = found[0]["kl_by_source"], found[0]["grad_norm"]
+    assert nats == pytest.approx(first_step_with_kl[0], rel=2e-5) and others == 0
+    assert norm == pytest.approx(first_step_with_kl[1], rel=1e-4)
+    assert found[0]["loss"] == pytest.approx(reference.losses[0], abs=2e-5), "the divergence is in the loss that is told"
+    assert abs(norm / reference.norms[0] - 1) > 1e-3, "the divergence did nothing"
 
 
 @named(FULL)

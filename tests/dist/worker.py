@@ -16,9 +16,22 @@ from cpt.job import build_engine, fill_weights, weight_source
 from cpt.parallel.topology import create_topology
 from cpt.state.checkpoint import load_checkpoint
 from cpt.state.saver import Saver
+from cpt.training.kl_targets import KLTargets
 from cpt.training.loader import make_micro_batch
 from data_pipeline.strict_yaml import parse_yaml, read_file
-from tests.dist.cases import CLIPPING, ROWS, SEQ_LEN, SETTINGS, Scenario, model_config, parameter_file, rows_of_step
+from tests.dist.cases import (
+    CLIPPING,
+    KL_WEIGHT,
+    ROWS,
+    SEQ_LEN,
+    SETTINGS,
+    SOURCES,
+    Scenario,
+    even_row_tokens,
+    model_config,
+    parameter_file,
+    rows_of_step,
+)
 
 
 STATE = {"model_config": model_config().to_dict()}
@@ -34,6 +47,8 @@ data: {{mix: unused.yaml}}
 train: {{seq_len: {SEQ_LEN}, global_batch_size: {ROWS}, micro_batch_size: {scenario.micro_batch_size}, total_steps: 100,
   schedule: constant, dtype: {scenario.dtype}, gradient_clipping: {CLIPPING},
   freeze: {json.dumps(scenario.freeze)},
+  kl_targets: {json.dumps(str(model_dir.parent / "targets") if scenario.kl else None)},
+  kl_weight: {json.dumps(KL_WEIGHT if scenario.kl else None)},
   {", ".join(f"{key}: {value}" for key, value in SETTINGS.items())}}}
 """
     return read_file(RunYaml, parse_yaml(text, "scenario"))
@@ -62,6 +77,7 @@ def run(scenario: Scenario, folder: Path) -> None:
     if scenario.resume_from:
         loaded = load_checkpoint(folder / scenario.resume_from, engine.deepspeed, topology, str(scenario.start))
         assert loaded is not None and loaded.step == scenario.start
+    targets = KLTargets(folder / "targets", SOURCES, {SOURCES[0]: even_row_tokens()}) if scenario.kl else None
     results = []
     for step in (step for step in range(scenario.start, scenario.steps) if step not in scenario.omit):
         rows = rows_of_step(step)
@@ -70,7 +86,12 @@ def run(scenario: Scenario, folder: Path) -> None:
         for first in range(0, ROWS, per_pass):
             start = first + topology.dp_rank * config.micro_batch_size
             mine = range(start, start + config.micro_batch_size)
-            micro_batches.append(make_micro_batch([rows[i] for i in mine], [i % 2 for i in mine], topology))
+            micro_batch = make_micro_batch([rows[i] for i in mine], [i % 2 for i in mine], topology)
+            if targets is not None:
+                places = [(i % 2, (step * ROWS + i) // 2) for i in mine]
+                found = targets.of_rows(places, topology, SEQ_LEN)
+                micro_batch = dataclasses.replace(micro_batch, targets=found)
+            micro_batches.append(micro_batch)
         tokens = [int(sum((row.labels >= 0).sum() for row in rows[source::2])) for source in (0, 1)]
         result = engine.step(micro_batches, tokens, step=step + 1)
         results.append(dataclasses.asdict(result))

@@ -1,0 +1,153 @@
+"""What the untouched base model says about replay: its likeliest next tokens, for the predicted tokens of some sources.
+
+    packed training rows -> base model, one forward pass each -> top k and log-probabilities -> <source>.safetensors
+                                                                                     -> kl_targets.json, last
+
+It runs once, before training, in one process; training reads the result (cpt/training/kl_targets.py) and holds no
+second model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cpt.errors import ConfigError
+from cpt.guard.offline import OfflineModel, single_process
+from cpt.model import gpt_oss
+from cpt.model.hf_layout import tensor_files
+from cpt.model.weights import DirectoryWeights, load_config
+from cpt.state.tensor_writer import Entry, TensorFileWriter, check_space, published, refuse_existing, write_json
+from cpt.training.kl_targets import SIDECAR, Sidecar, TargetsOfSource, target_file
+from cpt.training.loader import make_micro_batch
+from data_pipeline.dataset import BuiltData, PackedRow
+from data_pipeline.files import xxh3_of
+from data_pipeline.self_replay import weights_hash
+from data_pipeline.strict_yaml import nearest
+
+LARGEST_TOP_K = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetsRequest:
+    """What to compute."""
+
+    model_dir: Path
+    """Hugging Face directory of the base model."""
+    build_dir: Path
+    """Built shards."""
+    sources: Sequence[str]
+    """Sources whose training rows get targets."""
+    top_k: int
+    """Listed tokens of a distribution."""
+    out: Path
+    """New folder."""
+
+
+TopKOfRow = Callable[[PackedRow], tuple[torch.Tensor, torch.Tensor]]
+"""Of a row's predicted tokens: (tokens, k) ids and (tokens, k + 1) log-probabilities, on the CPU."""
+
+
+def write_targets(request: TargetsRequest) -> str:
+    """Compute and write the targets; returns what was done, for people.
+
+    Raises:
+        ConfigError: a request that cannot be right.
+        DataError: the build is not usable.
+        StorageError: too little space, or a write that failed.
+    """
+    refuse_existing(request.out)
+    config = load_config(request.model_dir, None)
+    data = BuiltData.open(request.build_dir)
+    _check(request, data, config.vocab_size)
+    numbers = {name: data.source_names.index(name) for name in request.sources}
+    tokens = {name: int(data.row_tokens(number).sum()) for name, number in numbers.items()}
+    request.out.parent.mkdir(parents=True, exist_ok=True)
+    check_space(request.out.parent, sum(tokens.values()) * bytes_per_token(request.top_k))
+    weights = DirectoryWeights(request.model_dir, gpt_oss.skeleton(config, torch.bfloat16))
+    with single_process() as topology, published(request.out) as folder:
+        model = OfflineModel(config, topology)
+        model.load(weights)
+
+        def top_k_of(row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
+            predicted = int((row.labels >= 0).sum())
+            return model.top_k(make_micro_batch([row], [-1], topology), predicted, request.top_k)
+
+        for name, number in numbers.items():
+            _write_source(target_file(folder, name), data, number, request.top_k, top_k_of)
+        sidecar = _sidecar(request, data, folder, str(model.dtype).removeprefix("torch."))
+        write_json(folder / SIDECAR, sidecar.content())
+    rows = sum(source.rows for source in sidecar.sources.values())
+    return (
+        f"{request.out}: the {request.top_k} likeliest of {sum(tokens.values())} predicted tokens in {rows} rows of "
+        f"{', '.join(numbers)}, from the model {sidecar.base_model[:16]}"
+    )
+
+
+def _sidecar(request: TargetsRequest, data: BuiltData, folder: Path, computed_in: str) -> Sidecar:
+    row_hashes, sources = data.manifest.row_hashes(), {}
+    for name in request.sources:
+        number = data.source_names.index(name)
+        sources[name] = TargetsOfSource(
+            rows=data.num_rows(number),
+            tokens=int(data.row_tokens(number).sum()),
+            row_hash=row_hashes[name],
+            xxh3=xxh3_of(target_file(folder, name)),
+        )
+    return Sidecar(
+        base_model=weights_hash(sorted(set(tensor_files(request.model_dir).values()))),
+        computed_in=computed_in,
+        build=data.manifest.fingerprint,
+        top_k=request.top_k,
+        sources=sources,
+    )
+
+
+def bytes_per_token(top_k: int) -> int:
+    """Of a predicted token: an int32 per listed token, an fp32 for each of them and for all others together."""
+    return 4 * top_k + 4 * (top_k + 1)
+
+
+def _check(request: TargetsRequest, data: BuiltData, vocab_size: int) -> None:
+    problems = [
+        f"--source {name}: {request.build_dir} has no such source.{nearest(name, data.source_names)}"
+        for name in request.sources
+        if name not in data.source_names
+    ]
+    problems += [
+        f"--source {name}: has no training rows."
+        for name in request.sources
+        if name in data.source_names and not data.num_rows(data.source_names.index(name))
+    ]
+    if len(set(request.sources)) < len(request.sources):
+        problems.append("--source names a source twice.")
+    largest = min(LARGEST_TOP_K, vocab_size - 1)
+    if not 1 <= request.top_k <= largest:
+        problems.append(f"--top_k {request.top_k} must be between 1 and {largest}.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _write_source(path: Path, data: BuiltData, number: int, k: int, top_k_of: TopKOfRow) -> None:
+    row_tokens = np.asarray(data.row_tokens(number))
+    total, done = int(row_tokens.sum()), 0
+    shapes = {
+        "ids": Entry(shape=(total, k), dtype=torch.int32),
+        "log_p": Entry(shape=(total, k + 1), dtype=torch.float32),
+    }
+    file = TensorFileWriter(path, shapes)
+    try:
+        for row in tqdm(range(data.num_rows(number)), desc=data.source_names[number], unit="row"):
+            ids, log_p = top_k_of(data.read_row(number, row))
+            assert len(ids) == row_tokens[row], f"row {row}: {len(ids)} predicted tokens, expected {row_tokens[row]}"
+            file.write("ids", done * k, ids.to(torch.int32))
+            file.write("log_p", done * (k + 1), log_p.float())
+            done += len(ids)
+        file.finish()
+    finally:
+        file.close()
