@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cpt.parallel.place import Position
@@ -90,7 +90,7 @@ class Straggler:
     step: int
     """When."""
     phase: str
-    """In which phase it was last seen behind."""
+    """In which phase most of that time was lost."""
     seconds: float
     """How long most ranks waited for it."""
     ratio: float
@@ -114,8 +114,8 @@ class _Seen:
     moved_at: float
     ticked_at: float
     was_behind: bool = False
-    behind_seconds: float = 0.0
-    behind_phase: str = ""
+    behind_seconds: dict[str, float] = field(default_factory=dict)
+    """Time behind in the present step, by phase."""
 
 
 class Observer:
@@ -150,8 +150,7 @@ class Observer:
             still = beat.count == seen.beat.count
             behind = beat.count == counts[0] < middle and beat.phase not in LONG_PHASES
             if behind and seen.was_behind and still:  # at two looks: beats of one moment do not arrive at once
-                seen.behind_seconds += elapsed
-                seen.behind_phase = beat.phase
+                seen.behind_seconds[beat.phase] = seen.behind_seconds.get(beat.phase, 0.0) + elapsed
             seen.was_behind = behind
             if beat.step != seen.beat.step:
                 self._end_of_step(rank, seen, median_step_seconds)
@@ -160,13 +159,13 @@ class Observer:
             seen.beat = beat
 
     def _end_of_step(self, rank: int, seen: _Seen, median: float | None) -> None:
-        behind, seen.behind_seconds = seen.behind_seconds, 0.0
+        by_phase, seen.behind_seconds = seen.behind_seconds, {}
+        behind = sum(by_phase.values())
         if median is None or self._straggler_ratio == 0 or behind < (self._straggler_ratio - 1) * median or not behind:
             return
+        phase = max(by_phase, key=by_phase.__getitem__)
         self._stragglers.append(
-            Straggler(
-                rank=rank, step=seen.beat.step, phase=seen.behind_phase, seconds=behind, ratio=1 + behind / median
-            )
+            Straggler(rank=rank, step=seen.beat.step, phase=phase, seconds=behind, ratio=1 + behind / median)
         )
 
     def take_stragglers(self) -> list[Straggler]:

@@ -75,7 +75,6 @@ def test_kill_at_a_point_of_a_save_loses_nothing_that_was_published(
     assert shards(run_dir) == shards(undisturbed.run_dir) and hidden(run_dir) == set()
 
 
-@pytest.mark.quick
 @pytest.mark.case("C3", "as C2, all ranks at once, in mid save")
 def test_power_cut_during_a_save_leaves_the_previous_checkpoint(workplace, undisturbed) -> None:
     code, run = run_to_end(workplace, "c3", fault="save_hash:1:4:killgroup")

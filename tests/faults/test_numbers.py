@@ -23,7 +23,6 @@ def nan_at(*steps: int) -> str:
     return ",".join(f"forward:1:{step}:nan" for step in steps)
 
 
-@pytest.mark.quick
 @pytest.mark.case("N3", "rollback to the newest checkpoint, batches given up and recorded, also after a restart")
 @pytest.mark.case("N1", "logged with row ids; schedule and rows go on")
 def test_three_in_a_row_roll_back_give_up_their_batches_and_stay_given_up(workplace) -> None:

@@ -82,6 +82,14 @@ def test_straggler_is_reported_with_rank_and_ratio(seconds: int, reported: bool)
         )
 
 
+def test_straggler_is_named_with_the_phase_that_lost_most_of_the_time() -> None:
+    """The last one seen was once named: a rank that slept over its data was told to be slow in forward."""
+    ahead = beat(42, "backward", 12)
+    looks = [[ahead, beat(40, "data", 12), ahead]] * 6 + [[ahead, beat(41, "forward", 12), ahead]] * 3
+    (found,) = watch([[beat(40, "data", 12)] * 3, *looks, [beat(48, "data", 13)] * 3], ratio=3.0).take_stragglers()
+    assert (found.phase, found.seconds) == ("data", 7.0)
+
+
 def test_nobody_is_a_straggler_when_half_the_ranks_lag_or_the_ratio_is_off() -> None:
     looks = [[beat(41, "forward", 12), beat(40, "data", 12)]] * 5 + [[beat(48, "data", 13)] * 2]
     assert len(watch(looks).take_stragglers()) == 1
