@@ -40,9 +40,9 @@ def train(job: Job) -> None:
     """
     settings, progress = job.config.train, job.progress
     last_step = settings.stop_at_step if settings.stop_at_step is not None else settings.total_steps
+    go_on_after_pause(job)
     if progress.step >= last_step > 0:
         return
-    go_on_after_pause(job)
     fault_point("before_first_step", progress.step)
     job.telemetry.log(start_event(progress.step, job.telemetry.previous_end))
     if progress.step == 0 < last_step:

@@ -17,7 +17,6 @@ import numpy as np
 
 from cpt.config import DomainLimits, GuardSection
 from cpt.errors import ConfigError, InternalError
-from cpt.guard.heldout import scores_file
 from cpt.guard.ladder import Evidence, GuardState, decide
 from cpt.guard.policy import judge
 from cpt.guard.score import DomainScore
@@ -97,7 +96,7 @@ def _again(event: dict[str, Any], run_dir: Path, baseline: dict[str, DomainScore
         problems.append(f"the action was {event['actions']}, but {dict(decision.actions)} follows.")
     if after.to_json() != event["after"]:
         problems.append(f"the state became {event['after']}, but {after.to_json()} follows.")
-    scores = scores_file(run_dir / "guard", event["step"])
+    scores = run_dir / "guard" / Path(event["scores"]).name
     checked = scores.is_file()
     if checked:
         problems += _bound_problems(json.loads(scores.read_text(encoding="utf-8")), baseline, evidence)

@@ -70,6 +70,7 @@ class Guard:
         self._folder = run_dir / "guard"
         self._file = self._folder / "baseline.json"
         self._baseline: dict[str, DomainScore] = {}
+        self._scores_name = ""
         self.state = GuardState()
         self.latest: dict[str, Judgement] = {}
         """The last measurement of each domain."""
@@ -109,7 +110,9 @@ class Guard:
             return None
         if step:
             plain = {name: score.nats.tolist() for name, score in scores.items()}
-            self._on_first_rank_write(scores_file(self._folder, step), {"num_tests": self.num_tests, "nats": plain})
+            name = on_first_rank(self._topology.control_group, lambda: free_scores_file(self._folder, step).name)
+            self._on_first_rank_write(self._folder / name, {"num_tests": self.num_tests, "nats": plain})
+            self._scores_name = name
         self.decision = self._decide(step, telemetry, replay() if replay is not None else None)
         for name, verdict in self.latest.items():
             event = {"event": "guard", "step": step, "domain": name, "language": scores[name].language}
@@ -184,7 +187,8 @@ class Guard:
         after, decision = decide(before, evidence, settings, replay_room=replay.room, last=last)
         if step > 0:  # the untouched model has changed nothing
             self.state = after
-            telemetry.log(decision_event(step, decision, evidence, settings, before, after, replay.room, last=last))
+            event = decision_event(step, decision, evidence, settings, before, after, replay.room, last=last)
+            telemetry.log({**event, "scores": self._scores_name})
         return decision
 
     def table(self) -> str:
@@ -287,9 +291,12 @@ class Guard:
         }
 
 
-def scores_file(folder: Path, step: int) -> Path:
-    """Where the scores of a step are kept, for `cpt guard replay`."""
-    return folder / f"scores-{step:08d}.json"
+def free_scores_file(folder: Path, step: int) -> Path:
+    """Where the scores of a step are kept, for `cpt guard replay`; a step that is done again gets another file."""
+    path, number = folder / f"scores-{step:08d}.json", 2
+    while path.exists():
+        path, number = folder / f"scores-{step:08d}-{number}.json", number + 1
+    return path
 
 
 def decision_event(
