@@ -16,16 +16,15 @@ import time
 from collections.abc import Mapping
 from typing import NoReturn
 
-from cpt import deepspeed_internals
 from cpt.config import GuardSection
 from cpt.errors import ConfigError, RequeueRequested
 from cpt.guard.heldout import Guard, ReplayLimits
 from cpt.guard.ladder import Decision, Evidence, GuardState, after_pause
 from cpt.job import Job
 from cpt.parallel.agreement import on_first_rank
-from cpt.progress import Progress, batch_of_step, read_guard_rollbacks, write_guard_rollbacks
+from cpt.progress import batch_of_step, read_guard_rollbacks, write_guard_rollbacks
+from cpt.recovery import load_back
 from cpt.saving import end, final_save
-from cpt.state.checkpoint import load_checkpoint
 from cpt.state.stored import list_steps
 from data_pipeline.ledger import Ledger
 from data_pipeline.mixture import Mixture
@@ -145,12 +144,8 @@ def suffering(paused: GuardState, settings: GuardSection, limits: ReplayLimits) 
 
 
 def _load(job: Job, step: str) -> None:
-    loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, step)
-    assert loaded is not None
-    job.saver.trust(loaded.step)
-    job.progress.restore(Progress.from_json(loaded.state["progress"]), job.progress.skip_ranges)
-    job.stability.restore(loaded.state.get("stability"))
-    deepspeed_internals.set_optimizer_step(job.engine.deepspeed, job.progress.updates)
+    loaded, saved = load_back(job, step)
+    job.progress.restore(saved, job.progress.skip_ranges)
     job.ledger = Ledger.from_json(loaded.state["ledger"])
     job.mixture = Mixture(job.data, job.ledger, job.mixture.seed)
 
