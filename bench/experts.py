@@ -45,13 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         results.append(measure(make_layer(options, experts), options))
         print(line_of(results[-1]), flush=True)
     report = {"machine": machine(options), "results": results}
-    print(json.dumps(report["machine"]))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if options.svg:
-        options.svg.parent.mkdir(parents=True, exist_ok=True)
-        options.svg.write_text(drawing.draw(report), encoding="utf-8")
+    measuring.publish(report, options, drawing.draw)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

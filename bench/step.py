@@ -94,13 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     for key, text in growth.items():
         print(f"{key}: {text}")
     report = {"machine": machine(options), "results": results, "growth per doubling of the row": growth}
-    print(json.dumps(report["machine"]))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if options.svg:
-        options.svg.parent.mkdir(parents=True, exist_ok=True)
-        options.svg.write_text(drawing.draw(report), encoding="utf-8")
+    measuring.publish(report, options, drawing.draw)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

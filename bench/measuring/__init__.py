@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
+import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,3 +94,15 @@ def _resident(field: str) -> int:
 def _kibibytes(path: Path, field: str) -> int:
     line = next(line for line in path.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
+
+
+def publish(report: dict[str, Any], options: argparse.Namespace, draw: Callable[[dict[str, Any]], str]) -> None:
+    """Print where the figures come from; write them and their plot where `--json` and `--svg` ask for it."""
+    print(json.dumps(report["machine"]))
+    for path, text in (
+        (options.json, lambda: json.dumps(report, indent=1) + "\n"),
+        (options.svg, lambda: draw(report)),
+    ):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text(), encoding="utf-8")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cpt.telemetry.plot import ALARM, INK, MUTED, PALETTE, Plot, Scale, bin_series, clean
+from cpt.telemetry.plot import ALARM, INK, MUTED, PALETTE, Plot, Scale, bin_series, clean, standalone
 from step_parts.cases import EAGER, OURS
 
 SIZE = (540, 280)
@@ -30,11 +30,7 @@ def draw(report: dict[str, Any]) -> str:
             parts.append(f"<svg {position}>{panel}</svg>")
     source = f"{machine['model']}; {machine['device']}, torch {machine['torch']}, {machine['date']}"
     parts.append(f'<text x="60" y="{height - 6}" fill="{MUTED}">{clean(source, 200)}</text>')
-    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">'
-        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
-    )
+    return standalone("".join(parts), width, height)
 
 
 def _panel(results: list[dict[str, Any]], key: str, label: str) -> str:

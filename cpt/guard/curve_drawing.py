@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cpt.guard.curve import Probe, largest_main_share
-from cpt.telemetry.plot import ALARM, INK, MUTED, PALETTE, Plot, Series, bin_series, clean, scale_over
+from cpt.telemetry.plot import ALARM, INK, MUTED, PALETTE, Plot, Series, bin_series, clean, scale_over, standalone
 
 SIZE = (720, 380)
 LABEL_ROOM = 170
@@ -41,10 +41,8 @@ def draw(probes: Sequence[Probe], tolerance_percent: float) -> str:
         ends.append((float(mean[-1]), color, name))
     plot.right_labels(ends)
     title = f"{usable[0].main_language}: {100 * found['main_share']:.1f} % within {tolerance_percent:g} %"
-    width, height = SIZE[0], SIZE[1] + HEADER
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="#fff"/>'
+    body = (
         f'<text x="60" y="22" font-weight="600" font-size="14" fill="{INK}">{clean(title, 80)}</text>'
-        f'<svg y="{HEADER}" width="{SIZE[0]}" height="{SIZE[1]}">{plot.svg("change over replay")}</svg></svg>\n'
+        f'<svg y="{HEADER}" width="{SIZE[0]}" height="{SIZE[1]}">{plot.svg("change over replay")}</svg>'
     )
+    return standalone(body, SIZE[0], SIZE[1] + HEADER)

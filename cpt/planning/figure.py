@@ -8,7 +8,7 @@ import numpy as np
 
 from cpt.planning.estimate import Estimate
 from cpt.planning.hardware import Assumptions, Gpu
-from cpt.telemetry.plot import DASHES, INK, MUTED, PALETTE, Plot, Scale, bin_series, clean, scale_over
+from cpt.telemetry.plot import DASHES, INK, MUTED, PALETTE, Plot, Scale, bin_series, clean, scale_over, standalone
 
 SIZE = (560, 330)
 LABEL_ROOM = 120
@@ -34,11 +34,7 @@ def draw(points: list[Point], gpu: Gpu, assumed: Assumptions) -> str:
     routing = "balanced routing" if assumed.imbalance == 1 else f"busiest expert rank {assumed.imbalance:g} x the mean"
     source = f"Computed, not measured: {gpu.name}, {assumed.mfu:.0%} of the bf16 peak while computing, {routing}"
     parts.append(f'<text x="60" y="{height - 7}" fill="{MUTED}">{clean(source, 200)}</text>')
-    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">'
-        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
-    )
+    return standalone("".join(parts), width, height)
 
 
 def _panel(points: list[Point], label: str, value: Callable[[Estimate], float]) -> str:

@@ -288,6 +288,15 @@ class Plot:
         )
 
 
+def standalone(body: str, width: int, height: int) -> str:
+    """A file of its own from drawings, on white."""
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">'
+        f'<rect width="100%" height="100%" fill="#fff"/>{body}</svg>\n'
+    )
+
+
 def _points(across: Array, up: Array) -> str:
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across, up, strict=True))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cpt.telemetry.plot import ALARM, INK, MUTED, PALETTE, Plot, bin_series, clean, scale_over
+from cpt.telemetry.plot import ALARM, INK, MUTED, PALETTE, Plot, bin_series, clean, scale_over, standalone
 
 JAPANESE = "japanese"
 SIZE = (720, 420)
@@ -76,10 +76,9 @@ def draw(runs: list[dict[str, Any]], tolerance_percent: float, source: str) -> s
         ends.append((statistics.median(max(english(run).values()) for run in group), color, arm))
     plot.right_labels(ends)
     width, height = SIZE[0], SIZE[1] + HEADER + 24
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="#fff"/>'
+    body = (
         f'<text x="60" y="24" font-weight="600" font-size="14" fill="{INK}">What Japanese gains and English pays</text>'
         f'<svg y="{HEADER}" width="{SIZE[0]}" height="{SIZE[1]}">{plot.svg("English change over Japanese gain")}</svg>'
-        f'<text x="60" y="{height - 8}" fill="{MUTED}">{clean(source, 200)}</text></svg>\n'
+        f'<text x="60" y="{height - 8}" fill="{MUTED}">{clean(source, 200)}</text>'
     )
+    return standalone(body, width, height)
