@@ -1,6 +1,7 @@
-"""The arithmetic of gpt-oss experts, forward and backward, as one autograd Function.
+"""The arithmetic of gpt-oss experts, forward and backward, as two autograd Functions.
 
-    gate_up = rows @ gate_up_proj;  gate, up = even, odd columns of gate_up + gate_up_proj_bias, clamped
+    gate_up = rows @ gate_up_proj                                                    (_GateUp)
+    gate, up = even, odd columns of gate_up + gate_up_proj_bias, clamped             (_GatedDown)
     hidden  = (up + 1) * gate * sigmoid(alpha * gate)
     out     = weight * (hidden @ down_proj + down_proj_bias)
 
@@ -11,8 +12,11 @@ Decisions
     Keeping only the rows would save R * 2I values more and cost one more product, 2 of 11 units of work: activation
     checkpointing makes that trade for whole layers.
     The weights of the experts are not kept either: under ZeRO-3 a saved tensor would hold the gathered storage until
-    the backward.  The Function remembers the parameter objects and reads what they hold when the backward runs, which
+    the backward.  The Functions remember the parameter objects and read what they hold when the backward runs, which
     is after the engine has gathered them again for the module.
+    The gradient of gate_up is written over gate_up, and there are two Functions so that autograd can let go of d_out
+    between them: at the peak of the backward only rows, d_gate_up, d_rows and the parameters' gradients are alive.  A
+    second backward through the same graph is refused by torch, which sees that a saved tensor has changed.
     Elementwise work is done in fp32 on blocks of rows that fit a cache; only products round to the working dtype.
     A parameter that needs no gradient costs none of its work.
 
@@ -25,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cpt.model.grouped import Groups, inner, is_served, outer, product, weighted_sums
+from cpt.model.grouped import Groups, inner, is_served, outer, product, weighted_sums, wide_dtype
 
 BLOCK_ROWS = {"cpu": 128, "cuda": 16_384}
 """Rows of one elementwise pass: within a core's cache, or enough to fill a GPU without a large fp32 copy."""
@@ -71,80 +75,106 @@ class Activation(NamedTuple):
         return glu.mul_(up_plus_1)
 
 
-class _Experts(torch.autograd.Function):
+class _GateUp(torch.autograd.Function):
+    """(R, M) -> (R, 2I), without bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_RM: torch.Tensor, groups: Groups, grouped: bool, gate_up_EM2I: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows_RM)
+        ctx.groups, ctx.grouped = groups, grouped
+        ctx.held = gate_up_EM2I  # not saved: see the module's docstring
+        return product(rows_RM, gate_up_EM2I, groups, grouped=grouped)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (rows_RM,) = ctx.saved_tensors
+        need_rows, _, _, need_gate_up = ctx.needs_input_grad
+        d_gate_up = d_rows = None
+        if need_gate_up:
+            d_gate_up = outer(rows_RM, grads[0], ctx.groups, grouped=ctx.grouped)
+        if need_rows:
+            d_rows = product(grads[0], ctx.held.transpose(1, 2), ctx.groups, grouped=ctx.grouped)
+        return d_rows, None, None, d_gate_up
+
+
+class _GatedDown(torch.autograd.Function):
+    """(R, 2I) -> (R, M)."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        rows_RM: torch.Tensor,
+        gate_up_R2I: torch.Tensor,
         weights_R: torch.Tensor,
         groups: Groups,
         activation: Activation,
         grouped: bool,
         skip_output: bool,
-        *parameters: torch.Tensor,
+        *biases_and_down: torch.Tensor,
     ) -> torch.Tensor:
-        held = Parameters(*parameters)
-        gate_up_R2I = product(rows_RM, held.gate_up_EM2I, groups, grouped=grouped)
-        ctx.save_for_backward(rows_RM, weights_R, gate_up_R2I)
+        gate_up_bias_E2I, down_EIM, down_bias_EM = biases_and_down
+        num_rows, _, model_size = gate_up_R2I.shape[0], *down_EIM.shape[1:]
+        ctx.save_for_backward(gate_up_R2I, weights_R)
         ctx.groups, ctx.activation, ctx.grouped = groups, activation, grouped
-        ctx.held = held  # not saved: see the module's docstring
+        ctx.held = biases_and_down  # not saved: see the module's docstring
         if skip_output:
-            return torch.zeros_like(rows_RM)
-        experts_R = groups.experts_of_rows(rows_RM.shape[0])
-        hidden_RI = gate_up_R2I.new_empty(rows_RM.shape[0], held.down_EIM.shape[1])
-        for block in _blocks(rows_RM):
-            gate_up = _wide(gate_up_R2I[block]).add_(held.gate_up_bias_E2I[experts_R[block]])
+            return gate_up_R2I.new_zeros(num_rows, model_size)
+        experts_R = groups.experts_of_rows(num_rows)
+        hidden_RI = gate_up_R2I.new_empty(num_rows, down_EIM.shape[1])
+        for block in _blocks(gate_up_R2I):
+            gate_up = _wide(gate_up_R2I[block]).add_(gate_up_bias_E2I[experts_R[block]])
             hidden_RI[block] = activation.forward(gate_up)
-        out_RM = product(hidden_RI, held.down_EIM, groups, grouped=grouped)
+        out_RM = product(hidden_RI, down_EIM, groups, grouped=grouped)
         del hidden_RI
-        for block in _blocks(rows_RM):
-            biased = _wide(out_RM[block]).add_(held.down_bias_EM[experts_R[block]])
+        for block in _blocks(gate_up_R2I):
+            biased = _wide(out_RM[block]).add_(down_bias_EM[experts_R[block]])
             out_RM[block] = biased.mul_(weights_R[block, None])
         return out_RM
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        d_out_RM, held, groups = grads[0].contiguous(), ctx.held, ctx.groups
-        rows_RM, weights_R, gate_up_R2I = ctx.saved_tensors
-        need_rows, need_weights = ctx.needs_input_grad[:2]
-        need_gate_up, need_gate_up_bias, need_down, need_down_bias = ctx.needs_input_grad[6:]
-        d_gate_up_R2I, weighted_RI, d_weights_R = _elementwise_backward(ctx, d_out_RM, weights_R, gate_up_R2I)
-        d_rows = d_weights = d_gate_up = d_gate_up_bias = d_down = d_down_bias = None
+        d_out_RM, groups = grads[0].contiguous(), ctx.groups
+        gate_up_R2I, weights_R = ctx.saved_tensors
+        gate_up_bias_E2I, _, down_bias_EM = ctx.held
+        need_weights = ctx.needs_input_grad[1]
+        need_gate_up_bias, need_down, need_down_bias = ctx.needs_input_grad[6:]
+        weighted_RI, d_weights_R = _elementwise_backward(ctx, d_out_RM, weights_R, gate_up_R2I)
+        d_gate_up_R2I = gate_up_R2I.detach()
+        d_weights = d_gate_up_bias = d_down = d_down_bias = None
         if need_down:
             d_down = outer(weighted_RI, d_out_RM, groups, grouped=ctx.grouped)
         del weighted_RI
         if need_down_bias:
-            d_down_bias = weighted_sums(d_out_RM, weights_R, groups, grouped=ctx.grouped)
+            sums_EM = weighted_sums(d_out_RM, weights_R, groups, grouped=ctx.grouped)
+            d_down_bias = sums_EM.to(down_bias_EM.dtype)
         if need_weights:
-            bias_part_R = inner(d_out_RM, held.down_bias_EM, groups, grouped=ctx.grouped)
+            bias_part_R = inner(d_out_RM, down_bias_EM, groups, grouped=ctx.grouped)
             d_weights = d_weights_R.add_(bias_part_R).to(weights_R.dtype)
         if need_gate_up_bias:
-            d_gate_up_bias = weighted_sums(d_gate_up_R2I, None, groups, grouped=ctx.grouped)
-        if need_gate_up:
-            d_gate_up = outer(rows_RM, d_gate_up_R2I, groups, grouped=ctx.grouped)
-        if need_rows:
-            d_rows = product(d_gate_up_R2I, held.gate_up_EM2I.transpose(1, 2), groups, grouped=ctx.grouped)
-        return d_rows, d_weights, None, None, None, None, d_gate_up, d_gate_up_bias, d_down, d_down_bias
+            sums_E2I = weighted_sums(d_gate_up_R2I, None, groups, grouped=ctx.grouped)
+            d_gate_up_bias = sums_E2I.to(gate_up_bias_E2I.dtype)
+        return d_gate_up_R2I, d_weights, None, None, None, None, d_gate_up_bias, d_down, d_down_bias
 
 
 def _elementwise_backward(
     ctx: Any, d_out_RM: torch.Tensor, weights_R: torch.Tensor, gate_up_R2I: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradient of gate_up, `hidden` times its row's weight, and <d_hidden, hidden> of every row in fp32."""
-    held, groups = ctx.held, ctx.groups
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`hidden` times its row's weight, and <d_hidden, hidden> of every row in fp32; gate_up becomes its gradient."""
+    gate_up_bias_E2I, down_EIM, _ = ctx.held
+    groups = ctx.groups
     # of the unweighted output: the weights come in below, in fp32
-    d_hidden_RI = product(d_out_RM, held.down_EIM.transpose(1, 2), groups, grouped=ctx.grouped)
+    d_hidden_RI = product(d_out_RM, down_EIM.transpose(1, 2), groups, grouped=ctx.grouped)
     experts_R = groups.experts_of_rows(d_out_RM.shape[0])
-    d_gate_up_R2I = torch.empty_like(gate_up_R2I)
-    d_weights_R = torch.empty_like(weights_R, dtype=_wide_dtype(weights_R.dtype))
+    d_weights_R = torch.empty_like(weights_R, dtype=wide_dtype(weights_R.dtype))
     for block in _blocks(d_out_RM):
-        gate_up = _wide(gate_up_R2I[block]).add_(held.gate_up_bias_E2I[experts_R[block]])
+        gate_up = _wide(gate_up_R2I[block]).add_(gate_up_bias_E2I[experts_R[block]])
         weight, d_hidden = weights_R[block, None], _wide(d_hidden_RI[block])
         scaled = d_hidden * weight
-        hidden = ctx.activation.backward(gate_up, scaled, d_gate_up_R2I[block])
+        hidden = ctx.activation.backward(gate_up, scaled, gate_up_R2I[block])
         d_weights_R[block] = d_hidden.mul_(hidden).sum(1)
         d_hidden_RI[block] = hidden.mul_(weight)  # the buffer's second life
-    return d_gate_up_R2I, d_hidden_RI, d_weights_R
+    return d_hidden_RI, d_weights_R
 
 
 def _blocks(rows: torch.Tensor) -> list[slice]:
@@ -152,13 +182,9 @@ def _blocks(rows: torch.Tensor) -> list[slice]:
     return [slice(first, first + size) for first in range(0, rows.shape[0], size)]
 
 
-def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _wide(block: torch.Tensor) -> torch.Tensor:
     """A copy in at least fp32."""
-    return block.to(_wide_dtype(block.dtype), copy=True)
+    return block.to(wide_dtype(block.dtype), copy=True)
 
 
 def apply_experts(
@@ -188,4 +214,6 @@ def apply_experts(
     if grouped is None:
         expert_size = parameters.down_EIM.shape[1]
         grouped = is_served(rows_RM, rows_RM.shape[1], 2 * expert_size, expert_size)
-    return _Experts.apply(rows_RM, weights_R, groups, activation, grouped, skip_output, *parameters)
+    gate_up_EM2I, *others = parameters
+    gate_up_R2I = _GateUp.apply(rows_RM, groups, grouped, gate_up_EM2I)
+    return _GatedDown.apply(gate_up_R2I, weights_R, groups, activation, grouped, skip_output, *others)

@@ -5,8 +5,10 @@ Decisions
     CPU, rows that start on 16 bytes.  It takes the ends of the groups from the device, so nothing waits for the host.
     Elsewhere (float64, odd sizes, no rows at all) a loop over the experts does the same.
     Rows are never padded.  An expert without rows has zero gradients.
-    Sums over the rows of an expert are products with a column of ones: they accumulate in fp32 inside the product,
-    which an `index_add_` or the backward of `bias[expert_ids]` in bf16 does not.
+    Sums over the rows of an expert accumulate in fp32, which an `index_add_` or the backward of `bias[expert_ids]` in
+    bf16 does not.  On a GPU they are grouped products with a column of ones.  On a CPU they are taken from fp32 copies
+    of a few rows: oneDNN keeps compiled code for every shape it has multiplied (0.3 MiB each, up to 1,024 of them), and
+    thin products would add three for every number of rows that an expert ever had.
 
 Shape letters: R rows sorted by expert, E experts, K and N the two sizes of a matrix.
 """
@@ -14,12 +16,16 @@ Shape letters: R rows sorted by expert, E experts, K and N the two sizes of a ma
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 ALIGNMENT_BYTES = 16
 """Where the grouped kernels want every row of an operand to start."""
+
+PIECE_ROWS = 512
+"""Rows of which an fp32 copy is made at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,12 @@ class Groups:
     def spans(self) -> list[tuple[int, int]]:
         """First row and end of each expert, on the host: for the loop only."""
         return list(itertools.pairwise([0, *self.ends_E.tolist()]))
+
+    def pieces(self) -> Iterator[tuple[int, slice]]:
+        """Expert and rows, PIECE_ROWS at most at a time, on the host."""
+        for expert, (first, end) in enumerate(self.spans()):
+            for start in range(first, end, PIECE_ROWS):
+                yield expert, slice(start, min(start + PIECE_ROWS, end))
 
 
 def is_served(rows: torch.Tensor, *sizes: int) -> bool:
@@ -80,16 +92,44 @@ def weighted_sums(
     rows_RN: torch.Tensor, weights_R: torch.Tensor | None, groups: Groups, *, grouped: bool
 ) -> torch.Tensor:
     """(E, N): per expert the sum of its rows, each times its weight if there are weights."""
+    if grouped and rows_RN.is_cuda:
+        return thin_sums(rows_RN, weights_R, groups)
+    wide = wide_dtype(rows_RN.dtype)
+    out_EN = rows_RN.new_zeros(groups.counts_E.numel(), rows_RN.shape[1], dtype=wide)
+    for expert, piece in groups.pieces():
+        rows = rows_RN[piece].to(wide)
+        out_EN[expert] += rows.sum(0) if weights_R is None else weights_R[piece].to(wide) @ rows
+    return out_EN
+
+
+def thin_sums(rows_RN: torch.Tensor, weights_R: torch.Tensor | None, groups: Groups) -> torch.Tensor:
+    """`weighted_sums` as a grouped product, which does not wait for the host."""
     column_RK = rows_RN.new_zeros(rows_RN.shape[0], _aligned_columns(rows_RN))
     column_RK[:, 0] = 1 if weights_R is None else weights_R
-    return outer(column_RK, rows_RN, groups, grouped=grouped)[:, 0]
+    return outer(column_RK, rows_RN, groups, grouped=True)[:, 0]
 
 
 def inner(rows_RN: torch.Tensor, vectors_EN: torch.Tensor, groups: Groups, *, grouped: bool) -> torch.Tensor:
     """(R,): each row's inner product with the vector of its expert."""
+    if grouped and rows_RN.is_cuda:
+        return thin_inner(rows_RN, vectors_EN, groups)
+    wide = wide_dtype(rows_RN.dtype)
+    out_R = rows_RN.new_empty(rows_RN.shape[0], dtype=wide)
+    for expert, piece in groups.pieces():
+        out_R[piece] = rows_RN[piece].to(wide) @ vectors_EN[expert].to(wide)
+    return out_R
+
+
+def thin_inner(rows_RN: torch.Tensor, vectors_EN: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """`inner` as a grouped product, which does not wait for the host."""
     column_ENK = vectors_EN.new_zeros(*vectors_EN.shape, _aligned_columns(rows_RN))
     column_ENK[..., 0] = vectors_EN
-    return product(rows_RN, column_ENK, groups, grouped=grouped)[:, 0]
+    return product(rows_RN, column_ENK, groups, grouped=True)[:, 0]
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are taken in: fp32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _aligned_columns(like: torch.Tensor) -> int:

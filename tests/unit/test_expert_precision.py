@@ -19,7 +19,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from cpt.model import expert_function
 from cpt.model.experts import ExpertParallelMLP, LocalExperts
-from cpt.model.grouped import Groups, is_served
+from cpt.model.grouped import Groups, inner, is_served, thin_inner, thin_sums, weighted_sums
 from cpt.parallel.traffic import Traffic
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
@@ -125,6 +125,41 @@ def test_grouped_products_and_the_loop_agree_on_any_distribution(counts: tuple[i
         results.append([out.detach(), *(leaf.grad for leaf in [*leaves, *experts.parameters()])])
     for found, expected in zip(*results, strict=True):
         assert (found - expected).norm() <= 2 * TOLERANCE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("counts", [(7, 0, 1020, 0), (0, 0, 0, 1027)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_sums_of_a_gpu_and_of_a_cpu_are_those_of_float64(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The grouped products that a GPU takes run here, too; their results are rounded to the dtype, pieces' are not."""
+    groups, generator = Groups(torch.tensor(counts)), torch.Generator().manual_seed(5)
+    rows, weights = (
+        torch.randn(1027, 24, generator=generator).to(dtype),
+        torch.rand(1027, generator=generator).to(dtype),
+    )
+    vectors = torch.randn(4, 24, generator=generator).to(dtype)
+    member_RE = torch.nn.functional.one_hot(groups.experts_of_rows(1027), 4).double()
+    sums = (member_RE * weights.double()[:, None]).T @ rows.double()
+    plain = member_RE.T @ rows.double()
+    products = (rows.double() * (member_RE @ vectors.double())).sum(1)
+    for found, expected, tolerance in (
+        (weighted_sums(rows, weights, groups, grouped=True), sums, 2e-6),
+        (weighted_sums(rows, None, groups, grouped=True), plain, 2e-6),
+        (inner(rows, vectors, groups, grouped=True), products, 2e-6),
+        (thin_sums(rows, weights, groups), sums, TOLERANCE[dtype]),
+        (thin_sums(rows, None, groups), plain, TOLERANCE[dtype]),
+        (thin_inner(rows, vectors, groups), products, TOLERANCE[dtype]),
+    ):
+        assert found.shape == expected.shape
+        assert (found.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_second_backward_through_the_same_graph_is_refused_rather_than_wrong() -> None:
+    """The first one wrote the gradient of gate_up over gate_up."""
+    source, hidden, d_out = draw((16, 24, 4, 2, 27))
+    out = ExpertParallelMLP(source, topology())(hidden.clone().requires_grad_())[0]
+    out.backward(d_out, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(d_out)
 
 
 @pytest.mark.parametrize("frozen", ["gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"])
