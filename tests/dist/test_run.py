@@ -56,7 +56,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "mix.yaml").write_text(yaml.safe_dump({"seq_len": 256, "seed": 1, "guard": SMALL_GUARD, "sources": sources}))
     run = {
-        "model": {"init": "tiny"},
+        "model": {"init": "tiny", "router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.01},
         "data": {"mix": "mix.yaml"},
         "train": {
             "seq_len": 256,
@@ -261,6 +261,9 @@ def test_four_and_four_steps_equal_eight_bit_for_bit(workplace: Path, whole: Pat
     same = ("step", "loss", "grad_norm", "lr", "tokens_by_source", "bytes_sent")
     pick = [[step[key] for key in same] for step in steps_of(halves)]
     assert pick == [[step[key] for key in same] for step in steps_of(whole)]
+    # the balancing loss is on, and its gradient needs the load of the step before, which only the checkpoint knows
+    loads = [read_manifest(folder).state["router_load"] for folder in (step_folder(halves, 4), first, second)]
+    assert len({share for layer in loads[0] for share in layer}) > 1 and loads[1] == loads[2] != loads[0]
 
 
 def test_finished_run_started_again_does_nothing(workplace: Path, whole: Path) -> None:
