@@ -7,6 +7,8 @@ times each contender once, one after the other, so that a noisy machine disturbs
 are medians of the rounds' ratios.  Peak memory is that of one pass beyond weights and input, gradients included, on a
 CPU in a process of its own.
 
+`--recompute` measures both settings of model.expert_recompute instead, in two processes that share the experts.
+
 batched_mm copies the weights of its expert for every row, and is left out where these do not fit.  On a machine that
 others use at the same time, `--clock cpu --threads 1` counts the CPU seconds of the process instead of wall time.
 """
@@ -28,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import measuring  # noqa: E402
-from experts_parts import drawing  # noqa: E402
+from experts_parts import drawing, recompute  # noqa: E402
 from experts_parts.contenders import BATCHED, NAMES, OURS, Layer, make_step  # noqa: E402
 
 SIZES = {"cpu": 512, "cuda": 2880}
@@ -40,6 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     if options.peak_of:
         return print_peak(options)
+    if options.recompute:
+        return compare_recompute(options)
     results = []
     for experts in options.experts:
         results.append(measure(make_layer(options, experts), options))
@@ -63,6 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU seconds of all threads")
     parser.add_argument("--batched_share", type=float, default=0.4, help="of the free memory that batched_mm may copy")
     parser.add_argument("--no_memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--recompute", action="store_true", help="compare the settings of model.expert_recompute")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path)
     parser.add_argument("--peak_of", help="only print the peak memory of this contender")
@@ -126,6 +131,21 @@ def peak_of(name: str, layer: Layer, options: argparse.Namespace) -> int | None:
     environment = {**os.environ, **measuring.RETURN_MEMORY}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+
+
+def compare_recompute(options: argparse.Namespace) -> None:
+    """Print a table of model.expert_recompute."""
+    for experts in options.experts:
+        layer = make_layer(options, experts)
+        found = recompute.compare(layer, rounds=options.rounds, threads=options.threads, clock=options.clock)
+        for way, of in found.items():
+            print(
+                f"{experts:>4} experts, {recompute.LAYERS} layers, EP {recompute.RANKS}, {way}: {of['seconds']:.3f} s "
+                f"({of['ratio']:.3f}x recompute), peak {of['peak_bytes'] / 2**20:.0f} MiB, "
+                f"sent {of['sent_bytes'] / 2**20:.1f} MiB",
+                flush=True,
+            )
+    print(json.dumps(machine(options)))
 
 
 def print_peak(options: argparse.Namespace) -> None:

@@ -51,8 +51,8 @@ class Layer:
         return self.tokens * self.top_k * 3 * self.hidden * self.expert_size * 2
 
 
-def build(name: str, layer: Layer) -> nn.Module:
-    """The layer of a contender, with random weights and biases, in bf16."""
+def build(name: str, layer: Layer, topology: Any = None) -> nn.Module:
+    """The layer of a contender, with random weights and biases, in bf16; ours with all experts or a topology's."""
     config = GptOssConfig(
         hidden_size=layer.hidden,
         intermediate_size=layer.expert_size,
@@ -65,8 +65,8 @@ def build(name: str, layer: Layer) -> nn.Module:
     for parameter in mlp.parameters():
         nn.init.normal_(parameter, std=layer.hidden**-0.5)
     if name == OURS:
-        topology: Any = SimpleNamespace(ep_size=1, ep_rank=0, ep_group=None, traffic=Traffic())
-        mlp = ExpertParallelMLP(copy.deepcopy(mlp), topology)
+        alone = SimpleNamespace(ep_size=1, ep_rank=0, ep_group=None, traffic=Traffic())
+        mlp = ExpertParallelMLP(copy.deepcopy(mlp), topology or alone)
     return mlp.to(layer.device).train()
 
 

@@ -1,0 +1,113 @@
+"""`model.expert_recompute` measured: layers under activation checkpointing and expert parallelism, in both settings.
+
+The parent starts one process per rank of an expert-parallel group over gloo.  Each holds its experts of a stack of
+layers and sends its share of the tokens through it: x = x + mlp(x), every layer checkpointed as the engine does it.
+The ways take turns in the same processes.  Peak memory is that of a pass whose shapes have been seen before; a
+parameter's gradient is dropped when it is complete, as ZeRO-3 keeps only a share of it.  What one rank sends is counted
+by the same counters as in training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+if __name__ == "__main__":
+    ROOT = Path(__file__).resolve().parent.parent.parent
+    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import measuring
+
+from cpt.model.recomputation import context_fn
+from cpt.parallel.traffic import Traffic
+from experts_parts.contenders import OURS, Layer, build
+
+RANKS, LAYERS = 2, 4
+WAYS = ("no checkpointing", "recompute", "keep")
+
+
+def compare(layer: Layer, *, rounds: int, threads: int, clock: str) -> dict[str, Any]:
+    """The first rank's figures: per way median seconds, peak bytes and bytes it sends to the other rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    given = {**asdict(layer), "device": "cpu", "rounds": rounds, "threads": threads, "clock": clock}
+    processes = []
+    for rank in range(RANKS):
+        environment = {**os.environ, **measuring.RETURN_MEMORY, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+        command = [sys.executable, __file__, json.dumps(given)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError(f"a rank ended with {[process.returncode for process in processes]}")
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+class Stack:
+    """The layers of one rank."""
+
+    def __init__(self, layer: Layer, rank: int) -> None:
+        self.traffic = Traffic()
+        topology: Any = SimpleNamespace(ep_size=RANKS, ep_rank=rank, ep_group=dist.group.WORLD, traffic=self.traffic)
+        self._layers = nn.ModuleList(build(OURS, layer, topology) for _ in range(LAYERS))
+        for parameter in self._layers.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda done: setattr(done, "grad", None))
+        generator = torch.Generator().manual_seed(1 + rank)
+        shape = (2, 1, layer.tokens // RANKS, layer.hidden)
+        self._hidden, self._d_out = torch.randn(shape, generator=generator).bfloat16()
+
+    def run(self, way: str) -> None:
+        """One forward and backward pass."""
+        x = self._hidden.detach().requires_grad_()
+        out = x
+        for mlp in self._layers:
+            if way == "no checkpointing":
+                out = out + mlp(out)[0]
+            else:
+                contexts = context_fn(keep=way == "keep")
+                out = out + checkpoint(mlp, out, use_reentrant=False, context_fn=contexts)[0]
+        out.backward(self._d_out)
+
+
+def main() -> None:
+    """One rank; prints one line of JSON."""
+    given = json.loads(sys.argv[1])
+    rounds, threads, clock = (given.pop(name) for name in ("rounds", "threads", "clock"))
+    layer = Layer(**{**given, "device": torch.device("cpu")})
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo")
+    stack = Stack(layer, dist.get_rank())
+    found: dict[str, Any] = {way: {"seconds": []} for way in WAYS}
+    for way in WAYS:
+        stack.run(way)
+        stack.traffic.take()
+        found[way]["peak_bytes"] = measuring.peak_bytes(lambda way=way: stack.run(way), layer.device)[0]
+        found[way]["sent_bytes"] = stack.traffic.take()["experts"]
+    for _ in range(rounds):
+        for way in WAYS:
+            dist.barrier()
+            found[way]["seconds"].append(measuring.seconds(lambda way=way: stack.run(way), layer.device, clock))
+    base = found["recompute"]["seconds"]
+    for way in WAYS:
+        ratios = [own / other for own, other in zip(found[way]["seconds"], base, strict=True)]
+        found[way] |= {"ratio": statistics.median(ratios), "seconds": statistics.median(found[way]["seconds"])}
+    print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
