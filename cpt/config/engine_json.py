@@ -40,6 +40,13 @@ KNOWN_KEYS = (
 """Top-level keys of the DeepSpeed JSON that this project accepts: DeepSpeed itself ignores a misspelt one."""
 
 OFFLOADS = ("offload_optimizer", "offload_param")
+ON_NVME = {
+    "offload_optimizer": "DeepSpeed then keeps master weights, moments and gradients in swap files between and during "
+    "steps, while checkpoints and the check of the gradient norm read them in memory",
+    "offload_param": "DeepSpeed then keeps this rank's weights in swap files, while a resume writes them, and a "
+    "checkpoint reads frozen ones, in memory",
+}
+"""Why state on NVMe is refused, by key."""
 KNOWN_ZERO_KEYS = (
     "stage",
     *OFFLOADS,
@@ -104,8 +111,18 @@ def json_problems(file: Located) -> list[str]:
             for key in zero
             if key not in KNOWN_ZERO_KEYS
         ]
-        if "nvme" in [zero[name].get("device") for name in OFFLOADS if isinstance(zero.get(name), dict)]:
-            problems.append(f"{file.where(('zero_optimization',))}: offload to nvme cannot be saved yet; use cpu.")
+        problems += [
+            f'{file.where(("zero_optimization", name, "device"))} is "nvme": {ON_NVME[name]}, so the state could '
+            'neither be saved nor resumed. Use "cpu", and more GPUs if the host\'s memory is too small.'
+            for name in OFFLOADS
+            if isinstance(zero.get(name), dict) and zero[name].get("device") == "nvme"
+        ]
+    if file.value.get("zero_force_ds_cpu_optimizer", False) is not False:
+        problems.append(
+            f"{file.where(('zero_force_ds_cpu_optimizer',))} is "
+            f"{json.dumps(file.value['zero_force_ds_cpu_optimizer'])}, but torch's fused AdamW updates offloaded state "
+            "too; remove it."
+        )
     bf16 = file.value.get("bf16")
     if isinstance(bf16, dict) and bf16.get("check_grad_overflow", True) is not True:
         problems.append(

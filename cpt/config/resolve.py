@@ -190,6 +190,7 @@ class _Resolver:
         engine["gradient_clipping"] = train.gradient_clipping
         engine["bf16"] = {**engine.get("bf16", {}), "enabled": train.dtype == "bf16"}
         engine["zero_allow_untested_optimizer"] = True
+        engine["zero_force_ds_cpu_optimizer"] = False  # the optimizer is this project's, wherever its state lies
         engine.setdefault("steps_per_print", 10**12)
         zero = engine["zero_optimization"]
         self._fill_auto_sizes(zero)

@@ -55,6 +55,8 @@ class Scenario:
     """Patterns of `train.freeze`."""
     omit: tuple[int, ...] = ()
     """Steps that are not run at all."""
+    ds_config: str = ""
+    """A shipped file of ds_configs/, whose stage, SP and EP give way to those here."""
 
     @property
     def name(self) -> str:
@@ -67,6 +69,7 @@ class Scenario:
         options += "-penalties" if self.router_penalties else ""
         options += "-kl" if self.kl else ""
         options += f"-frozen-{len(self.freeze)}" if self.freeze else ""
+        options += f"-{Path(self.ds_config).stem}" if self.ds_config else ""
         return f"world{self.world_size}-sp{self.sp}-ep{self.ep}-zero{self.stage}-{options}"
 
     def dump(self) -> str:

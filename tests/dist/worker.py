@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from tests.dist.cases import (
     parameter_file,
     rows_of_step,
 )
+from tests.support.launcher import ROOT
 
 
 STATE = {"model_config": model_config().to_dict()}
@@ -55,16 +57,15 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {ROWS}, micro_batch_size: {scena
 
 
 def config_of(scenario: Scenario, folder: Path) -> RunConfig:
-    json_text = json.dumps(
-        {
-            "zero_optimization": {"stage": scenario.stage, "stage3_param_persistence_threshold": 100},
-            "sequence_parallel_size": scenario.sp,
-            "expert_parallel": {"enabled": True, "autoep_size": scenario.ep},
-        }
-    )
+    ds: dict[str, Any] = {"zero_optimization": {"stage3_param_persistence_threshold": 100}}
+    if scenario.ds_config:
+        ds = json.loads((ROOT / "ds_configs" / scenario.ds_config).read_text())
+    ds["zero_optimization"]["stage"] = scenario.stage
+    ds["sequence_parallel_size"] = scenario.sp
+    ds["expert_parallel"] = {"enabled": True, "autoep_size": scenario.ep}
     launch_info = LaunchInfo(world_size=scenario.world_size, local_world_size=scenario.world_size)
     return resolve(
-        run_yaml(scenario, folder / "model"), parse_yaml(json_text, "scenario.json"), model_config(), launch_info
+        run_yaml(scenario, folder / "model"), parse_yaml(json.dumps(ds), "scenario.json"), model_config(), launch_info
     )
 
 

@@ -338,6 +338,18 @@ def test_json_block_that_is_no_mapping_is_refused_by_name(files: Files, key: str
     assert any(key in problem for problem in files.write_json(**{key: value}).problems())
 
 
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_state_on_nvme_is_refused_with_the_reason_and_what_to_do(files: Files, name: str) -> None:
+    block = {"device": "nvme", "nvme_path": "/local"}
+    problem = only(files.write_json(zero_optimization={"stage": 3, name: block}).problems())
+    assert f"zero_optimization.{name}.device" in problem and "swap files" in problem and 'Use "cpu"' in problem
+
+
+def test_optimizer_that_deepspeed_would_have_to_compile_is_refused(files: Files) -> None:
+    problem = only(files.write_json(zero_force_ds_cpu_optimizer=True).problems())
+    assert "zero_force_ds_cpu_optimizer is true, but torch's fused AdamW" in problem
+
+
 def test_check_for_updates_that_are_not_finite_cannot_be_switched_off(files: Files) -> None:
     files.write_json(bf16={"check_grad_overflow": False})
     assert "bf16.check_grad_overflow is false: updates that are not finite" in only(files.problems())
