@@ -1,8 +1,18 @@
 """Memory of one rank by part, computed from shapes before anything is allocated.
 
 Weights, gradients and optimizer state are exact for ZeRO (the small parameters that ZeRO-3 keeps whole are counted
-with the buffers).  Activations are an estimate from the tensors that autograd keeps, with evenly routed experts;
-allocator fragmentation and library workspaces are not included.
+with the buffers).  What a step holds beyond them is added up for each moment that can be its peak, tensor by tensor:
+
+    loss      all layers keep what their backward needs; the head's table is gathered, its gradient is being made, and
+              tiles of logits are worked on
+    table     the same without tiles, when that gradient is reduced: this rank's part of it is copied to fp32
+    layer     the backward of the last layer: its weights, their gradients, the gradients of its activations
+    update    ZeRO copies the gradients of what it updates
+
+Experts are taken to be evenly routed, and rows to hold documents longer than the window; allocator fragmentation and
+library workspaces are not included.
+
+Letters in sums: M model size, I expert size, q and kv values of a token in all query and all key (or value) heads.
 """
 
 from __future__ import annotations
@@ -13,16 +23,19 @@ from typing import Any
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
+from cpt.model.attention.cpu import BACKWARD_BLOCK_ROWS, FORWARD_BLOCK_ROWS, block_tokens
 from cpt.model.freezing import frozen_names, parameter_numels
+from cpt.model.grouped import ALIGNMENT_BYTES
 from cpt.model.hf_layout import is_expert_name
-from cpt.model.loss_head import TILE_BYTES
+from cpt.model.loss_head import work_bytes
 
 GIB = 2**30
 SUB_GROUP_SIZE = 10**9
 """Parameters that DeepSpeed updates at a time, unless the JSON says otherwise."""
-UPDATE_COPIES = {"cuda": 1, "cpu": 3}
-"""fp32 copies of what is updated: the gradient; torch's unfused AdamW on a CPU also holds the root of the second moment
-and the step."""
+REUSE_DISTANCE = 10**9
+"""Parameters between two uses up to which DeepSpeed keeps a gathered parameter, unless the JSON says otherwise."""
+WIDE, INDEX = 4, 8
+"""Bytes of an fp32 number and of an index."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,14 +82,12 @@ def device_memory(
         "weights": itemsize * (per_rank if stage == 3 else held),
         "gradients": 4 * (trained_per_rank if stage >= 2 else trained_held),
         "optimizer": 12 * trained_per_rank,
-        "gathered weights": _gathered(model, config, itemsize) if stage == 3 else 0,
-        "activations": _activations(model, config, itemsize),
-        "logits": 3 * TILE_BYTES[device_type],
     }
+    peak: dict[str, int] = max(_moments(config, model, device_type), key=lambda moment: sum(moment.values()))
     # the update comes when the step's own tensors are gone, and adds only what it takes beyond them
-    in_step = sum(size for name, size in parts.items() if name not in ("weights", "gradients", "optimizer"))
-    update = UPDATE_COPIES[device_type] * 4 * min(trained_per_rank, int(zero.get("sub_group_size", SUB_GROUP_SIZE)))
-    parts["update"] = 0 if offload_optimizer else max(0, update - in_step)
+    update = WIDE * min(trained_per_rank, int(zero.get("sub_group_size", SUB_GROUP_SIZE)))
+    update += _mask_bytes(model, _Sizes.of(config, model), device_type, backward=True)
+    parts |= {**peak, "update": 0 if offload_optimizer else max(0, update - sum(peak.values()))}
     if offload_optimizer:
         parts["optimizer"] = parts["gradients"] = 0
     if "offload_param" in zero:
@@ -107,32 +118,163 @@ def parameter_counts(model: GptOssConfig, left_out: tuple[str, ...] = ()) -> tup
     return sum(numels.values()) - experts, experts
 
 
-def _gathered(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:
-    """The larger of: two layers that ZeRO-3 has gathered and gradients of one, or a vocabulary table with its own."""
-    hidden, heads = model.hidden_size, model.num_attention_heads + 2 * model.num_key_value_heads
-    attention = hidden * model.head_dim * (heads + model.num_attention_heads)
-    experts = model.num_local_experts // config.ep_size * 3 * hidden * model.intermediate_size
-    return itemsize * max(3 * (attention + experts), 2 * model.vocab_size * hidden)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sizes:
+    """What the tensors of a step are made of, on one rank."""
+
+    tokens: int
+    itemsize: int
+    """Bytes of a number in the working dtype."""
+    table: int
+    """Parameters of a vocabulary table."""
+    attention: int
+    """Parameters of a layer's attention."""
+    experts: int
+    """Parameters of a layer's experts that this rank computes with."""
+    query: int
+    """Values of a token in all query heads."""
+    key: int
+    """Values of a token in all key heads."""
+
+    @classmethod
+    def of(cls, config: RunConfig, model: GptOssConfig) -> _Sizes:
+        hidden, query = model.hidden_size, model.num_attention_heads * model.head_dim
+        key = model.num_key_value_heads * model.head_dim
+        return cls(
+            tokens=config.micro_batch_size * config.train.seq_len // config.sp_size,
+            itemsize=2 if config.train.dtype == "bf16" else 4,
+            table=model.vocab_size * hidden,
+            attention=2 * hidden * (query + key),
+            experts=model.num_local_experts // config.ep_size * 3 * hidden * model.intermediate_size,
+            query=query,
+            key=key,
+        )
 
 
-def _activations(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:
-    """Layer inputs of all layers, and what one layer (all layers without checkpointing) keeps for its backward."""
-    tokens = config.micro_batch_size * config.train.seq_len // config.sp_size
-    hidden, layers = model.hidden_size, model.num_hidden_layers
-    if config.model.offload_checkpoints:
-        layers = 2  # the one being computed, and the one whose copy is on its way
-    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
-    # two norms, whose input and quotient are kept in fp32; projections, rotated copies, output
-    attention = 2 * hidden + 2 * 2 * 4 // itemsize * hidden + 2 * heads * model.head_dim
-    top_k, expert_size = model.num_experts_per_tok, model.intermediate_size
-    moe = 4 * hidden + top_k * (hidden + 2 * expert_size)  # of each row its input, gate and up
-    moe_backward = top_k * (2 * hidden + 3 * expert_size)  # output and input; activated, gate and up: one layer's
-    checkpointing = config.model.activation_checkpointing
-    kept_layers = 1 if checkpointing else layers
-    values = kept_layers * (attention + moe) + moe_backward
-    if checkpointing and config.model.expert_recompute == "keep" and config.ep_size > 1:
-        values += model.num_hidden_layers * top_k * hidden
-    return layers * _layer_input(model, config, itemsize) + itemsize * tokens * values
+def _moments(config: RunConfig, model: GptOssConfig, device_type: str) -> list[dict[str, int]]:
+    """What the step holds beyond the state at each moment that can be its peak, the update apart."""
+    sizes = _Sizes.of(config, model)
+    wide, itemsize, hidden = WIDE, sizes.itemsize, model.hidden_size
+    at_loss, at_layer = _gathered_numels(config, model, sizes)
+    # of the last norm its input and quotient in fp32, its output, and of that the rows with a label; their gradient
+    head = sizes.tokens * hidden * (2 * wide + 2 * itemsize + wide)
+    loss = {
+        "gathered weights": itemsize * at_loss,
+        "weight gradients": itemsize * sizes.table,
+        "activations": _kept(config, model, sizes) + head + _mask_bytes(model, sizes, device_type, backward=False),
+        "logits": work_bytes(device_type, sizes.tokens, itemsize),
+    }
+    copied = (
+        wide if itemsize != wide and config.zero_stage == 3 else 0
+    )  # gradients of working dtype fp32 are not copied
+    reduced = copied * (sizes.table // config.world_size)
+    table = {**loss, "weight gradients": itemsize * sizes.table + reduced, "logits": 0}
+    gate_up = copied * (2 * sizes.experts // 3 // (config.world_size // config.ep_size))
+    layer = {
+        "gathered weights": itemsize * at_layer,
+        "weight gradients": itemsize * (sizes.attention + sizes.experts) + gate_up,
+        "activations": _backward_of_layer(config, model, sizes, device_type),
+        "logits": 0,
+    }
+    return [loss, table, layer]
+
+
+def _gathered_numels(config: RunConfig, model: GptOssConfig, sizes: _Sizes) -> tuple[int, int]:
+    """Parameters that ZeRO-3 holds gathered when the loss is computed, and in the last layer's backward.
+
+    A layer stays gathered for its backward if the parameters of the modules run in between are fewer than the reuse
+    distance (deepspeed 0.19.8, partitioned_param_coordinator.py); of the others two are there at a time, the second
+    being prefetched.  What is not shared with another rank is never copied.
+    """
+    if config.zero_stage != 3:
+        return 0, 0
+    reach = int(config.engine_json["zero_optimization"].get("stage3_max_reuse_distance", REUSE_DISTANCE))
+    table = sizes.table if config.world_size > 1 else 0
+    layer = sizes.attention if config.world_size > 1 else 0
+    layer += sizes.experts if config.world_size > config.ep_size else 0
+    runs = 3 if config.model.activation_checkpointing else 2  # forward, again, backward
+    between, stay = 2 * sizes.table, 0
+    while stay < model.num_hidden_layers and between < reach:
+        between, stay = between + runs * (sizes.attention + sizes.experts), stay + 1
+    embedding = table if between < reach else 0
+    return table + stay * layer + embedding, max(stay, 2) * layer + embedding
+
+
+def _kept(config: RunConfig, model: GptOssConfig, sizes: _Sizes) -> int:
+    """What the layers together keep for their backward."""
+    layers = model.num_hidden_layers
+    if not config.model.activation_checkpointing:
+        return layers * (_attention_bytes(config, model, sizes) + _experts_bytes(config, model, sizes))
+    # on their way to the host: that of the layer being computed, and the one before
+    inputs = (2 if config.model.offload_checkpoints else layers) * _layer_input(model, config, sizes.itemsize)
+    if config.model.expert_recompute == "keep" and config.ep_size > 1:
+        inputs += layers * sizes.tokens * model.num_experts_per_tok * _row_bytes(config, model, sizes)
+    return inputs
+
+
+def _row_bytes(config: RunConfig, model: GptOssConfig, sizes: _Sizes) -> int:
+    """A token's row for one expert; its weight travels beside it."""
+    return sizes.itemsize * model.hidden_size + (ALIGNMENT_BYTES if config.ep_size > 1 else 0)
+
+
+def _attention_bytes(config: RunConfig, model: GptOssConfig, sizes: _Sizes) -> int:
+    """What autograd keeps of the first half of a layer."""
+    # rotated q and k, v, output; its log-sum-exp; under Ulysses what comes back of the output is another tensor
+    kept = sizes.itemsize * 2 * (sizes.query + sizes.key) + WIDE * model.num_attention_heads
+    kept += sizes.itemsize * sizes.query if config.sp_size > 1 else 0
+    return sizes.tokens * (_norm_bytes(model, sizes) + kept)
+
+
+def _experts_bytes(config: RunConfig, model: GptOssConfig, sizes: _Sizes) -> int:
+    """What autograd keeps of the second half of a layer."""
+    # the choice, the order of the rows and its inverse, their tokens; the orders of what arrived
+    indices = INDEX * (4 + (2 if config.ep_size > 1 else 0))
+    row = _row_bytes(config, model, sizes) + sizes.itemsize * 2 * model.intermediate_size + indices  # with gate and up
+    return sizes.tokens * (_norm_bytes(model, sizes) + model.num_experts_per_tok * row)
+
+
+def _norm_bytes(model: GptOssConfig, sizes: _Sizes) -> int:
+    """Of a token: input and quotient in fp32, and the output."""
+    return (2 * WIDE + sizes.itemsize) * model.hidden_size
+
+
+def _backward_of_layer(config: RunConfig, model: GptOssConfig, sizes: _Sizes, device_type: str) -> int:
+    """What is there when the last layer goes back through its experts or, these being done, through its attention."""
+    attention, experts = _attention_bytes(config, model, sizes), _experts_bytes(config, model, sizes)
+    rest = _kept(config, model, sizes)
+    if not config.model.activation_checkpointing:
+        rest -= attention + experts
+    residual = sizes.itemsize * sizes.tokens * model.hidden_size
+    # of each row the gradient of its output, and the activated values; that of gate and up is written over them
+    row = _row_bytes(config, model, sizes) + sizes.itemsize * model.intermediate_size
+    in_experts = experts + sizes.tokens * model.num_experts_per_tok * row
+    masks = _mask_bytes(model, sizes, device_type, backward=True)
+    return rest + residual + attention + max(in_experts, _in_attention(model, sizes, device_type)) + masks
+
+
+def _in_attention(model: GptOssConfig, sizes: _Sizes, device_type: str) -> int:
+    """What the backward of attention makes.
+
+    FlashAttention 2: gradients of output and q, of k and v for every query head, and fp32 sums of that of q.  The CPU
+    in window layers (`cpu._Band.backward`): gradient of the output; that, q and the output in blocks; keys and values
+    with the window before them; gradients of q, in blocks and not, of overlapping windows of k and v, and one of these
+    added up in fp32.
+    """
+    query, key = sizes.itemsize * sizes.query, sizes.itemsize * sizes.key
+    if device_type != "cpu":
+        return sizes.tokens * (4 * query + WIDE * sizes.query)
+    block = block_tokens(BACKWARD_BLOCK_ROWS, model.num_attention_heads // model.num_key_value_heads)
+    overlap = 1 + int(model.sliding_window or 0) / block  # how many windows a key is in
+    return int(sizes.tokens * (6 * query + 2 * key + 2 * overlap * key + WIDE * sizes.key))
+
+
+def _mask_bytes(model: GptOssConfig, sizes: _Sizes, device_type: str, *, backward: bool) -> int:
+    """Masks of the window layers, kept for the whole step by the kernel for CPUs; another one for the backward."""
+    if device_type != "cpu":
+        return 0
+    group, window = model.num_attention_heads // model.num_key_value_heads, int(model.sliding_window or 0)
+    blocks = (FORWARD_BLOCK_ROWS, BACKWARD_BLOCK_ROWS) if backward else (FORWARD_BLOCK_ROWS,)
+    return sizes.tokens * group * sizes.itemsize * sum(block_tokens(rows, group) + window for rows in blocks)
 
 
 def _layer_input(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:

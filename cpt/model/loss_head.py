@@ -26,7 +26,7 @@ from cpt.model.top_k import Divergence, TopK
 IGNORE_INDEX = -100
 TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 """Memory for one tile of logits in the accumulation dtype, by device: what fits the cache of a CPU core, and what
-fills a GPU.  About three such tiles are alive at a time."""
+fills a GPU.  See `work_bytes` for what is alive at a time."""
 
 SMALLEST_TILE_ROWS = 256
 """Below this, matrix products are too thin to be worth the memory they save."""
@@ -66,8 +66,21 @@ class _TiledLoss(torch.autograd.Function):
 
 
 def _tile_words(weight_VM: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> int:
-    tile_bytes = TILE_BYTES.get(weight_VM.device.type, TILE_BYTES["cuda"])
-    return max(SMALLEST_TILE_ROWS, tile_bytes // (max(1, num_tokens) * dtype.itemsize))
+    return _words_of_a_tile(weight_VM.device.type, num_tokens, dtype.itemsize)
+
+
+def _words_of_a_tile(device_type: str, num_tokens: int, itemsize: int) -> int:
+    tile_bytes = TILE_BYTES.get(device_type, TILE_BYTES["cuda"])
+    return max(SMALLEST_TILE_ROWS, tile_bytes // (max(1, num_tokens) * itemsize))
+
+
+def work_bytes(device_type: str, num_tokens: int, itemsize: int) -> int:
+    """Memory for logits and their gradient in the backward, in a working dtype of fp32 (itemsize 4) or less.
+
+    A tile and its gradient are there until the next tile has been multiplied and widened.
+    """
+    logits = num_tokens * _words_of_a_tile(device_type, num_tokens, 4)
+    return logits * (8 if itemsize == 4 else 2 * (itemsize + 4))
 
 
 def _tiles(weight_VM: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:

@@ -149,7 +149,8 @@ def test_undisturbed_run_writes_what_the_contract_says(whole: Path) -> None:
 def test_memory_of_every_rank_is_the_predicted_one_within_15_percent(whole: Path) -> None:
     """Each part of the state, and all together.
 
-    The peak alone is not: one rank was seen 2 % below its estimate here and the other 31 % above; why is not known.
+    The peak alone is that of tests/dist/test_memory.py.  Here it is the reduction of a table's gradient, of which gloo
+    reduces a copy: whether its thread lets go of that before or after the fp32 part is made is up to the machine.
     """
     (event,) = [event for event in read_events(whole / "metrics.jsonl") if event["event"] == "memory"]
     assert event["step"] == 2 and len(event["measured_by_rank"]) == 2

@@ -101,6 +101,11 @@ class CpuKernel:
         return dq_HTD, dk_KTD, dv_KTD
 
 
+def block_tokens(block_rows: int, group: int) -> int:
+    """Return the tokens of a block of about so many rows, with `group` query heads per key/value head."""
+    return min(max(block_rows // group, SMALLEST_BLOCK_TOKENS), LARGEST_BLOCK_TOKENS)
+
+
 def spans(rows: PackedRows, window: int | None) -> tuple[Span, ...]:
     """Cut the tokens of `rows` into the calls of a layer with this window."""
     longest_tokens = rows.longest_document_tokens
@@ -162,7 +167,7 @@ class _Band:
         """Take the mask from `rows`, or make it."""
         assert span.window is not None
         window, group = span.window, len(q_HTD) // len(k_KTD)
-        block = min(max(block_rows // group, SMALLEST_BLOCK_TOKENS), LARGEST_BLOCK_TOKENS)
+        block = block_tokens(block_rows, group)
 
         def build() -> Tensor:
             document_T = rows.document_ids(q_HTD.device)[span.start : span.end]

@@ -1,0 +1,90 @@
+"""One rank of the memory test: measures the second step of one small engine after another."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import GptOssConfig
+
+from cpt import deepspeed_internals
+from cpt.config import LaunchInfo, RunYaml, resolve
+from cpt.job import build_engine, fill_weights, weight_source
+from cpt.memory_report import measured, peak_within, predicted
+from cpt.model.gpt_oss import PRESETS
+from cpt.parallel.agreement import gather_json
+from cpt.parallel.topology import Topology, create_topology
+from cpt.training.loader import MicroBatch, make_micro_batch
+from data_pipeline.dataset import PackedRow
+from data_pipeline.strict_yaml import parse_yaml, read_file
+
+WORLD_SIZE, VOCABULARY = 2, 16_384
+MODEL = {**PRESETS["tiny"], "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+"""A vocabulary small enough for its tables not to hide the activations."""
+
+
+def packed_row(seq_len: int, seed: int) -> PackedRow:
+    """Four random documents."""
+    generator = np.random.default_rng(seed)
+    cuts = sorted(generator.choice(np.arange(1, seq_len), size=3, replace=False))
+    bounds = [0, *(int(cut) for cut in cuts), seq_len]
+    return PackedRow(
+        input_ids=generator.integers(0, VOCABULARY, size=seq_len),
+        labels=generator.integers(0, VOCABULARY, size=seq_len),
+        position_ids=np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(bounds)]),
+        bounds=bounds,
+        documents=np.arange(4),
+    )
+
+
+def batch(topology: Topology, rows: int, seq_len: int, step: int) -> MicroBatch:
+    seeds = [1000 * step + topology.dp_rank * rows + index for index in range(rows)]
+    return make_micro_batch([packed_row(seq_len, seed) for seed in seeds], [0] * rows, topology)
+
+
+def run(shape: dict[str, Any], folder: Path) -> None:
+    rows, seq_len = shape["rows"], shape["seq_len"]
+    text = f"""
+model: {{init: tiny, activation_checkpointing: {str(shape["checkpointing"]).lower()}}}
+data: {{mix: unused.yaml}}
+train: {{seq_len: {seq_len}, global_batch_size: {rows * WORLD_SIZE}, micro_batch_size: {rows}, total_steps: 2, lr: 1e-3}}
+"""
+    ds = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}}
+    ds_json = parse_yaml(json.dumps({**ds, "expert_parallel": {"enabled": True, "autoep_size": WORLD_SIZE}}), "ds.json")
+    model = GptOssConfig(**MODEL)
+    launch_info = LaunchInfo(world_size=WORLD_SIZE, local_world_size=WORLD_SIZE)
+    config = resolve(read_file(RunYaml, parse_yaml(text, "run.yaml")), ds_json, model, launch_info)
+    topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu"))
+    engine = build_engine(config, model, topology)
+    fill_weights(engine, weight_source(config, model, topology))
+    tokens = [rows * seq_len * WORLD_SIZE]
+    engine.step([batch(topology, rows, seq_len, 0)], tokens, step=1)
+    second = batch(topology, rows, seq_len, 1)
+    gc.collect()  # what the engine before this one has left must not be freed within the measurement
+    with peak_within(topology.device) as peak:
+        engine.step([second], tokens, step=2)
+    ranks = gather_json(measured(engine, peak), topology.control_group)
+    if topology.rank == 0:
+        found = {"predicted": predicted(config, model, "cpu"), "measured_by_rank": ranks}
+        (folder / f"{shape['name']}.json").write_text(json.dumps(found))
+    engine.deepspeed.destroy()
+    dist.barrier()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    deepspeed_internals.init_distributed(torch.device("cpu"))
+    for text in sys.argv[2:]:
+        run(json.loads(text), Path(sys.argv[1]))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

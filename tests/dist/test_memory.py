@@ -1,0 +1,48 @@
+"""What `--dry_run` says of a rank's memory is what its step takes, part by part and at the peak, within 15 %.
+
+Measured is what the allocator hands out, not the process's resident size, so neither fragmentation nor other processes
+disturb it.  The rest comes from routing, which is not even, and from tensors too small to be named.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.launcher import ROOT, launch
+
+pytestmark = pytest.mark.dist
+
+WITHIN = 0.15
+
+
+def shape(rows: int, seq_len: int, checkpointing: bool) -> dict[str, Any]:
+    name = f"{rows}x{seq_len}-{'checkpointing' if checkpointing else 'all-kept'}"
+    return {"name": name, "rows": rows, "seq_len": seq_len, "checkpointing": checkpointing}
+
+
+SHAPES = [
+    shape(4, 1024, False),
+    shape(4, 1024, True),
+    shape(8, 256, False),
+    shape(8, 256, True),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory")
+    arguments = [str(folder), *(json.dumps(one) for one in SHAPES)]
+    assert launch(ROOT / "tests" / "dist" / "memory_worker.py", 2, arguments) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape["name"])
+def test_every_part_and_the_peak_of_every_rank_are_the_predicted_ones(shape, folder) -> None:
+    found = json.loads((folder / f"{shape['name']}.json").read_text())
+    assert len(found["measured_by_rank"]) == 2
+    for rank in found["measured_by_rank"]:
+        assert rank == pytest.approx(found["predicted"], rel=WITHIN), found
