@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cpt.errors import ConfigError, StorageError
+from cpt.telemetry.divergence_panel import divergence_panel
 from cpt.telemetry.history import Run, number, read_run
 from cpt.telemetry.panels import (
     action_of,
@@ -108,6 +109,7 @@ def page(run: Run, name: str, freshness: str) -> str:
         norm_panel(run, x),
         throughput_panel(run, x),
         traffic_panel(run, x),
+        divergence_panel(run, x, colors),
         router_panel(run, x, colors),
     ]
     notes = "".join(f'<p class="note">{clean(note, 200)}</p>' for note in run.notes)

@@ -264,6 +264,13 @@ def test_routers_are_shown_by_language_and_only_if_measured(tmp_path: Path) -> N
     assert "<h2>Routers" not in page(tmp_path, *SHAPES["long"])
 
 
+def test_divergence_from_the_base_model_is_shown_by_source_and_only_if_measured(tmp_path: Path) -> None:
+    events = [step(n, kl_by_source={"en_web": 0.01 * n, "en_code": None}) for n in range(1, 21)]
+    text = page(tmp_path, *events)
+    assert "Divergence from the base model" in text and "en_web 0.2<" in text and "en_code" not in text
+    assert "Divergence" not in page(tmp_path, step(1))
+
+
 def test_directory_without_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no metrics\.jsonl"):
         write_report(tmp_path)
