@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from cpt.config import DomainLimits, GuardSection
 from cpt.errors import ConfigError, InternalError
 from cpt.guard.ladder import Evidence, GuardState, decide
 from cpt.guard.policy import judge
-from cpt.guard.score import DomainScore
+from cpt.guard.score import DomainScore, as_floats
 from cpt.telemetry.metrics import read_events
 
 TOLERANCE = 1e-9
@@ -113,29 +111,22 @@ def _bound_problems(stored: dict[str, Any], baseline: dict[str, DomainScore], ev
     problems = []
     for e in evidence:
         before = baseline[e.domain]
-        now = DomainScore(
-            name=e.domain,
-            language=before.language,
-            nats=np.asarray([math.nan if nats is None else nats for nats in stored["nats"][e.domain]]),
-            bytes=before.bytes,
-        )
-        bound = judge(now, before, stored["num_tests"]).lower_bound
-        said = math.nan if e.lower_bound is None else e.lower_bound
-        if not (math.isnan(bound) and math.isnan(said)) and not math.isclose(
-            max(-100.0, bound), said, rel_tol=TOLERANCE, abs_tol=TOLERANCE
-        ):
-            problems.append(f"the bound of {e.domain} was {said}, but {bound} follows from its scores.")
+        now = replace(before, nats=as_floats(stored["nats"][e.domain]))
+        bound = judge(now, before, stored["num_tests"]).decided_on
+        if not _same(bound, e.lower_bound):
+            problems.append(f"the bound of {e.domain} was {e.lower_bound}, but {bound} follows from its scores.")
     return problems
+
+
+def _same(bound: float | None, said: float | None) -> bool:
+    if bound is None or said is None:
+        return bound is said
+    return math.isclose(bound, said, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
 
 
 def _baseline(path: Path) -> dict[str, DomainScore]:
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {
-        name: DomainScore(
-            name=name, language=plain["language"], nats=np.asarray(plain["nats"]), bytes=np.asarray(plain["bytes"])
-        )
-        for name, plain in stored.items()
-    }
+    return {name: DomainScore.from_json(name, plain) for name, plain in stored.items()}
 
 
 def _without_step(state: dict[str, Any]) -> dict[str, Any]:

@@ -17,14 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cpt.config import GuardSection, RunConfig
 from cpt.errors import ConfigError
 from cpt.faults import fault_point
 from cpt.guard.ladder import Decision, Evidence, GuardState, decide
 from cpt.guard.policy import Judgement, judge, noise_floor_percent
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
+from cpt.model.checksums import sampled_hash
+from cpt.model.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.state.leaving import agreed_reason
@@ -168,15 +168,7 @@ class Guard:
     def evidence(self, replay: ReplayLimits) -> list[Evidence]:
         """The last measurement as the ladder wants it."""
         return [
-            Evidence(
-                domain=name,
-                lower_bound=None if math.isnan(verdict.lower_bound) else max(-100.0, verdict.lower_bound),
-                tolerance_percent=self._config.guard.limits(name)[0],
-                hard_limit_percent=self._config.guard.limits(name)[1],
-                share=replay.shares.get(name, (None, 1.0))[0],
-                largest_share=replay.shares.get(name, (None, 1.0))[1],
-            )
-            for name, verdict in self.latest.items()
+            evidence_of(name, verdict.decided_on, self._config.guard, replay) for name, verdict in self.latest.items()
         ]
 
     def _decide(self, step: int, telemetry: Telemetry, replay: ReplayLimits | None) -> Decision:
@@ -211,9 +203,11 @@ class Guard:
                 "with --set guard.enabled=false."
             )
         self._check_noise(scores)
+        weights = self._base_weights()
         plain = {
             domain.name: {
                 "model": self._model,
+                "weights": weights,
                 "language": domain.language,
                 "content_hash": domain.content_hash,
                 "nats": scores[domain.name].nats.tolist(),
@@ -254,6 +248,13 @@ class Guard:
     def _on_first_rank_write(self, path: Path, content: dict[str, Any]) -> None:
         on_first_rank(self._topology.control_group, lambda: _write(path, content))
 
+    def _base_weights(self) -> str:
+        """What tells the untouched model from others, wherever it lies."""
+        path = self._config.model.path
+        if path is None:
+            return self._model
+        return on_first_rank(self._topology.control_group, lambda: sampled_hash(set(tensor_files(path).values())))
+
     def _stored_baseline(self) -> dict[str, DomainScore]:
         """Scores of the untouched model on the domains of this run; empty if none were stored.
 
@@ -271,24 +272,31 @@ class Guard:
                 f"{self._file} was measured on other held-out text of {', '.join(changed)} than the data holds now. "
                 "Change the data back, or use a new --run_dir."
             )
-        others = sorted({stored[domain.name]["model"] for domain in known} - {self._model})
+        weights = self._base_weights() if known else ""
+        others = sorted({stored[d.name]["model"] for d in known if stored[d.name].get("weights") != weights})
         if others:
             raise ConfigError(
-                f"{self._file} holds the scores of another untouched model ({', '.join(others)}) than {self._model}. "
-                "Use a new --run_dir."
+                f"{self._file} holds the scores of another untouched model: of {', '.join(others)} as it was then, and "
+                f"this run starts from {self._model} with other weights. Change it back, or use a new --run_dir."
             )
         if stored and len(known) < len(self._domains) and self._topology.rank == 0:
             names = ", ".join(domain.name for domain in self._domains if domain.name not in stored)
             log.warning("held-out domains %s are new: the untouched model was not measured on them; left out.", names)
-        return {
-            domain.name: DomainScore(
-                name=domain.name,
-                language=domain.language,
-                nats=np.asarray(stored[domain.name]["nats"]),
-                bytes=np.asarray(stored[domain.name]["bytes"]),
-            )
-            for domain in known
-        }
+        return {domain.name: DomainScore.from_json(domain.name, stored[domain.name]) for domain in known}
+
+
+def evidence_of(domain: str, lower_bound: float | None, settings: GuardSection, replay: ReplayLimits) -> Evidence:
+    """What the ladder is told of a domain; None as the bound is above every line."""
+    tolerance_percent, hard_limit_percent = settings.limits(domain)
+    share, largest_share = replay.shares.get(domain, (None, 1.0))
+    return Evidence(
+        domain=domain,
+        lower_bound=lower_bound,
+        tolerance_percent=tolerance_percent,
+        hard_limit_percent=hard_limit_percent,
+        share=share,
+        largest_share=largest_share,
+    )
 
 
 def free_scores_file(folder: Path, step: int) -> Path:

@@ -41,6 +41,11 @@ class Judgement:
     lower_bound: float
     """Decision bound of `delta_percent`: what is surely lost.  Never above `ci_low`; NaN if a score is not a number."""
 
+    @property
+    def decided_on(self) -> float | None:
+        """`lower_bound` as JSON can hold it, and as the ladder takes it: finite, or None for what is not a number."""
+        return None if math.isnan(self.lower_bound) else max(-100.0, self.lower_bound)
+
 
 def judge(now: DomainScore, baseline: DomainScore, num_tests: int = 1) -> Judgement:
     """Compare paired scores.

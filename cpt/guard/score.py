@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,17 @@ class DomainScore:
     def bits_per_byte(self) -> float:
         """Over the whole domain."""
         return bits_per_byte(self.nats, self.bytes)
+
+    @classmethod
+    def from_json(cls, name: str, plain: Mapping[str, Any]) -> DomainScore:
+        """Read what a baseline file holds of a domain."""
+        nats, num_bytes = as_floats(plain["nats"]), np.asarray(plain["bytes"])
+        return cls(name=name, language=plain["language"], nats=nats, bytes=num_bytes)
+
+
+def as_floats(plain: Sequence[float | None]) -> Floats:
+    """Stored scores; null stands for what is not a number."""
+    return np.asarray([math.nan if value is None else value for value in plain])
 
 
 def bits_per_byte(nats: Floats, num_bytes: Floats) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from cpt.errors import ConfigError
-from cpt.model.checksums import SUMS_FILE, damaged, known_sums, share, write_sums
+from cpt.model.checksums import SUMS_FILE, damaged, known_sums, sampled_hash, share, write_sums
 from cpt.state.tensor_writer import DirectoryWriter, Entry
 
 NAMES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -89,3 +90,15 @@ def test_ranks_share_all_files_evenly(world_size: int) -> None:
     assert sorted(file for part in parts for file in part) == sorted(sizes)
     loads = [sum(sizes[file] for file in part) for part in parts]
     assert max(loads) - min(loads) <= max(sizes.values())
+
+
+def test_sampled_hash_tells_weights_apart_and_reads_little(files: list[Path], tmp_path: Path) -> None:
+    before = sampled_hash(files)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    copies = [Path(shutil.copy(file, moved)) for file in files]
+    assert sampled_hash(reversed(copies)) == before
+    copies[1].write_bytes(bytes([1]) * 999 + b"\0")
+    assert sampled_hash(copies) != before
+    copies[1].write_bytes(bytes([1]) * 1001)
+    assert sampled_hash(copies) != before

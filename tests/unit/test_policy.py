@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cpt.config import GuardSection
 from cpt.errors import CptError
@@ -23,6 +25,7 @@ from cpt.guard.policy import (
     student_quantile,
 )
 from cpt.guard.score import DomainScore, bits_per_byte
+from cpt.telemetry.metrics import Telemetry
 
 NUM_TESTS = 60
 NUM_DOCUMENTS = 200
@@ -151,3 +154,35 @@ def test_domain_without_a_document_is_refused_by_name(tmp_path: Path) -> None:
     topology: Any = SimpleNamespace(rank=0)
     with pytest.raises(CptError, match="english"):
         Guard(data, config, topology, tmp_path)
+
+
+def test_baseline_of_other_weights_is_refused_wherever_the_model_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, baseline: DomainScore
+) -> None:
+    def guard_of(model: Path) -> Guard:
+        config: Any = SimpleNamespace(
+            guard=GuardSection(interval_steps=0),
+            model=SimpleNamespace(path=model),
+            train=SimpleNamespace(total_steps=1),
+            micro_batch_size=1,
+        )
+        return Guard(data, config, topology, tmp_path / "run")
+
+    def model_of(name: str, value: float) -> Path:
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((1000,), value)}, tmp_path / name / "model.safetensors")
+        return tmp_path / name
+
+    domain = SimpleNamespace(name="english", language="en", num_rows=1, content_hash="c")
+    data: Any = SimpleNamespace(held_out=(domain,))
+    topology: Any = SimpleNamespace(rank=0, control_group=None, place=SimpleNamespace(enter=lambda *_: None))
+    monkeypatch.setattr("cpt.guard.heldout.ScoredSet", lambda domain, _: domain)
+    monkeypatch.setattr("cpt.guard.heldout.score_domain", lambda *_, **__: baseline)
+    monkeypatch.setattr("cpt.guard.heldout.on_first_rank", lambda _, do: do())
+    engine: Any = None
+    guard_of(model_of("base", 1.0)).measure(0, engine, Telemetry(None))
+    moved = guard_of(model_of("moved", 1.0))
+    moved.measure_apart(1, engine)
+    assert moved.latest["english"].delta_percent == 0
+    with pytest.raises(CptError, match="another untouched model"):
+        guard_of(model_of("other", 1.5)).measure_apart(1, engine)
