@@ -7,6 +7,8 @@ prose, reference, code, mathematics and Harmony-like dialogue, then goes on with
 
     naive           Japanese alone
     replay N %      N percent of the tokens are the English of before, evenly over its five domains
+    KL N %          the same with the divergence from the base model on these rows added to the loss, weight 1
+    self N %        N percent of the tokens are text that the base model wrote (`cpt replay`)
     guard           starts with 1 % replay and is told nothing but the tolerance
 
 Every run is the product: `deepspeed cpt/run.py`, ZeRO, the mixture, the guard.  All measure the same held-out
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +52,32 @@ from data_pipeline.build import build  # noqa: E402
 from data_pipeline.schema import load_mix  # noqa: E402
 
 ENGLISH = {"prose": "en", "reference": "en", "code": "code", "math": "math", "chat": "en"}
-SHARES = {"naive": 0.0, **{f"replay {percent} %": percent / 100 for percent in (1, 5, 10, 25, 50)}, "guard": 0.01}
-"""Replay of each arm at its start."""
+SELF_WRITTEN = "self_written"
+SELF_WRITTEN_DOCUMENTS = 100
+"""Of each domain, of up to 128 tokens after the first 8: as much as an arm of 10 % reads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """One way to go on with Japanese."""
+
+    replay: float
+    """Share of the English tokens at the start."""
+    guard: bool = False
+    """Whether the guard measures on the way and acts."""
+    kl_weight: float = 0.0
+    """Weight of the divergence from the base model on English rows."""
+    self_written: bool = False
+    """Whether the English is the base model's own."""
+
+
+ARMS = {
+    "naive": Arm(replay=0.0),
+    **{f"replay {percent} %": Arm(replay=percent / 100) for percent in (1, 5, 10, 25, 50)},
+    **{f"KL {percent} %": Arm(replay=percent / 100, kl_weight=1.0) for percent in (10, 25)},
+    **{f"self {percent} %": Arm(replay=percent / 100, self_written=True) for percent in (10, 25)},
+    "guard": Arm(replay=0.01, guard=True),
+}
 TOLERANCE_PERCENT = 1.0
 EXIT_REQUEUE = 75
 SEQ_LEN = 512
@@ -74,7 +101,7 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "prove_guard")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time, of one thread each")
-    parser.add_argument("--arms", nargs="+", choices=list(SHARES), default=list(SHARES))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--pretrain_steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=150, help="of the continuation")
     parser.add_argument("--json", type=Path)
@@ -82,6 +109,11 @@ def main() -> None:
     options = parser.parse_args()
     prepare(options.work_dir)
     base = pretrain(options.work_dir, options.pretrain_steps)
+    arms = [ARMS[arm] for arm in options.arms]
+    if any(arm.kl_weight for arm in arms):
+        write_kl_targets(options.work_dir, base)
+    if any(arm.self_written for arm in arms):
+        write_self_replay(options.work_dir, base)
     planned = [(arm, seed) for seed in range(1, options.seeds + 1) for arm in options.arms]
     with ThreadPoolExecutor(options.parallel) as pool:
         folders = list(pool.map(lambda run: continue_on_japanese(options, base, *run), planned))
@@ -111,10 +143,11 @@ def prepare(work_dir: Path) -> None:
     (work_dir / "initial.part").rename(work_dir / "initial")
 
 
-def write_mix(work_dir: Path, name: str, *, seed: int, replay: float) -> Path:
-    """A mix whose English domains share `replay` evenly; Japanese has the rest."""
-    weights = {**dict.fromkeys(ENGLISH, replay / len(ENGLISH)), "japanese": 1 - replay}
-    sources = [
+def write_mix(work_dir: Path, name: str, *, seed: int, replay: float, self_written: bool = False) -> Path:
+    """A mix whose English domains share `replay` evenly, or which the base model wrote; Japanese has the rest."""
+    share = 0.0 if self_written else replay / len(ENGLISH)
+    weights = {**dict.fromkeys(ENGLISH, share), "japanese": 1 - replay}
+    sources: list[dict[str, Any]] = [
         {
             "name": domain,
             "language": ENGLISH.get(domain, "ja"),
@@ -125,39 +158,87 @@ def write_mix(work_dir: Path, name: str, *, seed: int, replay: float) -> Path:
         }
         for domain, weight in weights.items()
     ]
+    if self_written:
+        path = str(work_dir / SELF_WRITTEN / "plain.jsonl")
+        sources.append({"name": SELF_WRITTEN, "language": "en", "path": path, "kind": "self_replay", "weight": replay})
     path = work_dir / f"{name}.mix.yaml"
     path.write_text(yaml.safe_dump({"seq_len": SEQ_LEN, "seed": seed, "sources": sources}, sort_keys=False))
     return path
+
+
+def write_kl_targets(work_dir: Path, base: Path) -> None:
+    """What the base model predicts on the English training rows."""
+    if not (work_dir / "kl_targets").exists():
+        chosen = [argument for domain in ENGLISH for argument in ("--source", domain)]
+        command = ["targets", "--model", str(base), "--build", str(work_dir / "build"), *chosen, "--top_k", "16"]
+        replay_command(work_dir, "kl_targets", command)
+
+
+def write_self_replay(work_dir: Path, base: Path) -> None:
+    """Texts that the base model writes, and a build of the mix with them."""
+    if (work_dir / "build_self").exists():
+        return
+    prefixes = work_dir / "prefixes.jsonl"
+    lines = [(work_dir / "text" / f"{domain}.jsonl").read_text().splitlines() for domain in ENGLISH]
+    step = [len(documents) // SELF_WRITTEN_DOCUMENTS for documents in lines]
+    taken = [documents[:: step[i]][:SELF_WRITTEN_DOCUMENTS] for i, documents in enumerate(lines)]
+    prefixes.write_text("".join(f"{line}\n" for documents in taken for line in documents))
+    shutil.rmtree(work_dir / SELF_WRITTEN, ignore_errors=True)
+    drawn = ["--prefixes", str(prefixes), "--max_new_tokens", "128", "--temperature", "1"]
+    replay_command(work_dir, SELF_WRITTEN, ["--model", str(base), *drawn])
+    mix = write_mix(work_dir, "self", seed=0, replay=0.1, self_written=True)
+    build(load_mix(mix), work_dir / "build_self")
+
+
+def replay_command(work_dir: Path, out: str, arguments: list[str]) -> None:
+    """`cpt replay` with the small vocabulary."""
+    print(f"{time.strftime('%H:%M:%S')} cpt replay for {out}", flush=True)
+    script = ROOT / "bench" / "prove" / "guard_parts" / "command.py"
+    command = [sys.executable, str(script), "replay", *arguments, "--out", str(work_dir / out)]
+    with open(work_dir / f"{out}.log", "w", encoding="utf-8") as log:
+        subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True)
 
 
 def pretrain(work_dir: Path, steps: int) -> Path:
     """The small model after English, as a Hugging Face directory."""
     mix = write_mix(work_dir, "pretrain", seed=0, replay=1.0)
     train = {"total_steps": steps, "lr": 3e-3, "warmup_steps": 50, "schedule": "cosine"}
-    run_dir = launch(work_dir, "pretrain", work_dir / "initial", mix, train, {"enabled": False})
+    run_dir = launch(work_dir, "pretrain", work_dir / "initial", mix, train, {"enabled": False}, work_dir / "build")
     return next((run_dir / "export").glob("step-*"))
 
 
 def continue_on_japanese(options: argparse.Namespace, base: Path, arm: str, seed: int) -> Path:
     """One arm with one order of the data."""
     name = f"{arm.replace(' %', '').replace(' ', '-')}-{seed}"
-    mix = write_mix(options.work_dir, name, seed=seed, replay=SHARES[arm])
+    chosen = ARMS[arm]
+    mix = write_mix(options.work_dir, name, seed=seed, replay=chosen.replay, self_written=chosen.self_written)
     guard: dict[str, Any] = {"max_documents": 100, "tolerance_percent": TOLERANCE_PERCENT}
     guard["domains"] = {"japanese": {"tolerance_percent": 5.0}}  # fewer documents: it falls by tens of percent
-    if arm == "guard":
+    if chosen.guard:
         guard |= {"interval_steps": 10}
     train = {"total_steps": options.steps, "lr": 5e-4, "warmup_steps": 10, "schedule": "cosine"}
-    return launch(options.work_dir, name, base, mix, train, guard)
+    if chosen.kl_weight:
+        train |= {"kl_targets": str(options.work_dir / "kl_targets"), "kl_weight": chosen.kl_weight}
+    build_dir = options.work_dir / ("build_self" if chosen.self_written else "build")
+    return launch(options.work_dir, name, base, mix, train, guard, build_dir)
 
 
-def launch(work_dir: Path, name: str, model: Path, mix: Path, train: dict[str, Any], guard: dict[str, Any]) -> Path:
+def launch(
+    work_dir: Path,
+    name: str,
+    model: Path,
+    mix: Path,
+    train: dict[str, Any],
+    guard: dict[str, Any],
+    build_dir: Path,
+) -> Path:
     """Train through the launcher unless it is done; returns the run directory."""
     run_dir = work_dir / name
     if (run_dir / "done").exists():
         return run_dir
     run = {
         "model": {"path": str(model)},
-        "data": {"mix": str(mix), "build_dir": str(work_dir / "build")},
+        "data": {"mix": str(mix), "build_dir": str(build_dir)},
         "train": {"seq_len": SEQ_LEN, "global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": GLOBAL_BATCH_SIZE,
                   "dtype": "fp32", "threads": 1, **train},
         "guard": guard,
