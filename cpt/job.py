@@ -36,7 +36,7 @@ from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
-from cpt.progress import Progress, merged, read_guard_rollbacks, read_rollbacks, skipped_by
+from cpt.progress import Progress, Ranges, merged, newest_guard_state, read_guard_rollbacks, read_rollbacks, skipped_by
 from cpt.state.checkpoint import LoadedState, flat_ranges, load_checkpoint
 from cpt.state.leaving import leave_if_asked
 from cpt.state.original_router import watch_drift
@@ -51,13 +51,14 @@ from cpt.training.stability import Stability
 from data_pipeline.dataset import BuiltData
 from data_pipeline.ledger import Ledger, resume_ledger, same_weights
 from data_pipeline.mixture import GlobalBatch, Mixture
+from data_pipeline.schema import MixConfig
 
 log = logging.getLogger("cpt.job")
 
 
 @dataclass(kw_only=True)
 class Job:
-    """One run, ready to train; `ledger` and `mixture` change when the guard raises replay, nothing else is replaced."""
+    """One run, ready to train; `ledger` and `mixture` are replaced when the guard raises replay or a run goes back."""
 
     config: RunConfig
     run_dir: Path
@@ -65,6 +66,8 @@ class Job:
     data: BuiltData
     kl_targets: KLTargets | None
     """The base model's distributions for rows of some sources; None if the run does not ask for them."""
+    mix: MixConfig
+    """The data mix as the user wrote it; what the guard raised is in the ledger."""
     ledger: Ledger
     mixture: Mixture
     engine: TrainingEngine
@@ -95,7 +98,27 @@ class Job:
         """Mix with these weights from the next batch on: one more segment of the ledger, if they are others."""
         if not same_weights(self.ledger.segments[-1].weights, weights):
             self.ledger = self.ledger.reweigh(self.progress.next_batch, weights)
-            self.mixture = Mixture(self.data, self.ledger, self.mixture.seed)
+            self.mixture = Mixture(self.data, self.ledger, self.mix.seed)
+
+    def restore(self, loaded: LoadedState, skip_ranges: Ranges, *, accept_mix_change: bool) -> None:
+        """Go on from a checkpoint whose tensors were just loaded, without the batches of `skip_ranges`.
+
+        Raises:
+            ConfigError: the mix is another than the checkpoint's, and `accept_mix_change` is false.
+        """
+        saved, plain, group = Progress.from_json(loaded.state["progress"]), loaded.state, self.topology.control_group
+        self.saver.trust(loaded.step)
+        self.progress.restore(saved, skip_ranges)
+        self.stability.restore(plain.get("stability"))
+        self.engine.router_watch.restore(plain.get("router_load"))
+        deepspeed_internals.set_optimizer_step(self.engine.deepspeed, saved.updates)
+        rows, batch = self.data.manifest.row_hashes(), self.progress.next_batch
+        self.ledger = resume_ledger(plain["ledger"], self.mix, batch, accept_change=accept_mix_change, rows=rows)
+        self.mixture = Mixture(self.data, self.ledger, self.mix.seed)
+        if self.guard is not None:
+            states = on_first_rank(group, lambda: read_guard_rollbacks(self.run_dir))
+            self.guard.state = GuardState.from_json(newest_guard_state(plain.get("guard"), states))
+            self.reweigh(self.replay.weights(self.guard.state.shares))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides tensors."""
@@ -259,64 +282,43 @@ def assemble(
         if resume == "never"
         else load_checkpoint(run_dir, engine.deepspeed, topology, resume, set_aside=not observe)
     )
-    saver = Saver(run_dir, engine.deepspeed, topology, config.checkpoint)
-    rows = data.manifest.row_hashes()
     if loaded is None:
         if config.model.verify_checksums:
             verify_checksums(source, topology)
         fill_weights(engine, source)
-        progress, stability, ledger = Progress(), Stability(), Ledger.start(mix, rows)
     else:
-        progress, stability = _resumed(loaded, identity), Stability(loaded.state.get("stability"))
-        rollbacks = on_first_rank(topology.control_group, lambda: read_rollbacks(run_dir))
-        progress.skip_ranges = merged([*progress.skip_ranges, *skipped_by(rollbacks)])
-        deepspeed_internals.set_optimizer_step(engine.deepspeed, progress.updates)
-        engine.router_watch.restore(loaded.state.get("router_load"))
-        saver.trust(loaded.step)
-        ledger = resume_ledger(
-            loaded.state["ledger"], mix, progress.next_batch, accept_change=config.data.accept_mix_change, rows=rows
-        )
-    guard = Guard(data, config, topology, run_dir) if config.guard.enabled and data.held_out else None
-    replay = ReplayShares(mix, data, config.guard.max_replay_share)
-    if guard is not None and loaded is not None:
-        guard.state = GuardState.from_json(newest_guard_state(loaded.state.get("guard"), run_dir, topology))
-        wanted = replay.weights(guard.state.shares)
-        if not same_weights(ledger.segments[-1].weights, wanted):
-            ledger = ledger.reweigh(progress.next_batch, wanted)
+        check_identity(loaded, identity)
     if config.telemetry.router_interval_steps:
         watch_drift(engine, run_dir, untouched=loaded is None)
-    on_first_rank(topology.control_group, lambda: check_plan(config, data, mix, ledger, progress))
-    telemetry = (
-        Telemetry(None)
-        if observe
-        else together(topology.control_group, lambda: open_telemetry(config, run_dir, topology))
-    )
-    return Job(
+    ledger = Ledger.start(mix, data.manifest.row_hashes())
+    job = Job(
         config=config,
         run_dir=run_dir,
         topology=topology,
         data=data,
         kl_targets=kl_targets,
+        mix=mix,
         ledger=ledger,
         mixture=Mixture(data, ledger, mix.seed),
         engine=engine,
-        guard=guard,
-        replay=replay,
-        saver=saver,
-        telemetry=telemetry,
+        guard=Guard(data, config, topology, run_dir) if config.guard.enabled and data.held_out else None,
+        replay=ReplayShares(mix, data, config.guard.max_replay_share),
+        saver=Saver(run_dir, engine.deepspeed, topology, config.checkpoint),
+        telemetry=Telemetry(None),
         stop=stop,
-        progress=progress,
-        stability=stability,
+        progress=Progress(),
+        stability=Stability(),
         identity=identity,
         model_config=model_config.to_dict(),
     )
-
-
-def newest_guard_state(saved: dict[str, Any] | None, run_dir: Path, topology: Topology) -> dict[str, Any] | None:
-    """The guard's state of a checkpoint, or that of a later rollback to it which no checkpoint knows of yet."""
-    states = on_first_rank(topology.control_group, lambda: read_guard_rollbacks(run_dir))
-    known = (saved or {}).get("rollbacks", 0)
-    return states[-1] if len(states) > known else saved
+    if loaded is not None:
+        rollbacks = on_first_rank(topology.control_group, lambda: read_rollbacks(run_dir))
+        given_up = [*Progress.from_json(loaded.state["progress"]).skip_ranges, *skipped_by(rollbacks)]
+        job.restore(loaded, merged(given_up), accept_mix_change=config.data.accept_mix_change)
+    on_first_rank(topology.control_group, lambda: check_plan(config, data, mix, job.ledger, job.progress))
+    if not observe:
+        job.telemetry = together(topology.control_group, lambda: open_telemetry(config, run_dir, topology))
+    return job
 
 
 def open_telemetry(config: RunConfig, run_dir: Path, topology: Topology) -> Telemetry:
@@ -328,8 +330,12 @@ def open_telemetry(config: RunConfig, run_dir: Path, topology: Topology) -> Tele
     return Telemetry(run_dir / "metrics.jsonl", trackers_for(config, run_dir))
 
 
-def _resumed(loaded: LoadedState, identity: dict[str, Any]) -> Progress:
-    """The saved progress, refused if the run is no longer the same."""
+def check_identity(loaded: LoadedState, identity: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint if the run is no longer the same.
+
+    Raises:
+        ConfigError: naming every value that differs.
+    """
     saved = loaded.state["identity"]
     changed = [
         f"{loaded.folder.name} was trained with {key} {saved.get(key)}, now it is {value}."
@@ -340,4 +346,3 @@ def _resumed(loaded: LoadedState, identity: dict[str, Any]) -> Progress:
         advice = "Change it back, or start another run with a new --run_dir."
         raise ConfigError([*changed, advice])
     log.info("resuming from %s", loaded.folder)
-    return Progress.from_json(loaded.state["progress"])

@@ -108,6 +108,12 @@ def write_guard_rollbacks(run_dir: Path, states: list[dict[str, Any]]) -> None:
     _replace(run_dir, GUARD_FILE, states)
 
 
+def newest_guard_state(saved: dict[str, Any] | None, rollbacks: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The guard's state of a checkpoint, or that of a later guard's rollback to it which no checkpoint knows of yet."""
+    known = (saved or {}).get("rollbacks", 0)
+    return rollbacks[-1] if len(rollbacks) > known else saved
+
+
 def _replace(run_dir: Path, name: str, content: Sequence[dict[str, Any]]) -> None:
     temporary = run_dir / f".{name}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import logging
 import time
 
-from cpt import deepspeed_internals
 from cpt.errors import InternalError
 from cpt.job import Job
 from cpt.parallel.agreement import on_first_rank
 from cpt.progress import Progress, batch_of_step, merged, read_rollbacks, write_rollbacks
 from cpt.saving import publish
-from cpt.state.checkpoint import LoadedState, load_checkpoint
+from cpt.state.checkpoint import load_checkpoint
 from cpt.state.stored import list_steps
 from cpt.training.engine import StepResult
 from cpt.training.stability import LIMIT_IN_A_ROW, Limits
@@ -64,25 +63,6 @@ def describe(job: Job, batch: GlobalBatch, result: StepResult, limits: Limits) -
     return f"not finite at {values}; the update was skipped on all ranks ({counts}); rows {named}"
 
 
-def load_back(job: Job, resume: str) -> tuple[LoadedState, Progress]:
-    """Put a checkpoint's weights, moments, windows and router load in the place of a running job's.
-
-    Returns:
-        What else it holds, and its progress, which the caller restores with the batches that stay given up.
-
-    Raises:
-        CheckpointError: see `load_checkpoint`.
-    """
-    loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, resume)
-    assert loaded is not None
-    saved = Progress.from_json(loaded.state["progress"])
-    job.saver.trust(loaded.step)
-    job.stability.restore(loaded.state.get("stability"))
-    job.engine.router_watch.restore(loaded.state.get("router_load"))
-    deepspeed_internals.set_optimizer_step(job.engine.deepspeed, saved.updates)
-    return loaded, saved
-
-
 def roll_back(job: Job) -> None:
     """Load the newest verified checkpoint and give up the batches whose updates were skipped in a row.
 
@@ -105,9 +85,12 @@ def roll_back(job: Job) -> None:
     job.topology.place.enter("rollback", from_step)
     if not on_first_rank(group, lambda: list_steps(job.run_dir)):
         raise InternalError(f"{cause}, and there is no checkpoint to roll back to. {advice}")
-    loaded, saved = load_back(job, "auto")
+    loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, "auto")
+    assert loaded is not None
+    saved = Progress.from_json(loaded.state["progress"])
     given_up = (max(first_batch, saved.next_batch), last_batch)  # a checkpoint of the streak itself has consumed some
-    job.progress.restore(saved, merged([*progress.skip_ranges, *saved.skip_ranges, given_up]))
+    # the mix of this run was accepted when it started
+    job.restore(loaded, merged([*progress.skip_ranges, *saved.skip_ranges, given_up]), accept_mix_change=True)
     record = {"from_step": from_step, "to_step": progress.step}
     record |= {"first_batch": given_up[0], "last_batch": given_up[1]}
     on_first_rank(group, lambda: write_rollbacks(job.run_dir, [*rollbacks, record]))

@@ -18,16 +18,14 @@ from typing import NoReturn
 
 from cpt.config import GuardSection
 from cpt.errors import ConfigError, RequeueRequested
-from cpt.guard.heldout import Guard, ReplayLimits
+from cpt.guard.heldout import Guard, ReplayLimits, evidence_of
 from cpt.guard.ladder import Decision, Evidence, GuardState, after_pause
 from cpt.job import Job
 from cpt.parallel.agreement import on_first_rank
 from cpt.progress import batch_of_step, read_guard_rollbacks, write_guard_rollbacks
-from cpt.recovery import load_back
 from cpt.saving import end, final_save
+from cpt.state.checkpoint import load_checkpoint
 from cpt.state.stored import list_steps
-from data_pipeline.ledger import Ledger
-from data_pipeline.mixture import Mixture
 
 log = logging.getLogger("cpt.guard")
 
@@ -117,7 +115,9 @@ def go_on_after_pause(job: Job) -> None:
     states = on_first_rank(group, lambda: read_guard_rollbacks(job.run_dir))
     on_first_rank(group, lambda: write_guard_rollbacks(job.run_dir, [*states, state.to_json()]))
     if there:
-        _load(job, str(back))
+        loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, str(back))
+        assert loaded is not None
+        job.restore(loaded, job.progress.skip_ranges, accept_mix_change=True)  # accepted when this run started
     guard.state = state
     job.reweigh(job.replay.weights(state.shares))
     event = {"event": "guard_rollback", "step": job.progress.step, "from_step": from_step, "reason": paused.paused}
@@ -129,25 +129,7 @@ def go_on_after_pause(job: Job) -> None:
 
 def suffering(paused: GuardState, settings: GuardSection, limits: ReplayLimits) -> list[Evidence]:
     """The domains that were over their line when the run paused."""
-    return [
-        Evidence(
-            domain=name,
-            lower_bound=None,
-            tolerance_percent=settings.limits(name)[0],
-            hard_limit_percent=settings.limits(name)[1],
-            share=limits.shares[name][0],
-            largest_share=limits.shares[name][1],
-        )
-        for name in paused.over
-        if name in limits.shares
-    ]
-
-
-def _load(job: Job, step: str) -> None:
-    loaded, saved = load_back(job, step)
-    job.progress.restore(saved, job.progress.skip_ranges)
-    job.ledger = Ledger.from_json(loaded.state["ledger"])
-    job.mixture = Mixture(job.data, job.ledger, job.mixture.seed)
+    return [evidence_of(name, None, settings, limits) for name in paused.over if name in limits.shares]
 
 
 def shares_for_people(shares: Mapping[str, float]) -> str:

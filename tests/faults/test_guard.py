@@ -106,3 +106,23 @@ def test_paused_run_goes_back_to_where_all_was_well(workplace: Path, paused: Ser
     assert state["ledger"]["segments"][-1]["start_step"] == green
     assert state["progress"]["step"] == green + 2 and list_steps(run.run_dir)[0] == green + 2
     assert main(["guard", "replay", "--run_dir", str(run.run_dir)]) == 0
+
+
+@pytest.mark.case("N3", "guard and mix go back with the weights: what the lost steps decided is decided anew")
+def test_rollback_takes_back_what_the_guard_did_since_the_checkpoint(workplace: Path, paused: Service) -> None:
+    raised = next(decision for decision in paused.events("guard_decision") if decision["after"]["shares"])["step"]
+    saved = ("--set", f"checkpoint.interval_steps={raised - 2}")
+    fault = ",".join(f"forward:1:{step}:nan" for step in (raised + 1, raised + 2, raised + 3))
+    code, run = run_to_end(workplace, "lost", *saved, "--set", f"train.stop_at_step={raised + 4}", fault=fault)
+    assert code == 0, run.output
+    (rollback,) = run.events("rollback")
+    assert (rollback["from_step"], rollback["to_step"]) == (raised + 3, raised - 2)
+    first, second = (decision for decision in run.events("guard_decision") if decision["step"] == raised)
+    assert [first[key] for key in ("before", "evidence", "after")] == [
+        second[key] for key in ("before", "evidence", "after")
+    ]
+    segments = read_manifest(step_folder(run.run_dir, raised + 4)).state["ledger"]["segments"]
+    assert [segment["start_step"] for segment in segments][:2] == [0, raised + 3]  # the first batch not given up
+    code, run = run_to_end(workplace, "lost", *saved, "--set", f"train.stop_at_step={raised + 5}")
+    assert code == 0, run.output
+    assert main(["guard", "replay", "--run_dir", str(run.run_dir)]) == 0
