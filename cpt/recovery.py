@@ -22,8 +22,11 @@ from data_pipeline.mixture import GlobalBatch
 log = logging.getLogger("cpt.recovery")
 
 
-def after_step(job: Job, batch: GlobalBatch, result: StepResult) -> None:
+def after_step(job: Job, batch: GlobalBatch, result: StepResult) -> bool:
     """Judge the step just counted in `job.progress`; a step that is not sound is logged with its row ids.
+
+    Returns:
+        Whether the run went back to a checkpoint.
 
     Raises:
         InternalError: `LIMIT_IN_A_ROW` updates in a row were skipped, and the run cannot or may not roll back.
@@ -32,7 +35,7 @@ def after_step(job: Job, batch: GlobalBatch, result: StepResult) -> None:
     verdict = job.stability.judge(result.loss, result.grad_norm, applied=result.applied)
     job.progress.updates += result.applied
     if verdict == "sound":
-        return
+        return False
     event = {"event": "spike" if verdict == "spike" else "skipped_update", "step": job.progress.step}
     values = {"loss": result.loss, "grad_norm": result.grad_norm, "rows": row_ids(job, batch)}
     if verdict == "spike":
@@ -44,6 +47,7 @@ def after_step(job: Job, batch: GlobalBatch, result: StepResult) -> None:
         log.warning("%s", describe(job, batch, result, limits))
     if verdict == "rollback":
         roll_back(job)
+    return verdict == "rollback"
 
 
 def row_ids(job: Job, batch: GlobalBatch) -> list[str]:

@@ -73,7 +73,7 @@ def train(job: Job) -> None:
             log_waits(job, event["seconds"])
             if result.router is not None:
                 job.telemetry.log(router_event(progress.step, result.router, job.data.languages))
-            after_step(job, batch, result)
+            went_back = after_step(job, batch, result)
             collect(progress.step)
             bar.set_postfix_str(f"loss {result.loss:.3f}, {event['tokens_per_second']:.0f} tokens/s")
             bar.update(progress.step - bar.n)
@@ -84,6 +84,8 @@ def train(job: Job) -> None:
                 break  # a request to stop is obeyed by being done
             if result.votes.stop:
                 leave(job)
+            if went_back:
+                continue  # this step was measured and saved when it was done
             if is_due(progress.step, job.config.guard.interval_steps) and not measure(job, job.stop):
                 leave(job)
             # a checkpoint between skipped updates would hold nothing new, and be what a rollback finds

@@ -60,14 +60,22 @@ class Curve:
     """(2,) intercept and slope."""
     covariance: npt.NDArray[np.float64]
     """(2, 2), with the misfit of the curve in it."""
+    misfit: float
+    """Mean square of the probes' distances from the curve, in squares of their standard errors; at least 1."""
     degrees: int
     """Probes less 2."""
 
-    def at(self, share: float) -> tuple[float, float]:
-        """Mean and half width of the 95 % interval of the change at a share of replay."""
+    def at(self, share: float, own_error: float = 0.0) -> tuple[float, float]:
+        """Mean and half width of the 95 % interval of the change at a share of replay.
+
+        Args:
+            share: Of replay.
+            own_error: 0 for the curve itself; for a single run, the standard error of its measurement.
+        """
         x = np.asarray([1.0, math.log(share)])
         quantile = student_quantile((1 - CONFIDENCE) / 2, max(1, self.degrees))
-        return float(x @ self.coefficients), quantile * math.sqrt(float(x @ self.covariance @ x))
+        variance = float(x @ self.covariance @ x) + self.misfit * own_error**2
+        return float(x @ self.coefficients), quantile * math.sqrt(variance)
 
 
 def fit(shares: Sequence[float], changes: Sequence[float], errors: Sequence[float]) -> Curve:
@@ -78,7 +86,8 @@ def fit(shares: Sequence[float], changes: Sequence[float], errors: Sequence[floa
     coefficients = covariance @ (x.T @ (weight * y))
     degrees = len(shares) - 2
     misfit = float((weight * (y - x @ coefficients) ** 2).sum() / degrees) if degrees else 1.0
-    return Curve(coefficients=coefficients, covariance=covariance * max(1.0, misfit), degrees=degrees)
+    misfit = max(1.0, misfit)
+    return Curve(coefficients=coefficients, covariance=covariance * misfit, misfit=misfit, degrees=degrees)
 
 
 def read_probe(run_dir: Path) -> Probe:
@@ -187,7 +196,8 @@ def _left_out(probes: Sequence[Probe], one: Probe) -> list[dict[str, Any]]:
     others = [probe for probe in probes if probe is not one]
     checks = []
     for domain in one.change:
-        mean, half = _fit(others, domain).at(one.replay_share)
+        error = max(one.change[domain][1], LEAST_ERROR_PERCENT)
+        mean, half = _fit(others, domain).at(one.replay_share, own_error=error)
         checks.append({"probe": one.name, "share": one.replay_share, "domain": domain, "predicted": mean, "half": half,
                        "measured": one.change[domain][0]})  # fmt: skip
     return checks

@@ -44,7 +44,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mix.yaml").write_text(yaml.safe_dump(mix))
     run["model"] = {"path": str(export)}
     run["train"] |= {"total_steps": 80, "lr": 5e-3, "warmup_steps": 20}
-    run["checkpoint"] |= {"interval_steps": 2}
+    run["checkpoint"] |= {"interval_steps": 4}
     run["guard"] = {"interval_steps": 2, "tolerance_percent": TOLERANCE_PERCENT, "hard_limit_percent": 13.0,
                     "max_replay_share": 0.1, "patience": 1, "pause_after": 2}  # fmt: skip
     run["telemetry"] = {}
