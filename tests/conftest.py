@@ -1,7 +1,8 @@
 """Shared by all tests: which of them run, and the table of fault cases.
 
-`pytest` runs everything but the slow part of tests/faults and says how many tests it left out.  `pytest --faults` runs
-every test that shows a case of docs/reliability.md, wherever it lives.  Naming tests/faults runs what is named.
+`pytest` runs everything but the slow tests of fault cases (those of tests/faults that are not marked `quick`, those of
+other folders that are marked `slow`) and says how many it left out.  `pytest --faults` runs every test that shows a
+case of docs/reliability.md, wherever it lives.  Naming tests/faults runs what is named.
 """
 
 from __future__ import annotations
@@ -37,12 +38,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     elif any("faults" in argument for argument in config.invocation_params.args):
         return
     else:
-        kept = [item for item in items if FAULTS not in item.path.parents or item.get_closest_marker("quick")]
+        kept = [item for item in items if not is_slow(item)]
     left_out = [item for item in items if item not in set(kept)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
-    config.stash[LEFT_OUT] = sum(FAULTS in item.path.parents for item in left_out)
+    config.stash[LEFT_OUT] = sum(is_slow(item) for item in left_out)
+
+
+def is_slow(item: pytest.Item) -> bool:
+    """Whether a test is left to `make faults`."""
+    if FAULTS in item.path.parents:
+        return item.get_closest_marker("quick") is None
+    return item.get_closest_marker("slow") is not None
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -200,7 +200,8 @@ def replay_command(work_dir: Path, out: str, arguments: list[str]) -> None:
     script = ROOT / "bench" / "prove" / "guard_parts" / "command.py"
     command = [sys.executable, str(script), "replay", *arguments, "--out", str(work_dir / out)]
     with open(work_dir / f"{out}.log", "w", encoding="utf-8") as log:
-        subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True)
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the runs, so that both cores can be used at once
+        subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=one_thread, check=True)
 
 
 def pretrain(work_dir: Path, steps: int) -> Path:

@@ -84,7 +84,6 @@ def test_rank_that_sleeps_is_named_by_its_place(workplace) -> None:
     run.check_no_secret()
 
 
-@pytest.mark.quick
 @pytest.mark.case("H2", "line and event with rank, phase and ratio; the run goes on")
 @pytest.mark.case("X4", "absent from log and crash output")
 @pytest.mark.case("H3", "all ranks exit within 20 s with the code of the cause, which comes first in the log")

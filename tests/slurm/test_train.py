@@ -52,6 +52,7 @@ def robbed(cluster: Cluster, slurm_workplace: Path, undisturbed: int) -> int:
     return submit_training(cluster, slurm_workplace, "robbed", "--gpus-per-node=2", **faults)
 
 
+@pytest.mark.slow
 @pytest.mark.case("S6", "all ranks save and stop, no orphan, the job is not called done; the cap on restarts holds")
 def test_ranks_that_lost_their_launcher_save_and_nothing_is_left(cluster, slurm_workplace, robbed) -> None:
     run_dir = slurm_workplace / "robbed"
