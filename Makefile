@@ -33,6 +33,7 @@ bench: $(READY)
 
 # slow proofs: memory at full length, memory of loading
 prove: $(READY)
+	python -m pytest -m slow tests/dist
 	for script in bench/prove/*.py; do python $$script || exit 1; done
 
 # parallel Japanese/English documentation from Debian packages, with licences; a Debian machine with a package mirror

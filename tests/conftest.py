@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--faults"):
         kept = [item for item in items if item.get_closest_marker("case")]
-    elif any("faults" in argument for argument in config.invocation_params.args):
+    elif config.getoption("markexpr") == "slow" or any("faults" in a for a in config.invocation_params.args):
         return
     else:
         kept = [item for item in items if not is_slow(item)]

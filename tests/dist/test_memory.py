@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.launcher import ROOT, launch
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 WITHIN = 0.15
 
