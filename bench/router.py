@@ -17,7 +17,6 @@ import argparse
 import functools
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -97,9 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")  # DeepSpeed's own calls
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = measuring.free_port()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update(alone)
     case = Case(

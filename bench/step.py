@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -44,10 +43,8 @@ class Contender:
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self._folder = case, folder
         folder.mkdir()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        port = measuring.free_port()
+        shared = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         shared |= {"LOCAL_WORLD_SIZE": str(case.ranks), "OMP_NUM_THREADS": str(case.threads)}
         self._log = open(folder / "log.txt", "w", encoding="utf-8")  # noqa: SIM115 (lives as long as the processes)
         self._processes = []

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -41,9 +40,7 @@ WAYS = ("no checkpointing", "recompute", "keep")
 
 def compare(layer: Layer, *, rounds: int, threads: int, clock: str) -> dict[str, Any]:
     """The first rank's figures: per way median seconds, peak bytes and bytes it sends to the other rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = measuring.free_port()
     given = {**asdict(layer), "device": "cpu", "rounds": rounds, "threads": threads, "clock": clock}
     processes = []
     for rank in range(RANKS):

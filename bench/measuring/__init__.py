@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import platform
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -94,6 +95,13 @@ def _resident(field: str) -> int:
 def _kibibytes(path: Path, field: str) -> int:
     line = next(line for line in path.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
+
+
+def free_port() -> str:
+    """A port of this machine that nobody listens on now, as MASTER_PORT."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def publish(report: dict[str, Any], options: argparse.Namespace, draw: Callable[[dict[str, Any]], str]) -> None:
