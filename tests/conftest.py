@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def is_slow(item: pytest.Item) -> bool:
-    """Whether a test is left to `make faults`."""
+    """Whether a test is left to `make faults` or `make prove`."""
     if FAULTS in item.path.parents:
         return item.get_closest_marker("quick") is None
     return item.get_closest_marker("slow") is not None
