@@ -6,6 +6,8 @@ Decisions
     *different* experts over the whole world as if they were replicas, without an error.
     Sequence parallelism is never told to DeepSpeed: to the engine every rank is a data-parallel rank.
     A ZeRO shard is reported as a contiguous range of the flattened parameter, whatever the stage.
+    State on NVMe is host memory to the engine, and that memory is a file (cpt/file_memory.py).  DeepSpeed's own swapper
+    holds such state in files of which it reads a group at a time: no save, resume or gradient norm would see it.
 
 Read in deepspeed 0.19.8: runtime/engine.py (`_configure_distributed_model`, `_configure_zero_optimizer`),
 runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py, utils/groups.py, utils/tensor_fragment.py.
@@ -14,9 +16,10 @@ runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py, utils/groups.py, utils/te
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -25,13 +28,18 @@ import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime import zero
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
 from torch import nn
 
 from cpt.errors import ConfigError, InternalError
+from cpt.file_memory import FileMemory
 
 TESTED_VERSIONS = ("0.19.8",)
 MOMENTS = ("exp_avg", "exp_avg_sq")
+OFFLOADS = ("offload_optimizer", "offload_param")
+HOST_STATE_BYTES = 4 * (1 + len(MOMENTS) + 2)
+"""Per trained parameter, fp32: master weight, moments, and the gradient twice: as it adds up and as Adam reads it."""
 
 ExpertLayerBase = AutoEPMoELayer
 """The class by which the engine knows an expert layer; subclasses must not call its constructor."""
@@ -122,7 +130,102 @@ class _EmptyInit(zero.Init):  # type: ignore[misc]
 
 def materialise_partitioned(model: nn.Module, engine_json: dict[str, Any], dtype: torch.dtype) -> None:
     """Give every parameter of a meta model its uninitialised ZeRO-3 part on this rank; call it on all ranks."""
-    _EmptyInit(module=model, config_dict_or_path=engine_json, dtype=dtype)
+    _EmptyInit(module=model, config_dict_or_path=_on_host(engine_json), dtype=dtype)
+
+
+def file_bytes(model: nn.Module, engine_json: dict[str, Any]) -> dict[str, int]:
+    """Bytes of this rank's state that goes to NVMe, by key of the JSON; the model's parameters are partitioned."""
+    partitions = [(p.ds_tensor.numel(), p.ds_tensor.dtype.itemsize, p.requires_grad) for p in model.parameters()]  # type: ignore[attr-defined]
+    sizes = {
+        "offload_optimizer": sum(HOST_STATE_BYTES * numel for numel, _, trained in partitions if trained),
+        "offload_param": sum(numel * itemsize for numel, itemsize, _ in partitions),
+    }
+    return {name: size for name, size in sizes.items() if name in nvme_paths(engine_json)}
+
+
+def nvme_paths(engine_json: dict[str, Any]) -> dict[str, Path]:
+    """The folders for state on NVMe, by key of the JSON."""
+    blocks = {name: engine_json["zero_optimization"].get(name, {}) for name in OFFLOADS}
+    return {name: Path(block["nvme_path"]) for name, block in blocks.items() if block.get("device") == "nvme"}
+
+
+def _on_host(engine_json: dict[str, Any]) -> dict[str, Any]:
+    """The JSON for DeepSpeed, to which state on NVMe is state on the host."""
+    on_host = {name: {"device": "cpu"} for name in nvme_paths(engine_json)}
+    return {**engine_json, "zero_optimization": {**engine_json["zero_optimization"], **on_host}}
+
+
+def initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, engine_json: dict[str, Any], files: dict[str, FileMemory]
+) -> Any:
+    """The engine.
+
+    Args:
+        files: The memory of the state that goes to NVMe, of the sizes that `file_bytes` says.
+    """
+    with _optimizer_state_in(files.get("offload_optimizer")):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_on_host(engine_json))
+    if "offload_optimizer" in files:
+        _move_gradients(engine.optimizer, files["offload_optimizer"])
+        create_optimizer_state(engine, files["offload_optimizer"].zeros_like)
+    if "offload_param" in files:
+        _move_weights(engine, files["offload_param"])
+    return engine
+
+
+@contextmanager
+def _optimizer_state_in(memory: FileMemory | None) -> Iterator[None]:
+    """Let an engine that is built meanwhile take master weights and their gradients from `memory`.
+
+    They are never in other memory, not even while the engine is built: they might not fit.
+    """
+    if memory is None:
+        yield
+        return
+
+    def create_masters(zero: Any) -> None:
+        for half, ids in zip(zero.fp16_partitioned_groups_flat, zero.fp16_partitioned_groups_flat_id, strict=True):
+            master = memory.zeros(half.numel(), torch.float32).copy_(half).requires_grad_()
+            master.ds_id = f"{ids[0]}_{ids[-1]}"  # type: ignore[attr-defined]
+            zero.fp32_partitioned_groups_flat.append(master)
+        zero.subgroup_to_device = dict.fromkeys(range(len(zero.fp32_partitioned_groups_flat)), "cpu")
+        for group in zero.optimizer.param_groups:
+            group["params"] = []  # DeepSpeed fills them in before a step
+
+    def create_gradients(zero: Any) -> None:
+        for master in zero.fp32_partitioned_groups_flat:
+            master.grad = memory.zeros_like(master)
+
+    ours = {"_create_fp32_partitions": create_masters, "initialize_optimizer_states": create_gradients}
+    theirs = {name: getattr(DeepSpeedZeroOptimizer_Stage3, name) for name in ours}
+    try:
+        for name, method in ours.items():
+            setattr(DeepSpeedZeroOptimizer_Stage3, name, method)
+        yield
+    finally:
+        for name, method in theirs.items():
+            setattr(DeepSpeedZeroOptimizer_Stage3, name, method)
+
+
+def _move_gradients(zero: Any, memory: FileMemory) -> None:
+    """The buffer in which gradients add up over the accumulation steps."""
+    zero.grad_partitions_flat_buffer = memory.zeros_like(zero.grad_partitions_flat_buffer)
+    views = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+    for key, view in views.items():
+        views[key] = zero.grad_partitions_flat_buffer.narrow(0, view.storage_offset(), view.numel())
+
+
+def _move_weights(engine: Any, memory: FileMemory) -> None:
+    """This rank's partitions: those that are trained lie side by side by group, then the frozen ones."""
+    zero = engine.optimizer
+    frozen = [parameter for parameter in engine.module.parameters() if not parameter.requires_grad]
+    zero.param_groups_fp16_flat_cpu_memory.clear()
+    for index, parameters in enumerate([*zero.fp16_groups, frozen]):
+        flat, views = memory.copies([parameter.ds_tensor for parameter in parameters])
+        for parameter, view in zip(parameters, views, strict=True):
+            parameter.ds_tensor.data = view
+        if index < len(zero.fp16_groups):
+            zero.fp16_partitioned_groups_flat[index] = flat
 
 
 def is_expert(parameter: nn.Parameter) -> bool:
@@ -146,7 +249,7 @@ class LocalShard:
     frozen parameter `master` alone, in the working dtype: there is no other copy."""
 
 
-def create_optimizer_state(engine: Any) -> None:
+def create_optimizer_state(engine: Any, zeros_like: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like) -> None:
     """Give every flat partition Adam moments if it has none, as the first optimizer step would.
 
     DeepSpeed creates the state lazily; a checkpoint is loaded, and step 0 is saved, before that step.
@@ -157,7 +260,7 @@ def create_optimizer_state(engine: Any) -> None:
             inner.state[flat] = {
                 # a fused optimizer hands the step to its kernel, so it lives where the partition lives
                 "step": torch.zeros((), device=flat.device if inner.defaults.get("fused") else "cpu"),
-                **{key: torch.zeros_like(flat) for key in MOMENTS},
+                **{key: zeros_like(flat) for key in MOMENTS},
             }
 
 
@@ -182,7 +285,7 @@ def state_tensors(engine: Any) -> dict[str, list[torch.Tensor]]:
     whole = [p.data for p in parameters if p.data.numel() == p.ds_numel]  # small ones are never partitioned
     return {
         "weights": [*(p.ds_tensor.data for p in parameters), *whole],
-        "gradients": [zero.grad_partitions_flat_buffer],
+        "gradients": [zero.grad_partitions_flat_buffer, *(m.grad for m in masters if m.grad is not None)],
         "optimizer": [*masters, *moments],
     }
 

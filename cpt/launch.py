@@ -21,7 +21,7 @@ from cpt.continuations import print_continuations
 from cpt.errors import ConfigError
 from cpt.feed import check_mix
 from cpt.job import Job, assemble
-from cpt.memory import memory_by_part, memory_table
+from cpt.memory import memory_tables
 from cpt.model import attention
 from cpt.model.freezing import freeze_problems, frozen_names, parameter_numels
 from cpt.model.weights import load_config
@@ -57,7 +57,7 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
     if options.dry_run:
         if os.environ["RANK"] == "0":
             print(describe(config, model_config, run_dir, options.resume))
-            print(memory_table(memory_by_part(config, model_config)))
+            print(memory_tables(config, model_config))
             print(describe_data(config))
         return
     device = this_device(config)

@@ -95,16 +95,23 @@ def device_memory(
     return parts
 
 
-def host_memory(config: RunConfig, model: GptOssConfig, counts: ParameterCounts) -> dict[str, int]:
-    """Bytes that offloading takes of the host, for one rank; state on NVMe is left out."""
+def host_memory(config: RunConfig, model: GptOssConfig, counts: ParameterCounts, place: str = "cpu") -> dict[str, int]:
+    """Bytes that offloading takes for one rank, by part.
+
+    Args:
+        place: `cpu`, host memory, or `nvme`, files: the value of the key `device` of an offload block.
+    """
     itemsize = 2 if config.train.dtype == "bf16" else 4
     trained = (counts.trained_dense + counts.trained_experts) // config.world_size
-    zero, parts = config.engine_json["zero_optimization"], {}
-    if zero.get("offload_optimizer", {}).get("device") == "cpu":
-        parts["optimizer"], parts["gradients"] = 12 * trained, 4 * trained
-    if zero.get("offload_param", {}).get("device") == "cpu":
+    zero = config.engine_json["zero_optimization"]
+    parts: dict[str, int] = {}
+    if zero.get("offload_optimizer", {}).get("device") == place:
+        # ZeRO-3 has gradients twice: as they add up, and in fp32 as Adam reads them
+        copies = 2 if config.zero_stage == 3 else 1
+        parts["optimizer"], parts["gradients"] = 12 * trained, WIDE * copies * trained
+    if zero.get("offload_param", {}).get("device") == place:
         parts["weights"] = itemsize * ((counts.dense + counts.experts) // config.world_size)
-    if config.model.offload_checkpoints:
+    if config.model.offload_checkpoints and place == "cpu":
         parts["layer inputs"] = model.num_hidden_layers * _layer_input(model, config, itemsize)
     return parts
 
@@ -282,9 +289,20 @@ def _layer_input(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:
     return itemsize * (config.micro_batch_size * config.train.seq_len // config.sp_size) * model.hidden_size
 
 
-def memory_table(parts: dict[str, Any]) -> str:
-    """The parts and their sum, for people."""
+def memory_tables(config: RunConfig, model: GptOssConfig) -> str:
+    """What one rank will take, for people: on its device and, if state is offloaded, elsewhere."""
+    counts = count_parameters(model, config.train.freeze)
+    places = {
+        "memory": device_memory(config, model, counts),
+        "host memory": host_memory(config, model, counts),
+        "NVMe space": host_memory(config, model, counts, "nvme"),
+    }
+    return "\n".join(_table(place, parts) for place, parts in places.items() if parts)
+
+
+def _table(place: str, parts: dict[str, Any]) -> str:
+    """The parts and their sum."""
     width = max(map(len, parts))
     lines = [f"  {name:<{width}}  {size / GIB:9.2f} GiB" for name, size in parts.items() if size]
     total = f"  {'sum':<{width}}  {sum(parts.values()) / GIB:9.2f} GiB"
-    return "\n".join(["memory of one rank (estimate, see cpt/memory.py)", *lines, total])
+    return "\n".join([f"{place} of one rank (estimate, see cpt/memory.py)", *lines, total])

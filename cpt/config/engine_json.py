@@ -40,13 +40,6 @@ KNOWN_KEYS = (
 """Top-level keys of the DeepSpeed JSON that this project accepts: DeepSpeed itself ignores a misspelt one."""
 
 OFFLOADS = ("offload_optimizer", "offload_param")
-ON_NVME = {
-    "offload_optimizer": "DeepSpeed then keeps master weights, moments and gradients in swap files between and during "
-    "steps, while checkpoints and the check of the gradient norm read them in memory",
-    "offload_param": "DeepSpeed then keeps this rank's weights in swap files, while a resume writes them, and a "
-    "checkpoint reads frozen ones, in memory",
-}
-"""Why state on NVMe is refused, by key."""
 KNOWN_ZERO_KEYS = (
     "stage",
     *OFFLOADS,
@@ -111,12 +104,7 @@ def json_problems(file: Located) -> list[str]:
             for key in zero
             if key not in KNOWN_ZERO_KEYS
         ]
-        problems += [
-            f'{file.where(("zero_optimization", name, "device"))} is "nvme": {ON_NVME[name]}, so the state could '
-            'neither be saved nor resumed. Use "cpu", and more GPUs if the host\'s memory is too small.'
-            for name in OFFLOADS
-            if isinstance(zero.get(name), dict) and zero[name].get("device") == "nvme"
-        ]
+        problems += _nvme_problems(file, zero)
     if file.value.get("zero_force_ds_cpu_optimizer", False) is not False:
         problems.append(
             f"{file.where(('zero_force_ds_cpu_optimizer',))} is "
@@ -140,6 +128,30 @@ def json_problems(file: Located) -> list[str]:
     if isinstance(file.value.get("expert_parallel", {}), dict):
         reader.read(ExpertParallelJson, file.value.get("expert_parallel", {}), ("expert_parallel",))
     return problems + reader.problems
+
+
+def _nvme_problems(file: Located, zero: dict[str, Any]) -> list[str]:
+    """What is wrong with state on NVMe."""
+    problems, on_nvme = [], False
+    for name in OFFLOADS:
+        block = zero.get(name)
+        if not isinstance(block, dict) or block.get("device") != "nvme":
+            continue
+        on_nvme = True
+        path = file.where(("zero_optimization", name, "nvme_path"))
+        if not isinstance(block.get("nvme_path"), str):
+            problems.append(f"{path} is {json.dumps(block.get('nvme_path'))}, must be a folder on a disk of each node.")
+        problems += [
+            f"{file.where(('zero_optimization', name, key))} has no effect on state on NVMe: the files are mapped into "
+            "memory, and the kernel decides what of them is there. Remove it."
+            for key in block
+            if key not in ("device", "nvme_path")
+        ]
+    if on_nvme and zero.get("stage") != 3:
+        problems.append(f"{file.where(('zero_optimization', 'stage'))} is {zero.get('stage')}; NVMe needs 3.")
+    if on_nvme and "aio" in file.value:
+        problems.append(f"{file.where(('aio',))} has no effect: state on NVMe is mapped into memory. Remove it.")
+    return problems
 
 
 def _malformed_blocks(file: Located, block: dict[str, Any], path: KeyPath, names: Iterable[str]) -> list[str]:

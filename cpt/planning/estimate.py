@@ -38,6 +38,8 @@ class Estimate:
     """Device bytes by part."""
     host: dict[str, int]
     """Host bytes by part, of one rank."""
+    nvme: dict[str, int]
+    """Bytes by part in files on NVMe, of one rank."""
     wire: dict[str, Wire]
     """Bytes that one rank sends in one step, by kind."""
     flops: TokenFlops
@@ -95,6 +97,7 @@ def estimate(
         config=config,
         memory=memory,
         host=host,
+        nvme=host_memory(config, model, counts, "nvme"),
         wire=wire,
         flops=flops,
         seconds=seconds,

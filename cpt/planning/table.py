@@ -21,6 +21,8 @@ def comparison(columns: dict[str, Estimate], gpu: Gpu, assumed: Assumptions) -> 
     lines.append(("  sum", [f"{sum(one.memory.values()) / GIB:.2f} of {room / GIB:.1f}" for one in estimates]))
     if any(one.host for one in estimates):
         lines.append(("  host, offloaded", [f"{sum(one.host.values()) / GIB:.2f}" for one in estimates]))
+    if any(one.nvme for one in estimates):  # how fast a node's disks are is not known
+        lines.append(("  NVMe, its time not counted", [f"{sum(one.nvme.values()) / GIB:.2f}" for one in estimates]))
     lines.append(("  fits", ["yes" if one.fits else "NO" for one in estimates]))
     lines.append(("sent by one rank in a step, GB inside / between nodes", []))
     for kind in KINDS:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -28,9 +27,11 @@ from cpt import deepspeed_internals
 from cpt.config import RunConfig, TrainSection
 from cpt.errors import InternalError
 from cpt.faults import fault_point
+from cpt.file_memory import FileMemory
 from cpt.model.attention import Attention
 from cpt.model.gpt_oss import GptOssForCPT
 from cpt.model.router_watch import RouterSums, RouterWatch
+from cpt.parallel.agreement import together
 from cpt.parallel.topology import Topology
 from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
@@ -110,6 +111,15 @@ def _optimizer(model: GptOssForCPT, train: TrainSection) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.eps, fused=True)
 
 
+def _files(model: GptOssForCPT, config: RunConfig, topology: Topology) -> dict[str, FileMemory]:
+    """Memory for the state that goes to NVMe; if one rank finds no room, all refuse."""
+    folders = deepspeed_internals.nvme_paths(config.engine_json)
+    sizes = deepspeed_internals.file_bytes(model, config.engine_json) if folders else {}
+    return together(
+        topology.control_group, lambda: {name: FileMemory(folders[name], size) for name, size in sizes.items()}
+    )
+
+
 def _check_expert_marks(model: GptOssForCPT) -> None:
     """Without the marks ZeRO-3 trains different experts as if they were replicas, and says nothing."""
     for name, parameter in model.named_parameters():
@@ -149,9 +159,8 @@ class TrainingEngine:
         self._num_losses = 1 if config.train.kl_targets is None else 2
         self._kl_weight = config.train.kl_weight or 0.0
         self.router_watch = _router_watch(model, config, topology)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=_optimizer(model, config.train), config=config.engine_json
-        )
+        optimizer, files = _optimizer(model, config.train), _files(model, config, topology)
+        self.deepspeed = deepspeed_internals.initialize(model, optimizer, config.engine_json, files)
 
     def set_learning_rate(self, lr: float) -> None:
         """Use `lr` for the next optimizer step."""

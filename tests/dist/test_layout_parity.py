@@ -236,10 +236,11 @@ def test_bf16_stays_within_its_rounding(scenario, results, reference) -> None:
 
 
 def stored_tensors(step: Path, part: str) -> dict[str, torch.Tensor]:
-    """Whole tensors of one part of a checkpoint."""
+    """Whole tensors of one part of a checkpoint; frozen ones have no moments."""
     manifest = read_manifest(step)
     verify_files(step, manifest)
-    numels = {name: torch.Size(record.shape).numel() for name, record in manifest.tensors.items()}
+    records = {name: record for name, record in manifest.tensors.items() if record.trained or part == "master"}
+    numels = {name: torch.Size(record.shape).numel() for name, record in records.items()}
     flat = {name: torch.full((numel,), float("nan")) for name, numel in numels.items()}
     ranges = {f"{part}/{n}": FlatRange(tensor=t, offset=0, global_numel=t.numel()) for n, t in flat.items()}
     read_ranges(step, ranges)

@@ -7,6 +7,7 @@ ZeRO-2 sums gradients in another order than ZeRO-3; there the tolerances are tho
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.support.launcher import ROOT, launch
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 NOTHING, OPTIMIZER, ALL = "z3_ep.json", "z3_offload_cpu.json", "z3_offload_cpu_all.json"
+NVME = "z3_offload_nvme.json"
 
 
 def offloading(ds_config: str, steps: int, *, stage: int = 3, resumes: Scenario | None = None) -> Scenario:
@@ -42,6 +44,12 @@ FIRST = offloading(OPTIMIZER, STEPS // 3)
 SECOND = offloading(ALL, 2 * STEPS // 3, resumes=FIRST)
 THIRD = offloading(NOTHING, STEPS, resumes=SECOND)
 """One run, each third under another configuration: what is wrong in any of them is in the last one's state."""
+ON_FILES = offloading(NVME, STEPS // 3)
+BACK = offloading(NOTHING, 2 * STEPS // 3, resumes=ON_FILES)
+AGAIN_ON_FILES = offloading(NVME, STEPS, resumes=BACK)
+FROZEN, FROZEN_ON_FILES = (
+    dataclasses.replace(offloading(ds_config, 2), freeze=("experts", "router")) for ds_config in (NOTHING, NVME)
+)
 STAGE2 = offloading(OPTIMIZER, STEPS // 3, stage=2)
 
 
@@ -53,13 +61,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, list[dict]]:  # type: ignore[type-arg]
     reference_model().save_pretrained(str(folder / "model"))
-    scenarios = [PLAIN, FIRST, SECOND, THIRD, STAGE2]
+    scenarios = [PLAIN, FIRST, SECOND, THIRD, ON_FILES, BACK, AGAIN_ON_FILES, FROZEN, FROZEN_ON_FILES, STAGE2]
     arguments = [str(folder), *(scenario.dump() for scenario in scenarios)]
     assert launch(ROOT / "tests" / "dist" / "worker.py", 2, arguments) == [0, 0]
     return {s.name: json.loads(parameter_file(folder, s).read_text()) for s in scenarios}
 
 
-@named([FIRST, SECOND, THIRD])
+@named([FIRST, SECOND, THIRD, ON_FILES, BACK, AGAIN_ON_FILES])
 def test_every_step_equals_that_of_a_run_that_offloads_nothing(scenario, results) -> None:
     expected = results[PLAIN.name][scenario.start : scenario.steps]
     assert all(step["grad_norm"] < CLIPPING for step in expected)
@@ -68,11 +76,20 @@ def test_every_step_equals_that_of_a_run_that_offloads_nothing(scenario, results
     ]
 
 
-def test_state_saved_and_resumed_under_offload_ends_in_the_same_bits(results, folder) -> None:
+@pytest.mark.parametrize(("expected", "found"), [(PLAIN, THIRD), (PLAIN, AGAIN_ON_FILES), (FROZEN, FROZEN_ON_FILES)])
+def test_state_saved_and_resumed_under_offload_ends_in_the_same_bits(expected, found, results, folder) -> None:
+    scenarios = expected, found
     for part in PARTS:
-        expected, found = stored(folder, PLAIN, part), stored(folder, THIRD, part)
+        expected, found = (stored(folder, scenario, part) for scenario in scenarios)
         errors = {name: float((found[name] - tensor).abs().max()) for name, tensor in expected.items()}
         assert [name for name in expected if not torch.equal(expected[name], found[name])] == [], errors
+
+
+@named([ON_FILES, AGAIN_ON_FILES, FROZEN_ON_FILES])
+def test_state_on_nvme_lies_in_files_after_every_step_and_they_have_no_name(scenario, results, folder) -> None:
+    outside = json.loads((folder / f"{scenario.name}.outside.json").read_text())
+    assert outside == [[], []], "parts of each rank's state that are in other memory"
+    assert list((folder / "nvme").iterdir()) == []
 
 
 def test_optimizer_on_the_host_under_zero_2_trains_alike(results) -> None:

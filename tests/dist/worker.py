@@ -14,9 +14,11 @@ import torch.distributed as dist
 from cpt import deepspeed_internals
 from cpt.config import CheckpointSection, LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.job import build_engine, fill_weights, weight_source
+from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import create_topology
 from cpt.state.checkpoint import load_checkpoint
 from cpt.state.saver import Saver
+from cpt.training.engine import TrainingEngine
 from cpt.training.kl_targets import KLTargets
 from cpt.training.loader import make_micro_batch
 from data_pipeline.strict_yaml import parse_yaml, read_file
@@ -34,6 +36,7 @@ from tests.dist.cases import (
     rows_of_step,
 )
 from tests.support.launcher import ROOT
+from tests.support.mapped_files import mapped_files
 
 
 STATE = {"model_config": model_config().to_dict()}
@@ -61,12 +64,27 @@ def config_of(scenario: Scenario, folder: Path) -> RunConfig:
     if scenario.ds_config:
         ds = json.loads((ROOT / "ds_configs" / scenario.ds_config).read_text())
     ds["zero_optimization"]["stage"] = scenario.stage
+    for block in (ds["zero_optimization"].get(name, {}) for name in deepspeed_internals.OFFLOADS):
+        if "nvme_path" in block:
+            block["nvme_path"] = str(folder / "nvme")
     ds["sequence_parallel_size"] = scenario.sp
     ds["expert_parallel"] = {"enabled": True, "autoep_size": scenario.ep}
     launch_info = LaunchInfo(world_size=scenario.world_size, local_world_size=scenario.world_size)
     return resolve(
         run_yaml(scenario, folder / "model"), parse_yaml(json.dumps(ds), "scenario.json"), model_config(), launch_info
     )
+
+
+def parts_outside(nvme: Path, engine: TrainingEngine) -> list[str]:
+    """The parts of this rank's offloaded state of which something lies in memory that is no file in `nvme`."""
+    inside = mapped_files(nvme)
+
+    def is_inside(tensor: torch.Tensor) -> bool:
+        return any(start <= tensor.data_ptr() < start + size for start, size in inside)
+
+    state = deepspeed_internals.state_tensors(engine.deepspeed)
+    state["weights"] = [parameter.ds_tensor.data for parameter in engine.deepspeed.module.parameters()]
+    return [part for part, tensors in state.items() if not all(is_inside(t) for t in tensors if t.numel())]
 
 
 def run(scenario: Scenario, folder: Path) -> None:
@@ -96,6 +114,9 @@ def run(scenario: Scenario, folder: Path) -> None:
         tokens = [int(sum((row.labels >= 0).sum() for row in rows[source::2])) for source in (0, 1)]
         result = engine.step(micro_batches, tokens, step=step + 1)
         results.append(dataclasses.asdict(result))
+    if deepspeed_internals.nvme_paths(config.engine_json):
+        outside = gather_json(parts_outside(folder / "nvme", engine), topology.control_group)
+        (folder / f"{scenario.name}.outside.json").write_text(json.dumps(outside))
     saver = Saver(folder / scenario.name, engine.deepspeed, topology, CheckpointSection())
     saver.save_now(scenario.steps, STATE)
     if topology.rank == 0:

@@ -339,10 +339,21 @@ def test_json_block_that_is_no_mapping_is_refused_by_name(files: Files, key: str
 
 
 @pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
-def test_state_on_nvme_is_refused_with_the_reason_and_what_to_do(files: Files, name: str) -> None:
-    block = {"device": "nvme", "nvme_path": "/local"}
-    problem = only(files.write_json(zero_optimization={"stage": 3, name: block}).problems())
-    assert f"zero_optimization.{name}.device" in problem and "swap files" in problem and 'Use "cpu"' in problem
+def test_state_on_nvme_needs_a_folder_and_takes_no_setting_of_deepspeeds_swapper(files: Files, name: str) -> None:
+    def written(stage: int = 3, aio: bool = False, **block: Any) -> Files:
+        zero = {"stage": stage, name: {"device": "nvme", **block}}
+        return files.write_json(zero_optimization=zero, **({"aio": {}} if aio else {}))
+
+    def problems(*arguments: Any, **block: Any) -> list[str]:
+        return written(*arguments, **block).problems()
+
+    key = f"zero_optimization.{name}"
+    assert written(nvme_path="/local").config().engine_json["zero_optimization"][name]["device"] == "nvme"
+    assert f"{key}.nvme_path is null, must be a folder" in only(problems())
+    assert f"{key}.pin_memory has no effect on state on NVMe" in only(problems(nvme_path="/local", pin_memory=True))
+    assert "zero_optimization.stage is 2; NVMe needs 3" in only(problems(2, nvme_path="/local"))
+    assert "aio has no effect" in only(problems(aio=True, nvme_path="/local"))
+    assert len(problems(2, aio=True, buffer_count=4)) == 4, "all in one message"
 
 
 def test_optimizer_that_deepspeed_would_have_to_compile_is_refused(files: Files) -> None:
