@@ -113,11 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     for tokens in options.lengths:
         results.append(measure(trainer, tokens, options.rounds))
         print(line_of(results[-1]), flush=True)
-    report = {"machine": machine(options), "results": results}
-    print(json.dumps(report["machine"]))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    measuring.publish({"machine": machine(options), "results": results}, options)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -7,6 +7,8 @@ this project; the Trainer with eager attention and eager experts; the Trainer wi
 All contenders are alive at once and take turns, one step each per round, so that a noisy machine disturbs all alike;
 figures are medians, ratios are medians of the rounds' ratios.  Peak memory is the first rank's largest resident size
 during a step, weights and optimizer state included.  The Trainer lets packed documents see each other.
+With several processes, a contender whose processes together would need more memory than the machine has, going by its
+peak with one, is left out and named.
 
 On a machine that others use at the same time, `--clock cpu --threads 1` counts the CPU seconds of the first rank.
 """
@@ -35,6 +37,8 @@ from step_parts.cases import NAMES, OURS, WARM_UP_STEPS, Case  # noqa: E402
 
 WORKER = ROOT / "bench" / "step_parts" / "worker.py"
 STEP_LIMIT_SECONDS = 1200
+MEMORY_SHARE = 0.8
+"""Of what is free: the contenders that wait hold their weights and state meanwhile."""
 
 
 class Contender:
@@ -85,7 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     results = []
     for ranks in options.ranks:
         for tokens in options.lengths:
-            results.append(measure(options, ranks, tokens))
+            names = those_that_fit(options, ranks, tokens, results)
+            results.append(measure(options, ranks, tokens, names))
             print(line_of(results[-1]), flush=True)
     growth = growth_per_doubling(results)
     for key, text in growth.items():
@@ -110,12 +115,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure(options: argparse.Namespace, ranks: int, tokens: int) -> dict[str, Any]:
+def those_that_fit(options: argparse.Namespace, ranks: int, tokens: int, results: list[dict[str, Any]]) -> list[str]:
+    """The contenders to be measured; one process per rank needs about what one process alone needed."""
+    room = MEMORY_SHARE * measuring.free_bytes(torch.device("cpu"))
+    alone = [result["peak MiB"] for result in results if (result["ranks"], result["tokens"]) == (1, tokens)]
+    fitting = []
+    for name in (name for name in NAMES if name == OURS or name in options.only):
+        needed = ranks * max((peaks.get(name, 0) for peaks in alone), default=0) * 2**20
+        if needed <= room:
+            fitting.append(name)
+        else:
+            print(
+                f"{ranks} ranks, {tokens} tokens: {name} left out, it needs about {needed / 2**30:.0f} GiB", flush=True
+            )
+    return fitting
+
+
+def measure(options: argparse.Namespace, ranks: int, tokens: int, names: list[str]) -> dict[str, Any]:
     """Medians and ratios of all contenders in one setting."""
     shared = {"tokens": tokens, "ranks": ranks, "steps": options.rounds, "experts": options.experts}
     shared |= {"layers": options.layers, "clock": options.clock}
     shared["threads"] = options.threads or max(1, (os.cpu_count() or 1) // ranks)
-    names = [name for name in NAMES if name == OURS or name in options.only]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         contenders = {}
@@ -151,7 +171,7 @@ def growth_per_doubling(results: list[dict[str, Any]]) -> dict[str, str]:
         if len(own) < 2:
             continue
         doublings = math.log2(own[-1]["tokens"] / own[0]["tokens"])
-        for name in own[0]["seconds"]:
+        for name in (name for name in own[0]["seconds"] if name in own[-1]["seconds"]):
             time_ratio, memory_ratio = (own[-1][key][name] / own[0][key][name] for key in ("seconds", "peak MiB"))
             text = f"time {time_ratio ** (1 / doublings):.2f}, peak memory {memory_ratio ** (1 / doublings):.2f}"
             growth[f"{name}, {ranks} rank{'s' * (ranks > 1)}"] = text

@@ -58,12 +58,12 @@ def reset_peak() -> int:
     """Start a new peak of this process's resident memory; returns what is resident now.  Linux only."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
-    return _resident("VmRSS")
+    return resident_bytes("VmRSS")
 
 
 def peak_resident_bytes() -> int:
     """The largest resident memory of this process since `reset_peak`."""
-    return _resident("VmHWM")
+    return resident_bytes("VmHWM")
 
 
 def can_measure_memory(device: torch.device) -> bool:
@@ -88,7 +88,8 @@ def device_name(device: torch.device) -> str:
     return (names or [platform.processor()])[0]
 
 
-def _resident(field: str) -> int:
+def resident_bytes(field: str) -> int:
+    """A size of /proc/self/status: VmRSS, VmHWM, RssAnon, ...  Linux only."""
     return _kibibytes(Path("/proc/self/status"), field)
 
 
@@ -104,13 +105,16 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def publish(report: dict[str, Any], options: argparse.Namespace, draw: Callable[[dict[str, Any]], str]) -> None:
+def publish(
+    report: dict[str, Any], options: argparse.Namespace, draw: Callable[[dict[str, Any]], str] | None = None
+) -> None:
     """Print where the figures come from; write them and their plot where `--json` and `--svg` ask for it."""
     print(json.dumps(report["machine"]))
-    for path, text in (
-        (options.json, lambda: json.dumps(report, indent=1) + "\n"),
-        (options.svg, lambda: draw(report)),
-    ):
+    texts = {"json": lambda: json.dumps(report, indent=1) + "\n"}
+    if draw is not None:
+        texts["svg"] = lambda: draw(report)
+    for name, text in texts.items():
+        path = getattr(options, name)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text(), encoding="utf-8")

@@ -27,7 +27,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -37,12 +36,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "prove")]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "bench" / "prove")]
 
 from guard_parts.small_vocabulary import NUM_MERGES, VOCAB_SIZE, shrink  # noqa: E402
 
 shrink()
 
+import measuring  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from guard_parts import drawing  # noqa: E402
@@ -258,15 +258,12 @@ def launch(
     engine = work_dir / "engine.json"
     engine.write_text(json.dumps({**automatic, "zero_optimization": {"stage": 1}}))
     worker = ROOT / "bench" / "prove" / "guard_parts" / "worker.py"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [
         "deepspeed",
         "--num_gpus",
         "1",
         "--master_port",
-        str(port),
+        measuring.free_port(),
         str(worker),
         "--ds_config",
         str(engine),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 
@@ -16,15 +17,20 @@ from data_pipeline.strict_yaml import parse_yaml, read_file
 from step_parts.cases import LR, Case, model_config
 
 
-def build(case: Case) -> tuple[TrainingEngine, Topology]:
-    """The engine with random weights; joins the process group."""
+def build(case: Case, offload: dict[str, Any] | None = None) -> tuple[TrainingEngine, Topology]:
+    """The engine with random weights; joins the process group.
+
+    Args:
+        offload: Blocks for zero_optimization of the DeepSpeed JSON.
+    """
     deepspeed_internals.init_distributed(torch.device("cpu"))
     text = f"""
 model: {{init: tiny}}
 data: {{mix: unused.yaml}}
 train: {{seq_len: {case.tokens}, global_batch_size: {case.ranks}, total_steps: 1000, schedule: constant, lr: {LR}}}
 """
-    engine_json = parse_yaml(json.dumps({"zero_optimization": {"stage": 3}, "sequence_parallel_size": 1}), "ds.json")
+    zero = {"stage": 3, **(offload or {})}
+    engine_json = parse_yaml(json.dumps({"zero_optimization": zero, "sequence_parallel_size": 1}), "ds.json")
     launch_info = LaunchInfo(world_size=case.ranks, local_world_size=case.ranks)
     model = model_config(case)
     config = resolve(read_file(RunYaml, parse_yaml(text, "run.yaml")), engine_json, model, launch_info)

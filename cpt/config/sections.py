@@ -268,8 +268,16 @@ class ExpertParallelJson:
     """Ranks that together hold all experts of a layer."""
     preset_model: Literal["gpt_oss"] = "gpt_oss"
     """Layout of the experts."""
+    comm_backend: str = "comm"
+    """What takes rows to their experts, by DeepSpeed's name: the all-to-all of torch.distributed, and nothing else."""
 
     def check(self) -> Iterator[tuple[str, str]]:
+        if self.comm_backend != "comm":
+            yield (
+                "comm_backend",
+                f"is {self.comm_backend!r}, must be 'comm': cpt/model/dispatch.py exchanges rows, in the same order in "
+                "every run. DeepEP's order depends on timing, and has not been compared with a single process.",
+            )
         if isinstance(self.autoep_size, int) and self.autoep_size < 1:
             yield "autoep_size", f"is {self.autoep_size}, must be 'auto' or >= 1."
 

@@ -356,6 +356,12 @@ def test_state_on_nvme_needs_a_folder_and_takes_no_setting_of_deepspeeds_swapper
     assert len(problems(2, aio=True, buffer_count=4)) == 4, "all in one message"
 
 
+def test_exchange_that_was_never_compared_with_one_process_is_refused_with_the_reason(files: Files) -> None:
+    files.write_json(expert_parallel={"enabled": True, "comm_backend": "deepep"})
+    assert "expert_parallel.comm_backend is 'deepep', must be 'comm'" in only(files.problems())
+    assert files.write_json(expert_parallel={"enabled": True, "comm_backend": "comm"}).config().ep_size == 1
+
+
 def test_optimizer_that_deepspeed_would_have_to_compile_is_refused(files: Files) -> None:
     problem = only(files.write_json(zero_force_ds_cpu_optimizer=True).problems())
     assert "zero_force_ds_cpu_optimizer is true, but torch's fused AdamW" in problem
