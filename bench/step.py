@@ -5,8 +5,9 @@
 Forward, backward and AdamW in bf16 with fp32 master weights, ZeRO-3, one packed row per process, the same rows for all:
 this project; the Trainer with eager attention and eager experts; the Trainer with transformers' grouped_mm experts.
 All contenders are alive at once and take turns, one step each per round, so that a noisy machine disturbs all alike;
-figures are medians, ratios are medians of the rounds' ratios.  Peak memory is the first rank's largest resident size
-during a step, weights and optimizer state included.  The Trainer lets packed documents see each other.
+figures are medians, ratios are medians of the rounds' ratios.  The Trainer lets packed documents see each other.
+Peak memory is the first rank's largest resident size during a step, weights and optimizer state included, in other
+processes, one contender after another: there glibc hands freed memory back at once, which costs time.
 With several processes, a contender whose processes together would need more memory than the machine has, going by its
 peak with one, is left out and named.
 
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ class Contender:
         for rank in range(case.ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [sys.executable, str(WORKER), case.dump(), str(folder)]
-            environment = {**os.environ, **measuring.RETURN_MEMORY, **shared, **own}
+            environment = {**os.environ, **(measuring.RETURN_MEMORY if case.measures_memory else {}), **shared, **own}
             process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=subprocess.STDOUT)
             self._processes.append(process)
 
@@ -137,18 +139,16 @@ def measure(options: argparse.Namespace, ranks: int, tokens: int, names: list[st
     shared |= {"layers": options.layers, "clock": options.clock}
     shared["threads"] = options.threads or max(1, (os.cpu_count() or 1) // ranks)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         contenders = {}
-        try:
-            for index, name in enumerate(names):
-                contenders[name] = Contender(Case(contender=name, **shared), Path(folder) / str(index))
-            for number in range(WARM_UP_STEPS + options.rounds):
-                for name, contender in contenders.items():
-                    result = contender.step(number)
-                    found[name] += [result] if number >= WARM_UP_STEPS else []
-        finally:
-            for contender in contenders.values():
-                contender.end()
+        for index, name in enumerate(names):
+            contenders[name] = Contender(Case(contender=name, **shared), Path(folder) / str(index))
+            running.callback(contenders[name].end)
+        for number in range(WARM_UP_STEPS + options.rounds):
+            for name, contender in contenders.items():
+                result = contender.step(number)
+                found[name] += [result] if number >= WARM_UP_STEPS else []
+    peaks = {name: peak_bytes(Case(contender=name, measures_memory=True, **{**shared, "steps": 1})) for name in names}
     times = {name: [result["seconds"] for result in results] for name, results in found.items()}
     return {
         "ranks": ranks,
@@ -159,8 +159,18 @@ def measure(options: argparse.Namespace, ranks: int, tokens: int, names: list[st
             name: statistics.median(other / mine for other, mine in zip(values, times[OURS], strict=True))
             for name, values in times.items()
         },
-        "peak MiB": {name: max(result["peak_bytes"] for result in found[name]) / 2**20 for name in names},
+        "peak MiB": {name: peak / 2**20 for name, peak in peaks.items()},
     }
+
+
+def peak_bytes(case: Case) -> int:
+    """The first rank's largest resident size during one step."""
+    with tempfile.TemporaryDirectory() as folder:
+        contender = Contender(case, Path(folder) / "0")
+        try:
+            return [contender.step(number) for number in range(WARM_UP_STEPS + 1)][-1]["peak_bytes"]
+        finally:
+            contender.end()
 
 
 def growth_per_doubling(results: list[dict[str, Any]]) -> dict[str, str]:

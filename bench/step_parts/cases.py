@@ -33,7 +33,7 @@ class Case:
     ranks: int
     """Processes."""
     steps: int
-    """Timed steps, after WARM_UP_STEPS."""
+    """Measured steps, after WARM_UP_STEPS."""
     threads: int
     """Of each process."""
     experts: int
@@ -42,6 +42,8 @@ class Case:
     """Layers."""
     clock: str
     """wall or cpu."""
+    measures_memory: bool = False
+    """Whether its steps are to tell peak memory, in an environment that would spoil their times."""
 
     def dump(self) -> str:
         return json.dumps(asdict(self))

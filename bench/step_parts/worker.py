@@ -20,19 +20,23 @@ from step_parts.cases import GROUPED, LR, OURS, WARM_UP_STEPS, Baton, Case, mode
 
 
 class Clock:
-    """Time of a step on the case's clock, and memory since `start`."""
+    """What one step took: time on the case's clock, or the peak of memory."""
 
     def __init__(self, case: Case) -> None:
         self._read = time.process_time if case.clock == "cpu" else time.perf_counter
+        self._measures_memory = case.measures_memory
 
     def start(self) -> None:
         """Just before the step."""
-        measuring.reset_peak()
+        if self._measures_memory:
+            measuring.reset_peak()
         self._started = self._read()
 
     def stop(self) -> dict[str, Any]:
         """Just after it."""
-        return {"seconds": self._read() - self._started, "peak_bytes": measuring.peak_resident_bytes()}
+        if self._measures_memory:
+            return {"peak_bytes": measuring.peak_resident_bytes()}
+        return {"seconds": self._read() - self._started}
 
 
 def run_ours(case: Case, baton: Baton, rank: int) -> None:
