@@ -59,15 +59,10 @@ def count_parameters(model: GptOssConfig, freeze: tuple[str, ...]) -> ParameterC
     return ParameterCounts(dense=dense, experts=experts, trained_dense=trained_dense, trained_experts=trained_experts)
 
 
-def memory_by_part(config: RunConfig, model: GptOssConfig) -> dict[str, int]:
-    """Bytes on the device of one rank, by part; offloaded parts are left out."""
-    return device_memory(config, model, count_parameters(model, config.train.freeze))
-
-
 def device_memory(
     config: RunConfig, model: GptOssConfig, counts: ParameterCounts, device_type: str = "cuda"
 ) -> dict[str, int]:
-    """What `memory_by_part` returns, for parameters that were counted before."""
+    """Bytes on the device of one rank, by part; offloaded parts are left out."""
     dense, experts = counts.dense, counts.experts
     trained_dense, trained_experts = counts.trained_dense, counts.trained_experts
     itemsize = 2 if config.train.dtype == "bf16" else 4
@@ -80,7 +75,8 @@ def device_memory(
     offload_optimizer = "offload_optimizer" in zero
     parts = {
         "weights": itemsize * (per_rank if stage == 3 else held),
-        "gradients": 4 * (trained_per_rank if stage >= 2 else trained_held),
+        # ZeRO-1 adds gradients up in the working dtype, the others in fp32
+        "gradients": itemsize * trained_held if stage == 1 else WIDE * trained_per_rank,
         "optimizer": 12 * trained_per_rank,
     }
     peak: dict[str, int] = max(_moments(config, model, device_type), key=lambda moment: sum(moment.values()))

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 from transformers import GptOssConfig
 
 from cpt import deepspeed_internals
@@ -50,11 +51,37 @@ def peak_within(device: torch.device) -> Iterator[Peak]:
         yield peak
     results = profiler.profiler.kineto_results if profiler.profiler is not None else None
     assert results is not None, "torch's profiler kept no events"
-    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
-    level = 0
-    for _, num_bytes in changes:
-        level += num_bytes
-        peak.num_bytes = max(peak.num_bytes, level)
+    peak.num_bytes = _highest_level(_allocations(results.experimental_event_tree()))
+
+
+def _allocations(tree: list[Any]) -> list[tuple[int, int, int]]:
+    """(time, address, size) of all allocations, and of all frees with a negative size, in order of time."""
+    found, waiting = [], list(tree)
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return sorted(found)
+
+
+def _highest_level(allocations: list[tuple[int, int, int]]) -> int:
+    """The largest sum of what is allocated at a time, above where it stood at the beginning.
+
+    The profiler does not see what a thread of gloo frees, as it does when it is the last to let go of a tensor.  Memory
+    that is handed out again has been freed: it would count twice, and more with every step.
+    """
+    sizes: dict[int, int] = {}
+    level = highest = 0
+    for _, address, size in allocations:
+        level += size
+        if size > 0:
+            level -= sizes.get(address, 0)
+            sizes[address] = size
+        else:
+            sizes.pop(address, None)
+        highest = max(highest, level)
+    return highest
 
 
 def predicted(config: RunConfig, model: GptOssConfig, device_type: str) -> dict[str, int]:

@@ -56,7 +56,8 @@ model: {{init: tiny, activation_checkpointing: {str(shape["checkpointing"]).lowe
 data: {{mix: unused.yaml}}
 train: {{seq_len: {seq_len}, global_batch_size: {rows * WORLD_SIZE}, micro_batch_size: {rows}, total_steps: 2, lr: 1e-3}}
 """
-    ds = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}}
+    zero = {"stage": shape["stage"], "reduce_bucket_size": "auto"}
+    ds = {"zero_optimization": zero | ({"stage3_param_persistence_threshold": "auto"} if shape["stage"] == 3 else {})}
     ds_json = parse_yaml(json.dumps({**ds, "expert_parallel": {"enabled": True, "autoep_size": WORLD_SIZE}}), "ds.json")
     model = GptOssConfig(**MODEL)
     launch_info = LaunchInfo(world_size=WORLD_SIZE, local_world_size=WORLD_SIZE)

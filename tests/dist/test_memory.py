@@ -19,9 +19,9 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 WITHIN = 0.15
 
 
-def shape(rows: int, seq_len: int, checkpointing: bool) -> dict[str, Any]:
-    name = f"{rows}x{seq_len}-{'checkpointing' if checkpointing else 'all-kept'}"
-    return {"name": name, "rows": rows, "seq_len": seq_len, "checkpointing": checkpointing}
+def shape(rows: int, seq_len: int, checkpointing: bool, stage: int = 3) -> dict[str, Any]:
+    name = f"{rows}x{seq_len}-{'checkpointing' if checkpointing else 'all-kept'}-zero{stage}"
+    return {"name": name, "rows": rows, "seq_len": seq_len, "checkpointing": checkpointing, "stage": stage}
 
 
 SHAPES = [
@@ -29,6 +29,10 @@ SHAPES = [
     shape(4, 1024, True),
     shape(8, 256, False),
     shape(8, 256, True),
+    shape(4, 1024, False, stage=2),
+    shape(8, 256, True, stage=2),
+    shape(4, 1024, False, stage=1),
+    shape(8, 256, True, stage=1),
 ]
 
 

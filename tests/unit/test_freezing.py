@@ -10,7 +10,7 @@ import pytest
 from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
-from cpt.memory import memory_by_part, parameter_counts
+from cpt.memory import count_parameters, device_memory, parameter_counts
 from cpt.model.freezing import SHORTHANDS, freeze_problems, frozen_names, parameter_numels
 from cpt.model.gpt_oss import PRESETS
 from cpt.state.checkpoint import _tell_freezing
@@ -71,9 +71,10 @@ train: {{seq_len: 128, global_batch_size: 2, total_steps: 1, lr: 1e-3, freeze: {
 def test_memory_of_frozen_parameters_is_their_weights_alone(stage: int) -> None:
     trained = sum(parameter_counts(CONFIG, ("experts",)))
     assert 0 < trained < sum(parameter_counts(CONFIG))
-    whole, part = (memory_by_part(resolved(freeze, stage), CONFIG) for freeze in ([], ["experts"]))
+    configs = [resolved(freeze, stage) for freeze in ([], ["experts"])]
+    whole, part = (device_memory(c, CONFIG, count_parameters(CONFIG, c.train.freeze)) for c in configs)
     assert part["optimizer"] == 12 * (trained // 2)
-    assert part["gradients"] == 4 * (trained // 2 if stage == 3 else trained)
+    assert part["gradients"] == (4 * (trained // 2) if stage == 3 else 2 * trained)
     same = set(whole) - {"optimizer", "gradients"}
     assert {name: whole[name] for name in same} == {name: part[name] for name in same}
 
