@@ -53,6 +53,8 @@ class Scenario:
     """First step to run."""
     freeze: tuple[str, ...] = ()
     """Patterns of `train.freeze`."""
+    saves_first: bool = False
+    """Whether there is a checkpoint of the first step, too."""
     omit: tuple[int, ...] = ()
     """Steps that are not run at all."""
     ds_config: str = ""

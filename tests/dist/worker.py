@@ -97,7 +97,7 @@ def run(scenario: Scenario, folder: Path) -> None:
         loaded = load_checkpoint(folder / scenario.resume_from, engine.deepspeed, topology, str(scenario.start))
         assert loaded is not None and loaded.step == scenario.start
     targets = KLTargets(folder / "targets", SOURCES, {SOURCES[0]: even_row_tokens()}) if scenario.kl else None
-    results = []
+    saver, results = Saver(folder / scenario.name, engine.deepspeed, topology, CheckpointSection()), []
     for step in (step for step in range(scenario.start, scenario.steps) if step not in scenario.omit):
         rows = rows_of_step(step)
         per_pass = config.micro_batch_size * topology.dp_size
@@ -114,10 +114,11 @@ def run(scenario: Scenario, folder: Path) -> None:
         tokens = [int(sum((row.labels >= 0).sum() for row in rows[source::2])) for source in (0, 1)]
         result = engine.step(micro_batches, tokens, step=step + 1)
         results.append(dataclasses.asdict(result))
+        if scenario.saves_first and step == 0:
+            saver.save_now(1, STATE)
     if deepspeed_internals.nvme_paths(config.engine_json):
         outside = gather_json(parts_outside(folder / "nvme", engine), topology.control_group)
         (folder / f"{scenario.name}.outside.json").write_text(json.dumps(outside))
-    saver = Saver(folder / scenario.name, engine.deepspeed, topology, CheckpointSection())
     saver.save_now(scenario.steps, STATE)
     if topology.rank == 0:
         parameter_file(folder, scenario).write_text(json.dumps(results))

@@ -103,7 +103,6 @@ def test_kill_during_an_asynchronous_save(workplace, undisturbed, fault) -> None
     check_rerun(workplace, run, undisturbed, published[0] if published else 0, *ASYNC)
 
 
-@pytest.mark.quick
 @pytest.mark.case("C14", "a write that fails in the background is told at a step boundary; training goes on")
 def test_background_write_that_fails_is_told_and_training_goes_on(workplace, undisturbed) -> None:
     code, run = run_to_end(workplace, "c14-full", *ASYNC, fault="save_write:1:2:enospc")
