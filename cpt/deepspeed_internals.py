@@ -163,29 +163,32 @@ def initialize(
     Args:
         files: The memory of the state that goes to NVMe, of the sizes that `file_bytes` says.
     """
-    with _optimizer_state_in(files.get("offload_optimizer")):
+    with _state_in(files):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_on_host(engine_json))
     if "offload_optimizer" in files:
         _move_gradients(engine.optimizer, files["offload_optimizer"])
         create_optimizer_state(engine, files["offload_optimizer"].zeros_like)
     if "offload_param" in files:
-        _move_weights(engine, files["offload_param"])
+        _move_frozen_weights(model, files["offload_param"])
     return engine
 
 
 @contextmanager
-def _optimizer_state_in(memory: FileMemory | None) -> Iterator[None]:
-    """Let an engine that is built meanwhile take master weights and their gradients from `memory`.
+def _state_in(files: dict[str, FileMemory]) -> Iterator[None]:
+    """Let an engine that is built meanwhile take weights, masters and their gradients from files.
 
     They are never in other memory, not even while the engine is built: they might not fit.
     """
-    if memory is None:
-        yield
-        return
+    cls, ours = DeepSpeedZeroOptimizer_Stage3, {}
+
+    def create_weights(zero: Any) -> None:
+        for group in zero.trainable_param_groups:
+            numel = sum(parameter.partition_numel() for parameter in group["params"])
+            zero.param_groups_fp16_flat_cpu_memory.append(files["offload_param"].zeros(numel, zero.dtype))
 
     def create_masters(zero: Any) -> None:
         for half, ids in zip(zero.fp16_partitioned_groups_flat, zero.fp16_partitioned_groups_flat_id, strict=True):
-            master = memory.zeros(half.numel(), torch.float32).copy_(half).requires_grad_()
+            master = files["offload_optimizer"].zeros(half.numel(), torch.float32).copy_(half).requires_grad_()
             master.ds_id = f"{ids[0]}_{ids[-1]}"  # type: ignore[attr-defined]
             zero.fp32_partitioned_groups_flat.append(master)
         zero.subgroup_to_device = dict.fromkeys(range(len(zero.fp32_partitioned_groups_flat)), "cpu")
@@ -194,17 +197,20 @@ def _optimizer_state_in(memory: FileMemory | None) -> Iterator[None]:
 
     def create_gradients(zero: Any) -> None:
         for master in zero.fp32_partitioned_groups_flat:
-            master.grad = memory.zeros_like(master)
+            master.grad = files["offload_optimizer"].zeros_like(master)
 
-    ours = {"_create_fp32_partitions": create_masters, "initialize_optimizer_states": create_gradients}
-    theirs = {name: getattr(DeepSpeedZeroOptimizer_Stage3, name) for name in ours}
+    if "offload_param" in files:
+        ours["_create_param_groups_fp16_flat_cpu_memory"] = create_weights
+    if "offload_optimizer" in files:
+        ours |= {"_create_fp32_partitions": create_masters, "initialize_optimizer_states": create_gradients}
+    theirs = {name: getattr(cls, name) for name in ours}
     try:
         for name, method in ours.items():
-            setattr(DeepSpeedZeroOptimizer_Stage3, name, method)
+            setattr(cls, name, method)
         yield
     finally:
         for name, method in theirs.items():
-            setattr(DeepSpeedZeroOptimizer_Stage3, name, method)
+            setattr(cls, name, method)
 
 
 def _move_gradients(zero: Any, memory: FileMemory) -> None:
@@ -215,17 +221,11 @@ def _move_gradients(zero: Any, memory: FileMemory) -> None:
         views[key] = zero.grad_partitions_flat_buffer.narrow(0, view.storage_offset(), view.numel())
 
 
-def _move_weights(engine: Any, memory: FileMemory) -> None:
-    """This rank's partitions: those that are trained lie side by side by group, then the frozen ones."""
-    zero = engine.optimizer
-    frozen = [parameter for parameter in engine.module.parameters() if not parameter.requires_grad]
-    zero.param_groups_fp16_flat_cpu_memory.clear()
-    for index, parameters in enumerate([*zero.fp16_groups, frozen]):
-        flat, views = memory.copies([parameter.ds_tensor for parameter in parameters])
-        for parameter, view in zip(parameters, views, strict=True):
-            parameter.ds_tensor.data = view
-        if index < len(zero.fp16_groups):
-            zero.fp16_partitioned_groups_flat[index] = flat
+def _move_frozen_weights(model: nn.Module, memory: FileMemory) -> None:
+    """This rank's partitions of frozen parameters, which the optimizer does not know."""
+    partitions = [parameter.ds_tensor for parameter in model.parameters() if not parameter.requires_grad]  # type: ignore[attr-defined]
+    for partition, copy in zip(partitions, memory.copies(partitions), strict=True):
+        partition.data = copy
 
 
 def is_expert(parameter: nn.Parameter) -> bool:

@@ -55,12 +55,6 @@ class FileMemory:
         """The next piece, of the size and kind of a flat tensor."""
         return self.zeros(tensor.numel(), tensor.dtype)
 
-    def copies(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The next piece filled with `tensors`, one after another: the whole of it, and a view of each."""
-        if not tensors:
-            return torch.zeros(0), []
-        flat = self.zeros(sum(t.numel() for t in tensors), tensors[0].dtype)
-        views = list(flat.split([t.numel() for t in tensors]))
-        for view, tensor in zip(views, tensors, strict=True):
-            view.copy_(tensor.view(-1))
-        return flat, views
+    def copies(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The next pieces, one for each tensor, flat and with its values."""
+        return [self.zeros_like(tensor).copy_(tensor.view(-1)) for tensor in tensors]
