@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from cpt.errors import ConfigError, DataError
 from cpt.model.hf_layout import tensor_files
@@ -110,7 +111,7 @@ def _read(path: Path | None, field: str) -> list[str]:
 
 
 def _plain(model: Any, texts: Sequence[str], request: ReplayRequest) -> Iterator[dict[str, Any]]:
-    for number, text in enumerate(texts):
+    for number, text in enumerate(tqdm(texts, desc="texts", unit="text")):
         prefix = encode(text).tolist()[: request.prefix_tokens]
         tokens = generate(model, prefix, _seeded(request.sampling, 2 * number))
         tokens = tokens[: next((i for i, token in enumerate(tokens) if token in STOP_IDS), len(tokens))]
@@ -121,7 +122,7 @@ def _plain(model: Any, texts: Sequence[str], request: ReplayRequest) -> Iterator
 
 
 def _chat(model: Any, questions: Sequence[str], request: ReplayRequest) -> Iterator[dict[str, Any]]:
-    for number, question in enumerate(questions):
+    for number, question in enumerate(tqdm(questions, desc="conversations", unit="conversation")):
         prompt = encode_prompt(question, developer=None, effort="medium", date=DEFAULT_DATE)
         tokens = generate(model, prompt, _seeded(request.sampling, 2 * number + 1))
         parts = parse_reply(tokens)

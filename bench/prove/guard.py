@@ -163,8 +163,8 @@ def write_mix(work_dir: Path, name: str, *, seed: int, replay: float, self_writt
         for domain, weight in weights.items()
     ]
     if self_written:
-        path = str(work_dir / SELF_WRITTEN / "plain.jsonl")
-        sources.append({"name": SELF_WRITTEN, "language": "en", "path": path, "kind": "self_replay", "weight": replay})
+        written = {"name": SELF_WRITTEN, "language": "en", "domain": SELF_WRITTEN, "kind": "self_replay"}
+        sources.append({**written, "path": str(work_dir / SELF_WRITTEN / "plain.jsonl"), "weight": replay})
     path = work_dir / f"{name}.mix.yaml"
     path.write_text(yaml.safe_dump({"seq_len": SEQ_LEN, "seed": seed, "sources": sources}, sort_keys=False))
     return path
@@ -182,16 +182,21 @@ def write_self_replay(work_dir: Path, base: Path) -> None:
     """Texts that the base model writes, and a build of the mix with them."""
     if (work_dir / "build_self").exists():
         return
+    if not (work_dir / SELF_WRITTEN).exists():  # `cpt replay` makes it when all is sampled
+        sample_self_replay(work_dir, base)
+    mix = write_mix(work_dir, "self", seed=0, replay=0.1, self_written=True)
+    build(load_mix(mix), work_dir / "build_self")
+
+
+def sample_self_replay(work_dir: Path, base: Path) -> None:
+    """As many texts of each English domain, continued by the base model after their first tokens."""
     prefixes = work_dir / "prefixes.jsonl"
     lines = [(work_dir / "text" / f"{domain}.jsonl").read_text().splitlines() for domain in ENGLISH]
     step = [len(documents) // SELF_WRITTEN_DOCUMENTS for documents in lines]
     taken = [documents[:: step[i]][:SELF_WRITTEN_DOCUMENTS] for i, documents in enumerate(lines)]
     prefixes.write_text("".join(f"{line}\n" for documents in taken for line in documents))
-    shutil.rmtree(work_dir / SELF_WRITTEN, ignore_errors=True)
     drawn = ["--prefixes", str(prefixes), "--max_new_tokens", "128", "--temperature", "1"]
     replay_command(work_dir, SELF_WRITTEN, ["--model", str(base), *drawn])
-    mix = write_mix(work_dir, "self", seed=0, replay=0.1, self_written=True)
-    build(load_mix(mix), work_dir / "build_self")
 
 
 def replay_command(work_dir: Path, out: str, arguments: list[str]) -> None:
