@@ -124,7 +124,7 @@ def those_that_fit(options: argparse.Namespace, ranks: int, tokens: int, results
     fitting = []
     for name in (name for name in NAMES if name == OURS or name in options.only):
         needed = ranks * max((peaks.get(name, 0) for peaks in alone), default=0) * 2**20
-        if needed <= room:
+        if name == OURS or needed <= room:
             fitting.append(name)
         else:
             print(

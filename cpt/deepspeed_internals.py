@@ -10,7 +10,8 @@ Decisions
     holds such state in files of which it reads a group at a time: no save, resume or gradient norm would see it.
 
 Read in deepspeed 0.19.8: runtime/engine.py (`_configure_distributed_model`, `_configure_zero_optimizer`),
-runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py, utils/groups.py, utils/tensor_fragment.py.
+runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py, runtime/zero/partition_parameters.py,
+runtime/zero/offload_config.py, utils/groups.py, utils/tensor_fragment.py.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime import zero
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
 from torch import nn
 
+from cpt.config.engine_json import OFFLOADS
 from cpt.errors import ConfigError, InternalError
 from cpt.file_memory import FileMemory
 
 TESTED_VERSIONS = ("0.19.8",)
 MOMENTS = ("exp_avg", "exp_avg_sq")
-OFFLOADS = ("offload_optimizer", "offload_param")
 HOST_STATE_BYTES = 4 * (1 + len(MOMENTS) + 2)
 """Per trained parameter, fp32: master weight, moments, and the gradient twice: as it adds up and as Adam reads it."""
 
@@ -126,6 +128,9 @@ class _EmptyInit(zero.Init):  # type: ignore[misc]
                 module.register_parameter(name, real)
                 self._convert_to_deepspeed_param(real)
                 real.partition()  # type: ignore[attr-defined]
+                if self.remote_device == "cpu" and not self.pin_memory:
+                    # the part is a copy of nothing yet: pages that nobody has touched take no memory
+                    real.ds_tensor.data = torch.empty_like(real.ds_tensor)  # type: ignore[attr-defined]
 
 
 def materialise_partitioned(model: nn.Module, engine_json: dict[str, Any], dtype: torch.dtype) -> None:
@@ -150,8 +155,11 @@ def nvme_paths(engine_json: dict[str, Any]) -> dict[str, Path]:
 
 
 def _on_host(engine_json: dict[str, Any]) -> dict[str, Any]:
-    """The JSON for DeepSpeed, to which state on NVMe is state on the host."""
-    on_host = {name: {"device": "cpu"} for name in nvme_paths(engine_json)}
+    """The JSON for DeepSpeed, to which state on NVMe is state on the host.
+
+    Not page-locked, which is DeepSpeed's default: torch keeps such memory for good, also when files take its place.
+    """
+    on_host = {name: {"device": "cpu", "pin_memory": False} for name in nvme_paths(engine_json)}
     return {**engine_json, "zero_optimization": {**engine_json["zero_optimization"], **on_host}}
 
 
@@ -166,7 +174,7 @@ def initialize(
     with _state_in(files):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_on_host(engine_json))
     if "offload_optimizer" in files:
-        _move_gradients(engine.optimizer, files["offload_optimizer"])
+        _place_gradients(engine.optimizer, files["offload_optimizer"])
         create_optimizer_state(engine, files["offload_optimizer"].zeros_like)
     if "offload_param" in files:
         _move_frozen_weights(model, files["offload_param"])
@@ -198,6 +206,7 @@ def _state_in(files: dict[str, FileMemory]) -> Iterator[None]:
     def create_gradients(zero: Any) -> None:
         for master in zero.fp32_partitioned_groups_flat:
             master.grad = files["offload_optimizer"].zeros_like(master)
+        zero.device = torch.device("meta")  # where DeepSpeed makes its buffer next, which `_place_gradients` replaces
 
     if "offload_param" in files:
         ours["_create_param_groups_fp16_flat_cpu_memory"] = create_weights
@@ -213,8 +222,9 @@ def _state_in(files: dict[str, FileMemory]) -> Iterator[None]:
             setattr(cls, name, method)
 
 
-def _move_gradients(zero: Any, memory: FileMemory) -> None:
+def _place_gradients(zero: Any, memory: FileMemory) -> None:
     """The buffer in which gradients add up over the accumulation steps."""
+    zero.device = OffloadDeviceEnum.cpu
     zero.grad_partitions_flat_buffer = memory.zeros_like(zero.grad_partitions_flat_buffer)
     views = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
     for key, view in views.items():

@@ -85,7 +85,9 @@ def device_memory(
     update += _mask_bytes(model, _Sizes.of(config, model), device_type, backward=True)
     parts |= {**peak, "update": 0 if offload_optimizer else max(0, update - sum(peak.values()))}
     if offload_optimizer:
-        parts["optimizer"] = parts["gradients"] = 0
+        parts["optimizer"] = 0
+        if stage == 3:  # the others add gradients up on the device all the same
+            parts["gradients"] = 0
     if "offload_param" in zero:
         parts["weights"] = 0
     return parts

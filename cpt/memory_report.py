@@ -97,7 +97,7 @@ def predicted(config: RunConfig, model: GptOssConfig, device_type: str) -> dict[
 
 
 def measured(engine: TrainingEngine, peak: Peak) -> dict[str, int]:
-    """The same groups of this rank, as they are; state that lies elsewhere is left out."""
+    """The same groups of this rank, as they are; state that lies on another device is left out."""
     device = engine.topology.device.type
     held = deepspeed_internals.state_tensors(engine.deepspeed)
     sizes = {

@@ -106,9 +106,12 @@ def limited(limit_bytes: int) -> Path | None:
         try:
             folder.mkdir(exist_ok=True)
             (folder / file).write_text(str(limit_bytes))
+            if (folder / "memory.swap.max").exists():
+                (folder / "memory.swap.max").write_text("0")
             return folder
         except OSError:
-            continue
+            if folder.is_dir():
+                folder.rmdir()
     return None
 
 

@@ -40,6 +40,7 @@ KNOWN_KEYS = (
 """Top-level keys of the DeepSpeed JSON that this project accepts: DeepSpeed itself ignores a misspelt one."""
 
 OFFLOADS = ("offload_optimizer", "offload_param")
+OFFLOAD_DEVICES = ("none", "cpu", "nvme")
 KNOWN_ZERO_KEYS = (
     "stage",
     *OFFLOADS,
@@ -104,7 +105,7 @@ def json_problems(file: Located) -> list[str]:
             for key in zero
             if key not in KNOWN_ZERO_KEYS
         ]
-        problems += _nvme_problems(file, zero)
+        problems += _offload_problems(file, zero)
     if file.value.get("zero_force_ds_cpu_optimizer", False) is not False:
         problems.append(
             f"{file.where(('zero_force_ds_cpu_optimizer',))} is "
@@ -130,27 +131,46 @@ def json_problems(file: Located) -> list[str]:
     return problems + reader.problems
 
 
-def _nvme_problems(file: Located, zero: dict[str, Any]) -> list[str]:
-    """What is wrong with state on NVMe."""
-    problems, on_nvme = [], False
+def _offload_problems(file: Located, zero: dict[str, Any]) -> list[str]:
+    """What is wrong with the blocks that offload state."""
+    problems = []
     for name in OFFLOADS:
         block = zero.get(name)
-        if not isinstance(block, dict) or block.get("device") != "nvme":
+        if not isinstance(block, dict):
             continue
-        on_nvme = True
-        path = file.where(("zero_optimization", name, "nvme_path"))
-        if not isinstance(block.get("nvme_path"), str):
-            problems.append(f"{path} is {json.dumps(block.get('nvme_path'))}, must be a folder on a disk of each node.")
-        problems += [
-            f"{file.where(('zero_optimization', name, key))} has no effect on state on NVMe: the files are mapped into "
-            "memory, and the kernel decides what of them is there. Remove it."
-            for key in block
-            if key not in ("device", "nvme_path")
-        ]
-    if on_nvme and zero.get("stage") != 3:
-        problems.append(f"{file.where(('zero_optimization', 'stage'))} is {zero.get('stage')}; NVMe needs 3.")
+        place, stage = block.get("device"), zero.get("stage")
+        if place not in OFFLOAD_DEVICES:
+            found = json.dumps(place)
+            problems.append(
+                f"{file.where(('zero_optimization', name, 'device'))} is {found}, must be one of "
+                f"{', '.join(OFFLOAD_DEVICES)}."
+            )
+        if stage in (1, 2) and (place == "nvme" or (name == "offload_param" and place == "cpu")):
+            what = "keeps weights whole on every GPU" if name == "offload_param" else "keeps no state in files"
+            problems.append(
+                f"{file.where(('zero_optimization', name))} has device {place!r}, but DeepSpeed {what} in ZeRO stage "
+                f"{stage}. Use stage 3, or remove the block."
+            )
+        problems += _nvme_problems(file, name, block) if place == "nvme" else []
+    on_nvme = [name for name in OFFLOADS if isinstance(zero.get(name), dict) and zero[name].get("device") == "nvme"]
     if on_nvme and "aio" in file.value:
         problems.append(f"{file.where(('aio',))} has no effect: state on NVMe is mapped into memory. Remove it.")
+    return problems
+
+
+def _nvme_problems(file: Located, name: str, block: dict[str, Any]) -> list[str]:
+    """What is wrong with one block for state on NVMe."""
+    problems = []
+    path = block.get("nvme_path")
+    if not isinstance(path, str) or not path:
+        where = file.where(("zero_optimization", name, "nvme_path"))
+        problems.append(f"{where} is {json.dumps(path)}, must be a folder on a disk of each node.")
+    problems += [
+        f"{file.where(('zero_optimization', name, key))} has no effect on state on NVMe: the files are mapped into "
+        "memory, and the kernel decides what of them is there. Remove it."
+        for key in block
+        if key not in ("device", "nvme_path")
+    ]
     return problems
 
 

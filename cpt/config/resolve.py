@@ -7,7 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
-from cpt.config.engine_json import OWN_KEYS, REFUSED_KEYS
+from cpt.config.engine_json import OFFLOADS, OWN_KEYS, REFUSED_KEYS
 from cpt.config.sections import LaunchInfo, RunConfig, RunYaml
 from cpt.errors import ConfigError
 from data_pipeline.strict_yaml import Located
@@ -194,7 +194,7 @@ class _Resolver:
         engine.setdefault("steps_per_print", 10**12)
         zero = engine["zero_optimization"]
         self._fill_auto_sizes(zero)
-        for name in ("offload_optimizer", "offload_param"):
+        for name in OFFLOADS:
             if zero.get(name, {}).get("device") == "none":
                 del zero[name]
         if train.dtype == "bf16" and zero["stage"] == 1 and "data_types" in engine:

@@ -80,7 +80,7 @@ def _cgroup_available() -> int | None:
         reclaimable = [
             int(line.split()[1])
             for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-            if line.startswith("inactive_file ")
+            if line.startswith(("inactive_file ", "active_file "))
         ]
     except (OSError, ValueError):
         return None

@@ -14,6 +14,7 @@ that all ranks decide alike and nothing that is not finite reaches weights or Ad
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
 from cpt.training.checkpointing import enable_checkpointing
 from cpt.training.loader import MicroBatch
+
+log = logging.getLogger("cpt.training")
 
 LARGEST_GRAD_NORM = 1e18
 """A norm from here on counts as not finite: its square is near the largest fp32 number, which DeepSpeed sums in."""
@@ -115,6 +118,8 @@ def _files(model: GptOssForCPT, config: RunConfig, topology: Topology) -> dict[s
     """Memory for the state that goes to NVMe; if one rank finds no room, all refuse."""
     folders = deepspeed_internals.nvme_paths(config.engine_json)
     sizes = deepspeed_internals.file_bytes(model, config.engine_json) if folders else {}
+    for name, size in sizes.items():
+        log.info("%s: %.3f GB of each rank in files in %s", name, size / 1e9, folders[name].resolve())
     return together(
         topology.control_group, lambda: {name: FileMemory(folders[name], size) for name, size in sizes.items()}
     )

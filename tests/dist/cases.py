@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class Scenario:
     """Whether there is a checkpoint of the first step, too."""
     omit: tuple[int, ...] = ()
     """Steps that are not run at all."""
+    offloads: dict[str, str] = field(default_factory=dict)
+    """`optimizer` and `param`: the device that DeepSpeed's block names."""
+    sub_group_size: int = 0
+    """Parameters that DeepSpeed updates at a time; 0: its default."""
     ds_config: str = ""
     """A shipped file of ds_configs/, whose stage, SP and EP give way to those here."""
 
@@ -71,6 +75,8 @@ class Scenario:
         options += "-penalties" if self.router_penalties else ""
         options += "-kl" if self.kl else ""
         options += f"-frozen-{len(self.freeze)}" if self.freeze else ""
+        options += "".join(f"-{what}-{device}" for what, device in self.offloads.items())
+        options += f"-groups-{self.sub_group_size}" if self.sub_group_size else ""
         options += f"-{Path(self.ds_config).stem}" if self.ds_config else ""
         return f"world{self.world_size}-sp{self.sp}-ep{self.ep}-zero{self.stage}-{options}"
 

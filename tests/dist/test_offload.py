@@ -50,6 +50,15 @@ AGAIN_ON_FILES = offloading(NVME, STEPS, resumes=BACK)
 FROZEN, FROZEN_ON_FILES = (
     dataclasses.replace(offloading(ds_config, 2), freeze=("experts", "router")) for ds_config in (NOTHING, NVME)
 )
+IN_BF16 = dataclasses.replace(offloading("", 2), dtype="bf16")
+PLACES_IN_BF16 = [
+    dataclasses.replace(IN_BF16, offloads={"optimizer": "nvme", "param": "nvme"}, sub_group_size=20_000),
+    dataclasses.replace(IN_BF16, offloads={"optimizer": "nvme"}),
+    dataclasses.replace(IN_BF16, offloads={"param": "nvme"}),
+    dataclasses.replace(IN_BF16, offloads={"optimizer": "nvme", "param": "cpu"}),
+    dataclasses.replace(IN_BF16, offloads={"optimizer": "cpu", "param": "nvme"}, freeze=("experts",)),
+]
+FROZEN_IN_BF16 = dataclasses.replace(IN_BF16, freeze=("experts",))
 STAGE2 = offloading(OPTIMIZER, STEPS // 3, stage=2)
 
 
@@ -62,6 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: Path) -> dict[str, list[dict]]:  # type: ignore[type-arg]
     reference_model().save_pretrained(str(folder / "model"))
     scenarios = [PLAIN, FIRST, SECOND, THIRD, ON_FILES, BACK, AGAIN_ON_FILES, FROZEN, FROZEN_ON_FILES, STAGE2]
+    scenarios += [IN_BF16, FROZEN_IN_BF16, *PLACES_IN_BF16]
     arguments = [str(folder), *(scenario.dump() for scenario in scenarios)]
     assert launch(ROOT / "tests" / "dist" / "worker.py", 2, arguments) == [0, 0]
     return {s.name: json.loads(parameter_file(folder, s).read_text()) for s in scenarios}
@@ -76,20 +86,37 @@ def test_every_step_equals_that_of_a_run_that_offloads_nothing(scenario, results
     ]
 
 
+@named(PLACES_IN_BF16)
+def test_wherever_state_waits_the_working_dtype_trains_the_same_bits(scenario, results, folder) -> None:
+    plain = FROZEN_IN_BF16 if scenario.freeze else IN_BF16
+    for step, expected in zip(results[scenario.name], results[plain.name], strict=True):
+        assert step == {**expected, "grad_norm": pytest.approx(expected["grad_norm"], rel=1e-6)}
+    assert_same_bits(folder, plain, scenario)
+
+
 @pytest.mark.parametrize(("expected", "found"), [(PLAIN, THIRD), (PLAIN, AGAIN_ON_FILES), (FROZEN, FROZEN_ON_FILES)])
 def test_state_saved_and_resumed_under_offload_ends_in_the_same_bits(expected, found, results, folder) -> None:
-    scenarios = expected, found
+    assert_same_bits(folder, expected, found)
+
+
+def assert_same_bits(folder: Path, plain: Scenario, offloaded: Scenario) -> None:
     for part in PARTS:
-        expected, found = (stored(folder, scenario, part) for scenario in scenarios)
+        expected, found = stored(folder, plain, part), stored(folder, offloaded, part)
         errors = {name: float((found[name] - tensor).abs().max()) for name, tensor in expected.items()}
         assert [name for name in expected if not torch.equal(expected[name], found[name])] == [], errors
 
 
-@named([ON_FILES, AGAIN_ON_FILES, FROZEN_ON_FILES])
-def test_state_on_nvme_lies_in_files_after_every_step_and_they_have_no_name(scenario, results, folder) -> None:
-    outside = json.loads((folder / f"{scenario.name}.outside.json").read_text())
-    assert outside == [[], []], "parts of each rank's state that are in other memory"
-    assert list((folder / "nvme").iterdir()) == []
+@named([ON_FILES, AGAIN_ON_FILES, FROZEN_ON_FILES, *PLACES_IN_BF16])
+def test_state_on_nvme_is_in_files_after_the_last_step_as_much_as_planned(scenario, results, folder) -> None:
+    """Files take whole pages of 4,096 bytes, and the last ranks hold padding."""
+    parts = {"optimizer": {"gradients", "optimizer"}, "param": {"weights"}}
+    devices = scenario.offloads or {"optimizer": "nvme", "param": "nvme"}
+    elsewhere = set().union(*(parts[what] for what in parts if devices.get(what) != "nvme"))
+    files = json.loads((folder / f"{scenario.name}.files.json").read_text())
+    assert [set(rank["outside"]) for rank in files["by_rank"]] == [elsewhere, elsewhere]
+    for rank in files["by_rank"]:
+        assert rank["bytes"] == pytest.approx(files["planned_bytes"], abs=2 * 4096, rel=0.01)
+    assert list((folder / "nvme" / scenario.name).iterdir()) == [], "files without a name"
 
 
 def test_optimizer_on_the_host_under_zero_2_trains_alike(results) -> None:

@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from cpt import deepspeed_internals
 from cpt.config import CheckpointSection, LaunchInfo, RunConfig, RunYaml, resolve
+from cpt.config.engine_json import OFFLOADS
 from cpt.job import build_engine, fill_weights, weight_source
+from cpt.memory import count_parameters, host_memory
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import create_topology
 from cpt.state.checkpoint import load_checkpoint
@@ -64,9 +66,12 @@ def config_of(scenario: Scenario, folder: Path) -> RunConfig:
     if scenario.ds_config:
         ds = json.loads((ROOT / "ds_configs" / scenario.ds_config).read_text())
     ds["zero_optimization"]["stage"] = scenario.stage
-    for block in (ds["zero_optimization"].get(name, {}) for name in deepspeed_internals.OFFLOADS):
-        if "nvme_path" in block:
-            block["nvme_path"] = str(folder / "nvme")
+    ds["zero_optimization"] |= {f"offload_{what}": {"device": device} for what, device in scenario.offloads.items()}
+    if scenario.sub_group_size:
+        ds["zero_optimization"]["sub_group_size"] = scenario.sub_group_size
+    for block in (ds["zero_optimization"].get(name, {}) for name in OFFLOADS):
+        if block.get("device") == "nvme":
+            block["nvme_path"] = str(folder / "nvme" / scenario.name)
     ds["sequence_parallel_size"] = scenario.sp
     ds["expert_parallel"] = {"enabled": True, "autoep_size": scenario.ep}
     launch_info = LaunchInfo(world_size=scenario.world_size, local_world_size=scenario.world_size)
@@ -117,8 +122,13 @@ def run(scenario: Scenario, folder: Path) -> None:
         if scenario.saves_first and step == 0:
             saver.save_now(1, STATE)
     if deepspeed_internals.nvme_paths(config.engine_json):
-        outside = gather_json(parts_outside(folder / "nvme", engine), topology.control_group)
-        (folder / f"{scenario.name}.outside.json").write_text(json.dumps(outside))
+        nvme = folder / "nvme" / scenario.name
+        found = {"outside": parts_outside(nvme, engine), "bytes": sum(size for _, size in mapped_files(nvme))}
+        by_rank = gather_json(found, topology.control_group)
+        if topology.rank == 0:
+            planned = host_memory(config, model_config(), count_parameters(model_config(), scenario.freeze), "nvme")
+            files = {"by_rank": by_rank, "planned_bytes": sum(planned.values())}
+            (folder / f"{scenario.name}.files.json").write_text(json.dumps(files))
     saver.save_now(scenario.steps, STATE)
     if topology.rank == 0:
         parameter_file(folder, scenario).write_text(json.dumps(results))

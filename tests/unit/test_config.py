@@ -351,9 +351,22 @@ def test_state_on_nvme_needs_a_folder_and_takes_no_setting_of_deepspeeds_swapper
     assert written(nvme_path="/local").config().engine_json["zero_optimization"][name]["device"] == "nvme"
     assert f"{key}.nvme_path is null, must be a folder" in only(problems())
     assert f"{key}.pin_memory has no effect on state on NVMe" in only(problems(nvme_path="/local", pin_memory=True))
-    assert "zero_optimization.stage is 2; NVMe needs 3" in only(problems(2, nvme_path="/local"))
+    assert f'{key}.nvme_path is "", must be a folder' in only(problems(nvme_path=""))
+    assert "in ZeRO stage 2. Use stage 3" in only(problems(2, nvme_path="/local"))
     assert "aio has no effect" in only(problems(aio=True, nvme_path="/local"))
     assert len(problems(2, aio=True, buffer_count=4)) == 4, "all in one message"
+
+
+@pytest.mark.parametrize("block", [{}, {"device": "disk"}, {"device": "NVME", "nvme_path": "/local"}], ids=str)
+def test_place_that_deepspeed_does_not_know_is_refused(files: Files, block: dict[str, str]) -> None:
+    files.write_json(zero_optimization={"stage": 3, "offload_optimizer": block})
+    assert "zero_optimization.offload_optimizer.device is " in only(files.problems())
+
+
+def test_weights_on_the_host_need_stage_3(files: Files) -> None:
+    """DeepSpeed would keep them on the device without a word."""
+    files.write_json(zero_optimization={"stage": 2, "offload_param": {"device": "cpu"}})
+    assert "keeps weights whole on every GPU in ZeRO stage 2" in only(files.problems())
 
 
 def test_exchange_that_was_never_compared_with_one_process_is_refused_with_the_reason(files: Files) -> None:
