@@ -8,8 +8,8 @@ All contenders are alive at once and take turns, one step each per round, so tha
 figures are medians, ratios are medians of the rounds' ratios.  The Trainer lets packed documents see each other.
 Peak memory is the first rank's largest resident size during a step, weights and optimizer state included, in other
 processes, one contender after another: there glibc hands freed memory back at once, which costs time.
-With several processes, a contender whose processes together would need more memory than the machine has, going by its
-peak with one, is left out and named.
+With several processes, a contender for whose processes the machine has too little memory, going by the peaks of one
+process, is left out and named; `--only` chooses those to be measured.
 
 On a machine that others use at the same time, `--clock cpu --threads 1` counts the CPU seconds of the first rank.
 """
@@ -40,7 +40,7 @@ from step_parts.cases import NAMES, OURS, WARM_UP_STEPS, Case  # noqa: E402
 WORKER = ROOT / "bench" / "step_parts" / "worker.py"
 STEP_LIMIT_SECONDS = 1200
 MEMORY_SHARE = 0.8
-"""Of what is free: the contenders that wait hold their weights and state meanwhile."""
+"""Of what is free."""
 
 
 class Contender:
@@ -108,7 +108,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes")
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="contenders besides this project")
+    parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES, help="contenders besides this project")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of each process; default: cores / processes")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU seconds of the first rank")
@@ -118,18 +118,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def those_that_fit(options: argparse.Namespace, ranks: int, tokens: int, results: list[dict[str, Any]]) -> list[str]:
-    """The contenders to be measured; one process per rank needs about what one process alone needed."""
+    """The contenders for whose processes there is room beside each other, if each needs what one process alone did.
+
+    What they free between their steps stays with the allocators of their processes.
+    """
     room = MEMORY_SHARE * measuring.free_bytes(torch.device("cpu"))
     alone = [result["peak MiB"] for result in results if (result["ranks"], result["tokens"]) == (1, tokens)]
-    fitting = []
+    fitting, used = [], 0.0
     for name in (name for name in NAMES if name == OURS or name in options.only):
         needed = ranks * max((peaks.get(name, 0) for peaks in alone), default=0) * 2**20
-        if name == OURS or needed <= room:
+        if name == OURS or used + needed <= room:
             fitting.append(name)
+            used += needed
         else:
-            print(
-                f"{ranks} ranks, {tokens} tokens: {name} left out, it needs about {needed / 2**30:.0f} GiB", flush=True
-            )
+            print(f"{ranks} ranks, {tokens} tokens: {name} left out, it needs {needed / 2**30:.0f} GiB", flush=True)
     return fitting
 
 
