@@ -51,7 +51,7 @@ def peak_within(device: torch.device) -> Iterator[Peak]:
         yield peak
     results = profiler.profiler.kineto_results if profiler.profiler is not None else None
     assert results is not None, "torch's profiler kept no events"
-    peak.num_bytes = _highest_level(_allocations(results.experimental_event_tree()))
+    peak.num_bytes = highest_level(_allocations(results.experimental_event_tree()))
 
 
 def _allocations(tree: list[Any]) -> list[tuple[int, int, int]]:
@@ -65,11 +65,14 @@ def _allocations(tree: list[Any]) -> list[tuple[int, int, int]]:
     return sorted(found)
 
 
-def _highest_level(allocations: list[tuple[int, int, int]]) -> int:
+def highest_level(allocations: list[tuple[int, int, int]]) -> int:
     """The largest sum of what is allocated at a time, above where it stood at the beginning.
 
     The profiler does not see what a thread of gloo frees, as it does when it is the last to let go of a tensor.  Memory
     that is handed out again has been freed: it would count twice, and more with every step.
+
+    Args:
+        allocations: (time, address, size) in order of time; a free has a negative size.
     """
     sizes: dict[int, int] = {}
     level = highest = 0

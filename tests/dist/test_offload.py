@@ -19,7 +19,7 @@ from tests.dist.cases import CLIPPING, STEPS, Scenario, parameter_file, referenc
 from tests.dist.test_layout_parity import named, stored
 from tests.support.launcher import ROOT, launch
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow]
+pytestmark = pytest.mark.dist
 
 NOTHING, OPTIMIZER, ALL = "z3_ep.json", "z3_offload_cpu.json", "z3_offload_cpu_all.json"
 NVME = "z3_offload_nvme.json"
