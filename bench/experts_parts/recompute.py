@@ -39,12 +39,22 @@ WAYS = ("no checkpointing", "recompute", "keep")
 
 
 def compare(layer: Layer, *, rounds: int, threads: int, clock: str) -> dict[str, Any]:
-    """The first rank's figures: per way median seconds, peak bytes and bytes it sends to the other rank."""
+    """The first rank's figures: per way median seconds, peak bytes and bytes it sends to the other rank.
+
+    Peaks come from processes of their own: the allocator settings that they need would cost the others time.
+    """
+    given = {**asdict(layer), "device": "cpu", "threads": threads, "clock": clock}
+    memory = _ranks({**given, "rounds": 0}, measuring.RETURN_MEMORY)
+    times = _ranks({**given, "rounds": rounds}, {})
+    return {way: {**memory[way], **times[way]} for way in WAYS}
+
+
+def _ranks(given: dict[str, Any], extra_environment: dict[str, str]) -> dict[str, Any]:
+    """What the first of the ranks printed."""
     port = measuring.free_port()
-    given = {**asdict(layer), "device": "cpu", "rounds": rounds, "threads": threads, "clock": clock}
     processes = []
     for rank in range(RANKS):
-        environment = {**os.environ, **measuring.RETURN_MEMORY, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **extra_environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
         command = [sys.executable, __file__, json.dumps(given)]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
@@ -80,6 +90,32 @@ class Stack:
         out.backward(self._d_out)
 
 
+def _memory(stack: Stack, layer: Layer) -> dict[str, Any]:
+    """Peak and bytes sent, per way."""
+    found = {}
+    for way in WAYS:
+        stack.run(way)
+        stack.traffic.take()
+        peak = measuring.peak_bytes(lambda way=way: stack.run(way), layer.device)[0]
+        found[way] = {"peak_bytes": peak, "sent_bytes": stack.traffic.take()["experts"]}
+    return found
+
+
+def _times(stack: Stack, layer: Layer, rounds: int, clock: str) -> dict[str, Any]:
+    """Median seconds, and the median ratio to `recompute`, per way."""
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(rounds + 1):
+        for way in WAYS:
+            dist.barrier()
+            took = measuring.seconds(lambda way=way: stack.run(way), layer.device, clock)
+            seconds[way] += [took] if number else []  # the first one sees its shapes for the first time
+    found = {}
+    for way in WAYS:
+        ratios = [own / other for own, other in zip(seconds[way], seconds["recompute"], strict=True)]
+        found[way] = {"ratio": statistics.median(ratios), "seconds": statistics.median(seconds[way])}
+    return found
+
+
 def main() -> None:
     """One rank; prints one line of JSON."""
     given = json.loads(sys.argv[1])
@@ -88,20 +124,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     dist.init_process_group("gloo")
     stack = Stack(layer, dist.get_rank())
-    found: dict[str, Any] = {way: {"seconds": []} for way in WAYS}
-    for way in WAYS:
-        stack.run(way)
-        stack.traffic.take()
-        found[way]["peak_bytes"] = measuring.peak_bytes(lambda way=way: stack.run(way), layer.device)[0]
-        found[way]["sent_bytes"] = stack.traffic.take()["experts"]
-    for _ in range(rounds):
-        for way in WAYS:
-            dist.barrier()
-            found[way]["seconds"].append(measuring.seconds(lambda way=way: stack.run(way), layer.device, clock))
-    base = found["recompute"]["seconds"]
-    for way in WAYS:
-        ratios = [own / other for own, other in zip(found[way]["seconds"], base, strict=True)]
-        found[way] |= {"ratio": statistics.median(ratios), "seconds": statistics.median(found[way]["seconds"])}
+    found = _times(stack, layer, rounds, clock) if rounds else _memory(stack, layer)
     print(json.dumps(found))
     dist.destroy_process_group()
 
