@@ -120,17 +120,17 @@ class _EmptyInit(zero.Init):  # type: ignore[misc]
     def _convert_to_zero_parameters(self, param_list: Any) -> None:
         for module in self.module.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                real = allocate(parameter, self.local_device)
+                real: Any = allocate(parameter, self.local_device)
                 if is_expert(real):
-                    name_of_group = real.ds_zero_partition_group_name  # type: ignore[attr-defined]
+                    name_of_group = real.ds_zero_partition_group_name
                     group = groups._get_expert_data_parallel_group(name_of_group)
-                    real.ds_zero_partition_process_group = group  # type: ignore[attr-defined]
+                    real.ds_zero_partition_process_group = group
                 module.register_parameter(name, real)
                 self._convert_to_deepspeed_param(real)
-                real.partition()  # type: ignore[attr-defined]
+                real.partition()
                 if self.remote_device == "cpu" and not self.pin_memory:
                     # the part is a copy of nothing yet: pages that nobody has touched take no memory
-                    real.ds_tensor.data = torch.empty_like(real.ds_tensor)  # type: ignore[attr-defined]
+                    real.ds_tensor.data = torch.empty_like(real.ds_tensor)
 
 
 def materialise_partitioned(model: nn.Module, engine_json: dict[str, Any], dtype: torch.dtype) -> None:
@@ -140,12 +140,12 @@ def materialise_partitioned(model: nn.Module, engine_json: dict[str, Any], dtype
 
 def file_bytes(model: nn.Module, engine_json: dict[str, Any]) -> dict[str, int]:
     """Bytes of this rank's state that goes to NVMe, by key of the JSON; the model's parameters are partitioned."""
-    partitions = [(p.ds_tensor.numel(), p.ds_tensor.dtype.itemsize, p.requires_grad) for p in model.parameters()]  # type: ignore[attr-defined]
+    parameters: list[Any] = list(model.parameters())
     sizes = {
-        "offload_optimizer": sum(HOST_STATE_BYTES * numel for numel, _, trained in partitions if trained),
-        "offload_param": sum(numel * itemsize for numel, itemsize, _ in partitions),
+        "offload_optimizer": sum(HOST_STATE_BYTES * p.ds_tensor.numel() for p in parameters if p.requires_grad),
+        "offload_param": sum(p.ds_tensor.nbytes for p in parameters),
     }
-    return {name: size for name, size in sizes.items() if name in nvme_paths(engine_json)}
+    return {name: sizes[name] for name in nvme_paths(engine_json)}
 
 
 def nvme_paths(engine_json: dict[str, Any]) -> dict[str, Path]:
@@ -196,8 +196,8 @@ def _state_in(files: dict[str, FileMemory]) -> Iterator[None]:
 
     def create_masters(zero: Any) -> None:
         for half, ids in zip(zero.fp16_partitioned_groups_flat, zero.fp16_partitioned_groups_flat_id, strict=True):
-            master = files["offload_optimizer"].zeros(half.numel(), torch.float32).copy_(half).requires_grad_()
-            master.ds_id = f"{ids[0]}_{ids[-1]}"  # type: ignore[attr-defined]
+            master: Any = files["offload_optimizer"].zeros(half.numel(), torch.float32).copy_(half).requires_grad_()
+            master.ds_id = f"{ids[0]}_{ids[-1]}"
             zero.fp32_partitioned_groups_flat.append(master)
         zero.subgroup_to_device = dict.fromkeys(range(len(zero.fp32_partitioned_groups_flat)), "cpu")
         for group in zero.optimizer.param_groups:
@@ -233,7 +233,8 @@ def _place_gradients(zero: Any, memory: FileMemory) -> None:
 
 def _move_frozen_weights(model: nn.Module, memory: FileMemory) -> None:
     """This rank's partitions of frozen parameters, which the optimizer does not know."""
-    partitions = [parameter.ds_tensor for parameter in model.parameters() if not parameter.requires_grad]  # type: ignore[attr-defined]
+    parameters: list[Any] = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    partitions = [parameter.ds_tensor for parameter in parameters]
     for partition, copy in zip(partitions, memory.copies(partitions), strict=True):
         partition.data = copy
 

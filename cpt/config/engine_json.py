@@ -133,16 +133,13 @@ def json_problems(file: Located) -> list[str]:
 
 def _offload_problems(file: Located, zero: dict[str, Any]) -> list[str]:
     """What is wrong with the blocks that offload state."""
-    problems = []
-    for name in OFFLOADS:
-        block = zero.get(name)
-        if not isinstance(block, dict):
-            continue
-        place, stage = block.get("device"), zero.get("stage")
+    problems, stage = [], zero.get("stage")
+    blocks = {name: zero[name] for name in OFFLOADS if isinstance(zero.get(name), dict)}
+    places = {name: block.get("device") for name, block in blocks.items()}
+    for name, place in places.items():
         if place not in OFFLOAD_DEVICES:
-            found = json.dumps(place)
             problems.append(
-                f"{file.where(('zero_optimization', name, 'device'))} is {found}, must be one of "
+                f"{file.where(('zero_optimization', name, 'device'))} is {json.dumps(place)}, must be one of "
                 f"{', '.join(OFFLOAD_DEVICES)}."
             )
         if stage in (1, 2) and (place == "nvme" or (name == "offload_param" and place == "cpu")):
@@ -151,9 +148,9 @@ def _offload_problems(file: Located, zero: dict[str, Any]) -> list[str]:
                 f"{file.where(('zero_optimization', name))} has device {place!r}, but DeepSpeed {what} in ZeRO stage "
                 f"{stage}. Use stage 3, or remove the block."
             )
-        problems += _nvme_problems(file, name, block) if place == "nvme" else []
-    on_nvme = [name for name in OFFLOADS if isinstance(zero.get(name), dict) and zero[name].get("device") == "nvme"]
-    if on_nvme and "aio" in file.value:
+        if place == "nvme":
+            problems += _nvme_problems(file, name, blocks[name])
+    if "nvme" in places.values() and "aio" in file.value:
         problems.append(f"{file.where(('aio',))} has no effect: state on NVMe is mapped into memory. Remove it.")
     return problems
 

@@ -117,7 +117,9 @@ def _optimizer(model: GptOssForCPT, train: TrainSection) -> torch.optim.Optimize
 def _files(model: GptOssForCPT, config: RunConfig, topology: Topology) -> dict[str, FileMemory]:
     """Memory for the state that goes to NVMe; if one rank finds no room, all refuse."""
     folders = deepspeed_internals.nvme_paths(config.engine_json)
-    sizes = deepspeed_internals.file_bytes(model, config.engine_json) if folders else {}
+    if not folders:
+        return {}
+    sizes = deepspeed_internals.file_bytes(model, config.engine_json)
     for name, size in sizes.items():
         log.info("%s: %.3f GB of each rank in files in %s", name, size / 1e9, folders[name].resolve())
     return together(

@@ -27,7 +27,7 @@ from data_pipeline.strict_yaml import parse_yaml, read_file
 
 WORLD_SIZE, VOCABULARY = 2, 16_384
 MEASURED_STEPS = 3
-"""The smallest peak counts: what a thread of gloo frees goes unseen and only ever adds to it (see `peak_within`)."""
+"""The smallest peak counts: what a thread of gloo frees goes unseen and only ever adds to it (see `highest_level`)."""
 MODEL = {**PRESETS["tiny"], "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 """A vocabulary small enough for its tables not to hide the activations."""
 
@@ -56,7 +56,7 @@ def run(shape: dict[str, Any], folder: Path) -> None:
     text = f"""
 model: {{init: tiny, activation_checkpointing: {str(shape["checkpointing"]).lower()}}}
 data: {{mix: unused.yaml}}
-train: {{seq_len: {seq_len}, global_batch_size: {rows * WORLD_SIZE}, micro_batch_size: {rows}, total_steps: 9, lr: 1e-3}}
+train: {{seq_len: {seq_len}, global_batch_size: {rows * WORLD_SIZE}, micro_batch_size: {rows}, total_steps: 99, lr: 1e-3}}
 """
     zero = {"stage": shape["stage"], "reduce_bucket_size": "auto"}
     ds = {"zero_optimization": zero | ({"stage3_param_persistence_threshold": "auto"} if shape["stage"] == 3 else {})}
