@@ -6,7 +6,7 @@ Decisions
     *different* experts over the whole world as if they were replicas, without an error.
     Sequence parallelism is never told to DeepSpeed: to the engine every rank is a data-parallel rank.
     A ZeRO shard is reported as a contiguous range of the flattened parameter, whatever the stage.
-    State on NVMe is host memory to the engine, and that memory is a file (cpt/file_memory.py).  DeepSpeed's own swapper
+    State on NVMe is host memory to the engine, and that memory is a file (cpt/storage/file_memory.py).  DeepSpeed's own swapper
     holds such state in files of which it reads a group at a time: no save, resume or gradient norm would see it.
 
 Read in deepspeed 0.19.8: runtime/engine.py (`_configure_distributed_model`, `_configure_zero_optimizer`),
@@ -36,7 +36,7 @@ from torch import nn
 
 from cpt.config.engine_json import OFFLOADS
 from cpt.errors import ConfigError, InternalError
-from cpt.file_memory import FileMemory
+from cpt.storage.file_memory import FileMemory
 
 TESTED_VERSIONS = ("0.19.8",)
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -18,7 +18,7 @@ FLOORS = (
     "cpt.errors",
     "cpt.faults",
     "cpt.config",
-    "cpt.file_memory",
+    "cpt.storage.file_memory",
     "cpt.deepspeed_internals",
     "cpt.parallel",
     "cpt.model",

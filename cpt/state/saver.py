@@ -29,10 +29,10 @@ from cpt.state.checkpoint import flat_ranges, tensor_records
 from cpt.state.flat_planner import FlatRange
 from cpt.state.manifest import MANIFEST
 from cpt.state.prune import prune
-from cpt.state.space import check_space, write_error
 from cpt.state.staging import Staging, check_host_memory
 from cpt.state.stored import refusal_of, step_folder
 from cpt.state.written import Written, complete_folder, publish_folder, write_ranges, written_by
+from cpt.storage.space import check_space, write_error
 
 log = logging.getLogger("cpt.checkpoint")
 

@@ -26,7 +26,7 @@ from cpt.errors import ConfigError, InternalError, StorageError
 from cpt.model.checksums import write_sums
 from cpt.model.hf_layout import INDEX_FILE, SINGLE_FILE
 from cpt.state.manifest import sync_folder
-from cpt.state.space import megabytes, write_error
+from cpt.storage.space import megabytes, write_error
 
 LARGEST_FILE_BYTES = 4 * 2**30
 """A file holds at least one tensor, and more as long as it stays below this."""

@@ -15,7 +15,7 @@ from cpt.faults import fault_point
 from cpt.state.flat_planner import FlatRange, FlatSavePlanner
 from cpt.state.manifest import FileRecord, Manifest, TensorRecord, record_file, sync_folder, write_manifest
 from cpt.state.metadata import METADATA, FolderWriter, WrittenRange, write_metadata
-from cpt.state.space import write_error
+from cpt.storage.space import write_error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

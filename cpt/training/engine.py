@@ -28,7 +28,6 @@ from cpt import deepspeed_internals
 from cpt.config import RunConfig, TrainSection
 from cpt.errors import InternalError
 from cpt.faults import fault_point
-from cpt.file_memory import FileMemory
 from cpt.model.attention import Attention
 from cpt.model.gpt_oss import GptOssForCPT
 from cpt.model.router_watch import RouterSums, RouterWatch
@@ -36,6 +35,7 @@ from cpt.parallel.agreement import together
 from cpt.parallel.topology import Topology
 from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
+from cpt.storage.file_memory import FileMemory
 from cpt.training.checkpointing import enable_checkpointing
 from cpt.training.loader import MicroBatch
 

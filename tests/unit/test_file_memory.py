@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cpt.errors import StorageError
-from cpt.file_memory import FileMemory
+from cpt.storage.file_memory import FileMemory
 from tests.support.mapped_files import mapped_files
 
 

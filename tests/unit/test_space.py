@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from cpt.errors import ConfigError, StorageError
-from cpt.state import space, staging
+from cpt.state import staging
 from cpt.state.flat_planner import FlatRange
 from cpt.state.staging import Staging, available_bytes, check_host_memory
+from cpt.storage import space
 
 Usage = namedtuple("Usage", "total used free")
 
