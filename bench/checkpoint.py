@@ -33,8 +33,8 @@ def train_and_save(options: argparse.Namespace) -> None:
     import torch.distributed as dist
     from transformers import GptOssConfig
 
-    from cpt import deepspeed_internals
     from cpt.config import CheckpointSection, LaunchInfo, RunYaml, resolve
+    from cpt.deepspeed_adapter import internals as deepspeed_internals
     from cpt.job import build_engine, fill_weights
     from cpt.model.gpt_oss import PRESETS
     from cpt.model.random_init import RandomWeights

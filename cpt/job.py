@@ -17,8 +17,8 @@ import torch
 import yaml
 from transformers import GptOssConfig
 
-from cpt import deepspeed_internals
 from cpt.config import RunConfig
+from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import ConfigError
 from cpt.faults import fault_point
 from cpt.feed import check_mix, check_plan, open_data, open_kl_targets

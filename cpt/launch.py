@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from transformers import GptOssConfig
 
-from cpt import deepspeed_internals, faults
+from cpt import faults
 from cpt.config import LaunchInfo, RunConfig, load, resolve
 from cpt.continuations import print_continuations
+from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import ConfigError
 from cpt.feed import check_mix
 from cpt.job import Job, assemble

@@ -16,8 +16,8 @@ import torch
 from torch._C._profiler import _EventType
 from transformers import GptOssConfig
 
-from cpt import deepspeed_internals
 from cpt.config import RunConfig
+from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.memory import count_parameters, device_memory
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology

@@ -108,7 +108,7 @@ def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
 
 def worker(path: Path) -> None:
     """One rank."""
-    from cpt import deepspeed_internals
+    from cpt.deepspeed_adapter import internals as deepspeed_internals
     from cpt.model.weights import load_config
     from cpt.parallel.agreement import gather_json
     from cpt.parallel.topology import create_topology

@@ -54,7 +54,7 @@ def train(options: argparse.Namespace) -> None:
     before = measuring.resident_bytes("RssAnon")
     from step_parts.ours import build
 
-    from cpt import deepspeed_internals
+    from cpt.deepspeed_adapter import internals as deepspeed_internals
     from cpt.training.loader import make_micro_batch
 
     block: dict[str, Any] = {"device": options.place}

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from cpt import deepspeed_internals
 from cpt.config import LaunchInfo, RunYaml, resolve
+from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.job import build_engine, fill_weights
 from cpt.model.random_init import RandomWeights
 from cpt.parallel.topology import Topology, create_topology

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import GptOssConfig
 
-from cpt import deepspeed_internals
+from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import ConfigError
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.model import attention, gpt_oss

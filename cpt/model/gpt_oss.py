@@ -25,7 +25,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssRotaryEmbedding,
 )
 
-from cpt.deepspeed_internals import allocate
+from cpt.deepspeed_adapter.internals import allocate
 from cpt.model import attention
 from cpt.model.experts import ExpertParallelMLP
 from cpt.model.loss_head import LossHead

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from cpt import deepspeed_internals
+from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.parallel.place import Place
 from cpt.parallel.traffic import Traffic
 

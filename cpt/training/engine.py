@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cpt import deepspeed_internals
 from cpt.config import RunConfig, TrainSection
+from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import InternalError
 from cpt.faults import fault_point
 from cpt.model.attention import Attention

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cpt import deepspeed_internals
+from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import create_topology
 from cpt.parallel.ulysses import Ulysses

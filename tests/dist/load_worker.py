@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from cpt import deepspeed_internals
+from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.config import LaunchInfo, resolve
 from cpt.job import build_engine, fill_weights, verify_checksums, weight_source
 from cpt.errors import ConfigError

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from cpt import deepspeed_internals
+from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.config import CheckpointSection, LaunchInfo, resolve
 from cpt.job import build_engine, fill_weights, weight_source
 from cpt.model.weights import load_config

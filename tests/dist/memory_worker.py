@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import GptOssConfig
 
-from cpt import deepspeed_internals
+from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.config import LaunchInfo, RunYaml, resolve
 from cpt.job import build_engine, fill_weights, weight_source
 from cpt.memory_report import measured, peak_within, predicted

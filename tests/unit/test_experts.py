@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
-from cpt import deepspeed_internals
+from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.model.experts import EXPERT_TENSORS, ExpertParallelMLP, LocalExperts
 from cpt.model.grouped import Groups
 from cpt.parallel.traffic import Traffic

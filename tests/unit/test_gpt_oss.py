@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM, GptOssRotaryEmbedding
 
-from cpt import deepspeed_internals
+from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.model import gpt_oss
 from cpt.model.experts import EXPERT_TENSORS, ExpertParallelMLP
 from cpt.model.loss_head import LossHead

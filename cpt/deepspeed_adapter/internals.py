@@ -57,7 +57,7 @@ def check_version() -> None:
         raise ConfigError(
             f"deepspeed {deepspeed.__version__} is installed; expert parallelism and checkpoints rely on the inside "
             f"of {', '.join(TESTED_VERSIONS)}. Install that version (constraints.txt), or run the tests under "
-            "tests/dist with yours and add it to TESTED_VERSIONS in cpt/deepspeed_internals.py."
+            "tests/dist with yours and add it to TESTED_VERSIONS in cpt/deepspeed_adapter/internals.py."
         )
 
 
