@@ -20,7 +20,6 @@ from transformers import GptOssConfig
 from cpt.config import RunConfig
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import ConfigError
-from cpt.faults import fault_point
 from cpt.feed import check_mix, check_plan, open_data, open_kl_targets
 from cpt.guard.heldout import Guard
 from cpt.guard.ladder import GuardState
@@ -37,11 +36,12 @@ from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
 from cpt.progress import Progress, Ranges, merged, newest_guard_state, read_guard_rollbacks, read_rollbacks, skipped_by
+from cpt.resilience.faults import fault_point
+from cpt.resilience.leaving import leave_if_asked
+from cpt.resilience.stop import StopRequest
 from cpt.state.checkpoint import LoadedState, flat_ranges, load_checkpoint
-from cpt.state.leaving import leave_if_asked
 from cpt.state.original_router import watch_drift
 from cpt.state.saver import Saver
-from cpt.state.stop import StopRequest
 from cpt.telemetry.metrics import Telemetry
 from cpt.telemetry.trackers import trackers_for
 from cpt.training.engine import TrainingEngine

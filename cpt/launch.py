@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from transformers import GptOssConfig
 
-from cpt import faults
 from cpt.config import LaunchInfo, RunConfig, load, resolve
 from cpt.continuations import print_continuations
 from cpt.deepspeed_adapter import internals as deepspeed_internals
@@ -29,10 +28,11 @@ from cpt.model.weights import load_config
 from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology, create_topology
 from cpt.release.export_run import export_run
+from cpt.resilience import faults
+from cpt.resilience.stop import StopRequest, watch_launcher
+from cpt.resilience.watchdog import watching
 from cpt.run_dir import held_run_dir
-from cpt.state.stop import StopRequest, watch_launcher
 from cpt.state.stored import list_steps, step_folder
-from cpt.state.watchdog import watching
 from cpt.telemetry.report import write_report
 from cpt.train import train
 from data_pipeline.build import default_build_dir, input_bytes

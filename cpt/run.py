@@ -18,7 +18,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
     sys.path[0] = str(ROOT)  # the launcher puts cpt/ itself first, where `import config` would find a second copy
 
 from cpt.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, CptError  # noqa: E402
-from cpt.state.stop import StopRequest  # noqa: E402
+from cpt.resilience.stop import StopRequest  # noqa: E402
 
 
 class _Parser(argparse.ArgumentParser):

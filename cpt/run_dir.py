@@ -17,7 +17,7 @@ from cpt.errors import StorageError
 from cpt.model.freezing import frozen_names, parameter_numels
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
-from cpt.state.lock import LOCK, RunLock, take_lock
+from cpt.resilience.lock import LOCK, RunLock, take_lock
 from cpt.state.stored import list_steps
 from cpt.storage.space import check_space, megabytes
 

@@ -10,9 +10,9 @@ from typing import NoReturn
 
 from cpt.errors import RequeueRequested, StorageError
 from cpt.job import Job
-from cpt.state.leaving import agreed_reason
+from cpt.resilience.leaving import agreed_reason
+from cpt.resilience.stop import Deadline
 from cpt.state.saver import Published
-from cpt.state.stop import Deadline
 from cpt.telemetry.goodput import goodput
 from cpt.telemetry.metrics import read_events
 

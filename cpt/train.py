@@ -11,13 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from cpt.continuations import show_continuations
-from cpt.faults import fault_point
 from cpt.job import Job
 from cpt.memory_report import report_memory
 from cpt.recovery import after_step
+from cpt.resilience.faults import fault_point
+from cpt.resilience.leaving import leave_if_asked
+from cpt.resilience.stop import StopRequest
 from cpt.saving import end, final_save, leave, periodic_save, publish
-from cpt.state.leaving import leave_if_asked
-from cpt.state.stop import StopRequest
 from cpt.steering import go_on_after_pause, note_green, replay_limits, steer
 from cpt.telemetry.goodput import start_event
 from cpt.telemetry.router import router_event

@@ -16,7 +16,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 FLOORS = (
     "cpt.errors",
-    "cpt.faults",
+    "cpt.resilience.faults",
     "cpt.config",
     "cpt.storage.file_memory",
     "cpt.deepspeed_adapter.internals",

@@ -19,7 +19,6 @@ from typing import Any
 
 from cpt.config import GuardSection, RunConfig
 from cpt.errors import ConfigError
-from cpt.faults import fault_point
 from cpt.guard.ladder import Decision, Evidence, GuardState, decide
 from cpt.guard.policy import Judgement, judge, noise_floor_percent
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
@@ -27,8 +26,9 @@ from cpt.model.checksums import sampled_hash
 from cpt.model.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
-from cpt.state.leaving import agreed_reason
-from cpt.state.stop import StopRequest
+from cpt.resilience.faults import fault_point
+from cpt.resilience.leaving import agreed_reason
+from cpt.resilience.stop import StopRequest
 from cpt.telemetry.metrics import Telemetry
 from cpt.training.engine import TrainingEngine
 from data_pipeline.dataset import BuiltData

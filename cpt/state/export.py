@@ -17,10 +17,10 @@ import torch
 from transformers import GptOssConfig
 
 from cpt.errors import CheckpointError, ConfigError
-from cpt.faults import fault_point
 from cpt.model import mxfp4
 from cpt.model.gpt_oss import skeleton
 from cpt.model.hf_layout import BLOCKS, SCALES, is_expert_name
+from cpt.resilience.faults import fault_point
 from cpt.state.flat_planner import FlatRange
 from cpt.state.hf_tokenizer import save_tokenizer
 from cpt.state.manifest import Manifest, TensorRecord, read_manifest, verify_files

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from cpt.faults import fault_point
+from cpt.resilience.faults import fault_point
 from cpt.state.manifest import MANIFEST
 from cpt.state.stored import list_steps, step_folder
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from cpt.config import CheckpointSection
 from cpt.errors import InternalError
-from cpt.faults import fault_point
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
+from cpt.resilience.faults import fault_point
 from cpt.state.checkpoint import flat_ranges, tensor_records
 from cpt.state.flat_planner import FlatRange
 from cpt.state.manifest import MANIFEST

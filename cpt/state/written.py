@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cpt.faults import fault_point
+from cpt.resilience.faults import fault_point
 from cpt.state.flat_planner import FlatRange, FlatSavePlanner
 from cpt.state.manifest import FileRecord, Manifest, TensorRecord, record_file, sync_folder, write_manifest
 from cpt.state.metadata import METADATA, FolderWriter, WrittenRange, write_metadata

@@ -27,7 +27,6 @@ from torch import nn
 from cpt.config import RunConfig, TrainSection
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import InternalError
-from cpt.faults import fault_point
 from cpt.model.attention import Attention
 from cpt.model.gpt_oss import GptOssForCPT
 from cpt.model.router_watch import RouterSums, RouterWatch
@@ -35,6 +34,7 @@ from cpt.parallel.agreement import together
 from cpt.parallel.topology import Topology
 from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
+from cpt.resilience.faults import fault_point
 from cpt.storage.file_memory import FileMemory
 from cpt.training.checkpointing import enable_checkpointing
 from cpt.training.loader import MicroBatch

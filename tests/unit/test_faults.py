@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from cpt import faults
 from cpt.errors import ConfigError
-from cpt.faults import InjectedFault, check_environment, fault_point
+from cpt.resilience import faults
+from cpt.resilience.faults import InjectedFault, check_environment, fault_point
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,7 +79,7 @@ def test_killgroup_ends_the_ranks_of_this_run_and_nothing_else(tmp_path: Path) -
     """Three children of one parent: two ranks of a run, of which one strikes, and one of another run."""
     script = tmp_path / "rank.py"
     script.write_text(
-        "import sys, time\nfrom cpt.faults import fault_point\nfault_point('forward', 1)\ntime.sleep(60)\n"
+        "import sys, time\nfrom cpt.resilience.faults import fault_point\nfault_point('forward', 1)\ntime.sleep(60)\n"
     )
 
     def rank(number: int, port: int, fault: str) -> subprocess.Popen[bytes]:

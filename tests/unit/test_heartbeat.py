@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from cpt.parallel.place import Place
-from cpt.state.heartbeat import Beat, Limits, Observer
+from cpt.resilience.heartbeat import Beat, Limits, Observer
 
 LIMITS = Limits(step=10.0, long=100.0)
 

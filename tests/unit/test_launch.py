@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from cpt import launch
+from cpt.resilience.stop import StopRequest
 from cpt.run import main, parse_arguments
 from cpt.run_dir import make_run_dir, move_aside
-from cpt.state.stop import StopRequest
 from tests.support.launcher import ROOT, free_port, rank_environment
 
 DS_CONFIG = ROOT / "ds_configs" / "z3_ulysses.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cpt.errors import ConfigError
-from cpt.state.lock import LOCK, STALE_SECONDS, Holder, take_lock, this_process
+from cpt.resilience.lock import LOCK, STALE_SECONDS, Holder, take_lock, this_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +50,7 @@ def test_lock_of_a_process_that_was_killed_is_taken_over(tmp_path: Path) -> None
     code = f"""
 import os
 from pathlib import Path
-from cpt.state.lock import take_lock
+from cpt.resilience.lock import take_lock
 take_lock(Path({str(tmp_path)!r}))
 os.kill(os.getpid(), 9)
 """

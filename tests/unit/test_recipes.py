@@ -13,8 +13,8 @@ from cpt.memory import count_parameters
 from cpt.model.weights import load_config
 from cpt.planning.estimate import estimate
 from cpt.planning.hardware import GPUS, Assumptions
+from cpt.resilience.stop import StopRequest
 from cpt.run import main
-from cpt.state.stop import StopRequest
 from tests.support.launcher import ROOT
 
 RECIPES = sorted(path for path in (ROOT / "configs").glob("gpt-oss-*.yaml") if "By cpt plan" in path.read_text())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt.state.stop import LEAVE_BEFORE_END_SECONDS, Deadline, StopRequest, launcher_links, parent_of
+from cpt.resilience.stop import LEAVE_BEFORE_END_SECONDS, Deadline, StopRequest, launcher_links, parent_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +23,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 def test_signals_are_noted_and_nothing_else_happens() -> None:
     code = """
 import os, signal
-from cpt.state.stop import SIGNALS, StopRequest
+from cpt.resilience.stop import SIGNALS, StopRequest
 for number in SIGNALS:
     stop = StopRequest()
     stop.listen()
@@ -37,7 +37,7 @@ for number in SIGNALS:
 
 
 def test_noting_signals_needs_no_heavy_import() -> None:
-    assert run_python("import cpt.state.stop, sys; sys.exit('torch' in sys.modules)").returncode == 0
+    assert run_python("import cpt.resilience.stop, sys; sys.exit('torch' in sys.modules)").returncode == 0
 
 
 def test_stop_file_is_seen_by_the_rank_that_watches_and_consumed(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_leaving_may_not_take_longer_than_the_job_lasts() -> None:
 
 
 def test_deadline_ends_the_process_with_the_code_of_a_storage_failure() -> None:
-    code = "import time; from cpt.state.stop import Deadline; Deadline(0.2, 'saving step 3'); time.sleep(30)"
+    code = "import time; from cpt.resilience.stop import Deadline; Deadline(0.2, 'saving step 3'); time.sleep(30)"
     done = run_python(code)
     assert done.returncode == 74 and "saving step 3 took longer than 0 s" in done.stderr
 
@@ -87,7 +87,7 @@ child.wait()
 """
 RANK = """
 import time
-from cpt.state.stop import StopRequest, launcher_links, watch_launcher
+from cpt.resilience.stop import StopRequest, launcher_links, watch_launcher
 stop = StopRequest({})
 watch_launcher(stop, 1.0)
 print(len(launcher_links()), flush=True)

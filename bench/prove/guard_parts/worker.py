@@ -14,8 +14,8 @@ from guard_parts.small_vocabulary import shrink  # noqa: E402
 shrink()
 
 from cpt.errors import EXIT_DONE  # noqa: E402
+from cpt.resilience.stop import StopRequest  # noqa: E402
 from cpt.run import main  # noqa: E402
-from cpt.state.stop import StopRequest  # noqa: E402
 
 if __name__ == "__main__":
     request = StopRequest()

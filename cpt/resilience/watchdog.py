@@ -6,7 +6,7 @@
     watching thread  never blocks: judges, writes stacks, leaves with os._exit
 
 Decisions
-    Rank 0 sees all positions and judges (`cpt.state.heartbeat`); the others watch that rank 0 answers.  A verdict is
+    Rank 0 sees all positions and judges (`cpt.resilience.heartbeat`); the others watch that rank 0 answers.  A verdict is
     one record in the store; the first one written holds, and every rank obeys it.
     A rank that fails alone writes such a record too: otherwise its peers would wait for it in a collective, until a
     timeout with NCCL, and the error of the connection would hide the cause.
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from cpt.config import WatchdogSection
 from cpt.errors import CptError, HungRankError, RequeueRequested
 from cpt.parallel.topology import Topology
-from cpt.state.heartbeat import Beat, Limits, Observer
+from cpt.resilience.heartbeat import Beat, Limits, Observer
 
 LEAVE_SECONDS = 10.0
 """How long the last to leave wait for the others."""

@@ -45,7 +45,7 @@ SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTER
 FACTORS = {"nan": float("nan"), "inf": float("inf")}
 ACTIONS = (*SIGNALS, *FACTORS, "killgroup", "raise", "enospc", "sleep=SECONDS", "scale=FACTOR")
 
-log = logging.getLogger("cpt.faults")
+log = logging.getLogger("cpt.resilience.faults")
 
 
 class InjectedFault(RuntimeError):

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from cpt.errors import RequeueRequested
 from cpt.parallel.agreement import gather_json
-from cpt.state.stop import StopRequest
+from cpt.resilience.stop import StopRequest
 
 
 def agreed_reason(stop: StopRequest, group: dist.ProcessGroup) -> str:
