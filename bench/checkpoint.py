@@ -37,7 +37,7 @@ def train_and_save(options: argparse.Namespace) -> None:
     from cpt.deepspeed_adapter import internals as deepspeed_internals
     from cpt.job import build_engine, fill_weights
     from cpt.model.gpt_oss import PRESETS
-    from cpt.model.random_init import RandomWeights
+    from cpt.model.weights.random_init import RandomWeights
     from cpt.parallel.topology import create_topology
     from cpt.state.saver import Saver
     from cpt.training.engine import Votes

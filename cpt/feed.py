@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cpt.config import RunConfig
 from cpt.errors import ConfigError, DataError
-from cpt.model.hf_layout import tensor_files
+from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.progress import Progress, batch_of_step

@@ -24,13 +24,14 @@ from cpt.feed import check_mix, check_plan, open_data, open_kl_targets
 from cpt.guard.heldout import Guard
 from cpt.guard.ladder import GuardState
 from cpt.guard.replay_share import ReplayShares
-from cpt.model import attention, gpt_oss, weights
+from cpt.model import attention, gpt_oss
 from cpt.model.attention import Attention
 from cpt.model.attention.probe import run_probe
-from cpt.model.checksums import damaged, known_sums, share
 from cpt.model.freezing import freeze
-from cpt.model.random_init import RandomWeights
-from cpt.model.weights import DirectoryWeights, WeightSource
+from cpt.model.weights.checksums import damaged, known_sums, share
+from cpt.model.weights.random_init import RandomWeights
+from cpt.model.weights.source import DirectoryWeights, WeightSource
+from cpt.model.weights.source import source as weights
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology

@@ -24,7 +24,7 @@ from cpt.job import Job, assemble
 from cpt.memory import memory_tables
 from cpt.model import attention
 from cpt.model.freezing import freeze_problems, frozen_names, parameter_numels
-from cpt.model.weights import load_config
+from cpt.model.weights.source import load_config
 from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology, create_topology
 from cpt.release.export_run import export_run

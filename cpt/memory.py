@@ -24,10 +24,10 @@ from transformers import GptOssConfig
 
 from cpt.config import RunConfig
 from cpt.model.attention.cpu import BACKWARD_BLOCK_ROWS, FORWARD_BLOCK_ROWS, block_tokens
+from cpt.model.experts.grouped import ALIGNMENT_BYTES
 from cpt.model.freezing import frozen_names, parameter_numels
-from cpt.model.grouped import ALIGNMENT_BYTES
-from cpt.model.hf_layout import is_expert_name
-from cpt.model.loss_head import work_bytes
+from cpt.model.loss.head import work_bytes
+from cpt.model.weights.hf_layout import is_expert_name
 
 GIB = 2**30
 SUB_GROUP_SIZE = 10**9

@@ -17,7 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 from transformers.utils.quantization_config import Mxfp4Config
 
 from cpt.errors import ConfigError
-from cpt.model.hf_layout import read_json, tensor_files
+from cpt.model.weights.hf_layout import read_json, tensor_files
 from cpt.state.export import CheckpointWeights
 from cpt.state.harmony import parse_reply
 from cpt.state.manifest import read_manifest

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cpt.errors import ConfigError, DataError
-from cpt.model.hf_layout import tensor_files
+from cpt.model.weights.hf_layout import tensor_files
 from cpt.sample import Sampling, generate, load_for_sampling
 from cpt.state.harmony import parse_reply
 from data_pipeline.files import atomic_write

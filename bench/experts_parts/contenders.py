@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
-from cpt.model.experts import ExpertParallelMLP
+from cpt.model.experts.layer import ExpertParallelMLP
 from cpt.parallel.traffic import Traffic
 
 OURS, EAGER, GROUPED, BATCHED = "this project", "eager", "grouped_mm", "batched_mm"

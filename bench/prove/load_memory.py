@@ -45,7 +45,7 @@ def write_fixture(path: Path) -> int:
     from transformers import GptOssConfig
 
     from cpt.model import gpt_oss
-    from cpt.model.weights import expected_shapes
+    from cpt.model.weights.source import expected_shapes
 
     config = GptOssConfig(**{**gpt_oss.PRESETS["tiny"], **MODEL})
     config.save_pretrained(str(path))
@@ -109,7 +109,7 @@ def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
 def worker(path: Path) -> None:
     """One rank."""
     from cpt.deepspeed_adapter import internals as deepspeed_internals
-    from cpt.model.weights import load_config
+    from cpt.model.weights.source import load_config
     from cpt.parallel.agreement import gather_json
     from cpt.parallel.topology import create_topology
 

@@ -35,7 +35,7 @@ class ModelSection:
     """With activation_checkpointing and expert parallelism: keep the rows that other ranks sent (experts_per_token x
     hidden_size values per token and layer), or send them again in the backward pass (a quarter more bytes)."""
     router_aux_loss_coef: float = 0.0
-    """Weight of each layer's load-balancing loss, 1 at perfect balance (cpt/model/router_watch.py); 0, as gpt-oss is
+    """Weight of each layer's load-balancing loss, 1 at perfect balance (cpt/model/experts/router_watch.py); 0, as gpt-oss is
     trained by default: off.  Published: Switch Transformer 0.01; the released config.json says 0.9, without use."""
     router_z_loss_coef: float = 0.0
     """Weight of each layer's router z-loss; 0: off.  Published: ST-MoE 0.001."""
@@ -275,7 +275,7 @@ class ExpertParallelJson:
         if self.comm_backend != "comm":
             yield (
                 "comm_backend",
-                f"is {self.comm_backend!r}, must be 'comm': cpt/model/dispatch.py exchanges rows, in the same order in "
+                f"is {self.comm_backend!r}, must be 'comm': cpt/model/experts/dispatch.py exchanges rows, in the same order in "
                 "every run. DeepEP's order depends on timing, and has not been compared with a single process.",
             )
         if isinstance(self.autoep_size, int) and self.autoep_size < 1:

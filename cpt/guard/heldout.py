@@ -22,8 +22,8 @@ from cpt.errors import ConfigError
 from cpt.guard.ladder import Decision, Evidence, GuardState, decide
 from cpt.guard.policy import Judgement, judge, noise_floor_percent
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
-from cpt.model.checksums import sampled_hash
-from cpt.model.hf_layout import tensor_files
+from cpt.model.weights.checksums import sampled_hash
+from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.faults import fault_point

@@ -19,7 +19,7 @@ from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import ConfigError
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.model import attention, gpt_oss
-from cpt.model.weights import WeightSource, fill_model
+from cpt.model.weights.source import WeightSource, fill_model
 from cpt.parallel.topology import Topology, create_topology
 from cpt.training.loader import MicroBatch
 from data_pipeline.build import default_build_dir

@@ -27,9 +27,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 
 from cpt.deepspeed_adapter.internals import allocate
 from cpt.model import attention
-from cpt.model.experts import ExpertParallelMLP
-from cpt.model.loss_head import LossHead
-from cpt.model.top_k import TopK
+from cpt.model.experts.layer import ExpertParallelMLP
+from cpt.model.loss.divergence import TopK
+from cpt.model.loss.head import LossHead
 from cpt.parallel.topology import Topology
 
 _SHARED: dict[str, Any] = {

@@ -20,7 +20,7 @@ from transformers import GptOssConfig
 
 from cpt.config import RunConfig
 from cpt.memory import ParameterCounts
-from cpt.model.grouped import ALIGNMENT_BYTES
+from cpt.model.experts.grouped import ALIGNMENT_BYTES
 
 KINDS = ("ZeRO gather", "ZeRO reduce", "ulysses", "halo", "experts")
 """In the order in which they are printed."""

@@ -15,12 +15,12 @@ from cpt.guard.offline import OfflineModel, held_out_sets, single_process
 from cpt.guard.policy import judge
 from cpt.guard.score import ScoredSet
 from cpt.model.gpt_oss import skeleton
-from cpt.model.weights import DirectoryWeights
+from cpt.model.weights.source import DirectoryWeights
+from cpt.model.weights.writer import write_json
 from cpt.release.card import markdown_table, model_card
 from cpt.state.export import REPORT_FILE, CheckpointWeights, export_checkpoint
 from cpt.state.manifest import Manifest, read_manifest
 from cpt.state.quantisation import report_rows
-from cpt.state.tensor_writer import write_json
 from data_pipeline.tables import table
 
 log = logging.getLogger("cpt.release")

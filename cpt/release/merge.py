@@ -22,9 +22,9 @@ from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
 from cpt.model.gpt_oss import skeleton
-from cpt.model.hf_layout import read_json
-from cpt.model.weights import DirectoryWeights, WeightSource, expected_shapes, load_config
-from cpt.state.tensor_writer import DirectoryWriter, Entry, check_space, write_json
+from cpt.model.weights.hf_layout import read_json
+from cpt.model.weights.source import DirectoryWeights, WeightSource, expected_shapes, load_config
+from cpt.model.weights.writer import DirectoryWriter, Entry, check_space, write_json
 
 WINDOW_NUMEL = 2**24
 """Elements of each model that are in memory at once."""
@@ -109,7 +109,7 @@ class MergedWeights:
         self._pair, self._alpha = pair, alpha
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """See `cpt.model.weights.WeightSource`."""
+        """See `cpt.model.weights.source.WeightSource`."""
         shape = self._pair.shapes[name]
         step = math.prod(shape[1:]) if len(shape) == 3 else WINDOW_NUMEL
         for low in range(start, stop, step):

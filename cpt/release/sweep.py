@@ -11,8 +11,8 @@ import numpy as np
 from cpt.guard.offline import OfflineModel, single_process
 from cpt.guard.policy import judge
 from cpt.guard.score import DomainScore, ScoredSet
+from cpt.model.weights.writer import published, write_json
 from cpt.release.merge import MergedWeights, Pair, open_pair, parse_alphas, write_merged
-from cpt.state.tensor_writer import published, write_json
 from cpt.telemetry.plot import DASHES, INK, PALETTE, Plot, Series, scale_over
 from data_pipeline.tables import table
 

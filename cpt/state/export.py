@@ -17,16 +17,16 @@ import torch
 from transformers import GptOssConfig
 
 from cpt.errors import CheckpointError, ConfigError
-from cpt.model import mxfp4
 from cpt.model.gpt_oss import skeleton
-from cpt.model.hf_layout import BLOCKS, SCALES, is_expert_name
+from cpt.model.weights.hf_layout import BLOCKS, SCALES, is_expert_name
+from cpt.model.weights.source import mxfp4
+from cpt.model.weights.writer import DirectoryWriter, Entry, check_space, published, refuse_existing, write_json
 from cpt.resilience.faults import fault_point
 from cpt.state.flat_planner import FlatRange
 from cpt.state.hf_tokenizer import save_tokenizer
 from cpt.state.manifest import Manifest, TensorRecord, read_manifest, verify_files
 from cpt.state.quantisation import ErrorOfTensor, quantisation_report
 from cpt.state.stored import read_ranges
-from cpt.state.tensor_writer import DirectoryWriter, Entry, check_space, published, refuse_existing, write_json
 from data_pipeline.harmony import STOP_IDS
 
 DTYPES = {"bf16": torch.bfloat16, "mxfp4": torch.bfloat16, "fp32": torch.float32}
@@ -196,13 +196,13 @@ def _generation_json(model_config: dict[str, Any]) -> dict[str, Any]:
 
 
 class CheckpointWeights:
-    """The weights of a checkpoint, rounded to a dtype, as a source for `cpt.model.weights.fill`."""
+    """The weights of a checkpoint, rounded to a dtype, as a source for `cpt.model.weights.source.fill`."""
 
     def __init__(self, folder: Path, manifest: Manifest, dtype: torch.dtype) -> None:
         self._folder, self._tensors, self._dtype = folder, manifest.tensors, dtype
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """See `cpt.model.weights.WeightSource`."""
+        """See `cpt.model.weights.source.WeightSource`."""
         numel = math.prod(self._tensors[name].shape)
         for low in range(start, stop, PIECE_NUMEL):
             part = FlatRange(tensor=torch.empty(min(PIECE_NUMEL, stop - low)), offset=low, global_numel=numel)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cpt.deepspeed_adapter import internals as deepspeed_internals
-from cpt.model.router_watch import router_parameters
+from cpt.model.experts.router_watch import router_parameters
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.training.engine import TrainingEngine
 

@@ -2,7 +2,7 @@
 
     load_max_over_mean   [layers]              largest share of an expert, 1 for perfect balance
     entropy              [layers]              mean over tokens of the entropy of the router's softmax, nats
-    aux_loss, z_loss     mean over layers      as cpt/model/router_watch.py defines them, whether trained on or not
+    aux_loss, z_loss     mean over layers      as cpt/model/experts/router_watch.py defines them, whether trained on or not
     by_language          {language: {load_max_over_mean, distance, overlap: [layers]}}
     overlap              [layers]              share of the assignments that the untouched router would have made, too
     dropped              assignments that no expert computed, over all layers and ranks; anything but 0 is an error
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from cpt.model.router_watch import RouterSums
+from cpt.model.experts.router_watch import RouterSums
 
 
 def router_event(step: int, sums: RouterSums, languages: Sequence[str]) -> dict[str, Any]:

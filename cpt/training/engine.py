@@ -28,8 +28,8 @@ from cpt.config import RunConfig, TrainSection
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import InternalError
 from cpt.model.attention import Attention
+from cpt.model.experts.router_watch import RouterSums, RouterWatch
 from cpt.model.gpt_oss import GptOssForCPT
-from cpt.model.router_watch import RouterSums, RouterWatch
 from cpt.parallel.agreement import together
 from cpt.parallel.topology import Topology
 from cpt.parallel.traffic import KINDS

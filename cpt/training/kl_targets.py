@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from cpt.errors import ConfigError, DataError
-from cpt.model.byte_ranges import TensorFile
-from cpt.model.hf_layout import read_json
-from cpt.model.top_k import TopK
+from cpt.model.loss.divergence import TopK
+from cpt.model.weights.byte_ranges import TensorFile
+from cpt.model.weights.hf_layout import read_json
 from cpt.parallel.topology import Topology
 from data_pipeline.dataset import BuiltData
 from data_pipeline.files import xxh3_of

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from cpt.model.attention import PackedRows
-from cpt.model.loss_head import IGNORE_INDEX
-from cpt.model.top_k import TopK
+from cpt.model.loss.divergence import TopK
+from cpt.model.loss.head import IGNORE_INDEX
 from cpt.parallel.topology import Topology
 from cpt.training.kl_targets import KLTargets
 from data_pipeline.dataset import BuiltData, PackedRow

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.config import CheckpointSection, LaunchInfo, resolve
 from cpt.job import build_engine, fill_weights, weight_source
-from cpt.model.weights import load_config
+from cpt.model.weights.source import load_config
 from cpt.parallel.topology import create_topology
 from cpt.state.saver import Saver
 from cpt.training.engine import TrainingEngine

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
 from cpt.errors import CheckpointError, ConfigError
-from cpt.model import mxfp4
-from cpt.model.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, tensor_files
-from cpt.state import export, tensor_writer
+from cpt.model.weights.source import mxfp4
+from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, tensor_files
+from cpt.state import export
+from cpt.model.weights.source import writer as tensor_writer
 from cpt.state.export import QUANTIZATION_CONFIG, REPORT_FILE, export_checkpoint
 from cpt.state.manifest import read_manifest, write_manifest
 from cpt.state.stored import step_folder

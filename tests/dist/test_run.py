@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 
 from cpt.cli import main
 from cpt.errors import CheckpointError
-from cpt.model import mxfp4
+from cpt.model.weights.source import mxfp4
 from cpt.release.export_run import export_run
 from cpt.sample import Sampling
 from cpt.state.export import export_checkpoint

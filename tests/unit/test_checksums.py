@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cpt.errors import ConfigError
-from cpt.model.checksums import SUMS_FILE, damaged, known_sums, sampled_hash, share, write_sums
-from cpt.state.tensor_writer import DirectoryWriter, Entry
+from cpt.model.weights.checksums import SUMS_FILE, damaged, known_sums, sampled_hash, share, write_sums
+from cpt.model.weights.writer import DirectoryWriter, Entry
 
 NAMES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
-from cpt.model import expert_function
-from cpt.model.experts import ExpertParallelMLP, LocalExperts
-from cpt.model.grouped import Groups, inner, is_served, thin_inner, thin_sums, weighted_sums
+from cpt.model.experts.grouped import Groups, inner, is_served, thin_inner, thin_sums, weighted_sums
+from cpt.model.experts.layer import ExpertParallelMLP, LocalExperts
+from cpt.model.experts.layer import function as expert_function
 from cpt.parallel.traffic import Traffic
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}

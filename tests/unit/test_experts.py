@@ -16,8 +16,8 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from cpt.deepspeed_adapter import internals as deepspeed_internals
-from cpt.model.experts import EXPERT_TENSORS, ExpertParallelMLP, LocalExperts
-from cpt.model.grouped import Groups
+from cpt.model.experts.grouped import Groups
+from cpt.model.experts.layer import EXPERT_TENSORS, ExpertParallelMLP, LocalExperts
 from cpt.parallel.traffic import Traffic
 
 NUM_EXPERTS, TOP_K, BATCH, TOKENS = 8, 3, 2, 19

@@ -14,10 +14,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM, GptO
 
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.model import gpt_oss
-from cpt.model.experts import EXPERT_TENSORS, ExpertParallelMLP
-from cpt.model.loss_head import LossHead
-from cpt.model.random_init import RandomWeights
-from cpt.model.weights import fill_model
+from cpt.model.experts.layer import EXPERT_TENSORS, ExpertParallelMLP
+from cpt.model.loss.head import LossHead
+from cpt.model.weights.random_init import RandomWeights
+from cpt.model.weights.source import fill_model
 from cpt.parallel.traffic import Traffic
 
 

@@ -11,8 +11,8 @@ import torch
 
 from cpt.model import gpt_oss
 from cpt.model.attention import PackedRows, choose
-from cpt.model.random_init import RandomWeights
-from cpt.model.weights import fill_model
+from cpt.model.weights.random_init import RandomWeights
+from cpt.model.weights.source import fill_model
 from cpt.parallel.traffic import Traffic
 from tests.dist.cases import model_config
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpt.model import loss_head
-from cpt.model.loss_head import IGNORE_INDEX, LossHead
+from cpt.model.loss import head as loss_head
+from cpt.model.loss.head import IGNORE_INDEX, LossHead
 
 ROOT = Path(__file__).resolve().parents[2]
 N, M, V = 37, 24, 1009
@@ -143,7 +143,7 @@ MEASURE = """
 import json, re, sys
 from pathlib import Path
 import torch
-from cpt.model.loss_head import LossHead
+from cpt.model.loss.head import LossHead
 
 def memory(field):
     status = Path("/proc/self/status").read_text()

@@ -18,8 +18,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.errors import ConfigError
 from cpt.guard.score import ScoredSet
-from cpt.model import gpt_oss, mxfp4
-from cpt.model.hf_layout import BLOCKS, SCALES, SINGLE_FILE
+from cpt.model import gpt_oss
+from cpt.model.weights.hf_layout import BLOCKS, SCALES, SINGLE_FILE
+from cpt.model.weights.source import mxfp4
 from cpt.release import merge as merging
 from cpt.release.merge import folder_name, interpolate, parse_alphas
 from cpt.release.sweep import PLOT_FILE, RESULT_FILE, merge

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from cpt.model.mxfp4 import decode, encode
+from cpt.model.weights.mxfp4 import decode, encode
 
 
 def random_codes(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ import pytest
 
 from cpt.config import LaunchInfo, load, resolve
 from cpt.memory import count_parameters
-from cpt.model.weights import load_config
+from cpt.model.weights.source import load_config
 from cpt.planning.estimate import estimate
 from cpt.planning.hardware import GPUS, Assumptions
 from cpt.resilience.stop import StopRequest

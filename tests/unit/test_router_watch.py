@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
-from cpt.model.experts import ExpertParallelMLP
-from cpt.model.router_watch import RouterWatch
+from cpt.model.experts.layer import ExpertParallelMLP
+from cpt.model.experts.router_watch import RouterWatch
 from cpt.parallel.traffic import Traffic
 from cpt.telemetry.router import router_event
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from cpt.errors import ConfigError, InternalError, StorageError
-from cpt.model.checksums import SUMS_FILE
-from cpt.model.hf_layout import INDEX_FILE, SINGLE_FILE, tensor_files
-from cpt.state import tensor_writer
-from cpt.state.tensor_writer import DirectoryWriter, Entry, check_space, published
+from cpt.model.weights.checksums import SUMS_FILE
+from cpt.model.weights.hf_layout import INDEX_FILE, SINGLE_FILE, tensor_files
+from cpt.model.weights.source import writer as tensor_writer
+from cpt.model.weights.writer import DirectoryWriter, Entry, check_space, published
 
 TENSORS = {
     "a": torch.arange(24, dtype=torch.float32).view(2, 3, 4),

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpt.model import loss_head
-from cpt.model.loss_head import IGNORE_INDEX, LossHead
-from cpt.model.top_k import TopK
+from cpt.model.loss import head as loss_head
+from cpt.model.loss.divergence import TopK
+from cpt.model.loss.head import IGNORE_INDEX, LossHead
 
 N, M, V, K = 37, 24, 1009, 5
 TOLERANCES = {

@@ -16,10 +16,10 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.errors import ConfigError
-from cpt.model import gpt_oss, mxfp4
-from cpt.model.experts import EXPERT_TENSORS
-from cpt.model.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, is_expert_name
-from cpt.model.weights import DirectoryWeights, check_directory, expected_shapes, fill_model, load_config
+from cpt.model import gpt_oss
+from cpt.model.experts.layer import EXPERT_TENSORS
+from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, is_expert_name
+from cpt.model.weights.source import DirectoryWeights, check_directory, expected_shapes, fill_model, load_config, mxfp4
 from cpt.parallel.traffic import Traffic
 
 NORM = "model.layers.1.input_layernorm.weight"

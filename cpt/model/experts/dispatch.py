@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from cpt.model import recomputation
-from cpt.model.grouped import ALIGNMENT_BYTES, Groups
+from cpt.model.experts.grouped import ALIGNMENT_BYTES, Groups
 from cpt.parallel.exchange import all_to_all
 from cpt.parallel.traffic import Traffic
 

@@ -20,11 +20,11 @@ from torch import nn
 
 from cpt.deepspeed_adapter.internals import ExpertLayerBase, expert_group_name, mark_expert
 from cpt.model import recomputation
-from cpt.model.dispatch import Assignment, Exchange
-from cpt.model.expert_function import Activation, Parameters, apply_experts
-from cpt.model.grouped import Groups
-from cpt.model.hf_layout import EXPERT_TENSORS
-from cpt.model.router_watch import RouterWatch
+from cpt.model.experts.dispatch import Assignment, Exchange
+from cpt.model.experts.function import Activation, Parameters, apply_experts
+from cpt.model.experts.grouped import Groups
+from cpt.model.experts.router_watch import RouterWatch
+from cpt.model.weights.hf_layout import EXPERT_TENSORS
 from cpt.parallel.topology import Topology
 
 

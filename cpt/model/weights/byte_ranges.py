@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cpt.errors import StorageError
-from cpt.model.hf_layout import open_tensors
+from cpt.model.weights.hf_layout import open_tensors
 
 TORCH_DTYPES = {
     "F64": torch.float64,

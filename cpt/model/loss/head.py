@@ -7,7 +7,7 @@ precision.  Extra memory is a few tiles, whatever the number of tokens.
     nll_n = lse_n - z_{n, y_n},   lse_n = log sum_v exp z_{nv},   z = hidden W^T
     dz = g_n (exp(z - lse_n) - [v = y_n]),   dhidden = dz W,   dW = dz^T hidden
 
-In the same walk it gives the divergence from another model's distribution, where that is known (cpt/model/top_k.py).
+In the same walk it gives the divergence from another model's distribution, where that is known (cpt/model/loss/divergence.py).
 
 Shape letters: N tokens, M model size, V vocabulary, v one tile of it, n tokens with a target, k listed tokens.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpt.model.top_k import Divergence, TopK
+from cpt.model.loss.divergence import Divergence, TopK
 
 IGNORE_INDEX = -100
 TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}

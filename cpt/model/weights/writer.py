@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 import torch
 
 from cpt.errors import ConfigError, InternalError, StorageError
-from cpt.model.checksums import write_sums
-from cpt.model.hf_layout import INDEX_FILE, SINGLE_FILE
+from cpt.model.weights.checksums import write_sums
+from cpt.model.weights.hf_layout import INDEX_FILE, SINGLE_FILE
 from cpt.state.manifest import sync_folder
 from cpt.storage.space import megabytes, write_error
 

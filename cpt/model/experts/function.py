@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cpt.model.grouped import Groups, inner, is_served, outer, product, weighted_sums, wide_dtype
+from cpt.model.experts.grouped import Groups, inner, is_served, outer, product, weighted_sums, wide_dtype
 
 BLOCK_ROWS = {"cpu": 128, "cuda": 16_384}
 """Rows of one elementwise pass: within a core's cache, or enough to fill a GPU without a large fp32 copy."""

@@ -15,13 +15,13 @@ BLOCK_NUMEL = 2**18
 
 
 class RandomWeights:
-    """A source of weights for `cpt.model.weights.fill`: initialised as Hugging Face's GptOssPreTrainedModel does."""
+    """A source of weights for `cpt.model.weights.source.fill`: initialised as Hugging Face's GptOssPreTrainedModel does."""
 
     def __init__(self, seed: int, initializer_range: float) -> None:
         self._seed, self._std = seed, initializer_range
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """See `cpt.model.weights.WeightSource`."""
+        """See `cpt.model.weights.source.WeightSource`."""
         for block in range(start // BLOCK_NUMEL, -(-stop // BLOCK_NUMEL)):
             first = block * BLOCK_NUMEL
             low, high = max(start, first), min(stop, first + BLOCK_NUMEL)

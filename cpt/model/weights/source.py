@@ -16,10 +16,9 @@ import torch
 from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
-from cpt.model import mxfp4
-from cpt.model.byte_ranges import TensorFile
 from cpt.model.gpt_oss import PRESETS, GptOssForCPT
-from cpt.model.hf_layout import (
+from cpt.model.weights.byte_ranges import TensorFile
+from cpt.model.weights.hf_layout import (
     BLOCKS,
     INDEX_FILE,
     SCALES,
@@ -28,6 +27,7 @@ from cpt.model.hf_layout import (
     read_json,
     tensor_files,
 )
+from cpt.model.weights.source import mxfp4
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 CODE_DTYPES = ("U8",)
