@@ -33,13 +33,13 @@ def train_and_save(options: argparse.Namespace) -> None:
     import torch.distributed as dist
     from transformers import GptOssConfig
 
+    from cpt.checkpoint.saver import Saver
     from cpt.config import CheckpointSection, LaunchInfo, RunYaml, resolve
     from cpt.deepspeed_adapter import internals as deepspeed_internals
     from cpt.job import build_engine, fill_weights
     from cpt.model.gpt_oss import PRESETS
     from cpt.model.weights.random_init import RandomWeights
     from cpt.parallel.topology import create_topology
-    from cpt.state.saver import Saver
     from cpt.training.engine import Votes
     from cpt.training.loader import make_micro_batch
     from data_pipeline.dataset import PackedRow

@@ -173,7 +173,7 @@ def _add_checkpoints(commands: argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def _checkpoints(options: argparse.Namespace) -> None:
-    from cpt.state.listing import list_checkpoints, table
+    from cpt.checkpoint.listing import list_checkpoints, table
 
     if not options.run_dir.is_dir():
         raise ConfigError(f"--run_dir {options.run_dir} does not exist.")
@@ -265,7 +265,7 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _status(options: argparse.Namespace) -> None:
-    from cpt.state.status import check_finished
+    from cpt.checkpoint.status import check_finished
 
     print(check_finished(options.run_dir))
 
@@ -321,7 +321,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _checkpoint_folder(run_dir: Path, step: int | None) -> Path:
-    from cpt.state.stored import find_checkpoint, step_folder
+    from cpt.checkpoint.reader import find_checkpoint, step_folder
 
     if not run_dir.is_dir():
         raise ConfigError(f"--run_dir {run_dir} does not exist.")

@@ -17,6 +17,8 @@ import torch
 import yaml
 from transformers import GptOssConfig
 
+from cpt.checkpoint.loading import LoadedState, flat_ranges, load_checkpoint
+from cpt.checkpoint.saver import Saver
 from cpt.config import RunConfig
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import ConfigError
@@ -40,9 +42,7 @@ from cpt.progress import Progress, Ranges, merged, newest_guard_state, read_guar
 from cpt.resilience.faults import fault_point
 from cpt.resilience.leaving import leave_if_asked
 from cpt.resilience.stop import StopRequest
-from cpt.state.checkpoint import LoadedState, flat_ranges, load_checkpoint
 from cpt.state.original_router import watch_drift
-from cpt.state.saver import Saver
 from cpt.telemetry.metrics import Telemetry
 from cpt.telemetry.trackers import trackers_for
 from cpt.training.engine import TrainingEngine

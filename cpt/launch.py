@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import GptOssConfig
 
+from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.config import LaunchInfo, RunConfig, load, resolve
 from cpt.continuations import print_continuations
 from cpt.deepspeed_adapter import internals as deepspeed_internals
@@ -32,7 +33,6 @@ from cpt.resilience import faults
 from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
 from cpt.run_dir import held_run_dir
-from cpt.state.stored import list_steps, step_folder
 from cpt.telemetry.report import write_report
 from cpt.train import train
 from data_pipeline.build import default_build_dir, input_bytes

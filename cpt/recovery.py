@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import time
 
+from cpt.checkpoint.loading import load_checkpoint
+from cpt.checkpoint.reader import list_steps
 from cpt.errors import InternalError
 from cpt.job import Job
 from cpt.parallel.agreement import on_first_rank
 from cpt.progress import Progress, batch_of_step, merged, read_rollbacks, write_rollbacks
 from cpt.saving import publish
-from cpt.state.checkpoint import load_checkpoint
-from cpt.state.stored import list_steps
 from cpt.training.engine import StepResult
 from cpt.training.stability import LIMIT_IN_A_ROW, Limits
 from data_pipeline.mixture import GlobalBatch

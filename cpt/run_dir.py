@@ -12,13 +12,13 @@ from pathlib import Path
 
 from transformers import GptOssConfig
 
+from cpt.checkpoint.reader import list_steps
 from cpt.config import RunConfig
 from cpt.errors import StorageError
 from cpt.model.freezing import frozen_names, parameter_numels
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.lock import LOCK, RunLock, take_lock
-from cpt.state.stored import list_steps
 from cpt.storage.space import check_space, megabytes
 
 log = logging.getLogger("cpt.run_dir")

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from cpt.checkpoint.saver import Published
 from cpt.errors import RequeueRequested, StorageError
 from cpt.job import Job
 from cpt.resilience.leaving import agreed_reason
 from cpt.resilience.stop import Deadline
-from cpt.state.saver import Published
 from cpt.telemetry.goodput import goodput
 from cpt.telemetry.metrics import read_events
 

@@ -16,6 +16,8 @@ import time
 from collections.abc import Mapping
 from typing import NoReturn
 
+from cpt.checkpoint.loading import load_checkpoint
+from cpt.checkpoint.reader import list_steps
 from cpt.config import GuardSection
 from cpt.errors import ConfigError, RequeueRequested
 from cpt.guard.heldout import Guard, ReplayLimits, evidence_of
@@ -24,8 +26,6 @@ from cpt.job import Job
 from cpt.parallel.agreement import on_first_rank
 from cpt.progress import batch_of_step, read_guard_rollbacks, write_guard_rollbacks
 from cpt.saving import end, final_save
-from cpt.state.checkpoint import load_checkpoint
-from cpt.state.stored import list_steps
 
 log = logging.getLogger("cpt.guard")
 

@@ -133,7 +133,7 @@ def calls(path: Path) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)}
 
 
-MAY_UNPICKLE = "cpt/state/metadata.py"
+MAY_UNPICKLE = "cpt/checkpoint/metadata.py"
 
 
 def is_pickle(node: ast.expr) -> bool:

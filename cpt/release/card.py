@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpt.state.manifest import Manifest
+from cpt.checkpoint.manifest import Manifest
 from cpt.telemetry.metrics import read_events
 
 LANGUAGES = {"ja", "en"}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import GptOssConfig
 
+from cpt.checkpoint.manifest import Manifest, read_manifest
 from cpt.errors import ConfigError, DataError
 from cpt.guard.offline import OfflineModel, held_out_sets, single_process
 from cpt.guard.policy import judge
@@ -19,7 +20,6 @@ from cpt.model.weights.source import DirectoryWeights
 from cpt.model.weights.writer import write_json
 from cpt.release.card import markdown_table, model_card
 from cpt.state.export import REPORT_FILE, CheckpointWeights, export_checkpoint
-from cpt.state.manifest import Manifest, read_manifest
 from cpt.state.quantisation import report_rows
 from data_pipeline.tables import table
 

@@ -18,7 +18,7 @@ from cpt.errors import ConfigError
 from cpt.model.weights.source import DirectoryWeights, load_config
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology, create_topology
-from cpt.state.checkpoint import flat_ranges
+from cpt.checkpoint.loading import flat_ranges
 from cpt.training.engine import TrainingEngine
 from cpt.training.loader import make_micro_batch
 from data_pipeline.strict_yaml import parse_yaml

@@ -15,7 +15,7 @@ from cpt.config import CheckpointSection, LaunchInfo, resolve
 from cpt.job import build_engine, fill_weights, weight_source
 from cpt.model.weights.source import load_config
 from cpt.parallel.topology import create_topology
-from cpt.state.saver import Saver
+from cpt.checkpoint.saver import Saver
 from cpt.training.engine import TrainingEngine
 from cpt.training.generate import continue_texts
 from cpt.training.loader import make_micro_batch

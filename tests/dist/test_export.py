@@ -21,8 +21,8 @@ from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE,
 from cpt.state import export
 from cpt.model.weights.source import writer as tensor_writer
 from cpt.state.export import QUANTIZATION_CONFIG, REPORT_FILE, export_checkpoint
-from cpt.state.manifest import read_manifest, write_manifest
-from cpt.state.stored import step_folder
+from cpt.checkpoint.manifest import read_manifest, write_manifest
+from cpt.checkpoint.reader import step_folder
 from tests.dist.cases import NEW_TOKENS, PROMPTS, model_config, reference_model, rows_of_step
 from tests.dist.test_layout_parity import explicit_masks
 from tests.support.launcher import ROOT, launch

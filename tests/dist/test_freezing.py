@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from cpt.model.freezing import frozen_names
 from cpt.state.export import export_checkpoint
-from cpt.state.manifest import read_manifest
-from cpt.state.stored import read_weights, step_folder
+from cpt.checkpoint.manifest import read_manifest
+from cpt.checkpoint.reader import read_weights, step_folder
 from tests.dist.cases import Scenario, model_config, parameter_file
 from tests.dist.test_layout_parity import Reference
 from tests.support.launcher import ROOT, launch

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from cpt.model.freezing import freeze
 from cpt.planning.traffic import exchanges
-from cpt.state.flat_planner import FlatRange
-from cpt.state.manifest import read_manifest, verify_files
-from cpt.state.stored import PARTS, read_ranges, step_folder
+from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.manifest import read_manifest, verify_files
+from cpt.checkpoint.reader import PARTS, read_ranges, step_folder
 from cpt.training.engine import parameter_groups
 from tests.dist.cases import (
     CLIPPING,

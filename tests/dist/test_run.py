@@ -25,8 +25,8 @@ from cpt.release.export_run import export_run
 from cpt.sample import Sampling
 from cpt.state.export import export_checkpoint
 from data_pipeline.harmony import CHANNEL, END, MESSAGE, RETURN
-from cpt.state.manifest import read_manifest
-from cpt.state.stored import PARTS, find_checkpoint, list_steps, step_folder
+from cpt.checkpoint.manifest import read_manifest
+from cpt.checkpoint.reader import PARTS, find_checkpoint, list_steps, step_folder
 from cpt.telemetry.metrics import read_events
 from data_pipeline.tokenizer import encode
 from tests.dist.test_layout_parity import stored_tensors

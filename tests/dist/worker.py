@@ -18,8 +18,8 @@ from cpt.job import build_engine, fill_weights, weight_source
 from cpt.memory import count_parameters, host_memory
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import create_topology
-from cpt.state.checkpoint import load_checkpoint
-from cpt.state.saver import Saver
+from cpt.checkpoint.loading import load_checkpoint
+from cpt.checkpoint.saver import Saver
 from cpt.training.engine import TrainingEngine
 from cpt.training.kl_targets import KLTargets
 from cpt.training.loader import make_micro_batch

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cpt.state.manifest import MANIFEST, read_manifest
-from cpt.state.stored import list_steps, refusal_of, step_folder
+from cpt.checkpoint.manifest import MANIFEST, read_manifest
+from cpt.checkpoint.reader import list_steps, refusal_of, step_folder
 from cpt.telemetry.metrics import read_events
 from tests.support.checkpoints import flip
 from tests.support.launcher import ROOT, launch

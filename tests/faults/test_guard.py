@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cpt.checkpoint.manifest import read_manifest
+from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.cli import main
-from cpt.state.manifest import read_manifest
-from cpt.state.stored import list_steps, step_folder
 from tests.support.service import Service, make_workplace, run_to_end
 
 pytestmark = pytest.mark.dist

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt.state.stored import list_steps, refusal_of, step_folder
+from cpt.checkpoint.reader import list_steps, refusal_of, step_folder
 from tests.support.service import Service, run_to_end, service
 
 pytestmark = pytest.mark.dist

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt.state.stored import list_steps
+from cpt.checkpoint.reader import list_steps
 from cpt.telemetry.metrics import read_events
 from tests.support.service import STEPS
 from tests.support.slurm_cluster import Cluster, submit_training, tensor_hashes

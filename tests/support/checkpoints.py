@@ -10,9 +10,9 @@ from typing import Any
 
 import xxhash
 
-from cpt.state.manifest import MANIFEST, Manifest, TensorRecord, record_file, write_manifest
-from cpt.state.metadata import METADATA, PARTS, WrittenRange, write_metadata
-from cpt.state.stored import step_folder
+from cpt.checkpoint.manifest import MANIFEST, Manifest, TensorRecord, record_file, write_manifest
+from cpt.checkpoint.metadata import METADATA, PARTS, WrittenRange, write_metadata
+from cpt.checkpoint.reader import step_folder
 
 SHARDS = {"__0_0.distcp": bytes(range(256)) * 40, "__1_0.distcp": b"\x00" * 5000 + b"end"}
 FILES = sorted([*SHARDS, METADATA])

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from cpt.state.manifest import read_manifest
-from cpt.state.stored import step_folder
+from cpt.checkpoint.manifest import read_manifest
+from cpt.checkpoint.reader import step_folder
 from tests.support.launcher import ROOT, free_port
 from tests.support.service import STEPS, make_workplace
 

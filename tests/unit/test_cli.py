@@ -10,9 +10,9 @@ import torch
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
+from cpt.checkpoint.manifest import MANIFEST
 from cpt.cli import main
 from cpt.model.gpt_oss import PRESETS
-from cpt.state.manifest import MANIFEST
 from tests.support.checkpoints import flip, write_checkpoint
 
 

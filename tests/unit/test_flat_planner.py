@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cpt.checkpoint.flat_planner import FlatLoadPlanner, FlatRange, FlatSavePlanner
+from cpt.checkpoint.reader import read_ranges
 from cpt.errors import CheckpointError
-from cpt.state.flat_planner import FlatLoadPlanner, FlatRange, FlatSavePlanner
-from cpt.state.stored import read_ranges
 
 Ranges = dict[str, FlatRange]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from cpt.checkpoint.listing import age, list_checkpoints, readable, table
+from cpt.checkpoint.manifest import MANIFEST
+from cpt.checkpoint.reader import step_folder
 from cpt.cli import main
-from cpt.state.listing import age, list_checkpoints, readable, table
-from cpt.state.manifest import MANIFEST
-from cpt.state.stored import step_folder
 from tests.support.checkpoints import flip, write_checkpoint
 
 
@@ -68,7 +68,7 @@ def test_command_fails_if_none_is_usable(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_listing_needs_no_deepspeed() -> None:
-    code = "import sys, cpt.state.listing; sys.exit('deepspeed' in sys.modules)"
+    code = "import sys, cpt.checkpoint.listing; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]).returncode == 0
 
 

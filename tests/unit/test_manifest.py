@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import xxhash
 
-from cpt.errors import CheckpointError
-from cpt.state.checkpoint import _compare
-from cpt.state.manifest import (
+from cpt.checkpoint.loading import _compare
+from cpt.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
     TensorRecord,
@@ -21,7 +20,8 @@ from cpt.state.manifest import (
     record_file,
     verify_files,
 )
-from cpt.state.stored import find_checkpoint, list_steps
+from cpt.checkpoint.reader import find_checkpoint, list_steps
+from cpt.errors import CheckpointError
 from tests.support.checkpoints import FILES, SHARDS, TENSORS, flip, manifest_of, sign_again, write_checkpoint
 
 

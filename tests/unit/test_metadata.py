@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.manifest import FileRecord, record_file
+from cpt.checkpoint.metadata import METADATA, PARTS, WrittenRange, check_metadata, read_metadata, write_metadata
+from cpt.checkpoint.reader import read_ranges, refusal_of
+from cpt.checkpoint.writer import write_ranges, written_by
 from cpt.errors import CheckpointError, InternalError
-from cpt.state.flat_planner import FlatRange
-from cpt.state.manifest import FileRecord, record_file
-from cpt.state.metadata import METADATA, PARTS, WrittenRange, check_metadata, read_metadata, write_metadata
-from cpt.state.stored import read_ranges, refusal_of
-from cpt.state.written import write_ranges, written_by
 from tests.support.checkpoints import TENSORS, manifest_of, ranges_of, sign_again, write_checkpoint
 
 

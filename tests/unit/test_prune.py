@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cpt.state.manifest import MANIFEST
-from cpt.state.prune import prune
-from cpt.state.stored import list_steps, refusal_of, step_folder
+from cpt.checkpoint.manifest import MANIFEST
+from cpt.checkpoint.pruning import prune
+from cpt.checkpoint.reader import list_steps, refusal_of, step_folder
 from tests.support.checkpoints import flip, write_checkpoint
 
 

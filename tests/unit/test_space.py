@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpt.checkpoint import staging
+from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.staging import Staging, available_bytes, check_host_memory
 from cpt.errors import ConfigError, StorageError
-from cpt.state import staging
-from cpt.state.flat_planner import FlatRange
-from cpt.state.staging import Staging, available_bytes, check_host_memory
 from cpt.storage import space
 
 Usage = namedtuple("Usage", "total used free")

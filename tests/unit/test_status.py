@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from cpt.checkpoint.manifest import Manifest, write_manifest
+from cpt.checkpoint.status import check_finished
 from cpt.cli import main
 from cpt.errors import CheckpointError, InternalError
-from cpt.state.manifest import Manifest, write_manifest
-from cpt.state.status import check_finished
 
 
 def run_with(run_dir: Path, plan: str, *steps: int) -> Path:
@@ -44,5 +44,5 @@ def test_run_without_plan_or_with_a_damaged_manifest_is_not_finished(tmp_path: P
 
 
 def test_answer_needs_no_torch() -> None:
-    code = "import sys, cpt.cli, cpt.state.status; sys.exit('torch' in sys.modules)"
+    code = "import sys, cpt.cli, cpt.checkpoint.status; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

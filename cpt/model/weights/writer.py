@@ -22,10 +22,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+from cpt.checkpoint.manifest import sync_folder
 from cpt.errors import ConfigError, InternalError, StorageError
 from cpt.model.weights.checksums import write_sums
 from cpt.model.weights.hf_layout import INDEX_FILE, SINGLE_FILE
-from cpt.state.manifest import sync_folder
 from cpt.storage.space import megabytes, write_error
 
 LARGEST_FILE_BYTES = 4 * 2**30

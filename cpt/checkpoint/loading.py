@@ -12,12 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpt.deepspeed_adapter import internals as deepspeed_internals
-from cpt.errors import CheckpointError
-from cpt.parallel.agreement import gather_json, on_first_rank, together
-from cpt.parallel.topology import Topology
-from cpt.state.flat_planner import FlatRange
-from cpt.state.manifest import (
+from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.manifest import (
     Manifest,
     TensorRecord,
     check_hashes,
@@ -26,8 +22,12 @@ from cpt.state.manifest import (
     read_manifest,
     share_of_files,
 )
-from cpt.state.metadata import check_metadata
-from cpt.state.stored import candidates, first_sound, list_steps, read_ranges, reason_of, step_folder
+from cpt.checkpoint.metadata import check_metadata
+from cpt.checkpoint.reader import candidates, first_sound, list_steps, read_ranges, reason_of, step_folder
+from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.errors import CheckpointError
+from cpt.parallel.agreement import gather_json, on_first_rank, together
+from cpt.parallel.topology import Topology
 
 log = logging.getLogger("cpt.checkpoint")
 

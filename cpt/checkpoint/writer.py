@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cpt.checkpoint.flat_planner import FlatRange, FlatSavePlanner
+from cpt.checkpoint.manifest import FileRecord, Manifest, TensorRecord, record_file, sync_folder, write_manifest
+from cpt.checkpoint.metadata import METADATA, FolderWriter, WrittenRange, write_metadata
 from cpt.resilience.faults import fault_point
-from cpt.state.flat_planner import FlatRange, FlatSavePlanner
-from cpt.state.manifest import FileRecord, Manifest, TensorRecord, record_file, sync_folder, write_manifest
-from cpt.state.metadata import METADATA, FolderWriter, WrittenRange, write_metadata
 from cpt.storage.space import write_error
 
 

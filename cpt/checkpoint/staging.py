@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from cpt.checkpoint.flat_planner import FlatRange
 from cpt.errors import ConfigError
-from cpt.state.flat_planner import FlatRange
 
 
 class Staging:

@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpt.checkpoint.manifest import MANIFEST, Manifest, check_listing, read_manifest, verify_files
+from cpt.checkpoint.metadata import check_metadata
+from cpt.checkpoint.reader import list_steps, reason_of, step_folder
 from cpt.errors import CheckpointError
-from cpt.state.manifest import MANIFEST, Manifest, check_listing, read_manifest, verify_files
-from cpt.state.metadata import check_metadata
-from cpt.state.stored import list_steps, reason_of, step_folder
 
 SET_ASIDE = {"rejected": "damaged, set aside", "superseded": "of an abandoned branch, set aside"}
 HEAD = ("step", "tokens", "size", "world", "sp", "ep", "stage", "saved", "age", "verdict")

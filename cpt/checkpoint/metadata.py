@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from cpt.checkpoint.manifest import Manifest
 from cpt.errors import CheckpointError, InternalError
-from cpt.state.manifest import Manifest
 
 METADATA = ".metadata"
 PARTS = ("master", "exp_avg", "exp_avg_sq")

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from cpt.checkpoint.flat_planner import FlatLoadPlanner, FlatRange
+from cpt.checkpoint.manifest import Manifest, read_manifest, verify_files
+from cpt.checkpoint.metadata import PARTS as PARTS
+from cpt.checkpoint.metadata import FolderReader, check_metadata
 from cpt.errors import CheckpointError
-from cpt.state.flat_planner import FlatLoadPlanner, FlatRange
-from cpt.state.manifest import Manifest, read_manifest, verify_files
-from cpt.state.metadata import PARTS as PARTS
-from cpt.state.metadata import FolderReader, check_metadata
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 

@@ -20,18 +20,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cpt.checkpoint.flat_planner import FlatRange
+from cpt.checkpoint.loading import flat_ranges, tensor_records
+from cpt.checkpoint.manifest import MANIFEST
+from cpt.checkpoint.pruning import prune
+from cpt.checkpoint.reader import refusal_of, step_folder
+from cpt.checkpoint.staging import Staging, check_host_memory
+from cpt.checkpoint.writer import Written, complete_folder, publish_folder, write_ranges, written_by
 from cpt.config import CheckpointSection
 from cpt.errors import InternalError
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.resilience.faults import fault_point
-from cpt.state.checkpoint import flat_ranges, tensor_records
-from cpt.state.flat_planner import FlatRange
-from cpt.state.manifest import MANIFEST
-from cpt.state.prune import prune
-from cpt.state.staging import Staging, check_host_memory
-from cpt.state.stored import refusal_of, step_folder
-from cpt.state.written import Written, complete_folder, publish_folder, write_ranges, written_by
 from cpt.storage.space import check_space, write_error
 
 log = logging.getLogger("cpt.checkpoint")

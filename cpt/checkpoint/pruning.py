@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from cpt.checkpoint.manifest import MANIFEST
+from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.resilience.faults import fault_point
-from cpt.state.manifest import MANIFEST
-from cpt.state.stored import list_steps, step_folder
 
 log = logging.getLogger("cpt.checkpoint")
 

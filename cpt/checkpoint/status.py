@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from cpt.checkpoint.manifest import read_manifest
 from cpt.errors import InternalError
-from cpt.state.manifest import read_manifest
 
 
 def check_finished(run_dir: Path) -> str:
