@@ -36,9 +36,9 @@ from step_parts.cases import OURS, Case, row  # noqa: E402
 from step_parts.ours import build  # noqa: E402
 
 from cpt.config.sections import TelemetrySection  # noqa: E402
-from cpt.state.original_router import watch_drift  # noqa: E402
 from cpt.telemetry.router import router_event  # noqa: E402
 from cpt.training.loader import make_micro_batch  # noqa: E402
+from cpt.training.original_router import watch_drift  # noqa: E402
 
 INTERVAL = TelemetrySection().router_interval_steps
 

@@ -42,12 +42,12 @@ from cpt.progress import Progress, Ranges, merged, newest_guard_state, read_guar
 from cpt.resilience.faults import fault_point
 from cpt.resilience.leaving import leave_if_asked
 from cpt.resilience.stop import StopRequest
-from cpt.state.original_router import watch_drift
 from cpt.telemetry.metrics import Telemetry
 from cpt.telemetry.trackers import trackers_for
 from cpt.training.engine import TrainingEngine
 from cpt.training.kl_targets import KLTargets
 from cpt.training.loader import MicroBatch, load_micro_batch
+from cpt.training.original_router import watch_drift
 from cpt.training.stability import Stability
 from data_pipeline.dataset import BuiltData
 from data_pipeline.ledger import Ledger, resume_ledger, same_weights

@@ -21,8 +21,8 @@ from cpt.saving import end, final_save, leave, periodic_save, publish
 from cpt.steering import go_on_after_pause, note_green, replay_limits, steer
 from cpt.telemetry.goodput import start_event
 from cpt.telemetry.router import router_event
-from cpt.training.collection import collecting
 from cpt.training.engine import StepResult, Votes
+from cpt.training.garbage_collection import collecting
 from cpt.training.schedule import learning_rate
 from data_pipeline.mixture import GlobalBatch
 

@@ -36,7 +36,7 @@ from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
 from cpt.resilience.faults import fault_point
 from cpt.storage.file_memory import FileMemory
-from cpt.training.checkpointing import enable_checkpointing
+from cpt.training.activation_checkpointing import enable_checkpointing
 from cpt.training.loader import MicroBatch
 
 log = logging.getLogger("cpt.training")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import GptOssForCausalLM
 
-from cpt.training import checkpointing
-from cpt.training.checkpointing import HostCopies, enable_checkpointing
-from cpt.training.collection import collecting
+from cpt.training import activation_checkpointing as checkpointing
+from cpt.training.activation_checkpointing import HostCopies, enable_checkpointing
+from cpt.training.garbage_collection import collecting
 from tests.dist.cases import model_config
 
 
