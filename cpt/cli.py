@@ -246,8 +246,8 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _plan_mix(options: argparse.Namespace) -> None:
-    from cpt.guard.curve import describe, read_probe
-    from cpt.guard.curve_drawing import draw
+    from cpt.planning.mix_curve import describe, read_probe
+    from cpt.planning.mix_curve_drawing import draw
 
     if options.english_tolerance is None or not options.probe:
         raise ConfigError("--english_tolerance and --probe go together: a tolerance, and three or more probe runs.")

@@ -22,12 +22,12 @@ from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import ConfigError
 from cpt.feed import check_mix
 from cpt.job import Job, assemble
-from cpt.memory import memory_tables
 from cpt.model import attention
 from cpt.model.freezing import freeze_problems, frozen_names, parameter_numels
 from cpt.model.weights.source import load_config
 from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology, create_topology
+from cpt.planning.memory import memory_tables
 from cpt.release.export_run import export_run
 from cpt.resilience import faults
 from cpt.resilience.stop import StopRequest, watch_launcher

@@ -1,4 +1,4 @@
-"""What a rank's memory really holds during one step, part by part, beside what `cpt.memory` predicts.
+"""What a rank's memory really holds during one step, part by part, beside what `cpt.planning.memory` predicts.
 
 State (weights, gradients, optimizer) is the size of the tensors that the engine keeps.  Everything else comes and goes
 within a step: its peak is what the allocator hands out above its level before the step.  CUDA keeps that count; on a
@@ -18,12 +18,12 @@ from transformers import GptOssConfig
 
 from cpt.config import RunConfig
 from cpt.deepspeed_adapter import internals as deepspeed_internals
-from cpt.memory import count_parameters, device_memory
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
+from cpt.planning.memory import count_parameters, device_memory
 from cpt.training.engine import TrainingEngine
 
-log = logging.getLogger("cpt.memory")
+log = logging.getLogger("cpt.planning.memory")
 
 STATE = ("weights", "gradients", "optimizer")
 PEAK = "peak of a step"
@@ -88,7 +88,7 @@ def highest_level(allocations: list[tuple[int, int, int]]) -> int:
 
 
 def predicted(config: RunConfig, model: GptOssConfig, device_type: str) -> dict[str, int]:
-    """The parts of `cpt.memory`, grouped as they can be measured.
+    """The parts of `cpt.planning.memory`, grouped as they can be measured.
 
     ZeRO 1 and 2 make the gradients anew in every step, so there they belong to its peak.
     """

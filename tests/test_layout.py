@@ -27,7 +27,7 @@ FLOORS = (
     "cpt.telemetry",
     "cpt.guard",
     "cpt.release",
-    "cpt.memory",
+    "cpt.planning.memory",
     "cpt.memory_report",
     "cpt.planning",
     "cpt.doctor",

@@ -12,11 +12,11 @@ from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunYaml, load, resolve
 from cpt.errors import ConfigError
-from cpt.memory import ParameterCounts, count_parameters
 from cpt.model.weights.source import load_config
 from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.figure import draw
 from cpt.planning.hardware import GPUS, Assumptions, Gpu
+from cpt.planning.memory import ParameterCounts, count_parameters
 from cpt.planning.search import Layout, search
 from cpt.planning.table import HEADER, comparison, line
 from data_pipeline.strict_yaml import Located

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
-from cpt.memory import ParameterCounts, device_memory, host_memory
 from cpt.planning.flops import TokenFlops, flops_per_token
 from cpt.planning.hardware import Assumptions, Gpu
+from cpt.planning.memory import ParameterCounts, device_memory, host_memory
 from cpt.planning.traffic import Wire, traffic
 
 ADAM_BYTES = 30

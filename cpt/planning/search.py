@@ -15,9 +15,9 @@ from typing import Any
 from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
-from cpt.memory import ParameterCounts
 from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.hardware import Assumptions, Gpu
+from cpt.planning.memory import ParameterCounts
 from data_pipeline.strict_yaml import Located
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpt.memory import GIB
 from cpt.planning.estimate import Estimate
 from cpt.planning.hardware import Assumptions, Gpu
+from cpt.planning.memory import GIB
 from cpt.planning.traffic import KINDS
 
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
-from cpt.memory import ParameterCounts
 from cpt.model.experts.grouped import ALIGNMENT_BYTES
+from cpt.planning.memory import ParameterCounts
 
 KINDS = ("ZeRO gather", "ZeRO reduce", "ulysses", "halo", "experts")
 """In the order in which they are printed."""

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cpt.errors import ConfigError
-from cpt.guard.curve import Probe, check_probes, describe, fit, largest_main_share, read_probe
+from cpt.planning.mix_curve import Probe, check_probes, describe, fit, largest_main_share, read_probe
 
 SHARES = (0.02, 0.05, 0.1, 0.25, 0.5)
 TRUTH = {"english": (-4.0, -2.0), "code": (-2.0, -1.0)}

@@ -13,11 +13,11 @@ from transformers import GptOssConfig
 
 from cpt.cli import main
 from cpt.config import RunYaml, load
-from cpt.memory import ParameterCounts, count_parameters
 from cpt.model.weights.source import load_config
 from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.flops import flops_per_token
 from cpt.planning.hardware import GPUS, Assumptions
+from cpt.planning.memory import ParameterCounts, count_parameters
 from cpt.planning.search import SIMPLER_UNTIL, Layout, as_config, layouts, search
 from cpt.planning.traffic import traffic
 from tests.support.launcher import ROOT

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from cpt.config import LaunchInfo, load, resolve
-from cpt.memory import count_parameters
 from cpt.model.weights.source import load_config
 from cpt.planning.estimate import estimate
 from cpt.planning.hardware import GPUS, Assumptions
+from cpt.planning.memory import count_parameters
 from cpt.resilience.stop import StopRequest
 from cpt.run import main
 from tests.support.launcher import ROOT

@@ -303,4 +303,4 @@ def _table(place: str, parts: dict[str, Any]) -> str:
     width = max(map(len, parts))
     lines = [f"  {name:<{width}}  {size / GIB:9.2f} GiB" for name, size in parts.items() if size]
     total = f"  {'sum':<{width}}  {sum(parts.values()) / GIB:9.2f} GiB"
-    return "\n".join([f"{place} of one rank (estimate, see cpt/memory.py)", *lines, total])
+    return "\n".join([f"{place} of one rank (estimate, see cpt/planning/memory.py)", *lines, total])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cpt.guard.curve import Probe, largest_main_share
+from cpt.planning.mix_curve import Probe, largest_main_share
 from cpt.telemetry.plot import ALARM, INK, MUTED, PALETTE, Plot, Series, bin_series, clean, scale_over, standalone
 
 SIZE = (720, 380)
