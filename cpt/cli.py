@@ -201,7 +201,7 @@ def _add_guard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _guard_replay(options: argparse.Namespace) -> None:
-    from cpt.guard.again import check, replay
+    from cpt.guard.audit import check, replay
 
     print(check(replay(options.run_dir)))
 

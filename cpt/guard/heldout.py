@@ -20,7 +20,7 @@ from typing import Any
 from cpt.config import GuardSection, RunConfig
 from cpt.errors import ConfigError
 from cpt.guard.ladder import Decision, Evidence, GuardState, decide
-from cpt.guard.policy import Judgement, judge, noise_floor_percent
+from cpt.guard.paired_test import Judgement, judge, noise_floor_percent
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.model.weights.checksums import sampled_hash
 from cpt.model.weights.hf_layout import tensor_files

@@ -2,7 +2,7 @@
 
     measurement -> evidence per domain -> decide -> (new state, decision) -> the levers (cpt/steering.py)
 
-The ladder, lowest rung first.  A domain is over its line when the decision bound of its change (cpt/guard/policy.py) is
+The ladder, lowest rung first.  A domain is over its line when the decision bound of its change (cpt/guard/paired_test.py) is
 above `act_at` times its tolerance: acting begins before the tolerance is used up.
 
     warn          over the line for the first time, or waiting for a lever to show

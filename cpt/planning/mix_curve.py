@@ -22,7 +22,7 @@ import numpy.typing as npt
 import yaml
 
 from cpt.errors import ConfigError
-from cpt.guard.policy import CONFIDENCE, student_quantile
+from cpt.guard.paired_test import CONFIDENCE, student_quantile
 from cpt.telemetry.metrics import read_events
 from data_pipeline.schema import load_mix
 from data_pipeline.tables import table

@@ -13,7 +13,7 @@ from transformers import GptOssConfig
 from cpt.checkpoint.manifest import Manifest, read_manifest
 from cpt.errors import ConfigError, DataError
 from cpt.guard.offline import OfflineModel, held_out_sets, single_process
-from cpt.guard.policy import judge
+from cpt.guard.paired_test import judge
 from cpt.guard.score import ScoredSet
 from cpt.model.gpt_oss import skeleton
 from cpt.model.weights.source import DirectoryWeights

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cpt.guard.offline import OfflineModel, single_process
-from cpt.guard.policy import judge
+from cpt.guard.paired_test import judge
 from cpt.guard.score import DomainScore, ScoredSet
 from cpt.model.weights.writer import published, write_json
 from cpt.release.merge import MergedWeights, Pair, open_pair, parse_alphas, write_merged

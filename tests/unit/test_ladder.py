@@ -10,7 +10,7 @@ import pytest
 
 from cpt.config import DomainLimits, GuardSection
 from cpt.guard.ladder import SEVERITY, Decision, Evidence, GuardState, after_pause, decide
-from cpt.guard.policy import decision_bound
+from cpt.guard.paired_test import decision_bound
 
 SETTINGS = GuardSection(interval_steps=10, tolerance_percent=1.0, hard_limit_percent=5.0)
 

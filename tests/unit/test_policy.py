@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from cpt.config import GuardSection
 from cpt.errors import CptError
 from cpt.guard.heldout import Guard
-from cpt.guard.policy import (
+from cpt.guard.paired_test import (
     DOCUMENT_SPREAD_PERCENT,
     decision_bound,
     effective_documents,

@@ -16,7 +16,7 @@ from typing import Any
 from cpt.config import DomainLimits, GuardSection
 from cpt.errors import ConfigError, InternalError
 from cpt.guard.ladder import Evidence, GuardState, decide
-from cpt.guard.policy import judge
+from cpt.guard.paired_test import judge
 from cpt.guard.score import DomainScore, as_floats
 from cpt.telemetry.metrics import read_events
 
