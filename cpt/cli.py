@@ -79,7 +79,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from cpt.downstream.evaluation import evaluate
+    from cpt.offline.evaluation.comparison import evaluate
 
     if options.baseline is None and not options.no_baseline:
         raise ConfigError(
@@ -111,15 +111,15 @@ def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _targets(options: argparse.Namespace) -> None:
-    from cpt.base_targets import TargetsRequest, write_targets
+    from cpt.offline.kl_target_writer import TargetsRequest, write_targets
 
     print(write_targets(TargetsRequest(model_dir=options.model, build_dir=options.build, sources=options.source,
                                        top_k=options.top_k, out=options.out)))  # fmt: skip
 
 
 def _replay(options: argparse.Namespace) -> None:
-    from cpt.sample import Sampling
-    from cpt.self_replay import ReplayRequest, sample_replay
+    from cpt.offline.sampling import Sampling
+    from cpt.offline.self_replay import ReplayRequest, sample_replay
 
     missing = [f"--{name} is missing." for name in ("model", "out") if getattr(options, name) is None]
     if missing:
@@ -279,7 +279,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from cpt.guard.offline import held_out_sets
+    from cpt.offline.model import held_out_sets
     from cpt.release.sweep import merge
 
     if options.score_only and options.mix is None:
@@ -292,7 +292,7 @@ def _merge(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     import datetime
 
-    from cpt.sample import Sampling, as_channels, as_text, generate, load_for_sampling
+    from cpt.offline.sampling import Sampling, as_channels, as_text, generate, load_for_sampling
     from data_pipeline.harmony import Effort, encode_prompt
     from data_pipeline.tokenizer import encode
 

@@ -4,7 +4,7 @@
 
 A source's predicted tokens stand in the order of its rows, so that a row's part of both tensors follows from the row
 number; a rank reads the bytes of its own tokens and no others.  `cpt replay targets` writes the folder
-(cpt/base_targets.py).
+(cpt/offline/kl_target_writer.py).
 
 Decisions
     The sidecar names the hash of the base model's weight files, and for every source the hash of what its rows are made

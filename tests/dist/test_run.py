@@ -22,7 +22,7 @@ from cpt.cli import main
 from cpt.errors import CheckpointError
 from cpt.model.weights.source import mxfp4
 from cpt.release.export_run import export_run
-from cpt.sample import Sampling
+from cpt.offline.sampling import Sampling
 from cpt.state.export import export_checkpoint
 from data_pipeline.harmony import CHANNEL, END, MESSAGE, RETURN
 from cpt.checkpoint.manifest import read_manifest
@@ -185,7 +185,7 @@ def test_question_is_put_in_the_harmony_format_of_the_exported_chat_template(
         asked.append(prompt)
         return [*harmony_reply("analysis", "hm"), END, *harmony_reply("final", "42"), RETURN]
 
-    monkeypatch.setattr("cpt.sample.generate", reply)
+    monkeypatch.setattr("cpt.offline.sampling.generate", reply)
     out = whole / "export" / "step-00000008"
     command = ["sample", "--model", str(out), "--chat", "--effort", "low", "--developer", "Be brief.", "--prompt", "Q?"]
     assert main(command) == 0

@@ -16,13 +16,13 @@ import yaml
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from cpt.cli import main
-from cpt.downstream import harness
-from cpt.downstream.evaluation import evaluate
-from cpt.downstream.local import _nats
-from cpt.downstream.tasks import load_tasks
-from cpt.downstream.verdict import Score, _change_of_bits, _noise_of_answers
 from cpt.errors import ConfigError, DataError
-from cpt.sample import load_for_sampling
+from cpt.offline.evaluation import harness
+from cpt.offline.evaluation.comparison import evaluate
+from cpt.offline.evaluation.local import _nats
+from cpt.offline.evaluation.tasks import load_tasks
+from cpt.offline.evaluation.verdict import Score, _change_of_bits, _noise_of_answers
+from cpt.offline.sampling import load_for_sampling
 from data_pipeline.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def run(folder: Path, model: Path, *options: str) -> int:
 
 
 def test_nats_are_those_of_the_whole_logit_matrix(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cpt.downstream.local.HEAD_TOKENS", 3)
+    monkeypatch.setattr("cpt.offline.evaluation.local.HEAD_TOKENS", 3)
     model, tokens = load_for_sampling(models["good"], None), encode(TEXTS[5]).tolist()
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0].double()
@@ -120,8 +120,8 @@ def test_a_likelier_choice_is_the_answer(models: dict[str, Path], folder: Path) 
 
 def baseline(folder: Path, **changes: Any) -> Path:
     """A baseline as if measured, without a model."""
-    from cpt.downstream.local import local_contents
-    from cpt.downstream.verdict import write_scores
+    from cpt.offline.evaluation.local import local_contents
+    from cpt.offline.evaluation.verdict import write_scores
 
     contents = local_contents([task for task in load_tasks(folder / "tasks.yaml") if task.kind != "harness"])
     kinds = {task["name"]: task["kind"] for task in TASKS}
@@ -216,7 +216,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, accuracy: float) -> list[dict[str,
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda path: None)
-    monkeypatch.setattr("cpt.downstream.evaluation.load_for_sampling", lambda *_: None)
+    monkeypatch.setattr("cpt.offline.evaluation.comparison.load_for_sampling", lambda *_: None)
     return calls
 
 

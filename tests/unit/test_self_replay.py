@@ -77,7 +77,7 @@ def test_whole_replies_become_conversations_and_others_are_left_out_and_counted(
             return analysis + part("final", "cut")
         return [*analysis, *part("final", "42"), RETURN]
 
-    monkeypatch.setattr("cpt.self_replay.generate", reply)
+    monkeypatch.setattr("cpt.offline.self_replay.generate", reply)
     questions = ("--questions", str(folder / "questions.jsonl"))
     arguments = ["replay", "--model", str(base), "--out", str(folder / "replay"), *questions]
     assert main(arguments) == 0

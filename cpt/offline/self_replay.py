@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cpt.errors import ConfigError, DataError
 from cpt.model.weights.hf_layout import tensor_files
-from cpt.sample import Sampling, generate, load_for_sampling
+from cpt.offline.sampling import Sampling, generate, load_for_sampling
 from cpt.state.harmony import parse_reply
 from data_pipeline.files import atomic_write
 from data_pipeline.harmony import DEFAULT_DATE, RETURN, STOP_IDS, encode_prompt

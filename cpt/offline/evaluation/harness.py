@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpt.downstream.tasks import Task
-from cpt.downstream.verdict import Score
 from cpt.errors import ConfigError, DataError
+from cpt.offline.evaluation.tasks import Task
+from cpt.offline.evaluation.verdict import Score
 from data_pipeline.strict_yaml import nearest
 
 

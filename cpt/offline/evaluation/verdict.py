@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from cpt.downstream.tasks import Task
 from cpt.errors import ConfigError, EvaluationFailed
+from cpt.offline.evaluation.tasks import Task
 from data_pipeline.files import atomic_write
 
 FORMAT_VERSION = 1

@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from cpt.errors import ConfigError
-from cpt.guard.offline import OfflineModel, single_process
 from cpt.model import gpt_oss
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.model.weights.source import DirectoryWeights, load_config
 from cpt.model.weights.writer import Entry, TensorFileWriter, check_space, published, refuse_existing, write_json
+from cpt.offline.model import OfflineModel, single_process
 from cpt.training.kl_targets import SIDECAR, Sidecar, TargetsOfSource, target_file
 from cpt.training.loader import make_micro_batch
 from data_pipeline.dataset import BuiltData, PackedRow

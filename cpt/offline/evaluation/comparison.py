@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpt.downstream.harness import check_harness, score_harness
-from cpt.downstream.local import local_contents, score_task
-from cpt.downstream.tasks import load_tasks
-from cpt.downstream.verdict import Score, check_baseline, judge, read_scores, refuse_drops, table, write_scores
 from cpt.errors import ConfigError
-from cpt.sample import load_for_sampling
+from cpt.offline.evaluation.harness import check_harness, score_harness
+from cpt.offline.evaluation.local import local_contents, score_task
+from cpt.offline.evaluation.tasks import load_tasks
+from cpt.offline.evaluation.verdict import Score, check_baseline, judge, read_scores, refuse_drops, table, write_scores
+from cpt.offline.sampling import load_for_sampling
 
 
 def evaluate(model_dir: Path, tasks_file: Path, out: Path, baseline_file: Path | None, batch_size: int = 1) -> None:
