@@ -153,7 +153,7 @@ def main() -> None:
         work = Path(temporary)
         (work / "corpus").symlink_to(options.corpus.resolve())
         # in another process: a child starts with the peak memory of its parent
-        code = "import sys; from pathlib import Path; from cpt.state.hf_tokenizer import save_tokenizer; "
+        code = "import sys; from pathlib import Path; from cpt.export.tokenizer import save_tokenizer; "
         subprocess.run([sys.executable, "-c", f"{code}save_tokenizer(Path(sys.argv[1]))", work / "tokenizer"],
                        cwd=ROOT, check=True)  # fmt: skip
         sources = "".join(

@@ -271,7 +271,7 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from cpt.release.export_run import describe_export, export_run
+    from cpt.export.run_export import describe_export, export_run
 
     folder = _checkpoint_folder(options.run_dir, options.step)
     out = export_run(options.run_dir, folder, options.out, options.format, options.score)
@@ -279,8 +279,8 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    from cpt.export.merge_sweep import merge
     from cpt.offline.model import held_out_sets
-    from cpt.release.sweep import merge
 
     if options.score_only and options.mix is None:
         raise ConfigError("--score_only needs --mix: there is nothing to score.")

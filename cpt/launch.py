@@ -20,6 +20,7 @@ from cpt.config import LaunchInfo, RunConfig, load, resolve
 from cpt.continuations import print_continuations
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import ConfigError
+from cpt.export.run_export import export_run
 from cpt.feed import check_mix
 from cpt.job import Job, assemble
 from cpt.model import attention
@@ -28,7 +29,6 @@ from cpt.model.weights.source import load_config
 from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology, create_topology
 from cpt.planning.memory import memory_tables
-from cpt.release.export_run import export_run
 from cpt.resilience import faults
 from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching

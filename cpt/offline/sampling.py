@@ -18,9 +18,9 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from cpt.checkpoint.manifest import read_manifest
 from cpt.errors import ConfigError
+from cpt.export.harmony import parse_reply
+from cpt.export.huggingface import CheckpointWeights
 from cpt.model.weights.hf_layout import read_json, tensor_files
-from cpt.state.export import CheckpointWeights
-from cpt.state.harmony import parse_reply
 from data_pipeline.harmony import STOP_IDS
 from data_pipeline.tokenizer import END_OF_TEXT, encoding
 

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 from cpt.errors import CheckpointError, ConfigError
 from cpt.model.weights.source import mxfp4
 from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, tensor_files
-from cpt.state import export
+from cpt.export import huggingface as export
 from cpt.model.weights.source import writer as tensor_writer
-from cpt.state.export import QUANTIZATION_CONFIG, REPORT_FILE, export_checkpoint
+from cpt.export.huggingface import QUANTIZATION_CONFIG, REPORT_FILE, export_checkpoint
 from cpt.checkpoint.manifest import read_manifest, write_manifest
 from cpt.checkpoint.reader import step_folder
 from tests.dist.cases import NEW_TOKENS, PROMPTS, model_config, reference_model, rows_of_step

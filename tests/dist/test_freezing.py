@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from cpt.model.freezing import frozen_names
-from cpt.state.export import export_checkpoint
+from cpt.export.huggingface import export_checkpoint
 from cpt.checkpoint.manifest import read_manifest
 from cpt.checkpoint.reader import read_weights, step_folder
 from tests.dist.cases import Scenario, model_config, parameter_file

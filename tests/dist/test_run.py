@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 from cpt.cli import main
 from cpt.errors import CheckpointError
 from cpt.model.weights.source import mxfp4
-from cpt.release.export_run import export_run
+from cpt.export.run_export import export_run
 from cpt.offline.sampling import Sampling
-from cpt.state.export import export_checkpoint
+from cpt.export.huggingface import export_checkpoint
 from data_pipeline.harmony import CHANNEL, END, MESSAGE, RETURN
 from cpt.checkpoint.manifest import read_manifest
 from cpt.checkpoint.reader import PARTS, find_checkpoint, list_steps, step_folder

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from cpt.state.harmony import TEMPLATE, Part, parse_reply
+from cpt.export.harmony import TEMPLATE, Part, parse_reply
 from data_pipeline.harmony import CALL, CHANNEL, END, MESSAGE, RETURN, START, encode_prompt, read_conversation
 from data_pipeline.tokenizer import NUM_TEXT_TOKENS, encode, encoding
 

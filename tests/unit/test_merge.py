@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.errors import ConfigError
+from cpt.export import merge as merging
+from cpt.export.merge import folder_name, interpolate, parse_alphas
+from cpt.export.merge_sweep import PLOT_FILE, RESULT_FILE, merge
 from cpt.guard.score import ScoredSet
 from cpt.model import gpt_oss
 from cpt.model.weights.hf_layout import BLOCKS, SCALES, SINGLE_FILE
 from cpt.model.weights.source import mxfp4
-from cpt.release import merge as merging
-from cpt.release.merge import folder_name, interpolate, parse_alphas
-from cpt.release.sweep import PLOT_FILE, RESULT_FILE, merge
 from data_pipeline.dataset import PackedRow
 
 SEQ_LEN = 32

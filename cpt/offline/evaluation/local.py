@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from cpt.errors import DataError
+from cpt.export.harmony import parse_reply
 from cpt.offline.evaluation.tasks import Task
 from cpt.offline.evaluation.verdict import Score
 from cpt.offline.sampling import Sampling, generate
-from cpt.state.harmony import parse_reply
 from data_pipeline.harmony import DEFAULT_DATE, encode_prompt
 from data_pipeline.tokenizer import END_OF_TEXT, decode, encode
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from cpt.state.harmony import TEMPLATE
+from cpt.export.harmony import TEMPLATE
 from data_pipeline.tokenizer import encoding
 
 _LAST_CONTROL_ID = 200_018

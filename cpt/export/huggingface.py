@@ -20,13 +20,13 @@ from cpt.checkpoint.flat_planner import FlatRange
 from cpt.checkpoint.manifest import Manifest, TensorRecord, read_manifest, verify_files
 from cpt.checkpoint.reader import read_ranges
 from cpt.errors import CheckpointError, ConfigError
+from cpt.export.quantization_error import ErrorOfTensor, quantisation_report
+from cpt.export.tokenizer import save_tokenizer
 from cpt.model.gpt_oss import skeleton
 from cpt.model.weights.hf_layout import BLOCKS, SCALES, is_expert_name
 from cpt.model.weights.source import mxfp4
 from cpt.model.weights.writer import DirectoryWriter, Entry, check_space, published, refuse_existing, write_json
 from cpt.resilience.faults import fault_point
-from cpt.state.hf_tokenizer import save_tokenizer
-from cpt.state.quantisation import ErrorOfTensor, quantisation_report
 from data_pipeline.harmony import STOP_IDS
 
 DTYPES = {"bf16": torch.bfloat16, "mxfp4": torch.bfloat16, "fp32": torch.float32}

@@ -12,15 +12,15 @@ from transformers import GptOssConfig
 
 from cpt.checkpoint.manifest import Manifest, read_manifest
 from cpt.errors import ConfigError, DataError
+from cpt.export.huggingface import REPORT_FILE, CheckpointWeights, export_checkpoint
+from cpt.export.model_card import markdown_table, model_card
+from cpt.export.quantization_error import report_rows
 from cpt.guard.paired_test import judge
 from cpt.guard.score import ScoredSet
 from cpt.model.gpt_oss import skeleton
 from cpt.model.weights.source import DirectoryWeights
 from cpt.model.weights.writer import write_json
 from cpt.offline.model import OfflineModel, held_out_sets, single_process
-from cpt.release.card import markdown_table, model_card
-from cpt.state.export import REPORT_FILE, CheckpointWeights, export_checkpoint
-from cpt.state.quantisation import report_rows
 from data_pipeline.tables import table
 
 log = logging.getLogger("cpt.release")

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from cpt.export.merge import MergedWeights, Pair, open_pair, parse_alphas, write_merged
 from cpt.guard.paired_test import judge
 from cpt.guard.score import DomainScore, ScoredSet
 from cpt.model.weights.writer import published, write_json
 from cpt.offline.model import OfflineModel, single_process
-from cpt.release.merge import MergedWeights, Pair, open_pair, parse_alphas, write_merged
 from cpt.telemetry.plot import DASHES, INK, PALETTE, Plot, Series, scale_over
 from data_pipeline.tables import table
 
