@@ -36,7 +36,7 @@ def train_and_save(options: argparse.Namespace) -> None:
     from cpt.checkpoint.saver import Saver
     from cpt.config import CheckpointSection, LaunchInfo, RunYaml, resolve
     from cpt.deepspeed_adapter import internals as deepspeed_internals
-    from cpt.job import build_engine, fill_weights
+    from cpt.job.job import build_engine, fill_weights
     from cpt.model.gpt_oss import PRESETS
     from cpt.model.weights.random_init import RandomWeights
     from cpt.parallel.topology import create_topology

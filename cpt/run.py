@@ -55,7 +55,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
     try:
         options = parse_arguments(arguments)
-        from cpt.launch import launch
+        from cpt.job.launch import launch
 
         launch(options, stop)
         return EXIT_DONE

@@ -9,7 +9,7 @@ import torch
 
 from cpt.config import LaunchInfo, RunYaml, resolve
 from cpt.deepspeed_adapter import internals as deepspeed_internals
-from cpt.job import build_engine, fill_weights
+from cpt.job.job import build_engine, fill_weights
 from cpt.model.weights.random_init import RandomWeights
 from cpt.parallel.topology import Topology, create_topology
 from cpt.training.engine import TrainingEngine

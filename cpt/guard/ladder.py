@@ -1,6 +1,6 @@
 """What follows from a measurement: a pure function of the guard's state and the evidence, so that it can be replayed.
 
-    measurement -> evidence per domain -> decide -> (new state, decision) -> the levers (cpt/steering.py)
+    measurement -> evidence per domain -> decide -> (new state, decision) -> the levers (cpt/job/guard_levers.py)
 
 The ladder, lowest rung first.  A domain is over its line when the decision bound of its change (cpt/guard/paired_test.py) is
 above `act_at` times its tolerance: acting begins before the tolerance is used up.

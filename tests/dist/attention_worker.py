@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import ConfigError
-from cpt.job import probe_attention
+from cpt.job.job import probe_attention
 from cpt.model.attention import PackedRows, choose, sink_attention
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.halo import WindowHalo

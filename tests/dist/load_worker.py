@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.config import LaunchInfo, resolve
-from cpt.job import build_engine, fill_weights, verify_checksums, weight_source
+from cpt.job.job import build_engine, fill_weights, verify_checksums, weight_source
 from cpt.errors import ConfigError
 from cpt.model.weights.source import DirectoryWeights, load_config
 from cpt.parallel.agreement import gather_json

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.config import CheckpointSection, LaunchInfo, resolve
-from cpt.job import build_engine, fill_weights, weight_source
+from cpt.job.job import build_engine, fill_weights, weight_source
 from cpt.model.weights.source import load_config
 from cpt.parallel.topology import create_topology
 from cpt.checkpoint.saver import Saver

@@ -16,8 +16,8 @@ from transformers import GptOssConfig
 
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.config import LaunchInfo, RunYaml, resolve
-from cpt.job import build_engine, fill_weights, weight_source
-from cpt.memory_report import measured, peak_within, predicted
+from cpt.job.job import build_engine, fill_weights, weight_source
+from cpt.job.memory_report import measured, peak_within, predicted
 from cpt.model.gpt_oss import PRESETS
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology, create_topology

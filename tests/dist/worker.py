@@ -14,7 +14,7 @@ import torch.distributed as dist
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.config import CheckpointSection, LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.config.engine_json import OFFLOADS
-from cpt.job import build_engine, fill_weights, weight_source
+from cpt.job.job import build_engine, fill_weights, weight_source
 from cpt.planning.memory import count_parameters, host_memory
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import create_topology

@@ -16,12 +16,12 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from cpt.cli import main
 from cpt.errors import ConfigError, DataError
-from cpt.feed import open_kl_targets
+from cpt.job.data import open_kl_targets
+from cpt.job.loop import step_event
 from cpt.model import gpt_oss
 from cpt.model.weights.source import DirectoryWeights, load_config
 from cpt.offline.model import OfflineModel, single_process
 from cpt.parallel.topology import Topology
-from cpt.train import step_event
 from cpt.training.kl_targets import SIDECAR, KLTargets, check_targets, read_sidecar, target_file
 from cpt.training.loader import MicroBatch, load_micro_batch
 from data_pipeline.build import build

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cpt import launch
+from cpt.job.job import launch
+from cpt.job.run_dir import make_run_dir, move_aside
 from cpt.resilience.stop import StopRequest
 from cpt.run import main, parse_arguments
-from cpt.run_dir import make_run_dir, move_aside
 from tests.support.launcher import ROOT, free_port, rank_environment
 
 DS_CONFIG = ROOT / "ds_configs" / "z3_ulysses.json"

@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from cpt.memory_report import highest_level, peak_within
+from cpt.job.memory_report import highest_level, peak_within
 
 MEBI = 2**20
 

@@ -14,7 +14,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from cpt.cli import main
 from cpt.errors import ConfigError, DataError
-from cpt.feed import check_replay
+from cpt.job.data import check_replay
 from data_pipeline.build import build
 from data_pipeline.dataset import BuiltData
 from data_pipeline.harmony import CHANNEL, END, MESSAGE, RETURN, START

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from cpt.config import RunConfig
 from cpt.errors import ConfigError, DataError
+from cpt.job.progress import Progress, batch_of_step
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.parallel.topology import Topology
-from cpt.progress import Progress, batch_of_step
 from cpt.training.kl_targets import KLTargets, check_targets
 from data_pipeline.build import build, default_build_dir, input_bytes
 from data_pipeline.dataset import BuiltData
@@ -19,7 +19,7 @@ from data_pipeline.plan import make_plan
 from data_pipeline.schema import MixConfig, load_mix
 from data_pipeline.self_replay import check_base_model
 
-log = logging.getLogger("cpt.feed")
+log = logging.getLogger("cpt.job.data")
 
 
 def check_mix(config: RunConfig) -> MixConfig:

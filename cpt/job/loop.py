@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cpt.continuations import show_continuations
-from cpt.job import Job
-from cpt.memory_report import report_memory
-from cpt.recovery import after_step
+from cpt.job.guard_levers import go_on_after_pause, note_green, replay_limits, steer
+from cpt.job.job import Job
+from cpt.job.memory_report import report_memory
+from cpt.job.recovery import after_step
+from cpt.job.samples import show_continuations
+from cpt.job.saving import end, final_save, leave, periodic_save, publish
 from cpt.resilience.faults import fault_point
 from cpt.resilience.leaving import leave_if_asked
 from cpt.resilience.stop import StopRequest
-from cpt.saving import end, final_save, leave, periodic_save, publish
-from cpt.steering import go_on_after_pause, note_green, replay_limits, steer
 from cpt.telemetry.goodput import start_event
 from cpt.telemetry.router import router_event
 from cpt.training.engine import StepResult, Votes
@@ -26,7 +26,7 @@ from cpt.training.garbage_collection import collecting
 from cpt.training.schedule import learning_rate
 from data_pipeline.mixture import GlobalBatch
 
-log = logging.getLogger("cpt.train")
+log = logging.getLogger("cpt.job.loop")
 
 LEAST_DATA_WAIT = 0.01
 """Share of a step from which on its wait for data is logged; below, it counts as productive."""

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cpt.job import Job
+from cpt.job.job import Job
 from cpt.training.generate import continue_texts
 from data_pipeline.harmony import STOP_IDS
 from data_pipeline.tokenizer import decode, encode
 
-log = logging.getLogger("cpt.continuations")
+log = logging.getLogger("cpt.job.samples")
 
 
 def print_continuations(job: Job, prompts: Sequence[str]) -> None:

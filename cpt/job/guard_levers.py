@@ -22,10 +22,10 @@ from cpt.config import GuardSection
 from cpt.errors import ConfigError, RequeueRequested
 from cpt.guard.heldout import Guard, ReplayLimits, evidence_of
 from cpt.guard.ladder import Decision, Evidence, GuardState, after_pause
-from cpt.job import Job
+from cpt.job.job import Job
+from cpt.job.progress import batch_of_step, read_guard_rollbacks, write_guard_rollbacks
+from cpt.job.saving import end, final_save
 from cpt.parallel.agreement import on_first_rank
-from cpt.progress import batch_of_step, read_guard_rollbacks, write_guard_rollbacks
-from cpt.saving import end, final_save
 
 log = logging.getLogger("cpt.guard")
 

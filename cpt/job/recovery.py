@@ -11,15 +11,15 @@ import time
 from cpt.checkpoint.loading import load_checkpoint
 from cpt.checkpoint.reader import list_steps
 from cpt.errors import InternalError
-from cpt.job import Job
+from cpt.job.job import Job
+from cpt.job.progress import Progress, batch_of_step, merged, read_rollbacks, write_rollbacks
+from cpt.job.saving import publish
 from cpt.parallel.agreement import on_first_rank
-from cpt.progress import Progress, batch_of_step, merged, read_rollbacks, write_rollbacks
-from cpt.saving import publish
 from cpt.training.engine import StepResult
 from cpt.training.stability import LIMIT_IN_A_ROW, Limits
 from data_pipeline.mixture import GlobalBatch
 
-log = logging.getLogger("cpt.recovery")
+log = logging.getLogger("cpt.job.recovery")
 
 
 def after_step(job: Job, batch: GlobalBatch, result: StepResult) -> bool:

@@ -17,12 +17,14 @@ from transformers import GptOssConfig
 
 from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.config import LaunchInfo, RunConfig, load, resolve
-from cpt.continuations import print_continuations
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import ConfigError
 from cpt.export.run_export import export_run
-from cpt.feed import check_mix
-from cpt.job import Job, assemble
+from cpt.job.data import check_mix
+from cpt.job.job import Job, assemble
+from cpt.job.loop import train
+from cpt.job.run_dir import held_run_dir
+from cpt.job.samples import print_continuations
 from cpt.model import attention
 from cpt.model.freezing import freeze_problems, frozen_names, parameter_numels
 from cpt.model.weights.source import load_config
@@ -32,9 +34,7 @@ from cpt.planning.memory import memory_tables
 from cpt.resilience import faults
 from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
-from cpt.run_dir import held_run_dir
 from cpt.telemetry.report import write_report
-from cpt.train import train
 from data_pipeline.build import default_build_dir, input_bytes
 from data_pipeline.dataset import BuiltData
 from data_pipeline.plan import make_plan

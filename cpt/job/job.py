@@ -22,10 +22,19 @@ from cpt.checkpoint.saver import Saver
 from cpt.config import RunConfig
 from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.errors import ConfigError
-from cpt.feed import check_mix, check_plan, open_data, open_kl_targets
 from cpt.guard.heldout import Guard
 from cpt.guard.ladder import GuardState
 from cpt.guard.replay_share import ReplayShares
+from cpt.job.data import check_mix, check_plan, open_data, open_kl_targets
+from cpt.job.progress import (
+    Progress,
+    Ranges,
+    merged,
+    newest_guard_state,
+    read_guard_rollbacks,
+    read_rollbacks,
+    skipped_by,
+)
 from cpt.model import attention, gpt_oss
 from cpt.model.attention import Attention
 from cpt.model.attention.probe import run_probe
@@ -38,7 +47,6 @@ from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
-from cpt.progress import Progress, Ranges, merged, newest_guard_state, read_guard_rollbacks, read_rollbacks, skipped_by
 from cpt.resilience.faults import fault_point
 from cpt.resilience.leaving import leave_if_asked
 from cpt.resilience.stop import StopRequest
@@ -54,7 +62,7 @@ from data_pipeline.ledger import Ledger, resume_ledger, same_weights
 from data_pipeline.mixture import GlobalBatch, Mixture
 from data_pipeline.schema import MixConfig
 
-log = logging.getLogger("cpt.job")
+log = logging.getLogger("cpt.job.job")
 
 
 @dataclass(kw_only=True)

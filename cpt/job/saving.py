@@ -10,13 +10,13 @@ from typing import NoReturn
 
 from cpt.checkpoint.saver import Published
 from cpt.errors import RequeueRequested, StorageError
-from cpt.job import Job
+from cpt.job.job import Job
 from cpt.resilience.leaving import agreed_reason
 from cpt.resilience.stop import Deadline
 from cpt.telemetry.goodput import goodput
 from cpt.telemetry.metrics import read_events
 
-log = logging.getLogger("cpt.saving")
+log = logging.getLogger("cpt.job.saving")
 
 
 def periodic_save(job: Job) -> None:

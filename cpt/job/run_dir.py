@@ -21,7 +21,7 @@ from cpt.parallel.topology import Topology
 from cpt.resilience.lock import LOCK, RunLock, take_lock
 from cpt.storage.space import check_space, megabytes
 
-log = logging.getLogger("cpt.run_dir")
+log = logging.getLogger("cpt.job.run_dir")
 
 
 @contextmanager
