@@ -154,7 +154,7 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from cpt.doctor import main as doctor
+    from cpt.commands.doctor import main as doctor
 
     doctor()
 
@@ -240,7 +240,7 @@ def _plan(options: argparse.Namespace) -> None:
     missing = [name for name in ("config", "ds_config", "gpus") if getattr(options, name) is None]
     if missing:
         raise ConfigError([f"--{name} is missing. cpt plan --help lists what a plan needs." for name in missing])
-    from cpt.planning.command import plan
+    from cpt.commands.plan import plan
 
     plan(options)
 

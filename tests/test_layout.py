@@ -30,7 +30,7 @@ FLOORS = (
     "cpt.planning.memory",
     "cpt.job.memory_report",
     "cpt.planning",
-    "cpt.doctor",
+    "cpt.commands.doctor",
     "cpt.job.progress",
     "cpt.job.data",
     "cpt.job.job",

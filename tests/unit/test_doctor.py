@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cpt import doctor
 from cpt.cli import main
+from cpt.commands import doctor
 from cpt.model.attention import known_names
 
 
