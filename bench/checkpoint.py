@@ -42,8 +42,8 @@ def train_and_save(options: argparse.Namespace) -> None:
     from cpt.parallel.topology import create_topology
     from cpt.training.engine import Votes
     from cpt.training.loader import make_micro_batch
+    from data_pipeline.config.strict_yaml import parse_yaml, read_file
     from data_pipeline.dataset import PackedRow
-    from data_pipeline.strict_yaml import parse_yaml, read_file
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")

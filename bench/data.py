@@ -37,9 +37,9 @@ READ_ROWS = 20_000
 
 
 def ours_build(work: Path) -> int:
-    from data_pipeline.build import build
-    from data_pipeline.schema import load_mix
-    from data_pipeline.shards import Shards
+    from data_pipeline.build.build import build
+    from data_pipeline.config.schema import load_mix
+    from data_pipeline.store.shards import Shards
 
     shutil.rmtree(work / "ours", ignore_errors=True)
     manifest = build(load_mix(work / "mix.yaml"), work / "ours", progress=False)
@@ -76,10 +76,10 @@ def theirs_build(work: Path) -> int:
 
 
 def ours_read(work: Path) -> int:
+    from data_pipeline.config.schema import load_mix
     from data_pipeline.dataset import BuiltData
-    from data_pipeline.ledger import Ledger
-    from data_pipeline.mixture import Mixture
-    from data_pipeline.schema import load_mix
+    from data_pipeline.mixture.ledger import Ledger
+    from data_pipeline.mixture.mixture import Mixture
 
     mix = load_mix(work / "mix.yaml")
     built = BuiltData.open(work / "ours", verify=False, mix=mix)
@@ -114,7 +114,7 @@ CONTESTANTS: dict[str, Callable[[Path], int]] = {
 
 def measure(name: str, work: Path) -> None:
     """Print one measurement as JSON: tokens, rate without the start of Python, peak memory."""
-    from data_pipeline.tokenizer import encoding
+    from data_pipeline.text.tokenizer import encoding
 
     encoding()  # half a second, once a process
     start = time.perf_counter()

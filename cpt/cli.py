@@ -293,8 +293,8 @@ def _sample(options: argparse.Namespace) -> None:
     import datetime
 
     from cpt.offline.sampling import Sampling, as_channels, as_text, generate, load_for_sampling
-    from data_pipeline.harmony import Effort, encode_prompt
-    from data_pipeline.tokenizer import encode
+    from data_pipeline.text.harmony import Effort, encode_prompt
+    from data_pipeline.text.tokenizer import encode
 
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,

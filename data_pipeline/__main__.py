@@ -8,22 +8,22 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_pipeline.audit import DEFAULT_LIMIT, audit
-from data_pipeline.audit_page import audit_page
-from data_pipeline.build import build, build_share, default_build_dir, fingerprint
-from data_pipeline.changes import describe_changes, mix_settings
+from data_pipeline.audit.audit import DEFAULT_LIMIT, audit
+from data_pipeline.audit.page import audit_page
+from data_pipeline.build.build import build, build_share, default_build_dir, fingerprint
+from data_pipeline.build.guard_sets import describe_guard_sets
+from data_pipeline.build.workers import available_cores
+from data_pipeline.config.schema import MixConfig, load_mix
 from data_pipeline.corpus import make_corpus
 from data_pipeline.dataset import BuiltData
-from data_pipeline.diff import describe_diff
 from data_pipeline.errors import CptError, DataError
-from data_pipeline.files import atomic_write
-from data_pipeline.guard_sets import describe_guard_sets
-from data_pipeline.ledger import Ledger, resume_ledger
-from data_pipeline.manifest import FILE_NAME, read_manifest
-from data_pipeline.plan import Plan, make_plan
-from data_pipeline.schema import MixConfig, load_mix
+from data_pipeline.mixture.changes import describe_changes, mix_settings
+from data_pipeline.mixture.diff import describe_diff
+from data_pipeline.mixture.ledger import Ledger, resume_ledger
+from data_pipeline.mixture.plan import Plan, make_plan
+from data_pipeline.store.files import atomic_write
+from data_pipeline.store.manifest import FILE_NAME, read_manifest
 from data_pipeline.tables import describe_build
-from data_pipeline.workers import available_cores
 
 DEFAULT_ROOT = Path("data")
 """Where builds go that are given no place."""

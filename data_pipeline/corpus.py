@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.files import atomic_write
+from data_pipeline.store.files import atomic_write
 
 PACKAGES = (
     *("debian-handbook", "debian-reference-ja", "debian-reference-en", "manpages-ja", "manpages-ja-dev"),

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.build.guard_sets import check_guard_sets
+from data_pipeline.config.schema import GuardDomain, MixConfig
 from data_pipeline.errors import DataError
-from data_pipeline.guard_sets import check_guard_sets
-from data_pipeline.manifest import Manifest, SourceEntry, check_files, read_manifest
-from data_pipeline.pack import ARRAY_NAMES, Integers, PackedRows
-from data_pipeline.schema import GuardDomain, MixConfig
-from data_pipeline.shards import Shards
-from data_pipeline.tokenizer import END_OF_TEXT
+from data_pipeline.store.manifest import Manifest, SourceEntry, check_files, read_manifest
+from data_pipeline.store.packing import ARRAY_NAMES, Integers, PackedRows
+from data_pipeline.store.shards import Shards
+from data_pipeline.text.tokenizer import END_OF_TEXT
 
 IGNORED_LABEL = -100
 

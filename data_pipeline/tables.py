@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data_pipeline.manifest import SourceEntry
+from data_pipeline.store.manifest import SourceEntry
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

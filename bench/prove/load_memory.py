@@ -93,7 +93,7 @@ def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
     """An engine of ZeRO-3 and EP, filled as a run fills it, and the source."""
     from cpt.config import LaunchInfo, RunYaml, resolve
     from cpt.job.job import build_engine, fill_weights, weight_source
-    from data_pipeline.strict_yaml import parse_yaml, read_file
+    from data_pipeline.config.strict_yaml import parse_yaml, read_file
 
     engine_json = {"zero_optimization": {"stage": 3}, "expert_parallel": {"enabled": True, "autoep_size": WORLD_SIZE}}
     info = LaunchInfo(world_size=WORLD_SIZE, local_world_size=WORLD_SIZE)

@@ -13,7 +13,7 @@ from cpt.job.job import build_engine, fill_weights
 from cpt.model.weights.random_init import RandomWeights
 from cpt.parallel.topology import Topology, create_topology
 from cpt.training.engine import TrainingEngine
-from data_pipeline.strict_yaml import parse_yaml, read_file
+from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from step_parts.cases import LR, Case, model_config
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from cpt.errors import ConfigError, DataError
 from cpt.model.attention import choice
 from cpt.model.attention.machine import Machine, installed_version
-from data_pipeline.tokenizer import encoding
+from data_pipeline.text.tokenizer import encoding
 
 PACKAGES = (
     "torch",

@@ -19,7 +19,7 @@ from cpt.planning.hardware import GPUS, Assumptions, Gpu
 from cpt.planning.memory import ParameterCounts, count_parameters
 from cpt.planning.search import Layout, search
 from cpt.planning.table import HEADER, comparison, line
-from data_pipeline.strict_yaml import Located
+from data_pipeline.config.strict_yaml import Located
 
 PRESETS = ("gpt-oss-20b", "gpt-oss-120b")
 

@@ -26,7 +26,7 @@ from cpt.config.sections import (
     WatchdogSection,
 )
 from cpt.errors import ConfigError
-from data_pipeline.strict_yaml import Located, Reader, load_json, load_yaml
+from data_pipeline.config.strict_yaml import Located, Reader, load_json, load_yaml
 
 __all__ = [
     "OWN_KEYS",

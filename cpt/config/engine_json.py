@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cpt.config.sections import ExpertParallelJson
-from data_pipeline.strict_yaml import KeyPath, Located, Reader, nearest
+from data_pipeline.config.strict_yaml import KeyPath, Located, Reader, nearest
 
 OWN_KEYS = ("sequence_parallel_size", "expert_parallel")
 KNOWN_KEYS = (

@@ -10,7 +10,7 @@ from typing import Any
 from cpt.config.engine_json import OFFLOADS, OWN_KEYS, REFUSED_KEYS
 from cpt.config.sections import LaunchInfo, RunConfig, RunYaml
 from cpt.errors import ConfigError
-from data_pipeline.strict_yaml import Located
+from data_pipeline.config.strict_yaml import Located
 
 
 def resolve(run: RunYaml, json_file: Located, model_config: Any, launch: LaunchInfo) -> RunConfig:

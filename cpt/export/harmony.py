@@ -1,6 +1,6 @@
 """A reply's tokens to its channels, and the chat template of an export.
 
-The template (`harmony.jinja`) renders as a string what `data_pipeline.harmony` renders as tokens.
+The template (`harmony.jinja`) renders as a string what `data_pipeline.text.harmony` renders as tokens.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.harmony import END, MESSAGE, STOP_IDS
-from data_pipeline.tokenizer import encoding
+from data_pipeline.text.harmony import END, MESSAGE, STOP_IDS
+from data_pipeline.text.tokenizer import encoding
 
 TEMPLATE = Path(__file__).with_name("harmony.jinja")
 """The chat template that goes into an export."""

@@ -27,7 +27,7 @@ from cpt.model.weights.hf_layout import BLOCKS, SCALES, is_expert_name
 from cpt.model.weights.source import mxfp4
 from cpt.model.weights.writer import DirectoryWriter, Entry, check_space, published, refuse_existing, write_json
 from cpt.resilience.faults import fault_point
-from data_pipeline.harmony import STOP_IDS
+from data_pipeline.text.harmony import STOP_IDS
 
 DTYPES = {"bf16": torch.bfloat16, "mxfp4": torch.bfloat16, "fp32": torch.float32}
 """Dtype of what is not quantised, by format."""

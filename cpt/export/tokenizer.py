@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from cpt.export.harmony import TEMPLATE
-from data_pipeline.tokenizer import encoding
+from data_pipeline.text.tokenizer import encoding
 
 _LAST_CONTROL_ID = 200_018
 """The released tokenizer names control tokens up to this id; the rest of the vocabulary is padding."""

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from data_pipeline.config.schema import MixConfig
 from data_pipeline.dataset import BuiltData
-from data_pipeline.mixture import Mixture
-from data_pipeline.schema import MixConfig
+from data_pipeline.mixture.mixture import Mixture
 
 EPOCH_MARGIN = 0.98
 """Share of the epochs left that a raise may plan with: rows are not equally full."""

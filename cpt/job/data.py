@@ -12,12 +12,12 @@ from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.training.kl_targets import KLTargets, check_targets
-from data_pipeline.build import build, default_build_dir, input_bytes
+from data_pipeline.build.build import build, default_build_dir, input_bytes
+from data_pipeline.build.self_replay import check_base_model
+from data_pipeline.config.schema import MixConfig, load_mix
 from data_pipeline.dataset import BuiltData
-from data_pipeline.ledger import Ledger
-from data_pipeline.plan import make_plan
-from data_pipeline.schema import MixConfig, load_mix
-from data_pipeline.self_replay import check_base_model
+from data_pipeline.mixture.ledger import Ledger
+from data_pipeline.mixture.plan import make_plan
 
 log = logging.getLogger("cpt.job.data")
 

@@ -35,10 +35,10 @@ from cpt.resilience import faults
 from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
 from cpt.telemetry.report import write_report
-from data_pipeline.build import default_build_dir, input_bytes
+from data_pipeline.build.build import default_build_dir, input_bytes
+from data_pipeline.config.strict_yaml import nearest
 from data_pipeline.dataset import BuiltData
-from data_pipeline.plan import make_plan
-from data_pipeline.strict_yaml import nearest
+from data_pipeline.mixture.plan import make_plan
 
 log = logging.getLogger("cpt")
 

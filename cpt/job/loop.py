@@ -24,7 +24,7 @@ from cpt.telemetry.router import router_event
 from cpt.training.engine import StepResult, Votes
 from cpt.training.garbage_collection import collecting
 from cpt.training.schedule import learning_rate
-from data_pipeline.mixture import GlobalBatch
+from data_pipeline.mixture.mixture import GlobalBatch
 
 log = logging.getLogger("cpt.job.loop")
 

@@ -17,7 +17,7 @@ from cpt.job.saving import publish
 from cpt.parallel.agreement import on_first_rank
 from cpt.training.engine import StepResult
 from cpt.training.stability import LIMIT_IN_A_ROW, Limits
-from data_pipeline.mixture import GlobalBatch
+from data_pipeline.mixture.mixture import GlobalBatch
 
 log = logging.getLogger("cpt.job.recovery")
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from cpt.job.job import Job
 from cpt.training.generate import continue_texts
-from data_pipeline.harmony import STOP_IDS
-from data_pipeline.tokenizer import decode, encode
+from data_pipeline.text.harmony import STOP_IDS
+from data_pipeline.text.tokenizer import decode, encode
 
 log = logging.getLogger("cpt.job.samples")
 

@@ -25,10 +25,10 @@ from cpt.model.weights.writer import Entry, TensorFileWriter, check_space, publi
 from cpt.offline.model import OfflineModel, single_process
 from cpt.training.kl_targets import SIDECAR, Sidecar, TargetsOfSource, target_file
 from cpt.training.loader import make_micro_batch
+from data_pipeline.build.self_replay import weights_hash
+from data_pipeline.config.strict_yaml import nearest
 from data_pipeline.dataset import BuiltData, PackedRow
-from data_pipeline.files import xxh3_of
-from data_pipeline.self_replay import weights_hash
-from data_pipeline.strict_yaml import nearest
+from data_pipeline.store.files import xxh3_of
 
 LARGEST_TOP_K = 1024
 

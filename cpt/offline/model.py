@@ -22,9 +22,9 @@ from cpt.model import attention, gpt_oss
 from cpt.model.weights.source import WeightSource, fill_model
 from cpt.parallel.topology import Topology, create_topology
 from cpt.training.loader import MicroBatch
-from data_pipeline.build import default_build_dir
+from data_pipeline.build.build import default_build_dir
+from data_pipeline.config.schema import load_mix
 from data_pipeline.dataset import BuiltData
-from data_pipeline.schema import load_mix
 
 log = logging.getLogger("cpt.guard")
 

@@ -21,8 +21,8 @@ from cpt.errors import ConfigError
 from cpt.export.harmony import parse_reply
 from cpt.export.huggingface import CheckpointWeights
 from cpt.model.weights.hf_layout import read_json, tensor_files
-from data_pipeline.harmony import STOP_IDS
-from data_pipeline.tokenizer import END_OF_TEXT, encoding
+from data_pipeline.text.harmony import STOP_IDS
+from data_pipeline.text.tokenizer import END_OF_TEXT, encoding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

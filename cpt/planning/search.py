@@ -18,7 +18,7 @@ from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.hardware import Assumptions, Gpu
 from cpt.planning.memory import ParameterCounts
-from data_pipeline.strict_yaml import Located
+from data_pipeline.config.strict_yaml import Located
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 OFFLOADS: tuple[tuple[str, ...], ...] = ((), ("offload_optimizer",), ("offload_optimizer", "offload_param"))

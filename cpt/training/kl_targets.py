@@ -27,9 +27,9 @@ from cpt.model.loss.divergence import TopK
 from cpt.model.weights.byte_ranges import TensorFile
 from cpt.model.weights.hf_layout import read_json
 from cpt.parallel.topology import Topology
+from data_pipeline.build.self_replay import weights_hash
 from data_pipeline.dataset import BuiltData
-from data_pipeline.files import xxh3_of
-from data_pipeline.self_replay import weights_hash
+from data_pipeline.store.files import xxh3_of
 
 SIDECAR = "kl_targets.json"
 FORMAT_VERSION = 1
@@ -54,7 +54,7 @@ class Sidecar:
     """What kl_targets.json says."""
 
     base_model: str
-    """Hash of the base model's weight files (`data_pipeline.self_replay.weights_hash`)."""
+    """Hash of the base model's weight files (`data_pipeline.build.self_replay.weights_hash`)."""
     computed_in: str
     """Dtype of the base model's forward pass."""
     build: str

@@ -24,8 +24,8 @@ from cpt.model.loss.head import IGNORE_INDEX
 from cpt.parallel.topology import Topology
 from cpt.training.kl_targets import KLTargets
 from data_pipeline.dataset import BuiltData, PackedRow
-from data_pipeline.mixture import GlobalBatch
-from data_pipeline.tokenizer import END_OF_TEXT
+from data_pipeline.mixture.mixture import GlobalBatch
+from data_pipeline.text.tokenizer import END_OF_TEXT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

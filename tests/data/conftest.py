@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from data_pipeline.schema import MixConfig, load_mix
+from data_pipeline.config.schema import MixConfig, load_mix
 from tests.data.inputs import MakeMix, write_jsonl
 
 EXACT_ONLY = {"near_duplicates": 0, "decontaminate_tokens": 0}

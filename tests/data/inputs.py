@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_pipeline.schema import MixConfig
+from data_pipeline.config.schema import MixConfig
 
 WORDS = ("river", "stone", "lamp", "seven", "quiet", "market", "\u6c34", "\u5c71\u9053", "\u304a\u8336", "\u65e5\u8a18")
 MakeMix = Callable[..., MixConfig]

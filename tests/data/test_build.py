@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.build import build, default_build_dir, fingerprint, input_bytes
+from data_pipeline.build.build import build, default_build_dir, fingerprint, input_bytes
+from data_pipeline.config.schema import MixConfig, load_mix
 from data_pipeline.dataset import BuiltData, PackedRow
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import FILE_NAME, read_manifest
-from data_pipeline.schema import MixConfig, load_mix
-from data_pipeline.tokenizer import END_OF_TEXT, decode, encode
+from data_pipeline.store.manifest import FILE_NAME, read_manifest
+from data_pipeline.text.tokenizer import END_OF_TEXT, decode, encode
 from tests.data.inputs import MakeMix, make_texts, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -214,14 +214,14 @@ def test_a_build_killed_anywhere_leaves_nothing_and_its_rerun_gives_the_same_man
     # the child kills itself with SIGKILL at a named place; nothing is left to timing
     undisturbed = build(mix, tmp_path / "undisturbed", progress=False).hash
     place = {
-        "documents": "data_pipeline.shards.ShardWriter.add",
-        "rows": "data_pipeline.finish.pack",
-        "manifest": "data_pipeline.manifest.Manifest.write",
+        "documents": "data_pipeline.store.shards.ShardWriter.add",
+        "rows": "data_pipeline.build.finish.pack",
+        "manifest": "data_pipeline.store.manifest.Manifest.write",
         "rename": "pathlib.Path.rename",
     }[point]
     code = (
         "import os, sys; from pathlib import Path; from unittest import mock\n"
-        "from data_pipeline.build import build; from data_pipeline.schema import load_mix\n"
+        "from data_pipeline.build.build import build; from data_pipeline.config.schema import load_mix\n"
         "rename = Path.rename\n"
         "def kill(self, *args):\n"
         "    if isinstance(self, Path) and self.name != 'build': return rename(self, *args)\n"

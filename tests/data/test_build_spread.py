@@ -16,14 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import units
-from data_pipeline.build import build, build_share
-from data_pipeline.clean import Tally
+from data_pipeline.build.build import build, build_share, units
+from data_pipeline.build.sources import read_texts
+from data_pipeline.config.schema import MixConfig, load_mix
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import DataError
-from data_pipeline.schema import MixConfig, load_mix
-from data_pipeline.source_config import SourceConfig
-from data_pipeline.sources import read_texts
+from data_pipeline.text.cleaning import Tally
 from tests.data.inputs import MakeMix, make_texts, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +87,7 @@ def test_where_units_begin_changes_no_text_and_no_account(
         path = Path(folder) / "a.jsonl"
         path.write_bytes(content)
         source = SourceConfig(name="s", language="en", domain="web", path=str(path), weight=1.0)
-        patch.setattr("data_pipeline.sources.MAX_LINE_BYTES", line_limit)
+        patch.setattr("data_pipeline.build.sources.MAX_LINE_BYTES", line_limit)
         results = []
         for size in (1 << 20, unit_bytes):
             patch.setattr(units, "MIN_UNIT_BYTES", size)
@@ -126,7 +125,7 @@ def test_shares_of_different_mixes_do_not_meet(mix: MixConfig, make_mix: MakeMix
 
 
 def test_a_rerun_makes_only_what_is_missing(mix: MixConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data_pipeline import build as module
+    from data_pipeline.build.build import build as module
 
     build_share(mix, tmp_path / "out", 0, 2)
     made: list[int] = []
@@ -163,7 +162,7 @@ def test_killed_at_any_moment_a_rerun_gives_the_same_manifest(tmp_path: Path, ma
 
 def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from data_pipeline.workers import spread\n"
+        "import os, sys, time; from data_pipeline.build.workers import spread\n"
         "if __name__ == '__main__':\n"
         "    for _ in spread(time.sleep, [60.0, 60.0], 2): pass\n"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.__main__ import main
-from data_pipeline.manifest import read_manifest
+from data_pipeline.store.manifest import read_manifest
 from tests.data.inputs import MakeMix, make_texts
 
 ROOT = Path(__file__).parents[2]

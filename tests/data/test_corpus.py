@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import corpus
-from data_pipeline.audit import audit
+from data_pipeline.audit.audit import audit
+from data_pipeline.config.schema import load_mix
 from data_pipeline.corpus import html_text, make_corpus, manual_text
 from data_pipeline.errors import DataError
-from data_pipeline.language import language_of
-from data_pipeline.schema import load_mix
+from data_pipeline.text.language import language_of
 
 MANUAL = r"""'\" t
 .\" Copyright (C) somebody

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.build import build
+from data_pipeline.build.build import build
+from data_pipeline.config.schema import GuardDomain, MixConfig
 from data_pipeline.dataset import BuiltData, PackedRow
 from data_pipeline.errors import DataError
-from data_pipeline.schema import GuardDomain, MixConfig
-from data_pipeline.tokenizer import END_OF_TEXT
+from data_pipeline.text.tokenizer import END_OF_TEXT
 from tests.data.inputs import MakeMix, make_texts
 
 SEQ_LEN = 32

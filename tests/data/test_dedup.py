@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.dedup import as_array, assign, content_hash, held_out_mask
+from data_pipeline.build.deduplication import as_array, assign, content_hash, held_out_mask
 
 
 def hashes_of(*names: object) -> list[int]:

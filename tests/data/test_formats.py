@@ -12,14 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import units
-from data_pipeline.build import build, fingerprint
-from data_pipeline.clean import Tally
+from data_pipeline.build.build import build, fingerprint, units
+from data_pipeline.build.sources import read_texts
+from data_pipeline.config.schema import load_mix
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.schema import load_mix
-from data_pipeline.source_config import SourceConfig
-from data_pipeline.sources import read_texts
+from data_pipeline.text.cleaning import Tally
 from tests.data.inputs import MakeMix, make_texts, write_jsonl
 
 TEXTS = make_texts(50, "t")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.build import build
+from data_pipeline.build.build import build
+from data_pipeline.build.guard_sets import describe_guard_sets
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.guard_sets import describe_guard_sets
-from data_pipeline.tokenizer import decode
+from data_pipeline.text.tokenizer import decode
 from tests.data.inputs import WORDS, MakeMix, make_texts, write_jsonl
 
 SPLIT_WORDS = [" ".join(WORDS[(n * 7 + i * i * 3 + i) % len(WORDS)] + str(n * i) for i in range(60)) for n in range(40)]

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.build import build
-from data_pipeline.clean import Tally
+from data_pipeline.build.build import build
+from data_pipeline.build.sources import read_texts
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import DataError
-from data_pipeline.harmony import END, MESSAGE, RETURN, START, body, read_conversation
-from data_pipeline.shards import Shard
-from data_pipeline.source_config import SourceConfig
-from data_pipeline.sources import read_texts
-from data_pipeline.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, decode, encode
+from data_pipeline.store.shards import Shard
+from data_pipeline.text.cleaning import Tally
+from data_pipeline.text.harmony import END, MESSAGE, RETURN, START, body, read_conversation
+from data_pipeline.text.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, decode, encode
 from tests.data.inputs import MakeMix, make_texts
 
 ROOT = Path(__file__).parents[2]

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import mixture as module
-from data_pipeline.ledger import Ledger, Segment
-from data_pipeline.mixture import Mixture
-from data_pipeline.pack import Integers
+from data_pipeline.mixture.ledger import Ledger, Segment
+from data_pipeline.mixture.mixture import Mixture
+from data_pipeline.mixture.mixture import mixture as module
+from data_pipeline.store.packing import Integers
 
 
 class Rows:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.build import build
+from data_pipeline.build.build import build
+from data_pipeline.config.schema import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError
-from data_pipeline.ledger import Ledger, mix_hash, resume_ledger
-from data_pipeline.mixture import Mixture
-from data_pipeline.schema import MixConfig
+from data_pipeline.mixture.ledger import Ledger, mix_hash, resume_ledger
+from data_pipeline.mixture.mixture import Mixture
 from tests.data.inputs import MakeMix, make_texts
 
 

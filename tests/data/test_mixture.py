@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import mixture as mixture_module
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.ledger import Ledger, Segment
-from data_pipeline.mixture import GlobalBatch, Mixture, epoch_order
-from data_pipeline.pack import Integers
+from data_pipeline.mixture.ledger import Ledger, Segment
+from data_pipeline.mixture.mixture import GlobalBatch, Mixture, epoch_order
+from data_pipeline.mixture.mixture import mixture as mixture_module
+from data_pipeline.store.packing import Integers
 
 GOLDEN_ORDER = [1, 7, 5, 0, 9, 3, 8, 6, 11, 10, 2, 4]
 GOLDEN_CHAIN = "11409b2e8bf87809ee7c9dbd7f853f1b7a4b75b31e2a753c2773e391c34566ab"

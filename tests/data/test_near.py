@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.build import build
+from data_pipeline.build.build import build
+from data_pipeline.build.decontamination import EDGE_TOKENS, HeldOutRuns, contaminated, count_runs
+from data_pipeline.build.deduplication import Fate
+from data_pipeline.build.near_duplicates import mark_near_duplicates, signatures, window_hashes
 from data_pipeline.dataset import BuiltData
-from data_pipeline.decontaminate import EDGE_TOKENS, HeldOutRuns, contaminated, count_runs
-from data_pipeline.dedup import Fate
-from data_pipeline.near import mark_near_duplicates, signatures, window_hashes
-from data_pipeline.tokenizer import END_OF_TEXT, Tokens
+from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens
 from tests.data.inputs import MakeMix
 from tests.data.test_build import trained_texts
 
@@ -91,7 +91,7 @@ def test_contamination_is_what_brute_force_finds(data: st.DataObject) -> None:
     hits = [[tuple(d[i : i + window]) in known for i in range(len(d) - window + 1)] for d in train]
     expected = [any(all(h[i : i + 9]) for i in range(len(h) - 8)) for h in hits]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_pipeline.decontaminate._BLOCK_TOKENS", data.draw(st.integers(1, 50)))
+        patch.setattr("data_pipeline.build.decontamination._BLOCK_TOKENS", data.draw(st.integers(1, 50)))
         assert contaminated(tokens, offsets, runs).tolist() == expected
     windows = [{tuple(d[i : i + window]) for i in range(len(d) - window + 1)} & known for d in train]
     counts = count_runs(tokens, offsets, np.ones(len(train), bool), runs)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.pack import PackedRows, pack
+from data_pipeline.store.packing import PackedRows, pack
 
 lengths_and_seq_len = st.tuples(st.lists(st.integers(2, 60), max_size=60), st.integers(2, 25))
 
@@ -109,7 +109,7 @@ def test_concatenation_cuts_documents_that_would_fit_and_best_fit_does_not() -> 
 def test_packing_in_blocks_keeps_every_pair(case: tuple[list[int], int], block: int) -> None:
     lengths, seq_len = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_pipeline.pack.BLOCK_DOCUMENTS", block)
+        patch.setattr("data_pipeline.store.packing.BLOCK_DOCUMENTS", block)
         rows = packed(lengths, seq_len)
     assert rows.row_tokens().max(initial=0) <= seq_len and rows.row_tokens().sum() == sum(n - 1 for n in lengths)
     assert rows.row_offsets[-1] == len(rows.piece_document) and (np.diff(rows.row_offsets) > 0).all()

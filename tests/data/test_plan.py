@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.__main__ import main
-from data_pipeline.build import build
+from data_pipeline.build.build import build
+from data_pipeline.config.schema import LanguageLimits, MixConfig
 from data_pipeline.dataset import BuiltData
-from data_pipeline.ledger import Ledger
-from data_pipeline.mixture import Mixture
-from data_pipeline.plan import make_plan
-from data_pipeline.schema import LanguageLimits, MixConfig
+from data_pipeline.mixture.ledger import Ledger
+from data_pipeline.mixture.mixture import Mixture
+from data_pipeline.mixture.plan import make_plan
 from tests.data.inputs import MakeMix, make_texts
 
 STEPS, ROWS = 37, 8

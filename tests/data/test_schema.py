@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.config.schema import load_mix
 from data_pipeline.errors import ConfigError
-from data_pipeline.schema import load_mix
 
 GOOD = """\
 seq_len: 64

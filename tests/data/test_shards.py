@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards import HEADER_BYTES, Shard, writing
-from data_pipeline.tokenizer import END_OF_TEXT, VOCAB_SIZE
+from data_pipeline.store.shards import HEADER_BYTES, Shard, writing
+from data_pipeline.text.tokenizer import END_OF_TEXT, VOCAB_SIZE
 
 DOCUMENTS = [[1, 2, 3], [4], [5, 6]]
 NUM_TOKENS = 9

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from data_pipeline.build import build
-from data_pipeline.schema import MixConfig, load_mix
-from data_pipeline.self_replay import write_sidecar
+from data_pipeline.build.build import build
+from data_pipeline.build.self_replay import write_sidecar
+from data_pipeline.config.schema import MixConfig, load_mix
 from tests.data.inputs import make_texts
 
 ROOT = Path(__file__).parents[2]

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import sources
-from data_pipeline.clean import MAX_WHITESPACE_RUN, Tally, why_unusable
+from data_pipeline.build.build import sources
+from data_pipeline.build.sources import invent_documents, read_texts, splitmix64
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.source_config import SourceConfig
-from data_pipeline.sources import invent_documents, read_texts, splitmix64
-from data_pipeline.tokenizer import NUM_TEXT_TOKENS, encode
+from data_pipeline.text.cleaning import MAX_WHITESPACE_RUN, Tally, why_unusable
+from data_pipeline.text.tokenizer import NUM_TEXT_TOKENS, encode
 
 GOOD = b'{"text": "good"}\n'
 

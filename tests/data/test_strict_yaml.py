@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import pytest
 
+from data_pipeline.config.strict_yaml import Reader, load_json, load_yaml, parse_yaml, read_file
 from data_pipeline.errors import ConfigError
-from data_pipeline.strict_yaml import Reader, load_json, load_yaml, parse_yaml, read_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,14 +8,14 @@ import datasets
 import numpy as np
 import pytest
 
-from data_pipeline.build import build
-from data_pipeline.clean import Tally
+from data_pipeline.build.build import build
+from data_pipeline.build.sources import read_texts
+from data_pipeline.config.schema import load_mix
 from data_pipeline.dataset import BuiltData
-from data_pipeline.ledger import Ledger
-from data_pipeline.mixture import Mixture
-from data_pipeline.schema import load_mix
-from data_pipeline.sources import read_texts
-from data_pipeline.tokenizer import encode
+from data_pipeline.mixture.ledger import Ledger
+from data_pipeline.mixture.mixture import Mixture
+from data_pipeline.text.cleaning import Tally
+from data_pipeline.text.tokenizer import encode
 from tests.data.inputs import MakeMix
 
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,7 @@ from cpt.parallel.topology import Topology, create_topology
 from cpt.checkpoint.loading import flat_ranges
 from cpt.training.engine import TrainingEngine
 from cpt.training.loader import make_micro_batch
-from data_pipeline.strict_yaml import parse_yaml
+from data_pipeline.config.strict_yaml import parse_yaml
 from tests.dist.cases import ROWS, Scenario, rows_of_step
 from tests.dist.worker import run_yaml
 

@@ -19,7 +19,7 @@ from cpt.checkpoint.saver import Saver
 from cpt.training.engine import TrainingEngine
 from cpt.training.generate import continue_texts
 from cpt.training.loader import make_micro_batch
-from data_pipeline.strict_yaml import parse_yaml
+from data_pipeline.config.strict_yaml import parse_yaml
 from tests.dist.cases import NEW_TOKENS, PROMPTS, ROWS, WINDOW, Scenario, model_config, rows_of_step
 from tests.dist.worker import run_yaml
 

@@ -23,7 +23,7 @@ from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology, create_topology
 from cpt.training.loader import MicroBatch, make_micro_batch
 from data_pipeline.dataset import PackedRow
-from data_pipeline.strict_yaml import parse_yaml, read_file
+from data_pipeline.config.strict_yaml import parse_yaml, read_file
 
 WORLD_SIZE, VOCABULARY = 2, 16_384
 MEASURED_STEPS = 3

@@ -96,7 +96,7 @@ def test_export_never_overwrites(folder: Path) -> None:
 def test_exported_tokenizer_encodes_as_the_data_pipeline_does(folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    from data_pipeline.tokenizer import encode
+    from data_pipeline.text.tokenizer import encode
 
     out = export_checkpoint(step_folder(folder / "run", 2), folder / "tokenizer", "bf16")
     tokenizer = AutoTokenizer.from_pretrained(str(out))

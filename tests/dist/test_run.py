@@ -24,11 +24,11 @@ from cpt.model.weights.source import mxfp4
 from cpt.export.run_export import export_run
 from cpt.offline.sampling import Sampling
 from cpt.export.huggingface import export_checkpoint
-from data_pipeline.harmony import CHANNEL, END, MESSAGE, RETURN
+from data_pipeline.text.harmony import CHANNEL, END, MESSAGE, RETURN
 from cpt.checkpoint.manifest import read_manifest
 from cpt.checkpoint.reader import PARTS, find_checkpoint, list_steps, step_folder
 from cpt.telemetry.metrics import read_events
-from data_pipeline.tokenizer import encode
+from data_pipeline.text.tokenizer import encode
 from tests.dist.test_layout_parity import stored_tensors
 from tests.support.launcher import ROOT, free_port, rank_environment
 from tests.support.service import SMALL_GUARD

@@ -23,7 +23,7 @@ from cpt.checkpoint.saver import Saver
 from cpt.training.engine import TrainingEngine
 from cpt.training.kl_targets import KLTargets
 from cpt.training.loader import make_micro_batch
-from data_pipeline.strict_yaml import parse_yaml, read_file
+from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from tests.dist.cases import (
     CLIPPING,
     KL_WEIGHT,

@@ -24,11 +24,11 @@ from cpt.offline.model import OfflineModel, single_process
 from cpt.parallel.topology import Topology
 from cpt.training.kl_targets import SIDECAR, KLTargets, check_targets, read_sidecar, target_file
 from cpt.training.loader import MicroBatch, load_micro_batch
-from data_pipeline.build import build
+from data_pipeline.build.build import build
+from data_pipeline.config.schema import load_mix
 from data_pipeline.dataset import BuiltData
-from data_pipeline.mixture import GlobalBatch
-from data_pipeline.schema import load_mix
-from data_pipeline.tokenizer import VOCAB_SIZE
+from data_pipeline.mixture.mixture import GlobalBatch
+from data_pipeline.text.tokenizer import VOCAB_SIZE
 
 SEQ_LEN, TOP_K = 16, 7
 ENGLISH = "Lamp {} along the river was lit before dusk, and its keeper went home over the bridge, as he always did."

@@ -23,7 +23,7 @@ from cpt.offline.evaluation.local import _nats
 from cpt.offline.evaluation.tasks import load_tasks
 from cpt.offline.evaluation.verdict import Score, _change_of_bits, _noise_of_answers
 from cpt.offline.sampling import load_for_sampling
-from data_pipeline.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode
+from data_pipeline.text.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"Line {n}: the river and the lamp, number {n * n}." for n in range(12)]

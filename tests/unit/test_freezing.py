@@ -15,7 +15,7 @@ from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.model.freezing import SHORTHANDS, freeze_problems, frozen_names, parameter_numels
 from cpt.model.gpt_oss import PRESETS
 from cpt.planning.memory import count_parameters, device_memory, parameter_counts
-from data_pipeline.strict_yaml import parse_yaml, read_file
+from data_pipeline.config.strict_yaml import parse_yaml, read_file
 
 CONFIG = GptOssConfig(**PRESETS["tiny"])
 NAMES = list(parameter_numels(CONFIG))

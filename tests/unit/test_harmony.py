@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from cpt.export.harmony import TEMPLATE, Part, parse_reply
-from data_pipeline.harmony import CALL, CHANNEL, END, MESSAGE, RETURN, START, encode_prompt, read_conversation
-from data_pipeline.tokenizer import NUM_TEXT_TOKENS, encode, encoding
+from data_pipeline.text.harmony import CALL, CHANNEL, END, MESSAGE, RETURN, START, encode_prompt, read_conversation
+from data_pipeline.text.tokenizer import NUM_TEXT_TOKENS, encode, encoding
 
 LETTERS = string.printable.replace("|", "") + "\u7a7a\u3042"
 DATE = datetime.date(2025, 6, 28)

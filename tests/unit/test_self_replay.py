@@ -15,12 +15,12 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from cpt.cli import main
 from cpt.errors import ConfigError, DataError
 from cpt.job.data import check_replay
-from data_pipeline.build import build
+from data_pipeline.build.build import build
+from data_pipeline.build.self_replay import SIDECAR
+from data_pipeline.config.schema import MixConfig, load_mix
 from data_pipeline.dataset import BuiltData
-from data_pipeline.harmony import CHANNEL, END, MESSAGE, RETURN, START
-from data_pipeline.schema import MixConfig, load_mix
-from data_pipeline.self_replay import SIDECAR
-from data_pipeline.tokenizer import VOCAB_SIZE, encode
+from data_pipeline.text.harmony import CHANNEL, END, MESSAGE, RETURN, START
+from data_pipeline.text.tokenizer import VOCAB_SIZE, encode
 
 PREFIXES = [f"Number {n} of the lamps along the river was" for n in range(3)]
 
@@ -90,7 +90,7 @@ def test_whole_replies_become_conversations_and_others_are_left_out_and_counted(
 
 
 def encode_text(prompt: list[int]) -> str:
-    from data_pipeline.tokenizer import encoding
+    from data_pipeline.text.tokenizer import encoding
 
     return encoding().decode(prompt).rsplit("<|start|>user", 1)[1]
 

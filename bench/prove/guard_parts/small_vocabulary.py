@@ -18,7 +18,7 @@ VOCAB_SIZE = NUM_MERGES + 64
 
 def shrink() -> None:
     """Put the small vocabulary in the place of o200k_harmony, in this process."""
-    from data_pipeline import tokenizer
+    from data_pipeline.text import tokenizer
 
     whole = tokenizer.encoding()
     ranks = {token: rank for token, rank in whole._mergeable_ranks.items() if rank < NUM_MERGES}

@@ -15,7 +15,7 @@ from typing import Any
 from cpt.errors import ConfigError, DataError
 from cpt.offline.evaluation.tasks import Task
 from cpt.offline.evaluation.verdict import Score
-from data_pipeline.strict_yaml import nearest
+from data_pipeline.config.strict_yaml import nearest
 
 
 def check_harness(tasks: Sequence[Task]) -> None:

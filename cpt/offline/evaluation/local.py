@@ -21,8 +21,8 @@ from cpt.export.harmony import parse_reply
 from cpt.offline.evaluation.tasks import Task
 from cpt.offline.evaluation.verdict import Score
 from cpt.offline.sampling import Sampling, generate
-from data_pipeline.harmony import DEFAULT_DATE, encode_prompt
-from data_pipeline.tokenizer import END_OF_TEXT, decode, encode
+from data_pipeline.text.harmony import DEFAULT_DATE, encode_prompt
+from data_pipeline.text.tokenizer import END_OF_TEXT, decode, encode
 
 HEAD_TOKENS = 256
 """Tokens whose logits are held at once."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from cpt.errors import ConfigError
-from data_pipeline.strict_yaml import Reader, load_yaml
+from data_pipeline.config.strict_yaml import Reader, load_yaml
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ import numpy as np
 
 from cpt.errors import ConfigError, EvaluationFailed
 from cpt.offline.evaluation.tasks import Task
-from data_pipeline.files import atomic_write
+from data_pipeline.store.files import atomic_write
 
 FORMAT_VERSION = 1
 

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.decontaminate import EDGE_TOKENS, MAX_COMMON, HeldOutRuns, Integers
-from data_pipeline.dedup import Assignment, Fate, Hashes
+from data_pipeline.build.decontamination import EDGE_TOKENS, MAX_COMMON, HeldOutRuns, Integers
+from data_pipeline.build.deduplication import Assignment, Fate, Hashes
+from data_pipeline.build.near_duplicates import window_hashes
+from data_pipeline.config.schema import MixConfig
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Manifest
-from data_pipeline.near import window_hashes
-from data_pipeline.schema import MixConfig
-from data_pipeline.tokenizer import Tokens
+from data_pipeline.store.manifest import Manifest
+from data_pipeline.text.tokenizer import Tokens
 
 Mask = npt.NDArray[np.bool_]
 MAX_DROPPED_SHARE = 0.5

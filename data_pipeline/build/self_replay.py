@@ -17,9 +17,9 @@ from typing import Any
 
 import xxhash
 
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.files import atomic_write, xxh3_of
-from data_pipeline.source_config import SourceConfig
+from data_pipeline.store.files import atomic_write, xxh3_of
 
 SIDECAR = "self_replay.json"
 FORMAT_VERSION = 1

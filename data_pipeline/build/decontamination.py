@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.near import window_hashes
-from data_pipeline.tokenizer import Tokens
+from data_pipeline.build.near_duplicates import window_hashes
+from data_pipeline.text.tokenizer import Tokens
 
 Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]

@@ -29,16 +29,16 @@ from pathlib import Path
 
 import tqdm
 
-from data_pipeline import units
+from data_pipeline.build.build import units
+from data_pipeline.build.finish import finish
+from data_pipeline.build.part import Part, make_part, read_account
+from data_pipeline.build.workers import spread
+from data_pipeline.config.schema import MixConfig
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.files import PARTIAL_SUFFIX, atomic_write, sync_directory, xxh3_of
-from data_pipeline.finish import finish
-from data_pipeline.manifest import FILE_NAME, FORMAT_VERSION, Manifest, check_files, read_manifest
-from data_pipeline.part import Part, make_part, read_account
-from data_pipeline.schema import MixConfig
-from data_pipeline.source_config import SourceConfig
-from data_pipeline.tokenizer import RANKS_SHA256
-from data_pipeline.workers import spread
+from data_pipeline.store.files import PARTIAL_SUFFIX, atomic_write, sync_directory, xxh3_of
+from data_pipeline.store.manifest import FILE_NAME, FORMAT_VERSION, Manifest, check_files, read_manifest
+from data_pipeline.text.tokenizer import RANKS_SHA256
 
 _WORK_FILE = "work.json"
 

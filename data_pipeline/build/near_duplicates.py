@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import rensa
 
-from data_pipeline.dedup import Fate, Fates
-from data_pipeline.tokenizer import Tokens
+from data_pipeline.build.deduplication import Fate, Fates
+from data_pipeline.text.tokenizer import Tokens
 
 NUM_HASHES = 128
 NUM_BANDS = 32

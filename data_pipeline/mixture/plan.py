@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.charts import Bar, bars, lines, stack
+from data_pipeline.config.schema import MixConfig
 from data_pipeline.dataset import BuiltData
-from data_pipeline.ledger import Ledger
-from data_pipeline.mixture import Mixture
-from data_pipeline.schema import MixConfig
+from data_pipeline.mixture.ledger import Ledger
+from data_pipeline.mixture.mixture import Mixture
 from data_pipeline.tables import table
 
 WARN_EPOCHS = 4.0

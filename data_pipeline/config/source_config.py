@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.strict_yaml import nearest
+from data_pipeline.config.strict_yaml import nearest
 
 LANGUAGES = (
     *("ja", "en", "code", "math", "parallel", "mixed"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from data_pipeline.plan import Plan
+from data_pipeline.mixture.plan import Plan
 from data_pipeline.tables import table
 
 

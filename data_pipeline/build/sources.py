@@ -23,13 +23,13 @@ from typing import IO, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.clean import Place, Tally, normalise, why_unusable
+from data_pipeline.build.stored_rows import read_build, read_dataset
+from data_pipeline.build.units import Unit, compressed, split
+from data_pipeline.config.source_config import SourceConfig, template_fields
 from data_pipeline.errors import DataError
-from data_pipeline.harmony import Conversation, read_conversation
-from data_pipeline.source_config import SourceConfig, template_fields
-from data_pipeline.stored import read_build, read_dataset
-from data_pipeline.tokenizer import NUM_TEXT_TOKENS, Tokens
-from data_pipeline.units import Unit, compressed, split
+from data_pipeline.text.cleaning import Place, Tally, normalise, why_unusable
+from data_pipeline.text.harmony import Conversation, read_conversation
+from data_pipeline.text.tokenizer import NUM_TEXT_TOKENS, Tokens
 
 MAX_LINE_BYTES = 64 * 2**20
 """Bytes; the longest JSONL line or text file that is read."""

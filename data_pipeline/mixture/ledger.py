@@ -20,9 +20,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipeline.changes import Settings, describe_changes, mix_settings
+from data_pipeline.config.schema import WEIGHT_SUM_TOLERANCE, MixConfig
 from data_pipeline.errors import ConfigError
-from data_pipeline.schema import WEIGHT_SUM_TOLERANCE, MixConfig
+from data_pipeline.mixture.changes import Settings, describe_changes, mix_settings
 
 FORMAT_VERSION = 2
 _FIXED = ("seq_len", "seed")

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data_pipeline.config.schema import GuardDomain
 from data_pipeline.errors import DataError
-from data_pipeline.files import atomic_write, sha256_of
-from data_pipeline.schema import GuardDomain
-from data_pipeline.shards import SUFFIX
+from data_pipeline.store.files import atomic_write, sha256_of
+from data_pipeline.store.shards import SUFFIX
 
 FORMAT_VERSION = 4
 FILE_NAME = "manifest.json"

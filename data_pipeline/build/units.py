@@ -14,8 +14,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from data_pipeline.config.source_config import COMPRESSIONS, SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.source_config import COMPRESSIONS, SourceConfig
 
 MIN_UNIT_BYTES = 16 * 2**20
 """Bytes of input; some seconds of work, which is what a kill costs at most."""
@@ -50,7 +50,7 @@ def split(source: SourceConfig) -> list[Unit]:
     if source.format == "mock":
         return list(_mock_units(source))
     if source.format in ("huggingface", "build"):
-        from data_pipeline.stored import count_rows
+        from data_pipeline.build.stored_rows import count_rows
 
         return list(_row_units(source, *count_rows(source)))
     files = source.files()

@@ -19,16 +19,16 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from data_pipeline.clean import Tally
-from data_pipeline.dedup import content_hash
-from data_pipeline.language import UNTESTABLE, language_of
-from data_pipeline.schema import MixConfig
-from data_pipeline.source_config import SourceConfig
-from data_pipeline.sources import read_unit
+from data_pipeline.build.deduplication import content_hash
+from data_pipeline.build.sources import read_unit
+from data_pipeline.build.units import split
+from data_pipeline.build.workers import spread
+from data_pipeline.config.schema import MixConfig
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.tables import table
-from data_pipeline.tokenizer import encode
-from data_pipeline.units import split
-from data_pipeline.workers import spread
+from data_pipeline.text.cleaning import Tally
+from data_pipeline.text.language import UNTESTABLE, language_of
+from data_pipeline.text.tokenizer import encode
 
 DEFAULT_LIMIT = 20_000
 """Documents per source."""

@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipeline.clean import Tally
-from data_pipeline.dedup import Hashes, as_array, content_hash
-from data_pipeline.files import atomic_write, sha256_of
-from data_pipeline.harmony import Conversation, body
-from data_pipeline.near import NUM_HASHES, Signatures, signatures
-from data_pipeline.shards import SUFFIX, writing
-from data_pipeline.source_config import SourceConfig
-from data_pipeline.sources import invent_documents, read_documents
-from data_pipeline.tokenizer import Tokens, encode
-from data_pipeline.units import MOCK_BYTES_PER_TOKEN, Unit
+from data_pipeline.build.deduplication import Hashes, as_array, content_hash
+from data_pipeline.build.near_duplicates import NUM_HASHES, Signatures, signatures
+from data_pipeline.build.sources import invent_documents, read_documents
+from data_pipeline.build.units import MOCK_BYTES_PER_TOKEN, Unit
+from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.store.files import atomic_write, sha256_of
+from data_pipeline.store.shards import SUFFIX, writing
+from data_pipeline.text.cleaning import Tally
+from data_pipeline.text.harmony import Conversation, body
+from data_pipeline.text.tokenizer import Tokens, encode
 
 MAX_SEEN = 1 << 20
 """Content hashes kept to find copies within a unit; those further apart are found at the end of the build."""

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.source_config import LANGUAGES, NAME, SourceConfig
-from data_pipeline.strict_yaml import Reader, load_yaml, nearest
+from data_pipeline.config.source_config import LANGUAGES, NAME, SourceConfig
+from data_pipeline.config.strict_yaml import Reader, load_yaml, nearest
 
 MAX_SEQ_LEN = 131_072
 """Tokens; the longest context that gpt-oss was trained for."""
@@ -165,7 +165,7 @@ def load_mix(path: Path | str) -> MixConfig:
     Raises:
         ConfigError: with every problem found, each as `file:line: key message`.
     """
-    from data_pipeline.schema_checks import check_across
+    from data_pipeline.config.schema_checks import check_across
 
     path = Path(path)
     reader = Reader(load_yaml(path))

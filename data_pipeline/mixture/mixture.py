@@ -32,11 +32,11 @@ from typing import Protocol
 
 import numpy as np
 
+from data_pipeline.build.sources import splitmix64
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.jump import walk_blocks
-from data_pipeline.ledger import Ledger, Segment
-from data_pipeline.pack import Integers
-from data_pipeline.sources import splitmix64
+from data_pipeline.mixture.ledger import Ledger, Segment
+from data_pipeline.store.packing import Integers
 
 SNAPSHOT_ROWS = 1 << 14
 """Rows of the run between two snapshots; bounds the work of a step back."""

@@ -26,8 +26,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_pipeline.clean import why_unusable
-from data_pipeline.tokenizer import END_OF_TEXT, Tokens, encode
+from data_pipeline.text.cleaning import why_unusable
+from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens, encode
 
 Effort = Literal["low", "medium", "high"]
 EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")

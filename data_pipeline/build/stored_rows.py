@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import read_manifest
-from data_pipeline.shards import Shards
-from data_pipeline.source_config import SourceConfig
-from data_pipeline.tokenizer import decode_bytes
+from data_pipeline.store.manifest import read_manifest
+from data_pipeline.store.shards import Shards
+from data_pipeline.text.tokenizer import decode_bytes
 
 _BATCH_ROWS = 256
 

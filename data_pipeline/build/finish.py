@@ -16,23 +16,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.clean import Tally
-from data_pipeline.decontaminate import HeldOutRuns, contaminated, count_runs
-from data_pipeline.dedup import HASH_DTYPE, Assignment, Fate, Indices, assign
+from data_pipeline.build.decontamination import HeldOutRuns, contaminated, count_runs
+from data_pipeline.build.deduplication import HASH_DTYPE, Assignment, Fate, Indices, assign
+from data_pipeline.build.guard_sets import check_dropped, check_guard_sets, copied, held_out_hash, runs_found
+from data_pipeline.build.near_duplicates import mark_near_duplicates
+from data_pipeline.build.part import Account, Part, read_account, read_hashes, read_signatures
+from data_pipeline.build.self_replay import base_model_of
+from data_pipeline.build.workers import spread
+from data_pipeline.config.schema import MixConfig
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.files import atomic_write, sha256_of, sync_directory
-from data_pipeline.guard_sets import check_dropped, check_guard_sets, copied, held_out_hash, runs_found
-from data_pipeline.harmony import body
-from data_pipeline.manifest import FILE_NAME, FORMAT_VERSION, FileEntry, Manifest, SourceEntry
-from data_pipeline.near import mark_near_duplicates
-from data_pipeline.pack import ARRAY_NAMES, PackedRows, pack
-from data_pipeline.part import Account, Part, read_account, read_hashes, read_signatures
-from data_pipeline.schema import MixConfig
-from data_pipeline.self_replay import base_model_of
-from data_pipeline.shards import Shard, Shards
-from data_pipeline.source_config import SourceConfig
-from data_pipeline.tokenizer import NAME, RANKS_SHA256, Tokens
-from data_pipeline.workers import spread
+from data_pipeline.store.files import atomic_write, sha256_of, sync_directory
+from data_pipeline.store.manifest import FILE_NAME, FORMAT_VERSION, FileEntry, Manifest, SourceEntry
+from data_pipeline.store.packing import ARRAY_NAMES, PackedRows, pack
+from data_pipeline.store.shards import Shard, Shards
+from data_pipeline.text.cleaning import Tally
+from data_pipeline.text.harmony import body
+from data_pipeline.text.tokenizer import NAME, RANKS_SHA256, Tokens
 
 SPLITS = ("train", "held_out")
 _RUNS_FILE = "held_out_runs.npy"

@@ -30,9 +30,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.errors import DataError
-from data_pipeline.files import atomic_write
-from data_pipeline.harmony import RETURN
-from data_pipeline.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, VOCAB_SIZE, Tokens
+from data_pipeline.store.files import atomic_write
+from data_pipeline.text.harmony import RETURN
+from data_pipeline.text.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, VOCAB_SIZE, Tokens
 
 MAGIC = b"CPTSHARD"
 VERSION = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from data_pipeline.audit import LENGTH_EDGES, Audit, SourceAudit
+from data_pipeline.audit.audit import LENGTH_EDGES, Audit, SourceAudit
 from data_pipeline.charts import Bar, bars, columns
 
 _STYLE = """

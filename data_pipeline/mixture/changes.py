@@ -13,8 +13,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipeline.schema import GuardDomain, MixConfig
-from data_pipeline.source_config import SourceConfig
+from data_pipeline.config.schema import GuardDomain, MixConfig
+from data_pipeline.config.source_config import SourceConfig
 
 Settings = dict[str, Any]
 

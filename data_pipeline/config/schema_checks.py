@@ -10,9 +10,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.schema import MAX_SEQ_LEN, OWN_PREFIX, WEIGHT_SUM_TOLERANCE
-from data_pipeline.source_config import LANGUAGES, SUFFIXES, expand, suffix_format
-from data_pipeline.strict_yaml import KeyPath, Reader, nearest
+from data_pipeline.config.schema import MAX_SEQ_LEN, OWN_PREFIX, WEIGHT_SUM_TOLERANCE
+from data_pipeline.config.source_config import LANGUAGES, SUFFIXES, expand, suffix_format
+from data_pipeline.config.strict_yaml import KeyPath, Reader, nearest
 
 
 def check_across(reader: Reader, raw: dict[str, Any], base: Path) -> None:
