@@ -35,11 +35,10 @@ def train_and_save(options: argparse.Namespace) -> None:
 
     from cpt.checkpoint.saver import Saver
     from cpt.config import CheckpointSection, LaunchInfo, RunYaml, resolve
-    from cpt.deepspeed_adapter import internals as deepspeed_internals
+    from cpt.deepspeed_adapter.groups import create_topology, init_distributed
     from cpt.job.job import build_engine, fill_weights
     from cpt.model.gpt_oss import PRESETS
     from cpt.model.weights.random_init import RandomWeights
-    from cpt.parallel.topology import create_topology
     from cpt.training.engine import Votes
     from cpt.training.loader import make_micro_batch
     from data_pipeline.config.strict_yaml import parse_yaml, read_file
@@ -47,7 +46,7 @@ def train_and_save(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    deepspeed_internals.init_distributed(device)
+    init_distributed(device)
     shape = {**PRESETS["tiny"], "hidden_size": options.hidden, "num_hidden_layers": options.layers}
     model_config = GptOssConfig(**{**shape, "vocab_size": 32_000, "pad_token_id": 0, "eos_token_id": 1})
     run = f"""

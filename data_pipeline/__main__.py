@@ -12,6 +12,7 @@ from data_pipeline.audit.audit import DEFAULT_LIMIT, audit
 from data_pipeline.audit.page import audit_page
 from data_pipeline.build.build import build, build_share, default_build_dir, fingerprint
 from data_pipeline.build.guard_sets import describe_guard_sets
+from data_pipeline.build.summary import describe_build
 from data_pipeline.build.workers import available_cores
 from data_pipeline.config.schema import MixConfig, load_mix
 from data_pipeline.corpus import make_corpus
@@ -23,7 +24,6 @@ from data_pipeline.mixture.ledger import Ledger, resume_ledger
 from data_pipeline.mixture.plan import Plan, make_plan
 from data_pipeline.store.files import atomic_write
 from data_pipeline.store.manifest import FILE_NAME, read_manifest
-from data_pipeline.tables import describe_build
 
 DEFAULT_ROOT = Path("data")
 """Where builds go that are given no place."""

@@ -108,13 +108,12 @@ def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
 
 def worker(path: Path) -> None:
     """One rank."""
-    from cpt.deepspeed_adapter import internals as deepspeed_internals
+    from cpt.deepspeed_adapter.groups import create_topology, init_distributed
     from cpt.model.weights.source import load_config
     from cpt.parallel.agreement import gather_json
-    from cpt.parallel.topology import create_topology
 
     torch.set_num_threads(1)
-    deepspeed_internals.init_distributed(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     topology = create_topology(sp_size=1, ep_size=WORLD_SIZE, device=torch.device("cpu"))
     # a tiny engine first: what the libraries take at their first use is not the model's
     build("model: {init: tiny}", load_config(None, "tiny"), topology)

@@ -54,7 +54,8 @@ def train(options: argparse.Namespace) -> None:
     before = measuring.resident_bytes("RssAnon")
     from step_parts.ours import build
 
-    from cpt.deepspeed_adapter import internals as deepspeed_internals
+    from cpt.config.engine_json import OFFLOADS
+    from cpt.deepspeed_adapter.shards import state_tensors
     from cpt.training.loader import make_micro_batch
 
     block: dict[str, Any] = {"device": options.place}
@@ -70,13 +71,13 @@ def train(options: argparse.Namespace) -> None:
         layers=options.layers,
         clock="wall",
     )
-    engine, topology = build(case, {name: block for name in deepspeed_internals.OFFLOADS})
+    engine, topology = build(case, {name: block for name in OFFLOADS})
     seconds = []
     for step in range(1, STEPS + 1):
         began = time.perf_counter()
         result = engine.step([make_micro_batch([row(case, step)], [0], topology)], [TOKENS], step=step)
         seconds.append(time.perf_counter() - began)
-    state = deepspeed_internals.state_tensors(engine.deepspeed)
+    state = state_tensors(engine.deepspeed)
     size = sum(tensor.nbytes for tensors in state.values() for tensor in tensors)
     found = {"state": size, "anonymous": peak.num_bytes - before, "seconds": statistics.median(seconds[1:])}
     print(json.dumps({**found, "loss": result.loss}))

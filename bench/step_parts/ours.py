@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from cpt.config import LaunchInfo, RunYaml, resolve
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.job.job import build_engine, fill_weights
 from cpt.model.weights.random_init import RandomWeights
-from cpt.parallel.topology import Topology, create_topology
+from cpt.parallel.topology import Topology
 from cpt.training.engine import TrainingEngine
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from step_parts.cases import LR, Case, model_config
@@ -23,7 +23,7 @@ def build(case: Case, offload: dict[str, Any] | None = None) -> tuple[TrainingEn
     Args:
         offload: Blocks for zero_optimization of the DeepSpeed JSON.
     """
-    deepspeed_internals.init_distributed(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     text = f"""
 model: {{init: tiny}}
 data: {{mix: unused.yaml}}

@@ -24,7 +24,9 @@ from cpt.checkpoint.manifest import (
 )
 from cpt.checkpoint.metadata import check_metadata
 from cpt.checkpoint.reader import candidates, first_sound, list_steps, read_ranges, reason_of, step_folder
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.experts import is_expert
+from cpt.deepspeed_adapter.partition import full_local_numel, full_local_shape
+from cpt.deepspeed_adapter.shards import local_shards, publish_master_weights, set_optimizer_step
 from cpt.errors import CheckpointError
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
@@ -50,10 +52,10 @@ def flat_ranges(engine: Any, topology: Topology) -> dict[str, FlatRange]:
     """This rank's part of every stored tensor, keyed `part/parameter name`."""
     parameters = dict(engine.module.named_parameters())
     ranges = {}
-    for name, shard in deepspeed_internals.local_shards(engine).items():
+    for name, shard in local_shards(engine).items():
         parameter = parameters[name]
-        local_numel = deepspeed_internals.full_local_numel(parameter)
-        expert = deepspeed_internals.is_expert(parameter)
+        local_numel = full_local_numel(parameter)
+        expert = is_expert(parameter)
         first = topology.ep_rank * local_numel if expert else 0
         for part, tensor in shard.tensors.items():
             ranges[f"{part}/{name}"] = FlatRange(
@@ -68,8 +70,8 @@ def tensor_records(engine: Any, topology: Topology) -> dict[str, TensorRecord]:
     """Global shape of every parameter."""
     records = {}
     for name, parameter in engine.module.named_parameters():
-        shape = deepspeed_internals.full_local_shape(parameter)
-        if deepspeed_internals.is_expert(parameter):
+        shape = full_local_shape(parameter)
+        if is_expert(parameter):
             shape = (shape[0] * topology.ep_size, *shape[1:])
         records[name] = TensorRecord(shape=shape, dtype="float32", trained=parameter.requires_grad)
     return records
@@ -99,8 +101,8 @@ def load_checkpoint(
     ranges = _stored_ranges(flat_ranges(engine, topology), manifest.tensors)
     _tell_freezing(manifest.tensors, tensor_records(engine, topology))
     together(group, lambda: read_ranges(folder, ranges))
-    deepspeed_internals.set_optimizer_step(engine, step)
-    deepspeed_internals.publish_master_weights(engine)
+    set_optimizer_step(engine, step)
+    publish_master_weights(engine)
     engine.global_steps = step
     if set_aside:
         on_first_rank(group, lambda: _set_newer_aside(run_dir, step, resume))

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from cpt.errors import CheckpointError
+from data_pipeline.store.files import sync_directory
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -103,16 +104,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names in a directory durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(folder)
 
 
 def _checksum(body: dict[str, Any]) -> str:

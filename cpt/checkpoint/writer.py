@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from cpt.checkpoint.flat_planner import FlatRange, FlatSavePlanner
-from cpt.checkpoint.manifest import FileRecord, Manifest, TensorRecord, record_file, sync_folder, write_manifest
+from cpt.checkpoint.manifest import FileRecord, Manifest, TensorRecord, record_file, write_manifest
 from cpt.checkpoint.metadata import METADATA, FolderWriter, WrittenRange, write_metadata
 from cpt.resilience.faults import fault_point
 from cpt.storage.space import write_error
+from data_pipeline.store.files import sync_directory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +94,7 @@ def publish_folder(temporary: Path, final: Path) -> None:
         if final.exists():  # an incomplete directory of the same step: no manifest, so nothing that counts
             shutil.rmtree(final)
         os.rename(temporary, final)
-        sync_folder(final.parent)
+        sync_directory(final.parent)
     except OSError as error:
         raise write_error(error, final) from error
 

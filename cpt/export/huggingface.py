@@ -8,17 +8,15 @@ group is needed.  The directory appears under its name when it is whole.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GptOssConfig
 
-from cpt.checkpoint.flat_planner import FlatRange
-from cpt.checkpoint.manifest import Manifest, TensorRecord, read_manifest, verify_files
-from cpt.checkpoint.reader import read_ranges
+from cpt.checkpoint.manifest import Manifest, read_manifest, verify_files
+from cpt.checkpoint.weights import stored_pieces
 from cpt.errors import CheckpointError, ConfigError
 from cpt.export.quantization_error import ErrorOfTensor, quantisation_report
 from cpt.export.tokenizer import save_tokenizer
@@ -31,8 +29,6 @@ from data_pipeline.text.harmony import STOP_IDS
 
 DTYPES = {"bf16": torch.bfloat16, "mxfp4": torch.bfloat16, "fp32": torch.float32}
 """Dtype of what is not quantised, by format."""
-PIECE_NUMEL = 2**26
-"""Elements read at once: 256 MB in fp32.  A tensor with an expert axis is cut between experts."""
 QUANTIZATION_CONFIG = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": [
@@ -142,34 +138,6 @@ def _write_weights(folder: Path, manifest: Manifest, out: Path, entries: dict[st
     return errors
 
 
-def stored_pieces(folder: Path, tensors: dict[str, TensorRecord]) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """All fp32 weights of a checkpoint as (name, first element, 1-D values), names in order.
-
-    Small tensors are read together, large ones in parts, whole experts each.
-    """
-    together: dict[str, FlatRange] = {}
-    waiting = 0
-    for name, record in sorted(tensors.items()):
-        numel = math.prod(record.shape)
-        unit = numel // record.shape[0] if is_expert_name(name) else 1
-        step = max(1, PIECE_NUMEL // unit) * unit
-        for start in range(0, numel, step):
-            size = min(step, numel - start)
-            if together and (waiting + size > PIECE_NUMEL or start > 0):
-                yield from _read(folder, together)
-                together, waiting = {}, 0
-            part = FlatRange(tensor=torch.empty(size), offset=start, global_numel=numel)
-            together[f"master/{name}"] = part
-            waiting += size
-    yield from _read(folder, together)
-
-
-def _read(folder: Path, ranges: dict[str, FlatRange]) -> Iterator[tuple[str, int, torch.Tensor]]:
-    read_ranges(folder, ranges)
-    for key, part in ranges.items():
-        yield key.removeprefix("master/"), part.offset, part.tensor
-
-
 def _write_other_files(out: Path, model_config: dict[str, Any], format_name: str) -> None:
     config = _config_json(model_config, DTYPES[format_name])
     if format_name == "mxfp4":
@@ -193,18 +161,3 @@ def _generation_json(model_config: dict[str, Any]) -> dict[str, Any]:
         "pad_token_id": model_config["pad_token_id"],
         "do_sample": True,
     }
-
-
-class CheckpointWeights:
-    """The weights of a checkpoint, rounded to a dtype, as a source for `cpt.model.weights.source.fill`."""
-
-    def __init__(self, folder: Path, manifest: Manifest, dtype: torch.dtype) -> None:
-        self._folder, self._tensors, self._dtype = folder, manifest.tensors, dtype
-
-    def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """See `cpt.model.weights.source.WeightSource`."""
-        numel = math.prod(self._tensors[name].shape)
-        for low in range(start, stop, PIECE_NUMEL):
-            part = FlatRange(tensor=torch.empty(min(PIECE_NUMEL, stop - low)), offset=low, global_numel=numel)
-            for _, position, values in _read(self._folder, {f"master/{name}": part}):
-                yield position, values.to(self._dtype)

@@ -11,8 +11,9 @@ import torch
 from transformers import GptOssConfig
 
 from cpt.checkpoint.manifest import Manifest, read_manifest
+from cpt.checkpoint.weights import CheckpointWeights
 from cpt.errors import ConfigError, DataError
-from cpt.export.huggingface import REPORT_FILE, CheckpointWeights, export_checkpoint
+from cpt.export.huggingface import REPORT_FILE, export_checkpoint
 from cpt.export.model_card import markdown_table, model_card
 from cpt.export.quantization_error import report_rows
 from cpt.guard.paired_test import judge

@@ -9,9 +9,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from cpt.export.harmony import TEMPLATE
 from data_pipeline.text.tokenizer import encoding
 
+TEMPLATE = Path(__file__).with_name("harmony.jinja")
+"""The chat template of an export: it renders as a string what `data_pipeline.text.harmony` renders as tokens."""
 _LAST_CONTROL_ID = 200_018
 """The released tokenizer names control tokens up to this id; the rest of the vocabulary is padding."""
 

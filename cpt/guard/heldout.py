@@ -26,8 +26,8 @@ from cpt.model.weights.checksums import sampled_hash
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
+from cpt.resilience.agreed_stop import agreed_reason
 from cpt.resilience.faults import fault_point
-from cpt.resilience.leaving import agreed_reason
 from cpt.resilience.stop import StopRequest
 from cpt.telemetry.metrics import Telemetry
 from cpt.training.engine import TrainingEngine

@@ -20,7 +20,8 @@ from transformers import GptOssConfig
 from cpt.checkpoint.loading import LoadedState, flat_ranges, load_checkpoint
 from cpt.checkpoint.saver import Saver
 from cpt.config import RunConfig
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.partition import materialise_partitioned
+from cpt.deepspeed_adapter.shards import publish_master_weights, set_optimizer_step
 from cpt.errors import ConfigError
 from cpt.guard.heldout import Guard
 from cpt.guard.ladder import GuardState
@@ -39,16 +40,16 @@ from cpt.model import attention, gpt_oss
 from cpt.model.attention import Attention
 from cpt.model.attention.probe import run_probe
 from cpt.model.freezing import freeze
+from cpt.model.weights import source as weights
 from cpt.model.weights.checksums import damaged, known_sums, share
 from cpt.model.weights.random_init import RandomWeights
 from cpt.model.weights.source import DirectoryWeights, WeightSource
-from cpt.model.weights.source import source as weights
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
+from cpt.resilience.agreed_stop import leave_if_asked
 from cpt.resilience.faults import fault_point
-from cpt.resilience.leaving import leave_if_asked
 from cpt.resilience.stop import StopRequest
 from cpt.telemetry.metrics import Telemetry
 from cpt.telemetry.trackers import trackers_for
@@ -120,7 +121,7 @@ class Job:
         self.progress.restore(saved, skip_ranges)
         self.stability.restore(plain.get("stability"))
         self.engine.router_watch.restore(plain.get("router_load"))
-        deepspeed_internals.set_optimizer_step(self.engine.deepspeed, saved.updates)
+        set_optimizer_step(self.engine.deepspeed, saved.updates)
         rows, batch = self.data.manifest.row_hashes(), self.progress.next_batch
         self.ledger = resume_ledger(plain["ledger"], self.mix, batch, accept_change=accept_mix_change, rows=rows)
         self.mixture = Mixture(self.data, self.ledger, self.mix.seed)
@@ -160,7 +161,7 @@ def build_engine(config: RunConfig, model_config: GptOssConfig, topology: Topolo
     model = gpt_oss.skeleton(model_config, dtype)
     report = gpt_oss.patch(model, topology)
     if config.zero_stage == 3:
-        deepspeed_internals.materialise_partitioned(model, config.engine_json, dtype)
+        materialise_partitioned(model, config.engine_json, dtype)
         gpt_oss.restore_rotary_frequencies(model, topology.device)
     else:
         gpt_oss.materialise(model, topology.device)
@@ -183,7 +184,7 @@ def fill_weights(engine: TrainingEngine, source: WeightSource) -> None:
         if key.startswith(master)
     }
     together(topology.control_group, lambda: weights.fill(targets, source))
-    deepspeed_internals.publish_master_weights(engine.deepspeed)
+    publish_master_weights(engine.deepspeed)
 
 
 def verify_checksums(source: WeightSource, topology: Topology) -> None:

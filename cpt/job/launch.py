@@ -17,7 +17,8 @@ from transformers import GptOssConfig
 
 from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.config import LaunchInfo, RunConfig, load, resolve
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.groups import create_topology, init_distributed
+from cpt.deepspeed_adapter.version import check_version
 from cpt.errors import ConfigError
 from cpt.export.run_export import export_run
 from cpt.job.data import check_mix
@@ -29,7 +30,7 @@ from cpt.model import attention
 from cpt.model.freezing import freeze_problems, frozen_names, parameter_numels
 from cpt.model.weights.source import load_config
 from cpt.parallel.agreement import gather_json, on_first_rank
-from cpt.parallel.topology import Topology, create_topology
+from cpt.parallel.topology import Topology
 from cpt.planning.memory import memory_tables
 from cpt.resilience import faults
 from cpt.resilience.stop import StopRequest, watch_launcher
@@ -62,7 +63,7 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
             print(describe_data(config))
         return
     device = this_device(config)
-    deepspeed_internals.init_distributed(device)
+    init_distributed(device)
     topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=device)
     check_same_everywhere(config, topology)
     resume = resume_of(options.resume)
@@ -129,7 +130,7 @@ def check_same_everywhere(config: RunConfig, topology: Topology) -> None:
 
 def validate(options: argparse.Namespace) -> tuple[RunConfig, GptOssConfig]:
     """Files, command line and launcher -> configuration, or one ConfigError with everything that is wrong."""
-    deepspeed_internals.check_version()
+    check_version()
     faults.check_environment()
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:

@@ -16,8 +16,8 @@ from cpt.job.memory_report import report_memory
 from cpt.job.recovery import after_step
 from cpt.job.samples import show_continuations
 from cpt.job.saving import end, final_save, leave, periodic_save, publish
+from cpt.resilience.agreed_stop import leave_if_asked
 from cpt.resilience.faults import fault_point
-from cpt.resilience.leaving import leave_if_asked
 from cpt.resilience.stop import StopRequest
 from cpt.telemetry.goodput import start_event
 from cpt.telemetry.router import router_event

@@ -17,7 +17,7 @@ from torch._C._profiler import _EventType
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.shards import state_tensors
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
 from cpt.planning.memory import count_parameters, device_memory
@@ -102,7 +102,7 @@ def predicted(config: RunConfig, model: GptOssConfig, device_type: str) -> dict[
 def measured(engine: TrainingEngine, peak: Peak) -> dict[str, int]:
     """The same groups of this rank, as they are; state that lies on another device is left out."""
     device = engine.topology.device.type
-    held = deepspeed_internals.state_tensors(engine.deepspeed)
+    held = state_tensors(engine.deepspeed)
     sizes = {
         name: sum(t.untyped_storage().nbytes() for t in unique(tensors) if t.device.type == device)
         for name, tensors in held.items()

@@ -11,7 +11,7 @@ from typing import NoReturn
 from cpt.checkpoint.saver import Published
 from cpt.errors import RequeueRequested, StorageError
 from cpt.job.job import Job
-from cpt.resilience.leaving import agreed_reason
+from cpt.resilience.agreed_stop import agreed_reason
 from cpt.resilience.stop import Deadline
 from cpt.telemetry.goodput import goodput
 from cpt.telemetry.metrics import read_events

@@ -25,12 +25,12 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssRotaryEmbedding,
 )
 
-from cpt.deepspeed_adapter.internals import allocate
 from cpt.model import attention
 from cpt.model.experts.layer import ExpertParallelMLP
 from cpt.model.loss.divergence import TopK
 from cpt.model.loss.head import LossHead
 from cpt.parallel.topology import Topology
+from cpt.storage.allocation import allocate
 
 _SHARED: dict[str, Any] = {
     "vocab_size": 201_088,

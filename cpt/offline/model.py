@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from transformers import GptOssConfig
 
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.errors import ConfigError
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.model import attention, gpt_oss
 from cpt.model.weights.source import WeightSource, fill_model
-from cpt.parallel.topology import Topology, create_topology
+from cpt.parallel.topology import Topology
 from cpt.training.loader import MicroBatch
 from data_pipeline.build.build import default_build_dir
 from data_pipeline.config.schema import load_mix
@@ -55,7 +55,7 @@ def single_process() -> Iterator[Topology]:
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        deepspeed_internals.init_distributed(device)
+        init_distributed(device)
         yield create_topology(sp_size=1, ep_size=1, device=device)
     finally:
         dist.destroy_process_group()

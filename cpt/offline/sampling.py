@@ -17,11 +17,11 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 from transformers.utils.quantization_config import Mxfp4Config
 
 from cpt.checkpoint.manifest import read_manifest
+from cpt.checkpoint.weights import CheckpointWeights
 from cpt.errors import ConfigError
-from cpt.export.harmony import parse_reply
-from cpt.export.huggingface import CheckpointWeights
 from cpt.model.weights.hf_layout import read_json, tensor_files
 from data_pipeline.text.harmony import STOP_IDS
+from data_pipeline.text.harmony_reply import parse_reply
 from data_pipeline.text.tokenizer import END_OF_TEXT, encoding
 
 

@@ -21,12 +21,12 @@ import numpy as np
 from tqdm import tqdm
 
 from cpt.errors import ConfigError, DataError
-from cpt.export.harmony import parse_reply
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.offline.sampling import Sampling, generate, load_for_sampling
 from data_pipeline.build.self_replay import SIDECAR, weights_hash, write_sidecar
 from data_pipeline.store.files import atomic_write
 from data_pipeline.text.harmony import DEFAULT_DATE, RETURN, STOP_IDS, encode_prompt
+from data_pipeline.text.harmony_reply import parse_reply
 from data_pipeline.text.tokenizer import decode, encode
 
 

@@ -1,4 +1,4 @@
-"""Who computes what: the ranks of a run, and the only place where process groups are created.
+"""Who computes what: the ranks of a run, and the groups in which they exchange.
 
 Ranks of one sequence-parallel group are consecutive, and so are those of one expert-parallel group:
 
@@ -10,17 +10,12 @@ so that both exchanges stay inside a node whenever their size divides the ranks 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from cpt.deepspeed_adapter import internals as deepspeed_internals
 from cpt.parallel.place import Place
 from cpt.parallel.traffic import Traffic
-
-CONTROL_TIMEOUT = timedelta(hours=6)
-"""All ranks wait here while rank 0 builds data, verifies a checkpoint or exports one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,30 +62,3 @@ class Topology:
     def ep_rank(self) -> int:
         """Which experts this rank holds."""
         return self.rank % self.ep_size
-
-
-def create_topology(*, sp_size: int, ep_size: int, device: torch.device) -> Topology:
-    """Create all groups of a run; every rank calls this once, after the process group exists.
-
-    Args:
-        sp_size: Sequence-parallel size; divides the world size (checked by the configuration).
-        ep_size: Expert-parallel size; divides the world size.
-        device: Where this rank computes.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    assert world_size % sp_size == 0 and world_size % ep_size == 0, (world_size, sp_size, ep_size)
-    sp_group = None
-    for first in range(0, world_size, sp_size):  # every rank must take part in the creation of every group
-        group = dist.new_group(list(range(first, first + sp_size)))
-        sp_group = group if first <= rank < first + sp_size else sp_group
-    assert sp_group is not None
-    return Topology(
-        rank=rank,
-        world_size=world_size,
-        sp_size=sp_size,
-        ep_size=ep_size,
-        device=device,
-        sp_group=sp_group,
-        ep_group=deepspeed_internals.create_expert_groups(ep_size),
-        control_group=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
-    )

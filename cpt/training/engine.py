@@ -25,7 +25,10 @@ import torch.distributed as dist
 from torch import nn
 
 from cpt.config import RunConfig, TrainSection
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.engine import initialize
+from cpt.deepspeed_adapter.experts import is_expert, separate_experts
+from cpt.deepspeed_adapter.gradients import discard_gradients, squared_gradient_norm
+from cpt.deepspeed_adapter.offload import file_bytes, nvme_paths
 from cpt.errors import InternalError
 from cpt.model.attention import Attention
 from cpt.model.experts.router_watch import RouterSums, RouterWatch
@@ -109,17 +112,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def _optimizer(model: GptOssForCPT, train: TrainSection) -> torch.optim.Optimizer:
     """Of offloaded state, too: on a host torch's kernel is as fast as DeepSpeed's, and nothing has to be compiled."""
-    groups = deepspeed_internals.separate_experts(parameter_groups(model, train.weight_decay))
+    groups = separate_experts(parameter_groups(model, train.weight_decay))
     betas = (train.beta1, train.beta2)
     return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.eps, fused=True)
 
 
 def _files(model: GptOssForCPT, config: RunConfig, topology: Topology) -> dict[str, FileMemory]:
     """Memory for the state that goes to NVMe; if one rank finds no room, all refuse."""
-    folders = deepspeed_internals.nvme_paths(config.engine_json)
+    folders = nvme_paths(config.engine_json)
     if not folders:
         return {}
-    sizes = deepspeed_internals.file_bytes(model, config.engine_json)
+    sizes = file_bytes(model, config.engine_json)
     for name, size in sizes.items():
         log.info("%s: %.3f GB of each rank in files in %s", name, size / 1e9, folders[name].resolve())
     return together(
@@ -131,7 +134,7 @@ def _check_expert_marks(model: GptOssForCPT) -> None:
     """Without the marks ZeRO-3 trains different experts as if they were replicas, and says nothing."""
     for name, parameter in model.named_parameters():
         expert = ".mlp.experts." in name
-        if expert != deepspeed_internals.is_expert(parameter):
+        if expert != is_expert(parameter):
             raise InternalError(f"{name} {'lacks' if expert else 'has'} the marks of an expert parameter.")
 
 
@@ -167,7 +170,7 @@ class TrainingEngine:
         self._kl_weight = config.train.kl_weight or 0.0
         self.router_watch = _router_watch(model, config, topology)
         optimizer, files = _optimizer(model, config.train), _files(model, config, topology)
-        self.deepspeed = deepspeed_internals.initialize(model, optimizer, config.engine_json, files)
+        self.deepspeed = initialize(model, optimizer, config.engine_json, files)
 
     def set_learning_rate(self, lr: float) -> None:
         """Use `lr` for the next optimizer step."""
@@ -254,7 +257,7 @@ class TrainingEngine:
 
     def _finish(self, *, applied: bool) -> None:
         if not applied:
-            deepspeed_internals.discard_gradients(self.deepspeed)
+            discard_gradients(self.deepspeed)
             return
         self.deepspeed.step()
         if not self.deepspeed.was_step_applied():
@@ -263,7 +266,7 @@ class TrainingEngine:
     def _sum_over_ranks(self, by_source: torch.Tensor, votes: Votes) -> _Sums:
         """The one bookkeeping collective of a step."""
         sent = self.topology.traffic.take()
-        squares = deepspeed_internals.squared_gradient_norm(self.deepspeed)
+        squares = squared_gradient_norm(self.deepspeed)
         extra = [*(sent[kind] for kind in KINDS), squares, *votes]
         everything = torch.cat([by_source.view(-1), torch.tensor(extra, dtype=torch.float64)])
         dist.all_reduce(everything, group=self.topology.control_group)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.partition import gathered
 from cpt.model.experts.router_watch import router_parameters
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.training.engine import TrainingEngine
@@ -35,7 +35,7 @@ def watch_drift(engine: TrainingEngine, run_dir: Path, *, untouched: bool) -> No
     parameters, group = router_parameters(engine.deepspeed.module), engine.topology.control_group
     path = run_dir / FILE
     if untouched:
-        with deepspeed_internals.gathered(list(parameters.values())):
+        with gathered(list(parameters.values())):
             tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         on_first_rank(group, lambda: _write(path, tensors))
     elif on_first_rank(group, path.is_file):

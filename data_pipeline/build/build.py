@@ -29,7 +29,7 @@ from pathlib import Path
 
 import tqdm
 
-from data_pipeline.build.build import units
+from data_pipeline.build import units
 from data_pipeline.build.finish import finish
 from data_pipeline.build.part import Part, make_part, read_account
 from data_pipeline.build.workers import spread

@@ -10,7 +10,7 @@ Choice of the source (WF2Q: Bennett and Zhang, INFOCOM 1996)
     (e_i + l_i) / w_i tokens of the run, gives the row.  At every prefix then
         -L <= w_i E - e_i <= L      where L is the largest row, at most seq_len.
     Picking the largest deficit is simpler, but lets a large source fall behind by more than a row while small ones
-    catch up: 1.4 rows with weights .855, .093, .048, .004 (tests/data/test_mixture.py).
+    catch up: 1.4 rows with weights .855, .093, .048, .004 (tests/data_pipeline/mixture/test_mixture.py).
 
 Decisions
     Nothing here knows ranks, workers or accumulation: they slice what `global_batch` returns.

@@ -14,7 +14,7 @@ Decisions
     text.  Bytes, for bits per byte, are those of the messages' contents alone.
     Tool calls are not rendered: a record with one is rejected and counted.
 
-Source: the Harmony response format (openai-harmony); the renderings in tests/unit/test_harmony.py come from it.
+Source: the Harmony response format (openai-harmony); the renderings in tests/export/test_chat_template.py come from it.
 """
 
 from __future__ import annotations

@@ -17,15 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.errors import ConfigError
 from cpt.job.job import probe_attention
 from cpt.model.attention import PackedRows, choose, sink_attention
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.halo import WindowHalo
-from cpt.parallel.topology import Topology, create_topology
+from cpt.deepspeed_adapter.groups import create_topology
+from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
-from tests.attention.yardstick import LIMITS, Problem, definition, norms, relative_errors, sizes_of
+from tests.model.attention.yardstick import LIMITS, Problem, definition, norms, relative_errors, sizes_of
 from tests.dist.cases import model_config
 
 TOKENS, WINDOW, CPU = 256, 32, torch.device("cpu")
@@ -107,7 +108,7 @@ def all_sinks(self: Ulysses, sinks_H: Tensor) -> Tensor:
 
 def main() -> None:
     torch.set_num_threads(1)
-    deepspeed_internals.init_distributed(CPU)
+    init_distributed(CPU)
     errors, refusals = {}, {}
     for sp_size in (1, 2, 4):
         topology = create_topology(sp_size=sp_size, ep_size=1, device=CPU)

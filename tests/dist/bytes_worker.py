@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.parallel.halo import WindowHalo
-from cpt.parallel.topology import create_topology
+from cpt.deepspeed_adapter.groups import create_topology
 from cpt.parallel.ulysses import Ulysses
 
 
 def main() -> None:
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    deepspeed_internals.init_distributed(device)
+    init_distributed(device)
     topology = create_topology(sp_size=4, ep_size=1, device=device)
     local_tokens, heads, kv_heads, head_dim = 32_768 // 4, 64, 8, 64
     shapes = [(1, n, local_tokens, head_dim) for n in (heads, kv_heads, kv_heads)]

@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.config import LaunchInfo, resolve
 from cpt.job.job import build_engine, fill_weights, verify_checksums, weight_source
 from cpt.errors import ConfigError
 from cpt.model.weights.source import DirectoryWeights, load_config
 from cpt.parallel.agreement import gather_json
-from cpt.parallel.topology import Topology, create_topology
+from cpt.deepspeed_adapter.groups import create_topology
+from cpt.parallel.topology import Topology
 from cpt.checkpoint.loading import flat_ranges
 from cpt.training.engine import TrainingEngine
 from cpt.training.loader import make_micro_batch
@@ -72,7 +73,7 @@ def first_loss(engine: TrainingEngine, topology: Topology) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    deepspeed_internals.init_distributed(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     for text in sys.argv[2:]:
         case = json.loads(text)
         scenario = Scenario(**case["scenario"])

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.config import CheckpointSection, LaunchInfo, resolve
 from cpt.job.job import build_engine, fill_weights, weight_source
 from cpt.model.weights.source import load_config
-from cpt.parallel.topology import create_topology
+from cpt.deepspeed_adapter.groups import create_topology
 from cpt.checkpoint.saver import Saver
 from cpt.training.engine import TrainingEngine
 from cpt.training.generate import continue_texts
@@ -32,7 +32,7 @@ def generate(engine: TrainingEngine) -> list[list[int]]:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    deepspeed_internals.init_distributed(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     scenario = Scenario(world_size=2, sp=1, ep=2, stage=3)
     experts = {"enabled": True, "autoep_size": 2}
     engine_json = parse_yaml(json.dumps({"zero_optimization": {"stage": 3}, "expert_parallel": experts}), "json")

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from transformers import GptOssConfig
 
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.config import LaunchInfo, RunYaml, resolve
 from cpt.job.job import build_engine, fill_weights, weight_source
 from cpt.job.memory_report import measured, peak_within, predicted
 from cpt.model.gpt_oss import PRESETS
 from cpt.parallel.agreement import gather_json
-from cpt.parallel.topology import Topology, create_topology
+from cpt.deepspeed_adapter.groups import create_topology
+from cpt.parallel.topology import Topology
 from cpt.training.loader import MicroBatch, make_micro_batch
 from data_pipeline.dataset import PackedRow
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
@@ -87,7 +88,7 @@ train: {{seq_len: {seq_len}, global_batch_size: {rows * WORLD_SIZE}, micro_batch
 
 def main() -> None:
     torch.set_num_threads(1)
-    deepspeed_internals.init_distributed(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     for text in sys.argv[2:]:
         run(json.loads(text), Path(sys.argv[1]))
     dist.destroy_process_group()

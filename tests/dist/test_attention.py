@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.attention.yardstick import LIMITS
+from tests.model.attention.yardstick import LIMITS
 from tests.support.launcher import ROOT, launch
 
 pytestmark = pytest.mark.dist

@@ -19,7 +19,7 @@ from cpt.errors import CheckpointError, ConfigError
 from cpt.model.weights.source import mxfp4
 from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, tensor_files
 from cpt.export import huggingface as export
-from cpt.model.weights.source import writer as tensor_writer
+from cpt.model.weights import writer as tensor_writer
 from cpt.export.huggingface import QUANTIZATION_CONFIG, REPORT_FILE, export_checkpoint
 from cpt.checkpoint.manifest import read_manifest, write_manifest
 from cpt.checkpoint.reader import step_folder

@@ -180,7 +180,7 @@ def test_loss_and_grad_norm_equal_the_single_process_at_every_step(scenario, res
 
 @named(PENALIZED[1:])
 def test_router_penalties_train_alike_in_every_layout(scenario, results, reference) -> None:
-    """Their gradients as such are compared with the formula in tests/unit/test_router_watch.py."""
+    """Their gradients as such are compared with the formula in tests/model/test_router_watch.py."""
     expected, found = (results[s.name + str(s.steps)] for s in (PENALIZED[0], scenario))
     losses = [abs(a["loss"] - b["loss"]) for a, b in zip(expected, found, strict=True)]
     norms = [abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(expected, found, strict=True)]

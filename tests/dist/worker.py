@@ -11,13 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cpt.deepspeed_adapter import internals as deepspeed_internals
+from cpt.deepspeed_adapter.groups import init_distributed
+from cpt.deepspeed_adapter.offload import nvme_paths
+from cpt.deepspeed_adapter.shards import state_tensors
 from cpt.config import CheckpointSection, LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.config.engine_json import OFFLOADS
 from cpt.job.job import build_engine, fill_weights, weight_source
 from cpt.planning.memory import count_parameters, host_memory
 from cpt.parallel.agreement import gather_json
-from cpt.parallel.topology import create_topology
+from cpt.deepspeed_adapter.groups import create_topology
 from cpt.checkpoint.loading import load_checkpoint
 from cpt.checkpoint.saver import Saver
 from cpt.training.engine import TrainingEngine
@@ -87,7 +89,7 @@ def parts_outside(nvme: Path, engine: TrainingEngine) -> list[str]:
     def is_inside(tensor: torch.Tensor) -> bool:
         return any(start <= tensor.data_ptr() < start + size for start, size in inside)
 
-    state = deepspeed_internals.state_tensors(engine.deepspeed)
+    state = state_tensors(engine.deepspeed)
     state["weights"] = [parameter.ds_tensor.data for parameter in engine.deepspeed.module.parameters()]
     return [part for part, tensors in state.items() if not all(is_inside(t) for t in tensors if t.numel())]
 
@@ -121,7 +123,7 @@ def run(scenario: Scenario, folder: Path) -> None:
         results.append(dataclasses.asdict(result))
         if scenario.saves_first and step == 0:
             saver.save_now(1, STATE)
-    if deepspeed_internals.nvme_paths(config.engine_json):
+    if nvme_paths(config.engine_json):
         nvme = folder / "nvme" / scenario.name
         found = {"outside": parts_outside(nvme, engine), "bytes": sum(size for _, size in mapped_files(nvme))}
         by_rank = gather_json(found, topology.control_group)
@@ -139,7 +141,7 @@ def run(scenario: Scenario, folder: Path) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    deepspeed_internals.init_distributed(torch.device("cpu"))
+    init_distributed(torch.device("cpu"))
     for text in sys.argv[2:]:
         run(Scenario(**json.loads(text)), folder)
     dist.destroy_process_group()

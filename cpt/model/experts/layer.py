@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpt.deepspeed_adapter.internals import ExpertLayerBase, expert_group_name, mark_expert
+from cpt.deepspeed_adapter.experts import ExpertLayerBase, expert_group_name, mark_expert
 from cpt.model import recomputation
 from cpt.model.experts.dispatch import Assignment, Exchange
 from cpt.model.experts.function import Activation, Parameters, apply_experts

@@ -17,6 +17,7 @@ from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
 from cpt.model.gpt_oss import PRESETS, GptOssForCPT
+from cpt.model.weights import mxfp4
 from cpt.model.weights.byte_ranges import TensorFile
 from cpt.model.weights.hf_layout import (
     BLOCKS,
@@ -27,7 +28,6 @@ from cpt.model.weights.hf_layout import (
     read_json,
     tensor_files,
 )
-from cpt.model.weights.source import mxfp4
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 CODE_DTYPES = ("U8",)

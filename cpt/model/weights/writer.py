@@ -22,11 +22,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from cpt.checkpoint.manifest import sync_folder
 from cpt.errors import ConfigError, InternalError, StorageError
 from cpt.model.weights.checksums import write_sums
 from cpt.model.weights.hf_layout import INDEX_FILE, SINGLE_FILE
 from cpt.storage.space import megabytes, write_error
+from data_pipeline.store.files import sync_directory
 
 LARGEST_FILE_BYTES = 4 * 2**30
 """A file holds at least one tensor, and more as long as it stays below this."""
@@ -173,9 +173,9 @@ def published(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        sync_folder(temporary)
+        sync_directory(temporary)
         os.rename(temporary, out)
-        sync_folder(out.parent)
+        sync_directory(out.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):

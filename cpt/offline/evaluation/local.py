@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from cpt.errors import DataError
-from cpt.export.harmony import parse_reply
 from cpt.offline.evaluation.tasks import Task
 from cpt.offline.evaluation.verdict import Score
 from cpt.offline.sampling import Sampling, generate
 from data_pipeline.text.harmony import DEFAULT_DATE, encode_prompt
+from data_pipeline.text.harmony_reply import parse_reply
 from data_pipeline.text.tokenizer import END_OF_TEXT, decode, encode
 
 HEAD_TOKENS = 256

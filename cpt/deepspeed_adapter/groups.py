@@ -1,0 +1,79 @@
+"""Process groups: DeepSpeed's process group and expert groups, and the layout of a run that they make up.
+
+Sequence parallelism is never told to DeepSpeed: to the engine every rank is a data-parallel rank.
+
+Read in deepspeed 0.19.8: utils/groups.py.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+
+from cpt.deepspeed_adapter.experts import expert_group_name
+from cpt.errors import ConfigError
+from cpt.parallel.topology import Topology
+
+CONTROL_TIMEOUT = timedelta(hours=6)
+"""All ranks wait here while rank 0 builds data, verifies a checkpoint or exports one."""
+
+
+def init_distributed(device: torch.device) -> None:
+    """Join the process group that the launcher prepared.
+
+    On CPU, DeepSpeed would compile a shared-memory all-reduce at first use (most of a minute) that leaves its buffers
+    in /dev/shm when a rank is killed; it is declared incompatible, so that gloo does the work.
+    """
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise ConfigError(
+            f"port {port} is in use by another process. Give another: deepspeed --master_port N ..."
+        ) from error
+
+
+def create_expert_groups(ep_size: int) -> dist.ProcessGroup:
+    """Create (once) the expert-parallel and expert-data-parallel groups; every rank must call this.
+
+    Returns:
+        This rank's expert-parallel group: `ep_size` consecutive ranks.
+    """
+    groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size, mp_size=1, pp_size=1)
+    return groups._get_expert_parallel_group(expert_group_name(ep_size))
+
+
+def create_topology(*, sp_size: int, ep_size: int, device: torch.device) -> Topology:
+    """Create all groups of a run; every rank calls this once, after the process group exists.
+
+    Args:
+        sp_size: Sequence-parallel size; divides the world size (checked by the configuration).
+        ep_size: Expert-parallel size; divides the world size.
+        device: Where this rank computes.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    assert world_size % sp_size == 0 and world_size % ep_size == 0, (world_size, sp_size, ep_size)
+    sp_group = None
+    for first in range(0, world_size, sp_size):  # every rank must take part in the creation of every group
+        group = dist.new_group(list(range(first, first + sp_size)))
+        sp_group = group if first <= rank < first + sp_size else sp_group
+    assert sp_group is not None
+    return Topology(
+        rank=rank,
+        world_size=world_size,
+        sp_size=sp_size,
+        ep_size=ep_size,
+        device=device,
+        sp_group=sp_group,
+        ep_group=create_expert_groups(ep_size),
+        control_group=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
+    )

@@ -1,0 +1,132 @@
+"""Near copies and pieces of held-out text are found, exactly as brute force would find them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.build.build import build
+from data_pipeline.build.decontamination import EDGE_TOKENS, HeldOutRuns, contaminated, count_runs
+from data_pipeline.build.deduplication import Fate
+from data_pipeline.build.near_duplicates import mark_near_duplicates, signatures, window_hashes
+from data_pipeline.dataset import BuiltData
+from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens
+from tests.data_pipeline.build.test_build import trained_texts
+from tests.data_pipeline.inputs import MakeMix
+
+
+def make_documents(count: int, length: int, seed: int = 0) -> list[Tokens]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 100_000, length).astype(np.uint32) for _ in range(count)]
+
+
+def changed(tokens: Tokens, share: float) -> Tokens:
+    """With every n-th token replaced."""
+    result = tokens.copy()
+    result[:: round(1 / share)] += 1
+    return result
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 20))
+@settings(max_examples=60, deadline=None)
+def test_a_window_hash_depends_on_its_tokens_alone(values: list[int], length: int) -> None:
+    tokens = np.array(values, dtype=np.uint32)
+    hashes = window_hashes(tokens, length)
+    assert len(hashes) == max(len(values) - length + 1, 0)
+    by_window: dict[tuple[int, ...], int] = {}
+    for start, found in enumerate(hashes.tolist()):
+        assert by_window.setdefault(tuple(values[start : start + length]), found) == found
+    assert len(set(by_window.values())) == len(by_window)
+
+
+def test_signatures_estimate_the_jaccard_similarity() -> None:
+    (document,) = make_documents(1, 5000)
+    for share in (0.002, 0.02, 0.05):
+        other = changed(document, share)
+        one, two = (set(window_hashes(d, 5).tolist()) for d in (document, other))
+        exact = len(one & two) / len(one | two)
+        pair = signatures([document, other])
+        assert float((pair[0] == pair[1]).mean()) == pytest.approx(exact, abs=0.13)  # 3 sigma of 128 draws
+
+
+def test_signatures_do_not_depend_on_the_documents_beside_them() -> None:
+    documents = [*make_documents(5, 300), np.array([7], dtype=np.uint32), *make_documents(3, 4, seed=1)]
+    together = signatures(documents)
+    assert all((signatures([document]) == row).all() for document, row in zip(documents, together, strict=True))
+
+
+def test_the_first_of_near_copies_is_kept_and_none_if_one_is_held_out() -> None:
+    a, b, c, d = make_documents(4, 1000)
+    documents = [a, b, changed(a, 0.01), c, changed(b, 0.01), changed(a, 0.02), d, changed(d, 0.2)]
+    fates = np.zeros(len(documents), np.uint8)
+    fates[4] = Fate.HELD_OUT  # the near copy of b
+    parts = [signatures(documents[:3]), signatures(documents[3:])]
+    mark_near_duplicates(fates, parts, 0.8)
+    near = Fate.NEAR_DUPLICATE
+    assert fates.tolist() == [Fate.TRAIN, near, near, Fate.TRAIN, Fate.HELD_OUT, near, Fate.TRAIN, Fate.TRAIN]
+
+
+def test_documents_that_share_little_are_all_kept() -> None:
+    documents = make_documents(300, 200)
+    fates = np.zeros(300, np.uint8)
+    mark_near_duplicates(fates, [signatures(documents)], 0.8)
+    assert not fates.any()
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_contamination_is_what_brute_force_finds(data: st.DataObject) -> None:
+    window, length = 4, 4 + EDGE_TOKENS
+    token_lists = st.lists(st.integers(0, 1), min_size=1, max_size=60)
+    held = data.draw(st.lists(token_lists, min_size=1, max_size=3))
+    train = data.draw(st.lists(token_lists, min_size=1, max_size=6))
+    runs = HeldOutRuns.of([np.array(d, np.uint32) for d in held], length)
+    known = {tuple(d[i : i + window]) for d in held for i in range(len(d) - window + 1)}
+    tokens = np.array([t for d in train for t in [*d, END_OF_TEXT]], np.uint32)
+    offsets = np.cumsum([0, *(len(d) + 1 for d in train)])
+    hits = [[tuple(d[i : i + window]) in known for i in range(len(d) - window + 1)] for d in train]
+    expected = [any(all(h[i : i + 9]) for i in range(len(h) - 8)) for h in hits]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_pipeline.build.decontamination._BLOCK_TOKENS", data.draw(st.integers(1, 50)))
+        assert contaminated(tokens, offsets, runs).tolist() == expected
+    windows = [{tuple(d[i : i + window]) for i in range(len(d) - window + 1)} & known for d in train]
+    counts = count_runs(tokens, offsets, np.ones(len(train), bool), runs)
+    assert sorted(counts.tolist()) == sorted(sum(run in found for found in windows) for run in known)
+
+
+def _prose(rng: np.random.Generator, words: int) -> str:
+    return " ".join(f"w{number}" for number in rng.integers(0, 10_000, words))
+
+
+def test_a_build_drops_what_holds_a_piece_of_a_held_out_text_but_not_stock_texts(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    secret, licence = _prose(rng, 300), _prose(rng, 40)
+    held = [f"{secret} {licence}", f"{_prose(rng, 100)} {licence}"]
+    clean = [f"{_prose(rng, 300)} {licence}" for _ in range(30)]
+    quotes = [f"{_prose(rng, 500)} {secret[200:900]} {_prose(rng, 500)}"]
+    mix = make_mix(
+        {"held": held, "en": [*clean, *quotes]},
+        held_out_share={"held": 1.0},
+        weights={"held": 0.0, "en": 1.0},
+        decontaminate_tokens=50,
+        seq_len=256,
+    )
+    _, entry = build(mix, tmp_path / "out", progress=False).sources
+    assert (entry.documents, entry.contaminated) == (30, 1)
+    assert sorted(trained_texts(BuiltData.open(tmp_path / "out"))) == sorted(clean)
+
+
+def test_a_build_drops_near_copies_across_sources(make_mix: MakeMix, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    texts = [_prose(rng, 200) for _ in range(20)]
+    copies = [text + " and one more word" for text in texts[:8]]
+    mix = make_mix({"a": texts, "b": [*copies, *(_prose(rng, 200) for _ in range(5))]}, near_duplicates=0.8)
+    first, second = build(mix, tmp_path / "out", progress=False).sources
+    assert (first.documents, first.near_duplicates) == (20, 0)
+    assert (second.documents, second.near_duplicates) == (5, 8)

@@ -1,0 +1,50 @@
+"""Small mixes for the data tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_pipeline.config.schema import MixConfig, load_mix
+from tests.data_pipeline.inputs import MakeMix, write_jsonl
+
+EXACT_ONLY = {"near_duplicates": 0, "decontaminate_tokens": 0}
+"""The texts of these tests are near copies of each other."""
+
+
+@pytest.fixture
+def make_mix(tmp_path: Path) -> MakeMix:
+    """Writes a mix over JSONL files and loads it: `make_mix({name: texts}, seq_len=32, weights=..., **keys)`."""
+
+    def make(
+        texts: dict[str, list[str]],
+        *,
+        folder: str = "in",
+        weights: dict[str, float] | None = None,
+        held_out_share: float | dict[str, float] = 0.0,
+        sources: dict[str, dict[str, Any]] | None = None,
+        **keys: Any,
+    ) -> MixConfig:
+        base = tmp_path / folder
+        listed = []
+        for name, values in texts.items():
+            write_jsonl(base / f"{name}.jsonl", values)
+            share = held_out_share.get(name, 0.0) if isinstance(held_out_share, dict) else held_out_share
+            source: dict[str, Any] = {
+                "name": name,
+                "language": "ja" if name.startswith("ja") else "en",
+                "domain": "web",
+            }
+            source |= {"path": f"{name}.jsonl", "held_out_share": share}
+            source |= {"weight": 1 / len(texts) if weights is None else weights[name], **(sources or {}).get(name, {})}
+            listed.append(source)
+        path = base / "mix.yaml"
+        content = {"seq_len": 32, "seed": 7, **EXACT_ONLY, **keys, "sources": listed}
+        content["guard"] = {"min_documents": 1, "min_tokens": 1, **keys.get("guard", {})}
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return load_mix(path)
+
+    return make
