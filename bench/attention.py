@@ -1,18 +1,21 @@
-"""Sink attention against what a user would pick instead: Hugging Face eager, and attention without sinks.
+"""Sink attention against what a user would pick instead: Hugging Face eager, and attention without
+sinks.
 
-    python bench/attention.py [--lengths 1024 4096 8192 16384] [--rounds 5] [--json FILE] [--svg FILE]
+    python bench/attention.py [--lengths 1024 4096 8192 16384] [--rounds 5] [--json FILE] [--svg
+    FILE]
 
-One attention layer, forward + backward in bf16, full and with a window of 128.  Every round times each contender once,
-one after the other, so that a noisy machine disturbs all alike; figures are medians, and ratios are medians of the
-rounds' ratios.  Peak memory is that of one pass beyond its inputs, on a CPU in a process of its own.
+One attention layer, forward + backward in bf16, full and with a window of 128.  Every round times
+each contender once, one after the other, so that a noisy machine disturbs all alike; figures are
+medians, and ratios are medians of the rounds' ratios.  Peak memory is that of one pass beyond its
+inputs, on a CPU in a process of its own.
 
-On a CPU: 16 query and 2 key/value heads of 64, and plain scaled_dot_product_attention, which knows no window, as the
-kernel without sinks.  On a GPU: the 64/8 heads of gpt-oss, rows of 4k, 32k and 128k, every backend that runs there
-(flex among them), torch's variable-length FlashAttention with the same window as the kernel without sinks, and the
-share of the chip's bf16 peak.
+On a CPU: 16 query and 2 key/value heads of 64, and plain scaled_dot_product_attention, which knows
+no window, as the kernel without sinks.  On a GPU: the 64/8 heads of gpt-oss, rows of 4k, 32k and
+128k, every backend that runs there (flex among them), torch's variable-length FlashAttention with
+the same window as the kernel without sinks, and the share of the chip's bf16 peak.
 
-On a machine that others use at the same time, `--clock cpu --threads 1` counts the CPU seconds of the process instead
-of wall time.
+On a machine that others use at the same time, `--clock cpu --threads 1` counts the CPU seconds of
+the process instead of wall time.
 
 Eager holds about 4.5 matrices of heads x tokens x tokens, and is left out where these do not fit.
 """
@@ -42,7 +45,15 @@ from attention_parts.contenders import EAGER, PLAIN, WINDOW, Layer  # noqa: E402
 LENGTHS = {"cpu": [1024, 4096, 8192, 16_384], "cuda": [4096, 32_768, 131_072]}
 HEADS = {"cpu": (16, 2), "cuda": (64, 8)}
 HEAD_DIM = 64
-PEAK_TFLOPS = {"A100": 312, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "GB200": 2500}
+PEAK_TFLOPS = {
+    "A100": 312,
+    "H100 NVL": 835,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H200": 989,
+    "B200": 2250,
+    "GB200": 2500,
+}
 """Dense bf16 of the data sheets; the longest name that a device's name contains counts."""
 
 
@@ -67,16 +78,29 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; defaults depend on the device."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the row, one document")
-    parser.add_argument("--layers", choices=["full", "window"], nargs="+", default=["full", "window"])
+    parser.add_argument(
+        "--layers", choices=["full", "window"], nargs="+", default=["full", "window"]
+    )
     parser.add_argument("--heads", type=int)
     parser.add_argument("--kv_heads", type=int)
-    parser.add_argument("--only", nargs="+", help="leave out all contenders but this project's and these", default=None)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        help="leave out all contenders but this project's and these",
+        default=None,
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU seconds of all threads")
-    parser.add_argument("--eager_share", type=float, default=0.6, help="of the free memory that eager may take")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU seconds of all threads"
+    )
+    parser.add_argument(
+        "--eager_share", type=float, default=0.6, help="of the free memory that eager may take"
+    )
     parser.add_argument("--no_memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path)
@@ -84,7 +108,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.lengths = options.lengths or LENGTHS[options.device]
     default_heads = HEADS[options.device]
-    options.heads, options.kv_heads = options.heads or default_heads[0], options.kv_heads or default_heads[1]
+    options.heads, options.kv_heads = (
+        options.heads or default_heads[0],
+        options.kv_heads or default_heads[1],
+    )
     return options
 
 
@@ -105,7 +132,9 @@ def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
     names, left_out = contenders.contender_names(layer), {}
     if options.only is not None:
         names = [name for name in names if name == names[0] or name in options.only]
-    if EAGER in names and layer.eager_bytes > options.eager_share * measuring.free_bytes(layer.device):
+    if EAGER in names and layer.eager_bytes > options.eager_share * measuring.free_bytes(
+        layer.device
+    ):
         left_out[EAGER] = f"needs about {layer.eager_bytes / 2**30:.0f} GiB"
         names.remove(EAGER)
     peaks = {name: peak_of(name, layer, options) for name in names}
@@ -147,8 +176,24 @@ def peak_of(name: str, layer: Layer, options: argparse.Namespace) -> int | None:
         return None
     if layer.device.type == "cuda":
         return memory.peak_bytes(name, layer)[0]
-    command = [sys.executable, __file__, "--device", "cpu", "--peak_of", name, "--layers", layer.kind]
-    command += ["--lengths", str(layer.tokens), "--heads", str(layer.heads), "--kv_heads", str(layer.kv_heads)]
+    command = [
+        sys.executable,
+        __file__,
+        "--device",
+        "cpu",
+        "--peak_of",
+        name,
+        "--layers",
+        layer.kind,
+    ]
+    command += [
+        "--lengths",
+        str(layer.tokens),
+        "--heads",
+        str(layer.heads),
+        "--kv_heads",
+        str(layer.kv_heads),
+    ]
     command += ["--threads", str(options.threads)]
     environment = {**os.environ, **measuring.RETURN_MEMORY}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
@@ -160,7 +205,11 @@ def print_peaks(options: argparse.Namespace) -> None:
     for kind in options.layers:
         for length in options.lengths:
             peak, largest = memory.peak_bytes(options.peak_of, make_layer(options, kind, length))
-            print(json.dumps({"layer": kind, "tokens": length, "peak_bytes": peak, "largest_bytes": largest}))
+            print(
+                json.dumps(
+                    {"layer": kind, "tokens": length, "peak_bytes": peak, "largest_bytes": largest}
+                )
+            )
 
 
 def growth_per_doubling(results: list[dict[str, Any]]) -> dict[str, str]:
@@ -182,10 +231,15 @@ def line_of(result: dict[str, Any]) -> str:
     for name, milliseconds in result["ms"].items():
         ratio = "" if name == result["ours"] else f" ({result['ratio to ours'][name]:.2f}x)"
         peak = result["peak MiB"][name]
-        parts.append(f"{name} {milliseconds:.1f} ms{ratio}" + ("" if peak is None else f" {peak:.0f} MiB"))
+        parts.append(
+            f"{name} {milliseconds:.1f} ms{ratio}" + ("" if peak is None else f" {peak:.0f} MiB")
+        )
     parts += [f"{name} left out: {reason}" for name, reason in result["left out"].items()]
     share = result["share of bf16 peak"]
-    parts.append(f"{result['TFLOP/s of ours']:.3g} TFLOP/s" + ("" if share is None else f", {share:.0%} of bf16 peak"))
+    parts.append(
+        f"{result['TFLOP/s of ours']:.3g} TFLOP/s"
+        + ("" if share is None else f", {share:.0%} of bf16 peak")
+    )
     return f"{result['layer']:>6} {result['tokens']:>6} tokens: " + ", ".join(parts)
 
 

@@ -1,11 +1,15 @@
 """What a save takes from training: asynchronous against synchronous, in one run.
 
-    python bench/checkpoint.py [--ranks 2] [--steps 6] [--rounds 3] [--layers 4] [--hidden 512] [--folder DIR]
+    python bench/checkpoint.py [--ranks 2] [--steps 6] [--rounds 3] [--layers 4] [--hidden 512]
+    [--folder DIR]
 
-Ranks train a gpt-oss of random weights on random tokens with ZeRO-3.  Every round times the same number of steps three
-times: without a save, with a synchronous save after the first step, with an asynchronous one (until it is published,
-so that what the writer takes from the steps beside it is counted).  Told are the time in which training stood still,
-and how much longer the steps took than without a save; figures are medians over the rounds, and so are the ratios.
+Ranks train a gpt-oss of random weights on random tokens with ZeRO-3.  Every round times the same
+number of steps three
+times: without a save, with a synchronous save after the first step, with an asynchronous one (until
+    it is published,
+so that what the writer takes from the steps beside it is counted).  Told are the time in which
+training stood still, and how much longer the steps took than without a save; figures are medians
+over the rounds, and so are the ratios.
 """
 
 from __future__ import annotations
@@ -45,10 +49,16 @@ def train_and_save(options: argparse.Namespace) -> None:
     from data_pipeline.dataset import PackedRow
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     init_distributed(device)
     shape = {**PRESETS["tiny"], "hidden_size": options.hidden, "num_hidden_layers": options.layers}
-    model_config = GptOssConfig(**{**shape, "vocab_size": 32_000, "pad_token_id": 0, "eos_token_id": 1})
+    model_config = GptOssConfig(
+        **{**shape, "vocab_size": 32_000, "pad_token_id": 0, "eos_token_id": 1}
+    )
     run = f"""
 model: {{init: tiny}}
 data: {{mix: unused.yaml}}
@@ -56,7 +66,9 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 10
 """
     ds_json = '{"zero_optimization": {"stage": 3}, "sequence_parallel_size": 1}'
     launch = LaunchInfo(world_size=options.ranks, local_world_size=options.ranks)
-    config = resolve(read_file(RunYaml, parse_yaml(run, "run")), parse_yaml(ds_json, "ds"), model_config, launch)
+    config = resolve(
+        read_file(RunYaml, parse_yaml(run, "run")), parse_yaml(ds_json, "ds"), model_config, launch
+    )
     topology = create_topology(sp_size=1, ep_size=1, device=device)
     engine = build_engine(config, model_config, topology)
     fill_weights(engine, RandomWeights(1, 0.02))
@@ -68,7 +80,9 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 10
     )  # fmt: skip
     batch = make_micro_batch([row], [0], topology)
     folder = Path(options.folder)
-    saver = Saver(folder, engine.deepspeed, topology, CheckpointSection(async_save=True, interval_steps=1))
+    saver = Saver(
+        folder, engine.deepspeed, topology, CheckpointSection(async_save=True, interval_steps=1)
+    )
     done = 0
 
     def steps(kind: str) -> tuple[float, float]:

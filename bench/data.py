@@ -1,13 +1,15 @@
-"""Tokenising and reading: this pipeline beside `datasets` with Hugging Face's tokenizers, on the same files.
+"""Tokenising and reading: this pipeline beside `datasets` with Hugging Face's tokenizers, on the
+same files.
 
     python -m data_pipeline corpus --out CORPUS
     python bench/data.py --corpus CORPUS --rounds 5
 
-Every measurement is a process of its own on one core; the two contestants take turns, so a busy machine slows both.
-The figures are medians; on a shared machine only the ratios mean something.
+Every measurement is a process of its own on one core; the two contestants take turns, so a busy
+machine slows both. The figures are medians; on a shared machine only the ratios mean something.
 
     build   ours: read, hash, exact and near copies, decontamination, tokens, best-fit rows, checksums, fsync
-            theirs: load_dataset("json"), map(tokenize), map(group into rows), save_to_disk: no cleaning, no copies
+            theirs: load_dataset("json"), map(tokenize), map(group into rows), save_to_disk: no
+                cleaning, no copies
     read    ours: the mixture's choice of rows and BuiltData.read_row: ids, labels, positions, document bounds
             theirs: interleave_datasets of the shuffled saved datasets, as numpy: ids alone
 """
@@ -43,7 +45,9 @@ def ours_build(work: Path) -> int:
 
     shutil.rmtree(work / "ours", ignore_errors=True)
     manifest = build(load_mix(work / "mix.yaml"), work / "ours", progress=False)
-    shards = (Shards(work / "ours" / name, manifest.shard_names(name), verify=False) for name in LANGUAGES)
+    shards = (
+        Shards(work / "ours" / name, manifest.shard_names(name), verify=False) for name in LANGUAGES
+    )
     return sum(int(shard.document_tokens.sum()) for shard in shards)
 
 
@@ -57,12 +61,19 @@ def theirs_build(work: Path) -> int:
     end = tokenizer.token_to_id("<|endoftext|>")
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[*e.ids, end] for e in tokenizer.encode_batch(batch["text"], add_special_tokens=False)]}
+        return {
+            "input_ids": [
+                [*e.ids, end]
+                for e in tokenizer.encode_batch(batch["text"], add_special_tokens=False)
+            ]
+        }
 
     def group(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         joined = [token for ids in batch["input_ids"] for token in ids]
         usable = len(joined) // SEQ_LEN * SEQ_LEN
-        return {"input_ids": [joined[start : start + SEQ_LEN] for start in range(0, usable, SEQ_LEN)]}
+        return {
+            "input_ids": [joined[start : start + SEQ_LEN] for start in range(0, usable, SEQ_LEN)]
+        }
 
     total = 0
     for language in LANGUAGES:
@@ -95,8 +106,13 @@ def theirs_read(work: Path) -> int:
     import datasets
 
     datasets.disable_progress_bars()
-    parts = [datasets.load_from_disk(str(work / "theirs" / language)).shuffle(seed=1) for language in LANGUAGES]
-    mixed = datasets.interleave_datasets(parts, [0.5, 0.5], seed=1, stopping_strategy="all_exhausted")
+    parts = [
+        datasets.load_from_disk(str(work / "theirs" / language)).shuffle(seed=1)
+        for language in LANGUAGES
+    ]
+    mixed = datasets.interleave_datasets(
+        parts, [0.5, 0.5], seed=1, stopping_strategy="all_exhausted"
+    )
     mixed, tokens, number = mixed.with_format("numpy"), 0, 0
     while number < READ_ROWS // 10:
         for row in mixed:
@@ -140,7 +156,9 @@ def call(name: str, work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=Path, help="folder with ja.jsonl and en.jsonl")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--run", choices=CONTESTANTS, help=argparse.SUPPRESS)
@@ -166,7 +184,9 @@ def main() -> None:
         for _ in range(options.rounds):
             for name in CONTESTANTS:
                 results[name].append(call(name, work))
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    )
     rates = {}
     for name, runs in results.items():
         rates[name] = statistics.median(run["tokens_per_second"] for run in runs)

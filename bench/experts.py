@@ -1,16 +1,19 @@
-"""gpt-oss's MoE layer against transformers' three implementations of it: eager, grouped_mm and batched_mm.
+"""gpt-oss's MoE layer against transformers' three implementations of it: eager, grouped_mm and
+batched_mm.
 
     python bench/experts.py [--experts 32 128] [--rounds 5] [--json FILE] [--svg FILE]
 
-One layer, forward + backward in bf16: 4,096 tokens, top 4, model and expert size 512 (2,880 on a GPU).  Every round
-times each contender once, one after the other, so that a noisy machine disturbs all alike; figures are medians, ratios
-are medians of the rounds' ratios.  Peak memory is that of one pass beyond weights and input, gradients included, on a
-CPU in a process of its own.
+One layer, forward + backward in bf16: 4,096 tokens, top 4, model and expert size 512 (2,880 on a
+GPU).  Every round times each contender once, one after the other, so that a noisy machine disturbs
+all alike; figures are medians, ratios are medians of the rounds' ratios.  Peak memory is that of
+one pass beyond weights and input, gradients included, on a CPU in a process of its own.
 
-`--recompute` measures both settings of model.expert_recompute instead, in two processes that share the experts.
+`--recompute` measures both settings of model.expert_recompute instead, in two processes that share
+the experts.
 
-batched_mm copies the weights of its expert for every row, and is left out where these do not fit.  On a machine that
-others use at the same time, `--clock cpu --threads 1` counts the CPU seconds of the process instead of wall time.
+batched_mm copies the weights of its expert for every row, and is left out where these do not fit.
+On a machine that others use at the same time, `--clock cpu --threads 1` counts the CPU seconds of
+the process instead of wall time.
 """
 
 from __future__ import annotations
@@ -55,19 +58,32 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; defaults depend on the device."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--experts", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--top_k", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--expert_size", type=int)
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="contenders besides this project")
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, default=NAMES, help="contenders besides this project"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU seconds of all threads")
-    parser.add_argument("--batched_share", type=float, default=0.4, help="of the free memory that batched_mm may copy")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU seconds of all threads"
+    )
+    parser.add_argument(
+        "--batched_share",
+        type=float,
+        default=0.4,
+        help="of the free memory that batched_mm may copy",
+    )
     parser.add_argument("--no_memory", action="store_true", help="leave peak memory out")
-    parser.add_argument("--recompute", action="store_true", help="compare the settings of model.expert_recompute")
+    parser.add_argument(
+        "--recompute", action="store_true", help="compare the settings of model.expert_recompute"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path)
     parser.add_argument("--peak_of", help="only print the peak memory of this contender")
@@ -92,8 +108,12 @@ def make_layer(options: argparse.Namespace, experts: int) -> Layer:
 def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
     """Median times, ratios and peaks of all contenders that fit."""
     names, left_out = [name for name in NAMES if name == OURS or name in options.only], {}
-    if BATCHED in names and layer.batched_bytes > options.batched_share * measuring.free_bytes(layer.device):
-        left_out[BATCHED] = f"would copy {layer.batched_bytes / 2**30:.1f} GiB of weights in the forward alone"
+    if BATCHED in names and layer.batched_bytes > options.batched_share * measuring.free_bytes(
+        layer.device
+    ):
+        left_out[BATCHED] = (
+            f"would copy {layer.batched_bytes / 2**30:.1f} GiB of weights in the forward alone"
+        )
         names.remove(BATCHED)
     peaks = {name: peak_of(name, layer, options) for name in names}
     steps = {name: make_step(name, layer) for name in names}
@@ -108,7 +128,9 @@ def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
         "experts": layer.experts,
         "ms": {name: 1e3 * value for name, value in median.items()},
         "ratio to ours": {
-            name: statistics.median(other / mine for other, mine in zip(values, times[OURS], strict=True))
+            name: statistics.median(
+                other / mine for other, mine in zip(values, times[OURS], strict=True)
+            )
             for name, values in times.items()
         },
         "peak MiB": {name: None if peak is None else peak / 2**20 for name, peak in peaks.items()},
@@ -125,8 +147,24 @@ def peak_of(name: str, layer: Layer, options: argparse.Namespace) -> int | None:
         step = make_step(name, layer)
         step()
         return measuring.peak_bytes(step, layer.device)[0]
-    command = [sys.executable, __file__, "--device", "cpu", "--peak_of", name, "--experts", str(layer.experts)]
-    command += ["--top_k", str(layer.top_k), "--tokens", str(layer.tokens), "--threads", str(options.threads)]
+    command = [
+        sys.executable,
+        __file__,
+        "--device",
+        "cpu",
+        "--peak_of",
+        name,
+        "--experts",
+        str(layer.experts),
+    ]
+    command += [
+        "--top_k",
+        str(layer.top_k),
+        "--tokens",
+        str(layer.tokens),
+        "--threads",
+        str(options.threads),
+    ]
     command += ["--hidden", str(layer.hidden), "--expert_size", str(layer.expert_size)]
     environment = {**os.environ, **measuring.RETURN_MEMORY}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
@@ -137,7 +175,9 @@ def compare_recompute(options: argparse.Namespace) -> None:
     """Print a table of model.expert_recompute."""
     for experts in options.experts:
         layer = make_layer(options, experts)
-        found = recompute.compare(layer, rounds=options.rounds, threads=options.threads, clock=options.clock)
+        found = recompute.compare(
+            layer, rounds=options.rounds, threads=options.threads, clock=options.clock
+        )
         for way, of in found.items():
             print(
                 f"{experts:>4} experts, {recompute.LAYERS} layers, EP {recompute.RANKS}, {way}: {of['seconds']:.3f} s "
@@ -152,7 +192,9 @@ def print_peak(options: argparse.Namespace) -> None:
     """One line of JSON."""
     layer = make_layer(options, options.experts[0])
     small = {field: getattr(layer, field) for field in ("top_k", "hidden", "expert_size", "device")}
-    make_step(options.peak_of, Layer(experts=4, tokens=16, **small))()  # loads what is loaded on first use
+    make_step(
+        options.peak_of, Layer(experts=4, tokens=16, **small)
+    )()  # loads what is loaded on first use
     peak, largest = measuring.peak_bytes(make_step(options.peak_of, layer), layer.device)
     print(json.dumps({"experts": layer.experts, "peak_bytes": peak, "largest_bytes": largest}))
 
@@ -163,9 +205,15 @@ def line_of(result: dict[str, Any]) -> str:
     for name, milliseconds in result["ms"].items():
         ratio = "" if name == OURS else f" ({result['ratio to ours'][name]:.2f}x)"
         peak = result["peak MiB"][name]
-        parts.append(f"{name} {milliseconds:.1f} ms{ratio}" + ("" if peak is None else f" {peak:.0f} MiB"))
+        parts.append(
+            f"{name} {milliseconds:.1f} ms{ratio}" + ("" if peak is None else f" {peak:.0f} MiB")
+        )
     parts += [f"{name} left out: {reason}" for name, reason in result["left out"].items()]
-    return f"{result['experts']:>4} experts: " + ", ".join(parts) + f", {result['TFLOP/s of ours']:.3g} TFLOP/s"
+    return (
+        f"{result['experts']:>4} experts: "
+        + ", ".join(parts)
+        + f", {result['TFLOP/s of ours']:.3g} TFLOP/s"
+    )
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,14 +1,18 @@
-"""What measuring the routers costs: training steps that measure (telemetry.router_interval_steps) and others.
+"""What measuring the routers costs: training steps that measure (telemetry.router_interval_steps)
+and others.
 
-    python bench/router.py [--lengths 1024 4096] [--rounds 2] [--experts 32] [--layers 4] [--json FILE]
+    python bench/router.py [--lengths 1024 4096] [--rounds 2] [--experts 32] [--layers 4] [--json
+    FILE]
 
-The model of bench/step.py (hidden 512, 8 heads, experts of 384, top 4) in this project's engine: ZeRO-3, one process,
-one packed row, AdamW, bf16.  Everything is measured that a run measures: load by source, entropy, both losses, drift
-from the untouched routers, the sums over ranks and the line of JSON.
+The model of bench/step.py (hidden 512, 8 heads, experts of 384, top 4) in this project's engine:
+ZeRO-3, one process, one packed row, AdamW, bf16.  Everything is measured that a run measures: load
+by source, entropy, both losses, drift from the untouched routers, the sums over ranks and the line
+of JSON.
 
-Two figures of the same steps: the time inside the measuring code, over that of the whole step (what is said to hold at
-the default interval comes from this one); and the median over rounds of a measuring step's time over that of a plain
-one just before or after it, which contains the noise of both.
+Two figures of the same steps: the time inside the measuring code, over that of the whole step (what
+is said to hold at the default interval comes from this one); and the median over rounds of a
+measuring step's time over that of a plain one just before or after it, which contains the noise of
+both.
 """
 
 from __future__ import annotations
@@ -95,9 +99,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Print a line per length, and write the figures if asked."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")  # DeepSpeed's own calls
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message=".*torch.distributed"
+    )  # DeepSpeed's own calls
     port = measuring.free_port()
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update(alone)
     case = Case(
         contender=OURS,
@@ -119,12 +131,16 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="tokens of a row")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024, 4096], help="tokens of a row"
+    )
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="cpu", help="cpu: CPU seconds of the process")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="cpu", help="cpu: CPU seconds of the process"
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
 
@@ -139,7 +155,9 @@ def measure(trainer: Trainer, tokens: int, rounds: int) -> dict[str, Any]:
             (measuring_steps if measured else plain).append(seconds)
             if measured:
                 inside.append(spent)
-    share = statistics.median(spent / (whole - spent) for spent, whole in zip(inside, measuring_steps, strict=True))
+    share = statistics.median(
+        spent / (whole - spent) for spent, whole in zip(inside, measuring_steps, strict=True)
+    )
     return {
         "tokens": tokens,
         "step seconds": statistics.median(plain),

@@ -1,17 +1,21 @@
-"""One full training step of a small gpt-oss: this project against the Hugging Face Trainer with DeepSpeed ZeRO-3.
+"""One full training step of a small gpt-oss: this project against the Hugging Face Trainer with
+DeepSpeed ZeRO-3.
 
-    python bench/step.py [--lengths 1024 4096 8192] [--ranks 1 2] [--rounds 5] [--json FILE] [--svg FILE]
+    python bench/step.py [--lengths 1024 4096 8192] [--ranks 1 2] [--rounds 5] [--json FILE] [--svg
+    FILE]
 
-Forward, backward and AdamW in bf16 with fp32 master weights, ZeRO-3, one packed row per process, the same rows for all:
-this project; the Trainer with eager attention and eager experts; the Trainer with transformers' grouped_mm experts.
-All contenders are alive at once and take turns, one step each per round, so that a noisy machine disturbs all alike;
-figures are medians, ratios are medians of the rounds' ratios.  The Trainer lets packed documents see each other.
-Peak memory is the first rank's largest resident size during a step, weights and optimizer state included, in other
-processes, one contender after another: there glibc hands freed memory back at once, which costs time.
-With several processes, a contender for whose processes the machine has too little memory, going by the peaks of one
-process, is left out and named; `--only` chooses those to be measured.
+Forward, backward and AdamW in bf16 with fp32 master weights, ZeRO-3, one packed row per process,
+the same rows for all: this project; the Trainer with eager attention and eager experts; the Trainer
+with transformers' grouped_mm experts. All contenders are alive at once and take turns, one step
+each per round, so that a noisy machine disturbs all alike; figures are medians, ratios are medians
+of the rounds' ratios.  The Trainer lets packed documents see each other. Peak memory is the first
+rank's largest resident size during a step, weights and optimizer state included, in other
+processes, one contender after another: there glibc hands freed memory back at once, which costs
+time. With several processes, a contender for whose processes the machine has too little memory,
+going by the peaks of one process, is left out and named; `--only` chooses those to be measured.
 
-On a machine that others use at the same time, `--clock cpu --threads 1` counts the CPU seconds of the first rank.
+On a machine that others use at the same time, `--clock cpu --threads 1` counts the CPU seconds of
+the first rank.
 """
 
 from __future__ import annotations
@@ -57,8 +61,15 @@ class Contender:
         for rank in range(case.ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [sys.executable, str(WORKER), case.dump(), str(folder)]
-            environment = {**os.environ, **(measuring.RETURN_MEMORY if case.measures_memory else {}), **shared, **own}
-            process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=subprocess.STDOUT)
+            environment = {
+                **os.environ,
+                **(measuring.RETURN_MEMORY if case.measures_memory else {}),
+                **shared,
+                **own,
+            }
+            process = subprocess.Popen(
+                command, env=environment, stdout=self._log, stderr=subprocess.STDOUT
+            )
             self._processes.append(process)
 
     def step(self, number: int) -> dict[str, Any]:
@@ -97,33 +108,53 @@ def main(arguments: list[str] | None = None) -> None:
     growth = growth_per_doubling(results)
     for key, text in growth.items():
         print(f"{key}: {text}")
-    report = {"machine": machine(options), "results": results, "growth per doubling of the row": growth}
+    report = {
+        "machine": machine(options),
+        "results": results,
+        "growth per doubling of the row": growth,
+    }
     measuring.publish(report, options, drawing.draw)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens of a row")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens of a row"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes")
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--only", nargs="*", choices=NAMES, default=NAMES, help="contenders besides this project")
+    parser.add_argument(
+        "--only", nargs="*", choices=NAMES, default=NAMES, help="contenders besides this project"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of each process; default: cores / processes")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU seconds of the first rank")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: CPU seconds of the first rank",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path)
     return parser.parse_args(arguments)
 
 
-def those_that_fit(options: argparse.Namespace, ranks: int, tokens: int, results: list[dict[str, Any]]) -> list[str]:
-    """The contenders for whose processes there is room beside each other, if each needs what one process alone did.
+def those_that_fit(
+    options: argparse.Namespace, ranks: int, tokens: int, results: list[dict[str, Any]]
+) -> list[str]:
+    """The contenders for whose processes there is room beside each other, if each needs what one
+    process alone did.
 
     What they free between their steps stays with the allocators of their processes.
     """
     room = MEMORY_SHARE * measuring.free_bytes(torch.device("cpu"))
-    alone = [result["peak MiB"] for result in results if (result["ranks"], result["tokens"]) == (1, tokens)]
+    alone = [
+        result["peak MiB"]
+        for result in results
+        if (result["ranks"], result["tokens"]) == (1, tokens)
+    ]
     fitting, used = [], 0.0
     for name in (name for name in NAMES if name == OURS or name in options.only):
         needed = ranks * max((peaks.get(name, 0) for peaks in alone), default=0) * 2**20
@@ -131,11 +162,16 @@ def those_that_fit(options: argparse.Namespace, ranks: int, tokens: int, results
             fitting.append(name)
             used += needed
         else:
-            print(f"{ranks} ranks, {tokens} tokens: {name} left out, it needs {needed / 2**30:.0f} GiB", flush=True)
+            print(
+                f"{ranks} ranks, {tokens} tokens: {name} left out, it needs {needed / 2**30:.0f} GiB",
+                flush=True,
+            )
     return fitting
 
 
-def measure(options: argparse.Namespace, ranks: int, tokens: int, names: list[str]) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace, ranks: int, tokens: int, names: list[str]
+) -> dict[str, Any]:
     """Medians and ratios of all contenders in one setting."""
     shared = {"tokens": tokens, "ranks": ranks, "steps": options.rounds, "experts": options.experts}
     shared |= {"layers": options.layers, "clock": options.clock}
@@ -150,15 +186,22 @@ def measure(options: argparse.Namespace, ranks: int, tokens: int, names: list[st
             for name, contender in contenders.items():
                 result = contender.step(number)
                 found[name] += [result] if number >= WARM_UP_STEPS else []
-    peaks = {name: peak_bytes(Case(contender=name, measures_memory=True, **{**shared, "steps": 1})) for name in names}
+    peaks = {
+        name: peak_bytes(Case(contender=name, measures_memory=True, **{**shared, "steps": 1}))
+        for name in names
+    }
     times = {name: [result["seconds"] for result in results] for name, results in found.items()}
     return {
         "ranks": ranks,
         "tokens": tokens,
         "seconds": {name: statistics.median(values) for name, values in times.items()},
-        "tokens/s": {name: ranks * tokens / statistics.median(values) for name, values in times.items()},
+        "tokens/s": {
+            name: ranks * tokens / statistics.median(values) for name, values in times.items()
+        },
         "ratio to ours": {
-            name: statistics.median(other / mine for other, mine in zip(values, times[OURS], strict=True))
+            name: statistics.median(
+                other / mine for other, mine in zip(values, times[OURS], strict=True)
+            )
             for name, values in times.items()
         },
         "peak MiB": {name: peak / 2**20 for name, peak in peaks.items()},
@@ -176,7 +219,9 @@ def peak_bytes(case: Case) -> int:
 
 
 def growth_per_doubling(results: list[dict[str, Any]]) -> dict[str, str]:
-    """How often time and peak memory multiply when the row doubles, from the shortest to the longest."""
+    """How often time and peak memory multiply when the row doubles, from the shortest to the
+    longest.
+    """
     growth = {}
     for ranks in dict.fromkeys(result["ranks"] for result in results):
         own = sorted((r for r in results if r["ranks"] == ranks), key=lambda r: r["tokens"])
@@ -184,7 +229,9 @@ def growth_per_doubling(results: list[dict[str, Any]]) -> dict[str, str]:
             continue
         doublings = math.log2(own[-1]["tokens"] / own[0]["tokens"])
         for name in (name for name in own[0]["seconds"] if name in own[-1]["seconds"]):
-            time_ratio, memory_ratio = (own[-1][key][name] / own[0][key][name] for key in ("seconds", "peak MiB"))
+            time_ratio, memory_ratio = (
+                own[-1][key][name] / own[0][key][name] for key in ("seconds", "peak MiB")
+            )
             text = f"time {time_ratio ** (1 / doublings):.2f}, peak memory {memory_ratio ** (1 / doublings):.2f}"
             growth[f"{name}, {ranks} rank{'s' * (ranks > 1)}"] = text
     return growth

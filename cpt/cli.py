@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     _add_plan(commands)
     _add_evaluate(commands)
     _add_replay(commands)
-    doctor = commands.add_parser("doctor", help="versions, devices, and which attention backends run here, or why not")
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, and which attention backends run here, or why not"
+    )
     doctor.set_defaults(run=_doctor)
     options = parser.parse_args(arguments)
     try:
@@ -52,15 +54,34 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("merge", help="interpolate between the weights before and after training")
-    parser.add_argument("--base", type=Path, required=True, help="Hugging Face directory of the model before training")
-    parser.add_argument("--tuned", type=Path, required=True, help="Hugging Face directory of the model after it")
-    parser.add_argument("--alpha", default="0.0:1.0:0.1", help="shares of the tuned model: FROM:TO:STEP or A,B,C")
+    parser = commands.add_parser(
+        "merge", help="interpolate between the weights before and after training"
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        required=True,
+        help="Hugging Face directory of the model before training",
+    )
+    parser.add_argument(
+        "--tuned", type=Path, required=True, help="Hugging Face directory of the model after it"
+    )
+    parser.add_argument(
+        "--alpha", default="0.0:1.0:0.1", help="shares of the tuned model: FROM:TO:STEP or A,B,C"
+    )
     parser.add_argument("--out", type=Path, required=True, help="gets one directory per alpha")
-    parser.add_argument("--mix", type=Path, help="data-mix YAML whose held-out text is scored for every alpha")
-    parser.add_argument("--build_dir", type=Path, help="where that mix is built; default: as in training")
-    parser.add_argument("--max_documents", type=int, default=256, help="documents scored per held-out domain")
-    parser.add_argument("--score_only", action="store_true", help="write scores and plot, but no weights")
+    parser.add_argument(
+        "--mix", type=Path, help="data-mix YAML whose held-out text is scored for every alpha"
+    )
+    parser.add_argument(
+        "--build_dir", type=Path, help="where that mix is built; default: as in training"
+    )
+    parser.add_argument(
+        "--max_documents", type=int, default=256, help="documents scored per held-out domain"
+    )
+    parser.add_argument(
+        "--score_only", action="store_true", help="write scores and plot, but no weights"
+    )
     parser.set_defaults(run=_merge)
 
 
@@ -69,12 +90,18 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "evaluate", help="run tasks on an export; exit code 65 if one dropped more than it may"
     )
     parser.add_argument("--model", type=Path, required=True, help="an exported directory")
-    parser.add_argument("--tasks", type=Path, required=True, help="task YAML, such as configs/tasks/sample.yaml")
+    parser.add_argument(
+        "--tasks", type=Path, required=True, help="task YAML, such as configs/tasks/sample.yaml"
+    )
     parser.add_argument("--out", type=Path, required=True, help="gets the result as JSON")
     baseline = parser.add_mutually_exclusive_group()
     baseline.add_argument("--baseline", type=Path, help="result of the model before training")
-    baseline.add_argument("--no_baseline", action="store_true", help="this is the model before training: only measure")
-    parser.add_argument("--batch_size", type=int, default=1, help="of tasks of lm-evaluation-harness")
+    baseline.add_argument(
+        "--no_baseline", action="store_true", help="this is the model before training: only measure"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=1, help="of tasks of lm-evaluation-harness"
+    )
     parser.set_defaults(run=_evaluate)
 
 
@@ -89,11 +116,19 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("replay", help="let the base model write replay for itself (kind: self_replay)")
+    parser = commands.add_parser(
+        "replay", help="let the base model write replay for itself (kind: self_replay)"
+    )
     parser.add_argument("--model", type=Path, help="Hugging Face directory of the base model")
-    parser.add_argument("--out", type=Path, help="new folder for plain.jsonl, chat.jsonl and the sidecar")
-    parser.add_argument("--prefixes", type=Path, help="JSONL with 'text': the first tokens of each are continued")
-    parser.add_argument("--questions", type=Path, help="JSONL with 'prompt': each is asked in the Harmony format")
+    parser.add_argument(
+        "--out", type=Path, help="new folder for plain.jsonl, chat.jsonl and the sidecar"
+    )
+    parser.add_argument(
+        "--prefixes", type=Path, help="JSONL with 'text': the first tokens of each are continued"
+    )
+    parser.add_argument(
+        "--questions", type=Path, help="JSONL with 'prompt': each is asked in the Harmony format"
+    )
     parser.add_argument("--prefix_tokens", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=1024)
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -101,10 +136,18 @@ def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_replay)
     actions = parser.add_subparsers(metavar="ACTION")
-    targets = actions.add_parser("targets", help="the base model's likeliest next tokens, for train.kl_targets")
-    targets.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the base model")
-    targets.add_argument("--build", type=Path, required=True, help="built shards, as for data.build_dir")
-    targets.add_argument("--source", action="append", required=True, help="of that build; may be given several times")
+    targets = actions.add_parser(
+        "targets", help="the base model's likeliest next tokens, for train.kl_targets"
+    )
+    targets.add_argument(
+        "--model", type=Path, required=True, help="Hugging Face directory of the base model"
+    )
+    targets.add_argument(
+        "--build", type=Path, required=True, help="built shards, as for data.build_dir"
+    )
+    targets.add_argument(
+        "--source", action="append", required=True, help="of that build; may be given several times"
+    )
     targets.add_argument("--top_k", type=int, default=32, help="tokens listed per predicted token")
     targets.add_argument("--out", type=Path, required=True, help="new folder")
     targets.set_defaults(run=_targets)
@@ -121,7 +164,9 @@ def _replay(options: argparse.Namespace) -> None:
     from cpt.offline.sampling import Sampling
     from cpt.offline.self_replay import ReplayRequest, sample_replay
 
-    missing = [f"--{name} is missing." for name in ("model", "out") if getattr(options, name) is None]
+    missing = [
+        f"--{name} is missing." for name in ("model", "out") if getattr(options, name) is None
+    ]
     if missing:
         raise ConfigError(missing)
     keys = ("max_new_tokens", "temperature", "top_p", "seed")
@@ -137,19 +182,37 @@ def _replay(options: argparse.Namespace) -> None:
 
 
 def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("sample", help="continue a text with an export or the checkpoint of a run")
+    parser = commands.add_parser(
+        "sample", help="continue a text with an export or the checkpoint of a run"
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--run_dir", type=Path)
     where.add_argument("--model", type=Path, help="an exported directory")
     parser.add_argument("--step", type=int, help="default: the newest complete checkpoint")
-    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        help="text to continue; may be given several times",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0: always the likeliest token"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="draw from the likeliest tokens of this probability",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--chat", action="store_true", help="ask the prompt as a question, in the Harmony format")
+    parser.add_argument(
+        "--chat", action="store_true", help="ask the prompt as a question, in the Harmony format"
+    )
     parser.add_argument("--developer", help="with --chat: instructions for the model")
-    parser.add_argument("--effort", choices=("low", "medium", "high"), help="with --chat: reasoning effort")
+    parser.add_argument(
+        "--effort", choices=("low", "medium", "high"), help="with --chat: reasoning effort"
+    )
     parser.set_defaults(run=_sample)
 
 
@@ -160,15 +223,21 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("report", help="write report.html of a run, also while it is going on")
+    parser = commands.add_parser(
+        "report", help="write report.html of a run, also while it is going on"
+    )
     parser.add_argument("--run_dir", type=Path, required=True)
     parser.set_defaults(run=_report)
 
 
 def _add_checkpoints(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("checkpoints", help="list the checkpoints of a run with a verdict on each")
+    parser = commands.add_parser(
+        "checkpoints", help="list the checkpoints of a run with a verdict on each"
+    )
     parser.add_argument("--run_dir", type=Path, required=True)
-    parser.add_argument("--verify", action="store_true", help="hash every file; default: manifests, names and sizes")
+    parser.add_argument(
+        "--verify", action="store_true", help="hash every file; default: manifests, names and sizes"
+    )
     parser.set_defaults(run=_checkpoints)
 
 
@@ -195,7 +264,9 @@ def _report(options: argparse.Namespace) -> None:
 def _add_guard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("guard", help="what the guard of a run decided")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    replay = actions.add_parser("replay", help="make every decision again from what the run left, and compare")
+    replay = actions.add_parser(
+        "replay", help="make every decision again from what the run left, and compare"
+    )
     replay.add_argument("--run_dir", type=Path, required=True)
     replay.set_defaults(run=_guard_replay)
 
@@ -207,10 +278,14 @@ def _guard_replay(options: argparse.Namespace) -> None:
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("plan", help="memory, traffic, time and the best layout, before there is a machine")
+    parser = commands.add_parser(
+        "plan", help="memory, traffic, time and the best layout, before there is a machine"
+    )
     parser.add_argument("--config", type=Path, help="run YAML")
     parser.add_argument("--ds_config", type=Path, help="DeepSpeed JSON")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value"
+    )
     parser.add_argument("--gpus", type=int, nargs="+", metavar="N", help="ranks, 8 per node")
     parser.add_argument("--gpu", choices=("h100", "h200", "b200"), default="h100")
     parser.add_argument(
@@ -219,16 +294,40 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         choices=("tiny", "gpt-oss-20b", "gpt-oss-120b"),
         help="architecture in place of the run YAML's model, whose weights then need not be there",
     )
-    parser.add_argument("--seq_len", type=int, nargs="+", metavar="TOKENS", help="default: the run YAML's")
-    parser.add_argument("--batch_tokens", type=int, help="tokens of an optimizer step; default: as in the run YAML")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak reached while computing")
-    parser.add_argument("--imbalance", type=float, default=1.0, help="rows of the busiest expert rank over the mean")
-    parser.add_argument("--overlap", type=float, default=0.5, help="share of ZeRO's traffic that compute hides")
-    parser.add_argument("--plot", type=Path, help="of several points: SVG of speed and cost against GPUs")
-    mix = parser.add_argument_group("instead of hardware: the largest share of the main language, from probe runs")
-    mix.add_argument("--english_tolerance", type=float, metavar="PERCENT", help="largest rise of any other domain")
+    parser.add_argument(
+        "--seq_len", type=int, nargs="+", metavar="TOKENS", help="default: the run YAML's"
+    )
+    parser.add_argument(
+        "--batch_tokens", type=int, help="tokens of an optimizer step; default: as in the run YAML"
+    )
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the peak reached while computing"
+    )
+    parser.add_argument(
+        "--imbalance", type=float, default=1.0, help="rows of the busiest expert rank over the mean"
+    )
+    parser.add_argument(
+        "--overlap", type=float, default=0.5, help="share of ZeRO's traffic that compute hides"
+    )
+    parser.add_argument(
+        "--plot", type=Path, help="of several points: SVG of speed and cost against GPUs"
+    )
+    mix = parser.add_argument_group(
+        "instead of hardware: the largest share of the main language, from probe runs"
+    )
     mix.add_argument(
-        "--probe", type=Path, action="append", default=[], metavar="RUN_DIR", help="a short run; 3 or more"
+        "--english_tolerance",
+        type=float,
+        metavar="PERCENT",
+        help="largest rise of any other domain",
+    )
+    mix.add_argument(
+        "--probe",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RUN_DIR",
+        help="a short run; 3 or more",
     )
     parser.set_defaults(run=_plan)
 
@@ -239,7 +338,9 @@ def _plan(options: argparse.Namespace) -> None:
         return
     missing = [name for name in ("config", "ds_config", "gpus") if getattr(options, name) is None]
     if missing:
-        raise ConfigError([f"--{name} is missing. cpt plan --help lists what a plan needs." for name in missing])
+        raise ConfigError(
+            [f"--{name} is missing. cpt plan --help lists what a plan needs." for name in missing]
+        )
     from cpt.commands.plan import plan
 
     plan(options)
@@ -250,7 +351,9 @@ def _plan_mix(options: argparse.Namespace) -> None:
     from cpt.planning.mix_curve_drawing import draw
 
     if options.english_tolerance is None or not options.probe:
-        raise ConfigError("--english_tolerance and --probe go together: a tolerance, and three or more probe runs.")
+        raise ConfigError(
+            "--english_tolerance and --probe go together: a tolerance, and three or more probe runs."
+        )
     probes = [read_probe(run_dir) for run_dir in options.probe]
     print(describe(probes, options.english_tolerance))
     if options.plot:
@@ -259,7 +362,9 @@ def _plan_mix(options: argparse.Namespace) -> None:
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("status", help="how far a run is; exit code 0 only if its planned last step is saved")
+    parser = commands.add_parser(
+        "status", help="how far a run is; exit code 0 only if its planned last step is saved"
+    )
     parser.add_argument("--run_dir", type=Path, required=True)
     parser.set_defaults(run=_status)
 
@@ -284,8 +389,19 @@ def _merge(options: argparse.Namespace) -> None:
 
     if options.score_only and options.mix is None:
         raise ConfigError("--score_only needs --mix: there is nothing to score.")
-    sets = held_out_sets(options.mix, options.build_dir, options.max_documents) if options.mix else []
-    print(merge(options.base, options.tuned, options.alpha, options.out, sets, score_only=options.score_only))
+    sets = (
+        held_out_sets(options.mix, options.build_dir, options.max_documents) if options.mix else []
+    )
+    print(
+        merge(
+            options.base,
+            options.tuned,
+            options.alpha,
+            options.out,
+            sets,
+            score_only=options.score_only,
+        )
+    )
     print(f"-> {options.out}")
 
 
@@ -314,7 +430,9 @@ def _sample(options: argparse.Namespace) -> None:
     for prompt in options.prompt:
         if options.chat:
             effort: Effort = options.effort or "medium"
-            ids = encode_prompt(prompt, developer=options.developer, effort=effort, date=datetime.date.today())
+            ids = encode_prompt(
+                prompt, developer=options.developer, effort=effort, date=datetime.date.today()
+            )
             print(f"--- {prompt}\n{as_channels(generate(model, ids, sampling))}")
         else:
             print(f"--- {prompt}\n{as_text(generate(model, encode(prompt).tolist(), sampling))}")

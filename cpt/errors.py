@@ -1,6 +1,7 @@
 """The exit codes of a run, and the exceptions that lead to them.
 
-`ConfigError` (78) and `DataError` (65) come from the data pipeline, which must work without this package.
+`ConfigError` (78) and `DataError` (65) come from the data pipeline, which must work without this
+package.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ EXIT_INTERNAL = 70
 
 
 class InternalError(CptError):
-    """Training cannot go on and it is not the user's configuration: non-finite loss, a broken invariant."""
+    """Training cannot go on and it is not the user's configuration: non-finite loss, a broken
+    invariant.
+    """
 
     exit_code = EXIT_INTERNAL
 
 
 class EvaluationFailed(DataError):
-    """A model that lost more on a listed task than it may; exit code 65, so that no job goes on with it."""
+    """A model that lost more on a listed task than it may; exit code 65, so that no job goes on
+    with it.
+    """
 
 
 class HungRankError(CptError):
@@ -34,7 +39,9 @@ class StorageError(CptError):
 
 
 class CheckpointError(StorageError):
-    """A checkpoint that cannot be written, or cannot be trusted; the message names the file or key."""
+    """A checkpoint that cannot be written, or cannot be trusted; the message names the file or
+    key.
+    """
 
 
 class RequeueRequested(CptError):

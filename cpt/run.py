@@ -15,7 +15,9 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
-    sys.path[0] = str(ROOT)  # the launcher puts cpt/ itself first, where `import config` would find a second copy
+    sys.path[0] = str(
+        ROOT
+    )  # the launcher puts cpt/ itself first, where `import config` would find a second copy
 
 from cpt.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, CptError  # noqa: E402
 from cpt.resilience.stop import StopRequest  # noqa: E402
@@ -32,19 +34,34 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Command line of a run."""
     parser = _Parser(prog="cpt/run.py", description="Continual pretraining of gpt-oss.")
     parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed JSON")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny.yaml", help="run YAML")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value")
+    parser.add_argument(
+        "--config", type=Path, default=ROOT / "configs" / "tiny.yaml", help="run YAML"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value"
+    )
     parser.add_argument("--run_dir", type=Path, help="default: runs/<name of the run YAML>")
     parser.add_argument("--resume", default="auto", help="auto, never, or a step")
-    parser.add_argument("--dry_run", action="store_true", help="resolve and print everything, load nothing")
-    parser.add_argument("--sample", action="append", metavar="TEXT", help="continue a text, on all ranks; do not train")
-    parser.add_argument("--measure", action="store_true", help="score the held-out text once; do not train")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="resolve and print everything, load nothing"
+    )
+    parser.add_argument(
+        "--sample",
+        action="append",
+        metavar="TEXT",
+        help="continue a text, on all ranks; do not train",
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="score the held-out text once; do not train"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str], stop: StopRequest) -> int:
-    """Run a job and return its exit code; people's mistakes are told by rank 0 without a stack trace."""
+    """Run a job and return its exit code; people's mistakes are told by rank 0 without a stack
+    trace.
+    """
     first_rank = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
         level=logging.INFO if first_rank else logging.ERROR,
@@ -60,7 +77,9 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         launch(options, stop)
         return EXIT_DONE
     except CptError as error:
-        if first_rank or os.environ.get("LOCAL_RANK") == "0":  # once on every node: the cause may lie there alone
+        if (
+            first_rank or os.environ.get("LOCAL_RANK") == "0"
+        ):  # once on every node: the cause may lie there alone
             print(f"\n{error}\n", file=sys.stderr, flush=True)
         return error.exit_code
     except Exception:
@@ -74,7 +93,8 @@ if __name__ == "__main__":
     code = main(sys.argv[1:], request)
     if code == EXIT_DONE:
         sys.exit(code)
-    # a process group that broke in the middle of a collective may never shut down; the code must get out
+    # a process group that broke in the middle of a collective may never shut down; the code must
+    # get out
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

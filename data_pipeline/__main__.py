@@ -52,7 +52,9 @@ def _build(options: argparse.Namespace) -> None:
     if options.share:
         index, count = options.share
         made = build_share(mix, out_dir, index, count, options.workers)
-        print(f"{out_dir}: share {index} of {count} has {made} parts. When all are done, build without --share.")
+        print(
+            f"{out_dir}: share {index} of {count} has {made} parts. When all are done, build without --share."
+        )
         return
     manifest = build(mix, out_dir, workers=options.workers)
     print(describe_build(manifest.sources))
@@ -63,7 +65,9 @@ def _build(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
     built = _built(mix, options.out, options.workers)
-    plan = make_plan(built, mix, options.steps or _one_pass(built, options), options.global_batch_size)
+    plan = make_plan(
+        built, mix, options.steps or _one_pass(built, options), options.global_batch_size
+    )
     print(plan.describe())
     if options.json:
         _write(options.json, json.dumps(plan.to_json(), indent=1) + "\n")
@@ -88,7 +92,9 @@ def _diff(options: argparse.Namespace) -> None:
         make_plan(after, new, steps, options.global_batch_size, ledger),
     ]
     edit = "" if options.at_step is None else f", the edit made at step {options.at_step:,}"
-    print(f"\nover {steps:,} steps of {options.global_batch_size:,} rows{edit}:\n{describe_diff(*plans)}")
+    print(
+        f"\nover {steps:,} steps of {options.global_batch_size:,} rows{edit}:\n{describe_diff(*plans)}"
+    )
 
 
 def _audit(options: argparse.Namespace) -> None:
@@ -98,7 +104,10 @@ def _audit(options: argparse.Namespace) -> None:
     page = options.out or DEFAULT_ROOT / f"{mix.name}-audit.html"
     _write(page, audit_page(result))
     if options.json:
-        _write(options.json, json.dumps([source.to_json() for source in result.sources], indent=1) + "\n")
+        _write(
+            options.json,
+            json.dumps([source.to_json() for source in result.sources], indent=1) + "\n",
+        )
     print(f"page: {page}")
     if problems := result.problems():
         raise DataError("\n".join(problems))
@@ -106,7 +115,10 @@ def _audit(options: argparse.Namespace) -> None:
 
 def _corpus(options: argparse.Namespace) -> None:
     counts = make_corpus(options.out)
-    print(f"{options.out}: " + ", ".join(f"{count:,} documents in {name}.jsonl" for name, count in counts.items()))
+    print(
+        f"{options.out}: "
+        + ", ".join(f"{count:,} documents in {name}.jsonl" for name, count in counts.items())
+    )
 
 
 def _built(mix: MixConfig, out_dir: Path | None, workers: int) -> BuiltData:
@@ -139,35 +151,72 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(mix, type=Path, metavar=f"{mix.upper()}.yaml")
         if mixes:
             command.add_argument(
-                "--workers", type=_positive, default=available_cores(), help="processes; the output is the same"
+                "--workers",
+                type=_positive,
+                default=available_cores(),
+                help="processes; the output is the same",
             )
         return command
 
     command = add("build", "make the token shards and packed rows that training reads", "mix")
-    command.add_argument("--out", type=Path, metavar="DIR", help="build directory (default: data/NAME-FINGERPRINT)")
     command.add_argument(
-        "--share", type=_share, metavar="K/N", help="make only share K (from 0) of N; a build without it finishes them"
+        "--out", type=Path, metavar="DIR", help="build directory (default: data/NAME-FINGERPRINT)"
+    )
+    command.add_argument(
+        "--share",
+        type=_share,
+        metavar="K/N",
+        help="make only share K (from 0) of N; a build without it finishes them",
     )
     command = add("plan", "show what a run draws from each source; builds what is missing", "mix")
-    command.add_argument("--out", type=Path, metavar="DIR", help="build directory (default: data/NAME-FINGERPRINT)")
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="build directory (default: data/NAME-FINGERPRINT)"
+    )
     _add_run(command)
     command.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
-    command.add_argument("--plot", type=Path, metavar="FILE.svg", help="write shares and epochs as an SVG picture")
-    command = add("diff", "show what an edit of a mix changes in tokens, epochs and shares", "old", "new")
+    command.add_argument(
+        "--plot", type=Path, metavar="FILE.svg", help="write shares and epochs as an SVG picture"
+    )
+    command = add(
+        "diff", "show what an edit of a mix changes in tokens, epochs and shares", "old", "new"
+    )
     _add_run(command)
-    command.add_argument("--at_step", type=_positive, metavar="STEP", help="first step with the new mix (default: 0)")
-    command = add("audit", "look at language and quality of the text; exit code 65 if a source is mislabelled", "mix")
-    command.add_argument("--out", type=Path, metavar="FILE.html", help="page to write (default: data/NAME-audit.html)")
+    command.add_argument(
+        "--at_step", type=_positive, metavar="STEP", help="first step with the new mix (default: 0)"
+    )
+    command = add(
+        "audit",
+        "look at language and quality of the text; exit code 65 if a source is mislabelled",
+        "mix",
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.html",
+        help="page to write (default: data/NAME-audit.html)",
+    )
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
-    command.add_argument("--documents", type=_positive, default=DEFAULT_LIMIT, help="documents per source at most")
-    command = add("corpus", "fetch parallel Japanese/English documentation from Debian as JSONL (needs apt)")
-    command.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder for ja.jsonl and en.jsonl")
+    command.add_argument(
+        "--documents", type=_positive, default=DEFAULT_LIMIT, help="documents per source at most"
+    )
+    command = add(
+        "corpus", "fetch parallel Japanese/English documentation from Debian as JSONL (needs apt)"
+    )
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", required=True, help="folder for ja.jsonl and en.jsonl"
+    )
     return parser
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--steps", type=_positive, help="optimizer steps of the run (default: one pass over the rows)")
-    command.add_argument("--global_batch_size", type=_positive, default=8, help="packed rows per step (default: 8)")
+    command.add_argument(
+        "--steps",
+        type=_positive,
+        help="optimizer steps of the run (default: one pass over the rows)",
+    )
+    command.add_argument(
+        "--global_batch_size", type=_positive, default=8, help="packed rows per step (default: 8)"
+    )
 
 
 def _positive(text: str) -> int:

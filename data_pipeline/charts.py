@@ -7,7 +7,18 @@ import html
 import math
 from collections.abc import Sequence
 
-COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b7791f", "#97266d", "#2c7a7b", "#4a5568", "#9b2c2c", "#553c9a")
+COLOURS = (
+    "#2b6cb0",
+    "#c05621",
+    "#2f855a",
+    "#6b46c1",
+    "#b7791f",
+    "#97266d",
+    "#2c7a7b",
+    "#4a5568",
+    "#9b2c2c",
+    "#553c9a",
+)
 _FONT = 'font-family="sans-serif" font-size="12"'
 _LABEL_WIDTH, _VALUE_WIDTH, _BAR_HEIGHT = 170, 90, 22
 
@@ -61,13 +72,19 @@ def columns(title: str, counts: Sequence[int], labels: Sequence[str], width: int
             f"<title>{html.escape(labels[number])}: {count:,}</title></rect>"
         )
         if number % 3 == 0:
-            parts.append(f'<text x="{x:.1f}" y="{bottom + 16}">{html.escape(labels[number])}</text>')
+            parts.append(
+                f'<text x="{x:.1f}" y="{bottom + 16}">{html.escape(labels[number])}</text>'
+            )
     parts.append(f'<text x="{left}" y="36" fill="#4a5568">most: {most:,}</text>')
     return _svg(title, width, height, "".join(parts))
 
 
 def lines(
-    title: str, x: Sequence[float], series: Sequence[tuple[str, Sequence[float]]], x_name: str, y_name: str
+    title: str,
+    x: Sequence[float],
+    series: Sequence[tuple[str, Sequence[float]]],
+    x_name: str,
+    y_name: str,
 ) -> str:
     """Lines over a common axis, as an SVG element."""
     width, height, left, top, right, bottom = 760, 360, 60, 40, 190, 50
@@ -83,14 +100,21 @@ def lines(
         )
     for tick in _ticks(wide):
         at = left + inner_w * tick / wide
-        parts.append(f'<text x="{at:.1f}" y="{top + inner_h + 18}" text-anchor="middle">{tick:,.0f}</text>')
+        parts.append(
+            f'<text x="{at:.1f}" y="{top + inner_h + 18}" text-anchor="middle">{tick:,.0f}</text>'
+        )
     for number, (name, values) in enumerate(series):
-        colour, dash = COLOURS[number % len(COLOURS)], ' stroke-dasharray="6 3"' if number >= len(COLOURS) else ""
+        colour, dash = (
+            COLOURS[number % len(COLOURS)],
+            ' stroke-dasharray="6 3"' if number >= len(COLOURS) else "",
+        )
         points = " ".join(
             f"{left + inner_w * a / wide:.1f},{top + inner_h * (1 - b / high):.1f}"
             for a, b in zip(x, values, strict=True)
         )
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
+        )
         y = top + 16 * number + 8
         parts.append(
             f'<line x1="{left + inner_w + 14}" x2="{left + inner_w + 34}" y1="{y}" y2="{y}" stroke="{colour}" '

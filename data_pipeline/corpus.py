@@ -1,12 +1,15 @@
-"""Parallel Japanese/English documentation that Debian packages, as JSONL: real text for trying and measuring.
+"""Parallel Japanese/English documentation that Debian packages, as JSONL: real text for trying and
+measuring.
 
-    apt-get download -> dpkg-deb -x into a temporary folder -> manual pages, HTML -> plain text -> one JSONL a language
+    apt-get download -> dpkg-deb -x into a temporary folder -> manual pages, HTML -> plain text ->
+    one JSONL a language
 
 Decisions
-    Nothing is installed and nothing of it enters the repository; the user asks for it and gets it from Debian.
-    Each record holds what a reader must know to use it lawfully: package, version, path, and licence: the `License`
-    fields of the package's copyright file, or that file's first lines, and for a manual page its own notice.
-    Conversion is plain: tags and macros go, text, lists and examples stay.  The text is for measuring, not for a model.
+    Nothing is installed and nothing of it enters the repository; the user asks for it and gets it
+    from Debian. Each record holds what a reader must know to use it lawfully: package, version,
+    path, and licence: the `License` fields of the package's copyright file, or that file's first
+    lines, and for a manual page its own notice. Conversion is plain: tags and macros go, text,
+    lists and examples stay.  The text is for measuring, not for a model.
 """
 
 from __future__ import annotations
@@ -25,13 +28,38 @@ from data_pipeline.errors import DataError
 from data_pipeline.store.files import atomic_write
 
 PACKAGES = (
-    *("debian-handbook", "debian-reference-ja", "debian-reference-en", "manpages-ja", "manpages-ja-dev"),
+    *(
+        "debian-handbook",
+        "debian-reference-ja",
+        "debian-reference-en",
+        "manpages-ja",
+        "manpages-ja-dev",
+    ),
     *("manpages", "manpages-dev", "installation-guide-amd64"),
 )
 _MIN_CHARACTERS = 200
 _SKIPPED_TAGS = frozenset(("script", "style", "head", "nav"))
 _BLOCK_TAGS = frozenset(
-    ("p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "tr", "dt", "dd", "br", "table", "ul", "ol", "dl")
+    (
+        "p",
+        "div",
+        "li",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "pre",
+        "tr",
+        "dt",
+        "dd",
+        "br",
+        "table",
+        "ul",
+        "ol",
+        "dl",
+    )
 )
 _MAN_FONT = re.compile(r"\\f(?:\[[^]]*\]|\([A-Z]{2}|.)|\\s[-+]?\d+|\\[&|^/,%:)]")
 _MAN_CHARACTERS = {
@@ -39,7 +67,9 @@ _MAN_CHARACTERS = {
     "\\(co": "(c)", "\\(lq": '"', "\\(rq": '"', "\\(oq": "'", "\\(cq": "'", "\\(ga": "`", "\\(ha": "^", "\\(ti": "~",
     "\\~": " ", "\\0": " ", "\\(rs": "\\", "\\(->": "->", "\\(<=": "<=", "\\(>=": ">=", "\\(mc": "u", "\\(mu": "x",
 }  # fmt: skip
-_MAN_TEXT_MACROS = frozenset(("B", "I", "BR", "BI", "IB", "IR", "RB", "RI", "SM", "SB", "SH", "SS", "TP", "IP", "UR"))
+_MAN_TEXT_MACROS = frozenset(
+    ("B", "I", "BR", "BI", "IB", "IR", "RB", "RI", "SM", "SB", "SH", "SS", "TP", "IP", "UR")
+)
 _MAN_JOINED = frozenset(("BR", "BI", "IB", "IR", "RB", "RI"))
 
 
@@ -55,7 +85,10 @@ def make_corpus(out_dir: Path, packages: tuple[str, ...] = PACKAGES) -> dict[str
     out_dir.mkdir(parents=True, exist_ok=True)
     counts = {}
     with tempfile.TemporaryDirectory(prefix="corpus-") as temporary:
-        records = sorted(_records(Path(temporary), packages), key=lambda record: (record["language"], record["id"]))
+        records = sorted(
+            _records(Path(temporary), packages),
+            key=lambda record: (record["language"], record["id"]),
+        )
         for language in ("ja", "en"):
             chosen = [record for record in records if record["language"] == language]
             counts[language] = len(chosen)
@@ -90,9 +123,13 @@ def _records(work_dir: Path, packages: tuple[str, ...]) -> Iterator[dict[str, An
 
 def _call(work_dir: Path, *command: str) -> None:
     try:
-        subprocess.run(command, cwd=work_dir, check=True, capture_output=True, text=True, timeout=600)
+        subprocess.run(
+            command, cwd=work_dir, check=True, capture_output=True, text=True, timeout=600
+        )
     except FileNotFoundError as error:
-        raise DataError(f"{command[0]}: not found. The corpus needs a Debian system with apt.") from error
+        raise DataError(
+            f"{command[0]}: not found. The corpus needs a Debian system with apt."
+        ) from error
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise DataError(
@@ -102,12 +139,18 @@ def _call(work_dir: Path, *command: str) -> None:
 
 
 def _document(path: Path, name: str, package: str) -> tuple[str, str, str]:
-    """(language, text, notice) of a file; the language is empty if the file is none of the documents."""
+    """(language, text, notice) of a file; the language is empty if the file is none of the
+    documents.
+    """
     manual = re.fullmatch(r"usr/share/man/(ja/)?man\d[a-z]*/[^/]+\.gz", name)
     if manual:
         return _manual(path, "ja" if manual[1] else "en")
-    match = re.search(r"/(ja-JP|en-US|ja|en)/.*\.html(\.gz)?$", name) or re.search(r"\.(ja|en)\.html(\.gz)?$", name)
-    language = match[1][:2] if match else package[-2:] if name.endswith((".html", ".html.gz")) else ""
+    match = re.search(r"/(ja-JP|en-US|ja|en)/.*\.html(\.gz)?$", name) or re.search(
+        r"\.(ja|en)\.html(\.gz)?$", name
+    )
+    language = (
+        match[1][:2] if match else package[-2:] if name.endswith((".html", ".html.gz")) else ""
+    )
     if language not in ("ja", "en") or "/single" in name:
         return "", "", ""
     content = gzip.decompress(path.read_bytes()) if name.endswith(".gz") else path.read_bytes()
@@ -119,7 +162,11 @@ def _manual(path: Path, language: str) -> tuple[str, str, str]:
     if content.startswith(".so "):
         return "", "", ""
     notice = re.search(r"%%%LICENSE_START\(([^)]*)\)|SPDX-License-Identifier: (\S.*)", content)
-    return language, manual_text(content), f"page: {(notice[1] or notice[2]).strip()}" if notice else ""
+    return (
+        language,
+        manual_text(content),
+        f"page: {(notice[1] or notice[2]).strip()}" if notice else "",
+    )
 
 
 def manual_text(source: str) -> str:
@@ -197,5 +244,9 @@ def _licence(root: Path, package: str) -> str:
     named = sorted(set(re.findall(r"^License:[ \t]*(\S.*)$", text, re.MULTILINE)))
     if named:
         return ", ".join(named)
-    lines = [line.strip() for line in text.splitlines() if re.search("licen[cs]e|GPL|copyright", line, re.IGNORECASE)]
+    lines = [
+        line.strip()
+        for line in text.splitlines()
+        if re.search("licen[cs]e|GPL|copyright", line, re.IGNORECASE)
+    ]
     return " ".join(lines)[:300] or "see the package's copyright file"

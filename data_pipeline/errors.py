@@ -1,6 +1,7 @@
 """Exceptions that people are meant to read, each with the exit code that the process ends with.
 
-Codes follow sysexits.h where it has a fitting one.  `cpt.errors` adds those that only training can raise.
+Codes follow sysexits.h where it has a fitting one.  `cpt.errors` adds those that only training can
+raise.
 """
 
 from __future__ import annotations

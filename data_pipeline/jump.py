@@ -1,15 +1,19 @@
 """A long way through the choice of sources, in many places at once.
 
-    cumulative tokens of every source -> guess where each of many blocks starts -> walk all blocks side by side
+    cumulative tokens of every source -> guess where each of many blocks starts -> walk all blocks
+    side by side
                                                                                         |
                           exact positions <- does each block meet the next one? <-------+
 
 Decisions
-    The rule of `mixture` decides row by row, so one walk of a 10-billion-token run costs seconds in Python.  It also
-    forgets: two walks that start a few rows apart are in the same state soon after.  Blocks therefore start from
+    The rule of `mixture` decides row by row, so one walk of a 10-billion-token run costs seconds in
+    Python.  It also
+    forgets: two walks that start a few rows apart are in the same state soon after.  Blocks
+        therefore start from
     guesses, BURN_IN rows early, and are walked together with one numpy operation for all of them.
-    A guess is never trusted: `Blocks.met` says which blocks reached exactly the state that the block before them ends
-    in, and the caller walks the others row by row.  The result is that of the plain walk, bit for bit.
+    A guess is never trusted: `Blocks.met` says which blocks reached exactly the state that the
+    block before them ends in, and the caller walks the others row by row.  The result is that of
+    the plain walk, bit for bit.
 """
 
 from __future__ import annotations
@@ -35,19 +39,23 @@ class Blocks:
     """Walks over B consecutive stretches of a run; n sources."""
 
     index: Integers
-    """[B + 1] rows of the run before each stretch, and after the last, counted from where the walk began."""
+    """[B + 1] rows of the run before each stretch, and after the last, counted from where the walk
+    began.
+    """
     first: Integers
     """[B, n] rows of each source drawn before each stretch: a guess, but for stretch 0."""
     last: Integers
     """[B, n] rows of each source drawn after each stretch, if `first` was right."""
 
 
-def walk_blocks(cumulative: Sequence[Integers], weights: Sequence[float], count: int) -> Blocks | None:
+def walk_blocks(
+    cumulative: Sequence[Integers], weights: Sequence[float], count: int
+) -> Blocks | None:
     """Walk nearly `count` rows of a run.
 
     Args:
-        cumulative: per source, in the order in which ties are resolved: predicted tokens given so far, then after each
-            further row; long enough for the whole walk.
+        cumulative: per source, in the order in which ties are resolved: predicted tokens given so
+            far, then after each further row; long enough for the whole walk.
         weights: share of each source.
         count: rows.
 
@@ -78,7 +86,10 @@ def _guess_starts(cumulative: Sequence[Integers], weights: Sequence[float], coun
     mean = sum(w * (v[-1] - v[0]) / (len(v) - 1) for v, w in zip(cumulative, weights, strict=True))
     num_blocks = min(max(count // BLOCK_ROWS, 1), MAX_BLOCKS)
     places = total + np.arange(1, num_blocks) * (count * mean / num_blocks)
-    guesses = [np.searchsorted(v, w * places, side="left") for v, w in zip(cumulative, weights, strict=True)]
+    guesses = [
+        np.searchsorted(v, w * places, side="left")
+        for v, w in zip(cumulative, weights, strict=True)
+    ]
     starts = np.stack(guesses, axis=1).astype(np.int64)
     usable = starts.sum(axis=1) + 2 * BURN_IN < count
     usable &= np.diff(starts.sum(axis=1), prepend=0) > 2 * BURN_IN
@@ -89,11 +100,15 @@ def _guess_starts(cumulative: Sequence[Integers], weights: Sequence[float], coun
 class _Walk:
     """B walks; all arrays are [B] or [B, n]."""
 
-    def __init__(self, cumulative: Sequence[Integers], weights: Sequence[float], starts: Integers) -> None:
+    def __init__(
+        self, cumulative: Sequence[Integers], weights: Sequence[float], starts: Integers
+    ) -> None:
         lengths = [len(values) for values in cumulative]
         self._offsets = np.cumsum([0, *lengths[:-1]])
         self._tokens = np.concatenate(cumulative)
-        self._due = np.concatenate([values / weight for values, weight in zip(cumulative, weights, strict=True)])
+        self._due = np.concatenate(
+            [values / weight for values, weight in zip(cumulative, weights, strict=True)]
+        )
         self._limits = np.array(lengths) + self._offsets - 2
         self._places = starts + self._offsets
         self._total = self._tokens[self._places].sum(axis=1)

@@ -1,8 +1,9 @@
 """Shared by all tests: which of them run, and the table of fault cases.
 
-`pytest` runs everything but the slow tests of fault cases (those of tests/faults that are not marked `quick`, those of
-other folders that are marked `slow`) and says how many it left out.  `pytest --faults` runs every test that shows a
-case of docs/reliability.md, wherever it lives.  Naming tests/faults runs what is named.
+`pytest` runs everything but the slow tests of fault cases (those of tests/faults that are not
+marked `quick`, those of other folders that are marked `slow`) and says how many it left out.
+`pytest --faults` runs every test that shows a case of docs/reliability.md, wherever it lives.
+Naming tests/faults runs what is named.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 
 from tests.support.fault_table import FaultTable
 
-torch.set_num_threads(1)  # two threads on a busy two-core machine wait for each other more than they compute
+torch.set_num_threads(
+    1
+)  # two threads on a busy two-core machine wait for each other more than they compute
 
 FAULTS = Path(__file__).parent / "faults"
 LEFT_OUT = pytest.StashKey[int]()
@@ -24,7 +27,9 @@ TABLE = pytest.StashKey[FaultTable]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="run all tests that show a fault case, and no others")
+    parser.addoption(
+        "--faults", action="store_true", help="run all tests that show a fault case, and no others"
+    )
     parser.addoption("--fault_table", type=Path, help="file whose fault table is written anew")
 
 
@@ -35,7 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--faults"):
         kept = [item for item in items if item.get_closest_marker("case")]
-    elif config.getoption("markexpr") == "slow" or any("faults" in a for a in config.invocation_params.args):
+    elif config.getoption("markexpr") == "slow" or any(
+        "faults" in a for a in config.invocation_params.args
+    ):
         return
     else:
         kept = [item for item in items if not is_slow(item)]
@@ -54,7 +61,9 @@ def is_slow(item: pytest.Item) -> bool:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if (output := getattr(session.config, "workeroutput", None)) is not None:  # a worker of pytest-xdist
+    if (
+        output := getattr(session.config, "workeroutput", None)
+    ) is not None:  # a worker of pytest-xdist
         output["left_out"] = session.config.stash.get(LEFT_OUT, 0)
 
 
@@ -65,16 +74,26 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport | None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Iterator[pytest.TestReport | None]:
     report = yield
-    if report.when == "call" or report.outcome != "passed":  # a fixture may fail or skip before the call
-        reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped and report.longrepr else ""
+    if (
+        report.when == "call" or report.outcome != "passed"
+    ):  # a fixture may fail or skip before the call
+        reason = (
+            report.longrepr[2].removeprefix("Skipped: ")
+            if report.skipped and report.longrepr
+            else ""
+        )
         for mark in item.iter_markers("case"):
             item.config.stash[TABLE].add(*mark.args, report.outcome, reason, call.duration)
     return report
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     left_out = config.stash.get(LEFT_OUT, 0)
     if left_out:
         terminalreporter.write_line(f"{left_out} fault tests are left to: make faults")

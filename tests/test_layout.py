@@ -1,4 +1,6 @@
-"""The house rules that no single module can keep: who imports whom, what a module may be called, what is never used."""
+"""The house rules that no single module can keep: who imports whom, what a module may be called,
+what is never used.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ ROOMS = {
     "cpt/cli.py": "the `cpt` command",
     "cpt/run.py": "started by `deepspeed`",
 }
-"""What each room holds, in the order data flows: a room imports only from itself and from rooms listed before it."""
+"""What each room holds, in the order data flows: a room imports only from itself and from rooms
+listed before it.
+"""
 
 ORDER = list(ROOMS)
 
@@ -88,7 +92,11 @@ def by_path(paths: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("path", paths, ids=relative)
 
 
-MODULES = [path for path in SOURCES if path.parent not in (ROOT, ROOT / "cpt") or path.name != "__init__.py"]
+MODULES = [
+    path
+    for path in SOURCES
+    if path.parent not in (ROOT, ROOT / "cpt") or path.name != "__init__.py"
+]
 MODULES = [path for path in MODULES if path != ROOT / "data_pipeline" / "__init__.py"]
 
 
@@ -96,11 +104,17 @@ MODULES = [path for path in MODULES if path != ROOT / "data_pipeline" / "__init_
 def test_room_imports_only_from_rooms_before_it(path: Path) -> None:
     own = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
     assert own is not None, f"{relative(path)} is in no room: give it a place in ROOMS"
-    inside = {name for name in imported_names(path) if name.split(".")[0] in ("cpt", "data_pipeline")}
+    inside = {
+        name for name in imported_names(path) if name.split(".")[0] in ("cpt", "data_pipeline")
+    }
     packages = {"cpt", "data_pipeline"}
     strange = {name for name in inside - packages if room_of(name) is None}
     rooms = {name: room_of(name) for name in inside - strange}
-    later = {name for name, room in rooms.items() if room is not None and ORDER.index(room) > ORDER.index(own)}
+    later = {
+        name
+        for name, room in rooms.items()
+        if room is not None and ORDER.index(room) > ORDER.index(own)
+    }
     assert not strange | later, f"{relative(path)} ({own}) imports {sorted(strange | later)}"
 
 
@@ -108,7 +122,9 @@ def test_every_room_exists_and_the_readme_draws_the_same_map() -> None:
     drawn = "\n".join(f"    {room:<27}{holds}" for room, holds in ROOMS.items())
     print(drawn)
     assert [room for room in ORDER if not (ROOT / room).exists()] == []
-    assert drawn in (ROOT / "README.md").read_text(encoding="utf-8"), f"README's map is not this one:\n{drawn}"
+    assert drawn in (ROOT / "README.md").read_text(encoding="utf-8"), (
+        f"README's map is not this one:\n{drawn}"
+    )
 
 
 @by_path([path for path in SOURCES if path.is_relative_to(ROOT / "data_pipeline")])
@@ -119,15 +135,23 @@ def test_data_pipeline_imports_neither_training_nor_its_libraries(path: Path) ->
 
 @by_path(SOURCES)
 def test_deepspeed_is_imported_in_one_room_only(path: Path) -> None:
-    assert "deepspeed" not in imported_packages(path) or relative(path).startswith(MAY_IMPORT_DEEPSPEED)
+    assert "deepspeed" not in imported_packages(path) or relative(path).startswith(
+        MAY_IMPORT_DEEPSPEED
+    )
 
 
 def dependency_modules() -> set[str]:
     """Import names of the distributions in setup.cfg."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg", encoding="utf-8")
-    listed = settings["options"]["install_requires"] + "".join(settings["options.extras_require"].values())
-    names = {match.group() for line in listed.splitlines() if (match := re.match(r"[A-Za-z0-9_-]+", line.strip()))}
+    listed = settings["options"]["install_requires"] + "".join(
+        settings["options.extras_require"].values()
+    )
+    names = {
+        match.group()
+        for line in listed.splitlines()
+        if (match := re.match(r"[A-Za-z0-9_-]+", line.strip()))
+    }
     return {name.lower().replace("-", "_") for name in names} | {"yaml"}
 
 
@@ -135,13 +159,20 @@ def test_setup_cfg_names_the_dependencies_that_are_compared() -> None:
     assert {"torch", "deepspeed", "datasets", "wandb", "flash_attn"} <= dependency_modules()
 
 
-@by_path(sorted(entry for entry in (ROOT / "cpt").iterdir() if entry.is_dir() or entry.suffix == ".py"))
+@by_path(
+    sorted(entry for entry in (ROOT / "cpt").iterdir() if entry.is_dir() or entry.suffix == ".py")
+)
 def test_nothing_directly_in_cpt_shadows_another_module(path: Path) -> None:
-    assert path.stem == "__pycache__" or path.stem not in sys.stdlib_module_names | dependency_modules()
+    assert (
+        path.stem == "__pycache__"
+        or path.stem not in sys.stdlib_module_names | dependency_modules()
+    )
 
 
 def calls(path: Path) -> set[str]:
-    """Dotted names of everything called by name: `eval`, `torch.load`; `model.eval` is `model.eval`."""
+    """Dotted names of everything called by name: `eval`, `torch.load`; `model.eval` is
+    `model.eval`.
+    """
     return {ast.unparse(node.func) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)}
 
 
@@ -155,12 +186,32 @@ def is_pickle(node: ast.expr) -> bool:
 @by_path(SOURCES)
 @pytest.mark.case("X1", "no pickle, torch.load, eval or exec in the code")
 def test_no_pickle_is_read_and_no_text_becomes_code(path: Path) -> None:
-    modules = imported_packages(path) & {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+    modules = imported_packages(path) & {
+        "pickle",
+        "dill",
+        "cloudpickle",
+        "marshal",
+        "shelve",
+        "joblib",
+    }
     if relative(path) == MAY_UNPICKLE:
         modules -= {"pickle"}
-        used = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute) and is_pickle(node.value)}
-        assert used == {"Unpickler"}, "only as the base of the class that refuses what it does not know"
-    called = calls(path) & {"eval", "exec", "compile", "torch.load", "yaml.load", "yaml.unsafe_load"}
+        used = {
+            node.attr
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.Attribute) and is_pickle(node.value)
+        }
+        assert used == {"Unpickler"}, (
+            "only as the base of the class that refuses what it does not know"
+        )
+    called = calls(path) & {
+        "eval",
+        "exec",
+        "compile",
+        "torch.load",
+        "yaml.load",
+        "yaml.unsafe_load",
+    }
     unpickles = "allow_pickle=True" in path.read_text(encoding="utf-8")
     assert not modules and not called and not unpickles, (modules, called)
 
@@ -225,7 +276,9 @@ def test_tests_that_start_several_processes_are_marked(path: Path) -> None:
 @by_path([path for path in TESTS if path.parent == ROOT / "tests" / "support"])
 def test_support_holds_no_tests(path: Path) -> None:
     functions = [node.name for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
-    assert not [name for name in functions if name.startswith("test_")] and not path.name.startswith("test_")
+    assert not [
+        name for name in functions if name.startswith("test_")
+    ] and not path.name.startswith("test_")
 
 
 def test_tests_are_no_package() -> None:
@@ -235,5 +288,7 @@ def test_tests_are_no_package() -> None:
 
 @by_path(TEST_MODULES)
 def test_no_test_hides_another_of_the_same_name(path: Path) -> None:
-    names = [node.name for node in tree(path).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    names = [
+        node.name for node in tree(path).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
     assert len(names) == len(set(names)), {name for name in names if names.count(name) > 1}

@@ -1,4 +1,6 @@
-"""The plot: time of one pass over the length of the row, full layers on the left, window layers on the right."""
+"""The plot: time of one pass over the length of the row, full layers on the left, window layers on
+the right.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,17 @@ from typing import Any
 import numpy as np
 
 from attention_parts.contenders import EAGER, PLAIN
-from cpt.telemetry.plot import ALARM, INK, MUTED, PALETTE, Plot, Scale, bin_series, clean, standalone
+from cpt.telemetry.plot import (
+    ALARM,
+    INK,
+    MUTED,
+    PALETTE,
+    Plot,
+    Scale,
+    bin_series,
+    clean,
+    standalone,
+)
 
 SIZE = (545, 320)
 LABEL_ROOM = 215
@@ -27,9 +39,13 @@ def draw(report: dict[str, Any]) -> str:
     for index, kind in enumerate(kinds):
         left = index * SIZE[0]
         title = f"{kind} layer" + (" (128 keys)" if kind == "window" else "")
-        parts.append(f'<text x="{left + 60}" y="22" font-weight="600" font-size="14" fill="{INK}">{title}</text>')
+        parts.append(
+            f'<text x="{left + 60}" y="22" font-weight="600" font-size="14" fill="{INK}">{title}</text>'
+        )
         panel = _panel([result for result in results if result["layer"] == kind], x, y)
-        parts.append(f'<svg x="{left}" y="{HEADER}" width="{SIZE[0]}" height="{SIZE[1]}">{panel}</svg>')
+        parts.append(
+            f'<svg x="{left}" y="{HEADER}" width="{SIZE[0]}" height="{SIZE[1]}">{panel}</svg>'
+        )
     machine = report["machine"]
     source = f"{machine['device']}, {machine['heads']}, bf16, torch {machine['torch']}, {machine['date']}"
     parts.append(f'<text x="60" y="{height - 6}" fill="{MUTED}">{clean(source, 200)}</text>')
@@ -42,8 +58,12 @@ def _panel(results: list[dict[str, Any]], x: Scale, y: Scale) -> str:
     plot = Plot(size=SIZE, x=x, y=y, labels=labels, right=LABEL_ROOM)
     at_the_end = []
     for index, name in enumerate(names):
-        points = [(result["tokens"], result["ms"][name]) for result in results if name in result["ms"]]
-        tokens, times = (np.asarray(values, dtype=np.float64) for values in zip(*points, strict=True))
+        points = [
+            (result["tokens"], result["ms"][name]) for result in results if name in result["ms"]
+        ]
+        tokens, times = (
+            np.asarray(values, dtype=np.float64) for values in zip(*points, strict=True)
+        )
         color = {EAGER: ALARM, PLAIN: MUTED}.get(name, PALETTE[index % len(PALETTE)])
         plot.line(bin_series(tokens, times), color, dots=True, dash="5 3" if name == PLAIN else "")
         shown = f"this project ({name})" if name == results[0]["ours"] else name

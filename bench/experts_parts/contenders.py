@@ -1,6 +1,8 @@
-"""What is compared: gpt-oss's MoE layer of this project and of transformers; each is one forward and backward.
+"""What is compared: gpt-oss's MoE layer of this project and of transformers; each is one forward
+and backward.
 
-All hold the same weights, and each includes the router, the sorting and the sum over a token's experts.
+All hold the same weights, and each includes the router, the sorting and the sum over a token's
+experts.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class Layer:
 
 
 def build(name: str, layer: Layer, topology: Any = None) -> nn.Module:
-    """The layer of a contender, with random weights and biases, in bf16; ours with all experts or a topology's."""
+    """The layer of a contender, with random weights and biases, in bf16; ours with all experts or a
+    topology's.
+    """
     config = GptOssConfig(
         hidden_size=layer.hidden,
         intermediate_size=layer.expert_size,
@@ -74,7 +78,11 @@ def make_step(name: str, layer: Layer) -> Step:
     """One forward and backward pass; gradients are dropped before it, as an optimizer does."""
     mlp = build(name, layer)
     generator = torch.Generator().manual_seed(1)
-    hidden, d_out = torch.randn(2, 1, layer.tokens, layer.hidden, generator=generator).bfloat16().to(layer.device)
+    hidden, d_out = (
+        torch.randn(2, 1, layer.tokens, layer.hidden, generator=generator)
+        .bfloat16()
+        .to(layer.device)
+    )
 
     def step() -> None:
         mlp.zero_grad(set_to_none=True)

@@ -6,7 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from cpt.telemetry.plot import ALARM, INK, MUTED, PALETTE, Plot, Scale, bin_series, clean, standalone
+from cpt.telemetry.plot import (
+    ALARM,
+    INK,
+    MUTED,
+    PALETTE,
+    Plot,
+    Scale,
+    bin_series,
+    clean,
+    standalone,
+)
 
 SIZE = (500, 300)
 HEADER, FOOTER = 34, 20
@@ -21,17 +31,23 @@ def draw(report: dict[str, Any]) -> str:
         panels.append(_panel(results, "peak MiB", "MiB, peak beyond weights and input"))
     width, height = SIZE[0] * len(panels), SIZE[1] + HEADER + FOOTER
     title = f"gpt-oss MoE layer, {machine['tokens']} tokens, top {machine['top_k']}, {machine['sizes']}, bf16"
-    parts = [f'<text x="60" y="22" font-weight="600" font-size="14" fill="{INK}">{clean(title, 120)}</text>']
+    parts = [
+        f'<text x="60" y="22" font-weight="600" font-size="14" fill="{INK}">{clean(title, 120)}</text>'
+    ]
     for index, panel in enumerate(panels):
         left = index * SIZE[0]
-        parts.append(f'<svg x="{left}" y="{HEADER}" width="{SIZE[0]}" height="{SIZE[1]}">{panel}</svg>')
+        parts.append(
+            f'<svg x="{left}" y="{HEADER}" width="{SIZE[0]}" height="{SIZE[1]}">{panel}</svg>'
+        )
     source = f"{machine['device']}, torch {machine['torch']}, clock: {machine['clock']}, {machine['date']}"
     parts.append(f'<text x="60" y="{height - 6}" fill="{MUTED}">{clean(source, 200)}</text>')
     return standalone("".join(parts), width, height)
 
 
 def _panel(results: list[dict[str, Any]], key: str, label: str) -> str:
-    names = list(dict.fromkeys(name for result in results for name, value in result[key].items() if value))
+    names = list(
+        dict.fromkeys(name for result in results for name, value in result[key].items() if value)
+    )
     values = [value for result in results for value in result[key].values() if value]
     experts = [float(result["experts"]) for result in results]
     x = Scale(low=min(experts) / 1.2, high=max(experts) * 1.2, log=True)
@@ -39,7 +55,9 @@ def _panel(results: list[dict[str, Any]], key: str, label: str) -> str:
     plot = Plot(size=SIZE, x=x, y=y, labels=("experts", label), right=150)
     at_the_end = []
     for index, name in enumerate(names):
-        points = [(result["experts"], result[key][name]) for result in results if result[key].get(name)]
+        points = [
+            (result["experts"], result[key][name]) for result in results if result[key].get(name)
+        ]
         across, up = (np.asarray(column, dtype=np.float64) for column in zip(*points, strict=True))
         color = COLORS.get(name, PALETTE[(index + 1) % len(PALETTE)])
         plot.line(bin_series(across, up), color, dots=True)

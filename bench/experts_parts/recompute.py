@@ -1,10 +1,12 @@
-"""`model.expert_recompute` measured: layers under activation checkpointing and expert parallelism, in both settings.
+"""`model.expert_recompute` measured: layers under activation checkpointing and expert parallelism,
+in both settings.
 
-The parent starts one process per rank of an expert-parallel group over gloo.  Each holds its experts of a stack of
-layers and sends its share of the tokens through it: x = x + mlp(x), every layer checkpointed as the engine does it.
-The ways take turns in the same processes.  Peak memory is that of a pass whose shapes have been seen before; a
-parameter's gradient is dropped when it is complete, as ZeRO-3 keeps only a share of it.  What one rank sends is counted
-by the same counters as in training.
+The parent starts one process per rank of an expert-parallel group over gloo.  Each holds its
+experts of a stack of layers and sends its share of the tokens through it: x = x + mlp(x), every
+layer checkpointed as the engine does it. The ways take turns in the same processes.  Peak memory is
+that of a pass whose shapes have been seen before; a parameter's gradient is dropped when it is
+complete, as ZeRO-3 keeps only a share of it.  What one rank sends is counted by the same counters
+as in training.
 """
 
 from __future__ import annotations
@@ -39,9 +41,11 @@ WAYS = ("no checkpointing", "recompute", "keep")
 
 
 def compare(layer: Layer, *, rounds: int, threads: int, clock: str) -> dict[str, Any]:
-    """The first rank's figures: per way median seconds, peak bytes and bytes it sends to the other rank.
+    """The first rank's figures: per way median seconds, peak bytes and bytes it sends to the other
+    rank.
 
-    Peaks come from processes of their own: the allocator settings that they need would cost the others time.
+    Peaks come from processes of their own: the allocator settings that they need would cost the
+    others time.
     """
     given = {**asdict(layer), "device": "cpu", "threads": threads, "clock": clock}
     memory = _ranks({**given, "rounds": 0}, measuring.RETURN_MEMORY)
@@ -54,10 +58,17 @@ def _ranks(given: dict[str, Any], extra_environment: dict[str, str]) -> dict[str
     port = measuring.free_port()
     processes = []
     for rank in range(RANKS):
-        environment = {**os.environ, **extra_environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {
+            **os.environ,
+            **extra_environment,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         environment |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
         command = [sys.executable, __file__, json.dumps(given)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        )
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise RuntimeError(f"a rank ended with {[process.returncode for process in processes]}")
@@ -69,7 +80,9 @@ class Stack:
 
     def __init__(self, layer: Layer, rank: int) -> None:
         self.traffic = Traffic()
-        topology: Any = SimpleNamespace(ep_size=RANKS, ep_rank=rank, ep_group=dist.group.WORLD, traffic=self.traffic)
+        topology: Any = SimpleNamespace(
+            ep_size=RANKS, ep_rank=rank, ep_group=dist.group.WORLD, traffic=self.traffic
+        )
         self._layers = nn.ModuleList(build(OURS, layer, topology) for _ in range(LAYERS))
         for parameter in self._layers.parameters():
             parameter.register_post_accumulate_grad_hook(lambda done: setattr(done, "grad", None))
@@ -108,11 +121,18 @@ def _times(stack: Stack, layer: Layer, rounds: int, clock: str) -> dict[str, Any
         for way in WAYS:
             dist.barrier()
             took = measuring.seconds(lambda way=way: stack.run(way), layer.device, clock)
-            seconds[way] += [took] if number else []  # the first one sees its shapes for the first time
+            seconds[way] += (
+                [took] if number else []
+            )  # the first one sees its shapes for the first time
     found = {}
     for way in WAYS:
-        ratios = [own / other for own, other in zip(seconds[way], seconds["recompute"], strict=True)]
-        found[way] = {"ratio": statistics.median(ratios), "seconds": statistics.median(seconds[way])}
+        ratios = [
+            own / other for own, other in zip(seconds[way], seconds["recompute"], strict=True)
+        ]
+        found[way] = {
+            "ratio": statistics.median(ratios),
+            "seconds": statistics.median(seconds[way]),
+        }
     return found
 
 

@@ -1,4 +1,6 @@
-"""What the benchmarks measure with: time and peak memory of one pass, and where the figures come from."""
+"""What the benchmarks measure with: time and peak memory of one pass, and where the figures come
+from.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ import torch
 
 Step = Callable[[], None]
 
-RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "65536"}
+RETURN_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "65536",
+}
 """Environment in which glibc hands freed memory back at once, so that a peak is what was in use."""
 
 
@@ -36,7 +42,8 @@ def seconds(step: Step, device: torch.device, clock: str) -> float:
 
 
 def peak_bytes(step: Step, device: torch.device) -> tuple[int, int]:
-    """How far memory grows during one pass, and its largest size; on a CPU of this process, resident.
+    """How far memory grows during one pass, and its largest size; on a CPU of this process,
+    resident.
 
     On a CPU the process should have been started with RETURN_MEMORY.
     """
@@ -55,7 +62,9 @@ def peak_bytes(step: Step, device: torch.device) -> tuple[int, int]:
 
 
 def reset_peak() -> int:
-    """Start a new peak of this process's resident memory; returns what is resident now.  Linux only."""
+    """Start a new peak of this process's resident memory; returns what is resident now.  Linux
+    only.
+    """
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
     return resident_bytes("VmRSS")
@@ -68,7 +77,9 @@ def peak_resident_bytes() -> int:
 
 def can_measure_memory(device: torch.device) -> bool:
     """Whether peaks can be told: on any GPU, and on Linux."""
-    return device.type == "cuda" or (sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK))
+    return device.type == "cuda" or (
+        sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
+    )
 
 
 def free_bytes(device: torch.device) -> int:
@@ -106,9 +117,13 @@ def free_port() -> str:
 
 
 def publish(
-    report: dict[str, Any], options: argparse.Namespace, draw: Callable[[dict[str, Any]], str] | None = None
+    report: dict[str, Any],
+    options: argparse.Namespace,
+    draw: Callable[[dict[str, Any]], str] | None = None,
 ) -> None:
-    """Print where the figures come from; write them and their plot where `--json` and `--svg` ask for it."""
+    """Print where the figures come from; write them and their plot where `--json` and `--svg` ask
+    for it.
+    """
     print(json.dumps(report["machine"]))
     texts = {"json": lambda: json.dumps(report, indent=1) + "\n"}
     if draw is not None:

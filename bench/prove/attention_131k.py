@@ -1,9 +1,11 @@
-"""Proof of linear memory: one window layer and one full layer at 131,072 tokens, forward and backward, within 8 GiB.
+"""Proof of linear memory: one window layer and one full layer at 131,072 tokens, forward and
+backward, within 8 GiB.
 
     python bench/prove/attention_131k.py [--tokens 131072] [--heads 8] [--limit_gib 8]
 
-8 query heads and 1 key/value head in bf16: what a rank of gpt-oss-20b holds at SP = 8.  Each layer runs in a process of
-its own, whose whole resident memory, torch included, counts.  The full layer takes minutes.
+8 query heads and 1 key/value head in bf16: what a rank of gpt-oss-20b holds at SP = 8.  Each layer
+runs in a process of its own, whose whole resident memory, torch included, counts.  The full layer
+takes minutes.
 """
 
 from __future__ import annotations
@@ -29,11 +31,20 @@ def main() -> None:
     options = parser.parse_args()
     above = False
     for kind in ("window", "full"):
-        command = [sys.executable, str(BENCH / "attention.py"), "--peak_of", "auto", "--device", "cpu"]
+        command = [
+            sys.executable,
+            str(BENCH / "attention.py"),
+            "--peak_of",
+            "auto",
+            "--device",
+            "cpu",
+        ]
         command += ["--layers", kind, "--lengths", str(options.tokens)]
         command += ["--heads", str(options.heads), "--kv_heads", str(options.kv_heads)]
         started = time.perf_counter()
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ
+        )
         seconds = time.perf_counter() - started
         peak_gib = json.loads(done.stdout.splitlines()[-1])["largest_bytes"] / 2**30
         above |= peak_gib > options.limit_gib

@@ -1,9 +1,11 @@
-"""ZeRO-3 frees the gathered experts of a layer after its forward: autograd does not keep them until the backward.
+"""ZeRO-3 frees the gathered experts of a layer after its forward: autograd does not keep them until
+the backward.
 
     python bench/prove/gathered_experts.py
 
-One process, activation checkpointing off, so few tokens that activations do not count.  Between forward and backward,
-the resident memory may have grown by less than the experts of two layers (of eight); ends with 1 if it has grown more.
+One process, activation checkpointing off, so few tokens that activations do not count.  Between
+forward and backward, the resident memory may have grown by less than the experts of two layers (of
+eight); ends with 1 if it has grown more.
 """
 
 from __future__ import annotations
@@ -27,11 +29,20 @@ LAYERS, EXPERTS, TOKENS = 8, 32, 64
 def main() -> None:
     """Print what the forward left behind."""
     if os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:  # glibc reads it when a process starts
-        os.execve(sys.executable, [sys.executable, __file__], {**os.environ, **measuring.RETURN_MEMORY})
+        os.execve(
+            sys.executable, [sys.executable, __file__], {**os.environ, **measuring.RETURN_MEMORY}
+        )
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.setdefault("MASTER_PORT", "29611")
     case = Case(
-        contender=OURS, tokens=TOKENS, ranks=1, steps=1, threads=1, experts=EXPERTS, layers=LAYERS, clock="wall"
+        contender=OURS,
+        tokens=TOKENS,
+        ranks=1,
+        steps=1,
+        threads=1,
+        experts=EXPERTS,
+        layers=LAYERS,
+        clock="wall",
     )
     engine, topology = build(case)
     from cpt.training.loader import make_micro_batch
@@ -43,14 +54,22 @@ def main() -> None:
     kept = measuring.reset_peak() - before
     engine.deepspeed.backward(loss / TOKENS, scale_wrt_gas=False)
     layer = expert_bytes(model_config(case))
-    print(f"experts of a layer: {layer / 2**20:.0f} MiB, of all {LAYERS}: {LAYERS * layer / 2**20:.0f} MiB")
+    print(
+        f"experts of a layer: {layer / 2**20:.0f} MiB, of all {LAYERS}: {LAYERS * layer / 2**20:.0f} MiB"
+    )
     print(f"resident memory after the forward: {kept / 2**20:+.0f} MiB")
     sys.exit(kept >= 2 * layer)
 
 
 def expert_bytes(config: GptOssConfig) -> int:
     """Of one layer in bf16, without biases."""
-    return config.num_local_experts * 3 * config.hidden_size * config.intermediate_size * torch.bfloat16.itemsize
+    return (
+        config.num_local_experts
+        * 3
+        * config.hidden_size
+        * config.intermediate_size
+        * torch.bfloat16.itemsize
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What English costs on the way to Japanese, on real text: no replay, fixed shares of it, and the guard.
+"""What English costs on the way to Japanese, on real text: no replay, fixed shares of it, and the
+guard.
 
     python bench/prove/guard.py [--work_dir DIR] [--seeds 3] [--arms ...] [--json FILE] [--svg FILE]
 
-A gpt-oss of 3.9 M parameters (all parts of the architecture, the first 8,192 merges of its vocabulary) learns English
-prose, reference, code, mathematics and Harmony-like dialogue, then goes on with Japanese:
+A gpt-oss of 3.9 M parameters (all parts of the architecture, the first 8,192 merges of its
+vocabulary) learns English prose, reference, code, mathematics and Harmony-like dialogue, then goes
+on with Japanese:
 
     naive           Japanese alone
     replay N %      N percent of the tokens are the English of before, evenly over its five domains
@@ -11,12 +13,12 @@ prose, reference, code, mathematics and Harmony-like dialogue, then goes on with
     self N %        N percent of the tokens are text that the base model wrote (`cpt replay`)
     guard           starts with 1 % replay and is told nothing but the tolerance
 
-KL and self run only if `--arms` names them.  The others, with three seeds, took 2 h 10 min on two cores that other work
-shared.
+KL and self run only if `--arms` names them.  The others, with three seeds, took 2 h 10 min on two
+cores that other work shared.
 
-Every run is the product: `deepspeed cpt/run.py`, ZeRO, the mixture, the guard.  All measure the same held-out
-documents, and only the guard arm acts on them.  Runs that are done are not repeated: the script can be stopped and
-started again.
+Every run is the product: `deepspeed cpt/run.py`, ZeRO, the mixture, the guard.  All measure the
+same held-out documents, and only the guard arm acts on them.  Runs that are done are not repeated:
+the script can be stopped and started again.
 Needs a Debian system with a package mirror (the texts) and about 2 GB of disk.
 """
 
@@ -104,7 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The guard's proof.")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "prove_guard")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument(
+        "--parallel", type=int, default=2, help="runs at a time, of one thread each"
+    )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=DEFAULT_ARMS)
     parser.add_argument("--pretrain_steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=150, help="of the continuation")
@@ -121,7 +125,10 @@ def main() -> None:
     planned = [(arm, seed) for seed in range(1, options.seeds + 1) for arm in options.arms]
     with ThreadPoolExecutor(options.parallel) as pool:
         folders = list(pool.map(lambda run: continue_on_japanese(options, base, *run), planned))
-    runs = [{"arm": arm, "seed": seed, **outcome(folder)} for (arm, seed), folder in zip(planned, folders, strict=True)]
+    runs = [
+        {"arm": arm, "seed": seed, **outcome(folder)}
+        for (arm, seed), folder in zip(planned, folders, strict=True)
+    ]
     report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", "runs": runs,
               "pretrain_steps": options.pretrain_steps, "steps": options.steps,
               "tokens_per_step": SEQ_LEN * GLOBAL_BATCH_SIZE, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
@@ -147,8 +154,12 @@ def prepare(work_dir: Path) -> None:
     (work_dir / "initial.part").rename(work_dir / "initial")
 
 
-def write_mix(work_dir: Path, name: str, *, seed: int, replay: float, self_written: bool = False) -> Path:
-    """A mix whose English domains share `replay` evenly, or which the base model wrote; Japanese has the rest."""
+def write_mix(
+    work_dir: Path, name: str, *, seed: int, replay: float, self_written: bool = False
+) -> Path:
+    """A mix whose English domains share `replay` evenly, or which the base model wrote; Japanese
+    has the rest.
+    """
     share = 0.0 if self_written else replay / len(ENGLISH)
     weights = {**dict.fromkeys(ENGLISH, share), "japanese": 1 - replay}
     sources: list[dict[str, Any]] = [
@@ -163,10 +174,19 @@ def write_mix(work_dir: Path, name: str, *, seed: int, replay: float, self_writt
         for domain, weight in weights.items()
     ]
     if self_written:
-        written = {"name": SELF_WRITTEN, "language": "en", "domain": SELF_WRITTEN, "kind": "self_replay"}
-        sources.append({**written, "path": str(work_dir / SELF_WRITTEN / "plain.jsonl"), "weight": replay})
+        written = {
+            "name": SELF_WRITTEN,
+            "language": "en",
+            "domain": SELF_WRITTEN,
+            "kind": "self_replay",
+        }
+        sources.append(
+            {**written, "path": str(work_dir / SELF_WRITTEN / "plain.jsonl"), "weight": replay}
+        )
     path = work_dir / f"{name}.mix.yaml"
-    path.write_text(yaml.safe_dump({"seq_len": SEQ_LEN, "seed": seed, "sources": sources}, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump({"seq_len": SEQ_LEN, "seed": seed, "sources": sources}, sort_keys=False)
+    )
     return path
 
 
@@ -174,7 +194,16 @@ def write_kl_targets(work_dir: Path, base: Path) -> None:
     """What the base model predicts on the English training rows."""
     if not (work_dir / "kl_targets").exists():
         chosen = [argument for domain in ENGLISH for argument in ("--source", domain)]
-        command = ["targets", "--model", str(base), "--build", str(work_dir / "build"), *chosen, "--top_k", "16"]
+        command = [
+            "targets",
+            "--model",
+            str(base),
+            "--build",
+            str(work_dir / "build"),
+            *chosen,
+            "--top_k",
+            "16",
+        ]
         replay_command(work_dir, "kl_targets", command)
 
 
@@ -189,7 +218,9 @@ def write_self_replay(work_dir: Path, base: Path) -> None:
 
 
 def sample_self_replay(work_dir: Path, base: Path) -> None:
-    """As many texts of each English domain, continued by the base model after their first tokens."""
+    """As many texts of each English domain, continued by the base model after their first
+    tokens.
+    """
     prefixes = work_dir / "prefixes.jsonl"
     lines = [(work_dir / "text" / f"{domain}.jsonl").read_text().splitlines() for domain in ENGLISH]
     step = [len(documents) // SELF_WRITTEN_DOCUMENTS for documents in lines]
@@ -205,7 +236,10 @@ def replay_command(work_dir: Path, out: str, arguments: list[str]) -> None:
     script = ROOT / "bench" / "prove" / "guard_parts" / "command.py"
     command = [sys.executable, str(script), "replay", *arguments, "--out", str(work_dir / out)]
     with open(work_dir / f"{out}.log", "w", encoding="utf-8") as log:
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the runs, so that both cores can be used at once
+        one_thread = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+        }  # as the runs, so that both cores can be used at once
         subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=one_thread, check=True)
 
 
@@ -213,7 +247,15 @@ def pretrain(work_dir: Path, steps: int) -> Path:
     """The small model after English, as a Hugging Face directory."""
     mix = write_mix(work_dir, "pretrain", seed=0, replay=1.0)
     train = {"total_steps": steps, "lr": 3e-3, "warmup_steps": 50, "schedule": "cosine"}
-    run_dir = launch(work_dir, "pretrain", work_dir / "initial", mix, train, {"enabled": False}, work_dir / "build")
+    run_dir = launch(
+        work_dir,
+        "pretrain",
+        work_dir / "initial",
+        mix,
+        train,
+        {"enabled": False},
+        work_dir / "build",
+    )
     return next((run_dir / "export").glob("step-*"))
 
 
@@ -221,9 +263,13 @@ def continue_on_japanese(options: argparse.Namespace, base: Path, arm: str, seed
     """One arm with one order of the data."""
     name = f"{arm.replace(' %', '').replace(' ', '-')}-{seed}"
     chosen = ARMS[arm]
-    mix = write_mix(options.work_dir, name, seed=seed, replay=chosen.replay, self_written=chosen.self_written)
+    mix = write_mix(
+        options.work_dir, name, seed=seed, replay=chosen.replay, self_written=chosen.self_written
+    )
     guard: dict[str, Any] = {"max_documents": 100, "tolerance_percent": TOLERANCE_PERCENT}
-    guard["domains"] = {"japanese": {"tolerance_percent": 5.0}}  # fewer documents: it falls by tens of percent
+    guard["domains"] = {
+        "japanese": {"tolerance_percent": 5.0}
+    }  # fewer documents: it falls by tens of percent
     if chosen.guard:
         guard |= {"interval_steps": 10}
     train = {"total_steps": options.steps, "lr": 5e-4, "warmup_steps": 10, "schedule": "cosine"}
@@ -257,7 +303,12 @@ def launch(
     config = work_dir / f"{name}.run.yaml"
     config.write_text(yaml.safe_dump(run, sort_keys=False))
     automatic = dict.fromkeys(
-        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        (
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+        ),
         "auto",
     )
     engine = work_dir / "engine.json"
@@ -292,10 +343,17 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     events = read_events(run_dir / "metrics.jsonl")
     guard = {event["domain"]: event for event in events if event["event"] == "guard"}
     steps = [event for event in events if event["event"] == "step"]
-    replayed = sum(count for event in steps for name, count in event["tokens_by_source"].items() if name != "japanese")
+    replayed = sum(
+        count
+        for event in steps
+        for name, count in event["tokens_by_source"].items()
+        if name != "japanese"
+    )
     return {
         "change_percent": {domain: event["delta_percent"] for domain, event in guard.items()},
-        "interval": {domain: [event["ci_low"], event["ci_high"]] for domain, event in guard.items()},
+        "interval": {
+            domain: [event["ci_low"], event["ci_high"]] for domain, event in guard.items()
+        },
         "baseline": {domain: event["baseline"] for domain, event in guard.items()},
         "replay_share": replayed / sum(event["tokens"] for event in steps),
         "decisions": [event for event in events if event["event"] == "guard_decision"],

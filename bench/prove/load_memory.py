@@ -1,10 +1,13 @@
-"""Peak host memory of each rank while a released-layout (MXFP4) directory is loaded on 4 ranks with EP 4.
+"""Peak host memory of each rank while a released-layout (MXFP4) directory is loaded on 4 ranks with
+EP 4.
 
     python bench/prove/load_memory.py            # about two minutes, 15 GB of memory, 0.5 GB of disk
 
-Bound: what the rank keeps (working weights, fp32 master, Adam moments, gradient buffer) + 2 x its part of the largest
-layer.  Peaks are VmHWM, reset after a tiny engine was built (what libraries take at their first use) and before this
-one; the files are read, not mapped, so they do not count.  glibc is told to give freed memory back.
+Bound: what the rank keeps (working weights, fp32 master, Adam moments, gradient buffer) + 2 x its
+    part of the largest
+layer.  Peaks are VmHWM, reset after a tiny engine was built (what libraries take at their first
+use) and before this one; the files are read, not mapped, so they do not count.  glibc is told to
+give freed memory back.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ MODEL = {
 
 
 def write_fixture(path: Path) -> int:
-    """A directory in the released layout, one file per layer; returns the bytes of its decoded experts in bf16."""
+    """A directory in the released layout, one file per layer; returns the bytes of its decoded
+    experts in bf16.
+    """
     from transformers import GptOssConfig
 
     from cpt.model import gpt_oss
@@ -50,7 +55,9 @@ def write_fixture(path: Path) -> int:
     config = GptOssConfig(**{**gpt_oss.PRESETS["tiny"], **MODEL})
     config.save_pretrained(str(path))
     values = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "mxfp4"}}))
+    (path / "config.json").write_text(
+        json.dumps({**values, "quantization_config": {"quant_method": "mxfp4"}})
+    )
     files: dict[str, dict[str, torch.Tensor]] = {}
     decoded_bytes = 0
     generator = torch.Generator().manual_seed(0)
@@ -60,8 +67,12 @@ def write_fixture(path: Path) -> int:
         if len(shape) == 3:
             experts, inputs, rows = shape
             blocks = (experts, rows, inputs // 32, 16)
-            tensors[name + "_blocks"] = torch.randint(0, 256, blocks, dtype=torch.uint8, generator=generator)
-            tensors[name + "_scales"] = torch.randint(116, 124, blocks[:3], dtype=torch.uint8, generator=generator)
+            tensors[name + "_blocks"] = torch.randint(
+                0, 256, blocks, dtype=torch.uint8, generator=generator
+            )
+            tensors[name + "_scales"] = torch.randint(
+                116, 124, blocks[:3], dtype=torch.uint8, generator=generator
+            )
             decoded_bytes += 2 * experts * inputs * rows
         else:
             tensors[name] = (torch.randn(shape, generator=generator) * 0.02).bfloat16()
@@ -95,9 +106,14 @@ def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
     from cpt.job.job import build_engine, fill_weights, weight_source
     from data_pipeline.config.strict_yaml import parse_yaml, read_file
 
-    engine_json = {"zero_optimization": {"stage": 3}, "expert_parallel": {"enabled": True, "autoep_size": WORLD_SIZE}}
+    engine_json = {
+        "zero_optimization": {"stage": 3},
+        "expert_parallel": {"enabled": True, "autoep_size": WORLD_SIZE},
+    }
     info = LaunchInfo(world_size=WORLD_SIZE, local_world_size=WORLD_SIZE)
-    rest = "data: {mix: x.yaml}, train: {seq_len: 128, global_batch_size: 4, total_steps: 1, lr: 1e-5}"
+    rest = (
+        "data: {mix: x.yaml}, train: {seq_len: 128, global_batch_size: 4, total_steps: 1, lr: 1e-5}"
+    )
     parsed = read_file(RunYaml, parse_yaml(f"{{{run_yaml}, {rest}}}", "run"))
     config = resolve(parsed, parse_yaml(json.dumps(engine_json), "json"), model_config, info)
     source = weight_source(config, model_config, topology)
@@ -123,7 +139,12 @@ def worker(path: Path) -> None:
     peak = status_bytes("VmHWM") - before
     layer = engine.deepspeed.module.model.layers[0]
     local_layer = 2 * sum(p.ds_numel for p in layer.parameters())
-    found = {"peak": peak, "kept": kept_bytes(engine.deepspeed), "layer": local_layer, "read": source.bytes_read}
+    found = {
+        "peak": peak,
+        "kept": kept_bytes(engine.deepspeed),
+        "layer": local_layer,
+        "read": source.bytes_read,
+    }
     reports = gather_json(found, topology.control_group)
     if topology.rank == 0:
         print("RESULT " + json.dumps(reports), flush=True)
@@ -140,8 +161,16 @@ def main() -> int:
         decoded = write_fixture(Path(folder))
         stored = sum(file.stat().st_size for file in Path(folder).iterdir())
         print(f"experts: {decoded / 1e9:.2f} GB in bf16, directory: {stored / 1e9:.2f} GB")
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(WORLD_SIZE), "--standalone"]
-        # without a fixed threshold glibc keeps freed memory for itself: 1 to 6 % more, another amount in every run
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(WORLD_SIZE),
+            "--standalone",
+        ]
+        # without a fixed threshold glibc keeps freed memory for itself: 1 to 6 % more, another
+        # amount in every run
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
         command += [__file__, "--worker", folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -154,7 +183,11 @@ def main() -> int:
     for rank, r in enumerate(reports):
         bound = r["kept"] + 2 * r["layer"]
         numbers = [r["read"], r["peak"], r["kept"], r["layer"], bound]
-        print(f"{rank:>4} " + "".join(f"{value / 1e6:>10.0f}" for value in numbers) + f"{r['peak'] / bound:>12.2f}")
+        print(
+            f"{rank:>4} "
+            + "".join(f"{value / 1e6:>10.0f}" for value in numbers)
+            + f"{r['peak'] / bound:>12.2f}"
+        )
     over = [rank for rank, r in enumerate(reports) if r["peak"] > r["kept"] + 2 * r["layer"]]
     print(f"over the bound: {over or 'none'}")
     return int(bool(over))

@@ -1,12 +1,14 @@
-"""State on NVMe needs no memory of its own: a run goes on within a limit that ends the same run with state in memory.
+"""State on NVMe needs no memory of its own: a run goes on within a limit that ends the same run
+with state in memory.
 
     python bench/prove/nvme.py [--layers 6] [--limit_mib 2600] [--folder runs/nvme]
 
-One process trains the same small gpt-oss twice, optimizer and weights offloaded to host memory (`cpu`), then to files
-(`nvme`).  Printed for each: the state's size, the largest anonymous memory (memory that is no file's, sampled every
-5 ms from before the engine is built), the median time of a step.  Then both run again in a memory cgroup with the
-limit, which counts the pages of files, too; that part needs the right to make one, and is left out without.  Ends
-with 1 if the run on files was killed, or the one in memory was not.
+One process trains the same small gpt-oss twice, optimizer and weights offloaded to host memory
+(`cpu`), then to files (`nvme`).  Printed for each: the state's size, the largest anonymous memory
+(memory that is no file's, sampled every 5 ms from before the engine is built), the median time of a
+step.  Then both run again in a memory cgroup with the limit, which counts the pages of files, too;
+that part needs the right to make one, and is left out without.  Ends with 1 if the run on files was
+killed, or the one in memory was not.
 """
 
 from __future__ import annotations
@@ -75,25 +77,54 @@ def train(options: argparse.Namespace) -> None:
     seconds = []
     for step in range(1, STEPS + 1):
         began = time.perf_counter()
-        result = engine.step([make_micro_batch([row(case, step)], [0], topology)], [TOKENS], step=step)
+        result = engine.step(
+            [make_micro_batch([row(case, step)], [0], topology)], [TOKENS], step=step
+        )
         seconds.append(time.perf_counter() - began)
     state = state_tensors(engine.deepspeed)
     size = sum(tensor.nbytes for tensors in state.values() for tensor in tensors)
-    found = {"state": size, "anonymous": peak.num_bytes - before, "seconds": statistics.median(seconds[1:])}
+    found = {
+        "state": size,
+        "anonymous": peak.num_bytes - before,
+        "seconds": statistics.median(seconds[1:]),
+    }
     print(json.dumps({**found, "loss": result.loss}))
 
 
-def run(options: argparse.Namespace, place: str, cgroup: Path | None = None) -> tuple[int, dict[str, Any]]:
+def run(
+    options: argparse.Namespace, place: str, cgroup: Path | None = None
+) -> tuple[int, dict[str, Any]]:
     """Exit code and what a run printed, in a process of its own."""
-    environment = {**os.environ, **measuring.RETURN_MEMORY, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": measuring.free_port()}
-    command = [sys.executable, __file__, "--place", place, "--layers", str(options.layers), "--folder", options.folder]
+    environment = {
+        **os.environ,
+        **measuring.RETURN_MEMORY,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    environment |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_PORT": measuring.free_port(),
+    }
+    command = [
+        sys.executable,
+        __file__,
+        "--place",
+        place,
+        "--layers",
+        str(options.layers),
+        "--folder",
+        options.folder,
+    ]
 
     def join() -> None:
         if cgroup is not None:
             (cgroup / "cgroup.procs").write_text(str(os.getpid()))
 
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=join, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, preexec_fn=join, check=False
+    )
     if done.returncode > 0:
         print(done.stderr[-2000:], file=sys.stderr)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -135,7 +166,9 @@ def main() -> None:
             sys.exit(f"{place}: exit code {code}")
         losses.add(found["loss"])
         sizes = [found[key] / 2**20 for key in ("state", "anonymous")]
-        print(f"{place:<8}  {sizes[0]:8.0f}  {sizes[1]:13.0f}  {found['seconds']:10.2f}", flush=True)
+        print(
+            f"{place:<8}  {sizes[0]:8.0f}  {sizes[1]:13.0f}  {found['seconds']:10.2f}", flush=True
+        )
     if len(losses) != 1:
         sys.exit(f"the losses differ: {losses}")
     cgroup = limited(options.limit_mib * 2**20)
@@ -147,7 +180,11 @@ def main() -> None:
     finally:
         cgroup.rmdir()
     for place, (code, found) in outcomes.items():
-        seconds = f", {found['seconds']:.2f} s per step, loss as before: {found['loss'] in losses}" if found else ""
+        seconds = (
+            f", {found['seconds']:.2f} s per step, loss as before: {found['loss'] in losses}"
+            if found
+            else ""
+        )
         told = "killed" if code == -signal.SIGKILL else f"exit code {code}"
         print(f"{place} within {options.limit_mib} MiB: {told}{seconds}")
     sys.exit(outcomes["nvme"][0] != 0 or outcomes["cpu"][0] != -signal.SIGKILL)

@@ -1,4 +1,6 @@
-"""What every contender trains: a small gpt-oss with the proportions of the real one, on the same packed rows."""
+"""What every contender trains: a small gpt-oss with the proportions of the real one, on the same
+packed rows.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ def row(case: Case, number: int) -> PackedRow:
     """Row `number` of the data: documents of all lengths, no padding."""
     generator = np.random.default_rng(number)
     tokens = generator.integers(0, 8000, size=case.tokens + 1)
-    cuts = np.sort(generator.choice(np.arange(1, case.tokens), size=max(1, case.tokens // 700), replace=False))
+    cuts = np.sort(
+        generator.choice(np.arange(1, case.tokens), size=max(1, case.tokens // 700), replace=False)
+    )
     bounds = [0, *cuts.tolist(), case.tokens]
     labels = tokens[1:].copy()
     labels[np.asarray(bounds[1:]) - 1] = -100
@@ -88,7 +92,9 @@ def row(case: Case, number: int) -> PackedRow:
 
 
 class Baton:
-    """Lets contenders take turns: the parent creates `go-N`, the ranks run step N, the first rank leaves `done-N`."""
+    """Lets contenders take turns: the parent creates `go-N`, the ranks run step N, the first rank
+    leaves `done-N`.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder, self._rank, self._parent = folder, rank, os.getppid()

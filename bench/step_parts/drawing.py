@@ -1,4 +1,6 @@
-"""The plots: tokens per second and peak memory over the length of the row, one row of panels per number of ranks."""
+"""The plots: tokens per second and peak memory over the length of the row, one row of panels per
+number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from cpt.telemetry.plot import ALARM, INK, MUTED, PALETTE, Plot, Scale, bin_series, clean, standalone
+from cpt.telemetry.plot import (
+    ALARM,
+    INK,
+    MUTED,
+    PALETTE,
+    Plot,
+    Scale,
+    bin_series,
+    clean,
+    standalone,
+)
 from step_parts.cases import EAGER, OURS
 
 SIZE = (540, 280)
@@ -21,12 +33,21 @@ def draw(report: dict[str, Any]) -> str:
     width, height = 2 * SIZE[0], (SIZE[1] + HEADER) * len(rows) + FOOTER
     parts = []
     for index, ranks in enumerate(rows):
-        own, top = [result for result in results if result["ranks"] == ranks], index * (SIZE[1] + HEADER)
+        own, top = (
+            [result for result in results if result["ranks"] == ranks],
+            index * (SIZE[1] + HEADER),
+        )
         title = f"One training step, {ranks} process{'es' * (ranks > 1)}"
-        parts.append(f'<text x="60" y="{top + 22}" font-weight="600" font-size="14" fill="{INK}">{title}</text>')
-        for column, (key, label) in enumerate((("tokens/s", "tokens per second"), ("peak MiB", "MiB, peak of a rank"))):
+        parts.append(
+            f'<text x="60" y="{top + 22}" font-weight="600" font-size="14" fill="{INK}">{title}</text>'
+        )
+        for column, (key, label) in enumerate(
+            (("tokens/s", "tokens per second"), ("peak MiB", "MiB, peak of a rank"))
+        ):
             panel = _panel(own, key, label)
-            position = f'x="{column * SIZE[0]}" y="{top + HEADER}" width="{SIZE[0]}" height="{SIZE[1]}"'
+            position = (
+                f'x="{column * SIZE[0]}" y="{top + HEADER}" width="{SIZE[0]}" height="{SIZE[1]}"'
+            )
             parts.append(f"<svg {position}>{panel}</svg>")
     source = f"{machine['model']}; {machine['device']}, torch {machine['torch']}, {machine['date']}"
     parts.append(f'<text x="60" y="{height - 6}" fill="{MUTED}">{clean(source, 200)}</text>')
@@ -41,7 +62,9 @@ def _panel(results: list[dict[str, Any]], key: str, label: str) -> str:
     plot = Plot(size=SIZE, x=x, y=y, labels=("tokens of a row", label), right=190)
     at_the_end = []
     for index, name in enumerate(results[0][key]):
-        own = [result for result in results if name in result[key]]  # one that needs too much memory is left out
+        own = [
+            result for result in results if name in result[key]
+        ]  # one that needs too much memory is left out
         up = np.asarray([result[key][name] for result in own], dtype=np.float64)
         lengths = [float(result["tokens"]) for result in own]
         color = COLORS.get(name, PALETTE[(index + 1) % len(PALETTE)])

@@ -1,4 +1,6 @@
-"""This project's engine, as cpt/run.py builds it: ZeRO-3, one row per rank, all experts on every rank."""
+"""This project's engine, as cpt/run.py builds it: ZeRO-3, one row per rank, all experts on every
+rank.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,14 @@ data: {{mix: unused.yaml}}
 train: {{seq_len: {case.tokens}, global_batch_size: {case.ranks}, total_steps: 1000, schedule: constant, lr: {LR}}}
 """
     zero = {"stage": 3, **(offload or {})}
-    engine_json = parse_yaml(json.dumps({"zero_optimization": zero, "sequence_parallel_size": 1}), "ds.json")
+    engine_json = parse_yaml(
+        json.dumps({"zero_optimization": zero, "sequence_parallel_size": 1}), "ds.json"
+    )
     launch_info = LaunchInfo(world_size=case.ranks, local_world_size=case.ranks)
     model = model_config(case)
-    config = resolve(read_file(RunYaml, parse_yaml(text, "run.yaml")), engine_json, model, launch_info)
+    config = resolve(
+        read_file(RunYaml, parse_yaml(text, "run.yaml")), engine_json, model, launch_info
+    )
     topology = create_topology(sp_size=1, ep_size=1, device=torch.device("cpu"))
     engine = build_engine(config, model, topology)
     fill_weights(engine, RandomWeights(0, 0.02))

@@ -57,7 +57,8 @@ def run_ours(case: Case, baton: Baton, rank: int) -> None:
 
 
 def run_trainer(case: Case, baton: Baton, rank: int, folder: Path) -> None:
-    """Hugging Face Trainer with DeepSpeed ZeRO-3 and eager attention, as its documentation sets it up.
+    """Hugging Face Trainer with DeepSpeed ZeRO-3 and eager attention, as its documentation sets it
+    up.
 
     It does not keep packed documents apart: with eager attention, restarting positions go unseen.
     """
@@ -133,7 +134,9 @@ def main() -> None:
     else:
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for most of a minute, for nothing
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # compiles for most of a minute, for nothing
+        )
         run_trainer(case, baton, rank, folder)
 
 

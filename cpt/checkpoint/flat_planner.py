@@ -1,7 +1,9 @@
-"""Flat ranges for torch.distributed.checkpoint: each rank writes, and asks for, a contiguous range of a 1-D tensor.
+"""Flat ranges for torch.distributed.checkpoint: each rank writes, and asks for, a contiguous range
+of a 1-D tensor.
 
-A ZeRO shard of any stage is such a range, and so is a slice of the expert axis; a DTensor could only express the even
-cuts of ZeRO-3.  The files know nothing of the layout that wrote them, so any layout can read them.
+A ZeRO shard of any stage is such a range, and so is a slice of the expert axis; a DTensor could
+only express the even cuts of ZeRO-3.  The files know nothing of the layout that wrote them, so any
+layout can read them.
 """
 
 from __future__ import annotations
@@ -45,11 +47,15 @@ class FlatRange:
     @property
     def chunk(self) -> ChunkStorageMetadata:
         """The range in the terms of torch.distributed.checkpoint."""
-        return ChunkStorageMetadata(offsets=torch.Size([self.offset]), sizes=torch.Size([self.tensor.numel()]))
+        return ChunkStorageMetadata(
+            offsets=torch.Size([self.offset]), sizes=torch.Size([self.tensor.numel()])
+        )
 
 
 class FlatSavePlanner(DefaultSavePlanner):
-    """Saves a dictionary of FlatRange in fp32; a range that several ranks hold is written by one of them."""
+    """Saves a dictionary of FlatRange in fp32; a range that several ranks hold is written by one of
+    them.
+    """
 
     state_dict: dict[str, Any]
 
@@ -85,9 +91,13 @@ class FlatLoadPlanner(DefaultLoadPlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
     ) -> None:
-        # the base class walks the values looking for meta tensors and replaces what it does not know by None
+        # the base class walks the values looking for meta tensors and replaces what it does not
+        # know by None
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
@@ -97,7 +107,9 @@ class FlatLoadPlanner(DefaultLoadPlanner):
         for key, part in self.state_dict.items():
             record = stored[key]
             if not isinstance(record, TensorStorageMetadata):
-                raise CheckpointError(f"'{key}' is stored as bytes, not as a tensor; such entries are not read.")
+                raise CheckpointError(
+                    f"'{key}' is stored as bytes, not as a tensor; such entries are not read."
+                )
             reads = create_read_items_for_chunk_list(key, record, [part.chunk])
             found = sum(item.lengths[0] for item in reads)
             if tuple(record.size) != (part.global_numel,) or found != part.tensor.numel():

@@ -1,4 +1,6 @@
-"""`cpt checkpoints`: what a run directory holds, with a verdict on each folder; needs no DeepSpeed and no engine."""
+"""`cpt checkpoints`: what a run directory holds, with a verdict on each folder; needs no DeepSpeed
+and no engine.
+"""
 
 from __future__ import annotations
 
@@ -90,9 +92,13 @@ def _row(one: Listed, now: float) -> tuple[str, ...]:
         saved, size = now, 0
     manifest = one.manifest
     progress = manifest.state.get("progress", {}) if manifest else {}
-    tokens = f"{progress['tokens']:,}" if isinstance(progress, dict) and "tokens" in progress else "-"
+    tokens = (
+        f"{progress['tokens']:,}" if isinstance(progress, dict) and "tokens" in progress else "-"
+    )
     layout = manifest.layout if manifest else {}
-    sizes = [str(layout.get(key, "-")) for key in ("world_size", "sp_size", "ep_size", "zero_stage")]
+    sizes = [
+        str(layout.get(key, "-")) for key in ("world_size", "sp_size", "ep_size", "zero_stage")
+    ]
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(saved))
     return (step, tokens, readable(size), *sizes, date, age(now - saved), one.verdict)
 

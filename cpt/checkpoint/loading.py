@@ -1,7 +1,8 @@
 """A run's checkpoint and the engine: which ranges this rank holds, and how they come back.
 
-A checkpoint is a set of flat global fp32 tensors, written and read by range, so it knows no layout.  Load: newest
-directory first, its files hashed by all ranks together; keys, shapes and dtypes are compared both ways before any
+A checkpoint is a set of flat global fp32 tensors, written and read by range, so it knows no layout.
+ Load: newest directory first, its files hashed by all ranks together; keys, shapes and dtypes are
+     compared both ways before any
 tensor is read.
 """
 
@@ -23,7 +24,14 @@ from cpt.checkpoint.manifest import (
     share_of_files,
 )
 from cpt.checkpoint.metadata import check_metadata
-from cpt.checkpoint.reader import candidates, first_sound, list_steps, read_ranges, reason_of, step_folder
+from cpt.checkpoint.reader import (
+    candidates,
+    first_sound,
+    list_steps,
+    read_ranges,
+    reason_of,
+    step_folder,
+)
 from cpt.deepspeed_adapter.experts import is_expert
 from cpt.deepspeed_adapter.partition import full_local_numel, full_local_shape
 from cpt.deepspeed_adapter.shards import local_shards, publish_master_weights, set_optimizer_step
@@ -82,7 +90,8 @@ def load_checkpoint(
 ) -> LoadedState | None:
     """Restore weights and optimizer state of a run; all ranks call it together.
 
-    Newer checkpoints are set aside, since the run will come to their steps again, unless `set_aside` is false.
+    Newer checkpoints are set aside, since the run will come to their steps again, unless
+    `set_aside` is false.
 
     Returns:
         What else the checkpoint holds; None if the run has no checkpoint folder yet.
@@ -110,7 +119,9 @@ def load_checkpoint(
 
 
 def agreed_refusal(folder: Path, topology: Topology) -> str | None:
-    """Why a checkpoint is not to be used; all ranks read their share of its bytes, and all get the same answer."""
+    """Why a checkpoint is not to be used; all ranks read their share of its bytes, and all get the
+    same answer.
+    """
     group = topology.control_group
     manifests: list[Manifest] = []
 
@@ -122,7 +133,9 @@ def agreed_refusal(folder: Path, topology: Topology) -> str | None:
 
     reasons = gather_json(reason_of(read_share), group)
     if not any(reasons):
-        reasons = on_first_rank(group, lambda: [reason_of(lambda: check_metadata(folder, manifests[0]))])
+        reasons = on_first_rank(
+            group, lambda: [reason_of(lambda: check_metadata(folder, manifests[0]))]
+        )
     reason = next((reason for reason in reasons if reason is not None), None)
     if topology.rank == 0:
         for warning in ownership_warnings(folder) if reason is None else []:
@@ -132,8 +145,12 @@ def agreed_refusal(folder: Path, topology: Topology) -> str | None:
     return reason
 
 
-def _stored_ranges(ranges: dict[str, FlatRange], stored: dict[str, TensorRecord]) -> dict[str, FlatRange]:
-    """The ranges that the checkpoint can fill; moments of what was frozen when it was written start at zero."""
+def _stored_ranges(
+    ranges: dict[str, FlatRange], stored: dict[str, TensorRecord]
+) -> dict[str, FlatRange]:
+    """The ranges that the checkpoint can fill; moments of what was frozen when it was written start
+    at zero.
+    """
     kept = {}
     for key, part in ranges.items():
         kind, name = key.split("/", 1)
@@ -148,7 +165,11 @@ def _tell_freezing(stored: dict[str, TensorRecord], wanted: dict[str, TensorReco
     thawed = sorted(name for name in wanted if wanted[name].trained and not stored[name].trained)
     frozen = sorted(name for name in wanted if stored[name].trained and not wanted[name].trained)
     if thawed:
-        log.warning("%d tensors are frozen no more, their moments start at zero: %s", len(thawed), shorten(thawed))
+        log.warning(
+            "%d tensors are frozen no more, their moments start at zero: %s",
+            len(thawed),
+            shorten(thawed),
+        )
     if frozen:
         log.warning(
             "%d tensors are frozen from here on, in working precision and without moments: %s",
@@ -178,9 +199,13 @@ def _set_newer_aside(run_dir: Path, step: int, resume: str) -> None:
         log.warning("%s is set aside as %s", folder.name, aside.name)
 
 
-def _compare(folder: Path, stored: dict[str, TensorRecord], wanted: dict[str, TensorRecord]) -> None:
+def _compare(
+    folder: Path, stored: dict[str, TensorRecord], wanted: dict[str, TensorRecord]
+) -> None:
     problems = [f"key '{name}' is missing." for name in sorted(wanted.keys() - stored.keys())]
-    problems += [f"key '{name}' is unknown to this model." for name in sorted(stored.keys() - wanted.keys())]
+    problems += [
+        f"key '{name}' is unknown to this model." for name in sorted(stored.keys() - wanted.keys())
+    ]
     for name in sorted(stored.keys() & wanted.keys()):
         if (stored[name].shape, stored[name].dtype) != (wanted[name].shape, wanted[name].dtype):
             problems.append(

@@ -1,7 +1,9 @@
-"""manifest.json: what makes a directory a checkpoint, and the proof that its files are the ones that were written.
+"""manifest.json: what makes a directory a checkpoint, and the proof that its files are the ones
+that were written.
 
-A directory is complete if and only if its manifest is there, matches its own checksum, and every listed file matches
-in size and hash with no unknown file beside it.  The manifest is written last and deleted first.
+A directory is complete if and only if its manifest is there, matches its own checksum, and every
+listed file matches in size and hash with no unknown file beside it.  The manifest is written last
+and deleted first.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ class Manifest:
     files: tuple[FileRecord, ...]
     """Every file but the manifest."""
     tensors: dict[str, TensorRecord]
-    """Parameter name -> record; each is stored as master and, if it was trained, exp_avg and exp_avg_sq."""
+    """Parameter name -> record; each is stored as master and, if it was trained, exp_avg and
+    exp_avg_sq.
+    """
     layout: dict[str, int]
     """world_size, sp_size, ep_size, zero_stage of the run that wrote it."""
     versions: dict[str, str]
@@ -74,7 +78,9 @@ class Manifest:
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Open for reading, but neither through a symbolic link nor something that would block or has side effects."""
+    """Open for reading, but neither through a symbolic link nor something that would block or has
+    side effects.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -121,7 +127,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return _parse(path, _read_small_file(path))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing, so the directory is not a complete checkpoint.") from None
+        raise CheckpointError(
+            f"{path}: missing, so the directory is not a complete checkpoint."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable manifest ({error}).") from error
 
@@ -129,7 +137,9 @@ def read_manifest(folder: Path) -> Manifest:
 def _read_small_file(path: Path) -> bytes:
     with _open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > _LARGEST_MANIFEST_BYTES:
-            raise CheckpointError(f"{path}: larger than {_LARGEST_MANIFEST_BYTES} bytes; not one of ours.")
+            raise CheckpointError(
+                f"{path}: larger than {_LARGEST_MANIFEST_BYTES} bytes; not one of ours."
+            )
         return file.read()
 
 
@@ -137,7 +147,9 @@ def _parse(path: Path, content: bytes) -> Manifest:
     body = json.loads(content.decode("utf-8"))  # the interpreter's recursion limit bounds the depth
     checksum = body.pop("checksum")
     if body["format"] != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format {body['format']}, this version reads {FORMAT_VERSION}.")
+        raise CheckpointError(
+            f"{path}: format {body['format']}, this version reads {FORMAT_VERSION}."
+        )
     if _checksum(body) != checksum:
         raise CheckpointError(f"{path}: its checksum does not match its content.")
     del body["format"]
@@ -152,13 +164,19 @@ def _parse(path: Path, content: bytes) -> Manifest:
     _check_types(manifest)
     for name in [record.name for record in manifest.files]:
         if Path(name).name != name or name in (".", "..", MANIFEST) or "\0" in name:
-            raise CheckpointError(f"{path.parent.name}: the manifest names {name!r}, which is not a plain file name.")
+            raise CheckpointError(
+                f"{path.parent.name}: the manifest names {name!r}, which is not a plain file name."
+            )
     return manifest
 
 
 def _check_types(manifest: Manifest) -> None:
     """A valid checksum does not make a valid manifest: its author may be somebody else."""
-    counts = [manifest.step, *(record.bytes for record in manifest.files), *manifest.layout.values()]
+    counts = [
+        manifest.step,
+        *(record.bytes for record in manifest.files),
+        *manifest.layout.values(),
+    ]
     counts += [size for record in manifest.tensors.values() for size in record.shape]
     if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
         raise ValueError("a step, size, shape or layout is no whole number")
@@ -176,7 +194,8 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     """Compare every file with the manifest.
 
     Raises:
-        CheckpointError: a file that is missing, unknown, not a regular file, or differs in size or hash.
+        CheckpointError: a file that is missing, unknown, not a regular file, or differs in size or
+            hash.
     """
     check_listing(folder, manifest)
     check_hashes(folder, manifest.files)
@@ -196,11 +215,15 @@ def check_listing(folder: Path, manifest: Manifest) -> None:
         try:
             status = (folder / name).lstat()
         except FileNotFoundError:
-            raise CheckpointError(f"{folder.name}/{name}: missing, though the manifest lists it.") from None
+            raise CheckpointError(
+                f"{folder.name}/{name}: missing, though the manifest lists it."
+            ) from None
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{folder.name}/{name}: not a regular file.")
         if status.st_size != record.bytes:
-            raise CheckpointError(f"{folder.name}/{name}: {status.st_size} bytes, manifest says {record.bytes}.")
+            raise CheckpointError(
+                f"{folder.name}/{name}: {status.st_size} bytes, manifest says {record.bytes}."
+            )
 
 
 def check_hashes(folder: Path, files: Iterable[FileRecord]) -> None:
@@ -213,13 +236,19 @@ def check_hashes(folder: Path, files: Iterable[FileRecord]) -> None:
         try:
             differs = hash_file(folder / record.name) != record.xxh3_128
         except OSError as error:
-            raise CheckpointError(f"{folder.name}/{record.name}: cannot be read ({error.strerror}).") from error
+            raise CheckpointError(
+                f"{folder.name}/{record.name}: cannot be read ({error.strerror})."
+            ) from error
         if differs:
-            raise CheckpointError(f"{folder.name}/{record.name}: its content does not match the manifest's hash.")
+            raise CheckpointError(
+                f"{folder.name}/{record.name}: its content does not match the manifest's hash."
+            )
 
 
 def share_of_files(files: Sequence[FileRecord], rank: int, world_size: int) -> list[FileRecord]:
-    """The files that one rank hashes, so that all have about equally many bytes whatever layout wrote them."""
+    """The files that one rank hashes, so that all have about equally many bytes whatever layout
+    wrote them.
+    """
     loads = [0] * world_size
     shares: list[list[FileRecord]] = [[] for _ in range(world_size)]
     for record in sorted(files, key=lambda record: (-record.bytes, record.name)):

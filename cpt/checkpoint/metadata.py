@@ -1,8 +1,10 @@
-"""`.metadata` of torch.distributed.checkpoint: built from what each rank wrote, read without trusting it.
+"""`.metadata` of torch.distributed.checkpoint: built from what each rank wrote, read without
+trusting it.
 
-The file is a pickle, because torch.distributed.checkpoint and its tools read no other form.  Its hash is checked before
-it is opened, and the unpickler knows only the classes that describe tensors: a pickle that names anything else is
-refused before it can run.  This is the one place of the project that unpickles.
+The file is a pickle, because torch.distributed.checkpoint and its tools read no other form.  Its
+hash is checked before it is opened, and the unpickler knows only the classes that describe tensors:
+a pickle that names anything else is refused before it can run.  This is the one place of the
+project that unpickles.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from cpt.errors import CheckpointError, InternalError
 
 METADATA = ".metadata"
 PARTS = ("master", "exp_avg", "exp_avg_sq")
-"""What is stored of every trained parameter: fp32 weights and Adam's two moments; of a frozen one the first alone."""
+"""What is stored of every trained parameter: fp32 weights and Adam's two moments; of a frozen one
+the first alone.
+"""
 _KNOWN = {
     **{
         ("torch.distributed.checkpoint.metadata", name): None
@@ -56,7 +60,9 @@ _KNOWN = {
 
 
 class WrittenRange(NamedTuple):
-    """One range of a tensor, and where in which file it is; travels between ranks as a JSON list."""
+    """One range of a tensor, and where in which file it is; travels between ranks as a JSON
+    list.
+    """
 
     key: str
     """`part/parameter name`."""
@@ -75,7 +81,9 @@ class WrittenRange(NamedTuple):
 
 
 class FolderWriter(dcp.FileSystemWriter):
-    """Writes into a fresh folder and syncs; says nothing about the path it had while it was written."""
+    """Writes into a fresh folder and syncs; says nothing about the path it had while it was
+    written.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, single_file_per_rank=True, sync_files=True, overwrite=False)
@@ -98,20 +106,29 @@ def write_metadata(folder: Path, written: Iterable[WrittenRange]) -> None:
     for key, parts in sorted(ranges.items()):
         parts.sort(key=lambda part: part.offset)
         _check_tiling(key, parts)
-        chunks = [ChunkStorageMetadata(torch.Size([part.offset]), torch.Size([part.numel])) for part in parts]
+        chunks = [
+            ChunkStorageMetadata(torch.Size([part.offset]), torch.Size([part.numel]))
+            for part in parts
+        ]
         properties = TensorProperties(dtype=torch.float32)
-        entries[key] = TensorStorageMetadata(properties, torch.Size([parts[0].global_numel]), chunks)
+        entries[key] = TensorStorageMetadata(
+            properties, torch.Size([parts[0].global_numel]), chunks
+        )
         for number, part in enumerate(parts):
             where = _StorageInfo(part.file, part.file_offset, part.file_bytes)
             index = MetadataIndex(key, [part.offset], number)
-            results.append(WriteResult(index=index, size_in_bytes=part.file_bytes, storage_data=where))
+            results.append(
+                WriteResult(index=index, size_in_bytes=part.file_bytes, storage_data=where)
+            )
     FolderWriter(folder).finish(Metadata(entries), [results])
 
 
 def _check_tiling(key: str, parts: list[WrittenRange]) -> None:
     ends = [0, *itertools.accumulate(part.numel for part in parts)]
     if [part.offset for part in parts] != ends[:-1] or ends[-1] != parts[0].global_numel:
-        raise InternalError(f"the ranks' ranges of '{key}' do not cover its {parts[0].global_numel} elements once.")
+        raise InternalError(
+            f"the ranks' ranges of '{key}' do not cover its {parts[0].global_numel} elements once."
+        )
 
 
 class _DescriptionUnpickler(pickle.Unpickler):
@@ -119,7 +136,9 @@ class _DescriptionUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
-            raise CheckpointError(f"it names {module}.{name}, which describes no tensor; it was not run.")
+            raise CheckpointError(
+                f"it names {module}.{name}, which describes no tensor; it was not run."
+            )
         return super().find_class(module, name)
 
 
@@ -136,14 +155,19 @@ def read_metadata(folder: Path) -> Metadata:
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     except Exception as error:  # damaged pickles fail in every way there is
-        raise CheckpointError(f"{where}: not readable ({type(error).__name__}: {error}).") from error
+        raise CheckpointError(
+            f"{where}: not readable ({type(error).__name__}: {error})."
+        ) from error
     if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{where}: holds a {type(metadata).__name__}, not the description of a checkpoint.")
+        raise CheckpointError(
+            f"{where}: holds a {type(metadata).__name__}, not the description of a checkpoint."
+        )
     return metadata
 
 
 def check_metadata(folder: Path, manifest: Manifest) -> None:
-    """Compare `.metadata` with the manifest: the same tensors, sizes and dtypes, in listed files only.
+    """Compare `.metadata` with the manifest: the same tensors, sizes and dtypes, in listed files
+    only.
 
     Raises:
         CheckpointError: it says something else.
@@ -159,7 +183,9 @@ def check_metadata(folder: Path, manifest: Manifest) -> None:
         raise CheckpointError(f"{where}: '{different[0]}' is not in both it and the manifest.")
     for key, entry in stored.items():
         if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"{where}: '{key}' is stored as bytes, not as a tensor; such entries are not read.")
+            raise CheckpointError(
+                f"{where}: '{key}' is stored as bytes, not as a tensor; such entries are not read."
+            )
         size, dtype = tuple(entry.size), str(entry.properties.dtype).removeprefix("torch.")
         numel = torch.Size(wanted[key].shape).numel()
         if size != (numel,) or dtype != wanted[key].dtype:

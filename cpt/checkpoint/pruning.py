@@ -1,4 +1,6 @@
-"""Which checkpoints are kept, and how one is deleted: its manifest first, so that a crash leaves no half truth."""
+"""Which checkpoints are kept, and how one is deleted: its manifest first, so that a crash leaves no
+half truth.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def prune(
     for step in list_steps(run_dir):
         folder = step_folder(run_dir, step)
         if not (folder / MANIFEST).is_file():
-            if step < newest and step not in protected:  # an earlier deletion was interrupted, or it was damaged
+            if (
+                step < newest and step not in protected
+            ):  # an earlier deletion was interrupted, or it was damaged
                 _delete(folder, step)
         elif sound < keep_last:
             sound += is_sound(step)
@@ -45,7 +49,9 @@ def prune(
             _delete(folder, step)
     for aside in (run_dir / "checkpoints").glob(".*-step-*"):
         kind, _, rest = aside.name.removeprefix(".").partition("-step-")
-        replaced = kind == "superseded" and int(rest[:8]) <= newest  # the run has come to that step again
+        replaced = (
+            kind == "superseded" and int(rest[:8]) <= newest
+        )  # the run has come to that step again
         if replaced or kind == "rejected":  # damaged, and now there is a newer one
             _delete(aside, newest)
 

@@ -1,5 +1,5 @@
-"""What can be read of a run's checkpoints without an engine, a process group or DeepSpeed: which there are, which are
-sound, and their tensors."""
+"""What can be read of a run's checkpoints without an engine, a process group or DeepSpeed: which
+there are, which are sound, and their tensors."""
 
 from __future__ import annotations
 
@@ -28,12 +28,17 @@ def step_folder(run_dir: Path, step: int) -> Path:
 def list_steps(run_dir: Path) -> list[int]:
     """Steps that have a folder, newest first, complete or not."""
     parent = run_dir / "checkpoints"
-    found = [_STEP_FOLDER.fullmatch(entry.name) for entry in parent.iterdir()] if parent.is_dir() else []
+    found = (
+        [_STEP_FOLDER.fullmatch(entry.name) for entry in parent.iterdir()]
+        if parent.is_dir()
+        else []
+    )
     return sorted((int(match.group(1)) for match in found if match), reverse=True)
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> tuple[int | None, list[str]]:
-    """The step to resume from, every file of it read by this process, and the reasons of those passed over.
+    """The step to resume from, every file of it read by this process, and the reasons of those
+    passed over.
 
     Raises:
         CheckpointError: see `first_sound`.
@@ -46,8 +51,11 @@ def candidates(run_dir: Path, resume: str) -> list[int]:
     return list_steps(run_dir) if resume == "auto" else [int(resume)]
 
 
-def first_sound(run_dir: Path, steps: list[int], refusal: Callable[[Path], str | None]) -> tuple[int | None, list[str]]:
-    """The first sound step of a list, and the reasons of those passed over; None if the list is empty.
+def first_sound(
+    run_dir: Path, steps: list[int], refusal: Callable[[Path], str | None]
+) -> tuple[int | None, list[str]]:
+    """The first sound step of a list, and the reasons of those passed over; None if the list is
+    empty.
 
     Args:
         run_dir: The run directory.
@@ -94,8 +102,13 @@ def read_ranges(folder: Path, ranges: dict[str, FlatRange]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(ranges, storage_reader=FolderReader(folder), planner=FlatLoadPlanner(), no_dist=True)
-    except (OSError, dcp.CheckpointException) as error:  # the latter is no Exception: peers would not be told
+            dcp.load(
+                ranges, storage_reader=FolderReader(folder), planner=FlatLoadPlanner(), no_dist=True
+            )
+    except (
+        OSError,
+        dcp.CheckpointException,
+    ) as error:  # the latter is no Exception: peers would not be told
         raise CheckpointError(f"{folder}: {root_cause(error)}") from error
 
 
@@ -114,7 +127,10 @@ def read_weights(folder: Path, names: list[str], manifest: Manifest) -> dict[str
         names: Parameters to read; only these take memory.
         manifest: The checkpoint's manifest.
     """
-    flat = {name: torch.empty(torch.Size(manifest.tensors[name].shape).numel(), dtype=torch.float32) for name in names}
+    flat = {
+        name: torch.empty(torch.Size(manifest.tensors[name].shape).numel(), dtype=torch.float32)
+        for name in names
+    }
     ranges = {
         f"master/{name}": FlatRange(tensor=tensor, offset=0, global_numel=tensor.numel())
         for name, tensor in flat.items()

@@ -1,11 +1,13 @@
-"""Saving: a fresh `.tmp-step-*` folder -> each rank writes and hashes its ranges -> manifest -> rename -> prune.
+"""Saving: a fresh `.tmp-step-*` folder -> each rank writes and hashes its ranges -> manifest ->
+rename -> prune.
 
 Decisions
-    What needs all ranks happens at a step boundary, in the main thread, over the control group.  A background thread
-    only writes and hashes its rank's own file, so it needs no collective and no group of its own.
-    A save is published when all ranks have said, in the bookkeeping collective of a step, that their part is on disk.
-    At most one save is in flight: a second one waits for the first to be published.
-    Nothing random happens inside a step, so there is no random state to save.
+    What needs all ranks happens at a step boundary, in the main thread, over the control group.  A
+    background thread only writes and hashes its rank's own file, so it needs no collective and no
+    group of its own. A save is published when all ranks have said, in the bookkeeping collective of
+    a step, that their part is on disk. At most one save is in flight: a second one waits for the
+    first to be published. Nothing random happens inside a step, so there is no random state to
+    save.
 """
 
 from __future__ import annotations
@@ -87,8 +89,15 @@ class _Save:
 class Saver:
     """Saves the checkpoints of one run; every method is called by all ranks together."""
 
-    def __init__(self, run_dir: Path, engine: Any, topology: Topology, settings: CheckpointSection) -> None:
-        self._run_dir, self._engine, self._topology, self._settings = run_dir, engine, topology, settings
+    def __init__(
+        self, run_dir: Path, engine: Any, topology: Topology, settings: CheckpointSection
+    ) -> None:
+        self._run_dir, self._engine, self._topology, self._settings = (
+            run_dir,
+            engine,
+            topology,
+            settings,
+        )
         self._staging = Staging()
         self._in_flight: _Save | None = None
         self._pruning: threading.Thread | None = None
@@ -111,11 +120,15 @@ class Saver:
         ranges = flat_ranges(self._engine, self._topology)
         if self._written_here is None:  # the layout of a run does not change
             held = {key: (part.offset, part.tensor.numel()) for key, part in ranges.items()}
-            self._written_here = written_by(self._topology.rank, gather_json(held, self._topology.control_group))
+            self._written_here = written_by(
+                self._topology.rank, gather_json(held, self._topology.control_group)
+            )
         return {key: part for key, part in ranges.items() if key in self._written_here}
 
     def trust(self, step: int) -> None:
-        """Note that a checkpoint was verified and loaded: it counts as sound and is not pruned by this run."""
+        """Note that a checkpoint was verified and loaded: it counts as sound and is not pruned by
+        this run.
+        """
         self._sound.add(step)
         self._loaded = step
 
@@ -124,14 +137,16 @@ class Saver:
         self._kept = step
 
     def save_now(self, step: int, state: dict[str, Any]) -> Published:
-        """Publish one checkpoint before returning.  A complete one of the same step is left as it is.
+        """Publish one checkpoint before returning.  A complete one of the same step is left as it
+        is.
 
         Args:
             step: Optimizer steps done.
             state: JSON values to restore besides the tensors.
 
         Raises:
-            StorageError: a rank could not write; nothing was published and nothing older was touched.
+            StorageError: a rank could not write; nothing was published and nothing older was
+                touched.
         """
         save = self._begin(step, state)
         if not self._is_complete(save):
@@ -146,7 +161,8 @@ class Saver:
         return Published(step=step, folder=save.final, seconds=seconds, blocked_seconds=seconds)
 
     def start(self, step: int, state: dict[str, Any]) -> None:
-        """Copy the state of this step to host memory and write it in the background; arguments as in `save_now`.
+        """Copy the state of this step to host memory and write it in the background; arguments as
+        in `save_now`.
 
         Raises:
             StorageError: this save cannot begin; nothing older was touched.
@@ -161,19 +177,25 @@ class Saver:
         except Exception:
             self._remove(save)
             raise
-        save.thread = threading.Thread(target=save.write, args=(ranges, self._topology.rank), daemon=True)
+        save.thread = threading.Thread(
+            target=save.write, args=(ranges, self._topology.rank), daemon=True
+        )
         save.thread.start()
         save.blocked_seconds += time.perf_counter() - save.started
         self._in_flight = save
 
     def _begin(self, step: int, state: dict[str, Any]) -> _Save:
         if self._in_flight is not None:
-            raise InternalError(f"step {step} is to be saved while step {self._in_flight.step} is still in flight.")
+            raise InternalError(
+                f"step {step} is to be saved while step {self._in_flight.step} is still in flight."
+            )
         return _Save(step, state, step_folder(self._run_dir, step))
 
     def own_part_is_settled(self) -> bool:
         """Whether this rank's part of the save in flight has been written, or has failed."""
-        return self._in_flight is not None and (self._in_flight.thread is None or not self._in_flight.thread.is_alive())
+        return self._in_flight is not None and (
+            self._in_flight.thread is None or not self._in_flight.thread.is_alive()
+        )
 
     def publish_settled(self, settled_ranks: int) -> Published | None:
         """Publish the save in flight if every rank's part is settled.
@@ -199,7 +221,11 @@ class Saver:
             return None
         settled = gather_json(self.own_part_is_settled(), self._topology.control_group)
         if behind := [rank for rank, done in enumerate(settled) if not done]:
-            log.info("waiting for the checkpoint of step %d, still being written by ranks %s", save.step, behind)
+            log.info(
+                "waiting for the checkpoint of step %d, still being written by ranks %s",
+                save.step,
+                behind,
+            )
         return self._publish_in_flight(save)
 
     def _publish_in_flight(self, save: _Save) -> Published:
@@ -226,12 +252,17 @@ class Saver:
             self._pruning.join()
 
     def _is_complete(self, save: _Save) -> bool:
-        return on_first_rank(self._topology.control_group, lambda: (save.final / MANIFEST).is_file())
+        return on_first_rank(
+            self._topology.control_group, lambda: (save.final / MANIFEST).is_file()
+        )
 
     def _prepare(self, save: _Save) -> None:
         self.close()
         fault_point("save_stage", save.step)
-        records, world_size = tensor_records(self._engine, self._topology), self._topology.world_size
+        records, world_size = (
+            tensor_records(self._engine, self._topology),
+            self._topology.world_size,
+        )
 
         def fresh_folder() -> None:
             parent = save.temporary.parent
@@ -262,7 +293,12 @@ class Saver:
         on_first_rank(
             group,
             lambda: complete_folder(
-                save.temporary, parts, step=save.step, layout=layout, tensors=records, state=save.state
+                save.temporary,
+                parts,
+                step=save.step,
+                layout=layout,
+                tensors=records,
+                state=save.state,
             ),
         )
         fault_point("save_rename", save.step)
@@ -284,7 +320,9 @@ class Saver:
         )
 
     def _is_sound(self, step: int) -> bool:
-        """Whether this run wrote or loaded a checkpoint; others are read once, in the background, before they count."""
+        """Whether this run wrote or loaded a checkpoint; others are read once, in the background,
+        before they count.
+        """
         if step not in self._sound:
             reason = refusal_of(step_folder(self._run_dir, step))
             if reason is not None:

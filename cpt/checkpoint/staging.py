@@ -1,4 +1,5 @@
-"""Host memory of an asynchronous save: a copy of this rank's ranges that the next steps cannot change.
+"""Host memory of an asynchronous save: a copy of this rank's ranges that the next steps cannot
+change.
 
 The buffers are taken at the first save and kept, so that no later save can fail for want of memory.
 """
@@ -26,10 +27,14 @@ class Staging:
             buffer = self._buffers.get(key)
             if buffer is None or buffer.shape != part.tensor.shape:
                 pinned = part.tensor.is_cuda
-                buffer = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, device="cpu", pin_memory=pinned)
+                buffer = torch.empty(
+                    part.tensor.shape, dtype=part.tensor.dtype, device="cpu", pin_memory=pinned
+                )
                 self._buffers[key] = buffer
             buffer.copy_(part.tensor.detach(), non_blocking=True)
-            copies[key] = FlatRange(tensor=buffer, offset=part.offset, global_numel=part.global_numel)
+            copies[key] = FlatRange(
+                tensor=buffer, offset=part.offset, global_numel=part.global_numel
+            )
         if any(part.tensor.is_cuda for part in ranges.values()):
             torch.cuda.synchronize()
         return copies
@@ -55,7 +60,9 @@ def check_host_memory(own_bytes: int, node_bytes: int) -> None:
 
 
 def available_bytes() -> int | None:
-    """Memory that processes of this node can still take, with its cgroup's limit; None if the system does not say."""
+    """Memory that processes of this node can still take, with its cgroup's limit; None if the
+    system does not say.
+    """
     found = [_system_available(), _cgroup_available()]
     known = [value for value in found if value is not None]
     return min(known, default=None)
@@ -71,7 +78,9 @@ def _system_available() -> int | None:
 
 
 def _cgroup_available() -> int | None:
-    """Of the cgroup that this process sees as its root (version 2), as in a container or a SLURM job."""
+    """Of the cgroup that this process sees as its root (version 2), as in a container or a SLURM
+    job.
+    """
     try:
         own = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition("::")[2]
         folder = Path("/sys/fs/cgroup") / own.lstrip("/")

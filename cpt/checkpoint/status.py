@@ -1,6 +1,7 @@
 """Whether a run has reached its end, by what it has saved: an exit code of 0 is no proof.
 
-Job scripts ask while ranks may still be running, so this imports no torch and answers in a fraction of a second.
+Job scripts ask while ranks may still be running, so this imports no torch and answers in a fraction
+of a second.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from cpt.errors import InternalError
 
 
 def check_finished(run_dir: Path) -> str:
-    """Compare the newest manifest with the plan in config.resolved.yaml; no file of the checkpoint is read.
+    """Compare the newest manifest with the plan in config.resolved.yaml; no file of the checkpoint
+    is read.
 
     Returns:
         One line for people.
@@ -27,10 +29,16 @@ def check_finished(run_dir: Path) -> str:
     try:
         train = yaml.safe_load(plan.read_text(encoding="utf-8"))["train"]
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise InternalError(f"{plan}: no plan to compare with ({error}); the run has not started.") from error
-    planned = int(train["total_steps"] if train.get("stop_at_step") is None else train["stop_at_step"])
+        raise InternalError(
+            f"{plan}: no plan to compare with ({error}); the run has not started."
+        ) from error
+    planned = int(
+        train["total_steps"] if train.get("stop_at_step") is None else train["stop_at_step"]
+    )
     folders = sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8))
     saved = read_manifest(folders[-1]).step if folders else 0
     if not folders or saved < planned:
-        raise InternalError(f"{run_dir}: not finished; saved is step {saved} of {planned}. Start it again to go on.")
+        raise InternalError(
+            f"{run_dir}: not finished; saved is step {saved} of {planned}. Start it again to go on."
+        )
     return f"{run_dir}: finished, step {saved} of {planned} is saved"

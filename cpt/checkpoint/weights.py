@@ -17,7 +17,9 @@ PIECE_NUMEL = 2**26
 """Elements read at once: 256 MB in fp32.  A tensor with an expert axis is cut between experts."""
 
 
-def stored_pieces(folder: Path, tensors: dict[str, TensorRecord]) -> Iterator[tuple[str, int, torch.Tensor]]:
+def stored_pieces(
+    folder: Path, tensors: dict[str, TensorRecord]
+) -> Iterator[tuple[str, int, torch.Tensor]]:
     """All fp32 weights of a checkpoint as (name, first element, 1-D values), names in order.
 
     Small tensors are read together, large ones in parts, whole experts each.
@@ -46,7 +48,9 @@ def _read(folder: Path, ranges: dict[str, FlatRange]) -> Iterator[tuple[str, int
 
 
 class CheckpointWeights:
-    """The weights of a checkpoint, rounded to a dtype, as a source for `cpt.model.weights.source.fill`."""
+    """The weights of a checkpoint, rounded to a dtype, as a source for
+    `cpt.model.weights.source.fill`.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, dtype: torch.dtype) -> None:
         self._folder, self._tensors, self._dtype = folder, manifest.tensors, dtype
@@ -55,6 +59,8 @@ class CheckpointWeights:
         """See `cpt.model.weights.source.WeightSource`."""
         numel = math.prod(self._tensors[name].shape)
         for low in range(start, stop, PIECE_NUMEL):
-            part = FlatRange(tensor=torch.empty(min(PIECE_NUMEL, stop - low)), offset=low, global_numel=numel)
+            part = FlatRange(
+                tensor=torch.empty(min(PIECE_NUMEL, stop - low)), offset=low, global_numel=numel
+            )
             for _, position, values in _read(self._folder, {f"master/{name}": part}):
                 yield position, values.to(self._dtype)

@@ -1,4 +1,6 @@
-"""What goes into a checkpoint folder: one file of each rank, then `.metadata` and the manifest, then its name."""
+"""What goes into a checkpoint folder: one file of each rank, then `.metadata` and the manifest,
+then its name.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,11 @@ def write_ranges(folder: Path, ranges: dict[str, FlatRange], rank: int, step: in
     for result in results:
         part, where = ranges[result.index.fqn], result.storage_data
         place = (where.relative_path, where.offset, where.length)
-        entries.append(WrittenRange(result.index.fqn, part.offset, part.tensor.numel(), part.global_numel, *place))
+        entries.append(
+            WrittenRange(
+                result.index.fqn, part.offset, part.tensor.numel(), part.global_numel, *place
+            )
+        )
     return Written(file=record_file(folder / f"__{rank}_0.distcp"), ranges=entries)
 
 
@@ -91,7 +97,9 @@ def publish_folder(temporary: Path, final: Path) -> None:
         StorageError: it could not be renamed.
     """
     try:
-        if final.exists():  # an incomplete directory of the same step: no manifest, so nothing that counts
+        if (
+            final.exists()
+        ):  # an incomplete directory of the same step: no manifest, so nothing that counts
             shutil.rmtree(final)
         os.rename(temporary, final)
         sync_directory(final.parent)
@@ -100,14 +108,16 @@ def publish_folder(temporary: Path, final: Path) -> None:
 
 
 def written_by(rank: int, held: list[dict[str, list[int]]]) -> set[str]:
-    """Which of its ranges a rank writes, so that each is written once and all write about equally much.
+    """Which of its ranges a rank writes, so that each is written once and all write about equally
+    much.
 
     Args:
         rank: Whose ranges.
         held: What every rank holds, by rank: key -> (offset, elements).
 
     Returns:
-        Keys.  Frozen parameters are whole on every rank under ZeRO-1 and 2; all else has one holder.
+        Keys.  Frozen parameters are whole on every rank under ZeRO-1 and 2; all else has one
+        holder.
     """
     holders: dict[tuple[str, int], list[int]] = defaultdict(list)
     for holder, ranges in enumerate(held):

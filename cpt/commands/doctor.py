@@ -1,4 +1,6 @@
-"""What this machine can train with: versions, devices, and every attention backend with the reason why not."""
+"""What this machine can train with: versions, devices, and every attention backend with the reason
+why not.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def report() -> tuple[str, bool]:
     for title, rows in sections.items():
         lines += [title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())]
     try:
-        chosen = choice.chosen_backend("auto", device=device, dtype=torch.bfloat16, head_dim=HEAD_DIM).name
+        chosen = choice.chosen_backend(
+            "auto", device=device, dtype=torch.bfloat16, head_dim=HEAD_DIM
+        ).name
         lines.append(f"attention: auto takes {chosen}")
     except ValueError as error:
         return "\n".join([*lines, str(error)]), False
@@ -63,20 +67,26 @@ def _machine() -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"SM{properties.major}{properties.minor}"
-        rows[f"GPU {index}"] = f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
+        rows[f"GPU {index}"] = (
+            f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
+        )
     if not torch.cuda.device_count():
         rows["GPU"] = "none visible"
     rows["nccl"] = "available" if dist.is_nccl_available() else "not in this torch"
     rows["gloo"] = "available" if dist.is_gloo_available() else "not in this torch"
     for name, path in (("free here", Path.cwd()), ("free in /dev/shm", Path("/dev/shm"))):
-        rows[name] = f"{shutil.disk_usage(path).free / 2**30:.1f} GiB" if path.is_dir() else "no such folder"
+        rows[name] = (
+            f"{shutil.disk_usage(path).free / 2**30:.1f} GiB" if path.is_dir() else "no such folder"
+        )
     return rows
 
 
 def _backends(device: torch.device) -> dict[str, str]:
     machine = Machine.of(device)
     reasons = {b.name: b.usable(device, torch.bfloat16, HEAD_DIM, machine) for b in choice.BACKENDS}
-    return {name: "usable" if reason is None else f"no: {reason}" for name, reason in reasons.items()}
+    return {
+        name: "usable" if reason is None else f"no: {reason}" for name, reason in reasons.items()
+    }
 
 
 def _tokenizer() -> tuple[dict[str, str], bool]:
@@ -95,4 +105,6 @@ def main() -> None:
     text, ready = report()
     print(text)
     if not ready:
-        raise ConfigError("this machine cannot train; the lines above with 'no:' say why and what would help.")
+        raise ConfigError(
+            "this machine cannot train; the lines above with 'no:' say why and what would help."
+        )

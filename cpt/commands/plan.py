@@ -28,14 +28,16 @@ def plan(options: argparse.Namespace) -> None:
     """Print a plan.
 
     Args:
-        options: `config`, `ds_config`, `set`, `gpus`, `model`, `seq_len`, `batch_tokens`, `gpu`, `mfu`, `imbalance`,
-            `overlap` and `plot` of the command line.
+        options: `config`, `ds_config`, `set`, `gpus`, `model`, `seq_len`, `batch_tokens`, `gpu`,
+            `mfu`, `imbalance`, `overlap` and `plot` of the command line.
 
     Raises:
         ConfigError: the files or options cannot be right.
     """
     gpu, assumed = GPUS[options.gpu], assumptions(options)
-    run, ds_json = load(options.config, options.ds_config, dict(_pair(item) for item in options.set))
+    run, ds_json = load(
+        options.config, options.ds_config, dict(_pair(item) for item in options.set)
+    )
     models, seq_lens = options.model or [None], options.seq_len or [run.train.seq_len]
     points = list(itertools.product(models, seq_lens, options.gpus))
     if len(points) == 1:
@@ -51,10 +53,24 @@ def assumptions(options: argparse.Namespace) -> Assumptions:
     Raises:
         ConfigError: one of them makes no sense.
     """
-    problems = [f"--mfu is {options.mfu}, must be above 0 and at most 1."] if not 0 < options.mfu <= 1 else []
-    problems += [f"--overlap is {options.overlap}, must be between 0 and 1."] if not 0 <= options.overlap <= 1 else []
-    problems += [f"--imbalance is {options.imbalance}, must be >= 1."] if not options.imbalance >= 1 else []
-    problems += [f"--{name} must be >= 1." for name in ("gpus", "seq_len") if min(getattr(options, name) or [1]) < 1]
+    problems = (
+        [f"--mfu is {options.mfu}, must be above 0 and at most 1."]
+        if not 0 < options.mfu <= 1
+        else []
+    )
+    problems += (
+        [f"--overlap is {options.overlap}, must be between 0 and 1."]
+        if not 0 <= options.overlap <= 1
+        else []
+    )
+    problems += (
+        [f"--imbalance is {options.imbalance}, must be >= 1."] if not options.imbalance >= 1 else []
+    )
+    problems += [
+        f"--{name} must be >= 1."
+        for name in ("gpus", "seq_len")
+        if min(getattr(options, name) or [1]) < 1
+    ]
     if problems:
         raise ConfigError(problems)
     return Assumptions(mfu=options.mfu, imbalance=options.imbalance, overlap=options.overlap)
@@ -82,7 +98,9 @@ def _with_rows(run: RunYaml, seq_len: int, batch_tokens: int | None) -> RunYaml:
     """The run with rows of another length and about as many tokens in a step."""
     tokens = batch_tokens or run.train.global_batch_size * run.train.seq_len
     if tokens % seq_len:
-        raise ConfigError(f"{tokens} tokens of a step are no multiple of rows of {seq_len}. Give --batch_tokens.")
+        raise ConfigError(
+            f"{tokens} tokens of a step are no multiple of rows of {seq_len}. Give --batch_tokens."
+        )
     train = dataclasses.replace(run.train, seq_len=seq_len, global_batch_size=tokens // seq_len)
     return dataclasses.replace(run, train=train)
 
@@ -103,12 +121,16 @@ def _in_full(
     notes: list[str] = []
     try:
         info = LaunchInfo(world_size=gpus, local_world_size=min(gpus, assumed.ranks_per_node))
-        columns["as configured"] = estimate(resolve(run, ds_json, model, info), model, counts, gpu, assumed)
+        columns["as configured"] = estimate(
+            resolve(run, ds_json, model, info), model, counts, gpu, assumed
+        )
     except ConfigError as error:
         notes.append(f"as configured it does not start on {gpus} GPUs:\n{error}")
     found = search(run, model, counts, gpus, gpu, assumed)
     if found is None:
-        notes.append(f"no layout of these rows fits on {gpus} x {gpu.name}. Take more GPUs, or another --batch_tokens.")
+        notes.append(
+            f"no layout of these rows fits on {gpus} x {gpu.name}. Take more GPUs, or another --batch_tokens."
+        )
     else:
         columns["best found"] = found[1]
         notes.append(_recipe(found[0]))
@@ -119,16 +141,24 @@ def _in_full(
 
 def _recipe(layout: Layout) -> str:
     """What to write to get a layout."""
-    checkpointing, offload = (str(x).lower() for x in (layout.activation_checkpointing, layout.offload_checkpoints))
+    checkpointing, offload = (
+        str(x).lower() for x in (layout.activation_checkpointing, layout.offload_checkpoints)
+    )
     settings = (
         f"model.activation_checkpointing={checkpointing} model.offload_checkpoints={offload} "
         f"train.micro_batch_size={layout.micro_batch_size}"
     )
-    return f"best found, DeepSpeed JSON: {json.dumps(layout.json())}\nbest found, run YAML: {settings}"
+    return (
+        f"best found, DeepSpeed JSON: {json.dumps(layout.json())}\nbest found, run YAML: {settings}"
+    )
 
 
 def _over_many(
-    run: RunYaml, points: list[tuple[str | None, int, int]], options: argparse.Namespace, gpu: Gpu, assumed: Assumptions
+    run: RunYaml,
+    points: list[tuple[str | None, int, int]],
+    options: argparse.Namespace,
+    gpu: Gpu,
+    assumed: Assumptions,
 ) -> str:
     lines, drawn = [f"best layouts on {gpu.name}", HEADER], []
     models: dict[str | None, tuple[str, GptOssConfig, ParameterCounts]] = {}
@@ -137,7 +167,9 @@ def _over_many(
             title, model = _model(run, name)
             models[name] = title, model, count_parameters(model, run.train.freeze)
         title, model, counts = models[name]
-        found = search(_with_rows(run, seq_len, options.batch_tokens), model, counts, gpus, gpu, assumed)
+        found = search(
+            _with_rows(run, seq_len, options.batch_tokens), model, counts, gpus, gpu, assumed
+        )
         best = found[1] if found else None
         short = Path(title).name
         lines.append(line(short, seq_len, gpus, best, gpu))

@@ -2,11 +2,13 @@
 
 Stages
     1. each file is parsed on its own (types, unknown keys, ranges), all problems gathered;
-    2. `resolve` brings the two files, the model and the world size together: `auto` values get numbers, and what
-       cannot be right (divisibility, batch arithmetic, two files that disagree) is refused, all in one message.
+    2. `resolve` brings the two files, the model and the world size together: `auto` values get
+    numbers, and what
+       cannot be right (divisibility, batch arithmetic, two files that disagree) is refused, all in
+       one message.
 
-The DeepSpeed engine receives `RunConfig.engine_json`: the user's JSON without this project's own keys
-(`sequence_parallel_size`, `expert_parallel`, `optimizer`) and with every `auto` resolved.
+The DeepSpeed engine receives `RunConfig.engine_json`: the user's JSON without this project's own
+keys (`sequence_parallel_size`, `expert_parallel`, `optimizer`) and with every `auto` resolved.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ def _with_paths_beside(parsed: RunYaml, run_yaml: Path) -> RunYaml:
         return None if path is None else (run_yaml.parent / path).resolve()
 
     data = dataclasses.replace(
-        parsed.data, mix=(run_yaml.parent / parsed.data.mix).resolve(), build_dir=beside(parsed.data.build_dir)
+        parsed.data,
+        mix=(run_yaml.parent / parsed.data.mix).resolve(),
+        build_dir=beside(parsed.data.build_dir),
     )
     model = dataclasses.replace(parsed.model, path=beside(parsed.model.path))
     train = dataclasses.replace(parsed.train, kl_targets=beside(parsed.train.kl_targets))

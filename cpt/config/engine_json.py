@@ -1,4 +1,6 @@
-"""The DeepSpeed JSON on its own: which keys are known, which are refused and why, which values cannot be right."""
+"""The DeepSpeed JSON on its own: which keys are known, which are refused and why, which values
+cannot be right.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ KNOWN_KEYS = (
     "disable_allgather",
     "seed",
 )
-"""Top-level keys of the DeepSpeed JSON that this project accepts: DeepSpeed itself ignores a misspelt one."""
+"""Top-level keys of the DeepSpeed JSON that this project accepts: DeepSpeed itself ignores a
+misspelt one.
+"""
 
 OFFLOADS = ("offload_optimizer", "offload_param")
 OFFLOAD_DEVICES = ("none", "cpu", "nvme")
@@ -57,10 +61,18 @@ KNOWN_ZERO_KEYS = (
     "stage3_max_reuse_distance",
     "stage3_gather_16bit_weights_on_model_save",
 )
-"""Keys under zero_optimization that are known to train and save rightly.  Left out on purpose: round_robin_gradients
-(DeepSpeed 0.19.8 then reports wrong offsets, and a checkpoint would mix up tensors), hpZ, MiCS and quantised
-communication (refused by AutoEP)."""
-BLOCKS = ("bf16", "expert_parallel", "optimizer", "data_types", "aio", "comms_logger", "flops_profiler")
+"""Keys under zero_optimization that are known to train and save rightly.  Left out on purpose:
+round_robin_gradients (DeepSpeed 0.19.8 then reports wrong offsets, and a checkpoint would mix up
+tensors), hpZ, MiCS and quantised communication (refused by AutoEP)."""
+BLOCKS = (
+    "bf16",
+    "expert_parallel",
+    "optimizer",
+    "data_types",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+)
 """Keys of the DeepSpeed JSON whose value is a mapping."""
 
 REFUSED_KEYS = {
@@ -85,17 +97,30 @@ def json_problems(file: Located) -> list[str]:
             problems.append(f"{file.where((key,))}: {REFUSED_KEYS[key]}")
         elif key not in KNOWN_KEYS and key not in REFUSED_KEYS:
             problems.append(f"{file.where((key,))} is not a known key.{nearest(key, KNOWN_KEYS)}")
-    numbers = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", OWN_KEYS[0])
+    numbers = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        OWN_KEYS[0],
+    )
     for key in numbers:
         value = file.value.get(key, "auto")
         if value != "auto" and (type(value) is not int or value < 1):
-            problems.append(f"{file.where((key,))} is {value!r}, must be 'auto' or a whole number >= 1.")
+            problems.append(
+                f"{file.where((key,))} is {value!r}, must be 'auto' or a whole number >= 1."
+            )
     clipping = file.value.get("gradient_clipping", "auto")
-    if clipping != "auto" and (isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0):
-        problems.append(f"{file.where(('gradient_clipping',))} is {clipping!r}, must be 'auto' or a number >= 0.")
+    if clipping != "auto" and (
+        isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0
+    ):
+        problems.append(
+            f"{file.where(('gradient_clipping',))} is {clipping!r}, must be 'auto' or a number >= 0."
+        )
     zero = file.value.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
-        problems.append(f"{file.where(('zero_optimization',))}.stage must be 1, 2 or 3 (optimizer state is sharded).")
+        problems.append(
+            f"{file.where(('zero_optimization',))}.stage must be 1, 2 or 3 (optimizer state is sharded)."
+        )
     problems += _malformed_blocks(file, file.value, (), BLOCKS)
     if isinstance(zero, dict):
         problems += _malformed_blocks(file, zero, ("zero_optimization",), OFFLOADS)
@@ -120,7 +145,10 @@ def json_problems(file: Located) -> list[str]:
         )
     if isinstance(file.value.get("optimizer"), dict):
         problems += _malformed_blocks(file, file.value["optimizer"], ("optimizer",), ("params",))
-    if isinstance(file.value.get("data_types"), dict) and "buffer_dtype" in file.value["data_types"]:
+    if (
+        isinstance(file.value.get("data_types"), dict)
+        and "buffer_dtype" in file.value["data_types"]
+    ):
         problems.append(
             f"{file.where(('data_types', 'buffer_dtype'))} would round the rotary frequencies, which must stay fp32; "
             "remove it."
@@ -143,7 +171,11 @@ def _offload_problems(file: Located, zero: dict[str, Any]) -> list[str]:
                 f"{', '.join(OFFLOAD_DEVICES)}."
             )
         if stage in (1, 2) and (place == "nvme" or (name == "offload_param" and place == "cpu")):
-            what = "keeps weights whole on every GPU" if name == "offload_param" else "keeps no state in files"
+            what = (
+                "keeps weights whole on every GPU"
+                if name == "offload_param"
+                else "keeps no state in files"
+            )
             problems.append(
                 f"{file.where(('zero_optimization', name))} has device {place!r}, but DeepSpeed {what} in ZeRO stage "
                 f"{stage}. Use stage 3, or remove the block."
@@ -151,7 +183,9 @@ def _offload_problems(file: Located, zero: dict[str, Any]) -> list[str]:
         if place == "nvme":
             problems += _nvme_problems(file, name, blocks[name])
     if "nvme" in places.values() and "aio" in file.value:
-        problems.append(f"{file.where(('aio',))} has no effect: state on NVMe is mapped into memory. Remove it.")
+        problems.append(
+            f"{file.where(('aio',))} has no effect: state on NVMe is mapped into memory. Remove it."
+        )
     return problems
 
 
@@ -171,7 +205,9 @@ def _nvme_problems(file: Located, name: str, block: dict[str, Any]) -> list[str]
     return problems
 
 
-def _malformed_blocks(file: Located, block: dict[str, Any], path: KeyPath, names: Iterable[str]) -> list[str]:
+def _malformed_blocks(
+    file: Located, block: dict[str, Any], path: KeyPath, names: Iterable[str]
+) -> list[str]:
     """Blocks that are there but are no mapping."""
     return [
         f"{file.where((*path, name))} is {json.dumps(block[name])}, must be a mapping."

@@ -42,7 +42,9 @@ class GuardSection:
     replay_step: float = 0.03
     """... and adds at least this share of all tokens."""
     max_replay_share: float = 0.75
-    """Largest share of all sources that are not in the main language, the one with the largest share of the mix."""
+    """Largest share of all sources that are not in the main language, the one with the largest
+    share of the mix.
+    """
     lr_factor: float = 0.5
     """Lowering the learning rate multiplies it by this."""
     min_lr_scale: float = 0.25
@@ -52,16 +54,29 @@ class GuardSection:
     pause_after: int = 4
     """Measurements without a lever left, or in a row over the hard limit, before the run pauses."""
     max_rollbacks: int = 1
-    """Pauses after which the run goes on from its last green checkpoint; the next one ends it with 78."""
+    """Pauses after which the run goes on from its last green checkpoint; the next one ends it with
+    78.
+    """
 
     def limits(self, domain: str) -> tuple[float, float]:
         """Tolerance and hard limit of a domain in percent."""
         own = self.domains.get(domain, DomainLimits())
-        tolerance = self.tolerance_percent if own.tolerance_percent is None else own.tolerance_percent
-        return tolerance, self.hard_limit_percent if own.hard_limit_percent is None else own.hard_limit_percent
+        tolerance = (
+            self.tolerance_percent if own.tolerance_percent is None else own.tolerance_percent
+        )
+        return (
+            tolerance,
+            self.hard_limit_percent if own.hard_limit_percent is None else own.hard_limit_percent,
+        )
 
     def check(self) -> Iterator[tuple[str, str]]:
-        at_least = {"interval_steps": 0, "max_documents": 1, "patience": 1, "pause_after": 1, "max_rollbacks": 0}
+        at_least = {
+            "interval_steps": 0,
+            "max_documents": 1,
+            "patience": 1,
+            "pause_after": 1,
+            "max_rollbacks": 0,
+        }
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 yield name, f"is {getattr(self, name)}, must be >= {least}."
@@ -69,13 +84,25 @@ class GuardSection:
             if not 0 < getattr(self, name) <= 1:
                 yield name, f"is {getattr(self, name)}, must be above 0 and at most 1."
         if self.replay_factor < 1:
-            yield "replay_factor", f"is {self.replay_factor}, must be >= 1: replay is raised, never lowered."
+            yield (
+                "replay_factor",
+                f"is {self.replay_factor}, must be >= 1: replay is raised, never lowered.",
+            )
         if not 0 < self.replay_step < 1:
-            yield "replay_step", f"is {self.replay_step}, must be between 0 and 1 (a share of the tokens)."
+            yield (
+                "replay_step",
+                f"is {self.replay_step}, must be between 0 and 1 (a share of the tokens).",
+            )
         if not 0 <= self.max_replay_share < 1:
-            yield "max_replay_share", f"is {self.max_replay_share}, must be >= 0 and below 1 (a share of the tokens)."
+            yield (
+                "max_replay_share",
+                f"is {self.max_replay_share}, must be >= 0 and below 1 (a share of the tokens).",
+            )
         for domain in ("", *self.domains):
             tolerance, hard = self.limits(domain)
             key = f"domains.{domain}.tolerance_percent" if domain else "tolerance_percent"
             if not 0 < tolerance <= hard:
-                yield key, f"is {tolerance:g}, must be above 0 and at most the hard limit ({hard:g})."
+                yield (
+                    key,
+                    f"is {tolerance:g}, must be above 0 and at most the hard limit ({hard:g}).",
+                )

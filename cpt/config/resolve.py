@@ -44,7 +44,10 @@ class _Resolver:
         engine_json = self._engine_json(micro_batch_size, accumulation)
         if self.problems:
             raise ConfigError(self.problems)
-        sections = {section.name: getattr(self.run, section.name) for section in dataclasses.fields(self.run)}
+        sections = {
+            section.name: getattr(self.run, section.name)
+            for section in dataclasses.fields(self.run)
+        }
         return RunConfig(
             **sections,
             world_size=self.launch.world_size,
@@ -60,13 +63,17 @@ class _Resolver:
         self.problems.append(f"{self.file.where((key,))} {message}")
 
     def _sp_size(self) -> int:
-        """Refuse what does not divide; `auto`: the largest size within a node that divides all it must."""
+        """Refuse what does not divide; `auto`: the largest size within a node that divides all it
+        must.
+        """
         heads, kv_heads = self.model.num_attention_heads, self.model.num_key_value_heads
         wanted, seq_len = self.json.get("sequence_parallel_size", 1), self.run.train.seq_len
         rules = {
             f"the world size {self.launch.world_size}": lambda n: self.launch.world_size % n == 0,
             f"the {heads} query heads": lambda n: heads % n == 0,
-            f"(nor is a multiple of) the {kv_heads} key/value heads": lambda n: kv_heads % n == 0 or n % kv_heads == 0,
+            f"(nor is a multiple of) the {kv_heads} key/value heads": lambda n: (
+                kv_heads % n == 0 or n % kv_heads == 0
+            ),
         }
         if wanted == "auto":
             rules["seq_len"] = lambda n: seq_len % n == 0
@@ -88,11 +95,15 @@ class _Resolver:
             f"the world size {self.launch.world_size}": lambda n: self.launch.world_size % n == 0,
             f"the {experts} experts": lambda n: experts % n == 0,
         }
-        return self._choose("expert_parallel", block.get("autoep_size", "auto"), rules, name="autoep_size")
+        return self._choose(
+            "expert_parallel", block.get("autoep_size", "auto"), rules, name="autoep_size"
+        )
 
     def _choose(self, key: str, wanted: Any, rules: dict[str, Any], name: str | None = None) -> int:
         """A size that obeys all rules; `auto` also divides the ranks of this node."""
-        limit = max(self.launch.world_size, self.model.num_attention_heads, self.model.num_local_experts)
+        limit = max(
+            self.launch.world_size, self.model.num_attention_heads, self.model.num_local_experts
+        )
         valid = [n for n in range(1, limit + 1) if all(rule(n) for rule in rules.values())]
         if wanted == "auto":
             return max(n for n in valid if self.launch.local_world_size % n == 0)
@@ -101,7 +112,10 @@ class _Resolver:
             options = ", ".join(map(str, sorted(sorted(valid, key=lambda n: abs(n - wanted))[:3])))
             label = f".{name}" if name else ""
             joined = " and ".join(broken)
-            self._problem(key + label, f"= {wanted} does not divide {joined}. Nearest sizes that fit: {options}.")
+            self._problem(
+                key + label,
+                f"= {wanted} does not divide {joined}. Nearest sizes that fit: {options}.",
+            )
             return 1
         return int(wanted)
 
@@ -137,7 +151,10 @@ class _Resolver:
             )
             return micro, 1
         accumulation = rows // per_pass
-        for key, value in (("gradient_accumulation_steps", accumulation), ("train_batch_size", rows)):
+        for key, value in (
+            ("gradient_accumulation_steps", accumulation),
+            ("train_batch_size", rows),
+        ):
             if self.json.get(key, "auto") not in ("auto", value):
                 self._problem(
                     key,
@@ -151,16 +168,21 @@ class _Resolver:
         bf16 = self.json.get("bf16", {})
         enabled = bf16.get("enabled", "auto") if isinstance(bf16, dict) else None
         if enabled not in ("auto", train.dtype == "bf16"):
-            self._problem("bf16", f"has enabled={enabled!r}, but train.dtype is {train.dtype}. Write 'auto'.")
+            self._problem(
+                "bf16", f"has enabled={enabled!r}, but train.dtype is {train.dtype}. Write 'auto'."
+            )
         clipping = self.json.get("gradient_clipping", "auto")
         if clipping not in ("auto", train.gradient_clipping):
             self._problem(
-                "gradient_clipping", f"is {clipping}, but train.gradient_clipping is {train.gradient_clipping}."
+                "gradient_clipping",
+                f"is {clipping}, but train.gradient_clipping is {train.gradient_clipping}.",
             )
         self._check_optimizer()
         if train.seq_len > self.model.max_position_embeddings:
             limit = self.model.max_position_embeddings
-            self.problems.append(f"train.seq_len={train.seq_len} is more than the model's {limit} positions.")
+            self.problems.append(
+                f"train.seq_len={train.seq_len} is more than the model's {limit} positions."
+            )
 
     def _check_optimizer(self) -> None:
         """An `optimizer` block is welcome as long as it says what the run YAML says."""
@@ -175,13 +197,23 @@ class _Resolver:
         for name, value in optimizer.get("params", {}).items():
             expected = {**same, **same_lists, "torch_adam": value, "adam_w_mode": True}.get(name)
             if expected is None:
-                self._problem("optimizer", f"has params.{name}, which is not a known key; train.* has the settings.")
+                self._problem(
+                    "optimizer",
+                    f"has params.{name}, which is not a known key; train.* has the settings.",
+                )
             elif value != "auto" and value != expected:
-                self._problem("optimizer", f"has params.{name}={value}, but train.{name} is {expected}. Write 'auto'.")
+                self._problem(
+                    "optimizer",
+                    f"has params.{name}={value}, but train.{name} is {expected}. Write 'auto'.",
+                )
 
     def _engine_json(self, micro_batch_size: int, accumulation: int) -> dict[str, Any]:
         train = self.run.train
-        engine = {key: copy.deepcopy(value) for key, value in self.json.items() if key not in (*OWN_KEYS, "optimizer")}
+        engine = {
+            key: copy.deepcopy(value)
+            for key, value in self.json.items()
+            if key not in (*OWN_KEYS, "optimizer")
+        }
         engine = {key: value for key, value in engine.items() if key not in REFUSED_KEYS}
         engine["train_micro_batch_size_per_gpu"] = micro_batch_size
         engine["gradient_accumulation_steps"] = accumulation
@@ -190,7 +222,9 @@ class _Resolver:
         engine["gradient_clipping"] = train.gradient_clipping
         engine["bf16"] = {**engine.get("bf16", {}), "enabled": train.dtype == "bf16"}
         engine["zero_allow_untested_optimizer"] = True
-        engine["zero_force_ds_cpu_optimizer"] = False  # the optimizer is this project's, wherever its state lies
+        engine["zero_force_ds_cpu_optimizer"] = (
+            False  # the optimizer is this project's, wherever its state lies
+        )
         engine.setdefault("steps_per_print", 10**12)
         zero = engine["zero_optimization"]
         self._fill_auto_sizes(zero)
@@ -198,7 +232,10 @@ class _Resolver:
             if zero.get(name, {}).get("device") == "none":
                 del zero[name]
         if train.dtype == "bf16" and zero["stage"] == 1 and "data_types" in engine:
-            self._problem("data_types", "with ZeRO stage 1 and bf16 selects an optimizer that cannot be saved; use 2.")
+            self._problem(
+                "data_types",
+                "with ZeRO stage 1 and bf16 selects an optimizer that cannot be saved; use 2.",
+            )
         if train.dtype == "bf16" and zero["stage"] != 1:
             engine["data_types"] = {"grad_accum_dtype": "fp32", **engine.get("data_types", {})}
         if not math.isfinite(train.gradient_clipping):
@@ -218,4 +255,7 @@ class _Resolver:
                 if key in sizes:
                     zero[key] = sizes[key]
                 else:
-                    self._problem(f"zero_optimization.{key}", f"is 'auto', which only {', '.join(sizes)} may be.")
+                    self._problem(
+                        f"zero_optimization.{key}",
+                        f"is 'auto', which only {', '.join(sizes)} may be.",
+                    )

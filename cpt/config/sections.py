@@ -1,4 +1,6 @@
-"""The run YAML's sections, and the `RunConfig` that everything else works with: dataclasses and their own checks."""
+"""The run YAML's sections, and the `RunConfig` that everything else works with: dataclasses and
+their own checks.
+"""
 
 from __future__ import annotations
 
@@ -22,29 +24,41 @@ class ModelSection:
     attention: str = "auto"
     """Attention backend: auto picks the fastest one that is right here."""
     window_exchange: Literal["auto", "halo", "ulysses"] = "auto"
-    """How window layers exchange tokens under sequence parallelism: with the left neighbour (halo) or as full layers
-    do (ulysses); auto takes the halo where one neighbour holds the whole window."""
+    """How window layers exchange tokens under sequence parallelism: with the left neighbour (halo)
+    or as full layers do (ulysses); auto takes the halo where one neighbour holds the whole
+    window."""
     verify_checksums: bool = True
-    """Compare the weight files of `path` with SHA256SUMS beside them, or with the names of their blobs in a cache of
-    the Hugging Face Hub, before the first step; files of which neither knows are read as they are."""
+    """Compare the weight files of `path` with SHA256SUMS beside them, or with the names of their
+    blobs in a cache of the Hugging Face Hub, before the first step; files of which neither knows
+    are read as they are."""
     activation_checkpointing: bool = False
     """Compute each layer again in the backward pass instead of storing its activations."""
     offload_checkpoints: bool = False
-    """Keep the layer inputs that activation checkpointing stores in host memory until their backward."""
+    """Keep the layer inputs that activation checkpointing stores in host memory until their
+    backward.
+    """
     expert_recompute: Literal["keep", "recompute"] = "recompute"
-    """With activation_checkpointing and expert parallelism: keep the rows that other ranks sent (experts_per_token x
-    hidden_size values per token and layer), or send them again in the backward pass (a quarter more bytes)."""
+    """With activation_checkpointing and expert parallelism: keep the rows that other ranks sent
+    (experts_per_token x hidden_size values per token and layer), or send them again in the backward
+    pass (a quarter more bytes)."""
     router_aux_loss_coef: float = 0.0
-    """Weight of each layer's load-balancing loss, 1 at perfect balance (cpt/model/experts/router_watch.py); 0, as gpt-oss is
-    trained by default: off.  Published: Switch Transformer 0.01; the released config.json says 0.9, without use."""
+    """Weight of each layer's load-balancing loss, 1 at perfect balance
+    (cpt/model/experts/router_watch.py); 0, as gpt-oss is trained by default: off.  Published:
+    Switch Transformer 0.01; the released config.json says 0.9, without use."""
     router_z_loss_coef: float = 0.0
     """Weight of each layer's router z-loss; 0: off.  Published: ST-MoE 0.001."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if (self.path is None) == (self.init is None):
-            yield "path", "and init: give exactly one of them (a directory of weights, or a preset to initialise)."
+            yield (
+                "path",
+                "and init: give exactly one of them (a directory of weights, or a preset to initialise).",
+            )
         if self.offload_checkpoints and not self.activation_checkpointing:
-            yield "offload_checkpoints", "needs model.activation_checkpointing: true; without it there are none."
+            yield (
+                "offload_checkpoints",
+                "needs model.activation_checkpointing: true; without it there are none.",
+            )
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             if not 0 <= getattr(self, name) < float("inf"):
                 yield name, f"is {getattr(self, name)}, must be >= 0."
@@ -57,11 +71,15 @@ class DataSection:
     mix: Path
     """Data-mix YAML, relative to the run YAML."""
     build_dir: Path | None = None
-    """Built shards; default: data/<mix>-<fingerprint>, built on the spot when the input is small."""
+    """Built shards; default: data/<mix>-<fingerprint>, built on the spot when the input is
+    small.
+    """
     auto_build_limit_bytes: int = 256 * 2**20
     """Largest input that training builds by itself."""
     accept_mix_change: bool = False
-    """Go on with a mix that was edited since the last checkpoint, as a new segment of the ledger."""
+    """Go on with a mix that was edited since the last checkpoint, as a new segment of the
+    ledger.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,21 +117,27 @@ class TrainSection:
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     max_rollbacks: int = 1
-    """Times a run may go back to a checkpoint because three updates in a row were not finite; the next one ends it."""
+    """Times a run may go back to a checkpoint because three updates in a row were not finite; the
+    next one ends it.
+    """
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Working precision; master weights and Adam moments are fp32 in both."""
     seed: int = 1234
     """Seeds the weights of `init`; the order of the data follows the mix's own seed."""
     freeze: tuple[str, ...] = ()
-    """Parameters left as they are: name patterns (`model.layers.0.*`) or the words router, experts, attention, sinks,
-    norms, embeddings, lm_head."""
+    """Parameters left as they are: name patterns (`model.layers.0.*`) or the words router, experts,
+    attention, sinks, norms, embeddings, lm_head."""
     kl_targets: Path | None = None
-    """Folder that `cpt replay targets` wrote: the base model's distributions, for rows of some sources; relative to the
-    run YAML."""
+    """Folder that `cpt replay targets` wrote: the base model's distributions, for rows of some
+    sources; relative to the run YAML."""
     kl_weight: float | None = None
-    """Weight of the divergence from them in nats per predicted token; needed with kl_targets, 0 only measures it."""
+    """Weight of the divergence from them in nats per predicted token; needed with kl_targets, 0
+    only measures it.
+    """
     gc_interval_steps: int = 0
-    """Steps between garbage collections, on all ranks at once and at no other time; 0 leaves it to Python."""
+    """Steps between garbage collections, on all ranks at once and at no other time; 0 leaves it to
+    Python.
+    """
     threads: int | None = None
     """CPU threads per process; default: cores / processes on this node."""
 
@@ -151,12 +175,21 @@ class TrainSection:
         if self.threads is not None and self.threads < 1:
             yield "threads", f"is {self.threads}, must be >= 1; leave it out for the default."
         if self.stop_at_step is not None and not 1 <= self.stop_at_step <= self.total_steps:
-            yield "stop_at_step", f"is {self.stop_at_step}, must be between 1 and total_steps ({self.total_steps})."
+            yield (
+                "stop_at_step",
+                f"is {self.stop_at_step}, must be between 1 and total_steps ({self.total_steps}).",
+            )
         shaped_steps = self.warmup_steps + self.decay_steps
         if shaped_steps > self.total_steps > 0:
-            yield "warmup_steps", f"+ decay_steps is {shaped_steps}, more than total_steps ({self.total_steps})."
+            yield (
+                "warmup_steps",
+                f"+ decay_steps is {shaped_steps}, more than total_steps ({self.total_steps}).",
+            )
         if self.decay_steps and self.schedule != "wsd":
-            yield "decay_steps", f"is {self.decay_steps}, but only schedule: wsd has one; remove it."
+            yield (
+                "decay_steps",
+                f"is {self.decay_steps}, but only schedule: wsd has one; remove it.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,12 +203,16 @@ class CheckpointSection:
     keep_every_steps: int = 0
     """Checkpoints of multiples of this step are kept for good, besides `keep_last`; 0: none."""
     async_save: bool = True
-    """Periodic saves copy the state to host memory (12 bytes per parameter over all ranks) and are written while
-    training goes on; false: training waits for each."""
+    """Periodic saves copy the state to host memory (12 bytes per parameter over all ranks) and are
+    written while training goes on; false: training waits for each."""
     stop_budget_seconds: int = 540
-    """Longest time from the decision to stop until the process has left; it ends with 74 when it is used up."""
+    """Longest time from the decision to stop until the process has left; it ends with 74 when it is
+    used up.
+    """
     stop_margin_seconds: int = 300
-    """Under SLURM: stop this long before the end time of the job, at most a quarter of what is left at start."""
+    """Under SLURM: stop this long before the end time of the job, at most a quarter of what is left
+    at start.
+    """
 
     def check(self) -> Iterator[tuple[str, str]]:
         for name in ("interval_steps", "keep_every_steps", "stop_margin_seconds"):
@@ -196,18 +233,25 @@ class WatchdogSection:
     timeout_seconds: float = 900.0
     """Longest stay in one phase of a step: reading data, forward, backward, update."""
     long_timeout_seconds: float = 14400.0
-    """Longest stay in one of the others: loading, saving, scoring held-out text, rolling back, exporting."""
+    """Longest stay in one of the others: loading, saving, scoring held-out text, rolling back,
+    exporting.
+    """
     interval_seconds: float = 1.0
     """Seconds between two looks."""
     straggler_ratio: float = 2.0
-    """A step of one rank that takes this many median steps while the others wait is reported; 0: none is."""
+    """A step of one rank that takes this many median steps while the others wait is reported; 0:
+    none is.
+    """
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.interval_seconds < 0.05:
             yield "interval_seconds", f"is {self.interval_seconds}, must be >= 0.05."
         for name in ("timeout_seconds", "long_timeout_seconds"):
             if getattr(self, name) < 4 * self.interval_seconds:
-                yield name, f"is {getattr(self, name)}, must be at least four times watchdog.interval_seconds."
+                yield (
+                    name,
+                    f"is {getattr(self, name)}, must be at least four times watchdog.interval_seconds.",
+                )
         if self.straggler_ratio != 0 and self.straggler_ratio <= 1:
             yield "straggler_ratio", f"is {self.straggler_ratio}, must be > 1, or 0 for no report."
 
@@ -223,14 +267,23 @@ class TelemetrySection:
     tensorboard: bool = False
     """Write TensorBoard event files into the run directory."""
     memory_report: bool = False
-    """Measure the memory of the second step after a start, part by part, beside the prediction of --dry_run."""
+    """Measure the memory of the second step after a start, part by part, beside the prediction of
+    --dry_run.
+    """
     export_at_end: bool = False
     """Write a Hugging Face directory (bf16) into the run directory when the run is done."""
     router_interval_steps: int = 100
-    """Steps between lines about the routers: load, entropy, drift from the untouched model, by language; 0: never."""
+    """Steps between lines about the routers: load, entropy, drift from the untouched model, by
+    language; 0: never.
+    """
     sample_interval_steps: int = 0
-    """Steps between continuations of `sample_prompts` in the log, metrics.jsonl and the trackers; 0: never."""
-    sample_prompts: tuple[str, ...] = ("\u6614\u3005\u3001\u3042\u308b\u3068\u3053\u308d\u306b", "Once upon a time")
+    """Steps between continuations of `sample_prompts` in the log, metrics.jsonl and the trackers;
+    0: never.
+    """
+    sample_prompts: tuple[str, ...] = (
+        "\u6614\u3005\u3001\u3042\u308b\u3068\u3053\u308d\u306b",
+        "Once upon a time",
+    )
     """Texts that are continued, always by the likeliest token, so that steps can be compared."""
     sample_tokens: int = 32
     """Tokens of a continuation."""
@@ -269,7 +322,9 @@ class ExpertParallelJson:
     preset_model: Literal["gpt_oss"] = "gpt_oss"
     """Layout of the experts."""
     comm_backend: str = "comm"
-    """What takes rows to their experts, by DeepSpeed's name: the all-to-all of torch.distributed, and nothing else."""
+    """What takes rows to their experts, by DeepSpeed's name: the all-to-all of torch.distributed,
+    and nothing else.
+    """
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.comm_backend != "comm":

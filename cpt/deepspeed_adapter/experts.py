@@ -1,11 +1,11 @@
 """The marks by which DeepSpeed's engine knows expert layers and expert parameters.
 
-Expert parallelism uses the engine's AutoEP support without patching it: the engine recognizes an `AutoEPMoELayer` by
-its class and reads four marks on its expert parameters.  If either is missing, ZeRO-3 shards *different* experts over
-the whole world as if they were replicas, without an error.
+Expert parallelism uses the engine's AutoEP support without patching it: the engine recognizes an
+`AutoEPMoELayer` by its class and reads four marks on its expert parameters.  If either is missing,
+ZeRO-3 shards *different* experts over the whole world as if they were replicas, without an error.
 
-Read in deepspeed 0.19.8: runtime/engine.py (`_configure_distributed_model`, `_configure_zero_optimizer`),
-moe/utils.py, module_inject/auto_ep_layer.py.
+Read in deepspeed 0.19.8: runtime/engine.py (`_configure_distributed_model`,
+`_configure_zero_optimizer`), moe/utils.py, module_inject/auto_ep_layer.py.
 """
 
 from __future__ import annotations
@@ -39,5 +39,11 @@ def is_expert(parameter: nn.Parameter) -> bool:
 
 
 def separate_experts(parameter_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Split optimizer groups so that none mixes experts with replicated parameters; empty ones are dropped."""
-    return [g for g in split_params_into_different_moe_groups_for_optimizer(parameter_groups) if g["params"]]
+    """Split optimizer groups so that none mixes experts with replicated parameters; empty ones are
+    dropped.
+    """
+    return [
+        g
+        for g in split_params_into_different_moe_groups_for_optimizer(parameter_groups)
+        if g["params"]
+    ]

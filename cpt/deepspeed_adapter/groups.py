@@ -1,4 +1,5 @@
-"""Process groups: DeepSpeed's process group and expert groups, and the layout of a run that they make up.
+"""Process groups: DeepSpeed's process group and expert groups, and the layout of a run that they
+make up.
 
 Sequence parallelism is never told to DeepSpeed: to the engine every rank is a data-parallel rank.
 
@@ -26,13 +27,16 @@ CONTROL_TIMEOUT = timedelta(hours=6)
 def init_distributed(device: torch.device) -> None:
     """Join the process group that the launcher prepared.
 
-    On CPU, DeepSpeed would compile a shared-memory all-reduce at first use (most of a minute) that leaves its buffers
-    in /dev/shm when a rank is killed; it is declared incompatible, so that gloo does the work.
+    On CPU, DeepSpeed would compile a shared-memory all-reduce at first use (most of a minute) that
+    leaves its buffers in /dev/shm when a rank is killed; it is declared incompatible, so that gloo
+    does the work.
     """
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
+        )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -63,7 +67,9 @@ def create_topology(*, sp_size: int, ep_size: int, device: torch.device) -> Topo
     rank, world_size = dist.get_rank(), dist.get_world_size()
     assert world_size % sp_size == 0 and world_size % ep_size == 0, (world_size, sp_size, ep_size)
     sp_group = None
-    for first in range(0, world_size, sp_size):  # every rank must take part in the creation of every group
+    for first in range(
+        0, world_size, sp_size
+    ):  # every rank must take part in the creation of every group
         group = dist.new_group(list(range(first, first + sp_size)))
         sp_group = group if first <= rank < first + sp_size else sp_group
     assert sp_group is not None

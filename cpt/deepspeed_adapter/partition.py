@@ -22,8 +22,9 @@ from cpt.storage.allocation import allocate
 class _EmptyInit(zero.Init):  # type: ignore[misc]
     """zero.Init for a model on the meta device whose values come later.
 
-    The base class takes whole tensors and broadcasts them from the first rank; here a parameter is allocated, cut up
-    and freed before the next one, nothing is sent, and experts are cut over their own group.
+    The base class takes whole tensors and broadcasts them from the first rank; here a parameter is
+    allocated, cut up and freed before the next one, nothing is sent, and experts are cut over their
+    own group.
     """
 
     def _convert_to_zero_parameters(self, param_list: Any) -> None:
@@ -38,12 +39,17 @@ class _EmptyInit(zero.Init):  # type: ignore[misc]
                 self._convert_to_deepspeed_param(real)
                 real.partition()
                 if self.remote_device == "cpu" and not self.pin_memory:
-                    # the part is a copy of nothing yet: pages that nobody has touched take no memory
+                    # the part is a copy of nothing yet: pages that nobody has touched take no
+                    # memory
                     real.ds_tensor.data = torch.empty_like(real.ds_tensor)
 
 
-def materialise_partitioned(model: nn.Module, engine_json: dict[str, Any], dtype: torch.dtype) -> None:
-    """Give every parameter of a meta model its uninitialised ZeRO-3 part on this rank; call it on all ranks."""
+def materialise_partitioned(
+    model: nn.Module, engine_json: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Give every parameter of a meta model its uninitialised ZeRO-3 part on this rank; call it on
+    all ranks.
+    """
     _EmptyInit(module=model, config_dict_or_path=on_host(engine_json), dtype=dtype)
 
 

@@ -2,7 +2,8 @@
 
 A shard is a contiguous range of the flattened parameter.
 
-Read in deepspeed 0.19.8: runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py, utils/tensor_fragment.py.
+Read in deepspeed 0.19.8: runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py,
+utils/tensor_fragment.py.
 """
 
 from __future__ import annotations
@@ -19,26 +20,35 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalShard:
-    """What this rank holds of one parameter and its optimizer state, as a range of the flattened local tensor."""
+    """What this rank holds of one parameter and its optimizer state, as a range of the flattened
+    local tensor.
+    """
 
     offset: int
     """First element, counted in the flattened tensor that this rank would hold without ZeRO."""
     tensors: dict[str, torch.Tensor]
-    """`master`, `exp_avg`, `exp_avg_sq`: 1-D fp32 views without ZeRO padding; writing to them changes the state.  Of a
-    frozen parameter `master` alone, in the working dtype: there is no other copy."""
+    """`master`, `exp_avg`, `exp_avg_sq`: 1-D fp32 views without ZeRO padding; writing to them
+    changes the state.  Of a frozen parameter `master` alone, in the working dtype: there is no
+    other copy."""
 
 
-def create_optimizer_state(engine: Any, zeros_like: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like) -> None:
+def create_optimizer_state(
+    engine: Any, zeros_like: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like
+) -> None:
     """Give every flat partition Adam moments if it has none, as the first optimizer step would.
 
-    DeepSpeed creates the state lazily; a checkpoint is loaded, and step 0 is saved, before that step.
+    DeepSpeed creates the state lazily; a checkpoint is loaded, and step 0 is saved, before that
+    step.
     """
     inner = engine.optimizer.optimizer
     for flat in flat_partitions(engine):
         if not inner.state.get(flat):
             inner.state[flat] = {
-                # a fused optimizer hands the step to its kernel, so it lives where the partition lives
-                "step": torch.zeros((), device=flat.device if inner.defaults.get("fused") else "cpu"),
+                # a fused optimizer hands the step to its kernel, so it lives where the partition
+                # lives
+                "step": torch.zeros(
+                    (), device=flat.device if inner.defaults.get("fused") else "cpu"
+                ),
                 **{key: zeros_like(flat) for key in MOMENTS},
             }
 
@@ -51,20 +61,31 @@ def flat_partitions(engine: Any) -> list[torch.Tensor]:
 
 
 def state_tensors(engine: Any) -> dict[str, list[torch.Tensor]]:
-    """The tensors that the engine keeps between steps on this rank, by part; they may share storages.
+    """The tensors that the engine keeps between steps on this rank, by part; they may share
+    storages.
 
     Gradients of ZeRO 1 and 2 are made anew in every step and are not among them.
     """
     zero, inner = engine.optimizer, engine.optimizer.optimizer
     masters = flat_partitions(engine)
-    moments = [inner.state[flat][key] for flat in masters for key in MOMENTS if key in inner.state.get(flat, {})]
+    moments = [
+        inner.state[flat][key]
+        for flat in masters
+        for key in MOMENTS
+        if key in inner.state.get(flat, {})
+    ]
     parameters = list(engine.module.parameters())
     if engine.zero_optimization_stage() != 3:
         return {"weights": [p.data for p in parameters], "optimizer": [*masters, *moments]}
-    whole = [p.data for p in parameters if p.data.numel() == p.ds_numel]  # small ones are never partitioned
+    whole = [
+        p.data for p in parameters if p.data.numel() == p.ds_numel
+    ]  # small ones are never partitioned
     return {
         "weights": [*(p.ds_tensor.data for p in parameters), *whole],
-        "gradients": [zero.grad_partitions_flat_buffer, *(m.grad for m in masters if m.grad is not None)],
+        "gradients": [
+            zero.grad_partitions_flat_buffer,
+            *(m.grad for m in masters if m.grad is not None),
+        ],
         "optimizer": [*masters, *moments],
     }
 
@@ -79,26 +100,34 @@ def set_optimizer_step(engine: Any, step: int) -> None:
 
 
 def local_shards(engine: Any) -> dict[str, LocalShard]:
-    """Views of everything this rank must save, by parameter name; parameters with an empty range are left out."""
+    """Views of everything this rank must save, by parameter name; parameters with an empty range
+    are left out.
+    """
     create_optimizer_state(engine)
     stage = engine.zero_optimization_stage()
     find = _shard_of_stage3 if stage == 3 else _shard_of_stage1_or_2
     shards = {
-        name: find(engine, parameter) if parameter.requires_grad else _frozen_shard(stage, parameter)
+        name: find(engine, parameter)
+        if parameter.requires_grad
+        else _frozen_shard(stage, parameter)
         for name, parameter in engine.module.named_parameters()
     }
     return {name: shard for name, shard in shards.items() if shard is not None}
 
 
 def _partition_of_stage3(parameter: Any) -> tuple[int, int]:
-    """(first element, elements without padding) of this rank's partition; the padding fills the last ranks."""
+    """(first element, elements without padding) of this rank's partition; the padding fills the
+    last ranks.
+    """
     partition_numel = parameter.ds_tensor.ds_numel
     offset = dist.get_rank(group=parameter.ds_process_group) * partition_numel
     return offset, max(0, min(parameter.ds_numel - offset, partition_numel))
 
 
 def _frozen_shard(stage: int, parameter: Any) -> LocalShard | None:
-    """ZeRO-3 cuts frozen parameters as it cuts the others; stages 1 and 2 leave them whole on every rank."""
+    """ZeRO-3 cuts frozen parameters as it cuts the others; stages 1 and 2 leave them whole on every
+    rank.
+    """
     if stage != 3:
         return LocalShard(offset=0, tensors={"master": parameter.data.view(-1)})
     offset, real = _partition_of_stage3(parameter)
@@ -114,10 +143,14 @@ def _shard_of_stage3(engine: Any, parameter: Any) -> LocalShard | None:
         return None
     index, start, numel = zero.grad_position[zero.get_param_id(parameter)]
     flat = zero.fp32_partitioned_groups_flat[index]
-    assert numel == partition_numel, "ZeRO-3 partition geometry is not the one this file was written for"
+    assert numel == partition_numel, (
+        "ZeRO-3 partition geometry is not the one this file was written for"
+    )
     state = zero.optimizer.state[flat]
     sources = {"master": flat, **{key: state[key] for key in MOMENTS}}
-    return LocalShard(offset=offset, tensors={key: t.narrow(0, start, real) for key, t in sources.items()})
+    return LocalShard(
+        offset=offset, tensors={key: t.narrow(0, start, real) for key, t in sources.items()}
+    )
 
 
 def _shard_of_stage1_or_2(engine: Any, parameter: Any) -> LocalShard | None:
@@ -126,14 +159,17 @@ def _shard_of_stage1_or_2(engine: Any, parameter: Any) -> LocalShard | None:
         return None
     zero, where = engine.optimizer, mapping.hp_fragment_address
     flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-    # not mapping.optim_fragment: it is linked after the first group's first step and lacks the other groups' state
+    # not mapping.optim_fragment: it is linked after the first group's first step and lacks the
+    # other groups' state
     sources = {"master": flat, **{key: zero.optimizer.state[flat][key] for key in MOMENTS}}
     tensors = {key: source.narrow(0, where.start, where.numel) for key, source in sources.items()}
     return LocalShard(offset=mapping.lp_fragment_address.start, tensors=tensors)
 
 
 def publish_master_weights(engine: Any) -> None:
-    """After writing fp32 master shards: bring the working weights that the next forward reads in line."""
+    """After writing fp32 master shards: bring the working weights that the next forward reads in
+    line.
+    """
     zero = engine.optimizer
     if engine.zero_optimization_stage() != 3:
         for group_index in range(len(zero.bit16_groups)):

@@ -2,8 +2,8 @@
 
     stored fp32 pieces -> bf16, fp32, or MXFP4 codes -> weight files -> the other files -> rename
 
-Tensors are read and written in pieces, so memory stays at a few of them whatever the model; no engine and no process
-group is needed.  The directory appears under its name when it is whole.
+Tensors are read and written in pieces, so memory stays at a few of them whatever the model; no
+engine and no process group is needed.  The directory appears under its name when it is whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from cpt.export.tokenizer import save_tokenizer
 from cpt.model.gpt_oss import skeleton
 from cpt.model.weights.hf_layout import BLOCKS, SCALES, is_expert_name
 from cpt.model.weights.source import mxfp4
-from cpt.model.weights.writer import DirectoryWriter, Entry, check_space, published, refuse_existing, write_json
+from cpt.model.weights.writer import (
+    DirectoryWriter,
+    Entry,
+    check_space,
+    published,
+    refuse_existing,
+    write_json,
+)
 from cpt.resilience.faults import fault_point
 from data_pipeline.text.harmony import STOP_IDS
 
@@ -45,14 +52,16 @@ Complete = Callable[[Path], None]
 """Adds files to a directory that is about to be published."""
 
 
-def export_checkpoint(folder: Path, out: Path, format_name: str, complete: Complete | None = None) -> Path:
+def export_checkpoint(
+    folder: Path, out: Path, format_name: str, complete: Complete | None = None
+) -> Path:
     """Write the weights of a checkpoint as a Hugging Face directory.
 
     Args:
         folder: A checkpoint.
         out: Must not exist.
-        format_name: `bf16`, `mxfp4` (expert matrices rounded to the released layout, the rest bf16; with a report of
-            the error of every tensor), or `fp32` (the master weights).
+        format_name: `bf16`, `mxfp4` (expert matrices rounded to the released layout, the rest bf16;
+            with a report of the error of every tensor), or `fp32` (the master weights).
         complete: Called with the directory when only its publication is left.
 
     Returns:
@@ -87,7 +96,10 @@ def _check_keys(folder: Path, manifest: Manifest) -> None:
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     stored = {name: record.shape for name, record in manifest.tensors.items()}
     problems = [f"tensor '{name}' is missing." for name in sorted(expected.keys() - stored.keys())]
-    problems += [f"tensor '{name}' is unknown to its model." for name in sorted(stored.keys() - expected.keys())]
+    problems += [
+        f"tensor '{name}' is unknown to its model."
+        for name in sorted(stored.keys() - expected.keys())
+    ]
     problems += [
         f"tensor '{name}' has shape {stored[name]}, expected {expected[name]}."
         for name in sorted(expected.keys() & stored.keys())
@@ -109,7 +121,9 @@ def _entries(manifest: Manifest, format_name: str) -> dict[str, Entry]:
         if format_name == "mxfp4" and _is_quantised(name, record.shape):
             experts, inputs, rows = record.shape
             if inputs % mxfp4.BLOCK:
-                raise ConfigError(f"{name} has {inputs} inputs; MXFP4 needs a multiple of {mxfp4.BLOCK}. Use bf16.")
+                raise ConfigError(
+                    f"{name} has {inputs} inputs; MXFP4 needs a multiple of {mxfp4.BLOCK}. Use bf16."
+                )
             blocks = (experts, rows, inputs // mxfp4.BLOCK)
             entries[name + BLOCKS] = Entry(shape=(*blocks, mxfp4.BLOCK // 2), dtype=torch.uint8)
             entries[name + SCALES] = Entry(shape=blocks, dtype=torch.uint8)
@@ -118,7 +132,9 @@ def _entries(manifest: Manifest, format_name: str) -> dict[str, Entry]:
     return entries
 
 
-def _write_weights(folder: Path, manifest: Manifest, out: Path, entries: dict[str, Entry]) -> dict[str, ErrorOfTensor]:
+def _write_weights(
+    folder: Path, manifest: Manifest, out: Path, entries: dict[str, Entry]
+) -> dict[str, ErrorOfTensor]:
     """Write all pieces; of quantised tensors the error is returned."""
     errors: dict[str, ErrorOfTensor] = {}
     with DirectoryWriter(out, entries) as writer:
@@ -150,7 +166,11 @@ def _write_other_files(out: Path, model_config: dict[str, Any], format_name: str
 def _config_json(model_config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     dropped = ("quantization_config", "_name_or_path", "torch_dtype")
     kept = {key: value for key, value in model_config.items() if key not in dropped}
-    return {**kept, "architectures": ["GptOssForCausalLM"], "dtype": str(dtype).removeprefix("torch.")}
+    return {
+        **kept,
+        "architectures": ["GptOssForCausalLM"],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def _generation_json(model_config: dict[str, Any]) -> dict[str, Any]:

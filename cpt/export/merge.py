@@ -1,9 +1,11 @@
 """`cpt merge`: interpolations between the weights before and after training.
 
-    base, tuned -> windows of both -> (1 - alpha) base + alpha tuned, for every alpha at once -> one directory each
+    base, tuned -> windows of both -> (1 - alpha) base + alpha tuned, for every alpha at once -> one
+    directory each
 
-Interpolating with the original weights gives back some of what training took (WiSE-FT, arXiv 2109.01903).  Windows are
-computed in fp32; alpha 0 is the base and alpha 1 the tuned model, bit for bit.
+Interpolating with the original weights gives back some of what training took (WiSE-FT, arXiv
+2109.01903).  Windows are computed in fp32; alpha 0 is the base and alpha 1 the tuned model, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -36,7 +38,14 @@ COPIED = (
     "chat_template.jinja",
 )
 """Files of the tuned model that go into every directory."""
-NOT_COMPARED = {"quantization_config", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
+NOT_COMPARED = {
+    "quantization_config",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "use_cache",
+}
 """Keys of config.json that may differ: they say how a model is stored, not what it is."""
 MOST_ALPHAS = 101
 _RANGE = re.compile(r"([0-9.]+):([0-9.]+):([0-9.]+)")
@@ -66,8 +75,12 @@ def parse_alphas(text: str) -> list[float]:
     return alphas
 
 
-def interpolate(base: torch.Tensor, tuned: torch.Tensor, alpha: float, dtype: torch.dtype) -> torch.Tensor:
-    """(1 - alpha) base + alpha tuned, computed in fp32; the ends are copies, also of the sign of a zero."""
+def interpolate(
+    base: torch.Tensor, tuned: torch.Tensor, alpha: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """(1 - alpha) base + alpha tuned, computed in fp32; the ends are copies, also of the sign of a
+    zero.
+    """
     if alpha in (0.0, 1.0):
         return (tuned if alpha else base).to(dtype)
     return torch.lerp(base.float(), tuned.float(), alpha).to(dtype)
@@ -95,11 +108,18 @@ class Pair:
         """(name, first element, values of base, values of tuned) over all tensors."""
         for name, shape in self.shapes.items():
             numel = math.prod(shape)
-            unit = numel // shape[0] if len(shape) == 3 else 1  # cutting an expert would read its codes in strips
+            unit = (
+                numel // shape[0] if len(shape) == 3 else 1
+            )  # cutting an expert would read its codes in strips
             step = max(1, WINDOW_NUMEL // unit) * unit
             for start in range(0, numel, step):
                 stop = min(numel, start + step)
-                yield name, start, whole(self.base, name, start, stop), whole(self.tuned, name, start, stop)
+                yield (
+                    name,
+                    start,
+                    whole(self.base, name, start, stop),
+                    whole(self.tuned, name, start, stop),
+                )
 
 
 class MergedWeights:
@@ -114,15 +134,21 @@ class MergedWeights:
         step = math.prod(shape[1:]) if len(shape) == 3 else WINDOW_NUMEL
         for low in range(start, stop, step):
             high = min(stop, low + step)
-            base, tuned = (whole(source, name, low, high) for source in (self._pair.base, self._pair.tuned))
-            yield low, interpolate(base, tuned, self._alpha, torch.promote_types(base.dtype, tuned.dtype))
+            base, tuned = (
+                whole(source, name, low, high) for source in (self._pair.base, self._pair.tuned)
+            )
+            yield (
+                low,
+                interpolate(base, tuned, self._alpha, torch.promote_types(base.dtype, tuned.dtype)),
+            )
 
 
 def open_pair(base: Path, tuned: Path) -> Pair:
     """Open two directories and compare them with each other.
 
     Raises:
-        ConfigError: other architectures, or a directory that does not hold every tensor of its configuration.
+        ConfigError: other architectures, or a directory that does not hold every tensor of its
+            configuration.
     """
     configs = [load_config(path, None) for path in (base, tuned)]
     plain: list[dict[str, Any]] = [config.to_dict() for config in configs]
@@ -159,7 +185,9 @@ def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tun
     Raises:
         StorageError: there is too little room for all of them.
     """
-    entries = {name: Entry(shape=shape, dtype=_dtype(pair, name)) for name, shape in pair.shapes.items()}
+    entries = {
+        name: Entry(shape=shape, dtype=_dtype(pair, name)) for name, shape in pair.shapes.items()
+    }
     check_space(out, len(alphas) * sum(entry.num_bytes for entry in entries.values()))
     with ExitStack() as stack:
         writers = {}
@@ -181,8 +209,14 @@ def _dtype(pair: Pair, name: str) -> torch.dtype:
     return torch.promote_types(first, second)
 
 
-def _write_other_files(folder: Path, alpha: float, base: Path, tuned: Path, dtypes: set[torch.dtype]) -> None:
-    config = {key: value for key, value in read_json(tuned / "config.json").items() if key != "quantization_config"}
+def _write_other_files(
+    folder: Path, alpha: float, base: Path, tuned: Path, dtypes: set[torch.dtype]
+) -> None:
+    config = {
+        key: value
+        for key, value in read_json(tuned / "config.json").items()
+        if key != "quantization_config"
+    }
     config.pop("torch_dtype", None)
     config["dtype"] = "bfloat16" if dtypes == {torch.bfloat16} else "float32"
     write_json(folder / "config.json", config)

@@ -1,4 +1,6 @@
-"""What interpolating costs and gains: bits per byte of held-out text against alpha, as numbers, table and plot."""
+"""What interpolating costs and gains: bits per byte of held-out text against alpha, as numbers,
+table and plot.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from data_pipeline.tables import table
 RESULT_FILE, PLOT_FILE = "bits_per_byte.json", "bits_per_byte.svg"
 
 
-def merge(base: Path, tuned: Path, alphas: str, out: Path, sets: list[ScoredSet], *, score_only: bool) -> str:
+def merge(
+    base: Path, tuned: Path, alphas: str, out: Path, sets: list[ScoredSet], *, score_only: bool
+) -> str:
     """Write interpolations and, with held-out sets, score them.
 
     Args:
@@ -54,7 +58,9 @@ def score_sweep(pair: Pair, alphas: Sequence[float], sets: list[ScoredSet]) -> l
         results = []
         for alpha in alphas:
             model.load(MergedWeights(pair, alpha))
-            results += [_result(alpha, score, untouched[score.name]) for score in model.score_all(sets)]
+            results += [
+                _result(alpha, score, untouched[score.name]) for score in model.score_all(sets)
+            ]
     return results
 
 
@@ -85,9 +91,13 @@ def sweep_table(results: list[dict[str, Any]]) -> str:
 
 
 def sweep_plot(results: list[dict[str, Any]]) -> str:
-    """The change of bits per byte against the share of the tuned weights, with 95 % intervals; an SVG file."""
+    """The change of bits per byte against the share of the tuned weights, with 95 % intervals; an
+    SVG file.
+    """
     domains = list(dict.fromkeys(result["domain"] for result in results))
-    ends = [np.asarray([r[key] for r in results], dtype=np.float64) for key in ("ci_low", "ci_high")]
+    ends = [
+        np.asarray([r[key] for r in results], dtype=np.float64) for key in ("ci_low", "ci_high")
+    ]
     percents = np.asarray([100 * r["alpha"] for r in results], dtype=np.float64)
     plot = Plot(
         size=(720, 380),

@@ -1,4 +1,5 @@
-"""The model card of an export: what was trained on what, from the checkpoint and the run's metrics alone.
+"""The model card of an export: what was trained on what, from the checkpoint and the run's metrics
+alone.
 
 No path, host or user name of the training machine goes into it: of files only their own names.
 """
@@ -17,7 +18,9 @@ LANGUAGES = {"ja", "en"}
 """Of the mix's labels those that are languages; `code` or `math` are none."""
 
 
-def model_card(manifest: Manifest, metrics: Path, format_name: str, sections: Sequence[str] = ()) -> str:
+def model_card(
+    manifest: Manifest, metrics: Path, format_name: str, sections: Sequence[str] = ()
+) -> str:
     """README.md of an exported checkpoint.
 
     Args:
@@ -47,12 +50,20 @@ def model_card(manifest: Manifest, metrics: Path, format_name: str, sections: Se
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column to the left, the others to the right."""
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def tokens_by_source(events: list[dict[str, Any]], last_step: int) -> dict[str, int]:
-    """Predicted tokens of each source up to a step; of a step that was done twice the last line counts."""
-    steps = {e["step"]: e["tokens_by_source"] for e in events if e["event"] == "step" and e["step"] <= last_step}
+    """Predicted tokens of each source up to a step; of a step that was done twice the last line
+    counts.
+    """
+    steps = {
+        e["step"]: e["tokens_by_source"]
+        for e in events
+        if e["event"] == "step" and e["step"] <= last_step
+    }
     total: Counter[str] = Counter()
     for counts in steps.values():
         total.update(counts)
@@ -70,7 +81,11 @@ def _sources(manifest: Manifest) -> dict[str, dict[str, Any]]:
 def _what(manifest: Manifest, format_name: str) -> str:
     config, progress = manifest.state.get("config", {}), manifest.state.get("progress", {})
     model = config.get("model", {})
-    base = f"`{Path(model['path']).name}`" if model.get("path") else f"random weights (`{model.get('init')}`)"
+    base = (
+        f"`{Path(model['path']).name}`"
+        if model.get("path")
+        else f"random weights (`{model.get('init')}`)"
+    )
     stored = {
         "bf16": "Weights are stored in bf16.",
         "fp32": "Weights are the fp32 master weights of training.",
@@ -82,7 +97,9 @@ def _what(manifest: Manifest, format_name: str) -> str:
     ]
     if frozen := config.get("train", {}).get("freeze"):
         lines.append(f"Left as they were: {', '.join(f'`{pattern}`' for pattern in frozen)}.")
-    lines.append("This is the result of training on raw text: no instruction tuning or safety evaluation followed.")
+    lines.append(
+        "This is the result of training on raw text: no instruction tuning or safety evaluation followed."
+    )
     return "\n\n".join(lines)
 
 
@@ -96,18 +113,31 @@ def _data(manifest: Manifest, sources: dict[str, dict[str, Any]], tokens: dict[s
         weights = [f"{segment['weights'].get(name, 0):.4g}" for segment in segments]
         count = tokens.get(name, 0)
         share = f"{100 * count / total:.2f} %" if total else ""
-        rows.append((name, str(source["language"]), str(source["domain"]), " -> ".join(weights), f"{count:,}", share))
+        rows.append(
+            (
+                name,
+                str(source["language"]),
+                str(source["domain"]),
+                " -> ".join(weights),
+                f"{count:,}",
+                share,
+            )
+        )
     header = ("source", "language", "domain", "weight", "predicted tokens", "share")
     starts = ", ".join(str(segment["start_step"]) for segment in segments)
     note = (
-        "" if len(segments) == 1 else f"\n\nThe mix was changed during the run; its weights hold from step {starts} on."
+        ""
+        if len(segments) == 1
+        else f"\n\nThe mix was changed during the run; its weights hold from step {starts} on."
     )
     return f"## Data\n\n{markdown_table(header, rows)}{note}"
 
 
 def _guard(events: list[dict[str, Any]], last_step: int) -> str:
     """The last measurement of every held-out domain."""
-    latest = {e["domain"]: e for e in events if e["event"] == "guard" and 0 < e["step"] <= last_step}
+    latest = {
+        e["domain"]: e for e in events if e["event"] == "guard" and 0 < e["step"] <= last_step
+    }
     if not latest:
         return ""
     rows = [
@@ -127,7 +157,18 @@ def _guard(events: list[dict[str, Any]], last_step: int) -> str:
 
 def _how(manifest: Manifest) -> str:
     train = manifest.state.get("config", {}).get("train", {})
-    keys = ("seq_len", "global_batch_size", "lr", "min_lr_ratio", "schedule", "warmup_steps", "weight_decay", "dtype")
+    keys = (
+        "seq_len",
+        "global_batch_size",
+        "lr",
+        "min_lr_ratio",
+        "schedule",
+        "warmup_steps",
+        "weight_decay",
+        "dtype",
+    )
     rows = [(key, str(train[key])) for key in keys if key in train]
-    rows += [(key, str(value)) for key, value in (*manifest.layout.items(), *manifest.versions.items())]
+    rows += [
+        (key, str(value)) for key, value in (*manifest.layout.items(), *manifest.versions.items())
+    ]
     return f"## Training\n\n{markdown_table(('setting', 'value'), rows)}"

@@ -1,4 +1,6 @@
-"""`cpt export`: a checkpoint of a run as a Hugging Face directory, with its model card and what quantising it costs."""
+"""`cpt export`: a checkpoint of a run as a Hugging Face directory, with its model card and what
+quantising it costs.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ LARGEST_CPU_MODEL = 10**9
 Score = Literal["auto", "always", "never"]
 
 
-def export_run(run_dir: Path, folder: Path, out: Path, format_name: str, score: Score = "never") -> Path:
+def export_run(
+    run_dir: Path, folder: Path, out: Path, format_name: str, score: Score = "never"
+) -> Path:
     """Export a checkpoint of a run.
 
     Args:
@@ -41,8 +45,8 @@ def export_run(run_dir: Path, folder: Path, out: Path, format_name: str, score: 
         folder: The checkpoint.
         out: Must not exist.
         format_name: See `export_checkpoint`.
-        score: Whether an MXFP4 export is scored on the run's held-out text: `auto` if it is there and the model is
-            small enough for the device.
+        score: Whether an MXFP4 export is scored on the run's held-out text: `auto` if it is there
+            and the model is small enough for the device.
 
     Raises:
         ConfigError: see `export_checkpoint`; or `always`, and there is no held-out text.
@@ -53,7 +57,9 @@ def export_run(run_dir: Path, folder: Path, out: Path, format_name: str, score: 
     def complete(temporary: Path) -> None:
         sections = []
         if format_name == "mxfp4":
-            sections.append(_error_section(json.loads((temporary / REPORT_FILE).read_text(encoding="utf-8"))))
+            sections.append(
+                _error_section(json.loads((temporary / REPORT_FILE).read_text(encoding="utf-8")))
+            )
         if sets:
             costs = quantisation_cost(folder, manifest, temporary, sets)
             write_json(temporary / COST_FILE, {"domains": costs})
@@ -71,7 +77,9 @@ def _sets_to_score(manifest: Manifest, score: Score) -> list[ScoredSet]:
     try:
         build_dir = config["data"].get("build_dir")
         sets = held_out_sets(
-            Path(config["data"]["mix"]), Path(build_dir) if build_dir else None, config["guard"]["max_documents"]
+            Path(config["data"]["mix"]),
+            Path(build_dir) if build_dir else None,
+            config["guard"]["max_documents"],
         )
     except (ConfigError, DataError) as error:
         if score == "always":
@@ -80,12 +88,16 @@ def _sets_to_score(manifest: Manifest, score: Score) -> list[ScoredSet]:
         return []
     numel = sum(torch.Size(record.shape).numel() for record in manifest.tensors.values())
     if score == "auto" and numel > LARGEST_CPU_MODEL and not torch.cuda.is_available():
-        log.warning("bits per byte of the quantised weights are not measured: no GPU. --score always does it anyway.")
+        log.warning(
+            "bits per byte of the quantised weights are not measured: no GPU. --score always does it anyway."
+        )
         return []
     return sets
 
 
-def quantisation_cost(folder: Path, manifest: Manifest, exported: Path, sets: list[ScoredSet]) -> list[dict[str, Any]]:
+def quantisation_cost(
+    folder: Path, manifest: Manifest, exported: Path, sets: list[ScoredSet]
+) -> list[dict[str, Any]]:
     """Bits per byte of the bf16 weights and of the quantised ones, paired by document."""
     config = GptOssConfig(**manifest.state["model_config"])
     with single_process() as topology:

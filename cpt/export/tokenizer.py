@@ -1,4 +1,6 @@
-"""The tokenizer of an export, as `AutoTokenizer` reads it: o200k_harmony, with Harmony's chat template."""
+"""The tokenizer of an export, as `AutoTokenizer` reads it: o200k_harmony, with Harmony's chat
+template.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,19 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from data_pipeline.text.tokenizer import encoding
 
 TEMPLATE = Path(__file__).with_name("harmony.jinja")
-"""The chat template of an export: it renders as a string what `data_pipeline.text.harmony` renders as tokens."""
+"""The chat template of an export: it renders as a string what `data_pipeline.text.harmony` renders
+as tokens.
+"""
 _LAST_CONTROL_ID = 200_018
-"""The released tokenizer names control tokens up to this id; the rest of the vocabulary is padding."""
+"""The released tokenizer names control tokens up to this id; the rest of the vocabulary is
+padding.
+"""
 
 
 class _OfflineConverter(TikTokenConverter):  # type: ignore[misc]
-    """Takes the ranks from the verified tokenizer of the data pipeline instead of downloading them."""
+    """Takes the ranks from the verified tokenizer of the data pipeline instead of downloading
+    them.
+    """
 
     @staticmethod
     def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
@@ -27,13 +35,17 @@ class _OfflineConverter(TikTokenConverter):  # type: ignore[misc]
 
 @functools.cache
 def _converted() -> Any:
-    """The tokenizer in the format of the `tokenizers` library; made once per process, it takes seconds."""
+    """The tokenizer in the format of the `tokenizers` library; made once per process, it takes
+    seconds.
+    """
     names: dict[int, str] = {}
     for name, number in encoding()._special_tokens.items():
         if number <= _LAST_CONTROL_ID and number not in names:
             names[number] = name
     converter = _OfflineConverter(
-        vocab_file="o200k_base", pattern=encoding()._pat_str, extra_special_tokens=[names[n] for n in sorted(names)]
+        vocab_file="o200k_base",
+        pattern=encoding()._pat_str,
+        extra_special_tokens=[names[n] for n in sorted(names)],
     )
     return converter.converted()
 

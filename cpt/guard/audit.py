@@ -21,7 +21,9 @@ from cpt.guard.score import DomainScore, as_floats
 from cpt.telemetry.metrics import read_events
 
 TOLERANCE = 1e-9
-"""Relative; a bound goes through JSON and back unchanged, so all that differs is the order of a library's sums."""
+"""Relative; a bound goes through JSON and back unchanged, so all that differs is the order of a
+library's sums.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +50,9 @@ def replay(run_dir: Path) -> list[Replayed]:
     """
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
-        raise ConfigError(f"{run_dir} holds no metrics.jsonl, so it is no run directory. Give another with --run_dir.")
+        raise ConfigError(
+            f"{run_dir} holds no metrics.jsonl, so it is no run directory. Give another with --run_dir."
+        )
     baseline = _baseline(run_dir / "guard" / "baseline.json")
     known, results = [_without_step(GuardState().to_json())], []
     for event in read_events(metrics):
@@ -58,7 +62,9 @@ def replay(run_dir: Path) -> list[Replayed]:
             results.append(_again(event, run_dir, baseline, known))
             known.append(_without_step(event["after"]))
     if not results:
-        raise ConfigError(f"{metrics} holds no decision: the guard of this run has measured nothing after step 0.")
+        raise ConfigError(
+            f"{metrics} holds no decision: the guard of this run has measured nothing after step 0."
+        )
     return results
 
 
@@ -76,19 +82,29 @@ def check(results: list[Replayed]) -> str:
     if wrong:
         raise InternalError("\n".join([*lines, f"{len(wrong)} disagreements:", *wrong]))
     unseen = sum(not r.bounds_checked for r in results)
-    note = f"; the scores of {unseen} are gone, their bounds were taken from the log" if unseen else ""
+    note = (
+        f"; the scores of {unseen} are gone, their bounds were taken from the log" if unseen else ""
+    )
     return "\n".join([*lines, f"{len(results)} decisions, all follow from their evidence{note}"])
 
 
-def _again(event: dict[str, Any], run_dir: Path, baseline: dict[str, DomainScore], known: list[Any]) -> Replayed:
+def _again(
+    event: dict[str, Any], run_dir: Path, baseline: dict[str, DomainScore], known: list[Any]
+) -> Replayed:
     evidence = [Evidence.from_json(plain) for plain in event["evidence"]]
     state, problems = GuardState.from_json(event["before"]), []
     if _without_step(event["before"]) not in known:
         problems.append("the state before it is that after no earlier decision.")
     settings = dict(event["settings"])
-    settings["domains"] = {name: DomainLimits(**limits) for name, limits in settings["domains"].items()}
+    settings["domains"] = {
+        name: DomainLimits(**limits) for name, limits in settings["domains"].items()
+    }
     after, decision = decide(
-        state, evidence, GuardSection(**settings), replay_room=event["replay_room"], last=event["last"]
+        state,
+        evidence,
+        GuardSection(**settings),
+        replay_room=event["replay_room"],
+        last=event["last"],
     )
     if (decision.action, dict(decision.actions)) != (event["action"], event["actions"]):
         problems.append(f"the action was {event['actions']}, but {dict(decision.actions)} follows.")
@@ -97,7 +113,9 @@ def _again(event: dict[str, Any], run_dir: Path, baseline: dict[str, DomainScore
     scores = run_dir / "guard" / Path(event["scores"]).name
     checked = scores.is_file()
     if checked:
-        problems += _bound_problems(json.loads(scores.read_text(encoding="utf-8")), baseline, evidence)
+        problems += _bound_problems(
+            json.loads(scores.read_text(encoding="utf-8")), baseline, evidence
+        )
     return Replayed(
         step=event["step"],
         action=event["action"],
@@ -107,14 +125,18 @@ def _again(event: dict[str, Any], run_dir: Path, baseline: dict[str, DomainScore
     )
 
 
-def _bound_problems(stored: dict[str, Any], baseline: dict[str, DomainScore], evidence: list[Evidence]) -> list[str]:
+def _bound_problems(
+    stored: dict[str, Any], baseline: dict[str, DomainScore], evidence: list[Evidence]
+) -> list[str]:
     problems = []
     for e in evidence:
         before = baseline[e.domain]
         now = replace(before, nats=as_floats(stored["nats"][e.domain]))
         bound = judge(now, before, stored["num_tests"]).decided_on
         if not _same(bound, e.lower_bound):
-            problems.append(f"the bound of {e.domain} was {e.lower_bound}, but {bound} follows from its scores.")
+            problems.append(
+                f"the bound of {e.domain} was {e.lower_bound}, but {bound} follows from its scores."
+            )
     return problems
 
 

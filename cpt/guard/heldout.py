@@ -1,8 +1,10 @@
-"""The guard of one run: baseline frozen before step 0, measurements paired against it, and what follows from them.
+"""The guard of one run: baseline frozen before step 0, measurements paired against it, and what
+follows from them.
 
-The baseline lives in <run_dir>/guard/baseline.json with a hash of the text it was measured on.  It is written
-once and never again: resuming a run reads it.  Scores of later steps lie beside it, so that every interval can be
-computed again; metrics.jsonl has one line per domain and one per decision.
+The baseline lives in <run_dir>/guard/baseline.json with a hash of the text it was measured on.  It
+is written once and never again: resuming a run reads it.  Scores of later steps lie beside it, so
+that every interval can be computed again; metrics.jsonl has one line per domain and one per
+decision.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class ReplayLimits:
     """What replay may still do for the domains of a run, at one step."""
 
     shares: dict[str, tuple[float | None, float]]
-    """Share of each domain's sources now (None: there are none to raise), and what it may grow to."""
+    """Share of each domain's sources now (None: there are none to raise), and what it may grow
+    to.
+    """
     room: float
     """Share of the tokens by which all replay together may still grow."""
 
@@ -49,7 +53,9 @@ class ReplayLimits:
 class Guard:
     """Held-out domains, the scores of the untouched model on them, and the state of the ladder."""
 
-    def __init__(self, data: BuiltData, config: RunConfig, topology: Topology, run_dir: Path) -> None:
+    def __init__(
+        self, data: BuiltData, config: RunConfig, topology: Topology, run_dir: Path
+    ) -> None:
         self._config, self._topology = config, topology
         known = [domain.name for domain in data.held_out]
         problems = [
@@ -91,14 +97,16 @@ class Guard:
         stop: StopRequest | None = None,
         replay: Callable[[], ReplayLimits] | None = None,
     ) -> Decision | None:
-        """Score all domains, freeze or compare, decide, and log it; all ranks call it together and get the same.
+        """Score all domains, freeze or compare, decide, and log it; all ranks call it together and
+        get the same.
 
         Args:
             step: Optimizer steps done.
             engine: Scores.
             telemetry: Where the events go.
             stop: Looked at after each domain; a measurement is not worth a missed deadline.
-            replay: What replay may still do; None if the run is over, when nothing but warnings makes sense.
+            replay: What replay may still do; None if the run is over, when nothing but warnings
+                makes sense.
 
         Returns:
             What is to be done; None if a stop was asked for before all was measured.
@@ -110,18 +118,33 @@ class Guard:
             return None
         if step:
             plain = {name: score.nats.tolist() for name, score in scores.items()}
-            name = on_first_rank(self._topology.control_group, lambda: free_scores_file(self._folder, step).name)
-            self._on_first_rank_write(self._folder / name, {"num_tests": self.num_tests, "nats": plain})
+            name = on_first_rank(
+                self._topology.control_group, lambda: free_scores_file(self._folder, step).name
+            )
+            self._on_first_rank_write(
+                self._folder / name, {"num_tests": self.num_tests, "nats": plain}
+            )
             self._scores_name = name
         self.decision = self._decide(step, telemetry, replay() if replay is not None else None)
         for name, verdict in self.latest.items():
-            event = {"event": "guard", "step": step, "domain": name, "language": scores[name].language}
+            event = {
+                "event": "guard",
+                "step": step,
+                "domain": name,
+                "language": scores[name].language,
+            }
             event |= {"bits_per_byte": scores[name].bits_per_byte, **asdict(verdict)}
             telemetry.log({**event, "action": self.decision.actions[name]})
             if self.decision.actions[name] != "none" and self._topology.rank == 0:
                 log.warning(
                     "held-out domain %s is %.2f %% worse than the untouched model (95 %% interval %.2f to %.2f): %s.",
-                    *(name, verdict.delta_percent, verdict.ci_low, verdict.ci_high, self.decision.actions[name]),
+                    *(
+                        name,
+                        verdict.delta_percent,
+                        verdict.ci_low,
+                        verdict.ci_high,
+                        self.decision.actions[name],
+                    ),
                 )
         return self.decision
 
@@ -136,14 +159,22 @@ class Guard:
         assert scores is not None
         file = self._folder / f"measured-{step:08d}.json"
         found = {
-            name: {"language": score.language, "bits_per_byte": score.bits_per_byte, **asdict(self.latest[name])}
+            name: {
+                "language": score.language,
+                "bits_per_byte": score.bits_per_byte,
+                **asdict(self.latest[name]),
+            }
             for name, score in scores.items()
         }
         self._on_first_rank_write(file, {"step": step, "domains": found})
         return file
 
-    def _score(self, step: int, engine: TrainingEngine, stop: StopRequest | None) -> dict[str, DomainScore] | None:
-        """Scores of all domains, their judgement in `latest`; None if a stop was asked for before all was scored."""
+    def _score(
+        self, step: int, engine: TrainingEngine, stop: StopRequest | None
+    ) -> dict[str, DomainScore] | None:
+        """Scores of all domains, their judgement in `latest`; None if a stop was asked for before
+        all was scored.
+        """
         if not self._baseline:
             self._baseline = self._stored_baseline()
         scores: dict[str, DomainScore] = {}
@@ -156,7 +187,10 @@ class Guard:
                 )
         if not self._baseline:
             self._baseline = self._freeze(scores, step)
-        self.latest = {name: judge(score, self._baseline[name], self.num_tests) for name, score in scores.items()}
+        self.latest = {
+            name: judge(score, self._baseline[name], self.num_tests)
+            for name, score in scores.items()
+        }
         return scores
 
     @property
@@ -168,7 +202,8 @@ class Guard:
     def evidence(self, replay: ReplayLimits) -> list[Evidence]:
         """The last measurement as the ladder wants it."""
         return [
-            evidence_of(name, verdict.decided_on, self._config.guard, replay) for name, verdict in self.latest.items()
+            evidence_of(name, verdict.decided_on, self._config.guard, replay)
+            for name, verdict in self.latest.items()
         ]
 
     def _decide(self, step: int, telemetry: Telemetry, replay: ReplayLimits | None) -> Decision:
@@ -179,7 +214,9 @@ class Guard:
         after, decision = decide(before, evidence, settings, replay_room=replay.room, last=last)
         if step > 0:  # the untouched model has changed nothing
             self.state = after
-            event = decision_event(step, decision, evidence, settings, before, after, replay.room, last=last)
+            event = decision_event(
+                step, decision, evidence, settings, before, after, replay.room, last=last
+            )
             telemetry.log({**event, "scores": self._scores_name})
         return decision
 
@@ -187,7 +224,9 @@ class Guard:
         """The last measurement for people: bits per byte of each domain, before and now."""
         width = max(map(len, self.latest), default=0)
         actions = self.decision.actions if self.decision is not None else {}
-        head = f"  {'held-out domain':<{max(width, 15)}}  untouched    now   change %  (95 % interval)"
+        head = (
+            f"  {'held-out domain':<{max(width, 15)}}  untouched    now   change %  (95 % interval)"
+        )
         rows = [
             f"  {name:<{max(width, 15)}}  {v.baseline:9.3f}  {v.baseline * (1 + v.delta_percent / 100):5.3f}  "
             f"{v.delta_percent:+9.2f}  ({v.ci_low:+.2f} to {v.ci_high:+.2f})"
@@ -219,7 +258,8 @@ class Guard:
         return scores
 
     def _check_noise(self, scores: dict[str, DomainScore]) -> None:
-        """Refuse tolerances that the held-out documents cannot show; where the guard only tells, say so.
+        """Refuse tolerances that the held-out documents cannot show; where the guard only tells,
+        say so.
 
         Raises:
             ConfigError: naming each domain, what it can show, and the cure.
@@ -230,7 +270,9 @@ class Guard:
             try:
                 floor = noise_floor_percent(score.nats, self.num_tests)
             except ValueError as error:
-                problems.append(f"guard domain {name} has {error}: nothing can be told from it. Hold out more.")
+                problems.append(
+                    f"guard domain {name} has {error}: nothing can be told from it. Hold out more."
+                )
                 continue
             if floor > tolerance:
                 problems.append(
@@ -253,7 +295,9 @@ class Guard:
         path = self._config.model.path
         if path is None:
             return self._model
-        return on_first_rank(self._topology.control_group, lambda: sampled_hash(set(tensor_files(path).values())))
+        return on_first_rank(
+            self._topology.control_group, lambda: sampled_hash(set(tensor_files(path).values()))
+        )
 
     def _stored_baseline(self) -> dict[str, DomainScore]:
         """Scores of the untouched model on the domains of this run; empty if none were stored.
@@ -263,17 +307,25 @@ class Guard:
         """
         stored = on_first_rank(
             self._topology.control_group,
-            lambda: json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {},
+            lambda: (
+                json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {}
+            ),
         )
         known = [domain for domain in self._domains if domain.name in stored]
-        changed = [domain.name for domain in known if domain.content_hash != stored[domain.name]["content_hash"]]
+        changed = [
+            domain.name
+            for domain in known
+            if domain.content_hash != stored[domain.name]["content_hash"]
+        ]
         if changed:
             raise ConfigError(
                 f"{self._file} was measured on other held-out text of {', '.join(changed)} than the data holds now. "
                 "Change the data back, or use a new --run_dir."
             )
         weights = self._base_weights() if known else ""
-        others = sorted({stored[d.name]["model"] for d in known if stored[d.name].get("weights") != weights})
+        others = sorted(
+            {stored[d.name]["model"] for d in known if stored[d.name].get("weights") != weights}
+        )
         if others:
             raise ConfigError(
                 f"{self._file} holds the scores of another untouched model: of {', '.join(others)} as it was then, and "
@@ -281,11 +333,18 @@ class Guard:
             )
         if stored and len(known) < len(self._domains) and self._topology.rank == 0:
             names = ", ".join(domain.name for domain in self._domains if domain.name not in stored)
-            log.warning("held-out domains %s are new: the untouched model was not measured on them; left out.", names)
-        return {domain.name: DomainScore.from_json(domain.name, stored[domain.name]) for domain in known}
+            log.warning(
+                "held-out domains %s are new: the untouched model was not measured on them; left out.",
+                names,
+            )
+        return {
+            domain.name: DomainScore.from_json(domain.name, stored[domain.name]) for domain in known
+        }
 
 
-def evidence_of(domain: str, lower_bound: float | None, settings: GuardSection, replay: ReplayLimits) -> Evidence:
+def evidence_of(
+    domain: str, lower_bound: float | None, settings: GuardSection, replay: ReplayLimits
+) -> Evidence:
     """What the ladder is told of a domain; None as the bound is above every line."""
     tolerance_percent, hard_limit_percent = settings.limits(domain)
     share, largest_share = replay.shares.get(domain, (None, 1.0))
@@ -300,7 +359,9 @@ def evidence_of(domain: str, lower_bound: float | None, settings: GuardSection, 
 
 
 def free_scores_file(folder: Path, step: int) -> Path:
-    """Where the scores of a step are kept, for `cpt guard replay`; a step that is done again gets another file."""
+    """Where the scores of a step are kept, for `cpt guard replay`; a step that is done again gets
+    another file.
+    """
     path, number = folder / f"scores-{step:08d}.json", 2
     while path.exists():
         path, number = folder / f"scores-{step:08d}-{number}.json", number + 1

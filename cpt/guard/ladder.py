@@ -1,16 +1,21 @@
-"""What follows from a measurement: a pure function of the guard's state and the evidence, so that it can be replayed.
+"""What follows from a measurement: a pure function of the guard's state and the evidence, so that
+it can be replayed.
 
-    measurement -> evidence per domain -> decide -> (new state, decision) -> the levers (cpt/job/guard_levers.py)
+    measurement -> evidence per domain -> decide -> (new state, decision) -> the levers
+    (cpt/job/guard_levers.py)
 
-The ladder, lowest rung first.  A domain is over its line when the decision bound of its change (cpt/guard/paired_test.py) is
-above `act_at` times its tolerance: acting begins before the tolerance is used up.
+The ladder, lowest rung first.  A domain is over its line when the decision bound of its change
+(cpt/guard/paired_test.py) is above `act_at` times its tolerance: acting begins before the tolerance
+is used up.
 
     warn          over the line for the first time, or waiting for a lever to show
-    raise_replay  over the line twice in a row, or over the tolerance: the share of its sources grows, within a bound
+    raise_replay  over the line twice in a row, or over the tolerance: the share of its sources
+    grows, within a bound
     lower_lr      over the hard limit; or over the tolerance with no replay left to raise, `patience` measurements after
                   a lever was last pulled
     pause         over the tolerance with no lever left, and `pause_after` measurements have passed since the last one
-                  was pulled; or `patience`, if the hard limit was exceeded `pause_after` times in a row: save, exit 75
+                  was pulled; or `patience`, if the hard limit was exceeded `pause_after` times in a
+                  row: save, exit 75
     rollback      at the start after a pause: the last checkpoint saved while all was green, with more replay
 
 A raise is given one measurement to show before the next, unless the domain is over its tolerance.
@@ -42,7 +47,9 @@ class _Plain:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
-        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values}
+        return {
+            name: dict(value) if isinstance(value, Mapping) else value for name, value in values
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +65,9 @@ class Evidence(_Plain):
     hard_limit_percent: float
     """Rise that ends in a pause if it stays."""
     share: float | None = None
-    """Share of the predicted tokens that its sources have now, 0 to 1; None if replay cannot help it."""
+    """Share of the predicted tokens that its sources have now, 0 to 1; None if replay cannot help
+    it.
+    """
     largest_share: float = 1.0
     """What that share may grow to: limits of its language, epochs of its sources."""
 
@@ -121,7 +130,9 @@ def decide(
         last: The run is over: nothing but warnings makes sense.
     """
     over = {
-        e.domain: state.over.get(e.domain, 0) + 1 for e in evidence if e.above(settings.act_at * e.tolerance_percent)
+        e.domain: state.over.get(e.domain, 0) + 1
+        for e in evidence
+        if e.above(settings.act_at * e.tolerance_percent)
     }
     beyond = [e.domain for e in evidence if e.above(e.tolerance_percent)]
     hard = state.hard + 1 if any(e.above(e.hard_limit_percent) for e in evidence) else 0
@@ -133,7 +144,9 @@ def decide(
     decision = Decision(
         action=max(actions.values(), key=SEVERITY.index, default="none"),
         actions=actions,
-        reason="; ".join(_told(e, actions[e.domain]) for e in evidence if actions[e.domain] != "none"),
+        reason="; ".join(
+            _told(e, actions[e.domain]) for e in evidence if actions[e.domain] != "none"
+        ),
     )
     if decision.action == "pause":
         state = dataclasses.replace(state, paused=decision.reason)
@@ -141,7 +154,11 @@ def decide(
 
 
 def _pull(
-    state: GuardState, evidence: Sequence[Evidence], beyond: list[str], settings: GuardSection, replay_room: float
+    state: GuardState,
+    evidence: Sequence[Evidence],
+    beyond: list[str],
+    settings: GuardSection,
+    replay_room: float,
 ) -> tuple[GuardState, dict[str, str]]:
     """Choose the lever: one rung per measurement, two where a hard limit is exceeded."""
     pulled: dict[str, str] = {}
@@ -164,7 +181,8 @@ def _pull(
 def after_pause(
     state: GuardState, evidence: Sequence[Evidence], settings: GuardSection, *, replay_room: float
 ) -> GuardState:
-    """The state with which a paused run goes on: more replay for what suffered, and every count from the beginning.
+    """The state with which a paused run goes on: more replay for what suffered, and every count
+    from the beginning.
 
     Args:
         state: As it was saved; `over` says what suffered.
@@ -188,13 +206,17 @@ def after_pause(
 def raised_shares(
     state: GuardState, evidence: Sequence[Evidence], settings: GuardSection, replay_room: float
 ) -> dict[str, float]:
-    """New shares of the domains whose turn it is; with too little room, each gets the same part of its growth."""
+    """New shares of the domains whose turn it is; with too little room, each gets the same part of
+    its growth.
+    """
     growth: dict[str, float] = {}
     now: dict[str, float] = {}
     for e in evidence:
         if e.share is None or not (state.over.get(e.domain, 0) > 1 or e.above(e.tolerance_percent)):
             continue
-        wanted = min(e.largest_share, max(e.share * settings.replay_factor, e.share + settings.replay_step))
+        wanted = min(
+            e.largest_share, max(e.share * settings.replay_factor, e.share + settings.replay_step)
+        )
         if wanted > e.share:
             now[e.domain], growth[e.domain] = e.share, wanted - e.share
     total = sum(growth.values())
@@ -205,5 +227,9 @@ def raised_shares(
 
 
 def _told(evidence: Evidence, action: str) -> str:
-    bound = "not a number" if evidence.lower_bound is None else f"at least {evidence.lower_bound:.2f} % worse"
+    bound = (
+        "not a number"
+        if evidence.lower_bound is None
+        else f"at least {evidence.lower_bound:.2f} % worse"
+    )
     return f"{evidence.domain} is {bound} (tolerance {evidence.tolerance_percent:g} %): {action}"

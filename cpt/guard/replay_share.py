@@ -1,7 +1,9 @@
-"""Replay as shares of the mix: which sources a held-out domain is replayed by, and the weights once some are raised.
+"""Replay as shares of the mix: which sources a held-out domain is replayed by, and the weights once
+some are raised.
 
-What replay gains, the main language gives: the language with the largest share in the data-mix YAML, which is what the
-run is for.  All other sources keep the share that the YAML or a raise gave them.
+What replay gains, the main language gives: the language with the largest share in the data-mix
+YAML, which is what the run is for.  All other sources keep the share that the YAML or a raise gave
+them.
 """
 
 from __future__ import annotations
@@ -30,13 +32,21 @@ class ReplayShares:
         self.main_language = max(languages, key=languages.__getitem__)
         self._mix, self._data = mix, data
         self._configured = {source.name: source.weight for source in mix.sources}
-        self._givers = {source.name for source in mix.sources if source.language == self.main_language}
+        self._givers = {
+            source.name for source in mix.sources if source.language == self.main_language
+        }
         rows = {name: len(data.row_tokens(index)) for index, name in enumerate(data.source_names)}
         self._replayed_by = {
-            domain.name: [name for name in domain.sources if rows.get(name) and name not in self._givers]
+            domain.name: [
+                name for name in domain.sources if rows.get(name) and name not in self._givers
+            ]
             for domain in mix.guard_domains()
         }
-        floor = mix.languages[self.main_language].min_share if self.main_language in mix.languages else 0.0
+        floor = (
+            mix.languages[self.main_language].min_share
+            if self.main_language in mix.languages
+            else 0.0
+        )
         self._limit = min(max_replay_share, 1 - floor)
 
     def weights(self, raised: Mapping[str, float]) -> dict[str, float]:
@@ -65,12 +75,21 @@ class ReplayShares:
     def room(self, raised: Mapping[str, float]) -> float:
         """How much all replay together may still grow."""
         weights = self.weights(raised)
-        return self._limit - math.fsum(weight for name, weight in weights.items() if name not in self._givers)
+        return self._limit - math.fsum(
+            weight for name, weight in weights.items() if name not in self._givers
+        )
 
     def largest_share(
-        self, domain: str, raised: Mapping[str, float], mixture: Mixture, batch: int, batches_left: int, batch_size: int
+        self,
+        domain: str,
+        raised: Mapping[str, float],
+        mixture: Mixture,
+        batch: int,
+        batches_left: int,
+        batch_size: int,
     ) -> float:
-        """What a domain's share may grow to: max_share of the languages of its sources, max_epochs of each of them.
+        """What a domain's share may grow to: max_share of the languages of its sources, max_epochs
+        of each of them.
 
         Args:
             domain: The domain.
@@ -86,7 +105,9 @@ class ReplayShares:
         limits = [1.0]
         for language in {self._language(name) for name in names} & self._mix.languages.keys():
             others = math.fsum(
-                weights[s.name] for s in self._mix.sources if s.language == language and s.name not in names
+                weights[s.name]
+                for s in self._mix.sources
+                if s.language == language and s.name not in names
             )
             limits.append(self._mix.languages[language].max_share - others)
         drawn = mixture.position(batch, batch_size).drawn_rows
@@ -96,7 +117,11 @@ class ReplayShares:
                 continue
             index = self._data.source_names.index(source.name)
             sizes = self._data.row_tokens(index)
-            left = EPOCH_MARGIN * (source.max_epochs * len(sizes) - drawn[index]) * float(np.mean(sizes))
+            left = (
+                EPOCH_MARGIN
+                * (source.max_epochs * len(sizes) - drawn[index])
+                * float(np.mean(sizes))
+            )
             part = weights[source.name] / now if now > 0 else 1 / len(names)
             limits.append(left / (tokens_left * part))
         return max(now, min(limits))

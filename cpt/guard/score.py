@@ -1,10 +1,12 @@
 """Bits per byte of held-out documents under the present weights, in any layout.
 
-    rows of a domain -> spread over data-parallel ranks, filled up so that all do equally many forward passes
+    rows of a domain -> spread over data-parallel ranks, filled up so that all do equally many
+    forward passes
       -> token losses -> summed per document over ranks
 
-A document's score is the sum of nats over its predicted tokens (all but its first, end of text included); bits per
-byte divides by ln 2 and its UTF-8 bytes, which makes domains and tokenizers comparable.
+A document's score is the sum of nats over its predicted tokens (all but its first, end of text
+included); bits per byte divides by ln 2 and its UTF-8 bytes, which makes domains and tokenizers
+comparable.
 """
 
 from __future__ import annotations
@@ -68,12 +70,16 @@ class ScoredSet:
     def __init__(self, domain: HeldOutSet, max_documents: int) -> None:
         self.name, self.language = domain.name, domain.language
         self.num_documents = min(domain.num_documents, max_documents)
-        self.document_bytes = np.asarray(domain.document_bytes[: self.num_documents], dtype=np.float64)
+        self.document_bytes = np.asarray(
+            domain.document_bytes[: self.num_documents], dtype=np.float64
+        )
         rows = (domain.read_row(index) for index in range(domain.num_rows))
         self.rows = [row for row in rows if (row.documents < self.num_documents).any()]
         digest = hashlib.sha256(str(self.num_documents).encode())
         for row in self.rows:
-            digest.update(row.input_ids.astype("<i8").tobytes() + row.documents.astype("<i8").tobytes())
+            digest.update(
+                row.input_ids.astype("<i8").tobytes() + row.documents.astype("<i8").tobytes()
+            )
         self.content_hash = digest.hexdigest()
 
 
@@ -85,11 +91,17 @@ class Scorer(Protocol):
         ...
 
 
-def score_domain(domain: ScoredSet, scorer: Scorer, topology: Topology, *, micro_batch_size: int) -> DomainScore:
+def score_domain(
+    domain: ScoredSet, scorer: Scorer, topology: Topology, *, micro_batch_size: int
+) -> DomainScore:
     """Score a domain; all ranks call it together and get the same numbers."""
-    nats = torch.zeros(1 + max(int(row.documents.max()) for row in domain.rows), dtype=torch.float64)
+    nats = torch.zeros(
+        1 + max(int(row.documents.max()) for row in domain.rows), dtype=torch.float64
+    )
     per_pass = topology.dp_size * micro_batch_size
-    padded = domain.rows + [filler_row(len(domain.rows[0].input_ids))] * (-len(domain.rows) % per_pass)
+    padded = domain.rows + [filler_row(len(domain.rows[0].input_ids))] * (
+        -len(domain.rows) % per_pass
+    )
     for first in range(0, len(padded), per_pass):
         start = first + topology.dp_rank * micro_batch_size
         mine = padded[start : start + micro_batch_size]
@@ -98,10 +110,14 @@ def score_domain(domain: ScoredSet, scorer: Scorer, topology: Topology, *, micro
             _add_by_document(nats, losses_S, row, topology)
     dist.all_reduce(nats, group=topology.control_group)
     scored = nats[: domain.num_documents].numpy()
-    return DomainScore(name=domain.name, language=domain.language, nats=scored, bytes=domain.document_bytes)
+    return DomainScore(
+        name=domain.name, language=domain.language, nats=scored, bytes=domain.document_bytes
+    )
 
 
-def _add_by_document(nats: torch.Tensor, losses_S: torch.Tensor, row: PackedRow, topology: Topology) -> None:
+def _add_by_document(
+    nats: torch.Tensor, losses_S: torch.Tensor, row: PackedRow, topology: Topology
+) -> None:
     """Add this rank's part of a row to the documents it belongs to."""
     local = losses_S.numel()
     lengths = np.diff(row.bounds)[: len(row.documents)]

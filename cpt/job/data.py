@@ -1,4 +1,6 @@
-"""The data of a run: the mix is compared with the run, built if it is missing and small, opened, and planned."""
+"""The data of a run: the mix is compared with the run, built if it is missing and small, opened,
+and planned.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def check_replay(config: RunConfig, data: BuiltData) -> None:
 
 def base_files(config: RunConfig) -> list[Path]:
     """Weight files of the model that a run starts from; none for random weights."""
-    return [] if config.model.path is None else sorted(set(tensor_files(config.model.path).values()))
+    return (
+        [] if config.model.path is None else sorted(set(tensor_files(config.model.path).values()))
+    )
 
 
 def base_name(config: RunConfig) -> str:
@@ -107,11 +111,14 @@ def open_kl_targets(config: RunConfig, data: BuiltData, topology: Topology) -> K
     return targets
 
 
-def check_plan(config: RunConfig, data: BuiltData, mix: MixConfig, ledger: Ledger, progress: Progress) -> None:
+def check_plan(
+    config: RunConfig, data: BuiltData, mix: MixConfig, ledger: Ledger, progress: Progress
+) -> None:
     """Refuse a run that its data cannot feed, now and not at the step where it runs dry.
 
     Raises:
-        DataError: a source would be read more often than its max_epochs allows, or a floor is not met.
+        DataError: a source would be read more often than its max_epochs allows, or a floor is not
+            met.
     """
     if config.train.total_steps == 0:
         return

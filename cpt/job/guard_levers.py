@@ -80,7 +80,9 @@ def pause(job: Job, reason: str) -> NoReturn:
 
 
 def note_green(job: Job) -> None:
-    """Remember a checkpoint that is about to be saved as one to go back to, and keep it from being deleted."""
+    """Remember a checkpoint that is about to be saved as one to go back to, and keep it from being
+    deleted.
+    """
     if job.guard is None:
         return
     state = job.guard.state
@@ -109,29 +111,51 @@ def go_on_after_pause(job: Job) -> None:
         )
     job.topology.place.enter("rollback", from_step)
     back = paused.green_step
-    there = on_first_rank(group, lambda: back in list_steps(job.run_dir)) if back is not None else False
+    there = (
+        on_first_rank(group, lambda: back in list_steps(job.run_dir)) if back is not None else False
+    )
     limits = replay_limits(job)
-    state = after_pause(paused, suffering(paused, settings, limits), settings, replay_room=limits.room)
+    state = after_pause(
+        paused, suffering(paused, settings, limits), settings, replay_room=limits.room
+    )
     states = on_first_rank(group, lambda: read_guard_rollbacks(job.run_dir))
     on_first_rank(group, lambda: write_guard_rollbacks(job.run_dir, [*states, state.to_json()]))
     if there:
         loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, str(back))
         assert loaded is not None
-        job.restore(loaded, job.progress.skip_ranges, accept_mix_change=True)  # accepted when this run started
+        job.restore(
+            loaded, job.progress.skip_ranges, accept_mix_change=True
+        )  # accepted when this run started
     guard.state = state
     job.reweigh(job.replay.weights(state.shares))
-    event = {"event": "guard_rollback", "step": job.progress.step, "from_step": from_step, "reason": paused.paused}
+    event = {
+        "event": "guard_rollback",
+        "step": job.progress.step,
+        "from_step": from_step,
+        "reason": paused.paused,
+    }
     job.telemetry.log({**event, "after": state.to_json(), "seconds": time.perf_counter() - started})
     if job.topology.rank == 0:
-        where = f"back from step {from_step} to {back}" if there else f"on from step {from_step}: no green checkpoint"
-        log.warning("after the guard's pause %s; replay now: %s", where, shares_for_people(state.shares))
+        where = (
+            f"back from step {from_step} to {back}"
+            if there
+            else f"on from step {from_step}: no green checkpoint"
+        )
+        log.warning(
+            "after the guard's pause %s; replay now: %s", where, shares_for_people(state.shares)
+        )
 
 
 def suffering(paused: GuardState, settings: GuardSection, limits: ReplayLimits) -> list[Evidence]:
     """The domains that were over their line when the run paused."""
-    return [evidence_of(name, None, settings, limits) for name in paused.over if name in limits.shares]
+    return [
+        evidence_of(name, None, settings, limits) for name in paused.over if name in limits.shares
+    ]
 
 
 def shares_for_people(shares: Mapping[str, float]) -> str:
     """Raised shares as percent."""
-    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()) or "as in the mix"
+    return (
+        ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
+        or "as in the mix"
+    )

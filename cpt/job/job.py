@@ -1,6 +1,8 @@
-"""A validated configuration -> everything the training loop needs, in the order in which it can fail cheaply.
+"""A validated configuration -> everything the training loop needs, in the order in which it can
+fail cheaply.
 
-data (built by rank 0 if missing and small) -> mix ledger -> model -> engine -> checkpoint -> guard, telemetry
+data (built by rank 0 if missing and small) -> mix ledger -> model -> engine -> checkpoint -> guard,
+telemetry
 """
 
 from __future__ import annotations
@@ -68,14 +70,18 @@ log = logging.getLogger("cpt.job.job")
 
 @dataclass(kw_only=True)
 class Job:
-    """One run, ready to train; `ledger` and `mixture` are replaced when the guard raises replay or a run goes back."""
+    """One run, ready to train; `ledger` and `mixture` are replaced when the guard raises replay or
+    a run goes back.
+    """
 
     config: RunConfig
     run_dir: Path
     topology: Topology
     data: BuiltData
     kl_targets: KLTargets | None
-    """The base model's distributions for rows of some sources; None if the run does not ask for them."""
+    """The base model's distributions for rows of some sources; None if the run does not ask for
+    them.
+    """
     mix: MixConfig
     """The data mix as the user wrote it; what the guard raised is in the ledger."""
     ledger: Ledger
@@ -100,30 +106,41 @@ class Job:
             started = time.perf_counter()
             fault_point("data", self.progress.step + 1)
             size = self.config.micro_batch_size
-            loaded = load_micro_batch(self.data, batch, micro_step, size, self.topology, self.kl_targets)
+            loaded = load_micro_batch(
+                self.data, batch, micro_step, size, self.topology, self.kl_targets
+            )
             self.topology.place.waited_for_data(time.perf_counter() - started)
             yield loaded
 
     def reweigh(self, weights: Mapping[str, float]) -> None:
-        """Mix with these weights from the next batch on: one more segment of the ledger, if they are others."""
+        """Mix with these weights from the next batch on: one more segment of the ledger, if they
+        are others.
+        """
         if not same_weights(self.ledger.segments[-1].weights, weights):
             self.ledger = self.ledger.reweigh(self.progress.next_batch, weights)
             self.mixture = Mixture(self.data, self.ledger, self.mix.seed)
 
     def restore(self, loaded: LoadedState, skip_ranges: Ranges, *, accept_mix_change: bool) -> None:
-        """Go on from a checkpoint whose tensors were just loaded, without the batches of `skip_ranges`.
+        """Go on from a checkpoint whose tensors were just loaded, without the batches of
+        `skip_ranges`.
 
         Raises:
             ConfigError: the mix is another than the checkpoint's, and `accept_mix_change` is false.
         """
-        saved, plain, group = Progress.from_json(loaded.state["progress"]), loaded.state, self.topology.control_group
+        saved, plain, group = (
+            Progress.from_json(loaded.state["progress"]),
+            loaded.state,
+            self.topology.control_group,
+        )
         self.saver.trust(loaded.step)
         self.progress.restore(saved, skip_ranges)
         self.stability.restore(plain.get("stability"))
         self.engine.router_watch.restore(plain.get("router_load"))
         set_optimizer_step(self.engine.deepspeed, saved.updates)
         rows, batch = self.data.manifest.row_hashes(), self.progress.next_batch
-        self.ledger = resume_ledger(plain["ledger"], self.mix, batch, accept_change=accept_mix_change, rows=rows)
+        self.ledger = resume_ledger(
+            plain["ledger"], self.mix, batch, accept_change=accept_mix_change, rows=rows
+        )
         self.mixture = Mixture(self.data, self.ledger, self.mix.seed)
         if self.guard is not None:
             states = on_first_rank(group, lambda: read_guard_rollbacks(self.run_dir))
@@ -144,7 +161,9 @@ class Job:
         }
 
 
-def build_engine(config: RunConfig, model_config: GptOssConfig, topology: Topology) -> TrainingEngine:
+def build_engine(
+    config: RunConfig, model_config: GptOssConfig, topology: Topology
+) -> TrainingEngine:
     """Skeleton, patch, engine, with no values yet: see `fill_weights`.
 
     The attention backend is chosen here and refuses what it cannot do.
@@ -152,7 +171,10 @@ def build_engine(config: RunConfig, model_config: GptOssConfig, topology: Topolo
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     try:
         kernel = attention.choose(
-            config.model.attention, device=topology.device, dtype=dtype, head_dim=model_config.head_dim
+            config.model.attention,
+            device=topology.device,
+            dtype=dtype,
+            head_dim=model_config.head_dim,
         )
     except ValueError as error:
         raise ConfigError(f"model.attention: {error}") from error
@@ -167,12 +189,17 @@ def build_engine(config: RunConfig, model_config: GptOssConfig, topology: Topolo
         gpt_oss.materialise(model, topology.device)
     log.info("patched: %s", report)
     if config.train.freeze:
-        log.info("frozen: %d tensors (%s)", freeze(model, config.train.freeze), ", ".join(config.train.freeze))
+        log.info(
+            "frozen: %d tensors (%s)",
+            freeze(model, config.train.freeze),
+            ", ".join(config.train.freeze),
+        )
     return TrainingEngine(model, config, topology, kernel, exchange)
 
 
 def fill_weights(engine: TrainingEngine, source: WeightSource) -> None:
-    """Give the engine its first weights: every rank reads or draws its own part, in fp32 where the source has it.
+    """Give the engine its first weights: every rank reads or draws its own part, in fp32 where the
+    source has it.
 
     Raises:
         StorageError: on all ranks, if one could not read.
@@ -207,8 +234,11 @@ def verify_checksums(source: WeightSource, topology: Topology) -> None:
     log.info("weights: SHA-256 of %d files of %d verified", len(sums), len(source.files))
 
 
-def weight_source(config: RunConfig, model_config: GptOssConfig, topology: Topology) -> WeightSource:
-    """Where the first weights come from; a directory is compared with the model here, before memory is taken.
+def weight_source(
+    config: RunConfig, model_config: GptOssConfig, topology: Topology
+) -> WeightSource:
+    """Where the first weights come from; a directory is compared with the model here, before memory
+    is taken.
 
     Raises:
         ConfigError: the directory does not hold this model.
@@ -228,9 +258,14 @@ def make_exchange(config: RunConfig, window: int, topology: Topology) -> Ulysses
 
 
 def probe_attention(
-    kernel: Attention, exchange: Ulysses | None, dtype: torch.dtype, model_config: GptOssConfig, topology: Topology
+    kernel: Attention,
+    exchange: Ulysses | None,
+    dtype: torch.dtype,
+    model_config: GptOssConfig,
+    topology: Topology,
 ) -> None:
-    """Compare the attention of this run, exchange included, with its definition; see `cpt.model.attention.probe`.
+    """Compare the attention of this run, exchange included, with its definition; see
+    `cpt.model.attention.probe`.
 
     Raises:
         ConfigError: on all ranks, if it is wrong on any.
@@ -250,7 +285,9 @@ def probe_attention(
     )
     report = together(topology.control_group, run)
     topology.traffic.take()
-    log.info("attention agrees with its definition: largest relative error %.1e", report.largest_error)
+    log.info(
+        "attention agrees with its definition: largest relative error %.1e", report.largest_error
+    )
 
 
 def assemble(
@@ -311,7 +348,9 @@ def assemble(
         ledger=ledger,
         mixture=Mixture(data, ledger, mix.seed),
         engine=engine,
-        guard=Guard(data, config, topology, run_dir) if config.guard.enabled and data.held_out else None,
+        guard=Guard(data, config, topology, run_dir)
+        if config.guard.enabled and data.held_out
+        else None,
         replay=ReplayShares(mix, data, config.guard.max_replay_share),
         saver=Saver(run_dir, engine.deepspeed, topology, config.checkpoint),
         telemetry=Telemetry(None),
@@ -323,11 +362,18 @@ def assemble(
     )
     if loaded is not None:
         rollbacks = on_first_rank(topology.control_group, lambda: read_rollbacks(run_dir))
-        given_up = [*Progress.from_json(loaded.state["progress"]).skip_ranges, *skipped_by(rollbacks)]
+        given_up = [
+            *Progress.from_json(loaded.state["progress"]).skip_ranges,
+            *skipped_by(rollbacks),
+        ]
         job.restore(loaded, merged(given_up), accept_mix_change=config.data.accept_mix_change)
-    on_first_rank(topology.control_group, lambda: check_plan(config, data, mix, job.ledger, job.progress))
+    on_first_rank(
+        topology.control_group, lambda: check_plan(config, data, mix, job.ledger, job.progress)
+    )
     if not observe:
-        job.telemetry = together(topology.control_group, lambda: open_telemetry(config, run_dir, topology))
+        job.telemetry = together(
+            topology.control_group, lambda: open_telemetry(config, run_dir, topology)
+        )
     return job
 
 

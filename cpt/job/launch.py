@@ -1,4 +1,6 @@
-"""From command-line options to a finished run: validate before anything is loaded, then build, train, tell."""
+"""From command-line options to a finished run: validate before anything is loaded, then build,
+train, tell.
+"""
 
 from __future__ import annotations
 
@@ -98,10 +100,14 @@ def measure_once(job: Job) -> None:
         ConfigError: the mix holds nothing out, or the untouched model was never measured.
     """
     if job.guard is None:
-        raise ConfigError("--measure: nothing is held out (held_out_share in the mix), or guard.enabled is false.")
+        raise ConfigError(
+            "--measure: nothing is held out (held_out_share in the mix), or guard.enabled is false."
+        )
     file = job.guard.measure_apart(job.progress.step, job.engine)
     if job.topology.rank == 0:
-        print(f"\nweights after step {job.progress.step}\n{job.guard.table()}\n-> {file}", flush=True)
+        print(
+            f"\nweights after step {job.progress.step}\n{job.guard.table()}\n-> {file}", flush=True
+        )
 
 
 def resume_of(asked: str) -> str:
@@ -129,27 +135,43 @@ def check_same_everywhere(config: RunConfig, topology: Topology) -> None:
 
 
 def validate(options: argparse.Namespace) -> tuple[RunConfig, GptOssConfig]:
-    """Files, command line and launcher -> configuration, or one ConfigError with everything that is wrong."""
+    """Files, command line and launcher -> configuration, or one ConfigError with everything that is
+    wrong.
+    """
     check_version()
     faults.check_environment()
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [
+        name
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
     if missing:
         raise ConfigError(
             f"no launcher: {', '.join(missing)} not set. Start with  deepspeed cpt/run.py --ds_config "
             f"{options.ds_config}  (on a machine without GPU add --num_gpus N for N processes)."
         )
-    problems = [f"--set {item} has no '='. Write --set section.key=value." for item in options.set if "=" not in item]
-    if options.resume not in ("auto", "never") and not (options.resume.isascii() and options.resume.isdigit()):
+    problems = [
+        f"--set {item} has no '='. Write --set section.key=value."
+        for item in options.set
+        if "=" not in item
+    ]
+    if options.resume not in ("auto", "never") and not (
+        options.resume.isascii() and options.resume.isdigit()
+    ):
         problems.append(f"--resume {options.resume} must be auto, never or a step.")
     if problems:
         raise ConfigError(problems)
-    run_yaml, json_file = load(options.config, options.ds_config, dict(item.split("=", 1) for item in options.set))
+    run_yaml, json_file = load(
+        options.config, options.ds_config, dict(item.split("=", 1) for item in options.set)
+    )
     model_config = load_config(run_yaml.model.path, run_yaml.model.init)
     world_size = int(os.environ["WORLD_SIZE"])
     problems = freeze_problems(run_yaml.train.freeze, parameter_numels(model_config))
     if run_yaml.model.attention not in attention.known_names():
         name = run_yaml.model.attention
-        problems.append(f"model.attention is '{name}', which is no backend.{nearest(name, attention.known_names())}")
+        problems.append(
+            f"model.attention is '{name}', which is no backend.{nearest(name, attention.known_names())}"
+        )
     if problems:
         raise ConfigError(problems)
     info = LaunchInfo(world_size=world_size, local_world_size=local_world_size(world_size))
@@ -176,7 +198,13 @@ def describe(config: RunConfig, model_config: GptOssConfig, run_dir: Path, resum
     """What is about to happen, as a table for people."""
     train = config.train
     steps = list_steps(run_dir)
-    found = f"step {steps[0]}" if steps and resume == "auto" else "nothing" if resume == "auto" else resume
+    found = (
+        f"step {steps[0]}"
+        if steps and resume == "auto"
+        else "nothing"
+        if resume == "auto"
+        else resume
+    )
     rows: dict[str, Any] = {
         "model": config.model.path or config.model.init,
         "architecture": f"{model_config.num_hidden_layers} layers, {model_config.num_local_experts} experts, "
@@ -199,7 +227,9 @@ def describe(config: RunConfig, model_config: GptOssConfig, run_dir: Path, resum
         "resumes from": found,
     }
     width = max(map(len, rows))
-    return "\n".join(["resolved configuration", *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+    return "\n".join(
+        ["resolved configuration", *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
+    )
 
 
 def describe_frozen(config: RunConfig, model_config: GptOssConfig) -> str:
@@ -222,7 +252,9 @@ def describe_data(config: RunConfig) -> str:
     if not directory.exists():
         return f"data\n  {config.data.mix} is sound; not built yet ({input_bytes(mix) / 1e6:.1f} MB of input)."
     data = BuiltData.open(directory, verify=False, mix=mix)
-    return make_plan(data, mix, max(1, config.train.total_steps), config.train.global_batch_size).describe()
+    return make_plan(
+        data, mix, max(1, config.train.total_steps), config.train.global_batch_size
+    ).describe()
 
 
 def finish(job: Job) -> None:
@@ -233,14 +265,21 @@ def finish(job: Job) -> None:
     if job.config.telemetry.export_at_end:
         out = job.run_dir / "export" / last.name
         if not on_first_rank(job.topology.control_group, out.exists):
-            on_first_rank(job.topology.control_group, lambda: str(export_run(job.run_dir, last, out, "bf16")))
+            on_first_rank(
+                job.topology.control_group, lambda: str(export_run(job.run_dir, last, out, "bf16"))
+            )
         where["export"] = out
     if job.topology.rank == 0:
         try:
             where["report"] = write_report(job.run_dir)
-        except Exception as error:  # the run is done and saved; its picture is not worth its exit code
+        except (
+            Exception
+        ) as error:  # the run is done and saved; its picture is not worth its exit code
             log.warning("report.html could not be written: %s", error)
         lines = [f"  {name:<12}{path}" for name, path in where.items()]
         if job.guard is not None and job.guard.latest:
             print(f"\n{job.guard.table()}", flush=True)
-        print("\n".join([f"\ndone: {job.progress.step} steps, {job.progress.tokens} tokens", *lines]), flush=True)
+        print(
+            "\n".join([f"\ndone: {job.progress.step} steps, {job.progress.tokens} tokens", *lines]),
+            flush=True,
+        )

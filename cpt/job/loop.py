@@ -54,7 +54,9 @@ def train(job: Job) -> None:
         while progress.step < last_step:
             started = time.perf_counter()
             batch = job.mixture.global_batch(progress.next_batch, settings.global_batch_size)
-            lr = learning_rate(progress.step, settings) * (job.guard.state.lr_scale if job.guard else 1.0)
+            lr = learning_rate(progress.step, settings) * (
+                job.guard.state.lr_scale if job.guard else 1.0
+            )
             job.engine.set_learning_rate(lr)
             second = progress.step == started_at + 1 and job.config.telemetry.memory_report
             with report_memory(job.config, job.engine, progress.step + 1, due=second):
@@ -62,8 +64,12 @@ def train(job: Job) -> None:
                     job.micro_batches(batch),
                     tokens_by_source(batch, job),
                     step=progress.step + 1,
-                    votes=lambda: Votes(stop=job.stop.requested(), save_settled=job.saver.own_part_is_settled()),
-                    measure_routers=is_due(progress.step + 1, job.config.telemetry.router_interval_steps),
+                    votes=lambda: Votes(
+                        stop=job.stop.requested(), save_settled=job.saver.own_part_is_settled()
+                    ),
+                    measure_routers=is_due(
+                        progress.step + 1, job.config.telemetry.router_interval_steps
+                    ),
                 )
             progress.step += 1
             progress.tokens += sum(result.tokens_by_source)
@@ -75,7 +81,9 @@ def train(job: Job) -> None:
                 job.telemetry.log(router_event(progress.step, result.router, job.data.languages))
             went_back = after_step(job, batch, result)
             collect(progress.step)
-            bar.set_postfix_str(f"loss {result.loss:.3f}, {event['tokens_per_second']:.0f} tokens/s")
+            bar.set_postfix_str(
+                f"loss {result.loss:.3f}, {event['tokens_per_second']:.0f} tokens/s"
+            )
             bar.update(progress.step - bar.n)
             publish(job, settled_ranks=result.votes.save_settled)
             if is_due(progress.step, job.config.telemetry.sample_interval_steps):
@@ -86,10 +94,16 @@ def train(job: Job) -> None:
                 leave(job)
             if went_back:
                 continue  # this step was measured and saved when it was done
-            if is_due(progress.step, job.config.guard.interval_steps) and not measure(job, job.stop):
+            if is_due(progress.step, job.config.guard.interval_steps) and not measure(
+                job, job.stop
+            ):
                 leave(job)
-            # a checkpoint between skipped updates would hold nothing new, and be what a rollback finds
-            if is_due(progress.step, job.config.checkpoint.interval_steps) and not job.stability.skipped_in_a_row:
+            # a checkpoint between skipped updates would hold nothing new, and be what a rollback
+            # finds
+            if (
+                is_due(progress.step, job.config.checkpoint.interval_steps)
+                and not job.stability.skipped_in_a_row
+            ):
                 note_green(job)
                 periodic_save(job)
     job.stop.consume()
@@ -109,7 +123,9 @@ def measure(job: Job, stop: StopRequest | None = None, *, last: bool = False) ->
         return True
     started = time.perf_counter()
     replay = None if last else lambda: replay_limits(job)
-    decision = job.guard.measure(job.progress.step, job.engine, job.telemetry, stop=stop, replay=replay)
+    decision = job.guard.measure(
+        job.progress.step, job.engine, job.telemetry, stop=stop, replay=replay
+    )
     seconds = time.perf_counter() - started
     job.telemetry.log({"event": "evaluation", "step": job.progress.step, "seconds": seconds})
     if decision is not None and not last:
@@ -133,7 +149,9 @@ def is_due(step: int, interval_steps: int) -> bool:
 
 def tokens_by_source(batch: GlobalBatch, job: Job) -> list[int]:
     """Predicted tokens of a global batch per source, known to every rank without asking."""
-    counts = np.bincount(batch.sources, weights=batch.predicted_tokens, minlength=len(job.data.source_names))
+    counts = np.bincount(
+        batch.sources, weights=batch.predicted_tokens, minlength=len(job.data.source_names)
+    )
     return [int(count) for count in counts]
 
 
@@ -142,7 +160,9 @@ def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[
     tokens = sum(result.tokens_by_source)
     nll_by_language: dict[str, float] = defaultdict(float)
     tokens_by_language: dict[str, int] = defaultdict(int)
-    for language, nll, count in zip(job.data.languages, result.nll_by_source, result.tokens_by_source, strict=True):
+    for language, nll, count in zip(
+        job.data.languages, result.nll_by_source, result.tokens_by_source, strict=True
+    ):
         nll_by_language[language] += nll
         tokens_by_language[language] += count
     names = job.data.source_names
@@ -158,7 +178,9 @@ def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[
         "tokens_per_second": tokens / seconds,
         "loss_by_source": {name: nll / count for name, nll, count in by_source if count},
         "loss_by_language": {
-            name: nll_by_language[name] / count for name, count in tokens_by_language.items() if count
+            name: nll_by_language[name] / count
+            for name, count in tokens_by_language.items()
+            if count
         },
         "tokens_by_source": {name: count for name, _, count in by_source},
         "bytes_sent": result.bytes_sent,
@@ -166,5 +188,7 @@ def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[
     if job.kl_targets is not None and result.kl_by_source is not None:
         by_source = list(zip(names, result.kl_by_source, result.tokens_by_source, strict=True))
         with_targets = job.kl_targets.sources
-        event["kl_by_source"] = {name: kl / count for name, kl, count in by_source if count and name in with_targets}
+        event["kl_by_source"] = {
+            name: kl / count for name, kl, count in by_source if count and name in with_targets
+        }
     return event

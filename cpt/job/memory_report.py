@@ -1,8 +1,10 @@
-"""What a rank's memory really holds during one step, part by part, beside what `cpt.planning.memory` predicts.
+"""What a rank's memory really holds during one step, part by part, beside what
+`cpt.planning.memory` predicts.
 
-State (weights, gradients, optimizer) is the size of the tensors that the engine keeps.  Everything else comes and goes
-within a step: its peak is what the allocator hands out above its level before the step.  CUDA keeps that count; on a
-CPU torch's profiler follows every allocation, which slows that one step down.
+State (weights, gradients, optimizer) is the size of the tensors that the engine keeps.  Everything
+else comes and goes within a step: its peak is what the allocator hands out above its level before
+the step.  CUDA keeps that count; on a CPU torch's profiler follows every allocation, which slows
+that one step down.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def peak_within(device: torch.device) -> Iterator[Peak]:
         yield peak
         peak.num_bytes = torch.cuda.max_memory_allocated(device) - before
         return
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         yield peak
     results = profiler.profiler.kineto_results if profiler.profiler is not None else None
     assert results is not None, "torch's profiler kept no events"
@@ -55,21 +59,26 @@ def peak_within(device: torch.device) -> Iterator[Peak]:
 
 
 def _allocations(tree: list[Any]) -> list[tuple[int, int, int]]:
-    """(time, address, size) of all allocations, and of all frees with a negative size, in order of time."""
+    """(time, address, size) of all allocations, and of all frees with a negative size, in order of
+    time.
+    """
     found, waiting = [], list(tree)
     while waiting:
         event = waiting.pop()
         waiting += event.children
         if event.tag == _EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+            found.append(
+                (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
+            )
     return sorted(found)
 
 
 def highest_level(allocations: list[tuple[int, int, int]]) -> int:
     """The largest sum of what is allocated at a time, above where it stood at the beginning.
 
-    The profiler does not see what a thread of gloo frees, as it does when it is the last to let go of a tensor.  Memory
-    that is handed out again has been freed: it would count twice, and more with every step.
+    The profiler does not see what a thread of gloo frees, as it does when it is the last to let go
+    of a tensor.  Memory that is handed out again has been freed: it would count twice, and more
+    with every step.
 
     Args:
         allocations: (time, address, size) in order of time; a free has a negative size.
@@ -116,8 +125,11 @@ def unique(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @contextmanager
-def report_memory(config: RunConfig, engine: TrainingEngine, step: int, *, due: bool) -> Iterator[None]:
-    """Measure the step inside the block, if it is due; the figures of all ranks go to the log and to metrics.jsonl.
+def report_memory(
+    config: RunConfig, engine: TrainingEngine, step: int, *, due: bool
+) -> Iterator[None]:
+    """Measure the step inside the block, if it is due; the figures of all ranks go to the log and
+    to metrics.jsonl.
 
     All ranks must agree on `due`.
     """
@@ -135,9 +147,15 @@ def report_memory(config: RunConfig, engine: TrainingEngine, step: int, *, due: 
 
 
 def memory_lines(event: dict[str, Any]) -> str:
-    """The event as a table: predicted, and the largest and smallest measurement of the ranks, in MiB."""
-    lines = [f"memory of a rank in step {event['step']}, MiB: predicted, measured (smallest to largest)"]
+    """The event as a table: predicted, and the largest and smallest measurement of the ranks, in
+    MiB.
+    """
+    lines = [
+        f"memory of a rank in step {event['step']}, MiB: predicted, measured (smallest to largest)"
+    ]
     for name, expected in event["predicted"].items():
         found = [rank[name] / 2**20 for rank in event["measured_by_rank"]]
-        lines.append(f"  {name:<16}{expected / 2**20:>12.1f}{min(found):>12.1f} to {max(found):.1f}")
+        lines.append(
+            f"  {name:<16}{expected / 2**20:>12.1f}{min(found):>12.1f} to {max(found):.1f}"
+        )
     return "\n".join(lines)

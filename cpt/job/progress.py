@@ -4,12 +4,15 @@
     updates     of them, those whose update was applied; Adam's bias correction counts these
     batch       the global batch of a step: the step-th batch that no rollback has given up
 
-Batches are numbered in the order of the mixture, so the rows of a step stay a pure function of (mix ledger, seed, step,
-skip ranges).  Without a rollback, batch and step are the same number.
+Batches are numbered in the order of the mixture, so the rows of a step stay a pure function of (mix
+ledger, seed, step, skip ranges).  Without a rollback, batch and step are the same number.
 
-A rollback must not be forgotten when the run is killed before its next checkpoint, or it would meet the same batches
-again: <run_dir>/rollbacks.json holds all of them, written before the first step is repeated.  The guard's rollbacks
-give up no batch, they mix anew from an earlier step on: guard_rollbacks.json holds what it knew after each.
+A rollback must not be forgotten when the run is killed before its next checkpoint, or it would meet
+the same batches
+again: <run_dir>/rollbacks.json holds all of them, written before the first step is repeated.  The
+    guard's rollbacks
+give up no batch, they mix anew from an earlier step on: guard_rollbacks.json holds what it knew
+after each.
 """
 
 from __future__ import annotations
@@ -51,7 +54,10 @@ class Progress:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**dataclasses.asdict(self), "skip_ranges": [list(pair) for pair in self.skip_ranges]}
+        return {
+            **dataclasses.asdict(self),
+            "skip_ranges": [list(pair) for pair in self.skip_ranges],
+        }
 
     def restore(self, saved: Progress, skip_ranges: Ranges) -> None:
         """Go to where a checkpoint was saved, with what has been given up since."""
@@ -87,7 +93,9 @@ def merged(ranges: Sequence[tuple[int, int]]) -> Ranges:
 
 
 def read_rollbacks(run_dir: Path) -> list[dict[str, int]]:
-    """The rollbacks of a run so far; each has `from_step`, `to_step`, `first_batch` and `last_batch` (excluded)."""
+    """The rollbacks of a run so far; each has `from_step`, `to_step`, `first_batch` and
+    `last_batch` (excluded).
+    """
     path = run_dir / FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
@@ -108,8 +116,12 @@ def write_guard_rollbacks(run_dir: Path, states: list[dict[str, Any]]) -> None:
     _replace(run_dir, GUARD_FILE, states)
 
 
-def newest_guard_state(saved: dict[str, Any] | None, rollbacks: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The guard's state of a checkpoint, or that of a later guard's rollback to it which no checkpoint knows of yet."""
+def newest_guard_state(
+    saved: dict[str, Any] | None, rollbacks: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The guard's state of a checkpoint, or that of a later guard's rollback to it which no
+    checkpoint knows of yet.
+    """
     known = (saved or {}).get("rollbacks", 0)
     return rollbacks[-1] if len(rollbacks) > known else saved
 

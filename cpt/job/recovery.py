@@ -1,6 +1,7 @@
 """What a run does about steps that are not sound: tell, skip, roll back.
 
-Every rank comes to the same decision, because it sees reduced values only (`cpt.training.stability`).
+Every rank comes to the same decision, because it sees reduced values only
+(`cpt.training.stability`).
 """
 
 from __future__ import annotations
@@ -23,23 +24,30 @@ log = logging.getLogger("cpt.job.recovery")
 
 
 def after_step(job: Job, batch: GlobalBatch, result: StepResult) -> bool:
-    """Judge the step just counted in `job.progress`; a step that is not sound is logged with its row ids.
+    """Judge the step just counted in `job.progress`; a step that is not sound is logged with its
+    row ids.
 
     Returns:
         Whether the run went back to a checkpoint.
 
     Raises:
-        InternalError: `LIMIT_IN_A_ROW` updates in a row were skipped, and the run cannot or may not roll back.
+        InternalError: `LIMIT_IN_A_ROW` updates in a row were skipped, and the run cannot or may not
+            roll back.
     """
     limits = job.stability.limits()
     verdict = job.stability.judge(result.loss, result.grad_norm, applied=result.applied)
     job.progress.updates += result.applied
     if verdict == "sound":
         return False
-    event = {"event": "spike" if verdict == "spike" else "skipped_update", "step": job.progress.step}
+    event = {
+        "event": "spike" if verdict == "spike" else "skipped_update",
+        "step": job.progress.step,
+    }
     values = {"loss": result.loss, "grad_norm": result.grad_norm, "rows": row_ids(job, batch)}
     if verdict == "spike":
-        job.telemetry.log({**event, **values, "loss_limit": limits.loss, "grad_norm_limit": limits.grad_norm})
+        job.telemetry.log(
+            {**event, **values, "loss_limit": limits.loss, "grad_norm_limit": limits.grad_norm}
+        )
     else:
         counts = {"in_a_row": job.stability.skipped_in_a_row, "total": job.stability.skipped_total}
         job.telemetry.log({**event, **values, **counts})
@@ -53,22 +61,32 @@ def after_step(job: Job, batch: GlobalBatch, result: StepResult) -> bool:
 def row_ids(job: Job, batch: GlobalBatch) -> list[str]:
     """The rows of a global batch as `source:row`."""
     names = job.data.source_names
-    return [f"{names[source]}:{row}" for source, row in zip(batch.sources.tolist(), batch.rows.tolist(), strict=True)]
+    return [
+        f"{names[source]}:{row}"
+        for source, row in zip(batch.sources.tolist(), batch.rows.tolist(), strict=True)
+    ]
 
 
 def describe(job: Job, batch: GlobalBatch, result: StepResult, limits: Limits) -> str:
     """One line for people about a step that is not sound."""
     rows = row_ids(job, batch)
-    named = ", ".join(rows[:16]) + (f" and {len(rows) - 16} more in metrics.jsonl" if len(rows) > 16 else "")
-    values = f"step {job.progress.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
+    named = ", ".join(rows[:16]) + (
+        f" and {len(rows) - 16} more in metrics.jsonl" if len(rows) > 16 else ""
+    )
+    values = (
+        f"step {job.progress.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
+    )
     if result.applied:
-        return f"spike at {values} (limits {limits.loss:.4g} and {limits.grad_norm:.4g}); rows {named}"
+        return (
+            f"spike at {values} (limits {limits.loss:.4g} and {limits.grad_norm:.4g}); rows {named}"
+        )
     counts = f"{job.stability.skipped_in_a_row} in a row, {job.stability.skipped_total} in all"
     return f"not finite at {values}; the update was skipped on all ranks ({counts}); rows {named}"
 
 
 def roll_back(job: Job) -> None:
-    """Load the newest verified checkpoint and give up the batches whose updates were skipped in a row.
+    """Load the newest verified checkpoint and give up the batches whose updates were skipped in a
+    row.
 
     Raises:
         InternalError: on all ranks: there is no checkpoint, or `train.max_rollbacks` is used up.
@@ -80,7 +98,9 @@ def roll_back(job: Job) -> None:
     first_batch = batch_of_step(first_step, progress.skip_ranges)
     last_batch = batch_of_step(from_step - 1, progress.skip_ranges) + 1
     rollbacks = on_first_rank(group, lambda: read_rollbacks(job.run_dir))
-    cause = f"{LIMIT_IN_A_ROW} updates in a row were not finite (steps {first_step + 1} to {from_step})"
+    cause = (
+        f"{LIMIT_IN_A_ROW} updates in a row were not finite (steps {first_step + 1} to {from_step})"
+    )
     advice = "Look at the rows named above and lower train.lr; the newest checkpoint is intact."
     if len(rollbacks) >= job.config.train.max_rollbacks:
         raise InternalError(
@@ -92,9 +112,16 @@ def roll_back(job: Job) -> None:
     loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, "auto")
     assert loaded is not None
     saved = Progress.from_json(loaded.state["progress"])
-    given_up = (max(first_batch, saved.next_batch), last_batch)  # a checkpoint of the streak itself has consumed some
+    given_up = (
+        max(first_batch, saved.next_batch),
+        last_batch,
+    )  # a checkpoint of the streak itself has consumed some
     # the mix of this run was accepted when it started
-    job.restore(loaded, merged([*progress.skip_ranges, *saved.skip_ranges, given_up]), accept_mix_change=True)
+    job.restore(
+        loaded,
+        merged([*progress.skip_ranges, *saved.skip_ranges, given_up]),
+        accept_mix_change=True,
+    )
     record = {"from_step": from_step, "to_step": progress.step}
     record |= {"first_batch": given_up[0], "last_batch": given_up[1]}
     on_first_rank(group, lambda: write_rollbacks(job.run_dir, [*rollbacks, record]))

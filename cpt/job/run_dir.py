@@ -1,4 +1,6 @@
-"""The run directory before anything is loaded: made, written to, held against other jobs, and large enough."""
+"""The run directory before anything is loaded: made, written to, held against other jobs, and large
+enough.
+"""
 
 from __future__ import annotations
 
@@ -64,13 +66,18 @@ def make_run_dir(run_dir: Path) -> None:
         probe.touch()
         probe.unlink()
         if run_dir.stat().st_mode & stat.S_IWOTH:
-            log.warning("%s is writable by everybody, and its checkpoints decide what is loaded; chmod o-w.", run_dir)
+            log.warning(
+                "%s is writable by everybody, and its checkpoints decide what is loaded; chmod o-w.",
+                run_dir,
+            )
     except (FileExistsError, NotADirectoryError) as error:
         raise StorageError(
             f"run directory {run_dir}: {error.filename} is not a directory. Give another with --run_dir."
         ) from error
     except OSError as error:
-        raise StorageError(f"run directory {run_dir}: {error.strerror}. Give another with --run_dir.") from error
+        raise StorageError(
+            f"run directory {run_dir}: {error.strerror}. Give another with --run_dir."
+        ) from error
 
 
 def move_aside(run_dir: Path) -> None:
@@ -79,11 +86,17 @@ def move_aside(run_dir: Path) -> None:
     Raises:
         StorageError: it cannot be moved.
     """
-    kept = [entry for entry in run_dir.iterdir() if entry.name != LOCK and not entry.name.startswith("previous-")]
+    kept = [
+        entry
+        for entry in run_dir.iterdir()
+        if entry.name != LOCK and not entry.name.startswith("previous-")
+    ]
     if not kept:
         return
     try:
-        taken = [int(entry.name.removeprefix("previous-")) for entry in run_dir.glob("previous-[0-9]*")]
+        taken = [
+            int(entry.name.removeprefix("previous-")) for entry in run_dir.glob("previous-[0-9]*")
+        ]
         aside = run_dir / f"previous-{max(taken, default=0) + 1}"
         aside.mkdir()
         for entry in kept:
@@ -102,10 +115,18 @@ def check_run_space(run_dir: Path, config: RunConfig, model_config: GptOssConfig
     frozen = frozen_names(config.train.freeze, numels)
     size = sum(4 * numel * (1 if name in frozen else 3) for name, numel in numels.items())
     check_space(run_dir, size, largest_file_bytes=size // config.world_size)
-    more = config.checkpoint.keep_last + 1 - len(list_steps(run_dir))  # one more while it is written
+    more = (
+        config.checkpoint.keep_last + 1 - len(list_steps(run_dir))
+    )  # one more while it is written
     free = shutil.disk_usage(run_dir).free
     if more * size > free:
         log.warning(
             "%s has %s free; keeping %d checkpoints of %s takes %s more.",
-            *(run_dir, megabytes(free), config.checkpoint.keep_last, megabytes(size), megabytes(more * size)),
+            *(
+                run_dir,
+                megabytes(free),
+                config.checkpoint.keep_last,
+                megabytes(size),
+                megabytes(more * size),
+            ),
         )

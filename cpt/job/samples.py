@@ -1,4 +1,6 @@
-"""Fixed prompts, continued every so many steps of training: what the numbers mean, for people to read."""
+"""Fixed prompts, continued every so many steps of training: what the numbers mean, for people to
+read.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ log = logging.getLogger("cpt.job.samples")
 
 
 def print_continuations(job: Job, prompts: Sequence[str]) -> None:
-    """Continue texts with the weights of a run, in whatever layout it was started, and print them on rank 0."""
+    """Continue texts with the weights of a run, in whatever layout it was started, and print them
+    on rank 0.
+    """
     continuations = continue_prompts(job, prompts)
     if job.topology.rank == 0:
         print(f"\nweights after step {job.progress.step}")
@@ -25,7 +29,9 @@ def print_continuations(job: Job, prompts: Sequence[str]) -> None:
 
 
 def continue_prompts(job: Job, prompts: Sequence[str]) -> list[list[int]]:
-    """Greedy continuations of `telemetry.sample_tokens` tokens at most; all ranks call it together."""
+    """Greedy continuations of `telemetry.sample_tokens` tokens at most; all ranks call it
+    together.
+    """
     job.topology.place.enter("sample", job.progress.step)
     return continue_texts(
         job.engine,
@@ -37,11 +43,21 @@ def continue_prompts(job: Job, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def show_continuations(job: Job) -> None:
-    """Continue `telemetry.sample_prompts`, into the log, metrics.jsonl and the trackers; all ranks call it together."""
+    """Continue `telemetry.sample_prompts`, into the log, metrics.jsonl and the trackers; all ranks
+    call it together.
+    """
     settings = job.config.telemetry
     continuations = continue_prompts(job, settings.sample_prompts)
-    for number, (prompt, tokens) in enumerate(zip(settings.sample_prompts, continuations, strict=True)):
+    for number, (prompt, tokens) in enumerate(
+        zip(settings.sample_prompts, continuations, strict=True)
+    ):
         text = decode(np.asarray(tokens))
         log.info("step %d: %s|%s", job.progress.step, prompt, text)
-        event = {"event": "sample", "step": job.progress.step, "number": number, "prompt": prompt, "text": text}
+        event = {
+            "event": "sample",
+            "step": job.progress.step,
+            "number": number,
+            "prompt": prompt,
+            "text": text,
+        }
         job.telemetry.log({**event, "tokens": tokens})

@@ -1,4 +1,6 @@
-"""When a run saves: in passing, at its end, and before it leaves on request; and what a failure costs each time."""
+"""When a run saves: in passing, at its end, and before it leaves on request; and what a failure
+costs each time.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def leave(job: Job) -> NoReturn:
     final_save(job)
     deadline.cancel()
     end(job)
-    raise RequeueRequested(f"stopped on request after step {job.progress.step}: {reason}. Saved; start again to go on.")
+    raise RequeueRequested(
+        f"stopped on request after step {job.progress.step}: {reason}. Saved; start again to go on."
+    )
 
 
 def end(job: Job) -> None:
@@ -76,9 +80,15 @@ def end(job: Job) -> None:
 
 
 def publish(job: Job, settled_ranks: int | None = None) -> None:
-    """Publish the save in flight: once all ranks have written their part, or after waiting for them."""
+    """Publish the save in flight: once all ranks have written their part, or after waiting for
+    them.
+    """
     with failure_is_told(job, job.progress.step):
-        done = job.saver.finish() if settled_ranks is None else job.saver.publish_settled(settled_ranks)
+        done = (
+            job.saver.finish()
+            if settled_ranks is None
+            else job.saver.publish_settled(settled_ranks)
+        )
         if done is not None:
             log_checkpoint(job, done)
 
@@ -96,5 +106,10 @@ def failure_is_told(job: Job, step: int) -> Iterator[None]:
 
 def log_checkpoint(job: Job, done: Published) -> None:
     """One line of metrics.jsonl: `blocked_seconds` of `seconds` training stood still."""
-    event = {"event": "checkpoint", "step": done.step, "path": done.folder.name, "seconds": done.seconds}
+    event = {
+        "event": "checkpoint",
+        "step": done.step,
+        "path": done.folder.name,
+        "seconds": done.seconds,
+    }
     job.telemetry.log({**event, "blocked_seconds": done.blocked_seconds})

@@ -1,6 +1,8 @@
-"""Which parameters training leaves as they are: name patterns of `train.freeze`, checked before anything is loaded.
+"""Which parameters training leaves as they are: name patterns of `train.freeze`, checked before
+anything is loaded.
 
-A frozen parameter has no gradient, no optimizer state and no fp32 copy; the checkpoint holds its working value.
+A frozen parameter has no gradient, no optimizer state and no fp32 copy; the checkpoint holds its
+working value.
 """
 
 from __future__ import annotations
@@ -29,11 +31,16 @@ SHORTHANDS = {
 
 def parameter_numels(config: GptOssConfig) -> dict[str, int]:
     """Elements of every parameter of the whole model, by Hugging Face's name."""
-    return {name: parameter.numel() for name, parameter in skeleton(config, torch.bfloat16).named_parameters()}
+    return {
+        name: parameter.numel()
+        for name, parameter in skeleton(config, torch.bfloat16).named_parameters()
+    }
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern or shorthand names a parameter, or a module that holds it (`model.layers.0`)."""
+    """Whether a pattern or shorthand names a parameter, or a module that holds it
+    (`model.layers.0`).
+    """
     pattern = SHORTHANDS.get(pattern, pattern)
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
@@ -45,16 +52,26 @@ def frozen_names(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
 
 
 def freeze_problems(patterns: tuple[str, ...], names: Iterable[str]) -> list[str]:
-    """What cannot be right about `train.freeze`: a pattern without a match, or nothing left to train."""
+    """What cannot be right about `train.freeze`: a pattern without a match, or nothing left to
+    train.
+    """
     names = list(names)
     problems = []
     for index, pattern in enumerate(patterns):
         if not frozen_names([pattern], names):
             close = difflib.get_close_matches(pattern, [*SHORTHANDS, *names], n=3, cutoff=0.3)
-            hint = f"Nearest names: {', '.join(close)}." if close else f"Shorthands: {', '.join(SHORTHANDS)}."
-            problems.append(f"train.freeze[{index}] is '{pattern}', which matches no parameter. {hint}")
+            hint = (
+                f"Nearest names: {', '.join(close)}."
+                if close
+                else f"Shorthands: {', '.join(SHORTHANDS)}."
+            )
+            problems.append(
+                f"train.freeze[{index}] is '{pattern}', which matches no parameter. {hint}"
+            )
     if patterns and not problems and len(frozen_names(patterns, names)) == len(names):
-        problems.append("train.freeze matches every parameter: nothing is left to train. Take a pattern out.")
+        problems.append(
+            "train.freeze matches every parameter: nothing is left to train. Take a pattern out."
+        )
     return problems
 
 

@@ -1,14 +1,15 @@
 """The gpt-oss model: built from its configuration, patched once, filled with weights.
 
-    build_config -> skeleton on the meta device -> patch -> materialise (whole, or this rank's ZeRO-3 part) -> engine
-    -> fill the rank's part (random or from files, see weights.py)
+    build_config -> skeleton on the meta device -> patch -> materialise (whole, or this rank's
+    ZeRO-3 part) -> engine -> fill the rank's part (random or from files, see weights.py)
 
 Decisions
-    `GptOssForCPT` adds one forward to Hugging Face's class: it returns the loss of every token, not logits.
-    Everything that differs from Hugging Face is done by `patch`, which reports what it changed.
-    The model is never whole in memory: experts of other ranks exist on meta only, and under ZeRO-3 a parameter is cut
-    up as soon as it is allocated, before it has a value.
-    Rotary frequencies are computed again in fp32 after materialising; a bf16 or meta build gets them wrong.
+    `GptOssForCPT` adds one forward to Hugging Face's class: it returns the loss of every token, not
+    logits. Everything that differs from Hugging Face is done by `patch`, which reports what it
+    changed. The model is never whole in memory: experts of other ranks exist on meta only, and
+    under ZeRO-3 a parameter is cut up as soon as it is allocated, before it has a value.
+    Rotary frequencies are computed again in fp32 after materialising; a bf16 or meta build gets
+    them wrong.
 """
 
 from __future__ import annotations
@@ -89,8 +90,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 4,
     },
 }
-"""Published configurations (model card, arXiv 2508.10925, and the released config.json), and a tiny one of the same
-architecture: alternating window and full layers, grouped heads, sinks, YaRN, experts with biases."""
+"""Published configurations (model card, arXiv 2508.10925, and the released config.json), and a tiny
+one of the same
+architecture: alternating window and full layers, grouped heads, sinks, YaRN, experts with
+    biases."""
 
 
 class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
@@ -111,13 +114,15 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
             input_ids: (B, S) local tokens.
             position_ids: (B, S) position of each token in its document.
             labels: (B, S) next tokens, already shifted; -100 where there is none.
-            logits_at: (B,) one local position per row whose logits alone are wanted; only without labels.
+            logits_at: (B,) one local position per row whose logits alone are wanted; only without
+                labels.
             targets: Another model's distribution for some of the tokens; only with labels.
-            attention_arguments: `packed_rows`, `sequence_parallel` and `kernel`, handed to every layer's attention.
+            attention_arguments: `packed_rows`, `sequence_parallel` and `kernel`, handed to every
+                layer's attention.
 
         Returns:
-            (B, S) nats, 0 where the label is -100, with targets (2, B, S), the second their divergence;
-            (B, S, V) logits if labels is None, (B, 1, V) with `logits_at`.
+            (B, S) nats, 0 where the label is -100, with targets (2, B, S), the second their
+            divergence; (B, S, V) logits if labels is None, (B, 1, V) with `logits_at`.
         """
         hidden = self.hidden_states(input_ids, position_ids, **attention_arguments)
         if logits_at is not None:
@@ -159,7 +164,8 @@ class PatchReport:
 
 
 def patch(model: GptOssForCPT, topology: Topology) -> PatchReport:
-    """Replace attention, MLPs and lm_head of a Hugging Face gpt-oss; call it once, before weights are filled in.
+    """Replace attention, MLPs and lm_head of a Hugging Face gpt-oss; call it once, before weights
+    are filled in.
 
     Raises:
         TypeError: a layer's MLP or the lm_head is not the class this was written for.
@@ -167,12 +173,21 @@ def patch(model: GptOssForCPT, topology: Topology) -> PatchReport:
     model.set_attn_implementation(attention.register())
     for index, layer in enumerate(model.model.layers):
         if type(layer.mlp) is not GptOssMLP:
-            raise TypeError(f"layers.{index}.mlp is {type(layer.mlp).__name__}, expected GptOssMLP: patched twice?")
+            raise TypeError(
+                f"layers.{index}.mlp is {type(layer.mlp).__name__}, expected GptOssMLP: patched twice?"
+            )
         layer.mlp = ExpertParallelMLP(layer.mlp, topology)
     if type(model.lm_head) is not nn.Linear:
-        raise TypeError(f"lm_head is {type(model.lm_head).__name__}, expected Linear: patched twice?")
+        raise TypeError(
+            f"lm_head is {type(model.lm_head).__name__}, expected Linear: patched twice?"
+        )
     with model.lm_head.weight.device:
-        head = LossHead(model.config.hidden_size, model.config.vocab_size, bias=False, dtype=model.lm_head.weight.dtype)
+        head = LossHead(
+            model.config.hidden_size,
+            model.config.vocab_size,
+            bias=False,
+            dtype=model.lm_head.weight.dtype,
+        )
     head.weight = model.lm_head.weight
     model.lm_head = head
     return PatchReport(
@@ -192,7 +207,9 @@ def skeleton(config: GptOssConfig, dtype: torch.dtype) -> GptOssForCPT:
 
 
 def materialise(model: GptOssForCPT, device: torch.device) -> None:
-    """Allocate this rank's parameters whole and uninitialised; for ZeRO-3 see `materialise_partitioned`."""
+    """Allocate this rank's parameters whole and uninitialised; for ZeRO-3 see
+    `materialise_partitioned`.
+    """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, allocate(parameter, device))
@@ -200,5 +217,7 @@ def materialise(model: GptOssForCPT, device: torch.device) -> None:
 
 
 def restore_rotary_frequencies(model: GptOssForCPT, device: torch.device) -> None:
-    """Compute the rotary frequencies in fp32 on the device; those of a meta or bf16 build are wrong."""
+    """Compute the rotary frequencies in fp32 on the device; those of a meta or bf16 build are
+    wrong.
+    """
     model.model.rotary_emb = GptOssRotaryEmbedding(config=model.config).to(device)

@@ -1,13 +1,15 @@
 """What activation checkpointing need not do twice.
 
-torch runs a checkpointed layer again in the backward pass and takes from that second run only what autograd saves; its
-output is dropped.  So the second run needs the rows that an exchange brought, but nothing that is sent back, and may
-take those rows from the first run if they were kept.  torch's `context_fn` tells the two runs apart.
+torch runs a checkpointed layer again in the backward pass and takes from that second run only what
+autograd saves; its output is dropped.  So the second run needs the rows that an exchange brought,
+but nothing that is sent back, and may take those rows from the first run if they were kept.
+torch's `context_fn` tells the two runs apart.
 
 Decisions
-    One `Recomputation` per checkpointed call holds what its first run kept; its second run takes it in the same order,
-    and memory is free again after the layer's backward.
-    The second run may happen on another thread (autograd's, on a GPU), so what is current is per thread.
+    One `Recomputation` per checkpointed call holds what its first run kept; its second run takes it
+    in the same order, and memory is free again after the layer's backward.
+    The second run may happen on another thread (autograd's, on a GPU), so what is current is per
+    thread.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Recomputation:
         return self._run(second=False), self._run(second=True)
 
     def put(self, value: object) -> None:
-        """Keep something of the first run; a tensor must be detached, or its graph keeps itself alive."""
+        """Keep something of the first run; a tensor must be detached, or its graph keeps itself
+        alive.
+        """
         self._kept.append(value)
 
     def take(self) -> Any:
@@ -71,6 +75,8 @@ def is_second_run() -> bool:
     return running is not None and running.is_second
 
 
-def context_fn(*, keep: bool) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+def context_fn(
+    *, keep: bool
+) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
     """What `torch.utils.checkpoint` wants as `context_fn`."""
     return lambda: Recomputation(keep=keep).contexts()

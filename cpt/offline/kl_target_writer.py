@@ -1,10 +1,12 @@
-"""What the untouched base model says about replay: its likeliest next tokens, for the predicted tokens of some sources.
+"""What the untouched base model says about replay: its likeliest next tokens, for the predicted
+tokens of some sources.
 
-    packed training rows -> base model, one forward pass each -> top k and log-probabilities -> <source>.safetensors
+    packed training rows -> base model, one forward pass each -> top k and log-probabilities ->
+    <source>.safetensors
                                                                                      -> kl_targets.json, last
 
-It runs once, before training, in one process; training reads the result (cpt/training/kl_targets.py) and holds no
-second model.
+It runs once, before training, in one process; training reads the result
+(cpt/training/kl_targets.py) and holds no second model.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ from cpt.errors import ConfigError
 from cpt.model import gpt_oss
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.model.weights.source import DirectoryWeights, load_config
-from cpt.model.weights.writer import Entry, TensorFileWriter, check_space, published, refuse_existing, write_json
+from cpt.model.weights.writer import (
+    Entry,
+    TensorFileWriter,
+    check_space,
+    published,
+    refuse_existing,
+    write_json,
+)
 from cpt.offline.model import OfflineModel, single_process
 from cpt.training.kl_targets import SIDECAR, Sidecar, TargetsOfSource, target_file
 from cpt.training.loader import make_micro_batch
@@ -50,7 +59,9 @@ class TargetsRequest:
 
 
 TopKOfRow = Callable[[PackedRow], tuple[torch.Tensor, torch.Tensor]]
-"""Of a row's predicted tokens: (tokens, k) ids and (tokens, k + 1) log-probabilities, on the CPU."""
+"""Of a row's predicted tokens: (tokens, k) ids and (tokens, k + 1) log-probabilities, on the
+CPU.
+"""
 
 
 def write_targets(request: TargetsRequest) -> str:
@@ -109,7 +120,9 @@ def _sidecar(request: TargetsRequest, data: BuiltData, folder: Path, computed_in
 
 
 def bytes_per_token(top_k: int) -> int:
-    """Of a predicted token: an int32 per listed token, an fp32 for each of them and for all others together."""
+    """Of a predicted token: an int32 per listed token, an fp32 for each of them and for all others
+    together.
+    """
     return 4 * top_k + 4 * (top_k + 1)
 
 
@@ -144,7 +157,9 @@ def _write_source(path: Path, data: BuiltData, number: int, k: int, top_k_of: To
     try:
         for row in tqdm(range(data.num_rows(number)), desc=data.source_names[number], unit="row"):
             ids, log_p = top_k_of(data.read_row(number, row))
-            assert len(ids) == row_tokens[row], f"row {row}: {len(ids)} predicted tokens, expected {row_tokens[row]}"
+            assert len(ids) == row_tokens[row], (
+                f"row {row}: {len(ids)} predicted tokens, expected {row_tokens[row]}"
+            )
             file.write("ids", done * k, ids.to(torch.int32))
             file.write("log_p", done * (k + 1), log_p.float())
             done += len(ids)

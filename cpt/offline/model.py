@@ -1,7 +1,9 @@
-"""Bits per byte of weights that no engine holds, in one process: exports, merged weights, quantised weights.
+"""Bits per byte of weights that no engine holds, in one process: exports, merged weights, quantised
+weights.
 
-The forward pass is the training one (sink attention on packed rows, tiled loss), without DeepSpeed's engine.  On a
-CPU it computes in fp32 whatever the weights are stored in; on a GPU in bf16.
+The forward pass is the training one (sink attention on packed rows, tiled loss), without
+DeepSpeed's engine.  On a CPU it computes in fp32 whatever the weights are stored in; on a GPU in
+bf16.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def held_out_sets(mix_file: Path, build_dir: Path | None, max_documents: int) ->
 
 @contextmanager
 def single_process() -> Iterator[Topology]:
-    """The layout of one process, with a process group of its own that needs neither a launcher nor a port."""
+    """The layout of one process, with a process group of its own that needs neither a launcher nor
+    a port.
+    """
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -71,7 +75,9 @@ class OfflineModel:
         gpt_oss.patch(self._model, topology)
         gpt_oss.materialise(self._model, topology.device)
         self._model.eval()
-        self._kernel = attention.choose("auto", device=topology.device, dtype=dtype, head_dim=config.head_dim)
+        self._kernel = attention.choose(
+            "auto", device=topology.device, dtype=dtype, head_dim=config.head_dim
+        )
         self._topology = topology
 
     def load(self, source: WeightSource) -> None:
@@ -91,7 +97,9 @@ class OfflineModel:
         return losses.cpu()
 
     @torch.no_grad()
-    def top_k(self, batch: MicroBatch, num_predicted: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def top_k(
+        self, batch: MicroBatch, num_predicted: int, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest next tokens of the first `num_predicted` tokens of a batch of one row.
 
         Returns:

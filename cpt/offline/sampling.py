@@ -1,7 +1,8 @@
-"""Continue a text, or answer a question, with trained weights: in one process, through plain transformers.
+"""Continue a text, or answer a question, with trained weights: in one process, through plain
+transformers.
 
-What is printed from an export is what `AutoModelForCausalLM.generate` gives with the same settings; a checkpoint is
-sampled in bf16, as its export would be.
+What is printed from an export is what `AutoModelForCausalLM.generate` gives with the same settings;
+a checkpoint is sampled in bf16, as its export would be.
 """
 
 from __future__ import annotations
@@ -48,24 +49,32 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             found.append(f"--top_p {self.top_p} must be in (0, 1].")
         if self.top_p < 1 and self.temperature == 0:
-            found.append(f"--top_p {self.top_p} has no meaning at --temperature 0: give a temperature.")
+            found.append(
+                f"--top_p {self.top_p} has no meaning at --temperature 0: give a temperature."
+            )
         return found
 
 
 def load_for_sampling(model_dir: Path | None, checkpoint: Path | None) -> Any:
-    """The model of an exported directory, or of a verified checkpoint (in bf16), on the GPU if there is one."""
+    """The model of an exported directory, or of a verified checkpoint (in bf16), on the GPU if
+    there is one.
+    """
     model = _from_directory(model_dir) if model_dir is not None else _from_checkpoint(checkpoint)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _from_directory(path: Path) -> Any:
     if not (path / "config.json").is_file():
-        raise ConfigError(f"--model {path}: no config.json there. Give a directory that `cpt export` wrote.")
+        raise ConfigError(
+            f"--model {path}: no config.json there. Give a directory that `cpt export` wrote."
+        )
     tensor_files(path)  # refuses pickles and names missing files
     # MXFP4 kernels are for some GPUs only; decoded weights give the same on every machine
     quantised = "quantization_config" in read_json(path / "config.json")
     settings = {"quantization_config": Mxfp4Config(dequantize=True)} if quantised else {}
-    return AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", use_safetensors=True, **settings)
+    return AutoModelForCausalLM.from_pretrained(
+        str(path), dtype="auto", use_safetensors=True, **settings
+    )
 
 
 def _from_checkpoint(folder: Path | None) -> Any:
@@ -81,7 +90,9 @@ def _from_checkpoint(folder: Path | None) -> Any:
             flat[start : start + values.numel()] = values
         weights[name] = flat.view(parameter.shape)
     model.load_state_dict(weights, assign=True)
-    rotary = type(model.model.rotary_emb)(config=model.config)  # its frequencies are no weights: built again in fp32
+    rotary = type(model.model.rotary_emb)(
+        config=model.config
+    )  # its frequencies are no weights: built again in fp32
     model.model.rotary_emb = rotary
     return model
 
@@ -91,7 +102,12 @@ def generate(model: Any, prompt: Sequence[int], sampling: Sampling) -> list[int]
     """The tokens that follow a prompt; the one that ended the generation is the last."""
     ids = torch.tensor([list(prompt)], device=model.device)
     torch.manual_seed(sampling.seed)
-    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    drawn = {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,
+    }
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -1,11 +1,13 @@
-"""Replay that the base model writes itself: the only text that is distributed like what it was trained on.
+"""Replay that the base model writes itself: the only text that is distributed like what it was
+trained on.
 
-    texts -> their first tokens ----+-> sampled, one seed a document -> plain.jsonl, chat.jsonl -> sidecar, last
-    questions -> Harmony prompts ---+
+    texts -> their first tokens ----+-> sampled, one seed a document -> plain.jsonl, chat.jsonl ->
+    sidecar, last questions -> Harmony prompts ---+
 
 Decisions
-    A document's seed is (seed, number): the same model, prompts and settings give the same file in one process.
-    A reply without an end or without a final channel is no conversation: it is left out and counted.
+    A document's seed is (seed, number): the same model, prompts and settings give the same file in
+    one process. A reply without an end or without a final channel is no conversation: it is left
+    out and counted.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def sample_replay(request: ReplayRequest) -> str:
     model = load_for_sampling(request.model_dir, None)
     plain, chat = list(_plain(model, texts, request)), list(_chat(model, questions, request))
     if not plain and not chat:
-        raise DataError(f"{request.model_dir}: none of {len(texts) + len(questions)} samples can be used.")
+        raise DataError(
+            f"{request.model_dir}: none of {len(texts) + len(questions)} samples can be used."
+        )
     request.out.mkdir(parents=True, exist_ok=True)
     names = []
     for name, records in (("plain.jsonl", plain), ("chat.jsonl", chat)):
@@ -90,7 +94,9 @@ def _check(request: ReplayRequest) -> None:
     if request.prefix_tokens < 1:
         problems.append(f"--prefix_tokens {request.prefix_tokens} must be >= 1.")
     if request.sampling.temperature == 0:
-        problems.append("--temperature is 0: the likeliest text is no sample of what the model knows. Give 1.0.")
+        problems.append(
+            "--temperature is 0: the likeliest text is no sample of what the model knows. Give 1.0."
+        )
     if (request.out / SIDECAR).exists():
         problems.append(f"--out {request.out} holds replay already. Choose another folder.")
     if problems:
@@ -101,10 +107,18 @@ def _read(path: Path | None, field: str) -> list[str]:
     if path is None:
         return []
     try:
-        values = [json.loads(line).get(field) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        values = [
+            json.loads(line).get(field)
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read as JSONL ({error}).") from error
-    bad = [number for number, value in enumerate(values, 1) if not isinstance(value, str) or not value.strip()]
+    bad = [
+        number
+        for number, value in enumerate(values, 1)
+        if not isinstance(value, str) or not value.strip()
+    ]
     if bad or not values:
         raise DataError(f"{path}: record {bad[0] if bad else 1} has no text '{field}'.")
     return values
@@ -114,7 +128,9 @@ def _plain(model: Any, texts: Sequence[str], request: ReplayRequest) -> Iterator
     for number, text in enumerate(tqdm(texts, desc="texts", unit="text")):
         prefix = encode(text).tolist()[: request.prefix_tokens]
         tokens = generate(model, prefix, _seeded(request.sampling, 2 * number))
-        tokens = tokens[: next((i for i, token in enumerate(tokens) if token in STOP_IDS), len(tokens))]
+        tokens = tokens[
+            : next((i for i, token in enumerate(tokens) if token in STOP_IDS), len(tokens))
+        ]
         # a cut within a character cannot be written as text: what is left of it goes
         written = decode(np.array(prefix + tokens, np.uint32)).rstrip("\N{REPLACEMENT CHARACTER}")
         if tokens and written.strip():
@@ -126,7 +142,12 @@ def _chat(model: Any, questions: Sequence[str], request: ReplayRequest) -> Itera
         prompt = encode_prompt(question, developer=None, effort="medium", date=DEFAULT_DATE)
         tokens = generate(model, prompt, _seeded(request.sampling, 2 * number + 1))
         parts = parse_reply(tokens)
-        if not tokens or tokens[-1] != RETURN or parts[-1].channel != "final" or not parts[-1].text.strip():
+        if (
+            not tokens
+            or tokens[-1] != RETURN
+            or parts[-1].channel != "final"
+            or not parts[-1].text.strip()
+        ):
             continue
         said = [
             {"role": "assistant", "channel": part.channel, "content": part.text}

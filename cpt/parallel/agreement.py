@@ -1,4 +1,5 @@
-"""Facts of one rank made known to all, over the gloo control group, so that no rank acts on its own.
+"""Facts of one rank made known to all, over the gloo control group, so that no rank acts on its
+own.
 
 Values travel as JSON, never as pickles.
 """
@@ -28,7 +29,10 @@ def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
     padded[: data.numel()] = data
     parts = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(parts, padded, group=group)
-    return [json.loads(part[: int(size)].numpy().tobytes().decode()) for part, size in zip(parts, sizes, strict=True)]
+    return [
+        json.loads(part[: int(size)].numpy().tobytes().decode())
+        for part, size in zip(parts, sizes, strict=True)
+    ]
 
 
 def together(group: dist.ProcessGroup, action: Callable[[], T]) -> T:
@@ -43,8 +47,14 @@ def together(group: dist.ProcessGroup, action: Callable[[], T]) -> T:
         result = action()
     except Exception as caught:
         error = caught
-    told = None if error is None else {"code": getattr(error, "exit_code", 70), "text": _text(error)}
-    failures = [(rank, failure) for rank, failure in enumerate(gather_json(told, group)) if failure is not None]
+    told = (
+        None if error is None else {"code": getattr(error, "exit_code", 70), "text": _text(error)}
+    )
+    failures = [
+        (rank, failure)
+        for rank, failure in enumerate(gather_json(told, group))
+        if failure is not None
+    ]
     if error is not None:
         raise error
     if failures:

@@ -1,4 +1,6 @@
-"""All-to-all as an autograd operation: the backward of an exchange is the exchange with both sides swapped."""
+"""All-to-all as an autograd operation: the backward of an exchange is the exchange with both sides
+swapped.
+"""
 
 from __future__ import annotations
 
@@ -56,20 +58,27 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        # what flows on is a stand-in of the right shape: the gradient itself is fetched where the exchange ends
+        # what flows on is a stand-in of the right shape: the gradient itself is fetched where the
+        # exchange ends
         ctx.pending.begin(grads[0], ctx.pending.receive, ctx.pending.send)
         return grads[0], None
 
 
 class Pending:
-    """An exchange on its way: what is computed between `start_all_to_all` and `finish` overlaps with it.
+    """An exchange on its way: what is computed between `start_all_to_all` and `finish` overlaps
+    with it.
 
-    Backward too: autograd runs nodes in reverse order of their creation, so the gradients leave first, then the
-    backward of what was computed in between runs, then their arrival is awaited.
+    Backward too: autograd runs nodes in reverse order of their creation, so the gradients leave
+    first, then the backward of what was computed in between runs, then their arrival is awaited.
     """
 
     def __init__(
-        self, send: list[int], receive: list[int], group: dist.ProcessGroup, traffic: Traffic, kind: Kind
+        self,
+        send: list[int],
+        receive: list[int],
+        group: dist.ProcessGroup,
+        traffic: Traffic,
+        kind: Kind,
     ) -> None:
         self.send, self.receive = send, receive
         self._group, self._traffic, self._kind = group, traffic, kind
@@ -92,7 +101,9 @@ class Pending:
         row_bytes = rows[0].numel() * rows.element_size() if rows.shape[0] else 0
         self._traffic.add(self._kind, (sum(send) - send[dist.get_rank(self._group)]) * row_bytes)
         outgoing, incoming = rows.contiguous(), rows.new_empty((sum(receive), *rows.shape[1:]))
-        self._work = dist.all_to_all_single(incoming, outgoing, receive, send, group=self._group, async_op=True)
+        self._work = dist.all_to_all_single(
+            incoming, outgoing, receive, send, group=self._group, async_op=True
+        )
         self._buffers = incoming, outgoing  # both must live until the exchange is over
         return incoming
 

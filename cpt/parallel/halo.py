@@ -1,13 +1,15 @@
-"""Window layers under sequence parallelism: the last keys and values of the left neighbour are all that is missing.
+"""Window layers under sequence parallelism: the last keys and values of the left neighbour are all
+that is missing.
 
-A query of a window layer sees itself and the window - 1 keys before it.  So each rank keeps all heads of its own
-tokens and receives window - 1 keys and values from the rank that holds the tokens before them, instead of trading
-all tokens for heads.  Backward, their gradients travel the other way and are added to those of the neighbour's own
-tokens (autograd does the addition).
+A query of a window layer sees itself and the window - 1 keys before it.  So each rank keeps all
+heads of its own tokens and receives window - 1 keys and values from the rank that holds the tokens
+before them, instead of trading all tokens for heads.  Backward, their gradients travel the other
+way and are added to those of the neighbour's own tokens (autograd does the addition).
 
-The exchange overlaps with compute: it starts, the attention within this rank's tokens runs (right for all but the
-first window - 1 queries), it ends, and those few queries run again with their neighbour's keys.  Outputs that are
-dropped have a zero gradient, hence add nothing to any other, the sinks' included.
+The exchange overlaps with compute: it starts, the attention within this rank's tokens runs (right
+for all but the first window - 1 queries), it ends, and those few queries run again with their
+neighbour's keys.  Outputs that are dropped have a zero gradient, hence add nothing to any other,
+the sinks' included.
 
 Shape letters: B rows, S local tokens, W window, H query heads, K key/value heads, D head size.
 """
@@ -60,7 +62,9 @@ class WindowHalo:
         """Send the last W - 1 keys and values to the right neighbour and return at once."""
         reach = self.window - 1
         if not fits(key_BKSD.shape[2], self.window):
-            raise ValueError(f"{key_BKSD.shape[2]} local tokens are fewer than window - 1 = {reach}: use Ulysses.")
+            raise ValueError(
+                f"{key_BKSD.shape[2]} local tokens are fewer than window - 1 = {reach}: use Ulysses."
+            )
         tail = torch.stack([key_BKSD, value_BKSD])[None, :, :, :, -reach:]
         return start_all_to_all(
             tail[: 0 if self._rank == self._size - 1 else 1],
@@ -72,11 +76,16 @@ class WindowHalo:
         )
 
     def edge(
-        self, pending: Pending, query_BHSD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor
+        self,
+        pending: Pending,
+        query_BHSD: torch.Tensor,
+        key_BKSD: torch.Tensor,
+        value_BKSD: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The first W - 1 tokens of this rank, with the W - 1 keys and values before them.
 
-        On the first rank of a row those before are zeros, which `edge_rows` keeps apart from every document.
+        On the first rank of a row those before are zeros, which `edge_rows` keeps apart from every
+        document.
 
         Returns:
             Query, key and value with 2 (W - 1) tokens; the first W - 1 queries are empty.
@@ -84,9 +93,18 @@ class WindowHalo:
         reach = self.window - 1
         query, key, value = (x[:, :, :reach] for x in (query_BHSD, key_BKSD, value_BKSD))
         arrived = pending.finish()
-        # the empty exchange of the first rank stays in the graph: its backward is the other half of a collective
-        before = torch.zeros_like(torch.stack([key, value])) + arrived.sum() if self._rank == 0 else arrived[0]
-        return F.pad(query, (0, 0, reach, 0)), torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
+        # the empty exchange of the first rank stays in the graph: its backward is the other half of
+        # a collective
+        before = (
+            torch.zeros_like(torch.stack([key, value])) + arrived.sum()
+            if self._rank == 0
+            else arrived[0]
+        )
+        return (
+            F.pad(query, (0, 0, reach, 0)),
+            torch.cat([before[0], key], 2),
+            torch.cat([before[1], value], 2),
+        )
 
     def local_rows(self, rows: AnyRows) -> AnyRows:
         """Documents of this rank's tokens, from those of the whole rows."""
@@ -105,7 +123,9 @@ class WindowHalo:
 
 
 def _section(rows: AnyRows, start: int, length: int) -> AnyRows:
-    """Documents of the tokens [start, start + length) of every row; what lies before a row is a document of its own."""
+    """Documents of the tokens [start, start + length) of every row; what lies before a row is a
+    document of its own.
+    """
     bounds: list[int] = []
     for row in range(rows.batch_size):
         first = row * rows.seq_len

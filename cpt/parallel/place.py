@@ -17,9 +17,13 @@ class Position:
     """One rank's place at one moment."""
 
     count: int
-    """Phases entered so far.  All ranks enter the same phases in the same order, so the lowest count is behind."""
+    """Phases entered so far.  All ranks enter the same phases in the same order, so the lowest
+    count is behind.
+    """
     phase: str
-    """load, data, forward, backward, gradient, optimizer_step, evaluate, sample, save, rollback or export."""
+    """load, data, forward, backward, gradient, optimizer_step, evaluate, sample, save, rollback or
+    export.
+    """
     step: int
     """The optimizer step that is being done, counted from 1; 0 before the first."""
 

@@ -1,13 +1,15 @@
 """Ulysses sequence parallelism: all heads of my tokens <-> my heads of all tokens.
 
-Source: DeepSpeed-Ulysses (arXiv 2309.14509).  DeepSpeed itself is not told: outside attention a sequence-parallel
+Source: DeepSpeed-Ulysses (arXiv 2309.14509).  DeepSpeed itself is not told: outside attention a
+    sequence-parallel
 rank is an ordinary data-parallel rank that holds other tokens.
 
-q, k and v travel in one all-to-all.  When there are more ranks than key/value heads, each of these heads is sent to
-every rank whose query heads need it, and the gradients of the copies are summed on the way back.
+q, k and v travel in one all-to-all.  When there are more ranks than key/value heads, each of these
+heads is sent to every rank whose query heads need it, and the gradients of the copies are summed on
+the way back.
 
-Shape letters: B rows, S local tokens, T all tokens of a row, P ranks, H query heads, K key/value heads, h and k the
-local ones, D head size.
+Shape letters: B rows, S local tokens, T all tokens of a row, P ranks, H query heads, K key/value
+heads, h and k the local ones, D head size.
 """
 
 from __future__ import annotations
@@ -47,11 +49,16 @@ class Ulysses:
         """
         num_query_heads = query_BHSD.shape[1] // self.size
         parts = [self._split(query_BHSD, num_query_heads)]
-        parts += [self._split(self._one_per_rank(x), max(1, x.shape[1] // self.size)) for x in (key_BKSD, value_BKSD)]
+        parts += [
+            self._split(self._one_per_rank(x), max(1, x.shape[1] // self.size))
+            for x in (key_BKSD, value_BKSD)
+        ]
         sent_PBxSD = torch.cat(parts, dim=2)
         received_PBxSD = self._exchange(sent_PBxSD)
         ranks, batch, heads, local_tokens, head_dim = received_PBxSD.shape
-        whole_BxTD = received_PBxSD.permute(1, 2, 0, 3, 4).reshape(batch, heads, ranks * local_tokens, head_dim)
+        whole_BxTD = received_PBxSD.permute(1, 2, 0, 3, 4).reshape(
+            batch, heads, ranks * local_tokens, head_dim
+        )
         num_kv_heads = (heads - num_query_heads) // 2
         query, key, value = whole_BxTD.split([num_query_heads, num_kv_heads, num_kv_heads], dim=1)
         return query, key, value
@@ -59,9 +66,13 @@ class Ulysses:
     def exchange_out(self, out_BThD: torch.Tensor) -> torch.Tensor:
         """Give every rank all heads of its own tokens: (B, T, h, D) -> (B, S, H, D)."""
         batch, tokens, heads, head_dim = out_BThD.shape
-        sent_PBShD = out_BThD.reshape(batch, self.size, tokens // self.size, heads, head_dim).transpose(0, 1)
+        sent_PBShD = out_BThD.reshape(
+            batch, self.size, tokens // self.size, heads, head_dim
+        ).transpose(0, 1)
         received_PBShD = self._exchange(sent_PBShD)
-        return received_PBShD.permute(1, 2, 0, 3, 4).reshape(batch, tokens // self.size, self.size * heads, head_dim)
+        return received_PBShD.permute(1, 2, 0, 3, 4).reshape(
+            batch, tokens // self.size, self.size * heads, head_dim
+        )
 
     def local_sinks(self, sinks_H: torch.Tensor) -> torch.Tensor:
         """The sinks of this rank's query heads; using another slice is a common silent error."""
@@ -79,4 +90,6 @@ class Ulysses:
 
     def _exchange(self, sent: torch.Tensor) -> torch.Tensor:
         each = [1] * self.size
-        return all_to_all(sent, each, each, group=self._group, traffic=self._traffic, kind="ulysses")
+        return all_to_all(
+            sent, each, each, group=self._group, traffic=self._traffic, kind="ulysses"
+        )

@@ -5,8 +5,9 @@
     exposed   what is left of ZeRO's traffic and of the copies of offloading: a share `1 - overlap` of the longer
     step      max(compute + exchange + exposed, NVLink, InfiniBand, PCIe, HBM) + update
 
-DeepSpeed fetches weights ahead of use, but not an expert tensor that is larger than its prefetch bucket, so how much
-of ZeRO's traffic hides behind compute is an assumption.  The halo hides.  The update follows the last backward.
+DeepSpeed fetches weights ahead of use, but not an expert tensor that is larger than its prefetch
+bucket, so how much of ZeRO's traffic hides behind compute is an assumption.  The halo hides.  The
+update follows the last backward.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from cpt.planning.memory import ParameterCounts, device_memory, host_memory
 from cpt.planning.traffic import Wire, traffic
 
 ADAM_BYTES = 30
-"""Memory traffic of an Adam update per parameter: weight, gradient and two moments in fp32 read, three written, and
-the bf16 weight."""
+"""Memory traffic of an Adam update per parameter: weight, gradient and two moments in fp32 read,
+three written, and the bf16 weight."""
 PASS_BYTES = 12
-"""Memory traffic of one micro step per parameter that is computed with: read forward, recomputed and backward, its
-gradient written, read for the reduction and added to the fp32 sum."""
+"""Memory traffic of one micro step per parameter that is computed with: read forward, recomputed
+and backward, its gradient written, read for the reduction and added to the fp32 sum."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +86,9 @@ def estimate(
     flops = flops_per_token(model, config.train.seq_len)
     tokens = config.train.global_batch_size * config.train.seq_len / config.world_size
     recomputed = 4 / 3 if config.model.activation_checkpointing else 1.0
-    operations = tokens * recomputed * (flops.dense + flops.attention + flops.experts * assumed.imbalance)
+    operations = (
+        tokens * recomputed * (flops.dense + flops.attention + flops.experts * assumed.imbalance)
+    )
     compute = operations / (assumed.mfu * gpu.bf16_flops)
     links = _link_seconds(wire, gpu, assumed)
     exchange = links["ulysses"] + links["experts"]
@@ -139,14 +142,18 @@ def _busy_seconds(
     if "offload_optimizer" in zero:
         copied += micro_steps * 4 * owned
     return {
-        "NVLink": sum(w.intra for w in wire.values()) / (assumed.nvlink_share * gpu.nvlink_bytes_per_second),
-        "InfiniBand": sum(w.inter for w in wire.values()) / (assumed.network_share * gpu.network_bytes_per_second),
+        "NVLink": sum(w.intra for w in wire.values())
+        / (assumed.nvlink_share * gpu.nvlink_bytes_per_second),
+        "InfiniBand": sum(w.inter for w in wire.values())
+        / (assumed.network_share * gpu.network_bytes_per_second),
         "PCIe": copied / gpu.pcie_bytes_per_second,
         "HBM": micro_steps * PASS_BYTES * held / (assumed.hbm_share * gpu.hbm_bytes_per_second),
     }
 
 
-def _update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu, assumed: Assumptions) -> float:
+def _update_seconds(
+    config: RunConfig, counts: ParameterCounts, gpu: Gpu, assumed: Assumptions
+) -> float:
     """Adam is bound by the memory that holds its state."""
     trained = (counts.trained_dense + counts.trained_experts) / config.world_size
     offloaded = "offload_optimizer" in config.engine_json["zero_optimization"]

@@ -2,9 +2,10 @@
 
     6 * (parameters that a token multiplies with) + 3 * (attention, forward)
 
-A product with a weight costs 2 operations per parameter forward and 4 backward.  Attention costs 4 per key, query head
-and head size forward (scores and values): a full layer sees seq_len / 2 keys on average, a window layer `window`.
-The embedding is a look-up and costs nothing; recomputation is not counted here.
+A product with a weight costs 2 operations per parameter forward and 4 backward.  Attention costs 4
+per key, query head and head size forward (scores and values): a full layer sees seq_len / 2 keys on
+average, a window layer `window`. The embedding is a look-up and costs nothing; recomputation is not
+counted here.
 """
 
 from __future__ import annotations
@@ -32,12 +33,17 @@ class TokenFlops:
 
 
 def flops_per_token(model: GptOssConfig, seq_len: int) -> TokenFlops:
-    """Operations of one token in rows of one document of `seq_len` tokens; shorter documents cost less."""
+    """Operations of one token in rows of one document of `seq_len` tokens; shorter documents cost
+    less.
+    """
     hidden, layers, size = model.hidden_size, model.num_hidden_layers, model.head_dim
     projections = hidden * size * (2 * model.num_attention_heads + 2 * model.num_key_value_heads)
     router = hidden * model.num_local_experts
     expert = 3 * hidden * model.intermediate_size
-    keys = {"full_attention": seq_len / 2, "sliding_attention": min(int(model.sliding_window or 1), seq_len / 2)}
+    keys = {
+        "full_attention": seq_len / 2,
+        "sliding_attention": min(int(model.sliding_window or 1), seq_len / 2),
+    }
     seen = sum(keys[kind] for kind in model.layer_types or ())
     return TokenFlops(
         dense=6.0 * (layers * (projections + router) + hidden * model.vocab_size),

@@ -1,8 +1,9 @@
 """What GPUs, links and hosts can do, from data sheets, and which share of it a plan counts on.
 
-Nothing here was measured by this project.  Sources: NVIDIA data sheets of H100 SXM, H200 SXM and HGX B200 (dense bf16,
-without sparsity); 400 Gbit/s InfiniBand per GPU as in DGX H100 and DGX B200; collective rates as published for NCCL
-and DeepEP on such nodes (bus bandwidth of 350 of 450 GB/s over NVLink, 43 to 47 of 50 GB/s over InfiniBand).
+Nothing here was measured by this project.  Sources: NVIDIA data sheets of H100 SXM, H200 SXM and
+HGX B200 (dense bf16, without sparsity); 400 Gbit/s InfiniBand per GPU as in DGX H100 and DGX B200;
+collective rates as published for NCCL and DeepEP on such nodes (bus bandwidth of 350 of 450 GB/s
+over NVLink, 43 to 47 of 50 GB/s over InfiniBand).
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Gpu:
     host_memory_bytes: float = 250e9
     """This GPU's share of host memory: 2 TB for eight."""
     host_bytes_per_second: float = 37e9
-    """This GPU's share of host memory bandwidth: about 300 GB/s sustained on two sockets, for eight."""
+    """This GPU's share of host memory bandwidth: about 300 GB/s sustained on two sockets, for
+    eight.
+    """
 
 
 GPUS = {
@@ -66,7 +69,9 @@ class Assumptions:
     mfu: float = 0.4
     """Share of the peak that computing reaches, recomputed operations counted as operations."""
     imbalance: float = 1.0
-    """Rows of the busiest expert rank over the mean: 1 is balanced routing, natural routing is above."""
+    """Rows of the busiest expert rank over the mean: 1 is balanced routing, natural routing is
+    above.
+    """
     overlap: float = 0.5
     """Share of ZeRO's and offloading's traffic that hides behind compute."""
     ranks_per_node: int = 8
@@ -78,13 +83,19 @@ class Assumptions:
     hbm_share: float = 0.8
     """Share of the memory bandwidth that is reached."""
     memory_share: float = 0.9
-    """Share of device memory that a plan may fill; the rest is for fragmentation, NCCL and library workspaces."""
+    """Share of device memory that a plan may fill; the rest is for fragmentation, NCCL and library
+    workspaces.
+    """
     host_memory_share: float = 0.85
     """Share of host memory that offloaded state may fill."""
 
     def describe(self, gpu: Gpu) -> list[str]:
         """The lines printed under a plan."""
-        routing = "balanced" if self.imbalance == 1 else f"busiest expert rank {self.imbalance:g} x the mean"
+        routing = (
+            "balanced"
+            if self.imbalance == 1
+            else f"busiest expert rank {self.imbalance:g} x the mean"
+        )
         return [
             f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} TFLOP/s dense bf16, computing reaches {self.mfu:.0%} of it "
             "(assumed; --mfu)",

@@ -1,7 +1,8 @@
 """Memory of one rank by part, computed from shapes before anything is allocated.
 
-Weights, gradients and optimizer state are exact for ZeRO (the small parameters that ZeRO-3 keeps whole are counted
-with the buffers).  What a step holds beyond them is added up for each moment that can be its peak, tensor by tensor:
+Weights, gradients and optimizer state are exact for ZeRO (the small parameters that ZeRO-3 keeps
+whole are counted with the buffers).  What a step holds beyond them is added up for each moment that
+can be its peak, tensor by tensor:
 
     loss      all layers keep what their backward needs; the head's table is gathered, its gradient is being made, and
               tiles of logits are worked on
@@ -9,10 +10,11 @@ with the buffers).  What a step holds beyond them is added up for each moment th
     layer     the backward of the last layer: its weights, their gradients, the gradients of its activations
     update    ZeRO copies the gradients of what it updates
 
-Experts are taken to be evenly routed, and rows to hold documents longer than the window; allocator fragmentation and
-library workspaces are not included.
+Experts are taken to be evenly routed, and rows to hold documents longer than the window; allocator
+fragmentation and library workspaces are not included.
 
-Letters in sums: M model size, I expert size, q and kv values of a token in all query and all key (or value) heads.
+Letters in sums: M model size, I expert size, q and kv values of a token in all query and all key
+(or value) heads.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ GIB = 2**30
 SUB_GROUP_SIZE = 10**9
 """Parameters that DeepSpeed updates at a time, unless the JSON says otherwise."""
 REUSE_DISTANCE = 10**9
-"""Parameters between two uses up to which DeepSpeed keeps a gathered parameter, unless the JSON says otherwise."""
+"""Parameters between two uses up to which DeepSpeed keeps a gathered parameter, unless the JSON
+says otherwise.
+"""
 WIDE, INDEX = 4, 8
 """Bytes of an fp32 number and of an index."""
 
@@ -56,7 +60,9 @@ def count_parameters(model: GptOssConfig, freeze: tuple[str, ...]) -> ParameterC
     """Count what `train.freeze` leaves; builds the model on the meta device, so do it once."""
     dense, experts = parameter_counts(model)
     trained_dense, trained_experts = parameter_counts(model, freeze)
-    return ParameterCounts(dense=dense, experts=experts, trained_dense=trained_dense, trained_experts=trained_experts)
+    return ParameterCounts(
+        dense=dense, experts=experts, trained_dense=trained_dense, trained_experts=trained_experts
+    )
 
 
 def device_memory(
@@ -79,7 +85,9 @@ def device_memory(
         "gradients": itemsize * trained_held if stage == 1 else WIDE * trained_per_rank,
         "optimizer": 12 * trained_per_rank,
     }
-    peak: dict[str, int] = max(_moments(config, model, device_type), key=lambda moment: sum(moment.values()))
+    peak: dict[str, int] = max(
+        _moments(config, model, device_type), key=lambda moment: sum(moment.values())
+    )
     # the update comes when the step's own tensors are gone, and adds only what it takes beyond them
     update = WIDE * min(trained_per_rank, int(zero.get("sub_group_size", SUB_GROUP_SIZE)))
     update += _mask_bytes(model, _Sizes.of(config, model), device_type, backward=True)
@@ -93,11 +101,14 @@ def device_memory(
     return parts
 
 
-def host_memory(config: RunConfig, model: GptOssConfig, counts: ParameterCounts, place: str = "cpu") -> dict[str, int]:
+def host_memory(
+    config: RunConfig, model: GptOssConfig, counts: ParameterCounts, place: str = "cpu"
+) -> dict[str, int]:
     """Bytes that offloading takes for one rank, by part.
 
     Args:
-        place: `cpu`, host memory, or `nvme`, files: the value of the key `device` of an offload block.
+        place: `cpu`, host memory, or `nvme`, files: the value of the key `device` of an offload
+            block.
     """
     itemsize = 2 if config.train.dtype == "bf16" else 4
     trained = (counts.trained_dense + counts.trained_experts) // config.world_size
@@ -115,7 +126,9 @@ def host_memory(config: RunConfig, model: GptOssConfig, counts: ParameterCounts,
 
 
 def parameter_counts(model: GptOssConfig, left_out: tuple[str, ...] = ()) -> tuple[int, int]:
-    """(dense, expert) parameters of the whole model, without those that the patterns `left_out` match."""
+    """(dense, expert) parameters of the whole model, without those that the patterns `left_out`
+    match.
+    """
     numels = parameter_numels(model)
     for name in frozen_names(left_out, numels):
         del numels[name]
@@ -150,23 +163,32 @@ class _Sizes:
             itemsize=2 if config.train.dtype == "bf16" else 4,
             table=model.vocab_size * hidden,
             attention=2 * hidden * (query + key),
-            experts=model.num_local_experts // config.ep_size * 3 * hidden * model.intermediate_size,
+            experts=model.num_local_experts
+            // config.ep_size
+            * 3
+            * hidden
+            * model.intermediate_size,
             query=query,
             key=key,
         )
 
 
 def _moments(config: RunConfig, model: GptOssConfig, device_type: str) -> list[dict[str, int]]:
-    """What the step holds beyond the state at each moment that can be its peak, the update apart."""
+    """What the step holds beyond the state at each moment that can be its peak, the update
+    apart.
+    """
     sizes = _Sizes.of(config, model)
     wide, itemsize, hidden = WIDE, sizes.itemsize, model.hidden_size
     at_loss, at_layer = _gathered_numels(config, model, sizes)
-    # of the last norm its input and quotient in fp32, its output, and of that the rows with a label; their gradient
+    # of the last norm its input and quotient in fp32, its output, and of that the rows with a
+    # label; their gradient
     head = sizes.tokens * hidden * (2 * wide + 2 * itemsize + wide)
     loss = {
         "gathered weights": itemsize * at_loss,
         "weight gradients": itemsize * sizes.table,
-        "activations": _kept(config, model, sizes) + head + _mask_bytes(model, sizes, device_type, backward=False),
+        "activations": _kept(config, model, sizes)
+        + head
+        + _mask_bytes(model, sizes, device_type, backward=False),
         "logits": work_bytes(device_type, sizes.tokens, itemsize),
     }
     copied = (
@@ -185,15 +207,19 @@ def _moments(config: RunConfig, model: GptOssConfig, device_type: str) -> list[d
 
 
 def _gathered_numels(config: RunConfig, model: GptOssConfig, sizes: _Sizes) -> tuple[int, int]:
-    """Parameters that ZeRO-3 holds gathered when the loss is computed, and in the last layer's backward.
+    """Parameters that ZeRO-3 holds gathered when the loss is computed, and in the last layer's
+    backward.
 
-    A layer stays gathered for its backward if the parameters of the modules run in between are fewer than the reuse
-    distance (deepspeed 0.19.8, partitioned_param_coordinator.py); of the others two are there at a time, the second
-    being prefetched.  What is not shared with another rank is never copied.
+    A layer stays gathered for its backward if the parameters of the modules run in between are
+    fewer than the reuse distance (deepspeed 0.19.8, partitioned_param_coordinator.py); of the
+    others two are there at a time, the second being prefetched.  What is not shared with another
+    rank is never copied.
     """
     if config.zero_stage != 3:
         return 0, 0
-    reach = int(config.engine_json["zero_optimization"].get("stage3_max_reuse_distance", REUSE_DISTANCE))
+    reach = int(
+        config.engine_json["zero_optimization"].get("stage3_max_reuse_distance", REUSE_DISTANCE)
+    )
     table = sizes.table if config.world_size > 1 else 0
     layer = sizes.attention if config.world_size > 1 else 0
     layer += sizes.experts if config.world_size > config.ep_size else 0
@@ -209,11 +235,17 @@ def _kept(config: RunConfig, model: GptOssConfig, sizes: _Sizes) -> int:
     """What the layers together keep for their backward."""
     layers = model.num_hidden_layers
     if not config.model.activation_checkpointing:
-        return layers * (_attention_bytes(config, model, sizes) + _experts_bytes(config, model, sizes))
+        return layers * (
+            _attention_bytes(config, model, sizes) + _experts_bytes(config, model, sizes)
+        )
     # on their way to the host: that of the layer being computed, and the one before
-    inputs = (2 if config.model.offload_checkpoints else layers) * _layer_input(model, config, sizes.itemsize)
+    inputs = (2 if config.model.offload_checkpoints else layers) * _layer_input(
+        model, config, sizes.itemsize
+    )
     if config.model.expert_recompute == "keep" and config.ep_size > 1:
-        inputs += layers * sizes.tokens * model.num_experts_per_tok * _row_bytes(config, model, sizes)
+        inputs += (
+            layers * sizes.tokens * model.num_experts_per_tok * _row_bytes(config, model, sizes)
+        )
     return inputs
 
 
@@ -224,7 +256,8 @@ def _row_bytes(config: RunConfig, model: GptOssConfig, sizes: _Sizes) -> int:
 
 def _attention_bytes(config: RunConfig, model: GptOssConfig, sizes: _Sizes) -> int:
     """What autograd keeps of the first half of a layer."""
-    # rotated q and k, v, output; its log-sum-exp; under Ulysses what comes back of the output is another tensor
+    # rotated q and k, v, output; its log-sum-exp; under Ulysses what comes back of the output is
+    # another tensor
     kept = sizes.itemsize * 2 * (sizes.query + sizes.key) + WIDE * model.num_attention_heads
     kept += sizes.itemsize * sizes.query if config.sp_size > 1 else 0
     return sizes.tokens * (_norm_bytes(model, sizes) + kept)
@@ -234,7 +267,9 @@ def _experts_bytes(config: RunConfig, model: GptOssConfig, sizes: _Sizes) -> int
     """What autograd keeps of the second half of a layer."""
     # the choice, the order of the rows and its inverse, their tokens; the orders of what arrived
     indices = INDEX * (4 + (2 if config.ep_size > 1 else 0))
-    row = _row_bytes(config, model, sizes) + sizes.itemsize * 2 * model.intermediate_size + indices  # with gate and up
+    row = (
+        _row_bytes(config, model, sizes) + sizes.itemsize * 2 * model.intermediate_size + indices
+    )  # with gate and up
     return sizes.tokens * (_norm_bytes(model, sizes) + model.num_experts_per_tok * row)
 
 
@@ -243,48 +278,78 @@ def _norm_bytes(model: GptOssConfig, sizes: _Sizes) -> int:
     return (2 * WIDE + sizes.itemsize) * model.hidden_size
 
 
-def _backward_of_layer(config: RunConfig, model: GptOssConfig, sizes: _Sizes, device_type: str) -> int:
-    """What is there when the last layer goes back through its experts or, these being done, through its attention."""
-    attention, experts = _attention_bytes(config, model, sizes), _experts_bytes(config, model, sizes)
+def _backward_of_layer(
+    config: RunConfig, model: GptOssConfig, sizes: _Sizes, device_type: str
+) -> int:
+    """What is there when the last layer goes back through its experts or, these being done, through
+    its attention.
+    """
+    attention, experts = (
+        _attention_bytes(config, model, sizes),
+        _experts_bytes(config, model, sizes),
+    )
     rest = _kept(config, model, sizes)
     if not config.model.activation_checkpointing:
         rest -= attention + experts
     residual = sizes.itemsize * sizes.tokens * model.hidden_size
-    # of each row the gradient of its output, and the activated values; that of gate and up is written over them
+    # of each row the gradient of its output, and the activated values; that of gate and up is
+    # written over them
     row = _row_bytes(config, model, sizes) + sizes.itemsize * model.intermediate_size
     in_experts = experts + sizes.tokens * model.num_experts_per_tok * row
     masks = _mask_bytes(model, sizes, device_type, backward=True)
-    return rest + residual + attention + max(in_experts, _in_attention(model, sizes, device_type)) + masks
+    return (
+        rest
+        + residual
+        + attention
+        + max(in_experts, _in_attention(model, sizes, device_type))
+        + masks
+    )
 
 
 def _in_attention(model: GptOssConfig, sizes: _Sizes, device_type: str) -> int:
     """What the backward of attention makes.
 
-    FlashAttention 2: gradients of output and q, of k and v for every query head, and fp32 sums of that of q.  The CPU
-    in window layers (`cpu._Band.backward`): gradient of the output; that, q and the output in blocks; keys and values
-    with the window before them; gradients of q, in blocks and not, of overlapping windows of k and v, and one of these
-    added up in fp32.
+    FlashAttention 2: gradients of output and q, of k and v for every query head, and fp32 sums of
+    that of q.  The CPU in window layers (`cpu._Band.backward`): gradient of the output; that, q and
+    the output in blocks; keys and values with the window before them; gradients of q, in blocks and
+    not, of overlapping windows of k and v, and one of these added up in fp32.
     """
     query, key = sizes.itemsize * sizes.query, sizes.itemsize * sizes.key
     if device_type != "cpu":
         return sizes.tokens * (4 * query + WIDE * sizes.query)
-    block = block_tokens(BACKWARD_BLOCK_ROWS, model.num_attention_heads // model.num_key_value_heads)
+    block = block_tokens(
+        BACKWARD_BLOCK_ROWS, model.num_attention_heads // model.num_key_value_heads
+    )
     overlap = 1 + int(model.sliding_window or 0) / block  # how many windows a key is in
     return int(sizes.tokens * (6 * query + 2 * key + 2 * overlap * key + WIDE * sizes.key))
 
 
 def _mask_bytes(model: GptOssConfig, sizes: _Sizes, device_type: str, *, backward: bool) -> int:
-    """Masks of the window layers, kept for the whole step by the kernel for CPUs; another one for the backward."""
+    """Masks of the window layers, kept for the whole step by the kernel for CPUs; another one for
+    the backward.
+    """
     if device_type != "cpu":
         return 0
-    group, window = model.num_attention_heads // model.num_key_value_heads, int(model.sliding_window or 0)
+    group, window = (
+        model.num_attention_heads // model.num_key_value_heads,
+        int(model.sliding_window or 0),
+    )
     blocks = (FORWARD_BLOCK_ROWS, BACKWARD_BLOCK_ROWS) if backward else (FORWARD_BLOCK_ROWS,)
-    return sizes.tokens * group * sizes.itemsize * sum(block_tokens(rows, group) + window for rows in blocks)
+    return (
+        sizes.tokens
+        * group
+        * sizes.itemsize
+        * sum(block_tokens(rows, group) + window for rows in blocks)
+    )
 
 
 def _layer_input(model: GptOssConfig, config: RunConfig, itemsize: int) -> int:
     """The hidden states of this rank's tokens, once."""
-    return itemsize * (config.micro_batch_size * config.train.seq_len // config.sp_size) * model.hidden_size
+    return (
+        itemsize
+        * (config.micro_batch_size * config.train.seq_len // config.sp_size)
+        * model.hidden_size
+    )
 
 
 def memory_tables(config: RunConfig, model: GptOssConfig) -> str:

@@ -1,11 +1,14 @@
-"""How much of the main language a run can take: a curve through short probe runs at different shares of replay.
+"""How much of the main language a run can take: a curve through short probe runs at different
+shares of replay.
 
     probe runs (same model, steps, held-out text) -> change of each domain at its replay share
-      -> a + b ln(share), weighted by the intervals -> the share at which the curve meets the tolerance
+      -> a + b ln(share), weighted by the intervals -> the share at which the curve meets the
+      tolerance
 
-Each doubling of replay is taken to buy the same.  arXiv 2407.17467 fits a power law in the share; over the range of a
-few probes a line in its logarithm needs one parameter less.  Nothing is extrapolated beyond the probes, the interval
-grows with the misfit, and each probe between others is left out in turn and predicted from the rest.
+Each doubling of replay is taken to buy the same.  arXiv 2407.17467 fits a power law in the share;
+over the range of a few probes a line in its logarithm needs one parameter less.  Nothing is
+extrapolated beyond the probes, the interval grows with the misfit, and each probe between others is
+left out in turn and predicted from the rest.
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ class Curve:
     covariance: npt.NDArray[np.float64]
     """(2, 2), with the misfit of the curve in it."""
     misfit: float
-    """Mean square of the probes' distances from the curve, in squares of their standard errors; at least 1."""
+    """Mean square of the probes' distances from the curve, in squares of their standard errors; at
+    least 1.
+    """
     degrees: int
     """Probes less 2."""
 
@@ -70,7 +75,8 @@ class Curve:
 
         Args:
             share: Of replay.
-            own_error: 0 for the curve itself; for a single run, the standard error of its measurement.
+            own_error: 0 for the curve itself; for a single run, the standard error of its
+                measurement.
         """
         x = np.asarray([1.0, math.log(share)])
         quantile = student_quantile((1 - CONFIDENCE) / 2, max(1, self.degrees))
@@ -79,7 +85,9 @@ class Curve:
 
 
 def fit(shares: Sequence[float], changes: Sequence[float], errors: Sequence[float]) -> Curve:
-    """Weighted least squares; where the points lie further off than their errors, the errors grow accordingly."""
+    """Weighted least squares; where the points lie further off than their errors, the errors grow
+    accordingly.
+    """
     x = np.stack([np.ones(len(shares)), np.log(np.asarray(shares))], axis=1)
     y, weight = np.asarray(changes), 1 / np.maximum(np.asarray(errors), LEAST_ERROR_PERCENT) ** 2
     covariance = np.linalg.inv(x.T @ (weight[:, None] * x))
@@ -87,7 +95,9 @@ def fit(shares: Sequence[float], changes: Sequence[float], errors: Sequence[floa
     degrees = len(shares) - 2
     misfit = float((weight * (y - x @ coefficients) ** 2).sum() / degrees) if degrees else 1.0
     misfit = max(1.0, misfit)
-    return Curve(coefficients=coefficients, covariance=covariance * misfit, misfit=misfit, degrees=degrees)
+    return Curve(
+        coefficients=coefficients, covariance=covariance * misfit, misfit=misfit, degrees=degrees
+    )
 
 
 def read_probe(run_dir: Path) -> Probe:
@@ -100,12 +110,16 @@ def read_probe(run_dir: Path) -> Probe:
         events = read_events(run_dir / "metrics.jsonl")
         config = yaml.safe_load((run_dir / "config.resolved.yaml").read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"probe {run_dir}: {error.strerror}: {error.filename}. Is it a run directory?") from error
+        raise ConfigError(
+            f"probe {run_dir}: {error.strerror}: {error.filename}. Is it a run directory?"
+        ) from error
     language = {source.name: source.language for source in load_mix(config["data"]["mix"]).sources}
     guard = {e["domain"]: e for e in events if e["event"] == "guard" and e["step"] > 0}
     steps = [e for e in events if e["event"] == "step"]
     if not guard or not steps:
-        raise ConfigError(f"probe {run_dir}: the guard has measured nothing after step 0. Let the run finish.")
+        raise ConfigError(
+            f"probe {run_dir}: the guard has measured nothing after step 0. Let the run finish."
+        )
     tokens: dict[str, float] = {}
     for event in steps:
         for name, count in event["tokens_by_source"].items():
@@ -136,14 +150,20 @@ def check_probes(probes: Sequence[Probe]) -> None:
     problems, first = [], probes[0]
     usable = {round(probe.replay_share, 4) for probe in probes if probe.replay_share > 0}
     if len(usable) < 3:
-        problems.append(f"{len(usable)} different shares of replay above 0, at least 3 are needed for a curve.")
+        problems.append(
+            f"{len(usable)} different shares of replay above 0, at least 3 are needed for a curve."
+        )
     for probe in probes[1:]:
         for what in ("main_language", "steps"):
             if getattr(probe, what) != getattr(first, what):
                 known = getattr(first, what)
-                problems.append(f"{probe.name}: {what} is {getattr(probe, what)}, {first.name} has {known}.")
+                problems.append(
+                    f"{probe.name}: {what} is {getattr(probe, what)}, {first.name} has {known}."
+                )
         if probe.baseline != first.baseline:
-            problems.append(f"{probe.name}: other held-out text, or another untouched model, than {first.name}.")
+            problems.append(
+                f"{probe.name}: other held-out text, or another untouched model, than {first.name}."
+            )
     if problems:
         raise ConfigError(problems)
 
@@ -152,11 +172,14 @@ def largest_main_share(probes: Sequence[Probe], tolerance_percent: float) -> dic
     """The largest share of the main language at which every domain stays within the tolerance.
 
     Returns:
-        `main_share` with `low` and `high` (ends of the 95 % interval), the `domain` that decides, `bounded` (`none`:
-        the curve meets the tolerance among the probes; `above`, `below`: all probes are within, or none is), `curves`,
-        and `checks`, one per probe left out that lies between others.
+        `main_share` with `low` and `high` (ends of the 95 % interval), the `domain` that decides,
+        `bounded` (`none`: the curve meets the tolerance among the probes; `above`, `below`: all
+        probes are within, or none is), `curves`, and `checks`, one per probe left out that lies
+        between others.
     """
-    usable = sorted((probe for probe in probes if probe.replay_share > 0), key=lambda probe: probe.replay_share)
+    usable = sorted(
+        (probe for probe in probes if probe.replay_share > 0), key=lambda probe: probe.replay_share
+    )
     grid = np.geomspace(usable[0].replay_share, usable[-1].replay_share, 400)
     curves = {name: _fit(usable, name) for name in usable[0].change}
     found = {name: _crossings(curve, grid, tolerance_percent) for name, curve in curves.items()}
@@ -170,7 +193,9 @@ def largest_main_share(probes: Sequence[Probe], tolerance_percent: float) -> dic
         "domain": domain,
         "bounded": beyond,
         "curves": curves,
-        "checks": [check for probe in usable[1:-1] for check in _left_out(usable, probe)] if len(usable) > 3 else [],
+        "checks": [check for probe in usable[1:-1] for check in _left_out(usable, probe)]
+        if len(usable) > 3
+        else [],
     }
 
 
@@ -179,9 +204,15 @@ def _fit(probes: Sequence[Probe], domain: str) -> Curve:
     return fit(shares, *zip(*(probe.change[domain] for probe in probes), strict=True))
 
 
-def _crossings(curve: Curve, grid: npt.NDArray[np.float64], tolerance: float) -> tuple[float, float, float]:
-    """Replay share from which on the lower end, the mean, the upper end of the curve are within the tolerance."""
-    means, halves = (np.asarray(values) for values in zip(*(curve.at(share) for share in grid), strict=True))
+def _crossings(
+    curve: Curve, grid: npt.NDArray[np.float64], tolerance: float
+) -> tuple[float, float, float]:
+    """Replay share from which on the lower end, the mean, the upper end of the curve are within the
+    tolerance.
+    """
+    means, halves = (
+        np.asarray(values) for values in zip(*(curve.at(share) for share in grid), strict=True)
+    )
 
     def first_within(line: npt.NDArray[np.float64]) -> float:
         above = np.flatnonzero(line > tolerance)
@@ -221,12 +252,18 @@ def describe(probes: Sequence[Probe], tolerance_percent: float) -> str:
     share = 100 * found["main_share"]
     interval = f"95 % interval {100 * found['low']:.1f} to {100 * found['high']:.1f} %"
     if found["bounded"] == "above":
-        lines.append(f"Every probe is within {tolerance_percent:g} %: {language} may have {share:.1f} % and more.")
+        lines.append(
+            f"Every probe is within {tolerance_percent:g} %: {language} may have {share:.1f} % and more."
+        )
     elif found["bounded"] == "below":
-        lines.append(f"No probe is within {tolerance_percent:g} %: {found['domain']} needs more replay than was tried.")
+        lines.append(
+            f"No probe is within {tolerance_percent:g} %: {found['domain']} needs more replay than was tried."
+        )
     else:
         decides = f"{found['domain']} decides"
-        lines.append(f"Within {tolerance_percent:g} %: {language} may have {share:.1f} % ({interval}); {decides}.")
+        lines.append(
+            f"Within {tolerance_percent:g} %: {language} may have {share:.1f} % ({interval}); {decides}."
+        )
     for check in found["checks"]:
         inside = abs(check["measured"] - check["predicted"]) <= check["half"]
         lines.append(

@@ -1,4 +1,6 @@
-"""The planner's curves as a picture: change of every domain over the share of replay, with the tolerance."""
+"""The planner's curves as a picture: change of every domain over the share of replay, with the
+tolerance.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from cpt.planning.mix_curve import Probe, largest_main_share
-from cpt.telemetry.plot import ALARM, INK, MUTED, PALETTE, Plot, Series, bin_series, clean, scale_over, standalone
+from cpt.telemetry.plot import (
+    ALARM,
+    INK,
+    MUTED,
+    PALETTE,
+    Plot,
+    Series,
+    bin_series,
+    clean,
+    scale_over,
+    standalone,
+)
 
 SIZE = (720, 380)
 LABEL_ROOM = 170
@@ -15,12 +28,19 @@ HEADER = 34
 
 
 def draw(probes: Sequence[Probe], tolerance_percent: float) -> str:
-    """A standalone SVG: probes as points with their intervals, fitted curves with their 95 % bands."""
+    """A standalone SVG: probes as points with their intervals, fitted curves with their 95 %
+    bands.
+    """
     found = largest_main_share(probes, tolerance_percent)
-    usable = sorted((probe for probe in probes if probe.replay_share > 0), key=lambda probe: probe.replay_share)
+    usable = sorted(
+        (probe for probe in probes if probe.replay_share > 0), key=lambda probe: probe.replay_share
+    )
     shares = np.asarray([probe.replay_share for probe in usable])
     grid = np.geomspace(shares[0], shares[-1], 120)
-    bands = {name: np.asarray([curve.at(share) for share in grid]).T for name, curve in found["curves"].items()}
+    bands = {
+        name: np.asarray([curve.at(share) for share in grid]).T
+        for name, curve in found["curves"].items()
+    }
     points = {name: np.asarray([probe.change[name] for probe in usable]).T for name in bands}
     heights = [*(mean for mean, _ in bands.values()), *(mean for mean, _ in points.values())]
     plot = Plot(
@@ -37,7 +57,10 @@ def draw(probes: Sequence[Probe], tolerance_percent: float) -> str:
         color = PALETTE[index % len(PALETTE)]
         plot.line(Series(x=100 * grid, mean=mean, low=mean - half, high=mean + half), color)
         measured, error = points[name]
-        plot.whiskers(bin_series(100 * shares, measured, measured - 1.96 * error, measured + 1.96 * error), color)
+        plot.whiskers(
+            bin_series(100 * shares, measured, measured - 1.96 * error, measured + 1.96 * error),
+            color,
+        )
         ends.append((float(mean[-1]), color, name))
     plot.right_labels(ends)
     title = f"{usable[0].main_language}: {100 * found['main_share']:.1f} % within {tolerance_percent:g} %"

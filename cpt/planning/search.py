@@ -1,8 +1,9 @@
 """All valid layouts of a model on a number of GPUs, and the fastest one that fits.
 
-A layout is sequence- and expert-parallel size, ZeRO stage, micro batch size, activation checkpointing and offloading.
-The rules of divisibility are those of `cpt.config.resolve`, which has the last word on the winner.  ZeRO 1 is left out:
-in bf16 it cannot accumulate gradients in fp32 here.
+A layout is sequence- and expert-parallel size, ZeRO stage, micro batch size, activation
+checkpointing and offloading. The rules of divisibility are those of `cpt.config.resolve`, which has
+the last word on the winner.  ZeRO 1 is left out: in bf16 it cannot accumulate gradients in fp32
+here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from cpt.planning.memory import ParameterCounts
 from data_pipeline.config.strict_yaml import Located
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
-OFFLOADS: tuple[tuple[str, ...], ...] = ((), ("offload_optimizer",), ("offload_optimizer", "offload_param"))
+OFFLOADS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("offload_optimizer",),
+    ("offload_optimizer", "offload_param"),
+)
 CHECKPOINTING = ((False, False), (True, False), (True, True))
 """(activation_checkpointing, offload_checkpoints)"""
 SIMPLER_UNTIL = 1.02
@@ -42,9 +47,16 @@ class Layout:
 
     def json(self) -> dict[str, Any]:
         """The DeepSpeed JSON that asks for it."""
-        zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": True, "contiguous_gradients": True}
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+        }
         if self.stage == 3:
-            zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
+            zero |= {
+                "stage3_prefetch_bucket_size": "auto",
+                "stage3_param_persistence_threshold": "auto",
+            }
         zero |= {"reduce_bucket_size": "auto"}
         zero |= {name: {"device": "cpu", "pin_memory": True} for name in self.offloads}
         return {
@@ -52,7 +64,11 @@ class Layout:
             "bf16": {"enabled": "auto"},
             "zero_optimization": zero,
             "sequence_parallel_size": self.sp_size,
-            "expert_parallel": {"enabled": True, "autoep_size": self.ep_size, "preset_model": "gpt_oss"},
+            "expert_parallel": {
+                "enabled": True,
+                "autoep_size": self.ep_size,
+                "preset_model": "gpt_oss",
+            },
         }
 
     def run_yaml(self, run: RunYaml) -> RunYaml:
@@ -69,7 +85,12 @@ class Layout:
 
     def simplicity(self) -> tuple[int, ...]:
         """Smaller is simpler: nothing offloaded, nothing shared, nothing computed twice."""
-        return len(self.offloads), int(self.offload_checkpoints), self.sp_size, int(self.activation_checkpointing)
+        return (
+            len(self.offloads),
+            int(self.offload_checkpoints),
+            self.sp_size,
+            int(self.activation_checkpointing),
+        )
 
 
 def layouts(run: RunYaml, model: GptOssConfig, world_size: int) -> Iterator[Layout]:
@@ -84,7 +105,11 @@ def layouts(run: RunYaml, model: GptOssConfig, world_size: int) -> Iterator[Layo
         and train.seq_len % n == 0
     ]
     experts = model.num_local_experts
-    ep_sizes = [n for n in range(1, min(experts, world_size) + 1) if world_size % n == 0 and experts % n == 0]
+    ep_sizes = [
+        n
+        for n in range(1, min(experts, world_size) + 1)
+        if world_size % n == 0 and experts % n == 0
+    ]
     for sp, ep, stage, micro, (checkpointing, out), offloads in itertools.product(
         sp_sizes, ep_sizes, (3, 2), MICRO_BATCH_SIZES, CHECKPOINTING, OFFLOADS
     ):
@@ -109,13 +134,22 @@ def as_config(layout: Layout, run: RunYaml, model: GptOssConfig, world_size: int
         ConfigError: what does not fit together.
     """
     info = LaunchInfo(world_size=world_size, local_world_size=world_size)
-    return resolve(layout.run_yaml(run), Located("the layout found", layout.json(), {}), model, info)
+    return resolve(
+        layout.run_yaml(run), Located("the layout found", layout.json(), {}), model, info
+    )
 
 
 def search(
-    run: RunYaml, model: GptOssConfig, counts: ParameterCounts, world_size: int, gpu: Gpu, assumed: Assumptions
+    run: RunYaml,
+    model: GptOssConfig,
+    counts: ParameterCounts,
+    world_size: int,
+    gpu: Gpu,
+    assumed: Assumptions,
 ) -> tuple[Layout, Estimate] | None:
-    """The fastest layout that fits, the simplest among those within SIMPLER_UNTIL of it; None if none fits."""
+    """The fastest layout that fits, the simplest among those within SIMPLER_UNTIL of it; None if
+    none fits.
+    """
     fitting = []
     template: dict[tuple[Any, ...], RunConfig] = {}
     for layout in layouts(run, model, world_size):
@@ -132,10 +166,20 @@ def search(
 
 
 def _quick_config(
-    layout: Layout, run: RunYaml, model: GptOssConfig, world_size: int, template: dict[tuple[Any, ...], RunConfig]
+    layout: Layout,
+    run: RunYaml,
+    model: GptOssConfig,
+    world_size: int,
+    template: dict[tuple[Any, ...], RunConfig],
 ) -> RunConfig:
     """What `as_config` gives; configurations that differ in sizes alone are resolved once."""
-    key = (layout.stage, layout.activation_checkpointing, layout.offload_checkpoints, layout.offloads, layout.sp_size)
+    key = (
+        layout.stage,
+        layout.activation_checkpointing,
+        layout.offload_checkpoints,
+        layout.offloads,
+        layout.sp_size,
+    )
     if key not in template:
         template[key] = as_config(layout, run, model, world_size)
     passes = run.train.global_batch_size * layout.sp_size // (layout.micro_batch_size * world_size)

@@ -18,15 +18,32 @@ def comparison(columns: dict[str, Estimate], gpu: Gpu, assumed: Assumptions) -> 
     for part in dict.fromkeys(part for one in estimates for part in one.memory):
         lines.append((f"  {part}", [f"{one.memory.get(part, 0) / GIB:.2f}" for one in estimates]))
     room = assumed.memory_share * gpu.memory_bytes
-    lines.append(("  sum", [f"{sum(one.memory.values()) / GIB:.2f} of {room / GIB:.1f}" for one in estimates]))
+    lines.append(
+        (
+            "  sum",
+            [f"{sum(one.memory.values()) / GIB:.2f} of {room / GIB:.1f}" for one in estimates],
+        )
+    )
     if any(one.host for one in estimates):
-        lines.append(("  host, offloaded", [f"{sum(one.host.values()) / GIB:.2f}" for one in estimates]))
+        lines.append(
+            ("  host, offloaded", [f"{sum(one.host.values()) / GIB:.2f}" for one in estimates])
+        )
     if any(one.nvme for one in estimates):  # how fast a node's disks are is not known
-        lines.append(("  NVMe, its time not counted", [f"{sum(one.nvme.values()) / GIB:.2f}" for one in estimates]))
+        lines.append(
+            (
+                "  NVMe, its time not counted",
+                [f"{sum(one.nvme.values()) / GIB:.2f}" for one in estimates],
+            )
+        )
     lines.append(("  fits", ["yes" if one.fits else "NO" for one in estimates]))
     lines.append(("sent by one rank in a step, GB inside / between nodes", []))
     for kind in KINDS:
-        lines.append((f"  {kind}", [f"{w.intra / 1e9:.2f} / {w.inter / 1e9:.2f}" for w in _of(estimates, kind)]))
+        lines.append(
+            (
+                f"  {kind}",
+                [f"{w.intra / 1e9:.2f} / {w.inter / 1e9:.2f}" for w in _of(estimates, kind)],
+            )
+        )
     lines += _time_rows(estimates, gpu)
     return _aligned(lines)
 
@@ -41,7 +58,10 @@ def _layout_rows(estimates: list[Estimate]) -> list[tuple[str, list[str]]]:
         ("sequence parallel", [str(c.sp_size) for c in configs]),
         ("expert parallel", [str(c.ep_size) for c in configs]),
         ("ZeRO stage", [str(c.zero_stage) for c in configs]),
-        ("micro batch x accumulation", [f"{c.micro_batch_size} x {c.gradient_accumulation_steps}" for c in configs]),
+        (
+            "micro batch x accumulation",
+            [f"{c.micro_batch_size} x {c.gradient_accumulation_steps}" for c in configs],
+        ),
         ("activation checkpointing", [checkpointing(one) for one in estimates]),
         ("offload", [offloads(one) for one in estimates]),
     ]
@@ -50,13 +70,23 @@ def _layout_rows(estimates: list[Estimate]) -> list[tuple[str, list[str]]]:
 def checkpointing(one: Estimate) -> str:
     """How activations are kept."""
     model = one.config.model
-    return "to host" if model.offload_checkpoints else "yes" if model.activation_checkpointing else "no"
+    return (
+        "to host"
+        if model.offload_checkpoints
+        else "yes"
+        if model.activation_checkpointing
+        else "no"
+    )
 
 
 def offloads(one: Estimate) -> str:
     """What ZeRO keeps elsewhere."""
     zero = one.config.engine_json["zero_optimization"]
-    places = {name: zero[f"offload_{name}"]["device"] for name in ("optimizer", "param") if f"offload_{name}" in zero}
+    places = {
+        name: zero[f"offload_{name}"]["device"]
+        for name in ("optimizer", "param")
+        if f"offload_{name}" in zero
+    }
     return ", ".join(f"{name} to {device}" for name, device in places.items()) or "none"
 
 
@@ -74,7 +104,10 @@ def _time_rows(estimates: list[Estimate], gpu: Gpu) -> list[tuple[str, list[str]
         ("bottleneck", [one.bottleneck for one in estimates]),
         ("tokens/s/GPU", [f"{one.tokens_per_gpu_second:,.0f}" for one in estimates]),
         ("MFU after all waits", [f"{one.mfu(gpu):.1%}" for one in estimates]),
-        ("GPU-hours per 1e9 tokens", [f"{one.gpu_hours_per_billion_tokens:,.1f}" for one in estimates]),
+        (
+            "GPU-hours per 1e9 tokens",
+            [f"{one.gpu_hours_per_billion_tokens:,.1f}" for one in estimates],
+        ),
     ]
     return rows
 
@@ -82,7 +115,9 @@ def _time_rows(estimates: list[Estimate], gpu: Gpu) -> list[tuple[str, list[str]
 def _aligned(lines: list[tuple[str, list[str]]]) -> str:
     first = max(len(name) for name, cells in lines if cells)
     width = max(len(cell) for _, cells in lines for cell in cells)
-    return "\n".join(f"  {name:<{first}}" + "".join(f"  {c:>{width}}" for c in cells) for name, cells in lines)
+    return "\n".join(
+        f"  {name:<{first}}" + "".join(f"  {c:>{width}}" for c in cells) for name, cells in lines
+    )
 
 
 HEADER = (

@@ -1,15 +1,18 @@
-"""Bytes that one rank puts on the wire in one optimizer step, by kind, inside its node and to other nodes.
+"""Bytes that one rank puts on the wire in one optimizer step, by kind, inside its node and to other
+nodes.
 
-Ulysses, halo and experts are what `cpt.parallel.traffic` counts while training (there summed over ranks); a test
-compares both.  ZeRO's traffic is not counted at run time and follows from DeepSpeed's source: a ring passes every
-byte W - 1 times among W ranks, so each of them sends (W - 1) / W of a gathered tensor.
+Ulysses, halo and experts are what `cpt.parallel.traffic` counts while training (there summed over
+ranks); a test compares both.  ZeRO's traffic is not counted at run time and follows from
+DeepSpeed's source: a ring passes every byte W - 1 times among W ranks, so each of them sends (W -
+1) / W of a gathered tensor.
 
     stage 3   per micro step two gathers of the weights (forward; recomputation and backward share one) and one
               reduce-scatter of the gradients
     stage 2   per micro step an all-reduce of the gradients in buckets, which is two passes; per step one gather
     stage 1   per step an all-reduce of the gradients and one gather of the weights
 
-Ranks of an expert-parallel group are consecutive, so those that hold the same experts are `ep_size` apart.
+Ranks of an expert-parallel group are consecutive, so those that hold the same experts are `ep_size`
+apart.
 """
 
 from __future__ import annotations
@@ -44,14 +47,22 @@ class Wire:
         return Wire(intra=self.intra + other.intra, inter=self.inter + other.inter)
 
 
-def traffic(config: RunConfig, model: GptOssConfig, counts: ParameterCounts, ranks_per_node: int) -> dict[str, Wire]:
+def traffic(
+    config: RunConfig, model: GptOssConfig, counts: ParameterCounts, ranks_per_node: int
+) -> dict[str, Wire]:
     """Bytes by kind; experts with as many tokens for other ranks as evenly routed ones have."""
     gather, reduce = _zero(config, counts, ranks_per_node)
-    return {"ZeRO gather": gather, "ZeRO reduce": reduce, **exchanges(config, model, ranks_per_node)}
+    return {
+        "ZeRO gather": gather,
+        "ZeRO reduce": reduce,
+        **exchanges(config, model, ranks_per_node),
+    }
 
 
 def exchanges(config: RunConfig, model: GptOssConfig, ranks_per_node: int) -> dict[str, Wire]:
-    """What attention and experts exchange: forward, backward, and again where layers are computed again."""
+    """What attention and experts exchange: forward, backward, and again where layers are computed
+    again.
+    """
     itemsize, passes = _itemsize(config), 3 if config.model.activation_checkpointing else 2
     sp_size, ep_size = config.sp_size, config.ep_size
     rows = config.gradient_accumulation_steps * config.micro_batch_size
@@ -59,14 +70,35 @@ def exchanges(config: RunConfig, model: GptOssConfig, ranks_per_node: int) -> di
     window_layers = sum(kind == "sliding_attention" for kind in model.layer_types or ())
     halo_layers = window_layers if config.use_halo else 0
     query_heads, size = model.num_attention_heads, model.head_dim
-    kv_heads = max(model.num_key_value_heads, sp_size)  # a head that several ranks need is sent to each
-    token_bytes = (2 * query_heads + 2 * kv_heads) * size * itemsize  # q, k, v there, the output back
-    ulysses = (model.num_hidden_layers - halo_layers) * passes * local_tokens * token_bytes * (1 - 1 / sp_size)
+    kv_heads = max(
+        model.num_key_value_heads, sp_size
+    )  # a head that several ranks need is sent to each
+    token_bytes = (
+        (2 * query_heads + 2 * kv_heads) * size * itemsize
+    )  # q, k, v there, the output back
+    ulysses = (
+        (model.num_hidden_layers - halo_layers)
+        * passes
+        * local_tokens
+        * token_bytes
+        * (1 - 1 / sp_size)
+    )
     # the first rank of a row gets nothing: sp_size - 1 sends among sp_size ranks
     reach = int(model.sliding_window or 1) - 1
-    halo = rows * reach * 2 * model.num_key_value_heads * size * itemsize * halo_layers * passes * (1 - 1 / sp_size)
+    halo = (
+        rows
+        * reach
+        * 2
+        * model.num_key_value_heads
+        * size
+        * itemsize
+        * halo_layers
+        * passes
+        * (1 - 1 / sp_size)
+    )
     row_bytes = model.hidden_size * itemsize
-    # rows leave with their routing weight beside them; only they are needed again where layers are computed again
+    # rows leave with their routing weight beside them; only they are needed again where layers are
+    # computed again
     outward = 3 if passes == 3 and config.model.expert_recompute == "recompute" else 2
     row_exchanges = outward * (row_bytes + ALIGNMENT_BYTES) + 2 * row_bytes
     sent = local_tokens * model.num_experts_per_tok * row_exchanges
@@ -88,14 +120,18 @@ def _zero(config: RunConfig, counts: ParameterCounts, ranks_per_node: int) -> tu
     itemsize, micro_steps = _itemsize(config), config.gradient_accumulation_steps
     given = config.engine_json.get("communication_data_type")
     grad_itemsize = 4 if given == "fp32" else itemsize
-    gathers, reduces = {3: (2 * micro_steps, micro_steps), 2: (1, 2 * micro_steps), 1: (1, 2)}[stage]
+    gathers, reduces = {3: (2 * micro_steps, micro_steps), 2: (1, 2 * micro_steps), 1: (1, 2)}[
+        stage
+    ]
     dense, experts = (
         lambda size: _ring(size, world, 1, ranks_per_node),
         lambda size: _ring(size / ep_size, world // ep_size, ep_size, ranks_per_node),
     )
     gather = dense(gathers * itemsize * counts.dense) + experts(gathers * itemsize * counts.experts)
     trained_dense, trained_experts = counts.trained_dense, counts.trained_experts
-    reduce = dense(reduces * grad_itemsize * trained_dense) + experts(reduces * grad_itemsize * trained_experts)
+    reduce = dense(reduces * grad_itemsize * trained_dense) + experts(
+        reduces * grad_itemsize * trained_experts
+    )
     return gather, reduce
 
 
@@ -104,7 +140,9 @@ def _ring(size: float, ranks: int, stride: int, ranks_per_node: int) -> Wire:
     sent = size * (ranks - 1) / ranks
     if (ranks - 1) * stride < ranks_per_node:
         return Wire(intra=sent)
-    per_node = max(1, ranks_per_node // stride)  # ranks of the group on one node; one hop of so many leaves it
+    per_node = max(
+        1, ranks_per_node // stride
+    )  # ranks of the group on one node; one hop of so many leaves it
     return Wire(intra=sent * (1 - 1 / per_node), inter=sent / per_node)
 
 

@@ -23,4 +23,6 @@ def leave_if_asked(stop: StopRequest, group: dist.ProcessGroup, where: str) -> N
     """
     if reason := agreed_reason(stop, group):
         stop.consume()
-        raise RequeueRequested(f"stopped on request {where}: {reason}. There was nothing to save; start again.")
+        raise RequeueRequested(
+            f"stopped on request {where}: {reason}. There was nothing to save; start again."
+        )

@@ -3,10 +3,11 @@
     CPT_ALLOW_FAULTS=1 CPT_FAULT=<point>:<rank>:<step>:<action>[,...] deepspeed cpt/run.py ...
 
 Decisions
-    Without the permission nothing fires: a run that only inherits CPT_FAULT says so once and is not touched.
-    Each entry fires once in a process.  The same entry twice fires at the first two visits.
-    Rank and step may be `*`.  Steps are those of metrics.jsonl: the first optimizer step is 1.
-    The fault announces itself on stderr before it strikes, so that a test can tell a fault from an accident.
+    Without the permission nothing fires: a run that only inherits CPT_FAULT says so once and is not
+    touched. Each entry fires once in a process.  The same entry twice fires at the first two
+    visits. Rank and step may be `*`.  Steps are those of metrics.jsonl: the first optimizer step is
+    1. The fault announces itself on stderr before it strikes, so that a test can tell a fault from
+    an accident.
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ POINTS = (
     "export",
 )
 """Names that `fault_point` is called with; a save passes its points in this order."""
-SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "term": signal.SIGTERM,
+    "usr1": signal.SIGUSR1,
+}
 FACTORS = {"nan": float("nan"), "inf": float("inf")}
 ACTIONS = (*SIGNALS, *FACTORS, "killgroup", "raise", "enospc", "sleep=SECONDS", "scale=FACTOR")
 
@@ -72,7 +78,8 @@ def fault_point(point: str, step: int) -> float:
         step: The optimizer step that is being done, counted from 1; 0 before the first.
 
     Returns:
-        What the caller multiplies its value by, where it has one to poison: 1, or the factor of a planned fault.
+        What the caller multiplies its value by, where it has one to poison: 1, or the factor of a
+        planned fault.
 
     Raises:
         InjectedFault: action `raise`.
@@ -90,7 +97,8 @@ def fault_point(point: str, step: int) -> float:
 
 
 def check_environment() -> None:
-    """Read CPT_FAULT now; a run calls this at start so that a misspelt fault is not a test that passes.
+    """Read CPT_FAULT now; a run calls this at start so that a misspelt fault is not a test that
+    passes.
 
     Raises:
         ConfigError: faults are allowed, and CPT_FAULT is malformed.
@@ -105,7 +113,9 @@ def _planned() -> list[_Fault]:
     if not text:
         return []
     if os.environ.get("CPT_ALLOW_FAULTS") != "1":
-        log.warning("CPT_FAULT is set, but CPT_ALLOW_FAULTS is not 1: no fault will fire. Unset it.")
+        log.warning(
+            "CPT_FAULT is set, but CPT_ALLOW_FAULTS is not 1: no fault will fire. Unset it."
+        )
         return []
     return [_parse(entry) for entry in text.split(",")]
 
@@ -149,7 +159,9 @@ def _rank() -> int:
 
 
 def _strike(fault: _Fault, step: int) -> float:
-    announcement = f"fault injected: {fault.point} rank={_rank()} step={step} action={fault.action}\n"
+    announcement = (
+        f"fault injected: {fault.point} rank={_rank()} step={step} action={fault.action}\n"
+    )
     os.write(2, announcement.encode())  # past all buffers: the next line may kill this process
     if fault.action in FACTORS:
         return FACTORS[fault.action]
@@ -169,7 +181,9 @@ def _strike(fault: _Fault, step: int) -> float:
 
 
 def _kill_ranks_of_this_node() -> None:
-    """SIGKILL to every rank of this run here, this process last; ranks are known by their parent and their port."""
+    """SIGKILL to every rank of this run here, this process last; ranks are known by their parent
+    and their port.
+    """
     port = f"MASTER_PORT={os.environ.get('MASTER_PORT', '')}".encode()
     for entry in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,10 +1,11 @@
 """Who is behind: the positions of all ranks, judged without threads, stores or clocks of its own.
 
 Decisions
-    A rank hangs if it has not entered another phase for as long as its phase may take.  Blocked in a collective, all
-    ranks stand still together; then those that do not even publish any more are named, else those that are furthest
-    behind.
-    A rank is a straggler in a step if most ranks were ahead of it, hence waited, for long compared with a usual step.
+    A rank hangs if it has not entered another phase for as long as its phase may take.  Blocked in
+    a collective, all ranks stand still together; then those that do not even publish any more are
+    named, else those that are furthest behind.
+    A rank is a straggler in a step if most ranks were ahead of it, hence waited, for long compared
+    with a usual step.
 """
 
 from __future__ import annotations
@@ -55,7 +56,14 @@ class Beat:
     @classmethod
     def of(cls, position: Position, tick: float, pid: int, host: str) -> Beat:
         """The beat of this process."""
-        return cls(count=position.count, phase=position.phase, step=position.step, tick=tick, pid=pid, host=host)
+        return cls(
+            count=position.count,
+            phase=position.phase,
+            step=position.step,
+            tick=tick,
+            pid=pid,
+            host=host,
+        )
 
     def dump(self) -> str:
         """As JSON."""
@@ -149,7 +157,9 @@ class Observer:
         for rank, (seen, beat) in enumerate(zip(self._seen, beats, strict=True)):
             still = beat.count == seen.beat.count
             behind = beat.count == counts[0] < middle and beat.phase not in LONG_PHASES
-            if behind and seen.was_behind and still:  # at two looks: beats of one moment do not arrive at once
+            if (
+                behind and seen.was_behind and still
+            ):  # at two looks: beats of one moment do not arrive at once
                 seen.behind_seconds[beat.phase] = seen.behind_seconds.get(beat.phase, 0.0) + elapsed
             seen.was_behind = behind
             if beat.step != seen.beat.step:
@@ -161,11 +171,22 @@ class Observer:
     def _end_of_step(self, rank: int, seen: _Seen, median: float | None) -> None:
         by_phase, seen.behind_seconds = seen.behind_seconds, {}
         behind = sum(by_phase.values())
-        if median is None or self._straggler_ratio == 0 or behind < (self._straggler_ratio - 1) * median or not behind:
+        if (
+            median is None
+            or self._straggler_ratio == 0
+            or behind < (self._straggler_ratio - 1) * median
+            or not behind
+        ):
             return
         phase = max(by_phase, key=by_phase.__getitem__)
         self._stragglers.append(
-            Straggler(rank=rank, step=seen.beat.step, phase=phase, seconds=behind, ratio=1 + behind / median)
+            Straggler(
+                rank=rank,
+                step=seen.beat.step,
+                phase=phase,
+                seconds=behind,
+                ratio=1 + behind / median,
+            )
         )
 
     def take_stragglers(self) -> list[Straggler]:
@@ -179,7 +200,10 @@ class Observer:
             return None
         lowest = min(seen.beat.count for seen in self._seen)
         last = [rank for rank, seen in enumerate(self._seen) if seen.beat.count == lowest]
-        if any(now - self._seen[rank].moved_at <= self._limits.of(self._seen[rank].beat.phase) for rank in last):
+        if any(
+            now - self._seen[rank].moved_at <= self._limits.of(self._seen[rank].beat.phase)
+            for rank in last
+        ):
             return None
         waited = min(now - self._seen[rank].moved_at for rank in last)
         # alive but blocked ranks tick at every look; half the time is more than any of them misses
@@ -191,6 +215,11 @@ class Observer:
         parts = [f"rank {rank} last seen in {self._seen[rank].beat.place()}" for rank in named[:8]]
         parts += [f"and {len(named) - 8} ranks more"] if len(named) > 8 else []
         how = "not running" if silent else "not moving"
-        others = Counter(seen.beat.place() for rank, seen in enumerate(self._seen) if rank not in set(named))
+        others = Counter(
+            seen.beat.place() for rank, seen in enumerate(self._seen) if rank not in set(named)
+        )
         rest = ", ".join(f"{number} in {place}" for place, number in others.most_common(4))
-        return Hung(ranks=named, text=f"{', '.join(parts)}, {how} for {waited:.0f} s; other ranks: {rest or 'none'}")
+        return Hung(
+            ranks=named,
+            text=f"{', '.join(parts)}, {how} for {waited:.0f} s; other ranks: {rest or 'none'}",
+        )

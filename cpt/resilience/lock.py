@@ -1,4 +1,5 @@
-"""One job per run directory: <run_dir>/.lock says who is at work, and a thread keeps its time stamp fresh.
+"""One job per run directory: <run_dir>/.lock says who is at work, and a thread keeps its time stamp
+fresh.
 
 Whether a holder is alive
     on this machine: its process exists and was started at the noted time;
@@ -68,7 +69,11 @@ class RunLock:
             try:
                 holder = _read(self._path)
                 if holder is not None and holder != self._holder:
-                    log.error("%s was taken over by %s; two jobs must not write here.", self._path, describe(holder))
+                    log.error(
+                        "%s was taken over by %s; two jobs must not write here.",
+                        self._path,
+                        describe(holder),
+                    )
                     os._exit(ConfigError.exit_code)
                 os.utime(self._path)
             except OSError as error:
@@ -99,7 +104,9 @@ def take_lock(run_dir: Path) -> RunLock:
 
 @contextlib.contextmanager
 def _one_at_a_time(run_dir: Path):  # type: ignore[no-untyped-def]
-    """Two that find the same stale lock do not both take it; where the file system has no flock, the odds must do."""
+    """Two that find the same stale lock do not both take it; where the file system has no flock,
+    the odds must do.
+    """
     descriptor = os.open(run_dir, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -121,7 +128,12 @@ def why_alive(holder: Holder | None, own: Holder, path: Path) -> str:
     """What speaks for it that a holder is at work; empty if it is gone."""
     if holder is not None and holder.machine == own.machine:
         return "the process is running" if _start_of(holder.pid) == holder.started else ""
-    if holder is not None and holder.job and holder.job == own.job and holder.restarts < own.restarts:
+    if (
+        holder is not None
+        and holder.job
+        and holder.job == own.job
+        and holder.restarts < own.restarts
+    ):
         return ""
     age = _age_seconds(path)
     if age >= STALE_SECONDS:
@@ -143,7 +155,9 @@ def describe(holder: Holder | None) -> str:
     """A holder for people."""
     if holder is None:
         return "an unknown job"
-    return f"process {holder.pid} on {holder.host}" + (f" (SLURM job {holder.job})" if holder.job else "")
+    return f"process {holder.pid} on {holder.host}" + (
+        f" (SLURM job {holder.job})" if holder.job else ""
+    )
 
 
 def this_process() -> Holder:

@@ -1,9 +1,10 @@
-"""Requests to stop: noted by one rank, from a signal, the file <run_dir>/STOP, the end of the SLURM job, or the loss of
-the launcher; acting on them is a collective decision.
+"""Requests to stop: noted by one rank, from a signal, the file <run_dir>/STOP, the end of the SLURM
+job, or the loss of the launcher; acting on them is a collective decision.
 
-This module imports nothing heavy, so that signals are noted while torch and DeepSpeed are still being imported.  The
-handler of a signal does nothing but note it.  A rank whose launcher is gone is nobody's child any more: it asks for
-a stop like any other request, and leaves by force when its time is up.
+This module imports nothing heavy, so that signals are noted while torch and DeepSpeed are still
+being imported.  The handler of a signal does nothing but note it.  A rank whose launcher is gone is
+nobody's child any more: it asks for a stop like any other request, and leaves by force when its
+time is up.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from types import FrameType
 from cpt.errors import StorageError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "deepspeed.launcher.runner", "torchrun", "torch.distributed.run")
+LAUNCHERS = (
+    "deepspeed",
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
+    "torchrun",
+    "torch.distributed.run",
+)
 POLL_SECONDS = 1.0
 LEAVE_BEFORE_END_SECONDS = 15
 """A process of a SLURM job leaves by itself this long before it would be killed."""
@@ -103,7 +110,8 @@ class Deadline:
 def watch_launcher(stop: StopRequest, budget_seconds: float) -> None:
     """From now on, take the loss of a launcher process above this one as a request to stop.
 
-    The launcher itself forwards no signal, and its ranks outlive it: a `deepspeed` that is killed leaves orphans.
+    The launcher itself forwards no signal, and its ranks outlive it: a `deepspeed` that is killed
+    leaves orphans.
     """
     links = launcher_links()
     if not links:
@@ -133,7 +141,8 @@ def _is_launcher(pid: int) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    # python [-u] [-m] NAME: a script of the user that merely has the word among its arguments is none
+    # python [-u] [-m] NAME: a script of the user that merely has the word among its arguments is
+    # none
     return any(word.decode(errors="replace").rpartition("/")[2] in LAUNCHERS for word in words[:4])
 
 
@@ -142,7 +151,12 @@ def parent_of(pid: int) -> int | None:
     if pid == os.getpid():
         return os.getppid()
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
         return int(fields[1])
     except (OSError, IndexError):
         return None

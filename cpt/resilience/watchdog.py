@@ -6,12 +6,12 @@
     watching thread  never blocks: judges, writes stacks, leaves with os._exit
 
 Decisions
-    Rank 0 sees all positions and judges (`cpt.resilience.heartbeat`); the others watch that rank 0 answers.  A verdict is
-    one record in the store; the first one written holds, and every rank obeys it.
-    A rank that fails alone writes such a record too: otherwise its peers would wait for it in a collective, until a
-    timeout with NCCL, and the error of the connection would hide the cause.
-    A stopped rank (SIGSTOP) on this node is sent SIGCONT: it wakes up, finds the verdict, writes its own stack and
-    leaves with the same code.  If it cannot, the launcher kills it.
+    Rank 0 sees all positions and judges (`cpt.resilience.heartbeat`); the others watch that rank 0
+    answers.  A verdict is one record in the store; the first one written holds, and every rank
+    obeys it. A rank that fails alone writes such a record too: otherwise its peers would wait for
+    it in a collective, until a timeout with NCCL, and the error of the connection would hide the
+    cause. A stopped rank (SIGSTOP) on this node is sent SIGCONT: it wakes up, finds the verdict,
+    writes its own stack and leaves with the same code.  If it cannot, the launcher kills it.
     The rank whose record it is, and rank 0, which holds the store, leave last.
 """
 
@@ -51,7 +51,11 @@ class Watchdog:
         self._stacks, self._topology, self._settings = run_dir / "stacks", topology, settings
         self._limits = Limits(step=settings.timeout_seconds, long=settings.long_timeout_seconds)
         self._observer = Observer(topology.world_size, self._limits, settings.straggler_ratio)
-        self._closed, self._told, self._left = threading.Event(), threading.Event(), threading.Event()
+        self._closed, self._told, self._left = (
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
         self._all_left = threading.Event()
         self._threads: list[threading.Thread] = []
         self._failure: dict[str, Any] | None = None
@@ -63,28 +67,38 @@ class Watchdog:
     def start(self) -> None:
         """Begin to watch; does nothing if it is switched off."""
         for target in (self._talk, self._watch) if self._settings.enabled else ():
-            self._threads.append(threading.Thread(target=target, name=f"watchdog{target.__name__}", daemon=True))
+            self._threads.append(
+                threading.Thread(target=target, name=f"watchdog{target.__name__}", daemon=True)
+            )
             self._threads[-1].start()
 
     def close(self) -> None:
         """Stop watching: the run has come to its end on this rank."""
         self._closed.set()
-        for thread in self._threads:  # one that is inside the store when the interpreter ends would abort the process
+        for thread in (
+            self._threads
+        ):  # one that is inside the store when the interpreter ends would abort the process
             if thread is not threading.current_thread():
                 thread.join(LEAVE_SECONDS)
 
     def failed(self, error: Exception) -> None:
         """Tell all ranks that this one cannot go on; called by the main thread with what it caught.
 
-        Returns if the caller shall report the error itself.  Otherwise another rank failed before, this error is only
-        its consequence, and the process ends here with the other one's code.
+        Returns if the caller shall report the error itself.  Otherwise another rank failed before,
+        this error is only its consequence, and the process ends here with the other one's code.
         """
         if not self._settings.enabled:
             return
         position, code = self._topology.place.now(), getattr(error, "exit_code", 70)
         cause = str(error) if isinstance(error, CptError) else f"{type(error).__name__}: {error}"
         text = f"rank {self._topology.rank} failed in phase={position.phase} step={position.step}: {cause}"
-        self._failure = {"kind": "failed", "rank": self._topology.rank, "code": code, "text": text, "wake": {}}
+        self._failure = {
+            "kind": "failed",
+            "rank": self._topology.rank,
+            "code": code,
+            "text": text,
+            "wake": {},
+        }
         self._failure["agreed"] = isinstance(error, CptError)
         if not self._told.wait(LEAVE_SECONDS / 2):
             return  # the store does not answer; the others will find out by themselves
@@ -99,23 +113,37 @@ class Watchdog:
         return bool(verdict["kind"] == "failed" and verdict["rank"] == self._topology.rank)
 
     def _stays_for_main(self, verdict: dict[str, Any]) -> bool:
-        """Whether the main thread ends the process: its error is the cause, or all ranks have raised the same one."""
-        same = self._failure is not None and self._failure["agreed"] and self._failure["code"] == verdict["code"]
+        """Whether the main thread ends the process: its error is the cause, or all ranks have
+        raised the same one.
+        """
+        same = (
+            self._failure is not None
+            and self._failure["agreed"]
+            and self._failure["code"] == verdict["code"]
+        )
         return self._is_own(verdict) or same
 
     def _talk(self) -> None:
         """Everything that may block on the store."""
         try:
             store = self._connect()
-            while not self._all_left.is_set() and not self._closed.wait(self._settings.interval_seconds):
+            while not self._all_left.is_set() and not self._closed.wait(
+                self._settings.interval_seconds
+            ):
                 self._exchange(store)
                 self._heard_at = time.monotonic()
-        except Exception as error:  # the store's errors have no common class; the watching thread decides
-            self._store_error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        except (
+            Exception
+        ) as error:  # the store's errors have no common class; the watching thread decides
+            self._store_error = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
 
     def _connect(self) -> dist.Store:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        client = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+        client = dist.TCPStore(
+            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)
+        )
         return dist.PrefixStore("cpt/watchdog", client)
 
     def _exchange(self, store: dist.Store) -> None:
@@ -126,7 +154,9 @@ class Watchdog:
             if store.check([f"left/{other}" for other in range(world)]):
                 self._all_left.set()
             return
-        beat = Beat.of(self._topology.place.now(), time.monotonic(), os.getpid(), socket.gethostname())
+        beat = Beat.of(
+            self._topology.place.now(), time.monotonic(), os.getpid(), socket.gethostname()
+        )
         store.set(f"beat/{rank}", beat.dump())
         if self._failure is not None:
             self._publish(store, self._failure)
@@ -152,7 +182,14 @@ class Watchdog:
         if hung is not None:
             wake = {rank: [beats[rank].host, beats[rank].pid] for rank in hung.ranks}
             self._publish(
-                store, {"kind": "hung", "rank": 0, "code": HungRankError.exit_code, "text": hung.text, "wake": wake}
+                store,
+                {
+                    "kind": "hung",
+                    "rank": 0,
+                    "code": HungRankError.exit_code,
+                    "text": hung.text,
+                    "wake": wake,
+                },
             )
 
     def _publish(self, store: dist.Store, verdict: dict[str, Any]) -> None:
@@ -164,7 +201,9 @@ class Watchdog:
         interval, woke = self._settings.interval_seconds, time.monotonic()
         while not self._closed.wait(interval):
             now = time.monotonic()
-            if now - woke > 5 * interval + 5:  # this process was stopped: what it did not hear says nothing
+            if (
+                now - woke > 5 * interval + 5
+            ):  # this process was stopped: what it did not hear says nothing
                 self._heard_at = now
                 self._observer.forget()
             woke = now
@@ -172,19 +211,27 @@ class Watchdog:
                 self._leave(self._verdict)
             silent = now - self._heard_at
             limit = self._limits.of(self._topology.place.now().phase)
-            if silent > (min(GONE_SECONDS, limit) if self._store_error else limit) and self._failure is None:
+            if (
+                silent > (min(GONE_SECONDS, limit) if self._store_error else limit)
+                and self._failure is None
+            ):
                 self._leave(self._without_store(silent))
 
     def _without_store(self, silent: float) -> dict[str, Any]:
         """The verdict of a rank that cannot ask anybody."""
         beat = self._first_beat
         seen = f"last seen in phase={beat.phase} step={beat.step}" if beat else "never seen"
-        text = (
-            f"rank 0, which holds the store, {seen}, has not answered for {silent:.0f} s. {self._store_error}".strip()
-        )
+        text = f"rank 0, which holds the store, {seen}, has not answered for {silent:.0f} s. {self._store_error}".strip()
         wake = {0: [beat.host, beat.pid]} if beat else {}
         rank, code = self._topology.rank, HungRankError.exit_code
-        return {"kind": "hung", "rank": rank, "code": code, "text": text, "wake": wake, "agreed": False}
+        return {
+            "kind": "hung",
+            "rank": rank,
+            "code": code,
+            "text": text,
+            "wake": wake,
+            "agreed": False,
+        }
 
     def _leave(self, verdict: dict[str, Any]) -> None:
         """Obey a verdict: say why, write stacks if a rank hangs, end this process."""
@@ -195,7 +242,9 @@ class Watchdog:
             _say(f"rank {rank} leaves: {verdict['text']}")
         position = self._topology.place.now()
         if str(rank) in verdict["wake"]:
-            _say(f"rank {rank} runs again; it stands in phase={position.phase} step={position.step}")
+            _say(
+                f"rank {rank} runs again; it stands in phase={position.phase} step={position.step}"
+            )
         if verdict["kind"] == "hung":
             with contextlib.suppress(OSError):  # a full disk must not keep a hung run alive
                 self._stacks.mkdir(parents=True, exist_ok=True)
@@ -208,7 +257,9 @@ class Watchdog:
                     )
                     file.flush()
                     faulthandler.dump_traceback(file, all_threads=True)
-            if self._verdict is None:  # the store will answer once rank 0 runs again, and rank 0 must find it there
+            if (
+                self._verdict is None
+            ):  # the store will answer once rank 0 runs again, and rank 0 must find it there
                 self._failure = verdict
             for other, (host, pid) in verdict["wake"].items():
                 if host == socket.gethostname() and int(other) != rank:
@@ -219,20 +270,28 @@ class Watchdog:
             self._last_to_leave()
         else:
             self._left.set()
-            self._all_left.wait(2 * self._settings.interval_seconds)  # until this rank's own mark is in the store
+            self._all_left.wait(
+                2 * self._settings.interval_seconds
+            )  # until this rank's own mark is in the store
         os._exit(verdict["code"])
 
     def _last_to_leave(self) -> None:
-        """Wait until every rank is about to go, so that none meets a closed connection before it knows why."""
+        """Wait until every rank is about to go, so that none meets a closed connection before it
+        knows why.
+        """
         self._left.set()
         self._all_left.wait(LEAVE_SECONDS)
         if self._topology.rank == 0:
-            time.sleep(2 * self._settings.interval_seconds)  # the others see it too, and no longer ask the store
+            time.sleep(
+                2 * self._settings.interval_seconds
+            )  # the others see it too, and no longer ask the store
 
 
 @contextlib.contextmanager
 def watching(run_dir: Path, topology: Topology, settings: WatchdogSection) -> Iterator[None]:
-    """Watch all ranks while the body runs; an error of the body is made known to them before it goes on its way."""
+    """Watch all ranks while the body runs; an error of the body is made known to them before it
+    goes on its way.
+    """
     watchdog = Watchdog(run_dir, topology, settings)
     watchdog.start()
     try:
@@ -253,7 +312,9 @@ def _note_state(path: Path, pid: int) -> None:
         with contextlib.suppress(OSError):
             text = Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="replace")
             kept = [
-                line for line in text.splitlines() if name != "status" or line.startswith(("State", "Threads", "VmRSS"))
+                line
+                for line in text.splitlines()
+                if name != "status" or line.startswith(("State", "Threads", "VmRSS"))
             ]
             lines += [f"{name}: {line}" for line in kept]
     with open(path, "a", encoding="utf-8") as file:

@@ -8,6 +8,8 @@ from torch import nn
 
 def allocate(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     """The same parameter, uninitialised on a device, with its marks."""
-    real = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device), parameter.requires_grad)
+    real = nn.Parameter(
+        torch.empty(parameter.shape, dtype=parameter.dtype, device=device), parameter.requires_grad
+    )
     real.__dict__.update(parameter.__dict__)
     return real

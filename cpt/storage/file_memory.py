@@ -1,8 +1,9 @@
-"""Memory that is a file: tensors whose pages the kernel reads from a disk and writes back to it (mmap(2)).
+"""Memory that is a file: tensors whose pages the kernel reads from a disk and writes back to it
+(mmap(2)).
 
 Decisions
-    All of a file is reserved at once (posix_fallocate): a disk that is too small is refused at the start.  A page that
-    found no block later would end the process with SIGBUS, without a word.
+    All of a file is reserved at once (posix_fallocate): a disk that is too small is refused at the
+    start.  A page that found no block later would end the process with SIGBUS, without a word.
     The file has no name.  Its space is free again when the process ends, however it ends.
 """
 
@@ -46,7 +47,9 @@ class FileMemory:
         """The next piece: (numel,), zero as fresh files are.  It keeps the file alive."""
         size = numel * dtype.itemsize
         start, self._used_bytes = self._used_bytes, self._used_bytes + size
-        assert self._used_bytes <= self._num_bytes, f"{self._used_bytes} of {self._num_bytes} bytes in {self._folder}"
+        assert self._used_bytes <= self._num_bytes, (
+            f"{self._used_bytes} of {self._num_bytes} bytes in {self._folder}"
+        )
         if self._memory is None or numel == 0:
             return torch.zeros(0, dtype=dtype)
         return torch.frombuffer(self._memory, dtype=dtype, count=numel, offset=start)

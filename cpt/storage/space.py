@@ -1,4 +1,6 @@
-"""Room for checkpoints: checked before anything is written, and said in words where writing fails all the same."""
+"""Room for checkpoints: checked before anything is written, and said in words where writing fails
+all the same.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def write_error(error: BaseException, folder: Path) -> StorageError:
     try:
         free = shutil.disk_usage(folder).free
     except OSError:
-        return StorageError(f"writing {folder} failed: {type(error).__name__}: {error}; the folder is gone.")
+        return StorageError(
+            f"writing {folder} failed: {type(error).__name__}: {error}; the folder is gone."
+        )
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if number in (errno.ENOSPC, errno.EDQUOT):
         cause = f"no space left ({megabytes(free)} free, or a quota is used up)"

@@ -1,4 +1,6 @@
-"""The plot of `kl_by_source`: how far the model has gone from the base model on the rows of replay."""
+"""The plot of `kl_by_source`: how far the model has gone from the base model on the rows of
+replay.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from cpt.telemetry.plot import Plot, Scale, bin_series, legend, scale_over
 
 def divergence_panel(run: Run, x: Scale, colors: dict[str, str]) -> str:
     """One line per source that has targets; nothing if the run has none (`train.kl_targets`)."""
-    lines = {name: bin_series(run.steps, column) for name, column in run.columns("kl_by_source").items()}
+    lines = {
+        name: bin_series(run.steps, column) for name, column in run.columns("kl_by_source").items()
+    }
     lines = {name: series for name, series in lines.items() if len(series)}
     if not lines:
         return ""
@@ -19,6 +23,10 @@ def divergence_panel(run: Run, x: Scale, colors: dict[str, str]) -> str:
     plot = Plot(size=(1376, 200), x=x, y=y, labels=(STEP_LABEL, "nats per predicted token"))
     for name, series in lines.items():
         plot.line(series, shades[name], width=1.5, dots=len(series) < 12)
-    entries = [(shades[name], "", f"{short(name)} {series.mean[-1]:.4g}") for name, series in lines.items()]
+    entries = [
+        (shades[name], "", f"{short(name)} {series.mean[-1]:.4g}") for name, series in lines.items()
+    ]
     body = legend(entries) + plot.svg("Divergence from the base model over steps")
-    return panel("Divergence from the base model", "w12", body, "on rows with targets; 0: as the base model")
+    return panel(
+        "Divergence from the base model", "w12", body, "on rows with targets; 0: as the base model"
+    )

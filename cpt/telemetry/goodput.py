@@ -10,9 +10,10 @@
     restart      from the last line of one start to the first step of the next, and steps that were done again
     other        what is left of the time between start and end: logging, hooks, the scheduler of the machine
 
-Events that carry it: `start` (time, start_up_seconds, previous_end), `step` (seconds), `data_wait`, `checkpoint`
-(blocked_seconds, or seconds), `evaluation`, `skipped_update`, `rollback`, `end` (time).  Times are those of rank 0.  A
-start that was killed ends with its last line, which the next start knows from the file's time stamp.
+Events that carry it: `start` (time, start_up_seconds, previous_end), `step` (seconds), `data_wait`,
+`checkpoint` (blocked_seconds, or seconds), `evaluation`, `skipped_update`, `rollback`, `end`
+(time).  Times are those of rank 0.  A start that was killed ends with its last line, which the next
+start knows from the file's time stamp.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LOST = ("start_up", "data_wait", "save_wait", "evaluation", "skipped", "rollback", "restart", "other")
+LOST = (
+    "start_up",
+    "data_wait",
+    "save_wait",
+    "evaluation",
+    "skipped",
+    "rollback",
+    "restart",
+    "other",
+)
 """Kinds of lost time."""
 
 
@@ -52,15 +62,23 @@ class Goodput:
 
     def describe(self) -> str:
         """One line for people."""
-        lost = ", ".join(f"{kind.replace('_', '-')} {seconds:.1f} s" for kind, seconds in self.lost.items() if seconds)
-        return (
-            f"goodput {100 * self.share:.1f} %: {self.productive:.1f} of {self.total:.1f} s; lost: {lost or 'nothing'}"
+        lost = ", ".join(
+            f"{kind.replace('_', '-')} {seconds:.1f} s"
+            for kind, seconds in self.lost.items()
+            if seconds
         )
+        return f"goodput {100 * self.share:.1f} %: {self.productive:.1f} of {self.total:.1f} s; lost: {lost or 'nothing'}"
 
     def event(self, step: int) -> dict[str, Any]:
         """For metrics.jsonl: cumulative over all starts of the run."""
         seconds = {"productive": self.productive, **self.lost}
-        return {"event": "goodput", "step": step, "goodput": self.share, "starts": self.num_starts, "seconds": seconds}
+        return {
+            "event": "goodput",
+            "step": step,
+            "goodput": self.share,
+            "starts": self.num_starts,
+            "seconds": seconds,
+        }
 
 
 @dataclass(kw_only=True, slots=True)
@@ -93,7 +111,9 @@ class _Account:
         return sum(self.lost.values()) + sum(step.seconds for step in self.steps.values())
 
     def _on_start(self, event: dict[str, Any]) -> None:
-        now, start_up, previous = (_seconds(event.get(key)) for key in ("time", "start_up_seconds", "previous_end"))
+        now, start_up, previous = (
+            _seconds(event.get(key)) for key in ("time", "start_up_seconds", "previous_end")
+        )
         if self.starts and previous:
             self._settle(previous)
         self.known_before = self.accounted()
@@ -136,14 +156,18 @@ class _Account:
     def _settle(self, ended_at: float) -> None:
         """What the present start has not accounted for is `other`."""
         if self.began_at is not None:
-            self.lost["other"] += max(0.0, ended_at - self.began_at - (self.accounted() - self.known_before))
+            self.lost["other"] += max(
+                0.0, ended_at - self.began_at - (self.accounted() - self.known_before)
+            )
         self.began_at = None
 
     def result(self) -> Goodput:
         lost = dict(self.lost)
         lost["data_wait"] += sum(step.data_wait for step in self.steps.values() if not step.skipped)
         lost["skipped"] += sum(step.seconds for step in self.steps.values() if step.skipped)
-        productive = sum(step.seconds - step.data_wait for step in self.steps.values() if not step.skipped)
+        productive = sum(
+            step.seconds - step.data_wait for step in self.steps.values() if not step.skipped
+        )
         return Goodput(productive=productive, lost=lost, num_starts=self.starts)
 
 
@@ -155,7 +179,11 @@ def goodput(events: Iterable[Any]) -> Goodput:
     """
     account = _Account()
     for event in events:
-        if isinstance(event, dict) and isinstance(event.get("event"), str) and type(event.get("step")) is int:
+        if (
+            isinstance(event, dict)
+            and isinstance(event.get("event"), str)
+            and type(event.get("step")) is int
+        ):
             account.take(event)
     return account.result()
 
@@ -174,8 +202,12 @@ def start_event(step: int, previous_end: float | None) -> dict[str, Any]:
 
 
 def process_seconds() -> float:
-    """Seconds since this process was started, by the kernel's account: imports are part of a start."""
-    started_ticks = int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19])
+    """Seconds since this process was started, by the kernel's account: imports are part of a
+    start.
+    """
+    started_ticks = int(
+        Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19]
+    )
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 

@@ -1,7 +1,8 @@
 """What the log of a run says, read back: the branch of steps that counts, as columns over steps.
 
-A run that resumes from an older checkpoint appends to metrics.jsonl.  When step k is logged again, everything that was
-logged before for step k or later was taken back by the resume and is dropped: steps, measurements and checkpoints.
+A run that resumes from an older checkpoint appends to metrics.jsonl.  When step k is logged again,
+everything that was logged before for step k or later was taken back by the resume and is dropped:
+steps, measurements and checkpoints.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def read_run(run_dir: Path) -> Run:
         step_events=steps,
         guard_events=sorted(guard.values(), key=lambda e: e["step"]),
         checkpoint_events=[event for event in kept if event["event"] == "checkpoint"],
-        router_events=[*{event["step"]: event for event in kept if event["event"] == "router"}.values()],
+        router_events=[
+            *{event["step"]: event for event in kept if event["event"] == "router"}.values()
+        ],
         resumes=resumes,
         num_repeated_steps=repeated,
         config=config,
@@ -91,10 +94,12 @@ def read_run(run_dir: Path) -> Run:
 
 
 def current_branch(events: Iterable[Any]) -> tuple[list[dict[str, Any]], list[int], int]:
-    """Drop what a resume took back: when step k is logged again, everything logged before for k or later.
+    """Drop what a resume took back: when step k is logged again, everything logged before for k or
+    later.
 
     Returns:
-        The events that count; where in them a resume set in again; how many steps were trained more than once.
+        The events that count; where in them a resume set in again; how many steps were trained more
+        than once.
     """
     kept: list[dict[str, Any]] = []
     resumes: list[int] = []
@@ -135,4 +140,6 @@ def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
         config = None
     if isinstance(config, dict):
         return config, []
-    return {}, [f"{path.name} is missing or damaged: tolerance, clipping and planned steps are not shown."]
+    return {}, [
+        f"{path.name} is missing or damaged: tolerance, clipping and planned steps are not shown."
+    ]

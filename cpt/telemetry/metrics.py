@@ -23,7 +23,9 @@ class Tracker(Protocol):
 
 
 class Telemetry:
-    """Appends events to a file and hands them to trackers; without a file (ranks other than 0) it does nothing."""
+    """Appends events to a file and hands them to trackers; without a file (ranks other than 0) it
+    does nothing.
+    """
 
     def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
         self.previous_end = path.stat().st_mtime if path and path.is_file() else None
@@ -50,7 +52,9 @@ class Telemetry:
 
 
 def _open_at_line_start(path: Path) -> TextIO:
-    """Append to a file; a line that a crash cut off is ended first, so that the next event is not lost with it."""
+    """Append to a file; a line that a crash cut off is ended first, so that the next event is not
+    lost with it.
+    """
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
     if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         file.write("\n")

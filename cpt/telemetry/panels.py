@@ -1,6 +1,8 @@
-"""The plots of the report, one function each: a run and the common step axis in, an HTML section out.
+"""The plots of the report, one function each: a run and the common step axis in, an HTML section
+out.
 
-Colours follow the language: a language, the held-out domains in it and the sources in it share one hue in all plots.
+Colours follow the language: a language, the held-out domains in it and the sources in it share one
+hue in all plots.
 """
 
 from __future__ import annotations
@@ -39,8 +41,20 @@ MAX_MIX_WINDOWS = 150
 MAX_MIX_SOURCES = 12
 MAX_RESUME_MARKS = 40
 WHISKER_LIMIT = 24
-"""Up to so many measurements, intervals are drawn as bars: a band would claim knowledge between them."""
-TIME_COLORS = ("#009e73", "#56b4e9", "#e69f00", "#cc79a7", "#0072b2", "#882255", "#999933", "#d55e00", "#9ca3af")
+"""Up to so many measurements, intervals are drawn as bars: a band would claim knowledge between
+them.
+"""
+TIME_COLORS = (
+    "#009e73",
+    "#56b4e9",
+    "#e69f00",
+    "#cc79a7",
+    "#0072b2",
+    "#882255",
+    "#999933",
+    "#d55e00",
+    "#9ca3af",
+)
 """Productive time, then each kind of lost time in the order of `goodput.LOST`."""
 STEP_LABEL = "optimizer step"
 
@@ -50,7 +64,9 @@ def language_colors(run: Run) -> dict[str, str]:
     named = set(run.columns("loss_by_language"))
     named |= {str(event.get("language")) for event in run.guard_events}
     order = [*KNOWN_LANGUAGES, *sorted(named.difference(KNOWN_LANGUAGES))]
-    return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(order) if name in named}
+    return {
+        name: PALETTE[index % len(PALETTE)] for index, name in enumerate(order) if name in named
+    }
 
 
 def panel(title: str, css: str, body: str, detail: str = "") -> str:
@@ -79,12 +95,16 @@ def empty(reason: str) -> str:
 def loss_panel(run: Run, x: Scale, colors: dict[str, str]) -> str:
     """Training loss, total and by language."""
     total = bin_series(run.steps, run.column("loss"))
-    by_language = {name: bin_series(run.steps, y) for name, y in run.columns("loss_by_language").items()}
+    by_language = {
+        name: bin_series(run.steps, y) for name, y in run.columns("loss_by_language").items()
+    }
     if not len(total):
         return panel("Training loss", "w5", empty("No step has been logged."))
     names = [name for name in colors if name in by_language and len(by_language[name])]
     everything = [total, *(by_language[name] for name in names)]
-    y = scale_over([end for series in everything for end in (series.low, series.high)], log_beyond=20.0)
+    y = scale_over(
+        [end for series in everything for end in (series.low, series.high)], log_beyond=20.0
+    )
     plot = Plot(
         size=(560, 314 + 150 * (max(2, domain_grid(run)[1]) - 2)),
         x=x,
@@ -96,13 +116,19 @@ def loss_panel(run: Run, x: Scale, colors: dict[str, str]) -> str:
         plot.line(by_language[name], colors[name], width=1.3)
     plot.line(total, INK, width=2.0)
     entries = [(INK, "", f"all {total.mean[-1]:.3f}")]
-    entries += [(colors[name], "", f"{short(name)} {by_language[name].mean[-1]:.3f}") for name in names]
+    entries += [
+        (colors[name], "", f"{short(name)} {by_language[name].mean[-1]:.3f}") for name in names
+    ]
     entries += [(MUTED, "1 3", "resumed")] if run.resumes else []
-    return panel("Training loss", "w5", legend(entries) + plot.svg("Training loss over steps"), binning(run))
+    return panel(
+        "Training loss", "w5", legend(entries) + plot.svg("Training loss over steps"), binning(run)
+    )
 
 
 def guard_panel(run: Run, x: Scale, colors: dict[str, str]) -> str:
-    """One small plot per held-out domain, each on its own scale: Japanese gains 30 % where English may lose 1 %."""
+    """One small plot per held-out domain, each on its own scale: Japanese gains 30 % where English
+    may lose 1 %.
+    """
     title, css = "Held-out bits per byte against the untouched model", "w7"
     by_domain: dict[str, list[dict[str, Any]]] = {}
     for event in run.guard_events:
@@ -111,13 +137,16 @@ def guard_panel(run: Run, x: Scale, colors: dict[str, str]) -> str:
         return panel(title, css, empty("The guard has measured nothing in this run."))
     tolerance = number(run.setting("guard", "tolerance_percent"))
     actions = sorted(
-        {action_of(event) for event in run.guard_events} - {"none"}, key=lambda name: (name != "warn", name)
+        {action_of(event) for event in run.guard_events} - {"none"},
+        key=lambda name: (name != "warn", name),
     )
     num_columns, num_rows = domain_grid(run)
     size = (800 // num_columns - 8, 138 if num_rows > 1 else 300)
     cells = []
     for domain, events in by_domain.items():
-        drawing = domain_plot(events, x, colors[str(events[-1].get("language"))], tolerance, actions, size)
+        drawing = domain_plot(
+            events, x, colors[str(events[-1].get("language"))], tolerance, actions, size
+        )
         newest = change(events[-1])
         cells.append(f"<div><h3>{clean(domain, 22)} <small>{newest}</small></h3>{drawing}</div>")
     lines = [(ALARM, "5 3", f"tolerance {tolerance:+g} %")] if math.isfinite(tolerance) else []
@@ -159,7 +188,13 @@ def domain_plot(
     )
     series = bin_series(steps, delta, low, high)
     lines = [0.0, tolerance] if math.isfinite(tolerance) else [0.0]
-    plot = Plot(size=size, x=x, y=scale_over([series.low, series.high], include=lines), labels=("step", "%"), left=42)
+    plot = Plot(
+        size=size,
+        x=x,
+        y=scale_over([series.low, series.high], include=lines),
+        labels=("step", "%"),
+        left=42,
+    )
     plot.horizontal(0.0, MUTED, dash="")
     if math.isfinite(tolerance):
         plot.horizontal(tolerance, ALARM)
@@ -171,7 +206,14 @@ def domain_plot(
     plot.line(replace(series, low=series.mean, high=series.mean), color, dots=few)
     acted = [event for event in events if action_of(event) != "none"]
     plot.marks(
-        [(e["step"], actions.index(action_of(e)), f"{action_of(e)}, step {e['step']:,}: {change(e)}") for e in acted]
+        [
+            (
+                e["step"],
+                actions.index(action_of(e)),
+                f"{action_of(e)}, step {e['step']:,}: {change(e)}",
+            )
+            for e in acted
+        ]
     )
     return plot.svg(f"Held-out change of {events[0].get('domain')}")
 
@@ -179,7 +221,9 @@ def domain_plot(
 def mixture_panel(run: Run, x: Scale, colors: dict[str, str]) -> str:
     """Shares of the sources, averaged over windows of steps."""
     title, css = "Data mixture", "w4 tall"
-    counts = {name: np.nan_to_num(column) for name, column in run.columns("tokens_by_source").items()}
+    counts = {
+        name: np.nan_to_num(column) for name, column in run.columns("tokens_by_source").items()
+    }
     counts = {name: column for name, column in counts.items() if column.sum() > 0}
     if not counts:
         return panel(title, css, empty("No predicted tokens have been logged."))
@@ -194,21 +238,34 @@ def mixture_panel(run: Run, x: Scale, colors: dict[str, str]) -> str:
     total = np.maximum(np.sum([column for _, column in stack], axis=0), 1.0)
     edges = np.repeat(np.append(run.steps[starts] - 1, run.steps[-1]), 2)[1:-1]
     plot = Plot(
-        size=(450, 440), x=x, y=Scale(low=0.0, high=100.0), labels=(STEP_LABEL, "% of predicted tokens"), right=150
+        size=(450, 440),
+        x=x,
+        y=Scale(low=0.0, high=100.0),
+        labels=(STEP_LABEL, "% of predicted tokens"),
+        right=150,
     )
     base, labels = np.zeros(len(starts)), []
     shades = source_shades(names, languages, colors)
     for name, column in stack:
         color, top = shades.get(name, "#cbd5e1"), base + 100 * column / total
         plot.area(edges, np.repeat(base, 2), np.repeat(top, 2), color)
-        labels.append(((base[-1] + top[-1]) / 2, color, f"{short(name, 15)} {top[-1] - base[-1]:.0f} %"))
+        labels.append(
+            ((base[-1] + top[-1]) / 2, color, f"{short(name, 15)} {top[-1] - base[-1]:.0f} %")
+        )
         base = top
     plot.right_labels(labels)
     width = round(len(run.steps) / len(starts))
-    return panel(title, css, plot.svg("Share of each source over steps"), f"mean of {width:,} step{'s' * (width > 1)}")
+    return panel(
+        title,
+        css,
+        plot.svg("Share of each source over steps"),
+        f"mean of {width:,} step{'s' * (width > 1)}",
+    )
 
 
-def stacking_order(counts: dict[str, Array], languages: dict[str, str], colors: dict[str, str]) -> list[str]:
+def stacking_order(
+    counts: dict[str, Array], languages: dict[str, str], colors: dict[str, str]
+) -> list[str]:
     """The largest sources, those of one language side by side."""
     largest = sorted(counts, key=lambda name: -float(counts[name].sum()))
     largest = largest if len(largest) <= MAX_MIX_SOURCES else largest[: MAX_MIX_SOURCES - 1]
@@ -219,17 +276,23 @@ def stacking_order(counts: dict[str, Array], languages: dict[str, str], colors: 
     )
 
 
-def source_shades(names: Sequence[str], languages: dict[str, str], colors: dict[str, str]) -> dict[str, str]:
+def source_shades(
+    names: Sequence[str], languages: dict[str, str], colors: dict[str, str]
+) -> dict[str, str]:
     """Shades of the language's colour for its sources; of grey where the language is not known."""
     shades = {}
     for name in names:
         kin = [other for other in names if languages.get(other) == languages.get(name)]
-        shades[name] = tint(colors.get(languages.get(name, ""), "#475569"), 0.7 * kin.index(name) / max(len(kin), 3))
+        shades[name] = tint(
+            colors.get(languages.get(name, ""), "#475569"), 0.7 * kin.index(name) / max(len(kin), 3)
+        )
     return shades
 
 
 def source_languages(run: Run) -> dict[str, str]:
-    """Language of each source, from the mix that the configuration names; empty where that file is not at hand."""
+    """Language of each source, from the mix that the configuration names; empty where that file is
+    not at hand.
+    """
     try:
         mix = yaml.safe_load(Path(str(run.setting("data", "mix"))).read_text(encoding="utf-8"))
         return {str(source["name"]): str(source["language"]) for source in mix["sources"]}
@@ -261,7 +324,14 @@ def throughput_panel(run: Run, x: Scale) -> str:
 
 
 def single_panel(
-    run: Run, x: Scale, title: str, key: str, unit: str, *, level: float = math.nan, log_beyond: float = math.inf
+    run: Run,
+    x: Scale,
+    title: str,
+    key: str,
+    unit: str,
+    *,
+    level: float = math.nan,
+    log_beyond: float = math.inf,
 ) -> str:
     """One number over steps."""
     series = bin_series(run.steps, run.column(key))
@@ -280,8 +350,12 @@ def single_panel(
 def traffic_panel(run: Run, x: Scale) -> str:
     """Bytes that all ranks put on the wire for other ranks, by kind."""
     title = "On the wire"
-    kinds = {name: bin_series(run.steps, column) for name, column in run.columns("bytes_sent").items()}
-    kinds = {name: series for name, series in kinds.items() if len(series) and series.high.max() > 0}
+    kinds = {
+        name: bin_series(run.steps, column) for name, column in run.columns("bytes_sent").items()
+    }
+    kinds = {
+        name: series for name, series in kinds.items() if len(series) and series.high.max() > 0
+    }
     if not kinds:
         return panel(title, "w4", empty("No rank has sent anything to another."))
     largest = max(float(series.high.max()) for series in kinds.values())
@@ -296,7 +370,9 @@ def traffic_panel(run: Run, x: Scale) -> str:
         color, dash = tint("#1e293b", 0.22 * (index % 4)), DASHES[index % len(DASHES)]
         plot.line(series, color, dash=dash, width=1.8)
         entries.append((color, dash, f"{short(name)} {series.mean[-1]:.3g} {unit}"))
-    return panel(title, "w4", legend(entries) + plot.svg("Bytes sent over steps"), "all ranks together")
+    return panel(
+        title, "w4", legend(entries) + plot.svg("Bytes sent over steps"), "all ranks together"
+    )
 
 
 def time_panel(run: Run) -> str:
@@ -320,7 +396,10 @@ def time_panel(run: Run) -> str:
     bar = f'<svg viewBox="0 0 1376 24" role="img" aria-label="{title}">{"".join(drawn)}</svg>'
     starts = f"{spent.num_starts:,} start{'s' * (spent.num_starts != 1)}"
     return panel(
-        title, "w12", legend(entries) + bar, f"goodput {100 * spent.share:.1f} % of {duration(spent.total)}, {starts}"
+        title,
+        "w12",
+        legend(entries) + bar,
+        f"goodput {100 * spent.share:.1f} % of {duration(spent.total)}, {starts}",
     )
 
 

@@ -1,8 +1,10 @@
-"""SVG plots without a library: scales, ticks, and a frame that lines, bands and marks are drawn into.
+"""SVG plots without a library: scales, ticks, and a frame that lines, bands and marks are drawn
+into.
 
-Long series are binned before they are drawn: a line through the mean of each bin and a band from its smallest to its
-largest value, so that a single spike among 100,000 steps stays visible.  Colours keep their meaning for
-colour-blind readers (Okabe and Ito 2008; Tol 2021).  All text is escaped here, once: callers pass plain strings.
+Long series are binned before they are drawn: a line through the mean of each bin and a band from
+its smallest to its largest value, so that a single spike among 100,000 steps stays visible.
+Colours keep their meaning for colour-blind readers (Okabe and Ito 2008; Tol 2021).  All text is
+escaped here, once: callers pass plain strings.
 """
 
 from __future__ import annotations
@@ -20,7 +22,17 @@ Array = npt.NDArray[np.float64]
 MAX_POINTS = 600
 """Points of a series that are drawn one by one; a longer series is binned."""
 
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#882255", "#999933", "#332288", "#44aa99")
+PALETTE = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#882255",
+    "#999933",
+    "#332288",
+    "#44aa99",
+)
 ALARM = "#d55e00"
 """Tolerances and actions; no series has this colour."""
 INK = "#1f2937"
@@ -59,7 +71,8 @@ class Series:
 
 
 def bin_series(x: Array, y: Array, low: Array | None = None, high: Array | None = None) -> Series:
-    """Drop what is not finite; average into MAX_POINTS / 2 bins of equal width if there are too many points.
+    """Drop what is not finite; average into MAX_POINTS / 2 bins of equal width if there are too
+    many points.
 
     Args:
         x: ascending.
@@ -103,15 +116,21 @@ class Scale:
     def __call__(self, value: Array) -> Array:
         if self.log:
             value = np.log10(np.maximum(value, self.low))
-        low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
+        low, high = (
+            (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
+        )
         return (value - low) / (high - low)
 
     def ticks(self, count: int) -> list[float]:
-        """About `count` round values inside the range: steps of 1, 2 or 5 times a power of ten; or those given."""
+        """About `count` round values inside the range: steps of 1, 2 or 5 times a power of ten; or
+        those given.
+        """
         if self.given_ticks:
             return list(self.given_ticks)
         if self.log:
-            exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            exponents = range(
+                math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1
+            )
             digits = (1.0,) if len(exponents) > 3 else (1.0, 2.0, 5.0)
             every = max(1, round(len(exponents) / count))
             found = [digit * 10.0**e for e in exponents[::every] for digit in digits]
@@ -125,8 +144,12 @@ class Scale:
         return [value for value in found if self.low - slack <= value <= self.high + slack]
 
 
-def scale_over(values: Sequence[Array], *, include: Sequence[float] = (), log_beyond: float = math.inf) -> Scale:
-    """The range of all values with a little room; logarithmic if the largest is `log_beyond` times the smallest."""
+def scale_over(
+    values: Sequence[Array], *, include: Sequence[float] = (), log_beyond: float = math.inf
+) -> Scale:
+    """The range of all values with a little room; logarithmic if the largest is `log_beyond` times
+    the smallest.
+    """
     everything = np.concatenate([*values, np.asarray(include, dtype=np.float64)])
     if len(everything) == 0:
         return Scale(low=0.0, high=1.0)
@@ -165,7 +188,14 @@ class Plot:
     """A frame with axes; every method draws on top of what is there."""
 
     def __init__(
-        self, *, size: tuple[int, int], x: Scale, y: Scale, labels: tuple[str, str], left: int = 60, right: int = 12
+        self,
+        *,
+        size: tuple[int, int],
+        x: Scale,
+        y: Scale,
+        labels: tuple[str, str],
+        left: int = 60,
+        right: int = 12,
     ) -> None:
         self._width, self._height = size
         self._x, self._y = x, y
@@ -181,7 +211,9 @@ class Plot:
         """Vertical positions."""
         return self._bottom - self._y(values) * (self._bottom - self._top)
 
-    def line(self, series: Series, color: str, *, dash: str = "", width: float = 1.6, dots: bool = False) -> None:
+    def line(
+        self, series: Series, color: str, *, dash: str = "", width: float = 1.6, dots: bool = False
+    ) -> None:
         """A line through the means; the range of each bin as a band behind it."""
         if len(series) == 0:
             return
@@ -193,7 +225,10 @@ class Plot:
             f'stroke-dasharray="{dash}" stroke-linejoin="round"/>'
         )
         if dots or len(series) == 1:
-            spots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.4"/>' for a, b in zip(across, up, strict=True))
+            spots = "".join(
+                f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.4"/>'
+                for a, b in zip(across, up, strict=True)
+            )
             self._parts.append(f'<g fill="{color}">{spots}</g>')
 
     def area(self, x: Array, low: Array, high: Array, color: str, *, opacity: float = 1.0) -> None:
@@ -201,14 +236,22 @@ class Plot:
         across = self.across(x)
         outline = f"M{_points(across, self.up(high))}L{_points(across[::-1], self.up(low)[::-1])}Z"
         border = 'stroke="#fff" stroke-width="0.7"' if opacity == 1 else ""
-        self._parts.append(f'<path d="{outline}" fill="{color}" fill-opacity="{opacity}" {border}/>')
+        self._parts.append(
+            f'<path d="{outline}" fill="{color}" fill-opacity="{opacity}" {border}/>'
+        )
 
     def whiskers(self, series: Series, color: str) -> None:
         """The interval of every point as a vertical bar."""
         bars = []
-        for x, low, high in zip(self.across(series.x), self.up(series.low), self.up(series.high), strict=True):
-            bars.append(f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6m-6 {high - low:.1f}h6")
-        self._parts.append(f'<path d="{"".join(bars)}" stroke="{color}" stroke-width="1.2" fill="none"/>')
+        for x, low, high in zip(
+            self.across(series.x), self.up(series.low), self.up(series.high), strict=True
+        ):
+            bars.append(
+                f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6m-6 {high - low:.1f}h6"
+            )
+        self._parts.append(
+            f'<path d="{"".join(bars)}" stroke="{color}" stroke-width="1.2" fill="none"/>'
+        )
 
     def horizontal(self, value: float, color: str, *, dash: str = "5 3", label: str = "") -> None:
         """A level across the whole plot, with a label at its right end."""
@@ -228,7 +271,9 @@ class Plot:
             )
 
     def marks(self, marks: Sequence[tuple[float, int, str]]) -> None:
-        """(step, shape, tooltip) along the upper edge; of marks of one shape that would cover each other, the first."""
+        """(step, shape, tooltip) along the upper edge; of marks of one shape that would cover each
+        other, the first.
+        """
         drawn: dict[int, float] = {}
         for step, shape, tooltip in marks:
             at = float(self.across(np.asarray([step]))[0])
@@ -266,7 +311,9 @@ class Plot:
         )
 
     def _axes(self, x_label: str, y_label: str) -> None:
-        x_ticks = [t for t in self._x.ticks(max(2, (self._right - self._left) // 64)) if t == round(t)]
+        x_ticks = [
+            t for t in self._x.ticks(max(2, (self._right - self._left) // 64)) if t == round(t)
+        ]
         y_ticks = self._y.ticks(max(2, (self._bottom - self._top) // 29))
         for tick, up in zip(y_ticks, self.up(np.asarray(y_ticks)), strict=True):
             self._parts.append(f'<path d="M{self._left} {up:.1f}H{self._right}" stroke="{GRID}"/>')
@@ -274,15 +321,21 @@ class Plot:
         for tick, across in zip(x_ticks, self.across(np.asarray(x_ticks)), strict=True):
             self._parts.append(f'<path d="M{across:.1f} {self._bottom}v4" stroke="{MUTED}"/>')
             self._text(across, self._bottom + 15, tick_label(tick, x_ticks), anchor="middle")
-        self._parts.append(f'<path d="M{self._left} {self._bottom}H{self._right}" stroke="{MUTED}"/>')
-        self._text((self._left + self._right) / 2, self._height - 4, x_label, anchor="middle", color=MUTED)
+        self._parts.append(
+            f'<path d="M{self._left} {self._bottom}H{self._right}" stroke="{MUTED}"/>'
+        )
+        self._text(
+            (self._left + self._right) / 2, self._height - 4, x_label, anchor="middle", color=MUTED
+        )
         middle = (self._top + self._bottom) / 2
         self._parts.append(
             f'<text transform="translate(11 {middle:.1f}) rotate(-90)" text-anchor="middle" fill="{MUTED}">'
             f"{clean(y_label, 60)}</text>"
         )
 
-    def _text(self, x: float, y: float, text: str, *, anchor: str = "start", color: str = INK) -> None:
+    def _text(
+        self, x: float, y: float, text: str, *, anchor: str = "start", color: str = INK
+    ) -> None:
         self._parts.append(
             f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{color}">{clean(text, 60)}</text>'
         )
@@ -302,11 +355,18 @@ def _points(across: Array, up: Array) -> str:
 
 
 def legend(lines: Sequence[tuple[str, str, str]], marks: Sequence[str] = ()) -> str:
-    """An HTML list above a plot: (colour, dash, text) of lines, then names of marks, whose position is their shape."""
-    drawings = [(f'<path d="M0 5H20" stroke="{c}" stroke-width="2.4" stroke-dasharray="{d}"/>', t) for c, d, t in lines]
+    """An HTML list above a plot: (colour, dash, text) of lines, then names of marks, whose position
+    is their shape.
+    """
+    drawings = [
+        (f'<path d="M0 5H20" stroke="{c}" stroke-width="2.4" stroke-dasharray="{d}"/>', t)
+        for c, d, t in lines
+    ]
     for index, name in enumerate(marks):
         glyph = GLYPHS[index % len(GLYPHS)]
-        drawings.append((f'<path transform="translate(10 5) scale(.85)" d="{glyph}" fill="{ALARM}"/>', name))
+        drawings.append(
+            (f'<path transform="translate(10 5) scale(.85)" d="{glyph}" fill="{ALARM}"/>', name)
+        )
     entries = (
         f'<li><svg viewBox="0 0 20 10" aria-hidden="true">{drawing}</svg>{clean(text, 60)}</li>'
         for drawing, text in drawings

@@ -1,9 +1,10 @@
 """report.html: one run on one screen, from metrics.jsonl and config.resolved.yaml.
 
-The page holds everything it shows: no script, no font, no picture, nothing that a browser would fetch.  Every name in
-it comes from a file and is escaped.  Stages:
+The page holds everything it shows: no script, no font, no picture, nothing that a browser would
+fetch.  Every name in it comes from a file and is escaped.  Stages:
 
-    metrics.jsonl  ->  history (columns over steps)  ->  tiles and panels (drawn with plot)  ->  page
+    metrics.jsonl  ->  history (columns over steps)  ->  tiles and panels (drawn with plot)  ->
+    page
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ svg text{font-size:11px}
 
 
 def write_report(run_dir: Path) -> Path:
-    """Make <run_dir>/report.html from the metrics of the run; an older report is replaced in one move.
+    """Make <run_dir>/report.html from the metrics of the run; an older report is replaced in one
+    move.
 
     Raises:
         ConfigError: the directory holds no metrics.jsonl.
@@ -78,9 +80,13 @@ def write_report(run_dir: Path) -> Path:
     """
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
-        raise ConfigError(f"{run_dir} holds no metrics.jsonl, so it is no run directory. Give another with --run_dir.")
+        raise ConfigError(
+            f"{run_dir} holds no metrics.jsonl, so it is no run directory. Give another with --run_dir."
+        )
     written = datetime.fromtimestamp(metrics.stat().st_mtime, UTC)
-    text = page(read_run(run_dir), run_dir.resolve().name, f"metrics up to {written:%Y-%m-%d %H:%M} UTC")
+    text = page(
+        read_run(run_dir), run_dir.resolve().name, f"metrics up to {written:%Y-%m-%d %H:%M} UTC"
+    )
     target = run_dir / "report.html"
     temporary = run_dir / f".report.html.{os.getpid()}.tmp"
     try:
@@ -92,7 +98,9 @@ def write_report(run_dir: Path) -> Path:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise StorageError(f"{target}: {error.strerror}. Free space or make the directory writable.") from error
+        raise StorageError(
+            f"{target}: {error.strerror}. Free space or make the directory writable."
+        ) from error
     return target
 
 
@@ -126,7 +134,10 @@ def page(run: Run, name: str, freshness: str) -> str:
 
 def subtitle(run: Run) -> str:
     """What was trained, and on how many ranks."""
-    parts = [run.setting("model", "path") or run.setting("model", "init"), run.setting("train", "dtype")]
+    parts = [
+        run.setting("model", "path") or run.setting("model", "init"),
+        run.setting("train", "dtype"),
+    ]
     world_size, rows, seq_len = (
         run.config.get("world_size"),
         run.setting("train", "global_batch_size"),
@@ -141,25 +152,50 @@ def subtitle(run: Run) -> str:
 
 def tiles(run: Run) -> list[str]:
     """Headline numbers."""
-    losses, rates, tokens = run.column("loss"), run.column("tokens_per_second"), run.column("tokens")
+    losses, rates, tokens = (
+        run.column("loss"),
+        run.column("tokens_per_second"),
+        run.column("tokens"),
+    )
     last = int(run.steps[-1]) if len(run.steps) else 0
     planned = run.setting("train", "total_steps")
     found = [
         tile("Steps", f"{last:,}", f"of {planned:,} planned" if isinstance(planned, int) else ""),
-        tile("Tokens", amount(float(np.nansum(tokens))), f"{amount(middle(tokens))} per step, predicted"),
+        tile(
+            "Tokens",
+            amount(float(np.nansum(tokens))),
+            f"{amount(middle(tokens))} per step, predicted",
+        ),
     ]
     if len(losses):
-        found.append(tile("Last loss", f"{losses[-1]:.3f}", f"from {losses[0]:.3f}, nats per token"))
-        found.append(tile("Tokens/s, median", amount(middle(rates)), f"{middle(run.column('seconds')):.3g} s per step"))
-    worst = max(latest_by_domain(run), key=lambda event: number(event.get("delta_percent")), default=None)
+        found.append(
+            tile("Last loss", f"{losses[-1]:.3f}", f"from {losses[0]:.3f}, nats per token")
+        )
+        found.append(
+            tile(
+                "Tokens/s, median",
+                amount(middle(rates)),
+                f"{middle(run.column('seconds')):.3g} s per step",
+            )
+        )
+    worst = max(
+        latest_by_domain(run), key=lambda event: number(event.get("delta_percent")), default=None
+    )
     if worst is not None:
         alarm = action_of(worst) != "none"
         found.append(
-            tile("Worst held-out domain", change(worst), f"{worst.get('domain')}, step {worst['step']:,}", alarm)
+            tile(
+                "Worst held-out domain",
+                change(worst),
+                f"{worst.get('domain')}, step {worst['step']:,}",
+                alarm,
+            )
         )
     if run.checkpoint_events:
         newest = run.checkpoint_events[-1]
-        seconds = middle(np.asarray([number(event.get("seconds")) for event in run.checkpoint_events]))
+        seconds = middle(
+            np.asarray([number(event.get("seconds")) for event in run.checkpoint_events])
+        )
         detail = f"step {newest['step']:,}; {seconds:.3g} s each"
         found.append(tile("Checkpoints", f"{len(run.checkpoint_events):,}", detail))
     else:

@@ -7,8 +7,8 @@
     overlap              [layers]              share of the assignments that the untouched router would have made, too
     dropped              assignments that no expert computed, over all layers and ranks; anything but 0 is an error
 
-`distance` is half the sum of absolute differences between the shares of a language and those of all tokens: 0 if both
-use the experts alike, 1 if they share none.
+`distance` is half the sum of absolute differences between the shares of a language and those of all
+tokens: 0 if both use the experts alike, 1 if they share none.
 
 Shape letters: L layers, S sources, E experts.
 """

@@ -1,4 +1,5 @@
-"""The plots of the `router` events: balance of the experts, difference between languages, drift from the start.
+"""The plots of the `router` events: balance of the experts, difference between languages, drift
+from the start.
 
 Lines are means over the layers, bands reach from the lowest to the highest layer.
 """
@@ -12,7 +13,17 @@ import numpy as np
 
 from cpt.telemetry.history import Run, number
 from cpt.telemetry.panels import panel, short
-from cpt.telemetry.plot import INK, PALETTE, Plot, Scale, Series, bin_series, clean, legend, scale_over
+from cpt.telemetry.plot import (
+    INK,
+    PALETTE,
+    Plot,
+    Scale,
+    Series,
+    bin_series,
+    clean,
+    legend,
+    scale_over,
+)
 
 PLOTS = (
     ("load_max_over_mean", "Busiest expert", "times the mean", 1.0, (1.0,)),
@@ -28,7 +39,9 @@ def router_panel(run: Run, x: Scale, colors: dict[str, str]) -> str:
     if not events:
         return ""
     languages = sorted({str(name) for event in events for name in _by_language(event)})
-    shades = {name: colors.get(name, PALETTE[-1 - index % 4]) for index, name in enumerate(languages)}
+    shades = {
+        name: colors.get(name, PALETTE[-1 - index % 4]) for index, name in enumerate(languages)
+    }
     cells = []
     for key, title, label, factor, include in PLOTS:
         lines = {"all": _series(run, key, None, factor)}
@@ -37,22 +50,32 @@ def router_panel(run: Run, x: Scale, colors: dict[str, str]) -> str:
         if not lines:
             continue
         ends = [end for series in lines.values() for end in (series.low, series.high)]
-        plot = Plot(size=(450, 180), x=x, y=scale_over(ends, include=include), labels=("optimizer step", label))
+        plot = Plot(
+            size=(450, 180),
+            x=x,
+            y=scale_over(ends, include=include),
+            labels=("optimizer step", label),
+        )
         for name, series in lines.items():
             plot.line(series, shades.get(name, INK), dots=len(series) < 12)
         newest = ", ".join(f"{short(name, 8)} {line.mean[-1]:.3g}" for name, line in lines.items())
-        cells.append(f"<div><h3>{clean(title, 40)} <small>{clean(newest, 60)}</small></h3>{plot.svg(title)}</div>")
+        cells.append(
+            f"<div><h3>{clean(title, 40)} <small>{clean(newest, 60)}</small></h3>{plot.svg(title)}</div>"
+        )
     dropped = number(events[-1].get("dropped"))
     detail = "mean over layers; band: lowest to highest layer; assignments dropped: "
     detail += f"{dropped:.0f}" if math.isfinite(dropped) else "unknown"
     style = f"grid-template-columns:repeat({len(cells)},minmax(0,1fr))"
     key = legend([(INK, "", "all"), *((shades[name], "", name) for name in languages)])
-    return panel("Routers", "w12", f'{key}<div class="small" style="{style}">{"".join(cells)}</div>', detail)
+    return panel(
+        "Routers", "w12", f'{key}<div class="small" style="{style}">{"".join(cells)}</div>', detail
+    )
 
 
 def _series(run: Run, key: str, language: str | None, factor: float) -> Series:
     rows = [
-        _layers(event if language is None else _by_language(event).get(language), key) for event in run.router_events
+        _layers(event if language is None else _by_language(event).get(language), key)
+        for event in run.router_events
     ]
     mean, low, high = (
         np.asarray([factor * reduce(row) if row else math.nan for row in rows], dtype=np.float64)

@@ -11,16 +11,23 @@ from cpt.telemetry.metrics import Tracker
 
 
 def scalars(event: dict[str, Any]) -> dict[str, float]:
-    """Flatten one event into named numbers: `train/loss`, `loss_by_language/ja`, `guard/english/bits_per_byte`."""
+    """Flatten one event into named numbers: `train/loss`, `loss_by_language/ja`,
+    `guard/english/bits_per_byte`.
+    """
     kind = event["event"]
     if kind == "guard_decision":  # its settings and states are for `cpt guard replay`
-        shares = {f"guard/replay_share/{domain}": share for domain, share in event["after"]["shares"].items()}
+        shares = {
+            f"guard/replay_share/{domain}": share
+            for domain, share in event["after"]["shares"].items()
+        }
         return {"guard/lr_scale": event["after"]["lr_scale"], **shares}
     prefix = {"step": "train", "guard": f"guard/{event.get('domain')}"}.get(kind, kind)
     numbers: dict[str, float] = {}
     for key, value in event.items():
         if isinstance(value, dict):
-            numbers.update({f"{key}/{name}": v for name, v in value.items() if isinstance(v, (int, float))})
+            numbers.update(
+                {f"{key}/{name}": v for name, v in value.items() if isinstance(v, (int, float))}
+            )
         elif isinstance(value, (int, float)) and key != "step":
             numbers[f"{prefix}/{key}"] = value
     return numbers

@@ -4,12 +4,14 @@ The loss that a rank hands to the engine is
 
     sum over its own tokens of nll / predicted tokens of the global batch * world_size
 
-so that the engine's mean over ranks, and its sum over accumulation steps, is the mean over the global batch in every
-layout.  With targets of another model (`train.kl_targets`) `train.kl_weight` times the divergence from them is added in
-the same way.  `backward` is told not to divide by the accumulation steps.
+so that the engine's mean over ranks, and its sum over accumulation steps, is the mean over the
+global batch in every layout.  With targets of another model (`train.kl_targets`) `train.kl_weight`
+times the divergence from them is added in the same way.  `backward` is told not to divide by the
+accumulation steps.
 
-Whether an update is made is decided before it, from the loss and the squared gradient norm summed over all ranks, so
-that all ranks decide alike and nothing that is not finite reaches weights or Adam's state.
+Whether an update is made is decided before it, from the loss and the squared gradient norm summed
+over all ranks, so that all ranks decide alike and nothing that is not finite reaches weights or
+Adam's state.
 """
 
 from __future__ import annotations
@@ -45,11 +47,15 @@ from cpt.training.loader import MicroBatch
 log = logging.getLogger("cpt.training")
 
 LARGEST_GRAD_NORM = 1e18
-"""A norm from here on counts as not finite: its square is near the largest fp32 number, which DeepSpeed sums in."""
+"""A norm from here on counts as not finite: its square is near the largest fp32 number, which
+DeepSpeed sums in.
+"""
 
 
 class Votes(NamedTuple):
-    """What each rank tells the others in the bookkeeping collective of a step, where the values are summed."""
+    """What each rank tells the others in the bookkeeping collective of a step, where the values are
+    summed.
+    """
 
     stop: int = 0
     """1 if this rank has been asked to stop."""
@@ -66,13 +72,17 @@ class StepResult:
     grad_norm: float
     """Global gradient norm before clipping."""
     applied: bool
-    """Whether the update was made; if not, it was made on no rank, because something was not finite."""
+    """Whether the update was made; if not, it was made on no rank, because something was not
+    finite.
+    """
     nll_by_source: list[float]
     """Sum of nats per source."""
     tokens_by_source: list[int]
     """Predicted tokens per source."""
     kl_by_source: list[float] | None = None
-    """Sum of nats per source of the divergence from the targets, which is in no loss here; None without targets."""
+    """Sum of nats per source of the divergence from the targets, which is in no loss here; None
+    without targets.
+    """
     bytes_sent: dict[str, int]
     """Bytes on the wire by kind."""
     votes: Votes
@@ -92,9 +102,11 @@ class _Sums:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay; biases, norms and sinks do not; frozen parameters are in none.
+    """AdamW's groups: matrices decay; biases, norms and sinks do not; frozen parameters are in
+    none.
 
-    gpt-oss stores an expert bias as a matrix (one row per expert), so names decide, not the number of axes.
+    gpt-oss stores an expert bias as a matrix (one row per expert), so names decide, not the number
+    of axes.
     """
     kept: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
@@ -111,7 +123,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def _optimizer(model: GptOssForCPT, train: TrainSection) -> torch.optim.Optimizer:
-    """Of offloaded state, too: on a host torch's kernel is as fast as DeepSpeed's, and nothing has to be compiled."""
+    """Of offloaded state, too: on a host torch's kernel is as fast as DeepSpeed's, and nothing has
+    to be compiled.
+    """
     groups = separate_experts(parameter_groups(model, train.weight_decay))
     betas = (train.beta1, train.beta2)
     return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.eps, fused=True)
@@ -124,18 +138,25 @@ def _files(model: GptOssForCPT, config: RunConfig, topology: Topology) -> dict[s
         return {}
     sizes = file_bytes(model, config.engine_json)
     for name, size in sizes.items():
-        log.info("%s: %.3f GB of each rank in files in %s", name, size / 1e9, folders[name].resolve())
+        log.info(
+            "%s: %.3f GB of each rank in files in %s", name, size / 1e9, folders[name].resolve()
+        )
     return together(
-        topology.control_group, lambda: {name: FileMemory(folders[name], size) for name, size in sizes.items()}
+        topology.control_group,
+        lambda: {name: FileMemory(folders[name], size) for name, size in sizes.items()},
     )
 
 
 def _check_expert_marks(model: GptOssForCPT) -> None:
-    """Without the marks ZeRO-3 trains different experts as if they were replicas, and says nothing."""
+    """Without the marks ZeRO-3 trains different experts as if they were replicas, and says
+    nothing.
+    """
     for name, parameter in model.named_parameters():
         expert = ".mlp.experts." in name
         if expert != is_expert(parameter):
-            raise InternalError(f"{name} {'lacks' if expert else 'has'} the marks of an expert parameter.")
+            raise InternalError(
+                f"{name} {'lacks' if expert else 'has'} the marks of an expert parameter."
+            )
 
 
 def _router_watch(model: GptOssForCPT, config: RunConfig, topology: Topology) -> RouterWatch:
@@ -152,14 +173,23 @@ def _router_watch(model: GptOssForCPT, config: RunConfig, topology: Topology) ->
 
 
 class TrainingEngine:
-    """A patched model in a DeepSpeed engine, with the attention kernel and the exchanges it was built for."""
+    """A patched model in a DeepSpeed engine, with the attention kernel and the exchanges it was
+    built for.
+    """
 
     def __init__(
-        self, model: GptOssForCPT, config: RunConfig, topology: Topology, kernel: Attention, exchange: Ulysses | None
+        self,
+        model: GptOssForCPT,
+        config: RunConfig,
+        topology: Topology,
+        kernel: Attention,
+        exchange: Ulysses | None,
     ) -> None:
         if config.model.activation_checkpointing:
             keep = config.model.expert_recompute == "keep"
-            enable_checkpointing(model, offload=config.model.offload_checkpoints, keep_exchanged_rows=keep)
+            enable_checkpointing(
+                model, offload=config.model.offload_checkpoints, keep_exchanged_rows=keep
+            )
         model.train()
         _check_expert_marks(model)
         self.topology = topology
@@ -178,7 +208,9 @@ class TrainingEngine:
             group["lr"] = lr
 
     def token_losses(self, batch: MicroBatch) -> torch.Tensor:
-        """(B, S) nats of this rank's tokens, 0 where there is no label; (2, B, S) if the batch has targets."""
+        """(B, S) nats of this rank's tokens, 0 where there is no label; (2, B, S) if the batch has
+        targets.
+        """
         return self.deepspeed(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -203,12 +235,14 @@ class TrainingEngine:
         Args:
             micro_batches: This rank's part.
             step: The optimizer step being done, counted from 1; names it to `fault_point`.
-            tokens_by_source: Predicted tokens of the whole global batch, by source; known from the row ids.
+            tokens_by_source: Predicted tokens of the whole global batch, by source; known from the
+                row ids.
             votes: Called once, when the ranks exchange their sums; all learn how many said what.
             measure_routers: Fill `StepResult.router`.
 
         Returns:
-            What happened.  If loss or gradient norm is not finite anywhere, no rank has applied the update.
+            What happened.  If loss or gradient norm is not finite anywhere, no rank has applied the
+            update.
         """
         total_tokens = sum(tokens_by_source)
         by_source = torch.zeros(self._num_losses, len(tokens_by_source), dtype=torch.float64)
@@ -261,7 +295,9 @@ class TrainingEngine:
             return
         self.deepspeed.step()
         if not self.deepspeed.was_step_applied():
-            raise InternalError("DeepSpeed dropped an update whose loss and gradient norm are finite.")
+            raise InternalError(
+                "DeepSpeed dropped an update whose loss and gradient norm are finite."
+            )
 
     def _sum_over_ranks(self, by_source: torch.Tensor, votes: Votes) -> _Sums:
         """The one bookkeeping collective of a step."""
@@ -290,7 +326,9 @@ class TrainingEngine:
 
     @torch.no_grad()
     def next_token_logits(self, batch: MicroBatch, at: torch.Tensor) -> torch.Tensor:
-        """(B, V) fp32 logits at one local position per row, on the CPU; the labels of the batch are not read."""
+        """(B, V) fp32 logits at one local position per row, on the CPU; the labels of the batch are
+        not read.
+        """
         self.deepspeed.eval()
         try:
             logits_B1V = self.deepspeed(

@@ -1,8 +1,9 @@
 """Continuing texts with the model that is being trained, in any layout, by the likeliest token.
 
-Every data-parallel rank works on the same rows, without a key/value cache: under ZeRO-3 and expert parallelism all
-ranks have to take part in each forward pass anyway.  A row has one length throughout; what lies behind its end is not
-seen, since attention is causal.  The first data-parallel rank's choice counts on all ranks, so that none stops alone.
+Every data-parallel rank works on the same rows, without a key/value cache: under ZeRO-3 and expert
+parallelism all ranks have to take part in each forward pass anyway.  A row has one length
+throughout; what lies behind its end is not seen, since attention is causal.  The first
+data-parallel rank's choice counts on all ranks, so that none stops alone.
 
 Shape letters: B texts, T tokens of a row.
 """
@@ -36,7 +37,8 @@ def continue_texts(
         engine: The training engine.
         prompts: Tokens, at least one each.
         max_new_tokens: Tokens to add at most.
-        window: Keys that a window layer's query sees; a rank must hold as many tokens for the window exchange.
+        window: Keys that a window layer's query sees; a rank must hold as many tokens for the
+            window exchange.
         stop_ids: A text ends after one of these.
 
     Returns:
@@ -61,13 +63,17 @@ def continue_texts(
                 running[index] = chosen[index] not in stop_ids
         if not any(running):
             break
-    return [row[len(p) : end].tolist() for row, p, end in zip(tokens_BT, prompts, ends, strict=True)]
+    return [
+        row[len(p) : end].tolist() for row, p, end in zip(tokens_BT, prompts, ends, strict=True)
+    ]
 
 
 def _next_tokens(
     engine: TrainingEngine, topology: Topology, tokens_BT: npt.NDArray[np.int64], last: list[int]
 ) -> list[int]:
-    """The likeliest token after position `last` of each row, as the first data-parallel rank finds it."""
+    """The likeliest token after position `last` of each row, as the first data-parallel rank finds
+    it.
+    """
     seq_len = tokens_BT.shape[1]
     rows = [dataclasses.replace(filler_row(seq_len), input_ids=tokens_T) for tokens_T in tokens_BT]
     local = seq_len // topology.sp_size
@@ -76,5 +82,7 @@ def _next_tokens(
     batch = make_micro_batch(rows, [-1] * len(rows), topology)
     logits_BV = engine.next_token_logits(batch, at % local)
     found = torch.where(mine & (topology.dp_rank == 0), logits_BV.argmax(-1), 0)
-    dist.all_reduce(found, group=topology.control_group)  # one rank has a value for each row, the others 0
+    dist.all_reduce(
+        found, group=topology.control_group
+    )  # one rank has a value for each row, the others 0
     return [int(token) for token in found]

@@ -1,15 +1,16 @@
 """The base model's next-token distributions for the training rows of some sources, read by row.
 
-    folder: <source>.safetensors (`ids`: (tokens, k) int32, `log_p`: (tokens, k + 1) fp32), kl_targets.json
+    folder: <source>.safetensors (`ids`: (tokens, k) int32, `log_p`: (tokens, k + 1) fp32),
+        kl_targets.json
 
-A source's predicted tokens stand in the order of its rows, so that a row's part of both tensors follows from the row
-number; a rank reads the bytes of its own tokens and no others.  `cpt replay targets` writes the folder
-(cpt/offline/kl_target_writer.py).
+A source's predicted tokens stand in the order of its rows, so that a row's part of both tensors
+follows from the row number; a rank reads the bytes of its own tokens and no others.  `cpt replay
+targets` writes the folder (cpt/offline/kl_target_writer.py).
 
 Decisions
-    The sidecar names the hash of the base model's weight files, and for every source the hash of what its rows are made
-    of and the hash of its file.  An edit of another source leaves the targets good; other rows, another base model or
-    damaged files are refused before the first step.
+    The sidecar names the hash of the base model's weight files, and for every source the hash of
+    what its rows are made of and the hash of its file.  An edit of another source leaves the
+    targets good; other rows, another base model or damaged files are refused before the first step.
 """
 
 from __future__ import annotations
@@ -77,15 +78,23 @@ def read_sidecar(folder: Path) -> Sidecar:
     """
     path = folder / SIDECAR
     if not path.is_file():
-        raise ConfigError(f"train.kl_targets: {path} does not exist. Write the targets with cpt replay targets.")
+        raise ConfigError(
+            f"train.kl_targets: {path} does not exist. Write the targets with cpt replay targets."
+        )
     content = read_json(path)
     if content.pop("format_version", None) != FORMAT_VERSION:
-        raise ConfigError(f"{path}: not of format version {FORMAT_VERSION}. Write the targets again.")
+        raise ConfigError(
+            f"{path}: not of format version {FORMAT_VERSION}. Write the targets again."
+        )
     try:
-        sources = {name: TargetsOfSource(**source) for name, source in content.pop("sources").items()}
+        sources = {
+            name: TargetsOfSource(**source) for name, source in content.pop("sources").items()
+        }
         return Sidecar(**content, sources=sources)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not a sidecar of cpt replay targets ({error}). Write them again.") from error
+        raise ConfigError(
+            f"{path}: not a sidecar of cpt replay targets ({error}). Write them again."
+        ) from error
 
 
 def target_file(folder: Path, source: str) -> Path:
@@ -93,7 +102,9 @@ def target_file(folder: Path, source: str) -> Path:
     return folder / f"{source}.safetensors"
 
 
-def mismatches(sidecar: Sidecar, data: BuiltData, base_files: Sequence[Path], base_name: str) -> list[str]:
+def mismatches(
+    sidecar: Sidecar, data: BuiltData, base_files: Sequence[Path], base_name: str
+) -> list[str]:
     """Why these targets are not those of a run's data and base model.
 
     Args:
@@ -123,8 +134,11 @@ def mismatches(sidecar: Sidecar, data: BuiltData, base_files: Sequence[Path], ba
     return [*problems, "Write the targets again with cpt replay targets."] if problems else []
 
 
-def check_targets(folder: Path, data: BuiltData, base_files: Sequence[Path], base_name: str) -> None:
-    """Compare targets with a run, and their files with the sidecar; reads the weights and the targets once.
+def check_targets(
+    folder: Path, data: BuiltData, base_files: Sequence[Path], base_name: str
+) -> None:
+    """Compare targets with a run, and their files with the sidecar; reads the weights and the
+    targets once.
 
     Raises:
         ConfigError: they are of another model or of other rows.
@@ -146,7 +160,9 @@ def check_targets(folder: Path, data: BuiltData, base_files: Sequence[Path], bas
 class KLTargets:
     """Targets that `check_targets` found good, open for reading."""
 
-    def __init__(self, folder: Path, source_names: Sequence[str], row_tokens: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, source_names: Sequence[str], row_tokens: Mapping[str, Any]
+    ) -> None:
         """Open the files.
 
         Args:
@@ -156,8 +172,12 @@ class KLTargets:
         """
         sidecar = read_sidecar(folder)
         self._top_k = sidecar.top_k
-        self._numbers = {number: name for number, name in enumerate(source_names) if name in sidecar.sources}
-        self._files = {name: TensorFile(target_file(folder, name)) for name in self._numbers.values()}
+        self._numbers = {
+            number: name for number, name in enumerate(source_names) if name in sidecar.sources
+        }
+        self._files = {
+            name: TensorFile(target_file(folder, name)) for name in self._numbers.values()
+        }
         self._ends = {name: np.cumsum(row_tokens[name]) for name in self._numbers.values()}
 
     @property
@@ -165,7 +185,9 @@ class KLTargets:
         """Sources that have targets."""
         return list(self._numbers.values())
 
-    def of_rows(self, places: Sequence[tuple[int, int]], topology: Topology, seq_len: int) -> TopK | None:
+    def of_rows(
+        self, places: Sequence[tuple[int, int]], topology: Topology, seq_len: int
+    ) -> TopK | None:
         """The targets of this rank's tokens.
 
         Args:
@@ -187,16 +209,31 @@ class KLTargets:
             log_p_nK=torch.cat([log_p for _, _, log_p in parts]).to(topology.device),
         )
 
-    def _read(self, source: int, row: int, first: int, slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of slots [first, first + slots) of a row: which have a target, from `first` on; ids; log-probabilities."""
+    def _read(
+        self, source: int, row: int, first: int, slots: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of slots [first, first + slots) of a row: which have a target, from `first` on; ids;
+        log-probabilities.
+        """
         k = self._top_k
         name = self._numbers.get(source)
         begin = end = 0
         if name is not None:
-            row_begin, row_end = (int(self._ends[name][row - 1]) if row else 0), int(self._ends[name][row])
+            row_begin, row_end = (
+                (int(self._ends[name][row - 1]) if row else 0),
+                int(self._ends[name][row]),
+            )
             begin, end = row_begin + first, min(row_end, row_begin + first + slots)
         if name is None or begin >= end:
-            return torch.zeros(0, dtype=torch.int64), torch.zeros((0, k), dtype=torch.int32), torch.zeros((0, k + 1))
+            return (
+                torch.zeros(0, dtype=torch.int64),
+                torch.zeros((0, k), dtype=torch.int32),
+                torch.zeros((0, k + 1)),
+            )
         file = self._files[name]
         ids = file.elements("ids", begin * k, end * k).view(-1, k)
-        return torch.arange(end - begin), ids, file.elements("log_p", begin * (k + 1), end * (k + 1)).view(-1, k + 1)
+        return (
+            torch.arange(end - begin),
+            ids,
+            file.elements("log_p", begin * (k + 1), end * (k + 1)).view(-1, k + 1),
+        )

@@ -2,10 +2,11 @@
 
     global batch (row ids, a pure function of the step)
       -> rows of this data-parallel rank and micro step
-      -> inputs, labels and positions of this sequence-parallel rank's tokens + document bounds of the whole rows
+      -> inputs, labels and positions of this sequence-parallel rank's tokens + document bounds of
+      the whole rows
 
-Every rank reads what it needs from the memory-mapped shards itself; no data is broadcast.  Labels were shifted when
-the row was packed, so cutting a row between ranks loses no prediction.
+Every rank reads what it needs from the memory-mapped shards itself; no data is broadcast.  Labels
+were shifted when the row was packed, so cutting a row between ranks loses no prediction.
 
 Shape letters: B rows of the micro batch, T tokens of a row, S local tokens.
 """
@@ -46,7 +47,9 @@ class MicroBatch:
     """The base model's distribution for the tokens of some rows; None if there is none for any."""
 
 
-def rows_of_rank(batch: GlobalBatch, micro_step: int, micro_batch_size: int, topology: Topology) -> list[int]:
+def rows_of_rank(
+    batch: GlobalBatch, micro_step: int, micro_batch_size: int, topology: Topology
+) -> list[int]:
     """Positions in the global batch of this rank's rows in one micro step."""
     first = (micro_step * topology.dp_size + topology.dp_rank) * micro_batch_size
     return list(range(first, first + micro_batch_size))
@@ -70,7 +73,9 @@ def load_micro_batch(
     return replace(micro_batch, targets=kl_targets.of_rows(places, topology, data.seq_len))
 
 
-def make_micro_batch(rows: Sequence[PackedRow], row_labels: Sequence[int], topology: Topology) -> MicroBatch:
+def make_micro_batch(
+    rows: Sequence[PackedRow], row_labels: Sequence[int], topology: Topology
+) -> MicroBatch:
     """Cut rows to this rank's tokens and put them on its device."""
     seq_len = len(rows[0].input_ids)
     local = seq_len // topology.sp_size

@@ -43,7 +43,10 @@ def watch_drift(engine: TrainingEngine, run_dir: Path, *, untouched: bool) -> No
     else:
         log.warning("%s is missing: the drift of the routers is not measured", path)
         return
-    halves = zip(*([tensors[n] for n in parameters if n.endswith(kind)] for kind in (".weight", ".bias")), strict=True)
+    halves = zip(
+        *([tensors[n] for n in parameters if n.endswith(kind)] for kind in (".weight", ".bias")),
+        strict=True,
+    )
     engine.router_watch.original = list(halves)
 
 

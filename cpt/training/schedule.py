@@ -10,8 +10,9 @@ from cpt.config import TrainSection
 def learning_rate(step: int, train: TrainSection) -> float:
     """Learning rate of optimizer step `step` (0-based).
 
-    Linear warm-up reaches the peak at step `warmup_steps`; then `constant`, `cosine` to the floor at `total_steps`,
-    or `wsd`: stable until the last `decay_steps` steps, then linear to the floor (arXiv 2404.06395).
+    Linear warm-up reaches the peak at step `warmup_steps`; then `constant`, `cosine` to the floor
+    at `total_steps`, or `wsd`: stable until the last `decay_steps` steps, then linear to the floor
+    (arXiv 2404.06395).
     """
     floor = train.lr * train.min_lr_ratio
     if step < train.warmup_steps:
@@ -21,5 +22,7 @@ def learning_rate(step: int, train: TrainSection) -> float:
         return floor + (train.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     if train.schedule == "wsd":
         decayed = step - (train.total_steps - train.decay_steps)
-        return train.lr - (train.lr - floor) * max(0.0, min(1.0, (decayed + 1) / max(1, train.decay_steps)))
+        return train.lr - (train.lr - floor) * max(
+            0.0, min(1.0, (decayed + 1) / max(1, train.decay_steps))
+        )
     return train.lr

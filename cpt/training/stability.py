@@ -1,13 +1,15 @@
-"""What a loss and a gradient norm say about the run: sound, a spike, or not finite, and what follows.
+"""What a loss and a gradient norm say about the run: sound, a spike, or not finite, and what
+follows.
 
 A step that is not finite
-    counts as done: its rows are consumed, the schedule goes on, but no rank applies the update and Adam's step count
-    stays.  `LIMIT_IN_A_ROW` of them in a row ask for a rollback.
+    counts as done: its rows are consumed, the schedule goes on, but no rank applies the update and
+    Adam's step count stays.  `LIMIT_IN_A_ROW` of them in a row ask for a rollback.
 
 A spike
-    is a step whose loss and gradient norm both lie more than 6 standard deviations above the mean of the last 128
-    sound steps.  It is told, nothing else: a change of the mix also moves the loss.  It does not enter the windows,
-    so the next normal step is not measured against it; after `NEW_LEVEL` spikes in a row they are the new normal.
+    is a step whose loss and gradient norm both lie more than 6 standard deviations above the mean
+    of the last 128 sound steps.  It is told, nothing else: a change of the mix also moves the loss.
+     It does not enter the windows, so the next normal step is not measured against it; after
+     `NEW_LEVEL` spikes in a row they are the new normal.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class Limits:
 
 
 class Stability:
-    """The windows and counters of one run; the same on every rank, because they see reduced values only."""
+    """The windows and counters of one run; the same on every rank, because they see reduced values
+    only.
+    """
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
         self.restore(state)
@@ -49,7 +53,9 @@ class Stability:
         plain = state or {}
         self._losses: list[float] = list(plain.get("losses", []))
         self._norms: list[float] = list(plain.get("grad_norms", []))
-        self._spikes: list[tuple[float, float]] = [(loss, norm) for loss, norm in plain.get("spikes", [])]
+        self._spikes: list[tuple[float, float]] = [
+            (loss, norm) for loss, norm in plain.get("spikes", [])
+        ]
         self.skipped_in_a_row = int(plain.get("skipped_in_a_row", 0))
         """Steps without an update since the last one with."""
         self.skipped_total = int(plain.get("skipped_total", 0))
@@ -82,7 +88,9 @@ class Stability:
         if loss > limits.loss and grad_norm > limits.grad_norm:
             self._spikes.append((loss, grad_norm))
             if len(self._spikes) >= NEW_LEVEL:
-                self._losses, self._norms = ([*column] for column in zip(*self._spikes, strict=True))
+                self._losses, self._norms = (
+                    [*column] for column in zip(*self._spikes, strict=True)
+                )
                 self._spikes = []
             return "spike"
         self._spikes = []

@@ -1,13 +1,14 @@
 """A look at the text itself: is each source what its label says, and in what state is it?
 
-    texts of a source -> language, damage, lengths, tokens, copies -> figures per source -> table and page (audit_page)
+    texts of a source -> language, damage, lengths, tokens, copies -> figures per source -> table
+    and page (audit_page)
 
 Decisions
-    The input is read as `build` reads it, but nothing is written.  Up to `limit` documents of each source are taken,
-    spread evenly over its units, so a large source costs no more than a small one.
-    Only a wrong language fails an audit: the other figures need a person.
-    Normalisation damage is what NFKC, which people apply without looking, would do to a source: shown whether or not
-    the mix asks for it.
+    The input is read as `build` reads it, but nothing is written.  Up to `limit` documents of each
+    source are taken, spread evenly over its units, so a large source costs no more than a small
+    one. Only a wrong language fails an audit: the other figures need a person.
+    Normalisation damage is what NFKC, which people apply without looking, would do to a source:
+    shown whether or not the mix asks for it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ _MOJIBAKE = re.compile(
 )
 """Replacement characters; UTF-8 read as Latin-1 or Windows-1252; UTF-8 read as Shift-JIS."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
-_LOST_BY_NFKC = re.compile("[\u00b2\u00b3\u00b9\u2070-\u209c\u00bc-\u00be\u2150-\u215e\u3300-\u33ff\u32c0-\u32fe]")
+_LOST_BY_NFKC = re.compile(
+    "[\u00b2\u00b3\u00b9\u2070-\u209c\u00bc-\u00be\u2150-\u215e\u3300-\u33ff\u32c0-\u32fe]"
+)
 """Raised and lowered digits, fractions, squared words: NFKC takes their meaning."""
 
 
@@ -120,11 +123,24 @@ class Audit:
 
     def describe(self) -> str:
         """A table for people."""
-        header = ("source", "label", "documents", "mislabelled", "mojibake", "control", "copies", "rejected")
+        header = (
+            "source",
+            "label",
+            "documents",
+            "mislabelled",
+            "mojibake",
+            "control",
+            "copies",
+            "rejected",
+        )
         rows = [
             (
                 *(s.name, s.language, f"{s.documents:,}"),
-                *(_share(s.mislabelled, s.judged), _share(s.mojibake, s.documents), _share(s.control, s.documents)),
+                *(
+                    _share(s.mislabelled, s.judged),
+                    _share(s.mojibake, s.documents),
+                    _share(s.control, s.documents),
+                ),
                 *(_share(s.duplicates, s.documents), _share(s.rejected, s.documents + s.rejected)),
                 *(f"{s.tokens_per_character:.3f}", _share(s.nfkc_changed, s.documents)),
                 _share(s.nfkc_damaged, s.documents),
@@ -202,5 +218,7 @@ def _share(count: int, total: int) -> str:
 
 
 def _most(source: SourceAudit) -> str:
-    others = [(name, count) for name, count in source.languages.most_common() if name != source.language]
+    others = [
+        (name, count) for name, count in source.languages.most_common() if name != source.language
+    ]
     return ", ".join(f"{name} ({count})" for name, count in others[:3])

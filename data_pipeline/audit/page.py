@@ -46,16 +46,31 @@ def audit_page(audit: Audit) -> str:
 def _table(audit: Audit) -> str:
     header, *rows = _cells(audit)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _cells(audit: Audit) -> list[list[str]]:
-    header = ["source", "label", "documents", "mislabelled", "mojibake", "control", "copies", "rejected", "tokens"]
+    header = [
+        "source",
+        "label",
+        "documents",
+        "mislabelled",
+        "mojibake",
+        "control",
+        "copies",
+        "rejected",
+        "tokens",
+    ]
     rows = []
     for s in audit.sources:
         counts = (s.mojibake, s.control, s.duplicates)
-        shares = [f"{s.mislabelled_share:.2%}", *(f"{count / max(s.documents, 1):.2%}" for count in counts)]
+        shares = [
+            f"{s.mislabelled_share:.2%}",
+            *(f"{count / max(s.documents, 1):.2%}" for count in counts),
+        ]
         rejected = f"{s.rejected / max(s.documents + s.rejected, 1):.2%}"
         rows.append([s.name, s.language, f"{s.documents:,}", *shares, rejected, f"{s.tokens:,}"])
     return [header, *rows]
@@ -63,9 +78,12 @@ def _cells(audit: Audit) -> list[list[str]]:
 
 def _source(source: SourceAudit) -> str:
     languages = [
-        Bar(name, count, f"{count:,}", alarm=name != source.language) for name, count in source.languages.most_common(8)
+        Bar(name, count, f"{count:,}", alarm=name != source.language)
+        for name, count in source.languages.most_common(8)
     ]
-    charts = columns("Documents by characters", source.lengths, [_short(edge) for edge in LENGTH_EDGES])
+    charts = columns(
+        "Documents by characters", source.lengths, [_short(edge) for edge in LENGTH_EDGES]
+    )
     if languages:
         charts += bars("Language found, documents", languages, 480)
     facts = [
@@ -83,4 +101,10 @@ def _source(source: SourceAudit) -> str:
 
 
 def _short(number: int) -> str:
-    return f"{number // 2**20}M" if number >= 2**20 else f"{number // 1024}k" if number >= 1024 else str(number)
+    return (
+        f"{number // 2**20}M"
+        if number >= 2**20
+        else f"{number // 1024}k"
+        if number >= 1024
+        else str(number)
+    )

@@ -9,11 +9,11 @@
                                         +-> manifest, written last
 
 Decisions
-    Everything is written into a hidden sibling directory and renamed at the end, so a directory under the final name
-    is complete.  Parts that a killed build has finished are used by the next one; a lock keeps two builds apart.
-    Units, and with them the output, do not depend on the number of processes or machines.
-    Shards may hold copies; a document in no row is never read.  What is trained on, and what is held out, is decided
-    from content alone, before any row exists.
+    Everything is written into a hidden sibling directory and renamed at the end, so a directory
+    under the final name is complete.  Parts that a killed build has finished are used by the next
+    one; a lock keeps two builds apart. Units, and with them the output, do not depend on the number
+    of processes or machines. Shards may hold copies; a document in no row is never read.  What is
+    trained on, and what is held out, is decided from content alone, before any row exists.
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ from data_pipeline.config.schema import MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import PARTIAL_SUFFIX, atomic_write, sync_directory, xxh3_of
-from data_pipeline.store.manifest import FILE_NAME, FORMAT_VERSION, Manifest, check_files, read_manifest
+from data_pipeline.store.manifest import (
+    FILE_NAME,
+    FORMAT_VERSION,
+    Manifest,
+    check_files,
+    read_manifest,
+)
 from data_pipeline.text.tokenizer import RANKS_SHA256
 
 _WORK_FILE = "work.json"
@@ -53,7 +59,8 @@ def build(mix: MixConfig, out_dir: Path | str, progress: bool = True, workers: i
         workers: processes; the output is the same for every number.
 
     Raises:
-        DataError: input that cannot be used, another mix in `out_dir`, or another build at work there.
+        DataError: input that cannot be used, another mix in `out_dir`, or another build at work
+            there.
     """
     out_dir = Path(out_dir).absolute()
     wanted = fingerprint(mix)
@@ -76,8 +83,11 @@ def build(mix: MixConfig, out_dir: Path | str, progress: bool = True, workers: i
     return manifest
 
 
-def build_share(mix: MixConfig, out_dir: Path | str, index: int, count: int, workers: int = 1) -> int:
-    """Make every `count`-th part, from part `index` on, for a later `build` of the same mix to finish.
+def build_share(
+    mix: MixConfig, out_dir: Path | str, index: int, count: int, workers: int = 1
+) -> int:
+    """Make every `count`-th part, from part `index` on, for a later `build` of the same mix to
+    finish.
 
     Returns:
         Parts made now or before.
@@ -93,15 +103,25 @@ def build_share(mix: MixConfig, out_dir: Path | str, index: int, count: int, wor
         if (out_dir / FILE_NAME).exists():
             _existing(out_dir, wanted)
             return 0
-        if work_dir.exists() and (work_dir / _WORK_FILE).exists() and not _holds_work(work_dir, wanted):
-            raise DataError(f"{work_dir}: holds parts of another mix or of other input files. Delete it first.")
-        parts = [part for source in _prepare(work_dir, mix, wanted) for part in source][index::count]
+        if (
+            work_dir.exists()
+            and (work_dir / _WORK_FILE).exists()
+            and not _holds_work(work_dir, wanted)
+        ):
+            raise DataError(
+                f"{work_dir}: holds parts of another mix or of other input files. Delete it first."
+            )
+        parts = [part for source in _prepare(work_dir, mix, wanted) for part in source][
+            index::count
+        ]
         _make_parts(parts, True, workers)
         return len(parts)
 
 
 def fingerprint(mix: MixConfig) -> str:
-    """Hex sha256 of everything that decides the tokens and rows: not weights, seed, labels or guard domains."""
+    """Hex sha256 of everything that decides the tokens and rows: not weights, seed, labels or guard
+    domains.
+    """
     content = {
         "format_version": FORMAT_VERSION,
         "seq_len": mix.seq_len,
@@ -117,7 +137,16 @@ def fingerprint(mix: MixConfig) -> str:
 
 def _source_content(source: SourceConfig) -> dict[str, object]:
     keys = (
-        *("name", "format", "text_field", "template", "normalise", "held_out_share", "num_documents", "mean_tokens"),
+        *(
+            "name",
+            "format",
+            "text_field",
+            "template",
+            "normalise",
+            "held_out_share",
+            "num_documents",
+            "mean_tokens",
+        ),
         *("dataset", "revision", "subset", "split", "build_sources", "kind"),
     )
     files = [[path.name, path.stat().st_size, _file_hash(path)] for path in source.files()]
@@ -137,7 +166,9 @@ def _hash_unchanged(path: Path, size: int, modified_ns: int, inode: int) -> str:
 
 
 def default_build_dir(mix: MixConfig, root: Path | str) -> Path:
-    """`root/<name of the mix>-<fingerprint, 10 digits>`: another mix or input never reuses a stale build."""
+    """`root/<name of the mix>-<fingerprint, 10 digits>`: another mix or input never reuses a stale
+    build.
+    """
     return Path(root) / f"{mix.name}-{fingerprint(mix)[:10]}"
 
 
@@ -189,7 +220,12 @@ def _make_parts(parts: list[Part], progress: bool, workers: int) -> None:
     total, done = sum(p.unit.size_bytes for p in parts), sum(p.unit.size_bytes for p in missing)
     tokens = 0
     bar = tqdm.tqdm(
-        total=total, initial=total - done, unit="B", unit_scale=True, desc="build", disable=None if progress else True
+        total=total,
+        initial=total - done,
+        unit="B",
+        unit_scale=True,
+        desc="build",
+        disable=None if progress else True,
     )
     with bar:
         for part, account in spread(make_part, missing, workers):
@@ -208,15 +244,21 @@ def _locked(out_dir: Path, kind: int) -> Iterator[None]:
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise DataError(f"{out_dir}: another process is building it. Wait for that one.") from None
+                raise DataError(
+                    f"{out_dir}: another process is building it. Wait for that one."
+                ) from None
             yield
     except PermissionError as error:
-        raise DataError(f"{error.filename}: cannot be written ({error.strerror}). Choose another --out.") from error
+        raise DataError(
+            f"{error.filename}: cannot be written ({error.strerror}). Choose another --out."
+        ) from error
 
 
 def _existing(out_dir: Path, wanted: str) -> Manifest:
     if not (out_dir / FILE_NAME).exists():
-        raise DataError(f"{out_dir}: exists and holds something else than a build. Choose another --out.")
+        raise DataError(
+            f"{out_dir}: exists and holds something else than a build. Choose another --out."
+        )
     manifest = read_manifest(out_dir)
     if manifest.fingerprint != wanted:
         raise DataError(

@@ -1,15 +1,16 @@
 """Training documents that hold a piece of a held-out document.
 
 Decisions
-    A run of `length` equal tokens counts (Lee et al., arXiv 2107.06499, use 50): a short held-out text inside a long
-    document is found, a common phrase is not.
-    A run that more than MAX_COMMON training documents have is a stock text, such as a licence or a colophon, and does
-    not count (Brown et al., arXiv 2005.14165, appendix C, ignore runs in more than 10 documents).  Shards are therefore
-    searched twice: first runs are counted, then documents are marked.
-    A stock text with a few tokens beside it that happen to agree is still one.  Runs of `length` - EDGE_TOKENS tokens
-    are looked up, and more than EDGE_TOKENS of them in a row, none of them common, mark a document.
-    All runs of the held-out documents are kept as sorted 64-bit hashes, with a bitmap before them that turns nearly all
-    runs of the training documents away.  Held-out sets are small; their size bounds the memory.
+    A run of `length` equal tokens counts (Lee et al., arXiv 2107.06499, use 50): a short held-out
+    text inside a long document is found, a common phrase is not.
+    A run that more than MAX_COMMON training documents have is a stock text, such as a licence or a
+    colophon, and does not count (Brown et al., arXiv 2005.14165, appendix C, ignore runs in more
+    than 10 documents).  Shards are therefore searched twice: first runs are counted, then documents
+    are marked. A stock text with a few tokens beside it that happen to agree is still one.  Runs of
+    `length` - EDGE_TOKENS tokens are looked up, and more than EDGE_TOKENS of them in a row, none of
+    them common, mark a document. All runs of the held-out documents are kept as sorted 64-bit
+    hashes, with a bitmap before them that turns nearly all runs of the training documents away.
+    Held-out sets are small; their size bounds the memory.
 """
 
 from __future__ import annotations
@@ -69,7 +70,11 @@ class HeldOutRuns:
         candidates = np.flatnonzero(self.bitmap[_leading(windows)])
         numbers = np.searchsorted(self.hashes, windows[candidates])
         numbers = np.minimum(numbers, max(len(self.hashes) - 1, 0))
-        equal = self.hashes[numbers] == windows[candidates] if len(candidates) else np.zeros(0, dtype=bool)
+        equal = (
+            self.hashes[numbers] == windows[candidates]
+            if len(candidates)
+            else np.zeros(0, dtype=bool)
+        )
         return candidates[equal], numbers[equal]
 
 
@@ -86,7 +91,9 @@ def count_runs(tokens: Tokens, offsets: Integers, train: Mask, runs: HeldOutRuns
     seen_last = np.full(len(runs.hashes), -1, np.int64)
     for documents, numbers in _hits(tokens, offsets, runs):
         documents, numbers = np.divmod(np.unique(documents * len(counts) + numbers), len(counts))
-        new = train[documents] & (seen_last[numbers] != documents)  # a document that two blocks share counts once
+        new = train[documents] & (
+            seen_last[numbers] != documents
+        )  # a document that two blocks share counts once
         np.add.at(counts, numbers[new], 1)
         np.maximum.at(seen_last, numbers[new], documents[new])
     return counts
@@ -103,12 +110,16 @@ def contaminated(tokens: Tokens, offsets: Integers, runs: HeldOutRuns) -> Mask:
 def _hits(
     tokens: Tokens, offsets: Integers, runs: HeldOutRuns, in_a_row: int = 1
 ) -> Iterator[tuple[Integers, Integers]]:
-    """(documents, runs) that meet, block by block; only where `in_a_row` places in a row are hits."""
+    """(documents, runs) that meet, block by block; only where `in_a_row` places in a row are
+    hits.
+    """
     if not len(runs.hashes):
         return
     for start in range(0, len(tokens), _BLOCK_TOKENS):
         # blocks overlap by what a hit at their end needs
-        places, numbers = runs.find(tokens[start : start + _BLOCK_TOKENS + runs.window + in_a_row - 2])
+        places, numbers = runs.find(
+            tokens[start : start + _BLOCK_TOKENS + runs.window + in_a_row - 2]
+        )
         if in_a_row > 1:
             ends = places[in_a_row - 1 :]
             whole = ends - places[: len(ends)] == in_a_row - 1

@@ -1,16 +1,20 @@
 """Which documents are held out, which are trained on, and which are copies of another.
 
 Decisions
-    Everything follows from the content hash of a document, so a copy shares the fate of its original, wherever it
-    stands and however often.  Stages, in order of precedence:
-      1. held out: the hash falls below the source's held_out_share.  The choice depends on the text alone: not on
-         order, other documents, the seed or the epoch.  The first source in the mix that holds a text out keeps it.
-      2. never trained: a text that any source holds out is dropped from the training documents of all sources.
+    Everything follows from the content hash of a document, so a copy shares the fate of its
+    original, wherever it stands and however often.  Stages, in order of precedence:
+      1. held out: the hash falls below the source's held_out_share.  The choice depends on the text
+      alone: not on
+         order, other documents, the seed or the epoch.  The first source in the mix that holds a
+         text out keeps it.
+      2. never trained: a text that any source holds out is dropped from the training documents of
+      all sources.
       3. duplicate: of equal texts the first one, in the order of the mix, is trained on.
-    A source of at least two documents that is to hold some out holds out at least one and keeps at least one: if the
-    hash would not have it so, the documents with the smallest or the largest hash move.
-    Equal hashes meet in buckets by their leading bits, one bucket in memory at a time, so memory does not grow with
-    the corpus but for one byte a document; the hashes themselves may be memory maps.
+    A source of at least two documents that is to hold some out holds out at least one and keeps at
+    least one: if the hash would not have it so, the documents with the smallest or the largest hash
+    move. Equal hashes meet in buckets by their leading bits, one bucket in memory at a time, so
+    memory does not grow with the corpus but for one byte a document; the hashes themselves may be
+    memory maps.
 """
 
 from __future__ import annotations
@@ -122,7 +126,9 @@ def assign(hashes: Sequence[Hashes], shares: Sequence[float]) -> list[Assignment
     bits = max(0, (sum(map(len, hashes)) // BUCKET_DOCUMENTS).bit_length())
     for bucket in range(1 << bits):
         chosen = [_in_bucket(values, bucket, bits) for values in hashes]
-        keys = np.concatenate([values[numbers] for values, numbers in zip(hashes, chosen, strict=True)])
+        keys = np.concatenate(
+            [values[numbers] for values, numbers in zip(hashes, chosen, strict=True)]
+        )
         flags = np.concatenate([mask[numbers] for mask, numbers in zip(held, chosen, strict=True)])
         found = _fates(keys, flags)
         ends = np.cumsum([len(numbers) for numbers in chosen])[:-1]
@@ -138,14 +144,18 @@ def _in_bucket(hashes: Hashes, bucket: int, bits: int) -> Indices:
 
 
 def _fates(keys: Hashes, held: npt.NDArray[np.bool_]) -> Fates:
-    """Fates of documents in the order of the mix; `held` marks those whose source holds them out."""
+    """Fates of documents in the order of the mix; `held` marks those whose source holds them
+    out.
+    """
     fates = np.full(len(keys), Fate.DUPLICATE, np.uint8)
     if not len(keys):
         return fates
     order = np.lexsort((np.arange(len(keys)), keys["low"], keys["high"]))
     ordered = keys[order]
     new = np.ones(len(keys), dtype=bool)
-    new[1:] = (ordered["high"][1:] != ordered["high"][:-1]) | (ordered["low"][1:] != ordered["low"][:-1])
+    new[1:] = (ordered["high"][1:] != ordered["high"][:-1]) | (
+        ordered["low"][1:] != ordered["low"][:-1]
+    )
     starts = np.flatnonzero(new)
     groups = np.cumsum(new) - 1
     group_held = np.logical_or.reduceat(held[order], starts)

@@ -1,8 +1,8 @@
 """Parts -> a finished build: what becomes of each document, packed rows, manifest.
 
 Decisions
-    This stage sees all documents and runs once, in one process; only the search for held-out text is spread.
-    It needs some tens of bytes of memory a document, never their text or tokens.
+    This stage sees all documents and runs once, in one process; only the search for held-out text
+    is spread. It needs some tens of bytes of memory a document, never their text or tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ import numpy.typing as npt
 
 from data_pipeline.build.decontamination import HeldOutRuns, contaminated, count_runs
 from data_pipeline.build.deduplication import HASH_DTYPE, Assignment, Fate, Indices, assign
-from data_pipeline.build.guard_sets import check_dropped, check_guard_sets, copied, held_out_hash, runs_found
+from data_pipeline.build.guard_sets import (
+    check_dropped,
+    check_guard_sets,
+    copied,
+    held_out_hash,
+    runs_found,
+)
 from data_pipeline.build.near_duplicates import mark_near_duplicates
 from data_pipeline.build.part import Account, Part, read_account, read_hashes, read_signatures
 from data_pipeline.build.self_replay import base_model_of
@@ -52,7 +58,9 @@ class Stored:
     """Copies left out of the shards."""
 
 
-def finish(work_dir: Path, mix: MixConfig, wanted: str, parts: Sequence[Sequence[Part]], workers: int) -> Manifest:
+def finish(
+    work_dir: Path, mix: MixConfig, wanted: str, parts: Sequence[Sequence[Part]], workers: int
+) -> Manifest:
     """Turn the parts in `work_dir` into a whole build in its folder `build`.
 
     Raises:
@@ -66,7 +74,10 @@ def finish(work_dir: Path, mix: MixConfig, wanted: str, parts: Sequence[Sequence
     _check_assignments(mix, assignments)
     directory = work_dir / "build"
     (directory / FILE_NAME).unlink(missing_ok=True)  # of a build killed just before the end
-    entries = tuple(_pack_source(directory, mix, *one) for one in zip(stored, assignments, held_out, strict=True))
+    entries = tuple(
+        _pack_source(directory, mix, *one)
+        for one in zip(stored, assignments, held_out, strict=True)
+    )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=wanted,
@@ -96,7 +107,11 @@ def _gather(source: SourceConfig, parts: Sequence[Part]) -> Stored:
         tally.add(account.tally, lines)
         lines, paths = lines + account.tally.lines, part.unit.paths
         accounts.append(account)
-    full = [(part, account) for part, account in zip(parts, accounts, strict=True) if account.num_documents]
+    full = [
+        (part, account)
+        for part, account in zip(parts, accounts, strict=True)
+        if account.num_documents
+    ]
     return Stored(
         source=source,
         parts=[part for part, _ in full],
@@ -135,14 +150,18 @@ def _assign(
     assignments = assign(hashes, [source.held_out_share for source in mix.sources])
     held_out = [
         _HeldOut(hash=held_out_hash(values, assignment), found=found)
-        for values, assignment, found in zip(hashes, assignments, copied(hashes, assignments), strict=True)
+        for values, assignment, found in zip(
+            hashes, assignments, copied(hashes, assignments), strict=True
+        )
     ]
     del hashes
     if mix.near_duplicates > 0:
         real = [n for n, s in enumerate(stored) if s.source.format != "mock"]
         fates = np.concatenate([np.zeros(0, np.uint8), *(assignments[n].fates for n in real)])
         mark_near_duplicates(
-            fates, [read_signatures(part) for n in real for part in stored[n].parts], mix.near_duplicates
+            fates,
+            [read_signatures(part) for n in real for part in stored[n].parts],
+            mix.near_duplicates,
         )
         ends = np.cumsum([len(assignments[n].fates) for n in real])[:-1]
         for number, values in zip(real, np.split(fates, ends) if real else [], strict=True):
@@ -160,8 +179,13 @@ def _decontaminate(
     work_dir: Path,
     workers: int,
 ) -> None:
-    """Turn TRAIN into CONTAMINATED where a document shares a run with a held-out one, and note which ones those are."""
-    held = [_held_out_texts(source, assignment) for source, assignment in zip(stored, assignments, strict=True)]
+    """Turn TRAIN into CONTAMINATED where a document shares a run with a held-out one, and note
+    which ones those are.
+    """
+    held = [
+        _held_out_texts(source, assignment)
+        for source, assignment in zip(stored, assignments, strict=True)
+    ]
     if not any(held):
         return
     real = [(s, a) for s, a in zip(stored, assignments, strict=True) if s.source.format != "mock"]
@@ -172,20 +196,29 @@ def _decontaminate(
         ends = np.cumsum([account.num_documents for account in source.accounts])[:-1]
         masks = np.split(assignment.fates == Fate.TRAIN, ends)
         paths = [part.shard_path for part in source.parts]
-        jobs += [_Scan(path, mask, work_dir, runs.window) for path, mask in zip(paths, masks, strict=True)]
+        jobs += [
+            _Scan(path, mask, work_dir, runs.window)
+            for path, mask in zip(paths, masks, strict=True)
+        ]
     _save_runs(work_dir, runs)
-    counts = sum((found for _, found in spread(_count, jobs, workers)), np.zeros(len(runs.hashes), np.int64))
+    counts = sum(
+        (found for _, found in spread(_count, jobs, workers)), np.zeros(len(runs.hashes), np.int64)
+    )
     _save_runs(work_dir, runs.without_common(counts))
     marked = {job.shard_path: found for job, found in spread(_mark, jobs, workers)}
     for source, assignment in real:
         hits = np.concatenate([marked[part.shard_path] for part in source.parts])
         assignment.fates[hits & (assignment.fates == Fate.TRAIN)] = Fate.CONTAMINATED
     for texts, one in zip(held, held_out, strict=True):
-        one.found[: len(texts)] |= np.array([runs_found(text, runs, counts) for text in texts], dtype=bool)
+        one.found[: len(texts)] |= np.array(
+            [runs_found(text, runs, counts) for text in texts], dtype=bool
+        )
 
 
 def _held_out_texts(stored: Stored, assignment: Assignment) -> list[Tokens]:
-    """Tokens of each held-out document, without the last one, and without what all conversations begin with."""
+    """Tokens of each held-out document, without the last one, and without what all conversations
+    begin with.
+    """
     if not len(assignment.held_out) or stored.source.format == "mock":
         return []
     shards = _shards(stored)
@@ -242,7 +275,9 @@ def _check_assignments(mix: MixConfig, assignments: Sequence[Assignment]) -> Non
                 f"{assignment.count(Fate.NEAR_DUPLICATE)} are near copies, {assignment.count(Fate.CONTAMINATED)} share "
                 f"{mix.decontaminate_tokens} tokens with a held-out document)."
             )
-    held = {source.name: len(a.held_out) for source, a in zip(mix.sources, assignments, strict=True)}
+    held = {
+        source.name: len(a.held_out) for source, a in zip(mix.sources, assignments, strict=True)
+    }
     for domain in mix.guard_domains():
         if not sum(held[name] for name in domain.sources):
             raise DataError(
@@ -262,7 +297,9 @@ def _pack_source(
     """Pack one source's training and held-out documents and describe it."""
     shards, source = _shards(stored), stored.source
     train, held_out = (
-        _pack_split(directory / source.name / split, documents, shards.document_tokens[documents], mix)
+        _pack_split(
+            directory / source.name / split, documents, shards.document_tokens[documents], mix
+        )
         for split, documents in zip(SPLITS, (assignment.train, assignment.held_out), strict=True)
     )
     return SourceEntry(
@@ -289,7 +326,9 @@ def _pack_source(
     )
 
 
-def _pack_split(directory: Path, documents: Indices, document_tokens: Indices, mix: MixConfig) -> PackedRows:
+def _pack_split(
+    directory: Path, documents: Indices, document_tokens: Indices, mix: MixConfig
+) -> PackedRows:
     rows = pack(documents, document_tokens, mix.seq_len, mix.packing)
     directory.mkdir(exist_ok=True)
     for name in ARRAY_NAMES:

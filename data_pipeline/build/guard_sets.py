@@ -1,9 +1,9 @@
 """Held-out text as a measuring device: is there enough of it, and was it in the training text?
 
 Decisions
-    Training text that holds a held-out document is dropped; what is counted here is how much that was.  A training
-    source that is mostly held-out text is refused: then the guard files are a copy of it, and dropping would leave
-    little to train on.
+    Training text that holds a held-out document is dropped; what is counted here is how much that
+    was.  A training source that is mostly held-out text is refused: then the guard files are a copy
+    of it, and dropping would leave little to train on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def held_out_hash(hashes: Hashes, assignment: Assignment) -> str:
 
 
 def copied(hashes: Sequence[Hashes], assignments: Sequence[Assignment]) -> list[Mask]:
-    """For each source and each of its held-out documents whether another source had a copy of it to train on."""
+    """For each source and each of its held-out documents whether another source had a copy of it to
+    train on.
+    """
     copies = [h[a.numbers(Fate.HELD_OUT_COPY)] for h, a in zip(hashes, assignments, strict=True)]
     known = {value.tobytes() for values in copies for value in values}
     return [
@@ -67,7 +69,10 @@ def check_dropped(mix: MixConfig, assignments: Sequence[Assignment]) -> None:
     """
     problems = []
     for source, assignment in zip(mix.sources, assignments, strict=True):
-        dropped, left = assignment.num_held_out_copies + assignment.count(Fate.CONTAMINATED), len(assignment.train)
+        dropped, left = (
+            assignment.num_held_out_copies + assignment.count(Fate.CONTAMINATED),
+            len(assignment.train),
+        )
         if source.weight > 0 and dropped > MAX_DROPPED_SHARE * (dropped + left):
             problems.append(
                 f"source '{source.name}': {dropped} of {dropped + left} training documents are, or hold, text that "

@@ -1,14 +1,16 @@
 """Near copies: MinHash signatures, and which documents they make copies of which.
 
-    tokens -> 5-token shingles -> signature of 128 numbers (rensa) -> 32 bands of 4 -> candidates -> similar enough?
+    tokens -> 5-token shingles -> signature of 128 numbers (rensa) -> 32 bands of 4 -> candidates ->
+    similar enough?
 
 Decisions
     Shingles are runs of tokens: Japanese has no spaces, and the tokens are there anyway.
-    Two documents meet if a band is equal (probability above 0.999 at similarity 0.8) and count as near copies if at
-    least `threshold` of their 128 numbers agree, an estimate of their Jaccard similarity (Broder 1997).
-    Near copies form groups.  The first document of a group, in the order of the mix, is trained on, unless one of the
-    group is held out: then none is.
-    Bands are compared one after the other, so memory holds one number per document and band, not the signatures.
+    Two documents meet if a band is equal (probability above 0.999 at similarity 0.8) and count as
+    near copies if at least `threshold` of their 128 numbers agree, an estimate of their Jaccard
+    similarity (Broder 1997). Near copies form groups.  The first document of a group, in the order
+    of the mix, is trained on, unless one of the group is held out: then none is.
+    Bands are compared one after the other, so memory holds one number per document and band, not
+    the signatures.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ Indices = npt.NDArray[np.int64]
 
 def window_hashes(tokens: Tokens, length: int) -> npt.NDArray[np.uint64]:
     """One 64-bit hash for each run of `length` tokens (polynomial, modulo 2^64, then scattered)."""
-    values = tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0xD1B54A32D192ED03)
+    values = tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
+        0xD1B54A32D192ED03
+    )
     values ^= values >> np.uint64(29)
     base = 0xBF58476D1CE4E5B9
     # windows of 1, 2, 4, ... put together to one of `length`
@@ -48,7 +52,9 @@ def window_hashes(tokens: Tokens, length: int) -> npt.NDArray[np.uint64]:
                 count = min(len(result), len(values) - done)
                 if count <= 0:
                     return np.zeros(0, np.uint64)
-                result = result[:count] * np.uint64(pow(base, size, 2**64)) + values[done : done + count]
+                result = (
+                    result[:count] * np.uint64(pow(base, size, 2**64)) + values[done : done + count]
+                )
             done += size
         if size * 2 > length:
             break
@@ -63,11 +69,14 @@ def window_hashes(tokens: Tokens, length: int) -> npt.NDArray[np.uint64]:
 
 
 def signatures(documents: Sequence[Tokens]) -> Signatures:
-    """[documents, NUM_HASHES] MinHash signatures; a document shorter than a shingle is padded to one."""
+    """[documents, NUM_HASHES] MinHash signatures; a document shorter than a shingle is padded to
+    one.
+    """
     if not documents:
         return np.zeros((0, NUM_HASHES), np.uint32)
     padded = [
-        d if len(d) >= SHINGLE_TOKENS else np.pad(d, (0, SHINGLE_TOKENS - len(d)), mode="edge") for d in documents
+        d if len(d) >= SHINGLE_TOKENS else np.pad(d, (0, SHINGLE_TOKENS - len(d)), mode="edge")
+        for d in documents
     ]
     lengths = np.array([len(tokens) for tokens in padded])
     # all documents at once; windows that span two of them are taken out again

@@ -1,12 +1,14 @@
-"""One unit of a source -> one token shard, with all that the end of the build needs to know about its documents.
+"""One unit of a source -> one token shard, with all that the end of the build needs to know about
+its documents.
 
     texts of a unit -> content hashes -> seen in this unit? -> tokens -> shard
                                                                  |
                                                                  +-> MinHash signatures
 
 Decisions
-    A part is complete if and only if its account (JSON) is there: it is written last.  A rerun makes what is missing.
-    Nothing here depends on other units, so parts may be made in any order, by any number of processes or machines.
+    A part is complete if and only if its account (JSON) is there: it is written last.  A rerun
+    makes what is missing. Nothing here depends on other units, so parts may be made in any order,
+    by any number of processes or machines.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from data_pipeline.text.harmony import Conversation, body
 from data_pipeline.text.tokenizer import Tokens, encode
 
 MAX_SEEN = 1 << 20
-"""Content hashes kept to find copies within a unit; those further apart are found at the end of the build."""
+"""Content hashes kept to find copies within a unit; those further apart are found at the end of the
+build.
+"""
 SIGNATURE_TOKENS = 1 << 17
 """Tokens whose signatures are computed at once."""
 
@@ -128,7 +132,9 @@ def make_part(part: Part) -> Account:
         shard_bytes=part.shard_path.stat().st_size if first is not None else 0,
         shard_sha256=sha256_of(part.shard_path) if first is not None else "",
     )
-    value: dict[str, Any] = {field.name: getattr(account, field.name) for field in dataclasses.fields(account)}
+    value: dict[str, Any] = {
+        field.name: getattr(account, field.name) for field in dataclasses.fields(account)
+    }
     value["tally"] = tally.to_json()
     with atomic_write(part.side_path("json")) as file:
         file.write(json.dumps(value).encode("ascii"))
@@ -177,7 +183,9 @@ class _Maker:
         self._sign()
         return np.concatenate([np.zeros((0, NUM_HASHES), np.uint32), *self._signatures])
 
-    def _contents(self, tally: Tally) -> Iterator[tuple[int, tuple[str, int] | Conversation | Tokens]]:
+    def _contents(
+        self, tally: Tally
+    ) -> Iterator[tuple[int, tuple[str, int] | Conversation | Tokens]]:
         """(content hash, (text, bytes), conversation or invented tokens)."""
         source, unit = self._part.source, self._part.unit
         if source.format == "mock":

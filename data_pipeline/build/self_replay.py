@@ -3,9 +3,9 @@
     folder: plain.jsonl, chat.jsonl, self_replay.json
 
 Decisions
-    The sidecar names the hash of the base model's weight files, how was sampled, and the hash of every file, so that
-    text of another model, or edited text, cannot pass for replay.  `cpt replay` writes it; a source of
-    `kind: self_replay` is built only if it fits.
+    The sidecar names the hash of the base model's weight files, how was sampled, and the hash of
+    every file, so that text of another model, or edited text, cannot pass for replay.  `cpt replay`
+    writes it; a source of `kind: self_replay` is built only if it fits.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ FORMAT_VERSION = 1
 
 
 def weights_hash(files: Sequence[Path]) -> str:
-    """xxh3_128 over names and contents of weight files; reads all of them (about 10 GiB/s from memory)."""
+    """xxh3_128 over names and contents of weight files; reads all of them (about 10 GiB/s from
+    memory).
+    """
     listed = sorted((file.name, xxh3_of(file)) for file in files)
     return xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
 
 
-def write_sidecar(folder: Path, base_model: str, settings: Mapping[str, Any], names: Sequence[str]) -> None:
+def write_sidecar(
+    folder: Path, base_model: str, settings: Mapping[str, Any], names: Sequence[str]
+) -> None:
     """Write the sidecar of the files `names` in `folder`, atomically."""
     content = {
         "format_version": FORMAT_VERSION,
@@ -47,7 +51,8 @@ def base_model_of(source: SourceConfig) -> str:
     """Hash of the model that wrote a source; '' for one that is no self-replay.
 
     Raises:
-        DataError: a file has no sidecar, is not in it, or is not what the model wrote, or two models wrote the source.
+        DataError: a file has no sidecar, is not in it, or is not what the model wrote, or two
+            models wrote the source.
     """
     if source.kind != "self_replay":
         return ""
@@ -63,12 +68,18 @@ def base_model_of(source: SourceConfig) -> str:
                 f"{where}: no {SIDECAR} beside it ({error.strerror}). Write both with cpt replay."
             ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{sidecar}: not a sidecar of cpt replay ({error}). Write it again.") from error
+            raise DataError(
+                f"{sidecar}: not a sidecar of cpt replay ({error}). Write it again."
+            ) from error
         if known.get(path.name) != xxh3_of(path):
-            raise DataError(f"{where}: not the text that {SIDECAR} lists. Put it back, or sample again.")
+            raise DataError(
+                f"{where}: not the text that {SIDECAR} lists. Put it back, or sample again."
+            )
         found.add(base)
     if len(found) > 1:
-        raise DataError(f"source '{source.name}': written by {len(found)} different models. Make one source of each.")
+        raise DataError(
+            f"source '{source.name}': written by {len(found)} different models. Make one source of each."
+        )
     return found.pop()
 
 

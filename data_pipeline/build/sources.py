@@ -2,13 +2,15 @@
 
     unit -> lines, rows or files -> text field or template -> usable? -> normalised -> text
                                                                  |
-                                                                 +-> counted by reason, with file and line
+                                                                 +-> counted by reason, with file
+                                                                 and line
 
 Decisions
-    Files are read in the order given, a glob's files by name, so the order of documents depends on nothing else.
-    JSONL is read as bytes, one line at a time: a broken line costs that line.  A line longer than MAX_LINE_BYTES is
-    rejected without being held in memory, and so is a text file.
-    A file that is empty, cut off or unreadable stops the build: it is more often a failed download than a wish.
+    Files are read in the order given, a glob's files by name, so the order of documents depends on
+    nothing else. JSONL is read as bytes, one line at a time: a broken line costs that line.  A line
+    longer than MAX_LINE_BYTES is rejected without being held in memory, and so is a text file.
+    A file that is empty, cut off or unreadable stops the build: it is more often a failed download
+    than a wish.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def read_texts(source: SourceConfig, tally: Tally) -> Iterator[str]:
 
 
 def read_unit(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[str]:
-    """Usable texts of one unit, as in `read_texts`; lines are counted from the start of the unit."""
+    """Usable texts of one unit, as in `read_texts`; lines are counted from the start of the
+    unit.
+    """
     for document in read_documents(source, unit, tally):
         yield document.text if isinstance(document, Conversation) else document
 
@@ -62,7 +66,12 @@ def read_unit(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[str]:
 def read_documents(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[str | Conversation]:
     """What `read_unit` reads, before the format of a conversation is lost."""
     readers: dict[str, Callable[[SourceConfig, Unit, Tally], Iterator[tuple[Any, Place]]]]
-    readers = {"jsonl": _read_jsonl, "harmony": _read_jsonl, "parquet": _read_parquet, "text": _read_text}
+    readers = {
+        "jsonl": _read_jsonl,
+        "harmony": _read_jsonl,
+        "parquet": _read_parquet,
+        "text": _read_text,
+    }
     readers |= {"huggingface": _read_dataset, "build": _read_build}
     try:
         for text, place in readers[unit.format](source, unit, tally):
@@ -186,9 +195,13 @@ def _read_parquet(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[tu
             _check_columns(path, file.schema_arrow, fields)
             number = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
             groups = list(range(unit.start, unit.stop))
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups, columns=list(fields)):
+            for batch in file.iter_batches(
+                batch_size=_PARQUET_ROWS, row_groups=groups, columns=list(fields)
+            ):
                 # as bytes: one invalid string must not cost the whole batch
-                columns = [batch.column(field).cast(pa.large_binary()).to_pylist() for field in fields]
+                columns = [
+                    batch.column(field).cast(pa.large_binary()).to_pylist() for field in fields
+                ]
                 for values in zip(*columns, strict=True):
                     number += 1
                     place = Place(f"{path}: row {number}")
@@ -208,10 +221,14 @@ def _check_columns(path: Path, schema: Any, fields: tuple[str, ...]) -> None:
 
     for field in fields:
         if field not in schema.names:
-            raise DataError(f"{path}: no column '{field}'. It has: {', '.join(schema.names)}. Set text_field.")
+            raise DataError(
+                f"{path}: no column '{field}'. It has: {', '.join(schema.names)}. Set text_field."
+            )
         kind = schema.field(field).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise DataError(f"{path}: column '{field}' holds {kind}, must hold strings. Set text_field.")
+            raise DataError(
+                f"{path}: column '{field}' holds {kind}, must hold strings. Set text_field."
+            )
 
 
 def _read_text(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[tuple[Any, Place]]:
@@ -266,7 +283,8 @@ def _decode(value: bytes | None, place: Place, tally: Tally) -> Any:
 
 
 def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Finaliser of SplitMix64 (Steele et al. 2014): a fixed bijection that scatters 64-bit integers.
+    """Finaliser of SplitMix64 (Steele et al. 2014): a fixed bijection that scatters 64-bit
+    integers.
 
     The same in every numpy version, which numpy's own generators do not promise for shuffles.
     """
@@ -276,8 +294,12 @@ def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def invent_documents(source: SourceConfig, key: int, start: int = 0, stop: int | None = None) -> Iterator[Tokens]:
-    """Random text tokens, END_OF_TEXT not included; lengths spread evenly over half to one and a half of the mean."""
+def invent_documents(
+    source: SourceConfig, key: int, start: int = 0, stop: int | None = None
+) -> Iterator[Tokens]:
+    """Random text tokens, END_OF_TEXT not included; lengths spread evenly over half to one and a
+    half of the mean.
+    """
     assert source.num_documents is not None and source.mean_tokens is not None
     documents = np.arange(start, source.num_documents if stop is None else stop, dtype=np.uint64)
     numbers = splitmix64(documents ^ np.uint64(key))

@@ -1,10 +1,10 @@
 """Sources that are stored by row: Hugging Face datasets, and earlier builds of this package.
 
 Decisions
-    A dataset from the hub is named with a commit, so the text cannot change under a run; one on disk is a folder that
-    `datasets.save_to_disk` made.
-    An earlier build gives its training documents, decoded; what it held out stays out.  Decoding is exact, so cleaning,
-    hashing and cutting work as for any other text.
+    A dataset from the hub is named with a commit, so the text cannot change under a run; one on
+    disk is a folder that `datasets.save_to_disk` made.
+    An earlier build gives its training documents, decoded; what it held out stays out.  Decoding is
+    exact, so cleaning, hashing and cutting work as for any other text.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def count_rows(source: SourceConfig) -> tuple[int, int]:
     return len(dataset), int(dataset.data.nbytes)
 
 
-def read_dataset(source: SourceConfig, start: int, stop: int, fields: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def read_dataset(
+    source: SourceConfig, start: int, stop: int, fields: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
     """Rows [start, stop), each with `fields`.
 
     Raises:
@@ -76,7 +78,9 @@ def _build_documents(directory: Path, names: tuple[str, ...]) -> list[tuple[Shar
     known = [entry.name for entry in manifest.sources]
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise DataError(f"{directory}: has no source '{unknown[0]}'. It has: {', '.join(known)}. Set build_sources.")
+        raise DataError(
+            f"{directory}: has no source '{unknown[0]}'. It has: {', '.join(known)}. Set build_sources."
+        )
     parts = []
     for name in names or known:
         shards = Shards(directory / name, manifest.shard_names(name), verify=False)
@@ -85,17 +89,25 @@ def _build_documents(directory: Path, names: tuple[str, ...]) -> list[tuple[Shar
                 f"{directory}: source '{name}' holds conversations (format: harmony), which cannot be taken as text. "
                 "List the other sources in build_sources, and take the conversations from their own files."
             )
-        parts.append((shards, np.unique(np.load(directory / name / "train" / "piece_document.npy"))))
+        parts.append(
+            (shards, np.unique(np.load(directory / name / "train" / "piece_document.npy")))
+        )
     return parts
 
 
 def _dataset(source: SourceConfig) -> Any:
-    return _open_dataset(source.patterns() or None, source.dataset, source.revision, source.subset, source.split)
+    return _open_dataset(
+        source.patterns() or None, source.dataset, source.revision, source.subset, source.split
+    )
 
 
 @functools.lru_cache(maxsize=8)
 def _open_dataset(
-    path: tuple[str, ...] | None, name: str | None, revision: str | None, subset: str | None, split: str
+    path: tuple[str, ...] | None,
+    name: str | None,
+    revision: str | None,
+    subset: str | None,
+    split: str,
 ) -> Any:
     import datasets
 
@@ -108,7 +120,11 @@ def _open_dataset(
         else:
             assert name is not None
             loaded = datasets.load_dataset(name, subset, split=split, revision=revision)
-    except Exception as error:  # `datasets` raises whatever the hub, the file system or the builder raises
+    except (
+        Exception
+    ) as error:  # `datasets` raises whatever the hub, the file system or the builder raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{place}: cannot be read as a Hugging Face dataset, split '{split}': {reason}.") from error
+        raise DataError(
+            f"{place}: cannot be read as a Hugging Face dataset, split '{split}': {reason}."
+        ) from error
     return loaded

@@ -1,11 +1,12 @@
 """A source -> units: stretches of its input that are read, cleaned and tokenised on their own.
 
 Decisions
-    Units follow from the input alone, never from the number of workers: the same input gives the same units, in the
-    same order, wherever it is built.
-    A JSONL file is cut by bytes, a line belonging to the unit that its first byte lies in; a Parquet file by row
-    groups; a dataset or an earlier build by rows; text files are gathered.  A compressed file cannot be cut.
-    Units are large enough that no source has many more than MAX_UNITS of them.
+    Units follow from the input alone, never from the number of workers: the same input gives the
+    same units, in the same order, wherever it is built.
+    A JSONL file is cut by bytes, a line belonging to the unit that its first byte lies in; a
+    Parquet file by row groups; a dataset or an earlier build by rows; text files are gathered.  A
+    compressed file cannot be cut. Units are large enough that no source has many more than
+    MAX_UNITS of them.
 """
 
 from __future__ import annotations
@@ -85,12 +86,18 @@ def _size(path: Path, source: SourceConfig) -> int:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
     if size == 0:
-        raise DataError(f"{path}: empty file (source '{source.name}'). Remove it or fetch it again.")
+        raise DataError(
+            f"{path}: empty file (source '{source.name}'). Remove it or fetch it again."
+        )
     return size
 
 
 def _text_unit(texts: Sequence[tuple[Path, int]]) -> Unit:
-    return Unit(paths=tuple(path for path, _ in texts), format="text", size_bytes=sum(size for _, size in texts))
+    return Unit(
+        paths=tuple(path for path, _ in texts),
+        format="text",
+        size_bytes=sum(size for _, size in texts),
+    )
 
 
 def _file_units(path: Path, kind: str, size: int, unit_bytes: int) -> Iterator[Unit]:
@@ -110,14 +117,19 @@ def _parquet_units(path: Path, unit_bytes: int) -> Iterator[Unit]:
 
     try:
         with pq.ParquetFile(path) as file:
-            sizes = [file.metadata.row_group(number).total_byte_size for number in range(file.num_row_groups)]
+            sizes = [
+                file.metadata.row_group(number).total_byte_size
+                for number in range(file.num_row_groups)
+            ]
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}.") from error
     start, gathered = 0, 0
     for number, size in enumerate(sizes):
         gathered += size
         if gathered >= unit_bytes or number == len(sizes) - 1:
-            yield Unit(paths=(path,), format="parquet", start=start, stop=number + 1, size_bytes=gathered)
+            yield Unit(
+                paths=(path,), format="parquet", start=start, stop=number + 1, size_bytes=gathered
+            )
             start, gathered = number + 1, 0
 
 

@@ -1,10 +1,11 @@
 """The data-mix YAML: its keys, and what makes one impossible.
 
 Decisions
-    `load_mix` reports every problem in one ConfigError, each with file, line and key.  Rules that need several sources
-    read the parsed file itself, not the dataclasses, so a typo in one source does not hide a wrong sum of weights.
-    Paths are relative to the YAML file; `MixConfig` holds them absolute.
-    A weight of 0 is allowed: such a source is built, and can be measured, but is never trained on.
+    `load_mix` reports every problem in one ConfigError, each with file, line and key.  Rules that
+    need several sources read the parsed file itself, not the dataclasses, so a typo in one source
+    does not hide a wrong sum of weights. Paths are relative to the YAML file; `MixConfig` holds
+    them absolute. A weight of 0 is allowed: such a source is built, and can be measured, but is
+    never trained on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class GuardDomain:
     sources: tuple[str, ...] = ()
     """Names of sources with held_out_share > 0."""
     path: str | tuple[str, ...] | None = None
-    """In place of `sources`: files, relative to the YAML file, that are measured as a whole and never trained on."""
+    """In place of `sources`: files, relative to the YAML file, that are measured as a whole and
+    never trained on.
+    """
     format: Literal["auto", "jsonl", "parquet", "text", "harmony"] = "auto"
     """Of `path`, as for a source."""
     text_field: str = "text"
@@ -45,11 +48,20 @@ class GuardDomain:
     def check(self) -> Iterator[tuple[str, str]]:
         """Rules within one domain."""
         if not NAME.fullmatch(self.name):
-            yield "name", f"is '{self.name}', must be 1 to 64 of: lower-case letters, digits, '_', '-'."
+            yield (
+                "name",
+                f"is '{self.name}', must be 1 to 64 of: lower-case letters, digits, '_', '-'.",
+            )
         if self.language not in LANGUAGES:
-            yield "language", f"is '{self.language}', which is not known.{nearest(self.language, LANGUAGES)}"
+            yield (
+                "language",
+                f"is '{self.language}', which is not known.{nearest(self.language, LANGUAGES)}",
+            )
         if not self.sources and self.path is None:
-            yield "sources", "is an empty list. Name at least one source, give a path, or remove the domain."
+            yield (
+                "sources",
+                "is an empty list. Name at least one source, give a path, or remove the domain.",
+            )
         if self.sources and self.path is not None:
             yield "path", "is given beside sources. Make two domains of it."
         if self.path is None and (self.format, self.text_field) != ("auto", "text"):
@@ -77,8 +89,9 @@ class GuardConfig:
     domains: tuple[GuardDomain, ...] = ()
     """Empty: one domain per source that has held-out documents, named like the source."""
     min_documents: int = 6
-    """Held-out documents that a domain must have.  With fewer than 6, even if all of them got worse, chance alone would
-    do so more often than the 5 % that a 95 % interval allows (two-sided sign test: 2 / 2^5 = 6.3 %)."""
+    """Held-out documents that a domain must have.  With fewer than 6, even if all of them got
+    worse, chance alone would do so more often than the 5 % that a 95 % interval allows (two-sided
+    sign test: 2 / 2^5 = 6.3 %)."""
     min_tokens: int = 1000
     """Predicted tokens that the held-out documents of a domain must have."""
 
@@ -86,7 +99,10 @@ class GuardConfig:
         """Rules on the two minimums."""
         for key in ("min_documents", "min_tokens"):
             if getattr(self, key) < 1:
-                yield key, f"is {getattr(self, key)}, must be at least 1: a domain without text cannot be measured."
+                yield (
+                    key,
+                    f"is {getattr(self, key)}, must be at least 1: a domain without text cannot be measured.",
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +120,10 @@ class LanguageLimits:
             if not 0 <= value <= 1:
                 yield key, f"is {value:g}, must be from 0 to 1 (a share of the tokens)."
         if self.min_share > self.max_share:
-            yield "min_share", f"is {self.min_share:g}, above max_share {self.max_share:g}. No mix can meet both."
+            yield (
+                "min_share",
+                f"is {self.min_share:g}, above max_share {self.max_share:g}. No mix can meet both.",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,29 +145,47 @@ class MixConfig:
     languages: dict[str, LanguageLimits] = dataclasses.field(default_factory=dict)
     """Floors and ceilings by language; a mix outside them is refused."""
     packing: Literal["best_fit", "concatenate"] = "best_fit"
-    """`concatenate` fills each row to the brim and cuts documents at its end; it is there for comparison."""
+    """`concatenate` fills each row to the brim and cuts documents at its end; it is there for
+    comparison.
+    """
     near_duplicates: float = 0.8
-    """Jaccard similarity of 5-token shingles from which on a document counts as a copy; 0: exact copies only."""
+    """Jaccard similarity of 5-token shingles from which on a document counts as a copy; 0: exact
+    copies only.
+    """
     decontaminate_tokens: int = 50
-    """A document that shares a run of this many tokens with a held-out one is not trained on; 0: off.  Runs that more
-    than 10 documents have are stock texts and do not count."""
+    """A document that shares a run of this many tokens with a held-out one is not trained on; 0:
+    off.  Runs that more than 10 documents have are stock texts and do not count."""
     max_mislabelled_share: float = 0.05
-    """Share of a source's documents that may be in another language than its label before `audit` fails, 0 to 1."""
+    """Share of a source's documents that may be in another language than its label before `audit`
+    fails, 0 to 1.
+    """
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Rules on the top-level keys alone; those that span sources are in `_check_across`."""
         if self.name and not NAME.fullmatch(self.name):
-            yield "name", f"is '{self.name}', must be 1 to 64 of: lower-case letters, digits, '_', '-'."
+            yield (
+                "name",
+                f"is '{self.name}', must be 1 to 64 of: lower-case letters, digits, '_', '-'.",
+            )
         if not 0 <= self.seed < 2**63:
             yield "seed", f"is {self.seed}, must be from 0 to 2^63 - 1."
         if not 0 <= self.max_reject_share <= 1:
             yield "max_reject_share", f"is {self.max_reject_share:g}, must be from 0 to 1."
         if not 0 <= self.max_mislabelled_share <= 1:
-            yield "max_mislabelled_share", f"is {self.max_mislabelled_share:g}, must be from 0 to 1."
+            yield (
+                "max_mislabelled_share",
+                f"is {self.max_mislabelled_share:g}, must be from 0 to 1.",
+            )
         if self.near_duplicates != 0 and not 0.5 <= self.near_duplicates <= 1:
-            yield "near_duplicates", f"is {self.near_duplicates:g}, must be 0 (off), or from 0.5 to 1."
+            yield (
+                "near_duplicates",
+                f"is {self.near_duplicates:g}, must be 0 (off), or from 0.5 to 1.",
+            )
         if self.decontaminate_tokens != 0 and not 16 <= self.decontaminate_tokens <= 1024:
-            yield "decontaminate_tokens", f"is {self.decontaminate_tokens}, must be 0 (off), or from 16 to 1024 tokens."
+            yield (
+                "decontaminate_tokens",
+                f"is {self.decontaminate_tokens}, must be 0 (off), or from 16 to 1024 tokens.",
+            )
 
     def guard_domains(self) -> tuple[GuardDomain, ...]:
         """The domains asked for, or one per source with held-out documents."""
@@ -177,13 +214,17 @@ def load_mix(path: Path | str) -> MixConfig:
     assert mix is not None
     own = [domain.own_source for domain in mix.guard.domains if domain.path is not None]
     sources = [
-        dataclasses.replace(source, path=tuple(str(base / pattern) for pattern in source.patterns()) or None)
+        dataclasses.replace(
+            source, path=tuple(str(base / pattern) for pattern in source.patterns()) or None
+        )
         for source in (*mix.sources, *own)
     ]
     domains = [
         domain
         if domain.path is None
-        else GuardDomain(name=domain.name, language=domain.language, sources=(domain.own_source.name,))
+        else GuardDomain(
+            name=domain.name, language=domain.language, sources=(domain.own_source.name,)
+        )
         for domain in mix.guard.domains
     ]
     guard = dataclasses.replace(mix.guard, domains=tuple(domains))

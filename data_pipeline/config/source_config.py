@@ -14,10 +14,32 @@ from data_pipeline.config.strict_yaml import nearest
 
 LANGUAGES = (
     *("ja", "en", "code", "math", "parallel", "mixed"),
-    *("ar", "cs", "de", "el", "es", "fa", "fr", "he", "hi", "id", "it", "ko", "nl", "pl", "pt", "ro", "ru", "sv", "th"),
+    *(
+        "ar",
+        "cs",
+        "de",
+        "el",
+        "es",
+        "fa",
+        "fr",
+        "he",
+        "hi",
+        "id",
+        "it",
+        "ko",
+        "nl",
+        "pl",
+        "pt",
+        "ro",
+        "ru",
+        "sv",
+        "th",
+    ),
     *("tr", "uk", "vi", "zh"),
 )
-"""What `language` may be: ISO 639-1 codes, and four kinds of text that are not one natural language."""
+"""What `language` may be: ISO 639-1 codes, and four kinds of text that are not one natural
+language.
+"""
 
 SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 """What `format: auto` reads a file as, once COMPRESSIONS is taken off its name."""
@@ -44,14 +66,18 @@ class SourceConfig:
     domain: str
     """Kind of text, free: web, encyclopedia, code."""
     path: str | tuple[str, ...] | None = None
-    """File, glob, or a list of them, relative to the YAML file; a folder for `huggingface` and `build`."""
-    format: Literal["auto", "jsonl", "parquet", "text", "harmony", "huggingface", "build", "mock"] = "auto"
-    """`auto` goes by the suffix; `text` is one document a file; `harmony` JSONL conversations (see `harmony`);
-    `huggingface` a dataset, from the hub or saved on disk; `build` the training documents of an earlier
-    build; `mock` random tokens for speed tests."""
+    """File, glob, or a list of them, relative to the YAML file; a folder for `huggingface` and
+    `build`.
+    """
+    format: Literal[
+        "auto", "jsonl", "parquet", "text", "harmony", "huggingface", "build", "mock"
+    ] = "auto"
+    """`auto` goes by the suffix; `text` is one document a file; `harmony` JSONL conversations (see
+    `harmony`); `huggingface` a dataset, from the hub or saved on disk; `build` the training
+    documents of an earlier build; `mock` random tokens for speed tests."""
     kind: Literal["given", "self_replay"] = "given"
-    """`self_replay`: text that the base model wrote (`cpt replay`), whose sidecar is verified; training refuses it if
-    it starts from another model."""
+    """`self_replay`: text that the base model wrote (`cpt replay`), whose sidecar is verified;
+    training refuses it if it starts from another model."""
     text_field: str = "text"
     """Key (JSONL) or column (Parquet, datasets) that holds the text."""
     template: str | None = None
@@ -67,7 +93,9 @@ class SourceConfig:
     build_sources: tuple[str, ...] = ()
     """Sources of an earlier build to take; empty: all of them."""
     normalise: tuple[Normalisation, ...] = ()
-    """Steps done to each text, in the order of `clean.STEPS`; empty: the text is taken as it stands."""
+    """Steps done to each text, in the order of `clean.STEPS`; empty: the text is taken as it
+    stands.
+    """
     weight: float
     """Share of the predicted tokens, 0 to 1; all weights sum to 1."""
     held_out_share: float = 0.0
@@ -82,17 +110,32 @@ class SourceConfig:
     def check(self) -> Iterator[tuple[str, str]]:
         """Rules within one source."""
         if not NAME.fullmatch(self.name):
-            yield "name", f"is '{self.name}', must be 1 to 64 of: lower-case letters, digits, '_', '-'."
+            yield (
+                "name",
+                f"is '{self.name}', must be 1 to 64 of: lower-case letters, digits, '_', '-'.",
+            )
         if self.language not in LANGUAGES:
-            yield "language", f"is '{self.language}', which is not known.{nearest(self.language, LANGUAGES)}"
+            yield (
+                "language",
+                f"is '{self.language}', which is not known.{nearest(self.language, LANGUAGES)}",
+            )
         if not self.domain.strip():
             yield "domain", "is empty. Say what kind of text this is, for example: web."
         if not 0 <= self.held_out_share <= 1:
-            yield "held_out_share", f"is {self.held_out_share:g}, must be from 0 to 1 (a share of the documents)."
+            yield (
+                "held_out_share",
+                f"is {self.held_out_share:g}, must be from 0 to 1 (a share of the documents).",
+            )
         if self.held_out_share == 1 and self.weight > 0:
-            yield "held_out_share", "is 1, which leaves nothing to train on. Set weight: 0, or hold out less."
+            yield (
+                "held_out_share",
+                "is 1, which leaves nothing to train on. Set weight: 0, or hold out less.",
+            )
         if self.max_epochs is not None and self.max_epochs <= 0:
-            yield "max_epochs", f"is {self.max_epochs:g}, must be above 0. Remove it to repeat without limit."
+            yield (
+                "max_epochs",
+                f"is {self.max_epochs:g}, must be above 0. Remove it to repeat without limit.",
+            )
         yield from self._check_text()
         yield from self._check_place()
         yield from self._check_mock()
@@ -102,17 +145,26 @@ class SourceConfig:
             try:
                 fields = template_fields(self.template)
             except ValueError as error:
-                yield "template", f"is not a template: {error}. Write a brace that is text twice: {{{{."
+                yield (
+                    "template",
+                    f"is not a template: {error}. Write a brace that is text twice: {{{{.",
+                )
             else:
                 if not fields:
-                    yield "template", "names no field. Write fields in braces, for example: '{title}\\n{text}'."
+                    yield (
+                        "template",
+                        "names no field. Write fields in braces, for example: '{title}\\n{text}'.",
+                    )
         if self.format in ("text", "harmony", "build", "mock") and (
             self.template is not None or self.text_field != "text"
         ):
             key = "text_field" if self.template is None else "template"
             yield key, f"is given, but format: {self.format} has no fields. Remove it."
         if self.kind == "self_replay" and self.format not in ("auto", "jsonl", "harmony"):
-            yield "kind", f"is self_replay, but cpt replay writes JSONL, not format: {self.format}. Remove one of them."
+            yield (
+                "kind",
+                f"is self_replay, but cpt replay writes JSONL, not format: {self.format}. Remove one of them.",
+            )
         if "nfc" in self.normalise and "nfkc" in self.normalise:
             yield "normalise", "lists nfc and nfkc. Choose one."
         if self.normalise and self.format in ("mock", "harmony"):
@@ -121,18 +173,30 @@ class SourceConfig:
     def _check_place(self) -> Iterator[tuple[str, str]]:
         hub = self.format == "huggingface" and self.path is None
         if hub and self.dataset is None:
-            yield "dataset", "is missing. Give a name on the hub, or the path of a dataset saved on disk."
+            yield (
+                "dataset",
+                "is missing. Give a name on the hub, or the path of a dataset saved on disk.",
+            )
         if hub and self.dataset is not None and not _COMMIT.fullmatch(self.revision or ""):
-            yield "revision", f"is '{self.revision}', must be a commit (40 hexadecimal digits): names move."
+            yield (
+                "revision",
+                f"is '{self.revision}', must be a commit (40 hexadecimal digits): names move.",
+            )
         for key in ("dataset", "revision", "subset"):
             if getattr(self, key) is not None and not hub:
-                yield key, "is given, but only format: huggingface without a path uses it. Remove it."
+                yield (
+                    key,
+                    "is given, but only format: huggingface without a path uses it. Remove it.",
+                )
         if self.split != "train" and self.format != "huggingface":
             yield "split", "is given, but only format: huggingface has splits. Remove it."
         if self.build_sources and self.format != "build":
             yield "build_sources", "is given, but only format: build has them. Remove it."
         if self.format in ("huggingface", "build") and isinstance(self.path, tuple):
-            yield "path", f"is a list, but format: {self.format} reads one folder. Make one source of each."
+            yield (
+                "path",
+                f"is a list, but format: {self.format} reads one folder. Make one source of each.",
+            )
         if self.format == "build" and self.path is None:
             yield "path", "is missing. Give the folder of an earlier build."
 
@@ -140,7 +204,10 @@ class SourceConfig:
         mock = self.format == "mock"
         if mock and self.path is not None:
             yield "path", "is given, but format: mock reads no files. Remove one of the two."
-        for key, value in (("num_documents", self.num_documents), ("mean_tokens", self.mean_tokens)):
+        for key, value in (
+            ("num_documents", self.num_documents),
+            ("mean_tokens", self.mean_tokens),
+        ):
             if value is None and mock:
                 yield key, "is missing. format: mock needs it."
             elif value is not None and not mock:
@@ -150,13 +217,19 @@ class SourceConfig:
 
     def patterns(self) -> tuple[str, ...]:
         """`path` as a list."""
-        return () if self.path is None else (self.path,) if isinstance(self.path, str) else self.path
+        return (
+            () if self.path is None else (self.path,) if isinstance(self.path, str) else self.path
+        )
 
     def files(self) -> list[Path]:
-        """The input files: patterns in the order given, the files of a glob or of a folder sorted by name."""
+        """The input files: patterns in the order given, the files of a glob or of a folder sorted
+        by name.
+        """
         if self.format not in FILE_FORMATS:
             folders = [Path(pattern) for pattern in self.patterns()]
-            return sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+            return sorted(
+                path for folder in folders for path in folder.rglob("*") if path.is_file()
+            )
         return [path for pattern in self.patterns() for path in expand(pattern)]
 
     def format_of(self, path: Path) -> str | None:

@@ -1,12 +1,13 @@
-"""Configuration files -> frozen dataclasses, with every problem reported at once by file, line and key.
+"""Configuration files -> frozen dataclasses, with every problem reported at once by file, line and
+key.
 
 Decisions
-    Scalars follow YAML 1.2's core schema, not PyYAML's YAML 1.1: `no` is a string, `1e-5` is a number and
-    `1:30:00` is a string, because each of these has silently changed somebody's training run.
-    Duplicate and unknown keys are errors; an unknown key names the nearest valid one.
+    Scalars follow YAML 1.2's core schema, not PyYAML's YAML 1.1: `no` is a string, `1e-5` is a
+    number and `1:30:00` is a string, because each of these has silently changed somebody's training
+    run. Duplicate and unknown keys are errors; an unknown key names the nearest valid one.
     JSON is read by the same code (it is a subset), so DeepSpeed files get line numbers, too.
-    A dataclass may offer `check()`, a generator of (key, message) for rules that need several fields; it runs
-    once the fields themselves have the right types.
+    A dataclass may offer `check()`, a generator of (key, message) for rules that need several
+    fields; it runs once the fields themselves have the right types.
 """
 
 from __future__ import annotations
@@ -66,14 +67,18 @@ class Located:
     lines: Mapping[KeyPath, int]
 
     def where(self, path: KeyPath) -> str:
-        """`file:line: a.b[0]`, using the nearest known line above a key that has none of its own."""
+        """`file:line: a.b[0]`, using the nearest known line above a key that has none of its
+        own.
+        """
         for length in range(len(path), -1, -1):
             if path[:length] in self.lines:
                 return f"{self.source}:{self.lines[path[:length]]}: {dotted(path)}"
         return f"{self.source}: {dotted(path)}"
 
     def with_values(self, overrides: Mapping[str, str]) -> Located:
-        """The file with `--set key.path=value` applied; values are YAML scalars or flow collections."""
+        """The file with `--set key.path=value` applied; values are YAML scalars or flow
+        collections.
+        """
         value, lines = copy.deepcopy(self.value) if self.value is not None else {}, dict(self.lines)
         for key, text in overrides.items():
             node = value
@@ -87,9 +92,13 @@ class Located:
                     f"--set {key}={text}: '{'.'.join(parents)}' is not a section. Give section.key=value."
                 )
             node[last] = parse_yaml(text, f"--set {key}").value
-            for known in [known for known in lines if known[: len(parents) + 1] == (*parents, last)]:
+            for known in [
+                known for known in lines if known[: len(parents) + 1] == (*parents, last)
+            ]:
                 del lines[known]
-        return Located(self.source if not overrides else f"{self.source} (with --set)", value, lines)
+        return Located(
+            self.source if not overrides else f"{self.source} (with --set)", value, lines
+        )
 
 
 def dotted(path: KeyPath) -> str:
@@ -102,7 +111,8 @@ def load_yaml(path: Path | str) -> Located:
     """Read a YAML file.
 
     Raises:
-        ConfigError: missing or unreadable file, not UTF-8, not YAML, duplicate keys, tags that name Python objects.
+        ConfigError: missing or unreadable file, not UTF-8, not YAML, duplicate keys, tags that name
+            Python objects.
     """
     return parse_yaml(_read(path), str(path))
 
@@ -113,7 +123,9 @@ def load_json(path: Path | str) -> Located:
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}).") from error
+        raise ConfigError(
+            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})."
+        ) from error
     return parse_yaml(text.replace("\t", "    "), str(path))
 
 
@@ -123,7 +135,9 @@ def _read(path: Path | str) -> str:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file.") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}. Save the file as UTF-8.") from None
+        raise ConfigError(
+            f"{path}: not UTF-8 at byte {error.start}. Save the file as UTF-8."
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.") from error
 
@@ -142,9 +156,13 @@ def parse_yaml(text: str, source: str) -> Located:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}{line}: not valid YAML: {getattr(error, 'problem', None) or error}.") from error
+        raise ConfigError(
+            f"{source}{line}: not valid YAML: {getattr(error, 'problem', None) or error}."
+        ) from error
     except RecursionError:
-        raise ConfigError(f"{source}: nested too deeply. At most {MAX_DEPTH} levels are read.") from None
+        raise ConfigError(
+            f"{source}: nested too deeply. At most {MAX_DEPTH} levels are read."
+        ) from None
     except ValueError as error:
         raise ConfigError(f"{source}: a value cannot be read: {error}.") from error
     finally:
@@ -155,21 +173,27 @@ def parse_yaml(text: str, source: str) -> Located:
     return Located(source, value, lines)
 
 
-def _note_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[str], source: str) -> None:
+def _note_lines(
+    node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[str], source: str
+) -> None:
     lines.setdefault(path, node.start_mark.line + 1)
     if len(path) > MAX_DEPTH:
         raise ConfigError(
             f"{source}:{node.start_mark.line + 1}: nested too deeply. At most {MAX_DEPTH} levels are read."
         )
     if len(lines) > MAX_VALUES:
-        raise ConfigError(f"{source}: more than {MAX_VALUES} values, aliases expanded. Write less into one file.")
+        raise ConfigError(
+            f"{source}: more than {MAX_VALUES} values, aliases expanded. Write less into one file."
+        )
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key_node, value_node in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in seen:
                 name = dotted((*path, key))
-                problems.append(f"{source}:{line}: {name} is given twice (first in line {seen[key]}). Remove one.")
+                problems.append(
+                    f"{source}:{line}: {name} is given twice (first in line {seen[key]}). Remove one."
+                )
             seen[key] = line
             lines[(*path, key)] = line
             _note_lines(value_node, (*path, key), lines, problems, source)
@@ -202,7 +226,9 @@ class Reader:
             raise ConfigError(self.problems)
 
     def read(self, cls: type[T], value: Any = None, path: KeyPath = ()) -> T | None:
-        """Build `cls` from the mapping at `path` (the whole file by default); None if it had problems."""
+        """Build `cls` from the mapping at `path` (the whole file by default); None if it had
+        problems.
+        """
         value = self.located.value if value is None and not path else value
         if value is None:
             value = {}
@@ -218,7 +244,10 @@ class Reader:
         for name, field in fields.items():
             if name in value:
                 arguments[name] = self._convert(hints[name], value[name], (*path, name))
-            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            elif (
+                field.default is dataclasses.MISSING
+                and field.default_factory is dataclasses.MISSING
+            ):
                 self.problem((*path, name), "is missing. It has no default: add it.")
         if len(self.problems) > before:
             return None
@@ -232,7 +261,9 @@ class Reader:
         if origin in (typing.Union, types.UnionType):
             return self._convert_union(arguments, value, path)
         if origin is typing.Literal:
-            if value not in arguments or isinstance(value, bool) != any(isinstance(a, bool) for a in arguments):
+            if value not in arguments or isinstance(value, bool) != any(
+                isinstance(a, bool) for a in arguments
+            ):
                 names = ", ".join(map(str, arguments))
                 self.problem(path, f"is {_show(value)}, must be one of: {names}.")
             return value
@@ -240,12 +271,17 @@ class Reader:
             if not isinstance(value, list):
                 self.problem(path, f"is {_show(value)}, must be a list.")
                 return ()
-            return tuple(self._convert(arguments[0], item, (*path, i)) for i, item in enumerate(value))
+            return tuple(
+                self._convert(arguments[0], item, (*path, i)) for i, item in enumerate(value)
+            )
         if origin is dict:
             if not isinstance(value, dict):
                 self.problem(path, f"is {_show(value)}, must be a mapping.")
                 return {}
-            return {str(key): self._convert(arguments[1], item, (*path, key)) for key, item in value.items()}
+            return {
+                str(key): self._convert(arguments[1], item, (*path, key))
+                for key, item in value.items()
+            }
         if dataclasses.is_dataclass(hint):
             return self.read(typing.cast("type[Any]", hint), {} if value is None else value, path)
         return self._convert_scalar(hint, value, path)
@@ -283,7 +319,13 @@ class Reader:
 def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(f"'{a}'" for a in typing.get_args(hint))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        Path: "a path",
+    }
     if hint in names:
         return names[hint]
     return "a list" if typing.get_origin(hint) is tuple else "a mapping"

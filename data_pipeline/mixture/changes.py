@@ -2,8 +2,9 @@
 
 Decisions
     Paths are no settings: what the files hold is for `build.fingerprint` to notice.
-    Sources and guard domains are compared by name, so that moving one in the list is no change of the others.
-    A setting that one side does not have, because it was written by another version, counts as its default.
+    Sources and guard domains are compared by name, so that moving one in the list is no change of
+    the others. A setting that one side does not have, because it was written by another version,
+    counts as its default.
 """
 
 from __future__ import annotations
@@ -36,15 +37,20 @@ def describe_changes(old: Settings, new: Settings) -> list[str]:
     lines = [
         f"{key}: {_show(old.get(key, default))} -> {_show(new.get(key, default))}"
         for key, default in _defaults(MixConfig).items()
-        if key not in ("sources", "guard", "name") and old.get(key, default) != new.get(key, default)
+        if key not in ("sources", "guard", "name")
+        and old.get(key, default) != new.get(key, default)
     ]
-    lines += _named("sources", old.get("sources", {}), new.get("sources", {}), _defaults(SourceConfig))
+    lines += _named(
+        "sources", old.get("sources", {}), new.get("sources", {}), _defaults(SourceConfig)
+    )
     lines += _named("guard", old.get("guard", {}), new.get("guard", {}), _defaults(GuardDomain))
     before, after = language_shares(old), language_shares(new)
     for language in sorted(before | after):
         was, now = before.get(language, 0.0), after.get(language, 0.0)
         if abs(was - now) > 1e-12:
-            lines.append(f"share of {language}: {was:.2%} -> {now:.2%} of the tokens ({100 * (now - was):+.2f} points)")
+            lines.append(
+                f"share of {language}: {was:.2%} -> {now:.2%} of the tokens ({100 * (now - was):+.2f} points)"
+            )
     return lines
 
 
@@ -56,7 +62,9 @@ def language_shares(settings: Settings) -> dict[str, float]:
     return shares
 
 
-def _named(kind: str, old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
+def _named(
+    kind: str, old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Iterator[str]:
     for name in [*old, *(name for name in new if name not in old)]:
         if name not in new:
             yield f"{kind}[{name}]: removed{_weight(old[name], 'was ')}"
@@ -64,7 +72,10 @@ def _named(kind: str, old: Mapping[str, Any], new: Mapping[str, Any], defaults: 
             yield f"{kind}[{name}]: added{_weight(new[name], '')}"
         else:
             for key in [*old[name], *(key for key in new[name] if key not in old[name])]:
-                was, now = old[name].get(key, defaults.get(key)), new[name].get(key, defaults.get(key))
+                was, now = (
+                    old[name].get(key, defaults.get(key)),
+                    new[name].get(key, defaults.get(key)),
+                )
                 if was != now:
                     yield f"{kind}[{name}].{key}: {_show(was)} -> {_show(now)}"
 
@@ -81,8 +92,14 @@ def _defaults(cls: type[Any]) -> dict[str, Any]:
 
 
 def _weight(source: Mapping[str, Any], prefix: str) -> str:
-    return f" ({prefix}weight {source['weight']:g}, language {source['language']})" if "weight" in source else ""
+    return (
+        f" ({prefix}weight {source['weight']:g}, language {source['language']})"
+        if "weight" in source
+        else ""
+    )
 
 
 def _show(value: Any) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else json.dumps(value)
+    return (
+        "none" if value is None else f"{value:g}" if isinstance(value, float) else json.dumps(value)
+    )

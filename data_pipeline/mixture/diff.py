@@ -23,7 +23,16 @@ def describe_diff(old: Plan, new: Plan) -> str:
                 *(f"{epochs[0]:.2f}", f"{epochs[1]:.2f}", f"{shares[0]:.2%}", f"{shares[1]:.2%}"),
             )
         )
-    header = ("source", "tokens before", "after", "change", "epochs before", "after", "share before", "after")
+    header = (
+        "source",
+        "tokens before",
+        "after",
+        "change",
+        "epochs before",
+        "after",
+        "share before",
+        "after",
+    )
     lines = [table(header, rows), _languages(old.language_shares(), new.language_shares())]
     lines += [f"problem after: {line}" for line in new.problems]
     lines += [f"warning after: {line}" for line in new.warnings if line not in old.warnings]

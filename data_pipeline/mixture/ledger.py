@@ -1,13 +1,15 @@
 """The mix over a run: an append-only list of segments.
 
 Decisions
-    A segment says from which step on which weights hold.  What is in the ledger never changes; an edit of the mix is
-    one more segment, so the batches of past steps stay what they were.
-    A segment holds all that the choice of rows needs, and the settings of its mix, so that an edit can be shown.
-    Every segment keeps the floors and ceilings (`languages`) of its mix, whoever made it: a mix YAML, an accepted edit,
-    or the guard that raises replay.  So at every prefix of the run a language has its floor, up to `slack_rows`.
-    Weights, limits, labels may be edited, sources added, and a source retired with weight 0.  The rows of a source that
-    was trained on may not change: places in it would mean other text, and rows would be lost or repeated.
+    A segment says from which step on which weights hold.  What is in the ledger never changes; an
+    edit of the mix is one more segment, so the batches of past steps stay what they were.
+    A segment holds all that the choice of rows needs, and the settings of its mix, so that an edit
+    can be shown. Every segment keeps the floors and ceilings (`languages`) of its mix, whoever made
+    it: a mix YAML, an accepted edit, or the guard that raises replay.  So at every prefix of the
+        run a language has its floor, up to `slack_rows`.
+    Weights, limits, labels may be edited, sources added, and a source retired with weight 0.  The
+    rows of a source that was trained on may not change: places in it would mean other text, and
+    rows would be lost or repeated.
 """
 
 from __future__ import annotations
@@ -49,7 +51,11 @@ class Segment:
     def sources_of(self, language: str) -> list[str]:
         """Sources of a language that have a weight; by the labels of the segment's own mix."""
         known = self.settings.get("sources", {})
-        return [n for n, w in self.weights.items() if w > 0 and known.get(n, {}).get("language") == language]
+        return [
+            n
+            for n, w in self.weights.items()
+            if w > 0 and known.get(n, {}).get("language") == language
+        ]
 
     def broken_limits(self) -> Iterator[str]:
         """Floors and ceilings of the segment's mix that its weights do not keep, as problems."""
@@ -73,14 +79,20 @@ class Ledger:
     def __post_init__(self) -> None:
         starts = [segment.start_step for segment in self.segments]
         if not starts or starts[0] != 0:
-            raise ConfigError(f"mix ledger: the first segment starts at step {starts[:1]}, must start at 0.")
+            raise ConfigError(
+                f"mix ledger: the first segment starts at step {starts[:1]}, must start at 0."
+            )
         if any(later <= earlier for earlier, later in itertools.pairwise(starts)):
-            raise ConfigError(f"mix ledger: start steps are {starts}, must increase. The ledger is append-only.")
+            raise ConfigError(
+                f"mix ledger: start steps are {starts}, must increase. The ledger is append-only."
+            )
         for segment in self.segments:
             total = math.fsum(segment.weights.values())
             sound = all(weight >= 0 for weight in segment.weights.values())
             if not sound or abs(total - 1) > WEIGHT_SUM_TOLERANCE:
-                raise ConfigError(f"mix ledger: weights from step {segment.start_step} are not shares that sum to 1.")
+                raise ConfigError(
+                    f"mix ledger: weights from step {segment.start_step} are not shares that sum to 1."
+                )
         problems = [problem for segment in self.segments for problem in segment.broken_limits()]
         if problems:
             raise ConfigError(problems)
@@ -90,7 +102,9 @@ class Ledger:
         """The ledger of a new run; `rows` as in `Segment`."""
         return cls((_segment(mix, 0, rows),))
 
-    def append(self, mix: MixConfig, start_step: int, rows: Mapping[str, str] | None = None) -> Ledger:
+    def append(
+        self, mix: MixConfig, start_step: int, rows: Mapping[str, str] | None = None
+    ) -> Ledger:
         """This ledger and one more segment.
 
         Raises:
@@ -99,20 +113,27 @@ class Ledger:
         return Ledger((*self.segments, _segment(mix, start_step, rows)))
 
     def reweigh(self, start_step: int, weights: Mapping[str, float]) -> Ledger:
-        """This ledger with other weights from `start_step` on, which the mix does not name: the guard raises replay.
+        """This ledger with other weights from `start_step` on, which the mix does not name: the
+        guard raises replay.
 
         A last segment that starts at the same step has given no row yet, and is replaced.
 
         Raises:
-            ConfigError: `start_step` is before the start of the last segment, or the weights are no shares.
+            ConfigError: `start_step` is before the start of the last segment, or the weights are no
+                shares.
         """
         last = self.segments[-1]
         kept = self.segments[:-1] if last.start_step == start_step else self.segments
-        return Ledger((*kept, dataclasses.replace(last, start_step=start_step, weights=dict(weights))))
+        return Ledger(
+            (*kept, dataclasses.replace(last, start_step=start_step, weights=dict(weights)))
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"format_version": FORMAT_VERSION, "segments": [dataclasses.asdict(s) for s in self.segments]}
+        return {
+            "format_version": FORMAT_VERSION,
+            "segments": [dataclasses.asdict(s) for s in self.segments],
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Ledger:
@@ -122,7 +143,9 @@ class Ledger:
             ConfigError: the value is no ledger of this format.
         """
         if value.get("format_version") != FORMAT_VERSION:
-            raise ConfigError(f"mix ledger: format version {value.get('format_version')}, must be {FORMAT_VERSION}.")
+            raise ConfigError(
+                f"mix ledger: format version {value.get('format_version')}, must be {FORMAT_VERSION}."
+            )
         try:
             return cls(tuple(Segment(**segment) for segment in value["segments"]))
         except (TypeError, KeyError, AttributeError) as error:
@@ -131,8 +154,9 @@ class Ledger:
     def slack_rows(self, language: str) -> int:
         """Rows by which the tokens of a language may miss its share at any prefix of the run.
 
-        In a segment every source is within one row of its share, so n sources together are within n rows, and within as
-        many rows as there are other sources, since what they miss the others have.  A segment starts a new account.
+        In a segment every source is within one row of its share, so n sources together are within n
+        rows, and within as many rows as there are other sources, since what they miss the others
+        have.  A segment starts a new account.
         """
         rows = 0
         for segment in self.segments:
@@ -154,23 +178,27 @@ def resume_ledger(
     accept_change: bool,
     rows: Mapping[str, str] | None = None,
 ) -> Ledger:
-    """The ledger to go on with: the stored one, or one segment longer if an edit of the mix is accepted.
+    """The ledger to go on with: the stored one, or one segment longer if an edit of the mix is
+    accepted.
 
     Args:
         stored: `Ledger.to_json` of the run so far.
         mix: the mix as it is now.
         next_step: the first step that is still to be done; an accepted edit starts there.
         accept_change: the user agrees to go on with an edited mix.
-        rows: `Manifest.row_hashes` of the present build; None leaves out the check that no rows changed.
+        rows: `Manifest.row_hashes` of the present build; None leaves out the check that no rows
+            changed.
 
     Raises:
-        ConfigError: the mix was edited and that was not accepted, with the edit line by line; or it was edited in a
-            way that would lose or repeat rows, which no flag allows.
+        ConfigError: the mix was edited and that was not accepted, with the edit line by line; or it
+            was edited in a way that would lose or repeat rows, which no flag allows.
     """
     ledger = Ledger.from_json(stored)
     last = ledger.segments[-1]
     if last.start_step > next_step:
-        raise ConfigError(f"mix ledger: its last segment starts at step {last.start_step}, after step {next_step}.")
+        raise ConfigError(
+            f"mix ledger: its last segment starts at step {last.start_step}, after step {next_step}."
+        )
     _check_rows(ledger, mix, rows)
     if mix_hash(mix) == last.mix_hash and (rows is None or rows.items() <= dict(last.rows).items()):
         return ledger
@@ -187,8 +215,14 @@ def resume_ledger(
         )
     if last.start_step == next_step:
         # no row was drawn from the last segment: the new one takes its place
-        ledger = Ledger(ledger.segments[:-1]) if len(ledger.segments) > 1 else Ledger.start(mix, rows)
-        return ledger if ledger.segments[-1].start_step == next_step else ledger.append(mix, next_step, rows)
+        ledger = (
+            Ledger(ledger.segments[:-1]) if len(ledger.segments) > 1 else Ledger.start(mix, rows)
+        )
+        return (
+            ledger
+            if ledger.segments[-1].start_step == next_step
+            else ledger.append(mix, next_step, rows)
+        )
     return ledger.append(mix, next_step, rows)
 
 
@@ -200,7 +234,9 @@ def same_weights(first: Mapping[str, float], second: Mapping[str, float]) -> boo
 
 
 def mix_hash(mix: MixConfig) -> str:
-    """Hex sha256 of the settings of a mix, paths aside: what the files hold is for `build.fingerprint` to notice."""
+    """Hex sha256 of the settings of a mix, paths aside: what the files hold is for
+    `build.fingerprint` to notice.
+    """
     return hashlib.sha256(json.dumps(mix_settings(mix), sort_keys=True).encode()).hexdigest()
 
 
@@ -219,7 +255,12 @@ def _check_rows(ledger: Ledger, mix: MixConfig, rows: Mapping[str, str] | None) 
                 "it back, or start another run with a new --run_dir."
             )
     names = [source.name for source in mix.sources]
-    drawn = {name for segment in ledger.segments for name, weight in segment.weights.items() if weight > 0}
+    drawn = {
+        name
+        for segment in ledger.segments
+        for name, weight in segment.weights.items()
+        if weight > 0
+    }
     for name in sorted(drawn):
         known = next((s.rows[name] for s in reversed(ledger.segments) if name in s.rows), None)
         if name not in names:
@@ -240,7 +281,11 @@ def _segment(mix: MixConfig, start_step: int, rows: Mapping[str, str] | None) ->
     return Segment(
         start_step=start_step,
         weights={source.name: source.weight for source in mix.sources},
-        max_epochs={source.name: source.max_epochs for source in mix.sources if source.max_epochs is not None},
+        max_epochs={
+            source.name: source.max_epochs
+            for source in mix.sources
+            if source.max_epochs is not None
+        },
         mix_hash=mix_hash(mix),
         settings=mix_settings(mix),
         rows=dict(rows or {}),

@@ -1,23 +1,27 @@
 """(ledger, seed, step) -> the rows of a global batch.
 
-    step -> index of its first row in the run -> nearest snapshot before it -> choose a source per row
+    step -> index of its first row in the run -> nearest snapshot before it -> choose a source per
+    row
                                                                                    |
-                                   shuffled order of that source in its epoch <----+-> (source, row, epoch)
+                                   shuffled order of that source in its epoch <----+-> (source, row,
+                                   epoch)
 
 Choice of the source (WF2Q: Bennett and Zhang, INFOCOM 1996)
-    Source i has weight w_i and has given e_i predicted tokens, all sources together E; its next row has l_i tokens.
-    Among the sources that are not ahead of their share (e_i <= w_i E) the one whose next row is due first, at
-    (e_i + l_i) / w_i tokens of the run, gives the row.  At every prefix then
+    Source i has weight w_i and has given e_i predicted tokens, all sources together E; its next row
+    has l_i tokens. Among the sources that are not ahead of their share (e_i <= w_i E) the one whose
+    next row is due first, at (e_i + l_i) / w_i tokens of the run, gives the row.  At every prefix
+    then
         -L <= w_i E - e_i <= L      where L is the largest row, at most seq_len.
-    Picking the largest deficit is simpler, but lets a large source fall behind by more than a row while small ones
-    catch up: 1.4 rows with weights .855, .093, .048, .004 (tests/data_pipeline/mixture/test_mixture.py).
+    Picking the largest deficit is simpler, but lets a large source fall behind by more than a row
+    while small ones catch up: 1.4 rows with weights .855, .093, .048, .004
+    (tests/data_pipeline/mixture/test_mixture.py).
 
 Decisions
     Nothing here knows ranks, workers or accumulation: they slice what `global_batch` returns.
-    Tokens are counted as labels, the ones that bear loss, so rows with padding count for what they hold.
-    Order inside a source: every row once per epoch, sorted by a keyed hash of the row number.
-    Weights change at segment borders: the token account starts anew there, the place in each source goes on, so no
-    row is lost or repeated.
+    Tokens are counted as labels, the ones that bear loss, so rows with padding count for what they
+    hold. Order inside a source: every row once per epoch, sorted by a keyed hash of the row number.
+    Weights change at segment borders: the token account starts anew there, the place in each source
+    goes on, so no row is lost or repeated.
 """
 
 from __future__ import annotations
@@ -92,7 +96,8 @@ class Mixture:
     """The rows of every step, in whatever order the steps are asked for."""
 
     def __init__(self, built: RowCounts, ledger: Ledger, seed: int) -> None:
-        """Args: `built` gives row sizes, `ledger` the weights over time, `seed` the order within sources.
+        """Args: `built` gives row sizes, `ledger` the weights over time, `seed` the order within
+        sources.
 
         Raises:
             ConfigError: the ledger names a source that is not built.
@@ -105,7 +110,9 @@ class Mixture:
         for segment in ledger.segments:
             for name, weight in segment.weights.items():
                 if name not in self._names:
-                    raise ConfigError(f"mix ledger: source '{name}' is not in the build ({', '.join(self._names)}).")
+                    raise ConfigError(
+                        f"mix ledger: source '{name}' is not in the build ({', '.join(self._names)})."
+                    )
                 if weight > 0 and not len(self._row_tokens[self._names.index(name)]):
                     raise DataError(f"source '{name}' has weight {weight:g} but no training rows.")
         self._orders: OrderedDict[tuple[int, int], tuple[Integers, Integers]] = OrderedDict()
@@ -131,10 +138,14 @@ class Mixture:
             epoch, place = divmod(drawn, len(self._row_tokens[source]))
             rows, tokens = self._order(source, epoch)
             batch[:, index] = source, rows[place], tokens[place], epoch
-        return GlobalBatch(step=step, sources=batch[0], rows=batch[1], predicted_tokens=batch[2], epochs=batch[3])
+        return GlobalBatch(
+            step=step, sources=batch[0], rows=batch[1], predicted_tokens=batch[2], epochs=batch[3]
+        )
 
     def position(self, step: int, global_batch_size: int) -> Position:
-        """What was drawn before `step`; epoch limits are not enforced here, so a plan can list all that break."""
+        """What was drawn before `step`; epoch limits are not enforced here, so a plan can list all
+        that break.
+        """
         return self._position_at(step * global_batch_size, global_batch_size)
 
     def epoch_tokens(self, source: int, epoch: int) -> Integers:
@@ -161,18 +172,26 @@ class Mixture:
             stop = index if ends is None else min(index, ends)
             position = self._enter(segment, start, position)
             if stop - start >= JUMP_ROWS:
-                start, position = self._jump(position, segment, start, min(stop - start, MAX_JUMP_ROWS))
+                start, position = self._jump(
+                    position, segment, start, min(stop - start, MAX_JUMP_ROWS)
+                )
             count = min(stop - start, SNAPSHOT_ROWS)
             position = self._advance(position, start, count, None)
             start += count
         self._latest = (index, position)
         return position
 
-    def _jump(self, position: Position, segment: Segment, index: int, count: int) -> tuple[int, Position]:
-        """(a row less than `count` after `index`, the position before it), as a walk row by row would find it."""
+    def _jump(
+        self, position: Position, segment: Segment, index: int, count: int
+    ) -> tuple[int, Position]:
+        """(a row less than `count` after `index`, the position before it), as a walk row by row
+        would find it.
+        """
         weights = self._weights(segment)
         sources = sorted(weights, key=self._names.__getitem__)
-        cumulative = [self._cumulative(source, position, weights[source], count) for source in sources]
+        cumulative = [
+            self._cumulative(source, position, weights[source], count) for source in sources
+        ]
         blocks = walk_blocks(cumulative, [weights[source] for source in sources], count)
         if blocks is None:
             return index, position
@@ -190,7 +209,9 @@ class Mixture:
                 known = blocks.last[number]
             else:
                 after = self._choose(positions[-1], segment, end - begin, None).drawn_rows
-                known = np.array([after[source] - position.drawn_rows[source] for source in sources])
+                known = np.array(
+                    [after[source] - position.drawn_rows[source] for source in sources]
+                )
         where = bisect.bisect_right(self._snapshot_indices, index)
         keep = [number for number, at in enumerate(indices) if at not in self._snapshots]
         self._snapshot_indices[where:where] = [indices[number] for number in keep]
@@ -198,11 +219,16 @@ class Mixture:
         return indices[-1], positions[-1]
 
     def _cumulative(self, source: int, position: Position, weight: float, count: int) -> Integers:
-        """Tokens that a source has given, then after each further row, for `count` rows of the run and some more."""
+        """Tokens that a source has given, then after each further row, for `count` rows of the run
+        and some more.
+        """
         longest = max(int(tokens.max(initial=0)) for tokens in self._row_tokens)
         wanted = weight * (sum(position.segment_tokens) + (count + 64) * longest) + 64 * longest
         epoch, place = divmod(position.drawn_rows[source], len(self._row_tokens[source]))
-        parts, total = [np.array([position.segment_tokens[source]], np.int64)], position.segment_tokens[source]
+        parts, total = (
+            [np.array([position.segment_tokens[source]], np.int64)],
+            position.segment_tokens[source],
+        )
         while total < wanted:
             parts.append(self._order(source, epoch)[1][place:])
             total += int(parts[-1].sum())
@@ -216,8 +242,12 @@ class Mixture:
             self._snapshots[index] = position
             self._snapshot_indices.append(index)
 
-    def _advance(self, position: Position, index: int, count: int, chosen: list[tuple[int, int]] | None) -> Position:
-        """Draw `count` rows from row `index` of the run on; `chosen` takes (source, rows drawn from it before)."""
+    def _advance(
+        self, position: Position, index: int, count: int, chosen: list[tuple[int, int]] | None
+    ) -> Position:
+        """Draw `count` rows from row `index` of the run on; `chosen` takes (source, rows drawn from
+        it before).
+        """
         while count:
             segment, ends = self._segment_at(index)
             position = self._enter(segment, index, position)
@@ -238,7 +268,9 @@ class Mixture:
         """The segment that row `index` falls into, and the row at which the next one begins."""
         starts = [segment.start_step * self._global_batch_size for segment in self._ledger.segments]
         number = bisect.bisect_right(starts, index) - 1
-        return self._ledger.segments[number], starts[number + 1] if number + 1 < len(starts) else None
+        return self._ledger.segments[number], starts[number + 1] if number + 1 < len(
+            starts
+        ) else None
 
     def _choose(
         self, position: Position, segment: Segment, count: int, chosen: list[tuple[int, int]] | None
@@ -248,17 +280,25 @@ class Mixture:
         total = sum(given)
         weights = self._weights(segment)
         cursors = [_Cursor(self, source, drawn[source]) for source in range(len(drawn))]
-        # waiting: (e / w, rank, source); due: ((e + l) / w, rank, source).  Ranks by name: the order of sources in the
-        # mix does not matter.
-        ranks = {source: rank for rank, source in enumerate(sorted(weights, key=self._names.__getitem__))}
-        waiting = [(given[source] / weight, ranks[source], source) for source, weight in weights.items()]
+        # waiting: (e / w, rank, source); due: ((e + l) / w, rank, source).  Ranks by name: the
+        # order of sources in the mix does not matter.
+        ranks = {
+            source: rank for rank, source in enumerate(sorted(weights, key=self._names.__getitem__))
+        }
+        waiting = [
+            (given[source] / weight, ranks[source], source) for source, weight in weights.items()
+        ]
         heapq.heapify(waiting)
         due: list[tuple[float, int, int]] = []
         for _ in range(count):
-            # someone is always at or behind the share; rounding may hide that, then the one nearest to it goes
+            # someone is always at or behind the share; rounding may hide that, then the one nearest
+            # to it goes
             while waiting and (waiting[0][0] <= total or not due):
                 _, rank, source = heapq.heappop(waiting)
-                heapq.heappush(due, ((given[source] + cursors[source].next_tokens) / weights[source], rank, source))
+                heapq.heappush(
+                    due,
+                    ((given[source] + cursors[source].next_tokens) / weights[source], rank, source),
+                )
             _, rank, source = heapq.heappop(due)
             if chosen is not None:
                 chosen.append((source, drawn[source]))
@@ -272,7 +312,11 @@ class Mixture:
     def _weights(self, segment: Segment) -> dict[int, float]:
         """Weight by source, those of 0 left out, scaled to sum to 1."""
         total = math.fsum(segment.weights.values())
-        return {self._names.index(name): weight / total for name, weight in segment.weights.items() if weight > 0}
+        return {
+            self._names.index(name): weight / total
+            for name, weight in segment.weights.items()
+            if weight > 0
+        }
 
     def _order(self, source: int, epoch: int) -> tuple[Integers, Integers]:
         """Row numbers of a source in the order of an epoch, and their predicted tokens."""
@@ -315,16 +359,21 @@ class _Cursor:
         """Go to the next row."""
         self._place += 1
         if self._place == len(self._tokens) and self._num_rows:
-            # a stretch of the epoch as a list: indexing an array item by item is several times slower
+            # a stretch of the epoch as a list: indexing an array item by item is several times
+            # slower
             epoch, place = divmod(self._next, self._num_rows)
-            self._tokens = self._mixture._order(self._source, epoch)[1][place : place + _CURSOR_ROWS].tolist()
+            self._tokens = self._mixture._order(self._source, epoch)[1][
+                place : place + _CURSOR_ROWS
+            ].tolist()
             self._next += len(self._tokens)
             self._place = 0
         self.next_tokens = self._tokens[self._place] if self._num_rows else 0
 
 
 def epoch_order(num_rows: int, seed: int, source_name: str, epoch: int) -> Integers:
-    """Row numbers in the order of one epoch: sorted by splitmix64(row ^ key), key from (seed, source, epoch)."""
+    """Row numbers in the order of one epoch: sorted by splitmix64(row ^ key), key from (seed,
+    source, epoch).
+    """
     digest = hashlib.sha256(f"{seed}:{source_name}:{epoch}".encode()).digest()
     key = np.uint64(int.from_bytes(digest[:8], "little"))
     # splitmix64 is a bijection: no two keys are equal, so any sort gives the same order

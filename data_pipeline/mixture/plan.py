@@ -2,10 +2,10 @@
 
 Decisions
     An impossible run fails here, not at step 40,000: every reason is in `Plan.problems`.
-    What is unwise but possible is a warning: a source read more than WARN_EPOCHS times teaches little more (Muennighoff
-    et al., arXiv 2305.16264: up to 4 epochs are nearly as good as new text).
-    Tokens are not content.  The same text costs about JAPANESE_PREMIUM times the tokens in Japanese, so half the tokens
-    are less than half of what is said.
+    What is unwise but possible is a warning: a source read more than WARN_EPOCHS times teaches
+    little more (Muennighoff et al., arXiv 2305.16264: up to 4 epochs are nearly as good as new
+    text). Tokens are not content.  The same text costs about JAPANESE_PREMIUM times the tokens in
+    Japanese, so half the tokens are less than half of what is said.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from data_pipeline.tables import table
 
 WARN_EPOCHS = 4.0
 JAPANESE_PREMIUM = 1.32
-"""Tokens of a Japanese text over those of the same text in English: 1.27 to 1.38, Debian's parallel documentation."""
+"""Tokens of a Japanese text over those of the same text in English: 1.27 to 1.38, Debian's parallel
+documentation.
+"""
 _CURVE_POINTS = 64
 
 
@@ -85,8 +87,13 @@ class Plan:
         return shares
 
     def content_shares(self) -> dict[str, float]:
-        """`language_shares`, a Japanese token counted as 1 / JAPANESE_PREMIUM of one in another language."""
-        worth = {name: s / (JAPANESE_PREMIUM if name == "ja" else 1) for name, s in self.language_shares().items()}
+        """`language_shares`, a Japanese token counted as 1 / JAPANESE_PREMIUM of one in another
+        language.
+        """
+        worth = {
+            name: s / (JAPANESE_PREMIUM if name == "ja" else 1)
+            for name, s in self.language_shares().items()
+        }
         total = sum(worth.values()) or 1.0
         return {name: value / total for name, value in worth.items()}
 
@@ -107,10 +114,26 @@ class Plan:
 
     def describe(self) -> str:
         """A table for people, then shares, limits and warnings."""
-        header = ("source", "language", "documents", "tokens", "rows", "bytes/token", "drawn tokens", "share")
+        header = (
+            "source",
+            "language",
+            "documents",
+            "tokens",
+            "rows",
+            "bytes/token",
+            "drawn tokens",
+            "share",
+        )
         rows = [
             (
-                *(s.name, s.language, f"{s.documents:,}", f"{s.tokens:,}", f"{s.rows:,}", f"{s.bytes_per_token:.2f}"),
+                *(
+                    s.name,
+                    s.language,
+                    f"{s.documents:,}",
+                    f"{s.tokens:,}",
+                    f"{s.rows:,}",
+                    f"{s.bytes_per_token:.2f}",
+                ),
                 *(f"{s.drawn_tokens:,}", f"{s.share:.2%}", f"{s.epochs:.2f}"),
                 "-" if s.read_once_at_step is None else f"{s.read_once_at_step:,}",
             )
@@ -128,17 +151,23 @@ class Plan:
                 + ", ".join(f"{name} {share:.1%}" for name, share in content.items())
             )
         for name, low, high, met in self.limits:
-            text.append(f"limit: {name} from {low:.0%} to {high:.0%}: {'met' if met else 'NOT MET'}")
+            text.append(
+                f"limit: {name} from {low:.0%} to {high:.0%}: {'met' if met else 'NOT MET'}"
+            )
         return "\n".join([*text, *(f"warning: {line}" for line in self.warnings)])
 
     def plot(self) -> str:
         """Shares and epochs, as an SVG file."""
         limits = {name: low for name, low, _, _ in self.limits if low > 0}
         languages = [
-            Bar(name, share, f"{share:.1%}", limits.get(name)) for name, share in self.language_shares().items()
+            Bar(name, share, f"{share:.1%}", limits.get(name))
+            for name, share in self.language_shares().items()
         ]
         sources = [Bar(s.name, s.share, f"{s.share:.1%}") for s in self.sources]
-        epochs = [Bar(s.name, s.epochs, f"{s.epochs:.2f}", s.max_epochs, s.epochs > WARN_EPOCHS) for s in self.sources]
+        epochs = [
+            Bar(s.name, s.epochs, f"{s.epochs:.2f}", s.max_epochs, s.epochs > WARN_EPOCHS)
+            for s in self.sources
+        ]
         curves = [(s.name, s.epoch_curve) for s in self.sources if s.epochs]
         return stack(
             [
@@ -151,7 +180,11 @@ class Plan:
 
 
 def make_plan(
-    built: BuiltData, mix: MixConfig, steps: int, global_batch_size: int, ledger: Ledger | None = None
+    built: BuiltData,
+    mix: MixConfig,
+    steps: int,
+    global_batch_size: int,
+    ledger: Ledger | None = None,
 ) -> Plan:
     """Draw `steps` steps without reading a token.
 
@@ -165,9 +198,14 @@ def make_plan(
     ledger = ledger or Ledger.start(mix)
     mixture = Mixture(built, ledger, mix.seed)
     end = mixture.position(steps, global_batch_size)
-    curve_steps = tuple(np.unique(np.linspace(0, steps, min(steps, _CURVE_POINTS) + 1).astype(int)).tolist())
+    curve_steps = tuple(
+        np.unique(np.linspace(0, steps, min(steps, _CURVE_POINTS) + 1).astype(int)).tolist()
+    )
     drawn = np.array([mixture.position(step, global_batch_size).drawn_rows for step in curve_steps])
-    tokens = [_drawn_tokens(mixture, built, number, end.drawn_rows[number]) for number in range(len(mix.sources))]
+    tokens = [
+        _drawn_tokens(mixture, built, number, end.drawn_rows[number])
+        for number in range(len(mix.sources))
+    ]
     total = max(sum(tokens), 1)
     entries = {entry.name: entry for entry in built.manifest.sources}
     sources = []
@@ -241,4 +279,6 @@ def _judged(plan: Plan, mix: MixConfig, ledger: Ledger) -> Plan:
                 f"language '{language}': has {share:.2%} of the tokens, must have from {bounds.min_share:.2%} to "
                 f"{bounds.max_share:.2%}. Change the weights."
             )
-    return dataclasses.replace(plan, limits=tuple(limits), problems=tuple(problems), warnings=tuple(warnings))
+    return dataclasses.replace(
+        plan, limits=tuple(limits), problems=tuple(problems), warnings=tuple(warnings)
+    )

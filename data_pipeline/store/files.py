@@ -47,7 +47,9 @@ def sha256_of(path: Path) -> str:
 
 
 def xxh3_of(path: Path) -> str:
-    """Hex xxh3_128 of a file; some ten times faster than sha256, for large inputs that nobody forges."""
+    """Hex xxh3_128 of a file; some ten times faster than sha256, for large inputs that nobody
+    forges.
+    """
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -1,8 +1,8 @@
 """The manifest of a build: what was made from which settings, and the hash of every file.
 
 Decisions
-    A build is complete if and only if its manifest is there and every listed file matches it; the manifest is written
-    last and carries a checksum of itself.
+    A build is complete if and only if its manifest is there and every listed file matches it; the
+    manifest is written last and carries a checksum of itself.
     It holds no time, host or absolute path: equal input gives an equal manifest, byte for byte.
 """
 
@@ -61,7 +61,9 @@ class SourceEntry:
     held_out_hash: str
     """Hex sha256 of those documents' content hashes, in the order of the hashes."""
     held_out_found: int
-    """Held-out documents of which training text had a copy or a long run; that training text was dropped."""
+    """Held-out documents of which training text had a copy or a long run; that training text was
+    dropped.
+    """
     duplicates: int
     """Documents dropped as exact copies of another document of the mix."""
     near_duplicates: int
@@ -147,7 +149,11 @@ class Manifest:
         hashes = {}
         for source in self.sources:
             prefixes = (f"{source.name}/train/", f"{source.name}/documents")
-            files = sorted((name, entry.sha256) for name, entry in self.files.items() if name.startswith(prefixes))
+            files = sorted(
+                (name, entry.sha256)
+                for name, entry in self.files.items()
+                if name.startswith(prefixes)
+            )
             hashes[source.name] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         return hashes
 
@@ -174,12 +180,18 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path}: cannot be read ({error.strerror}). The build is incomplete: build it again."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON. The build is damaged: delete it and build it again.") from error
+        raise DataError(
+            f"{path}: not JSON. The build is damaged: delete it and build it again."
+        ) from error
     if not isinstance(value, dict) or value.pop("checksum", None) != _checksum(value):
-        raise DataError(f"{path}: does not match its own checksum. Delete the build and build it again.")
+        raise DataError(
+            f"{path}: does not match its own checksum. Delete the build and build it again."
+        )
     if value.get("format_version") != FORMAT_VERSION:
         found = value.get("format_version")
-        raise DataError(f"{path}: has format version {found}, this code reads {FORMAT_VERSION}. Build it again.")
+        raise DataError(
+            f"{path}: has format version {found}, this code reads {FORMAT_VERSION}. Build it again."
+        )
     try:
         manifest = _from_content(value)
     except (TypeError, KeyError) as error:
@@ -200,11 +212,17 @@ def check_files(directory: Path, manifest: Manifest, *, verify: bool) -> None:
         verify: compare the contents, not only names and sizes.
 
     Raises:
-        DataError: naming every file that is missing, extra, a link, of another size or of other content.
+        DataError: naming every file that is missing, extra, a link, of another size or of other
+            content.
     """
-    found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+    found = {
+        path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()
+    }
     problems = [f"{directory / name}: missing" for name in sorted(set(manifest.files) - found)]
-    problems += [f"{directory / name}: not in the manifest" for name in sorted(found - {*manifest.files, FILE_NAME})]
+    problems += [
+        f"{directory / name}: not in the manifest"
+        for name in sorted(found - {*manifest.files, FILE_NAME})
+    ]
     for name in sorted(found & set(manifest.files)):
         path, entry = directory / name, manifest.files[name]
         if path.is_symlink() or not path.is_file():
@@ -214,11 +232,15 @@ def check_files(directory: Path, manifest: Manifest, *, verify: bool) -> None:
         elif verify and sha256_of(path) != entry.sha256:
             problems.append(f"{path}: content differs from the manifest (sha256)")
     if problems:
-        raise DataError("\n".join([*problems, "The build is damaged: delete it and build it again."]))
+        raise DataError(
+            "\n".join([*problems, "The build is damaged: delete it and build it again."])
+        )
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def _from_content(value: dict[str, Any]) -> Manifest:
@@ -227,7 +249,8 @@ def _from_content(value: dict[str, Any]) -> Manifest:
             **value,
             "sources": tuple(SourceEntry(**source) for source in value["sources"]),
             "guard_domains": tuple(
-                GuardDomain(**{**domain, "sources": tuple(domain["sources"])}) for domain in value["guard_domains"]
+                GuardDomain(**{**domain, "sources": tuple(domain["sources"])})
+                for domain in value["guard_domains"]
             ),
             "files": {name: FileEntry(**entry) for name, entry in value["files"].items()},
         }

@@ -1,15 +1,17 @@
 """Documents -> packed rows.
 
-A document of n tokens (END_OF_TEXT included) has n - 1 pairs (input t[i], label t[i+1]) and takes n - 1 slots of a
-row.  So every used slot has a label, no label belongs to another document, and END_OF_TEXT is never an input.
+A document of n tokens (END_OF_TEXT included) has n - 1 pairs (input t[i], label t[i+1]) and takes n
+- 1 slots of a row.  So every used slot has a label, no label belongs to another document, and
+END_OF_TEXT is never an input.
 
     document lengths -> pieces of at most seq_len pairs -> rows (best fit) -> arrays
 
 Decisions
-    A document of more than seq_len pairs is cut into pieces of exactly seq_len pairs and a rest.  Neighbouring pieces
-    share one token, the label of the one and the input of the next, so no pair is lost.  Nothing else is ever cut.
-    Best-fit decreasing: pieces from long to short, each into the fullest row that still has room (arXiv 2404.10830).
-    The same lengths always give the same rows.
+    A document of more than seq_len pairs is cut into pieces of exactly seq_len pairs and a rest.
+    Neighbouring pieces share one token, the label of the one and the input of the next, so no pair
+    is lost.  Nothing else is ever cut. Best-fit decreasing: pieces from long to short, each into
+    the fullest row that still has room (arXiv 2404.10830). The same lengths always give the same
+    rows.
 """
 
 from __future__ import annotations
@@ -50,14 +52,17 @@ class PackedRows:
         return np.diff(totals[self.row_offsets])
 
 
-def pack(documents: Integers, document_tokens: Integers, seq_len: int, method: str = "best_fit") -> PackedRows:
+def pack(
+    documents: Integers, document_tokens: Integers, seq_len: int, method: str = "best_fit"
+) -> PackedRows:
     """Pack documents into rows.
 
     Args:
         documents: document numbers; they only label the pieces.
         document_tokens: tokens of each of them, END_OF_TEXT included, at least 2.
         seq_len: slots in a row.
-        method: `best_fit`, or `concatenate`: documents one after the other, cut wherever a row ends.
+        method: `best_fit`, or `concatenate`: documents one after the other, cut wherever a row
+            ends.
     """
     assert len(document_tokens) == 0 or document_tokens.min() >= 2
     if method == "concatenate":
@@ -70,7 +75,9 @@ def pack(documents: Integers, document_tokens: Integers, seq_len: int, method: s
     if len(blocks) == 1:
         return blocks[0]
     before = np.cumsum([0, *(len(block.piece_document) for block in blocks)])
-    offsets = [block.row_offsets[1:] + first for block, first in zip(blocks, before[:-1], strict=True)]
+    offsets = [
+        block.row_offsets[1:] + first for block, first in zip(blocks, before[:-1], strict=True)
+    ]
     names = ("piece_document", "piece_start", "piece_pairs")
     return PackedRows(
         row_offsets=np.concatenate([np.zeros(1, np.int64), *offsets]),
@@ -82,12 +89,16 @@ def _pack_block(documents: Integers, document_tokens: Integers, seq_len: int) ->
     pairs = document_tokens - 1
     num_full, rest = np.divmod(pairs, seq_len)
     full = np.repeat(np.arange(len(pairs)), num_full)
-    full_start = (np.arange(len(full)) - np.repeat(np.cumsum(num_full) - num_full, num_full)) * seq_len
+    full_start = (
+        np.arange(len(full)) - np.repeat(np.cumsum(num_full) - num_full, num_full)
+    ) * seq_len
     partial = np.flatnonzero(rest)
     partial = partial[np.argsort(-rest[partial], kind="stable")]
     rows = _best_fit(rest[partial].tolist(), seq_len)
     order = partial[[piece for row in rows for piece in row]] if rows else partial
-    row_sizes = np.concatenate([np.ones(len(full), np.int64), np.array([len(row) for row in rows], np.int64)])
+    row_sizes = np.concatenate(
+        [np.ones(len(full), np.int64), np.array([len(row) for row in rows], np.int64)]
+    )
     return PackedRows(
         row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(row_sizes)]),
         piece_document=documents[np.concatenate([full, order])],
@@ -100,7 +111,9 @@ def _concatenate(documents: Integers, pairs: Integers, seq_len: int) -> PackedRo
     """Pieces end where their document or a row does."""
     ends = np.cumsum(pairs)
     total = int(ends[-1]) if len(ends) else 0
-    cuts = np.unique(np.concatenate([ends, np.arange(seq_len, total, seq_len), np.zeros(0, np.int64)]))
+    cuts = np.unique(
+        np.concatenate([ends, np.arange(seq_len, total, seq_len), np.zeros(0, np.int64)])
+    )
     begins = np.concatenate([np.zeros(min(len(cuts), 1), np.int64), cuts[:-1]])
     owner = np.searchsorted(ends, begins, side="right")
     borders = np.append(np.arange(seq_len, total, seq_len), total)[: len(cuts)]

@@ -3,7 +3,8 @@
     bytes 0..7      magic
     bytes 8..11     version, uint32
     bytes 12..15    length of the JSON header in bytes, uint32
-    bytes 16..4095  JSON header, padded with spaces: dtype, num_tokens, num_documents; num_control_tokens if the
+    bytes 16..4095  JSON header, padded with spaces: dtype, num_tokens, num_documents;
+    num_control_tokens if the
                     documents are conversations
     4096            tokens, uint32 each, every document ending with END_OF_TEXT, a conversation with <|return|>; padded
                     to a multiple of 8 bytes
@@ -11,8 +12,9 @@
     then            UTF-8 bytes of each document, uint64
 
 Decisions
-    All numbers are little-endian.  The size of the file follows from the header, so a cut-off file is always noticed.
-    The reader trusts nothing: what does not add up is a DataError that names the file.
+    All numbers are little-endian.  The size of the file follows from the header, so a cut-off file
+    is always noticed. The reader trusts nothing: what does not add up is a DataError that names the
+    file.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ class ShardWriter:
         return self._offsets[-1]
 
     def add(self, tokens: Tokens, num_bytes: int, chat: bool = False) -> None:
-        """Append one document; END_OF_TEXT is added here, but to a conversation, which has an end of its own."""
+        """Append one document; END_OF_TEXT is added here, but to a conversation, which has an end
+        of its own.
+        """
         assert tokens.dtype == np.uint32 and len(tokens) > 0 and (chat or not self._chat)
         self._file.write(tokens.astype("<u4", copy=False).tobytes())
         if chat:
@@ -80,12 +84,18 @@ class ShardWriter:
         self._file.write(bytes(-4 * self.num_tokens % 8))
         self._file.write(np.asarray(self._offsets, dtype="<u8").tobytes())
         self._file.write(np.asarray(self._document_bytes, dtype="<u8").tobytes())
-        content = {"dtype": _DTYPE, "num_documents": self.num_documents, "num_tokens": self.num_tokens}
+        content = {
+            "dtype": _DTYPE,
+            "num_documents": self.num_documents,
+            "num_tokens": self.num_tokens,
+        }
         if self._chat:
             content["num_control_tokens"] = self._num_control_tokens
         header = json.dumps(content).encode("ascii")
         self._file.seek(0)
-        self._file.write(MAGIC + struct.pack("<II", VERSION, len(header)) + header.ljust(HEADER_BYTES - 16))
+        self._file.write(
+            MAGIC + struct.pack("<II", VERSION, len(header)) + header.ljust(HEADER_BYTES - 16)
+        )
 
 
 @contextlib.contextmanager
@@ -116,7 +126,9 @@ class Shard:
         self.num_documents = self._count(header, "num_documents")
         self.chat = "num_control_tokens" in header
         """Whether the documents are conversations."""
-        self._num_control_tokens = self._count(header, "num_control_tokens") if self.chat else self.num_documents
+        self._num_control_tokens = (
+            self._count(header, "num_control_tokens") if self.chat else self.num_documents
+        )
         offsets_at = HEADER_BYTES + 4 * self.num_tokens + (-4 * self.num_tokens % 8)
         bytes_at = offsets_at + 8 * (self.num_documents + 1)
         expected, found = bytes_at + 8 * self.num_documents, path.stat().st_size
@@ -145,7 +157,9 @@ class Shard:
         return np.diff(self.offsets)
 
     def _error(self, problem: str) -> DataError:
-        return DataError(f"{self.path}: {problem}. The token shard is damaged: delete the build and build it again.")
+        return DataError(
+            f"{self.path}: {problem}. The token shard is damaged: delete the build and build it again."
+        )
 
     def _read_header(self) -> dict[str, Any]:
         try:
@@ -181,7 +195,9 @@ class Shard:
         steps = np.diff(self.offsets)
         if self.offsets[0] != 0 or self.offsets[-1] != self.num_tokens or (steps < 2).any():
             bad = int(np.argmax(steps < 2)) if (steps < 2).any() else 0
-            raise self._error(f"has document offsets that do not rise from 0 to {self.num_tokens} (document {bad})")
+            raise self._error(
+                f"has document offsets that do not rise from 0 to {self.num_tokens} (document {bad})"
+            )
         if (self.document_bytes < 0).any():
             raise self._error("has a document of negative size")
 
@@ -196,11 +212,17 @@ class Shard:
             block = self._tokens[start : start + _SCAN_TOKENS]
             if block.max() >= VOCAB_SIZE:
                 bad = start + int(np.argmax(block >= VOCAB_SIZE))
-                raise self._error(f"token {bad} has id {self._tokens[bad]}, must be below {VOCAB_SIZE}")
+                raise self._error(
+                    f"token {bad} has id {self._tokens[bad]}, must be below {VOCAB_SIZE}"
+                )
             num_control += int(np.count_nonzero(block >= NUM_TEXT_TOKENS))
         if num_control != self._num_control_tokens:
-            expected = f"its header says {self._num_control_tokens}" if self.chat else "one each is right"
-            raise self._error(f"holds {num_control} control tokens for {self.num_documents} documents, {expected}")
+            expected = (
+                f"its header says {self._num_control_tokens}" if self.chat else "one each is right"
+            )
+            raise self._error(
+                f"holds {num_control} control tokens for {self.num_documents} documents, {expected}"
+            )
 
 
 class Shards:
@@ -209,7 +231,9 @@ class Shards:
     def __init__(self, directory: Path, names: Sequence[str], *, verify: bool = True) -> None:
         """Open the shards `names` in `directory`; arguments and errors as for `Shard`."""
         if not names:
-            raise DataError(f"{directory}: holds no token shard. Delete the build and build it again.")
+            raise DataError(
+                f"{directory}: holds no token shard. Delete the build and build it again."
+            )
         self._shards = [Shard(directory / name, verify=verify) for name in names]
         self.chat = any(shard.chat for shard in self._shards)
         """Whether the documents are conversations."""

@@ -1,9 +1,10 @@
 """Which texts can become tokens, what is done to them before, and the account of those that cannot.
 
 Decisions
-    A text is taken as it stands unless its source asks for steps; then they run in the order of STEPS.
-    Every reject is counted by reason, with the places of the first few, so that nothing is dropped silently.
-    What was seen or changed without losing a document (a byte order mark, a normalisation) is counted apart, as a note.
+    A text is taken as it stands unless its source asks for steps; then they run in the order of
+    STEPS. Every reject is counted by reason, with the places of the first few, so that nothing is
+    dropped silently. What was seen or changed without losing a document (a byte order mark, a
+    normalisation) is counted apart, as a note.
 
 What the steps do
     newlines   CRLF and CR become LF.
@@ -28,7 +29,9 @@ from typing import Any
 MAX_PLACES = 3
 """Places kept per reason."""
 MAX_WHITESPACE_RUN = 100_000
-"""Characters; the tokenizer's pattern overflows its stack near 1,000,000 whitespace characters in a row."""
+"""Characters; the tokenizer's pattern overflows its stack near 1,000,000 whitespace characters in a
+row.
+"""
 _LONG_WHITESPACE = re.compile(rf"\s{{{MAX_WHITESPACE_RUN + 1}}}")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 _HALF_WIDTH_KANA = re.compile("[\uff61-\uff9f]+")
@@ -42,7 +45,9 @@ _BLANK_LINES = re.compile("\n{3,}")
 
 
 def _width(text: str) -> str:
-    return _HALF_WIDTH_KANA.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text).translate(_FULL_WIDTH)
+    return _HALF_WIDTH_KANA.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text).translate(
+        _FULL_WIDTH
+    )
 
 
 STEPS: dict[str, Callable[[str], str]] = {
@@ -119,7 +124,9 @@ class Tally:
         self.notes += other.notes
         for reason, places in other.places.items():
             known = self.places.setdefault(reason, [])
-            moved = [dataclasses.replace(p, line=p.line + lines_before) if p.line else p for p in places]
+            moved = [
+                dataclasses.replace(p, line=p.line + lines_before) if p.line else p for p in places
+            ]
             known += moved[: MAX_PLACES - len(known)]
 
     def to_json(self) -> dict[str, Any]:
@@ -128,14 +135,20 @@ class Tally:
             "accepted": self.accepted,
             "lines": self.lines,
             "rejects": dict(self.rejects),
-            "places": {reason: [dataclasses.asdict(p) for p in listed] for reason, listed in self.places.items()},
+            "places": {
+                reason: [dataclasses.asdict(p) for p in listed]
+                for reason, listed in self.places.items()
+            },
             "notes": dict(self.notes),
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Tally:
         """The inverse of `to_json`."""
-        places = {reason: [Place(**place) for place in listed] for reason, listed in value["places"].items()}
+        places = {
+            reason: [Place(**place) for place in listed]
+            for reason, listed in value["places"].items()
+        }
         counters = {key: Counter(value[key]) for key in ("rejects", "notes")}
         return cls(accepted=value["accepted"], lines=value["lines"], places=places, **counters)
 

@@ -1,20 +1,24 @@
 """Harmony, the conversation format of gpt-oss: messages -> tokens.
 
-Text that people give is always encoded as plain text; control tokens stand only where this file puts them.
+Text that people give is always encoded as plain text; control tokens stand only where this file
+puts them.
 
     record {"messages": [...], "reasoning_effort", "current_date"} -> Conversation -> tokens
 
 Decisions
-    A record is read as the chat template of an export reads it (cpt/state/harmony.jinja): a first message of role
-    system or developer holds instructions; an assistant's `thinking` is its analysis channel, and of all turns but the
-    last one it is dropped, because the model never sees it again.  Messages that name a `channel` are read, too.
-    A conversation ends with the assistant's <|return|>; no <|endoftext|> follows, since the model never saw one there.
-    Every token after the first bears loss, headers, control tokens and the user's words as well: pretraining learns
-    documents whole, the format is what a model forgets first, and so a row's predicted tokens are its pairs, as for
-    text.  Bytes, for bits per byte, are those of the messages' contents alone.
-    Tool calls are not rendered: a record with one is rejected and counted.
+    A record is read as the chat template of an export reads it (cpt/state/harmony.jinja): a first
+    message of role system or developer holds instructions; an assistant's `thinking` is its
+    analysis channel, and of all turns but the last one it is dropped, because the model never sees
+    it again.  Messages that name a `channel` are read, too. A conversation ends with the
+    assistant's <|return|>; no <|endoftext|> follows, since the model never saw one there. Every
+    token after the first bears loss, headers, control tokens and the user's words as well:
+    pretraining learns documents whole, the format is what a model forgets first, and so a row's
+    predicted tokens are its pairs, as for text.  Bytes, for bits per byte, are those of the
+    messages' contents alone. Tool calls are not rendered: a record with one is rejected and
+    counted.
 
-Source: the Harmony response format (openai-harmony); the renderings in tests/export/test_chat_template.py come from it.
+Source: the Harmony response format (openai-harmony); the renderings in
+    tests/export/test_chat_template.py come from it.
 """
 
 from __future__ import annotations
@@ -79,7 +83,9 @@ class Conversation:
         """Ids, from <|start|> of the system message to <|return|>."""
         ids = system_message(self.effort, self.date)
         for message in self.messages:
-            text = f"# Instructions\n\n{message.text}" if message.role == "developer" else message.text
+            text = (
+                f"# Instructions\n\n{message.text}" if message.role == "developer" else message.text
+            )
             ids += _message(message.role, text, message.channel)
         return np.array([*ids[:-1], RETURN], dtype=np.uint32)
 
@@ -92,7 +98,11 @@ def body(tokens: Tokens) -> Tokens:
 def read_conversation(record: dict[str, Any]) -> tuple[Conversation | None, str | None]:
     """(conversation, None) of a JSON record, or (None, why it cannot be used)."""
     listed = record.get("messages")
-    if not isinstance(listed, list) or not listed or not all(isinstance(one, dict) for one in listed):
+    if (
+        not isinstance(listed, list)
+        or not listed
+        or not all(isinstance(one, dict) for one in listed)
+    ):
         return None, "no list of objects 'messages'"
     effort, date = record.get("reasoning_effort", "medium"), record.get("current_date")
     if effort not in EFFORTS:
@@ -110,7 +120,9 @@ def read_conversation(record: dict[str, Any]) -> tuple[Conversation | None, str 
         return None, "the last message is not an answer of the assistant"
     answers = [number for number, message in enumerate(messages) if message.channel == "final"]
     seen_last = answers[-2] if len(answers) > 1 else -1
-    kept = tuple(m for number, m in enumerate(messages) if m.channel != "analysis" or number > seen_last)
+    kept = tuple(
+        m for number, m in enumerate(messages) if m.channel != "analysis" or number > seen_last
+    )
     return Conversation(effort=effort, date=parsed, messages=kept), None
 
 
@@ -137,7 +149,9 @@ def _add(messages: list[Message], message: dict[str, Any], first: bool) -> str |
     return None
 
 
-def encode_prompt(user: str, *, developer: str | None, effort: Effort, date: datetime.date) -> list[int]:
+def encode_prompt(
+    user: str, *, developer: str | None, effort: Effort, date: datetime.date
+) -> list[int]:
     """A conversation of one question, up to where the assistant begins.
 
     Args:

@@ -22,7 +22,9 @@ class Part:
 
 
 def parse_reply(tokens: Sequence[int]) -> list[Part]:
-    """The messages of a reply; what does not follow the format is kept as text of its own, never dropped."""
+    """The messages of a reply; what does not follow the format is kept as text of its own, never
+    dropped.
+    """
     parts, rest = [], list(tokens)
     while rest:
         stop = next((i for i, token in enumerate(rest) if token in (END, *STOP_IDS)), len(rest))
@@ -44,7 +46,9 @@ def _part(message: list[int]) -> Part:
 
 
 def _field(header: str, name: str) -> str:
-    return next((field.removeprefix(name) for field in header.split() if field.startswith(name)), "")
+    return next(
+        (field.removeprefix(name) for field in header.split() if field.startswith(name)), ""
+    )
 
 
 def _text(tokens: list[int]) -> str:

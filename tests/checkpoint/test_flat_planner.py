@@ -1,6 +1,8 @@
-"""Ranges of flat tensors that some ranks wrote are read by other ranks, cut in other places, bit for bit.
+"""Ranges of flat tensors that some ranks wrote are read by other ranks, cut in other places, bit
+for bit.
 
-The ranks live in one process here: each plans and writes as torch.distributed.checkpoint would let it.
+The ranks live in one process here: each plans and writes as torch.distributed.checkpoint would let
+it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ Ranges = dict[str, FlatRange]
 def save(folder: Path, ranks: list[Ranges]) -> None:
     """The stages of dcp.save, with all ranks in turn."""
     planners = [FlatSavePlanner() for _ in ranks]
-    writers = [dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=False) for _ in ranks]
+    writers = [
+        dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=False) for _ in ranks
+    ]
     plans = []
     for rank, (planner, writer, ranges) in enumerate(zip(planners, writers, ranks, strict=True)):
         planner.set_up_planner(ranges, is_coordinator=rank == 0)
@@ -45,11 +49,18 @@ def save(folder: Path, ranks: list[Ranges]) -> None:
 def load(folder: Path, ranges: Ranges) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(ranges, storage_reader=dcp.FileSystemReader(folder), planner=FlatLoadPlanner(), no_dist=True)
+        dcp.load(
+            ranges,
+            storage_reader=dcp.FileSystemReader(folder),
+            planner=FlatLoadPlanner(),
+            no_dist=True,
+        )
 
 
 def pieces(whole: Tensor, cuts: list[int]) -> list[FlatRange]:
-    """`whole` cut at `cuts`; equal cuts give nobody anything and are left out, as by `local_shards`."""
+    """`whole` cut at `cuts`; equal cuts give nobody anything and are left out, as by
+    `local_shards`.
+    """
     bounds = [0, *sorted(cuts), whole.numel()]
     return [
         FlatRange(tensor=whole[first:last], offset=first, global_numel=whole.numel())
@@ -70,7 +81,11 @@ def bits(tensor: Tensor) -> list[int]:
 def numbers(numel: int, seed: int = 0) -> Tensor:
     """Any bits at all, not-a-number and negative zero among them."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-(2**31), 2**31 - 1, (numel,), generator=generator).to(torch.int32).view(torch.float32)
+    return (
+        torch.randint(-(2**31), 2**31 - 1, (numel,), generator=generator)
+        .to(torch.int32)
+        .view(torch.float32)
+    )
 
 
 @st.composite
@@ -80,7 +95,9 @@ def cuts(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
     return numel, draw(somewhere), draw(somewhere)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(cuts())
 def test_any_cut_reads_what_any_other_cut_wrote(
     tmp_path_factory: pytest.TempPathFactory, sizes: tuple[int, list[int], list[int]]
@@ -95,7 +112,11 @@ def test_any_cut_reads_what_any_other_cut_wrote(
 
 
 def test_many_tensors_of_a_rank_come_back_under_their_names(tmp_path: Path) -> None:
-    tensors = {f"{part}/layer.{i}.weight": numbers(10 + i, i) for part in ("master", "exp_avg") for i in range(4)}
+    tensors = {
+        f"{part}/layer.{i}.weight": numbers(10 + i, i)
+        for part in ("master", "exp_avg")
+        for i in range(4)
+    }
     cut = {name: pieces(tensor, [3, 7]) for name, tensor in tensors.items()}
     save(tmp_path, [{name: cut[name][rank] for name in tensors} for rank in range(3)])
     targets = {name: empty_like(pieces(tensor, [])[0]) for name, tensor in tensors.items()}
@@ -131,7 +152,9 @@ def test_view_of_a_larger_buffer_is_filled_in_place(tmp_path: Path) -> None:
 
 def test_every_rank_writes_one_file_of_its_own(tmp_path: Path) -> None:
     save(tmp_path, [{"w": piece} for piece in pieces(numbers(20), [5, 9])])
-    assert {file.name for file in tmp_path.iterdir()} == {f"__{r}_0.distcp" for r in range(3)} | {".metadata"}
+    assert {file.name for file in tmp_path.iterdir()} == {f"__{r}_0.distcp" for r in range(3)} | {
+        ".metadata"
+    }
 
 
 def test_file_holds_a_range_and_not_the_buffer_behind_it(tmp_path: Path) -> None:
@@ -148,7 +171,9 @@ def test_ranks_that_together_leave_a_hole_cannot_save(tmp_path: Path) -> None:
 
 def test_ranks_whose_ranges_overlap_cannot_save(tmp_path: Path) -> None:
     whole = numbers(20)
-    overlapping = [FlatRange(tensor=whole[a:b], offset=a, global_numel=20) for a, b in ((0, 12), (10, 20))]
+    overlapping = [
+        FlatRange(tensor=whole[a:b], offset=a, global_numel=20) for a, b in ((0, 12), (10, 20))
+    ]
     with pytest.raises(ValueError):
         save(tmp_path, [{"w": piece} for piece in overlapping])
 
@@ -167,11 +192,16 @@ def test_range_beyond_what_is_stored_is_refused(tmp_path: Path, offset: int) -> 
     """Otherwise the rest of the range would keep whatever was in memory."""
     save(tmp_path, [{"w": pieces(numbers(20), [])[0]}])
     with pytest.raises(REFUSALS):
-        load(tmp_path, {"w": FlatRange(tensor=torch.zeros(10), offset=offset, global_numel=offset + 10)})
+        load(
+            tmp_path,
+            {"w": FlatRange(tensor=torch.zeros(10), offset=offset, global_numel=offset + 10)},
+        )
 
 
 def test_failure_while_reading_is_a_checkpoint_error(tmp_path: Path) -> None:
-    """DCP raises a BaseException: `together` would not tell the other ranks, and the run would end with code 1."""
+    """DCP raises a BaseException: `together` would not tell the other ranks, and the run would end
+    with code 1.
+    """
     save(tmp_path, [{"w": pieces(numbers(20), [])[0]}])
     (tmp_path / "__0_0.distcp").unlink()
     target = empty_like(pieces(numbers(20), [])[0])

@@ -36,11 +36,18 @@ def test_every_folder_gets_its_verdict(run_dir: Path) -> None:
     assert list(found)[:4] == [f"step-000000{step}" for step in (40, 30, 20, 10)]
     assert found["step-00000040"] == "verified"
     assert (
-        found["step-00000030"] == "damaged: step-00000030/__0_0.distcp: its content does not match the manifest's hash."
+        found["step-00000030"]
+        == "damaged: step-00000030/__0_0.distcp: its content does not match the manifest's hash."
     )
-    assert found["step-00000020"] == "damaged: step-00000020/__1_0.distcp: missing, though the manifest lists it."
+    assert (
+        found["step-00000020"]
+        == "damaged: step-00000020/__1_0.distcp: missing, though the manifest lists it."
+    )
     assert found["step-00000010"] == "incomplete: no manifest.json"
-    assert found[".tmp-step-00000050"].startswith("incomplete") and "damaged" in found[".rejected-step-00000060"]
+    assert (
+        found[".tmp-step-00000050"].startswith("incomplete")
+        and "damaged" in found[".rejected-step-00000060"]
+    )
 
 
 def test_quick_look_reads_no_file_and_says_so(run_dir: Path) -> None:
@@ -51,14 +58,29 @@ def test_quick_look_reads_no_file_and_says_so(run_dir: Path) -> None:
 
 def test_table_shows_step_tokens_size_layout_and_age(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 100)
-    lines = table(list_checkpoints(tmp_path, verify=True), now=folder.stat().st_mtime + 7300).splitlines()
-    assert lines[0].split() == ["step", "tokens", "size", "world", "sp", "ep", "stage", "saved", "age", "verdict"]
+    lines = table(
+        list_checkpoints(tmp_path, verify=True), now=folder.stat().st_mtime + 7300
+    ).splitlines()
+    assert lines[0].split() == [
+        "step",
+        "tokens",
+        "size",
+        "world",
+        "sp",
+        "ep",
+        "stage",
+        "saved",
+        "age",
+        "verdict",
+    ]
     words = lines[1].split()
     assert words[:2] == ["100", "123"] and words[3] == "kB" and words[4:8] == ["2", "2", "1", "3"]
     assert lines[1].endswith("2 h  verified")
 
 
-def test_command_fails_if_none_is_usable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_fails_if_none_is_usable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["checkpoints", "--run_dir", str(tmp_path)]) == 0
     assert "holds no checkpoint yet" in capsys.readouterr().out
     flip(write_checkpoint(tmp_path, 100) / "__0_0.distcp", 7)
@@ -69,7 +91,12 @@ def test_command_fails_if_none_is_usable(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_listing_needs_no_deepspeed() -> None:
     code = "import sys, cpt.checkpoint.listing; sys.exit('deepspeed' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]
+        ).returncode
+        == 0
+    )
 
 
 def test_sizes_and_ages_are_readable() -> None:

@@ -22,7 +22,15 @@ from cpt.checkpoint.manifest import (
 )
 from cpt.checkpoint.reader import find_checkpoint, list_steps
 from cpt.errors import CheckpointError
-from tests.support.checkpoints import FILES, SHARDS, TENSORS, flip, manifest_of, sign_again, write_checkpoint
+from tests.support.checkpoints import (
+    FILES,
+    SHARDS,
+    TENSORS,
+    flip,
+    manifest_of,
+    sign_again,
+    write_checkpoint,
+)
 
 
 @pytest.fixture
@@ -49,7 +57,9 @@ def test_untouched_checkpoint_is_accepted(folder: Path) -> None:
 
 def test_record_holds_name_size_and_hash(folder: Path) -> None:
     content = SHARDS["__0_0.distcp"]
-    expected = FileRecord(name="__0_0.distcp", bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
+    expected = FileRecord(
+        name="__0_0.distcp", bytes=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content)
+    )
     assert record_file(folder / "__0_0.distcp") == expected
 
 
@@ -63,7 +73,9 @@ EVERY_FILE = pytest.mark.parametrize("name", FILES)
 @pytest.mark.case("C6", "named, for each kind of file")
 def test_flipped_byte_is_named(folder: Path, name: str, position: int) -> None:
     flip(folder / name, position)
-    assert refusal(folder) == f"step-00000100/{name}: its content does not match the manifest's hash."
+    assert (
+        refusal(folder) == f"step-00000100/{name}: its content does not match the manifest's hash."
+    )
 
 
 @EVERY_FILE
@@ -128,7 +140,9 @@ def replace_by_pipe(file: Path) -> None:
 
 @pytest.mark.parametrize("replace", [replace_by_symlink, replace_by_folder, replace_by_pipe])
 @pytest.mark.case("X5", "link, folder, pipe: refused unopened")
-def test_file_that_is_no_regular_file_is_refused_unopened(folder: Path, replace: Callable[[Path], None]) -> None:
+def test_file_that_is_no_regular_file_is_refused_unopened(
+    folder: Path, replace: Callable[[Path], None]
+) -> None:
     replace(folder / ".metadata")
     assert refusal(folder) == "step-00000100/.metadata: not a regular file."
 
@@ -138,7 +152,10 @@ def test_file_that_is_no_regular_file_is_refused_unopened(folder: Path, replace:
 def test_name_that_leads_out_of_the_directory_is_refused(folder: Path, name: str) -> None:
     record = {"name": name, "bytes": 1, "xxh3_128": "0" * 32}
     sign_again(folder, lambda body: body["files"].append(record))
-    assert refusal(folder) == f"step-00000100: the manifest names '{name}', which is not a plain file name."
+    assert (
+        refusal(folder)
+        == f"step-00000100: the manifest names '{name}', which is not a plain file name."
+    )
 
 
 # damaged manifests
@@ -149,7 +166,9 @@ def test_missing_manifest_is_named(folder: Path) -> None:
     assert f"{folder / MANIFEST}: missing" in refusal(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", "{}", '{"format": 1}', "\x00" * 64], ids=repr)
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[]", "3", "{}", '{"format": 1}', "\x00" * 64], ids=repr
+)
 @pytest.mark.case("C7", "manifest empty or not JSON: named")
 def test_text_that_is_no_manifest_is_named(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_text(text, encoding="utf-8")
@@ -285,7 +304,9 @@ def with_record(name: str, **changes: Any) -> dict[str, TensorRecord]:
     ids=["one_more", "one_less", "shape", "dtype"],
 )
 @pytest.mark.case("C16", "the key is named")
-def test_checkpoint_of_another_model_is_refused_by_key(tmp_path: Path, stored: Any, words: str) -> None:
+def test_checkpoint_of_another_model_is_refused_by_key(
+    tmp_path: Path, stored: Any, words: str
+) -> None:
     with pytest.raises(CheckpointError) as caught:
         _compare(tmp_path / "step-00000100", stored, TENSORS)
     assert words in str(caught.value)

@@ -12,7 +12,14 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from cpt.checkpoint.flat_planner import FlatRange
 from cpt.checkpoint.manifest import FileRecord, record_file
-from cpt.checkpoint.metadata import METADATA, PARTS, WrittenRange, check_metadata, read_metadata, write_metadata
+from cpt.checkpoint.metadata import (
+    METADATA,
+    PARTS,
+    WrittenRange,
+    check_metadata,
+    read_metadata,
+    write_metadata,
+)
 from cpt.checkpoint.reader import read_ranges, refusal_of
 from cpt.checkpoint.writer import write_ranges, written_by
 from cpt.errors import CheckpointError, InternalError
@@ -28,7 +35,9 @@ def write_parts(folder: Path, parts: list[dict[str, FlatRange]]) -> list[Written
 def test_what_each_rank_wrote_by_itself_is_read_as_one_tensor(tmp_path: Path) -> None:
     values = torch.randn(100)
     cuts = [(0, 37), (37, 40), (40, 100)]
-    parts = [{"master/a": FlatRange(tensor=values[a:b], offset=a, global_numel=100)} for a, b in cuts]
+    parts = [
+        {"master/a": FlatRange(tensor=values[a:b], offset=a, global_numel=100)} for a, b in cuts
+    ]
     write_metadata(tmp_path / "c", write_parts(tmp_path / "c", parts))
     read = torch.zeros(70)
     read_ranges(tmp_path / "c", {"master/a": FlatRange(tensor=read, offset=20, global_numel=100)})
@@ -39,16 +48,24 @@ def test_torch_itself_reads_what_is_written(tmp_path: Path) -> None:
     values = torch.randn(10)
     write_metadata(
         tmp_path / "c",
-        write_parts(tmp_path / "c", [{"master/a": FlatRange(tensor=values, offset=0, global_numel=10)}]),
+        write_parts(
+            tmp_path / "c", [{"master/a": FlatRange(tensor=values, offset=0, global_numel=10)}]
+        ),
     )
     loaded = {"master/a": torch.zeros(10)}
     torch.distributed.checkpoint.load(loaded, checkpoint_id=str(tmp_path / "c"), no_dist=True)
     assert torch.equal(loaded["master/a"], values)
 
 
-@pytest.mark.parametrize("cuts", [[(0, 40)], [(0, 60), (50, 50)], [(10, 90)], [(0, 40), (41, 59)]], ids=repr)
-def test_ranges_that_leave_a_gap_or_overlap_are_refused(tmp_path: Path, cuts: list[tuple[int, int]]) -> None:
-    written = [WrittenRange("master/a", offset, numel, 100, "__0_0.distcp", 0, 1) for offset, numel in cuts]
+@pytest.mark.parametrize(
+    "cuts", [[(0, 40)], [(0, 60), (50, 50)], [(10, 90)], [(0, 40), (41, 59)]], ids=repr
+)
+def test_ranges_that_leave_a_gap_or_overlap_are_refused(
+    tmp_path: Path, cuts: list[tuple[int, int]]
+) -> None:
+    written = [
+        WrittenRange("master/a", offset, numel, 100, "__0_0.distcp", 0, 1) for offset, numel in cuts
+    ]
     with pytest.raises(InternalError, match="do not cover its 100 elements once"):
         write_metadata(tmp_path, written)
     assert not list(tmp_path.iterdir())
@@ -74,11 +91,16 @@ def sign_file(folder: Path, name: str) -> None:
     record = record_file(folder / name)
     body = {"name": name, "bytes": record.bytes, "xxh3_128": record.xxh3_128}
     sign_again(
-        folder, lambda manifest: manifest.update(files=[body if f["name"] == name else f for f in manifest["files"]])
+        folder,
+        lambda manifest: manifest.update(
+            files=[body if f["name"] == name else f for f in manifest["files"]]
+        ),
     )
 
 
-@pytest.mark.case("X1", "refused before it can run, though hash and manifest are right; the sentinel is absent")
+@pytest.mark.case(
+    "X1", "refused before it can run, though hash and manifest are right; the sentinel is absent"
+)
 def test_crafted_metadata_is_refused_and_does_not_run(tmp_path: Path) -> None:
     sentinel, content = tmp_path / "sentinel", pickle.dumps(Crafted(tmp_path / "sentinel"))
     pickle.loads(content)  # without restriction it runs
@@ -95,7 +117,9 @@ def test_crafted_metadata_is_refused_and_does_not_run(tmp_path: Path) -> None:
 def test_crafted_shard_is_refused_and_does_not_run(tmp_path: Path) -> None:
     sentinel, folder = tmp_path / "sentinel", tmp_path / "c"
     values = torch.zeros(10)
-    written = write_parts(folder, [{"master/a": FlatRange(tensor=values, offset=0, global_numel=10)}])
+    written = write_parts(
+        folder, [{"master/a": FlatRange(tensor=values, offset=0, global_numel=10)}]
+    )
     write_metadata(folder, written)
     torch.save({"a": Crafted(sentinel)}, folder / "__0_0.distcp")
     with pytest.raises(CheckpointError, match=r"c: "):
@@ -120,7 +144,9 @@ def test_what_is_no_description_is_refused(tmp_path: Path, content: bytes) -> No
         read_metadata(tmp_path)
 
 
-@pytest.mark.case("C16", "keys, sizes and dtypes of the files are compared with the manifest, both ways")
+@pytest.mark.case(
+    "C16", "keys, sizes and dtypes of the files are compared with the manifest, both ways"
+)
 @pytest.mark.parametrize("change", ["more", "less", "size", "dtype", "file"])
 def test_metadata_that_says_other_than_the_manifest_is_refused(tmp_path: Path, change: str) -> None:
     folder = write_checkpoint(tmp_path, 100)
@@ -137,7 +163,9 @@ def test_metadata_that_says_other_than_the_manifest_is_refused(tmp_path: Path, c
     else:
         metadata.storage_data[next(iter(metadata.storage_data))].relative_path = "../../elsewhere"
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=r"extra|exp_avg/lm_head\.weight|elsewhere|torch\.bfloat16"):
+    with pytest.raises(
+        CheckpointError, match=r"extra|exp_avg/lm_head\.weight|elsewhere|torch\.bfloat16"
+    ):
         check_metadata(folder, manifest_of(folder))
 
 

@@ -1,4 +1,6 @@
-"""What is kept: the newest sound ones, every n-th for good, and never less because something else went wrong."""
+"""What is kept: the newest sound ones, every n-th for good, and never less because something else
+went wrong.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from cpt.checkpoint.reader import list_steps, refusal_of, step_folder
 from tests.support.checkpoints import flip, write_checkpoint
 
 
-def prune_to(run_dir: Path, newest: int, keep_last: int = 2, every: int = 0, loaded: int | None = None) -> list[int]:
+def prune_to(
+    run_dir: Path, newest: int, keep_last: int = 2, every: int = 0, loaded: int | None = None
+) -> list[int]:
     """Prune with every judgement read from the disk; the steps that are left."""
     prune(
         run_dir,
@@ -51,7 +55,9 @@ def test_what_was_just_written_and_what_was_loaded_is_kept(run_dir: Path) -> Non
 def test_incomplete_and_damaged_directories_are_not_counted(run_dir: Path) -> None:
     (step_folder(run_dir, 20) / MANIFEST).unlink()
     flip(step_folder(run_dir, 30) / "__0_0.distcp", 5)
-    assert prune_to(run_dir, 40) == [40, 30, 10], "40 and 10 are sound; 30 is damaged and stays to be looked at"
+    assert prune_to(run_dir, 40) == [40, 30, 10], (
+        "40 and 10 are sound; 30 is damaged and stays to be looked at"
+    )
     write_checkpoint(run_dir, 50)
     assert prune_to(run_dir, 50) == [50, 40]
 

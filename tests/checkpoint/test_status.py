@@ -20,12 +20,16 @@ def run_with(run_dir: Path, plan: str, *steps: int) -> Path:
     for step in steps:
         folder = run_dir / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
-        write_manifest(folder, Manifest(step=step, files=(), tensors={}, layout={}, versions={}, state={}))
+        write_manifest(
+            folder, Manifest(step=step, files=(), tensors={}, layout={}, versions={}, state={})
+        )
     return run_dir
 
 
 @pytest.mark.parametrize("plan", ["total_steps: 30", "{total_steps: 90, stop_at_step: 30}"])
-def test_run_is_finished_when_its_planned_last_step_is_saved(tmp_path: Path, plan: str, capsys) -> None:
+def test_run_is_finished_when_its_planned_last_step_is_saved(
+    tmp_path: Path, plan: str, capsys
+) -> None:
     assert main(["status", "--run_dir", str(run_with(tmp_path / "done", plan, 15, 30))]) == 0
     assert "finished, step 30 of 30 is saved" in capsys.readouterr().out
     assert main(["status", "--run_dir", str(run_with(tmp_path / "half", plan, 15))]) == 70

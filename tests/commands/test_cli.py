@@ -1,4 +1,6 @@
-"""`cpt export` and `cpt sample` refuse what they cannot do: the reason on stderr, the contract's exit code, no file."""
+"""`cpt export` and `cpt sample` refuse what they cannot do: the reason on stderr, the contract's
+exit code, no file.
+"""
 
 from __future__ import annotations
 
@@ -43,23 +45,31 @@ def sample(*arguments: Any) -> int:
 # export
 
 
-def test_export_of_a_missing_run_is_a_configuration_error(tmp_path: Path, out: Path, capsys: Any) -> None:
+def test_export_of_a_missing_run_is_a_configuration_error(
+    tmp_path: Path, out: Path, capsys: Any
+) -> None:
     assert export(tmp_path / "nowhere", out) == 78
     assert f"{tmp_path / 'nowhere'} does not exist" in capsys.readouterr().err
 
 
-def test_export_of_a_run_without_checkpoints_is_a_storage_error(run_dir: Path, out: Path, capsys: Any) -> None:
+def test_export_of_a_run_without_checkpoints_is_a_storage_error(
+    run_dir: Path, out: Path, capsys: Any
+) -> None:
     assert export(run_dir, out) == 74
     assert f"{run_dir} holds no checkpoint yet" in capsys.readouterr().err
 
 
-def test_export_of_a_step_that_was_never_saved_names_it(run_dir: Path, out: Path, capsys: Any) -> None:
+def test_export_of_a_step_that_was_never_saved_names_it(
+    run_dir: Path, out: Path, capsys: Any
+) -> None:
     write_checkpoint(run_dir, 10)
     assert export(run_dir, out, "--step", "20") == 74
     assert "step-00000020" in capsys.readouterr().err
 
 
-def test_export_of_a_damaged_checkpoint_names_the_file(run_dir: Path, out: Path, capsys: Any) -> None:
+def test_export_of_a_damaged_checkpoint_names_the_file(
+    run_dir: Path, out: Path, capsys: Any
+) -> None:
     damage(write_checkpoint(run_dir, 10))
     assert export(run_dir, out) == 74
     assert "step-00000010/__0_0.distcp" in capsys.readouterr().err
@@ -72,13 +82,17 @@ def test_export_says_which_checkpoint_it_passed_over(run_dir: Path, out: Path, c
     assert "checkpoint rejected: step-00000020/__0_0.distcp" in capsys.readouterr().err
 
 
-def test_export_of_a_damaged_step_that_was_asked_for_takes_no_other(run_dir: Path, out: Path) -> None:
+def test_export_of_a_damaged_step_that_was_asked_for_takes_no_other(
+    run_dir: Path, out: Path
+) -> None:
     write_checkpoint(run_dir, 10)
     damage(write_checkpoint(run_dir, 20))
     assert export(run_dir, out, "--step", "20") == 74
 
 
-def test_export_in_an_unknown_format_names_the_known_ones(run_dir: Path, out: Path, capsys: Any) -> None:
+def test_export_in_an_unknown_format_names_the_known_ones(
+    run_dir: Path, out: Path, capsys: Any
+) -> None:
     write_checkpoint(run_dir, 10)
     assert export(run_dir, out, "--format", "fp8") == 78
     message = capsys.readouterr().err
@@ -90,7 +104,10 @@ def test_export_overwrites_nothing(run_dir: Path, out: Path, capsys: Any) -> Non
     out.mkdir()
     (out / "mine.txt").write_text("keep", encoding="utf-8")
     assert export(run_dir, out) == 78
-    assert str(out) in capsys.readouterr().err and (out / "mine.txt").read_text(encoding="utf-8") == "keep"
+    assert (
+        str(out) in capsys.readouterr().err
+        and (out / "mine.txt").read_text(encoding="utf-8") == "keep"
+    )
 
 
 @pytest.mark.parametrize("problem", ["damaged", "format", "no_manifest"])
@@ -110,13 +127,21 @@ def test_refused_export_leaves_nothing_behind(run_dir: Path, out: Path, problem:
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Path:
     """A directory with a configuration and no weights."""
-    sizes = {"vocab_size": 96, "pad_token_id": 95, "bos_token_id": 94, "eos_token_id": 93, "num_hidden_layers": 1}
+    sizes = {
+        "vocab_size": 96,
+        "pad_token_id": 95,
+        "bos_token_id": 94,
+        "eos_token_id": 93,
+        "num_hidden_layers": 1,
+    }
     folder = tmp_path / "model"
     GptOssConfig(**{**PRESETS["tiny"], **sizes}).save_pretrained(str(folder))
     return folder
 
 
-def test_sampling_from_a_missing_directory_is_a_configuration_error(tmp_path: Path, capsys: Any) -> None:
+def test_sampling_from_a_missing_directory_is_a_configuration_error(
+    tmp_path: Path, capsys: Any
+) -> None:
     assert sample("--model", tmp_path / "nowhere") == 78
     assert "no config.json there" in capsys.readouterr().err
 
@@ -130,28 +155,38 @@ def test_sampling_from_a_run_without_checkpoints_is_a_storage_error(run_dir: Pat
     assert sample("--run_dir", run_dir) == 74
 
 
-def test_sampling_from_a_directory_without_weights_is_a_configuration_error(model_dir: Path, capsys: Any) -> None:
+def test_sampling_from_a_directory_without_weights_is_a_configuration_error(
+    model_dir: Path, capsys: Any
+) -> None:
     assert sample("--model", model_dir) == 78
     assert str(model_dir) in capsys.readouterr().err
 
 
 def test_sampling_never_reads_a_pickle(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers falls back to pytorch_model.bin, and opens it with torch.load, unless it is told not to."""
+    """transformers falls back to pytorch_model.bin, and opens it with torch.load, unless it is told
+    not to.
+    """
     model = GptOssForCausalLM(GptOssConfig.from_pretrained(str(model_dir)))
     torch.save(model.state_dict(), model_dir / "pytorch_model.bin")
     opened = []
-    monkeypatch.setattr(torch, "load", lambda *arguments, **_: opened.append(arguments) or model.state_dict())
+    monkeypatch.setattr(
+        torch, "load", lambda *arguments, **_: opened.append(arguments) or model.state_dict()
+    )
     assert sample("--model", model_dir) == 78
     assert not opened
 
 
-def test_sampling_from_nothing_is_refused_before_the_model_is_loaded(model_dir: Path, capsys: Any) -> None:
+def test_sampling_from_nothing_is_refused_before_the_model_is_loaded(
+    model_dir: Path, capsys: Any
+) -> None:
     """The directory has no weights: an empty prompt has to be noticed first."""
     assert main(["sample", "--model", str(model_dir), "--prompt", ""]) == 78
     assert "--prompt is empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["--run_dir", "a", "--model", "b"]], ids=["neither", "both"])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--run_dir", "a", "--model", "b"]], ids=["neither", "both"]
+)
 def test_sampling_needs_exactly_one_origin(arguments: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit) as caught:
         sample(*arguments)

@@ -9,7 +9,9 @@ from cpt.commands import doctor
 from cpt.model.attention import known_names
 
 
-def test_every_backend_is_listed_as_usable_or_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_backend_is_listed_as_usable_or_with_its_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     for name in set(known_names()) - {"auto"}:
@@ -21,7 +23,9 @@ def test_every_backend_is_listed_as_usable_or_with_its_reason(capsys: pytest.Cap
 def test_machine_without_a_tokenizer_is_told_so_and_exits_78(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "_tokenizer", lambda: ({"o200k_harmony": "no: ranks are missing"}, False))
+    monkeypatch.setattr(
+        doctor, "_tokenizer", lambda: ({"o200k_harmony": "no: ranks are missing"}, False)
+    )
     assert main(["doctor"]) == 78
     assert "ranks are missing" in capsys.readouterr().out
 

@@ -1,4 +1,6 @@
-"""Run YAML, DeepSpeed JSON and world size become one configuration, or one message with everything that is wrong."""
+"""Run YAML, DeepSpeed JSON and world size become one configuration, or one message with everything
+that is wrong.
+"""
 
 from __future__ import annotations
 
@@ -59,11 +61,18 @@ class Files:
         return self
 
     def config(
-        self, world: int = 1, *, local: int | None = None, model: Any = None, overrides: dict[str, str] | None = None
+        self,
+        world: int = 1,
+        *,
+        local: int | None = None,
+        model: Any = None,
+        overrides: dict[str, str] | None = None,
     ) -> RunConfig:
         run, located = load(self.yaml, self.json, overrides or {})
         model = model if model is not None else preset("tiny")
-        return resolve(run, located, model, LaunchInfo(world_size=world, local_world_size=local or world))
+        return resolve(
+            run, located, model, LaunchInfo(world_size=world, local_world_size=local or world)
+        )
 
     def problems(self, world: int = 1, **arguments: Any) -> list[str]:
         with pytest.raises(ConfigError) as caught:
@@ -103,7 +112,9 @@ def test_duplicate_key_is_refused_with_both_lines(files: Files) -> None:
 
 @pytest.mark.case("X6", "!!python/object refused, exit 78")
 def test_python_object_in_yaml_is_refused(files: Files) -> None:
-    assert "not valid YAML" in only(files.write(YAML + "  seed: !!python/object/apply:os.getpid []\n").problems())
+    assert "not valid YAML" in only(
+        files.write(YAML + "  seed: !!python/object/apply:os.getpid []\n").problems()
+    )
 
 
 @pytest.mark.case("X3", "trust_remote_code is no key and cannot be set")
@@ -159,7 +170,9 @@ def test_value_of_another_type_is_refused_by_name(files: Files, key: str, value:
     ],
 )
 def test_value_out_of_range_is_refused_by_name(files: Files, key: str, value: Any) -> None:
-    assert any(f"train.{key} " in problem for problem in files.write_train(**{key: value}).problems())
+    assert any(
+        f"train.{key} " in problem for problem in files.write_train(**{key: value}).problems()
+    )
 
 
 def test_warmup_and_decay_longer_than_the_run_are_refused(files: Files) -> None:
@@ -187,12 +200,18 @@ def test_model_needs_exactly_one_origin(files: Files, model: str) -> None:
         ("telemetry", "wandb", "on"),
     ],
 )
-def test_setting_of_another_section_out_of_range_is_refused(files: Files, section: str, key: str, value: Any) -> None:
-    assert f"{section}.{key} is " in only(files.write(f"{YAML}{section}: {{{key}: {value}}}\n").problems())
+def test_setting_of_another_section_out_of_range_is_refused(
+    files: Files, section: str, key: str, value: Any
+) -> None:
+    assert f"{section}.{key} is " in only(
+        files.write(f"{YAML}{section}: {{{key}: {value}}}\n").problems()
+    )
 
 
 def test_problems_of_both_files_come_in_one_message(files: Files) -> None:
-    files.write(YAML.replace("lr: 1e-5", "lr: -1").replace("seq_len:", "seqlen:")).write_json(fp16={"enabled": True})
+    files.write(YAML.replace("lr: 1e-5", "lr: -1").replace("seq_len:", "seqlen:")).write_json(
+        fp16={"enabled": True}
+    )
     problems = files.problems()
     assert any("seqlen" in p for p in problems) and any("fp16" in p for p in problems), problems
     assert all(str(files.yaml) in p or str(files.json) in p for p in problems)
@@ -204,13 +223,18 @@ def test_missing_file_is_named(files: Files) -> None:
 
 
 def test_relative_paths_are_relative_to_the_yaml(files: Files) -> None:
-    config = files.write(YAML.replace("mixes/sample.yaml", "a/mix.yaml\n  build_dir: ../built")).config()
+    config = files.write(
+        YAML.replace("mixes/sample.yaml", "a/mix.yaml\n  build_dir: ../built")
+    ).config()
     assert config.data.mix == (files.yaml.parent / "a" / "mix.yaml").resolve()
     assert config.data.build_dir == (files.yaml.parent.parent / "built").resolve()
 
 
 def test_absolute_path_stays(files: Files, tmp_path: Path) -> None:
-    assert files.config(overrides={"data.mix": str(tmp_path / "x.yaml")}).data.mix == (tmp_path / "x.yaml").resolve()
+    assert (
+        files.config(overrides={"data.mix": str(tmp_path / "x.yaml")}).data.mix
+        == (tmp_path / "x.yaml").resolve()
+    )
 
 
 # --set
@@ -244,7 +268,10 @@ def test_override_below_a_value_is_refused(files: Files) -> None:
 @pytest.mark.case("G3", "top-level typo refused with line and suggestion")
 def test_misspelt_top_level_json_key_is_refused_with_line_and_suggestion(files: Files) -> None:
     problem = only(files.write_json(gradient_acumulation_steps=2).problems())
-    assert f"{files.json}:5: gradient_acumulation_steps" in problem and "'gradient_accumulation_steps'" in problem
+    assert (
+        f"{files.json}:5: gradient_acumulation_steps" in problem
+        and "'gradient_accumulation_steps'" in problem
+    )
 
 
 @pytest.mark.case("G3", "top-level typo refused with line and suggestion")
@@ -260,10 +287,17 @@ def test_gradient_clipping_that_is_no_number_is_refused(files: Files, value: Any
 
 @pytest.mark.parametrize(
     "key",
-    ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "sequence_parallel_size"],
+    [
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "sequence_parallel_size",
+    ],
 )
 @pytest.mark.parametrize("value", [0, 1.5, "two", True, None])
-def test_count_that_is_no_positive_whole_number_is_refused(files: Files, key: str, value: Any) -> None:
+def test_count_that_is_no_positive_whole_number_is_refused(
+    files: Files, key: str, value: Any
+) -> None:
     assert f"{key} is {value!r}" in only(files.write_json(**{key: value}).problems())
 
 
@@ -333,13 +367,17 @@ def test_malformed_expert_parallel_block_is_refused_by_name(files: Files, block:
     ],
     ids=str,
 )
-def test_json_block_that_is_no_mapping_is_refused_by_name(files: Files, key: str, value: Any) -> None:
+def test_json_block_that_is_no_mapping_is_refused_by_name(
+    files: Files, key: str, value: Any
+) -> None:
     """Any other exception would reach the user as an internal error, exit code 70."""
     assert any(key in problem for problem in files.write_json(**{key: value}).problems())
 
 
 @pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
-def test_state_on_nvme_needs_a_folder_and_takes_no_setting_of_deepspeeds_swapper(files: Files, name: str) -> None:
+def test_state_on_nvme_needs_a_folder_and_takes_no_setting_of_deepspeeds_swapper(
+    files: Files, name: str
+) -> None:
     def written(stage: int = 3, aio: bool = False, **block: Any) -> Files:
         zero = {"stage": stage, name: {"device": "nvme", **block}}
         return files.write_json(zero_optimization=zero, **({"aio": {}} if aio else {}))
@@ -348,16 +386,23 @@ def test_state_on_nvme_needs_a_folder_and_takes_no_setting_of_deepspeeds_swapper
         return written(*arguments, **block).problems()
 
     key = f"zero_optimization.{name}"
-    assert written(nvme_path="/local").config().engine_json["zero_optimization"][name]["device"] == "nvme"
+    assert (
+        written(nvme_path="/local").config().engine_json["zero_optimization"][name]["device"]
+        == "nvme"
+    )
     assert f"{key}.nvme_path is null, must be a folder" in only(problems())
-    assert f"{key}.pin_memory has no effect on state on NVMe" in only(problems(nvme_path="/local", pin_memory=True))
+    assert f"{key}.pin_memory has no effect on state on NVMe" in only(
+        problems(nvme_path="/local", pin_memory=True)
+    )
     assert f'{key}.nvme_path is "", must be a folder' in only(problems(nvme_path=""))
     assert "in ZeRO stage 2. Use stage 3" in only(problems(2, nvme_path="/local"))
     assert "aio has no effect" in only(problems(aio=True, nvme_path="/local"))
     assert len(problems(2, aio=True, buffer_count=4)) == 4, "all in one message"
 
 
-@pytest.mark.parametrize("block", [{}, {"device": "disk"}, {"device": "NVME", "nvme_path": "/local"}], ids=str)
+@pytest.mark.parametrize(
+    "block", [{}, {"device": "disk"}, {"device": "NVME", "nvme_path": "/local"}], ids=str
+)
 def test_place_that_deepspeed_does_not_know_is_refused(files: Files, block: dict[str, str]) -> None:
     files.write_json(zero_optimization={"stage": 3, "offload_optimizer": block})
     assert "zero_optimization.offload_optimizer.device is " in only(files.problems())
@@ -369,10 +414,15 @@ def test_weights_on_the_host_need_stage_3(files: Files) -> None:
     assert "keeps weights whole on every GPU in ZeRO stage 2" in only(files.problems())
 
 
-def test_exchange_that_was_never_compared_with_one_process_is_refused_with_the_reason(files: Files) -> None:
+def test_exchange_that_was_never_compared_with_one_process_is_refused_with_the_reason(
+    files: Files,
+) -> None:
     files.write_json(expert_parallel={"enabled": True, "comm_backend": "deepep"})
     assert "expert_parallel.comm_backend is 'deepep', must be 'comm'" in only(files.problems())
-    assert files.write_json(expert_parallel={"enabled": True, "comm_backend": "comm"}).config().ep_size == 1
+    assert (
+        files.write_json(expert_parallel={"enabled": True, "comm_backend": "comm"}).config().ep_size
+        == 1
+    )
 
 
 def test_optimizer_that_deepspeed_would_have_to_compile_is_refused(files: Files) -> None:
@@ -382,7 +432,9 @@ def test_optimizer_that_deepspeed_would_have_to_compile_is_refused(files: Files)
 
 def test_check_for_updates_that_are_not_finite_cannot_be_switched_off(files: Files) -> None:
     files.write_json(bf16={"check_grad_overflow": False})
-    assert "bf16.check_grad_overflow is false: updates that are not finite" in only(files.problems())
+    assert "bf16.check_grad_overflow is false: updates that are not finite" in only(
+        files.problems()
+    )
 
 
 def test_buffers_in_low_precision_are_refused(files: Files) -> None:
@@ -425,7 +477,10 @@ def test_sizes_left_out_mean_one(files: Files) -> None:
 
 
 def test_experts_stay_together_when_the_block_is_off(files: Files) -> None:
-    assert files.write_json(expert_parallel={"enabled": False, "autoep_size": 4}).config(4).ep_size == 1
+    assert (
+        files.write_json(expert_parallel={"enabled": False, "autoep_size": 4}).config(4).ep_size
+        == 1
+    )
 
 
 def test_more_sequence_ranks_than_key_value_heads_are_allowed(files: Files) -> None:
@@ -446,13 +501,21 @@ def test_sizes_that_do_not_divide_are_refused_together_with_the_nearest(files: F
     files.write_train(global_batch_size=18)
     files.write_json(sequence_parallel_size=4, expert_parallel={"enabled": True, "autoep_size": 16})
     sequence, experts = files.problems(6)
-    assert "sequence_parallel_size = 4 does not divide the world size 6. Nearest sizes that fit: 1, 2." in sequence
-    assert "expert_parallel.autoep_size = 16 does not divide the world size 6 and the 8 experts" in experts
+    assert (
+        "sequence_parallel_size = 4 does not divide the world size 6. Nearest sizes that fit: 1, 2."
+        in sequence
+    )
+    assert (
+        "expert_parallel.autoep_size = 16 does not divide the world size 6 and the 8 experts"
+        in experts
+    )
     assert "Nearest sizes that fit: 1, 2." in experts
 
 
 def test_refused_size_leads_to_no_second_complaint_about_the_batch(files: Files) -> None:
-    """How many data-parallel ranks there are is unknown then; advice for another size would be wrong."""
+    """How many data-parallel ranks there are is unknown then; advice for another size would be
+    wrong.
+    """
     problem = only(files.write_json(sequence_parallel_size=4).problems(6))
     assert "sequence_parallel_size" in problem
 
@@ -477,7 +540,9 @@ def test_row_longer_than_the_models_positions_is_refused(files: Files) -> None:
 
 
 @pytest.mark.parametrize(("seq_len", "halo"), [(508, True), (504, False)])
-def test_auto_takes_the_halo_where_one_neighbour_holds_the_window(files: Files, seq_len: int, halo: bool) -> None:
+def test_auto_takes_the_halo_where_one_neighbour_holds_the_window(
+    files: Files, seq_len: int, halo: bool
+) -> None:
     """128 keys are the query itself and 127 before it: 508 / 4 = 127 is just enough."""
     config = files.write_train(seq_len=seq_len).write_json(sequence_parallel_size=4).config(4)
     assert config.use_halo == halo
@@ -498,27 +563,39 @@ def test_halo_that_needs_more_than_one_neighbour_is_refused(files: Files) -> Non
     assert "127 tokens" in problem and "126" in problem
 
 
-def test_batch_that_does_not_divide_is_refused_with_the_neighbours_on_both_sides(files: Files) -> None:
+def test_batch_that_does_not_divide_is_refused_with_the_neighbours_on_both_sides(
+    files: Files,
+) -> None:
     problem = only(files.write_train(global_batch_size=6).problems(4))
     assert "global_batch_size=6" in problem and "Nearest that can: 4 or 8." in problem
 
 
 def test_batch_smaller_than_one_pass_is_refused_with_the_least(files: Files) -> None:
-    assert "Nearest that can: 8." in only(files.write_train(global_batch_size=2, micro_batch_size=2).problems(4))
+    assert "Nearest that can: 8." in only(
+        files.write_train(global_batch_size=2, micro_batch_size=2).problems(4)
+    )
 
 
-@pytest.mark.parametrize("world, sp, micro, accumulation", [(1, 1, 1, 16), (4, 2, 2, 4), (8, 4, 8, 1), (4, 4, 2, 8)])
+@pytest.mark.parametrize(
+    "world, sp, micro, accumulation", [(1, 1, 1, 16), (4, 2, 2, 4), (8, 4, 8, 1), (4, 4, 2, 8)]
+)
 def test_batch_arithmetic_counts_data_parallel_ranks_only(
     files: Files, world: int, sp: int, micro: int, accumulation: int
 ) -> None:
-    config = files.write_train(micro_batch_size=micro).write_json(sequence_parallel_size=sp).config(world)
+    config = (
+        files.write_train(micro_batch_size=micro)
+        .write_json(sequence_parallel_size=sp)
+        .config(world)
+    )
     assert (config.micro_batch_size, config.gradient_accumulation_steps) == (micro, accumulation)
 
 
 def test_engine_sees_every_rank_as_data_parallel(files: Files) -> None:
     config = files.write_train(micro_batch_size=2).write_json(sequence_parallel_size=2).config(4)
     engine = config.engine_json
-    assert engine["train_micro_batch_size_per_gpu"] == 2 and engine["gradient_accumulation_steps"] == 4
+    assert (
+        engine["train_micro_batch_size_per_gpu"] == 2 and engine["gradient_accumulation_steps"] == 4
+    )
     assert engine["train_batch_size"] == 2 * 4 * 4
 
 
@@ -531,7 +608,9 @@ def test_two_files_that_disagree_about_the_micro_batch_are_refused(files: Files)
     assert "train_micro_batch_size_per_gpu is 4" in only(files.problems())
 
 
-@pytest.mark.parametrize("key, right, wrong", [("train_batch_size", 16, 8), ("gradient_accumulation_steps", 4, 2)])
+@pytest.mark.parametrize(
+    "key, right, wrong", [("train_batch_size", 16, 8), ("gradient_accumulation_steps", 4, 2)]
+)
 @pytest.mark.case("G3", "batch arithmetic that does not fit refused")
 def test_batch_number_of_the_json_is_accepted_only_if_it_is_right(
     files: Files, key: str, right: int, wrong: int
@@ -541,14 +620,18 @@ def test_batch_number_of_the_json_is_accepted_only_if_it_is_right(
 
 
 @pytest.mark.parametrize("enabled, dtype", [(True, "fp32"), (False, "bf16")])
-def test_two_files_that_disagree_about_bf16_are_refused(files: Files, enabled: bool, dtype: str) -> None:
+def test_two_files_that_disagree_about_bf16_are_refused(
+    files: Files, enabled: bool, dtype: str
+) -> None:
     files.write_train(dtype=dtype).write_json(bf16={"enabled": enabled})
     assert f"bf16 has enabled={enabled}" in only(files.problems())
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_engine_computes_in_the_dtype_of_the_yaml(files: Files, dtype: str) -> None:
-    assert files.write_train(dtype=dtype).config().engine_json["bf16"]["enabled"] == (dtype == "bf16")
+    assert files.write_train(dtype=dtype).config().engine_json["bf16"]["enabled"] == (
+        dtype == "bf16"
+    )
 
 
 def test_two_files_that_disagree_about_clipping_are_refused(files: Files) -> None:
@@ -560,17 +643,28 @@ def test_engine_clips_as_the_yaml_says(files: Files) -> None:
     assert config.engine_json["gradient_clipping"] == 0.3
 
 
-AGREEING = {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": "auto", "torch_adam": True}
+AGREEING = {
+    "lr": 1e-5,
+    "betas": [0.9, 0.95],
+    "eps": 1e-8,
+    "weight_decay": "auto",
+    "torch_adam": True,
+}
 
 
 def test_optimizer_block_that_agrees_is_accepted(files: Files) -> None:
-    assert files.write_json(optimizer={"type": "AdamW", "params": AGREEING}).config().train.lr == 1e-5
+    assert (
+        files.write_json(optimizer={"type": "AdamW", "params": AGREEING}).config().train.lr == 1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("lr", 1e-4), ("betas", [0.9, 0.999]), ("eps", 1e-6), ("weight_decay", 0.0), ("lamda", 1)]
+    ("name", "value"),
+    [("lr", 1e-4), ("betas", [0.9, 0.999]), ("eps", 1e-6), ("weight_decay", 0.0), ("lamda", 1)],
 )
-def test_optimizer_block_that_disagrees_is_refused_by_parameter(files: Files, name: str, value: Any) -> None:
+def test_optimizer_block_that_disagrees_is_refused_by_parameter(
+    files: Files, name: str, value: Any
+) -> None:
     files.write_json(optimizer={"type": "AdamW", "params": {**AGREEING, name: value}})
     assert f"params.{name}" in only(files.problems())
 
@@ -598,7 +692,13 @@ def test_no_auto_is_left_for_the_engine(files: Files) -> None:
 
 
 def test_resolving_leaves_the_parsed_json_as_it_is(files: Files) -> None:
-    files.write_json(zero_optimization={"stage": 3, "reduce_bucket_size": "auto", "offload_param": {"device": "none"}})
+    files.write_json(
+        zero_optimization={
+            "stage": 3,
+            "reduce_bucket_size": "auto",
+            "offload_param": {"device": "none"},
+        }
+    )
     run, located = load(files.yaml, files.json, {})
     before = copy.deepcopy(located.value)
     resolve(run, located, preset("tiny"), LaunchInfo(world_size=1, local_world_size=1))
@@ -618,13 +718,17 @@ DS_JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 
 def resolve_shipped(run_yaml: Path, ds_json: Path, world: int) -> RunConfig:
     run, located = load(run_yaml, ds_json, {})
-    name = run.model.init or next(name for name in PRESETS if run_yaml.stem.startswith(name))  # no weights ship
+    name = run.model.init or next(
+        name for name in PRESETS if run_yaml.stem.startswith(name)
+    )  # no weights ship
     return resolve(run, located, preset(name), LaunchInfo(world_size=world, local_world_size=world))
 
 
 @pytest.mark.parametrize("ds_json", DS_JSONS, ids=lambda path: path.name)
 @pytest.mark.parametrize("run_yaml", RUN_YAMLS, ids=lambda path: path.name)
-def test_any_two_shipped_files_fit_together_on_a_node_of_eight_or_say_why_not(run_yaml: Path, ds_json: Path) -> None:
+def test_any_two_shipped_files_fit_together_on_a_node_of_eight_or_say_why_not(
+    run_yaml: Path, ds_json: Path
+) -> None:
     run, located = load(run_yaml, ds_json, {})
     if located.value["sequence_parallel_size"] == 1 and run.train.global_batch_size < 8:
         with pytest.raises(ConfigError, match="cannot be divided among 8 data-parallel ranks"):
@@ -640,9 +744,13 @@ def test_default_files_fit_together_on_small_machines(world: int) -> None:
     assert resolve_shipped(run_yaml, ds_json, world).sp_size == world
 
 
-@pytest.mark.parametrize("key", ["round_robin_gradients", "zero_hpz_partition_size", "mics_shard_size", "stage4"])
+@pytest.mark.parametrize(
+    "key", ["round_robin_gradients", "zero_hpz_partition_size", "mics_shard_size", "stage4"]
+)
 def test_zero_key_that_would_train_or_save_wrongly_is_refused(files: Files, key: str) -> None:
-    """round_robin_gradients: DeepSpeed 0.19.8 reports offsets in another order than it stores, so tensors mix up."""
+    """round_robin_gradients: DeepSpeed 0.19.8 reports offsets in another order than it stores, so
+    tensors mix up.
+    """
     problems = files.write_json(zero_optimization={"stage": 2, key: True}).problems()
     assert f"zero_optimization.{key} is not a key that this project runs with" in only(problems)
 

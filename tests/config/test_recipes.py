@@ -1,4 +1,6 @@
-"""Every shipped recipe passes its dry run on the GPUs it is for, and its comment says what the planner says."""
+"""Every shipped recipe passes its dry run on the GPUs it is for, and its comment says what the
+planner says.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from cpt.resilience.stop import StopRequest
 from cpt.run import main
 from tests.support.launcher import ROOT
 
-RECIPES = sorted(path for path in (ROOT / "configs").glob("gpt-oss-*.yaml") if "By cpt plan" in path.read_text())
+RECIPES = sorted(
+    path for path in (ROOT / "configs").glob("gpt-oss-*.yaml") if "By cpt plan" in path.read_text()
+)
 WANTED = {("20b", 4096, 8), ("20b", 32768, 8), ("20b", 131072, 16)} | {
     ("120b", seq_len, gpus) for seq_len in (4096, 32768) for gpus in (16, 32, 64)
 }
@@ -49,9 +53,17 @@ def test_recipes_are_there_for_every_machine_that_is_promised() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_passes_its_dry_run(path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_passes_its_dry_run(
+    path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = Recipe(path)
-    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": recipe.world_size, "LOCAL_SIZE": 8, "MASTER_PORT": 1}
+    ranks = {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": recipe.world_size,
+        "LOCAL_SIZE": 8,
+        "MASTER_PORT": 1,
+    }
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     for name, value in ranks.items():
@@ -60,7 +72,10 @@ def test_recipe_passes_its_dry_run(path: Path, capsys: Any, monkeypatch: pytest.
     files = ["--ds_config", str(recipe.ds_config), "--config", str(path)]
     assert main([*files, "--dry_run", *here], StopRequest()) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
-    assert re.search(rf"world size +{recipe.world_size}\n", printed) and "memory of one rank" in printed
+    assert (
+        re.search(rf"world size +{recipe.world_size}\n", printed)
+        and "memory of one rank" in printed
+    )
     assert f"--config {path.relative_to(ROOT)}" in recipe.comment
 
 
@@ -70,10 +85,14 @@ def test_figures_of_the_comment_are_those_of_the_planner(path: Path) -> None:
     recipe = Recipe(path)
     model = load_config(None, recipe.model)
     run, ds_json = load(path, recipe.ds_config, {})
-    config = resolve(run, ds_json, model, LaunchInfo(world_size=recipe.world_size, local_world_size=8))
+    config = resolve(
+        run, ds_json, model, LaunchInfo(world_size=recipe.world_size, local_world_size=8)
+    )
     found = estimate(config, model, count_parameters(model, ()), GPUS["h100"], Assumptions())
     assert found.fits
-    assert float(recipe.find(r"([\d.]+) GiB of 67.1")) == pytest.approx(sum(found.memory.values()) / 2**30, rel=0.1)
+    assert float(recipe.find(r"([\d.]+) GiB of 67.1")) == pytest.approx(
+        sum(found.memory.values()) / 2**30, rel=0.1
+    )
     tokens = float(recipe.find(r"([\d,]+) tokens/s/GPU").replace(",", ""))
     assert tokens == pytest.approx(found.tokens_per_gpu_second, rel=0.1)
     assert recipe.find(r"bottleneck (\w+)") == found.bottleneck

@@ -17,7 +17,9 @@ EXACT_ONLY = {"near_duplicates": 0, "decontaminate_tokens": 0}
 
 @pytest.fixture
 def make_mix(tmp_path: Path) -> MakeMix:
-    """Writes a mix over JSONL files and loads it: `make_mix({name: texts}, seq_len=32, weights=..., **keys)`."""
+    """Writes a mix over JSONL files and loads it: `make_mix({name: texts}, seq_len=32, weights=...,
+    **keys)`.
+    """
 
     def make(
         texts: dict[str, list[str]],
@@ -32,14 +34,21 @@ def make_mix(tmp_path: Path) -> MakeMix:
         listed = []
         for name, values in texts.items():
             write_jsonl(base / f"{name}.jsonl", values)
-            share = held_out_share.get(name, 0.0) if isinstance(held_out_share, dict) else held_out_share
+            share = (
+                held_out_share.get(name, 0.0)
+                if isinstance(held_out_share, dict)
+                else held_out_share
+            )
             source: dict[str, Any] = {
                 "name": name,
                 "language": "ja" if name.startswith("ja") else "en",
                 "domain": "web",
             }
             source |= {"path": f"{name}.jsonl", "held_out_share": share}
-            source |= {"weight": 1 / len(texts) if weights is None else weights[name], **(sources or {}).get(name, {})}
+            source |= {
+                "weight": 1 / len(texts) if weights is None else weights[name],
+                **(sources or {}).get(name, {}),
+            }
             listed.append(source)
         path = base / "mix.yaml"
         content = {"seq_len": 32, "seed": 7, **EXACT_ONLY, **keys, "sources": listed}

@@ -8,7 +8,18 @@ from pathlib import Path
 
 from data_pipeline.config.schema import MixConfig
 
-WORDS = ("river", "stone", "lamp", "seven", "quiet", "market", "\u6c34", "\u5c71\u9053", "\u304a\u8336", "\u65e5\u8a18")
+WORDS = (
+    "river",
+    "stone",
+    "lamp",
+    "seven",
+    "quiet",
+    "market",
+    "\u6c34",
+    "\u5c71\u9053",
+    "\u304a\u8336",
+    "\u65e5\u8a18",
+)
 MakeMix = Callable[..., MixConfig]
 
 
@@ -25,6 +36,9 @@ def make_texts(count: int, salt: str, mean_words: int = 40) -> list[str]:
 def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
     """One record per text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"id": str(number), "title": "t", "text": text}) for number, text in enumerate(texts))
+    lines = (
+        json.dumps({"id": str(number), "title": "t", "text": text})
+        for number, text in enumerate(texts)
+    )
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path

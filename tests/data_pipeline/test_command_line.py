@@ -32,26 +32,48 @@ def test_build_shows_every_source_and_the_manifest_hash(
 
 
 def test_plan_builds_what_is_missing_and_shows_shares(
-    mix_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    mix_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["plan", str(mix_path), "--steps", "5", "--global_batch_size", "4"]) == 0
     shown = capsys.readouterr().out
     assert "5 steps of 4 rows" in shown and "ja 5" in shown
-    assert [path.name[:4] for path in (tmp_path / "data").iterdir() if not path.name.startswith(".")] == ["mix-"]
+    assert [
+        path.name[:4] for path in (tmp_path / "data").iterdir() if not path.name.startswith(".")
+    ] == ["mix-"]
 
 
 def test_a_plan_beyond_the_epoch_limit_is_refused(
     mix_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["plan", str(mix_path), "--out", str(tmp_path / "out"), "--steps", "100", "--global_batch_size", "8"]
+    arguments = [
+        "plan",
+        str(mix_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--steps",
+        "100",
+        "--global_batch_size",
+        "8",
+    ]
     assert main(arguments) == 65
     assert "source 'en': 100 steps take" in capsys.readouterr().err
 
 
 def test_a_mistake_of_the_user_is_told_without_a_stack_trace(tmp_path: Path) -> None:
     (tmp_path / "mix.yaml").write_text("seq_len: 64\nsede: 1\nsources: []\n")
-    command = [sys.executable, "-m", "data_pipeline", "build", str(tmp_path / "mix.yaml"), "--out", str(tmp_path / "o")]
+    command = [
+        sys.executable,
+        "-m",
+        "data_pipeline",
+        "build",
+        str(tmp_path / "mix.yaml"),
+        "--out",
+        str(tmp_path / "o"),
+    ]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 78 and done.stdout == ""
     assert done.stderr.splitlines() == [
@@ -61,7 +83,9 @@ def test_a_mistake_of_the_user_is_told_without_a_stack_trace(tmp_path: Path) -> 
     ]
 
 
-def test_bad_data_exits_65(mix_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_data_exits_65(
+    mix_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in" / "en.jsonl").write_bytes(b'{"text": "\xff"}\n')
     assert main(["build", str(mix_path), "--out", str(tmp_path / "out")]) == 65
     assert "1 invalid UTF-8" in capsys.readouterr().err

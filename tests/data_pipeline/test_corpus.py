@@ -1,4 +1,6 @@
-"""The corpus recipe: plain text with licences from Debian's packages; the real fetch skips without a network."""
+"""The corpus recipe: plain text with licences from Debian's packages; the real fetch skips without
+a network.
+"""
 
 from __future__ import annotations
 
@@ -69,8 +71,14 @@ def test_the_real_packages_give_parallel_text_with_licences(tmp_path: Path) -> N
         pytest.skip(f"NOT TESTED, the corpus cannot be fetched here: {error}")
     assert counts["ja"] == counts["en"] > 5
     for language in ("ja", "en"):
-        records = [json.loads(line) for line in (tmp_path / "corpus" / f"{language}.jsonl").open(encoding="utf-8")]
-        assert all(r["licence"] == "GPL-2+" and r["package"] == f"debian-reference-{language}" for r in records)
+        records = [
+            json.loads(line)
+            for line in (tmp_path / "corpus" / f"{language}.jsonl").open(encoding="utf-8")
+        ]
+        assert all(
+            r["licence"] == "GPL-2+" and r["package"] == f"debian-reference-{language}"
+            for r in records
+        )
         assert len({r["id"] for r in records}) == len(records)
         found = [language_of(r["text"]) for r in records]
         assert set(found) <= {language, None}
@@ -81,8 +89,16 @@ def test_the_real_packages_give_parallel_text_with_licences(tmp_path: Path) -> N
         "  - {name: en, language: en, domain: docs, path: en.jsonl, weight: 0.5}\n"
     )
     result = audit(load_mix(path))
-    assert not result.problems() and result.sources[0].tokens_per_character > result.sources[1].tokens_per_character
+    assert (
+        not result.problems()
+        and result.sources[0].tokens_per_character > result.sources[1].tokens_per_character
+    )
 
 
 def test_every_package_of_the_recipe_is_one_of_the_issue() -> None:
-    assert set(corpus.PACKAGES) >= {"debian-handbook", "debian-reference-ja", "manpages-ja", "installation-guide-amd64"}
+    assert set(corpus.PACKAGES) >= {
+        "debian-handbook",
+        "debian-reference-ja",
+        "manpages-ja",
+        "installation-guide-amd64",
+    }

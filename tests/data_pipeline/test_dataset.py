@@ -20,7 +20,11 @@ SEQ_LEN = 32
 
 @pytest.fixture
 def mix(make_mix: MakeMix) -> MixConfig:
-    texts = {"ja_a": make_texts(30, "a"), "ja_b": make_texts(20, "bb"), "en": make_texts(40, "ccc", 8)}
+    texts = {
+        "ja_a": make_texts(30, "a"),
+        "ja_b": make_texts(20, "bb"),
+        "en": make_texts(40, "ccc", 8),
+    }
     guard = {"domains": [{"name": "japanese", "language": "ja", "sources": ["ja_a", "ja_b"]}]}
     return make_mix(texts, seq_len=SEQ_LEN, held_out_share=0.3, guard=guard)
 
@@ -32,7 +36,11 @@ def built(mix: MixConfig, tmp_path: Path) -> BuiltData:
 
 
 def all_rows(built: BuiltData) -> list[PackedRow]:
-    rows = [built.read_row(s, r) for s in range(len(built.source_names)) for r in range(built.num_rows(s))]
+    rows = [
+        built.read_row(s, r)
+        for s in range(len(built.source_names))
+        for r in range(built.num_rows(s))
+    ]
     return rows + [domain.read_row(r) for domain in built.held_out for r in range(domain.num_rows)]
 
 
@@ -40,7 +48,11 @@ def test_rows_have_the_promised_shape(built: BuiltData) -> None:
     for row in all_rows(built):
         for values in (row.input_ids, row.labels, row.position_ids):
             assert values.shape == (SEQ_LEN,) and values.dtype == np.int64
-        assert row.bounds[0] == 0 and row.bounds[-1] == SEQ_LEN and row.bounds == sorted(set(row.bounds))
+        assert (
+            row.bounds[0] == 0
+            and row.bounds[-1] == SEQ_LEN
+            and row.bounds == sorted(set(row.bounds))
+        )
         padded = int(row.labels[-1] == -100)
         assert len(row.bounds) == len(row.documents) + 1 + padded
 
@@ -56,18 +68,25 @@ def test_end_of_text_is_a_label_and_an_input_only_in_padding(built: BuiltData) -
     for row in all_rows(built):
         padding = row.labels == -100
         assert np.array_equal(row.input_ids == END_OF_TEXT, padding)
-        assert not padding[: row.bounds[len(row.documents)]].any() and padding[row.bounds[len(row.documents)] :].all()
+        assert (
+            not padding[: row.bounds[len(row.documents)]].any()
+            and padding[row.bounds[len(row.documents)] :].all()
+        )
 
 
 def test_positions_restart_at_every_document_and_at_the_padding(built: BuiltData) -> None:
     for row in all_rows(built):
         lengths = np.diff(row.bounds)
-        assert np.array_equal(row.position_ids, np.concatenate([np.arange(length) for length in lengths]))
+        assert np.array_equal(
+            row.position_ids, np.concatenate([np.arange(length) for length in lengths])
+        )
 
 
 def test_predicted_tokens_of_a_row_are_its_labels(built: BuiltData) -> None:
     for source in range(len(built.source_names)):
-        counted = [(built.read_row(source, r).labels != -100).sum() for r in range(built.num_rows(source))]
+        counted = [
+            (built.read_row(source, r).labels != -100).sum() for r in range(built.num_rows(source))
+        ]
         assert built.row_tokens(source).tolist() == counted
 
 
@@ -96,7 +115,9 @@ def test_labels_and_guard_domains_of_the_present_mix_replace_those_of_the_build(
 ) -> None:
     domain = GuardDomain(name="english", language="en", sources=("en",))
     sources = tuple(dataclasses.replace(source, domain="books") for source in mix.sources)
-    changed = dataclasses.replace(mix, sources=sources, guard=dataclasses.replace(mix.guard, domains=(domain,)))
+    changed = dataclasses.replace(
+        mix, sources=sources, guard=dataclasses.replace(mix.guard, domains=(domain,))
+    )
     again = BuiltData.open(built.directory, mix=changed)
     assert [held.name for held in again.held_out] == ["english"] and again.domains == ("books",) * 3
     with pytest.raises(DataError, match="built for seq_len 32"):

@@ -1,4 +1,5 @@
-"""One rank of the attention comparison: SP 1, 2 and 4 with both exchanges against a dense softmax, and injected faults.
+"""One rank of the attention comparison: SP 1, 2 and 4 with both exchanges against a dense softmax,
+and injected faults.
 
 Every rank computes its part of the same problems; with SP < 4 the groups do so side by side.
 """
@@ -32,7 +33,8 @@ from tests.dist.cases import model_config
 TOKENS, WINDOW, CPU = 256, 32, torch.device("cpu")
 BOUNDS = {
     "one document": (0, TOKENS),
-    # a boundary between two ranks, one just before, one just after, documents of one token, one across three ranks
+    # a boundary between two ranks, one just before, one just after, documents of one token, one
+    # across three ranks
     "packed": (0, 1, 40, 63, 64, 129, 250, 251, TOKENS),
 }
 HEADS = {"8/8 heads": (8, 8, 16), "8/2 heads": (8, 2, 16)}  # at SP 4 the second needs copies of key/value heads
@@ -59,7 +61,9 @@ def solve_part(
 
 
 def compare(topology: Topology, name: str, exchange: Ulysses | None) -> Iterator[tuple[str, dict[str, float]]]:
-    """Relative errors of each case; dsink is summed over the ranks of the group, as the engine does."""
+    """Relative errors of each case; dsink is summed over the ranks of the group, as the engine
+    does.
+    """
     local = TOKENS // topology.sp_size
     mine = slice(topology.sp_rank * local, (topology.sp_rank + 1) * local)
     cases = itertools.product(BOUNDS.items(), HEADS.items(), (None, WINDOW))

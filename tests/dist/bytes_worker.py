@@ -1,4 +1,6 @@
-"""One rank of the traffic comparison: the exchanges of a window layer in the shape of gpt-oss-20b at 32k, SP = 4."""
+"""One rank of the traffic comparison: the exchanges of a window layer in the shape of gpt-oss-20b
+at 32k, SP = 4.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the layouts are compared on: a small gpt-oss with every detail, and rows with every difficulty."""
+"""What the layouts are compared on: a small gpt-oss with every detail, and rows with every
+difficulty.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ KL_WEIGHT, KL_TOP_K = 0.7, 5
 SOURCES = ("even", "odd")
 """A row's number in its batch says which source it is of."""
 PROMPTS = [[5, 17, 300, 42], [7], [*range(100, 140)]]
-"""Texts to continue: the first two end inside the first rank's part of a row, the last one crosses into the second's."""
+"""Texts to continue: the first two end inside the first rank's part of a row, the last one crosses
+into the second's.
+"""
 NEW_TOKENS = 12
 
 
@@ -85,7 +89,9 @@ class Scenario:
 
 
 def model_config() -> GptOssConfig:
-    """Hidden and expert sizes differ (a transpose would show); 4 kv heads; window smaller than a row; YaRN active."""
+    """Hidden and expert sizes differ (a transpose would show); 4 kv heads; window smaller than a
+    row; YaRN active.
+    """
     return GptOssConfig(
         vocab_size=512,
         hidden_size=64,
@@ -133,7 +139,9 @@ def reference_model() -> GptOssForCausalLM:
 
 
 def rows_of_step(step: int) -> list[PackedRow]:
-    """Packed documents of all lengths; one row of padding only, one short row, one row of a single repeated token."""
+    """Packed documents of all lengths; one row of padding only, one short row, one row of a single
+    repeated token.
+    """
     generator = np.random.default_rng(100 + step)
     rows = []
     for index in range(ROWS):

@@ -1,4 +1,6 @@
-"""One rank of the load test: fills engines from a directory, compares its own parts, counts bytes, does one step."""
+"""One rank of the load test: fills engines from a directory, compares its own parts, counts bytes,
+does one step.
+"""
 
 from __future__ import annotations
 

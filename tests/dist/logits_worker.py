@@ -1,4 +1,6 @@
-"""For the export test: logits and checkpoint after a few steps, and a checkpoint of MXFP4 weights after none."""
+"""For the export test: logits and checkpoint after a few steps, and a checkpoint of MXFP4 weights
+after none.
+"""
 
 from __future__ import annotations
 

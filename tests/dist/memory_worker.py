@@ -28,7 +28,9 @@ from data_pipeline.config.strict_yaml import parse_yaml, read_file
 
 WORLD_SIZE, VOCABULARY = 2, 16_384
 MEASURED_STEPS = 3
-"""The smallest peak counts: what a thread of gloo frees goes unseen and only ever adds to it (see `highest_level`)."""
+"""The smallest peak counts: what a thread of gloo frees goes unseen and only ever adds to it (see
+`highest_level`).
+"""
 MODEL = {**PRESETS["tiny"], "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 """A vocabulary small enough for its tables not to hide the activations."""
 

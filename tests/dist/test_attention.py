@@ -1,4 +1,6 @@
-"""Attention alone under sequence parallelism: values and all gradients, and the probe against unsliced sinks."""
+"""Attention alone under sequence parallelism: values and all gradients, and the probe against
+unsliced sinks.
+"""
 
 from __future__ import annotations
 

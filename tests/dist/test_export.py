@@ -31,7 +31,9 @@ pytestmark = pytest.mark.dist
 
 
 def save_released_layout(path: Path) -> dict[str, torch.Tensor]:
-    """A directory whose expert matrices are random MXFP4 codes; every other block does not use its range."""
+    """A directory whose expert matrices are random MXFP4 codes; every other block does not use its
+    range.
+    """
     config = model_config()
     config.intermediate_size = 64
     model = GptOssForCausalLM(config).bfloat16()
@@ -128,7 +130,9 @@ def test_training_engine_continues_texts_as_plain_transformers_does(folder: Path
 
 
 def test_mxfp4_in_and_out_keeps_every_value_and_the_bytes_of_blocks_that_use_their_range(folder: Path) -> None:
-    """Released layout -> ZeRO-3 x expert parallel -> checkpoint -> released layout, without a step."""
+    """Released layout -> ZeRO-3 x expert parallel -> checkpoint -> released layout, without a
+    step.
+    """
     before = load_file(folder / "mxfp4" / SINGLE_FILE)
     after = load_file(export_checkpoint(step_folder(folder / "untouched", 0), folder / "again", "mxfp4") / SINGLE_FILE)
     assert before.keys() == after.keys()

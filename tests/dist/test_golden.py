@@ -2,9 +2,10 @@
 
 Four processes share every row and the experts.
 
-On the kind of machine where they were recorded the numbers are equal to the last bit.  Another processor takes other
-matrix kernels, which add in another order: there the tolerance is that of fp32 sums after ten updates.
-`python -m tests.dist.test_golden` records them again; a commit that does so says why the numbers changed.
+On the kind of machine where they were recorded the numbers are equal to the last bit.  Another
+processor takes other matrix kernels, which add in another order: there the tolerance is that of
+fp32 sums after ten updates. `python -m tests.dist.test_golden` records them again; a commit that
+does so says why the numbers changed.
 """
 
 from __future__ import annotations

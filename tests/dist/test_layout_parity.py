@@ -1,6 +1,7 @@
 """Every layout gives the numbers of one process with Hugging Face's eager code and plain AdamW.
 
-Tolerances: fp32 sums are taken in another order by every layout (2e-5 in loss, 1e-4 relative in norm); bf16 rounds
+Tolerances: fp32 sums are taken in another order by every layout (2e-5 in loss, 1e-4 relative in
+    norm); bf16 rounds
 activations at other places (2e-2).
 """
 
@@ -128,7 +129,9 @@ def eager_logits(model: torch.nn.Module, row: PackedRow) -> torch.Tensor:
 
 
 def explicit_masks(bounds: list[int]) -> dict[str, torch.Tensor]:
-    """Additive 4-D masks for both layer kinds; transformers does not isolate packed documents by itself."""
+    """Additive 4-D masks for both layer kinds; transformers does not isolate packed documents by
+    itself.
+    """
     index = torch.arange(SEQ_LEN)
     document = torch.bucketize(index, torch.tensor(bounds[1:]), right=True)
     back = index[:, None] - index
@@ -191,7 +194,9 @@ def test_router_penalties_train_alike_in_every_layout(scenario, results, referen
 
 @pytest.fixture(scope="module")
 def first_step_with_kl() -> tuple[float, float]:
-    """Sum of nats of the divergence, and the gradient norm of the first step, from all logits of the eager model."""
+    """Sum of nats of the divergence, and the gradient norm of the first step, from all logits of
+    the eager model.
+    """
     model, rows, total = reference_model(), rows_of_step(0), 0.0
     tokens = sum(int((row.labels >= 0).sum()) for row in rows)
     for index, row in enumerate(rows):
@@ -268,7 +273,9 @@ def test_gradient_of_every_parameter_equals_the_single_process(scenario, results
 
 @named(FULL)
 def test_weights_after_training_equal_the_single_process(scenario, results, reference, folder) -> None:
-    """Adam divides by the root of the second moment, so tiny gradient differences may move a weight by part of lr."""
+    """Adam divides by the root of the second moment, so tiny gradient differences may move a weight
+    by part of lr.
+    """
     weights = stored(folder, scenario, "master")
     for name, expected in reference.weights.items():
         moved = STEPS * SETTINGS["lr"]
@@ -297,10 +304,11 @@ def test_bytes_are_counted_for_the_exchanges_that_happen(results) -> None:
         return results[scenario.name + str(scenario.steps)][0]["bytes_sent"]
 
     assert sent(1, 1, 1) == {"ulysses": 0, "halo": 0, "experts": 0}
-    # per layer q, k, v out and o back, forward and backward; half of each goes to the other of two ranks;
-    # 8 heads and 2 + 2 key/value heads of 16 fp32 values
+    # per layer q, k, v out and o back, forward and backward; half of each goes to the other of two
+    # ranks; 8 heads and 2 + 2 key/value heads of 16 fp32 values
     layer_bytes = ROWS * SEQ_LEN * (8 + 2 + 2 + 8) * 16 * 4 * 2 // 2
-    # per window layer the keys and values of one window less the query itself, to the right and back
+    # per window layer the keys and values of one window less the query itself, to the right and
+    # back
     halo_bytes = ROWS * (WINDOW - 1) * (2 + 2) * 16 * 4 * 2
     assert sent(2, 1, 2, "ulysses") == {"ulysses": 4 * layer_bytes, "halo": 0, "experts": 0}
     assert sent(2, 1, 2) == {"ulysses": 2 * layer_bytes, "halo": 2 * halo_bytes, "experts": 0}
@@ -309,7 +317,9 @@ def test_bytes_are_counted_for_the_exchanges_that_happen(results) -> None:
 
 @named([*FULL, *VARIANTS])
 def test_planned_bytes_are_those_that_the_run_counted(scenario, results, folder) -> None:
-    """Attention's exchanges to the byte; how many rows leave for other experts is up to the router."""
+    """Attention's exchanges to the byte; how many rows leave for other experts is up to the
+    router.
+    """
     planned = exchanges(config_of(scenario, folder), model_config(), ranks_per_node=8)
     for step in results[scenario.name + str(scenario.steps)]:
         counted = step["bytes_sent"]
@@ -328,8 +338,8 @@ def test_layer_inputs_kept_on_the_host_change_no_bit(results, folder) -> None:
 
 
 def test_kept_rows_are_not_sent_again_when_layers_are_recomputed(results) -> None:
-    """A layer sends its rows out and back, and the gradients of both: four times the same rows; a recomputation that
-    kept nothing sends the rows out a fifth time."""
+    """A layer sends its rows out and back, and the gradients of both: four times the same rows; a
+    recomputation that kept nothing sends the rows out a fifth time."""
 
     def sent(**wanted: object) -> list[int]:
         fields = {"world_size": 2, "sp": 1, "ep": 2, "stage": 3, "exchange": "auto", **wanted}

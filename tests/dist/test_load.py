@@ -1,4 +1,6 @@
-"""Every rank reads its own part of a directory and no more, in every layout, and the first loss is transformers'."""
+"""Every rank reads its own part of a directory and no more, in every layout, and the first loss is
+transformers'.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def transformers_loss(model: Any) -> float:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both kinds of directory in several files, what transformers reads from them, and what all ranks found."""
+    """Both kinds of directory in several files, what transformers reads from them, and what all
+    ranks found.
+    """
     root = tmp_path_factory.mktemp("load")
     torch.manual_seed(1)
     source = reference_model()
@@ -133,7 +137,9 @@ def test_bytes_read_of_a_bf16_directory_are_those_of_the_ranks_part(folder: Path
 
 @pytest.mark.parametrize("scenario", [s for group in LAYOUTS.values() for s in group], ids=lambda s: s.name)
 def test_bytes_read_of_an_mxfp4_directory_are_whole_blocks_of_the_ranks_part(folder: Path, scenario: Scenario) -> None:
-    """17 bytes per 32 values; a part that begins or ends inside a block column reads that column whole."""
+    """17 bytes per 32 values; a part that begins or ends inside a block column reads that column
+    whole.
+    """
     config = model_config()
     largest_column = 17 * 2 * 96  # of the gate and up projection: one block of every output row
     matrices = 2 * config.num_hidden_layers

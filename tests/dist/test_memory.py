@@ -1,7 +1,9 @@
-"""What `--dry_run` says of a rank's memory is what its step takes, part by part and at the peak, within 15 %.
+"""What `--dry_run` says of a rank's memory is what its step takes, part by part and at the peak,
+within 15 %.
 
-Measured is what the allocator hands out, not the process's resident size, so neither fragmentation nor other processes
-disturb it.  The rest comes from routing, which is not even, and from tensors too small to be named.
+Measured is what the allocator hands out, not the process's resident size, so neither fragmentation
+nor other processes disturb it.  The rest comes from routing, which is not even, and from tensors
+too small to be named.
 """
 
 from __future__ import annotations

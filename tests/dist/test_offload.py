@@ -1,8 +1,10 @@
-"""The shipped offloading configurations train, save and resume bit for bit as the one that offloads nothing.
+"""The shipped offloading configurations train, save and resume bit for bit as the one that offloads
+nothing.
 
-No tolerance: state that waits on the host is updated by the same kernel, and where a tensor waits rounds nothing.
-Only the norm's squares are added up in another order (1e-6), which changes no gradient, since none is clipped here.
-ZeRO-2 sums gradients in another order than ZeRO-3; there the tolerances are those of test_layout_parity.
+No tolerance: state that waits on the host is updated by the same kernel, and where a tensor waits
+rounds nothing. Only the norm's squares are added up in another order (1e-6), which changes no
+gradient, since none is clipped here. ZeRO-2 sums gradients in another order than ZeRO-3; there the
+tolerances are those of test_layout_parity.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ PLAIN = offloading(NOTHING, STEPS)
 FIRST = offloading(OPTIMIZER, STEPS // 3)
 SECOND = offloading(ALL, 2 * STEPS // 3, resumes=FIRST)
 THIRD = offloading(NOTHING, STEPS, resumes=SECOND)
-"""One run, each third under another configuration: what is wrong in any of them is in the last one's state."""
+"""One run, each third under another configuration: what is wrong in any of them is in the last
+one's state.
+"""
 ON_FILES = offloading(NVME, STEPS // 3)
 BACK = offloading(NOTHING, 2 * STEPS // 3, resumes=ON_FILES)
 AGAIN_ON_FILES = offloading(NVME, STEPS, resumes=BACK)

@@ -1,4 +1,6 @@
-"""The product itself, as users start it: real tokenizer, real vocabulary, sample corpus, two processes."""
+"""The product itself, as users start it: real tokenizer, real vocabulary, sample corpus, two
+processes.
+"""
 
 from __future__ import annotations
 
@@ -149,8 +151,9 @@ def test_undisturbed_run_writes_what_the_contract_says(whole: Path) -> None:
 def test_memory_of_every_rank_is_the_predicted_one_within_15_percent(whole: Path) -> None:
     """Each part of the state, and all together.
 
-    The peak alone is that of tests/dist/test_memory.py.  Here it is the reduction of a table's gradient, of which gloo
-    reduces a copy: whether its thread lets go of that before or after the fp32 part is made is up to the machine.
+    The peak alone is that of tests/dist/test_memory.py.  Here it is the reduction of a table's
+    gradient, of which gloo reduces a copy: whether its thread lets go of that before or after the
+    fp32 part is made is up to the machine.
     """
     (event,) = [event for event in read_events(whole / "metrics.jsonl") if event["event"] == "memory"]
     assert event["step"] == 2 and len(event["measured_by_rank"]) == 2
@@ -262,7 +265,8 @@ def test_four_and_four_steps_equal_eight_bit_for_bit(workplace: Path, whole: Pat
     same = ("step", "loss", "grad_norm", "lr", "tokens_by_source", "bytes_sent")
     pick = [[step[key] for key in same] for step in steps_of(halves)]
     assert pick == [[step[key] for key in same] for step in steps_of(whole)]
-    # the balancing loss is on, and its gradient needs the load of the step before, which only the checkpoint knows
+    # the balancing loss is on, and its gradient needs the load of the step before, which only the
+    # checkpoint knows
     loads = [read_manifest(folder).state["router_load"] for folder in (step_folder(halves, 4), first, second)]
     assert len({share for layer in loads[0] for share in layer}) > 1 and loads[1] == loads[2] != loads[0]
 

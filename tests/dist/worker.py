@@ -1,4 +1,6 @@
-"""One rank of the layout comparison: runs scenarios one after another and leaves losses and a checkpoint of each."""
+"""One rank of the layout comparison: runs scenarios one after another and leaves losses and a
+checkpoint of each.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ def config_of(scenario: Scenario, folder: Path) -> RunConfig:
 
 
 def parts_outside(nvme: Path, engine: TrainingEngine) -> list[str]:
-    """The parts of this rank's offloaded state of which something lies in memory that is no file in `nvme`."""
+    """The parts of this rank's offloaded state of which something lies in memory that is no file in
+    `nvme`.
+    """
     inside = mapped_files(nvme)
 
     def is_inside(tensor: torch.Tensor) -> bool:

@@ -1,4 +1,6 @@
-"""Merged weights lie between two models exactly, and what is written or scored is what was merged."""
+"""Merged weights lie between two models exactly, and what is written or scored is what was
+merged.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,19 @@ SEQ_LEN = 32
 
 
 def small_config(**changes: Any) -> GptOssConfig:
-    sizes = {"vocab_size": 96, "pad_token_id": 95, "bos_token_id": 94, "eos_token_id": 93, "num_hidden_layers": 2}
+    sizes = {
+        "vocab_size": 96,
+        "pad_token_id": 95,
+        "bos_token_id": 94,
+        "eos_token_id": 93,
+        "num_hidden_layers": 2,
+    }
     return GptOssConfig(**{**gpt_oss.PRESETS["tiny"], **sizes, **changes})
 
 
-def save_random(path: Path, seed: int, dtype: torch.dtype, config: GptOssConfig | None = None) -> dict[str, Any]:
+def save_random(
+    path: Path, seed: int, dtype: torch.dtype, config: GptOssConfig | None = None
+) -> dict[str, Any]:
     """A model of plain transformers, every tensor random, some zeros negative."""
     model = GptOssForCausalLM(config or small_config())
     generator = torch.Generator().manual_seed(seed)
@@ -57,13 +67,16 @@ def quantise(path: Path) -> dict[str, Any]:
             stored[name] = decoded[name] = value
     save_file(stored, str(path / SINGLE_FILE), metadata={"format": "pt"})
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    (path / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}})
+    )
     return decoded
 
 
 def same_bits(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     return found.keys() == expected.keys() and all(
-        found[name].dtype == expected[name].dtype and found[name].numpy(force=True).tobytes() == e.numpy().tobytes()
+        found[name].dtype == expected[name].dtype
+        and found[name].numpy(force=True).tobytes() == e.numpy().tobytes()
         if expected[name].dtype == torch.float32
         else torch.equal(found[name].view(torch.int16), e.view(torch.int16))
         for name, e in expected.items()
@@ -84,7 +97,9 @@ def test_alphas_are_a_range_with_both_ends_or_a_list(text: str, expected: list[f
     assert parse_alphas(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "x", "0:1", "0:1:0", "1:0:0.1", "-0.1", "0:1.5:0.5", "0:1:0.0001", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "0:1", "0:1:0", "1:0:0.1", "-0.1", "0:1.5:0.5", "0:1:0.0001", "nan"]
+)
 def test_alphas_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--alpha"):
         parse_alphas(text)
@@ -93,18 +108,27 @@ def test_alphas_that_make_no_sense_are_refused(text: str) -> None:
 def test_ends_are_the_two_models_bit_for_bit_and_the_middle_is_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "WINDOW_NUMEL", 1000)  # no tensor fits into one window but the smallest
+    monkeypatch.setattr(
+        merging, "WINDOW_NUMEL", 1000
+    )  # no tensor fits into one window but the smallest
     base = save_random(tmp_path / "base", 1, torch.bfloat16)
     tuned = save_random(tmp_path / "tuned", 2, torch.bfloat16)
     merge(tmp_path / "base", tmp_path / "tuned", "0,0.3,1", tmp_path / "out", [], score_only=False)
-    found = {alpha: load_file(tmp_path / "out" / folder_name(alpha) / SINGLE_FILE) for alpha in (0.0, 0.3, 1.0)}
+    found = {
+        alpha: load_file(tmp_path / "out" / folder_name(alpha) / SINGLE_FILE)
+        for alpha in (0.0, 0.3, 1.0)
+    }
     assert same_bits(found[0.0], base) and same_bits(found[1.0], tuned)
     expected = {n: (0.7 * base[n].double() + 0.3 * tuned[n].double()).bfloat16() for n in base}
     worst = max(float((found[0.3][n].float() - expected[n].float()).abs().max()) for n in base)
-    assert worst <= 2**-8, f"largest difference {worst}"  # fp32 and fp64 may round to neighbouring bf16 values
+    assert worst <= 2**-8, (
+        f"largest difference {worst}"
+    )  # fp32 and fp64 may round to neighbouring bf16 values
 
 
-def test_windows_hold_at_most_one_expert_or_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_hold_at_most_one_expert_or_the_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(merging, "WINDOW_NUMEL", 1000)
     save_random(tmp_path / "base", 1, torch.bfloat16)
     pair = merging.open_pair(tmp_path / "base", tmp_path / "base")
@@ -136,10 +160,14 @@ def test_fp32_and_bf16_give_fp32(tmp_path: Path) -> None:
 
 def test_models_of_other_shapes_are_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
     save_random(tmp_path / "base", 1, torch.bfloat16)
-    save_random(tmp_path / "tuned", 2, torch.bfloat16, small_config(num_hidden_layers=3, sliding_window=64))
+    save_random(
+        tmp_path / "tuned", 2, torch.bfloat16, small_config(num_hidden_layers=3, sliding_window=64)
+    )
     with pytest.raises(ConfigError) as caught:
         merge(tmp_path / "base", tmp_path / "tuned", "0.5", tmp_path / "out", [], score_only=False)
-    assert "num_hidden_layers is 2 in" in str(caught.value) and "sliding_window is 128 in" in str(caught.value)
+    assert "num_hidden_layers is 2 in" in str(caught.value) and "sliding_window is 128 in" in str(
+        caught.value
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -177,7 +205,9 @@ def held_out(name: str, seed: int) -> ScoredSet:
 
 def nats_of_transformers(path: Path, domain: ScoredSet) -> list[float]:
     """Each document alone through plain transformers' eager code, in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path), dtype=torch.float32, attn_implementation="eager"
+    )
     nats = []
     for row in domain.rows:
         for index in range(len(row.documents)):
@@ -205,7 +235,9 @@ def test_sweep_scores_the_merged_weights_and_draws_them(tmp_path: Path) -> None:
         for domain in sets:
             expected = sum(nats_of_transformers(path, domain)) / np.log(2) / 200
             found = next(r for r in results if (r["alpha"], r["domain"]) == (alpha, domain.name))
-            assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)  # fp32 sums in another order
+            assert found["bits_per_byte"] == pytest.approx(
+                expected, rel=1e-5
+            )  # fp32 sums in another order
     merge(*models, "0.5", tmp_path / "written", sets, score_only=False)
     again = json.loads((tmp_path / "written" / RESULT_FILE).read_text())["results"]
     assert again == [r for r in results if r["alpha"] == 0.5]

@@ -1,6 +1,8 @@
-"""Whatever dies during a save, the newest complete checkpoint loads and the run ends with the same weights.
+"""Whatever dies during a save, the newest complete checkpoint loads and the run ends with the same
+weights.
 
-Synchronous saves where a test says which checkpoint is there when a rank dies; asynchronous ones where it says so.
+Synchronous saves where a test says which checkpoint is there when a rank dies; asynchronous ones
+where it says so.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ ASYNC = ("--set", "checkpoint.async_save=true")
 
 
 def shards(run_dir: Path, step: int = STEPS) -> dict[str, str]:
-    """Hash of what each rank wrote; the layout and the writing are the same, so equal weights are equal bytes."""
+    """Hash of what each rank wrote; the layout and the writing are the same, so equal weights are
+    equal bytes.
+    """
     files = read_manifest(step_folder(run_dir, step)).files
     return {record.name: record.xxh3_128 for record in files if record.name.endswith(".distcp")}
 
@@ -32,8 +36,12 @@ def hidden(run_dir: Path) -> set[str]:
     return {entry.name for entry in (run_dir / "checkpoints").glob(".*")}
 
 
-def check_rerun(workplace: Path, run: Service, undisturbed: Service, expected_start: int, *arguments: str) -> None:
-    """The same command again goes on from the step it must, and ends with the undisturbed run's weights."""
+def check_rerun(
+    workplace: Path, run: Service, undisturbed: Service, expected_start: int, *arguments: str
+) -> None:
+    """The same command again goes on from the step it must, and ends with the undisturbed run's
+    weights.
+    """
     code, again = run_to_end(workplace, run.run_dir.name, *arguments)
     assert code == 0, again.output
     start = f"resuming from {run.run_dir.name}/checkpoints/step-{expected_start:08d}"
@@ -46,15 +54,22 @@ POINTS = ["save_stage", "save_write", "save_hash", "save_manifest", "save_rename
 
 
 def ranks_only(workplace: Path, run_dir: Path) -> list[int]:
-    """Exit codes of two ranks without the launcher above them: the kill matrix would take most of an hour with it."""
+    """Exit codes of two ranks without the launcher above them: the kill matrix would take most of
+    an hour with it.
+    """
     options = {"--ds_config": "ds.json", "--config": "run.yaml"}
-    arguments = [word for option, name in options.items() for word in (option, str(workplace / name))]
+    arguments = [
+        word for option, name in options.items() for word in (option, str(workplace / name))
+    ]
     return launch(ROOT / "cpt" / "run.py", 2, [*arguments, "--run_dir", str(run_dir)])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.case("C2", "resumes from the previous checkpoint, after the rename from the new one; same final weights")
+@pytest.mark.case(
+    "C2",
+    "resumes from the previous checkpoint, after the rename from the new one; same final weights",
+)
 def test_kill_at_a_point_of_a_save_loses_nothing_that_was_published(
     workplace, undisturbed, point, rank, monkeypatch
 ) -> None:
@@ -64,13 +79,20 @@ def test_kill_at_a_point_of_a_save_loses_nothing_that_was_published(
     codes = ranks_only(workplace, run_dir)
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] != 0, codes
     published = list_steps(run_dir)
-    # rank 1 visits the last points without work of its own: rank 0 may have gone on with its part by then
-    possible = {"save_published": [[4, 2]], "save_rename": [[2], [4, 2]] if rank else [[2]]}.get(point, [[2]])
+    # rank 1 visits the last points without work of its own: rank 0 may have gone on with its part
+    # by then
+    possible = {"save_published": [[4, 2]], "save_rename": [[2], [4, 2]] if rank else [[2]]}.get(
+        point, [[2]]
+    )
     assert published in possible, published
     assert all(refusal_of(step_folder(run_dir, step)) is None for step in published)
     monkeypatch.delenv("CPT_FAULT")
     assert ranks_only(workplace, run_dir) == [0, 0]
-    steps = [event["step"] for event in read_events(run_dir / "metrics.jsonl") if event["event"] == "step"]
+    steps = [
+        event["step"]
+        for event in read_events(run_dir / "metrics.jsonl")
+        if event["event"] == "step"
+    ]
     assert steps == [1, 2, 3, 4, *range(published[0] + 1, STEPS + 1)]
     assert shards(run_dir) == shards(undisturbed.run_dir) and hidden(run_dir) == set()
 
@@ -78,11 +100,17 @@ def test_kill_at_a_point_of_a_save_loses_nothing_that_was_published(
 @pytest.mark.case("C3", "as C2, all ranks at once, in mid save")
 def test_power_cut_during_a_save_leaves_the_previous_checkpoint(workplace, undisturbed) -> None:
     code, run = run_to_end(workplace, "c3", fault="save_hash:1:4:killgroup")
-    assert code != 0 and list_steps(run.run_dir) == [2] and hidden(run.run_dir) == {".tmp-step-00000004"}, run.output
+    assert (
+        code != 0
+        and list_steps(run.run_dir) == [2]
+        and hidden(run.run_dir) == {".tmp-step-00000004"}
+    ), run.output
     check_rerun(workplace, run, undisturbed, 2)
 
 
-@pytest.mark.case("C4", "half-deleted directory is ignored; its deletion is finished by the next save")
+@pytest.mark.case(
+    "C4", "half-deleted directory is ignored; its deletion is finished by the next save"
+)
 def test_crash_while_an_old_checkpoint_is_deleted(workplace) -> None:
     longer = ("--set", "train.total_steps=8")
     code, run = run_to_end(workplace, "c4", *longer, fault="prune:0:2:kill")
@@ -90,11 +118,17 @@ def test_crash_while_an_old_checkpoint_is_deleted(workplace) -> None:
     half_deleted = step_folder(run.run_dir, 2)
     assert not (half_deleted / MANIFEST).exists() and list(half_deleted.iterdir())
     code, again = run_to_end(workplace, "c4", *longer)
-    assert code == 0 and "step-00000006" in again.output and list_steps(run.run_dir) == [8, 6], again.output
+    assert code == 0 and "step-00000006" in again.output and list_steps(run.run_dir) == [8, 6], (
+        again.output
+    )
 
 
-@pytest.mark.case("C14", "the step being written is not listed, the previous one loads, same final weights")
-@pytest.mark.parametrize("fault", ["save_stage:1:4:kill", "save_write:0:4:kill", "save_hash:1:4:killgroup"])
+@pytest.mark.case(
+    "C14", "the step being written is not listed, the previous one loads, same final weights"
+)
+@pytest.mark.parametrize(
+    "fault", ["save_stage:1:4:kill", "save_write:0:4:kill", "save_hash:1:4:killgroup"]
+)
 def test_kill_during_an_asynchronous_save(workplace, undisturbed, fault) -> None:
     name = f"c14-{fault.replace(':', '-')}"
     code, run = run_to_end(workplace, name, *ASYNC, fault=f"save_write:1:2:sleep=0,{fault}")
@@ -103,7 +137,9 @@ def test_kill_during_an_asynchronous_save(workplace, undisturbed, fault) -> None
     check_rerun(workplace, run, undisturbed, published[0] if published else 0, *ASYNC)
 
 
-@pytest.mark.case("C14", "a write that fails in the background is told at a step boundary; training goes on")
+@pytest.mark.case(
+    "C14", "a write that fails in the background is told at a step boundary; training goes on"
+)
 def test_background_write_that_fails_is_told_and_training_goes_on(workplace, undisturbed) -> None:
     code, run = run_to_end(workplace, "c14-full", *ASYNC, fault="save_write:1:2:enospc")
     assert code == 0 and "no checkpoint was saved, training goes on" in run.output, run.output
@@ -111,46 +147,73 @@ def test_background_write_that_fails_is_told_and_training_goes_on(workplace, und
     failed = run.events("checkpoint_failed")
     assert len(failed) == 1 and 2 < failed[0]["step"] <= 4, failed
     assert list_steps(run.run_dir) == [6, 4] and hidden(run.run_dir) == set()
-    assert shards(run.run_dir) == shards(undisturbed.run_dir), "an asynchronous save changes no weight"
+    assert shards(run.run_dir) == shards(undisturbed.run_dir), (
+        "an asynchronous save changes no weight"
+    )
 
 
-@pytest.mark.case("C15", "never two in flight, published in the order of steps; a stop publishes both")
+@pytest.mark.case(
+    "C15", "never two in flight, published in the order of steps; a stop publishes both"
+)
 def test_overlapping_saves_and_a_stop_in_the_middle_of_one(workplace) -> None:
-    every_step = (*ASYNC, "--set", "checkpoint.interval_steps=1", "--set", "checkpoint.keep_last=10")
+    every_step = (
+        *ASYNC,
+        "--set",
+        "checkpoint.interval_steps=1",
+        "--set",
+        "checkpoint.keep_last=10",
+    )
     faults = "save_write:1:1:sleep=8,save_write:1:3:sleep=8,forward:1:4:usr1"
     code, run = run_to_end(workplace, "c15", *every_step, fault=faults)
-    assert code == 75 and "waiting for the checkpoint of step 1, still being written by ranks [1]" in run.output
+    assert (
+        code == 75
+        and "waiting for the checkpoint of step 1, still being written by ranks [1]" in run.output
+    )
     assert [event["step"] for event in run.events("checkpoint")] == [1, 2, 3, 4]
     assert list_steps(run.run_dir) == [4, 3, 2, 1]
     assert all(refusal_of(step_folder(run.run_dir, step)) is None for step in (1, 2, 3, 4))
 
 
 @pytest.fixture
-def copy_of_undisturbed(workplace: Path, undisturbed: Service, request: pytest.FixtureRequest) -> Path:
+def copy_of_undisturbed(
+    workplace: Path, undisturbed: Service, request: pytest.FixtureRequest
+) -> Path:
     run_dir = workplace / request.node.name
     shutil.copytree(undisturbed.run_dir, run_dir)
     return run_dir
 
 
-@pytest.mark.case("C8", "exit 74 with each reason, nothing overwritten; a chosen step is not replaced by another")
+@pytest.mark.case(
+    "C8", "exit 74 with each reason, nothing overwritten; a chosen step is not replaced by another"
+)
 def test_nothing_but_damaged_checkpoints_ends_the_run(workplace, copy_of_undisturbed) -> None:
     run_dir = copy_of_undisturbed
     flip(step_folder(run_dir, 6) / "__1_0.distcp", 1000)
     longer = ("--set", "train.total_steps=8")
     code, run = run_to_end(workplace, run_dir.name, "--resume", "6", *longer)
-    assert code == 74 and "step-00000006/__1_0.distcp" in run.output and list_steps(run_dir) == [6, 4], run.output
+    assert (
+        code == 74 and "step-00000006/__1_0.distcp" in run.output and list_steps(run_dir) == [6, 4]
+    ), run.output
     flip(step_folder(run_dir, 4) / ".metadata", 100)
     code, run = run_to_end(workplace, run_dir.name, *longer)
-    assert code == 74 and "step-00000006/__1_0.distcp" in run.output and "step-00000004/.metadata" in run.output
+    assert (
+        code == 74
+        and "step-00000006/__1_0.distcp" in run.output
+        and "step-00000004/.metadata" in run.output
+    )
     assert "Training does not restart at step 0" in run.output and list_steps(run_dir) == [6, 4]
 
 
-@pytest.mark.case("C11", "the second job exits 78 and names host and pid; a dead job's lock is taken over")
+@pytest.mark.case(
+    "C11", "the second job exits 78 and names host and pid; a dead job's lock is taken over"
+)
 def test_two_jobs_on_one_run_directory(workplace) -> None:
     with service(workplace, "c11", fault="forward:0:2:sleep=60") as first:
         first.wait_for("fault injected: forward")
         code, second = run_to_end(workplace, "c11")
-        assert code == 78 and f"in use by process {first.rank_pids()[0]} on " in second.output, second.output
+        assert code == 78 and f"in use by process {first.rank_pids()[0]} on " in second.output, (
+            second.output
+        )
         assert first.process.poll() is None
     code, third = run_to_end(workplace, "c11")
     assert code == 0 and "was left by process" in third.output, third.output

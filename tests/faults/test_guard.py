@@ -1,4 +1,6 @@
-"""The guard acts on a run that forgets: more replay, a lower rate, a pause, and back to where all was well."""
+"""The guard acts on a run that forgets: more replay, a lower rate, a pause, and back to where all
+was well.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source["weight"] = {"ja_essay": 0.0, "en_web": 1.0}[source["name"]]
     mix["guard"] = {"domains": [{"name": "en_web", "language": "en", "sources": ["en_web"]}]}
     (folder / "mix.yaml").write_text(yaml.safe_dump(mix))
-    run["train"] |= {"global_batch_size": 4, "total_steps": ENGLISH_STEPS, "lr": 5e-3, "dtype": "fp32"}
+    run["train"] |= {
+        "global_batch_size": 4,
+        "total_steps": ENGLISH_STEPS,
+        "lr": 5e-3,
+        "dtype": "fp32",
+    }
     run["checkpoint"] = {"async_save": False}
     run["telemetry"] = {"export_at_end": True}
     del run["data"]["build_dir"]
@@ -59,17 +66,23 @@ def paused(workplace: Path) -> Service:
     return run
 
 
-@pytest.mark.case("M2", "replay raised, rate lowered, paused with 75; every decision can be made again")
+@pytest.mark.case(
+    "M2", "replay raised, rate lowered, paused with 75; every decision can be made again"
+)
 def test_run_that_forgets_is_steered_and_then_paused(workplace: Path, paused: Service) -> None:
     decisions = paused.events("guard_decision")
     assert decisions[-1]["action"] == "pause" and decisions[-1]["after"]["paused"] in paused.output
-    ledger = read_manifest(step_folder(paused.run_dir, list_steps(paused.run_dir)[0])).state["ledger"]["segments"]
+    ledger = read_manifest(step_folder(paused.run_dir, list_steps(paused.run_dir)[0])).state[
+        "ledger"
+    ]["segments"]
     raised = next(decision for decision in decisions if decision["after"]["shares"])
     assert [segment["start_step"] for segment in ledger][:2] == [0, raised["step"]]
     assert ledger[1]["weights"]["en_web"] == pytest.approx(raised["after"]["shares"]["en_web"])
     lowered = next(decision for decision in decisions if decision["after"]["lr_scale"] < 1)
     rates = {event["step"]: event["lr"] for event in paused.steps()}
-    assert rates[lowered["step"] + 1] < 0.7 * rates[lowered["step"]]  # halved, while the warm-up still raises it
+    assert (
+        rates[lowered["step"] + 1] < 0.7 * rates[lowered["step"]]
+    )  # halved, while the warm-up still raises it
     assert main(["guard", "replay", "--run_dir", str(paused.run_dir)]) == 0
 
 
@@ -86,14 +99,16 @@ def test_decision_that_was_tampered_with_is_found(paused: Service, tmp_path: Pat
 
 
 @pytest.mark.case(
-    "M2", "started again: back at the last green checkpoint with more replay; the next pause ends with 78"
+    "M2",
+    "started again: back at the last green checkpoint with more replay; the next pause ends with 78",
 )
 def test_paused_run_goes_back_to_where_all_was_well(workplace: Path, paused: Service) -> None:
     decisions = paused.events("guard_decision")
     green = decisions[-1]["before"]["green_step"]
     last, before = decisions[-1]["step"], decisions[-1]["after"]
     assert green is not None and green < last
-    # the tolerance of the second start is one that no English text can break: it would only pause again
+    # the tolerance of the second start is one that no English text can break: it would only pause
+    # again
     wide = ("--set", "guard.tolerance_percent=900", "--set", "guard.hard_limit_percent=900")
     more = ("--set", "guard.max_replay_share=0.4", "--set", f"train.stop_at_step={green + 2}")
     code, run = run_to_end(workplace, "guarded", *wide, *more)
@@ -108,21 +123,34 @@ def test_paused_run_goes_back_to_where_all_was_well(workplace: Path, paused: Ser
     assert main(["guard", "replay", "--run_dir", str(run.run_dir)]) == 0
 
 
-@pytest.mark.case("N3", "guard and mix go back with the weights: what the lost steps decided is decided anew")
-def test_rollback_takes_back_what_the_guard_did_since_the_checkpoint(workplace: Path, paused: Service) -> None:
-    raised = next(decision for decision in paused.events("guard_decision") if decision["after"]["shares"])["step"]
+@pytest.mark.case(
+    "N3", "guard and mix go back with the weights: what the lost steps decided is decided anew"
+)
+def test_rollback_takes_back_what_the_guard_did_since_the_checkpoint(
+    workplace: Path, paused: Service
+) -> None:
+    raised = next(
+        decision for decision in paused.events("guard_decision") if decision["after"]["shares"]
+    )["step"]
     saved = ("--set", f"checkpoint.interval_steps={raised - 2}")
     fault = ",".join(f"forward:1:{step}:nan" for step in (raised + 1, raised + 2, raised + 3))
-    code, run = run_to_end(workplace, "lost", *saved, "--set", f"train.stop_at_step={raised + 4}", fault=fault)
+    code, run = run_to_end(
+        workplace, "lost", *saved, "--set", f"train.stop_at_step={raised + 4}", fault=fault
+    )
     assert code == 0, run.output
     (rollback,) = run.events("rollback")
     assert (rollback["from_step"], rollback["to_step"]) == (raised + 3, raised - 2)
-    first, second = (decision for decision in run.events("guard_decision") if decision["step"] == raised)
+    first, second = (
+        decision for decision in run.events("guard_decision") if decision["step"] == raised
+    )
     assert [first[key] for key in ("before", "evidence", "after")] == [
         second[key] for key in ("before", "evidence", "after")
     ]
     segments = read_manifest(step_folder(run.run_dir, raised + 4)).state["ledger"]["segments"]
-    assert [segment["start_step"] for segment in segments][:2] == [0, raised + 3]  # the first batch not given up
+    assert [segment["start_step"] for segment in segments][:2] == [
+        0,
+        raised + 3,
+    ]  # the first batch not given up
     code, run = run_to_end(workplace, "lost", *saved, "--set", f"train.stop_at_step={raised + 5}")
     assert code == 0, run.output
     assert main(["guard", "replay", "--run_dir", str(run.run_dir)]) == 0

@@ -29,17 +29,27 @@ def shared_buffers() -> set[str]:
 
 def assert_same_weights(first: Service, second: Service) -> None:
     for part in PARTS:
-        expected, got = (stored_tensors(step_folder(run.run_dir, STEPS), part) for run in (first, second))
+        expected, got = (
+            stored_tensors(step_folder(run.run_dir, STEPS), part) for run in (first, second)
+        )
         assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
 
 
-@pytest.mark.case("C1", "others exit, no orphan, newest checkpoint intact; the rerun ends with the same weights")
-@pytest.mark.case("M1", "on a real run: printed, below 1, restart and saves counted, within the time on the clock")
+@pytest.mark.case(
+    "C1", "others exit, no orphan, newest checkpoint intact; the rerun ends with the same weights"
+)
+@pytest.mark.case(
+    "M1", "on a real run: printed, below 1, restart and saves counted, within the time on the clock"
+)
 @pytest.mark.case("G5", "a killed run leaves no buffer in /dev/shm")
-def test_killed_rank_takes_the_run_down_and_the_rerun_ends_with_the_same_weights(workplace, undisturbed) -> None:
+def test_killed_rank_takes_the_run_down_and_the_rerun_ends_with_the_same_weights(
+    workplace, undisturbed
+) -> None:
     began, buffers = time.monotonic(), shared_buffers()
     code, run = run_to_end(workplace, "killed", fault="forward:1:4:kill")
-    assert code != 0 and "fault injected: forward rank=1 step=4 action=kill" in run.output, run.output
+    assert code != 0 and "fault injected: forward rank=1 step=4 action=kill" in run.output, (
+        run.output
+    )
     assert [event["step"] for event in run.steps()] == [1, 2, 3] and list_steps(run.run_dir) == [2]
     code, run = run_to_end(workplace, "killed")
     assert code == 0, run.output
@@ -54,9 +64,13 @@ def test_killed_rank_takes_the_run_down_and_the_rerun_ends_with_the_same_weights
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, id="0-which-holds-the-store")])
-@pytest.mark.case("H1", "rank named with phase and step, stacks of all ranks, exit 71 everywhere, no process left")
+@pytest.mark.case(
+    "H1", "rank named with phase and step, stacks of all ranks, exit 71 everywhere, no process left"
+)
 def test_stopped_rank_is_named_and_the_run_ends_with_71(workplace, rank: int) -> None:
-    with service(workplace, f"stopped-{rank}", *QUICK_WATCH, fault=f"backward:{rank}:4:sleep=600") as run:
+    with service(
+        workplace, f"stopped-{rank}", *QUICK_WATCH, fault=f"backward:{rank}:4:sleep=600"
+    ) as run:
         run.wait_for("fault injected")
         time.sleep(4)  # the others learn where it is
         os.kill(run.rank_pids()[rank], signal.SIGSTOP)
@@ -65,7 +79,9 @@ def test_stopped_rank_is_named_and_the_run_ends_with_71(workplace, rank: int) ->
     assert code == 71, run.output
     named = f"rank {rank}, which holds the store, last" if rank == 0 else f"rank {rank} last"
     assert f"watchdog: {named} seen in phase=backward step=4" in run.output, run.output
-    assert f"watchdog: rank {rank} runs again; it stands in phase=backward step=4" in run.output, run.output
+    assert f"watchdog: rank {rank} runs again; it stands in phase=backward step=4" in run.output, (
+        run.output
+    )
     stacks = {path.name: path.read_text() for path in (run.run_dir / "stacks").iterdir()}
     assert stacks.keys() == {"rank-0.txt", "rank-1.txt"}
     assert all("stacks of rank" in text and "engine.py" in text for text in stacks.values()), stacks
@@ -74,22 +90,35 @@ def test_stopped_rank_is_named_and_the_run_ends_with_71(workplace, rank: int) ->
 
 
 @pytest.mark.case("H1", "hung main thread (not the process): named as the one that is behind")
-@pytest.mark.case("X4", "absent from log, metrics, configuration, manifests, W&B and TensorBoard files, stack dumps")
+@pytest.mark.case(
+    "X4",
+    "absent from log, metrics, configuration, manifests, W&B and TensorBoard files, stack dumps",
+)
 def test_rank_that_sleeps_is_named_by_its_place(workplace) -> None:
     trackers = ("--set", "telemetry.wandb=offline", "--set", "telemetry.tensorboard=true")
     code, run = run_to_end(workplace, "asleep", *QUICK_WATCH, *trackers, fault="data:1:4:sleep=600")
-    assert code == 71 and "rank 1 last seen in phase=data step=4, not moving" in run.output, run.output
+    assert code == 71 and "rank 1 last seen in phase=data step=4, not moving" in run.output, (
+        run.output
+    )
     assert "faults.py" in (run.run_dir / "stacks" / "rank-1.txt").read_text()
-    assert list((run.run_dir / "wandb").glob("offline-run-*")) and list((run.run_dir / "tensorboard").iterdir())
+    assert list((run.run_dir / "wandb").glob("offline-run-*")) and list(
+        (run.run_dir / "tensorboard").iterdir()
+    )
     run.check_no_secret()
 
 
 @pytest.mark.case("H2", "line and event with rank, phase and ratio; the run goes on")
 @pytest.mark.case("X4", "absent from log and crash output")
-@pytest.mark.case("H3", "all ranks exit within 20 s with the code of the cause, which comes first in the log")
-def test_slow_rank_is_reported_and_failing_rank_takes_all_along_with_the_cause_first(workplace) -> None:
+@pytest.mark.case(
+    "H3", "all ranks exit within 20 s with the code of the cause, which comes first in the log"
+)
+def test_slow_rank_is_reported_and_failing_rank_takes_all_along_with_the_cause_first(
+    workplace,
+) -> None:
     watch = ("--set", "watchdog.interval_seconds=0.2", "--set", "watchdog.straggler_ratio=1.5")
-    with service(workplace, "slow", *watch, *TEN_STEPS, fault="data:1:7:sleep=10,data:1:9:raise") as run:
+    with service(
+        workplace, "slow", *watch, *TEN_STEPS, fault="data:1:7:sleep=10,data:1:9:raise"
+    ) as run:
         run.wait_for("fault injected: data rank=1 step=9")
         failed_at = time.monotonic()
         code = run.wait()
@@ -104,5 +133,7 @@ def test_slow_rank_is_reported_and_failing_rank_takes_all_along_with_the_cause_f
     after = output[output.index("step=9 action=raise") :]
     cause = "watchdog: rank 1 failed in phase=data step=9: InjectedFault: injected at data, step 9"
     assert cause in after and "Traceback" not in after[: after.index(cause)]
-    assert "Connection" not in after[: after.index(cause)], "a consequence on another rank comes before the cause"
+    assert "Connection" not in after[: after.index(cause)], (
+        "a consequence on another rank comes before the cause"
+    )
     run.check_no_secret()

@@ -1,6 +1,8 @@
-"""A loss or gradient that is not finite on one rank changes no weight anywhere, in any ZeRO stage and precision.
+"""A loss or gradient that is not finite on one rank changes no weight anywhere, in any ZeRO stage
+and precision.
 
-The run is compared, bit by bit, with one that never saw the two batches: the arithmetic is the same.
+The run is compared, bit by bit, with one that never saw the two batches: the arithmetic is the
+same.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from tests.support.launcher import ROOT, launch
 pytestmark = pytest.mark.dist
 
 STEPS, LOSS, GRADIENT = 4, 1, 2
-"""Planned steps; those at which rank 1's loss is NaN, and its gradient infinite while its loss is finite."""
+"""Planned steps; those at which rank 1's loss is NaN, and its gradient infinite while its loss is
+finite.
+"""
 RUN = Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=4, steps=STEPS)
 POISONED = [  # stage 3 first: it patches torch's linear layer for the rest of the process, which rounds bf16 otherwise
     dataclasses.replace(RUN, micro_batch_size=2),
@@ -45,7 +49,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Results:
-    passes = sum(ROWS // (s.micro_batch_size * s.world_size // s.sp) for s in POISONED)  # each uses up one fault
+    passes = sum(
+        ROWS // (s.micro_batch_size * s.world_size // s.sp) for s in POISONED
+    )  # each uses up one fault
     faults = [f"forward:1:{LOSS + 1}:nan", f"gradient:1:{GRADIENT + 1}:inf"] * passes
     scenarios = POISONED + OMITTING
     with pytest.MonkeyPatch.context() as patch:
@@ -53,12 +59,19 @@ def results(folder: Path) -> Results:
         patch.setenv("CPT_FAULT", ",".join(faults))
         arguments = [str(folder), *(scenario.dump() for scenario in scenarios)]
         assert launch(ROOT / "tests" / "dist" / "worker.py", 2, arguments) == [0, 0]
-    return {scenario.name: json.loads(parameter_file(folder, scenario).read_text()) for scenario in scenarios}
+    return {
+        scenario.name: json.loads(parameter_file(folder, scenario).read_text())
+        for scenario in scenarios
+    }
 
 
-@pytest.mark.case("N1", "update skipped on all ranks, weights and moments bit-equal to a run that omits it")
+@pytest.mark.case(
+    "N1", "update skipped on all ranks, weights and moments bit-equal to a run that omits it"
+)
 @pytest.mark.case("N2", "the same: finite loss, norm not finite, in ZeRO 1 to 3, bf16 and fp32")
-@pytest.mark.parametrize(("poisoned", "omitting"), zip(POISONED, OMITTING, strict=True), ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("poisoned", "omitting"), zip(POISONED, OMITTING, strict=True), ids=lambda s: s.name
+)
 def test_skipped_updates_leave_the_state_of_a_run_that_omits_them(
     poisoned: Scenario, omitting: Scenario, results: Results, folder: Path
 ) -> None:
@@ -69,5 +82,7 @@ def test_skipped_updates_leave_the_state_of_a_run_that_omits_them(
     finite = [step for number, step in enumerate(steps) if number not in (LOSS, GRADIENT)]
     assert finite == results[omitting.name]
     for part in PARTS:
-        expected, got = (stored_tensors(step_folder(folder / s.name, STEPS), part) for s in (omitting, poisoned))
+        expected, got = (
+            stored_tensors(step_folder(folder / s.name, STEPS), part) for s in (omitting, poisoned)
+        )
         assert [name for name in expected if not torch.equal(expected[name], got[name])] == []

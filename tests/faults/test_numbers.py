@@ -23,15 +23,27 @@ def nan_at(*steps: int) -> str:
     return ",".join(f"forward:1:{step}:nan" for step in steps)
 
 
-@pytest.mark.case("N3", "rollback to the newest checkpoint, batches given up and recorded, also after a restart")
+@pytest.mark.case(
+    "N3", "rollback to the newest checkpoint, batches given up and recorded, also after a restart"
+)
 @pytest.mark.case("N1", "logged with row ids; schedule and rows go on")
 def test_three_in_a_row_roll_back_give_up_their_batches_and_stay_given_up(workplace) -> None:
-    code, run = run_to_end(workplace, "rolled", *LONG, "--set", "train.stop_at_step=8", fault=nan_at(2, 5, 6, 7))
+    code, run = run_to_end(
+        workplace, "rolled", *LONG, "--set", "train.stop_at_step=8", fault=nan_at(2, 5, 6, 7)
+    )
     assert code == 0, run.output
     skipped, (rollback,) = run.events("skipped_update"), run.events("rollback")
-    assert [(event["step"], event["in_a_row"]) for event in skipped] == [(2, 1), (5, 1), (6, 2), (7, 3)]
+    assert [(event["step"], event["in_a_row"]) for event in skipped] == [
+        (2, 1),
+        (5, 1),
+        (6, 2),
+        (7, 3),
+    ]
     assert all(len(event["rows"]) == 2 for event in skipped)
-    assert "not finite at step 7: loss nan" in run.output and "(3 in a row, 4 in all); rows " in run.output
+    assert (
+        "not finite at step 7: loss nan" in run.output
+        and "(3 in a row, 4 in all); rows " in run.output
+    )
     wanted = {"from_step": 7, "to_step": 4, "first_batch": 4, "last_batch": 7}
     assert read_rollbacks(run.run_dir) == [wanted] and wanted.items() <= rollback.items()
     assert "rolled back from step 7 to step-00000004; batches 4 to 6 are given up." in run.output
@@ -51,23 +63,31 @@ def state_of(run: Any, step: int) -> dict[str, Any]:
 @pytest.mark.case("N3", "second rollback: exit 70, newest checkpoint intact")
 def test_second_rollback_ends_the_run_with_70(workplace) -> None:
     code, run = run_to_end(workplace, "twice", *LONG, fault=nan_at(5, 6, 7, 5, 6, 7))
-    assert code == 70 and "rolled back 1 times already (train.max_rollbacks)" in run.output, run.output
+    assert code == 70 and "rolled back 1 times already (train.max_rollbacks)" in run.output, (
+        run.output
+    )
     assert list_steps(run.run_dir)[0] == 4
 
 
 @pytest.mark.case("N3", "nothing to roll back to: exit 70")
 def test_without_a_checkpoint_three_in_a_row_end_the_run_with_70(workplace) -> None:
-    code, run = run_to_end(workplace, "none", "--set", "checkpoint.interval_steps=0", fault=nan_at(1, 2, 3))
+    code, run = run_to_end(
+        workplace, "none", "--set", "checkpoint.interval_steps=0", fault=nan_at(1, 2, 3)
+    )
     assert code == 70 and "there is no checkpoint to roll back to" in run.output, run.output
     assert list_steps(run.run_dir) == []
 
 
-@pytest.mark.case("N3", "killed between rollback and next checkpoint: the batches stay given up, same weights")
+@pytest.mark.case(
+    "N3", "killed between rollback and next checkpoint: the batches stay given up, same weights"
+)
 def test_kill_after_a_rollback_does_not_forget_it(workplace) -> None:
     second_visit = "optimizer_step:1:5:scale=1,optimizer_step:1:5:kill"
     code, run = run_to_end(workplace, "kept", *LONG, fault=nan_at(5, 6, 7))
     assert code == 0, run.output
-    code, killed = run_to_end(workplace, "forgetful", *LONG, fault=f"{nan_at(5, 6, 7)},{second_visit}")
+    code, killed = run_to_end(
+        workplace, "forgetful", *LONG, fault=f"{nan_at(5, 6, 7)},{second_visit}"
+    )
     assert code != 0 and killed.events("rollback") and list_steps(killed.run_dir)[0] == 4
     code, killed = run_to_end(workplace, "forgetful", *LONG)
     assert code == 0, killed.output

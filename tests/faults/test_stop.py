@@ -1,4 +1,6 @@
-"""Whoever is asked to stop, whenever: all ranks leave together with 75, one checkpoint or none, and nobody stays."""
+"""Whoever is asked to stop, whenever: all ranks leave together with 75, one checkpoint or none, and
+nobody stays.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,21 @@ from cpt.checkpoint.reader import list_steps, refusal_of, step_folder
 from tests.support.service import Service, run_to_end, service
 
 pytestmark = pytest.mark.dist
-GUARD = ("--set", "guard.enabled=true", "--set", "guard.interval_steps=2", "--set", "guard.policy=warn")
+GUARD = (
+    "--set",
+    "guard.enabled=true",
+    "--set",
+    "guard.interval_steps=2",
+    "--set",
+    "guard.policy=warn",
+)
 NO_SAVES = ("--set", "checkpoint.interval_steps=0")
 
 
 def check_stopped(code: int, run: Service, steps: list[int]) -> None:
-    """Exit 75 with these complete checkpoints, the newest of them at the last step that was done."""
+    """Exit 75 with these complete checkpoints, the newest of them at the last step that was
+    done.
+    """
     assert code == 75, run.output
     assert list_steps(run.run_dir) == steps, run.output
     assert all(refusal_of(step_folder(run.run_dir, step)) is None for step in steps)
@@ -28,8 +39,16 @@ def check_stopped(code: int, run: Service, steps: list[int]) -> None:
 @pytest.mark.parametrize(
     ("name", "signal_name"),
     [
-        pytest.param("term", "SIGTERM", marks=pytest.mark.case("S1", "both ranks save the same step and exit 75")),
-        pytest.param("usr1", "SIGUSR1", marks=pytest.mark.case("S2", "both ranks save the same step and exit 75")),
+        pytest.param(
+            "term",
+            "SIGTERM",
+            marks=pytest.mark.case("S1", "both ranks save the same step and exit 75"),
+        ),
+        pytest.param(
+            "usr1",
+            "SIGUSR1",
+            marks=pytest.mark.case("S2", "both ranks save the same step and exit 75"),
+        ),
     ],
 )
 def test_signal_to_one_rank_stops_all_after_that_step(workplace, name, signal_name) -> None:
@@ -59,25 +78,37 @@ def test_stop_file_stops_all_ranks(workplace) -> None:
     ],
 )
 @pytest.mark.case("S4", "before step 1, during a save, twice: one checkpoint or none, exit 75")
-def test_stop_at_any_time_leaves_one_checkpoint_or_none(workplace, name, fault, steps, words) -> None:
+def test_stop_at_any_time_leaves_one_checkpoint_or_none(
+    workplace, name, fault, steps, words
+) -> None:
     code, run = run_to_end(workplace, f"stop-{name}", fault=fault)
     check_stopped(code, run, steps)
-    assert any(f"stopped on request {where}" in run.output for where in words.split("|")), run.output
+    assert any(f"stopped on request {where}" in run.output for where in words.split("|")), (
+        run.output
+    )
 
 
 @pytest.mark.quick
 @pytest.mark.case("S4", "during evaluation: it is broken off, the step is saved")
 def test_stop_during_evaluation_breaks_it_off(workplace) -> None:
-    code, run = run_to_end(workplace, "stop-evaluation", *GUARD, *NO_SAVES, fault="evaluate:1:2:term")
+    code, run = run_to_end(
+        workplace, "stop-evaluation", *GUARD, *NO_SAVES, fault="evaluate:1:2:term"
+    )
     check_stopped(code, run, [2])
     assert {event["step"] for event in run.events("guard")} == {0}
 
 
-@pytest.mark.case("S2", "a save that takes longer than its budget ends with 74; the previous checkpoint is intact")
+@pytest.mark.case(
+    "S2", "a save that takes longer than its budget ends with 74; the previous checkpoint is intact"
+)
 def test_stop_save_that_takes_too_long_is_given_up(workplace) -> None:
     budget = ("--set", "checkpoint.stop_budget_seconds=4")
-    code, run = run_to_end(workplace, "budget", *budget, fault="forward:1:3:usr1,save_write:1:3:sleep=120")
-    assert code == 74 and "saving step 3 before leaving took longer than 4 s" in run.output, run.output
+    code, run = run_to_end(
+        workplace, "budget", *budget, fault="forward:1:3:usr1,save_write:1:3:sleep=120"
+    )
+    assert code == 74 and "saving step 3 before leaving took longer than 4 s" in run.output, (
+        run.output
+    )
     assert list_steps(run.run_dir) == [2] and refusal_of(step_folder(run.run_dir, 2)) is None
 
 
@@ -88,10 +119,22 @@ def parent(pid: int) -> int:
 @pytest.mark.parametrize(
     ("victim", "number"),
     [
-        pytest.param("deepspeed", signal.SIGTERM, marks=pytest.mark.case("S6", "ranks save and leave; no orphans")),
-        pytest.param("deepspeed", signal.SIGKILL, marks=pytest.mark.case("S6", "the same with SIGKILL")),
-        pytest.param("launch", signal.SIGKILL, marks=pytest.mark.case("S8", "ranks save and leave; no orphans")),
-        pytest.param("launch", signal.SIGTERM, marks=pytest.mark.case("S8", "the same with SIGTERM")),
+        pytest.param(
+            "deepspeed",
+            signal.SIGTERM,
+            marks=pytest.mark.case("S6", "ranks save and leave; no orphans"),
+        ),
+        pytest.param(
+            "deepspeed", signal.SIGKILL, marks=pytest.mark.case("S6", "the same with SIGKILL")
+        ),
+        pytest.param(
+            "launch",
+            signal.SIGKILL,
+            marks=pytest.mark.case("S8", "ranks save and leave; no orphans"),
+        ),
+        pytest.param(
+            "launch", signal.SIGTERM, marks=pytest.mark.case("S8", "the same with SIGTERM")
+        ),
     ],
 )
 def test_lost_launcher_leaves_no_orphans_and_a_checkpoint(workplace, victim, number) -> None:

@@ -1,4 +1,6 @@
-"""The guard climbs its ladder one rung at a time, only on certainty, and every decision can be made again."""
+"""The guard climbs its ladder one rung at a time, only on certainty, and every decision can be made
+again.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ SETTINGS = GuardSection(interval_steps=10, tolerance_percent=1.0, hard_limit_per
 
 def english(bound: float | None, share: float | None = 0.1, **more: Any) -> Evidence:
     return Evidence(
-        domain="english", lower_bound=bound, tolerance_percent=1.0, hard_limit_percent=5.0, share=share, **more
+        domain="english",
+        lower_bound=bound,
+        tolerance_percent=1.0,
+        hard_limit_percent=5.0,
+        share=share,
+        **more,
     )
 
 
@@ -54,8 +61,19 @@ def test_what_is_over_the_tolerance_is_answered_at_once() -> None:
 
 
 def test_raise_is_given_one_measurement_to_show() -> None:
-    assert actions(climb([0.6, 0.6, 0.6, 0.6, 0.4])[1]) == ["warn", "raise_replay", "warn", "raise_replay", "none"]
-    assert actions(climb([1.2, 1.2, 0.6, 0.4])[1]) == ["raise_replay", "raise_replay", "warn", "none"]
+    assert actions(climb([0.6, 0.6, 0.6, 0.6, 0.4])[1]) == [
+        "warn",
+        "raise_replay",
+        "warn",
+        "raise_replay",
+        "none",
+    ]
+    assert actions(climb([1.2, 1.2, 0.6, 0.4])[1]) == [
+        "raise_replay",
+        "raise_replay",
+        "warn",
+        "none",
+    ]
 
 
 def test_small_share_grows_by_a_step_and_a_large_one_by_a_factor() -> None:
@@ -65,37 +83,66 @@ def test_small_share_grows_by_a_step_and_a_large_one_by_a_factor() -> None:
 
 def test_domains_share_the_room_that_is_left() -> None:
     evidence = [
-        Evidence(domain=name, lower_bound=2.0, tolerance_percent=1.0, hard_limit_percent=5.0, share=share)
+        Evidence(
+            domain=name, lower_bound=2.0, tolerance_percent=1.0, hard_limit_percent=5.0, share=share
+        )
         for name, share in (("english", 0.2), ("code", 0.04))
     ]
     state, _ = decide(GuardState(), evidence, SETTINGS, replay_room=0.06)
     assert state.shares["english"] - 0.2 + state.shares["code"] - 0.04 == pytest.approx(0.06)
-    assert (state.shares["english"] - 0.2) / (state.shares["code"] - 0.04) == pytest.approx(0.1 / 0.03)
+    assert (state.shares["english"] - 0.2) / (state.shares["code"] - 0.04) == pytest.approx(
+        0.1 / 0.03
+    )
 
 
 def test_share_does_not_grow_beyond_what_its_source_can_give() -> None:
-    state, decision = decide(GuardState(), [english(2.0, 0.1, largest_share=0.12)], SETTINGS, replay_room=0.5)
+    state, decision = decide(
+        GuardState(), [english(2.0, 0.1, largest_share=0.12)], SETTINGS, replay_room=0.5
+    )
     assert decision.action == "raise_replay" and state.shares == {"english": pytest.approx(0.12)}
-    state, decision = decide(GuardState(), [english(2.0, 0.1, largest_share=0.1)], SETTINGS, replay_room=0.5)
+    state, decision = decide(
+        GuardState(), [english(2.0, 0.1, largest_share=0.1)], SETTINGS, replay_room=0.5
+    )
     assert decision.action == "lower_lr" and not state.shares
 
 
 def test_without_replay_the_rate_falls_then_the_run_pauses() -> None:
     state, decisions = climb([1.5] * 9, share=None)
-    assert actions(decisions) == ["lower_lr", "warn", "lower_lr", "warn", "warn", "warn", "pause", "pause", "pause"]
+    assert actions(decisions) == [
+        "lower_lr",
+        "warn",
+        "lower_lr",
+        "warn",
+        "warn",
+        "warn",
+        "pause",
+        "pause",
+        "pause",
+    ]
     assert state.lr_scale == 0.25 and "english is at least 1.50 % worse" in state.paused
 
 
 def test_rate_falls_only_when_replay_is_used_up() -> None:
     _, decisions = climb([1.5] * 8, share=0.1, room=0.05)
     assert actions(decisions)[:4] == ["raise_replay", "warn", "lower_lr", "warn"]
-    assert actions(climb([1.5, 1.5, 0.9], share=0.1, room=0.05)[1]) == ["raise_replay", "warn", "warn"]
+    assert actions(climb([1.5, 1.5, 0.9], share=0.1, room=0.05)[1]) == [
+        "raise_replay",
+        "warn",
+        "warn",
+    ]
 
 
 def test_loss_over_the_hard_limit_pulls_two_levers_at_once_and_pauses_sooner() -> None:
     state, decisions = climb([6.0])
     assert actions(decisions) == ["lower_lr"] and state.shares and state.lr_scale == 0.5
-    assert actions(climb([6.0] * 6, share=None)[1]) == ["lower_lr", "lower_lr", "warn", "pause", "pause", "pause"]
+    assert actions(climb([6.0] * 6, share=None)[1]) == [
+        "lower_lr",
+        "lower_lr",
+        "warn",
+        "pause",
+        "pause",
+        "pause",
+    ]
     assert "pause" not in actions(climb([6.0, 6.0, 6.0, 2.0, 6.0], share=None)[1])
 
 
@@ -117,17 +164,22 @@ def test_run_that_is_over_or_only_warns_pulls_no_lever() -> None:
 def test_after_a_pause_what_suffered_gets_more_replay_and_counts_begin_anew() -> None:
     paused, _ = climb([6.0] * 8, room=0.1)
     assert paused.paused
-    state = after_pause(paused, [english(None, paused.shares["english"])], SETTINGS, replay_room=0.5)
+    state = after_pause(
+        paused, [english(None, paused.shares["english"])], SETTINGS, replay_room=0.5
+    )
     assert state.shares["english"] > paused.shares["english"] and not state.paused
     assert (state.over, state.hard, state.idle, state.rollbacks) == ({}, 0, 0, 1)
 
 
 def test_domain_has_limits_of_its_own() -> None:
-    settings = GuardSection(domains={"code": DomainLimits(tolerance_percent=3.0)}, hard_limit_percent=4.0)
+    settings = GuardSection(
+        domains={"code": DomainLimits(tolerance_percent=3.0)}, hard_limit_percent=4.0
+    )
     assert settings.limits("code") == (3.0, 4.0) and settings.limits("english") == (1.0, 4.0)
-    assert [key for key, _ in GuardSection(domains={"code": DomainLimits(tolerance_percent=9.0)}).check()] == [
-        "domains.code.tolerance_percent"
-    ]
+    assert [
+        key
+        for key, _ in GuardSection(domains={"code": DomainLimits(tolerance_percent=9.0)}).check()
+    ] == ["domains.code.tolerance_percent"]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -141,33 +193,55 @@ def test_decision_follows_from_what_json_holds_and_bounds_are_kept(seed: int) ->
         after, decision = decide(state, evidence, SETTINGS, replay_room=room)
         stored = json.loads(json.dumps([state.to_json(), [e.to_json() for e in evidence]]))
         again = decide(
-            GuardState.from_json(stored[0]), [Evidence.from_json(e) for e in stored[1]], SETTINGS, replay_room=room
+            GuardState.from_json(stored[0]),
+            [Evidence.from_json(e) for e in stored[1]],
+            SETTINGS,
+            replay_room=room,
         )
         assert again == (after, decision)
-        assert after.shares.get("english", share) <= 0.4 + 1e-9 and after.lr_scale >= SETTINGS.min_lr_scale
+        assert (
+            after.shares.get("english", share) <= 0.4 + 1e-9
+            and after.lr_scale >= SETTINGS.min_lr_scale
+        )
         assert SEVERITY.index(decision.action) <= SEVERITY.index("pause")
-        state = after if decision.action != "pause" else after_pause(after, evidence, SETTINGS, replay_room=room)
+        state = (
+            after
+            if decision.action != "pause"
+            else after_pause(after, evidence, SETTINGS, replay_room=room)
+        )
 
 
 NULL_RUNS, MEASUREMENTS, DOMAINS = 1000, 20, 5
 
 
 def null_run(seed: int, loss_percent: float = 0.0) -> list[str]:
-    """Actions of a run in which single documents wander, with heavy tails and a memory, around an unchanged mean."""
+    """Actions of a run in which single documents wander, with heavy tails and a memory, around an
+    unchanged mean.
+    """
     generator = np.random.default_rng(seed)
-    baselines = [np.exp(generator.normal(6, 0.6, int(generator.integers(60, 200)))) for _ in range(DOMAINS)]
+    baselines = [
+        np.exp(generator.normal(6, 0.6, int(generator.integers(60, 200)))) for _ in range(DOMAINS)
+    ]
     effects = [np.zeros(len(nats)) for nats in baselines]
     state, taken = GuardState(), []
     for number in range(MEASUREMENTS):
         evidence = []
         for domain, nats in enumerate(baselines):
             shock = generator.standard_t(4, len(nats)) / np.sqrt(2)
-            effects[domain] = 0.9 * effects[domain] + np.sqrt(1 - 0.9**2) * shock if number else shock
+            effects[domain] = (
+                0.9 * effects[domain] + np.sqrt(1 - 0.9**2) * shock if number else shock
+            )
             shift = loss_percent * (number + 1) / MEASUREMENTS
             now = nats * (1 + (shift + 3 * effects[domain]) / 100)
             bound = decision_bound(now, nats, DOMAINS * (MEASUREMENTS + 1))
             evidence.append(
-                Evidence(domain=str(domain), lower_bound=bound, tolerance_percent=1, hard_limit_percent=5, share=0.05)
+                Evidence(
+                    domain=str(domain),
+                    lower_bound=bound,
+                    tolerance_percent=1,
+                    hard_limit_percent=5,
+                    share=0.05,
+                )
             )
         state, decision = decide(state, evidence, SETTINGS, replay_room=0.5)
         taken.append(decision.action)
@@ -175,7 +249,9 @@ def null_run(seed: int, loss_percent: float = 0.0) -> list[str]:
 
 
 def test_runs_that_lose_nothing_see_an_action_in_less_than_one_percent() -> None:
-    """Spread 3 %, Student's t with 4 degrees for single documents, correlation 0.9 between measurements."""
+    """Spread 3 %, Student's t with 4 degrees for single documents, correlation 0.9 between
+    measurements.
+    """
     alarms = sum(any(action != "none" for action in null_run(seed)) for seed in range(NULL_RUNS))
     assert alarms < 0.01 * NULL_RUNS
 

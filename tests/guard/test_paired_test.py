@@ -43,7 +43,9 @@ def baseline() -> DomainScore:
     return scores(num_bytes * generator.uniform(0.4, 1.2, NUM_DOCUMENTS), num_bytes)
 
 
-def changed(baseline: DomainScore, percent: float, noise_percent: float, seed: int = 2) -> DomainScore:
+def changed(
+    baseline: DomainScore, percent: float, noise_percent: float, seed: int = 2
+) -> DomainScore:
     """Every document `percent` worse on average, single ones by `noise_percent` more or less."""
     noise = np.random.default_rng(seed).normal(0, noise_percent / 100, len(baseline.nats))
     return dataclasses.replace(baseline, nats=baseline.nats * (1 + percent / 100 + noise))
@@ -56,7 +58,12 @@ def test_same_scores_give_the_same_judgement(baseline: DomainScore) -> None:
 
 def test_unchanged_scores_have_no_interval(baseline: DomainScore) -> None:
     verdict = judge(baseline, baseline, NUM_TESTS)
-    assert (verdict.delta_percent, verdict.ci_low, verdict.ci_high, verdict.lower_bound) == (0, 0, 0, 0)
+    assert (verdict.delta_percent, verdict.ci_low, verdict.ci_high, verdict.lower_bound) == (
+        0,
+        0,
+        0,
+        0,
+    )
 
 
 @pytest.mark.parametrize("seed", range(100, 120))
@@ -67,13 +74,17 @@ def test_decision_bound_is_never_above_the_interval(baseline: DomainScore, seed:
 
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_real_loss_is_certain(baseline: DomainScore, seed: int) -> None:
-    """A shift of 5 % with noise of 5 % per document: they count as some 70 equal ones, so it is 8 errors."""
+    """A shift of 5 % with noise of 5 % per document: they count as some 70 equal ones, so it is 8
+    errors.
+    """
     assert judge(changed(baseline, 5, 5, seed), baseline, NUM_TESTS).lower_bound > 1
 
 
 def test_mean_above_the_tolerance_is_not_enough(baseline: DomainScore) -> None:
     nats = baseline.nats.copy()
-    nats[np.argmax(nats)] *= 1 + 0.02 * nats.sum() / nats.max()  # one document makes the whole difference: 2 %
+    nats[np.argmax(nats)] *= (
+        1 + 0.02 * nats.sum() / nats.max()
+    )  # one document makes the whole difference: 2 %
     verdict = judge(dataclasses.replace(baseline, nats=nats), baseline, NUM_TESTS)
     assert verdict.delta_percent == pytest.approx(2) and verdict.lower_bound < 1
 
@@ -87,11 +98,14 @@ def test_more_tests_in_a_run_ask_for_more_certainty(baseline: DomainScore) -> No
 def test_score_that_is_not_a_number_has_no_bound(baseline: DomainScore) -> None:
     nats = baseline.nats.copy()
     nats[3] = np.nan
-    assert math.isnan(judge(dataclasses.replace(baseline, nats=nats), baseline, NUM_TESTS).lower_bound)
+    assert math.isnan(
+        judge(dataclasses.replace(baseline, nats=nats), baseline, NUM_TESTS).lower_bound
+    )
 
 
 @pytest.mark.parametrize(
-    ("tail", "degrees", "published"), [(0.025, 10, 2.228), (0.005, 30, 2.750), (0.001, 8, 4.501), (0.0005, 120, 3.373)]
+    ("tail", "degrees", "published"),
+    [(0.025, 10, 2.228), (0.005, 30, 2.750), (0.001, 8, 4.501), (0.0005, 120, 3.373)],
 )
 def test_quantiles_are_those_of_the_tables(tail: float, degrees: int, published: float) -> None:
     """Abramowitz and Stegun, table 26.10."""
@@ -105,14 +119,18 @@ def test_documents_that_outweigh_the_others_count_less(baseline: DomainScore) ->
 
 
 def test_noise_floor_falls_with_the_number_of_documents() -> None:
-    assert noise_floor_percent(np.ones(400), 60) == pytest.approx(3.6 * DOCUMENT_SPREAD_PERCENT / 20, rel=0.05)
+    assert noise_floor_percent(np.ones(400), 60) == pytest.approx(
+        3.6 * DOCUMENT_SPREAD_PERCENT / 20, rel=0.05
+    )
     assert noise_floor_percent(np.ones(100), 60) > 1.9 * noise_floor_percent(np.ones(400), 60)
     with pytest.raises(ValueError, match="2 documents"):
         noise_floor_percent(np.ones(2), 60)
 
 
 def test_interval_is_much_narrower_than_for_unpaired_documents(baseline: DomainScore) -> None:
-    """Documents differ by a factor of three; pairing takes that out and leaves the noise of the change."""
+    """Documents differ by a factor of three; pairing takes that out and leaves the noise of the
+    change.
+    """
     verdict = judge(changed(baseline, 2, 1), baseline, NUM_TESTS)
     assert verdict.ci_low <= verdict.delta_percent <= verdict.ci_high
     assert verdict.ci_high - verdict.ci_low < 1  # unpaired: over 10 percentage points
@@ -147,8 +165,12 @@ def test_scores_of_different_documents_are_not_compared(baseline: DomainScore) -
 
 
 def test_domain_without_a_document_is_refused_by_name(tmp_path: Path) -> None:
-    """A small source with a small held_out_share; passed over, the domain would look guarded and never warn."""
-    domain = SimpleNamespace(name="english", language="en", num_documents=0, document_bytes=[], num_rows=0)
+    """A small source with a small held_out_share; passed over, the domain would look guarded and
+    never warn.
+    """
+    domain = SimpleNamespace(
+        name="english", language="en", num_documents=0, document_bytes=[], num_rows=0
+    )
     data: Any = SimpleNamespace(held_out=(domain,), manifest=SimpleNamespace(fingerprint="f"))
     config: Any = SimpleNamespace(guard=GuardSection(max_documents=4))
     topology: Any = SimpleNamespace(rank=0)
@@ -175,7 +197,9 @@ def test_baseline_of_other_weights_is_refused_wherever_the_model_lies(
 
     domain = SimpleNamespace(name="english", language="en", num_rows=1, content_hash="c")
     data: Any = SimpleNamespace(held_out=(domain,))
-    topology: Any = SimpleNamespace(rank=0, control_group=None, place=SimpleNamespace(enter=lambda *_: None))
+    topology: Any = SimpleNamespace(
+        rank=0, control_group=None, place=SimpleNamespace(enter=lambda *_: None)
+    )
     monkeypatch.setattr("cpt.guard.heldout.ScoredSet", lambda domain, _: domain)
     monkeypatch.setattr("cpt.guard.heldout.score_domain", lambda *_, **__: baseline)
     monkeypatch.setattr("cpt.guard.heldout.on_first_rank", lambda _, do: do())

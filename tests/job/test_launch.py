@@ -1,6 +1,8 @@
-"""A run that cannot be right ends at once: rank 0 says what and how to cure it, with the contract's exit code.
+"""A run that cannot be right ends at once: rank 0 says what and how to cure it, with the contract's
+exit code.
 
-Most cases call `main` in this process; what needs a process of its own is started once for all tests.
+Most cases call `main` in this process; what needs a process of its own is started once for all
+tests.
 """
 
 from __future__ import annotations
@@ -25,14 +27,24 @@ from cpt.run import main, parse_arguments
 from tests.support.launcher import ROOT, free_port, rank_environment
 
 DS_CONFIG = ROOT / "ds_configs" / "z3_ulysses.json"
-LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_NAMES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 Environment = Callable[..., None]
 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Environment:
-    """`environment(rank=0, world=8)`: what `deepspeed` sets for a rank; the current directory is empty."""
+    """`environment(rank=0, world=8)`: what `deepspeed` sets for a rank; the current directory is
+    empty.
+    """
     monkeypatch.chdir(tmp_path)
     for name in LAUNCHER_NAMES:
         monkeypatch.delenv(name, raising=False)
@@ -77,8 +89,20 @@ def write_files(folder: Path, *, mix: dict[str, Any] | None = None, **train: Any
     source = {"name": "web", "language": "en", "domain": "web", "path": "text.jsonl", "weight": 1.0}
     content = {"seq_len": 64, "seed": 1, "sources": [{**source, **(mix or {})}]}
     (folder / "mix.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    settings = {"seq_len": 64, "global_batch_size": 4, "total_steps": 1, "lr": 1e-3, "dtype": "fp32", **train}
-    sections = {"model": {"init": "tiny"}, "data": {"mix": "mix.yaml"}, "train": settings, "guard": {"enabled": False}}
+    settings = {
+        "seq_len": 64,
+        "global_batch_size": 4,
+        "total_steps": 1,
+        "lr": 1e-3,
+        "dtype": "fp32",
+        **train,
+    }
+    sections = {
+        "model": {"init": "tiny"},
+        "data": {"mix": "mix.yaml"},
+        "train": settings,
+        "guard": {"enabled": False},
+    }
     (folder / "run.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
     return folder / "run.yaml"
 
@@ -97,7 +121,9 @@ def test_local_rank_of_the_launcher_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--runs_dir", "x"], ["--resume"], ["now"]], ids=" ".join)
-def test_unknown_option_is_a_configuration_error(environment: Environment, arguments: list[str]) -> None:
+def test_unknown_option_is_a_configuration_error(
+    environment: Environment, arguments: list[str]
+) -> None:
     """argparse ends with 2, which no batch script of this project knows; 78 is not requeued."""
     environment()
     try:
@@ -108,13 +134,17 @@ def test_unknown_option_is_a_configuration_error(environment: Environment, argum
 
 
 @pytest.mark.parametrize("item", ["train.lr", "lr 3e-4"])
-def test_override_without_an_equals_sign_is_refused(environment: Environment, capsys: Any, item: str) -> None:
+def test_override_without_an_equals_sign_is_refused(
+    environment: Environment, capsys: Any, item: str
+) -> None:
     environment()
     assert run("--set", item) == 78
     assert f"--set {item} has no '='" in capsys.readouterr().err
 
 
-def test_override_of_an_unknown_key_is_refused_with_a_suggestion(environment: Environment, capsys: Any) -> None:
+def test_override_of_an_unknown_key_is_refused_with_a_suggestion(
+    environment: Environment, capsys: Any
+) -> None:
     environment()
     assert run("--set", "train.warmup_step=3") == 78
     assert "Did you mean 'warmup_steps'?" in capsys.readouterr().err
@@ -126,13 +156,17 @@ def test_override_may_hold_an_equals_sign(environment: Environment, capsys: Any)
 
 
 @pytest.mark.parametrize("resume", ["latest", "-1", "step-100", "1.5", "\u00b2"])
-def test_resume_that_is_no_step_is_refused(environment: Environment, capsys: Any, resume: str) -> None:
+def test_resume_that_is_no_step_is_refused(
+    environment: Environment, capsys: Any, resume: str
+) -> None:
     environment()
     assert run(f"--resume={resume}") == 78
     assert f"--resume {resume} must be auto, never or a step" in capsys.readouterr().err
 
 
-def test_mistakes_on_the_command_line_are_told_together(environment: Environment, capsys: Any) -> None:
+def test_mistakes_on_the_command_line_are_told_together(
+    environment: Environment, capsys: Any
+) -> None:
     environment()
     assert run("--set", "nonsense", "--resume", "latest") == 78
     message = capsys.readouterr().err
@@ -164,11 +198,15 @@ def test_incomplete_launcher_environment_is_refused_by_name(
     assert f"no launcher: {name} not set" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("variable", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"], ids=["deepspeed", "torchrun"])
+@pytest.mark.parametrize(
+    "variable", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"], ids=["deepspeed", "torchrun"]
+)
 def test_automatic_sizes_stay_within_the_node_of_the_launcher(
     environment: Environment, capsys: Any, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    """Two nodes of eight ranks; the launchers call the number of ranks on a node by different names."""
+    """Two nodes of eight ranks; the launchers call the number of ranks on a node by different
+    names.
+    """
     environment(world=16, local=8)
     monkeypatch.delenv("LOCAL_SIZE")
     monkeypatch.setenv(variable, "8")
@@ -189,7 +227,9 @@ def test_another_deepspeed_is_refused_with_the_version(
 
 
 @pytest.mark.parametrize("rank", [1, 7])
-def test_other_ranks_say_nothing_about_a_mistake(environment: Environment, capsys: Any, rank: int) -> None:
+def test_other_ranks_say_nothing_about_a_mistake(
+    environment: Environment, capsys: Any, rank: int
+) -> None:
     environment(rank=rank)
     assert run("--resume", "latest") == 78
     assert capsys.readouterr() == ("", "")
@@ -234,7 +274,9 @@ def test_dry_run_prints_the_whole_plan_and_loads_nothing(
     environment: Environment, capsys: Any, tmp_path: Path, init: str, architecture: str
 ) -> None:
     environment(world=8)
-    assert run("--dry_run", "--set", f"model.init={init}", "--set", "train.global_batch_size=16") == 0
+    assert (
+        run("--dry_run", "--set", f"model.init={init}", "--set", "train.global_batch_size=16") == 0
+    )
     rows = table(capsys.readouterr().out)
     expected = {
         "model": init,
@@ -253,7 +295,9 @@ def test_dry_run_prints_the_whole_plan_and_loads_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_names_the_checkpoint_to_resume_from(environment: Environment, capsys: Any, tmp_path: Path) -> None:
+def test_dry_run_names_the_checkpoint_to_resume_from(
+    environment: Environment, capsys: Any, tmp_path: Path
+) -> None:
     environment()
     for step in (20, 100):
         (tmp_path / "mine" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
@@ -261,7 +305,9 @@ def test_dry_run_names_the_checkpoint_to_resume_from(environment: Environment, c
     assert table(capsys.readouterr().out)["resumes from"] == "step 100"
 
 
-def test_dry_run_refuses_an_unknown_attention_with_the_known_ones(environment: Environment, capsys: Any) -> None:
+def test_dry_run_refuses_an_unknown_attention_with_the_known_ones(
+    environment: Environment, capsys: Any
+) -> None:
     environment()
     assert run("--dry_run", "--set", "model.attention=flash9") == 78
     message = capsys.readouterr().err
@@ -271,17 +317,23 @@ def test_dry_run_refuses_an_unknown_attention_with_the_known_ones(environment: E
 def test_dry_run_says_how_much_is_frozen(environment: Environment, capsys: Any) -> None:
     environment()
     assert run("--dry_run", "--set", "train.freeze=[sinks, model.layers.0.input_layernorm]") == 0
-    assert table(capsys.readouterr().out)["frozen"].startswith("sinks, model.layers.0.input_layernorm: 96 of ")
+    assert table(capsys.readouterr().out)["frozen"].startswith(
+        "sinks, model.layers.0.input_layernorm: 96 of "
+    )
 
 
-def test_dry_run_refuses_a_freeze_pattern_that_matches_nothing(environment: Environment, capsys: Any) -> None:
+def test_dry_run_refuses_a_freeze_pattern_that_matches_nothing(
+    environment: Environment, capsys: Any
+) -> None:
     environment()
     assert run("--dry_run", "--set", "train.freeze=[snks]", "--set", "model.attention=flash9") == 78
     message = capsys.readouterr().err
     assert "train.freeze[0] is 'snks'" in message and "sinks" in message and "flash9" in message
 
 
-def test_dry_run_refuses_a_missing_mix(environment: Environment, capsys: Any, tmp_path: Path) -> None:
+def test_dry_run_refuses_a_missing_mix(
+    environment: Environment, capsys: Any, tmp_path: Path
+) -> None:
     environment()
     assert run("--dry_run", "--set", f"data.mix={tmp_path / 'none.yaml'}") == 78
     assert f"{tmp_path / 'none.yaml'}" in capsys.readouterr().err
@@ -295,7 +347,9 @@ def test_dry_run_refuses_rows_of_another_length_than_the_mix(
     assert "128" in capsys.readouterr().err
 
 
-def test_dry_run_refuses_a_missing_data_file(environment: Environment, capsys: Any, tmp_path: Path) -> None:
+def test_dry_run_refuses_a_missing_data_file(
+    environment: Environment, capsys: Any, tmp_path: Path
+) -> None:
     environment()
     config = write_files(tmp_path, mix={"path": "gone.jsonl"})
     assert run("--dry_run", "--config", str(config)) == 78
@@ -335,7 +389,13 @@ class Started:
 
     def __init__(self, folder: Path, arguments: list[str], environment: dict[str, str]) -> None:
         self.run_dir = folder / "run"
-        command = [sys.executable, str(ROOT / "cpt" / "run.py"), "--ds_config", str(DS_CONFIG), *arguments]
+        command = [
+            sys.executable,
+            str(ROOT / "cpt" / "run.py"),
+            "--ds_config",
+            str(DS_CONFIG),
+            *arguments,
+        ]
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self._process = subprocess.Popen(command, cwd=folder, env=environment, **output)  # type: ignore[call-overload]
 
@@ -346,14 +406,20 @@ class Started:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, Path, int]]:
-    """Exit code, output, run directory and the taken port of every case; two at a time: there are few cores."""
+    """Exit code, output, run directory and the taken port of every case; two at a time: there are
+    few cores.
+    """
     listening = socket.create_server(("127.0.0.1", 0))
     taken_port = listening.getsockname()[1]
     cases: dict[str, Callable[[Path], Started]] = {
         "no_launcher": lambda folder: Started(
-            folder, [], {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
+            folder,
+            [],
+            {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES},
         ),
-        "missing_mix": lambda folder: _one_rank(folder, "--set", f"data.mix={folder / 'none.yaml'}"),
+        "missing_mix": lambda folder: _one_rank(
+            folder, "--set", f"data.mix={folder / 'none.yaml'}"
+        ),
         "missing_data": lambda folder: _one_rank(folder, mix={"path": "gone.jsonl"}),
         "run_dir_is_a_file": lambda folder: _one_rank(folder, file_in_the_way=True),
         "port_in_use": lambda folder: _one_rank(folder, port=taken_port),
@@ -362,7 +428,9 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     while waiting:
         pair = [(name, start(tmp_path_factory.mktemp(name))) for name, start in waiting[:2]]
         waiting = waiting[2:]
-        results |= {name: (*process.finish(), process.run_dir, taken_port) for name, process in pair}
+        results |= {
+            name: (*process.finish(), process.run_dir, taken_port) for name, process in pair
+        }
     listening.close()
     return results
 
@@ -389,7 +457,9 @@ def assert_refused(result: tuple[int, str, Path, int], code: int, *words: str) -
 
 @pytest.mark.case("G5", "exit 78 with the right command")
 def test_start_without_a_launcher_shows_the_right_command(started: Any) -> None:
-    assert_refused(started["no_launcher"], 78, "no launcher", f"deepspeed cpt/run.py --ds_config {DS_CONFIG}")
+    assert_refused(
+        started["no_launcher"], 78, "no launcher", f"deepspeed cpt/run.py --ds_config {DS_CONFIG}"
+    )
 
 
 def test_start_with_a_missing_mix_names_the_file(started: Any) -> None:
@@ -410,11 +480,18 @@ def test_file_in_the_way_of_a_run_directory_stays(started: Any) -> None:
 
 @pytest.mark.case("G5", "exit 78 naming the port")
 def test_port_in_use_is_named(started: Any) -> None:
-    assert_refused(started["port_in_use"], 78, f"port {started['port_in_use'][3]} is in use", "--master_port")
+    assert_refused(
+        started["port_in_use"], 78, f"port {started['port_in_use'][3]} is in use", "--master_port"
+    )
 
 
 @pytest.mark.parametrize("case", ["missing_mix", "missing_data"])
 def test_refused_run_leaves_nothing_half_written(started: Any, case: str) -> None:
     run_dir = started[case][2]
     assert not run_dir.exists() or list(run_dir.iterdir()) == []
-    assert {entry.name for entry in run_dir.parent.iterdir()} <= {"run", "run.yaml", "mix.yaml", "text.jsonl"}
+    assert {entry.name for entry in run_dir.parent.iterdir()} <= {
+        "run",
+        "run.yaml",
+        "mix.yaml",
+        "text.jsonl",
+    }

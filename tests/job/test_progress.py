@@ -16,7 +16,16 @@ def test_without_a_rollback_step_and_batch_are_the_same() -> None:
 
 
 def test_batches_given_up_are_passed_over() -> None:
-    assert [batch_of_step(step, ((3, 6), (8, 9))) for step in range(8)] == [0, 1, 2, 6, 7, 9, 10, 11]
+    assert [batch_of_step(step, ((3, 6), (8, 9))) for step in range(8)] == [
+        0,
+        1,
+        2,
+        6,
+        7,
+        9,
+        10,
+        11,
+    ]
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40))))
@@ -42,4 +51,6 @@ def test_rollbacks_are_read_back(tmp_path: Path) -> None:
     assert read_rollbacks(tmp_path) == []
     record = {"from_step": 6, "to_step": 2, "first_batch": 3, "last_batch": 6}
     write_rollbacks(tmp_path, [record])
-    assert read_rollbacks(tmp_path) == [record] and [path.name for path in tmp_path.iterdir()] == ["rollbacks.json"]
+    assert read_rollbacks(tmp_path) == [record] and [path.name for path in tmp_path.iterdir()] == [
+        "rollbacks.json"
+    ]

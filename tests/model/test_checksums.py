@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from cpt.errors import ConfigError
-from cpt.model.weights.checksums import SUMS_FILE, damaged, known_sums, sampled_hash, share, write_sums
+from cpt.model.weights.checksums import (
+    SUMS_FILE,
+    damaged,
+    known_sums,
+    sampled_hash,
+    share,
+    write_sums,
+)
 from cpt.model.weights.writer import DirectoryWriter, Entry
 
 NAMES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -92,7 +99,9 @@ def test_ranks_share_all_files_evenly(world_size: int) -> None:
     assert max(loads) - min(loads) <= max(sizes.values())
 
 
-def test_sampled_hash_tells_weights_apart_and_reads_little(files: list[Path], tmp_path: Path) -> None:
+def test_sampled_hash_tells_weights_apart_and_reads_little(
+    files: list[Path], tmp_path: Path
+) -> None:
     before = sampled_hash(files)
     moved = tmp_path / "moved"
     moved.mkdir()

@@ -1,6 +1,8 @@
-"""The divergence from another model's k likeliest tokens is what all logits at once would give, in few tiles.
+"""The divergence from another model's k likeliest tokens is what all logits at once would give, in
+few tiles.
 
-Shape letters: N tokens, n those with a target, M model size, V vocabulary, k listed tokens, K = k + 1.
+Shape letters: N tokens, n those with a target, M model size, V vocabulary, k listed tokens, K = k +
+1.
 """
 
 from __future__ import annotations
@@ -29,8 +31,12 @@ def several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_head, "SMALLEST_TILE_ROWS", 1)
 
 
-def inputs(dtype: torch.dtype, *, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, TopK, Tensor]:
-    """Hidden states, weights, labels, targets for half of the labelled tokens, gradients of both losses."""
+def inputs(
+    dtype: torch.dtype, *, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, TopK, Tensor]:
+    """Hidden states, weights, labels, targets for half of the labelled tokens, gradients of both
+    losses.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden_NM = torch.randn(N, M, generator=generator, dtype=torch.float64) * scale
     weight_VM = torch.randn(V, M, generator=generator, dtype=torch.float64) * 0.3
@@ -40,9 +46,17 @@ def inputs(dtype: torch.dtype, *, scale: float = 1.0) -> tuple[Tensor, Tensor, T
     at_n = (label_N != IGNORE_INDEX).nonzero().squeeze(1)[::2].contiguous()
     ids_nk = torch.stack([torch.randperm(V, generator=generator)[:K] for _ in at_n])
     ids_nk[0] = torch.tensor([0, V - 1, 3, 4, 5])  # the label of token 0 is listed
-    log_p_nK = torch.randn(len(at_n), K + 1, generator=generator, dtype=torch.float64).log_softmax(1)
+    log_p_nK = torch.randn(len(at_n), K + 1, generator=generator, dtype=torch.float64).log_softmax(
+        1
+    )
     grad_2N = torch.rand(2, N, generator=generator, dtype=torch.float64) + 0.5
-    return hidden_NM.to(dtype), weight_VM.to(dtype), label_N, TopK(at_n=at_n, ids_nk=ids_nk, log_p_nK=log_p_nK), grad_2N
+    return (
+        hidden_NM.to(dtype),
+        weight_VM.to(dtype),
+        label_N,
+        TopK(at_n=at_n, ids_nk=ids_nk, log_p_nK=log_p_nK),
+        grad_2N,
+    )
 
 
 def head_of(weight_VM: Tensor) -> LossHead:
@@ -51,7 +65,9 @@ def head_of(weight_VM: Tensor) -> LossHead:
     return head
 
 
-def tiled(hidden_NM: Tensor, weight_VM: Tensor, label_N: Tensor, targets: TopK, grad_2N: Tensor) -> tuple[Tensor, ...]:
+def tiled(
+    hidden_NM: Tensor, weight_VM: Tensor, label_N: Tensor, targets: TopK, grad_2N: Tensor
+) -> tuple[Tensor, ...]:
     head, hidden_NM = head_of(weight_VM), hidden_NM.clone().requires_grad_()
     losses_2N = head(hidden_NM, label_N, targets)
     (losses_2N * grad_2N.to(losses_2N.dtype)).sum().backward()
@@ -69,7 +85,9 @@ def explicit(
     listed = torch.zeros_like(log_q_nV, dtype=torch.bool).scatter(1, targets.ids_nk, True)
     others_n = log_q_nV.masked_fill(listed, float("-inf")).logsumexp(1)
     log_q_nK = torch.cat([log_q_nV.gather(1, targets.ids_nk), others_n[:, None]], 1)
-    kl_n = torch.nn.functional.kl_div(log_q_nK, targets.log_p_nK.double(), reduction="none", log_target=True).sum(1)
+    kl_n = torch.nn.functional.kl_div(
+        log_q_nK, targets.log_p_nK.double(), reduction="none", log_target=True
+    ).sum(1)
     kl_N = torch.zeros(N, dtype=torch.float64).index_copy(0, targets.at_n, kl_n)
     (torch.stack([nll_N, kl_N]) * grad_2N).sum().backward()
     return nll_N.detach(), kl_N.detach(), hidden_NM.grad, weight_VM.grad
@@ -81,7 +99,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("only", ["both", "divergence"])
-def test_tiles_give_the_divergence_and_gradients_of_all_logits_at_once(dtype: torch.dtype, only: str) -> None:
+def test_tiles_give_the_divergence_and_gradients_of_all_logits_at_once(
+    dtype: torch.dtype, only: str
+) -> None:
     *given, grad_2N = inputs(dtype)
     if only == "divergence":  # its gradient alone, which the larger one of the loss could hide
         grad_2N[0] = 0
@@ -107,11 +127,15 @@ def test_top_k_lists_the_likeliest_tokens_and_the_sum_of_the_others(k: int) -> N
     expected = log_q_NV.topk(k)
     assert torch.equal(ids_Nk, expected.indices)
     others_N = log_q_NV.scatter(1, expected.indices, float("-inf")).logsumexp(1)
-    assert torch.allclose(log_p_NK, torch.cat([expected.values, others_N[:, None]], 1), rtol=0, atol=1e-10)
+    assert torch.allclose(
+        log_p_NK, torch.cat([expected.values, others_N[:, None]], 1), rtol=0, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_divergence_and_its_gradient_are_zero_at_the_weights_that_gave_the_targets(dtype: torch.dtype) -> None:
+def test_divergence_and_its_gradient_are_zero_at_the_weights_that_gave_the_targets(
+    dtype: torch.dtype,
+) -> None:
     hidden_NM, weight_VM, label_N, targets, grad_2N = inputs(dtype)
     ids_Nk, log_p_NK = head_of(weight_VM).top_k(hidden_NM, K)
     at_n = targets.at_n
@@ -133,7 +157,10 @@ def test_divergence_is_never_below_zero_beyond_rounding_and_zero_without_a_targe
 
 def test_targets_leave_the_loss_of_tokens_without_one_bit_for_bit_as_it_is() -> None:
     hidden_NM, weight_VM, label_N, targets, grad_2N = inputs(torch.float32)
-    plain_N, found_N = head_of(weight_VM)(hidden_NM, label_N), tiled(hidden_NM, weight_VM, label_N, targets, grad_2N)[0]
+    plain_N, found_N = (
+        head_of(weight_VM)(hidden_NM, label_N),
+        tiled(hidden_NM, weight_VM, label_N, targets, grad_2N)[0],
+    )
     without = torch.ones(N, dtype=torch.bool).index_fill(0, targets.at_n, False)
     assert torch.equal(plain_N[without], found_N[without])
     assert torch.allclose(plain_N, found_N, rtol=2e-6, atol=0)
@@ -149,7 +176,14 @@ def test_huge_logits_overflow_nowhere(scale: float) -> None:
 def test_labels_of_rows_keep_their_shape() -> None:
     hidden_NM, weight_VM, label_N, targets, _ = inputs(torch.float32)
     inside = targets.at_n < 36
-    some = TopK(**{field.name: getattr(targets, field.name)[inside] for field in dataclasses.fields(targets)})
+    some = TopK(
+        **{
+            field.name: getattr(targets, field.name)[inside]
+            for field in dataclasses.fields(targets)
+        }
+    )
     head = head_of(weight_VM)
     rows = head(hidden_NM[:36].view(4, 9, M), label_N[:36].view(4, 9), some)
-    assert rows.shape == (2, 4, 9) and torch.equal(rows.view(2, 36), head(hidden_NM[:36], label_N[:36], some))
+    assert rows.shape == (2, 4, 9) and torch.equal(
+        rows.view(2, 36), head(hidden_NM[:36], label_N[:36], some)
+    )

@@ -48,7 +48,11 @@ def draw(shape: tuple[int, ...]) -> tuple[GptOssMLP, Tensor, Tensor]:
     )
     config._experts_implementation = "eager"
     mlp, generator = GptOssMLP(config), torch.Generator().manual_seed(3)
-    stds = {"weight": model_size**-0.5, "gate_up_proj": model_size**-0.5, "down_proj": expert_size**-0.5}
+    stds = {
+        "weight": model_size**-0.5,
+        "gate_up_proj": model_size**-0.5,
+        "down_proj": expert_size**-0.5,
+    }
     for name, parameter in mlp.named_parameters():
         drawn = torch.randn(parameter.shape, generator=generator)
         parameter.data = drawn * stds.get(name.rsplit(".", 1)[1], 0.3)
@@ -71,7 +75,11 @@ def output_and_gradients(mlp: torch.nn.Module, hidden: Tensor, d_out: Tensor) ->
     out = mlp(hidden)[0]
     out.backward(d_out)
     assert hidden.grad is not None
-    return {"output": out.detach(), "hidden": hidden.grad, **{name: p.grad for name, p in mlp.named_parameters()}}
+    return {
+        "output": out.detach(),
+        "hidden": hidden.grad,
+        **{name: p.grad for name, p in mlp.named_parameters()},
+    }
 
 
 @dataclass(frozen=True)
@@ -106,13 +114,19 @@ def test_value_and_every_gradient_are_those_of_transformers_in_float64(
     errors = {n: float((found[n].double() - e).norm() / e.norm()) for n, e in case.expected.items()}
     assert max(errors.values()) <= TOLERANCE[dtype], errors
     if dtype is torch.bfloat16 and hidden.shape[1] == 65_536:
-        biases = {name: error for name, error in errors.items() if name.startswith("experts.") and "bias" in name}
+        biases = {
+            name: error
+            for name, error in errors.items()
+            if name.startswith("experts.") and "bias" in name
+        }
         assert len(biases) == 2 and max(biases.values()) <= 5e-3, biases
 
 
 @pytest.mark.parametrize("counts", [(7, 0, 20, 0), (0, 0, 0, 27), (27, 0, 0, 0)], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_grouped_products_and_the_loop_agree_on_any_distribution(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_grouped_products_and_the_loop_agree_on_any_distribution(
+    counts: tuple[int, ...], dtype: torch.dtype
+) -> None:
     source = draw((16, 24, 4, 2, 27))
     rows = source[1][0, :, :16].to(dtype)
     weights = torch.linspace(0.1, 1, 27, dtype=dtype)
@@ -129,8 +143,12 @@ def test_grouped_products_and_the_loop_agree_on_any_distribution(counts: tuple[i
 
 @pytest.mark.parametrize("counts", [(7, 0, 1020, 0), (0, 0, 0, 1027)], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_sums_of_a_gpu_and_of_a_cpu_are_those_of_float64(counts: tuple[int, ...], dtype: torch.dtype) -> None:
-    """The grouped products that a GPU takes run here, too; their results are rounded to the dtype, pieces' are not."""
+def test_sums_of_a_gpu_and_of_a_cpu_are_those_of_float64(
+    counts: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """The grouped products that a GPU takes run here, too; their results are rounded to the dtype,
+    pieces' are not.
+    """
     groups, generator = Groups(torch.tensor(counts)), torch.Generator().manual_seed(5)
     rows, weights = (
         torch.randn(1027, 24, generator=generator).to(dtype),
@@ -162,7 +180,9 @@ def test_second_backward_through_the_same_graph_is_refused_rather_than_wrong() -
         out.backward(d_out)
 
 
-@pytest.mark.parametrize("frozen", ["gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"])
+@pytest.mark.parametrize(
+    "frozen", ["gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"]
+)
 def test_frozen_tensor_gets_no_gradient_and_changes_no_other(frozen: str) -> None:
     source, hidden, d_out = draw((16, 24, 4, 2, 27))
     mlp = ExpertParallelMLP(copy.deepcopy(source), topology())
@@ -183,7 +203,9 @@ def test_gradient_work_of_frozen_experts_is_not_done(monkeypatch: pytest.MonkeyP
 
 
 def test_backward_reads_what_the_parameters_hold_then() -> None:
-    """ZeRO-3 takes their storage away after the forward and gives them another before the backward."""
+    """ZeRO-3 takes their storage away after the forward and gives them another before the
+    backward.
+    """
     source, hidden, d_out = draw((16, 24, 4, 2, 27))
     mlp = ExpertParallelMLP(source, topology())
     expected = output_and_gradients(copy.deepcopy(mlp), hidden, d_out)["hidden"]

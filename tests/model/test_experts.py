@@ -1,6 +1,8 @@
-"""The expert layer is transformers' GptOssMLP in another order, with the same output and the same gradients.
+"""The expert layer is transformers' GptOssMLP in another order, with the same output and the same
+gradients.
 
-Here with one rank; tests/dist compares layouts.  Shape letters: N tokens, M model size, I expert size, E experts.
+Here with one rank; tests/dist compares layouts.  Shape letters: N tokens, M model size, I expert
+size, E experts.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from cpt.model.experts.layer import EXPERT_TENSORS, ExpertParallelMLP, LocalExpe
 from cpt.parallel.traffic import Traffic
 
 NUM_EXPERTS, TOP_K, BATCH, TOKENS = 8, 3, 2, 19
-SIZES = pytest.mark.parametrize(("model_size", "expert_size"), [(24, 40), (32, 32)], ids=["M!=I", "M==I"])
+SIZES = pytest.mark.parametrize(
+    ("model_size", "expert_size"), [(24, 40), (32, 32)], ids=["M!=I", "M==I"]
+)
 TOLERANCE = 1e-10  # float64; only the order of summation differs
 
 
@@ -31,7 +35,9 @@ def topology(ep_size: int = 1, ep_rank: int = 0) -> Any:
 
 
 def transformers_mlp(model_size: int, expert_size: int) -> GptOssMLP:
-    """Random biases everywhere: zero ones hide half of the possible errors.  Large weights reach both clamps."""
+    """Random biases everywhere: zero ones hide half of the possible errors.  Large weights reach
+    both clamps.
+    """
     config = GptOssConfig(
         hidden_size=model_size,
         intermediate_size=expert_size,
@@ -60,7 +66,13 @@ def output_and_gradients(mlp: torch.nn.Module, hidden_BSM: Tensor) -> dict[str, 
     return {"output": out_BSM.detach(), "hidden": hidden_BSM.grad, **gradients}
 
 
-PARTS = ["output", "hidden", "router.weight", "router.bias", *(f"experts.{name}" for name in EXPERT_TENSORS)]
+PARTS = [
+    "output",
+    "hidden",
+    "router.weight",
+    "router.bias",
+    *(f"experts.{name}" for name in EXPERT_TENSORS),
+]
 
 
 def assert_equal(found: Tensor, expected: Tensor) -> None:
@@ -81,14 +93,18 @@ def test_random_weights_reach_both_clamps() -> None:
     """Otherwise the comparison above would not see a clamp that is missing or on the wrong side."""
     source = transformers_mlp(24, 40)
     experts = source.experts
-    gate_up = hidden_states(24).view(-1, 24) @ experts.gate_up_proj[0] + experts.gate_up_proj_bias[0]
+    gate_up = (
+        hidden_states(24).view(-1, 24) @ experts.gate_up_proj[0] + experts.gate_up_proj_bias[0]
+    )
     gate, up = gate_up[:, ::2], gate_up[:, 1::2]
     assert (gate > 7).any() and (gate < -7).any() and (up > 7).any() and (up < -7).any()
 
 
 @SIZES
 @pytest.mark.parametrize("part", PARTS)
-def test_expert_without_tokens_changes_nothing(part: str, model_size: int, expert_size: int) -> None:
+def test_expert_without_tokens_changes_nothing(
+    part: str, model_size: int, expert_size: int
+) -> None:
     source = transformers_mlp(model_size, expert_size)
     source.router.bias.data[[0, 5]] = -1e6
     expected = output_and_gradients(source, hidden_states(model_size))
@@ -100,7 +116,9 @@ def test_expert_without_tokens_changes_nothing(part: str, model_size: int, exper
 def test_expert_without_tokens_has_zero_gradients(name: str) -> None:
     source = transformers_mlp(24, 40)
     source.router.bias.data[5] = -1e6
-    gradient = output_and_gradients(ExpertParallelMLP(source, topology()), hidden_states(24))[f"experts.{name}"]
+    gradient = output_and_gradients(ExpertParallelMLP(source, topology()), hidden_states(24))[
+        f"experts.{name}"
+    ]
     assert (gradient[5] == 0).all() and (gradient[4] != 0).any()
 
 
@@ -114,7 +132,9 @@ def test_all_tokens_on_the_same_experts_give_what_transformers_gives(
     expected = output_and_gradients(source, hidden_states(model_size))
     mlp = ExpertParallelMLP(copy.deepcopy(source), topology())
     found = output_and_gradients(mlp, hidden_states(model_size))[part]
-    assert (found - expected[part]).abs().max() <= TOLERANCE * max(1.0, float(expected[part].abs().max()))
+    assert (found - expected[part]).abs().max() <= TOLERANCE * max(
+        1.0, float(expected[part].abs().max())
+    )
 
 
 def test_one_token_gives_what_transformers_gives() -> None:
@@ -128,7 +148,9 @@ def test_one_token_gives_what_transformers_gives() -> None:
 def test_layer_returns_the_routing_weights_as_transformers_does() -> None:
     source = transformers_mlp(24, 40)
     expected = source(hidden_states(24))[1]
-    assert torch.equal(ExpertParallelMLP(copy.deepcopy(source), topology())(hidden_states(24))[1], expected)
+    assert torch.equal(
+        ExpertParallelMLP(copy.deepcopy(source), topology())(hidden_states(24))[1], expected
+    )
 
 
 def test_order_of_tokens_does_not_matter() -> None:
@@ -144,7 +166,9 @@ def test_rank_holds_its_slice_of_the_expert_axis(ep_rank: int) -> None:
     source = transformers_mlp(24, 40)
     mlp = ExpertParallelMLP(source, topology(ep_size=4, ep_rank=ep_rank))
     for name in EXPERT_TENSORS:
-        assert torch.equal(getattr(mlp.experts, name), getattr(source.experts, name)[2 * ep_rank : 2 * ep_rank + 2])
+        assert torch.equal(
+            getattr(mlp.experts, name), getattr(source.experts, name)[2 * ep_rank : 2 * ep_rank + 2]
+        )
 
 
 def test_layer_keeps_the_names_of_transformers() -> None:
@@ -159,8 +183,14 @@ def groups(*counts: int) -> Groups:
 def test_local_experts_give_rows_in_the_order_they_came() -> None:
     source = transformers_mlp(24, 40).experts
     experts = LocalExperts(source, 2, 3)
-    rows_RM, weights_R = hidden_states(24).view(-1, 24)[:9], torch.linspace(0, 1, 9, dtype=torch.float64)
-    one = [experts(rows_RM[i : i + 1], weights_R[i : i + 1], groups(int(i < 4), 0, int(i >= 4))) for i in range(9)]
+    rows_RM, weights_R = (
+        hidden_states(24).view(-1, 24)[:9],
+        torch.linspace(0, 1, 9, dtype=torch.float64),
+    )
+    one = [
+        experts(rows_RM[i : i + 1], weights_R[i : i + 1], groups(int(i < 4), 0, int(i >= 4)))
+        for i in range(9)
+    ]
     assert_equal(experts(rows_RM, weights_R, groups(4, 0, 5)), torch.cat(one))
 
 

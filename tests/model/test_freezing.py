@@ -25,11 +25,21 @@ NAMES = list(parameter_numels(CONFIG))
     ("pattern", "expected"),
     [
         ("sinks", [f"model.layers.{i}.self_attn.sinks" for i in range(4)]),
-        ("router", [f"model.layers.{i}.mlp.router.{kind}" for i in range(4) for kind in ("weight", "bias")]),
+        (
+            "router",
+            [
+                f"model.layers.{i}.mlp.router.{kind}"
+                for i in range(4)
+                for kind in ("weight", "bias")
+            ],
+        ),
         ("embeddings", ["model.embed_tokens.weight"]),
         ("lm_head", ["lm_head.weight"]),
         ("model.layers.3", [name for name in NAMES if name.startswith("model.layers.3.")]),
-        ("model.layers.[12].*norm*", [name for name in NAMES if name[13:14] in "12" and "norm" in name]),
+        (
+            "model.layers.[12].*norm*",
+            [name for name in NAMES if name[13:14] in "12" and "norm" in name],
+        ),
     ],
 )
 def test_pattern_matches_the_parameters_it_says(pattern: str, expected: list[str]) -> None:
@@ -72,7 +82,9 @@ def test_memory_of_frozen_parameters_is_their_weights_alone(stage: int) -> None:
     trained = sum(parameter_counts(CONFIG, ("experts",)))
     assert 0 < trained < sum(parameter_counts(CONFIG))
     configs = [resolved(freeze, stage) for freeze in ([], ["experts"])]
-    whole, part = (device_memory(c, CONFIG, count_parameters(CONFIG, c.train.freeze)) for c in configs)
+    whole, part = (
+        device_memory(c, CONFIG, count_parameters(CONFIG, c.train.freeze)) for c in configs
+    )
     assert part["optimizer"] == 12 * (trained // 2)
     assert part["gradients"] == (4 * (trained // 2) if stage == 3 else 2 * trained)
     same = set(whole) - {"optimizer", "gradients"}
@@ -83,6 +95,8 @@ def test_change_of_the_freeze_set_is_told_on_resume(caplog: pytest.LogCaptureFix
     record = TensorRecord(shape=(1,), dtype="float32")
     frozen = dataclasses.replace(record, trained=False)
     with caplog.at_level(logging.WARNING):
-        _tell_freezing({"a": frozen, "b": record, "c": record}, {"a": record, "b": frozen, "c": record})
+        _tell_freezing(
+            {"a": frozen, "b": record, "c": record}, {"a": record, "b": frozen, "c": record}
+        )
     thawed, froze = (entry.getMessage() for entry in caplog.records)
     assert "moments start at zero: a" in thawed and froze.endswith("without moments: b")

@@ -1,4 +1,6 @@
-"""The presets are the published models, the patch happens once and says so, and weights do not depend on the layout."""
+"""The presets are the published models, the patch happens once and says so, and weights do not
+depend on the layout.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ SMALL = {"vocab_size": 320, "pad_token_id": 319, "bos_token_id": 318, "eos_token
 """The tiny preset with a vocabulary that makes it quick."""
 
 
-def filled(dtype: torch.dtype = torch.float32, seed: int = 7, **layout: int) -> gpt_oss.GptOssForCPT:
+def filled(
+    dtype: torch.dtype = torch.float32, seed: int = 7, **layout: int
+) -> gpt_oss.GptOssForCPT:
     model = gpt_oss.skeleton(preset("tiny", **SMALL), dtype)
     gpt_oss.patch(model, topology(**layout))
     gpt_oss.materialise(model, torch.device("cpu"))
@@ -53,19 +57,29 @@ def test_preset_has_the_published_number_of_parameters(name: str, billions: floa
 
 @pytest.mark.parametrize(("name", "billions"), [("gpt-oss-20b", 3.61), ("gpt-oss-120b", 5.13)])
 def test_preset_has_the_published_number_of_active_parameters(name: str, billions: float) -> None:
-    """Active: four experts of each layer; the input embedding is looked up, not multiplied, and does not count."""
+    """Active: four experts of each layer; the input embedding is looked up, not multiplied, and
+    does not count.
+    """
     config = preset(name)
     model = gpt_oss.skeleton(config, torch.bfloat16)
     share = config.num_experts_per_tok / config.num_local_experts
-    counted = {n: p.numel() * (share if ".experts." in n else 1) for n, p in model.named_parameters()}
+    counted = {
+        n: p.numel() * (share if ".experts." in n else 1) for n, p in model.named_parameters()
+    }
     del counted["model.embed_tokens.weight"]
     assert round(sum(counted.values()) / 1e9, 2) == billions
 
 
-@pytest.mark.parametrize(("name", "layers", "experts"), [("gpt-oss-20b", 24, 32), ("gpt-oss-120b", 36, 128)])
+@pytest.mark.parametrize(
+    ("name", "layers", "experts"), [("gpt-oss-20b", 24, 32), ("gpt-oss-120b", 36, 128)]
+)
 def test_preset_has_the_published_sizes(name: str, layers: int, experts: int) -> None:
     config = preset(name)
-    assert (config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok) == (layers, experts, 4)
+    assert (config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok) == (
+        layers,
+        experts,
+        4,
+    )
     assert (config.hidden_size, config.intermediate_size) == (2880, 2880)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (64, 8, 64)
 
@@ -73,11 +87,21 @@ def test_preset_has_the_published_sizes(name: str, layers: int, experts: int) ->
 @pytest.mark.parametrize("name", gpt_oss.PRESETS)
 def test_every_preset_has_every_detail_of_the_architecture(name: str) -> None:
     config = preset(name)
-    assert config.vocab_size == 201_088 and config.sliding_window == 128 and config.max_position_embeddings == 131_072
-    assert config.layer_types == ["sliding_attention", "full_attention"] * (config.num_hidden_layers // 2)
+    assert (
+        config.vocab_size == 201_088
+        and config.sliding_window == 128
+        and config.max_position_embeddings == 131_072
+    )
+    assert config.layer_types == ["sliding_attention", "full_attention"] * (
+        config.num_hidden_layers // 2
+    )
     assert config.num_key_value_heads < config.num_attention_heads
     assert 1 < config.num_experts_per_tok < config.num_local_experts
-    assert config.rms_norm_eps == 1e-5 and not config.tie_word_embeddings and not config.output_router_logits
+    assert (
+        config.rms_norm_eps == 1e-5
+        and not config.tie_word_embeddings
+        and not config.output_router_logits
+    )
     assert config.attention_bias
     rope = config.rope_parameters
     assert (rope["rope_type"], rope["rope_theta"], rope["factor"]) == ("yarn", 150_000, 32)
@@ -97,7 +121,14 @@ def test_tiny_preset_shows_a_transposed_expert() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_frequencies_equal_the_fp32_reference_exactly(name: str, dtype: torch.dtype) -> None:
     # the frequencies follow from the head size and the YaRN settings alone: keep the rest small
-    config = preset(name, **SMALL, num_hidden_layers=2, num_local_experts=4, hidden_size=64, intermediate_size=64)
+    config = preset(
+        name,
+        **SMALL,
+        num_hidden_layers=2,
+        num_local_experts=4,
+        hidden_size=64,
+        intermediate_size=64,
+    )
     model = gpt_oss.skeleton(config, dtype)
     gpt_oss.patch(model, topology())
     gpt_oss.materialise(model, torch.device("cpu"))
@@ -114,17 +145,23 @@ def frequencies() -> tuple[Tensor, Tensor, float]:
     return plain, rotary.inv_freq.double(), float(rotary.attention_scaling)
 
 
-def test_yarn_leaves_the_first_9_frequencies_untouched(frequencies: tuple[Tensor, Tensor, float]) -> None:
+def test_yarn_leaves_the_first_9_frequencies_untouched(
+    frequencies: tuple[Tensor, Tensor, float],
+) -> None:
     plain, yarn, _ = frequencies
     assert torch.allclose(yarn[:9], plain[:9], rtol=1e-6, atol=0)  # fp32 against fp64
 
 
 def test_yarn_blends_the_frequencies_in_between(frequencies: tuple[Tensor, Tensor, float]) -> None:
     plain, yarn, _ = frequencies
-    assert (yarn[9:18] < plain[9:18] * (1 - 1e-6)).all() and (yarn[9:18] > plain[9:18] / 32 * (1 + 1e-6)).all()
+    assert (yarn[9:18] < plain[9:18] * (1 - 1e-6)).all() and (
+        yarn[9:18] > plain[9:18] / 32 * (1 + 1e-6)
+    ).all()
 
 
-def test_yarn_divides_the_last_14_frequencies_by_32(frequencies: tuple[Tensor, Tensor, float]) -> None:
+def test_yarn_divides_the_last_14_frequencies_by_32(
+    frequencies: tuple[Tensor, Tensor, float],
+) -> None:
     plain, yarn, _ = frequencies
     assert torch.allclose(yarn[18:], plain[18:] / 32, rtol=1e-6, atol=0)
 
@@ -140,7 +177,9 @@ def test_yarn_scales_cosine_and_sine(frequencies: tuple[Tensor, Tensor, float]) 
 @pytest.mark.parametrize("ep_size", [2, 4, 8])
 def test_random_weights_do_not_depend_on_the_expert_parallel_size(ep_size: int) -> None:
     whole = dict(filled().named_parameters())
-    parts = [dict(filled(ep_size=ep_size, ep_rank=rank).named_parameters()) for rank in range(ep_size)]
+    parts = [
+        dict(filled(ep_size=ep_size, ep_rank=rank).named_parameters()) for rank in range(ep_size)
+    ]
     for name, expected in whole.items():
         expert = name.rsplit(".", 1)[1] in EXPERT_TENSORS
         found = torch.cat([part[name] for part in parts]) if expert else parts[-1][name]
@@ -170,13 +209,19 @@ def test_bf16_weights_are_the_rounded_fp32_ones() -> None:
 
 
 def test_random_weights_have_the_spread_that_transformers_gives() -> None:
-    """0.02 for everything but norms (1) and biases (0; the router's are drawn); 20 000 values: 3 % is six sigma."""
+    """0.02 for everything but norms (1) and biases (0; the router's are drawn); 20 000 values: 3 %
+    is six sigma.
+    """
     torch.manual_seed(0)
-    theirs = {n: p.detach() for n, p in GptOssForCausalLM(preset("tiny", **SMALL)).named_parameters()}
+    theirs = {
+        n: p.detach() for n, p in GptOssForCausalLM(preset("tiny", **SMALL)).named_parameters()
+    }
     for name, parameter in filled().named_parameters():
         if parameter.numel() >= 20_000 or (theirs[name] == theirs[name].flatten()[0]).all():
             found, expected = parameter.detach(), theirs[name]
-            assert float(found.std()) == pytest.approx(float(expected.std()), rel=0.03, abs=1e-12), name
+            assert float(found.std()) == pytest.approx(
+                float(expected.std()), rel=0.03, abs=1e-12
+            ), name
             assert float(found.mean()) == pytest.approx(float(expected.mean()), abs=1e-3), name
 
 
@@ -197,7 +242,9 @@ def test_nothing_stays_uninitialised() -> None:
 def test_patch_reports_what_it_changed() -> None:
     model = gpt_oss.skeleton(preset("tiny"), torch.float32)
     report = gpt_oss.patch(model, topology(ep_size=4))
-    assert report == gpt_oss.PatchReport(attention="sink", expert_layers=4, experts_per_rank=2, loss_head="LossHead")
+    assert report == gpt_oss.PatchReport(
+        attention="sink", expert_layers=4, experts_per_rank=2, loss_head="LossHead"
+    )
 
 
 def test_report_reads_as_one_line() -> None:
@@ -229,7 +276,9 @@ def test_patch_leaves_no_mlp_and_no_head_of_transformers() -> None:
 def test_patched_model_keeps_the_names_of_transformers() -> None:
     with torch.device("meta"):
         theirs = GptOssForCausalLM(preset("tiny"))
-    assert {name for name, _ in filled().named_parameters()} == {name for name, _ in theirs.named_parameters()}
+    assert {name for name, _ in filled().named_parameters()} == {
+        name for name, _ in theirs.named_parameters()
+    }
 
 
 def test_skeleton_takes_no_memory() -> None:
@@ -249,7 +298,9 @@ def test_exactly_the_experts_are_marked_after_materialising() -> None:
 
 
 def test_patched_model_gives_the_logits_of_transformers() -> None:
-    """One document of 150 tokens, longer than the window; fp32, another order of summation: 1e-5."""
+    """One document of 150 tokens, longer than the window; fp32, another order of summation:
+    1e-5.
+    """
     model = filled()
     config = preset("tiny", **SMALL)
     config._attn_implementation = "eager"
@@ -258,7 +309,10 @@ def test_patched_model_gives_the_logits_of_transformers() -> None:
     ids = torch.randint(0, 317, (1, 150), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(150)[None]
     with torch.no_grad():
-        found, expected = model(ids, positions), theirs(input_ids=ids, position_ids=positions).logits
+        found, expected = (
+            model(ids, positions),
+            theirs(input_ids=ids, position_ids=positions).logits,
+        )
     assert (found - expected).abs().max() <= 1e-5
 
 
@@ -270,5 +324,7 @@ def test_patched_model_gives_the_loss_of_every_token() -> None:
     with torch.no_grad():
         losses = model(ids, positions, labels)
         logits = model(ids, positions)
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none"
+    )
     assert torch.allclose(losses.flatten(), expected, atol=2e-6, rtol=0)

@@ -1,4 +1,6 @@
-"""Documents that share a row do not see each other: changing one leaves the other's logits bit for bit."""
+"""Documents that share a row do not see each other: changing one leaves the other's logits bit for
+bit.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from cpt.parallel.traffic import Traffic
 from tests.dist.cases import model_config
 
 
-def logits_before_and_after(layer_type: str, dtype: torch.dtype, **changes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_before_and_after(
+    layer_type: str, dtype: torch.dtype, **changes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of a packed row, before and after its second document is changed."""
     config = model_config()
     config.update(changes)
@@ -29,21 +33,26 @@ def logits_before_and_after(layer_type: str, dtype: torch.dtype, **changes: int)
     fill_model(model, RandomWeights(3, 0.02))
     bounds = [0, 40, 97, 128]
     rows = PackedRows.from_bounds([bounds], 128)
-    positions = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(bounds)])[None]
+    positions = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(bounds)])[
+        None
+    ]
     kernel = choose("auto", device=torch.device("cpu"), dtype=dtype, head_dim=config.head_dim)
     ids = torch.randint(0, 500, (1, 128), generator=torch.Generator().manual_seed(1))
     changed = ids.clone()
     changed[0, 40:97] = (changed[0, 40:97] + 17) % 500
     with torch.no_grad():
         before, after = (
-            model(input_ids=x, position_ids=positions, packed_rows=rows, kernel=kernel)[0] for x in (ids, changed)
+            model(input_ids=x, position_ids=positions, packed_rows=rows, kernel=kernel)[0]
+            for x in (ids, changed)
         )
     return before, after
 
 
 @pytest.mark.parametrize("layer_type", ["full_attention", "sliding_attention"])
 def test_changing_one_document_leaves_the_logits_of_the_others_bit_for_bit(layer_type: str) -> None:
-    """With one expert: then every matrix product has the same shape before and after, and the same rounding."""
+    """With one expert: then every matrix product has the same shape before and after, and the same
+    rounding.
+    """
     changes = {"num_local_experts": 1, "num_experts_per_tok": 1}
     before, after = logits_before_and_after(layer_type, torch.float32, **changes)
     assert torch.equal(before[:40], after[:40]) and torch.equal(before[97:], after[97:])
@@ -52,7 +61,9 @@ def test_changing_one_document_leaves_the_logits_of_the_others_bit_for_bit(layer
 
 @pytest.mark.parametrize("layer_type", ["full_attention", "sliding_attention"])
 def test_with_many_experts_other_documents_move_by_rounding_alone(layer_type: str) -> None:
-    """How many rows share an expert's product decides the order of its sums: 1e-12 of float64, never a leak."""
+    """How many rows share an expert's product decides the order of its sums: 1e-12 of float64,
+    never a leak.
+    """
     before, after = logits_before_and_after(layer_type, torch.float64)
     scale = float(before.abs().max())
     others = (before - after).abs()[[*range(40), *range(97, 128)]]

@@ -1,4 +1,5 @@
-"""The tiled loss is the loss that all logits at once would give, in value and in both gradients, in little memory.
+"""The tiled loss is the loss that all logits at once would give, in value and in both gradients, in
+little memory.
 
 Shape letters: N tokens, M model size, V vocabulary.
 """
@@ -51,10 +52,14 @@ def loss_and_gradients(
     return nll_N.detach(), hidden_NM.grad, head.weight.grad
 
 
-def reference(hidden_NM: Tensor, weight_VM: Tensor, label_N: Tensor, grad_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reference(
+    hidden_NM: Tensor, weight_VM: Tensor, label_N: Tensor, grad_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """torch's own cross entropy in float64 on the same (rounded) numbers."""
     hidden_NM, weight_VM = hidden_NM.double().requires_grad_(), weight_VM.double().requires_grad_()
-    nll_N = F.cross_entropy(hidden_NM @ weight_VM.T, label_N, reduction="none", ignore_index=IGNORE_INDEX)
+    nll_N = F.cross_entropy(
+        hidden_NM @ weight_VM.T, label_N, reduction="none", ignore_index=IGNORE_INDEX
+    )
     (nll_N * grad_N).sum().backward()
     return nll_N.detach(), hidden_NM.grad, weight_VM.grad
 
@@ -65,8 +70,12 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["loss", "hidden_gradient", "weight_gradient"])
-def test_tiles_give_torchs_cross_entropy(part: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loss_head.TILE_BYTES, "cpu", 8 * N * 100)  # a hundred words or two, so that tiles must join
+def test_tiles_give_torchs_cross_entropy(
+    part: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        loss_head.TILE_BYTES, "cpu", 8 * N * 100
+    )  # a hundred words or two, so that tiles must join
     given = inputs(dtype)
     error = relative_error(loss_and_gradients(*given)[part], reference(*given)[part])
     assert error <= TOLERANCES[dtype], error
@@ -102,7 +111,9 @@ def test_ignored_tokens_leave_the_others_as_they_are() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_batch_without_any_label_has_zero_loss_and_zero_gradients(dtype: torch.dtype) -> None:
     hidden_NM, weight_VM, label_N, grad_N = inputs(dtype)
-    for tensor in loss_and_gradients(hidden_NM, weight_VM, torch.full_like(label_N, IGNORE_INDEX), grad_N):
+    for tensor in loss_and_gradients(
+        hidden_NM, weight_VM, torch.full_like(label_N, IGNORE_INDEX), grad_N
+    ):
         assert (tensor == 0).all()
 
 
@@ -120,7 +131,8 @@ def test_huge_logits_overflow_nowhere(scale: float) -> None:
     hidden_NM, weight_VM, label_N, grad_N = inputs(torch.float32)
     given = hidden_NM * scale, weight_VM, label_N, grad_N
     for found, expected in zip(loss_and_gradients(*given), reference(*given), strict=True):
-        # exponents of size `scale` carry an absolute error of scale x 6e-8; the largest term decides
+        # exponents of size `scale` carry an absolute error of scale x 6e-8; the largest term
+        # decides
         assert torch.isfinite(found).all() and relative_error(found, expected) <= 1e-3
 
 
@@ -167,9 +179,11 @@ print(json.dumps({"extra": peak - before - wanted}))
 
 
 def extra_bytes(tokens: int, model_size: int, vocabulary: int) -> int:
-    """Peak memory of forward and backward beyond inputs and both gradients, in a process of its own.
+    """Peak memory of forward and backward beyond inputs and both gradients, in a process of its
+    own.
 
-    From /proc, not from `resource.ru_maxrss`, which a child inherits from the process that started it.
+    From /proc, not from `resource.ru_maxrss`, which a child inherits from the process that started
+    it.
     """
     command = [sys.executable, "-c", MEASURE, *map(str, (tokens, model_size, vocabulary))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -184,9 +198,14 @@ LIMIT_BYTES = 400_000_000
     ("tokens", "vocabulary"),
     [
         (4_096, 201_088),  # all logits would take 3.3 GB
-        (32_768, 4_096),  # all logits would take 0.5 GB, twice; the vocabulary only sets the number of tiles
+        (
+            32_768,
+            4_096,
+        ),  # all logits would take 0.5 GB, twice; the vocabulary only sets the number of tiles
     ],
 )
-def test_loss_takes_less_than_400_mb_beyond_inputs_and_gradients(tokens: int, vocabulary: int) -> None:
+def test_loss_takes_less_than_400_mb_beyond_inputs_and_gradients(
+    tokens: int, vocabulary: int
+) -> None:
     extra = extra_bytes(tokens, 64, vocabulary)
     assert extra <= LIMIT_BYTES, f"{extra / 1e6:.0f} MB"

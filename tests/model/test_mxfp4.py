@@ -21,7 +21,9 @@ def random_codes(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def test_decoding_equals_transformers_bit_for_bit() -> None:
     blocks, scales = random_codes()
     expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
-    assert torch.equal(decode(blocks, scales).view(torch.int16), expected.contiguous().view(torch.int16))
+    assert torch.equal(
+        decode(blocks, scales).view(torch.int16), expected.contiguous().view(torch.int16)
+    )
 
 
 @pytest.mark.parametrize("scale", [0, 1, 126, 127, 128, 250])
@@ -50,14 +52,33 @@ def test_blocks_that_use_their_range_come_back_byte_for_byte() -> None:
 
 def test_encoding_rounds_to_the_nearest_code_and_ties_to_the_even_one() -> None:
     values = torch.zeros(1, 32, 1)
-    inputs = [6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 0.26, 0.74, 5.01, 4.99, -0.25, -0.75, 0.0, 7.9]
+    inputs = [
+        6.0,
+        0.25,
+        0.75,
+        1.25,
+        1.75,
+        2.5,
+        3.5,
+        5.0,
+        0.26,
+        0.74,
+        5.01,
+        4.99,
+        -0.25,
+        -0.75,
+        0.0,
+        7.9,
+    ]
     rounded = [6.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 0.5, 0.5, 6.0, 4.0, -0.0, -1.0, 0.0, 6.0]
     values[0, : len(inputs), 0] = torch.tensor(inputs)
     assert decode(*encode(values), torch.float32)[0, : len(inputs), 0].tolist() == rounded
 
 
 def test_error_of_gaussian_weights_is_about_11_percent() -> None:
-    """Round to nearest with the floor exponent costs about 11.4 % relative l2 on Gaussian weights."""
+    """Round to nearest with the floor exponent costs about 11.4 % relative l2 on Gaussian
+    weights.
+    """
     values = torch.randn(4, 320, 96, generator=torch.Generator().manual_seed(3))
     error = (decode(*encode(values), torch.float32) - values).norm() / values.norm()
     assert 0.11 < float(error) < 0.118

@@ -1,4 +1,6 @@
-"""Penalties on the routers have the gradient of their formula; what is measured is what happened."""
+"""Penalties on the routers have the gradient of their formula; what is measured is what
+happened.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,12 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def make_model() -> Any:
-    config = GptOssConfig(hidden_size=MODEL, intermediate_size=24, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K)
+    config = GptOssConfig(
+        hidden_size=MODEL,
+        intermediate_size=24,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+    )
     torch.manual_seed(0)
     topology: Any = SimpleNamespace(ep_size=1, ep_rank=0, ep_group=None, traffic=Traffic())
     layers = nn.ModuleList()
@@ -63,8 +70,12 @@ def hidden_states(seed: int = 4) -> Tensor:
     return torch.randn(ROWS, TOKENS, MODEL, generator=torch.Generator().manual_seed(seed))
 
 
-def step(model: Any, watch: RouterWatch, group: Any, hidden: Tensor, rows_per_pass: int, *, measure: bool) -> Any:
-    """One optimizer step's passes; the gradient of everything but the penalties is that of a plain sum."""
+def step(
+    model: Any, watch: RouterWatch, group: Any, hidden: Tensor, rows_per_pass: int, *, measure: bool
+) -> Any:
+    """One optimizer step's passes; the gradient of everything but the penalties is that of a plain
+    sum.
+    """
     watch.begin(num_sources=2, positions=ROWS * TOKENS, world_size=WORLD, measure=measure)
     for first in range(0, ROWS, rows_per_pass):
         watch.enter(torch.arange(first, first + rows_per_pass) % 2)
@@ -92,7 +103,9 @@ def penalty(model: Any, hidden: Tensor, load_LE: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rows_per_pass", [1, 2, 4])
-def test_gradients_are_those_of_the_formula_however_the_batch_is_cut(group: Any, rows_per_pass: int) -> None:
+def test_gradients_are_those_of_the_formula_however_the_batch_is_cut(
+    group: Any, rows_per_pass: int
+) -> None:
     model = make_model()
     plain, watched = copy.deepcopy(model), copy.deepcopy(model)
     watch, load_LE = make_watch(watched), torch.full((LAYERS, EXPERTS), 1 / EXPERTS)
@@ -106,8 +119,12 @@ def test_gradients_are_those_of_the_formula_however_the_batch_is_cut(group: Any,
             choices.append(layer.mlp.router(x.reshape(-1, MODEL))[2])
             x = layer.mlp(x)[0]
         (x.sum() + penalty(plain, hidden, load_LE)).backward()
-        load_LE = torch.stack([torch.bincount(c.view(-1), minlength=EXPERTS) / c.numel() for c in choices])
-        for expected, found in zip(plain.model.layers.parameters(), watched.model.layers.parameters(), strict=True):
+        load_LE = torch.stack(
+            [torch.bincount(c.view(-1), minlength=EXPERTS) / c.numel() for c in choices]
+        )
+        for expected, found in zip(
+            plain.model.layers.parameters(), watched.model.layers.parameters(), strict=True
+        ):
             assert expected.grad is not None and found.grad is not None
             assert (expected.grad - found.grad).norm() <= 1e-5 * expected.grad.norm()
 
@@ -115,7 +132,9 @@ def test_gradients_are_those_of_the_formula_however_the_batch_is_cut(group: Any,
 def test_penalties_are_off_without_coefficients(group: Any) -> None:
     model = make_model()
     plain = copy.deepcopy(model)
-    assert step(model, make_watch(model, 0.0, 0.0), group, hidden_states(), 4, measure=False) is None
+    assert (
+        step(model, make_watch(model, 0.0, 0.0), group, hidden_states(), 4, measure=False) is None
+    )
     x = hidden_states()
     for layer in plain.model.layers:
         x = layer.mlp(x)[0]
@@ -138,29 +157,42 @@ def test_event_tells_load_entropy_language_and_drift(group: Any) -> None:
     watch = make_watch(model, 0.0, 0.0)
     watch.original = [(r.weight.detach().clone(), r.bias.detach().clone()) for r in routers(model)]
     logits, _, choice = routers(model)[0](hidden_states().view(-1, MODEL))
-    event = router_event(7, step(model, watch, group, hidden_states(), 2, measure=True), ["en", "ja"])
+    event = router_event(
+        7, step(model, watch, group, hidden_states(), 2, measure=True), ["en", "ja"]
+    )
     counts = torch.bincount(choice.view(-1), minlength=EXPERTS).double()
     assert event["step"] == 7 and event["dropped"] == 0
-    assert event["load_max_over_mean"][0] == pytest.approx(float(counts.max() / counts.mean()), abs=1e-4)
+    assert event["load_max_over_mean"][0] == pytest.approx(
+        float(counts.max() / counts.mean()), abs=1e-4
+    )
     p = logits.detach().softmax(1)
     assert event["entropy"][0] == pytest.approx(float(-(p * p.log()).sum(1).mean()), abs=1e-4)
-    assert event["overlap"] == [1.0] * LAYERS and event["by_language"]["ja"]["overlap"] == [1.0] * LAYERS
+    assert (
+        event["overlap"] == [1.0] * LAYERS
+        and event["by_language"]["ja"]["overlap"] == [1.0] * LAYERS
+    )
     even = torch.bincount(choice.view(ROWS, -1)[::2].reshape(-1), minlength=EXPERTS).double()
     distance = float((even / even.sum() - counts / counts.sum()).abs().sum() / 2)
     assert event["by_language"]["en"]["distance"][0] == pytest.approx(distance, abs=1e-4)
     with torch.no_grad():
         routers(model)[1].bias[:TOP_K] += 1e6  # now every token takes these two
-    event = router_event(8, step(model, watch, group, hidden_states(), 4, measure=True), ["en", "ja"])
+    event = router_event(
+        8, step(model, watch, group, hidden_states(), 4, measure=True), ["en", "ja"]
+    )
     assert event["overlap"][0] == 1.0 and event["overlap"][1] < 0.6
     assert event["load_max_over_mean"][1] == pytest.approx(EXPERTS / TOP_K)
 
 
-def test_a_row_that_no_expert_computed_is_counted(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_no_expert_computed_is_counted(
+    group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model()
     watch = make_watch(model, 0.0, 0.0)
     honest = watch.computed
     monkeypatch.setattr(watch, "computed", lambda rows: honest(rows - 3))
-    event = router_event(1, step(model, watch, group, hidden_states(), 4, measure=True), ["en", "ja"])
+    event = router_event(
+        1, step(model, watch, group, hidden_states(), 4, measure=True), ["en", "ja"]
+    )
     assert event["dropped"] == 3 * LAYERS
 
 

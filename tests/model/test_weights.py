@@ -1,4 +1,6 @@
-"""A directory of weights is read whole and exactly, or refused with the tensor and the file that are wrong."""
+"""A directory of weights is read whole and exactly, or refused with the tensor and the file that
+are wrong.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ from cpt.errors import ConfigError
 from cpt.model import gpt_oss
 from cpt.model.experts.layer import EXPERT_TENSORS
 from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, is_expert_name
-from cpt.model.weights.source import DirectoryWeights, check_directory, expected_shapes, fill_model, load_config, mxfp4
+from cpt.model.weights.source import (
+    DirectoryWeights,
+    check_directory,
+    expected_shapes,
+    fill_model,
+    load_config,
+    mxfp4,
+)
 from cpt.parallel.traffic import Traffic
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -27,14 +36,24 @@ EXPERT = "model.layers.0.mlp.experts.down_proj"
 
 
 def small_config(**changes: Any) -> GptOssConfig:
-    sizes = {"vocab_size": 96, "pad_token_id": 95, "bos_token_id": 94, "eos_token_id": 93, "num_hidden_layers": 2}
+    sizes = {
+        "vocab_size": 96,
+        "pad_token_id": 95,
+        "bos_token_id": 94,
+        "eos_token_id": 93,
+        "num_hidden_layers": 2,
+    }
     return GptOssConfig(**{**gpt_oss.PRESETS["tiny"], **sizes, **changes})
 
 
-def patched(ep_size: int = 1, ep_rank: int = 0, dtype: torch.dtype = torch.float32) -> gpt_oss.GptOssForCPT:
+def patched(
+    ep_size: int = 1, ep_rank: int = 0, dtype: torch.dtype = torch.float32
+) -> gpt_oss.GptOssForCPT:
     """A patched model on the meta device, as it is when a directory is checked."""
     model = gpt_oss.skeleton(small_config(), dtype)
-    topology: Any = SimpleNamespace(ep_size=ep_size, ep_rank=ep_rank, ep_group=None, traffic=Traffic())
+    topology: Any = SimpleNamespace(
+        ep_size=ep_size, ep_rank=ep_rank, ep_group=None, traffic=Traffic()
+    )
     gpt_oss.patch(model, topology)
     return model
 
@@ -94,34 +113,50 @@ def problems(path: Path) -> list[str]:
 
 def test_one_file_gives_every_value_of_transformers(path: Path, tensors: dict[str, Tensor]) -> None:
     found = filled(path)
-    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert found.keys() == tensors.keys() and all(
+        torch.equal(found[name], tensors[name]) for name in tensors
+    )
 
 
-def test_several_files_give_every_value_of_transformers(cut: Path, tensors: dict[str, Tensor]) -> None:
+def test_several_files_give_every_value_of_transformers(
+    cut: Path, tensors: dict[str, Tensor]
+) -> None:
     found = filled(cut)
-    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert found.keys() == tensors.keys() and all(
+        torch.equal(found[name], tensors[name]) for name in tensors
+    )
 
 
 @pytest.mark.parametrize("ep_size", [2, 8])
-def test_ranks_together_hold_every_expert_once(path: Path, tensors: dict[str, Tensor], ep_size: int) -> None:
+def test_ranks_together_hold_every_expert_once(
+    path: Path, tensors: dict[str, Tensor], ep_size: int
+) -> None:
     parts = [filled(path, ep_size=ep_size, ep_rank=rank) for rank in range(ep_size)]
-    for name in (f"model.layers.{layer}.mlp.experts.{kind}" for layer in (0, 1) for kind in EXPERT_TENSORS):
+    for name in (
+        f"model.layers.{layer}.mlp.experts.{kind}" for layer in (0, 1) for kind in EXPERT_TENSORS
+    ):
         assert torch.equal(torch.cat([part[name] for part in parts]), tensors[name]), name
 
 
 def test_every_rank_holds_what_is_no_expert(path: Path, tensors: dict[str, Tensor]) -> None:
     found = filled(path, ep_size=4, ep_rank=3)
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors if ".experts." not in name)
+    assert all(
+        torch.equal(found[name], tensors[name]) for name in tensors if ".experts." not in name
+    )
 
 
-def test_bf16_directory_fills_a_bf16_model_exactly(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_bf16_directory_fills_a_bf16_model_exactly(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
     rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     save_file(rounded, str(tmp_path / SINGLE_FILE))
     found = filled(tmp_path, dtype=torch.bfloat16)
     assert all(torch.equal(found[name], rounded[name]) for name in rounded)
 
 
-def test_bf16_directory_fills_an_fp32_model_exactly(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+def test_bf16_directory_fills_an_fp32_model_exactly(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
     rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     save_file(rounded, str(tmp_path / SINGLE_FILE))
     found = filled(tmp_path)
@@ -129,8 +164,12 @@ def test_bf16_directory_fills_an_fp32_model_exactly(tmp_path: Path, tensors: dic
 
 
 @pytest.mark.parametrize("ep_size", [1, 4])
-def test_expected_shapes_are_global_whatever_the_layout(tensors: dict[str, Tensor], ep_size: int) -> None:
-    assert expected_shapes(patched(ep_size=ep_size)) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def test_expected_shapes_are_global_whatever_the_layout(
+    tensors: dict[str, Tensor], ep_size: int
+) -> None:
+    assert expected_shapes(patched(ep_size=ep_size)) == {
+        name: tuple(tensor.shape) for name, tensor in tensors.items()
+    }
 
 
 # tensors
@@ -147,19 +186,27 @@ def test_unknown_tensor_is_named_with_its_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [NORM, EXPERT])
-def test_misshapen_tensor_is_named_with_both_shapes(path: Path, tensors: dict[str, Tensor], name: str) -> None:
+def test_misshapen_tensor_is_named_with_both_shapes(
+    path: Path, tensors: dict[str, Tensor], name: str
+) -> None:
     rewrite(path / SINGLE_FILE, lambda content: content.update({name: torch.zeros(3, 5)}))
     expected = f"{path / SINGLE_FILE}: tensor '{name}' has shape (3, 5), expected {tuple(tensors[name].shape)}."
     assert problems(path) == [expected]
 
 
 def test_transposed_expert_is_named(path: Path) -> None:
-    rewrite(path / SINGLE_FILE, lambda content: content.update({EXPERT: content[EXPERT].mT.contiguous()}))
+    rewrite(
+        path / SINGLE_FILE,
+        lambda content: content.update({EXPERT: content[EXPERT].mT.contiguous()}),
+    )
     assert f"tensor '{EXPERT}' has shape" in problems(path)[0]
 
 
 def test_directory_with_fewer_experts_is_named(path: Path) -> None:
-    rewrite(path / SINGLE_FILE, lambda content: content.update({EXPERT: content[EXPERT][:4].contiguous()}))
+    rewrite(
+        path / SINGLE_FILE,
+        lambda content: content.update({EXPERT: content[EXPERT][:4].contiguous()}),
+    )
     assert f"tensor '{EXPERT}' has shape" in problems(path)[0]
 
 
@@ -173,10 +220,17 @@ def test_all_wrong_tensors_are_named_at_once(path: Path) -> None:
     assert all(f"'{name}'" in found for name in ("lm_head.weight", NORM, "model.extra"))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.float8_e4m3fn], ids=str)
-def test_tensor_that_is_no_plain_float_is_named(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.float8_e4m3fn], ids=str
+)
+def test_tensor_that_is_no_plain_float_is_named(
+    path: Path, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> None:
     """A quantised tensor of the right shape would be cast, and its scale forgotten."""
-    rewrite(path / SINGLE_FILE, lambda content: content.update({EXPERT: torch.zeros(tensors[EXPERT].shape).to(dtype)}))
+    rewrite(
+        path / SINGLE_FILE,
+        lambda content: content.update({EXPERT: torch.zeros(tensors[EXPERT].shape).to(dtype)}),
+    )
     assert f"'{EXPERT}'" in problems(path)[0]
 
 
@@ -221,10 +275,17 @@ def test_index_that_names_a_missing_file_is_refused_with_the_file(cut: Path) -> 
 
 def test_index_that_names_the_wrong_file_is_refused_with_the_tensor(cut: Path) -> None:
     index = json.loads((cut / INDEX_FILE).read_text(encoding="utf-8"))
-    wrong = next(file for file in sorted(set(index["weight_map"].values())) if file != index["weight_map"][NORM])
+    wrong = next(
+        file
+        for file in sorted(set(index["weight_map"].values()))
+        if file != index["weight_map"][NORM]
+    )
     index["weight_map"][NORM] = wrong
     (cut / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
-    assert f"{cut / wrong}: tensor '{NORM}' is missing, though {INDEX_FILE} says it is here." in problems(cut)
+    assert (
+        f"{cut / wrong}: tensor '{NORM}' is missing, though {INDEX_FILE} says it is here."
+        in problems(cut)
+    )
 
 
 def test_tensor_in_a_file_that_the_index_does_not_know_is_named(cut: Path) -> None:
@@ -289,7 +350,9 @@ def test_quantised_weights_are_refused_with_the_way_out(path: Path) -> None:
 
 
 def quantised(path: Path) -> dict[str, Tensor]:
-    """Put the expert matrices of a directory into the released layout; returns what they decode to."""
+    """Put the expert matrices of a directory into the released layout; returns what they decode
+    to.
+    """
     stored, decoded = {}, {}
     for name, value in load_file(path / SINGLE_FILE).items():
         if is_expert_name(name) and value.ndim == 3:
@@ -303,7 +366,9 @@ def quantised(path: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("ep_size", "ep_rank"), [(1, 0), (4, 0), (4, 3)])
-def test_released_mxfp4_layout_fills_each_rank_with_its_decoded_experts(path: Path, ep_size: int, ep_rank: int) -> None:
+def test_released_mxfp4_layout_fills_each_rank_with_its_decoded_experts(
+    path: Path, ep_size: int, ep_rank: int
+) -> None:
     expected = quantised(path)
     values = filled(path, ep_size=ep_size, ep_rank=ep_rank)
     count = small_config().num_local_experts // ep_size

@@ -1,4 +1,6 @@
-"""Weight files written in pieces are what safetensors writes, and are files only when they are whole."""
+"""Weight files written in pieces are what safetensors writes, and are files only when they are
+whole.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,18 @@ TENSORS = {
     "b": torch.arange(10).bfloat16(),
     "c": torch.arange(7, dtype=torch.uint8),
 }
-ENTRIES = {name: Entry(shape=tuple(value.shape), dtype=value.dtype) for name, value in TENSORS.items()}
+ENTRIES = {
+    name: Entry(shape=tuple(value.shape), dtype=value.dtype) for name, value in TENSORS.items()
+}
 
 
 def write(folder: Path, names: str = "abc", piece: int = 5) -> None:
     with DirectoryWriter(folder, ENTRIES) as writer:
         for name in names:
             flat = TENSORS[name].view(-1)
-            for start in reversed(range(0, flat.numel(), piece)):  # pieces go to their place in any order
+            for start in reversed(
+                range(0, flat.numel(), piece)
+            ):  # pieces go to their place in any order
                 writer.write(name, start, flat[start : start + piece])
 
 
@@ -38,10 +44,14 @@ def test_one_file_holds_every_tensor_exactly(tmp_path: Path) -> None:
     write(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [SUMS_FILE, SINGLE_FILE]
     found = load_file(tmp_path / SINGLE_FILE)
-    assert found.keys() == TENSORS.keys() and all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+    assert found.keys() == TENSORS.keys() and all(
+        torch.equal(found[name], TENSORS[name]) for name in TENSORS
+    )
 
 
-def test_several_files_and_their_index_hold_every_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_files_and_their_index_hold_every_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tensor_writer, "LARGEST_FILE_BYTES", 50)
     write(tmp_path)
     files = tensor_files(tmp_path)
@@ -50,7 +60,10 @@ def test_several_files_and_their_index_hold_every_tensor(tmp_path: Path, monkeyp
         "model-00002-of-00002.safetensors",
     ]
     assert all(torch.equal(load_file(file)[name], TENSORS[name]) for name, file in files.items())
-    assert json.loads((tmp_path / INDEX_FILE).read_text())["metadata"]["total_size"] == 24 * 4 + 10 * 2 + 7
+    assert (
+        json.loads((tmp_path / INDEX_FILE).read_text())["metadata"]["total_size"]
+        == 24 * 4 + 10 * 2 + 7
+    )
 
 
 def test_tensor_that_was_not_written_is_an_error_and_leaves_no_index(

@@ -27,7 +27,10 @@ from data_pipeline.text.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"Line {n}: the river and the lamp, number {n * n}." for n in range(12)]
-CHOICES = [{"question": f"{n} is", "choices": [" one", " two", " three"], "answer": n % 3} for n in range(12)]
+CHOICES = [
+    {"question": f"{n} is", "choices": [" one", " two", " three"], "answer": n % 3}
+    for n in range(12)
+]
 TASKS = [
     {"name": "text", "language": "en", "kind": "perplexity", "path": "text.jsonl", "max_drop": 5.0},
     {"name": "choice", "language": "en", "kind": "multiple_choice", "path": "choice.jsonl", "max_drop": 40.0},
@@ -42,7 +45,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(3)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    }
     model = GptOssForCausalLM(GptOssConfig(vocab_size=VOCAB_SIZE, **sizes, **heads))
     model.save_pretrained(folder / "good")
     with torch.no_grad():
@@ -56,7 +64,9 @@ def folder(tmp_path: Path) -> Path:
     records: dict[str, list[Any]] = {"text": [{"text": text} for text in TEXTS], "choice": CHOICES}
     records["reply"] = [{"prompt": text, "answer": ["yes", "no"]} for text in TEXTS[:4]]
     for name, listed in records.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in listed))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in listed)
+        )
     write_tasks(tmp_path, TASKS)
     return tmp_path
 
@@ -66,10 +76,14 @@ def write_tasks(folder: Path, tasks: list[dict[str, Any]]) -> None:
 
 
 def run(folder: Path, model: Path, *options: str) -> int:
-    return main(["evaluate", "--model", str(model), "--tasks", str(folder / "tasks.yaml"), *options])
+    return main(
+        ["evaluate", "--model", str(model), "--tasks", str(folder / "tasks.yaml"), *options]
+    )
 
 
-def test_nats_are_those_of_the_whole_logit_matrix(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nats_are_those_of_the_whole_logit_matrix(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("cpt.offline.evaluation.local.HEAD_TOKENS", 3)
     model, tokens = load_for_sampling(models["good"], None), encode(TEXTS[5]).tolist()
     with torch.no_grad():
@@ -88,7 +102,9 @@ def test_a_model_passes_against_itself_and_fails_once_it_has_lost_more_than_it_m
     nats = [_nats(model, [*encode(text).tolist(), END_OF_TEXT], 1) for text in TEXTS]
     expected = sum(nats) / math.log(2) / sum(map(len, TEXTS))
     assert scores["text"]["value"] == pytest.approx(expected) and scores["text"]["documents"] == 12
-    assert scores["choice"]["value"] == pytest.approx(100 * np.mean(scores["choice"]["per_document"]))
+    assert scores["choice"]["value"] == pytest.approx(
+        100 * np.mean(scores["choice"]["per_document"])
+    )
     assert scores["reply"]["value"] == 0
 
     assert run(folder, models["good"], "--baseline", base, "--out", now) == 0
@@ -98,7 +114,11 @@ def test_a_model_passes_against_itself_and_fails_once_it_has_lost_more_than_it_m
 
     assert run(folder, models["bad"], "--baseline", base, "--out", now) == 65
     printed = capsys.readouterr()
-    assert "task 'text' dropped by" in printed.err and "max_drop is 5" in printed.err and "'choice'" not in printed.err
+    assert (
+        "task 'text' dropped by" in printed.err
+        and "max_drop is 5" in printed.err
+        and "'choice'" not in printed.err
+    )
     failed = {v["name"]: v["failed"] for v in json.loads(Path(now).read_text())["verdicts"]}
     assert "FAILED" in printed.out and failed == {"text": True, "choice": False, "reply": False}
 
@@ -123,14 +143,18 @@ def baseline(folder: Path, **changes: Any) -> Path:
     from cpt.offline.evaluation.local import local_contents
     from cpt.offline.evaluation.verdict import write_scores
 
-    contents = local_contents([task for task in load_tasks(folder / "tasks.yaml") if task.kind != "harness"])
+    contents = local_contents(
+        [task for task in load_tasks(folder / "tasks.yaml") if task.kind != "harness"]
+    )
     kinds = {task["name"]: task["kind"] for task in TASKS}
     scores = {
         name: Score(kind=kinds[name], language="en", value=50.0, documents=12, content=content)
         for name, content in contents.items()
     }
     path = folder / "base.json"
-    write_scores(path, "base", {name: score for name, score in scores.items() if name not in changes}, [])
+    write_scores(
+        path, "base", {name: score for name, score in scores.items() if name not in changes}, []
+    )
     return path
 
 
@@ -148,7 +172,10 @@ def test_what_the_baseline_cannot_decide_is_refused_before_a_model_is_loaded(
 ) -> None:
     base = baseline(folder)
     write_tasks(folder, [TASKS[1] | change])
-    assert run(folder, folder / "no model", "--baseline", str(base), "--out", str(folder / "out.json")) == 78
+    assert (
+        run(folder, folder / "no model", "--baseline", str(base), "--out", str(folder / "out.json"))
+        == 78
+    )
     with pytest.raises(ConfigError, match=message):
         evaluate(folder, folder / "tasks.yaml", folder / "out.json", base)
 
@@ -174,7 +201,9 @@ def test_a_missing_baseline_is_refused_with_the_command_that_makes_it(
         ({"name": "text"}, "which the list already has"),
     ],
 )
-def test_a_wrong_task_is_refused_with_file_line_and_key(folder: Path, change: dict[str, Any], message: str) -> None:
+def test_a_wrong_task_is_refused_with_file_line_and_key(
+    folder: Path, change: dict[str, Any], message: str
+) -> None:
     write_tasks(folder, [TASKS[0], TASKS[1] | change])
     with pytest.raises(ConfigError, match=message):
         load_tasks(folder / "tasks.yaml")
@@ -183,19 +212,31 @@ def test_a_wrong_task_is_refused_with_file_line_and_key(folder: Path, change: di
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question": "q", "choices": ["a", "b"], "answer": 2}', r"choice.jsonl:1: 'answer' is missing or wrong"),
+        (
+            '{"question": "q", "choices": ["a", "b"], "answer": 2}',
+            r"choice.jsonl:1: 'answer' is missing or wrong",
+        ),
         ('{"question": "q", "choices": ["a"], "answer": 0}', "'choices' is missing or wrong"),
         ("[1]", "not a JSON object"),
         ("", "holds no record"),
     ],
 )
-def test_a_wrong_record_is_refused_with_file_and_line(folder: Path, line: str, message: str) -> None:
+def test_a_wrong_record_is_refused_with_file_and_line(
+    folder: Path, line: str, message: str
+) -> None:
     (folder / "choice.jsonl").write_text(line + "\n")
     with pytest.raises(DataError, match=message):
         evaluate(folder, folder / "tasks.yaml", folder / "out.json", None)
 
 
-HARNESS = {"name": "hs", "language": "en", "kind": "harness", "task": "hellaswag", "metric": "acc", "max_drop": 2.0}
+HARNESS = {
+    "name": "hs",
+    "language": "en",
+    "kind": "harness",
+    "task": "hellaswag",
+    "metric": "acc",
+    "max_drop": 2.0,
+}
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, accuracy: float) -> list[dict[str, Any]]:
@@ -204,13 +245,23 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, accuracy: float) -> list[dict[str,
 
     def simple_evaluate(model: Any, tasks: list[str], **keys: Any) -> dict[str, Any]:
         calls.append({"tasks": tasks, **keys})
-        found = {"alias": "hellaswag", "acc,none": accuracy, "acc_stderr,none": 0.01, "acc_norm,none": 0.9}
+        found = {
+            "alias": "hellaswag",
+            "acc,none": accuracy,
+            "acc_stderr,none": 0.01,
+            "acc_norm,none": 0.9,
+        }
         sizes = {"hellaswag": {"original": 10042, "effective": keys["limit"] or 10042}}
         return {"results": {"hellaswag": found}, "n-samples": sizes, "versions": {"hellaswag": 1.0}}
 
-    modules = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")}
+    modules = {
+        name: types.ModuleType(name)
+        for name in ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")
+    }
     modules["lm_eval"].simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
-    modules["lm_eval.tasks"].TaskManager = lambda: types.SimpleNamespace(all_tasks=["hellaswag", "arc"])  # type: ignore[attr-defined]
+    modules["lm_eval.tasks"].TaskManager = lambda: types.SimpleNamespace(
+        all_tasks=["hellaswag", "arc"]
+    )  # type: ignore[attr-defined]
     modules["lm_eval.models.huggingface"].HFLM = lambda **keys: "model"  # type: ignore[attr-defined]
     modules["lm_eval"].__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     for name, module in modules.items():
@@ -227,15 +278,24 @@ def test_harness_tasks_are_scored_judged_and_refused_like_local_ones(
     base, now = folder / "base.json", folder / "now.json"
     calls = stand_in(monkeypatch, 0.60)
     evaluate(folder, folder / "tasks.yaml", base, None)
-    assert calls[0]["tasks"] == ["hellaswag"] and json.loads(base.read_text())["tasks"]["hs"]["value"] == 60
+    assert (
+        calls[0]["tasks"] == ["hellaswag"]
+        and json.loads(base.read_text())["tasks"]["hs"]["value"] == 60
+    )
     stand_in(monkeypatch, 0.57)
-    with pytest.raises(DataError, match=r"task 'hs' dropped by 3.00 \(from 60.000 to 57.000\), max_drop is 2"):
+    with pytest.raises(
+        DataError, match=r"task 'hs' dropped by 3.00 \(from 60.000 to 57.000\), max_drop is 2"
+    ):
         evaluate(folder, folder / "tasks.yaml", now, base)
     (verdict,) = json.loads(now.read_text())["verdicts"]
-    assert verdict["noise"] == pytest.approx(100 * math.sqrt((0.6 * 0.4 + 0.57 * 0.43) / 10042), rel=1e-3)
+    assert verdict["noise"] == pytest.approx(
+        100 * math.sqrt((0.6 * 0.4 + 0.57 * 0.43) / 10042), rel=1e-3
+    )
 
 
-def test_unknown_harness_tasks_and_metrics_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_harness_tasks_and_metrics_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stand_in(monkeypatch, 0.6)
     write_tasks(folder, [HARNESS | {"task": "helaswag"}])
     with pytest.raises(ConfigError, match=r"no task 'helaswag'. Did you mean 'hellaswag'"):
@@ -245,7 +305,9 @@ def test_unknown_harness_tasks_and_metrics_are_refused(folder: Path, monkeypatch
         evaluate(folder, folder / "tasks.yaml", folder / "out.json", None)
 
 
-def test_without_the_harness_its_tasks_are_refused_with_the_cure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_harness_its_tasks_are_refused_with_the_cure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     write_tasks(folder, [HARNESS])
     with pytest.raises(ConfigError, match=r"pip install 'gpt-oss-cpt\[evaluate\]'"):
@@ -254,7 +316,9 @@ def test_without_the_harness_its_tasks_are_refused_with_the_cure(folder: Path, m
 
 def test_shipped_task_files_can_be_read() -> None:
     for name in ("sample", "harness"):
-        assert {task.language for task in load_tasks(ROOT / "configs" / "tasks" / f"{name}.yaml")} == {"en", "ja"}
+        assert {
+            task.language for task in load_tasks(ROOT / "configs" / "tasks" / f"{name}.yaml")
+        } == {"en", "ja"}
 
 
 def test_the_noise_is_the_spread_over_repeated_draws() -> None:
@@ -262,7 +326,9 @@ def test_the_noise_is_the_spread_over_repeated_draws() -> None:
     rises, errors = [], []
     for _ in range(400):
         before = (generator.random(200) < 0.6).astype(float)
-        after = np.where(generator.random(200) < 0.2, (generator.random(200) < 0.6).astype(float), before)
+        after = np.where(
+            generator.random(200) < 0.2, (generator.random(200) < 0.6).astype(float), before
+        )
         one, two = (Score(kind="multiple_choice", language="en", value=100 * float(x.mean()), documents=200, content="",
                           per_document=tuple(x)) for x in (after, before))  # fmt: skip
         changes.append(two.value - one.value)
@@ -271,12 +337,20 @@ def test_the_noise_is_the_spread_over_repeated_draws() -> None:
         rise, error = _change_of_bits(sizes * generator.normal(1.02, 0.05, 200), sizes)
         rises.append(rise)
         errors.append(error)
-    assert np.mean(noises) == pytest.approx(np.std(changes), rel=0.15)  # 400 draws know a spread to 3.5 %
-    assert np.mean(errors) == pytest.approx(np.std(rises), rel=0.15) and np.mean(rises) == pytest.approx(2, abs=0.1)
+    assert np.mean(noises) == pytest.approx(
+        np.std(changes), rel=0.15
+    )  # 400 draws know a spread to 3.5 %
+    assert np.mean(errors) == pytest.approx(np.std(rises), rel=0.15) and np.mean(
+        rises
+    ) == pytest.approx(2, abs=0.1)
 
 
-def test_a_limit_below_the_noise_of_a_paired_change_is_refused(models: dict[str, Path], folder: Path) -> None:
+def test_a_limit_below_the_noise_of_a_paired_change_is_refused(
+    models: dict[str, Path], folder: Path
+) -> None:
     write_tasks(folder, [TASKS[0] | {"max_drop": 1e-6}])
     evaluate(models["good"], folder / "tasks.yaml", folder / "base.json", None)
-    with pytest.raises(ConfigError, match=r"below the noise floor of \d+\.\d+ percent that 12 documents have"):
+    with pytest.raises(
+        ConfigError, match=r"below the noise floor of \d+\.\d+ percent that 12 documents have"
+    ):
         evaluate(models["bad"], folder / "tasks.yaml", folder / "now.json", folder / "base.json")

@@ -1,4 +1,6 @@
-"""The base model's distributions over replay are its own, are read by row, and cannot be another model's or build's."""
+"""The base model's distributions over replay are its own, are read by row, and cannot be another
+model's or build's.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,22 @@ from data_pipeline.text.tokenizer import VOCAB_SIZE
 SEQ_LEN, TOP_K = 16, 7
 ENGLISH = "Lamp {} along the river was lit before dusk, and its keeper went home over the bridge, as he always did."
 JAPANESE = "{} \u6614\u3005\u3001\u3042\u308b\u3068\u3053\u308d\u306b\u304a\u3058\u3044\u3055\u3093"
-TEXTS = {name: [text.format(n) for n in range(9)] for name, text in (("replay", ENGLISH), ("ja", JAPANESE))}
+TEXTS = {
+    name: [text.format(n) for n in range(9)]
+    for name, text in (("replay", ENGLISH), ("ja", JAPANESE))
+}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(4)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    }
     folder = tmp_path_factory.mktemp("base") / "model"
     config = GptOssConfig(vocab_size=VOCAB_SIZE, initializer_range=0.5, **sizes, **heads)
     GptOssForCausalLM(config).save_pretrained(folder)
@@ -51,7 +61,9 @@ def built(folder: Path, texts: dict[str, list[str]] = TEXTS) -> Path:
     folder.mkdir(parents=True)
     sources = []
     for name, documents in texts.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        )
         kind = {"language": "en", "domain": "web", "path": f"{name}.jsonl", "weight": 0.5}
         sources.append({"name": name, **kind})
     mix = {"seq_len": SEQ_LEN, "seed": 1, "near_duplicates": 0, "sources": sources}
@@ -88,16 +100,27 @@ def config_of(base: Path | None, targets: Path) -> Any:
     return types.SimpleNamespace(model=model, train=types.SimpleNamespace(kl_targets=targets))
 
 
-def test_stored_distributions_are_those_of_plain_transformers(written: tuple[Path, BuiltData], base: Path) -> None:
+def test_stored_distributions_are_those_of_plain_transformers(
+    written: tuple[Path, BuiltData], base: Path
+) -> None:
     data = written[1]
-    model, targets, compared = GptOssForCausalLM.from_pretrained(base, attn_implementation="eager"), opened(*written), 0
+    model, targets, compared = (
+        GptOssForCausalLM.from_pretrained(base, attn_implementation="eager"),
+        opened(*written),
+        0,
+    )
     for row in range(data.num_rows(0)):
         packed = data.read_row(0, row)
         if len(packed.documents) > 1:
             continue  # transformers does not keep packed documents apart
         count = int((packed.labels >= 0).sum())
         with torch.no_grad():
-            log_q = model(torch.from_numpy(packed.input_ids[None, :count])).logits[0].double().log_softmax(1)
+            log_q = (
+                model(torch.from_numpy(packed.input_ids[None, :count]))
+                .logits[0]
+                .double()
+                .log_softmax(1)
+            )
         found = targets.of_rows([(0, row)], part(1, 0), SEQ_LEN)
         assert found is not None and found.at_n.tolist() == list(range(count))
         assert torch.equal(found.ids_nk, log_q.topk(TOP_K).indices)
@@ -108,7 +131,9 @@ def test_stored_distributions_are_those_of_plain_transformers(written: tuple[Pat
     assert compared >= 5
 
 
-def test_ranks_that_share_a_row_read_its_parts_and_other_sources_have_none(written: tuple[Path, BuiltData]) -> None:
+def test_ranks_that_share_a_row_read_its_parts_and_other_sources_have_none(
+    written: tuple[Path, BuiltData],
+) -> None:
     targets, places = opened(*written), [(1, 0), (0, 2), (0, 0)]
     whole = targets.of_rows(places, part(1, 0), SEQ_LEN)
     halves = [targets.of_rows(places, part(2, rank), SEQ_LEN) for rank in (0, 1)]
@@ -116,7 +141,9 @@ def test_ranks_that_share_a_row_read_its_parts_and_other_sources_have_none(writt
     joined = {}
     for rank, half in enumerate(halves):
         assert half is not None
-        for at, ids, log_p in zip(half.at_n.tolist(), half.ids_nk.tolist(), half.log_p_nK.tolist(), strict=True):
+        for at, ids, log_p in zip(
+            half.at_n.tolist(), half.ids_nk.tolist(), half.log_p_nK.tolist(), strict=True
+        ):
             row, slot = divmod(at, SEQ_LEN // 2)
             joined[row * SEQ_LEN + rank * SEQ_LEN // 2 + slot] = (ids, log_p)
     assert sorted(joined) == whole.at_n.tolist()
@@ -128,12 +155,18 @@ def test_ranks_that_share_a_row_read_its_parts_and_other_sources_have_none(writt
 def micro_batch(data: BuiltData, targets: KLTargets | None, topology: Topology) -> MicroBatch:
     places = np.array([[0, 1, 0], [3, 0, 1]])
     batch = GlobalBatch(
-        step=0, sources=places[0], rows=places[1], predicted_tokens=np.zeros(3, int), epochs=np.zeros(3, int)
+        step=0,
+        sources=places[0],
+        rows=places[1],
+        predicted_tokens=np.zeros(3, int),
+        epochs=np.zeros(3, int),
     )
     return load_micro_batch(data, batch, 0, 3, topology, targets)
 
 
-def test_a_run_from_the_base_model_starts_at_divergence_zero(written: tuple[Path, BuiltData], base: Path) -> None:
+def test_a_run_from_the_base_model_starts_at_divergence_zero(
+    written: tuple[Path, BuiltData], base: Path
+) -> None:
     folder, data = written
     config = load_config(base, None)
     with single_process() as topology:
@@ -155,7 +188,9 @@ def test_a_run_from_the_base_model_starts_at_divergence_zero(written: tuple[Path
         assert torch.allclose(nll, plain, rtol=0, atol=1e-5)
         # some 30 tokens, each log-probability rounded to fp32 and summed in another order
         assert float(kl.detach().abs().max()) <= 2e-6 and float(gradient.norm()) <= 1e-4
-        with pytest.raises(ConfigError, match=r"this run starts from init: tiny \(random weights\)"):
+        with pytest.raises(
+            ConfigError, match=r"this run starts from init: tiny \(random weights\)"
+        ):
             open_kl_targets(config_of(None, folder), data, topology)
 
 
@@ -167,21 +202,31 @@ def test_targets_of_another_model_or_of_other_rows_are_refused_with_figures(
     sidecar = read_sidecar(folder)
     other = tmp_path / "model.safetensors"
     other.write_bytes(b"other weights")
-    with pytest.raises(ConfigError, match=rf"of the model {sidecar.base_model[:16]}, this run starts from elsewhere"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"of the model {sidecar.base_model[:16]}, this run starts from elsewhere",
+    ):
         check_targets(folder, data, [other], "elsewhere")
     more = {**TEXTS, "replay": [*TEXTS["replay"], "One more of them stood at the far end."]}
     with pytest.raises(ConfigError) as refused:
         check_targets(folder, BuiltData.open(built(tmp_path / "more", more)), weights, "base")
     stored = sidecar.sources["replay"]
-    assert f"{stored.rows} rows of {stored.tokens} tokens" in str(refused.value) and refused.value.exit_code == 78
+    assert (
+        f"{stored.rows} rows of {stored.tokens} tokens" in str(refused.value)
+        and refused.value.exit_code == 78
+    )
     without = built(tmp_path / "without", {"ja": TEXTS["ja"], "chat": TEXTS["replay"]})
     with pytest.raises(ConfigError, match="has source 'replay'"):
         check_targets(folder, BuiltData.open(without), weights, "base")
     edited = built(tmp_path / "edited", {**TEXTS, "ja": TEXTS["ja"][:5]})
-    check_targets(folder, BuiltData.open(edited), weights, "base")  # rows of another source may change
+    check_targets(
+        folder, BuiltData.open(edited), weights, "base"
+    )  # rows of another source may change
 
 
-def test_damaged_or_missing_targets_are_refused(written: tuple[Path, BuiltData], base: Path, tmp_path: Path) -> None:
+def test_damaged_or_missing_targets_are_refused(
+    written: tuple[Path, BuiltData], base: Path, tmp_path: Path
+) -> None:
     folder, data = written
     (tmp_path / SIDECAR).write_bytes((folder / SIDECAR).read_bytes())
     weights = [base / "model.safetensors"]
@@ -203,7 +248,11 @@ def test_a_request_that_cannot_be_right_is_refused(
     options = ("--source", "repaly", "--source", "replay", "--source", "replay", "--top_k", "0")
     assert targets_command(base, data.directory, tmp_path / "x", *options) == 78
     printed = capsys.readouterr().err
-    assert "repaly" in printed and "names a source twice" in printed and "--top_k 0 must be between 1" in printed
+    assert (
+        "repaly" in printed
+        and "names a source twice" in printed
+        and "--top_k 0 must be between 1" in printed
+    )
     assert targets_command(base, data.directory, folder, "--source", "replay") == 78
     assert "exists already" in capsys.readouterr().err
     assert main(["replay", "--temperature", "1"]) == 78
@@ -217,7 +266,9 @@ def test_the_divergence_has_a_field_of_its_own_in_metrics() -> None:
         loss=2.0, grad_norm=1.0, nll_by_source=[10.0, 30.0], kl_by_source=[5.0, 0.0], tokens_by_source=[10, 10],
         bytes_sent={},
     )  # fmt: skip
-    job: Any = types.SimpleNamespace(data=data, progress=progress, kl_targets=types.SimpleNamespace(sources=["replay"]))
+    job: Any = types.SimpleNamespace(
+        data=data, progress=progress, kl_targets=types.SimpleNamespace(sources=["replay"])
+    )
     event = step_event(job, result, 1e-3, 1.0)  # type: ignore[arg-type]
     assert event["kl_by_source"] == {"replay": 0.5} and event["loss"] == 2.0
     job.kl_targets = None

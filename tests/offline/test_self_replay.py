@@ -1,4 +1,6 @@
-"""Replay that the base model wrote is the same with the same seed, and cannot be another model's."""
+"""Replay that the base model wrote is the same with the same seed, and cannot be another
+model's.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ PREFIXES = [f"Number {n} of the lamps along the river was" for n in range(3)]
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(4)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    }
     folder = tmp_path_factory.mktemp("base") / "model"
     GptOssForCausalLM(GptOssConfig(vocab_size=VOCAB_SIZE, **sizes, **heads)).save_pretrained(folder)
     return folder
@@ -37,8 +44,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "prefixes.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in PREFIXES))
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps({"prompt": f"Why {n}?"}) + "\n" for n in range(4)))
+    (tmp_path / "prefixes.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in PREFIXES)
+    )
+    (tmp_path / "questions.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Why {n}?"}) + "\n" for n in range(4))
+    )
     return tmp_path
 
 
@@ -48,18 +59,35 @@ def replay(folder: Path, base: Path, out: str, *options: str) -> int:
 
 
 def mix_of(folder: Path, name: str = "replay/plain.jsonl", **keys: Any) -> MixConfig:
-    source = {"name": "own", "language": "en", "domain": "replay", "path": name, "weight": 1.0, "kind": "self_replay"}
-    (folder / "mix.yaml").write_text(yaml.safe_dump({"seq_len": 32, "seed": 1, "sources": [source | keys]}))
+    source = {
+        "name": "own",
+        "language": "en",
+        "domain": "replay",
+        "path": name,
+        "weight": 1.0,
+        "kind": "self_replay",
+    }
+    (folder / "mix.yaml").write_text(
+        yaml.safe_dump({"seq_len": 32, "seed": 1, "sources": [source | keys]})
+    )
     return load_mix(folder / "mix.yaml")
 
 
-def test_the_same_seed_gives_the_same_text_and_another_seed_another(base: Path, folder: Path) -> None:
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(
+    base: Path, folder: Path
+) -> None:
     texts = {}
     for out, seed in (("a", "7"), ("b", "7"), ("c", "8")):
         assert replay(folder, base, out, "--seed", seed) == 0
-        texts[out] = [json.loads(line)["text"] for line in (folder / out / "plain.jsonl").read_text().splitlines()]
+        texts[out] = [
+            json.loads(line)["text"]
+            for line in (folder / out / "plain.jsonl").read_text().splitlines()
+        ]
     assert texts["a"] == texts["b"] != texts["c"] and len(texts["a"]) == len(PREFIXES)
-    assert all(text.startswith("Number ") and len(text) > len("Number 1 of the lamps") for text in texts["a"])
+    assert all(
+        text.startswith("Number ") and len(text) > len("Number 1 of the lamps")
+        for text in texts["a"]
+    )
     sidecars = [json.loads((folder / out / SIDECAR).read_text()) for out in "ab"]
     assert sidecars[0] == sidecars[1] and sidecars[0]["settings"]["sampling"]["seed"] == 7
     assert sidecars[0]["settings"]["sampling"]["temperature"] == 1.0
@@ -81,11 +109,25 @@ def test_whole_replies_become_conversations_and_others_are_left_out_and_counted(
     questions = ("--questions", str(folder / "questions.jsonl"))
     arguments = ["replay", "--model", str(base), "--out", str(folder / "replay"), *questions]
     assert main(arguments) == 0
-    records = [json.loads(line) for line in (folder / "replay" / "chat.jsonl").read_text().splitlines()]
-    assert [record["messages"][0]["content"] for record in records] == ["Why 0?", "Why 1?", "Why 3?"]
-    assert [(m["channel"], m["content"]) for m in records[0]["messages"][1:]] == [("analysis", "hm"), ("final", "42")]
-    assert json.loads((folder / "replay" / SIDECAR).read_text())["settings"]["left_out"] == {"plain": 0, "chat": 1}
-    built = build(mix_of(folder, "replay/chat.jsonl", format="harmony"), folder / "out", progress=False)
+    records = [
+        json.loads(line) for line in (folder / "replay" / "chat.jsonl").read_text().splitlines()
+    ]
+    assert [record["messages"][0]["content"] for record in records] == [
+        "Why 0?",
+        "Why 1?",
+        "Why 3?",
+    ]
+    assert [(m["channel"], m["content"]) for m in records[0]["messages"][1:]] == [
+        ("analysis", "hm"),
+        ("final", "42"),
+    ]
+    assert json.loads((folder / "replay" / SIDECAR).read_text())["settings"]["left_out"] == {
+        "plain": 0,
+        "chat": 1,
+    }
+    built = build(
+        mix_of(folder, "replay/chat.jsonl", format="harmony"), folder / "out", progress=False
+    )
     assert built.sources[0].documents == 3 and len(built.sources[0].base_model) == 32
 
 
@@ -96,10 +138,14 @@ def encode_text(prompt: list[int]) -> str:
 
 
 def run_from(path: Path | None) -> Any:
-    return types.SimpleNamespace(model=types.SimpleNamespace(path=path, init=None if path else "tiny"))
+    return types.SimpleNamespace(
+        model=types.SimpleNamespace(path=path, init=None if path else "tiny")
+    )
 
 
-def test_a_run_from_another_model_refuses_the_replay(base: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_run_from_another_model_refuses_the_replay(
+    base: Path, folder: Path, tmp_path: Path
+) -> None:
     assert replay(folder, base, "replay") == 0
     build(mix_of(folder), folder / "out", progress=False)
     data = BuiltData.open(folder / "out")
@@ -111,7 +157,9 @@ def test_a_run_from_another_model_refuses_the_replay(base: Path, folder: Path, t
             check_replay(run_from(path), data)
 
 
-def test_edited_text_or_text_without_its_sidecar_is_refused_at_build(base: Path, folder: Path) -> None:
+def test_edited_text_or_text_without_its_sidecar_is_refused_at_build(
+    base: Path, folder: Path
+) -> None:
     assert replay(folder, base, "replay") == 0
     path = folder / "replay" / "plain.jsonl"
     path.write_text(path.read_text() + json.dumps({"text": "a line of somebody else"}) + "\n")
@@ -125,9 +173,14 @@ def test_edited_text_or_text_without_its_sidecar_is_refused_at_build(base: Path,
 def test_a_request_that_cannot_be_right_is_refused(
     base: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["replay", "--model", str(base), "--out", str(folder / "x"), "--temperature", "0"]) == 78
+    assert (
+        main(["replay", "--model", str(base), "--out", str(folder / "x"), "--temperature", "0"])
+        == 78
+    )
     printed = capsys.readouterr().err
-    assert "--prefixes and --questions are both missing" in printed and "--temperature is 0" in printed
+    assert (
+        "--prefixes and --questions are both missing" in printed and "--temperature is 0" in printed
+    )
     (folder / "prefixes.jsonl").write_text("{}\n")
     assert replay(folder, base, "y") == 65
     with pytest.raises(ConfigError, match="writes JSONL, not format: text"):

@@ -1,6 +1,8 @@
-"""The head and token bookkeeping of Ulysses at sizes that need more processes than a test machine has.
+"""The head and token bookkeeping of Ulysses at sizes that need more processes than a test machine
+has.
 
-All ranks live in one process: what a rank sends is kept, and what it receives is put together from the others.
+All ranks live in one process: what a rank sends is kept, and what it receives is put together from
+the others.
 """
 
 from __future__ import annotations
@@ -18,10 +20,14 @@ HEADS, KV_HEADS, HEAD_DIM, LOCAL_TOKENS, BATCH = 64, 8, 4, 3, 2
 
 
 class SimulatedRank(Ulysses):
-    """A rank whose exchange runs in two passes: `outbox` is filled in the first, read by the others in the second."""
+    """A rank whose exchange runs in two passes: `outbox` is filled in the first, read by the others
+    in the second.
+    """
 
     def __init__(self, size: int, rank: int) -> None:
-        topology: Any = SimpleNamespace(sp_size=size, sp_rank=rank, sp_group=None, traffic=Traffic())
+        topology: Any = SimpleNamespace(
+            sp_size=size, sp_rank=rank, sp_group=None, traffic=Traffic()
+        )
         super().__init__(topology)
         self.outbox: torch.Tensor | None = None
         self.inbox: torch.Tensor | None = None
@@ -45,13 +51,18 @@ def exchanged(ranks: list[SimulatedRank], call: Any) -> list[Any]:
 def test_every_rank_gets_its_query_heads_and_the_key_value_head_they_use(size: int) -> None:
     generator = torch.Generator().manual_seed(size)
     tokens = size * LOCAL_TOKENS
-    q, k, v = (torch.randn(BATCH, n, tokens, HEAD_DIM, generator=generator) for n in (HEADS, KV_HEADS, KV_HEADS))
+    q, k, v = (
+        torch.randn(BATCH, n, tokens, HEAD_DIM, generator=generator)
+        for n in (HEADS, KV_HEADS, KV_HEADS)
+    )
     ranks = [SimulatedRank(size, rank) for rank in range(size)]
 
     def part(x: torch.Tensor, rank: SimulatedRank) -> torch.Tensor:
         return x[:, :, rank.rank * LOCAL_TOKENS : (rank.rank + 1) * LOCAL_TOKENS]
 
-    whole = exchanged(ranks, lambda rank: rank.exchange_qkv(part(q, rank), part(k, rank), part(v, rank)))
+    whole = exchanged(
+        ranks, lambda rank: rank.exchange_qkv(part(q, rank), part(k, rank), part(v, rank))
+    )
     heads, group = HEADS // size, HEADS // KV_HEADS
     for rank, (query, key, value) in zip(ranks, whole, strict=True):
         mine = list(range(rank.rank * heads, (rank.rank + 1) * heads))

@@ -12,7 +12,14 @@ import pytest
 import yaml
 
 from cpt.errors import ConfigError
-from cpt.planning.mix_curve import Probe, check_probes, describe, fit, largest_main_share, read_probe
+from cpt.planning.mix_curve import (
+    Probe,
+    check_probes,
+    describe,
+    fit,
+    largest_main_share,
+    read_probe,
+)
 
 SHARES = (0.02, 0.05, 0.1, 0.25, 0.5)
 TRUTH = {"english": (-4.0, -2.0), "code": (-2.0, -1.0)}
@@ -29,7 +36,10 @@ def probes(noise: float = 0.0, seed: int = 0, shares: tuple[float, ...] = SHARES
             steps=100,
             baseline={"english": 1.0, "code": 0.8},
             change={
-                domain: (a + b * math.log(share) + noise * float(generator.normal()), max(noise, 0.02))
+                domain: (
+                    a + b * math.log(share) + noise * float(generator.normal()),
+                    max(noise, 0.02),
+                )
                 for domain, (a, b) in TRUTH.items()
             },
             gain_percent=20.0,
@@ -53,19 +63,25 @@ def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 
 def test_single_run_is_within_its_interval_about_as_often_as_it_says() -> None:
-    """Three runs at each share; a run lies off the curve by its own error, so the curve's interval is not enough."""
+    """Three runs at each share; a run lies off the curve by its own error, so the curve's interval
+    is not enough.
+    """
     checks = [
         check
         for seed in range(60)
         for check in largest_main_share(probes(0.3, seed, shares=SHARES[2:] * 3), 1.0)["checks"]
     ]
     covered = sum(abs(check["measured"] - check["predicted"]) <= check["half"] for check in checks)
-    assert 0.93 <= covered / len(checks) < 1  # 95 % nominal, more because the misfit never makes an error smaller
+    assert (
+        0.93 <= covered / len(checks) < 1
+    )  # 95 % nominal, more because the misfit never makes an error smaller
 
 
 def test_points_off_the_curve_widen_the_interval() -> None:
     exact = fit(SHARES, [-2 * math.log(share) for share in SHARES], [0.1] * 5)
-    bent = fit(SHARES, [-2 * math.log(share) + 3 * (-1) ** i for i, share in enumerate(SHARES)], [0.1] * 5)
+    bent = fit(
+        SHARES, [-2 * math.log(share) + 3 * (-1) ** i for i, share in enumerate(SHARES)], [0.1] * 5
+    )
     assert bent.at(0.1)[1] > 10 * exact.at(0.1)[1]
 
 
@@ -88,7 +104,10 @@ def test_probe_left_out_is_predicted_from_the_others() -> None:
     ("change", "said"),
     [
         ({"steps": 50}, "steps is 50, probe-0.02 has 100"),
-        ({"baseline": {"english": 1.1, "code": 0.8}}, "other held-out text, or another untouched model"),
+        (
+            {"baseline": {"english": 1.1, "code": 0.8}},
+            "other held-out text, or another untouched model",
+        ),
         ({"main_language": "ko"}, "main_language is ko"),
     ],
 )
@@ -107,10 +126,15 @@ def test_too_few_shares_are_refused_and_one_without_replay_does_not_count() -> N
 def test_probe_is_read_from_what_a_run_leaves(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
     sources = [
-        {"name": name, "language": name, "domain": "web", "path": "t.jsonl", "weight": 0.5} for name in ("ja", "en")
+        {"name": name, "language": name, "domain": "web", "path": "t.jsonl", "weight": 0.5}
+        for name in ("ja", "en")
     ]
-    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"seq_len": 64, "seed": 1, "sources": sources}))
-    (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump({"data": {"mix": str(tmp_path / "mix.yaml")}}))
+    (tmp_path / "mix.yaml").write_text(
+        yaml.safe_dump({"seq_len": 64, "seed": 1, "sources": sources})
+    )
+    (tmp_path / "config.resolved.yaml").write_text(
+        yaml.safe_dump({"data": {"mix": str(tmp_path / "mix.yaml")}})
+    )
     guard = {"event": "guard", "language": "en", "baseline": 1.0, "ci_low": 0.5, "ci_high": 1.5}
     events = [
         {"event": "step", "step": 1, "tokens_by_source": {"ja": 60, "en": 40}},
@@ -122,6 +146,8 @@ def test_probe_is_read_from_what_a_run_leaves(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     probe = read_probe(tmp_path)
     assert (probe.replay_share, probe.main_language, probe.steps) == (pytest.approx(0.35), "ja", 2)
-    assert probe.change == {"english": (1.0, pytest.approx(1 / 3.92))} and probe.gain_percent == 12.0
+    assert (
+        probe.change == {"english": (1.0, pytest.approx(1 / 3.92))} and probe.gain_percent == 12.0
+    )
     with pytest.raises(ConfigError, match="No such file"):
         read_probe(tmp_path / "none")

@@ -22,7 +22,12 @@ from cpt.planning.search import SIMPLER_UNTIL, Layout, as_config, layouts, searc
 from cpt.planning.traffic import traffic
 from tests.support.launcher import ROOT
 
-FILES = ["--config", str(ROOT / "configs" / "gpt-oss-20b.yaml"), "--ds_config", str(ROOT / "ds_configs" / "z3_ep.json")]
+FILES = [
+    "--config",
+    str(ROOT / "configs" / "gpt-oss-20b.yaml"),
+    "--ds_config",
+    str(ROOT / "ds_configs" / "z3_ep.json"),
+]
 H100, ASSUMED = GPUS["h100"], Assumptions()
 
 
@@ -35,7 +40,9 @@ def model(name: str = "gpt-oss-20b") -> tuple[GptOssConfig, ParameterCounts]:
 @functools.cache
 def run_of(seq_len: int, rows: int) -> RunYaml:
     run, _ = load(Path(FILES[1]), Path(FILES[3]), {})
-    return dataclasses.replace(run, train=dataclasses.replace(run.train, seq_len=seq_len, global_batch_size=rows))
+    return dataclasses.replace(
+        run, train=dataclasses.replace(run.train, seq_len=seq_len, global_batch_size=rows)
+    )
 
 
 def layout(**changes: Any) -> Layout:
@@ -51,7 +58,9 @@ def layout(**changes: Any) -> Layout:
     return dataclasses.replace(plain, **changes)
 
 
-def estimated(gpus: int = 16, name: str = "gpt-oss-20b", seq_len: int = 4096, **changes: Any) -> Estimate:
+def estimated(
+    gpus: int = 16, name: str = "gpt-oss-20b", seq_len: int = 4096, **changes: Any
+) -> Estimate:
     config, counts = model(name)
     resolved = as_config(layout(**changes), run_of(seq_len, 512), config, gpus)
     return estimate(resolved, config, counts, H100, ASSUMED)
@@ -68,15 +77,23 @@ def estimated(gpus: int = 16, name: str = "gpt-oss-20b", seq_len: int = 4096, **
         ("gpt-oss-120b", 32768, 45.4),
     ],
 )
-def test_operations_of_a_token_are_those_counted_by_hand(name: str, seq_len: int, gigaflops: float) -> None:
+def test_operations_of_a_token_are_those_counted_by_hand(
+    name: str, seq_len: int, gigaflops: float
+) -> None:
     """Worked out from the model card's active parameters; rounded to 0.1 there."""
-    assert flops_per_token(model(name)[0], seq_len).total / 1e9 == pytest.approx(gigaflops, abs=0.051)
+    assert flops_per_token(model(name)[0], seq_len).total / 1e9 == pytest.approx(
+        gigaflops, abs=0.051
+    )
 
 
 def test_compute_alone_gives_the_tokens_that_the_peak_allows() -> None:
-    """40 % of 989 TFLOP/s over 22.9 GFLOPs is 17.3k tokens/s; recomputation leaves three quarters."""
+    """40 % of 989 TFLOP/s over 22.9 GFLOPs is 17.3k tokens/s; recomputation leaves three
+    quarters.
+    """
     tokens = 512 * 4096 / 16
-    assert tokens / estimated(activation_checkpointing=False).seconds["compute"] == pytest.approx(17_300, rel=0.005)
+    assert tokens / estimated(activation_checkpointing=False).seconds["compute"] == pytest.approx(
+        17_300, rel=0.005
+    )
     assert tokens / estimated().seconds["compute"] == pytest.approx(0.75 * 17_300, rel=0.005)
 
 
@@ -89,11 +106,16 @@ def test_state_of_16_bytes_per_parameter_is_divided_by_the_ranks() -> None:
 
 def test_nothing_leaves_a_node_of_eight() -> None:
     for ep_size, sp_size in ((1, 1), (8, 8), (4, 2)):
-        assert all(wire.inter == 0 for wire in estimated(gpus=8, ep_size=ep_size, sp_size=sp_size).wire.values())
+        assert all(
+            wire.inter == 0
+            for wire in estimated(gpus=8, ep_size=ep_size, sp_size=sp_size).wire.values()
+        )
 
 
 def test_experts_of_one_node_are_gathered_between_nodes_and_never_inside() -> None:
-    """Expert parallel 8 on two nodes: the other copy of an expert's shard lies on the other node."""
+    """Expert parallel 8 on two nodes: the other copy of an expert's shard lies on the other
+    node.
+    """
     config, counts = model()
     only_experts = dataclasses.replace(counts, dense=0, trained_dense=0)
     resolved = as_config(layout(ep_size=8), run_of(4096, 512), config, 16)
@@ -130,33 +152,48 @@ def test_imbalance_slows_experts_only() -> None:
 
 def test_offloading_moves_memory_from_device_to_host() -> None:
     plain = estimated(gpus=16)
-    moved = estimated(gpus=16, offloads=("offload_optimizer", "offload_param"), offload_checkpoints=True)
+    moved = estimated(
+        gpus=16, offloads=("offload_optimizer", "offload_param"), offload_checkpoints=True
+    )
     for part, copies in (("weights", 1), ("gradients", 2), ("optimizer", 1)):
         assert moved.memory[part] == 0 and moved.host[part] == copies * plain.memory[part]
     assert moved.nvme == plain.nvme == {}
     inputs = 24 * 4096 * 2880 * 2
     assert moved.host["layer inputs"] == inputs
     assert plain.memory["activations"] - moved.memory["activations"] == inputs * 22 // 24
-    assert moved.seconds["PCIe"] > 0 == plain.seconds["PCIe"] and moved.seconds["update"] > plain.seconds["update"]
+    assert (
+        moved.seconds["PCIe"] > 0 == plain.seconds["PCIe"]
+        and moved.seconds["update"] > plain.seconds["update"]
+    )
 
 
-@pytest.mark.parametrize(("name", "gpus", "seq_len"), [("gpt-oss-20b", 16, 131072), ("gpt-oss-120b", 64, 4096)])
-def test_layout_found_starts_and_no_layout_that_fits_is_clearly_faster(name: str, gpus: int, seq_len: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "gpus", "seq_len"), [("gpt-oss-20b", 16, 131072), ("gpt-oss-120b", 64, 4096)]
+)
+def test_layout_found_starts_and_no_layout_that_fits_is_clearly_faster(
+    name: str, gpus: int, seq_len: int
+) -> None:
     config, counts = model(name)
     run = run_of(seq_len, 64 if seq_len > 4096 else 512)
     found = search(run, config, counts, gpus, H100, ASSUMED)
     assert found is not None and found[1].fits
     rates = []
-    for other in [candidate for candidate in layouts(run, config, gpus) if candidate.micro_batch_size == 1]:
+    for other in [
+        candidate for candidate in layouts(run, config, gpus) if candidate.micro_batch_size == 1
+    ]:
         one = estimate(as_config(other, run, config, gpus), config, counts, H100, ASSUMED)
         rates.append(one.tokens_per_gpu_second if one.fits else 0.0)
     assert max(rates) <= SIMPLER_UNTIL * found[1].tokens_per_gpu_second
 
 
 def test_120b_needs_the_host_on_16_gpus_of_80_gb_and_nothing_but_gpus_on_64() -> None:
-    """State of 18 bytes per parameter is 2.1 TB: too much for 8, 131 GB each on 16, 33 GB each on 64."""
+    """State of 18 bytes per parameter is 2.1 TB: too much for 8, 131 GB each on 16, 33 GB each on
+    64.
+    """
     config, counts = model("gpt-oss-120b")
-    found = {gpus: search(run_of(4096, 512), config, counts, gpus, H100, ASSUMED) for gpus in (8, 16, 64)}
+    found = {
+        gpus: search(run_of(4096, 512), config, counts, gpus, H100, ASSUMED) for gpus in (8, 16, 64)
+    }
     assert found[8] is None and found[16] is not None and found[64] is not None
     assert "offload_optimizer" in found[16][0].offloads and found[64][0].offloads == ()
 
@@ -172,7 +209,15 @@ def test_one_point_shows_the_files_beside_the_best_layout(capsys: Any) -> None:
     assert plan("--gpus", "8", "--model", "gpt-oss-20b", "--seq_len", "4096") == 0
     printed = capsys.readouterr().out
     assert "as configured" in printed and "best found" in printed and '"autoep_size": 8' in printed
-    for row in ("optimizer", "ZeRO gather", "experts", "GFLOPs per token", "bottleneck", "tokens/s/GPU", "NVLink"):
+    for row in (
+        "optimizer",
+        "ZeRO gather",
+        "experts",
+        "GFLOPs per token",
+        "bottleneck",
+        "tokens/s/GPU",
+        "NVLink",
+    ):
         assert f"  {row}" in printed, row
     assert "computing reaches 40% of it (assumed" in printed and "routing: balanced" in printed
 
@@ -180,18 +225,33 @@ def test_one_point_shows_the_files_beside_the_best_layout(capsys: Any) -> None:
 def test_many_points_are_a_table_and_a_plot(tmp_path: Path, capsys: Any) -> None:
     svg = tmp_path / "cost.svg"
     sizes = ["--seq_len", "4096", "32768", "--batch_tokens", str(2**22), "--plot", str(svg)]
-    assert plan("--gpus", "8", "64", "--gpu", "h200", "--model", "gpt-oss-20b", "gpt-oss-120b", *sizes) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  gpt-oss")]
+    assert (
+        plan("--gpus", "8", "64", "--gpu", "h200", "--model", "gpt-oss-20b", "gpt-oss-120b", *sizes)
+        == 0
+    )
+    lines = [
+        line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("  gpt-oss")
+    ]
     points = itertools.product(("gpt-oss-20b", "gpt-oss-120b"), ("4096", "32768"), ("8", "64"))
     assert [line[:3] for line in lines] == [list(point) for point in points]
-    assert "Computed, not measured: H200" in svg.read_text() and svg.read_text().count(">20b, 32,768<") == 2
+    assert (
+        "Computed, not measured: H200" in svg.read_text()
+        and svg.read_text().count(">20b, 32,768<") == 2
+    )
 
 
 def test_configuration_that_does_not_start_is_told_beside_the_best_layout(capsys: Any) -> None:
-    """64 rows cannot be divided among 128 data-parallel ranks; two ranks that share a row can take them."""
+    """64 rows cannot be divided among 128 data-parallel ranks; two ranks that share a row can take
+    them.
+    """
     assert plan("--gpus", "128", "--model", "gpt-oss-20b") == 0
     printed = capsys.readouterr().out
-    assert "as configured it does not start on 128 GPUs:" in printed and "global_batch_size=64 rows" in printed
+    assert (
+        "as configured it does not start on 128 GPUs:" in printed
+        and "global_batch_size=64 rows" in printed
+    )
     assert "best found" in printed and '"sequence_parallel_size": 2' in printed
 
 
@@ -204,7 +264,10 @@ def test_options_that_make_no_sense_are_refused_together(capsys: Any) -> None:
     wrong = ["--mfu", "1.5", "--overlap", "2", "--imbalance", "0.5"]
     assert plan("--gpus", "0", "--model", "gpt-oss-20b", *wrong) == 78
     told = capsys.readouterr().err
-    assert all(option in told for option in ("--gpus", "--mfu is 1.5", "--overlap is 2", "--imbalance is 0.5"))
+    assert all(
+        option in told
+        for option in ("--gpus", "--mfu is 1.5", "--overlap is 2", "--imbalance is 0.5")
+    )
 
 
 def test_rows_that_do_not_divide_a_step_are_refused(capsys: Any) -> None:

@@ -76,15 +76,24 @@ def test_malformed_fault_is_a_bad_configuration(plan, entry: str, message: str) 
 
 
 def test_killgroup_ends_the_ranks_of_this_run_and_nothing_else(tmp_path: Path) -> None:
-    """Three children of one parent: two ranks of a run, of which one strikes, and one of another run."""
+    """Three children of one parent: two ranks of a run, of which one strikes, and one of another
+    run.
+    """
     script = tmp_path / "rank.py"
     script.write_text(
         "import sys, time\nfrom cpt.resilience.faults import fault_point\nfault_point('forward', 1)\ntime.sleep(60)\n"
     )
 
     def rank(number: int, port: int, fault: str) -> subprocess.Popen[bytes]:
-        environment = {"RANK": str(number), "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "CPT_FAULT": fault}
-        return subprocess.Popen([sys.executable, str(script)], env={**environment, "CPT_ALLOW_FAULTS": "1"})
+        environment = {
+            "RANK": str(number),
+            "MASTER_PORT": str(port),
+            "PYTHONPATH": str(ROOT),
+            "CPT_FAULT": fault,
+        }
+        return subprocess.Popen(
+            [sys.executable, str(script)], env={**environment, "CPT_ALLOW_FAULTS": "1"}
+        )
 
     strange, peer = rank(0, 4001, ""), rank(0, 4002, "")
     striking = rank(1, 4002, "forward:1:1:killgroup")

@@ -16,7 +16,9 @@ def beat(count: int, phase: str = "backward", step: int = 12, tick: float = 0.0)
     return Beat(count=count, phase=phase, step=step, tick=tick, pid=1, host="node")
 
 
-def watch(looks: Sequence[Sequence[Beat]], *, ratio: float = 2.0, median: float | None = 1.0) -> Observer:
+def watch(
+    looks: Sequence[Sequence[Beat]], *, ratio: float = 2.0, median: float | None = 1.0
+) -> Observer:
     """One look a second."""
     observer = Observer(len(looks[0]), LIMITS, ratio)
     for now, beats in enumerate(looks):
@@ -42,14 +44,24 @@ def test_stopped_process_is_named_although_all_stand_still_in_the_same_collectiv
 
 
 def test_rank_that_runs_but_is_behind_is_named() -> None:
-    hung = still(11, (41, "forward", 12, True), (40, "data", 12, True), (41, "forward", 12, True)).hung(11.0)
-    assert hung is not None and hung.ranks == [1] and "rank 1 last seen in phase=data step=12, not moving" in hung.text
+    hung = still(
+        11, (41, "forward", 12, True), (40, "data", 12, True), (41, "forward", 12, True)
+    ).hung(11.0)
+    assert (
+        hung is not None
+        and hung.ranks == [1]
+        and "rank 1 last seen in phase=data step=12, not moving" in hung.text
+    )
     assert "2 in phase=forward step=12" in hung.text
 
 
 def test_deadlock_of_all_names_no_rank() -> None:
     hung = still(11, (40, "gradient", 3, True), (40, "gradient", 3, True)).hung(11.0)
-    assert hung is not None and hung.ranks == [] and "no rank is behind: all are in phase=gradient step=3" in hung.text
+    assert (
+        hung is not None
+        and hung.ranks == []
+        and "no rank is behind: all are in phase=gradient step=3" in hung.text
+    )
 
 
 def test_nobody_hangs_within_the_limit_and_long_phases_have_their_own() -> None:
@@ -72,10 +84,14 @@ def test_observer_that_was_stopped_itself_accuses_nobody() -> None:
 
 @pytest.mark.parametrize(("seconds", "reported"), [(1, False), (3, True)])
 def test_straggler_is_reported_with_rank_and_ratio(seconds: int, reported: bool) -> None:
-    waiting = [[beat(41, "forward", 12), beat(40, "data", 12), beat(41, "forward", 12)]] * (seconds + 1)
+    waiting = [[beat(41, "forward", 12), beat(40, "data", 12), beat(41, "forward", 12)]] * (
+        seconds + 1
+    )
     done = [[beat(48, "data", 13)] * 3]
     found = watch([[beat(40, "data", 12)] * 3, *waiting, *done], ratio=3.0).take_stragglers()
-    assert [(s.rank, s.step, s.phase, s.ratio) for s in found] == ([(1, 12, "data", 4.0)] if reported else [])
+    assert [(s.rank, s.step, s.phase, s.ratio) for s in found] == (
+        [(1, 12, "data", 4.0)] if reported else []
+    )
     if reported:
         assert found[0].describe() == (
             "straggler: rank 1 took 4.0 x the median step in step 12 (3.0 s behind in phase=data)"
@@ -83,10 +99,16 @@ def test_straggler_is_reported_with_rank_and_ratio(seconds: int, reported: bool)
 
 
 def test_straggler_is_named_with_the_phase_that_lost_most_of_the_time() -> None:
-    """The last one seen was once named: a rank that slept over its data was told to be slow in forward."""
+    """The last one seen was once named: a rank that slept over its data was told to be slow in
+    forward.
+    """
     ahead = beat(42, "backward", 12)
-    looks = [[ahead, beat(40, "data", 12), ahead]] * 6 + [[ahead, beat(41, "forward", 12), ahead]] * 3
-    (found,) = watch([[beat(40, "data", 12)] * 3, *looks, [beat(48, "data", 13)] * 3], ratio=3.0).take_stragglers()
+    looks = [[ahead, beat(40, "data", 12), ahead]] * 6 + [
+        [ahead, beat(41, "forward", 12), ahead]
+    ] * 3
+    (found,) = watch(
+        [[beat(40, "data", 12)] * 3, *looks, [beat(48, "data", 13)] * 3], ratio=3.0
+    ).take_stragglers()
     assert (found.phase, found.seconds) == ("data", 7.0)
 
 

@@ -38,7 +38,9 @@ def test_second_job_is_refused_and_told_who_is_at_work(tmp_path: Path) -> None:
         take_lock(tmp_path)
     text = str(caught.value)
     assert caught.value.exit_code == 78
-    assert f"in use by process {os.getpid()} on {socket.gethostname()}: the process is running" in text
+    assert (
+        f"in use by process {os.getpid()} on {socket.gethostname()}: the process is running" in text
+    )
     assert str(tmp_path / LOCK) in text
     lock.release()
     take_lock(tmp_path).release()
@@ -72,7 +74,9 @@ def test_holder_elsewhere_counts_as_alive_while_its_lock_is_fresh(tmp_path: Path
     take_lock(tmp_path).release()
 
 
-def test_requeued_job_takes_over_from_its_earlier_start_on_another_node(tmp_path: Path, monkeypatch) -> None:
+def test_requeued_job_takes_over_from_its_earlier_start_on_another_node(
+    tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     leave_lock(tmp_path, host="node7", machine="another boot")

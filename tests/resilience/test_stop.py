@@ -11,13 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from cpt.resilience.stop import LEAVE_BEFORE_END_SECONDS, Deadline, StopRequest, launcher_links, parent_of
+from cpt.resilience.stop import (
+    LEAVE_BEFORE_END_SECONDS,
+    Deadline,
+    StopRequest,
+    launcher_links,
+    parent_of,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_signals_are_noted_and_nothing_else_happens() -> None:
@@ -37,7 +45,10 @@ for number in SIGNALS:
 
 
 def test_noting_signals_needs_no_heavy_import() -> None:
-    assert run_python("import cpt.resilience.stop, sys; sys.exit('torch' in sys.modules)").returncode == 0
+    assert (
+        run_python("import cpt.resilience.stop, sys; sys.exit('torch' in sys.modules)").returncode
+        == 0
+    )
 
 
 def test_stop_file_is_seen_by_the_rank_that_watches_and_consumed(tmp_path: Path) -> None:
@@ -52,8 +63,12 @@ def test_stop_file_is_seen_by_the_rank_that_watches_and_consumed(tmp_path: Path)
 
 
 def test_end_of_the_job_is_a_request_some_time_before(tmp_path: Path) -> None:
-    soon, later = (StopRequest({"SLURM_JOB_END_TIME": str(int(time.time() + left))}) for left in (2000, 4000))
-    soon.watch_run(tmp_path, 10_000)  # a quarter of what is left at most: the request comes 500 s before the end
+    soon, later = (
+        StopRequest({"SLURM_JOB_END_TIME": str(int(time.time() + left))}) for left in (2000, 4000)
+    )
+    soon.watch_run(
+        tmp_path, 10_000
+    )  # a quarter of what is left at most: the request comes 500 s before the end
     later.watch_run(tmp_path, 300)
     assert not soon.requested() and not later.requested()
     soon._job_end = soon._stop_at = time.time() + 0.0
@@ -63,7 +78,10 @@ def test_end_of_the_job_is_a_request_some_time_before(tmp_path: Path) -> None:
 def test_leaving_may_not_take_longer_than_the_job_lasts() -> None:
     assert StopRequest({}).seconds_to_leave(540) == 540
     end = str(int(time.time() + 100))
-    assert StopRequest({"SLURM_JOB_END_TIME": end}).seconds_to_leave(540) <= 100 - LEAVE_BEFORE_END_SECONDS
+    assert (
+        StopRequest({"SLURM_JOB_END_TIME": end}).seconds_to_leave(540)
+        <= 100 - LEAVE_BEFORE_END_SECONDS
+    )
     assert StopRequest({"SLURM_JOB_END_TIME": "1"}).seconds_to_leave(540) == 1
 
 
@@ -99,17 +117,24 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize(("name", "watched"), [("deepspeed", True), ("my_deepspeed_script", False)])
-def test_lost_launcher_is_a_request_and_an_end_by_force(tmp_path: Path, name: str, watched: bool) -> None:
+def test_lost_launcher_is_a_request_and_an_end_by_force(
+    tmp_path: Path, name: str, watched: bool
+) -> None:
     script = tmp_path / name
     script.write_text(LAUNCHER, encoding="utf-8")
     output = tmp_path / "output"
     with open(output, "w", encoding="utf-8") as out:
         command = [sys.executable, str(script), RANK]
-        launcher = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=out)
+        launcher = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=out
+        )
 
     def wait_for(lines: int) -> list[str]:
         deadline = time.monotonic() + 30
-        while len(found := output.read_text(encoding="utf-8").splitlines()) < lines and time.monotonic() < deadline:
+        while (
+            len(found := output.read_text(encoding="utf-8").splitlines()) < lines
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         return found
 
@@ -121,7 +146,11 @@ def test_lost_launcher_is_a_request_and_an_end_by_force(tmp_path: Path, name: st
         if watched:
             assert wait_for(3)[2] == "the launcher is gone"
             deadline = time.monotonic() + 20
-            while (parent := parent_of(rank)) is not None and is_running(rank) and time.monotonic() < deadline:
+            while (
+                (parent := parent_of(rank)) is not None
+                and is_running(rank)
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.1)
             assert parent is None or not is_running(rank)
         else:
@@ -134,7 +163,10 @@ def test_lost_launcher_is_a_request_and_an_end_by_force(tmp_path: Path, name: st
 
 def is_running(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+            != "Z"
+        )
     except OSError:
         return False
 

@@ -1,4 +1,6 @@
-"""A Slurm for all tests of this folder; a machine without one is told so, and fails where CI promised to install it."""
+"""A Slurm for all tests of this folder; a machine without one is told so, and fails where CI
+promised to install it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.slurm_cluster import MISSING, Cluster, make_slurm_workplace, require_slurm, running_cluster
+from tests.support.slurm_cluster import (
+    MISSING,
+    Cluster,
+    make_slurm_workplace,
+    require_slurm,
+    running_cluster,
+)
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +33,11 @@ def slurm_workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = [report for report in terminalreporter.stats.get("skipped", []) if MISSING in str(report.longrepr)]
+    skipped = [
+        report
+        for report in terminalreporter.stats.get("skipped", [])
+        if MISSING in str(report.longrepr)
+    ]
     if skipped:
         text = f"{len(skipped)} SLURM TESTS DID NOT RUN: {MISSING}. Debian: apt-get install slurm-wlm munge"
         terminalreporter.write_line(text, red=True, bold=True)

@@ -1,7 +1,8 @@
 """The job templates under bash, with stand-ins for what a machine without a cluster lacks.
 
-A stand-in writes its words to `calls`, one call a line.  The stand-in for `deepspeed` ends with DEEPSPEED_EXIT; with
-DEEPSPEED_OBEYS it waits for the STOP file first and removes it, as the real run does.
+A stand-in writes its words to `calls`, one call a line.  The stand-in for `deepspeed` ends with
+DEEPSPEED_EXIT; with DEEPSPEED_OBEYS it waits for the STOP file first and removes it, as the real
+run does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import pytest
 
 from tests.support.launcher import ROOT
 
-SCRIPTS = sorted(path for path in (ROOT / "slurm").rglob("*") if path.suffix in (".sh", ".sbatch", ".pbs"))
+SCRIPTS = sorted(
+    path for path in (ROOT / "slurm").rglob("*") if path.suffix in (".sh", ".sbatch", ".pbs")
+)
 
 RECORD = 'echo "$(basename "$0") $*" >>"$CALLS"\n'
 DEEPSPEED = (
@@ -54,7 +57,9 @@ class Bench:
         """Words of each call of a stand-in."""
         path = self.folder / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [line.removeprefix(f"{program} ") for line in lines if line.startswith(f"{program} ")]
+        return [
+            line.removeprefix(f"{program} ") for line in lines if line.startswith(f"{program} ")
+        ]
 
     def start(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -76,7 +81,9 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     programs = {"srun": SRUN, "mpirun": MPIRUN, "apptainer": CONTAINER, "qsub": RECORD}
-    programs["scontrol"] = RECORD + 'if [[ "$1" == show ]]; then echo "  NodeAddr=10.0.0.7 X=1"; fi\n'
+    programs["scontrol"] = (
+        RECORD + 'if [[ "$1" == show ]]; then echo "  NodeAddr=10.0.0.7 X=1"; fi\n'
+    )
     for name, text in programs.items():
         write_program(tmp_path / "bin" / name, text)
     write_program(tmp_path / "venv" / "bin" / "deepspeed", DEEPSPEED)
@@ -110,7 +117,9 @@ def write_program(path: Path, text: str) -> None:
 def test_script_is_sound_bash(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
     if shutil.which("shellcheck"):
-        found = subprocess.run(["shellcheck", "-x", str(path)], cwd=ROOT, capture_output=True, text=True)
+        found = subprocess.run(
+            ["shellcheck", "-x", str(path)], cwd=ROOT, capture_output=True, text=True
+        )
         assert found.returncode == 0, found.stdout
 
 
@@ -136,7 +145,9 @@ def test_there_is_a_template_for_every_scheduler() -> None:
         ("0", "0", False, "done"),
     ],
 )
-def test_only_75_within_the_cap_is_queued_again(bench, code: str, restarts: str, queued: bool, word: str) -> None:
+def test_only_75_within_the_cap_is_queued_again(
+    bench, code: str, restarts: str, queued: bool, word: str
+) -> None:
     variables = {"DEEPSPEED_EXIT": code, "SLURM_RESTART_COUNT": restarts, "CPT_MAX_RESTARTS": "2"}
     ended, output = bench.run("train.sbatch", **variables)
     assert (ended, "requeue 17" in bench.calls("scontrol")) == (int(code), queued), output
@@ -146,13 +157,18 @@ def test_only_75_within_the_cap_is_queued_again(bench, code: str, restarts: str,
 def test_launcher_is_told_nodes_ranks_and_address_without_ssh(bench: Bench) -> None:
     bench.run("train.sbatch", SLURM_NNODES="2", CUDA_VISIBLE_DEVICES="4,5")
     (call,) = bench.calls("deepspeed")
-    assert "--include node0:4,5@node1:0,1 --no_ssh --node_rank 0 --master_addr 10.0.0.7 --master_port " in call
+    assert (
+        "--include node0:4,5@node1:0,1 --no_ssh --node_rank 0 --master_addr 10.0.0.7 --master_port "
+        in call
+    )
     assert call.endswith(
         f"cpt/run.py --ds_config ds.json --config run.yaml --run_dir {bench.run_dir} --set data.note=two words"
     )
     assert bench.calls("host") == ["file node0 slots=1024 node1 slots=1024 "]
     (srun,) = bench.calls("srun")
-    assert srun.startswith("--nodes=2 --ntasks=2 --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0")
+    assert srun.startswith(
+        "--nodes=2 --ntasks=2 --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0"
+    )
 
 
 def test_exit_0_is_not_believed_without_the_last_step(bench: Bench) -> None:
@@ -170,7 +186,9 @@ def test_signal_to_the_job_script_becomes_a_stop_file_and_reaches_no_launcher(be
     assert bench.calls("job") == ["17: got SIGTERM"]
 
 
-def test_own_stop_file_of_an_earlier_start_is_removed_and_that_of_a_person_obeyed(bench: Bench) -> None:
+def test_own_stop_file_of_an_earlier_start_is_removed_and_that_of_a_person_obeyed(
+    bench: Bench,
+) -> None:
     bench.run_dir.mkdir()
     (bench.run_dir / "STOP").write_text("job 17: got SIGUSR1\n")
     code, output = bench.run("train.sbatch", DEEPSPEED_EXIT="0")
@@ -181,7 +199,9 @@ def test_own_stop_file_of_an_earlier_start_is_removed_and_that_of_a_person_obeye
 
 
 def test_ranks_without_launcher_that_do_not_stop_are_killed(bench: Bench) -> None:
-    write_program(bench.folder / "venv" / "bin" / "deepspeed", 'sleep 600 &\necho $! >"$CALLS.pid"\nexit 0\n')
+    write_program(
+        bench.folder / "venv" / "bin" / "deepspeed", 'sleep 600 &\necho $! >"$CALLS.pid"\nexit 0\n'
+    )
     code, output = bench.run("train.sbatch", STATUS_EXIT="70", CPT_SAVE_SECONDS="1")
     assert code == 70 and "ranks still run after CPT_SAVE_SECONDS=1: killing them" in output, output
     orphan = int((bench.folder / "calls.pid").read_text())
@@ -196,11 +216,18 @@ def test_ranks_without_launcher_that_do_not_stop_are_killed(bench: Bench) -> Non
         ("age/train.sh", {"JOB_ID": "17", "NHOSTS": "2"}),
     ],
 )
-def test_pbs_and_age_stop_before_the_limit_and_submit_themselves_again(bench: Bench, script: str, scheduler) -> None:
+def test_pbs_and_age_stop_before_the_limit_and_submit_themselves_again(
+    bench: Bench, script: str, scheduler
+) -> None:
     (bench.folder / "nodes").write_text("a\nb\na\nb\n")
     scheduler = {**scheduler, "PBS_NODEFILE": str(bench.folder / "nodes"), "SLURMD_NODENAME": ""}
-    variables = {"CPT_RANKS_PER_NODE": "4", "CPT_STOP_AFTER_SECONDS": "2", "CPT_SUBMIT": "qsub -g us"}
-    # both "nodes" share the folder, and one of them removes the STOP file, so only one may wait for it
+    variables = {
+        "CPT_RANKS_PER_NODE": "4",
+        "CPT_STOP_AFTER_SECONDS": "2",
+        "CPT_SUBMIT": "qsub -g us",
+    }
+    # both "nodes" share the folder, and one of them removes the STOP file, so only one may wait for
+    # it
     write_program(
         bench.folder / "venv" / "bin" / "deepspeed",
         DEEPSPEED.replace("while", '[[ "$*" == *"--node_rank 1"* ]] && exit 75\nwhile'),
@@ -219,15 +246,22 @@ def test_pbs_and_age_stop_before_the_limit_and_submit_themselves_again(bench: Be
 
 def test_apptainer_and_pyxis_get_repository_binds_and_image(bench: Bench) -> None:
     shared = {"CPT_IMAGE": "cpt.sif", "CPT_BINDS": "/data /scratch", "DEEPSPEED_EXIT": "0"}
-    inside = {"PATH": f"{bench.folder}/venv/bin:{bench.variables['PATH']}"}  # the container brings its own
+    inside = {
+        "PATH": f"{bench.folder}/venv/bin:{bench.variables['PATH']}"
+    }  # the container brings its own
     code, output = bench.run("train.sbatch", CPT_CONTAINER="apptainer", **shared, **inside)
     assert code == 0, output
-    words = f"exec --nv --pwd {ROOT} --bind {ROOT} --bind /data --bind /scratch cpt.sif env CPT_ENV="
+    words = (
+        f"exec --nv --pwd {ROOT} --bind {ROOT} --bind /data --bind /scratch cpt.sif env CPT_ENV="
+    )
     assert bench.calls("apptainer")[0].startswith(words)
     code, output = bench.run("train.sbatch", CPT_CONTAINER="pyxis", **shared, **inside)
     assert code == 0, output
     mounts = f"{ROOT}:{ROOT},/data:/data,/scratch:/scratch"
-    assert f"--container-image=cpt.sif --container-mounts={mounts} --container-workdir={ROOT}" in bench.calls("srun")[1]
+    assert (
+        f"--container-image=cpt.sif --container-mounts={mounts} --container-workdir={ROOT}"
+        in bench.calls("srun")[1]
+    )
 
 
 def test_guard_job_measures_one_step_and_asks_nothing_of_the_run(bench: Bench) -> None:
@@ -243,29 +277,45 @@ def test_guard_job_measures_one_step_and_asks_nothing_of_the_run(bench: Bench) -
 def test_export_and_data_jobs_run_in_the_same_environment(bench: Bench) -> None:
     assert bench.run("export.sbatch", "out", "--format", "mxfp4")[0] == 0
     array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0"}
-    assert bench.run("prepare_data.sbatch", "mix.yaml", "out", **array, SLURM_ARRAY_TASK_MAX="3")[0] == 0
-    code, output = bench.run("prepare_data.sbatch", "mix.yaml", "out", **array, SLURM_ARRAY_TASK_MAX="7")
+    assert (
+        bench.run("prepare_data.sbatch", "mix.yaml", "out", **array, SLURM_ARRAY_TASK_MAX="3")[0]
+        == 0
+    )
+    code, output = bench.run(
+        "prepare_data.sbatch", "mix.yaml", "out", **array, SLURM_ARRAY_TASK_MAX="7"
+    )
     assert code == 78 and "--array must be 0-N without gaps, is 0-7 with 4 tasks" in output
     assert bench.calls("python") == [
         f"-m cpt.cli export --run_dir {bench.run_dir} --out out --format mxfp4",
         "-m data_pipeline build mix.yaml --out out --workers 1 --share 3/4",
     ]
-    assert bench.run("export.sbatch", "--step")[0] == 78 and bench.run("prepare_data.sbatch", "mix.yaml")[0] == 78
+    assert (
+        bench.run("export.sbatch", "--step")[0] == 78
+        and bench.run("prepare_data.sbatch", "mix.yaml")[0] == 78
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"CPT_ENV": "/no/env.sh"}, "/no/env.sh is not there. Run  cp slurm/env.example.sh slurm/env.sh  and edit it."),
+        (
+            {"CPT_ENV": "/no/env.sh"},
+            "/no/env.sh is not there. Run  cp slurm/env.example.sh slurm/env.sh  and edit it.",
+        ),
         ({"CPT_RUN_DIR": ""}, "CPT_RUN_DIR is empty"),
         ({"CPT_MAX_RESTARTS": "many"}, "CPT_MAX_RESTARTS is 'many', must be a whole number."),
-        ({"CPT_CONTAINER": "docker"}, "CPT_CONTAINER is 'docker', must be none, apptainer, singularity or pyxis."),
+        (
+            {"CPT_CONTAINER": "docker"},
+            "CPT_CONTAINER is 'docker', must be none, apptainer, singularity or pyxis.",
+        ),
         ({"CPT_CONTAINER": "pyxis"}, "CPT_CONTAINER=pyxis needs CPT_IMAGE."),
         ({"CPT_VENV": "/no/venv"}, "CPT_VENV=/no/venv has no bin/python"),
         ({"SLURM_GPUS_ON_NODE": ""}, "the job has no GPUs and CPT_RANKS_PER_NODE is not set."),
     ],
 )
-def test_settings_that_cannot_be_right_are_refused_and_not_queued_again(bench: Bench, settings, said: str) -> None:
+def test_settings_that_cannot_be_right_are_refused_and_not_queued_again(
+    bench: Bench, settings, said: str
+) -> None:
     code, output = bench.run("train.sbatch", **settings)
     assert code == 78 and said in output
     assert not bench.calls("srun") and not bench.calls("scontrol")

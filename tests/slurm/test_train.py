@@ -1,4 +1,6 @@
-"""The shipped train.sbatch under a real Slurm: stopped, requeued, robbed of its launcher, and finished all the same."""
+"""The shipped train.sbatch under a real Slurm: stopped, requeued, robbed of its launcher, and
+finished all the same.
+"""
 
 from __future__ import annotations
 
@@ -38,23 +40,34 @@ def processes(run_dir: Path, module: str = "") -> dict[int, str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, slurm_workplace: Path) -> int:
-    """A job on one node with two GPUs and the guard on; the two jobs that nothing waits for share its time."""
+    """A job on one node with two GPUs and the guard on; the two jobs that nothing waits for share
+    its time.
+    """
     guarded = slurm_workplace / "guarded.yaml"
-    guarded.write_text((slurm_workplace / "run.yaml").read_text().replace("enabled: false", "enabled: true"))
+    guarded.write_text(
+        (slurm_workplace / "run.yaml").read_text().replace("enabled: false", "enabled: true")
+    )
     settings = {"CPT_CONFIG": str(guarded)}
     return submit_training(cluster, slurm_workplace, "undisturbed", "--gpus-per-node=2", **settings)
 
 
 @pytest.fixture(scope="module")
 def robbed(cluster: Cluster, slurm_workplace: Path, undisturbed: int) -> int:
-    """A job that sleeps in step 3, so that something can happen to it there, and may not restart."""
+    """A job that sleeps in step 3, so that something can happen to it there, and may not
+    restart.
+    """
     faults = {"CPT_FAULT": "forward:*:3:sleep=6", "CPT_MAX_RESTARTS": "0"}
     return submit_training(cluster, slurm_workplace, "robbed", "--gpus-per-node=2", **faults)
 
 
 @pytest.mark.slow
-@pytest.mark.case("S6", "all ranks save and stop, no orphan, the job is not called done; the cap on restarts holds")
-def test_ranks_that_lost_their_launcher_save_and_nothing_is_left(cluster, slurm_workplace, robbed) -> None:
+@pytest.mark.case(
+    "S6",
+    "all ranks save and stop, no orphan, the job is not called done; the cap on restarts holds",
+)
+def test_ranks_that_lost_their_launcher_save_and_nothing_is_left(
+    cluster, slurm_workplace, robbed
+) -> None:
     run_dir = slurm_workplace / "robbed"
     cluster.wait_for(robbed, "step=3 action=sleep", times=2)
     (launcher,) = processes(run_dir, "bin/deepspeed")
@@ -71,15 +84,25 @@ def test_ranks_that_lost_their_launcher_save_and_nothing_is_left(cluster, slurm_
 def test_finished_job_is_called_done(cluster, slurm_workplace, undisturbed) -> None:
     fields = cluster.wait(undisturbed)
     output = cluster.output(undisturbed)
-    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("COMPLETED", "0:0", "0"), output
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == (
+        "COMPLETED",
+        "0:0",
+        "0",
+    ), output
     assert f"finished, step {STEPS} of {STEPS} is saved" in output and "1 nodes x 2 ranks" in output
     assert (slurm_workplace / "undisturbed").stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.case("S5", "USR1: save, exit 75, one requeue, finished; final weights bit-identical")
-@pytest.mark.case("S8", "launcher ended with 0, run not called done: ranks save, requeue, same final weights")
-@pytest.mark.case("X4", "in no line of a job's output, no file of the run directory, no command line")
-def test_job_on_two_nodes_survives_a_signal_and_a_killed_launcher(cluster, slurm_workplace, undisturbed) -> None:
+@pytest.mark.case(
+    "S8", "launcher ended with 0, run not called done: ranks save, requeue, same final weights"
+)
+@pytest.mark.case(
+    "X4", "in no line of a job's output, no file of the run directory, no command line"
+)
+def test_job_on_two_nodes_survives_a_signal_and_a_killed_launcher(
+    cluster, slurm_workplace, undisturbed
+) -> None:
     """Start 0 is asked to stop in step 2, start 1 loses a launcher in step 4, start 2 finishes."""
     run_dir = slurm_workplace / "two-nodes"
     settings = {
@@ -98,7 +121,11 @@ def test_job_on_two_nodes_survives_a_signal_and_a_killed_launcher(cluster, slurm
     os.kill(victim, signal.SIGKILL)
     fields = cluster.wait(job)
     output = cluster.output(job)
-    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("COMPLETED", "0:0", "2"), output
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == (
+        "COMPLETED",
+        "0:0",
+        "2",
+    ), output
     assert "got SIGUSR1: wrote" in output and output.count("saved and queued again") == 2
     assert "the launcher ended with 0, but the run is not finished" in output
     assert "the launcher of node 1 ended with 0 and left its ranks behind" in output
@@ -123,20 +150,35 @@ def test_bad_configuration_is_not_queued_again(cluster, slurm_workplace) -> None
     job = submit_training(cluster, slurm_workplace, "typo", "--gpus-per-node=1", **settings)
     fields = cluster.wait(job)
     output = cluster.output(job)
-    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "78:0", "0"), output
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == (
+        "FAILED",
+        "78:0",
+        "0",
+    ), output
     assert "exit code 78: not queued again" in output
     assert "zero_optimisation is not a known key" in output
 
 
-def test_data_array_export_and_guard_jobs_do_what_one_process_does(cluster, slurm_workplace, undisturbed) -> None:
+def test_data_array_export_and_guard_jobs_do_what_one_process_does(
+    cluster, slurm_workplace, undisturbed
+) -> None:
     small = ("--cpus-per-task=1", "--mem=0")
-    variables = {"CPT_ENV": f"{slurm_workplace}/env.sh", "CPT_RUN_DIR": f"{slurm_workplace}/undisturbed"}
+    variables = {
+        "CPT_ENV": f"{slurm_workplace}/env.sh",
+        "CPT_RUN_DIR": f"{slurm_workplace}/undisturbed",
+    }
     cluster.wait(undisturbed)
-    build = ("slurm/prepare_data.sbatch", f"{slurm_workplace}/mix.yaml", f"{slurm_workplace}/by-array")
+    build = (
+        "slurm/prepare_data.sbatch",
+        f"{slurm_workplace}/mix.yaml",
+        f"{slurm_workplace}/by-array",
+    )
     array = cluster.submit("--array=0-1", *small, *build, **variables)
     last = cluster.submit(f"--dependency=afterok:{array}", *small, *build, **variables)
     out = slurm_workplace / "exported"
-    export = cluster.submit(*small, "slurm/export.sbatch", str(out), "--format", "fp32", **variables)
+    export = cluster.submit(
+        *small, "slurm/export.sbatch", str(out), "--format", "fp32", **variables
+    )
     measuring = {**variables, "CPT_CONFIG": f"{slurm_workplace}/guarded.yaml"}
     guard = cluster.submit("--gpus-per-node=1", "slurm/guard.sbatch", str(STEPS), **measuring)
     for job in (export, last, guard):
@@ -147,7 +189,11 @@ def test_data_array_export_and_guard_jobs_do_what_one_process_does(cluster, slur
     assert "weights after step 6" in cluster.output(guard)
     run_dir = slurm_workplace / "undisturbed"
     measured = json.loads((run_dir / "guard" / f"measured-{STEPS:08d}.json").read_text())["domains"]
-    logged = {e["domain"]: e for e in read_events(run_dir / "metrics.jsonl") if e["event"] == "guard"}
+    logged = {
+        e["domain"]: e for e in read_events(run_dir / "metrics.jsonl") if e["event"] == "guard"
+    }
     for name, found in measured.items():  # on one rank, what training measured on two, in bf16
         assert found["bits_per_byte"] == pytest.approx(logged[name]["bits_per_byte"], rel=1e-3)
-    assert {"config.json", "tokenizer.json"} <= {path.name for path in out.iterdir()} and [*out.glob("*.safetensors")]
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in out.iterdir()} and [
+        *out.glob("*.safetensors")
+    ]

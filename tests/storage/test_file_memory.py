@@ -35,9 +35,15 @@ def test_file_goes_with_its_last_tensor(tmp_path: Path) -> None:
 
 
 def test_copies_keep_values_and_dtype(tmp_path: Path) -> None:
-    tensors = [torch.randn(3, 2, dtype=torch.bfloat16), torch.randn(0, dtype=torch.bfloat16), torch.ones(1).bfloat16()]
+    tensors = [
+        torch.randn(3, 2, dtype=torch.bfloat16),
+        torch.randn(0, dtype=torch.bfloat16),
+        torch.ones(1).bfloat16(),
+    ]
     copies = FileMemory(tmp_path, 14).copies(tensors)
-    assert all(torch.equal(copy, tensor.view(-1)) for copy, tensor in zip(copies, tensors, strict=True))
+    assert all(
+        torch.equal(copy, tensor.view(-1)) for copy, tensor in zip(copies, tensors, strict=True)
+    )
     assert FileMemory(tmp_path, 0).copies([]) == []
 
 
@@ -51,7 +57,10 @@ def test_disk_without_room_is_refused_at_once_with_the_size(tmp_path: Path) -> N
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
-        with pytest.raises(StorageError, match=r"0\.002 GB for offloaded state could not be reserved in .*nvme_path"):
+        with pytest.raises(
+            StorageError,
+            match=r"0\.002 GB for offloaded state could not be reserved in .*nvme_path",
+        ):
             FileMemory(tmp_path, 2_000_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

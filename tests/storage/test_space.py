@@ -19,24 +19,37 @@ from cpt.storage import space
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_too_little_space_is_refused_with_both_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_refused_with_both_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(space.shutil, "disk_usage", lambda path: Usage(0, 0, 1_100_000))
     space.check_space(tmp_path, 900_000)
-    with pytest.raises(StorageError, match=r"needs 3\.6 MB \(1\.2 times its size\), 1\.1 MB are free at") as caught:
+    with pytest.raises(
+        StorageError, match=r"needs 3\.6 MB \(1\.2 times its size\), 1\.1 MB are free at"
+    ) as caught:
         space.check_space(tmp_path, 3_000_000)
     assert str(tmp_path) in str(caught.value) and caught.value.exit_code == 74
 
 
-def test_limit_on_file_sizes_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_on_file_sizes_is_seen_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(space.resource, "getrlimit", lambda which: (1_000_000, 1_000_000))
     space.check_space(tmp_path, 100, largest_file_bytes=999_999)
-    with pytest.raises(StorageError, match=r"files of 2\.0 MB, this process may write 1\.0 MB per file \(ulimit -f\)"):
+    with pytest.raises(
+        StorageError,
+        match=r"files of 2\.0 MB, this process may write 1\.0 MB per file \(ulimit -f\)",
+    ):
         space.check_space(tmp_path, 100, largest_file_bytes=2_000_000)
 
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(errno.ENOSPC, "no space left"), (errno.EFBIG, "limit of"), (errno.EROFS, "Read-only file system")],
+    [
+        (errno.ENOSPC, "no space left"),
+        (errno.EFBIG, "limit of"),
+        (errno.EROFS, "Read-only file system"),
+    ],
 )
 def test_cause_is_found_in_the_chain_of_errors(tmp_path: Path, number: int, words: str) -> None:
     try:
@@ -59,11 +72,16 @@ def test_no_limit_on_file_sizes_is_no_limit(tmp_path: Path) -> None:
     space.check_space(tmp_path, 1, largest_file_bytes=2**60)
 
 
-def test_host_memory_that_is_missing_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_memory_that_is_missing_is_said_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert (available_bytes() or 0) > 0
     monkeypatch.setattr(staging, "available_bytes", lambda: 3 * 10**9)
     check_host_memory(10**9, 2 * 10**9)
-    with pytest.raises(ConfigError, match=r"1\.0 GB of each rank .* 4\.0 GB on this node; 3\.0 GB .*async_save=false"):
+    with pytest.raises(
+        ConfigError,
+        match=r"1\.0 GB of each rank .* 4\.0 GB on this node; 3\.0 GB .*async_save=false",
+    ):
         check_host_memory(10**9, 4 * 10**9)
 
 
@@ -74,5 +92,8 @@ def test_staged_copy_does_not_change_with_its_source_and_its_buffer_is_used_agai
     ranges = {"master/a": FlatRange(tensor=source, offset=5, global_numel=20)}
     copy = area.copy(ranges)["master/a"]
     source.add_(1)
-    assert torch.equal(copy.tensor, torch.arange(10.0)) and (copy.offset, copy.global_numel) == (5, 20)
+    assert torch.equal(copy.tensor, torch.arange(10.0)) and (copy.offset, copy.global_numel) == (
+        5,
+        20,
+    )
     assert area.copy(ranges)["master/a"].tensor.data_ptr() == copy.tensor.data_ptr()

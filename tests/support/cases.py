@@ -1,6 +1,8 @@
-"""The cases of docs/reliability.md: what is injected, and why a case cannot be run here if it cannot.
+"""The cases of docs/reliability.md: what is injected, and why a case cannot be run here if it
+cannot.
 
-A test shows a case with `@pytest.mark.case("C5", "what it checks")`; any number of tests may show the same case.
+A test shows a case with `@pytest.mark.case("C5", "what it checks")`; any number of tests may show
+the same case.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The table of docs/reliability.md: every case, what was injected, whether the run survived, what was checked."""
+"""The table of docs/reliability.md: every case, what was injected, whether the run survived, what
+was checked.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Evidence:
         if self.failed:
             return f"**NO** ({self.failed} of {self.failed + self.passed} tests failed)"
         if self.passed:
-            return "yes" + (f" ({len(self.skipped)} skipped: {self.skipped[0]})" if self.skipped else "")
+            return "yes" + (
+                f" ({len(self.skipped)} skipped: {self.skipped[0]})" if self.skipped else ""
+            )
         if self.skipped:
             return f"not run: {self.skipped[0]}"
         return f"not run: {NOT_HERE[name]}" if name in NOT_HERE else "**no test**"
@@ -59,12 +63,16 @@ class FaultTable:
         lines = ["| case | injected | survived | checked |", "|---|---|---|---|"]
         for name, injected in CASES.items():
             evidence = self.evidence[name]
-            lines.append(f"| {name} | {injected} | {evidence.verdict(name)} | {'; '.join(evidence.checks)} |")
+            lines.append(
+                f"| {name} | {injected} | {evidence.verdict(name)} | {'; '.join(evidence.checks)} |"
+            )
         return "\n".join(lines)
 
     def summary(self) -> str:
         """How many cases are shown, in one line."""
-        shown = [name for name in CASES if self.evidence[name].passed and not self.evidence[name].failed]
+        shown = [
+            name for name in CASES if self.evidence[name].passed and not self.evidence[name].failed
+        ]
         failed = [name for name in CASES if self.evidence[name].failed]
         rest = [name for name in CASES if name not in shown and name not in failed]
         return f"{len(shown)} of {len(CASES)} cases survived; failed: {failed or 'none'}; not shown: {rest or 'none'}"

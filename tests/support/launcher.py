@@ -47,7 +47,12 @@ class _Zygote:
     """The forking process of this test session; started at the first launch."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(ROOT),
+        }
         self._process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "support" / "zygote.py")],
             stdin=subprocess.PIPE,
@@ -64,7 +69,9 @@ class _Zygote:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         reply = self._process.stdout.readline()
-        assert reply, "the forking process of the tests has died; run tests/support/zygote.py by hand to see why"
+        assert reply, (
+            "the forking process of the tests has died; run tests/support/zygote.py by hand to see why"
+        )
         answer: dict[str, Any] = json.loads(reply)
         return answer
 
@@ -74,7 +81,9 @@ def _zygote() -> _Zygote:
     return _Zygote()
 
 
-def launch(script: Path, world_size: int, arguments: list[str], timeout_seconds: float = 300) -> list[int]:
+def launch(
+    script: Path, world_size: int, arguments: list[str], timeout_seconds: float = 300
+) -> list[int]:
     """Run a script on `world_size` ranks and wait.
 
     Returns:
@@ -84,7 +93,10 @@ def launch(script: Path, world_size: int, arguments: list[str], timeout_seconds:
         AssertionError: the time is up; all ranks are killed and their output is shown.
     """
     port = free_port()
-    logs = [Path(tempfile.gettempdir()) / f"cpt-test-{port}-rank{rank}.log" for rank in range(world_size)]
+    logs = [
+        Path(tempfile.gettempdir()) / f"cpt-test-{port}-rank{rank}.log"
+        for rank in range(world_size)
+    ]
     request = {
         "script": str(script),
         "arguments": arguments,
@@ -94,7 +106,9 @@ def launch(script: Path, world_size: int, arguments: list[str], timeout_seconds:
     }
     answer = _zygote().ask(request)
     codes = [int(code) for code in answer["codes"]]
-    output = "\n".join(f"--- rank {i}\n{log.read_text(errors='replace')[-4000:]}" for i, log in enumerate(logs))
+    output = "\n".join(
+        f"--- rank {i}\n{log.read_text(errors='replace')[-4000:]}" for i, log in enumerate(logs)
+    )
     for log in logs:
         log.unlink()
     assert not answer["timed_out"] or any(code > 0 for code in codes), f"ranks hung:\n{output}"

@@ -1,4 +1,6 @@
-"""The product started as users start it, through the `deepspeed` launcher, with faults planned for its ranks."""
+"""The product started as users start it, through the `deepspeed` launcher, with faults planned for
+its ranks.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ from cpt.telemetry.metrics import read_events
 from tests.support.launcher import ROOT, free_port
 
 SAMPLE = ROOT / "data_pipeline" / "sample"
-SECRETS = {name: f"canary-of-{name.lower()}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
+SECRETS = {
+    name: f"canary-of-{name.lower()}"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
+}
 """In the environment of every run; must be found nowhere."""
 SMALL_GUARD = {"min_documents": 1, "min_tokens": 1}
 """One document a domain shows that the guard runs; it measures nothing."""
@@ -30,10 +35,17 @@ STEPS = 6
 
 
 def make_workplace(folder: Path) -> Path:
-    """A folder with mix.yaml, run.yaml and ds.json: rows of 256 tokens, two a step, a checkpoint every two steps."""
+    """A folder with mix.yaml, run.yaml and ds.json: rows of 256 tokens, two a step, a checkpoint
+    every two steps.
+    """
     shares = {"ja_essay": ("ja", 0.6), "en_web": ("en", 0.4)}
     sources = [
-        {"name": name, "language": language, "path": str(SAMPLE / f"{name}.jsonl"), "weight": weight}
+        {
+            "name": name,
+            "language": language,
+            "path": str(SAMPLE / f"{name}.jsonl"),
+            "weight": weight,
+        }
         for name, (language, weight) in shares.items()
     ]
     sources = [{**source, "domain": source["name"], "held_out_share": 0.1} for source in sources]
@@ -55,7 +67,13 @@ def make_workplace(folder: Path) -> Path:
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     (folder / "ds.json").write_text(json.dumps(ds))
     build = [sys.executable, "-m", "data_pipeline", "build", "mix.yaml", "--out", "built"]
-    subprocess.run(build, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    subprocess.run(
+        build,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
@@ -109,13 +127,17 @@ class Service:
         try:
             return self.process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout_seconds} s:\n{self.output[-6000:]}") from None
+            raise AssertionError(
+                f"still running after {timeout_seconds} s:\n{self.output[-6000:]}"
+            ) from None
 
     def wait_for(self, text: str, timeout_seconds: float = 240) -> None:
         """Until the output holds a text."""
         deadline = time.monotonic() + timeout_seconds
         while text not in self.output:
-            assert self.process.poll() is None and time.monotonic() < deadline, f"no '{text}':\n{self.output[-6000:]}"
+            assert self.process.poll() is None and time.monotonic() < deadline, (
+                f"no '{text}':\n{self.output[-6000:]}"
+            )
             time.sleep(0.05)
 
     def check_nothing_left(self, within_seconds: float = 10) -> None:
@@ -144,12 +166,21 @@ class Service:
     def events(self, name: str) -> list[dict[str, Any]]:
         """Events of one name in metrics.jsonl."""
         path = self.run_dir / "metrics.jsonl"
-        return [event for event in read_events(path) if event["event"] == name] if path.exists() else []
+        return (
+            [event for event in read_events(path) if event["event"] == name]
+            if path.exists()
+            else []
+        )
 
 
 def _command(pid: int) -> str:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
+        return (
+            Path(f"/proc/{pid}/cmdline")
+            .read_bytes()
+            .replace(b"\0", b" ")
+            .decode(errors="replace")[:200]
+        )
     return "gone"
 
 
@@ -173,8 +204,22 @@ def service(
         environment: Further variables.
     """
     bin_dir, tag = Path(sys.executable).parent, uuid.uuid4().hex
-    command = [str(bin_dir / "deepspeed"), "--master_port", str(free_port()), "--num_gpus", str(ranks)]
-    command += [str(ROOT / "cpt" / "run.py"), "--ds_config", "ds.json", "--config", "run.yaml", "--run_dir", run_dir]
+    command = [
+        str(bin_dir / "deepspeed"),
+        "--master_port",
+        str(free_port()),
+        "--num_gpus",
+        str(ranks),
+    ]
+    command += [
+        str(ROOT / "cpt" / "run.py"),
+        "--ds_config",
+        "ds.json",
+        "--config",
+        "run.yaml",
+        "--run_dir",
+        run_dir,
+    ]
     variables = {
         **os.environ,
         "PATH": f"{bin_dir}:{os.environ['PATH']}",
@@ -186,7 +231,9 @@ def service(
         **({"CPT_FAULT": fault, "CPT_ALLOW_FAULTS": "1"} if fault else {}),
         **(environment or {}),
     }
-    log = workplace / f"{run_dir.replace('/', '-')}-{tag[:6]}.log"  # the run directory may lie on a full disk
+    log = (
+        workplace / f"{run_dir.replace('/', '-')}-{tag[:6]}.log"
+    )  # the run directory may lie on a full disk
     with open(log, "wb") as out:
         process = subprocess.Popen(
             [*command, *arguments],
@@ -206,7 +253,9 @@ def service(
         process.wait()
 
 
-def run_to_end(workplace: Path, run_dir: str, *arguments: str, **options: Any) -> tuple[int, Service]:
+def run_to_end(
+    workplace: Path, run_dir: str, *arguments: str, **options: Any
+) -> tuple[int, Service]:
     """Start a run, wait for it, and check that it leaves no process behind."""
     with service(workplace, run_dir, *arguments, **options) as run:
         code = run.wait()

@@ -1,4 +1,6 @@
-"""A real Slurm on the loopback: munged, slurmctld and two slurmd with two make-believe GPUs each, in one folder."""
+"""A real Slurm on the loopback: munged, slurmctld and two slurmd with two make-believe GPUs each,
+in one folder.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,22 @@ from tests.support.service import STEPS, make_workplace
 MISSING = "no Slurm on this machine"
 
 SEARCH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
+PROGRAMS = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "scancel",
+    "squeue",
+    "sinfo",
+)
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
 NODES = ("n1", "n2")
 
-# cred_expire: a requeued job waits for the old credentials to end, two minutes unless told otherwise
+# cred_expire: a requeued job waits for the old credentials to end, two minutes unless told
+# otherwise
 CONFIGURATION = """
 ClusterName=cpt
 SlurmctldHost={host}(127.0.0.1)
@@ -76,9 +89,18 @@ class Cluster:
 
     def command(self, *words: str, check: bool = True, **variables: str) -> str:
         """Run a Slurm command in the repository; returns what it prints."""
-        environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SEARCH, **variables}
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-        assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}\n{self.logs()}"
+        environment = {
+            **os.environ,
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "PATH": SEARCH,
+            **variables,
+        }
+        done = subprocess.run(
+            words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert not check or done.returncode == 0, (
+            f"{words}: {done.stdout}{done.stderr}\n{self.logs()}"
+        )
         return done.stdout
 
     def submit(self, *words: str, **variables: str) -> int:
@@ -96,7 +118,9 @@ class Cluster:
         path = self.folder / f"{number}.out"
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
-    def wait_for(self, number: int, text: str, times: int = 1, timeout_seconds: float = 400) -> None:
+    def wait_for(
+        self, number: int, text: str, times: int = 1, timeout_seconds: float = 400
+    ) -> None:
         """Until the job has printed a text so many times."""
         deadline = time.monotonic() + timeout_seconds
         while self.output(number).count(text) < times:
@@ -109,13 +133,18 @@ class Cluster:
         """Until the job has ended for good; returns its fields."""
         deadline = time.monotonic() + timeout_seconds
         while (fields := self.job(number))["JobState"] not in FINAL:
-            assert time.monotonic() < deadline, f"still there: {fields}\n{self.output(number)[-8000:]}\n{self.logs()}"
+            assert time.monotonic() < deadline, (
+                f"still there: {fields}\n{self.output(number)[-8000:]}\n{self.logs()}"
+            )
             time.sleep(0.5)
         return fields
 
     def logs(self) -> str:
         """The last lines of the daemons' logs."""
-        return "\n".join(f"--- {log.name}\n{log.read_text()[-1500:]}" for log in sorted(self.folder.glob("*.log")))
+        return "\n".join(
+            f"--- {log.name}\n{log.read_text()[-1500:]}"
+            for log in sorted(self.folder.glob("*.log"))
+        )
 
 
 @contextlib.contextmanager
@@ -124,7 +153,16 @@ def running_cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # the path of munge's socket must be short
     cluster = Cluster(folder=folder)
     _configure(folder)
-    munge = ["--key-file", "munge.key", "--socket", "munge.sock", "--pid-file", "munged.pid", "--seed-file", "seed"]
+    munge = [
+        "--key-file",
+        "munge.key",
+        "--socket",
+        "munge.sock",
+        "--pid-file",
+        "munged.pid",
+        "--seed-file",
+        "seed",
+    ]
     munge = [word if word.startswith("--") else str(folder / word) for word in munge]
     log = f"--log-file={folder}/munged.log"
     daemons: list[subprocess.Popen[bytes]] = []
@@ -138,11 +176,15 @@ def running_cluster() -> Iterator[Cluster]:
             if words[0] == "munged":
                 _wait_until((folder / "munge.sock").exists, cluster)
         states = ("sinfo", "-h", "-N", "-o", "%t")
-        _wait_until(lambda: cluster.command(*states, check=False).split() == ["idle"] * len(NODES), cluster)
+        _wait_until(
+            lambda: cluster.command(*states, check=False).split() == ["idle"] * len(NODES), cluster
+        )
         yield cluster
     finally:
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-            cluster.command("scancel", "--user", getpass.getuser(), "--full", "--signal=KILL", check=False)
+            cluster.command(
+                "scancel", "--user", getpass.getuser(), "--full", "--signal=KILL", check=False
+            )
             cluster.command("scancel", "--user", getpass.getuser(), check=False)
             _wait_until(lambda: not cluster.command("squeue", "-h", check=False), cluster)
         for daemon in reversed(daemons):
@@ -170,10 +212,16 @@ def _configure(folder: Path) -> None:
         for node in NODES
     ]
     text = CONFIGURATION.format(
-        folder=folder, host=host, user=getpass.getuser(), controller_port=free_port(), nodes="\n".join(nodes)
+        folder=folder,
+        host=host,
+        user=getpass.getuser(),
+        controller_port=free_port(),
+        nodes="\n".join(nodes),
     )
     (folder / "slurm.conf").write_text(text)
-    (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File={folder}/gpu[0-1]\n")
+    (folder / "gres.conf").write_text(
+        f"NodeName={','.join(NODES)} Name=gpu File={folder}/gpu[0-1]\n"
+    )
 
 
 def _start(folder: Path, words: list[str]) -> subprocess.Popen[bytes]:
@@ -181,10 +229,14 @@ def _start(folder: Path, words: list[str]) -> subprocess.Popen[bytes]:
     assert program is not None
     environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SEARCH}
     with open(folder / "daemons.log", "ab") as out:
-        return subprocess.Popen([program, *words[1:]], env=environment, stdout=out, stderr=out, start_new_session=True)
+        return subprocess.Popen(
+            [program, *words[1:]], env=environment, stdout=out, stderr=out, start_new_session=True
+        )
 
 
-def _wait_until(condition: Callable[[], bool], cluster: Cluster, timeout_seconds: float = 30) -> None:
+def _wait_until(
+    condition: Callable[[], bool], cluster: Cluster, timeout_seconds: float = 30
+) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         assert time.monotonic() < deadline, f"Slurm does not start:\n{cluster.logs()}"
@@ -194,17 +246,23 @@ def _wait_until(condition: Callable[[], bool], cluster: Cluster, timeout_seconds
 def require_slurm() -> None:
     """Skip the test on a machine without Slurm; fail it where CI has promised to install it."""
     if missing := missing_programs():
-        reason = f"{MISSING} ({', '.join(missing)} not found). Debian: apt-get install slurm-wlm munge"
+        reason = (
+            f"{MISSING} ({', '.join(missing)} not found). Debian: apt-get install slurm-wlm munge"
+        )
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
 
 
 def make_slurm_workplace(folder: Path) -> Path:
-    """A workplace whose env.sh the job templates read; all paths absolute, because jobs start in the repository."""
+    """A workplace whose env.sh the job templates read; all paths absolute, because jobs start in
+    the repository.
+    """
     make_workplace(folder)
     ds = json.loads((folder / "ds.json").read_text())
-    ds["expert_parallel"]["autoep_size"] = 2  # `auto` stays within a node, and jobs differ in their nodes
+    ds["expert_parallel"]["autoep_size"] = (
+        2  # `auto` stays within a node, and jobs differ in their nodes
+    )
     (folder / "ds.json").write_text(json.dumps(ds))
     run = {
         "CPT_CONFIG": folder / "run.yaml",
@@ -213,15 +271,26 @@ def make_slurm_workplace(folder: Path) -> Path:
         "CPT_VENV": Path(sys.prefix),
     }
     lines = [f': "${{{name}:={value}}}"' for name, value in run.items()]
-    lines += [f"source {ROOT}/slurm/env.example.sh", f"CPT_RUN_ARGUMENTS=(--set data.build_dir={folder}/built)"]
+    lines += [
+        f"source {ROOT}/slurm/env.example.sh",
+        f"CPT_RUN_ARGUMENTS=(--set data.build_dir={folder}/built)",
+    ]
     lines += ["export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning", ""]
     (folder / "env.sh").write_text("\n".join(lines))
     return folder
 
 
-def submit_training(cluster: Cluster, workplace: Path, run_dir: str, *options: str, **variables: str) -> int:
-    """sbatch slurm/train.sbatch in the repository, as docs/slurm.md says; faults are allowed if there are any."""
-    variables = {"CPT_ENV": f"{workplace}/env.sh", "CPT_RUN_DIR": f"{workplace}/{run_dir}", **variables}
+def submit_training(
+    cluster: Cluster, workplace: Path, run_dir: str, *options: str, **variables: str
+) -> int:
+    """sbatch slurm/train.sbatch in the repository, as docs/slurm.md says; faults are allowed if
+    there are any.
+    """
+    variables = {
+        "CPT_ENV": f"{workplace}/env.sh",
+        "CPT_RUN_DIR": f"{workplace}/{run_dir}",
+        **variables,
+    }
     if "CPT_FAULT" in variables:
         variables["CPT_ALLOW_FAULTS"] = "1"
     return cluster.submit(*options, "slurm/train.sbatch", **variables)

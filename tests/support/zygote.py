@@ -1,8 +1,9 @@
 """A process that has imported the heavy libraries once and forks the ranks of each launch.
 
-Importing torch, transformers and DeepSpeed takes several seconds per process, most of the time of a small
-multi-process test.  This process imports them, starts no thread and no collective, and forks: a rank then begins where
-an import would have ended.  Requests and replies are JSON lines; `tests.support.launcher.launch` is the only client.
+Importing torch, transformers and DeepSpeed takes several seconds per process, most of the time of a
+small multi-process test.  This process imports them, starts no thread and no collective, and forks:
+a rank then begins where an import would have ended.  Requests and replies are JSON lines;
+`tests.support.launcher.launch` is the only client.
 """
 
 from __future__ import annotations

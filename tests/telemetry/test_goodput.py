@@ -41,10 +41,14 @@ def test_undisturbed_run_loses_its_start_its_saves_and_its_waits() -> None:
     assert lost(result) == {
         "start_up": 20.0, "data_wait": 2.0, "save_wait": 4.0, "evaluation": 6.0, "other": 3.0
     }  # fmt: skip
-    assert result.total == 73.0 and result.share == pytest.approx(38 / 73) and result.num_starts == 1
+    assert (
+        result.total == 73.0 and result.share == pytest.approx(38 / 73) and result.num_starts == 1
+    )
 
 
-@pytest.mark.case("M1", "kill, requeue, rollback and saves counted by kind; sums to the time on the clock")
+@pytest.mark.case(
+    "M1", "kill, requeue, rollback and saves counted by kind; sums to the time on the clock"
+)
 def test_kill_and_requeue_cost_what_is_done_again_and_the_time_between() -> None:
     events = [
         start(0, at=1000.0),
@@ -83,7 +87,10 @@ def test_log_without_starts_and_with_nonsense_is_still_accounted_for() -> None:
         {"event": 3, "step": 1},
         {"event": "step", "step": "x"},
     ]
-    events += [{"event": "step", "step": 3, "seconds": None}, {"event": "unheard_of", "step": 3, "seconds": 9}]
+    events += [
+        {"event": "step", "step": 3, "seconds": None},
+        {"event": "unheard_of", "step": 3, "seconds": 9},
+    ]
     result = goodput(events)
     assert result.productive == 20.0 and lost(result) == {} and result.share == 1.0
     assert goodput([]).describe().startswith("goodput nan")
@@ -93,12 +100,18 @@ def test_line_and_event_name_every_loss() -> None:
     result = goodput([start(0, at=1000.0), *steps(1, 3)])
     assert result.describe() == "goodput 60.0 %: 30.0 of 50.0 s; lost: start-up 20.0 s"
     event = json.loads(json.dumps(result.event(3)))
-    assert event["goodput"] == 0.6 and event["seconds"]["productive"] == 30.0 and event["seconds"]["start_up"] == 20.0
+    assert (
+        event["goodput"] == 0.6
+        and event["seconds"]["productive"] == 30.0
+        and event["seconds"]["start_up"] == 20.0
+    )
 
 
 def test_start_counts_from_when_the_process_was_made(tmp_path: Path) -> None:
     alive = process_seconds()
     assert alive > 0
     event = start_event(3, 12.0)
-    assert event["start_up_seconds"] >= alive and event["previous_end"] == 12.0 and event["step"] == 3
+    assert (
+        event["start_up_seconds"] >= alive and event["previous_end"] == 12.0 and event["step"] == 3
+    )
     assert "previous_end" not in start_event(0, None)

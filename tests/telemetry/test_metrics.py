@@ -1,4 +1,6 @@
-"""metrics.jsonl holds every event once, survives a crash, and reaches the trackers as named numbers."""
+"""metrics.jsonl holds every event once, survives a crash, and reaches the trackers as named
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -113,20 +115,37 @@ def test_closing_twice_is_harmless(path: Path) -> None:
 
 
 def test_numbers_of_a_step_are_named_after_training() -> None:
-    assert scalars({"event": "step", "step": 3, "loss": 1.5, "lr": 1e-3}) == {"train/loss": 1.5, "train/lr": 1e-3}
+    assert scalars({"event": "step", "step": 3, "loss": 1.5, "lr": 1e-3}) == {
+        "train/loss": 1.5,
+        "train/lr": 1e-3,
+    }
 
 
 def test_maps_become_one_number_per_entry() -> None:
     numbers = scalars(
-        {"event": "step", "step": 3, "loss_by_language": {"ja": 2.0, "en": 1.0}, "bytes_sent": {"halo": 4}}
+        {
+            "event": "step",
+            "step": 3,
+            "loss_by_language": {"ja": 2.0, "en": 1.0},
+            "bytes_sent": {"halo": 4},
+        }
     )
     assert numbers == {"loss_by_language/ja": 2.0, "loss_by_language/en": 1.0, "bytes_sent/halo": 4}
 
 
 def test_numbers_of_a_guard_measurement_are_named_after_its_domain() -> None:
-    event = {"event": "guard", "step": 3, "domain": "english", "language": "en", "bits_per_byte": 0.8, "action": "none"}
+    event = {
+        "event": "guard",
+        "step": 3,
+        "domain": "english",
+        "language": "en",
+        "bits_per_byte": 0.8,
+        "action": "none",
+    }
     assert scalars(event) == {"guard/english/bits_per_byte": 0.8}
 
 
 def test_other_events_keep_their_own_name() -> None:
-    assert scalars({"event": "checkpoint", "step": 3, "path": "x", "seconds": 2.0}) == {"checkpoint/seconds": 2.0}
+    assert scalars({"event": "checkpoint", "step": 3, "path": "x", "seconds": 2.0}) == {
+        "checkpoint/seconds": 2.0
+    }

@@ -1,4 +1,6 @@
-"""The report is one self-contained page, true to the log, for runs of any length and with anything in their files."""
+"""The report is one self-contained page, true to the log, for runs of any length and with anything
+in their files.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def checkpoint(number: int) -> dict[str, Any]:
 
 
 def run_dir(tmp_path: Path, *events: dict[str, Any], config: str | None = CONFIG) -> Path:
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(event) + "\n" for event in events), encoding="utf-8"
+    )
     if config is not None:
         (tmp_path / "config.resolved.yaml").write_text(config, encoding="utf-8")
     return tmp_path
@@ -113,7 +117,12 @@ class Tags(HTMLParser):
 
 
 def long_run() -> list[dict[str, Any]]:
-    return [guard(0, delta_percent=0.0), *(step(n) for n in range(1, 31)), guard(30, action="warn"), checkpoint(30)]
+    return [
+        guard(0, delta_percent=0.0),
+        *(step(n) for n in range(1, 31)),
+        guard(30, action="warn"),
+        checkpoint(30),
+    ]
 
 
 def router(number: int, **changes: Any) -> dict[str, Any]:
@@ -121,9 +130,20 @@ def router(number: int, **changes: Any) -> dict[str, Any]:
     values = {"load_max_over_mean": [1.5, 2.0 + number / 20, None], "overlap": [1.0, drift]}
     languages = {
         "en": {"distance": [0.1, 0.12], "load_max_over_mean": [1.7, 2.2], "overlap": [1.0, drift]},
-        "ja": {"distance": [0.3, 0.2], "load_max_over_mean": [2.5, 3.0], "overlap": [0.99, drift - 0.05]},
+        "ja": {
+            "distance": [0.3, 0.2],
+            "load_max_over_mean": [2.5, 3.0],
+            "overlap": [0.99, drift - 0.05],
+        },
     }
-    return {"event": "router", "step": number, "dropped": 0, "by_language": languages, **values, **changes}
+    return {
+        "event": "router",
+        "step": number,
+        "dropped": 0,
+        "by_language": languages,
+        **values,
+        **changes,
+    }
 
 
 SHAPES: dict[str, list[dict[str, Any]]] = {
@@ -134,17 +154,25 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "no guard": [step(n) for n in range(1, 31)],
     "long": long_run(),
     "constant": [step(n, loss=0.0, grad_norm=0.0, lr=0.0) for n in range(1, 5)],
-    "not finite": [step(n, loss=math.nan, grad_norm=None, lr="x", loss_by_language=None) for n in range(1, 5)],
+    "not finite": [
+        step(n, loss=math.nan, grad_norm=None, lr="x", loss_by_language=None) for n in range(1, 5)
+    ],
     "bare steps": [{"event": "step", "step": n} for n in range(1, 5)],
     "started late": [step(n) for n in range(90_000, 90_010)],
-    "many domains": [guard(n, f"domain {d}", language=f"l{d}") for n in range(9) for d in range(14)],
-    "routers": [event for n in range(1, 31) for event in (step(n), *([router(n)] if n % 5 == 0 else []))],
+    "many domains": [
+        guard(n, f"domain {d}", language=f"l{d}") for n in range(9) for d in range(14)
+    ],
+    "routers": [
+        event for n in range(1, 31) for event in (step(n), *([router(n)] if n % 5 == 0 else []))
+    ],
     "routers damaged": [
         router(1, by_language=3, overlap="x", load_max_over_mean=[None]),
         step(2),
         router(2, dropped=None),
     ],
-    "many sources": [step(n, tokens_by_source={f"s{i}": i for i in range(40)}) for n in range(1, 9)],
+    "many sources": [
+        step(n, tokens_by_source={f"s{i}": i for i in range(40)}) for n in range(1, 9)
+    ],
 }
 
 
@@ -165,18 +193,45 @@ def test_no_coordinate_is_missing(name: str, tmp_path: Path) -> None:
 def test_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
     text = page(tmp_path, *long_run())
     tags = Tags(text)
-    assert not tags.names & {"script", "link", "img", "iframe", "object", "embed", "base", "form", "a", "use", "image"}
-    assert not tags.attributes & {"src", "href", "xlink:href", "srcset", "action", "onload", "onclick"}
+    assert not tags.names & {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "a",
+        "use",
+        "image",
+    }
+    assert not tags.attributes & {
+        "src",
+        "href",
+        "xlink:href",
+        "srcset",
+        "action",
+        "onload",
+        "onclick",
+    }
     assert not re.search(r"https?:|//|src=|@import|url\(|@font-face", text)
 
 
 def test_content_of_files_is_escaped(tmp_path: Path) -> None:
     events = [
-        step(1, loss_by_language={HOSTILE: 2.0}, tokens_by_source={HOSTILE: 9}, bytes_sent={HOSTILE: 9}),
+        step(
+            1,
+            loss_by_language={HOSTILE: 2.0},
+            tokens_by_source={HOSTILE: 9},
+            bytes_sent={HOSTILE: 9},
+        ),
         guard(1, HOSTILE, language=HOSTILE, action=HOSTILE),
         {**checkpoint(1), "path": HOSTILE},
     ]
-    config = json.dumps({"model": {"path": "</p><img onerror=x>"}, "train": {"dtype": "<b>"}, "sp_size": "<i>"})
+    config = json.dumps(
+        {"model": {"path": "</p><img onerror=x>"}, "train": {"dtype": "<b>"}, "sp_size": "<i>"}
+    )
     text = page(tmp_path, *events, config=config)
     tags = Tags(text)
     assert not tags.names & {"script", "img", "b", "i"} and "onerror" not in tags.attributes
@@ -196,7 +251,14 @@ def test_last_line_of_a_step_wins(tmp_path: Path) -> None:
 def test_resume_takes_back_everything_after_it(tmp_path: Path) -> None:
     before = [*(step(n) for n in range(1, 8)), guard(7), checkpoint(7)]
     run = read_run(run_dir(tmp_path, checkpoint(4), *before, step(5, loss=1.0), step(6)))
-    assert run.steps.tolist() == [1, 2, 3, 4, 5, 6] and run.column("loss").tolist() == [3, 3, 3, 3, 1, 3]
+    assert run.steps.tolist() == [1, 2, 3, 4, 5, 6] and run.column("loss").tolist() == [
+        3,
+        3,
+        3,
+        3,
+        1,
+        3,
+    ]
     assert run.guard_events == [] and [event["step"] for event in run.checkpoint_events] == [4]
     assert run.resumes == [5] and run.num_repeated_steps == 3
 
@@ -213,7 +275,9 @@ def test_last_measurement_of_a_domain_at_a_step_wins(tmp_path: Path) -> None:
 
 
 def test_lines_that_are_no_events_are_passed_over(tmp_path: Path) -> None:
-    folder = run_dir(tmp_path, step(1), {"event": "note"}, {"event": "step", "step": "2"}, {"step": 3})
+    folder = run_dir(
+        tmp_path, step(1), {"event": "note"}, {"event": "step", "step": "2"}, {"step": 3}
+    )
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('[1]\n5\n{"event": "step", "st')
     assert read_run(folder).steps.tolist() == [1]
@@ -251,7 +315,9 @@ def test_action_is_marked_and_explained(tmp_path: Path) -> None:
 
 def test_sources_take_the_colour_of_their_language(tmp_path: Path) -> None:
     mix = tmp_path / "mix.yaml"
-    mix.write_text("sources: [{name: ja_web, language: ja}, {name: en_web, language: en}]", encoding="utf-8")
+    mix.write_text(
+        "sources: [{name: ja_web, language: ja}, {name: en_web, language: en}]", encoding="utf-8"
+    )
     text = page(tmp_path, step(1), config=json.dumps({"data": {"mix": str(mix)}}))
     mixture = text[text.index("Data mixture") : text.index("Learning rate")]
     assert f'fill="{PALETTE[0]}"' in mixture and f'fill="{PALETTE[1]}"' in mixture
@@ -264,10 +330,14 @@ def test_routers_are_shown_by_language_and_only_if_measured(tmp_path: Path) -> N
     assert "<h2>Routers" not in page(tmp_path, *SHAPES["long"])
 
 
-def test_divergence_from_the_base_model_is_shown_by_source_and_only_if_measured(tmp_path: Path) -> None:
+def test_divergence_from_the_base_model_is_shown_by_source_and_only_if_measured(
+    tmp_path: Path,
+) -> None:
     events = [step(n, kl_by_source={"en_web": 0.01 * n, "en_code": None}) for n in range(1, 21)]
     text = page(tmp_path, *events)
-    assert "Divergence from the base model" in text and "en_web 0.2<" in text and "en_code" not in text
+    assert (
+        "Divergence from the base model" in text and "en_web 0.2<" in text and "en_code" not in text
+    )
     assert "Divergence" not in page(tmp_path, step(1))
 
 
@@ -282,7 +352,11 @@ def test_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     (folder / "report.html" / "occupied").touch()
     with pytest.raises(StorageError, match=r"report\.html"):
         write_report(folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.resolved.yaml", "metrics.jsonl", "report.html"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.resolved.yaml",
+        "metrics.jsonl",
+        "report.html",
+    ]
 
 
 def test_report_is_replaced_in_one_move(tmp_path: Path) -> None:
@@ -300,13 +374,19 @@ def test_long_series_is_binned_and_keeps_its_extremes() -> None:
     series = bin_series(x, y)
     assert len(series) <= MAX_POINTS
     assert series.high.max() == 50.0 and series.low.min() == -50.0
-    assert np.all(np.diff(series.x) > 0) and np.all((series.low <= series.mean) & (series.mean <= series.high))
+    assert np.all(np.diff(series.x) > 0) and np.all(
+        (series.low <= series.mean) & (series.mean <= series.high)
+    )
 
 
 def test_short_series_is_drawn_point_by_point_without_its_gaps() -> None:
     x, y = np.arange(5.0), np.asarray([1.0, math.nan, 3.0, math.inf, 5.0])
     series = bin_series(x, y)
-    assert series.x.tolist() == [0, 2, 4] and series.mean.tolist() == series.low.tolist() == [1, 3, 5]
+    assert series.x.tolist() == [0, 2, 4] and series.mean.tolist() == series.low.tolist() == [
+        1,
+        3,
+        5,
+    ]
 
 
 def test_page_of_a_long_run_stays_small(tmp_path: Path) -> None:
@@ -319,11 +399,26 @@ def test_page_of_a_long_run_stays_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_points, num_bins", [(1, 1), (7, 3), (1000, 150), (5, 150)])
 def test_bins_cover_every_point_once(num_points: int, num_bins: int) -> None:
     starts = bin_starts(np.arange(num_points, dtype=np.float64), num_bins)
-    assert starts[0] == 0 and np.all(np.diff(starts) > 0) and len(starts) <= num_bins and starts[-1] < num_points
+    assert (
+        starts[0] == 0
+        and np.all(np.diff(starts) > 0)
+        and len(starts) <= num_bins
+        and starts[-1] < num_points
+    )
 
 
 @pytest.mark.parametrize(
-    "low, high", [(0, 1), (0, 30), (-32.1, 1.4), (1.9, 2.1), (2.44, 3.56), (0, 50_000), (0, 2e-5), (-1e-9, 1e12)]
+    "low, high",
+    [
+        (0, 1),
+        (0, 30),
+        (-32.1, 1.4),
+        (1.9, 2.1),
+        (2.44, 3.56),
+        (0, 50_000),
+        (0, 2e-5),
+        (-1e-9, 1e12),
+    ],
 )
 def test_ticks_are_round_few_and_inside(low: float, high: float) -> None:
     ticks = Scale(low=low, high=high).ticks(5)
@@ -350,7 +445,13 @@ def test_steps_start_at_zero_unless_the_log_starts_late() -> None:
 
 
 def test_labels_beside_a_plot_do_not_cover_each_other() -> None:
-    plot = Plot(size=(400, 300), x=Scale(low=0, high=1), y=Scale(low=0, high=100), labels=("step", "%"), right=100)
+    plot = Plot(
+        size=(400, 300),
+        x=Scale(low=0, high=1),
+        y=Scale(low=0, high=100),
+        labels=("step", "%"),
+        right=100,
+    )
     before = len(re.findall("<text", plot.svg("")))
     plot.right_labels([(50.0 + n / 10, "#000000", f"name{n}") for n in range(12)])
     found = re.findall(r'<text x="[\d.]+" y="([\d.]+)"[^>]*>name', plot.svg(""))

@@ -11,7 +11,16 @@ from cpt.telemetry.trackers import TensorBoardTracker
 
 def test_tensorboard_shows_a_continuation_as_text(tmp_path: Path) -> None:
     tracker = TensorBoardTracker(tmp_path)
-    tracker.log({"event": "sample", "step": 4, "number": 1, "prompt": "Once", "text": " upon", "tokens": [1]})
+    tracker.log(
+        {
+            "event": "sample",
+            "step": 4,
+            "number": 1,
+            "prompt": "Once",
+            "text": " upon",
+            "tokens": [1],
+        }
+    )
     tracker.log({"event": "step", "step": 4, "loss": 2.5})
     tracker.close()
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

@@ -1,4 +1,6 @@
-"""Activation checkpointing keeps layer inputs where it is told, and collection happens when it is told."""
+"""Activation checkpointing keeps layer inputs where it is told, and collection happens when it is
+told.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def test_inputs_of_all_layers_and_nothing_else_go_to_the_host_and_change_no_bit(
     assert Recorded.sent == Recorded.returned == [(2, 24, 64)] * 4
     for loss, gradients in (on_device, on_host):
         assert torch.equal(loss, plain[0]) and len(gradients) == len(plain[1])
-        assert all(torch.equal(got, expected) for got, expected in zip(gradients, plain[1], strict=True))
+        assert all(
+            torch.equal(got, expected) for got, expected in zip(gradients, plain[1], strict=True)
+        )
 
 
 def test_collection_happens_at_its_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,14 @@ PEAK, FLOOR = 1e-3, 1e-4
 
 def settings(**keys: Any) -> TrainSection:
     return TrainSection(
-        **{"seq_len": 8, "global_batch_size": 1, "total_steps": 100, "lr": PEAK, "min_lr_ratio": FLOOR / PEAK, **keys}
+        **{
+            "seq_len": 8,
+            "global_batch_size": 1,
+            "total_steps": 100,
+            "lr": PEAK,
+            "min_lr_ratio": FLOOR / PEAK,
+            **keys,
+        }
     )
 
 
@@ -69,7 +76,9 @@ def test_wsd_without_a_decay_stays_at_the_peak() -> None:
 def test_stopping_early_leaves_the_schedule_unchanged(schedule: str) -> None:
     keys = {"schedule": schedule, "warmup_steps": 5, "decay_steps": 10 if schedule == "wsd" else 0}
     whole, stopped = settings(**keys), settings(**keys, stop_at_step=30)
-    assert [learning_rate(step, whole) for step in range(30)] == [learning_rate(step, stopped) for step in range(30)]
+    assert [learning_rate(step, whole) for step in range(30)] == [
+        learning_rate(step, stopped) for step in range(30)
+    ]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])
@@ -83,5 +92,8 @@ def test_rate_of_a_step_does_not_depend_on_what_was_asked_before(schedule: str) 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_floor_of_one_keeps_the_peak(schedule: str) -> None:
     keys = {"decay_steps": 50} if schedule == "wsd" else {}
-    rates = [learning_rate(step, settings(schedule=schedule, min_lr_ratio=1.0, **keys)) for step in range(100)]
+    rates = [
+        learning_rate(step, settings(schedule=schedule, min_lr_ratio=1.0, **keys))
+        for step in range(100)
+    ]
     assert rates == pytest.approx([PEAK] * 100)

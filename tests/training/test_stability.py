@@ -15,7 +15,9 @@ NAN = float("nan")
 def settled(steps: int = 64) -> Stability:
     """After ordinary steps: losses 3.0 +- 0.1, norms 1.0 +- 0.1."""
     stability, random = Stability(), np.random.default_rng(0)
-    for loss, norm in zip(random.normal(3.0, 0.1, steps), random.normal(1.0, 0.1, steps), strict=True):
+    for loss, norm in zip(
+        random.normal(3.0, 0.1, steps), random.normal(1.0, 0.1, steps), strict=True
+    ):
         assert stability.judge(float(loss), float(norm), applied=True) == "sound"
     return stability
 
@@ -33,7 +35,9 @@ def test_limits_are_six_deviations_above_the_mean() -> None:
     stability = Stability()
     for step in range(MIN_STEPS):
         stability.judge(3.0 + (-1) ** step, 2.0 + (-1) ** step, applied=True)
-    assert stability.limits().loss == pytest.approx(3.0 + 6.0) and stability.limits().grad_norm == pytest.approx(8.0)
+    assert stability.limits().loss == pytest.approx(
+        3.0 + 6.0
+    ) and stability.limits().grad_norm == pytest.approx(8.0)
     assert stability.judge(8.9, 100.0, applied=True) == "sound"
 
 

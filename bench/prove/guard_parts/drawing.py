@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from cpt.telemetry.plot import ALARM, INK, MUTED, PALETTE, Plot, bin_series, clean, scale_over, standalone
+from cpt.telemetry.plot import (
+    ALARM,
+    INK,
+    MUTED,
+    PALETTE,
+    Plot,
+    bin_series,
+    clean,
+    scale_over,
+    standalone,
+)
 
 JAPANESE = "japanese"
 SIZE = (720, 420)
@@ -22,7 +32,9 @@ def gain(run: dict[str, Any]) -> float:
 
 def english(run: dict[str, Any]) -> dict[str, float]:
     """Change of every other domain in percent; positive is worse."""
-    return {domain: change for domain, change in run["change_percent"].items() if domain != JAPANESE}
+    return {
+        domain: change for domain, change in run["change_percent"].items() if domain != JAPANESE
+    }
 
 
 def by_arm(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -34,13 +46,17 @@ def by_arm(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def share_of_naive(runs: list[dict[str, Any]], run: dict[str, Any]) -> float:
-    """Japanese gain in percent of what no replay gains with the same order of the data; NaN without such a run."""
+    """Japanese gain in percent of what no replay gains with the same order of the data; NaN without
+    such a run.
+    """
     naive = [other for other in runs if other["arm"] == "naive" and other["seed"] == run["seed"]]
     return 100 * gain(run) / gain(naive[0]) if naive else float("nan")
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """A Markdown table with one line per arm: medians over seeds, and the worst domain of any seed."""
+    """A Markdown table with one line per arm: medians over seeds, and the worst domain of any
+    seed.
+    """
     domains = list(english(runs[0]))
     lines = [
         f"| arm | seeds | replay % | Japanese gain % | of naive % | {' | '.join(domains)} | worst domain of any seed |",
@@ -59,11 +75,16 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def draw(runs: list[dict[str, Any]], tolerance_percent: float, source: str) -> str:
-    """A standalone SVG: each run a point, each arm a colour; right is more Japanese, down is less English lost."""
+    """A standalone SVG: each run a point, each arm a colour; right is more Japanese, down is less
+    English lost.
+    """
     gains = np.asarray([gain(run) for run in runs])
     worst = np.asarray([max(english(run).values()) for run in runs])
     x, y = scale_over([gains]), scale_over([worst], include=[0.0, tolerance_percent])
-    labels = ("Japanese gain, % of the untouched model's bits per byte", "worst English domain, change in %")
+    labels = (
+        "Japanese gain, % of the untouched model's bits per byte",
+        "worst English domain, change in %",
+    )
     plot = Plot(size=SIZE, x=x, y=y, labels=labels, right=LABEL_ROOM)
     plot.horizontal(0.0, MUTED, dash="")
     plot.horizontal(tolerance_percent, ALARM, label=f"tolerance {tolerance_percent:+g} %")

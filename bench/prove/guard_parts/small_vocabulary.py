@@ -1,8 +1,10 @@
-"""A vocabulary that a model of two CPU cores can learn: the first merges of o200k, and nothing else of gpt-oss's.
+"""A vocabulary that a model of two CPU cores can learn: the first merges of o200k, and nothing else
+of gpt-oss's.
 
-o200k is a byte-pair encoding whose merges are ordered, so its first N are a lossless encoding of their own.  `shrink`
-puts it in the tokenizer's place, before any other module of the data pipeline is imported: they take the tokenizer's
-constants by name.  Bits per byte do not depend on the vocabulary.
+o200k is a byte-pair encoding whose merges are ordered, so its first N are a lossless encoding of
+their own.  `shrink` puts it in the tokenizer's place, before any other module of the data pipeline
+is imported: they take the tokenizer's constants by name.  Bits per byte do not depend on the
+vocabulary.
 """
 
 from __future__ import annotations

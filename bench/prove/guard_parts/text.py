@@ -1,7 +1,9 @@
-"""Real text for the guard's proof, one JSONL per domain: Debian documentation, Python's library, questions and answers.
+"""Real text for the guard's proof, one JSONL per domain: Debian documentation, Python's library,
+questions and answers.
 
-Nothing of it enters the repository.  Documents are cut at paragraphs to some 1,500 characters, so that there are
-enough of them to hold some out; which ones are held out follows from their text alone.
+Nothing of it enters the repository.  Documents are cut at paragraphs to some 1,500 characters, so
+that there are enough of them to hold some out; which ones are held out follows from their text
+alone.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def write_domains(out_dir: Path) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="proof-") as temporary:
         corpus.make_corpus(Path(temporary))
-        english, japanese = (list(_records(Path(temporary) / f"{name}.jsonl")) for name in ("en", "ja"))
+        english, japanese = (
+            list(_records(Path(temporary) / f"{name}.jsonl")) for name in ("en", "ja")
+        )
     pages = [text for package, text in english if package.startswith("manpages")]
     texts: dict[str, Iterable[str]] = {
         "prose": (text for package, text in english if not package.startswith("manpages")),
@@ -60,9 +64,15 @@ def _write(path: Path, texts: Iterable[str], limit_bytes: int) -> None:
     documents = [document for text in texts for document in cut(text)]
     size = sum(len(document.encode()) for document in documents)
     keep = min(1.0, limit_bytes / size)
-    chosen = [document for index, document in enumerate(documents) if int((index + 1) * keep) > int(index * keep)]
+    chosen = [
+        document
+        for index, document in enumerate(documents)
+        if int((index + 1) * keep) > int(index * keep)
+    ]
     with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in chosen)
+        file.writelines(
+            json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in chosen
+        )
 
 
 def cut(text: str) -> Iterator[str]:
@@ -84,7 +94,9 @@ def _code() -> Iterator[str]:
     """Modules of the Python library that runs this."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.glob("**/*.py")):
-        if not {"test", "tests", "site-packages", "dist-packages", "lib2to3", "encodings"} & set(path.parts):
+        if not {"test", "tests", "site-packages", "dist-packages", "lib2to3", "encodings"} & set(
+            path.parts
+        ):
             yield path.read_text(encoding="utf-8", errors="ignore")
 
 
@@ -100,9 +112,15 @@ def _mathematics() -> Iterator[str]:
 
 
 def _chat(pages: list[str]) -> Iterator[str]:
-    """Questions, reasoning and answers in the layout of Harmony, made of manual pages that `reference` leaves out."""
+    """Questions, reasoning and answers in the layout of Harmony, made of manual pages that
+    `reference` leaves out.
+    """
     for page in pages:
-        sections = dict(re.findall(r"^([A-Z][A-Z ]+)\n(.*?)(?=^[A-Z][A-Z ]+\n|\Z)", page, re.MULTILINE | re.DOTALL))
+        sections = dict(
+            re.findall(
+                r"^([A-Z][A-Z ]+)\n(.*?)(?=^[A-Z][A-Z ]+\n|\Z)", page, re.MULTILINE | re.DOTALL
+            )
+        )
         name, _, summary = " ".join(sections.get("NAME", "").split()).partition(" - ")
         if not (name and summary and sections.get("DESCRIPTION")):
             continue

@@ -10,8 +10,9 @@
 
 Documents are given by `position_ids` that restart, or by `packed_rows`; never by a mask.
 
-Shape suffixes: B rows, S tokens of a row on this rank, T tokens of a row on all ranks of a sequence-parallel group,
-N all tokens of the rows (flattened), H query heads, K key/value heads, D head size.
+Shape suffixes: B rows, S tokens of a row on this rank, T tokens of a row on all ranks of a
+sequence-parallel group, N all tokens of the rows (flattened), H query heads, K key/value heads, D
+head size.
 """
 
 from functools import partial
@@ -49,9 +50,13 @@ NAME = "sink"
 
 
 class SequenceParallel(Protocol):
-    """Exchanges tokens for heads among the ranks that share a row (DeepSpeed-Ulysses, arXiv:2309.14509)."""
+    """Exchanges tokens for heads among the ranks that share a row (DeepSpeed-Ulysses,
+    arXiv:2309.14509).
+    """
 
-    def exchange_qkv(self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def exchange_qkv(
+        self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the same with all T tokens and the heads of this rank."""
 
     def local_sinks(self, sinks_H: Tensor) -> Tensor:
@@ -66,9 +71,11 @@ class SequenceParallel(Protocol):
 
 
 def register() -> str:
-    """Make `attn_implementation="sink"` work on gpt-oss models of transformers (5.17 to 5.23); return the name.
+    """Make `attn_implementation="sink"` work on gpt-oss models of transformers (5.17 to 5.23);
+    return the name.
 
-    A mask function goes with it: for an attention without one transformers drops a 2-D mask without a word.
+    A mask function goes with it: for an attention without one transformers drops a 2-D mask without
+    a word.
     """
     AttentionInterface.register(NAME, sink_attention)
     AttentionMaskInterface.register(NAME, sink_mask)
@@ -91,23 +98,28 @@ def sink_attention(
     kernel: str | Attention | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend causally with sinks, in the documents of packed rows; transformers calls this in every layer.
+    """Attend causally with sinks, in the documents of packed rows; transformers calls this in every
+    layer.
 
     Args:
         module: The attention layer, unused.
         query_BHSD: Queries.
-        key_BKSD: Keys. More keys than queries mean decoding with a cache: the last query belongs to the last key.
+        key_BKSD: Keys. More keys than queries mean decoding with a cache: the last query belongs to
+            the last key.
         value_BKSD: Values.
         attention_mask: Must be None.
         scaling: Factor on q k^T.
         dropout: Must be 0.
         sliding_window: None, or the number of keys that a query sees: itself and those before it.
         s_aux: The sinks, one logit per query head.
-        position_ids: (B, S) or (1, S); a document starts where a position is not its predecessor plus one.
-        packed_rows: The documents, in place of `position_ids`. A keyword argument of the model's call.
-        sequence_parallel: Exchange among the ranks of a row; needs `packed_rows` of the whole row. A keyword
-            argument of the model's call.
-        kernel: Name of a backend or an implementation, "auto" if None. A keyword argument of the model's call.
+        position_ids: (B, S) or (1, S); a document starts where a position is not its predecessor
+            plus one.
+        packed_rows: The documents, in place of `position_ids`. A keyword argument of the model's
+            call.
+        sequence_parallel: Exchange among the ranks of a row; needs `packed_rows` of the whole row.
+            A keyword argument of the model's call.
+        kernel: Name of a backend or an implementation, "auto" if None. A keyword argument of the
+            model's call.
         **kwargs: What else transformers passes on, unused.
 
     Returns:
@@ -119,18 +131,29 @@ def sink_attention(
     sinks_H = _checked_sinks(s_aux)
     _refuse_what_is_not_computed(attention_mask, dropout, kwargs)
     if kernel is None or isinstance(kernel, str):
-        kernel = choose(kernel or AUTO, device=query_BHSD.device, dtype=query_BHSD.dtype, head_dim=query_BHSD.shape[-1])
+        kernel = choose(
+            kernel or AUTO,
+            device=query_BHSD.device,
+            dtype=query_BHSD.dtype,
+            head_dim=query_BHSD.shape[-1],
+        )
     attend = partial(_attend, window=sliding_window, scaling=scaling, kernel=kernel)
     if sequence_parallel is not None:
         if packed_rows is None:
-            raise ValueError("sequence_parallel needs packed_rows of the whole rows: position_ids show a part of them.")
+            raise ValueError(
+                "sequence_parallel needs packed_rows of the whole rows: position_ids show a part of them."
+            )
         halo = sequence_parallel.halo
         if halo is not None and halo.window == sliding_window:
             pending = halo.start(key_BKSD, value_BKSD)
             local_rows = packed_rows.derive(("local rows",), lambda: halo.local_rows(packed_rows))
             local_BSHD = attend(query_BHSD, key_BKSD, value_BKSD, sinks_H, local_rows)
-            edge_rows = packed_rows.derive(("edge rows", sliding_window), lambda: halo.edge_rows(packed_rows))
-            edge_BLHD = attend(*halo.edge(pending, query_BHSD, key_BKSD, value_BKSD), sinks_H, edge_rows)
+            edge_rows = packed_rows.derive(
+                ("edge rows", sliding_window), lambda: halo.edge_rows(packed_rows)
+            )
+            edge_BLHD = attend(
+                *halo.edge(pending, query_BHSD, key_BKSD, value_BKSD), sinks_H, edge_rows
+            )
             return halo.join(edge_BLHD, local_BSHD), None
         query, key, value = sequence_parallel.exchange_qkv(query_BHSD, key_BKSD, value_BKSD)
         out_BTHD = attend(query, key, value, sequence_parallel.local_sinks(sinks_H), packed_rows)
@@ -139,7 +162,9 @@ def sink_attention(
     batch_size, _, seq_len, _ = query_BHSD.shape
     if key_BKSD.shape[2] != seq_len:
         _refuse_rows_with_a_cache(packed_rows, seq_len, key_BKSD.shape[2])
-        out_BHSD = cached_attention(query_BHSD, key_BKSD, value_BKSD, sinks_H, position_ids, sliding_window, scaling)
+        out_BHSD = cached_attention(
+            query_BHSD, key_BKSD, value_BKSD, sinks_H, position_ids, sliding_window, scaling
+        )
         return out_BHSD.transpose(1, 2).contiguous(), None
     rows = packed_rows if packed_rows is not None else _rows_of(position_ids, batch_size, seq_len)
     return attend(query_BHSD, key_BKSD, value_BKSD, sinks_H, rows), None
@@ -160,7 +185,9 @@ def _attend(
     _check_tensors(query_BHTD, key_BKTD, value_BKTD, sinks_H)
     batch_size, _, seq_len, _ = query_BHTD.shape
     _check_rows(rows, batch_size, seq_len)
-    q_HND, k_KND, v_KND = (x.transpose(0, 1).flatten(1, 2) for x in (query_BHTD, key_BKTD, value_BKTD))
+    q_HND, k_KND, v_KND = (
+        x.transpose(0, 1).flatten(1, 2) for x in (query_BHTD, key_BKTD, value_BKTD)
+    )
     out_HND = kernel(q_HND, k_KND, v_KND, sinks_H, rows, window, scaling)
     return torch.unflatten(out_HND.transpose(0, 1), 0, (batch_size, seq_len))
 
@@ -174,10 +201,12 @@ def sink_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> None:
-    """Build no mask, and refuse what would need one; transformers calls this once per forward and kind of layer.
+    """Build no mask, and refuse what would need one; transformers calls this once per forward and
+    kind of layer.
 
     Raises:
-        ValueError: The 2-D mask hides tokens, or the cache has room for tokens that are not there yet.
+        ValueError: The 2-D mask hides tokens, or the cache has room for tokens that are not there
+            yet.
     """
     if attention_mask is not None and not bool(attention_mask.all()):
         hidden = int((attention_mask == 0).sum())
@@ -201,22 +230,30 @@ def _checked_sinks(s_aux: Tensor | None) -> Tensor:
     return s_aux
 
 
-def _refuse_what_is_not_computed(attention_mask: Tensor | None, dropout: float, others: dict[str, Any]) -> None:
+def _refuse_what_is_not_computed(
+    attention_mask: Tensor | None, dropout: float, others: dict[str, Any]
+) -> None:
     if attention_mask is not None:
         raise ValueError(
             f"sink attention takes no mask, got one of shape {tuple(attention_mask.shape)}. "
             "Give documents by position_ids that restart, or by packed_rows."
         )
     if dropout != 0:
-        raise ValueError(f"attention dropout is {dropout}, must be 0: folding in the sinks is exact only without it.")
+        raise ValueError(
+            f"attention dropout is {dropout}, must be 0: folding in the sinks is exact only without it."
+        )
     if others.get("cu_seq_lens_q") is not None:
-        raise ValueError("sink attention does not read cu_seq_lens_q. Give documents by position_ids or packed_rows.")
+        raise ValueError(
+            "sink attention does not read cu_seq_lens_q. Give documents by position_ids or packed_rows."
+        )
 
 
 def _check_tensors(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, sinks_H: Tensor) -> None:
     shapes = f"query {tuple(q_BHSD.shape)}, key {tuple(k_BKSD.shape)}, value {tuple(v_BKSD.shape)}"
     if any(x.ndim != 4 for x in (q_BHSD, k_BKSD, v_BKSD)) or k_BKSD.shape != v_BKSD.shape:
-        raise ValueError(f"query, key and value must be (rows, heads, tokens, head size), got {shapes}.")
+        raise ValueError(
+            f"query, key and value must be (rows, heads, tokens, head size), got {shapes}."
+        )
     batch_size, num_heads, seq_len, head_dim = q_BHSD.shape
     num_kv_heads = k_BKSD.shape[1]
     if (batch_size, head_dim) != (k_BKSD.shape[0], k_BKSD.shape[3]):
@@ -224,18 +261,26 @@ def _check_tensors(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, sinks_H: Tens
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_kv_heads} key/value heads do not divide {num_heads} query heads.")
     if seq_len > k_BKSD.shape[2]:
-        raise ValueError(f"{seq_len} queries meet {k_BKSD.shape[2]} keys: every query needs the key of its own token.")
+        raise ValueError(
+            f"{seq_len} queries meet {k_BKSD.shape[2]} keys: every query needs the key of its own token."
+        )
     if sinks_H.shape != (num_heads,):
         raise ValueError(
             f"sinks have shape {tuple(sinks_H.shape)}, must be ({num_heads},): one per query head of this rank."
         )
     if not q_BHSD.dtype == k_BKSD.dtype == v_BKSD.dtype:
-        raise ValueError(f"query, key and value differ in dtype: {q_BHSD.dtype}, {k_BKSD.dtype}, {v_BKSD.dtype}.")
+        raise ValueError(
+            f"query, key and value differ in dtype: {q_BHSD.dtype}, {k_BKSD.dtype}, {v_BKSD.dtype}."
+        )
     if len(devices := {x.device for x in (q_BHSD, k_BKSD, v_BKSD, sinks_H)}) > 1:
-        raise ValueError(f"query, key, value and sinks are on different devices: {sorted(map(str, devices))}.")
+        raise ValueError(
+            f"query, key, value and sinks are on different devices: {sorted(map(str, devices))}."
+        )
 
 
-def _refuse_rows_with_a_cache(packed_rows: PackedRows | None, num_queries: int, num_keys: int) -> None:
+def _refuse_rows_with_a_cache(
+    packed_rows: PackedRows | None, num_queries: int, num_keys: int
+) -> None:
     if packed_rows is not None:
         raise ValueError(
             f"packed_rows with {num_queries} queries and {num_keys} keys: with a key/value cache, documents are given "
@@ -252,19 +297,26 @@ def _check_rows(rows: PackedRows, batch_size: int, seq_len: int) -> None:
 
 
 def _rows_of(position_ids: Tensor | None, batch_size: int, seq_len: int) -> PackedRows:
-    """Return the documents that `position_ids` show, found by the first layer and kept on the tensor for the others.
+    """Return the documents that `position_ids` show, found by the first layer and kept on the
+    tensor for the others.
 
     The tensor is the one thing that all layers of a forward share and that dies with the batch.
     """
     if position_ids is None:
         return PackedRows.from_bounds([(0, seq_len)] * batch_size, seq_len)
-    if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != seq_len:
+    if (
+        position_ids.ndim != 2
+        or position_ids.shape[0] not in (1, batch_size)
+        or position_ids.shape[1] != seq_len
+    ):
         raise ValueError(
             f"position_ids have shape {tuple(position_ids.shape)}, must be ({batch_size}, {seq_len}) or (1, {seq_len})."
         )
     version = None if position_ids.is_inference() else position_ids._version
     key = (batch_size, version)
-    kept: tuple[tuple[int, int | None], PackedRows] | None = getattr(position_ids, "_cpt_packed_rows", None)
+    kept: tuple[tuple[int, int | None], PackedRows] | None = getattr(
+        position_ids, "_cpt_packed_rows", None
+    )
     if kept is not None and kept[0] == key and version is not None:
         return kept[1]
     rows = PackedRows.from_position_ids(position_ids.expand(batch_size, -1))

@@ -1,8 +1,10 @@
-"""Which implementation of sink attention runs: a table of backends, best first, and the choice among them.
+"""Which implementation of sink attention runs: a table of backends, best first, and the choice
+among them.
 
-To add a backend, write its kernel (see `cpt.model.attention.function.Kernel`) and put a line into BACKENDS. `problems`
-says why a backend cannot run and what would help, in words for the user, so that a refusal names every reason at once.
-Nothing is imported from a GPU package before its backend runs.
+To add a backend, write its kernel (see `cpt.model.attention.function.Kernel`) and put a line into
+BACKENDS. `problems` says why a backend cannot run and what would help, in words for the user, so
+that a refusal names every reason at once. Nothing is imported from a GPU package before its backend
+runs.
 """
 
 from collections.abc import Callable
@@ -32,20 +34,31 @@ class Backend:
     problems: Callable[[Machine, torch.dtype, int], list[str]]
     """What keeps it from serving this dtype and head size on this machine, and what would help."""
 
-    def usable(self, device: torch.device, dtype: torch.dtype, head_dim: int, machine: Machine) -> str | None:
+    def usable(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, machine: Machine
+    ) -> str | None:
         """Say why it cannot serve such tensors and what would help, or return None."""
         reasons = self.problems(machine, dtype, head_dim)
         if self.device_type not in (None, device.type):
-            reasons = [f"it reads {str(self.device_type).upper()} tensors, these are on {device}", *reasons]
+            reasons = [
+                f"it reads {str(self.device_type).upper()} tensors, these are on {device}",
+                *reasons,
+            ]
         return "; ".join(reasons) or None
 
 
 def choose(
-    name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int, machine: Machine | None = None
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    machine: Machine | None = None,
 ) -> Attention:
     """Return the implementation called `name`, or for "auto" the first one that can run.
 
-    "auto" never takes the reference, whose memory grows with the square of the row: it has to be asked for.
+    "auto" never takes the reference, whose memory grows with the square of the row: it has to be
+    asked for.
 
     Args:
         name: One of `known_names()`.
@@ -57,11 +70,18 @@ def choose(
     Raises:
         ValueError: There is no such backend, or it cannot run here; the message says why.
     """
-    return chosen_backend(name, device=device, dtype=dtype, head_dim=head_dim, machine=machine).attention
+    return chosen_backend(
+        name, device=device, dtype=dtype, head_dim=head_dim, machine=machine
+    ).attention
 
 
 def chosen_backend(
-    name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int, machine: Machine | None = None
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    machine: Machine | None = None,
 ) -> Backend:
     """Return the line of the table that `choose` takes, for the same arguments."""
     machine = machine or Machine.of(device)
@@ -78,7 +98,11 @@ def chosen_backend(
             return backend
         reasons.append(f"{backend.name}: {reason}")
     why = ". ".join(reasons) or f"nothing but the reference runs on {device}"
-    hint = 'Use attention "auto".' if name != AUTO else 'For short rows, attention "reference" runs everywhere.'
+    hint = (
+        'Use attention "auto".'
+        if name != AUTO
+        else 'For short rows, attention "reference" runs everywhere.'
+    )
     raise ValueError(f"attention {name!r} cannot run. {why}. {hint}")
 
 
@@ -96,7 +120,9 @@ def _cpu_problems(machine: Machine, dtype: torch.dtype, head_dim: int) -> list[s
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         found.append(f"it has no code for {dtype}")
     if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
-        found.append(f"torch {machine.torch_build} lacks the operator _scaled_dot_product_flash_attention_for_cpu")
+        found.append(
+            f"torch {machine.torch_build} lacks the operator _scaled_dot_product_flash_attention_for_cpu"
+        )
     return found
 
 
@@ -120,7 +146,11 @@ BACKENDS = (
         problems=flash_attn_2.problems,
     ),
     Backend(name="flex", attention=flex.Flex(), device_type="cuda", problems=flex.problems),
-    Backend(name="cpu", attention=FoldedSinks(CpuKernel()), device_type="cpu", problems=_cpu_problems),
-    Backend(name="reference", attention=reference_attention, device_type=None, problems=_no_problems),
+    Backend(
+        name="cpu", attention=FoldedSinks(CpuKernel()), device_type="cpu", problems=_cpu_problems
+    ),
+    Backend(
+        name="reference", attention=reference_attention, device_type=None, problems=_no_problems
+    ),
 )
 """In the order in which "auto" tries them."""

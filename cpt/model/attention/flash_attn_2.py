@@ -1,9 +1,11 @@
-"""FlashAttention 2 from the package flash-attn, folded with the sinks as `cpt.model.attention.function` says.
+"""FlashAttention 2 from the package flash-attn, folded with the sinks as
+`cpt.model.attention.function` says.
 
 Decisions
-    The inner forward and backward functions are called, whose arguments include out and the log-sum-exp. The public
-    `flash_attn_varlen_func` returns a log-sum-exp too, but its backward drops the gradient of it.
-    Everything after the tensors goes by keyword: the inner functions gained arguments between releases.
+    The inner forward and backward functions are called, whose arguments include out and the
+    log-sum-exp. The public `flash_attn_varlen_func` returns a log-sum-exp too, but its backward
+    drops the gradient of it. Everything after the tensors goes by keyword: the inner functions
+    gained arguments between releases.
 
 Source of the signatures: flash_attn/flash_attn_interface.py of flash-attn 2.8.
 
@@ -18,7 +20,13 @@ from torch import Tensor
 
 from cpt.model.attention.machine import Machine
 from cpt.model.attention.rows import PackedRows
-from cpt.model.attention.varlen import Documents, checked_lse, gpu_problems, keys_to_the_left, tokens_first
+from cpt.model.attention.varlen import (
+    Documents,
+    checked_lse,
+    gpu_problems,
+    keys_to_the_left,
+    tokens_first,
+)
 
 PACKAGE = "flash-attn"
 MINIMUM_VERSION = "2.8"
@@ -29,14 +37,26 @@ class FlashAttn2Kernel:
     """The `cpt.model.attention.function.Kernel` of the package flash-attn."""
 
     def forward(
-        self, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, rows: PackedRows, window: int | None, scale: float
+        self,
+        q_HTD: Tensor,
+        k_KTD: Tensor,
+        v_KTD: Tensor,
+        rows: PackedRows,
+        window: int | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Return out, lse, and the state of the random numbers, which the backward takes although it draws none."""
+        """Return out, lse, and the state of the random numbers, which the backward takes although
+        it draws none.
+        """
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
         q_THD, k_TKD, v_TKD = map(tokens_first, (q_HTD, k_KTD, v_KTD))
         out_THD, lse_HT, _, rng_state = _flash_attn_varlen_forward(
-            q_THD, k_TKD, v_TKD, **_settings(rows, window, scale, q_HTD.device), return_softmax=False
+            q_THD,
+            k_TKD,
+            v_TKD,
+            **_settings(rows, window, scale, q_HTD.device),
+            return_softmax=False,
         )
         return tokens_first(out_THD), checked_lse(lse_HT, q_HTD, PACKAGE), (rng_state,)
 
@@ -75,7 +95,9 @@ class FlashAttn2Kernel:
         return tokens_first(dq), tokens_first(dk), tokens_first(dv)
 
 
-def _settings(rows: PackedRows, window: int | None, scale: float, device: torch.device) -> dict[str, Any]:
+def _settings(
+    rows: PackedRows, window: int | None, scale: float, device: torch.device
+) -> dict[str, Any]:
     """Return the arguments that forward and backward share."""
     documents = Documents.of(rows, device)
     return {

@@ -1,13 +1,13 @@
 """FlashAttention 4 (package flash-attn-4), which computes with sinks itself, forward and backward.
 
 Decisions
-    The public `flash_attn_varlen_func` is called with `learnable_sink`; its autograd Function returns the sinks'
-    gradient. torch's adapter for this package (torch.nn.attention._fa4, torch 2.13) is not used: it has no sinks, and
-    it expects two results where the package returns four or five.
-    Versions before 4.0.0b26 raise in the backward or lack it; GPUs other than SM9x, SM10x and SM11x have no backward
-    for sinks. Both are refused here, before a run starts.
-    flash-attn 2.8 installs an early flash_attn/cute of its own. Where both packages are wanted, install flash-attn-4
-    last; the parity probe notices the wrong one.
+    The public `flash_attn_varlen_func` is called with `learnable_sink`; its autograd Function
+    returns the sinks' gradient. torch's adapter for this package (torch.nn.attention._fa4, torch
+    2.13) is not used: it has no sinks, and it expects two results where the package returns four or
+    five. Versions before 4.0.0b26 raise in the backward or lack it; GPUs other than SM9x, SM10x and
+    SM11x have no backward for sinks. Both are refused here, before a run starts.
+    flash-attn 2.8 installs an early flash_attn/cute of its own. Where both packages are wanted,
+    install flash-attn-4 last; the parity probe notices the wrong one.
 
 Source of the signatures: flash_attn/cute/interface.py of flash-attn-4 4.0.0b26 and 4.0.0b36.
 
@@ -60,7 +60,9 @@ class FlashAttn4:
             softmax_scale=scale,
             causal=True,
             window_size=(None, None) if window is None else (window - 1, 0),
-            learnable_sink=sinks_H if sinks_H.dtype in (*HALF_TYPES, torch.float32) else sinks_H.float(),
+            learnable_sink=sinks_H
+            if sinks_H.dtype in (*HALF_TYPES, torch.float32)
+            else sinks_H.float(),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return tokens_first(out_THD)
@@ -70,6 +72,8 @@ def problems(machine: Machine, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Say why this backend cannot run there."""
     found = gpu_problems(machine, dtype, head_dim, majors=MAJORS_WITH_SINK_BACKWARD)
     if head_dim > LARGEST_HEAD_DIM:
-        found.append(f"head_dim {head_dim} is above {LARGEST_HEAD_DIM}, where not every kernel has sinks")
+        found.append(
+            f"head_dim {head_dim} is above {LARGEST_HEAD_DIM}, where not every kernel has sinks"
+        )
     missing = machine.lacks(PACKAGE, MINIMUM_VERSION)
     return found if missing is None else [*found, missing]

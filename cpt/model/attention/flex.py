@@ -1,16 +1,17 @@
-"""flex_attention with sinks: slower than the flash kernels, but it has code for float32 and needs no package.
+"""flex_attention with sinks: slower than the flash kernels, but it has code for float32 and needs
+no package.
 
 Decisions
-    The output is multiplied by sigmoid(lse - sink) with the float32 log-sum-exp, and autograd goes through both: the
-    backward of flex_attention takes the gradient of its log-sum-exp, on CUDA.
-    All rows go in as one, with documents in the mask. The blocks that a query block meets are found from the document
-    starts, in numbers of blocks squared; torch's create_block_mask would evaluate all pairs of tokens.
-    The mask is built once per batch and window, and kept in PackedRows.
+    The output is multiplied by sigmoid(lse - sink) with the float32 log-sum-exp, and autograd goes
+    through both: the backward of flex_attention takes the gradient of its log-sum-exp, on CUDA.
+    All rows go in as one, with documents in the mask. The blocks that a query block meets are found
+    from the document starts, in numbers of blocks squared; torch's create_block_mask would evaluate
+    all pairs of tokens. The mask is built once per batch and window, and kept in PackedRows.
 
 Source of the signatures: torch/nn/attention/flex_attention.py of torch 2.13.
 
-Shape suffixes: T tokens of all rows (flattened), H query heads, K key/value heads, D head size; Q and U blocks of
-queries and keys.
+Shape suffixes: T tokens of all rows (flattened), H query heads, K key/value heads, D head size; Q
+and U blocks of queries and keys.
 """
 
 import functools
@@ -55,7 +56,9 @@ class Flex:
         window: int | None,
         scale: float,
     ) -> Tensor:
-        """Attend; the factor of the sinks is taken in float32 at least and rounded with the output once more."""
+        """Attend; the factor of the sinks is taken in float32 at least and rounded with the output
+        once more.
+        """
         device = q_HTD.device
         mask = rows.derive(("flex mask", window, device), lambda: block_mask(rows, window, device))
         out_1HTD, aux = self.flex_function()(
@@ -73,14 +76,20 @@ class Flex:
 
 
 def block_mask(rows: PackedRows, window: int | None, device: torch.device) -> BlockMask:
-    """Return which keys each query sees, as blocks to skip, to compute as a whole, and to compute with a mask."""
+    """Return which keys each query sees, as blocks to skip, to compute as a whole, and to compute
+    with a mask.
+    """
     num_tokens = rows.num_tokens
     document_T = rows.document_ids(device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_document = document_T[query] == document_T[key]
         causal = query >= key
-        return same_document & causal if window is None else same_document & causal & (query - key < window)
+        return (
+            same_document & causal
+            if window is None
+            else same_document & causal & (query - key < window)
+        )
 
     start_T = torch.tensor(rows.bounds, device=device)[document_T]
     first_query = torch.arange(0, num_tokens, BLOCK_TOKENS, device=device)
@@ -90,17 +99,24 @@ def block_mask(rows: PackedRows, window: int | None, device: torch.device) -> Bl
     if window is not None:
         earliest_key = earliest_key.maximum(first_query - window + 1)
         whole_from = whole_from.maximum(last_query - window + 1)
-    # Document starts and windows only move on, so the first query of a block sees furthest back and the last least far.
+    # Document starts and windows only move on, so the first query of a block sees furthest back and
+    # the last least far.
     meets_QU = (first_query <= first_query[:, None]) & (last_query >= earliest_key[:, None])
     whole_QU = (first_query < first_query[:, None]) & (first_query >= whole_from[:, None])
     partial, full = _ordered(meets_QU & ~whole_QU), _ordered(whole_QU)
     return BlockMask.from_kv_blocks(
-        *partial, *full, BLOCK_SIZE=BLOCK_TOKENS, mask_mod=sees, seq_lengths=(num_tokens, num_tokens)
+        *partial,
+        *full,
+        BLOCK_SIZE=BLOCK_TOKENS,
+        mask_mod=sees,
+        seq_lengths=(num_tokens, num_tokens),
     )
 
 
 def _ordered(chosen_QU: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the number of chosen key blocks per query block, and the key blocks with the chosen ones first."""
+    """Return the number of chosen key blocks per query block, and the key blocks with the chosen
+    ones first.
+    """
     order_QU = chosen_QU.int().argsort(dim=1, descending=True, stable=True)
     return chosen_QU.sum(1, dtype=torch.int32)[None, None], order_QU.int()[None, None]
 
@@ -111,5 +127,7 @@ def problems(machine: Machine, dtype: torch.dtype, head_dim: int) -> list[str]:
     if head_dim < SMALLEST_HEAD_DIM:
         found.append(f"head_dim {head_dim} is below {SMALLEST_HEAD_DIM}")
     if "triton" not in machine.packages:
-        found.append("package triton is not installed: pip install triton (CUDA builds of torch bring it)")
+        found.append(
+            "package triton is not installed: pip install triton (CUDA builds of torch bring it)"
+        )
     return found

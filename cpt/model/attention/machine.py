@@ -1,6 +1,7 @@
 """What this machine offers an attention backend: the GPU, how torch was built, and the packages.
 
-Facts are read once per device and passed on as a value, so that a refusal can be tested without the machine it is for.
+Facts are read once per device and passed on as a value, so that a refusal can be tested without the
+machine it is for.
 """
 
 import functools
@@ -54,7 +55,9 @@ def _machine_of(cuda_device: torch.device | None) -> Machine:
         torch_build=torch.__version__,
         torch_has_flash=torch.backends.cuda.is_flash_attention_available(),
         is_rocm=torch.version.hip is not None,
-        packages={name: version for name in PACKAGES if (version := installed_version(name)) is not None},
+        packages={
+            name: version for name in PACKAGES if (version := installed_version(name)) is not None
+        },
     )
 
 

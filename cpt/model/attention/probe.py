@@ -1,7 +1,9 @@
-"""The parity probe: before a run trains, its attention is compared with an explicit softmax in float64.
+"""The parity probe: before a run trains, its attention is compared with an explicit softmax in
+float64.
 
-Errors of attention with sinks are silent: the loss looks right while dq and dk are 10 % off, or sinks never move. So
-each backend answers for itself, on the device, in the dtype and with the exchange of this very run:
+Errors of attention with sinks are silent: the loss looks right while dq and dk are 10 % off, or
+sinks never move. So each backend answers for itself, on the device, in the dtype and with the
+exchange of this very run:
 
     layers     full and window
     row        documents across all ranks, a document of one token, a padding tail of documents of one token
@@ -11,8 +13,8 @@ each backend answers for itself, on the device, in the dtype and with the exchan
 
 The row is cut into documents short enough that the yardstick is cheap; it costs less than a second.
 
-Shape suffixes: B rows (one), S tokens of this rank, T tokens of the row, H query heads, K key/value heads, D head size,
-L tokens of a document.
+Shape suffixes: B rows (one), S tokens of this rank, T tokens of the row, H query heads, K key/value
+heads, D head size, L tokens of a document.
 """
 
 import itertools
@@ -38,7 +40,9 @@ LIMITS = {
 SINKS_NEAR_3 = (2.0, 4.0)
 LARGE_SINKS = (14.0, 18.0)
 LARGE_QUERIES = 6.0
-"""Factor on the queries that brings the log-sum-exp of large scores to 16 and more, where bf16 is 0.06 off."""
+"""Factor on the queries that brings the log-sum-exp of large scores to 16 and more, where bf16 is
+0.06 off.
+"""
 
 FULL_LAYER = "full layer"
 WINDOW_LAYER = "window layer"
@@ -96,13 +100,17 @@ class ProbeReport:
         return max(finding.error for finding in self.findings)
 
     def table(self) -> str:
-        """Return one line per case, with the relative l2 error of each result; `!` marks those above the limit."""
+        """Return one line per case, with the relative l2 error of each result; `!` marks those
+        above the limit.
+        """
         cases = list(dict.fromkeys(finding.case for finding in self.findings))
         width = max(map(len, cases), default=0)
         lines = [" " * width + "".join(f"{name:>11}" for name in NAMES) + f"{'limit':>11}"]
         for case in cases:
             own = [finding for finding in self.findings if finding.case == case]
-            shown = "".join(f"{finding.error:>10.1e}{' ' if finding.passed else '!'}" for finding in own)
+            shown = "".join(
+                f"{finding.error:>10.1e}{' ' if finding.passed else '!'}" for finding in own
+            )
             lines.append(f"{case:<{width}}{shown}{own[0].limit:>11.1e}")
         return "\n".join(lines)
 
@@ -133,8 +141,9 @@ def run_probe(
 ) -> ProbeReport:
     """Compare an attention with the definition and refuse it if it is off.
 
-    Under sequence parallelism all ranks of a group call this together. Each raises or returns by itself and only after
-    all exchanges are done: make the outcome common to all ranks (`cpt.parallel.agreement.together`).
+    Under sequence parallelism all ranks of a group call this together. Each raises or returns by
+    itself and only after all exchanges are done: make the outcome common to all ranks
+    (`cpt.parallel.agreement.together`).
 
     Args:
         attention: What the layers of the run call.
@@ -149,7 +158,8 @@ def run_probe(
         sp_rank: This rank among them.
 
     Raises:
-        ConfigError: A result is off by more than its limit, or the attention does not run. The message has all figures.
+        ConfigError: A result is off by more than its limit, or the attention does not run. The
+            message has all figures.
     """
     shape = probe_shape(num_query_heads, num_kv_heads, head_dim, window, sp_size)
     try:
@@ -170,8 +180,12 @@ def run_probe(
     return report
 
 
-def probe_shape(num_query_heads: int, num_kv_heads: int, head_dim: int, window: int, sp_size: int) -> Shape:
-    """Return four windows, or as many as give each rank one; two groups of heads are enough for one rank."""
+def probe_shape(
+    num_query_heads: int, num_kv_heads: int, head_dim: int, window: int, sp_size: int
+) -> Shape:
+    """Return four windows, or as many as give each rank one; two groups of heads are enough for one
+    rank.
+    """
     if sp_size == 1:
         group = num_query_heads // num_kv_heads
         num_kv_heads = min(num_kv_heads, 2)
@@ -209,12 +223,16 @@ def measure(
                 continue
             tokens, sink_terms = _parts_of_rank(shape, window, sequence_parallel, sp_size, sp_rank)
             got = _solve(attention, problem, rows, window, dtype, sequence_parallel, tokens)
-            findings += _compare(f"{layer}, {scores}, SP = {sp_size}", got, _part(want, tokens, *sink_terms), dtype)
+            findings += _compare(
+                f"{layer}, {scores}, SP = {sp_size}", got, _part(want, tokens, *sink_terms), dtype
+            )
     return ProbeReport(tuple(findings))
 
 
 def _probe_rows(shape: Shape) -> PackedRows:
-    """Return one row of documents longer than a window and shorter than three, and a tail of one-token documents."""
+    """Return one row of documents longer than a window and shorter than three, and a tail of
+    one-token documents.
+    """
     window, seq_len = shape.window, shape.seq_len
     lengths = itertools.cycle((2 * window + window // 3, 1, window + window // 2, 5))
     bounds, tail = [0], max(seq_len - window // 4, 1)
@@ -243,11 +261,16 @@ def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, *, large: bool
 
 
 def _definition(problem: _Problem, rows: PackedRows, window: int | None) -> list[Tensor]:
-    """Return out, dq, dk, dv, and the gradient of the sinks token by token, (H, T), by softmax and autograd."""
+    """Return out, dq, dk, dv, and the gradient of the sinks token by token, (H, T), by softmax and
+    autograd.
+    """
     num_heads, num_tokens, head_dim = problem.q_HTD.shape
     group = num_heads // len(problem.k_KTD)
     sinks_HT = problem.sinks_H[:, None].expand(-1, num_tokens)
-    leaves = [x.detach().clone().requires_grad_() for x in (problem.q_HTD, problem.k_KTD, problem.v_KTD, sinks_HT)]
+    leaves = [
+        x.detach().clone().requires_grad_()
+        for x in (problem.q_HTD, problem.k_KTD, problem.v_KTD, sinks_HT)
+    ]
     parts = []
     for start, end in itertools.pairwise(rows.bounds):
         q_HLD, k_KLD, v_KLD, sinks_HL = (x[:, start:end] for x in leaves)
@@ -264,7 +287,9 @@ def _definition(problem: _Problem, rows: PackedRows, window: int | None) -> list
 
 
 def _part(want: list[Tensor], tokens: range, sink_tokens: range, sink_heads: range) -> list[Tensor]:
-    """Return what one rank has of the results: its tokens, and its terms of the sinks' gradient, (H, T)."""
+    """Return what one rank has of the results: its tokens, and its terms of the sinks' gradient,
+    (H, T).
+    """
     mine = slice(tokens.start, tokens.stop)
     terms_HT = torch.zeros_like(want[4])
     block = slice(sink_heads.start, sink_heads.stop), slice(sink_tokens.start, sink_tokens.stop)
@@ -273,7 +298,11 @@ def _part(want: list[Tensor], tokens: range, sink_tokens: range, sink_heads: ran
 
 
 def _parts_of_rank(
-    shape: Shape, window: int | None, sequence_parallel: SequenceParallel, sp_size: int, sp_rank: int
+    shape: Shape,
+    window: int | None,
+    sequence_parallel: SequenceParallel,
+    sp_size: int,
+    sp_rank: int,
 ) -> tuple[range, tuple[range, range]]:
     """Return a rank's tokens, and which tokens and heads its gradient of the sinks sums over.
 
@@ -287,13 +316,19 @@ def _parts_of_rank(
     return tokens, (range(shape.seq_len), range(sp_rank * local_heads, (sp_rank + 1) * local_heads))
 
 
-def _compare(case: str, got: list[Tensor | None], want: list[Tensor], dtype: torch.dtype) -> list[Finding]:
-    """Return relative l2 errors; the sinks' gradient, whose terms may cancel, is measured against the terms."""
+def _compare(
+    case: str, got: list[Tensor | None], want: list[Tensor], dtype: torch.dtype
+) -> list[Finding]:
+    """Return relative l2 errors; the sinks' gradient, whose terms may cancel, is measured against
+    the terms.
+    """
     expected = [*want[:4], want[4].sum(1)]
     scales = [*(x.norm() for x in want[:4]), torch.maximum(expected[4].norm(), want[4].norm())]
     findings = []
     for name, x, y, scale in zip(NAMES, got, expected, scales, strict=True):
-        error = float("inf") if x is None else float((x.double() - y).norm() / scale.clamp(min=1e-30))
+        error = (
+            float("inf") if x is None else float((x.double() - y).norm() / scale.clamp(min=1e-30))
+        )
         findings.append(Finding(case, name, error, LIMITS[dtype]))
     return findings
 
@@ -307,10 +342,13 @@ def _solve(
     sequence_parallel: SequenceParallel | None,
     tokens: range,
 ) -> list[Tensor | None]:
-    """Return what this rank gets from the attention function that the model calls, as (heads, tokens, D)."""
+    """Return what this rank gets from the attention function that the model calls, as (heads,
+    tokens, D).
+    """
     mine = slice(tokens.start, tokens.stop)
     q, k, v = (
-        x[None, :, mine].to(dtype, copy=True).requires_grad_() for x in (problem.q_HTD, problem.k_KTD, problem.v_KTD)
+        x[None, :, mine].to(dtype, copy=True).requires_grad_()
+        for x in (problem.q_HTD, problem.k_KTD, problem.v_KTD)
     )
     sinks_H = problem.sinks_H.to(dtype, copy=True).requires_grad_()
     out_1SHD, _ = sink_attention(

@@ -1,13 +1,14 @@
-"""Sink attention by its definition: an explicit softmax with one more column, differentiated by autograd.
+"""Sink attention by its definition: an explicit softmax with one more column, differentiated by
+autograd.
 
-The yardstick for every other implementation, and the path of decoding with a key/value cache, where a few queries meet
-many keys. Memory grows with the square of the row.
+The yardstick for every other implementation, and the path of decoding with a key/value cache, where
+a few queries meet many keys. Memory grows with the square of the row.
 
-Source of the maths: `eager_attention_forward` in transformers' modeling_gpt_oss.py. In contrast to it the softmax is
-taken in float32 at least, and documents are kept apart.
+Source of the maths: `eager_attention_forward` in transformers' modeling_gpt_oss.py. In contrast to
+it the softmax is taken in float32 at least, and documents are kept apart.
 
-Shape suffixes: B rows, S queries of a row, U keys of a row, T tokens of all rows (flattened), H query heads,
-K key/value heads, G query heads per key/value head, D head size.
+Shape suffixes: B rows, S queries of a row, U keys of a row, T tokens of all rows (flattened), H
+query heads, K key/value heads, G query heads per key/value head, D head size.
 """
 
 import torch
@@ -25,12 +26,18 @@ def reference_attention(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Attend within the documents of packed rows, as `cpt.model.attention.function.Attention` says."""
+    """Attend within the documents of packed rows, as `cpt.model.attention.function.Attention`
+    says.
+    """
     sizes = (rows.batch_size, rows.seq_len)
-    q_BHSD, k_BKSD, v_BKSD = (torch.unflatten(x, 1, sizes).transpose(0, 1) for x in (q_HTD, k_KTD, v_KTD))
+    q_BHSD, k_BKSD, v_BKSD = (
+        torch.unflatten(x, 1, sizes).transpose(0, 1) for x in (q_HTD, k_KTD, v_KTD)
+    )
     document_BS = rows.document_ids(q_HTD.device).view(sizes)
     distance_SS = _distance(rows.seq_len, rows.seq_len, q_HTD.device)
-    allowed_BSS = _in_window(distance_SS, window) & (document_BS[:, :, None] == document_BS[:, None, :])
+    allowed_BSS = _in_window(distance_SS, window) & (
+        document_BS[:, :, None] == document_BS[:, None, :]
+    )
     out_BHSD = explicit_attention(q_BHSD, k_BKSD, v_BKSD, sinks_H, allowed_BSS, scale)
     return out_BHSD.transpose(0, 1).flatten(1, 2)
 
@@ -51,8 +58,9 @@ def cached_attention(
         k_BKUD: Keys, cropped at the front or not.
         v_BKUD: Values.
         sinks_H: One logit per query head.
-        position_ids_BS: Position of each query in its document, shape (B, S) or (1, S). A query sees that many keys
-            before itself and no more, so documents packed into the cached part stay apart. None: one document.
+        position_ids_BS: Position of each query in its document, shape (B, S) or (1, S). A query
+            sees that many keys before itself and no more, so documents packed into the cached part
+            stay apart. None: one document.
         window: None, or the number of keys a query sees, itself included.
         scale: Factor on q k^T.
     """
@@ -64,9 +72,15 @@ def cached_attention(
 
 
 def explicit_attention(
-    q_BHSD: Tensor, k_BKUD: Tensor, v_BKUD: Tensor, sinks_H: Tensor, allowed_BSU: Tensor, scale: float
+    q_BHSD: Tensor,
+    k_BKUD: Tensor,
+    v_BKUD: Tensor,
+    sinks_H: Tensor,
+    allowed_BSU: Tensor,
+    scale: float,
 ) -> Tensor:
-    """Return softmax([scale q k^T, sink]) v without the sink's column, shape (B, H, S, D), in the dtype of q.
+    """Return softmax([scale q k^T, sink]) v without the sink's column, shape (B, H, S, D), in the
+    dtype of q.
 
     Args:
         q_BHSD: Queries.
@@ -89,7 +103,9 @@ def explicit_attention(
 
 
 def _distance(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """Return how many tokens key j lies before query i, (S, U), when both end with the same token."""
+    """Return how many tokens key j lies before query i, (S, U), when both end with the same
+    token.
+    """
     query = torch.arange(num_keys - num_queries, num_keys, device=device)
     return query[:, None] - torch.arange(num_keys, device=device)
 

@@ -1,11 +1,11 @@
 """What attention sees of a micro batch: rows of packed documents, described by offsets.
 
 Decisions
-    Documents are intervals of the flattened tokens, never a mask, so a description is as small as the number of
-    documents. The start of a row is always the start of a document: rows need no further treatment anywhere.
-    A padding tail is one more document, or many.
-    Whatever a kernel computes from the description alone (masks, offsets on a device) is kept here and lives as long
-    as the batch: it is computed by the first layer and read by the others.
+    Documents are intervals of the flattened tokens, never a mask, so a description is as small as
+    the number of documents. The start of a row is always the start of a document: rows need no
+    further treatment anywhere. A padding tail is one more document, or many.
+    Whatever a kernel computes from the description alone (masks, offsets on a device) is kept here
+    and lives as long as the batch: it is computed by the first layer and read by the others.
 
 Shape suffixes: B rows, T tokens of a row, N = B * T tokens of the micro batch.
 """
@@ -34,12 +34,18 @@ class PackedRows:
     seq_len: int
     """Tokens of each row."""
     bounds: tuple[int, ...]
-    """Offsets of the documents in the flattened tokens, then the number of tokens; every row start is among them."""
-    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Offsets of the documents in the flattened tokens, then the number of tokens; every row start
+    is among them.
+    """
+    _derived: dict[Hashable, Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.seq_len < 1:
-            raise ValueError(f"packed rows need tokens, got batch_size={self.batch_size} and seq_len={self.seq_len}.")
+            raise ValueError(
+                f"packed rows need tokens, got batch_size={self.batch_size} and seq_len={self.seq_len}."
+            )
         row_bounds = range(0, self.num_tokens + 1, self.seq_len)
         if self.bounds[:1] != (0,) or self.bounds[-1] != self.num_tokens:
             raise ValueError(
@@ -48,7 +54,9 @@ class PackedRows:
             )
         for start, end in itertools.pairwise(self.bounds):
             if end <= start:
-                raise ValueError(f"document bounds must grow, but {start} is followed by {end}. No document is empty.")
+                raise ValueError(
+                    f"document bounds must grow, but {start} is followed by {end}. No document is empty."
+                )
         if missing := sorted(set(row_bounds).difference(self.bounds)):
             raise ValueError(
                 f"no document starts at token {missing[0]}, the start of row {missing[0] // self.seq_len}. "
@@ -57,12 +65,15 @@ class PackedRows:
 
     @classmethod
     def from_position_ids(cls, position_ids_BT: Tensor) -> "PackedRows":
-        """Start a document at every row start and wherever a position is not its predecessor plus one.
+        """Start a document at every row start and wherever a position is not its predecessor plus
+        one.
 
         Reads the tensor once: on a GPU that is one synchronisation per call.
         """
         if position_ids_BT.ndim != 2:
-            raise ValueError(f"position_ids must have shape (rows, tokens), got {tuple(position_ids_BT.shape)}.")
+            raise ValueError(
+                f"position_ids must have shape (rows, tokens), got {tuple(position_ids_BT.shape)}."
+            )
         starts_BT = torch.ones_like(position_ids_BT, dtype=torch.bool)
         starts_BT[:, 1:] = position_ids_BT[:, 1:] != position_ids_BT[:, :-1] + 1
         starts = starts_BT.flatten().nonzero().flatten().tolist()
@@ -71,15 +82,25 @@ class PackedRows:
 
     @classmethod
     def from_bounds(cls, bounds_per_row: Sequence[Sequence[int]], seq_len: int) -> "PackedRows":
-        """Take for each row the offsets of its documents within the row, from 0 to `seq_len`, both included."""
+        """Take for each row the offsets of its documents within the row, from 0 to `seq_len`, both
+        included.
+        """
         for index, bounds in enumerate(bounds_per_row):
             if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != seq_len:
                 raise ValueError(
                     f"bounds of row {index} must run from 0 to seq_len={seq_len}, got {_shortened(bounds)}. "
                     "Give a padding tail as a document of its own."
                 )
-        flat = [row * seq_len + offset for row, bounds in enumerate(bounds_per_row) for offset in bounds[:-1]]
-        return cls(batch_size=len(bounds_per_row), seq_len=seq_len, bounds=(*flat, len(bounds_per_row) * seq_len))
+        flat = [
+            row * seq_len + offset
+            for row, bounds in enumerate(bounds_per_row)
+            for offset in bounds[:-1]
+        ]
+        return cls(
+            batch_size=len(bounds_per_row),
+            seq_len=seq_len,
+            bounds=(*flat, len(bounds_per_row) * seq_len),
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -103,7 +124,8 @@ class PackedRows:
     def derive(self, key: Hashable, build: Callable[[], Derived]) -> Derived:
         """Return what `build` returned at the first call with this key.
 
-        `build` must depend on the key and on this description only, and its result must not be changed in place.
+        `build` must depend on the key and on this description only, and its result must not be
+        changed in place.
         """
         if key not in self._derived:
             self._derived[key] = build()
@@ -112,4 +134,8 @@ class PackedRows:
 
 def _shortened(offsets: Sequence[int]) -> str:
     shown = [str(offset) for offset in offsets]
-    return f"[{', '.join(shown)}]" if len(shown) <= 8 else f"[{', '.join(shown[:4])}, ..., {', '.join(shown[-3:])}]"
+    return (
+        f"[{', '.join(shown)}]"
+        if len(shown) <= 8
+        else f"[{', '.join(shown[:4])}, ..., {', '.join(shown[-3:])}]"
+    )

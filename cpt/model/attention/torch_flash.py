@@ -1,12 +1,13 @@
 """FlashAttention 2 inside torch: the kernel that needs no package beside a CUDA build of torch.
 
 Decisions
-    The operator is called directly. torch.nn.attention.varlen.varlen_attn is a wrapper around it whose backward drops
-    the gradient of the log-sum-exp (torch 2.13); here out and lse are folded with the sinks and handed to the
-    operator's backward, see `cpt.model.attention.function`.
-    The window to the right is 0 always and not only implied by `is_causal`: the kernel forgets `is_causal` when no
-    document is longer than one token, and then changes the layout of its log-sum-exp.
-    The kernel writes dk and dv per query head and sums the heads of a group in float32.
+    The operator is called directly. torch.nn.attention.varlen.varlen_attn is a wrapper around it
+    whose backward drops the gradient of the log-sum-exp (torch 2.13); here out and lse are folded
+    with the sinks and handed to the operator's backward, see `cpt.model.attention.function`.
+    The window to the right is 0 always and not only implied by `is_causal`: the kernel forgets
+    `is_causal` when no document is longer than one token, and then changes the layout of its
+    log-sum-exp. The kernel writes dk and dv per query head and sums the heads of a group in
+    float32.
 
 Source of the signatures: aten/src/ATen/native/native_functions.yaml of torch 2.13.
 
@@ -20,7 +21,13 @@ from torch import Tensor
 
 from cpt.model.attention.machine import Machine
 from cpt.model.attention.rows import PackedRows
-from cpt.model.attention.varlen import Documents, checked_lse, gpu_problems, keys_to_the_left, tokens_first
+from cpt.model.attention.varlen import (
+    Documents,
+    checked_lse,
+    gpu_problems,
+    keys_to_the_left,
+    tokens_first,
+)
 
 DROPOUT = 0.0
 IS_CAUSAL = True
@@ -32,9 +39,17 @@ class TorchFlashKernel:
     """The `cpt.model.attention.function.Kernel` inside torch, for GPUs from SM80 on."""
 
     def forward(
-        self, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, rows: PackedRows, window: int | None, scale: float
+        self,
+        q_HTD: Tensor,
+        k_KTD: Tensor,
+        v_KTD: Tensor,
+        rows: PackedRows,
+        window: int | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Return out, lse, and the state of the random numbers, which the backward takes although it draws none."""
+        """Return out, lse, and the state of the random numbers, which the backward takes although
+        it draws none.
+        """
         documents = Documents.of(rows, q_HTD.device)
         longest = documents.longest_tokens
         out_THD, lse_HT, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
@@ -50,7 +65,11 @@ class TorchFlashKernel:
             window_size_left=keys_to_the_left(window),
             window_size_right=0,
         )
-        return tokens_first(out_THD), checked_lse(lse_HT, q_HTD, f"torch {torch.__version__}"), (rng_state, unused)
+        return (
+            tokens_first(out_THD),
+            checked_lse(lse_HT, q_HTD, f"torch {torch.__version__}"),
+            (rng_state, unused),
+        )
 
     def backward(
         self,
@@ -92,5 +111,7 @@ def problems(machine: Machine, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Say why this backend cannot run there."""
     found = gpu_problems(machine, dtype, head_dim)
     if machine.compute_capability is not None and not machine.torch_has_flash:
-        found.append(f"torch {machine.torch_build} is built without FlashAttention: install a wheel from pytorch.org")
+        found.append(
+            f"torch {machine.torch_build} is built without FlashAttention: install a wheel from pytorch.org"
+        )
     return found

@@ -1,7 +1,9 @@
-"""What the variable-length CUDA kernels have in common: how they take documents and windows, and what they cannot do.
+"""What the variable-length CUDA kernels have in common: how they take documents and windows, and
+what they cannot do.
 
-They take tokens first, (tokens, heads, head size), and documents as offsets. A window is counted in keys to the left
-of the query, the query not included: a window of 128 keys is (127, 0), and full causal attention is (-1, 0).
+They take tokens first, (tokens, heads, head size), and documents as offsets. A window is counted in
+keys to the left of the query, the query not included: a window of 128 keys is (127, 0), and full
+causal attention is (-1, 0).
 
 Shape suffixes: T tokens of all rows (flattened), H heads, D head size.
 """
@@ -32,7 +34,10 @@ class Documents:
         """Take them from `rows`, where the first layer of a batch leaves them for the others."""
 
         def build() -> Documents:
-            return cls(torch.tensor(rows.bounds, dtype=torch.int32).to(device), rows.longest_document_tokens)
+            return cls(
+                torch.tensor(rows.bounds, dtype=torch.int32).to(device),
+                rows.longest_document_tokens,
+            )
 
         return rows.derive(("documents", device), build)
 
@@ -53,7 +58,8 @@ def checked_lse(lse: Tensor, q_HTD: Tensor, source: str) -> Tensor:
     Releases before flash-attn 2.6 and torch 2.5 return (documents, H, longest document) instead.
 
     Raises:
-        RuntimeError: It is something else, so the kernel is not the one that this code was written for.
+        RuntimeError: It is something else, so the kernel is not the one that this code was written
+            for.
     """
     dtype = torch.promote_types(q_HTD.dtype, torch.float32)
     if lse.shape != q_HTD.shape[:2] or lse.dtype != dtype:
@@ -84,10 +90,14 @@ def gpu_problems(
     problems = []
     generations = ", ".join(f"SM{major}x" for major in majors)
     if machine.is_rocm:
-        problems.append(f"torch {machine.torch_build} is built for AMD GPUs, for which nothing here was checked")
+        problems.append(
+            f"torch {machine.torch_build} is built for AMD GPUs, for which nothing here was checked"
+        )
     elif machine.compute_capability is None:
         build = " (torch is a CPU build)" if machine.torch_build.endswith("+cpu") else ""
-        problems.append(f"no CUDA GPU is visible{build}: needs one of {generations} and a CUDA build of torch")
+        problems.append(
+            f"no CUDA GPU is visible{build}: needs one of {generations} and a CUDA build of torch"
+        )
     elif machine.compute_capability[0] not in majors:
         generation = "SM{}{}".format(*machine.compute_capability)
         problems.append(f"it has no code for this GPU, {generation}: needs one of {generations}")

@@ -1,18 +1,20 @@
 """Rows to the ranks of their experts and back: one sort, one all-to-all out, one back.
 
-    spread (row of token i for each of its experts, sorted by expert) -> out -> arrange by local expert
-    -> experts -> arrange by origin -> back -> collect (the rows of a token are added in a fixed order)
+    spread (row of token i for each of its experts, sorted by expert) -> out -> arrange by local
+    expert -> experts -> arrange by origin -> back -> collect (the rows of a token are added in a
+    fixed order)
 
 Decisions
-    Each step is a gather whose gradient is a gather, too: nothing is scattered, and sums over the experts of a token
-    are taken in fp32 in a fixed order, forward and backward, so that neither the layout nor chance changes them.
-    The routing weight of a row travels beside it in the same exchange, padded to where the grouped products want rows
-    to start (16 bytes): the rank of the expert applies it, and the rows that come back need not be kept.
-    Counts are exchanged first; their sums are the only thing the host waits for, and not at all with one rank.
-    Arrived rows are put in order by arithmetic on the counts, not by another sort.
+    Each step is a gather whose gradient is a gather, too: nothing is scattered, and sums over the
+    experts of a token are taken in fp32 in a fixed order, forward and backward, so that neither the
+    layout nor chance changes them. The routing weight of a row travels beside it in the same
+    exchange, padded to where the grouped products want rows to start (16 bytes): the rank of the
+    expert applies it, and the rows that come back need not be kept. Counts are exchanged first;
+    their sums are the only thing the host waits for, and not at all with one rank. Arrived rows are
+    put in order by arithmetic on the counts, not by another sort.
 
-Shape letters: N tokens, k experts per token, R = N k rows sorted by expert, A arrived rows, M model size, E experts,
-g ranks of the expert-parallel group, e experts of each.
+Shape letters: N tokens, k experts per token, R = N k rows sorted by expert, A arrived rows, M model
+size, E experts, g ranks of the expert-parallel group, e experts of each.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class _Spread(torch.autograd.Function):
     """(N, M) -> (R, M)."""
 
     @staticmethod
-    def forward(ctx: Any, tokens_NM: torch.Tensor, tokens_R: torch.Tensor, places_Nk: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, tokens_NM: torch.Tensor, tokens_R: torch.Tensor, places_Nk: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(tokens_R, places_Nk)
         return tokens_NM.index_select(0, tokens_R)
 
@@ -65,7 +69,9 @@ class _Collect(torch.autograd.Function):
     """(R, M) -> (N, M)."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RM: torch.Tensor, tokens_R: torch.Tensor, places_Nk: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows_RM: torch.Tensor, tokens_R: torch.Tensor, places_Nk: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(tokens_R, places_Nk)
         return _gather_and_add(rows_RM, places_Nk)
 
@@ -79,7 +85,9 @@ class _Permute(torch.autograd.Function):
     """Row `order[i]` becomes row i."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(order, inverse)
         return rows.index_select(0, order)
 
@@ -109,7 +117,12 @@ class Assignment:
         order_R = flat.argsort(stable=True)
         places = torch.empty_like(order_R)
         places[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-        return cls(order_R // choice_Nk.shape[1], places.view_as(choice_Nk), order_R, count(flat, num_experts))
+        return cls(
+            order_R // choice_Nk.shape[1],
+            places.view_as(choice_Nk),
+            order_R,
+            count(flat, num_experts),
+        )
 
     def spread(self, tokens_NM: torch.Tensor) -> torch.Tensor:
         """(R, M) the row of each assignment."""
@@ -152,10 +165,14 @@ def make_plan(counts_E: torch.Tensor, group: dist.ProcessGroup) -> Plan:
 
 
 def arrival_orders(arriving_ge: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that lie by (origin, expert), in the order (expert, origin), and the inverse of that order."""
+    """Rows that lie by (origin, expert), in the order (expert, origin), and the inverse of that
+    order.
+    """
     ranks, experts = arriving_ge.shape
     lengths_eg = arriving_ge.t().reshape(-1)
-    start_by_origin = (arriving_ge.reshape(-1).cumsum(0) - arriving_ge.reshape(-1)).view(ranks, experts)
+    start_by_origin = (arriving_ge.reshape(-1).cumsum(0) - arriving_ge.reshape(-1)).view(
+        ranks, experts
+    )
     start_by_expert = (lengths_eg.cumsum(0) - lengths_eg).view(experts, ranks)
     rows = torch.arange(num_rows, device=arriving_ge.device)
     shift_eg = (start_by_origin.t() - start_by_expert).reshape(-1)
@@ -196,7 +213,9 @@ class Exchange:
         return plan, arrived[:, : rows_RM.shape[1]], arrived[:, rows_RM.shape[1]]
 
     def back(self, done_AM: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """(R, M) results on the rank of their tokens; zeros in a recomputation, where nobody reads them."""
+        """(R, M) results on the rank of their tokens; zeros in a recomputation, where nobody reads
+        them.
+        """
         arranged = _Permute.apply(done_AM, plan.by_origin_A, plan.by_expert_A)
         if recomputation.is_second_run():  # from here on, too, both runs must save the same tensors
             zeros = arranged.new_zeros(sum(plan.send), done_AM.shape[1])
@@ -204,4 +223,6 @@ class Exchange:
         return self._move(arranged, plan.receive, plan.send)
 
     def _move(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
-        return all_to_all(rows, send, receive, group=self._group, traffic=self._traffic, kind="experts")
+        return all_to_all(
+            rows, send, receive, group=self._group, traffic=self._traffic, kind="experts"
+        )

@@ -6,19 +6,20 @@
     out     = weight * (hidden @ down_proj + down_proj_bias)
 
 Decisions
-    Kept for the backward: the rows, their weights and gate_up (without its bias), R * (M + 2I) values.  Not kept are
-    the activations, computed again in passing (elementwise, under 4 % of the time), and the outputs: with d_hidden =
-    d_out @ down_proj^T, which is needed anyway, the gradient of a weight is <d_hidden, hidden> + <d_out, bias>.
-    Keeping only the rows would save R * 2I values more and cost one more product, 2 of 11 units of work: activation
-    checkpointing makes that trade for whole layers.
-    The weights of the experts are not kept either: under ZeRO-3 a saved tensor would hold the gathered storage until
-    the backward.  The Functions remember the parameter objects and read what they hold when the backward runs, which
-    is after the engine has gathered them again for the module.
-    The gradient of gate_up is written over gate_up, and there are two Functions so that autograd can let go of d_out
-    between them: at the peak of the backward only rows, d_gate_up, d_rows and the parameters' gradients are alive.  A
-    second backward through the same graph is refused by torch, which sees that a saved tensor has changed.
-    Elementwise work is done in fp32 on blocks of rows that fit a cache; only products round to the working dtype.
-    A parameter that needs no gradient costs none of its work.
+    Kept for the backward: the rows, their weights and gate_up (without its bias), R * (M + 2I)
+    values.  Not kept are the activations, computed again in passing (elementwise, under 4 % of the
+    time), and the outputs: with d_hidden = d_out @ down_proj^T, which is needed anyway, the
+    gradient of a weight is <d_hidden, hidden> + <d_out, bias>. Keeping only the rows would save R *
+    2I values more and cost one more product, 2 of 11 units of work: activation checkpointing makes
+    that trade for whole layers. The weights of the experts are not kept either: under ZeRO-3 a
+    saved tensor would hold the gathered storage until the backward.  The Functions remember the
+    parameter objects and read what they hold when the backward runs, which is after the engine has
+    gathered them again for the module. The gradient of gate_up is written over gate_up, and there
+    are two Functions so that autograd can let go of d_out between them: at the peak of the backward
+    only rows, d_gate_up, d_rows and the parameters' gradients are alive.  A second backward through
+    the same graph is refused by torch, which sees that a saved tensor has changed. Elementwise work
+    is done in fp32 on blocks of rows that fit a cache; only products round to the working dtype. A
+    parameter that needs no gradient costs none of its work.
 
 Shape letters: R rows sorted by expert, M model size, I expert size, E experts.
 """
@@ -29,10 +30,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cpt.model.experts.grouped import Groups, inner, is_served, outer, product, weighted_sums, wide_dtype
+from cpt.model.experts.grouped import (
+    Groups,
+    inner,
+    is_served,
+    outer,
+    product,
+    weighted_sums,
+    wide_dtype,
+)
 
 BLOCK_ROWS = {"cpu": 128, "cuda": 16_384}
-"""Rows of one elementwise pass: within a core's cache, or enough to fill a GPU without a large fp32 copy."""
+"""Rows of one elementwise pass: within a core's cache, or enough to fill a GPU without a large fp32
+copy.
+"""
 
 
 class Parameters(NamedTuple):
@@ -67,7 +78,8 @@ class Activation(NamedTuple):
         up_plus_1 = up_raw.clamp(-self.limit, self.limit).add_(1)
         sigmoid = (gate * self.alpha).sigmoid_()
         glu = gate * sigmoid
-        # d glu / d gate = sigmoid + alpha * gate * sigmoid * (1 - sigmoid) = sigmoid + alpha * glu * (1 - sigmoid)
+        # d glu / d gate = sigmoid + alpha * gate * sigmoid * (1 - sigmoid) = sigmoid + alpha * glu
+        # * (1 - sigmoid)
         slope = (1 - sigmoid).mul_(glu).mul_(self.alpha).add_(sigmoid)
         d_gate = slope.mul_(up_plus_1).mul_(d_hidden_RI).mul_(gate_raw <= self.limit)
         d_gate_up_R2I[:, ::2] = d_gate
@@ -160,7 +172,9 @@ class _GatedDown(torch.autograd.Function):
 def _elementwise_backward(
     ctx: Any, d_out_RM: torch.Tensor, weights_R: torch.Tensor, gate_up_R2I: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`hidden` times its row's weight, and <d_hidden, hidden> of every row in fp32; gate_up becomes its gradient."""
+    """`hidden` times its row's weight, and <d_hidden, hidden> of every row in fp32; gate_up becomes
+    its gradient.
+    """
     gate_up_bias_E2I, down_EIM, _ = ctx.held
     groups = ctx.groups
     # of the unweighted output: the weights come in below, in fp32
@@ -197,7 +211,8 @@ def apply_experts(
     grouped: bool | None = None,
     skip_output: bool = False,
 ) -> torch.Tensor:
-    """Each row through its expert, times its weight; differentiable in rows, weights and parameters.
+    """Each row through its expert, times its weight; differentiable in rows, weights and
+    parameters.
 
     Args:
         rows_RM: Inputs sorted by expert.
@@ -206,7 +221,8 @@ def apply_experts(
         parameters: The experts' tensors; leaves, read again when the backward runs.
         activation: The gated unit.
         grouped: Whether to use grouped products; default: where they are right.
-        skip_output: Give zeros: enough for a recomputation, which is after what the backward needs and not the output.
+        skip_output: Give zeros: enough for a recomputation, which is after what the backward needs
+            and not the output.
 
     Returns:
         (R, M) in the same order.
@@ -216,4 +232,6 @@ def apply_experts(
         grouped = is_served(rows_RM, rows_RM.shape[1], 2 * expert_size, expert_size)
     gate_up_EM2I, *others = parameters
     gate_up_R2I = _GateUp.apply(rows_RM, groups, grouped, gate_up_EM2I)
-    return _GatedDown.apply(gate_up_R2I, weights_R, groups, activation, grouped, skip_output, *others)
+    return _GatedDown.apply(
+        gate_up_R2I, weights_R, groups, activation, grouped, skip_output, *others
+    )

@@ -1,14 +1,15 @@
 """Products of rows sorted by expert with one matrix per expert.
 
 Decisions
-    `torch._grouped_mm` does the work where it is right: bf16 on CUDA from compute capability 8.0, bf16 and fp32 on the
-    CPU, rows that start on 16 bytes.  It takes the ends of the groups from the device, so nothing waits for the host.
-    Elsewhere (float64, odd sizes, no rows at all) a loop over the experts does the same.
-    Rows are never padded.  An expert without rows has zero gradients.
-    Sums over the rows of an expert accumulate in fp32, which an `index_add_` or the backward of `bias[expert_ids]` in
-    bf16 does not.  On a GPU they are grouped products with a column of ones.  On a CPU they are taken from fp32 copies
-    of a few rows: oneDNN keeps compiled code for every shape it has multiplied (0.3 MiB each, up to 1,024 of them), and
-    thin products would add three for every number of rows that an expert ever had.
+    `torch._grouped_mm` does the work where it is right: bf16 on CUDA from compute capability 8.0,
+    bf16 and fp32 on the CPU, rows that start on 16 bytes.  It takes the ends of the groups from the
+    device, so nothing waits for the host. Elsewhere (float64, odd sizes, no rows at all) a loop
+    over the experts does the same. Rows are never padded.  An expert without rows has zero
+    gradients. Sums over the rows of an expert accumulate in fp32, which an `index_add_` or the
+    backward of `bias[expert_ids]` in bf16 does not.  On a GPU they are grouped products with a
+    column of ones.  On a CPU they are taken from fp32 copies of a few rows: oneDNN keeps compiled
+    code for every shape it has multiplied (0.3 MiB each, up to 1,024 of them), and thin products
+    would add three for every number of rows that an expert ever had.
 
 Shape letters: R rows sorted by expert, E experts, K and N the two sizes of a matrix.
 """
@@ -57,15 +58,21 @@ class Groups:
 
 
 def is_served(rows: torch.Tensor, *sizes: int) -> bool:
-    """Whether `torch._grouped_mm` can do these products; `sizes` are the row lengths of all operands."""
+    """Whether `torch._grouped_mm` can do these products; `sizes` are the row lengths of all
+    operands.
+    """
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     if rows.device.type == "cuda":
-        dtypes = (torch.bfloat16,) if torch.cuda.get_device_capability(rows.device) >= (8, 0) else ()
+        dtypes = (
+            (torch.bfloat16,) if torch.cuda.get_device_capability(rows.device) >= (8, 0) else ()
+        )
     aligned = all(size * rows.element_size() % ALIGNMENT_BYTES == 0 for size in sizes)
     return rows.dtype in dtypes and aligned and rows.shape[0] > 0
 
 
-def product(rows_RK: torch.Tensor, matrices_EKN: torch.Tensor, groups: Groups, *, grouped: bool) -> torch.Tensor:
+def product(
+    rows_RK: torch.Tensor, matrices_EKN: torch.Tensor, groups: Groups, *, grouped: bool
+) -> torch.Tensor:
     """(R, N): each row times the matrix of its expert."""
     if grouped:
         return torch._grouped_mm(rows_RK, matrices_EKN, offs=groups.ends_E)
@@ -75,11 +82,17 @@ def product(rows_RK: torch.Tensor, matrices_EKN: torch.Tensor, groups: Groups, *
     return out_RN
 
 
-def outer(left_RK: torch.Tensor, right_RN: torch.Tensor, groups: Groups, *, grouped: bool) -> torch.Tensor:
-    """(E, K, N): per expert the sum over its rows of left^T right; zero for an expert without rows."""
+def outer(
+    left_RK: torch.Tensor, right_RN: torch.Tensor, groups: Groups, *, grouped: bool
+) -> torch.Tensor:
+    """(E, K, N): per expert the sum over its rows of left^T right; zero for an expert without
+    rows.
+    """
     if grouped:
         out_EKN = torch._grouped_mm(left_RK.t(), right_RN, offs=groups.ends_E)
-        if out_EKN.device.type == "cuda":  # what the kernel leaves where there are no rows is not promised
+        if (
+            out_EKN.device.type == "cuda"
+        ):  # what the kernel leaves where there are no rows is not promised
             out_EKN.masked_fill_((groups.counts_E == 0)[:, None, None], 0)
         return out_EKN
     out_EKN = left_RK.new_empty(groups.counts_E.numel(), left_RK.shape[1], right_RN.shape[1])
@@ -102,14 +115,18 @@ def weighted_sums(
     return out_EN
 
 
-def thin_sums(rows_RN: torch.Tensor, weights_R: torch.Tensor | None, groups: Groups) -> torch.Tensor:
+def thin_sums(
+    rows_RN: torch.Tensor, weights_R: torch.Tensor | None, groups: Groups
+) -> torch.Tensor:
     """`weighted_sums` as a grouped product, which does not wait for the host."""
     column_RK = rows_RN.new_zeros(rows_RN.shape[0], _aligned_columns(rows_RN))
     column_RK[:, 0] = 1 if weights_R is None else weights_R
     return outer(column_RK, rows_RN, groups, grouped=True)[:, 0]
 
 
-def inner(rows_RN: torch.Tensor, vectors_EN: torch.Tensor, groups: Groups, *, grouped: bool) -> torch.Tensor:
+def inner(
+    rows_RN: torch.Tensor, vectors_EN: torch.Tensor, groups: Groups, *, grouped: bool
+) -> torch.Tensor:
     """(R,): each row's inner product with the vector of its expert."""
     if grouped and rows_RN.is_cuda:
         return thin_inner(rows_RN, vectors_EN, groups)

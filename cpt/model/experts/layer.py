@@ -1,12 +1,14 @@
-"""gpt-oss experts under expert parallelism: this rank's experts, and the layer that takes the place of GptOssMLP.
+"""gpt-oss experts under expert parallelism: this rank's experts, and the layer that takes the place
+of GptOssMLP.
 
 Decisions
-    The weights keep Hugging Face's names and layout (fused, gate and up interleaved, biases): a rank holds a
-    contiguous slice of the expert axis of each tensor and nothing else changes.
-    Rows are sorted by expert once and go out and back once (dispatch.py); the arithmetic is one autograd Function
-    (expert_function.py).
+    The weights keep Hugging Face's names and layout (fused, gate and up interleaved, biases): a
+    rank holds a contiguous slice of the expert axis of each tensor and nothing else changes.
+    Rows are sorted by expert once and go out and back once (dispatch.py); the arithmetic is one
+    autograd Function (expert_function.py).
 
-Source of the maths: transformers, models/gpt_oss/modeling_gpt_oss.py (GptOssExperts); model card arXiv 2508.10925.
+Source of the maths: transformers, models/gpt_oss/modeling_gpt_oss.py (GptOssExperts); model card
+arXiv 2508.10925.
 
 Shape letters: N tokens, R rows sorted by expert, M model size, E experts, k top_k.
 """
@@ -41,19 +43,35 @@ class LocalExperts(nn.Module):
             self.register_parameter(name, nn.Parameter(part))
 
     def forward(
-        self, rows_RM: torch.Tensor, weights_R: torch.Tensor, groups: Groups, grouped: bool | None = None
+        self,
+        rows_RM: torch.Tensor,
+        weights_R: torch.Tensor,
+        groups: Groups,
+        grouped: bool | None = None,
     ) -> torch.Tensor:
         """Apply expert i to its rows, times their weights; see `apply_experts`."""
         parameters = Parameters(*(getattr(self, name) for name in EXPERT_TENSORS))
         skip = recomputation.is_second_run()
-        return apply_experts(rows_RM, weights_R, groups, parameters, self.activation, grouped=grouped, skip_output=skip)
+        return apply_experts(
+            rows_RM,
+            weights_R,
+            groups,
+            parameters,
+            self.activation,
+            grouped=grouped,
+            skip_output=skip,
+        )
 
 
 class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
-    """Drop-in for transformers' GptOssMLP whose experts are spread over an expert-parallel group."""
+    """Drop-in for transformers' GptOssMLP whose experts are spread over an expert-parallel
+    group.
+    """
 
     def __init__(self, source: Any, topology: Topology) -> None:
-        nn.Module.__init__(self)  # the base constructor would repack the experts and drop their biases
+        nn.Module.__init__(
+            self
+        )  # the base constructor would repack the experts and drop their biases
         self.num_experts = int(source.experts.num_experts)
         self.ep_size = topology.ep_size
         self.num_local_experts = self.num_experts // self.ep_size
@@ -63,7 +81,9 @@ class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
         self.watch: RouterWatch | None = None
         self.layer_index = 0
         self.router = source.router
-        self.experts = LocalExperts(source.experts, topology.ep_rank * self.num_local_experts, self.num_local_experts)
+        self.experts = LocalExperts(
+            source.experts, topology.ep_rank * self.num_local_experts, self.num_local_experts
+        )
         for parameter in self.experts.parameters():
             mark_expert(parameter, self.ep_size)
 
@@ -80,13 +100,17 @@ class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
         logits_NE, weights_Nk, choice_Nk = self.router(hidden_NM)
         watch = self.watch if self.training else None
         if watch is not None:
-            weights_Nk = watch.observe(self.layer_index, hidden_NM, logits_NE, weights_Nk, choice_Nk)
+            weights_Nk = watch.observe(
+                self.layer_index, hidden_NM, logits_NE, weights_Nk, choice_Nk
+            )
         assignment = Assignment.of(choice_Nk, self.num_experts)
         rows_RM, weights_R = assignment.spread(hidden_NM), assignment.sort_weights(weights_Nk)
         if self.ep_size == 1:
             done_RM = computed = self.experts(rows_RM, weights_R, Groups(assignment.counts_E))
         else:
-            plan, arrived_AM, arrived_weights_A = self.exchange.out(rows_RM, weights_R, assignment.counts_E)
+            plan, arrived_AM, arrived_weights_A = self.exchange.out(
+                rows_RM, weights_R, assignment.counts_E
+            )
             computed = self.experts(arrived_AM, arrived_weights_A, plan.groups)
             done_RM = self.exchange.back(computed, plan)
         if watch is not None:

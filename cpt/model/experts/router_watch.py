@@ -3,19 +3,21 @@
     auxiliary loss of a layer  = E * sum_e load_e * mean over tokens of p_e      (1 if every expert is equally likely)
     z-loss of a layer          = mean over tokens of logsumexp(logits)^2
 
-with p the softmax over all experts.  Each is added to the training loss for every layer, times its coefficient; the
-loss that is reported stays the language model's own.
+with p the softmax over all experts.  Each is added to the training loss for every layer, times its
+coefficient; the loss that is reported stays the language model's own.
 
 Decisions
-    load_e is the share of expert e in the assignments of the whole previous global batch (equal shares before the first
-    step).  The shares of the present one are known only after its last micro batch, and those of a part of it would
-    make the gradient depend on how the batch is cut; with the previous ones every layout has the same gradient, and
-    nothing is exchanged in the forward.  The means are over all positions of the global batch, padding included.
-    A penalty rides on the routing weights: its gradient starts when theirs arrives, so that it needs no place in the
-    outputs of the layers and is right under activation checkpointing.
-    Counting happens in the first run of a checkpointed layer only, in training only, and only in steps that need it.
+    load_e is the share of expert e in the assignments of the whole previous global batch (equal
+    shares before the first step).  The shares of the present one are known only after its last
+    micro batch, and those of a part of it would make the gradient depend on how the batch is cut;
+    with the previous ones every layout has the same gradient, and nothing is exchanged in the
+    forward.  The means are over all positions of the global batch, padding included. A penalty
+    rides on the routing weights: its gradient starts when theirs arrives, so that it needs no place
+    in the outputs of the layers and is right under activation checkpointing. Counting happens in
+    the first run of a checkpointed layer only, in training only, and only in steps that need it.
 
-Sources: Switch Transformer, arXiv 2101.03961, eq. 4; ST-MoE, arXiv 2202.08906, eq. 5; shares of the global batch rather
+Sources: Switch Transformer, arXiv 2101.03961, eq. 4; ST-MoE, arXiv 2202.08906, eq. 5; shares of the
+    global batch rather
 than of each micro batch: arXiv 2501.11873.
 
 Shape letters: N tokens, k experts per token, E experts, L layers, S sources, M model size.
@@ -60,7 +62,9 @@ class RouterSums:
     probability_LE: torch.Tensor
     """Sum over tokens of p."""
     overlap_LS: torch.Tensor | None
-    """Assignments that the untouched router would have made, too, on the same hidden states; None if it is unknown."""
+    """Assignments that the untouched router would have made, too, on the same hidden states; None
+    if it is unknown.
+    """
     rows_computed: int
     """Rows that went through experts."""
     top_k: int
@@ -71,7 +75,14 @@ class RouterWatch:
     """Shared by the MoE layers of a model."""
 
     def __init__(
-        self, *, num_layers: int, num_experts: int, top_k: int, aux_coef: float, z_coef: float, device: torch.device
+        self,
+        *,
+        num_layers: int,
+        num_experts: int,
+        top_k: int,
+        aux_coef: float,
+        z_coef: float,
+        device: torch.device,
     ) -> None:
         self._num_layers, self._num_experts, self._top_k = num_layers, num_experts, top_k
         self._aux_coef, self._z_coef, self._device = aux_coef, z_coef, device
@@ -109,14 +120,21 @@ class RouterWatch:
         if measure and self.original:
             shapes["overlap"] = (layers, num_sources)
         needed = shapes if self.is_counting else {}
-        self._sums = {n: torch.zeros(s, dtype=torch.float64, device=self._device) for n, s in needed.items()}
+        self._sums = {
+            n: torch.zeros(s, dtype=torch.float64, device=self._device) for n, s in needed.items()
+        }
 
     def enter(self, sources_B: torch.Tensor) -> None:
         """The sources of the rows of the next forward pass."""
         self._sources_B = sources_B
 
     def observe(
-        self, layer: int, hidden_NM: torch.Tensor, logits_NE: torch.Tensor, weights_Nk: torch.Tensor, choice_Nk: Any
+        self,
+        layer: int,
+        hidden_NM: torch.Tensor,
+        logits_NE: torch.Tensor,
+        weights_Nk: torch.Tensor,
+        choice_Nk: Any,
     ) -> torch.Tensor:
         """Count, and return the routing weights with the penalties attached."""
         if self._sums and not recomputation.is_second_run():
@@ -125,14 +143,22 @@ class RouterWatch:
         if not (self._aux_coef or self._z_coef):
             return weights_Nk
         logits = logits_NE.float()
-        penalty = self._aux_coef * self._num_experts * (logits.softmax(1).sum(0) * self._load_LE[layer]).sum()
+        penalty = (
+            self._aux_coef
+            * self._num_experts
+            * (logits.softmax(1).sum(0) * self._load_LE[layer]).sum()
+        )
         if self._z_coef:
             penalty = penalty + self._z_coef * logits.logsumexp(1).square().sum()
         return _Attach.apply(weights_Nk, penalty * self._scale)
 
-    def _count(self, layer: int, hidden_NM: torch.Tensor, logits_NE: torch.Tensor, choice_Nk: torch.Tensor) -> None:
+    def _count(
+        self, layer: int, hidden_NM: torch.Tensor, logits_NE: torch.Tensor, choice_Nk: torch.Tensor
+    ) -> None:
         tokens, top_k = choice_Nk.shape
-        sources_N = self._sources_B.repeat_interleave(tokens // len(self._sources_B), output_size=tokens)
+        sources_N = self._sources_B.repeat_interleave(
+            tokens // len(self._sources_B), output_size=tokens
+        )
         cells = (sources_N[:, None] * self._num_experts + choice_Nk).view(-1)
         ones = torch.ones_like(cells, dtype=torch.float64)
         self._sums["counts"][layer].view(-1).scatter_add_(0, cells, ones)
@@ -142,11 +168,17 @@ class RouterWatch:
         log_p = logits_NE.float().log_softmax(1)
         p = log_p.exp()
         self._sums["entropy"][layer] -= (p * log_p).sum(dtype=torch.float64)
-        self._sums["square"][layer] += logits_NE.float().logsumexp(1).square().sum(dtype=torch.float64)
+        self._sums["square"][layer] += (
+            logits_NE.float().logsumexp(1).square().sum(dtype=torch.float64)
+        )
         self._sums["probability"][layer] += p.sum(0, dtype=torch.float64)
         if self.original:
             weight, bias = self.original[layer]
-            before_Nk = F.linear(hidden_NM, weight.to(hidden_NM.dtype), bias.to(hidden_NM.dtype)).topk(top_k).indices
+            before_Nk = (
+                F.linear(hidden_NM, weight.to(hidden_NM.dtype), bias.to(hidden_NM.dtype))
+                .topk(top_k)
+                .indices
+            )
             same_N = (choice_Nk[:, :, None] == before_Nk[:, None, :]).sum((1, 2)).double()
             self._sums["overlap"][layer].scatter_add_(0, sources_N, same_N)
 
@@ -156,14 +188,19 @@ class RouterWatch:
             self._rows_computed += rows
 
     def finish(self, group: dist.ProcessGroup) -> RouterSums | None:
-        """Add up over all ranks and take the shares for the next step; what was measured, if this step did."""
+        """Add up over all ranks and take the shares for the next step; what was measured, if this
+        step did.
+        """
         if not self._sums:
             return None
         extra = torch.tensor([float(self._rows_computed)], dtype=torch.float64)
         flat = torch.cat([*(sums.view(-1).cpu() for sums in self._sums.values()), extra])
         dist.all_reduce(flat, group=group)
         parts = flat.split([*(sums.numel() for sums in self._sums.values()), 1])
-        total = {name: part.view(sums.shape) for (name, sums), part in zip(self._sums.items(), parts, strict=False)}
+        total = {
+            name: part.view(sums.shape)
+            for (name, sums), part in zip(self._sums.items(), parts, strict=False)
+        }
         counts_LE = total["counts"].sum(1)
         self._load_LE = (counts_LE / counts_LE.sum(1, keepdim=True)).float().to(self._device)
         self._sums = {}

@@ -1,20 +1,24 @@
-"""How far the model's next-token distribution is from another one, of which the k likeliest tokens are known.
+"""How far the model's next-token distribution is from another one, of which the k likeliest tokens
+are known.
 
-The other distribution p has k + 1 parts: its k likeliest tokens, and all other tokens as one.  The model's own q is
-added up to the same parts, so that both sum to 1 and
+The other distribution p has k + 1 parts: its k likeliest tokens, and all other tokens as one.  The
+model's own q is added up to the same parts, so that both sum to 1 and
 
-    KL(p || q) = sum_j p_j (log p_j - log q_j) + p_r (log p_r - log q_r)  >= 0,  and 0 where q has the parts of p
+    KL(p || q) = sum_j p_j (log p_j - log q_j) + p_r (log p_r - log q_r)  >= 0,  and 0 where q has
+    the parts of p
     dKL/dz_v   = q_v - p_v  for a listed token v,   q_v (1 - p_r / q_r)  for any other
 
-with z the logits, q = softmax(z) and r the other tokens together.  By the data-processing inequality this is at most
-the divergence over the whole vocabulary.
+with z the logits, q = softmax(z) and r the other tokens together.  By the data-processing
+inequality this is at most the divergence over the whole vocabulary.
 
 Decisions
-    q_r comes from a log-sum-exp over the other tokens alone: 1 - sum_j q_j would cancel where the listed ones hold
-    nearly everything.
-    Nothing here holds more than one tile of logits; `Divergence` is handed each tile by the loss head in turn.
+    q_r comes from a log-sum-exp over the other tokens alone: 1 - sum_j q_j would cancel where the
+    listed ones hold nearly everything.
+    Nothing here holds more than one tile of logits; `Divergence` is handed each tile by the loss
+    head in turn.
 
-Shape letters: N tokens of the loss, n those of them with a target, k listed tokens, K = k + 1, v a tile of the words.
+Shape letters: N tokens of the loss, n those of them with a target, k listed tokens, K = k + 1, v a
+tile of the words.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from dataclasses import dataclass
 import torch
 
 LARGEST_EXPONENT = 60.0
-"""Of p_r / q_r in the gradient: it is multiplied with q_v, which is 0 in fp32 before this grows to infinity."""
+"""Of p_r / q_r in the gradient: it is multiplied with q_v, which is 0 in fp32 before this grows to
+infinity.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,13 +42,19 @@ class TopK:
     ids_nk: torch.Tensor
     """(n, k) int64: the likeliest tokens."""
     log_p_nK: torch.Tensor
-    """(n, k + 1): their log-probabilities in nats; the last column is that of all other tokens together."""
+    """(n, k + 1): their log-probabilities in nats; the last column is that of all other tokens
+    together.
+    """
 
 
 class Divergence:
-    """KL(p || q) over tiles of logits: `hide` each tile, then `finish`; `gradient` of each tile again."""
+    """KL(p || q) over tiles of logits: `hide` each tile, then `finish`; `gradient` of each tile
+    again.
+    """
 
-    def __init__(self, targets: TopK, *, tile_words: int, vocabulary: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, targets: TopK, *, tile_words: int, vocabulary: int, dtype: torch.dtype
+    ) -> None:
         """Sort the listed tokens by tile.
 
         Args:
@@ -63,14 +75,18 @@ class Divergence:
         self._z_nk = torch.empty_like(targets.ids_nk, dtype=dtype)
 
     def _listed(self, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Listed tokens in the tile that starts at word `first`: place in (n, k), row in n, column in the tile."""
+        """Listed tokens in the tile that starts at word `first`: place in (n, k), row in n, column
+        in the tile.
+        """
         number = first // self._tile_words
         span = slice(self._bounds[number], self._bounds[number + 1])
         place = self._order[span]
         return place, place // self._top_k, self._sorted_ids[span] - first
 
     def hide(self, first: int, logits_Nv: torch.Tensor) -> None:
-        """Note the logits of listed tokens and take them out of the tile, so that its log-sum-exp is the others'."""
+        """Note the logits of listed tokens and take them out of the tile, so that its log-sum-exp
+        is the others'.
+        """
         place, row, column = self._listed(first)
         self._z_nk.view(-1)[place] = logits_Nv[self.at_n[row], column]
         logits_Nv[self.at_n[row], column] = float("-inf")

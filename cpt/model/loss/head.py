@@ -1,15 +1,18 @@
 """Negative log-likelihood of the next token without ever holding all logits.
 
-The vocabulary is walked in tiles.  The forward keeps only the log-sum-exp of every token; the backward computes each
-tile of logits again and writes that tile's rows of the weight gradient once, so nothing is accumulated in low
-precision.  Extra memory is a few tiles, whatever the number of tokens.
+The vocabulary is walked in tiles.  The forward keeps only the log-sum-exp of every token; the
+backward computes each tile of logits again and writes that tile's rows of the weight gradient once,
+so nothing is accumulated in low precision.  Extra memory is a few tiles, whatever the number of
+tokens.
 
     nll_n = lse_n - z_{n, y_n},   lse_n = log sum_v exp z_{nv},   z = hidden W^T
     dz = g_n (exp(z - lse_n) - [v = y_n]),   dhidden = dz W,   dW = dz^T hidden
 
-In the same walk it gives the divergence from another model's distribution, where that is known (cpt/model/loss/divergence.py).
+In the same walk it gives the divergence from another model's distribution, where that is known
+(cpt/model/loss/divergence.py).
 
-Shape letters: N tokens, M model size, V vocabulary, v one tile of it, n tokens with a target, k listed tokens.
+Shape letters: N tokens, M model size, V vocabulary, v one tile of it, n tokens with a target, k
+listed tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ from cpt.model.loss.divergence import Divergence, TopK
 
 IGNORE_INDEX = -100
 TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
-"""Memory for one tile of logits in the accumulation dtype, by device: what fits the cache of a CPU core, and what
-fills a GPU.  See `work_bytes` for what is alive at a time."""
+"""Memory for one tile of logits in the accumulation dtype, by device: what fits the cache of a CPU
+core, and what fills a GPU.  See `work_bytes` for what is alive at a time."""
 
 SMALLEST_TILE_ROWS = 256
 """Below this, matrix products are too thin to be worth the memory they save."""
@@ -35,7 +38,11 @@ SMALLEST_TILE_ROWS = 256
 class _TiledLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NM: torch.Tensor, weight_VM: torch.Tensor, label_N: torch.Tensor, targets: TopK | None
+        ctx: Any,
+        hidden_NM: torch.Tensor,
+        weight_VM: torch.Tensor,
+        label_N: torch.Tensor,
+        targets: TopK | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         divergence = None if targets is None else _divergence(hidden_NM, weight_VM, targets)
         lse_N, target_N = _log_sum_exp_and_target(hidden_NM, weight_VM, label_N, divergence)
@@ -44,7 +51,9 @@ class _TiledLoss(torch.autograd.Function):
         return lse_N - target_N, lse_N.new_zeros(0) if divergence is None else divergence.value()
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+    def backward(
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         hidden_NM, weight_VM, label_N, lse_N = ctx.saved_tensors
         grad_N1 = grads[0].unsqueeze(1)
         d_hidden_NM = torch.zeros_like(hidden_NM, dtype=lse_N.dtype)
@@ -61,7 +70,9 @@ class _TiledLoss(torch.autograd.Function):
             d_logits_Nv = d_logits_Nv.to(hidden_NM.dtype)
             d_hidden_NM += d_logits_Nv @ tile_vM
             if d_weight_VM is not None:
-                torch.mm(d_logits_Nv.T, hidden_NM, out=d_weight_VM[first : first + tile_vM.shape[0]])
+                torch.mm(
+                    d_logits_Nv.T, hidden_NM, out=d_weight_VM[first : first + tile_vM.shape[0]]
+                )
         return d_hidden_NM.to(hidden_NM.dtype), d_weight_VM, None, None
 
 
@@ -75,7 +86,8 @@ def _words_of_a_tile(device_type: str, num_tokens: int, itemsize: int) -> int:
 
 
 def work_bytes(device_type: str, num_tokens: int, itemsize: int) -> int:
-    """Memory for logits and their gradient in the backward, in a working dtype of fp32 (itemsize 4) or less.
+    """Memory for logits and their gradient in the backward, in a working dtype of fp32 (itemsize 4)
+    or less.
 
     A tile and its gradient are there until the next tile has been multiplied and widened.
     """
@@ -83,13 +95,17 @@ def work_bytes(device_type: str, num_tokens: int, itemsize: int) -> int:
     return logits * (8 if itemsize == 4 else 2 * (itemsize + 4))
 
 
-def _tiles(weight_VM: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+def _tiles(
+    weight_VM: torch.Tensor, num_tokens: int, dtype: torch.dtype
+) -> Iterator[tuple[int, torch.Tensor]]:
     rows = _tile_words(weight_VM, num_tokens, dtype)
     for first in range(0, weight_VM.shape[0], rows):
         yield first, weight_VM[first : first + rows]
 
 
-def _labels_in_tile(label_N: torch.Tensor, first: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _labels_in_tile(
+    label_N: torch.Tensor, first: int, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens whose label lies in [first, first + rows), and its position there."""
     here = ((label_N >= first) & (label_N < first + rows)).nonzero().squeeze(1)
     return here, label_N[here] - first
@@ -106,7 +122,10 @@ def _divergence(hidden_NM: torch.Tensor, weight_VM: torch.Tensor, targets: TopK)
 
 
 def _log_sum_exp_and_target(
-    hidden_NM: torch.Tensor, weight_VM: torch.Tensor, label_N: torch.Tensor, divergence: Divergence | None
+    hidden_NM: torch.Tensor,
+    weight_VM: torch.Tensor,
+    label_N: torch.Tensor,
+    divergence: Divergence | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = _sum_dtype(hidden_NM)
     lse_N = torch.full_like(label_N, float("-inf"), dtype=dtype)
@@ -138,15 +157,22 @@ class LossHead(nn.Linear):
             targets: Another model's distribution for some of the tokens; only with labels.
 
         Returns:
-            (..., V) logits without labels; else (...) nats in fp32 (fp64 for fp64), 0 where the label is -100.  With
-            targets (2, ...): the same, and the divergence from them in nats, 0 where there is none.
+            (..., V) logits without labels; else (...) nats in fp32 (fp64 for fp64), 0 where the
+            label is -100.  With targets (2, ...): the same, and the divergence from them in nats, 0
+            where there is none.
         """
         if label is None:
             return super().forward(hidden)
         flat_NM, flat_label_N = hidden.reshape(-1, hidden.shape[-1]), label.reshape(-1)
         kept = (flat_label_N != IGNORE_INDEX).nonzero().squeeze(1)
-        among_kept = None if targets is None else replace(targets, at_n=torch.searchsorted(kept, targets.at_n))
-        nll, divergence = _TiledLoss.apply(flat_NM[kept], self.weight, flat_label_N[kept], among_kept)
+        among_kept = (
+            None
+            if targets is None
+            else replace(targets, at_n=torch.searchsorted(kept, targets.at_n))
+        )
+        nll, divergence = _TiledLoss.apply(
+            flat_NM[kept], self.weight, flat_label_N[kept], among_kept
+        )
         whole = nll.new_zeros(flat_label_N.shape)
         losses = whole.index_copy(0, kept, nll).view_as(label)
         if targets is None:
@@ -158,17 +184,22 @@ class LossHead(nn.Linear):
         """The k likeliest next tokens of every position, the likeliest first; k < V.
 
         Returns:
-            (N, k) token ids, and (N, k + 1) log-probabilities: theirs, and that of all other tokens together.
+            (N, k) token ids, and (N, k + 1) log-probabilities: theirs, and that of all other tokens
+            together.
         """
         dtype, num_tokens = _sum_dtype(hidden_NM), hidden_NM.shape[0]
         best = hidden_NM.new_empty((num_tokens, 0), dtype=dtype)
         ids_Nk = torch.empty((num_tokens, 0), dtype=torch.int64, device=hidden_NM.device)
         for first, tile_vM in _tiles(self.weight, num_tokens, dtype):
             found = (hidden_NM @ tile_vM.T).to(dtype).topk(min(k, tile_vM.shape[0]))
-            best, at = torch.cat([best, found.values], 1).topk(min(k, best.shape[1] + found.values.shape[1]))
+            best, at = torch.cat([best, found.values], 1).topk(
+                min(k, best.shape[1] + found.values.shape[1])
+            )
             ids_Nk = torch.cat([ids_Nk, found.indices + first], 1).gather(1, at)
         everywhere = torch.arange(num_tokens, device=ids_Nk.device)
         listed = TopK(at_n=everywhere, ids_nk=ids_Nk, log_p_nK=best.new_zeros((num_tokens, k + 1)))
         divergence = _divergence(hidden_NM, self.weight, listed)
-        _log_sum_exp_and_target(hidden_NM, self.weight, torch.full_like(everywhere, IGNORE_INDEX), divergence)
+        _log_sum_exp_and_target(
+            hidden_NM, self.weight, torch.full_like(everywhere, IGNORE_INDEX), divergence
+        )
         return ids_Nk, divergence.log_q_nK

@@ -1,8 +1,9 @@
-"""Safetensors files read by byte ranges: a rank reads what it keeps, and nothing is mapped into its memory.
+"""Safetensors files read by byte ranges: a rank reads what it keeps, and nothing is mapped into its
+memory.
 
-The format is a length (8 bytes, little endian), a JSON header with the byte range of every tensor, and the bytes.
-The `safetensors` library validates a file when it is opened; ranges of flattened tensors are then read here, because
-the library can only cut along axes.
+The format is a length (8 bytes, little endian), a JSON header with the byte range of every tensor,
+and the bytes. The `safetensors` library validates a file when it is opened; ranges of flattened
+tensors are then read here, because the library can only cut along axes.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class TensorFile:
         """
         entry = self._header[name]
         dtype = TORCH_DTYPES[entry["dtype"]]
-        assert 0 <= start <= stop <= math.prod(entry["shape"]), f"{name}[{start}:{stop}] is outside {entry['shape']}"
+        assert 0 <= start <= stop <= math.prod(entry["shape"]), (
+            f"{name}[{start}:{stop}] is outside {entry['shape']}"
+        )
         first_byte = self._data_start + entry["data_offsets"][0] + start * dtype.itemsize
         buffer = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
         self._read_into(buffer.numpy().data, first_byte, name)
@@ -70,8 +73,12 @@ class TensorFile:
             try:
                 count = os.preadv(self._descriptor, [target[done:]], position + done)
             except OSError as error:
-                raise StorageError(f"{self.file}: reading tensor '{name}' failed: {error.strerror}.") from error
+                raise StorageError(
+                    f"{self.file}: reading tensor '{name}' failed: {error.strerror}."
+                ) from error
             if count == 0:
-                raise StorageError(f"{self.file}: ends inside tensor '{name}'; it was changed while being read.")
+                raise StorageError(
+                    f"{self.file}: ends inside tensor '{name}'; it was changed while being read."
+                )
             done += count
         self.bytes_read += done

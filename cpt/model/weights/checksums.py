@@ -1,7 +1,9 @@
-"""SHA-256 of weight files, where the directory says what it should be: damage that no format check can see.
+"""SHA-256 of weight files, where the directory says what it should be: damage that no format check
+can see.
 
-Two places know the right value: a file `SHA256SUMS` in the directory (as `sha256sum *.safetensors` writes it), and the
-cache of the Hugging Face Hub, whose files are links to blobs named by their hash.
+Two places know the right value: a file `SHA256SUMS` in the directory (as `sha256sum *.safetensors`
+writes it), and the cache of the Hugging Face Hub, whose files are links to blobs named by their
+hash.
 """
 
 from __future__ import annotations
@@ -25,16 +27,20 @@ def sha256_of(file: Path) -> str:
 
 
 def sampled_hash(files: Iterable[Path]) -> str:
-    """Hash of weight files by name, size and `SAMPLED_BLOCKS` blocks of each, the header among them.
+    """Hash of weight files by name, size and `SAMPLED_BLOCKS` blocks of each, the header among
+    them.
 
-    Tells one training state from another without reading tens of GiB; damage of single values is for `damaged`.
+    Tells one training state from another without reading tens of GiB; damage of single values is
+    for `damaged`.
     """
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}:".encode())
         with open(file, "rb") as opened:
-            for start in sorted({size * block // SAMPLED_BLOCKS for block in range(SAMPLED_BLOCKS)}):
+            for start in sorted(
+                {size * block // SAMPLED_BLOCKS for block in range(SAMPLED_BLOCKS)}
+            ):
                 opened.seek(start)
                 digest.update(opened.read(SAMPLED_BLOCK_BYTES))
     return digest.hexdigest()
@@ -59,7 +65,9 @@ def known_sums(path: Path, files: Iterable[Path]) -> dict[Path, str]:
         sums[name.strip().removeprefix("*")] = value
     missing = [file.name for file in files if file.name not in sums]
     if missing:
-        raise ConfigError(f"{listed}: does not list {', '.join(missing)}. Write it anew or remove it.")
+        raise ConfigError(
+            f"{listed}: does not list {', '.join(missing)}. Write it anew or remove it."
+        )
     return {file: sums[file.name] for file in files}
 
 
@@ -70,7 +78,9 @@ def write_sums(path: Path, names: Iterable[str]) -> None:
 
 
 def share(sizes: dict[Path, int], rank: int, world_size: int) -> list[Path]:
-    """The files that one rank hashes, so that all have about as many bytes: largest first, to the emptiest rank."""
+    """The files that one rank hashes, so that all have about as many bytes: largest first, to the
+    emptiest rank.
+    """
     loads = [0] * world_size
     mine = []
     for file in sorted(sizes, key=lambda f: (-sizes[f], f.name)):

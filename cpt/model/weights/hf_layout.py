@@ -40,9 +40,17 @@ def tensor_files(path: Path) -> dict[str, Path]:
         with open_tensors(path / SINGLE_FILE) as opened:
             files = dict.fromkeys(opened.keys(), path / SINGLE_FILE)
     else:
-        pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix))
-        found = f" It holds {', '.join(pickles)}: pickles can run code and are not read." if pickles else ""
-        raise ConfigError(f"{path}: neither {INDEX_FILE} nor {SINGLE_FILE} is there.{found} Save as safetensors.")
+        pickles = sorted(
+            file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix)
+        )
+        found = (
+            f" It holds {', '.join(pickles)}: pickles can run code and are not read."
+            if pickles
+            else ""
+        )
+        raise ConfigError(
+            f"{path}: neither {INDEX_FILE} nor {SINGLE_FILE} is there.{found} Save as safetensors."
+        )
     missing = sorted({str(file) for file in files.values() if not file.is_file()})
     if missing:
         raise ConfigError([f"{index} names {file}, which does not exist." for file in missing])

@@ -1,7 +1,8 @@
-"""Random weights that are a function of (seed, name, position) alone: no layout, no dtype, no number of ranks.
+"""Random weights that are a function of (seed, name, position) alone: no layout, no dtype, no
+number of ranks.
 
-Each flattened global tensor is cut into blocks; each block has a generator of its own.  A rank draws the blocks that
-its part touches, so no rank ever holds a whole tensor.
+Each flattened global tensor is cut into blocks; each block has a generator of its own.  A rank
+draws the blocks that its part touches, so no rank ever holds a whole tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ BLOCK_NUMEL = 2**18
 
 
 class RandomWeights:
-    """A source of weights for `cpt.model.weights.source.fill`: initialised as Hugging Face's GptOssPreTrainedModel does."""
+    """A source of weights for `cpt.model.weights.source.fill`: initialised as Hugging Face's
+    GptOssPreTrainedModel does.
+    """
 
     def __init__(self, seed: int, initializer_range: float) -> None:
         self._seed, self._std = seed, initializer_range

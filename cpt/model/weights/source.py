@@ -1,9 +1,9 @@
 """Hugging Face directories in and out: which file holds which tensor, and this rank's part of it.
 
-Only safetensors are read: a pickle can run code.  Every key of the directory must be one the model has and the other
-way round; a tensor is never dropped or invented.  A rank reads the byte ranges of what it keeps: its part of each
-tensor after expert parallelism and ZeRO.  Expert matrices may be in the released MXFP4 layout and are decoded on the
-way, a few megabytes at a time.
+Only safetensors are read: a pickle can run code.  Every key of the directory must be one the model
+has and the other way round; a tensor is never dropped or invented.  A rank reads the byte ranges of
+what it keeps: its part of each tensor after expert parallelism and ZeRO.  Expert matrices may be in
+the released MXFP4 layout and are decoded on the way, a few megabytes at a time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def load_config(path: Path | None, preset: str | None) -> GptOssConfig:
         return GptOssConfig(**PRESETS[str(preset)])
     file = path / "config.json"
     if not file.is_file():
-        raise ConfigError(f"model.path: {file} does not exist. Give a Hugging Face directory with a config.json.")
+        raise ConfigError(
+            f"model.path: {file} does not exist. Give a Hugging Face directory with a config.json."
+        )
     values = read_json(file)
     if values.get("model_type") != "gpt_oss":
         raise ConfigError(f"{file}: model_type is {values.get('model_type')!r}, must be 'gpt_oss'.")
@@ -62,13 +64,17 @@ def expected_shapes(model: GptOssForCPT) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor, whatever part of it this rank holds."""
     num_experts = model.config.num_local_experts
     return {
-        name: (num_experts, *parameter.shape[1:]) if is_expert_name(name) else tuple(parameter.shape)
+        name: (num_experts, *parameter.shape[1:])
+        if is_expert_name(name)
+        else tuple(parameter.shape)
         for name, parameter in model.named_parameters()
     }
 
 
 def stored_shapes(model: GptOssForCPT, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes that a directory must hold: of each expert matrix the tensor itself, or its MXFP4 blocks and scales."""
+    """Shapes that a directory must hold: of each expert matrix the tensor itself, or its MXFP4
+    blocks and scales.
+    """
     names = set(names)
     stored: dict[str, tuple[int, ...]] = {}
     for name, shape in expected_shapes(model).items():
@@ -92,24 +98,39 @@ def check_directory(path: Path, model: GptOssForCPT) -> dict[str, Path]:
     """
     files, problems = tensor_files(path), []
     expected = stored_shapes(model, files)
-    problems += [f"{path}: tensor '{name}' is missing." for name in sorted(expected.keys() - files.keys())]
-    problems += [f"{files[name]}: unknown tensor '{name}'." for name in sorted(files.keys() - expected.keys())]
+    problems += [
+        f"{path}: tensor '{name}' is missing." for name in sorted(expected.keys() - files.keys())
+    ]
+    problems += [
+        f"{files[name]}: unknown tensor '{name}'."
+        for name in sorted(files.keys() - expected.keys())
+    ]
     for file in sorted(set(files.values())):
         with open_tensors(file) as opened:
             held = set(opened.keys())
-            for name in sorted(name for name, where in files.items() if where == file and name in expected):
+            for name in sorted(
+                name for name, where in files.items() if where == file and name in expected
+            ):
                 if name not in held:
-                    problems.append(f"{file}: tensor '{name}' is missing, though {INDEX_FILE} says it is here.")
+                    problems.append(
+                        f"{file}: tensor '{name}' is missing, though {INDEX_FILE} says it is here."
+                    )
                     continue
                 stored = opened.get_slice(name)
                 shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
                 if shape != expected[name]:
-                    problems.append(f"{file}: tensor '{name}' has shape {shape}, expected {expected[name]}.")
+                    problems.append(
+                        f"{file}: tensor '{name}' has shape {shape}, expected {expected[name]}."
+                    )
                 wanted = CODE_DTYPES if name.endswith((BLOCKS, SCALES)) else FLOAT_DTYPES
                 if dtype not in wanted:
-                    problems.append(f"{file}: tensor '{name}' has dtype {dtype}, expected {' or '.join(wanted)}.")
+                    problems.append(
+                        f"{file}: tensor '{name}' has dtype {dtype}, expected {' or '.join(wanted)}."
+                    )
             unlisted = held - {name for name, where in files.items() if where == file}
-            problems += [f"{file}: tensor '{name}' is not in {INDEX_FILE}." for name in sorted(unlisted)]
+            problems += [
+                f"{file}: tensor '{name}' is not in {INDEX_FILE}." for name in sorted(unlisted)
+            ]
     if problems:
         raise ConfigError(problems)
     return files
@@ -119,7 +140,9 @@ class WeightSource(Protocol):
     """Where weights come from."""
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Elements [start, stop) of the flattened global tensor `name`, as (position of the first, 1-D values)."""
+        """Elements [start, stop) of the flattened global tensor `name`, as (position of the first,
+        1-D values).
+        """
         ...
 
 
@@ -148,19 +171,25 @@ class DirectoryWeights:
         return sum(file.bytes_read for file in self._opened.values())
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """See `WeightSource`; a piece has at most `PIECE_NUMEL` elements, rounded up to whole MXFP4 blocks."""
+        """See `WeightSource`; a piece has at most `PIECE_NUMEL` elements, rounded up to whole MXFP4
+        blocks.
+        """
         if name in self._files:
             for low in range(start, stop, PIECE_NUMEL):
                 yield low, self._files[name].elements(name, low, min(stop, low + PIECE_NUMEL))
             return
         _, rows, num_blocks, _ = self._files[name + BLOCKS].shape(name + BLOCKS)
-        numel = num_blocks * mxfp4.BLOCK * rows  # of one expert, stored as (rows, inputs), wanted as (inputs, rows)
+        numel = (
+            num_blocks * mxfp4.BLOCK * rows
+        )  # of one expert, stored as (rows, inputs), wanted as (inputs, rows)
         for expert in range(start // numel, -(-stop // numel)):
             low, high = max(start - expert * numel, 0), min(stop - expert * numel, numel)
             for position, values in self._decoded(name, expert, low, high):
                 yield expert * numel + position, values
 
-    def _decoded(self, name: str, expert: int, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+    def _decoded(
+        self, name: str, expert: int, start: int, stop: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         """Elements [start, stop) of one expert, flattened as (inputs, rows)."""
         _, rows, num_blocks, _ = self._files[name + BLOCKS].shape(name + BLOCKS)
         block_numel = mxfp4.BLOCK * rows  # a block column: 32 inputs of every row
@@ -177,16 +206,23 @@ class DirectoryWeights:
     def _columns(
         self, name: str, expert: int, rows: int, num_blocks: int, first: int, last: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Block columns [first, last) of one expert: codes (rows, columns, 16) and scales (rows, columns)."""
+        """Block columns [first, last) of one expert: codes (rows, columns, 16) and scales (rows,
+        columns).
+        """
         half = mxfp4.BLOCK // 2
         found = []
         for suffix, width in ((BLOCKS, half), (SCALES, 1)):
             file, start = self._files[name + suffix], expert * rows * num_blocks
             if (first, last) == (0, num_blocks):
-                flat = file.elements(name + suffix, start * width, (start + rows * num_blocks) * width)
+                flat = file.elements(
+                    name + suffix, start * width, (start + rows * num_blocks) * width
+                )
             else:
                 begins = range(start + first, start + rows * num_blocks, num_blocks)
-                parts = [file.elements(name + suffix, b * width, (b + last - first) * width) for b in begins]
+                parts = [
+                    file.elements(name + suffix, b * width, (b + last - first) * width)
+                    for b in begins
+                ]
                 flat = torch.cat(parts)
             found.append(flat.view(rows, last - first, *([half] if width > 1 else [])))
         return found[0], found[1]
@@ -197,8 +233,8 @@ def fill(targets: Mapping[str, tuple[torch.Tensor, int]], source: WeightSource) 
     """Write a part of every tensor.
 
     Args:
-        targets: By parameter name: a 1-D view to write to, and the position of its first element in the flattened
-            global tensor.  Values are cast to its dtype.
+        targets: By parameter name: a 1-D view to write to, and the position of its first element in
+            the flattened global tensor.  Values are cast to its dtype.
         source: Where the values come from.
     """
     for name, (view, offset) in targets.items():

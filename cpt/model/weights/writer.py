@@ -1,8 +1,10 @@
-"""Hugging Face weight files written piece by piece: memory holds a piece, never a file or a whole tensor.
+"""Hugging Face weight files written piece by piece: memory holds a piece, never a file or a whole
+tensor.
 
-safetensors' own `save_file` wants all tensors of a file at once.  The format is an 8-byte length, a JSON header with
-dtype, shape and byte range of every tensor, and the bytes; so the header is written first and pieces go to their place.
-A file carries the suffix `.part` until it is whole, and the index comes last.
+safetensors' own `save_file` wants all tensors of a file at once.  The format is an 8-byte length, a
+JSON header with dtype, shape and byte range of every tensor, and the bytes; so the header is
+written first and pieces go to their place. A file carries the suffix `.part` until it is whole, and
+the index comes last.
 
 Source: safetensors, README, section Format.
 """
@@ -52,7 +54,11 @@ class TensorFileWriter:
     """One safetensors file being written; `finish` gives it its name."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
-        self._path, self._entries, self._left = path, entries, {n: math.prod(e.shape) for n, e in entries.items()}
+        self._path, self._entries, self._left = (
+            path,
+            entries,
+            {n: math.prod(e.shape) for n, e in entries.items()},
+        )
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, entry in entries.items():
@@ -92,7 +98,8 @@ class TensorFileWriter:
 class DirectoryWriter:
     """The weight files of a Hugging Face directory; use it as a context manager.
 
-    Tensors are written in the order of `entries`, each in pieces; a file is finished when its last piece is there.
+    Tensors are written in the order of `entries`, each in pieces; a file is finished when its last
+    piece is there.
     """
 
     def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
@@ -122,7 +129,10 @@ class DirectoryWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for file in self._open.values():
             file.close()
@@ -130,7 +140,9 @@ class DirectoryWriter:
             return
         missing = sorted(set(self._names) - self._done)
         if missing:
-            raise InternalError(f"{self._folder}: not every tensor of {', '.join(missing)} was written.")
+            raise InternalError(
+                f"{self._folder}: not every tensor of {', '.join(missing)} was written."
+            )
         if len(self._names) > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": self._file_of}
             write_json(self._folder / INDEX_FILE, index)
@@ -156,7 +168,9 @@ def refuse_existing(out: Path) -> None:
         ConfigError: `out` exists.
     """
     if out.exists():
-        raise ConfigError(f"{out} exists already and is not overwritten. Remove it or give another --out.")
+        raise ConfigError(
+            f"{out} exists already and is not overwritten. Remove it or give another --out."
+        )
 
 
 @contextmanager
@@ -191,7 +205,9 @@ def check_space(folder: Path, num_bytes: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise StorageError(f"the weights need {megabytes(num_bytes)}, {megabytes(free)} are free at {folder}.")
+        raise StorageError(
+            f"the weights need {megabytes(num_bytes)}, {megabytes(free)} are free at {folder}."
+        )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

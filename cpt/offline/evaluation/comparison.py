@@ -1,4 +1,5 @@
-"""Run the tasks of a YAML on an export, compare them with a baseline, write the result, and refuse what dropped.
+"""Run the tasks of a YAML on an export, compare them with a baseline, write the result, and refuse
+what dropped.
 
 task YAML -> checked, with the baseline -> model -> scores -> verdicts -> JSON, table -> exit code
 """
@@ -11,12 +12,23 @@ from cpt.errors import ConfigError
 from cpt.offline.evaluation.harness import check_harness, score_harness
 from cpt.offline.evaluation.local import local_contents, score_task
 from cpt.offline.evaluation.tasks import load_tasks
-from cpt.offline.evaluation.verdict import Score, check_baseline, judge, read_scores, refuse_drops, table, write_scores
+from cpt.offline.evaluation.verdict import (
+    Score,
+    check_baseline,
+    judge,
+    read_scores,
+    refuse_drops,
+    table,
+    write_scores,
+)
 from cpt.offline.sampling import load_for_sampling
 
 
-def evaluate(model_dir: Path, tasks_file: Path, out: Path, baseline_file: Path | None, batch_size: int = 1) -> None:
-    """Score an export on all tasks; all refusals come before the model is loaded, but those that need its scores.
+def evaluate(
+    model_dir: Path, tasks_file: Path, out: Path, baseline_file: Path | None, batch_size: int = 1
+) -> None:
+    """Score an export on all tasks; all refusals come before the model is loaded, but those that
+    need its scores.
 
     Args:
         model_dir: A Hugging Face directory that `cpt export` wrote.
@@ -39,7 +51,9 @@ def evaluate(model_dir: Path, tasks_file: Path, out: Path, baseline_file: Path |
     if baseline_file is not None and out.resolve() == baseline_file.resolve():
         raise ConfigError(f"--out {out} is the baseline. Choose another file.")
     model = load_for_sampling(model_dir, None)
-    measured: dict[str, Score] = {task.name: score_task(task, model) for task in tasks if task.kind != "harness"}
+    measured: dict[str, Score] = {
+        task.name: score_task(task, model) for task in tasks if task.kind != "harness"
+    }
     measured |= score_harness(tasks, model, model_dir, batch_size)
     scores = {task.name: measured[task.name] for task in tasks}
     verdicts = judge(tasks, scores, baseline) if baseline is not None else []

@@ -1,6 +1,8 @@
-"""Tasks of lm-evaluation-harness, where it is installed (`pip install gpt-oss-cpt[evaluate]`) and finds its data.
+"""Tasks of lm-evaluation-harness, where it is installed (`pip install gpt-oss-cpt[evaluate]`) and
+finds its data.
 
-Written for lm-eval 0.4: `simple_evaluate` of a list of task names, one call per number of examples in the prompt.
+Written for lm-eval 0.4: `simple_evaluate` of a list of task names, one call per number of examples
+in the prompt.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def check_harness(tasks: Sequence[Task]) -> None:
         )
 
 
-def score_harness(tasks: Sequence[Task], model: Any, model_dir: Path, batch_size: int) -> dict[str, Score]:
+def score_harness(
+    tasks: Sequence[Task], model: Any, model_dir: Path, batch_size: int
+) -> dict[str, Score]:
     """Score the harness tasks of a list.
 
     Raises:
@@ -71,9 +75,15 @@ def score_harness(tasks: Sequence[Task], model: Any, model_dir: Path, batch_size
                 log_samples=False,
                 task_manager=_manager(),
             )
-        except (OSError, ValueError, RuntimeError) as error:  # `datasets` raises whatever the hub or the builder raises
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # `datasets` raises whatever the hub or the builder raises
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"task '{task.name}' (lm-evaluation-harness '{task.task}'): {reason}.") from error
+            raise DataError(
+                f"task '{task.name}' (lm-evaluation-harness '{task.task}'): {reason}."
+            ) from error
         scores[task.name] = _score(task, found)
     return scores
 
@@ -83,10 +93,20 @@ def _score(task: Task, found: dict[str, Any]) -> Score:
     values = found["results"][task.task]
     keys = [key for key in values if task.metric in (key, key.split(",")[0])]
     if not keys:
-        has = ", ".join(sorted({key.split(",")[0] for key in values if "," in key and "stderr" not in key}))
-        raise DataError(f"task '{task.name}': '{task.task}' has no metric '{task.metric}'. It has: {has}. Set metric.")
+        has = ", ".join(
+            sorted({key.split(",")[0] for key in values if "," in key and "stderr" not in key})
+        )
+        raise DataError(
+            f"task '{task.name}': '{task.task}' has no metric '{task.metric}'. It has: {has}. Set metric."
+        )
     documents = sum(int(n["effective"]) for n in found["n-samples"].values())
-    settings = [task.task, task.metric, task.num_fewshot, task.limit, found.get("versions", {}).get(task.task)]
+    settings = [
+        task.task,
+        task.metric,
+        task.num_fewshot,
+        task.limit,
+        found.get("versions", {}).get(task.task),
+    ]
     return Score(
         kind=task.kind,
         language=task.language,

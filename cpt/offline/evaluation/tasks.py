@@ -20,8 +20,9 @@ class Task:
     language: str
     """What language it is in: en, ja."""
     kind: Literal["multiple_choice", "exact_match", "perplexity", "harness"]
-    """`multiple_choice`: records {question, choices, answer: index}, the likeliest choice by byte; `exact_match`:
-    records {prompt, answer: text or list}, greedy reply; `perplexity`: records {text}, bits per byte; `harness`: a task
+    """`multiple_choice`: records {question, choices, answer: index}, the likeliest choice by byte;
+    `exact_match`: records {prompt, answer: text or list}, greedy reply; `perplexity`: records
+        {text}, bits per byte; `harness`: a task
     of lm-evaluation-harness, which fetches its data."""
     max_drop: float
     """Largest loss that passes: percentage points of right answers, or percent of bits per byte."""
@@ -36,8 +37,8 @@ class Task:
     task: str | None = None
     """Of harness: its name there."""
     metric: str | None = None
-    """Of harness: acc, acc_norm, exact_match, or with its filter "exact_match,flexible-extract": a share of right
-    answers."""
+    """Of harness: acc, acc_norm, exact_match, or with its filter "exact_match,flexible-extract": a
+    share of right answers."""
     num_fewshot: int | None = None
     """Of harness: examples in the prompt; default: the task's own."""
     limit: int | None = None
@@ -54,7 +55,10 @@ class Task:
             if not wanted and getattr(self, key) is not None:
                 yield key, f"is given, but kind: {self.kind} has none. Remove it."
         if self.num_fewshot is not None and not harness:
-            yield "num_fewshot", "is given, but only kind: harness has one. Write the examples into the records."
+            yield (
+                "num_fewshot",
+                "is given, but only kind: harness has one. Write the examples into the records.",
+            )
         if self.chat and self.kind != "exact_match":
             yield "chat", "is given, but only kind: exact_match asks. Remove it."
         for key in ("max_new_tokens", "limit"):
@@ -77,7 +81,10 @@ class TaskFile:
             yield "tasks", "is an empty list. Name at least one task."
         for index, name in enumerate(names):
             if name in names[:index]:
-                yield f"tasks[{index}].name", f"is '{name}', which the list already has. Give each its own name."
+                yield (
+                    f"tasks[{index}].name",
+                    f"is '{name}', which the list already has. Give each its own name.",
+                )
 
 
 def load_tasks(path: Path) -> tuple[Task, ...]:
@@ -93,7 +100,12 @@ def load_tasks(path: Path) -> tuple[Task, ...]:
     base = path.resolve().parent
     for index, task in enumerate(file.tasks if file else ()):
         if task.path is not None and not (base / task.path).is_file():
-            reader.problem(("tasks", index, "path"), f"is '{task.path}', which is no file (looked in {base}).")
+            reader.problem(
+                ("tasks", index, "path"), f"is '{task.path}', which is no file (looked in {base})."
+            )
     reader.finish()
     assert file is not None
-    return tuple(task if task.path is None else dataclasses.replace(task, path=base / task.path) for task in file.tasks)
+    return tuple(
+        task if task.path is None else dataclasses.replace(task, path=base / task.path)
+        for task in file.tasks
+    )

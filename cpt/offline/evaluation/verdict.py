@@ -1,11 +1,12 @@
 """Scores of tasks, their noise, and whether a model has dropped by more than it may.
 
 Noise
-    Right or wrong answers: n documents with a share p right have a standard error of 100 sqrt(p (1 - p) / n) points.
-    So that all right or all wrong is not taken for certainty, p is estimated with one more answer of each kind.
-    Bits per byte: the two models are compared on the same documents, so the error is that of the paired change,
-    100 / sum(b) sqrt(n var(a - r b)) percent with a, b the nats now and before and r = sum(a) / sum(b).
-    A limit below one standard error would be decided by chance: it is refused.
+    Right or wrong answers: n documents with a share p right have a standard error of 100 sqrt(p (1
+    - p) / n) points. So that all right or all wrong is not taken for certainty, p is estimated with
+    one more answer of each kind. Bits per byte: the two models are compared on the same documents,
+    so the error is that of the paired change, 100 / sum(b) sqrt(n var(a - r b)) percent with a, b
+    the nats now and before and r = sum(a) / sum(b). A limit below one standard error would be
+    decided by chance: it is refused.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Score:
 
     @property
     def counts_answers(self) -> bool:
-        """Whether `value` is a share of right answers, more is better; else bits per byte, less is better."""
+        """Whether `value` is a share of right answers, more is better; else bits per byte, less is
+        better.
+        """
         return self.kind != "perplexity"
 
     @property
@@ -72,7 +75,9 @@ class Verdict:
     failed: bool
 
 
-def write_scores(path: Path, model: str, scores: Mapping[str, Score], verdicts: Sequence[Verdict]) -> None:
+def write_scores(
+    path: Path, model: str, scores: Mapping[str, Score], verdicts: Sequence[Verdict]
+) -> None:
     """Write a result, atomically."""
     content: dict[str, Any] = {"format_version": FORMAT_VERSION, "model": model}
     content["tasks"] = {name: dataclasses.asdict(score) for name, score in scores.items()}
@@ -91,7 +96,9 @@ def read_scores(path: Path) -> dict[str, Score]:
     try:
         content = json.loads(path.read_bytes())
         if content["format_version"] != FORMAT_VERSION:
-            raise ConfigError(f"{path}: format version {content['format_version']}, must be {FORMAT_VERSION}.")
+            raise ConfigError(
+                f"{path}: format version {content['format_version']}, must be {FORMAT_VERSION}."
+            )
         return {
             name: Score(**{**value, "per_document": tuple(value["per_document"])})
             for name, value in content["tasks"].items()
@@ -105,7 +112,9 @@ def read_scores(path: Path) -> dict[str, Score]:
         raise ConfigError(f"--baseline {path}: not a result of cpt evaluate ({error}).") from error
 
 
-def check_baseline(tasks: Sequence[Task], contents: Mapping[str, str], baseline: Mapping[str, Score]) -> None:
+def check_baseline(
+    tasks: Sequence[Task], contents: Mapping[str, str], baseline: Mapping[str, Score]
+) -> None:
     """Refuse, before a model is loaded, what the baseline cannot decide.
 
     Args:
@@ -120,7 +129,9 @@ def check_baseline(tasks: Sequence[Task], contents: Mapping[str, str], baseline:
     for task in tasks:
         before = baseline.get(task.name)
         if before is None:
-            problems.append(f"task '{task.name}': the baseline has no score of it. Make the baseline again.")
+            problems.append(
+                f"task '{task.name}': the baseline has no score of it. Make the baseline again."
+            )
         elif contents.get(task.name, before.content) != before.content:
             problems.append(
                 f"task '{task.name}': its documents or settings are not those of the baseline. Make it again."
@@ -131,7 +142,9 @@ def check_baseline(tasks: Sequence[Task], contents: Mapping[str, str], baseline:
         raise ConfigError(problems)
 
 
-def judge(tasks: Sequence[Task], now: Mapping[str, Score], baseline: Mapping[str, Score]) -> list[Verdict]:
+def judge(
+    tasks: Sequence[Task], now: Mapping[str, Score], baseline: Mapping[str, Score]
+) -> list[Verdict]:
     """Compare.
 
     Raises:
@@ -141,12 +154,16 @@ def judge(tasks: Sequence[Task], now: Mapping[str, Score], baseline: Mapping[str
     for task in tasks:
         after, before = now[task.name], baseline[task.name]
         if after.content != before.content:
-            problems.append(f"task '{task.name}': its documents are not those of the baseline. Make it again.")
+            problems.append(
+                f"task '{task.name}': its documents are not those of the baseline. Make it again."
+            )
             continue
         if after.counts_answers:
             drop, noise = before.value - after.value, _noise_of_answers(after, before)
         else:
-            drop, noise = _change_of_bits(np.array(after.per_document), np.array(before.per_document))
+            drop, noise = _change_of_bits(
+                np.array(after.per_document), np.array(before.per_document)
+            )
             if task.max_drop < noise:
                 problems.append(_below_noise(task, noise, after.documents, "percent"))
         verdicts.append(
@@ -177,7 +194,9 @@ def refuse_drops(verdicts: Sequence[Verdict]) -> None:
 
 
 def _noise_of_answers(after: Score, before: Score) -> float:
-    """Standard error in points of a change in right answers; paired where the answers are known one by one."""
+    """Standard error in points of a change in right answers; paired where the answers are known one
+    by one.
+    """
     if after.per_document and before.per_document:
         change = np.array(before.per_document) - np.array(after.per_document)
         count = len(change)
@@ -211,9 +230,13 @@ def table(scores: Mapping[str, Score], verdicts: Sequence[Verdict]) -> str:
         for name, s in scores.items():
             noise = f"{s.stderr:7.2f}" if s.stderr is not None else f"{'paired':>7}"
             unit = "%" if s.counts_answers else "bits per byte"
-            lines.append(f"{name:<{width}}  {s.language:<8}  {s.documents:9,}  {s.value:9.3f} {noise}  {unit}")
+            lines.append(
+                f"{name:<{width}}  {s.language:<8}  {s.documents:9,}  {s.value:9.3f} {noise}  {unit}"
+            )
         return "\n".join(lines)
-    lines = [f"{'task':<{width}}  language  documents     before        now     drop   noise  max_drop"]
+    lines = [
+        f"{'task':<{width}}  language  documents     before        now     drop   noise  max_drop"
+    ]
     for v in verdicts:
         s = scores[v.name]
         lines.append(

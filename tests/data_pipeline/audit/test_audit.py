@@ -25,7 +25,9 @@ def sample(name: str) -> list[str]:
     return list(read_texts(source, Tally()))
 
 
-def audit_of(make_mix: MakeMix, texts: Sequence[str], name: str = "ja", **keys: object) -> SourceAudit:
+def audit_of(
+    make_mix: MakeMix, texts: Sequence[str], name: str = "ja", **keys: object
+) -> SourceAudit:
     return audit(make_mix({name: list(texts)}, **keys)).sources[0]
 
 
@@ -41,7 +43,10 @@ def test_english_is_told_by_the_model(name: str) -> None:
 
 
 def test_an_untranslated_page_with_a_japanese_heading_is_english() -> None:
-    page = "\u540d\u524d\n" + "This page describes how the program reads its configuration files at start. " * 20
+    page = (
+        "\u540d\u524d\n"
+        + "This page describes how the program reads its configuration files at start. " * 20
+    )
     assert language_of(page) == "en" and disagrees(page, "ja")
     commands = "\u6b21\u306e\u30b3\u30de\u30f3\u30c9\u3092\u5b9f\u884c\u3057\u307e\u3059\u3002 apt-get install "
     assert language_of(commands * 10) == "ja"
@@ -58,7 +63,16 @@ def test_a_mislabelled_source_fails_with_its_share_and_what_it_is_instead(
     japanese, english = sample("ja_essay")[:18], sample("en_web")[:2]
     make_mix({"ja": japanese + english}, max_mislabelled_share=0.05)
     mix, page = tmp_path / "in" / "mix.yaml", tmp_path / "page.html"
-    arguments = ["audit", str(mix), "--out", str(page), "--json", str(tmp_path / "a.json"), "--workers", "1"]
+    arguments = [
+        "audit",
+        str(mix),
+        "--out",
+        str(page),
+        "--json",
+        str(tmp_path / "a.json"),
+        "--workers",
+        "1",
+    ]
     assert main(arguments) == 65
     message = capsys.readouterr().err
     assert "source 'ja': 2 of 20 documents (10.0%) are not in 'ja' but in en (2)" in message
@@ -88,7 +102,9 @@ def test_clean_text_raises_no_alarm(make_mix: MakeMix) -> None:
     assert (found.mojibake, found.control, found.duplicates, found.mislabelled) == (0, 0, 0, 0)
 
 
-def test_a_large_source_is_sampled_over_all_its_units(make_mix: MakeMix, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_source_is_sampled_over_all_its_units(
+    make_mix: MakeMix, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("data_pipeline.build.units.MIN_UNIT_BYTES", 20_000)
     mix = make_mix({"ja": sample("ja_essay") + sample("en_web")})
     (found,) = audit(mix, limit=10).sources
@@ -96,7 +112,9 @@ def test_a_large_source_is_sampled_over_all_its_units(make_mix: MakeMix, monkeyp
 
 
 def test_the_page_stands_alone_and_shows_no_markup_of_the_text(make_mix: MakeMix) -> None:
-    english = "<script>alert(1)</script> This is English text and it stands in the wrong source. " * 3
+    english = (
+        "<script>alert(1)</script> This is English text and it stands in the wrong source. " * 3
+    )
     result = audit(make_mix({"ja": [*sample("ja_essay")[:3], english]}))
     page = audit_page(result)
     assert "<script" not in page and "&lt;script&gt;" in page

@@ -30,11 +30,17 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def mix(make_mix: MakeMix) -> MixConfig:
-    return make_mix({"ja": make_texts(40, "ja"), "en": make_texts(60, "en", 20)}, held_out_share=0.1)
+    return make_mix(
+        {"ja": make_texts(40, "ja"), "en": make_texts(60, "en", 20)}, held_out_share=0.1
+    )
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(directory).as_posix(): p.read_bytes()
+        for p in directory.rglob("*")
+        if p.is_file()
+    }
 
 
 def texts_of(rows: Iterable[PackedRow]) -> list[str]:
@@ -51,20 +57,28 @@ def trained_texts(built: BuiltData) -> list[str]:
     """Texts of all training rows."""
     texts = []
     for source in range(len(built.source_names)):
-        texts += texts_of(built.read_row(source, number) for number in range(built.num_rows(source)))
+        texts += texts_of(
+            built.read_row(source, number) for number in range(built.num_rows(source))
+        )
     return texts
 
 
-def test_the_same_input_gives_the_same_bytes_wherever_it_stands(make_mix: MakeMix, tmp_path: Path) -> None:
+def test_the_same_input_gives_the_same_bytes_wherever_it_stands(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
     texts = {"ja": make_texts(20, "ja"), "en": make_texts(20, "en")}
     first = build(make_mix(texts, held_out_share=0.1), tmp_path / "one", progress=False)
-    second = build(make_mix(texts, folder="deep/er", held_out_share=0.1), tmp_path / "two", progress=False)
+    second = build(
+        make_mix(texts, folder="deep/er", held_out_share=0.1), tmp_path / "two", progress=False
+    )
     assert first.hash == second.hash
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     assert read_manifest(tmp_path / "one") == first
 
 
-def test_a_second_build_returns_the_first_and_writes_nothing(mix: MixConfig, tmp_path: Path) -> None:
+def test_a_second_build_returns_the_first_and_writes_nothing(
+    mix: MixConfig, tmp_path: Path
+) -> None:
     first = build(mix, tmp_path / "out", progress=False)
     before = (tmp_path / "out" / FILE_NAME).stat().st_mtime_ns
     assert build(mix, tmp_path / "out", progress=False) == first
@@ -79,14 +93,21 @@ def test_the_manifest_accounts_for_every_document(make_mix: MakeMix, tmp_path: P
     assert en_entry.documents + en_entry.held_out_documents == 50
     assert en_entry.duplicates == 7 and en_entry.rejects == {"empty text": 1}
     built = BuiltData.open(tmp_path / "out")
-    assert en_entry.rows == built.num_rows(1) and en_entry.predicted_tokens == built.row_tokens(1).sum()
+    assert (
+        en_entry.rows == built.num_rows(1)
+        and en_entry.predicted_tokens == built.row_tokens(1).sum()
+    )
     assert en_entry.tokens == en_entry.predicted_tokens + en_entry.documents
 
 
-def test_held_out_texts_and_their_copies_are_never_trained_on(make_mix: MakeMix, tmp_path: Path) -> None:
+def test_held_out_texts_and_their_copies_are_never_trained_on(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
     shared, own = make_texts(60, "en"), make_texts(20, "own")
     mix = make_mix(
-        {"copies": shared[::-1] + shared, "en": shared + own + shared[:30]}, held_out_share={"en": 0.2}, seq_len=128
+        {"copies": shared[::-1] + shared, "en": shared + own + shared[:30]},
+        held_out_share={"en": 0.2},
+        seq_len=128,
     )
     copies, en = build(mix, tmp_path / "out", progress=False).sources
     built = BuiltData.open(tmp_path / "out")
@@ -114,12 +135,16 @@ def test_written_control_tokens_stay_text_in_a_build(make_mix: MakeMix, tmp_path
 
 
 @pytest.mark.case("B1", "above the limit the build stops with 65")
-def test_too_many_rejects_stop_the_build_with_reasons_and_places(make_mix: MakeMix, tmp_path: Path) -> None:
+def test_too_many_rejects_stop_the_build_with_reasons_and_places(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
     mix = make_mix({"en": [*make_texts(8, "en"), "", "a\0"]})
     with pytest.raises(DataError) as caught:
         build(mix, tmp_path / "out", progress=False)
     message = str(caught.value)
-    assert caught.value.exit_code == 65 and "source 'en': 2 of 10 documents cannot be used" in message
+    assert (
+        caught.value.exit_code == 65 and "source 'en': 2 of 10 documents cannot be used" in message
+    )
     assert "en.jsonl:9" in message and "en.jsonl:10" in message and "empty text" in message
     assert not (tmp_path / "out").exists()
     lenient = dataclasses.replace(mix, max_reject_share=0.2)
@@ -168,10 +193,14 @@ def test_the_fingerprint_covers_what_decides_the_rows_and_nothing_else(
 
 
 def _with_source(mix: MixConfig, **changes: Any) -> MixConfig:
-    return dataclasses.replace(mix, sources=(dataclasses.replace(mix.sources[0], **changes), *mix.sources[1:]))
+    return dataclasses.replace(
+        mix, sources=(dataclasses.replace(mix.sources[0], **changes), *mix.sources[1:])
+    )
 
 
-def test_a_changed_input_file_changes_the_fingerprint_and_the_default_directory(mix: MixConfig) -> None:
+def test_a_changed_input_file_changes_the_fingerprint_and_the_default_directory(
+    mix: MixConfig,
+) -> None:
     before, directory = fingerprint(mix), default_build_dir(mix, "root")
     path = mix.sources[0].files()[0]
     content = bytearray(path.read_bytes())
@@ -252,11 +281,23 @@ def _flip(path: Path, position: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: _flip(d / "ja/documents-00000.tokens", 4100), r"ja/documents-00000.tokens: content differs"),
+        (
+            lambda d: _flip(d / "ja/documents-00000.tokens", 4100),
+            r"ja/documents-00000.tokens: content differs",
+        ),
         (lambda d: _flip(d / "en/train/piece_start.npy", -1), r"piece_start.npy: content differs"),
-        (lambda d: os.truncate(d / "ja/documents-00000.tokens", 5000), r"tokens: 5000 bytes, manifest says"),
-        (lambda d: (d / "en/documents-00000.tokens").unlink(), r"en/documents-00000.tokens: missing"),
-        (lambda d: (d / "en/extra.tokens").write_bytes(b"x"), r"en/extra.tokens: not in the manifest"),
+        (
+            lambda d: os.truncate(d / "ja/documents-00000.tokens", 5000),
+            r"tokens: 5000 bytes, manifest says",
+        ),
+        (
+            lambda d: (d / "en/documents-00000.tokens").unlink(),
+            r"en/documents-00000.tokens: missing",
+        ),
+        (
+            lambda d: (d / "en/extra.tokens").write_bytes(b"x"),
+            r"en/extra.tokens: not in the manifest",
+        ),
         (lambda d: shutil.rmtree(d / "en"), r"en/documents-00000.tokens: missing"),
         (lambda d: (d / FILE_NAME).unlink(), r"manifest.json: cannot be read"),
         (lambda d: (d / FILE_NAME).write_text(""), r"manifest.json: not JSON"),
@@ -299,10 +340,23 @@ def test_the_shipped_sample_mix_builds(tmp_path: Path) -> None:
     path = tmp_path / "configs" / "mixes" / "sample.yaml"
     content = (ROOT / "configs" / "mixes" / "sample.yaml").read_text()
     path.write_text(content + "\nnear_duplicates: 0\ndecontaminate_tokens: 0\n")
-    names = ("ja_essay", "ja_story", "ja_reference", "ja_practical", "en_web", "en_reference", "en_code", "en_math")
+    names = (
+        "ja_essay",
+        "ja_story",
+        "ja_reference",
+        "ja_practical",
+        "en_web",
+        "en_reference",
+        "en_code",
+        "en_math",
+    )
     for name in names:
-        write_jsonl(tmp_path / "data_pipeline" / "sample" / f"{name}.jsonl", make_texts(60, name, 200))
-    shutil.copy(ROOT / "data_pipeline" / "sample" / "en_chat.jsonl", tmp_path / "data_pipeline" / "sample")
+        write_jsonl(
+            tmp_path / "data_pipeline" / "sample" / f"{name}.jsonl", make_texts(60, name, 200)
+        )
+    shutil.copy(
+        ROOT / "data_pipeline" / "sample" / "en_chat.jsonl", tmp_path / "data_pipeline" / "sample"
+    )
     mix = load_mix(path)
     build(mix, tmp_path / "out", progress=False)
     built = BuiltData.open(tmp_path / "out", mix=mix)

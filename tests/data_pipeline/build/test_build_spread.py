@@ -1,4 +1,6 @@
-"""The same manifest whatever the workers, machines and kills; memory does not grow with the input (B7, B12)."""
+"""The same manifest whatever the workers, machines and kills; memory does not grow with the input
+(B7, B12).
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,16 @@ def mix(make_mix: MakeMix, monkeypatch: pytest.MonkeyPatch) -> MixConfig:
     )
 
 
-def run(mix_path: Path, out: Path, *arguments: str, unit_bytes: int = 4000) -> subprocess.CompletedProcess[str]:
+def run(
+    mix_path: Path, out: Path, *arguments: str, unit_bytes: int = 4000
+) -> subprocess.CompletedProcess[str]:
     """The command line with small units, in a process of its own."""
     code = (
         f"import sys, runpy; from data_pipeline import units; units.MIN_UNIT_BYTES = {unit_bytes}\n"
         "from data_pipeline.__main__ import main\n"
         "code = main(sys.argv[1:])\n"
-        # of this image alone: ru_maxrss of a fresh process starts from that of the process that started it
+        # of this image alone: ru_maxrss of a fresh process starts from that of the process that
+        # started it
         "import re, resource, pathlib\n"
         "own = int(re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1])\n"
         "workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss\n"
@@ -59,7 +64,9 @@ def run(mix_path: Path, out: Path, *arguments: str, unit_bytes: int = 4000) -> s
     return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
 
 
-def test_units_are_many_and_their_boundaries_change_no_document(mix: MixConfig, tmp_path: Path) -> None:
+def test_units_are_many_and_their_boundaries_change_no_document(
+    mix: MixConfig, tmp_path: Path
+) -> None:
     counts = [len(units.split(source)) for source in mix.sources]
     assert min(counts) > 3
     split_up = [list(read_texts(source, Tally())) for source in mix.sources]
@@ -70,7 +77,17 @@ def test_units_are_many_and_their_boundaries_change_no_document(mix: MixConfig, 
 @settings(max_examples=150, deadline=None)
 @given(
     lines=st.lists(
-        st.sampled_from([b'{"text": "a"}', b'{"text": "\xe6\xb0\xb4"}', b"", b"\r", b"x", b'{"text": ""}', b" " * 30])
+        st.sampled_from(
+            [
+                b'{"text": "a"}',
+                b'{"text": "\xe6\xb0\xb4"}',
+                b"",
+                b"\r",
+                b"x",
+                b'{"text": ""}',
+                b" " * 30,
+            ]
+        )
     ),
     mark=st.booleans(),
     last=st.sampled_from([b"", b"\n", b'{"text": "end"}', b'{"te']),
@@ -102,7 +119,9 @@ def test_rejects_in_later_units_are_named_by_their_line_in_the_file(mix: MixConf
     assert [str(place).rsplit(":", 1)[1] for place in tally.places["empty text"]] == ["123"]
 
 
-def test_workers_and_shares_give_the_manifest_of_one_process(mix: MixConfig, tmp_path: Path) -> None:
+def test_workers_and_shares_give_the_manifest_of_one_process(
+    mix: MixConfig, tmp_path: Path
+) -> None:
     expected = build(mix, tmp_path / "one", progress=False).hash
     assert build(mix, tmp_path / "two", progress=False, workers=2).hash == expected
     made = [build_share(mix, tmp_path / "shared", index, 3) for index in (2, 0, 1)]
@@ -118,26 +137,34 @@ def test_a_lost_share_is_made_by_the_build_that_finishes(mix: MixConfig, tmp_pat
     assert build(mix, tmp_path / "shared", progress=False).hash == expected
 
 
-def test_shares_of_different_mixes_do_not_meet(mix: MixConfig, make_mix: MakeMix, tmp_path: Path) -> None:
+def test_shares_of_different_mixes_do_not_meet(
+    mix: MixConfig, make_mix: MakeMix, tmp_path: Path
+) -> None:
     build_share(mix, tmp_path / "out", 0, 2)
     with pytest.raises(DataError, match="holds parts of another mix"):
         build_share(make_mix({"en": make_texts(9, "x")}, folder="b"), tmp_path / "out", 0, 2)
 
 
-def test_a_rerun_makes_only_what_is_missing(mix: MixConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rerun_makes_only_what_is_missing(
+    mix: MixConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from data_pipeline.build.build import build as module
 
     build_share(mix, tmp_path / "out", 0, 2)
     made: list[int] = []
     original = module.make_part
-    monkeypatch.setattr(module, "make_part", lambda part: (made.append(part.number), original(part))[1])
+    monkeypatch.setattr(
+        module, "make_part", lambda part: (made.append(part.number), original(part))[1]
+    )
     build(mix, tmp_path / "out", progress=False)
     total = sum(len(units.split(source)) for source in mix.sources)
     assert len(made) == total - (total + 1) // 2
 
 
 @pytest.mark.case("B12", "rerun gives the manifest of an undisturbed build")
-def test_killed_at_any_moment_a_rerun_gives_the_same_manifest(tmp_path: Path, make_mix: MakeMix) -> None:
+def test_killed_at_any_moment_a_rerun_gives_the_same_manifest(
+    tmp_path: Path, make_mix: MakeMix
+) -> None:
     texts = {"ja": make_texts(4000, "ja"), "en": make_texts(4000, "en")}
     make_mix(texts, held_out_share=0.01, decontaminate_tokens=50)
     path = tmp_path / "in" / "mix.yaml"
@@ -147,10 +174,22 @@ def test_killed_at_any_moment_a_rerun_gives_the_same_manifest(tmp_path: Path, ma
         "import sys; from data_pipeline import units; units.MIN_UNIT_BYTES = 30_000\n"
         "from data_pipeline.__main__ import main; sys.exit(main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", code, "build", str(path), "--out", str(tmp_path / "out"), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "build",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+    ]
     parts = tmp_path / ".out.building" / "parts"
     for wanted in (1, 9, 40):  # parts that are there when SIGKILL comes
-        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while child.poll() is None and len(list(parts.rglob("*.json"))) < wanted:
             time.sleep(0.005)
         child.send_signal(signal.SIGKILL)
@@ -189,7 +228,10 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     time.sleep(1)  # both have asked the kernel to die with their parent
     child.kill()
     child.wait()
-    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in known):
+    while any(
+        Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
+        for pid in known
+    ):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.05)
 
@@ -223,7 +265,9 @@ def test_a_document_of_fifty_megabytes_is_kept_in_bounded_memory(tmp_path: Path)
     folder = tmp_path / "in"
     rng = np.random.default_rng(0)
     words = np.array(["river", "stone", "\u6c34\u3092\u98f2\u3080\u3002", "lamp,", "seven"])
-    write_jsonl(folder / "en.jsonl", [" ".join(words[rng.integers(0, 5, 6_000_000)].tolist())[:44_000_000]])
+    write_jsonl(
+        folder / "en.jsonl", [" ".join(words[rng.integers(0, 5, 6_000_000)].tolist())[:44_000_000]]
+    )
     assert (folder / "en.jsonl").stat().st_size > 50_000_000
     _write_mix(folder)
     code, text, peak = _build_with_limit(folder / "mix.yaml", tmp_path / "out")

@@ -1,4 +1,6 @@
-"""Held-out documents are chosen by their text alone and are never trained on, nor are their copies."""
+"""Held-out documents are chosen by their text alone and are never trained on, nor are their
+copies.
+"""
 
 from __future__ import annotations
 
@@ -42,17 +44,29 @@ def test_a_single_document_is_trained_on_unless_all_are_held_out() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sets(st.integers(0, 30)), st.sampled_from([0.0, 0.1, 0.5, 1.0])), min_size=1, max_size=5))
-def test_every_text_has_exactly_one_fate_across_sources(sources: list[tuple[set[int], float]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.sets(st.integers(0, 30)), st.sampled_from([0.0, 0.1, 0.5, 1.0])),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_every_text_has_exactly_one_fate_across_sources(
+    sources: list[tuple[set[int], float]],
+) -> None:
     names = [sorted(texts) for texts, _ in sources]
-    assigned = assign([as_array(hashes_of(*texts)) for texts in names], [share for _, share in sources])
+    assigned = assign(
+        [as_array(hashes_of(*texts)) for texts in names], [share for _, share in sources]
+    )
     trained = [texts[i] for texts, a in zip(names, assigned, strict=True) for i in a.train]
     held_out = [texts[i] for texts, a in zip(names, assigned, strict=True) for i in a.held_out]
     assert len(set(trained)) == len(trained) and len(set(held_out)) == len(held_out)
     assert not set(trained) & set(held_out)
     assert set(trained) | set(held_out) == set().union(*map(set, names))
     for texts, a in zip(names, assigned, strict=True):
-        assert len(a.train) + len(a.held_out) + a.num_duplicates + a.num_held_out_copies == len(texts)
+        assert len(a.train) + len(a.held_out) + a.num_duplicates + a.num_held_out_copies == len(
+            texts
+        )
         assert (np.diff(a.train) > 0).all() and (np.diff(a.held_out) > 0).all()
 
 
@@ -63,5 +77,11 @@ def test_a_copy_in_an_earlier_source_is_dropped_for_a_later_source_that_holds_it
 
 
 def test_of_equal_texts_the_first_source_trains_on_it() -> None:
-    first, second = assign([as_array(hashes_of("x", "y")), as_array(hashes_of("z", "y"))], [0.0, 0.0])
-    assert first.train.tolist() == [0, 1] and second.train.tolist() == [0] and second.num_duplicates == 1
+    first, second = assign(
+        [as_array(hashes_of("x", "y")), as_array(hashes_of("z", "y"))], [0.0, 0.0]
+    )
+    assert (
+        first.train.tolist() == [0, 1]
+        and second.train.tolist() == [0]
+        and second.num_duplicates == 1
+    )

@@ -57,7 +57,9 @@ def test_compressed_files_read_like_plain_ones(tmp_path: Path, suffix: str) -> N
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("kept", [0.3, 0.9])
 @pytest.mark.case("B6", "a truncated archive stops the build by name")
-def test_a_cut_off_compressed_file_stops_the_build_by_name(tmp_path: Path, suffix: str, kept: float) -> None:
+def test_a_cut_off_compressed_file_stops_the_build_by_name(
+    tmp_path: Path, suffix: str, kept: float
+) -> None:
     content = write_jsonl(tmp_path / "a.jsonl", make_texts(3000, "t")).read_bytes()
     path = compress(content, tmp_path / f"a.jsonl{suffix}")
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
@@ -72,7 +74,12 @@ def test_a_file_that_is_not_what_its_suffix_says_is_named(tmp_path: Path) -> Non
 
 
 def test_a_template_puts_fields_together_and_names_the_field_that_fails(tmp_path: Path) -> None:
-    lines = [{"t": "Title", "b": "Body {x}"}, {"t": "No body"}, {"t": None, "b": "x"}, {"t": 3, "b": "x"}]
+    lines = [
+        {"t": "Title", "b": "Body {x}"},
+        {"t": "No body"},
+        {"t": None, "b": "x"},
+        {"t": 3, "b": "x"},
+    ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     texts, tally = read(path, template="# {t}\n\n{b} {{}}")
@@ -130,7 +137,9 @@ def test_a_hub_dataset_without_a_commit_is_refused(tmp_path: Path) -> None:
         "seq_len: 64\nseed: 1\nsources:\n  - {name: a, language: en, domain: web, format: huggingface, "
         "dataset: some/name, revision: main, weight: 1.0}\n"
     )
-    with pytest.raises(ConfigError, match=r"revision is 'main', must be a commit \(40 hexadecimal digits\)"):
+    with pytest.raises(
+        ConfigError, match=r"revision is 'main', must be a commit \(40 hexadecimal digits\)"
+    ):
         load_mix(tmp_path / "mix.yaml")
 
 
@@ -139,7 +148,14 @@ def test_an_earlier_build_gives_its_training_documents_and_not_its_held_out_ones
 ) -> None:
     texts = {"ja": make_texts(40, "ja"), "en": make_texts(60, "en", 20)}
     first = build(make_mix(texts, held_out_share=0.2), tmp_path / "first", progress=False)
-    source = {"name": "old", "language": "en", "domain": "web", "format": "build", "path": "first", "weight": 1.0}
+    source = {
+        "name": "old",
+        "language": "en",
+        "domain": "web",
+        "format": "build",
+        "path": "first",
+        "weight": 1.0,
+    }
     path = tmp_path / "mix.yaml"
     path.write_text(f"seq_len: 64\nseed: 1\nnear_duplicates: 0\nsources: [{json.dumps(source)}]\n")
     mix = load_mix(path)
@@ -158,12 +174,24 @@ def test_an_earlier_build_gives_its_training_documents_and_not_its_held_out_ones
 @pytest.mark.parametrize(
     ("steps", "before", "after"),
     [
-        ((), "\uff21\uff22\uff23 \uff71\uff72 x\u00b2 \u00bd", "\uff21\uff22\uff23 \uff71\uff72 x\u00b2 \u00bd"),
-        (("width",), "\uff21\uff11\uff01 \uff76\uff9e\uff77 x\u00b2 \u337f", "A1\uff01 \u30ac\u30ad x\u00b2 \u337f"),
+        (
+            (),
+            "\uff21\uff22\uff23 \uff71\uff72 x\u00b2 \u00bd",
+            "\uff21\uff22\uff23 \uff71\uff72 x\u00b2 \u00bd",
+        ),
+        (
+            ("width",),
+            "\uff21\uff11\uff01 \uff76\uff9e\uff77 x\u00b2 \u337f",
+            "A1\uff01 \u30ac\u30ad x\u00b2 \u337f",
+        ),
         (("nfkc",), "x\u00b2 \u00bd \u337f", "x2 1\u20442 \u682a\u5f0f\u4f1a\u793e"),
         (("nfc",), "\u304b\u3099 x\u00b2", "\u304c x\u00b2"),
         (("newlines",), "a\r\nb\rc", "a\nb\nc"),
-        (("control",), "a\x07b\ufeff\tc \U0001f469\u200d\U0001f680", "ab\tc \U0001f469\u200d\U0001f680"),
+        (
+            ("control",),
+            "a\x07b\ufeff\tc \U0001f469\u200d\U0001f680",
+            "ab\tc \U0001f469\u200d\U0001f680",
+        ),
         (("spaces",), "a  \n\n\n\nb \u3000", "a\n\nb"),
         (("spaces", "newlines"), "a \r\n\r\n\r\n\r\nb", "a\n\nb"),
     ],
@@ -190,9 +218,17 @@ def test_normalisation_does_what_is_asked_and_nothing_else(
         ({"path": "a.parquet.gz"}, "matches no file"),
     ],
 )
-def test_settings_that_cannot_be_right_are_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_be_right_are_refused(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    source = {"name": "a", "language": "en", "domain": "web", "path": "a.jsonl", "weight": 1.0} | keys
+    source = {
+        "name": "a",
+        "language": "en",
+        "domain": "web",
+        "path": "a.jsonl",
+        "weight": 1.0,
+    } | keys
     (tmp_path / "mix.yaml").write_text(f"seq_len: 64\nseed: 1\nsources: [{json.dumps(source)}]\n")
     with pytest.raises(ConfigError, match=message):
         load_mix(tmp_path / "mix.yaml")
@@ -208,7 +244,9 @@ def test_settings_that_cannot_be_right_are_refused(tmp_path: Path, keys: dict[st
         ("{english: {min_share: 0.1}}", "languages.english is not a known language"),
     ],
 )
-def test_floors_and_ceilings_are_held_when_the_mix_is_read(tmp_path: Path, limits: str, message: str) -> None:
+def test_floors_and_ceilings_are_held_when_the_mix_is_read(
+    tmp_path: Path, limits: str, message: str
+) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "mix.yaml").write_text(
         f"seq_len: 64\nseed: 1\nlanguages: {limits}\nsources:\n"

@@ -50,13 +50,22 @@ def test_signatures_estimate_the_jaccard_similarity() -> None:
         one, two = (set(window_hashes(d, 5).tolist()) for d in (document, other))
         exact = len(one & two) / len(one | two)
         pair = signatures([document, other])
-        assert float((pair[0] == pair[1]).mean()) == pytest.approx(exact, abs=0.13)  # 3 sigma of 128 draws
+        assert float((pair[0] == pair[1]).mean()) == pytest.approx(
+            exact, abs=0.13
+        )  # 3 sigma of 128 draws
 
 
 def test_signatures_do_not_depend_on_the_documents_beside_them() -> None:
-    documents = [*make_documents(5, 300), np.array([7], dtype=np.uint32), *make_documents(3, 4, seed=1)]
+    documents = [
+        *make_documents(5, 300),
+        np.array([7], dtype=np.uint32),
+        *make_documents(3, 4, seed=1),
+    ]
     together = signatures(documents)
-    assert all((signatures([document]) == row).all() for document, row in zip(documents, together, strict=True))
+    assert all(
+        (signatures([document]) == row).all()
+        for document, row in zip(documents, together, strict=True)
+    )
 
 
 def test_the_first_of_near_copies_is_kept_and_none_if_one_is_held_out() -> None:
@@ -67,7 +76,16 @@ def test_the_first_of_near_copies_is_kept_and_none_if_one_is_held_out() -> None:
     parts = [signatures(documents[:3]), signatures(documents[3:])]
     mark_near_duplicates(fates, parts, 0.8)
     near = Fate.NEAR_DUPLICATE
-    assert fates.tolist() == [Fate.TRAIN, near, near, Fate.TRAIN, Fate.HELD_OUT, near, Fate.TRAIN, Fate.TRAIN]
+    assert fates.tolist() == [
+        Fate.TRAIN,
+        near,
+        near,
+        Fate.TRAIN,
+        Fate.HELD_OUT,
+        near,
+        Fate.TRAIN,
+        Fate.TRAIN,
+    ]
 
 
 def test_documents_that_share_little_are_all_kept() -> None:
@@ -91,11 +109,17 @@ def test_contamination_is_what_brute_force_finds(data: st.DataObject) -> None:
     hits = [[tuple(d[i : i + window]) in known for i in range(len(d) - window + 1)] for d in train]
     expected = [any(all(h[i : i + 9]) for i in range(len(h) - 8)) for h in hits]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_pipeline.build.decontamination._BLOCK_TOKENS", data.draw(st.integers(1, 50)))
+        patch.setattr(
+            "data_pipeline.build.decontamination._BLOCK_TOKENS", data.draw(st.integers(1, 50))
+        )
         assert contaminated(tokens, offsets, runs).tolist() == expected
-    windows = [{tuple(d[i : i + window]) for i in range(len(d) - window + 1)} & known for d in train]
+    windows = [
+        {tuple(d[i : i + window]) for i in range(len(d) - window + 1)} & known for d in train
+    ]
     counts = count_runs(tokens, offsets, np.ones(len(train), bool), runs)
-    assert sorted(counts.tolist()) == sorted(sum(run in found for found in windows) for run in known)
+    assert sorted(counts.tolist()) == sorted(
+        sum(run in found for found in windows) for run in known
+    )
 
 
 def _prose(rng: np.random.Generator, words: int) -> str:
@@ -126,7 +150,9 @@ def test_a_build_drops_near_copies_across_sources(make_mix: MakeMix, tmp_path: P
     rng = np.random.default_rng(1)
     texts = [_prose(rng, 200) for _ in range(20)]
     copies = [text + " and one more word" for text in texts[:8]]
-    mix = make_mix({"a": texts, "b": [*copies, *(_prose(rng, 200) for _ in range(5))]}, near_duplicates=0.8)
+    mix = make_mix(
+        {"a": texts, "b": [*copies, *(_prose(rng, 200) for _ in range(5))]}, near_duplicates=0.8
+    )
     first, second = build(mix, tmp_path / "out", progress=False).sources
     assert (first.documents, first.near_duplicates) == (20, 0)
     assert (second.documents, second.near_duplicates) == (5, 8)

@@ -22,7 +22,12 @@ GOOD = b'{"text": "good"}\n'
 
 def source_of(*paths: Path, text_field: str = "text") -> SourceConfig:
     return SourceConfig(
-        name="s", language="en", domain="web", path=tuple(map(str, paths)), weight=1.0, text_field=text_field
+        name="s",
+        language="en",
+        domain="web",
+        path=tuple(map(str, paths)),
+        weight=1.0,
+        text_field=text_field,
     )
 
 
@@ -59,7 +64,9 @@ def shown(tally: Tally) -> dict[str, list[str]]:
 @pytest.mark.case("B2", "counted by reason with file and line; the build goes on")
 @pytest.mark.case("B3", "counted by reason with file and line; the build goes on")
 @pytest.mark.case("B4", "counted by reason with file and line; the build goes on")
-def test_a_bad_line_costs_that_line_and_is_counted_with_its_place(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_a_bad_line_costs_that_line_and_is_counted_with_its_place(
+    tmp_path: Path, line: bytes, reason: str
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD + line + GOOD)
     texts, tally = read(path)
@@ -168,18 +175,31 @@ def test_formats_mix_within_a_source(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     (tmp_path / "b.txt").write_text("plain")
     pq.write_table(pa.table({"text": ["columns"]}), tmp_path / "c.parquet")
-    assert read(tmp_path / "b.txt", tmp_path / "c.parquet", tmp_path / "a.jsonl")[0] == ["plain", "columns", "good"]
+    assert read(tmp_path / "b.txt", tmp_path / "c.parquet", tmp_path / "a.jsonl")[0] == [
+        "plain",
+        "columns",
+        "good",
+    ]
 
 
 def test_whitespace_that_overflows_the_tokenizer_is_rejected_before_it() -> None:
     longest = "a" + " " * MAX_WHITESPACE_RUN + "b"
     assert why_unusable(longest) is None and len(encode(longest)) > 0
-    assert why_unusable(longest.replace("a", "a ")) == "more than 100000 whitespace characters in a row"
+    assert (
+        why_unusable(longest.replace("a", "a "))
+        == "more than 100000 whitespace characters in a row"
+    )
 
 
 def test_invented_documents_are_the_same_ones_every_time() -> None:
     source = SourceConfig(
-        name="m", language="en", domain="mock", format="mock", weight=1.0, num_documents=500, mean_tokens=100
+        name="m",
+        language="en",
+        domain="mock",
+        format="mock",
+        weight=1.0,
+        num_documents=500,
+        mean_tokens=100,
     )
     first, second = list(invent_documents(source, 5)), list(invent_documents(source, 5))
     lengths = [len(tokens) for tokens in first]
@@ -192,4 +212,8 @@ def test_splitmix64_matches_the_published_sequence() -> None:
     # first outputs for seed 1234567 of the reference implementation, prng.di.unimi.it/splitmix64.c
     golden = 0x9E3779B97F4A7C15
     states = np.array([(1234567 + i * golden) % 2**64 for i in range(3)], dtype=np.uint64)
-    assert splitmix64(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert splitmix64(states).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]

@@ -74,7 +74,9 @@ def test_paths_are_relative_to_the_mix_and_not_to_the_working_directory(
 
 def test_without_guard_domains_each_held_out_source_is_one(folder: Path) -> None:
     mix = load_mix(write(folder, GOOD[: GOOD.index("guard")]))
-    assert [(d.name, d.language, d.sources) for d in mix.guard_domains()] == [("ja_web", "ja", ("ja_web",))]
+    assert [(d.name, d.language, d.sources) for d in mix.guard_domains()] == [
+        ("ja_web", "ja", ("ja_web",))
+    ]
 
 
 def test_unknown_key_names_line_and_nearest_key(folder: Path) -> None:
@@ -131,7 +133,12 @@ def test_weights_that_do_not_sum_to_1_are_shown_with_their_sum_and_scaled(folder
 
 
 def test_weights_within_rounding_of_1_are_taken(folder: Path) -> None:
-    assert load_mix(write(folder, GOOD.replace("weight: 0.5", "weight: 0.5000004", 1))).sources[0].weight == 0.5000004
+    assert (
+        load_mix(write(folder, GOOD.replace("weight: 0.5", "weight: 0.5000004", 1)))
+        .sources[0]
+        .weight
+        == 0.5000004
+    )
 
 
 @pytest.mark.case("G2", "duplicate source refused")
@@ -190,11 +197,17 @@ def test_mock_source_needs_its_keys_and_no_path(folder: Path) -> None:
 
 @pytest.mark.parametrize("seq_len", ["1", "131073", "-5"])
 def test_seq_len_out_of_range_is_refused(folder: Path, seq_len: str) -> None:
-    assert f"seq_len is {seq_len}, must be from 2 to 131072" in changed(folder, "seq_len: 64", f"seq_len: {seq_len}")[0]
+    assert (
+        f"seq_len is {seq_len}, must be from 2 to 131072"
+        in changed(folder, "seq_len: 64", f"seq_len: {seq_len}")[0]
+    )
 
 
 def test_holding_out_everything_needs_weight_0(folder: Path) -> None:
-    assert "leaves nothing to train on" in changed(folder, "held_out_share: 0.1", "held_out_share: 1.0")[0]
+    assert (
+        "leaves nothing to train on"
+        in changed(folder, "held_out_share: 0.1", "held_out_share: 1.0")[0]
+    )
 
 
 def test_guard_domain_over_unknown_or_unheld_source_is_refused(folder: Path) -> None:
@@ -206,13 +219,25 @@ def test_guard_domain_over_unknown_or_unheld_source_is_refused(folder: Path) -> 
 
 
 def test_all_problems_come_in_one_message(folder: Path) -> None:
-    text = GOOD.replace("seq_len: 64", "seq_len: 1").replace("weight: 0.5", "weight: 0.6").replace("ja.jsonl", "no.txt")
+    text = (
+        GOOD.replace("seq_len: 64", "seq_len: 1")
+        .replace("weight: 0.5", "weight: 0.6")
+        .replace("ja.jsonl", "no.txt")
+    )
     text = text.replace("language: en", "lang: en").replace("[ja_web]", "[nobody]")
     problems = "\n".join(problems_of(folder, text))
-    for part in ("seq_len is 1", "sum to 1.2", "'no.txt'", "sources[1].lang ", "sources[1].language is missing"):
+    for part in (
+        "seq_len is 1",
+        "sum to 1.2",
+        "'no.txt'",
+        "sources[1].lang ",
+        "sources[1].language is missing",
+    ):
         assert part in problems
     assert "'nobody'" in problems and "Traceback" not in problems
 
 
 def test_a_file_that_is_no_mapping_is_refused(folder: Path) -> None:
-    assert problems_of(folder, "- 1\n") == ["mix.yaml:1: the file is [1], must be a mapping of keys to values."]
+    assert problems_of(folder, "- 1\n") == [
+        "mix.yaml:1: the file is [1], must be a mapping of keys to values."
+    ]

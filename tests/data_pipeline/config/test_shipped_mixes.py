@@ -1,4 +1,6 @@
-"""Every shipped mix can be read once its corpora are there, and its shares are those that its comments promise."""
+"""Every shipped mix can be read once its corpora are there, and its shares are those that its
+comments promise.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,14 @@ def load_template(tmp_path: Path) -> Callable[[str], MixConfig]:
         for source in yaml.safe_load(path.read_text())["sources"]:
             texts = make_texts(30, source["name"])
             records: list[dict[str, Any]]
-            records = [{key: text for key in ("text", "title", "content", "en", "ja")} for text in texts]
+            records = [
+                {key: text for key in ("text", "title", "content", "en", "ja")} for text in texts
+            ]
             if source.get("format") == "harmony":
                 answer = {"role": "assistant", "content": "yes"}
-                records = [{"messages": [{"role": "user", "content": text}, answer]} for text in texts]
+                records = [
+                    {"messages": [{"role": "user", "content": text}, answer]} for text in texts
+                ]
             corpus = path.parent / source["path"].replace("*", "part")
             _write(corpus, records)
             if source.get("kind") == "self_replay":
@@ -70,8 +76,12 @@ def test_a_template_reads_and_builds_once_its_corpora_are_there(
     load_template: Callable[[str], MixConfig], tmp_path: Path, name: str
 ) -> None:
     mix = load_template(name)
-    guard = dataclasses.replace(mix.guard, min_documents=1, min_tokens=1)  # there are 30 short texts a source
-    lenient = dataclasses.replace(mix, near_duplicates=0.0, decontaminate_tokens=0, guard=guard)  # and near copies
+    guard = dataclasses.replace(
+        mix.guard, min_documents=1, min_tokens=1
+    )  # there are 30 short texts a source
+    lenient = dataclasses.replace(
+        mix, near_duplicates=0.0, decontaminate_tokens=0, guard=guard
+    )  # and near copies
     manifest = build(lenient, tmp_path / "out", progress=False)
     assert all(entry.documents >= 28 for entry in manifest.sources)
 
@@ -82,11 +92,17 @@ def test_a_template_without_its_corpora_says_what_is_missing(name: str) -> None:
         load_mix(ROOT / "configs" / "mixes" / f"{name}.yaml")
 
 
-def test_shares_are_those_that_the_comments_promise(load_template: Callable[[str], MixConfig]) -> None:
+def test_shares_are_those_that_the_comments_promise(
+    load_template: Callable[[str], MixConfig],
+) -> None:
     mix = load_template("swallow_like")
     shares: dict[str, float] = {}
     for source in mix.sources:
         shares[source.language] = shares.get(source.language, 0) + source.weight
-    assert shares["ja"] == pytest.approx(0.54) and shares["en"] + shares["math"] == pytest.approx(0.296)
-    assert shares["code"] == pytest.approx(0.16, abs=0.0005) and shares["parallel"] == pytest.approx(0.0044)
+    assert shares["ja"] == pytest.approx(0.54) and shares["en"] + shares["math"] == pytest.approx(
+        0.296
+    )
+    assert shares["code"] == pytest.approx(0.16, abs=0.0005) and shares[
+        "parallel"
+    ] == pytest.approx(0.0044)
     assert not any(source.normalise for source in mix.sources if source.language != "ja")

@@ -63,7 +63,9 @@ def test_a_good_file_becomes_dataclasses() -> None:
     text = "steps: 3\nlang: no\ninner: {lr: 1e-5, kind: linear}\nparts: [{limit: 2}, {}]\npath: [a, b]\n"
     built = read_file(Outer, parse_yaml(text, "f.yaml"))
     parts = (Inner(limit=2), Inner())
-    assert built == Outer(steps=3, lang="no", inner=Inner(lr=1e-5, kind="linear"), parts=parts, path=("a", "b"))
+    assert built == Outer(
+        steps=3, lang="no", inner=Inner(lr=1e-5, kind="linear"), parts=parts, path=("a", "b")
+    )
 
 
 def test_all_problems_are_reported_with_line_and_key() -> None:
@@ -119,7 +121,10 @@ def test_hostile_yaml_is_a_configuration_error(text: str, message: str) -> None:
 @pytest.mark.case("X6", "aliases cannot blow a file up")
 def test_aliases_cannot_blow_a_file_up() -> None:
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
+    lines += [
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]"
+        for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    ]
     with pytest.raises(ConfigError, match="more than 100000 values"):
         parse_yaml("\n".join(lines), "f.yaml")
 
@@ -139,7 +144,9 @@ def test_json_has_lines_and_strict_syntax(tmp_path: Path) -> None:
     path.write_text('{\n\t"steps": 1,\n\t"inner": {"lr": 1e-5, "limt": 3}\n}')
     located = load_json(path)
     assert located.value["inner"]["lr"] == 1e-5
-    with pytest.raises(ConfigError, match=r"ds.json:3: inner.limt is not a known key. Did you mean 'limit'?"):
+    with pytest.raises(
+        ConfigError, match=r"ds.json:3: inner.limt is not a known key. Did you mean 'limit'?"
+    ):
         read_file(Outer, located)
     path.write_text('{"a": 1,\n "b": 2,}')
     with pytest.raises(ConfigError, match=r"ds.json:2: not valid JSON"):
@@ -147,7 +154,9 @@ def test_json_has_lines_and_strict_syntax(tmp_path: Path) -> None:
 
 
 def test_overrides_replace_and_create_values() -> None:
-    located = parse_yaml("steps: 1\ninner:\n", "f.yaml").with_values({"inner.lr": "2e-5", "steps": "4"})
+    located = parse_yaml("steps: 1\ninner:\n", "f.yaml").with_values(
+        {"inner.lr": "2e-5", "steps": "4"}
+    )
     built = read_file(Outer, located)
     assert (built.steps, built.inner.lr) == (4, 2e-5)
     with pytest.raises(ConfigError, match="'steps' is not a section"):

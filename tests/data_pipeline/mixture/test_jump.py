@@ -35,7 +35,9 @@ def make_ledger(rows: Rows, *weights: Sequence[float], border: int = 60) -> Ledg
         tuple(
             Segment(
                 start_step=number * border,
-                weights={n: w / sum(values) for n, w in zip(rows.source_names, values, strict=True)},
+                weights={
+                    n: w / sum(values) for n, w in zip(rows.source_names, values, strict=True)
+                },
                 max_epochs={},
                 mix_hash="",
             )
@@ -51,8 +53,12 @@ def make_ledger(rows: Rows, *weights: Sequence[float], border: int = 60) -> Ledg
     low=st.integers(1, 4096),
     data=st.data(),
 )
-def test_a_jump_equals_the_walk_bit_for_bit(seed: int, weights: list[float], low: int, data: st.DataObject) -> None:
-    counts = data.draw(st.lists(st.integers(50, 3000), min_size=len(weights), max_size=len(weights)))
+def test_a_jump_equals_the_walk_bit_for_bit(
+    seed: int, weights: list[float], low: int, data: st.DataObject
+) -> None:
+    counts = data.draw(
+        st.lists(st.integers(50, 3000), min_size=len(weights), max_size=len(weights))
+    )
     rows = make_rows(seed, counts, low, 4096)
     other = data.draw(st.permutations(weights))
     ledger = make_ledger(rows, weights, other)
@@ -93,7 +99,9 @@ def test_any_step_of_a_ten_billion_token_plan_is_there_within_a_second() -> None
     rows = make_rows(0, [int(num_rows * share * 0.7) for share in shares], 4076, 4096)
     ledger = make_ledger(rows, shares)
     seconds: list[float] = []
-    while len(seconds) < 5 and min(seconds, default=1) >= 1:  # the machine may be shared: the best of five
+    while (
+        len(seconds) < 5 and min(seconds, default=1) >= 1
+    ):  # the machine may be shared: the best of five
         start = time.perf_counter()
         Mixture(rows, ledger, 1).global_batch(num_rows // 256 - 1, 256)
         seconds.append(time.perf_counter() - start)

@@ -19,13 +19,21 @@ from tests.data_pipeline.inputs import MakeMix, make_texts
 
 
 def test_a_run_starts_with_one_segment_at_step_0(make_mix: MakeMix) -> None:
-    mix = make_mix({"ja": make_texts(3, "j"), "en": make_texts(3, "e")}, sources={"ja": {"max_epochs": 2.5}})
+    mix = make_mix(
+        {"ja": make_texts(3, "j"), "en": make_texts(3, "e")}, sources={"ja": {"max_epochs": 2.5}}
+    )
     (segment,) = Ledger.start(mix).segments
-    assert segment.start_step == 0 and segment.weights == {"ja": 0.5, "en": 0.5} and segment.max_epochs == {"ja": 2.5}
+    assert (
+        segment.start_step == 0
+        and segment.weights == {"ja": 0.5, "en": 0.5}
+        and segment.max_epochs == {"ja": 2.5}
+    )
 
 
 def test_json_brings_the_same_ledger_back(make_mix: MakeMix) -> None:
-    mix = make_mix({"ja": make_texts(3, "j"), "en": make_texts(3, "e")}, weights={"ja": 0.3, "en": 0.7})
+    mix = make_mix(
+        {"ja": make_texts(3, "j"), "en": make_texts(3, "e")}, weights={"ja": 0.3, "en": 0.7}
+    )
     ledger = Ledger.start(mix).append(mix, 10)
     again = Ledger.from_json(json.loads(json.dumps(ledger.to_json())))
     assert again == ledger and again.ledger_hash == ledger.ledger_hash
@@ -39,7 +47,13 @@ def test_a_segment_that_does_not_come_later_is_refused(make_mix: MakeMix, step: 
 
 
 @pytest.mark.parametrize(
-    "change", [{"format_version": 99}, {"segments": []}, {"segments": [{"start_step": 0}]}, {"segments": [3]}]
+    "change",
+    [
+        {"format_version": 99},
+        {"segments": []},
+        {"segments": [{"start_step": 0}]},
+        {"segments": [3]},
+    ],
 )
 def test_a_damaged_ledger_is_refused(make_mix: MakeMix, change: dict[str, Any]) -> None:
     value = Ledger.start(make_mix({"en": make_texts(3, "e")})).to_json()
@@ -78,21 +92,34 @@ def edited(mix: MixConfig, **weights: float) -> MixConfig:
 
 def test_an_unchanged_mix_goes_on_with_the_stored_ledger(make_mix: MakeMix) -> None:
     mix, rows = make_mix(TEXTS), {"ja": "1", "en": "2", "code": "3"}
-    assert resume_ledger(stored(mix, rows), mix, 5, accept_change=False, rows=rows) == Ledger.start(mix, rows)
+    assert resume_ledger(stored(mix, rows), mix, 5, accept_change=False, rows=rows) == Ledger.start(
+        mix, rows
+    )
     moved = dataclasses.replace(mix, name="other")
-    assert resume_ledger(stored(mix, rows), moved, 5, accept_change=True, rows=rows) == Ledger.start(mix, rows)
+    assert resume_ledger(
+        stored(mix, rows), moved, 5, accept_change=True, rows=rows
+    ) == Ledger.start(mix, rows)
 
 
 def test_an_edited_mix_is_refused_with_every_change_in_words(make_mix: MakeMix) -> None:
     before = make_mix(TEXTS, weights={"ja": 0.5, "en": 0.3, "code": 0.2})
     after = make_mix(
-        TEXTS, folder="b", weights={"ja": 0.4, "en": 0.4, "code": 0.2}, sources={"ja": {"max_epochs": 3.0}}
+        TEXTS,
+        folder="b",
+        weights={"ja": 0.4, "en": 0.4, "code": 0.2},
+        sources={"ja": {"max_epochs": 3.0}},
     )
     with pytest.raises(ConfigError) as caught:
         resume_ledger(stored(before), after, 812, accept_change=False)
     message = str(caught.value)
-    assert caught.value.exit_code == 78 and "data.accept_mix_change=true" in message and "from step 812 on" in message
-    assert "sources[ja].weight: 0.5 -> 0.4" in message and "sources[en].weight: 0.3 -> 0.4" in message
+    assert (
+        caught.value.exit_code == 78
+        and "data.accept_mix_change=true" in message
+        and "from step 812 on" in message
+    )
+    assert (
+        "sources[ja].weight: 0.5 -> 0.4" in message and "sources[en].weight: 0.3 -> 0.4" in message
+    )
     assert "sources[ja].max_epochs: none -> 3" in message and "code" not in message
     assert "share of ja: 50.00% -> 40.00% of the tokens (-10.00 points)" in message
 
@@ -104,7 +131,9 @@ def test_an_accepted_edit_starts_at_the_next_step_and_repeats_or_loses_no_row(
     build(mix, tmp_path / "out", progress=False)
     built = BuiltData.open(tmp_path / "out")
     rows = built.manifest.row_hashes()
-    ledger = resume_ledger(stored(mix, rows), edited(mix, ja=0.2, en=0.4, code=0.4), 3, accept_change=True, rows=rows)
+    ledger = resume_ledger(
+        stored(mix, rows), edited(mix, ja=0.2, en=0.4, code=0.4), 3, accept_change=True, rows=rows
+    )
     assert [segment.start_step for segment in ledger.segments] == [0, 3]
     old, new = Mixture(built, Ledger.start(mix), 7), Mixture(built, ledger, 7)
     drawn: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
@@ -112,7 +141,9 @@ def test_an_accepted_edit_starts_at_the_next_step_and_repeats_or_loses_no_row(
         batch = new.global_batch(step, 4)
         same = old.global_batch(step, 4).chain_hash("") == batch.chain_hash("")
         assert same or step >= 3, "an edit may not touch past steps"
-        for source, epoch, row in zip(batch.sources.tolist(), batch.epochs.tolist(), batch.rows.tolist(), strict=True):
+        for source, epoch, row in zip(
+            batch.sources.tolist(), batch.epochs.tolist(), batch.rows.tolist(), strict=True
+        ):
             drawn[source].append((epoch, row))
     for source, seen in drawn.items():
         count = built.num_rows(source)
@@ -132,10 +163,14 @@ def test_a_second_edit_before_any_step_takes_the_place_of_the_first(make_mix: Ma
 
 
 @pytest.mark.parametrize("key", ["seq_len", "seed"])
-def test_settings_that_decide_the_rows_are_refused_by_name_whatever_is_accepted(make_mix: MakeMix, key: str) -> None:
+def test_settings_that_decide_the_rows_are_refused_by_name_whatever_is_accepted(
+    make_mix: MakeMix, key: str
+) -> None:
     mix = make_mix(TEXTS)
     changed = dataclasses.replace(mix, **{key: getattr(mix, key) + 1})
-    with pytest.raises(ConfigError, match=f"{key}: was {getattr(mix, key)}, is {getattr(mix, key) + 1}"):
+    with pytest.raises(
+        ConfigError, match=f"{key}: was {getattr(mix, key)}, is {getattr(mix, key) + 1}"
+    ):
         resume_ledger(stored(mix), changed, 3, accept_change=True)
 
 
@@ -148,9 +183,13 @@ def test_other_text_in_a_source_already_trained_on_is_refused(make_mix: MakeMix)
 def test_a_source_may_be_added_but_one_trained_on_may_only_be_retired(make_mix: MakeMix) -> None:
     small, rows = make_mix({n: TEXTS[n] for n in ("ja", "en")}), {"ja": "1", "en": "2"}
     large = make_mix(TEXTS, folder="b", weights={"ja": 0.5, "en": 0.0, "code": 0.5})
-    ledger = resume_ledger(stored(small, rows), large, 3, accept_change=True, rows=rows | {"code": "3"})
+    ledger = resume_ledger(
+        stored(small, rows), large, 3, accept_change=True, rows=rows | {"code": "3"}
+    )
     assert ledger.segments[-1].weights == {"ja": 0.5, "en": 0.0, "code": 0.5}
-    with pytest.raises(ConfigError, match="source 'code' was trained on and is no longer in the mix"):
+    with pytest.raises(
+        ConfigError, match="source 'code' was trained on and is no longer in the mix"
+    ):
         resume_ledger(ledger.to_json(), small, 5, accept_change=True, rows=rows)
 
 
@@ -184,7 +223,10 @@ def test_no_segment_may_break_a_floor_whoever_makes_it(make_mix: MakeMix) -> Non
     with pytest.raises(ConfigError, match="'ja' a share of 10"):
         ledger.reweigh(5, {"ja": 0.1, "en": 0.9})
     edited = dataclasses.replace(
-        mix, sources=tuple(dataclasses.replace(s, weight=0.9 if s.name == "ja" else 0.1) for s in mix.sources)
+        mix,
+        sources=tuple(
+            dataclasses.replace(s, weight=0.9 if s.name == "ja" else 0.1) for s in mix.sources
+        ),
     )
     with pytest.raises(ConfigError, match="'en' a share of 10"):
         resume_ledger(ledger.to_json(), edited, 5, accept_change=True)

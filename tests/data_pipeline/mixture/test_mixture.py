@@ -31,65 +31,96 @@ class Rows:
         return self._row_tokens[source]
 
 
-def segment(weights: dict[str, float], start_step: int = 0, max_epochs: dict[str, float] | None = None) -> Segment:
+def segment(
+    weights: dict[str, float], start_step: int = 0, max_epochs: dict[str, float] | None = None
+) -> Segment:
     return Segment(start_step=start_step, weights=weights, max_epochs=max_epochs or {}, mix_hash="")
 
 
 def some_rows(sizes: dict[str, int], seq_len: int = 100) -> Rows:
-    return Rows({name: [1 + (i * 37 + len(name)) % seq_len for i in range(count)] for name, count in sizes.items()})
+    return Rows(
+        {
+            name: [1 + (i * 37 + len(name)) % seq_len for i in range(count)]
+            for name, count in sizes.items()
+        }
+    )
 
 
 def ids(batch: GlobalBatch) -> list[tuple[int, int, int]]:
-    return list(zip(batch.sources.tolist(), batch.rows.tolist(), batch.epochs.tolist(), strict=True))
+    return list(
+        zip(batch.sources.tolist(), batch.rows.tolist(), batch.epochs.tolist(), strict=True)
+    )
 
 
 def worst_deviation(rows: Rows, weights: list[float], count: int) -> float:
-    """Largest distance of a source from its target over all prefixes, in units of the largest row."""
+    """Largest distance of a source from its target over all prefixes, in units of the largest
+    row.
+    """
     ledger = Ledger((segment(dict(zip(rows.source_names, weights, strict=True))),))
     batch = Mixture(rows, ledger, 0).global_batch(0, count)
     given_tokens = np.zeros((len(weights), count))
     given_tokens[batch.sources, np.arange(count)] = batch.predicted_tokens
     given_tokens = given_tokens.cumsum(axis=1)
     target = np.array(weights)[:, None] * given_tokens.sum(axis=0)
-    return float(np.abs(target - given_tokens).max() / max(rows.row_tokens(s).max() for s in range(len(weights))))
+    return float(
+        np.abs(target - given_tokens).max()
+        / max(rows.row_tokens(s).max() for s in range(len(weights)))
+    )
 
 
 @st.composite
 def mixes(draw: st.DrawFn) -> tuple[Rows, list[float]]:
     parts = draw(st.lists(st.integers(1, 1000), min_size=1, max_size=16))
     sizes = [draw(st.lists(st.integers(1, 64), min_size=1, max_size=12)) for _ in parts]
-    return Rows({f"s{i}": tokens for i, tokens in enumerate(sizes)}), [part / sum(parts) for part in parts]
+    return Rows({f"s{i}": tokens for i, tokens in enumerate(sizes)}), [
+        part / sum(parts) for part in parts
+    ]
 
 
 @settings(max_examples=300, deadline=None)
 @given(mixes())
-def test_every_prefix_is_within_one_packed_row_of_every_target(mix: tuple[Rows, list[float]]) -> None:
+def test_every_prefix_is_within_one_packed_row_of_every_target(
+    mix: tuple[Rows, list[float]],
+) -> None:
     assert worst_deviation(*mix, count=400) <= 1 + 1e-9
 
 
 @st.composite
 def ledgers_with_a_floor(draw: st.DrawFn) -> tuple[Rows, Ledger, float]:
-    """Up to four segments of other weights, steps and sources, all of which keep the same floor of English."""
-    sizes = draw(st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=9), min_size=2, max_size=7))
+    """Up to four segments of other weights, steps and sources, all of which keep the same floor of
+    English.
+    """
+    sizes = draw(
+        st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=9), min_size=2, max_size=7)
+    )
     names = [f"{'en' if i % 2 else 'ja'}{i}" for i in range(len(sizes))]
     english, others = names[1::2], names[::2]
     floor, segments, start = draw(st.floats(0.05, 0.6)), [], 0
-    labels = {"sources": {n: {"language": n[:2]} for n in names}, "languages": {"en": {"min_share": floor}}}
+    labels = {
+        "sources": {n: {"language": n[:2]} for n in names},
+        "languages": {"en": {"min_share": floor}},
+    }
     for _ in range(draw(st.integers(1, 4))):
         share = draw(st.floats(floor, 1.0))
         weights = {name: 0.0 for name in names}
         for group, total in ((english, share), (others, 1 - share)):
             parts = [draw(st.integers(0, 9)) for _ in group]
             parts = parts if any(parts) else [1] * len(group)
-            weights |= {name: total * part / sum(parts) for name, part in zip(group, parts, strict=True)}
-        segments.append(Segment(start_step=start, weights=weights, max_epochs={}, mix_hash="", settings=labels))
+            weights |= {
+                name: total * part / sum(parts) for name, part in zip(group, parts, strict=True)
+            }
+        segments.append(
+            Segment(start_step=start, weights=weights, max_epochs={}, mix_hash="", settings=labels)
+        )
         start += draw(st.integers(1, 60))
     return Rows(dict(zip(names, sizes, strict=True))), Ledger(tuple(segments)), floor
 
 
 @settings(max_examples=150, deadline=None)
 @given(ledgers_with_a_floor())
-def test_a_language_has_its_floor_at_every_prefix_of_all_segments(case: tuple[Rows, Ledger, float]) -> None:
+def test_a_language_has_its_floor_at_every_prefix_of_all_segments(
+    case: tuple[Rows, Ledger, float],
+) -> None:
     rows, ledger, floor = case
     mixture = Mixture(rows, ledger, 3)
     batches = [mixture.global_batch(step, 2) for step in range(ledger.segments[-1].start_step + 60)]
@@ -100,7 +131,9 @@ def test_a_language_has_its_floor_at_every_prefix_of_all_segments(case: tuple[Ro
     assert missing.max() <= (ledger.slack_rows("en") + 1e-6) * longest
 
 
-def test_a_large_source_beside_small_ones_stays_within_one_row_where_largest_deficit_does_not() -> None:
+def test_a_large_source_beside_small_ones_stays_within_one_row_where_largest_deficit_does_not() -> (
+    None
+):
     weights = [0.855, 0.093, 0.048, 0.004]
     rows = Rows({f"s{i}": [4096] * 5 for i in range(4)})
     assert worst_deviation(rows, weights, 2000) <= 1
@@ -118,10 +151,14 @@ def test_long_japanese_and_short_english_rows_share_tokens_equally() -> None:
     assert abs(tokens[0] - tokens[1]) <= 1000
 
 
-def test_any_order_of_steps_and_any_instance_gives_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_order_of_steps_and_any_instance_gives_the_same_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(mixture_module, "SNAPSHOT_ROWS", 64)
     rows = some_rows({"a": 13, "b": 40, "c": 7})
-    ledger = Ledger((segment({"a": 0.2, "b": 0.5, "c": 0.3}), segment({"a": 0.6, "c": 0.4}, start_step=17)))
+    ledger = Ledger(
+        (segment({"a": 0.2, "b": 0.5, "c": 0.3}), segment({"a": 0.6, "c": 0.4}, start_step=17))
+    )
     straight = Mixture(rows, ledger, 3)
     expected = [ids(straight.global_batch(step, 10)) for step in range(60)]
     steps = list(range(60)) * 3
@@ -164,7 +201,10 @@ def test_no_row_is_lost_or_repeated_within_an_epoch_even_across_segments() -> No
 
 def test_epochs_sources_and_seeds_have_orders_of_their_own() -> None:
     orders = {
-        tuple(epoch_order(50, seed, name, epoch).tolist()) for seed in (1, 2) for name in "ab" for epoch in (0, 1)
+        tuple(epoch_order(50, seed, name, epoch).tolist())
+        for seed in (1, 2)
+        for name in "ab"
+        for epoch in (0, 1)
     }
     assert len(orders) == 8
 
@@ -186,7 +226,9 @@ def test_a_source_beyond_its_epochs_is_refused_by_name_and_step() -> None:
     mixture = Mixture(rows, Ledger((segment({"a": 0.5, "b": 0.5}, max_epochs={"a": 1.5}),)), 0)
     for step in range(6):
         mixture.global_batch(step, 4)
-    with pytest.raises(DataError, match=r"source 'a': step 6 asks for epoch 1.75, max_epochs is 1.5"):
+    with pytest.raises(
+        DataError, match=r"source 'a': step 6 asks for epoch 1.75, max_epochs is 1.5"
+    ):
         mixture.global_batch(6, 4)
     assert mixture.position(20, 4).drawn_rows == (40, 40)
 

@@ -26,7 +26,9 @@ STEPS, ROWS = 37, 8
 def mix(make_mix: MakeMix) -> MixConfig:
     texts = {"ja": make_texts(200, "ja"), "en": make_texts(40, "en"), "unused": make_texts(9, "x")}
     limits = {"en": {"min_share": 0.3}, "ja": {"max_share": 0.7}}
-    return make_mix(texts, weights={"ja": 0.7, "en": 0.3, "unused": 0.0}, languages=limits, seq_len=128)
+    return make_mix(
+        texts, weights={"ja": 0.7, "en": 0.3, "unused": 0.0}, languages=limits, seq_len=128
+    )
 
 
 @pytest.fixture
@@ -39,7 +41,9 @@ def drawn_tokens(built: BuiltData, ledger: Ledger, mix: MixConfig) -> Counter[st
     mixture, tokens = Mixture(built, ledger, mix.seed), Counter[str]()
     for step in range(STEPS):
         batch = mixture.global_batch(step, ROWS)
-        for source, count in zip(batch.sources.tolist(), batch.predicted_tokens.tolist(), strict=True):
+        for source, count in zip(
+            batch.sources.tolist(), batch.predicted_tokens.tolist(), strict=True
+        ):
             tokens[built.source_names[source]] += count
     return tokens
 
@@ -47,7 +51,9 @@ def drawn_tokens(built: BuiltData, ledger: Ledger, mix: MixConfig) -> Counter[st
 def test_a_plan_counts_the_tokens_that_training_draws(built: BuiltData, mix: MixConfig) -> None:
     plan = make_plan(built, mix, STEPS, ROWS)
     expected = drawn_tokens(built, Ledger.start(mix), mix)
-    assert {source.name: source.drawn_tokens for source in plan.sources if source.drawn_tokens} == expected
+    assert {
+        source.name: source.drawn_tokens for source in plan.sources if source.drawn_tokens
+    } == expected
     assert plan.drawn_tokens == sum(expected.values())
     assert plan.language_shares()["en"] == pytest.approx(0.3, abs=2 * 128 / plan.drawn_tokens)
 
@@ -55,7 +61,9 @@ def test_a_plan_counts_the_tokens_that_training_draws(built: BuiltData, mix: Mix
 def test_a_plan_of_an_edited_run_counts_both_segments(built: BuiltData, mix: MixConfig) -> None:
     ledger = Ledger.start(mix).append(mix, 11).append(mix, 23)
     plan = make_plan(built, mix, STEPS, ROWS, ledger)
-    assert {s.name: s.drawn_tokens for s in plan.sources if s.drawn_tokens} == drawn_tokens(built, ledger, mix)
+    assert {s.name: s.drawn_tokens for s in plan.sources if s.drawn_tokens} == drawn_tokens(
+        built, ledger, mix
+    )
 
 
 @pytest.mark.case("B11", "said by build, plan and --dry_run, with the step")
@@ -72,10 +80,17 @@ def test_what_runs_out_is_named_with_its_step(built: BuiltData, mix: MixConfig) 
     assert plan.sources[1].read_once_at_step is not None
 
 
-def test_over_repetition_is_a_warning_and_the_epoch_limit_a_problem(built: BuiltData, mix: MixConfig) -> None:
+def test_over_repetition_is_a_warning_and_the_epoch_limit_a_problem(
+    built: BuiltData, mix: MixConfig
+) -> None:
     long = make_plan(built, mix, 400, ROWS)
-    assert any("source 'en' is read" in line and "from step" in line for line in long.warnings) and not long.problems
-    limited = tuple(s if s.name != "en" else dataclasses.replace(s, max_epochs=2.0) for s in mix.sources)
+    assert (
+        any("source 'en' is read" in line and "from step" in line for line in long.warnings)
+        and not long.problems
+    )
+    limited = tuple(
+        s if s.name != "en" else dataclasses.replace(s, max_epochs=2.0) for s in mix.sources
+    )
     problems = make_plan(built, dataclasses.replace(mix, sources=limited), 400, ROWS).problems
     assert len(problems) == 1 and "max_epochs is 2, which is used up near step" in problems[0]
 
@@ -99,7 +114,14 @@ def test_the_command_writes_a_table_json_and_a_plot(
     mix: MixConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = tmp_path / "plan.json", tmp_path / "plan.svg"
-    arguments = ["plan", str(tmp_path / "in" / "mix.yaml"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    arguments = [
+        "plan",
+        str(tmp_path / "in" / "mix.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+    ]
     assert main([*arguments, "--json", str(paths[0]), "--plot", str(paths[1])]) == 0
     shown, value = capsys.readouterr().out, json.loads(paths[0].read_text())
     assert "limit: en from 30% to 100%: met" in shown
@@ -108,16 +130,26 @@ def test_the_command_writes_a_table_json_and_a_plot(
 
 
 def test_diff_shows_settings_tokens_epochs_and_shares(
-    make_mix: MakeMix, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    make_mix: MakeMix,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     texts = {"ja": make_texts(90, "ja"), "en": make_texts(60, "en")}
     make_mix(texts, folder="old", weights={"ja": 0.5, "en": 0.5})
-    make_mix(texts | {"new": make_texts(50, "n")}, folder="new", weights={"ja": 0.7, "en": 0.2, "new": 0.1})
+    make_mix(
+        texts | {"new": make_texts(50, "n")},
+        folder="new",
+        weights={"ja": 0.7, "en": 0.2, "new": 0.1},
+    )
     run = ["--steps", "20", "--global_batch_size", "4", "--workers", "1"]
     assert main(["diff", "old/mix.yaml", "new/mix.yaml", *run]) == 0
     whole = capsys.readouterr().out
-    assert "sources[ja].weight: 0.5 -> 0.7" in whole and "sources[new]: added (weight 0.1, language en)" in whole
+    assert (
+        "sources[ja].weight: 0.5 -> 0.7" in whole
+        and "sources[new]: added (weight 0.1, language en)" in whole
+    )
     assert "share of en: 50.00% -> 30.00% of the tokens (-20.00 points)" in whole
     assert main(["diff", "old/mix.yaml", "new/mix.yaml", *run, "--at_step", "10"]) == 0
     half = capsys.readouterr().out

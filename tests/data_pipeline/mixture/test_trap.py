@@ -23,18 +23,25 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def real_texts() -> dict[str, list[str]]:
-    """Japanese documents of about 2,000 tokens, as web pages and articles have, and short English ones."""
+    """Japanese documents of about 2,000 tokens, as web pages and articles have, and short English
+    ones.
+    """
     mix = load_mix(ROOT / "configs" / "mixes" / "sample.yaml")
     texts = {s.name: list(read_texts(s, Tally())) for s in mix.sources}
     stories, essays = texts["ja_story"], texts["ja_essay"]
-    return {"ja": [one + "\n\n" + other for one, other in zip(stories, essays, strict=False)], "en": texts["en_web"]}
+    return {
+        "ja": [one + "\n\n" + other for one, other in zip(stories, essays, strict=False)],
+        "en": texts["en_web"],
+    }
 
 
 def test_interleaving_documents_half_and_half_gives_four_fifths_of_the_tokens_to_japanese(
     real_texts: dict[str, list[str]],
 ) -> None:
     streams = [
-        datasets.Dataset.from_dict({"language": [name] * len(texts), "tokens": [len(encode(t)) for t in texts]})
+        datasets.Dataset.from_dict(
+            {"language": [name] * len(texts), "tokens": [len(encode(t)) for t in texts]}
+        )
         for name, texts in real_texts.items()
     ]
     shares = []
@@ -52,7 +59,9 @@ def test_the_same_texts_at_weight_one_half_give_half_the_tokens_at_every_step(
     real_texts: dict[str, list[str]], make_mix: MakeMix, tmp_path: Path
 ) -> None:
     seq_len = 1024
-    build(make_mix(real_texts, seq_len=seq_len, near_duplicates=0.8), tmp_path / "out", progress=False)
+    build(
+        make_mix(real_texts, seq_len=seq_len, near_duplicates=0.8), tmp_path / "out", progress=False
+    )
     built = BuiltData.open(tmp_path / "out")
     assert built.source_names == ("ja", "en")
     mixture = Mixture(built, Ledger.start(load_mix(tmp_path / "in" / "mix.yaml")), 1)

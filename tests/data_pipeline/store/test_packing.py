@@ -24,9 +24,18 @@ def packed(lengths: list[int], seq_len: int) -> PackedRows:
 def test_every_pair_is_present_exactly_once(case: tuple[list[int], int]) -> None:
     lengths, seq_len = case
     rows = packed(lengths, seq_len)
-    pieces = zip(rows.piece_document.tolist(), rows.piece_start.tolist(), rows.piece_pairs.tolist(), strict=True)
-    pairs = Counter((document, start + i) for document, start, count in pieces for i in range(count))
-    assert pairs == Counter((document, i) for document, n in enumerate(lengths) for i in range(n - 1))
+    pieces = zip(
+        rows.piece_document.tolist(),
+        rows.piece_start.tolist(),
+        rows.piece_pairs.tolist(),
+        strict=True,
+    )
+    pairs = Counter(
+        (document, start + i) for document, start, count in pieces for i in range(count)
+    )
+    assert pairs == Counter(
+        (document, i) for document, n in enumerate(lengths) for i in range(n - 1)
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -44,7 +53,9 @@ def test_no_row_is_empty_or_overfull_and_totals_agree(case: tuple[list[int], int
 def test_a_document_that_fits_a_row_is_never_cut(case: tuple[list[int], int]) -> None:
     lengths, seq_len = case
     pieces = Counter(packed(lengths, seq_len).piece_document.tolist())
-    assert pieces == Counter({document: -(-(n - 1) // seq_len) for document, n in enumerate(lengths)})
+    assert pieces == Counter(
+        {document: -(-(n - 1) // seq_len) for document, n in enumerate(lengths)}
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -80,17 +91,25 @@ def test_padding_is_rare_and_packing_quick(seq_len: int) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(lengths_and_seq_len)
-def test_concatenation_fills_every_row_but_the_last_and_loses_no_pair(case: tuple[list[int], int]) -> None:
+def test_concatenation_fills_every_row_but_the_last_and_loses_no_pair(
+    case: tuple[list[int], int],
+) -> None:
     lengths, seq_len = case
     rows = pack(np.arange(len(lengths)), np.array(lengths, dtype=np.int64), seq_len, "concatenate")
     totals = rows.row_tokens().tolist()
-    assert all(total == seq_len for total in totals[:-1]) and sum(totals) == sum(n - 1 for n in lengths)
+    assert all(total == seq_len for total in totals[:-1]) and sum(totals) == sum(
+        n - 1 for n in lengths
+    )
     pairs = [
         (document, pair)
-        for document, start, count in zip(rows.piece_document, rows.piece_start, rows.piece_pairs, strict=True)
+        for document, start, count in zip(
+            rows.piece_document, rows.piece_start, rows.piece_pairs, strict=True
+        )
         for pair in range(start, start + count)
     ]
-    assert pairs == [(document, pair) for document, n in enumerate(lengths) for pair in range(n - 1)]
+    assert pairs == [
+        (document, pair) for document, n in enumerate(lengths) for pair in range(n - 1)
+    ]
 
 
 def test_concatenation_cuts_documents_that_would_fit_and_best_fit_does_not() -> None:
@@ -99,7 +118,9 @@ def test_concatenation_cuts_documents_that_would_fit_and_best_fit_does_not() -> 
     fitting = np.flatnonzero(lengths <= 4097)
     cut = {}
     for method in ("best_fit", "concatenate"):
-        counts = np.bincount(pack(np.arange(5000), lengths, 4096, method).piece_document, minlength=5000)
+        counts = np.bincount(
+            pack(np.arange(5000), lengths, 4096, method).piece_document, minlength=5000
+        )
         cut[method] = float((counts[fitting] > 1).mean())
     assert cut["best_fit"] == 0 and cut["concatenate"] > 0.1
 
@@ -111,5 +132,9 @@ def test_packing_in_blocks_keeps_every_pair(case: tuple[list[int], int], block: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data_pipeline.store.packing.BLOCK_DOCUMENTS", block)
         rows = packed(lengths, seq_len)
-    assert rows.row_tokens().max(initial=0) <= seq_len and rows.row_tokens().sum() == sum(n - 1 for n in lengths)
-    assert rows.row_offsets[-1] == len(rows.piece_document) and (np.diff(rows.row_offsets) > 0).all()
+    assert rows.row_tokens().max(initial=0) <= seq_len and rows.row_tokens().sum() == sum(
+        n - 1 for n in lengths
+    )
+    assert (
+        rows.row_offsets[-1] == len(rows.piece_document) and (np.diff(rows.row_offsets) > 0).all()
+    )

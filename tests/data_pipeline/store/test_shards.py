@@ -74,24 +74,44 @@ def _header(**changes: object) -> Callable[[Path], None]:
         (lambda p: p.write_bytes(p.read_bytes()[:100]), "too short for its header"),
         (lambda p: p.write_bytes(b""), "must start with b'CPTSHARD'"),
         (lambda p: overwrite(p, 0, b"XPTSHARD"), "must start with b'CPTSHARD'"),
-        (lambda p: overwrite(p, 8, struct.pack("<I", 2)), "has format version 2, this code reads 1"),
+        (
+            lambda p: overwrite(p, 8, struct.pack("<I", 2)),
+            "has format version 2, this code reads 1",
+        ),
         (lambda p: overwrite(p, 20, b"\xff"), "header that is not JSON"),
         (_header(dtype="uint16"), "without dtype uint32"),
         (_header(num_tokens=8), "bytes, its header says"),
         (_header(num_documents=0), "has num_documents 0 in its header, must be above 0"),
         (_header(num_tokens=-1), "has num_tokens -1"),
-        (lambda p: overwrite(p, HEADER_BYTES, struct.pack("<I", VOCAB_SIZE)), "token 0 has id 201088, must be below"),
-        (lambda p: overwrite(p, HEADER_BYTES, struct.pack("<I", END_OF_TEXT)), "holds 4 control tokens for 3"),
-        (lambda p: overwrite(p, HEADER_BYTES + 12, struct.pack("<I", 7)), "document 0 does not end with END_OF_TEXT"),
+        (
+            lambda p: overwrite(p, HEADER_BYTES, struct.pack("<I", VOCAB_SIZE)),
+            "token 0 has id 201088, must be below",
+        ),
+        (
+            lambda p: overwrite(p, HEADER_BYTES, struct.pack("<I", END_OF_TEXT)),
+            "holds 4 control tokens for 3",
+        ),
+        (
+            lambda p: overwrite(p, HEADER_BYTES + 12, struct.pack("<I", 7)),
+            "document 0 does not end with END_OF_TEXT",
+        ),
         (lambda p: overwrite(p, OFFSETS_AT, struct.pack("<Q", 1)), "offsets that do not rise"),
         (lambda p: overwrite(p, OFFSETS_AT + 8, struct.pack("<Q", 8)), "offsets that do not rise"),
-        (lambda p: overwrite(p, OFFSETS_AT + 24, struct.pack("<Q", 99)), "offsets that do not rise"),
-        (lambda p: overwrite(p, OFFSETS_AT + 8, struct.pack("<Q", 2**64 - 1)), "offsets that do not rise"),
+        (
+            lambda p: overwrite(p, OFFSETS_AT + 24, struct.pack("<Q", 99)),
+            "offsets that do not rise",
+        ),
+        (
+            lambda p: overwrite(p, OFFSETS_AT + 8, struct.pack("<Q", 2**64 - 1)),
+            "offsets that do not rise",
+        ),
         (lambda p: p.unlink(), "cannot be read"),
     ],
 )
 @pytest.mark.case("B10", "each kind of damage is a DataError that names the file")
-def test_damage_is_a_data_error_that_names_the_file(path: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_damage_is_a_data_error_that_names_the_file(
+    path: Path, damage: Callable[[Path], None], message: str
+) -> None:
     damage(path)
     with pytest.raises(DataError, match=message) as caught:
         Shard(path)

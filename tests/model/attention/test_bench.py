@@ -23,16 +23,26 @@ LINUX = Path("/proc/self/clear_refs").exists()
 
 def run(arguments: list[str], **environment: str) -> list[str]:
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--threads", "1", *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
     return done.stdout.splitlines()
 
 
 @pytest.mark.skipif(not LINUX, reason="needs Linux to measure peak memory")
 def test_peak_memory_grows_no_faster_than_the_row() -> None:
-    """At 16,384 tokens and 2 heads the scores would be 1 GiB in bf16; what is used is a fraction of that."""
-    memory = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "65536"}
+    """At 16,384 tokens and 2 heads the scores would be 1 GiB in bf16; what is used is a fraction of
+    that.
+    """
+    memory = {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_TOP_PAD_": "65536",
+    }
     lengths = ["4096", "8192", "16384"]
-    lines = run(["--peak_of", "auto", "--heads", "2", "--kv_heads", "1", "--lengths", *lengths], **memory)
+    lines = run(
+        ["--peak_of", "auto", "--heads", "2", "--kv_heads", "1", "--lengths", *lengths], **memory
+    )
     found = [json.loads(line) for line in lines if line.startswith("{")]
     for kind in ("full", "window"):
         peaks = [result["peak_bytes"] for result in found if result["layer"] == kind]
@@ -43,14 +53,39 @@ def test_peak_memory_grows_no_faster_than_the_row() -> None:
 
 
 def test_every_contender_is_measured_and_what_does_not_fit_is_told(tmp_path: Path) -> None:
-    """Eager needs 0.1 MiB at 64 tokens and 75 MiB at 2,048; a ten-thousandth of the free memory lies between."""
-    arguments = ["--lengths", "64", "2048", "--heads", "2", "--kv_heads", "1", "--rounds", "1", "--eager_share", "1e-4"]
-    output = run([*arguments, "--json", str(tmp_path / "a.json"), "--svg", str(tmp_path / "a.svg"), "--no_memory"])
+    """Eager needs 0.1 MiB at 64 tokens and 75 MiB at 2,048; a ten-thousandth of the free memory
+    lies between.
+    """
+    arguments = [
+        "--lengths",
+        "64",
+        "2048",
+        "--heads",
+        "2",
+        "--kv_heads",
+        "1",
+        "--rounds",
+        "1",
+        "--eager_share",
+        "1e-4",
+    ]
+    output = run(
+        [
+            *arguments,
+            "--json",
+            str(tmp_path / "a.json"),
+            "--svg",
+            str(tmp_path / "a.svg"),
+            "--no_memory",
+        ]
+    )
     report = json.loads((tmp_path / "a.json").read_text())
     cases = [(result["layer"], result["tokens"]) for result in report["results"]]
     assert cases == [("full", 64), ("full", 2048), ("window", 64), ("window", 2048)]
     for result in report["results"]:
-        measured = {"cpu", "no sinks"} | ({"Hugging Face eager"} if result["tokens"] == 64 else set())
+        measured = {"cpu", "no sinks"} | (
+            {"Hugging Face eager"} if result["tokens"] == 64 else set()
+        )
         assert set(result["ms"]) == measured and min(result["ms"].values()) > 0
         assert set(result["left out"]) == {"Hugging Face eager"} - measured
     assert sum("Hugging Face eager left out: needs about" in line for line in output) == 2

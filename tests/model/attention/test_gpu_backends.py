@@ -1,7 +1,9 @@
-"""The CUDA backends: right arguments to kernels of the real signature here, right results on a GPU where there is one.
+"""The CUDA backends: right arguments to kernels of the real signature here, right results on a GPU
+where there is one.
 
-Without a GPU each kernel is replaced by a stand-in on the CPU (tests/model/attention/stand_ins.py), so what is proven is
-everything but the kernel: layouts, offsets, window sizes, the fold of the sinks, and what goes into the backward.
+Without a GPU each kernel is replaced by a stand-in on the CPU (tests/model/attention/stand_ins.py),
+so what is proven is everything but the kernel: layouts, offsets, window sizes, the fold of the
+sinks, and what goes into the backward.
 """
 
 from collections.abc import Callable, Iterator
@@ -59,10 +61,13 @@ def stand_in_for(name: str) -> Backend:
         return Backend(FoldedSinks(TorchFlashKernel()), stand_ins.torch_operators)
     if name == "flash_attn_2":
         return Backend(
-            FoldedSinks(FlashAttn2Kernel()), lambda calls: stand_ins.installed(stand_ins.flash_attn_2_package(calls))
+            FoldedSinks(FlashAttn2Kernel()),
+            lambda calls: stand_ins.installed(stand_ins.flash_attn_2_package(calls)),
         )
     if name == "flash_attn_4":
-        return Backend(FlashAttn4(), lambda calls: stand_ins.installed(stand_ins.flash_attn_4_package(calls)))
+        return Backend(
+            FlashAttn4(), lambda calls: stand_ins.installed(stand_ins.flash_attn_4_package(calls))
+        )
     return Backend(Flex(lambda: stand_ins.flex_attention))
 
 
@@ -80,7 +85,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_output_and_every_gradient_are_those_of_the_definition(
-    backend: Backend, rows: PackedRows, heads: tuple[int, int, int], window: int | None, dtype: torch.dtype
+    backend: Backend,
+    rows: PackedRows,
+    heads: tuple[int, int, int],
+    window: int | None,
+    dtype: torch.dtype,
 ) -> None:
     problem = Problem.draw(rows.num_tokens, heads, sinks=(-2, 2))
     want = problem.solve(definition, rows, window)
@@ -98,7 +107,9 @@ def test_a_window_of_128_keys_is_127_keys_to_the_left(name: str) -> None:
     assert found.install is not None
     with found.install(found.calls):
         for window in (128, None):
-            Problem.draw(rows.num_tokens, (4, 2, 16)).solve(found.attention, rows, window, torch.float32)
+            Problem.draw(rows.num_tokens, (4, 2, 16)).solve(
+                found.attention, rows, window, torch.float32
+            )
     assert {call["window"] for call in found.calls} == {(127, 0), (-1, 0)}
     assert [call["name"] for call in found.calls][:2] == (
         ["forward", "forward"] if name == "flash_attn_4" else ["forward", "backward"]
@@ -112,7 +123,9 @@ def test_offsets_of_documents_are_computed_once_per_batch(name: str) -> None:
     assert found.install is not None
     with found.install(found.calls):
         for window in (32, None, 32):
-            Problem.draw(rows.num_tokens, (4, 2, 16)).solve(found.attention, rows, window, torch.float32)
+            Problem.draw(rows.num_tokens, (4, 2, 16)).solve(
+                found.attention, rows, window, torch.float32
+            )
     first = found.calls[0]["offsets"]
     assert len(found.calls) >= 3 and all(call["offsets"] is first for call in found.calls)
     assert first.tolist() == [0, 37, 170, 190] and found.calls[0]["longest"] == 133
@@ -146,20 +159,26 @@ def test_a_query_that_a_cuda_kernel_reports_without_keys_gets_no_gradient() -> N
     problem.d_out_HTD[:, 5] = 0
     with stand_ins.installed(modules):
         out, *gradients = problem.solve(
-            FoldedSinks(FlashAttn2Kernel()), PackedRows.from_bounds([(0, 40)], 40), None, torch.float32
+            FoldedSinks(FlashAttn2Kernel()),
+            PackedRows.from_bounds([(0, 40)], 40),
+            None,
+            torch.float32,
         )
     assert not out[:, 5].any() and all(x.isfinite().all() for x in (out, *gradients))
 
 
 def test_another_layout_of_lse_is_refused() -> None:
     with pytest.raises(
-        RuntimeError, match=r"torch 2\.1 returned a log-sum-exp of shape \(3, 4, 8\).*expected \(4, 20\)"
+        RuntimeError,
+        match=r"torch 2\.1 returned a log-sum-exp of shape \(3, 4, 8\).*expected \(4, 20\)",
     ):
         checked_lse(torch.zeros(3, 4, 8), torch.zeros(4, 20, 16), "torch 2.1")
 
 
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-@pytest.mark.parametrize("bounds", [(0, 1000), (0, 5, 128, 256, 700, 701, 1000), tuple(range(1001))], ids=len)
+@pytest.mark.parametrize(
+    "bounds", [(0, 1000), (0, 5, 128, 256, 700, 701, 1000), tuple(range(1001))], ids=len
+)
 def test_blocks_of_flex_cover_what_is_seen_and_whole_ones_are_whole(
     bounds: tuple[int, ...], window: int | None
 ) -> None:
@@ -182,12 +201,22 @@ def test_blocks_of_flex_cover_what_is_seen_and_whole_ones_are_whole(
 
 
 def test_torch_takes_the_blocks_of_flex() -> None:
-    """The real flex_attention, which on the CPU runs forward only and reads the mask, not the blocks."""
+    """The real flex_attention, which on the CPU runs forward only and reads the mask, not the
+    blocks.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     rows = ROWS["packed"]
     problem = Problem.draw(rows.num_tokens, (4, 2, 16), sinks=(-2, 4))
-    arguments = (problem.q_HTD.float(), problem.k_KTD.float(), problem.v_KTD.float(), problem.sinks_H, rows, 32, 0.25)
+    arguments = (
+        problem.q_HTD.float(),
+        problem.k_KTD.float(),
+        problem.v_KTD.float(),
+        problem.sinks_H,
+        rows,
+        32,
+        0.25,
+    )
     got = Flex(lambda: flex_attention)(*arguments)
     want = definition(problem.q_HTD, problem.k_KTD, problem.v_KTD, *arguments[3:])
     assert (got - want).norm() <= 2e-6 * want.norm()
@@ -212,8 +241,12 @@ def test_on_a_gpu_every_usable_backend_agrees_with_float64(
     problem = Problem.draw(rows.num_tokens, (16, 2, 64), sinks=(-3, 9))
 
     def on_gpu(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, *others: Any) -> Tensor:
-        return line.attention(q.to(device), k.to(device), v.to(device), sinks.to(device), *others).cpu()
+        return line.attention(
+            q.to(device), k.to(device), v.to(device), sinks.to(device), *others
+        ).cpu()
 
     # In float32 flex_attention may round its factors to tf32.
     limit = LIMITS[torch.bfloat16] if dtype == torch.bfloat16 else 1e-3
-    assert_close(problem.solve(on_gpu, rows, window, dtype), problem.solve(definition, rows, window), limit)
+    assert_close(
+        problem.solve(on_gpu, rows, window, dtype), problem.solve(definition, rows, window), limit
+    )

@@ -41,7 +41,15 @@ class Spoiled:
         return self.change(*arguments)
 
 
-def right(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rows: PackedRows, window: int | None, scale: float) -> Tensor:
+def right(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    rows: PackedRows,
+    window: int | None,
+    scale: float,
+) -> Tensor:
     return FoldedSinks(CpuKernel())(q, k, v, sinks, rows, window, scale)
 
 
@@ -71,7 +79,9 @@ def window_lost(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped
 
 
 class _KeepsValue(torch.autograd.Function):
-    """`right` in value; its gradient is that of out * sigmoid(lse - sink) with the gradient of lse dropped."""
+    """`right` in value; its gradient is that of out * sigmoid(lse - sink) with the gradient of lse
+    dropped.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, stand_in: Tensor) -> Tensor:
@@ -86,7 +96,9 @@ def lse_gradient_dropped(q, k, v, sinks, rows, window, scale):  # type: ignore[n
     value = right(q, k, v, sinks, rows, window, scale)
     plain = reference_attention(q, k, v, sinks.detach() * 0 - 1e4, rows, window, scale)
     with torch.no_grad():
-        factor = (value.float() * plain.float()).sum(-1, keepdim=True) / plain.float().square().sum(-1, keepdim=True)
+        factor = (value.float() * plain.float()).sum(-1, keepdim=True) / plain.float().square().sum(
+            -1, keepdim=True
+        )
     wrong = plain * factor.to(plain.dtype) + (value - value.detach()) * 0
     return _KeepsValue.apply(value.detach(), wrong) + (sinks.sum() * 0).to(value.dtype)
 

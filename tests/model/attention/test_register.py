@@ -51,7 +51,9 @@ def tiny_config(**changes: Any) -> GptOssConfig:
 
 
 def tiny_model(attention: str, dtype: torch.dtype = torch.float64) -> Any:
-    """Build the same GptOssForCausalLM with either attention, no bias and no sink near 0, where errors would hide."""
+    """Build the same GptOssForCausalLM with either attention, no bias and no sink near 0, where
+    errors would hide.
+    """
     config = tiny_config()
     config._attn_implementation, config._experts_implementation = attention, "eager"
     model: Any = GptOssForCausalLM(config)
@@ -63,28 +65,40 @@ def tiny_model(attention: str, dtype: torch.dtype = torch.float64) -> Any:
 
 
 def document_masks(position_ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Build the 4-D masks that keep documents apart in eager attention, which does not look at `position_ids`."""
+    """Build the 4-D masks that keep documents apart in eager attention, which does not look at
+    `position_ids`.
+    """
     token = torch.arange(position_ids.shape[1])
     first_BS = token - position_ids
     visible_BSS = (token <= token[:, None]) & (token >= first_BS[:, :, None])
     windowed_BSS = visible_BSS & (token[:, None] - token < WINDOW)
 
     def additive(visible: Tensor) -> Tensor:
-        return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1)
+        return (
+            torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1)
+        )
 
     return {"full_attention": additive(visible_BSS), "sliding_attention": additive(windowed_BSS)}
 
 
 def packed_batch() -> tuple[Tensor, Tensor]:
     position_ids = torch.tensor(PACKED)
-    return torch.randint(0, 97, position_ids.shape, generator=torch.Generator().manual_seed(1)), position_ids
+    return torch.randint(
+        0, 97, position_ids.shape, generator=torch.Generator().manual_seed(1)
+    ), position_ids
 
 
 def loss_and_gradients(model: Any, **inputs: Any) -> dict[str, Tensor]:
     input_ids, position_ids = packed_batch()
-    loss = model(input_ids=input_ids, labels=input_ids, position_ids=position_ids, use_cache=False, **inputs).loss
+    loss = model(
+        input_ids=input_ids, labels=input_ids, position_ids=position_ids, use_cache=False, **inputs
+    ).loss
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     assert len(gradients) == len(list(model.parameters()))
     return {"loss": loss.detach(), **gradients}
 
@@ -100,17 +114,27 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], limit: float) 
         )
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["fp64", "fp32"])
-def test_loss_and_all_gradients_are_those_of_eager_with_document_masks(dtype: torch.dtype, limit: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["fp64", "fp32"]
+)
+def test_loss_and_all_gradients_are_those_of_eager_with_document_masks(
+    dtype: torch.dtype, limit: float
+) -> None:
     """fp64 shows equality; fp32 has the roundings of four layers behind it."""
-    want = loss_and_gradients(tiny_model("eager", dtype), attention_mask=document_masks(packed_batch()[1], dtype))
+    want = loss_and_gradients(
+        tiny_model("eager", dtype), attention_mask=document_masks(packed_batch()[1], dtype)
+    )
     assert_close(loss_and_gradients(tiny_model("sink", dtype)), want, limit)
 
 
 def test_eager_without_masks_leaks_across_documents() -> None:
-    """The comparison above sees a leak; if this fails, transformers keeps documents apart by itself."""
+    """The comparison above sees a leak; if this fails, transformers keeps documents apart by
+    itself.
+    """
     with pytest.raises(AssertionError, match="relative l2"):
-        assert_close(loss_and_gradients(tiny_model("sink")), loss_and_gradients(tiny_model("eager")), 1e-3)
+        assert_close(
+            loss_and_gradients(tiny_model("sink")), loss_and_gradients(tiny_model("eager")), 1e-3
+        )
 
 
 @pytest.mark.parametrize(
@@ -125,7 +149,11 @@ def test_eager_without_masks_leaks_across_documents() -> None:
     ids=["packed_rows", "reference", "cpu", "all-ones mask", "empty masks"],
 )
 def test_keyword_arguments_of_the_model_call_reach_the_attention(given: dict[str, Any]) -> None:
-    assert_close(loss_and_gradients(tiny_model("sink"), **given), loss_and_gradients(tiny_model("sink")), 1e-10)
+    assert_close(
+        loss_and_gradients(tiny_model("sink"), **given),
+        loss_and_gradients(tiny_model("sink")),
+        1e-10,
+    )
 
 
 def test_packed_rows_win_over_positions() -> None:
@@ -145,7 +173,9 @@ def test_activation_checkpointing_changes_no_bit() -> None:
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_positions_are_read_once_per_forward_and_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positions_are_read_once_per_forward_and_again_when_they_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     read: list[int] = []
     original = PackedRows.from_position_ids
 
@@ -178,11 +208,14 @@ def test_every_way_to_name_the_attention_works(tmp_path: Path) -> None:
     for other in (loaded, built, switched):
         assert other.config._attn_implementation == "sink"
         got = other(input_ids, position_ids=position_ids, use_cache=False).logits
-        # The experts of the first two sum in another order, as transformers' default differs from `tiny_model`.
+        # The experts of the first two sum in another order, as transformers' default differs from
+        # `tiny_model`.
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("prompt_tokens", [3, 13], ids=["prompt within the window", "prompt beyond the window"])
+@pytest.mark.parametrize(
+    "prompt_tokens", [3, 13], ids=["prompt within the window", "prompt beyond the window"]
+)
 def test_greedy_generation_with_a_cache_is_that_of_eager(prompt_tokens: int) -> None:
     prompts = torch.randint(0, 97, (2, prompt_tokens), generator=torch.Generator().manual_seed(2))
     options: dict[str, Any] = {
@@ -201,8 +234,12 @@ def test_a_cache_of_packed_documents_goes_on_with_the_last_one() -> None:
     model, (input_ids, position_ids) = tiny_model("sink").eval(), packed_batch()
     want = model(input_ids, position_ids=position_ids, use_cache=False).logits
     head = model(input_ids[:, :33], position_ids=position_ids[:, :33], use_cache=True)
-    tail = model(input_ids[:, 33:], position_ids=position_ids[:, 33:], past_key_values=head.past_key_values)
-    torch.testing.assert_close(torch.cat([head.logits, tail.logits], 1), want, rtol=1e-10, atol=1e-10)
+    tail = model(
+        input_ids[:, 33:], position_ids=position_ids[:, 33:], past_key_values=head.past_key_values
+    )
+    torch.testing.assert_close(
+        torch.cat([head.logits, tail.logits], 1), want, rtol=1e-10, atol=1e-10
+    )
 
 
 def test_a_mask_with_padding_is_refused_with_the_way_out() -> None:
@@ -215,18 +252,28 @@ def test_a_mask_with_padding_is_refused_with_the_way_out() -> None:
 
 def test_a_static_cache_is_refused() -> None:
     with pytest.raises(ValueError, match="a static cache, which sink attention cannot read"):
-        tiny_model("sink").generate(packed_batch()[0], max_new_tokens=3, cache_implementation="static")
+        tiny_model("sink").generate(
+            packed_batch()[0], max_new_tokens=3, cache_implementation="static"
+        )
 
 
-def qkv(num_heads: int = 8, num_kv_heads: int = 2, num_tokens: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(
+    num_heads: int = 8, num_kv_heads: int = 2, num_tokens: int = 6
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     q_BHSD = torch.randn(1, num_heads, num_tokens, 16, generator=generator)
-    k_BKSD, v_BKSD = (torch.randn(1, num_kv_heads, num_tokens, 16, generator=generator) for _ in range(2))
+    k_BKSD, v_BKSD = (
+        torch.randn(1, num_kv_heads, num_tokens, 16, generator=generator) for _ in range(2)
+    )
     return q_BHSD, k_BKSD, v_BKSD
 
 
 def call(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, **changes: Any) -> Tensor:
-    given: dict[str, Any] = {"attention_mask": None, "scaling": 0.25, "s_aux": torch.zeros(q_BHSD.shape[1])}
+    given: dict[str, Any] = {
+        "attention_mask": None,
+        "scaling": 0.25,
+        "s_aux": torch.zeros(q_BHSD.shape[1]),
+    }
     out_BSHD, weights = sink_attention(nn.Identity(), q_BHSD, k_BKSD, v_BKSD, **(given | changes))
     assert weights is None
     return out_BSHD
@@ -247,23 +294,39 @@ def _refusals() -> Iterator[tuple[Callable[[], Tensor], str]]:
     yield lambda: call(q, k[:, :, :4], v), r"key \(1, 2, 4, 16\), value \(1, 2, 6, 16\)"
     yield lambda: call(q, k[..., :8], v[..., :8]), "differ in rows or head size"
     yield lambda: call(q, k.double(), v), "torch.float32, torch.float64, torch.float32"
-    yield lambda: call(q, k, v, s_aux=torch.zeros(8, device="meta")), r"different devices: \['cpu', 'meta'\]"
-    yield lambda: call(q, k, v, packed_rows=PackedRows.from_bounds([(0, 7)], 7)), "1 rows of 7 tokens, attention got 1"
+    yield (
+        lambda: call(q, k, v, s_aux=torch.zeros(8, device="meta")),
+        r"different devices: \['cpu', 'meta'\]",
+    )
+    yield (
+        lambda: call(q, k, v, packed_rows=PackedRows.from_bounds([(0, 7)], 7)),
+        "1 rows of 7 tokens, attention got 1",
+    )
     yield lambda: call(q[:, :, -1:], k, v, packed_rows=one_row), "with a key/value cache"
-    yield lambda: call(q, k, v, position_ids=torch.zeros(1, 5)), r"position_ids have shape \(1, 5\), must be \(1, 6\)"
+    yield (
+        lambda: call(q, k, v, position_ids=torch.zeros(1, 5)),
+        r"position_ids have shape \(1, 5\), must be \(1, 6\)",
+    )
     yield lambda: call(q, k, v, cu_seq_lens_q=torch.tensor([0, 6])), "does not read cu_seq_lens_q"
     yield lambda: call(q, k, v, kernel="flash"), "unknown attention 'flash'"
-    yield lambda: call(q, k, v, sequence_parallel=SplitHeads(0, 2)), "needs packed_rows of the whole rows"
+    yield (
+        lambda: call(q, k, v, sequence_parallel=SplitHeads(0, 2)),
+        "needs packed_rows of the whole rows",
+    )
 
 
-@pytest.mark.parametrize(("refused", "message"), list(_refusals()), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("refused", "message"), list(_refusals()), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_what_cannot_be_computed_is_refused(refused: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         refused()
 
 
 class SplitHeads:
-    """What rank `rank` of `size` sees of an exchange, in a process that has all tokens and all heads."""
+    """What rank `rank` of `size` sees of an exchange, in a process that has all tokens and all
+    heads.
+    """
 
     halo = None
 
@@ -273,7 +336,9 @@ class SplitHeads:
     def _local(self, x: Tensor, dim: int) -> Tensor:
         return x.chunk(self.size, dim)[self.rank]
 
-    def exchange_qkv(self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def exchange_qkv(
+        self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return self._local(q_BHSD, 1), self._local(k_BKSD, 1), self._local(v_BKSD, 1)
 
     def local_sinks(self, sinks_H: Tensor) -> Tensor:
@@ -285,7 +350,10 @@ class SplitHeads:
 
 def test_each_rank_of_a_sequence_parallel_group_uses_the_sinks_of_its_heads() -> None:
     q, k, v = qkv()
-    given: dict[str, Any] = {"s_aux": torch.linspace(-2, 2, 8), "packed_rows": PackedRows.from_bounds([(0, 2, 6)], 6)}
+    given: dict[str, Any] = {
+        "s_aux": torch.linspace(-2, 2, 8),
+        "packed_rows": PackedRows.from_bounds([(0, 2, 6)], 6),
+    }
     parts = [call(q, k, v, sequence_parallel=SplitHeads(rank, 2), **given) for rank in range(2)]
     torch.testing.assert_close(torch.cat(parts, dim=2), call(q, k, v, **given))
 

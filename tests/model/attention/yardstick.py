@@ -19,7 +19,8 @@ LIMITS = {
     # Rounding of one operation, times the growth over some hundred terms of a sum.
     torch.float64: 1e-10,
     torch.float32: 2e-6,
-    # One rounding to bf16 costs 1.7e-3 in l2; out is rounded twice, and dk and dv are sums of rounded group members.
+    # One rounding to bf16 costs 1.7e-3 in l2; out is rounded twice, and dk and dv are sums of
+    # rounded group members.
     torch.bfloat16: 6e-3,
 }
 
@@ -35,7 +36,9 @@ class Problem:
     d_out_HTD: Tensor
 
     @classmethod
-    def draw(cls, num_tokens: int, heads: tuple[int, int, int], sinks: tuple[float, float] = (-30, 30)) -> "Problem":
+    def draw(
+        cls, num_tokens: int, heads: tuple[int, int, int], sinks: tuple[float, float] = (-30, 30)
+    ) -> "Problem":
         num_heads, num_kv_heads, size = heads
         generator = torch.Generator().manual_seed(num_tokens)
 
@@ -47,11 +50,21 @@ class Problem:
         return cls(q_HTD, k_KTD, v_KTD, torch.linspace(*sinks, num_heads).double(), d_out_HTD)
 
     def solve(
-        self, attention: Attention, rows: PackedRows, window: int | None, dtype: torch.dtype = torch.float64
+        self,
+        attention: Attention,
+        rows: PackedRows,
+        window: int | None,
+        dtype: torch.dtype = torch.float64,
     ) -> list[Tensor]:
-        """Return out, dq, dk, dv and dsink of an attention in this dtype; sinks are not rounded below float32."""
-        q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in (self.q_HTD, self.k_KTD, self.v_KTD))
-        sinks = self.sinks_H.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
+        """Return out, dq, dk, dv and dsink of an attention in this dtype; sinks are not rounded
+        below float32.
+        """
+        q, k, v = (
+            x.to(dtype, copy=True).requires_grad_() for x in (self.q_HTD, self.k_KTD, self.v_KTD)
+        )
+        sinks = self.sinks_H.to(
+            torch.promote_types(dtype, torch.float32), copy=True
+        ).requires_grad_()
         out = attention(q, k, v, sinks, rows, window, self.q_HTD.shape[2] ** -0.5)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v, sinks), self.d_out_HTD.to(dtype))]
 
@@ -73,7 +86,9 @@ def definition(
     visible = visible.tril() if window is None else visible.tril() & ~visible.tril(-window)
     k_HTD, v_HTD = k_KTD.repeat_interleave(group, 0), v_KTD.repeat_interleave(group, 0)
     weights = (torch.matmul(q_HTD, k_HTD.transpose(1, 2)) * scale).masked_fill(~visible, -torch.inf)
-    logits = torch.cat([weights, sinks_H.reshape(len(q_HTD), -1, 1).expand(-1, num_tokens, -1)], dim=-1)
+    logits = torch.cat(
+        [weights, sinks_H.reshape(len(q_HTD), -1, 1).expand(-1, num_tokens, -1)], dim=-1
+    )
     logits = logits - logits.max(dim=-1, keepdim=True).values
     return torch.matmul(logits.softmax(dim=-1)[..., :-1], v_HTD)
 
@@ -82,24 +97,36 @@ def norms(results: list[Tensor]) -> list[Tensor]:
     return [x.double().norm() for x in results]
 
 
-def sizes_of(problem: Problem, rows: PackedRows, window: int | None, want: list[Tensor]) -> list[Tensor]:
+def sizes_of(
+    problem: Problem, rows: PackedRows, window: int | None, want: list[Tensor]
+) -> list[Tensor]:
     """Return the size of each part of the solution.
 
-    dsink is a sum of terms of both signs, which may cancel by chance while their rounding errors do not: its size is
-    the one that it has on average over the signs, the root of the sum of the squared terms.
+    dsink is a sum of terms of both signs, which may cancel by chance while their rounding errors do
+    not: its size is the one that it has on average over the signs, the root of the sum of the
+        squared terms.
     """
     sink_per_token = replace(problem, sinks_H=problem.sinks_H[:, None].expand(-1, rows.num_tokens))
     dsink_terms_HT = sink_per_token.solve(definition, rows, window)[4]
     return [*norms(want[:4]), dsink_terms_HT.norm()]
 
 
-def relative_errors(got: list[Tensor], want: list[Tensor], sizes: list[Tensor] | None = None) -> dict[str, float]:
-    """Return the l2 error of each result relative to its size, by default the l2 norm of what is wanted."""
+def relative_errors(
+    got: list[Tensor], want: list[Tensor], sizes: list[Tensor] | None = None
+) -> dict[str, float]:
+    """Return the l2 error of each result relative to its size, by default the l2 norm of what is
+    wanted.
+    """
     errors = norms([g.double() - w.double() for g, w in zip(got, want, strict=True)])
-    return {name: (e / size).item() for name, e, size in zip(NAMES, errors, sizes or norms(want), strict=True)}
+    return {
+        name: (e / size).item()
+        for name, e, size in zip(NAMES, errors, sizes or norms(want), strict=True)
+    }
 
 
-def assert_close(got: list[Tensor], want: list[Tensor], limit: float, sizes: list[Tensor] | None = None) -> None:
+def assert_close(
+    got: list[Tensor], want: list[Tensor], limit: float, sizes: list[Tensor] | None = None
+) -> None:
     report, errors = [], relative_errors(got, want, sizes)
     for name, g, w in zip(NAMES, got, want, strict=True):
         difference = (g.double() - w.double()).abs()
