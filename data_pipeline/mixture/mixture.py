@@ -38,16 +38,11 @@ import numpy as np
 
 from data_pipeline.build.sources import splitmix64
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.jump import walk_blocks
 from data_pipeline.mixture.ledger import Ledger, Segment
 from data_pipeline.store.packing import Integers
 
 SNAPSHOT_ROWS = 1 << 14
 """Rows of the run between two snapshots; bounds the work of a step back."""
-JUMP_ROWS = 1 << 14
-"""Rows from which on `jump` beats the walk row by row."""
-MAX_JUMP_ROWS = 1 << 22
-"""Rows in one jump; bounds its memory."""
 _CURSOR_ROWS = 1 << 10
 
 
@@ -168,73 +163,11 @@ class Mixture:
         if start < self._latest[0] <= index:
             start, position = self._latest
         while start < index:
-            segment, ends = self._segment_at(start)
-            stop = index if ends is None else min(index, ends)
-            position = self._enter(segment, start, position)
-            if stop - start >= JUMP_ROWS:
-                start, position = self._jump(
-                    position, segment, start, min(stop - start, MAX_JUMP_ROWS)
-                )
-            count = min(stop - start, SNAPSHOT_ROWS)
+            count = min(index - start, SNAPSHOT_ROWS)
             position = self._advance(position, start, count, None)
             start += count
         self._latest = (index, position)
         return position
-
-    def _jump(
-        self, position: Position, segment: Segment, index: int, count: int
-    ) -> tuple[int, Position]:
-        """(a row less than `count` after `index`, the position before it), as a walk row by row
-        would find it.
-        """
-        weights = self._weights(segment)
-        sources = sorted(weights, key=self._names.__getitem__)
-        cumulative = [
-            self._cumulative(source, position, weights[source], count) for source in sources
-        ]
-        blocks = walk_blocks(cumulative, [weights[source] for source in sources], count)
-        if blocks is None:
-            return index, position
-        known, first_index = blocks.first[0], index
-        indices, positions = [], []
-        for number in range(len(blocks.first)):
-            begin, end = int(blocks.index[number]), int(blocks.index[number + 1])
-            drawn, given = list(position.drawn_rows), list(position.segment_tokens)
-            for source, values, rows in zip(sources, cumulative, known.tolist(), strict=True):
-                drawn[source] += rows
-                given[source] = int(values[rows])
-            indices.append(first_index + begin)
-            positions.append(Position(drawn_rows=tuple(drawn), segment_tokens=tuple(given)))
-            if (known == blocks.first[number]).all():
-                known = blocks.last[number]
-            else:
-                after = self._choose(positions[-1], segment, end - begin, None).drawn_rows
-                known = np.array(
-                    [after[source] - position.drawn_rows[source] for source in sources]
-                )
-        where = bisect.bisect_right(self._snapshot_indices, index)
-        keep = [number for number, at in enumerate(indices) if at not in self._snapshots]
-        self._snapshot_indices[where:where] = [indices[number] for number in keep]
-        self._snapshots.update((indices[number], positions[number]) for number in keep)
-        return indices[-1], positions[-1]
-
-    def _cumulative(self, source: int, position: Position, weight: float, count: int) -> Integers:
-        """Tokens that a source has given, then after each further row, for `count` rows of the run
-        and some more.
-        """
-        longest = max(int(tokens.max(initial=0)) for tokens in self._row_tokens)
-        wanted = weight * (sum(position.segment_tokens) + (count + 64) * longest) + 64 * longest
-        epoch, place = divmod(position.drawn_rows[source], len(self._row_tokens[source]))
-        parts, total = (
-            [np.array([position.segment_tokens[source]], np.int64)],
-            position.segment_tokens[source],
-        )
-        while total < wanted:
-            parts.append(self._order(source, epoch)[1][place:])
-            total += int(parts[-1].sum())
-            epoch, place = epoch + 1, 0
-        values = np.cumsum(np.concatenate(parts))
-        return values[: int(np.searchsorted(values, wanted)) + 2]
 
     def _note(self, index: int, position: Position) -> None:
         """Keep a snapshot if one is due."""

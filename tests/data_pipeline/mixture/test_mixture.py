@@ -245,7 +245,7 @@ def test_a_weight_on_nothing_is_refused() -> None:
         Mixture(Rows({"a": [1], "b": [1]}), Ledger((segment({"a": 0.5, "c": 0.5}),)), 0)
 
 
-def test_a_jump_over_a_billion_tokens_takes_less_than_three_seconds() -> None:
+def test_a_step_a_billion_tokens_away_is_there_within_three_seconds() -> None:
     rows = some_rows({f"s{i}": 3000 for i in range(8)}, seq_len=8192)
     mixture = Mixture(rows, Ledger((segment({f"s{i}": 0.125 for i in range(8)}),)), 0)
     start = time.perf_counter()
