@@ -1,10 +1,11 @@
-"""Every shipped recipe passes its dry run on the GPUs it is for, and its comment says what the
-planner says.
+"""Every shipped recipe passes its dry run on the GPUs it is for once its corpora are there, and its
+comment gives the planner's figures.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from cpt.planning.memory import count_parameters
 from cpt.resilience.stop import StopRequest
 from cpt.run import main
 from tests.support.launcher import ROOT
+from tests.support.mix_corpora import template_with_corpora
 
 RECIPES = sorted(
     path for path in (ROOT / "configs").glob("gpt-oss-*.yaml") if "By cpt plan" in path.read_text()
 )
-WANTED = {("20b", 4096, 8), ("20b", 32768, 8), ("20b", 131072, 16)} | {
+WANTED = {("20b", 4096, 8), ("20b", 8192, 8), ("20b", 32768, 8), ("20b", 131072, 16)} | {
     ("120b", seq_len, gpus) for seq_len in (4096, 32768) for gpus in (16, 32, 64)
 }
 
@@ -52,31 +54,61 @@ def test_recipes_are_there_for_every_machine_that_is_promised() -> None:
     assert found == WANTED
 
 
+@pytest.fixture
+def dry_run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`dry_run(recipe, setting, ...)`: the exit code of the recipe's dry run, on its GPUs."""
+
+    def run(recipe: Recipe, *settings: str) -> int:
+        ranks = {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": recipe.world_size,
+            "LOCAL_SIZE": 8,
+            "MASTER_PORT": 1,
+        }
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        for name, value in ranks.items():
+            monkeypatch.setenv(name, str(value))
+        files = ["--ds_config", str(recipe.ds_config), "--config", str(recipe.path)]
+        no_weights_ship = [f"model.init={recipe.model}", "model.path=null"]
+        options = [word for item in [*no_weights_ship, *settings] for word in ("--set", item)]
+        return main([*files, "--dry_run", *options], StopRequest())
+
+    return run
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_passes_its_dry_run(
-    path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+def test_recipe_passes_its_dry_run_once_its_corpora_are_there(
+    path: Path, dry_run: Callable[..., int], capsys: Any, tmp_path: Path
 ) -> None:
     recipe = Recipe(path)
-    ranks = {
-        "RANK": 0,
-        "LOCAL_RANK": 0,
-        "WORLD_SIZE": recipe.world_size,
-        "LOCAL_SIZE": 8,
-        "MASTER_PORT": 1,
-    }
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    for name, value in ranks.items():
-        monkeypatch.setenv(name, str(value))
-    here = ["--set", f"model.init={recipe.model}", "--set", "model.path=null"]  # no weights ship
-    files = ["--ds_config", str(recipe.ds_config), "--config", str(path)]
-    assert main([*files, "--dry_run", *here], StopRequest()) == 0, capsys.readouterr().err
+    run, _ = load(path, recipe.ds_config, {})
+    mix = template_with_corpora(run.data.mix.stem, tmp_path, seq_len=run.train.seq_len)
+    assert dry_run(recipe, f"data.mix={mix}") == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
-    assert (
-        re.search(rf"world size +{recipe.world_size}\n", printed)
-        and "memory of one rank" in printed
-    )
+    assert re.search(rf"world size +{recipe.world_size}\n", printed)
+    assert "memory of one rank" in printed
     assert f"--config {path.relative_to(ROOT)}" in recipe.comment
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_trains_on_no_sample_and_names_the_corpora_that_are_missing(
+    path: Path, dry_run: Callable[..., int], capsys: Any
+) -> None:
+    assert dry_run(Recipe(path)) == 78
+    refusal = capsys.readouterr().err
+    assert re.search(r"configs/mixes/gpt-oss-\d+b.yaml:\d+: sources\[0\].path", refusal)
+    assert "'../../corpora/ja_web/*.jsonl.zst', which matches no file" in refusal
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_says_which_seq_len_its_template_needs(path: Path) -> None:
+    run, _ = load(path, Recipe(path).ds_config, {})
+    template = re.search(r"(?m)^seq_len: (\d+)$", run.data.mix.read_text(encoding="utf-8"))
+    assert template
+    if int(template[1]) != run.train.seq_len:
+        assert f"set its seq_len to {run.train.seq_len}" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
