@@ -15,9 +15,8 @@ from data_pipeline.build.guard_sets import describe_guard_sets
 from data_pipeline.build.summary import describe_build
 from data_pipeline.build.workers import available_cores
 from data_pipeline.config.schema import MixConfig, load_mix
-from data_pipeline.corpus import make_corpus
 from data_pipeline.dataset import BuiltData
-from data_pipeline.errors import CptError, DataError
+from data_pipeline.errors import ConfigError, CptError, DataError
 from data_pipeline.mixture.changes import describe_changes, mix_settings
 from data_pipeline.mixture.diff import describe_diff
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     commands: dict[str, Callable[[argparse.Namespace], None]]
-    commands = {"build": _build, "plan": _plan, "diff": _diff, "audit": _audit, "corpus": _corpus}
+    commands = {"build": _build, "plan": _plan, "diff": _diff, "audit": _audit, "corpus": _moved}
     try:
         commands[options.command](options)
     except CptError as error:
@@ -113,11 +112,10 @@ def _audit(options: argparse.Namespace) -> None:
         raise DataError("\n".join(problems))
 
 
-def _corpus(options: argparse.Namespace) -> None:
-    counts = make_corpus(options.out)
-    print(
-        f"{options.out}: "
-        + ", ".join(f"{count:,} documents in {name}.jsonl" for name, count in counts.items())
+def _moved(options: argparse.Namespace) -> None:
+    raise ConfigError(
+        f"'{options.command}' is no subcommand of this program. To fetch the corpus, run "
+        "`python bench/corpus.py --out DIR` in a checkout of the repository."
     )
 
 
@@ -199,12 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--documents", type=_positive, default=DEFAULT_LIMIT, help="documents per source at most"
     )
-    command = add(
-        "corpus", "fetch parallel Japanese/English documentation from Debian as JSONL (needs apt)"
-    )
-    command.add_argument(
-        "--out", type=Path, metavar="DIR", required=True, help="folder for ja.jsonl and en.jsonl"
-    )
+    moved = commands.add_parser("corpus", add_help=False)
+    moved.add_argument("--out")
     return parser
 
 

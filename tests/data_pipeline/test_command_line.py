@@ -83,6 +83,13 @@ def test_a_mistake_of_the_user_is_told_without_a_stack_trace(tmp_path: Path) -> 
     ]
 
 
+def test_the_old_word_corpus_is_refused_with_where_it_went(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["corpus", "--out", "somewhere"]) == 78
+    assert "run `python bench/corpus.py --out DIR`" in capsys.readouterr().err
+
+
 def test_bad_data_exits_65(
     mix_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from data_pipeline import corpus
+from bench import corpus
 
 MATHEMATICS = ("maxima-doc", "octave-doc", "libmpfr-doc")
 """Debian packages whose manuals are mathematics and computing with it."""
@@ -103,10 +103,8 @@ def _code() -> Iterator[str]:
 def _mathematics() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="proof-") as temporary:
         work = Path(temporary)
-        corpus._call(work, "apt-get", "download", *MATHEMATICS)
-        for deb in sorted(work.glob("*.deb")):
-            corpus._call(work, "dpkg-deb", "-x", str(deb), str(work / deb.stem))
-            for page in sorted((work / deb.stem).rglob("*.html")):
+        for package in corpus.unpack(work, MATHEMATICS):
+            for page in sorted(package.root.rglob("*.html")):
                 if page.is_file() and not re.search(r"/(de|es|pt|pt_BR|ja)(\.utf8)?/", str(page)):
                     yield corpus.html_text(page.read_text(encoding="utf-8", errors="ignore"))
 

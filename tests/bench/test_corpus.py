@@ -1,5 +1,6 @@
-"""The corpus recipe: plain text with licences from Debian's packages; the real fetch skips without
-a network.
+"""The corpus script makes plain text with licenses from Debian's packages.
+
+The test that fetches real packages skips itself without a network.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import corpus
+from bench import corpus
+from bench.corpus import html_text, make_corpus, manual_text
 from data_pipeline.audit.audit import audit
 from data_pipeline.config.schema import load_mix
-from data_pipeline.corpus import html_text, make_corpus, manual_text
 from data_pipeline.errors import DataError
 from data_pipeline.text.language import language_of
 
