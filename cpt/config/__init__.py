@@ -1,4 +1,4 @@
-"""Run YAML + DeepSpeed JSON + command line -> one validated `RunConfig`.
+"""Read run YAML, DeepSpeed JSON and command line into one validated `RunConfig`.
 
 Stages
     1. each file is parsed on its own (types, unknown keys, ranges), all problems gathered;
@@ -13,7 +13,7 @@ keys (`sequence_parallel_size`, `expert_parallel`, `optimizer`) and with every `
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 from cpt.config.engine_json import OWN_KEYS, REFUSED_KEYS, json_problems
@@ -29,6 +29,9 @@ from cpt.config.sections import (
 )
 from cpt.errors import ConfigError
 from data_pipeline.config.strict_yaml import Located, Reader, load_json, load_yaml
+
+EXCLUSIVE_KEYS = {"model.path": "model.init", "model.init": "model.path"}
+"""Keys of the run YAML of which a file has one: `--set` of either replaces the other."""
 
 __all__ = [
     "OWN_KEYS",
@@ -49,15 +52,20 @@ __all__ = [
 def load(run_yaml: Path, ds_json: Path, overrides: dict[str, str]) -> tuple[RunYaml, Located]:
     """Read both files.
 
+    Args:
+        run_yaml: The run YAML.
+        ds_json: The DeepSpeed JSON.
+        overrides: Values of `--set` by dotted key.
+
     Returns:
         The run YAML, and the DeepSpeed JSON with the line of each key.
 
     Raises:
         ConfigError: everything that is wrong in either file alone.
     """
-    reader, problems = Reader(load_yaml(run_yaml).with_values(overrides)), []
+    reader = Reader(with_overrides(load_yaml(run_yaml), overrides))
     parsed = reader.read(RunYaml)
-    problems += reader.problems
+    problems = list(reader.problems)
     json_file = load_json(ds_json)
     problems += json_problems(json_file)
     if problems:
@@ -66,17 +74,31 @@ def load(run_yaml: Path, ds_json: Path, overrides: dict[str, str]) -> tuple[RunY
     return _with_paths_beside(parsed, run_yaml), json_file
 
 
+def with_overrides(file: Located, overrides: dict[str, str]) -> Located:
+    """Apply `--set`: a value replaces the file's, and one of `EXCLUSIVE_KEYS` replaces its rival.
+
+    Raises:
+        ConfigError: an override names no section.
+    """
+    changed = file.with_values(overrides)
+    for key, rival in EXCLUSIVE_KEYS.items():
+        if key in overrides and rival not in overrides:
+            section, _, name = rival.partition(".")
+            block = changed.value.get(section)
+            if isinstance(block, dict):
+                block.pop(name, None)
+    return changed
+
+
 def _with_paths_beside(parsed: RunYaml, run_yaml: Path) -> RunYaml:
-    """Relative paths of the run YAML are relative to the file."""
+    """Read relative paths of the run YAML relative to the file."""
+    folder = run_yaml.parent
 
     def beside(path: Path | None) -> Path | None:
-        return None if path is None else (run_yaml.parent / path).resolve()
+        return None if path is None else (folder / path).resolve()
 
-    data = dataclasses.replace(
-        parsed.data,
-        mix=(run_yaml.parent / parsed.data.mix).resolve(),
-        build_dir=beside(parsed.data.build_dir),
-    )
-    model = dataclasses.replace(parsed.model, path=beside(parsed.model.path))
-    train = dataclasses.replace(parsed.train, kl_targets=beside(parsed.train.kl_targets))
-    return dataclasses.replace(parsed, model=model, data=data, train=train)
+    mix = (folder / parsed.data.mix).resolve()
+    data = replace(parsed.data, mix=mix, build_dir=beside(parsed.data.build_dir))
+    model = replace(parsed.model, path=beside(parsed.model.path))
+    train = replace(parsed.train, kl_targets=beside(parsed.train.kl_targets))
+    return replace(parsed, model=model, data=data, train=train)

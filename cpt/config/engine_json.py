@@ -1,6 +1,4 @@
-"""The DeepSpeed JSON on its own: which keys are known, which are refused and why, which values
-cannot be right.
-"""
+"""Check the DeepSpeed JSON on its own: known keys, refused keys, and impossible values."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ KNOWN_KEYS = (
     "disable_allgather",
     "seed",
 )
-"""Top-level keys of the DeepSpeed JSON that this project accepts: DeepSpeed itself ignores a
-misspelt one.
-"""
+"""Top-level keys that this project accepts; DeepSpeed itself would ignore a misspelled one."""
 
 OFFLOADS = ("offload_optimizer", "offload_param")
 OFFLOAD_DEVICES = ("none", "cpu", "nvme")
@@ -61,9 +57,11 @@ KNOWN_ZERO_KEYS = (
     "stage3_max_reuse_distance",
     "stage3_gather_16bit_weights_on_model_save",
 )
-"""Keys under zero_optimization that are known to train and save rightly.  Left out on purpose:
-round_robin_gradients (DeepSpeed 0.19.8 then reports wrong offsets, and a checkpoint would mix up
-tensors), hpZ, MiCS and quantised communication (refused by AutoEP)."""
+"""Keys under zero_optimization that are known to train and save correctly.
+
+Left out on purpose: round_robin_gradients (DeepSpeed 0.19.8 then reports wrong offsets, and a
+checkpoint would mix up tensors); hpZ, MiCS and quantized communication (AutoEP refuses them).
+"""
 BLOCKS = (
     "bf16",
     "expert_parallel",
@@ -74,12 +72,18 @@ BLOCKS = (
     "flops_profiler",
 )
 """Keys of the DeepSpeed JSON whose value is a mapping."""
-
+WHOLE_NUMBERS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "sequence_parallel_size",
+)
+"""Top-level keys whose value is `auto` or a whole number."""
 REFUSED_KEYS = {
     "fp16": "gpt-oss overflows in fp16; use bf16 (train.dtype in the run YAML).",
     "scheduler": "the learning rate follows train.schedule in the run YAML; remove it.",
     "activation_checkpointing": "set model.activation_checkpointing in the run YAML; remove it.",
-    "checkpoint": "checkpoints are this project's own (section checkpoint of the run YAML); remove it.",
+    "checkpoint": "the section checkpoint of the run YAML has the settings; remove it.",
     "tensorboard": "set telemetry.tensorboard in the run YAML; remove it.",
     "wandb": "set telemetry.wandb in the run YAML; remove it.",
     "tensor_parallel": "tensor parallelism is not supported; use expert and sequence parallelism.",
@@ -89,128 +93,178 @@ REFUSED_KEYS = {
 
 
 def json_problems(file: Located) -> list[str]:
+    """Return everything that is wrong with a DeepSpeed JSON, whatever the run YAML says."""
     if not isinstance(file.value, dict):
         return [f"{file.source}: must be a JSON object."]
+    return [
+        *_unknown_or_refused_keys(file),
+        *_malformed_numbers(file),
+        *_malformed_blocks(file, file.value, (), BLOCKS),
+        *_zero_problems(file),
+        *_unsafe_values(file),
+        *_expert_parallel_problems(file),
+    ]
+
+
+def _unknown_or_refused_keys(file: Located) -> list[str]:
     problems = []
     for key, value in file.value.items():
-        if key in REFUSED_KEYS and not (isinstance(value, dict) and value.get("enabled") is False):
-            problems.append(f"{file.where((key,))}: {REFUSED_KEYS[key]}")
-        elif key not in KNOWN_KEYS and key not in REFUSED_KEYS:
+        switched_off = isinstance(value, dict) and value.get("enabled") is False
+        if key in REFUSED_KEYS:
+            if not switched_off:
+                problems.append(f"{file.where((key,))}: {REFUSED_KEYS[key]}")
+        elif key not in KNOWN_KEYS:
             problems.append(f"{file.where((key,))} is not a known key.{nearest(key, KNOWN_KEYS)}")
-    numbers = (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        OWN_KEYS[0],
-    )
-    for key in numbers:
+    return problems
+
+
+def _malformed_numbers(file: Located) -> list[str]:
+    problems = []
+    for key in WHOLE_NUMBERS:
         value = file.value.get(key, "auto")
-        if value != "auto" and (type(value) is not int or value < 1):
+        is_whole = type(value) is int and value >= 1
+        if value != "auto" and not is_whole:
             problems.append(
                 f"{file.where((key,))} is {value!r}, must be 'auto' or a whole number >= 1."
             )
     clipping = file.value.get("gradient_clipping", "auto")
-    if clipping != "auto" and (
-        isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0
-    ):
-        problems.append(
-            f"{file.where(('gradient_clipping',))} is {clipping!r}, must be 'auto' or a number >= 0."
-        )
+    is_number = isinstance(clipping, (int, float)) and not isinstance(clipping, bool)
+    if clipping != "auto" and not (is_number and clipping >= 0):
+        where = file.where(("gradient_clipping",))
+        problems.append(f"{where} is {clipping!r}, must be 'auto' or a number >= 0.")
+    return problems
+
+
+def _zero_problems(file: Located) -> list[str]:
+    """Return what is wrong with the block `zero_optimization`."""
     zero = file.value.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+    where = file.where(("zero_optimization",))
+    wrong_stage = f"{where}.stage must be 1, 2 or 3 (optimizer state is sharded)."
+    if not isinstance(zero, dict):
+        return [wrong_stage]
+    problems = []
+    if zero.get("stage") not in (1, 2, 3):
+        problems.append(wrong_stage)
+    problems += _malformed_blocks(file, zero, ("zero_optimization",), OFFLOADS)
+    for key in zero:
+        if key not in KNOWN_ZERO_KEYS:
+            problems.append(
+                f"{file.where(('zero_optimization', key))} is not a key that this project runs "
+                f"with.{nearest(key, KNOWN_ZERO_KEYS)}"
+            )
+    return problems + _offload_problems(file, zero)
+
+
+def _unsafe_values(file: Located) -> list[str]:
+    """Return values that DeepSpeed accepts and that would spoil a run without a word."""
+    problems = []
+    cpu_optimizer = file.value.get("zero_force_ds_cpu_optimizer", False)
+    if cpu_optimizer is not False:
         problems.append(
-            f"{file.where(('zero_optimization',))}.stage must be 1, 2 or 3 (optimizer state is sharded)."
+            f"{file.where(('zero_force_ds_cpu_optimizer',))} is {json.dumps(cpu_optimizer)}, but "
+            "torch's fused AdamW updates offloaded state too; remove it."
         )
-    problems += _malformed_blocks(file, file.value, (), BLOCKS)
-    if isinstance(zero, dict):
-        problems += _malformed_blocks(file, zero, ("zero_optimization",), OFFLOADS)
-        problems += [
-            f"{file.where(('zero_optimization', key))} is not a key that this project runs with."
-            f"{nearest(key, KNOWN_ZERO_KEYS)}"
-            for key in zero
-            if key not in KNOWN_ZERO_KEYS
-        ]
-        problems += _offload_problems(file, zero)
-    if file.value.get("zero_force_ds_cpu_optimizer", False) is not False:
+    bf16 = _block(file, "bf16")
+    overflow_check = bf16.get("check_grad_overflow", True)
+    if overflow_check is not True:
         problems.append(
-            f"{file.where(('zero_force_ds_cpu_optimizer',))} is "
-            f"{json.dumps(file.value['zero_force_ds_cpu_optimizer'])}, but torch's fused AdamW updates offloaded state "
-            "too; remove it."
+            f"{file.where(('bf16', 'check_grad_overflow'))} is {json.dumps(overflow_check)}: "
+            "updates that are not finite would reach the weights; remove it."
         )
-    bf16 = file.value.get("bf16")
-    if isinstance(bf16, dict) and bf16.get("check_grad_overflow", True) is not True:
+    problems += _malformed_blocks(file, _block(file, "optimizer"), ("optimizer",), ("params",))
+    if "buffer_dtype" in _block(file, "data_types"):
         problems.append(
-            f"{file.where(('bf16', 'check_grad_overflow'))} is {json.dumps(bf16['check_grad_overflow'])}: updates that "
-            "are not finite would reach the weights; remove it."
+            f"{file.where(('data_types', 'buffer_dtype'))} would round the rotary frequencies, "
+            "which must stay fp32; remove it."
         )
-    if isinstance(file.value.get("optimizer"), dict):
-        problems += _malformed_blocks(file, file.value["optimizer"], ("optimizer",), ("params",))
-    if (
-        isinstance(file.value.get("data_types"), dict)
-        and "buffer_dtype" in file.value["data_types"]
-    ):
-        problems.append(
-            f"{file.where(('data_types', 'buffer_dtype'))} would round the rotary frequencies, which must stay fp32; "
-            "remove it."
-        )
+    return problems
+
+
+def _expert_parallel_problems(file: Located) -> list[str]:
+    block = file.value.get("expert_parallel", {})
+    if not isinstance(block, dict):
+        return []  # told with the other malformed blocks
     reader = Reader(file)
-    if isinstance(file.value.get("expert_parallel", {}), dict):
-        reader.read(ExpertParallelJson, file.value.get("expert_parallel", {}), ("expert_parallel",))
-    return problems + reader.problems
+    reader.read(ExpertParallelJson, block, ("expert_parallel",))
+    return reader.problems
+
+
+def _block(file: Located, name: str) -> dict[str, Any]:
+    """Return a block of the JSON; an empty one if it is missing or malformed."""
+    value = file.value.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _offload_problems(file: Located, zero: dict[str, Any]) -> list[str]:
-    """What is wrong with the blocks that offload state."""
-    problems, stage = [], zero.get("stage")
-    blocks = {name: zero[name] for name in OFFLOADS if isinstance(zero.get(name), dict)}
-    places = {name: block.get("device") for name, block in blocks.items()}
-    for name, place in places.items():
-        if place not in OFFLOAD_DEVICES:
-            problems.append(
-                f"{file.where(('zero_optimization', name, 'device'))} is {json.dumps(place)}, must be one of "
-                f"{', '.join(OFFLOAD_DEVICES)}."
-            )
-        if stage in (1, 2) and (place == "nvme" or (name == "offload_param" and place == "cpu")):
-            what = (
-                "keeps weights whole on every GPU"
-                if name == "offload_param"
-                else "keeps no state in files"
-            )
-            problems.append(
-                f"{file.where(('zero_optimization', name))} has device {place!r}, but DeepSpeed {what} in ZeRO stage "
-                f"{stage}. Use stage 3, or remove the block."
-            )
-        if place == "nvme":
-            problems += _nvme_problems(file, name, blocks[name])
-    if "nvme" in places.values() and "aio" in file.value:
+    """Return what is wrong with the blocks that offload state."""
+    problems = []
+    places = []
+    for name in OFFLOADS:
+        block = zero.get(name)
+        if isinstance(block, dict):
+            places.append(block.get("device"))
+            problems += _problems_of_one_offload(file, name, block, zero.get("stage"))
+    if "nvme" in places and "aio" in file.value:
         problems.append(
             f"{file.where(('aio',))} has no effect: state on NVMe is mapped into memory. Remove it."
         )
     return problems
 
 
+def _problems_of_one_offload(
+    file: Located, name: str, block: dict[str, Any], stage: Any
+) -> list[str]:
+    problems = []
+    place = block.get("device")
+    if place not in OFFLOAD_DEVICES:
+        problems.append(
+            f"{file.where(('zero_optimization', name, 'device'))} is {json.dumps(place)}, must be "
+            f"one of {', '.join(OFFLOAD_DEVICES)}."
+        )
+    reason = _why_not_in_stage(name, place)
+    if stage in (1, 2) and reason:
+        problems.append(
+            f"{file.where(('zero_optimization', name))} has device {place!r}, but DeepSpeed "
+            f"{reason} in ZeRO stage {stage}. Use stage 3, or remove the block."
+        )
+    if place == "nvme":
+        problems += _nvme_problems(file, name, block)
+    return problems
+
+
+def _why_not_in_stage(name: str, place: Any) -> str:
+    """Return why ZeRO stages 1 and 2 cannot offload this, or an empty string."""
+    if name == "offload_param" and place in ("cpu", "nvme"):
+        return "keeps weights whole on every GPU"
+    if place == "nvme":
+        return "keeps no state in files"
+    return ""
+
+
 def _nvme_problems(file: Located, name: str, block: dict[str, Any]) -> list[str]:
-    """What is wrong with one block for state on NVMe."""
+    """Return what is wrong with one block for state on NVMe."""
     problems = []
     path = block.get("nvme_path")
     if not isinstance(path, str) or not path:
         where = file.where(("zero_optimization", name, "nvme_path"))
         problems.append(f"{where} is {json.dumps(path)}, must be a folder on a disk of each node.")
-    problems += [
-        f"{file.where(('zero_optimization', name, key))} has no effect on state on NVMe: the files are mapped into "
-        "memory, and the kernel decides what of them is there. Remove it."
-        for key in block
-        if key not in ("device", "nvme_path")
-    ]
+    for key in block:
+        if key not in ("device", "nvme_path"):
+            problems.append(
+                f"{file.where(('zero_optimization', name, key))} has no effect on state on NVMe: "
+                "the files are mapped into memory, and the kernel decides which pages stay there. "
+                "Remove it."
+            )
     return problems
 
 
 def _malformed_blocks(
     file: Located, block: dict[str, Any], path: KeyPath, names: Iterable[str]
 ) -> list[str]:
-    """Blocks that are there but are no mapping."""
-    return [
-        f"{file.where((*path, name))} is {json.dumps(block[name])}, must be a mapping."
-        for name in names
-        if name in block and not isinstance(block[name], dict)
-    ]
+    """Return the blocks that are present and are not a mapping."""
+    problems = []
+    for name in names:
+        if name in block and not isinstance(block[name], dict):
+            where = file.where((*path, name))
+            problems.append(f"{where} is {json.dumps(block[name])}, must be a mapping.")
+    return problems

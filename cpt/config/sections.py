@@ -10,7 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from cpt.config.guard_section import GuardSection
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Working precision by the word of `train.dtype`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -321,18 +326,8 @@ class ExpertParallelJson:
     """Ranks that together hold all experts of a layer."""
     preset_model: Literal["gpt_oss"] = "gpt_oss"
     """Layout of the experts."""
-    comm_backend: str = "comm"
-    """What takes rows to their experts, by DeepSpeed's name: the all-to-all of torch.distributed,
-    and nothing else.
-    """
 
     def check(self) -> Iterator[tuple[str, str]]:
-        if self.comm_backend != "comm":
-            yield (
-                "comm_backend",
-                f"is {self.comm_backend!r}, must be 'comm': cpt/model/experts/dispatch.py exchanges rows, in the same order in "
-                "every run. DeepEP's order depends on timing, and has not been compared with a single process.",
-            )
         if isinstance(self.autoep_size, int) and self.autoep_size < 1:
             yield "autoep_size", f"is {self.autoep_size}, must be 'auto' or >= 1."
 
@@ -377,6 +372,16 @@ class RunConfig:
     def zero_stage(self) -> int:
         """ZeRO stage of the engine."""
         return int(self.engine_json["zero_optimization"]["stage"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Working precision of weights and activations."""
+        return DTYPES[self.train.dtype]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value in working precision."""
+        return self.dtype.itemsize
 
     def to_plain(self) -> dict[str, Any]:
         """Nested dictionaries of plain values, for config.resolved.yaml and the manifest."""

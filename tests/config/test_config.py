@@ -414,15 +414,24 @@ def test_weights_on_the_host_need_stage_3(files: Files) -> None:
     assert "keeps weights whole on every GPU in ZeRO stage 2" in only(files.problems())
 
 
-def test_exchange_that_was_never_compared_with_one_process_is_refused_with_the_reason(
-    files: Files,
-) -> None:
-    files.write_json(expert_parallel={"enabled": True, "comm_backend": "deepep"})
-    assert "expert_parallel.comm_backend is 'deepep', must be 'comm'" in only(files.problems())
-    assert (
-        files.write_json(expert_parallel={"enabled": True, "comm_backend": "comm"}).config().ep_size
-        == 1
-    )
+@pytest.mark.parametrize("word", ["deepep", "comm"])
+def test_choice_of_an_exchange_is_an_unknown_key(files: Files, word: str) -> None:
+    """There is one exchange, which repeats its bits; DeepEP's order depends on timing."""
+    files.write_json(expert_parallel={"enabled": True, "comm_backend": word})
+    assert "expert_parallel.comm_backend is not a known key" in only(files.problems())
+
+
+@pytest.mark.parametrize(("key", "value"), [("path", "/none"), ("init", "gpt-oss-20b")])
+def test_override_of_path_or_init_replaces_the_other(files: Files, key: str, value: str) -> None:
+    files.write(YAML.replace("init: tiny", "path: there" if key == "init" else "init: tiny"))
+    run, _ = load(files.yaml, files.json, {f"model.{key}": value})
+    assert str(getattr(run.model, key)) == value
+    assert (run.model.path is None) != (run.model.init is None)
+
+
+def test_override_of_both_path_and_init_is_refused(files: Files) -> None:
+    overrides = {"model.path": "there", "model.init": "tiny"}
+    assert "give exactly one of them" in only(files.problems(overrides=overrides))
 
 
 def test_optimizer_that_deepspeed_would_have_to_compile_is_refused(files: Files) -> None:
@@ -502,12 +511,12 @@ def test_sizes_that_do_not_divide_are_refused_together_with_the_nearest(files: F
     files.write_json(sequence_parallel_size=4, expert_parallel={"enabled": True, "autoep_size": 16})
     sequence, experts = files.problems(6)
     assert (
-        "sequence_parallel_size = 4 does not divide the world size 6. Nearest sizes that fit: 1, 2."
-        in sequence
+        "sequence_parallel_size is 4, which does not divide the world size 6. "
+        "Nearest sizes that fit: 1, 2." in sequence
     )
     assert (
-        "expert_parallel.autoep_size = 16 does not divide the world size 6 and the 8 experts"
-        in experts
+        "expert_parallel.autoep_size is 16, which does not divide the world size 6 and "
+        "does not divide the 8 experts" in experts
     )
     assert "Nearest sizes that fit: 1, 2." in experts
 
