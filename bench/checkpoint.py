@@ -43,6 +43,7 @@ def train_and_save(options: argparse.Namespace) -> None:
     from cpt.job.job import build_engine, fill_weights
     from cpt.model.gpt_oss import PRESETS
     from cpt.model.weights.random_init import RandomWeights
+    from cpt.resilience.phase import PhaseClock
     from cpt.training.engine import Votes
     from cpt.training.loader import make_micro_batch
     from data_pipeline.config.strict_yaml import parse_yaml, read_file
@@ -70,7 +71,7 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 10
         read_file(RunYaml, parse_yaml(run, "run")), parse_yaml(ds_json, "ds"), model_config, launch
     )
     topology = create_topology(sp_size=1, ep_size=1, device=device)
-    engine = build_engine(config, model_config, topology)
+    engine = build_engine(config, model_config, topology, PhaseClock())
     fill_weights(engine, RandomWeights(1, 0.02))
     generator = np.random.default_rng(topology.rank)
     tokens = generator.integers(2, 32_000, size=SEQ_LEN + 1)

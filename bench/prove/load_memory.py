@@ -104,6 +104,7 @@ def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
     """An engine of ZeRO-3 and EP, filled as a run fills it, and the source."""
     from cpt.config import LaunchInfo, RunYaml, resolve
     from cpt.job.job import build_engine, fill_weights, weight_source
+    from cpt.resilience.phase import PhaseClock
     from data_pipeline.config.strict_yaml import parse_yaml, read_file
 
     engine_json = {
@@ -117,7 +118,7 @@ def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
     parsed = read_file(RunYaml, parse_yaml(f"{{{run_yaml}, {rest}}}", "run"))
     config = resolve(parsed, parse_yaml(json.dumps(engine_json), "json"), model_config, info)
     source = weight_source(config, model_config, topology)
-    engine = build_engine(config, model_config, topology)
+    engine = build_engine(config, model_config, topology, PhaseClock())
     fill_weights(engine, source)
     return engine, source
 

@@ -14,6 +14,7 @@ from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.job.job import build_engine, fill_weights
 from cpt.model.weights.random_init import RandomWeights
 from cpt.parallel.topology import Topology
+from cpt.resilience.phase import PhaseClock
 from cpt.training.engine import TrainingEngine
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from step_parts.cases import LR, Case, model_config
@@ -41,6 +42,6 @@ train: {{seq_len: {case.tokens}, global_batch_size: {case.ranks}, total_steps: 1
         read_file(RunYaml, parse_yaml(text, "run.yaml")), engine_json, model, launch_info
     )
     topology = create_topology(sp_size=1, ep_size=1, device=torch.device("cpu"))
-    engine = build_engine(config, model, topology)
+    engine = build_engine(config, model, topology, PhaseClock())
     fill_weights(engine, RandomWeights(0, 0.02))
     return engine, topology

@@ -111,7 +111,6 @@ class Guard:
         Returns:
             What is to be done; None if a stop was asked for before all was measured.
         """
-        self._topology.place.enter("evaluate", step)
         fault_point("evaluate", step)
         scores = self._score(step, engine, stop)
         if scores is None:
@@ -154,7 +153,6 @@ class Guard:
         Raises:
             ConfigError: the untouched model was never measured.
         """
-        self._topology.place.enter("evaluate", step)
         scores = self._score(step, engine, None)
         assert scores is not None
         file = self._folder / f"measured-{step:08d}.json"

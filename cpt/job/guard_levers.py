@@ -109,7 +109,7 @@ def go_on_after_pause(job: Job) -> None:
             f"{paused.rollbacks} times (guard.max_rollbacks). Raise the tolerance (guard.tolerance_percent, "
             "guard.domains), give the mix more replay, lower train.lr, or allow more with --set guard.max_rollbacks."
         )
-    job.topology.place.enter("rollback", from_step)
+    job.clock.enter("rollback", from_step)
     back = paused.green_step
     there = (
         on_first_rank(group, lambda: back in list_steps(job.run_dir)) if back is not None else False

@@ -52,7 +52,9 @@ from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
 from cpt.resilience.agreed_stop import leave_if_asked
 from cpt.resilience.faults import fault_point
+from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest
+from cpt.telemetry.mailbox import EventMailbox
 from cpt.telemetry.metrics import Telemetry
 from cpt.telemetry.trackers import trackers_for
 from cpt.training.engine import TrainingEngine
@@ -77,6 +79,8 @@ class Job:
     config: RunConfig
     run_dir: Path
     topology: Topology
+    clock: PhaseClock
+    mailbox: EventMailbox
     data: BuiltData
     kl_targets: KLTargets | None
     """The base model's distributions for rows of some sources; None if the run does not ask for
@@ -98,19 +102,27 @@ class Job:
     """What may not change when the run is resumed."""
     model_config: dict[str, Any]
     """Hugging Face configuration, for export."""
+    data_wait_seconds: float = 0.0
+    """Time that this rank has spent reading rows since the last `take_data_wait`."""
 
     def micro_batches(self, batch: GlobalBatch) -> Iterator[MicroBatch]:
         """This rank's forward passes of one global batch."""
         for micro_step in range(self.config.gradient_accumulation_steps):
-            self.topology.place.enter("data", self.progress.step + 1)
+            self.clock.enter("data", self.progress.step + 1)
             started = time.perf_counter()
             fault_point("data", self.progress.step + 1)
             size = self.config.micro_batch_size
             loaded = load_micro_batch(
                 self.data, batch, micro_step, size, self.topology, self.kl_targets
             )
-            self.topology.place.waited_for_data(time.perf_counter() - started)
+            self.data_wait_seconds += time.perf_counter() - started
             yield loaded
+
+    def take_data_wait(self) -> float:
+        """Return the seconds spent reading rows since the last call."""
+        taken = self.data_wait_seconds
+        self.data_wait_seconds = 0.0
+        return taken
 
     def reweigh(self, weights: Mapping[str, float]) -> None:
         """Mix with these weights from the next batch on: one more segment of the ledger, if they
@@ -162,7 +174,7 @@ class Job:
 
 
 def build_engine(
-    config: RunConfig, model_config: GptOssConfig, topology: Topology
+    config: RunConfig, model_config: GptOssConfig, topology: Topology, clock: PhaseClock
 ) -> TrainingEngine:
     """Skeleton, patch, engine, with no values yet: see `fill_weights`.
 
@@ -194,7 +206,7 @@ def build_engine(
             freeze(model, config.train.freeze),
             ", ".join(config.train.freeze),
         )
-    return TrainingEngine(model, config, topology, kernel, exchange)
+    return TrainingEngine(model, config, topology, kernel, exchange, clock)
 
 
 def fill_weights(engine: TrainingEngine, source: WeightSource) -> None:
@@ -294,6 +306,8 @@ def assemble(
     config: RunConfig,
     model_config: GptOssConfig,
     topology: Topology,
+    clock: PhaseClock,
+    mailbox: EventMailbox,
     run_dir: Path,
     resume: str,
     stop: StopRequest,
@@ -306,6 +320,8 @@ def assemble(
         config: The validated configuration.
         model_config: The model's configuration.
         topology: The layout.
+        clock: Keeps the phase of this rank.
+        mailbox: Collects events for metrics.jsonl.
         run_dir: Exists already.
         resume: `auto`, `never` or a step.
         stop: Where stop requests arrive.
@@ -316,7 +332,7 @@ def assemble(
     kl_targets = open_kl_targets(config, data, topology)
     leave_if_asked(stop, topology.control_group, "before the model was loaded")
     source = weight_source(config, model_config, topology)
-    engine = build_engine(config, model_config, topology)
+    engine = build_engine(config, model_config, topology, clock)
     leave_if_asked(stop, topology.control_group, "before the checkpoint was loaded")
     identity = {
         "seed": config.train.seed,
@@ -342,6 +358,8 @@ def assemble(
         config=config,
         run_dir=run_dir,
         topology=topology,
+        clock=clock,
+        mailbox=mailbox,
         data=data,
         kl_targets=kl_targets,
         mix=mix,

@@ -35,8 +35,10 @@ from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.planning.memory import memory_tables
 from cpt.resilience import faults
+from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
+from cpt.telemetry.mailbox import EventMailbox
 from cpt.telemetry.report import write_report
 from data_pipeline.build.build import default_build_dir, input_bytes
 from data_pipeline.config.strict_yaml import nearest
@@ -68,6 +70,8 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
     init_distributed(device)
     topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=device)
     check_same_everywhere(config, topology)
+    clock = PhaseClock()
+    mailbox = EventMailbox()
     resume = resume_of(options.resume)
     watch_launcher(stop, config.checkpoint.stop_budget_seconds)
     observe = bool(options.sample or options.measure)
@@ -75,11 +79,21 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
         log.info("%s", describe(config, model_config, run_dir, resume))
     with (
         nullcontext() if observe else held_run_dir(run_dir, resume, config, model_config, topology),
-        watching(run_dir, topology, config.watchdog),
+        watching(run_dir, topology, config.watchdog, clock, mailbox.post),
     ):
         if topology.rank == 0 and not observe:
             stop.watch_run(run_dir, config.checkpoint.stop_margin_seconds)
-        job = assemble(config, model_config, topology, run_dir, resume, stop, observe=observe)
+        job = assemble(
+            config,
+            model_config,
+            topology,
+            clock,
+            mailbox,
+            run_dir,
+            resume,
+            stop,
+            observe=observe,
+        )
         try:
             if options.sample:
                 print_continuations(job, options.sample)
@@ -103,6 +117,7 @@ def measure_once(job: Job) -> None:
         raise ConfigError(
             "--measure: nothing is held out (held_out_share in the mix), or guard.enabled is false."
         )
+    job.clock.enter("evaluate", job.progress.step)
     file = job.guard.measure_apart(job.progress.step, job.engine)
     if job.topology.rank == 0:
         print(
@@ -261,7 +276,7 @@ def finish(job: Job) -> None:
     """Export if asked, write the report, and tell people where everything is."""
     last = step_folder(job.run_dir, job.progress.step)
     where = {"metrics": job.run_dir / "metrics.jsonl", "checkpoint": last}
-    job.topology.place.enter("export", job.progress.step)
+    job.clock.enter("export", job.progress.step)
     if job.config.telemetry.export_at_end:
         out = job.run_dir / "export" / last.name
         if not on_first_rank(job.topology.control_group, out.exists):

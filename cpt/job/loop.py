@@ -59,7 +59,7 @@ def train(job: Job) -> None:
             )
             job.engine.set_learning_rate(lr)
             second = progress.step == started_at + 1 and job.config.telemetry.memory_report
-            with report_memory(job.config, job.engine, progress.step + 1, due=second):
+            with report_memory(job.config, job.engine, job.mailbox, progress.step + 1, due=second):
                 result = job.engine.step(
                     job.micro_batches(batch),
                     tokens_by_source(batch, job),
@@ -122,6 +122,7 @@ def measure(job: Job, stop: StopRequest | None = None, *, last: bool = False) ->
     if job.guard is None:
         return True
     started = time.perf_counter()
+    job.clock.enter("evaluate", job.progress.step)
     replay = None if last else lambda: replay_limits(job)
     decision = job.guard.measure(
         job.progress.step, job.engine, job.telemetry, stop=stop, replay=replay
@@ -135,9 +136,9 @@ def measure(job: Job, stop: StopRequest | None = None, *, last: bool = False) ->
 
 def log_waits(job: Job, step_seconds: float) -> None:
     """Events beside the step's own: slow ranks, and the wait for data where it was worth a line."""
-    for event in job.topology.place.take_reports():
+    for event in job.mailbox.collect():
         job.telemetry.log(event)
-    waited = job.topology.place.take_data_seconds()
+    waited = job.take_data_wait()
     if waited >= LEAST_DATA_WAIT * step_seconds:
         job.telemetry.log({"event": "data_wait", "step": job.progress.step, "seconds": waited})
 

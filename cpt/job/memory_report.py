@@ -23,6 +23,7 @@ from cpt.deepspeed_adapter.shards import state_tensors
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
 from cpt.planning.memory import count_parameters, device_memory
+from cpt.telemetry.mailbox import EventMailbox
 from cpt.training.engine import TrainingEngine
 
 log = logging.getLogger("cpt.planning.memory")
@@ -126,10 +127,10 @@ def unique(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @contextmanager
 def report_memory(
-    config: RunConfig, engine: TrainingEngine, step: int, *, due: bool
+    config: RunConfig, engine: TrainingEngine, mailbox: EventMailbox, step: int, *, due: bool
 ) -> Iterator[None]:
-    """Measure the step inside the block, if it is due; the figures of all ranks go to the log and
-    to metrics.jsonl.
+    """Measure the step inside the block, if it is due; the figures of all ranks go to the log and,
+    through the mailbox, to metrics.jsonl.
 
     All ranks must agree on `due`.
     """
@@ -142,7 +143,7 @@ def report_memory(
     ranks = gather_json(measured(engine, peak), topology.control_group)
     expected = predicted(config, engine.deepspeed.module.config, topology.device.type)
     event = {"event": "memory", "step": step, "predicted": expected, "measured_by_rank": ranks}
-    topology.place.report(event)
+    mailbox.post(event)
     log.info("%s", memory_lines(event))
 
 

@@ -106,7 +106,7 @@ def roll_back(job: Job) -> None:
         raise InternalError(
             f"{cause}, and the run has rolled back {len(rollbacks)} times already (train.max_rollbacks). {advice}"
         )
-    job.topology.place.enter("rollback", from_step)
+    job.clock.enter("rollback", from_step)
     if not on_first_rank(group, lambda: list_steps(job.run_dir)):
         raise InternalError(f"{cause}, and there is no checkpoint to roll back to. {advice}")
     loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, "auto")

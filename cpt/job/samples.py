@@ -32,7 +32,7 @@ def continue_prompts(job: Job, prompts: Sequence[str]) -> list[list[int]]:
     """Greedy continuations of `telemetry.sample_tokens` tokens at most; all ranks call it
     together.
     """
-    job.topology.place.enter("sample", job.progress.step)
+    job.clock.enter("sample", job.progress.step)
     return continue_texts(
         job.engine,
         [encode(prompt).tolist() for prompt in prompts],

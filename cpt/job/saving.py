@@ -29,7 +29,7 @@ def periodic_save(job: Job) -> None:
     """
     publish(job)
     step = job.progress.step
-    job.topology.place.enter("save", step)
+    job.clock.enter("save", step)
     with failure_is_told(job, step):
         if job.config.checkpoint.async_save:
             job.saver.start(step, job.state())
@@ -46,7 +46,7 @@ def final_save(job: Job) -> None:
         StorageError: it could not be saved; older checkpoints are intact.
     """
     publish(job)
-    job.topology.place.enter("save", job.progress.step)
+    job.clock.enter("save", job.progress.step)
     log_checkpoint(job, job.saver.save_now(job.progress.step, job.state()))
     job.saver.close()
 

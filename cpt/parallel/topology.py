@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from cpt.parallel.place import Place
 from cpt.parallel.traffic import Traffic
 
 
@@ -40,8 +39,6 @@ class Topology:
     """All ranks, over gloo: decisions and bookkeeping, never activations."""
     traffic: Traffic = field(default_factory=Traffic)
     """Bytes sent by this rank."""
-    place: Place = field(default_factory=Place)
-    """What this rank is doing."""
 
     @property
     def sp_rank(self) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cpt.parallel.place import Position
+from cpt.resilience.phase import PhaseRecord
 
 LONG_PHASES = frozenset({"load", "save", "evaluate", "sample", "rollback", "export"})
 """Phases that may take the longer timeout."""
@@ -54,12 +54,12 @@ class Beat:
     """Its node."""
 
     @classmethod
-    def of(cls, position: Position, tick: float, pid: int, host: str) -> Beat:
+    def of(cls, record: PhaseRecord, tick: float, pid: int, host: str) -> Beat:
         """The beat of this process."""
         return cls(
-            count=position.count,
-            phase=position.phase,
-            step=position.step,
+            count=record.count,
+            phase=record.phase,
+            step=record.step,
             tick=tick,
             pid=pid,
             host=host,

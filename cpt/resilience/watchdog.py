@@ -1,6 +1,6 @@
 """A hung rank is named, all stacks are written, and every rank leaves with the same code.
 
-    main thread      says where it is (`Place.enter`), nothing else
+    main thread      says where it is (`PhaseClock.enter`), nothing else
     talking thread   exchanges positions with the other ranks through the store of the process group, over a connection
                      of its own, so that it works while the main thread is blocked in a collective
     watching thread  never blocks: judges, writes stacks, leaves with os._exit
@@ -25,7 +25,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from cpt.config import WatchdogSection
 from cpt.errors import CptError, HungRankError, RequeueRequested
 from cpt.parallel.topology import Topology
 from cpt.resilience.heartbeat import Beat, Limits, Observer
+from cpt.resilience.phase import PhaseClock
 
 LEAVE_SECONDS = 10.0
 """How long the last to leave wait for the others."""
@@ -47,7 +48,25 @@ VERDICT = "verdict"
 class Watchdog:
     """Watches all ranks of a run from when the groups exist until `close`."""
 
-    def __init__(self, run_dir: Path, topology: Topology, settings: WatchdogSection) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        topology: Topology,
+        settings: WatchdogSection,
+        clock: PhaseClock,
+        report: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Prepare to watch.
+
+        Args:
+            run_dir: Receives the stacks of hung ranks, in `stacks/`.
+            topology: The ranks to watch.
+            settings: The `watchdog` section of the run YAML.
+            clock: Knows the phase of this rank.
+            report: Takes an event for metrics.jsonl; called from the talking thread of rank 0.
+        """
+        self._clock = clock
+        self._report = report
         self._stacks, self._topology, self._settings = run_dir / "stacks", topology, settings
         self._limits = Limits(step=settings.timeout_seconds, long=settings.long_timeout_seconds)
         self._observer = Observer(topology.world_size, self._limits, settings.straggler_ratio)
@@ -89,7 +108,7 @@ class Watchdog:
         """
         if not self._settings.enabled:
             return
-        position, code = self._topology.place.now(), getattr(error, "exit_code", 70)
+        position, code = self._clock.now(), getattr(error, "exit_code", 70)
         cause = str(error) if isinstance(error, CptError) else f"{type(error).__name__}: {error}"
         text = f"rank {self._topology.rank} failed in phase={position.phase} step={position.step}: {cause}"
         self._failure = {
@@ -154,9 +173,7 @@ class Watchdog:
             if store.check([f"left/{other}" for other in range(world)]):
                 self._all_left.set()
             return
-        beat = Beat.of(
-            self._topology.place.now(), time.monotonic(), os.getpid(), socket.gethostname()
-        )
+        beat = Beat.of(self._clock.now(), time.monotonic(), os.getpid(), socket.gethostname())
         store.set(f"beat/{rank}", beat.dump())
         if self._failure is not None:
             self._publish(store, self._failure)
@@ -174,10 +191,10 @@ class Watchdog:
 
     def _observe(self, store: dist.Store, beats: list[Beat]) -> None:
         now = time.monotonic()
-        self._observer.see(now, beats, self._topology.place.median_step_seconds())
+        self._observer.see(now, beats, self._clock.median_step_seconds())
         for straggler in self._observer.take_stragglers():
             _say(straggler.describe())
-            self._topology.place.report(straggler.event())
+            self._report(straggler.event())
         hung = self._observer.hung(now)
         if hung is not None:
             wake = {rank: [beats[rank].host, beats[rank].pid] for rank in hung.ranks}
@@ -210,7 +227,7 @@ class Watchdog:
             if self._verdict is not None and not self._stays_for_main(self._verdict):
                 self._leave(self._verdict)
             silent = now - self._heard_at
-            limit = self._limits.of(self._topology.place.now().phase)
+            limit = self._limits.of(self._clock.now().phase)
             if (
                 silent > (min(GONE_SECONDS, limit) if self._store_error else limit)
                 and self._failure is None
@@ -240,7 +257,7 @@ class Watchdog:
             _say(verdict["text"])
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             _say(f"rank {rank} leaves: {verdict['text']}")
-        position = self._topology.place.now()
+        position = self._clock.now()
         if str(rank) in verdict["wake"]:
             _say(
                 f"rank {rank} runs again; it stands in phase={position.phase} step={position.step}"
@@ -288,11 +305,17 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def watching(run_dir: Path, topology: Topology, settings: WatchdogSection) -> Iterator[None]:
-    """Watch all ranks while the body runs; an error of the body is made known to them before it
-    goes on its way.
+def watching(
+    run_dir: Path,
+    topology: Topology,
+    settings: WatchdogSection,
+    clock: PhaseClock,
+    report: Callable[[dict[str, Any]], None],
+) -> Iterator[None]:
+    """Watch all ranks while the body runs, and tell them of an error of the body before it is
+    raised; the arguments are those of `Watchdog`.
     """
-    watchdog = Watchdog(run_dir, topology, settings)
+    watchdog = Watchdog(run_dir, topology, settings, clock, report)
     watchdog.start()
     try:
         yield

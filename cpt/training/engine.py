@@ -40,6 +40,7 @@ from cpt.parallel.topology import Topology
 from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
 from cpt.resilience.faults import fault_point
+from cpt.resilience.phase import PhaseClock
 from cpt.storage.file_memory import FileMemory
 from cpt.training.activation_checkpointing import enable_checkpointing
 from cpt.training.loader import MicroBatch
@@ -184,6 +185,7 @@ class TrainingEngine:
         topology: Topology,
         kernel: Attention,
         exchange: Ulysses | None,
+        clock: PhaseClock,
     ) -> None:
         if config.model.activation_checkpointing:
             keep = config.model.expert_recompute == "keep"
@@ -193,6 +195,7 @@ class TrainingEngine:
         model.train()
         _check_expert_marks(model)
         self.topology = topology
+        self._clock = clock
         self._sequence_parallel = exchange
         self._kernel = kernel
         self._positions = config.train.global_batch_size * config.train.seq_len
@@ -246,7 +249,7 @@ class TrainingEngine:
         """
         total_tokens = sum(tokens_by_source)
         by_source = torch.zeros(self._num_losses, len(tokens_by_source), dtype=torch.float64)
-        place, loss_scale = self.topology.place, self.topology.world_size / total_tokens
+        loss_scale = self.topology.world_size / total_tokens
         pending = False
         self.router_watch.begin(
             num_sources=len(tokens_by_source),
@@ -257,11 +260,11 @@ class TrainingEngine:
         for batch in micro_batches:
             if pending:
                 self.deepspeed.step()  # between accumulation steps this only advances the engine's counter
-            place.enter("forward", step)
+            self._clock.enter("forward", step)
             self.router_watch.enter(batch.row_labels)
             losses = self.token_losses(batch) * fault_point("forward", step)
             losses_LBS = losses.view(-1, *batch.labels.shape)
-            place.enter("backward", step)
+            self._clock.enter("backward", step)
             fault_point("backward", step)
             share = loss_scale * fault_point("gradient", step)
             total = losses_LBS[0].sum() + self._kl_weight * losses_LBS[1:].sum()
@@ -269,12 +272,12 @@ class TrainingEngine:
             by_row_LB = losses_LBS.detach().sum(2).double().cpu()
             by_source[: len(by_row_LB)].index_add_(1, batch.row_labels.cpu(), by_row_LB)
             pending = True
-        place.enter("gradient", step)
+        self._clock.enter("gradient", step)
         sums = self._sum_over_ranks(by_source, votes())
         router = self.router_watch.finish(self.topology.control_group)
         grad_norm = math.sqrt(sums.squared_grad_norm)  # NaN and infinity stay what they are
         applied = bool(torch.isfinite(sums.by_source).all()) and grad_norm < LARGEST_GRAD_NORM
-        place.enter("optimizer_step", step)
+        self._clock.enter("optimizer_step", step)
         fault_point("optimizer_step", step)
         self._finish(applied=applied)
         return StepResult(

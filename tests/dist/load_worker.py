@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+from cpt.resilience.phase import PhaseClock
 from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.config import LaunchInfo, resolve
 from cpt.job.job import build_engine, fill_weights, verify_checksums, weight_source
@@ -43,7 +44,7 @@ def build(scenario: Scenario, path: Path) -> tuple[TrainingEngine, DirectoryWeig
     source = weight_source(config, model_config, topology)
     assert isinstance(source, DirectoryWeights)
     verify_checksums(source, topology)
-    engine = build_engine(config, model_config, topology)
+    engine = build_engine(config, model_config, topology, PhaseClock())
     fill_weights(engine, source)
     return engine, source, topology
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from cpt.resilience.phase import PhaseClock
 from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.config import CheckpointSection, LaunchInfo, resolve
 from cpt.job.job import build_engine, fill_weights, weight_source
@@ -41,7 +42,7 @@ def main() -> None:
     info = LaunchInfo(world_size=2, local_world_size=2)
     config = resolve(run_yaml(scenario, folder / "model"), engine_json, model_config(), info)
     topology = create_topology(sp_size=1, ep_size=2, device=torch.device("cpu"))
-    engine = build_engine(config, model_config(), topology)
+    engine = build_engine(config, model_config(), topology, PhaseClock())
     fill_weights(engine, weight_source(config, model_config(), topology))
     for step in range(2):
         rows = rows_of_step(step)
@@ -68,7 +69,7 @@ def main() -> None:
     )
     config = resolve(run_yaml(scenario, path), sequence_parallel, quantised, info)
     topology = create_topology(sp_size=2, ep_size=2, device=torch.device("cpu"))
-    engine = build_engine(config, quantised, topology)
+    engine = build_engine(config, quantised, topology, PhaseClock())
     fill_weights(engine, weight_source(config, quantised, topology))
     state = {"model_config": quantised.to_dict()}
     Saver(folder / "untouched", engine.deepspeed, topology, CheckpointSection()).save_now(0, state)

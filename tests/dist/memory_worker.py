@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import GptOssConfig
 
+from cpt.resilience.phase import PhaseClock
 from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.config import LaunchInfo, RunYaml, resolve
 from cpt.job.job import build_engine, fill_weights, weight_source
@@ -68,7 +69,7 @@ train: {{seq_len: {seq_len}, global_batch_size: {rows * WORLD_SIZE}, micro_batch
     launch_info = LaunchInfo(world_size=WORLD_SIZE, local_world_size=WORLD_SIZE)
     config = resolve(read_file(RunYaml, parse_yaml(text, "run.yaml")), ds_json, model, launch_info)
     topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu"))
-    engine = build_engine(config, model, topology)
+    engine = build_engine(config, model, topology, PhaseClock())
     fill_weights(engine, weight_source(config, model, topology))
     tokens = [rows * seq_len * WORLD_SIZE]
     engine.step([batch(topology, rows, seq_len, 0)], tokens, step=1)

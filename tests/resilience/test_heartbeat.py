@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from cpt.parallel.place import Place
 from cpt.resilience.heartbeat import Beat, Limits, Observer
 
 LIMITS = Limits(step=10.0, long=100.0)
@@ -122,16 +121,3 @@ def test_nobody_is_a_straggler_when_half_the_ranks_lag_or_the_ratio_is_off() -> 
 
 def test_beat_goes_through_json() -> None:
     assert Beat.load(beat(3, tick=1.5).dump()) == beat(3, tick=1.5)
-
-
-def test_place_knows_the_median_step_once_there_were_three() -> None:
-    place = Place()
-    for step in range(1, 4):
-        place.enter("data", step)
-        place.enter("forward", step)
-    assert place.median_step_seconds() is None
-    place.enter("data", 4)
-    median = place.median_step_seconds()
-    assert median is not None and 0 <= median < 1 and place.now().count == 7
-    place.report({"event": "straggler"})
-    assert place.take_reports() == [{"event": "straggler"}] and place.take_reports() == []
