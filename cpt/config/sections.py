@@ -133,7 +133,7 @@ class TrainSection:
     """Parameters left as they are: name patterns (`model.layers.0.*`) or the words router, experts,
     attention, sinks, norms, embeddings, lm_head."""
     kl_targets: Path | None = None
-    """Folder that `cpt replay targets` wrote: the base model's distributions, for rows of some
+    """Folder that `cpt kl_targets` wrote: the base model's distributions, for rows of some
     sources; relative to the run YAML."""
     kl_weight: float | None = None
     """Weight of the divergence from them in nats per predicted token; needed with kl_targets, 0

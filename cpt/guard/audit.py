@@ -1,8 +1,10 @@
-"""`cpt guard replay`: every decision of a run made again from what it left, and compared.
+"""`cpt guard audit`: make every decision of a run again from what it left, and compare.
 
-baseline.json + scores-*.json  ->  bounds     ==  the bounds in metrics.jsonl
-bounds + state + settings      ->  decisions  ==  the decisions in metrics.jsonl
-each state                     ==  the state after an earlier decision, a checkpoint's note or a rollback
+    baseline.json + scores-*.json  ->  bounds     ==  the bounds in metrics.jsonl
+    bounds + state + settings      ->  decisions  ==  the decisions in metrics.jsonl
+
+The state before a decision must also be known: the state after an earlier decision, or the one that
+a rollback noted.
 """
 
 from __future__ import annotations
@@ -21,28 +23,30 @@ from cpt.guard.score import DomainScore, as_floats
 from cpt.telemetry.metrics import read_events
 
 TOLERANCE = 1e-9
-"""Relative; a bound goes through JSON and back unchanged, so all that differs is the order of a
-library's sums.
+"""Relative difference between two bounds that counts as none. JSON keeps a bound exactly, so only
+the order of a library's sums can differ.
 """
+
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Replayed:
-    """One decision, made again."""
+class AuditedDecision:
+    """One decision of a run, and whether it follows from its evidence."""
 
     step: int
     """Optimizer steps done."""
     action: str
-    """What was done."""
+    """Action that was taken."""
     reason: str
-    """Why."""
+    """Reason that was given."""
     bounds_checked: bool
     """Whether the scores were still there, so that the bounds could be computed again too."""
     problems: list[str]
-    """What does not agree; empty if all does."""
+    """Everything that does not agree; empty if all does."""
 
 
-def replay(run_dir: Path) -> list[Replayed]:
+def audit(run_dir: Path) -> list[AuditedDecision]:
     """Make every decision of a run again.
 
     Raises:
@@ -51,106 +55,122 @@ def replay(run_dir: Path) -> list[Replayed]:
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
         raise ConfigError(
-            f"{run_dir} holds no metrics.jsonl, so it is no run directory. Give another with --run_dir."
+            f"{run_dir} holds no metrics.jsonl, so it is no run directory. Give another with "
+            "--run_dir."
         )
-    baseline = _baseline(run_dir / "guard" / "baseline.json")
-    known, results = [_without_step(GuardState().to_json())], []
+    baseline = _read_baseline(run_dir / "guard" / "baseline.json")
+    known_states = [_without_step(GuardState().to_json())]
+    audited = []
     for event in read_events(metrics):
         if event.get("event") == "guard_rollback":
-            known.append(_without_step(event["after"]))
+            known_states.append(_without_step(event["after"]))
         elif event.get("event") == "guard_decision":
-            results.append(_again(event, run_dir, baseline, known))
-            known.append(_without_step(event["after"]))
-    if not results:
+            audited.append(_audit_decision(event, run_dir, baseline, known_states))
+            known_states.append(_without_step(event["after"]))
+    if not audited:
         raise ConfigError(
             f"{metrics} holds no decision: the guard of this run has measured nothing after step 0."
         )
-    return results
+    return audited
 
 
-def check(results: list[Replayed]) -> str:
-    """A table for people.
+def check_agreement(audited: list[AuditedDecision]) -> str:
+    """Return a table of the decisions for people.
 
     Raises:
         InternalError: a decision does not follow from what the run left.
     """
-    lines = [
-        f"  step {r.step:>8}  {r.action:<13} {'agrees' if not r.problems else 'DOES NOT AGREE':<15} {r.reason}"
-        for r in results
-    ]
-    wrong = [f"step {r.step}: {problem}" for r in results for problem in r.problems]
-    if wrong:
-        raise InternalError("\n".join([*lines, f"{len(wrong)} disagreements:", *wrong]))
-    unseen = sum(not r.bounds_checked for r in results)
-    note = (
-        f"; the scores of {unseen} are gone, their bounds were taken from the log" if unseen else ""
-    )
-    return "\n".join([*lines, f"{len(results)} decisions, all follow from their evidence{note}"])
+    lines = []
+    disagreements = []
+    num_unchecked = 0
+    for one in audited:
+        agrees = "DOES NOT AGREE" if one.problems else "agrees"
+        lines.append(f"  step {one.step:>8}  {one.action:<13} {agrees:<15} {one.reason}")
+        disagreements += [f"step {one.step}: {problem}" for problem in one.problems]
+        num_unchecked += not one.bounds_checked
+    if disagreements:
+        lines.append(f"{len(disagreements)} disagreements:")
+        raise InternalError("\n".join(lines + disagreements))
+    summary = f"{len(audited)} decisions, all follow from their evidence"
+    if num_unchecked:
+        summary += (
+            f"; the scores of {num_unchecked} are gone, so their bounds were taken from the log"
+        )
+    return "\n".join([*lines, summary])
 
 
-def _again(
-    event: dict[str, Any], run_dir: Path, baseline: dict[str, DomainScore], known: list[Any]
-) -> Replayed:
+def _audit_decision(
+    event: Json, run_dir: Path, baseline: dict[str, DomainScore], known_states: list[Json]
+) -> AuditedDecision:
     evidence = [Evidence.from_json(plain) for plain in event["evidence"]]
-    state, problems = GuardState.from_json(event["before"]), []
-    if _without_step(event["before"]) not in known:
-        problems.append("the state before it is that after no earlier decision.")
-    settings = dict(event["settings"])
-    settings["domains"] = {
-        name: DomainLimits(**limits) for name, limits in settings["domains"].items()
-    }
+    problems = []
+    if _without_step(event["before"]) not in known_states:
+        problems.append("the state before it does not follow any earlier decision.")
     after, decision = decide(
-        state,
+        GuardState.from_json(event["before"]),
         evidence,
-        GuardSection(**settings),
+        _settings(event["settings"]),
         replay_room=event["replay_room"],
         last=event["last"],
     )
-    if (decision.action, dict(decision.actions)) != (event["action"], event["actions"]):
-        problems.append(f"the action was {event['actions']}, but {dict(decision.actions)} follows.")
+    actions = dict(decision.actions)
+    if decision.action != event["action"] or actions != event["actions"]:
+        problems.append(f"the action was {event['actions']}, but {actions} follows.")
     if after.to_json() != event["after"]:
         problems.append(f"the state became {event['after']}, but {after.to_json()} follows.")
     scores = run_dir / "guard" / Path(event["scores"]).name
-    checked = scores.is_file()
-    if checked:
-        problems += _bound_problems(
-            json.loads(scores.read_text(encoding="utf-8")), baseline, evidence
-        )
-    return Replayed(
+    bounds_checked = scores.is_file()
+    if bounds_checked:
+        stored = json.loads(scores.read_text(encoding="utf-8"))
+        problems += _bound_problems(stored, baseline, evidence)
+    return AuditedDecision(
         step=event["step"],
         action=event["action"],
         reason=event["reason"],
-        bounds_checked=checked,
+        bounds_checked=bounds_checked,
         problems=problems,
     )
 
 
+def _settings(stored: Json) -> GuardSection:
+    domains = {}
+    for name, limits in stored["domains"].items():
+        domains[name] = DomainLimits(**limits)
+    return GuardSection(**{**stored, "domains": domains})
+
+
 def _bound_problems(
-    stored: dict[str, Any], baseline: dict[str, DomainScore], evidence: list[Evidence]
+    stored: Json, baseline: dict[str, DomainScore], evidence: list[Evidence]
 ) -> list[str]:
+    """Compute the bounds again from stored scores and compare them with the evidence."""
     problems = []
-    for e in evidence:
-        before = baseline[e.domain]
-        now = replace(before, nats=as_floats(stored["nats"][e.domain]))
-        bound = judge(now, before, stored["num_tests"]).decided_on
-        if not _same(bound, e.lower_bound):
+    for one in evidence:
+        before = baseline[one.domain]
+        after = replace(before, nats=as_floats(stored["nats"][one.domain]))
+        bound = judge(after, before, stored["num_tests"]).decided_on
+        if not _same_bound(bound, one.lower_bound):
             problems.append(
-                f"the bound of {e.domain} was {e.lower_bound}, but {bound} follows from its scores."
+                f"the bound of {one.domain} was {one.lower_bound}, but {bound} follows from its "
+                "scores."
             )
     return problems
 
 
-def _same(bound: float | None, said: float | None) -> bool:
-    if bound is None or said is None:
-        return bound is said
-    return math.isclose(bound, said, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+def _same_bound(computed: float | None, logged: float | None) -> bool:
+    if computed is None or logged is None:
+        return computed is logged
+    return math.isclose(computed, logged, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
 
 
-def _baseline(path: Path) -> dict[str, DomainScore]:
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {name: DomainScore.from_json(name, plain) for name, plain in stored.items()}
+def _read_baseline(path: Path) -> dict[str, DomainScore]:
+    if not path.is_file():
+        return {}
+    scores = {}
+    for name, plain in json.loads(path.read_text(encoding="utf-8")).items():
+        scores[name] = DomainScore.from_json(name, plain)
+    return scores
 
 
-def _without_step(state: dict[str, Any]) -> dict[str, Any]:
-    """A saved checkpoint notes its own step between two decisions."""
+def _without_step(state: Json) -> Json:
+    """Drop `green_step`, which a saved checkpoint sets between two decisions."""
     return {key: value for key, value in state.items() if key != "green_step"}

@@ -357,7 +357,7 @@ def evidence_of(
 
 
 def free_scores_file(folder: Path, step: int) -> Path:
-    """Where the scores of a step are kept, for `cpt guard replay`; a step that is done again gets
+    """Where the scores of a step are kept, for `cpt guard audit`; a step that is done again gets
     another file.
     """
     path, number = folder / f"scores-{step:08d}.json", 2

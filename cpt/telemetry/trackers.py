@@ -15,7 +15,7 @@ def scalars(event: dict[str, Any]) -> dict[str, float]:
     `guard/english/bits_per_byte`.
     """
     kind = event["event"]
-    if kind == "guard_decision":  # its settings and states are for `cpt guard replay`
+    if kind == "guard_decision":  # its settings and states are for `cpt guard audit`
         shares = {
             f"guard/replay_share/{domain}": share
             for domain, share in event["after"]["shares"].items()

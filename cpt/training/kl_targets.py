@@ -4,8 +4,8 @@
         kl_targets.json
 
 A source's predicted tokens stand in the order of its rows, so that a row's part of both tensors
-follows from the row number; a rank reads the bytes of its own tokens and no others.  `cpt replay
-targets` writes the folder (cpt/offline/kl_target_writer.py).
+follows from the row number; a rank reads the bytes of its own tokens and no others.  `cpt
+kl_targets` writes the folder (cpt/offline/kl_target_writer.py).
 
 Decisions
     The sidecar names the hash of the base model's weight files, and for every source the hash of
@@ -79,7 +79,7 @@ def read_sidecar(folder: Path) -> Sidecar:
     path = folder / SIDECAR
     if not path.is_file():
         raise ConfigError(
-            f"train.kl_targets: {path} does not exist. Write the targets with cpt replay targets."
+            f"train.kl_targets: {path} does not exist. Write the targets with cpt kl_targets."
         )
     content = read_json(path)
     if content.pop("format_version", None) != FORMAT_VERSION:
@@ -93,7 +93,7 @@ def read_sidecar(folder: Path) -> Sidecar:
         return Sidecar(**content, sources=sources)
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}: not a sidecar of cpt replay targets ({error}). Write them again."
+            f"{path}: not a sidecar of cpt kl_targets ({error}). Write them again."
         ) from error
 
 
@@ -131,7 +131,7 @@ def mismatches(
                 f"({stored.row_hash[:10]}) there, {data.num_rows(number)} of {int(data.row_tokens(number).sum())} "
                 f"({row_hashes[name][:10]}) in {data.directory}."
             )
-    return [*problems, "Write the targets again with cpt replay targets."] if problems else []
+    return [*problems, "Write the targets again with cpt kl_targets."] if problems else []
 
 
 def check_targets(
@@ -166,7 +166,7 @@ class KLTargets:
         """Open the files.
 
         Args:
-            folder: What `cpt replay targets` wrote.
+            folder: What `cpt kl_targets` wrote.
             source_names: The sources that row places refer to, by number.
             row_tokens: Predicted tokens of each training row, by name of the source.
         """

@@ -1,9 +1,12 @@
-"""`cpt export` and `cpt sample` refuse what they cannot do: the reason on stderr, the contract's
-exit code, no file.
+"""The `cpt` command answers quickly, keeps deprecated words, and refuses what it cannot do.
+
+A refusal prints the reason on stderr, ends with the exit code of its kind, and leaves no file.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,44 @@ def export(run_dir: Path, out: Path, *more: str) -> int:
 
 def sample(*arguments: Any) -> int:
     return main(["sample", "--prompt", "Once", *map(str, arguments)])
+
+
+# the command itself
+
+
+def test_subcommands_are_listed_without_loading_torch() -> None:
+    code = (
+        "import sys\n"
+        "from cpt.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'numpy', 'transformers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("export", "merge", "evaluate", "replay", "kl_targets", "guard", "doctor"):
+        assert command in done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("deprecated", "instead"),
+    [(["guard", "replay"], "cpt guard audit"), (["replay", "targets"], "cpt kl_targets")],
+)
+def test_deprecated_words_still_work_and_name_their_successor(
+    deprecated: list[str], instead: str, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*deprecated, "--help"])
+    captured = capsys.readouterr()
+    assert caught.value.code == 0 and f"usage: {instead}" in captured.out
+    assert f"'cpt {' '.join(deprecated)}' is deprecated: use '{instead}'." in captured.err
+
+
+def test_replay_names_every_option_that_is_missing(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["replay", "--temperature", "1"])
+    assert caught.value.code == 2
+    assert "required: --model, --out" in capsys.readouterr().err
 
 
 # export

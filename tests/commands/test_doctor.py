@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cpt.cli import main
-from cpt.commands import doctor
+from cpt.commands import doctor_report
 from cpt.model.attention import known_names
 
 
@@ -24,7 +24,7 @@ def test_machine_without_a_tokenizer_is_told_so_and_exits_78(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        doctor, "_tokenizer", lambda: ({"o200k_harmony": "no: ranks are missing"}, False)
+        doctor_report, "_tokenizer", lambda: ({"o200k_harmony": "no: ranks are missing"}, False)
     )
     assert main(["doctor"]) == 78
     assert "ranks are missing" in capsys.readouterr().out

@@ -176,7 +176,7 @@ def targets_of_step(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def write_targets(folder: Path) -> None:
-    """What `cpt replay targets` would leave of `targets_of_step`."""
+    """What `cpt kl_targets` would leave of `targets_of_step`."""
     folder.mkdir()
     parts = [part for step in range(STEPS) for part in targets_of_step(step)]
     ids, log_p = (torch.cat([part[index] for part in parts]) for index in (0, 1))

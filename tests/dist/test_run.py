@@ -291,7 +291,7 @@ def test_sampling_and_measuring_on_all_ranks_gives_what_training_gave_at_that_st
     assert {name: plain["bits_per_byte"] for name, plain in measured.items()} == {
         event["domain"]: event["bits_per_byte"] for event in logged
     }
-    assert main(["guard", "replay", "--run_dir", str(whole)]) == 0
+    assert main(["guard", "audit", "--run_dir", str(whole)]) == 0
 
 
 def test_stop_before_the_first_step_leaves_with_75_and_nothing_to_save(workplace: Path, whole: Path) -> None:

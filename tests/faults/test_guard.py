@@ -83,7 +83,7 @@ def test_run_that_forgets_is_steered_and_then_paused(workplace: Path, paused: Se
     assert (
         rates[lowered["step"] + 1] < 0.7 * rates[lowered["step"]]
     )  # halved, while the warm-up still raises it
-    assert main(["guard", "replay", "--run_dir", str(paused.run_dir)]) == 0
+    assert main(["guard", "audit", "--run_dir", str(paused.run_dir)]) == 0
 
 
 def test_decision_that_was_tampered_with_is_found(paused: Service, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_decision_that_was_tampered_with_is_found(paused: Service, tmp_path: Pat
             break
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (tmp_path / "guard").symlink_to(paused.run_dir / "guard")
-    assert main(["guard", "replay", "--run_dir", str(tmp_path)]) == 70
+    assert main(["guard", "audit", "--run_dir", str(tmp_path)]) == 70
 
 
 @pytest.mark.case(
@@ -120,7 +120,7 @@ def test_paused_run_goes_back_to_where_all_was_well(workplace: Path, paused: Ser
     assert state["guard"]["rollbacks"] == 1 and state["guard"]["lr_scale"] == before["lr_scale"]
     assert state["ledger"]["segments"][-1]["start_step"] == green
     assert state["progress"]["step"] == green + 2 and list_steps(run.run_dir)[0] == green + 2
-    assert main(["guard", "replay", "--run_dir", str(run.run_dir)]) == 0
+    assert main(["guard", "audit", "--run_dir", str(run.run_dir)]) == 0
 
 
 @pytest.mark.case(
@@ -153,4 +153,4 @@ def test_rollback_takes_back_what_the_guard_did_since_the_checkpoint(
     ]  # the first batch not given up
     code, run = run_to_end(workplace, "lost", *saved, "--set", f"train.stop_at_step={raised + 5}")
     assert code == 0, run.output
-    assert main(["guard", "replay", "--run_dir", str(run.run_dir)]) == 0
+    assert main(["guard", "audit", "--run_dir", str(run.run_dir)]) == 0

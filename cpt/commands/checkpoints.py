@@ -1,0 +1,35 @@
+"""`cpt checkpoints`: list the checkpoints of a run and say which are usable."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cpt.commands import Commands
+from cpt.errors import CheckpointError, ConfigError
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "checkpoints", help="list the checkpoints of a run with a verdict on each"
+    )
+    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.add_argument(
+        "--verify", action="store_true", help="hash every file; default: manifests, names and sizes"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from cpt.checkpoint.listing import list_checkpoints, table
+
+    if not options.run_dir.is_dir():
+        raise ConfigError(f"--run_dir {options.run_dir} does not exist.")
+    listed = list_checkpoints(options.run_dir, verify=options.verify)
+    if not listed:
+        print(f"{options.run_dir} holds no checkpoint yet.")
+        return
+    print(table(listed))
+    if not any(one.good for one in listed):
+        raise CheckpointError("none of them is usable.")

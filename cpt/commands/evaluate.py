@@ -1,0 +1,42 @@
+"""`cpt evaluate`: run tasks on an export and compare the scores with those of a baseline."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cpt.commands import Commands
+from cpt.errors import ConfigError
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="run tasks on an export; exit code 65 if one dropped by more than its limit",
+    )
+    parser.add_argument("--model", type=Path, required=True, help="exported directory")
+    parser.add_argument(
+        "--tasks", type=Path, required=True, help="task YAML, such as configs/tasks/sample.yaml"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="file for the result, as JSON")
+    baseline = parser.add_mutually_exclusive_group()
+    baseline.add_argument("--baseline", type=Path, help="result of the model before training")
+    baseline.add_argument(
+        "--no_baseline", action="store_true", help="this is the model before training: only measure"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=1, help="batch size of lm-evaluation-harness's tasks"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from cpt.offline.evaluation.comparison import evaluate
+
+    if options.baseline is None and not options.no_baseline:
+        raise ConfigError(
+            "--baseline is missing. Give the result of the model before training, or --no_baseline "
+            "if this is that model."
+        )
+    evaluate(options.model, options.tasks, options.out, options.baseline, options.batch_size)

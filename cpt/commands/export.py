@@ -1,0 +1,34 @@
+"""`cpt export`: write a checkpoint of a run as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cpt.commands import Commands
+from cpt.commands.shared_options import add_step, checkpoint_folder
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
+    parser.add_argument("--run_dir", type=Path, required=True)
+    add_step(parser)
+    parser.add_argument("--out", type=Path, required=True, help="new directory")
+    parser.add_argument("--format", default="bf16", help="bf16, mxfp4 or fp32")
+    parser.add_argument(
+        "--score",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="with --format mxfp4: score the quantized weights on the run's held-out text; "
+        "auto does it if the text is there and the model is small enough",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from cpt.export.run_export import describe_export, export_run
+
+    folder = checkpoint_folder(options.run_dir, options.step)
+    out = export_run(options.run_dir, folder, options.out, options.format, options.score)
+    print(f"{describe_export(out)}{folder} -> {out}")

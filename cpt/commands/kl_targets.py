@@ -1,0 +1,43 @@
+"""`cpt kl_targets`: write the base model's likeliest next tokens, for `train.kl_targets`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cpt.commands import Commands
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "kl_targets", help="write the base model's likeliest next tokens, for train.kl_targets"
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, help="Hugging Face directory of the base model"
+    )
+    parser.add_argument(
+        "--build", type=Path, required=True, help="directory of built shards, as in data.build_dir"
+    )
+    parser.add_argument(
+        "--source",
+        action="append",
+        required=True,
+        help="source of that build; may be given several times",
+    )
+    parser.add_argument("--top_k", type=int, default=32, help="tokens listed per predicted token")
+    parser.add_argument("--out", type=Path, required=True, help="new folder")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from cpt.offline.kl_target_writer import TargetsRequest, write_targets
+
+    request = TargetsRequest(
+        model_dir=options.model,
+        build_dir=options.build,
+        sources=options.source,
+        top_k=options.top_k,
+        out=options.out,
+    )
+    print(write_targets(request))

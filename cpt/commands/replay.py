@@ -1,0 +1,50 @@
+"""`cpt replay`: let the base model write text for a source of `kind: self_replay`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cpt.commands import Commands
+from cpt.commands.shared_options import add_sampling, sampling_of
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "replay", help="let the base model write replay text (kind: self_replay)"
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, help="Hugging Face directory of the base model"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="new folder for plain.jsonl, chat.jsonl and the sidecar",
+    )
+    parser.add_argument(
+        "--prefixes", type=Path, help="JSONL with 'text': the first tokens of each are continued"
+    )
+    parser.add_argument(
+        "--questions", type=Path, help="JSONL with 'prompt': each is asked in the Harmony format"
+    )
+    parser.add_argument(
+        "--prefix_tokens", type=int, default=8, help="tokens of each text that are continued"
+    )
+    add_sampling(parser, max_new_tokens=1024, temperature=1.0)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from cpt.offline.self_replay import ReplayRequest, sample_replay
+
+    request = ReplayRequest(
+        model_dir=options.model,
+        out=options.out,
+        prefixes=options.prefixes,
+        questions=options.questions,
+        prefix_tokens=options.prefix_tokens,
+        sampling=sampling_of(options),
+    )
+    print(sample_replay(request))

@@ -1,0 +1,23 @@
+"""`cpt report`: write report.html of a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cpt.commands import Commands
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "report", help="write report.html of a run, also while the run goes on"
+    )
+    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from cpt.telemetry.report import write_report
+
+    print(write_report(options.run_dir))

@@ -1,0 +1,68 @@
+"""`cpt sample`: continue a text, or answer a question, with an export or a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from pathlib import Path
+
+from cpt.commands import Commands
+from cpt.commands.shared_options import add_sampling, add_step, checkpoint_folder, sampling_of
+from cpt.errors import ConfigError
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "sample", help="continue a text with an export or a checkpoint of a run"
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--run_dir", type=Path)
+    where.add_argument("--model", type=Path, help="exported directory")
+    add_step(parser)
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        help="text to continue; may be given several times",
+    )
+    add_sampling(parser, max_new_tokens=64, temperature=0.0)
+    parser.add_argument(
+        "--chat", action="store_true", help="ask the prompt as a question, in the Harmony format"
+    )
+    parser.add_argument("--developer", help="with --chat: instructions for the model")
+    parser.add_argument(
+        "--effort", choices=("low", "medium", "high"), help="with --chat: reasoning effort"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from cpt.offline.sampling import as_channels, as_text, generate, load_for_sampling
+    from data_pipeline.text.harmony import encode_prompt
+    from data_pipeline.text.tokenizer import encode
+
+    sampling = sampling_of(options)
+    problems = sampling.problems()
+    if not all(options.prompt):
+        problems.append("--prompt is empty. Give some text to continue.")
+    if not options.chat and (options.developer or options.effort):
+        problems.append("--developer and --effort are for --chat only.")
+    if problems:
+        raise ConfigError(problems)
+    checkpoint = None
+    if options.model is None:
+        checkpoint = checkpoint_folder(options.run_dir, options.step)
+    model = load_for_sampling(options.model, checkpoint)
+    for prompt in options.prompt:
+        if options.chat:
+            ids = encode_prompt(
+                prompt,
+                developer=options.developer,
+                effort=options.effort or "medium",
+                date=datetime.date.today(),
+            )
+            reply = as_channels(generate(model, ids, sampling))
+        else:
+            reply = as_text(generate(model, encode(prompt).tolist(), sampling))
+        print(f"--- {prompt}\n{reply}")

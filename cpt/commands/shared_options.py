@@ -1,0 +1,72 @@
+"""Options that several subcommands have in common, and how their values are read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from cpt.offline.sampling import Sampling
+
+
+def add_step(parser: argparse.ArgumentParser) -> None:
+    """Add `--step`, the number of a checkpoint."""
+    parser.add_argument("--step", type=int, help="default: the newest complete checkpoint")
+
+
+def checkpoint_folder(run_dir: Path, step: int | None) -> Path:
+    """Return the folder of a verified checkpoint; print on stderr why newer ones were rejected.
+
+    Args:
+        run_dir: The run directory.
+        step: Step of the checkpoint; None for the newest complete one.
+
+    Raises:
+        ConfigError: the run directory does not exist.
+        CheckpointError: it holds no checkpoint, or the one of `step` is damaged.
+    """
+    from cpt.checkpoint.reader import find_checkpoint, step_folder
+
+    if not run_dir.is_dir():
+        raise ConfigError(f"--run_dir {run_dir} does not exist.")
+    found, rejected = find_checkpoint(run_dir, "auto" if step is None else str(step))
+    for reason in rejected:
+        print(f"checkpoint rejected: {reason}", file=sys.stderr)
+    if found is None:
+        raise CheckpointError(f"{run_dir} holds no checkpoint yet.")
+    return step_folder(run_dir, found)
+
+
+def add_sampling(
+    parser: argparse.ArgumentParser, *, max_new_tokens: int, temperature: float
+) -> None:
+    """Add the options that say how tokens are drawn, with the defaults of a subcommand."""
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=max_new_tokens, help="tokens to generate at most"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help="0: always the likeliest token"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="draw from the smallest set of tokens with this total probability",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+
+
+def sampling_of(options: argparse.Namespace) -> Sampling:
+    """Return the sampling settings of a command line."""
+    from cpt.offline.sampling import Sampling
+
+    return Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )

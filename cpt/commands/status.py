@@ -1,0 +1,23 @@
+"""`cpt status`: tell how far a run is; job scripts read the exit code."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cpt.commands import Commands
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "status", help="tell how far a run is; exit code 0 only if its planned last step is saved"
+    )
+    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from cpt.checkpoint.status import check_finished
+
+    print(check_finished(options.run_dir))
