@@ -21,7 +21,7 @@ from data_pipeline.mixture.changes import describe_changes, mix_settings
 from data_pipeline.mixture.diff import describe_diff
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
 from data_pipeline.mixture.plan import Plan, make_plan
-from data_pipeline.store.files import atomic_write
+from data_pipeline.store.files import write_text
 from data_pipeline.store.manifest import FILE_NAME, read_manifest
 
 DEFAULT_ROOT = Path("data")
@@ -135,8 +135,7 @@ def _one_pass(built: BuiltData, options: argparse.Namespace) -> int:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+    write_text(path, text)
 
 
 def _parser() -> argparse.ArgumentParser:

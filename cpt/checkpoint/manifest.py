@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from cpt.errors import CheckpointError
-from data_pipeline.store.files import sync_directory
+from data_pipeline.store.files import write_text, xxh3_of_open
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -90,11 +90,8 @@ def _open_regular(path: Path) -> BinaryIO:
 
 def hash_file(path: Path) -> str:
     """xxh3-128 of a file's content."""
-    digest = xxhash.xxh3_128()
     with _open_regular(path) as file:
-        while block := file.read(8 * 2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return xxh3_of_open(file)
 
 
 def record_file(path: Path) -> FileRecord:
@@ -106,11 +103,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write and sync manifest.json; the directory counts from the rename that follows."""
     body = {"format": FORMAT_VERSION, **asdict(manifest)}
     text = json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True)
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_directory(folder)
+    write_text(folder / MANIFEST, text)
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -29,9 +29,9 @@ from cpt.model.weights.writer import (
     check_space,
     published,
     refuse_existing,
-    write_json,
 )
 from cpt.resilience.faults import fault_point
+from data_pipeline.store.files import write_json
 from data_pipeline.text.harmony import STOP_IDS
 
 DTYPES = {"bf16": torch.bfloat16, "mxfp4": torch.bfloat16, "fp32": torch.float32}
@@ -83,7 +83,9 @@ def export_checkpoint(
         check_space(temporary, sum(entry.num_bytes for entry in entries.values()))
         errors = _write_weights(folder, manifest, temporary, entries)
         if format_name == "mxfp4":
-            write_json(temporary / REPORT_FILE, quantisation_report(errors))
+            write_json(
+                temporary / REPORT_FILE, quantisation_report(errors), indent=2, sort_keys=True
+            )
         _write_other_files(temporary, manifest.state["model_config"], format_name)
         if complete is not None:
             complete(temporary)
@@ -158,8 +160,9 @@ def _write_other_files(out: Path, model_config: dict[str, Any], format_name: str
     config = _config_json(model_config, DTYPES[format_name])
     if format_name == "mxfp4":
         config["quantization_config"] = QUANTIZATION_CONFIG
-    write_json(out / "config.json", config)
-    write_json(out / "generation_config.json", _generation_json(model_config))
+    write_json(out / "config.json", config, indent=2, sort_keys=True)
+    generation = _generation_json(model_config)
+    write_json(out / "generation_config.json", generation, indent=2, sort_keys=True)
     save_tokenizer(out, model_config["max_position_embeddings"])
 
 

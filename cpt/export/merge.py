@@ -26,7 +26,8 @@ from cpt.errors import ConfigError
 from cpt.model.gpt_oss import skeleton
 from cpt.model.weights.hf_layout import read_json
 from cpt.model.weights.source import DirectoryWeights, WeightSource, expected_shapes, load_config
-from cpt.model.weights.writer import DirectoryWriter, Entry, check_space, write_json
+from cpt.model.weights.writer import DirectoryWriter, Entry, check_space
+from data_pipeline.store.files import write_json
 
 WINDOW_NUMEL = 2**24
 """Elements of each model that are in memory at once."""
@@ -219,7 +220,7 @@ def _write_other_files(
     }
     config.pop("torch_dtype", None)
     config["dtype"] = "bfloat16" if dtypes == {torch.bfloat16} else "float32"
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config, indent=2, sort_keys=True)
     for name in COPIED:
         if (tuned / name).is_file():
             shutil.copyfile(tuned / name, folder / name)

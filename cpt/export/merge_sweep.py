@@ -13,9 +13,10 @@ import numpy as np
 from cpt.export.merge import MergedWeights, Pair, open_pair, parse_alphas, write_merged
 from cpt.guard.paired_test import judge
 from cpt.guard.score import DomainScore, ScoredSet
-from cpt.model.weights.writer import published, write_json
+from cpt.model.weights.writer import published
 from cpt.offline.model import OfflineModel, single_process
 from cpt.telemetry.plot import DASHES, INK, PALETTE, Plot, Series, scale_over
+from data_pipeline.store.files import write_json
 from data_pipeline.tables import table
 
 RESULT_FILE, PLOT_FILE = "bits_per_byte.json", "bits_per_byte.svg"
@@ -44,7 +45,7 @@ def merge(
         if not sets:
             return ""
         results = score_sweep(pair, shares, sets)
-        write_json(folder / RESULT_FILE, {"results": results})
+        write_json(folder / RESULT_FILE, {"results": results}, indent=2, sort_keys=True)
         (folder / PLOT_FILE).write_text(sweep_plot(results), encoding="utf-8")
     return sweep_table(results)
 

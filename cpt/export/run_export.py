@@ -22,8 +22,8 @@ from cpt.guard.paired_test import judge
 from cpt.guard.score import ScoredSet
 from cpt.model.gpt_oss import skeleton
 from cpt.model.weights.source import DirectoryWeights
-from cpt.model.weights.writer import write_json
 from cpt.offline.model import OfflineModel, held_out_sets, single_process
+from data_pipeline.store.files import write_json
 from data_pipeline.tables import table
 
 log = logging.getLogger("cpt.release")
@@ -62,7 +62,7 @@ def export_run(
             )
         if sets:
             costs = quantisation_cost(folder, manifest, temporary, sets)
-            write_json(temporary / COST_FILE, {"domains": costs})
+            write_json(temporary / COST_FILE, {"domains": costs}, indent=2, sort_keys=True)
             sections.append(_cost_section(costs))
         card = model_card(manifest, run_dir / "metrics.jsonl", format_name, sections)
         (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +33,7 @@ from cpt.resilience.stop import StopRequest
 from cpt.telemetry.metrics import Telemetry
 from cpt.training.engine import TrainingEngine
 from data_pipeline.dataset import BuiltData
+from data_pipeline.store.files import write_json
 
 log = logging.getLogger("cpt.guard")
 
@@ -395,9 +395,4 @@ def decision_event(
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
+    write_json(path, content)

@@ -66,6 +66,7 @@ from data_pipeline.config.schema import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger, resume_ledger, same_weights
 from data_pipeline.mixture.mixture import GlobalBatch, Mixture
+from data_pipeline.store.files import write_text
 
 log = logging.getLogger("cpt.job.job")
 
@@ -400,7 +401,7 @@ def open_telemetry(config: RunConfig, run_dir: Path, topology: Topology) -> Tele
     if topology.rank != 0:
         return Telemetry(None)
     text = yaml.safe_dump(config.to_plain(), sort_keys=False)
-    (run_dir / "config.resolved.yaml").write_text(text, encoding="utf-8")
+    write_text(run_dir / "config.resolved.yaml", text)
     return Telemetry(run_dir / "metrics.jsonl", trackers_for(config, run_dir))
 
 

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.store.files import write_json
 
 FILE = "rollbacks.json"
 GUARD_FILE = "guard_rollbacks.json"
@@ -127,12 +128,7 @@ def newest_guard_state(
 
 
 def _replace(run_dir: Path, name: str, content: Sequence[dict[str, Any]]) -> None:
-    temporary = run_dir / f".{name}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, run_dir / name)
+    write_json(run_dir / name, content, indent=1)
 
 
 def skipped_by(rollbacks: list[dict[str, int]]) -> list[tuple[int, int]]:

@@ -29,7 +29,6 @@ from cpt.model.weights.writer import (
     check_space,
     published,
     refuse_existing,
-    write_json,
 )
 from cpt.offline.model import OfflineModel, single_process
 from cpt.training.kl_targets import SIDECAR, Sidecar, TargetsOfSource, target_file
@@ -37,7 +36,7 @@ from cpt.training.loader import make_micro_batch
 from data_pipeline.build.self_replay import weights_hash
 from data_pipeline.config.strict_yaml import nearest
 from data_pipeline.dataset import BuiltData, PackedRow
-from data_pipeline.store.files import xxh3_of
+from data_pipeline.store.files import write_json, xxh3_of
 
 LARGEST_TOP_K = 1024
 
@@ -92,7 +91,7 @@ def write_targets(request: TargetsRequest) -> str:
         for name, number in numbers.items():
             _write_source(target_file(folder, name), data, number, request.top_k, top_k_of)
         sidecar = _sidecar(request, data, folder, str(model.dtype).removeprefix("torch."))
-        write_json(folder / SIDECAR, sidecar.content())
+        write_json(folder / SIDECAR, sidecar.content(), indent=2, sort_keys=True)
     rows = sum(source.rows for source in sidecar.sources.values())
     return (
         f"{request.out}: the {request.top_k} likeliest of {sum(tokens.values())} predicted tokens in {rows} rows of "

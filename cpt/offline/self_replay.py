@@ -26,7 +26,7 @@ from cpt.errors import ConfigError, DataError
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.offline.sampling import Sampling, generate, load_for_sampling
 from data_pipeline.build.self_replay import SIDECAR, weights_hash, write_sidecar
-from data_pipeline.store.files import atomic_write
+from data_pipeline.store.files import write_text
 from data_pipeline.text.harmony import DEFAULT_DATE, RETURN, STOP_IDS, encode_prompt
 from data_pipeline.text.harmony_reply import parse_reply
 from data_pipeline.text.tokenizer import decode, encode
@@ -71,8 +71,7 @@ def sample_replay(request: ReplayRequest) -> str:
     names = []
     for name, records in (("plain.jsonl", plain), ("chat.jsonl", chat)):
         if records:
-            with atomic_write(request.out / name) as file:
-                file.write("".join(json.dumps(record) + "\n" for record in records).encode("ascii"))
+            write_text(request.out / name, "".join(json.dumps(r) + "\n" for r in records))
             names.append(name)
     settings = {
         "sampling": asdict(request.sampling),

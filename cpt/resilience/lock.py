@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cpt.errors import ConfigError
+from data_pipeline.store.files import write_json
 
 LOCK = ".lock"
 BEAT_SECONDS = 15.0
@@ -96,9 +97,7 @@ def take_lock(run_dir: Path) -> RunLock:
                     f"--run_dir. If you are sure that it is gone, remove {path}."
                 )
             log.info("%s was left by %s; taken over", path, describe(holder))
-        temporary = path.with_name(f"{LOCK}-{own.token}")
-        temporary.write_text(json.dumps(asdict(own)), encoding="utf-8")
-        os.rename(temporary, path)
+        write_json(path, asdict(own))
     return RunLock(path, own)
 
 

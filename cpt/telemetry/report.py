@@ -10,8 +10,6 @@ fetch.  Every name in it comes from a file and is escaped.  Stages:
 from __future__ import annotations
 
 import math
-import os
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from cpt.telemetry.panels import (
 )
 from cpt.telemetry.plot import Array, clean, step_scale
 from cpt.telemetry.router_panel import router_panel
+from data_pipeline.store.files import write_text
 
 STYLE = """
 *{box-sizing:border-box}
@@ -88,16 +87,9 @@ def write_report(run_dir: Path) -> Path:
         read_run(run_dir), run_dir.resolve().name, f"metrics up to {written:%Y-%m-%d %H:%M} UTC"
     )
     target = run_dir / "report.html"
-    temporary = run_dir / f".report.html.{os.getpid()}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        write_text(target, text)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise StorageError(
             f"{target}: {error.strerror}. Free space or make the directory writable."
         ) from error

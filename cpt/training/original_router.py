@@ -9,12 +9,13 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from cpt.deepspeed_adapter.partition import gathered
 from cpt.model.experts.router_watch import router_parameters
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.training.engine import TrainingEngine
+from data_pipeline.store.files import atomic_write
 
 log = logging.getLogger("cpt.original_router")
 
@@ -51,6 +52,6 @@ def watch_drift(engine: TrainingEngine, run_dir: Path, *, untouched: bool) -> No
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(path)
+    content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as file:
+        file.write(save(content))

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import shutil
@@ -36,7 +35,13 @@ from data_pipeline.build.workers import spread
 from data_pipeline.config.schema import MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.store.files import PARTIAL_SUFFIX, atomic_write, sync_directory, xxh3_of
+from data_pipeline.store.files import (
+    PARTIAL_SUFFIX,
+    cached_per_file,
+    sync_directory,
+    write_json,
+    xxh3_of,
+)
 from data_pipeline.store.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
@@ -153,16 +158,7 @@ def _source_content(source: SourceConfig) -> dict[str, object]:
     return {key: getattr(source, key) for key in keys} | {"files": files}
 
 
-def _file_hash(path: Path) -> str:
-    status = path.stat()
-    return _hash_unchanged(path, status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _hash_unchanged(path: Path, size: int, modified_ns: int, inode: int) -> str:
-    """Read a file once per process; a changed one has another size, time or inode."""
-    del size, modified_ns, inode
-    return xxh3_of(path)
+_file_hash = cached_per_file(max_files=2**16)(xxh3_of)
 
 
 def default_build_dir(mix: MixConfig, root: Path | str) -> Path:
@@ -197,8 +193,7 @@ def _holds_work(work_dir: Path, wanted: str) -> bool:
 def _prepare(work_dir: Path, mix: MixConfig, wanted: str) -> list[list[Part]]:
     """The parts of every source, and a place for them."""
     work_dir.mkdir(exist_ok=True)
-    with atomic_write(work_dir / _WORK_FILE) as file:
-        file.write(json.dumps({"fingerprint": wanted}).encode("ascii"))
+    write_json(work_dir / _WORK_FILE, {"fingerprint": wanted})
     return [
         [
             Part(

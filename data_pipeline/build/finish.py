@@ -8,7 +8,6 @@ Decisions
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from data_pipeline.build.workers import spread
 from data_pipeline.config.schema import MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.store.files import atomic_write, sha256_of, sync_directory
+from data_pipeline.store.files import atomic_write, cached_per_file, sha256_of, sync_directory
 from data_pipeline.store.manifest import FILE_NAME, FORMAT_VERSION, FileEntry, Manifest, SourceEntry
 from data_pipeline.store.packing import ARRAY_NAMES, PackedRows, pack
 from data_pipeline.store.shards import Shard, Shards
@@ -253,15 +252,11 @@ def _save_runs(work_dir: Path, runs: HeldOutRuns) -> None:
 
 
 def _runs(job: _Scan) -> HeldOutRuns:
-    path = job.work_dir / _RUNS_FILE
-    status = path.stat()
-    return _load_runs(path, status.st_mtime_ns, status.st_ino, job.window)
+    return _load_runs(job.work_dir / _RUNS_FILE, job.window)
 
 
-@functools.lru_cache(maxsize=1)
-def _load_runs(path: Path, modified_ns: int, inode: int, window: int) -> HeldOutRuns:
-    """Read once per process and version of the file."""
-    del modified_ns, inode
+@cached_per_file(max_files=1)
+def _load_runs(path: Path, window: int) -> HeldOutRuns:
     return HeldOutRuns.from_hashes(np.load(path), window)
 
 

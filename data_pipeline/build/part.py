@@ -28,7 +28,7 @@ from data_pipeline.build.near_duplicates import NUM_HASHES, Signatures, signatur
 from data_pipeline.build.sources import invent_documents, read_documents
 from data_pipeline.build.units import MOCK_BYTES_PER_TOKEN, Unit
 from data_pipeline.config.source_config import SourceConfig
-from data_pipeline.store.files import atomic_write, sha256_of
+from data_pipeline.store.files import atomic_write, sha256_of, write_json
 from data_pipeline.store.shards import SUFFIX, writing
 from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.harmony import Conversation, body
@@ -136,8 +136,7 @@ def make_part(part: Part) -> Account:
         field.name: getattr(account, field.name) for field in dataclasses.fields(account)
     }
     value["tally"] = tally.to_json()
-    with atomic_write(part.side_path("json")) as file:
-        file.write(json.dumps(value).encode("ascii"))
+    write_json(part.side_path("json"), value)
     return account
 
 

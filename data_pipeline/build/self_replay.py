@@ -19,7 +19,7 @@ import xxhash
 
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.store.files import atomic_write, xxh3_of
+from data_pipeline.store.files import write_json, xxh3_of
 
 SIDECAR = "self_replay.json"
 FORMAT_VERSION = 1
@@ -43,8 +43,7 @@ def write_sidecar(
         "settings": dict(settings),
         "files": {name: xxh3_of(folder / name) for name in names},
     }
-    with atomic_write(folder / SIDECAR) as file:
-        file.write(json.dumps(content, indent=1).encode("ascii") + b"\n")
+    write_json(folder / SIDECAR, content, indent=1)
 
 
 def base_model_of(source: SourceConfig) -> str:

@@ -1,57 +1,140 @@
-"""Files that are complete or absent, and hashes of them."""
+"""Files that are either complete or absent, and the hashes that prove what a file holds.
+
+Decisions
+    Everything in this repository that replaces a file does it here: the bytes go to a temporary
+    name in the same folder, are synced, and are renamed; then the folder is synced, because a
+    rename survives a power cut only once its folder is on disk, too.
+    sha256 is for files that others check with their own tools; xxh3_128 is some ten times faster
+    and is for large files that nobody would forge.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
 import xxhash
 
-_CHUNK_BYTES = 1 << 22
 PARTIAL_SUFFIX = ".partial"
+_CHUNK_BYTES = 4 * 2**20
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class AtomicFile:
+    """A file that is written under a temporary name until `publish` gives it its own.
+
+    For writers that stay open across many calls; anything shorter uses `atomic_write`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # The random part keeps two processes that write the same file from mixing their bytes.
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+        self.file: BinaryIO = self._temporary.open("wb")
+
+    def publish(self) -> None:
+        """Sync the content, and let the file appear under its name."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self._temporary.rename(self._path)
+        sync_directory(self._path.parent)
+
+    def discard(self) -> None:
+        """Close the temporary file and remove it; does nothing after `publish`."""
+        try:
+            self.file.close()
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under `path` only once it is whole and on disk."""
-    # a name of its own, so that two processes at work on the same file cannot mix
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    """Yield a file that appears as `path` once the block has ended without an error."""
+    atomic = AtomicFile(path)
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        yield atomic.file
+        atomic.publish()
     finally:
-        temporary.unlink(missing_ok=True)
+        atomic.discard()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(
+    path: Path, value: Any, *, indent: int | None = None, sort_keys: bool = False
+) -> None:
+    """Write a JSON file atomically: ASCII, and a newline at the end."""
+    write_text(path, json.dumps(value, indent=indent, sort_keys=sort_keys) + "\n")
 
 
 def sync_directory(path: Path) -> None:
     """Make the names in a directory survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
+    """Return the hex sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def xxh3_of(path: Path) -> str:
-    """Hex xxh3_128 of a file; some ten times faster than sha256, for large inputs that nobody
-    forges.
-    """
-    digest = xxhash.xxh3_128()
+    """Return the hex xxh3_128 of a file."""
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
+        return xxh3_of_open(file)
+
+
+def xxh3_of_open(file: IO[bytes]) -> str:
+    """Return the hex xxh3_128 of what is left to read in an open file."""
+    digest = xxhash.xxh3_128()
+    while chunk := file.read(_CHUNK_BYTES):
+        digest.update(chunk)
     return digest.hexdigest()
+
+
+def cached_per_file(
+    max_files: int,
+) -> Callable[[Callable[Concatenate[Path, P], T]], Callable[Concatenate[Path, P], T]]:
+    """Make a decorator that remembers what a function of a file returned, in this process.
+
+    The file is read again once its size, time of modification or inode is another. Further
+    arguments must be hashable.
+
+    Args:
+        max_files: How many results are kept.
+    """
+
+    def decorate(read: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
+        @functools.lru_cache(maxsize=max_files)
+        def read_version(
+            version: tuple[int, int, int], path: Path, *args: P.args, **kwargs: P.kwargs
+        ) -> T:
+            return read(path, *args, **kwargs)
+
+        @functools.wraps(read)
+        def read_cached(path: Path, *args: P.args, **kwargs: P.kwargs) -> T:
+            status = path.stat()
+            version = (status.st_size, status.st_mtime_ns, status.st_ino)
+            return read_version(version, path, *args, **kwargs)  # type: ignore[arg-type]  # hashable
+
+        return read_cached
+
+    return decorate

@@ -14,16 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cpt.errors import ConfigError
+from data_pipeline.store.files import sha256_of, write_text
 
 SUMS_FILE = "SHA256SUMS"
 SAMPLED_BLOCKS, SAMPLED_BLOCK_BYTES = 64, 2**16
 _HASH = re.compile(r"[0-9a-f]{64}")
-
-
-def sha256_of(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def sampled_hash(files: Iterable[Path]) -> str:
@@ -74,7 +69,7 @@ def known_sums(path: Path, files: Iterable[Path]) -> dict[Path, str]:
 def write_sums(path: Path, names: Iterable[str]) -> None:
     """Write SHA256SUMS of files in a directory."""
     lines = [f"{sha256_of(path / name)}  {name}\n" for name in sorted(names)]
-    (path / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+    write_text(path / SUMS_FILE, "".join(lines))
 
 
 def share(sizes: dict[Path, int], rank: int, world_size: int) -> list[Path]:

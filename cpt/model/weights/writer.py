@@ -3,8 +3,8 @@ tensor.
 
 safetensors' own `save_file` wants all tensors of a file at once.  The format is an 8-byte length, a
 JSON header with dtype, shape and byte range of every tensor, and the bytes; so the header is
-written first and pieces go to their place. A file carries the suffix `.part` until it is whole, and
-the index comes last.
+written first and pieces go to their place. A file gets its name once it is
+whole, and the index comes last.
 
 Source: safetensors, README, section Format.
 """
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -28,7 +28,7 @@ from cpt.errors import ConfigError, InternalError, StorageError
 from cpt.model.weights.checksums import write_sums
 from cpt.model.weights.hf_layout import INDEX_FILE, SINGLE_FILE
 from cpt.storage.space import megabytes, write_error
-from data_pipeline.store.files import sync_directory
+from data_pipeline.store.files import AtomicFile, sync_directory, write_json
 
 LARGEST_FILE_BYTES = 4 * 2**30
 """A file holds at least one tensor, and more as long as it stays below this."""
@@ -54,11 +54,8 @@ class TensorFileWriter:
     """One safetensors file being written; `finish` gives it its name."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
-        self._path, self._entries, self._left = (
-            path,
-            entries,
-            {n: math.prod(e.shape) for n, e in entries.items()},
-        )
+        self._entries = entries
+        self._left = {name: math.prod(entry.shape) for name, entry in entries.items()}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, entry in entries.items():
@@ -71,7 +68,8 @@ class TensorFileWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._start = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in entries}
-        self._opened: BinaryIO = open(path.with_name(path.name + ".part"), "wb")  # noqa: SIM115 - closed by finish
+        self._atomic = AtomicFile(path)
+        self._opened = self._atomic.file
         self._opened.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
@@ -86,13 +84,10 @@ class TensorFileWriter:
         return not any(self._left.values())
 
     def finish(self) -> None:
-        self._opened.flush()
-        os.fsync(self._opened.fileno())
-        self._opened.close()
-        os.rename(self._opened.name, self._path)
+        self._atomic.publish()
 
     def close(self) -> None:
-        self._opened.close()
+        self._atomic.discard()
 
 
 class DirectoryWriter:
@@ -145,7 +140,7 @@ class DirectoryWriter:
             )
         if len(self._names) > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": self._file_of}
-            write_json(self._folder / INDEX_FILE, index)
+            write_json(self._folder / INDEX_FILE, index, indent=2, sort_keys=True)
         write_sums(self._folder, self._names)
 
 
@@ -208,8 +203,3 @@ def check_space(folder: Path, num_bytes: int) -> None:
         raise StorageError(
             f"the weights need {megabytes(num_bytes)}, {megabytes(free)} are free at {folder}."
         )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file as people read it."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ import numpy as np
 
 from cpt.errors import ConfigError, EvaluationFailed
 from cpt.offline.evaluation.tasks import Task
-from data_pipeline.store.files import atomic_write
+from data_pipeline.store.files import write_json
 
 FORMAT_VERSION = 1
 
@@ -83,8 +83,7 @@ def write_scores(
     content["tasks"] = {name: dataclasses.asdict(score) for name, score in scores.items()}
     content["verdicts"] = [dataclasses.asdict(verdict) for verdict in verdicts]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=1).encode("ascii") + b"\n")
+    write_json(path, content, indent=1)
 
 
 def read_scores(path: Path) -> dict[str, Score]:
