@@ -9,54 +9,56 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainLimits:
-    """Limits of one held-out domain that differ from the others'."""
+    """Limits of one held-out domain that differ from those of `guard`."""
 
     tolerance_percent: float | None = None
-    """As in `guard`; left out: that one."""
+    """Tolerated rise of this domain's bits per byte in percent; the default is
+    `guard.tolerance_percent`."""
     hard_limit_percent: float | None = None
-    """As in `guard`; left out: that one."""
+    """Rise of this domain in percent that pauses the run if it persists; the default is
+    `guard.hard_limit_percent`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardSection:
-    """Watching held-out text, and what is done about it (cpt/guard/ladder.py)."""
+    """The `guard` section: when held-out text is scored, and what a loss causes
+    (cpt/guard/ladder.py)."""
 
     enabled: bool = True
     """Measure held-out bits per byte before step 0, every `interval_steps` and at the end."""
     interval_steps: int = 0
-    """Steps between measurements; 0: only before step 0 and at the end."""
+    """Optimizer steps between measurements; 0 measures only before step 0 and at the end."""
     tolerance_percent: float = 1.0
-    """Rise of bits per byte over the untouched model that is tolerated, per domain."""
+    """Tolerated rise of bits per byte over the untouched model, in percent, for each domain."""
     hard_limit_percent: float = 5.0
-    """Rise that pauses the run if it stays."""
+    """Rise of bits per byte in percent that pauses the run if it persists."""
     domains: dict[str, DomainLimits] = field(default_factory=dict)
-    """Other limits for single domains, by name."""
+    """Limits of single domains, by name of the domain."""
     max_documents: int = 256
-    """Documents scored per domain, each as a whole."""
+    """Documents that are scored per domain, each as a whole."""
     policy: Literal["act", "warn"] = "act"
-    """act: raise replay, lower the learning rate, pause, roll back; warn: only tell."""
+    """act raises replay, lowers the learning rate, pauses and rolls back; warn only writes a
+    warning."""
     act_at: float = 0.5
-    """Share of the tolerance from which on a rise that is certain counts."""
+    """Share of the tolerance from which on a statistically certain rise counts."""
     replay_factor: float = 1.5
-    """A raise multiplies the share of a domain's sources by this, ..."""
+    """Raising replay multiplies the share of a domain's sources by this factor."""
     replay_step: float = 0.03
-    """... and adds at least this share of all tokens."""
+    """Raising replay adds at least this share of all tokens."""
     max_replay_share: float = 0.75
-    """Largest share of all sources that are not in the main language, the one with the largest
-    share of the mix.
-    """
+    """Largest total share of the sources that are not in the main language, which is the one with
+    the largest share of the mix."""
     lr_factor: float = 0.5
-    """Lowering the learning rate multiplies it by this."""
+    """Lowering the learning rate multiplies it by this factor."""
     min_lr_scale: float = 0.25
-    """Least product of these factors."""
+    """Smallest product of all these factors."""
     patience: int = 2
-    """Measurements after a lever was pulled before the learning rate is lowered."""
+    """Measurements to wait after an action before the learning rate is lowered."""
     pause_after: int = 4
-    """Measurements without a lever left, or in a row over the hard limit, before the run pauses."""
+    """Measurements with no action left, or in a row over the hard limit, before the run pauses."""
     max_rollbacks: int = 1
-    """Pauses after which the run goes on from its last green checkpoint; the next one ends it with
-    78.
-    """
+    """How many pauses are followed by a return to the last green checkpoint; the next pause ends
+    the run with exit code 78."""
 
     def limits(self, domain: str) -> tuple[float, float]:
         """Tolerance and hard limit of a domain in percent."""

@@ -20,38 +20,39 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSection:
-    """What is trained."""
+    """The `model` section: which model is trained, and how it computes."""
 
     path: Path | None = None
-    """Hugging Face directory (safetensors); exclusive with `init`."""
+    """Hugging Face directory of safetensors, relative to the run YAML; give either this or `init`.
+    """
     init: Literal["tiny", "gpt-oss-20b", "gpt-oss-120b"] | None = None
-    """Random weights of a published configuration; exclusive with `path`."""
+    """Architecture to start from random weights; give either this or `path`."""
     attention: str = "auto"
-    """Attention backend: auto picks the fastest one that is right here."""
+    """Attention backend; auto takes the fastest one that is exact on this machine (`cpt doctor`
+    lists all)."""
     window_exchange: Literal["auto", "halo", "ulysses"] = "auto"
-    """How window layers exchange tokens under sequence parallelism: with the left neighbour (halo)
-    or as full layers do (ulysses); auto takes the halo where one neighbour holds the whole
-    window."""
+    """How window layers exchange tokens under sequence parallelism: halo exchanges with the left
+    neighbor only, ulysses works as full layers do, auto takes the halo where one neighbor holds the
+    whole window."""
     verify_checksums: bool = True
-    """Compare the weight files of `path` with SHA256SUMS beside them, or with the names of their
-    blobs in a cache of the Hugging Face Hub, before the first step; files of which neither knows
-    are read as they are."""
+    """Compare the weight files of `path` with their known SHA-256 before the first step. The hashes
+    come from a SHA256SUMS file beside them or from the blob names of a Hugging Face Hub cache; a
+    file without a known hash is read unverified."""
     activation_checkpointing: bool = False
-    """Compute each layer again in the backward pass instead of storing its activations."""
+    """Recompute each layer in the backward pass instead of storing its activations."""
     offload_checkpoints: bool = False
     """Keep the layer inputs that activation checkpointing stores in host memory until their
-    backward.
-    """
+    backward pass."""
     expert_recompute: Literal["keep", "recompute"] = "recompute"
-    """With activation_checkpointing and expert parallelism: keep the rows that other ranks sent
-    (experts_per_token x hidden_size values per token and layer), or send them again in the backward
-    pass (a quarter more bytes)."""
+    """What activation checkpointing does with rows that other ranks sent under expert parallelism:
+    keep stores them (experts_per_token x hidden_size values per token and layer), recompute sends
+    them again in the backward pass (a quarter more bytes)."""
     router_aux_loss_coef: float = 0.0
-    """Weight of each layer's load-balancing loss, 1 at perfect balance
-    (cpt/model/experts/router_watch.py); 0, as gpt-oss is trained by default: off.  Published:
-    Switch Transformer 0.01; the released config.json says 0.9, without use."""
+    """Weight of each layer's load-balancing loss, which is 1 at perfect balance
+    (cpt/model/experts/router_watch.py); 0 turns it off. Published value: Switch Transformer 0.01.
+    The released config.json sets 0.9, but the released code never uses it."""
     router_z_loss_coef: float = 0.0
-    """Weight of each layer's router z-loss; 0: off.  Published: ST-MoE 0.001."""
+    """Weight of each layer's router z-loss; 0 turns it off. Published value: ST-MoE 0.001."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if (self.path is None) == (self.init is None):
@@ -71,80 +72,78 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSection:
-    """What it is trained on."""
+    """The `data` section: what the model is trained on."""
 
     mix: Path
     """Data-mix YAML, relative to the run YAML."""
     build_dir: Path | None = None
-    """Built shards; default: data/<mix>-<fingerprint>, built on the spot when the input is
-    small.
-    """
+    """Folder of the built shards, relative to the run YAML. The default is data/MIX-FINGERPRINT in
+    the current directory; a small input is built there when the run starts."""
     auto_build_limit_bytes: int = 256 * 2**20
-    """Largest input that training builds by itself."""
+    """Largest input in bytes that a run builds by itself."""
     accept_mix_change: bool = False
-    """Go on with a mix that was edited since the last checkpoint, as a new segment of the
-    ledger.
-    """
+    """Continue with a mix that was edited since the last checkpoint; it becomes a new segment of
+    the ledger."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSection:
-    """How it is trained."""
+    """The `train` section: length, schedule and optimizer of the run."""
 
     seq_len: int
-    """Tokens of a packed row; must equal the mix's."""
+    """Tokens of a packed row; must equal the mix's `seq_len`."""
     global_batch_size: int
     """Packed rows of one optimizer step, over all ranks."""
     micro_batch_size: int | Literal["auto"] = "auto"
-    """Packed rows of one forward pass; auto: 1."""
+    """Packed rows of one forward pass; auto is 1."""
     total_steps: int
-    """Optimizer steps of the schedule; 0 loads, saves and leaves."""
+    """Optimizer steps of the schedule; 0 loads the model, saves it and ends."""
     stop_at_step: int | None = None
-    """Save and leave with exit code 0 after this step, the schedule unchanged."""
+    """Save and end with exit code 0 after this step; the schedule stays that of `total_steps`."""
     lr: float
     """Peak learning rate."""
     min_lr_ratio: float = 0.1
-    """Floor of the schedule as a share of `lr`."""
+    """Lowest learning rate of the schedule as a share of `lr`."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    """Cosine to the floor, constant, or warm-up / stable / linear decay to the floor."""
+    """Course of the learning rate after the warm-up: a cosine down to the floor, constant, or wsd
+    (stable, then a linear decay to the floor)."""
     warmup_steps: int = 0
-    """Linear warm-up from 0."""
+    """Optimizer steps of the linear warm-up from 0."""
     decay_steps: int = 0
-    """Length of the decay of `wsd`."""
+    """Optimizer steps of the decay of `schedule: wsd`."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; biases, norms and sinks get none."""
+    """Decoupled weight decay of matrices; biases, norms and sinks are not decayed."""
     beta1: float = 0.9
-    """Adam's first-moment decay."""
+    """Decay rate of Adam's first moment."""
     beta2: float = 0.95
-    """Adam's second-moment decay."""
+    """Decay rate of Adam's second moment."""
     eps: float = 1e-8
     """Adam's epsilon."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     max_rollbacks: int = 1
-    """Times a run may go back to a checkpoint because three updates in a row were not finite; the
-    next one ends it.
-    """
+    """How often a run may return to a checkpoint because three updates in a row were not finite;
+    the next time it ends with exit code 70."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Working precision; master weights and Adam moments are fp32 in both."""
+    """Working precision; master weights and Adam's moments are fp32 in both."""
     seed: int = 1234
-    """Seeds the weights of `init`; the order of the data follows the mix's own seed."""
+    """Seed of the random weights of `model.init`; the order of the data follows the mix's own seed.
+    """
     freeze: tuple[str, ...] = ()
-    """Parameters left as they are: name patterns (`model.layers.0.*`) or the words router, experts,
-    attention, sinks, norms, embeddings, lm_head."""
+    """Parameters to leave unchanged: name patterns such as `model.layers.0.*`, or the words router,
+    experts, attention, sinks, norms, embeddings and lm_head."""
     kl_targets: Path | None = None
-    """Folder that `cpt kl_targets` wrote: the base model's distributions, for rows of some
-    sources; relative to the run YAML."""
+    """Folder that `cpt replay targets` wrote, with the base model's distributions for the rows of
+    some sources; relative to the run YAML."""
     kl_weight: float | None = None
-    """Weight of the divergence from them in nats per predicted token; needed with kl_targets, 0
-    only measures it.
-    """
+    """Weight of the divergence from these distributions, in nats per predicted token. It must be
+    given with `kl_targets`; 0 only measures the divergence."""
     gc_interval_steps: int = 0
-    """Steps between garbage collections, on all ranks at once and at no other time; 0 leaves it to
-    Python.
-    """
+    """Optimizer steps between Python garbage collections, which then happen on all ranks at once
+    and at no other time; 0 leaves them to Python."""
     threads: int | None = None
-    """CPU threads per process; default: cores / processes on this node."""
+    """CPU threads of each process; the default is the cores of the node divided by its processes.
+    """
 
     def check(self) -> Iterator[tuple[str, str]]:
         at_least = {
@@ -199,25 +198,24 @@ class TrainSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSection:
-    """What survives."""
+    """The `checkpoint` section: when state is saved, and what is kept."""
 
     interval_steps: int = 0
-    """Steps between periodic saves; 0: only at the end."""
+    """Optimizer steps between periodic saves; 0 saves only at the end."""
     keep_last: int = 2
-    """Complete checkpoints to keep."""
+    """How many of the newest complete checkpoints are kept."""
     keep_every_steps: int = 0
-    """Checkpoints of multiples of this step are kept for good, besides `keep_last`; 0: none."""
+    """Checkpoints at multiples of this step are kept for good, besides `keep_last`; 0 keeps none.
+    """
     async_save: bool = True
-    """Periodic saves copy the state to host memory (12 bytes per parameter over all ranks) and are
-    written while training goes on; false: training waits for each."""
+    """Periodic saves copy the state to host memory (12 bytes per parameter over all ranks) and
+    write it while training continues; false makes training wait for each save."""
     stop_budget_seconds: int = 540
-    """Longest time from the decision to stop until the process has left; it ends with 74 when it is
-    used up.
-    """
+    """Longest time in seconds from the decision to stop until the process has left; when it is used
+    up, the process ends with exit code 74."""
     stop_margin_seconds: int = 300
-    """Under SLURM: stop this long before the end time of the job, at most a quarter of what is left
-    at start.
-    """
+    """Under SLURM, seconds before the job's end at which the run stops; at most a quarter of the
+    time left at the start."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         for name in ("interval_steps", "keep_every_steps", "stop_margin_seconds"):
@@ -231,22 +229,20 @@ class CheckpointSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WatchdogSection:
-    """When a rank counts as hung or slow."""
+    """The `watchdog` section: when a rank counts as hung or slow."""
 
     enabled: bool = True
-    """Watch all ranks; a hung one ends the run with exit code 71."""
+    """Watch all ranks; a hung rank ends the run with exit code 71."""
     timeout_seconds: float = 900.0
-    """Longest stay in one phase of a step: reading data, forward, backward, update."""
+    """Longest time in seconds in one phase of a step: reading data, forward, backward, update."""
     long_timeout_seconds: float = 14400.0
-    """Longest stay in one of the others: loading, saving, scoring held-out text, rolling back,
-    exporting.
-    """
+    """Longest time in seconds in one of the other phases: loading, saving, scoring held-out text,
+    sampling, rolling back, exporting."""
     interval_seconds: float = 1.0
-    """Seconds between two looks."""
+    """Seconds between two checks."""
     straggler_ratio: float = 2.0
-    """A step of one rank that takes this many median steps while the others wait is reported; 0:
-    none is.
-    """
+    """A step of one rank that takes this many times the median step while the others wait is
+    reported; 0 turns the report off."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.interval_seconds < 0.05:
@@ -263,35 +259,32 @@ class WatchdogSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TelemetrySection:
-    """What can be seen."""
+    """The `telemetry` section: what is measured, and where it is sent."""
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Weights & Biases mode; offline writes into the run directory."""
     wandb_project: str = "gpt-oss-cpt"
-    """Weights & Biases project."""
+    """Name of the Weights & Biases project."""
     tensorboard: bool = False
     """Write TensorBoard event files into the run directory."""
     memory_report: bool = False
-    """Measure the memory of the second step after a start, part by part, beside the prediction of
-    --dry_run.
-    """
+    """Measure the memory of the second step after a start, part by part, and compare it with the
+    prediction of --dry_run."""
     export_at_end: bool = False
     """Write a Hugging Face directory (bf16) into the run directory when the run is done."""
     router_interval_steps: int = 100
-    """Steps between lines about the routers: load, entropy, drift from the untouched model, by
-    language; 0: never.
-    """
+    """Optimizer steps between measurements of the routers: load, entropy and drift from the
+    untouched model, by language; 0 turns them off."""
     sample_interval_steps: int = 0
-    """Steps between continuations of `sample_prompts` in the log, metrics.jsonl and the trackers;
-    0: never.
-    """
+    """Optimizer steps between continuations of `sample_prompts` in the log, metrics.jsonl and the
+    trackers; 0 turns them off."""
     sample_prompts: tuple[str, ...] = (
         "\u6614\u3005\u3001\u3042\u308b\u3068\u3053\u308d\u306b",
         "Once upon a time",
     )
     """Texts that are continued, always by the likeliest token, so that steps can be compared."""
     sample_tokens: int = 32
-    """Tokens of a continuation."""
+    """Tokens of each continuation."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         for name in ("sample_interval_steps", "router_interval_steps"):
@@ -323,9 +316,10 @@ class ExpertParallelJson:
     enabled: bool = False
     """Spread the experts over ranks."""
     autoep_size: int | Literal["auto"] = "auto"
-    """Ranks that together hold all experts of a layer."""
+    """Ranks that together hold all experts of a layer; auto takes the largest size that divides the
+    ranks of a node and the experts."""
     preset_model: Literal["gpt_oss"] = "gpt_oss"
-    """Layout of the experts."""
+    """Layout of the experts; gpt_oss is the only one."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if isinstance(self.autoep_size, int) and self.autoep_size < 1:
@@ -334,7 +328,7 @@ class ExpertParallelJson:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchInfo:
-    """What the launcher decided."""
+    """The sizes that the launcher decided."""
 
     world_size: int
     """Number of ranks."""

@@ -31,19 +31,19 @@ class GuardDomain:
     """Held-out documents that are measured together."""
 
     name: str
-    """Unique; names the domain in metrics."""
+    """Unique name of the domain in metrics."""
     language: str
-    """One of LANGUAGES."""
+    """Label of the text, as for a source."""
     sources: tuple[str, ...] = ()
-    """Names of sources with held_out_share > 0."""
+    """Names of sources whose held-out documents form the domain; each needs a `held_out_share`
+    above 0."""
     path: str | tuple[str, ...] | None = None
-    """In place of `sources`: files, relative to the YAML file, that are measured as a whole and
-    never trained on.
-    """
+    """Instead of `sources`: files, relative to the YAML file, that are measured as a whole and
+    never trained on."""
     format: Literal["auto", "jsonl", "parquet", "text", "harmony"] = "auto"
-    """Of `path`, as for a source."""
+    """Format of the files of `path`, as for a source."""
     text_field: str = "text"
-    """Of `path`, as for a source."""
+    """Key or column that holds the text in the files of `path`."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Rules within one domain."""
@@ -87,11 +87,12 @@ class GuardConfig:
     """How held-out documents are grouped."""
 
     domains: tuple[GuardDomain, ...] = ()
-    """Empty: one domain per source that has held-out documents, named like the source."""
+    """Groups of held-out documents; empty makes one domain of each source that holds out documents,
+    with the source's name."""
     min_documents: int = 6
-    """Held-out documents that a domain must have.  With fewer than 6, even if all of them got
-    worse, chance alone would do so more often than the 5 % that a 95 % interval allows (two-sided
-    sign test: 2 / 2^5 = 6.3 %)."""
+    """Held-out documents that a domain must have. With fewer than 6, even if all of them got worse,
+    chance alone would do so more often than the 5 % that a 95 % interval allows (two-sided sign
+    test: 2 / 2^5 = 6.3 %)."""
     min_tokens: int = 1000
     """Predicted tokens that the held-out documents of a domain must have."""
 
@@ -110,9 +111,9 @@ class LanguageLimits:
     """Bounds on the share of the predicted tokens that a language may have."""
 
     min_share: float = 0.0
-    """0 to 1."""
+    """Smallest share, 0 to 1."""
     max_share: float = 1.0
-    """0 to 1."""
+    """Largest share, 0 to 1."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Rules within one language."""
@@ -128,37 +129,34 @@ class LanguageLimits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MixConfig:
-    """A whole data mix."""
+    """The data-mix YAML as a whole."""
 
     name: str = ""
-    """What the mix is called; empty: the name of its file without the suffix."""
+    """Name of the mix; empty takes the file's name without its suffix."""
     seq_len: int
-    """Tokens: input slots in a packed row."""
+    """Tokens: input slots of a packed row."""
     seed: int
-    """Decides the order of the rows."""
+    """Seed of the order of the rows."""
     sources: tuple[SourceConfig, ...]
-    """At least one."""
+    """Sources of the mix; at least one."""
     guard: GuardConfig = GuardConfig()
-    """Grouping of held-out documents."""
+    """How held-out documents are grouped for the guard."""
     max_reject_share: float = 0.05
     """Share of a source's documents that may be unusable before the build stops, 0 to 1."""
     languages: dict[str, LanguageLimits] = dataclasses.field(default_factory=dict)
-    """Floors and ceilings by language; a mix outside them is refused."""
+    """Bounds on the share of a language, by language; a mix outside them is refused."""
     packing: Literal["best_fit", "concatenate"] = "best_fit"
-    """`concatenate` fills each row to the brim and cuts documents at its end; it is there for
-    comparison.
-    """
+    """best_fit keeps documents whole; concatenate fills each row to the end and cuts documents
+    there, for comparison."""
     near_duplicates: float = 0.8
-    """Jaccard similarity of 5-token shingles from which on a document counts as a copy; 0: exact
-    copies only.
-    """
+    """Jaccard similarity of 5-token shingles from which on a document counts as a copy; 0 finds
+    exact copies only."""
     decontaminate_tokens: int = 50
-    """A document that shares a run of this many tokens with a held-out one is not trained on; 0:
-    off.  Runs that more than 10 documents have are stock texts and do not count."""
+    """A document that shares a run of this many tokens with a held-out document is not trained on;
+    0 turns this off. Runs that occur in more than 10 documents are boilerplate and do not count."""
     max_mislabelled_share: float = 0.05
     """Share of a source's documents that may be in another language than its label before `audit`
-    fails, 0 to 1.
-    """
+    fails, 0 to 1."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Rules on the top-level keys alone; those that span sources are in `_check_across`."""

@@ -60,30 +60,30 @@ class SourceConfig:
     """One stream of documents of one language and domain."""
 
     name: str
-    """Unique within the mix; names folders and metrics: lower-case letters, digits, `_` and `-`."""
+    """Unique name within the mix, used for folders and metrics: lower-case letters, digits, `_` and
+    `-`."""
     language: str
-    """One of LANGUAGES."""
+    """Label of the text: an ISO 639-1 code, or code, math, parallel or mixed."""
     domain: str
-    """Kind of text, free: web, encyclopedia, code."""
+    """Kind of text in your own words, for example web, encyclopedia or code."""
     path: str | tuple[str, ...] | None = None
-    """File, glob, or a list of them, relative to the YAML file; a folder for `huggingface` and
-    `build`.
-    """
+    """File, glob, or a list of them, relative to the YAML file; a folder for the formats
+    huggingface and build."""
     format: Literal[
         "auto", "jsonl", "parquet", "text", "harmony", "huggingface", "build", "mock"
     ] = "auto"
-    """`auto` goes by the suffix; `text` is one document a file; `harmony` JSONL conversations (see
-    `harmony`); `huggingface` a dataset, from the hub or saved on disk; `build` the training
-    documents of an earlier build; `mock` random tokens for speed tests."""
+    """auto goes by the suffix; text is one document per file; harmony reads JSONL conversations;
+    huggingface reads a dataset from the Hub or from disk; build takes the training documents of an
+    earlier build; mock invents random tokens for speed tests."""
     kind: Literal["given", "self_replay"] = "given"
-    """`self_replay`: text that the base model wrote (`cpt replay`), whose sidecar is verified;
-    training refuses it if it starts from another model."""
+    """self_replay is text that the base model wrote (`cpt replay`): its sidecar is verified, and
+    training refuses it if the run starts from another model."""
     text_field: str = "text"
     """Key (JSONL) or column (Parquet, datasets) that holds the text."""
     template: str | None = None
-    """Text made of several fields, for example "{title}\n\n{body}"; replaces `text_field`."""
+    """Text composed of several fields, for example "{title}\n\n{body}"; replaces `text_field`."""
     dataset: str | None = None
-    """Name on the Hugging Face hub, for `format: huggingface` without `path`."""
+    """Name on the Hugging Face Hub, for `format: huggingface` without `path`."""
     revision: str | None = None
     """Commit of `dataset`: 40 hexadecimal digits, so that the text cannot change under the run."""
     subset: str | None = None
@@ -91,21 +91,20 @@ class SourceConfig:
     split: str = "train"
     """Split of a Hugging Face dataset."""
     build_sources: tuple[str, ...] = ()
-    """Sources of an earlier build to take; empty: all of them."""
+    """Sources to take from an earlier build; empty takes all of them."""
     normalise: tuple[Normalisation, ...] = ()
-    """Steps done to each text, in the order of `clean.STEPS`; empty: the text is taken as it
-    stands.
-    """
+    """Cleaning steps, done in the order of `STEPS` in data_pipeline/text/cleaning.py; empty leaves
+    the text unchanged."""
     weight: float
     """Share of the predicted tokens, 0 to 1; all weights sum to 1."""
     held_out_share: float = 0.0
-    """Share of the documents that are never trained on, 0 to 1."""
+    """Share of the documents that are held out for measurement and never trained on, 0 to 1."""
     max_epochs: float | None = None
-    """Epochs; a plan that repeats the source more often is refused."""
+    """Largest number of epochs; a plan that repeats the source more often is refused."""
     num_documents: int | None = None
     """Documents to invent, for `format: mock` only."""
     mean_tokens: int | None = None
-    """Mean tokens per invented document, for `format: mock` only."""
+    """Mean tokens of an invented document, for `format: mock` only."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Rules within one source."""
