@@ -51,7 +51,7 @@ from guard_parts import drawing  # noqa: E402
 from guard_parts.text import write_domains  # noqa: E402
 from transformers import GptOssConfig, GptOssForCausalLM  # noqa: E402
 
-from cpt.model import gpt_oss  # noqa: E402
+from cpt.model.configuration import PRESETS  # noqa: E402
 from cpt.telemetry.metrics import read_events  # noqa: E402
 from data_pipeline.build.build import build  # noqa: E402
 from data_pipeline.config.schema import load_mix  # noqa: E402
@@ -149,7 +149,7 @@ def prepare(work_dir: Path) -> None:
     write_domains(work_dir / "text")
     build(load_mix(write_mix(work_dir, "pretrain", seed=0, replay=1.0)), work_dir / "build")
     torch.manual_seed(0)
-    config = GptOssConfig(**{**gpt_oss.PRESETS["tiny"], **MODEL})
+    config = GptOssConfig(**{**PRESETS["tiny"], **MODEL})
     GptOssForCausalLM(config).save_pretrained(work_dir / "initial.part")
     (work_dir / "initial.part").rename(work_dir / "initial")
 

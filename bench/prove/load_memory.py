@@ -49,10 +49,11 @@ def write_fixture(path: Path) -> int:
     """
     from transformers import GptOssConfig
 
-    from cpt.model import gpt_oss
-    from cpt.model.weights.source import expected_shapes
+    from cpt.model.configuration import PRESETS
+    from cpt.model.parameters import parameter_shapes
+    from cpt.model.weights.hf_layout import is_expert_matrix
 
-    config = GptOssConfig(**{**gpt_oss.PRESETS["tiny"], **MODEL})
+    config = GptOssConfig(**{**PRESETS["tiny"], **MODEL})
     config.save_pretrained(str(path))
     values = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(
@@ -61,10 +62,10 @@ def write_fixture(path: Path) -> int:
     files: dict[str, dict[str, torch.Tensor]] = {}
     decoded_bytes = 0
     generator = torch.Generator().manual_seed(0)
-    for name, shape in expected_shapes(gpt_oss.skeleton(config, torch.bfloat16)).items():
+    for name, shape in parameter_shapes(config).items():
         layer = name.split(".")[2] if ".layers." in name else "x"
         tensors = files.setdefault(f"model-{layer}.safetensors", {})
-        if len(shape) == 3:
+        if is_expert_matrix(name, shape):
             experts, inputs, rows = shape
             blocks = (experts, rows, inputs // 32, 16)
             tensors[name + "_blocks"] = torch.randint(
@@ -126,7 +127,7 @@ def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
 def worker(path: Path) -> None:
     """One rank."""
     from cpt.deepspeed_adapter.groups import create_topology, init_distributed
-    from cpt.model.weights.source import load_config
+    from cpt.model.configuration import load_config
     from cpt.parallel.agreement import gather_json
 
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunYaml, load, resolve
 from cpt.errors import ConfigError
-from cpt.model.weights.source import load_config
+from cpt.model.configuration import load_config
 from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.figure import draw
 from cpt.planning.hardware import GPUS, Assumptions, Gpu

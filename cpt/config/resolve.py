@@ -13,6 +13,7 @@ from typing import Any
 from cpt.config.engine_json import OFFLOADS, OWN_KEYS, REFUSED_KEYS
 from cpt.config.layout import SizeChooser, Wanted, divides, expert_rules, sequence_rules
 from cpt.config.sections import LaunchInfo, RunConfig, RunYaml
+from cpt.config.window import window_tokens
 from cpt.errors import ConfigError
 from data_pipeline.config.strict_yaml import Located
 
@@ -119,7 +120,7 @@ class _Resolver:
     def _use_halo(self, sp_size: int) -> bool:
         wanted = self.run.model.window_exchange
         local_tokens = self.run.train.seq_len // sp_size
-        reach = (self.model.sliding_window or 1) - 1
+        reach = window_tokens(self.model) - 1
         if sp_size == 1:
             return False
         if wanted == "halo" and local_tokens < reach:

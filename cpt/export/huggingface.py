@@ -20,9 +20,9 @@ from cpt.checkpoint.weights import stored_pieces
 from cpt.errors import CheckpointError, ConfigError
 from cpt.export.quantization_error import ErrorOfTensor, quantisation_report
 from cpt.export.tokenizer import save_tokenizer
-from cpt.model.gpt_oss import skeleton
-from cpt.model.weights.hf_layout import BLOCKS, SCALES, is_expert_name
-from cpt.model.weights.source import mxfp4
+from cpt.model.parameters import parameter_shapes
+from cpt.model.weights import mxfp4
+from cpt.model.weights.hf_layout import BLOCKS, SCALES, is_expert_matrix
 from cpt.model.weights.writer import (
     DirectoryWriter,
     Entry,
@@ -94,8 +94,7 @@ def export_checkpoint(
 
 def _check_keys(folder: Path, manifest: Manifest) -> None:
     """The checkpoint must hold the tensors of its model, no more and no less, in their shapes."""
-    model = skeleton(GptOssConfig(**manifest.state["model_config"]), torch.bfloat16)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = parameter_shapes(GptOssConfig(**manifest.state["model_config"]))
     stored = {name: record.shape for name, record in manifest.tensors.items()}
     problems = [f"tensor '{name}' is missing." for name in sorted(expected.keys() - stored.keys())]
     problems += [
@@ -111,16 +110,12 @@ def _check_keys(folder: Path, manifest: Manifest) -> None:
         raise CheckpointError(f"{folder.name} is not exported: " + " ".join(problems[:5]))
 
 
-def _is_quantised(name: str, shape: tuple[int, ...]) -> bool:
-    return is_expert_name(name) and len(shape) == 3
-
-
 def _entries(manifest: Manifest, format_name: str) -> dict[str, Entry]:
     """What the directory will hold, in order of writing."""
     dtype = DTYPES[format_name]
     entries: dict[str, Entry] = {}
     for name, record in sorted(manifest.tensors.items()):
-        if format_name == "mxfp4" and _is_quantised(name, record.shape):
+        if format_name == "mxfp4" and is_expert_matrix(name, record.shape):
             experts, inputs, rows = record.shape
             if inputs % mxfp4.BLOCK:
                 raise ConfigError(

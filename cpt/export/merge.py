@@ -23,9 +23,11 @@ import torch
 from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
-from cpt.model.gpt_oss import skeleton
-from cpt.model.weights.hf_layout import read_json
-from cpt.model.weights.source import DirectoryWeights, WeightSource, expected_shapes, load_config
+from cpt.model.configuration import load_config
+from cpt.model.parameters import parameter_shapes
+from cpt.model.weights.directory import DirectoryWeights
+from cpt.model.weights.hf_layout import is_expert_matrix, read_json
+from cpt.model.weights.source import WeightSource
 from cpt.model.weights.writer import DirectoryWriter, Entry, check_space
 from data_pipeline.store.files import write_json
 
@@ -110,7 +112,7 @@ class Pair:
         for name, shape in self.shapes.items():
             numel = math.prod(shape)
             unit = (
-                numel // shape[0] if len(shape) == 3 else 1
+                numel // shape[0] if is_expert_matrix(name, shape) else 1
             )  # cutting an expert would read its codes in strips
             step = max(1, WINDOW_NUMEL // unit) * unit
             for start in range(0, numel, step):
@@ -132,7 +134,7 @@ class MergedWeights:
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
         """See `cpt.model.weights.source.WeightSource`."""
         shape = self._pair.shapes[name]
-        step = math.prod(shape[1:]) if len(shape) == 3 else WINDOW_NUMEL
+        step = math.prod(shape[1:]) if is_expert_matrix(name, shape) else WINDOW_NUMEL
         for low in range(start, stop, step):
             high = min(stop, low + step)
             base, tuned = (
@@ -166,12 +168,12 @@ def open_pair(base: Path, tuned: Path) -> Pair:
                 for key in different
             ]
         )
-    model = skeleton(configs[0], torch.bfloat16)
+    shapes = parameter_shapes(configs[0])
     return Pair(
-        base=DirectoryWeights(base, model),
-        tuned=DirectoryWeights(tuned, model),
+        base=DirectoryWeights(base, shapes),
+        tuned=DirectoryWeights(tuned, shapes),
         config=configs[0],
-        shapes=dict(sorted(expected_shapes(model).items())),
+        shapes=dict(sorted(shapes.items())),
     )
 
 

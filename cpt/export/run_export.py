@@ -20,8 +20,8 @@ from cpt.export.model_card import markdown_table, model_card
 from cpt.export.quantization_error import report_rows
 from cpt.guard.paired_test import judge
 from cpt.guard.score import ScoredSet
-from cpt.model.gpt_oss import skeleton
-from cpt.model.weights.source import DirectoryWeights
+from cpt.model.parameters import parameter_shapes
+from cpt.model.weights.directory import DirectoryWeights
 from cpt.offline.model import OfflineModel, held_out_sets, single_process
 from data_pipeline.store.files import write_json
 from data_pipeline.tables import table
@@ -104,7 +104,7 @@ def quantisation_cost(
         model = OfflineModel(config, topology)
         model.load(CheckpointWeights(folder, manifest, torch.bfloat16))
         before = model.score_all(sets)
-        model.load(DirectoryWeights(exported, skeleton(config, torch.bfloat16)))
+        model.load(DirectoryWeights(exported, parameter_shapes(config)))
         after = model.score_all(sets)
     costs = []
     for exact, rounded in zip(before, after, strict=True):

@@ -22,6 +22,7 @@ from transformers import GptOssConfig
 from cpt.checkpoint.loading import LoadedState, flat_ranges, load_checkpoint
 from cpt.checkpoint.saver import Saver
 from cpt.config import RunConfig
+from cpt.config.window import window_tokens
 from cpt.deepspeed_adapter.partition import materialise_partitioned
 from cpt.deepspeed_adapter.shards import publish_master_weights, set_optimizer_step
 from cpt.errors import ConfigError
@@ -42,10 +43,11 @@ from cpt.model import attention, gpt_oss
 from cpt.model.attention import Attention
 from cpt.model.attention.probe import run_probe
 from cpt.model.freezing import freeze
-from cpt.model.weights import source as weights
+from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.checksums import damaged, known_sums, share
+from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.random_init import RandomWeights
-from cpt.model.weights.source import DirectoryWeights, WeightSource
+from cpt.model.weights.source import WeightSource, fill_parts
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
@@ -191,7 +193,7 @@ def build_engine(
         )
     except ValueError as error:
         raise ConfigError(f"model.attention: {error}") from error
-    exchange = make_exchange(config, int(model_config.sliding_window or 1), topology)
+    exchange = make_exchange(config, window_tokens(model_config), topology)
     probe_attention(kernel, exchange, dtype, model_config, topology)
     model = gpt_oss.skeleton(model_config, dtype)
     report = gpt_oss.patch(model, topology)
@@ -223,7 +225,7 @@ def fill_weights(engine: TrainingEngine, source: WeightSource) -> None:
         for key, part in flat_ranges(engine.deepspeed, topology).items()
         if key.startswith(master)
     }
-    together(topology.control_group, lambda: weights.fill(targets, source))
+    together(topology.control_group, lambda: fill_parts(targets, source))
     publish_master_weights(engine.deepspeed)
 
 
@@ -259,8 +261,8 @@ def weight_source(
     path = config.model.path
     if path is None:
         return RandomWeights(config.train.seed, float(model_config.initializer_range))
-    skeleton = gpt_oss.skeleton(model_config, torch.bfloat16)
-    return together(topology.control_group, lambda: DirectoryWeights(path, skeleton))
+    shapes = parameter_shapes(model_config)
+    return together(topology.control_group, lambda: DirectoryWeights(path, shapes))
 
 
 def make_exchange(config: RunConfig, window: int, topology: Topology) -> Ulysses | None:
@@ -291,7 +293,7 @@ def probe_attention(
         head_dim=model_config.head_dim,
         num_query_heads=model_config.num_attention_heads,
         num_kv_heads=model_config.num_key_value_heads,
-        window=int(model_config.sliding_window or 1),
+        window=window_tokens(model_config),
         sequence_parallel=exchange,
         sp_size=topology.sp_size,
         sp_rank=topology.sp_rank,

@@ -29,8 +29,9 @@ from cpt.job.loop import train
 from cpt.job.run_dir import held_run_dir
 from cpt.job.samples import print_continuations
 from cpt.model import attention
-from cpt.model.freezing import freeze_problems, frozen_names, parameter_numels
-from cpt.model.weights.source import load_config
+from cpt.model.configuration import load_config
+from cpt.model.freezing import freeze_problems, frozen_names
+from cpt.model.parameters import parameter_numels
 from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.planning.memory import memory_tables

@@ -17,7 +17,8 @@ from transformers import GptOssConfig
 from cpt.checkpoint.reader import list_steps
 from cpt.config import RunConfig
 from cpt.errors import StorageError
-from cpt.model.freezing import frozen_names, parameter_numels
+from cpt.model.freezing import frozen_names
+from cpt.model.parameters import parameter_numels
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.lock import LOCK, RunLock, take_lock

@@ -8,7 +8,9 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+from transformers import GptOssConfig
 
+from cpt.config.window import window_tokens
 from cpt.job.job import Job
 from cpt.training.generate import continue_texts
 from data_pipeline.text.harmony import STOP_IDS
@@ -37,7 +39,7 @@ def continue_prompts(job: Job, prompts: Sequence[str]) -> list[list[int]]:
         job.engine,
         [encode(prompt).tolist() for prompt in prompts],
         max_new_tokens=job.config.telemetry.sample_tokens,
-        window=int(job.model_config["sliding_window"] or 1),
+        window=window_tokens(GptOssConfig(**job.model_config)),
         stop_ids=STOP_IDS,
     )
 

@@ -11,11 +11,7 @@ import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
-from transformers import GptOssConfig
-
-from cpt.model.gpt_oss import skeleton
 
 SHORTHANDS = {
     "router": "model.layers.*.mlp.router.*",
@@ -27,14 +23,6 @@ SHORTHANDS = {
     "lm_head": "lm_head.weight",
 }
 """Words that stand for patterns."""
-
-
-def parameter_numels(config: GptOssConfig) -> dict[str, int]:
-    """Elements of every parameter of the whole model, by Hugging Face's name."""
-    return {
-        name: parameter.numel()
-        for name, parameter in skeleton(config, torch.bfloat16).named_parameters()
-    }
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -33,68 +33,6 @@ from cpt.model.loss.head import LossHead
 from cpt.parallel.topology import Topology
 from cpt.storage.allocation import allocate
 
-_SHARED: dict[str, Any] = {
-    "vocab_size": 201_088,
-    "sliding_window": 128,
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.02,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 150_000.0,
-        "factor": 32.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-        "original_max_position_embeddings": 4096,
-    },
-    "pad_token_id": 199_999,
-    "bos_token_id": 199_998,
-    "eos_token_id": 200_002,
-    "output_router_logits": False,
-    "router_aux_loss_coef": 0.9,
-    "tie_word_embeddings": False,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        **_SHARED,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-    "gpt-oss-20b": {
-        **_SHARED,
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "num_local_experts": 32,
-        "num_experts_per_tok": 4,
-    },
-    "gpt-oss-120b": {
-        **_SHARED,
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "num_local_experts": 128,
-        "num_experts_per_tok": 4,
-    },
-}
-"""Published configurations (model card, arXiv 2508.10925, and the released config.json), and a tiny
-one of the same
-architecture: alternating window and full layers, grouped heads, sinks, YaRN, experts with
-    biases."""
-
 
 class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
     """GptOssForCausalLM whose forward gives the loss of every token."""

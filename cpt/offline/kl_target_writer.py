@@ -20,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 from cpt.errors import ConfigError
-from cpt.model import gpt_oss
+from cpt.model.configuration import load_config
+from cpt.model.parameters import parameter_shapes
+from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.hf_layout import tensor_files
-from cpt.model.weights.source import DirectoryWeights, load_config
 from cpt.model.weights.writer import (
     Entry,
     TensorFileWriter,
@@ -79,7 +80,7 @@ def write_targets(request: TargetsRequest) -> str:
     tokens = {name: int(data.row_tokens(number).sum()) for name, number in numbers.items()}
     request.out.parent.mkdir(parents=True, exist_ok=True)
     check_space(request.out.parent, sum(tokens.values()) * bytes_per_token(request.top_k))
-    weights = DirectoryWeights(request.model_dir, gpt_oss.skeleton(config, torch.bfloat16))
+    weights = DirectoryWeights(request.model_dir, parameter_shapes(config))
     with single_process() as topology, published(request.out) as folder:
         model = OfflineModel(config, topology)
         model.load(weights)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from transformers import GptOssConfig
 
+from cpt.config.window import window_tokens
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenFlops:
@@ -42,7 +44,7 @@ def flops_per_token(model: GptOssConfig, seq_len: int) -> TokenFlops:
     expert = 3 * hidden * model.intermediate_size
     keys = {
         "full_attention": seq_len / 2,
-        "sliding_attention": min(int(model.sliding_window or 1), seq_len / 2),
+        "sliding_attention": min(window_tokens(model), seq_len / 2),
     }
     seen = sum(keys[kind] for kind in model.layer_types or ())
     return TokenFlops(

@@ -25,10 +25,12 @@ from typing import Any
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
+from cpt.config.window import window_tokens
 from cpt.model.attention.cpu import BACKWARD_BLOCK_ROWS, FORWARD_BLOCK_ROWS, block_tokens
 from cpt.model.experts.grouped import ALIGNMENT_BYTES
-from cpt.model.freezing import frozen_names, parameter_numels
+from cpt.model.freezing import frozen_names
 from cpt.model.loss.head import work_bytes
+from cpt.model.parameters import parameter_numels
 from cpt.model.weights.hf_layout import is_expert_name
 
 GIB = 2**30
@@ -320,7 +322,7 @@ def _in_attention(model: GptOssConfig, sizes: _Sizes, device_type: str) -> int:
     block = block_tokens(
         BACKWARD_BLOCK_ROWS, model.num_attention_heads // model.num_key_value_heads
     )
-    overlap = 1 + int(model.sliding_window or 0) / block  # how many windows a key is in
+    overlap = 1 + window_tokens(model) / block  # how many windows a key is in
     return int(sizes.tokens * (6 * query + 2 * key + 2 * overlap * key + WIDE * sizes.key))
 
 
@@ -332,7 +334,7 @@ def _mask_bytes(model: GptOssConfig, sizes: _Sizes, device_type: str, *, backwar
         return 0
     group, window = (
         model.num_attention_heads // model.num_key_value_heads,
-        int(model.sliding_window or 0),
+        window_tokens(model),
     )
     blocks = (FORWARD_BLOCK_ROWS, BACKWARD_BLOCK_ROWS) if backward else (FORWARD_BLOCK_ROWS,)
     return (

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
+from cpt.config.window import window_tokens
 from cpt.model.experts.grouped import ALIGNMENT_BYTES
 from cpt.planning.memory import ParameterCounts
 
@@ -84,7 +85,7 @@ def exchanges(config: RunConfig, model: GptOssConfig, ranks_per_node: int) -> di
         * (1 - 1 / sp_size)
     )
     # the first rank of a row gets nothing: sp_size - 1 sends among sp_size ranks
-    reach = int(model.sliding_window or 1) - 1
+    reach = window_tokens(model) - 1
     halo = (
         rows
         * reach

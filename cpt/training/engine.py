@@ -35,6 +35,7 @@ from cpt.errors import InternalError
 from cpt.model.attention import Attention
 from cpt.model.experts.router_watch import RouterSums, RouterWatch
 from cpt.model.gpt_oss import GptOssForCPT
+from cpt.model.weights.hf_layout import is_expert_name
 from cpt.parallel.agreement import together
 from cpt.parallel.topology import Topology
 from cpt.parallel.traffic import KINDS
@@ -153,7 +154,7 @@ def _check_expert_marks(model: GptOssForCPT) -> None:
     nothing.
     """
     for name, parameter in model.named_parameters():
-        expert = ".mlp.experts." in name
+        expert = is_expert_name(name)
         if expert != is_expert(parameter):
             raise InternalError(
                 f"{name} {'lacks' if expert else 'has'} the marks of an expert parameter."

@@ -21,10 +21,9 @@ import torch
 
 from cpt.model.attention import PackedRows
 from cpt.model.loss.divergence import TopK
-from cpt.model.loss.head import IGNORE_INDEX
 from cpt.parallel.topology import Topology
 from cpt.training.kl_targets import KLTargets
-from data_pipeline.dataset import BuiltData, PackedRow
+from data_pipeline.dataset import IGNORED_LABEL, BuiltData, PackedRow
 from data_pipeline.mixture.mixture import GlobalBatch
 from data_pipeline.text.tokenizer import END_OF_TEXT
 
@@ -98,7 +97,7 @@ def filler_row(seq_len: int) -> PackedRow:
     """A row without a single label, for ranks that have nothing to do while others score."""
     return PackedRow(
         input_ids=np.full(seq_len, END_OF_TEXT, dtype=np.int64),
-        labels=np.full(seq_len, IGNORE_INDEX, dtype=np.int64),
+        labels=np.full(seq_len, IGNORED_LABEL, dtype=np.int64),
         position_ids=np.arange(seq_len, dtype=np.int64),
         bounds=[0, seq_len],
         documents=np.empty(0, dtype=np.int64),

@@ -17,7 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.checkpoint.manifest import MANIFEST
 from cpt.cli import main
-from cpt.model.gpt_oss import PRESETS
+from cpt.model.configuration import PRESETS
 from tests.support.checkpoints import flip, write_checkpoint
 
 

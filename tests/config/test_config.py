@@ -15,7 +15,7 @@ from transformers import GptOssConfig
 
 from cpt.config import OWN_KEYS, REFUSED_KEYS, LaunchInfo, RunConfig, load, resolve
 from cpt.errors import ConfigError
-from cpt.model.gpt_oss import PRESETS
+from cpt.model.configuration import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cpt.config import LaunchInfo, load, resolve
-from cpt.model.weights.source import load_config
+from cpt.model.configuration import load_config
 from cpt.planning.estimate import estimate
 from cpt.planning.hardware import GPUS, Assumptions
 from cpt.planning.memory import count_parameters

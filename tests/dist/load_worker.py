@@ -18,7 +18,8 @@ from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.config import LaunchInfo, resolve
 from cpt.job.job import build_engine, fill_weights, verify_checksums, weight_source
 from cpt.errors import ConfigError
-from cpt.model.weights.source import DirectoryWeights, load_config
+from cpt.model.configuration import load_config
+from cpt.model.weights.directory import DirectoryWeights
 from cpt.parallel.agreement import gather_json
 from cpt.deepspeed_adapter.groups import create_topology
 from cpt.parallel.topology import Topology

@@ -16,7 +16,7 @@ from cpt.resilience.phase import PhaseClock
 from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.config import CheckpointSection, LaunchInfo, resolve
 from cpt.job.job import build_engine, fill_weights, weight_source
-from cpt.model.weights.source import load_config
+from cpt.model.configuration import load_config
 from cpt.deepspeed_adapter.groups import create_topology
 from cpt.checkpoint.saver import Saver
 from cpt.training.engine import TrainingEngine

@@ -19,7 +19,7 @@ from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.config import LaunchInfo, RunYaml, resolve
 from cpt.job.job import build_engine, fill_weights, weight_source
 from cpt.job.memory_report import measured, peak_within, predicted
-from cpt.model.gpt_oss import PRESETS
+from cpt.model.configuration import PRESETS
 from cpt.parallel.agreement import gather_json
 from cpt.deepspeed_adapter.groups import create_topology
 from cpt.parallel.topology import Topology

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
 from cpt.errors import CheckpointError, ConfigError
-from cpt.model.weights.source import mxfp4
+from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, tensor_files
 from cpt.export import huggingface as export
 from cpt.model.weights import writer as tensor_writer

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GptOssForCausalLM, Mxfp4Config
 
-from cpt.model.weights.source import mxfp4
+from cpt.model.weights import mxfp4
 from cpt.model.weights.checksums import write_sums
 from cpt.model.weights.hf_layout import BLOCKS, SCALES, is_expert_name
 from tests.dist.cases import Scenario, model_config, reference_model, rows_of_step

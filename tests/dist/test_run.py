@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 
 from cpt.cli import main
 from cpt.errors import CheckpointError
-from cpt.model.weights.source import mxfp4
+from cpt.model.weights import mxfp4
 from cpt.export.run_export import export_run
 from cpt.offline.sampling import Sampling
 from cpt.export.huggingface import export_checkpoint

@@ -23,9 +23,9 @@ from cpt.export import merge as merging
 from cpt.export.merge import folder_name, interpolate, parse_alphas
 from cpt.export.merge_sweep import PLOT_FILE, RESULT_FILE, merge
 from cpt.guard.score import ScoredSet
-from cpt.model import gpt_oss
+from cpt.model.configuration import PRESETS
+from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import BLOCKS, SCALES, SINGLE_FILE
-from cpt.model.weights.source import mxfp4
 from data_pipeline.dataset import PackedRow
 
 SEQ_LEN = 32
@@ -39,7 +39,7 @@ def small_config(**changes: Any) -> GptOssConfig:
         "eos_token_id": 93,
         "num_hidden_layers": 2,
     }
-    return GptOssConfig(**{**gpt_oss.PRESETS["tiny"], **sizes, **changes})
+    return GptOssConfig(**{**PRESETS["tiny"], **sizes, **changes})
 
 
 def save_random(

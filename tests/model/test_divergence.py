@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cpt.model.loss import head as loss_head
 from cpt.model.loss.divergence import TopK
-from cpt.model.loss.head import IGNORE_INDEX, LossHead
+from cpt.model.loss.head import LossHead
+from data_pipeline.dataset import IGNORED_LABEL
 
 N, M, V, K = 37, 24, 1009, 5
 TOLERANCES = {
@@ -42,8 +43,8 @@ def inputs(
     weight_VM = torch.randn(V, M, generator=generator, dtype=torch.float64) * 0.3
     label_N = torch.randint(0, V, (N,), generator=generator)
     label_N[0], label_N[1] = 0, V - 1
-    label_N[2::5] = IGNORE_INDEX
-    at_n = (label_N != IGNORE_INDEX).nonzero().squeeze(1)[::2].contiguous()
+    label_N[2::5] = IGNORED_LABEL
+    at_n = (label_N != IGNORED_LABEL).nonzero().squeeze(1)[::2].contiguous()
     ids_nk = torch.stack([torch.randperm(V, generator=generator)[:K] for _ in at_n])
     ids_nk[0] = torch.tensor([0, V - 1, 3, 4, 5])  # the label of token 0 is listed
     log_p_nK = torch.randn(len(at_n), K + 1, generator=generator, dtype=torch.float64).log_softmax(

@@ -12,8 +12,9 @@ from transformers import GptOssConfig
 from cpt.checkpoint.loading import _tell_freezing
 from cpt.checkpoint.manifest import TensorRecord
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
-from cpt.model.freezing import SHORTHANDS, freeze_problems, frozen_names, parameter_numels
-from cpt.model.gpt_oss import PRESETS
+from cpt.model.configuration import PRESETS
+from cpt.model.freezing import SHORTHANDS, freeze_problems, frozen_names
+from cpt.model.parameters import parameter_numels
 from cpt.planning.memory import count_parameters, device_memory, parameter_counts
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 

@@ -16,6 +16,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM, GptO
 
 from cpt.deepspeed_adapter.experts import is_expert
 from cpt.model import gpt_oss
+from cpt.model.configuration import PRESETS
 from cpt.model.experts.layer import EXPERT_TENSORS, ExpertParallelMLP
 from cpt.model.loss.head import LossHead
 from cpt.model.weights.random_init import RandomWeights
@@ -29,7 +30,7 @@ def topology(ep_size: int = 1, ep_rank: int = 0) -> Any:
 
 
 def preset(name: str, **changes: Any) -> GptOssConfig:
-    return GptOssConfig(**{**gpt_oss.PRESETS[name], **changes})
+    return GptOssConfig(**{**PRESETS[name], **changes})
 
 
 SMALL = {"vocab_size": 320, "pad_token_id": 319, "bos_token_id": 318, "eos_token_id": 317}
@@ -84,7 +85,7 @@ def test_preset_has_the_published_sizes(name: str, layers: int, experts: int) ->
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (64, 8, 64)
 
 
-@pytest.mark.parametrize("name", gpt_oss.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_every_detail_of_the_architecture(name: str) -> None:
     config = preset(name)
     assert (

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cpt.model.loss import head as loss_head
-from cpt.model.loss.head import IGNORE_INDEX, LossHead
+from cpt.model.loss.head import LossHead
+from data_pipeline.dataset import IGNORED_LABEL
 
 ROOT = Path(__file__).resolve().parents[2]
 N, M, V = 37, 24, 1009
@@ -36,7 +37,7 @@ def inputs(dtype: torch.dtype, *, ignored: bool = True) -> tuple[Tensor, Tensor,
     label_N = torch.randint(0, V, (N,), generator=generator)
     label_N[0], label_N[1] = 0, V - 1
     if ignored:
-        label_N[2::5] = IGNORE_INDEX
+        label_N[2::5] = IGNORED_LABEL
     grad_N = torch.rand(N, generator=generator, dtype=torch.float64) + 0.5
     return hidden_NM.to(dtype), weight_VM.to(dtype), label_N, grad_N
 
@@ -58,7 +59,7 @@ def reference(
     """torch's own cross entropy in float64 on the same (rounded) numbers."""
     hidden_NM, weight_VM = hidden_NM.double().requires_grad_(), weight_VM.double().requires_grad_()
     nll_N = F.cross_entropy(
-        hidden_NM @ weight_VM.T, label_N, reduction="none", ignore_index=IGNORE_INDEX
+        hidden_NM @ weight_VM.T, label_N, reduction="none", ignore_index=IGNORED_LABEL
     )
     (nll_N * grad_N).sum().backward()
     return nll_N.detach(), hidden_NM.grad, weight_VM.grad
@@ -91,17 +92,17 @@ def test_tile_of_any_size_gives_the_same(words: int, monkeypatch: pytest.MonkeyP
 
 def test_ignored_tokens_have_no_loss() -> None:
     _, _, label_N, _ = given = inputs(torch.float32)
-    assert (loss_and_gradients(*given)[0][label_N == IGNORE_INDEX] == 0).all()
+    assert (loss_and_gradients(*given)[0][label_N == IGNORED_LABEL] == 0).all()
 
 
 def test_ignored_tokens_have_no_gradient() -> None:
     _, _, label_N, _ = given = inputs(torch.float32)
-    assert (loss_and_gradients(*given)[1][label_N == IGNORE_INDEX] == 0).all()
+    assert (loss_and_gradients(*given)[1][label_N == IGNORED_LABEL] == 0).all()
 
 
 def test_ignored_tokens_leave_the_others_as_they_are() -> None:
     hidden_NM, weight_VM, label_N, grad_N = inputs(torch.float64)
-    kept = label_N != IGNORE_INDEX
+    kept = label_N != IGNORED_LABEL
     alone = loss_and_gradients(hidden_NM[kept], weight_VM, label_N[kept], grad_N[kept])
     together = loss_and_gradients(hidden_NM, weight_VM, label_N, grad_N)
     assert relative_error(together[0][kept], alone[0]) <= 1e-15
@@ -112,7 +113,7 @@ def test_ignored_tokens_leave_the_others_as_they_are() -> None:
 def test_batch_without_any_label_has_zero_loss_and_zero_gradients(dtype: torch.dtype) -> None:
     hidden_NM, weight_VM, label_N, grad_N = inputs(dtype)
     for tensor in loss_and_gradients(
-        hidden_NM, weight_VM, torch.full_like(label_N, IGNORE_INDEX), grad_N
+        hidden_NM, weight_VM, torch.full_like(label_N, IGNORED_LABEL), grad_N
     ):
         assert (tensor == 0).all()
 

@@ -19,16 +19,13 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.errors import ConfigError
 from cpt.model import gpt_oss
+from cpt.model.configuration import PRESETS, load_config
 from cpt.model.experts.layer import EXPERT_TENSORS
+from cpt.model.parameters import parameter_shapes
+from cpt.model.weights import mxfp4
+from cpt.model.weights.directory import DirectoryWeights, check_directory
 from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, is_expert_name
-from cpt.model.weights.source import (
-    DirectoryWeights,
-    check_directory,
-    expected_shapes,
-    fill_model,
-    load_config,
-    mxfp4,
-)
+from cpt.model.weights.source import fill_model
 from cpt.parallel.traffic import Traffic
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -43,7 +40,7 @@ def small_config(**changes: Any) -> GptOssConfig:
         "eos_token_id": 93,
         "num_hidden_layers": 2,
     }
-    return GptOssConfig(**{**gpt_oss.PRESETS["tiny"], **sizes, **changes})
+    return GptOssConfig(**{**PRESETS["tiny"], **sizes, **changes})
 
 
 def patched(
@@ -61,7 +58,7 @@ def patched(
 def filled(path: Path, **arguments: Any) -> dict[str, Tensor]:
     model = patched(**arguments)
     gpt_oss.materialise(model, torch.device("cpu"))
-    fill_model(model, DirectoryWeights(path, model))
+    fill_model(model, DirectoryWeights(path, parameter_shapes(small_config())))
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -104,7 +101,7 @@ def rewrite(file: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
 
 def problems(path: Path) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        check_directory(path, patched())
+        check_directory(path, parameter_shapes(small_config()))
     return caught.value.problems
 
 
@@ -163,13 +160,27 @@ def test_bf16_directory_fills_an_fp32_model_exactly(
     assert all(torch.equal(found[name], rounded[name].float()) for name in rounded)
 
 
+def test_parameter_shapes_are_those_of_transformers(tensors: dict[str, Tensor]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert parameter_shapes(small_config()) == expected
+    assert list(parameter_shapes(small_config())) == list(expected)
+
+
 @pytest.mark.parametrize("ep_size", [1, 4])
-def test_expected_shapes_are_global_whatever_the_layout(
-    tensors: dict[str, Tensor], ep_size: int
-) -> None:
-    assert expected_shapes(patched(ep_size=ep_size)) == {
-        name: tuple(tensor.shape) for name, tensor in tensors.items()
-    }
+def test_parameter_shapes_are_global_whatever_the_layout(ep_size: int) -> None:
+    shapes = parameter_shapes(small_config())
+    for name, parameter in patched(ep_size=ep_size).named_parameters():
+        local = tuple(parameter.shape)
+        ranks = ep_size if is_expert_name(name) else 1
+        assert shapes[name] == (local[0] * ranks, *local[1:]), name
+
+
+def test_parameter_shapes_are_found_once_and_cannot_be_changed() -> None:
+    shapes: Any = parameter_shapes(small_config())
+    assert parameter_shapes(small_config()) is shapes
+    assert parameter_shapes(small_config(vocab_size=128)) is not shapes
+    with pytest.raises(TypeError):
+        shapes["lm_head.weight"] = (1,)
 
 
 # tensors

@@ -20,8 +20,9 @@ from cpt.cli import main
 from cpt.errors import ConfigError, DataError
 from cpt.job.data import open_kl_targets
 from cpt.job.loop import step_event
-from cpt.model import gpt_oss
-from cpt.model.weights.source import DirectoryWeights, load_config
+from cpt.model.configuration import load_config
+from cpt.model.parameters import parameter_shapes
+from cpt.model.weights.directory import DirectoryWeights
 from cpt.offline.model import OfflineModel, single_process
 from cpt.parallel.topology import Topology
 from cpt.training.kl_targets import SIDECAR, KLTargets, check_targets, read_sidecar, target_file
@@ -173,7 +174,7 @@ def test_a_run_from_the_base_model_starts_at_divergence_zero(
         targets = open_kl_targets(config_of(base, folder), data, topology)
         assert targets is not None and targets.sources == ["replay"]
         offline = OfflineModel(config, topology)
-        offline.load(DirectoryWeights(base, gpt_oss.skeleton(config, torch.bfloat16)))
+        offline.load(DirectoryWeights(base, parameter_shapes(config)))
         batch = micro_batch(data, targets, topology)
         plain = offline.score(dataclasses.replace(batch, targets=None))
         nll, kl = offline._model(

@@ -13,7 +13,7 @@ from transformers import GptOssConfig
 
 from cpt.cli import main
 from cpt.config import RunYaml, load
-from cpt.model.weights.source import load_config
+from cpt.model.configuration import load_config
 from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.flops import flops_per_token
 from cpt.planning.hardware import GPUS, Assumptions

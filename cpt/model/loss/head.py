@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from cpt.model.loss.divergence import Divergence, TopK
+from data_pipeline.dataset import IGNORED_LABEL
 
-IGNORE_INDEX = -100
 TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 """Memory for one tile of logits in the accumulation dtype, by device: what fits the cache of a CPU
 core, and what fills a GPU.  See `work_bytes` for what is alive at a time."""
@@ -164,7 +164,7 @@ class LossHead(nn.Linear):
         if label is None:
             return super().forward(hidden)
         flat_NM, flat_label_N = hidden.reshape(-1, hidden.shape[-1]), label.reshape(-1)
-        kept = (flat_label_N != IGNORE_INDEX).nonzero().squeeze(1)
+        kept = (flat_label_N != IGNORED_LABEL).nonzero().squeeze(1)
         among_kept = (
             None
             if targets is None
@@ -200,6 +200,6 @@ class LossHead(nn.Linear):
         listed = TopK(at_n=everywhere, ids_nk=ids_Nk, log_p_nK=best.new_zeros((num_tokens, k + 1)))
         divergence = _divergence(hidden_NM, self.weight, listed)
         _log_sum_exp_and_target(
-            hidden_NM, self.weight, torch.full_like(everywhere, IGNORE_INDEX), divergence
+            hidden_NM, self.weight, torch.full_like(everywhere, IGNORED_LABEL), divergence
         )
         return ids_Nk, divergence.log_q_nK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,13 @@ BLOCKS, SCALES = "_blocks", "_scales"
 
 
 def is_expert_name(name: str) -> bool:
-    """Whether a tensor of this name has an expert axis."""
+    """Return whether a parameter of this name has an expert axis."""
     return ".experts." in name and name.rsplit(".", 1)[1] in EXPERT_TENSORS
+
+
+def is_expert_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Return whether a tensor holds one matrix per expert, which MXFP4 may stand for."""
+    return is_expert_name(name) and len(shape) == 3
 
 
 def tensor_files(path: Path) -> dict[str, Path]:

@@ -1,0 +1,97 @@
+"""The model's configuration: published presets, and the config.json of a Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import GptOssConfig
+
+from cpt.errors import ConfigError
+from cpt.model.weights.hf_layout import read_json
+
+_SHARED: dict[str, Any] = {
+    "vocab_size": 201_088,
+    "sliding_window": 128,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150_000.0,
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "pad_token_id": 199_999,
+    "bos_token_id": 199_998,
+    "eos_token_id": 200_002,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.9,
+    "tie_word_embeddings": False,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **_SHARED,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "gpt-oss-20b": {
+        **_SHARED,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+    },
+    "gpt-oss-120b": {
+        **_SHARED,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+    },
+}
+"""Published configurations (model card, arXiv 2508.10925, and the released config.json), and a tiny
+one of the same architecture: alternating window and full layers, grouped heads, sinks, YaRN,
+experts with biases.
+"""
+
+
+def load_config(path: Path | None, preset: str | None) -> GptOssConfig:
+    """Return the model's configuration, from a directory's config.json or a preset of `init`.
+
+    Raises:
+        ConfigError: no gpt-oss configuration there, or one that this project cannot train.
+    """
+    if path is None:
+        return GptOssConfig(**PRESETS[str(preset)])
+    file = path / "config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"model.path: {file} does not exist. Give a Hugging Face directory with a config.json."
+        )
+    values = read_json(file)
+    if values.get("model_type") != "gpt_oss":
+        raise ConfigError(f"{file}: model_type is {values.get('model_type')!r}, must be 'gpt_oss'.")
+    method = values.pop("quantization_config", {}).get("quant_method", "mxfp4")
+    if method != "mxfp4":
+        raise ConfigError(
+            f"{file}: the weights are quantized by {method}; training starts from bf16, fp32 or the released MXFP4."
+        )
+    return GptOssConfig(**values)
