@@ -246,7 +246,8 @@ def test_configuration_that_does_not_start_is_told_beside_the_best_layout(capsys
     """64 rows cannot be divided among 128 data-parallel ranks; two ranks that share a row can take
     them.
     """
-    assert plan("--gpus", "128", "--model", "gpt-oss-20b") == 0
+    rows = ("--set", "train.global_batch_size=64", "--set", "train.micro_batch_size=1")
+    assert plan("--gpus", "128", "--model", "gpt-oss-20b", *rows) == 0
     printed = capsys.readouterr().out
     assert (
         "as configured it does not start on 128 GPUs:" in printed
@@ -272,4 +273,4 @@ def test_options_that_make_no_sense_are_refused_together(capsys: Any) -> None:
 
 def test_rows_that_do_not_divide_a_step_are_refused(capsys: Any) -> None:
     assert plan("--gpus", "8", "--model", "gpt-oss-20b", "--seq_len", "3000") == 78
-    assert "65536 tokens of a step are no multiple of rows of 3000" in capsys.readouterr().err
+    assert "1048576 tokens of a step are no multiple of rows of 3000" in capsys.readouterr().err
