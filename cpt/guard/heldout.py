@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,14 @@ from typing import Any
 from cpt.config import GuardSection, RunConfig
 from cpt.errors import ConfigError
 from cpt.guard.ladder import Decision, Evidence, GuardState, decide
-from cpt.guard.paired_test import Judgement, judge, noise_floor_percent
+from cpt.guard.paired_test import Judgement, judge
+from cpt.guard.requirements import (
+    WARN_INSTEAD,
+    acts,
+    domain_problems,
+    num_tests,
+    tolerance_problems,
+)
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.model.weights.checksums import sampled_hash
 from cpt.model.weights.hf_layout import tensor_files
@@ -57,18 +63,8 @@ class Guard:
         self, data: BuiltData, config: RunConfig, topology: Topology, run_dir: Path
     ) -> None:
         self._config, self._topology = config, topology
-        known = [domain.name for domain in data.held_out]
-        problems = [
-            f"guard.domains.{name}: no such held-out domain. There are: {', '.join(known)}."
-            for name in config.guard.domains
-            if name not in known
-        ]
-        problems += [
-            f"guard domain {domain.name} holds no document. Raise held_out_share of its sources, or take the domain "
-            "out of the mix."
-            for domain in data.held_out
-            if not domain.num_rows
-        ]
+        num_documents = {domain.name: domain.num_documents for domain in data.held_out}
+        problems = domain_problems(config.guard, num_documents)
         if problems:
             raise ConfigError(problems)
         self._domains = [ScoredSet(domain, config.guard.max_documents) for domain in data.held_out]
@@ -194,8 +190,8 @@ class Guard:
     @property
     def num_tests(self) -> int:
         """Domains times measurements of the whole run: how many bounds must hold together."""
-        interval, steps = self._config.guard.interval_steps, self._config.train.total_steps
-        return len(self._domains) * (1 + (steps // interval if interval else 0))
+        config = self._config
+        return num_tests(config.guard, len(self._domains), config.train.total_steps)
 
     def evidence(self, replay: ReplayLimits) -> list[Evidence]:
         """The last measurement as the ladder wants it."""
@@ -262,26 +258,11 @@ class Guard:
         Raises:
             ConfigError: naming each domain, what it can show, and the cure.
         """
-        problems = []
-        for name, score in scores.items():
-            tolerance, count = self._config.guard.limits(name)[0], len(score.nats)
-            try:
-                floor = noise_floor_percent(score.nats, self.num_tests)
-            except ValueError as error:
-                problems.append(
-                    f"guard domain {name} has {error}: nothing can be told from it. Hold out more."
-                )
-                continue
-            if floor > tolerance:
-                problems.append(
-                    f"guard domain {name}: {count} documents show changes of {floor:.1f} % and more, the tolerance is "
-                    f"{tolerance:g} %. Hold out about {math.ceil(count * (floor / tolerance) ** 2):,} documents "
-                    "(held_out_share in the mix, guard.max_documents), or set guard.tolerance_percent (or "
-                    f"guard.domains.{name}.tolerance_percent) to {math.ceil(10 * floor) / 10:g}."
-                )
-        acts = self._config.guard.policy == "act" and self._config.guard.interval_steps > 0
-        if problems and acts:
-            raise ConfigError([*problems, "Or let the guard only tell: guard.policy: warn."])
+        settings = self._config.guard
+        baseline = {name: score.nats for name, score in scores.items()}
+        problems = tolerance_problems(settings, baseline, self.num_tests)
+        if problems and acts(settings):
+            raise ConfigError([*problems, WARN_INSTEAD])
         for problem in problems:
             log.info("%s", problem)
 

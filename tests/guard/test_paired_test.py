@@ -195,7 +195,9 @@ def test_baseline_of_other_weights_is_refused_wherever_the_model_lies(
         save_file({"w": torch.full((1000,), value)}, tmp_path / name / "model.safetensors")
         return tmp_path / name
 
-    domain = SimpleNamespace(name="english", language="en", num_rows=1, content_hash="c")
+    domain = SimpleNamespace(
+        name="english", language="en", num_documents=NUM_DOCUMENTS, num_rows=1, content_hash="c"
+    )
     data: Any = SimpleNamespace(held_out=(domain,))
     topology: Any = SimpleNamespace(
         rank=0, control_group=None, place=SimpleNamespace(enter=lambda *_: None)
