@@ -17,10 +17,10 @@ from data_pipeline.build.workers import available_cores
 from data_pipeline.config.schema import MixConfig, load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError, CptError, DataError
-from data_pipeline.mixture.changes import describe_changes, mix_settings
-from data_pipeline.mixture.diff import describe_diff
+from data_pipeline.mixture.data_plan import DataPlan, make_data_plan
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
-from data_pipeline.mixture.plan import Plan, make_plan
+from data_pipeline.mixture.plan_comparison import compare_plans
+from data_pipeline.mixture.settings import describe_changes, mix_settings
 from data_pipeline.store.files import write_text
 from data_pipeline.store.manifest import FILE_NAME, read_manifest
 
@@ -64,7 +64,7 @@ def _build(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
     built = _built(mix, options.out, options.workers)
-    plan = make_plan(
+    plan = make_data_plan(
         built, mix, options.steps or _one_pass(built, options), options.global_batch_size
     )
     print(plan.describe())
@@ -86,13 +86,13 @@ def _diff(options: argparse.Namespace) -> None:
         stored = Ledger.start(old, before.manifest.row_hashes()).to_json()
         rows = after.manifest.row_hashes()
         ledger = resume_ledger(stored, new, options.at_step, accept_change=True, rows=rows)
-    plans: list[Plan] = [
-        make_plan(before, old, steps, options.global_batch_size),
-        make_plan(after, new, steps, options.global_batch_size, ledger),
+    plans: list[DataPlan] = [
+        make_data_plan(before, old, steps, options.global_batch_size),
+        make_data_plan(after, new, steps, options.global_batch_size, ledger),
     ]
     edit = "" if options.at_step is None else f", the edit made at step {options.at_step:,}"
     print(
-        f"\nover {steps:,} steps of {options.global_batch_size:,} rows{edit}:\n{describe_diff(*plans)}"
+        f"\nover {steps:,} steps of {options.global_batch_size:,} rows{edit}:\n{compare_plans(*plans)}"
     )
 
 

@@ -18,8 +18,8 @@ from data_pipeline.build.build import build, default_build_dir, input_bytes
 from data_pipeline.build.self_replay import check_base_model
 from data_pipeline.config.schema import MixConfig, load_mix
 from data_pipeline.dataset import BuiltData
+from data_pipeline.mixture.data_plan import make_data_plan
 from data_pipeline.mixture.ledger import Ledger
-from data_pipeline.mixture.plan import make_plan
 
 log = logging.getLogger("cpt.job.data")
 
@@ -123,7 +123,7 @@ def check_plan(
     if config.train.total_steps == 0:
         return
     batches = batch_of_step(config.train.total_steps - 1, progress.skip_ranges) + 1
-    plan = make_plan(data, mix, batches, config.train.global_batch_size, ledger)
+    plan = make_data_plan(data, mix, batches, config.train.global_batch_size, ledger)
     for warning in plan.warnings:
         log.warning("data plan: %s", warning)
     if plan.problems:

@@ -44,7 +44,7 @@ from cpt.telemetry.report import write_report
 from data_pipeline.build.build import default_build_dir, input_bytes
 from data_pipeline.config.strict_yaml import nearest
 from data_pipeline.dataset import BuiltData
-from data_pipeline.mixture.plan import make_plan
+from data_pipeline.mixture.data_plan import make_data_plan
 
 log = logging.getLogger("cpt")
 
@@ -268,7 +268,7 @@ def describe_data(config: RunConfig) -> str:
     if not directory.exists():
         return f"data\n  {config.data.mix} is sound; not built yet ({input_bytes(mix) / 1e6:.1f} MB of input)."
     data = BuiltData.open(directory, verify=False, mix=mix)
-    return make_plan(
+    return make_data_plan(
         data, mix, max(1, config.train.total_steps), config.train.global_batch_size
     ).describe()
 

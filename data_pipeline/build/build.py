@@ -4,7 +4,7 @@
                           |
                           +-> held out, trained on, copy             (dedup, near, decontaminate)
                                  |
-                                 +-> packed rows                     (pack, finish)
+                                 +-> packed rows                     (pack, assembly)
                                         |
                                         +-> manifest, written last
 
@@ -29,7 +29,7 @@ from pathlib import Path
 import tqdm
 
 from data_pipeline.build import units
-from data_pipeline.build.finish import finish
+from data_pipeline.build.assembly import assemble_build
 from data_pipeline.build.part import Part, make_part, read_account
 from data_pipeline.build.workers import spread
 from data_pipeline.config.schema import MixConfig
@@ -81,7 +81,7 @@ def build(mix: MixConfig, out_dir: Path | str, progress: bool = True, workers: i
         _make_parts([part for source in parts for part in source], progress, workers)
         for path in work_dir.rglob(f".*{PARTIAL_SUFFIX}"):
             path.unlink()
-        manifest = finish(work_dir, mix, wanted, parts, workers)
+        manifest = assemble_build(work_dir, mix, wanted, parts, workers)
         (work_dir / "build").rename(out_dir)
         sync_directory(out_dir.parent)
         shutil.rmtree(work_dir, ignore_errors=True)

@@ -61,7 +61,7 @@ def as_array(hashes: Sequence[int]) -> Hashes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Assignment:
+class SourceFates:
     """What becomes of the stored documents of one source."""
 
     fates: Fates
@@ -114,7 +114,7 @@ def held_out_mask(hashes: Hashes, share: float) -> npt.NDArray[np.bool_]:
     return np.asarray(mask)
 
 
-def assign(hashes: Sequence[Hashes], shares: Sequence[float]) -> list[Assignment]:
+def decide_fates(hashes: Sequence[Hashes], shares: Sequence[float]) -> list[SourceFates]:
     """Assign the documents of every source.
 
     Args:
@@ -134,7 +134,7 @@ def assign(hashes: Sequence[Hashes], shares: Sequence[float]) -> list[Assignment
         ends = np.cumsum([len(numbers) for numbers in chosen])[:-1]
         for source, part in enumerate(np.split(found, ends)):
             fates[source][chosen[source]] = part
-    return [Assignment(fates=values) for values in fates]
+    return [SourceFates(fates=values) for values in fates]
 
 
 def _in_bucket(hashes: Hashes, bucket: int, bits: int) -> Indices:

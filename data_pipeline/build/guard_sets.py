@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.build.decontamination import EDGE_TOKENS, MAX_COMMON, HeldOutRuns, Integers
-from data_pipeline.build.deduplication import Assignment, Fate, Hashes
+from data_pipeline.build.deduplication import Fate, Hashes, SourceFates
 from data_pipeline.build.near_duplicates import window_hashes
 from data_pipeline.config.schema import MixConfig
 from data_pipeline.errors import DataError
@@ -27,12 +27,12 @@ MAX_DROPPED_SHARE = 0.5
 """Share of a training source's documents that may be held-out text of other sources."""
 
 
-def held_out_hash(hashes: Hashes, assignment: Assignment) -> str:
+def held_out_hash(hashes: Hashes, assignment: SourceFates) -> str:
     """Hex sha256 of the content hashes of the held-out documents, sorted."""
     return hashlib.sha256(np.sort(hashes[assignment.held_out]).tobytes()).hexdigest()
 
 
-def copied(hashes: Sequence[Hashes], assignments: Sequence[Assignment]) -> list[Mask]:
+def copied(hashes: Sequence[Hashes], assignments: Sequence[SourceFates]) -> list[Mask]:
     """For each source and each of its held-out documents whether another source had a copy of it to
     train on.
     """
@@ -61,7 +61,7 @@ def runs_found(document: Tokens, runs: HeldOutRuns, counts: Integers) -> bool:
     return bool((sums[needed:] - sums[:-needed] == needed).any())
 
 
-def check_dropped(mix: MixConfig, assignments: Sequence[Assignment]) -> None:
+def check_dropped(mix: MixConfig, assignments: Sequence[SourceFates]) -> None:
     """Refuse a mix whose held-out text is most of a training source.
 
     Raises:

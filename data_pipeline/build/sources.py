@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from data_pipeline.build.stored_rows import read_build, read_dataset
 from data_pipeline.build.units import Unit, compressed, split
 from data_pipeline.config.source_config import SourceConfig, template_fields
 from data_pipeline.errors import DataError
+from data_pipeline.store.hashing import splitmix64
 from data_pipeline.text.cleaning import Place, Tally, normalise, why_unusable
 from data_pipeline.text.harmony import Conversation, read_conversation
 from data_pipeline.text.tokenizer import NUM_TEXT_TOKENS, Tokens
@@ -280,18 +280,6 @@ def _decode(value: bytes | None, place: Place, tally: Tally) -> Any:
     except UnicodeDecodeError:
         tally.reject("invalid UTF-8", place)
         return _REJECTED
-
-
-def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Finaliser of SplitMix64 (Steele et al. 2014): a fixed bijection that scatters 64-bit
-    integers.
-
-    The same in every numpy version, which numpy's own generators do not promise for shuffles.
-    """
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def invent_documents(

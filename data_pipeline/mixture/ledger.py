@@ -24,7 +24,7 @@ from typing import Any
 
 from data_pipeline.config.schema import WEIGHT_SUM_TOLERANCE, MixConfig
 from data_pipeline.errors import ConfigError
-from data_pipeline.mixture.changes import Settings, describe_changes, mix_settings
+from data_pipeline.mixture.settings import Settings, describe_changes, mix_settings
 
 FORMAT_VERSION = 2
 _FIXED = ("seq_len", "seed")

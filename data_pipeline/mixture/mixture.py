@@ -36,9 +36,9 @@ from typing import Protocol
 
 import numpy as np
 
-from data_pipeline.build.sources import splitmix64
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.mixture.ledger import Ledger, Segment
+from data_pipeline.store.hashing import splitmix64
 from data_pipeline.store.packing import Integers
 
 SNAPSHOT_ROWS = 1 << 14

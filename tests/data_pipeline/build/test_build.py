@@ -244,7 +244,7 @@ def test_a_build_killed_anywhere_leaves_nothing_and_its_rerun_gives_the_same_man
     undisturbed = build(mix, tmp_path / "undisturbed", progress=False).hash
     place = {
         "documents": "data_pipeline.store.shards.ShardWriter.add",
-        "rows": "data_pipeline.build.finish.pack",
+        "rows": "data_pipeline.build.assembly.pack",
         "manifest": "data_pipeline.store.manifest.Manifest.write",
         "rename": "pathlib.Path.rename",
     }[point]

@@ -148,7 +148,7 @@ def test_shares_of_different_mixes_do_not_meet(
 def test_a_rerun_makes_only_what_is_missing(
     mix: MixConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data_pipeline.build.build import build as module
+    from data_pipeline.build import build as module
 
     build_share(mix, tmp_path / "out", 0, 2)
     made: list[int] = []

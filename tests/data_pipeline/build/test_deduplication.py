@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.build.deduplication import as_array, assign, content_hash, held_out_mask
+from data_pipeline.build.deduplication import as_array, content_hash, decide_fates, held_out_mask
 
 
 def hashes_of(*names: object) -> list[int]:
@@ -55,7 +55,7 @@ def test_every_text_has_exactly_one_fate_across_sources(
     sources: list[tuple[set[int], float]],
 ) -> None:
     names = [sorted(texts) for texts, _ in sources]
-    assigned = assign(
+    assigned = decide_fates(
         [as_array(hashes_of(*texts)) for texts in names], [share for _, share in sources]
     )
     trained = [texts[i] for texts, a in zip(names, assigned, strict=True) for i in a.train]
@@ -71,13 +71,15 @@ def test_every_text_has_exactly_one_fate_across_sources(
 
 
 def test_a_copy_in_an_earlier_source_is_dropped_for_a_later_source_that_holds_it_out() -> None:
-    first, second = assign([as_array(hashes_of("x", "y")), as_array(hashes_of("x"))], [0.0, 1.0])
+    first, second = decide_fates(
+        [as_array(hashes_of("x", "y")), as_array(hashes_of("x"))], [0.0, 1.0]
+    )
     assert first.train.tolist() == [1] and first.num_held_out_copies == 1
     assert second.held_out.tolist() == [0]
 
 
 def test_of_equal_texts_the_first_source_trains_on_it() -> None:
-    first, second = assign(
+    first, second = decide_fates(
         [as_array(hashes_of("x", "y")), as_array(hashes_of("z", "y"))], [0.0, 0.0]
     )
     assert (

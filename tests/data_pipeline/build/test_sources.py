@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.build import sources
-from data_pipeline.build.sources import invent_documents, read_texts, splitmix64
+from data_pipeline.build.sources import invent_documents, read_texts
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.text.cleaning import MAX_WHITESPACE_RUN, Tally, why_unusable
@@ -206,14 +206,3 @@ def test_invented_documents_are_the_same_ones_every_time() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert min(lengths) >= 50 and max(lengths) <= 150 and abs(np.mean(lengths) - 100) < 5
     assert max(int(tokens.max()) for tokens in first) < NUM_TEXT_TOKENS
-
-
-def test_splitmix64_matches_the_published_sequence() -> None:
-    # first outputs for seed 1234567 of the reference implementation, prng.di.unimi.it/splitmix64.c
-    golden = 0x9E3779B97F4A7C15
-    states = np.array([(1234567 + i * golden) % 2**64 for i in range(3)], dtype=np.uint64)
-    assert splitmix64(states).tolist() == [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-    ]

@@ -14,9 +14,9 @@ from data_pipeline.__main__ import main
 from data_pipeline.build.build import build
 from data_pipeline.config.schema import LanguageLimits, MixConfig
 from data_pipeline.dataset import BuiltData
+from data_pipeline.mixture.data_plan import make_data_plan
 from data_pipeline.mixture.ledger import Ledger
 from data_pipeline.mixture.mixture import Mixture
-from data_pipeline.mixture.plan import make_plan
 from tests.data_pipeline.inputs import MakeMix, make_texts
 
 STEPS, ROWS = 37, 8
@@ -49,7 +49,7 @@ def drawn_tokens(built: BuiltData, ledger: Ledger, mix: MixConfig) -> Counter[st
 
 
 def test_a_plan_counts_the_tokens_that_training_draws(built: BuiltData, mix: MixConfig) -> None:
-    plan = make_plan(built, mix, STEPS, ROWS)
+    plan = make_data_plan(built, mix, STEPS, ROWS)
     expected = drawn_tokens(built, Ledger.start(mix), mix)
     assert {
         source.name: source.drawn_tokens for source in plan.sources if source.drawn_tokens
@@ -60,7 +60,7 @@ def test_a_plan_counts_the_tokens_that_training_draws(built: BuiltData, mix: Mix
 
 def test_a_plan_of_an_edited_run_counts_both_segments(built: BuiltData, mix: MixConfig) -> None:
     ledger = Ledger.start(mix).append(mix, 11).append(mix, 23)
-    plan = make_plan(built, mix, STEPS, ROWS, ledger)
+    plan = make_data_plan(built, mix, STEPS, ROWS, ledger)
     assert {s.name: s.drawn_tokens for s in plan.sources if s.drawn_tokens} == drawn_tokens(
         built, ledger, mix
     )
@@ -68,7 +68,7 @@ def test_a_plan_of_an_edited_run_counts_both_segments(built: BuiltData, mix: Mix
 
 @pytest.mark.case("B11", "said by build, plan and --dry_run, with the step")
 def test_what_runs_out_is_named_with_its_step(built: BuiltData, mix: MixConfig) -> None:
-    plan = make_plan(built, mix, STEPS, ROWS)
+    plan = make_data_plan(built, mix, STEPS, ROWS)
     mixture = Mixture(built, Ledger.start(mix), mix.seed)
     for number, source in enumerate(plan.sources):
         once = source.read_once_at_step
@@ -83,7 +83,7 @@ def test_what_runs_out_is_named_with_its_step(built: BuiltData, mix: MixConfig) 
 def test_over_repetition_is_a_warning_and_the_epoch_limit_a_problem(
     built: BuiltData, mix: MixConfig
 ) -> None:
-    long = make_plan(built, mix, 400, ROWS)
+    long = make_data_plan(built, mix, 400, ROWS)
     assert (
         any("source 'en' is read" in line and "from step" in line for line in long.warnings)
         and not long.problems
@@ -91,20 +91,20 @@ def test_over_repetition_is_a_warning_and_the_epoch_limit_a_problem(
     limited = tuple(
         s if s.name != "en" else dataclasses.replace(s, max_epochs=2.0) for s in mix.sources
     )
-    problems = make_plan(built, dataclasses.replace(mix, sources=limited), 400, ROWS).problems
+    problems = make_data_plan(built, dataclasses.replace(mix, sources=limited), 400, ROWS).problems
     assert len(problems) == 1 and "max_epochs is 2, which is used up near step" in problems[0]
 
 
 def test_floors_are_reported_as_met_or_not(built: BuiltData, mix: MixConfig) -> None:
-    plan = make_plan(built, mix, STEPS, ROWS)
+    plan = make_data_plan(built, mix, STEPS, ROWS)
     assert [(name, met) for name, _, _, met in plan.limits] == [("en", True), ("ja", True)]
     broken = dataclasses.replace(mix, languages={"en": LanguageLimits(min_share=0.5)})
-    (problem,) = make_plan(built, broken, STEPS, ROWS, Ledger.start(mix)).problems
+    (problem,) = make_data_plan(built, broken, STEPS, ROWS, Ledger.start(mix)).problems
     assert "language 'en': has" in problem and "must have from 50.00%" in problem
 
 
 def test_japanese_tokens_are_weighed_by_what_they_say(built: BuiltData, mix: MixConfig) -> None:
-    plan = make_plan(built, mix, STEPS, ROWS)
+    plan = make_data_plan(built, mix, STEPS, ROWS)
     tokens, content = plan.language_shares(), plan.content_shares()
     assert content["ja"] < tokens["ja"] and sum(content.values()) == pytest.approx(1)
     assert "1.32 times the tokens in Japanese" in plan.describe()

@@ -1,7 +1,7 @@
 """What a run will draw from each source, computed with the very function that training uses.
 
 Decisions
-    An impossible run fails here, not at step 40,000: every reason is in `Plan.problems`.
+    An impossible run fails here, not at step 40,000: every reason is in `DataPlan.problems`.
     What is unwise but possible is a warning: a source read more than WARN_EPOCHS times teaches
     little more (Muennighoff et al., arXiv 2305.16264: up to 4 epochs are nearly as good as new
     text). Tokens are not content.  The same text costs about JAPANESE_PREMIUM times the tokens in
@@ -55,11 +55,11 @@ class PlannedSource:
     max_epochs: float | None
     """Limit of the mix."""
     epoch_curve: tuple[float, ...]
-    """Epochs at `Plan.curve_steps`."""
+    """Epochs at `DataPlan.curve_steps`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class DataPlan:
     """A run over a built mix."""
 
     steps: int
@@ -179,13 +179,13 @@ class Plan:
         )
 
 
-def make_plan(
+def make_data_plan(
     built: BuiltData,
     mix: MixConfig,
     steps: int,
     global_batch_size: int,
     ledger: Ledger | None = None,
-) -> Plan:
+) -> DataPlan:
     """Draw `steps` steps without reading a token.
 
     Args:
@@ -231,7 +231,7 @@ def make_plan(
                 epoch_curve=tuple(curve.round(6).tolist()),
             )
         )
-    plan = Plan(
+    plan = DataPlan(
         steps=steps,
         global_batch_size=global_batch_size,
         sources=tuple(sources),
@@ -252,7 +252,7 @@ def _drawn_tokens(mixture: Mixture, built: BuiltData, source: int, rows: int) ->
     return epochs * int(row_tokens.sum()) + int(mixture.epoch_tokens(source, epochs)[:rest].sum())
 
 
-def _judged(plan: Plan, mix: MixConfig, ledger: Ledger) -> Plan:
+def _judged(plan: DataPlan, mix: MixConfig, ledger: Ledger) -> DataPlan:
     """`plan` with limits, problems and warnings."""
     problems, warnings, limits = [], [], []
     for source in plan.sources:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.build.decontamination import HeldOutRuns, contaminated, count_runs
-from data_pipeline.build.deduplication import HASH_DTYPE, Assignment, Fate, Indices, assign
+from data_pipeline.build.deduplication import HASH_DTYPE, Fate, Indices, SourceFates, decide_fates
 from data_pipeline.build.guard_sets import (
     check_dropped,
     check_guard_sets,
@@ -57,7 +57,7 @@ class Stored:
     """Copies left out of the shards."""
 
 
-def finish(
+def assemble_build(
     work_dir: Path, mix: MixConfig, wanted: str, parts: Sequence[Sequence[Part]], workers: int
 ) -> Manifest:
     """Turn the parts in `work_dir` into a whole build in its folder `build`.
@@ -68,7 +68,7 @@ def finish(
     stored = [_gather(source, listed) for source, listed in zip(mix.sources, parts, strict=True)]
     for source in stored:
         _check_rejects(source, mix.max_reject_share)
-    assignments, held_out = _assign(mix, stored, work_dir, workers)
+    assignments, held_out = _decide_fates(mix, stored, work_dir, workers)
     check_dropped(mix, assignments)
     _check_assignments(mix, assignments)
     directory = work_dir / "build"
@@ -141,12 +141,12 @@ class _HeldOut:
     """Of which training text had a copy or a long run."""
 
 
-def _assign(
+def _decide_fates(
     mix: MixConfig, stored: Sequence[Stored], work_dir: Path, workers: int
-) -> tuple[list[Assignment], list[_HeldOut]]:
+) -> tuple[list[SourceFates], list[_HeldOut]]:
     """What becomes of every document."""
     hashes = [np.concatenate([np.zeros(0, HASH_DTYPE), *map(read_hashes, s.parts)]) for s in stored]
-    assignments = assign(hashes, [source.held_out_share for source in mix.sources])
+    assignments = decide_fates(hashes, [source.held_out_share for source in mix.sources])
     held_out = [
         _HeldOut(hash=held_out_hash(values, assignment), found=found)
         for values, assignment, found in zip(
@@ -164,7 +164,7 @@ def _assign(
         )
         ends = np.cumsum([len(assignments[n].fates) for n in real])[:-1]
         for number, values in zip(real, np.split(fates, ends) if real else [], strict=True):
-            assignments[number] = Assignment(fates=values)
+            assignments[number] = SourceFates(fates=values)
     if mix.decontaminate_tokens:
         _decontaminate(mix, stored, assignments, held_out, work_dir, workers)
     return assignments, held_out
@@ -173,7 +173,7 @@ def _assign(
 def _decontaminate(
     mix: MixConfig,
     stored: Sequence[Stored],
-    assignments: Sequence[Assignment],
+    assignments: Sequence[SourceFates],
     held_out: Sequence[_HeldOut],
     work_dir: Path,
     workers: int,
@@ -214,7 +214,7 @@ def _decontaminate(
         )
 
 
-def _held_out_texts(stored: Stored, assignment: Assignment) -> list[Tokens]:
+def _held_out_texts(stored: Stored, assignment: SourceFates) -> list[Tokens]:
     """Tokens of each held-out document, without the last one, and without what all conversations
     begin with.
     """
@@ -260,7 +260,7 @@ def _load_runs(path: Path, window: int) -> HeldOutRuns:
     return HeldOutRuns.from_hashes(np.load(path), window)
 
 
-def _check_assignments(mix: MixConfig, assignments: Sequence[Assignment]) -> None:
+def _check_assignments(mix: MixConfig, assignments: Sequence[SourceFates]) -> None:
     """Every source can be trained on, every guard domain measured."""
     for source, assignment in zip(mix.sources, assignments, strict=True):
         if source.held_out_share < 1 and not len(assignment.train):
@@ -287,7 +287,7 @@ def _shards(stored: Stored) -> Shards:
 
 
 def _pack_source(
-    directory: Path, mix: MixConfig, stored: Stored, assignment: Assignment, held: _HeldOut
+    directory: Path, mix: MixConfig, stored: Stored, assignment: SourceFates, held: _HeldOut
 ) -> SourceEntry:
     """Pack one source's training and held-out documents and describe it."""
     shards, source = _shards(stored), stored.source

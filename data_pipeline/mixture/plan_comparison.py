@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from data_pipeline.mixture.plan import Plan
+from data_pipeline.mixture.data_plan import DataPlan
 from data_pipeline.tables import table
 
 
-def describe_diff(old: Plan, new: Plan) -> str:
+def compare_plans(old: DataPlan, new: DataPlan) -> str:
     """Tokens, epochs and shares of every source and language, old and new."""
     before, after = ({source.name: source for source in plan.sources} for plan in (old, new))
     rows = []
