@@ -49,7 +49,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """The command line with small units, in a process of its own."""
     code = (
-        f"import sys, runpy; from data_pipeline import units; units.MIN_UNIT_BYTES = {unit_bytes}\n"
+        f"import sys, runpy; from data_pipeline.build import units; units.MIN_UNIT_BYTES = {unit_bytes}\n"
         "from data_pipeline.__main__ import main\n"
         "code = main(sys.argv[1:])\n"
         # of this image alone: ru_maxrss of a fresh process starts from that of the process that
@@ -171,7 +171,7 @@ def test_killed_at_any_moment_a_rerun_gives_the_same_manifest(
     undisturbed = run(path, tmp_path / "undisturbed", "--workers", "1", unit_bytes=30_000)
     assert undisturbed.returncode == 0, undisturbed.stderr
     code = (
-        "import sys; from data_pipeline import units; units.MIN_UNIT_BYTES = 30_000\n"
+        "import sys; from data_pipeline.build import units; units.MIN_UNIT_BYTES = 30_000\n"
         "from data_pipeline.__main__ import main; sys.exit(main(sys.argv[1:]))\n"
     )
     command = [
@@ -193,7 +193,7 @@ def test_killed_at_any_moment_a_rerun_gives_the_same_manifest(
         while child.poll() is None and len(list(parts.rglob("*.json"))) < wanted:
             time.sleep(0.005)
         child.send_signal(signal.SIGKILL)
-        child.wait()
+        assert child.wait() == -signal.SIGKILL, "the build ended before it could be killed"
     done = run(path, tmp_path / "out", "--workers", "1", unit_bytes=30_000)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("manifest ")[1] == undisturbed.stdout.split("manifest ")[1]
