@@ -19,10 +19,12 @@ test: $(READY)
 faults: $(READY)
 	python -m pytest tests --faults --fault_table docs/reliability.md
 
+# what a commit must pass; the fast tests start no process (tests/support/fast.py)
 check: $(READY)
 	ruff check .
 	ruff format --check .
 	mypy
+	python -m pytest --fast -n $(TEST_WORKERS) --dist loadfile
 
 format: $(READY)
 	ruff check --fix .

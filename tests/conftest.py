@@ -4,6 +4,7 @@
 marked `quick`, those of other folders that are marked `slow`) and says how many it left out.
 `pytest --faults` runs every test that shows a case of docs/reliability.md, wherever it lives.
 Naming tests/faults runs what is named.
+`pytest --fast` runs the fast tests only (tests/support/fast.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.fast import is_fast
 from tests.support.fault_table import FaultTable
 
 torch.set_num_threads(
@@ -30,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--faults", action="store_true", help="run all tests that show a fault case, and no others"
     )
+    parser.addoption("--fast", action="store_true", help="run the fast tests only: make check")
     parser.addoption("--fault_table", type=Path, help="file whose fault table is written anew")
 
 
@@ -38,7 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--faults"):
+    if config.getoption("--fast"):
+        kept = [item for item in items if is_fast(item.path) and not is_slow(item)]
+    elif config.getoption("--faults"):
         kept = [item for item in items if item.get_closest_marker("case")]
     elif config.getoption("markexpr") == "slow" or any(
         "faults" in a for a in config.invocation_params.args

@@ -133,7 +133,7 @@ class TrainSection:
     """Parameters to leave unchanged: name patterns such as `model.layers.0.*`, or the words router,
     experts, attention, sinks, norms, embeddings and lm_head."""
     kl_targets: Path | None = None
-    """Folder that `cpt replay targets` wrote, with the base model's distributions for the rows of
+    """Folder that `cpt kl_targets` wrote, with the base model's distributions for the rows of
     some sources; relative to the run YAML."""
     kl_weight: float | None = None
     """Weight of the divergence from these distributions, in nats per predicted token. It must be

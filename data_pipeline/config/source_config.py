@@ -81,7 +81,7 @@ class SourceConfig:
     text_field: str = "text"
     """Key (JSONL) or column (Parquet, datasets) that holds the text."""
     template: str | None = None
-    """Text composed of several fields, for example "{title}\n\n{body}"; replaces `text_field`."""
+    """Text composed of several fields, for example "{title}: {body}"; replaces `text_field`."""
     dataset: str | None = None
     """Name on the Hugging Face Hub, for `format: huggingface` without `path`."""
     revision: str | None = None
