@@ -53,7 +53,7 @@ from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
 from cpt.resilience.agreed_stop import leave_if_asked
-from cpt.resilience.faults import fault_point
+from cpt.resilience.faults import fault_point, install_faults
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest
 from cpt.telemetry.mailbox import EventMailbox
@@ -336,6 +336,7 @@ def assemble(
     leave_if_asked(stop, topology.control_group, "before the model was loaded")
     source = weight_source(config, model_config, topology)
     engine = build_engine(config, model_config, topology, clock)
+    install_faults(engine.deepspeed, clock)
     leave_if_asked(stop, topology.control_group, "before the checkpoint was loaded")
     identity = {
         "seed": config.train.seed,

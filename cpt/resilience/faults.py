@@ -1,13 +1,16 @@
-"""Faults on purpose: named points of the run at which a test makes this very process fail.
+"""Planned faults: a test makes this process fail at a named point of the run.
 
     CPT_ALLOW_FAULTS=1 CPT_FAULT=<point>:<rank>:<step>:<action>[,...] deepspeed cpt/run.py ...
 
 Decisions
-    Without the permission nothing fires: a run that only inherits CPT_FAULT says so once and is not
-    touched. Each entry fires once in a process.  The same entry twice fires at the first two
-    visits. Rank and step may be `*`.  Steps are those of metrics.jsonl: the first optimizer step is
-    1. The fault announces itself on stderr before it strikes, so that a test can tell a fault from
-    an accident.
+    Nothing fires without permission: a run that merely inherits CPT_FAULT says so once and goes on
+    untouched.
+    Each entry fires once in a process; an entry that is given twice fires at the first two visits.
+    Rank and step may be `*`. Steps are those of metrics.jsonl: the first optimizer step is 1.
+    A fault announces itself on stderr before it strikes, so that a test can tell it from an
+    accident.
+    The numbers of a training step never pass through this module. Faults that poison a loss or a
+    gradient are hooks on the model, and `install_faults` registers them only if a fault is planned.
 """
 
 from __future__ import annotations
@@ -20,8 +23,14 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cpt.errors import ConfigError
+from cpt.resilience.phase import PhaseClock
+
+if TYPE_CHECKING:  # planned faults must work in a process that has not imported torch
+    import torch
+    from torch import nn
 
 POINTS = (
     "load",
@@ -41,7 +50,7 @@ POINTS = (
     "prune",
     "export",
 )
-"""Names that `fault_point` is called with; a save passes its points in this order."""
+"""Where a fault may strike, in the order in which a run and a save pass these points."""
 SIGNALS = {
     "kill": signal.SIGKILL,
     "stop": signal.SIGSTOP,
@@ -55,7 +64,7 @@ log = logging.getLogger("cpt.resilience.faults")
 
 
 class InjectedFault(RuntimeError):
-    """The error of action `raise`: an error that nobody expected."""
+    """The error that the action `raise` raises; it stands for one that nobody expected."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,24 +79,57 @@ class _Fault:
         return self.point == point and self.step in (None, step) and self.rank in (None, _rank())
 
 
-def fault_point(point: str, step: int) -> float:
-    """A place where a fault may strike; one comparison if none is planned.
+def fault_point(point: str, step: int) -> None:
+    """Let a planned fault strike here. Without one this costs a single comparison.
 
     Args:
         point: One of `POINTS`.
-        step: The optimizer step that is being done, counted from 1; 0 before the first.
-
-    Returns:
-        What the caller multiplies its value by, where it has one to poison: 1, or the factor of a
-        planned fault.
+        step: The optimizer step in progress, counted from 1; 0 before the first.
 
     Raises:
-        InjectedFault: action `raise`.
-        OSError: action `enospc`: no space left on device.
+        InjectedFault: the planned action is `raise`.
+        OSError: the planned action is `enospc` (no space left on device).
     """
+    if _planned():
+        _visit(point, step)
+
+
+def install_faults(model: nn.Module, clock: PhaseClock) -> None:
+    """Let the faults planned at `forward`, `backward` and `gradient` strike in training passes.
+
+    `nan`, `inf` and `scale` multiply the losses at `forward`, which poisons their gradients, too.
+    At `gradient` they multiply only the gradients, and the loss stays what it is. Passes without
+    gradients are left alone.
+
+    Args:
+        model: A module that returns the losses; it is changed only if a fault is planned.
+        clock: Knows the optimizer step in progress.
+
+    Raises:
+        InjectedFault: during a training pass, if the planned action is `raise`.
+        OSError: during a training pass, if the planned action is `enospc`.
+    """
+    if not _planned():
+        return
+
+    def strike_in_backward(gradient: torch.Tensor) -> torch.Tensor:
+        step = clock.now().step
+        _visit("backward", step)
+        return gradient * _visit("gradient", step)
+
+    def strike_in_forward(module: nn.Module, inputs: Any, losses: torch.Tensor) -> torch.Tensor:
+        if not losses.requires_grad:
+            return losses
+        struck = losses * _visit("forward", clock.now().step)
+        struck.register_hook(strike_in_backward)
+        return struck
+
+    model.register_forward_hook(strike_in_forward)
+
+
+def _visit(point: str, step: int) -> float:
+    """Fire the first fault planned for this visit; return the factor it has for numbers, or 1."""
     planned = _planned()
-    if not planned:
-        return 1.0
     assert point in POINTS, point
     for index, fault in enumerate(planned):
         if fault.strikes(point, step):
@@ -97,18 +139,17 @@ def fault_point(point: str, step: int) -> float:
 
 
 def check_environment() -> None:
-    """Read CPT_FAULT now; a run calls this at start so that a misspelt fault is not a test that
-    passes.
+    """Read CPT_FAULT at the start of a run, so that a misspelled fault is no test that passes.
 
     Raises:
-        ConfigError: faults are allowed, and CPT_FAULT is malformed.
+        ConfigError: faults are allowed and CPT_FAULT is malformed.
     """
     _planned()
 
 
 @cache
 def _planned() -> list[_Fault]:
-    """Faults that have not fired yet."""
+    """Return the list of faults that have not fired yet; the caller removes those that fire."""
     text = os.environ.get("CPT_FAULT", "")
     if not text:
         return []

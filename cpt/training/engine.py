@@ -263,13 +263,11 @@ class TrainingEngine:
                 self.deepspeed.step()  # between accumulation steps this only advances the engine's counter
             self._clock.enter("forward", step)
             self.router_watch.enter(batch.row_labels)
-            losses = self.token_losses(batch) * fault_point("forward", step)
+            losses = self.token_losses(batch)
             losses_LBS = losses.view(-1, *batch.labels.shape)
             self._clock.enter("backward", step)
-            fault_point("backward", step)
-            share = loss_scale * fault_point("gradient", step)
             total = losses_LBS[0].sum() + self._kl_weight * losses_LBS[1:].sum()
-            self.deepspeed.backward(total * share, scale_wrt_gas=False)
+            self.deepspeed.backward(total * loss_scale, scale_wrt_gas=False)
             by_row_LB = losses_LBS.detach().sum(2).double().cpu()
             by_source[: len(by_row_LB)].index_add_(1, batch.row_labels.cpu(), by_row_LB)
             pending = True

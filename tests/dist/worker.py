@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cpt.resilience.faults import install_faults
 from cpt.resilience.phase import PhaseClock
 from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.deepspeed_adapter.offload import nvme_paths
@@ -102,7 +103,9 @@ def parts_outside(nvme: Path, engine: TrainingEngine) -> list[str]:
 def run(scenario: Scenario, folder: Path) -> None:
     config = config_of(scenario, folder)
     topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu"))
-    engine = build_engine(config, model_config(), topology, PhaseClock())
+    clock = PhaseClock()
+    engine = build_engine(config, model_config(), topology, clock)
+    install_faults(engine.deepspeed, clock)
     if not scenario.resume_from:
         fill_weights(engine, weight_source(config, model_config(), topology))
     if scenario.resume_from:

@@ -12,10 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from cpt.errors import ConfigError
 from cpt.resilience import faults
-from cpt.resilience.faults import InjectedFault, check_environment, fault_point
+from cpt.resilience.faults import (
+    InjectedFault,
+    check_environment,
+    fault_point,
+    install_faults,
+)
+from cpt.resilience.phase import PhaseClock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,18 +42,58 @@ def test_without_permission_nothing_fires_and_one_line_says_so(plan, caplog) -> 
     plan.delenv("CPT_ALLOW_FAULTS")
     plan.setenv("CPT_FAULT", "forward:*:*:raise")
     with caplog.at_level(logging.WARNING):
-        assert [fault_point("forward", step) for step in range(3)] == [1.0, 1.0, 1.0]
+        for step in range(3):
+            fault_point("forward", step)
     assert [record.message for record in caplog.records] == [
         "CPT_FAULT is set, but CPT_ALLOW_FAULTS is not 1: no fault will fire. Unset it."
     ]
 
 
+def training_pass(model: nn.Module, clock: PhaseClock, step: int) -> tuple[float, float]:
+    """Return the loss of a model that returns its weight 1.0, and the gradient of that loss."""
+    clock.enter("forward", step)
+    weight = torch.ones(1, requires_grad=True)
+    loss = model(weight)
+    loss.sum().backward()
+    assert weight.grad is not None
+    return loss.item(), weight.grad.item()
+
+
 def test_fault_fires_at_its_point_rank_and_step_only_and_once(plan) -> None:
-    plan.setenv("CPT_FAULT", "forward:1:3:nan,forward:0:4:inf,gradient:*:*:scale=50")
-    assert [fault_point("forward", step) for step in (1, 2, 4, 5)] == [1.0] * 4
-    assert fault_point("backward", 3) == 1.0
-    assert math.isnan(fault_point("forward", 3)) and fault_point("forward", 3) == 1.0
-    assert [fault_point("gradient", 9), fault_point("gradient", 9)] == [50.0, 1.0]
+    plan.setenv("CPT_FAULT", "forward:1:3:nan,forward:0:4:inf,gradient:*:9:scale=50")
+    model, clock = nn.Identity(), PhaseClock()
+    install_faults(model, clock)
+    for step in (1, 2, 4, 5):
+        assert training_pass(model, clock, step) == (1.0, 1.0)
+    poisoned_loss, poisoned_gradient = training_pass(model, clock, 3)
+    assert math.isnan(poisoned_loss) and math.isnan(poisoned_gradient)
+    assert training_pass(model, clock, 3) == (1.0, 1.0)
+    assert [training_pass(model, clock, 9) for _ in range(2)] == [(1.0, 50.0), (1.0, 1.0)]
+
+
+def test_pass_without_gradients_is_left_alone(plan) -> None:
+    plan.setenv("CPT_FAULT", "forward:*:*:nan")
+    model = nn.Identity()
+    install_faults(model, PhaseClock())
+    assert model(torch.ones(1)).item() == 1.0
+
+
+def test_model_gets_no_hook_unless_a_fault_is_planned_and_allowed(plan) -> None:
+    model = nn.Identity()
+    install_faults(model, PhaseClock())
+    faults._planned.cache_clear()
+    plan.delenv("CPT_ALLOW_FAULTS")
+    plan.setenv("CPT_FAULT", "forward:*:*:nan")
+    install_faults(model, PhaseClock())
+    assert not model._forward_hooks
+
+
+def test_error_planned_at_backward_is_raised_in_the_backward_pass(plan) -> None:
+    plan.setenv("CPT_FAULT", "backward:1:2:raise")
+    model, clock = nn.Identity(), PhaseClock()
+    install_faults(model, clock)
+    with pytest.raises(InjectedFault, match="backward, step 2"):
+        training_pass(model, clock, 2)
 
 
 def test_errors_are_raised_as_the_real_ones(plan) -> None:
