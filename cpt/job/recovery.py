@@ -17,7 +17,7 @@ from cpt.job.progress import Progress, batch_of_step, merged, read_rollbacks, wr
 from cpt.job.saving import publish
 from cpt.parallel.agreement import on_first_rank
 from cpt.training.engine import StepResult
-from cpt.training.stability import LIMIT_IN_A_ROW, Limits
+from cpt.training.stability import ROLLBACK_AFTER, SpikeLimits
 from data_pipeline.mixture.mixture import GlobalBatch
 
 log = logging.getLogger("cpt.job.recovery")
@@ -31,20 +31,20 @@ def after_step(job: Job, batch: GlobalBatch, result: StepResult) -> bool:
         Whether the run went back to a checkpoint.
 
     Raises:
-        InternalError: `LIMIT_IN_A_ROW` updates in a row were skipped, and the run cannot or may not
+        InternalError: `ROLLBACK_AFTER` updates in a row were skipped, and the run cannot or may not
             roll back.
     """
     limits = job.stability.limits()
-    verdict = job.stability.judge(result.loss, result.grad_norm, applied=result.applied)
+    outcome = job.stability.assess(result.loss, result.grad_norm, applied=result.applied)
     job.progress.updates += result.applied
-    if verdict == "sound":
+    if outcome == "sound":
         return False
     event = {
-        "event": "spike" if verdict == "spike" else "skipped_update",
+        "event": "spike" if outcome == "spike" else "skipped_update",
         "step": job.progress.step,
     }
     values = {"loss": result.loss, "grad_norm": result.grad_norm, "rows": row_ids(job, batch)}
-    if verdict == "spike":
+    if outcome == "spike":
         job.telemetry.log(
             {**event, **values, "loss_limit": limits.loss, "grad_norm_limit": limits.grad_norm}
         )
@@ -53,9 +53,9 @@ def after_step(job: Job, batch: GlobalBatch, result: StepResult) -> bool:
         job.telemetry.log({**event, **values, **counts})
     if job.topology.rank == 0:
         log.warning("%s", describe(job, batch, result, limits))
-    if verdict == "rollback":
+    if outcome == "rollback":
         roll_back(job)
-    return verdict == "rollback"
+    return outcome == "rollback"
 
 
 def row_ids(job: Job, batch: GlobalBatch) -> list[str]:
@@ -67,7 +67,7 @@ def row_ids(job: Job, batch: GlobalBatch) -> list[str]:
     ]
 
 
-def describe(job: Job, batch: GlobalBatch, result: StepResult, limits: Limits) -> str:
+def describe(job: Job, batch: GlobalBatch, result: StepResult, limits: SpikeLimits) -> str:
     """One line for people about a step that is not sound."""
     rows = row_ids(job, batch)
     named = ", ".join(rows[:16]) + (
@@ -99,7 +99,7 @@ def roll_back(job: Job) -> None:
     last_batch = batch_of_step(from_step - 1, progress.skip_ranges) + 1
     rollbacks = on_first_rank(group, lambda: read_rollbacks(job.run_dir))
     cause = (
-        f"{LIMIT_IN_A_ROW} updates in a row were not finite (steps {first_step + 1} to {from_step})"
+        f"{ROLLBACK_AFTER} updates in a row were not finite (steps {first_step + 1} to {from_step})"
     )
     advice = "Look at the rows named above and lower train.lr; the newest checkpoint is intact."
     if len(rollbacks) >= job.config.train.max_rollbacks:

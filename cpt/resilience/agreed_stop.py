@@ -1,4 +1,4 @@
-"""Acting on a request to stop: all ranks learn of it, and all leave at the same point."""
+"""Agreement on a request to stop: all ranks learn of it and leave at the same point."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from cpt.resilience.stop import StopRequest
 
 
 def agreed_reason(stop: StopRequest, group: dist.ProcessGroup) -> str:
-    """Why some rank wants to stop, the same on all ranks; empty if none does."""
+    """Return why some rank wants to stop, the same on all ranks; an empty string if none does."""
     reasons = gather_json(stop.reason(), group)
-    return next((f"{reason} (rank {rank})" for rank, reason in enumerate(reasons) if reason), "")
+    for rank, reason in enumerate(reasons):
+        if reason:
+            return f"{reason} (rank {rank})"
+    return ""
 
 
 def leave_if_asked(stop: StopRequest, group: dist.ProcessGroup, where: str) -> None:
-    """Leave at a point where there is nothing to save.
+    """Leave on request at a point of the run where there is nothing to save.
 
     Raises:
-        RequeueRequested: on all ranks, if any has been asked to stop.
+        RequeueRequested: on all ranks, if any of them has been asked to stop.
     """
-    if reason := agreed_reason(stop, group):
+    reason = agreed_reason(stop, group)
+    if reason:
         stop.consume()
         raise RequeueRequested(
             f"stopped on request {where}: {reason}. There was nothing to save; start again."

@@ -22,11 +22,11 @@ import signal
 import time
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpt.errors import ConfigError
 from cpt.resilience.phase import PhaseClock
+from cpt.resilience.processes import environment_of, parent_of, process_ids
 
 if TYPE_CHECKING:  # planned faults must work in a process that has not imported torch
     import torch
@@ -169,23 +169,35 @@ def _parse(entry: str) -> _Fault:
         problems.append("must be <point>:<rank>:<step>:<action>")
     if point not in POINTS:
         problems.append(f"point '{point}' is none of {', '.join(POINTS)}")
-    problems += [
-        f"{key} '{value}' must be a whole number or *"
-        for key, value in (("rank", rank), ("step", step))
-        if value != "*" and not (value.isascii() and value.isdigit())
-    ]
-    known = {known.partition("=")[0]: "=" in known for known in ACTIONS}
-    if known.get(name) != bool(amount) or not _is_amount(amount or "0"):
+    for key, value in (("rank", rank), ("step", step)):
+        if value != "*" and not (value.isascii() and value.isdigit()):
+            problems.append(f"{key} '{value}' must be a whole number or *")
+    if not _is_action(name, amount):
         problems.append(f"action '{action}' is none of {', '.join(ACTIONS)}")
     if problems:
         raise ConfigError(f"CPT_FAULT: '{entry}': {'; '.join(problems)}.")
     return _Fault(
         point=point,
-        rank=None if rank == "*" else int(rank),
-        step=None if step == "*" else int(step),
+        rank=_number_or_any(rank),
+        step=_number_or_any(step),
         action=name,
         amount=float(amount or 0),
     )
+
+
+def _number_or_any(text: str) -> int | None:
+    if text == "*":
+        return None
+    return int(text)
+
+
+def _is_action(name: str, amount: str) -> bool:
+    """Return whether an action of this name exists and takes an amount if there is one."""
+    for action in ACTIONS:
+        known_name, _, known_amount = action.partition("=")
+        if name == known_name:
+            return bool(known_amount) == bool(amount) and _is_amount(amount or "0")
+    return False
 
 
 def _is_amount(text: str) -> bool:
@@ -222,16 +234,13 @@ def _strike(fault: _Fault, step: int) -> float:
 
 
 def _kill_ranks_of_this_node() -> None:
-    """SIGKILL to every rank of this run here, this process last; ranks are known by their parent
-    and their port.
+    """Send SIGKILL to every rank of this run on this node, to this process last.
+
+    Ranks of one run have the same parent and the same port.
     """
-    port = f"MASTER_PORT={os.environ.get('MASTER_PORT', '')}".encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            same_run = port in (entry / "environ").read_bytes().split(b"\0")
-        except (OSError, ValueError):  # gone already, or another user's
-            continue
-        if parent == os.getppid() and same_run and int(entry.name) != os.getpid():
-            os.kill(int(entry.name), signal.SIGKILL)
+    port = f"MASTER_PORT={os.environ.get('MASTER_PORT', '')}"
+    for pid in process_ids():
+        is_sibling = pid != os.getpid() and parent_of(pid) == os.getppid()
+        if is_sibling and port in environment_of(pid):
+            os.kill(pid, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,11 +1,12 @@
-"""Who is behind: the positions of all ranks, judged without threads, stores or clocks of its own.
+"""Judgment of who is behind: it sees one beat of every rank at a time and has no threads, stores or
+clocks of its own.
 
 Decisions
-    A rank hangs if it has not entered another phase for as long as its phase may take.  Blocked in
-    a collective, all ranks stand still together; then those that do not even publish any more are
-    named, else those that are furthest behind.
-    A rank is a straggler in a step if most ranks were ahead of it, hence waited, for long compared
-    with a usual step.
+    A rank hangs if it has not entered another phase for as long as its phase may take. When one
+    rank is stuck in a collective, all ranks stand still together. Then the ranks that no longer
+    publish are named, or, if all publish, those that are furthest behind.
+    A rank is a straggler in a step if most ranks were ahead of it, and hence waited, for long
+    compared with a usual step.
 """
 
 from __future__ import annotations
@@ -20,42 +21,44 @@ from cpt.resilience.phase import PhaseRecord
 
 LONG_PHASES = frozenset({"load", "save", "evaluate", "sample", "rollback", "export"})
 """Phases that may take the longer timeout."""
+MOST_NAMED_RANKS = 8
+"""Number of hung ranks that a message names one by one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
+class PhaseTimeouts:
     """Seconds that a rank may stay in one phase."""
 
     step: float
-    """Within a training step."""
+    """Timeout of the phases of a training step."""
     long: float
-    """In one of `LONG_PHASES`."""
+    """Timeout of each of `LONG_PHASES`."""
 
     def of(self, phase: str) -> float:
-        """The limit of a phase."""
+        """Return the timeout of a phase in seconds."""
         return self.long if phase in LONG_PHASES else self.step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Beat:
-    """What a rank publishes."""
+    """A rank's sign of life, as it publishes it."""
 
     count: int
-    """Phases entered so far."""
+    """Number of phases entered so far."""
     phase: str
-    """Its phase."""
+    """Present phase of the rank."""
     step: int
-    """Its step, counted from 1."""
+    """Optimizer step in progress, counted from 1."""
     tick: float
-    """Its clock: changes as long as the process runs."""
+    """Clock of the rank, which moves as long as the process runs."""
     pid: int
-    """Its process."""
+    """Process id of the rank."""
     host: str
-    """Its node."""
+    """Name of the rank's node."""
 
     @classmethod
     def of(cls, record: PhaseRecord, tick: float, pid: int, host: str) -> Beat:
-        """The beat of this process."""
+        """Return the beat of a rank in the recorded phase."""
         return cls(
             count=record.count,
             phase=record.phase,
@@ -66,27 +69,27 @@ class Beat:
         )
 
     def dump(self) -> str:
-        """As JSON."""
+        """Return the beat as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def load(cls, text: str | bytes) -> Beat:
-        """From JSON."""
+        """Return the beat that `dump` turned into JSON."""
         return cls(**json.loads(text))
 
-    def place(self) -> str:
-        """For people."""
+    def location(self) -> str:
+        """Return the phase and the step for people."""
         return f"phase={self.phase} step={self.step}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Hung:
-    """A verdict."""
+class Hang:
+    """A run that no longer moves, and the ranks that it waits for."""
 
     ranks: list[int]
-    """Those that are behind."""
+    """Ranks that are behind; empty if all stand in the same phase."""
     text: str
-    """One line."""
+    """Description in one line."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,49 +97,64 @@ class Straggler:
     """A rank that made the others wait in one step."""
 
     rank: int
-    """Who."""
+    """The rank that was behind."""
     step: int
-    """When."""
+    """The optimizer step, counted from 1."""
     phase: str
-    """In which phase most of that time was lost."""
+    """Phase in which most of the time was lost."""
     seconds: float
     """How long most ranks waited for it."""
     ratio: float
-    """Its step over the median step."""
+    """Duration of its step over that of the median step."""
 
     def describe(self) -> str:
-        """One line."""
+        """Return one line for people."""
         return (
-            f"straggler: rank {self.rank} took {self.ratio:.1f} x the median step in step {self.step} "
-            f"({self.seconds:.1f} s behind in phase={self.phase})"
+            f"straggler: rank {self.rank} took {self.ratio:.1f} x the median step in step "
+            f"{self.step} ({self.seconds:.1f} s behind in phase={self.phase})"
         )
 
     def event(self) -> dict[str, Any]:
-        """For metrics.jsonl."""
+        """Return the event for metrics.jsonl."""
         return {"event": "straggler", **asdict(self)}
 
 
 @dataclass(kw_only=True, slots=True)
-class _Seen:
+class _SeenRank:
+    """What the observer knows about one rank; times are seconds of the observer's clock."""
+
     beat: Beat
+    """Its last beat."""
     moved_at: float
+    """When it was last seen to enter a phase."""
     ticked_at: float
+    """When its clock was last seen to move."""
     was_behind: bool = False
+    """Whether it was behind at the last look."""
     behind_seconds: dict[str, float] = field(default_factory=dict)
     """Time behind in the present step, by phase."""
 
 
 class Observer:
-    """All ranks as the last beats show them."""
+    """All ranks as their last beats show them."""
 
-    def __init__(self, world_size: int, limits: Limits, straggler_ratio: float) -> None:
-        self._world_size, self._limits, self._straggler_ratio = world_size, limits, straggler_ratio
-        self._seen: list[_Seen] = []
+    def __init__(self, world_size: int, timeouts: PhaseTimeouts, straggler_ratio: float) -> None:
+        """Start without a beat.
+
+        Args:
+            world_size: Number of ranks.
+            timeouts: How long a phase may take.
+            straggler_ratio: How many median steps a step may take; 0 looks for no stragglers.
+        """
+        self._world_size = world_size
+        self._timeouts = timeouts
+        self._straggler_ratio = straggler_ratio
+        self._seen: list[_SeenRank] = []
         self._saw_at = 0.0
         self._stragglers: list[Straggler] = []
 
     def forget(self) -> None:
-        """Start anew: nothing can be said about a time in which the observer itself did not run."""
+        """Start anew, because the observer did not run itself for some time."""
         self._seen = []
 
     def see(self, now: float, beats: Sequence[Beat], median_step_seconds: float | None) -> None:
@@ -144,82 +162,95 @@ class Observer:
 
         Args:
             now: The observer's clock in seconds.
-            beats: By rank.
-            median_step_seconds: What a step usually takes; None while unknown.
+            beats: Beats by rank.
+            median_step_seconds: Usual duration of a step; None while unknown.
         """
         if not self._seen:
-            self._seen = [_Seen(beat=beat, moved_at=now, ticked_at=now) for beat in beats]
+            self._seen = [_SeenRank(beat=beat, moved_at=now, ticked_at=now) for beat in beats]
             self._saw_at = now
             return
-        elapsed, self._saw_at = now - self._saw_at, now
+        elapsed = now - self._saw_at
+        self._saw_at = now
         counts = sorted(beat.count for beat in beats)
+        lowest = counts[0]
         middle = counts[len(counts) // 2]  # of two ranks the one ahead
         for rank, (seen, beat) in enumerate(zip(self._seen, beats, strict=True)):
-            still = beat.count == seen.beat.count
-            behind = beat.count == counts[0] < middle and beat.phase not in LONG_PHASES
-            if (
-                behind and seen.was_behind and still
-            ):  # at two looks: beats of one moment do not arrive at once
+            stands_still = beat.count == seen.beat.count
+            is_behind = beat.count == lowest < middle and beat.phase not in LONG_PHASES
+            # Beats of one moment do not arrive together, so only a rank that is behind at two looks
+            # counts as behind.
+            if is_behind and seen.was_behind and stands_still:
                 seen.behind_seconds[beat.phase] = seen.behind_seconds.get(beat.phase, 0.0) + elapsed
-            seen.was_behind = behind
+            seen.was_behind = is_behind
             if beat.step != seen.beat.step:
-                self._end_of_step(rank, seen, median_step_seconds)
-            seen.moved_at = seen.moved_at if still else now
-            seen.ticked_at = seen.ticked_at if beat.tick == seen.beat.tick else now
+                self._end_step(rank, seen, median_step_seconds)
+            if not stands_still:
+                seen.moved_at = now
+            if beat.tick != seen.beat.tick:
+                seen.ticked_at = now
             seen.beat = beat
 
-    def _end_of_step(self, rank: int, seen: _Seen, median: float | None) -> None:
-        by_phase, seen.behind_seconds = seen.behind_seconds, {}
+    def _end_step(self, rank: int, seen: _SeenRank, median: float | None) -> None:
+        """Note a straggler if the rank lost much time in the step that it has just ended."""
+        by_phase = seen.behind_seconds
+        seen.behind_seconds = {}
         behind = sum(by_phase.values())
-        if (
-            median is None
-            or self._straggler_ratio == 0
-            or behind < (self._straggler_ratio - 1) * median
-            or not behind
-        ):
+        if median is None or self._straggler_ratio == 0 or behind == 0:
             return
-        phase = max(by_phase, key=by_phase.__getitem__)
+        if behind < (self._straggler_ratio - 1) * median:
+            return
         self._stragglers.append(
             Straggler(
                 rank=rank,
                 step=seen.beat.step,
-                phase=phase,
+                phase=max(by_phase, key=by_phase.__getitem__),
                 seconds=behind,
                 ratio=1 + behind / median,
             )
         )
 
     def take_stragglers(self) -> list[Straggler]:
-        """Those found since the last call."""
-        taken, self._stragglers = self._stragglers, []
+        """Return the stragglers found since the last call."""
+        taken = self._stragglers
+        self._stragglers = []
         return taken
 
-    def hung(self, now: float) -> Hung | None:
-        """The verdict if no rank at the back has moved for longer than its phase may take."""
+    def find_hang(self, now: float) -> Hang | None:
+        """Return the hang if no rank at the back has moved for longer than its phase may take."""
         if not self._seen:
             return None
         lowest = min(seen.beat.count for seen in self._seen)
         last = [rank for rank, seen in enumerate(self._seen) if seen.beat.count == lowest]
-        if any(
-            now - self._seen[rank].moved_at <= self._limits.of(self._seen[rank].beat.phase)
-            for rank in last
-        ):
-            return None
+        for rank in last:
+            if now - self._seen[rank].moved_at <= self._timeouts.of(self._seen[rank].beat.phase):
+                return None
         waited = min(now - self._seen[rank].moved_at for rank in last)
-        # alive but blocked ranks tick at every look; half the time is more than any of them misses
+        # A rank that is alive but blocked ticks at every look. None misses looks for half of the
+        # whole wait.
         silent = [rank for rank, seen in enumerate(self._seen) if now - seen.ticked_at > waited / 2]
         named = silent or last
         if len(named) == self._world_size > 1:
-            text = f"no rank is behind: all are in {self._seen[0].beat.place()}, for {waited:.0f} s"
-            return Hung(ranks=[], text=text)
-        parts = [f"rank {rank} last seen in {self._seen[rank].beat.place()}" for rank in named[:8]]
-        parts += [f"and {len(named) - 8} ranks more"] if len(named) > 8 else []
+            location = self._seen[0].beat.location()
+            return Hang(
+                ranks=[], text=f"no rank is behind: all are in {location}, for {waited:.0f} s"
+            )
         how = "not running" if silent else "not moving"
-        others = Counter(
-            seen.beat.place() for rank, seen in enumerate(self._seen) if rank not in set(named)
-        )
-        rest = ", ".join(f"{number} in {place}" for place, number in others.most_common(4))
-        return Hung(
-            ranks=named,
-            text=f"{', '.join(parts)}, {how} for {waited:.0f} s; other ranks: {rest or 'none'}",
-        )
+        text = f"{self._name_ranks(named)}, {how} for {waited:.0f} s; {self._name_others(named)}"
+        return Hang(ranks=named, text=text)
+
+    def _name_ranks(self, ranks: list[int]) -> str:
+        parts = []
+        for rank in ranks[:MOST_NAMED_RANKS]:
+            parts.append(f"rank {rank} last seen in {self._seen[rank].beat.location()}")
+        if len(ranks) > MOST_NAMED_RANKS:
+            parts.append(f"and {len(ranks) - MOST_NAMED_RANKS} ranks more")
+        return ", ".join(parts)
+
+    def _name_others(self, ranks: list[int]) -> str:
+        """Count the ranks that are not among `ranks` by where they are."""
+        locations: Counter[str] = Counter()
+        for rank, seen in enumerate(self._seen):
+            if rank not in ranks:
+                locations[seen.beat.location()] += 1
+        parts = [f"{count} in {location}" for location, count in locations.most_common(4)]
+        return f"other ranks: {', '.join(parts) or 'none'}"

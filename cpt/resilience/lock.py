@@ -1,10 +1,10 @@
-"""One job per run directory: <run_dir>/.lock says who is at work, and a thread keeps its time stamp
-fresh.
+"""The lock that keeps a run directory to one job: <run_dir>/.lock names the process at work, and a
+thread keeps its time stamp fresh.
 
-Whether a holder is alive
-    on this machine: its process exists and was started at the noted time;
-    the same SLURM job, started again: the earlier start is over by definition;
-    elsewhere: its time stamp, by the clock of the file system, is younger than `STALE_SECONDS`.
+How a start decides whether the holder is alive
+    on this machine: its process exists and was started at the recorded time;
+    an earlier start of the same SLURM job: it is over by definition;
+    elsewhere: its time stamp is younger than `STALE_SECONDS` by the clock of the file system.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import os
 import socket
 import threading
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cpt.errors import ConfigError
+from cpt.resilience.processes import pid_namespace, start_ticks_of
 from data_pipeline.store.files import write_json
 
 LOCK = ".lock"
-BEAT_SECONDS = 15.0
+REFRESH_SECONDS = 15.0
 STALE_SECONDS = 120.0
 
 log = logging.getLogger("cpt.lock")
@@ -39,7 +41,7 @@ class Holder:
     pid: int
     """Process id of rank 0."""
     started: str
-    """Start of the process in clock ticks since boot: ids are used again."""
+    """Start of the process in clock ticks since boot, because process ids are used again."""
     machine: str
     """Boot of the machine and pid namespace in which `pid` means something."""
     job: str
@@ -47,16 +49,17 @@ class Holder:
     restarts: int
     """How often SLURM has started this job again."""
     token: str
-    """Unique."""
+    """A value that no other holder has."""
 
 
 class RunLock:
     """A run directory that this process holds."""
 
     def __init__(self, path: Path, holder: Holder) -> None:
-        self._path, self._holder = path, holder
+        self._path = path
+        self._holder = holder
         self._released = threading.Event()
-        threading.Thread(target=self._beat, daemon=True, name="run lock").start()
+        threading.Thread(target=self._keep_fresh, daemon=True, name="run lock").start()
 
     def release(self) -> None:
         """Let others have the directory."""
@@ -65,8 +68,8 @@ class RunLock:
             if _read(self._path) == self._holder:
                 self._path.unlink()
 
-    def _beat(self) -> None:
-        while not self._released.wait(BEAT_SECONDS):
+    def _keep_fresh(self) -> None:
+        while not self._released.wait(REFRESH_SECONDS):
             try:
                 holder = _read(self._path)
                 if holder is not None and holder != self._holder:
@@ -82,19 +85,22 @@ class RunLock:
 
 
 def take_lock(run_dir: Path) -> RunLock:
-    """Hold a run directory, or say who does.
+    """Take a run directory for this process.
 
     Raises:
-        ConfigError: another job is at work there.
+        ConfigError: another job is at work there; the message names it.
     """
-    path, own = run_dir / LOCK, this_process()
+    path = run_dir / LOCK
+    own = this_process()
     with _one_at_a_time(run_dir):
         if path.exists():
             holder = _read(path)
-            if why := why_alive(holder, own, path):
+            why = why_alive(holder, own, path)
+            if why:
                 raise ConfigError(
-                    f"{run_dir} is in use by {describe(holder)}: {why}. Wait for it, stop it, or give another "
-                    f"--run_dir. If you are sure that it is gone, remove {path}."
+                    f"{run_dir} is in use by {describe(holder)}: {why}. Wait for it, stop it, or "
+                    "give another --run_dir. If you are sure that it is gone, remove "
+                    f"{path}."
                 )
             log.info("%s was left by %s; taken over", path, describe(holder))
         write_json(path, asdict(own))
@@ -102,9 +108,10 @@ def take_lock(run_dir: Path) -> RunLock:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(run_dir: Path):  # type: ignore[no-untyped-def]
-    """Two that find the same stale lock do not both take it; where the file system has no flock,
-    the odds must do.
+def _one_at_a_time(run_dir: Path) -> Iterator[None]:
+    """Keep two processes that find the same stale lock from both taking it.
+
+    Where the file system has no flock, nothing keeps them from it.
     """
     descriptor = os.open(run_dir, os.O_RDONLY)
     try:
@@ -116,7 +123,7 @@ def _one_at_a_time(run_dir: Path):  # type: ignore[no-untyped-def]
 
 
 def _read(path: Path) -> Holder | None:
-    """Who holds a lock; None if the file says nothing sensible."""
+    """Return who holds a lock, or None if the file cannot be understood."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
@@ -124,15 +131,12 @@ def _read(path: Path) -> Holder | None:
 
 
 def why_alive(holder: Holder | None, own: Holder, path: Path) -> str:
-    """What speaks for it that a holder is at work; empty if it is gone."""
+    """Return why the holder looks alive, or an empty string if it is gone."""
     if holder is not None and holder.machine == own.machine:
-        return "the process is running" if _start_of(holder.pid) == holder.started else ""
-    if (
-        holder is not None
-        and holder.job
-        and holder.job == own.job
-        and holder.restarts < own.restarts
-    ):
+        if start_ticks_of(holder.pid) == holder.started:
+            return "the process is running"
+        return ""
+    if holder is not None and _is_earlier_start(holder, own):
         return ""
     age = _age_seconds(path)
     if age >= STALE_SECONDS:
@@ -140,8 +144,14 @@ def why_alive(holder: Holder | None, own: Holder, path: Path) -> str:
     return f"its last sign of life is {age:.0f} s old (it counts as gone after {STALE_SECONDS:.0f})"
 
 
+def _is_earlier_start(holder: Holder, own: Holder) -> bool:
+    """Return whether the holder is an earlier start of this process's SLURM job."""
+    same_job = holder.job != "" and holder.job == own.job
+    return same_job and holder.restarts < own.restarts
+
+
 def _age_seconds(path: Path) -> float:
-    """By the clock of the file system, which may not be this machine's."""
+    """Return the age of a file by the clock of the file system, which may not be this machine's."""
     probe = path.with_name(f"{LOCK}-probe-{uuid.uuid4().hex}")
     probe.touch()
     try:
@@ -151,42 +161,23 @@ def _age_seconds(path: Path) -> float:
 
 
 def describe(holder: Holder | None) -> str:
-    """A holder for people."""
+    """Return a description of a holder for people."""
     if holder is None:
         return "an unknown job"
-    return f"process {holder.pid} on {holder.host}" + (
-        f" (SLURM job {holder.job})" if holder.job else ""
-    )
+    text = f"process {holder.pid} on {holder.host}"
+    if holder.job:
+        text += f" (SLURM job {holder.job})"
+    return text
 
 
 def this_process() -> Holder:
-    """This process as a holder."""
+    """Return this process as a holder."""
     return Holder(
         host=socket.gethostname(),
         pid=os.getpid(),
-        started=_start_of(os.getpid()),
-        machine=f"{_read_text('/proc/sys/kernel/random/boot_id')} {_namespace()}",
+        started=start_ticks_of(os.getpid()),
+        machine=pid_namespace(),
         job=os.environ.get("SLURM_JOB_ID", ""),
         restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0),
         token=uuid.uuid4().hex,
     )
-
-
-def _start_of(pid: int) -> str:
-    """Start time of a living process; empty if there is none."""
-    fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 and fields[0] != "Z" else ""
-
-
-def _namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""

@@ -1,4 +1,4 @@
-"""The phase of work that this rank is in: the main thread writes it, the watchdog's threads read it."""
+"""The phase of work that this rank is in, written by the main thread and read by the watchdog's."""
 
 from __future__ import annotations
 

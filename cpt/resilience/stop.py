@@ -1,10 +1,12 @@
-"""Requests to stop: noted by one rank, from a signal, the file <run_dir>/STOP, the end of the SLURM
-job, or the loss of the launcher; acting on them is a collective decision.
+"""Requests to stop, as one rank notes them.
+
+A request comes from a signal, the file <run_dir>/STOP, the end of the SLURM job, or the loss of the
+launcher. Acting on it is a collective decision (`cpt.resilience.agreed_stop`).
 
 This module imports nothing heavy, so that signals are noted while torch and DeepSpeed are still
-being imported.  The handler of a signal does nothing but note it.  A rank whose launcher is gone is
-nobody's child any more: it asks for a stop like any other request, and leaves by force when its
-time is up.
+being imported. The handler of a signal does nothing but note it. A rank whose launcher is gone has
+no parent that waits for it: it asks for a stop as for any other reason, and leaves by force when
+its time is up.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from cpt.errors import StorageError
+from cpt.resilience.processes import command_of, parent_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCHERS = (
@@ -29,11 +32,11 @@ LAUNCHERS = (
 )
 POLL_SECONDS = 1.0
 LEAVE_BEFORE_END_SECONDS = 15
-"""A process of a SLURM job leaves by itself this long before it would be killed."""
+"""How long before SLURM would kill a process the process leaves by itself."""
 
 
 class StopRequest:
-    """Whether this rank has been asked to stop."""
+    """The requests to stop that have reached this rank."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._reason = ""
@@ -43,7 +46,7 @@ class StopRequest:
         self._job_end = float(end) if end.isascii() and end.isdigit() else None
 
     def listen(self) -> None:
-        """Take over the stop signals."""
+        """Note the stop signals of this process instead of ending it."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
@@ -51,22 +54,22 @@ class StopRequest:
         self.note(signal.Signals(number).name)
 
     def note(self, reason: str) -> None:
-        """Ask for a stop; the first reason is kept."""
+        """Ask for a stop; only the first reason is kept."""
         self._reason = self._reason or reason
 
     def watch_run(self, run_dir: Path, margin_seconds: float) -> None:
-        """Also look for the STOP file and at the clock; rank 0 does this for all."""
+        """Also look for the STOP file and at the clock; rank 0 does this for all ranks."""
         self._file = run_dir / "STOP"
         if self._job_end is not None:
             left = self._job_end - time.time()
             self._stop_at = self._job_end - min(margin_seconds, left / 4)
 
     def requested(self) -> bool:
-        """Whether this rank wants to stop."""
+        """Return whether this rank wants to stop."""
         return bool(self.reason())
 
     def reason(self) -> str:
-        """Why this rank wants to stop; empty if it does not."""
+        """Return why this rank wants to stop, or an empty string if it does not."""
         if not self._reason and self._file is not None and self._file.exists():
             self.note("STOP file")
         if not self._reason and self._stop_at is not None and time.time() >= self._stop_at:
@@ -74,7 +77,7 @@ class StopRequest:
         return self._reason
 
     def consume(self) -> None:
-        """Remove the file that this run obeys."""
+        """Remove the STOP file, which this run has obeyed."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
@@ -83,23 +86,26 @@ class StopRequest:
         return self._job_end - time.time()
 
     def seconds_to_leave(self, budget_seconds: float) -> float:
-        """How long leaving may take: the budget, or less if the job ends before."""
+        """Return how long leaving may take: the budget, or less if the job ends before."""
         if self._job_end is None:
             return budget_seconds
         return max(1.0, min(budget_seconds, self._job_end_in() - LEAVE_BEFORE_END_SECONDS))
 
 
 class Deadline:
-    """Ends the process by force with the code of a storage failure, unless it is called off."""
+    """A timer that ends the process with the code of a storage failure unless it is canceled."""
 
     def __init__(self, seconds: float, what: str) -> None:
-        self._text = f"\n{what} took longer than {seconds:.0f} s; leaving now. Complete checkpoints are intact.\n"
+        self._text = (
+            f"\n{what} took longer than {seconds:.0f} s; leaving now. "
+            "Complete checkpoints are intact.\n"
+        )
         self._timer = threading.Timer(seconds, self._expire)
         self._timer.daemon = True
         self._timer.start()
 
     def cancel(self) -> None:
-        """What was waited for is done."""
+        """Call the end off: the work was done in time."""
         self._timer.cancel()
 
     def _expire(self) -> None:
@@ -108,10 +114,10 @@ class Deadline:
 
 
 def watch_launcher(stop: StopRequest, budget_seconds: float) -> None:
-    """From now on, take the loss of a launcher process above this one as a request to stop.
+    """Take the loss of a launcher process above this one as a request to stop from now on.
 
-    The launcher itself forwards no signal, and its ranks outlive it: a `deepspeed` that is killed
-    leaves orphans.
+    The launcher forwards no signal, and its ranks outlive it: a `deepspeed` that is killed leaves
+    orphans.
     """
     links = launcher_links()
     if not links:
@@ -127,7 +133,7 @@ def watch_launcher(stop: StopRequest, budget_seconds: float) -> None:
 
 
 def launcher_links() -> list[tuple[int, int]]:
-    """(child, parent) from this process upwards, as far as the parents are launchers."""
+    """Return (child, parent) from this process upwards, as far as the parents are launchers."""
     links = []
     child = os.getpid()
     while (parent := parent_of(child)) is not None and _is_launcher(parent):
@@ -137,26 +143,7 @@ def launcher_links() -> list[tuple[int, int]]:
 
 
 def _is_launcher(pid: int) -> bool:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    # python [-u] [-m] NAME: a script of the user that merely has the word among its arguments is
-    # none
-    return any(word.decode(errors="replace").rpartition("/")[2] in LAUNCHERS for word in words[:4])
-
-
-def parent_of(pid: int) -> int | None:
-    """Parent of a process; None if it is gone."""
-    if pid == os.getpid():
-        return os.getppid()
-    try:
-        fields = (
-            Path(f"/proc/{pid}/stat")
-            .read_text(encoding="utf-8", errors="replace")
-            .rpartition(")")[2]
-            .split()
-        )
-        return int(fields[1])
-    except (OSError, IndexError):
-        return None
+    # Only the first words count: python [-u] [-m] NAME. A script of the user that merely has a
+    # launcher's name among its arguments is no launcher.
+    names = {word.rpartition("/")[2] for word in command_of(pid)[:4]}
+    return not names.isdisjoint(LAUNCHERS)

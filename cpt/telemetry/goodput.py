@@ -19,12 +19,12 @@ start knows from the file's time stamp.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from cpt.resilience.processes import age_seconds
 
 LOST = (
     "start_up",
@@ -197,18 +197,8 @@ def start_event(step: int, previous_end: float | None) -> dict[str, Any]:
     """
     known = {"previous_end": previous_end} if previous_end is not None else {}
     return {
-        "event": "start", "step": step, "time": time.time(), "start_up_seconds": process_seconds(), **known
+        "event": "start", "step": step, "time": time.time(), "start_up_seconds": age_seconds(), **known
     }  # fmt: skip
-
-
-def process_seconds() -> float:
-    """Seconds since this process was started, by the kernel's account: imports are part of a
-    start.
-    """
-    started_ticks = int(
-        Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19]
-    )
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _seconds(value: object) -> float:

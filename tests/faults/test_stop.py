@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
 from cpt.checkpoint.reader import list_steps, refusal_of, step_folder
+from cpt.resilience.processes import parent_of
 from tests.support.service import Service, run_to_end, service
 
 pytestmark = pytest.mark.dist
@@ -112,10 +112,6 @@ def test_stop_save_that_takes_too_long_is_given_up(workplace) -> None:
     assert list_steps(run.run_dir) == [2] and refusal_of(step_folder(run.run_dir, 2)) is None
 
 
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
-
-
 @pytest.mark.parametrize(
     ("victim", "number"),
     [
@@ -141,7 +137,8 @@ def test_lost_launcher_leaves_no_orphans_and_a_checkpoint(workplace, victim, num
     name = f"lost-{victim}-{number}"
     with service(workplace, name, *NO_SAVES, "--set", "train.total_steps=400") as run:
         run.wait_for("tokens/s")
-        launcher = parent(run.rank_pids()[0])
+        launcher = parent_of(run.rank_pids()[0])
+        assert launcher is not None
         os.kill(run.process.pid if victim == "deepspeed" else launcher, number)
         run.check_nothing_left(within_seconds=60)
     steps = list_steps(run.run_dir)

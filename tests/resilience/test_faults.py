@@ -129,7 +129,10 @@ def test_killgroup_ends_the_ranks_of_this_run_and_nothing_else(tmp_path: Path) -
     """
     script = tmp_path / "rank.py"
     script.write_text(
-        "import sys, time\nfrom cpt.resilience.faults import fault_point\nfault_point('forward', 1)\ntime.sleep(60)\n"
+        "import time\n"
+        "from cpt.resilience.faults import fault_point\n"
+        "fault_point('forward', 1)\n"
+        "time.sleep(60)\n"
     )
 
     def rank(number: int, port: int, fault: str) -> subprocess.Popen[bytes]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from cpt.resilience.heartbeat import Beat, Limits, Observer
+from cpt.resilience.heartbeat import Beat, Observer, PhaseTimeouts
 
-LIMITS = Limits(step=10.0, long=100.0)
+TIMEOUTS = PhaseTimeouts(step=10.0, long=100.0)
 
 
 def beat(count: int, phase: str = "backward", step: int = 12, tick: float = 0.0) -> Beat:
@@ -19,7 +19,7 @@ def watch(
     looks: Sequence[Sequence[Beat]], *, ratio: float = 2.0, median: float | None = 1.0
 ) -> Observer:
     """One look a second."""
-    observer = Observer(len(looks[0]), LIMITS, ratio)
+    observer = Observer(len(looks[0]), TIMEOUTS, ratio)
     for now, beats in enumerate(looks):
         observer.see(float(now), beats, median)
     return observer
@@ -35,50 +35,45 @@ def still(seconds: int, *ranks: tuple[int, str, int, bool]) -> Observer:
 
 
 def test_stopped_process_is_named_although_all_stand_still_in_the_same_collective() -> None:
-    hung = still(11, (40, "backward", 12, True), (40, "backward", 12, False)).hung(11.0)
+    hung = still(11, (40, "backward", 12, True), (40, "backward", 12, False)).find_hang(11.0)
     assert hung is not None and hung.ranks == [1]
     assert hung.text == (
-        "rank 1 last seen in phase=backward step=12, not running for 11 s; other ranks: 1 in phase=backward step=12"
+        "rank 1 last seen in phase=backward step=12, not running for 11 s; "
+        "other ranks: 1 in phase=backward step=12"
     )
 
 
 def test_rank_that_runs_but_is_behind_is_named() -> None:
     hung = still(
         11, (41, "forward", 12, True), (40, "data", 12, True), (41, "forward", 12, True)
-    ).hung(11.0)
-    assert (
-        hung is not None
-        and hung.ranks == [1]
-        and "rank 1 last seen in phase=data step=12, not moving" in hung.text
-    )
+    ).find_hang(11.0)
+    assert hung is not None and hung.ranks == [1]
+    assert "rank 1 last seen in phase=data step=12, not moving" in hung.text
     assert "2 in phase=forward step=12" in hung.text
 
 
 def test_deadlock_of_all_names_no_rank() -> None:
-    hung = still(11, (40, "gradient", 3, True), (40, "gradient", 3, True)).hung(11.0)
-    assert (
-        hung is not None
-        and hung.ranks == []
-        and "no rank is behind: all are in phase=gradient step=3" in hung.text
-    )
+    hung = still(11, (40, "gradient", 3, True), (40, "gradient", 3, True)).find_hang(11.0)
+    assert hung is not None and hung.ranks == []
+    assert "no rank is behind: all are in phase=gradient step=3" in hung.text
 
 
 def test_nobody_hangs_within_the_limit_and_long_phases_have_their_own() -> None:
-    assert still(10, (40, "data", 1, True), (41, "forward", 1, True)).hung(10.0) is None
-    assert still(99, (40, "save", 1, True), (40, "save", 1, True)).hung(99.0) is None
-    assert still(101, (40, "save", 1, True), (40, "save", 1, True)).hung(101.0) is not None
+    assert still(10, (40, "data", 1, True), (41, "forward", 1, True)).find_hang(10.0) is None
+    assert still(99, (40, "save", 1, True), (40, "save", 1, True)).find_hang(99.0) is None
+    assert still(101, (40, "save", 1, True), (40, "save", 1, True)).find_hang(101.0) is not None
 
 
 def test_rank_at_the_back_that_moves_clears_those_that_wait_for_it() -> None:
     looks = [[beat(50, tick=now), beat(10 + now // 5, tick=now)] for now in range(40)]
-    assert watch(looks).hung(39.0) is None
+    assert watch(looks).find_hang(39.0) is None
 
 
 def test_observer_that_was_stopped_itself_accuses_nobody() -> None:
     observer = still(5, (40, "backward", 12, True), (40, "backward", 12, True))
     observer.forget()
     observer.see(500.0, [beat(40), beat(40)], 1.0)
-    assert observer.hung(501.0) is None
+    assert observer.find_hang(501.0) is None
 
 
 @pytest.mark.parametrize(("seconds", "reported"), [(1, False), (3, True)])

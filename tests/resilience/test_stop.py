@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from cpt.resilience.processes import parent_of, start_ticks_of
 from cpt.resilience.stop import (
     LEAVE_BEFORE_END_SECONDS,
     Deadline,
     StopRequest,
     launcher_links,
-    parent_of,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,10 +45,8 @@ for number in SIGNALS:
 
 
 def test_noting_signals_needs_no_heavy_import() -> None:
-    assert (
-        run_python("import cpt.resilience.stop, sys; sys.exit('torch' in sys.modules)").returncode
-        == 0
-    )
+    done = run_python("import cpt.resilience.stop, sys; sys.exit('torch' in sys.modules)")
+    assert done.returncode == 0, done.stderr
 
 
 def test_stop_file_is_seen_by_the_rank_that_watches_and_consumed(tmp_path: Path) -> None:
@@ -86,7 +84,12 @@ def test_leaving_may_not_take_longer_than_the_job_lasts() -> None:
 
 
 def test_deadline_ends_the_process_with_the_code_of_a_storage_failure() -> None:
-    code = "import time; from cpt.resilience.stop import Deadline; Deadline(0.2, 'saving step 3'); time.sleep(30)"
+    code = """
+import time
+from cpt.resilience.stop import Deadline
+Deadline(0.2, 'saving step 3')
+time.sleep(30)
+"""
     done = run_python(code)
     assert done.returncode == 74 and "saving step 3 took longer than 0 s" in done.stderr
 
@@ -162,13 +165,7 @@ def test_lost_launcher_is_a_request_and_an_end_by_force(
 
 
 def is_running(pid: int) -> bool:
-    try:
-        return (
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-            != "Z"
-        )
-    except OSError:
-        return False
+    return start_ticks_of(pid) != ""
 
 
 def test_process_without_a_launcher_watches_none() -> None:

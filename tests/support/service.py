@@ -19,6 +19,13 @@ from typing import Any
 
 import yaml
 
+from cpt.resilience.processes import (
+    command_of,
+    environment_of,
+    parent_of,
+    process_ids,
+    start_ticks_of,
+)
 from cpt.telemetry.metrics import read_events
 from tests.support.launcher import ROOT, free_port
 
@@ -97,15 +104,12 @@ class Service:
     def pids(self) -> dict[int, dict[str, str]]:
         """Environment of every living process of this run, by pid."""
         found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:
-                continue
-            if f"CPT_TEST_RUN={self.tag}".encode() in variables and state != "Z":
-                pairs = [variable.decode(errors="replace").partition("=") for variable in variables]
-                found[int(entry.name)] = {key: value for key, _, value in pairs}
+        for pid in process_ids():
+            variables = environment_of(pid)
+            is_alive = start_ticks_of(pid) != ""
+            if is_alive and f"CPT_TEST_RUN={self.tag}" in variables:
+                pairs = [variable.partition("=") for variable in variables]
+                found[pid] = {key: value for key, _, value in pairs}
         return found
 
     def rank_pids(self) -> dict[int, int]:
@@ -113,8 +117,8 @@ class Service:
         pids = self.pids()
         ranks: dict[int, int] = {}
         for pid in sorted(pids):
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-            if "RANK" in pids[pid] and "RANK" not in pids.get(parent, {}):
+            parent_variables = pids.get(parent_of(pid) or 0, {})
+            if "RANK" in pids[pid] and "RANK" not in parent_variables:
                 ranks[int(pids[pid]["RANK"])] = pid
         return ranks
 
@@ -174,14 +178,7 @@ class Service:
 
 
 def _command(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return (
-            Path(f"/proc/{pid}/cmdline")
-            .read_bytes()
-            .replace(b"\0", b" ")
-            .decode(errors="replace")[:200]
-        )
-    return "gone"
+    return " ".join(command_of(pid))[:200] or "gone"
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cpt.telemetry.goodput import LOST, Goodput, goodput, process_seconds, start_event
+from cpt.resilience.processes import age_seconds
+from cpt.telemetry.goodput import LOST, Goodput, goodput, start_event
 
 Event = dict[str, Any]
 
@@ -108,7 +109,7 @@ def test_line_and_event_name_every_loss() -> None:
 
 
 def test_start_counts_from_when_the_process_was_made(tmp_path: Path) -> None:
-    alive = process_seconds()
+    alive = age_seconds()
     assert alive > 0
     event = start_event(3, 12.0)
     assert (

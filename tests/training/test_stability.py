@@ -7,7 +7,13 @@ import json
 import numpy as np
 import pytest
 
-from cpt.training.stability import LIMIT_IN_A_ROW, MIN_STEPS, NEW_LEVEL, WINDOW_STEPS, Stability
+from cpt.training.stability import (
+    MIN_STEPS,
+    NEW_LEVEL_AFTER,
+    ROLLBACK_AFTER,
+    WINDOW_STEPS,
+    Stability,
+)
 
 NAN = float("nan")
 
@@ -18,7 +24,7 @@ def settled(steps: int = 64) -> Stability:
     for loss, norm in zip(
         random.normal(3.0, 0.1, steps), random.normal(1.0, 0.1, steps), strict=True
     ):
-        assert stability.judge(float(loss), float(norm), applied=True) == "sound"
+        assert stability.assess(float(loss), float(norm), applied=True) == "sound"
     return stability
 
 
@@ -26,35 +32,37 @@ def settled(steps: int = 64) -> Stability:
 def test_spike_is_told_and_does_not_move_the_limits() -> None:
     stability = settled()
     before = stability.limits()
-    assert stability.judge(150.0, 50.0, applied=True) == "spike"
+    assert stability.assess(150.0, 50.0, applied=True) == "spike"
     assert stability.limits() == before
-    assert stability.judge(3.05, 1.02, applied=True) == "sound"
+    assert stability.assess(3.05, 1.02, applied=True) == "sound"
 
 
 def test_limits_are_six_deviations_above_the_mean() -> None:
     stability = Stability()
     for step in range(MIN_STEPS):
-        stability.judge(3.0 + (-1) ** step, 2.0 + (-1) ** step, applied=True)
+        stability.assess(3.0 + (-1) ** step, 2.0 + (-1) ** step, applied=True)
     assert stability.limits().loss == pytest.approx(
         3.0 + 6.0
     ) and stability.limits().grad_norm == pytest.approx(8.0)
-    assert stability.judge(8.9, 100.0, applied=True) == "sound"
+    assert stability.assess(8.9, 100.0, applied=True) == "sound"
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(150.0, 1.0), (3.0, 50.0)])
 def test_loss_or_norm_alone_is_no_spike(loss: float, norm: float) -> None:
-    assert settled().judge(loss, norm, applied=True) == "sound"
+    assert settled().assess(loss, norm, applied=True) == "sound"
 
 
 def test_nothing_is_a_spike_while_too_little_is_known() -> None:
-    assert settled(MIN_STEPS - 1).judge(150.0, 50.0, applied=True) == "sound"
+    assert settled(MIN_STEPS - 1).assess(150.0, 50.0, applied=True) == "sound"
 
 
 def test_spikes_in_a_row_become_the_new_level() -> None:
     stability = settled()
-    verdicts = [stability.judge(20.0 + step / 10, 9.0, applied=True) for step in range(NEW_LEVEL)]
-    assert verdicts == ["spike"] * NEW_LEVEL
-    assert stability.judge(20.3, 9.0, applied=True) == "sound"
+    outcomes = [
+        stability.assess(20.0 + step / 10, 9.0, applied=True) for step in range(NEW_LEVEL_AFTER)
+    ]
+    assert outcomes == ["spike"] * NEW_LEVEL_AFTER
+    assert stability.assess(20.3, 9.0, applied=True) == "sound"
 
 
 def test_window_forgets_what_is_older() -> None:
@@ -65,24 +73,24 @@ def test_window_forgets_what_is_older() -> None:
 @pytest.mark.case("N3", "rollback asked for at the third in a row, not before")
 def test_third_step_in_a_row_without_an_update_asks_for_a_rollback() -> None:
     stability = settled()
-    assert stability.judge(NAN, NAN, applied=False) == "skipped"
-    assert stability.judge(3.0, 1.0, applied=True) == "sound"
-    verdicts = [stability.judge(NAN, NAN, applied=False) for _ in range(LIMIT_IN_A_ROW)]
-    assert verdicts == ["skipped", "skipped", "rollback"] and stability.skipped_total == 4
+    assert stability.assess(NAN, NAN, applied=False) == "skipped"
+    assert stability.assess(3.0, 1.0, applied=True) == "sound"
+    outcomes = [stability.assess(NAN, NAN, applied=False) for _ in range(ROLLBACK_AFTER)]
+    assert outcomes == ["skipped", "skipped", "rollback"] and stability.skipped_total == 4
 
 
 def test_values_that_are_not_finite_never_enter_the_window() -> None:
     stability = settled()
     before = stability.limits()
-    stability.judge(NAN, float("inf"), applied=False)
+    stability.assess(NAN, float("inf"), applied=False)
     assert stability.limits() == before
 
 
 def test_state_goes_through_json_and_goes_on_alike() -> None:
     first = settled()
-    first.judge(150.0, 50.0, applied=True)
-    first.judge(NAN, NAN, applied=False)
+    first.assess(150.0, 50.0, applied=True)
+    first.assess(NAN, NAN, applied=False)
     second = Stability(json.loads(json.dumps(first.to_json())))
     for stability in (first, second):
-        stability.judge(3.1, 1.1, applied=True)
+        stability.assess(3.1, 1.1, applied=True)
     assert first.to_json() == second.to_json() and first.limits() == second.limits()
