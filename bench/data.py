@@ -40,7 +40,7 @@ READ_ROWS = 20_000
 
 def ours_build(work: Path) -> int:
     from data_pipeline.build.build import build
-    from data_pipeline.config.schema import load_mix
+    from data_pipeline.config.mix_file import load_mix
     from data_pipeline.store.shards import Shards
 
     shutil.rmtree(work / "ours", ignore_errors=True)
@@ -87,7 +87,7 @@ def theirs_build(work: Path) -> int:
 
 
 def ours_read(work: Path) -> int:
-    from data_pipeline.config.schema import load_mix
+    from data_pipeline.config.mix_file import load_mix
     from data_pipeline.dataset import BuiltData
     from data_pipeline.mixture.ledger import Ledger
     from data_pipeline.mixture.mixture import Mixture

@@ -10,11 +10,18 @@ from pathlib import Path
 
 from data_pipeline.audit.audit import DEFAULT_LIMIT, audit
 from data_pipeline.audit.page import audit_page
-from data_pipeline.build.build import build, build_share, default_build_dir, fingerprint
+from data_pipeline.build.build import (
+    DEFAULT_ROOT,
+    build,
+    build_share,
+    fingerprint,
+    resolve_build_dir,
+)
 from data_pipeline.build.guard_sets import describe_guard_sets
 from data_pipeline.build.summary import describe_build
 from data_pipeline.build.workers import available_cores
-from data_pipeline.config.schema import MixConfig, load_mix
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError, CptError, DataError
 from data_pipeline.mixture.data_plan import DataPlan, make_data_plan
@@ -24,7 +31,6 @@ from data_pipeline.mixture.settings import describe_changes, mix_settings
 from data_pipeline.store.files import write_text
 from data_pipeline.store.manifest import FILE_NAME, read_manifest
 
-DEFAULT_ROOT = Path("data")
 """Where builds go that are given no place."""
 EXIT_STORAGE = 74
 
@@ -47,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _build(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
-    out_dir = options.out or default_build_dir(mix, DEFAULT_ROOT)
+    out_dir = resolve_build_dir(mix, options.out)
     if options.share:
         index, count = options.share
         made = build_share(mix, out_dir, index, count, options.workers)
@@ -121,7 +127,7 @@ def _moved(options: argparse.Namespace) -> None:
 
 def _built(mix: MixConfig, out_dir: Path | None, workers: int) -> BuiltData:
     """The build of a mix, made if it is missing; one that is there is not read to its end."""
-    out_dir = out_dir or default_build_dir(mix, DEFAULT_ROOT)
+    out_dir = resolve_build_dir(mix, out_dir)
     if not (out_dir / FILE_NAME).exists() or read_manifest(out_dir).fingerprint != fingerprint(mix):
         build(mix, out_dir, workers=workers)
     return BuiltData.open(out_dir, verify=False, mix=mix)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.build.guard_sets import check_guard_sets
-from data_pipeline.config.schema import GuardDomain, MixConfig
+from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.manifest import Manifest, SourceEntry, check_files, read_manifest
 from data_pipeline.store.packing import ARRAY_NAMES, Integers, PackedRows

@@ -54,7 +54,7 @@ from transformers import GptOssConfig, GptOssForCausalLM  # noqa: E402
 from cpt.model.configuration import PRESETS  # noqa: E402
 from cpt.telemetry.metrics import read_events  # noqa: E402
 from data_pipeline.build.build import build  # noqa: E402
-from data_pipeline.config.schema import load_mix  # noqa: E402
+from data_pipeline.config.mix_file import load_mix  # noqa: E402
 
 ENGLISH = {"prose": "en", "reference": "en", "code": "code", "math": "math", "chat": "en"}
 SELF_WRITTEN = "self_written"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data_pipeline.config.schema import MixConfig
+from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.mixture import Mixture
 

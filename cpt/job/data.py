@@ -14,9 +14,10 @@ from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.training.kl_targets import KLTargets, check_targets
-from data_pipeline.build.build import build, default_build_dir, input_bytes
+from data_pipeline.build.build import build, input_bytes, resolve_build_dir
 from data_pipeline.build.self_replay import check_base_model
-from data_pipeline.config.schema import MixConfig, load_mix
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import make_data_plan
 from data_pipeline.mixture.ledger import Ledger
@@ -50,7 +51,7 @@ def open_data(config: RunConfig, mix: MixConfig, topology: Topology) -> BuiltDat
     directory = config.data.build_dir
 
     def build_if_missing() -> str:
-        where = directory or default_build_dir(mix, Path("data"))
+        where = resolve_build_dir(mix, directory)
         if not where.exists():
             size, limit = input_bytes(mix), config.data.auto_build_limit_bytes
             if size > limit:

@@ -64,7 +64,7 @@ from cpt.training.kl_targets import KLTargets
 from cpt.training.loader import MicroBatch, load_micro_batch
 from cpt.training.original_router import watch_drift
 from cpt.training.stability import Stability
-from data_pipeline.config.schema import MixConfig
+from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger, resume_ledger, same_weights
 from data_pipeline.mixture.mixture import GlobalBatch, Mixture

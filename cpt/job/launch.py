@@ -41,7 +41,7 @@ from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
 from cpt.telemetry.mailbox import EventMailbox
 from cpt.telemetry.report import write_report
-from data_pipeline.build.build import default_build_dir, input_bytes
+from data_pipeline.build.build import input_bytes, resolve_build_dir
 from data_pipeline.config.strict_yaml import nearest
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import make_data_plan
@@ -264,7 +264,7 @@ def describe_data(config: RunConfig) -> str:
         ConfigError: the data-mix YAML cannot be right.
     """
     mix = check_mix(config)
-    directory = config.data.build_dir or default_build_dir(mix, Path("data"))
+    directory = resolve_build_dir(mix, config.data.build_dir)
     if not directory.exists():
         return f"data\n  {config.data.mix} is sound; not built yet ({input_bytes(mix) / 1e6:.1f} MB of input)."
     data = BuiltData.open(directory, verify=False, mix=mix)

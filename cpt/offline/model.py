@@ -24,8 +24,8 @@ from cpt.model import attention, gpt_oss
 from cpt.model.weights.source import WeightSource, fill_model
 from cpt.parallel.topology import Topology
 from cpt.training.loader import MicroBatch
-from data_pipeline.build.build import default_build_dir
-from data_pipeline.config.schema import load_mix
+from data_pipeline.build.build import resolve_build_dir
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 
 log = logging.getLogger("cpt.guard")
@@ -38,7 +38,7 @@ def held_out_sets(mix_file: Path, build_dir: Path | None, max_documents: int) ->
         ConfigError: the mix is wrong, not built, or holds nothing out.
     """
     mix = load_mix(mix_file)
-    directory = build_dir or default_build_dir(mix, Path("data"))
+    directory = resolve_build_dir(mix, build_dir)
     if not directory.is_dir():
         raise ConfigError(
             f"{mix_file} is not built in {directory}. Build it: python -m data_pipeline build {mix_file} --out "

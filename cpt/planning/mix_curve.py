@@ -27,7 +27,7 @@ import yaml
 from cpt.errors import ConfigError
 from cpt.guard.paired_test import CONFIDENCE, student_quantile
 from cpt.telemetry.metrics import read_events
-from data_pipeline.config.schema import load_mix
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.tables import table
 
 Z = 1.96

@@ -24,7 +24,7 @@ from data_pipeline.build.deduplication import content_hash
 from data_pipeline.build.sources import read_unit
 from data_pipeline.build.units import split
 from data_pipeline.build.workers import spread
-from data_pipeline.config.schema import MixConfig
+from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.tables import table
 from data_pipeline.text.cleaning import Tally

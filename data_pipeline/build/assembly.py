@@ -28,7 +28,7 @@ from data_pipeline.build.near_duplicates import mark_near_duplicates
 from data_pipeline.build.part import Account, Part, read_account, read_hashes, read_signatures
 from data_pipeline.build.self_replay import base_model_of
 from data_pipeline.build.workers import spread
-from data_pipeline.config.schema import MixConfig
+from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import atomic_write, cached_per_file, sha256_of, sync_directory

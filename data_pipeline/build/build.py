@@ -32,7 +32,7 @@ from data_pipeline.build import units
 from data_pipeline.build.assembly import assemble_build
 from data_pipeline.build.part import Part, make_part, read_account
 from data_pipeline.build.workers import spread
-from data_pipeline.config.schema import MixConfig
+from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import (
@@ -51,6 +51,8 @@ from data_pipeline.store.manifest import (
 )
 from data_pipeline.text.tokenizer import RANKS_SHA256
 
+DEFAULT_ROOT = Path("data")
+"""Directory for builds and audit pages that are given no place of their own."""
 _WORK_FILE = "work.json"
 
 
@@ -161,11 +163,15 @@ def _source_content(source: SourceConfig) -> dict[str, object]:
 _file_hash = cached_per_file(max_files=2**16)(xxh3_of)
 
 
-def default_build_dir(mix: MixConfig, root: Path | str) -> Path:
-    """`root/<name of the mix>-<fingerprint, 10 digits>`: another mix or input never reuses a stale
-    build.
+def resolve_build_dir(mix: MixConfig, build_dir: Path | None) -> Path:
+    """Return `build_dir`, or the default directory of the mix if it is None.
+
+    The default is `DEFAULT_ROOT/<name of the mix>-<first 10 digits of its fingerprint>`, so another
+    mix or changed input never meets a stale build.
     """
-    return Path(root) / f"{mix.name}-{fingerprint(mix)[:10]}"
+    if build_dir is not None:
+        return build_dir
+    return DEFAULT_ROOT / f"{mix.name}-{fingerprint(mix)[:10]}"
 
 
 def input_bytes(mix: MixConfig) -> int:

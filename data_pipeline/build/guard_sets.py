@@ -17,7 +17,7 @@ import numpy.typing as npt
 from data_pipeline.build.decontamination import EDGE_TOKENS, MAX_COMMON, HeldOutRuns, Integers
 from data_pipeline.build.deduplication import Fate, Hashes, SourceFates
 from data_pipeline.build.near_duplicates import window_hashes
-from data_pipeline.config.schema import MixConfig
+from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.manifest import Manifest
 from data_pipeline.text.tokenizer import Tokens

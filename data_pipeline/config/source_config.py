@@ -1,61 +1,55 @@
-"""One source of a data mix: its keys, what makes one impossible, and the files it names."""
+"""One source of a data mix: its keys, the rules within it, and the files that it names."""
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import re
 import string
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from data_pipeline.config.strict_yaml import nearest
 
-LANGUAGES = (
-    *("ja", "en", "code", "math", "parallel", "mixed"),
-    *(
-        "ar",
-        "cs",
-        "de",
-        "el",
-        "es",
-        "fa",
-        "fr",
-        "he",
-        "hi",
-        "id",
-        "it",
-        "ko",
-        "nl",
-        "pl",
-        "pt",
-        "ro",
-        "ru",
-        "sv",
-        "th",
-    ),
-    *("tr", "uk", "vi", "zh"),
+NATURAL_LANGUAGES = tuple(
+    "ar cs de el en es fa fr he hi id it ja ko nl pl pt ro ru sv th tr uk vi zh".split()
 )
-"""What `language` may be: ISO 639-1 codes, and four kinds of text that are not one natural
-language.
-"""
+"""ISO 639-1 codes of the languages that a source may be in."""
+NOT_ONE_LANGUAGE = ("code", "math", "parallel", "mixed")
+"""Labels for text that is not in one natural language."""
+LANGUAGES = (*NATURAL_LANGUAGES, *NOT_ONE_LANGUAGE)
+"""Valid values of `language`."""
 
 SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
-"""What `format: auto` reads a file as, once COMPRESSIONS is taken off its name."""
+"""Format that `format: auto` reads a file as, by its suffix without one of COMPRESSIONS."""
 COMPRESSIONS = (".gz", ".zst")
 """Suffixes of compressed JSONL and text files."""
 FILE_FORMATS = ("auto", "jsonl", "parquet", "text", "harmony")
-"""Formats whose `path` names files; that of the others is a folder, or there is none."""
+"""Formats whose `path` names files; the others read a folder or nothing."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-Normalisation = Literal["newlines", "nfc", "nfkc", "width", "control", "spaces"]
-"""What may be done to a text; `clean` says what each step does, and what it destroys."""
+Normalization = Literal["newlines", "nfc", "nfkc", "width", "control", "spaces"]
+"""Names of the cleaning steps; `text.cleaning` says what each does, and what it destroys."""
+Problem = tuple[str, str]
+"""Key of a configuration, and what is wrong with its value."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+def check_name(name: str) -> Iterator[Problem]:
+    """Yield a problem if `name` cannot be the name of a folder and of a metric."""
+    if not NAME.fullmatch(name):
+        yield "name", f"is '{name}', must be 1 to 64 of: lower-case letters, digits, '_', '-'."
+
+
+def check_language(language: str) -> Iterator[Problem]:
+    """Yield a problem if `language` is not one of LANGUAGES."""
+    if language not in LANGUAGES:
+        yield "language", f"is '{language}', which is not known.{nearest(language, LANGUAGES)}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
     """One stream of documents of one language and domain."""
 
@@ -92,7 +86,7 @@ class SourceConfig:
     """Split of a Hugging Face dataset."""
     build_sources: tuple[str, ...] = ()
     """Sources to take from an earlier build; empty takes all of them."""
-    normalise: tuple[Normalisation, ...] = ()
+    normalise: tuple[Normalization, ...] = ()
     """Cleaning steps, done in the order of `STEPS` in data_pipeline/text/cleaning.py; empty leaves
     the text unchanged."""
     weight: float
@@ -106,18 +100,10 @@ class SourceConfig:
     mean_tokens: int | None = None
     """Mean tokens of an invented document, for `format: mock` only."""
 
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Rules within one source."""
-        if not NAME.fullmatch(self.name):
-            yield (
-                "name",
-                f"is '{self.name}', must be 1 to 64 of: lower-case letters, digits, '_', '-'.",
-            )
-        if self.language not in LANGUAGES:
-            yield (
-                "language",
-                f"is '{self.language}', which is not known.{nearest(self.language, LANGUAGES)}",
-            )
+    def check(self) -> Iterator[Problem]:
+        """Yield (key, problem) for each broken rule within one source."""
+        yield from check_name(self.name)
+        yield from check_language(self.language)
         if not self.domain.strip():
             yield "domain", "is empty. Say what kind of text this is, for example: web."
         if not 0 <= self.held_out_share <= 1:
@@ -135,58 +121,69 @@ class SourceConfig:
                 "max_epochs",
                 f"is {self.max_epochs:g}, must be above 0. Remove it to repeat without limit.",
             )
+        yield from self._check_template()
         yield from self._check_text()
-        yield from self._check_place()
+        yield from self._check_hub()
+        yield from self._check_folder()
         yield from self._check_mock()
 
-    def _check_text(self) -> Iterator[tuple[str, str]]:
-        if self.template is not None:
-            try:
-                fields = template_fields(self.template)
-            except ValueError as error:
-                yield (
-                    "template",
-                    f"is not a template: {error}. Write a brace that is text twice: {{{{.",
-                )
-            else:
-                if not fields:
-                    yield (
-                        "template",
-                        "names no field. Write fields in braces, for example: '{title}\\n{text}'.",
-                    )
-        if self.format in ("text", "harmony", "build", "mock") and (
-            self.template is not None or self.text_field != "text"
-        ):
-            key = "text_field" if self.template is None else "template"
-            yield key, f"is given, but format: {self.format} has no fields. Remove it."
+    def _check_template(self) -> Iterator[Problem]:
+        if self.template is None:
+            return
+        try:
+            fields = template_fields(self.template)
+        except ValueError as error:
+            yield (
+                "template",
+                f"is not a template: {error}. Write a brace that is text twice: {{{{.",
+            )
+            return
+        if not fields:
+            yield (
+                "template",
+                "names no field. Write fields in braces, for example: '{title}\\n{text}'.",
+            )
+
+    def _check_text(self) -> Iterator[Problem]:
+        if self.format in ("text", "harmony", "build", "mock"):
+            problem = f"is given, but format: {self.format} has no fields. Remove it."
+            if self.template is not None:
+                yield "template", problem
+            elif self.text_field != "text":
+                yield "text_field", problem
         if self.kind == "self_replay" and self.format not in ("auto", "jsonl", "harmony"):
             yield (
                 "kind",
-                f"is self_replay, but cpt replay writes JSONL, not format: {self.format}. Remove one of them.",
+                f"is self_replay, but cpt replay writes JSONL, not format: {self.format}. "
+                "Remove one of them.",
             )
         if "nfc" in self.normalise and "nfkc" in self.normalise:
             yield "normalise", "lists nfc and nfkc. Choose one."
         if self.normalise and self.format in ("mock", "harmony"):
             yield "normalise", f"is given, but format: {self.format} has no plain text. Remove it."
 
-    def _check_place(self) -> Iterator[tuple[str, str]]:
-        hub = self.format == "huggingface" and self.path is None
-        if hub and self.dataset is None:
+    def _check_hub(self) -> Iterator[Problem]:
+        """Yield the broken rules on the keys of a dataset on the Hugging Face Hub."""
+        from_hub = self.format == "huggingface" and self.path is None
+        if from_hub and self.dataset is None:
             yield (
                 "dataset",
                 "is missing. Give a name on the hub, or the path of a dataset saved on disk.",
             )
-        if hub and self.dataset is not None and not _COMMIT.fullmatch(self.revision or ""):
+        if from_hub and self.dataset is not None and not _COMMIT.fullmatch(self.revision or ""):
             yield (
                 "revision",
                 f"is '{self.revision}', must be a commit (40 hexadecimal digits): names move.",
             )
-        for key in ("dataset", "revision", "subset"):
-            if getattr(self, key) is not None and not hub:
+        hub_keys = {"dataset": self.dataset, "revision": self.revision, "subset": self.subset}
+        for key, value in hub_keys.items():
+            if value is not None and not from_hub:
                 yield (
                     key,
                     "is given, but only format: huggingface without a path uses it. Remove it.",
                 )
+
+    def _check_folder(self) -> Iterator[Problem]:
         if self.split != "train" and self.format != "huggingface":
             yield "split", "is given, but only format: huggingface has splits. Remove it."
         if self.build_sources and self.format != "build":
@@ -194,70 +191,77 @@ class SourceConfig:
         if self.format in ("huggingface", "build") and isinstance(self.path, tuple):
             yield (
                 "path",
-                f"is a list, but format: {self.format} reads one folder. Make one source of each.",
+                f"is a list, but format: {self.format} reads one folder. "
+                "Write one source for each folder.",
             )
         if self.format == "build" and self.path is None:
             yield "path", "is missing. Give the folder of an earlier build."
 
-    def _check_mock(self) -> Iterator[tuple[str, str]]:
-        mock = self.format == "mock"
-        if mock and self.path is not None:
+    def _check_mock(self) -> Iterator[Problem]:
+        is_mock = self.format == "mock"
+        if is_mock and self.path is not None:
             yield "path", "is given, but format: mock reads no files. Remove one of the two."
-        for key, value in (
-            ("num_documents", self.num_documents),
-            ("mean_tokens", self.mean_tokens),
-        ):
-            if value is None and mock:
+        sizes = {"num_documents": self.num_documents, "mean_tokens": self.mean_tokens}
+        for key, value in sizes.items():
+            if value is None and is_mock:
                 yield key, "is missing. format: mock needs it."
-            elif value is not None and not mock:
+            elif value is not None and not is_mock:
                 yield key, "is given, but only format: mock invents documents. Remove it."
             elif value is not None and value < 2:
                 yield key, f"is {value}, must be at least 2."
 
     def patterns(self) -> tuple[str, ...]:
-        """`path` as a list."""
-        return (
-            () if self.path is None else (self.path,) if isinstance(self.path, str) else self.path
-        )
+        """Return `path` as a tuple, empty if there is none."""
+        if self.path is None:
+            return ()
+        if isinstance(self.path, str):
+            return (self.path,)
+        return self.path
 
     def files(self) -> list[Path]:
-        """The input files: patterns in the order given, the files of a glob or of a folder sorted
+        """Return the input files.
+
+        Patterns keep the order in which they are given; the files of one glob or folder are sorted
         by name.
         """
-        if self.format not in FILE_FORMATS:
-            folders = [Path(pattern) for pattern in self.patterns()]
-            return sorted(
-                path for folder in folders for path in folder.rglob("*") if path.is_file()
-            )
-        return [path for pattern in self.patterns() for path in expand(pattern)]
+        if self.format in FILE_FORMATS:
+            return [path for pattern in self.patterns() for path in expand(pattern)]
+        files: list[Path] = []
+        for folder in self.patterns():
+            files += [path for path in Path(folder).rglob("*") if path.is_file()]
+        return sorted(files)
 
     def format_of(self, path: Path) -> str | None:
-        """The format to read `path` in; None if `auto` does not know the suffix."""
-        return suffix_format(path) if self.format == "auto" else self.format
+        """Return the format to read `path` in; None if `auto` does not know the suffix."""
+        if self.format == "auto":
+            return suffix_format(path)
+        return self.format
 
 
 def expand(pattern: str) -> list[Path]:
-    """Files that an absolute path or glob names, sorted."""
-    if not glob.has_magic(pattern) or Path(pattern).exists():
-        return [Path(pattern)] if Path(pattern).is_file() else []
-    return sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+    """Return the files that an absolute path or glob names, sorted."""
+    path = Path(pattern)
+    if path.exists() or not glob.has_magic(pattern):
+        return [path] if path.is_file() else []
+    found = map(Path, glob.glob(pattern, recursive=True))
+    return sorted(path for path in found if path.is_file())
 
 
 def suffix_format(path: Path) -> str | None:
-    """The format that the name of a file stands for; None if it is not known."""
+    """Return the format that the suffix of a file stands for; None if it is not known."""
     name = path.name.lower()
-    for suffix in COMPRESSIONS:
-        if name.endswith(suffix):
-            known = SUFFIXES.get(Path(name.removesuffix(suffix)).suffix)
-            return known if known != "parquet" else None
+    for compression in COMPRESSIONS:
+        if name.endswith(compression):
+            inner = SUFFIXES.get(Path(name.removesuffix(compression)).suffix)
+            return None if inner == "parquet" else inner
     return SUFFIXES.get(Path(name).suffix)
 
 
 def template_fields(template: str) -> tuple[str, ...]:
-    """Names of the fields in a template, in order.
+    """Return the names of the fields in a template, in order.
 
     Raises:
-        ValueError: a brace is left open, or a field is not a plain name.
+        ValueError: A brace is left open, or a field is not a plain name.
     """
     names = []
     for _, name, spec, conversion in string.Formatter().parse(template):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.charts import Bar, bars, lines, stack
-from data_pipeline.config.schema import MixConfig
+from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger
 from data_pipeline.mixture.mixture import Mixture

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipeline.config.schema import WEIGHT_SUM_TOLERANCE, MixConfig
+from data_pipeline.config.mix_config import WEIGHT_SUM_TOLERANCE, MixConfig
 from data_pipeline.errors import ConfigError
 from data_pipeline.mixture.settings import Settings, describe_changes, mix_settings
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipeline.config.schema import GuardDomain, MixConfig
+from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.config.source_config import SourceConfig
 
 Settings = dict[str, Any]

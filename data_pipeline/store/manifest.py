@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_pipeline.config.schema import GuardDomain
+from data_pipeline.config.mix_config import GuardDomain
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import atomic_write, sha256_of
 from data_pipeline.store.shards import SUFFIX

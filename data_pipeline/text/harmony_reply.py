@@ -10,7 +10,7 @@ from data_pipeline.text.tokenizer import encoding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class ReplyMessage:
     """One message of a reply."""
 
     channel: str
@@ -21,7 +21,7 @@ class Part:
     """Its content."""
 
 
-def parse_reply(tokens: Sequence[int]) -> list[Part]:
+def parse_reply(tokens: Sequence[int]) -> list[ReplyMessage]:
     """The messages of a reply; what does not follow the format is kept as text of its own, never
     dropped.
     """
@@ -34,15 +34,15 @@ def parse_reply(tokens: Sequence[int]) -> list[Part]:
     return parts
 
 
-def _part(message: list[int]) -> Part:
+def _part(message: list[int]) -> ReplyMessage:
     if MESSAGE not in message:
-        return Part(channel="", recipient="", text=_text(message))
+        return ReplyMessage(channel="", recipient="", text=_text(message))
     at = message.index(MESSAGE)
     header = _text(message[:at])
     for name in ("<|start|>", "<|constrain|>", "<|channel|>"):
         header = header.replace(name, f" {name}")
     channel, recipient = (_field(header, name) for name in ("<|channel|>", "to="))
-    return Part(channel=channel, recipient=recipient, text=_text(message[at + 1 :]))
+    return ReplyMessage(channel=channel, recipient=recipient, text=_text(message[at + 1 :]))
 
 
 def _field(header: str, name: str) -> str:

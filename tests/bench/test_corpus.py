@@ -13,7 +13,7 @@ import pytest
 from bench import corpus
 from bench.corpus import html_text, make_corpus, manual_text
 from data_pipeline.audit.audit import audit
-from data_pipeline.config.schema import load_mix
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.errors import DataError
 from data_pipeline.text.language import language_of
 

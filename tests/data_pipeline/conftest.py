@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from data_pipeline.config.schema import MixConfig, load_mix
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.mix_file import load_mix
 from tests.data_pipeline.inputs import MakeMix, write_jsonl
 
 EXACT_ONLY = {"near_duplicates": 0, "decontaminate_tokens": 0}

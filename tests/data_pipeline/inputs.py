@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_pipeline.config.schema import MixConfig
+from data_pipeline.config.mix_config import MixConfig
 
 WORDS = (
     "river",

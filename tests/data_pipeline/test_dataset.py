@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.build.build import build
-from data_pipeline.config.schema import GuardDomain, MixConfig
+from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.dataset import BuiltData, PackedRow
 from data_pipeline.errors import DataError
 from data_pipeline.text.tokenizer import END_OF_TEXT

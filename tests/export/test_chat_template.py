@@ -24,7 +24,7 @@ from data_pipeline.text.harmony import (
     encode_prompt,
     read_conversation,
 )
-from data_pipeline.text.harmony_reply import Part, parse_reply
+from data_pipeline.text.harmony_reply import ReplyMessage, parse_reply
 from data_pipeline.text.tokenizer import NUM_TEXT_TOKENS, encode, encoding
 
 LETTERS = string.printable.replace("|", "") + "\u7a7a\u3042"
@@ -192,8 +192,8 @@ def test_reply_is_split_into_its_channels() -> None:
         *ids("final"),
     ]
     assert parse_reply([*reply, MESSAGE, *ids("42"), RETURN]) == [
-        Part(channel="analysis", recipient="", text="hm"),
-        Part(channel="final", recipient="", text="42"),
+        ReplyMessage(channel="analysis", recipient="", text="hm"),
+        ReplyMessage(channel="final", recipient="", text="42"),
     ]
 
 
@@ -208,8 +208,12 @@ def test_tool_call_names_its_recipient() -> None:
         *ids("{}"),
         CALL,
     ]
-    assert parse_reply(reply) == [Part(channel="commentary", recipient="functions.f", text="{}")]
+    assert parse_reply(reply) == [
+        ReplyMessage(channel="commentary", recipient="functions.f", text="{}")
+    ]
 
 
 def test_reply_without_a_channel_is_kept_as_text() -> None:
-    assert parse_reply(ids("just words")) == [Part(channel="", recipient="", text="just words")]
+    assert parse_reply(ids("just words")) == [
+        ReplyMessage(channel="", recipient="", text="just words")
+    ]

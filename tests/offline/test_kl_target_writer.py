@@ -28,7 +28,7 @@ from cpt.parallel.topology import Topology
 from cpt.training.kl_targets import SIDECAR, KLTargets, check_targets, read_sidecar, target_file
 from cpt.training.loader import MicroBatch, load_micro_batch
 from data_pipeline.build.build import build
-from data_pipeline.config.schema import load_mix
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.mixture import GlobalBatch
 from data_pipeline.text.tokenizer import VOCAB_SIZE

@@ -19,7 +19,8 @@ from cpt.errors import ConfigError, DataError
 from cpt.job.data import check_replay
 from data_pipeline.build.build import build
 from data_pipeline.build.self_replay import SIDECAR
-from data_pipeline.config.schema import MixConfig, load_mix
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.text.harmony import CHANNEL, END, MESSAGE, RETURN, START
 from data_pipeline.text.tokenizer import VOCAB_SIZE, encode

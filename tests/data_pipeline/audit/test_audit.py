@@ -11,7 +11,7 @@ from data_pipeline.__main__ import main
 from data_pipeline.audit.audit import SourceAudit, audit
 from data_pipeline.audit.page import audit_page
 from data_pipeline.build.sources import read_texts
-from data_pipeline.config.schema import load_mix
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.language import disagrees, language_of
 from tests.data_pipeline.inputs import MakeMix

@@ -17,8 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.build.build import build, default_build_dir, fingerprint, input_bytes
-from data_pipeline.config.schema import MixConfig, load_mix
+from data_pipeline.build.build import (
+    DEFAULT_ROOT,
+    build,
+    fingerprint,
+    input_bytes,
+    resolve_build_dir,
+)
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData, PackedRow
 from data_pipeline.errors import DataError
 from data_pipeline.store.manifest import FILE_NAME, read_manifest
@@ -201,13 +208,15 @@ def _with_source(mix: MixConfig, **changes: Any) -> MixConfig:
 def test_a_changed_input_file_changes_the_fingerprint_and_the_default_directory(
     mix: MixConfig,
 ) -> None:
-    before, directory = fingerprint(mix), default_build_dir(mix, "root")
+    before = fingerprint(mix)
+    directory = resolve_build_dir(mix, None)
     path = mix.sources[0].files()[0]
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
-    assert fingerprint(mix) != before and default_build_dir(mix, "root") != directory
-    assert directory == Path("root") / f"mix-{before[:10]}"
+    assert fingerprint(mix) != before and resolve_build_dir(mix, None) != directory
+    assert directory == DEFAULT_ROOT / f"mix-{before[:10]}"
+    assert resolve_build_dir(mix, Path("here")) == Path("here")
     assert input_bytes(mix) == sum(p.stat().st_size for s in mix.sources for p in s.files())
 
 
@@ -250,7 +259,7 @@ def test_a_build_killed_anywhere_leaves_nothing_and_its_rerun_gives_the_same_man
     }[point]
     code = (
         "import os, sys; from pathlib import Path; from unittest import mock\n"
-        "from data_pipeline.build.build import build; from data_pipeline.config.schema import load_mix\n"
+        "from data_pipeline.build.build import build; from data_pipeline.config.mix_file import load_mix\n"
         "rename = Path.rename\n"
         "def kill(self, *args):\n"
         "    if isinstance(self, Path) and self.name != 'build': return rename(self, *args)\n"

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.build.build import build, build_share, units
 from data_pipeline.build.sources import read_texts
-from data_pipeline.config.schema import MixConfig, load_mix
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import DataError

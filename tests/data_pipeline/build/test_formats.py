@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline.build.build import build, fingerprint, units
 from data_pipeline.build.sources import read_texts
-from data_pipeline.config.schema import load_mix
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError, DataError

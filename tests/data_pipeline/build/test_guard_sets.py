@@ -135,9 +135,9 @@ def test_guard_files_made_from_a_training_source_are_refused_with_the_figure(
     ("domain", "message"),
     [
         ({"path": "none.jsonl"}, "which matches no file"),
-        ({"path": "en.jsonl", "sources": ["en"]}, "beside sources"),
+        ({"path": "en.jsonl", "sources": ["en"]}, "together with sources"),
         ({"sources": []}, "is an empty list"),
-        ({"sources": ["en"], "format": "harmony"}, "go with path"),
+        ({"sources": ["en"], "format": "harmony"}, "need a path"),
         (
             {"path": "en.jsonl", "name": "taken"},
             "needs the source name 'guard-taken', which is taken",

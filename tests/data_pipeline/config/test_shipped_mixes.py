@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.build.build import build
-from data_pipeline.config.schema import MixConfig, load_mix
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.mix_file import load_mix
 from tests.support.mix_corpora import template_with_corpora
 
 ROOT = Path(__file__).parents[3]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.build.build import build
-from data_pipeline.config.schema import MixConfig
+from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError
 from data_pipeline.mixture.ledger import Ledger, mix_hash, resume_ledger

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.build.build import build
 from data_pipeline.build.sources import read_texts
-from data_pipeline.config.schema import load_mix
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger
 from data_pipeline.mixture.mixture import Mixture

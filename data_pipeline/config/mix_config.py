@@ -1,32 +1,28 @@
-"""The data-mix YAML: its keys, and what makes one impossible.
+"""The data mix as dataclasses: its keys, and the rules within each section.
 
 Decisions
-    `load_mix` reports every problem in one ConfigError, each with file, line and key.  Rules that
-    need several sources read the parsed file itself, not the dataclasses, so a typo in one source
-    does not hide a wrong sum of weights. Paths are relative to the YAML file; `MixConfig` holds
-    them absolute. A weight of 0 is allowed: such a source is built, and can be measured, but is
-    never trained on.
+    A weight of 0 is allowed: such a source is built, and can be measured, but is never trained on.
+    Rules that span sections are in `mix_checks`; `mix_file` reads a file and applies both.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
-from data_pipeline.config.source_config import LANGUAGES, NAME, SourceConfig
-from data_pipeline.config.strict_yaml import Reader, load_yaml, nearest
+from data_pipeline.config.source_config import SourceConfig, check_language, check_name
 
 MAX_SEQ_LEN = 131_072
 """Tokens; the longest context that gpt-oss was trained for."""
 
 WEIGHT_SUM_TOLERANCE = 1e-6
+"""Largest distance of a sum of weights from 1 that counts as rounding."""
 OWN_PREFIX = "guard-"
-"""Name of the source of a guard domain with a path: this and the name of the domain."""
+"""Prefix of the source that holds the files of a guard domain; the domain's name follows."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GuardDomain:
     """Held-out documents that are measured together."""
 
@@ -46,30 +42,23 @@ class GuardDomain:
     """Key or column that holds the text in the files of `path`."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """Rules within one domain."""
-        if not NAME.fullmatch(self.name):
-            yield (
-                "name",
-                f"is '{self.name}', must be 1 to 64 of: lower-case letters, digits, '_', '-'.",
-            )
-        if self.language not in LANGUAGES:
-            yield (
-                "language",
-                f"is '{self.language}', which is not known.{nearest(self.language, LANGUAGES)}",
-            )
+        """Yield (key, problem) for each broken rule within one domain."""
+        yield from check_name(self.name)
+        yield from check_language(self.language)
         if not self.sources and self.path is None:
             yield (
                 "sources",
                 "is an empty list. Name at least one source, give a path, or remove the domain.",
             )
         if self.sources and self.path is not None:
-            yield "path", "is given beside sources. Make two domains of it."
-        if self.path is None and (self.format, self.text_field) != ("auto", "text"):
-            yield "format", "and text_field go with path. Remove them."
+            yield "path", "is given together with sources. Split the domain in two."
+        has_file_keys = self.format != "auto" or self.text_field != "text"
+        if has_file_keys and self.path is None:
+            yield "format", "and text_field need a path. Remove them."
 
     @property
     def own_source(self) -> SourceConfig:
-        """The source that holds the files of `path`: built and measured, never trained on."""
+        """Source that holds the files of `path`: it is built and measured, never trained on."""
         return SourceConfig(
             name=f"{OWN_PREFIX}{self.name}",
             language=self.language,
@@ -82,9 +71,9 @@ class GuardDomain:
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GuardConfig:
-    """How held-out documents are grouped."""
+    """Grouping of the held-out documents for the guard."""
 
     domains: tuple[GuardDomain, ...] = ()
     """Groups of held-out documents; empty makes one domain of each source that holds out documents,
@@ -97,16 +86,17 @@ class GuardConfig:
     """Predicted tokens that the held-out documents of a domain must have."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """Rules on the two minimums."""
-        for key in ("min_documents", "min_tokens"):
-            if getattr(self, key) < 1:
+        """Yield (key, problem) for each minimum that is not one."""
+        minimums = {"min_documents": self.min_documents, "min_tokens": self.min_tokens}
+        for key, value in minimums.items():
+            if value < 1:
                 yield (
                     key,
-                    f"is {getattr(self, key)}, must be at least 1: a domain without text cannot be measured.",
+                    f"is {value}, must be at least 1: a domain without text cannot be measured.",
                 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LanguageLimits:
     """Bounds on the share of the predicted tokens that a language may have."""
 
@@ -116,7 +106,7 @@ class LanguageLimits:
     """Largest share, 0 to 1."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """Rules within one language."""
+        """Yield (key, problem) for each broken rule within one language."""
         for key, value in (("min_share", self.min_share), ("max_share", self.max_share)):
             if not 0 <= value <= 1:
                 yield key, f"is {value:g}, must be from 0 to 1 (a share of the tokens)."
@@ -127,7 +117,7 @@ class LanguageLimits:
             )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MixConfig:
     """The data-mix YAML as a whole."""
 
@@ -143,7 +133,7 @@ class MixConfig:
     """How held-out documents are grouped for the guard."""
     max_reject_share: float = 0.05
     """Share of a source's documents that may be unusable before the build stops, 0 to 1."""
-    languages: dict[str, LanguageLimits] = dataclasses.field(default_factory=dict)
+    languages: dict[str, LanguageLimits] = field(default_factory=dict)
     """Bounds on the share of a language, by language; a mix outside them is refused."""
     packing: Literal["best_fit", "concatenate"] = "best_fit"
     """best_fit keeps documents whole; concatenate fills each row to the end and cuts documents
@@ -159,12 +149,9 @@ class MixConfig:
     fails, 0 to 1."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """Rules on the top-level keys alone; those that span sources are in `_check_across`."""
-        if self.name and not NAME.fullmatch(self.name):
-            yield (
-                "name",
-                f"is '{self.name}', must be 1 to 64 of: lower-case letters, digits, '_', '-'.",
-            )
+        """Yield (key, problem) for each broken rule on the top-level keys alone."""
+        if self.name:
+            yield from check_name(self.name)
         if not 0 <= self.seed < 2**63:
             yield "seed", f"is {self.seed}, must be from 0 to 2^63 - 1."
         if not 0 <= self.max_reject_share <= 1:
@@ -186,44 +173,11 @@ class MixConfig:
             )
 
     def guard_domains(self) -> tuple[GuardDomain, ...]:
-        """The domains asked for, or one per source with held-out documents."""
-        return self.guard.domains or tuple(
+        """Return the domains of the guard section, or one per source with held-out documents."""
+        if self.guard.domains:
+            return self.guard.domains
+        return tuple(
             GuardDomain(name=source.name, language=source.language, sources=(source.name,))
             for source in self.sources
             if source.held_out_share > 0
         )
-
-
-def load_mix(path: Path | str) -> MixConfig:
-    """Read and check a data-mix YAML.
-
-    Raises:
-        ConfigError: with every problem found, each as `file:line: key message`.
-    """
-    from data_pipeline.config.schema_checks import check_across
-
-    path = Path(path)
-    reader = Reader(load_yaml(path))
-    base = path.resolve().parent
-    mix = reader.read(MixConfig)
-    if isinstance(reader.located.value, dict):
-        check_across(reader, reader.located.value, base)
-    reader.finish()
-    assert mix is not None
-    own = [domain.own_source for domain in mix.guard.domains if domain.path is not None]
-    sources = [
-        dataclasses.replace(
-            source, path=tuple(str(base / pattern) for pattern in source.patterns()) or None
-        )
-        for source in (*mix.sources, *own)
-    ]
-    domains = [
-        domain
-        if domain.path is None
-        else GuardDomain(
-            name=domain.name, language=domain.language, sources=(domain.own_source.name,)
-        )
-        for domain in mix.guard.domains
-    ]
-    guard = dataclasses.replace(mix.guard, domains=tuple(domains))
-    return dataclasses.replace(mix, name=mix.name or path.stem, sources=tuple(sources), guard=guard)

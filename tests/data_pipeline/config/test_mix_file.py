@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config.schema import load_mix
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.errors import ConfigError
 
 GOOD = """\

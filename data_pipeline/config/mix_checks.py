@@ -1,0 +1,246 @@
+"""Rules of a data mix that need several keys or the disk: sums, doubles, files, floors, ceilings.
+
+Decisions
+    The rules read the parsed file, not the dataclasses, so a typo in one source does not hide a
+    wrong sum of weights. A value of a wrong type is left to the reader of the dataclasses, which
+    reports it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from data_pipeline.config.mix_config import MAX_SEQ_LEN, OWN_PREFIX, WEIGHT_SUM_TOLERANCE
+from data_pipeline.config.source_config import LANGUAGES, SUFFIXES, expand, suffix_format
+from data_pipeline.config.strict_yaml import KeyPath, Reader, nearest
+
+RawSection = dict[str, Any]
+"""A section of the file as it was parsed."""
+
+
+def check_across(reader: Reader, raw: RawSection, base: Path) -> None:
+    """Report every broken rule that spans several keys of a data mix.
+
+    Args:
+        reader: Takes the problems.
+        raw: The parsed file.
+        base: Folder that the paths in the file are relative to.
+    """
+    seq_len = raw.get("seq_len")
+    if type(seq_len) is int and not 2 <= seq_len <= MAX_SEQ_LEN:
+        reader.problem(
+            ("seq_len",), f"is {seq_len}, must be from 2 to {MAX_SEQ_LEN} (the context of gpt-oss)."
+        )
+    listed = raw.get("sources")
+    if listed == []:
+        reader.problem(("sources",), "is an empty list. Add at least one source.")
+    sources = _sections(listed)
+    if not sources:
+        return
+    _check_unique(reader, sources, ("sources",))
+    _check_weights(reader, sources)
+    for index, source in sources.items():
+        _check_place(reader, source, ("sources", index, "path"), base)
+    _check_languages(reader, raw.get("languages"), list(sources.values()))
+    domains = _guard_domains(raw)
+    _check_unique(reader, domains, ("guard", "domains"))
+    by_name = {source["name"]: source for source in sources.values() if _has_name(source)}
+    for index, domain in domains.items():
+        path: KeyPath = ("guard", "domains", index)
+        _check_members(reader, domain, path, by_name)
+        if domain.get("path") is not None:
+            _check_files(reader, domain, (*path, "path"), base)
+            _check_own_source(reader, domain, path, by_name)
+            _check_decontamination(reader, raw, path)
+
+
+def _sections(listed: Any) -> dict[int, RawSection]:
+    """Return the sections of a list by their index, without what is no section."""
+    if not isinstance(listed, list):
+        return {}
+    return {index: item for index, item in enumerate(listed) if isinstance(item, dict)}
+
+
+def _guard_domains(raw: RawSection) -> dict[int, RawSection]:
+    guard = raw.get("guard")
+    if not isinstance(guard, dict):
+        return {}
+    return _sections(guard.get("domains"))
+
+
+def _has_name(section: RawSection) -> bool:
+    return isinstance(section.get("name"), str)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_unique(reader: Reader, sections: dict[int, RawSection], parent: KeyPath) -> None:
+    """Check that the sections of a list have different names."""
+    first: dict[str, KeyPath] = {}
+    for index, section in sections.items():
+        if not _has_name(section):
+            continue
+        name = section["name"]
+        path: KeyPath = (*parent, index, "name")
+        if name in first:
+            line = reader.located.lines.get(first[name], "?")
+            reader.problem(
+                path, f"is '{name}', which line {line} uses, too. Give each its own name."
+            )
+        first.setdefault(name, path)
+
+
+def _check_weights(reader: Reader, sources: dict[int, RawSection]) -> None:
+    """Check that the weights are shares that sum to 1, if all of them are numbers."""
+    weights: dict[int, float] = {}
+    for index, source in sources.items():
+        weight = source.get("weight")
+        if _is_number(weight):
+            weights[index] = float(weight)
+    negative = [index for index, weight in weights.items() if weight < 0]
+    for index in negative:
+        reader.problem(
+            ("sources", index, "weight"),
+            f"is {weights[index]:g}, must be >= 0. "
+            "Remove the source or give it a share of the tokens.",
+        )
+    all_finite = all(map(math.isfinite, weights.values()))
+    if negative or not all_finite or len(weights) < len(sources):
+        return
+    total = math.fsum(weights.values())
+    if total == 0:
+        reader.problem(
+            ("sources",), "have weights that are all 0. Give at least one a share of the tokens."
+        )
+    elif abs(total - 1) > WEIGHT_SUM_TOLERANCE:
+        scaled = []
+        for index, weight in weights.items():
+            name = sources[index].get("name", f"sources[{index}]")
+            scaled.append(f"{name} {weight / total:.6g}")
+        reader.problem(
+            ("sources",),
+            f"have weights that sum to {total:.9g}, must be 1. Scaled to 1: {', '.join(scaled)}.",
+        )
+
+
+def _check_place(reader: Reader, source: RawSection, path: KeyPath, base: Path) -> None:
+    """Check the files or the folder that a source names, as its format asks."""
+    if source.get("format") in ("huggingface", "build"):
+        _check_folder(reader, source, path, base)
+    elif source.get("format") != "mock":
+        _check_files(reader, source, path, base)
+
+
+def _check_folder(reader: Reader, source: RawSection, path: KeyPath, base: Path) -> None:
+    folder = source.get("path")
+    if isinstance(folder, str) and not (base / folder).is_dir():
+        reader.problem(path, f"is '{folder}', which is no folder (looked in {base}).")
+
+
+def _check_files(reader: Reader, section: RawSection, path: KeyPath, base: Path) -> None:
+    """Check that each file or glob matches, that no file is named twice, and each has a format."""
+    patterns = section.get("path")
+    if patterns is None:
+        reader.problem(path, "is missing. Give a file, a glob, or a list of them.")
+    if patterns == []:
+        reader.problem(path, "is an empty list. Give at least one file or glob.")
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    if not isinstance(patterns, list):
+        return
+    by_suffix = section.get("format", "auto") == "auto"
+    seen: set[Path] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            continue
+        files = expand(str(base / pattern)) if pattern else []
+        if not files:
+            reader.problem(path, f"is '{pattern}', which matches no file (looked in {base}).")
+        twice = [file for file in files if file in seen]
+        if twice:
+            reader.problem(path, f"names {twice[0]} twice. Remove one.")
+        seen.update(files)
+        unknown = [file for file in files if suffix_format(file) is None]
+        if unknown and by_suffix:
+            known = ", ".join([*SUFFIXES, ".jsonl.gz", ".jsonl.zst"])
+            reader.problem(
+                path, f"names {unknown[0]}, whose suffix is not one of {known}. Set format."
+            )
+
+
+def _check_languages(reader: Reader, limits: Any, sources: list[RawSection]) -> None:
+    """Check that the bounds on languages name known ones and hold for the weights."""
+    if not isinstance(limits, dict):
+        return
+    shares: dict[str, float] = defaultdict(float)
+    for source in sources:
+        language = source.get("language")
+        weight = source.get("weight")
+        if isinstance(language, str) and _is_number(weight):
+            shares[language] += weight
+    for language, bounds in limits.items():
+        path: KeyPath = ("languages", language)
+        if language not in LANGUAGES:
+            reader.problem(path, f"is not a known language.{nearest(str(language), LANGUAGES)}")
+        if not isinstance(bounds, dict):
+            continue
+        share = shares[language]
+        low = bounds.get("min_share", 0.0)
+        high = bounds.get("max_share", 1.0)
+        if isinstance(low, (int, float)) and share < low - WEIGHT_SUM_TOLERANCE:
+            reader.problem(
+                (*path, "min_share"),
+                f"is {low:g}, but the weights give {language} {share:g}. Raise them.",
+            )
+        if isinstance(high, (int, float)) and share > high + WEIGHT_SUM_TOLERANCE:
+            reader.problem(
+                (*path, "max_share"),
+                f"is {high:g}, but the weights give {language} {share:g}. Lower them.",
+            )
+
+
+def _check_members(
+    reader: Reader, domain: RawSection, path: KeyPath, by_name: dict[str, RawSection]
+) -> None:
+    """Check that a guard domain names sources that hold documents out, each once."""
+    members = domain.get("sources")
+    if not isinstance(members, list):
+        return
+    for index, member in enumerate(members):
+        here: KeyPath = (*path, "sources", index)
+        if not isinstance(member, str):
+            continue
+        if member not in by_name:
+            suggestion = nearest(member, by_name)
+            reader.problem(here, f"is '{member}', which is no source.{suggestion}")
+        elif not by_name[member].get("held_out_share"):
+            reader.problem(
+                here, f"is '{member}', which holds out nothing. Set its held_out_share above 0."
+            )
+        if member in members[:index]:
+            reader.problem(here, f"is '{member}', which the list already has. Remove one.")
+
+
+def _check_own_source(
+    reader: Reader, domain: RawSection, path: KeyPath, by_name: dict[str, RawSection]
+) -> None:
+    own = f"{OWN_PREFIX}{domain.get('name')}"
+    if own in by_name:
+        reader.problem(
+            (*path, "name"),
+            f"needs the source name '{own}', which is taken. Rename one of the two.",
+        )
+
+
+def _check_decontamination(reader: Reader, raw: RawSection, path: KeyPath) -> None:
+    if raw.get("decontaminate_tokens") == 0:
+        reader.problem(
+            (*path, "path"),
+            "names guard files, but decontaminate_tokens is 0: training text that holds them would "
+            "stay. Remove decontaminate_tokens.",
+        )

@@ -1,0 +1,57 @@
+"""The data-mix YAML: file -> checked `MixConfig`.
+
+Decisions
+    Every problem is reported in one ConfigError, each with file, line and key. Paths in the file
+    are relative to it; `MixConfig` holds them absolute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from data_pipeline.config.mix_checks import check_across
+from data_pipeline.config.mix_config import GuardDomain, MixConfig
+from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.config.strict_yaml import Reader, load_yaml
+
+
+def load_mix(path: Path | str) -> MixConfig:
+    """Read and check a data-mix YAML.
+
+    The files of a guard domain become a source of their own that is never trained on.
+
+    Raises:
+        ConfigError: the file has problems; every one is listed as `file:line: key problem`.
+    """
+    path = Path(path)
+    reader = Reader(load_yaml(path))
+    base = path.resolve().parent
+    mix = reader.read(MixConfig)
+    if isinstance(reader.located.value, dict):
+        check_across(reader, reader.located.value, base)
+    reader.finish()
+    assert mix is not None
+    own_sources = [domain.own_source for domain in mix.guard.domains if domain.path is not None]
+    sources = tuple(_with_absolute_paths(source, base) for source in (*mix.sources, *own_sources))
+    domains = tuple(_over_sources(domain) for domain in mix.guard.domains)
+    return dataclasses.replace(
+        mix,
+        name=mix.name or path.stem,
+        sources=sources,
+        guard=dataclasses.replace(mix.guard, domains=domains),
+    )
+
+
+def _with_absolute_paths(source: SourceConfig, base: Path) -> SourceConfig:
+    patterns = tuple(str(base / pattern) for pattern in source.patterns())
+    return dataclasses.replace(source, path=patterns or None)
+
+
+def _over_sources(domain: GuardDomain) -> GuardDomain:
+    """Return a guard domain that names sources only, its own one in place of `path`."""
+    if domain.path is None:
+        return domain
+    return GuardDomain(
+        name=domain.name, language=domain.language, sources=(domain.own_source.name,)
+    )
