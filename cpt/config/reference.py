@@ -23,7 +23,7 @@ from typing import Any
 from cpt.config.engine_json import KNOWN_KEYS, KNOWN_ZERO_KEYS, OWN_KEYS, REFUSED_KEYS
 from cpt.config.guard_section import DomainLimits
 from cpt.config.sections import ExpertParallelJson, RunYaml
-from data_pipeline.config.schema import GuardConfig, GuardDomain, LanguageLimits, MixConfig
+from data_pipeline.config.mix_config import GuardConfig, GuardDomain, LanguageLimits, MixConfig
 from data_pipeline.config.source_config import LANGUAGES, SourceConfig
 
 PAGE = Path("docs/configuration.md")

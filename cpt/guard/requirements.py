@@ -15,7 +15,7 @@ import numpy as np
 from cpt.config import GuardSection
 from cpt.guard.paired_test import noise_floor_percent
 from cpt.guard.score import Floats
-from data_pipeline.config.schema import MixConfig
+from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.strict_yaml import nearest
 from data_pipeline.store.manifest import Manifest
 

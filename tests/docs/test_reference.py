@@ -17,7 +17,7 @@ from cpt.config.reference import (
     written_files,
 )
 from cpt.config.sections import ExpertParallelJson
-from data_pipeline.config.schema import GuardConfig, GuardDomain, LanguageLimits, MixConfig
+from data_pipeline.config.mix_config import GuardConfig, GuardDomain, LanguageLimits, MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.config.strict_yaml import load_yaml
 
