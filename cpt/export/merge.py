@@ -1,11 +1,10 @@
-"""`cpt merge`: interpolations between the weights before and after training.
+"""Interpolations between the weights before and after training, read and written in windows.
 
-    base, tuned -> windows of both -> (1 - alpha) base + alpha tuned, for every alpha at once -> one
-    directory each
+    base, tuned -> windows of both -> (1 - alpha) base + alpha tuned -> one directory per alpha
 
 Interpolating with the original weights gives back some of what training took (WiSE-FT, arXiv
-2109.01903).  Windows are computed in fp32; alpha 0 is the base and alpha 1 the tuned model, bit for
-bit.
+2109.01903). Both models are read once for all alphas. Values are computed in fp32; alpha 0 is the
+base model and alpha 1 the tuned one, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GptOssConfig
@@ -50,86 +48,98 @@ NOT_COMPARED = {
     "use_cache",
 }
 """Keys of config.json that may differ: they say how a model is stored, not what it is."""
-MOST_ALPHAS = 101
+MAX_ALPHAS = 101
 _RANGE = re.compile(r"([0-9.]+):([0-9.]+):([0-9.]+)")
 
 
 def parse_alphas(text: str) -> list[float]:
-    """`0:1:0.1` (both ends included) or `0,0.3,1` -> ascending shares of the tuned model.
+    """Return the shares of the tuned model in ascending order.
+
+    Args:
+        text: `FROM:TO:STEP` with both ends included, such as `0:1:0.1`, or a list `0,0.3,1`.
 
     Raises:
-        ConfigError: not one of these, or outside [0, 1].
+        ConfigError: the text is neither, or a share is outside [0, 1].
     """
     match = _RANGE.fullmatch(text.strip())
     try:
-        if match:
-            low, high, step = (float(part) for part in match.groups())
-            count = math.floor((high - low) / step + 1e-9) + 1 if step > 0 else 0
-            values = [low + index * step for index in range(min(count, MOST_ALPHAS + 1))]
-        else:
-            values = [float(part) for part in text.split(",")]
+        values = _range(*match.groups()) if match else list(map(float, text.split(",")))
     except ValueError:
         values = []
     alphas = sorted({round(value, 6) for value in values})
-    if not alphas or len(alphas) > MOST_ALPHAS or not all(0 <= alpha <= 1 for alpha in alphas):
+    all_inside = all(0 <= alpha <= 1 for alpha in alphas)
+    if not alphas or len(alphas) > MAX_ALPHAS or not all_inside:
         raise ConfigError(
-            f"--alpha {text} is neither FROM:TO:STEP nor a list A,B,C of at most {MOST_ALPHAS} shares between 0 and 1."
+            f"--alpha {text} is neither FROM:TO:STEP nor a list A,B,C of at most {MAX_ALPHAS} "
+            "shares between 0 and 1."
         )
     return alphas
+
+
+def _range(first: str, last: str, step: str) -> list[float]:
+    """Return at most one value more than are allowed."""
+    low = float(first)
+    distance = float(step)
+    if distance <= 0:
+        return []
+    count = math.floor((float(last) - low) / distance + 1e-9) + 1
+    return [low + index * distance for index in range(min(count, MAX_ALPHAS + 1))]
 
 
 def interpolate(
     base: torch.Tensor, tuned: torch.Tensor, alpha: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """(1 - alpha) base + alpha tuned, computed in fp32; the ends are copies, also of the sign of a
-    zero.
+    """Return (1 - alpha) base + alpha tuned, computed in fp32.
+
+    The ends are copies, because the formula would lose the sign of a zero.
     """
-    if alpha in (0.0, 1.0):
-        return (tuned if alpha else base).to(dtype)
+    if alpha == 0.0:
+        return base.to(dtype)
+    if alpha == 1.0:
+        return tuned.to(dtype)
     return torch.lerp(base.float(), tuned.float(), alpha).to(dtype)
 
 
-def whole(source: WeightSource, name: str, start: int, stop: int) -> torch.Tensor:
-    """Elements [start, stop) of a flattened tensor in one piece."""
+def read_window(source: WeightSource, name: str, start: int, stop: int) -> torch.Tensor:
+    """Return elements [start, stop) of a flattened tensor as one tensor."""
     return torch.cat([values for _, values in source.pieces(name, start, stop)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Two models of one shape."""
+    """Two models of one architecture."""
 
     base: DirectoryWeights
     """The model before training."""
     tuned: DirectoryWeights
-    """The model after it."""
+    """The model after training."""
     config: GptOssConfig
-    """Of both."""
+    """Their common architecture."""
     shapes: dict[str, tuple[int, ...]]
-    """Of every tensor, in order of name."""
+    """Shape of every tensor, in the order of names."""
 
     def windows(self) -> Iterator[tuple[str, int, torch.Tensor, torch.Tensor]]:
-        """(name, first element, values of base, values of tuned) over all tensors."""
+        """Yield (name, first element, values of base, values of tuned) over all tensors."""
         for name, shape in self.shapes.items():
             numel = math.prod(shape)
-            unit = (
-                numel // shape[0] if is_expert_matrix(name, shape) else 1
-            )  # cutting an expert would read its codes in strips
-            step = max(1, WINDOW_NUMEL // unit) * unit
+            step = WINDOW_NUMEL
+            if is_expert_matrix(name, shape):
+                # whole experts: a cut inside one would read its MXFP4 codes in strips
+                expert_numel = numel // shape[0]
+                step = max(1, WINDOW_NUMEL // expert_numel) * expert_numel
             for start in range(0, numel, step):
                 stop = min(numel, start + step)
-                yield (
-                    name,
-                    start,
-                    whole(self.base, name, start, stop),
-                    whole(self.tuned, name, start, stop),
-                )
+                base = read_window(self.base, name, start, stop)
+                tuned = read_window(self.tuned, name, start, stop)
+                yield name, start, base, tuned
 
 
 class MergedWeights:
     """An interpolation as a source of weights; nothing is written."""
 
     def __init__(self, pair: Pair, alpha: float) -> None:
-        self._pair, self._alpha = pair, alpha
+        self._pair = pair
+        self._alpha = alpha
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
         """See `cpt.model.weights.source.WeightSource`."""
@@ -137,49 +147,51 @@ class MergedWeights:
         step = math.prod(shape[1:]) if is_expert_matrix(name, shape) else WINDOW_NUMEL
         for low in range(start, stop, step):
             high = min(stop, low + step)
-            base, tuned = (
-                whole(source, name, low, high) for source in (self._pair.base, self._pair.tuned)
-            )
-            yield (
-                low,
-                interpolate(base, tuned, self._alpha, torch.promote_types(base.dtype, tuned.dtype)),
-            )
+            base = read_window(self._pair.base, name, low, high)
+            tuned = read_window(self._pair.tuned, name, low, high)
+            dtype = torch.promote_types(base.dtype, tuned.dtype)
+            yield low, interpolate(base, tuned, self._alpha, dtype)
 
 
 def open_pair(base: Path, tuned: Path) -> Pair:
-    """Open two directories and compare them with each other.
+    """Open two directories and check that they hold models of one architecture.
 
     Raises:
-        ConfigError: other architectures, or a directory that does not hold every tensor of its
-            configuration.
+        ConfigError: the architectures differ, or a directory lacks a tensor of its configuration.
     """
-    configs = [load_config(path, None) for path in (base, tuned)]
-    plain: list[dict[str, Any]] = [config.to_dict() for config in configs]
-    different = sorted(
-        key
-        for key in plain[0].keys() | plain[1].keys()
-        if key not in NOT_COMPARED and plain[0].get(key) != plain[1].get(key)
-    )
-    if different:
-        raise ConfigError(
-            [
-                f"--base and --tuned are of different models: {key} is {plain[0].get(key)!r} in {base}, "
-                f"{plain[1].get(key)!r} in {tuned}."
-                for key in different
-            ]
-        )
-    shapes = parameter_shapes(configs[0])
+    config = load_config(base, None)
+    problems = _differences(base, config, tuned, load_config(tuned, None))
+    if problems:
+        raise ConfigError(problems)
+    shapes = parameter_shapes(config)
     return Pair(
         base=DirectoryWeights(base, shapes),
         tuned=DirectoryWeights(tuned, shapes),
-        config=configs[0],
+        config=config,
         shapes=dict(sorted(shapes.items())),
     )
 
 
+def _differences(
+    base: Path, base_config: GptOssConfig, tuned: Path, tuned_config: GptOssConfig
+) -> list[str]:
+    of_base = base_config.to_dict()
+    of_tuned = tuned_config.to_dict()
+    problems = []
+    for key in sorted((of_base.keys() | of_tuned.keys()) - NOT_COMPARED):
+        if of_base.get(key) != of_tuned.get(key):
+            problems.append(
+                f"--base and --tuned are of different models: {key} is {of_base.get(key)!r} in "
+                f"{base}, {of_tuned.get(key)!r} in {tuned}."
+            )
+    return problems
+
+
 def folder_name(alpha: float) -> str:
-    """Name of the directory of an interpolation."""
-    return f"alpha-{alpha:.6f}".rstrip("0").rstrip(".") if alpha % 1 else f"alpha-{alpha:.0f}"
+    """Return the name of the directory of an interpolation."""
+    if alpha % 1 == 0:
+        return f"alpha-{alpha:.0f}"
+    return f"alpha-{alpha:.6f}".rstrip("0")
 
 
 def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tuned: Path) -> None:
@@ -188,9 +200,9 @@ def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tun
     Raises:
         StorageError: there is too little room for all of them.
     """
-    entries = {
-        name: Entry(shape=shape, dtype=_dtype(pair, name)) for name, shape in pair.shapes.items()
-    }
+    entries = {}
+    for name, shape in pair.shapes.items():
+        entries[name] = Entry(shape=shape, dtype=_dtype(pair, name))
     check_space(out, len(alphas) * sum(entry.num_bytes for entry in entries.values()))
     with ExitStack() as stack:
         writers = {}
@@ -201,33 +213,35 @@ def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tun
         for name, start, before, after in pair.windows():
             for alpha, writer in writers.items():
                 writer.write(name, start, interpolate(before, after, alpha, entries[name].dtype))
-    dtypes = {entry.dtype for entry in entries.values()}
+    all_bf16 = all(entry.dtype == torch.bfloat16 for entry in entries.values())
     for alpha in alphas:
-        _write_other_files(out / folder_name(alpha), alpha, base, tuned, dtypes)
+        folder = out / folder_name(alpha)
+        _write_config(folder, tuned, "bfloat16" if all_bf16 else "float32")
+        _write_card(folder, alpha, base, tuned)
+        for name in COPIED:
+            if (tuned / name).is_file():
+                shutil.copyfile(tuned / name, folder / name)
 
 
 def _dtype(pair: Pair, name: str) -> torch.dtype:
-    """The wider of the two stored dtypes; MXFP4 counts as bf16, which holds each of its values."""
-    first, second = (next(source.pieces(name, 0, 1))[1].dtype for source in (pair.base, pair.tuned))
-    return torch.promote_types(first, second)
+    """Return the wider of the two stored dtypes; MXFP4 counts as bf16, which holds its values."""
+    base = read_window(pair.base, name, 0, 1)
+    tuned = read_window(pair.tuned, name, 0, 1)
+    return torch.promote_types(base.dtype, tuned.dtype)
 
 
-def _write_other_files(
-    folder: Path, alpha: float, base: Path, tuned: Path, dtypes: set[torch.dtype]
-) -> None:
-    config = {
-        key: value
-        for key, value in read_json(tuned / "config.json").items()
-        if key != "quantization_config"
-    }
+def _write_config(folder: Path, tuned: Path, dtype: str) -> None:
+    config = dict(read_json(tuned / "config.json"))
+    config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
-    config["dtype"] = "bfloat16" if dtypes == {torch.bfloat16} else "float32"
+    config["dtype"] = dtype
     write_json(folder / "config.json", config, indent=2, sort_keys=True)
-    for name in COPIED:
-        if (tuned / name).is_file():
-            shutil.copyfile(tuned / name, folder / name)
+
+
+def _write_card(folder: Path, alpha: float, base: Path, tuned: Path) -> None:
     card = (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt-oss, merge]\n---\n\n"
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        "tags: [gpt-oss, merge]\n---\n\n"
         f"# {1 - alpha:g} x `{base.name}` + {alpha:g} x `{tuned.name}`\n\n"
         "Every tensor is the linear interpolation of the two models' tensors.\n"
     )

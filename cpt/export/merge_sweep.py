@@ -1,6 +1,4 @@
-"""What interpolating costs and gains: bits per byte of held-out text against alpha, as numbers,
-table and plot.
-"""
+"""`cpt merge`: interpolated weights with bits per byte of held-out text against alpha."""
 
 from __future__ import annotations
 
@@ -19,7 +17,8 @@ from cpt.telemetry.plot import DASHES, INK, PALETTE, Plot, Series, scale_over
 from data_pipeline.store.files import write_json
 from data_pipeline.tables import table
 
-RESULT_FILE, PLOT_FILE = "bits_per_byte.json", "bits_per_byte.svg"
+RESULT_FILE = "bits_per_byte.json"
+PLOT_FILE = "bits_per_byte.svg"
 
 
 def merge(
@@ -29,16 +28,17 @@ def merge(
 
     Args:
         base: Directory of the model before training.
-        tuned: Directory of the model after it.
+        tuned: Directory of the model after training.
         alphas: See `parse_alphas`.
-        out: Must not exist.
+        out: The new directory.
         sets: Held-out sets to score; may be empty.
         score_only: Write scores, but no weights.
 
     Returns:
         A table for people; empty without held-out sets.
     """
-    shares, pair = parse_alphas(alphas), open_pair(base, tuned)
+    shares = parse_alphas(alphas)
+    pair = open_pair(base, tuned)
     with published(out) as folder:
         if not score_only:
             write_merged(pair, shares, folder, base, tuned)
@@ -51,44 +51,42 @@ def merge(
 
 
 def score_sweep(pair: Pair, alphas: Sequence[float], sets: list[ScoredSet]) -> list[dict[str, Any]]:
-    """Bits per byte of every interpolation, paired by document with the base model."""
+    """Return bits per byte of every interpolation, paired by document with the base model."""
+    results = []
     with single_process() as topology:
         model = OfflineModel(pair.config, topology)
         model.load(pair.base)
         untouched = {score.name: score for score in model.score_all(sets)}
-        results = []
         for alpha in alphas:
             model.load(MergedWeights(pair, alpha))
-            results += [
-                _result(alpha, score, untouched[score.name]) for score in model.score_all(sets)
-            ]
+            for score in model.score_all(sets):
+                results.append(_result(alpha, score, untouched[score.name]))
     return results
 
 
 def _result(alpha: float, score: DomainScore, untouched: DomainScore) -> dict[str, Any]:
-    verdict = judge(score, untouched)
+    change = judge(score, untouched)
     return {
         "alpha": alpha,
         "domain": score.name,
         "language": score.language,
         "bits_per_byte": score.bits_per_byte,
-        "delta_percent": verdict.delta_percent,
-        "ci_low": verdict.ci_low,
-        "ci_high": verdict.ci_high,
+        "delta_percent": change.delta_percent,
+        "ci_low": change.ci_low,
+        "ci_high": change.ci_high,
     }
 
 
 def sweep_table(results: list[dict[str, Any]]) -> str:
-    """One line per alpha; bits per byte of every domain, and its change against the base model."""
-    domains = list(dict.fromkeys(result["domain"] for result in results))
-    rows = []
-    for alpha in dict.fromkeys(result["alpha"] for result in results):
-        cells = [f"{alpha:g}"]
-        for domain in domains:
-            found = next(r for r in results if (r["alpha"], r["domain"]) == (alpha, domain))
-            cells.append(f"{found['bits_per_byte']:.4f} ({found['delta_percent']:+.2f} %)")
-        rows.append(cells)
-    return table(["alpha", *domains], rows)
+    """Return one line per alpha with every domain's bits per byte and its change."""
+    domains: list[str] = []
+    cells_of_alpha: dict[float, list[str]] = {}
+    for result in results:
+        if result["domain"] not in domains:
+            domains.append(result["domain"])
+        cells = cells_of_alpha.setdefault(result["alpha"], [f"{result['alpha']:g}"])
+        cells.append(f"{result['bits_per_byte']:.4f} ({result['delta_percent']:+.2f} %)")
+    return table(["alpha", *domains], list(cells_of_alpha.values()))
 
 
 def sweep_plot(results: list[dict[str, Any]]) -> str:

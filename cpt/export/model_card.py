@@ -1,7 +1,7 @@
-"""The model card of an export: what was trained on what, from the checkpoint and the run's metrics
-alone.
+"""The model card of an export: what the model was trained on, and how.
 
-No path, host or user name of the training machine goes into it: of files only their own names.
+It is made from the checkpoint and the run's metrics alone. Paths, hosts and user names of the
+training machine stay out of it; files appear with their own names only.
 """
 
 from __future__ import annotations
@@ -13,105 +13,141 @@ from typing import Any
 
 from cpt.checkpoint.manifest import Manifest
 from cpt.telemetry.metrics import read_events
+from data_pipeline.text.language import UNTESTABLE
 
-LANGUAGES = {"ja", "en"}
-"""Of the mix's labels those that are languages; `code` or `math` are none."""
+Json = dict[str, Any]
+
+STORAGE = {
+    "bf16": "Weights are stored in bf16.",
+    "fp32": "Weights are the fp32 master weights of training.",
+    "mxfp4": (
+        "Expert matrices are rounded to MXFP4 (round to nearest), the rest is stored in bf16."
+    ),
+}
+"""How the weights are stored, by format."""
+TRAINING_KEYS = (
+    "seq_len",
+    "global_batch_size",
+    "lr",
+    "min_lr_ratio",
+    "schedule",
+    "warmup_steps",
+    "weight_decay",
+    "dtype",
+)
+"""Keys of the run YAML's `train` section that are shown."""
 
 
 def model_card(
     manifest: Manifest, metrics: Path, format_name: str, sections: Sequence[str] = ()
 ) -> str:
-    """README.md of an exported checkpoint.
+    """Return the README.md of an exported checkpoint.
 
     Args:
-        manifest: The checkpoint's.
+        manifest: The checkpoint's manifest.
         metrics: The run's metrics.jsonl; may be missing.
         format_name: `bf16`, `mxfp4` or `fp32`.
         sections: Further sections.
     """
     events = read_events(metrics) if metrics.is_file() else []
-    settings = _sources(manifest)
-    languages = sorted({str(s["language"]) for s in settings.values()} & LANGUAGES)
-    front = ["library_name: transformers", "pipeline_tag: text-generation"]
-    front += [f"language: [{', '.join(languages)}]"] if languages else []
-    front += ["tags: [gpt-oss, continual-pretraining]"]
+    sources = _sources(manifest)
     parts = [
-        "\n".join(["---", *front, "---"]),
+        _front_matter(sources),
         "# gpt-oss after continual pretraining",
-        _what(manifest, format_name),
-        _data(manifest, settings, tokens_by_source(events, manifest.step)),
-        _guard(events, manifest.step),
+        _origin(manifest, format_name),
+        _data(manifest, sources, tokens_by_source(events, manifest.step)),
+        _held_out(events, manifest.step),
         *sections,
-        _how(manifest),
+        _training(manifest),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+    """Return a Markdown table with its first column to the left and the others to the right."""
+    alignment = [":--"] + ["--:"] * (len(header) - 1)
+    lines = []
+    for row in [header, alignment, *rows]:
+        lines.append(f"| {' | '.join(map(_escape, row))} |")
+    return "\n".join(lines)
 
 
-def tokens_by_source(events: list[dict[str, Any]], last_step: int) -> dict[str, int]:
-    """Predicted tokens of each source up to a step; of a step that was done twice the last line
-    counts.
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+def tokens_by_source(events: list[Json], last_step: int) -> dict[str, int]:
+    """Return the predicted tokens of each source up to a step.
+
+    A step that was done twice, because the run went back to a checkpoint, counts once: its last
+    event is the one that led to the weights.
     """
-    steps = {
-        e["step"]: e["tokens_by_source"]
-        for e in events
-        if e["event"] == "step" and e["step"] <= last_step
-    }
+    counts_of_step: dict[int, dict[str, int]] = {}
+    for event in events:
+        if event["event"] == "step" and event["step"] <= last_step:
+            counts_of_step[event["step"]] = event["tokens_by_source"]
     total: Counter[str] = Counter()
-    for counts in steps.values():
+    for counts in counts_of_step.values():
         total.update(counts)
     return dict(total)
 
 
-def _sources(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """Language and domain of every source that any part of the run drew from."""
-    found: dict[str, dict[str, Any]] = {}
-    for segment in manifest.state.get("ledger", {}).get("segments", []):
+def _sources(manifest: Manifest) -> dict[str, Json]:
+    """Return language and domain of every source that any part of the run drew from."""
+    found: dict[str, Json] = {}
+    for segment in _segments(manifest):
         found |= segment["settings"].get("sources", {})
     return found
 
 
-def _what(manifest: Manifest, format_name: str) -> str:
-    config, progress = manifest.state.get("config", {}), manifest.state.get("progress", {})
+def _segments(manifest: Manifest) -> list[Json]:
+    """Return the parts of the run that had one data mix each."""
+    segments: list[Json] = manifest.state.get("ledger", {}).get("segments", [])
+    return segments
+
+
+def _front_matter(sources: dict[str, Json]) -> str:
+    """Return the YAML head that the Hugging Face hub reads."""
+    labels = {str(source["language"]) for source in sources.values()}
+    languages = sorted(labels - UNTESTABLE)
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if languages:
+        lines.append(f"language: [{', '.join(languages)}]")
+    lines += ["tags: [gpt-oss, continual-pretraining]", "---"]
+    return "\n".join(lines)
+
+
+def _origin(manifest: Manifest, format_name: str) -> str:
+    config = manifest.state.get("config", {})
     model = config.get("model", {})
-    base = (
-        f"`{Path(model['path']).name}`"
-        if model.get("path")
-        else f"random weights (`{model.get('init')}`)"
-    )
-    stored = {
-        "bf16": "Weights are stored in bf16.",
-        "fp32": "Weights are the fp32 master weights of training.",
-        "mxfp4": "Expert matrices are rounded to MXFP4 (round to nearest), the rest is stored in bf16.",
-    }
-    lines = [
-        f"Started from {base}. {manifest.step:,} optimizer steps, {progress.get('tokens', 0):,} predicted tokens. "
-        + stored[format_name]
+    if model.get("path"):
+        base = f"`{Path(model['path']).name}`"
+    else:
+        base = f"random weights (`{model.get('init')}`)"
+    num_tokens = manifest.state.get("progress", {}).get("tokens", 0)
+    paragraphs = [
+        f"Started from {base}. {manifest.step:,} optimizer steps, {num_tokens:,} predicted tokens. "
+        f"{STORAGE[format_name]}"
     ]
-    if frozen := config.get("train", {}).get("freeze"):
-        lines.append(f"Left as they were: {', '.join(f'`{pattern}`' for pattern in frozen)}.")
-    lines.append(
-        "This is the result of training on raw text: no instruction tuning or safety evaluation followed."
+    frozen = config.get("train", {}).get("freeze")
+    if frozen:
+        paragraphs.append(f"These weights were not trained: `{'`, `'.join(frozen)}`.")
+    paragraphs.append(
+        "This is the result of training on raw text: no instruction tuning or safety evaluation "
+        "followed."
     )
-    return "\n\n".join(lines)
+    return "\n\n".join(paragraphs)
 
 
-def _data(manifest: Manifest, sources: dict[str, dict[str, Any]], tokens: dict[str, int]) -> str:
-    segments = manifest.state.get("ledger", {}).get("segments", [])
+def _data(manifest: Manifest, sources: dict[str, Json], num_tokens: dict[str, int]) -> str:
+    segments = _segments(manifest)
     if not segments:
         return ""
-    total = sum(tokens.values())
+    total = sum(num_tokens.values())
     rows = []
     for name, source in sources.items():
         weights = [f"{segment['weights'].get(name, 0):.4g}" for segment in segments]
-        count = tokens.get(name, 0)
+        count = num_tokens.get(name, 0)
         share = f"{100 * count / total:.2f} %" if total else ""
         rows.append(
             (
@@ -124,51 +160,47 @@ def _data(manifest: Manifest, sources: dict[str, dict[str, Any]], tokens: dict[s
             )
         )
     header = ("source", "language", "domain", "weight", "predicted tokens", "share")
-    starts = ", ".join(str(segment["start_step"]) for segment in segments)
-    note = (
-        ""
-        if len(segments) == 1
-        else f"\n\nThe mix was changed during the run; its weights hold from step {starts} on."
-    )
-    return f"## Data\n\n{markdown_table(header, rows)}{note}"
+    text = f"## Data\n\n{markdown_table(header, rows)}"
+    if len(segments) > 1:
+        starts = ", ".join([str(segment["start_step"]) for segment in segments])
+        text += (
+            f"\n\nThe mix was changed during the run; its weights hold from step {starts} on, "
+            "in this order."
+        )
+    return text
 
 
-def _guard(events: list[dict[str, Any]], last_step: int) -> str:
-    """The last measurement of every held-out domain."""
-    latest = {
-        e["domain"]: e for e in events if e["event"] == "guard" and 0 < e["step"] <= last_step
-    }
+def _held_out(events: list[Json], last_step: int) -> str:
+    """Return the last measurement of every held-out domain."""
+    latest: dict[str, Json] = {}
+    for event in events:
+        if event["event"] == "guard" and 0 < event["step"] <= last_step:
+            latest[event["domain"]] = event
     if not latest:
         return ""
-    rows = [
-        (
-            name,
-            str(event["language"]),
-            str(event["step"]),
-            f"{event['baseline']:.4f}",
-            f"{event['bits_per_byte']:.4f}",
-            f"{event['delta_percent']:+.2f} ({event['ci_low']:+.2f} to {event['ci_high']:+.2f})",
+    rows = []
+    for name, event in latest.items():
+        interval = f"{event['ci_low']:+.2f} to {event['ci_high']:+.2f}"
+        rows.append(
+            (
+                name,
+                str(event["language"]),
+                str(event["step"]),
+                f"{event['baseline']:.4f}",
+                f"{event['bits_per_byte']:.4f}",
+                f"{event['delta_percent']:+.2f} ({interval})",
+            )
         )
-        for name, event in latest.items()
-    ]
     header = ("domain", "language", "step", "before training", "now", "change in % (95 % interval)")
     return f"## Held-out text, bits per byte\n\n{markdown_table(header, rows)}"
 
 
-def _how(manifest: Manifest) -> str:
-    train = manifest.state.get("config", {}).get("train", {})
-    keys = (
-        "seq_len",
-        "global_batch_size",
-        "lr",
-        "min_lr_ratio",
-        "schedule",
-        "warmup_steps",
-        "weight_decay",
-        "dtype",
-    )
-    rows = [(key, str(train[key])) for key in keys if key in train]
-    rows += [
-        (key, str(value)) for key, value in (*manifest.layout.items(), *manifest.versions.items())
-    ]
+def _training(manifest: Manifest) -> str:
+    settings = manifest.state.get("config", {}).get("train", {})
+    rows = []
+    for key in TRAINING_KEYS:
+        if key in settings:
+            rows.append((key, str(settings[key])))
+    for key, value in [*manifest.layout.items(), *manifest.versions.items()]:
+        rows.append((key, str(value)))
     return f"## Training\n\n{markdown_table(('setting', 'value'), rows)}"

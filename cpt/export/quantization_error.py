@@ -1,4 +1,4 @@
-"""What rounding to MXFP4 costs each tensor, as numbers and as a table."""
+"""The error that rounding to MXFP4 makes in each tensor, as JSON and as table rows."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 
-class ErrorOfTensor:
-    """Sums over the pieces of one tensor."""
+class TensorError:
+    """Error sums of one tensor, gathered over its pieces."""
 
     def __init__(self) -> None:
-        self._error_squares = self._squares = self._largest = 0.0
+        self._error_squares = 0.0
+        self._squares = 0.0
+        self._largest = 0.0
 
     def add(self, exact: torch.Tensor, rounded: torch.Tensor) -> None:
         """Count a piece; both tensors have the same shape."""
@@ -21,32 +23,34 @@ class ErrorOfTensor:
         self._squares += float(exact.float().square().sum(dtype=torch.float64))
         self._largest = max(self._largest, float(difference.abs().max()))
 
+    def merge(self, other: TensorError) -> None:
+        """Count the pieces of another tensor, too."""
+        self._error_squares += other._error_squares
+        self._squares += other._squares
+        self._largest = max(self._largest, other._largest)
+
     def to_json(self) -> dict[str, float]:
-        """Relative l2 error, and the largest absolute one."""
+        """Return the relative l2 error and the largest absolute error."""
         relative = math.sqrt(self._error_squares / self._squares) if self._squares else 0.0
         return {"relative_l2_error": relative, "largest_absolute_error": self._largest}
 
-    def __add__(self, other: ErrorOfTensor) -> ErrorOfTensor:
-        both = ErrorOfTensor()
-        both._error_squares = self._error_squares + other._error_squares
-        both._squares = self._squares + other._squares
-        both._largest = max(self._largest, other._largest)
-        return both
 
-
-def quantisation_report(errors: dict[str, ErrorOfTensor]) -> dict[str, Any]:
-    """Errors of every tensor and of all together, for a JSON file."""
-    everything = sum(errors.values(), start=ErrorOfTensor())
+def quantization_report(errors: dict[str, TensorError]) -> dict[str, Any]:
+    """Return the errors of every tensor and of all together, as JSON values."""
+    all_tensors = TensorError()
+    for error in errors.values():
+        all_tensors.merge(error)
     return {
-        "all_expert_matrices": everything.to_json(),
+        "all_expert_matrices": all_tensors.to_json(),
         "tensors": {name: error.to_json() for name, error in sorted(errors.items())},
     }
 
 
 def report_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The report as table rows: tensor, relative error in percent, largest absolute error."""
-    rows = {**report["tensors"], "all expert matrices": report["all_expert_matrices"]}
-    return [
-        (name, f"{100 * row['relative_l2_error']:.3f}", f"{row['largest_absolute_error']:.3g}")
-        for name, row in rows.items()
-    ]
+    """Return the report as rows: tensor, relative error in percent, largest absolute error."""
+    errors = {**report["tensors"], "all expert matrices": report["all_expert_matrices"]}
+    rows = []
+    for name, error in errors.items():
+        percent = f"{100 * error['relative_l2_error']:.3f}"
+        rows.append((name, percent, f"{error['largest_absolute_error']:.3g}"))
+    return rows

@@ -1,11 +1,13 @@
-"""`cpt export`: a checkpoint of a run as a Hugging Face directory, with its model card and what
-quantising it costs.
+"""`cpt export`: a checkpoint of a run with its model card and, for MXFP4, the cost of rounding.
+
+The weight files are those of cpt/export/huggingface.py; this file adds what only the run knows.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +28,13 @@ from cpt.offline.model import OfflineModel, held_out_sets, single_process
 from data_pipeline.store.files import write_json
 from data_pipeline.tables import table
 
-log = logging.getLogger("cpt.release")
+log = logging.getLogger("cpt.export")
 
 COST_FILE = "mxfp4_cost.json"
+"""Bits per byte of held-out text before and after rounding to MXFP4."""
 LARGEST_CPU_MODEL = 10**9
-"""Parameters; a larger model is scored on a CPU only if that is asked for."""
+"""Parameters; a larger model is scored on a CPU only with `--score always`."""
+COST_HEADER = ("domain", "bf16", "MXFP4", "change in % (95 % interval)")
 
 Score = Literal["auto", "always", "never"]
 
@@ -38,30 +42,30 @@ Score = Literal["auto", "always", "never"]
 def export_run(
     run_dir: Path, folder: Path, out: Path, format_name: str, score: Score = "never"
 ) -> Path:
-    """Export a checkpoint of a run.
+    """Export a checkpoint of a run and return the directory.
 
     Args:
-        run_dir: The run; its metrics.jsonl goes into the model card.
+        run_dir: The run directory; its metrics.jsonl goes into the model card.
         folder: The checkpoint.
-        out: Must not exist.
+        out: The new directory.
         format_name: See `export_checkpoint`.
-        score: Whether an MXFP4 export is scored on the run's held-out text: `auto` if it is there
-            and the model is small enough for the device.
+        score: Whether an MXFP4 export is scored on the run's held-out text; `auto` does it if the
+            text is there and the model is small enough for the device.
 
     Raises:
-        ConfigError: see `export_checkpoint`; or `always`, and there is no held-out text.
+        ConfigError: see `export_checkpoint`; or `score` is `always` and there is no held-out text.
     """
     manifest = read_manifest(folder)
-    sets = _sets_to_score(manifest, score) if format_name == "mxfp4" else []
+    sets: list[ScoredSet] = []
+    if format_name == "mxfp4" and score != "never":
+        sets = _sets_to_score(manifest, score)
 
     def complete(temporary: Path) -> None:
         sections = []
         if format_name == "mxfp4":
-            sections.append(
-                _error_section(json.loads((temporary / REPORT_FILE).read_text(encoding="utf-8")))
-            )
+            sections.append(_error_section(_read_json(temporary / REPORT_FILE)))
         if sets:
-            costs = quantisation_cost(folder, manifest, temporary, sets)
+            costs = quantization_cost(folder, manifest, temporary, sets)
             write_json(temporary / COST_FILE, {"domains": costs}, indent=2, sort_keys=True)
             sections.append(_cost_section(costs))
         card = model_card(manifest, run_dir / "metrics.jsonl", format_name, sections)
@@ -71,11 +75,10 @@ def export_run(
 
 
 def _sets_to_score(manifest: Manifest, score: Score) -> list[ScoredSet]:
-    if score == "never":
-        return []
+    """Return the held-out sets of the run, or none, with a warning that says why."""
     config = manifest.state["config"]
+    build_dir = config["data"].get("build_dir")
     try:
-        build_dir = config["data"].get("build_dir")
         sets = held_out_sets(
             Path(config["data"]["mix"]),
             Path(build_dir) if build_dir else None,
@@ -84,21 +87,22 @@ def _sets_to_score(manifest: Manifest, score: Score) -> list[ScoredSet]:
     except (ConfigError, DataError) as error:
         if score == "always":
             raise
-        log.warning("bits per byte of the quantised weights are not measured: %s", error)
+        log.warning("bits per byte of the quantized weights are not measured: %s", error)
         return []
-    numel = sum(torch.Size(record.shape).numel() for record in manifest.tensors.values())
+    numel = sum(math.prod(record.shape) for record in manifest.tensors.values())
     if score == "auto" and numel > LARGEST_CPU_MODEL and not torch.cuda.is_available():
         log.warning(
-            "bits per byte of the quantised weights are not measured: no GPU. --score always does it anyway."
+            "bits per byte of the quantized weights are not measured: there is no GPU. "
+            "--score always measures them on the CPU."
         )
         return []
     return sets
 
 
-def quantisation_cost(
+def quantization_cost(
     folder: Path, manifest: Manifest, exported: Path, sets: list[ScoredSet]
 ) -> list[dict[str, Any]]:
-    """Bits per byte of the bf16 weights and of the quantised ones, paired by document."""
+    """Return bits per byte of the bf16 weights and of the quantized ones, paired by document."""
     config = GptOssConfig(**manifest.state["model_config"])
     with single_process() as topology:
         model = OfflineModel(config, topology)
@@ -108,7 +112,7 @@ def quantisation_cost(
         after = model.score_all(sets)
     costs = []
     for exact, rounded in zip(before, after, strict=True):
-        verdict = judge(rounded, exact)
+        change = judge(rounded, exact)
         costs.append(
             {
                 "domain": exact.name,
@@ -116,49 +120,54 @@ def quantisation_cost(
                 "documents": len(exact.nats),
                 "bits_per_byte_bf16": exact.bits_per_byte,
                 "bits_per_byte_mxfp4": rounded.bits_per_byte,
-                "delta_percent": verdict.delta_percent,
-                "ci_low": verdict.ci_low,
-                "ci_high": verdict.ci_high,
+                "delta_percent": change.delta_percent,
+                "ci_low": change.ci_low,
+                "ci_high": change.ci_high,
             }
         )
     return costs
 
 
 def describe_export(out: Path) -> str:
-    """What an MXFP4 export costs, as tables for people; empty for other formats."""
+    """Return the cost of an MXFP4 export as tables for people; empty for other formats."""
     text = ""
     if (out / REPORT_FILE).is_file():
-        rows = report_rows(json.loads((out / REPORT_FILE).read_text(encoding="utf-8")))
+        rows = report_rows(_read_json(out / REPORT_FILE))
         text += table(("tensor", "relative l2 error, %", "largest error"), rows) + "\n\n"
     if (out / COST_FILE).is_file():
-        costs = json.loads((out / COST_FILE).read_text(encoding="utf-8"))["domains"]
+        costs = _read_json(out / COST_FILE)["domains"]
         text += "bits per byte\n" + table(COST_HEADER, cost_rows(costs)) + "\n\n"
     return text
 
 
 def cost_rows(costs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The cost as table rows."""
-    return [
-        (
-            cost["domain"],
-            f"{cost['bits_per_byte_bf16']:.4f}",
-            f"{cost['bits_per_byte_mxfp4']:.4f}",
-            f"{cost['delta_percent']:+.3f} ({cost['ci_low']:+.3f} to {cost['ci_high']:+.3f})",
+    """Return the costs as table rows, one per domain."""
+    rows: list[tuple[str, ...]] = []
+    for cost in costs:
+        interval = f"{cost['ci_low']:+.3f} to {cost['ci_high']:+.3f}"
+        rows.append(
+            (
+                cost["domain"],
+                f"{cost['bits_per_byte_bf16']:.4f}",
+                f"{cost['bits_per_byte_mxfp4']:.4f}",
+                f"{cost['delta_percent']:+.3f} ({interval})",
+            )
         )
-        for cost in costs
-    ]
-
-
-COST_HEADER = ("domain", "bf16", "MXFP4", "change in % (95 % interval)")
+    return rows
 
 
 def _cost_section(costs: list[dict[str, Any]]) -> str:
-    return f"## Cost of MXFP4, bits per byte of held-out text\n\n{markdown_table(COST_HEADER, cost_rows(costs))}"
+    rows = markdown_table(COST_HEADER, cost_rows(costs))
+    return f"## Cost of MXFP4, bits per byte of held-out text\n\n{rows}"
 
 
 def _error_section(report: dict[str, Any]) -> str:
     error = report["all_expert_matrices"]["relative_l2_error"]
     return (
-        f"Rounding the expert matrices to MXFP4 has a relative l2 error of {100 * error:.3f} %; `{REPORT_FILE}` has "
-        "the error of every tensor."
+        f"Rounding the expert matrices to MXFP4 has a relative l2 error of {100 * error:.3f} %; "
+        f"`{REPORT_FILE}` has the error of every tensor."
     )
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

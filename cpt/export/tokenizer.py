@@ -1,6 +1,4 @@
-"""The tokenizer of an export, as `AutoTokenizer` reads it: o200k_harmony, with Harmony's chat
-template.
-"""
+"""The tokenizer of an export: o200k_harmony for `AutoTokenizer`, with Harmony's chat template."""
 
 from __future__ import annotations
 
@@ -14,19 +12,15 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from data_pipeline.text.tokenizer import encoding
 
 TEMPLATE = Path(__file__).with_name("harmony.jinja")
-"""The chat template of an export: it renders as a string what `data_pipeline.text.harmony` renders
-as tokens.
+"""Chat template of an export. It renders as a string what `data_pipeline.text.harmony` renders as
+tokens.
 """
 _LAST_CONTROL_ID = 200_018
-"""The released tokenizer names control tokens up to this id; the rest of the vocabulary is
-padding.
-"""
+"""Last id of a control token in the released tokenizer; the vocabulary beyond it is padding."""
 
 
 class _OfflineConverter(TikTokenConverter):  # type: ignore[misc]
-    """Takes the ranks from the verified tokenizer of the data pipeline instead of downloading
-    them.
-    """
+    """A converter that takes the verified ranks of the data pipeline instead of downloading any."""
 
     @staticmethod
     def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
@@ -35,17 +29,15 @@ class _OfflineConverter(TikTokenConverter):  # type: ignore[misc]
 
 @functools.cache
 def _converted() -> Any:
-    """The tokenizer in the format of the `tokenizers` library; made once per process, it takes
-    seconds.
-    """
-    names: dict[int, str] = {}
+    """Return the tokenizer as the `tokenizers` library has it; the conversion takes seconds."""
+    control_tokens: dict[int, str] = {}
     for name, number in encoding()._special_tokens.items():
-        if number <= _LAST_CONTROL_ID and number not in names:
-            names[number] = name
+        if number <= _LAST_CONTROL_ID:
+            control_tokens.setdefault(number, name)
     converter = _OfflineConverter(
         vocab_file="o200k_base",
         pattern=encoding()._pat_str,
-        extra_special_tokens=[names[n] for n in sorted(names)],
+        extra_special_tokens=[control_tokens[number] for number in sorted(control_tokens)],
     )
     return converter.converted()
 
@@ -54,8 +46,8 @@ def save_tokenizer(folder: Path, max_length: int) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
     Args:
-        folder: Where.
-        max_length: Positions of the model.
+        folder: The directory of the export.
+        max_length: Largest position of the model.
     """
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_converted(),

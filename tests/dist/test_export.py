@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 from cpt.errors import CheckpointError, ConfigError
 from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, tensor_files
-from cpt.export import huggingface as export
+from cpt.checkpoint import weights as checkpoint_weights
 from cpt.model.weights import writer as tensor_writer
 from cpt.export.huggingface import QUANTIZATION_CONFIG, REPORT_FILE, export_checkpoint
 from cpt.checkpoint.manifest import read_manifest, write_manifest
@@ -174,14 +174,14 @@ def test_memory_is_bounded_by_a_piece_and_several_files_hold_the_same(
     step = step_folder(folder / "run", 2)
     whole = load_file(export_checkpoint(step, folder / "one-file", "bf16") / SINGLE_FILE)
     asked: list[int] = []
-    read = export.read_ranges
+    read = checkpoint_weights.read_ranges
 
     def counting(where: Path, ranges: dict) -> None:  # type: ignore[type-arg]
         asked.append(sum(part.tensor.numel() for part in ranges.values()))
         read(where, ranges)
 
-    monkeypatch.setattr(export, "read_ranges", counting)
-    monkeypatch.setattr(export, "PIECE_NUMEL", 20_000)
+    monkeypatch.setattr(checkpoint_weights, "read_ranges", counting)
+    monkeypatch.setattr(checkpoint_weights, "PIECE_NUMEL", 20_000)
     monkeypatch.setattr(tensor_writer, "LARGEST_FILE_BYTES", 100_000)
     out = export_checkpoint(step, folder / "many-files", "bf16")
     expert = 64 * 2 * 48
