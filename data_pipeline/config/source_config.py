@@ -12,10 +12,34 @@ from typing import Literal
 
 from data_pipeline.config.strict_yaml import nearest
 
-NATURAL_LANGUAGES = tuple(
-    "ar cs de el en es fa fr he hi id it ja ko nl pl pt ro ru sv th tr uk vi zh".split()
-)
-"""ISO 639-1 codes of the languages that a source may be in."""
+NATURAL_LANGUAGES = {
+    "ar": "Arabic",
+    "cs": "Czech",
+    "de": "German",
+    "el": "Greek",
+    "en": "English",
+    "es": "Spanish",
+    "fa": "Persian",
+    "fr": "French",
+    "he": "Hebrew",
+    "hi": "Hindi",
+    "id": "Indonesian",
+    "it": "Italian",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "nl": "Dutch",
+    "pl": "Polish",
+    "pt": "Portuguese",
+    "ro": "Romanian",
+    "ru": "Russian",
+    "sv": "Swedish",
+    "th": "Thai",
+    "tr": "Turkish",
+    "uk": "Ukrainian",
+    "vi": "Vietnamese",
+    "zh": "Chinese",
+}
+"""Languages that a source may be in, by ISO 639-1 code."""
 NOT_ONE_LANGUAGE = ("code", "math", "parallel", "mixed")
 """Labels for text that is not in one natural language."""
 LANGUAGES = (*NATURAL_LANGUAGES, *NOT_ONE_LANGUAGE)

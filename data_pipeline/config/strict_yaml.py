@@ -1,10 +1,10 @@
-"""Configuration files -> frozen dataclasses, with every problem reported at once by file, line and
-key.
+"""Configuration files -> frozen dataclasses; every problem is reported with file, line and key.
 
 Decisions
     Scalars follow YAML 1.2's core schema, not PyYAML's YAML 1.1: `no` is a string, `1e-5` is a
     number and `1:30:00` is a string, because each of these has silently changed somebody's training
-    run. Duplicate and unknown keys are errors; an unknown key names the nearest valid one.
+    run.
+    Duplicate and unknown keys are errors; an unknown key names the nearest valid one.
     JSON is read by the same code (it is a subset), so DeepSpeed files get line numbers, too.
     A dataclass may offer `check()`, a generator of (key, message) for rules that need several
     fields; it runs once the fields themselves have the right types.
@@ -20,7 +20,8 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,77 +34,100 @@ KeyPath = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader with YAML 1.2 scalars."""
+    """A safe loader that reads scalars as YAML 1.2 does."""
 
 
-_Loader.yaml_implicit_resolvers = {}
-
-
-def _resolve(tag: str, pattern: str, first: list[str]) -> None:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), first)
-
-
-_resolve("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF"))
-_resolve("int", r"^[-+]?(?:0|[1-9][0-9]*)(?:_[0-9]+)*$", list("-+0123456789"))
-_resolve(
-    "float",
-    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-    list("-+0123456789."),
+_FLOAT = (
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
-_resolve("null", r"^(?:~|null|Null|NULL|)$", [*"~nN", ""])
+
+
+def _use_yaml_1_2_scalars() -> None:
+    """Replace PyYAML's rules by pairs of a pattern and the characters that a match starts with."""
+    rules = {
+        "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", [*"tTfF"]),
+        "int": (r"^[-+]?(?:0|[1-9][0-9]*)(?:_[0-9]+)*$", [*"-+0123456789"]),
+        "float": (_FLOAT, [*"-+0123456789."]),
+        "null": (r"^(?:~|null|Null|NULL|)$", [*"~nN", ""]),
+    }
+    _Loader.yaml_implicit_resolvers = {}
+    for tag, (pattern, first) in rules.items():
+        _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), first)
+
+
+_use_yaml_1_2_scalars()
 
 MAX_DEPTH = 32
-"""Levels of nesting; a deeper file is a mistake or an alias that contains itself."""
+"""Levels of nesting; a deeper file is a mistake, or has an alias that contains itself."""
 MAX_VALUES = 100_000
-"""Values in one file, aliases expanded; stops files that aliases blow up exponentially."""
+"""Values in one file with aliases expanded; stops a file that its aliases blow up exponentially."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Located:
     """A parsed file: plain Python values, and the line of every key."""
 
     source: str
+    """Name of the file in messages."""
     value: Any
+    """Content of the file."""
     lines: Mapping[KeyPath, int]
+    """Line of each key, from 1."""
 
     def where(self, path: KeyPath) -> str:
-        """`file:line: a.b[0]`, using the nearest known line above a key that has none of its
-        own.
-        """
+        """Return `file:line: a.b[0]`; a key without a line of its own has that of its parent."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.lines:
                 return f"{self.source}:{self.lines[path[:length]]}: {dotted(path)}"
         return f"{self.source}: {dotted(path)}"
 
     def with_values(self, overrides: Mapping[str, str]) -> Located:
-        """The file with `--set key.path=value` applied; values are YAML scalars or flow
-        collections.
+        """Return the file with each `--set key.path=value` applied.
+
+        Args:
+            overrides: Dotted key -> YAML scalar or flow collection.
+
+        Raises:
+            ConfigError: A key passes through a value that is not a section, or a value is not YAML.
         """
-        value, lines = copy.deepcopy(self.value) if self.value is not None else {}, dict(self.lines)
+        if not overrides:
+            return self
+        value = {} if self.value is None else copy.deepcopy(self.value)
+        lines = dict(self.lines)
         for key, text in overrides.items():
-            node = value
             *parents, last = key.split(".")
-            for parent in parents:
-                if isinstance(node, dict) and node.get(parent) is None:
-                    node[parent] = {}
-                node = node[parent] if isinstance(node, dict) else None
-            if not isinstance(node, dict):
+            section = _section_at(value, parents)
+            if section is None:
                 raise ConfigError(
-                    f"--set {key}={text}: '{'.'.join(parents)}' is not a section. Give section.key=value."
+                    f"--set {key}={text}: '{'.'.join(parents)}' is not a section. "
+                    "Give section.key=value."
                 )
-            node[last] = parse_yaml(text, f"--set {key}").value
-            for known in [
-                known for known in lines if known[: len(parents) + 1] == (*parents, last)
-            ]:
-                del lines[known]
-        return Located(
-            self.source if not overrides else f"{self.source} (with --set)", value, lines
-        )
+            section[last] = parse_yaml(text, f"--set {key}").value
+            replaced = (*parents, last)
+            lines = {
+                path: line for path, line in lines.items() if path[: len(replaced)] != replaced
+            }
+        return Located(f"{self.source} (with --set)", value, lines)
+
+
+def _section_at(value: Any, path: list[str]) -> dict[str, Any] | None:
+    """Return the mapping at a path, made where nothing is; None if something else is in the way."""
+    section = value
+    for key in path:
+        if not isinstance(section, dict):
+            return None
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+    return section if isinstance(section, dict) else None
 
 
 def dotted(path: KeyPath) -> str:
-    """('sources', 2, 'weight') -> 'sources[2].weight'."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    """Return ('sources', 2, 'weight') as 'sources[2].weight'."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
     return text.lstrip(".") or "the file"
 
 
@@ -111,14 +135,18 @@ def load_yaml(path: Path | str) -> Located:
     """Read a YAML file.
 
     Raises:
-        ConfigError: missing or unreadable file, not UTF-8, not YAML, duplicate keys, tags that name
-            Python objects.
+        ConfigError: The file is missing, unreadable, not UTF-8 or not YAML, gives a key twice, or
+            has a tag that names a Python object.
     """
     return parse_yaml(_read(path), str(path))
 
 
 def load_json(path: Path | str) -> Located:
-    """Read a JSON file; the errors are those of `load_yaml`."""
+    """Read a JSON file.
+
+    Raises:
+        ConfigError: See `load_yaml`; also if the file is YAML but not JSON.
+    """
     text = _read(path)
     try:
         json.loads(text)
@@ -143,22 +171,25 @@ def _read(path: Path | str) -> str:
 
 
 def parse_yaml(text: str, source: str) -> Located:
-    """Parse YAML text; `source` is what error messages call it."""
-    lines: dict[KeyPath, int] = {}
-    problems: list[str] = []
+    """Parse YAML text; `source` is its name in messages.
+
+    Raises:
+        ConfigError: See `load_yaml`.
+    """
+    locator = _Locator(source)
     loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        value = None
         if node is not None:
-            _note_lines(node, (), lines, problems, source)
-        value = None if node is None else loader.construct_document(node)
+            locator.visit(node, ())
+            value = loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{source}{line}: not valid YAML: {getattr(error, 'problem', None) or error}."
-        ) from error
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"{source}{line}: not valid YAML: {problem}.") from error
     except RecursionError:
         raise ConfigError(
             f"{source}: nested too deeply. At most {MAX_DEPTH} levels are read."
@@ -168,49 +199,67 @@ def parse_yaml(text: str, source: str) -> Located:
     finally:
         if loader is not None:
             loader.dispose()
-    if problems:
-        raise ConfigError(problems)
-    return Located(source, value, lines)
+    if locator.problems:
+        raise ConfigError(locator.problems)
+    return Located(source, value, locator.lines)
 
 
-def _note_lines(
-    node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[str], source: str
-) -> None:
-    lines.setdefault(path, node.start_mark.line + 1)
-    if len(path) > MAX_DEPTH:
-        raise ConfigError(
-            f"{source}:{node.start_mark.line + 1}: nested too deeply. At most {MAX_DEPTH} levels are read."
-        )
-    if len(lines) > MAX_VALUES:
-        raise ConfigError(
-            f"{source}: more than {MAX_VALUES} values, aliases expanded. Write less into one file."
-        )
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
+class _Locator:
+    """Notes the line of every key of a parsed file, and the keys that are given twice."""
+
+    def __init__(self, source: str) -> None:
+        self.lines: dict[KeyPath, int] = {}
+        self.problems: list[str] = []
+        self._source = source
+
+    def visit(self, node: yaml.Node, path: KeyPath) -> None:
+        line = node.start_mark.line + 1
+        self.lines.setdefault(path, line)
+        if len(path) > MAX_DEPTH:
+            raise ConfigError(
+                f"{self._source}:{line}: nested too deeply. At most {MAX_DEPTH} levels are read."
+            )
+        if len(self.lines) > MAX_VALUES:
+            raise ConfigError(
+                f"{self._source}: more than {MAX_VALUES} values, aliases expanded. "
+                "Write less into one file."
+            )
+        if isinstance(node, yaml.MappingNode):
+            self._visit_mapping(node, path)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                self.visit(item, (*path, index))
+
+    def _visit_mapping(self, node: yaml.MappingNode, path: KeyPath) -> None:
+        first_lines: dict[str, int] = {}
         for key_node, value_node in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in seen:
-                name = dotted((*path, key))
-                problems.append(
-                    f"{source}:{line}: {name} is given twice (first in line {seen[key]}). Remove one."
+            key = str(key_node.value)
+            line = key_node.start_mark.line + 1
+            here: KeyPath = (*path, key)
+            if key in first_lines:
+                self.problems.append(
+                    f"{self._source}:{line}: {dotted(here)} is given twice "
+                    f"(first in line {first_lines[key]}). Remove one."
                 )
-            seen[key] = line
-            lines[(*path, key)] = line
-            _note_lines(value_node, (*path, key), lines, problems, source)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            _note_lines(item, (*path, index), lines, problems, source)
+            first_lines[key] = line
+            self.lines[here] = line
+            self.visit(value_node, here)
 
 
-def nearest(word: str, valid: typing.Iterable[str]) -> str:
-    """' Did you mean 'x'?' for the closest valid word, else the list of valid ones."""
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """Return a suggestion to put behind a message about an unknown word.
+
+    It is ` Did you mean 'x'?` if a valid word is close, else the list of the valid words.
+    """
     valid = sorted(valid)
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else f" Valid: {', '.join(valid)}."
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Valid: {', '.join(valid)}."
 
 
 class Reader:
-    """Turns a `Located` file into dataclasses and gathers the problems on the way."""
+    """Turns a `Located` file into dataclasses, and gathers the problems on the way."""
 
     def __init__(self, located: Located) -> None:
         self.located = located
@@ -221,75 +270,79 @@ class Reader:
         self.problems.append(f"{self.located.where(path)} {message}")
 
     def finish(self) -> None:
-        """Raise ConfigError with all problems, if there are any."""
+        """Raise what was recorded.
+
+        Raises:
+            ConfigError: There are problems; it carries all of them.
+        """
         if self.problems:
             raise ConfigError(self.problems)
 
     def read(self, cls: type[T], value: Any = None, path: KeyPath = ()) -> T | None:
-        """Build `cls` from the mapping at `path` (the whole file by default); None if it had
-        problems.
+        """Build `cls` from a mapping, by default the whole file; return None if it has problems.
+
+        Args:
+            cls: A dataclass; a field without a default is a key that must be given.
+            value: The mapping; an empty section means all defaults.
+            path: Where in the file it stands.
         """
-        value = self.located.value if value is None and not path else value
+        if value is None and not path:
+            value = self.located.value
         if value is None:
             value = {}
         if not isinstance(value, dict):
             self.problem(path, f"is {_show(value)}, must be a mapping of keys to values.")
             return None
-        before = len(self.problems)
-        hints, arguments = typing.get_type_hints(cls), {}
-        fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+        num_before = len(self.problems)
+        arguments = self._read_fields(cls, value, path)
+        if len(self.problems) > num_before:
+            return None
+        built = cls(**arguments)
+        self._check(built, path)
+        return built if len(self.problems) == num_before else None
+
+    def _read_fields(self, cls: type[Any], value: dict[Any, Any], path: KeyPath) -> dict[str, Any]:
+        hints = typing.get_type_hints(cls)
+        fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
         for key in value:
             if key not in fields:
                 self.problem((*path, key), f"is not a known key.{nearest(str(key), fields)}")
+        arguments = {}
         for name, field in fields.items():
             if name in value:
                 arguments[name] = self._convert(hints[name], value[name], (*path, name))
-            elif (
-                field.default is dataclasses.MISSING
-                and field.default_factory is dataclasses.MISSING
-            ):
+            elif field.default is MISSING and field.default_factory is MISSING:
                 self.problem((*path, name), "is missing. It has no default: add it.")
-        if len(self.problems) > before:
-            return None
-        built = cls(**arguments)
-        for key, message in getattr(built, "check", lambda: ())():
+        return arguments
+
+    def _check(self, built: Any, path: KeyPath) -> None:
+        """Record what the dataclass itself finds wrong, if it has a `check`."""
+        if not hasattr(built, "check"):
+            return
+        for key, message in built.check():
             self.problem((*path, *_split(key)), message)
-        return built if len(self.problems) == before else None
 
     def _convert(self, hint: Any, value: Any, path: KeyPath) -> Any:
-        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        """Return `value` as the type that a field's annotation asks for."""
+        origin = typing.get_origin(hint)
+        arguments = typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
             return self._convert_union(arguments, value, path)
         if origin is typing.Literal:
-            if value not in arguments or isinstance(value, bool) != any(
-                isinstance(a, bool) for a in arguments
-            ):
-                names = ", ".join(map(str, arguments))
-                self.problem(path, f"is {_show(value)}, must be one of: {names}.")
-            return value
+            return self._convert_literal(arguments, value, path)
         if origin is tuple:
-            if not isinstance(value, list):
-                self.problem(path, f"is {_show(value)}, must be a list.")
-                return ()
-            return tuple(
-                self._convert(arguments[0], item, (*path, i)) for i, item in enumerate(value)
-            )
+            return self._convert_list(arguments[0], value, path)
         if origin is dict:
-            if not isinstance(value, dict):
-                self.problem(path, f"is {_show(value)}, must be a mapping.")
-                return {}
-            return {
-                str(key): self._convert(arguments[1], item, (*path, key))
-                for key, item in value.items()
-            }
+            return self._convert_mapping(arguments[1], value, path)
         if dataclasses.is_dataclass(hint):
-            return self.read(typing.cast("type[Any]", hint), {} if value is None else value, path)
+            section = {} if value is None else value
+            return self.read(typing.cast("type[Any]", hint), section, path)
         return self._convert_scalar(hint, value, path)
 
-    def _convert_union(self, arguments: tuple[Any, ...], value: Any, path: KeyPath) -> Any:
-        if value is None and type(None) in arguments:
+    def _convert_union(self, options: tuple[Any, ...], value: Any, path: KeyPath) -> Any:
+        if value is None and type(None) in options:
             return None
-        options = [a for a in arguments if a is not type(None)]
+        options = tuple(option for option in options if option is not type(None))
         if len(options) == 1:
             return self._convert(options[0], value, path)
         for option in options:
@@ -300,6 +353,29 @@ class Reader:
         names = " or ".join(_type_name(option) for option in options)
         self.problem(path, f"is {_show(value)}, must be {names}.")
         return None
+
+    def _convert_literal(self, valid: tuple[Any, ...], value: Any, path: KeyPath) -> Any:
+        # In Python True equals 1, so a boolean is valid only among booleans.
+        has_booleans = any(isinstance(option, bool) for option in valid)
+        if value not in valid or isinstance(value, bool) != has_booleans:
+            names = ", ".join(map(str, valid))
+            self.problem(path, f"is {_show(value)}, must be one of: {names}.")
+        return value
+
+    def _convert_list(self, hint: Any, value: Any, path: KeyPath) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            self.problem(path, f"is {_show(value)}, must be a list.")
+            return ()
+        return tuple(self._convert(hint, item, (*path, i)) for i, item in enumerate(value))
+
+    def _convert_mapping(self, hint: Any, value: Any, path: KeyPath) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self.problem(path, f"is {_show(value)}, must be a mapping.")
+            return {}
+        converted = {}
+        for key, item in value.items():
+            converted[str(key)] = self._convert(hint, item, (*path, key))
+        return converted
 
     def _convert_scalar(self, hint: Any, value: Any, path: KeyPath) -> Any:
         if hint is Any:
@@ -316,35 +392,46 @@ class Reader:
         return None
 
 
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    Path: "a path",
+}
+
+
 def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(f"'{a}'" for a in typing.get_args(hint))
-    names = {
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        Path: "a path",
-    }
-    if hint in names:
-        return names[hint]
-    return "a list" if typing.get_origin(hint) is tuple else "a mapping"
+    """Return how a message calls the type of a field."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return " or ".join(f"'{value}'" for value in typing.get_args(hint))
+    if hint in _TYPE_NAMES:
+        return _TYPE_NAMES[hint]
+    return "a list" if origin is tuple else "a mapping"
 
 
 def _show(value: Any) -> str:
+    """Return a value as a message shows it."""
     if value is None:
         return "empty"
-    return f"'{value}'" if isinstance(value, str) else json.dumps(value, default=str)
+    if isinstance(value, str):
+        return f"'{value}'"
+    return json.dumps(value, default=str)
 
 
 def _split(key: str) -> Iterator[str | int]:
-    """'sources[2].weight' -> 'sources', 2, 'weight'."""
+    """Yield the parts of a dotted key: 'sources', 2, 'weight' of 'sources[2].weight'."""
     for part in re.findall(r"[^.\[\]]+|\[\d+\]", key):
         yield int(part[1:-1]) if part.startswith("[") else part
 
 
 def read_file(cls: type[T], located: Located) -> T:
-    """Parse a whole file into `cls` or raise ConfigError with every problem."""
+    """Build `cls` from a whole file.
+
+    Raises:
+        ConfigError: The file has problems; it carries all of them.
+    """
     reader = Reader(located)
     built = reader.read(cls)
     reader.finish()
