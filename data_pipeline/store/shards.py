@@ -3,18 +3,17 @@
     bytes 0..7      magic
     bytes 8..11     version, uint32
     bytes 12..15    length of the JSON header in bytes, uint32
-    bytes 16..4095  JSON header, padded with spaces: dtype, num_tokens, num_documents;
-    num_control_tokens if the
-                    documents are conversations
-    4096            tokens, uint32 each, every document ending with END_OF_TEXT, a conversation with <|return|>; padded
-                    to a multiple of 8 bytes
-    then            document offsets in tokens, uint64, num_documents + 1 of them
+    bytes 16..4095  JSON header, padded with spaces: dtype, num_tokens, num_documents, and
+                    num_control_tokens if the documents are conversations
+    4096            tokens, uint32 each, padded to a multiple of 8 bytes; every document ends with
+                    END_OF_TEXT, a conversation with <|return|>
+    then            offset of each document in tokens, uint64, num_documents + 1 of them
     then            UTF-8 bytes of each document, uint64
 
 Decisions
-    All numbers are little-endian.  The size of the file follows from the header, so a cut-off file
-    is always noticed. The reader trusts nothing: what does not add up is a DataError that names the
-    file.
+    All numbers are little-endian. The size of the file follows from the header, so a cut-off file
+    is always noticed.
+    The reader trusts nothing: what does not add up is a DataError that names the file.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _SCAN_TOKENS = 1 << 24
 
 
 class ShardWriter:
-    """Appends documents to an open shard; `writing` gives one out."""
+    """Appends documents to an open shard; `writing` makes one."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -57,31 +56,40 @@ class ShardWriter:
 
     @property
     def num_documents(self) -> int:
-        """Documents written so far."""
+        """Number of documents written so far."""
         return len(self._document_bytes)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens written so far, END_OF_TEXT included."""
+        """Number of tokens written so far, END_OF_TEXT included."""
         return self._offsets[-1]
 
     def add(self, tokens: Tokens, num_bytes: int, chat: bool = False) -> None:
-        """Append one document; END_OF_TEXT is added here, but to a conversation, which has an end
-        of its own.
+        """Append one document.
+
+        Args:
+            tokens: Its tokens, at least one. END_OF_TEXT is added to text; a conversation has an
+                end of its own.
+            num_bytes: UTF-8 bytes of the document.
+            chat: Whether it is a conversation; a shard holds conversations or text, never both.
         """
-        assert tokens.dtype == np.uint32 and len(tokens) > 0 and (chat or not self._chat)
+        assert tokens.dtype == np.uint32
+        assert len(tokens) > 0
+        assert chat or not self._chat
         self._file.write(tokens.astype("<u4", copy=False).tobytes())
+        num_tokens = len(tokens)
         if chat:
             self._chat = True
             self._num_control_tokens += int(np.count_nonzero(tokens >= NUM_TEXT_TOKENS))
         else:
             self._file.write(struct.pack("<I", END_OF_TEXT))
-        self._offsets.append(self._offsets[-1] + len(tokens) + (not chat))
+            num_tokens += 1
+        self._offsets.append(self._offsets[-1] + num_tokens)
         self._document_bytes.append(num_bytes)
 
     def finish(self) -> None:
         """Write what follows the tokens, and the header."""
-        self._file.write(bytes(-4 * self.num_tokens % 8))
+        self._file.write(bytes(_padding_bytes(self.num_tokens)))
         self._file.write(np.asarray(self._offsets, dtype="<u8").tobytes())
         self._file.write(np.asarray(self._document_bytes, dtype="<u8").tobytes())
         content = {
@@ -107,18 +115,23 @@ def writing(path: Path) -> Iterator[ShardWriter]:
         writer.finish()
 
 
+def _padding_bytes(num_tokens: int) -> int:
+    """Return the bytes that pad the tokens to a multiple of 8 bytes."""
+    return -4 * num_tokens % 8
+
+
 class Shard:
-    """Documents of one shard file, read through a memory map."""
+    """The documents of one shard file, read through a memory map."""
 
     def __init__(self, path: Path, *, verify: bool = True) -> None:
         """Open `path`.
 
         Args:
-            path: a file that `writing` wrote.
-            verify: read every token and check it, not only the header, the size and the offsets.
+            path: A file that `writing` wrote.
+            verify: Whether to check every token, not only the header, the size and the offsets.
 
         Raises:
-            DataError: the file is missing, damaged, or of another format; the message names it.
+            DataError: The file is missing, damaged, or of another format; the message names it.
         """
         self.path = path
         header = self._read_header()
@@ -126,12 +139,13 @@ class Shard:
         self.num_documents = self._count(header, "num_documents")
         self.chat = "num_control_tokens" in header
         """Whether the documents are conversations."""
-        self._num_control_tokens = (
-            self._count(header, "num_control_tokens") if self.chat else self.num_documents
-        )
-        offsets_at = HEADER_BYTES + 4 * self.num_tokens + (-4 * self.num_tokens % 8)
+        self._num_control_tokens = self.num_documents
+        if self.chat:
+            self._num_control_tokens = self._count(header, "num_control_tokens")
+        offsets_at = HEADER_BYTES + 4 * self.num_tokens + _padding_bytes(self.num_tokens)
         bytes_at = offsets_at + 8 * (self.num_documents + 1)
-        expected, found = bytes_at + 8 * self.num_documents, path.stat().st_size
+        expected = bytes_at + 8 * self.num_documents
+        found = path.stat().st_size
         if found != expected:
             raise self._error(f"{found} bytes, its header says {expected}")
         self._tokens = np.memmap(path, "<u4", "r", HEADER_BYTES, (self.num_tokens,))
@@ -142,23 +156,24 @@ class Shard:
             self._check_tokens()
 
     def tokens(self, document: int, start: int, stop: int) -> npt.NDArray[np.uint32]:
-        """Tokens [start, stop) of a document."""
+        """Return the tokens [start, stop) of a document."""
         first = self.offsets[document]
         return self._tokens[first + start : first + stop]
 
     @property
     def all_tokens(self) -> npt.NDArray[np.uint32]:
-        """Tokens of all documents, one after the other."""
+        """Tokens of all documents, one after the other, [num_tokens]."""
         return self._tokens
 
     @property
     def document_tokens(self) -> npt.NDArray[np.int64]:
-        """Tokens of each document, END_OF_TEXT included."""
+        """Tokens of each document, END_OF_TEXT included, [num_documents]."""
         return np.diff(self.offsets)
 
     def _error(self, problem: str) -> DataError:
         return DataError(
-            f"{self.path}: {problem}. The token shard is damaged: delete the build and build it again."
+            f"{self.path}: {problem}. "
+            "The token shard is damaged: delete the build and build it again."
         )
 
     def _read_header(self) -> dict[str, Any]:
@@ -192,21 +207,20 @@ class Shard:
         return np.fromfile(self.path, "<u8", count, offset=position).astype(np.int64)
 
     def _check_offsets(self) -> None:
-        steps = np.diff(self.offsets)
-        if self.offsets[0] != 0 or self.offsets[-1] != self.num_tokens or (steps < 2).any():
-            bad = int(np.argmax(steps < 2)) if (steps < 2).any() else 0
+        too_short = np.diff(self.offsets) < 2
+        covers_all = self.offsets[0] == 0 and self.offsets[-1] == self.num_tokens
+        if too_short.any() or not covers_all:
+            bad = int(np.argmax(too_short))
             raise self._error(
-                f"has document offsets that do not rise from 0 to {self.num_tokens} (document {bad})"
+                f"has document offsets that do not rise from 0 to {self.num_tokens} "
+                f"(document {bad})"
             )
         if (self.document_bytes < 0).any():
             raise self._error("has a document of negative size")
 
     def _check_tokens(self) -> None:
-        ends, last = self.offsets[1:] - 1, RETURN if self.chat else END_OF_TEXT
-        if (self._tokens[ends] != last).any():
-            bad = int(np.argmax(self._tokens[ends] != last))
-            name = "<|return|>" if self.chat else "END_OF_TEXT"
-            raise self._error(f"document {bad} does not end with {name} ({last})")
+        """Check the end of each document, every id, and the number of control tokens."""
+        self._check_ends()
         num_control = 0
         for start in range(0, self.num_tokens, _SCAN_TOKENS):
             block = self._tokens[start : start + _SCAN_TOKENS]
@@ -217,19 +231,39 @@ class Shard:
                 )
             num_control += int(np.count_nonzero(block >= NUM_TEXT_TOKENS))
         if num_control != self._num_control_tokens:
-            expected = (
-                f"its header says {self._num_control_tokens}" if self.chat else "one each is right"
-            )
+            expected = "one each is right"
+            if self.chat:
+                expected = f"its header says {self._num_control_tokens}"
             raise self._error(
                 f"holds {num_control} control tokens for {self.num_documents} documents, {expected}"
             )
+
+    def _check_ends(self) -> None:
+        last = END_OF_TEXT
+        name = "END_OF_TEXT"
+        if self.chat:
+            last = RETURN
+            name = "<|return|>"
+        differs = self._tokens[self.offsets[1:] - 1] != last
+        if differs.any():
+            bad = int(np.argmax(differs))
+            raise self._error(f"document {bad} does not end with {name} ({last})")
 
 
 class Shards:
     """The documents of a source, numbered through all its shards in order."""
 
     def __init__(self, directory: Path, names: Sequence[str], *, verify: bool = True) -> None:
-        """Open the shards `names` in `directory`; arguments and errors as for `Shard`."""
+        """Open the shards `names` in `directory`.
+
+        Args:
+            directory: Folder of the source in the build.
+            names: Names of its shards, in order.
+            verify: See `Shard`.
+
+        Raises:
+            DataError: There is no shard, or one is damaged.
+        """
         if not names:
             raise DataError(
                 f"{directory}: holds no token shard. Delete the build and build it again."
@@ -239,17 +273,18 @@ class Shards:
         """Whether the documents are conversations."""
         self._ends = np.cumsum([shard.num_documents for shard in self._shards]).tolist()
         self.document_tokens = np.concatenate([shard.document_tokens for shard in self._shards])
-        """Tokens of each document, END_OF_TEXT included."""
+        """Tokens of each document, END_OF_TEXT included, [num_documents]."""
         self.document_bytes = np.concatenate([shard.document_bytes for shard in self._shards])
-        """UTF-8 bytes of each document."""
+        """UTF-8 bytes of each document, [num_documents]."""
 
     @property
     def num_documents(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return len(self.document_tokens)
 
     def tokens(self, document: int, start: int, stop: int) -> npt.NDArray[np.uint32]:
-        """Tokens [start, stop) of a document."""
+        """Return the tokens [start, stop) of a document."""
         number = bisect.bisect_right(self._ends, document)
         shard = self._shards[number]
-        return shard.tokens(document - (self._ends[number] - shard.num_documents), start, stop)
+        first_document = self._ends[number] - shard.num_documents
+        return shard.tokens(document - first_document, start, stop)
