@@ -101,7 +101,7 @@ def _gather(source: SourceConfig, parts: Sequence[Part]) -> Stored:
     accounts = []
     for part in parts:
         account = read_account(part)
-        assert account is not None, f"{part.side_path('json')}: parts are made before the end"
+        assert account is not None, f"{part.account_path}: parts are made before the end"
         lines = lines if part.unit.paths == paths else 0
         tally.add(account.tally, lines)
         lines, paths = lines + account.tally.lines, part.unit.paths

@@ -30,6 +30,7 @@ import tqdm
 
 from data_pipeline.build import units
 from data_pipeline.build.assembly import assemble_build
+from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
 from data_pipeline.build.part import Part, make_part, read_account
 from data_pipeline.build.workers import spread
 from data_pipeline.config.mix_config import MixConfig
@@ -177,7 +178,7 @@ def resolve_build_dir(mix: MixConfig, build_dir: Path | None) -> Path:
 def input_bytes(mix: MixConfig) -> int:
     """Bytes to read, or to invent, for a build."""
     return sum(
-        (source.num_documents or 0) * (source.mean_tokens or 0) * units.MOCK_BYTES_PER_TOKEN
+        (source.num_documents or 0) * (source.mean_tokens or 0) * BYTES_PER_INVENTED_TOKEN
         + sum(path.stat().st_size for path in source.files())
         for source in mix.sources
     )
@@ -209,7 +210,7 @@ def _prepare(work_dir: Path, mix: MixConfig, wanted: str) -> list[list[Part]]:
                 work_dir=work_dir,
                 near_duplicates=mix.near_duplicates > 0 and source.format != "mock",
             )
-            for number, unit in enumerate(units.split(source))
+            for number, unit in enumerate(units.split_into_units(source))
         ]
         for source in mix.sources
     ]

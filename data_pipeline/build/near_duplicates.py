@@ -68,7 +68,7 @@ def window_hashes(tokens: Tokens, length: int) -> npt.NDArray[np.uint64]:
     return result
 
 
-def signatures(documents: Sequence[Tokens]) -> Signatures:
+def minhash_signatures(documents: Sequence[Tokens]) -> Signatures:
     """[documents, NUM_HASHES] MinHash signatures; a document shorter than a shingle is padded to
     one.
     """

@@ -1,16 +1,17 @@
-"""Units of a source -> texts, and invented documents for speed tests.
+"""Units of a source -> documents.
 
-    unit -> lines, rows or files -> text field or template -> usable? -> normalised -> text
-                                                                 |
-                                                                 +-> counted by reason, with file
-                                                                 and line
+    unit -> lines, rows or files -> text field or template -> normalized -> usable? -> Document
+                                                                               |
+                                                                               +-> counted by reason,
+                                                                                   with file and line
 
 Decisions
-    Files are read in the order given, a glob's files by name, so the order of documents depends on
-    nothing else. JSONL is read as bytes, one line at a time: a broken line costs that line.  A line
-    longer than MAX_LINE_BYTES is rejected without being held in memory, and so is a text file.
+    Files are read in the order given, and the files of a glob by name, so the order of the
+    documents depends on nothing else.
+    JSONL is read as bytes, one line at a time, so a broken line costs only that line. A line longer
+    than MAX_LINE_BYTES is rejected without being held in memory, and so is a text file.
     A file that is empty, cut off or unreadable stops the build: it is more often a failed download
-    than a wish.
+    than intended.
 """
 
 from __future__ import annotations
@@ -18,102 +19,130 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-import numpy as np
-
-from data_pipeline.build.stored_rows import read_build, read_dataset
-from data_pipeline.build.units import Unit, compressed, split
+from data_pipeline.build.document import Document
+from data_pipeline.build.mock_documents import invent_documents
+from data_pipeline.build.stored_rows import read_build_texts, read_dataset_rows
+from data_pipeline.build.units import Unit, is_compressed, split_into_units
 from data_pipeline.config.source_config import SourceConfig, template_fields
 from data_pipeline.errors import DataError
-from data_pipeline.store.hashing import splitmix64
 from data_pipeline.text.cleaning import Place, Tally, normalise, why_unusable
-from data_pipeline.text.harmony import Conversation, read_conversation
-from data_pipeline.text.tokenizer import NUM_TEXT_TOKENS, Tokens
+from data_pipeline.text.harmony import read_conversation
 
 MAX_LINE_BYTES = 64 * 2**20
-"""Bytes; the longest JSONL line or text file that is read."""
+"""Length of the longest JSONL line or text file that is read."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BUFFER_BYTES = 1 << 20
 _PARQUET_ROWS = 256
+"""Rows of a Parquet file that are decoded at once."""
 
 
 def read_texts(source: SourceConfig, tally: Tally) -> Iterator[str]:
-    """Usable texts of a source in order, normalised; everything else is counted in `tally`.
+    """Yield the usable texts of a source in order, and count everything in `tally`.
 
     Raises:
         DataError: a file is missing, empty or unreadable, or a Parquet file lacks the column.
     """
-    lines, previous = 0, None
-    for unit in split(source):
-        lines = lines if unit.paths == previous else 0
-        part, previous = Tally(), unit.paths
-        yield from read_unit(source, unit, part)
-        tally.add(part, lines)
-        lines += part.lines
+    lines_before = 0
+    previous_paths = None
+    for unit in split_into_units(source):
+        if unit.paths != previous_paths:
+            lines_before = 0
+        previous_paths = unit.paths
+        unit_tally = Tally()
+        for document in read_documents(source, unit, unit_tally):
+            yield document.text
+        tally.add(unit_tally, lines_before)
+        lines_before += unit_tally.lines
 
 
-def read_unit(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[str]:
-    """Usable texts of one unit, as in `read_texts`; lines are counted from the start of the
-    unit.
+def read_documents(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
+    """Yield the usable documents of one unit; lines are counted from the start of the unit.
+
+    Raises:
+        DataError: a file is missing or unreadable, or a Parquet file lacks the column.
     """
-    for document in read_documents(source, unit, tally):
-        yield document.text if isinstance(document, Conversation) else document
-
-
-def read_documents(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[str | Conversation]:
-    """What `read_unit` reads, before the format of a conversation is lost."""
-    readers: dict[str, Callable[[SourceConfig, Unit, Tally], Iterator[tuple[Any, Place]]]]
-    readers = {
-        "jsonl": _read_jsonl,
-        "harmony": _read_jsonl,
-        "parquet": _read_parquet,
-        "text": _read_text,
-    }
-    readers |= {"huggingface": _read_dataset, "build": _read_build}
     try:
-        for text, place in readers[unit.format](source, unit, tally):
-            if isinstance(text, Conversation):
-                tally.accepted += 1
-                yield text
-                continue
-            if why_unusable(text) is None and source.normalise:
-                text = normalise(text, source.normalise, tally.notes)
-            if tally.take(text, place):
-                yield text
+        yield from _READERS[unit.format](source, unit, tally)
     except OSError as error:
         path = error.filename or (unit.paths[0] if unit.paths else source.name)
         hint = " Fetch it again." if "runcated" in str(error) else ""
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.{hint}") from error
 
 
-def fields_of(source: SourceConfig) -> tuple[str, ...]:
-    """Fields that a record must have."""
-    return template_fields(source.template) if source.template is not None else (source.text_field,)
+def record_fields(source: SourceConfig) -> tuple[str, ...]:
+    """Return the names of the fields that a record must have."""
+    if source.template is not None:
+        return template_fields(source.template)
+    return (source.text_field,)
 
 
-def _text_of(source: SourceConfig, record: dict[str, Any]) -> tuple[Any, str | None]:
-    """(text or conversation, None), or (None, reason)."""
+def _accept_record(
+    source: SourceConfig, record: dict[str, Any], place: Place, tally: Tally
+) -> Document | None:
+    """Return the document of a record, or count why it cannot be used and return None."""
     if source.format == "harmony":
-        return read_conversation(record)
-    for field in fields_of(source):
+        conversation, reason = read_conversation(record)
+        if conversation is not None:
+            tally.accepted += 1
+            return Document.from_conversation(conversation)
+    else:
+        text, reason = _record_text(source, record)
+        if reason is None:
+            return _accept_text(source, text, place, tally)
+    assert reason is not None, "a record that gives no document comes with a reason"
+    tally.reject(reason, place)
+    return None
+
+
+def _record_text(source: SourceConfig, record: dict[str, Any]) -> tuple[Any, str | None]:
+    """Return (value of the text field or filled template, None), or (None, reason)."""
+    fields = record_fields(source)
+    for field in fields:
         if field not in record:
             return None, f"no field '{field}'"
     if source.template is None:
         return record[source.text_field], None
-    for field in fields_of(source):
+    for field in fields:
         reason = why_unusable(record[field])
         if reason is not None:
             return None, f"field '{field}': {reason}"
     return source.template.format_map(record), None
 
 
+def _accept_text(source: SourceConfig, text: Any, place: Place, tally: Tally) -> Document | None:
+    """Normalize a text and return its document, or count why it cannot be used and return None."""
+    if source.normalise and why_unusable(text) is None:
+        text = normalise(text, source.normalise, tally.notes)
+    if not tally.take(text, place):
+        return None
+    return Document.from_text(text)
+
+
+def _accept_bytes(
+    source: SourceConfig, content: bytes, place: Place, tally: Tally
+) -> Document | None:
+    """Return the document of a UTF-8 text, or count why it cannot be used and return None."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        tally.reject("invalid UTF-8", place)
+        return None
+    return _accept_text(source, text, place, tally)
+
+
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
-    """A file for reading, decompressed on the way; a cut-off one raises OSError."""
-    if not compressed(path):
+    """Open a file and decompress it on the way.
+
+    Raises:
+        OSError: the file cannot be read, or the compressed data is cut off.
+    """
+    if not is_compressed(path):
         with path.open("rb", buffering=_BUFFER_BYTES) as file:
             yield file
         return
@@ -127,93 +156,134 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         raise OSError(error.errno or 0, str(error), str(path)) from error
 
 
-def _read_jsonl(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[tuple[Any, Place]]:
+def _read_jsonl(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
     (path,) = unit.paths
     with _open(path) as file:
         for number, line in _lines(file, path, unit, tally):
             place = Place(str(path), number)
             record, reason = _parse_line(line)
-            if reason is None:
-                text, reason = _text_of(source, record)
             if reason is not None:
-                cut_off = reason == "broken JSON" and not line.endswith(b"\n")
-                tally.reject("last line cut off" if cut_off else reason, place)
-            else:
-                yield text, place
-
-
-def _lines(file: IO[bytes], path: Path, unit: Unit, tally: Tally) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of each line of the unit that is neither blank nor too long."""
-    stop = unit.stop if not compressed(path) else None
-    position = unit.start
-    if unit.start:
-        # the line that the byte before the unit belongs to is the previous unit's
-        file.seek(unit.start - 1)
-        position = unit.start - 1
-        while position < unit.stop:
-            line = file.readline(_BUFFER_BYTES)
-            position += len(line)
-            if not line or line.endswith(b"\n"):
-                break
-    while (stop is None or position < stop) and (line := file.readline(MAX_LINE_BYTES + 1)):
-        at_start, too_long = position == 0, len(line) > MAX_LINE_BYTES
-        position += len(line)
-        tally.lines += 1
-        if at_start and line.startswith(_BYTE_ORDER_MARK):
-            tally.notes["byte order mark"] += 1
-            line = line.removeprefix(_BYTE_ORDER_MARK)
-        if too_long:
-            while line and not line.endswith(b"\n") and (stop is None or position < stop):
-                line = file.readline(_BUFFER_BYTES)
-                position += len(line)
-            tally.reject(f"line longer than {MAX_LINE_BYTES} bytes", Place(str(path), tally.lines))
-        elif not line.isspace():
-            yield tally.lines, line
-        else:
-            tally.notes["blank line"] += 1
+                tally.reject(reason, place)
+                continue
+            document = _accept_record(source, record, place, tally)
+            if document is not None:
+                yield document
 
 
 def _parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
-    """(record, None), or ({}, reason)."""
+    """Return (record, None), or ({}, reason)."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         return {}, "invalid UTF-8"
     except (ValueError, RecursionError):
-        return {}, "broken JSON"
-    return (record, None) if isinstance(record, dict) else ({}, "not a JSON object")
+        if line.endswith(b"\n"):
+            return {}, "broken JSON"
+        return {}, "last line cut off"
+    if not isinstance(record, dict):
+        return {}, "not a JSON object"
+    return record, None
 
 
-def _read_parquet(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[tuple[Any, Place]]:
+def _lines(file: IO[bytes], path: Path, unit: Unit, tally: Tally) -> Iterator[tuple[int, bytes]]:
+    """Yield (number from 1, line) for the lines of a unit that are neither blank nor too long."""
+    stop = math.inf if is_compressed(path) else unit.stop
+    position = _seek_first_line(file, unit)
+    while position < stop:
+        at_start_of_file = position == 0
+        line = file.readline(MAX_LINE_BYTES + 1)
+        if not line:
+            return
+        position += len(line)
+        tally.lines += 1
+        too_long = len(line) > MAX_LINE_BYTES
+        if at_start_of_file and line.startswith(_BYTE_ORDER_MARK):
+            tally.notes["byte order mark"] += 1
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+        if too_long:
+            while line and not line.endswith(b"\n") and position < stop:
+                line = file.readline(_BUFFER_BYTES)
+                position += len(line)
+            tally.reject(f"line longer than {MAX_LINE_BYTES} bytes", Place(str(path), tally.lines))
+        elif line.isspace():
+            tally.notes["blank line"] += 1
+        else:
+            yield tally.lines, line
+
+
+def _seek_first_line(file: IO[bytes], unit: Unit) -> int:
+    """Go to the first line that begins in the unit, and return its position.
+
+    The line that the byte before the unit belongs to is the previous unit's.
+    """
+    if not unit.start:
+        return 0
+    position = unit.start - 1
+    file.seek(position)
+    while position < unit.stop:
+        line = file.readline(_BUFFER_BYTES)
+        position += len(line)
+        if not line or line.endswith(b"\n"):
+            break
+    return position
+
+
+def _read_parquet(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     (path,) = unit.paths
-    fields = fields_of(source)
+    fields = record_fields(source)
     try:
         with pq.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow, fields)
             number = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
-            groups = list(range(unit.start, unit.stop))
-            for batch in file.iter_batches(
-                batch_size=_PARQUET_ROWS, row_groups=groups, columns=list(fields)
-            ):
-                # as bytes: one invalid string must not cost the whole batch
-                columns = [
-                    batch.column(field).cast(pa.large_binary()).to_pylist() for field in fields
-                ]
-                for values in zip(*columns, strict=True):
-                    number += 1
-                    place = Place(f"{path}: row {number}")
-                    decoded = [_decode(value, place, tally) for value in values]
-                    if _REJECTED not in decoded:
-                        text, reason = _text_of(source, dict(zip(fields, decoded, strict=True)))
-                        if reason is None:
-                            yield text, place
-                        else:
-                            tally.reject(reason, place)
+            for values in _parquet_rows(file, unit, fields):
+                number += 1
+                place = Place(f"{path}: row {number}")
+                try:
+                    record = _decode_record(fields, values)
+                except UnicodeDecodeError:
+                    tally.reject("invalid UTF-8", place)
+                    continue
+                document = _accept_record(source, record, place, tally)
+                if document is not None:
+                    yield document
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}.") from error
+
+
+def _parquet_rows(
+    file: Any, unit: Unit, fields: tuple[str, ...]
+) -> Iterator[tuple[bytes | None, ...]]:
+    """Yield the values of `fields` in each row of a unit.
+
+    Strings come as bytes, because one invalid string must not cost the whole batch.
+    """
+    import pyarrow as pa
+
+    batches = file.iter_batches(
+        batch_size=_PARQUET_ROWS,
+        row_groups=list(range(unit.start, unit.stop)),
+        columns=list(fields),
+    )
+    for batch in batches:
+        columns = [batch.column(field).cast(pa.large_binary()).to_pylist() for field in fields]
+        yield from zip(*columns, strict=True)
+
+
+def _decode_record(
+    fields: tuple[str, ...], values: tuple[bytes | None, ...]
+) -> dict[str, str | None]:
+    """Return a row as a record of texts.
+
+    Raises:
+        UnicodeDecodeError: a value is not UTF-8.
+    """
+    record: dict[str, str | None] = {}
+    for field, value in zip(fields, values, strict=True):
+        record[field] = None if value is None else value.decode("utf-8")
+    return record
 
 
 def _check_columns(path: Path, schema: Any, fields: tuple[str, ...]) -> None:
@@ -231,7 +301,7 @@ def _check_columns(path: Path, schema: Any, fields: tuple[str, ...]) -> None:
             )
 
 
-def _read_text(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[tuple[Any, Place]]:
+def _read_text_files(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
     for path in unit.paths:
         place = Place(str(path))
         with _open(path) as file:
@@ -245,53 +315,42 @@ def _read_text(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[tuple
         if b"\r\n" in content:
             tally.notes["file with CRLF line ends, read as LF"] += 1
             content = content.replace(b"\r\n", b"\n")
-        text = _decode(content, place, tally)
-        if text is not _REJECTED:
-            yield text, place
+        document = _accept_bytes(source, content, place, tally)
+        if document is not None:
+            yield document
 
 
-def _read_dataset(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[tuple[Any, Place]]:
+def _read_dataset(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
     name = unit.paths[0] if unit.paths else source.dataset
-    rows = read_dataset(source, unit.start, unit.stop, fields_of(source))
+    rows = read_dataset_rows(source, unit.start, unit.stop, record_fields(source))
     for number, record in enumerate(rows, unit.start + 1):
-        place = Place(f"{name}: row {number}")
-        text, reason = _text_of(source, record)
-        if reason is None:
-            yield text, place
-        else:
-            tally.reject(reason, place)
+        document = _accept_record(source, record, Place(f"{name}: row {number}"), tally)
+        if document is not None:
+            yield document
 
 
-def _read_build(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[tuple[Any, Place]]:
-    for number, content in enumerate(read_build(source, unit.start, unit.stop), unit.start + 1):
+def _read_build(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
+    contents = read_build_texts(source, unit.start, unit.stop)
+    for number, content in enumerate(contents, unit.start + 1):
         place = Place(f"{unit.paths[0]}: document {number}")
-        text = _decode(content, place, tally)
-        if text is not _REJECTED:
-            yield text, place
+        document = _accept_bytes(source, content, place, tally)
+        if document is not None:
+            yield document
 
 
-_REJECTED = object()
-"""Stands for a value that was counted as a reject already."""
+def _read_mock(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
+    for tokens in invent_documents(source, unit.start, unit.stop):
+        tally.accepted += 1
+        yield Document.from_invented_tokens(tokens)
 
 
-def _decode(value: bytes | None, place: Place, tally: Tally) -> Any:
-    try:
-        return None if value is None else value.decode("utf-8")
-    except UnicodeDecodeError:
-        tally.reject("invalid UTF-8", place)
-        return _REJECTED
-
-
-def invent_documents(
-    source: SourceConfig, key: int, start: int = 0, stop: int | None = None
-) -> Iterator[Tokens]:
-    """Random text tokens, END_OF_TEXT not included; lengths spread evenly over half to one and a
-    half of the mean.
-    """
-    assert source.num_documents is not None and source.mean_tokens is not None
-    documents = np.arange(start, source.num_documents if stop is None else stop, dtype=np.uint64)
-    numbers = splitmix64(documents ^ np.uint64(key))
-    lengths = source.mean_tokens // 2 + numbers % np.uint64(source.mean_tokens + 1)
-    for number, length in zip(numbers, lengths.tolist(), strict=True):
-        scattered = splitmix64(np.arange(length, dtype=np.uint64) + number)
-        yield (scattered % np.uint64(NUM_TEXT_TOKENS)).astype(np.uint32)
+_READERS: dict[str, Callable[[SourceConfig, Unit, Tally], Iterator[Document]]] = {
+    "jsonl": _read_jsonl,
+    "harmony": _read_jsonl,
+    "parquet": _read_parquet,
+    "text": _read_text_files,
+    "huggingface": _read_dataset,
+    "build": _read_build,
+    "mock": _read_mock,
+}
+"""Readers by the format of a unit."""

@@ -1,9 +1,9 @@
 """Sources that are stored by row: Hugging Face datasets, and earlier builds of this package.
 
 Decisions
-    A dataset from the hub is named with a commit, so the text cannot change under a run; one on
+    A dataset from the hub is named with a commit, so its text cannot change under a run; one on
     disk is a folder that `datasets.save_to_disk` made.
-    An earlier build gives its training documents, decoded; what it held out stays out.  Decoding is
+    An earlier build gives its training documents, decoded; what it held out stays out. Decoding is
     exact, so cleaning, hashing and cutting work as for any other text.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +20,43 @@ import numpy as np
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.manifest import read_manifest
+from data_pipeline.store.packing import Integers
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.tokenizer import decode_bytes
 
 _BATCH_ROWS = 256
 
 
+@dataclass(frozen=True, slots=True)
+class _BuiltSource:
+    """A source of an earlier build."""
+
+    shards: Shards
+    train: Integers
+    """Numbers of the documents that the build trains on, in ascending order."""
+
+
 def count_rows(source: SourceConfig) -> tuple[int, int]:
-    """(rows or documents, bytes) of a source.
+    """Return (rows or documents, bytes) of a source.
 
     Raises:
         DataError: the dataset or build cannot be read.
     """
-    if source.format == "build":
-        parts = _build_documents(Path(source.patterns()[0]), source.build_sources)
-        return sum(len(documents) for _, documents in parts), sum(
-            int(shards.document_bytes[documents].sum()) for shards, documents in parts
-        )
-    dataset = _dataset(source)
-    return len(dataset), int(dataset.data.nbytes)
+    if source.format == "huggingface":
+        dataset = _dataset(source)
+        return len(dataset), int(dataset.data.nbytes)
+    num_documents = 0
+    num_bytes = 0
+    for built in _built_sources(source):
+        num_documents += len(built.train)
+        num_bytes += int(built.shards.document_bytes[built.train].sum())
+    return num_documents, num_bytes
 
 
-def read_dataset(
+def read_dataset_rows(
     source: SourceConfig, start: int, stop: int, fields: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
-    """Rows [start, stop), each with `fields`.
+    """Yield the rows [start, stop) of a dataset, each with `fields`.
 
     Raises:
         DataError: the dataset lacks a column.
@@ -62,37 +75,48 @@ def read_dataset(
             yield dict(zip(fields, values, strict=True))
 
 
-def read_build(source: SourceConfig, start: int, stop: int) -> Iterator[bytes]:
-    """UTF-8 text of documents [start, stop), counted through the sources that are taken."""
-    before = 0
-    for shards, documents in _build_documents(Path(source.patterns()[0]), source.build_sources):
-        for number in documents[max(start - before, 0) : max(stop - before, 0)].tolist():
-            yield decode_bytes(shards.tokens(number, 0, int(shards.document_tokens[number]) - 1))
-        before += len(documents)
+def read_build_texts(source: SourceConfig, start: int, stop: int) -> Iterator[bytes]:
+    """Yield the UTF-8 texts of the documents [start, stop) of an earlier build.
+
+    Documents are counted through all sources that are taken from the build.
+    """
+    num_before = 0
+    for built in _built_sources(source):
+        first = max(start - num_before, 0)
+        last = max(stop - num_before, 0)
+        for number in built.train[first:last].tolist():
+            num_tokens = int(built.shards.document_tokens[number]) - 1  # without END_OF_TEXT
+            yield decode_bytes(built.shards.tokens(number, 0, num_tokens))
+        num_before += len(built.train)
+
+
+def _built_sources(source: SourceConfig) -> list[_BuiltSource]:
+    return _open_build(Path(source.patterns()[0]), source.build_sources)
 
 
 @functools.lru_cache(maxsize=8)
-def _build_documents(directory: Path, names: tuple[str, ...]) -> list[tuple[Shards, Any]]:
-    """(documents, numbers of those trained on) of each source that is taken from a build."""
+def _open_build(directory: Path, names: tuple[str, ...]) -> list[_BuiltSource]:
+    """Open the sources `names` of a build, or all of them if there are no names."""
     manifest = read_manifest(directory)
     known = [entry.name for entry in manifest.sources]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise DataError(
-            f"{directory}: has no source '{unknown[0]}'. It has: {', '.join(known)}. Set build_sources."
+            f"{directory}: has no source '{unknown[0]}'. It has: {', '.join(known)}. "
+            "Set build_sources."
         )
-    parts = []
+    found = []
     for name in names or known:
         shards = Shards(directory / name, manifest.shard_names(name), verify=False)
         if shards.chat:
             raise DataError(
-                f"{directory}: source '{name}' holds conversations (format: harmony), which cannot be taken as text. "
-                "List the other sources in build_sources, and take the conversations from their own files."
+                f"{directory}: source '{name}' holds conversations (format: harmony), which cannot "
+                "be taken as text. List the other sources in build_sources, and take the "
+                "conversations from their own files."
             )
-        parts.append(
-            (shards, np.unique(np.load(directory / name / "train" / "piece_document.npy")))
-        )
-    return parts
+        train = np.unique(np.load(directory / name / "train" / "piece_document.npy"))
+        found.append(_BuiltSource(shards, train))
+    return found
 
 
 def _dataset(source: SourceConfig) -> Any:
@@ -113,18 +137,16 @@ def _open_dataset(
 
     place = path[0] if path else f"{name} at {revision}"
     try:
-        if path:
-            loaded = datasets.load_from_disk(path[0])
-            if isinstance(loaded, datasets.DatasetDict):
-                loaded = loaded[split]
-        else:
-            assert name is not None
-            loaded = datasets.load_dataset(name, subset, split=split, revision=revision)
-    except (
-        Exception
-    ) as error:  # `datasets` raises whatever the hub, the file system or the builder raises
+        if not path:
+            assert name is not None, "load_mix refuses a dataset without path and name"
+            return datasets.load_dataset(name, subset, split=split, revision=revision)
+        loaded = datasets.load_from_disk(path[0])
+        if isinstance(loaded, datasets.DatasetDict):
+            return loaded[split]
+        return loaded
+    except Exception as error:
+        # `datasets` raises whatever the hub, the file system or the builder of the dataset raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{place}: cannot be read as a Hugging Face dataset, split '{split}': {reason}."
         ) from error
-    return loaded

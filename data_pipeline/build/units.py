@@ -1,49 +1,49 @@
-"""A source -> units: stretches of its input that are read, cleaned and tokenised on their own.
+"""A source -> units: stretches of its input that are read, cleaned and tokenized on their own.
 
 Decisions
     Units follow from the input alone, never from the number of workers: the same input gives the
     same units, in the same order, wherever it is built.
-    A JSONL file is cut by bytes, a line belonging to the unit that its first byte lies in; a
-    Parquet file by row groups; a dataset or an earlier build by rows; text files are gathered.  A
-    compressed file cannot be cut. Units are large enough that no source has many more than
-    MAX_UNITS of them.
+    A JSONL file is cut by bytes, and a line belongs to the unit that its first byte lies in. A
+    Parquet file is cut by row groups, a dataset or an earlier build by rows. Text files are gathered
+    until they make a unit. A compressed file cannot be cut.
+    Units are large enough that no source has many more than MAX_UNITS of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
+from data_pipeline.build.stored_rows import count_rows
 from data_pipeline.config.source_config import COMPRESSIONS, SourceConfig
 from data_pipeline.errors import DataError
 
 MIN_UNIT_BYTES = 16 * 2**20
-"""Bytes of input; some seconds of work, which is what a kill costs at most."""
+"""Bytes of input that make a unit: some seconds of work, which is what a kill costs at most."""
 MAX_UNITS = 1024
-"""Units per source, about; every one becomes a token shard."""
-MOCK_BYTES_PER_TOKEN = 4
-"""Bytes; what an invented token is said to stand for."""
+"""Number of units per source, about; every unit becomes a token shard."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """One stretch of a source."""
+    """One stretch of the input of a source."""
 
     paths: tuple[Path, ...] = ()
-    """One file, or several text files; a folder for datasets and builds."""
+    """One file, several text files, or the folder of a dataset or build."""
     format: str
-    """How to read it: jsonl, parquet, text, harmony, huggingface, build, mock."""
+    """Way to read it: jsonl, parquet, text, harmony, huggingface, build or mock."""
     start: int = 0
     """First byte (JSONL), row group (Parquet), row or document."""
     stop: int = 0
-    """One past the last."""
+    """One past the last byte, row group, row or document."""
     size_bytes: int
     """Bytes of input, for the progress bar."""
 
 
-def split(source: SourceConfig) -> list[Unit]:
-    """The units of a source, in order.
+def split_into_units(source: SourceConfig) -> list[Unit]:
+    """Return the units of a source, in order.
 
     Raises:
         DataError: a file is missing, empty or unreadable.
@@ -51,36 +51,54 @@ def split(source: SourceConfig) -> list[Unit]:
     if source.format == "mock":
         return list(_mock_units(source))
     if source.format in ("huggingface", "build"):
-        from data_pipeline.build.stored_rows import count_rows
-
         return list(_row_units(source, *count_rows(source)))
-    files = source.files()
-    sizes = [_size(path, source) for path in files]
-    unit_bytes = max(MIN_UNIT_BYTES, sum(sizes) // MAX_UNITS)
-    units: list[Unit] = []
-    texts: list[tuple[Path, int]] = []
-    for path, size in zip(files, sizes, strict=True):
-        kind = source.format_of(path)
-        assert kind is not None, f"{path}: load_mix lets no unknown suffix through"
-        if kind == "text" and not compressed(path):
-            texts.append((path, size))
-            if sum(size for _, size in texts) >= unit_bytes:
-                units.append(_text_unit(texts))
-                texts = []
-            continue
-        if texts:
-            units.append(_text_unit(texts))
-            texts = []
-        units.extend(_file_units(path, kind, size, unit_bytes))
-    return [*units, _text_unit(texts)] if texts else units
+    return list(_files_units(source))
 
 
-def compressed(path: Path) -> bool:
-    """Whether the name says so."""
+def is_compressed(path: Path) -> bool:
+    """Return whether the name of a file says that it is compressed."""
     return path.name.lower().endswith(COMPRESSIONS)
 
 
-def _size(path: Path, source: SourceConfig) -> int:
+def _files_units(source: SourceConfig) -> Iterator[Unit]:
+    files = source.files()
+    sizes = [_size_bytes(path, source) for path in files]
+    unit_bytes = max(MIN_UNIT_BYTES, sum(sizes) // MAX_UNITS)
+    texts = _TextFiles()
+    for path, size_bytes in zip(files, sizes, strict=True):
+        kind = source.format_of(path)
+        assert kind is not None, f"{path}: load_mix lets no unknown suffix through"
+        if kind == "text" and not is_compressed(path):
+            texts.add(path, size_bytes)
+            if texts.size_bytes >= unit_bytes:
+                yield from texts.take()
+        else:
+            yield from texts.take()  # documents stay in the order of the files
+            yield from _file_units(path, kind, size_bytes, unit_bytes)
+    yield from texts.take()
+
+
+class _TextFiles:
+    """Text files that wait to become one unit."""
+
+    def __init__(self) -> None:
+        self._paths: list[Path] = []
+        self.size_bytes = 0
+
+    def add(self, path: Path, size_bytes: int) -> None:
+        """Let one more file wait."""
+        self._paths.append(path)
+        self.size_bytes += size_bytes
+
+    def take(self) -> Iterator[Unit]:
+        """Yield the waiting files as a unit, if there are any, and start anew."""
+        if self._paths:
+            yield Unit(paths=tuple(self._paths), format="text", size_bytes=self.size_bytes)
+        self._paths = []
+        self.size_bytes = 0
+
+
+def _size_bytes(path: Path, source: SourceConfig) -> int:
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -92,59 +110,58 @@ def _size(path: Path, source: SourceConfig) -> int:
     return size
 
 
-def _text_unit(texts: Sequence[tuple[Path, int]]) -> Unit:
-    return Unit(
-        paths=tuple(path for path, _ in texts),
-        format="text",
-        size_bytes=sum(size for _, size in texts),
-    )
-
-
-def _file_units(path: Path, kind: str, size: int, unit_bytes: int) -> Iterator[Unit]:
+def _file_units(path: Path, kind: str, size_bytes: int, unit_bytes: int) -> Iterator[Unit]:
     if kind == "parquet":
         yield from _parquet_units(path, unit_bytes)
-    elif kind in ("jsonl", "harmony") and not compressed(path):
-        for start in range(0, size, unit_bytes):
-            stop = min(start + unit_bytes, size)
+    elif kind in ("jsonl", "harmony") and not is_compressed(path):
+        for start in range(0, size_bytes, unit_bytes):
+            stop = min(start + unit_bytes, size_bytes)
             yield Unit(paths=(path,), format=kind, start=start, stop=stop, size_bytes=stop - start)
     else:
-        yield Unit(paths=(path,), format=kind, stop=size, size_bytes=size)
+        yield Unit(paths=(path,), format=kind, stop=size_bytes, size_bytes=size_bytes)
 
 
 def _parquet_units(path: Path, unit_bytes: int) -> Iterator[Unit]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            sizes = [
-                file.metadata.row_group(number).total_byte_size
-                for number in range(file.num_row_groups)
-            ]
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}.") from error
-    start, gathered = 0, 0
+    sizes = _row_group_bytes(path)
+    start = 0
+    gathered = 0
     for number, size in enumerate(sizes):
         gathered += size
         if gathered >= unit_bytes or number == len(sizes) - 1:
             yield Unit(
                 paths=(path,), format="parquet", start=start, stop=number + 1, size_bytes=gathered
             )
-            start, gathered = number + 1, 0
+            start = number + 1
+            gathered = 0
+
+
+def _row_group_bytes(path: Path) -> list[int]:
+    """Return the size of each row group of a Parquet file, uncompressed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            metadata = file.metadata
+            return [metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}.") from error
 
 
 def _row_units(source: SourceConfig, num_rows: int, size_bytes: int) -> Iterator[Unit]:
-    """Stretches of rows of about equal size."""
+    """Yield stretches of rows of about equal size."""
     unit_bytes = max(MIN_UNIT_BYTES, size_bytes // MAX_UNITS)
-    rows = max(1, -(-num_rows * unit_bytes // max(size_bytes, 1)))
+    unit_rows = max(1, -(-num_rows * unit_bytes // max(size_bytes, 1)))
     paths = tuple(map(Path, source.patterns()))
-    for start in range(0, num_rows, rows):
-        stop = min(start + rows, num_rows)
-        share = size_bytes * (stop - start) // max(num_rows, 1)
-        yield Unit(paths=paths, format=source.format, start=start, stop=stop, size_bytes=share)
+    for start in range(0, num_rows, unit_rows):
+        stop = min(start + unit_rows, num_rows)
+        share_bytes = size_bytes * (stop - start) // max(num_rows, 1)
+        yield Unit(
+            paths=paths, format=source.format, start=start, stop=stop, size_bytes=share_bytes
+        )
 
 
 def _mock_units(source: SourceConfig) -> Iterator[Unit]:
     assert source.num_documents is not None and source.mean_tokens is not None
-    total = source.num_documents * source.mean_tokens * MOCK_BYTES_PER_TOKEN
-    yield from _row_units(source, source.num_documents, total)
+    size_bytes = source.num_documents * source.mean_tokens * BYTES_PER_INVENTED_TOKEN
+    yield from _row_units(source, source.num_documents, size_bytes)

@@ -68,7 +68,7 @@ def run(
 def test_units_are_many_and_their_boundaries_change_no_document(
     mix: MixConfig, tmp_path: Path
 ) -> None:
-    counts = [len(units.split(source)) for source in mix.sources]
+    counts = [len(units.split_into_units(source)) for source in mix.sources]
     assert min(counts) > 3
     split_up = [list(read_texts(source, Tally())) for source in mix.sources]
     units.MIN_UNIT_BYTES = 1 << 30
@@ -126,7 +126,7 @@ def test_workers_and_shares_give_the_manifest_of_one_process(
     expected = build(mix, tmp_path / "one", progress=False).hash
     assert build(mix, tmp_path / "two", progress=False, workers=2).hash == expected
     made = [build_share(mix, tmp_path / "shared", index, 3) for index in (2, 0, 1)]
-    assert sum(made) == sum(len(units.split(source)) for source in mix.sources)
+    assert sum(made) == sum(len(units.split_into_units(source)) for source in mix.sources)
     assert not (tmp_path / "shared").exists()
     assert build(mix, tmp_path / "shared", progress=False).hash == expected
     BuiltData.open(tmp_path / "shared", mix=mix)
@@ -158,7 +158,7 @@ def test_a_rerun_makes_only_what_is_missing(
         module, "make_part", lambda part: (made.append(part.number), original(part))[1]
     )
     build(mix, tmp_path / "out", progress=False)
-    total = sum(len(units.split(source)) for source in mix.sources)
+    total = sum(len(units.split_into_units(source)) for source in mix.sources)
     assert len(made) == total - (total + 1) // 2
 
 

@@ -96,7 +96,7 @@ def test_parquet_units_are_row_groups(tmp_path: Path, monkeypatch: pytest.Monkey
     pq.write_table(pa.table({"text": [*TEXTS, None]}), tmp_path / "a.parquet", row_group_size=7)
     monkeypatch.setattr(units, "MIN_UNIT_BYTES", 1000)
     source = source_of(tmp_path / "a.parquet")
-    assert 1 < len(units.split(source)) <= 8
+    assert 1 < len(units.split_into_units(source)) <= 8
     texts, tally = read(tmp_path / "a.parquet")
     assert texts == TEXTS and str(tally.places["text is null"][0]).endswith("row 51")
 
@@ -108,7 +108,7 @@ def test_a_saved_dataset_is_read_by_rows(tmp_path: Path, monkeypatch: pytest.Mon
     datasets.DatasetDict({"test": dataset}).save_to_disk(str(tmp_path / "splits"))
     monkeypatch.setattr(units, "MIN_UNIT_BYTES", 1000)
     keys: dict[str, Any] = {"format": "huggingface", "text_field": "body"}
-    assert len(units.split(source_of(tmp_path / "plain", **keys))) > 1
+    assert len(units.split_into_units(source_of(tmp_path / "plain", **keys))) > 1
     texts, tally = read(tmp_path / "plain", **keys)
     assert texts == TEXTS and str(tally.places["text is null"][0]).endswith("row 51")
     assert read(tmp_path / "splits", split="test", **keys)[0] == TEXTS

@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from data_pipeline.build.build import build
 from data_pipeline.build.decontamination import EDGE_TOKENS, HeldOutRuns, contaminated, count_runs
 from data_pipeline.build.deduplication import Fate
-from data_pipeline.build.near_duplicates import mark_near_duplicates, signatures, window_hashes
+from data_pipeline.build.near_duplicates import (
+    mark_near_duplicates,
+    minhash_signatures,
+    window_hashes,
+)
 from data_pipeline.dataset import BuiltData
 from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens
 from tests.data_pipeline.build.test_build import trained_texts
@@ -49,7 +53,7 @@ def test_signatures_estimate_the_jaccard_similarity() -> None:
         other = changed(document, share)
         one, two = (set(window_hashes(d, 5).tolist()) for d in (document, other))
         exact = len(one & two) / len(one | two)
-        pair = signatures([document, other])
+        pair = minhash_signatures([document, other])
         assert float((pair[0] == pair[1]).mean()) == pytest.approx(
             exact, abs=0.13
         )  # 3 sigma of 128 draws
@@ -61,9 +65,9 @@ def test_signatures_do_not_depend_on_the_documents_beside_them() -> None:
         np.array([7], dtype=np.uint32),
         *make_documents(3, 4, seed=1),
     ]
-    together = signatures(documents)
+    together = minhash_signatures(documents)
     assert all(
-        (signatures([document]) == row).all()
+        (minhash_signatures([document]) == row).all()
         for document, row in zip(documents, together, strict=True)
     )
 
@@ -73,7 +77,7 @@ def test_the_first_of_near_copies_is_kept_and_none_if_one_is_held_out() -> None:
     documents = [a, b, changed(a, 0.01), c, changed(b, 0.01), changed(a, 0.02), d, changed(d, 0.2)]
     fates = np.zeros(len(documents), np.uint8)
     fates[4] = Fate.HELD_OUT  # the near copy of b
-    parts = [signatures(documents[:3]), signatures(documents[3:])]
+    parts = [minhash_signatures(documents[:3]), minhash_signatures(documents[3:])]
     mark_near_duplicates(fates, parts, 0.8)
     near = Fate.NEAR_DUPLICATE
     assert fates.tolist() == [
@@ -91,7 +95,7 @@ def test_the_first_of_near_copies_is_kept_and_none_if_one_is_held_out() -> None:
 def test_documents_that_share_little_are_all_kept() -> None:
     documents = make_documents(300, 200)
     fates = np.zeros(300, np.uint8)
-    mark_near_duplicates(fates, [signatures(documents)], 0.8)
+    mark_near_duplicates(fates, [minhash_signatures(documents)], 0.8)
     assert not fates.any()
 
 

@@ -1,0 +1,65 @@
+"""One document on its way from a reader to a token shard, whatever it was read from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from data_pipeline.build.deduplication import content_hash
+from data_pipeline.text.harmony import Conversation
+from data_pipeline.text.tokenizer import Tokens, encode
+
+BYTES_PER_INVENTED_TOKEN = 4
+"""UTF-8 bytes that an invented token counts as; about what a token of real text stands for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """A usable text, a conversation, or invented tokens.
+
+    The tokens are made on demand: most copies are recognized by their hash and never tokenized.
+    """
+
+    text: str
+    """Text for people to look at; empty for invented tokens."""
+    content_hash: int
+    """Hash of the whole content, 128 bits; equal for documents with the same content."""
+    num_bytes: int
+    """UTF-8 bytes that count for bits per byte."""
+    is_conversation: bool = False
+    """Whether the tokens are in the Harmony format and end with <|return|>."""
+    tokenize: Callable[[], Tokens]
+    """Function that returns the tokens, without END_OF_TEXT."""
+
+    @classmethod
+    def from_text(cls, text: str) -> Document:
+        """Return the document of a usable text."""
+        content = text.encode("utf-8")
+        return cls(
+            text=text,
+            content_hash=content_hash(content),
+            num_bytes=len(content),
+            tokenize=partial(encode, text),
+        )
+
+    @classmethod
+    def from_conversation(cls, conversation: Conversation) -> Document:
+        """Return the document of a conversation; effort and date do not count as its content."""
+        return cls(
+            text=conversation.text,
+            content_hash=content_hash(repr(conversation.messages).encode("utf-8")),
+            num_bytes=conversation.num_bytes,
+            is_conversation=True,
+            tokenize=conversation.tokens,
+        )
+
+    @classmethod
+    def from_invented_tokens(cls, tokens: Tokens) -> Document:
+        """Return the document of tokens that stand for no text."""
+        return cls(
+            text="",
+            content_hash=content_hash(tokens.tobytes()),
+            num_bytes=len(tokens) * BYTES_PER_INVENTED_TOKEN,
+            tokenize=lambda: tokens,
+        )
