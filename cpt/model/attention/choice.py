@@ -1,11 +1,13 @@
 """Which implementation of sink attention runs: a table of backends, best first, and the choice
 among them.
 
-To add a backend, write its kernel (see `cpt.model.attention.function.Kernel`) and put a line into
+To add a backend, write its kernel (see `cpt.model.attention.interface.Kernel`) and put a line into
 BACKENDS. `problems` says why a backend cannot run and what would help, in words for the user, so
 that a refusal names every reason at once. Nothing is imported from a GPU package before its backend
 runs.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ import torch
 
 from cpt.model.attention import flash_attn_2, flash_attn_4, flex, torch_flash
 from cpt.model.attention.cpu import CpuKernel
-from cpt.model.attention.function import Attention, FoldedSinks
+from cpt.model.attention.function import FoldedSinks
+from cpt.model.attention.interface import Attention
 from cpt.model.attention.machine import Machine
 from cpt.model.attention.reference import reference_attention
 

@@ -19,18 +19,20 @@ Decisions
 The operators are internal to torch, but `scaled_dot_product_attention` on the CPU is a wrapper
 around them, and it does not hand out the log-sum-exp.
 
-Shape suffixes: T tokens, H query heads, K key/value heads, G query heads per key/value head, D head
+Shape letters: T tokens, H query heads, K key/value heads, G query heads per key/value head, D head
 size; in window layers N blocks, C tokens of a block, R = C * G rows of a block, U = C + window keys
 of a block.
 """
+
+from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from cpt.model.attention.interface import AttentionInputs
 from cpt.model.attention.rows import PackedRows
 
 FORWARD_BLOCK_ROWS = 256
@@ -39,8 +41,11 @@ FORWARD_BLOCK_ROWS = 256
 BACKWARD_BLOCK_ROWS = 768
 """The same in the backward."""
 
-SMALLEST_BLOCK_TOKENS, LARGEST_BLOCK_TOKENS = 32, 128
+SMALLEST_BLOCK_TOKENS = 32
+LARGEST_BLOCK_TOKENS = 128
 """Limits of the tokens that make up these rows."""
+
+DROPOUT = 0.0
 
 SHORT_DOCUMENT_TOKENS = 16
 """Documents up to this length are taken together in full layers, where from here on calls cost more
@@ -59,61 +64,57 @@ class Span:
     sees.
     """
 
-    def of(self, x: Tensor) -> Tensor:
+    def of(self, x: torch.Tensor) -> torch.Tensor:
         """Return the tokens of this span from a tensor with tokens in dimension 1."""
         return x[:, self.start : self.end]
+
+    def inputs_of(self, inputs: AttentionInputs) -> AttentionInputs:
+        """Return inputs whose queries, keys and values are those of this span."""
+        return inputs._replace(
+            q_HTD=self.of(inputs.q_HTD), k_KTD=self.of(inputs.k_KTD), v_KTD=self.of(inputs.v_KTD)
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class CpuKernel:
-    """The `cpt.model.attention.function.Kernel` of CPU tensors."""
+    """The `cpt.model.attention.interface.Kernel` of CPU tensors."""
 
     def forward(
-        self,
-        q_HTD: Tensor,
-        k_KTD: Tensor,
-        v_KTD: Tensor,
-        rows: PackedRows,
-        window: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        self, inputs: AttentionInputs
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return out, lse and nothing else."""
         parts = []
-        for span in spans(rows, window):
-            q, k, v = span.of(q_HTD), span.of(k_KTD), span.of(v_KTD)
+        for span in spans(inputs.rows, inputs.window):
+            part = span.inputs_of(inputs)
             if span.window is None:
-                parts.append(_causal_forward(q, k, v, scale))
+                parts.append(_causal_forward(part))
             else:
-                parts.append(_Band.of(span, rows, q, k, FORWARD_BLOCK_ROWS).forward(q, k, v, scale))
-        out_HTD, lse_HT = (_joined(pieces) for pieces in zip(*parts, strict=True))
-        return out_HTD, lse_HT, ()
+                parts.append(_Band.of(span, part, FORWARD_BLOCK_ROWS).forward(part))
+        outs, lses = zip(*parts, strict=True)
+        return _joined(outs), _joined(lses), ()
 
     def backward(
         self,
-        d_out_HTD: Tensor,
-        q_HTD: Tensor,
-        k_KTD: Tensor,
-        v_KTD: Tensor,
-        out_HTD: Tensor,
-        lse_HT: Tensor,
-        extra: tuple[Tensor, ...],
-        rows: PackedRows,
-        window: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs: AttentionInputs,
+        d_out_HTD: torch.Tensor,
+        out_HTD: torch.Tensor,
+        lse_HT: torch.Tensor,
+        extra: tuple[torch.Tensor, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return dq, dk and dv."""
         parts = []
-        for span in spans(rows, window):
-            d_out, q, k, v, out, lse = (
-                span.of(x) for x in (d_out_HTD, q_HTD, k_KTD, v_KTD, out_HTD, lse_HT)
-            )
+        for span in spans(inputs.rows, inputs.window):
+            part = span.inputs_of(inputs)
+            d_out = span.of(d_out_HTD)
+            out = span.of(out_HTD)
+            lse = span.of(lse_HT)
             if span.window is None:
-                parts.append(_causal_backward(d_out, q, k, v, out, lse, scale))
+                parts.append(_causal_backward(part, d_out, out, lse))
             else:
-                band = _Band.of(span, rows, q, k, BACKWARD_BLOCK_ROWS)
-                parts.append(band.backward(d_out, q, k, v, out, lse, scale))
-        dq_HTD, dk_KTD, dv_KTD = (_joined(pieces) for pieces in zip(*parts, strict=True))
-        return dq_HTD, dk_KTD, dv_KTD
+                band = _Band.of(span, part, BACKWARD_BLOCK_ROWS)
+                parts.append(band.backward(part, d_out, out, lse))
+        dqs, dks, dvs = zip(*parts, strict=True)
+        return _joined(dqs), _joined(dks), _joined(dvs)
 
 
 def block_tokens(block_rows: int, group: int) -> int:
@@ -144,7 +145,7 @@ def _full_spans(bounds: tuple[int, ...]) -> list[Span]:
     return found
 
 
-def _joined(pieces: tuple[Tensor, ...]) -> Tensor:
+def _joined(pieces: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Concatenate along tokens; tokens come first in memory, as the layers around attention want
     them.
     """
@@ -153,32 +154,43 @@ def _joined(pieces: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([piece.transpose(0, 1) for piece in pieces]).transpose(0, 1)
 
 
-def _causal_forward(
-    q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _causal_forward(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = flash(q_HTD[None], k_KTD[None], v_KTD[None], 0.0, True, scale=scale)
-    return out[0], lse[0]
+    out_1HTD, lse_1HT = flash(
+        inputs.q_HTD[None],
+        inputs.k_KTD[None],
+        inputs.v_KTD[None],
+        DROPOUT,
+        is_causal=True,
+        scale=inputs.scale,
+    )
+    return out_1HTD[0], lse_1HT[0]
 
 
 def _causal_backward(
-    d_out_HTD: Tensor,
-    q_HTD: Tensor,
-    k_KTD: Tensor,
-    v_KTD: Tensor,
-    out_HTD: Tensor,
-    lse_HT: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_kv_heads = k_KTD.shape[0]
-    d_out, q, out, lse = (
-        torch.unflatten(x, 0, (num_kv_heads, -1)).transpose(0, 1)
-        for x in (d_out_HTD, q_HTD, out_HTD, lse_HT)
-    )
-    k, v = (x.expand(len(q), -1, -1, -1) for x in (k_KTD, v_KTD))
+    inputs: AttentionInputs, d_out_HTD: torch.Tensor, out_HTD: torch.Tensor, lse_HT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_kv_heads = len(inputs.k_KTD)
+    group = len(inputs.q_HTD) // num_kv_heads
+
+    def members_first(x_HT: torch.Tensor) -> torch.Tensor:
+        """Return (G, K, T, ...)."""
+        return torch.unflatten(x_HT, 0, (num_kv_heads, group)).transpose(0, 1)
+
     flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    dq_GKTD, dk_GKTD, dv_GKTD = flash_backward(d_out, q, k, v, out, lse, 0.0, True, scale=scale)
-    dk_KTD, dv_KTD = (x.sum(0, dtype=lse.dtype).to(x.dtype) for x in (dk_GKTD, dv_GKTD))
+    dq_GKTD, dk_GKTD, dv_GKTD = flash_backward(
+        members_first(d_out_HTD),
+        members_first(inputs.q_HTD),
+        inputs.k_KTD.expand(group, -1, -1, -1),
+        inputs.v_KTD.expand(group, -1, -1, -1),
+        members_first(out_HTD),
+        members_first(lse_HT),
+        DROPOUT,
+        is_causal=True,
+        scale=inputs.scale,
+    )
+    dk_KTD = dk_GKTD.sum(0, dtype=lse_HT.dtype).to(dk_GKTD.dtype)
+    dv_KTD = dv_GKTD.sum(0, dtype=lse_HT.dtype).to(dv_GKTD.dtype)
     return dq_GKTD.transpose(0, 1).flatten(0, 1), dk_KTD, dv_KTD
 
 
@@ -188,65 +200,65 @@ class _Band:
 
     block: int
     window: int
-    mask_N1RU: Tensor
+    mask_N1RU: torch.Tensor
 
     @classmethod
-    def of(
-        cls, span: Span, rows: PackedRows, q_HTD: Tensor, k_KTD: Tensor, block_rows: int
-    ) -> "_Band":
-        """Take the mask from `rows`, or make it."""
+    def of(cls, span: Span, inputs: AttentionInputs, block_rows: int) -> _Band:
+        """Take the mask from the rows, or make it; the inputs are those of the span."""
         assert span.window is not None
-        window, group = span.window, len(q_HTD) // len(k_KTD)
+        window = span.window
+        q_HTD = inputs.q_HTD
+        group = len(q_HTD) // len(inputs.k_KTD)
         block = block_tokens(block_rows, group)
 
-        def build() -> Tensor:
-            document_T = rows.document_ids(q_HTD.device)[span.start : span.end]
+        def build() -> torch.Tensor:
+            document_T = inputs.rows.document_ids(q_HTD.device)[span.start : span.end]
             return _band_mask(document_T, block, window, group, q_HTD.dtype)
 
-        return cls(
-            block,
-            window,
-            rows.derive(("band", span, block, group, q_HTD.dtype, q_HTD.device), build),
-        )
+        key = ("band", span, block, group, q_HTD.dtype, q_HTD.device)
+        return cls(block, window, inputs.rows.derive(key, build))
 
-    def forward(
-        self, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        num_tokens, num_kv_heads = q_HTD.shape[1], len(k_KTD)
-        q = self._folded(q_HTD, num_kv_heads)
-        k, v = self._key_windows(k_KTD), self._key_windows(v_KTD)
+    def forward(self, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        num_tokens = inputs.q_HTD.shape[1]
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out_NKRD, lse_NKR = flash(q, k, v, 0.0, False, attn_mask=self.mask_N1RU, scale=scale)
-        return self._unfolded(out_NKRD, num_tokens), self._unfolded(
-            lse_NKR.unsqueeze(3), num_tokens
-        ).squeeze(2)
+        out_NKRD, lse_NKR = flash(
+            self._folded(inputs.q_HTD, len(inputs.k_KTD)),
+            self._key_windows(inputs.k_KTD),
+            self._key_windows(inputs.v_KTD),
+            DROPOUT,
+            is_causal=False,
+            attn_mask=self.mask_N1RU,
+            scale=inputs.scale,
+        )
+        lse_HT1 = self._unfolded(lse_NKR.unsqueeze(3), num_tokens)
+        return self._unfolded(out_NKRD, num_tokens), lse_HT1.squeeze(2)
 
     def backward(
         self,
-        d_out_HTD: Tensor,
-        q_HTD: Tensor,
-        k_KTD: Tensor,
-        v_KTD: Tensor,
-        out_HTD: Tensor,
-        lse_HT: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        num_tokens, num_kv_heads = q_HTD.shape[1], len(k_KTD)
-        d_out, q, out, lse = (
-            self._folded(x, num_kv_heads) for x in (d_out_HTD, q_HTD, out_HTD, lse_HT.unsqueeze(2))
-        )
-        k, v = self._key_windows(k_KTD), self._key_windows(v_KTD)
+        inputs: AttentionInputs,
+        d_out_HTD: torch.Tensor,
+        out_HTD: torch.Tensor,
+        lse_HT: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        num_tokens = inputs.q_HTD.shape[1]
+        num_kv_heads = len(inputs.k_KTD)
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, dk, dv = flash_backward(
-            d_out, q, k, v, out, lse.squeeze(3), 0.0, False, attn_mask=self.mask_N1RU, scale=scale
+        dq_NKRD, dk_NKUD, dv_NKUD = flash_backward(
+            self._folded(d_out_HTD, num_kv_heads),
+            self._folded(inputs.q_HTD, num_kv_heads),
+            self._key_windows(inputs.k_KTD),
+            self._key_windows(inputs.v_KTD),
+            self._folded(out_HTD, num_kv_heads),
+            self._folded(lse_HT.unsqueeze(2), num_kv_heads).squeeze(3),
+            DROPOUT,
+            is_causal=False,
+            attn_mask=self.mask_N1RU,
+            scale=inputs.scale,
         )
-        return (
-            self._unfolded(dq, num_tokens),
-            self._merged(dk, num_tokens),
-            self._merged(dv, num_tokens),
-        )
+        dq_HTD = self._unfolded(dq_NKRD, num_tokens)
+        return dq_HTD, self._merged(dk_NKUD, num_tokens), self._merged(dv_NKUD, num_tokens)
 
-    def _folded(self, x_HTD: Tensor, num_kv_heads: int) -> Tensor:
+    def _folded(self, x_HTD: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
         """Lay the query heads of a group side by side in the rows of a block: (N, K, R, D).
 
         The last block is filled up with zeros, whose gradients are zero.
@@ -257,20 +269,20 @@ class _Band:
         )
         return x_KGNCD.permute(2, 0, 3, 1, 4).flatten(2, 3)
 
-    def _unfolded(self, x_NKRD: Tensor, num_tokens: int) -> Tensor:
+    def _unfolded(self, x_NKRD: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Undo `_folded`: (H, T, D), tokens first in memory."""
         x_NKCGD = torch.unflatten(x_NKRD, 2, (self.block, -1))
         x_THD = x_NKCGD.transpose(1, 2).flatten(2, 3).flatten(0, 1)
         return x_THD[:num_tokens].transpose(0, 1)
 
-    def _key_windows(self, x_KTD: Tensor) -> Tensor:
+    def _key_windows(self, x_KTD: torch.Tensor) -> torch.Tensor:
         """Return the keys that each block meets, (N, K, U, D): views of one buffer that starts with
         `window` zeros.
         """
         buffer_KTD = F.pad(x_KTD, (0, 0, self.window, -x_KTD.shape[1] % self.block))
         return buffer_KTD.unfold(1, self.block + self.window, self.block).permute(1, 0, 3, 2)
 
-    def _merged(self, grad_NKUD: Tensor, num_tokens: int) -> Tensor:
+    def _merged(self, grad_NKUD: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Add up the gradients of the key windows where they overlap, (K, T, D), in float32 at
         least.
 
@@ -292,8 +304,8 @@ class _Band:
 
 
 def _band_mask(
-    document_T: Tensor, block: int, window: int, group: int, dtype: torch.dtype
-) -> Tensor:
+    document_T: torch.Tensor, block: int, window: int, group: int, dtype: torch.dtype
+) -> torch.Tensor:
     """Return 0 where a row of a block sees a key of the block and -inf elsewhere, (N, 1, R, U)."""
     document_T = F.pad(document_T, (0, -len(document_T) % block), value=-1)
     query = torch.arange(block, device=document_T.device)[:, None]

@@ -11,16 +11,17 @@ Decisions
 
 Source of the signatures: flash_attn/cute/interface.py of flash-attn-4 4.0.0b26 and 4.0.0b36.
 
-Shape suffixes: T tokens of all rows (flattened), H query heads, K key/value heads, D head size.
+Shape letters: T tokens of all rows (flattened), H query heads, K key/value heads, D head size.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from cpt.model.attention.interface import AttentionInputs
 from cpt.model.attention.machine import Machine
-from cpt.model.attention.rows import PackedRows
 from cpt.model.attention.varlen import HALF_TYPES, Documents, gpu_problems, tokens_first
 
 PACKAGE = "flash-attn-4"
@@ -32,37 +33,29 @@ LARGEST_HEAD_DIM = 128
 
 @dataclass(frozen=True, slots=True)
 class FlashAttn4:
-    """The `cpt.model.attention.function.Attention` of the package flash-attn-4."""
+    """The `cpt.model.attention.interface.Attention` of the package flash-attn-4."""
 
-    def __call__(
-        self,
-        q_HTD: Tensor,
-        k_KTD: Tensor,
-        v_KTD: Tensor,
-        sinks_H: Tensor,
-        rows: PackedRows,
-        window: int | None,
-        scale: float,
-    ) -> Tensor:
+    def __call__(self, inputs: AttentionInputs) -> torch.Tensor:
         """Attend; sinks are read in their own dtype, float64 ones in float32."""
         from flash_attn.cute import flash_attn_varlen_func
 
-        documents = Documents.of(rows, q_HTD.device)
-        q_THD, k_TKD, v_TKD = map(tokens_first, (q_HTD, k_KTD, v_KTD))
+        documents = Documents.of(inputs)
+        window = (None, None) if inputs.window is None else (inputs.window - 1, 0)
+        sinks_H = inputs.sinks_H
+        if sinks_H.dtype not in (*HALF_TYPES, torch.float32):
+            sinks_H = sinks_H.float()
         out_THD, _ = flash_attn_varlen_func(
-            q_THD,
-            k_TKD,
-            v_TKD,
+            tokens_first(inputs.q_HTD),
+            tokens_first(inputs.k_KTD),
+            tokens_first(inputs.v_KTD),
             cu_seqlens_q=documents.offsets,
             cu_seqlens_k=documents.offsets,
             max_seqlen_q=documents.longest_tokens,
             max_seqlen_k=documents.longest_tokens,
-            softmax_scale=scale,
+            softmax_scale=inputs.scale,
             causal=True,
-            window_size=(None, None) if window is None else (window - 1, 0),
-            learnable_sink=sinks_H
-            if sinks_H.dtype in (*HALF_TYPES, torch.float32)
-            else sinks_H.float(),
+            window_size=window,
+            learnable_sink=sinks_H,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return tokens_first(out_THD)

@@ -10,9 +10,11 @@ Decisions
 
 Source of the signatures: torch/nn/attention/flex_attention.py of torch 2.13.
 
-Shape suffixes: T tokens of all rows (flattened), H query heads, K key/value heads, D head size; Q
+Shape letters: T tokens of all rows (flattened), H query heads, K key/value heads, D head size; Q
 and U blocks of queries and keys.
 """
+
+from __future__ import annotations
 
 import functools
 from collections.abc import Callable
@@ -20,9 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from cpt.model.attention.interface import AttentionInputs
 from cpt.model.attention.machine import Machine
 from cpt.model.attention.rows import PackedRows
 from cpt.model.attention.varlen import HALF_TYPES, gpu_problems
@@ -41,24 +43,14 @@ def compiled_flex_attention() -> Callable[..., Any]:
 
 @dataclass(frozen=True, slots=True)
 class Flex:
-    """The `cpt.model.attention.function.Attention` of flex_attention."""
+    """The `cpt.model.attention.interface.Attention` of flex_attention."""
 
     flex_function: Callable[[], Callable[..., Any]] = compiled_flex_attention
     """Returns flex_attention in the form that is to run."""
 
-    def __call__(
-        self,
-        q_HTD: Tensor,
-        k_KTD: Tensor,
-        v_KTD: Tensor,
-        sinks_H: Tensor,
-        rows: PackedRows,
-        window: int | None,
-        scale: float,
-    ) -> Tensor:
-        """Attend; the factor of the sinks is taken in float32 at least and rounded with the output
-        once more.
-        """
+    def __call__(self, inputs: AttentionInputs) -> torch.Tensor:
+        """Attend, multiplying by the factor of the sinks in float32 at least before rounding."""
+        q_HTD, k_KTD, v_KTD, sinks_H, rows, window, scale = inputs
         device = q_HTD.device
         mask = rows.derive(("flex mask", window, device), lambda: block_mask(rows, window, device))
         out_1HTD, aux = self.flex_function()(
@@ -76,20 +68,18 @@ class Flex:
 
 
 def block_mask(rows: PackedRows, window: int | None, device: torch.device) -> BlockMask:
-    """Return which keys each query sees, as blocks to skip, to compute as a whole, and to compute
-    with a mask.
-    """
+    """Return which keys each query sees, as blocks to skip, to compute whole, and to mask."""
     num_tokens = rows.num_tokens
     document_T = rows.document_ids(device)
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def sees(
+        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         same_document = document_T[query] == document_T[key]
         causal = query >= key
-        return (
-            same_document & causal
-            if window is None
-            else same_document & causal & (query - key < window)
-        )
+        if window is None:
+            return same_document & causal
+        return same_document & causal & (query - key < window)
 
     start_T = torch.tensor(rows.bounds, device=device)[document_T]
     first_query = torch.arange(0, num_tokens, BLOCK_TOKENS, device=device)
@@ -103,22 +93,24 @@ def block_mask(rows: PackedRows, window: int | None, device: torch.device) -> Bl
     # the last least far.
     meets_QU = (first_query <= first_query[:, None]) & (last_query >= earliest_key[:, None])
     whole_QU = (first_query < first_query[:, None]) & (first_query >= whole_from[:, None])
-    partial, full = _ordered(meets_QU & ~whole_QU), _ordered(whole_QU)
+    partial_counts, partial_blocks = _ordered(meets_QU & ~whole_QU)
+    whole_counts, whole_blocks = _ordered(whole_QU)
     return BlockMask.from_kv_blocks(
-        *partial,
-        *full,
+        partial_counts,
+        partial_blocks,
+        whole_counts,
+        whole_blocks,
         BLOCK_SIZE=BLOCK_TOKENS,
         mask_mod=sees,
         seq_lengths=(num_tokens, num_tokens),
     )
 
 
-def _ordered(chosen_QU: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the number of chosen key blocks per query block, and the key blocks with the chosen
-    ones first.
-    """
-    order_QU = chosen_QU.int().argsort(dim=1, descending=True, stable=True)
-    return chosen_QU.sum(1, dtype=torch.int32)[None, None], order_QU.int()[None, None]
+def _ordered(chosen_QU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how many key blocks each query block chose, and all key blocks, the chosen first."""
+    counts_Q = chosen_QU.sum(1, dtype=torch.int32)
+    order_QU = chosen_QU.int().argsort(dim=1, descending=True, stable=True).int()
+    return counts_Q[None, None], order_QU[None, None]
 
 
 def problems(machine: Machine, dtype: torch.dtype, head_dim: int) -> list[str]:

@@ -18,179 +18,89 @@ while out, dv and dsink are right.
 
 Conditions: no dropout, lse natural and with the scale included, the sink not scaled.
 
-Shape suffixes: T tokens of all rows (flattened), H query heads, K key/value heads, D head size.
+Shape letters: T tokens of all rows (flattened), H query heads, K key/value heads, D head size.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cpt.model.attention.rows import PackedRows
+from cpt.model.attention.interface import AttentionInputs, Kernel
 
-PIECE_ELEMENTS = {"cpu": 2**19, "gpu": 2**25}
-"""Products that are held at once where the gradient of the sinks is summed: what a cache holds, or
-128 MiB.
-"""
+PIECE_ELEMENTS_CPU = 2**19
+"""Products that are held at once while the gradient of the sinks is summed: what a cache holds."""
 
-
-class Attention(Protocol):
-    """Causal attention with sinks over packed rows, differentiable in its four tensors."""
-
-    def __call__(
-        self,
-        q_HTD: Tensor,
-        k_KTD: Tensor,
-        v_KTD: Tensor,
-        sinks_H: Tensor,
-        rows: PackedRows,
-        window: int | None,
-        scale: float,
-    ) -> Tensor:
-        """Return the output (H, T, D) in the dtype of q.
-
-        Args:
-            q_HTD: Queries; H is a multiple of K and query head h reads key/value head h // (H / K).
-            k_KTD: Keys.
-            v_KTD: Values.
-            sinks_H: One logit per query head, of any floating dtype.
-            rows: The documents; a query sees keys of its own document only.
-            window: None, or the number of keys a query sees: itself and the `window - 1` before it.
-            scale: Factor on q k^T, not applied to the sinks.
-        """
-
-
-class Kernel(Protocol):
-    """A flash attention without sinks whose backward takes the output and the log-sum-exp as
-    arguments.
-
-    The last dimension of every tensor has stride 1; the others have any stride.
-    """
-
-    def forward(
-        self,
-        q_HTD: Tensor,
-        k_KTD: Tensor,
-        v_KTD: Tensor,
-        rows: PackedRows,
-        window: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Return out (H, T, D), lse (H, T) and the tensors, if any, that only this kernel's
-        backward needs.
-
-        Both are new tensors, which the caller may overwrite. lse is natural, includes the scale,
-        and is float32 (float64 for float64). A query that sees no key has out 0 and lse +inf or
-        -inf.
-        """
-
-    def backward(
-        self,
-        d_out_HTD: Tensor,
-        q_HTD: Tensor,
-        k_KTD: Tensor,
-        v_KTD: Tensor,
-        out_HTD: Tensor,
-        lse_HT: Tensor,
-        extra: tuple[Tensor, ...],
-        rows: PackedRows,
-        window: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv, reading the softmax off `lse_HT` and its correction off `out_HTD`.
-
-        The sums of dk and dv over the query heads of a group are taken in float32 at least.
-        """
+PIECE_ELEMENTS_GPU = 2**25
+"""The same on a GPU, 128 MiB."""
 
 
 @dataclass(frozen=True)
 class FoldedSinks:
-    """The attention that a kernel without sinks becomes by folding the sinks into its
-    log-sum-exp.
-    """
+    """The `Attention` that a kernel becomes when the sinks are folded into its log-sum-exp."""
 
     kernel: Kernel
 
-    def __call__(
-        self,
-        q_HTD: Tensor,
-        k_KTD: Tensor,
-        v_KTD: Tensor,
-        sinks_H: Tensor,
-        rows: PackedRows,
-        window: int | None,
-        scale: float,
-    ) -> Tensor:
-        """Attend, as `Attention` says."""
-        out_HTD = SinkAttention.apply(
-            q_HTD, k_KTD, v_KTD, sinks_H, self.kernel, rows, window, scale
-        )  # type: ignore[no-untyped-call]
-        return cast(Tensor, out_HTD)
+    def __call__(self, inputs: AttentionInputs) -> torch.Tensor:
+        """Attend; see `cpt.model.attention.interface.Attention`."""
+        out_HTD = SinkAttention.apply(self.kernel, *inputs)  # type: ignore[no-untyped-call]
+        return cast(torch.Tensor, out_HTD)
 
 
 class SinkAttention(torch.autograd.Function):
-    """apply(q_HTD, k_KTD, v_KTD, sinks_H, kernel, rows, window, scale) -> out_HTD."""
+    """apply(kernel, *inputs) -> out_HTD, with the fields of `AttentionInputs` one by one."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q_HTD: Tensor,
-        k_KTD: Tensor,
-        v_KTD: Tensor,
-        sinks_H: Tensor,
-        kernel: Kernel,
-        rows: PackedRows,
-        window: int | None,
-        scale: float,
-    ) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, *fields: Any) -> torch.Tensor:
         """Run the kernel and fold the sinks into what it returned."""
-        q_HTD, k_KTD, v_KTD = (_with_dense_heads(x) for x in (q_HTD, k_KTD, v_KTD))
-        out_HTD, lse_HT, extra = kernel.forward(q_HTD, k_KTD, v_KTD, rows, window, scale)
+        inputs = AttentionInputs(*fields)
+        inputs = inputs._replace(
+            q_HTD=_with_dense_heads(inputs.q_HTD),
+            k_KTD=_with_dense_heads(inputs.k_KTD),
+            v_KTD=_with_dense_heads(inputs.v_KTD),
+        )
+        out_HTD, lse_HT, extra = kernel.forward(inputs)
         # FlashAttention 2 on CUDA reports +inf for a query without keys: such a query sees the sink
         # alone.
         lse_HT.masked_fill_(lse_HT == torch.inf, -torch.inf)
-        folded_HT = torch.logaddexp(lse_HT, sinks_H.to(lse_HT.dtype).unsqueeze(1))
+        folded_HT = torch.logaddexp(lse_HT, inputs.sinks_H.to(lse_HT.dtype).unsqueeze(1))
         out_HTD.mul_((lse_HT - folded_HT).exp_().unsqueeze(2))
-        ctx.save_for_backward(q_HTD, k_KTD, v_KTD, sinks_H, out_HTD, folded_HT, *extra)
-        ctx.kernel, ctx.rows, ctx.window, ctx.scale = kernel, rows, window, scale
+        ctx.save_for_backward(*inputs[:4], out_HTD, folded_HT, *extra)
+        ctx.kernel = kernel
+        ctx.rows = inputs.rows
+        ctx.window = inputs.window
+        ctx.scale = inputs.scale
         return out_HTD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out_HTD: Tensor) -> tuple[Tensor | None, ...]:
-        """Run the kernel's backward on the folded output and log-sum-exp, and sum up the sinks'
-        gradient.
-        """
+    def backward(ctx: Any, d_out_HTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Run the kernel's backward on the folded results, and sum up the sinks' gradient."""
         q_HTD, k_KTD, v_KTD, sinks_H, out_HTD, folded_HT, *extra = ctx.saved_tensors
+        inputs = AttentionInputs(q_HTD, k_KTD, v_KTD, sinks_H, ctx.rows, ctx.window, ctx.scale)
         d_out_HTD = _with_dense_heads(d_out_HTD)
         dq_HTD, dk_KTD, dv_KTD = ctx.kernel.backward(
-            d_out_HTD,
-            q_HTD,
-            k_KTD,
-            v_KTD,
-            out_HTD,
-            folded_HT,
-            tuple(extra),
-            ctx.rows,
-            ctx.window,
-            ctx.scale,
+            inputs, d_out_HTD, out_HTD, folded_HT, tuple(extra)
         )
         d_sinks_H = None
-        if ctx.needs_input_grad[3]:
+        _, _, _, _, need_sinks, *_ = ctx.needs_input_grad
+        if need_sinks:
             d_sinks_H = _gradient_of_sinks(d_out_HTD, out_HTD, folded_HT, sinks_H)
-        return dq_HTD, dk_KTD, dv_KTD, d_sinks_H, None, None, None, None
+        return None, dq_HTD, dk_KTD, dv_KTD, d_sinks_H, None, None, None
 
 
 def _gradient_of_sinks(
-    d_out_HTD: Tensor, out_HTD: Tensor, folded_HT: Tensor, sinks_H: Tensor
-) -> Tensor:
-    """Return dsink_h = - sum_i exp(sink_h - lse'_hi) delta_hi, summed in pieces to keep no (H, T,
-    D) of products.
+    d_out_HTD: torch.Tensor, out_HTD: torch.Tensor, folded_HT: torch.Tensor, sinks_H: torch.Tensor
+) -> torch.Tensor:
+    """Return dsink_h = - sum_i exp(sink_h - lse'_hi) delta_hi.
+
+    The sum is taken in pieces, so that no (H, T, D) tensor of products is held.
     """
     probability_HT = (sinks_H.to(folded_HT.dtype).unsqueeze(1) - folded_HT).exp_()
-    elements = PIECE_ELEMENTS["cpu" if out_HTD.is_cpu else "gpu"]
+    elements = PIECE_ELEMENTS_CPU if out_HTD.is_cpu else PIECE_ELEMENTS_GPU
     piece_tokens = max(1, elements // (out_HTD.shape[0] * out_HTD.shape[2]))
     total_H = torch.zeros_like(folded_HT[:, 0])
     for d_out, out, probability in zip(
@@ -203,8 +113,11 @@ def _gradient_of_sinks(
     return total_H.to(sinks_H.dtype)
 
 
-def _with_dense_heads(x_HTD: Tensor) -> Tensor:
-    """Give the last dimension stride 1: torch's CPU flash op (2.13) reads anything else wrongly,
-    without an error.
+def _with_dense_heads(x_HTD: torch.Tensor) -> torch.Tensor:
+    """Give the last dimension stride 1.
+
+    torch's flash operator for the CPU (2.13) reads any other stride wrongly, without an error.
     """
-    return x_HTD if x_HTD.stride(2) == 1 else x_HTD.contiguous()
+    if x_HTD.stride(2) == 1:
+        return x_HTD
+    return x_HTD.contiguous()

@@ -4,6 +4,8 @@ Facts are read once per device and passed on as a value, so that a refusal can b
 machine it is for.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib.metadata
 from collections.abc import Mapping
@@ -32,7 +34,7 @@ class Machine:
     """Installed version of each of PACKAGES that is installed."""
 
     @classmethod
-    def of(cls, device: torch.device) -> "Machine":
+    def of(cls, device: torch.device) -> Machine:
         """Read the facts that hold for tensors on `device`."""
         return _machine_of(device if device.type == "cuda" else None)
 

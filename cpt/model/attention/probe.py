@@ -13,15 +13,17 @@ exchange of this very run:
 
 The row is cut into documents short enough that the yardstick is cheap; it costs less than a second.
 
-Shape suffixes: B rows (one), S tokens of this rank, T tokens of the row, H query heads, K key/value
+Shape letters: B rows (one), S tokens of this rank, T tokens of the row, H query heads, K key/value
 heads, D head size, L tokens of a document.
 """
+
+from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cpt.errors import ConfigError
 from cpt.model.attention import Attention, PackedRows, SequenceParallel, sink_attention
@@ -119,11 +121,11 @@ class ProbeReport:
 class _Problem:
     """Inputs of one case in float64, on the device, rounded to the dtype of the run."""
 
-    q_HTD: Tensor
-    k_KTD: Tensor
-    v_KTD: Tensor
-    sinks_H: Tensor
-    d_out_HTD: Tensor
+    q_HTD: torch.Tensor
+    k_KTD: torch.Tensor
+    v_KTD: torch.Tensor
+    sinks_H: torch.Tensor
+    d_out_HTD: torch.Tensor
 
 
 def run_probe(
@@ -244,7 +246,7 @@ def _probe_rows(shape: Shape) -> PackedRows:
 def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, *, large: bool) -> _Problem:
     generator = torch.Generator().manual_seed(0)
 
-    def normal(heads: int, factor: float = 1.0) -> Tensor:
+    def normal(heads: int, factor: float = 1.0) -> torch.Tensor:
         drawn = torch.randn(heads, shape.seq_len, shape.head_dim, generator=generator) * factor
         return drawn.to(dtype).to(device).double()
 
@@ -260,7 +262,7 @@ def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, *, large: bool
     )
 
 
-def _definition(problem: _Problem, rows: PackedRows, window: int | None) -> list[Tensor]:
+def _definition(problem: _Problem, rows: PackedRows, window: int | None) -> list[torch.Tensor]:
     """Return out, dq, dk, dv, and the gradient of the sinks token by token, (H, T), by softmax and
     autograd.
     """
@@ -286,7 +288,9 @@ def _definition(problem: _Problem, rows: PackedRows, window: int | None) -> list
     return [out_HTD.detach(), *torch.autograd.grad(out_HTD, leaves, problem.d_out_HTD)]
 
 
-def _part(want: list[Tensor], tokens: range, sink_tokens: range, sink_heads: range) -> list[Tensor]:
+def _part(
+    want: list[torch.Tensor], tokens: range, sink_tokens: range, sink_heads: range
+) -> list[torch.Tensor]:
     """Return what one rank has of the results: its tokens, and its terms of the sinks' gradient,
     (H, T).
     """
@@ -317,7 +321,7 @@ def _parts_of_rank(
 
 
 def _compare(
-    case: str, got: list[Tensor | None], want: list[Tensor], dtype: torch.dtype
+    case: str, got: list[torch.Tensor | None], want: list[torch.Tensor], dtype: torch.dtype
 ) -> list[Finding]:
     """Return relative l2 errors; the sinks' gradient, whose terms may cancel, is measured against
     the terms.
@@ -341,7 +345,7 @@ def _solve(
     dtype: torch.dtype,
     sequence_parallel: SequenceParallel | None,
     tokens: range,
-) -> list[Tensor | None]:
+) -> list[torch.Tensor | None]:
     """Return what this rank gets from the attention function that the model calls, as (heads,
     tokens, D).
     """

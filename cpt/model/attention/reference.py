@@ -7,50 +7,50 @@ a few queries meet many keys. Memory grows with the square of the row.
 Source of the maths: `eager_attention_forward` in transformers' modeling_gpt_oss.py. In contrast to
 it the softmax is taken in float32 at least, and documents are kept apart.
 
-Shape suffixes: B rows, S queries of a row, U keys of a row, T tokens of all rows (flattened), H
+Shape letters: B rows, S queries of a row, U keys of a row, T tokens of all rows (flattened), H
 query heads, K key/value heads, G query heads per key/value head, D head size.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
+import torch
+
+from cpt.model.attention.interface import AttentionInputs
 from cpt.model.attention.rows import PackedRows
 
 
-def reference_attention(
-    q_HTD: Tensor,
-    k_KTD: Tensor,
-    v_KTD: Tensor,
-    sinks_H: Tensor,
-    rows: PackedRows,
-    window: int | None,
-    scale: float,
-) -> Tensor:
-    """Attend within the documents of packed rows, as `cpt.model.attention.function.Attention`
-    says.
-    """
-    sizes = (rows.batch_size, rows.seq_len)
-    q_BHSD, k_BKSD, v_BKSD = (
-        torch.unflatten(x, 1, sizes).transpose(0, 1) for x in (q_HTD, k_KTD, v_KTD)
+def reference_attention(inputs: AttentionInputs) -> torch.Tensor:
+    """Attend within the documents of packed rows; an `Attention` of the table of backends."""
+    rows = inputs.rows
+    device = inputs.q_HTD.device
+    document_BS = rows.document_ids(device).view(rows.batch_size, rows.seq_len)
+    same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
+    distance_SS = _distance(rows.seq_len, rows.seq_len, device)
+    out_BHSD = explicit_attention(
+        _in_rows(inputs.q_HTD, rows),
+        _in_rows(inputs.k_KTD, rows),
+        _in_rows(inputs.v_KTD, rows),
+        inputs.sinks_H,
+        _in_window(distance_SS, inputs.window) & same_BSS,
+        inputs.scale,
     )
-    document_BS = rows.document_ids(q_HTD.device).view(sizes)
-    distance_SS = _distance(rows.seq_len, rows.seq_len, q_HTD.device)
-    allowed_BSS = _in_window(distance_SS, window) & (
-        document_BS[:, :, None] == document_BS[:, None, :]
-    )
-    out_BHSD = explicit_attention(q_BHSD, k_BKSD, v_BKSD, sinks_H, allowed_BSS, scale)
     return out_BHSD.transpose(0, 1).flatten(1, 2)
 
 
+def _in_rows(x_HTD: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+    """Return (B, H, S, D)."""
+    return torch.unflatten(x_HTD, 1, (rows.batch_size, rows.seq_len)).transpose(0, 1)
+
+
 def cached_attention(
-    q_BHSD: Tensor,
-    k_BKUD: Tensor,
-    v_BKUD: Tensor,
-    sinks_H: Tensor,
-    position_ids_BS: Tensor | None,
+    q_BHSD: torch.Tensor,
+    k_BKUD: torch.Tensor,
+    v_BKUD: torch.Tensor,
+    sinks_H: torch.Tensor,
+    position_ids_BS: torch.Tensor | None,
     window: int | None,
     scale: float,
-) -> Tensor:
+) -> torch.Tensor:
     """Attend from the last S tokens of a row to the last U keys that a cache has kept of it.
 
     Args:
@@ -72,13 +72,13 @@ def cached_attention(
 
 
 def explicit_attention(
-    q_BHSD: Tensor,
-    k_BKUD: Tensor,
-    v_BKUD: Tensor,
-    sinks_H: Tensor,
-    allowed_BSU: Tensor,
+    q_BHSD: torch.Tensor,
+    k_BKUD: torch.Tensor,
+    v_BKUD: torch.Tensor,
+    sinks_H: torch.Tensor,
+    allowed_BSU: torch.Tensor,
     scale: float,
-) -> Tensor:
+) -> torch.Tensor:
     """Return softmax([scale q k^T, sink]) v without the sink's column, shape (B, H, S, D), in the
     dtype of q.
 
@@ -102,14 +102,14 @@ def explicit_attention(
     return out_BKGSD.flatten(1, 2).to(q_BHSD.dtype)
 
 
-def _distance(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """Return how many tokens key j lies before query i, (S, U), when both end with the same
-    token.
-    """
+def _distance(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """Return how many tokens key j lies before query i, (S, U); both end with the same token."""
     query = torch.arange(num_keys - num_queries, num_keys, device=device)
     return query[:, None] - torch.arange(num_keys, device=device)
 
 
-def _in_window(distance: Tensor, window: int | None) -> Tensor:
+def _in_window(distance: torch.Tensor, window: int | None) -> torch.Tensor:
     causal = distance >= 0
-    return causal if window is None else causal & (distance < window)
+    if window is None:
+        return causal
+    return causal & (distance < window)

@@ -7,8 +7,10 @@ Decisions
     Whatever a kernel computes from the description alone (masks, offsets on a device) is kept here
     and lives as long as the batch: it is computed by the first layer and read by the others.
 
-Shape suffixes: B rows, T tokens of a row, N = B * T tokens of the micro batch.
+Shape letters: B rows, T tokens of a row, N = B * T tokens of the micro batch.
 """
+
+from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Sequence
@@ -16,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
 
 Derived = TypeVar("Derived")
 
@@ -64,7 +65,7 @@ class PackedRows:
             )
 
     @classmethod
-    def from_position_ids(cls, position_ids_BT: Tensor) -> "PackedRows":
+    def from_position_ids(cls, position_ids_BT: torch.Tensor) -> PackedRows:
         """Start a document at every row start and wherever a position is not its predecessor plus
         one.
 
@@ -81,7 +82,7 @@ class PackedRows:
         return cls(batch_size=batch_size, seq_len=seq_len, bounds=(*starts, batch_size * seq_len))
 
     @classmethod
-    def from_bounds(cls, bounds_per_row: Sequence[Sequence[int]], seq_len: int) -> "PackedRows":
+    def from_bounds(cls, bounds_per_row: Sequence[Sequence[int]], seq_len: int) -> PackedRows:
         """Take for each row the offsets of its documents within the row, from 0 to `seq_len`, both
         included.
         """
@@ -112,10 +113,10 @@ class PackedRows:
         """Tokens of the longest document."""
         return max(end - start for start, end in itertools.pairwise(self.bounds))
 
-    def document_ids(self, device: torch.device) -> Tensor:
+    def document_ids(self, device: torch.device) -> torch.Tensor:
         """Return the number of the document of each token, shape (N,), counted over all rows."""
 
-        def build() -> Tensor:
+        def build() -> torch.Tensor:
             lengths = torch.tensor(self.bounds).diff()
             return torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
 

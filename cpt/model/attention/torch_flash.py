@@ -11,16 +11,17 @@ Decisions
 
 Source of the signatures: aten/src/ATen/native/native_functions.yaml of torch 2.13.
 
-Shape suffixes: T tokens of all rows (flattened), H query heads, K key/value heads, D head size.
+Shape letters: T tokens of all rows (flattened), H query heads, K key/value heads, D head size.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from cpt.model.attention.interface import AttentionInputs
 from cpt.model.attention.machine import Machine
-from cpt.model.attention.rows import PackedRows
 from cpt.model.attention.varlen import (
     Documents,
     checked_lse,
@@ -36,24 +37,18 @@ RETURN_DEBUG_MASK = False
 
 @dataclass(frozen=True, slots=True)
 class TorchFlashKernel:
-    """The `cpt.model.attention.function.Kernel` inside torch, for GPUs from SM80 on."""
+    """The `cpt.model.attention.interface.Kernel` inside torch, for GPUs from SM80 on."""
 
     def forward(
-        self,
-        q_HTD: Tensor,
-        k_KTD: Tensor,
-        v_KTD: Tensor,
-        rows: PackedRows,
-        window: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Return out, lse, and the state of the random numbers, which the backward takes although
-        it draws none.
-        """
-        documents = Documents.of(rows, q_HTD.device)
+        self, inputs: AttentionInputs
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return out, lse, and a state of random numbers that the backward takes but never uses."""
+        documents = Documents.of(inputs)
         longest = documents.longest_tokens
         out_THD, lse_HT, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
-            *map(tokens_first, (q_HTD, k_KTD, v_KTD)),
+            tokens_first(inputs.q_HTD),
+            tokens_first(inputs.k_KTD),
+            tokens_first(inputs.v_KTD),
             documents.offsets,
             documents.offsets,
             longest,
@@ -61,35 +56,31 @@ class TorchFlashKernel:
             DROPOUT,
             IS_CAUSAL,
             RETURN_DEBUG_MASK,
-            scale=scale,
-            window_size_left=keys_to_the_left(window),
+            scale=inputs.scale,
+            window_size_left=keys_to_the_left(inputs.window),
             window_size_right=0,
         )
-        return (
-            tokens_first(out_THD),
-            checked_lse(lse_HT, q_HTD, f"torch {torch.__version__}"),
-            (rng_state, unused),
-        )
+        lse_HT = checked_lse(lse_HT, inputs.q_HTD, f"torch {torch.__version__}")
+        return tokens_first(out_THD), lse_HT, (rng_state, unused)
 
     def backward(
         self,
-        d_out_HTD: Tensor,
-        q_HTD: Tensor,
-        k_KTD: Tensor,
-        v_KTD: Tensor,
-        out_HTD: Tensor,
-        lse_HT: Tensor,
-        extra: tuple[Tensor, ...],
-        rows: PackedRows,
-        window: int | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs: AttentionInputs,
+        d_out_HTD: torch.Tensor,
+        out_HTD: torch.Tensor,
+        lse_HT: torch.Tensor,
+        extra: tuple[torch.Tensor, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return dq, dk and dv."""
-        documents = Documents.of(rows, q_HTD.device)
+        documents = Documents.of(inputs)
         longest = documents.longest_tokens
         rng_state, unused = extra
-        gradients = torch.ops.aten._flash_attention_backward(
-            *map(tokens_first, (d_out_HTD, q_HTD, k_KTD, v_KTD, out_HTD)),
+        dq_THD, dk_TKD, dv_TKD = torch.ops.aten._flash_attention_backward(
+            tokens_first(d_out_HTD),
+            tokens_first(inputs.q_HTD),
+            tokens_first(inputs.k_KTD),
+            tokens_first(inputs.v_KTD),
+            tokens_first(out_HTD),
             lse_HT.contiguous(),
             documents.offsets,
             documents.offsets,
@@ -99,12 +90,11 @@ class TorchFlashKernel:
             IS_CAUSAL,
             rng_state,
             unused,
-            scale=scale,
-            window_size_left=keys_to_the_left(window),
+            scale=inputs.scale,
+            window_size_left=keys_to_the_left(inputs.window),
             window_size_right=0,
         )
-        dq_HTD, dk_KTD, dv_KTD = map(tokens_first, gradients)
-        return dq_HTD, dk_KTD, dv_KTD
+        return tokens_first(dq_THD), tokens_first(dk_TKD), tokens_first(dv_TKD)
 
 
 def problems(machine: Machine, dtype: torch.dtype, head_dim: int) -> list[str]:

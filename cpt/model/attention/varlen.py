@@ -5,16 +5,17 @@ They take tokens first, (tokens, heads, head size), and documents as offsets. A 
 keys to the left of the query, the query not included: a window of 128 keys is (127, 0), and full
 causal attention is (-1, 0).
 
-Shape suffixes: T tokens of all rows (flattened), H heads, D head size.
+Shape letters: T tokens of all rows (flattened), H heads, D head size.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from cpt.model.attention.interface import AttentionInputs
 from cpt.model.attention.machine import Machine
-from cpt.model.attention.rows import PackedRows
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
@@ -24,20 +25,20 @@ LARGEST_HEAD_DIM = 256
 class Documents:
     """The documents of packed rows as the kernels want them."""
 
-    offsets: Tensor
+    offsets: torch.Tensor
     """Start of each document, then the number of tokens; int32, on the device."""
     longest_tokens: int
     """Tokens of the longest document."""
 
     @classmethod
-    def of(cls, rows: PackedRows, device: torch.device) -> "Documents":
-        """Take them from `rows`, where the first layer of a batch leaves them for the others."""
+    def of(cls, inputs: AttentionInputs) -> Documents:
+        """Take them from the rows, where the first layer of a batch leaves them for the others."""
+        rows = inputs.rows
+        device = inputs.q_HTD.device
 
         def build() -> Documents:
-            return cls(
-                torch.tensor(rows.bounds, dtype=torch.int32).to(device),
-                rows.longest_document_tokens,
-            )
+            offsets = torch.tensor(rows.bounds, dtype=torch.int32).to(device)
+            return cls(offsets, rows.longest_document_tokens)
 
         return rows.derive(("documents", device), build)
 
@@ -47,12 +48,12 @@ def keys_to_the_left(window: int | None) -> int:
     return -1 if window is None else window - 1
 
 
-def tokens_first(x_HTD: Tensor) -> Tensor:
+def tokens_first(x_HTD: torch.Tensor) -> torch.Tensor:
     """Return (T, H, D), a view."""
     return x_HTD.transpose(0, 1)
 
 
-def checked_lse(lse: Tensor, q_HTD: Tensor, source: str) -> Tensor:
+def checked_lse(lse: torch.Tensor, q_HTD: torch.Tensor, source: str) -> torch.Tensor:
     """Return `lse` if it is (H, T) in float32 (in float64 for float64).
 
     Releases before flash-attn 2.6 and torch 2.5 return (documents, H, longest document) instead.

@@ -5,7 +5,7 @@ A stand-in reads what the real kernel reads (tokens first, int32 offsets, keys t
 the right) and checks what the real kernel checks. It computes the backward from the output and
 log-sum-exp that it is handed, as the real kernels do, and returns what they return.
 
-Shape suffixes: T tokens of all rows (flattened), H query heads, K key/value heads, D head size, L
+Shape letters: T tokens of all rows (flattened), H query heads, K key/value heads, D head size, L
 tokens of a document.
 """
 

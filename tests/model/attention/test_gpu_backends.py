@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpt.model.attention import Attention, FoldedSinks, PackedRows
+from cpt.model.attention import Attention, AttentionInputs, FoldedSinks, PackedRows
 from cpt.model.attention.choice import BACKENDS
 from cpt.model.attention.flash_attn_2 import FlashAttn2Kernel
 from cpt.model.attention.flash_attn_4 import FlashAttn4
@@ -137,7 +137,7 @@ def test_gradient_of_the_sinks_has_their_dtype(backend: Backend, sink_dtype: tor
     problem = Problem.draw(rows.num_tokens, (4, 2, 16))
     sinks_H = torch.tensor([-1.0, 0.5, 1.5, 3.0], dtype=sink_dtype).requires_grad_()
     q, k, v = (x.bfloat16() for x in (problem.q_HTD, problem.k_KTD, problem.v_KTD))
-    out = backend.attention(q, k, v, sinks_H, rows, 32, 0.25)
+    out = backend.attention(AttentionInputs(q, k, v, sinks_H, rows, 32, 0.25))
     (gradient,) = torch.autograd.grad(out, sinks_H, problem.d_out_HTD.bfloat16())
     assert gradient.dtype == sink_dtype and out.dtype == torch.bfloat16
 
@@ -208,17 +208,12 @@ def test_torch_takes_the_blocks_of_flex() -> None:
 
     rows = ROWS["packed"]
     problem = Problem.draw(rows.num_tokens, (4, 2, 16), sinks=(-2, 4))
-    arguments = (
-        problem.q_HTD.float(),
-        problem.k_KTD.float(),
-        problem.v_KTD.float(),
-        problem.sinks_H,
-        rows,
-        32,
-        0.25,
+    exact = problem.inputs(rows, 32)
+    rounded = exact._replace(
+        q_HTD=exact.q_HTD.float(), k_KTD=exact.k_KTD.float(), v_KTD=exact.v_KTD.float()
     )
-    got = Flex(lambda: flex_attention)(*arguments)
-    want = definition(problem.q_HTD, problem.k_KTD, problem.v_KTD, *arguments[3:])
+    got = Flex(lambda: flex_attention)(rounded)
+    want = definition(exact)
     assert (got - want).norm() <= 2e-6 * want.norm()
 
 
@@ -240,10 +235,10 @@ def test_on_a_gpu_every_usable_backend_agrees_with_float64(
         pytest.skip(reason)
     problem = Problem.draw(rows.num_tokens, (16, 2, 64), sinks=(-3, 9))
 
-    def on_gpu(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, *others: Any) -> Tensor:
-        return line.attention(
-            q.to(device), k.to(device), v.to(device), sinks.to(device), *others
-        ).cpu()
+    def on_gpu(inputs: AttentionInputs) -> Tensor:
+        q, k, v, sinks, *others = inputs
+        moved = (x.to(device) for x in (q, k, v, sinks))
+        return line.attention(AttentionInputs(*moved, *others)).cpu()
 
     # In float32 flex_attention may round its factors to tf32.
     limit = LIMITS[torch.bfloat16] if dtype == torch.bfloat16 else 1e-3

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from cpt.errors import ConfigError
-from cpt.model.attention import Attention, FoldedSinks, PackedRows, choose, reference_attention
+from cpt.model.attention import (
+    Attention,
+    AttentionInputs,
+    FoldedSinks,
+    PackedRows,
+    choose,
+    reference_attention,
+)
 from cpt.model.attention.cpu import CpuKernel
 from cpt.model.attention.probe import run_probe
 
@@ -35,47 +42,39 @@ def test_cpu_backend_passes(dtype: torch.dtype, heads: tuple[int, int, int, int]
 class Spoiled:
     """The right attention with one thing changed."""
 
-    change: Callable[..., Tensor]
+    change: Callable[[AttentionInputs], Tensor]
 
-    def __call__(self, *arguments: Any) -> Tensor:
-        return self.change(*arguments)
-
-
-def right(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor,
-    rows: PackedRows,
-    window: int | None,
-    scale: float,
-) -> Tensor:
-    return FoldedSinks(CpuKernel())(q, k, v, sinks, rows, window, scale)
+    def __call__(self, inputs: AttentionInputs) -> Tensor:
+        return self.change(inputs)
 
 
-def window_of_129_keys(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
-    return right(q, k, v, sinks, rows, window + 1 if window else None, scale)
+right = FoldedSinks(CpuKernel())
 
 
-def sinks_dropped(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
-    return right(q, k, v, sinks * 0 - 1e4, rows, window, scale)
+def window_of_129_keys(inputs: AttentionInputs) -> Tensor:
+    wider = None if inputs.window is None else inputs.window + 1
+    return right(inputs._replace(window=wider))
 
 
-def sinks_frozen(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
-    return right(q, k, v, sinks.detach(), rows, window, scale)
+def sinks_dropped(inputs: AttentionInputs) -> Tensor:
+    return right(inputs._replace(sinks_H=inputs.sinks_H * 0 - 1e4))
 
 
-def sinks_scaled(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
-    return right(q, k, v, sinks * scale, rows, window, scale)
+def sinks_frozen(inputs: AttentionInputs) -> Tensor:
+    return right(inputs._replace(sinks_H=inputs.sinks_H.detach()))
 
 
-def documents_not_isolated(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
-    whole = PackedRows.from_bounds([[0, rows.seq_len]], rows.seq_len)
-    return right(q, k, v, sinks, whole, window, scale)
+def sinks_scaled(inputs: AttentionInputs) -> Tensor:
+    return right(inputs._replace(sinks_H=inputs.sinks_H * inputs.scale))
 
 
-def window_lost(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
-    return right(q, k, v, sinks, rows, None, scale)
+def documents_not_isolated(inputs: AttentionInputs) -> Tensor:
+    seq_len = inputs.rows.seq_len
+    return right(inputs._replace(rows=PackedRows.from_bounds([[0, seq_len]], seq_len)))
+
+
+def window_lost(inputs: AttentionInputs) -> Tensor:
+    return right(inputs._replace(window=None))
 
 
 class _KeepsValue(torch.autograd.Function):
@@ -92,9 +91,10 @@ class _KeepsValue(torch.autograd.Function):
         return None, grads[0]
 
 
-def lse_gradient_dropped(q, k, v, sinks, rows, window, scale):  # type: ignore[no-untyped-def]
-    value = right(q, k, v, sinks, rows, window, scale)
-    plain = reference_attention(q, k, v, sinks.detach() * 0 - 1e4, rows, window, scale)
+def lse_gradient_dropped(inputs: AttentionInputs) -> Tensor:
+    sinks = inputs.sinks_H
+    value = right(inputs)
+    plain = reference_attention(inputs._replace(sinks_H=sinks.detach() * 0 - 1e4))
     with torch.no_grad():
         factor = (value.float() * plain.float()).sum(-1, keepdim=True) / plain.float().square().sum(
             -1, keepdim=True
@@ -106,13 +106,13 @@ def lse_gradient_dropped(q, k, v, sinks, rows, window, scale):  # type: ignore[n
 class _RoundedLse(CpuKernel):
     """Keeps its log-sum-exp in bf16, as Hugging Face's flex path does."""
 
-    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        out, lse, extra = super().forward(*arguments)
+    def forward(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        out, lse, extra = super().forward(inputs)
         return out, lse.bfloat16().to(lse.dtype), extra
 
 
-def lse_in_bf16(*arguments: Any) -> Tensor:
-    return FoldedSinks(_RoundedLse())(*arguments)
+def lse_in_bf16(inputs: AttentionInputs) -> Tensor:
+    return FoldedSinks(_RoundedLse())(inputs)
 
 
 SILENT_ERRORS = [
@@ -128,14 +128,16 @@ SILENT_ERRORS = [
 
 
 @pytest.mark.parametrize("change", SILENT_ERRORS, ids=lambda change: change.__name__)
-def test_silent_error_is_refused_with_its_figures(change: Callable[..., Tensor]) -> None:
+def test_silent_error_is_refused_with_its_figures(
+    change: Callable[[AttentionInputs], Tensor],
+) -> None:
     with pytest.raises(ConfigError, match="attention is wrong on cpu") as refused:
         probe(Spoiled(change))
     assert "!" in str(refused.value) and "dsink" in str(refused.value)
 
 
 def test_attention_that_cannot_run_is_refused_with_its_reason() -> None:
-    def broken(*arguments: Any) -> Tensor:
+    def broken(inputs: AttentionInputs) -> Tensor:
         raise RuntimeError("no such kernel")
 
     with pytest.raises(ConfigError, match=r"does not run on cpu.*no such kernel"):

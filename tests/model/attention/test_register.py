@@ -1,6 +1,6 @@
 """`register()` on plain Hugging Face gpt-oss models: training on packed rows, generation, refusals.
 
-Shape suffixes: B rows, S tokens of a row, H query heads, K key/value heads, D head size.
+Shape letters: B rows, S tokens of a row, H query heads, K key/value heads, D head size.
 """
 
 from collections.abc import Callable, Iterator

@@ -2,7 +2,7 @@
 
 The yardstick is a dense softmax in float64.
 
-Shape suffixes: T tokens of all rows (flattened), H query heads, K key/value heads, D head size.
+Shape letters: T tokens of all rows (flattened), H query heads, K key/value heads, D head size.
 """
 
 import functools
@@ -16,7 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpt.model.attention import Attention, FoldedSinks, PackedRows, choose, reference_attention
+from cpt.model.attention import (
+    Attention,
+    AttentionInputs,
+    FoldedSinks,
+    PackedRows,
+    choose,
+    reference_attention,
+)
 from cpt.model.attention.cpu import CpuKernel
 from tests.model.attention.yardstick import (
     LIMITS,
@@ -135,16 +142,15 @@ def test_gradients_are_those_of_finite_differences(attention: Attention) -> None
     ]
     for window in (None, 2):
         assert torch.autograd.gradcheck(
-            lambda q, k, v, s, window=window: attention(q, k, v, s, rows, window, 0.6), leaves
+            lambda *tensors, window=window: attention(AttentionInputs(*tensors, rows, window, 0.6)),
+            leaves,
         )
 
 
 def test_first_token_of_a_document_sees_itself_and_the_sink_alone(attention: Attention) -> None:
     rows = ROWS["packed"]
     problem = Problem.draw(rows.num_tokens, (4, 1, 64))
-    out_HTD = attention(
-        problem.q_HTD, problem.k_KTD, problem.v_KTD, problem.sinks_H, rows, 128, 0.125
-    )
+    out_HTD = attention(problem.inputs(rows, 128))
     for first in rows.bounds[:-1]:
         score_H = problem.q_HTD[:, first] @ problem.k_KTD[0, first] * 0.125
         want_HD = torch.sigmoid(score_H - problem.sinks_H)[:, None] * problem.v_KTD[0, first]
@@ -210,33 +216,25 @@ class _DropsLseGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, rows: PackedRows, scale: float
     ) -> tuple[Tensor, Tensor]:
-        out, lse, _ = CpuKernel().forward(q, k, v, rows, None, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, lse, _ = CpuKernel().forward(AttentionInputs(q, k, v, sinks, rows, None, scale))
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.rows, ctx.scale = rows, scale
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = CpuKernel().backward(
-            gradients[0], q, k, v, out, lse, (), ctx.rows, None, ctx.scale
-        )
-        return dq, dk, dv, None, None
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        inputs = AttentionInputs(q, k, v, sinks, ctx.rows, None, ctx.scale)
+        dq, dk, dv = CpuKernel().backward(inputs, gradients[0], out, lse, ())
+        return dq, dk, dv, None, None, None
 
 
-def _scaled_by_sigmoid(
-    q_HTD: Tensor,
-    k_KTD: Tensor,
-    v_KTD: Tensor,
-    sinks_H: Tensor,
-    rows: PackedRows,
-    window: int | None,
-    scale: float,
-) -> Tensor:
+def _scaled_by_sigmoid(inputs: AttentionInputs) -> Tensor:
+    q_HTD, k_KTD, v_KTD, sinks_H, rows, _, scale = inputs
     out_HTD: Tensor
-    out_HTD, lse_HT = _DropsLseGradient.apply(q_HTD, k_KTD, v_KTD, rows, scale)  # type: ignore[no-untyped-call]
+    out_HTD, lse_HT = _DropsLseGradient.apply(q_HTD, k_KTD, v_KTD, sinks_H, rows, scale)  # type: ignore[no-untyped-call]
     return out_HTD * torch.sigmoid(lse_HT - sinks_H[:, None])[..., None]
 
 
@@ -258,12 +256,13 @@ def test_sinks_are_read_as_they_are_and_their_gradient_has_their_dtype(
     problem = Problem.draw(rows.num_tokens, (4, 1, 64))
     sinks_H = torch.tensor([-1.0017, 0.3333, 1.7771, 3.1416], dtype=sink_dtype).requires_grad_()
     q, k, v = (x.bfloat16() for x in (problem.q_HTD, problem.k_KTD, problem.v_KTD))
-    lse_HT = CpuKernel().forward(q, k, v, rows, None, 0.125)[1]
+    inputs = AttentionInputs(q, k, v, sinks_H, rows, None, 0.125)
+    lse_HT = CpuKernel().forward(inputs)[1]
     assert lse_HT.dtype == torch.float32
-    out_HTD = CPU(q, k, v, sinks_H, rows, None, 0.125)
+    out_HTD = CPU(inputs)
     (gradient_H,) = torch.autograd.grad(out_HTD, sinks_H, problem.d_out_HTD.bfloat16())
     assert gradient_H.dtype == sink_dtype
-    plain_HTD = CpuKernel().forward(q, k, v, rows, None, 0.125)[0]
+    plain_HTD = CpuKernel().forward(inputs)[0]
     factor_HT = torch.sigmoid(lse_HT - sinks_H.detach().float()[:, None])
     # One multiplication in float32 and one rounding: equal but for rare ties.
     assert (out_HTD != (plain_HTD * factor_HT[..., None]).bfloat16()).float().mean() < 1e-3
@@ -278,7 +277,8 @@ class _WithoutKeys(CpuKernel):
         return out_HTD, lse_HT, (torch.arange(3),)
 
     def backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        assert torch.equal(arguments[6][0], torch.arange(3))
+        *_, extra = arguments
+        assert torch.equal(extra[0], torch.arange(3))
         return super().backward(*arguments)
 
 
@@ -298,7 +298,7 @@ def test_nan_in_a_key_is_not_hidden() -> None:
     rows = ROWS["shorter than a block"]
     problem = Problem.draw(rows.num_tokens, (4, 1, 64))
     problem.k_KTD[0, 70, 0] = torch.nan
-    out_HTD = CPU(problem.q_HTD, problem.k_KTD, problem.v_KTD, problem.sinks_H, rows, None, 0.125)
+    out_HTD = CPU(problem.inputs(rows, None))
     assert out_HTD[:, 70:].isnan().all()
     assert out_HTD[:, :70].isfinite().all()
 
@@ -350,7 +350,7 @@ def test_the_gradient_cannot_be_differentiated_by_mistake() -> None:
     rows = ROWS["shorter than a block"]
     problem = Problem.draw(rows.num_tokens, (4, 1, 16))
     q_HTD = problem.q_HTD.requires_grad_()
-    out_HTD = CPU(q_HTD, problem.k_KTD, problem.v_KTD, problem.sinks_H, rows, None, 0.25)
+    out_HTD = CPU(problem.inputs(rows, None)._replace(q_HTD=q_HTD))
     (gradient,) = torch.autograd.grad(out_HTD.square().sum(), q_HTD, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 The definition is written here anew with Hugging Face's formula, on inputs that bf16 can hold.
 
-Shape suffixes: T tokens of all rows (flattened), H query heads, K key/value heads, D head size.
+Shape letters: T tokens of all rows (flattened), H query heads, K key/value heads, D head size.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cpt.model.attention import Attention, PackedRows
+from cpt.model.attention import Attention, AttentionInputs, PackedRows
 
 NAMES = ("out", "dq", "dk", "dv", "dsink")
 
@@ -49,6 +49,17 @@ class Problem:
         k_KTD, v_KTD = (normal(num_kv_heads, num_tokens, size) for _ in range(2))
         return cls(q_HTD, k_KTD, v_KTD, torch.linspace(*sinks, num_heads).double(), d_out_HTD)
 
+    @property
+    def scale(self) -> float:
+        """Factor on q k^T."""
+        return self.q_HTD.shape[2] ** -0.5
+
+    def inputs(self, rows: PackedRows, window: int | None) -> AttentionInputs:
+        """Return what an attention is given, in float64."""
+        return AttentionInputs(
+            self.q_HTD, self.k_KTD, self.v_KTD, self.sinks_H, rows, window, self.scale
+        )
+
     def solve(
         self,
         attention: Attention,
@@ -65,21 +76,16 @@ class Problem:
         sinks = self.sinks_H.to(
             torch.promote_types(dtype, torch.float32), copy=True
         ).requires_grad_()
-        out = attention(q, k, v, sinks, rows, window, self.q_HTD.shape[2] ** -0.5)
+        inputs = AttentionInputs(q, k, v, sinks, rows, window, self.scale)
+        out = attention(inputs)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v, sinks), self.d_out_HTD.to(dtype))]
 
 
-def definition(
-    q_HTD: Tensor,
-    k_KTD: Tensor,
-    v_KTD: Tensor,
-    sinks_H: Tensor,
-    rows: PackedRows,
-    window: int | None,
-    scale: float,
-) -> Tensor:
+def definition(inputs: AttentionInputs) -> Tensor:
     """Dense attention after `eager_attention_forward` of transformers' modeling_gpt_oss.py."""
-    num_tokens, group = q_HTD.shape[1], q_HTD.shape[0] // k_KTD.shape[0]
+    q_HTD, k_KTD, v_KTD, sinks_H, rows, window, scale = inputs
+    num_tokens = q_HTD.shape[1]
+    group = q_HTD.shape[0] // k_KTD.shape[0]
     visible = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
     for start, end in itertools.pairwise(rows.bounds):
         visible[start:end, start:end] = True
