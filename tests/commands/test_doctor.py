@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from cpt.cli import main
-from cpt.commands import doctor_report
-from cpt.model.attention import known_names
+from cpt.commands import doctor_probe, doctor_report
+from cpt.model.attention import AttentionInputs, known_names, reference_attention
+from cpt.model.attention.choice import BACKENDS
 
 
 def test_every_backend_is_listed_as_usable_or_with_its_reason(
@@ -37,3 +41,47 @@ def test_environment_variables_are_not_shown(
         monkeypatch.setenv(name, "canary-93c1")
     main(["doctor"])
     assert "canary-93c1" not in "".join(capsys.readouterr())
+
+
+SMALL = ["--head_dim", "16", "--query_heads", "4", "--kv_heads", "2", "--window", "8"]
+
+
+def test_probe_prints_the_errors_of_every_usable_backend_and_dtype(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["doctor", "--probe", *SMALL]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("cpu", "reference"):
+        for dtype in ("float64", "float32", "bfloat16", "float16"):
+            start = lines.index(f"{name} on cpu in {dtype}")
+            assert lines[start + 1].split() == ["out", "dq", "dk", "dv", "dsink", "limit"]
+            errors = [line.split()[-6:] for line in lines[start + 2 : start + 6]]
+            assert all(float(x) <= float(row[5]) for row in errors for x in row[:5])
+
+
+def test_probe_names_a_backend_that_is_off_and_exits_70(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_sinks(inputs: AttentionInputs) -> torch.Tensor:
+        return reference_attention(inputs._replace(sinks_H=inputs.sinks_H * 0 - 1e4))
+
+    def broken(inputs: AttentionInputs) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    right = next(backend for backend in BACKENDS if backend.name == "reference")
+    wrong = replace(right, name="without_sinks", attention=without_sinks)
+    unable = replace(right, name="broken", attention=broken)
+    monkeypatch.setattr(doctor_probe, "BACKENDS", (wrong, unable, right))
+    assert main(["doctor", "--probe", *SMALL]) == 70
+    printed = capsys.readouterr()
+    assert "without_sinks on cpu in float32" in printed.err
+    assert "broken on cpu in float32" in printed.err and "reference" not in printed.err
+    assert "does not run: RuntimeError: no such kernel" in printed.out
+    assert "!" in printed.out.splitlines()[5] and "reference on cpu in float16" in printed.out
+
+
+def test_probe_refuses_sizes_that_are_no_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--probe", "--query_heads", "6", "--kv_heads", "4"]) == 78
+    assert "--kv_heads 4 does not divide --query_heads 6" in capsys.readouterr().err
+    assert main(["doctor", "--probe", "--window", "0"]) == 78
+    assert "--window is 0, must be >= 1" in capsys.readouterr().err

@@ -1,17 +1,19 @@
-"""The parity probe: before a run trains, its attention is compared with an explicit softmax in
-float64.
+"""The parity probe: an attention is compared with an explicit softmax in float64 before it trains.
 
 Errors of attention with sinks are silent: the loss looks right while dq and dk are 10 % off, or
-sinks never move. So each backend answers for itself, on the device, in the dtype and with the
-exchange of this very run:
+while the sinks never move. So each backend answers for itself, on the device, in the dtype and with
+the exchange of this very run:
 
     layers     full and window
-    row        documents across all ranks, a document of one token, a padding tail of documents of one token
-    sinks 3    near 3 and different in every head: finds wrong masks, lost or unsliced sinks, dropped gradients
+    row        documents across all ranks, a document of one token, a padding tail of documents of
+               one token
+    sinks 3    near 3 and different in every head: finds wrong masks, lost or unsliced sinks,
+               dropped gradients
     large      scores and sinks near 16: finds a log-sum-exp that is kept in bf16
     SP = n     the part of each rank, through the exchange, against the same yardstick
 
-The row is cut into documents short enough that the yardstick is cheap; it costs less than a second.
+The row is cut into documents short enough that the yardstick is cheap. A probe costs less than a
+second.
 
 Shape letters: B rows (one), S tokens of this rank, T tokens of the row, H query heads, K key/value
 heads, D head size, L tokens of a document.
@@ -26,7 +28,9 @@ import torch
 from torch import nn
 
 from cpt.errors import ConfigError
-from cpt.model.attention import Attention, PackedRows, SequenceParallel, sink_attention
+from cpt.model.attention.interface import Attention, AttentionInputs, SequenceParallel
+from cpt.model.attention.rows import PackedRows
+from cpt.model.attention.sink import sink_attention
 
 NAMES = ("out", "dq", "dk", "dv", "dsink")
 
@@ -42,9 +46,7 @@ LIMITS = {
 SINKS_NEAR_3 = (2.0, 4.0)
 LARGE_SINKS = (14.0, 18.0)
 LARGE_QUERIES = 6.0
-"""Factor on the queries that brings the log-sum-exp of large scores to 16 and more, where bf16 is
-0.06 off.
-"""
+"""Factor on the queries. It brings the log-sum-exp to 16 and more, where bf16 is 0.06 off."""
 
 FULL_LAYER = "full layer"
 WINDOW_LAYER = "window layer"
@@ -52,12 +54,12 @@ WINDOW_LAYER = "window layer"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """What the probe attends over."""
+    """The sizes of the row that the probe attends over."""
 
     num_query_heads: int
-    """Of all ranks together."""
+    """Query heads of all ranks together."""
     num_kv_heads: int
-    """Of all ranks together."""
+    """Key/value heads of all ranks together."""
     head_dim: int
     """Size of a head."""
     window: int
@@ -68,10 +70,10 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One result of one case."""
+    """The error of one result of one case."""
 
     case: str
-    """Layer, scores and exchange."""
+    """Layer, scores and exchange of the case."""
     result: str
     """One of NAMES."""
     error: float
@@ -84,10 +86,15 @@ class Finding:
         """Whether the error is within the limit; NaN is not."""
         return self.error <= self.limit
 
+    def shown(self) -> str:
+        """Return the error in 11 columns, with `!` if it is above the limit."""
+        mark = " " if self.passed else "!"
+        return f"{self.error:>10.1e}{mark}"
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
-    """All figures of a probe."""
+    """The errors of all results of a probe."""
 
     findings: tuple[Finding, ...]
 
@@ -102,30 +109,54 @@ class ProbeReport:
         return max(finding.error for finding in self.findings)
 
     def table(self) -> str:
-        """Return one line per case, with the relative l2 error of each result; `!` marks those
-        above the limit.
-        """
-        cases = list(dict.fromkeys(finding.case for finding in self.findings))
-        width = max(map(len, cases), default=0)
-        lines = [" " * width + "".join(f"{name:>11}" for name in NAMES) + f"{'limit':>11}"]
-        for case in cases:
-            own = [finding for finding in self.findings if finding.case == case]
-            shown = "".join(
-                f"{finding.error:>10.1e}{' ' if finding.passed else '!'}" for finding in own
-            )
-            lines.append(f"{case:<{width}}{shown}{own[0].limit:>11.1e}")
+        """Return a line per case with the relative l2 errors; `!` marks those above the limit."""
+        by_case: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            by_case.setdefault(finding.case, []).append(finding)
+        width = max(map(len, by_case), default=0)
+        heading = "".join(f"{name:>11}" for name in (*NAMES, "limit"))
+        lines = [" " * width + heading]
+        for case, findings in by_case.items():
+            errors = "".join(finding.shown() for finding in findings)
+            lines.append(f"{case:<{width}}{errors}{findings[0].limit:>11.1e}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """The attention under test, and where and how it runs."""
+
+    attention: Attention
+    """What the layers of the run call."""
+    device: torch.device
+    """Where they run."""
+    dtype: torch.dtype
+    """Type of queries, keys and values."""
+    sequence_parallel: SequenceParallel | None = None
+    """The exchange of the run, if it has one."""
+    sp_size: int = 1
+    """Ranks that share a row."""
+    sp_rank: int = 0
+    """This rank among them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """Inputs of one case in float64, on the device, rounded to the dtype of the run."""
+    """One case, rounded to the dtype of the run and held in float64 on its device."""
 
-    q_HTD: torch.Tensor
-    k_KTD: torch.Tensor
-    v_KTD: torch.Tensor
-    sinks_H: torch.Tensor
+    inputs: AttentionInputs
     d_out_HTD: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one rank computes of the whole row."""
+
+    tokens: slice
+    """Its tokens, for which it has out, dq, dk and dv."""
+    sink_tokens: slice
+    sink_heads: slice
+    """The tokens and heads that its gradient of the sinks sums over."""
 
 
 def run_probe(
@@ -141,10 +172,10 @@ def run_probe(
     sp_size: int = 1,
     sp_rank: int = 0,
 ) -> ProbeReport:
-    """Compare an attention with the definition and refuse it if it is off.
+    """Compare an attention with the definition, and refuse it if it is off.
 
     Under sequence parallelism all ranks of a group call this together. Each raises or returns by
-    itself and only after all exchanges are done: make the outcome common to all ranks
+    itself, and only after all exchanges are done: make the outcome common to all ranks
     (`cpt.parallel.agreement.together`).
 
     Args:
@@ -152,8 +183,8 @@ def run_probe(
         device: Where they run.
         dtype: Type of queries, keys and values.
         head_dim: Size of a head.
-        num_query_heads: Of the model.
-        num_kv_heads: Of the model.
+        num_query_heads: Query heads of the model.
+        num_kv_heads: Key/value heads of the model.
         window: Keys that a query of a window layer sees, itself included.
         sequence_parallel: The exchange of the run, if it has one.
         sp_size: Ranks that share a row.
@@ -163,30 +194,44 @@ def run_probe(
         ConfigError: A result is off by more than its limit, or the attention does not run. The
             message has all figures.
     """
+    setting = Setting(
+        attention=attention,
+        device=device,
+        dtype=dtype,
+        sequence_parallel=sequence_parallel,
+        sp_size=sp_size,
+        sp_rank=sp_rank,
+    )
     shape = probe_shape(num_query_heads, num_kv_heads, head_dim, window, sp_size)
     try:
-        report = measure(attention, shape, device, dtype, sequence_parallel, sp_size, sp_rank)
+        report = measure(setting, shape)
     except Exception as error:
         raise ConfigError(
             f"attention does not run on {device} in {dtype}: {type(error).__name__}: {error}. "
             "Choose another model.attention; `cpt doctor` lists what is usable here."
         ) from error
     if not report.passed:
-        raise ConfigError(
-            f"attention is wrong on {device} in {dtype} (rank {sp_rank} of {sp_size} in its sequence-parallel group). "
-            "Relative l2 errors against an explicit softmax in float64, `!` where above the limit:\n"
-            f"{report.table()}\n"
-            "Training with it would go wrong without a sign of it. Choose another model.attention; `cpt doctor` lists "
-            "what is usable here."
-        )
+        raise ConfigError(_refusal(setting, report))
     return report
+
+
+def _refusal(setting: Setting, report: ProbeReport) -> str:
+    return (
+        f"attention is wrong on {setting.device} in {setting.dtype} (rank {setting.sp_rank} of "
+        f"{setting.sp_size} in its sequence-parallel group). Relative l2 errors against an "
+        "explicit softmax in float64, `!` where above the limit:\n"
+        f"{report.table()}\n"
+        "Training with it would go wrong without a sign of it. Choose another model.attention; "
+        "`cpt doctor` lists what is usable here."
+    )
 
 
 def probe_shape(
     num_query_heads: int, num_kv_heads: int, head_dim: int, window: int, sp_size: int
 ) -> Shape:
-    """Return four windows, or as many as give each rank one; two groups of heads are enough for one
-    rank.
+    """Return a row of four windows, or of one window per rank if that is longer.
+
+    One rank alone needs no more than two groups of heads.
     """
     if sp_size == 1:
         group = num_query_heads // num_kv_heads
@@ -202,173 +247,161 @@ def probe_shape(
     )
 
 
-def measure(
-    attention: Attention,
-    shape: Shape,
-    device: torch.device,
-    dtype: torch.dtype,
-    sequence_parallel: SequenceParallel | None = None,
-    sp_size: int = 1,
-    sp_rank: int = 0,
-) -> ProbeReport:
+def measure(setting: Setting, shape: Shape) -> ProbeReport:
     """Return the errors of an attention, whatever they are."""
-    rows = _probe_rows(shape)
     findings: list[Finding] = []
     for layer, window in ((FULL_LAYER, None), (WINDOW_LAYER, shape.window)):
         for scores in ("sinks 3", "large"):
-            problem = _draw(shape, device, dtype, large=scores == "large")
-            want = _definition(problem, rows, window)
-            tokens = range(shape.seq_len)
-            got = _solve(attention, problem, rows, window, dtype, None, tokens)
-            findings += _compare(f"{layer}, {scores}", got, want, dtype)
-            if sequence_parallel is None or sp_size == 1 or scores == "large":
+            problem = _draw(shape, setting, window, large=scores == "large")
+            want = _definition(problem)
+            got = _solve(setting, problem, None, slice(0, shape.seq_len))
+            case = f"{layer}, {scores}"
+            findings += _compare(case, got, want, setting.dtype)
+            exchange = setting.sequence_parallel
+            if exchange is None or setting.sp_size == 1 or scores == "large":
                 continue
-            tokens, sink_terms = _parts_of_rank(shape, window, sequence_parallel, sp_size, sp_rank)
-            got = _solve(attention, problem, rows, window, dtype, sequence_parallel, tokens)
-            findings += _compare(
-                f"{layer}, {scores}, SP = {sp_size}", got, _part(want, tokens, *sink_terms), dtype
-            )
+            part = _part_of_rank(shape, window, exchange, setting)
+            got = _solve(setting, problem, exchange, part.tokens)
+            case += f", SP = {setting.sp_size}"
+            findings += _compare(case, got, _restricted(want, part), setting.dtype)
     return ProbeReport(tuple(findings))
 
 
 def _probe_rows(shape: Shape) -> PackedRows:
-    """Return one row of documents longer than a window and shorter than three, and a tail of
-    one-token documents.
-    """
-    window, seq_len = shape.window, shape.seq_len
+    """Return one row: documents of one to three windows, then a tail of one-token documents."""
+    window = shape.window
+    seq_len = shape.seq_len
     lengths = itertools.cycle((2 * window + window // 3, 1, window + window // 2, 5))
-    bounds, tail = [0], max(seq_len - window // 4, 1)
+    tail = max(seq_len - window // 4, 1)
+    bounds = [0]
     while bounds[-1] < tail:
         bounds.append(min(bounds[-1] + next(lengths), tail))
     return PackedRows.from_bounds([(*bounds, *range(tail + 1, seq_len + 1))], seq_len)
 
 
-def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, *, large: bool) -> _Problem:
+def _draw(shape: Shape, setting: Setting, window: int | None, *, large: bool) -> _Problem:
     generator = torch.Generator().manual_seed(0)
 
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x.to(setting.dtype).to(setting.device).double()
+
     def normal(heads: int, factor: float = 1.0) -> torch.Tensor:
-        drawn = torch.randn(heads, shape.seq_len, shape.head_dim, generator=generator) * factor
-        return drawn.to(dtype).to(device).double()
+        drawn = torch.randn(heads, shape.seq_len, shape.head_dim, generator=generator)
+        return rounded(drawn * factor)
 
     lowest, highest = LARGE_SINKS if large else SINKS_NEAR_3
-    # Neighbouring heads differ, and so do the slices of any two ranks.
-    sinks_H = torch.linspace(lowest, highest, shape.num_query_heads).to(dtype).to(device).double()
-    return _Problem(
+    inputs = AttentionInputs(
         q_HTD=normal(shape.num_query_heads, LARGE_QUERIES if large else 1.0),
         k_KTD=normal(shape.num_kv_heads),
         v_KTD=normal(shape.num_kv_heads),
-        sinks_H=sinks_H,
-        d_out_HTD=normal(shape.num_query_heads),
+        # Neighboring heads differ, and so do the slices of any two ranks.
+        sinks_H=rounded(torch.linspace(lowest, highest, shape.num_query_heads)),
+        rows=_probe_rows(shape),
+        window=window,
+        scale=shape.head_dim**-0.5,
     )
+    return _Problem(inputs, normal(shape.num_query_heads))
 
 
-def _definition(problem: _Problem, rows: PackedRows, window: int | None) -> list[torch.Tensor]:
-    """Return out, dq, dk, dv, and the gradient of the sinks token by token, (H, T), by softmax and
-    autograd.
-    """
-    num_heads, num_tokens, head_dim = problem.q_HTD.shape
-    group = num_heads // len(problem.k_KTD)
-    sinks_HT = problem.sinks_H[:, None].expand(-1, num_tokens)
+def _definition(problem: _Problem) -> list[torch.Tensor]:
+    """Return out, dq, dk, dv, and the sinks' gradient token by token, (H, T), by autograd."""
+    inputs = problem.inputs
+    num_heads, num_tokens, _ = inputs.q_HTD.shape
+    group = num_heads // len(inputs.k_KTD)
+    sinks_HT = inputs.sinks_H[:, None].expand(-1, num_tokens)
     leaves = [
         x.detach().clone().requires_grad_()
-        for x in (problem.q_HTD, problem.k_KTD, problem.v_KTD, sinks_HT)
+        for x in (inputs.q_HTD, inputs.k_KTD, inputs.v_KTD, sinks_HT)
     ]
-    parts = []
-    for start, end in itertools.pairwise(rows.bounds):
+    outs = []
+    for start, end in itertools.pairwise(inputs.rows.bounds):
         q_HLD, k_KLD, v_KLD, sinks_HL = (x[:, start:end] for x in leaves)
-        k_HLD, v_HLD = k_KLD.repeat_interleave(group, 0), v_KLD.repeat_interleave(group, 0)
-        scores_HLL = q_HLD @ k_HLD.transpose(1, 2) * head_dim**-0.5
+        k_HLD = k_KLD.repeat_interleave(group, 0)
+        v_HLD = v_KLD.repeat_interleave(group, 0)
+        scores_HLL = q_HLD @ k_HLD.transpose(1, 2) * inputs.scale
         visible_LL = torch.ones_like(scores_HLL[0], dtype=torch.bool).tril()
-        if window is not None:
-            visible_LL = visible_LL.triu(1 - window)
+        if inputs.window is not None:
+            visible_LL = visible_LL.triu(1 - inputs.window)
         scores_HLL = scores_HLL.masked_fill(~visible_LL, -torch.inf)
         probability_HLL = torch.cat([scores_HLL, sinks_HL.unsqueeze(2)], 2).softmax(2)[..., :-1]
-        parts.append(probability_HLL @ v_HLD)
-    out_HTD = torch.cat(parts, 1)
+        outs.append(probability_HLL @ v_HLD)
+    out_HTD = torch.cat(outs, 1)
     return [out_HTD.detach(), *torch.autograd.grad(out_HTD, leaves, problem.d_out_HTD)]
 
 
-def _part(
-    want: list[torch.Tensor], tokens: range, sink_tokens: range, sink_heads: range
-) -> list[torch.Tensor]:
-    """Return what one rank has of the results: its tokens, and its terms of the sinks' gradient,
-    (H, T).
+def _part_of_rank(
+    shape: Shape, window: int | None, exchange: SequenceParallel, setting: Setting
+) -> _Part:
+    """Return what this rank computes: a halo gives all heads of its tokens, an all-to-all all
+    tokens of its heads.
     """
-    mine = slice(tokens.start, tokens.stop)
-    terms_HT = torch.zeros_like(want[4])
-    block = slice(sink_heads.start, sink_heads.stop), slice(sink_tokens.start, sink_tokens.stop)
-    terms_HT[block] = want[4][block]
-    return [*(x[:, mine] for x in want[:4]), terms_HT]
-
-
-def _parts_of_rank(
-    shape: Shape,
-    window: int | None,
-    sequence_parallel: SequenceParallel,
-    sp_size: int,
-    sp_rank: int,
-) -> tuple[range, tuple[range, range]]:
-    """Return a rank's tokens, and which tokens and heads its gradient of the sinks sums over.
-
-    After the all-to-all a rank has all tokens of its heads, with the halo all heads of its tokens.
-    """
-    local_tokens, local_heads = shape.seq_len // sp_size, shape.num_query_heads // sp_size
-    tokens = range(sp_rank * local_tokens, (sp_rank + 1) * local_tokens)
-    halo = sequence_parallel.halo
+    local_tokens = shape.seq_len // setting.sp_size
+    local_heads = shape.num_query_heads // setting.sp_size
+    tokens = slice(setting.sp_rank * local_tokens, (setting.sp_rank + 1) * local_tokens)
+    heads = slice(setting.sp_rank * local_heads, (setting.sp_rank + 1) * local_heads)
+    halo = exchange.halo
     if halo is not None and halo.window == window:
-        return tokens, (tokens, range(shape.num_query_heads))
-    return tokens, (range(shape.seq_len), range(sp_rank * local_heads, (sp_rank + 1) * local_heads))
+        return _Part(tokens, sink_tokens=tokens, sink_heads=slice(0, shape.num_query_heads))
+    return _Part(tokens, sink_tokens=slice(0, shape.seq_len), sink_heads=heads)
+
+
+def _restricted(want: list[torch.Tensor], part: _Part) -> list[torch.Tensor]:
+    """Return what one rank has of the results: its tokens, and its terms of the sinks' gradient."""
+    all_terms_HT = want[4]
+    terms_HT = torch.zeros_like(all_terms_HT)
+    block = part.sink_heads, part.sink_tokens
+    terms_HT[block] = all_terms_HT[block]
+    return [*(x[:, part.tokens] for x in want[:4]), terms_HT]
 
 
 def _compare(
     case: str, got: list[torch.Tensor | None], want: list[torch.Tensor], dtype: torch.dtype
 ) -> list[Finding]:
-    """Return relative l2 errors; the sinks' gradient, whose terms may cancel, is measured against
-    the terms.
+    """Return the relative l2 error of each result.
+
+    The terms of the sinks' gradient may cancel, so it is measured against the norm of the terms.
     """
-    expected = [*want[:4], want[4].sum(1)]
-    scales = [*(x.norm() for x in want[:4]), torch.maximum(expected[4].norm(), want[4].norm())]
+    terms_HT = want[4]
+    expected = [*want[:4], terms_HT.sum(1)]
+    scales = [x.norm() for x in expected]
+    scales[4] = torch.maximum(scales[4], terms_HT.norm())
     findings = []
     for name, x, y, scale in zip(NAMES, got, expected, scales, strict=True):
-        error = (
-            float("inf") if x is None else float((x.double() - y).norm() / scale.clamp(min=1e-30))
-        )
+        error = float("inf")
+        if x is not None:
+            error = float((x.double() - y).norm() / scale.clamp(min=1e-30))
         findings.append(Finding(case, name, error, LIMITS[dtype]))
     return findings
 
 
 def _solve(
-    attention: Attention,
-    problem: _Problem,
-    rows: PackedRows,
-    window: int | None,
-    dtype: torch.dtype,
-    sequence_parallel: SequenceParallel | None,
-    tokens: range,
+    setting: Setting, problem: _Problem, exchange: SequenceParallel | None, tokens: slice
 ) -> list[torch.Tensor | None]:
-    """Return what this rank gets from the attention function that the model calls, as (heads,
-    tokens, D).
-    """
-    mine = slice(tokens.start, tokens.stop)
-    q, k, v = (
-        x[None, :, mine].to(dtype, copy=True).requires_grad_()
-        for x in (problem.q_HTD, problem.k_KTD, problem.v_KTD)
-    )
-    sinks_H = problem.sinks_H.to(dtype, copy=True).requires_grad_()
+    """Return what this rank gets from the attention function, heads first: (H, S, D)."""
+    inputs = problem.inputs
+
+    def leaf(x_HTD: torch.Tensor) -> torch.Tensor:
+        return x_HTD[None, :, tokens].to(setting.dtype, copy=True).requires_grad_()
+
+    q_1HSD = leaf(inputs.q_HTD)
+    k_1KSD = leaf(inputs.k_KTD)
+    v_1KSD = leaf(inputs.v_KTD)
+    sinks_H = inputs.sinks_H.to(setting.dtype, copy=True).requires_grad_()
     out_1SHD, _ = sink_attention(
         nn.Identity(),
-        q,
-        k,
-        v,
+        q_1HSD,
+        k_1KSD,
+        v_1KSD,
         None,
-        scaling=q.shape[3] ** -0.5,
-        sliding_window=window,
+        scaling=inputs.scale,
+        sliding_window=inputs.window,
         s_aux=sinks_H,
-        packed_rows=rows,
-        sequence_parallel=sequence_parallel,
-        kernel=attention,
+        packed_rows=inputs.rows,
+        sequence_parallel=exchange,
+        kernel=setting.attention,
     )
-    d_out_1SHD = problem.d_out_HTD[None, :, mine].transpose(1, 2).to(out_1SHD.dtype)
-    gradients = torch.autograd.grad(out_1SHD, (q, k, v, sinks_H), d_out_1SHD, allow_unused=True)
+    d_out_1SHD = problem.d_out_HTD[None, :, tokens].transpose(1, 2).to(out_1SHD.dtype)
+    leaves = (q_1HSD, k_1KSD, v_1KSD, sinks_H)
+    gradients = torch.autograd.grad(out_1SHD, leaves, d_out_1SHD, allow_unused=True)
     heads_first = [None if x is None else x[0] for x in gradients[:3]]
     return [out_1SHD.detach()[0].transpose(0, 1), *heads_first, gradients[3]]
