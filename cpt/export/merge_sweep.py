@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cpt.export.merge import MergedWeights, Pair, open_pair, parse_alphas, write_merged
-from cpt.guard.paired_test import judge
+from cpt.guard.paired_test import compare_scores
 from cpt.guard.score import DomainScore, ScoredSet
 from cpt.model.weights.writer import published
 from cpt.offline.model import OfflineModel, single_process
@@ -65,7 +65,7 @@ def score_sweep(pair: Pair, alphas: Sequence[float], sets: list[ScoredSet]) -> l
 
 
 def _result(alpha: float, score: DomainScore, untouched: DomainScore) -> dict[str, Any]:
-    change = judge(score, untouched)
+    change = compare_scores(score, untouched)
     return {
         "alpha": alpha,
         "domain": score.name,

@@ -20,7 +20,7 @@ from cpt.errors import ConfigError, DataError
 from cpt.export.huggingface import REPORT_FILE, export_checkpoint
 from cpt.export.model_card import markdown_table, model_card
 from cpt.export.quantization_error import report_rows
-from cpt.guard.paired_test import judge
+from cpt.guard.paired_test import compare_scores
 from cpt.guard.score import ScoredSet
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
@@ -112,7 +112,7 @@ def quantization_cost(
         after = model.score_all(sets)
     costs = []
     for exact, rounded in zip(before, after, strict=True):
-        change = judge(rounded, exact)
+        change = compare_scores(rounded, exact)
         costs.append(
             {
                 "domain": exact.name,

@@ -18,7 +18,7 @@ from typing import Any
 from cpt.config import DomainLimits, GuardSection
 from cpt.errors import ConfigError, InternalError
 from cpt.guard.ladder import Evidence, GuardState, decide
-from cpt.guard.paired_test import judge
+from cpt.guard.paired_test import compare_scores
 from cpt.guard.score import DomainScore, as_floats
 from cpt.telemetry.metrics import read_events
 
@@ -147,7 +147,7 @@ def _bound_problems(
     for one in evidence:
         before = baseline[one.domain]
         after = replace(before, nats=as_floats(stored["nats"][one.domain]))
-        bound = judge(after, before, stored["num_tests"]).decided_on
+        bound = compare_scores(after, before, stored["num_tests"]).finite_bound
         if not _same_bound(bound, one.lower_bound):
             problems.append(
                 f"the bound of {one.domain} was {one.lower_bound}, but {bound} follows from its "

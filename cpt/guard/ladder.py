@@ -1,24 +1,24 @@
-"""What follows from a measurement: a pure function of the guard's state and the evidence, so that
-it can be replayed.
+"""The ladder: what follows from a measurement, as a pure function of state and evidence.
 
     measurement -> evidence per domain -> decide -> (new state, decision) -> the levers
     (cpt/job/guard_levers.py)
 
-The ladder, lowest rung first.  A domain is over its line when the decision bound of its change
-(cpt/guard/paired_test.py) is above `act_at` times its tolerance: acting begins before the tolerance
-is used up.
+Because it is pure, `cpt guard audit` can make every decision again. The rungs, lowest first:
 
-    warn          over the line for the first time, or waiting for a lever to show
-    raise_replay  over the line twice in a row, or over the tolerance: the share of its sources
-    grows, within a bound
-    lower_lr      over the hard limit; or over the tolerance with no replay left to raise, `patience` measurements after
-                  a lever was last pulled
-    pause         over the tolerance with no lever left, and `pause_after` measurements have passed since the last one
-                  was pulled; or `patience`, if the hard limit was exceeded `pause_after` times in a
-                  row: save, exit 75
-    rollback      at the start after a pause: the last checkpoint saved while all was green, with more replay
+    warn          The domain is over its line for the first time, or a lever has yet to show.
+    raise_replay  It is over the line twice in a row, or over the tolerance. The share of its
+                  sources grows, within a bound.
+    lower_lr      It is over the hard limit. Or it is over the tolerance, no replay is left to
+                  raise, and `patience` measurements have passed since a lever was pulled.
+    pause         It is over the tolerance with no lever left, and `pause_after` measurements have
+                  passed since the last lever was pulled, or `patience` if the hard limit was
+                  exceeded `pause_after` times in a row. The run saves and exits with 75.
+    rollback      The start after a pause: the run goes on from the last checkpoint saved while all
+                  was green, with more replay.
 
-A raise is given one measurement to show before the next, unless the domain is over its tolerance.
+A domain is over its line when the decision bound of its change (cpt/guard/paired_test.py) is above
+`act_at` times its tolerance: acting begins before the tolerance is used up. A raise is given one
+measurement to show before the next, unless the domain is over its tolerance.
 """
 
 from __future__ import annotations
@@ -32,32 +32,47 @@ from cpt.config import GuardSection
 
 SEVERITY = ("none", "warn", "raise_replay", "lower_lr", "pause", "rollback")
 """Actions, each stronger than the one before."""
+MIN_REPLAY_ROOM = 1e-6
+"""Share of the tokens; less room than this is none."""
 
 
 class _Plain:
-    """Frozen dataclasses of plain values, to JSON and back."""
+    """A frozen dataclass of plain values, which goes to JSON and back."""
 
     __slots__ = ()
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any] | None) -> Self:
-        """Read what `to_json` gave; None is the default."""
+        """Read the output of `to_json`; None gives the defaults."""
         return cls(**(plain or {}))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
-        return {
-            name: dict(value) if isinstance(value, Mapping) else value for name, value in values
-        }
+        """Return the fields as JSON values."""
+        plain: dict[str, Any] = {}
+        for one in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, one.name)
+            plain[one.name] = dict(value) if isinstance(value, Mapping) else value
+        return plain
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayLimits:
+    """The limits of raising replay for the domains of a run, at one step."""
+
+    shares: dict[str, tuple[float | None, float]]
+    """Present share of each domain's sources, or None if none of them can be raised, and the
+    largest share that they may have.
+    """
+    room: float
+    """Share of the tokens by which all replay together may still grow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence(_Plain):
-    """What is known of one domain when a decision is made."""
+    """Everything about one domain that a decision depends on."""
 
     domain: str
-    """Its name."""
+    """Name of the domain."""
     lower_bound: float | None
     """Decision bound of its change in percent; None if a score is not a number."""
     tolerance_percent: float
@@ -65,27 +80,25 @@ class Evidence(_Plain):
     hard_limit_percent: float
     """Rise that ends in a pause if it stays."""
     share: float | None = None
-    """Share of the predicted tokens that its sources have now, 0 to 1; None if replay cannot help
-    it.
-    """
+    """Present share of its sources in the predicted tokens, 0 to 1; None if replay cannot help."""
     largest_share: float = 1.0
-    """What that share may grow to: limits of its language, epochs of its sources."""
+    """Largest value of that share, by the limits of its language and the epochs of its sources."""
 
     def above(self, percent: float) -> bool:
-        """Whether the change is surely above a line; what is not a number is above all of them."""
+        """Return whether the change is surely above a limit; NaN is above every limit."""
         return self.lower_bound is None or self.lower_bound > percent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardState(_Plain):
-    """What the guard remembers between measurements; saved with every checkpoint."""
+    """The memory of the guard between measurements; it is saved with every checkpoint."""
 
     shares: Mapping[str, float] = field(default_factory=dict)
     """Share to which the sources of a domain were raised, by domain."""
     lr_scale: float = 1.0
     """Factor on the learning rate."""
     over: Mapping[str, int] = field(default_factory=dict)
-    """Measurements in a row that found a domain over its line."""
+    """Measurements in a row that found a domain over its line, by domain."""
     hard: int = 0
     """Measurements in a row that found some domain over its hard limit."""
     idle: int = 1
@@ -95,21 +108,37 @@ class GuardState(_Plain):
     green_step: int | None = None
     """Step of the newest checkpoint that was saved while green."""
     paused: str = ""
-    """Why the run was paused; empty: it was not, or has gone on since."""
+    """Reason of a pause after which the run has not gone on; empty if there is none."""
     rollbacks: int = 0
     """How often the run has gone on after a pause."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """What is done after one measurement."""
+    """The actions after one measurement."""
 
     action: str
     """The strongest action taken."""
     actions: Mapping[str, str]
     """Action by domain; every measured domain is there."""
     reason: str
-    """For people; empty if nothing is done."""
+    """Reason for people; empty if nothing is done."""
+
+
+def evidence_of(
+    domain: str, lower_bound: float | None, settings: GuardSection, replay: ReplayLimits
+) -> Evidence:
+    """Return the evidence on a domain; a bound of None counts as above every limit."""
+    tolerance_percent, hard_limit_percent = settings.limits(domain)
+    share, largest_share = replay.shares.get(domain, (None, 1.0))
+    return Evidence(
+        domain=domain,
+        lower_bound=lower_bound,
+        tolerance_percent=tolerance_percent,
+        hard_limit_percent=hard_limit_percent,
+        share=share,
+        largest_share=largest_share,
+    )
 
 
 def decide(
@@ -120,33 +149,38 @@ def decide(
     replay_room: float,
     last: bool = False,
 ) -> tuple[GuardState, Decision]:
-    """The next state and what to do.
+    """Return the next state and the decision.
 
     Args:
-        state: Before the measurement.
+        state: State before the measurement.
         evidence: One entry per measured domain.
-        settings: The ladder.
+        settings: The run's guard section.
         replay_room: Share of the tokens by which all replay together may still grow.
-        last: The run is over: nothing but warnings makes sense.
+        last: Whether the run is over, so that nothing but a warning makes sense.
     """
-    over = {
-        e.domain: state.over.get(e.domain, 0) + 1
-        for e in evidence
-        if e.above(settings.act_at * e.tolerance_percent)
-    }
-    beyond = [e.domain for e in evidence if e.above(e.tolerance_percent)]
-    hard = state.hard + 1 if any(e.above(e.hard_limit_percent) for e in evidence) else 0
+    over: dict[str, int] = {}
+    actions: dict[str, str] = {}
+    beyond: list[str] = []
+    for one in evidence:
+        actions[one.domain] = "none"
+        if one.above(settings.act_at * one.tolerance_percent):
+            over[one.domain] = state.over.get(one.domain, 0) + 1
+            actions[one.domain] = "warn"
+        if one.above(one.tolerance_percent):
+            beyond.append(one.domain)
+    hard = state.hard + 1 if any(map(_above_hard_limit, evidence)) else 0
     state = dataclasses.replace(state, over=over, hard=hard, idle=state.idle + 1, green=not over)
-    actions = {e.domain: "warn" if e.domain in over else "none" for e in evidence}
     if over and not last and settings.policy == "act":
         state, pulled = _pull(state, evidence, beyond, settings, replay_room)
         actions |= pulled
+    reasons = []
+    for one in evidence:
+        if actions[one.domain] != "none":
+            reasons.append(_reason(one, actions[one.domain]))
     decision = Decision(
         action=max(actions.values(), key=SEVERITY.index, default="none"),
         actions=actions,
-        reason="; ".join(
-            _told(e, actions[e.domain]) for e in evidence if actions[e.domain] != "none"
-        ),
+        reason="; ".join(reasons),
     )
     if decision.action == "pause":
         state = dataclasses.replace(state, paused=decision.reason)
@@ -160,35 +194,52 @@ def _pull(
     settings: GuardSection,
     replay_room: float,
 ) -> tuple[GuardState, dict[str, str]]:
-    """Choose the lever: one rung per measurement, two where a hard limit is exceeded."""
-    pulled: dict[str, str] = {}
+    """Choose the lever: one rung per measurement, two where a hard limit is exceeded.
+
+    Args:
+        state: State after the measurement.
+        evidence: One entry per measured domain.
+        beyond: Domains over their tolerance.
+        settings: The run's guard section.
+        replay_room: See `decide`.
+
+    Returns:
+        The state after the lever was pulled, and the action of each domain that it is pulled for.
+    """
     idle = state.idle
-    if (idle > 1 or beyond) and (raised := raised_shares(state, evidence, settings, replay_room)):
-        state = dataclasses.replace(state, shares={**state.shares, **raised}, idle=0)
-        pulled = dict.fromkeys(raised, "raise_replay")
-    urgent = [e.domain for e in evidence if e.above(e.hard_limit_percent)]
-    in_vain = beyond if not pulled and idle >= settings.patience else []
-    if (urgent or in_vain) and state.lr_scale > settings.min_lr_scale:
-        scale = max(settings.min_lr_scale, state.lr_scale * settings.lr_factor)
-        state = dataclasses.replace(state, lr_scale=scale, idle=0)
-        pulled |= dict.fromkeys(urgent or in_vain, "lower_lr")
+    pulled: dict[str, str] = {}
+    if idle > 1 or beyond:
+        raised = raised_shares(state, evidence, settings, replay_room)
+        if raised:
+            state = dataclasses.replace(state, shares={**state.shares, **raised}, idle=0)
+            pulled = dict.fromkeys(raised, "raise_replay")
+    slowed_for = [one.domain for one in evidence if _above_hard_limit(one)]
+    if not slowed_for and not pulled and idle >= settings.patience:
+        slowed_for = beyond
+    if slowed_for and state.lr_scale > settings.min_lr_scale:
+        lr_scale = max(settings.min_lr_scale, state.lr_scale * settings.lr_factor)
+        state = dataclasses.replace(state, lr_scale=lr_scale, idle=0)
+        pulled |= dict.fromkeys(slowed_for, "lower_lr")
     if pulled:
         return state, pulled
-    waited = settings.patience if state.hard >= settings.pause_after else settings.pause_after
-    return state, dict.fromkeys(beyond if state.idle >= waited else [], "pause")
+    wait = settings.patience if state.hard >= settings.pause_after else settings.pause_after
+    if state.idle < wait:
+        return state, {}
+    return state, dict.fromkeys(beyond, "pause")
 
 
 def after_pause(
     state: GuardState, evidence: Sequence[Evidence], settings: GuardSection, *, replay_room: float
 ) -> GuardState:
-    """The state with which a paused run goes on: more replay for what suffered, and every count
-    from the beginning.
+    """Return the state with which a paused run goes on.
+
+    The domains that suffered get more replay, and every count starts again.
 
     Args:
-        state: As it was saved; `over` says what suffered.
-        evidence: The domains with their shares; bounds are those of the pause.
-        settings: The ladder.
-        replay_room: As in `decide`.
+        state: The saved state; `over` names the domains that suffered.
+        evidence: These domains with their shares, and the bounds of the pause.
+        settings: The run's guard section.
+        replay_room: See `decide`.
     """
     raised = raised_shares(state, evidence, settings, replay_room)
     return dataclasses.replace(
@@ -206,30 +257,35 @@ def after_pause(
 def raised_shares(
     state: GuardState, evidence: Sequence[Evidence], settings: GuardSection, replay_room: float
 ) -> dict[str, float]:
-    """New shares of the domains whose turn it is; with too little room, each gets the same part of
-    its growth.
+    """Return the new shares of the domains whose turn it is.
+
+    If there is too little room, each of them gets the same part of its growth.
     """
+    present: dict[str, float] = {}
     growth: dict[str, float] = {}
-    now: dict[str, float] = {}
-    for e in evidence:
-        if e.share is None or not (state.over.get(e.domain, 0) > 1 or e.above(e.tolerance_percent)):
+    for one in evidence:
+        is_due = state.over.get(one.domain, 0) > 1 or one.above(one.tolerance_percent)
+        if one.share is None or not is_due:
             continue
-        wanted = min(
-            e.largest_share, max(e.share * settings.replay_factor, e.share + settings.replay_step)
-        )
-        if wanted > e.share:
-            now[e.domain], growth[e.domain] = e.share, wanted - e.share
+        wanted = max(one.share * settings.replay_factor, one.share + settings.replay_step)
+        wanted = min(one.largest_share, wanted)
+        if wanted > one.share:
+            present[one.domain] = one.share
+            growth[one.domain] = wanted - one.share
     total = sum(growth.values())
-    if replay_room < 1e-6 or not total:
+    if replay_room < MIN_REPLAY_ROOM or not total:
         return {}
     part = min(1.0, replay_room / total)
-    return {domain: now[domain] + part * more for domain, more in growth.items()}
+    return {domain: present[domain] + part * more for domain, more in growth.items()}
 
 
-def _told(evidence: Evidence, action: str) -> str:
-    bound = (
-        "not a number"
-        if evidence.lower_bound is None
-        else f"at least {evidence.lower_bound:.2f} % worse"
-    )
-    return f"{evidence.domain} is {bound} (tolerance {evidence.tolerance_percent:g} %): {action}"
+def _above_hard_limit(evidence: Evidence) -> bool:
+    return evidence.above(evidence.hard_limit_percent)
+
+
+def _reason(evidence: Evidence, action: str) -> str:
+    if evidence.lower_bound is None:
+        loss = "not a number"
+    else:
+        loss = f"at least {evidence.lower_bound:.2f} % worse"
+    return f"{evidence.domain} is {loss} (tolerance {evidence.tolerance_percent:g} %): {action}"

@@ -1,10 +1,8 @@
-"""Held-out scores against those of the untouched model, paired document by document.
+"""The paired test: held-out scores against those of the untouched model, document by document.
 
-Two bounds are computed.  The 95 % bootstrap interval is for people.  The decision bound is for
-acting: it is one-sided, and its confidence is what is left of `FALSE_ALARM_SHARE` when that is
-    divided evenly over all domains and all
-measurements of the run (Bonferroni), so that a run that loses nothing sees an action in at most
-that share of cases.
+It gives two bounds. The 95 % bootstrap interval is for people. The decision bound is for acting: it
+is one-sided, and `FALSE_ALARM_SHARE` is divided evenly over all domains and all measurements of the
+run (Bonferroni), so that at most that share of the runs that lose nothing ever see an action.
 """
 
 from __future__ import annotations
@@ -21,16 +19,17 @@ from cpt.guard.score import DomainScore, Floats, bits_per_byte
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 FALSE_ALARM_SHARE = 0.01
-"""Runs that lose nothing and yet see an action."""
+"""Largest share of the runs that lose nothing and yet see an action."""
 DOCUMENT_SPREAD_PERCENT = 2.0
-"""Standard deviation of the change of single documents while their mean is near 1 %: 1.2 to 2.7
-where the means of five domains were 1.1 to 2.3 % (bench/prove/guard.py).  It tells before the run
-what a held-out set can show; during the run the spread is measured."""
+"""Standard deviation of the change over single documents, assumed before a run to tell what a
+held-out set can show. Measured: 1.2 to 2.7 % in five domains whose means had risen by 1.1 to 2.3 %
+(bench/prove/guard.py). During the run the spread is that of the scores.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judgement:
-    """One domain at one step, against step 0."""
+class PairedChange:
+    """The change of one domain's bits per byte since step 0."""
 
     baseline: float
     """Bits per byte of the untouched model on the same documents."""
@@ -39,29 +38,27 @@ class Judgement:
     ci_low: float
     """Lower end of the 95 % bootstrap interval of `delta_percent`."""
     ci_high: float
-    """Upper end."""
+    """Upper end of that interval."""
     lower_bound: float
-    """Decision bound of `delta_percent`: what is surely lost.  Never above `ci_low`; NaN if a score
-    is not a number.
+    """Decision bound of `delta_percent`: the loss that is certain. It is never above `ci_low`, and
+    NaN if a score is not a number.
     """
 
     @property
-    def decided_on(self) -> float | None:
-        """`lower_bound` as JSON can hold it, and as the ladder takes it: finite, or None for what
-        is not a number.
-        """
+    def finite_bound(self) -> float | None:
+        """`lower_bound` as JSON can hold it: a finite number, or None for NaN."""
         return None if math.isnan(self.lower_bound) else max(-100.0, self.lower_bound)
 
 
-def judge(now: DomainScore, baseline: DomainScore, num_tests: int = 1) -> Judgement:
-    """Compare paired scores.
+def compare_scores(now: DomainScore, baseline: DomainScore, num_tests: int = 1) -> PairedChange:
+    """Compare the scores of two models on the same documents.
 
-    The bootstrap resamples documents (both scores of a document together) with a fixed seed, so
-    that it can be computed again from the stored scores.
+    The bootstrap resamples documents, both scores of a document together, with a fixed seed, so
+    that the interval can be computed again from the stored scores.
 
     Args:
         now: Scores of the present weights.
-        baseline: Scores of the untouched model on the same documents.
+        baseline: Scores of the untouched model.
         num_tests: Domains times measurements of the whole run.
     """
     assert np.array_equal(now.bytes, baseline.bytes), (
@@ -71,7 +68,7 @@ def judge(now: DomainScore, baseline: DomainScore, num_tests: int = 1) -> Judgem
     picks = np.random.Generator(np.random.PCG64(0)).integers(0, count, size=(RESAMPLES, count))
     resampled = 100 * (now.nats[picks].sum(1) / baseline.nats[picks].sum(1) - 1)
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Judgement(
+    return PairedChange(
         baseline=bits_per_byte(baseline.nats, baseline.bytes),
         delta_percent=float(100 * (now.nats.sum() / baseline.nats.sum() - 1)),
         ci_low=float(low),
@@ -81,43 +78,38 @@ def judge(now: DomainScore, baseline: DomainScore, num_tests: int = 1) -> Judgem
 
 
 def decision_bound(now: Floats, baseline: Floats, num_tests: int) -> float:
-    """Lower confidence bound, in percent, of the change of a domain.
+    """Return the lower confidence bound, in percent, of the change of a domain.
 
     The estimate is a ratio of sums, so its standard error is that of the residuals `now - ratio *
-    baseline` (Cochran, Sampling Techniques, 6.4); Student's t with as many degrees of freedom as
-    equally large documents would give.
+    baseline` (Cochran, Sampling Techniques, 6.4). The quantile is that of Student's t with as many
+    degrees of freedom as equally large documents would give.
 
     Args:
         now: (documents,) nats of the present weights.
         baseline: (documents,) nats of the untouched model.
         num_tests: How many bounds of the run must hold together.
     """
-    total, ratio = baseline.sum(), now.sum() / baseline.sum()
     documents = effective_documents(baseline)
     if documents <= 2:
         return -math.inf
+    total = baseline.sum()
+    ratio = now.sum() / total
     residuals = now - ratio * baseline
     error = math.sqrt(float((residuals**2).sum()) * documents / (documents - 1)) / total
-    return float(
-        100
-        * (
-            ratio
-            - 1
-            - student_quantile(FALSE_ALARM_SHARE / max(1, num_tests), documents - 1) * error
-        )
-    )
+    quantile = student_quantile(FALSE_ALARM_SHARE / max(1, num_tests), documents - 1)
+    return float(100 * (ratio - 1 - quantile * error))
 
 
 def effective_documents(baseline: Floats) -> float:
-    """How many equally large documents would say as much (Kish): (sum n)^2 / sum n^2."""
+    """Return how many equally large documents would say as much: (sum n)^2 / sum n^2 (Kish)."""
     return float(baseline.sum() ** 2 / (baseline**2).sum())
 
 
 def noise_floor_percent(baseline: Floats, num_tests: int) -> float:
-    """The least change of a domain that could lead to an action, before any was measured.
+    """Return the least change of a domain that could lead to an action, before one was measured.
 
     Raises:
-        ValueError: fewer than three documents say nothing.
+        ValueError: the documents count as two or fewer, which say nothing.
     """
     documents = effective_documents(baseline)
     if documents <= 2:
@@ -128,8 +120,9 @@ def noise_floor_percent(baseline: Floats, num_tests: int) -> float:
 
 @lru_cache(maxsize=256)
 def student_quantile(tail: float, degrees: float) -> float:
-    """What Student's t exceeds with probability `tail`; Cornish-Fisher expansion (Abramowitz and
-    Stegun, 26.7.5).
+    """Return the value that Student's t exceeds with probability `tail`.
+
+    Cornish-Fisher expansion: Abramowitz and Stegun, 26.7.5.
     """
     z = -NormalDist().inv_cdf(tail)
     terms = (
@@ -138,4 +131,4 @@ def student_quantile(tail: float, degrees: float) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / degrees ** (power + 1) for power, term in enumerate(terms))
+    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))

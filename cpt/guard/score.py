@@ -1,12 +1,12 @@
 """Bits per byte of held-out documents under the present weights, in any layout.
 
-    rows of a domain -> spread over data-parallel ranks, filled up so that all do equally many
-    forward passes
-      -> token losses -> summed per document over ranks
+    rows of a domain -> spread over data-parallel ranks -> token losses -> summed per document
 
-A document's score is the sum of nats over its predicted tokens (all but its first, end of text
-included); bits per byte divides by ln 2 and its UTF-8 bytes, which makes domains and tokenizers
-comparable.
+Filler rows are added so that all ranks make equally many forward passes. A document's score is the
+sum of nats over its predicted tokens: all but its first, end of text included. Bits per byte
+divides it by ln 2 and by the document's UTF-8 bytes, which makes domains and tokenizers comparable.
+
+Shape letters: B rows, S local tokens.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainScore:
-    """Scores of one held-out domain."""
+    """The scores of one held-out domain."""
 
     name: str
-    """Domain."""
+    """Name of the domain."""
     language: str
     """Language of the domain."""
     nats: Floats
@@ -44,23 +44,27 @@ class DomainScore:
 
     @property
     def bits_per_byte(self) -> float:
-        """Over the whole domain."""
+        """Bits per byte of the whole domain."""
         return bits_per_byte(self.nats, self.bytes)
 
     @classmethod
     def from_json(cls, name: str, plain: Mapping[str, Any]) -> DomainScore:
-        """Read what a baseline file holds of a domain."""
-        nats, num_bytes = as_floats(plain["nats"]), np.asarray(plain["bytes"])
-        return cls(name=name, language=plain["language"], nats=nats, bytes=num_bytes)
+        """Read a domain's entry of a baseline file."""
+        return cls(
+            name=name,
+            language=plain["language"],
+            nats=as_floats(plain["nats"]),
+            bytes=np.asarray(plain["bytes"]),
+        )
 
 
 def as_floats(plain: Sequence[float | None]) -> Floats:
-    """Stored scores; null stands for what is not a number."""
+    """Return stored scores as an array; null stands for NaN."""
     return np.asarray([math.nan if value is None else value for value in plain])
 
 
 def bits_per_byte(nats: Floats, num_bytes: Floats) -> float:
-    """Bits per byte of documents taken together."""
+    """Return the bits per byte of documents taken together."""
     return float(nats.sum() / math.log(2) / num_bytes.sum())
 
 
@@ -68,26 +72,30 @@ class ScoredSet:
     """The documents of a held-out domain that are scored, and the packed rows they lie in."""
 
     def __init__(self, domain: HeldOutSet, max_documents: int) -> None:
-        self.name, self.language = domain.name, domain.language
+        """Read the rows of the first `max_documents` documents."""
+        self.name = domain.name
+        self.language = domain.language
         self.num_documents = min(domain.num_documents, max_documents)
         self.document_bytes = np.asarray(
             domain.document_bytes[: self.num_documents], dtype=np.float64
         )
-        rows = (domain.read_row(index) for index in range(domain.num_rows))
-        self.rows = [row for row in rows if (row.documents < self.num_documents).any()]
+        self.rows: list[PackedRow] = []
         digest = hashlib.sha256(str(self.num_documents).encode())
-        for row in self.rows:
-            digest.update(
-                row.input_ids.astype("<i8").tobytes() + row.documents.astype("<i8").tobytes()
-            )
+        for index in range(domain.num_rows):
+            row = domain.read_row(index)
+            if (row.documents < self.num_documents).any():
+                self.rows.append(row)
+                digest.update(row.input_ids.astype("<i8").tobytes())
+                digest.update(row.documents.astype("<i8").tobytes())
         self.content_hash = digest.hexdigest()
+        """Hex sha256 of the scored documents."""
 
 
 class Scorer(Protocol):
-    """A model that can score: the training engine, or weights without one."""
+    """A model that can score: the training engine, or `cpt.offline.model.OfflineModel`."""
 
     def score(self, batch: MicroBatch) -> torch.Tensor:
-        """(B, S) nats of this rank's tokens, on the CPU, without a backward pass."""
+        """Return the (B, S) nats of this rank's tokens on the CPU, without a backward pass."""
         ...
 
 
@@ -95,23 +103,23 @@ def score_domain(
     domain: ScoredSet, scorer: Scorer, topology: Topology, *, micro_batch_size: int
 ) -> DomainScore:
     """Score a domain; all ranks call it together and get the same numbers."""
-    nats = torch.zeros(
-        1 + max(int(row.documents.max()) for row in domain.rows), dtype=torch.float64
-    )
-    per_pass = topology.dp_size * micro_batch_size
-    padded = domain.rows + [filler_row(len(domain.rows[0].input_ids))] * (
-        -len(domain.rows) % per_pass
-    )
-    for first in range(0, len(padded), per_pass):
+    largest_document = max(int(row.documents.max()) for row in domain.rows)
+    nats = torch.zeros(1 + largest_document, dtype=torch.float64)
+    rows_per_pass = topology.dp_size * micro_batch_size
+    filler = filler_row(len(domain.rows[0].input_ids))
+    rows = domain.rows + [filler] * (-len(domain.rows) % rows_per_pass)
+    for first in range(0, len(rows), rows_per_pass):
         start = first + topology.dp_rank * micro_batch_size
-        mine = padded[start : start + micro_batch_size]
+        mine = rows[start : start + micro_batch_size]
         losses_BS = scorer.score(make_micro_batch(mine, [-1] * len(mine), topology)).double()
         for losses_S, row in zip(losses_BS, mine, strict=True):
             _add_by_document(nats, losses_S, row, topology)
     dist.all_reduce(nats, group=topology.control_group)
-    scored = nats[: domain.num_documents].numpy()
     return DomainScore(
-        name=domain.name, language=domain.language, nats=scored, bytes=domain.document_bytes
+        name=domain.name,
+        language=domain.language,
+        nats=nats[: domain.num_documents].numpy(),
+        bytes=domain.document_bytes,
     )
 
 

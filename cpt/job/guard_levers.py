@@ -20,8 +20,15 @@ from cpt.checkpoint.loading import load_checkpoint
 from cpt.checkpoint.reader import list_steps
 from cpt.config import GuardSection
 from cpt.errors import ConfigError, RequeueRequested
-from cpt.guard.heldout import Guard, ReplayLimits, evidence_of
-from cpt.guard.ladder import Decision, Evidence, GuardState, after_pause
+from cpt.guard.guard import Guard
+from cpt.guard.ladder import (
+    Decision,
+    Evidence,
+    GuardState,
+    ReplayLimits,
+    after_pause,
+    evidence_of,
+)
 from cpt.job.job import Job
 from cpt.job.progress import batch_of_step, read_guard_rollbacks, write_guard_rollbacks
 from cpt.job.saving import end, final_save

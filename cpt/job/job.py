@@ -26,7 +26,7 @@ from cpt.config.window import window_tokens
 from cpt.deepspeed_adapter.partition import materialise_partitioned
 from cpt.deepspeed_adapter.shards import publish_master_weights, set_optimizer_step
 from cpt.errors import ConfigError
-from cpt.guard.heldout import Guard
+from cpt.guard.guard import Guard
 from cpt.guard.ladder import GuardState
 from cpt.guard.replay_share import ReplayShares
 from cpt.job.data import check_mix, check_plan, open_data, open_kl_targets

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 from cpt.config import GuardSection
 from cpt.errors import CptError
-from cpt.guard.heldout import Guard
+from cpt.guard.guard import Guard
 from cpt.guard.paired_test import (
     DOCUMENT_SPREAD_PERCENT,
+    compare_scores,
     decision_bound,
     effective_documents,
-    judge,
     noise_floor_percent,
     student_quantile,
 )
@@ -53,11 +53,11 @@ def changed(
 
 def test_same_scores_give_the_same_judgement(baseline: DomainScore) -> None:
     now = changed(baseline, 1.2, 3)
-    assert judge(now, baseline, NUM_TESTS) == judge(now, baseline, NUM_TESTS)
+    assert compare_scores(now, baseline, NUM_TESTS) == compare_scores(now, baseline, NUM_TESTS)
 
 
 def test_unchanged_scores_have_no_interval(baseline: DomainScore) -> None:
-    verdict = judge(baseline, baseline, NUM_TESTS)
+    verdict = compare_scores(baseline, baseline, NUM_TESTS)
     assert (verdict.delta_percent, verdict.ci_low, verdict.ci_high, verdict.lower_bound) == (
         0,
         0,
@@ -68,7 +68,7 @@ def test_unchanged_scores_have_no_interval(baseline: DomainScore) -> None:
 
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_decision_bound_is_never_above_the_interval(baseline: DomainScore, seed: int) -> None:
-    verdict = judge(changed(baseline, 1, 10, seed), baseline, NUM_TESTS)
+    verdict = compare_scores(changed(baseline, 1, 10, seed), baseline, NUM_TESTS)
     assert verdict.lower_bound <= verdict.ci_low <= verdict.delta_percent
 
 
@@ -77,7 +77,7 @@ def test_real_loss_is_certain(baseline: DomainScore, seed: int) -> None:
     """A shift of 5 % with noise of 5 % per document: they count as some 70 equal ones, so it is 8
     errors.
     """
-    assert judge(changed(baseline, 5, 5, seed), baseline, NUM_TESTS).lower_bound > 1
+    assert compare_scores(changed(baseline, 5, 5, seed), baseline, NUM_TESTS).lower_bound > 1
 
 
 def test_mean_above_the_tolerance_is_not_enough(baseline: DomainScore) -> None:
@@ -85,7 +85,7 @@ def test_mean_above_the_tolerance_is_not_enough(baseline: DomainScore) -> None:
     nats[np.argmax(nats)] *= (
         1 + 0.02 * nats.sum() / nats.max()
     )  # one document makes the whole difference: 2 %
-    verdict = judge(dataclasses.replace(baseline, nats=nats), baseline, NUM_TESTS)
+    verdict = compare_scores(dataclasses.replace(baseline, nats=nats), baseline, NUM_TESTS)
     assert verdict.delta_percent == pytest.approx(2) and verdict.lower_bound < 1
 
 
@@ -99,7 +99,7 @@ def test_score_that_is_not_a_number_has_no_bound(baseline: DomainScore) -> None:
     nats = baseline.nats.copy()
     nats[3] = np.nan
     assert math.isnan(
-        judge(dataclasses.replace(baseline, nats=nats), baseline, NUM_TESTS).lower_bound
+        compare_scores(dataclasses.replace(baseline, nats=nats), baseline, NUM_TESTS).lower_bound
     )
 
 
@@ -131,7 +131,7 @@ def test_interval_is_much_narrower_than_for_unpaired_documents(baseline: DomainS
     """Documents differ by a factor of three; pairing takes that out and leaves the noise of the
     change.
     """
-    verdict = judge(changed(baseline, 2, 1), baseline, NUM_TESTS)
+    verdict = compare_scores(changed(baseline, 2, 1), baseline, NUM_TESTS)
     assert verdict.ci_low <= verdict.delta_percent <= verdict.ci_high
     assert verdict.ci_high - verdict.ci_low < 1  # unpaired: over 10 percentage points
 
@@ -144,13 +144,13 @@ def test_interval_covers_the_truth_about_as_often_as_it_says(shift: float) -> No
         generator = np.random.default_rng(seed)
         num_bytes = generator.uniform(500, 2000, 60)
         before = scores(num_bytes * 0.7, num_bytes)
-        verdict = judge(changed(before, shift, 5, seed + 1000), before, NUM_TESTS)
+        verdict = compare_scores(changed(before, shift, 5, seed + 1000), before, NUM_TESTS)
         covered += verdict.ci_low <= shift <= verdict.ci_high
     assert covered / 200 >= 0.88
 
 
 def test_baseline_is_in_bits_per_byte(baseline: DomainScore) -> None:
-    verdict = judge(changed(baseline, 3, 0), baseline, NUM_TESTS)
+    verdict = compare_scores(changed(baseline, 3, 0), baseline, NUM_TESTS)
     assert verdict.baseline == baseline.bits_per_byte
 
 
@@ -161,7 +161,7 @@ def test_one_bit_for_every_byte_is_one() -> None:
 def test_scores_of_different_documents_are_not_compared(baseline: DomainScore) -> None:
     other = dataclasses.replace(baseline, bytes=baseline.bytes + 1)
     with pytest.raises(AssertionError, match="paired"):
-        judge(other, baseline, NUM_TESTS)
+        compare_scores(other, baseline, NUM_TESTS)
 
 
 def test_domain_without_a_document_is_refused_by_name(tmp_path: Path) -> None:
@@ -202,9 +202,9 @@ def test_baseline_of_other_weights_is_refused_wherever_the_model_lies(
     topology: Any = SimpleNamespace(
         rank=0, control_group=None, place=SimpleNamespace(enter=lambda *_: None)
     )
-    monkeypatch.setattr("cpt.guard.heldout.ScoredSet", lambda domain, _: domain)
-    monkeypatch.setattr("cpt.guard.heldout.score_domain", lambda *_, **__: baseline)
-    monkeypatch.setattr("cpt.guard.heldout.on_first_rank", lambda _, do: do())
+    monkeypatch.setattr("cpt.guard.guard.ScoredSet", lambda domain, _: domain)
+    monkeypatch.setattr("cpt.guard.guard.score_domain", lambda *_, **__: baseline)
+    monkeypatch.setattr("cpt.guard.guard.on_first_rank", lambda _, do: do())
     engine: Any = None
     guard_of(model_of("base", 1.0)).measure(0, engine, Telemetry(None))
     moved = guard_of(model_of("moved", 1.0))
