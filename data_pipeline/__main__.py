@@ -27,6 +27,7 @@ from data_pipeline.errors import ConfigError, CptError, DataError
 from data_pipeline.mixture.data_plan import DataPlan, make_data_plan
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
 from data_pipeline.mixture.plan_comparison import compare_plans
+from data_pipeline.mixture.plan_figure import draw_plan
 from data_pipeline.mixture.settings import describe_changes, mix_settings
 from data_pipeline.store.files import write_text
 from data_pipeline.store.manifest import FILE_NAME, read_manifest
@@ -77,7 +78,7 @@ def _plan(options: argparse.Namespace) -> None:
     if options.json:
         _write(options.json, json.dumps(plan.to_json(), indent=1) + "\n")
     if options.plot:
-        _write(options.plot, plan.plot())
+        _write(options.plot, draw_plan(plan))
     if plan.problems:
         raise DataError("\n".join(plan.problems))
 

@@ -19,6 +19,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ROOMS = {
     "data_pipeline/errors.py": "exceptions with their exit codes",
     "data_pipeline/tables.py": "tables for terminals",
+    "data_pipeline/charts.py": "figures as SVG",
     "data_pipeline/config/": "data-mix YAML -> MixConfig; the strict YAML reader",
     "data_pipeline/text/": "cleaning, language, tokenizer, the Harmony format",
     "data_pipeline/store/": "files, shards, packed rows, manifest of a build",

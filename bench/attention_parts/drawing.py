@@ -1,77 +1,74 @@
-"""The plot: time of one pass over the length of the row, full layers on the left, window layers on
-the right.
-"""
+"""The plot: time of one pass over the length of the row, full layers left, window layers right."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from attention_parts.contenders import EAGER, PLAIN
-from cpt.telemetry.plot import (
+from data_pipeline.charts import (
     ALARM,
-    INK,
     MUTED,
     PALETTE,
-    Plot,
-    Scale,
-    bin_series,
-    clean,
-    standalone,
+    Line,
+    as_svg,
+    draw_lines,
+    new_figure,
+    use_log_scales,
 )
 
-SIZE = (545, 320)
-LABEL_ROOM = 215
-HEADER, FOOTER = 34, 20
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLORS = {EAGER: ALARM, PLAIN: MUTED}
+DASHES = {PLAIN: "dashed"}
 
 
-def draw(report: dict[str, Any]) -> str:
-    """A standalone SVG from what bench/attention.py writes as JSON."""
+@as_svg
+def draw(report: dict[str, Any]) -> Figure:
+    """Draw what bench/attention.py writes as JSON."""
     results = report["results"]
-    kinds = list(dict.fromkeys(result["layer"] for result in results))
-    width, height = SIZE[0] * len(kinds), SIZE[1] + HEADER + FOOTER
-    times = [value for result in results for value in result["ms"].values()]
-    lengths = [float(result["tokens"]) for result in results]
-    x = Scale(low=min(lengths) / 1.1, high=max(lengths) * 1.1, log=True)
-    y = Scale(low=min(times) / 1.3, high=max(times) * 1.3, log=True)
-    parts = []
-    for index, kind in enumerate(kinds):
-        left = index * SIZE[0]
-        title = f"{kind} layer" + (" (128 keys)" if kind == "window" else "")
-        parts.append(
-            f'<text x="{left + 60}" y="22" font-weight="600" font-size="14" fill="{INK}">{title}</text>'
-        )
-        panel = _panel([result for result in results if result["layer"] == kind], x, y)
-        parts.append(
-            f'<svg x="{left}" y="{HEADER}" width="{SIZE[0]}" height="{SIZE[1]}">{panel}</svg>'
-        )
     machine = report["machine"]
-    source = f"{machine['device']}, {machine['heads']}, bf16, torch {machine['torch']}, {machine['date']}"
-    parts.append(f'<text x="60" y="{height - 6}" fill="{MUTED}">{clean(source, 200)}</text>')
-    return standalone("".join(parts), width, height)
-
-
-def _panel(results: list[dict[str, Any]], x: Scale, y: Scale) -> str:
-    names = list(dict.fromkeys(name for result in results for name in result["ms"]))
-    labels = ("tokens of the row", "ms, forward + backward")
-    plot = Plot(size=SIZE, x=x, y=y, labels=labels, right=LABEL_ROOM)
-    at_the_end = []
-    for index, name in enumerate(names):
-        points = [
-            (result["tokens"], result["ms"][name]) for result in results if name in result["ms"]
-        ]
-        tokens, times = (
-            np.asarray(values, dtype=np.float64) for values in zip(*points, strict=True)
+    source = (
+        f"{machine['device']}, {machine['heads']}, bf16, torch {machine['torch']}, "
+        f"{machine['date']}"
+    )
+    kinds = list(dict.fromkeys(result["layer"] for result in results))
+    figure, charts = new_figure(1090, 374, columns=len(kinds), source=source)
+    for axes, kind in zip(charts, kinds, strict=True):
+        axes.sharey(charts[0])
+        own = [result for result in results if result["layer"] == kind]
+        lengths = [result["tokens"] for result in own]
+        use_log_scales(axes, lengths, [_short(result) for result in own])
+        title = f"{kind} layer" + (" (128 keys)" if kind == "window" else "")
+        draw_lines(
+            axes,
+            _lines(own),
+            title=title,
+            x_label="tokens of the row",
+            y_label="ms, forward + backward",
         )
-        color = {EAGER: ALARM, PLAIN: MUTED}.get(name, PALETTE[index % len(PALETTE)])
-        plot.line(bin_series(tokens, times), color, dots=True, dash="5 3" if name == PLAIN else "")
+    return figure
+
+
+def _lines(results: list[dict[str, Any]]) -> list[Line]:
+    lines = []
+    names = list(dict.fromkeys(name for result in results for name in result["ms"]))
+    for index, name in enumerate(names):
+        own = [result for result in results if name in result["ms"]]
         shown = f"this project ({name})" if name == results[0]["ours"] else name
-        at_the_end.append((float(times[-1]), color, _label(shown, points[-1])))
-    plot.right_labels(at_the_end)
-    return plot.svg("time over length")
+        last = own[-1]["ms"][name]
+        milliseconds = f"{last:.0f}" if last >= 10 else f"{last:.2g}"
+        lines.append(
+            Line(
+                label=f"{shown}: {milliseconds} ms at {_short(own[-1])}",
+                x=[result["tokens"] for result in own],
+                y=[result["ms"][name] for result in own],
+                color=COLORS.get(name, PALETTE[index % len(PALETTE)]),
+                dash=DASHES.get(name, "solid"),
+            )
+        )
+    return lines
 
 
-def _label(name: str, last: tuple[int, float]) -> str:
-    milliseconds = f"{last[1]:.0f}" if last[1] >= 10 else f"{last[1]:.2g}"
-    return f"{name}: {milliseconds} ms at {last[0] // 1024}k"
+def _short(result: dict[str, Any]) -> str:
+    return f"{result['tokens'] // 1024}k"

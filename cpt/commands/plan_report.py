@@ -14,7 +14,7 @@ from cpt.config import LaunchInfo, RunYaml, load, resolve
 from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
 from cpt.planning.estimate import Estimate, estimate
-from cpt.planning.figure import draw
+from cpt.planning.figure import PlannedPoint, draw
 from cpt.planning.hardware import GPUS, Assumptions, Gpu
 from cpt.planning.memory import ParameterCounts, count_parameters
 from cpt.planning.search import Layout, search
@@ -173,7 +173,7 @@ def _over_many(
         best = found[1] if found else None
         short = Path(title).name
         lines.append(line(short, seq_len, gpus, best, gpu))
-        drawn.append((short, seq_len, gpus, best))
+        drawn.append(PlannedPoint(model=short, seq_len=seq_len, gpus=gpus, best=best))
     if options.plot:
         options.plot.write_text(draw(drawn, gpu, assumed), encoding="utf-8")
         lines.append(f"-> {options.plot}")

@@ -18,6 +18,6 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from cpt.telemetry.report import write_report
+    from cpt.telemetry.report.page import write_report
 
     print(write_report(options.run_dir))

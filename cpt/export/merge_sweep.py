@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from cpt.export.merge import MergedWeights, Pair, open_pair, parse_alphas, write_merged
 from cpt.guard.paired_test import compare_scores
 from cpt.guard.score import DomainScore, ScoredSet
 from cpt.model.weights.writer import published
 from cpt.offline.model import OfflineModel, single_process
-from cpt.telemetry.plot import DASHES, INK, PALETTE, Plot, Series, scale_over
+from data_pipeline.charts import (
+    DASHES,
+    INK,
+    PALETTE,
+    Line,
+    as_svg,
+    draw_level,
+    draw_lines,
+    new_figure,
+)
 from data_pipeline.store.files import write_json
 from data_pipeline.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULT_FILE = "bits_per_byte.json"
 PLOT_FILE = "bits_per_byte.svg"
@@ -46,7 +56,7 @@ def merge(
             return ""
         results = score_sweep(pair, shares, sets)
         write_json(folder / RESULT_FILE, {"results": results}, indent=2, sort_keys=True)
-        (folder / PLOT_FILE).write_text(sweep_plot(results), encoding="utf-8")
+        (folder / PLOT_FILE).write_text(sweep_figure(results), encoding="utf-8")
     return sweep_table(results)
 
 
@@ -89,37 +99,31 @@ def sweep_table(results: list[dict[str, Any]]) -> str:
     return table(["alpha", *domains], list(cells_of_alpha.values()))
 
 
-def sweep_plot(results: list[dict[str, Any]]) -> str:
-    """The change of bits per byte against the share of the tuned weights, with 95 % intervals; an
-    SVG file.
-    """
-    domains = list(dict.fromkeys(result["domain"] for result in results))
-    ends = [
-        np.asarray([r[key] for r in results], dtype=np.float64) for key in ("ci_low", "ci_high")
-    ]
-    percents = np.asarray([100 * r["alpha"] for r in results], dtype=np.float64)
-    plot = Plot(
-        size=(720, 380),
-        x=scale_over([percents]),
-        y=scale_over(ends, include=[0.0]),
-        labels=("share of the tuned weights, %", "bits per byte against the base model, %"),
-        right=190,
-    )
-    plot.horizontal(0.0, INK, label="")
-    labels = []
-    for index, domain in enumerate(domains):
-        mine = [r for r in results if r["domain"] == domain]
-        series = Series(
-            x=np.asarray([100 * r["alpha"] for r in mine]),
-            **{
-                name: np.asarray([r[key] for r in mine])
-                for name, key in (("mean", "delta_percent"), ("low", "ci_low"), ("high", "ci_high"))
-            },
+@as_svg
+def sweep_figure(results: list[dict[str, Any]]) -> Figure:
+    """Draw the change of bits per byte over the share of the tuned weights, with 95 % intervals."""
+    figure, (axes,) = new_figure(720, 380)
+    draw_level(axes, 0.0, INK)
+    by_domain: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        by_domain.setdefault(result["domain"], []).append(result)
+    lines = []
+    for index, (domain, own) in enumerate(by_domain.items()):
+        lines.append(
+            Line(
+                label=f"{domain} ({own[0]['language']})",
+                x=[100 * result["alpha"] for result in own],
+                y=[result["delta_percent"] for result in own],
+                low=[result["ci_low"] for result in own],
+                high=[result["ci_high"] for result in own],
+                color=PALETTE[index % len(PALETTE)],
+                dash=DASHES[index // len(PALETTE) % len(DASHES)],
+            )
         )
-        color = PALETTE[index % len(PALETTE)]
-        plot.line(series, color, dash=DASHES[index // len(PALETTE) % len(DASHES)], dots=True)
-        labels.append((float(series.mean[-1]), color, f"{domain} ({mine[0]['language']})"))
-    plot.right_labels(labels)
-    drawing = plot.svg("Bits per byte of held-out text against the share of the tuned weights")
-    style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" width="720" height="380"'
-    return drawing.replace("<svg ", f"<svg {style} ", 1) + "\n"
+    draw_lines(
+        axes,
+        lines,
+        x_label="share of the tuned weights, %",
+        y_label="bits per byte against the base model, %",
+    )
+    return figure

@@ -40,7 +40,7 @@ from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
 from cpt.telemetry.mailbox import EventMailbox
-from cpt.telemetry.report import write_report
+from cpt.telemetry.report.page import write_report
 from data_pipeline.build.build import input_bytes, resolve_build_dir
 from data_pipeline.config.strict_yaml import nearest
 from data_pipeline.dataset import BuiltData

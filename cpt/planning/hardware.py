@@ -89,13 +89,15 @@ class Assumptions:
     host_memory_share: float = 0.85
     """Share of host memory that offloaded state may fill."""
 
+    def routing_text(self) -> str:
+        """Return how evenly experts are taken to be used."""
+        if self.imbalance == 1:
+            return "balanced routing"
+        return f"busiest expert rank {self.imbalance:g} x the mean"
+
     def describe(self, gpu: Gpu) -> list[str]:
-        """The lines printed under a plan."""
-        routing = (
-            "balanced"
-            if self.imbalance == 1
-            else f"busiest expert rank {self.imbalance:g} x the mean"
-        )
+        """Return the lines printed under a plan."""
+        routing = self.routing_text().removesuffix(" routing")
         return [
             f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} TFLOP/s dense bf16, computing reaches {self.mfu:.0%} of it "
             "(assumed; --mfu)",

@@ -1,71 +1,69 @@
-"""The planner's curves as a picture: change of every domain over the share of replay, with the
-tolerance.
-"""
+"""The figure of the mix curve: the change of every domain over the share of replay."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cpt.planning.mix_curve import Probe, largest_main_share
-from cpt.telemetry.plot import (
+from data_pipeline.charts import (
     ALARM,
-    INK,
     MUTED,
     PALETTE,
-    Plot,
-    Series,
-    bin_series,
-    clean,
-    scale_over,
-    standalone,
+    Line,
+    as_svg,
+    draw_level,
+    draw_lines,
+    new_figure,
 )
 
-SIZE = (720, 380)
-LABEL_ROOM = 170
-HEADER = 34
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NUM_GRID_POINTS = 120
+Z = 1.96
+"""Half a 95 % interval in standard errors."""
 
 
-def draw(probes: Sequence[Probe], tolerance_percent: float) -> str:
-    """A standalone SVG: probes as points with their intervals, fitted curves with their 95 %
-    bands.
-    """
+@as_svg
+def draw(probes: Sequence[Probe], tolerance_percent: float) -> Figure:
+    """Draw probes as points with their intervals, and fitted curves with their 95 % bands."""
     found = largest_main_share(probes, tolerance_percent)
     usable = sorted(
         (probe for probe in probes if probe.replay_share > 0), key=lambda probe: probe.replay_share
     )
-    shares = np.asarray([probe.replay_share for probe in usable])
-    grid = np.geomspace(shares[0], shares[-1], 120)
-    bands = {
-        name: np.asarray([curve.at(share) for share in grid]).T
-        for name, curve in found["curves"].items()
-    }
-    points = {name: np.asarray([probe.change[name] for probe in usable]).T for name in bands}
-    heights = [*(mean for mean, _ in bands.values()), *(mean for mean, _ in points.values())]
-    plot = Plot(
-        size=SIZE,
-        x=scale_over([100 * shares]),
-        y=scale_over(heights, include=[0.0, tolerance_percent]),
-        labels=("share of replay, % of the tokens", "change of bits per byte in %; up is worse"),
-        right=LABEL_ROOM,
-    )
-    plot.horizontal(0.0, MUTED, dash="")
-    plot.horizontal(tolerance_percent, ALARM, label=f"tolerance {tolerance_percent:+g} %")
-    ends = []
-    for index, (name, (mean, half)) in enumerate(bands.items()):
+    language = usable[0].main_language
+    title = f"{language}: {100 * found['main_share']:.1f} % within {tolerance_percent:g} %"
+    figure, (axes,) = new_figure(720, 414, title=title)
+    draw_level(axes, 0.0, MUTED)
+    text = f"tolerance {tolerance_percent:+g} %"
+    draw_level(axes, tolerance_percent, ALARM, dash="dashed", label=text)
+    percents = [100 * probe.replay_share for probe in usable]
+    grid = np.geomspace(percents[0], percents[-1], NUM_GRID_POINTS)
+    lines = []
+    for index, (name, curve) in enumerate(found["curves"].items()):
         color = PALETTE[index % len(PALETTE)]
-        plot.line(Series(x=100 * grid, mean=mean, low=mean - half, high=mean + half), color)
-        measured, error = points[name]
-        plot.whiskers(
-            bin_series(100 * shares, measured, measured - 1.96 * error, measured + 1.96 * error),
-            color,
+        mean, half = np.asarray([curve.at(percent / 100) for percent in grid]).T
+        lines.append(
+            Line(
+                label=name,
+                x=grid.tolist(),
+                y=mean.tolist(),
+                low=(mean - half).tolist(),
+                high=(mean + half).tolist(),
+                color=color,
+                dots=False,
+            )
         )
-        ends.append((float(mean[-1]), color, name))
-    plot.right_labels(ends)
-    title = f"{usable[0].main_language}: {100 * found['main_share']:.1f} % within {tolerance_percent:g} %"
-    body = (
-        f'<text x="60" y="22" font-weight="600" font-size="14" fill="{INK}">{clean(title, 80)}</text>'
-        f'<svg y="{HEADER}" width="{SIZE[0]}" height="{SIZE[1]}">{plot.svg("change over replay")}</svg>'
+        measured, error = np.asarray([probe.change[name] for probe in usable]).T
+        axes.errorbar(percents, measured, Z * error, color=color, fmt="none", lw=1.2, capsize=3)
+    axes.margins(x=0.03)
+    draw_lines(
+        axes,
+        lines,
+        x_label="share of replay, % of the tokens",
+        y_label="change of bits per byte in %; up is worse",
     )
-    return standalone(body, SIZE[0], SIZE[1] + HEADER)
+    return figure

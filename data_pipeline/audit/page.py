@@ -3,108 +3,146 @@
 from __future__ import annotations
 
 import html
+from typing import TYPE_CHECKING
 
 from data_pipeline.audit.audit import LENGTH_EDGES, Audit, SourceAudit
-from data_pipeline.charts import Bar, bars, columns
+from data_pipeline.charts import Bar, as_svg, draw_bars, draw_columns, inline, new_figure
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_LANGUAGES = 8
+"""Languages of a source that are shown, the most frequent ones."""
 _STYLE = """
 body { font: 15px/1.5 sans-serif; color: #1a202c; max-width: 1000px; margin: 2em auto; padding: 0 1em }
-h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em; border-top: 1px solid #e2e8f0; padding-top: 1em }
-table { border-collapse: collapse } td, th { padding: 3px 10px; text-align: right; border-bottom: 1px solid #e2e8f0 }
+h1 { font-size: 1.5em }
+h2 { font-size: 1.15em; margin-top: 2em; border-top: 1px solid #e2e8f0; padding-top: 1em }
+table { border-collapse: collapse }
+td, th { padding: 3px 10px; text-align: right; border-bottom: 1px solid #e2e8f0 }
 td:first-child, th:first-child { text-align: left } .bad { color: #c53030; font-weight: bold }
-.charts { display: flex; flex-wrap: wrap; gap: 1em } pre { white-space: pre-wrap; background: #f7fafc; padding: .6em }
+figure { margin: 1em 0 } figure svg { max-width: 100%; height: auto }
+pre { white-space: pre-wrap; background: #f7fafc; padding: .6em }
 """
+_HEADER = (
+    "source",
+    "label",
+    "documents",
+    "mislabelled",
+    "mojibake",
+    "control",
+    "copies",
+    "rejected",
+    "tokens",
+)
 
 
 def audit_page(audit: Audit) -> str:
-    """The whole page."""
-    problems = audit.problems()
-    verdict = (
-        "".join(f'<p class="bad">{html.escape(line)}</p>' for line in problems)
-        or f"<p>Every source is in the language of its label (limit {audit.max_mislabelled_share:.0%}).</p>"
-    )
-    limit = audit.max_mislabelled_share
-    overview = [
-        bars(
-            "Share of documents in another language than the label (tick: limit)",
-            [Bar(s.name, s.mislabelled_share, f"{s.mislabelled_share:.2%}", limit, s.mislabelled_share > limit)
-             for s in audit.sources],
-        ),
-        bars(
-            "Tokens per character",
-            [Bar(s.name, s.tokens_per_character, f"{s.tokens_per_character:.3f}") for s in audit.sources],
-        ),
-    ]  # fmt: skip
+    """Return the whole page."""
+    mix = html.escape(audit.mix)
+    sources = "".join(_source(source) for source in audit.sources)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Audit of {html.escape(audit.mix)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>Audit of the mix {html.escape(audit.mix)}</h1>{verdict}"
-        f'{_table(audit)}<div class="charts">{"".join(overview)}</div>{"".join(map(_source, audit.sources))}'
-        "</body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Audit of {mix}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>Audit of the mix {mix}</h1>{_verdict(audit)}"
+        f"{_table(audit)}{_figure(_draw_overview(audit), 'shares and token rates of all sources')}"
+        f"{sources}</body></html>\n"
     )
+
+
+def _verdict(audit: Audit) -> str:
+    problems = audit.problems()
+    if not problems:
+        limit = f"{audit.max_mislabelled_share:.0%}"
+        return f"<p>Every source is in the language of its label (limit {limit}).</p>"
+    return "".join(f'<p class="bad">{html.escape(line)}</p>' for line in problems)
 
 
 def _table(audit: Audit) -> str:
-    header, *rows = _cells(audit)
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in _HEADER)
+    body = ""
+    for source in audit.sources:
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(source))
+        body += f"<tr>{cells}</tr>"
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _cells(audit: Audit) -> list[list[str]]:
-    header = [
-        "source",
-        "label",
-        "documents",
-        "mislabelled",
-        "mojibake",
-        "control",
-        "copies",
-        "rejected",
-        "tokens",
+def _cells(source: SourceAudit) -> list[str]:
+    documents = max(source.documents, 1)
+    return [
+        source.name,
+        source.language,
+        f"{source.documents:,}",
+        f"{source.mislabelled_share:.2%}",
+        f"{source.mojibake / documents:.2%}",
+        f"{source.control / documents:.2%}",
+        f"{source.duplicates / documents:.2%}",
+        f"{source.rejected / max(source.documents + source.rejected, 1):.2%}",
+        f"{source.tokens:,}",
     ]
-    rows = []
-    for s in audit.sources:
-        counts = (s.mojibake, s.control, s.duplicates)
-        shares = [
-            f"{s.mislabelled_share:.2%}",
-            *(f"{count / max(s.documents, 1):.2%}" for count in counts),
-        ]
-        rejected = f"{s.rejected / max(s.documents + s.rejected, 1):.2%}"
-        rows.append([s.name, s.language, f"{s.documents:,}", *shares, rejected, f"{s.tokens:,}"])
-    return [header, *rows]
 
 
 def _source(source: SourceAudit) -> str:
-    languages = [
-        Bar(name, count, f"{count:,}", alarm=name != source.language)
-        for name, count in source.languages.most_common(8)
-    ]
-    charts = columns(
-        "Documents by characters", source.lengths, [_short(edge) for edge in LENGTH_EDGES]
-    )
-    if languages:
-        charts += bars("Language found, documents", languages, 480)
-    facts = [
-        f"{source.tokens_per_character:.3f} tokens per character, {source.bytes / max(source.tokens, 1):.2f} bytes per "
-        "token",
-        f"NFKC would change {source.nfkc_changed:,} documents and take the meaning of characters in "
-        f"{source.nfkc_damaged:,}",
-        *(f"{kind}: {count:,} documents" for kind, count in sorted(source.notes.items())),
-    ]
-    items = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts)
-    examples = "".join(f"<pre>{html.escape(example)}</pre>" for example in source.examples)
-    shown = f"<p>In another language than the label, first few:</p>{examples}" if examples else ""
     name = html.escape(f"{source.name} ({source.language})")
-    return f'<h2>{name}</h2><ul>{items}</ul><div class="charts">{charts}</div>{shown}'
+    items = "".join(f"<li>{html.escape(fact)}</li>" for fact in _facts(source))
+    figure = _figure(_draw_source(source), f"lengths and languages of {source.name}")
+    page = f"<h2>{name}</h2><ul>{items}</ul>{figure}"
+    examples = "".join(f"<pre>{html.escape(example)}</pre>" for example in source.examples)
+    if examples:
+        page += f"<p>In another language than the label, first few:</p>{examples}"
+    return page
+
+
+def _facts(source: SourceAudit) -> list[str]:
+    facts = [
+        f"{source.tokens_per_character:.3f} tokens per character, "
+        f"{source.bytes / max(source.tokens, 1):.2f} bytes per token",
+        f"NFKC would change {source.nfkc_changed:,} documents and take the meaning of characters "
+        f"in {source.nfkc_damaged:,}",
+    ]
+    for kind, count in sorted(source.notes.items()):
+        facts.append(f"{kind}: {count:,} documents")
+    return facts
+
+
+def _figure(svg: str, title: str) -> str:
+    label = html.escape(title, quote=True)
+    return f'<figure role="img" aria-label="{label}">{inline(svg)}</figure>'
+
+
+@as_svg
+def _draw_overview(audit: Audit) -> Figure:
+    """Draw the share of mislabelled documents and the tokens per character of all sources."""
+    limit = audit.max_mislabelled_share
+    shares = []
+    rates = []
+    for source in audit.sources:
+        share = source.mislabelled_share
+        shares.append(Bar(source.name, share, f"{share:.2%}", limit, share > limit))
+        rate = source.tokens_per_character
+        rates.append(Bar(source.name, rate, f"{rate:.3f}"))
+    height = 50 + 24 * len(audit.sources)
+    figure, (above, below) = new_figure(640, 2 * height, rows=2)
+    title = "Share of documents in another language than the label (tick: limit)"
+    draw_bars(above, title, shares)
+    draw_bars(below, "Tokens per character", rates)
+    return figure
+
+
+@as_svg
+def _draw_source(source: SourceAudit) -> Figure:
+    """Draw how long the documents of a source are, and in which languages."""
+    figure, (left, right) = new_figure(960, 230, columns=2)
+    edges = [_short(edge) for edge in LENGTH_EDGES]
+    draw_columns(left, "Documents by characters", source.lengths, edges)
+    languages = []
+    for name, count in source.languages.most_common(MAX_LANGUAGES):
+        languages.append(Bar(name, count, f"{count:,}", alarm=name != source.language))
+    draw_bars(right, "Language found, documents", languages, room_for=MAX_LANGUAGES)
+    return figure
 
 
 def _short(number: int) -> str:
-    return (
-        f"{number // 2**20}M"
-        if number >= 2**20
-        else f"{number // 1024}k"
-        if number >= 1024
-        else str(number)
-    )
+    if number >= 2**20:
+        return f"{number // 2**20}M"
+    if number >= 1024:
+        return f"{number // 1024}k"
+    return str(number)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.charts import Bar, bars, lines, stack
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger
@@ -155,28 +154,6 @@ class DataPlan:
                 f"limit: {name} from {low:.0%} to {high:.0%}: {'met' if met else 'NOT MET'}"
             )
         return "\n".join([*text, *(f"warning: {line}" for line in self.warnings)])
-
-    def plot(self) -> str:
-        """Shares and epochs, as an SVG file."""
-        limits = {name: low for name, low, _, _ in self.limits if low > 0}
-        languages = [
-            Bar(name, share, f"{share:.1%}", limits.get(name))
-            for name, share in self.language_shares().items()
-        ]
-        sources = [Bar(s.name, s.share, f"{s.share:.1%}") for s in self.sources]
-        epochs = [
-            Bar(s.name, s.epochs, f"{s.epochs:.2f}", s.max_epochs, s.epochs > WARN_EPOCHS)
-            for s in self.sources
-        ]
-        curves = [(s.name, s.epoch_curve) for s in self.sources if s.epochs]
-        return stack(
-            [
-                bars("Share of the predicted tokens by language (tick: floor)", languages),
-                bars("Share of the predicted tokens by source", sources),
-                bars(f"Epochs by source (tick: max_epochs; red: above {WARN_EPOCHS:g})", epochs),
-                lines("Epochs over the run", self.curve_steps, curves, "step", "epochs"),
-            ]
-        )
 
 
 def make_data_plan(

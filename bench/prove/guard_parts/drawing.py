@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from data_pipeline.charts import ALARM, MUTED, PALETTE, as_svg, draw_level, new_figure
 
-from cpt.telemetry.plot import (
-    ALARM,
-    INK,
-    MUTED,
-    PALETTE,
-    Plot,
-    bin_series,
-    clean,
-    scale_over,
-    standalone,
-)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 JAPANESE = "japanese"
-SIZE = (720, 420)
-LABEL_ROOM = 150
-HEADER = 40
 
 
 def gain(run: dict[str, Any]) -> float:
@@ -74,32 +62,24 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: list[dict[str, Any]], tolerance_percent: float, source: str) -> str:
-    """A standalone SVG: each run a point, each arm a colour; right is more Japanese, down is less
-    English lost.
+@as_svg
+def draw(runs: list[dict[str, Any]], tolerance_percent: float, source: str) -> Figure:
+    """Draw each run as a point and each arm in a color.
+
+    Right is more Japanese, down is less English lost.
     """
-    gains = np.asarray([gain(run) for run in runs])
-    worst = np.asarray([max(english(run).values()) for run in runs])
-    x, y = scale_over([gains]), scale_over([worst], include=[0.0, tolerance_percent])
-    labels = (
-        "Japanese gain, % of the untouched model's bits per byte",
-        "worst English domain, change in %",
-    )
-    plot = Plot(size=SIZE, x=x, y=y, labels=labels, right=LABEL_ROOM)
-    plot.horizontal(0.0, MUTED, dash="")
-    plot.horizontal(tolerance_percent, ALARM, label=f"tolerance {tolerance_percent:+g} %")
-    ends = []
+    title = "What Japanese gains and English pays"
+    figure, (axes,) = new_figure(720, 484, title=title, source=source)
+    draw_level(axes, 0.0, MUTED)
+    text = f"tolerance {tolerance_percent:+g} %"
+    draw_level(axes, tolerance_percent, ALARM, dash="dashed", label=text)
     for index, (arm, group) in enumerate(by_arm(runs).items()):
         color = ALARM if arm == "guard" else PALETTE[index % len(PALETTE)]
-        for run in group:
-            point = np.asarray([gain(run)]), np.asarray([max(english(run).values())])
-            plot.line(bin_series(*point), color, dots=True)
-        ends.append((statistics.median(max(english(run).values()) for run in group), color, arm))
-    plot.right_labels(ends)
-    width, height = SIZE[0], SIZE[1] + HEADER + 24
-    body = (
-        f'<text x="60" y="24" font-weight="600" font-size="14" fill="{INK}">What Japanese gains and English pays</text>'
-        f'<svg y="{HEADER}" width="{SIZE[0]}" height="{SIZE[1]}">{plot.svg("English change over Japanese gain")}</svg>'
-        f'<text x="60" y="{height - 8}" fill="{MUTED}">{clean(source, 200)}</text>'
-    )
-    return standalone(body, width, height)
+        gains = [gain(run) for run in group]
+        worst = [max(english(run).values()) for run in group]
+        axes.scatter(gains, worst, s=18, color=color, label=arm)
+    axes.set_xlabel("Japanese gain, % of the untouched model's bits per byte")
+    axes.set_ylabel("worst English domain, change in %")
+    axes.margins(x=0.06)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure

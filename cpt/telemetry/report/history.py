@@ -18,7 +18,7 @@ import yaml
 
 from cpt.telemetry.goodput import Goodput, goodput
 from cpt.telemetry.metrics import read_events
-from cpt.telemetry.plot import Array
+from cpt.telemetry.report.series import Array
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,1 @@
+"""report.html: what the log of a run says, on one page."""

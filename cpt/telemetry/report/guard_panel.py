@@ -1,0 +1,132 @@
+"""The panel of the guard: held-out bits per byte of every domain against the untouched model.
+
+Each domain has its own scale: Japanese gains 30 % where English may lose 1 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cpt.telemetry.report.chart import MARKERS, StepChart
+from cpt.telemetry.report.history import Run, number
+from cpt.telemetry.report.panel import Cell, LegendEntry, Panel, action_of, change_text, clean
+from cpt.telemetry.report.series import bin_series, range_over
+from data_pipeline.charts import ALARM, MUTED
+
+if TYPE_CHECKING:
+    from bokeh.models import Range1d
+
+MAX_WHISKERS = 24
+"""Up to so many measurements, intervals are bars: a band would claim knowledge between them."""
+MARK_ROOM = 0.12
+"""Part of a chart's height that is added for the marks of actions."""
+ROW_HEIGHT = 138
+SINGLE_ROW_HEIGHT = 300
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainStyle:
+    """What the charts of all domains have in common."""
+
+    steps: Range1d
+    tolerance: float
+    """In percent; NaN if it is not known."""
+    markers: dict[str, str]
+    """Shape of the mark of each action."""
+    height: int
+
+
+def guard_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel:
+    """Show one small chart per held-out domain."""
+    title = "Held-out bits per byte against the untouched model"
+    by_domain: dict[str, list[dict[str, Any]]] = {}
+    for event in run.guard_events:
+        by_domain.setdefault(str(event.get("domain")), []).append(event)
+    if not by_domain:
+        reason = "The guard has measured nothing in this run."
+        return Panel(title=title, css="w7", reason=reason)
+    num_columns, num_rows = domain_grid(run)
+    style = DomainStyle(
+        steps=steps,
+        tolerance=number(run.setting("guard", "tolerance_percent")),
+        markers=_markers(run),
+        height=ROW_HEIGHT if num_rows > 1 else SINGLE_ROW_HEIGHT,
+    )
+    cells = []
+    for domain, events in by_domain.items():
+        chart = _domain_chart(events, colors[str(events[-1].get("language"))], style)
+        cells.append(Cell(chart=chart, heading=clean(domain, 22), detail=change_text(events[-1])))
+    legend = []
+    if math.isfinite(style.tolerance):
+        text = f"tolerance {style.tolerance:+g} %"
+        legend.append(LegendEntry(text=text, color=ALARM, dash="dashed"))
+    for action, marker in style.markers.items():
+        legend.append(LegendEntry(text=clean(action), color=ALARM, marker=marker))
+    return Panel(
+        title=title,
+        css="w7",
+        detail="change in %, 95 % interval; up is worse",
+        legend=tuple(legend),
+        cells=tuple(cells),
+        num_columns=num_columns,
+    )
+
+
+def domain_grid(run: Run) -> tuple[int, int]:
+    """Return how many columns and rows the charts of the held-out domains take."""
+    count = len({str(event.get("domain")) for event in run.guard_events})
+    num_columns = next((n for n in (1, 2, 3, 4) if n * 2 >= count), 5)
+    return num_columns, math.ceil(count / num_columns)
+
+
+def _markers(run: Run) -> dict[str, str]:
+    """Give every action of the run a shape; a warning comes first."""
+    actions = {action_of(event) for event in run.guard_events} - {"none"}
+    order = sorted(actions, key=lambda name: (name != "warn", name))
+    return {action: MARKERS[index % len(MARKERS)] for index, action in enumerate(order)}
+
+
+def _domain_chart(events: Sequence[dict[str, Any]], color: str, style: DomainStyle) -> StepChart:
+    """Draw the change of one domain with its interval, the tolerance and the actions."""
+    columns = {}
+    for key in ("step", "delta_percent", "ci_low", "ci_high"):
+        columns[key] = np.asarray([number(event.get(key)) for event in events])
+    series = bin_series(
+        columns["step"], columns["delta_percent"], columns["ci_low"], columns["ci_high"]
+    )
+    levels = [0.0]
+    if math.isfinite(style.tolerance):
+        levels.append(style.tolerance)
+    domain = str(events[0].get("domain"))
+    values = range_over([series.low, series.high], include=levels)
+    if any(action_of(event) != "none" for event in events):
+        values = replace(values, high=values.high + MARK_ROOM * (values.high - values.low))
+    chart = StepChart(
+        height=style.height,
+        steps=style.steps,
+        values=values,
+        unit="%",
+        title=f"Held-out change of {clean(domain, 60)}",
+        step_label="step",
+        num_step_ticks=4,
+    )
+    chart.level(0.0, MUTED, dash="solid")
+    for level in levels[1:]:
+        chart.level(level, ALARM)
+    few = len(series) <= MAX_WHISKERS
+    if few:
+        chart.whiskers(series, color)
+    else:
+        chart.band(series, color, opacity=0.18)
+    chart.curve(clean(domain), series, color, dots=few)
+    for action, marker in style.markers.items():
+        acted = [event for event in events if action_of(event) == action]
+        texts = [f"{clean(action)}, step {e['step']:,}: {change_text(e)}" for e in acted]
+        if acted:
+            chart.marks([event["step"] for event in acted], marker, texts)
+    return chart

@@ -1,0 +1,102 @@
+"""The panel of the data mixture: the share of every source over the run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpt.telemetry.report.chart import StepChart
+from cpt.telemetry.report.history import Run
+from cpt.telemetry.report.panel import (
+    Cell,
+    LegendEntry,
+    Panel,
+    clean,
+    plural,
+    source_languages,
+    source_shades,
+)
+from cpt.telemetry.report.series import Array, AxisRange, bin_starts
+
+if TYPE_CHECKING:
+    from bokeh.models import Range1d
+
+MAX_WINDOWS = 150
+"""Windows of steps over which shares are averaged."""
+MAX_SOURCES = 12
+"""Areas that are told apart; if there are more sources, the smallest are one area."""
+REST_COLOR = "#cbd5e1"
+
+
+def mixture_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel:
+    """Show the shares of the sources, averaged over windows of steps."""
+    title = "Data mixture"
+    css = "w4 tall"
+    counts = {}
+    for name, column in run.columns("tokens_by_source").items():
+        tokens = np.nan_to_num(column)
+        if tokens.sum() > 0:
+            counts[name] = tokens
+    if not counts:
+        return Panel(title=title, css=css, reason="No predicted tokens have been logged.")
+    languages = source_languages(run)
+    starts = bin_starts(run.steps, min(MAX_WINDOWS, max(1, len(run.steps) // 5)))
+    sums = {name: np.add.reduceat(column, starts) for name, column in counts.items()}
+    names = _stacking_order(counts, languages, colors)
+    areas = {clean(name): sums[name] for name in names}
+    shades = source_shades(names, languages, colors)
+    area_colors = {clean(name): shades[name] for name in names}
+    rest = [sums[name] for name in sums if name not in names]
+    if rest:
+        areas[f"{len(rest)} smaller"] = np.sum(rest, axis=0)
+    chart = StepChart(
+        height=440,
+        steps=steps,
+        values=AxisRange(low=0.0, high=100.0),
+        unit="% of predicted tokens",
+        title="Share of each source over steps",
+        num_step_ticks=2,
+    )
+    edges = np.repeat(np.append(run.steps[starts] - 1, run.steps[-1]), 2)[1:-1]
+    legend = _stack(chart, edges, areas, area_colors)
+    width = round(len(run.steps) / len(starts))
+    return Panel(
+        title=title,
+        css=css,
+        detail=f"mean of {plural(width, 'step')}",
+        legend=tuple(legend),
+        legend_beside=True,
+        cells=(Cell(chart=chart),),
+    )
+
+
+def _stack(
+    chart: StepChart, edges: Array, areas: dict[str, Array], colors: dict[str, str]
+) -> list[LegendEntry]:
+    """Stack the areas in percent of their sum; return their legend from top to bottom."""
+    total = np.maximum(np.sum(list(areas.values()), axis=0), 1.0)
+    base = np.zeros(len(total))
+    legend = []
+    for name, column in areas.items():
+        top = base + 100 * column / total
+        color = colors.get(name, REST_COLOR)
+        chart.stacked_area(name, edges, np.repeat(base, 2), np.repeat(top, 2), color)
+        text = f"{clean(name, 15)} {top[-1] - base[-1]:.0f} %"
+        legend.append(LegendEntry(text=text, color=color))
+        base = top
+    return legend[::-1]
+
+
+def _stacking_order(
+    counts: dict[str, Array], languages: dict[str, str], colors: dict[str, str]
+) -> list[str]:
+    """Return the largest sources, those of one language side by side."""
+    largest = sorted(counts, key=lambda name: -float(counts[name].sum()))
+    if len(largest) > MAX_SOURCES:
+        largest = largest[: MAX_SOURCES - 1]
+    position = {language: index for index, language in enumerate(colors)}
+    return sorted(
+        (name for name in counts if name in largest),
+        key=lambda name: position.get(languages.get(name, ""), len(position)),
+    )

@@ -1,0 +1,87 @@
+"""The figure of a data plan: shares by language and source, epochs, and epochs over the run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from data_pipeline.charts import (
+    DASHES,
+    PALETTE,
+    Bar,
+    Line,
+    as_svg,
+    draw_bars,
+    draw_lines,
+    new_figure,
+)
+from data_pipeline.mixture.data_plan import WARN_EPOCHS, DataPlan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH = 780
+BAR_HEIGHT = 24
+HEADING_HEIGHT = 50
+CURVES_HEIGHT = 360
+
+
+@as_svg
+def draw_plan(plan: DataPlan) -> Figure:
+    """Draw shares and epochs."""
+    bars = {
+        "Share of the predicted tokens by language (tick: floor)": _language_bars(plan),
+        "Share of the predicted tokens by source": [
+            Bar(source.name, source.share, f"{source.share:.1%}") for source in plan.sources
+        ],
+        f"Epochs by source (tick: max_epochs; orange: above {WARN_EPOCHS:g})": _epoch_bars(plan),
+    }
+    heights = [HEADING_HEIGHT + BAR_HEIGHT * len(items) for items in bars.values()]
+    heights.append(CURVES_HEIGHT)
+    figure, charts = new_figure(WIDTH, sum(heights), rows=len(heights), height_ratios=heights)
+    for axes, (title, items) in zip(charts, bars.items(), strict=False):
+        draw_bars(axes, title, items)
+    draw_lines(
+        charts[-1],
+        _epoch_curves(plan),
+        title="Epochs over the run",
+        x_label="step",
+        y_label="epochs",
+    )
+    return figure
+
+
+def _language_bars(plan: DataPlan) -> list[Bar]:
+    floors = {}
+    for language, floor, _, _ in plan.limits:
+        if floor > 0:
+            floors[language] = floor
+    return [
+        Bar(name, share, f"{share:.1%}", floors.get(name))
+        for name, share in plan.language_shares().items()
+    ]
+
+
+def _epoch_bars(plan: DataPlan) -> list[Bar]:
+    bars = []
+    for source in plan.sources:
+        alarm = source.epochs > WARN_EPOCHS
+        text = f"{source.epochs:.2f}"
+        bars.append(Bar(source.name, source.epochs, text, source.max_epochs, alarm))
+    return bars
+
+
+def _epoch_curves(plan: DataPlan) -> list[Line]:
+    lines = []
+    for index, source in enumerate(plan.sources):
+        if source.epochs:
+            lines.append(
+                Line(
+                    label=source.name,
+                    x=plan.curve_steps,
+                    y=source.epoch_curve,
+                    color=PALETTE[index % len(PALETTE)],
+                    dash=DASHES[index // len(PALETTE) % len(DASHES)],
+                    dots=False,
+                )
+            )
+    return lines
