@@ -1,15 +1,16 @@
-"""A finished build, opened for reading: rows for training and rows held out.
+"""A finished build, open for reading: rows for training and rows that are held out.
 
 Decisions
-    `open` refuses a build that is not complete; after that a row is two memory-map reads and no
-    checks. Labels and guard domains are no part of the tokens, so those of the present mix replace
-    the ones from build time.
+    `BuiltData.open` refuses a build that is not complete; after that a row is a few reads of memory
+    maps, without checks.
+    Labels and guard domains are no part of the tokens, so those of the current mix replace those
+    from build time.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,85 +19,86 @@ import numpy.typing as npt
 from data_pipeline.build.guard_sets import check_guard_sets
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.errors import DataError
-from data_pipeline.store.manifest import Manifest, SourceEntry, check_files, read_manifest
+from data_pipeline.store.manifest import Manifest, check_files, read_manifest
 from data_pipeline.store.packing import ARRAY_NAMES, Integers, PackedRows
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.tokenizer import END_OF_TEXT
 
 IGNORED_LABEL = -100
+"""Label of a slot without a next token, which bears no loss."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PackedRow:
-    """What the model sees at once: T = seq_len slots."""
+    """One row as the model sees it, T = seq_len slots."""
 
     input_ids: Integers
-    """[T]; END_OF_TEXT in the padding and nowhere else."""
+    """[T] inputs; END_OF_TEXT in the padding and nowhere else."""
     labels: Integers
-    """[T]; the token after each input, -100 in the padding."""
+    """[T] token after each input; IGNORED_LABEL in the padding."""
     position_ids: Integers
-    """[T]; counted from 0 in every document piece and in the padding."""
+    """[T] positions, counted from 0 in every document piece and in the padding."""
     bounds: list[int]
-    """0, the start of each further piece, the start of the padding if there is any, T."""
+    """Borders of the pieces: 0, the end of each piece, and T if there is padding."""
     documents: Integers
-    """[pieces]; the document that each piece belongs to."""
+    """[pieces] number of the document that each piece belongs to."""
 
 
 class _Rows:
     """The rows of one split of one source."""
 
-    def __init__(self, directory: Path, split: str, shard: Shards, seq_len: int) -> None:
-        arrays = {name: _load_array(directory / split / f"{name}.npy") for name in ARRAY_NAMES}
+    def __init__(self, directory: Path, split: str, shards: Shards, seq_len: int) -> None:
+        folder = directory / split
+        arrays = {name: _load_array(folder / f"{name}.npy") for name in ARRAY_NAMES}
         self.packed = PackedRows(**arrays)
-        self.shard = shard
+        self.shards = shards
         self.seq_len = seq_len
-        self._check(directory / split)
-
-    def _check(self, folder: Path) -> None:
-        """The arrays fit each other, the documents and seq_len, so that no read can leave its
-        document.
-        """
-        packed, documents = self.packed, self.shard.num_documents
-        pieces = len(packed.piece_document)
-        starts, pairs, numbers = packed.piece_start, packed.piece_pairs, packed.piece_document
-        sound = (
-            len(starts) == len(pairs) == pieces
-            and packed.num_rows >= 0
-            and packed.row_offsets[0] == 0
-        )
-        sound = (
-            sound
-            and packed.row_offsets[-1] == pieces
-            and bool((np.diff(packed.row_offsets) > 0).all())
-        )
-        if sound and pieces:
-            sound = (
-                numbers.min() >= 0
-                and numbers.max() < documents
-                and starts.min() >= 0
-                and pairs.min() >= 1
-            )
-            sound = sound and bool((starts + pairs < self.shard.document_tokens[numbers]).all())
-            sound = sound and packed.row_tokens().max() <= self.seq_len
-        if not sound:
+        if not self._fits():
             raise DataError(
-                f"{folder}: its row arrays do not fit the documents. Delete the build and build it again."
+                f"{folder}: its row arrays do not fit the documents. "
+                "Delete the build and build it again."
             )
 
-    def read(self, row: int, first_document: int = 0) -> PackedRow:
+    def _fits(self) -> bool:
+        """Return whether the arrays fit each other, the documents and seq_len.
+
+        If they do, no read can leave its document.
+        """
+        packed = self.packed
+        documents = packed.piece_document
+        starts = packed.piece_start
+        pairs = packed.piece_pairs
+        num_pieces = len(documents)
+        if len(starts) != num_pieces or len(pairs) != num_pieces:
+            return False
+        if packed.num_rows < 0 or packed.row_offsets[0] != 0:
+            return False
+        if packed.row_offsets[-1] != num_pieces or (np.diff(packed.row_offsets) <= 0).any():
+            return False
+        if num_pieces == 0:
+            return True
+        if documents.min() < 0 or documents.max() >= self.shards.num_documents:
+            return False
+        if starts.min() < 0 or pairs.min() < 1:
+            return False
+        if (starts + pairs >= self.shards.document_tokens[documents]).any():
+            return False
+        return bool(packed.row_tokens().max() <= self.seq_len)
+
+    def read(self, row: int) -> PackedRow:
+        """Read one row; its documents have the numbers of `shards`."""
         packed = self.packed
         first, last = packed.row_offsets[row : row + 2].tolist()
         documents = packed.piece_document[first:last]
-        starts, pairs = (
-            packed.piece_start[first:last].tolist(),
-            packed.piece_pairs[first:last].tolist(),
-        )
+        starts = packed.piece_start[first:last].tolist()
+        pairs = packed.piece_pairs[first:last].tolist()
         input_ids = np.full(self.seq_len, END_OF_TEXT, dtype=np.int64)
         labels = np.full(self.seq_len, IGNORED_LABEL, dtype=np.int64)
         bounds = [0]
         for document, start, count in zip(documents.tolist(), starts, pairs, strict=True):
-            begin, end = bounds[-1], bounds[-1] + count
-            tokens = self.shard.tokens(document, start, start + count + 1)
+            begin = bounds[-1]
+            end = begin + count
+            tokens = self.shards.tokens(document, start, start + count + 1)
             input_ids[begin:end] = tokens[:-1]
             labels[begin:end] = tokens[1:]
             bounds.append(end)
@@ -108,7 +110,7 @@ class _Rows:
             labels=labels,
             position_ids=position_ids,
             bounds=bounds,
-            documents=documents + first_document,
+            documents=np.array(documents),
         )
 
 
@@ -121,70 +123,69 @@ class HeldOutSet:
         self.sources = domain.sources
         self._parts = parts
         self._row_ends = np.cumsum([part.packed.num_rows for part in parts])
-        # documents are numbered through the domain in ascending order of (source, document)
-        self._stored = [np.unique(part.packed.piece_document) for part in parts]
-        self._first_document = np.concatenate(
-            [[0], np.cumsum([len(numbers) for numbers in self._stored])]
-        )
-        sizes = [
-            part.shard.document_bytes[numbers]
-            for part, numbers in zip(parts, self._stored, strict=True)
-        ]
+        # Documents are numbered through the domain in ascending order of (source, document).
+        self._stored_numbers: list[Integers] = []
+        self._first_numbers: list[int] = []
+        sizes: list[Integers] = []
+        num_documents = 0
+        for part in parts:
+            stored = np.unique(part.packed.piece_document)
+            self._stored_numbers.append(stored)
+            self._first_numbers.append(num_documents)
+            sizes.append(part.shards.document_bytes[stored])
+            num_documents += len(stored)
         self.document_bytes: Integers = np.concatenate(sizes)
         """UTF-8 bytes of each document."""
 
     @property
     def num_documents(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return len(self.document_bytes)
 
     @property
     def num_rows(self) -> int:
-        """Packed rows; a row holds documents of one source."""
+        """Number of packed rows; a row holds documents of one source."""
         return int(self._row_ends[-1])
 
     def read_row(self, row: int) -> PackedRow:
-        """Row `row`; its `documents` index `document_bytes`."""
+        """Read one row; its `documents` are indices into `document_bytes`.
+
+        Raises:
+            IndexError: There is no such row.
+        """
         if not 0 <= row < self.num_rows:
             raise IndexError(
                 f"held-out set '{self.name}' has {self.num_rows} rows, asked for row {row}"
             )
         part = int(np.searchsorted(self._row_ends, row, side="right"))
-        begin = 0 if part == 0 else int(self._row_ends[part - 1])
-        packed = self._parts[part].read(row - begin)
-        numbers = np.searchsorted(self._stored[part], packed.documents) + self._first_document[part]
-        return dataclasses.replace(packed, documents=numbers)
+        rows = self._parts[part]
+        first_row = int(self._row_ends[part]) - rows.packed.num_rows
+        packed = rows.read(row - first_row)
+        within_source = np.searchsorted(self._stored_numbers[part], packed.documents)
+        return replace(packed, documents=within_source + self._first_numbers[part])
 
 
 class BuiltData:
-    """A build, open for reading; `source` arguments are positions in `source_names`."""
+    """A build that is open for reading; a `source` argument is a position in `source_names`."""
 
-    def __init__(
-        self, directory: Path, manifest: Manifest, sources: Sequence[SourceEntry], verify: bool
-    ) -> None:
-        """Use `open`."""
+    def __init__(self, directory: Path, manifest: Manifest, verify: bool) -> None:
+        """Open the files; callers use `BuiltData.open`, which checks them first."""
         self.directory = directory
         self.manifest = manifest
         self.seq_len = manifest.seq_len
-        self.source_names = tuple(source.name for source in sources)
-        self.languages = tuple(source.language for source in sources)
-        self.domains = tuple(source.domain for source in sources)
-        shards = [
-            Shards(directory / name, manifest.shard_names(name), verify=verify)
-            for name in self.source_names
-        ]
-        folders = [directory / name for name in self.source_names]
-        self._train = [
-            _Rows(folder, "train", s, self.seq_len)
-            for folder, s in zip(folders, shards, strict=True)
-        ]
-        held_out = [
-            _Rows(folder, "held_out", s, self.seq_len)
-            for folder, s in zip(folders, shards, strict=True)
-        ]
+        self.source_names = tuple(source.name for source in manifest.sources)
+        self.languages = tuple(source.language for source in manifest.sources)
+        self.domains = tuple(source.domain for source in manifest.sources)
+        self._train: list[_Rows] = []
+        held_out: dict[str, _Rows] = {}
+        for name in self.source_names:
+            folder = directory / name
+            shards = Shards(folder, manifest.shard_names(name), verify=verify)
+            self._train.append(_Rows(folder, "train", shards, self.seq_len))
+            held_out[name] = _Rows(folder, "held_out", shards, self.seq_len)
         self._row_tokens = [rows.packed.row_tokens() for rows in self._train]
         self.held_out = tuple(
-            HeldOutSet(domain, [held_out[self.source_names.index(name)] for name in domain.sources])
+            HeldOutSet(domain, [held_out[name] for name in domain.sources])
             for domain in manifest.guard_domains
         )
 
@@ -195,13 +196,13 @@ class BuiltData:
         """Open a build.
 
         Args:
-            directory: what `build` made.
-            verify: hash every file and check every token; else names, sizes, headers and row arrays
-                only.
-            mix: take languages, domains and guard domains from here instead of from build time.
+            directory: A directory that `build` made.
+            verify: Whether to hash every file and check every token; otherwise names, sizes,
+                headers and row arrays are checked.
+            mix: Mix whose languages, domains and guard domains replace those from build time.
 
         Raises:
-            DataError: the build is missing, incomplete or damaged, or has other sources or another
+            DataError: The build is missing, incomplete or damaged, or has other sources or another
                 seq_len than `mix`.
         """
         directory = Path(directory)
@@ -210,18 +211,22 @@ class BuiltData:
             manifest = _relabel(directory, manifest, mix)
             check_guard_sets(manifest, mix)
         check_files(directory, manifest, verify=verify)
-        return cls(directory, manifest, manifest.sources, verify)
+        return cls(directory, manifest, verify)
 
     def num_rows(self, source: int) -> int:
-        """Training rows of a source."""
+        """Return the number of training rows of a source."""
         return self._train[source].packed.num_rows
 
     def row_tokens(self, source: int) -> Integers:
-        """Predicted tokens of each training row of a source."""
+        """Return the predicted tokens of each training row of a source, [num_rows]."""
         return self._row_tokens[source]
 
     def read_row(self, source: int, row: int) -> PackedRow:
-        """A training row; its `documents` are document numbers in the source's shard."""
+        """Read a training row; its `documents` are document numbers in the source's shards.
+
+        Raises:
+            IndexError: There is no such row.
+        """
         if not 0 <= row < self.num_rows(source):
             name = self.source_names[source]
             raise IndexError(
@@ -231,20 +236,20 @@ class BuiltData:
 
 
 def _relabel(directory: Path, manifest: Manifest, mix: MixConfig) -> Manifest:
-    built, wanted = (
-        [source.name for source in manifest.sources],
-        [source.name for source in mix.sources],
-    )
+    """Return the manifest with the labels and guard domains of a mix over the same sources."""
+    built = [source.name for source in manifest.sources]
+    wanted = [source.name for source in mix.sources]
     if built != wanted or manifest.seq_len != mix.seq_len:
         raise DataError(
-            f"{directory}: built for seq_len {manifest.seq_len} and sources {', '.join(built)}; mix '{mix.name}' has "
-            f"seq_len {mix.seq_len} and sources {', '.join(wanted)}. Build the mix again."
+            f"{directory}: built for seq_len {manifest.seq_len} and sources {', '.join(built)}; "
+            f"mix '{mix.name}' has seq_len {mix.seq_len} and sources {', '.join(wanted)}. "
+            "Build the mix again."
         )
     sources = tuple(
-        dataclasses.replace(entry, language=source.language, domain=source.domain)
+        replace(entry, language=source.language, domain=source.domain)
         for entry, source in zip(manifest.sources, mix.sources, strict=True)
     )
-    return dataclasses.replace(manifest, sources=sources, guard_domains=mix.guard_domains())
+    return replace(manifest, sources=sources, guard_domains=mix.guard_domains())
 
 
 def _load_array(path: Path) -> npt.NDArray[np.int64]:

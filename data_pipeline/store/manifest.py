@@ -1,4 +1,4 @@
-"""The manifest of a build: what was made from which settings, and the hash of every file.
+"""The manifest of a build: what was built from which settings, and the hash of every file.
 
 Decisions
     A build is complete if and only if its manifest is there and every listed file matches it; the
@@ -8,16 +8,16 @@ Decisions
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipeline.config.mix_config import GuardDomain
 from data_pipeline.errors import DataError
-from data_pipeline.store.files import atomic_write, sha256_of
+from data_pipeline.store.files import sha256_of, write_json
 from data_pipeline.store.shards import SUFFIX
 
 FORMAT_VERSION = 4
@@ -25,23 +25,26 @@ FILE_NAME = "manifest.json"
 _MAX_BYTES = 64 * 2**20
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FileEntry:
     """One file of the build."""
 
     bytes: int
-    """Size."""
+    """Size of the file."""
     sha256: str
-    """Hex digest."""
+    """Hex sha256 of its content."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceEntry:
     """One source of the build."""
 
     name: str
+    """Name of the source in the mix."""
     language: str
+    """Language label at build time."""
     domain: str
+    """Domain label at build time."""
     documents: int
     """Documents in training rows."""
     tokens: int
@@ -53,17 +56,15 @@ class SourceEntry:
     rows: int
     """Training rows."""
     held_out_documents: int
-    """Documents that are only ever measured."""
+    """Documents that are measured and never trained on."""
     held_out_rows: int
     """Rows of those documents."""
     held_out_tokens: int
     """Labels in those rows."""
     held_out_hash: str
-    """Hex sha256 of those documents' content hashes, in the order of the hashes."""
+    """Hex sha256 of the sorted content hashes of the held-out documents."""
     held_out_found: int
-    """Held-out documents of which training text had a copy or a long run; that training text was
-    dropped.
-    """
+    """Held-out documents whose copy or long run stood in training text, which was dropped."""
     duplicates: int
     """Documents dropped as exact copies of another document of the mix."""
     near_duplicates: int
@@ -71,81 +72,84 @@ class SourceEntry:
     contaminated: int
     """Documents dropped because they share a long run of tokens with a held-out document."""
     held_out_copies: int
-    """Documents dropped because another source holds the same text out."""
+    """Documents dropped because another source holds out the same text."""
     base_model: str
-    """Hash of the model that wrote it (`self_replay.weights_hash`); empty: given text."""
+    """Hash of the model that wrote the text (`self_replay.weights_hash`); empty for given text."""
     rejects: Mapping[str, int]
-    """Unusable documents by reason."""
+    """Number of unusable documents by reason."""
     notes: Mapping[str, int]
-    """Oddities that cost no document."""
+    """Number of oddities that cost no document, by kind."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GuardSet:
     """The held-out text of one guard domain."""
 
     documents: int
-    """Documents."""
+    """Number of documents."""
     tokens: int
-    """Predicted tokens."""
+    """Predicted tokens of the documents."""
     found: int
-    """Documents of which training text had a copy or a long run; that training text was dropped."""
+    """Documents whose copy or long run stood in training text, which was dropped."""
     hash: str
-    """Hex sha256 over the held-out documents of its sources."""
+    """Hex sha256 over the `held_out_hash` of the domain's sources."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """A whole build."""
+    """Everything about a build that is not in its tokens."""
 
     format_version: int
+    """`FORMAT_VERSION` of the code that built it."""
     fingerprint: str
     """`build.fingerprint` of the mix and its input files."""
     tokenizer: str
     """Name of the tokenizer."""
     tokenizer_sha256: str
-    """Of its ranks."""
+    """Hex sha256 of the tokenizer's ranks."""
     seq_len: int
-    """Slots in a row."""
+    """Tokens: input slots of a packed row."""
     sources: tuple[SourceEntry, ...]
-    """In the order of the mix."""
+    """Sources in the order of the mix."""
     guard_domains: tuple[GuardDomain, ...]
-    """As the mix had them at build time."""
+    """Guard domains of the mix at build time."""
     files: Mapping[str, FileEntry]
-    """By path relative to the build."""
+    """Files by path relative to the build."""
 
     def content(self) -> dict[str, Any]:
-        """As JSON values, without the checksum."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+        """Return the manifest as JSON values, without the checksum."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
 
     @property
     def hash(self) -> str:
-        """Hex sha256 of the content; names the build."""
+        """Hex sha256 of the content, which identifies the build."""
         return _checksum(self.content())
 
     def shard_names(self, source: str) -> list[str]:
-        """Names of the token shards of a source within its folder, in order."""
-        prefix = f"{source}/"
-        names = (name.removeprefix(prefix) for name in self.files if name.startswith(prefix))
-        return sorted(name for name in names if "/" not in name and name.endswith(SUFFIX))
+        """Return the names of the token shards in a source's folder, in order."""
+        names = []
+        for path in map(PurePosixPath, self.files):
+            if path.parent.as_posix() == source and path.suffix == SUFFIX:
+                names.append(path.name)
+        return sorted(names)
 
     def guard_sets(self) -> dict[str, GuardSet]:
-        """What is measured, by name of the guard domain."""
+        """Return the held-out text of each guard domain, by the domain's name."""
         entries = {source.name: source for source in self.sources}
         sets = {}
         for domain in self.guard_domains:
             members = [entries[name] for name in domain.sources]
-            digest = hashlib.sha256(json.dumps([entry.held_out_hash for entry in members]).encode())
+            hashes = [entry.held_out_hash for entry in members]
             sets[domain.name] = GuardSet(
                 documents=sum(entry.held_out_documents for entry in members),
                 tokens=sum(entry.held_out_tokens for entry in members),
                 found=sum(entry.held_out_found for entry in members),
-                hash=digest.hexdigest(),
+                hash=hashlib.sha256(json.dumps(hashes).encode()).hexdigest(),
             )
         return sets
 
     def row_hashes(self) -> dict[str, str]:
-        """Hex sha256, by source, over the files that its training rows come from."""
+        """Return, by source, a hex sha256 over the files that its training rows come from."""
         hashes = {}
         for source in self.sources:
             prefixes = (f"{source.name}/train/", f"{source.name}/documents")
@@ -158,23 +162,42 @@ class Manifest:
         return hashes
 
     def write(self, directory: Path) -> None:
-        """Write `manifest.json`, atomically."""
-        text = json.dumps({**self.content(), "checksum": self.hash}, indent=1, sort_keys=True)
-        with atomic_write(directory / FILE_NAME) as file:
-            file.write(text.encode("ascii") + b"\n")
+        """Write `manifest.json` atomically."""
+        content = {**self.content(), "checksum": self.hash}
+        write_json(directory / FILE_NAME, content, indent=1, sort_keys=True)
 
 
 def read_manifest(directory: Path) -> Manifest:
     """Read and check `manifest.json`.
 
     Raises:
-        DataError: it is missing, damaged, of another format, or names a file outside the build.
+        DataError: The file is missing, damaged, of another format, or names a file outside the
+            build.
     """
     path = directory / FILE_NAME
+    content = _read_content(path)
+    found = content.get("format_version")
+    if found != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: has format version {found}, this code reads {FORMAT_VERSION}. Build it again."
+        )
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise DataError(f"{path}: {path.stat().st_size} bytes, more than any manifest has.")
-        value = json.loads(path.read_bytes())
+        manifest = _from_content(content)
+    except (TypeError, KeyError) as error:
+        raise DataError(f"{path}: lacks or misnames a key: {error}. Build it again.") from error
+    for name in manifest.files:
+        if not _is_inside(name):
+            raise DataError(f"{path}: lists '{name}', which is not a path inside the build.")
+    return manifest
+
+
+def _read_content(path: Path) -> dict[str, Any]:
+    """Read the JSON of a manifest and compare it with its checksum."""
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise DataError(f"{path}: {size} bytes, more than any manifest has.")
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}). The build is incomplete: build it again."
@@ -183,75 +206,74 @@ def read_manifest(directory: Path) -> Manifest:
         raise DataError(
             f"{path}: not JSON. The build is damaged: delete it and build it again."
         ) from error
-    if not isinstance(value, dict) or value.pop("checksum", None) != _checksum(value):
+    if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
         raise DataError(
             f"{path}: does not match its own checksum. Delete the build and build it again."
         )
-    if value.get("format_version") != FORMAT_VERSION:
-        found = value.get("format_version")
-        raise DataError(
-            f"{path}: has format version {found}, this code reads {FORMAT_VERSION}. Build it again."
-        )
-    try:
-        manifest = _from_content(value)
-    except (TypeError, KeyError) as error:
-        raise DataError(f"{path}: lacks or misnames a key: {error}. Build it again.") from error
-    for name in manifest.files:
-        parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or "\\" in name:
-            raise DataError(f"{path}: lists '{name}', which is not a path inside the build.")
-    return manifest
+    return content
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _from_content(content: dict[str, Any]) -> Manifest:
+    values = dict(content)
+    values["sources"] = tuple(SourceEntry(**source) for source in content["sources"])
+    values["guard_domains"] = tuple(map(_guard_domain, content["guard_domains"]))
+    values["files"] = {name: FileEntry(**entry) for name, entry in content["files"].items()}
+    return Manifest(**values)
+
+
+def _guard_domain(content: dict[str, Any]) -> GuardDomain:
+    return GuardDomain(**{**content, "sources": tuple(content["sources"])})
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a listed path stays inside the build."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name
 
 
 def check_files(directory: Path, manifest: Manifest, *, verify: bool) -> None:
     """Compare the files of a build with its manifest.
 
     Args:
-        directory: the build.
-        manifest: what it should hold.
-        verify: compare the contents, not only names and sizes.
+        directory: The build.
+        manifest: What it should hold.
+        verify: Whether to compare the contents, not only names and sizes.
 
     Raises:
-        DataError: naming every file that is missing, extra, a link, of another size or of other
-            content.
+        DataError: A file is missing, extra, a link, of another size or of other content; the
+            message names every such file.
     """
-    found = {
-        path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()
-    }
-    problems = [f"{directory / name}: missing" for name in sorted(set(manifest.files) - found)]
-    problems += [
-        f"{directory / name}: not in the manifest"
-        for name in sorted(found - {*manifest.files, FILE_NAME})
-    ]
-    for name in sorted(found & set(manifest.files)):
-        path, entry = directory / name, manifest.files[name]
-        if path.is_symlink() or not path.is_file():
-            problems.append(f"{path}: not a plain file")
-        elif path.stat().st_size != entry.bytes:
-            problems.append(f"{path}: {path.stat().st_size} bytes, manifest says {entry.bytes}")
-        elif verify and sha256_of(path) != entry.sha256:
-            problems.append(f"{path}: content differs from the manifest (sha256)")
+    found = set()
+    for path in directory.rglob("*"):
+        if not path.is_dir():
+            found.add(path.relative_to(directory).as_posix())
+    listed = set(manifest.files)
+    problems = [f"{directory / name}: missing" for name in sorted(listed - found)]
+    for name in sorted(found - listed - {FILE_NAME}):
+        problems.append(f"{directory / name}: not in the manifest")
+    for name in sorted(found & listed):
+        path = directory / name
+        problem = _file_problem(path, manifest.files[name], verify)
+        if problem:
+            problems.append(f"{path}: {problem}")
     if problems:
         raise DataError(
             "\n".join([*problems, "The build is damaged: delete it and build it again."])
         )
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
-
-
-def _from_content(value: dict[str, Any]) -> Manifest:
-    return Manifest(
-        **{
-            **value,
-            "sources": tuple(SourceEntry(**source) for source in value["sources"]),
-            "guard_domains": tuple(
-                GuardDomain(**{**domain, "sources": tuple(domain["sources"])})
-                for domain in value["guard_domains"]
-            ),
-            "files": {name: FileEntry(**entry) for name, entry in value["files"].items()},
-        }
-    )
+def _file_problem(path: Path, entry: FileEntry, verify: bool) -> str:
+    """Return how a file differs from its entry, or an empty string."""
+    if path.is_symlink() or not path.is_file():
+        return "not a plain file"
+    size = path.stat().st_size
+    if size != entry.bytes:
+        return f"{size} bytes, manifest says {entry.bytes}"
+    if verify and sha256_of(path) != entry.sha256:
+        return "content differs from the manifest (sha256)"
+    return ""
