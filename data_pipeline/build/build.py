@@ -1,19 +1,20 @@
 """Data mix -> a directory that training reads.
 
-    sources -> units -> parts: texts, hashes, tokens, signatures     (units, part; spread over processes or machines)
-                          |
-                          +-> held out, trained on, copy             (dedup, near, decontaminate)
-                                 |
-                                 +-> packed rows                     (pack, assembly)
-                                        |
-                                        +-> manifest, written last
+    sources -> units -> parts (texts, hashes, tokens, signatures)
+                          |        units, part: spread over processes or machines
+                          +-> held out, trained on, or a copy
+                                 |        document_fates: deduplication, near_duplicates,
+                                 |        decontamination
+                                 +-> packed rows -> manifest, written last
+                                          assembly
 
 Decisions
-    Everything is written into a hidden sibling directory and renamed at the end, so a directory
-    under the final name is complete.  Parts that a killed build has finished are used by the next
-    one; a lock keeps two builds apart. Units, and with them the output, do not depend on the number
-    of processes or machines. Shards may hold copies; a document in no row is never read.  What is
-    trained on, and what is held out, is decided from content alone, before any row exists.
+    Everything is written into a hidden sibling directory that is renamed at the end, so a directory
+    under the final name is complete.
+    Parts that a killed build has finished are used by the next one; a lock keeps two builds apart.
+    Units, and with them the output, do not depend on the number of processes or machines.
+    Shards may hold copies: a document that is in no row is never read. Which documents are trained
+    on, and which are held out, is decided from content alone, before any row exists.
 """
 
 from __future__ import annotations
@@ -61,27 +62,28 @@ def build(mix: MixConfig, out_dir: Path | str, progress: bool = True, workers: i
     """Build `mix` into `out_dir`, or return the manifest if it is built there already.
 
     Args:
-        mix: from `load_mix`.
-        out_dir: the directory to make; its parents are made, too.
-        progress: show a progress bar on a terminal.
-        workers: processes; the output is the same for every number.
+        mix: The mix, from `load_mix`.
+        out_dir: The directory to make, with its parents.
+        progress: Show a progress bar on a terminal.
+        workers: Number of processes; the output is the same for every number.
 
     Raises:
-        DataError: input that cannot be used, another mix in `out_dir`, or another build at work
-            there.
+        DataError: the input cannot be used, `out_dir` holds another mix or something else, or
+            another process is building there.
     """
     out_dir = Path(out_dir).absolute()
     wanted = fingerprint(mix)
     work_dir = _work_dir(out_dir)
     with _locked(out_dir, fcntl.LOCK_EX):
         if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir())):
-            manifest = _existing(out_dir, wanted)
+            manifest = _read_existing(out_dir, wanted)
             shutil.rmtree(work_dir, ignore_errors=True)
             return manifest
         if not _holds_work(work_dir, wanted):
             shutil.rmtree(work_dir, ignore_errors=True)
         parts = _prepare(work_dir, mix, wanted)
-        _make_parts([part for source in parts for part in source], progress, workers)
+        all_parts = [part for source_parts in parts for part in source_parts]
+        _make_parts(all_parts, progress, workers)
         for path in work_dir.rglob(f".*{PARTIAL_SUFFIX}"):
             path.unlink()
         manifest = assemble_build(work_dir, mix, wanted, parts, workers)
@@ -94,14 +96,13 @@ def build(mix: MixConfig, out_dir: Path | str, progress: bool = True, workers: i
 def build_share(
     mix: MixConfig, out_dir: Path | str, index: int, count: int, workers: int = 1
 ) -> int:
-    """Make every `count`-th part, from part `index` on, for a later `build` of the same mix to
-    finish.
+    """Make every `count`-th part, beginning with part `index`, for a later `build` to finish.
 
     Returns:
-        Parts made now or before.
+        Number of parts that this share has.
 
     Raises:
-        DataError: as `build`; also if the work on another mix lies there.
+        DataError: as `build`, and also if parts of another mix lie there.
     """
     assert 0 <= index < count
     out_dir = Path(out_dir).absolute()
@@ -109,26 +110,42 @@ def build_share(
     work_dir = _work_dir(out_dir)
     with _locked(out_dir, fcntl.LOCK_SH):
         if (out_dir / FILE_NAME).exists():
-            _existing(out_dir, wanted)
+            _read_existing(out_dir, wanted)
             return 0
-        if (
-            work_dir.exists()
-            and (work_dir / _WORK_FILE).exists()
-            and not _holds_work(work_dir, wanted)
-        ):
+        if (work_dir / _WORK_FILE).exists() and not _holds_work(work_dir, wanted):
             raise DataError(
                 f"{work_dir}: holds parts of another mix or of other input files. Delete it first."
             )
-        parts = [part for source in _prepare(work_dir, mix, wanted) for part in source][
-            index::count
-        ]
-        _make_parts(parts, True, workers)
-        return len(parts)
+        parts = _prepare(work_dir, mix, wanted)
+        all_parts = [part for source_parts in parts for part in source_parts]
+        own_parts = all_parts[index::count]
+        _make_parts(own_parts, True, workers)
+        return len(own_parts)
+
+
+_SOURCE_KEYS = (
+    "name",
+    "format",
+    "text_field",
+    "template",
+    "normalise",
+    "held_out_share",
+    "num_documents",
+    "mean_tokens",
+    "dataset",
+    "revision",
+    "subset",
+    "split",
+    "build_sources",
+    "kind",
+)
+"""Fields of a source that decide its tokens and rows."""
 
 
 def fingerprint(mix: MixConfig) -> str:
-    """Hex sha256 of everything that decides the tokens and rows: not weights, seed, labels or guard
-    domains.
+    """Return the hex sha256 of everything that decides the tokens and rows of a build.
+
+    Weights, the seed, labels and guard domains do not belong to it.
     """
     content = {
         "format_version": FORMAT_VERSION,
@@ -144,21 +161,11 @@ def fingerprint(mix: MixConfig) -> str:
 
 
 def _source_content(source: SourceConfig) -> dict[str, object]:
-    keys = (
-        *(
-            "name",
-            "format",
-            "text_field",
-            "template",
-            "normalise",
-            "held_out_share",
-            "num_documents",
-            "mean_tokens",
-        ),
-        *("dataset", "revision", "subset", "split", "build_sources", "kind"),
-    )
-    files = [[path.name, path.stat().st_size, _file_hash(path)] for path in source.files()]
-    return {key: getattr(source, key) for key in keys} | {"files": files}
+    content = {key: getattr(source, key) for key in _SOURCE_KEYS}
+    content["files"] = [
+        [path.name, path.stat().st_size, _file_hash(path)] for path in source.files()
+    ]
+    return content
 
 
 _file_hash = cached_per_file(max_files=2**16)(xxh3_of)
@@ -176,12 +183,13 @@ def resolve_build_dir(mix: MixConfig, build_dir: Path | None) -> Path:
 
 
 def input_bytes(mix: MixConfig) -> int:
-    """Bytes to read, or to invent, for a build."""
-    return sum(
-        (source.num_documents or 0) * (source.mean_tokens or 0) * BYTES_PER_INVENTED_TOKEN
-        + sum(path.stat().st_size for path in source.files())
-        for source in mix.sources
-    )
+    """Return the number of bytes that a build reads, or invents."""
+    total = 0
+    for source in mix.sources:
+        num_tokens = (source.num_documents or 0) * (source.mean_tokens or 0)
+        total += num_tokens * BYTES_PER_INVENTED_TOKEN
+        total += sum(path.stat().st_size for path in source.files())
+    return total
 
 
 def _work_dir(out_dir: Path) -> Path:
@@ -189,7 +197,7 @@ def _work_dir(out_dir: Path) -> Path:
 
 
 def _holds_work(work_dir: Path, wanted: str) -> bool:
-    """Whether a build of the same fingerprint was begun here."""
+    """Return whether a build of the same fingerprint was begun here."""
     try:
         value = json.loads((work_dir / _WORK_FILE).read_bytes())
     except (OSError, ValueError):
@@ -198,11 +206,16 @@ def _holds_work(work_dir: Path, wanted: str) -> bool:
 
 
 def _prepare(work_dir: Path, mix: MixConfig, wanted: str) -> list[list[Part]]:
-    """The parts of every source, and a place for them."""
+    """Make the work directory, and return the parts of every source."""
     work_dir.mkdir(exist_ok=True)
     write_json(work_dir / _WORK_FILE, {"fingerprint": wanted})
-    return [
-        [
+    return [_source_parts(work_dir, mix, source) for source in mix.sources]
+
+
+def _source_parts(work_dir: Path, mix: MixConfig, source: SourceConfig) -> list[Part]:
+    parts = []
+    for number, unit in enumerate(units.split_into_units(source)):
+        parts.append(
             Part(
                 source=source,
                 unit=unit,
@@ -210,20 +223,19 @@ def _prepare(work_dir: Path, mix: MixConfig, wanted: str) -> list[list[Part]]:
                 work_dir=work_dir,
                 near_duplicates=mix.near_duplicates > 0 and source.format != "mock",
             )
-            for number, unit in enumerate(units.split_into_units(source))
-        ]
-        for source in mix.sources
-    ]
+        )
+    return parts
 
 
 def _make_parts(parts: list[Part], progress: bool, workers: int) -> None:
-    """Make the parts that are not there."""
+    """Make those of the parts that are not there yet."""
     missing = [part for part in parts if read_account(part) is None]
-    total, done = sum(p.unit.size_bytes for p in parts), sum(p.unit.size_bytes for p in missing)
-    tokens = 0
+    total_bytes = sum(part.unit.size_bytes for part in parts)
+    missing_bytes = sum(part.unit.size_bytes for part in missing)
+    num_tokens = 0
     bar = tqdm.tqdm(
-        total=total,
-        initial=total - done,
+        total=total_bytes,
+        initial=total_bytes - missing_bytes,
         unit="B",
         unit_scale=True,
         desc="build",
@@ -231,8 +243,9 @@ def _make_parts(parts: list[Part], progress: bool, workers: int) -> None:
     )
     with bar:
         for part, account in spread(make_part, missing, workers):
-            tokens += account.num_tokens
-            bar.set_postfix_str(f"{part.source.name}, {tokens / 1e6:,.1f} M tokens", refresh=False)
+            num_tokens += account.num_tokens
+            state = f"{part.source.name}, {num_tokens / 1e6:,.1f} M tokens"
+            bar.set_postfix_str(state, refresh=False)
             bar.update(part.unit.size_bytes)
 
 
@@ -256,7 +269,12 @@ def _locked(out_dir: Path, kind: int) -> Iterator[None]:
         ) from error
 
 
-def _existing(out_dir: Path, wanted: str) -> Manifest:
+def _read_existing(out_dir: Path, wanted: str) -> Manifest:
+    """Return the manifest of a finished build, after checking all of its files.
+
+    Raises:
+        DataError: the directory holds something else, another build, or a damaged one.
+    """
     if not (out_dir / FILE_NAME).exists():
         raise DataError(
             f"{out_dir}: exists and holds something else than a build. Choose another --out."
@@ -265,7 +283,8 @@ def _existing(out_dir: Path, wanted: str) -> Manifest:
     if manifest.fingerprint != wanted:
         raise DataError(
             f"{out_dir}: holds a build of another mix or of other input files (fingerprint "
-            f"{manifest.fingerprint[:10]}, this mix has {wanted[:10]}). Choose another --out, or delete it."
+            f"{manifest.fingerprint[:10]}, this mix has {wanted[:10]}). Choose another --out, or "
+            "delete it."
         )
     check_files(out_dir, manifest, verify=True)
     return manifest

@@ -1,38 +1,43 @@
-"""Which documents are held out, which are trained on, and which are copies of another.
+"""Which documents are held out, which are trained on, and which are exact copies of another.
 
 Decisions
     Everything follows from the content hash of a document, so a copy shares the fate of its
-    original, wherever it stands and however often.  Stages, in order of precedence:
-      1. held out: the hash falls below the source's held_out_share.  The choice depends on the text
-      alone: not on
-         order, other documents, the seed or the epoch.  The first source in the mix that holds a
-         text out keeps it.
-      2. never trained: a text that any source holds out is dropped from the training documents of
-      all sources.
-      3. duplicate: of equal texts the first one, in the order of the mix, is trained on.
-    A source of at least two documents that is to hold some out holds out at least one and keeps at
-    least one: if the hash would not have it so, the documents with the smallest or the largest hash
-    move. Equal hashes meet in buckets by their leading bits, one bucket in memory at a time, so
-    memory does not grow with the corpus but for one byte a document; the hashes themselves may be
+    original, wherever it stands and however often. Stages, in order of precedence:
+      1. Held out: the hash falls below the source's held_out_share. The choice depends on the text
+         alone, not on the order, other documents, the seed or the epoch. The first source in the
+         mix that holds a text out keeps it.
+      2. Never trained on: a text that any source holds out is dropped from the training documents
+         of all sources.
+      3. Duplicate: of equal texts the first one, in the order of the mix, is trained on.
+    A source of at least two different documents that is to hold some out holds out at least one and
+    keeps at least one. If the hashes would not have it so, the documents with the smallest or the
+    largest hash move.
+    Equal hashes meet in buckets by their leading bits, one bucket in memory at a time, so memory
+    does not grow with the corpus except for one byte per document. The hashes themselves may be
     memory maps.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-_HELD_OUT_SALT = b"held out documents 1:"
+from data_pipeline.store.packing import Integers
+
 HASH_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8")])
 Hashes = npt.NDArray[np.void]
-Indices = npt.NDArray[np.int64]
+"""128-bit hashes as an array of HASH_DTYPE."""
+Fates = npt.NDArray[np.uint8]
+"""A `Fate` per document."""
+Mask = npt.NDArray[np.bool_]
 BUCKET_DOCUMENTS = 1 << 22
-"""Documents compared at once, about."""
+"""Number of documents compared at once, about."""
+_HELD_OUT_SALT = b"held out documents 1:"
 
 
 class Fate(enum.IntEnum):
@@ -46,64 +51,56 @@ class Fate(enum.IntEnum):
     CONTAMINATED = 5
 
 
-Fates = npt.NDArray[np.uint8]
-
-
 def content_hash(content: bytes) -> int:
-    """xxh3_128 of a document's bytes."""
+    """Return the xxh3_128 of a document's content."""
     return xxhash.xxh3_128_intdigest(content)
 
 
-def as_array(hashes: Sequence[int]) -> Hashes:
-    """128-bit integers as an array of (high, low)."""
-    mask = 2**64 - 1
-    return np.array([(value >> 64, value & mask) for value in hashes], dtype=HASH_DTYPE)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceFates:
     """What becomes of the stored documents of one source."""
 
     fates: Fates
-    """A `Fate` per document."""
+    """Fate of each document."""
 
-    def numbers(self, fate: Fate) -> Indices:
-        """Document numbers with a fate, in ascending order."""
+    def numbers(self, fate: Fate) -> Integers:
+        """Return the numbers of the documents with a fate, in ascending order."""
         return np.flatnonzero(self.fates == fate).astype(np.int64)
 
     def count(self, fate: Fate) -> int:
-        """Documents with a fate."""
+        """Return the number of documents with a fate."""
         return int(np.count_nonzero(self.fates == fate))
 
     @property
-    def train(self) -> Indices:
-        """Documents to train on."""
+    def train(self) -> Integers:
+        """Numbers of the documents to train on."""
         return self.numbers(Fate.TRAIN)
 
     @property
-    def held_out(self) -> Indices:
-        """Documents to measure."""
+    def held_out(self) -> Integers:
+        """Numbers of the documents to measure."""
         return self.numbers(Fate.HELD_OUT)
 
     @property
     def num_duplicates(self) -> int:
-        """Documents that stand earlier in the mix, too."""
+        """Number of documents that also stand earlier in the mix."""
         return self.count(Fate.DUPLICATE)
 
     @property
     def num_held_out_copies(self) -> int:
-        """Documents dropped because their text is held out elsewhere."""
+        """Number of documents dropped because their text is held out elsewhere."""
         return self.count(Fate.HELD_OUT_COPY)
 
 
-def held_out_mask(hashes: Hashes, share: float) -> npt.NDArray[np.bool_]:
-    """True for the documents to hold out; copies have the fate of their original."""
+def held_out_mask(hashes: Hashes, share: float) -> Mask:
+    """Return True for the documents to hold out; copies have the fate of their original."""
     if share <= 0 or len(hashes) == 0:
         return np.zeros(len(hashes), dtype=bool)
     if share >= 1:
         return np.ones(len(hashes), dtype=bool)
     order = _held_out_order(hashes)
-    low, high = order.min(), order.max()
+    low = order.min()
+    high = order.max()
     if low == high:  # a single text
         return np.zeros(len(hashes), dtype=bool)
     mask = order < np.uint64(int(share * 2**64))
@@ -114,60 +111,68 @@ def held_out_mask(hashes: Hashes, share: float) -> npt.NDArray[np.bool_]:
     return np.asarray(mask)
 
 
+def _held_out_order(hashes: Hashes) -> npt.NDArray[np.uint64]:
+    """Return 64 fresh bits per document, from its content hash and a constant."""
+    digests = (xxhash.xxh3_64_intdigest(_HELD_OUT_SALT + value.tobytes()) for value in hashes)
+    return np.fromiter(digests, dtype=np.uint64, count=len(hashes))
+
+
 def decide_fates(hashes: Sequence[Hashes], shares: Sequence[float]) -> list[SourceFates]:
-    """Assign the documents of every source.
+    """Decide which documents of each source are trained on, held out, or copies.
 
     Args:
-        hashes: content hashes per source, in the order of the mix.
-        shares: held_out_share per source.
+        hashes: Content hashes of each source, in the order of the mix.
+        shares: The held_out_share of each source.
     """
     held = [held_out_mask(values, share) for values, share in zip(hashes, shares, strict=True)]
     fates = [np.zeros(len(values), np.uint8) for values in hashes]
-    bits = max(0, (sum(map(len, hashes)) // BUCKET_DOCUMENTS).bit_length())
+    num_documents = sum(len(values) for values in hashes)
+    bits = (num_documents // BUCKET_DOCUMENTS).bit_length()
     for bucket in range(1 << bits):
-        chosen = [_in_bucket(values, bucket, bits) for values in hashes]
-        keys = np.concatenate(
-            [values[numbers] for values, numbers in zip(hashes, chosen, strict=True)]
-        )
-        flags = np.concatenate([mask[numbers] for mask, numbers in zip(held, chosen, strict=True)])
-        found = _fates(keys, flags)
-        ends = np.cumsum([len(numbers) for numbers in chosen])[:-1]
-        for source, part in enumerate(np.split(found, ends)):
-            fates[source][chosen[source]] = part
+        chosen = [_numbers_in_bucket(values, bucket, bits) for values in hashes]
+        bucket_hashes = []
+        bucket_held = []
+        for source, numbers in enumerate(chosen):
+            bucket_hashes.append(hashes[source][numbers])
+            bucket_held.append(held[source][numbers])
+        found = _bucket_fates(np.concatenate(bucket_hashes), np.concatenate(bucket_held))
+        start = 0
+        for source, numbers in enumerate(chosen):
+            fates[source][numbers] = found[start : start + len(numbers)]
+            start += len(numbers)
     return [SourceFates(fates=values) for values in fates]
 
 
-def _in_bucket(hashes: Hashes, bucket: int, bits: int) -> Indices:
+def _numbers_in_bucket(hashes: Hashes, bucket: int, bits: int) -> Integers:
     if not bits:
         return np.arange(len(hashes))
     return np.flatnonzero(hashes["high"] >> np.uint64(64 - bits) == bucket)
 
 
-def _fates(keys: Hashes, held: npt.NDArray[np.bool_]) -> Fates:
-    """Fates of documents in the order of the mix; `held` marks those whose source holds them
-    out.
+def _bucket_fates(hashes: Hashes, held: Mask) -> Fates:
+    """Return the fates of documents in the order of the mix.
+
+    Args:
+        hashes: Content hashes of the documents.
+        held: Whether the source of each document holds it out.
     """
-    fates = np.full(len(keys), Fate.DUPLICATE, np.uint8)
-    if not len(keys):
+    fates = np.full(len(hashes), Fate.DUPLICATE, np.uint8)
+    if not len(hashes):
         return fates
-    order = np.lexsort((np.arange(len(keys)), keys["low"], keys["high"]))
-    ordered = keys[order]
-    new = np.ones(len(keys), dtype=bool)
-    new[1:] = (ordered["high"][1:] != ordered["high"][:-1]) | (
-        ordered["low"][1:] != ordered["low"][:-1]
-    )
-    starts = np.flatnonzero(new)
-    groups = np.cumsum(new) - 1
+    # equal hashes become neighbors, in the order of the mix
+    order = np.lexsort((np.arange(len(hashes)), hashes["low"], hashes["high"]))
+    ordered = hashes[order]
+    is_first = np.ones(len(hashes), dtype=bool)
+    other_high = ordered["high"][1:] != ordered["high"][:-1]
+    other_low = ordered["low"][1:] != ordered["low"][:-1]
+    is_first[1:] = other_high | other_low
+    starts = np.flatnonzero(is_first)
+    groups = np.cumsum(is_first) - 1
     group_held = np.logical_or.reduceat(held[order], starts)
     fates[order[starts]] = Fate.TRAIN
     fates[order[group_held[groups]]] = Fate.HELD_OUT_COPY
+    # of each group that is held out, the first one whose own source holds it out is measured
     held_places = np.flatnonzero(held[order])
-    _, first = np.unique(groups[held_places], return_index=True)
-    fates[order[held_places[first]]] = Fate.HELD_OUT
+    _, first_of_group = np.unique(groups[held_places], return_index=True)
+    fates[order[held_places[first_of_group]]] = Fate.HELD_OUT
     return fates
-
-
-def _held_out_order(hashes: Hashes) -> npt.NDArray[np.uint64]:
-    """64 fresh bits per document, from its content hash and a constant."""
-    digests = (xxhash.xxh3_64_intdigest(_HELD_OUT_SALT + value.tobytes()) for value in hashes)
-    return np.fromiter(digests, dtype=np.uint64, count=len(hashes))

@@ -2,8 +2,7 @@
 
     unit -> lines, rows or files -> text field or template -> normalized -> usable? -> Document
                                                                                |
-                                                                               +-> counted by reason,
-                                                                                   with file and line
+                                            counted by reason, file and line <-+
 
 Decisions
     Files are read in the order given, and the files of a glob by name, so the order of the

@@ -1,4 +1,4 @@
-"""The table of a finished build."""
+"""The table of a finished build, for people."""
 
 from __future__ import annotations
 
@@ -7,33 +7,38 @@ from collections.abc import Sequence
 from data_pipeline.store.manifest import SourceEntry
 from data_pipeline.tables import table
 
+_COLUMNS = (
+    "source",
+    "language",
+    "documents",
+    "tokens",
+    "rows",
+    "held out",
+    "copies",
+    "near copies",
+    "contaminated",
+    "rejected",
+)
+
 
 def describe_build(entries: Sequence[SourceEntry]) -> str:
-    """A table of what a build holds and what it turned away."""
-    header = (
-        "source",
-        "language",
-        "documents",
-        "tokens",
-        "rows",
-        "held out",
-        "copies",
-        "near copies",
-        "contaminated",
+    """Return a table of what a build holds and what it turned away."""
+    return table(_COLUMNS, [_row(entry) for entry in entries])
+
+
+def _row(entry: SourceEntry) -> tuple[str, ...]:
+    return (
+        entry.name,
+        entry.language,
+        f"{entry.documents:,}",
+        f"{entry.predicted_tokens:,}",
+        f"{entry.rows:,}",
+        f"{entry.held_out_documents:,}",
+        f"{entry.duplicates + entry.held_out_copies:,}",
+        f"{entry.near_duplicates:,}",
+        f"{entry.contaminated:,}",
+        _rejects(entry),
     )
-    rows = [
-        (
-            *(e.name, e.language, f"{e.documents:,}", f"{e.predicted_tokens:,}", f"{e.rows:,}"),
-            *(
-                f"{e.held_out_documents:,}",
-                f"{e.duplicates + e.held_out_copies:,}",
-                f"{e.near_duplicates:,}",
-            ),
-            *(f"{e.contaminated:,}", _rejects(e)),
-        )
-        for e in entries
-    ]
-    return table((*header, "rejected"), rows)
 
 
 def _rejects(entry: SourceEntry) -> str:

@@ -4,8 +4,8 @@ Decisions
     Units follow from the input alone, never from the number of workers: the same input gives the
     same units, in the same order, wherever it is built.
     A JSONL file is cut by bytes, and a line belongs to the unit that its first byte lies in. A
-    Parquet file is cut by row groups, a dataset or an earlier build by rows. Text files are gathered
-    until they make a unit. A compressed file cannot be cut.
+    Parquet file is cut by row groups, a dataset or an earlier build by rows. Text files are
+    gathered until they make a unit. A compressed file cannot be cut.
     Units are large enough that no source has many more than MAX_UNITS of them.
 """
 

@@ -1,8 +1,9 @@
-"""Work spread over processes, with a progress bar that knows the rate and the time left.
+"""Work that is spread over processes.
 
 Decisions
     Processes are spawned, not forked: the caller may hold threads or a GPU.
-    A worker dies with its parent, however that dies, so a killed build leaves nobody writing.
+    A worker dies with its parent, however the parent dies, so a killed build leaves no process that
+    still writes.
 """
 
 from __future__ import annotations
@@ -20,22 +21,25 @@ from typing import TypeVar
 from data_pipeline.errors import CptError
 
 _PR_SET_PDEATHSIG = 1
+"""Option of prctl(2) that sets the signal a process gets when its parent dies."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def spread(
     work: Callable[[Item], Result], items: Sequence[Item], workers: int
 ) -> Iterator[tuple[Item, Result]]:
-    """(item, result) of each item as it is done; in this process if one worker is enough.
+    """Yield (item, result) of each item as it is done; in this process if one worker is enough.
 
     Raises:
-        CptError: what `work` raised, or a worker died.
+        CptError: `work` raised it, or a worker died.
     """
     if workers <= 1 or len(items) <= 1:
         for item in items:
@@ -53,15 +57,15 @@ def spread(
             yield futures[future], future.result()
     except BrokenProcessPool as error:
         raise CptError(
-            "A worker process died. If the kernel killed it for want of memory, use fewer --workers; what is done is "
-            "kept, a rerun goes on from there."
+            "A worker process died. If the kernel killed it for lack of memory, use fewer "
+            "--workers; what is done is kept, and a rerun goes on from there."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _follow_parent(parent: int) -> None:
-    """Die when the parent dies; leave Ctrl-C to the parent."""
+    """Let this process die with its parent, and leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

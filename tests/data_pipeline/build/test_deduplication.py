@@ -8,11 +8,22 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.build.deduplication import as_array, content_hash, decide_fates, held_out_mask
+from data_pipeline.build.deduplication import (
+    HASH_DTYPE,
+    Hashes,
+    content_hash,
+    decide_fates,
+    held_out_mask,
+)
 
 
 def hashes_of(*names: object) -> list[int]:
     return [content_hash(str(name).encode()) for name in names]
+
+
+def as_array(hashes: list[int]) -> Hashes:
+    pairs = [(value >> 64, value & 2**64 - 1) for value in hashes]
+    return np.array(pairs, dtype=HASH_DTYPE)
 
 
 def held(names: list[object], share: float) -> set[object]:

@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.build.build import build
-from data_pipeline.build.decontamination import EDGE_TOKENS, HeldOutRuns, contaminated, count_runs
+from data_pipeline.build.decontamination import (
+    EDGE_TOKENS,
+    HeldOutRuns,
+    count_runs,
+    find_contaminated,
+)
 from data_pipeline.build.deduplication import Fate
 from data_pipeline.build.near_duplicates import (
     mark_near_duplicates,
@@ -106,7 +111,7 @@ def test_contamination_is_what_brute_force_finds(data: st.DataObject) -> None:
     token_lists = st.lists(st.integers(0, 1), min_size=1, max_size=60)
     held = data.draw(st.lists(token_lists, min_size=1, max_size=3))
     train = data.draw(st.lists(token_lists, min_size=1, max_size=6))
-    runs = HeldOutRuns.of([np.array(d, np.uint32) for d in held], length)
+    runs = HeldOutRuns.from_documents([np.array(d, np.uint32) for d in held], length)
     known = {tuple(d[i : i + window]) for d in held for i in range(len(d) - window + 1)}
     tokens = np.array([t for d in train for t in [*d, END_OF_TEXT]], np.uint32)
     offsets = np.cumsum([0, *(len(d) + 1 for d in train)])
@@ -116,7 +121,7 @@ def test_contamination_is_what_brute_force_finds(data: st.DataObject) -> None:
         patch.setattr(
             "data_pipeline.build.decontamination._BLOCK_TOKENS", data.draw(st.integers(1, 50))
         )
-        assert contaminated(tokens, offsets, runs).tolist() == expected
+        assert find_contaminated(tokens, offsets, runs).tolist() == expected
     windows = [
         {tuple(d[i : i + window]) for i in range(len(d) - window + 1)} & known for d in train
     ]

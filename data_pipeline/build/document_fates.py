@@ -1,0 +1,194 @@
+"""Decide what becomes of every document of a build.
+
+    content hashes -> held out, trained on, or a copy     (deduplication)
+    signatures     -> a near copy                         (near_duplicates)
+    tokens         -> contaminated with held-out text     (decontamination)
+
+Decisions
+    Fates follow from content alone, before any row exists.
+    Invented documents stand for no text: they are neither near copies nor contaminated.
+    Only the search for held-out text is spread over processes. The runs to search for go to a file
+    in the work directory, which every process reads once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.build.decontamination import HeldOutRuns, count_runs, find_contaminated
+from data_pipeline.build.deduplication import Fate, Fates, SourceFates, decide_fates
+from data_pipeline.build.guard_sets import find_copied, has_found_run, held_out_hash
+from data_pipeline.build.near_duplicates import Signatures, mark_near_duplicates
+from data_pipeline.build.source_parts import SourceParts
+from data_pipeline.build.workers import spread
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.store.files import atomic_write, cached_per_file
+from data_pipeline.store.packing import Integers
+from data_pipeline.store.shards import Shard
+from data_pipeline.text.harmony import body
+from data_pipeline.text.tokenizer import Tokens
+
+Mask = npt.NDArray[np.bool_]
+_RUNS_FILE = "held_out_runs.npy"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecidedSource:
+    """One source, and what becomes of its documents."""
+
+    parts: SourceParts
+    fates: SourceFates
+    held_out_hash: str
+    """Hex sha256 of the content hashes of its held-out documents."""
+    held_out_found: Mask
+    """For each held-out document, whether training text had a copy or a long run of it."""
+
+
+def decide_all_fates(
+    mix: MixConfig, gathered: Sequence[SourceParts], work_dir: Path, workers: int
+) -> list[DecidedSource]:
+    """Decide what becomes of every document of every source."""
+    hashes = [source.hashes() for source in gathered]
+    fates = decide_fates(hashes, [source.held_out_share for source in mix.sources])
+    found = find_copied(hashes, fates)
+    sources = []
+    for number, parts in enumerate(gathered):
+        sources.append(
+            DecidedSource(
+                parts=parts,
+                fates=fates[number],
+                held_out_hash=held_out_hash(hashes[number], fates[number]),
+                held_out_found=found[number],
+            )
+        )
+    del hashes  # the largest arrays of this stage
+    real_sources = [source for source in sources if not source.parts.is_mock]
+    if mix.near_duplicates > 0 and real_sources:
+        _mark_near_duplicates(real_sources, mix.near_duplicates)
+    if mix.decontaminate_tokens and real_sources:
+        _decontaminate(real_sources, mix.decontaminate_tokens, work_dir, workers)
+    return sources
+
+
+def _mark_near_duplicates(sources: Sequence[DecidedSource], threshold: float) -> None:
+    """Turn TRAIN into NEAR_DUPLICATE where a document is a near copy, in all sources at once."""
+    signatures: list[Signatures] = []
+    for source in sources:
+        signatures += source.parts.signatures()
+    joined: Fates = np.concatenate([source.fates.fates for source in sources])
+    mark_near_duplicates(joined, signatures, threshold)
+    start = 0
+    for source in sources:
+        stop = start + len(source.fates.fates)
+        source.fates.fates[:] = joined[start:stop]
+        start = stop
+
+
+def _decontaminate(
+    sources: Sequence[DecidedSource], length: int, work_dir: Path, workers: int
+) -> None:
+    """Turn TRAIN into CONTAMINATED where a document shares a run with a held-out document.
+
+    Args:
+        sources: Sources of text; the fates are changed in place, and so are the notes of which
+            held-out documents were found.
+        length: Tokens in a row that count as a run.
+        work_dir: Folder for the file of runs.
+        workers: Number of processes.
+    """
+    texts_by_source = [_held_out_texts(source) for source in sources]
+    if not any(texts_by_source):
+        return
+    long_texts = []
+    for texts in texts_by_source:
+        long_texts += [text for text in texts if len(text) >= length]
+    runs = HeldOutRuns.from_documents(long_texts, length)
+    scans = []
+    for source in sources:
+        scans += _scans(source, work_dir, runs.window)
+    _save_runs(work_dir, runs)
+    counts = np.zeros(len(runs.hashes), np.int64)
+    for _, shard_counts in spread(_count_runs, scans, workers):
+        counts += shard_counts
+    _save_runs(work_dir, runs.without_common(counts))
+    contaminated: dict[Path, Mask] = {}
+    for scan, mask in spread(_find_contaminated, scans, workers):
+        contaminated[scan.shard_path] = mask
+    for source, texts in zip(sources, texts_by_source, strict=True):
+        _mark_contaminated(source, contaminated)
+        for number, text in enumerate(texts):
+            source.held_out_found[number] |= has_found_run(text, runs, counts)
+
+
+def _mark_contaminated(source: DecidedSource, contaminated: dict[Path, Mask]) -> None:
+    masks = [contaminated[part.shard_path] for part in source.parts.parts]
+    fates = source.fates.fates
+    fates[np.concatenate(masks) & (fates == Fate.TRAIN)] = Fate.CONTAMINATED
+
+
+def _held_out_texts(source: DecidedSource) -> list[Tokens]:
+    """Return the tokens of each held-out document, without the token that ends it.
+
+    A conversation is returned without its system message, which all conversations share.
+    """
+    if not len(source.fates.held_out):
+        return []
+    shards = source.parts.open_shards()
+    texts = []
+    for number in source.fates.held_out.tolist():
+        text = shards.tokens(number, 0, int(shards.document_tokens[number]) - 1)
+        texts.append(body(text) if shards.chat else text)
+    return texts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scan:
+    """A shard to search for runs of held-out text."""
+
+    shard_path: Path
+    train: Mask
+    """Documents of the shard that are trained on."""
+    work_dir: Path
+    window: int
+    """Tokens that are looked up at once."""
+
+
+def _scans(source: DecidedSource, work_dir: Path, window: int) -> list[_Scan]:
+    """Return the searches through the shards of a source."""
+    train = source.fates.fates == Fate.TRAIN
+    scans = []
+    start = 0
+    for part, account in zip(source.parts.parts, source.parts.accounts, strict=True):
+        stop = start + account.num_documents
+        scans.append(_Scan(part.shard_path, train[start:stop], work_dir, window))
+        start = stop
+    return scans
+
+
+def _count_runs(scan: _Scan) -> Integers:
+    shard = Shard(scan.shard_path, verify=False)
+    return count_runs(shard.all_tokens, shard.offsets, scan.train, _read_runs(scan))
+
+
+def _find_contaminated(scan: _Scan) -> Mask:
+    shard = Shard(scan.shard_path, verify=False)
+    return find_contaminated(shard.all_tokens, shard.offsets, _read_runs(scan))
+
+
+def _save_runs(work_dir: Path, runs: HeldOutRuns) -> None:
+    with atomic_write(work_dir / _RUNS_FILE) as file:
+        np.save(file, runs.hashes)
+
+
+def _read_runs(scan: _Scan) -> HeldOutRuns:
+    return _load_runs(scan.work_dir / _RUNS_FILE, scan.window)
+
+
+@cached_per_file(max_files=1)
+def _load_runs(path: Path, window: int) -> HeldOutRuns:
+    return HeldOutRuns.from_hashes(np.load(path), window)

@@ -1,0 +1,98 @@
+"""All parts of one source, added up once they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.build.deduplication import HASH_DTYPE, Hashes
+from data_pipeline.build.near_duplicates import Signatures
+from data_pipeline.build.part import Account, Part, read_account, read_hashes, read_signatures
+from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.errors import DataError
+from data_pipeline.store.shards import Shards
+from data_pipeline.text.cleaning import Tally
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceParts:
+    """The tokenized documents of one source."""
+
+    source: SourceConfig
+    parts: Sequence[Part]
+    """Parts that have documents."""
+    accounts: Sequence[Account]
+    """Account of each of those parts."""
+    tally: Tally
+    """What became of all documents of the source."""
+    num_duplicates: int
+    """Copies that were left out of the shards."""
+
+    @classmethod
+    def gather(cls, source: SourceConfig, parts: Sequence[Part]) -> SourceParts:
+        """Add up the accounts of a source; `parts` are all of its parts, made."""
+        tally = Tally()
+        lines_before = 0
+        previous_paths = None
+        num_duplicates = 0
+        full_parts = []
+        full_accounts = []
+        for part in parts:
+            account = read_account(part)
+            assert account is not None, f"{part.account_path}: parts are made before this"
+            if part.unit.paths != previous_paths:
+                lines_before = 0
+            previous_paths = part.unit.paths
+            tally.add(account.tally, lines_before)
+            lines_before += account.tally.lines
+            num_duplicates += account.num_duplicates
+            if account.num_documents:
+                full_parts.append(part)
+                full_accounts.append(account)
+        return cls(
+            source=source,
+            parts=full_parts,
+            accounts=full_accounts,
+            tally=tally,
+            num_duplicates=num_duplicates,
+        )
+
+    @property
+    def is_mock(self) -> bool:
+        """Whether the documents are invented, and stand for no text."""
+        return self.source.format == "mock"
+
+    def check_rejects(self, max_reject_share: float) -> None:
+        """Refuse a source that has too many unusable documents, or none that can be used.
+
+        Raises:
+            DataError: more than `max_reject_share` of the documents were rejected, or all were.
+        """
+        name = self.source.name
+        if self.tally.reject_share > max_reject_share:
+            rejected = self.tally.rejects.total()
+            raise DataError(
+                f"source '{name}': {rejected} of {rejected + self.tally.accepted} documents cannot "
+                f"be used, more than max_reject_share {max_reject_share:g}: "
+                f"{self.tally.describe_rejects()}. Repair the files, or raise max_reject_share."
+            )
+        if not self.parts:
+            raise DataError(
+                f"source '{name}': its files hold no documents. Remove the source, or check its "
+                "path and text_field."
+            )
+
+    def hashes(self) -> Hashes:
+        """Return the content hashes of all documents."""
+        return np.concatenate([np.zeros(0, HASH_DTYPE), *map(read_hashes, self.parts)])
+
+    def signatures(self) -> list[Signatures]:
+        """Return the MinHash signatures of all documents, part by part."""
+        return [read_signatures(part) for part in self.parts]
+
+    def open_shards(self) -> Shards:
+        """Return all documents, through memory maps."""
+        paths = [part.shard_path for part in self.parts]
+        return Shards(paths[0].parent, [path.name for path in paths], verify=False)
