@@ -38,7 +38,8 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from cpt.offline.sampling import as_channels, as_text, generate, load_for_sampling
+    from cpt.offline.plain_model import load_checkpoint, load_export
+    from cpt.offline.sampling import decode_channels, decode_tokens, generate
     from data_pipeline.text.harmony import encode_prompt
     from data_pipeline.text.tokenizer import encode
 
@@ -50,10 +51,10 @@ def _run(options: argparse.Namespace) -> None:
         problems.append("--developer and --effort are for --chat only.")
     if problems:
         raise ConfigError(problems)
-    checkpoint = None
-    if options.model is None:
-        checkpoint = checkpoint_folder(options.run_dir, options.step)
-    model = load_for_sampling(options.model, checkpoint)
+    if options.model is not None:
+        model = load_export(options.model)
+    else:
+        model = load_checkpoint(checkpoint_folder(options.run_dir, options.step))
     for prompt in options.prompt:
         if options.chat:
             ids = encode_prompt(
@@ -62,7 +63,7 @@ def _run(options: argparse.Namespace) -> None:
                 effort=options.effort or "medium",
                 date=datetime.date.today(),
             )
-            reply = as_channels(generate(model, ids, sampling))
+            reply = decode_channels(generate(model, ids, sampling))
         else:
-            reply = as_text(generate(model, encode(prompt).tolist(), sampling))
+            reply = decode_tokens(generate(model, encode(prompt).tolist(), sampling))
         print(f"--- {prompt}\n{reply}")

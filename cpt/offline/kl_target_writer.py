@@ -1,9 +1,7 @@
-"""What the untouched base model says about replay: its likeliest next tokens, for the predicted
-tokens of some sources.
+"""`cpt kl_targets`: the base model's likeliest next tokens, for the training rows of some sources.
 
-    packed training rows -> base model, one forward pass each -> top k and log-probabilities ->
-    <source>.safetensors
-                                                                                     -> kl_targets.json, last
+    packed training rows -> base model, one forward pass each -> top k and log-probabilities
+        -> <source>.safetensors -> kl_targets.json, last
 
 It runs once, before training, in one process; training reads the result
 (cpt/training/kl_targets.py) and holds no second model.
@@ -40,68 +38,73 @@ from data_pipeline.dataset import BuiltData, PackedRow
 from data_pipeline.store.files import write_json, xxh3_of
 
 LARGEST_TOP_K = 1024
+"""Largest `--top_k`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetsRequest:
-    """What to compute."""
+    """A set of targets that is to be computed."""
 
     model_dir: Path
     """Hugging Face directory of the base model."""
     build_dir: Path
-    """Built shards."""
+    """Directory of built shards."""
     sources: Sequence[str]
     """Sources whose training rows get targets."""
     top_k: int
-    """Listed tokens of a distribution."""
+    """Tokens listed per predicted token."""
     out: Path
     """New folder."""
 
 
 TopKOfRow = Callable[[PackedRow], tuple[torch.Tensor, torch.Tensor]]
-"""Of a row's predicted tokens: (tokens, k) ids and (tokens, k + 1) log-probabilities, on the
-CPU.
+"""Returns, for a row's predicted tokens, (tokens, k) ids and (tokens, k + 1) log-probabilities on
+the CPU.
 """
 
 
 def write_targets(request: TargetsRequest) -> str:
-    """Compute and write the targets; returns what was done, for people.
+    """Compute and write the targets, and return a sentence about them for people.
 
     Raises:
-        ConfigError: a request that cannot be right.
+        ConfigError: the request makes no sense.
         DataError: the build is not usable.
-        StorageError: too little space, or a write that failed.
+        StorageError: there is too little space, or a write failed.
     """
     refuse_existing(request.out)
     config = load_config(request.model_dir, None)
     data = BuiltData.open(request.build_dir)
     _check(request, data, config.vocab_size)
-    numbers = {name: data.source_names.index(name) for name in request.sources}
-    tokens = {name: int(data.row_tokens(number).sum()) for name, number in numbers.items()}
+    num_tokens = 0
+    for name in request.sources:
+        num_tokens += int(data.row_tokens(data.source_names.index(name)).sum())
     request.out.parent.mkdir(parents=True, exist_ok=True)
-    check_space(request.out.parent, sum(tokens.values()) * bytes_per_token(request.top_k))
+    check_space(request.out.parent, num_tokens * bytes_per_token(request.top_k))
     weights = DirectoryWeights(request.model_dir, parameter_shapes(config))
     with single_process() as topology, published(request.out) as folder:
         model = OfflineModel(config, topology)
         model.load(weights)
 
         def top_k_of(row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
-            predicted = int((row.labels >= 0).sum())
-            return model.top_k(make_micro_batch([row], [-1], topology), predicted, request.top_k)
+            num_predicted = int((row.labels >= 0).sum())
+            batch = make_micro_batch([row], [-1], topology)
+            return model.top_k(batch, num_predicted, request.top_k)
 
-        for name, number in numbers.items():
-            _write_source(target_file(folder, name), data, number, request.top_k, top_k_of)
+        for name in request.sources:
+            _write_source(target_file(folder, name), data, name, request.top_k, top_k_of)
         sidecar = _sidecar(request, data, folder, str(model.dtype).removeprefix("torch."))
         write_json(folder / SIDECAR, sidecar.content(), indent=2, sort_keys=True)
-    rows = sum(source.rows for source in sidecar.sources.values())
+    num_rows = sum(source.rows for source in sidecar.sources.values())
     return (
-        f"{request.out}: the {request.top_k} likeliest of {sum(tokens.values())} predicted tokens in {rows} rows of "
-        f"{', '.join(numbers)}, from the model {sidecar.base_model[:16]}"
+        f"{request.out}: the {request.top_k} likeliest of {num_tokens} predicted tokens in "
+        f"{num_rows} rows of {', '.join(request.sources)}, from the model "
+        f"{sidecar.base_model[:16]}"
     )
 
 
 def _sidecar(request: TargetsRequest, data: BuiltData, folder: Path, computed_in: str) -> Sidecar:
-    row_hashes, sources = data.manifest.row_hashes(), {}
+    row_hashes = data.manifest.row_hashes()
+    sources = {}
     for name in request.sources:
         number = data.source_names.index(name)
         sources[name] = TargetsOfSource(
@@ -120,23 +123,23 @@ def _sidecar(request: TargetsRequest, data: BuiltData, folder: Path, computed_in
 
 
 def bytes_per_token(top_k: int) -> int:
-    """Of a predicted token: an int32 per listed token, an fp32 for each of them and for all others
-    together.
+    """Return the stored bytes of a predicted token.
+
+    They are an int32 per listed token, and an fp32 for each of them and for all others together.
     """
     return 4 * top_k + 4 * (top_k + 1)
 
 
 def _check(request: TargetsRequest, data: BuiltData, vocab_size: int) -> None:
-    problems = [
-        f"--source {name}: {request.build_dir} has no such source.{nearest(name, data.source_names)}"
-        for name in request.sources
-        if name not in data.source_names
-    ]
-    problems += [
-        f"--source {name}: has no training rows."
-        for name in request.sources
-        if name in data.source_names and not data.num_rows(data.source_names.index(name))
-    ]
+    problems = []
+    for name in request.sources:
+        if name not in data.source_names:
+            problems.append(
+                f"--source {name}: {request.build_dir} has no such source."
+                f"{nearest(name, data.source_names)}"
+            )
+        elif not data.num_rows(data.source_names.index(name)):
+            problems.append(f"--source {name}: has no training rows.")
     if len(set(request.sources)) < len(request.sources):
         problems.append("--source names a source twice.")
     largest = min(LARGEST_TOP_K, vocab_size - 1)
@@ -146,16 +149,18 @@ def _check(request: TargetsRequest, data: BuiltData, vocab_size: int) -> None:
         raise ConfigError(problems)
 
 
-def _write_source(path: Path, data: BuiltData, number: int, k: int, top_k_of: TopKOfRow) -> None:
+def _write_source(path: Path, data: BuiltData, name: str, k: int, top_k_of: TopKOfRow) -> None:
+    number = data.source_names.index(name)
     row_tokens = np.asarray(data.row_tokens(number))
-    total, done = int(row_tokens.sum()), 0
+    total = int(row_tokens.sum())
     shapes = {
         "ids": Entry(shape=(total, k), dtype=torch.int32),
         "log_p": Entry(shape=(total, k + 1), dtype=torch.float32),
     }
     file = TensorFileWriter(path, shapes)
     try:
-        for row in tqdm(range(data.num_rows(number)), desc=data.source_names[number], unit="row"):
+        done = 0
+        for row in tqdm(range(data.num_rows(number)), desc=name, unit="row"):
             ids, log_p = top_k_of(data.read_row(number, row))
             assert len(ids) == row_tokens[row], (
                 f"row {row}: {len(ids)} predicted tokens, expected {row_tokens[row]}"

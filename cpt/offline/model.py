@@ -1,14 +1,11 @@
-"""Bits per byte of weights that no engine holds, in one process: exports, merged weights, quantised
-weights.
+"""A gpt-oss model that scores text in one process: exports, merged and quantized weights.
 
-The forward pass is the training one (sink attention on packed rows, tiled loss), without
-DeepSpeed's engine.  On a CPU it computes in fp32 whatever the weights are stored in; on a GPU in
-bf16.
+The forward pass is that of training (sink attention on packed rows, tiled loss) without DeepSpeed's
+engine. On a CPU it computes in fp32, whatever the weights are stored in; on a GPU in bf16.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +25,14 @@ from data_pipeline.build.build import resolve_build_dir
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 
-log = logging.getLogger("cpt.guard")
-
 
 def held_out_sets(mix_file: Path, build_dir: Path | None, max_documents: int) -> list[ScoredSet]:
-    """The guard domains of a data mix that is built.
+    """Return the held-out sets of a data mix.
+
+    Args:
+        mix_file: The data-mix YAML.
+        build_dir: Directory of its build; None for the default one.
+        max_documents: Documents scored per set.
 
     Raises:
         ConfigError: the mix is wrong, not built, or holds nothing out.
@@ -41,8 +41,8 @@ def held_out_sets(mix_file: Path, build_dir: Path | None, max_documents: int) ->
     directory = resolve_build_dir(mix, build_dir)
     if not directory.is_dir():
         raise ConfigError(
-            f"{mix_file} is not built in {directory}. Build it: python -m data_pipeline build {mix_file} --out "
-            f"{directory}, or give its folder with --build_dir."
+            f"{mix_file} is not built in {directory}. Build it: python -m data_pipeline build "
+            f"{mix_file} --out {directory}, or give its folder with --build_dir."
         )
     data = BuiltData.open(directory, verify=False, mix=mix)
     sets = [ScoredSet(domain, max_documents) for domain in data.held_out if domain.num_rows]
@@ -53,9 +53,7 @@ def held_out_sets(mix_file: Path, build_dir: Path | None, max_documents: int) ->
 
 @contextmanager
 def single_process() -> Iterator[Topology]:
-    """The layout of one process, with a process group of its own that needs neither a launcher nor
-    a port.
-    """
+    """Yield the layout of one process, in a process group that needs no launcher and no port."""
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -66,19 +64,23 @@ def single_process() -> Iterator[Topology]:
 
 
 class OfflineModel:
-    """A gpt-oss model that scores; `load` gives it its weights, and may do so again and again."""
+    """A gpt-oss model without an engine; `load` may give it other weights again and again.
+
+    Shape letters: B rows, S tokens of a row, M model size.
+    """
 
     def __init__(self, config: GptOssConfig, topology: Topology) -> None:
-        self.dtype = dtype = torch.float32 if topology.device.type == "cpu" else torch.bfloat16
-        """Of the forward pass."""
-        self._model = gpt_oss.skeleton(config, dtype)
+        """Allocate the model; its weights come from `load`."""
+        self.dtype = torch.float32 if topology.device.type == "cpu" else torch.bfloat16
+        """Dtype of the forward pass."""
+        self._topology = topology
+        self._model = gpt_oss.skeleton(config, self.dtype)
         gpt_oss.patch(self._model, topology)
         gpt_oss.materialise(self._model, topology.device)
         self._model.eval()
         self._kernel = attention.choose(
-            "auto", device=topology.device, dtype=dtype, head_dim=config.head_dim
+            "auto", device=topology.device, dtype=self.dtype, head_dim=config.head_dim
         )
-        self._topology = topology
 
     def load(self, source: WeightSource) -> None:
         """Take the weights of a source."""
@@ -86,24 +88,29 @@ class OfflineModel:
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> torch.Tensor:
-        """Token losses (B, S), 0 where there is no label."""
-        losses: torch.Tensor = self._model(
+        """Return the (B, S) nats of a batch's tokens on the CPU, 0 where there is no label."""
+        losses_BS: torch.Tensor = self._model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             labels=batch.labels,
             packed_rows=batch.packed_rows,
             kernel=self._kernel,
         )
-        return losses.cpu()
+        return losses_BS.cpu()
 
     @torch.no_grad()
     def top_k(
         self, batch: MicroBatch, num_predicted: int, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest next tokens of the first `num_predicted` tokens of a batch of one row.
+        """Return the likeliest next tokens of the first tokens of a batch of one row.
+
+        Args:
+            batch: The batch.
+            num_predicted: How many tokens of the row are asked for.
+            k: Tokens listed per token.
 
         Returns:
-            On the CPU, what `LossHead.top_k` gives.
+            The output of `LossHead.top_k`, on the CPU.
         """
         hidden_BSM = self._model.hidden_states(
             batch.input_ids, batch.position_ids, packed_rows=batch.packed_rows, kernel=self._kernel

@@ -1,13 +1,14 @@
-"""Replay that the base model writes itself: the only text that is distributed like what it was
-trained on.
+"""Replay text that the base model writes: only this text is distributed like its training data.
 
-    texts -> their first tokens ----+-> sampled, one seed a document -> plain.jsonl, chat.jsonl ->
-    sidecar, last questions -> Harmony prompts ---+
+    texts     -> their first tokens -> sampled, one seed a document -> plain.jsonl
+    questions -> Harmony prompts    -> sampled, one seed a document -> chat.jsonl
+                                                                    -> the sidecar, last
 
 Decisions
-    A document's seed is (seed, number): the same model, prompts and settings give the same file in
-    one process. A reply without an end or without a final channel is no conversation: it is left
-    out and counted.
+    The seed of a document follows from the seed of the set and the document's number: the same
+    model, prompts and settings give the same file in one process.
+    A reply without an end or without a final channel is no conversation. It is left out and
+    counted.
 """
 
 from __future__ import annotations
@@ -19,22 +20,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from cpt.errors import ConfigError, DataError
 from cpt.model.weights.hf_layout import tensor_files
-from cpt.offline.sampling import Sampling, generate, load_for_sampling
+from cpt.offline.plain_model import load_export
+from cpt.offline.sampling import Sampling, decode_tokens, generate
 from data_pipeline.build.self_replay import SIDECAR, weights_hash, write_sidecar
-from data_pipeline.store.files import write_text
+from data_pipeline.store.files import atomic_write
 from data_pipeline.text.harmony import DEFAULT_DATE, RETURN, STOP_IDS, encode_prompt
-from data_pipeline.text.harmony_reply import parse_reply
-from data_pipeline.text.tokenizer import decode, encode
+from data_pipeline.text.harmony_reply import ReplyMessage, parse_reply
+from data_pipeline.text.tokenizer import encode
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplayRequest:
-    """What to sample."""
+    """A set of replay text that is to be written."""
 
     model_dir: Path
     """Hugging Face directory of the base model."""
@@ -45,24 +48,25 @@ class ReplayRequest:
     questions: Path | None
     """JSONL with `prompt`: each is asked in the Harmony format."""
     prefix_tokens: int
-    """Tokens of a prefix."""
+    """Tokens of each text that are continued."""
     sampling: Sampling
-    """How tokens are chosen; its seed is that of the whole set."""
+    """How tokens are drawn; its seed is that of the whole set."""
 
 
 def sample_replay(request: ReplayRequest) -> str:
-    """Sample both kinds and write them; returns what was done, for people.
+    """Sample both kinds of text, write them, and return a sentence about them for people.
 
     Raises:
-        ConfigError: a request that cannot be right.
-        DataError: records that cannot be used, or a model that gave nothing.
+        ConfigError: the request makes no sense.
+        DataError: a record cannot be used, or the model wrote nothing usable.
     """
     _check(request)
     texts = _read(request.prefixes, "text")
     questions = _read(request.questions, "prompt")
-    base = weights_hash(sorted(set(tensor_files(request.model_dir).values())))
-    model = load_for_sampling(request.model_dir, None)
-    plain, chat = list(_plain(model, texts, request)), list(_chat(model, questions, request))
+    base_model = weights_hash(sorted(set(tensor_files(request.model_dir).values())))
+    model = load_export(request.model_dir)
+    plain = list(_continued_texts(model, texts, request))
+    chat = list(_conversations(model, questions, request))
     if not plain and not chat:
         raise DataError(
             f"{request.model_dir}: none of {len(texts) + len(questions)} samples can be used."
@@ -71,7 +75,7 @@ def sample_replay(request: ReplayRequest) -> str:
     names = []
     for name, records in (("plain.jsonl", plain), ("chat.jsonl", chat)):
         if records:
-            write_text(request.out / name, "".join(json.dumps(r) + "\n" for r in records))
+            _write_records(request.out / name, records)
             names.append(name)
     settings = {
         "sampling": asdict(request.sampling),
@@ -79,10 +83,10 @@ def sample_replay(request: ReplayRequest) -> str:
         "prompts": hashlib.sha256(json.dumps([texts, questions]).encode()).hexdigest(),
         "left_out": {"plain": len(texts) - len(plain), "chat": len(questions) - len(chat)},
     }
-    write_sidecar(request.out, base, settings, names)
+    write_sidecar(request.out, base_model, settings, names)
     return (
-        f"{request.out}: {len(plain)} of {len(texts)} texts, {len(chat)} of {len(questions)} conversations, written by "
-        f"the model {base[:16]}"
+        f"{request.out}: {len(plain)} of {len(texts)} texts, {len(chat)} of {len(questions)} "
+        f"conversations, written by the model {base_model[:16]}"
     )
 
 
@@ -103,60 +107,74 @@ def _check(request: ReplayRequest) -> None:
 
 
 def _read(path: Path | None, field: str) -> list[str]:
+    """Return one field of every record of a JSONL file."""
     if path is None:
         return []
+    values = []
     try:
-        values = [
-            json.loads(line).get(field)
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                values.append(json.loads(line).get(field))
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read as JSONL ({error}).") from error
-    bad = [
-        number
-        for number, value in enumerate(values, 1)
-        if not isinstance(value, str) or not value.strip()
-    ]
-    if bad or not values:
-        raise DataError(f"{path}: record {bad[0] if bad else 1} has no text '{field}'.")
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{path}: record {number} has no text '{field}'.")
+    if not values:
+        raise DataError(f"{path}: record 1 has no text '{field}'.")
     return values
 
 
-def _plain(model: Any, texts: Sequence[str], request: ReplayRequest) -> Iterator[dict[str, Any]]:
+def _write_records(path: Path, records: Sequence[Record]) -> None:
+    with atomic_write(path) as file:
+        for record in records:
+            file.write(json.dumps(record).encode("ascii") + b"\n")
+
+
+def _continued_texts(model: Any, texts: Sequence[str], request: ReplayRequest) -> Iterator[Record]:
     for number, text in enumerate(tqdm(texts, desc="texts", unit="text")):
         prefix = encode(text).tolist()[: request.prefix_tokens]
-        tokens = generate(model, prefix, _seeded(request.sampling, 2 * number))
-        tokens = tokens[
-            : next((i for i, token in enumerate(tokens) if token in STOP_IDS), len(tokens))
-        ]
-        # a cut within a character cannot be written as text: what is left of it goes
-        written = decode(np.array(prefix + tokens, np.uint32)).rstrip("\N{REPLACEMENT CHARACTER}")
-        if tokens and written.strip():
-            yield {"text": written, "number": number}
+        tokens = generate(model, prefix, _with_own_seed(request.sampling, 2 * number))
+        written = _until_stop(tokens)
+        # a cut within a character cannot be written as text: the rest of the character goes
+        whole = decode_tokens(prefix + written).rstrip("\N{REPLACEMENT CHARACTER}")
+        if written and whole.strip():
+            yield {"text": whole, "number": number}
 
 
-def _chat(model: Any, questions: Sequence[str], request: ReplayRequest) -> Iterator[dict[str, Any]]:
+def _until_stop(tokens: list[int]) -> list[int]:
+    for index, token in enumerate(tokens):
+        if token in STOP_IDS:
+            return tokens[:index]
+    return tokens
+
+
+def _conversations(
+    model: Any, questions: Sequence[str], request: ReplayRequest
+) -> Iterator[Record]:
     for number, question in enumerate(tqdm(questions, desc="conversations", unit="conversation")):
         prompt = encode_prompt(question, developer=None, effort="medium", date=DEFAULT_DATE)
-        tokens = generate(model, prompt, _seeded(request.sampling, 2 * number + 1))
-        parts = parse_reply(tokens)
-        if (
-            not tokens
-            or tokens[-1] != RETURN
-            or parts[-1].channel != "final"
-            or not parts[-1].text.strip()
-        ):
+        tokens = generate(model, prompt, _with_own_seed(request.sampling, 2 * number + 1))
+        reply = parse_reply(tokens)
+        if not _is_whole(tokens, reply):
             continue
-        said = [
-            {"role": "assistant", "channel": part.channel, "content": part.text}
-            for part in parts
-            if part.channel in ("analysis", "final") and part.text.strip()
-        ]
-        yield {"messages": [{"role": "user", "content": question}, *said], "number": number}
+        messages = [{"role": "user", "content": question}]
+        for message in reply:
+            if message.channel in ("analysis", "final") and message.text.strip():
+                messages.append(
+                    {"role": "assistant", "channel": message.channel, "content": message.text}
+                )
+        yield {"messages": messages, "number": number}
 
 
-def _seeded(sampling: Sampling, number: int) -> Sampling:
-    """A seed of its own for each document, the same whatever was sampled before."""
+def _is_whole(tokens: list[int], reply: list[ReplyMessage]) -> bool:
+    """Return whether a reply ended by itself with a message in the final channel."""
+    if not tokens or tokens[-1] != RETURN:
+        return False
+    return reply[-1].channel == "final" and bool(reply[-1].text.strip())
+
+
+def _with_own_seed(sampling: Sampling, number: int) -> Sampling:
+    """Give a document a seed that does not depend on what was sampled before."""
     digest = hashlib.sha256(f"{sampling.seed}:{number}".encode()).digest()
     return replace(sampling, seed=int.from_bytes(digest[:6], "little"))

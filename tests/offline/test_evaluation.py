@@ -22,7 +22,7 @@ from cpt.offline.evaluation.comparison import evaluate
 from cpt.offline.evaluation.local import _nats
 from cpt.offline.evaluation.tasks import load_tasks
 from cpt.offline.evaluation.verdict import Score, _change_of_bits, _noise_of_answers
-from cpt.offline.sampling import load_for_sampling
+from cpt.offline.plain_model import load_export
 from data_pipeline.text.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_nats_are_those_of_the_whole_logit_matrix(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cpt.offline.evaluation.local.HEAD_TOKENS", 3)
-    model, tokens = load_for_sampling(models["good"], None), encode(TEXTS[5]).tolist()
+    model, tokens = load_export(models["good"]), encode(TEXTS[5]).tolist()
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0].double()
     expected = -logits.log_softmax(-1)[range(3, len(tokens) - 1), tokens[4:]].sum()
@@ -98,7 +98,7 @@ def test_a_model_passes_against_itself_and_fails_once_it_has_lost_more_than_it_m
     base, now = str(folder / "base.json"), str(folder / "now.json")
     assert run(folder, models["good"], "--no_baseline", "--out", base) == 0
     scores = json.loads(Path(base).read_text())["tasks"]
-    model = load_for_sampling(models["good"], None)
+    model = load_export(models["good"])
     nats = [_nats(model, [*encode(text).tolist(), END_OF_TEXT], 1) for text in TEXTS]
     expected = sum(nats) / math.log(2) / sum(map(len, TEXTS))
     assert scores["text"]["value"] == pytest.approx(expected) and scores["text"]["documents"] == 12
@@ -126,7 +126,7 @@ def test_a_model_passes_against_itself_and_fails_once_it_has_lost_more_than_it_m
 def test_a_likelier_choice_is_the_answer(models: dict[str, Path], folder: Path) -> None:
     out = folder / "out.json"
     evaluate(models["good"], folder / "tasks.yaml", out, None)
-    model = load_for_sampling(models["good"], None)
+    model = load_export(models["good"])
     right = []
     for record in CHOICES:
         question = encode(record["question"]).tolist()
@@ -267,7 +267,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, accuracy: float) -> list[dict[str,
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda path: None)
-    monkeypatch.setattr("cpt.offline.evaluation.comparison.load_for_sampling", lambda *_: None)
+    monkeypatch.setattr("cpt.offline.evaluation.comparison.load_export", lambda *_: None)
     return calls
 
 

@@ -1,2 +1,4 @@
-"""What an export can do: tasks from a YAML, scored by this project's own small scorer or by
-lm-evaluation-harness, and compared with the scores of the model before training."""
+"""Tasks from a YAML, scored on an export and compared with the model before training.
+
+Tasks from local files have a small scorer of their own; others run in lm-evaluation-harness.
+"""

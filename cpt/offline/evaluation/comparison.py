@@ -1,7 +1,6 @@
-"""Run the tasks of a YAML on an export, compare them with a baseline, write the result, and refuse
-what dropped.
+"""`cpt evaluate`: run the tasks of a YAML on an export, and refuse it if one dropped too far.
 
-task YAML -> checked, with the baseline -> model -> scores -> verdicts -> JSON, table -> exit code
+task YAML -> checked, with the baseline -> model -> scores -> verdicts -> JSON, table, exit code
 """
 
 from __future__ import annotations
@@ -14,32 +13,32 @@ from cpt.offline.evaluation.local import local_contents, score_task
 from cpt.offline.evaluation.tasks import load_tasks
 from cpt.offline.evaluation.verdict import (
     Score,
+    Verdict,
     check_baseline,
-    judge,
+    compare_with_baseline,
     read_scores,
     refuse_drops,
-    table,
+    score_table,
     write_scores,
 )
-from cpt.offline.sampling import load_for_sampling
+from cpt.offline.plain_model import load_export
 
 
 def evaluate(
     model_dir: Path, tasks_file: Path, out: Path, baseline_file: Path | None, batch_size: int = 1
 ) -> None:
-    """Score an export on all tasks; all refusals come before the model is loaded, but those that
-    need its scores.
+    """Score an export on all tasks; everything known before it is checked before it is loaded.
 
     Args:
         model_dir: A Hugging Face directory that `cpt export` wrote.
-        tasks_file: Task YAML.
-        out: Gets the result as JSON.
-        baseline_file: Result of the model before training; None makes one.
-        batch_size: Of the harness.
+        tasks_file: The task YAML.
+        out: File for the result, as JSON.
+        baseline_file: Result of the model before training; None if this is that model.
+        batch_size: Batch size of lm-evaluation-harness.
 
     Raises:
-        ConfigError: the tasks, or the baseline, cannot decide anything.
-        DataError: records that cannot be used.
+        ConfigError: the tasks or the baseline cannot decide anything.
+        DataError: a record cannot be used.
         EvaluationFailed: a task dropped by more than its limit; the result is written.
     """
     tasks = load_tasks(tasks_file)
@@ -50,13 +49,16 @@ def evaluate(
     check_harness(tasks)
     if baseline_file is not None and out.resolve() == baseline_file.resolve():
         raise ConfigError(f"--out {out} is the baseline. Choose another file.")
-    model = load_for_sampling(model_dir, None)
-    measured: dict[str, Score] = {
-        task.name: score_task(task, model) for task in tasks if task.kind != "harness"
-    }
+    model = load_export(model_dir)
+    measured: dict[str, Score] = {}
+    for task in tasks:
+        if task.kind != "harness":
+            measured[task.name] = score_task(task, model)
     measured |= score_harness(tasks, model, model_dir, batch_size)
     scores = {task.name: measured[task.name] for task in tasks}
-    verdicts = judge(tasks, scores, baseline) if baseline is not None else []
+    verdicts: list[Verdict] = []
+    if baseline is not None:
+        verdicts = compare_with_baseline(tasks, scores, baseline)
     write_scores(out, str(model_dir), scores, verdicts)
-    print(f"{table(scores, verdicts)}\n-> {out}")
+    print(f"{score_table(scores, verdicts)}\n-> {out}")
     refuse_drops(verdicts)

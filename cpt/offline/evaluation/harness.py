@@ -1,8 +1,7 @@
-"""Tasks of lm-evaluation-harness, where it is installed (`pip install gpt-oss-cpt[evaluate]`) and
-finds its data.
+"""Tasks of lm-evaluation-harness, where it is installed and finds its data.
 
-Written for lm-eval 0.4: `simple_evaluate` of a list of task names, one call per number of examples
-in the prompt.
+Written for lm-eval 0.4 (`pip install gpt-oss-cpt[evaluate]`): one call of `simple_evaluate` per
+task, because the number of examples in the prompt is an argument of the call.
 """
 
 from __future__ import annotations
@@ -21,38 +20,40 @@ from data_pipeline.config.strict_yaml import nearest
 
 
 def check_harness(tasks: Sequence[Task]) -> None:
-    """Refuse, before a model is loaded, what the harness cannot run.
+    """Refuse, before a model is loaded, tasks that the harness cannot run.
 
     Raises:
-        ConfigError: it is not installed, or does not know a task.
+        ConfigError: the harness is not installed, or does not know a task.
     """
     wanted = [task for task in tasks if task.kind == "harness"]
     if not wanted:
         return
     if importlib.util.find_spec("lm_eval") is None:
-        names = ", ".join(task.name for task in wanted)
+        names = ", ".join([task.name for task in wanted])
         raise ConfigError(
-            f"tasks {names} need lm-evaluation-harness, which is not installed: pip install 'gpt-oss-cpt[evaluate]', "
-            "or list local tasks only (kind: multiple_choice, exact_match, perplexity)."
+            f"tasks {names} need lm-evaluation-harness, which is not installed: pip install "
+            "'gpt-oss-cpt[evaluate]', or list local tasks only (kind: multiple_choice, "
+            "exact_match, perplexity)."
         )
-    known = _manager().all_tasks
-    unknown = [task for task in wanted if task.task not in known]
-    if unknown:
-        raise ConfigError(
-            [
-                f"task '{task.name}': lm-evaluation-harness has no task '{task.task}'.{nearest(str(task.task), known)}"
-                for task in unknown
-            ]
-        )
+    known = _task_manager().all_tasks
+    problems = []
+    for task in wanted:
+        if task.task not in known:
+            problems.append(
+                f"task '{task.name}': lm-evaluation-harness has no task '{task.task}'."
+                f"{nearest(str(task.task), known)}"
+            )
+    if problems:
+        raise ConfigError(problems)
 
 
 def score_harness(
     tasks: Sequence[Task], model: Any, model_dir: Path, batch_size: int
 ) -> dict[str, Score]:
-    """Score the harness tasks of a list.
+    """Score those tasks of a list that are the harness's, and return the scores by name.
 
     Raises:
-        DataError: data that could not be fetched, or a task without the metric.
+        DataError: data could not be fetched, or a task lacks its metric.
     """
     wanted = [task for task in tasks if task.kind == "harness"]
     if not wanted:
@@ -61,9 +62,9 @@ def score_harness(
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
-    scores: dict[str, Score] = {}
     tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
     language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    scores: dict[str, Score] = {}
     for task in wanted:
         try:
             found = simple_evaluate(
@@ -73,13 +74,10 @@ def score_harness(
                 limit=task.limit,
                 bootstrap_iters=0,
                 log_samples=False,
-                task_manager=_manager(),
+                task_manager=_task_manager(),
             )
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # `datasets` raises whatever the hub or the builder raises
+        # `datasets` passes on whatever the hub or a builder raises
+        except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
                 f"task '{task.name}' (lm-evaluation-harness '{task.task}'): {reason}."
@@ -89,34 +87,35 @@ def score_harness(
 
 
 def _score(task: Task, found: dict[str, Any]) -> Score:
-    """The metric of a task in what `simple_evaluate` returned."""
-    values = found["results"][task.task]
-    keys = [key for key in values if task.metric in (key, key.split(",")[0])]
-    if not keys:
-        has = ", ".join(
-            sorted({key.split(",")[0] for key in values if "," in key and "stderr" not in key})
-        )
-        raise DataError(
-            f"task '{task.name}': '{task.task}' has no metric '{task.metric}'. It has: {has}. Set metric."
-        )
-    documents = sum(int(n["effective"]) for n in found["n-samples"].values())
-    settings = [
-        task.task,
-        task.metric,
-        task.num_fewshot,
-        task.limit,
-        found.get("versions", {}).get(task.task),
-    ]
+    """Return a task's score from the output of `simple_evaluate`."""
+    documents = sum(int(count["effective"]) for count in found["n-samples"].values())
+    version = found.get("versions", {}).get(task.task)
+    settings = [task.task, task.metric, task.num_fewshot, task.limit, version]
     return Score(
         kind=task.kind,
         language=task.language,
-        value=100 * float(values[keys[0]]),
+        value=100 * _metric(task, found["results"][task.task]),
         documents=documents,
         content=hashlib.sha256(json.dumps([settings, documents]).encode()).hexdigest(),
     )
 
 
-def _manager() -> Any:
+def _metric(task: Task, values: dict[str, Any]) -> float:
+    """Return the value of a task's metric, whose key is `metric` or `metric,filter`."""
+    available = set()
+    for key, value in values.items():
+        name = key.split(",")[0]
+        if task.metric in (key, name):
+            return float(value)
+        if "," in key and "stderr" not in key:
+            available.add(name)
+    raise DataError(
+        f"task '{task.name}': '{task.task}' has no metric '{task.metric}'. It has: "
+        f"{', '.join(sorted(available))}. Set metric."
+    )
+
+
+def _task_manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()

@@ -1,11 +1,12 @@
-"""Tasks from local files, scored in one process: no network, no other library than transformers.
+"""Tasks from local files, scored in one process without a network.
 
-    JSONL -> records, checked -> prompts -> nats of continuations, or greedy replies -> 1, 0 or nats
-    per document
+    JSONL -> records, checked -> prompts -> nats of continuations, or greedy replies
+        -> 1, 0 or nats per document
 
-The likelihood of a text is computed in pieces of the vocabulary head, so that no (tokens,
-vocabulary) matrix of a whole document is held.  Shape letters: T tokens of a text, M model size, V
-vocabulary.
+The likelihood of a text is computed in pieces of the vocabulary head, so that the (tokens,
+vocabulary) matrix of a whole document never exists.
+
+Shape letters: T tokens of a text, M model size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,93 +18,127 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from cpt.errors import DataError
 from cpt.offline.evaluation.tasks import Task
 from cpt.offline.evaluation.verdict import Score
-from cpt.offline.sampling import Sampling, generate
+from cpt.offline.sampling import Sampling, decode_tokens, generate
 from data_pipeline.text.harmony import DEFAULT_DATE, encode_prompt
 from data_pipeline.text.harmony_reply import parse_reply
-from data_pipeline.text.tokenizer import END_OF_TEXT, decode, encode
+from data_pipeline.text.tokenizer import END_OF_TEXT, encode
+
+Record = dict[str, Any]
 
 HEAD_TOKENS = 256
-"""Tokens whose logits are held at once."""
+"""Tokens whose logits exist at once."""
 MAX_TOKENS = 32_768
-"""Tokens; the longest record that is scored."""
+"""Tokens of the longest text that is scored."""
+MAX_PROBLEMS = 10
+"""Lines of a file that a refusal names."""
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_visible_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_choices(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(map(_is_text, value))
+
+
+def _are_answers(value: Any) -> bool:
+    return _is_visible_text(value) or (isinstance(value, list) and all(map(str, value)))
+
+
 _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
-    "multiple_choice": {
-        "question": lambda v: isinstance(v, str) and bool(v),
-        "choices": lambda v: (
-            isinstance(v, list) and len(v) > 1 and all(isinstance(c, str) and c for c in v)
-        ),
-        "answer": lambda v: isinstance(v, int) and not isinstance(v, bool),
-    },
-    "exact_match": {
-        "prompt": lambda v: isinstance(v, str) and bool(v),
-        "answer": lambda v: (
-            (isinstance(v, str) and bool(v.strip())) or (isinstance(v, list) and all(map(str, v)))
-        ),
-    },
-    "perplexity": {"text": lambda v: isinstance(v, str) and bool(v.strip())},
+    "multiple_choice": {"question": _is_text, "choices": _are_choices, "answer": _is_index},
+    "exact_match": {"prompt": _is_text, "answer": _are_answers},
+    "perplexity": {"text": _is_visible_text},
 }
+"""The fields of a record by kind of task, with what their values must be."""
 
 
-def read_records(task: Task) -> tuple[list[dict[str, Any]], str]:
-    """(records of a local task, hash of them and of what decides their score).
+def read_records(task: Task) -> tuple[list[Record], str]:
+    """Return the records of a local task and a hash of all that decides their score.
 
     Raises:
-        DataError: naming every line that cannot be used.
+        DataError: a line cannot be used; every such line is named.
     """
     assert task.path is not None
-    records, problems = [], []
+    records: list[Record] = []
+    problems: list[str] = []
     with task.path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
                 continue
             try:
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError("not an object")
+                records.append(_read_record(line, task.kind))
             except ValueError as error:
-                problems.append(f"{task.path}:{number}: not a JSON object ({error}).")
-                continue
-            wrong = [key for key, right in _FIELDS[task.kind].items() if not right(record.get(key))]
-            if (
-                task.kind == "multiple_choice"
-                and not wrong
-                and not 0 <= record["answer"] < len(record["choices"])
-            ):
-                wrong = ["answer"]
-            if wrong:
-                problems.append(
-                    f"{task.path}:{number}: '{wrong[0]}' is missing or wrong for kind: {task.kind}."
-                )
-            records.append(record)
+                problems.append(f"{task.path}:{number}: {error}")
     if not records and not problems:
         problems.append(f"{task.path}: holds no record. Add some, or take task '{task.name}' out.")
+    if len(problems) > MAX_PROBLEMS:
+        problems = [*problems[:MAX_PROBLEMS], "..."]
     if problems:
-        raise DataError("\n".join(problems[:10] + ["..."] * (len(problems) > 10)))
+        raise DataError("\n".join(problems))
     records = records[: task.limit]
-    used = [{key: record[key] for key in _FIELDS[task.kind]} for record in records]
     settings = [task.kind, task.separator, task.chat, task.max_new_tokens]
-    return records, hashlib.sha256(
-        json.dumps([settings, used], sort_keys=True).encode()
-    ).hexdigest()
+    used = []
+    for record in records:
+        used.append({key: record[key] for key in _FIELDS[task.kind]})
+    content = json.dumps([settings, used], sort_keys=True)
+    return records, hashlib.sha256(content.encode()).hexdigest()
+
+
+def _read_record(line: bytes, kind: str) -> Record:
+    """Return the record of a line.
+
+    Raises:
+        ValueError: the line is no record of this kind of task.
+    """
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not a JSON object ({error}).") from error
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object (not an object).")
+    for key, is_right in _FIELDS[kind].items():
+        if not is_right(record.get(key)):
+            raise ValueError(f"'{key}' is missing or wrong for kind: {kind}.")
+    if kind == "multiple_choice" and not 0 <= record["answer"] < len(record["choices"]):
+        raise ValueError(f"'answer' is missing or wrong for kind: {kind}.")
+    return record
+
+
+def local_contents(tasks: Sequence[Task]) -> dict[str, str]:
+    """Return `Score.content` of the local tasks by name, before a model is loaded.
+
+    Raises:
+        DataError: a file cannot be used.
+    """
+    contents = {}
+    for task in tasks:
+        if task.kind != "harness":
+            _, contents[task.name] = read_records(task)
+    return contents
 
 
 def score_task(task: Task, model: Any) -> Score:
     """Score one local task."""
     records, content = read_records(task)
-    value: float
+    per_document = [_score_record(task, model, record) for record in records]
     if task.kind == "perplexity":
-        nats = [
-            _nats(model, [*encode(record["text"]).tolist(), END_OF_TEXT], 1) for record in records
-        ]
-        size = sum(len(record["text"].encode("utf-8")) for record in records)
-        per_document, value = nats, sum(nats) / math.log(2) / size
+        num_bytes = sum(len(record["text"].encode("utf-8")) for record in records)
+        value = sum(per_document) / math.log(2) / num_bytes
     else:
-        answer = _choose if task.kind == "multiple_choice" else _reply_is_right
-        per_document = [float(answer(task, model, record)) for record in records]
         value = 100 * sum(per_document) / len(records)
     return Score(
         kind=task.kind,
@@ -115,61 +150,67 @@ def score_task(task: Task, model: Any) -> Score:
     )
 
 
-def _choose(task: Task, model: Any, record: dict[str, Any]) -> bool:
-    """Whether the right choice is the likeliest, by nats per UTF-8 byte."""
+def _score_record(task: Task, model: Any, record: Record) -> float:
+    """Return the nats of a text, or 1 for a right answer and 0 for a wrong one."""
+    if task.kind == "perplexity":
+        return _nats(model, [*encode(record["text"]).tolist(), END_OF_TEXT], 1)
+    if task.kind == "multiple_choice":
+        return float(_choose(task, model, record) == record["answer"])
+    answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
+    reply = _reply(task, model, record["prompt"])
+    return float(any(reply == str(answer).strip() for answer in answers))
+
+
+def _choose(task: Task, model: Any, record: Record) -> int:
+    """Return the index of the likeliest choice, by nats per UTF-8 byte."""
     question = encode(record["question"]).tolist()
-    nats = []
+    nats_per_byte = []
     for choice in record["choices"]:
         whole = encode(record["question"] + task.separator + choice).tolist()
         # a token that spans question and choice counts as the choice's
-        start = next(
-            (i for i, (a, b) in enumerate(zip(question, whole, strict=False)) if a != b),
-            len(question),
-        )
-        nats.append(_nats(model, whole, max(start, 1)) / len(choice.encode("utf-8")))
-    return min(range(len(nats)), key=nats.__getitem__) == record["answer"]
+        start = max(1, _common_prefix(question, whole))
+        nats_per_byte.append(_nats(model, whole, start) / len(choice.encode("utf-8")))
+    return min(range(len(nats_per_byte)), key=nats_per_byte.__getitem__)
 
 
-def _reply_is_right(task: Task, model: Any, record: dict[str, Any]) -> bool:
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two texts have in common from their start."""
+    length = 0
+    for token, other in zip(first, second, strict=False):
+        if token != other:
+            break
+        length += 1
+    return length
+
+
+def _reply(task: Task, model: Any, prompt: str) -> str:
+    """Return the greedy reply to a prompt: the final channel, or else the first line."""
     sampling = Sampling(max_new_tokens=task.max_new_tokens)
-    if task.chat:
-        prompt = encode_prompt(record["prompt"], developer=None, effort="low", date=DEFAULT_DATE)
-        finals = [
-            part.text
-            for part in parse_reply(generate(model, prompt, sampling))
-            if part.channel == "final"
-        ]
-        reply = finals[-1] if finals else ""
-    else:
-        tokens = generate(model, encode(record["prompt"]).tolist(), sampling)
-        reply = decode(torch.tensor(tokens).numpy()).split("<|", 1)[0].strip().split("\n", 1)[0]
-    answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
-    return reply.strip() in [str(answer).strip() for answer in answers]
+    if not task.chat:
+        text = decode_tokens(generate(model, encode(prompt).tolist(), sampling))
+        before_control_token = text.split("<|", 1)[0]
+        return before_control_token.strip().split("\n", 1)[0].strip()
+    ids = encode_prompt(prompt, developer=None, effort="low", date=DEFAULT_DATE)
+    reply = ""
+    for message in parse_reply(generate(model, ids, sampling)):
+        if message.channel == "final":
+            reply = message.text
+    return reply.strip()
 
 
 @torch.no_grad()
 def _nats(model: Any, tokens: Sequence[int], start: int) -> float:
-    """Negative log-likelihood of tokens[start:], given those before."""
+    """Return the negative log-likelihood of tokens[start:], given the tokens before."""
     if len(tokens) > MAX_TOKENS:
         raise DataError(
             f"a record has {len(tokens):,} tokens, more than {MAX_TOKENS:,}. Cut it into several."
         )
     ids_1T = torch.tensor([list(tokens)], device=model.device)
     hidden_TM = model.model(input_ids=ids_1T, use_cache=False).last_hidden_state[0, start - 1 : -1]
-    labels_T, total = ids_1T[0, start:], 0.0
+    labels_T = ids_1T[0, start:]
+    total = 0.0
     for first in range(0, len(labels_T), HEAD_TOKENS):
         span = slice(first, first + HEAD_TOKENS)
         logits_TV = model.lm_head(hidden_TM[span]).float()
-        total += float(
-            torch.nn.functional.cross_entropy(logits_TV, labels_T[span], reduction="sum")
-        )
+        total += float(functional.cross_entropy(logits_TV, labels_T[span], reduction="sum"))
     return total
-
-
-def local_contents(tasks: Sequence[Task]) -> dict[str, str]:
-    """`Score.content` of the local tasks, before a model is loaded.
-
-    Raises:
-        DataError: a file cannot be used.
-    """
-    return {task.name: read_records(task)[1] for task in tasks if task.kind != "harness"}

@@ -1,20 +1,21 @@
-"""Scores of tasks, their noise, and whether a model has dropped by more than it may.
+"""Scores of tasks, their noise, and verdicts: whether a model dropped by more than it may.
 
 Noise
     Right or wrong answers: n documents with a share p right have a standard error of 100 sqrt(p (1
-    - p) / n) points. So that all right or all wrong is not taken for certainty, p is estimated with
-    one more answer of each kind. Bits per byte: the two models are compared on the same documents,
-    so the error is that of the paired change, 100 / sum(b) sqrt(n var(a - r b)) percent with a, b
-    the nats now and before and r = sum(a) / sum(b). A limit below one standard error would be
-    decided by chance: it is refused.
+    - p) / n) points. p is estimated with one more answer of each kind, so that all right or all
+    wrong does not count as certainty.
+    Bits per byte: the two models are compared on the same documents, so the error is that of the
+    paired change, 100 / sum(b) sqrt(n var(a - r b)) percent, with b and a the nats before and now
+    and r = sum(a) / sum(b).
+    A limit below one standard error would be decided by chance: it is refused.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,75 +23,82 @@ import numpy as np
 
 from cpt.errors import ConfigError, EvaluationFailed
 from cpt.offline.evaluation.tasks import Task
-from data_pipeline.store.files import write_json
+from data_pipeline.store.files import atomic_write
 
 FORMAT_VERSION = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """One task, one model."""
+    """The score of one model on one task."""
 
     kind: str
-    """As in the task YAML."""
+    """Kind of task, as in the task YAML."""
     language: str
-    """As in the task YAML."""
+    """Language of the task, as in the task YAML."""
     value: float
     """Percent of right answers, or bits per byte."""
     documents: int
-    """Scored."""
+    """Number of scored documents."""
     content: str
-    """Hex sha256 of the task and its documents: only equal ones are compared."""
+    """Hex sha256 of the task and its documents; only equal ones are compared."""
     per_document: tuple[float, ...] = ()
-    """1 for a right answer, 0 for a wrong one; nats of a text.  Empty for the harness."""
+    """1 for a right answer and 0 for a wrong one, or the nats of a text; empty for the harness."""
 
     @property
     def counts_answers(self) -> bool:
-        """Whether `value` is a share of right answers, more is better; else bits per byte, less is
-        better.
-        """
+        """Whether `value` is a share of right answers (more is better) or bits per byte (less)."""
         return self.kind != "perplexity"
 
     @property
     def stderr(self) -> float | None:
-        """Standard error of a share of right answers, in points."""
+        """Standard error of a share of right answers, in points; None for bits per byte."""
         if not self.counts_answers:
             return None
         right = (self.value / 100 * self.documents + 1) / (self.documents + 2)
         return 100 * math.sqrt(right * (1 - right) / self.documents)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """One task against its baseline."""
 
     name: str
+    """Name of the task."""
     before: float
+    """`Score.value` of the model before training."""
     now: float
+    """`Score.value` of the model after training."""
     drop: float
     """Points of right answers, or percent of bits per byte; positive is worse."""
     noise: float
     """Standard error of `drop`, in its unit."""
     max_drop: float
+    """Limit of the task."""
     failed: bool
+    """Whether `drop` is above the limit, or not a number."""
 
 
 def write_scores(
     path: Path, model: str, scores: Mapping[str, Score], verdicts: Sequence[Verdict]
 ) -> None:
     """Write a result, atomically."""
-    content: dict[str, Any] = {"format_version": FORMAT_VERSION, "model": model}
-    content["tasks"] = {name: dataclasses.asdict(score) for name, score in scores.items()}
-    content["verdicts"] = [dataclasses.asdict(verdict) for verdict in verdicts]
+    content: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "model": model,
+        "tasks": {name: asdict(score) for name, score in scores.items()},
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content, indent=1)
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1).encode("ascii") + b"\n")
 
 
 def read_scores(path: Path) -> dict[str, Score]:
-    """The scores of a result.
+    """Return the scores of a result, by task.
 
     Raises:
-        ConfigError: there is none, or it is none.
+        ConfigError: the file is missing or is not a result of `cpt evaluate`.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -98,14 +106,14 @@ def read_scores(path: Path) -> dict[str, Score]:
             raise ConfigError(
                 f"{path}: format version {content['format_version']}, must be {FORMAT_VERSION}."
             )
-        return {
-            name: Score(**{**value, "per_document": tuple(value["per_document"])})
-            for name, value in content["tasks"].items()
-        }
+        scores = {}
+        for name, plain in content["tasks"].items():
+            scores[name] = Score(**{**plain, "per_document": tuple(plain["per_document"])})
+        return scores
     except OSError as error:
         raise ConfigError(
-            f"--baseline {path}: cannot be read ({error.strerror}). Make it from the model before training: cpt "
-            "evaluate --model BASE --tasks TASKS.yaml --no_baseline --out FILE"
+            f"--baseline {path}: cannot be read ({error.strerror}). Make it from the model before "
+            "training: cpt evaluate --model BASE --tasks TASKS.yaml --no_baseline --out FILE"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--baseline {path}: not a result of cpt evaluate ({error}).") from error
@@ -114,12 +122,12 @@ def read_scores(path: Path) -> dict[str, Score]:
 def check_baseline(
     tasks: Sequence[Task], contents: Mapping[str, str], baseline: Mapping[str, Score]
 ) -> None:
-    """Refuse, before a model is loaded, what the baseline cannot decide.
+    """Refuse, before a model is loaded, tasks that the baseline cannot decide.
 
     Args:
-        tasks: To be run.
-        contents: `Score.content` by task; without those that only the harness knows.
-        baseline: Scores before training.
+        tasks: The tasks to run.
+        contents: `Score.content` by task, without those that only the harness knows.
+        baseline: Scores before training, by task.
 
     Raises:
         ConfigError: a task has no baseline, or one of other documents, or a limit below its noise.
@@ -133,7 +141,8 @@ def check_baseline(
             )
         elif contents.get(task.name, before.content) != before.content:
             problems.append(
-                f"task '{task.name}': its documents or settings are not those of the baseline. Make it again."
+                f"task '{task.name}': its documents or settings are not those of the baseline. "
+                "Make it again."
             )
         elif before.stderr is not None and task.max_drop < before.stderr:
             problems.append(_below_noise(task, before.stderr, before.documents, "points"))
@@ -141,24 +150,28 @@ def check_baseline(
         raise ConfigError(problems)
 
 
-def judge(
+def compare_with_baseline(
     tasks: Sequence[Task], now: Mapping[str, Score], baseline: Mapping[str, Score]
 ) -> list[Verdict]:
-    """Compare.
+    """Return a verdict on each task.
 
     Raises:
-        ConfigError: a limit on bits per byte is below the noise of the paired change.
+        ConfigError: the documents of a task have changed, or its limit on bits per byte is below
+            the noise of the paired change.
     """
-    verdicts, problems = [], []
+    verdicts = []
+    problems = []
     for task in tasks:
-        after, before = now[task.name], baseline[task.name]
+        after = now[task.name]
+        before = baseline[task.name]
         if after.content != before.content:
             problems.append(
                 f"task '{task.name}': its documents are not those of the baseline. Make it again."
             )
             continue
         if after.counts_answers:
-            drop, noise = before.value - after.value, _noise_of_answers(after, before)
+            drop = before.value - after.value
+            noise = _noise_of_answers(after, before)
         else:
             drop, noise = _change_of_bits(
                 np.array(after.per_document), np.array(before.per_document)
@@ -173,7 +186,7 @@ def judge(
                 drop=drop,
                 noise=noise,
                 max_drop=task.max_drop,
-                failed=not drop <= task.max_drop,  # a score that is no number has failed
+                failed=not drop <= task.max_drop,  # true for NaN, too
             )
         )
     if problems:
@@ -182,19 +195,26 @@ def judge(
 
 
 def refuse_drops(verdicts: Sequence[Verdict]) -> None:
-    """Raise EvaluationFailed if a task dropped by more than its limit."""
-    failed = [
-        f"task '{v.name}' dropped by {v.drop:.2f} (from {v.before:.3f} to {v.now:.3f}), max_drop is {v.max_drop:g}."
-        for v in verdicts
-        if v.failed
-    ]
-    if failed:
-        raise EvaluationFailed("\n".join(failed))
+    """Refuse a model that dropped too far.
+
+    Raises:
+        EvaluationFailed: a task dropped by more than its limit.
+    """
+    lines = []
+    for verdict in verdicts:
+        if verdict.failed:
+            lines.append(
+                f"task '{verdict.name}' dropped by {verdict.drop:.2f} (from {verdict.before:.3f} "
+                f"to {verdict.now:.3f}), max_drop is {verdict.max_drop:g}."
+            )
+    if lines:
+        raise EvaluationFailed("\n".join(lines))
 
 
 def _noise_of_answers(after: Score, before: Score) -> float:
-    """Standard error in points of a change in right answers; paired where the answers are known one
-    by one.
+    """Return the standard error, in points, of a change in right answers.
+
+    It is that of the paired change where the answers are known one by one.
     """
     if after.per_document and before.per_document:
         change = np.array(before.per_document) - np.array(after.per_document)
@@ -207,8 +227,9 @@ def _noise_of_answers(after: Score, before: Score) -> float:
 
 
 def _change_of_bits(after: np.ndarray, before: np.ndarray) -> tuple[float, float]:
-    """(percent by which nats rose, its standard error)."""
-    ratio, count = after.sum() / before.sum(), len(after)
+    """Return the percent by which nats rose, and its standard error."""
+    ratio = after.sum() / before.sum()
+    count = len(after)
     spread = float(np.var(after - ratio * before, ddof=1)) if count > 1 else math.inf
     return float(100 * (ratio - 1)), float(100 * math.sqrt(count * spread) / before.sum())
 
@@ -216,30 +237,43 @@ def _change_of_bits(after: np.ndarray, before: np.ndarray) -> tuple[float, float
 def _below_noise(task: Task, noise: float, documents: int, unit: str) -> str:
     needed = math.ceil(documents * (noise / task.max_drop) ** 2)
     return (
-        f"task '{task.name}': max_drop {task.max_drop:g} is below the noise floor of {noise:.2f} {unit} that "
-        f"{documents} documents have: chance would decide. Raise it, or give about {needed:,} documents."
+        f"task '{task.name}': max_drop {task.max_drop:g} is below the noise floor of {noise:.2f} "
+        f"{unit} that {documents} documents have: chance would decide. Raise it, or give about "
+        f"{needed:,} documents."
     )
 
 
-def table(scores: Mapping[str, Score], verdicts: Sequence[Verdict]) -> str:
-    """Scores for people; before and after if there is a baseline."""
+def score_table(scores: Mapping[str, Score], verdicts: Sequence[Verdict]) -> str:
+    """Return the scores as a table for people, with before and after if there is a baseline."""
     width = max(map(len, scores), default=4)
-    if not verdicts:
-        lines = [f"{'task':<{width}}  language  documents      score   noise"]
-        for name, s in scores.items():
-            noise = f"{s.stderr:7.2f}" if s.stderr is not None else f"{'paired':>7}"
-            unit = "%" if s.counts_answers else "bits per byte"
-            lines.append(
-                f"{name:<{width}}  {s.language:<8}  {s.documents:9,}  {s.value:9.3f} {noise}  {unit}"
-            )
-        return "\n".join(lines)
-    lines = [
-        f"{'task':<{width}}  language  documents     before        now     drop   noise  max_drop"
-    ]
-    for v in verdicts:
-        s = scores[v.name]
+    lines = []
+    if verdicts:
         lines.append(
-            f"{v.name:<{width}}  {s.language:<8}  {s.documents:9,}  {v.before:9.3f}  {v.now:9.3f}  {v.drop:+7.2f}  "
-            f"{v.noise:6.2f}  {v.max_drop:8g}{'  FAILED' * v.failed}"
+            f"{'task':<{width}}  language  documents     before        now     drop   noise  "
+            "max_drop"
         )
+        for verdict in verdicts:
+            lines.append(_verdict_line(verdict, scores[verdict.name], width))
+    else:
+        lines.append(f"{'task':<{width}}  language  documents      score   noise")
+        for name, score in scores.items():
+            lines.append(_score_line(name, score, width))
     return "\n".join(lines)
+
+
+def _score_line(name: str, score: Score, width: int) -> str:
+    noise = "paired" if score.stderr is None else f"{score.stderr:.2f}"
+    unit = "%" if score.counts_answers else "bits per byte"
+    return (
+        f"{name:<{width}}  {score.language:<8}  {score.documents:9,}  {score.value:9.3f} "
+        f"{noise:>7}  {unit}"
+    )
+
+
+def _verdict_line(verdict: Verdict, score: Score, width: int) -> str:
+    line = (
+        f"{verdict.name:<{width}}  {score.language:<8}  {score.documents:9,}  "
+        f"{verdict.before:9.3f}  {verdict.now:9.3f}  {verdict.drop:+7.2f}  "
+        f"{verdict.noise:6.2f}  {verdict.max_drop:8g}"
+    )
+    return line + "  FAILED" if verdict.failed else line
