@@ -29,7 +29,7 @@ from data_pipeline.build.stored_rows import read_build_texts, read_dataset_rows
 from data_pipeline.build.units import Unit, is_compressed, split_into_units
 from data_pipeline.config.source_config import SourceConfig, template_fields
 from data_pipeline.errors import DataError
-from data_pipeline.text.cleaning import Place, Tally, normalise, why_unusable
+from data_pipeline.text.cleaning import Place, Tally, normalize, why_unusable
 from data_pipeline.text.harmony import read_conversation
 
 MAX_LINE_BYTES = 64 * 2**20
@@ -116,7 +116,7 @@ def _record_text(source: SourceConfig, record: dict[str, Any]) -> tuple[Any, str
 def _accept_text(source: SourceConfig, text: Any, place: Place, tally: Tally) -> Document | None:
     """Normalize a text and return its document, or count why it cannot be used and return None."""
     if source.normalise and why_unusable(text) is None:
-        text = normalise(text, source.normalise, tally.notes)
+        text = normalize(text, source.normalise, tally.notes)
     if not tally.take(text, place):
         return None
     return Document.from_text(text)

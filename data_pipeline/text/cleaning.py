@@ -1,104 +1,145 @@
-"""Which texts can become tokens, what is done to them before, and the account of those that cannot.
+"""Which texts can become tokens, how they are cleaned, and the account of those that cannot.
 
 Decisions
-    A text is taken as it stands unless its source asks for steps; then they run in the order of
-    STEPS. Every reject is counted by reason, with the places of the first few, so that nothing is
-    dropped silently. What was seen or changed without losing a document (a byte order mark, a
-    normalisation) is counted apart, as a note.
+    A text is taken as it stands unless its source asks for cleaning steps, which run in the order
+    of STEPS.
+    Every reject is counted by reason, with the places of the first few, so that nothing is dropped
+    silently. What was seen or changed without losing a document (a byte order mark, a
+    normalization) is counted separately, as a note.
 
-What the steps do
+Effects of the steps
     newlines   CRLF and CR become LF.
-    control    Control characters go, but tab and line feed; joiners inside emoji stay.
-    width      Full-width letters and digits become ASCII, half-width katakana full-width.  Punctuation stays, as do
-               characters that NFKC would destroy.
+    control    Control characters are removed, except tab and line feed; joiners inside emoji stay.
+    width      Full-width letters and digits become ASCII, and half-width katakana become
+               full-width. Punctuation stays, and so do characters that NFKC would destroy.
     nfc        Canonical composition.
-    nfkc       Compatibility composition.  Destroys meaning: x^2 with a raised 2 becomes x2, 1/2 as one character three,
-               ideographic space a space.  Not for code or mathematics.
-    spaces     Spaces at the ends of lines go, and three or more line feeds in a row become two.  Not for Markdown.
+    nfkc       Compatibility composition. It destroys meaning: x with a raised 2 becomes x2, the
+               single character for 1/2 becomes three characters, an ideographic space becomes a
+               space. Not for code or mathematics.
+    spaces     Spaces at the ends of lines are removed, and three or more line feeds in a row become
+               two. Not for Markdown.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 MAX_PLACES = 3
-"""Places kept per reason."""
+"""Number of places that are kept per reason."""
 MAX_WHITESPACE_RUN = 100_000
-"""Characters; the tokenizer's pattern overflows its stack near 1,000,000 whitespace characters in a
-row.
-"""
+"""Whitespace characters in a row; the tokenizer's pattern overflows its stack near 1,000,000."""
 _LONG_WHITESPACE = re.compile(rf"\s{{{MAX_WHITESPACE_RUN + 1}}}")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 _HALF_WIDTH_KANA = re.compile("[\uff61-\uff9f]+")
-_FULL_WIDTH = {
-    code: code - 0xFEE0
-    for first, last in (("\uff10", "\uff19"), ("\uff21", "\uff3a"), ("\uff41", "\uff5a"))
-    for code in range(ord(first), ord(last) + 1)
-}
+_FULL_WIDTH_OFFSET = 0xFEE0
+_FULL_WIDTH_RANGES = (("\uff10", "\uff19"), ("\uff21", "\uff3a"), ("\uff41", "\uff5a"))
+"""First and last of the full-width digits, capital letters and small letters."""
 _LINE_ENDS = re.compile("[ \t\u3000]+(?=\n|\\Z)")
 _BLANK_LINES = re.compile("\n{3,}")
 
 
-def _width(text: str) -> str:
-    return _HALF_WIDTH_KANA.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text).translate(
-        _FULL_WIDTH
-    )
+def _ascii_of_full_width() -> dict[int, int]:
+    table = {}
+    for first, last in _FULL_WIDTH_RANGES:
+        for code in range(ord(first), ord(last) + 1):
+            table[code] = code - _FULL_WIDTH_OFFSET
+    return table
+
+
+_ASCII_OF_FULL_WIDTH = _ascii_of_full_width()
+
+
+def _unify_newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _remove_control_characters(text: str) -> str:
+    return _CONTROL.sub("", text)
+
+
+def _unify_width(text: str) -> str:
+    text = _HALF_WIDTH_KANA.sub(_nfkc_of_match, text)
+    return text.translate(_ASCII_OF_FULL_WIDTH)
+
+
+def _nfkc_of_match(match: re.Match[str]) -> str:
+    return _compose_compatible(match[0])
+
+
+def _compose(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _compose_compatible(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
+
+
+def _remove_spaces(text: str) -> str:
+    text = _LINE_ENDS.sub("", text)
+    return _BLANK_LINES.sub("\n\n", text)
 
 
 STEPS: dict[str, Callable[[str], str]] = {
-    "newlines": lambda text: text.replace("\r\n", "\n").replace("\r", "\n"),
-    "control": lambda text: _CONTROL.sub("", text),
-    "width": _width,
-    "nfc": lambda text: unicodedata.normalize("NFC", text),
-    "nfkc": lambda text: unicodedata.normalize("NFKC", text),
-    "spaces": lambda text: _BLANK_LINES.sub("\n\n", _LINE_ENDS.sub("", text)),
+    "newlines": _unify_newlines,
+    "control": _remove_control_characters,
+    "width": _unify_width,
+    "nfc": _compose,
+    "nfkc": _compose_compatible,
+    "spaces": _remove_spaces,
 }
-"""By name, in the order in which they run."""
+"""Cleaning steps by name, in the order in which they run."""
 
 
-def normalise(text: str, steps: Sequence[str], notes: Counter[str]) -> str:
-    """`text` after `steps`; each step that changed it is counted in `notes`."""
+def normalize(text: str, steps: Sequence[str], notes: Counter[str]) -> str:
+    """Return `text` after `steps`, and count each step that changed it in `notes`."""
     for name, step in STEPS.items():
-        if name in steps:
-            changed = step(text)
-            if changed != text:
-                notes[f"normalised: {name}"] += 1
-                text = changed
+        if name not in steps:
+            continue
+        changed = step(text)
+        if changed != text:
+            notes[f"normalised: {name}"] += 1
+            text = changed
     return text
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Place:
-    """Where a document stands."""
+    """Place of a document in the input."""
 
     text: str
     """A file, or a file and a row."""
     line: int = 0
-    """Line from 1, counted from the start of the unit that was read; 0: no lines to count."""
+    """Line from 1, counted from the start of the unit that was read; 0 where there are no lines."""
 
     def __str__(self) -> str:
         return f"{self.text}:{self.line}" if self.line else self.text
 
+    def moved(self, lines_before: int) -> Place:
+        """Return the place in a file that has `lines_before` lines before the unit."""
+        if not self.line:
+            return self
+        return replace(self, line=self.line + lines_before)
 
-@dataclasses.dataclass(slots=True)
+
+@dataclass(slots=True)
 class Tally:
-    """What became of the documents of one source, or of one unit of it."""
+    """Count of the accepted and rejected documents of one source, or of one unit of it."""
 
     accepted: int = 0
-    """Documents with usable text."""
+    """Number of documents with usable text."""
     lines: int = 0
-    """Lines read, of files that have them."""
-    rejects: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Documents by reason."""
-    places: dict[str, list[Place]] = dataclasses.field(default_factory=dict)
+    """Number of lines read, in files that have lines."""
+    rejects: Counter[str] = field(default_factory=Counter)
+    """Number of unusable documents by reason."""
+    places: dict[str, list[Place]] = field(default_factory=dict)
     """Places of the first few rejects by reason."""
-    notes: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Oddities that cost no document, by kind."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """Number of oddities that cost no document, by kind."""
 
     def reject(self, reason: str, place: Place) -> None:
         """Count one unusable document."""
@@ -108,13 +149,13 @@ class Tally:
             places.append(place)
 
     def take(self, text: Any, place: Place) -> bool:
-        """Count `text` as accepted or rejected; True if it can be used."""
+        """Count `text` as accepted or rejected; return whether it can be used."""
         reason = why_unusable(text)
-        if reason is None:
-            self.accepted += 1
-        else:
+        if reason is not None:
             self.reject(reason, place)
-        return reason is None
+            return False
+        self.accepted += 1
+        return True
 
     def add(self, other: Tally, lines_before: int) -> None:
         """Add the tally of the next unit, which starts after `lines_before` lines of its file."""
@@ -124,51 +165,57 @@ class Tally:
         self.notes += other.notes
         for reason, places in other.places.items():
             known = self.places.setdefault(reason, [])
-            moved = [
-                dataclasses.replace(p, line=p.line + lines_before) if p.line else p for p in places
-            ]
-            known += moved[: MAX_PLACES - len(known)]
+            room = MAX_PLACES - len(known)
+            known += [place.moved(lines_before) for place in places[:room]]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the tally as JSON values."""
+        places = {}
+        for reason, listed in self.places.items():
+            places[reason] = [asdict(place) for place in listed]
         return {
             "accepted": self.accepted,
             "lines": self.lines,
             "rejects": dict(self.rejects),
-            "places": {
-                reason: [dataclasses.asdict(p) for p in listed]
-                for reason, listed in self.places.items()
-            },
+            "places": places,
             "notes": dict(self.notes),
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Tally:
-        """The inverse of `to_json`."""
-        places = {
-            reason: [Place(**place) for place in listed]
-            for reason, listed in value["places"].items()
-        }
-        counters = {key: Counter(value[key]) for key in ("rejects", "notes")}
-        return cls(accepted=value["accepted"], lines=value["lines"], places=places, **counters)
+        """Return the tally that `to_json` made the values of."""
+        places = {}
+        for reason, listed in value["places"].items():
+            places[reason] = [Place(**place) for place in listed]
+        return cls(
+            accepted=value["accepted"],
+            lines=value["lines"],
+            rejects=Counter(value["rejects"]),
+            places=places,
+            notes=Counter(value["notes"]),
+        )
 
     @property
     def reject_share(self) -> float:
-        """Rejects among all documents seen, 0 to 1."""
+        """Share of rejects among all documents seen, 0 to 1."""
         rejected = self.rejects.total()
         return rejected / max(rejected + self.accepted, 1)
 
     def describe_rejects(self) -> str:
-        """`12 empty text (a.jsonl:3, a.jsonl:9, ...); 1 ...`, most frequent first."""
+        """Return `12 empty text (a.jsonl:3, a.jsonl:9, ...); 1 ...`, most frequent first."""
+        by_frequency = sorted((-count, reason) for reason, count in self.rejects.items())
         parts = []
-        for reason, count in sorted(self.rejects.items(), key=lambda item: (-item[1], item[0])):
-            more = ", ..." if count > len(self.places[reason]) else ""
-            parts.append(f"{count} {reason} ({', '.join(map(str, self.places[reason]))}{more})")
+        for negative_count, reason in by_frequency:
+            count = -negative_count
+            places = [str(place) for place in self.places[reason]]
+            if count > len(places):
+                places.append("...")
+            parts.append(f"{count} {reason} ({', '.join(places)})")
         return "; ".join(parts)
 
 
 def why_unusable(text: Any) -> str | None:
-    """The reason why `text` cannot be tokenised, or None."""
+    """Return the reason why `text` cannot be tokenized, or None if it can."""
     if text is None:
         return "text is null"
     if not isinstance(text, str):

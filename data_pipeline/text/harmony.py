@@ -6,26 +6,27 @@ puts them.
     record {"messages": [...], "reasoning_effort", "current_date"} -> Conversation -> tokens
 
 Decisions
-    A record is read as the chat template of an export reads it (cpt/state/harmony.jinja): a first
+    A record is read as the chat template of an export reads it (cpt/export/harmony.jinja): a first
     message of role system or developer holds instructions; an assistant's `thinking` is its
-    analysis channel, and of all turns but the last one it is dropped, because the model never sees
-    it again.  Messages that name a `channel` are read, too. A conversation ends with the
-    assistant's <|return|>; no <|endoftext|> follows, since the model never saw one there. Every
-    token after the first bears loss, headers, control tokens and the user's words as well:
-    pretraining learns documents whole, the format is what a model forgets first, and so a row's
-    predicted tokens are its pairs, as for text.  Bytes, for bits per byte, are those of the
-    messages' contents alone. Tool calls are not rendered: a record with one is rejected and
-    counted.
+    analysis channel. The analysis of all turns but the last is dropped, because the model never
+    sees it again. Messages that name a `channel` are read, too.
+    A conversation ends with the assistant's <|return|>; no <|endoftext|> follows, since the model
+    never saw one there.
+    Every token after the first bears loss, including headers, control tokens and the user's words:
+    pretraining learns documents whole, and the format is what a model forgets first. So the
+    predicted tokens of a row are its pairs, as for text. The bytes of a conversation, for bits per
+    byte, are those of its messages' contents alone.
+    Tool calls are not rendered: a record with one is rejected and counted.
 
-Source: the Harmony response format (openai-harmony); the renderings in
-    tests/export/test_chat_template.py come from it.
+Source: the Harmony response format (openai-harmony), which made the renderings in
+    tests/export/test_chat_template.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -34,125 +35,165 @@ from data_pipeline.text.cleaning import why_unusable
 from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens, encode
 
 Effort = Literal["low", "medium", "high"]
+"""How much the assistant reasons."""
 EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")
 CHANNELS = ("analysis", "commentary", "final")
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 DEFAULT_DATE = datetime.date(2025, 8, 5)
-"""What the system message says where a record names no date: the day gpt-oss came out."""
+"""Date in the system message where a record names none: the day gpt-oss came out."""
 
-START, END, MESSAGE, CHANNEL = 200_006, 200_007, 200_008, 200_005
-RETURN, CALL, CONSTRAIN = 200_002, 200_012, 200_003
+RETURN = 200_002
+CHANNEL = 200_005
+START = 200_006
+END = 200_007
+MESSAGE = 200_008
+CALL = 200_012
 STOP_IDS = (RETURN, END_OF_TEXT, CALL)
-"""Each ends a generation: <|return|>, <|endoftext|>, <|call|>."""
+"""Tokens that end a generation: <|return|>, <|endoftext|>, <|call|>."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One message after the system message."""
+    """One message of a conversation, after the system message."""
 
     role: str
     """developer, user or assistant."""
     channel: str = ""
-    """Of an assistant's message."""
+    """Channel of an assistant's message; empty for the other roles."""
     text: str
-    """Its content."""
+    """Content of the message."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """A whole conversation that the assistant closes."""
+    """A whole conversation, which the assistant closes."""
 
     effort: Effort = "medium"
-    """Reasoning effort, in the system message."""
+    """Reasoning effort that the system message names."""
     date: datetime.date = DEFAULT_DATE
-    """Current date, in the system message."""
+    """Current date that the system message names."""
     messages: tuple[Message, ...]
-    """In order; the last one is the assistant's final answer."""
+    """Messages in order; the last one is the assistant's final answer."""
 
     @property
     def text(self) -> str:
-        """What was said, without the format."""
+        """Contents of the messages, without the format."""
         return "\n\n".join(message.text for message in self.messages)
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the messages' contents."""
+        """Number of UTF-8 bytes of the messages' contents."""
         return sum(len(message.text.encode("utf-8")) for message in self.messages)
 
     def tokens(self) -> Tokens:
-        """Ids, from <|start|> of the system message to <|return|>."""
+        """Return the ids, from <|start|> of the system message to <|return|>."""
         ids = system_message(self.effort, self.date)
         for message in self.messages:
-            text = (
-                f"# Instructions\n\n{message.text}" if message.role == "developer" else message.text
-            )
+            text = message.text
+            if message.role == "developer":
+                text = _instructions(text)
             ids += _message(message.role, text, message.channel)
-        return np.array([*ids[:-1], RETURN], dtype=np.uint32)
+        ids[-1] = RETURN
+        return np.array(ids, dtype=np.uint32)
 
 
 def body(tokens: Tokens) -> Tokens:
-    """A conversation's tokens behind its system message, which says the same in all of them."""
-    return tokens[int(np.argmax(tokens == END)) + 1 :]
+    """Return a conversation's tokens after its system message, which most of them share."""
+    end_of_system_message = int(np.argmax(tokens == END))
+    return tokens[end_of_system_message + 1 :]
 
 
 def read_conversation(record: dict[str, Any]) -> tuple[Conversation | None, str | None]:
-    """(conversation, None) of a JSON record, or (None, why it cannot be used)."""
-    listed = record.get("messages")
-    if (
-        not isinstance(listed, list)
-        or not listed
-        or not all(isinstance(one, dict) for one in listed)
-    ):
-        return None, "no list of objects 'messages'"
-    effort, date = record.get("reasoning_effort", "medium"), record.get("current_date")
-    if effort not in EFFORTS:
-        return None, f"reasoning_effort is not one of {', '.join(EFFORTS)}"
+    """Return (conversation, None) for a JSON record, or (None, why it cannot be used)."""
     try:
-        parsed = DEFAULT_DATE if date is None else datetime.date.fromisoformat(date)
-    except (TypeError, ValueError):
-        return None, "current_date is not YYYY-MM-DD"
+        return _conversation_of(record), None
+    except _UnusableError as error:
+        return None, str(error)
+
+
+class _UnusableError(Exception):
+    """A record that cannot become a conversation; the message is the reason."""
+
+
+def _conversation_of(record: dict[str, Any]) -> Conversation:
+    listed = record.get("messages")
+    is_list_of_objects = isinstance(listed, list) and all(isinstance(m, dict) for m in listed)
+    if not listed or not is_list_of_objects:
+        raise _UnusableError("no list of objects 'messages'")
+    effort = record.get("reasoning_effort", "medium")
+    if effort not in EFFORTS:
+        raise _UnusableError(f"reasoning_effort is not one of {', '.join(EFFORTS)}")
+    date = _date_of(record.get("current_date"))
     messages: list[Message] = []
     for number, message in enumerate(listed):
-        reason = _add(messages, message, first=number == 0)
-        if reason is not None:
-            return None, reason
+        messages += _messages_of(message, is_first=number == 0)
     if (messages[-1].role, messages[-1].channel) != ("assistant", "final"):
-        return None, "the last message is not an answer of the assistant"
-    answers = [number for number, message in enumerate(messages) if message.channel == "final"]
-    seen_last = answers[-2] if len(answers) > 1 else -1
-    kept = tuple(
-        m for number, m in enumerate(messages) if m.channel != "analysis" or number > seen_last
-    )
-    return Conversation(effort=effort, date=parsed, messages=kept), None
+        raise _UnusableError("the last message is not an answer of the assistant")
+    return Conversation(effort=effort, date=date, messages=_without_old_analysis(messages))
 
 
-def _add(messages: list[Message], message: dict[str, Any], first: bool) -> str | None:
-    """Append what one object of `messages` stands for; the reason if it cannot be used."""
-    role, channel = message.get("role"), message.get("channel")
+def _date_of(value: Any) -> datetime.date:
+    if value is None:
+        return DEFAULT_DATE
+    try:
+        return datetime.date.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise _UnusableError("current_date is not YYYY-MM-DD") from None
+
+
+def _messages_of(message: dict[str, Any], is_first: bool) -> list[Message]:
+    """Return the messages that one object of `messages` stands for, `thinking` as one of its own.
+
+    Raises:
+        _UnusableError: The object cannot be rendered.
+    """
+    role = message.get("role")
+    channel = message.get("channel")
+    thinking = message.get("thinking")
+    is_assistant = role == "assistant"
     if message.get("tool_calls") or role == "tool":
-        return "tool calls, which are not rendered"
+        raise _UnusableError("tool calls, which are not rendered")
     if role not in ("system", "developer", "user", "assistant"):
-        return "message of an unknown role"
-    if role in ("system", "developer") and not first:
-        return "instructions that are not the first message"
-    if channel is not None and (role != "assistant" or channel not in CHANNELS):
-        return "message with an unknown channel"
-    texts = [("analysis", message["thinking"])] if message.get("thinking") is not None else []
-    if texts and (role != "assistant" or channel not in (None, "final")):
-        return "'thinking' beside something else than an answer of the assistant"
-    for name, text in (*texts, (channel or "final", message.get("content"))):
-        reason = why_unusable(text)
-        if reason is not None:
-            return f"message: {reason}"
-        known = "developer" if role == "system" else role
-        messages.append(Message(role=known, channel=name if role == "assistant" else "", text=text))
-    return None
+        raise _UnusableError("message of an unknown role")
+    if role in ("system", "developer") and not is_first:
+        raise _UnusableError("instructions that are not the first message")
+    if channel is not None and (not is_assistant or channel not in CHANNELS):
+        raise _UnusableError("message with an unknown channel")
+    if thinking is not None and (not is_assistant or channel not in (None, "final")):
+        raise _UnusableError("'thinking' beside something else than an answer of the assistant")
+    if not is_assistant:
+        rendered_role = "developer" if role == "system" else role
+        return [Message(role=rendered_role, text=_usable(message.get("content")))]
+    found = []
+    if thinking is not None:
+        found.append(Message(role=role, channel="analysis", text=_usable(thinking)))
+    answer = _usable(message.get("content"))
+    found.append(Message(role=role, channel=channel or "final", text=answer))
+    return found
+
+
+def _usable(text: Any) -> str:
+    reason = why_unusable(text)
+    if reason is not None:
+        raise _UnusableError(f"message: {reason}")
+    return str(text)
+
+
+def _without_old_analysis(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return the messages without the analysis of all turns but the last one."""
+    answers = [number for number, message in enumerate(messages) if message.channel == "final"]
+    last_turn = answers[-2] + 1 if len(answers) > 1 else 0
+    kept = []
+    for number, message in enumerate(messages):
+        if message.channel != "analysis" or number >= last_turn:
+            kept.append(message)
+    return tuple(kept)
 
 
 def encode_prompt(
     user: str, *, developer: str | None, effort: Effort, date: datetime.date
 ) -> list[int]:
-    """A conversation of one question, up to where the assistant begins.
+    """Return the ids of a conversation of one question, up to where the assistant begins.
 
     Args:
         user: The question.
@@ -162,23 +203,32 @@ def encode_prompt(
     """
     ids = system_message(effort, date)
     if developer is not None:
-        ids += _message("developer", f"# Instructions\n\n{developer}")
+        ids += _message("developer", _instructions(developer))
     return [*ids, *_message("user", user), START, *_plain("assistant")]
 
 
 def system_message(effort: Effort, date: datetime.date) -> list[int]:
-    """The first message of every conversation."""
+    """Return the ids of the first message of every conversation."""
     text = (
-        f"{IDENTITY}\nKnowledge cutoff: 2024-06\nCurrent date: {date.isoformat()}\n\nReasoning: {effort}\n\n"
+        f"{IDENTITY}\n"
+        "Knowledge cutoff: 2024-06\n"
+        f"Current date: {date.isoformat()}\n\n"
+        f"Reasoning: {effort}\n\n"
         "# Valid channels: analysis, commentary, final. Channel must be included for every message."
     )
     return _message("system", text)
 
 
+def _instructions(text: str) -> str:
+    return f"# Instructions\n\n{text}"
+
+
 def _message(role: str, text: str, channel: str = "") -> list[int]:
-    named: Sequence[int] = [CHANNEL, *_plain(channel)] if channel else []
-    return [START, *_plain(role), *named, MESSAGE, *_plain(text), END]
+    header = [START, *_plain(role)]
+    if channel:
+        header += [CHANNEL, *_plain(channel)]
+    return [*header, MESSAGE, *_plain(text), END]
 
 
 def _plain(text: str) -> list[int]:
-    return [int(number) for number in encode(text)]
+    return encode(text).tolist()

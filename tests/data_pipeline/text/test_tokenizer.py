@@ -38,7 +38,7 @@ def test_the_encoding_equals_tiktokens_own(tmp_path: Path) -> None:
     (tmp_path / "fb374d419588a4632f3f557e76b4b70aebbca790").write_bytes(ranks)
     # in a process of its own: tiktoken keeps the first encoding of a name for good
     code = (
-        "import tiktoken; from data_pipeline import tokenizer\n"
+        "import tiktoken; from data_pipeline.text import tokenizer\n"
         "theirs, ours = tiktoken.get_encoding('o200k_harmony'), tokenizer.encoding()\n"
         "assert theirs._pat_str == ours._pat_str and theirs._mergeable_ranks == ours._mergeable_ranks\n"
         "assert theirs._special_tokens == ours._special_tokens and theirs.n_vocab == ours.n_vocab == 201088\n"
@@ -84,7 +84,7 @@ def test_a_long_text_encoded_in_pieces_gives_the_same_ids(text: str, size: int) 
     whole = tokenizer.encode(text).tolist()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "PIECE_CHARACTERS", size)
-        parts = list(tokenizer.pieces(text))
+        parts = list(tokenizer.cut_text(text))
         assert "".join(parts) == text and tokenizer.encode(text).tolist() == whole
 
 
