@@ -1,11 +1,15 @@
-"""`cpt plan`: one point in full (as configured beside the best layout), or a table over many."""
+"""The text of `cpt plan`: one point in full, or a table over many.
+
+A point is an architecture, a row length and a number of GPUs. In full, the run as configured stands
+beside the best layout that the search finds.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import GptOssConfig
@@ -21,7 +25,31 @@ from cpt.planning.search import Layout, search
 from cpt.planning.table import HEADER, comparison, line
 from data_pipeline.config.strict_yaml import Located
 
-PRESETS = ("gpt-oss-20b", "gpt-oss-120b")
+EXAMPLE_PRESET = "gpt-oss-20b"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One point of a plan."""
+
+    architecture: str | None
+    """Name of a preset; None for the model of the run YAML."""
+    seq_len: int
+    """Tokens of a packed row."""
+    gpus: int
+    """Number of GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """A model without weights."""
+
+    title: str
+    """Name for people."""
+    config: GptOssConfig
+    """Its sizes."""
+    counts: ParameterCounts
+    """Its parameters by kind."""
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -32,149 +60,170 @@ def plan(options: argparse.Namespace) -> None:
             `mfu`, `imbalance`, `overlap` and `plot` of the command line.
 
     Raises:
-        ConfigError: the files or options cannot be right.
+        ConfigError: a file or an option makes no sense.
     """
-    gpu, assumed = GPUS[options.gpu], assumptions(options)
-    run, ds_json = load(
-        options.config, options.ds_config, dict(_pair(item) for item in options.set)
-    )
-    models, seq_lens = options.model or [None], options.seq_len or [run.train.seq_len]
-    points = list(itertools.product(models, seq_lens, options.gpus))
+    gpu = GPUS[options.gpu]
+    assumed = assumptions(options)
+    overrides = dict(map(_key_and_value, options.set))
+    run, ds_json = load(options.config, options.ds_config, overrides)
+    points = []
+    for architecture, seq_len, gpus in itertools.product(
+        options.model or [None], options.seq_len or [run.train.seq_len], options.gpus
+    ):
+        points.append(Point(architecture=architecture, seq_len=seq_len, gpus=gpus))
+    planner = _Planner(run, ds_json, options.batch_tokens, gpu, assumed)
     if len(points) == 1:
-        print(_in_full(run, ds_json, points[0], options.batch_tokens, gpu, assumed))
+        print(planner.in_full(points[0]))
     else:
-        print(_over_many(run, points, options, gpu, assumed))
-    print("\n".join(["assumptions", *(f"  {text}" for text in assumed.describe(gpu))]))
+        print(planner.over_many(points, options.plot))
+    print("assumptions")
+    for text in assumed.describe(gpu):
+        print(f"  {text}")
 
 
 def assumptions(options: argparse.Namespace) -> Assumptions:
-    """The assumptions of the command line.
+    """Return the assumptions of the command line.
 
     Raises:
         ConfigError: one of them makes no sense.
     """
-    problems = (
-        [f"--mfu is {options.mfu}, must be above 0 and at most 1."]
-        if not 0 < options.mfu <= 1
-        else []
-    )
-    problems += (
-        [f"--overlap is {options.overlap}, must be between 0 and 1."]
-        if not 0 <= options.overlap <= 1
-        else []
-    )
-    problems += (
-        [f"--imbalance is {options.imbalance}, must be >= 1."] if not options.imbalance >= 1 else []
-    )
-    problems += [
-        f"--{name} must be >= 1."
-        for name in ("gpus", "seq_len")
-        if min(getattr(options, name) or [1]) < 1
-    ]
+    problems = []
+    if not 0 < options.mfu <= 1:
+        problems.append(f"--mfu is {options.mfu}, must be above 0 and at most 1.")
+    if not 0 <= options.overlap <= 1:
+        problems.append(f"--overlap is {options.overlap}, must be between 0 and 1.")
+    if not options.imbalance >= 1:
+        problems.append(f"--imbalance is {options.imbalance}, must be >= 1.")
+    if min(options.gpus) < 1:
+        problems.append("--gpus must be >= 1.")
+    if options.seq_len and min(options.seq_len) < 1:
+        problems.append("--seq_len must be >= 1.")
     if problems:
         raise ConfigError(problems)
     return Assumptions(mfu=options.mfu, imbalance=options.imbalance, overlap=options.overlap)
 
 
-def _pair(item: str) -> tuple[str, str]:
-    if "=" not in item:
+def _key_and_value(item: str) -> tuple[str, str]:
+    key, separator, value = item.partition("=")
+    if not separator:
         raise ConfigError(f"--set {item} has no '='. Write --set section.key=value.")
-    key, value = item.split("=", 1)
     return key, value
 
 
-def _model(run: RunYaml, name: str | None) -> tuple[str, GptOssConfig]:
-    """Architecture to plan for; the weights need not be there."""
-    if name is not None:
-        return name, load_config(None, name)
-    if run.model.path is not None and not run.model.path.exists():
-        raise ConfigError(
-            f"model.path {run.model.path} does not exist here. Name its architecture: --model {PRESETS[0]}"
-        )
-    return str(run.model.path or run.model.init), load_config(run.model.path, run.model.init)
+class _Planner:
+    """Plans points of one run on one kind of GPU."""
 
+    def __init__(
+        self,
+        run: RunYaml,
+        ds_json: Located,
+        batch_tokens: int | None,
+        gpu: Gpu,
+        assumed: Assumptions,
+    ) -> None:
+        self._run = run
+        self._ds_json = ds_json
+        self._batch_tokens = batch_tokens
+        self._gpu = gpu
+        self._assumed = assumed
+        self._architectures: dict[str | None, Architecture] = {}
 
-def _with_rows(run: RunYaml, seq_len: int, batch_tokens: int | None) -> RunYaml:
-    """The run with rows of another length and about as many tokens in a step."""
-    tokens = batch_tokens or run.train.global_batch_size * run.train.seq_len
-    if tokens % seq_len:
-        raise ConfigError(
-            f"{tokens} tokens of a step are no multiple of rows of {seq_len}. Give --batch_tokens."
+    def in_full(self, point: Point) -> str:
+        """Return the run as configured beside the best layout."""
+        architecture = self._architecture(point.architecture)
+        run = self._with_rows(point.seq_len)
+        num_rows = run.train.global_batch_size
+        head = (
+            f"{architecture.title} on {point.gpus} x {self._gpu.name}, {num_rows:,} rows x "
+            f"{point.seq_len:,} = {num_rows * point.seq_len:,} tokens per step"
         )
-    train = dataclasses.replace(run.train, seq_len=seq_len, global_batch_size=tokens // seq_len)
-    return dataclasses.replace(run, train=train)
+        columns: dict[str, Estimate] = {}
+        notes: list[str] = []
+        try:
+            columns["as configured"] = self._as_configured(run, architecture, point.gpus)
+        except ConfigError as error:
+            notes.append(f"as configured it does not start on {point.gpus} GPUs:\n{error}")
+        found = self._search(run, architecture, point.gpus)
+        if found is None:
+            notes.append(
+                f"no layout of these rows fits on {point.gpus} x {self._gpu.name}. Take more GPUs, "
+                "or another --batch_tokens."
+            )
+        else:
+            layout, columns["best found"] = found
+            notes.append(_recipe(layout))
+        lines = [head]
+        if columns:
+            lines.append(comparison(columns, self._gpu, self._assumed))
+        return "\n".join(lines + notes)
 
+    def over_many(self, points: list[Point], plot: Path | None) -> str:
+        """Return a table of the best layouts, and draw them if `plot` is given."""
+        lines = [f"best layouts on {self._gpu.name}", HEADER]
+        planned = []
+        for point in points:
+            architecture = self._architecture(point.architecture)
+            found = self._search(self._with_rows(point.seq_len), architecture, point.gpus)
+            best = found[1] if found else None
+            name = Path(architecture.title).name
+            lines.append(line(name, point.seq_len, point.gpus, best, self._gpu))
+            planned.append(
+                PlannedPoint(model=name, seq_len=point.seq_len, gpus=point.gpus, best=best)
+            )
+        if plot:
+            plot.write_text(draw(planned, self._gpu, self._assumed), encoding="utf-8")
+            lines.append(f"-> {plot}")
+        return "\n".join(lines)
 
-def _in_full(
-    run: RunYaml,
-    ds_json: Located,
-    point: tuple[str | None, int, int],
-    batch_tokens: int | None,
-    gpu: Gpu,
-    assumed: Assumptions,
-) -> str:
-    name, seq_len, gpus = point
-    title, model = _model(run, name)
-    run = _with_rows(run, seq_len, batch_tokens)
-    counts = count_parameters(model, run.train.freeze)
-    columns: dict[str, Estimate] = {}
-    notes: list[str] = []
-    try:
-        info = LaunchInfo(world_size=gpus, local_world_size=min(gpus, assumed.ranks_per_node))
-        columns["as configured"] = estimate(
-            resolve(run, ds_json, model, info), model, counts, gpu, assumed
-        )
-    except ConfigError as error:
-        notes.append(f"as configured it does not start on {gpus} GPUs:\n{error}")
-    found = search(run, model, counts, gpus, gpu, assumed)
-    if found is None:
-        notes.append(
-            f"no layout of these rows fits on {gpus} x {gpu.name}. Take more GPUs, or another --batch_tokens."
-        )
-    else:
-        columns["best found"] = found[1]
-        notes.append(_recipe(found[0]))
-    rows = run.train.global_batch_size
-    head = f"{title} on {gpus} x {gpu.name}, {rows:,} rows x {seq_len:,} = {rows * seq_len:,} tokens per step"
-    return "\n".join([head, *([comparison(columns, gpu, assumed)] if columns else []), *notes])
+    def _architecture(self, name: str | None) -> Architecture:
+        if name not in self._architectures:
+            title, config = self._load_config(name)
+            counts = count_parameters(config, self._run.train.freeze)
+            self._architectures[name] = Architecture(title=title, config=config, counts=counts)
+        return self._architectures[name]
+
+    def _load_config(self, name: str | None) -> tuple[str, GptOssConfig]:
+        """Return title and sizes of a preset, or of the run's model; weights need not be there."""
+        if name is not None:
+            return name, load_config(None, name)
+        model = self._run.model
+        if model.path is not None and not model.path.exists():
+            raise ConfigError(
+                f"model.path {model.path} does not exist here. Name its architecture: "
+                f"--model {EXAMPLE_PRESET}"
+            )
+        return str(model.path or model.init), load_config(model.path, model.init)
+
+    def _with_rows(self, seq_len: int) -> RunYaml:
+        """Return the run with rows of another length and as many tokens in a step."""
+        train = self._run.train
+        batch_tokens = self._batch_tokens or train.global_batch_size * train.seq_len
+        if batch_tokens % seq_len:
+            raise ConfigError(
+                f"{batch_tokens} tokens of a step are no multiple of rows of {seq_len}. "
+                "Give --batch_tokens."
+            )
+        train = replace(train, seq_len=seq_len, global_batch_size=batch_tokens // seq_len)
+        return replace(self._run, train=train)
+
+    def _as_configured(self, run: RunYaml, architecture: Architecture, gpus: int) -> Estimate:
+        local_world_size = min(gpus, self._assumed.ranks_per_node)
+        info = LaunchInfo(world_size=gpus, local_world_size=local_world_size)
+        config = resolve(run, self._ds_json, architecture.config, info)
+        return estimate(config, architecture.config, architecture.counts, self._gpu, self._assumed)
+
+    def _search(
+        self, run: RunYaml, architecture: Architecture, gpus: int
+    ) -> tuple[Layout, Estimate] | None:
+        return search(run, architecture.config, architecture.counts, gpus, self._gpu, self._assumed)
 
 
 def _recipe(layout: Layout) -> str:
-    """What to write to get a layout."""
-    checkpointing, offload = (
-        str(x).lower() for x in (layout.activation_checkpointing, layout.offload_checkpoints)
-    )
-    settings = (
-        f"model.activation_checkpointing={checkpointing} model.offload_checkpoints={offload} "
-        f"train.micro_batch_size={layout.micro_batch_size}"
-    )
-    return (
-        f"best found, DeepSpeed JSON: {json.dumps(layout.json())}\nbest found, run YAML: {settings}"
-    )
-
-
-def _over_many(
-    run: RunYaml,
-    points: list[tuple[str | None, int, int]],
-    options: argparse.Namespace,
-    gpu: Gpu,
-    assumed: Assumptions,
-) -> str:
-    lines, drawn = [f"best layouts on {gpu.name}", HEADER], []
-    models: dict[str | None, tuple[str, GptOssConfig, ParameterCounts]] = {}
-    for name, seq_len, gpus in points:
-        if name not in models:
-            title, model = _model(run, name)
-            models[name] = title, model, count_parameters(model, run.train.freeze)
-        title, model, counts = models[name]
-        found = search(
-            _with_rows(run, seq_len, options.batch_tokens), model, counts, gpus, gpu, assumed
-        )
-        best = found[1] if found else None
-        short = Path(title).name
-        lines.append(line(short, seq_len, gpus, best, gpu))
-        drawn.append(PlannedPoint(model=short, seq_len=seq_len, gpus=gpus, best=best))
-    if options.plot:
-        options.plot.write_text(draw(drawn, gpu, assumed), encoding="utf-8")
-        lines.append(f"-> {options.plot}")
-    return "\n".join(lines)
+    """Return the settings that give a layout."""
+    settings = {
+        "model.activation_checkpointing": layout.activation_checkpointing,
+        "model.offload_checkpoints": layout.offload_checkpoints,
+        "train.micro_batch_size": layout.micro_batch_size,
+    }
+    text = " ".join(f"{key}={value}".lower() for key, value in settings.items())
+    return f"best found, DeepSpeed JSON: {json.dumps(layout.json())}\nbest found, run YAML: {text}"
