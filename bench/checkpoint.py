@@ -40,7 +40,7 @@ def train_and_save(options: argparse.Namespace) -> None:
     from cpt.checkpoint.saver import Saver
     from cpt.config import CheckpointSection, LaunchInfo, RunYaml, resolve
     from cpt.deepspeed_adapter.groups import create_topology, init_distributed
-    from cpt.job.job import build_engine, fill_weights
+    from cpt.job.engine_setup import build_engine, fill_weights
     from cpt.model.configuration import PRESETS
     from cpt.model.weights.random_init import RandomWeights
     from cpt.resilience.phase import PhaseClock

@@ -20,6 +20,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
     )  # the launcher puts cpt/ itself first, where `import config` would find a second copy
 
 from cpt.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, CptError  # noqa: E402
+from cpt.job.log_files import log_to_terminal, rank_of_environment  # noqa: E402
 from cpt.resilience.stop import StopRequest  # noqa: E402
 
 
@@ -43,7 +44,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--run_dir", type=Path, help="default: runs/<name of the run YAML>")
     parser.add_argument("--resume", default="auto", help="auto, never, or a step")
     parser.add_argument(
-        "--dry_run", action="store_true", help="resolve and print everything, load nothing"
+        "--dry_run", action="store_true", help="check and print everything, load nothing"
     )
     parser.add_argument(
         "--sample",
@@ -59,15 +60,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str], stop: StopRequest) -> int:
-    """Run a job and return its exit code; people's mistakes are told by rank 0 without a stack
-    trace.
-    """
-    first_rank = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(
-        level=logging.INFO if first_rank else logging.ERROR,
-        format="%(asctime)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    """Run a job and return its exit code; mistakes of people show no stack trace."""
+    rank = rank_of_environment()
+    log_to_terminal(rank)
     # DeepSpeed 0.19.8 calls names that torch 2.13 renamed
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
     try:
@@ -77,13 +72,12 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         launch(options, stop)
         return EXIT_DONE
     except CptError as error:
-        if (
-            first_rank or os.environ.get("LOCAL_RANK") == "0"
-        ):  # once on every node: the cause may lie there alone
+        # once on every node: the cause may lie on that node alone
+        if rank == 0 or os.environ.get("LOCAL_RANK") == "0":
             print(f"\n{error}\n", file=sys.stderr, flush=True)
         return error.exit_code
     except Exception:
-        logging.getLogger("cpt").exception("internal error on rank %s", os.environ.get("RANK", "0"))
+        logging.getLogger("cpt").exception("internal error on rank %d", rank)
         return EXIT_INTERNAL
 
 

@@ -9,6 +9,7 @@ Naming tests/faults runs what is named.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ torch.set_num_threads(
 FAULTS = Path(__file__).parent / "faults"
 LEFT_OUT = pytest.StashKey[int]()
 TABLE = pytest.StashKey[FaultTable]()
+
+
+@pytest.fixture
+def large_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of any model fit: the dry run of a large one needs no large disk here."""
+    usage = shutil.disk_usage("/")
+    plenty = usage._replace(free=10**16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: plenty)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

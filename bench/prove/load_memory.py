@@ -104,7 +104,7 @@ def kept_bytes(engine: object) -> int:
 def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
     """An engine of ZeRO-3 and EP, filled as a run fills it, and the source."""
     from cpt.config import LaunchInfo, RunYaml, resolve
-    from cpt.job.job import build_engine, fill_weights, weight_source
+    from cpt.job.engine_setup import build_engine, fill_weights, weight_source
     from cpt.resilience.phase import PhaseClock
     from data_pipeline.config.strict_yaml import parse_yaml, read_file
 

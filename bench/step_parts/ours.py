@@ -11,7 +11,7 @@ import torch
 
 from cpt.config import LaunchInfo, RunYaml, resolve
 from cpt.deepspeed_adapter.groups import create_topology, init_distributed
-from cpt.job.job import build_engine, fill_weights
+from cpt.job.engine_setup import build_engine, fill_weights
 from cpt.model.weights.random_init import RandomWeights
 from cpt.parallel.topology import Topology
 from cpt.resilience.phase import PhaseClock

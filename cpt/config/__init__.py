@@ -21,6 +21,7 @@ from cpt.config.guard_section import DomainLimits, GuardSection
 from cpt.config.resolve import resolve
 from cpt.config.sections import (
     CheckpointSection,
+    DataSection,
     LaunchInfo,
     RunConfig,
     RunYaml,
@@ -37,6 +38,7 @@ __all__ = [
     "OWN_KEYS",
     "REFUSED_KEYS",
     "CheckpointSection",
+    "DataSection",
     "DomainLimits",
     "GuardSection",
     "LaunchInfo",
@@ -82,11 +84,12 @@ def with_overrides(file: Located, overrides: dict[str, str]) -> Located:
     """
     changed = file.with_values(overrides)
     for key, rival in EXCLUSIVE_KEYS.items():
-        if key in overrides and rival not in overrides:
-            section, _, name = rival.partition(".")
-            block = changed.value.get(section)
-            if isinstance(block, dict):
-                block.pop(name, None)
+        section, _, name = key.partition(".")
+        block = changed.value.get(section)
+        if key not in overrides or rival in overrides or not isinstance(block, dict):
+            continue
+        if block.get(name) is not None:
+            block.pop(rival.partition(".")[2], None)
     return changed
 
 

@@ -1,5 +1,6 @@
-"""The data of a run: the mix is compared with the run, built if it is missing and small, opened,
-and planned.
+"""The data of a run: the mix is compared with the run, built if it is missing and small, and opened.
+
+The functions that need no process group are also those of the gate (`cpt.job.gate`).
 """
 
 from __future__ import annotations
@@ -7,66 +8,83 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from cpt.config import RunConfig
+from cpt.config import DataSection, RunConfig
 from cpt.errors import ConfigError, DataError
+from cpt.job.context import RunContext
 from cpt.job.progress import Progress, batch_of_step
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank, together
-from cpt.parallel.topology import Topology
 from cpt.training.kl_targets import KLTargets, check_targets
 from data_pipeline.build.build import build, input_bytes, resolve_build_dir
 from data_pipeline.build.self_replay import check_base_model
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
-from data_pipeline.mixture.data_plan import make_data_plan
 from data_pipeline.mixture.ledger import Ledger
+from data_pipeline.mixture.data_plan import DataPlan, make_data_plan
 
 log = logging.getLogger("cpt.job.data")
 
 
-def check_mix(config: RunConfig) -> MixConfig:
+def check_mix(mix_file: Path, seq_len: int) -> MixConfig:
     """Read the data-mix YAML and compare it with the run.
 
+    Args:
+        mix_file: The data-mix YAML.
+        seq_len: Tokens of a packed row in the run.
+
     Raises:
-        ConfigError: it cannot be right, or packs rows of another length.
+        ConfigError: the mix cannot be right, or packs rows of another length.
     """
-    mix = load_mix(config.data.mix)
-    if mix.seq_len != config.train.seq_len:
+    mix = load_mix(mix_file)
+    if mix.seq_len != seq_len:
         raise ConfigError(
-            f"train.seq_len is {config.train.seq_len}, but rows of {config.data.mix} have seq_len {mix.seq_len}. "
+            f"train.seq_len is {seq_len}, but rows of {mix_file} have seq_len {mix.seq_len}. "
             "Make them equal: rows are packed when the data is built."
         )
     return mix
 
 
-def open_data(config: RunConfig, mix: MixConfig, topology: Topology) -> BuiltData:
-    """Open the built shards of a mix, building them first if they are missing and small.
+def build_folder(settings: DataSection, mix: MixConfig) -> Path:
+    """Return the folder of a built mix.
 
     Raises:
-        ConfigError: there is too much input to build on the spot.
-        DataError: the input or the build is not usable.
-        ConfigError: it holds replay that another model wrote.
+        ConfigError: the mix is not built, and has too much input to be built at the start of a run.
+        DataError: an input file cannot be read.
     """
-    directory = config.data.build_dir
+    folder = resolve_build_dir(mix, settings.build_dir)
+    if folder.exists():
+        return folder
+    size = input_bytes(mix)
+    limit = settings.auto_build_limit_bytes
+    if size > limit:
+        raise ConfigError(
+            f"{settings.mix} is not built and has {size / 1e6:.0f} MB of input, more than "
+            f"data.auto_build_limit_bytes ({limit / 1e6:.0f} MB). Build it first: "
+            f"python -m data_pipeline build {settings.mix} --out {folder}"
+        )
+    return folder
+
+
+def open_data(context: RunContext) -> BuiltData:
+    """Open the shards of the mix on all ranks; the first rank builds them if they are missing.
+
+    Raises:
+        ConfigError: there is too much input to build, or replay was written by another model.
+        DataError: the input or the build is not usable.
+    """
+    config, mix = context.config, context.mix
 
     def build_if_missing() -> str:
-        where = resolve_build_dir(mix, directory)
-        if not where.exists():
-            size, limit = input_bytes(mix), config.data.auto_build_limit_bytes
-            if size > limit:
-                raise ConfigError(
-                    f"{config.data.mix} is not built and has {size / 1e6:.0f} MB of input, more than "
-                    f"data.auto_build_limit_bytes ({limit / 1e6:.0f} MB). Build it first: "
-                    f"python -m data_pipeline build {config.data.mix} --out {where}"
-                )
-            log.info("building token shards in %s", where)
-            build(mix, where, progress=True)
-        return str(where)
+        folder = build_folder(config.data, mix)
+        if not folder.exists():
+            log.info("building token shards in %s", folder)
+            build(mix, folder, progress=True)
+        return str(folder)
 
-    built = on_first_rank(topology.control_group, build_if_missing)
-    data = together(topology.control_group, lambda: BuiltData.open(Path(built), mix=mix))
-    on_first_rank(topology.control_group, lambda: check_replay(config, data))
+    folder = Path(on_first_rank(context.control_group, build_if_missing))
+    data = together(context.control_group, lambda: BuiltData.open(folder, mix=mix))
+    on_first_rank(context.control_group, lambda: check_replay(config, data))
     return data
 
 
@@ -76,56 +94,60 @@ def check_replay(config: RunConfig, data: BuiltData) -> None:
     Raises:
         ConfigError: naming every such source.
     """
-    replayed = {source.name: source.base_model for source in data.manifest.sources}
-    files = base_files(config) if any(replayed.values()) else []
-    problems = check_base_model(replayed, files, base_name(config))
+    base_models = {source.name: source.base_model for source in data.manifest.sources}
+    if not any(base_models.values()):
+        return
+    problems = check_base_model(base_models, base_files(config), base_name(config))
     if problems:
         raise ConfigError(problems)
 
 
 def base_files(config: RunConfig) -> list[Path]:
-    """Weight files of the model that a run starts from; none for random weights."""
-    return (
-        [] if config.model.path is None else sorted(set(tensor_files(config.model.path).values()))
-    )
+    """Return the weight files of the model that a run starts from; none for random weights."""
+    if config.model.path is None:
+        return []
+    return sorted(set(tensor_files(config.model.path).values()))
 
 
 def base_name(config: RunConfig) -> str:
-    """What a message calls that model."""
+    """Return the name of that model in messages."""
     return str(config.model.path or f"init: {config.model.init}")
 
 
-def open_kl_targets(config: RunConfig, data: BuiltData, topology: Topology) -> KLTargets | None:
-    """The base model's distributions, if the run asks for them.
+def open_kl_targets(context: RunContext, data: BuiltData) -> KLTargets | None:
+    """Open the base model's distributions, if the run asks for them.
 
     Raises:
-        ConfigError: on all ranks: they are of another model or of other rows.
+        ConfigError: on all ranks: they belong to another model or to other rows.
         DataError: on all ranks: a file is missing or damaged.
     """
-    folder, group = config.train.kl_targets, topology.control_group
+    config, group = context.config, context.control_group
+    folder = config.train.kl_targets
     if folder is None:
         return None
-    on_first_rank(group, lambda: check_targets(folder, data, base_files(config), base_name(config)))
-    row_tokens = {name: data.row_tokens(number) for number, name in enumerate(data.source_names)}
+    files, name = base_files(config), base_name(config)
+    on_first_rank(group, lambda: check_targets(folder, data, files, name))
+    row_tokens = {source: data.row_tokens(i) for i, source in enumerate(data.source_names)}
     targets = together(group, lambda: KLTargets(folder, data.source_names, row_tokens))
     log.info("divergence from the base model on rows of %s", ", ".join(targets.sources))
     return targets
 
 
-def check_plan(
+def plan_of(
     config: RunConfig, data: BuiltData, mix: MixConfig, ledger: Ledger, progress: Progress
-) -> None:
-    """Refuse a run that its data cannot feed, now and not at the step where it runs dry.
+) -> DataPlan:
+    """Return what a run draws from each source until its last step."""
+    last_step = max(1, config.train.total_steps) - 1
+    batches = batch_of_step(last_step, progress.skip_ranges) + 1
+    return make_data_plan(data, mix, batches, config.train.global_batch_size, ledger)
+
+
+def check_plan(config: RunConfig, plan: DataPlan) -> None:
+    """Refuse a run that its data cannot feed, instead of stopping at the step where it runs dry.
 
     Raises:
         DataError: a source would be read more often than its max_epochs allows, or a floor is not
             met.
     """
-    if config.train.total_steps == 0:
-        return
-    batches = batch_of_step(config.train.total_steps - 1, progress.skip_ranges) + 1
-    plan = make_data_plan(data, mix, batches, config.train.global_batch_size, ledger)
-    for warning in plan.warnings:
-        log.warning("data plan: %s", warning)
-    if plan.problems:
+    if plan.problems and config.train.total_steps > 0:
         raise DataError("\n".join(["the data cannot feed this run:", *plan.problems]))

@@ -130,9 +130,8 @@ def go_on_after_pause(job: Job) -> None:
     if there:
         loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, str(back))
         assert loaded is not None
-        job.restore(
-            loaded, job.progress.skip_ranges, accept_mix_change=True
-        )  # accepted when this run started
+        # an edit of the mix was accepted when this run started
+        job.restore(loaded, accept_mix_change=True)
     guard.state = state
     job.reweigh(job.replay.weights(state.shares))
     event = {

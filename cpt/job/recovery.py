@@ -13,7 +13,7 @@ from cpt.checkpoint.loading import load_checkpoint
 from cpt.checkpoint.reader import list_steps
 from cpt.errors import InternalError
 from cpt.job.job import Job
-from cpt.job.progress import Progress, batch_of_step, merged, read_rollbacks, write_rollbacks
+from cpt.job.progress import Progress, batch_of_step, read_rollbacks, write_rollbacks
 from cpt.job.saving import publish
 from cpt.parallel.agreement import on_first_rank
 from cpt.training.engine import StepResult
@@ -112,16 +112,10 @@ def roll_back(job: Job) -> None:
     loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, "auto")
     assert loaded is not None
     saved = Progress.from_json(loaded.state["progress"])
-    given_up = (
-        max(first_batch, saved.next_batch),
-        last_batch,
-    )  # a checkpoint of the streak itself has consumed some
+    # a checkpoint of the streak itself has consumed some of its batches already
+    given_up = (max(first_batch, saved.next_batch), last_batch)
     # the mix of this run was accepted when it started
-    job.restore(
-        loaded,
-        merged([*progress.skip_ranges, *saved.skip_ranges, given_up]),
-        accept_mix_change=True,
-    )
+    job.restore(loaded, accept_mix_change=True, given_up=(given_up,))
     record = {"from_step": from_step, "to_step": progress.step}
     record |= {"first_batch": given_up[0], "last_batch": given_up[1]}
     on_first_rank(group, lambda: write_rollbacks(job.run_dir, [*rollbacks, record]))

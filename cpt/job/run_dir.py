@@ -1,6 +1,4 @@
-"""The run directory before anything is loaded: made, written to, held against other jobs, and large
-enough.
-"""
+"""Make the run directory, hold it against other jobs, and check that checkpoints fit."""
 
 from __future__ import annotations
 
@@ -8,30 +6,27 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from transformers import GptOssConfig
 
 from cpt.checkpoint.reader import list_steps
 from cpt.config import RunConfig
 from cpt.errors import StorageError
 from cpt.model.freezing import frozen_names
-from cpt.model.parameters import parameter_numels
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.lock import LOCK, RunLock, take_lock
-from cpt.storage.space import check_space, megabytes
+from cpt.storage.space import BYTES_PER_PARAMETER, check_space, megabytes
 
 log = logging.getLogger("cpt.job.run_dir")
 
 
 @contextmanager
 def held_run_dir(
-    run_dir: Path, resume: str, config: RunConfig, model_config: GptOssConfig, topology: Topology
+    run_dir: Path, resume: str, config: RunConfig, numels: Mapping[str, int], topology: Topology
 ) -> Iterator[None]:
-    """Make the run directory ready and keep other jobs out of it; rank 0 does this for all.
+    """Make the run directory ready and keep other jobs out of it; the first rank does this for all.
 
     Raises:
         StorageError: it cannot be written, or a checkpoint does not fit.
@@ -44,7 +39,7 @@ def held_run_dir(
         locks.append(take_lock(run_dir))
         if resume == "never":
             move_aside(run_dir)
-        check_run_space(run_dir, config, model_config)
+        check_run_space(run_dir, config, numels)
 
     try:
         on_first_rank(topology.control_group, take)
@@ -87,47 +82,79 @@ def move_aside(run_dir: Path) -> None:
     Raises:
         StorageError: it cannot be moved.
     """
-    kept = [
-        entry
-        for entry in run_dir.iterdir()
-        if entry.name != LOCK and not entry.name.startswith("previous-")
-    ]
+    kept = []
+    numbers = [0]
+    for entry in run_dir.iterdir():
+        if entry.name.startswith("previous-"):
+            number = entry.name.removeprefix("previous-")
+            numbers.append(int(number) if number.isdigit() else 0)
+        elif entry.name != LOCK:
+            kept.append(entry)
     if not kept:
         return
     try:
-        taken = [
-            int(entry.name.removeprefix("previous-")) for entry in run_dir.glob("previous-[0-9]*")
-        ]
-        aside = run_dir / f"previous-{max(taken, default=0) + 1}"
+        aside = run_dir / f"previous-{max(numbers) + 1}"
         aside.mkdir()
         for entry in kept:
             shutil.move(str(entry), str(aside / entry.name))
     except OSError as error:
-        raise StorageError(f"{run_dir} could not be cleared: {error.strerror}.") from error
+        raise StorageError(
+            f"{run_dir} could not be cleared: {error.strerror}. Give another with --run_dir."
+        ) from error
 
 
-def check_run_space(run_dir: Path, config: RunConfig, model_config: GptOssConfig) -> None:
-    """Refuse a run whose first checkpoint does not fit; warn if all that are to be kept do not.
+def check_place(run_dir: Path, config: RunConfig, numels: Mapping[str, int]) -> None:
+    """Check a run directory that may not exist yet, without making it.
+
+    Args:
+        run_dir: The run directory.
+        config: The run.
+        numels: Elements of every parameter of the model.
+
+    Raises:
+        StorageError: it cannot be made or written, or a checkpoint does not fit.
+    """
+    existing = run_dir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise StorageError(
+            f"run directory {run_dir}: {existing} is not a directory. Give another with --run_dir."
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"run directory {run_dir}: {existing} may not be written. Give another with --run_dir."
+        )
+    size = checkpoint_bytes(config, numels)
+    check_space(existing, size, largest_file_bytes=size // config.world_size)
+
+
+def checkpoint_bytes(config: RunConfig, numels: Mapping[str, int]) -> int:
+    """Return the size of a checkpoint: 4 bytes per frozen parameter, 12 per trained one."""
+    frozen = frozen_names(config.train.freeze, numels)
+    size = 0
+    for name, numel in numels.items():
+        size += numel * (4 if name in frozen else BYTES_PER_PARAMETER)
+    return size
+
+
+def check_run_space(run_dir: Path, config: RunConfig, numels: Mapping[str, int]) -> None:
+    """Refuse a run whose first checkpoint does not fit; warn if all that are kept will not.
 
     Raises:
         StorageError: see `check_space`.
     """
-    numels = parameter_numels(model_config)
-    frozen = frozen_names(config.train.freeze, numels)
-    size = sum(4 * numel * (1 if name in frozen else 3) for name, numel in numels.items())
+    size = checkpoint_bytes(config, numels)
     check_space(run_dir, size, largest_file_bytes=size // config.world_size)
-    more = (
-        config.checkpoint.keep_last + 1 - len(list_steps(run_dir))
-    )  # one more while it is written
+    # one more than is kept exists while a checkpoint is written
+    missing = config.checkpoint.keep_last + 1 - len(list_steps(run_dir))
     free = shutil.disk_usage(run_dir).free
-    if more * size > free:
+    if missing * size > free:
         log.warning(
             "%s has %s free; keeping %d checkpoints of %s takes %s more.",
-            *(
-                run_dir,
-                megabytes(free),
-                config.checkpoint.keep_last,
-                megabytes(size),
-                megabytes(more * size),
-            ),
+            run_dir,
+            megabytes(free),
+            config.checkpoint.keep_last,
+            megabytes(size),
+            megabytes(missing * size),
         )

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import GptOssConfig
 
 from cpt.config.window import window_tokens
 from cpt.job.job import Job
@@ -39,7 +38,7 @@ def continue_prompts(job: Job, prompts: Sequence[str]) -> list[list[int]]:
         job.engine,
         [encode(prompt).tolist() for prompt in prompts],
         max_new_tokens=job.config.telemetry.sample_tokens,
-        window=window_tokens(GptOssConfig(**job.model_config)),
+        window=window_tokens(job.context.model_config),
         stop_ids=STOP_IDS,
     )
 

@@ -134,6 +134,23 @@ def mismatches(
     return [*problems, "Write the targets again with cpt kl_targets."] if problems else []
 
 
+def presence_problems(folder: Path) -> list[str]:
+    """Return the target files that the sidecar names and that are missing; nothing is hashed.
+
+    Raises:
+        ConfigError: the sidecar is missing or malformed.
+    """
+    problems = []
+    for name in read_sidecar(folder).sources:
+        file = target_file(folder, name)
+        if not file.is_file():
+            problems.append(
+                f"train.kl_targets: {file} does not exist. Put it back, or write the targets again "
+                "with cpt replay targets."
+            )
+    return problems
+
+
 def check_targets(
     folder: Path, data: BuiltData, base_files: Sequence[Path], base_name: str
 ) -> None:

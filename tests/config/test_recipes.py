@@ -55,7 +55,7 @@ def test_recipes_are_there_for_every_machine_that_is_promised() -> None:
 
 
 @pytest.fixture
-def dry_run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def dry_run(monkeypatch: pytest.MonkeyPatch, large_disk: None) -> Callable[..., int]:
     """`dry_run(recipe, setting, ...)`: the exit code of the recipe's dry run, on its GPUs."""
 
     def run(recipe: Recipe, *settings: str) -> int:

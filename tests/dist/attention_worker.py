@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.errors import ConfigError
-from cpt.job.job import probe_attention
+from cpt.job.engine_setup import probe_attention
 from cpt.model.attention import PackedRows, choose, sink_attention
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.halo import WindowHalo

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from cpt.resilience.phase import PhaseClock
 from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.config import LaunchInfo, resolve
-from cpt.job.job import build_engine, fill_weights, verify_checksums, weight_source
+from cpt.job.engine_setup import build_engine, fill_weights, verify_checksums, weight_source
 from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
 from cpt.model.weights.directory import DirectoryWeights

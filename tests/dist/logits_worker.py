@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from cpt.resilience.phase import PhaseClock
 from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.config import CheckpointSection, LaunchInfo, resolve
-from cpt.job.job import build_engine, fill_weights, weight_source
+from cpt.job.engine_setup import build_engine, fill_weights, weight_source
 from cpt.model.configuration import load_config
 from cpt.deepspeed_adapter.groups import create_topology
 from cpt.checkpoint.saver import Saver

@@ -17,7 +17,7 @@ from transformers import GptOssConfig
 from cpt.resilience.phase import PhaseClock
 from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.config import LaunchInfo, RunYaml, resolve
-from cpt.job.job import build_engine, fill_weights, weight_source
+from cpt.job.engine_setup import build_engine, fill_weights, weight_source
 from cpt.job.memory_report import measured, peak_within, predicted
 from cpt.model.configuration import PRESETS
 from cpt.parallel.agreement import gather_json

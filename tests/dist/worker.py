@@ -20,7 +20,7 @@ from cpt.deepspeed_adapter.offload import nvme_paths
 from cpt.deepspeed_adapter.shards import state_tensors
 from cpt.config import CheckpointSection, LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.config.engine_json import OFFLOADS
-from cpt.job.job import build_engine, fill_weights, weight_source
+from cpt.job.engine_setup import build_engine, fill_weights, weight_source
 from cpt.planning.memory import count_parameters, host_memory
 from cpt.parallel.agreement import gather_json
 from cpt.deepspeed_adapter.groups import create_topology

@@ -72,7 +72,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **keywords: Any) -> None:
         raise AssertionError("the run went on")
 
-    for name in ("create_topology", "assemble", "held_run_dir", "train"):
+    for name in ("create_topology", "assemble", "hold", "train"):
         monkeypatch.setattr(launch, name, refuse)
     monkeypatch.setattr(launch, "init_distributed", refuse)
 
@@ -202,7 +202,11 @@ def test_incomplete_launcher_environment_is_refused_by_name(
     "variable", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"], ids=["deepspeed", "torchrun"]
 )
 def test_automatic_sizes_stay_within_the_node_of_the_launcher(
-    environment: Environment, capsys: Any, monkeypatch: pytest.MonkeyPatch, variable: str
+    environment: Environment,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    large_disk: None,
+    variable: str,
 ) -> None:
     """Two nodes of eight ranks; the launchers call the number of ranks on a node by different
     names.
@@ -271,7 +275,12 @@ def table(text: str) -> dict[str, str]:
     ],
 )
 def test_dry_run_prints_the_whole_plan_and_loads_nothing(
-    environment: Environment, capsys: Any, tmp_path: Path, init: str, architecture: str
+    environment: Environment,
+    capsys: Any,
+    tmp_path: Path,
+    large_disk: None,
+    init: str,
+    architecture: str,
 ) -> None:
     environment(world=8)
     assert (

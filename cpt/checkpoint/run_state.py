@@ -1,0 +1,72 @@
+"""What a checkpoint keeps besides tensors: one dataclass, stored in the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from cpt.errors import CheckpointError
+
+Plain = Mapping[str, Any]
+"""A JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunState:
+    """The state of a run at one step, as JSON values.
+
+    Each part is written and read by its owner.  A part that the run does not have is None.
+    """
+
+    model_config: Plain
+    """Hugging Face's configuration of the model."""
+    config: Plain | None = None
+    """`RunConfig.to_plain` of the run that wrote the checkpoint."""
+    identity: Plain | None = None
+    """The settings that may not change when a run is resumed."""
+    progress: Plain | None = None
+    """Steps, batches and tokens done (`cpt.job.progress.Progress`)."""
+    ledger: Plain | None = None
+    """The mixtures of the run, by batch (`data_pipeline.mixture.ledger.Ledger`)."""
+    guard: Plain | None = None
+    """State of the guard's ladder (`cpt.guard.ladder.GuardState`)."""
+    stability: Plain | None = None
+    """Recent losses and gradient norms (`cpt.training.stability.Stability`)."""
+    router_load: list[list[float]] | None = None
+    """Load of the experts in the last step, by layer; None without a load-balancing loss."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the parts by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_json(cls, plain: Plain, checkpoint: str) -> RunState:
+        """Read what `to_json` returned.
+
+        Args:
+            plain: `Manifest.state`; parts that are missing become None.
+            checkpoint: Name of the checkpoint, for the message.
+
+        Raises:
+            CheckpointError: the model's configuration is missing.
+        """
+        known = {field.name for field in fields(cls)}
+        parts = {name: value for name, value in plain.items() if name in known}
+        if "model_config" not in parts:
+            raise CheckpointError(f"{checkpoint}: its manifest has no state.model_config.")
+        return cls(**parts)
+
+    def part(self, name: str, checkpoint: str) -> Plain:
+        """Return a part that a run cannot go on without.
+
+        Raises:
+            CheckpointError: the checkpoint does not have it.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise CheckpointError(
+                f"{checkpoint}: its manifest has no state.{name}, so no run can go on from it. "
+                "Resume from another checkpoint with --resume STEP."
+            )
+        return value

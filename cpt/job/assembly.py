@@ -1,0 +1,132 @@
+"""Build everything that the training loop needs, in the order in which it can fail cheaply.
+
+data (built by the first rank if it is missing and small) -> engine -> checkpoint or weights
+    -> guard, telemetry -> Job
+"""
+
+from __future__ import annotations
+
+import logging
+
+import yaml
+
+from cpt.checkpoint.loading import LoadedState, load_checkpoint
+from cpt.checkpoint.saver import Saver
+from cpt.guard.guard import Guard
+from cpt.guard.replay_share import ReplayShares
+from cpt.job.context import RunContext
+from cpt.job.data import check_plan, open_data, open_kl_targets, plan_of
+from cpt.job.engine_setup import build_engine, fill_weights, verify_checksums, weight_source
+from cpt.job.job import Job
+from cpt.job.resumption import expected_start, fresh_start
+from cpt.parallel.agreement import on_first_rank, together
+from cpt.resilience.agreed_stop import leave_if_asked
+from cpt.resilience.faults import fault_point, install_faults
+from cpt.telemetry.metrics import Telemetry
+from cpt.telemetry.trackers import trackers_for
+from cpt.training.engine import TrainingEngine
+from cpt.training.original_router import watch_drift
+from cpt.training.stability import Stability
+from data_pipeline.dataset import BuiltData
+from data_pipeline.mixture.mixture import Mixture
+from data_pipeline.store.files import write_text
+
+log = logging.getLogger("cpt.job.assembly")
+
+
+def assemble(context: RunContext) -> Job:
+    """Build a run and restore its newest checkpoint.
+
+    Raises:
+        CptError: on all ranks, with the exit code of the run.
+    """
+    config, group = context.config, context.control_group
+    data = open_data(context)
+    on_first_rank(group, lambda: check_expected_plan(context, data))
+    kl_targets = open_kl_targets(context, data)
+    leave_if_asked(context.stop, group, "before the model was loaded")
+    source = weight_source(config, context.model_config, context.topology)
+    engine = build_engine(config, context.model_config, context.topology, context.clock)
+    install_faults(engine.deepspeed, context.clock)
+    leave_if_asked(context.stop, group, "before the checkpoint was loaded")
+    fault_point("load", 0)
+    loaded = load_newest(context, engine)
+    if loaded is None:
+        if config.model.verify_checksums:
+            verify_checksums(source, context.topology)
+        fill_weights(engine, source)
+    if config.telemetry.router_interval_steps:
+        watch_drift(engine, context.run_dir, untouched=loaded is None)
+    start = fresh_start(context.mix, data)
+    job = Job(
+        context=context,
+        data=data,
+        kl_targets=kl_targets,
+        ledger=start.ledger,
+        mixture=Mixture(data, start.ledger, context.mix.seed),
+        engine=engine,
+        guard=make_guard(context, data),
+        replay=ReplayShares(context.mix, data, config.guard.max_replay_share),
+        saver=Saver(context.run_dir, engine.deepspeed, context.topology, config.checkpoint),
+        telemetry=open_telemetry(context),
+        progress=start.progress,
+        stability=Stability(),
+    )
+    if loaded is not None:
+        job.restore(loaded, accept_mix_change=config.data.accept_mix_change)
+    return job
+
+
+def check_expected_plan(context: RunContext, data: BuiltData) -> None:
+    """Make the gate's checks of built data, for a mix that was built after the gate.
+
+    Raises:
+        DataError: the data cannot feed the run.
+    """
+    start = expected_start(context.run_dir, context.resume, context.config, context.mix, data)
+    plan = plan_of(context.config, data, context.mix, start.ledger, start.progress)
+    for warning in plan.warnings:
+        log.warning("data plan: %s", warning)
+    check_plan(context.config, plan)
+
+
+def load_newest(context: RunContext, engine: TrainingEngine) -> LoadedState | None:
+    """Load the checkpoint to go on from into the engine; None at the beginning of a run.
+
+    Raises:
+        CheckpointError: on all ranks: none is sound, or it belongs to another model.
+    """
+    if context.resume == "never":
+        return None
+    return load_checkpoint(
+        context.run_dir,
+        engine.deepspeed,
+        context.topology,
+        context.resume,
+        set_aside=not context.observe,
+    )
+
+
+def make_guard(context: RunContext, data: BuiltData) -> Guard | None:
+    """Return the guard, or None if it is switched off or the mix holds nothing out."""
+    if not context.config.guard.enabled or not data.held_out:
+        return None
+    return Guard(data, context.config, context.topology, context.run_dir)
+
+
+def open_telemetry(context: RunContext) -> Telemetry:
+    """Open metrics and trackers on the first rank, and write config.resolved.yaml there.
+
+    Raises:
+        CptError: on all ranks, if the first rank could not open them.
+    """
+
+    def open_on_first() -> Telemetry:
+        if context.observe or context.topology.rank != 0:
+            return Telemetry(None)
+        text = yaml.safe_dump(context.config.to_plain(), sort_keys=False)
+        write_text(context.run_dir / "config.resolved.yaml", text)
+        trackers = trackers_for(context.config, context.run_dir)
+        return Telemetry(context.run_dir / "metrics.jsonl", trackers)
+
+    return together(context.control_group, open_on_first)

@@ -1,0 +1,44 @@
+"""What is fixed for one start of a run, and handed to everything that is built for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import GptOssConfig
+
+from cpt.config import RunConfig
+from cpt.parallel.topology import Topology
+from cpt.resilience.phase import PhaseClock
+from cpt.resilience.stop import StopRequest
+from cpt.telemetry.mailbox import EventMailbox
+from data_pipeline.config.mix_config import MixConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunContext:
+    """One start of a run on this rank."""
+
+    config: RunConfig
+    model_config: GptOssConfig
+    """The architecture, from config.json or a preset."""
+    mix: MixConfig
+    """The data mix as the user wrote it."""
+    run_dir: Path
+    resume: str
+    """`auto`, `never` or a step."""
+    observe: bool
+    """Nothing in the run directory is changed: another job may be at work there."""
+    topology: Topology
+    clock: PhaseClock
+    """The phase of this rank."""
+    mailbox: EventMailbox
+    """Events of other threads for metrics.jsonl."""
+    stop: StopRequest
+    """Where requests to stop arrive."""
+
+    @property
+    def control_group(self) -> dist.ProcessGroup:
+        """All ranks, over gloo."""
+        return self.topology.control_group

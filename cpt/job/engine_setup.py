@@ -1,0 +1,177 @@
+"""Build the engine of a run, without values at first, and give it its first weights."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import torch
+from transformers import GptOssConfig
+
+from cpt.checkpoint.loading import flat_ranges
+from cpt.config import RunConfig
+from cpt.config.window import window_tokens
+from cpt.deepspeed_adapter.partition import materialise_partitioned
+from cpt.deepspeed_adapter.shards import publish_master_weights
+from cpt.errors import ConfigError
+from cpt.model import attention, gpt_oss
+from cpt.model.attention import Attention
+from cpt.model.attention.probe import run_probe
+from cpt.model.freezing import freeze
+from cpt.model.parameters import parameter_shapes
+from cpt.model.weights.checksums import damaged, known_sums, share
+from cpt.model.weights.directory import DirectoryWeights
+from cpt.model.weights.random_init import RandomWeights
+from cpt.model.weights.source import WeightSource, fill_parts
+from cpt.parallel.agreement import gather_json, together
+from cpt.parallel.halo import WindowHalo
+from cpt.parallel.topology import Topology
+from cpt.parallel.ulysses import Ulysses
+from cpt.resilience.phase import PhaseClock
+from cpt.training.engine import TrainingEngine
+
+log = logging.getLogger("cpt.job.engine_setup")
+
+MASTER = "master/"
+"""Prefix of fp32 weights among the ranges of a checkpoint."""
+
+
+def build_engine(
+    config: RunConfig, model_config: GptOssConfig, topology: Topology, clock: PhaseClock
+) -> TrainingEngine:
+    """Build and patch the model on the meta device, allocate it, and wrap it in an engine.
+
+    Its weights have no values yet: see `fill_weights`.
+
+    Raises:
+        ConfigError: the attention backend cannot do this, or computes something else than its
+            definition.
+    """
+    kernel = choose_attention(config, model_config, topology)
+    exchange = make_exchange(config, window_tokens(model_config), topology)
+    probe_attention(kernel, exchange, config.dtype, model_config, topology)
+    model = gpt_oss.skeleton(model_config, config.dtype)
+    report = gpt_oss.patch(model, topology)
+    if config.zero_stage == 3:
+        materialise_partitioned(model, config.engine_json, config.dtype)
+        gpt_oss.restore_rotary_frequencies(model, topology.device)
+    else:
+        gpt_oss.materialise(model, topology.device)
+    log.info("patched: %s", report)
+    if config.train.freeze:
+        num_frozen = freeze(model, config.train.freeze)
+        log.info("frozen: %d tensors (%s)", num_frozen, ", ".join(config.train.freeze))
+    return TrainingEngine(model, config, topology, kernel, exchange, clock)
+
+
+def choose_attention(
+    config: RunConfig, model_config: GptOssConfig, topology: Topology
+) -> Attention:
+    """Return the attention backend of a run.
+
+    Raises:
+        ConfigError: the backend asked for cannot run here, with the reason.
+    """
+    try:
+        return attention.choose(
+            config.model.attention,
+            device=topology.device,
+            dtype=config.dtype,
+            head_dim=model_config.head_dim,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.attention: {error}") from error
+
+
+def make_exchange(config: RunConfig, window: int, topology: Topology) -> Ulysses | None:
+    """Return how ranks that share a row exchange around attention; None if none do."""
+    if topology.sp_size == 1:
+        return None
+    halo = WindowHalo(topology, window) if config.use_halo else None
+    return Ulysses(topology, halo)
+
+
+def probe_attention(
+    kernel: Attention,
+    exchange: Ulysses | None,
+    dtype: torch.dtype,
+    model_config: GptOssConfig,
+    topology: Topology,
+) -> None:
+    """Compare the attention of this run, exchange included, with its definition.
+
+    Raises:
+        ConfigError: on all ranks, if it is wrong on any.
+    """
+    run = partial(
+        run_probe,
+        kernel,
+        device=topology.device,
+        dtype=dtype,
+        head_dim=model_config.head_dim,
+        num_query_heads=model_config.num_attention_heads,
+        num_kv_heads=model_config.num_key_value_heads,
+        window=window_tokens(model_config),
+        sequence_parallel=exchange,
+        sp_size=topology.sp_size,
+        sp_rank=topology.sp_rank,
+    )
+    report = together(topology.control_group, run)
+    topology.traffic.take()
+    error = report.largest_error
+    log.info("attention agrees with its definition: largest relative error %.1e", error)
+
+
+def weight_source(
+    config: RunConfig, model_config: GptOssConfig, topology: Topology
+) -> WeightSource:
+    """Return where the first weights come from; the files of a directory are opened.
+
+    Raises:
+        ConfigError: on all ranks: the directory does not hold this model.
+    """
+    path = config.model.path
+    if path is None:
+        return RandomWeights(config.train.seed, float(model_config.initializer_range))
+    shapes = parameter_shapes(model_config)
+    return together(topology.control_group, lambda: DirectoryWeights(path, shapes))
+
+
+def verify_checksums(source: WeightSource, topology: Topology) -> None:
+    """Hash the weight files, each on one rank, and refuse damaged ones.
+
+    Raises:
+        ConfigError: on all ranks, naming every file whose SHA-256 is not the known one.
+    """
+    if not isinstance(source, DirectoryWeights):
+        return
+    group = topology.control_group
+    sums = together(group, lambda: known_sums(source.path, source.files))
+    if not sums:
+        log.info("weights: no SHA256SUMS in %s, files are read as they are", source.path)
+        return
+    sizes = {file: file.stat().st_size for file in sums}
+    mine = share(sizes, topology.rank, topology.world_size)
+    problems = []
+    for found in gather_json(together(group, lambda: damaged(sums, mine)), group):
+        problems += found
+    if problems:
+        raise ConfigError(problems)
+    log.info("weights: SHA-256 of %d files of %d verified", len(sums), len(source.files))
+
+
+def fill_weights(engine: TrainingEngine, source: WeightSource) -> None:
+    """Give the engine its first weights.
+
+    Every rank reads or draws its own part, in fp32 where the source has fp32.
+
+    Raises:
+        StorageError: on all ranks, if one could not read.
+    """
+    topology = engine.topology
+    targets = {}
+    for key, part in flat_ranges(engine.deepspeed, topology).items():
+        if key.startswith(MASTER):
+            targets[key.removeprefix(MASTER)] = (part.tensor, part.offset)
+    together(topology.control_group, lambda: fill_parts(targets, source))
+    publish_master_weights(engine.deepspeed)

@@ -1,0 +1,276 @@
+"""Check everything that can be known before weights are read, and refuse it in one message.
+
+    command line, launcher -> run YAML, DeepSpeed JSON -> model configuration -> layout
+                                    |
+                                   mix -> guard domains -> build -> resumption -> data plan
+                                    |
+                                   weight directory, KL targets, free space
+
+A run and `--dry_run` pass the same gate.  Every rank checks what it needs to know its
+configuration.  The first rank alone checks what reads more than that; a run agrees on its findings
+once there is a process group (`PassedGate.refuse`).
+
+Three checks come later, because they read whole files or need them to exist: the contents of weight
+files and of KL targets are hashed, and a mix that is not built is built first and then checked by
+the functions that this gate uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import GptOssConfig
+
+from cpt.config import LaunchInfo, RunConfig, RunYaml, load, resolve
+from cpt.deepspeed_adapter.version import check_version
+from cpt.errors import ConfigError, CptError
+from cpt.guard.requirements import documents_by_domain, guard_problems
+from cpt.job.data import build_folder, check_mix, check_plan, plan_of
+from cpt.job.findings import Findings, joined
+from cpt.job.resumption import expected_start
+from cpt.job.run_dir import check_place
+from cpt.model import attention
+from cpt.model.configuration import load_config
+from cpt.model.freezing import freeze_problems
+from cpt.model.parameters import parameter_numels, parameter_shapes
+from cpt.model.weights.directory import check_directory
+from cpt.model.weights.tokenizer_check import tokenizer_problems
+from cpt.resilience import faults
+from cpt.training.kl_targets import presence_problems
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.strict_yaml import Located, nearest
+from data_pipeline.dataset import BuiltData
+from data_pipeline.mixture.data_plan import DataPlan
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassedGate:
+    """A configuration that can be right, as far as this rank has looked."""
+
+    config: RunConfig
+    model_config: GptOssConfig
+    """The architecture, from config.json or a preset."""
+    mix: MixConfig
+    run_dir: Path
+    resume: str
+    """`auto`, `never` or a step."""
+    plan: DataPlan | None
+    """The data plan; None on other ranks than the first, or if the mix is not built yet."""
+    refusal: CptError | None
+    """Everything that the first rank refuses; None on the others."""
+
+    def refuse(self) -> None:
+        """Raise the findings of the first rank.
+
+        Raises:
+            CptError: everything found, in one message.
+        """
+        if self.refusal is not None:
+            raise self.refusal
+
+
+def pass_gate(options: argparse.Namespace) -> PassedGate:
+    """Check a run.
+
+    Args:
+        options: The command line of cpt/run.py.
+
+    Returns:
+        The configuration.  In a run, all ranks call `refuse` on the first rank's together.
+
+    Raises:
+        CptError: there is no configuration to go on with; on the first rank the message tells
+            everything else that is wrong, too.
+    """
+    found = Findings()
+    found.attempt(check_version)
+    found.attempt(faults.check_environment)
+    found.attempt(lambda: check_launcher(options.ds_config))
+    found.add(command_line_problems(options))
+    _raise_any(found)
+    overrides = dict(item.split("=", 1) for item in options.set)
+    run_yaml, json_file = load(options.config, options.ds_config, overrides)
+    gate = _Gate(options, run_yaml, json_file)
+    return gate.result()
+
+
+def check_launcher(ds_config: Path) -> None:
+    """Refuse to start without the variables that a launcher sets.
+
+    Raises:
+        ConfigError: naming those that are missing, and the command to start with.
+    """
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"no launcher: {', '.join(missing)} not set. Start with  deepspeed cpt/run.py "
+            f"--ds_config {ds_config}  (on a machine without GPU add --num_gpus N for N processes)."
+        )
+
+
+def command_line_problems(options: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the command line alone."""
+    problems = []
+    for item in options.set:
+        if "=" not in item:
+            problems.append(f"--set {item} has no '='. Write --set section.key=value.")
+    is_step = options.resume.isascii() and options.resume.isdigit()
+    if options.resume not in ("auto", "never") and not is_step:
+        problems.append(f"--resume {options.resume} must be auto, never or a step.")
+    return problems
+
+
+def local_world_size(world_size: int) -> int:
+    """Return the ranks on this node: torchrun sets LOCAL_WORLD_SIZE, DeepSpeed LOCAL_SIZE."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if os.environ.get(name):
+            return int(os.environ[name])
+    return world_size
+
+
+def resume_word(asked: str) -> str:
+    """Return what to resume from: a requeued job goes on from its own newest checkpoint."""
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    return "auto" if requeued else asked
+
+
+class _Gate:
+    """The checks of one start, and what they have found so far."""
+
+    def __init__(self, options: argparse.Namespace, run_yaml: RunYaml, json_file: Located) -> None:
+        self.run_yaml = run_yaml
+        self.json_file = json_file
+        self.run_dir: Path = options.run_dir or Path("runs") / options.config.stem
+        self.resume = resume_word(options.resume)
+        self.found = Findings()
+        """What every rank finds."""
+        self.found_by_first = Findings()
+        """What only the first rank looks for."""
+        self.model_config: Any = None
+        self.config: RunConfig | None = None
+        self.mix: MixConfig | None = None
+        self.plan: DataPlan | None = None
+
+    def result(self) -> PassedGate:
+        """Make all checks.
+
+        Raises:
+            CptError: see `pass_gate`.
+        """
+        self._check_model()
+        self._check_mix()
+        if os.environ["RANK"] == "0":
+            self._check_weights()
+            self._check_kl_targets()
+            self._check_run_dir()
+            self._check_data()
+        if self.found.errors:
+            _raise_any(self.found, self.found_by_first)
+        assert self.config is not None and self.mix is not None
+        return PassedGate(
+            config=self.config,
+            model_config=self.model_config,
+            mix=self.mix,
+            run_dir=self.run_dir,
+            resume=self.resume,
+            plan=self.plan,
+            refusal=joined(self.found_by_first),
+        )
+
+    def _check_model(self) -> None:
+        """Read the architecture, and bring files, model and world size together."""
+        model = self.run_yaml.model
+        self.model_config = self.found.attempt(lambda: load_config(model.path, model.init))
+        known = attention.known_names()
+        if model.attention not in known:
+            self.found.add(
+                [
+                    f"model.attention is '{model.attention}', which is no backend."
+                    f"{nearest(model.attention, known)}"
+                ]
+            )
+        if self.model_config is None:
+            return
+        self.found.add(
+            freeze_problems(self.run_yaml.train.freeze, parameter_numels(self.model_config))
+        )
+        world_size = int(os.environ["WORLD_SIZE"])
+        launch = LaunchInfo(world_size=world_size, local_world_size=local_world_size(world_size))
+        self.config = self.found.attempt(
+            lambda: resolve(self.run_yaml, self.json_file, self.model_config, launch)
+        )
+
+    def _check_mix(self) -> None:
+        data = self.run_yaml.data
+        self.mix = self.found.attempt(lambda: check_mix(data.mix, self.run_yaml.train.seq_len))
+
+    def _check_weights(self) -> None:
+        path = self.run_yaml.model.path
+        if path is None or self.model_config is None:
+            return
+        found = self.found_by_first
+        shapes = parameter_shapes(self.model_config)
+        found.attempt(lambda: check_directory(path, shapes))
+        problems = found.attempt(lambda: tokenizer_problems(path, self.model_config.vocab_size))
+        found.add(problems or [])
+
+    def _check_kl_targets(self) -> None:
+        folder = self.run_yaml.train.kl_targets
+        if folder is not None:
+            problems = self.found_by_first.attempt(lambda: presence_problems(folder))
+            self.found_by_first.add(problems or [])
+
+    def _check_run_dir(self) -> None:
+        config = self.config
+        if config is not None:
+            numels = parameter_numels(self.model_config)
+            self.found_by_first.attempt(lambda: check_place(self.run_dir, config, numels))
+
+    def _check_data(self) -> None:
+        """Check the build, the guard's domains, and what a run would draw from the build."""
+        mix = self.mix
+        if mix is None:
+            return
+        data = self._open_build(mix)
+        guard = self.run_yaml.guard
+        num_documents = documents_by_domain(mix, None if data is None else data.manifest)
+        self.found_by_first.add(
+            guard_problems(
+                guard,
+                self.run_yaml.train.total_steps,
+                num_documents,
+                is_measured=(self.run_dir / "guard" / "baseline.json").exists(),
+            )
+        )
+        if data is not None and self.config is not None:
+            self._check_plan(self.config, mix, data)
+
+    def _open_build(self, mix: MixConfig) -> BuiltData | None:
+        """Return the build of a mix; None if it is refused, or not built yet."""
+        found = self.found_by_first
+        folder = found.attempt(lambda: build_folder(self.run_yaml.data, mix))
+        if folder is None or not folder.exists():
+            return None
+        return found.attempt(lambda: BuiltData.open(folder, verify=False, mix=mix))
+
+    def _check_plan(self, config: RunConfig, mix: MixConfig, data: BuiltData) -> None:
+        found = self.found_by_first
+        start = found.attempt(lambda: expected_start(self.run_dir, self.resume, config, mix, data))
+        if start is None:
+            return
+        plan = found.attempt(lambda: plan_of(config, data, mix, start.ledger, start.progress))
+        if plan is not None:
+            found.attempt(lambda: check_plan(config, plan))
+        self.plan = plan
+
+
+def _raise_any(*findings: Findings) -> None:
+    error = joined(*findings)
+    if error is not None:
+        raise error

@@ -1,0 +1,80 @@
+"""Tables for people about what a start is going to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import GptOssConfig
+
+from cpt.checkpoint.reader import list_steps
+from cpt.config import RunConfig
+from cpt.job.gate import PassedGate
+from cpt.model.freezing import frozen_names
+from cpt.model.parameters import parameter_numels
+from data_pipeline.build.build import input_bytes
+
+
+def describe(passed: PassedGate) -> str:
+    """Return the resolved configuration as a table."""
+    config, model = passed.config, passed.model_config
+    rows_per_step, seq_len = config.train.global_batch_size, config.train.seq_len
+    accumulation = config.gradient_accumulation_steps
+    rows: dict[str, Any] = {
+        "model": config.model.path or config.model.init,
+        "architecture": (
+            f"{model.num_hidden_layers} layers, {model.num_local_experts} experts, "
+            f"{model.num_attention_heads}/{model.num_key_value_heads} heads"
+        ),
+        "world size": config.world_size,
+        "sequence parallel": describe_sequence_parallel(config),
+        "expert parallel": config.ep_size,
+        "data parallel": config.world_size // config.sp_size,
+        "ZeRO stage": config.zero_stage,
+        "dtype": config.train.dtype,
+        "frozen": describe_frozen(config, model),
+        "tokens per step": f"{rows_per_step} rows x {seq_len} = {rows_per_step * seq_len} slots",
+        "accumulation": f"{accumulation} x micro batch {config.micro_batch_size}",
+        "steps": config.train.total_steps,
+        "mix": config.data.mix,
+        "run directory": passed.run_dir,
+        "resumes from": describe_resume(passed.run_dir, passed.resume),
+    }
+    width = max(len(name) for name in rows)
+    lines = ["resolved configuration"]
+    for name, value in rows.items():
+        lines.append(f"  {name:<{width}}  {value}")
+    return "\n".join(lines)
+
+
+def describe_sequence_parallel(config: RunConfig) -> str:
+    """Return the sequence-parallel size and how window layers exchange."""
+    if config.sp_size == 1:
+        return "1"
+    exchange = "halo" if config.use_halo else "all-to-all"
+    return f"{config.sp_size}, window layers by {exchange}"
+
+
+def describe_resume(run_dir: Path, resume: str) -> str:
+    """Return the checkpoint that the run goes on from, before any is verified."""
+    if resume != "auto":
+        return resume
+    steps = list_steps(run_dir)
+    return f"step {steps[0]}" if steps else "nothing"
+
+
+def describe_frozen(config: RunConfig, model_config: GptOssConfig) -> str:
+    """Return the share of the model that training leaves as it is."""
+    numels = parameter_numels(model_config)
+    frozen = sum(numels[name] for name in frozen_names(config.train.freeze, numels))
+    if not frozen:
+        return "nothing"
+    return f"{', '.join(config.train.freeze)}: {frozen:,} of {sum(numels.values()):,} parameters"
+
+
+def describe_data(passed: PassedGate) -> str:
+    """Return the data plan, or that the mix is not built yet."""
+    if passed.plan is not None:
+        return passed.plan.describe()
+    size = input_bytes(passed.mix) / 1e6
+    return f"data\n  {passed.config.data.mix} is not built yet ({size:.1f} MB of input)."

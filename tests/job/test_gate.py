@@ -1,0 +1,285 @@
+"""Everything that can be known before weights are read is refused in one message.
+
+The same faults are told by `--dry_run` and by a run, and each of them alone is refused, too.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import GptOssConfig, GptOssForCausalLM
+
+from cpt.checkpoint.manifest import Manifest, write_manifest
+from cpt.errors import CheckpointError, ConfigError, DataError, StorageError
+from cpt.job.findings import Findings, joined
+from cpt.job.progress import Progress
+from cpt.model.configuration import PRESETS
+from cpt.resilience.stop import StopRequest
+from cpt.run import main
+from cpt.training.kl_targets import SIDECAR
+from data_pipeline.build.build import build
+from data_pipeline.config.mix_file import load_mix
+from data_pipeline.dataset import BuiltData
+from data_pipeline.mixture.ledger import Ledger
+from tests.support.launcher import ROOT, free_port, rank_environment
+
+DS_CONFIG = ROOT / "ds_configs" / "z3_ulysses.json"
+SMALL = {"hidden_size": 8, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 2}
+SIZES = {**SMALL, "num_experts_per_tok": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+WRONG_TENSOR = "model.layers.0.self_attn.sinks"
+PARAGRAPH = "The quick brown fox jumps over the lazy dog and looks at document number "
+
+
+def write_weights(folder: Path) -> Path:
+    """A whole Hugging Face directory of a very small gpt-oss."""
+    torch.manual_seed(0)
+    layers = {"layer_types": ["sliding_attention"]}
+    model = GptOssForCausalLM(GptOssConfig(**{**PRESETS["tiny"], **SIZES, **layers}))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def write_mix(folder: Path) -> Path:
+    texts = [f"{PARAGRAPH}{number}." for number in range(24)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source = {"name": "web", "language": "en", "domain": "web", "path": "text.jsonl", "weight": 1.0}
+    source |= {"held_out_share": 0.25, "max_epochs": 4}
+    mix = {"seq_len": 64, "seed": 1, "near_duplicates": 0, "decontaminate_tokens": 0}
+    mix |= {"guard": {"min_documents": 1, "min_tokens": 1}, "sources": [source]}
+    (folder / "mix.yaml").write_text(yaml.safe_dump(mix), encoding="utf-8")
+    return folder / "mix.yaml"
+
+
+def write_run(folder: Path) -> Path:
+    train = {"seq_len": 64, "global_batch_size": 1, "total_steps": 2, "lr": 1e-3, "dtype": "fp32"}
+    run = {
+        "model": {"path": "weights"},
+        "data": {"mix": "mix.yaml", "build_dir": "built"},
+        "train": train,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    return folder / "run.yaml"
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights, a built mix, and a run YAML that fit together."""
+    folder = tmp_path_factory.mktemp("gate")
+    write_weights(folder / "weights")
+    build(load_mix(write_mix(folder)), folder / "built")
+    write_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def damaged_weights(workplace: Path) -> Path:
+    """The weights with one tensor of another shape."""
+    folder = workplace / "damaged"
+    folder.mkdir()
+    for file in (workplace / "weights").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    tensors[WRONG_TENSOR] = torch.zeros(7)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def missing_targets(workplace: Path) -> Path:
+    """A folder of KL targets whose file is gone."""
+    folder = workplace / "targets"
+    folder.mkdir()
+    source = {"rows": 1, "tokens": 1, "row_hash": "", "xxh3": ""}
+    sidecar = {"format_version": 1, "base_model": "", "computed_in": "fp32", "build": ""}
+    sidecar |= {"top_k": 1, "sources": {"web": source}}
+    (folder / SIDECAR).write_text(json.dumps(sidecar), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def faults(damaged_weights: Path, missing_targets: Path) -> dict[str, tuple[str, str]]:
+    """Settings that cannot be right, and words of the refusal, by name of the fault."""
+    return {
+        "domain": ("guard.domains={wev: {tolerance_percent: 2}}", "guard.domains.wev"),
+        "tensor": (f"model.path={damaged_weights}", f"tensor '{WRONG_TENSOR}' has shape (7,)"),
+        "targets": (
+            f"train.kl_targets={missing_targets}",
+            f"{missing_targets / 'web.safetensors'}",
+        ),
+        "weight": ("train.kl_weight=0.1", ""),
+        "dry": ("train.total_steps=1000", "the data cannot feed this run"),
+    }
+
+
+DryRun = Callable[..., int]
+
+
+@pytest.fixture
+def dry_run(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> DryRun:
+    """`dry_run(setting, ...)`: the exit code of a dry run of the workplace with these settings."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, value in rank_environment(0, 1, 1).items():
+        monkeypatch.setenv(name, value)
+
+    def run(*settings: str) -> int:
+        return main([*arguments_of(workplace, *settings), "--dry_run"], StopRequest())
+
+    return run
+
+
+def arguments_of(workplace: Path, *settings: str) -> list[str]:
+    arguments = ["--ds_config", str(DS_CONFIG), "--config", str(workplace / "run.yaml")]
+    arguments += ["--run_dir", str(workplace / "run")]
+    for setting in settings:
+        arguments += ["--set", setting]
+    return arguments
+
+
+def test_files_that_fit_pass_the_gate_and_show_the_plan(dry_run: DryRun, capsys: Any) -> None:
+    assert dry_run() == 0
+    printed = capsys.readouterr().out
+    assert "resolved configuration" in printed and "drawn tokens" in printed
+
+
+@pytest.mark.parametrize(("name", "code"), [("domain", 78), ("tensor", 78), ("dry", 65)])
+def test_each_fault_alone_is_refused_by_the_dry_run(
+    dry_run: DryRun, faults: dict[str, tuple[str, str]], capsys: Any, name: str, code: int
+) -> None:
+    setting, words = faults[name]
+    assert dry_run(setting) == code
+    assert words in capsys.readouterr().err
+
+
+def test_dry_run_refuses_all_faults_in_one_message(
+    dry_run: DryRun, faults: dict[str, tuple[str, str]], capsys: Any
+) -> None:
+    assert dry_run(*(setting for setting, _ in faults.values())) == 78
+    message = capsys.readouterr().err
+    assert [words for _, words in faults.values() if words not in message] == []
+
+
+def test_run_refuses_all_faults_in_the_same_message(
+    workplace: Path, faults: dict[str, tuple[str, str]], dry_run: DryRun, capsys: Any
+) -> None:
+    settings = [setting for setting, _ in faults.values()]
+    dry_run(*settings)
+    told_by_dry_run = capsys.readouterr().err.strip()
+    command = [sys.executable, str(ROOT / "cpt" / "run.py"), *arguments_of(workplace, *settings)]
+    environment = rank_environment(0, 1, free_port())
+    run = subprocess.run(command, env=environment, cwd=workplace, capture_output=True, text=True)
+    assert run.returncode == 78
+    assert told_by_dry_run in run.stderr
+    assert not (workplace / "run").exists()
+
+
+def test_weights_of_another_tokenizer_are_refused(
+    dry_run: DryRun, workplace: Path, capsys: Any
+) -> None:
+    tokenizer = {"added_tokens": [{"content": "<|return|>", "id": 5}]}
+    file = workplace / "weights" / "tokenizer.json"
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    try:
+        assert dry_run() == 78
+    finally:
+        file.unlink()
+    message = capsys.readouterr().err
+    assert f"{file}: token '<|return|>' has id 5, token shards use 200002" in message
+
+
+def test_checkpoint_that_does_not_fit_is_refused(
+    dry_run: DryRun, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    assert dry_run() == 74
+    assert "a checkpoint needs" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained(workplace: Path) -> Iterator[Path]:
+    """A run directory whose newest checkpoint has a manifest; its tensors are never looked at."""
+    mix = load_mix(workplace / "mix.yaml")
+    data = BuiltData.open(workplace / "built", verify=False, mix=mix)
+    ledger = Ledger.start(mix, data.manifest.row_hashes())
+    state = {
+        "model_config": {},
+        "identity": {"seed": 1234, "seq_len": 64, "global_batch_size": 1},
+        "progress": Progress(step=1, updates=1).to_json(),
+        "ledger": ledger.to_json(),
+    }
+    folder = workplace / "run" / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    manifest = Manifest(step=1, files=(), tensors={}, layout={}, versions={}, state=state)
+    write_manifest(folder, manifest)
+    yield folder
+    shutil.rmtree(workplace / "run")
+
+
+def test_resumed_run_passes_the_gate(dry_run: DryRun, trained: Path, capsys: Any) -> None:
+    assert dry_run() == 0
+    assert "step 1" in capsys.readouterr().out
+
+
+def test_run_that_is_another_one_is_refused_before_weights_are_read(
+    dry_run: DryRun, trained: Path, capsys: Any
+) -> None:
+    assert dry_run("train.seed=5") == 78
+    message = capsys.readouterr().err
+    assert f"{trained.name} was trained with seed 1234, now it is 5." in message
+
+
+def test_mix_edited_since_the_checkpoint_is_refused_before_weights_are_read(
+    dry_run: DryRun, trained: Path, workplace: Path, capsys: Any
+) -> None:
+    text = (workplace / "mix.yaml").read_text(encoding="utf-8")
+    edited = workplace / "edited.yaml"
+    edited.write_text(text.replace("max_epochs: 4", "max_epochs: 8"), encoding="utf-8")
+    assert dry_run(f"data.mix={edited}") == 78
+    assert "The data mix was edited since step 0" in capsys.readouterr().err
+    assert dry_run(f"data.mix={edited}", "data.accept_mix_change=true") == 0
+
+
+def test_refusals_of_several_kinds_end_with_the_code_of_the_first_cure() -> None:
+    def refusing(error: Exception) -> Callable[[], None]:
+        def check() -> None:
+            raise error
+
+        return check
+
+    found = Findings()
+    found.attempt(refusing(StorageError("no room")))
+    assert isinstance(joined(found), StorageError)
+    found.attempt(refusing(DataError("runs dry")))
+    assert isinstance(joined(found), DataError)
+    found.add(["no such key"])
+    error = joined(found)
+    assert isinstance(error, ConfigError)
+    assert str(error) == "no room\nruns dry\nno such key"
+
+
+def test_refusal_that_stands_alone_stays_what_it_is() -> None:
+    def check() -> None:
+        raise CheckpointError("damaged")
+
+    found = Findings()
+    assert found.attempt(check) is None
+    assert isinstance(joined(found, Findings()), CheckpointError)
+
+
+def test_nothing_found_is_no_error() -> None:
+    found = Findings()
+    assert found.attempt(lambda: 3) == 3
+    found.add([])
+    assert joined(found) is None
