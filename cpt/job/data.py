@@ -20,8 +20,8 @@ from data_pipeline.build.self_replay import check_base_model
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
-from data_pipeline.mixture.ledger import Ledger
 from data_pipeline.mixture.data_plan import DataPlan, make_data_plan
+from data_pipeline.mixture.ledger import Ledger
 
 log = logging.getLogger("cpt.job.data")
 
