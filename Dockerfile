@@ -1,7 +1,7 @@
 # The GPU image: CUDA with a compiler (DeepSpeed builds its operators at first use), the tested package set, no root.
 #   docker build -t gpt-oss-cpt .
 #   docker run --gpus all --shm-size=16g -v /data:/data gpt-oss-cpt deepspeed cpt/run.py --ds_config ...
-# Under SLURM see docs/slurm.md: Apptainer or Pyxis run it as the user of the job, with the repository mounted.
+# docs/slurm.md describes SLURM: Apptainer or Pyxis run the image as the user of the job, with the repository mounted.
 # Pin BASE by digest in production:  --build-arg BASE=nvidia/cuda@sha256:...
 ARG BASE=nvidia/cuda:13.0.1-devel-ubuntu24.04
 FROM ${BASE}
@@ -19,7 +19,7 @@ COPY cpt cpt
 COPY data_pipeline data_pipeline
 RUN pip install --no-cache-dir -c constraints.txt torch \
     && pip install --no-cache-dir -c constraints.txt -e '.[tensorboard]'
-# flash-attn compiles for half an hour and is an option, not a need:
+# flash-attn is optional and compiles for half an hour:
 #   RUN pip install --no-cache-dir --no-build-isolation 'flash-attn>=2.8.3'
 COPY configs configs
 COPY ds_configs ds_configs

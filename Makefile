@@ -1,4 +1,9 @@
-# make train | make test | make check | make faults | make bench | make prove.  Needs Python 3.11 or newer, make and a C compiler.
+# Needs Python 3.11 or newer, make and a C compiler.
+#   make train    train a small gpt-oss on the sample corpus, and export it
+#   make check    ruff, format, mypy and the fast tests
+#   make test     all tests but the slow ones
+#   make faults   every fault case, and the table in docs/reliability.md
+#   make bench    all benchmarks;  make prove   slow proofs;  make corpus   a real corpus
 PYTHON ?= python3
 VENV   := .venv
 TEST_WORKERS ?= 2
@@ -11,11 +16,11 @@ export PATH := $(BIN):$(PATH)
 train: $(READY)
 	deepspeed cpt/run.py --ds_config ds_configs/z3_ulysses.json
 
-# each file stays with one worker, and so do the launches that its tests share
+# one worker runs all tests of a file, which may share a launch
 test: $(READY)
 	python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-# every test that shows a fault case; writes the table into docs/reliability.md
+# every test that shows a fault case; rewrites the table in docs/reliability.md
 faults: $(READY)
 	python -m pytest tests --faults --fault_table docs/reliability.md
 
@@ -38,13 +43,13 @@ prove: $(READY)
 	python -m pytest -m slow tests/dist
 	for script in bench/prove/*.py; do python $$script || exit 1; done
 
-# parallel Japanese/English documentation from Debian packages, with licences; a Debian machine with a package mirror
+# parallel Japanese/English documentation from Debian packages, with licenses; needs Debian and a package mirror
 corpus: $(READY)
 	python bench/corpus.py --out data/corpus
 
 install: $(READY)
 
-# torch goes first and pinned: a range, asked for by another package, would take another build
+# torch is installed first and pinned: a range that another package asks for would install another build
 $(READY): constraints.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)

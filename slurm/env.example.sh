@@ -1,11 +1,11 @@
 # shellcheck shell=bash disable=SC2034  # sourced: others use what is set here
-# Everything a site or a run sets, for all templates.     cp slurm/env.example.sh slurm/env.sh
+# All settings of a site or a run, for all templates.     cp slurm/env.example.sh slurm/env.sh
 #
 # Bash, read by every job.  A variable that is already set wins, so one job can differ:
 #     CPT_RUN_DIR=/scratch/runs/b CPT_CONFIG=configs/b.yaml sbatch slurm/train.sbatch
 # No passwords or tokens here: ~/.netrc (mode 600) serves W&B, $HF_HOME/token the hub.
 
-# --- what sbatch itself reads, if this file is sourced before it:  source slurm/env.sh && sbatch --nodes=2 slurm/train.sbatch
+# --- read by sbatch itself, if this file is sourced before it:  source slurm/env.sh && sbatch --nodes=2 slurm/train.sbatch
 #export SBATCH_ACCOUNT=my-project
 #export SBATCH_PARTITION=gpu
 #export SBATCH_TIMELIMIT=24:00:00
@@ -15,18 +15,18 @@
 : "${CPT_CONFIG:=configs/gpt-oss-20b.yaml}"
 : "${CPT_DS_CONFIG:=ds_configs/z3_ep.json}"
 CPT_RUN_ARGUMENTS=()                            # further options of cpt/run.py, e.g. (--set train.lr=1e-5)
-: "${CPT_MAX_RESTARTS:=20}"                     # a job that was started again so often is not queued once more
-: "${CPT_SAVE_SECONDS:=600}"                    # ranks that lost their launcher may take so long to save and leave
+: "${CPT_MAX_RESTARTS:=20}"                     # a job is put back into the queue at most this often
+: "${CPT_SAVE_SECONDS:=600}"                    # how long ranks without a launcher may take to save and exit
 
 # --- the software: modules and a venv, or a container
 : "${CPT_MODULES:=}"                            # for `module load`, e.g. "cuda/13.0 apptainer"
 : "${CPT_CONTAINER:=none}"                      # none, apptainer, singularity, pyxis
 : "${CPT_VENV:=.venv}"                          # used without a container
 : "${CPT_IMAGE:=}"                              # apptainer: file.sif; pyxis: file.sqsh or registry#name
-: "${CPT_BINDS:=}"                              # folders the container needs besides the repository, e.g. "/data /scratch"
+: "${CPT_BINDS:=}"                              # folders that the container needs besides the repository, e.g. "/data /scratch"
 
 # --- the nodes
-: "${CPT_RANKS_PER_NODE:=}"                     # empty: the GPUs that the job got on a node
+: "${CPT_RANKS_PER_NODE:=}"                     # empty: the GPUs that the job has on a node
 : "${CPT_MASTER_INTERFACE:=}"                   # e.g. ib0; empty: the address by which the scheduler knows the node
 
 # --- caches; node-local ones keep many nodes from compiling into one folder
@@ -34,7 +34,7 @@ CPT_RUN_ARGUMENTS=()                            # further options of cpt/run.py,
 #export TRITON_CACHE_DIR=/tmp/triton-$USER
 #export TORCH_EXTENSIONS_DIR=/tmp/torch-extensions-$USER
 
-# --- PBS and AGE only: seconds after which the run is asked to stop, saved and queued again: time limit less a margin
+# --- PBS and AGE only: seconds after which the run saves and is queued again: the time limit less a margin
 : "${CPT_STOP_AFTER_SECONDS:=0}"                # 0: never
 : "${CPT_SUBMIT:=qsub}"                         # AGE with a group: "qsub -g GROUP"
 : "${CPT_MPIRUN:=mpirun -n NODES --map-by ppr:1:node}"    # starts one process on each node; NODES is filled in

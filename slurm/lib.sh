@@ -1,12 +1,12 @@
 # shellcheck shell=bash disable=SC2034  # sourced: others use what is set here
-# What the job templates share.  They run in the repository and source this file; it defines functions only.
+# Functions that the job templates share.  They run in the repository and source this file.
 #
 #   train.sbatch, pbs/train.pbs, age/train.sh    one job: starts node.sh on every node, waits, decides what comes next
-#     node.sh                                    one node: starts `deepspeed`, sees that nothing outlives it
+#     node.sh                                    one node: starts `deepspeed`, leaves no process behind
 #
 # Decisions
 #   Nobody signals a launcher: SIGTERM to `deepspeed` orphans its ranks.  A signal to a template or to node.sh becomes
-#   the file <run_dir>/STOP, by which all ranks agree to stop, save the same step and exit with 75.
+#   the file <run_dir>/STOP, which makes all ranks save the same step and exit with 75.
 #   Exit code 0 alone proves nothing: `deepspeed` ends with 0 when its child was killed.  A run is done when its newest
 #   manifest holds the planned last step.
 
@@ -46,7 +46,7 @@ load_settings() {
     STOP_FILE=$CPT_RUN_DIR/STOP
 }
 
-# Outside of containers: modules, and the commands that bring a process into the container.
+# Outside of the container: load modules, and set the commands that start a process inside it.
 #   SRUN_CONTAINER  options for srun (Pyxis)
 #   CONTAINER       words in front of a command (Apptainer)
 prepare_container() {
@@ -69,7 +69,7 @@ prepare_container() {
     esac
 }
 
-# Inside: the venv, unless the container brings its own.
+# Inside: activate the virtual environment, unless the container has its own.
 enter_environment() {
     if [[ "$CPT_CONTAINER" == none ]]; then
         PATH=$(cd "$CPT_VENV/bin" && pwd):$PATH
@@ -81,7 +81,7 @@ enter_environment() {
     fi
 }
 
-# Run one command of the project on this node, in the venv or the container.
+# Run one command of the project on this node, in the virtual environment or the container.
 run_inside() {
     if [[ "$CPT_CONTAINER" == pyxis ]]; then
         srun --nodes=1 --ntasks=1 "${SRUN_CONTAINER[@]}" "$@"
@@ -90,7 +90,7 @@ run_inside() {
     fi
 }
 
-# The address at which all nodes reach this one; this must be the node of rank 0.
+# Print the address at which all nodes reach this one, which must be the node of rank 0.
 master_address() {
     local found=
     if [[ -n "$CPT_MASTER_INTERFACE" ]]; then
@@ -102,28 +102,28 @@ master_address() {
     printf '%s\n' "${found:-$HOSTNAME}"
 }
 
-# A random port below the range of outgoing connections that nobody listens on here.
+# Print a random free port below the range of outgoing connections.
 free_port() {
     local port
     while port=$((20000 + RANDOM % 12000)); (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
     printf '%s\n' "$port"
 }
 
-# Ask the run to stop.  The file names who asked, so that a later start knows whose leftover it is.
+# Ask the run to stop.  The file names who asked, so that a later start knows whether it is a leftover.
 ask_to_stop() {
     mkdir -p "$CPT_RUN_DIR"
     printf 'job %s: %s\n' "$JOB" "$*" >"$STOP_FILE"
     say "$*: wrote $STOP_FILE; the run saves and stops"
 }
 
-# A STOP file of this job that no run has obeyed must not stop the next start.  One from a person stays.
+# Remove a STOP file of this job that no run has obeyed, so that it does not stop the next start.  One from a person stays.
 forget_own_stop() {
     if [[ -f "$STOP_FILE" && "$(<"$STOP_FILE")" == "job $JOB: "* ]]; then
         rm -f "$STOP_FILE"
     fi
 }
 
-# Turn signals into a request to stop.  `wait` returns when one arrives, so it is flagged.
+# Turn signals into a request to stop.  `wait` returns when a signal arrives, so a flag is set.
 listen_for_signals() {
     INTERRUPTED=0
     local name
@@ -133,7 +133,7 @@ listen_for_signals() {
     done
 }
 
-# The exit code of a background process, signals notwithstanding.
+# Wait for a background process through signals, and return its exit code.
 wait_for() {
     local code
     while INTERRUPTED=0; do
@@ -143,7 +143,7 @@ wait_for() {
     done
 }
 
-# Start node.sh on every node through the given command, wait, and return what it returned.
+# Start node.sh on every node through the given command, wait, and return its exit code.
 #   run_nodes NODES RANKS_PER_NODE START...      with JOB, RESTARTS and CONTAINER set
 run_nodes() {
     local nodes=$1 ranks=$2 code address timer=
@@ -152,11 +152,11 @@ run_nodes() {
     forget_own_stop
     local settings=(
         CPT_ENV="${CPT_ENV:-slurm/env.sh}" CPT_RUN_DIR="$CPT_RUN_DIR" CPT_CONFIG="$CPT_CONFIG"
-        CPT_DS_CONFIG="$CPT_DS_CONFIG" JOB="$JOB" SLURM_RESTART_COUNT="$RESTARTS" # cpt asks this whether it is a restart
+        CPT_DS_CONFIG="$CPT_DS_CONFIG" JOB="$JOB" SLURM_RESTART_COUNT="$RESTARTS" # tells cpt whether this is a restart
     )
     say "start $RESTARTS of at most $CPT_MAX_RESTARTS restarts: $nodes nodes x $ranks ranks, run directory $CPT_RUN_DIR"
     listen_for_signals USR1 TERM
-    # a process group of its own: what is sent to this script's group must not reach srun, mpirun or a launcher
+    # its own process group: signals to this script's group must not reach srun, mpirun or a launcher
     set -m
     "$@" "${CONTAINER[@]}" env "${settings[@]}" bash slurm/node.sh "$address" "$(free_port)" "$nodes" "$ranks" </dev/null &
     local run=$!
@@ -173,7 +173,7 @@ run_nodes() {
     return "$code"
 }
 
-# For `qsub -v`: the restart is counted, and the job keeps the settings that it was submitted with.
+# Print the variables for `qsub -v`: they count the restart and keep the settings of the first submission.
 variables_of_next_start() {
     local name list=CPT_RESTARTS=$((RESTARTS + 1))
     for name in CPT_ENV CPT_RUN_DIR CPT_CONFIG CPT_DS_CONFIG; do
@@ -182,7 +182,7 @@ variables_of_next_start() {
     printf '%s\n' "$list"
 }
 
-# What a finished start means.  queue_again is the template's: it puts the job back into the queue.
+# Decide what follows a finished start.  The template defines queue_again, which puts the job back into the queue.
 conclude() {
     local code=$1
     if ((code == 0)); then

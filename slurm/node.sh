@@ -1,5 +1,5 @@
 #!/bin/bash
-# One node's part of a run: starts the DeepSpeed launcher, keeps signals from it, and leaves no process behind.
+# One node's part of a run: start the DeepSpeed launcher, keep signals from it, and leave no process behind.
 #
 #   node.sh MASTER_ADDRESS MASTER_PORT NODES RANKS_PER_NODE
 #
@@ -19,7 +19,7 @@ fi
 readonly ADDRESS=$1 PORT=$2 NODES=$3 RANKS=$4
 readonly NODE=${SLURM_NODEID:-${OMPI_COMM_WORLD_RANK:-${PMIX_RANK:-${PMI_RANK:-0}}}}
 
-# GPU ids of this node: a job that shares its node may have got 4,5 and not 0,1
+# print the GPU ids of this node: a job that shares its node may have 4,5 instead of 0,1
 gpu_ids() {
     local ids=${CUDA_VISIBLE_DEVICES:-}
     if [[ "$ids" =~ ^[0-9]+(,[0-9]+)*$ && $(tr -cd , <<<"$ids" | wc -c) -eq $((RANKS - 1)) ]]; then
@@ -29,15 +29,15 @@ gpu_ids() {
     fi
 }
 
-# DeepSpeed reads ranks from a host file and a filter.  It only counts the entries of other nodes, so any name will do.
+# DeepSpeed reads ranks from a host file and a filter.  It only counts the entries of other nodes, so any name works.
 start_launcher() {
     local node include='' ids
     for ((node = 0; node < NODES; node++)); do
-        echo "node$node slots=1024" # no limit: the filter says which
+        echo "node$node slots=1024" # no limit: the filter selects the GPUs
         if ((node == NODE)); then ids=$(gpu_ids); else ids=$(seq -s, 0 $((RANKS - 1))); fi
         include+="${include:+@}node$node:$ids"
     done >"$HOSTS"
-    # a process group of its own: signals to this script's group do not reach it, and all that it starts can be found
+    # its own process group: signals to this script's group do not reach it, and everything it starts can be found
     set -m
     deepspeed --hostfile "$HOSTS" --include "$include" --no_ssh --node_rank "$NODE" \
         --master_addr "$ADDRESS" --master_port "$PORT" \
@@ -51,7 +51,7 @@ processes_left() {
     kill -0 -- -"$LAUNCHER" 2>/dev/null
 }
 
-# Wait until nothing of the launcher's group lives, at most so many seconds.
+# Wait until no process of the launcher's group is left, for at most the given seconds.
 wait_until_gone() {
     local deadline=$((SECONDS + $1))
     while processes_left && ((SECONDS < deadline)); do sleep 0.5; done
@@ -62,9 +62,9 @@ finished() {
     [[ -n "${CPT_MEASURE:-}" ]] || python -m cpt.cli status --run_dir "$CPT_RUN_DIR"
 }
 
-# The launcher was killed, its ranks were not: let them save by the agreed stop, and go on in another start.
+# The launcher was killed but its ranks were not: let them save through the STOP file, and continue in another start.
 stop_orphans() {
-    # who only measures listens to no STOP file: it would stop the run
+    # a process that only measures ignores the STOP file, which would stop the run
     [[ -n "${CPT_MEASURE:-}" ]] || ask_to_stop "the launcher of node $NODE ended with $1 and left its ranks behind"
     if ! wait_until_gone "$CPT_SAVE_SECONDS"; then
         say "ranks still run after CPT_SAVE_SECONDS=$CPT_SAVE_SECONDS: killing them"
@@ -73,7 +73,7 @@ stop_orphans() {
     finished 2>/dev/null || return "$EXIT_REQUEUE"
 }
 
-# The exit code of this node's part, given the launcher's.
+# Print the exit code of this node's part, given the launcher's.
 judge() {
     local code=$1 orphans=false
     processes_left && orphans=true
@@ -81,7 +81,7 @@ judge() {
         say "the launcher ended with 0, but the run is not finished"
         code=$EXIT_INTERNAL
     fi
-    # 0: `deepspeed` ends so when its child was killed; 129 to 192: killed itself.  Any other code was passed on by
+    # 0: `deepspeed` also ends so when its child was killed; 129 to 192: it was killed.  Other codes are passed on by
     # launchers that have seen all their ranks end.
     if $orphans && { (($1 == 0 && code != 0)) || ((128 < code && code <= 192)); }; then
         stop_orphans "$1"

@@ -1,12 +1,12 @@
 #!/bin/bash
-# Trains on 1 to n nodes under AGE, the Grid Engine of TSUBAME; as slurm/train.sbatch, with another scheduler.
+# Train on 1 to n nodes under AGE, the Grid Engine of TSUBAME, as slurm/train.sbatch does under SLURM.
 #
 #   qsub -g GROUP -l node_f=2 -l h_rt=24:00:00 slurm/age/train.sh
 #
-# Submit in the repository; settings are in slurm/env.sh.  Set CPT_STOP_AFTER_SECONDS to h_rt less the time of a save,
-# and CPT_SUBMIT to "qsub -g GROUP -l node_f=2 -l h_rt=24:00:00", with which the job is submitted again; where a compute
-# node may not call qsub, submit it by hand: it goes on from the newest checkpoint.
-# Written from the manual, tried with stand-ins for qsub and mpirun, not on an AGE.
+# Submit from the repository; settings are in slurm/env.sh.  Set CPT_STOP_AFTER_SECONDS to h_rt less the time of a save,
+# and CPT_SUBMIT to "qsub -g GROUP -l node_f=2 -l h_rt=24:00:00", which submits the job again; where a compute
+# node may not call qsub, submit it by hand: it resumes from the newest checkpoint.
+# Written from the manual and tried with stand-ins for qsub and mpirun, not on an AGE cluster.
 
 #$ -N cpt
 #$ -cwd
