@@ -58,7 +58,7 @@ class ModelSection:
         if (self.path is None) == (self.init is None):
             yield (
                 "path",
-                "and init: give exactly one of them (a directory of weights, or a preset to initialise).",
+                "and init: give exactly one of them (a directory of weights, or a preset).",
             )
         if self.offload_checkpoints and not self.activation_checkpointing:
             yield (
@@ -251,7 +251,7 @@ class WatchdogSection:
             if getattr(self, name) < 4 * self.interval_seconds:
                 yield (
                     name,
-                    f"is {getattr(self, name)}, must be at least four times watchdog.interval_seconds.",
+                    f"is {getattr(self, name)}, must be >= 4 times watchdog.interval_seconds.",
                 )
         if self.straggler_ratio != 0 and self.straggler_ratio <= 1:
             yield "straggler_ratio", f"is {self.straggler_ratio}, must be > 1, or 0 for no report."

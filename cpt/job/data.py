@@ -1,4 +1,4 @@
-"""The data of a run: the mix is compared with the run, built if it is missing and small, and opened.
+"""Compare the mix with the run, build it if it is missing and small, and open it.
 
 The functions that need no process group are also those of the gate (`cpt.job.gate`).
 """

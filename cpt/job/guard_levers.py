@@ -1,19 +1,19 @@
-"""The guard's levers: what a decision of the ladder does to the run.
+"""The guard's levers: how a decision of the ladder changes the run.
 
-    raise_replay   a new segment of the mix ledger from the next batch on
+    raise_replay   one more segment of the mix ledger, from the next batch on
     lower_lr       `GuardState.lr_scale`, a factor on the schedule
     pause          save and leave with exit code 75 and the reason
-    rollback       at the next start: load the last green checkpoint and mix with more replay from there
+    rollback       at the next start: load the last green checkpoint and mix with more replay
 
 Every rank comes to the same decision, because it sees reduced values only.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NoReturn
 
 from cpt.checkpoint.loading import load_checkpoint
@@ -34,42 +34,46 @@ from cpt.job.progress import batch_of_step, read_guard_rollbacks, write_guard_ro
 from cpt.job.saving import end, final_save
 from cpt.parallel.agreement import on_first_rank
 
-log = logging.getLogger("cpt.guard")
+log = logging.getLogger("cpt.job.guard_levers")
 
 
 def replay_limits(job: Job) -> ReplayLimits:
-    """What replay may still do for the held-out domains of the run."""
+    """Return how far replay may still be raised for the held-out domains of the run."""
     assert job.guard is not None
-    raised, replay, train = job.guard.state.shares, job.replay, job.config.train
+    raised = job.guard.state.shares
+    train = job.config.train
+    batch = job.progress.next_batch
     last_batch = batch_of_step(train.total_steps - 1, job.progress.skip_ranges)
-    batch, batch_size = job.progress.next_batch, train.global_batch_size
-    left = max(0, last_batch + 1 - batch)
-    return ReplayLimits(
-        shares={
-            name: (
-                replay.share(name, raised),
-                replay.largest_share(name, raised, job.mixture, batch, left, batch_size),
-            )
-            for name in job.guard.domain_names
-        },
-        room=replay.room(raised),
-    )
+    batches_left = max(0, last_batch + 1 - batch)
+    shares = {}
+    for name in job.guard.domain_names:
+        largest = job.replay.largest_share(
+            name, raised, job.mixture, batch, batches_left, train.global_batch_size
+        )
+        shares[name] = (job.replay.share(name, raised), largest)
+    return ReplayLimits(shares=shares, room=job.replay.room(raised))
 
 
 def steer(job: Job, guard: Guard, decision: Decision) -> None:
-    """Do what was decided after a measurement.
+    """Pull the levers that were decided on after a measurement.
 
     Raises:
         RequeueRequested: the run is paused, after saving.
     """
     if decision.action == "pause":
         pause(job, decision.reason)
-    state, taken = guard.state, set(decision.actions.values())
-    if "raise_replay" in taken or "lower_lr" in taken:
-        job.reweigh(job.replay.weights(state.shares))
-        if job.topology.rank == 0:
-            log.warning("from step %d on: replay %s; learning rate %g of the schedule's", job.progress.step + 1,
-                        shares_for_people(state.shares), state.lr_scale)  # fmt: skip
+    taken = set(decision.actions.values())
+    if not taken & {"raise_replay", "lower_lr"}:
+        return
+    state = guard.state
+    job.reweigh(job.replay.weights(state.shares))
+    if job.topology.rank == 0:
+        log.warning(
+            "from step %d on: replay %s; learning rate %g of the schedule's",
+            job.progress.step + 1,
+            describe_shares(state.shares),
+            state.lr_scale,
+        )
 
 
 def pause(job: Job, reason: str) -> NoReturn:
@@ -81,26 +85,26 @@ def pause(job: Job, reason: str) -> NoReturn:
     final_save(job)
     end(job)
     raise RequeueRequested(
-        f"paused by the guard after step {job.progress.step}: {reason}. Saved. Starting again goes on from the last "
-        "checkpoint at which every domain was green, with more replay; look at report.html first."
+        f"paused by the guard after step {job.progress.step}: {reason}. Saved. Starting again goes "
+        "on from the last checkpoint at which every domain was green, with more replay; look at "
+        "report.html first."
     )
 
 
 def note_green(job: Job) -> None:
-    """Remember a checkpoint that is about to be saved as one to go back to, and keep it from being
-    deleted.
-    """
+    """Remember a checkpoint that is about to be saved as one to go back to, and keep it."""
     if job.guard is None:
         return
     state = job.guard.state
     if state.green and not state.paused and job.progress.step:
-        job.guard.state = state = dataclasses.replace(state, green_step=job.progress.step)
+        state = replace(state, green_step=job.progress.step)
+        job.guard.state = state
     if state.green_step is not None:
         job.saver.keep(state.green_step)
 
 
 def go_on_after_pause(job: Job) -> None:
-    """At the start of a run that was paused: back to the last green checkpoint, with more replay.
+    """Go back to the last green checkpoint, with more replay, if the guard paused the run.
 
     Raises:
         ConfigError: `guard.max_rollbacks` is used up; the run must not be queued again.
@@ -108,60 +112,71 @@ def go_on_after_pause(job: Job) -> None:
     guard = job.guard
     if guard is None or not guard.state.paused:
         return
-    started, paused, from_step = time.perf_counter(), guard.state, job.progress.step
-    settings, group = job.config.guard, job.topology.control_group
-    if paused.rollbacks >= settings.max_rollbacks:
-        raise ConfigError(
-            f"the guard paused this run at step {from_step}: {paused.paused}. It has gone on after a pause "
-            f"{paused.rollbacks} times (guard.max_rollbacks). Raise the tolerance (guard.tolerance_percent, "
-            "guard.domains), give the mix more replay, lower train.lr, or allow more with --set guard.max_rollbacks."
-        )
+    started = time.perf_counter()
+    paused = guard.state
+    from_step = job.progress.step
+    check_rollbacks_left(job, paused)
     job.clock.enter("rollback", from_step)
-    back = paused.green_step
-    there = (
-        on_first_rank(group, lambda: back in list_steps(job.run_dir)) if back is not None else False
-    )
+    group = job.topology.control_group
+    saved_steps = on_first_rank(group, lambda: list_steps(job.run_dir))
     limits = replay_limits(job)
-    state = after_pause(
-        paused, suffering(paused, settings, limits), settings, replay_room=limits.room
-    )
+    suffering = suffering_domains(paused, job.config.guard, limits)
+    state = after_pause(paused, suffering, job.config.guard, replay_room=limits.room)
     states = on_first_rank(group, lambda: read_guard_rollbacks(job.run_dir))
     on_first_rank(group, lambda: write_guard_rollbacks(job.run_dir, [*states, state.to_json()]))
-    if there:
-        loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, str(back))
-        assert loaded is not None
-        # an edit of the mix was accepted when this run started
-        job.restore(loaded, accept_mix_change=True)
+    went_back = paused.green_step is not None and paused.green_step in saved_steps
+    if went_back:
+        load_green(job, paused)
     guard.state = state
     job.reweigh(job.replay.weights(state.shares))
-    event = {
-        "event": "guard_rollback",
-        "step": job.progress.step,
-        "from_step": from_step,
-        "reason": paused.paused,
-    }
-    job.telemetry.log({**event, "after": state.to_json(), "seconds": time.perf_counter() - started})
+    event = {"event": "guard_rollback", "step": job.progress.step, "from_step": from_step}
+    event |= {"reason": paused.paused, "after": state.to_json()}
+    job.telemetry.log({**event, "seconds": time.perf_counter() - started})
     if job.topology.rank == 0:
-        where = (
-            f"back from step {from_step} to {back}"
-            if there
-            else f"on from step {from_step}: no green checkpoint"
-        )
-        log.warning(
-            "after the guard's pause %s; replay now: %s", where, shares_for_people(state.shares)
-        )
+        where = f"on from step {from_step}: no green checkpoint"
+        if went_back:
+            where = f"back from step {from_step} to {paused.green_step}"
+        log.warning("after the guard's pause %s; replay: %s", where, describe_shares(state.shares))
 
 
-def suffering(paused: GuardState, settings: GuardSection, limits: ReplayLimits) -> list[Evidence]:
-    """The domains that were over their line when the run paused."""
-    return [
-        evidence_of(name, None, settings, limits) for name in paused.over if name in limits.shares
-    ]
+def check_rollbacks_left(job: Job, paused: GuardState) -> None:
+    """Refuse to go on after the last pause that is allowed.
 
-
-def shares_for_people(shares: Mapping[str, float]) -> str:
-    """Raised shares as percent."""
-    return (
-        ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
-        or "as in the mix"
+    Raises:
+        ConfigError: with the reason of the pause, and what could be changed.
+    """
+    if paused.rollbacks < job.config.guard.max_rollbacks:
+        return
+    raise ConfigError(
+        f"the guard paused this run at step {job.progress.step}: {paused.paused}. It has gone on "
+        f"after a pause {paused.rollbacks} times (guard.max_rollbacks). Raise the tolerance "
+        "(guard.tolerance_percent, guard.domains), give the mix more replay, lower train.lr, or "
+        "allow more with --set guard.max_rollbacks."
     )
+
+
+def load_green(job: Job, paused: GuardState) -> None:
+    """Load the last checkpoint at which every domain was green."""
+    resume = str(paused.green_step)
+    loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, resume)
+    assert loaded is not None
+    # an edit of the mix was accepted when this run started
+    job.restore(loaded, accept_mix_change=True)
+
+
+def suffering_domains(
+    paused: GuardState, settings: GuardSection, limits: ReplayLimits
+) -> list[Evidence]:
+    """Return the evidence of the domains that were over their line when the run paused."""
+    evidence = []
+    for name in paused.over:
+        if name in limits.shares:
+            evidence.append(evidence_of(name, None, settings, limits))
+    return evidence
+
+
+def describe_shares(shares: Mapping[str, float]) -> str:
+    """Return raised shares in percent, for people."""
+    if not shares:
+        return "as in the mix"
+    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())

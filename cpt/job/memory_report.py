@@ -1,10 +1,9 @@
-"""What a rank's memory really holds during one step, part by part, beside what
-`cpt.planning.memory` predicts.
+"""Measure the memory of a rank during one step, beside the prediction of `cpt.planning.memory`.
 
-State (weights, gradients, optimizer) is the size of the tensors that the engine keeps.  Everything
-else comes and goes within a step: its peak is what the allocator hands out above its level before
-the step.  CUDA keeps that count; on a CPU torch's profiler follows every allocation, which slows
-that one step down.
+State (weights, gradients, optimizer) is measured as the size of the tensors that the engine keeps.
+Everything else lives within a step; its peak is how far the allocator rises above its level before
+the step.  CUDA counts that.  On a CPU, torch's profiler follows every allocation, which slows that
+one step down.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from cpt.planning.memory import count_parameters, device_memory
 from cpt.telemetry.mailbox import EventMailbox
 from cpt.training.engine import TrainingEngine
 
-log = logging.getLogger("cpt.planning.memory")
+log = logging.getLogger("cpt.job.memory_report")
 
 STATE = ("weights", "gradients", "optimizer")
 PEAK = "peak of a step"
 
 
 class Peak:
-    """Highest level of the allocator above where it stood."""
+    """The largest rise of allocated memory within a block."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -41,7 +40,7 @@ class Peak:
 
 @contextmanager
 def peak_within(device: torch.device) -> Iterator[Peak]:
-    """Measure the block's peak of allocated memory; the result is there when the block is left."""
+    """Measure the peak of allocated memory within the block; read the result after the block."""
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -60,26 +59,24 @@ def peak_within(device: torch.device) -> Iterator[Peak]:
 
 
 def _allocations(tree: list[Any]) -> list[tuple[int, int, int]]:
-    """(time, address, size) of all allocations, and of all frees with a negative size, in order of
-    time.
-    """
-    found, waiting = [], list(tree)
+    """Return (time, address, size) of all allocations and frees by time; a free is negative."""
+    found = []
+    waiting = list(tree)
     while waiting:
         event = waiting.pop()
         waiting += event.children
         if event.tag == _EventType.Allocation:
-            found.append(
-                (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
-            )
+            fields = event.extra_fields
+            found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
     return sorted(found)
 
 
 def highest_level(allocations: list[tuple[int, int, int]]) -> int:
-    """The largest sum of what is allocated at a time, above where it stood at the beginning.
+    """Return the largest amount allocated at one time, above the level at the beginning.
 
-    The profiler does not see what a thread of gloo frees, as it does when it is the last to let go
-    of a tensor.  Memory that is handed out again has been freed: it would count twice, and more
-    with every step.
+    The profiler does not see a free by a thread of gloo, which happens when that thread is the last
+    to hold a tensor.  An address that is handed out again must have been freed; without that rule
+    its memory would count twice, and more with every step.
 
     Args:
         allocations: (time, address, size) in order of time; a free has a negative size.
@@ -98,41 +95,45 @@ def highest_level(allocations: list[tuple[int, int, int]]) -> int:
 
 
 def predicted(config: RunConfig, model: GptOssConfig, device_type: str) -> dict[str, int]:
-    """The parts of `cpt.planning.memory`, grouped as they can be measured.
+    """Return the prediction of `cpt.planning.memory`, grouped as it can be measured.
 
-    ZeRO 1 and 2 make the gradients anew in every step, so there they belong to its peak.
+    ZeRO 1 and 2 allocate the gradients in every step, so there they belong to its peak.
     """
     counts = count_parameters(model, config.train.freeze)
     parts = device_memory(config, model, counts, device_type)
     kept = STATE if config.zero_stage == 3 else ("weights", "optimizer")
     groups = {name: parts[name] for name in kept}
-    return {**groups, PEAK: sum(size for name, size in parts.items() if name not in kept)}
+    groups[PEAK] = sum(parts.values()) - sum(groups.values())
+    return groups
 
 
 def measured(engine: TrainingEngine, peak: Peak) -> dict[str, int]:
-    """The same groups of this rank, as they are; state that lies on another device is left out."""
+    """Return the same groups as this rank holds them; state on another device is left out."""
     device = engine.topology.device.type
-    held = state_tensors(engine.deepspeed)
-    sizes = {
-        name: sum(t.untyped_storage().nbytes() for t in unique(tensors) if t.device.type == device)
-        for name, tensors in held.items()
-    }
-    return {**sizes, PEAK: peak.num_bytes}
+    sizes = {}
+    for name, tensors in state_tensors(engine.deepspeed).items():
+        sizes[name] = bytes_on(device, tensors)
+    sizes[PEAK] = peak.num_bytes
+    return sizes
 
 
-def unique(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Views of one storage count once."""
-    return list({tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}.values())
+def bytes_on(device_type: str, tensors: list[torch.Tensor]) -> int:
+    """Return the bytes of the storages of tensors on a device; a shared storage counts once."""
+    storages = {}
+    for tensor in tensors:
+        if tensor.device.type == device_type:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 @contextmanager
 def report_memory(
     config: RunConfig, engine: TrainingEngine, mailbox: EventMailbox, step: int, *, due: bool
 ) -> Iterator[None]:
-    """Measure the step inside the block, if it is due; the figures of all ranks go to the log and,
-    through the mailbox, to metrics.jsonl.
+    """Measure the step inside the block, if it is due; all ranks must agree on that.
 
-    All ranks must agree on `due`.
+    The figures of all ranks go to the log and, through the mailbox, to metrics.jsonl.
     """
     if not due:
         yield
@@ -148,9 +149,7 @@ def report_memory(
 
 
 def memory_lines(event: dict[str, Any]) -> str:
-    """The event as a table: predicted, and the largest and smallest measurement of the ranks, in
-    MiB.
-    """
+    """Return the event as a table in MiB: prediction, smallest and largest rank."""
     lines = [
         f"memory of a rank in step {event['step']}, MiB: predicted, measured (smallest to largest)"
     ]

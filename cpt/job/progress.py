@@ -1,26 +1,23 @@
-"""Where a run is: steps done, rows consumed, rows given up.  All of it is in every checkpoint.
+"""Where a run is: steps done, batches consumed, batches given up.  Every checkpoint keeps it.
 
     step        optimizer steps done; the schedule and metrics.jsonl count these
-    updates     of them, those whose update was applied; Adam's bias correction counts these
-    batch       the global batch of a step: the step-th batch that no rollback has given up
+    updates     the steps among them whose update was applied; Adam's bias correction counts these
+    batch       the global batch of a step: step number `step` of those that no rollback gave up
 
 Batches are numbered in the order of the mixture, so the rows of a step stay a pure function of (mix
 ledger, seed, step, skip ranges).  Without a rollback, batch and step are the same number.
 
-A rollback must not be forgotten when the run is killed before its next checkpoint, or it would meet
-the same batches
-again: <run_dir>/rollbacks.json holds all of them, written before the first step is repeated.  The
-    guard's rollbacks
-give up no batch, they mix anew from an earlier step on: guard_rollbacks.json holds what it knew
-after each.
+A rollback must not be forgotten when the run is killed before its next checkpoint: the run would
+meet the same batches again.  So <run_dir>/rollbacks.json lists all of them, and it is written
+before the first step is repeated.  Rollbacks of the guard give up no batch; they mix differently
+from an earlier step on.  guard_rollbacks.json keeps the guard's state after each of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where the run is; saved with every checkpoint."""
+    """The position of a run; every checkpoint keeps it."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -44,36 +41,44 @@ class Progress:
     """Predicted tokens seen, those of skipped updates included."""
     batch_chain: str = ""
     """Hash chain over the row ids of all steps so far."""
-    skip_ranges: Ranges = field(default=())
+    skip_ranges: Ranges = ()
     """Batches that rollbacks have given up."""
 
     @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> Progress:
-        """Read what `to_json` gave; a checkpoint that knows of no skipped update has none."""
-        ranges = merged([(int(first), int(last)) for first, last in plain.get("skip_ranges", [])])
-        return cls(**{"updates": plain["step"], **plain, "skip_ranges": ranges})
+    def from_json(cls, plain: Mapping[str, Any]) -> Progress:
+        """Read what `to_json` returned.
+
+        A checkpoint without `updates` or `skip_ranges` was written by a run that skipped nothing.
+        """
+        ranges = [(int(first), int(last)) for first, last in plain.get("skip_ranges", [])]
+        return cls(
+            step=plain["step"],
+            updates=plain.get("updates", plain["step"]),
+            tokens=plain.get("tokens", 0),
+            batch_chain=plain.get("batch_chain", ""),
+            skip_ranges=merged(ranges),
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            **dataclasses.asdict(self),
-            "skip_ranges": [list(pair) for pair in self.skip_ranges],
-        }
+        """Return JSON values."""
+        return {**asdict(self), "skip_ranges": [list(pair) for pair in self.skip_ranges]}
 
     def restore(self, saved: Progress, skip_ranges: Ranges) -> None:
-        """Go to where a checkpoint was saved, with what has been given up since."""
-        for name in ("step", "updates", "tokens", "batch_chain"):
-            setattr(self, name, getattr(saved, name))
+        """Go to where a checkpoint was saved, without the batches given up since."""
+        self.step = saved.step
+        self.updates = saved.updates
+        self.tokens = saved.tokens
+        self.batch_chain = saved.batch_chain
         self.skip_ranges = skip_ranges
 
     @property
     def next_batch(self) -> int:
-        """The batch of the step that comes next."""
+        """The batch of the next step."""
         return batch_of_step(self.step, self.skip_ranges)
 
 
 def batch_of_step(step: int, skip_ranges: Ranges) -> int:
-    """The batch that step `step` (0-based) trains on."""
+    """Return the batch that a step trains on; steps count from 0 here."""
     batch = step
     for first, last in skip_ranges:
         if batch < first:
@@ -83,7 +88,7 @@ def batch_of_step(step: int, skip_ranges: Ranges) -> int:
 
 
 def merged(ranges: Sequence[tuple[int, int]]) -> Ranges:
-    """The same batches as ascending, disjoint ranges."""
+    """Return the same batches as ascending, disjoint ranges."""
     result: list[tuple[int, int]] = []
     for first, last in sorted(ranges):
         if result and first <= result[-1][1]:
@@ -93,44 +98,47 @@ def merged(ranges: Sequence[tuple[int, int]]) -> Ranges:
     return tuple(result)
 
 
+def skipped_by(rollbacks: list[dict[str, int]]) -> list[tuple[int, int]]:
+    """Return the batches that rollbacks have given up."""
+    return [(rollback["first_batch"], rollback["last_batch"]) for rollback in rollbacks]
+
+
 def read_rollbacks(run_dir: Path) -> list[dict[str, int]]:
-    """The rollbacks of a run so far; each has `from_step`, `to_step`, `first_batch` and
-    `last_batch` (excluded).
+    """Return the rollbacks of a run so far.
+
+    Each has `from_step`, `to_step`, `first_batch` and `last_batch` (excluded).
     """
-    path = run_dir / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return _read_list(run_dir / FILE)
 
 
 def write_rollbacks(run_dir: Path, rollbacks: list[dict[str, int]]) -> None:
-    """Replace the file as a whole."""
-    _replace(run_dir, FILE, rollbacks)
+    """Write all rollbacks of a run."""
+    write_json(run_dir / FILE, rollbacks, indent=1)
 
 
 def read_guard_rollbacks(run_dir: Path) -> list[dict[str, Any]]:
-    """The guard's state after each of its rollbacks so far, as `GuardState.to_json` gave it."""
-    path = run_dir / GUARD_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    """Return the guard's state after each of its rollbacks, as `GuardState.to_json` gave it."""
+    return _read_list(run_dir / GUARD_FILE)
 
 
 def write_guard_rollbacks(run_dir: Path, states: list[dict[str, Any]]) -> None:
-    """Replace the file as a whole."""
-    _replace(run_dir, GUARD_FILE, states)
+    """Write the guard's state after each of its rollbacks."""
+    write_json(run_dir / GUARD_FILE, states, indent=1)
 
 
 def newest_guard_state(
     saved: dict[str, Any] | None, rollbacks: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """The guard's state of a checkpoint, or that of a later guard's rollback to it which no
-    checkpoint knows of yet.
+    """Return the guard's state of a checkpoint, or the one after a later rollback to it.
+
+    A checkpoint that was saved before a rollback does not know of it.
     """
     known = (saved or {}).get("rollbacks", 0)
     return rollbacks[-1] if len(rollbacks) > known else saved
 
 
-def _replace(run_dir: Path, name: str, content: Sequence[dict[str, Any]]) -> None:
-    write_json(run_dir / name, content, indent=1)
-
-
-def skipped_by(rollbacks: list[dict[str, int]]) -> list[tuple[int, int]]:
-    """The batches that rollbacks have given up."""
-    return [(rollback["first_batch"], rollback["last_batch"]) for rollback in rollbacks]
+def _read_list(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    content: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return content

@@ -1,6 +1,6 @@
-"""What a run does about steps that are not sound: tell, skip, roll back.
+"""What a run does about steps that are not sound: log them, skip their update, or roll back.
 
-Every rank comes to the same decision, because it sees reduced values only
+Every rank comes to the same decision, because it judges reduced values only
 (`cpt.training.stability`).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 from cpt.checkpoint.loading import load_checkpoint
 from cpt.checkpoint.reader import list_steps
@@ -22,10 +23,12 @@ from data_pipeline.mixture.mixture import GlobalBatch
 
 log = logging.getLogger("cpt.job.recovery")
 
+MOST_NAMED_ROWS = 16
+"""Rows that a warning names; metrics.jsonl has all of them."""
+
 
 def after_step(job: Job, batch: GlobalBatch, result: StepResult) -> bool:
-    """Judge the step just counted in `job.progress`; a step that is not sound is logged with its
-    row ids.
+    """Judge the step that `job.progress` has just counted; log one that is not sound.
 
     Returns:
         Whether the run went back to a checkpoint.
@@ -39,76 +42,78 @@ def after_step(job: Job, batch: GlobalBatch, result: StepResult) -> bool:
     job.progress.updates += result.applied
     if outcome == "sound":
         return False
-    event = {
-        "event": "spike" if outcome == "spike" else "skipped_update",
-        "step": job.progress.step,
-    }
-    values = {"loss": result.loss, "grad_norm": result.grad_norm, "rows": row_ids(job, batch)}
+    rows = row_ids(job, batch)
+    event: dict[str, Any] = {"step": job.progress.step, "loss": result.loss}
+    event["grad_norm"] = result.grad_norm
+    event["rows"] = rows
     if outcome == "spike":
-        job.telemetry.log(
-            {**event, **values, "loss_limit": limits.loss, "grad_norm_limit": limits.grad_norm}
-        )
+        event = {"event": "spike", **event, "loss_limit": limits.loss}
+        event["grad_norm_limit"] = limits.grad_norm
+        told = describe_spike(job, result, limits, rows)
     else:
-        counts = {"in_a_row": job.stability.skipped_in_a_row, "total": job.stability.skipped_total}
-        job.telemetry.log({**event, **values, **counts})
+        event = {"event": "skipped_update", **event, "in_a_row": job.stability.skipped_in_a_row}
+        event["total"] = job.stability.skipped_total
+        told = describe_skip(job, result, rows)
+    job.telemetry.log(event)
     if job.topology.rank == 0:
-        log.warning("%s", describe(job, batch, result, limits))
-    if outcome == "rollback":
-        roll_back(job)
-    return outcome == "rollback"
+        log.warning("%s", told)
+    if outcome != "rollback":
+        return False
+    roll_back(job)
+    return True
 
 
 def row_ids(job: Job, batch: GlobalBatch) -> list[str]:
-    """The rows of a global batch as `source:row`."""
+    """Return the rows of a global batch as `source:row`."""
     names = job.data.source_names
-    return [
-        f"{names[source]}:{row}"
-        for source, row in zip(batch.sources.tolist(), batch.rows.tolist(), strict=True)
-    ]
+    pairs = zip(batch.sources.tolist(), batch.rows.tolist(), strict=True)
+    return [f"{names[source]}:{row}" for source, row in pairs]
 
 
-def describe(job: Job, batch: GlobalBatch, result: StepResult, limits: SpikeLimits) -> str:
-    """One line for people about a step that is not sound."""
-    rows = row_ids(job, batch)
-    named = ", ".join(rows[:16]) + (
-        f" and {len(rows) - 16} more in metrics.jsonl" if len(rows) > 16 else ""
+def describe_spike(job: Job, result: StepResult, limits: SpikeLimits, rows: list[str]) -> str:
+    """Return one line for people about a spike."""
+    return (
+        f"spike at {_values(job, result)} (limits {limits.loss:.4g} and {limits.grad_norm:.4g}); "
+        f"rows {_first(rows)}"
     )
-    values = (
-        f"step {job.progress.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
+
+
+def describe_skip(job: Job, result: StepResult, rows: list[str]) -> str:
+    """Return one line for people about an update that was skipped."""
+    in_a_row, total = job.stability.skipped_in_a_row, job.stability.skipped_total
+    return (
+        f"not finite at {_values(job, result)}; the update was skipped on all ranks ({in_a_row} in "
+        f"a row, {total} in all); rows {_first(rows)}"
     )
-    if result.applied:
-        return (
-            f"spike at {values} (limits {limits.loss:.4g} and {limits.grad_norm:.4g}); rows {named}"
-        )
-    counts = f"{job.stability.skipped_in_a_row} in a row, {job.stability.skipped_total} in all"
-    return f"not finite at {values}; the update was skipped on all ranks ({counts}); rows {named}"
+
+
+def _values(job: Job, result: StepResult) -> str:
+    return f"step {job.progress.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
+
+
+def _first(rows: list[str]) -> str:
+    named = ", ".join(rows[:MOST_NAMED_ROWS])
+    left = len(rows) - MOST_NAMED_ROWS
+    return f"{named} and {left} more in metrics.jsonl" if left > 0 else named
 
 
 def roll_back(job: Job) -> None:
-    """Load the newest verified checkpoint and give up the batches whose updates were skipped in a
-    row.
+    """Load the newest sound checkpoint and give up the batches of the updates just skipped.
 
     Raises:
         InternalError: on all ranks: there is no checkpoint, or `train.max_rollbacks` is used up.
         CheckpointError: no checkpoint is sound.
     """
     publish(job)  # the save in flight may be the newest sound one
-    started, progress, group = time.perf_counter(), job.progress, job.topology.control_group
-    from_step, first_step = progress.step, progress.step - job.stability.skipped_in_a_row
+    started = time.perf_counter()
+    progress, group = job.progress, job.topology.control_group
+    from_step = progress.step
+    first_step = from_step - job.stability.skipped_in_a_row
     first_batch = batch_of_step(first_step, progress.skip_ranges)
     last_batch = batch_of_step(from_step - 1, progress.skip_ranges) + 1
     rollbacks = on_first_rank(group, lambda: read_rollbacks(job.run_dir))
-    cause = (
-        f"{ROLLBACK_AFTER} updates in a row were not finite (steps {first_step + 1} to {from_step})"
-    )
-    advice = "Look at the rows named above and lower train.lr; the newest checkpoint is intact."
-    if len(rollbacks) >= job.config.train.max_rollbacks:
-        raise InternalError(
-            f"{cause}, and the run has rolled back {len(rollbacks)} times already (train.max_rollbacks). {advice}"
-        )
     job.clock.enter("rollback", from_step)
-    if not on_first_rank(group, lambda: list_steps(job.run_dir)):
-        raise InternalError(f"{cause}, and there is no checkpoint to roll back to. {advice}")
+    check_rollback(job, len(rollbacks), first_step)
     loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, "auto")
     assert loaded is not None
     saved = Progress.from_json(loaded.state["progress"])
@@ -122,5 +127,30 @@ def roll_back(job: Job) -> None:
     seconds = time.perf_counter() - started
     job.telemetry.log({"event": "rollback", "step": progress.step, **record, "seconds": seconds})
     if job.topology.rank == 0:
-        log.warning("rolled back from step %d to %s; batches %d to %d are given up.", from_step, loaded.folder.name,
-                    given_up[0], given_up[1] - 1)  # fmt: skip
+        log.warning(
+            "rolled back from step %d to %s; batches %d to %d are given up.",
+            from_step,
+            loaded.folder.name,
+            given_up[0],
+            given_up[1] - 1,
+        )
+
+
+def check_rollback(job: Job, num_rollbacks: int, first_step: int) -> None:
+    """Refuse a rollback that is one too many, or has nowhere to go.
+
+    Raises:
+        InternalError: on all ranks.
+    """
+    cause = (
+        f"{ROLLBACK_AFTER} updates in a row were not finite (steps {first_step + 1} to "
+        f"{job.progress.step})"
+    )
+    advice = "Look at the rows named above and lower train.lr; the newest checkpoint is intact."
+    if num_rollbacks >= job.config.train.max_rollbacks:
+        raise InternalError(
+            f"{cause}, and the run has rolled back {num_rollbacks} times already "
+            f"(train.max_rollbacks). {advice}"
+        )
+    if not on_first_rank(job.topology.control_group, lambda: list_steps(job.run_dir)):
+        raise InternalError(f"{cause}, and there is no checkpoint to roll back to. {advice}")

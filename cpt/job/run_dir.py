@@ -63,12 +63,13 @@ def make_run_dir(run_dir: Path) -> None:
         probe.unlink()
         if run_dir.stat().st_mode & stat.S_IWOTH:
             log.warning(
-                "%s is writable by everybody, and its checkpoints decide what is loaded; chmod o-w.",
+                "%s is writable by everybody, but a run loads what lies there; chmod o-w.",
                 run_dir,
             )
     except (FileExistsError, NotADirectoryError) as error:
         raise StorageError(
-            f"run directory {run_dir}: {error.filename} is not a directory. Give another with --run_dir."
+            f"run directory {run_dir}: {error.filename} is not a directory. "
+            "Give another with --run_dir."
         ) from error
     except OSError as error:
         raise StorageError(

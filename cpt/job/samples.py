@@ -1,6 +1,4 @@
-"""Fixed prompts, continued every so many steps of training: what the numbers mean, for people to
-read.
-"""
+"""Continue fixed prompts during training, so that people can read what the numbers mean."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ log = logging.getLogger("cpt.job.samples")
 
 
 def print_continuations(job: Job, prompts: Sequence[str]) -> None:
-    """Continue texts with the weights of a run, in whatever layout it was started, and print them
-    on rank 0.
-    """
+    """Continue texts with the weights of a run, in any layout, and print them on the first rank."""
     continuations = continue_prompts(job, prompts)
     if job.topology.rank == 0:
         print(f"\nweights after step {job.progress.step}")
@@ -30,8 +26,10 @@ def print_continuations(job: Job, prompts: Sequence[str]) -> None:
 
 
 def continue_prompts(job: Job, prompts: Sequence[str]) -> list[list[int]]:
-    """Greedy continuations of `telemetry.sample_tokens` tokens at most; all ranks call it
-    together.
+    """Continue texts greedily by at most `telemetry.sample_tokens` tokens, on all ranks together.
+
+    Returns:
+        The new tokens of each prompt.
     """
     job.clock.enter("sample", job.progress.step)
     return continue_texts(
@@ -44,21 +42,13 @@ def continue_prompts(job: Job, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def show_continuations(job: Job) -> None:
-    """Continue `telemetry.sample_prompts`, into the log, metrics.jsonl and the trackers; all ranks
-    call it together.
-    """
-    settings = job.config.telemetry
-    continuations = continue_prompts(job, settings.sample_prompts)
-    for number, (prompt, tokens) in enumerate(
-        zip(settings.sample_prompts, continuations, strict=True)
-    ):
+    """Continue `telemetry.sample_prompts` into log, metrics.jsonl and trackers, on all ranks."""
+    prompts = job.config.telemetry.sample_prompts
+    continuations = continue_prompts(job, prompts)
+    step = job.progress.step
+    for number, prompt in enumerate(prompts):
+        tokens = continuations[number]
         text = decode(np.asarray(tokens))
-        log.info("step %d: %s|%s", job.progress.step, prompt, text)
-        event = {
-            "event": "sample",
-            "step": job.progress.step,
-            "number": number,
-            "prompt": prompt,
-            "text": text,
-        }
+        log.info("step %d: %s|%s", step, prompt, text)
+        event = {"event": "sample", "step": step, "number": number, "prompt": prompt, "text": text}
         job.telemetry.log({**event, "tokens": tokens})

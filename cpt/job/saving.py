@@ -1,5 +1,6 @@
-"""When a run saves: in passing, at its end, and before it leaves on request; and what a failure
-costs each time.
+"""When a run saves: periodically, at its end, and before it leaves on request.
+
+A periodic save that fails costs one error line; the last one is the run's.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ log = logging.getLogger("cpt.job.saving")
 
 
 def periodic_save(job: Job) -> None:
-    """Save in passing: a failure costs one error line, and training goes on.
+    """Save and go on training; a failure costs one error line.
 
     Raises:
-        RequeueRequested: training stood still for the save, and meanwhile a stop was asked for.
+        RequeueRequested: a stop was asked for while training stood still for the save.
     """
     publish(job)
     step = job.progress.step
     job.clock.enter("save", step)
-    with failure_is_told(job, step):
+    with told_failure(job, step):
         if job.config.checkpoint.async_save:
             job.saver.start(step, job.state())
             return
@@ -40,7 +41,7 @@ def periodic_save(job: Job) -> None:
 
 
 def final_save(job: Job) -> None:
-    """Save before leaving; a failure is the run's.
+    """Save before leaving; a failure ends the run.
 
     Raises:
         StorageError: it could not be saved; older checkpoints are intact.
@@ -52,7 +53,7 @@ def final_save(job: Job) -> None:
 
 
 def leave(job: Job) -> NoReturn:
-    """Obey a request to stop that all ranks know of.
+    """Save and leave, because a request to stop has reached all ranks.
 
     Raises:
         RequeueRequested: saved.
@@ -71,7 +72,7 @@ def leave(job: Job) -> NoReturn:
 
 
 def end(job: Job) -> None:
-    """Log when training ended, and where the time of all starts of the run went."""
+    """Log the end of training, and where the time of all starts of the run went."""
     job.telemetry.log({"event": "end", "step": job.progress.step, "time": time.time()})
     if job.topology.rank == 0:
         spent = goodput(read_events(job.run_dir / "metrics.jsonl"))
@@ -80,22 +81,24 @@ def end(job: Job) -> None:
 
 
 def publish(job: Job, settled_ranks: int | None = None) -> None:
-    """Publish the save in flight: once all ranks have written their part, or after waiting for
-    them.
+    """Publish the save in flight, if every rank has written its part.
+
+    Args:
+        job: The run.
+        settled_ranks: How many ranks have written their part; None waits for all of them.
     """
-    with failure_is_told(job, job.progress.step):
-        done = (
-            job.saver.finish()
-            if settled_ranks is None
-            else job.saver.publish_settled(settled_ranks)
-        )
+    with told_failure(job, job.progress.step):
+        if settled_ranks is None:
+            done = job.saver.finish()
+        else:
+            done = job.saver.publish_settled(settled_ranks)
         if done is not None:
             log_checkpoint(job, done)
 
 
 @contextmanager
-def failure_is_told(job: Job, step: int) -> Iterator[None]:
-    """All ranks fail alike here: the error was agreed on."""
+def told_failure(job: Job, step: int) -> Iterator[None]:
+    """Log a failed save and go on; the error was agreed on, so it is the same on all ranks."""
     try:
         yield
     except StorageError as error:
@@ -105,7 +108,7 @@ def failure_is_told(job: Job, step: int) -> Iterator[None]:
 
 
 def log_checkpoint(job: Job, done: Published) -> None:
-    """One line of metrics.jsonl: `blocked_seconds` of `seconds` training stood still."""
+    """Log a save; training stood still for `blocked_seconds` of its `seconds`."""
     event = {
         "event": "checkpoint",
         "step": done.step,

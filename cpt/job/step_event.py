@@ -1,0 +1,68 @@
+"""The line of metrics.jsonl about an optimizer step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cpt.job.job import Job
+from cpt.training.engine import StepResult
+from data_pipeline.mixture.mixture import GlobalBatch
+
+
+def tokens_by_source(batch: GlobalBatch, job: Job) -> list[int]:
+    """Return the predicted tokens of a global batch per source; no rank has to ask another."""
+    num_sources = len(job.data.source_names)
+    counts = np.bincount(batch.sources, weights=batch.predicted_tokens, minlength=num_sources)
+    return [int(count) for count in counts]
+
+
+def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+    """Return the event of the step that `job.progress` has just counted.
+
+    Args:
+        job: The run.
+        result: The step.
+        lr: Its learning rate.
+        seconds: Its duration on this rank.
+    """
+    names, tokens = job.data.source_names, result.tokens_by_source
+    num_tokens = sum(tokens)
+    event: dict[str, Any] = {
+        "event": "step",
+        "step": job.progress.step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens": num_tokens,
+        "seconds": seconds,
+        "tokens_per_second": num_tokens / seconds,
+        "loss_by_source": means(names, result.nll_by_source, tokens),
+        "loss_by_language": means(job.data.languages, result.nll_by_source, tokens),
+        "tokens_by_source": dict(zip(names, tokens, strict=True)),
+        "bytes_sent": result.bytes_sent,
+    }
+    if job.kl_targets is not None and result.kl_by_source is not None:
+        kl_by_source = means(names, result.kl_by_source, tokens)
+        sources = job.kl_targets.sources
+        event["kl_by_source"] = {name: kl for name, kl in kl_by_source.items() if name in sources}
+    return event
+
+
+def means(keys: Iterable[str], sums: Sequence[float], tokens: Sequence[int]) -> dict[str, float]:
+    """Return nats per token by key; a key without a token is left out.
+
+    Args:
+        keys: Key of each source; several sources may share one.
+        sums: Nats of each source.
+        tokens: Predicted tokens of each source.
+    """
+    nats: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    for key, value, count in zip(keys, sums, tokens, strict=True):
+        nats[key] += value
+        counts[key] += count
+    return {key: nats[key] / count for key, count in counts.items() if count}
