@@ -31,22 +31,29 @@ LETTERS = string.printable.replace("|", "") + "\u7a7a\u3042"
 DATE = datetime.date(2025, 6, 28)
 SYSTEM = (
     "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
-    "Knowledge cutoff: 2024-06\nCurrent date: 2025-06-28\n\nReasoning: high\n\n# Valid channels: analysis, "
-    "commentary, final. Channel must be included for every message.<|end|>"
+    "Knowledge cutoff: 2024-06\nCurrent date: 2025-06-28\n\nReasoning: high\n\n"
+    "# Valid channels: analysis, commentary, final. Channel must be included for every message."
+    "<|end|>"
 )
 RIDDLES = "<|start|>developer<|message|># Instructions\n\nAlways respond in riddles<|end|>"
 WITH_TOOLS = (
     SYSTEM.replace(
         "<|end|>", "\nCalls to these tools must go to the commentary channel: 'functions'.<|end|>"
     )
-    + "<|start|>developer<|message|># Instructions\n\nAlways respond in riddles\n\n# Tools\n\n## functions\n\n"
-    "namespace functions {\n\n// Gets the location of the user.\ntype get_location = () => any;\n\n"
-    "// Gets the weather.\n// For a place.\ntype get_weather = (_: {\n// City and state\nlocation: string,\n"
-    'format?: "celsius" | "fahrenheit", // default: celsius\ndays?: number[],\nopt?: {\n    a?: number,\n    },\n'
-    "}) => any;\n\n} // namespace functions<|end|><|start|>user<|message|>What is the weather?<|end|>"
-    "<|start|>assistant<|channel|>analysis<|message|>Need tool<|end|><|start|>assistant to=functions.get_weather"
-    '<|channel|>commentary <|constrain|>json<|message|>{"location": "Tokyo"}<|call|><|start|>functions.get_weather '
-    'to=assistant<|channel|>commentary<|message|>{"t": 20}<|end|><|start|>assistant'
+    + "<|start|>developer<|message|># Instructions\n\nAlways respond in riddles\n\n"
+    "# Tools\n\n## functions\n\nnamespace functions {\n\n"
+    "// Gets the location of the user.\ntype get_location = () => any;\n\n"
+    "// Gets the weather.\n// For a place.\ntype get_weather = (_: {\n"
+    "// City and state\nlocation: string,\n"
+    'format?: "celsius" | "fahrenheit", // default: celsius\n'
+    "days?: number[],\nopt?: {\n    a?: number,\n    },\n"
+    "}) => any;\n\n} // namespace functions<|end|>"
+    "<|start|>user<|message|>What is the weather?<|end|>"
+    "<|start|>assistant<|channel|>analysis<|message|>Need tool<|end|>"
+    "<|start|>assistant to=functions.get_weather<|channel|>commentary <|constrain|>json"
+    '<|message|>{"location": "Tokyo"}<|call|>'
+    "<|start|>functions.get_weather to=assistant<|channel|>commentary"
+    '<|message|>{"t": 20}<|end|><|start|>assistant'
 )
 TOOLS = [
     {

@@ -1,10 +1,10 @@
-"""Merged weights lie between two models exactly, and what is written or scored is what was
-merged.
-"""
+"""Merged weights lie between two models exactly, and are written and scored as they were merged."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from cpt.guard.score import ScoredSet
 from cpt.model.configuration import PRESETS
 from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import BLOCKS, SCALES, SINGLE_FILE
+from data_pipeline.charts import PALETTE
 from data_pipeline.dataset import PackedRow
 
 SEQ_LEN = 32
@@ -55,9 +56,10 @@ def save_random(
     return dict(load_file(path / SINGLE_FILE))
 
 
-def quantise(path: Path) -> dict[str, Any]:
-    """Turn a directory into the released MXFP4 layout; returns the decoded tensors."""
-    stored, decoded = {}, {}
+def quantize(path: Path) -> dict[str, Any]:
+    """Turn a directory into the released MXFP4 layout, and return the decoded tensors."""
+    stored: dict[str, Any] = {}
+    decoded: dict[str, Any] = {}
     for name, value in load_file(path / SINGLE_FILE).items():
         if value.ndim == 3:
             blocks, scales = mxfp4.encode(value)
@@ -74,13 +76,16 @@ def quantise(path: Path) -> dict[str, Any]:
 
 
 def same_bits(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    return found.keys() == expected.keys() and all(
-        found[name].dtype == expected[name].dtype
-        and found[name].numpy(force=True).tobytes() == e.numpy().tobytes()
-        if expected[name].dtype == torch.float32
-        else torch.equal(found[name].view(torch.int16), e.view(torch.int16))
-        for name, e in expected.items()
-    )
+    if found.keys() != expected.keys():
+        return False
+    return all(same_bits_in_tensor(found[name], value) for name, value in expected.items())
+
+
+def same_bits_in_tensor(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if found.dtype != expected.dtype or found.shape != expected.shape:
+        return False
+    as_integers = torch.int32 if expected.dtype == torch.float32 else torch.int16
+    return torch.equal(found.view(as_integers), expected.view(as_integers))
 
 
 @pytest.mark.parametrize(
@@ -108,22 +113,21 @@ def test_alphas_that_make_no_sense_are_refused(text: str) -> None:
 def test_ends_are_the_two_models_bit_for_bit_and_the_middle_is_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        merging, "WINDOW_NUMEL", 1000
-    )  # no tensor fits into one window but the smallest
+    # only the smallest tensors fit into one window
+    monkeypatch.setattr(merging, "WINDOW_NUMEL", 1000)
     base = save_random(tmp_path / "base", 1, torch.bfloat16)
     tuned = save_random(tmp_path / "tuned", 2, torch.bfloat16)
     merge(tmp_path / "base", tmp_path / "tuned", "0,0.3,1", tmp_path / "out", [], score_only=False)
-    found = {
-        alpha: load_file(tmp_path / "out" / folder_name(alpha) / SINGLE_FILE)
-        for alpha in (0.0, 0.3, 1.0)
-    }
-    assert same_bits(found[0.0], base) and same_bits(found[1.0], tuned)
-    expected = {n: (0.7 * base[n].double() + 0.3 * tuned[n].double()).bfloat16() for n in base}
-    worst = max(float((found[0.3][n].float() - expected[n].float()).abs().max()) for n in base)
-    assert worst <= 2**-8, (
-        f"largest difference {worst}"
-    )  # fp32 and fp64 may round to neighbouring bf16 values
+    out = tmp_path / "out"
+    assert same_bits(load_file(out / folder_name(0.0) / SINGLE_FILE), base)
+    assert same_bits(load_file(out / folder_name(1.0) / SINGLE_FILE), tuned)
+    middle = load_file(out / folder_name(0.3) / SINGLE_FILE)
+    assert middle.keys() == base.keys()
+    # fp32 and fp64 may round to neighboring bf16 values
+    for name, value in middle.items():
+        expected = (0.7 * base[name].double() + 0.3 * tuned[name].double()).bfloat16()
+        largest = float((value.float() - expected.float()).abs().max())
+        assert largest <= 2**-8, f"largest difference of {name}: {largest}"
 
 
 def test_windows_hold_at_most_one_expert_or_the_window(
@@ -133,14 +137,17 @@ def test_windows_hold_at_most_one_expert_or_the_window(
     save_random(tmp_path / "base", 1, torch.bfloat16)
     pair = merging.open_pair(tmp_path / "base", tmp_path / "base")
     expert = 64 * 2 * 96
-    sizes = [(len(pair.shapes[name]), base.numel()) for name, _, base, _ in pair.windows()]
-    assert max(size for ndim, size in sizes if ndim < 3) == 1000
-    assert max(size for _, size in sizes) == expert
+    largest = {1: 0, 2: 0, 3: 0}
+    for name, _, base, _ in pair.windows():
+        ndim = len(pair.shapes[name])
+        largest[ndim] = max(largest[ndim], base.numel())
+    assert max(largest[1], largest[2]) == 1000
+    assert largest[3] == expert
 
 
-def test_quantised_base_is_merged_as_its_decoded_values(tmp_path: Path) -> None:
+def test_quantized_base_is_merged_as_its_decoded_values(tmp_path: Path) -> None:
     save_random(tmp_path / "base", 1, torch.bfloat16)
-    decoded = quantise(tmp_path / "base")
+    decoded = quantize(tmp_path / "base")
     save_random(tmp_path / "tuned", 2, torch.bfloat16)
     merge(tmp_path / "base", tmp_path / "tuned", "0,0.5", tmp_path / "out", [], score_only=False)
     folder = tmp_path / "out" / "alpha-0"
@@ -160,24 +167,23 @@ def test_fp32_and_bf16_give_fp32(tmp_path: Path) -> None:
 
 def test_models_of_other_shapes_are_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
     save_random(tmp_path / "base", 1, torch.bfloat16)
-    save_random(
-        tmp_path / "tuned", 2, torch.bfloat16, small_config(num_hidden_layers=3, sliding_window=64)
-    )
+    other = small_config(num_hidden_layers=3, sliding_window=64)
+    save_random(tmp_path / "tuned", 2, torch.bfloat16, other)
     with pytest.raises(ConfigError) as caught:
         merge(tmp_path / "base", tmp_path / "tuned", "0.5", tmp_path / "out", [], score_only=False)
-    assert "num_hidden_layers is 2 in" in str(caught.value) and "sliding_window is 128 in" in str(
-        caught.value
-    )
+    assert "num_hidden_layers is 2 in" in str(caught.value)
+    assert "sliding_window is 128 in" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_interpolation_is_linear_in_fp32() -> None:
-    base, tuned = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 2.0])
+    base = torch.tensor([1.0, -2.0])
+    tuned = torch.tensor([3.0, 2.0])
     assert interpolate(base, tuned, 0.25, torch.float32).tolist() == [1.5, -1.0]
 
 
 def held_out(name: str, seed: int) -> ScoredSet:
-    """Three documents in two rows."""
+    """Return a set of three documents in two rows."""
     generator = np.random.default_rng(seed)
     rows = []
     for bounds, documents in (([0, 20, SEQ_LEN], [0, 1]), ([0, 25, SEQ_LEN], [2])):
@@ -204,7 +210,7 @@ def held_out(name: str, seed: int) -> ScoredSet:
 
 
 def nats_of_transformers(path: Path, domain: ScoredSet) -> list[float]:
-    """Each document alone through plain transformers' eager code, in fp32."""
+    """Score each document alone with plain transformers' eager code, in fp32."""
     model = AutoModelForCausalLM.from_pretrained(
         str(path), dtype=torch.float32, attn_implementation="eager"
     )
@@ -227,20 +233,21 @@ def test_sweep_scores_the_merged_weights_and_draws_them(tmp_path: Path) -> None:
     printed = merge(*models, "0:1:0.5", tmp_path / "out", sets, score_only=True)
     assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == [RESULT_FILE, PLOT_FILE]
     results = json.loads((tmp_path / "out" / RESULT_FILE).read_text())["results"]
-    assert [(r["alpha"], r["domain"]) for r in results] == [
-        (alpha, domain.name) for alpha in (0.0, 0.5, 1.0) for domain in sets
-    ]
-    assert all(r["delta_percent"] == 0 for r in results if r["alpha"] == 0)
+    by_key = {(result["alpha"], result["domain"]): result for result in results}
+    assert list(by_key) == list(itertools.product((0.0, 0.5, 1.0), ("english", "wikipedia")))
     for alpha, path in ((0.0, models[0]), (1.0, models[1])):
         for domain in sets:
             expected = sum(nats_of_transformers(path, domain)) / np.log(2) / 200
-            found = next(r for r in results if (r["alpha"], r["domain"]) == (alpha, domain.name))
-            assert found["bits_per_byte"] == pytest.approx(
-                expected, rel=1e-5
-            )  # fp32 sums in another order
+            found = by_key[alpha, domain.name]
+            # fp32 sums in another order
+            assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+            assert alpha != 0 or found["delta_percent"] == 0
     merge(*models, "0.5", tmp_path / "written", sets, score_only=False)
     again = json.loads((tmp_path / "written" / RESULT_FILE).read_text())["results"]
-    assert again == [r for r in results if r["alpha"] == 0.5]
+    assert again == [by_key[0.5, "english"], by_key[0.5, "wikipedia"]]
     assert len(printed.splitlines()) == 4 and "english" in printed
-    root = ElementTree.fromstring((tmp_path / "out" / PLOT_FILE).read_text())
-    assert root.tag.endswith("svg") and len(root.findall(".//{*}circle")) == 6
+    drawing = (tmp_path / "out" / PLOT_FILE).read_text()
+    assert ElementTree.fromstring(drawing).tag.endswith("svg")
+    for color in PALETTE[:2]:  # a dot per alpha in the color of each domain
+        dots = re.findall(rf"<use [^>]*fill: {color}; stroke: {color}", drawing)
+        assert len(dots) == 3

@@ -19,11 +19,17 @@ from cpt.cli import main
 from cpt.errors import ConfigError, DataError
 from cpt.offline.evaluation import harness
 from cpt.offline.evaluation.comparison import evaluate
-from cpt.offline.evaluation.local import _nats
+from cpt.offline.evaluation.local import _nats, local_contents
 from cpt.offline.evaluation.tasks import load_tasks
-from cpt.offline.evaluation.verdict import Score, _change_of_bits, _noise_of_answers
+from cpt.offline.evaluation.verdict import (
+    Score,
+    _change_of_bits,
+    _noise_of_answers,
+    write_scores,
+)
 from cpt.offline.plain_model import load_export
 from data_pipeline.text.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode
+from tests.support.records import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"Line {n}: the river and the lamp, number {n * n}." for n in range(12)]
@@ -31,12 +37,29 @@ CHOICES = [
     {"question": f"{n} is", "choices": [" one", " two", " three"], "answer": n % 3}
     for n in range(12)
 ]
-TASKS = [
-    {"name": "text", "language": "en", "kind": "perplexity", "path": "text.jsonl", "max_drop": 5.0},
-    {"name": "choice", "language": "en", "kind": "multiple_choice", "path": "choice.jsonl", "max_drop": 40.0},
-    {"name": "reply", "language": "en", "kind": "exact_match", "path": "reply.jsonl", "max_drop": 40.0,
-     "max_new_tokens": 2},
-]  # fmt: skip
+TEXT_TASK = {
+    "name": "text",
+    "language": "en",
+    "kind": "perplexity",
+    "path": "text.jsonl",
+    "max_drop": 5.0,
+}
+CHOICE_TASK = {
+    "name": "choice",
+    "language": "en",
+    "kind": "multiple_choice",
+    "path": "choice.jsonl",
+    "max_drop": 40.0,
+}
+REPLY_TASK = {
+    "name": "reply",
+    "language": "en",
+    "kind": "exact_match",
+    "path": "reply.jsonl",
+    "max_drop": 40.0,
+    "max_new_tokens": 2,
+}
+TASKS = [TEXT_TASK, CHOICE_TASK, REPLY_TASK]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +79,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
     model.save_pretrained(folder / "bad")
-    return {name: folder / name for name in ("good", "bad")}
+    return {"good": folder / "good", "bad": folder / "bad"}
 
 
 @pytest.fixture
@@ -64,9 +87,7 @@ def folder(tmp_path: Path) -> Path:
     records: dict[str, list[Any]] = {"text": [{"text": text} for text in TEXTS], "choice": CHOICES}
     records["reply"] = [{"prompt": text, "answer": ["yes", "no"]} for text in TEXTS[:4]]
     for name, listed in records.items():
-        (tmp_path / f"{name}.jsonl").write_text(
-            "".join(json.dumps(record) + "\n" for record in listed)
-        )
+        write_jsonl(tmp_path / f"{name}.jsonl", listed)
     write_tasks(tmp_path, TASKS)
     return tmp_path
 
@@ -85,7 +106,8 @@ def test_nats_are_those_of_the_whole_logit_matrix(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cpt.offline.evaluation.local.HEAD_TOKENS", 3)
-    model, tokens = load_export(models["good"]), encode(TEXTS[5]).tolist()
+    model = load_export(models["good"])
+    tokens = encode(TEXTS[5]).tolist()
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0].double()
     expected = -logits.log_softmax(-1)[range(3, len(tokens) - 1), tokens[4:]].sum()
@@ -95,7 +117,8 @@ def test_nats_are_those_of_the_whole_logit_matrix(
 def test_a_model_passes_against_itself_and_fails_once_it_has_lost_more_than_it_may(
     models: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, now = str(folder / "base.json"), str(folder / "now.json")
+    base = str(folder / "base.json")
+    now = str(folder / "now.json")
     assert run(folder, models["good"], "--no_baseline", "--out", base) == 0
     scores = json.loads(Path(base).read_text())["tasks"]
     model = load_export(models["good"])
@@ -114,13 +137,12 @@ def test_a_model_passes_against_itself_and_fails_once_it_has_lost_more_than_it_m
 
     assert run(folder, models["bad"], "--baseline", base, "--out", now) == 65
     printed = capsys.readouterr()
-    assert (
-        "task 'text' dropped by" in printed.err
-        and "max_drop is 5" in printed.err
-        and "'choice'" not in printed.err
-    )
+    assert "task 'text' dropped by" in printed.err
+    assert "max_drop is 5" in printed.err
+    assert "'choice'" not in printed.err
+    assert "FAILED" in printed.out
     failed = {v["name"]: v["failed"] for v in json.loads(Path(now).read_text())["verdicts"]}
-    assert "FAILED" in printed.out and failed == {"text": True, "choice": False, "reply": False}
+    assert failed == {"text": True, "choice": False, "reply": False}
 
 
 def test_a_likelier_choice_is_the_answer(models: dict[str, Path], folder: Path) -> None:
@@ -129,53 +151,56 @@ def test_a_likelier_choice_is_the_answer(models: dict[str, Path], folder: Path) 
     model = load_export(models["good"])
     right = []
     for record in CHOICES:
-        question = encode(record["question"]).tolist()
-        nats = [
-            _nats(model, encode(f"{record['question']} {c}").tolist(), len(question)) / len(c)
-            for c in record["choices"]
-        ]
+        start = len(encode(record["question"]))
+        nats = []
+        for choice in record["choices"]:
+            tokens = encode(f"{record['question']} {choice}").tolist()
+            nats.append(_nats(model, tokens, start) / len(choice))
         right.append(float(int(np.argmin(nats)) == record["answer"]))
     assert json.loads(out.read_text())["tasks"]["choice"]["per_document"] == right
 
 
-def baseline(folder: Path, **changes: Any) -> Path:
-    """A baseline as if measured, without a model."""
-    from cpt.offline.evaluation.local import local_contents
-    from cpt.offline.evaluation.verdict import write_scores
-
-    contents = local_contents(
-        [task for task in load_tasks(folder / "tasks.yaml") if task.kind != "harness"]
-    )
-    kinds = {task["name"]: task["kind"] for task in TASKS}
-    scores = {
-        name: Score(kind=kinds[name], language="en", value=50.0, documents=12, content=content)
-        for name, content in contents.items()
-    }
+def baseline(folder: Path) -> Path:
+    """Write a baseline as if measured, without a model."""
+    tasks = load_tasks(folder / "tasks.yaml")
+    contents = local_contents(tasks)
+    scores = {}
+    for task in tasks:
+        scores[task.name] = Score(
+            kind=task.kind,
+            language="en",
+            value=50.0,
+            documents=12,
+            content=contents[task.name],
+        )
     path = folder / "base.json"
-    write_scores(
-        path, "base", {name: score for name, score in scores.items() if name not in changes}, []
-    )
+    write_scores(path, "base", scores, [])
     return path
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_drop": 9.0}, r"task 'choice': max_drop 9 is below the noise floor of 14.43 points that 12 documents "
-         r"have: chance would decide. Raise it, or give about 31 documents"),
-        ({"separator": "-"}, "task 'choice': its documents or settings are not those of the baseline"),
+        (
+            {"max_drop": 9.0},
+            r"task 'choice': max_drop 9 is below the noise floor of 14.43 points that 12 documents "
+            r"have: chance would decide. Raise it, or give about 31 documents",
+        ),
+        (
+            {"separator": "-"},
+            "task 'choice': its documents or settings are not those of the baseline",
+        ),
         ({"name": "other"}, "task 'other': the baseline has no score of it"),
     ],
-)  # fmt: skip
+)
 def test_what_the_baseline_cannot_decide_is_refused_before_a_model_is_loaded(
     folder: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
 ) -> None:
     base = baseline(folder)
-    write_tasks(folder, [TASKS[1] | change])
-    assert (
-        run(folder, folder / "no model", "--baseline", str(base), "--out", str(folder / "out.json"))
-        == 78
-    )
+    out = folder / "out.json"
+    write_tasks(folder, [CHOICE_TASK | change])
+    code = run(folder, folder / "no model", "--baseline", str(base), "--out", str(out))
+    assert code == 78
     with pytest.raises(ConfigError, match=message):
         evaluate(folder, folder / "tasks.yaml", folder / "out.json", base)
 
@@ -204,7 +229,7 @@ def test_a_missing_baseline_is_refused_with_the_command_that_makes_it(
 def test_a_wrong_task_is_refused_with_file_line_and_key(
     folder: Path, change: dict[str, Any], message: str
 ) -> None:
-    write_tasks(folder, [TASKS[0], TASKS[1] | change])
+    write_tasks(folder, [TEXT_TASK, CHOICE_TASK | change])
     with pytest.raises(ConfigError, match=message):
         load_tasks(folder / "tasks.yaml")
 
@@ -240,7 +265,7 @@ HARNESS = {
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, accuracy: float) -> list[dict[str, Any]]:
-    """Modules with the names and shapes of lm-eval 0.4.13; returns the calls."""
+    """Install modules with the names and shapes of lm-eval 0.4.13, and return the calls."""
     calls: list[dict[str, Any]] = []
 
     def simple_evaluate(model: Any, tasks: list[str], **keys: Any) -> dict[str, Any]:
@@ -254,20 +279,20 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, accuracy: float) -> list[dict[str,
         sizes = {"hellaswag": {"original": 10042, "effective": keys["limit"] or 10042}}
         return {"results": {"hellaswag": found}, "n-samples": sizes, "versions": {"hellaswag": 1.0}}
 
-    modules = {
-        name: types.ModuleType(name)
-        for name in ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")
+    def task_manager() -> Any:
+        return types.SimpleNamespace(all_tasks=["hellaswag", "arc"])
+
+    contents: dict[str, dict[str, Any]] = {
+        "lm_eval": {"simple_evaluate": simple_evaluate, "__spec__": types.SimpleNamespace()},
+        "lm_eval.tasks": {"TaskManager": task_manager},
+        "lm_eval.models.huggingface": {"HFLM": lambda **_: "model"},
     }
-    modules["lm_eval"].simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
-    modules["lm_eval.tasks"].TaskManager = lambda: types.SimpleNamespace(
-        all_tasks=["hellaswag", "arc"]
-    )  # type: ignore[attr-defined]
-    modules["lm_eval.models.huggingface"].HFLM = lambda **keys: "model"  # type: ignore[attr-defined]
-    modules["lm_eval"].__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-    for name, module in modules.items():
+    for name, attributes in contents.items():
+        module = types.ModuleType(name)
+        vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda path: None)
-    monkeypatch.setattr("cpt.offline.evaluation.comparison.load_export", lambda *_: None)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
+    monkeypatch.setattr("cpt.offline.evaluation.comparison.load_export", lambda _: None)
     return calls
 
 
@@ -275,13 +300,12 @@ def test_harness_tasks_are_scored_judged_and_refused_like_local_ones(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tasks(folder, [HARNESS])
-    base, now = folder / "base.json", folder / "now.json"
+    base = folder / "base.json"
+    now = folder / "now.json"
     calls = stand_in(monkeypatch, 0.60)
     evaluate(folder, folder / "tasks.yaml", base, None)
-    assert (
-        calls[0]["tasks"] == ["hellaswag"]
-        and json.loads(base.read_text())["tasks"]["hs"]["value"] == 60
-    )
+    assert calls[0]["tasks"] == ["hellaswag"]
+    assert json.loads(base.read_text())["tasks"]["hs"]["value"] == 60
     stand_in(monkeypatch, 0.57)
     with pytest.raises(
         DataError, match=r"task 'hs' dropped by 3.00 \(from 60.000 to 57.000\), max_drop is 2"
@@ -316,39 +340,48 @@ def test_without_the_harness_its_tasks_are_refused_with_the_cure(
 
 def test_shipped_task_files_can_be_read() -> None:
     for name in ("sample", "harness"):
-        assert {
-            task.language for task in load_tasks(ROOT / "configs" / "tasks" / f"{name}.yaml")
-        } == {"en", "ja"}
+        tasks = load_tasks(ROOT / "configs" / "tasks" / f"{name}.yaml")
+        assert {task.language for task in tasks} == {"en", "ja"}
+
+
+def answers(per_document: np.ndarray) -> Score:
+    """Return the score of right (1) and wrong (0) answers."""
+    return Score(
+        kind="multiple_choice",
+        language="en",
+        value=100 * float(per_document.mean()),
+        documents=len(per_document),
+        content="",
+        per_document=tuple(per_document),
+    )
 
 
 def test_the_noise_is_the_spread_over_repeated_draws() -> None:
-    generator, changes, noises = np.random.default_rng(5), [], []
-    rises, errors = [], []
+    """400 draws know a spread to 3.5 %."""
+    generator = np.random.default_rng(5)
+    changes = []
+    noises = []
+    rises = []
+    errors = []
     for _ in range(400):
         before = (generator.random(200) < 0.6).astype(float)
-        after = np.where(
-            generator.random(200) < 0.2, (generator.random(200) < 0.6).astype(float), before
-        )
-        one, two = (Score(kind="multiple_choice", language="en", value=100 * float(x.mean()), documents=200, content="",
-                          per_document=tuple(x)) for x in (after, before))  # fmt: skip
-        changes.append(two.value - one.value)
-        noises.append(_noise_of_answers(one, two))
+        drawn_again = generator.random(200) < 0.2
+        after = np.where(drawn_again, (generator.random(200) < 0.6).astype(float), before)
+        changes.append(answers(before).value - answers(after).value)
+        noises.append(_noise_of_answers(answers(after), answers(before)))
         sizes = generator.gamma(2.0, 100.0, 200)
         rise, error = _change_of_bits(sizes * generator.normal(1.02, 0.05, 200), sizes)
         rises.append(rise)
         errors.append(error)
-    assert np.mean(noises) == pytest.approx(
-        np.std(changes), rel=0.15
-    )  # 400 draws know a spread to 3.5 %
-    assert np.mean(errors) == pytest.approx(np.std(rises), rel=0.15) and np.mean(
-        rises
-    ) == pytest.approx(2, abs=0.1)
+    assert np.mean(noises) == pytest.approx(np.std(changes), rel=0.15)
+    assert np.mean(errors) == pytest.approx(np.std(rises), rel=0.15)
+    assert np.mean(rises) == pytest.approx(2, abs=0.1)
 
 
 def test_a_limit_below_the_noise_of_a_paired_change_is_refused(
     models: dict[str, Path], folder: Path
 ) -> None:
-    write_tasks(folder, [TASKS[0] | {"max_drop": 1e-6}])
+    write_tasks(folder, [TEXT_TASK | {"max_drop": 1e-6}])
     evaluate(models["good"], folder / "tasks.yaml", folder / "base.json", None)
     with pytest.raises(
         ConfigError, match=r"below the noise floor of \d+\.\d+ percent that 12 documents have"

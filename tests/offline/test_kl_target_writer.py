@@ -1,11 +1,8 @@
-"""The base model's distributions over replay are its own, are read by row, and cannot be another
-model's or build's.
-"""
+"""KL targets are the base model's own distributions; those of another model are refused."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import types
 from pathlib import Path
 from typing import Any
@@ -32,13 +29,18 @@ from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.mixture import GlobalBatch
 from data_pipeline.text.tokenizer import VOCAB_SIZE
+from tests.support.records import write_jsonl
 
-SEQ_LEN, TOP_K = 16, 7
-ENGLISH = "Lamp {} along the river was lit before dusk, and its keeper went home over the bridge, as he always did."
+SEQ_LEN = 16
+TOP_K = 7
+ENGLISH = (
+    "Lamp {} along the river was lit before dusk, and its keeper went home over the bridge, as he "
+    "always did."
+)
 JAPANESE = "{} \u6614\u3005\u3001\u3042\u308b\u3068\u3053\u308d\u306b\u304a\u3058\u3044\u3055\u3093"
 TEXTS = {
-    name: [text.format(n) for n in range(9)]
-    for name, text in (("replay", ENGLISH), ("ja", JAPANESE))
+    "replay": [ENGLISH.format(n) for n in range(9)],
+    "ja": [JAPANESE.format(n) for n in range(9)],
 }
 
 
@@ -62,9 +64,7 @@ def built(folder: Path, texts: dict[str, list[str]] = TEXTS) -> Path:
     folder.mkdir(parents=True)
     sources = []
     for name, documents in texts.items():
-        (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps({"text": text}) + "\n" for text in documents)
-        )
+        write_jsonl(folder / f"{name}.jsonl", [{"text": text} for text in documents])
         kind = {"language": "en", "domain": "web", "path": f"{name}.jsonl", "weight": 0.5}
         sources.append({"name": name, **kind})
     mix = {"seq_len": SEQ_LEN, "seed": 1, "near_duplicates": 0, "sources": sources}
@@ -105,23 +105,17 @@ def test_stored_distributions_are_those_of_plain_transformers(
     written: tuple[Path, BuiltData], base: Path
 ) -> None:
     data = written[1]
-    model, targets, compared = (
-        GptOssForCausalLM.from_pretrained(base, attn_implementation="eager"),
-        opened(*written),
-        0,
-    )
+    model = GptOssForCausalLM.from_pretrained(base, attn_implementation="eager")
+    targets = opened(*written)
+    compared = 0
     for row in range(data.num_rows(0)):
         packed = data.read_row(0, row)
         if len(packed.documents) > 1:
             continue  # transformers does not keep packed documents apart
         count = int((packed.labels >= 0).sum())
         with torch.no_grad():
-            log_q = (
-                model(torch.from_numpy(packed.input_ids[None, :count]))
-                .logits[0]
-                .double()
-                .log_softmax(1)
-            )
+            logits = model(torch.from_numpy(packed.input_ids[None, :count])).logits[0]
+        log_q = logits.double().log_softmax(1)
         found = targets.of_rows([(0, row)], part(1, 0), SEQ_LEN)
         assert found is not None and found.at_n.tolist() == list(range(count))
         assert torch.equal(found.ids_nk, log_q.topk(TOP_K).indices)
@@ -135,7 +129,8 @@ def test_stored_distributions_are_those_of_plain_transformers(
 def test_ranks_that_share_a_row_read_its_parts_and_other_sources_have_none(
     written: tuple[Path, BuiltData],
 ) -> None:
-    targets, places = opened(*written), [(1, 0), (0, 2), (0, 0)]
+    targets = opened(*written)
+    places = [(1, 0), (0, 2), (0, 0)]
     whole = targets.of_rows(places, part(1, 0), SEQ_LEN)
     halves = [targets.of_rows(places, part(2, rank), SEQ_LEN) for rank in (0, 1)]
     assert whole is not None and targets.of_rows([(1, 0), (1, 1)], part(1, 0), SEQ_LEN) is None
@@ -148,9 +143,8 @@ def test_ranks_that_share_a_row_read_its_parts_and_other_sources_have_none(
             row, slot = divmod(at, SEQ_LEN // 2)
             joined[row * SEQ_LEN + rank * SEQ_LEN // 2 + slot] = (ids, log_p)
     assert sorted(joined) == whole.at_n.tolist()
-    assert [joined[at] for at in sorted(joined)] == list(
-        zip(whole.ids_nk.tolist(), whole.log_p_nK.tolist(), strict=True)
-    )
+    expected = zip(whole.ids_nk.tolist(), whole.log_p_nK.tolist(), strict=True)
+    assert [joined[at] for at in sorted(joined)] == list(expected)
 
 
 def micro_batch(data: BuiltData, targets: KLTargets | None, topology: Topology) -> MicroBatch:
@@ -212,17 +206,14 @@ def test_targets_of_another_model_or_of_other_rows_are_refused_with_figures(
     with pytest.raises(ConfigError) as refused:
         check_targets(folder, BuiltData.open(built(tmp_path / "more", more)), weights, "base")
     stored = sidecar.sources["replay"]
-    assert (
-        f"{stored.rows} rows of {stored.tokens} tokens" in str(refused.value)
-        and refused.value.exit_code == 78
-    )
+    assert f"{stored.rows} rows of {stored.tokens} tokens" in str(refused.value)
+    assert refused.value.exit_code == 78
     without = built(tmp_path / "without", {"ja": TEXTS["ja"], "chat": TEXTS["replay"]})
     with pytest.raises(ConfigError, match="has source 'replay'"):
         check_targets(folder, BuiltData.open(without), weights, "base")
     edited = built(tmp_path / "edited", {**TEXTS, "ja": TEXTS["ja"][:5]})
-    check_targets(
-        folder, BuiltData.open(edited), weights, "base"
-    )  # rows of another source may change
+    # rows of another source may change
+    check_targets(folder, BuiltData.open(edited), weights, "base")
 
 
 def test_damaged_or_missing_targets_are_refused(
@@ -249,11 +240,9 @@ def test_a_request_that_cannot_be_right_is_refused(
     options = ("--source", "repaly", "--source", "replay", "--source", "replay", "--top_k", "0")
     assert targets_command(base, data.directory, tmp_path / "x", *options) == 78
     printed = capsys.readouterr().err
-    assert (
-        "repaly" in printed
-        and "names a source twice" in printed
-        and "--top_k 0 must be between 1" in printed
-    )
+    assert "repaly" in printed
+    assert "names a source twice" in printed
+    assert "--top_k 0 must be between 1" in printed
     assert targets_command(base, data.directory, folder, "--source", "replay") == 78
     assert "exists already" in capsys.readouterr().err
 
@@ -262,9 +251,13 @@ def test_the_divergence_has_a_field_of_its_own_in_metrics() -> None:
     data = types.SimpleNamespace(source_names=("replay", "ja"), languages=("en", "ja"))
     progress = types.SimpleNamespace(step=3)
     result = types.SimpleNamespace(
-        loss=2.0, grad_norm=1.0, nll_by_source=[10.0, 30.0], kl_by_source=[5.0, 0.0], tokens_by_source=[10, 10],
+        loss=2.0,
+        grad_norm=1.0,
+        nll_by_source=[10.0, 30.0],
+        kl_by_source=[5.0, 0.0],
+        tokens_by_source=[10, 10],
         bytes_sent={},
-    )  # fmt: skip
+    )
     job: Any = types.SimpleNamespace(
         data=data, progress=progress, kl_targets=types.SimpleNamespace(sources=["replay"])
     )

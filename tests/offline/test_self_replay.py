@@ -1,6 +1,4 @@
-"""Replay that the base model wrote is the same with the same seed, and cannot be another
-model's.
-"""
+"""Text that the base model wrote follows from the seed, and no other model may replay it."""
 
 from __future__ import annotations
 
@@ -24,6 +22,7 @@ from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.text.harmony import CHANNEL, END, MESSAGE, RETURN, START
 from data_pipeline.text.tokenizer import VOCAB_SIZE, encode
+from tests.support.records import read_jsonl, write_jsonl
 
 PREFIXES = [f"Number {n} of the lamps along the river was" for n in range(3)]
 
@@ -45,12 +44,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "prefixes.jsonl").write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in PREFIXES)
-    )
-    (tmp_path / "questions.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"Why {n}?"}) + "\n" for n in range(4))
-    )
+    write_jsonl(tmp_path / "prefixes.jsonl", [{"text": text} for text in PREFIXES])
+    write_jsonl(tmp_path / "questions.jsonl", [{"prompt": f"Why {n}?"} for n in range(4)])
     return tmp_path
 
 
@@ -80,15 +75,11 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(
     texts = {}
     for out, seed in (("a", "7"), ("b", "7"), ("c", "8")):
         assert replay(folder, base, out, "--seed", seed) == 0
-        texts[out] = [
-            json.loads(line)["text"]
-            for line in (folder / out / "plain.jsonl").read_text().splitlines()
-        ]
-    assert texts["a"] == texts["b"] != texts["c"] and len(texts["a"]) == len(PREFIXES)
-    assert all(
-        text.startswith("Number ") and len(text) > len("Number 1 of the lamps")
-        for text in texts["a"]
-    )
+        texts[out] = [record["text"] for record in read_jsonl(folder / out / "plain.jsonl")]
+    assert texts["a"] == texts["b"] != texts["c"]
+    assert len(texts["a"]) == len(PREFIXES)
+    for text in texts["a"]:
+        assert text.startswith("Number ") and len(text) > len("Number 1 of the lamps")
     sidecars = [json.loads((folder / out / SIDECAR).read_text()) for out in "ab"]
     assert sidecars[0] == sidecars[1] and sidecars[0]["settings"]["sampling"]["seed"] == 7
     assert sidecars[0]["settings"]["sampling"]["temperature"] == 1.0
@@ -110,9 +101,7 @@ def test_whole_replies_become_conversations_and_others_are_left_out_and_counted(
     questions = ("--questions", str(folder / "questions.jsonl"))
     arguments = ["replay", "--model", str(base), "--out", str(folder / "replay"), *questions]
     assert main(arguments) == 0
-    records = [
-        json.loads(line) for line in (folder / "replay" / "chat.jsonl").read_text().splitlines()
-    ]
+    records = read_jsonl(folder / "replay" / "chat.jsonl")
     assert [record["messages"][0]["content"] for record in records] == [
         "Why 0?",
         "Why 1?",
@@ -174,14 +163,11 @@ def test_edited_text_or_text_without_its_sidecar_is_refused_at_build(
 def test_a_request_that_cannot_be_right_is_refused(
     base: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(["replay", "--model", str(base), "--out", str(folder / "x"), "--temperature", "0"])
-        == 78
-    )
+    arguments = ["replay", "--model", str(base), "--out", str(folder / "x"), "--temperature", "0"]
+    assert main(arguments) == 78
     printed = capsys.readouterr().err
-    assert (
-        "--prefixes and --questions are both missing" in printed and "--temperature is 0" in printed
-    )
+    assert "--prefixes and --questions are both missing" in printed
+    assert "--temperature is 0" in printed
     (folder / "prefixes.jsonl").write_text("{}\n")
     assert replay(folder, base, "y") == 65
     with pytest.raises(ConfigError, match="writes JSONL, not format: text"):
