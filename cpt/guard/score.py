@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from cpt.parallel.topology import Topology
-from cpt.training.loader import MicroBatch, filler_row, make_micro_batch
+from cpt.training.loader import NO_SOURCE, MicroBatch, filler_row, make_micro_batch
 from data_pipeline.dataset import HeldOutSet, PackedRow
 
 Floats = npt.NDArray[np.float64]
@@ -111,7 +111,7 @@ def score_domain(
     for first in range(0, len(rows), rows_per_pass):
         start = first + topology.dp_rank * micro_batch_size
         mine = rows[start : start + micro_batch_size]
-        losses_BS = scorer.score(make_micro_batch(mine, [-1] * len(mine), topology)).double()
+        losses_BS = scorer.score(make_micro_batch(mine, [NO_SOURCE] * len(mine), topology)).double()
         for losses_S, row in zip(losses_BS, mine, strict=True):
             _add_by_document(nats, losses_S, row, topology)
     dist.all_reduce(nats, group=topology.control_group)

@@ -23,19 +23,23 @@ from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.model.weights.writer import (
-    Entry,
-    TensorFileWriter,
     check_space,
     published,
     refuse_existing,
 )
 from cpt.offline.model import OfflineModel, single_process
-from cpt.training.kl_targets import SIDECAR, Sidecar, TargetsOfSource, target_file
-from cpt.training.loader import make_micro_batch
+from cpt.training.kl_target_format import (
+    Sidecar,
+    TargetFileWriter,
+    TargetsOfSource,
+    bytes_per_token,
+    hash_target_file,
+    write_sidecar,
+)
+from cpt.training.loader import NO_SOURCE, make_micro_batch
 from data_pipeline.build.self_replay import weights_hash
 from data_pipeline.config.strict_yaml import nearest
 from data_pipeline.dataset import BuiltData, PackedRow
-from data_pipeline.store.files import write_json, xxh3_of
 
 LARGEST_TOP_K = 1024
 """Largest `--top_k`."""
@@ -87,13 +91,13 @@ def write_targets(request: TargetsRequest) -> str:
 
         def top_k_of(row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
             num_predicted = int((row.labels >= 0).sum())
-            batch = make_micro_batch([row], [-1], topology)
+            batch = make_micro_batch([row], [NO_SOURCE], topology)
             return model.top_k(batch, num_predicted, request.top_k)
 
         for name in request.sources:
-            _write_source(target_file(folder, name), data, name, request.top_k, top_k_of)
+            _write_source(folder, data, name, request.top_k, top_k_of)
         sidecar = _sidecar(request, data, folder, str(model.dtype).removeprefix("torch."))
-        write_json(folder / SIDECAR, sidecar.content(), indent=2, sort_keys=True)
+        write_sidecar(folder, sidecar)
     num_rows = sum(source.rows for source in sidecar.sources.values())
     return (
         f"{request.out}: the {request.top_k} likeliest of {num_tokens} predicted tokens in "
@@ -111,7 +115,7 @@ def _sidecar(request: TargetsRequest, data: BuiltData, folder: Path, computed_in
             rows=data.num_rows(number),
             tokens=int(data.row_tokens(number).sum()),
             row_hash=row_hashes[name],
-            xxh3=xxh3_of(target_file(folder, name)),
+            xxh3=hash_target_file(folder, name),
         )
     return Sidecar(
         base_model=weights_hash(sorted(set(tensor_files(request.model_dir).values()))),
@@ -120,14 +124,6 @@ def _sidecar(request: TargetsRequest, data: BuiltData, folder: Path, computed_in
         top_k=request.top_k,
         sources=sources,
     )
-
-
-def bytes_per_token(top_k: int) -> int:
-    """Return the stored bytes of a predicted token.
-
-    They are an int32 per listed token, and an fp32 for each of them and for all others together.
-    """
-    return 4 * top_k + 4 * (top_k + 1)
 
 
 def _check(request: TargetsRequest, data: BuiltData, vocab_size: int) -> None:
@@ -149,25 +145,17 @@ def _check(request: TargetsRequest, data: BuiltData, vocab_size: int) -> None:
         raise ConfigError(problems)
 
 
-def _write_source(path: Path, data: BuiltData, name: str, k: int, top_k_of: TopKOfRow) -> None:
+def _write_source(folder: Path, data: BuiltData, name: str, k: int, top_k_of: TopKOfRow) -> None:
     number = data.source_names.index(name)
     row_tokens = np.asarray(data.row_tokens(number))
-    total = int(row_tokens.sum())
-    shapes = {
-        "ids": Entry(shape=(total, k), dtype=torch.int32),
-        "log_p": Entry(shape=(total, k + 1), dtype=torch.float32),
-    }
-    file = TensorFileWriter(path, shapes)
+    file = TargetFileWriter(folder, name, int(row_tokens.sum()), k)
     try:
-        done = 0
         for row in tqdm(range(data.num_rows(number)), desc=name, unit="row"):
             ids, log_p = top_k_of(data.read_row(number, row))
             assert len(ids) == row_tokens[row], (
                 f"row {row}: {len(ids)} predicted tokens, expected {row_tokens[row]}"
             )
-            file.write("ids", done * k, ids.to(torch.int32))
-            file.write("log_p", done * (k + 1), log_p.float())
-            done += len(ids)
+            file.append(ids, log_p)
         file.finish()
     finally:
         file.close()

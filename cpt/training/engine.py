@@ -1,62 +1,61 @@
-"""The DeepSpeed engine: one optimizer step, and scoring without one.
+"""The training engine: one optimizer step, and scoring without one.
 
 The loss that a rank hands to the engine is
 
     sum over its own tokens of nll / predicted tokens of the global batch * world_size
 
 so that the engine's mean over ranks, and its sum over accumulation steps, is the mean over the
-global batch in every layout.  With targets of another model (`train.kl_targets`) `train.kl_weight`
-times the divergence from them is added in the same way.  `backward` is told not to divide by the
+global batch in every layout. With targets of another model (`train.kl_targets`), `train.kl_weight`
+times the divergence from them is added in the same way. `backward` is told not to divide by the
 accumulation steps.
 
-Whether an update is made is decided before it, from the loss and the squared gradient norm summed
-over all ranks, so that all ranks decide alike and nothing that is not finite reaches weights or
-Adam's state.
+The decision whether to make an update is taken before it, from the loss and the squared gradient
+norm summed over all ranks. So all ranks decide alike, and nothing that is not finite reaches the
+weights or Adam's state.
+
+Shape letters: L losses (the loss and, with targets, the divergence), B rows, S local tokens,
+V vocabulary.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from cpt.config import RunConfig, TrainSection
+from cpt.config import RunConfig
 from cpt.deepspeed_adapter.engine import initialize
-from cpt.deepspeed_adapter.experts import is_expert, separate_experts
+from cpt.deepspeed_adapter.experts import is_expert
 from cpt.deepspeed_adapter.gradients import discard_gradients, squared_gradient_norm
-from cpt.deepspeed_adapter.offload import file_bytes, nvme_paths
 from cpt.errors import InternalError
 from cpt.model.attention import Attention
 from cpt.model.experts.router_watch import RouterSums, RouterWatch
 from cpt.model.gpt_oss import GptOssForCPT
 from cpt.model.weights.hf_layout import is_expert_name
-from cpt.parallel.agreement import together
 from cpt.parallel.topology import Topology
 from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
 from cpt.resilience.faults import fault_point
 from cpt.resilience.phase import PhaseClock
-from cpt.storage.file_memory import FileMemory
 from cpt.training.activation_checkpointing import enable_checkpointing
 from cpt.training.loader import MicroBatch
-
-log = logging.getLogger("cpt.training")
+from cpt.training.optimizer import create_optimizer, reserve_files
 
 LARGEST_GRAD_NORM = 1e18
-"""A norm from here on counts as not finite: its square is near the largest fp32 number, which
-DeepSpeed sums in.
+"""Gradient norm from which on a step counts as not finite.
+
+DeepSpeed sums the squares in fp32, and the square of this norm is near the largest fp32 number.
 """
 
 
 class Votes(NamedTuple):
-    """What each rank tells the others in the bookkeeping collective of a step, where the values are
-    summed.
+    """One rank's contribution to the bookkeeping collective of a step, in which the ranks' values
+    are summed.
     """
 
     stop: int = 0
@@ -74,84 +73,41 @@ class StepResult:
     grad_norm: float
     """Global gradient norm before clipping."""
     applied: bool
-    """Whether the update was made; if not, it was made on no rank, because something was not
-    finite.
-    """
+    """Whether the update was made; if something was not finite, it was made on no rank."""
     nll_by_source: list[float]
     """Sum of nats per source."""
     tokens_by_source: list[int]
     """Predicted tokens per source."""
     kl_by_source: list[float] | None = None
-    """Sum of nats per source of the divergence from the targets, which is in no loss here; None
+    """Divergence from the targets, which `loss` does not include: sum of nats per source; None
     without targets.
     """
     bytes_sent: dict[str, int]
     """Bytes on the wire by kind."""
     votes: Votes
-    """How many ranks said what."""
+    """Sums of the ranks' votes."""
     router: RouterSums | None = None
-    """What the routers did, if that was asked for."""
+    """Measurements of the routers, if they were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sums:
-    """What the ranks know together."""
+    """Sums over all ranks that the bookkeeping collective of a step yields."""
 
     by_source: torch.Tensor
+    """(losses, sources) nats: the loss, then the divergence if there are targets."""
     bytes_sent: dict[str, int]
+    """Bytes on the wire by kind."""
     squared_grad_norm: float
+    """Square of the global gradient norm."""
     votes: Votes
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay; biases, norms and sinks do not; frozen parameters are in
-    none.
-
-    gpt-oss stores an expert bias as a matrix (one row per expert), so names decide, not the number
-    of axes.
-    """
-    kept: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        last = name.rsplit(".", 1)[-1]
-        plain = last.endswith("bias") or last == "sinks" or "norm" in name
-        (kept if plain else decayed).append(parameter)
-    return [
-        {"name": "decay", "params": decayed, "weight_decay": weight_decay},
-        {"name": "no_decay", "params": kept, "weight_decay": 0.0},
-    ]
-
-
-def _optimizer(model: GptOssForCPT, train: TrainSection) -> torch.optim.Optimizer:
-    """Of offloaded state, too: on a host torch's kernel is as fast as DeepSpeed's, and nothing has
-    to be compiled.
-    """
-    groups = separate_experts(parameter_groups(model, train.weight_decay))
-    betas = (train.beta1, train.beta2)
-    return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.eps, fused=True)
-
-
-def _files(model: GptOssForCPT, config: RunConfig, topology: Topology) -> dict[str, FileMemory]:
-    """Memory for the state that goes to NVMe; if one rank finds no room, all refuse."""
-    folders = nvme_paths(config.engine_json)
-    if not folders:
-        return {}
-    sizes = file_bytes(model, config.engine_json)
-    for name, size in sizes.items():
-        log.info(
-            "%s: %.3f GB of each rank in files in %s", name, size / 1e9, folders[name].resolve()
-        )
-    return together(
-        topology.control_group,
-        lambda: {name: FileMemory(folders[name], size) for name, size in sizes.items()},
-    )
+    """Sums of the ranks' votes."""
 
 
 def _check_expert_marks(model: GptOssForCPT) -> None:
-    """Without the marks ZeRO-3 trains different experts as if they were replicas, and says
-    nothing.
+    """Refuse a model whose expert parameters lack their marks.
+
+    Without the marks ZeRO-3 trains different experts as if they were replicas, and says nothing.
     """
     for name, parameter in model.named_parameters():
         expert = is_expert_name(name)
@@ -188,10 +144,21 @@ class TrainingEngine:
         exchange: Ulysses | None,
         clock: PhaseClock,
     ) -> None:
+        """Build the engine; the weights may still be without values.
+
+        Args:
+            model: A patched model.
+            config: The validated configuration.
+            topology: The layout.
+            kernel: Computes attention.
+            exchange: Exchanges around attention between ranks that share rows; None if none do.
+            clock: Learns the phase of this rank.
+        """
         if config.model.activation_checkpointing:
-            keep = config.model.expert_recompute == "keep"
             enable_checkpointing(
-                model, offload=config.model.offload_checkpoints, keep_exchanged_rows=keep
+                model,
+                offload=config.model.offload_checkpoints,
+                keep_exchanged_rows=config.model.expert_recompute == "keep",
             )
         model.train()
         _check_expert_marks(model)
@@ -200,10 +167,11 @@ class TrainingEngine:
         self._sequence_parallel = exchange
         self._kernel = kernel
         self._positions = config.train.global_batch_size * config.train.seq_len
-        self._num_losses = 1 if config.train.kl_targets is None else 2
+        self._has_targets = config.train.kl_targets is not None
         self._kl_weight = config.train.kl_weight or 0.0
         self.router_watch = _router_watch(model, config, topology)
-        optimizer, files = _optimizer(model, config.train), _files(model, config, topology)
+        optimizer = create_optimizer(model, config.train)
+        files = reserve_files(model, config, topology)
         self.deepspeed = initialize(model, optimizer, config.engine_json, files)
 
     def set_learning_rate(self, lr: float) -> None:
@@ -212,8 +180,9 @@ class TrainingEngine:
             group["lr"] = lr
 
     def token_losses(self, batch: MicroBatch) -> torch.Tensor:
-        """(B, S) nats of this rank's tokens, 0 where there is no label; (2, B, S) if the batch has
-        targets.
+        """Return (B, S) nats of this rank's tokens, 0 where there is no label.
+
+        If the batch has targets, the result is (2, B, S): the loss, then the divergence.
         """
         return self.deepspeed(
             input_ids=batch.input_ids,
@@ -234,105 +203,118 @@ class TrainingEngine:
         votes: Callable[[], Votes] = Votes,
         measure_routers: bool = False,
     ) -> StepResult:
-        """Forward, backward and update on one global batch.
+        """Do forward, backward and update on one global batch.
 
         Args:
-            micro_batches: This rank's part.
-            step: The optimizer step being done, counted from 1; names it to `fault_point`.
+            micro_batches: This rank's part of the batch.
             tokens_by_source: Predicted tokens of the whole global batch, by source; known from the
                 row ids.
-            votes: Called once, when the ranks exchange their sums; all learn how many said what.
+            step: The optimizer step in progress, counted from 1.
+            votes: Called once, when the ranks exchange their sums; all ranks learn the sums.
             measure_routers: Fill `StepResult.router`.
 
         Returns:
-            What happened.  If loss or gradient norm is not finite anywhere, no rank has applied the
-            update.
+            The sums over all ranks. If loss or gradient norm is not finite anywhere, no rank has
+            applied the update.
         """
+        num_sources = len(tokens_by_source)
         total_tokens = sum(tokens_by_source)
-        by_source = torch.zeros(self._num_losses, len(tokens_by_source), dtype=torch.float64)
-        loss_scale = self.topology.world_size / total_tokens
-        pending = False
+        num_losses = 2 if self._has_targets else 1
+        nats_by_source = torch.zeros(num_losses, num_sources, dtype=torch.float64)
         self.router_watch.begin(
-            num_sources=len(tokens_by_source),
+            num_sources=num_sources,
             positions=self._positions,
             world_size=self.topology.world_size,
             measure=measure_routers,
         )
-        for batch in micro_batches:
-            if pending:
-                self.deepspeed.step()  # between accumulation steps this only advances the engine's counter
-            self._clock.enter("forward", step)
-            self.router_watch.enter(batch.row_labels)
-            losses = self.token_losses(batch)
-            losses_LBS = losses.view(-1, *batch.labels.shape)
-            self._clock.enter("backward", step)
-            total = losses_LBS[0].sum() + self._kl_weight * losses_LBS[1:].sum()
-            self.deepspeed.backward(total * loss_scale, scale_wrt_gas=False)
-            by_row_LB = losses_LBS.detach().sum(2).double().cpu()
-            by_source[: len(by_row_LB)].index_add_(1, batch.row_labels.cpu(), by_row_LB)
-            pending = True
+        for micro_step, batch in enumerate(micro_batches):
+            if micro_step > 0:
+                # Between accumulation steps this only advances the engine's counter.
+                self.deepspeed.step()
+            nats_LB = self._backward(batch, step, self.topology.world_size / total_tokens)
+            nats_by_source[: len(nats_LB)].index_add_(1, batch.source_of_row.cpu(), nats_LB)
         self._clock.enter("gradient", step)
-        sums = self._sum_over_ranks(by_source, votes())
+        sums = self._sum_over_ranks(nats_by_source, votes())
         router = self.router_watch.finish(self.topology.control_group)
         grad_norm = math.sqrt(sums.squared_grad_norm)  # NaN and infinity stay what they are
         applied = bool(torch.isfinite(sums.by_source).all()) and grad_norm < LARGEST_GRAD_NORM
         self._clock.enter("optimizer_step", step)
         fault_point("optimizer_step", step)
-        self._finish(applied=applied)
+        if applied:
+            self._apply_update()
+        else:
+            discard_gradients(self.deepspeed)
         return StepResult(
             loss=float(sums.by_source[0].sum()) / total_tokens,
             grad_norm=grad_norm,
             applied=applied,
             nll_by_source=sums.by_source[0].tolist(),
             tokens_by_source=tokens_by_source,
-            kl_by_source=sums.by_source[1].tolist() if self._num_losses == 2 else None,
+            kl_by_source=sums.by_source[1].tolist() if self._has_targets else None,
             bytes_sent=sums.bytes_sent,
             votes=sums.votes,
             router=router,
         )
 
-    def _finish(self, *, applied: bool) -> None:
-        if not applied:
-            discard_gradients(self.deepspeed)
-            return
+    def _backward(self, batch: MicroBatch, step: int, loss_scale: float) -> torch.Tensor:
+        """Do forward and backward of one micro batch.
+
+        Args:
+            batch: The micro batch.
+            step: The optimizer step in progress.
+            loss_scale: Factor of a token's loss; see the module's docstring.
+
+        Returns:
+            (L, B) fp64 on the CPU: sums of nats per row, of the loss and, if the batch has targets,
+            of the divergence.
+        """
+        self._clock.enter("forward", step)
+        self.router_watch.enter(batch.source_of_row)
+        losses_LBS = self.token_losses(batch).view(-1, *batch.labels.shape)
+        self._clock.enter("backward", step)
+        total = losses_LBS[0].sum() + self._kl_weight * losses_LBS[1:].sum()
+        self.deepspeed.backward(total * loss_scale, scale_wrt_gas=False)
+        return losses_LBS.detach().sum(2).double().cpu()
+
+    def _apply_update(self) -> None:
         self.deepspeed.step()
         if not self.deepspeed.was_step_applied():
             raise InternalError(
                 "DeepSpeed dropped an update whose loss and gradient norm are finite."
             )
 
-    def _sum_over_ranks(self, by_source: torch.Tensor, votes: Votes) -> _Sums:
-        """The one bookkeeping collective of a step."""
+    def _sum_over_ranks(self, nats_by_source: torch.Tensor, votes: Votes) -> _Sums:
+        """Run the one bookkeeping collective of a step."""
         sent = self.topology.traffic.take()
-        squares = squared_gradient_norm(self.deepspeed)
-        extra = [*(sent[kind] for kind in KINDS), squares, *votes]
-        everything = torch.cat([by_source.view(-1), torch.tensor(extra, dtype=torch.float64)])
+        bytes_sent = [sent[kind] for kind in KINDS]
+        extra = [*bytes_sent, squared_gradient_norm(self.deepspeed), *votes]
+        everything = torch.cat([nats_by_source.view(-1), torch.tensor(extra, dtype=torch.float64)])
         dist.all_reduce(everything, group=self.topology.control_group)
-        losses, rest = everything[: by_source.numel()], everything[by_source.numel() :].tolist()
+        summed_nats = everything[: nats_by_source.numel()]
+        summed_extra = everything[nats_by_source.numel() :].tolist()
         return _Sums(
-            by_source=losses.view_as(by_source),
-            bytes_sent={kind: int(value) for kind, value in zip(KINDS, rest, strict=False)},
-            squared_grad_norm=rest[len(KINDS)],
-            votes=Votes(*(int(value) for value in rest[len(KINDS) + 1 :])),
+            by_source=summed_nats.view_as(nats_by_source),
+            bytes_sent={kind: int(value) for kind, value in zip(KINDS, summed_extra, strict=False)},
+            squared_grad_norm=summed_extra[len(KINDS)],
+            votes=Votes(*(int(value) for value in summed_extra[len(KINDS) + 1 :])),
         )
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> torch.Tensor:
-        """Token losses without a backward pass; (B, S) on the CPU.  Its traffic is not counted."""
-        self.deepspeed.eval()
-        try:
+        """Return (B, S) token losses on the CPU, without a backward pass.
+
+        The traffic is not counted.
+        """
+        with self._evaluating():
             return self.token_losses(batch).cpu()
-        finally:
-            self.deepspeed.train()
-            self.topology.traffic.take()
 
     @torch.no_grad()
     def next_token_logits(self, batch: MicroBatch, at: torch.Tensor) -> torch.Tensor:
-        """(B, V) fp32 logits at one local position per row, on the CPU; the labels of the batch are
-        not read.
+        """Return (B, V) fp32 logits at one local position per row, on the CPU.
+
+        The labels of the batch are not read, and the traffic is not counted.
         """
-        self.deepspeed.eval()
-        try:
+        with self._evaluating():
             logits_B1V = self.deepspeed(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
@@ -342,6 +324,13 @@ class TrainingEngine:
                 kernel=self._kernel,
             )
             return logits_B1V.squeeze(1).float().cpu()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Put the model into evaluation mode inside the block, and forget the block's traffic."""
+        self.deepspeed.eval()
+        try:
+            yield
         finally:
             self.deepspeed.train()
             self.topology.traffic.take()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from cpt.parallel.topology import Topology
 from cpt.training.engine import TrainingEngine
-from cpt.training.loader import filler_row, make_micro_batch
+from cpt.training.loader import NO_SOURCE, filler_row, make_micro_batch
 
 
 def continue_texts(
@@ -79,7 +79,7 @@ def _next_tokens(
     local = seq_len // topology.sp_size
     at = torch.tensor(last)
     mine = at // local == topology.sp_rank
-    batch = make_micro_batch(rows, [-1] * len(rows), topology)
+    batch = make_micro_batch(rows, [NO_SOURCE] * len(rows), topology)
     logits_BV = engine.next_token_logits(batch, at % local)
     found = torch.where(mine & (topology.dp_rank == 0), logits_BV.argmax(-1), 0)
     dist.all_reduce(

@@ -1,22 +1,17 @@
-"""The base model's next-token distributions for the training rows of some sources, read by row.
+"""Reading of KL targets: the base model's next-token distributions for the rows of some sources.
 
-    folder: <source>.safetensors (`ids`: (tokens, k) int32, `log_p`: (tokens, k + 1) fp32),
-        kl_targets.json
-
-A source's predicted tokens stand in the order of its rows, so that a row's part of both tensors
-follows from the row number; a rank reads the bytes of its own tokens and no others.  `cpt
-kl_targets` writes the folder (cpt/offline/kl_target_writer.py).
+A rank reads the bytes of its own tokens and no others; the format is in
+cpt/training/kl_target_format.py.
 
 Decisions
     The sidecar names the hash of the base model's weight files, and for every source the hash of
-    what its rows are made of and the hash of its file.  An edit of another source leaves the
-    targets good; other rows, another base model or damaged files are refused before the first step.
+    what its rows are made of and the hash of its file. An edit of another source leaves the targets
+    good. Other rows, another base model or damaged files are refused before the first step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,100 +20,36 @@ import torch
 
 from cpt.errors import ConfigError, DataError
 from cpt.model.loss.divergence import TopK
-from cpt.model.weights.byte_ranges import TensorFile
-from cpt.model.weights.hf_layout import read_json
 from cpt.parallel.topology import Topology
+from cpt.training.kl_target_format import (
+    SIDECAR,
+    Sidecar,
+    TargetFileReader,
+    hash_target_file,
+    read_sidecar,
+    target_file,
+)
 from data_pipeline.build.self_replay import weights_hash
 from data_pipeline.dataset import BuiltData
-from data_pipeline.store.files import xxh3_of
-
-SIDECAR = "kl_targets.json"
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TargetsOfSource:
-    """One source in the sidecar."""
-
-    rows: int
-    """Training rows."""
-    tokens: int
-    """Predicted tokens in them."""
-    row_hash: str
-    """`Manifest.row_hashes` of the build."""
-    xxh3: str
-    """Of the file."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sidecar:
-    """What kl_targets.json says."""
-
-    base_model: str
-    """Hash of the base model's weight files (`data_pipeline.build.self_replay.weights_hash`)."""
-    computed_in: str
-    """Dtype of the base model's forward pass."""
-    build: str
-    """Fingerprint of the build."""
-    top_k: int
-    """Listed tokens."""
-    sources: Mapping[str, TargetsOfSource]
-    """By name."""
-
-    def content(self) -> dict[str, Any]:
-        """As JSON."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
-
-
-def read_sidecar(folder: Path) -> Sidecar:
-    """Read kl_targets.json.
-
-    Raises:
-        ConfigError: it is missing, or no sidecar of this format.
-    """
-    path = folder / SIDECAR
-    if not path.is_file():
-        raise ConfigError(
-            f"train.kl_targets: {path} does not exist. Write the targets with cpt kl_targets."
-        )
-    content = read_json(path)
-    if content.pop("format_version", None) != FORMAT_VERSION:
-        raise ConfigError(
-            f"{path}: not of format version {FORMAT_VERSION}. Write the targets again."
-        )
-    try:
-        sources = {
-            name: TargetsOfSource(**source) for name, source in content.pop("sources").items()
-        }
-        return Sidecar(**content, sources=sources)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: not a sidecar of cpt kl_targets ({error}). Write them again."
-        ) from error
-
-
-def target_file(folder: Path, source: str) -> Path:
-    """Where the targets of a source lie."""
-    return folder / f"{source}.safetensors"
 
 
 def mismatches(
     sidecar: Sidecar, data: BuiltData, base_files: Sequence[Path], base_name: str
 ) -> list[str]:
-    """Why these targets are not those of a run's data and base model.
+    """Return why these targets are not those of a run's data and base model.
 
     Args:
-        sidecar: Of the targets.
-        data: What the run trains on.
-        base_files: Weight files it starts from; empty for random weights.
-        base_name: What a message calls that model.
+        sidecar: Describes the targets.
+        data: The data that the run trains on.
+        base_files: Weight files that the run starts from; empty for random weights.
+        base_name: Name of that model in messages.
     """
     problems = []
     own = weights_hash(base_files) if base_files else "random weights"
     if own != sidecar.base_model:
         problems.append(
-            f"train.kl_targets are of the model {sidecar.base_model[:16]}, this run starts from {base_name} "
-            f"({own[:16]})."
+            f"train.kl_targets are of the model {sidecar.base_model[:16]}, this run starts from "
+            f"{base_name} ({own[:16]})."
         )
     row_hashes = data.manifest.row_hashes()
     for name, stored in sidecar.sources.items():
@@ -127,11 +58,14 @@ def mismatches(
         elif row_hashes[name] != stored.row_hash:
             number = data.source_names.index(name)
             problems.append(
-                f"train.kl_targets: source '{name}' was built otherwise: {stored.rows} rows of {stored.tokens} tokens "
-                f"({stored.row_hash[:10]}) there, {data.num_rows(number)} of {int(data.row_tokens(number).sum())} "
-                f"({row_hashes[name][:10]}) in {data.directory}."
+                f"train.kl_targets: source '{name}' was built otherwise: {stored.rows} rows of "
+                f"{stored.tokens} tokens ({stored.row_hash[:10]}) there, {data.num_rows(number)} "
+                f"of {int(data.row_tokens(number).sum())} ({row_hashes[name][:10]}) in "
+                f"{data.directory}."
             )
-    return [*problems, "Write the targets again with cpt kl_targets."] if problems else []
+    if problems:
+        problems.append("Write the targets again with cpt kl_targets.")
+    return problems
 
 
 def presence_problems(folder: Path) -> list[str]:
@@ -154,23 +88,25 @@ def presence_problems(folder: Path) -> list[str]:
 def check_targets(
     folder: Path, data: BuiltData, base_files: Sequence[Path], base_name: str
 ) -> None:
-    """Compare targets with a run, and their files with the sidecar; reads the weights and the
-    targets once.
+    """Compare targets with a run, and their files with the sidecar.
+
+    The weights and the targets are read once for it.
 
     Raises:
-        ConfigError: they are of another model or of other rows.
+        ConfigError: the targets are of another model or of other rows.
         DataError: a file is missing or damaged.
     """
     sidecar = read_sidecar(folder)
-    if problems := mismatches(sidecar, data, base_files, base_name):
+    problems = mismatches(sidecar, data, base_files, base_name)
+    if problems:
         raise ConfigError(problems)
     for name, stored in sidecar.sources.items():
         file = target_file(folder, name)
-        found = xxh3_of(file) if file.is_file() else "no file"
+        found = hash_target_file(folder, name) if file.is_file() else "no file"
         if found != stored.xxh3:
             raise DataError(
-                f"{file}: damaged, its hash is {found[:16]}, {SIDECAR} says {stored.xxh3[:16]}. Write the targets "
-                "again."
+                f"{file}: damaged, its hash is {found[:16]}, {SIDECAR} says {stored.xxh3[:16]}. "
+                "Write the targets again."
             )
 
 
@@ -183,74 +119,63 @@ class KLTargets:
         """Open the files.
 
         Args:
-            folder: What `cpt kl_targets` wrote.
+            folder: The folder that `cpt kl_targets` wrote.
             source_names: The sources that row places refer to, by number.
             row_tokens: Predicted tokens of each training row, by name of the source.
         """
         sidecar = read_sidecar(folder)
         self._top_k = sidecar.top_k
-        self._numbers = {
-            number: name for number, name in enumerate(source_names) if name in sidecar.sources
-        }
-        self._files = {
-            name: TensorFile(target_file(folder, name)) for name in self._numbers.values()
-        }
-        self._ends = {name: np.cumsum(row_tokens[name]) for name in self._numbers.values()}
+        self._names: dict[int, str] = {}
+        self._files: dict[int, TargetFileReader] = {}
+        self._ends: dict[int, Any] = {}
+        for number, name in enumerate(source_names):
+            if name in sidecar.sources:
+                self._names[number] = name
+                self._files[number] = TargetFileReader(folder, name, sidecar.top_k)
+                self._ends[number] = np.cumsum(row_tokens[name])
 
     @property
     def sources(self) -> list[str]:
-        """Sources that have targets."""
-        return list(self._numbers.values())
+        """Names of the sources that have targets."""
+        return list(self._names.values())
 
     def of_rows(
         self, places: Sequence[tuple[int, int]], topology: Topology, seq_len: int
     ) -> TopK | None:
-        """The targets of this rank's tokens.
+        """Return the targets of this rank's tokens.
 
         Args:
             places: Source and row number of each row of a micro batch.
-            topology: Which part of a row is this rank's.
+            topology: Which part of a row is this rank's, and its device.
             seq_len: Slots of a row.
 
         Returns:
             The targets on this rank's device; None if there is none for any token.
         """
         local = seq_len // topology.sp_size
-        parts = [self._read(*place, topology.sp_rank * local, local) for place in places]
-        at = [slots + index * local for index, (slots, _, _) in enumerate(parts)]
-        if not sum(map(len, at)):
+        at, ids, log_p = [], [], []
+        for index, (source, row) in enumerate(places):
+            begin, end = self._token_range(source, row, topology.sp_rank * local, local)
+            if begin < end:
+                row_ids, row_log_p = self._files[source].read(begin, end)
+                at.append(torch.arange(end - begin) + index * local)
+                ids.append(row_ids)
+                log_p.append(row_log_p)
+        if not at:
             return None
         return TopK(
             at_n=torch.cat(at).to(topology.device),
-            ids_nk=torch.cat([ids for _, ids, _ in parts]).to(topology.device, torch.int64),
-            log_p_nK=torch.cat([log_p for _, _, log_p in parts]).to(topology.device),
+            ids_nk=torch.cat(ids).to(topology.device, torch.int64),
+            log_p_nK=torch.cat(log_p).to(topology.device),
         )
 
-    def _read(
-        self, source: int, row: int, first: int, slots: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of slots [first, first + slots) of a row: which have a target, from `first` on; ids;
-        log-probabilities.
+    def _token_range(self, source: int, row: int, first: int, slots: int) -> tuple[int, int]:
+        """Return the tokens of the source's file that the slots [first, first + slots) of a row
+        predict; the range is empty if there are none.
         """
-        k = self._top_k
-        name = self._numbers.get(source)
-        begin = end = 0
-        if name is not None:
-            row_begin, row_end = (
-                (int(self._ends[name][row - 1]) if row else 0),
-                int(self._ends[name][row]),
-            )
-            begin, end = row_begin + first, min(row_end, row_begin + first + slots)
-        if name is None or begin >= end:
-            return (
-                torch.zeros(0, dtype=torch.int64),
-                torch.zeros((0, k), dtype=torch.int32),
-                torch.zeros((0, k + 1)),
-            )
-        file = self._files[name]
-        ids = file.elements("ids", begin * k, end * k).view(-1, k)
-        return (
-            torch.arange(end - begin),
-            ids,
-            file.elements("log_p", begin * (k + 1), end * (k + 1)).view(-1, k + 1),
-        )
+        if source not in self._ends:
+            return 0, 0
+        ends = self._ends[source]
+        row_begin = int(ends[row - 1]) if row > 0 else 0
+        row_end = int(ends[row])
+        return row_begin + first, min(row_end, row_begin + first + slots)

@@ -1,11 +1,11 @@
-"""Packed rows -> this rank's tensors.
+"""Loading of micro batches: packed rows become the tensors of this rank.
 
     global batch (row ids, a pure function of the step)
       -> rows of this data-parallel rank and micro step
-      -> inputs, labels and positions of this sequence-parallel rank's tokens + document bounds of
-      the whole rows
+      -> inputs, labels and positions of this sequence-parallel rank's tokens, and the document
+         bounds of the whole rows
 
-Every rank reads what it needs from the memory-mapped shards itself; no data is broadcast.  Labels
+Every rank reads what it needs from the memory-mapped shards itself; no data is broadcast. Labels
 were shifted when the row was packed, so cutting a row between ranks loses no prediction.
 
 Shape letters: B rows of the micro batch, T tokens of a row, S local tokens.
@@ -14,7 +14,7 @@ Shape letters: B rows of the micro batch, T tokens of a row, S local tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,29 +27,36 @@ from data_pipeline.dataset import IGNORED_LABEL, BuiltData, PackedRow
 from data_pipeline.mixture.mixture import GlobalBatch
 from data_pipeline.text.tokenizer import END_OF_TEXT
 
+NO_SOURCE = -1
+"""Source number of a row that is not from the data mix."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """What one rank feeds to one forward pass."""
+    """Input of one forward pass on one rank.
+
+    The tensors with a dimension S hold this rank's slice of each row. `packed_rows` describes the
+    whole rows, because attention reaches beyond the slice.
+    """
 
     input_ids: torch.Tensor
     """(B, S) local tokens."""
     labels: torch.Tensor
-    """(B, S) next tokens; -100 where there is none."""
+    """(B, S) tokens that follow them; -100 where nothing is predicted."""
     position_ids: torch.Tensor
     """(B, S) positions within the document."""
     packed_rows: PackedRows
-    """Document bounds of the whole rows."""
-    row_labels: torch.Tensor
-    """(B,) what each row counts as: its source, or -1 for a filler row."""
-    targets: TopK | None = None
-    """The base model's distribution for the tokens of some rows; None if there is none for any."""
+    """Document bounds of the whole rows, T tokens each."""
+    source_of_row: torch.Tensor
+    """(B,) number of each row's source; `NO_SOURCE` if it is not from the data mix."""
+    targets: TopK | None
+    """The base model's distribution for some of the local tokens; None if there is none."""
 
 
 def rows_of_rank(
     batch: GlobalBatch, micro_step: int, micro_batch_size: int, topology: Topology
 ) -> list[int]:
-    """Positions in the global batch of this rank's rows in one micro step."""
+    """Return the positions in the global batch of this rank's rows in one micro step."""
     first = (micro_step * topology.dp_size + topology.dp_rank) * micro_batch_size
     return list(range(first, first + micro_batch_size))
 
@@ -63,19 +70,33 @@ def load_micro_batch(
     kl_targets: KLTargets | None = None,
 ) -> MicroBatch:
     """Read one micro batch of a global batch, with its targets where there are any."""
-    positions = rows_of_rank(batch, micro_step, micro_batch_size, topology)
-    places = [(int(batch.sources[position]), int(batch.rows[position])) for position in positions]
+    sources = []
+    places = []
+    for position in rows_of_rank(batch, micro_step, micro_batch_size, topology):
+        source = int(batch.sources[position])
+        sources.append(source)
+        places.append((source, int(batch.rows[position])))
     rows = [data.read_row(source, row) for source, row in places]
-    micro_batch = make_micro_batch(rows, [source for source, _ in places], topology)
-    if kl_targets is None:
-        return micro_batch
-    return replace(micro_batch, targets=kl_targets.of_rows(places, topology, data.seq_len))
+    targets = None
+    if kl_targets is not None:
+        targets = kl_targets.of_rows(places, topology, data.seq_len)
+    return make_micro_batch(rows, sources, topology, targets)
 
 
 def make_micro_batch(
-    rows: Sequence[PackedRow], row_labels: Sequence[int], topology: Topology
+    rows: Sequence[PackedRow],
+    source_of_row: Sequence[int],
+    topology: Topology,
+    targets: TopK | None = None,
 ) -> MicroBatch:
-    """Cut rows to this rank's tokens and put them on its device."""
+    """Cut rows to this rank's tokens and put them on its device.
+
+    Args:
+        rows: Whole rows of one length, which the sequence-parallel size divides.
+        source_of_row: Number of each row's source, or `NO_SOURCE`.
+        topology: This rank's part of a row, and its device.
+        targets: The base model's distribution for some of the local tokens.
+    """
     seq_len = len(rows[0].input_ids)
     local = seq_len // topology.sp_size
     span = slice(topology.sp_rank * local, (topology.sp_rank + 1) * local)
@@ -89,12 +110,13 @@ def make_micro_batch(
         labels=stack("labels"),
         position_ids=stack("position_ids"),
         packed_rows=PackedRows.from_bounds([row.bounds for row in rows], seq_len),
-        row_labels=torch.tensor(row_labels, device=topology.device),
+        source_of_row=torch.tensor(source_of_row, device=topology.device),
+        targets=targets,
     )
 
 
 def filler_row(seq_len: int) -> PackedRow:
-    """A row without a single label, for ranks that have nothing to do while others score."""
+    """Return a row without a single label, for ranks that idle while others score."""
     return PackedRow(
         input_ids=np.full(seq_len, END_OF_TEXT, dtype=np.int64),
         labels=np.full(seq_len, IGNORED_LABEL, dtype=np.int64),

@@ -16,7 +16,7 @@ from torch import nn
 from safetensors.torch import save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from cpt.training.kl_targets import SIDECAR, Sidecar, TargetsOfSource, target_file
+from cpt.training.kl_target_format import SIDECAR, Sidecar, TargetsOfSource, target_file
 from data_pipeline.dataset import PackedRow
 
 SEQ_LEN, ROWS, STEPS, WINDOW = 128, 8, 6, 32

@@ -19,7 +19,7 @@ from cpt.planning.traffic import exchanges
 from cpt.checkpoint.flat_planner import FlatRange
 from cpt.checkpoint.manifest import read_manifest, verify_files
 from cpt.checkpoint.reader import PARTS, read_ranges, step_folder
-from cpt.training.engine import parameter_groups
+from cpt.training.optimizer import parameter_groups
 from tests.dist.cases import (
     CLIPPING,
     KL_WEIGHT,

@@ -120,12 +120,12 @@ def run(scenario: Scenario, folder: Path) -> None:
         for first in range(0, ROWS, per_pass):
             start = first + topology.dp_rank * config.micro_batch_size
             mine = range(start, start + config.micro_batch_size)
-            micro_batch = make_micro_batch([rows[i] for i in mine], [i % 2 for i in mine], topology)
+            found = None
             if targets is not None:
                 places = [(i % 2, (step * ROWS + i) // 2) for i in mine]
                 found = targets.of_rows(places, topology, SEQ_LEN)
-                micro_batch = dataclasses.replace(micro_batch, targets=found)
-            micro_batches.append(micro_batch)
+            sources = [i % 2 for i in mine]
+            micro_batches.append(make_micro_batch([rows[i] for i in mine], sources, topology, found))
         tokens = [int(sum((row.labels >= 0).sum() for row in rows[source::2])) for source in (0, 1)]
         result = engine.step(micro_batches, tokens, step=step + 1)
         results.append(dataclasses.asdict(result))

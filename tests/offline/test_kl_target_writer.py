@@ -22,7 +22,8 @@ from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.offline.model import OfflineModel, single_process
 from cpt.parallel.topology import Topology
-from cpt.training.kl_targets import SIDECAR, KLTargets, check_targets, read_sidecar, target_file
+from cpt.training.kl_target_format import SIDECAR, read_sidecar, target_file
+from cpt.training.kl_targets import KLTargets, check_targets
 from cpt.training.loader import MicroBatch, load_micro_batch
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_file import load_mix
