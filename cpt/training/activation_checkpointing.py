@@ -1,12 +1,12 @@
-"""Activation checkpointing: each layer keeps its input alone, on the device or in host memory.
+"""Activation checkpointing: each layer keeps only its input, on the device or in host memory.
 
-torch's non-reentrant checkpoint saves the layer's input as autograd does any tensor, so a
-saved-tensor hook around the call decides where it waits.  What the layer saves inside belongs to
-torch's own hooks and is never copied.
+torch's non-reentrant checkpoint saves the layer's input as autograd saves any tensor, so a
+saved-tensor hook around the call decides where it waits. The tensors that the layer saves inside
+belong to torch's own hooks and are never copied.
 
-On CUDA the copy leaves on a stream of its own, into pinned memory, while the layer computes.  The
-way back is ordered before the recomputation that needs it and is waited for.  On a CPU there is no
-other memory, and a plain copy is kept.
+On CUDA the copy leaves on a stream of its own, into pinned memory, while the layer computes. The
+copy back is ordered before the recomputation that needs it. On a CPU there is no other memory, and
+a plain copy is kept.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from cpt.model.recomputation import context_fn
 def enable_checkpointing(
     model: PreTrainedModel, *, offload: bool, keep_exchanged_rows: bool
 ) -> None:
-    """Compute every layer again in the backward pass.
+    """Make every layer compute its activations again in the backward pass.
 
     Args:
         model: A Hugging Face model whose layers support it.
         offload: Keep the inputs of the layers in host memory.
-        keep_exchanged_rows: Keep what the exchange of the experts brought instead of exchanging
+        keep_exchanged_rows: Keep the rows that the experts received instead of exchanging them
             again.
     """
     run: Callable[..., Any] = partial(
         checkpoint, use_reentrant=False, context_fn=context_fn(keep=keep_exchanged_rows)
     )
     if offload:
-        run = partial(_with_input_on_host, HostCopies(), run)
-    # gradient_checkpointing_enable takes arguments for torch's checkpoint, but no other function in
-    # its place
+        run = partial(_run_with_input_on_host, HostCopies(), run)
+    # The public gradient_checkpointing_enable takes arguments for torch's checkpoint, but no other
+    # function in its place.
     model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run)
 
 
-def _with_input_on_host(
+def _run_with_input_on_host(
     copies: HostCopies, run: Callable[..., Any], layer: Callable[..., Any], *args: Any
 ) -> Any:
     with saved_tensors_hooks(copies.out, copies.back):
@@ -68,13 +68,12 @@ class HostCopies:
         with torch.cuda.stream(self._stream):
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             host.copy_(tensor, non_blocking=True)
-            tensor.record_stream(
-                self._stream
-            )  # its memory is not given away before the copy has read it
+            # The memory is not given away before the copy has read it.
+            tensor.record_stream(self._stream)
         return host, tensor.device, self._stream.record_event()
 
     def back(self, packed: tuple[Tensor, torch.device, torch.cuda.Event | None]) -> Tensor:
-        """The tensor on its device, in the order of the current stream."""
+        """Return the tensor on its device, in the order of the current stream."""
         host, device, copied = packed
         if copied is None:
             return host

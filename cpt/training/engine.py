@@ -219,20 +219,14 @@ class TrainingEngine:
         """
         num_sources = len(tokens_by_source)
         total_tokens = sum(tokens_by_source)
-        num_losses = 2 if self._has_targets else 1
-        nats_by_source = torch.zeros(num_losses, num_sources, dtype=torch.float64)
         self.router_watch.begin(
             num_sources=num_sources,
             positions=self._positions,
             world_size=self.topology.world_size,
             measure=measure_routers,
         )
-        for micro_step, batch in enumerate(micro_batches):
-            if micro_step > 0:
-                # Between accumulation steps this only advances the engine's counter.
-                self.deepspeed.step()
-            nats_LB = self._backward(batch, step, self.topology.world_size / total_tokens)
-            nats_by_source[: len(nats_LB)].index_add_(1, batch.source_of_row.cpu(), nats_LB)
+        loss_scale = self.topology.world_size / total_tokens
+        nats_by_source = self._accumulate(micro_batches, num_sources, step, loss_scale)
         self._clock.enter("gradient", step)
         sums = self._sum_over_ranks(nats_by_source, votes())
         router = self.router_watch.finish(self.topology.control_group)
@@ -255,6 +249,24 @@ class TrainingEngine:
             votes=sums.votes,
             router=router,
         )
+
+    def _accumulate(
+        self, micro_batches: Iterable[MicroBatch], num_sources: int, step: int, loss_scale: float
+    ) -> torch.Tensor:
+        """Add up the gradients of all micro batches, and return this rank's nats by source.
+
+        Returns:
+            (L, sources) fp64 on the CPU.
+        """
+        num_losses = 2 if self._has_targets else 1
+        nats_by_source = torch.zeros(num_losses, num_sources, dtype=torch.float64)
+        for micro_step, batch in enumerate(micro_batches):
+            if micro_step > 0:
+                # Between accumulation steps this only advances the engine's counter.
+                self.deepspeed.step()
+            nats_LB = self._backward(batch, step, loss_scale)
+            nats_by_source[: len(nats_LB)].index_add_(1, batch.source_of_row.cpu(), nats_LB)
+        return nats_by_source
 
     def _backward(self, batch: MicroBatch, step: int, loss_scale: float) -> torch.Tensor:
         """Do forward and backward of one micro batch.

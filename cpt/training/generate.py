@@ -1,9 +1,9 @@
-"""Continuing texts with the model that is being trained, in any layout, by the likeliest token.
+"""Greedy continuation of texts with the model in training, in any layout.
 
 Every data-parallel rank works on the same rows, without a key/value cache: under ZeRO-3 and expert
-parallelism all ranks have to take part in each forward pass anyway.  A row has one length
-throughout; what lies behind its end is not seen, since attention is causal.  The first
-data-parallel rank's choice counts on all ranks, so that none stops alone.
+parallelism all ranks have to take part in each forward pass anyway. A row has one length
+throughout; the slots after the end of its text are not seen, since attention is causal. The choice
+of the first data-parallel rank counts on all ranks, so that none stops alone.
 
 Shape letters: B texts, T tokens of a row.
 """
@@ -11,6 +11,7 @@ Shape letters: B texts, T tokens of a row.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,9 +37,9 @@ def continue_texts(
     Args:
         engine: The training engine.
         prompts: Tokens, at least one each.
-        max_new_tokens: Tokens to add at most.
+        max_new_tokens: Largest number of tokens to add.
         window: Keys that a window layer's query sees; a rank must hold as many tokens for the
-            window exchange.
+            exchange of the window layers.
         stop_ids: A text ends after one of these.
 
     Returns:
@@ -46,7 +47,7 @@ def continue_texts(
     """
     topology = engine.topology
     longest = max(map(len, prompts)) + max_new_tokens
-    local = -(-longest // topology.sp_size)
+    local = math.ceil(longest / topology.sp_size)
     if topology.sp_size > 1:
         local = max(local, window)
     tokens_BT = np.zeros((len(prompts), local * topology.sp_size), dtype=np.int64)
@@ -63,16 +64,17 @@ def continue_texts(
                 running[index] = chosen[index] not in stop_ids
         if not any(running):
             break
-    return [
-        row[len(p) : end].tolist() for row, p, end in zip(tokens_BT, prompts, ends, strict=True)
-    ]
+    continuations = []
+    for row_T, prompt, end in zip(tokens_BT, prompts, ends, strict=True):
+        continuations.append(row_T[len(prompt) : end].tolist())
+    return continuations
 
 
 def _next_tokens(
     engine: TrainingEngine, topology: Topology, tokens_BT: npt.NDArray[np.int64], last: list[int]
 ) -> list[int]:
-    """The likeliest token after position `last` of each row, as the first data-parallel rank finds
-    it.
+    """Return the likeliest token after position `last` of each row, as the first data-parallel rank
+    finds it.
     """
     seq_len = tokens_BT.shape[1]
     rows = [dataclasses.replace(filler_row(seq_len), input_ids=tokens_T) for tokens_T in tokens_BT]
@@ -82,7 +84,6 @@ def _next_tokens(
     batch = make_micro_batch(rows, [NO_SOURCE] * len(rows), topology)
     logits_BV = engine.next_token_logits(batch, at % local)
     found = torch.where(mine & (topology.dp_rank == 0), logits_BV.argmax(-1), 0)
-    dist.all_reduce(
-        found, group=topology.control_group
-    )  # one rank has a value for each row, the others 0
+    # One rank has a value for each row, the others 0.
+    dist.all_reduce(found, group=topology.control_group)
     return [int(token) for token in found]

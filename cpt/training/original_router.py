@@ -1,4 +1,4 @@
-"""The untouched model's routers, kept beside a run: the mark from which their drift is measured.
+"""The untouched model's routers, kept beside a run to measure how far training moves them.
 
 <run_dir>/router_original.safetensors is written before step 0 and read by every later start.
 """
@@ -27,13 +27,14 @@ def watch_drift(engine: TrainingEngine, run_dir: Path, *, untouched: bool) -> No
 
     Args:
         engine: The engine, its weights in place.
-        run_dir: Where the file is.
+        run_dir: Holds the file.
         untouched: Whether the weights are still those of the start; then the file is written.
 
     Raises:
-        StorageError: on all ranks, if one could not write or read it.
+        StorageError: on all ranks, if one could not write or read the file.
     """
-    parameters, group = router_parameters(engine.deepspeed.module), engine.topology.control_group
+    parameters = router_parameters(engine.deepspeed.module)
+    group = engine.topology.control_group
     path = run_dir / FILE
     if untouched:
         with gathered(list(parameters.values())):
@@ -44,11 +45,9 @@ def watch_drift(engine: TrainingEngine, run_dir: Path, *, untouched: bool) -> No
     else:
         log.warning("%s is missing: the drift of the routers is not measured", path)
         return
-    halves = zip(
-        *([tensors[n] for n in parameters if n.endswith(kind)] for kind in (".weight", ".bias")),
-        strict=True,
-    )
-    engine.router_watch.original = list(halves)
+    weights = [tensors[name] for name in parameters if name.endswith(".weight")]
+    biases = [tensors[name] for name in parameters if name.endswith(".bias")]
+    engine.router_watch.original = list(zip(weights, biases, strict=True))
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:

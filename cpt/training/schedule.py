@@ -1,4 +1,4 @@
-"""Learning rate of a step: a pure function, so that resuming needs no state."""
+"""The learning rate: a pure function of the step, so that resuming needs no state."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from cpt.config import TrainSection
 
 
 def learning_rate(step: int, train: TrainSection) -> float:
-    """Learning rate of optimizer step `step` (0-based).
+    """Return the learning rate of optimizer step `step`, counted from 0.
 
-    Linear warm-up reaches the peak at step `warmup_steps`; then `constant`, `cosine` to the floor
-    at `total_steps`, or `wsd`: stable until the last `decay_steps` steps, then linear to the floor
-    (arXiv 2404.06395).
+    Linear warm-up reaches the peak at step `warmup_steps`. Then the rate is `constant`, falls with
+    `cosine` to the floor at `total_steps`, or with `wsd` stays at the peak until the last
+    `decay_steps` steps and falls linearly to the floor (arXiv 2404.06395).
     """
     floor = train.lr * train.min_lr_ratio
     if step < train.warmup_steps:
