@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run."""
+"""The DeepSpeed engine of a run, and the check of the private code it relies on."""
 
 from __future__ import annotations
 
@@ -10,12 +10,33 @@ from torch import nn
 
 from cpt.deepspeed_adapter.offload import (
     move_frozen_weights,
+    nvme_paths,
     on_host,
     place_gradients,
     state_in_files,
 )
 from cpt.deepspeed_adapter.shards import create_optimizer_state
+from cpt.deepspeed_adapter.version import Feature, check_private_code
 from cpt.storage.file_memory import FileMemory
+
+
+def check_internals(engine_json: dict[str, Any]) -> None:
+    """Refuse a DeepSpeed whose private code differs where this configuration relies on it.
+
+    Raises:
+        ConfigError: a private function is missing or is not the one that was read.
+    """
+    features: list[Feature] = ["experts"]
+    if engine_json["zero_optimization"]["stage"] == 3:
+        features.append("ZeRO-3")
+    else:
+        features.append("ZeRO-1 or 2")
+    paths = nvme_paths(engine_json)
+    if "offload_optimizer" in paths:
+        features.append("NVMe optimizer")
+    if "offload_param" in paths:
+        features.append("NVMe weights")
+    check_private_code(features)
 
 
 def initialize(
@@ -24,10 +45,13 @@ def initialize(
     engine_json: dict[str, Any],
     files: dict[str, FileMemory],
 ) -> Any:
-    """The engine.
+    """Build the engine.
 
     Args:
-        files: The memory of the state that goes to NVMe, of the sizes that `file_bytes` says.
+        model: The model; its parameters are partitioned already under ZeRO-3.
+        optimizer: Updates the trained parameters.
+        engine_json: The DeepSpeed JSON, resolved.
+        files: The memory of the state that goes to NVMe, of the sizes that `file_bytes` returns.
     """
     with state_in_files(files):
         engine, *_ = deepspeed.initialize(

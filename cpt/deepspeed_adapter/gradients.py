@@ -5,6 +5,8 @@ Read in deepspeed 0.19.8: runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,23 +16,13 @@ from cpt.errors import InternalError
 
 
 def squared_gradient_norm(engine: Any) -> float:
-    """This rank's share of the squared global gradient norm: each gradient element is owned by
-    exactly one rank.
+    """Return this rank's share of the squared global gradient norm.
 
-    Valid between `backward` of the last accumulation step, which has reduced and partitioned the
-    gradients, and `step`. NaN or infinity anywhere in the share makes it NaN or infinite.
+    Each gradient element is owned by exactly one rank. The result is valid between `backward` of
+    the last accumulation step, which has reduced and partitioned the gradients, and `step`. NaN or
+    infinity anywhere in the share makes it NaN or infinite.
     """
-    zero = engine.optimizer
-    if (engine.zero_optimization_stage() == 3 and zero.offload_optimizer) or getattr(
-        zero, "cpu_offload", False
-    ):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies to the host run on streams of their own
-        gradients = [flat.grad for flat in flat_partitions(engine) if flat.grad is not None]
-    else:
-        gradients = [
-            gradient for group in zero.averaged_gradients.values() for gradient in group or ()
-        ]
+    gradients = _owned_gradients(engine)
     if not gradients:
         return 0.0
     norms = [
@@ -39,30 +31,57 @@ def squared_gradient_norm(engine: Any) -> float:
     return float(torch.stack(norms).double().square().sum())
 
 
-def discard_gradients(engine: Any) -> None:
-    """Finish an optimizer step without an update, on all ranks: gradients are dropped, the engine's
-    counters go on.
+def _owned_gradients(engine: Any) -> list[torch.Tensor]:
+    zero = engine.optimizer
+    if _is_offloaded(engine):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies to the host run on streams of their own
+        return [flat.grad for flat in flat_partitions(engine) if flat.grad is not None]
+    gradients: list[torch.Tensor] = []
+    for group in zero.averaged_gradients.values():
+        if group is not None:
+            gradients.extend(group)
+    return gradients
 
-    DeepSpeed drops gradients by itself if their norm is not finite; here it is told so, whatever
-    they are, because the judgement is made before and holds for all ranks.  Neither weights nor
-    Adam's state are touched.
+
+def _is_offloaded(engine: Any) -> bool:
+    """Return whether the optimizer state, hence the gradients that Adam reads, is on the host."""
+    if engine.zero_optimization_stage() == 3:
+        return bool(engine.optimizer.offload_optimizer)
+    return bool(engine.optimizer.cpu_offload)
+
+
+def discard_gradients(engine: Any) -> None:
+    """Finish an optimizer step without an update, on all ranks.
+
+    DeepSpeed drops gradients by itself if their norm is not finite. Here it is told so whatever
+    they are, because the decision was made before and holds for all ranks. The gradients are
+    dropped and the engine's counters go on; neither weights nor Adam's state are touched.
     """
-    zero, stage = engine.optimizer, engine.zero_optimization_stage()
-    invalid = torch.full(
-        (), -1.0, device=flat_partitions(engine)[0].device
-    )  # DeepSpeed's word for not finite
-    name, replacement = (
-        ("_get_norm_groups", [invalid]) if stage == 3 else ("scaled_global_norm", invalid)
-    )
-    assert callable(getattr(zero, name)), (
-        f"ZeRO-{stage} has no {name}: this is not the DeepSpeed that was read"
-    )
-    setattr(zero, name, lambda *_, **__: replacement)
-    try:
-        engine.step()
-    finally:
-        delattr(zero, name)
+    zero = engine.optimizer
+    # DeepSpeed marks a norm that is not finite as -1.
+    invalid = torch.full((), -1.0, device=flat_partitions(engine)[0].device)
+    if engine.zero_optimization_stage() == 3:
+        with _shadowed(zero, "_get_norm_groups", [invalid]):
+            engine.step()
+    else:
+        with _shadowed(zero, "scaled_global_norm", invalid):
+            engine.step()
     if engine.was_step_applied():
         raise InternalError(
             "DeepSpeed applied an update that was to be dropped; the last checkpoint is intact."
         )
+
+
+@contextmanager
+def _shadowed(zero: Any, name: str, result: Any) -> Iterator[None]:
+    """Let a method of one object return `result` inside the block."""
+
+    def return_result(*_: Any, **__: Any) -> Any:
+        return result
+
+    setattr(zero, name, return_result)
+    try:
+        yield
+    finally:
+        delattr(zero, name)

@@ -1,7 +1,6 @@
-"""Process groups: DeepSpeed's process group and expert groups, and the layout of a run that they
-make up.
+"""The process groups of a run: DeepSpeed's world, its expert groups, and our own.
 
-Sequence parallelism is never told to DeepSpeed: to the engine every rank is a data-parallel rank.
+DeepSpeed is never told of sequence parallelism: to the engine every rank is a data-parallel rank.
 
 Read in deepspeed 0.19.8: utils/groups.py.
 """
@@ -27,9 +26,12 @@ CONTROL_TIMEOUT = timedelta(hours=6)
 def init_distributed(device: torch.device) -> None:
     """Join the process group that the launcher prepared.
 
-    On CPU, DeepSpeed would compile a shared-memory all-reduce at first use (most of a minute) that
-    leaves its buffers in /dev/shm when a rank is killed; it is declared incompatible, so that gloo
-    does the work.
+    On CPU, DeepSpeed would compile a shared-memory all-reduce at first use. That takes most of a
+    minute and leaves its buffers in /dev/shm when a rank is killed. The operation is declared
+    incompatible, so that gloo does the work.
+
+    Raises:
+        ConfigError: the port of the launcher is in use.
     """
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -47,7 +49,7 @@ def init_distributed(device: torch.device) -> None:
 
 
 def create_expert_groups(ep_size: int) -> dist.ProcessGroup:
-    """Create (once) the expert-parallel and expert-data-parallel groups; every rank must call this.
+    """Create the expert-parallel and expert-data-parallel groups once; every rank must call this.
 
     Returns:
         This rank's expert-parallel group: `ep_size` consecutive ranks.
@@ -57,21 +59,22 @@ def create_expert_groups(ep_size: int) -> dist.ProcessGroup:
 
 
 def create_topology(*, sp_size: int, ep_size: int, device: torch.device) -> Topology:
-    """Create all groups of a run; every rank calls this once, after the process group exists.
+    """Create all groups of a run; every rank calls this once, after `init_distributed`.
 
     Args:
         sp_size: Sequence-parallel size; divides the world size (checked by the configuration).
         ep_size: Expert-parallel size; divides the world size.
-        device: Where this rank computes.
+        device: The device on which this rank computes.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    world_size = dist.get_world_size()
     assert world_size % sp_size == 0 and world_size % ep_size == 0, (world_size, sp_size, ep_size)
     sp_group = None
-    for first in range(
-        0, world_size, sp_size
-    ):  # every rank must take part in the creation of every group
+    # Every rank must take part in the creation of every group.
+    for first in range(0, world_size, sp_size):
         group = dist.new_group(list(range(first, first + sp_size)))
-        sp_group = group if first <= rank < first + sp_size else sp_group
+        if first <= rank < first + sp_size:
+            sp_group = group
     assert sp_group is not None
     return Topology(
         rank=rank,

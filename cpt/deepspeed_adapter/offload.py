@@ -1,8 +1,12 @@
-"""State on NVMe: to DeepSpeed it is host memory, and that memory is a file
+"""State on NVMe: DeepSpeed takes it for host memory, and that memory is a file
 (cpt/storage/file_memory.py).
 
 DeepSpeed's own swapper holds such state in files of which it reads a group at a time: no save,
 resume or gradient norm would see it.
+
+`state_in_files` is the one place of the project that replaces methods of DeepSpeed. The sources of
+the replaced methods are compared with those that were read before an engine is built
+(`RELIED_ON` in cpt/deepspeed_adapter/version.py).
 
 Read in deepspeed 0.19.8: runtime/zero/stage3.py, runtime/zero/offload_config.py.
 """
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,120 +25,129 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
 from cpt.config.engine_json import OFFLOADS
-from cpt.deepspeed_adapter.shards import MOMENTS
 from cpt.storage.file_memory import FileMemory
-
-HOST_STATE_BYTES = 4 * (1 + len(MOMENTS) + 2)
-"""Per trained parameter, fp32: master weight, moments, and the gradient twice: as it adds up and as
-Adam reads it.
-"""
+from cpt.storage.state_bytes import OPTIMIZER_BYTES, host_gradient_bytes
 
 
 def nvme_paths(engine_json: dict[str, Any]) -> dict[str, Path]:
-    """The folders for state on NVMe, by key of the JSON."""
-    blocks = {name: engine_json["zero_optimization"].get(name, {}) for name in OFFLOADS}
-    return {
-        name: Path(block["nvme_path"])
-        for name, block in blocks.items()
-        if block.get("device") == "nvme"
-    }
+    """Return the folders for state on NVMe, by key of the JSON."""
+    paths = {}
+    for name in OFFLOADS:
+        block = engine_json["zero_optimization"].get(name, {})
+        if block.get("device") == "nvme":
+            paths[name] = Path(block["nvme_path"])
+    return paths
 
 
 def file_bytes(model: nn.Module, engine_json: dict[str, Any]) -> dict[str, int]:
-    """Bytes of this rank's state that goes to NVMe, by key of the JSON; the model's parameters are
-    partitioned.
+    """Return the bytes of this rank's state that goes to NVMe, by key of the JSON.
+
+    The parameters of the model are partitioned already.
     """
+    bytes_per_trained = OPTIMIZER_BYTES + host_gradient_bytes(zero_stage=3)
+    optimizer_bytes = 0
+    weight_bytes = 0
     parameters: list[Any] = list(model.parameters())
-    sizes = {
-        "offload_optimizer": sum(
-            HOST_STATE_BYTES * p.ds_tensor.numel() for p in parameters if p.requires_grad
-        ),
-        "offload_param": sum(p.ds_tensor.nbytes for p in parameters),
-    }
+    for parameter in parameters:
+        weight_bytes += parameter.ds_tensor.nbytes
+        if parameter.requires_grad:
+            optimizer_bytes += bytes_per_trained * parameter.ds_tensor.numel()
+    sizes = {"offload_optimizer": optimizer_bytes, "offload_param": weight_bytes}
     return {name: sizes[name] for name in nvme_paths(engine_json)}
 
 
 def on_host(engine_json: dict[str, Any]) -> dict[str, Any]:
-    """The JSON for DeepSpeed, to which state on NVMe is state on the host.
+    """Return the JSON for DeepSpeed, in which state on NVMe is state on the host.
 
-    Not page-locked, which is DeepSpeed's default: torch keeps such memory for good, also when files
-    take its place.
+    The memory is not page-locked, which is DeepSpeed's default: torch never gives such memory back,
+    even after files have taken its place.
     """
-    on_host = {name: {"device": "cpu", "pin_memory": False} for name in nvme_paths(engine_json)}
-    return {**engine_json, "zero_optimization": {**engine_json["zero_optimization"], **on_host}}
+    blocks = {name: {"device": "cpu", "pin_memory": False} for name in nvme_paths(engine_json)}
+    return {**engine_json, "zero_optimization": {**engine_json["zero_optimization"], **blocks}}
 
 
 @contextmanager
 def state_in_files(files: dict[str, FileMemory]) -> Iterator[None]:
-    """Let an engine that is built meanwhile take weights, masters and their gradients from files.
+    """Replace the methods of DeepSpeed's ZeRO-3 optimizer that allocate state on the host.
 
-    They are never in other memory, not even while the engine is built: they might not fit.
+    An engine that is built inside the block takes its weights, master weights and their gradients
+    from `files`, by key of the DeepSpeed JSON. They are never in other memory, not even while the
+    engine is built, because they might not fit. `place_gradients` completes the work after the
+    block.
     """
-    cls, ours = DeepSpeedZeroOptimizer_Stage3, {}
-
-    def create_weights(zero: Any) -> None:
-        for group in zero.trainable_param_groups:
-            numel = sum(parameter.partition_numel() for parameter in group["params"])
-            zero.param_groups_fp16_flat_cpu_memory.append(
-                files["offload_param"].zeros(numel, zero.dtype)
-            )
-
-    def create_masters(zero: Any) -> None:
-        for half, ids in zip(
-            zero.fp16_partitioned_groups_flat, zero.fp16_partitioned_groups_flat_id, strict=True
-        ):
-            master: Any = (
-                files["offload_optimizer"]
-                .zeros(half.numel(), torch.float32)
-                .copy_(half)
-                .requires_grad_()
-            )
-            master.ds_id = f"{ids[0]}_{ids[-1]}"
-            zero.fp32_partitioned_groups_flat.append(master)
-        zero.subgroup_to_device = dict.fromkeys(
-            range(len(zero.fp32_partitioned_groups_flat)), "cpu"
-        )
-        for group in zero.optimizer.param_groups:
-            group["params"] = []  # DeepSpeed fills them in before a step
-
-    def create_gradients(zero: Any) -> None:
-        for master in zero.fp32_partitioned_groups_flat:
-            master.grad = files["offload_optimizer"].zeros_like(master)
-        zero.device = torch.device(
-            "meta"
-        )  # where DeepSpeed makes its buffer next, which `place_gradients` replaces
-
+    replacements: dict[str, partialmethod[None]] = {}
     if "offload_param" in files:
-        ours["_create_param_groups_fp16_flat_cpu_memory"] = create_weights
+        memory = files["offload_param"]
+        replacements["_create_param_groups_fp16_flat_cpu_memory"] = partialmethod(
+            _create_weights, memory=memory
+        )
     if "offload_optimizer" in files:
-        ours |= {
-            "_create_fp32_partitions": create_masters,
-            "initialize_optimizer_states": create_gradients,
-        }
-    theirs = {name: getattr(cls, name) for name in ours}
+        memory = files["offload_optimizer"]
+        replacements["_create_fp32_partitions"] = partialmethod(_create_masters, memory=memory)
+        replacements["initialize_optimizer_states"] = partialmethod(
+            _create_master_gradients, memory=memory
+        )
+    replaced = {name: getattr(DeepSpeedZeroOptimizer_Stage3, name) for name in replacements}
     try:
-        for name, method in ours.items():
-            setattr(cls, name, method)
+        for name, method in replacements.items():
+            setattr(DeepSpeedZeroOptimizer_Stage3, name, method)
         yield
     finally:
-        for name, method in theirs.items():
-            setattr(cls, name, method)
+        for name, method in replaced.items():
+            setattr(DeepSpeedZeroOptimizer_Stage3, name, method)
+
+
+def _create_weights(zero: Any, memory: FileMemory) -> None:
+    """Allocate the partitions of the weights (`_create_param_groups_fp16_flat_cpu_memory`)."""
+    for group in zero.trainable_param_groups:
+        numel = sum(parameter.partition_numel() for parameter in group["params"])
+        zero.param_groups_fp16_flat_cpu_memory.append(memory.zeros(numel, zero.dtype))
+
+
+def _create_masters(zero: Any, memory: FileMemory) -> None:
+    """Allocate the master weights and give them their values (`_create_fp32_partitions`)."""
+    halves = zero.fp16_partitioned_groups_flat
+    for half, ids in zip(halves, zero.fp16_partitioned_groups_flat_id, strict=True):
+        master: Any = memory.zeros(half.numel(), torch.float32)
+        master.copy_(half)
+        master.requires_grad_()
+        master.ds_id = f"{ids[0]}_{ids[-1]}"
+        zero.fp32_partitioned_groups_flat.append(master)
+    num_masters = len(zero.fp32_partitioned_groups_flat)
+    zero.subgroup_to_device = dict.fromkeys(range(num_masters), "cpu")
+    for group in zero.optimizer.param_groups:
+        group["params"] = []  # DeepSpeed fills them in before a step
+
+
+def _create_master_gradients(zero: Any, memory: FileMemory) -> None:
+    """Allocate the gradients that Adam reads (`initialize_optimizer_states`).
+
+    Right after this method DeepSpeed allocates the buffer in which gradients add up, on
+    `zero.device`. On the meta device that takes no memory, and `place_gradients` replaces the
+    buffer.
+    """
+    for master in zero.fp32_partitioned_groups_flat:
+        master.grad = memory.zeros_like(master)
+    zero.device = torch.device("meta")
 
 
 def place_gradients(zero: Any, memory: FileMemory) -> None:
-    """The buffer in which gradients add up over the accumulation steps."""
+    """Put the buffer in which gradients add up over the accumulation steps into `memory`.
+
+    DeepSpeed keeps a view of the buffer for every parameter, in a dictionary whose name Python has
+    mangled.
+    """
     zero.device = OffloadDeviceEnum.cpu
-    zero.grad_partitions_flat_buffer = memory.zeros_like(zero.grad_partitions_flat_buffer)
+    buffer = memory.zeros_like(zero.grad_partitions_flat_buffer)
+    zero.grad_partitions_flat_buffer = buffer
     views = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
     for key, view in views.items():
-        views[key] = zero.grad_partitions_flat_buffer.narrow(0, view.storage_offset(), view.numel())
+        views[key] = buffer.narrow(0, view.storage_offset(), view.numel())
 
 
 def move_frozen_weights(model: nn.Module, memory: FileMemory) -> None:
-    """This rank's partitions of frozen parameters, which the optimizer does not know."""
-    parameters: list[Any] = [
-        parameter for parameter in model.parameters() if not parameter.requires_grad
-    ]
-    partitions = [parameter.ds_tensor for parameter in parameters]
+    """Move this rank's partitions of frozen parameters, which the optimizer does not know."""
+    parameters: list[Any] = list(model.parameters())
+    partitions = [p.ds_tensor for p in parameters if not p.requires_grad]
     for partition, copy in zip(partitions, memory.copies(partitions), strict=True):
         partition.data = copy

@@ -1,4 +1,4 @@
-"""ZeRO-3 partitions of a model whose values come later, and what a parameter is without ZeRO.
+"""ZeRO-3 partitions of a model whose values come later, and the size of a parameter without ZeRO.
 
 Read in deepspeed 0.19.8: runtime/zero/partition_parameters.py, utils/groups.py.
 """
@@ -22,9 +22,9 @@ from cpt.storage.allocation import allocate
 class _EmptyInit(zero.Init):  # type: ignore[misc]
     """zero.Init for a model on the meta device whose values come later.
 
-    The base class takes whole tensors and broadcasts them from the first rank; here a parameter is
-    allocated, cut up and freed before the next one, nothing is sent, and experts are cut over their
-    own group.
+    The base class takes whole tensors and broadcasts them from the first rank. Here a parameter is
+    allocated, partitioned and freed before the next one, nothing is sent, and experts are
+    partitioned over their own group.
     """
 
     def _convert_to_zero_parameters(self, param_list: Any) -> None:
@@ -39,32 +39,33 @@ class _EmptyInit(zero.Init):  # type: ignore[misc]
                 self._convert_to_deepspeed_param(real)
                 real.partition()
                 if self.remote_device == "cpu" and not self.pin_memory:
-                    # the part is a copy of nothing yet: pages that nobody has touched take no
-                    # memory
+                    # The partition has no values yet, and pages that nobody has touched take no
+                    # memory.
                     real.ds_tensor.data = torch.empty_like(real.ds_tensor)
 
 
-def materialise_partitioned(
+def materialize_partitioned(
     model: nn.Module, engine_json: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Give every parameter of a meta model its uninitialised ZeRO-3 part on this rank; call it on
-    all ranks.
+    """Give every parameter of a meta model its uninitialized ZeRO-3 partition on this rank.
+
+    All ranks must call this together.
     """
     _EmptyInit(module=model, config_dict_or_path=on_host(engine_json), dtype=dtype)
 
 
 def full_local_numel(parameter: Any) -> int:
-    """Elements of the tensor that this rank would hold without ZeRO."""
+    """Return the number of elements that this rank would hold without ZeRO."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def full_local_shape(parameter: Any) -> tuple[int, ...]:
-    """Shape of the tensor that this rank would hold without ZeRO."""
+    """Return the shape of the tensor that this rank would hold without ZeRO."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @contextmanager
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Whole parameters inside the block, to be read only; all ranks must enter together."""
+    """Make parameters whole inside the block, for reading only; all ranks must enter together."""
     with zero.GatheredParameters(parameters):
         yield

@@ -1,4 +1,4 @@
-"""What this rank holds of weights and optimizer state, whatever the ZeRO stage.
+"""This rank's shards of weights and optimizer state, whatever the ZeRO stage.
 
 A shard is a contiguous range of the flattened parameter.
 
@@ -20,16 +20,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalShard:
-    """What this rank holds of one parameter and its optimizer state, as a range of the flattened
-    local tensor.
-    """
+    """A range of one flattened parameter and its optimizer state that this rank holds."""
 
     offset: int
     """First element, counted in the flattened tensor that this rank would hold without ZeRO."""
     tensors: dict[str, torch.Tensor]
     """`master`, `exp_avg`, `exp_avg_sq`: 1-D fp32 views without ZeRO padding; writing to them
-    changes the state.  Of a frozen parameter `master` alone, in the working dtype: there is no
-    other copy."""
+    changes the state. A frozen parameter has only `master`, in the working dtype, because there is
+    no other copy.
+    """
 
 
 def create_optimizer_state(
@@ -37,23 +36,22 @@ def create_optimizer_state(
 ) -> None:
     """Give every flat partition Adam moments if it has none, as the first optimizer step would.
 
-    DeepSpeed creates the state lazily; a checkpoint is loaded, and step 0 is saved, before that
+    DeepSpeed creates the state lazily, but a checkpoint is loaded, and step 0 is saved, before that
     step.
     """
     inner = engine.optimizer.optimizer
     for flat in flat_partitions(engine):
         if not inner.state.get(flat):
-            inner.state[flat] = {
-                # a fused optimizer hands the step to its kernel, so it lives where the partition
-                # lives
-                "step": torch.zeros(
-                    (), device=flat.device if inner.defaults.get("fused") else "cpu"
-                ),
-                **{key: zeros_like(flat) for key in MOMENTS},
-            }
+            # A fused optimizer hands the step to its kernel, so it lives on the partition's device.
+            step_device = flat.device if inner.defaults.get("fused") else "cpu"
+            state = {"step": torch.zeros((), device=step_device)}
+            for key in MOMENTS:
+                state[key] = zeros_like(flat)
+            inner.state[flat] = state
 
 
 def flat_partitions(engine: Any) -> list[torch.Tensor]:
+    """Return this rank's partitions of the fp32 master weights, one 1-D tensor per group."""
     zero = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         return list(zero.fp32_partitioned_groups_flat)
@@ -61,33 +59,25 @@ def flat_partitions(engine: Any) -> list[torch.Tensor]:
 
 
 def state_tensors(engine: Any) -> dict[str, list[torch.Tensor]]:
-    """The tensors that the engine keeps between steps on this rank, by part; they may share
-    storages.
+    """Return the tensors that the engine keeps between steps on this rank, by part.
 
-    Gradients of ZeRO 1 and 2 are made anew in every step and are not among them.
+    They may share storages. Gradients of ZeRO 1 and 2 are made anew in every step and are not among
+    them.
     """
-    zero, inner = engine.optimizer, engine.optimizer.optimizer
     masters = flat_partitions(engine)
-    moments = [
-        inner.state[flat][key]
-        for flat in masters
-        for key in MOMENTS
-        if key in inner.state.get(flat, {})
-    ]
+    optimizer = list(masters)
+    for master in masters:
+        state = engine.optimizer.optimizer.state.get(master, {})
+        optimizer += [state[key] for key in MOMENTS if key in state]
     parameters = list(engine.module.parameters())
     if engine.zero_optimization_stage() != 3:
-        return {"weights": [p.data for p in parameters], "optimizer": [*masters, *moments]}
-    whole = [
-        p.data for p in parameters if p.data.numel() == p.ds_numel
-    ]  # small ones are never partitioned
-    return {
-        "weights": [*(p.ds_tensor.data for p in parameters), *whole],
-        "gradients": [
-            zero.grad_partitions_flat_buffer,
-            *(m.grad for m in masters if m.grad is not None),
-        ],
-        "optimizer": [*masters, *moments],
-    }
+        return {"weights": [p.data for p in parameters], "optimizer": optimizer}
+    partitions = [p.ds_tensor.data for p in parameters]
+    # Small parameters are never partitioned.
+    whole = [p.data for p in parameters if p.data.numel() == p.ds_numel]
+    gradients = [engine.optimizer.grad_partitions_flat_buffer]
+    gradients += [master.grad for master in masters if master.grad is not None]
+    return {"weights": partitions + whole, "gradients": gradients, "optimizer": optimizer}
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:
@@ -100,24 +90,32 @@ def set_optimizer_step(engine: Any, step: int) -> None:
 
 
 def local_shards(engine: Any) -> dict[str, LocalShard]:
-    """Views of everything this rank must save, by parameter name; parameters with an empty range
-    are left out.
+    """Return views of everything that this rank must save, by parameter name.
+
+    Parameters of which this rank holds nothing are left out.
     """
     create_optimizer_state(engine)
+    shards = {}
+    for name, parameter in engine.module.named_parameters():
+        shard = _shard_of(engine, parameter)
+        if shard is not None:
+            shards[name] = shard
+    return shards
+
+
+def _shard_of(engine: Any, parameter: Any) -> LocalShard | None:
     stage = engine.zero_optimization_stage()
-    find = _shard_of_stage3 if stage == 3 else _shard_of_stage1_or_2
-    shards = {
-        name: find(engine, parameter)
-        if parameter.requires_grad
-        else _frozen_shard(stage, parameter)
-        for name, parameter in engine.module.named_parameters()
-    }
-    return {name: shard for name, shard in shards.items() if shard is not None}
+    if not parameter.requires_grad:
+        return _frozen_shard(stage, parameter)
+    if stage == 3:
+        return _shard_of_stage3(engine, parameter)
+    return _shard_of_stage1_or_2(engine, parameter)
 
 
 def _partition_of_stage3(parameter: Any) -> tuple[int, int]:
-    """(first element, elements without padding) of this rank's partition; the padding fills the
-    last ranks.
+    """Return the first element of this rank's partition and its number of elements.
+
+    Padding, which fills the last ranks, is not counted.
     """
     partition_numel = parameter.ds_tensor.ds_numel
     offset = dist.get_rank(group=parameter.ds_process_group) * partition_numel
@@ -125,7 +123,9 @@ def _partition_of_stage3(parameter: Any) -> tuple[int, int]:
 
 
 def _frozen_shard(stage: int, parameter: Any) -> LocalShard | None:
-    """ZeRO-3 cuts frozen parameters as it cuts the others; stages 1 and 2 leave them whole on every
+    """Return the shard of a frozen parameter.
+
+    ZeRO-3 partitions frozen parameters like the others; stages 1 and 2 leave them whole on every
     rank.
     """
     if stage != 3:
@@ -137,7 +137,8 @@ def _frozen_shard(stage: int, parameter: Any) -> LocalShard | None:
 
 
 def _shard_of_stage3(engine: Any, parameter: Any) -> LocalShard | None:
-    zero, partition_numel = engine.optimizer, parameter.ds_tensor.ds_numel
+    zero = engine.optimizer
+    partition_numel = parameter.ds_tensor.ds_numel
     offset, real = _partition_of_stage3(parameter)
     if real == 0:
         return None
@@ -147,29 +148,30 @@ def _shard_of_stage3(engine: Any, parameter: Any) -> LocalShard | None:
         "ZeRO-3 partition geometry is not the one this file was written for"
     )
     state = zero.optimizer.state[flat]
-    sources = {"master": flat, **{key: state[key] for key in MOMENTS}}
-    return LocalShard(
-        offset=offset, tensors={key: t.narrow(0, start, real) for key, t in sources.items()}
-    )
+    tensors = {"master": flat.narrow(0, start, real)}
+    for key in MOMENTS:
+        tensors[key] = state[key].narrow(0, start, real)
+    return LocalShard(offset=offset, tensors=tensors)
 
 
 def _shard_of_stage1_or_2(engine: Any, parameter: Any) -> LocalShard | None:
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
-    zero, where = engine.optimizer, mapping.hp_fragment_address
+    zero = engine.optimizer
+    where = mapping.hp_fragment_address
     flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-    # not mapping.optim_fragment: it is linked after the first group's first step and lacks the
-    # other groups' state
-    sources = {"master": flat, **{key: zero.optimizer.state[flat][key] for key in MOMENTS}}
-    tensors = {key: source.narrow(0, where.start, where.numel) for key, source in sources.items()}
+    # mapping.optim_fragment does not serve here: it is linked after the first group's first step
+    # and lacks the state of the other groups.
+    state = zero.optimizer.state[flat]
+    tensors = {"master": flat.narrow(0, where.start, where.numel)}
+    for key in MOMENTS:
+        tensors[key] = state[key].narrow(0, where.start, where.numel)
     return LocalShard(offset=mapping.lp_fragment_address.start, tensors=tensors)
 
 
 def publish_master_weights(engine: Any) -> None:
-    """After writing fp32 master shards: bring the working weights that the next forward reads in
-    line.
-    """
+    """Bring the working weights in line with the fp32 master shards after these were written."""
     zero = engine.optimizer
     if engine.zero_optimization_stage() != 3:
         for group_index in range(len(zero.bit16_groups)):

@@ -146,7 +146,7 @@ def skeleton(config: GptOssConfig, dtype: torch.dtype) -> GptOssForCPT:
 
 def materialise(model: GptOssForCPT, device: torch.device) -> None:
     """Allocate this rank's parameters whole and uninitialised; for ZeRO-3 see
-    `materialise_partitioned`.
+    `materialize_partitioned`.
     """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -32,6 +32,7 @@ from cpt.model.freezing import frozen_names
 from cpt.model.loss.head import work_bytes
 from cpt.model.parameters import parameter_numels
 from cpt.model.weights.hf_layout import is_expert_name
+from cpt.storage.state_bytes import OPTIMIZER_BYTES, host_gradient_bytes
 
 GIB = 2**30
 SUB_GROUP_SIZE = 10**9
@@ -85,7 +86,7 @@ def device_memory(
         "weights": itemsize * (per_rank if stage == 3 else held),
         # ZeRO-1 adds gradients up in the working dtype, the others in fp32
         "gradients": itemsize * trained_held if stage == 1 else WIDE * trained_per_rank,
-        "optimizer": 12 * trained_per_rank,
+        "optimizer": OPTIMIZER_BYTES * trained_per_rank,
     }
     peak: dict[str, int] = max(
         _moments(config, model, device_type), key=lambda moment: sum(moment.values())
@@ -117,9 +118,8 @@ def host_memory(
     zero = config.engine_json["zero_optimization"]
     parts: dict[str, int] = {}
     if zero.get("offload_optimizer", {}).get("device") == place:
-        # ZeRO-3 has gradients twice: as they add up, and in fp32 as Adam reads them
-        copies = 2 if config.zero_stage == 3 else 1
-        parts["optimizer"], parts["gradients"] = 12 * trained, WIDE * copies * trained
+        parts["optimizer"] = OPTIMIZER_BYTES * trained
+        parts["gradients"] = host_gradient_bytes(config.zero_stage) * trained
     if zero.get("offload_param", {}).get("device") == place:
         parts["weights"] = itemsize * ((counts.dense + counts.experts) // config.world_size)
     if config.model.offload_checkpoints and place == "cpu":

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def allocate(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    """The same parameter, uninitialised on a device, with its marks."""
+    """Return the same parameter with its marks, uninitialized on a device."""
     real = nn.Parameter(
         torch.empty(parameter.shape, dtype=parameter.dtype, device=device), parameter.requires_grad
     )

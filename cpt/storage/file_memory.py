@@ -1,10 +1,10 @@
-"""Memory that is a file: tensors whose pages the kernel reads from a disk and writes back to it
-(mmap(2)).
+"""File-backed memory: tensors whose pages the kernel reads from a disk and writes back (mmap(2)).
 
 Decisions
-    All of a file is reserved at once (posix_fallocate): a disk that is too small is refused at the
-    start.  A page that found no block later would end the process with SIGBUS, without a word.
-    The file has no name.  Its space is free again when the process ends, however it ends.
+    All of a file is reserved at once (posix_fallocate), so that a disk that is too small is refused
+    at the start. A page that found no block later would end the process with SIGBUS, without a
+    message.
+    The file has no name. Its space is free again when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ class FileMemory:
         """Reserve `num_bytes` in `folder`, which is made if it is missing.
 
         Raises:
-            StorageError: the folder cannot be used, or has too little space.
+            StorageError: the folder cannot be used or has too little space.
         """
-        self._folder, self._num_bytes, self._used_bytes = folder, num_bytes, 0
+        self._folder = folder
+        self._num_bytes = num_bytes
+        self._used_bytes = 0
         self._memory: mmap.mmap | None = None
         if num_bytes == 0:
             return
@@ -40,13 +42,15 @@ class FileMemory:
         except OSError as error:
             raise StorageError(
                 f"{num_bytes / 1e9:.3f} GB for offloaded state could not be reserved in {folder} "
-                f"({error.strerror}). Give a folder with that much free space for every rank of the node in nvme_path."
+                f"({error.strerror}). Give a folder with that much free space for every rank of "
+                "the node in nvme_path."
             ) from error
 
     def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """The next piece: (numel,), zero as fresh files are.  It keeps the file alive."""
+        """Return the next piece: (numel,), zero as fresh files are. It keeps the file alive."""
         size = numel * dtype.itemsize
-        start, self._used_bytes = self._used_bytes, self._used_bytes + size
+        start = self._used_bytes
+        self._used_bytes += size
         assert self._used_bytes <= self._num_bytes, (
             f"{self._used_bytes} of {self._num_bytes} bytes in {self._folder}"
         )
@@ -55,9 +59,9 @@ class FileMemory:
         return torch.frombuffer(self._memory, dtype=dtype, count=numel, offset=start)
 
     def zeros_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The next piece, of the size and kind of a flat tensor."""
+        """Return the next piece, of the size and dtype of a flat tensor."""
         return self.zeros(tensor.numel(), tensor.dtype)
 
     def copies(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The next pieces, one for each tensor, flat and with its values."""
+        """Return the next pieces, one for each tensor, flat and with its values."""
         return [self.zeros_like(tensor).copy_(tensor.view(-1)) for tensor in tensors]

@@ -14,8 +14,6 @@ from cpt.errors import StorageError
 
 MARGIN = 1.2
 """Free space asked for, as a multiple of the size of a checkpoint."""
-BYTES_PER_PARAMETER = 12
-"""fp32 master weight and two Adam moments."""
 
 
 def check_space(folder: Path, needed_bytes: int, *, largest_file_bytes: int = 0) -> None:
