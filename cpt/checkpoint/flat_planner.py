@@ -1,8 +1,8 @@
-"""Flat ranges for torch.distributed.checkpoint: each rank writes, and asks for, a contiguous range
-of a 1-D tensor.
+"""Flat ranges for torch.distributed.checkpoint: each rank writes and reads contiguous ranges of 1-D
+tensors.
 
 A ZeRO shard of any stage is such a range, and so is a slice of the expert axis; a DTensor could
-only express the even cuts of ZeRO-3.  The files know nothing of the layout that wrote them, so any
+only express the even cuts of ZeRO-3. The files know nothing of the layout that wrote them, so any
 layout can read them.
 """
 
@@ -38,24 +38,22 @@ class FlatRange:
     """Elements [offset, offset + len(tensor)) of a flattened global tensor."""
 
     tensor: torch.Tensor
-    """1-D; read on save, written in place on load."""
+    """1-D values, read on save and written in place on load."""
     offset: int
     """First element in the global tensor."""
     global_numel: int
-    """Elements of the global tensor."""
+    """Number of elements of the global tensor."""
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """The range in the terms of torch.distributed.checkpoint."""
+        """The same range for torch.distributed.checkpoint."""
         return ChunkStorageMetadata(
             offsets=torch.Size([self.offset]), sizes=torch.Size([self.tensor.numel()])
         )
 
 
 class FlatSavePlanner(DefaultSavePlanner):
-    """Saves a dictionary of FlatRange in fp32; a range that several ranks hold is written by one of
-    them.
-    """
+    """A planner that saves a dictionary of FlatRange in fp32."""
 
     state_dict: dict[str, Any]
 
@@ -63,18 +61,15 @@ class FlatSavePlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
-        items = [
-            WriteItem(
-                index=MetadataIndex(key, part.chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=part.chunk,
-                    properties=TensorProperties(dtype=torch.float32),
-                    size=torch.Size([part.global_numel]),
-                ),
+        items = []
+        for key, part in self.state_dict.items():
+            data = TensorWriteData(
+                chunk=part.chunk,
+                properties=TensorProperties(dtype=torch.float32),
+                size=torch.Size([part.global_numel]),
             )
-            for key, part in self.state_dict.items()
-        ]
+            index = MetadataIndex(key, part.chunk.offsets)
+            items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
         self.plan = SavePlan(items)
         return self.plan
 
@@ -83,7 +78,7 @@ class FlatSavePlanner(DefaultSavePlanner):
 
 
 class FlatLoadPlanner(DefaultLoadPlanner):
-    """Fills a dictionary of FlatRange; every range must be covered by the checkpoint."""
+    """A planner that fills a dictionary of FlatRange; the checkpoint must cover every range."""
 
     state_dict: dict[str, Any]
 
@@ -96,9 +91,11 @@ class FlatLoadPlanner(DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        # the base class walks the values looking for meta tensors and replaces what it does not
-        # know by None
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+        # The base class looks for meta tensors among the values and replaces those of a class that
+        # it does not know by None.
+        self.state_dict = state_dict
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
@@ -113,9 +110,10 @@ class FlatLoadPlanner(DefaultLoadPlanner):
             reads = create_read_items_for_chunk_list(key, record, [part.chunk])
             found = sum(item.lengths[0] for item in reads)
             if tuple(record.size) != (part.global_numel,) or found != part.tensor.numel():
+                end = part.offset + part.tensor.numel()
                 raise CheckpointError(
-                    f"tensor '{key}': elements {part.offset} to {part.offset + part.tensor.numel()} of "
-                    f"{part.global_numel} are asked for, the checkpoint holds {found} of them in {tuple(record.size)}."
+                    f"tensor '{key}': elements {part.offset} to {end} of {part.global_numel} are "
+                    f"asked for, the checkpoint holds {found} of them in {tuple(record.size)}."
                 )
             items += reads
         return LoadPlan(items)

@@ -1,5 +1,6 @@
-"""`cpt checkpoints`: what a run directory holds, with a verdict on each folder; needs no DeepSpeed
-and no engine.
+"""The list of a run's checkpoints with the condition of each, for `cpt checkpoints`.
+
+It needs neither DeepSpeed nor an engine.
 """
 
 from __future__ import annotations
@@ -14,43 +15,48 @@ from cpt.checkpoint.reader import list_steps, reason_of, step_folder
 from cpt.errors import CheckpointError
 
 SET_ASIDE = {"rejected": "damaged, set aside", "superseded": "of an abandoned branch, set aside"}
+LAYOUT_KEYS = ("world_size", "sp_size", "ep_size", "zero_stage")
 HEAD = ("step", "tokens", "size", "world", "sp", "ep", "stage", "saved", "age", "verdict")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Listed:
-    """One folder."""
+class ListedCheckpoint:
+    """One folder of a run's checkpoints."""
 
     folder: Path
-    """Where it is."""
+    """Path of the folder."""
     manifest: Manifest | None
-    """None if it cannot be read."""
-    verdict: str
-    """`verified`, `sizes match`, or what is wrong."""
-    good: bool
+    """Its manifest; None if it cannot be read."""
+    condition: str
+    """`verified`, `sizes match`, or a description of what is wrong."""
+    is_usable: bool
     """Whether a run could go on from it, as far as was looked."""
 
 
-def list_checkpoints(run_dir: Path, *, verify: bool) -> list[Listed]:
-    """Every folder that is a checkpoint, was to become one, or was one; newest step first.
+def list_checkpoints(run_dir: Path, *, verify: bool) -> list[ListedCheckpoint]:
+    """Return every folder that is, was to become, or was a checkpoint, newest step first.
 
     Args:
         run_dir: The run directory.
         verify: Read and hash every file; else only manifests, names and sizes are compared.
     """
-    found = [_judge(step_folder(run_dir, step), verify) for step in list_steps(run_dir)]
-    parent = run_dir / "checkpoints"
-    for folder in sorted(parent.glob(".*-step-*")) if parent.is_dir() else []:
+    found = [_inspect(step_folder(run_dir, step), verify) for step in list_steps(run_dir)]
+    for folder in sorted((run_dir / "checkpoints").glob(".*-step-*")):
         kind = folder.name[1:].partition("-step-")[0]
-        verdict = SET_ASIDE.get(kind, "incomplete: being written, or left by a crash")
-        found.append(Listed(folder=folder, manifest=_manifest(folder), verdict=verdict, good=False))
+        condition = SET_ASIDE.get(kind, "incomplete: being written, or left by a crash")
+        found.append(
+            ListedCheckpoint(
+                folder=folder, manifest=_manifest(folder), condition=condition, is_usable=False
+            )
+        )
     return found
 
 
-def _judge(folder: Path, verify: bool) -> Listed:
+def _inspect(folder: Path, verify: bool) -> ListedCheckpoint:
     if not (folder / MANIFEST).exists():
-        verdict = f"incomplete: no {MANIFEST}"
-        return Listed(folder=folder, manifest=None, verdict=verdict, good=False)
+        return ListedCheckpoint(
+            folder=folder, manifest=None, condition=f"incomplete: no {MANIFEST}", is_usable=False
+        )
 
     def check() -> None:
         manifest = read_manifest(folder)
@@ -61,8 +67,15 @@ def _judge(folder: Path, verify: bool) -> Listed:
             check_listing(folder, manifest)
 
     reason = reason_of(check)
-    verdict = f"damaged: {reason}" if reason else "verified" if verify else "sizes match"
-    return Listed(folder=folder, manifest=_manifest(folder), verdict=verdict, good=reason is None)
+    if reason is not None:
+        condition = f"damaged: {reason}"
+    elif verify:
+        condition = "verified"
+    else:
+        condition = "sizes match"
+    return ListedCheckpoint(
+        folder=folder, manifest=_manifest(folder), condition=condition, is_usable=reason is None
+    )
 
 
 def _manifest(folder: Path) -> Manifest | None:
@@ -72,10 +85,15 @@ def _manifest(folder: Path) -> Manifest | None:
         return None
 
 
-def table(listed: list[Listed], *, now: float | None = None) -> str:
-    """The folders for people, one a line."""
-    rows = [HEAD, *(_row(one, time.time() if now is None else now) for one in listed)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD) - 1)]
+def checkpoint_table(listed: list[ListedCheckpoint], *, now: float | None = None) -> str:
+    """Return a table of the folders for people, one a line."""
+    if now is None:
+        now = time.time()
+    rows: list[tuple[str, ...]] = [HEAD]
+    for one in listed:
+        rows.append(_row(one, now))
+    columns = list(zip(*rows, strict=True))[:-1]
+    widths = [max(map(len, column)) for column in columns]
     lines = []
     for row in rows:
         cells = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=False)]
@@ -83,37 +101,40 @@ def table(listed: list[Listed], *, now: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def _row(one: Listed, now: float) -> tuple[str, ...]:
+def _row(one: ListedCheckpoint, now: float) -> tuple[str, ...]:
     step = one.folder.name.partition("step-")[2].lstrip("0") or "0"
     try:
         saved = one.folder.stat().st_mtime
         size = sum(entry.stat().st_size for entry in one.folder.iterdir() if entry.is_file())
     except OSError:  # pruned while we look
-        saved, size = now, 0
-    manifest = one.manifest
-    progress = manifest.state.get("progress", {}) if manifest else {}
-    tokens = (
-        f"{progress['tokens']:,}" if isinstance(progress, dict) and "tokens" in progress else "-"
-    )
-    layout = manifest.layout if manifest else {}
-    sizes = [
-        str(layout.get(key, "-")) for key in ("world_size", "sp_size", "ep_size", "zero_stage")
-    ]
+        saved = now
+        size = 0
+    layout: dict[str, int] = {}
+    tokens = "-"
+    if one.manifest is not None:
+        layout = one.manifest.layout
+        progress = one.manifest.state.get("progress", {})
+        if isinstance(progress, dict) and "tokens" in progress:
+            tokens = f"{progress['tokens']:,}"
+    sizes = [str(layout.get(key, "-")) for key in LAYOUT_KEYS]
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(saved))
-    return (step, tokens, readable(size), *sizes, date, age(now - saved), one.verdict)
+    return (step, tokens, readable(size), *sizes, date, age(now - saved), one.condition)
 
 
-def readable(count: int) -> str:
-    """Bytes for people."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
+def readable(num_bytes: int) -> str:
+    """Return a number of bytes for people, in the largest fitting unit."""
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
+    value = float(num_bytes)
+    for unit in ("kB", "MB", "GB"):
         value /= 1000
-        units.pop(0)
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+        if value < 1000:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1000:.1f} TB"
 
 
 def age(seconds: float) -> str:
-    """A duration for people, in its largest unit."""
+    """Return a duration for people, in its largest unit."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"

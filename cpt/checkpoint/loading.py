@@ -1,9 +1,8 @@
-"""A run's checkpoint and the engine: which ranges this rank holds, and how they come back.
+"""Loading: an engine is restored from a checkpoint by all ranks together.
 
 A checkpoint is a set of flat global fp32 tensors, written and read by range, so it knows no layout.
- Load: newest directory first, its files hashed by all ranks together; keys, shapes and dtypes are
-     compared both ways before any
-tensor is read.
+The newest folder is tried first. All ranks together hash its files, and keys, shapes and dtypes are
+compared both ways before any tensor is read.
 """
 
 from __future__ import annotations
@@ -44,38 +43,39 @@ log = logging.getLogger("cpt.checkpoint")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedState:
-    """What a checkpoint says besides its tensors."""
+    """The content of a loaded checkpoint besides its tensors."""
 
     step: int
     """Optimizer steps done."""
     state: dict[str, Any]
-    """The JSON values it was saved with."""
+    """JSON values that it was saved with."""
     folder: Path
-    """Where it came from."""
+    """Folder of the checkpoint."""
     rejected: list[str]
-    """Newer directories that were passed over, each with its reason."""
+    """Reasons why newer folders were passed over."""
 
 
 def flat_ranges(engine: Any, topology: Topology) -> dict[str, FlatRange]:
-    """This rank's part of every stored tensor, keyed `part/parameter name`."""
+    """Return this rank's range of every stored tensor, by key `part/parameter name`."""
     parameters = dict(engine.module.named_parameters())
     ranges = {}
     for name, shard in local_shards(engine).items():
         parameter = parameters[name]
         local_numel = full_local_numel(parameter)
-        expert = is_expert(parameter)
-        first = topology.ep_rank * local_numel if expert else 0
+        global_numel = local_numel
+        offset = shard.offset
+        if is_expert(parameter):
+            global_numel = local_numel * topology.ep_size
+            offset += topology.ep_rank * local_numel
         for part, tensor in shard.tensors.items():
             ranges[f"{part}/{name}"] = FlatRange(
-                tensor=tensor,
-                offset=first + shard.offset,
-                global_numel=local_numel * (topology.ep_size if expert else 1),
+                tensor=tensor, offset=offset, global_numel=global_numel
             )
     return ranges
 
 
 def tensor_records(engine: Any, topology: Topology) -> dict[str, TensorRecord]:
-    """Global shape of every parameter."""
+    """Return the record of every parameter's global tensor, by name."""
     records = {}
     for name, parameter in engine.module.named_parameters():
         shape = full_local_shape(parameter)
@@ -90,14 +90,14 @@ def load_checkpoint(
 ) -> LoadedState | None:
     """Restore weights and optimizer state of a run; all ranks call it together.
 
-    Newer checkpoints are set aside, since the run will come to their steps again, unless
-    `set_aside` is false.
+    Unless `set_aside` is false, newer checkpoints are set aside, because the run will come to their
+    steps again.
 
     Returns:
-        What else the checkpoint holds; None if the run has no checkpoint folder yet.
+        The rest of the checkpoint; None if the run has no checkpoint folder yet.
 
     Raises:
-        CheckpointError: see `first_sound`; or the checkpoint is of another model, naming the key.
+        CheckpointError: no checkpoint is sound (see `first_sound`), or it is of another model.
     """
     group = topology.control_group
     steps = on_first_rank(group, lambda: candidates(run_dir, resume))
@@ -108,7 +108,7 @@ def load_checkpoint(
     manifest = together(group, lambda: read_manifest(folder))
     _compare(folder, manifest.tensors, tensor_records(engine, topology))
     ranges = _stored_ranges(flat_ranges(engine, topology), manifest.tensors)
-    _tell_freezing(manifest.tensors, tensor_records(engine, topology))
+    _log_freezing(manifest.tensors, tensor_records(engine, topology))
     together(group, lambda: read_ranges(folder, ranges))
     set_optimizer_step(engine, step)
     publish_master_weights(engine)
@@ -119,8 +119,9 @@ def load_checkpoint(
 
 
 def agreed_refusal(folder: Path, topology: Topology) -> str | None:
-    """Why a checkpoint is not to be used; all ranks read their share of its bytes, and all get the
-    same answer.
+    """Return why a checkpoint is not to be used, or None; the same on all ranks.
+
+    Each rank reads its share of the files.
     """
     group = topology.control_group
     manifests: list[Manifest] = []
@@ -138,18 +139,20 @@ def agreed_refusal(folder: Path, topology: Topology) -> str | None:
         )
     reason = next((reason for reason in reasons if reason is not None), None)
     if topology.rank == 0:
-        for warning in ownership_warnings(folder) if reason is None else []:
-            log.warning("who may change this checkpoint: %s", warning)
         if reason is not None:
             log.warning("checkpoint rejected: %s", reason)
+        else:
+            for warning in ownership_warnings(folder):
+                log.warning("who may change this checkpoint: %s", warning)
     return reason
 
 
 def _stored_ranges(
     ranges: dict[str, FlatRange], stored: dict[str, TensorRecord]
 ) -> dict[str, FlatRange]:
-    """The ranges that the checkpoint can fill; moments of what was frozen when it was written start
-    at zero.
+    """Return the ranges that the checkpoint can fill.
+
+    Moments of parameters that were frozen when it was written are set to zero.
     """
     kept = {}
     for key, part in ranges.items():
@@ -161,31 +164,42 @@ def _stored_ranges(
     return kept
 
 
-def _tell_freezing(stored: dict[str, TensorRecord], wanted: dict[str, TensorRecord]) -> None:
+def _log_freezing(stored: dict[str, TensorRecord], wanted: dict[str, TensorRecord]) -> None:
+    """Warn of parameters that were frozen when the checkpoint was written and are not now, and of
+    the reverse.
+    """
     thawed = sorted(name for name in wanted if wanted[name].trained and not stored[name].trained)
     frozen = sorted(name for name in wanted if stored[name].trained and not wanted[name].trained)
     if thawed:
         log.warning(
-            "%d tensors are frozen no more, their moments start at zero: %s",
+            "%d tensors are no longer frozen, their moments start at zero: %s",
             len(thawed),
             shorten(thawed),
         )
     if frozen:
         log.warning(
             "%d tensors are frozen from here on, in working precision and without moments: %s",
-            *(len(frozen), shorten(frozen)),
+            len(frozen),
+            shorten(frozen),
         )
 
 
 def shorten(names: list[str]) -> str:
-    """The first few names, for a log."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    """Return the first few names, for a log."""
+    shown = names[:3]
+    if len(names) > 3:
+        shown.append("...")
+    return ", ".join(shown)
 
 
 def _set_newer_aside(run_dir: Path, step: int, resume: str) -> None:
-    """The run will reach the steps of newer folders again; they must not be taken for its own."""
+    """Rename the folders of newer steps.
+
+    The run will reach these steps again, and the folders must not be taken for its own.
+    """
     kind = "rejected" if resume == "auto" else "superseded"
-    for newer in [found for found in list_steps(run_dir) if found > step]:
+    newer_steps = [found for found in list_steps(run_dir) if found > step]
+    for newer in newer_steps:
         folder = step_folder(run_dir, newer)
         aside = folder.with_name(f".{kind}-{folder.name}")
         number = 2
@@ -194,7 +208,7 @@ def _set_newer_aside(run_dir: Path, step: int, resume: str) -> None:
             number += 1
         folder.rename(aside)
         export = run_dir / "export" / folder.name
-        if export.exists():  # of the weights just set aside; the step will be exported anew
+        if export.exists():  # the weights just set aside; the step will be exported anew
             export.rename(aside / "export")
         log.warning("%s is set aside as %s", folder.name, aside.name)
 
@@ -202,6 +216,7 @@ def _set_newer_aside(run_dir: Path, step: int, resume: str) -> None:
 def _compare(
     folder: Path, stored: dict[str, TensorRecord], wanted: dict[str, TensorRecord]
 ) -> None:
+    """Refuse a checkpoint whose parameters are not those of the model."""
     problems = [f"key '{name}' is missing." for name in sorted(wanted.keys() - stored.keys())]
     problems += [
         f"key '{name}' is unknown to this model." for name in sorted(stored.keys() - wanted.keys())

@@ -1,9 +1,22 @@
-"""manifest.json: what makes a directory a checkpoint, and the proof that its files are the ones
-that were written.
+"""The manifest: the file that makes a directory a checkpoint and proves that its files are intact.
 
-A directory is complete if and only if its manifest is there, matches its own checksum, and every
-listed file matches in size and hash with no unknown file beside it.  The manifest is written last
-and deleted first.
+A directory is complete if and only if its manifest.json is there, matches its own checksum, and
+every listed file matches in size and hash, with no unknown file beside it. The manifest is written
+last and deleted first.
+
+This module imports no torch, because job scripts ask for the state of a run without it.
+
+The room divides the work as follows:
+    manifest.py       the manifest; hashes and sizes of files
+    metadata.py       `.metadata`, the index of torch.distributed.checkpoint (DCP)
+    flat_planner.py   flat ranges of tensors in the terms of DCP
+    writer.py         writes the files of a checkpoint's folder and publishes it
+    staging.py        host memory for asynchronous saves
+    saver.py          saves a run, together with all ranks; prunes
+    reader.py         finds and reads sound checkpoints, without an engine
+    loading.py        restores an engine from a checkpoint, together with all ranks
+    weights.py        the weights of a checkpoint in pieces, for export
+    listing.py, pruning.py, status.py   what there is, what is deleted, whether a run is finished
 """
 
 from __future__ import annotations
@@ -21,6 +34,8 @@ from typing import Any, BinaryIO
 import xxhash
 
 from cpt.errors import CheckpointError
+from cpt.parallel.division import divide_among_all
+from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES
 from data_pipeline.store.files import write_text, xxh3_of_open
 
 MANIFEST = "manifest.json"
@@ -35,7 +50,7 @@ class FileRecord:
     name: str
     """Name inside the directory; no folders."""
     bytes: int
-    """Size."""
+    """Size in bytes."""
     xxh3_128: str
     """Hash of the content."""
 
@@ -45,41 +60,43 @@ class TensorRecord:
     """One global tensor of a checkpoint, stored flat."""
 
     shape: tuple[int, ...]
-    """Shape of the whole tensor, in Hugging Face's terms."""
+    """Shape of the whole tensor, as in the Hugging Face model."""
     dtype: str
     """Stored dtype."""
     trained: bool = True
-    """Whether Adam's moments are stored; of a frozen parameter there are none."""
+    """Whether Adam's moments are stored; a frozen parameter has none."""
 
     @property
     def stored_bytes(self) -> int:
-        """Size of all that is stored of it, in fp32."""
-        return 4 * math.prod(self.shape) * (3 if self.trained else 1)
+        """Bytes of the tensor and its moments, all in fp32."""
+        bytes_per_element = OPTIMIZER_BYTES if self.trained else FP32_BYTES
+        return math.prod(self.shape) * bytes_per_element
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """Everything about a checkpoint that is not in its tensors."""
+    """The description of a checkpoint: everything but its tensors."""
 
     step: int
     """Optimizer steps done."""
     files: tuple[FileRecord, ...]
     """Every file but the manifest."""
     tensors: dict[str, TensorRecord]
-    """Parameter name -> record; each is stored as master and, if it was trained, exp_avg and
+    """Record of each parameter by name; it is stored as master and, if it was trained, exp_avg and
     exp_avg_sq.
     """
     layout: dict[str, int]
     """world_size, sp_size, ep_size, zero_stage of the run that wrote it."""
     versions: dict[str, str]
-    """Versions of what wrote it."""
+    """Versions of the software that wrote it."""
     state: dict[str, Any]
     """Tokens seen, data position, configuration; JSON values only."""
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Open for reading, but neither through a symbolic link nor something that would block or has
-    side effects.
+    """Open a regular file for reading.
+
+    Symbolic links are not followed, and nothing is opened that would block or has side effects.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -89,13 +106,13 @@ def _open_regular(path: Path) -> BinaryIO:
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-128 of a file's content."""
+    """Return the xxh3-128 of a file's content."""
     with _open_regular(path) as file:
         return xxh3_of_open(file)
 
 
 def record_file(path: Path) -> FileRecord:
-    """Size and hash of a file that was just written."""
+    """Return the size and hash of a file that was just written."""
     return FileRecord(name=path.name, bytes=path.stat().st_size, xxh3_128=hash_file(path))
 
 
@@ -114,7 +131,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read manifest.json and check it against itself; the files are not looked at.
 
     Raises:
-        CheckpointError: missing, damaged, or of another format.
+        CheckpointError: the manifest is missing, damaged, or of another format.
     """
     path = folder / MANIFEST
     try:
@@ -146,16 +163,14 @@ def _parse(path: Path, content: bytes) -> Manifest:
     if _checksum(body) != checksum:
         raise CheckpointError(f"{path}: its checksum does not match its content.")
     del body["format"]
-    manifest = Manifest(
-        files=tuple(FileRecord(**record) for record in body.pop("files")),
-        tensors={
-            name: TensorRecord(**{**record, "shape": tuple(record["shape"])})
-            for name, record in body.pop("tensors").items()
-        },
-        **body,
-    )
+    files = tuple(FileRecord(**record) for record in body.pop("files"))
+    tensors = {}
+    for name, record in body.pop("tensors").items():
+        tensors[name] = TensorRecord(**{**record, "shape": tuple(record["shape"])})
+    manifest = Manifest(files=files, tensors=tensors, **body)
     _check_types(manifest)
-    for name in [record.name for record in manifest.files]:
+    for file in manifest.files:
+        name = file.name
         if Path(name).name != name or name in (".", "..", MANIFEST) or "\0" in name:
             raise CheckpointError(
                 f"{path.parent.name}: the manifest names {name!r}, which is not a plain file name."
@@ -164,17 +179,20 @@ def _parse(path: Path, content: bytes) -> Manifest:
 
 
 def _check_types(manifest: Manifest) -> None:
-    """A valid checksum does not make a valid manifest: its author may be somebody else."""
-    counts = [
-        manifest.step,
-        *(record.bytes for record in manifest.files),
-        *manifest.layout.values(),
-    ]
-    counts += [size for record in manifest.tensors.values() for size in record.shape]
+    """Check the types of all values.
+
+    A valid checksum does not make a valid manifest, because its author may be somebody else.
+    """
+    counts = [manifest.step, *manifest.layout.values()]
+    texts = [*manifest.versions.values()]
+    for file in manifest.files:
+        counts.append(file.bytes)
+        texts += [file.name, file.xxh3_128]
+    for tensor in manifest.tensors.values():
+        counts += tensor.shape
+        texts.append(tensor.dtype)
     if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
         raise ValueError("a step, size, shape or layout is no whole number")
-    texts = [text for record in manifest.files for text in (record.name, record.xxh3_128)]
-    texts += [*manifest.versions.values(), *(record.dtype for record in manifest.tensors.values())]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a name, hash, version or dtype is no text")
     if not all(type(record.trained) is bool for record in manifest.tensors.values()):
@@ -187,7 +205,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     """Compare every file with the manifest.
 
     Raises:
-        CheckpointError: a file that is missing, unknown, not a regular file, or differs in size or
+        CheckpointError: a file is missing, unknown, not a regular file, or differs in size or
             hash.
     """
     check_listing(folder, manifest)
@@ -223,7 +241,7 @@ def check_hashes(folder: Path, files: Iterable[FileRecord]) -> None:
     """Compare the content of some files with their records.
 
     Raises:
-        CheckpointError: the first that differs, or that cannot be read.
+        CheckpointError: a file differs or cannot be read; the first one is named.
     """
     for record in sorted(files, key=lambda record: record.name):
         try:
@@ -239,20 +257,14 @@ def check_hashes(folder: Path, files: Iterable[FileRecord]) -> None:
 
 
 def share_of_files(files: Sequence[FileRecord], rank: int, world_size: int) -> list[FileRecord]:
-    """The files that one rank hashes, so that all have about equally many bytes whatever layout
-    wrote them.
-    """
-    loads = [0] * world_size
-    shares: list[list[FileRecord]] = [[] for _ in range(world_size)]
-    for record in sorted(files, key=lambda record: (-record.bytes, record.name)):
-        least = loads.index(min(loads))
-        loads[least] += record.bytes
-        shares[least].append(record)
-    return shares[rank]
+    """Return the files that one rank hashes, so that all hash about as many bytes."""
+    sizes = {record.name: record.bytes for record in files}
+    names = divide_among_all(sizes, world_size)[rank]
+    return [record for record in files if record.name in names]
 
 
 def ownership_warnings(folder: Path) -> list[str]:
-    """What is odd about who may change a checkpoint: its hashes find damage, not an author."""
+    """Return what is odd about who may change a checkpoint; hashes find damage, but no author."""
     found = []
     for path in (folder, *sorted(folder.iterdir())):
         status = path.lstat()

@@ -1,15 +1,16 @@
-"""`.metadata` of torch.distributed.checkpoint: built from what each rank wrote, read without
-trusting it.
+"""`.metadata`, the index of torch.distributed.checkpoint: built from the ranges that the ranks
+wrote, and read without trust.
 
-The file is a pickle, because torch.distributed.checkpoint and its tools read no other form.  Its
+The file is a pickle, because torch.distributed.checkpoint and its tools read no other form. Its
 hash is checked before it is opened, and the unpickler knows only the classes that describe tensors:
-a pickle that names anything else is refused before it can run.  This is the one place of the
-project that unpickles.
+a pickle that names anything else is refused before it can run. This is the one place of the project
+that unpickles.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable
@@ -29,49 +30,45 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from cpt.checkpoint.manifest import Manifest
+from cpt.checkpoint.manifest import Manifest, TensorRecord
 from cpt.errors import CheckpointError, InternalError
 
 METADATA = ".metadata"
 PARTS = ("master", "exp_avg", "exp_avg_sq")
-"""What is stored of every trained parameter: fp32 weights and Adam's two moments; of a frozen one
-the first alone.
+"""Tensors that are stored of a trained parameter: fp32 weights and Adam's two moments. Of a frozen
+parameter only the first is stored.
 """
-_KNOWN = {
-    **{
-        ("torch.distributed.checkpoint.metadata", name): None
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    },
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): None,
-    ("torch", "Size"): None,
-    ("torch", "float32"): None,
-    ("torch.serialization", "_get_layout"): None,
-}
-"""All that our own `.metadata` files name."""
+_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+_KNOWN_NAMES = frozenset(
+    {
+        (_METADATA_MODULE, "BytesStorageMetadata"),
+        (_METADATA_MODULE, "ChunkStorageMetadata"),
+        (_METADATA_MODULE, "Metadata"),
+        (_METADATA_MODULE, "MetadataIndex"),
+        (_METADATA_MODULE, "StorageMeta"),
+        (_METADATA_MODULE, "TensorProperties"),
+        (_METADATA_MODULE, "TensorStorageMetadata"),
+        (_METADATA_MODULE, "_MEM_FORMAT_ENCODING"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch", "Size"),
+        ("torch", "float32"),
+        ("torch.serialization", "_get_layout"),
+    }
+)
+"""The (module, name) pairs that our own `.metadata` files refer to."""
 
 
 class WrittenRange(NamedTuple):
-    """One range of a tensor, and where in which file it is; travels between ranks as a JSON
-    list.
-    """
+    """One range of a tensor and its place in a file; it travels between ranks as a JSON list."""
 
     key: str
     """`part/parameter name`."""
     offset: int
     """First element in the flattened global tensor."""
     numel: int
-    """Elements."""
+    """Number of elements."""
     global_numel: int
-    """Elements of the global tensor."""
+    """Number of elements of the global tensor."""
     file: str
     """Name of the file."""
     file_offset: int
@@ -81,8 +78,9 @@ class WrittenRange(NamedTuple):
 
 
 class FolderWriter(dcp.FileSystemWriter):
-    """Writes into a fresh folder and syncs; says nothing about the path it had while it was
-    written.
+    """Writes into a fresh folder and syncs.
+
+    The path that the folder had while it was written is not stored.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -124,6 +122,7 @@ def write_metadata(folder: Path, written: Iterable[WrittenRange]) -> None:
 
 
 def _check_tiling(key: str, parts: list[WrittenRange]) -> None:
+    """Refuse ranges, sorted by offset, that do not cover the tensor exactly once."""
     ends = [0, *itertools.accumulate(part.numel for part in parts)]
     if [part.offset for part in parts] != ends[:-1] or ends[-1] != parts[0].global_numel:
         raise InternalError(
@@ -132,10 +131,10 @@ def _check_tiling(key: str, parts: list[WrittenRange]) -> None:
 
 
 class _DescriptionUnpickler(pickle.Unpickler):
-    """Builds descriptions of tensors and nothing else."""
+    """An unpickler that builds descriptions of tensors and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _KNOWN:
+        if (module, name) not in _KNOWN_NAMES:
             raise CheckpointError(
                 f"it names {module}.{name}, which describes no tensor; it was not run."
             )
@@ -143,10 +142,10 @@ class _DescriptionUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Read `.metadata`; its hash has been checked.
+    """Read `.metadata`, whose hash has been checked.
 
     Raises:
-        CheckpointError: it is no description of tensors, or names something that could run.
+        CheckpointError: the file does not describe tensors, or names something that could run.
     """
     where = f"{folder.name}/{METADATA}"
     try:
@@ -166,31 +165,32 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def check_metadata(folder: Path, manifest: Manifest) -> None:
-    """Compare `.metadata` with the manifest: the same tensors, sizes and dtypes, in listed files
-    only.
+    """Compare `.metadata` with the manifest.
+
+    Both must have the same tensors, sizes and dtypes, in no other files than those listed.
 
     Raises:
-        CheckpointError: it says something else.
+        CheckpointError: they differ.
     """
-    where, metadata = f"{folder.name}/{METADATA}", read_metadata(folder)
-    wanted = {
-        f"{part}/{name}": record
-        for name, record in manifest.tensors.items()
-        for part in (PARTS if record.trained else PARTS[:1])
-    }
+    where = f"{folder.name}/{METADATA}"
+    metadata = read_metadata(folder)
+    wanted = _stored_tensors(manifest)
     stored = metadata.state_dict_metadata
-    if different := sorted(stored.keys() ^ wanted.keys()):
+    different = sorted(stored.keys() ^ wanted.keys())
+    if different:
         raise CheckpointError(f"{where}: '{different[0]}' is not in both it and the manifest.")
     for key, entry in stored.items():
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(
                 f"{where}: '{key}' is stored as bytes, not as a tensor; such entries are not read."
             )
-        size, dtype = tuple(entry.size), str(entry.properties.dtype).removeprefix("torch.")
-        numel = torch.Size(wanted[key].shape).numel()
+        size = tuple(entry.size)
+        dtype = str(entry.properties.dtype).removeprefix("torch.")
+        numel = math.prod(wanted[key].shape)
         if size != (numel,) or dtype != wanted[key].dtype:
             raise CheckpointError(
-                f"{where}: '{key}' is {dtype} {size}, the manifest says {wanted[key].dtype} ({numel},)."
+                f"{where}: '{key}' is {dtype} {size}, the manifest says {wanted[key].dtype} "
+                f"({numel},)."
             )
     listed = {record.name for record in manifest.files}
     strange = {info.relative_path for info in metadata.storage_data.values()} - listed
@@ -198,8 +198,18 @@ def check_metadata(folder: Path, manifest: Manifest) -> None:
         raise CheckpointError(f"{where}: points to '{min(strange)}', which is not in the manifest.")
 
 
+def _stored_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
+    """Return the record of every stored tensor by its key, `part/parameter name`."""
+    wanted = {}
+    for name, record in manifest.tensors.items():
+        parts = PARTS if record.trained else PARTS[:1]
+        for part in parts:
+            wanted[f"{part}/{name}"] = record
+    return wanted
+
+
 class FolderReader(dcp.FileSystemReader):
-    """Reads a folder whose files have been verified; `.metadata` through `read_metadata`."""
+    """A reader of verified folders that reads `.metadata` through `read_metadata`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = read_metadata(Path(self.path))

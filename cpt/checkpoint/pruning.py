@@ -1,5 +1,6 @@
-"""Which checkpoints are kept, and how one is deleted: its manifest first, so that a crash leaves no
-half truth.
+"""Pruning: the rule which checkpoints are kept, and the deletion of the others.
+
+A checkpoint is deleted manifest first, so that a crash leaves nothing that looks complete.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ def prune(
     protected: Collection[int],
     is_sound: Callable[[int], bool],
 ) -> None:
-    """Delete what is no longer kept; a deletion that fails is a warning.
+    """Delete the checkpoints that are no longer kept; a deletion that fails is a warning.
 
     Args:
         run_dir: The run directory.
         newest: The step that was just published.
-        keep_last: Sound checkpoints to keep, the newest ones.
-        keep_every_steps: Multiples of this are kept for good; 0: none.
+        keep_last: Number of newest sound checkpoints to keep.
+        keep_every_steps: Multiples of this step are kept for good; 0 keeps none.
         protected: Steps that are never deleted.
         is_sound: Whether a step's checkpoint may be counted; asked only where the answer decides.
     """
@@ -39,9 +40,8 @@ def prune(
     for step in list_steps(run_dir):
         folder = step_folder(run_dir, step)
         if not (folder / MANIFEST).is_file():
-            if (
-                step < newest and step not in protected
-            ):  # an earlier deletion was interrupted, or it was damaged
+            # An earlier deletion was interrupted, or the checkpoint was damaged.
+            if step < newest and step not in protected:
                 _delete(folder, step)
         elif sound < keep_last:
             sound += is_sound(step)
@@ -49,10 +49,10 @@ def prune(
             _delete(folder, step)
     for aside in (run_dir / "checkpoints").glob(".*-step-*"):
         kind, _, rest = aside.name.removeprefix(".").partition("-step-")
-        replaced = (
-            kind == "superseded" and int(rest[:8]) <= newest
-        )  # the run has come to that step again
-        if replaced or kind == "rejected":  # damaged, and now there is a newer one
+        # A superseded folder is replaced once the run has come to its step again, and a damaged one
+        # by any newer checkpoint.
+        is_replaced = kind == "superseded" and int(rest[:8]) <= newest
+        if is_replaced or kind == "rejected":
             _delete(aside, newest)
 
 

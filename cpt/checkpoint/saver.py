@@ -1,13 +1,16 @@
-"""Saving: a fresh `.tmp-step-*` folder -> each rank writes and hashes its ranges -> manifest ->
-rename -> prune.
+"""Saving: all ranks write a checkpoint together.
+
+    fresh `.tmp-step-*` folder -> each rank writes and hashes its ranges -> manifest -> rename
+      -> prune
 
 Decisions
-    What needs all ranks happens at a step boundary, in the main thread, over the control group.  A
-    background thread only writes and hashes its rank's own file, so it needs no collective and no
-    group of its own. A save is published when all ranks have said, in the bookkeeping collective of
-    a step, that their part is on disk. At most one save is in flight: a second one waits for the
-    first to be published. Nothing random happens inside a step, so there is no random state to
-    save.
+    Everything that needs all ranks happens at a step boundary, in the main thread, over the control
+    group. A background thread only writes and hashes its rank's own file, so it needs no collective
+    and no group of its own.
+    A save is published when all ranks have said, in the bookkeeping collective of a step, that
+    their part is on disk. At most one save is in flight; a second one waits for the first to be
+    published.
+    Nothing random happens inside a step, so there is no random state to save.
 """
 
 from __future__ import annotations
@@ -41,25 +44,26 @@ log = logging.getLogger("cpt.checkpoint")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """A checkpoint that has come to be."""
+    """A checkpoint that is complete and has its final name."""
 
     step: int
     """Optimizer steps done."""
     folder: Path
-    """Where it is."""
+    """Folder of the checkpoint."""
     seconds: float
-    """From the decision to save until the rename."""
+    """Time from the decision to save until the rename."""
     blocked_seconds: float
-    """Of these, the time in which training stood still."""
+    """Part of this time in which training stood still."""
 
 
 class _Save:
-    """One save on its way: who it is, and what became of this rank's part."""
+    """One save in progress, and the outcome of this rank's part."""
 
     def __init__(self, step: int, state: dict[str, Any], final: Path) -> None:
-        self.step, self.final = step, final
+        self.step = step
+        self.final = final
         self.temporary = final.with_name(f".tmp-{final.name}")
-        self.state = json.loads(json.dumps(state))  # the run goes on and changes its own
+        self.state = json.loads(json.dumps(state))  # a copy, because the run changes its own
         self.written: Written | None = None
         self.error: Exception | None = None
         self.thread: threading.Thread | None = None
@@ -67,17 +71,17 @@ class _Save:
         self.blocked_seconds = 0.0
 
     def write(self, ranges: dict[str, FlatRange], rank: int) -> None:
-        """Write this rank's part; what goes wrong is kept for the next agreement."""
+        """Write this rank's part; an error is kept for the next agreement of the ranks."""
         try:
             self.written = write_ranges(self.temporary, ranges, rank, self.step)
         except Exception as error:
             self.error = write_error(error, self.temporary)
 
     def result(self) -> Written:
-        """What `write` did.
+        """Return what `write` has written.
 
         Raises:
-            StorageError: it failed.
+            StorageError: writing failed.
         """
         if self.error is not None:
             raise self.error
@@ -92,12 +96,21 @@ class Saver:
     def __init__(
         self, run_dir: Path, engine: Any, topology: Topology, settings: CheckpointSection
     ) -> None:
-        self._run_dir, self._engine, self._topology, self._settings = (
-            run_dir,
-            engine,
-            topology,
-            settings,
-        )
+        """Prepare to save.
+
+        Args:
+            run_dir: The run directory.
+            engine: The DeepSpeed engine whose state is saved.
+            topology: The layout.
+            settings: The `checkpoint` section of the run YAML.
+
+        Raises:
+            ConfigError: asynchronous saves are asked for, and a node has no memory for them.
+        """
+        self._run_dir = run_dir
+        self._engine = engine
+        self._topology = topology
+        self._settings = settings
         self._staging = Staging()
         self._in_flight: _Save | None = None
         self._pruning: threading.Thread | None = None
@@ -111,12 +124,16 @@ class Saver:
     def _check_host_memory(self) -> None:
         ranges = self._ranges()
         own = sum(part.tensor.numel() * part.tensor.element_size() for part in ranges.values())
-        host, group = socket.gethostname(), self._topology.control_group
-        on_this_node = sum(size for name, size in gather_json((host, own), group) if name == host)
+        host = socket.gethostname()
+        group = self._topology.control_group
+        on_this_node = 0
+        for other_host, size in gather_json((host, own), group):
+            if other_host == host:
+                on_this_node += size
         together(group, lambda: check_host_memory(own, on_this_node))
 
     def _ranges(self) -> dict[str, FlatRange]:
-        """What this rank writes: its ranges, of those that several ranks hold its share."""
+        """Return the ranges that this rank writes; those that several ranks hold are shared out."""
         ranges = flat_ranges(self._engine, self._topology)
         if self._written_here is None:  # the layout of a run does not change
             held = {key: (part.offset, part.tensor.numel()) for key, part in ranges.items()}
@@ -126,19 +143,18 @@ class Saver:
         return {key: part for key, part in ranges.items() if key in self._written_here}
 
     def trust(self, step: int) -> None:
-        """Note that a checkpoint was verified and loaded: it counts as sound and is not pruned by
-        this run.
+        """Note that a checkpoint was verified and loaded; it counts as sound, and this run does not
+        prune it.
         """
         self._sound.add(step)
         self._loaded = step
 
     def keep(self, step: int) -> None:
-        """Delete this checkpoint only after another one was named here."""
+        """Keep this checkpoint from deletion until another one is named here."""
         self._kept = step
 
     def save_now(self, step: int, state: dict[str, Any]) -> Published:
-        """Publish one checkpoint before returning.  A complete one of the same step is left as it
-        is.
+        """Publish one checkpoint before returning; a complete one of the same step is left alone.
 
         Args:
             step: Optimizer steps done.
@@ -161,8 +177,11 @@ class Saver:
         return Published(step=step, folder=save.final, seconds=seconds, blocked_seconds=seconds)
 
     def start(self, step: int, state: dict[str, Any]) -> None:
-        """Copy the state of this step to host memory and write it in the background; arguments as
-        in `save_now`.
+        """Copy the state of this step to host memory, and write it in the background.
+
+        Args:
+            step: Optimizer steps done.
+            state: JSON values to restore besides the tensors.
 
         Raises:
             StorageError: this save cannot begin; nothing older was touched.
@@ -192,19 +211,20 @@ class Saver:
         return _Save(step, state, step_folder(self._run_dir, step))
 
     def own_part_is_settled(self) -> bool:
-        """Whether this rank's part of the save in flight has been written, or has failed."""
-        return self._in_flight is not None and (
-            self._in_flight.thread is None or not self._in_flight.thread.is_alive()
-        )
+        """Return whether this rank's part of the save in flight is written or has failed."""
+        if self._in_flight is None:
+            return False
+        thread = self._in_flight.thread
+        return thread is None or not thread.is_alive()
 
     def publish_settled(self, settled_ranks: int) -> Published | None:
         """Publish the save in flight if every rank's part is settled.
 
         Args:
-            settled_ranks: How many ranks said `own_part_is_settled`, as all have agreed.
+            settled_ranks: Number of ranks whose part is settled, the same on all ranks.
 
         Raises:
-            StorageError: a rank's part has failed; the save is gone.
+            StorageError: a rank's part failed; the save was removed.
         """
         if self._in_flight is None or settled_ranks < self._topology.world_size:
             return None
@@ -214,13 +234,14 @@ class Saver:
         """Wait for the save in flight, if there is one, and publish it.
 
         Raises:
-            StorageError: it failed; nothing was published and nothing older was touched.
+            StorageError: the save failed; nothing was published and nothing older was touched.
         """
         save = self._in_flight
         if save is None:
             return None
         settled = gather_json(self.own_part_is_settled(), self._topology.control_group)
-        if behind := [rank for rank, done in enumerate(settled) if not done]:
+        behind = [rank for rank, done in enumerate(settled) if not done]
+        if behind:
             log.info(
                 "waiting for the checkpoint of step %d, still being written by ranks %s",
                 save.step,
@@ -247,7 +268,7 @@ class Saver:
         )
 
     def close(self) -> None:
-        """Wait for deletions; rank-local, so it may be called in any state."""
+        """Wait for deletions; no other rank is needed, so this may be called in any state."""
         if self._pruning is not None:
             self._pruning.join()
 
@@ -259,10 +280,8 @@ class Saver:
     def _prepare(self, save: _Save) -> None:
         self.close()
         fault_point("save_stage", save.step)
-        records, world_size = (
-            tensor_records(self._engine, self._topology),
-            self._topology.world_size,
-        )
+        records = tensor_records(self._engine, self._topology)
+        world_size = self._topology.world_size
 
         def fresh_folder() -> None:
             parent = save.temporary.parent
@@ -310,18 +329,23 @@ class Saver:
             self._pruning.start()
 
     def _prune(self, newest: int) -> None:
+        protected = {newest}
+        for step in (self._loaded, self._kept):
+            if step is not None:
+                protected.add(step)
         prune(
             self._run_dir,
             newest=newest,
             keep_last=self._settings.keep_last,
             keep_every_steps=self._settings.keep_every_steps,
-            protected={newest} | {step for step in (self._loaded, self._kept) if step is not None},
+            protected=protected,
             is_sound=self._is_sound,
         )
 
     def _is_sound(self, step: int) -> bool:
-        """Whether this run wrote or loaded a checkpoint; others are read once, in the background,
-        before they count.
+        """Return whether a checkpoint is sound.
+
+        Those that this run wrote or loaded are. Others are read once, in the background.
         """
         if step not in self._sound:
             reason = refusal_of(step_folder(self._run_dir, step))
@@ -332,6 +356,6 @@ class Saver:
         return True
 
     def _remove(self, save: _Save) -> None:
-        """Clear away a failed save; by then no rank writes into it any more."""
+        """Remove a failed save, into which no rank writes any more."""
         if self._topology.rank == 0:
             shutil.rmtree(save.temporary, ignore_errors=True)

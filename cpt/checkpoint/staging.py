@@ -1,7 +1,7 @@
-"""Host memory of an asynchronous save: a copy of this rank's ranges that the next steps cannot
-change.
+"""Host memory for asynchronous saves: a copy of this rank's ranges that no later step can change.
 
-The buffers are taken at the first save and kept, so that no later save can fail for want of memory.
+The buffers are allocated at the first save and kept, so that no later save can fail for lack of
+memory.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from cpt.errors import ConfigError
 
 
 class Staging:
-    """Buffers for the ranges of one rank."""
+    """Buffers in host memory for the ranges of one rank."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def copy(self, ranges: dict[str, FlatRange]) -> dict[str, FlatRange]:
-        """The ranges with their content copied to host memory; valid until the next call."""
+        """Return the ranges with their content copied to host memory, valid until the next call."""
         copies = {}
         for key, part in ranges.items():
             buffer = self._buffers.get(key)
@@ -44,11 +44,11 @@ def check_host_memory(own_bytes: int, node_bytes: int) -> None:
     """Refuse asynchronous saves that this node has no memory for.
 
     Args:
-        own_bytes: What this rank copies.
-        node_bytes: What all ranks of this node copy.
+        own_bytes: Bytes that this rank copies.
+        node_bytes: Bytes that all ranks of this node copy.
 
     Raises:
-        ConfigError: with the sizes, and what to do.
+        ConfigError: less memory than that is available.
     """
     available = available_bytes()
     if available is not None and node_bytes > available:
@@ -60,8 +60,9 @@ def check_host_memory(own_bytes: int, node_bytes: int) -> None:
 
 
 def available_bytes() -> int | None:
-    """Memory that processes of this node can still take, with its cgroup's limit; None if the
-    system does not say.
+    """Return the memory that processes of this node can still take, within the limit of its cgroup.
+
+    None if the system does not say.
     """
     found = [_system_available(), _cgroup_available()]
     known = [value for value in found if value is not None]
@@ -73,24 +74,27 @@ def _system_available() -> int | None:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    values = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return values[0] if values else None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def _cgroup_available() -> int | None:
-    """Of the cgroup that this process sees as its root (version 2), as in a container or a SLURM
-    job.
+    """Return the memory that is left of this process's cgroup (version 2), as in a container or a
+    SLURM job.
     """
     try:
         own = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition("::")[2]
         folder = Path("/sys/fs/cgroup") / own.lstrip("/")
         limit = (folder / "memory.max").read_text(encoding="ascii").strip()
         used = int((folder / "memory.current").read_text(encoding="ascii"))
-        reclaimable = [
-            int(line.split()[1])
-            for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-            if line.startswith(("inactive_file ", "active_file "))
-        ]
+        reclaimable = 0
+        for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines():
+            if line.startswith(("inactive_file ", "active_file ")):
+                reclaimable += int(line.split()[1])
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(0, int(limit) - used + sum(reclaimable))
+    if limit == "max":
+        return None
+    return max(0, int(limit) - used + reclaimable)

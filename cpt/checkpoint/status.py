@@ -1,4 +1,5 @@
-"""Whether a run has reached its end, by what it has saved: an exit code of 0 is no proof.
+"""The question whether a run has reached its end, answered by its checkpoints: an exit code of 0 is
+no proof.
 
 Job scripts ask while ranks may still be running, so this imports no torch and answers in a fraction
 of a second.
@@ -15,8 +16,9 @@ from cpt.errors import InternalError
 
 
 def check_finished(run_dir: Path) -> str:
-    """Compare the newest manifest with the plan in config.resolved.yaml; no file of the checkpoint
-    is read.
+    """Compare the newest manifest with the plan in config.resolved.yaml.
+
+    The other files of the checkpoint are not read.
 
     Returns:
         One line for people.
@@ -32,9 +34,10 @@ def check_finished(run_dir: Path) -> str:
         raise InternalError(
             f"{plan}: no plan to compare with ({error}); the run has not started."
         ) from error
-    planned = int(
-        train["total_steps"] if train.get("stop_at_step") is None else train["stop_at_step"]
-    )
+    planned = train.get("stop_at_step")
+    if planned is None:
+        planned = train["total_steps"]
+    planned = int(planned)
     folders = sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8))
     saved = read_manifest(folders[-1]).step if folders else 0
     if not folders or saved < planned:

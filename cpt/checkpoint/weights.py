@@ -1,4 +1,4 @@
-"""The weights of a checkpoint in pieces: memory holds a piece, never a file or a whole tensor."""
+"""The weights of a checkpoint in pieces: memory holds one piece, never a file or a whole tensor."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from cpt.checkpoint.reader import read_ranges
 from cpt.model.weights.hf_layout import is_expert_name
 
 PIECE_NUMEL = 2**26
-"""Elements read at once: 256 MB in fp32.  A tensor with an expert axis is cut between experts."""
+"""Elements read at once, 256 MB in fp32. A tensor with an expert axis is cut between experts."""
 
 
 def stored_pieces(
     folder: Path, tensors: dict[str, TensorRecord]
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """All fp32 weights of a checkpoint as (name, first element, 1-D values), names in order.
+    """Yield all fp32 weights of a checkpoint as (name, first element, 1-D values), names in order.
 
-    Small tensors are read together, large ones in parts, whole experts each.
+    Small tensors are read together; large ones are read in parts of whole experts.
     """
     together: dict[str, FlatRange] = {}
     waiting = 0
@@ -34,7 +34,8 @@ def stored_pieces(
             size = min(step, numel - start)
             if together and (waiting + size > PIECE_NUMEL or start > 0):
                 yield from _read(folder, together)
-                together, waiting = {}, 0
+                together = {}
+                waiting = 0
             part = FlatRange(tensor=torch.empty(size), offset=start, global_numel=numel)
             together[f"master/{name}"] = part
             waiting += size
@@ -53,14 +54,15 @@ class CheckpointWeights:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, dtype: torch.dtype) -> None:
-        self._folder, self._tensors, self._dtype = folder, manifest.tensors, dtype
+        self._folder = folder
+        self._tensors = manifest.tensors
+        self._dtype = dtype
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """See `cpt.model.weights.source.WeightSource`."""
+        """Yield a tensor's elements [start, stop) as (first element, values)."""
         numel = math.prod(self._tensors[name].shape)
         for low in range(start, stop, PIECE_NUMEL):
-            part = FlatRange(
-                tensor=torch.empty(min(PIECE_NUMEL, stop - low)), offset=low, global_numel=numel
-            )
+            piece = torch.empty(min(PIECE_NUMEL, stop - low))
+            part = FlatRange(tensor=piece, offset=low, global_numel=numel)
             for _, position, values in _read(self._folder, {f"master/{name}": part}):
                 yield position, values.to(self._dtype)

@@ -1,5 +1,5 @@
-"""What goes into a checkpoint folder: one file of each rank, then `.metadata` and the manifest,
-then its name.
+"""Writing of a checkpoint's folder: one file of each rank, then `.metadata` and the manifest, then
+the folder's final name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from cpt.checkpoint.flat_planner import FlatRange, FlatSavePlanner
 from cpt.checkpoint.manifest import FileRecord, Manifest, TensorRecord, record_file, write_manifest
 from cpt.checkpoint.metadata import METADATA, FolderWriter, WrittenRange, write_metadata
+from cpt.parallel.division import divide
 from cpt.resilience.faults import fault_point
 from cpt.storage.space import write_error
 from data_pipeline.store.files import sync_directory
@@ -23,18 +24,19 @@ from data_pipeline.store.files import sync_directory
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """What one rank has put on disk."""
+    """One rank's part of a checkpoint, on disk."""
 
     file: FileRecord
-    """Its file."""
+    """The rank's file."""
     ranges: list[WrittenRange]
-    """What is in it."""
+    """Ranges of tensors in the file."""
 
 
 def write_ranges(folder: Path, ranges: dict[str, FlatRange], rank: int, step: int) -> Written:
     """Write, sync and hash this rank's file; no other rank is needed."""
     fault_point("save_write", step)
-    writer, planner = FolderWriter(folder), FlatSavePlanner()
+    writer = FolderWriter(folder)
+    planner = FlatSavePlanner()
     writer.set_up_storage_writer(rank == 0, rank=rank, use_collectives=False)
     planner.set_up_planner(ranges, is_coordinator=rank == 0)
     plan = writer.prepare_local_plan(planner.create_local_plan())
@@ -42,11 +44,17 @@ def write_ranges(folder: Path, ranges: dict[str, FlatRange], rank: int, step: in
     fault_point("save_hash", step)
     entries = []
     for result in results:
-        part, where = ranges[result.index.fqn], result.storage_data
-        place = (where.relative_path, where.offset, where.length)
+        key = result.index.fqn
+        stored = result.storage_data
         entries.append(
             WrittenRange(
-                result.index.fqn, part.offset, part.tensor.numel(), part.global_numel, *place
+                key=key,
+                offset=ranges[key].offset,
+                numel=ranges[key].tensor.numel(),
+                global_numel=ranges[key].global_numel,
+                file=stored.relative_path,
+                file_offset=stored.offset,
+                file_bytes=stored.length,
             )
         )
     return Written(file=record_file(folder / f"__{rank}_0.distcp"), ranges=entries)
@@ -64,19 +72,24 @@ def complete_folder(
     """Write `.metadata` and the manifest; rank 0 does this once all ranks have written.
 
     Args:
-        folder: Where the ranks have written.
+        folder: The folder in which the ranks have written.
         parts: `Written` of every rank, as plain values.
-        step: See `Manifest`, as for the others.
-        layout: Of the run.
-        tensors: Global shapes.
-        state: JSON values to restore.
+        step: Optimizer steps done.
+        layout: Sizes of the run's layout; see `Manifest`.
+        tensors: Record of each parameter by name.
+        state: JSON values to restore besides the tensors.
 
     Raises:
         StorageError: the files could not be written.
     """
     try:
-        write_metadata(folder, [WrittenRange(*entry) for part in parts for entry in part["ranges"]])
-        files = [FileRecord(**part["file"]) for part in parts] + [record_file(folder / METADATA)]
+        ranges: list[WrittenRange] = []
+        files: list[FileRecord] = []
+        for part in parts:
+            ranges += [WrittenRange(*entry) for entry in part["ranges"]]
+            files.append(FileRecord(**part["file"]))
+        write_metadata(folder, ranges)
+        files.append(record_file(folder / METADATA))
         manifest = Manifest(
             step=step,
             files=tuple(sorted(files, key=lambda record: record.name)),
@@ -97,9 +110,8 @@ def publish_folder(temporary: Path, final: Path) -> None:
         StorageError: it could not be renamed.
     """
     try:
-        if (
-            final.exists()
-        ):  # an incomplete directory of the same step: no manifest, so nothing that counts
+        if final.exists():
+            # A folder of the same step without a manifest does not count.
             shutil.rmtree(final)
         os.rename(temporary, final)
         sync_directory(final.parent)
@@ -108,30 +120,27 @@ def publish_folder(temporary: Path, final: Path) -> None:
 
 
 def written_by(rank: int, held: list[dict[str, list[int]]]) -> set[str]:
-    """Which of its ranges a rank writes, so that each is written once and all write about equally
-    much.
+    """Return which of its ranges a rank writes, so that each is written once and all ranks write
+    about as much.
 
     Args:
-        rank: Whose ranges.
-        held: What every rank holds, by rank: key -> (offset, elements).
+        rank: The rank whose ranges are returned.
+        held: The ranges that every rank holds, by rank: key -> (offset, elements).
 
     Returns:
-        Keys.  Frozen parameters are whole on every rank under ZeRO-1 and 2; all else has one
-        holder.
+        Keys of ranges. Frozen parameters are whole on every rank under ZeRO-1 and 2; everything
+        else has one holder.
     """
     holders: dict[tuple[str, int], list[int]] = defaultdict(list)
+    sizes: dict[tuple[str, int], int] = {}
     for holder, ranges in enumerate(held):
-        for key, (offset, _) in ranges.items():
+        for key, (offset, numel) in ranges.items():
             holders[key, offset].append(holder)
-    loads = [0] * len(held)
-    writer = {}
-    for (key, offset), ranks in sorted(holders.items(), key=lambda item: (len(item[1]), item[0])):
-        writer[key, offset] = min(ranks, key=lambda holder: (loads[holder], holder))
-        loads[writer[key, offset]] += held[ranks[0]][key][1]
-    return {key for key, (offset, _) in held[rank].items() if writer[key, offset] == rank}
+            sizes[key, offset] = numel
+    return {key for key, _ in divide(sizes, holders, len(held))[rank]}
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Return the versions of the software that decides the numbers."""
     packages = ("torch", "deepspeed", "transformers")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -22,7 +22,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from cpt.checkpoint.listing import list_checkpoints, table
+    from cpt.checkpoint.listing import checkpoint_table, list_checkpoints
 
     if not options.run_dir.is_dir():
         raise ConfigError(f"--run_dir {options.run_dir} does not exist.")
@@ -30,6 +30,6 @@ def _run(options: argparse.Namespace) -> None:
     if not listed:
         print(f"{options.run_dir} holds no checkpoint yet.")
         return
-    print(table(listed))
-    if not any(one.good for one in listed):
+    print(checkpoint_table(listed))
+    if not any(one.is_usable for one in listed):
         raise CheckpointError("none of them is usable.")

@@ -11,7 +11,7 @@ from transformers import GptOssConfig
 from cpt.checkpoint.loading import flat_ranges
 from cpt.config import RunConfig
 from cpt.config.window import window_tokens
-from cpt.deepspeed_adapter.partition import materialise_partitioned
+from cpt.deepspeed_adapter.partition import materialize_partitioned
 from cpt.deepspeed_adapter.shards import publish_master_weights
 from cpt.errors import ConfigError
 from cpt.model import attention, gpt_oss
@@ -19,11 +19,12 @@ from cpt.model.attention import Attention
 from cpt.model.attention.probe import run_probe
 from cpt.model.freezing import freeze
 from cpt.model.parameters import parameter_shapes
-from cpt.model.weights.checksums import damaged, known_sums, share
+from cpt.model.weights.checksums import damaged, known_sums
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.random_init import RandomWeights
 from cpt.model.weights.source import WeightSource, fill_parts
 from cpt.parallel.agreement import gather_json, together
+from cpt.parallel.division import divide_among_all
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
@@ -53,7 +54,7 @@ def build_engine(
     model = gpt_oss.skeleton(model_config, config.dtype)
     report = gpt_oss.patch(model, topology)
     if config.zero_stage == 3:
-        materialise_partitioned(model, config.engine_json, config.dtype)
+        materialize_partitioned(model, config.engine_json, config.dtype)
         gpt_oss.restore_rotary_frequencies(model, topology.device)
     else:
         gpt_oss.materialise(model, topology.device)
@@ -151,7 +152,7 @@ def verify_checksums(source: WeightSource, topology: Topology) -> None:
         log.info("weights: no SHA256SUMS in %s, files are read as they are", source.path)
         return
     sizes = {file: file.stat().st_size for file in sums}
-    mine = share(sizes, topology.rank, topology.world_size)
+    mine = divide_among_all(sizes, topology.world_size)[topology.rank]
     problems = []
     for found in gather_json(together(group, lambda: damaged(sums, mine)), group):
         problems += found

@@ -26,6 +26,7 @@ from typing import Any
 from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunConfig, RunYaml, load, resolve
+from cpt.deepspeed_adapter.engine import check_internals
 from cpt.deepspeed_adapter.version import check_version
 from cpt.errors import ConfigError, CptError
 from cpt.guard.requirements import documents_by_domain, guard_problems
@@ -205,6 +206,9 @@ class _Gate:
         self.config = self.found.attempt(
             lambda: resolve(self.run_yaml, self.json_file, self.model_config, launch)
         )
+        config = self.config
+        if config is not None:
+            self.found.attempt(lambda: check_internals(config.engine_json))
 
     def _check_mix(self) -> None:
         data = self.run_yaml.data

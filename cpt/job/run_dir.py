@@ -17,7 +17,8 @@ from cpt.model.freezing import frozen_names
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.lock import LOCK, RunLock, take_lock
-from cpt.storage.space import BYTES_PER_PARAMETER, check_space, megabytes
+from cpt.storage.space import check_space, megabytes
+from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES
 
 log = logging.getLogger("cpt.job.run_dir")
 
@@ -135,7 +136,7 @@ def checkpoint_bytes(config: RunConfig, numels: Mapping[str, int]) -> int:
     frozen = frozen_names(config.train.freeze, numels)
     size = 0
     for name, numel in numels.items():
-        size += numel * (4 if name in frozen else BYTES_PER_PARAMETER)
+        size += numel * (FP32_BYTES if name in frozen else OPTIMIZER_BYTES)
     return size
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt.checkpoint.listing import age, list_checkpoints, readable, table
+from cpt.checkpoint.listing import age, checkpoint_table, list_checkpoints, readable
 from cpt.checkpoint.manifest import MANIFEST
 from cpt.checkpoint.reader import step_folder
 from cpt.cli import main
@@ -28,7 +28,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def verdicts(run_dir: Path, *, verify: bool) -> dict[str, str]:
-    return {one.folder.name: one.verdict for one in list_checkpoints(run_dir, verify=verify)}
+    return {one.folder.name: one.condition for one in list_checkpoints(run_dir, verify=verify)}
 
 
 def test_every_folder_gets_its_verdict(run_dir: Path) -> None:
@@ -58,7 +58,7 @@ def test_quick_look_reads_no_file_and_says_so(run_dir: Path) -> None:
 
 def test_table_shows_step_tokens_size_layout_and_age(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 100)
-    lines = table(
+    lines = checkpoint_table(
         list_checkpoints(tmp_path, verify=True), now=folder.stat().st_mtime + 7300
     ).splitlines()
     assert lines[0].split() == [

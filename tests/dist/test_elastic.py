@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpt.checkpoint.reader import PARTS, step_folder
+from cpt.checkpoint.metadata import PARTS
+from cpt.checkpoint.reader import step_folder
 from tests.dist.cases import Scenario, parameter_file
 from tests.dist.test_layout_parity import Reference, stored_tensors
 from tests.support.launcher import ROOT, launch

@@ -18,7 +18,8 @@ from cpt.model.freezing import freeze
 from cpt.planning.traffic import exchanges
 from cpt.checkpoint.flat_planner import FlatRange
 from cpt.checkpoint.manifest import read_manifest, verify_files
-from cpt.checkpoint.reader import PARTS, read_ranges, step_folder
+from cpt.checkpoint.metadata import PARTS
+from cpt.checkpoint.reader import read_ranges, step_folder
 from cpt.training.optimizer import parameter_groups
 from tests.dist.cases import (
     CLIPPING,

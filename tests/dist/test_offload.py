@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpt.checkpoint.reader import PARTS
+from cpt.checkpoint.metadata import PARTS
 from tests.dist.cases import CLIPPING, STEPS, Scenario, parameter_file, reference_model
 from tests.dist.test_layout_parity import named, stored
 from tests.support.launcher import ROOT, launch

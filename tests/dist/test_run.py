@@ -28,7 +28,8 @@ from cpt.offline.sampling import Sampling
 from cpt.export.huggingface import export_checkpoint
 from data_pipeline.text.harmony import CHANNEL, END, MESSAGE, RETURN
 from cpt.checkpoint.manifest import read_manifest
-from cpt.checkpoint.reader import PARTS, find_checkpoint, list_steps, step_folder
+from cpt.checkpoint.metadata import PARTS
+from cpt.checkpoint.reader import find_checkpoint, list_steps, step_folder
 from cpt.telemetry.metrics import read_events
 from data_pipeline.text.tokenizer import encode
 from tests.dist.test_layout_parity import stored_tensors

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpt.checkpoint.reader import PARTS, list_steps, step_folder
+from cpt.checkpoint.metadata import PARTS
+from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.telemetry.goodput import goodput
 from cpt.telemetry.metrics import read_events
 from tests.dist.test_layout_parity import stored_tensors

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from cpt.checkpoint.reader import PARTS, step_folder
+from cpt.checkpoint.metadata import PARTS
+from cpt.checkpoint.reader import step_folder
 from tests.dist.cases import ROWS, Scenario, parameter_file, reference_model
 from tests.dist.test_layout_parity import stored_tensors
 from tests.support.launcher import ROOT, launch

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cpt.checkpoint.manifest import read_manifest
-from cpt.checkpoint.reader import PARTS, list_steps, step_folder
+from cpt.checkpoint.metadata import PARTS
+from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.job.progress import read_rollbacks
 from tests.dist.test_layout_parity import stored_tensors
 from tests.support.service import run_to_end

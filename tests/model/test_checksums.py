@@ -15,7 +15,6 @@ from cpt.model.weights.checksums import (
     damaged,
     known_sums,
     sampled_hash,
-    share,
     write_sums,
 )
 from cpt.model.weights.writer import DirectoryWriter, Entry
@@ -88,15 +87,6 @@ def test_malformed_list_is_refused_with_its_line(files: list[Path]) -> None:
     (files[0].parent / SUMS_FILE).write_text("no sums here\n")
     with pytest.raises(ConfigError, match=f"{SUMS_FILE}:1"):
         known_sums(files[0].parent, files)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_ranks_share_all_files_evenly(world_size: int) -> None:
-    sizes = {Path(f"{n}.safetensors"): size for n, size in enumerate([90, 10, 40, 40, 30, 5])}
-    parts = [share(sizes, rank, world_size) for rank in range(world_size)]
-    assert sorted(file for part in parts for file in part) == sorted(sizes)
-    loads = [sum(sizes[file] for file in part) for part in parts]
-    assert max(loads) - min(loads) <= max(sizes.values())
 
 
 def test_sampled_hash_tells_weights_apart_and_reads_little(

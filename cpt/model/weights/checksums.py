@@ -72,20 +72,6 @@ def write_sums(path: Path, names: Iterable[str]) -> None:
     write_text(path / SUMS_FILE, "".join(lines))
 
 
-def share(sizes: dict[Path, int], rank: int, world_size: int) -> list[Path]:
-    """The files that one rank hashes, so that all have about as many bytes: largest first, to the
-    emptiest rank.
-    """
-    loads = [0] * world_size
-    mine = []
-    for file in sorted(sizes, key=lambda f: (-sizes[f], f.name)):
-        emptiest = loads.index(min(loads))
-        loads[emptiest] += sizes[file]
-        if emptiest == rank:
-            mine.append(file)
-    return mine
-
-
 def damaged(sums: dict[Path, str], mine: Iterable[Path]) -> list[str]:
     """A problem for each of the files whose SHA-256 is another."""
     found = {file: sha256_of(file) for file in mine}
