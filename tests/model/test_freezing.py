@@ -9,7 +9,7 @@ import logging
 import pytest
 from transformers import GptOssConfig
 
-from cpt.checkpoint.loading import _tell_freezing
+from cpt.checkpoint.loading import _log_freezing
 from cpt.checkpoint.manifest import TensorRecord
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.model.configuration import PRESETS
@@ -96,7 +96,7 @@ def test_change_of_the_freeze_set_is_told_on_resume(caplog: pytest.LogCaptureFix
     record = TensorRecord(shape=(1,), dtype="float32")
     frozen = dataclasses.replace(record, trained=False)
     with caplog.at_level(logging.WARNING):
-        _tell_freezing(
+        _log_freezing(
             {"a": frozen, "b": record, "c": record}, {"a": record, "b": frozen, "c": record}
         )
     thawed, froze = (entry.getMessage() for entry in caplog.records)
