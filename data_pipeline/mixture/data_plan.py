@@ -4,13 +4,16 @@ Decisions
     An impossible run fails here, not at step 40,000: every reason is in `DataPlan.problems`.
     What is unwise but possible is a warning: a source read more than WARN_EPOCHS times teaches
     little more (Muennighoff et al., arXiv 2305.16264: up to 4 epochs are nearly as good as new
-    text). Tokens are not content.  The same text costs about JAPANESE_PREMIUM times the tokens in
-    Japanese, so half the tokens are less than half of what is said.
+    text).
+    Tokens are not content. The same text costs about JAPANESE_PREMIUM times the tokens in Japanese,
+    so half of the tokens is less than half of the content.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,17 +22,19 @@ from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger
 from data_pipeline.mixture.mixture import Mixture
+from data_pipeline.store.packing import Integers
 from data_pipeline.tables import table
 
 WARN_EPOCHS = 4.0
 JAPANESE_PREMIUM = 1.32
-"""Tokens of a Japanese text over those of the same text in English: 1.27 to 1.38, Debian's parallel
-documentation.
+"""Tokens of a Japanese text over those of the same text in English.
+
+Debian's parallel documentation gives 1.27 to 1.38.
 """
 _CURVE_POINTS = 64
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedSource:
     """One source over a whole run."""
 
@@ -46,18 +51,28 @@ class PlannedSource:
     drawn_tokens: int
     """Predicted tokens that the run takes."""
     epochs: float
-    """Rows drawn per row there is: how often the text is read, on average."""
+    """Rows drawn over rows in one epoch: how often the text is read, on average."""
     share: float
-    """Of the run's predicted tokens, 0 to 1."""
+    """Share of the run's predicted tokens, 0 to 1."""
     read_once_at_step: int | None
     """Step, within one, at which every row was drawn once; None if the run ends before."""
     max_epochs: float | None
-    """Limit of the mix."""
+    """Limit that the mix sets."""
     epoch_curve: tuple[float, ...]
     """Epochs at `DataPlan.curve_steps`."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedLimit:
+    """Bounds that the mix sets for a language, and whether the run keeps them."""
+
+    language: str
+    min_share: float
+    max_share: float
+    met: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataPlan:
     """A run over a built mix."""
 
@@ -65,13 +80,14 @@ class DataPlan:
     global_batch_size: int
     """Packed rows per step."""
     sources: tuple[PlannedSource, ...]
-    limits: tuple[tuple[str, float, float, bool], ...]
-    """(language, floor, ceiling, met) for each language that the mix bounds."""
+    limits: tuple[PlannedLimit, ...]
+    """One for each language that the mix bounds."""
     curve_steps: tuple[int, ...]
+    """Steps at which the epochs of the sources are known."""
     problems: tuple[str, ...]
-    """Why the run cannot be done; empty if it can."""
+    """Reasons why the run cannot be done; empty if it can."""
     warnings: tuple[str, ...]
-    """What a person should think about."""
+    """Things that a person should think about."""
 
     @property
     def drawn_tokens(self) -> int:
@@ -79,81 +95,95 @@ class DataPlan:
         return sum(source.drawn_tokens for source in self.sources)
 
     def language_shares(self) -> dict[str, float]:
-        """Share of the predicted tokens by language, 0 to 1."""
-        shares: dict[str, float] = {}
-        for source in self.sources:
-            shares[source.language] = shares.get(source.language, 0.0) + source.share
-        return shares
+        """Return the share of the predicted tokens by language, 0 to 1."""
+        return _language_shares(self.sources)
 
     def content_shares(self) -> dict[str, float]:
-        """`language_shares`, a Japanese token counted as 1 / JAPANESE_PREMIUM of one in another
-        language.
+        """Return the share of the content by language, 0 to 1.
+
+        A Japanese token counts as 1 / JAPANESE_PREMIUM of a token in another language.
         """
-        worth = {
-            name: s / (JAPANESE_PREMIUM if name == "ja" else 1)
-            for name, s in self.language_shares().items()
-        }
+        worth = self.language_shares()
+        if "ja" in worth:
+            worth["ja"] /= JAPANESE_PREMIUM
         total = sum(worth.values()) or 1.0
         return {name: value / total for name, value in worth.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        keys = ("steps", "global_batch_size", "curve_steps", "problems", "warnings")
+        """Return the plan as JSON values."""
         return {
-            **{key: getattr(self, key) for key in keys},
+            "steps": self.steps,
+            "global_batch_size": self.global_batch_size,
+            "curve_steps": self.curve_steps,
+            "problems": self.problems,
+            "warnings": self.warnings,
             "drawn_tokens": self.drawn_tokens,
             "sources": [dataclasses.asdict(source) for source in self.sources],
             "language_shares": self.language_shares(),
             "content_shares": self.content_shares(),
-            "limits": [
-                {"language": name, "min_share": low, "max_share": high, "met": met}
-                for name, low, high, met in self.limits
-            ],
+            "limits": [dataclasses.asdict(limit) for limit in self.limits],
         }
 
     def describe(self) -> str:
-        """A table for people, then shares, limits and warnings."""
-        header = (
-            "source",
-            "language",
-            "documents",
-            "tokens",
-            "rows",
-            "bytes/token",
-            "drawn tokens",
-            "share",
-        )
-        rows = [
-            (
-                *(
-                    s.name,
-                    s.language,
-                    f"{s.documents:,}",
-                    f"{s.tokens:,}",
-                    f"{s.rows:,}",
-                    f"{s.bytes_per_token:.2f}",
-                ),
-                *(f"{s.drawn_tokens:,}", f"{s.share:.2%}", f"{s.epochs:.2f}"),
-                "-" if s.read_once_at_step is None else f"{s.read_once_at_step:,}",
-            )
-            for s in self.sources
-        ]
-        shares, content = self.language_shares(), self.content_shares()
-        text = [
-            table((*header, "epochs", "read once at step"), rows),
-            f"{self.steps:,} steps of {self.global_batch_size:,} rows: {self.drawn_tokens:,} predicted tokens",
+        """Return a table for people, then shares, limits and warnings."""
+        shares = self.language_shares()
+        lines = [
+            table(_COLUMNS, [_table_row(source) for source in self.sources]),
+            f"{self.steps:,} steps of {self.global_batch_size:,} rows: {self.drawn_tokens:,} "
+            "predicted tokens",
             "languages: " + ", ".join(f"{name} {share:.2%}" for name, share in shares.items()),
         ]
         if 0 < shares.get("ja", 0) < 1:
-            text.append(
-                f"the same text costs about {JAPANESE_PREMIUM:g} times the tokens in Japanese: by content "
-                + ", ".join(f"{name} {share:.1%}" for name, share in content.items())
+            content = [f"{name} {share:.1%}" for name, share in self.content_shares().items()]
+            lines.append(
+                f"the same text costs about {JAPANESE_PREMIUM:g} times the tokens in Japanese: by "
+                f"content {', '.join(content)}"
             )
-        for name, low, high, met in self.limits:
-            text.append(
-                f"limit: {name} from {low:.0%} to {high:.0%}: {'met' if met else 'NOT MET'}"
+        for limit in self.limits:
+            verdict = "met" if limit.met else "NOT MET"
+            lines.append(
+                f"limit: {limit.language} from {limit.min_share:.0%} to {limit.max_share:.0%}: "
+                f"{verdict}"
             )
-        return "\n".join([*text, *(f"warning: {line}" for line in self.warnings)])
+        lines += [f"warning: {line}" for line in self.warnings]
+        return "\n".join(lines)
+
+
+_COLUMNS = (
+    "source",
+    "language",
+    "documents",
+    "tokens",
+    "rows",
+    "bytes/token",
+    "drawn tokens",
+    "share",
+    "epochs",
+    "read once at step",
+)
+
+
+def _table_row(source: PlannedSource) -> tuple[str, ...]:
+    step = source.read_once_at_step
+    return (
+        source.name,
+        source.language,
+        f"{source.documents:,}",
+        f"{source.tokens:,}",
+        f"{source.rows:,}",
+        f"{source.bytes_per_token:.2f}",
+        f"{source.drawn_tokens:,}",
+        f"{source.share:.2%}",
+        f"{source.epochs:.2f}",
+        "-" if step is None else f"{step:,}",
+    )
+
+
+def _language_shares(sources: Sequence[PlannedSource]) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for source in sources:
+        shares[source.language] = shares.get(source.language, 0.0) + source.share
+    return shares
 
 
 def make_data_plan(
@@ -163,99 +193,137 @@ def make_data_plan(
     global_batch_size: int,
     ledger: Ledger | None = None,
 ) -> DataPlan:
-    """Draw `steps` steps without reading a token.
+    """Plan a run of `steps` steps without reading a token.
 
     Args:
-        built: the build of `mix`.
-        mix: gives limits and seed.
-        steps: of the run.
-        global_batch_size: packed rows per step.
-        ledger: the mix over the run, if it was edited on the way; None: `mix` from start to end.
+        built: The build of `mix`.
+        mix: The mix; gives limits and seed.
+        steps: Number of steps of the run.
+        global_batch_size: Packed rows per step.
+        ledger: The mix over the run, if it was edited on the way; None: `mix` from start to end.
     """
     ledger = ledger or Ledger.start(mix)
     mixture = Mixture(built, ledger, mix.seed)
-    end = mixture.position(steps, global_batch_size)
-    curve_steps = tuple(
-        np.unique(np.linspace(0, steps, min(steps, _CURVE_POINTS) + 1).astype(int)).tolist()
+    num_points = min(steps, _CURVE_POINTS) + 1
+    curve_steps = tuple(np.unique(np.linspace(0, steps, num_points).astype(int)).tolist())
+    positions = [mixture.position(step, global_batch_size) for step in curve_steps]
+    drawn_rows = np.array([position.drawn_rows for position in positions])  # [points, sources]
+    sources = _plan_sources(built, mix, mixture, curve_steps, drawn_rows)
+    drawn_tokens = sum(source.drawn_tokens for source in sources)
+    limits = []
+    problems = []
+    warnings = []
+    for source in sources:
+        problems += _too_many_epochs(source, curve_steps)
+        warnings += _many_epochs(source, curve_steps)
+    shares = _language_shares(sources)
+    for language, bounds in mix.languages.items():
+        share = shares.get(language, 0.0)
+        slack = ledger.slack_rows(language) * mix.seq_len / max(drawn_tokens, 1)
+        met = bounds.min_share - slack <= share <= bounds.max_share + slack
+        limits.append(
+            PlannedLimit(
+                language=language,
+                min_share=bounds.min_share,
+                max_share=bounds.max_share,
+                met=met,
+            )
+        )
+        if not met:
+            problems.append(
+                f"language '{language}': has {share:.2%} of the tokens, must have from "
+                f"{bounds.min_share:.2%} to {bounds.max_share:.2%}. Change the weights."
+            )
+    return DataPlan(
+        steps=steps,
+        global_batch_size=global_batch_size,
+        sources=sources,
+        limits=tuple(limits),
+        curve_steps=curve_steps,
+        problems=tuple(problems),
+        warnings=tuple(warnings),
     )
-    drawn = np.array([mixture.position(step, global_batch_size).drawn_rows for step in curve_steps])
-    tokens = [
-        _drawn_tokens(mixture, built, number, end.drawn_rows[number])
-        for number in range(len(mix.sources))
-    ]
-    total = max(sum(tokens), 1)
+
+
+def _plan_sources(
+    built: BuiltData,
+    mix: MixConfig,
+    mixture: Mixture,
+    curve_steps: tuple[int, ...],
+    drawn_rows: Integers,
+) -> tuple[PlannedSource, ...]:
+    """Return what the run draws from each source.
+
+    Args:
+        built: The build of `mix`.
+        mix: The mix.
+        mixture: Gives the order in which rows are drawn.
+        curve_steps: Steps of the curve, [points]; the last one is the end of the run.
+        drawn_rows: Rows drawn from each source before each of these steps, [points, sources].
+    """
+    end_rows: list[int] = drawn_rows[-1].tolist()
+    drawn_tokens = []
+    for number, num_drawn in enumerate(end_rows):
+        drawn_tokens.append(
+            _count_drawn_tokens(mixture, built.row_tokens(number), number, num_drawn)
+        )
+    total_tokens = max(sum(drawn_tokens), 1)
     entries = {entry.name: entry for entry in built.manifest.sources}
     sources = []
-    for number, (name, config) in enumerate(zip(built.source_names, mix.sources, strict=True)):
-        rows, entry = built.num_rows(number), entries[name]
-        curve = drawn[:, number] / max(rows, 1)
-        once = None
-        if rows and end.drawn_rows[number] >= rows:
-            once = int(np.ceil(np.interp(rows, drawn[:, number], curve_steps)))
+    for number, config in enumerate(mix.sources):
+        entry = entries[config.name]
+        num_rows = built.num_rows(number)
+        read_once_at_step = None
+        if num_rows and end_rows[number] >= num_rows:
+            step = np.interp(num_rows, drawn_rows[:, number], curve_steps)
+            read_once_at_step = int(np.ceil(step))
+        curve = drawn_rows[:, number] / max(num_rows, 1)
         sources.append(
             PlannedSource(
-                name=name,
+                name=config.name,
                 language=built.languages[number],
                 documents=entry.documents,
                 tokens=entry.predicted_tokens,
-                rows=rows,
+                rows=num_rows,
                 bytes_per_token=entry.bytes / max(entry.tokens, 1),
-                drawn_tokens=tokens[number],
-                epochs=end.drawn_rows[number] / max(rows, 1),
-                share=tokens[number] / total,
-                read_once_at_step=once,
+                drawn_tokens=drawn_tokens[number],
+                epochs=end_rows[number] / max(num_rows, 1),
+                share=drawn_tokens[number] / total_tokens,
+                read_once_at_step=read_once_at_step,
                 max_epochs=config.max_epochs,
                 epoch_curve=tuple(curve.round(6).tolist()),
             )
         )
-    plan = DataPlan(
-        steps=steps,
-        global_batch_size=global_batch_size,
-        sources=tuple(sources),
-        limits=(),
-        curve_steps=curve_steps,
-        problems=(),
-        warnings=(),
-    )
-    return _judged(plan, mix, ledger)
+    return tuple(sources)
 
 
-def _drawn_tokens(mixture: Mixture, built: BuiltData, source: int, rows: int) -> int:
-    """Predicted tokens in the first `rows` rows that are drawn from a source."""
-    row_tokens = built.row_tokens(source)
+def _count_drawn_tokens(mixture: Mixture, row_tokens: Integers, source: int, num_drawn: int) -> int:
+    """Return the predicted tokens in the first `num_drawn` rows that are drawn from a source."""
     if not len(row_tokens):
         return 0
-    epochs, rest = divmod(rows, len(row_tokens))
-    return epochs * int(row_tokens.sum()) + int(mixture.epoch_tokens(source, epochs)[:rest].sum())
+    epochs, rest = divmod(num_drawn, len(row_tokens))
+    rest_tokens = mixture.epoch_tokens(source, epochs)[:rest]
+    return epochs * int(row_tokens.sum()) + int(rest_tokens.sum())
 
 
-def _judged(plan: DataPlan, mix: MixConfig, ledger: Ledger) -> DataPlan:
-    """`plan` with limits, problems and warnings."""
-    problems, warnings, limits = [], [], []
-    for source in plan.sources:
-        if source.max_epochs is not None and source.epochs > source.max_epochs:
-            step = int(np.interp(source.max_epochs, source.epoch_curve, plan.curve_steps))
-            problems.append(
-                f"source '{source.name}': {plan.steps} steps take {source.epochs:.2f} epochs, max_epochs is "
-                f"{source.max_epochs:g}, which is used up near step {step:,}. "
-                "Train fewer steps, add data, lower its weight, or raise max_epochs."
-            )
-        elif source.epochs > WARN_EPOCHS:
-            step = int(np.interp(WARN_EPOCHS, source.epoch_curve, plan.curve_steps))
-            warnings.append(
-                f"source '{source.name}' is read {source.epochs:.1f} times, more than {WARN_EPOCHS:g} from step "
-                f"{step:,} on. Add data or lower its weight."
-            )
-    for language, bounds in mix.languages.items():
-        share = plan.language_shares().get(language, 0.0)
-        slack = ledger.slack_rows(language) * mix.seq_len / max(plan.drawn_tokens, 1)
-        met = bounds.min_share - slack <= share <= bounds.max_share + slack
-        limits.append((language, bounds.min_share, bounds.max_share, met))
-        if not met:
-            problems.append(
-                f"language '{language}': has {share:.2%} of the tokens, must have from {bounds.min_share:.2%} to "
-                f"{bounds.max_share:.2%}. Change the weights."
-            )
-    return dataclasses.replace(
-        plan, limits=tuple(limits), problems=tuple(problems), warnings=tuple(warnings)
-    )
+def _too_many_epochs(source: PlannedSource, curve_steps: tuple[int, ...]) -> list[str]:
+    """Return the problem of a source that is read more often than the mix allows."""
+    if source.max_epochs is None or source.epochs <= source.max_epochs:
+        return []
+    step = int(np.interp(source.max_epochs, source.epoch_curve, curve_steps))
+    return [
+        f"source '{source.name}': {curve_steps[-1]} steps take {source.epochs:.2f} epochs, "
+        f"max_epochs is {source.max_epochs:g}, which is used up near step {step:,}. Train fewer "
+        "steps, add data, lower its weight, or raise max_epochs."
+    ]
+
+
+def _many_epochs(source: PlannedSource, curve_steps: tuple[int, ...]) -> list[str]:
+    """Return the warning about a source that is read often, but not more than the mix allows."""
+    if source.epochs <= WARN_EPOCHS or _too_many_epochs(source, curve_steps):
+        return []
+    step = int(np.interp(WARN_EPOCHS, source.epoch_curve, curve_steps))
+    return [
+        f"source '{source.name}' is read {source.epochs:.1f} times, more than {WARN_EPOCHS:g} from "
+        f"step {step:,} on. Add data or lower its weight."
+    ]

@@ -1,16 +1,14 @@
 """(ledger, seed, step) -> the rows of a global batch.
 
-    step -> index of its first row in the run -> nearest snapshot before it -> choose a source per
-    row
-                                                                                   |
-                                   shuffled order of that source in its epoch <----+-> (source, row,
-                                   epoch)
+    step -> index of its first row in the run -> nearest snapshot before it
+    -> walk from there: choose a source for each row (WF2Q)
+    -> its next row in the shuffled order of its epoch -> (source, row, epoch)
 
 Choice of the source (WF2Q: Bennett and Zhang, INFOCOM 1996)
     Source i has weight w_i and has given e_i predicted tokens, all sources together E; its next row
-    has l_i tokens. Among the sources that are not ahead of their share (e_i <= w_i E) the one whose
-    next row is due first, at (e_i + l_i) / w_i tokens of the run, gives the row.  At every prefix
-    then
+    has l_i tokens. Among the sources that are not ahead of their share (e_i <= w_i E), the one
+    whose next row is due first, at (e_i + l_i) / w_i tokens of the run, gives the row. At every
+    prefix then
         -L <= w_i E - e_i <= L      where L is the largest row, at most seq_len.
     Picking the largest deficit is simpler, but lets a large source fall behind by more than a row
     while small ones catch up: 1.4 rows with weights .855, .093, .048, .004
@@ -18,10 +16,11 @@ Choice of the source (WF2Q: Bennett and Zhang, INFOCOM 1996)
 
 Decisions
     Nothing here knows ranks, workers or accumulation: they slice what `global_batch` returns.
-    Tokens are counted as labels, the ones that bear loss, so rows with padding count for what they
-    hold. Order inside a source: every row once per epoch, sorted by a keyed hash of the row number.
-    Weights change at segment borders: the token account starts anew there, the place in each source
-    goes on, so no row is lost or repeated.
+    Tokens are counted as labels, the ones that bear loss, so a row with padding counts for what it
+    holds.
+    Within a source every row comes once per epoch, in the order of a keyed hash of the row number.
+    Weights change at the borders of segments. The token account starts anew there, but the place in
+    each source goes on, so no row is lost or repeated.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ import hashlib
 import heapq
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -43,43 +44,45 @@ from data_pipeline.store.packing import Integers
 
 SNAPSHOT_ROWS = 1 << 14
 """Rows of the run between two snapshots; bounds the work of a step back."""
+KEPT_EPOCHS = 3
+"""Number of epochs per source, on average, whose orders stay in memory."""
 _CURSOR_ROWS = 1 << 10
 
 
 class RowCounts(Protocol):
-    """What the mixture needs to know about a build."""
+    """The part of a build that the mixture needs to know."""
 
     source_names: tuple[str, ...]
 
     def row_tokens(self, source: int) -> Integers:
-        """Predicted tokens of each training row."""
+        """Return the predicted tokens of each training row of a source."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GlobalBatch:
     """The rows of one optimizer step; B = global_batch_size."""
 
     step: int
     sources: Integers
-    """[B] positions in `source_names`."""
+    """Positions in `source_names`, [B]."""
     rows: Integers
-    """[B] row numbers within the source."""
+    """Row numbers within the source, [B]."""
     predicted_tokens: Integers
-    """[B] labels in each row."""
+    """Labels in each row, [B]."""
     epochs: Integers
-    """[B] how often the source was read to its end before."""
+    """How often the source was read to its end before, [B]."""
 
     def chain_hash(self, previous: str) -> str:
-        """Hex sha256 over the hash of the step before ('' at step 0) and this step's rows."""
+        """Return the hex sha256 over the hash of the step before ('' at step 0) and these rows."""
         digest = hashlib.sha256(f"{previous}:{self.step}:{len(self.rows)}:".encode())
         for values in (self.sources, self.rows, self.epochs):
             digest.update(values.astype("<i8").tobytes())
         return digest.hexdigest()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
-    """A place between two rows of the run."""
+    """A place between two rows of the run, by what each source has given before it."""
 
     drawn_rows: tuple[int, ...]
     """Rows each source has given since step 0."""
@@ -91,8 +94,12 @@ class Mixture:
     """The rows of every step, in whatever order the steps are asked for."""
 
     def __init__(self, built: RowCounts, ledger: Ledger, seed: int) -> None:
-        """Args: `built` gives row sizes, `ledger` the weights over time, `seed` the order within
-        sources.
+        """Check the ledger against the build.
+
+        Args:
+            built: Gives the sizes of the rows.
+            ledger: Weights over the run.
+            seed: Decides the order of the rows within each source.
 
         Raises:
             ConfigError: the ledger names a source that is not built.
@@ -102,166 +109,175 @@ class Mixture:
         self._row_tokens = [built.row_tokens(source) for source in range(len(self._names))]
         self._ledger = ledger
         self.seed = seed
-        for segment in ledger.segments:
+        self._check_sources()
+        self._orders = _EpochOrders(self._names, self._row_tokens, seed)
+        self._forget_snapshots(global_batch_size=0)
+
+    def _check_sources(self) -> None:
+        for segment in self._ledger.segments:
             for name, weight in segment.weights.items():
                 if name not in self._names:
                     raise ConfigError(
-                        f"mix ledger: source '{name}' is not in the build ({', '.join(self._names)})."
+                        f"mix ledger: source '{name}' is not in the build "
+                        f"({', '.join(self._names)}). Build the mix that names it."
                     )
                 if weight > 0 and not len(self._row_tokens[self._names.index(name)]):
-                    raise DataError(f"source '{name}' has weight {weight:g} but no training rows.")
-        self._orders: OrderedDict[tuple[int, int], tuple[Integers, Integers]] = OrderedDict()
-        self._global_batch_size = 0
-        self._snapshots: dict[int, Position] = {}
-        self._snapshot_indices: list[int] = []
-        self._latest = (0, self._origin())
+                    raise DataError(
+                        f"source '{name}' has weight {weight:g} but no training rows. Set its "
+                        "weight to 0, or give it text to train on."
+                    )
 
     def global_batch(self, step: int, global_batch_size: int) -> GlobalBatch:
-        """The rows of one step.
+        """Return the rows of one step.
 
         Raises:
             DataError: a source is asked for more epochs than its max_epochs.
         """
         first = step * global_batch_size
         position = self._position_at(first, global_batch_size)
-        chosen: list[tuple[int, int]] = []
-        position = self._advance(position, first, global_batch_size, chosen)
+        drawn: list[tuple[int, int]] = []
+        position = self._walk(position, first, global_batch_size, drawn)
         self._latest = (first + global_batch_size, position)
         self._check_epochs(step, position)
         batch = np.empty((4, global_batch_size), dtype=np.int64)
-        for index, (source, drawn) in enumerate(chosen):
-            epoch, place = divmod(drawn, len(self._row_tokens[source]))
-            rows, tokens = self._order(source, epoch)
+        for index, (source, num_before) in enumerate(drawn):
+            epoch, place = divmod(num_before, len(self._row_tokens[source]))
+            rows, tokens = self._orders.get(source, epoch)
             batch[:, index] = source, rows[place], tokens[place], epoch
         return GlobalBatch(
             step=step, sources=batch[0], rows=batch[1], predicted_tokens=batch[2], epochs=batch[3]
         )
 
     def position(self, step: int, global_batch_size: int) -> Position:
-        """What was drawn before `step`; epoch limits are not enforced here, so a plan can list all
-        that break.
+        """Return what was drawn before `step`.
+
+        Epoch limits are not enforced here, so that a plan can list all that break.
         """
         return self._position_at(step * global_batch_size, global_batch_size)
 
     def epoch_tokens(self, source: int, epoch: int) -> Integers:
-        """Predicted tokens of the rows of a source, in the order of an epoch."""
-        return self._order(source, epoch)[1]
+        """Return the predicted tokens of the rows of a source, in the order of an epoch."""
+        _, tokens = self._orders.get(source, epoch)
+        return tokens
 
     def _origin(self) -> Position:
         zeros = (0,) * len(self._names)
         return Position(drawn_rows=zeros, segment_tokens=zeros)
 
+    def _forget_snapshots(self, global_batch_size: int) -> None:
+        # borders of segments are steps, so the batch size decides where they lie among the rows
+        self._global_batch_size = global_batch_size
+        self._snapshots = {0: self._origin()}
+        self._snapshot_indices = [0]
+        self._latest = (0, self._origin())
+
     def _position_at(self, index: int, global_batch_size: int) -> Position:
-        """The position before row `index` of the run."""
+        """Return the position before row `index` of the run."""
         if global_batch_size != self._global_batch_size:
-            # segment borders are steps, so where they lie among the rows depends on the batch size
-            self._global_batch_size = global_batch_size
-            self._snapshots, self._snapshot_indices = {0: self._origin()}, [0]
-            self._latest = (0, self._origin())
+            self._forget_snapshots(global_batch_size)
         start = self._snapshot_indices[bisect.bisect_right(self._snapshot_indices, index) - 1]
         position = self._snapshots[start]
         if start < self._latest[0] <= index:
             start, position = self._latest
         while start < index:
-            count = min(index - start, SNAPSHOT_ROWS)
-            position = self._advance(position, start, count, None)
-            start += count
+            num_rows = min(index - start, SNAPSHOT_ROWS)
+            position = self._walk(position, start, num_rows)
+            start += num_rows
         self._latest = (index, position)
         return position
 
-    def _note(self, index: int, position: Position) -> None:
-        """Keep a snapshot if one is due."""
-        if index - self._snapshot_indices[-1] >= SNAPSHOT_ROWS:
-            self._snapshots[index] = position
-            self._snapshot_indices.append(index)
-
-    def _advance(
-        self, position: Position, index: int, count: int, chosen: list[tuple[int, int]] | None
+    def _walk(
+        self,
+        position: Position,
+        index: int,
+        num_rows: int,
+        drawn: list[tuple[int, int]] | None = None,
     ) -> Position:
-        """Draw `count` rows from row `index` of the run on; `chosen` takes (source, rows drawn from
-        it before).
+        """Draw rows from row `index` of the run on, and keep a snapshot if one is due.
+
+        Args:
+            position: The position before row `index`.
+            index: Row of the run at which the walk begins.
+            num_rows: Number of rows to draw.
+            drawn: Takes (source, rows drawn from it before) for each row.
+
+        Returns:
+            The position after the rows.
         """
-        while count:
-            segment, ends = self._segment_at(index)
-            position = self._enter(segment, index, position)
-            part = count if ends is None else min(count, ends - index)
-            position = self._choose(position, segment, part, chosen)
-            index += part
-            count -= part
-        self._note(index, position)
+        stop = index + num_rows
+        while index < stop:
+            segment, segment_stop = self._segment_at(index)
+            if index == segment.start_step * self._global_batch_size:
+                zeros = self._origin().segment_tokens  # the segment has its own token account
+                position = dataclasses.replace(position, segment_tokens=zeros)
+            part_stop = min(stop, segment_stop)
+            position = self._choose(position, segment, part_stop - index, drawn)
+            index = part_stop
+        if stop - self._snapshot_indices[-1] >= SNAPSHOT_ROWS:
+            self._snapshots[stop] = position
+            self._snapshot_indices.append(stop)
         return position
 
-    def _enter(self, segment: Segment, index: int, position: Position) -> Position:
-        """`position`, with a new token account if `index` is the first row of the segment."""
-        if index == segment.start_step * self._global_batch_size:
-            return dataclasses.replace(position, segment_tokens=self._origin().segment_tokens)
-        return position
+    def _segment_at(self, index: int) -> tuple[Segment, int]:
+        """Return the segment of row `index`, and the row at which the next segment begins.
 
-    def _segment_at(self, index: int) -> tuple[Segment, int | None]:
-        """The segment that row `index` falls into, and the row at which the next one begins."""
-        starts = [segment.start_step * self._global_batch_size for segment in self._ledger.segments]
+        For the last segment that row lies behind every run.
+        """
+        segments = self._ledger.segments
+        starts = [segment.start_step * self._global_batch_size for segment in segments]
         number = bisect.bisect_right(starts, index) - 1
-        return self._ledger.segments[number], starts[number + 1] if number + 1 < len(
-            starts
-        ) else None
+        starts.append(_BEHIND_EVERY_RUN)
+        return segments[number], starts[number + 1]
 
     def _choose(
-        self, position: Position, segment: Segment, count: int, chosen: list[tuple[int, int]] | None
+        self,
+        position: Position,
+        segment: Segment,
+        num_rows: int,
+        drawn: list[tuple[int, int]] | None,
     ) -> Position:
-        """The rule of the module docstring, `count` times."""
-        drawn, given = list(position.drawn_rows), list(position.segment_tokens)
-        total = sum(given)
-        weights = self._weights(segment)
-        cursors = [_Cursor(self, source, drawn[source]) for source in range(len(drawn))]
-        # waiting: (e / w, rank, source); due: ((e + l) / w, rank, source).  Ranks by name: the
-        # order of sources in the mix does not matter.
-        ranks = {
-            source: rank for rank, source in enumerate(sorted(weights, key=self._names.__getitem__))
-        }
-        waiting = [
-            (given[source] / weight, ranks[source], source) for source, weight in weights.items()
-        ]
+        """Choose sources by the rule in the module's docstring; arguments as in `_walk`."""
+        drawn_rows = list(position.drawn_rows)
+        given = list(position.segment_tokens)  # e
+        total = sum(given)  # E
+        weights = self._weights(segment)  # w
+        cursors = [self._cursor(source, num) for source, num in enumerate(drawn_rows)]
+        # Ties go by name, so the order of the sources in the mix does not matter.
+        by_name = sorted(weights, key=self._names.__getitem__)
+        ranks = {source: rank for rank, source in enumerate(by_name)}
+        # (e / w, rank, source): sources that may be ahead of their share
+        waiting = [(given[source] / weights[source], ranks[source], source) for source in by_name]
         heapq.heapify(waiting)
+        # ((e + l) / w, rank, source): sources that are not
         due: list[tuple[float, int, int]] = []
-        for _ in range(count):
-            # someone is always at or behind the share; rounding may hide that, then the one nearest
-            # to it goes
+        for _ in range(num_rows):
+            # Some source is always at or behind its share. Rounding may hide that; then the one
+            # that is nearest to its share is taken.
             while waiting and (waiting[0][0] <= total or not due):
                 _, rank, source = heapq.heappop(waiting)
-                heapq.heappush(
-                    due,
-                    ((given[source] + cursors[source].next_tokens) / weights[source], rank, source),
-                )
+                due_at = (given[source] + cursors[source].next_tokens) / weights[source]
+                heapq.heappush(due, (due_at, rank, source))
             _, rank, source = heapq.heappop(due)
-            if chosen is not None:
-                chosen.append((source, drawn[source]))
+            if drawn is not None:
+                drawn.append((source, drawn_rows[source]))
             total += cursors[source].next_tokens
             given[source] += cursors[source].next_tokens
-            drawn[source] += 1
+            drawn_rows[source] += 1
             cursors[source].step()
             heapq.heappush(waiting, (given[source] / weights[source], rank, source))
-        return Position(drawn_rows=tuple(drawn), segment_tokens=tuple(given))
+        return Position(drawn_rows=tuple(drawn_rows), segment_tokens=tuple(given))
+
+    def _cursor(self, source: int, num_drawn: int) -> _Cursor:
+        return _Cursor(self._orders, source, len(self._row_tokens[source]), num_drawn)
 
     def _weights(self, segment: Segment) -> dict[int, float]:
-        """Weight by source, those of 0 left out, scaled to sum to 1."""
+        """Return the weight of each source, scaled to sum to 1, without those of weight 0."""
         total = math.fsum(segment.weights.values())
-        return {
-            self._names.index(name): weight / total
-            for name, weight in segment.weights.items()
-            if weight > 0
-        }
-
-    def _order(self, source: int, epoch: int) -> tuple[Integers, Integers]:
-        """Row numbers of a source in the order of an epoch, and their predicted tokens."""
-        key = (source, epoch)
-        if key not in self._orders:
-            tokens = self._row_tokens[source]
-            rows = epoch_order(len(tokens), self.seed, self._names[source], epoch)
-            self._orders[key] = (rows, tokens[rows])
-            while len(self._orders) > 3 * len(self._names):
-                self._orders.popitem(last=False)
-        self._orders.move_to_end(key)
-        return self._orders[key]
+        weights = {}
+        for name, weight in segment.weights.items():
+            if weight > 0:
+                weights[self._names.index(name)] = weight / total
+        return weights
 
     def _check_epochs(self, step: int, position: Position) -> None:
         segment, _ = self._segment_at(step * self._global_batch_size)
@@ -270,42 +286,70 @@ class Mixture:
             epochs = position.drawn_rows[source] / max(len(self._row_tokens[source]), 1)
             if epochs > limit:
                 raise DataError(
-                    f"source '{name}': step {step} asks for epoch {epochs:.2f}, max_epochs is {limit:g}. Train fewer "
-                    "steps, add data, lower its weight, or raise max_epochs."
+                    f"source '{name}': step {step} asks for epoch {epochs:.2f}, max_epochs is "
+                    f"{limit:g}. Train fewer steps, add data, lower its weight, or raise "
+                    "max_epochs."
                 )
 
 
-class _Cursor:
-    """Token counts of one source's rows in the order in which they are drawn."""
+_BEHIND_EVERY_RUN = 2**62
 
-    def __init__(self, mixture: Mixture, source: int, drawn: int) -> None:
-        self._mixture = mixture
+
+class _EpochOrders:
+    """The orders in which the rows of each source come; the latest ones stay in memory."""
+
+    def __init__(self, names: Sequence[str], row_tokens: Sequence[Integers], seed: int) -> None:
+        self._names = names
+        self._row_tokens = row_tokens
+        self._seed = seed
+        self._kept: OrderedDict[tuple[int, int], tuple[Integers, Integers]] = OrderedDict()
+
+    def get(self, source: int, epoch: int) -> tuple[Integers, Integers]:
+        """Return (row numbers, predicted tokens) of a source in the order of an epoch."""
+        key = (source, epoch)
+        if key not in self._kept:
+            tokens = self._row_tokens[source]
+            rows = epoch_order(len(tokens), self._seed, self._names[source], epoch)
+            self._kept[key] = (rows, tokens[rows])
+            while len(self._kept) > KEPT_EPOCHS * len(self._names):
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
+class _Cursor:
+    """The token counts of one source's rows, in the order in which they are drawn."""
+
+    def __init__(self, orders: _EpochOrders, source: int, num_rows: int, num_drawn: int) -> None:
+        self._orders = orders
         self._source = source
-        self._num_rows = len(mixture._row_tokens[source])
-        self._next = drawn
+        self._num_rows = num_rows
+        self._num_drawn = num_drawn
         self._tokens: list[int] = []
         self._place = -1
         self.next_tokens = 0
         self.step()
 
     def step(self) -> None:
-        """Go to the next row."""
+        """Go to the next row; a source without rows has none, and no weight."""
+        if not self._num_rows:
+            return
         self._place += 1
-        if self._place == len(self._tokens) and self._num_rows:
+        if self._place == len(self._tokens):
             # a stretch of the epoch as a list: indexing an array item by item is several times
             # slower
-            epoch, place = divmod(self._next, self._num_rows)
-            self._tokens = self._mixture._order(self._source, epoch)[1][
-                place : place + _CURSOR_ROWS
-            ].tolist()
-            self._next += len(self._tokens)
+            epoch, place = divmod(self._num_drawn, self._num_rows)
+            _, tokens = self._orders.get(self._source, epoch)
+            self._tokens = tokens[place : place + _CURSOR_ROWS].tolist()
+            self._num_drawn += len(self._tokens)
             self._place = 0
-        self.next_tokens = self._tokens[self._place] if self._num_rows else 0
+        self.next_tokens = self._tokens[self._place]
 
 
 def epoch_order(num_rows: int, seed: int, source_name: str, epoch: int) -> Integers:
-    """Row numbers in the order of one epoch: sorted by splitmix64(row ^ key), key from (seed,
-    source, epoch).
+    """Return the row numbers of a source in the order of one epoch.
+
+    They are sorted by splitmix64(row ^ key), with a key from (seed, source, epoch).
     """
     digest = hashlib.sha256(f"{seed}:{source_name}:{epoch}".encode()).digest()
     key = np.uint64(int.from_bytes(digest[:8], "little"))

@@ -1,47 +1,69 @@
-"""Two plans side by side: what an edit of the mix changes, before it is made."""
+"""Two data plans side by side: what an edit of the mix changes, before it is made."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from data_pipeline.mixture.data_plan import DataPlan
+from data_pipeline.mixture.data_plan import DataPlan, PlannedSource
+from data_pipeline.mixture.settings import union_of_names
 from data_pipeline.tables import table
+
+_SOURCE_COLUMNS = (
+    "source",
+    "tokens before",
+    "after",
+    "change",
+    "epochs before",
+    "after",
+    "share before",
+    "after",
+)
+_LANGUAGE_COLUMNS = ("language", "share before", "after", "change")
 
 
 def compare_plans(old: DataPlan, new: DataPlan) -> str:
-    """Tokens, epochs and shares of every source and language, old and new."""
-    before, after = ({source.name: source for source in plan.sources} for plan in (old, new))
+    """Return a table of tokens, epochs and shares of every source and language, old and new."""
+    old_sources = {source.name: source for source in old.sources}
+    new_sources = {source.name: source for source in new.sources}
     rows = []
-    for name in [*before, *(name for name in after if name not in before)]:
-        one, other = before.get(name), after.get(name)
-        tokens = (one.drawn_tokens if one else 0, other.drawn_tokens if other else 0)
-        epochs = (one.epochs if one else 0.0, other.epochs if other else 0.0)
-        shares = (one.share if one else 0.0, other.share if other else 0.0)
-        rows.append(
-            (
-                *(name, f"{tokens[0]:,}", f"{tokens[1]:,}", f"{tokens[1] - tokens[0]:+,}"),
-                *(f"{epochs[0]:.2f}", f"{epochs[1]:.2f}", f"{shares[0]:.2%}", f"{shares[1]:.2%}"),
-            )
-        )
-    header = (
-        "source",
-        "tokens before",
-        "after",
-        "change",
-        "epochs before",
-        "after",
-        "share before",
-        "after",
-    )
-    lines = [table(header, rows), _languages(old.language_shares(), new.language_shares())]
+    for name in union_of_names(old_sources, new_sources):
+        rows.append(_source_row(name, old_sources.get(name), new_sources.get(name)))
+    lines = [
+        table(_SOURCE_COLUMNS, rows),
+        _language_table(old.language_shares(), new.language_shares()),
+    ]
     lines += [f"problem after: {line}" for line in new.problems]
     lines += [f"warning after: {line}" for line in new.warnings if line not in old.warnings]
     return "\n".join(lines)
 
 
-def _languages(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+def _source_row(name: str, old: PlannedSource | None, new: PlannedSource | None) -> tuple[str, ...]:
+    old_tokens, old_epochs, old_share = _figures(old)
+    new_tokens, new_epochs, new_share = _figures(new)
+    return (
+        name,
+        f"{old_tokens:,}",
+        f"{new_tokens:,}",
+        f"{new_tokens - old_tokens:+,}",
+        f"{old_epochs:.2f}",
+        f"{new_epochs:.2f}",
+        f"{old_share:.2%}",
+        f"{new_share:.2%}",
+    )
+
+
+def _figures(source: PlannedSource | None) -> tuple[int, float, float]:
+    """Return (drawn tokens, epochs, share) of a source; zeros if the mix does not have it."""
+    if source is None:
+        return 0, 0.0, 0.0
+    return source.drawn_tokens, source.epochs, source.share
+
+
+def _language_table(old: Mapping[str, float], new: Mapping[str, float]) -> str:
     rows = []
-    for name in [*before, *(name for name in after if name not in before)]:
-        was, now = before.get(name, 0.0), after.get(name, 0.0)
-        rows.append((name, f"{was:.2%}", f"{now:.2%}", f"{100 * (now - was):+.2f} points"))
-    return table(("language", "share before", "after", "change"), rows)
+    for name in union_of_names(old, new):
+        old_share = old.get(name, 0.0)
+        new_share = new.get(name, 0.0)
+        change = 100 * (new_share - old_share)
+        rows.append((name, f"{old_share:.2%}", f"{new_share:.2%}", f"{change:+.2f} points"))
+    return table(_LANGUAGE_COLUMNS, rows)

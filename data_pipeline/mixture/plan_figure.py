@@ -52,9 +52,9 @@ def draw_plan(plan: DataPlan) -> Figure:
 
 def _language_bars(plan: DataPlan) -> list[Bar]:
     floors = {}
-    for language, floor, _, _ in plan.limits:
-        if floor > 0:
-            floors[language] = floor
+    for limit in plan.limits:
+        if limit.min_share > 0:
+            floors[limit.language] = limit.min_share
     return [
         Bar(name, share, f"{share:.1%}", floors.get(name))
         for name, share in plan.language_shares().items()

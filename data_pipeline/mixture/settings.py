@@ -1,10 +1,9 @@
-"""The settings of a mix as plain values, and what differs between two of them, for people.
+"""The settings of a mix as plain values, and what differs between two of them, in words.
 
 Decisions
-    Paths are no settings: what the files hold is for `build.fingerprint` to notice.
-    Sources and guard domains are compared by name, so that moving one in the list is no change of
-    the others. A setting that one side does not have, because it was written by another version,
-    counts as its default.
+    Paths are no settings: a change of what the files hold is for `build.fingerprint` to notice.
+    Sources and guard domains are compared by name, so moving one in the list changes nothing.
+    A setting that one side does not have, because another version wrote it, counts as its default.
 """
 
 from __future__ import annotations
@@ -19,87 +18,102 @@ from data_pipeline.config.source_config import SourceConfig
 
 Settings = dict[str, Any]
 
+_SHARE_TOLERANCE = 1e-12
+
 
 def mix_settings(mix: MixConfig) -> Settings:
-    """A mix as JSON values, without paths and name; sources and guard domains by name."""
-    content = json.loads(json.dumps(dataclasses.asdict(mix)))
-    del content["name"]
-    for source in content["sources"]:
+    """Return a mix as JSON values, without paths and its name; sources and domains by name."""
+    settings: Settings = json.loads(json.dumps(dataclasses.asdict(mix)))
+    del settings["name"]
+    for source in settings["sources"]:
         del source["path"]
-    content["sources"] = {source.pop("name"): source for source in content["sources"]}
-    domains = content.pop("guard")["domains"]
-    content["guard"] = {domain.pop("name"): domain for domain in domains}
-    return content  # type: ignore[no-any-return]
+    domains = settings.pop("guard")["domains"]
+    settings["sources"] = {source.pop("name"): source for source in settings["sources"]}
+    settings["guard"] = {domain.pop("name"): domain for domain in domains}
+    return settings
 
 
 def describe_changes(old: Settings, new: Settings) -> list[str]:
-    """One line for each setting that differs, then the language shares that move."""
-    lines = [
-        f"{key}: {_show(old.get(key, default))} -> {_show(new.get(key, default))}"
-        for key, default in _defaults(MixConfig).items()
-        if key not in ("sources", "guard", "name")
-        and old.get(key, default) != new.get(key, default)
-    ]
-    lines += _named(
-        "sources", old.get("sources", {}), new.get("sources", {}), _defaults(SourceConfig)
-    )
-    lines += _named("guard", old.get("guard", {}), new.get("guard", {}), _defaults(GuardDomain))
-    before, after = language_shares(old), language_shares(new)
-    for language in sorted(before | after):
-        was, now = before.get(language, 0.0), after.get(language, 0.0)
-        if abs(was - now) > 1e-12:
+    """Return one line per setting that differs, then one per language share that moves."""
+    lines: list[str] = []
+    for key, default in _defaults(MixConfig).items():
+        if key in ("sources", "guard", "name"):
+            continue
+        lines += _describe_change(key, old.get(key, default), new.get(key, default))
+    for key, kind in (("sources", SourceConfig), ("guard", GuardDomain)):
+        lines += _describe_named(key, old.get(key, {}), new.get(key, {}), _defaults(kind))
+    old_shares = language_shares(old)
+    new_shares = language_shares(new)
+    for language in sorted(old_shares | new_shares):
+        old_share = old_shares.get(language, 0.0)
+        new_share = new_shares.get(language, 0.0)
+        change = new_share - old_share
+        if abs(change) > _SHARE_TOLERANCE:
             lines.append(
-                f"share of {language}: {was:.2%} -> {now:.2%} of the tokens ({100 * (now - was):+.2f} points)"
+                f"share of {language}: {old_share:.2%} -> {new_share:.2%} of the tokens "
+                f"({100 * change:+.2f} points)"
             )
     return lines
 
 
 def language_shares(settings: Settings) -> dict[str, float]:
-    """Sum of the weights by language."""
+    """Return the sum of the weights of each language."""
     shares: dict[str, float] = {}
     for source in settings.get("sources", {}).values():
         shares[source["language"]] = shares.get(source["language"], 0.0) + source["weight"]
     return shares
 
 
-def _named(
+def union_of_names(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the names of both sides: those of `old` in their order, then those only in `new`."""
+    return list(dict.fromkeys([*old, *new]))
+
+
+def _describe_named(
     kind: str, old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Iterator[str]:
-    for name in [*old, *(name for name in new if name not in old)]:
+    """Yield the changes of things that have names: sources, guard domains."""
+    for name in union_of_names(old, new):
         if name not in new:
-            yield f"{kind}[{name}]: removed{_weight(old[name], 'was ')}"
-        elif name not in old:
-            yield f"{kind}[{name}]: added{_weight(new[name], '')}"
-        else:
-            for key in [*old[name], *(key for key in new[name] if key not in old[name])]:
-                was, now = (
-                    old[name].get(key, defaults.get(key)),
-                    new[name].get(key, defaults.get(key)),
-                )
-                if was != now:
-                    yield f"{kind}[{name}].{key}: {_show(was)} -> {_show(now)}"
+            yield f"{kind}[{name}]: removed{_describe_weight(old[name], 'was ')}"
+            continue
+        if name not in old:
+            yield f"{kind}[{name}]: added{_describe_weight(new[name], '')}"
+            continue
+        for key in union_of_names(old[name], new[name]):
+            default = defaults.get(key)
+            yield from _describe_change(
+                f"{kind}[{name}].{key}", old[name].get(key, default), new[name].get(key, default)
+            )
 
 
-def _defaults(cls: type[Any]) -> dict[str, Any]:
-    """Default by field, as a JSON value; None for a field that has none."""
-    values = {}
-    for field in dataclasses.fields(cls):
-        value = None if field.default is dataclasses.MISSING else field.default
-        if field.default_factory is not dataclasses.MISSING:
+def _describe_change(key: str, old: Any, new: Any) -> Iterator[str]:
+    if old != new:
+        yield f"{key}: {_show(old)} -> {_show(new)}"
+
+
+def _defaults(kind: type[Any]) -> dict[str, Any]:
+    """Return the default of each field of a dataclass as a JSON value; None if it has none."""
+    defaults: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        value = None
+        if field.default is not dataclasses.MISSING:
+            value = field.default
+        elif field.default_factory is not dataclasses.MISSING:
             value = field.default_factory()
-        values[field.name] = list(value) if isinstance(value, tuple) else value
-    return values
+        defaults[field.name] = list(value) if isinstance(value, tuple) else value
+    return defaults
 
 
-def _weight(source: Mapping[str, Any], prefix: str) -> str:
-    return (
-        f" ({prefix}weight {source['weight']:g}, language {source['language']})"
-        if "weight" in source
-        else ""
-    )
+def _describe_weight(source: Mapping[str, Any], prefix: str) -> str:
+    if "weight" not in source:
+        return ""
+    return f" ({prefix}weight {source['weight']:g}, language {source['language']})"
 
 
 def _show(value: Any) -> str:
-    return (
-        "none" if value is None else f"{value:g}" if isinstance(value, float) else json.dumps(value)
-    )
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value)

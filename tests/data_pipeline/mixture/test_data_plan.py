@@ -97,7 +97,7 @@ def test_over_repetition_is_a_warning_and_the_epoch_limit_a_problem(
 
 def test_floors_are_reported_as_met_or_not(built: BuiltData, mix: MixConfig) -> None:
     plan = make_data_plan(built, mix, STEPS, ROWS)
-    assert [(name, met) for name, _, _, met in plan.limits] == [("en", True), ("ja", True)]
+    assert [(one.language, one.met) for one in plan.limits] == [("en", True), ("ja", True)]
     broken = dataclasses.replace(mix, languages={"en": LanguageLimits(min_share=0.5)})
     (problem,) = make_data_plan(built, broken, STEPS, ROWS, Ledger.start(mix)).problems
     assert "language 'en': has" in problem and "must have from 50.00%" in problem
