@@ -1,6 +1,6 @@
 """Exceptions that people are meant to read, each with the exit code that the process ends with.
 
-Codes follow sysexits.h where it has a fitting one.  `cpt.errors` adds those that only training can
+Codes follow sysexits.h where it has a fitting one. `cpt.errors` adds those that only training can
 raise.
 """
 
@@ -10,22 +10,24 @@ from collections.abc import Sequence
 
 
 class CptError(Exception):
-    """Base of every error this project raises on purpose; shown without a stack trace."""
+    """Base of every error that this project raises on purpose; shown without a stack trace."""
 
     exit_code = 70
 
 
 class ConfigError(CptError):
-    """A configuration that cannot be right.  Holds every problem found, not only the first."""
+    """A configuration that cannot be right; it holds every problem found, not only the first."""
 
     exit_code = 78
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        if isinstance(problems, str):
+            problems = [problems]
+        self.problems = list(problems)
         super().__init__("\n".join(self.problems))
 
 
 class DataError(CptError):
-    """Input data or built shards that cannot be used; the message names the file."""
+    """Input data or a build that cannot be used; the message names the file."""
 
     exit_code = 65

@@ -47,7 +47,7 @@ def check_across(reader: Reader, raw: RawSection, base: Path) -> None:
     _check_languages(reader, raw.get("languages"), list(sources.values()))
     domains = _guard_domains(raw)
     _check_unique(reader, domains, ("guard", "domains"))
-    by_name = {source["name"]: source for source in sources.values() if _has_name(source)}
+    by_name = _by_name(sources)
     for index, domain in domains.items():
         path: KeyPath = ("guard", "domains", index)
         _check_members(reader, domain, path, by_name)
@@ -59,9 +59,12 @@ def check_across(reader: Reader, raw: RawSection, base: Path) -> None:
 
 def _sections(listed: Any) -> dict[int, RawSection]:
     """Return the sections of a list by their index, without what is no section."""
-    if not isinstance(listed, list):
-        return {}
-    return {index: item for index, item in enumerate(listed) if isinstance(item, dict)}
+    sections: dict[int, RawSection] = {}
+    if isinstance(listed, list):
+        for index, item in enumerate(listed):
+            if isinstance(item, dict):
+                sections[index] = item
+    return sections
 
 
 def _guard_domains(raw: RawSection) -> dict[int, RawSection]:
@@ -69,6 +72,14 @@ def _guard_domains(raw: RawSection) -> dict[int, RawSection]:
     if not isinstance(guard, dict):
         return {}
     return _sections(guard.get("domains"))
+
+
+def _by_name(sections: dict[int, RawSection]) -> dict[str, RawSection]:
+    named: dict[str, RawSection] = {}
+    for section in sections.values():
+        if _has_name(section):
+            named[section["name"]] = section
+    return named
 
 
 def _has_name(section: RawSection) -> bool:
@@ -165,12 +176,17 @@ def _check_files(reader: Reader, section: RawSection, path: KeyPath, base: Path)
         if twice:
             reader.problem(path, f"names {twice[0]} twice. Remove one.")
         seen.update(files)
-        unknown = [file for file in files if suffix_format(file) is None]
-        if unknown and by_suffix:
+        if by_suffix:
+            _check_suffixes(reader, files, path)
+
+
+def _check_suffixes(reader: Reader, files: list[Path], path: KeyPath) -> None:
+    """Report the first file whose format `format: auto` cannot tell."""
+    for file in files:
+        if suffix_format(file) is None:
             known = ", ".join([*SUFFIXES, ".jsonl.gz", ".jsonl.zst"])
-            reader.problem(
-                path, f"names {unknown[0]}, whose suffix is not one of {known}. Set format."
-            )
+            reader.problem(path, f"names {file}, whose suffix is not one of {known}. Set format.")
+            return
 
 
 def _check_languages(reader: Reader, limits: Any, sources: list[RawSection]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -248,11 +248,13 @@ class SourceConfig:
         Patterns keep the order in which they are given; the files of one glob or folder are sorted
         by name.
         """
-        if self.format in FILE_FORMATS:
-            return [path for pattern in self.patterns() for path in expand(pattern)]
         files: list[Path] = []
+        if self.format in FILE_FORMATS:
+            for pattern in self.patterns():
+                files += expand(pattern)
+            return files
         for folder in self.patterns():
-            files += [path for path in Path(folder).rglob("*") if path.is_file()]
+            files += _plain_files(Path(folder).rglob("*"))
         return sorted(files)
 
     def format_of(self, path: Path) -> str | None:
@@ -266,9 +268,12 @@ def expand(pattern: str) -> list[Path]:
     """Return the files that an absolute path or glob names, sorted."""
     path = Path(pattern)
     if path.exists() or not glob.has_magic(pattern):
-        return [path] if path.is_file() else []
-    found = map(Path, glob.glob(pattern, recursive=True))
-    return sorted(path for path in found if path.is_file())
+        return _plain_files([path])
+    return _plain_files(map(Path, glob.glob(pattern, recursive=True)))
+
+
+def _plain_files(paths: Iterable[Path]) -> list[Path]:
+    return sorted(path for path in paths if path.is_file())
 
 
 def suffix_format(path: Path) -> str | None:

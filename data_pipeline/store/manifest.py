@@ -138,13 +138,18 @@ class Manifest:
         entries = {source.name: source for source in self.sources}
         sets = {}
         for domain in self.guard_domains:
-            members = [entries[name] for name in domain.sources]
-            hashes = [entry.held_out_hash for entry in members]
+            documents = 0
+            tokens = 0
+            found = 0
+            hashes = []
+            for name in domain.sources:
+                entry = entries[name]
+                documents += entry.held_out_documents
+                tokens += entry.held_out_tokens
+                found += entry.held_out_found
+                hashes.append(entry.held_out_hash)
             sets[domain.name] = GuardSet(
-                documents=sum(entry.held_out_documents for entry in members),
-                tokens=sum(entry.held_out_tokens for entry in members),
-                found=sum(entry.held_out_found for entry in members),
-                hash=hashlib.sha256(json.dumps(hashes).encode()).hexdigest(),
+                documents=documents, tokens=tokens, found=found, hash=_hash_of(hashes)
             )
         return sets
 
@@ -153,12 +158,11 @@ class Manifest:
         hashes = {}
         for source in self.sources:
             prefixes = (f"{source.name}/train/", f"{source.name}/documents")
-            files = sorted(
-                (name, entry.sha256)
-                for name, entry in self.files.items()
-                if name.startswith(prefixes)
-            )
-            hashes[source.name] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+            files = []
+            for name, entry in self.files.items():
+                if name.startswith(prefixes):
+                    files.append((name, entry.sha256))
+            hashes[source.name] = _hash_of(sorted(files))
         return hashes
 
     def write(self, directory: Path) -> None:
@@ -211,6 +215,10 @@ def _read_content(path: Path) -> dict[str, Any]:
             f"{path}: does not match its own checksum. Delete the build and build it again."
         )
     return content
+
+
+def _hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -268,13 +268,24 @@ class Shards:
             raise DataError(
                 f"{directory}: holds no token shard. Delete the build and build it again."
             )
-        self._shards = [Shard(directory / name, verify=verify) for name in names]
-        self.chat = any(shard.chat for shard in self._shards)
+        self._shards: list[Shard] = []
+        self._ends: list[int] = []  # number of documents up to the end of each shard
+        self.chat = False
         """Whether the documents are conversations."""
-        self._ends = np.cumsum([shard.num_documents for shard in self._shards]).tolist()
-        self.document_tokens = np.concatenate([shard.document_tokens for shard in self._shards])
+        document_tokens = []
+        document_bytes = []
+        num_documents = 0
+        for name in names:
+            shard = Shard(directory / name, verify=verify)
+            num_documents += shard.num_documents
+            self._shards.append(shard)
+            self._ends.append(num_documents)
+            self.chat |= shard.chat
+            document_tokens.append(shard.document_tokens)
+            document_bytes.append(shard.document_bytes)
+        self.document_tokens = np.concatenate(document_tokens)
         """Tokens of each document, END_OF_TEXT included, [num_documents]."""
-        self.document_bytes = np.concatenate([shard.document_bytes for shard in self._shards])
+        self.document_bytes = np.concatenate(document_bytes)
         """UTF-8 bytes of each document, [num_documents]."""
 
     @property

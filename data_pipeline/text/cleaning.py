@@ -203,11 +203,12 @@ class Tally:
 
     def describe_rejects(self) -> str:
         """Return `12 empty text (a.jsonl:3, a.jsonl:9, ...); 1 ...`, most frequent first."""
-        by_frequency = sorted((-count, reason) for reason, count in self.rejects.items())
+        reasons = sorted(self.rejects)
+        reasons.sort(key=self.rejects.__getitem__, reverse=True)
         parts = []
-        for negative_count, reason in by_frequency:
-            count = -negative_count
-            places = [str(place) for place in self.places[reason]]
+        for reason in reasons:
+            count = self.rejects[reason]
+            places = list(map(str, self.places[reason]))
             if count > len(places):
                 places.append("...")
             parts.append(f"{count} {reason} ({', '.join(places)})")

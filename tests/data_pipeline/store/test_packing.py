@@ -83,9 +83,9 @@ def test_document_numbers_are_passed_through() -> None:
 def test_padding_is_rare_and_packing_quick(seq_len: int) -> None:
     generator = np.random.default_rng(0)
     lengths = np.minimum(generator.lognormal(6.5, 1.1, 20_000).astype(np.int64) + 2, 200_000)
-    start = time.perf_counter()
+    start = time.process_time()
     rows = pack(np.arange(len(lengths)), lengths, seq_len)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert 1 - rows.row_tokens().sum() / (rows.num_rows * seq_len) < 0.002
 
 
