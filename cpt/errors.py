@@ -13,39 +13,33 @@ EXIT_INTERNAL = 70
 
 
 class InternalError(CptError):
-    """Training cannot go on and it is not the user's configuration: non-finite loss, a broken
-    invariant.
-    """
+    """A run that cannot go on for no fault of its configuration, such as a non-finite loss."""
 
     exit_code = EXIT_INTERNAL
 
 
 class EvaluationFailed(DataError):
-    """A model that lost more on a listed task than it may; exit code 65, so that no job goes on
-    with it.
-    """
+    """A model that lost more on a task than it may; the exit code keeps jobs from going on."""
 
 
 class HungRankError(CptError):
-    """A rank stopped making progress."""
+    """A rank that stopped making progress."""
 
     exit_code = 71
 
 
 class StorageError(CptError):
-    """Disk full, read-only, missing, or a write that failed."""
+    """A disk that is full, read-only or missing, or a write that failed."""
 
     exit_code = 74
 
 
 class CheckpointError(StorageError):
-    """A checkpoint that cannot be written, or cannot be trusted; the message names the file or
-    key.
-    """
+    """A checkpoint that cannot be written or trusted; the message names the file or key."""
 
 
 class RequeueRequested(CptError):
-    """The run was asked to stop, has saved, and wants to be started again."""
+    """A run that was asked to stop, has saved, and wants to be started again."""
 
     exit_code = 75
 

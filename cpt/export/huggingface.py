@@ -100,10 +100,11 @@ def _check_tensors(folder: Path, manifest: Manifest) -> None:
     """Refuse a checkpoint that does not hold exactly the tensors of its model, in their shapes."""
     expected = parameter_shapes(GptOssConfig(**manifest.state["model_config"]))
     stored = manifest.tensors
-    missing = sorted(expected.keys() - stored.keys())
-    unknown = sorted(stored.keys() - expected.keys())
-    problems = [f"tensor '{name}' is missing." for name in missing]
-    problems += [f"tensor '{name}' is unknown to its model." for name in unknown]
+    problems = []
+    for name in sorted(expected.keys() - stored.keys()):
+        problems.append(f"tensor '{name}' is missing.")
+    for name in sorted(stored.keys() - expected.keys()):
+        problems.append(f"tensor '{name}' is unknown to its model.")
     for name in sorted(expected.keys() & stored.keys()):
         shape = stored[name].shape
         if shape != expected[name]:
@@ -168,7 +169,9 @@ def _write_quantized(
 
 
 def _write_other_files(out: Path, model_config: dict[str, Any], format_name: str) -> None:
-    config = {key: value for key, value in model_config.items() if key not in NOT_EXPORTED}
+    config = dict(model_config)
+    for key in NOT_EXPORTED:
+        config.pop(key, None)
     config["architectures"] = ["GptOssForCausalLM"]
     config["dtype"] = str(DTYPES[format_name]).removeprefix("torch.")
     if format_name == "mxfp4":

@@ -83,7 +83,10 @@ def _range(first: str, last: str, step: str) -> list[float]:
     if distance <= 0:
         return []
     count = math.floor((float(last) - low) / distance + 1e-9) + 1
-    return [low + index * distance for index in range(min(count, MAX_ALPHAS + 1))]
+    values = []
+    for index in range(min(count, MAX_ALPHAS + 1)):
+        values.append(low + index * distance)
+    return values
 
 
 def interpolate(
@@ -213,10 +216,13 @@ def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tun
         for name, start, before, after in pair.windows():
             for alpha, writer in writers.items():
                 writer.write(name, start, interpolate(before, after, alpha, entries[name].dtype))
-    all_bf16 = all(entry.dtype == torch.bfloat16 for entry in entries.values())
+    dtype = "bfloat16"
+    for entry in entries.values():
+        if entry.dtype != torch.bfloat16:
+            dtype = "float32"
     for alpha in alphas:
         folder = out / folder_name(alpha)
-        _write_config(folder, tuned, "bfloat16" if all_bf16 else "float32")
+        _write_config(folder, tuned, dtype)
         _write_card(folder, alpha, base, tuned)
         for name in COPIED:
             if (tuned / name).is_file():

@@ -108,11 +108,14 @@ def _segments(manifest: Manifest) -> list[Json]:
 
 def _front_matter(sources: dict[str, Json]) -> str:
     """Return the YAML head that the Hugging Face hub reads."""
-    labels = {str(source["language"]) for source in sources.values()}
-    languages = sorted(labels - UNTESTABLE)
+    languages: list[str] = []
+    for source in sources.values():
+        label = str(source["language"])
+        if label not in UNTESTABLE and label not in languages:
+            languages.append(label)
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if languages:
-        lines.append(f"language: [{', '.join(languages)}]")
+        lines.append(f"language: [{', '.join(sorted(languages))}]")
     lines += ["tags: [gpt-oss, continual-pretraining]", "---"]
     return "\n".join(lines)
 
@@ -146,7 +149,9 @@ def _data(manifest: Manifest, sources: dict[str, Json], num_tokens: dict[str, in
     total = sum(num_tokens.values())
     rows = []
     for name, source in sources.items():
-        weights = [f"{segment['weights'].get(name, 0):.4g}" for segment in segments]
+        weights = []
+        for segment in segments:
+            weights.append(f"{segment['weights'].get(name, 0):.4g}")
         count = num_tokens.get(name, 0)
         share = f"{100 * count / total:.2f} %" if total else ""
         rows.append(
@@ -162,10 +167,12 @@ def _data(manifest: Manifest, sources: dict[str, Json], num_tokens: dict[str, in
     header = ("source", "language", "domain", "weight", "predicted tokens", "share")
     text = f"## Data\n\n{markdown_table(header, rows)}"
     if len(segments) > 1:
-        starts = ", ".join([str(segment["start_step"]) for segment in segments])
+        starts = []
+        for segment in segments:
+            starts.append(str(segment["start_step"]))
         text += (
-            f"\n\nThe mix was changed during the run; its weights hold from step {starts} on, "
-            "in this order."
+            "\n\nThe mix was changed during the run; its weights hold from step "
+            f"{', '.join(starts)} on, in this order."
         )
     return text
 

@@ -86,7 +86,8 @@ def check_agreement(audited: list[AuditedDecision]) -> str:
     for one in audited:
         agrees = "DOES NOT AGREE" if one.problems else "agrees"
         lines.append(f"  step {one.step:>8}  {one.action:<13} {agrees:<15} {one.reason}")
-        disagreements += [f"step {one.step}: {problem}" for problem in one.problems]
+        for problem in one.problems:
+            disagreements.append(f"step {one.step}: {problem}")
         num_unchecked += not one.bounds_checked
     if disagreements:
         lines.append(f"{len(disagreements)} disagreements:")
@@ -102,7 +103,7 @@ def check_agreement(audited: list[AuditedDecision]) -> str:
 def _audit_decision(
     event: Json, run_dir: Path, baseline: dict[str, DomainScore], known_states: list[Json]
 ) -> AuditedDecision:
-    evidence = [Evidence.from_json(plain) for plain in event["evidence"]]
+    evidence = list(map(Evidence.from_json, event["evidence"]))
     problems = []
     if _without_step(event["before"]) not in known_states:
         problems.append("the state before it does not follow any earlier decision.")

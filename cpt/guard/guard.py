@@ -195,7 +195,9 @@ class Guard:
         name = on_first_rank(
             self._topology.control_group, lambda: free_scores_file(self._folder, step).name
         )
-        nats = {domain: score.nats.tolist() for domain, score in scores.items()}
+        nats = {}
+        for domain, score in scores.items():
+            nats[domain] = score.nats.tolist()
         content = {"num_tests": self.num_tests, "nats": nats}
         self._write_on_first_rank(self._folder / name, content)
         return name
@@ -273,11 +275,16 @@ class Guard:
         stored = on_first_rank(
             self._topology.control_group, lambda: read_baseline(self._baseline_file)
         )
-        known = {name: stored[name] for name in self.domain_names if name in stored}
+        known = {}
+        added = []
+        for name in self.domain_names:
+            if name in stored:
+                known[name] = stored[name]
+            else:
+                added.append(name)
         if known:
             check_same_text(self._baseline_file, known, self._domains)
             check_same_weights(self._baseline_file, known, self._model, self._base_weights())
-        added = [name for name in self.domain_names if name not in stored]
         if stored and added and self._topology.rank == 0:
             log.warning(
                 "held-out domains %s are left out: the untouched model was not measured on them.",

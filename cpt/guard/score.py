@@ -60,7 +60,7 @@ class DomainScore:
 
 def as_floats(plain: Sequence[float | None]) -> Floats:
     """Return stored scores as an array; null stands for NaN."""
-    return np.asarray([math.nan if value is None else value for value in plain])
+    return np.asarray(plain, dtype=np.float64)
 
 
 def bits_per_byte(nats: Floats, num_bytes: Floats) -> float:
