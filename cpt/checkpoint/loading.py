@@ -31,6 +31,7 @@ from cpt.checkpoint.reader import (
     reason_of,
     step_folder,
 )
+from cpt.checkpoint.run_state import RunState
 from cpt.deepspeed_adapter.experts import is_expert
 from cpt.deepspeed_adapter.partition import full_local_numel, full_local_shape
 from cpt.deepspeed_adapter.shards import local_shards, publish_master_weights, set_optimizer_step
@@ -47,8 +48,8 @@ class LoadedState:
 
     step: int
     """Optimizer steps done."""
-    state: dict[str, Any]
-    """JSON values that it was saved with."""
+    state: RunState
+    """What it keeps besides tensors."""
     folder: Path
     """Folder of the checkpoint."""
     rejected: list[str]
@@ -115,7 +116,7 @@ def load_checkpoint(
     engine.global_steps = step
     if set_aside:
         on_first_rank(group, lambda: _set_newer_aside(run_dir, step, resume))
-    return LoadedState(step=step, state=manifest.state, folder=folder, rejected=rejected)
+    return LoadedState(step=step, state=RunState.of(manifest), folder=folder, rejected=rejected)
 
 
 def agreed_refusal(folder: Path, topology: Topology) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from cpt.checkpoint.manifest import Manifest
 from cpt.errors import CheckpointError
 
 Plain = Mapping[str, Any]
@@ -56,6 +57,15 @@ class RunState:
         if "model_config" not in parts:
             raise CheckpointError(f"{checkpoint}: its manifest has no state.model_config.")
         return cls(**parts)
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> RunState:
+        """Read the state that a manifest holds.
+
+        Raises:
+            CheckpointError: see `from_json`.
+        """
+        return cls.from_json(manifest.state, f"checkpoint of step {manifest.step}")
 
     def part(self, name: str, checkpoint: str) -> Plain:
         """Return a part that a run cannot go on without.

@@ -9,7 +9,7 @@ is whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from transformers import GptOssConfig
 
 from cpt.checkpoint.manifest import Manifest, read_manifest, verify_files
+from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.weights import stored_pieces
 from cpt.errors import CheckpointError, ConfigError
 from cpt.export.quantization_error import TensorError, quantization_report
@@ -90,7 +91,7 @@ def export_checkpoint(
         errors = _write_weights(folder, manifest, temporary, entries)
         if format_name == "mxfp4":
             _write_json(temporary / REPORT_FILE, quantization_report(errors))
-        _write_other_files(temporary, manifest.state["model_config"], format_name)
+        _write_other_files(temporary, RunState.of(manifest).model_config, format_name)
         if complete is not None:
             complete(temporary)
     return out
@@ -98,7 +99,7 @@ def export_checkpoint(
 
 def _check_tensors(folder: Path, manifest: Manifest) -> None:
     """Refuse a checkpoint that does not hold exactly the tensors of its model, in their shapes."""
-    expected = parameter_shapes(GptOssConfig(**manifest.state["model_config"]))
+    expected = parameter_shapes(GptOssConfig(**RunState.of(manifest).model_config))
     stored = manifest.tensors
     problems = []
     for name in sorted(expected.keys() - stored.keys()):
@@ -168,7 +169,7 @@ def _write_quantized(
         error.add(exact, mxfp4.decode(blocks, scales))
 
 
-def _write_other_files(out: Path, model_config: dict[str, Any], format_name: str) -> None:
+def _write_other_files(out: Path, model_config: Mapping[str, Any], format_name: str) -> None:
     config = dict(model_config)
     for key in NOT_EXPORTED:
         config.pop(key, None)

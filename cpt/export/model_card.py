@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.checkpoint.manifest import Manifest
+from cpt.checkpoint.run_state import RunState
 from cpt.telemetry.metrics import read_events
 from data_pipeline.text.language import UNTESTABLE
 
@@ -102,7 +103,7 @@ def _sources(manifest: Manifest) -> dict[str, Json]:
 
 def _segments(manifest: Manifest) -> list[Json]:
     """Return the parts of the run that had one data mix each."""
-    segments: list[Json] = manifest.state.get("ledger", {}).get("segments", [])
+    segments: list[Json] = (RunState.of(manifest).ledger or {}).get("segments", [])
     return segments
 
 
@@ -121,13 +122,13 @@ def _front_matter(sources: dict[str, Json]) -> str:
 
 
 def _origin(manifest: Manifest, format_name: str) -> str:
-    config = manifest.state.get("config", {})
+    config = RunState.of(manifest).config or {}
     model = config.get("model", {})
     if model.get("path"):
         base = f"`{Path(model['path']).name}`"
     else:
         base = f"random weights (`{model.get('init')}`)"
-    num_tokens = manifest.state.get("progress", {}).get("tokens", 0)
+    num_tokens = (RunState.of(manifest).progress or {}).get("tokens", 0)
     paragraphs = [
         f"Started from {base}. {manifest.step:,} optimizer steps, {num_tokens:,} predicted tokens. "
         f"{STORAGE[format_name]}"
@@ -203,7 +204,7 @@ def _held_out(events: list[Json], last_step: int) -> str:
 
 
 def _training(manifest: Manifest) -> str:
-    settings = manifest.state.get("config", {}).get("train", {})
+    settings = (RunState.of(manifest).config or {}).get("train", {})
     rows = []
     for key in TRAINING_KEYS:
         if key in settings:

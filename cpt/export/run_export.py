@@ -15,6 +15,7 @@ import torch
 from transformers import GptOssConfig
 
 from cpt.checkpoint.manifest import Manifest, read_manifest
+from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.weights import CheckpointWeights
 from cpt.errors import ConfigError, DataError
 from cpt.export.huggingface import REPORT_FILE, export_checkpoint
@@ -76,7 +77,7 @@ def export_run(
 
 def _sets_to_score(manifest: Manifest, score: Score) -> list[ScoredSet]:
     """Return the held-out sets of the run, or none, with a warning that says why."""
-    config = manifest.state["config"]
+    config = RunState.of(manifest).config or {}
     build_dir = config["data"].get("build_dir")
     try:
         sets = held_out_sets(
@@ -103,7 +104,7 @@ def quantization_cost(
     folder: Path, manifest: Manifest, exported: Path, sets: list[ScoredSet]
 ) -> list[dict[str, Any]]:
     """Return bits per byte of the bf16 weights and of the quantized ones, paired by document."""
-    config = GptOssConfig(**manifest.state["model_config"])
+    config = GptOssConfig(**RunState.of(manifest).model_config)
     with single_process() as topology:
         model = OfflineModel(config, topology)
         model.load(CheckpointWeights(folder, manifest, torch.bfloat16))

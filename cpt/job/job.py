@@ -147,9 +147,9 @@ class Job:
                 not accepted.
         """
         name = loaded.folder.name
-        state = RunState.from_json(loaded.state, name)
+        state = loaded.state
         RunIdentity.of(self.config).check(state, name)
-        saved = Progress.from_json(dict(state.part("progress", name)))
+        saved = Progress.from_json(state.part("progress", name))
         rollbacks = on_first_rank(self.context.control_group, lambda: read_rollbacks(self.run_dir))
         self.saver.trust(loaded.step)
         self.progress.restore(

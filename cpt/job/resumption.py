@@ -93,7 +93,7 @@ def starting_point(
         CheckpointError: the checkpoint lacks what a run needs.
     """
     RunIdentity.of(config).check(state, checkpoint)
-    progress = Progress.from_json(dict(state.part("progress", checkpoint)))
+    progress = Progress.from_json(state.part("progress", checkpoint))
     given_up = skipped_by(read_rollbacks(run_dir))
     progress.skip_ranges = merged([*progress.skip_ranges, *given_up])
     ledger = resume_ledger(

@@ -11,6 +11,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 from transformers.utils.quantization_config import Mxfp4Config
 
 from cpt.checkpoint.manifest import read_manifest
+from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.weights import CheckpointWeights
 from cpt.errors import ConfigError
 from cpt.model.weights.hf_layout import read_json, tensor_files
@@ -41,7 +42,7 @@ def load_checkpoint(folder: Path) -> Any:
     """Return the model of a verified checkpoint in bf16, as its export would be."""
     manifest = read_manifest(folder)
     with torch.device("meta"):
-        model = GptOssForCausalLM(GptOssConfig(**manifest.state["model_config"]))
+        model = GptOssForCausalLM(GptOssConfig(**RunState.of(manifest).model_config))
     source = CheckpointWeights(folder, manifest, torch.bfloat16)
     weights = {}
     for name, parameter in model.named_parameters():

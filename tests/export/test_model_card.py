@@ -20,7 +20,10 @@ def manifest_of(*languages: str) -> Any:
         weights[f"source_{number}"] = 1 / len(languages)
     segment = {"start_step": 0, "settings": {"sources": sources}, "weights": weights}
     return SimpleNamespace(
-        state={"ledger": {"segments": [segment]}}, step=8, layout={}, versions={"torch": "2.x"}
+        state={"model_config": {}, "ledger": {"segments": [segment]}},
+        step=8,
+        layout={},
+        versions={"torch": "2.x"},
     )
 
 
