@@ -105,7 +105,10 @@ def _row(one: ListedCheckpoint, now: float) -> tuple[str, ...]:
     step = one.folder.name.partition("step-")[2].lstrip("0") or "0"
     try:
         saved = one.folder.stat().st_mtime
-        size = sum(entry.stat().st_size for entry in one.folder.iterdir() if entry.is_file())
+        size = 0
+        for entry in one.folder.iterdir():
+            if entry.is_file():
+                size += entry.stat().st_size
     except OSError:  # pruned while we look
         saved = now
         size = 0

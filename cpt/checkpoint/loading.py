@@ -169,8 +169,13 @@ def _log_freezing(stored: dict[str, TensorRecord], wanted: dict[str, TensorRecor
     """Warn of parameters that were frozen when the checkpoint was written and are not now, and of
     the reverse.
     """
-    thawed = sorted(name for name in wanted if wanted[name].trained and not stored[name].trained)
-    frozen = sorted(name for name in wanted if stored[name].trained and not wanted[name].trained)
+    thawed = []
+    frozen = []
+    for name in sorted(wanted):
+        if wanted[name].trained and not stored[name].trained:
+            thawed.append(name)
+        elif stored[name].trained and not wanted[name].trained:
+            frozen.append(name)
     if thawed:
         log.warning(
             "%d tensors are no longer frozen, their moments start at zero: %s",
@@ -199,8 +204,9 @@ def _set_newer_aside(run_dir: Path, step: int, resume: str) -> None:
     The run will reach these steps again, and the folders must not be taken for its own.
     """
     kind = "rejected" if resume == "auto" else "superseded"
-    newer_steps = [found for found in list_steps(run_dir) if found > step]
-    for newer in newer_steps:
+    for newer in list_steps(run_dir):
+        if newer <= step:
+            break  # the list begins with the newest
         folder = step_folder(run_dir, newer)
         aside = folder.with_name(f".{kind}-{folder.name}")
         number = 2
@@ -218,10 +224,11 @@ def _compare(
     folder: Path, stored: dict[str, TensorRecord], wanted: dict[str, TensorRecord]
 ) -> None:
     """Refuse a checkpoint whose parameters are not those of the model."""
-    problems = [f"key '{name}' is missing." for name in sorted(wanted.keys() - stored.keys())]
-    problems += [
-        f"key '{name}' is unknown to this model." for name in sorted(stored.keys() - wanted.keys())
-    ]
+    problems = []
+    for name in sorted(wanted.keys() - stored.keys()):
+        problems.append(f"key '{name}' is missing.")
+    for name in sorted(stored.keys() - wanted.keys()):
+        problems.append(f"key '{name}' is unknown to this model.")
     for name in sorted(stored.keys() & wanted.keys()):
         if (stored[name].shape, stored[name].dtype) != (wanted[name].shape, wanted[name].dtype):
             problems.append(

@@ -9,7 +9,6 @@ that unpickles.
 
 from __future__ import annotations
 
-import itertools
 import math
 import pickle
 from collections import defaultdict
@@ -123,10 +122,15 @@ def write_metadata(folder: Path, written: Iterable[WrittenRange]) -> None:
 
 def _check_tiling(key: str, parts: list[WrittenRange]) -> None:
     """Refuse ranges, sorted by offset, that do not cover the tensor exactly once."""
-    ends = [0, *itertools.accumulate(part.numel for part in parts)]
-    if [part.offset for part in parts] != ends[:-1] or ends[-1] != parts[0].global_numel:
+    global_numel = parts[0].global_numel
+    covered = 0
+    has_gap_or_overlap = False
+    for part in parts:
+        has_gap_or_overlap |= part.offset != covered
+        covered = part.offset + part.numel
+    if has_gap_or_overlap or covered != global_numel:
         raise InternalError(
-            f"the ranks' ranges of '{key}' do not cover its {parts[0].global_numel} elements once."
+            f"the ranks' ranges of '{key}' do not cover its {global_numel} elements once."
         )
 
 

@@ -123,7 +123,7 @@ class Saver:
 
     def _check_host_memory(self) -> None:
         ranges = self._ranges()
-        own = sum(part.tensor.numel() * part.tensor.element_size() for part in ranges.values())
+        own = sum(part.tensor.nbytes for part in ranges.values())
         host = socket.gethostname()
         group = self._topology.control_group
         on_this_node = 0

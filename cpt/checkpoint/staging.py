@@ -64,9 +64,11 @@ def available_bytes() -> int | None:
 
     None if the system does not say.
     """
-    found = [_system_available(), _cgroup_available()]
-    known = [value for value in found if value is not None]
-    return min(known, default=None)
+    system = _system_available()
+    cgroup = _cgroup_available()
+    if system is None or cgroup is None:
+        return system if cgroup is None else cgroup
+    return min(system, cgroup)
 
 
 def _system_available() -> int | None:

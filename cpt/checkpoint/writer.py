@@ -142,5 +142,9 @@ def written_by(rank: int, held: list[dict[str, list[int]]]) -> set[str]:
 
 def versions() -> dict[str, str]:
     """Return the versions of the software that decides the numbers."""
-    packages = ("torch", "deepspeed", "transformers")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "deepspeed": version("deepspeed"),
+        "transformers": version("transformers"),
+    }

@@ -64,19 +64,23 @@ def state_tensors(engine: Any) -> dict[str, list[torch.Tensor]]:
     They may share storages. Gradients of ZeRO 1 and 2 are made anew in every step and are not among
     them.
     """
-    masters = flat_partitions(engine)
-    optimizer = list(masters)
-    for master in masters:
+    optimizer = []
+    gradients = []
+    for master in flat_partitions(engine):
+        optimizer.append(master)
+        if master.grad is not None:
+            gradients.append(master.grad)
         state = engine.optimizer.optimizer.state.get(master, {})
-        optimizer += [state[key] for key in MOMENTS if key in state]
+        for key in MOMENTS:
+            if key in state:
+                optimizer.append(state[key])
     parameters = list(engine.module.parameters())
     if engine.zero_optimization_stage() != 3:
         return {"weights": [p.data for p in parameters], "optimizer": optimizer}
     partitions = [p.ds_tensor.data for p in parameters]
     # Small parameters are never partitioned.
     whole = [p.data for p in parameters if p.data.numel() == p.ds_numel]
-    gradients = [engine.optimizer.grad_partitions_flat_buffer]
-    gradients += [master.grad for master in masters if master.grad is not None]
+    gradients.append(engine.optimizer.grad_partitions_flat_buffer)
     return {"weights": partitions + whole, "gradients": gradients, "optimizer": optimizer}
 
 

@@ -298,8 +298,9 @@ class TrainingEngine:
     def _sum_over_ranks(self, nats_by_source: torch.Tensor, votes: Votes) -> _Sums:
         """Run the one bookkeeping collective of a step."""
         sent = self.topology.traffic.take()
-        bytes_sent = [sent[kind] for kind in KINDS]
-        extra = [*bytes_sent, squared_gradient_norm(self.deepspeed), *votes]
+        extra: list[float] = [sent[kind] for kind in KINDS]
+        extra.append(squared_gradient_norm(self.deepspeed))
+        extra += votes
         everything = torch.cat([nats_by_source.view(-1), torch.tensor(extra, dtype=torch.float64)])
         dist.all_reduce(everything, group=self.topology.control_group)
         summed_nats = everything[: nats_by_source.numel()]

@@ -56,7 +56,7 @@ def continue_texts(
     ends = [len(prompt) for prompt in prompts]
     running = [True] * len(prompts)
     for _ in range(max_new_tokens):
-        chosen = _next_tokens(engine, topology, tokens_BT, [end - 1 for end in ends])
+        chosen = _next_tokens(engine, topology, tokens_BT, ends)
         for index in range(len(prompts)):
             if running[index]:
                 tokens_BT[index, ends[index]] = chosen[index]
@@ -71,19 +71,20 @@ def continue_texts(
 
 
 def _next_tokens(
-    engine: TrainingEngine, topology: Topology, tokens_BT: npt.NDArray[np.int64], last: list[int]
+    engine: TrainingEngine, topology: Topology, tokens_BT: npt.NDArray[np.int64], ends: list[int]
 ) -> list[int]:
-    """Return the likeliest token after position `last` of each row, as the first data-parallel rank
+    """Return the likeliest token at position `ends` of each row, as the first data-parallel rank
     finds it.
     """
     seq_len = tokens_BT.shape[1]
     rows = [dataclasses.replace(filler_row(seq_len), input_ids=tokens_T) for tokens_T in tokens_BT]
     local = seq_len // topology.sp_size
-    at = torch.tensor(last)
+    at = torch.tensor(ends) - 1
     mine = at // local == topology.sp_rank
     batch = make_micro_batch(rows, [NO_SOURCE] * len(rows), topology)
     logits_BV = engine.next_token_logits(batch, at % local)
     found = torch.where(mine & (topology.dp_rank == 0), logits_BV.argmax(-1), 0)
     # One rank has a value for each row, the others 0.
     dist.all_reduce(found, group=topology.control_group)
-    return [int(token) for token in found]
+    tokens: list[int] = found.tolist()
+    return tokens

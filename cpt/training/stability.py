@@ -56,9 +56,9 @@ class Stability:
         plain = state or {}
         self._losses: list[float] = list(plain.get("losses", []))
         self._norms: list[float] = list(plain.get("grad_norms", []))
-        self._spikes: list[tuple[float, float]] = [
-            (loss, norm) for loss, norm in plain.get("spikes", [])
-        ]
+        self._spikes: list[tuple[float, float]] = []
+        for loss, norm in plain.get("spikes", []):
+            self._spikes.append((loss, norm))
         self.skipped_in_a_row = int(plain.get("skipped_in_a_row", 0))
         """Steps without an update since the last step with one."""
         self.skipped_total = int(plain.get("skipped_total", 0))
