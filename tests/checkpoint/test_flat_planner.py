@@ -1,8 +1,6 @@
-"""Ranges of flat tensors that some ranks wrote are read by other ranks, cut in other places, bit
-for bit.
+"""Ranges of flat tensors that some ranks wrote are read by other ranks, cut elsewhere, bit for bit.
 
-The ranks live in one process here: each plans and writes as torch.distributed.checkpoint would let
-it.
+All ranks live in one process here; each plans and writes as torch.distributed.checkpoint lets it.
 """
 
 from __future__ import annotations
@@ -26,15 +24,17 @@ Ranges = dict[str, FlatRange]
 
 
 def save(folder: Path, ranks: list[Ranges]) -> None:
-    """The stages of dcp.save, with all ranks in turn."""
-    planners = [FlatSavePlanner() for _ in ranks]
-    writers = [
-        dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=False) for _ in ranks
-    ]
+    """Go through the stages of dcp.save, with all ranks in turn."""
+    planners = []
+    writers = []
     plans = []
-    for rank, (planner, writer, ranges) in enumerate(zip(planners, writers, ranks, strict=True)):
+    for rank, ranges in enumerate(ranks):
+        planner = FlatSavePlanner()
         planner.set_up_planner(ranges, is_coordinator=rank == 0)
+        writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=False)
         writer.set_up_storage_writer(rank == 0)
+        planners.append(planner)
+        writers.append(writer)
         plans.append(writer.prepare_local_plan(planner.create_local_plan()))
     plans, metadata = planners[0].create_global_plan(plans)
     plans = writers[0].prepare_global_plan(plans)
@@ -58,15 +58,14 @@ def load(folder: Path, ranges: Ranges) -> None:
 
 
 def pieces(whole: Tensor, cuts: list[int]) -> list[FlatRange]:
-    """`whole` cut at `cuts`; equal cuts give nobody anything and are left out, as by
-    `local_shards`.
-    """
+    """Return `whole` cut at `cuts`; empty pieces are left out, as by `local_shards`."""
     bounds = [0, *sorted(cuts), whole.numel()]
-    return [
-        FlatRange(tensor=whole[first:last], offset=first, global_numel=whole.numel())
-        for first, last in pairwise(bounds)
-        if last > first
-    ]
+    found = []
+    for first, last in pairwise(bounds):
+        if last > first:
+            piece = FlatRange(tensor=whole[first:last], offset=first, global_numel=whole.numel())
+            found.append(piece)
+    return found
 
 
 def empty_like(piece: FlatRange) -> FlatRange:
@@ -79,13 +78,10 @@ def bits(tensor: Tensor) -> list[int]:
 
 
 def numbers(numel: int, seed: int = 0) -> Tensor:
-    """Any bits at all, not-a-number and negative zero among them."""
+    """Return numbers of any bits, not-a-number and negative zero among them."""
     generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randint(-(2**31), 2**31 - 1, (numel,), generator=generator)
-        .to(torch.int32)
-        .view(torch.float32)
-    )
+    bits = torch.randint(-(2**31), 2**31 - 1, (numel,), generator=generator)
+    return bits.to(torch.int32).view(torch.float32)
 
 
 @st.composite
@@ -103,7 +99,8 @@ def test_any_cut_reads_what_any_other_cut_wrote(
     tmp_path_factory: pytest.TempPathFactory, sizes: tuple[int, list[int], list[int]]
 ) -> None:
     numel, written, read = sizes
-    folder, whole = tmp_path_factory.mktemp("cut"), numbers(numel)
+    folder = tmp_path_factory.mktemp("cut")
+    whole = numbers(numel)
     save(folder, [{"w": piece} for piece in pieces(whole, written)])
     for piece in pieces(whole, read):
         target = empty_like(piece)
@@ -112,20 +109,25 @@ def test_any_cut_reads_what_any_other_cut_wrote(
 
 
 def test_many_tensors_of_a_rank_come_back_under_their_names(tmp_path: Path) -> None:
-    tensors = {
-        f"{part}/layer.{i}.weight": numbers(10 + i, i)
-        for part in ("master", "exp_avg")
-        for i in range(4)
-    }
-    cut = {name: pieces(tensor, [3, 7]) for name, tensor in tensors.items()}
-    save(tmp_path, [{name: cut[name][rank] for name in tensors} for rank in range(3)])
-    targets = {name: empty_like(pieces(tensor, [])[0]) for name, tensor in tensors.items()}
+    tensors = {}
+    for layer in range(4):
+        tensors[f"master/layer.{layer}.weight"] = numbers(10 + layer, layer)
+        tensors[f"exp_avg/layer.{layer}.weight"] = numbers(10 + layer, 4 + layer)
+    ranks: list[Ranges] = [{}, {}, {}]
+    targets = {}
+    for name, tensor in tensors.items():
+        for ranges, piece in zip(ranks, pieces(tensor, [3, 7]), strict=True):
+            ranges[name] = piece
+        targets[name] = empty_like(pieces(tensor, [])[0])
+    save(tmp_path, ranks)
     load(tmp_path, targets)
-    assert all(bits(targets[name].tensor) == bits(tensors[name]) for name in tensors)
+    for name, tensor in tensors.items():
+        assert bits(targets[name].tensor) == bits(tensor)
 
 
 def test_rank_that_holds_nothing_of_a_tensor_takes_part(tmp_path: Path) -> None:
-    whole, other = numbers(20), numbers(8, 1)
+    whole = numbers(20)
+    other = numbers(8, 1)
     first, second = pieces(whole, [12])
     save(tmp_path, [{"w": first, "v": pieces(other, [])[0]}, {"w": second}, {}])
     target = empty_like(pieces(whole, [])[0])
@@ -152,9 +154,8 @@ def test_view_of_a_larger_buffer_is_filled_in_place(tmp_path: Path) -> None:
 
 def test_every_rank_writes_one_file_of_its_own(tmp_path: Path) -> None:
     save(tmp_path, [{"w": piece} for piece in pieces(numbers(20), [5, 9])])
-    assert {file.name for file in tmp_path.iterdir()} == {f"__{r}_0.distcp" for r in range(3)} | {
-        ".metadata"
-    }
+    shards = ["__0_0.distcp", "__1_0.distcp", "__2_0.distcp"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".metadata", *shards]
 
 
 def test_file_holds_a_range_and_not_the_buffer_behind_it(tmp_path: Path) -> None:
@@ -171,11 +172,10 @@ def test_ranks_that_together_leave_a_hole_cannot_save(tmp_path: Path) -> None:
 
 def test_ranks_whose_ranges_overlap_cannot_save(tmp_path: Path) -> None:
     whole = numbers(20)
-    overlapping = [
-        FlatRange(tensor=whole[a:b], offset=a, global_numel=20) for a, b in ((0, 12), (10, 20))
-    ]
+    first = FlatRange(tensor=whole[0:12], offset=0, global_numel=20)
+    second = FlatRange(tensor=whole[10:20], offset=10, global_numel=20)
     with pytest.raises(ValueError):
-        save(tmp_path, [{"w": piece} for piece in overlapping])
+        save(tmp_path, [{"w": first}, {"w": second}])
 
 
 REFUSALS = (dcp.CheckpointException, CheckpointError, ValueError)  # DCP's own is no `Exception`
@@ -191,16 +191,14 @@ def test_unknown_key_is_named(tmp_path: Path) -> None:
 def test_range_beyond_what_is_stored_is_refused(tmp_path: Path, offset: int) -> None:
     """Otherwise the rest of the range would keep whatever was in memory."""
     save(tmp_path, [{"w": pieces(numbers(20), [])[0]}])
+    beyond = FlatRange(tensor=torch.zeros(10), offset=offset, global_numel=offset + 10)
     with pytest.raises(REFUSALS):
-        load(
-            tmp_path,
-            {"w": FlatRange(tensor=torch.zeros(10), offset=offset, global_numel=offset + 10)},
-        )
+        load(tmp_path, {"w": beyond})
 
 
 def test_failure_while_reading_is_a_checkpoint_error(tmp_path: Path) -> None:
-    """DCP raises a BaseException: `together` would not tell the other ranks, and the run would end
-    with code 1.
+    """DCP raises a BaseException, of which `together` would not tell the other ranks, and the run
+    would end with code 1.
     """
     save(tmp_path, [{"w": pieces(numbers(20), [])[0]}])
     (tmp_path / "__0_0.distcp").unlink()

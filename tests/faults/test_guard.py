@@ -52,8 +52,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run["model"] = {"path": str(export)}
     run["train"] |= {"total_steps": 80, "lr": 5e-3, "warmup_steps": 20}
     run["checkpoint"] |= {"interval_steps": 4}
-    run["guard"] = {"interval_steps": 2, "tolerance_percent": TOLERANCE_PERCENT, "hard_limit_percent": 13.0,
-                    "max_replay_share": 0.1, "patience": 1, "pause_after": 2}  # fmt: skip
+    run["guard"] = {
+        "interval_steps": 2,
+        "tolerance_percent": TOLERANCE_PERCENT,
+        "hard_limit_percent": 13.0,
+        "max_replay_share": 0.1,
+        "patience": 1,
+        "pause_after": 2,
+    }
     run["telemetry"] = {}
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     return folder
@@ -72,17 +78,15 @@ def paused(workplace: Path) -> Service:
 def test_run_that_forgets_is_steered_and_then_paused(workplace: Path, paused: Service) -> None:
     decisions = paused.events("guard_decision")
     assert decisions[-1]["action"] == "pause" and decisions[-1]["after"]["paused"] in paused.output
-    ledger = read_manifest(step_folder(paused.run_dir, list_steps(paused.run_dir)[0])).state[
-        "ledger"
-    ]["segments"]
+    newest = step_folder(paused.run_dir, list_steps(paused.run_dir)[0])
+    ledger = read_manifest(newest).state["ledger"]["segments"]
     raised = next(decision for decision in decisions if decision["after"]["shares"])
     assert [segment["start_step"] for segment in ledger][:2] == [0, raised["step"]]
     assert ledger[1]["weights"]["en_web"] == pytest.approx(raised["after"]["shares"]["en_web"])
     lowered = next(decision for decision in decisions if decision["after"]["lr_scale"] < 1)
     rates = {event["step"]: event["lr"] for event in paused.steps()}
-    assert (
-        rates[lowered["step"] + 1] < 0.7 * rates[lowered["step"]]
-    )  # halved, while the warm-up still raises it
+    # The rate is halved, while the warm-up still raises it.
+    assert rates[lowered["step"] + 1] < 0.7 * rates[lowered["step"]]
     assert main(["guard", "audit", "--run_dir", str(paused.run_dir)]) == 0
 
 
@@ -100,7 +104,8 @@ def test_decision_that_was_tampered_with_is_found(paused: Service, tmp_path: Pat
 
 @pytest.mark.case(
     "M2",
-    "started again: back at the last green checkpoint with more replay; the next pause ends with 78",
+    "started again: back at the last green checkpoint with more replay; "
+    "the next pause ends with 78",
 )
 def test_paused_run_goes_back_to_where_all_was_well(workplace: Path, paused: Service) -> None:
     decisions = paused.events("guard_decision")

@@ -29,7 +29,9 @@ STEPS, LOSS, GRADIENT = 4, 1, 2
 finite.
 """
 RUN = Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=4, steps=STEPS)
-POISONED = [  # stage 3 first: it patches torch's linear layer for the rest of the process, which rounds bf16 otherwise
+# Stage 3 comes first: it patches torch's linear layer for the rest of the process, and the patched
+# layer rounds bf16 otherwise.
+POISONED = [
     dataclasses.replace(RUN, micro_batch_size=2),
     dataclasses.replace(RUN, dtype="bf16"),
     dataclasses.replace(RUN, sp=2, ep=1),
@@ -50,9 +52,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Results:
-    passes = sum(
-        ROWS // (s.micro_batch_size * s.world_size // s.sp) for s in POISONED
-    )  # each uses up one fault
+    passes = 0  # each of them uses up one fault
+    for scenario in POISONED:
+        rows_per_pass = scenario.micro_batch_size * scenario.world_size // scenario.sp
+        passes += ROWS // rows_per_pass
     faults = [f"forward:1:{LOSS + 1}:nan", f"gradient:1:{GRADIENT + 1}:inf"] * passes
     scenarios = POISONED + OMITTING
     with pytest.MonkeyPatch.context() as patch:
@@ -83,7 +86,6 @@ def test_skipped_updates_leave_the_state_of_a_run_that_omits_them(
     finite = [step for number, step in enumerate(steps) if number not in (LOSS, GRADIENT)]
     assert finite == results[omitting.name]
     for part in PARTS:
-        expected, got = (
-            stored_tensors(step_folder(folder / s.name, STEPS), part) for s in (omitting, poisoned)
-        )
+        expected = stored_tensors(step_folder(folder / omitting.name, STEPS), part)
+        got = stored_tensors(step_folder(folder / poisoned.name, STEPS), part)
         assert [name for name in expected if not torch.equal(expected[name], got[name])] == []

@@ -86,14 +86,11 @@ def test_host_memory_that_is_missing_is_said_with_what_to_do(
 
 
 def test_staged_copy_does_not_change_with_its_source_and_its_buffer_is_used_again() -> None:
-
     source = torch.arange(10.0)
     area = Staging()
     ranges = {"master/a": FlatRange(tensor=source, offset=5, global_numel=20)}
     copy = area.copy(ranges)["master/a"]
     source.add_(1)
-    assert torch.equal(copy.tensor, torch.arange(10.0)) and (copy.offset, copy.global_numel) == (
-        5,
-        20,
-    )
+    assert torch.equal(copy.tensor, torch.arange(10.0))
+    assert (copy.offset, copy.global_numel) == (5, 20)
     assert area.copy(ranges)["master/a"].tensor.data_ptr() == copy.tensor.data_ptr()

@@ -1,5 +1,4 @@
-"""The cases of docs/reliability.md: what is injected, and why a case cannot be run here if it
-cannot.
+"""The catalog of fault cases in docs/reliability.md, and the reasons why some cannot be run here.
 
 A test shows a case with `@pytest.mark.case("C5", "what it checks")`; any number of tests may show
 the same case.
@@ -80,10 +79,11 @@ CASES = {
     "M1": "goodput of a run with a kill and a requeue",
     "M2": "a run that forgets what its guard holds out",
 }
-"""Case -> what is injected."""
+"""The fault that each case injects."""
 
 NOT_HERE: dict[str, str] = {
-    "C12": "no name or path holds the time: the run directory is given, and nothing is left to disagree about",
+    "C12": "no name or path holds the time: the run directory is given, and nothing is left to "
+    "disagree about",
     "S7": "the loader has no worker processes: a row is a memory map away",
 }
-"""Cases that no test on one machine without a GPU can show -> why."""
+"""Why no test on one machine without a GPU can show some cases."""

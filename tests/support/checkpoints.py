@@ -1,5 +1,5 @@
-"""A checkpoint on disk without a run: small files of the right names, a true `.metadata`, a true
-manifest.
+"""A checkpoint on disk without a run: small files with the right names, a real `.metadata` and a
+real manifest.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ def manifest_of(folder: Path, step: int = 100) -> Manifest:
 
 
 def ranges_of(tensors: dict[str, TensorRecord]) -> list[WrittenRange]:
-    """Every tensor in two halves, one in each shard."""
+    """Return the ranges of all tensors, each in two halves, one in each shard."""
     found = []
-    for key, record in (
-        (f"{part}/{name}", record) for part in PARTS for name, record in tensors.items()
-    ):
-        numel = math.prod(record.shape)
-        for index, file in enumerate(sorted(SHARDS)):
-            found.append(WrittenRange(key, index * (numel // 2), numel // 2, numel, file, 0, 100))
+    for part in PARTS:
+        for name, record in tensors.items():
+            numel = math.prod(record.shape)
+            half = numel // 2
+            for index, file in enumerate(sorted(SHARDS)):
+                key = f"{part}/{name}"
+                found.append(WrittenRange(key, index * half, half, numel, file, 0, 100))
     return found
 
 
@@ -70,9 +71,7 @@ def flip(file: Path, position: int, bit: int = 0) -> None:
 
 
 def sign_again(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the manifest and give it a valid checksum, as an author of a crafted checkpoint
-    would.
-    """
+    """Change the manifest and give it a valid checksum, as a forger would."""
     body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     del body["checksum"]
     change(body)

@@ -1,6 +1,7 @@
 """Measure how much the lines of the code carry: `python -m tests.support.density [FOLDER ...]`.
 
-The bounds are the range of torchtitan, OLMo-core, nanochat and ArcticTraining, measured with this script in August 2026.
+The bounds are the range of torchtitan, OLMo-core, nanochat and ArcticTraining, measured with this
+script in August 2026.
 """
 
 from __future__ import annotations

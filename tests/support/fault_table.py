@@ -1,6 +1,4 @@
-"""The table of docs/reliability.md: every case, what was injected, whether the run survived, what
-was checked.
-"""
+"""The fault table of docs/reliability.md: for every case the fault, the outcome, and the checks."""
 
 from __future__ import annotations
 
@@ -16,10 +14,10 @@ BEGIN, END = "<!-- fault table: written by make faults -->", "<!-- end of the fa
 
 @dataclass(kw_only=True)
 class Evidence:
-    """What the tests of one case have shown."""
+    """The outcomes of the tests of one case."""
 
     checks: list[str] = field(default_factory=list)
-    """What they check, without repetition."""
+    """Descriptions of what they check, without repetition."""
     passed: int = 0
     failed: int = 0
     skipped: list[str] = field(default_factory=list)
@@ -27,26 +25,28 @@ class Evidence:
     seconds: float = 0.0
 
     def verdict(self, name: str) -> str:
-        """The word of the column `survived`."""
+        """Return the text of the column `survived`."""
         if self.failed:
             return f"**NO** ({self.failed} of {self.failed + self.passed} tests failed)"
+        if self.passed and self.skipped:
+            return f"yes ({len(self.skipped)} skipped: {self.skipped[0]})"
         if self.passed:
-            return "yes" + (
-                f" ({len(self.skipped)} skipped: {self.skipped[0]})" if self.skipped else ""
-            )
+            return "yes"
         if self.skipped:
             return f"not run: {self.skipped[0]}"
-        return f"not run: {NOT_HERE[name]}" if name in NOT_HERE else "**no test**"
+        if name in NOT_HERE:
+            return f"not run: {NOT_HERE[name]}"
+        return "**no test**"
 
 
 class FaultTable:
-    """Collects the outcomes of marked tests."""
+    """The outcomes of all marked tests, by case."""
 
     def __init__(self) -> None:
         self.evidence: defaultdict[str, Evidence] = defaultdict(Evidence)
 
     def add(self, case: str, check: str, outcome: str, reason: str, seconds: float) -> None:
-        """One test of one case: `passed`, `failed` or `skipped` (with its reason)."""
+        """Note one test of one case: `passed`, `failed` or `skipped` (with its reason)."""
         assert case in CASES, f"case {case} is not in tests/support/cases.py"
         evidence = self.evidence[case]
         evidence.seconds += seconds
@@ -59,23 +59,30 @@ class FaultTable:
             evidence.failed += outcome == "failed"
 
     def markdown(self) -> str:
-        """The table, one row per case, in the order of the catalogue."""
+        """Return the table, one row per case, in the order of the catalog."""
         lines = ["| case | injected | survived | checked |", "|---|---|---|---|"]
         for name, injected in CASES.items():
             evidence = self.evidence[name]
-            lines.append(
-                f"| {name} | {injected} | {evidence.verdict(name)} | {'; '.join(evidence.checks)} |"
-            )
+            checks = "; ".join(evidence.checks)
+            lines.append(f"| {name} | {injected} | {evidence.verdict(name)} | {checks} |")
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """How many cases are shown, in one line."""
-        shown = [
-            name for name in CASES if self.evidence[name].passed and not self.evidence[name].failed
-        ]
-        failed = [name for name in CASES if self.evidence[name].failed]
-        rest = [name for name in CASES if name not in shown and name not in failed]
-        return f"{len(shown)} of {len(CASES)} cases survived; failed: {failed or 'none'}; not shown: {rest or 'none'}"
+        """Return how many cases are shown, in one line."""
+        num_survived = 0
+        failed = []
+        rest = []
+        for name in CASES:
+            if self.evidence[name].failed:
+                failed.append(name)
+            elif self.evidence[name].passed:
+                num_survived += 1
+            else:
+                rest.append(name)
+        return (
+            f"{num_survived} of {len(CASES)} cases survived; failed: {failed or 'none'}; "
+            f"not shown: {rest or 'none'}"
+        )
 
     def write(self, path: Path) -> None:
         """Replace the table between the markers of a file."""

@@ -20,14 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Return a TCP port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """Environment of one rank."""
+    """Return the environment of one rank."""
     return {
         **os.environ,
         "RANK": str(rank),
@@ -70,7 +70,8 @@ class _Zygote:
         self._process.stdin.flush()
         reply = self._process.stdout.readline()
         assert reply, (
-            "the forking process of the tests has died; run tests/support/zygote.py by hand to see why"
+            "the forking process of the tests has died; "
+            "run tests/support/zygote.py by hand to see why"
         )
         answer: dict[str, Any] = json.loads(reply)
         return answer
@@ -93,23 +94,23 @@ def launch(
         AssertionError: the time is up; all ranks are killed and their output is shown.
     """
     port = free_port()
-    logs = [
-        Path(tempfile.gettempdir()) / f"cpt-test-{port}-rank{rank}.log"
-        for rank in range(world_size)
-    ]
+    logs: list[Path] = []
+    environments = []
+    for rank in range(world_size):
+        logs.append(Path(tempfile.gettempdir()) / f"cpt-test-{port}-rank{rank}.log")
+        environments.append(rank_environment(rank, world_size, port))
     request = {
         "script": str(script),
         "arguments": arguments,
-        "environments": [rank_environment(rank, world_size, port) for rank in range(world_size)],
+        "environments": environments,
         "logs": [str(log) for log in logs],
         "timeout_seconds": timeout_seconds,
     }
     answer = _zygote().ask(request)
     codes = [int(code) for code in answer["codes"]]
-    output = "\n".join(
-        f"--- rank {i}\n{log.read_text(errors='replace')[-4000:]}" for i, log in enumerate(logs)
-    )
-    for log in logs:
+    output = ""
+    for rank, log in enumerate(logs):
+        output += f"--- rank {rank}\n{log.read_text(errors='replace')[-4000:]}\n"
         log.unlink()
     assert not answer["timed_out"] or any(code > 0 for code in codes), f"ranks hung:\n{output}"
     if any(codes):

@@ -1,6 +1,4 @@
-"""The product started as users start it, through the `deepspeed` launcher, with faults planned for
-its ranks.
-"""
+"""Runs started as users start them, through the `deepspeed` launcher, with planned faults."""
 
 from __future__ import annotations
 
@@ -34,38 +32,46 @@ SECRETS = {
     name: f"canary-of-{name.lower()}"
     for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
 }
-"""In the environment of every run; must be found nowhere."""
+"""Secrets in the environment of every run, which must be found nowhere."""
 SMALL_GUARD = {"min_documents": 1, "min_tokens": 1}
-"""One document a domain shows that the guard runs; it measures nothing."""
+"""A guard with one document a domain, which shows that the guard runs and measures nothing."""
 STEPS = 6
 """Planned steps of a run in a workplace."""
 
 
 def make_workplace(folder: Path) -> Path:
-    """A folder with mix.yaml, run.yaml and ds.json: rows of 256 tokens, two a step, a checkpoint
-    every two steps.
+    """Fill a folder with mix.yaml, run.yaml, ds.json and built data.
+
+    The run has rows of 256 tokens, two a step, and a checkpoint every two steps.
     """
-    shares = {"ja_essay": ("ja", 0.6), "en_web": ("en", 0.4)}
-    sources = [
-        {
-            "name": name,
-            "language": language,
-            "path": str(SAMPLE / f"{name}.jsonl"),
-            "weight": weight,
-        }
-        for name, (language, weight) in shares.items()
-    ]
-    sources = [{**source, "domain": source["name"], "held_out_share": 0.1} for source in sources]
+    sources = []
+    for name, language, weight in (("ja_essay", "ja", 0.6), ("en_web", "en", 0.4)):
+        sources.append(
+            {
+                "name": name,
+                "language": language,
+                "path": str(SAMPLE / f"{name}.jsonl"),
+                "weight": weight,
+                "domain": name,
+                "held_out_share": 0.1,
+            }
+        )
     run: dict[str, Any] = {
         "model": {"init": "tiny"},
         "data": {"mix": "mix.yaml", "build_dir": "built"},
         "train": {
-            "seq_len": 256, "global_batch_size": 2, "total_steps": STEPS, "lr": 1e-3, "warmup_steps": 2,
-            "dtype": "bf16", "threads": 1,
+            "seq_len": 256,
+            "global_batch_size": 2,
+            "total_steps": STEPS,
+            "lr": 1e-3,
+            "warmup_steps": 2,
+            "dtype": "bf16",
+            "threads": 1,
         },
         "guard": {"enabled": False, "max_documents": 1},
-        "checkpoint": {"interval_steps": 2, "async_save": False},  # so that a test knows which are there
-    }  # fmt: skip
+        # synchronous, so that a test knows which checkpoints are there
+        "checkpoint": {"interval_steps": 2, "async_save": False},
+    }
     zero = {"stage": 3, "stage3_param_persistence_threshold": "auto", "reduce_bucket_size": "auto"}
     ds = {"zero_optimization": zero, "expert_parallel": {"enabled": True, "autoep_size": "auto"}}
     (folder / "mix.yaml").write_text(
@@ -86,23 +92,23 @@ def make_workplace(folder: Path) -> Path:
 
 @dataclass(kw_only=True)
 class Service:
-    """One started run."""
+    """A run that was started."""
 
     process: subprocess.Popen[bytes]
     """The `deepspeed` command."""
     log: Path
-    """What launcher and ranks print."""
+    """Output of the launcher and the ranks."""
     run_dir: Path
     tag: str
-    """In the environment of every process of this run, orphans included."""
+    """Value of CPT_TEST_RUN in every process of this run, orphans included."""
 
     @property
     def output(self) -> str:
-        """Everything printed so far."""
+        """Output so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def pids(self) -> dict[int, dict[str, str]]:
-        """Environment of every living process of this run, by pid."""
+        """Return the environment of every living process of this run, by pid."""
         found = {}
         for pid in process_ids():
             variables = environment_of(pid)
@@ -113,7 +119,7 @@ class Service:
         return found
 
     def rank_pids(self) -> dict[int, int]:
-        """Pid of each rank; processes that a rank has started are not listed."""
+        """Return the pid of each rank; processes that a rank has started are not listed."""
         pids = self.pids()
         ranks: dict[int, int] = {}
         for pid in sorted(pids):
@@ -123,10 +129,10 @@ class Service:
         return ranks
 
     def wait(self, timeout_seconds: float = 300) -> int:
-        """Exit code of the launcher.
+        """Wait for the launcher and return its exit code.
 
         Raises:
-            AssertionError: it is still running; the output is shown.
+            AssertionError: the launcher is still running; the output is shown.
         """
         try:
             return self.process.wait(timeout_seconds)
@@ -136,7 +142,7 @@ class Service:
             ) from None
 
     def wait_for(self, text: str, timeout_seconds: float = 240) -> None:
-        """Until the output holds a text."""
+        """Wait until the output holds a text."""
         deadline = time.monotonic() + timeout_seconds
         while text not in self.output:
             assert self.process.poll() is None and time.monotonic() < deadline, (
@@ -145,10 +151,10 @@ class Service:
             time.sleep(0.05)
 
     def check_nothing_left(self, within_seconds: float = 10) -> None:
-        """No process of this run lives any more.
+        """Check that no process of this run is alive.
 
         Raises:
-            AssertionError: some do; their commands are shown.
+            AssertionError: some are; their commands are shown.
         """
         deadline = time.monotonic() + within_seconds
         while (left := self.pids()) and time.monotonic() < deadline:
@@ -157,24 +163,24 @@ class Service:
         assert not left, f"orphans after {within_seconds} s: {commands}\n{self.output[-3000:]}"
 
     def check_no_secret(self) -> None:
-        """No value of `SECRETS` is in any file of the run directory or in what was printed."""
-        for path in [self.log, *(path for path in self.run_dir.rglob("*") if path.is_file())]:
+        """Check that no file of the run directory and no output holds a value of `SECRETS`."""
+        for path in [self.log, *self.run_dir.rglob("*")]:
+            if not path.is_file():
+                continue
             content = path.read_bytes()
             found = [name for name, value in SECRETS.items() if value.encode() in content]
             assert not found, f"{path} holds the value of {found}"
 
     def steps(self) -> list[dict[str, Any]]:
-        """Step events of metrics.jsonl."""
+        """Return the step events of metrics.jsonl."""
         return self.events("step")
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """Events of one name in metrics.jsonl."""
+        """Return the events of one name in metrics.jsonl."""
         path = self.run_dir / "metrics.jsonl"
-        return (
-            [event for event in read_events(path) if event["event"] == name]
-            if path.exists()
-            else []
-        )
+        if not path.exists():
+            return []
+        return [event for event in read_events(path) if event["event"] == name]
 
 
 def _command(pid: int) -> str:
@@ -190,17 +196,18 @@ def service(
     fault: str = "",
     environment: dict[str, str] | None = None,
 ) -> Iterator[Service]:
-    """Start a run through the launcher; whatever is left of it in the end is killed.
+    """Start a run through the launcher; processes that are left of it in the end are killed.
 
     Args:
-        workplace: From `make_workplace`.
-        run_dir: Relative to the workplace.
+        workplace: A folder from `make_workplace`.
+        run_dir: The run directory, relative to the workplace.
         arguments: Further options of cpt/run.py.
-        ranks: Processes.
-        fault: CPT_FAULT; allowed if not empty.
+        ranks: Number of processes.
+        fault: Value of CPT_FAULT; faults are allowed if it is not empty.
         environment: Further variables.
     """
-    bin_dir, tag = Path(sys.executable).parent, uuid.uuid4().hex
+    bin_dir = Path(sys.executable).parent
+    tag = uuid.uuid4().hex
     command = [
         str(bin_dir / "deepspeed"),
         "--master_port",
@@ -225,12 +232,12 @@ def service(
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "CPT_TEST_RUN": tag,
         **SECRETS,
-        **({"CPT_FAULT": fault, "CPT_ALLOW_FAULTS": "1"} if fault else {}),
         **(environment or {}),
     }
-    log = (
-        workplace / f"{run_dir.replace('/', '-')}-{tag[:6]}.log"
-    )  # the run directory may lie on a full disk
+    if fault:
+        variables |= {"CPT_FAULT": fault, "CPT_ALLOW_FAULTS": "1"}
+    # The log is not in the run directory, which may lie on a full disk.
+    log = workplace / f"{run_dir.replace('/', '-')}-{tag[:6]}.log"
     with open(log, "wb") as out:
         process = subprocess.Popen(
             [*command, *arguments],

@@ -207,10 +207,12 @@ def _configure(folder: Path) -> None:
     for gpu in gpus:
         gpu.touch()
     cores = os.cpu_count() or 1
-    nodes = [
-        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={cores} Gres=gpu:{len(gpus)}"
-        for node in NODES
-    ]
+    nodes = []
+    for node in NODES:
+        nodes.append(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} "
+            f"CPUs={cores} Gres=gpu:{len(gpus)}"
+        )
     text = CONFIGURATION.format(
         folder=folder,
         host=host,
