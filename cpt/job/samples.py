@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import numpy as np
-
 from cpt.config.window import window_tokens
 from cpt.job.job import Job
+from cpt.offline.sampling import decode_tokens
 from cpt.training.generate import continue_texts
 from data_pipeline.text.harmony import STOP_IDS
-from data_pipeline.text.tokenizer import decode, encode
+from data_pipeline.text.tokenizer import encode
 
 log = logging.getLogger("cpt.job.samples")
 
@@ -22,7 +21,7 @@ def print_continuations(job: Job, prompts: Sequence[str]) -> None:
     if job.topology.rank == 0:
         print(f"\nweights after step {job.progress.step}")
         for prompt, tokens in zip(prompts, continuations, strict=True):
-            print(f"{prompt}|{decode(np.asarray(tokens))}", flush=True)
+            print(f"{prompt}|{decode_tokens(tokens)}", flush=True)
 
 
 def continue_prompts(job: Job, prompts: Sequence[str]) -> list[list[int]]:
@@ -48,7 +47,7 @@ def show_continuations(job: Job) -> None:
     step = job.progress.step
     for number, prompt in enumerate(prompts):
         tokens = continuations[number]
-        text = decode(np.asarray(tokens))
+        text = decode_tokens(tokens)
         log.info("step %d: %s|%s", step, prompt, text)
         event = {"event": "sample", "step": step, "number": number, "prompt": prompt, "text": text}
         job.telemetry.log({**event, "tokens": tokens})

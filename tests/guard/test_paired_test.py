@@ -46,47 +46,39 @@ def baseline() -> DomainScore:
 def changed(
     baseline: DomainScore, percent: float, noise_percent: float, seed: int = 2
 ) -> DomainScore:
-    """Every document `percent` worse on average, single ones by `noise_percent` more or less."""
+    """Make documents worse by `percent` on average, single ones by `noise_percent` more or less."""
     noise = np.random.default_rng(seed).normal(0, noise_percent / 100, len(baseline.nats))
     return dataclasses.replace(baseline, nats=baseline.nats * (1 + percent / 100 + noise))
 
 
-def test_same_scores_give_the_same_judgement(baseline: DomainScore) -> None:
+def test_same_scores_give_the_same_change(baseline: DomainScore) -> None:
     now = changed(baseline, 1.2, 3)
     assert compare_scores(now, baseline, NUM_TESTS) == compare_scores(now, baseline, NUM_TESTS)
 
 
 def test_unchanged_scores_have_no_interval(baseline: DomainScore) -> None:
-    verdict = compare_scores(baseline, baseline, NUM_TESTS)
-    assert (verdict.delta_percent, verdict.ci_low, verdict.ci_high, verdict.lower_bound) == (
-        0,
-        0,
-        0,
-        0,
-    )
+    change = compare_scores(baseline, baseline, NUM_TESTS)
+    assert change.delta_percent == change.ci_low == change.ci_high == change.lower_bound == 0
 
 
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_decision_bound_is_never_above_the_interval(baseline: DomainScore, seed: int) -> None:
-    verdict = compare_scores(changed(baseline, 1, 10, seed), baseline, NUM_TESTS)
-    assert verdict.lower_bound <= verdict.ci_low <= verdict.delta_percent
+    change = compare_scores(changed(baseline, 1, 10, seed), baseline, NUM_TESTS)
+    assert change.lower_bound <= change.ci_low <= change.delta_percent
 
 
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_real_loss_is_certain(baseline: DomainScore, seed: int) -> None:
-    """A shift of 5 % with noise of 5 % per document: they count as some 70 equal ones, so it is 8
-    errors.
-    """
+    """The documents count as some 70 equal ones, so 5 % with a noise of 5 % is 8 errors."""
     assert compare_scores(changed(baseline, 5, 5, seed), baseline, NUM_TESTS).lower_bound > 1
 
 
 def test_mean_above_the_tolerance_is_not_enough(baseline: DomainScore) -> None:
     nats = baseline.nats.copy()
-    nats[np.argmax(nats)] *= (
-        1 + 0.02 * nats.sum() / nats.max()
-    )  # one document makes the whole difference: 2 %
-    verdict = compare_scores(dataclasses.replace(baseline, nats=nats), baseline, NUM_TESTS)
-    assert verdict.delta_percent == pytest.approx(2) and verdict.lower_bound < 1
+    # one document makes the whole difference of 2 %
+    nats[np.argmax(nats)] *= 1 + 0.02 * nats.sum() / nats.max()
+    change = compare_scores(dataclasses.replace(baseline, nats=nats), baseline, NUM_TESTS)
+    assert change.delta_percent == pytest.approx(2) and change.lower_bound < 1
 
 
 def test_more_tests_in_a_run_ask_for_more_certainty(baseline: DomainScore) -> None:
@@ -98,9 +90,8 @@ def test_more_tests_in_a_run_ask_for_more_certainty(baseline: DomainScore) -> No
 def test_score_that_is_not_a_number_has_no_bound(baseline: DomainScore) -> None:
     nats = baseline.nats.copy()
     nats[3] = np.nan
-    assert math.isnan(
-        compare_scores(dataclasses.replace(baseline, nats=nats), baseline, NUM_TESTS).lower_bound
-    )
+    change = compare_scores(dataclasses.replace(baseline, nats=nats), baseline, NUM_TESTS)
+    assert math.isnan(change.lower_bound) and change.finite_bound is None
 
 
 @pytest.mark.parametrize(
@@ -128,12 +119,10 @@ def test_noise_floor_falls_with_the_number_of_documents() -> None:
 
 
 def test_interval_is_much_narrower_than_for_unpaired_documents(baseline: DomainScore) -> None:
-    """Documents differ by a factor of three; pairing takes that out and leaves the noise of the
-    change.
-    """
-    verdict = compare_scores(changed(baseline, 2, 1), baseline, NUM_TESTS)
-    assert verdict.ci_low <= verdict.delta_percent <= verdict.ci_high
-    assert verdict.ci_high - verdict.ci_low < 1  # unpaired: over 10 percentage points
+    """Documents differ by a factor of three; pairing leaves nothing but the noise of the change."""
+    change = compare_scores(changed(baseline, 2, 1), baseline, NUM_TESTS)
+    assert change.ci_low <= change.delta_percent <= change.ci_high
+    assert change.ci_high - change.ci_low < 1  # unpaired: over 10 percentage points
 
 
 @pytest.mark.parametrize("shift", [0.0, 2.0])
@@ -144,14 +133,14 @@ def test_interval_covers_the_truth_about_as_often_as_it_says(shift: float) -> No
         generator = np.random.default_rng(seed)
         num_bytes = generator.uniform(500, 2000, 60)
         before = scores(num_bytes * 0.7, num_bytes)
-        verdict = compare_scores(changed(before, shift, 5, seed + 1000), before, NUM_TESTS)
-        covered += verdict.ci_low <= shift <= verdict.ci_high
+        change = compare_scores(changed(before, shift, 5, seed + 1000), before, NUM_TESTS)
+        covered += change.ci_low <= shift <= change.ci_high
     assert covered / 200 >= 0.88
 
 
 def test_baseline_is_in_bits_per_byte(baseline: DomainScore) -> None:
-    verdict = compare_scores(changed(baseline, 3, 0), baseline, NUM_TESTS)
-    assert verdict.baseline == baseline.bits_per_byte
+    change = compare_scores(changed(baseline, 3, 0), baseline, NUM_TESTS)
+    assert change.baseline == baseline.bits_per_byte
 
 
 def test_one_bit_for_every_byte_is_one() -> None:
@@ -165,9 +154,7 @@ def test_scores_of_different_documents_are_not_compared(baseline: DomainScore) -
 
 
 def test_domain_without_a_document_is_refused_by_name(tmp_path: Path) -> None:
-    """A small source with a small held_out_share; passed over, the domain would look guarded and
-    never warn.
-    """
+    """Passed over, a small source's domain would look guarded and never warn."""
     domain = SimpleNamespace(
         name="english", language="en", num_documents=0, document_bytes=[], num_rows=0
     )
