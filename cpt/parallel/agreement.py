@@ -1,7 +1,6 @@
-"""Facts of one rank made known to all, over the gloo control group, so that no rank acts on its
-own.
+"""Facts of one rank made known to all, so that no rank acts on its own.
 
-Values travel as JSON, never as pickles.
+They travel over the gloo control group as JSON, never as pickles.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ T = TypeVar("T")
 
 
 def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Every rank's value, by rank, on every rank."""
+    """Return every rank's value, by rank, on every rank."""
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     world_size = dist.get_world_size(group)
     sizes = torch.zeros(world_size, dtype=torch.int64)
@@ -29,17 +28,17 @@ def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
     padded[: data.numel()] = data
     parts = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(parts, padded, group=group)
-    return [
-        json.loads(part[: int(size)].numpy().tobytes().decode())
-        for part, size in zip(parts, sizes, strict=True)
-    ]
+    values = []
+    for part, size in zip(parts, sizes.tolist(), strict=True):
+        values.append(json.loads(part[:size].numpy().tobytes().decode()))
+    return values
 
 
 def together(group: dist.ProcessGroup, action: Callable[[], T]) -> T:
     """Run `action` on every rank; if it failed on any, raise on all.
 
     Raises:
-        CptError: this rank's own error if it has one, else that of the lowest rank that failed.
+        CptError: This rank's own error if it has one, else that of the lowest rank that failed.
     """
     error: Exception | None = None
     result: T | None = None
@@ -47,19 +46,12 @@ def together(group: dist.ProcessGroup, action: Callable[[], T]) -> T:
         result = action()
     except Exception as caught:
         error = caught
-    told = (
-        None if error is None else {"code": getattr(error, "exit_code", 70), "text": _text(error)}
-    )
-    failures = [
-        (rank, failure)
-        for rank, failure in enumerate(gather_json(told, group))
-        if failure is not None
-    ]
+    failures = gather_json(None if error is None else describe_error(error), group)
     if error is not None:
         raise error
-    if failures:
-        rank, failure = failures[0]
-        raise _error_with_code(int(failure["code"]), f"{failure['text']}", rank)
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise rebuild_error(failure, rank)
     return result  # type: ignore[return-value]
 
 
@@ -75,15 +67,30 @@ def on_first_rank(group: dist.ProcessGroup, action: Callable[[], T]) -> T:
     return gather_json(results[0], group)[0]
 
 
-def _text(error: Exception) -> str:
-    return str(error) if isinstance(error, CptError) else f"{type(error).__name__}: {error}"
+def describe_error(error: Exception) -> dict[str, str]:
+    """Return what another rank needs to raise the same error: its class by name, and its text."""
+    if isinstance(error, CptError):
+        return {"class": type(error).__name__, "text": str(error)}
+    return {"class": "", "text": f"{type(error).__name__}: {error}"}
 
 
-def _error_with_code(code: int, text: str, rank: int) -> CptError:
-    def subclasses(cls: type[CptError]) -> list[type[CptError]]:
-        return [cls, *(below for direct in cls.__subclasses__() for below in subclasses(direct))]
+def rebuild_error(description: dict[str, str], rank: int) -> CptError:
+    """Return the error that `describe_error` described on another rank.
 
-    for cls in subclasses(CptError)[1:]:
-        if cls.exit_code == code:
-            return cls(text)
-    return InternalError(f"rank {rank}: {text}")
+    A name that is not one of this project's errors becomes an InternalError: no other class is ever
+    looked up.
+    """
+    known = _error_classes(CptError)
+    error_class = known.get(description["class"])
+    if error_class is None:
+        return InternalError(f"rank {rank}: {description['text']}")
+    return error_class(description["text"])
+
+
+def _error_classes(base: type[CptError]) -> dict[str, type[CptError]]:
+    """Return all classes of errors below a base, by name."""
+    found: dict[str, type[CptError]] = {}
+    for error_class in base.__subclasses__():
+        found[error_class.__name__] = error_class
+        found |= _error_classes(error_class)
+    return found

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from cpt.model import recomputation
 from cpt.model.experts.grouped import ALIGNMENT_BYTES, Groups
-from cpt.parallel.exchange import all_to_all
+from cpt.parallel.exchange import Route, all_to_all
 from cpt.parallel.traffic import Traffic
 
 
@@ -223,6 +223,5 @@ class Exchange:
         return self._move(arranged, plan.receive, plan.send)
 
     def _move(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
-        return all_to_all(
-            rows, send, receive, group=self._group, traffic=self._traffic, kind="experts"
-        )
+        route = Route(send, receive, self._group, self._traffic, kind="experts")
+        return all_to_all(rows, route)
