@@ -37,7 +37,7 @@ from cpt.errors import InternalError
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.resilience.faults import fault_point
-from cpt.storage.space import check_space, write_error
+from cpt.storage.space import check_checkpoint_space, write_error
 
 log = logging.getLogger("cpt.checkpoint")
 
@@ -290,7 +290,7 @@ class Saver:
                 for stale in parent.glob(".tmp-step-*"):
                     shutil.rmtree(stale)
                 needed = sum(record.stored_bytes for record in records.values())
-                check_space(parent, needed, largest_file_bytes=needed // world_size)
+                check_checkpoint_space(parent, needed, largest_file_bytes=needed // world_size)
                 save.temporary.mkdir()
             except OSError as error:
                 raise write_error(error, parent) from error

@@ -28,7 +28,7 @@ from cpt.model.weights.hf_layout import BLOCKS, SCALES, is_expert_matrix
 from cpt.model.weights.writer import (
     DirectoryWriter,
     Entry,
-    check_space,
+    check_weights_space,
     published,
     refuse_existing,
 )
@@ -87,7 +87,7 @@ def export_checkpoint(
     _check_tensors(folder, manifest)
     with published(out) as temporary:
         entries = _entries(manifest, format_name)
-        check_space(temporary, sum(entry.num_bytes for entry in entries.values()))
+        check_weights_space(temporary, sum(entry.num_bytes for entry in entries.values()))
         errors = _write_weights(folder, manifest, temporary, entries)
         if format_name == "mxfp4":
             _write_json(temporary / REPORT_FILE, quantization_report(errors))

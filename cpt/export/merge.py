@@ -26,7 +26,7 @@ from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.hf_layout import is_expert_matrix, read_json
 from cpt.model.weights.source import WeightSource
-from cpt.model.weights.writer import DirectoryWriter, Entry, check_space
+from cpt.model.weights.writer import DirectoryWriter, Entry, check_weights_space
 from data_pipeline.store.files import write_json
 
 WINDOW_NUMEL = 2**24
@@ -206,7 +206,7 @@ def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tun
     entries = {}
     for name, shape in pair.shapes.items():
         entries[name] = Entry(shape=shape, dtype=_dtype(pair, name))
-    check_space(out, len(alphas) * sum(entry.num_bytes for entry in entries.values()))
+    check_weights_space(out, len(alphas) * sum(entry.num_bytes for entry in entries.values()))
     with ExitStack() as stack:
         writers = {}
         for alpha in alphas:

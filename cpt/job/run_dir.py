@@ -17,7 +17,7 @@ from cpt.model.freezing import frozen_names
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.lock import LOCK, RunLock, take_lock
-from cpt.storage.space import check_space, megabytes
+from cpt.storage.space import check_checkpoint_space, megabytes
 from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES
 
 log = logging.getLogger("cpt.job.run_dir")
@@ -128,7 +128,7 @@ def check_place(run_dir: Path, config: RunConfig, numels: Mapping[str, int]) -> 
             f"run directory {run_dir}: {existing} may not be written. Give another with --run_dir."
         )
     size = checkpoint_bytes(config, numels)
-    check_space(existing, size, largest_file_bytes=size // config.world_size)
+    check_checkpoint_space(existing, size, largest_file_bytes=size // config.world_size)
 
 
 def checkpoint_bytes(config: RunConfig, numels: Mapping[str, int]) -> int:
@@ -144,10 +144,10 @@ def check_run_space(run_dir: Path, config: RunConfig, numels: Mapping[str, int])
     """Refuse a run whose first checkpoint does not fit; warn if all that are kept will not.
 
     Raises:
-        StorageError: see `check_space`.
+        StorageError: see `check_checkpoint_space`.
     """
     size = checkpoint_bytes(config, numels)
-    check_space(run_dir, size, largest_file_bytes=size // config.world_size)
+    check_checkpoint_space(run_dir, size, largest_file_bytes=size // config.world_size)
     # one more than is kept exists while a checkpoint is written
     missing = config.checkpoint.keep_last + 1 - len(list_steps(run_dir))
     free = shutil.disk_usage(run_dir).free

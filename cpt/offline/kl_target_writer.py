@@ -23,7 +23,7 @@ from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.model.weights.writer import (
-    check_space,
+    check_weights_space,
     published,
     refuse_existing,
 )
@@ -83,7 +83,7 @@ def write_targets(request: TargetsRequest) -> str:
     for name in request.sources:
         num_tokens += int(data.row_tokens(data.source_names.index(name)).sum())
     request.out.parent.mkdir(parents=True, exist_ok=True)
-    check_space(request.out.parent, num_tokens * bytes_per_token(request.top_k))
+    check_weights_space(request.out.parent, num_tokens * bytes_per_token(request.top_k))
     weights = DirectoryWeights(request.model_dir, parameter_shapes(config))
     with single_process() as topology, published(request.out) as folder:
         model = OfflineModel(config, topology)

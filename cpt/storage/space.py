@@ -16,28 +16,52 @@ MARGIN = 1.2
 """Free space asked for, as a multiple of the size of a checkpoint."""
 
 
-def check_space(folder: Path, needed_bytes: int, *, largest_file_bytes: int = 0) -> None:
+def check_space(folder: Path, num_bytes: int, *, claim: str, margin: float, cure: str) -> None:
     """Refuse to start writing what will not fit.
 
     Args:
         folder: Where it will be written; exists.
-        needed_bytes: Size of what will be written.
+        num_bytes: Size of what will be written.
+        claim: How the message starts: "the weights need".
+        margin: Free space to ask for, as a multiple of the size.
+        cure: What to do if there is too little.
+
+    Raises:
+        StorageError: Too little space is free.
+    """
+    wanted = int(margin * num_bytes)
+    free = shutil.disk_usage(folder).free
+    if free >= wanted:
+        return
+    times = "" if margin == 1 else f" ({margin} times its size)"
+    raise StorageError(
+        f"{claim} {megabytes(wanted)}{times}, {megabytes(free)} are free at {folder}. {cure}"
+    )
+
+
+def check_checkpoint_space(folder: Path, num_bytes: int, *, largest_file_bytes: int = 0) -> None:
+    """Refuse to start a checkpoint that will not fit.
+
+    Args:
+        folder: Where it will be written; exists.
+        num_bytes: Size of the checkpoint.
         largest_file_bytes: Size of its largest file.
 
     Raises:
-        StorageError: too little space is free, or files may not become that large.
+        StorageError: Too little space is free, or files may not become that large.
     """
-    wanted, free = int(MARGIN * needed_bytes), shutil.disk_usage(folder).free
-    if free < wanted:
-        raise StorageError(
-            f"a checkpoint needs {megabytes(wanted)} ({MARGIN} times its size), {megabytes(free)} are free at "
-            f"{folder}. Free some space, lower checkpoint.keep_last, or give another --run_dir."
-        )
+    check_space(
+        folder,
+        num_bytes,
+        claim="a checkpoint needs",
+        margin=MARGIN,
+        cure="Free some space, lower checkpoint.keep_last, or give another --run_dir.",
+    )
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if 0 <= limit < largest_file_bytes:
         raise StorageError(
-            f"a checkpoint has files of {megabytes(largest_file_bytes)}, this process may write {megabytes(limit)} per "
-            "file (ulimit -f). Raise the limit."
+            f"a checkpoint has files of {megabytes(largest_file_bytes)}, this process may write "
+            f"{megabytes(limit)} per file (ulimit -f). Raise the limit."
         )
 
 

@@ -18,7 +18,7 @@ from cpt.errors import ConfigError, InternalError, StorageError
 from cpt.model.weights import writer as tensor_writer
 from cpt.model.weights.checksums import SUMS_FILE
 from cpt.model.weights.hf_layout import INDEX_FILE, SINGLE_FILE, tensor_files
-from cpt.model.weights.writer import DirectoryWriter, Entry, check_space, published
+from cpt.model.weights.writer import DirectoryWriter, Entry, check_weights_space, published
 
 TENSORS = {
     "a": torch.arange(24, dtype=torch.float32).view(2, 3, 4),
@@ -99,4 +99,4 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3_000_000))
     with pytest.raises(StorageError, match=r"need 5\.0 MB, 3\.0 MB are free"):
-        check_space(tmp_path, 5_000_000)
+        check_weights_space(tmp_path, 5_000_000)

@@ -23,11 +23,11 @@ def test_too_little_space_is_refused_with_both_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(space.shutil, "disk_usage", lambda path: Usage(0, 0, 1_100_000))
-    space.check_space(tmp_path, 900_000)
+    space.check_checkpoint_space(tmp_path, 900_000)
     with pytest.raises(
         StorageError, match=r"needs 3\.6 MB \(1\.2 times its size\), 1\.1 MB are free at"
     ) as caught:
-        space.check_space(tmp_path, 3_000_000)
+        space.check_checkpoint_space(tmp_path, 3_000_000)
     assert str(tmp_path) in str(caught.value) and caught.value.exit_code == 74
 
 
@@ -35,12 +35,12 @@ def test_limit_on_file_sizes_is_seen_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(space.resource, "getrlimit", lambda which: (1_000_000, 1_000_000))
-    space.check_space(tmp_path, 100, largest_file_bytes=999_999)
+    space.check_checkpoint_space(tmp_path, 100, largest_file_bytes=999_999)
     with pytest.raises(
         StorageError,
         match=r"files of 2\.0 MB, this process may write 1\.0 MB per file \(ulimit -f\)",
     ):
-        space.check_space(tmp_path, 100, largest_file_bytes=2_000_000)
+        space.check_checkpoint_space(tmp_path, 100, largest_file_bytes=2_000_000)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_unknown_cause_is_told_with_the_free_space(tmp_path: Path) -> None:
 
 def test_no_limit_on_file_sizes_is_no_limit(tmp_path: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-    space.check_space(tmp_path, 1, largest_file_bytes=2**60)
+    space.check_checkpoint_space(tmp_path, 1, largest_file_bytes=2**60)
 
 
 def test_host_memory_that_is_missing_is_said_with_what_to_do(

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from cpt.errors import ConfigError, InternalError, StorageError
+from cpt.errors import ConfigError, InternalError
 from cpt.model.weights.checksums import write_sums
 from cpt.model.weights.hf_layout import INDEX_FILE, SINGLE_FILE
-from cpt.storage.space import megabytes, write_error
+from cpt.storage.space import check_space, write_error
 from data_pipeline.store.files import AtomicFile, sync_directory, write_json
 
 LARGEST_FILE_BYTES = 4 * 2**30
@@ -192,14 +192,16 @@ def published(out: Path) -> Iterator[Path]:
         raise
 
 
-def check_space(folder: Path, num_bytes: int) -> None:
+def check_weights_space(folder: Path, num_bytes: int) -> None:
     """Refuse to begin what cannot end.
 
     Raises:
-        StorageError: the disk has less room than the weight files will take.
+        StorageError: The disk has less room than the weight files will take.
     """
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise StorageError(
-            f"the weights need {megabytes(num_bytes)}, {megabytes(free)} are free at {folder}."
-        )
+    check_space(
+        folder,
+        num_bytes,
+        claim="the weights need",
+        margin=1.0,
+        cure="Free some space, or give a place on another disk.",
+    )
