@@ -57,7 +57,7 @@ def build_engine(
         materialize_partitioned(model, config.engine_json, config.dtype)
         gpt_oss.restore_rotary_frequencies(model, topology.device)
     else:
-        gpt_oss.materialise(model, topology.device)
+        gpt_oss.materialize(model, topology.device)
     log.info("patched: %s", report)
     if config.train.freeze:
         num_frozen = freeze(model, config.train.freeze)

@@ -77,7 +77,7 @@ def load_config(path: Path | None, preset: str | None) -> GptOssConfig:
     """Return the model's configuration, from a directory's config.json or a preset of `init`.
 
     Raises:
-        ConfigError: no gpt-oss configuration there, or one that this project cannot train.
+        ConfigError: There is no gpt-oss configuration, or one that this project cannot train.
     """
     if path is None:
         return GptOssConfig(**PRESETS[str(preset)])
@@ -92,6 +92,7 @@ def load_config(path: Path | None, preset: str | None) -> GptOssConfig:
     method = values.pop("quantization_config", {}).get("quant_method", "mxfp4")
     if method != "mxfp4":
         raise ConfigError(
-            f"{file}: the weights are quantized by {method}; training starts from bf16, fp32 or the released MXFP4."
+            f"{file}: the weights are quantized by {method}; training starts from bf16, fp32 or "
+            "the released MXFP4."
         )
     return GptOssConfig(**values)

@@ -1,5 +1,4 @@
-"""Which parameters training leaves as they are: name patterns of `train.freeze`, checked before
-anything is loaded.
+"""Parameters that training leaves as they are, chosen by the name patterns of `train.freeze`.
 
 A frozen parameter has no gradient, no optimizer state and no fp32 copy; the checkpoint holds its
 working value.
@@ -22,39 +21,30 @@ SHORTHANDS = {
     "embeddings": "model.embed_tokens.weight",
     "lm_head": "lm_head.weight",
 }
-"""Words that stand for patterns."""
+"""Words for `train.freeze` that stand for a pattern."""
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern or shorthand names a parameter, or a module that holds it
-    (`model.layers.0`).
-    """
+    """Return whether a pattern or shorthand names a parameter, or a module that holds it."""
     pattern = SHORTHANDS.get(pattern, pattern)
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def frozen_names(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
-    """The parameters that some pattern matches."""
+    """Return the parameters that at least one pattern matches."""
     patterns = list(patterns)
     return {name for name in names if any(matches(pattern, name) for pattern in patterns)}
 
 
 def freeze_problems(patterns: tuple[str, ...], names: Iterable[str]) -> list[str]:
-    """What cannot be right about `train.freeze`: a pattern without a match, or nothing left to
-    train.
-    """
+    """Return what is wrong with `train.freeze`: patterns without a match, or nothing to train."""
     names = list(names)
     problems = []
     for index, pattern in enumerate(patterns):
         if not frozen_names([pattern], names):
-            close = difflib.get_close_matches(pattern, [*SHORTHANDS, *names], n=3, cutoff=0.3)
-            hint = (
-                f"Nearest names: {', '.join(close)}."
-                if close
-                else f"Shorthands: {', '.join(SHORTHANDS)}."
-            )
             problems.append(
-                f"train.freeze[{index}] is '{pattern}', which matches no parameter. {hint}"
+                f"train.freeze[{index}] is '{pattern}', which matches no parameter. "
+                f"{_nearest(pattern, names)}"
             )
     if patterns and not problems and len(frozen_names(patterns, names)) == len(names):
         problems.append(
@@ -63,8 +53,15 @@ def freeze_problems(patterns: tuple[str, ...], names: Iterable[str]) -> list[str
     return problems
 
 
+def _nearest(pattern: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(pattern, [*SHORTHANDS, *names], n=3, cutoff=0.3)
+    if close:
+        return f"Nearest names: {', '.join(close)}."
+    return f"Shorthands: {', '.join(SHORTHANDS)}."
+
+
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> int:
-    """Take the matching parameters out of training; must happen before the engine is made.
+    """Take the matching parameters out of training, before the engine is made.
 
     Returns:
         The number of frozen tensors.

@@ -1,14 +1,16 @@
 """The gpt-oss model: built from its configuration, patched once, filled with weights.
 
-    build_config -> skeleton on the meta device -> patch -> materialise (whole, or this rank's
-    ZeRO-3 part) -> engine -> fill the rank's part (random or from files, see weights.py)
+    load_config -> skeleton on the meta device -> patch -> materialize (whole, or this rank's
+    ZeRO-3 part) -> engine -> fill the rank's part (random or from files, see weights/source.py)
+
+Shape letters: B rows, S local tokens of a row, M model size, V vocabulary.
 
 Decisions
     `GptOssForCPT` adds one forward to Hugging Face's class: it returns the loss of every token, not
     logits. Everything that differs from Hugging Face is done by `patch`, which reports what it
     changed. The model is never whole in memory: experts of other ranks exist on meta only, and
     under ZeRO-3 a parameter is cut up as soon as it is allocated, before it has a value.
-    Rotary frequencies are computed again in fp32 after materialising; a bf16 or meta build gets
+    Rotary frequencies are computed again in fp32 after materializing; a bf16 or meta build gets
     them wrong.
 """
 
@@ -35,7 +37,7 @@ from cpt.storage.allocation import allocate
 
 
 class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
-    """GptOssForCausalLM whose forward gives the loss of every token."""
+    """A GptOssForCausalLM whose forward returns the loss of every token."""
 
     def forward(  # type: ignore[override]
         self,
@@ -46,7 +48,7 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
         targets: TopK | None = None,
         **attention_arguments: Any,
     ) -> torch.Tensor:
-        """Loss of every token, or logits without labels.
+        """Return the loss of every token, or logits without labels.
 
         Args:
             input_ids: (B, S) local tokens.
@@ -71,7 +73,7 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
     def hidden_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, **attention_arguments: Any
     ) -> torch.Tensor:
-        """(B, S, M) last hidden states; arguments as for `forward`."""
+        """Return the last hidden states (B, S, M); the arguments are those of `forward`."""
         return self.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -83,7 +85,7 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PatchReport:
-    """What `patch` changed, for the log."""
+    """The changes that `patch` made, for the log."""
 
     attention: str
     """Name of the registered attention function."""
@@ -92,7 +94,7 @@ class PatchReport:
     experts_per_rank: int
     """Experts of each layer that this rank holds."""
     loss_head: str
-    """What took the place of lm_head."""
+    """Name of the class that took the place of lm_head."""
 
     def __str__(self) -> str:
         return (
@@ -102,17 +104,17 @@ class PatchReport:
 
 
 def patch(model: GptOssForCPT, topology: Topology) -> PatchReport:
-    """Replace attention, MLPs and lm_head of a Hugging Face gpt-oss; call it once, before weights
-    are filled in.
+    """Replace attention, MLPs and lm_head of a Hugging Face gpt-oss, once, before it has weights.
 
     Raises:
-        TypeError: a layer's MLP or the lm_head is not the class this was written for.
+        TypeError: A layer's MLP or the lm_head is not the class this was written for.
     """
     model.set_attn_implementation(attention.register())
     for index, layer in enumerate(model.model.layers):
         if type(layer.mlp) is not GptOssMLP:
             raise TypeError(
-                f"layers.{index}.mlp is {type(layer.mlp).__name__}, expected GptOssMLP: patched twice?"
+                f"layers.{index}.mlp is {type(layer.mlp).__name__}, expected GptOssMLP: patched "
+                "twice?"
             )
         layer.mlp = ExpertParallelMLP(layer.mlp, topology)
     if type(model.lm_head) is not nn.Linear:
@@ -137,16 +139,20 @@ def patch(model: GptOssForCPT, topology: Topology) -> PatchReport:
 
 
 def skeleton(config: GptOssConfig, dtype: torch.dtype) -> GptOssForCPT:
-    """The unpatched model on the meta device."""
+    """Build the unpatched model on the meta device.
+
+    For names and shapes alone use `cpt.model.parameters`, which builds it once.
+    """
     with torch.device("meta"):
         model = GptOssForCPT(config)
     nn.Module.to(model, dtype)
     return model
 
 
-def materialise(model: GptOssForCPT, device: torch.device) -> None:
-    """Allocate this rank's parameters whole and uninitialised; for ZeRO-3 see
-    `materialize_partitioned`.
+def materialize(model: GptOssForCPT, device: torch.device) -> None:
+    """Allocate this rank's parameters whole, without values.
+
+    Under ZeRO-3, use `cpt.deepspeed_adapter.partition.materialize_partitioned` instead.
     """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -155,7 +161,5 @@ def materialise(model: GptOssForCPT, device: torch.device) -> None:
 
 
 def restore_rotary_frequencies(model: GptOssForCPT, device: torch.device) -> None:
-    """Compute the rotary frequencies in fp32 on the device; those of a meta or bf16 build are
-    wrong.
-    """
+    """Compute the rotary frequencies in fp32; those of a meta or bf16 build are wrong."""
     model.model.rotary_emb = GptOssRotaryEmbedding(config=model.config).to(device)

@@ -1,9 +1,9 @@
-"""What activation checkpointing need not do twice.
+"""The two runs of a checkpointed layer, and what the second one need not do again.
 
-torch runs a checkpointed layer again in the backward pass and takes from that second run only what
-autograd saves; its output is dropped.  So the second run needs the rows that an exchange brought,
-but nothing that is sent back, and may take those rows from the first run if they were kept.
-torch's `context_fn` tells the two runs apart.
+torch runs a checkpointed layer again in the backward pass. It takes from that second run only what
+autograd saves and drops its output. So the second run needs the rows that an exchange brought, but
+nothing that is sent back, and it may take those rows from the first run if they were kept. torch's
+`context_fn` tells the two runs apart.
 
 Decisions
     One `Recomputation` per checkpointed call holds what its first run kept; its second run takes it
@@ -26,15 +26,17 @@ _current = threading.local()
 
 
 class Recomputation:
-    """One checkpointed call, first run and second."""
+    """One checkpointed call, through its first run and its second."""
 
     def __init__(self, *, keep: bool) -> None:
-        self.keep, self.is_second = keep, False
+        self.keep = keep
+        self.is_second = False
         self._kept: deque[object] = deque()
 
     @contextmanager
     def _run(self, *, second: bool) -> Iterator[None]:
-        outer, self.is_second = current(), second
+        outer = current()
+        self.is_second = second
         _current.value = self
         try:
             yield
@@ -42,35 +44,34 @@ class Recomputation:
             _current.value = outer
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """What torch enters around the first run and around the second."""
+        """Return what torch enters around the first run and around the second."""
         return self._run(second=False), self._run(second=True)
 
     def put(self, value: object) -> None:
-        """Keep something of the first run; a tensor must be detached, or its graph keeps itself
-        alive.
-        """
+        """Keep a value of the first run; a tensor must be detached, or its graph never dies."""
         self._kept.append(value)
 
     def take(self) -> Any:
-        """What the first run kept, in its order.
+        """Return the next value that the first run kept.
 
         Raises:
-            InternalError: there is no more, because a second backward went through the same graph.
+            InternalError: None is left, because a second backward went through the same graph.
         """
         if not self._kept:
             raise InternalError(
-                "a checkpointed layer was recomputed twice; with model.expert_recompute: keep it can be only once."
+                "a checkpointed layer was recomputed twice; with model.expert_recompute: keep it "
+                "can be only once."
             )
         return self._kept.popleft()
 
 
 def current() -> Recomputation | None:
-    """The checkpointed call that is running on this thread."""
+    """Return the checkpointed call that is running on this thread, if any."""
     return getattr(_current, "value", None)
 
 
 def is_second_run() -> bool:
-    """Whether this is a recomputation, whose output nobody reads."""
+    """Return whether this is a recomputation, whose output nobody reads."""
     running = current()
     return running is not None and running.is_second
 
@@ -78,5 +79,5 @@ def is_second_run() -> bool:
 def context_fn(
     *, keep: bool
 ) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
-    """What `torch.utils.checkpoint` wants as `context_fn`."""
+    """Return the argument `context_fn` for `torch.utils.checkpoint`."""
     return lambda: Recomputation(keep=keep).contexts()

@@ -76,7 +76,7 @@ class OfflineModel:
         self._topology = topology
         self._model = gpt_oss.skeleton(config, self.dtype)
         gpt_oss.patch(self._model, topology)
-        gpt_oss.materialise(self._model, topology.device)
+        gpt_oss.materialize(self._model, topology.device)
         self._model.eval()
         self._kernel = attention.choose(
             "auto", device=topology.device, dtype=self.dtype, head_dim=config.head_dim

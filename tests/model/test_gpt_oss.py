@@ -42,7 +42,7 @@ def filled(
 ) -> gpt_oss.GptOssForCPT:
     model = gpt_oss.skeleton(preset("tiny", **SMALL), dtype)
     gpt_oss.patch(model, topology(**layout))
-    gpt_oss.materialise(model, torch.device("cpu"))
+    gpt_oss.materialize(model, torch.device("cpu"))
     fill_model(model, RandomWeights(seed, 0.02))
     return model
 
@@ -132,7 +132,7 @@ def test_frequencies_equal_the_fp32_reference_exactly(name: str, dtype: torch.dt
     )
     model = gpt_oss.skeleton(config, dtype)
     gpt_oss.patch(model, topology())
-    gpt_oss.materialise(model, torch.device("cpu"))
+    gpt_oss.materialize(model, torch.device("cpu"))
     expected = GptOssRotaryEmbedding(config=config).inv_freq
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(model.model.rotary_emb.inv_freq, expected)
@@ -229,7 +229,7 @@ def test_random_weights_have_the_spread_that_transformers_gives() -> None:
 def test_nothing_stays_uninitialised() -> None:
     model = gpt_oss.skeleton(preset("tiny", **SMALL), torch.float32)
     gpt_oss.patch(model, topology(ep_size=2, ep_rank=1))
-    gpt_oss.materialise(model, torch.device("cpu"))
+    gpt_oss.materialize(model, torch.device("cpu"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
@@ -288,12 +288,12 @@ def test_skeleton_takes_no_memory() -> None:
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
-def test_materialised_model_is_whole() -> None:
+def test_materialized_model_is_whole() -> None:
     tensors = [*filled().named_parameters(), *filled().named_buffers()]
     assert not [name for name, tensor in tensors if tensor.device.type == "meta"]
 
 
-def test_exactly_the_experts_are_marked_after_materialising() -> None:
+def test_exactly_the_experts_are_marked_after_materializing() -> None:
     parameters = filled(ep_size=2).named_parameters()
     assert all(is_expert(parameter) == (".experts." in name) for name, parameter in parameters)
 

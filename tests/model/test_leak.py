@@ -29,7 +29,7 @@ def logits_before_and_after(
     model = gpt_oss.skeleton(config, dtype)
     topology: Any = SimpleNamespace(ep_size=1, ep_rank=0, ep_group=None, traffic=Traffic())
     gpt_oss.patch(model, topology)
-    gpt_oss.materialise(model, torch.device("cpu"))
+    gpt_oss.materialize(model, torch.device("cpu"))
     fill_model(model, RandomWeights(3, 0.02))
     bounds = [0, 40, 97, 128]
     rows = PackedRows.from_bounds([bounds], 128)

@@ -57,7 +57,7 @@ def patched(
 
 def filled(path: Path, **arguments: Any) -> dict[str, Tensor]:
     model = patched(**arguments)
-    gpt_oss.materialise(model, torch.device("cpu"))
+    gpt_oss.materialize(model, torch.device("cpu"))
     fill_model(model, DirectoryWeights(path, parameter_shapes(small_config())))
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 

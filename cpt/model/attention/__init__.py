@@ -5,7 +5,7 @@
       interface.py  AttentionInputs     what an Attention and a Kernel are given
       rows.py       PackedRows          the documents of a micro batch
       choice.py     choose()            the table of backends
-      function.py   SinkAttention       folds the sinks into any flash kernel, exact in every gradient
+      function.py   SinkAttention       folds the sinks into any flash kernel, exactly
       cpu.py        CpuKernel           one such kernel
       reference.py  reference_attention the definition, and decoding with a key/value cache
 

@@ -1,10 +1,8 @@
-"""Which implementation of sink attention runs: a table of backends, best first, and the choice
-among them.
+"""The table of attention backends, best first, and the choice among them.
 
 To add a backend, write its kernel (see `cpt.model.attention.interface.Kernel`) and put a line into
-BACKENDS. `problems` says why a backend cannot run and what would help, in words for the user, so
-that a refusal names every reason at once. Nothing is imported from a GPU package before its backend
-runs.
+BACKENDS. Its `problems` say why it cannot run and what would help, in words for the user, so that a
+refusal names every reason at once. Nothing is imported from a GPU package before its backend runs.
 """
 
 from __future__ import annotations
@@ -33,20 +31,19 @@ class Backend:
     attention: Attention
     """The implementation."""
     device_type: str | None
-    """Where it runs, as in torch.device.type; None for anywhere."""
+    """The type of device that it runs on, as in torch.device.type; None for any."""
     problems: Callable[[Machine, torch.dtype, int], list[str]]
-    """What keeps it from serving this dtype and head size on this machine, and what would help."""
+    """Returns why it cannot serve this dtype and head size on a machine, and what would help."""
 
     def usable(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, machine: Machine
     ) -> str | None:
-        """Say why it cannot serve such tensors and what would help, or return None."""
-        reasons = self.problems(machine, dtype, head_dim)
+        """Return why it cannot serve such tensors and what would help, or None if it can."""
+        reasons = []
         if self.device_type not in (None, device.type):
-            reasons = [
-                f"it reads {str(self.device_type).upper()} tensors, these are on {device}",
-                *reasons,
-            ]
+            reads = str(self.device_type).upper()
+            reasons.append(f"it reads {reads} tensors, these are on {device}")
+        reasons += self.problems(machine, dtype, head_dim)
         return "; ".join(reasons) or None
 
 
@@ -73,9 +70,8 @@ def choose(
     Raises:
         ValueError: There is no such backend, or it cannot run here; the message says why.
     """
-    return chosen_backend(
-        name, device=device, dtype=dtype, head_dim=head_dim, machine=machine
-    ).attention
+    backend = chosen_backend(name, device=device, dtype=dtype, head_dim=head_dim, machine=machine)
+    return backend.attention
 
 
 def chosen_backend(
@@ -101,11 +97,9 @@ def chosen_backend(
             return backend
         reasons.append(f"{backend.name}: {reason}")
     why = ". ".join(reasons) or f"nothing but the reference runs on {device}"
-    hint = (
-        'Use attention "auto".'
-        if name != AUTO
-        else 'For short rows, attention "reference" runs everywhere.'
-    )
+    hint = 'Use attention "auto".'
+    if name == AUTO:
+        hint = 'For short rows, attention "reference" runs everywhere.'
     raise ValueError(f"attention {name!r} cannot run. {why}. {hint}")
 
 
@@ -124,7 +118,8 @@ def _cpu_problems(machine: Machine, dtype: torch.dtype, head_dim: int) -> list[s
         found.append(f"it has no code for {dtype}")
     if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         found.append(
-            f"torch {machine.torch_build} lacks the operator _scaled_dot_product_flash_attention_for_cpu"
+            f"torch {machine.torch_build} lacks the operator "
+            "_scaled_dot_product_flash_attention_for_cpu"
         )
     return found
 
@@ -156,4 +151,4 @@ BACKENDS = (
         name="reference", attention=reference_attention, device_type=None, problems=_no_problems
     ),
 )
-"""In the order in which "auto" tries them."""
+"""The backends, in the order in which "auto" tries them."""

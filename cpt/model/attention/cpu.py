@@ -39,30 +39,26 @@ FORWARD_BLOCK_ROWS = 256
 """Rows of a block, query heads of a group times tokens, in the forward of window layers."""
 
 BACKWARD_BLOCK_ROWS = 768
-"""The same in the backward."""
+"""Rows of a block in the backward of window layers."""
 
 SMALLEST_BLOCK_TOKENS = 32
 LARGEST_BLOCK_TOKENS = 128
-"""Limits of the tokens that make up these rows."""
+"""Limits of the tokens that make up the rows of a block."""
 
 DROPOUT = 0.0
 
 SHORT_DOCUMENT_TOKENS = 16
-"""Documents up to this length are taken together in full layers, where from here on calls cost more
-than they do.
-"""
+"""Up to this length, documents of full layers are taken together: a call each would cost more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Neighbouring tokens that are handled by one call."""
+    """Neighboring tokens that are handled by one call."""
 
     start: int
     end: int
     window: int | None = None
-    """None: one document, full causal. Otherwise any documents, and the number of keys that a query
-    sees.
-    """
+    """None for one document with full causal attention; else the keys that a query of any sees."""
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """Return the tokens of this span from a tensor with tokens in dimension 1."""
@@ -118,9 +114,7 @@ class CpuKernel:
 
 
 def block_tokens(block_rows: int, group: int) -> int:
-    """Return the tokens of a block of about so many rows, with `group` query heads per key/value
-    head.
-    """
+    """Return the tokens of a block of about `block_rows` rows, `group` rows for each token."""
     return min(max(block_rows // group, SMALLEST_BLOCK_TOKENS), LARGEST_BLOCK_TOKENS)
 
 
@@ -146,9 +140,7 @@ def _full_spans(bounds: tuple[int, ...]) -> list[Span]:
 
 
 def _joined(pieces: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Concatenate along tokens; tokens come first in memory, as the layers around attention want
-    them.
-    """
+    """Concatenate along tokens, with tokens first in memory, as the layers around attention are."""
     if len(pieces) == 1:
         return pieces[0]
     return torch.cat([piece.transpose(0, 1) for piece in pieces]).transpose(0, 1)
@@ -276,15 +268,15 @@ class _Band:
         return x_THD[:num_tokens].transpose(0, 1)
 
     def _key_windows(self, x_KTD: torch.Tensor) -> torch.Tensor:
-        """Return the keys that each block meets, (N, K, U, D): views of one buffer that starts with
-        `window` zeros.
+        """Return the keys that each block meets, (N, K, U, D).
+
+        They are views of one buffer that starts with `window` zeros.
         """
         buffer_KTD = F.pad(x_KTD, (0, 0, self.window, -x_KTD.shape[1] % self.block))
         return buffer_KTD.unfold(1, self.block + self.window, self.block).permute(1, 0, 3, 2)
 
     def _merged(self, grad_NKUD: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Add up the gradients of the key windows where they overlap, (K, T, D), in float32 at
-        least.
+        """Add up gradients of the key windows where they overlap, in float32 at least: (K, T, D).
 
         Cut into pieces of a block, piece j of key window n covers the same tokens as piece 0 of key
         window n + j.
@@ -297,10 +289,9 @@ class _Band:
         )
         for j, piece_NKCD in enumerate(grad_NKUD.split(self.block, dim=2)):
             total_KNCD[:, j : j + num_blocks, : piece_NKCD.shape[2]] += piece_NKCD.transpose(0, 1)
-        # key window 0 starts `window` tokens before the first one
-        return total_KNCD.flatten(1, 2)[:, self.window : self.window + num_tokens].to(
-            grad_NKUD.dtype
-        )
+        # Key window 0 starts `window` tokens before the first one.
+        total_KTD = total_KNCD.flatten(1, 2)[:, self.window : self.window + num_tokens]
+        return total_KTD.to(grad_NKUD.dtype)
 
 
 def _band_mask(

@@ -1,5 +1,4 @@
-"""FlashAttention 2 from the package flash-attn, folded with the sinks as
-`cpt.model.attention.function` says.
+"""FlashAttention 2 from the package flash-attn, with the sinks folded in (see function.py).
 
 Decisions
     The inner forward and backward functions are called, whose arguments include out and the
@@ -105,7 +104,7 @@ def _settings(inputs: AttentionInputs) -> dict[str, Any]:
 
 
 def problems(machine: Machine, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """Say why this backend cannot run there."""
+    """Return why this backend cannot run on a machine."""
     found = gpu_problems(machine, dtype, head_dim)
     missing = machine.lacks(PACKAGE, MINIMUM_VERSION)
     return found if missing is None else [*found, f"{missing} --no-build-isolation"]

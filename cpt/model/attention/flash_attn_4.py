@@ -62,7 +62,7 @@ class FlashAttn4:
 
 
 def problems(machine: Machine, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """Say why this backend cannot run there."""
+    """Return why this backend cannot run on a machine."""
     found = gpu_problems(machine, dtype, head_dim, majors=MAJORS_WITH_SINK_BACKWARD)
     if head_dim > LARGEST_HEAD_DIM:
         found.append(

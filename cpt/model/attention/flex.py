@@ -1,5 +1,4 @@
-"""flex_attention with sinks: slower than the flash kernels, but it has code for float32 and needs
-no package.
+"""flex_attention with sinks: slower than the flash kernels, but for float32, too, and no package.
 
 Decisions
     The output is multiplied by sigmoid(lse - sink) with the float32 log-sum-exp, and autograd goes
@@ -30,7 +29,7 @@ from cpt.model.attention.rows import PackedRows
 from cpt.model.attention.varlen import HALF_TYPES, gpu_problems
 
 BLOCK_TOKENS = 128
-"""What flex_attention skips or computes as a whole; its own default."""
+"""Tokens of the blocks that flex_attention skips or computes as a whole; its own default."""
 
 SMALLEST_HEAD_DIM = 16
 
@@ -114,7 +113,7 @@ def _ordered(chosen_QU: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def problems(machine: Machine, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """Say why this backend cannot run there."""
+    """Return why this backend cannot run on a machine."""
     found = gpu_problems(machine, dtype, head_dim, dtypes=(*HALF_TYPES, torch.float32))
     if head_dim < SMALLEST_HEAD_DIM:
         found.append(f"head_dim {head_dim} is below {SMALLEST_HEAD_DIM}")

@@ -1,7 +1,7 @@
-"""What this machine offers an attention backend: the GPU, how torch was built, and the packages.
+"""Facts about this machine that decide which attention backends can run.
 
-Facts are read once per device and passed on as a value, so that a refusal can be tested without the
-machine it is for.
+They are the GPU, the build of torch, and the installed packages. They are read once per device and
+passed on as a value, so that a refusal can be tested without the machine it is for.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ PACKAGES = ("flash-attn", "flash-attn-4", "triton")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Facts that decide which backends can run."""
+    """The facts about one machine, or about one that a test makes up."""
 
     compute_capability: tuple[int, int] | None
-    """Of the GPU, such as (9, 0) for an H100; None without a CUDA GPU."""
+    """Generation of the GPU, such as (9, 0) for an H100; None without a CUDA GPU."""
     torch_build: str
     """Version of torch with its build, such as 2.13.0+cu130."""
     torch_has_flash: bool
@@ -39,7 +39,7 @@ class Machine:
         return _machine_of(device if device.type == "cuda" else None)
 
     def lacks(self, package: str, minimum: str) -> str | None:
-        """Say what is wrong with the installed version of a package, if anything."""
+        """Return what is wrong with the installed version of a package, or None."""
         installed = self.packages.get(package)
         cure = f"pip install '{package}>={minimum}'"
         if installed is None:
@@ -51,15 +51,16 @@ class Machine:
 
 @functools.cache
 def _machine_of(cuda_device: torch.device | None) -> Machine:
-    has_gpu = torch.cuda.is_available()
+    capability = None
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(cuda_device)
+    installed = {name: installed_version(name) for name in PACKAGES}
     return Machine(
-        compute_capability=torch.cuda.get_device_capability(cuda_device) if has_gpu else None,
+        compute_capability=capability,
         torch_build=torch.__version__,
         torch_has_flash=torch.backends.cuda.is_flash_attention_available(),
         is_rocm=torch.version.hip is not None,
-        packages={
-            name: version for name in PACKAGES if (version := installed_version(name)) is not None
-        },
+        packages={name: version for name, version in installed.items() if version is not None},
     )
 
 

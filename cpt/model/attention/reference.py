@@ -1,8 +1,8 @@
-"""Sink attention by its definition: an explicit softmax with one more column, differentiated by
-autograd.
+"""Sink attention by its definition: an explicit softmax with one more column.
 
-The yardstick for every other implementation, and the path of decoding with a key/value cache, where
-a few queries meet many keys. Memory grows with the square of the row.
+Autograd differentiates it. It is the yardstick for every other implementation, and the path of
+decoding with a key/value cache, where a few queries meet many keys. Memory grows with the square of
+the row.
 
 Source of the maths: `eager_attention_forward` in transformers' modeling_gpt_oss.py. In contrast to
 it the softmax is taken in float32 at least, and documents are kept apart.

@@ -1,4 +1,4 @@
-"""What attention sees of a micro batch: rows of packed documents, described by offsets.
+"""The documents of a micro batch's packed rows, described by offsets.
 
 Decisions
     Documents are intervals of the flattened tokens, never a mask, so a description is as small as
@@ -35,9 +35,7 @@ class PackedRows:
     seq_len: int
     """Tokens of each row."""
     bounds: tuple[int, ...]
-    """Offsets of the documents in the flattened tokens, then the number of tokens; every row start
-    is among them.
-    """
+    """Offsets of the documents in the flattened tokens, every row start among them, and the end."""
     _derived: dict[Hashable, Any] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -45,31 +43,34 @@ class PackedRows:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.seq_len < 1:
             raise ValueError(
-                f"packed rows need tokens, got batch_size={self.batch_size} and seq_len={self.seq_len}."
+                f"packed rows need tokens, got batch_size={self.batch_size} and "
+                f"seq_len={self.seq_len}."
             )
-        row_bounds = range(0, self.num_tokens + 1, self.seq_len)
         if self.bounds[:1] != (0,) or self.bounds[-1] != self.num_tokens:
             raise ValueError(
-                f"document bounds must run from 0 to {self.num_tokens} ({self.batch_size} rows of {self.seq_len} "
-                f"tokens), got {_shortened(self.bounds)}."
+                f"document bounds must run from 0 to {self.num_tokens} ({self.batch_size} rows of "
+                f"{self.seq_len} tokens), got {_shortened(self.bounds)}."
             )
         for start, end in itertools.pairwise(self.bounds):
             if end <= start:
                 raise ValueError(
-                    f"document bounds must grow, but {start} is followed by {end}. No document is empty."
+                    f"document bounds must grow, but {start} is followed by {end}. No document is "
+                    "empty."
                 )
-        if missing := sorted(set(row_bounds).difference(self.bounds)):
+        row_starts = range(0, self.num_tokens, self.seq_len)
+        missing = sorted(set(row_starts).difference(self.bounds))
+        if missing:
             raise ValueError(
-                f"no document starts at token {missing[0]}, the start of row {missing[0] // self.seq_len}. "
-                "A document cannot run from one row into the next: cut it there."
+                f"no document starts at token {missing[0]}, the start of row "
+                f"{missing[0] // self.seq_len}. A document cannot run from one row into the next: "
+                "cut it there."
             )
 
     @classmethod
     def from_position_ids(cls, position_ids_BT: torch.Tensor) -> PackedRows:
-        """Start a document at every row start and wherever a position is not its predecessor plus
-        one.
+        """Start a document at each row and where a position is not its predecessor plus one.
 
-        Reads the tensor once: on a GPU that is one synchronisation per call.
+        This reads the tensor once; on a GPU that is one synchronization per call.
         """
         if position_ids_BT.ndim != 2:
             raise ValueError(
@@ -83,25 +84,20 @@ class PackedRows:
 
     @classmethod
     def from_bounds(cls, bounds_per_row: Sequence[Sequence[int]], seq_len: int) -> PackedRows:
-        """Take for each row the offsets of its documents within the row, from 0 to `seq_len`, both
-        included.
+        """Take, for each row, the offsets of its documents within the row.
+
+        They run from 0 to `seq_len`, both included.
         """
-        for index, bounds in enumerate(bounds_per_row):
+        flat: list[int] = []
+        for row, bounds in enumerate(bounds_per_row):
             if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != seq_len:
                 raise ValueError(
-                    f"bounds of row {index} must run from 0 to seq_len={seq_len}, got {_shortened(bounds)}. "
-                    "Give a padding tail as a document of its own."
+                    f"bounds of row {row} must run from 0 to seq_len={seq_len}, got "
+                    f"{_shortened(bounds)}. Give a padding tail as a document of its own."
                 )
-        flat = [
-            row * seq_len + offset
-            for row, bounds in enumerate(bounds_per_row)
-            for offset in bounds[:-1]
-        ]
-        return cls(
-            batch_size=len(bounds_per_row),
-            seq_len=seq_len,
-            bounds=(*flat, len(bounds_per_row) * seq_len),
-        )
+            flat += [row * seq_len + offset for offset in bounds[:-1]]
+        num_rows = len(bounds_per_row)
+        return cls(batch_size=num_rows, seq_len=seq_len, bounds=(*flat, num_rows * seq_len))
 
     @property
     def num_tokens(self) -> int:
@@ -135,8 +131,6 @@ class PackedRows:
 
 def _shortened(offsets: Sequence[int]) -> str:
     shown = [str(offset) for offset in offsets]
-    return (
-        f"[{', '.join(shown)}]"
-        if len(shown) <= 8
-        else f"[{', '.join(shown[:4])}, ..., {', '.join(shown[-3:])}]"
-    )
+    if len(shown) > 8:
+        shown = [*shown[:4], "...", *shown[-3:]]
+    return f"[{', '.join(shown)}]"

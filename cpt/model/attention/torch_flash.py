@@ -98,10 +98,11 @@ class TorchFlashKernel:
 
 
 def problems(machine: Machine, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """Say why this backend cannot run there."""
+    """Return why this backend cannot run on a machine."""
     found = gpu_problems(machine, dtype, head_dim)
     if machine.compute_capability is not None and not machine.torch_has_flash:
         found.append(
-            f"torch {machine.torch_build} is built without FlashAttention: install a wheel from pytorch.org"
+            f"torch {machine.torch_build} is built without FlashAttention: install a wheel from "
+            "pytorch.org"
         )
     return found

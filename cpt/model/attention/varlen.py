@@ -1,5 +1,4 @@
-"""What the variable-length CUDA kernels have in common: how they take documents and windows, and
-what they cannot do.
+"""The conventions and limits that the variable-length CUDA kernels share.
 
 They take tokens first, (tokens, heads, head size), and documents as offsets. A window is counted in
 keys to the left of the query, the query not included: a window of 128 keys is (127, 0), and full
@@ -59,14 +58,14 @@ def checked_lse(lse: torch.Tensor, q_HTD: torch.Tensor, source: str) -> torch.Te
     Releases before flash-attn 2.6 and torch 2.5 return (documents, H, longest document) instead.
 
     Raises:
-        RuntimeError: It is something else, so the kernel is not the one that this code was written
-            for.
+        RuntimeError: It is something else: the kernel is not the one that this was written for.
     """
     dtype = torch.promote_types(q_HTD.dtype, torch.float32)
     if lse.shape != q_HTD.shape[:2] or lse.dtype != dtype:
         raise RuntimeError(
             f"{source} returned a log-sum-exp of shape {tuple(lse.shape)} in {lse.dtype}, expected "
-            f"{tuple(q_HTD.shape[:2])} in {dtype}. Use another model.attention, and report this version."
+            f"{tuple(q_HTD.shape[:2])} in {dtype}. Use another model.attention, and report this "
+            "version."
         )
     return lse
 
@@ -79,14 +78,14 @@ def gpu_problems(
     dtypes: tuple[torch.dtype, ...] = HALF_TYPES,
     majors: tuple[int, ...] = (8, 9, 10, 11, 12),
 ) -> list[str]:
-    """Say why a CUDA kernel cannot serve these tensors on this machine.
+    """Return why a CUDA kernel cannot serve these tensors on a machine.
 
     Args:
-        machine: Where it would run.
+        machine: The machine that it would run on.
         dtype: Type of queries, keys and values.
         head_dim: Size of a head.
-        dtypes: What the kernel has code for.
-        majors: GPU generations that it has code for.
+        dtypes: The dtypes that the kernel has code for.
+        majors: The GPU generations that it has code for.
     """
     problems = []
     generations = ", ".join(f"SM{major}x" for major in majors)

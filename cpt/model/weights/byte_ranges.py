@@ -1,9 +1,8 @@
-"""Safetensors files read by byte ranges: a rank reads what it keeps, and nothing is mapped into its
-memory.
+"""Safetensors files read by byte ranges: a rank reads only what it keeps.
 
-The format is a length (8 bytes, little endian), a JSON header with the byte range of every tensor,
-and the bytes. The `safetensors` library validates a file when it is opened; ranges of flattened
-tensors are then read here, because the library can only cut along axes.
+Nothing is mapped into memory. The format is a length (8 bytes, little endian), a JSON header with
+the byte range of every tensor, and the bytes. The `safetensors` library validates a file when it is
+opened; ranges of flattened tensors are then read here, because the library can only cut along axes.
 """
 
 from __future__ import annotations
@@ -30,17 +29,18 @@ TORCH_DTYPES = {
 
 
 class TensorFile:
-    """One safetensors file; `bytes_read` counts what was read of its tensors."""
+    """One safetensors file, open for reading; `bytes_read` counts what was read of its tensors."""
 
     def __init__(self, file: Path) -> None:
-        """Open and validate.
+        """Open and validate the file.
 
         Raises:
-            ConfigError: not a whole safetensors file.
+            ConfigError: It is not a whole safetensors file.
         """
         with open_tensors(file):
-            pass  # validated: the header is whole, the ranges are disjoint and the file has every byte of them
-        self.file, self.bytes_read = file, 0
+            pass  # the header is whole, its ranges are disjoint, and the file has all their bytes
+        self.file = file
+        self.bytes_read = 0
         self._opened = open(file, "rb", buffering=0)  # noqa: SIM115 - closed with the object
         self._descriptor = self._opened.fileno()
         header_bytes = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
@@ -48,14 +48,14 @@ class TensorFile:
         self._data_start = 8 + header_bytes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Return the shape of a tensor."""
         return tuple(self._header[name]["shape"])
 
     def elements(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of a flattened tensor, 1-D, in the dtype of the file.
+        """Return elements [start, stop) of a flattened tensor, 1-D, in the dtype of the file.
 
         Raises:
-            StorageError: the file could not be read, or is shorter than it was.
+            StorageError: The file could not be read, or is shorter than it was when opened.
         """
         entry = self._header[name]
         dtype = TORCH_DTYPES[entry["dtype"]]

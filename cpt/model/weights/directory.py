@@ -56,59 +56,68 @@ def check_directory(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     """Compare a directory's keys and shapes with the model's, before any memory is taken.
 
     Returns:
-        Tensor name -> file.
+        The file of each tensor, by tensor name.
 
     Raises:
-        ConfigError: every missing, unknown or misshapen tensor, with its file.
+        ConfigError: Tensors are missing, unknown or misshapen; all of them, each with its file.
     """
-    files, problems = tensor_files(path), []
+    files = tensor_files(path)
     expected = stored_shapes(shapes, files)
-    problems += [
-        f"{path}: tensor '{name}' is missing." for name in sorted(expected.keys() - files.keys())
-    ]
-    problems += [
-        f"{files[name]}: unknown tensor '{name}'."
-        for name in sorted(files.keys() - expected.keys())
-    ]
+    problems = []
+    for name in sorted(expected.keys() - files.keys()):
+        problems.append(f"{path}: tensor '{name}' is missing.")
+    for name in sorted(files.keys() - expected.keys()):
+        problems.append(f"{files[name]}: unknown tensor '{name}'.")
     for file in sorted(set(files.values())):
-        with open_tensors(file) as opened:
-            held = set(opened.keys())
-            for name in sorted(
-                name for name, where in files.items() if where == file and name in expected
-            ):
-                if name not in held:
-                    problems.append(
-                        f"{file}: tensor '{name}' is missing, though {INDEX_FILE} says it is here."
-                    )
-                    continue
-                stored = opened.get_slice(name)
-                shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-                if shape != expected[name]:
-                    problems.append(
-                        f"{file}: tensor '{name}' has shape {shape}, expected {expected[name]}."
-                    )
-                wanted = CODE_DTYPES if name.endswith((BLOCKS, SCALES)) else FLOAT_DTYPES
-                if dtype not in wanted:
-                    problems.append(
-                        f"{file}: tensor '{name}' has dtype {dtype}, expected {' or '.join(wanted)}."
-                    )
-            unlisted = held - {name for name, where in files.items() if where == file}
-            problems += [
-                f"{file}: tensor '{name}' is not in {INDEX_FILE}." for name in sorted(unlisted)
-            ]
+        listed = {name for name, where in files.items() if where == file}
+        problems += _problems_of_file(file, listed, expected)
     if problems:
         raise ConfigError(problems)
     return files
 
 
+def _problems_of_file(
+    file: Path, listed: set[str], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Return what is wrong with a file's tensors: those listed for it, and those it has besides."""
+    problems = []
+    with open_tensors(file) as opened:
+        held = set(opened.keys())
+        for name in sorted(listed & expected.keys()):
+            if name in held:
+                stored = opened.get_slice(name)
+                shape = tuple(stored.get_shape())
+                for problem in _problems_of_tensor(name, shape, stored.get_dtype(), expected[name]):
+                    problems.append(f"{file}: {problem}")
+            else:
+                problems.append(
+                    f"{file}: tensor '{name}' is missing, though {INDEX_FILE} says it is here."
+                )
+    for name in sorted(held - listed):
+        problems.append(f"{file}: tensor '{name}' is not in {INDEX_FILE}.")
+    return problems
+
+
+def _problems_of_tensor(
+    name: str, shape: tuple[int, ...], dtype: str, expected_shape: tuple[int, ...]
+) -> list[str]:
+    problems = []
+    if shape != expected_shape:
+        problems.append(f"tensor '{name}' has shape {shape}, expected {expected_shape}.")
+    dtypes = CODE_DTYPES if name.endswith((BLOCKS, SCALES)) else FLOAT_DTYPES
+    if dtype not in dtypes:
+        problems.append(f"tensor '{name}' has dtype {dtype}, expected {' or '.join(dtypes)}.")
+    return problems
+
+
 class DirectoryWeights:
-    """A Hugging Face directory, read by byte ranges; MXFP4 experts are decoded as they are read."""
+    """The `WeightSource` of a Hugging Face directory; it decodes MXFP4 experts as it reads."""
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check the directory against the shapes of a model's parameters and open its files.
 
         Raises:
-            ConfigError: see `check_directory`.
+            ConfigError: The directory does not hold these tensors; see `check_directory`.
         """
         where = check_directory(path, shapes)
         self.path = path
@@ -117,67 +126,75 @@ class DirectoryWeights:
 
     @property
     def files(self) -> list[Path]:
-        """The safetensors files."""
+        """The safetensors files of the directory."""
         return sorted(self._opened)
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of tensors read so far."""
+        """The bytes of tensors that were read so far."""
         return sum(file.bytes_read for file in self._opened.values())
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """See `WeightSource`; a piece has at most `PIECE_NUMEL` elements, rounded up to whole MXFP4
-        blocks.
+        """Yield the values piece by piece; see `cpt.model.weights.source.WeightSource`.
+
+        A piece has at most `PIECE_NUMEL` elements, rounded up to whole MXFP4 blocks.
         """
         if name in self._files:
             for low in range(start, stop, PIECE_NUMEL):
                 yield low, self._files[name].elements(name, low, min(stop, low + PIECE_NUMEL))
             return
         _, rows, num_blocks, _ = self._files[name + BLOCKS].shape(name + BLOCKS)
-        numel = (
-            num_blocks * mxfp4.BLOCK * rows
-        )  # of one expert, stored as (rows, inputs), wanted as (inputs, rows)
-        for expert in range(start // numel, -(-stop // numel)):
-            low, high = max(start - expert * numel, 0), min(stop - expert * numel, numel)
+        # An expert is stored as (rows, inputs) and wanted as (inputs, rows).
+        expert_numel = num_blocks * mxfp4.BLOCK * rows
+        for expert in range(start // expert_numel, -(-stop // expert_numel)):
+            first = expert * expert_numel
+            low = max(start - first, 0)
+            high = min(stop - first, expert_numel)
             for position, values in self._decoded(name, expert, low, high):
-                yield expert * numel + position, values
+                yield first + position, values
 
     def _decoded(
         self, name: str, expert: int, start: int, stop: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Elements [start, stop) of one expert, flattened as (inputs, rows)."""
-        _, rows, num_blocks, _ = self._files[name + BLOCKS].shape(name + BLOCKS)
-        block_numel = mxfp4.BLOCK * rows  # a block column: 32 inputs of every row
-        first, last = start // block_numel, -(-stop // block_numel)
-        codes_Rb16, scales_Rb = self._columns(name, expert, rows, num_blocks, first, last)
-        step = max(1, PIECE_NUMEL // block_numel)
-        for at in range(first, last, step):
-            end = min(last, at + step)
-            columns = slice(at - first, end - first)
-            flat = mxfp4.decode(codes_Rb16[None, :, columns], scales_Rb[None, :, columns]).flatten()
-            low, high = max(start, at * block_numel), min(stop, end * block_numel)
-            yield low, flat[low - at * block_numel : high - at * block_numel]
+        """Yield elements [start, stop) of one expert, flattened as (inputs, rows)."""
+        _, rows, _, _ = self._files[name + BLOCKS].shape(name + BLOCKS)
+        column_numel = mxfp4.BLOCK * rows  # a block column: 32 inputs of every row
+        first = start // column_numel
+        last = -(-stop // column_numel)
+        codes_Rb16 = self._columns(name + BLOCKS, expert, first, last, mxfp4.BLOCK // 2)
+        scales_Rb1 = self._columns(name + SCALES, expert, first, last, 1)
+        codes_Rb16 = codes_Rb16[None]
+        scales_Rb = scales_Rb1[None, :, :, 0]
+        step = max(1, PIECE_NUMEL // column_numel)
+        for column in range(first, last, step):
+            end = min(last, column + step)
+            chosen = slice(column - first, end - first)
+            flat = mxfp4.decode(codes_Rb16[:, :, chosen], scales_Rb[:, :, chosen]).flatten()
+            piece_start = column * column_numel
+            low = max(start, piece_start)
+            high = min(stop, end * column_numel)
+            yield low, flat[low - piece_start : high - piece_start]
 
-    def _columns(
-        self, name: str, expert: int, rows: int, num_blocks: int, first: int, last: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Block columns [first, last) of one expert: codes (rows, columns, 16) and scales (rows,
-        columns).
+    def _columns(self, name: str, expert: int, first: int, last: int, width: int) -> torch.Tensor:
+        """Return block columns [first, last) of one expert: (rows, columns, width).
+
+        Args:
+            name: Name of the stored tensor, with its suffix.
+            expert: Index of the expert.
+            first: First block column.
+            last: Block column after the last one.
+            width: Bytes of a block in this tensor.
         """
-        half = mxfp4.BLOCK // 2
-        found = []
-        for suffix, width in ((BLOCKS, half), (SCALES, 1)):
-            file, start = self._files[name + suffix], expert * rows * num_blocks
-            if (first, last) == (0, num_blocks):
-                flat = file.elements(
-                    name + suffix, start * width, (start + rows * num_blocks) * width
-                )
-            else:
-                begins = range(start + first, start + rows * num_blocks, num_blocks)
-                parts = [
-                    file.elements(name + suffix, b * width, (b + last - first) * width)
-                    for b in begins
-                ]
-                flat = torch.cat(parts)
-            found.append(flat.view(rows, last - first, *([half] if width > 1 else [])))
-        return found[0], found[1]
+        file = self._files[name]
+        _, rows, num_blocks = file.shape(name)[:3]
+        start = expert * rows * num_blocks
+        if (first, last) == (0, num_blocks):
+            flat = file.elements(name, start * width, (start + rows * num_blocks) * width)
+        else:
+            parts = []
+            for row_start in range(start, start + rows * num_blocks, num_blocks):
+                low = (row_start + first) * width
+                high = (row_start + last) * width
+                parts.append(file.elements(name, low, high))
+            flat = torch.cat(parts)
+        return flat.view(rows, last - first, width)

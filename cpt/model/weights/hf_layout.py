@@ -13,10 +13,12 @@ from cpt.errors import ConfigError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 EXPERT_TENSORS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
-"""Per layer, under `mlp.experts.`; the first axis counts experts."""
+"""The expert parameters of a layer, under `mlp.experts.`; their first axis counts experts."""
 
-BLOCKS, SCALES = "_blocks", "_scales"
+BLOCKS = "_blocks"
+SCALES = "_scales"
 """Suffixes of the two tensors that stand for an expert matrix in the released MXFP4 layout."""
 
 
@@ -31,10 +33,11 @@ def is_expert_matrix(name: str, shape: Sequence[int]) -> bool:
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a Hugging Face directory.
+    """Return the safetensors file of every tensor of a Hugging Face directory, by tensor name.
 
     Raises:
-        ConfigError: no safetensors, only pickles, or an index that names missing files.
+        ConfigError: The directory has no safetensors, or its index is damaged or names missing
+            files.
     """
     index = path / INDEX_FILE
     if index.is_file():
@@ -46,16 +49,9 @@ def tensor_files(path: Path) -> dict[str, Path]:
         with open_tensors(path / SINGLE_FILE) as opened:
             files = dict.fromkeys(opened.keys(), path / SINGLE_FILE)
     else:
-        pickles = sorted(
-            file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix)
-        )
-        found = (
-            f" It holds {', '.join(pickles)}: pickles can run code and are not read."
-            if pickles
-            else ""
-        )
         raise ConfigError(
-            f"{path}: neither {INDEX_FILE} nor {SINGLE_FILE} is there.{found} Save as safetensors."
+            f"{path}: neither {INDEX_FILE} nor {SINGLE_FILE} is there.{_pickles_in(path)} "
+            "Save as safetensors."
         )
     missing = sorted({str(file) for file in files.values() if not file.is_file()})
     if missing:
@@ -63,8 +59,20 @@ def tensor_files(path: Path) -> dict[str, Path]:
     return files
 
 
+def _pickles_in(path: Path) -> str:
+    """Return a sentence on the pickles of a directory, which are not read; empty without any."""
+    names = [file.name for file in path.glob("*") if file.suffix in PICKLE_SUFFIXES]
+    if not names:
+        return ""
+    return f" It holds {', '.join(sorted(names))}: pickles can run code and are not read."
+
+
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or a ConfigError that names the file."""
+    """Return a JSON object.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds something else.
+    """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -75,7 +83,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def open_tensors(file: Path) -> Any:
-    """A safetensors file, or a ConfigError that names it."""
+    """Open a safetensors file.
+
+    Raises:
+        ConfigError: It is not a whole safetensors file.
+    """
     try:
         return safe_open(str(file), framework="pt")
     except SafetensorError as error:

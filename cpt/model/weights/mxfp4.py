@@ -1,12 +1,11 @@
-"""MXFP4, the format of the released expert weights: decode exactly, encode by rounding to nearest.
+"""MXFP4, the format of the released expert weights: exact decoding, encoding to the nearest code.
 
 A block is 32 consecutive input values of one output row: 16 bytes of two 4-bit codes, low nibble
 first, and one exponent.  Bit 3 of a code is the sign, bits 0-2 index 0, 0.5, 1, 1.5, 2, 3, 4, 6;
 value = code value * 2^(scale - 127). Every value is exact in bf16.
 
-Source: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 and 6.3; layout of the released
-    checkpoints as read by
-transformers, integrations/mxfp4.py.
+Source: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 and 6.3. The layout of the released
+checkpoints is the one that transformers reads in integrations/mxfp4.py.
 
 Shape letters: E experts, R output rows, C inputs (columns), b blocks of a row (C / 32).
 """
@@ -26,11 +25,11 @@ _LARGEST_EXPONENT = 2
 def decode(
     blocks_ERb16: torch.Tensor, scales_ERb: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """Codes and scales -> (E, C, R), the orientation of Hugging Face's expert parameters."""
-    table = torch.tensor(
-        [*_VALUES, *(-value for value in _VALUES)], dtype=torch.float32, device=blocks_ERb16.device
-    )
-    low, high = blocks_ERb16 & 0x0F, blocks_ERb16 >> 4
+    """Return values (E, C, R), in the orientation of Hugging Face's expert parameters."""
+    magnitudes = torch.tensor(_VALUES, dtype=torch.float32, device=blocks_ERb16.device)
+    table = torch.cat([magnitudes, -magnitudes])
+    low = blocks_ERb16 & 0x0F
+    high = blocks_ERb16 >> 4
     codes_ERb32 = torch.stack([low, high], dim=-1).flatten(-2)
     exponent_ERb1 = scales_ERb.to(torch.int32).unsqueeze(-1) - _EXPONENT_BIAS
     values = torch.ldexp(table[codes_ERb32.long()], exponent_ERb1).to(dtype)
@@ -38,34 +37,35 @@ def decode(
 
 
 def encode(values_ECR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to nearest, ties to the even code; the exponent of a block is floor(log2(largest
-    magnitude)) - 2.
+    """Round to the nearest code, ties to the even one.
 
-    Decoded weights come back without loss; the scale may differ where the original block did not
-    use its range.
+    The exponent of a block is floor(log2(largest magnitude)) - 2. Values that were decoded from
+    MXFP4 come back without loss; the scale may differ where a block did not use its range.
 
     Returns:
         Blocks (E, R, b, 16) and scales (E, R, b), both uint8.
 
     Raises:
-        ValueError: the number of inputs is not a multiple of 32.
+        ValueError: The number of inputs is not a multiple of 32.
     """
     experts, inputs, rows = values_ECR.shape
     if inputs % BLOCK:
         raise ValueError(f"MXFP4 needs a multiple of {BLOCK} inputs, got {inputs}.")
     x_ERb32 = values_ECR.transpose(1, 2).reshape(experts, rows, inputs // BLOCK, BLOCK).float()
     largest_ERb = x_ERb32.abs().amax(-1)
-    # frexp: largest = mantissa * 2^exponent with mantissa in [0.5, 1), so floor(log2) = exponent -
-    # 1, exactly
+    # frexp gives largest = mantissa * 2^exponent with mantissa in [0.5, 1), so floor(log2(largest))
+    # is exactly exponent - 1.
     exponent_ERb = torch.frexp(largest_ERb).exponent - 1 - _LARGEST_EXPONENT
     exponent_ERb = exponent_ERb.clamp(-_EXPONENT_BIAS, _EXPONENT_BIAS)
     scaled = torch.ldexp(x_ERb32, -exponent_ERb.unsqueeze(-1))
     magnitude = scaled.abs()
     codes = torch.zeros_like(magnitude, dtype=torch.uint8)
-    for index, midpoint in enumerate(
-        _MIDPOINTS
-    ):  # code `index` is below the midpoint, `index + 1` above
-        codes += (magnitude >= midpoint) if index % 2 else (magnitude > midpoint)
+    for code_below, midpoint in enumerate(_MIDPOINTS):
+        # A tie goes to the even one of the codes below and above the midpoint.
+        if code_below % 2:
+            codes += magnitude >= midpoint
+        else:
+            codes += magnitude > midpoint
     codes |= torch.signbit(scaled).to(torch.uint8) << 3
     pairs = codes.unflatten(-1, (BLOCK // 2, 2))
     blocks = pairs[..., 0] | (pairs[..., 1] << 4)

@@ -1,7 +1,6 @@
-"""Random weights that are a function of (seed, name, position) alone: no layout, no dtype, no
-number of ranks.
+"""Random weights that depend on seed, name and position alone, not on the layout or the dtype.
 
-Each flattened global tensor is cut into blocks; each block has a generator of its own.  A rank
+Each flattened global tensor is cut into blocks, and each block has a generator of its own. A rank
 draws the blocks that its part touches, so no rank ever holds a whole tensor.
 """
 
@@ -16,18 +15,18 @@ BLOCK_NUMEL = 2**18
 
 
 class RandomWeights:
-    """A source of weights for `cpt.model.weights.source.fill`: initialised as Hugging Face's
-    GptOssPreTrainedModel does.
-    """
+    """A `WeightSource` that initializes as Hugging Face's GptOssPreTrainedModel does."""
 
     def __init__(self, seed: int, initializer_range: float) -> None:
-        self._seed, self._std = seed, initializer_range
+        self._seed = seed
+        self._std = initializer_range
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """See `cpt.model.weights.source.WeightSource`."""
+        """Yield the values block by block; see `cpt.model.weights.source.WeightSource`."""
         for block in range(start // BLOCK_NUMEL, -(-stop // BLOCK_NUMEL)):
             first = block * BLOCK_NUMEL
-            low, high = max(start, first), min(stop, first + BLOCK_NUMEL)
+            low = max(start, first)
+            high = min(stop, first + BLOCK_NUMEL)
             if name.endswith("norm.weight"):
                 yield low, torch.ones(high - low)
             elif name.endswith("bias") and not name.endswith("router.bias"):

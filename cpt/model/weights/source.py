@@ -12,34 +12,38 @@ from cpt.model.weights.hf_layout import is_expert_name
 
 
 class WeightSource(Protocol):
-    """Where weights come from."""
+    """A place that weights come from: a directory, a checkpoint, a random generator."""
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Elements [start, stop) of the flattened global tensor `name`, as (position of the first,
-        1-D values).
+        """Yield elements [start, stop) of the flattened global tensor `name`, piece by piece.
+
+        Each piece is (position of its first element, 1-D values).
         """
         ...
 
 
 @torch.no_grad()
 def fill_parts(targets: Mapping[str, tuple[torch.Tensor, int]], source: WeightSource) -> None:
-    """Write a part of every tensor.
+    """Fill a part of every tensor.
 
     Args:
-        targets: By parameter name: a 1-D view to write to, and the position of its first element in
-            the flattened global tensor.  Values are cast to its dtype.
-        source: Where the values come from.
+        targets: By parameter name, a 1-D view to write to and the position of its first element in
+            the flattened global tensor. Values are cast to the dtype of the view.
+        source: The place that the values come from.
     """
     for name, (view, offset) in targets.items():
         for position, values in source.pieces(name, offset, offset + view.numel()):
-            view[position - offset : position - offset + values.numel()].copy_(values)
+            first = position - offset
+            view[first : first + values.numel()].copy_(values)
 
 
 def fill_model(model: GptOssForCPT, source: WeightSource) -> None:
-    """Fill a materialised model without ZeRO: every tensor, of the experts this rank's."""
+    """Fill a materialized model that ZeRO does not cut: every tensor, and this rank's experts."""
     first_expert = model.model.layers[0].mlp.experts.first_expert
     targets = {}
     for name, parameter in model.named_parameters():
-        expert_numel = parameter.numel() // parameter.shape[0] if is_expert_name(name) else 0
-        targets[name] = (parameter.detach().view(-1), first_expert * expert_numel)
+        offset = 0
+        if is_expert_name(name):
+            offset = first_expert * (parameter.numel() // parameter.shape[0])
+        targets[name] = (parameter.detach().view(-1), offset)
     fill_parts(targets, source)

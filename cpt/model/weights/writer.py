@@ -1,10 +1,9 @@
-"""Hugging Face weight files written piece by piece: memory holds a piece, never a file or a whole
-tensor.
+"""Hugging Face weight files written piece by piece; memory never holds a file or a whole tensor.
 
-safetensors' own `save_file` wants all tensors of a file at once.  The format is an 8-byte length, a
-JSON header with dtype, shape and byte range of every tensor, and the bytes; so the header is
-written first and pieces go to their place. A file gets its name once it is
-whole, and the index comes last.
+safetensors' own `save_file` wants all tensors of a file at once. The format is an 8-byte length, a
+JSON header with dtype, shape and byte range of every tensor, and the bytes. So the header is
+written first, and pieces go to their place. A file gets its name when it is whole, and the index
+comes last.
 
 Source: safetensors, README, section Format.
 """
@@ -37,16 +36,16 @@ DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A tensor of the directory."""
+    """A tensor of the directory before its values are known."""
 
     shape: tuple[int, ...]
-    """Shape."""
+    """Shape of the stored tensor."""
     dtype: torch.dtype
-    """Stored dtype."""
+    """Dtype of the stored tensor."""
 
     @property
     def num_bytes(self) -> int:
-        """Size in the file."""
+        """The size of its values in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -59,7 +58,8 @@ class TensorFileWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, entry in entries.items():
-            begin, end = end, end + entry.num_bytes
+            begin = end
+            end += entry.num_bytes
             header[name] = {
                 "dtype": DTYPE_NAMES[entry.dtype],
                 "shape": list(entry.shape),
@@ -105,7 +105,9 @@ class DirectoryWriter:
         if count == 1:
             self._names = [SINGLE_FILE]
         self._groups = dict(zip(self._names, groups, strict=True))
-        self._file_of = {name: file for file, group in self._groups.items() for name in group}
+        self._file_of: dict[str, str] = {}
+        for file, group in self._groups.items():
+            self._file_of |= dict.fromkeys(group, file)
         self._total_bytes = sum(entry.num_bytes for entry in entries.values())
         self._open: dict[str, TensorFileWriter] = {}
         self._done: set[str] = set()
@@ -157,7 +159,7 @@ def _grouped(entries: Mapping[str, Entry]) -> list[dict[str, Entry]]:
 
 
 def refuse_existing(out: Path) -> None:
-    """Overwrite nothing.
+    """Refuse to write where something exists.
 
     Raises:
         ConfigError: `out` exists.
@@ -170,11 +172,11 @@ def refuse_existing(out: Path) -> None:
 
 @contextmanager
 def published(out: Path) -> Iterator[Path]:
-    """A directory to fill, renamed to `out` at the end; if anything fails, nothing is left of it.
+    """Give a directory to fill, and rename it to `out` at the end; after a failure nothing is left.
 
     Raises:
         ConfigError: `out` exists.
-        StorageError: a file could not be written.
+        StorageError: A file could not be written.
     """
     refuse_existing(out)
     temporary = out.with_name(f".tmp-{out.name}")
