@@ -1,4 +1,4 @@
-"""Rows to the ranks of their experts and back: one sort, one all-to-all out, one back.
+"""The way of rows to the ranks of their experts and back: one sort, one all-to-all each way.
 
     spread (row of token i for each of its experts, sorted by expert) -> out -> arrange by local
     expert -> experts -> arrange by origin -> back -> collect (the rows of a token are added in a
@@ -32,13 +32,13 @@ from cpt.parallel.traffic import Traffic
 
 
 def count(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """How often each expert occurs; not `bincount`, for which the host waits on a GPU."""
+    """Return how often each expert occurs; `bincount` would make the host wait for a GPU."""
     flat = experts.reshape(-1)
     return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def _gather_and_add(rows_RM: torch.Tensor, places_Nk: torch.Tensor) -> torch.Tensor:
-    """(N, M): the rows at `places_Nk[i]` added in this order, in fp32."""
+    """Return (N, M): for each token i the sum of the rows at `places_Nk[i]`, in order, in fp32."""
     first, *others = places_Nk.unbind(1)
     total = rows_RM.index_select(0, first)
     if not others:
@@ -50,7 +50,7 @@ def _gather_and_add(rows_RM: torch.Tensor, places_Nk: torch.Tensor) -> torch.Ten
 
 
 class _Spread(torch.autograd.Function):
-    """(N, M) -> (R, M)."""
+    """Copy each token to its rows, (N, M) -> (R, M)."""
 
     @staticmethod
     def forward(
@@ -66,7 +66,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """(R, M) -> (N, M)."""
+    """Add up the rows of each token, (R, M) -> (N, M)."""
 
     @staticmethod
     def forward(
@@ -82,7 +82,7 @@ class _Collect(torch.autograd.Function):
 
 
 class _Permute(torch.autograd.Function):
-    """Row `order[i]` becomes row i."""
+    """Reorder rows: row `order[i]` becomes row i."""
 
     @staticmethod
     def forward(
@@ -102,9 +102,9 @@ class Assignment:
     """The rows of this rank's tokens, sorted by expert."""
 
     tokens_R: torch.Tensor
-    """Token of each row."""
+    """The token that each row belongs to."""
     places_Nk: torch.Tensor
-    """Row of each of a token's experts."""
+    """The rows that a token has, one for each of its experts."""
     order_R: torch.Tensor
     """Index of each row in the flattened choice."""
     counts_E: torch.Tensor
@@ -112,35 +112,35 @@ class Assignment:
 
     @classmethod
     def of(cls, choice_Nk: torch.Tensor, num_experts: int) -> Assignment:
-        """Sort the router's choice."""
+        """Sort the router's choice by expert."""
         flat = choice_Nk.reshape(-1)
         order_R = flat.argsort(stable=True)
         places = torch.empty_like(order_R)
         places[order_R] = torch.arange(order_R.numel(), device=order_R.device)
         return cls(
-            order_R // choice_Nk.shape[1],
-            places.view_as(choice_Nk),
-            order_R,
-            count(flat, num_experts),
+            tokens_R=order_R // choice_Nk.shape[1],
+            places_Nk=places.view_as(choice_Nk),
+            order_R=order_R,
+            counts_E=count(flat, num_experts),
         )
 
     def spread(self, tokens_NM: torch.Tensor) -> torch.Tensor:
-        """(R, M) the row of each assignment."""
+        """Return the row of each assignment, (R, M)."""
         return _Spread.apply(tokens_NM, self.tokens_R, self.places_Nk)
 
     def sort_weights(self, weights_Nk: torch.Tensor) -> torch.Tensor:
-        """(R,) the routing weight of each row."""
-        flat, places = weights_Nk.reshape(-1), self.places_Nk.reshape(-1)
-        return _Permute.apply(flat, self.order_R, places)
+        """Return the routing weight of each row, (R,)."""
+        places = self.places_Nk.reshape(-1)
+        return _Permute.apply(weights_Nk.reshape(-1), self.order_R, places)
 
     def collect(self, rows_RM: torch.Tensor) -> torch.Tensor:
-        """(N, M) the sum of each token's rows."""
+        """Return the sum of each token's rows, (N, M)."""
         return _Collect.apply(rows_RM, self.tokens_R, self.places_Nk)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who sends how much to whom, and the order of what arrives."""
+    """The counts of one exchange, and the order of what arrives."""
 
     send: list[int]
     """Rows for each rank of the group."""
@@ -155,19 +155,24 @@ class Plan:
 
 
 def make_plan(counts_E: torch.Tensor, group: dist.ProcessGroup) -> Plan:
-    """Exchange the counts; waits for the host once."""
+    """Exchange the counts; the host waits for the device once."""
     ranks = dist.get_world_size(group)
     arriving_E = torch.empty_like(counts_E)
     dist.all_to_all_single(arriving_E, counts_E, group=group)
     send, receive = torch.stack([counts_E, arriving_E]).view(2, ranks, -1).sum(2).tolist()
-    by_expert, by_origin = arrival_orders(arriving_E.view(ranks, -1), sum(receive))
-    return Plan(send, receive, by_expert, by_origin, Groups(arriving_E.view(ranks, -1).sum(0)))
+    arriving_ge = arriving_E.view(ranks, -1)
+    by_expert_A, by_origin_A = arrival_orders(arriving_ge, sum(receive))
+    return Plan(
+        send=send,
+        receive=receive,
+        by_expert_A=by_expert_A,
+        by_origin_A=by_origin_A,
+        groups=Groups(arriving_ge.sum(0)),
+    )
 
 
 def arrival_orders(arriving_ge: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that lie by (origin, expert), in the order (expert, origin), and the inverse of that
-    order.
-    """
+    """Return the order that takes rows by (origin, expert) to (expert, origin), and its inverse."""
     ranks, experts = arriving_ge.shape
     lengths_eg = arriving_ge.t().reshape(-1)
     start_by_origin = (arriving_ge.reshape(-1).cumsum(0) - arriving_ge.reshape(-1)).view(
@@ -183,10 +188,11 @@ def arrival_orders(arriving_ge: torch.Tensor, num_rows: int) -> tuple[torch.Tens
 
 
 class Exchange:
-    """Both exchanges of a layer, aware of recomputation."""
+    """The two exchanges of a layer; in a recomputation they do no more than the backward needs."""
 
     def __init__(self, group: dist.ProcessGroup, traffic: Traffic) -> None:
-        self._group, self._traffic = group, traffic
+        self._group = group
+        self._traffic = traffic
 
     def out(
         self, rows_RM: torch.Tensor, weights_R: torch.Tensor, counts_E: torch.Tensor
@@ -194,7 +200,7 @@ class Exchange:
         """Send rows and weights to their experts.
 
         Returns:
-            The plan; (A, M) rows and (A,) weights in the order of the local experts.
+            The plan, and the rows (A, M) and weights (A,) in the order of the local experts.
         """
         columns = ALIGNMENT_BYTES // rows_RM.element_size()
         beside = rows_RM.new_zeros(rows_RM.shape[0], columns - 1)
@@ -213,11 +219,13 @@ class Exchange:
         return plan, arrived[:, : rows_RM.shape[1]], arrived[:, rows_RM.shape[1]]
 
     def back(self, done_AM: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """(R, M) results on the rank of their tokens; zeros in a recomputation, where nobody reads
-        them.
+        """Return the results (R, M) on the rank of their tokens.
+
+        A recomputation gets zeros, because nobody reads its output.
         """
         arranged = _Permute.apply(done_AM, plan.by_origin_A, plan.by_expert_A)
-        if recomputation.is_second_run():  # from here on, too, both runs must save the same tensors
+        if recomputation.is_second_run():
+            # Both runs must save the same tensors from here on, too.
             zeros = arranged.new_zeros(sum(plan.send), done_AM.shape[1])
             return zeros.requires_grad_(arranged.requires_grad)
         return self._move(arranged, plan.receive, plan.send)

@@ -56,15 +56,15 @@ class Parameters(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """gpt-oss's gated unit."""
+    """The gated unit of gpt-oss."""
 
     alpha: float
     """Steepness of the sigmoid."""
     limit: float
-    """Where gate (above) and up (on both sides) are clamped."""
+    """The value at which gate (from above) and up (on both sides) are clamped."""
 
     def forward(self, gate_up_R2I: torch.Tensor) -> torch.Tensor:
-        """(R, I) from columns in turn gate and up."""
+        """Return (R, I) from columns that are gate and up in turn."""
         gate = gate_up_R2I[:, ::2].clamp(max=self.limit)
         up = gate_up_R2I[:, 1::2].clamp(-self.limit, self.limit)
         return (up + 1).mul_(gate).mul_(gate.mul_(self.alpha).sigmoid_())
@@ -72,14 +72,15 @@ class Activation(NamedTuple):
     def backward(
         self, gate_up_R2I: torch.Tensor, d_hidden_RI: torch.Tensor, d_gate_up_R2I: torch.Tensor
     ) -> torch.Tensor:
-        """Write the gradient of `gate_up_R2I` and return what `forward` does."""
-        gate_raw, up_raw = gate_up_R2I[:, ::2], gate_up_R2I[:, 1::2]
+        """Write the gradient of `gate_up_R2I` and return the output of `forward`."""
+        gate_raw = gate_up_R2I[:, ::2]
+        up_raw = gate_up_R2I[:, 1::2]
         gate = gate_raw.clamp(max=self.limit)
         up_plus_1 = up_raw.clamp(-self.limit, self.limit).add_(1)
         sigmoid = (gate * self.alpha).sigmoid_()
         glu = gate * sigmoid
-        # d glu / d gate = sigmoid + alpha * gate * sigmoid * (1 - sigmoid) = sigmoid + alpha * glu
-        # * (1 - sigmoid)
+        # d glu / d gate = sigmoid + alpha * gate * sigmoid * (1 - sigmoid)
+        #                = sigmoid + alpha * glu * (1 - sigmoid)
         slope = (1 - sigmoid).mul_(glu).mul_(self.alpha).add_(sigmoid)
         d_gate = slope.mul_(up_plus_1).mul_(d_hidden_RI).mul_(gate_raw <= self.limit)
         d_gate_up_R2I[:, ::2] = d_gate
@@ -88,14 +89,15 @@ class Activation(NamedTuple):
 
 
 class _GateUp(torch.autograd.Function):
-    """(R, M) -> (R, 2I), without bias."""
+    """The first product, (R, M) -> (R, 2I), without its bias."""
 
     @staticmethod
     def forward(
         ctx: Any, rows_RM: torch.Tensor, groups: Groups, grouped: bool, gate_up_EM2I: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(rows_RM)
-        ctx.groups, ctx.grouped = groups, grouped
+        ctx.groups = groups
+        ctx.grouped = grouped
         ctx.held = gate_up_EM2I  # not saved: see the module's docstring
         return product(rows_RM, gate_up_EM2I, groups, grouped=grouped)
 
@@ -112,7 +114,7 @@ class _GateUp(torch.autograd.Function):
 
 
 class _GatedDown(torch.autograd.Function):
-    """(R, 2I) -> (R, M)."""
+    """Bias, gated unit, second product and routing weight, (R, 2I) -> (R, M)."""
 
     @staticmethod
     def forward(
@@ -126,14 +128,17 @@ class _GatedDown(torch.autograd.Function):
         *biases_and_down: torch.Tensor,
     ) -> torch.Tensor:
         gate_up_bias_E2I, down_EIM, down_bias_EM = biases_and_down
-        num_rows, _, model_size = gate_up_R2I.shape[0], *down_EIM.shape[1:]
+        num_rows = gate_up_R2I.shape[0]
+        _, expert_size, model_size = down_EIM.shape
         ctx.save_for_backward(gate_up_R2I, weights_R)
-        ctx.groups, ctx.activation, ctx.grouped = groups, activation, grouped
+        ctx.groups = groups
+        ctx.activation = activation
+        ctx.grouped = grouped
         ctx.held = biases_and_down  # not saved: see the module's docstring
         if skip_output:
             return gate_up_R2I.new_zeros(num_rows, model_size)
         experts_R = groups.experts_of_rows(num_rows)
-        hidden_RI = gate_up_R2I.new_empty(num_rows, down_EIM.shape[1])
+        hidden_RI = gate_up_R2I.new_empty(num_rows, expert_size)
         for block in _blocks(gate_up_R2I):
             gate_up = _wide(gate_up_R2I[block]).add_(gate_up_bias_E2I[experts_R[block]])
             hidden_RI[block] = activation.forward(gate_up)
@@ -146,7 +151,8 @@ class _GatedDown(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        d_out_RM, groups = grads[0].contiguous(), ctx.groups
+        d_out_RM = grads[0].contiguous()
+        groups = ctx.groups
         gate_up_R2I, weights_R = ctx.saved_tensors
         gate_up_bias_E2I, _, down_bias_EM = ctx.held
         need_weights = ctx.needs_input_grad[1]
@@ -172,22 +178,24 @@ class _GatedDown(torch.autograd.Function):
 def _elementwise_backward(
     ctx: Any, d_out_RM: torch.Tensor, weights_R: torch.Tensor, gate_up_R2I: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`hidden` times its row's weight, and <d_hidden, hidden> of every row in fp32; gate_up becomes
-    its gradient.
+    """Return `hidden` times its row's weight, and <d_hidden, hidden> of every row in fp32.
+
+    Gate_up is overwritten with its gradient.
     """
     gate_up_bias_E2I, down_EIM, _ = ctx.held
     groups = ctx.groups
-    # of the unweighted output: the weights come in below, in fp32
+    # This is the gradient for the unweighted output: the weights come in below, in fp32.
     d_hidden_RI = product(d_out_RM, down_EIM.transpose(1, 2), groups, grouped=ctx.grouped)
     experts_R = groups.experts_of_rows(d_out_RM.shape[0])
     d_weights_R = torch.empty_like(weights_R, dtype=wide_dtype(weights_R.dtype))
     for block in _blocks(d_out_RM):
         gate_up = _wide(gate_up_R2I[block]).add_(gate_up_bias_E2I[experts_R[block]])
-        weight, d_hidden = weights_R[block, None], _wide(d_hidden_RI[block])
-        scaled = d_hidden * weight
+        weight_R1 = weights_R[block, None]
+        d_hidden = _wide(d_hidden_RI[block])
+        scaled = d_hidden * weight_R1
         hidden = ctx.activation.backward(gate_up, scaled, gate_up_R2I[block])
         d_weights_R[block] = d_hidden.mul_(hidden).sum(1)
-        d_hidden_RI[block] = hidden.mul_(weight)  # the buffer's second life
+        d_hidden_RI[block] = hidden.mul_(weight_R1)  # the buffer's second life
     return d_hidden_RI, d_weights_R
 
 
@@ -197,7 +205,7 @@ def _blocks(rows: torch.Tensor) -> list[slice]:
 
 
 def _wide(block: torch.Tensor) -> torch.Tensor:
-    """A copy in at least fp32."""
+    """Return a copy in fp32 at least."""
     return block.to(wide_dtype(block.dtype), copy=True)
 
 
@@ -211,21 +219,22 @@ def apply_experts(
     grouped: bool | None = None,
     skip_output: bool = False,
 ) -> torch.Tensor:
-    """Each row through its expert, times its weight; differentiable in rows, weights and
-    parameters.
+    """Put each row through its expert and multiply by its weight.
+
+    The result is differentiable in rows, weights and parameters.
 
     Args:
         rows_RM: Inputs sorted by expert.
         weights_R: Routing weight of each row.
-        groups: Which rows are whose.
+        groups: The rows of each expert.
         parameters: The experts' tensors; leaves, read again when the backward runs.
         activation: The gated unit.
-        grouped: Whether to use grouped products; default: where they are right.
-        skip_output: Give zeros: enough for a recomputation, which is after what the backward needs
-            and not the output.
+        grouped: Whether to use grouped products; by default, where they are right.
+        skip_output: Whether to return zeros. That is enough for a recomputation, which runs for
+            what the backward needs, not for the output.
 
     Returns:
-        (R, M) in the same order.
+        The outputs (R, M), in the order of the rows.
     """
     if grouped is None:
         expert_size = parameters.down_EIM.shape[1]

@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 import torch
 
 ALIGNMENT_BYTES = 16
-"""Where the grouped kernels want every row of an operand to start."""
+"""The grouped kernels want every row of an operand to start at a multiple of this."""
 
 PIECE_ROWS = 512
-"""Rows of which an fp32 copy is made at a time."""
+"""Rows that are copied to fp32 at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Groups:
     """Which rows belong to which expert."""
 
     counts_E: torch.Tensor
-    """Rows of each expert, int64, on the device of the rows."""
+    """The number of rows of each expert, int64, on the device of the rows."""
     ends_E: torch.Tensor = field(init=False)
     """First row after each expert's, int32 as the kernels want it."""
 
@@ -42,30 +42,28 @@ class Groups:
         object.__setattr__(self, "ends_E", self.counts_E.cumsum(0, dtype=torch.int32))
 
     def experts_of_rows(self, num_rows: int) -> torch.Tensor:
-        """(R,) expert of each row."""
+        """Return the expert of each row, (R,)."""
         experts = torch.arange(self.counts_E.numel(), device=self.counts_E.device)
         return experts.repeat_interleave(self.counts_E, output_size=num_rows)
 
     def spans(self) -> list[tuple[int, int]]:
-        """First row and end of each expert, on the host: for the loop only."""
+        """Return the first row and the end of each expert, on the host; for the loop only."""
         return list(itertools.pairwise([0, *self.ends_E.tolist()]))
 
     def pieces(self) -> Iterator[tuple[int, slice]]:
-        """Expert and rows, PIECE_ROWS at most at a time, on the host."""
+        """Yield (expert, rows), at most PIECE_ROWS at a time, on the host."""
         for expert, (first, end) in enumerate(self.spans()):
             for start in range(first, end, PIECE_ROWS):
                 yield expert, slice(start, min(start + PIECE_ROWS, end))
 
 
 def is_served(rows: torch.Tensor, *sizes: int) -> bool:
-    """Whether `torch._grouped_mm` can do these products; `sizes` are the row lengths of all
-    operands.
-    """
+    """Return whether `torch._grouped_mm` serves operands whose rows have these lengths."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     if rows.device.type == "cuda":
-        dtypes = (
-            (torch.bfloat16,) if torch.cuda.get_device_capability(rows.device) >= (8, 0) else ()
-        )
+        dtypes = (torch.bfloat16,)
+        if torch.cuda.get_device_capability(rows.device) < (8, 0):
+            dtypes = ()
     aligned = all(size * rows.element_size() % ALIGNMENT_BYTES == 0 for size in sizes)
     return rows.dtype in dtypes and aligned and rows.shape[0] > 0
 
@@ -73,7 +71,7 @@ def is_served(rows: torch.Tensor, *sizes: int) -> bool:
 def product(
     rows_RK: torch.Tensor, matrices_EKN: torch.Tensor, groups: Groups, *, grouped: bool
 ) -> torch.Tensor:
-    """(R, N): each row times the matrix of its expert."""
+    """Return each row times the matrix of its expert, (R, N)."""
     if grouped:
         return torch._grouped_mm(rows_RK, matrices_EKN, offs=groups.ends_E)
     out_RN = rows_RK.new_empty(rows_RK.shape[0], matrices_EKN.shape[2])
@@ -85,14 +83,11 @@ def product(
 def outer(
     left_RK: torch.Tensor, right_RN: torch.Tensor, groups: Groups, *, grouped: bool
 ) -> torch.Tensor:
-    """(E, K, N): per expert the sum over its rows of left^T right; zero for an expert without
-    rows.
-    """
+    """Return per expert the sum over its rows of left^T right, (E, K, N); zero without rows."""
     if grouped:
         out_EKN = torch._grouped_mm(left_RK.t(), right_RN, offs=groups.ends_E)
-        if (
-            out_EKN.device.type == "cuda"
-        ):  # what the kernel leaves where there are no rows is not promised
+        if out_EKN.device.type == "cuda":
+            # The kernel does not promise what it leaves where there are no rows.
             out_EKN.masked_fill_((groups.counts_E == 0)[:, None, None], 0)
         return out_EKN
     out_EKN = left_RK.new_empty(groups.counts_E.numel(), left_RK.shape[1], right_RN.shape[1])
@@ -104,21 +99,24 @@ def outer(
 def weighted_sums(
     rows_RN: torch.Tensor, weights_R: torch.Tensor | None, groups: Groups, *, grouped: bool
 ) -> torch.Tensor:
-    """(E, N): per expert the sum of its rows, each times its weight if there are weights."""
+    """Return per expert the sum of its rows, each times its weight if there are weights: (E, N)."""
     if grouped and rows_RN.is_cuda:
         return thin_sums(rows_RN, weights_R, groups)
     wide = wide_dtype(rows_RN.dtype)
     out_EN = rows_RN.new_zeros(groups.counts_E.numel(), rows_RN.shape[1], dtype=wide)
     for expert, piece in groups.pieces():
         rows = rows_RN[piece].to(wide)
-        out_EN[expert] += rows.sum(0) if weights_R is None else weights_R[piece].to(wide) @ rows
+        if weights_R is None:
+            out_EN[expert] += rows.sum(0)
+        else:
+            out_EN[expert] += weights_R[piece].to(wide) @ rows
     return out_EN
 
 
 def thin_sums(
     rows_RN: torch.Tensor, weights_R: torch.Tensor | None, groups: Groups
 ) -> torch.Tensor:
-    """`weighted_sums` as a grouped product, which does not wait for the host."""
+    """Return `weighted_sums` by a grouped product, for which the host does not wait."""
     column_RK = rows_RN.new_zeros(rows_RN.shape[0], _aligned_columns(rows_RN))
     column_RK[:, 0] = 1 if weights_R is None else weights_R
     return outer(column_RK, rows_RN, groups, grouped=True)[:, 0]
@@ -127,7 +125,7 @@ def thin_sums(
 def inner(
     rows_RN: torch.Tensor, vectors_EN: torch.Tensor, groups: Groups, *, grouped: bool
 ) -> torch.Tensor:
-    """(R,): each row's inner product with the vector of its expert."""
+    """Return each row's inner product with the vector of its expert, (R,)."""
     if grouped and rows_RN.is_cuda:
         return thin_inner(rows_RN, vectors_EN, groups)
     wide = wide_dtype(rows_RN.dtype)
@@ -138,14 +136,14 @@ def inner(
 
 
 def thin_inner(rows_RN: torch.Tensor, vectors_EN: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """`inner` as a grouped product, which does not wait for the host."""
+    """Return `inner` by a grouped product, for which the host does not wait."""
     column_ENK = vectors_EN.new_zeros(*vectors_EN.shape, _aligned_columns(rows_RN))
     column_ENK[..., 0] = vectors_EN
     return product(rows_RN, column_ENK, groups, grouped=True)[:, 0]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are taken in: fp32 at least."""
+    """Return the dtype that sums are taken in: fp32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 

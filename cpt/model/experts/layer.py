@@ -1,11 +1,10 @@
-"""gpt-oss experts under expert parallelism: this rank's experts, and the layer that takes the place
-of GptOssMLP.
+"""gpt-oss experts under expert parallelism: a drop-in for GptOssMLP with this rank's experts.
 
 Decisions
     The weights keep Hugging Face's names and layout (fused, gate and up interleaved, biases): a
     rank holds a contiguous slice of the expert axis of each tensor and nothing else changes.
     Rows are sorted by expert once and go out and back once (dispatch.py); the arithmetic is one
-    autograd Function (expert_function.py).
+    autograd Function (function.py).
 
 Source of the maths: transformers, models/gpt_oss/modeling_gpt_oss.py (GptOssExperts); model card
 arXiv 2508.10925.
@@ -35,7 +34,8 @@ class LocalExperts(nn.Module):
 
     def __init__(self, source: Any, first_expert: int, num_experts: int) -> None:
         super().__init__()
-        self.first_expert, self.num_experts = first_expert, num_experts
+        self.first_expert = first_expert
+        self.num_experts = num_experts
         self.activation = Activation(float(source.alpha), float(source.limit))
         for name in EXPERT_TENSORS:
             whole = getattr(source, name)
@@ -49,9 +49,8 @@ class LocalExperts(nn.Module):
         groups: Groups,
         grouped: bool | None = None,
     ) -> torch.Tensor:
-        """Apply expert i to its rows, times their weights; see `apply_experts`."""
+        """Apply each expert to its rows and multiply by their weights; see `apply_experts`."""
         parameters = Parameters(*(getattr(self, name) for name in EXPERT_TENSORS))
-        skip = recomputation.is_second_run()
         return apply_experts(
             rows_RM,
             weights_R,
@@ -59,19 +58,16 @@ class LocalExperts(nn.Module):
             parameters,
             self.activation,
             grouped=grouped,
-            skip_output=skip,
+            skip_output=recomputation.is_second_run(),
         )
 
 
 class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
-    """Drop-in for transformers' GptOssMLP whose experts are spread over an expert-parallel
-    group.
-    """
+    """A drop-in for transformers' GptOssMLP with the experts spread over a group of ranks."""
 
     def __init__(self, source: Any, topology: Topology) -> None:
-        nn.Module.__init__(
-            self
-        )  # the base constructor would repack the experts and drop their biases
+        # The base class's constructor would repack the experts and drop their biases.
+        nn.Module.__init__(self)
         self.num_experts = int(source.experts.num_experts)
         self.ep_size = topology.ep_size
         self.num_local_experts = self.num_experts // self.ep_size
@@ -88,13 +84,13 @@ class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
             mark_expert(parameter, self.ep_size)
 
     def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
-        """Called by the engine on every expert layer; the group is bound by the constructor."""
+        """Do nothing when the engine calls this: the constructor has bound the group."""
 
     def forward(self, hidden_BSM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route, exchange, compute, exchange back, combine.
 
         Returns:
-            (B, S, M) and the routing weights (N, k), as GptOssMLP does.
+            The output (B, S, M) and the routing weights (N, k), as from GptOssMLP.
         """
         hidden_NM = hidden_BSM.reshape(-1, hidden_BSM.shape[-1])
         logits_NE, weights_Nk, choice_Nk = self.router(hidden_NM)
@@ -104,9 +100,11 @@ class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
                 self.layer_index, hidden_NM, logits_NE, weights_Nk, choice_Nk
             )
         assignment = Assignment.of(choice_Nk, self.num_experts)
-        rows_RM, weights_R = assignment.spread(hidden_NM), assignment.sort_weights(weights_Nk)
+        rows_RM = assignment.spread(hidden_NM)
+        weights_R = assignment.sort_weights(weights_Nk)
         if self.ep_size == 1:
-            done_RM = computed = self.experts(rows_RM, weights_R, Groups(assignment.counts_E))
+            computed = self.experts(rows_RM, weights_R, Groups(assignment.counts_E))
+            done_RM = computed
         else:
             plan, arrived_AM, arrived_weights_A = self.exchange.out(
                 rows_RM, weights_R, assignment.counts_E

@@ -1,10 +1,11 @@
-"""The routers of all layers: two optional penalties on them, and what they do.
+"""The routers of all layers: two optional penalties on them, and statistics of their choices.
 
-    auxiliary loss of a layer  = E * sum_e load_e * mean over tokens of p_e      (1 if every expert is equally likely)
+    auxiliary loss of a layer  = E * sum_e load_e * mean over tokens of p_e
     z-loss of a layer          = mean over tokens of logsumexp(logits)^2
 
-with p the softmax over all experts.  Each is added to the training loss for every layer, times its
-coefficient; the loss that is reported stays the language model's own.
+with p the softmax over all experts. The auxiliary loss is 1 if every expert is equally likely. Each
+loss is added to the training loss for every layer, times its coefficient; the loss that is reported
+stays the language model's own.
 
 Decisions
     load_e is the share of expert e in the assignments of the whole previous global batch (equal
@@ -17,8 +18,7 @@ Decisions
     the first run of a checkpointed layer only, in training only, and only in steps that need it.
 
 Sources: Switch Transformer, arXiv 2101.03961, eq. 4; ST-MoE, arXiv 2202.08906, eq. 5; shares of the
-    global batch rather
-than of each micro batch: arXiv 2501.11873.
+global batch rather than of each micro batch: arXiv 2501.11873.
 
 Shape letters: N tokens, k experts per token, E experts, L layers, S sources, M model size.
 """
@@ -37,7 +37,7 @@ from cpt.model import recomputation
 
 
 class _Attach(torch.autograd.Function):
-    """Pass `carrier` on; in the backward, `penalty` gets the gradient 1."""
+    """Pass `carrier` on, and give `penalty` the gradient 1 in the backward."""
 
     @staticmethod
     def forward(ctx: Any, carrier: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
@@ -51,10 +51,10 @@ class _Attach(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterSums:
-    """What the routers did in one step, summed over all ranks; fp64 on the CPU."""
+    """Statistics of the routers in one step, summed over all ranks; fp64 on the CPU."""
 
     counts_LSE: torch.Tensor
-    """Assignments."""
+    """Assignments of tokens to experts, by layer and source."""
     entropy_L: torch.Tensor
     """Sum over tokens of the entropy of p in nats."""
     square_L: torch.Tensor
@@ -62,9 +62,7 @@ class RouterSums:
     probability_LE: torch.Tensor
     """Sum over tokens of p."""
     overlap_LS: torch.Tensor | None
-    """Assignments that the untouched router would have made, too, on the same hidden states; None
-    if it is unknown.
-    """
+    """Assignments that the router before training would have made, too; None if it is unknown."""
     rows_computed: int
     """Rows that went through experts."""
     top_k: int
@@ -72,7 +70,7 @@ class RouterSums:
 
 
 class RouterWatch:
-    """Shared by the MoE layers of a model."""
+    """The penalties and statistics, shared by the expert layers of a model."""
 
     def __init__(
         self,
@@ -84,19 +82,26 @@ class RouterWatch:
         z_coef: float,
         device: torch.device,
     ) -> None:
-        self._num_layers, self._num_experts, self._top_k = num_layers, num_experts, top_k
-        self._aux_coef, self._z_coef, self._device = aux_coef, z_coef, device
+        self._num_layers = num_layers
+        self._num_experts = num_experts
+        self._top_k = top_k
+        self._aux_coef = aux_coef
+        self._z_coef = z_coef
+        self._device = device
         self.original: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Weight and bias of every layer's router before training; empty if unknown."""
         self._load_LE = torch.full((num_layers, num_experts), 1 / num_experts, device=device)
-        self._scale, self._measuring, self._rows_computed = 0.0, False, 0
+        self._scale = 0.0
+        self._measuring = False
+        self._rows_computed = 0
         self._sources_B = torch.zeros(0, dtype=torch.int64, device=device)
         self._sums: dict[str, torch.Tensor] = {}
 
     def attach(self, model: Any) -> None:
-        """Make every MoE layer of a patched model report here."""
+        """Make every expert layer of a patched model report here."""
         for index, layer in enumerate(model.model.layers):
-            layer.mlp.watch, layer.mlp.layer_index = self, index
+            layer.mlp.watch = self
+            layer.mlp.layer_index = index
 
     @property
     def is_counting(self) -> bool:
@@ -112,20 +117,23 @@ class RouterWatch:
             world_size: Ranks over which the engine averages gradients.
             measure: Collect everything, not only what the penalties need.
         """
-        self._scale, self._measuring, self._rows_computed = world_size / positions, measure, 0
-        layers, experts = self._num_layers, self._num_experts
+        self._scale = world_size / positions
+        self._measuring = measure
+        self._rows_computed = 0
+        layers = self._num_layers
+        experts = self._num_experts
         shapes: dict[str, tuple[int, ...]] = {"counts": (layers, num_sources, experts)}
         if measure:
             shapes |= {"entropy": (layers,), "square": (layers,), "probability": (layers, experts)}
         if measure and self.original:
             shapes["overlap"] = (layers, num_sources)
-        needed = shapes if self.is_counting else {}
-        self._sums = {
-            n: torch.zeros(s, dtype=torch.float64, device=self._device) for n, s in needed.items()
-        }
+        self._sums = {}
+        if self.is_counting:
+            for name, shape in shapes.items():
+                self._sums[name] = torch.zeros(shape, dtype=torch.float64, device=self._device)
 
     def enter(self, sources_B: torch.Tensor) -> None:
-        """The sources of the rows of the next forward pass."""
+        """Note the sources of the rows of the next forward pass."""
         self._sources_B = sources_B
 
     def observe(
@@ -183,24 +191,26 @@ class RouterWatch:
             self._sums["overlap"][layer].scatter_add_(0, sources_N, same_N)
 
     def computed(self, rows: int) -> None:
-        """Rows that went through the experts of this rank."""
+        """Count rows that went through the experts of this rank."""
         if self._sums and not recomputation.is_second_run():
             self._rows_computed += rows
 
     def finish(self, group: dist.ProcessGroup) -> RouterSums | None:
-        """Add up over all ranks and take the shares for the next step; what was measured, if this
-        step did.
+        """Add up over all ranks, and keep the experts' shares for the next step.
+
+        Returns:
+            The statistics, if this step was measured.
         """
         if not self._sums:
             return None
         extra = torch.tensor([float(self._rows_computed)], dtype=torch.float64)
         flat = torch.cat([*(sums.view(-1).cpu() for sums in self._sums.values()), extra])
         dist.all_reduce(flat, group=group)
-        parts = flat.split([*(sums.numel() for sums in self._sums.values()), 1])
-        total = {
-            name: part.view(sums.shape)
-            for (name, sums), part in zip(self._sums.items(), parts, strict=False)
-        }
+        total: dict[str, torch.Tensor] = {}
+        first = 0
+        for name, sums in self._sums.items():
+            total[name] = flat[first : first + sums.numel()].view(sums.shape)
+            first += sums.numel()
         counts_LE = total["counts"].sum(1)
         self._load_LE = (counts_LE / counts_LE.sum(1, keepdim=True)).float().to(self._device)
         self._sums = {}
@@ -212,20 +222,20 @@ class RouterWatch:
             square_L=total["square"],
             probability_LE=total["probability"],
             overlap_LS=total.get("overlap"),
-            rows_computed=int(counts_LE.sum()) + int(parts[-1]),
+            rows_computed=int(counts_LE.sum()) + int(flat[-1]),
             top_k=self._top_k,
         )
 
     def state(self) -> list[list[float]] | None:
-        """The shares that the next step needs, for a checkpoint; fp32 numbers survive as JSON."""
+        """Return the shares that the next step needs, for a checkpoint; JSON keeps fp32 exactly."""
         return self._load_LE.tolist() if self._aux_coef else None
 
     def restore(self, state: list[list[float]] | None) -> None:
-        """Take over what `state` gave; None leaves equal shares."""
+        """Take over the result of `state`; None leaves equal shares."""
         if state is not None:
             self._load_LE = torch.tensor(state, dtype=torch.float32, device=self._device)
 
 
 def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights and biases of the routers, by name, layer by layer."""
+    """Return the weights and biases of the routers, by name, layer by layer."""
     return {name: p for name, p in model.named_parameters() if ".mlp.router." in name}

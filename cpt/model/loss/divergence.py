@@ -1,5 +1,4 @@
-"""How far the model's next-token distribution is from another one, of which the k likeliest tokens
-are known.
+"""The divergence of the model's next-token distribution from one known by its k likeliest tokens.
 
 The other distribution p has k + 1 parts: its k likeliest tokens, and all other tokens as one.  The
 model's own q is added up to the same parts, so that both sum to 1 and
@@ -28,8 +27,9 @@ from dataclasses import dataclass
 import torch
 
 LARGEST_EXPONENT = 60.0
-"""Of p_r / q_r in the gradient: it is multiplied with q_v, which is 0 in fp32 before this grows to
-infinity.
+"""Largest exponent of p_r / q_r in the gradient.
+
+The ratio is multiplied by q_v, which is 0 in fp32 before the ratio grows to infinity.
 """
 
 
@@ -48,8 +48,9 @@ class TopK:
 
 
 class Divergence:
-    """KL(p || q) over tiles of logits: `hide` each tile, then `finish`; `gradient` of each tile
-    again.
+    """KL(p || q) over tiles of logits.
+
+    The forward calls `hide` on each tile and then `finish`; the backward calls `gradient` on each.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class Divergence:
             targets: `at_n` counts the tokens of the loss.
             tile_words: Words of a tile; the last one may have fewer.
             vocabulary: Words in all.
-            dtype: Of the sums.
+            dtype: Dtype of the sums.
         """
         self.at_n = targets.at_n
         """(n,): tokens that have a target."""
-        self._top_k, self._tile_words = targets.ids_nk.shape[1], tile_words
+        self._top_k = targets.ids_nk.shape[1]
+        self._tile_words = tile_words
         self._log_p_nK = targets.log_p_nK.to(dtype)
         ids = targets.ids_nk.reshape(-1)
         self._order = ids.argsort()
@@ -75,8 +77,9 @@ class Divergence:
         self._z_nk = torch.empty_like(targets.ids_nk, dtype=dtype)
 
     def _listed(self, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Listed tokens in the tile that starts at word `first`: place in (n, k), row in n, column
-        in the tile.
+        """Return the listed tokens of the tile that starts at word `first`.
+
+        They come as places in (n, k), rows in n, and columns in the tile.
         """
         number = first // self._tile_words
         span = slice(self._bounds[number], self._bounds[number + 1])
@@ -84,15 +87,16 @@ class Divergence:
         return place, place // self._top_k, self._sorted_ids[span] - first
 
     def hide(self, first: int, logits_Nv: torch.Tensor) -> None:
-        """Note the logits of listed tokens and take them out of the tile, so that its log-sum-exp
-        is the others'.
+        """Note the logits of listed tokens and take them out of the tile.
+
+        The log-sum-exp of the tile is then that of the other tokens.
         """
         place, row, column = self._listed(first)
         self._z_nk.view(-1)[place] = logits_Nv[self.at_n[row], column]
         logits_Nv[self.at_n[row], column] = float("-inf")
 
     def finish(self, lse_N: torch.Tensor) -> torch.Tensor:
-        """The log-sum-exp of all tokens, from that of those that were not hidden."""
+        """Return the log-sum-exp of all tokens, from that of the tokens that were not hidden."""
         others_n = lse_N[self.at_n]
         whole_n = torch.logaddexp(others_n, self._z_nk.logsumexp(1))
         log_q_nK = torch.cat([self._z_nk, others_n.unsqueeze(1)], 1) - whole_n.unsqueeze(1)
@@ -101,11 +105,11 @@ class Divergence:
         return lse_N.index_copy(0, self.at_n, whole_n)
 
     def value(self) -> torch.Tensor:
-        """(n,) nats."""
+        """Return the divergence (n,) in nats."""
         return (self._log_p_nK.exp() * (self._log_p_nK - self.log_q_nK)).sum(1)
 
     def gradient(self, first: int, softmax_Nv: torch.Tensor, grad_n: torch.Tensor) -> torch.Tensor:
-        """(n, v) gradient of a tile's logits, for the tokens `at_n`."""
+        """Return the gradient (n, v) of a tile's logits, for the tokens `at_n`."""
         place, row, column = self._listed(first)
         others_n = (self._log_p_nK[:, -1] - self.log_q_nK[:, -1]).clamp(max=LARGEST_EXPONENT).exp_()
         d_nv = softmax_Nv[self.at_n] * (grad_n * (1 - others_n)).unsqueeze(1)

@@ -29,10 +29,11 @@ from data_pipeline.dataset import IGNORED_LABEL
 
 TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 """Memory for one tile of logits in the accumulation dtype, by device: what fits the cache of a CPU
-core, and what fills a GPU.  See `work_bytes` for what is alive at a time."""
+core, and what fills a GPU. `work_bytes` says what is alive at a time.
+"""
 
 SMALLEST_TILE_ROWS = 256
-"""Below this, matrix products are too thin to be worth the memory they save."""
+"""Least words of a tile: thinner matrix products are not worth the memory they save."""
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -48,7 +49,10 @@ class _TiledLoss(torch.autograd.Function):
         lse_N, target_N = _log_sum_exp_and_target(hidden_NM, weight_VM, label_N, divergence)
         ctx.save_for_backward(hidden_NM, weight_VM, label_N, lse_N)
         ctx.divergence = divergence
-        return lse_N - target_N, lse_N.new_zeros(0) if divergence is None else divergence.value()
+        nll_N = lse_N - target_N
+        if divergence is None:
+            return nll_N, lse_N.new_zeros(0)
+        return nll_N, divergence.value()
 
     @staticmethod
     def backward(
@@ -61,7 +65,9 @@ class _TiledLoss(torch.autograd.Function):
         for first, tile_vM in _tiles(weight_VM, hidden_NM.shape[0], lse_N.dtype):
             logits_Nv = (hidden_NM @ tile_vM.T).to(lse_N.dtype)
             d_logits_Nv = logits_Nv.sub_(lse_N.unsqueeze(1)).exp_()
-            pulled_nv = ctx.divergence and ctx.divergence.gradient(first, d_logits_Nv, grads[1])
+            pulled_nv = None
+            if ctx.divergence is not None:
+                pulled_nv = ctx.divergence.gradient(first, d_logits_Nv, grads[1])
             here, column = _labels_in_tile(label_N, first, tile_vM.shape[0])
             d_logits_Nv[here, column] -= 1
             d_logits_Nv.mul_(grad_N1)
@@ -86,13 +92,14 @@ def _words_of_a_tile(device_type: str, num_tokens: int, itemsize: int) -> int:
 
 
 def work_bytes(device_type: str, num_tokens: int, itemsize: int) -> int:
-    """Memory for logits and their gradient in the backward, in a working dtype of fp32 (itemsize 4)
-    or less.
+    """Return the memory for logits and their gradient in the backward, for fp32 or narrower.
 
-    A tile and its gradient are there until the next tile has been multiplied and widened.
+    A tile and its gradient live until the next tile has been multiplied and widened to fp32.
     """
     logits = num_tokens * _words_of_a_tile(device_type, num_tokens, 4)
-    return logits * (8 if itemsize == 4 else 2 * (itemsize + 4))
+    if itemsize == 4:
+        return logits * 8
+    return logits * 2 * (itemsize + 4)
 
 
 def _tiles(
@@ -106,7 +113,7 @@ def _tiles(
 def _labels_in_tile(
     label_N: torch.Tensor, first: int, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens whose label lies in [first, first + rows), and its position there."""
+    """Return the tokens whose label lies in [first, first + rows), and its position there."""
     here = ((label_N >= first) & (label_N < first + rows)).nonzero().squeeze(1)
     return here, label_N[here] - first
 
@@ -136,20 +143,22 @@ def _log_sum_exp_and_target(
         target_N[here] = logits_Nv[here, column]
         if divergence is not None:
             divergence.hide(first, logits_Nv)
-        # finite also where all of the tile is hidden
+        # Finite even where the divergence has hidden the whole tile.
         largest_N1 = logits_Nv.amax(1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
         tile_lse_N = logits_Nv.sub_(largest_N1).exp_().sum(1).log_() + largest_N1.squeeze(1)
         lse_N = torch.logaddexp(lse_N, tile_lse_N)
-    return lse_N if divergence is None else divergence.finish(lse_N), target_N
+    if divergence is not None:
+        lse_N = divergence.finish(lse_N)
+    return lse_N, target_N
 
 
 class LossHead(nn.Linear):
-    """The lm_head; with labels it returns the negative log-likelihood instead of the logits."""
+    """An lm_head that, given labels, returns the loss of every token instead of the logits."""
 
     def forward(
         self, hidden: torch.Tensor, label: torch.Tensor | None = None, targets: TopK | None = None
     ) -> torch.Tensor:
-        """Logits, or the loss of every token.
+        """Return the logits, or with labels the loss of every token.
 
         Args:
             hidden: (..., M) last hidden states.
@@ -157,19 +166,18 @@ class LossHead(nn.Linear):
             targets: Another model's distribution for some of the tokens; only with labels.
 
         Returns:
-            (..., V) logits without labels; else (...) nats in fp32 (fp64 for fp64), 0 where the
-            label is -100.  With targets (2, ...): the same, and the divergence from them in nats, 0
-            where there is none.
+            The logits (..., V) without labels; else the loss (...) in nats in fp32 (fp64 for fp64),
+            0 where the label is -100. With targets, (2, ...): the loss, and the divergence from
+            them in nats, 0 where there is none.
         """
         if label is None:
             return super().forward(hidden)
-        flat_NM, flat_label_N = hidden.reshape(-1, hidden.shape[-1]), label.reshape(-1)
+        flat_NM = hidden.reshape(-1, hidden.shape[-1])
+        flat_label_N = label.reshape(-1)
         kept = (flat_label_N != IGNORED_LABEL).nonzero().squeeze(1)
-        among_kept = (
-            None
-            if targets is None
-            else replace(targets, at_n=torch.searchsorted(kept, targets.at_n))
-        )
+        among_kept = None
+        if targets is not None:
+            among_kept = replace(targets, at_n=torch.searchsorted(kept, targets.at_n))
         nll, divergence = _TiledLoss.apply(
             flat_NM[kept], self.weight, flat_label_N[kept], among_kept
         )
@@ -181,25 +189,25 @@ class LossHead(nn.Linear):
 
     @torch.no_grad()
     def top_k(self, hidden_NM: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k likeliest next tokens of every position, the likeliest first; k < V.
+        """Return the k likeliest next tokens of every position, the likeliest first; k < V.
 
         Returns:
-            (N, k) token ids, and (N, k + 1) log-probabilities: theirs, and that of all other tokens
-            together.
+            The token ids (N, k), and the log-probabilities (N, k + 1): theirs, and that of all
+            other tokens together.
         """
-        dtype, num_tokens = _sum_dtype(hidden_NM), hidden_NM.shape[0]
+        dtype = _sum_dtype(hidden_NM)
+        num_tokens = hidden_NM.shape[0]
         best = hidden_NM.new_empty((num_tokens, 0), dtype=dtype)
         ids_Nk = torch.empty((num_tokens, 0), dtype=torch.int64, device=hidden_NM.device)
         for first, tile_vM in _tiles(self.weight, num_tokens, dtype):
             found = (hidden_NM @ tile_vM.T).to(dtype).topk(min(k, tile_vM.shape[0]))
-            best, at = torch.cat([best, found.values], 1).topk(
-                min(k, best.shape[1] + found.values.shape[1])
-            )
+            candidates = torch.cat([best, found.values], 1)
+            best, at = candidates.topk(min(k, candidates.shape[1]))
             ids_Nk = torch.cat([ids_Nk, found.indices + first], 1).gather(1, at)
         everywhere = torch.arange(num_tokens, device=ids_Nk.device)
-        listed = TopK(at_n=everywhere, ids_nk=ids_Nk, log_p_nK=best.new_zeros((num_tokens, k + 1)))
+        unknown_NK = best.new_zeros((num_tokens, k + 1))
+        listed = TopK(at_n=everywhere, ids_nk=ids_Nk, log_p_nK=unknown_NK)
         divergence = _divergence(hidden_NM, self.weight, listed)
-        _log_sum_exp_and_target(
-            hidden_NM, self.weight, torch.full_like(everywhere, IGNORED_LABEL), divergence
-        )
+        no_label_N = torch.full_like(everywhere, IGNORED_LABEL)
+        _log_sum_exp_and_target(hidden_NM, self.weight, no_label_N, divergence)
         return ids_Nk, divergence.log_q_nK
