@@ -180,7 +180,8 @@ def compare_recompute(options: argparse.Namespace) -> None:
         )
         for way, of in found.items():
             print(
-                f"{experts:>4} experts, {recompute.LAYERS} layers, EP {recompute.RANKS}, {way}: {of['seconds']:.3f} s "
+                f"{experts:>4} experts, {recompute.LAYERS} layers, EP {recompute.RANKS}, {way}: "
+                f"{of['seconds']:.3f} s "
                 f"({of['ratio']:.3f}x recompute), peak {of['peak_bytes'] / 2**20:.0f} MiB, "
                 f"sent {of['sent_bytes'] / 2**20:.1f} MiB",
                 flush=True,

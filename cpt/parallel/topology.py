@@ -1,4 +1,4 @@
-"""Who computes what: the ranks of a run, and the groups in which they exchange.
+"""The ranks of a run, and the groups in which they exchange.
 
 Ranks of one sequence-parallel group are consecutive, and so are those of one expert-parallel group:
 
@@ -19,7 +19,7 @@ from cpt.parallel.traffic import Traffic
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Layout of a run and this rank's place in it."""
+    """The layout of a run, and this rank's place in it."""
 
     rank: int
     """Global rank."""
@@ -30,32 +30,32 @@ class Topology:
     ep_size: int
     """Ranks that share one set of experts."""
     device: torch.device
-    """Where this rank computes."""
+    """The device that this rank computes on."""
     sp_group: dist.ProcessGroup
-    """Ranks of this rank's rows."""
+    """Ranks that hold this rank's rows."""
     ep_group: dist.ProcessGroup
     """Ranks that together hold all experts."""
     control_group: dist.ProcessGroup
     """All ranks, over gloo: decisions and bookkeeping, never activations."""
     traffic: Traffic = field(default_factory=Traffic)
-    """Bytes sent by this rank."""
+    """The counter of the bytes that this rank sends."""
 
     @property
     def sp_rank(self) -> int:
-        """Which part of a row this rank holds."""
+        """Index of the part of a row that this rank holds."""
         return self.rank % self.sp_size
 
     @property
     def dp_size(self) -> int:
-        """Groups of ranks that work on different rows."""
+        """Number of groups of ranks that work on different rows."""
         return self.world_size // self.sp_size
 
     @property
     def dp_rank(self) -> int:
-        """Which rows this rank works on."""
+        """Index of the group of rows that this rank works on."""
         return self.rank // self.sp_size
 
     @property
     def ep_rank(self) -> int:
-        """Which experts this rank holds."""
+        """Index of the slice of experts that this rank holds."""
         return self.rank % self.ep_size

@@ -20,5 +20,6 @@ class Traffic:
 
     def take(self) -> dict[Kind, int]:
         """Return the counters and set them to zero."""
-        taken, self._bytes = self._bytes, dict.fromkeys(KINDS, 0)
+        taken = self._bytes
+        self._bytes = dict.fromkeys(KINDS, 0)
         return taken

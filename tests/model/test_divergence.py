@@ -22,7 +22,8 @@ N, M, V, K = 37, 24, 1009, 5
 TOLERANCES = {
     torch.float64: 1e-10,
     torch.float32: 2e-6,  # another order of summation over 1009 entries
-    torch.bfloat16: 1.2e-2,  # logits, and the gradient of the logits, are rounded to 8 bits before they are used
+    # Logits and their gradient are rounded to 8 bits before they are used.
+    torch.bfloat16: 1.2e-2,
 }
 
 

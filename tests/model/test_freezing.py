@@ -71,7 +71,8 @@ def resolved(freeze: list[str], stage: int = 3) -> RunConfig:
     text = f"""
 model: {{init: tiny}}
 data: {{mix: unused.yaml}}
-train: {{seq_len: 128, global_batch_size: 2, total_steps: 1, lr: 1e-3, freeze: {json.dumps(freeze)}}}
+train:
+  {{seq_len: 128, global_batch_size: 2, total_steps: 1, lr: 1e-3, freeze: {json.dumps(freeze)}}}
 """
     ds = parse_yaml(json.dumps({"zero_optimization": {"stage": stage}}), "ds.json")
     run = read_file(RunYaml, parse_yaml(text, "run.yaml"))

@@ -25,7 +25,8 @@ N, M, V = 37, 24, 1009
 TOLERANCES = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,  # another order of summation over 1009 entries
-    torch.bfloat16: 6e-3,  # logits, and the gradient of the logits, are rounded to 8 bits before they are used
+    # Logits and their gradient are rounded to 8 bits before they are used.
+    torch.bfloat16: 6e-3,
 }
 
 
@@ -162,12 +163,14 @@ def memory(field):
     status = Path("/proc/self/status").read_text()
     return int(re.search(field + r":\\s+(\\d+) kB", status).group(1)) * 1024
 
-torch.set_num_threads(1)  # two threads that share their cores with another process take eight times as long
+# Two threads that share their cores with another process take eight times as long.
+torch.set_num_threads(1)
 tokens, model_size, vocabulary = map(int, sys.argv[1:])
 head = LossHead(model_size, vocabulary, bias=False)
 small = LossHead(model_size, 64, bias=False)
 states = torch.randn(8, model_size, requires_grad=True)
-small(states, torch.zeros(8, dtype=torch.long)).sum().backward()  # libraries take their own memory at first use
+# Libraries take their own memory at first use.
+small(states, torch.zeros(8, dtype=torch.long)).sum().backward()
 hidden = torch.randn(tokens, model_size, requires_grad=True)
 label = torch.randint(0, vocabulary, (tokens,))
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports

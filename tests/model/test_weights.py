@@ -201,8 +201,10 @@ def test_misshapen_tensor_is_named_with_both_shapes(
     path: Path, tensors: dict[str, Tensor], name: str
 ) -> None:
     rewrite(path / SINGLE_FILE, lambda content: content.update({name: torch.zeros(3, 5)}))
-    expected = f"{path / SINGLE_FILE}: tensor '{name}' has shape (3, 5), expected {tuple(tensors[name].shape)}."
-    assert problems(path) == [expected]
+    shape = tuple(tensors[name].shape)
+    assert problems(path) == [
+        f"{path / SINGLE_FILE}: tensor '{name}' has shape (3, 5), expected {shape}."
+    ]
 
 
 def test_transposed_expert_is_named(path: Path) -> None:

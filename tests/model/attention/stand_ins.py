@@ -122,9 +122,25 @@ def torch_operators(calls: list[dict[str, Any]]) -> Iterator[None]:
     """
 
     def forward(  # type: ignore[no-untyped-def]
-        q, k, v, offsets_q, offsets_k, max_q, max_k, dropout, is_causal, debug, *, scale=None, window_size_left=None,
-        window_size_right=None, seqused_k=None, alibi_slopes=None, block_table=None, num_splits=None,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        offsets_q,
+        offsets_k,
+        max_q,
+        max_k,
+        dropout,
+        is_causal,
+        debug,
+        *,
+        scale=None,
+        window_size_left=None,
+        window_size_right=None,
+        seqused_k=None,
+        alibi_slopes=None,
+        block_table=None,
+        num_splits=None,
+    ):
         assert dropout == 0 and is_causal and not debug
         assert seqused_k is alibi_slopes is block_table is num_splits is None
         window = (window_size_left, window_size_right)
@@ -136,9 +152,25 @@ def torch_operators(calls: list[dict[str, Any]]) -> Iterator[None]:
         return out, lse, state, unused, torch.empty(0, dtype=q.dtype)
 
     def backward(  # type: ignore[no-untyped-def]
-        d_out, q, k, v, out, lse, offsets_q, offsets_k, max_q, max_k, dropout, is_causal, rng_state, unused, *,
-        scale=None, window_size_left=None, window_size_right=None,
-    ):  # fmt: skip
+        d_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        offsets_q,
+        offsets_k,
+        max_q,
+        max_k,
+        dropout,
+        is_causal,
+        rng_state,
+        unused,
+        *,
+        scale=None,
+        window_size_left=None,
+        window_size_right=None,
+    ):
         assert dropout == 0 and is_causal
         assert (
             rng_state.tolist() == [7, 7] and rng_state.dtype == torch.uint64 and unused.item() == 9
@@ -162,10 +194,26 @@ def flash_attn_2_package(calls: list[dict[str, Any]]) -> dict[str, ModuleType]:
     """Return the modules of a flash-attn 2.8 that runs on the CPU."""
 
     def _flash_attn_varlen_forward(  # type: ignore[no-untyped-def]
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
-        block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size_left=-1,
+        window_size_right=-1,
+        softcap=0.0,
+        alibi_slopes=None,
+        return_softmax=False,
+        block_table=None,
+        leftpad_k=None,
+        seqused_k=None,
+        zero_tensors=False,
+    ):
         assert (
             dropout_p == 0
             and causal
@@ -182,10 +230,30 @@ def flash_attn_2_package(calls: list[dict[str, Any]]) -> dict[str, ModuleType]:
         return out, lse, torch.empty(0, dtype=q.dtype), torch.tensor([7, 7])
 
     def _flash_attn_varlen_backward(  # type: ignore[no-untyped-def]
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
-        rng_state=None, zero_tensors=False,
-    ):  # fmt: skip
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        rng_state=None,
+        zero_tensors=False,
+    ):
         assert (
             dropout_p == 0
             and causal
@@ -246,13 +314,40 @@ def flash_attn_4_package(calls: list[dict[str, Any]]) -> dict[str, ModuleType]:
     """Return the modules of a flash-attn-4 4.0.0b36 that runs on the CPU."""
 
     def flash_attn_varlen_func(  # type: ignore[no-untyped-def]
-        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-        min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, softmax_scale=None,
-        causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None,
-        deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None, block_sparse_tensors=None,
-        aux_tensors=None, aux_scalars=None, return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None,
-        disable_scheduler_metadata=False, gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        qv=None,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+        min_seqlen_k=None,
+        seqused_q=None,
+        seqused_k=None,
+        gather_kv_indices=None,
+        page_table=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(None, None),
+        learnable_sink=None,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+        score_mod=None,
+        score_mod_bwd=None,
+        mask_mod=None,
+        block_sparse_tensors=None,
+        aux_tensors=None,
+        aux_scalars=None,
+        return_lse=False,
+        scheduler_metadata=None,
+        seqlen_k_per_split=None,
+        disable_scheduler_metadata=False,
+        gather_bwd_recompute_p=False,
+        gather_bwd_token_chunk=None,
+    ):
         assert causal and qv is None and softcap == 0 and not deterministic
         assert learnable_sink.shape == (q.shape[1],)
         assert learnable_sink.dtype in (torch.float16, torch.bfloat16, torch.float32)
@@ -291,9 +386,18 @@ def installed(modules: dict[str, ModuleType]) -> Iterator[None]:
 
 
 def flex_attention(  # type: ignore[no-untyped-def]
-    query, key, value, score_mod=None, block_mask=None, scale=None, enable_gqa=False, return_lse=False,
-    kernel_options=None, *, return_aux=None,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    score_mod=None,
+    block_mask=None,
+    scale=None,
+    enable_gqa=False,
+    return_lse=False,
+    kernel_options=None,
+    *,
+    return_aux=None,
+):
     """Do what torch's flex_attention does, with a backward on the CPU; read blocks and mask as the
     kernel does.
     """

@@ -127,7 +127,8 @@ REFUSALS = {
         replace(H100, packages={"flash-attn-4": "4.0.0b20"}),
         torch.bfloat16,
         64,
-        "package flash-attn-4 4.0.0b20 is older than 4.0.0b26: pip install 'flash-attn-4>=4.0.0b26'",
+        "package flash-attn-4 4.0.0b20 is older than 4.0.0b26: "
+        "pip install 'flash-attn-4>=4.0.0b26'",
     ),
     "no backward with sinks": (
         "flash_attn_4",

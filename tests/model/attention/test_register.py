@@ -110,7 +110,8 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], limit: float) 
         difference = (got[name] - tensor).abs()
         error = (difference.norm() / tensor.norm()).item()
         assert error <= limit, (
-            f"{name}: relative l2 {error:.2e}, largest {difference.max():.2e}, mean {difference.mean():.2e}"
+            f"{name}: relative l2 {error:.2e}, largest {difference.max():.2e}, "
+            f"mean {difference.mean():.2e}"
         )
 
 

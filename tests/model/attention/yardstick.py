@@ -138,8 +138,8 @@ def assert_close(
         difference = (g.double() - w.double()).abs()
         where = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
         report.append(
-            f"{name}: relative l2 {errors[name]:.2e}, largest {difference.max():.2e} at {where}, mean "
-            f"{difference.mean():.2e}"
+            f"{name}: relative l2 {errors[name]:.2e}, largest {difference.max():.2e} at {where}, "
+            f"mean {difference.mean():.2e}"
         )
     # Written so that a NaN fails.
     assert all(error <= limit for error in errors.values()), f"above {limit}:\n" + "\n".join(report)
