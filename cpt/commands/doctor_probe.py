@@ -10,7 +10,14 @@ import torch
 from cpt.errors import ConfigError, InternalError
 from cpt.model.attention.choice import BACKENDS, Backend
 from cpt.model.attention.machine import Machine
-from cpt.model.attention.probe import LIMITS, ProbeReport, Setting, Shape, measure, probe_shape
+from cpt.model.attention.probe import (
+    LIMITS,
+    ProbeReport,
+    ProbeSetting,
+    ProbeShape,
+    measure,
+    probe_shape,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,9 +74,9 @@ def usable_cases(head_dim: int) -> Iterator[Case]:
                     yield Case(backend=backend, device=device, dtype=dtype)
 
 
-def _agrees(case: Case, shape: Shape) -> bool:
+def _agrees(case: Case, shape: ProbeShape) -> bool:
     """Print the errors of one case and return whether all are within their limits."""
-    setting = Setting(attention=case.backend.attention, device=case.device, dtype=case.dtype)
+    setting = ProbeSetting(attention=case.backend.attention, device=case.device, dtype=case.dtype)
     try:
         report: ProbeReport = measure(setting, shape)
     except Exception as error:  # a backend that breaks must not hide the others

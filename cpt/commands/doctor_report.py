@@ -1,6 +1,4 @@
-"""What this machine can train with: versions, devices, and every attention backend with the reason
-why not.
-"""
+"""The report of `cpt doctor`: versions, devices, and every attention backend with its state."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ HEAD_DIM = 64
 
 
 def report() -> tuple[str, bool]:
-    """The table, and whether training could start here."""
+    """Return the table, and whether training could start here."""
     sections = {"versions": _versions(), "machine": _machine()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sections |= {f"attention on {device} in bf16, head size {HEAD_DIM}": _backends(device)}
@@ -44,14 +42,15 @@ def report() -> tuple[str, bool]:
     width = max(len(name) for rows in sections.values() for name in rows)
     lines = []
     for title, rows in sections.items():
-        lines += [title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())]
+        lines.append(title)
+        lines += [f"  {name:<{width}}  {text}" for name, text in rows.items()]
     try:
-        chosen = choice.chosen_backend(
+        backend = choice.chosen_backend(
             "auto", device=device, dtype=torch.bfloat16, head_dim=HEAD_DIM
-        ).name
-        lines.append(f"attention: auto takes {chosen}")
+        )
     except ValueError as error:
         return "\n".join([*lines, str(error)]), False
+    lines.append(f"attention: auto takes {backend.name}")
     return "\n".join(lines), tokenizer_ready
 
 
@@ -74,19 +73,24 @@ def _machine() -> dict[str, str]:
         rows["GPU"] = "none visible"
     rows["nccl"] = "available" if dist.is_nccl_available() else "not in this torch"
     rows["gloo"] = "available" if dist.is_gloo_available() else "not in this torch"
-    for name, path in (("free here", Path.cwd()), ("free in /dev/shm", Path("/dev/shm"))):
-        rows[name] = (
-            f"{shutil.disk_usage(path).free / 2**30:.1f} GiB" if path.is_dir() else "no such folder"
-        )
+    rows["free here"] = _free_space(Path.cwd())
+    rows["free in /dev/shm"] = _free_space(Path("/dev/shm"))
     return rows
+
+
+def _free_space(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB"
 
 
 def _backends(device: torch.device) -> dict[str, str]:
     machine = Machine.of(device)
-    reasons = {b.name: b.usable(device, torch.bfloat16, HEAD_DIM, machine) for b in choice.BACKENDS}
-    return {
-        name: "usable" if reason is None else f"no: {reason}" for name, reason in reasons.items()
-    }
+    rows = {}
+    for backend in choice.BACKENDS:
+        reason = backend.usable(device, torch.bfloat16, HEAD_DIM, machine)
+        rows[backend.name] = "usable" if reason is None else f"no: {reason}"
+    return rows
 
 
 def _tokenizer() -> tuple[dict[str, str], bool]:
@@ -100,7 +104,7 @@ def main() -> None:
     """Print the table.
 
     Raises:
-        ConfigError: training cannot start here.
+        ConfigError: Training cannot start here.
     """
     text, ready = report()
     print(text)

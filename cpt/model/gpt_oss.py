@@ -30,7 +30,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 
 from cpt.model import attention
 from cpt.model.experts.layer import ExpertParallelMLP
-from cpt.model.loss.divergence import TopK
+from cpt.model.loss.divergence import TopKTargets
 from cpt.model.loss.head import LossHead
 from cpt.parallel.topology import Topology
 from cpt.storage.allocation import allocate
@@ -45,7 +45,7 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
         position_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
         logits_at: torch.Tensor | None = None,
-        targets: TopK | None = None,
+        targets: TopKTargets | None = None,
         **attention_arguments: Any,
     ) -> torch.Tensor:
         """Return the loss of every token, or logits without labels.

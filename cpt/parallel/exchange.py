@@ -19,7 +19,7 @@ from cpt.parallel.traffic import Kind, Traffic
 
 
 class Route(NamedTuple):
-    """Who gets how many rows from whom."""
+    """The numbers of rows that travel between the ranks of a group."""
 
     send: list[int]
     """Rows for each rank of the group."""

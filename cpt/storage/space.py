@@ -1,6 +1,4 @@
-"""Room for checkpoints: checked before anything is written, and said in words where writing fails
-all the same.
-"""
+"""Free space: checked before anything is written, and named as the cause where a write fails."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from pathlib import Path
 from cpt.errors import StorageError
 
 MARGIN = 1.2
-"""Free space asked for, as a multiple of the size of a checkpoint."""
+"""Free space that a checkpoint must find, as a multiple of its size."""
 
 
 def check_space(folder: Path, num_bytes: int, *, claim: str, margin: float, cure: str) -> None:
@@ -66,12 +64,12 @@ def check_checkpoint_space(folder: Path, num_bytes: int, *, largest_file_bytes: 
 
 
 def megabytes(count: int) -> str:
-    """A size for people."""
+    """Return a size in words."""
     return f"{count / 1e6:.1f} MB"
 
 
 def write_error(error: BaseException, folder: Path) -> StorageError:
-    """What a failed write means, also where the library that wrote has lost the cause."""
+    """Return what a failed write means, even where the library that wrote has lost the cause."""
     number = _errno_of(error)
     try:
         free = shutil.disk_usage(folder).free
@@ -92,7 +90,7 @@ def write_error(error: BaseException, folder: Path) -> StorageError:
 
 
 def _errno_of(error: BaseException | None) -> int | None:
-    """Of the first OSError in the chain of causes."""
+    """Return the number of the first OSError in the chain of causes."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cpt.errors import ConfigError, DataError
-from cpt.model.loss.divergence import TopK
+from cpt.model.loss.divergence import TopKTargets
 from cpt.parallel.topology import Topology
 from cpt.training.kl_target_format import (
     SIDECAR,
@@ -141,7 +141,7 @@ class KLTargets:
 
     def of_rows(
         self, places: Sequence[tuple[int, int]], topology: Topology, seq_len: int
-    ) -> TopK | None:
+    ) -> TopKTargets | None:
         """Return the targets of this rank's tokens.
 
         Args:
@@ -163,7 +163,7 @@ class KLTargets:
                 log_p.append(row_log_p)
         if not at:
             return None
-        return TopK(
+        return TopKTargets(
             at_n=torch.cat(at).to(topology.device),
             ids_nk=torch.cat(ids).to(topology.device, torch.int64),
             log_p_nK=torch.cat(log_p).to(topology.device),

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from cpt.model.attention import PackedRows
-from cpt.model.loss.divergence import TopK
+from cpt.model.loss.divergence import TopKTargets
 from cpt.parallel.topology import Topology
 from cpt.training.kl_targets import KLTargets
 from data_pipeline.dataset import IGNORED_LABEL, BuiltData, PackedRow
@@ -49,7 +49,7 @@ class MicroBatch:
     """Document bounds of the whole rows, T tokens each."""
     source_of_row: torch.Tensor
     """(B,) number of each row's source; `NO_SOURCE` if it is not from the data mix."""
-    targets: TopK | None
+    targets: TopKTargets | None
     """The base model's distribution for some of the local tokens; None if there is none."""
 
 
@@ -87,7 +87,7 @@ def make_micro_batch(
     rows: Sequence[PackedRow],
     source_of_row: Sequence[int],
     topology: Topology,
-    targets: TopK | None = None,
+    targets: TopKTargets | None = None,
 ) -> MicroBatch:
     """Cut rows to this rank's tokens and put them on its device.
 

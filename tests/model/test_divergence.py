@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cpt.model.loss import head as loss_head
-from cpt.model.loss.divergence import TopK
+from cpt.model.loss.divergence import TopKTargets
 from cpt.model.loss.head import LossHead
 from data_pipeline.dataset import IGNORED_LABEL
 
@@ -35,7 +35,7 @@ def several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def inputs(
     dtype: torch.dtype, *, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor, TopK, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, TopKTargets, Tensor]:
     """Hidden states, weights, labels, targets for half of the labelled tokens, gradients of both
     losses.
     """
@@ -56,7 +56,7 @@ def inputs(
         hidden_NM.to(dtype),
         weight_VM.to(dtype),
         label_N,
-        TopK(at_n=at_n, ids_nk=ids_nk, log_p_nK=log_p_nK),
+        TopKTargets(at_n=at_n, ids_nk=ids_nk, log_p_nK=log_p_nK),
         grad_2N,
     )
 
@@ -68,7 +68,7 @@ def head_of(weight_VM: Tensor) -> LossHead:
 
 
 def tiled(
-    hidden_NM: Tensor, weight_VM: Tensor, label_N: Tensor, targets: TopK, grad_2N: Tensor
+    hidden_NM: Tensor, weight_VM: Tensor, label_N: Tensor, targets: TopKTargets, grad_2N: Tensor
 ) -> tuple[Tensor, ...]:
     head, hidden_NM = head_of(weight_VM), hidden_NM.clone().requires_grad_()
     losses_2N = head(hidden_NM, label_N, targets)
@@ -77,7 +77,7 @@ def tiled(
 
 
 def explicit(
-    hidden_NM: Tensor, weight_VM: Tensor, label_N: Tensor, targets: TopK, grad_2N: Tensor
+    hidden_NM: Tensor, weight_VM: Tensor, label_N: Tensor, targets: TopKTargets, grad_2N: Tensor
 ) -> tuple[Tensor, ...]:
     """All logits in float64, torch's log_softmax, and the parts of q added up one by one."""
     hidden_NM, weight_VM = hidden_NM.double().requires_grad_(), weight_VM.double().requires_grad_()
@@ -141,7 +141,9 @@ def test_divergence_and_its_gradient_are_zero_at_the_weights_that_gave_the_targe
     hidden_NM, weight_VM, label_N, targets, grad_2N = inputs(dtype)
     ids_Nk, log_p_NK = head_of(weight_VM).top_k(hidden_NM, K)
     at_n = targets.at_n
-    own = TopK(at_n=at_n, ids_nk=ids_Nk[at_n], log_p_nK=log_p_NK[at_n].float())  # as it is stored
+    own = TopKTargets(
+        at_n=at_n, ids_nk=ids_Nk[at_n], log_p_nK=log_p_NK[at_n].float()
+    )  # as it is stored
     grad_2N[0] = 0
     _, kl_N, d_hidden_NM, d_weight_VM = tiled(hidden_NM, weight_VM, label_N, own, grad_2N)
     largest = [float(values.abs().max()) for values in (kl_N, d_hidden_NM, d_weight_VM)]
@@ -178,7 +180,7 @@ def test_huge_logits_overflow_nowhere(scale: float) -> None:
 def test_labels_of_rows_keep_their_shape() -> None:
     hidden_NM, weight_VM, label_N, targets, _ = inputs(torch.float32)
     inside = targets.at_n < 36
-    some = TopK(
+    some = TopKTargets(
         **{
             field.name: getattr(targets, field.name)[inside]
             for field in dataclasses.fields(targets)

@@ -53,7 +53,7 @@ WINDOW_LAYER = "window layer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
+class ProbeShape:
     """The sizes of the row that the probe attends over."""
 
     num_query_heads: int
@@ -123,7 +123,7 @@ class ProbeReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
+class ProbeSetting:
     """The attention under test, and where and how it runs."""
 
     attention: Attention
@@ -149,7 +149,7 @@ class _Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _RankPart:
     """What one rank computes of the whole row."""
 
     tokens: slice
@@ -194,7 +194,7 @@ def run_probe(
         ConfigError: A result is off by more than its limit, or the attention does not run. The
             message has all figures.
     """
-    setting = Setting(
+    setting = ProbeSetting(
         attention=attention,
         device=device,
         dtype=dtype,
@@ -215,7 +215,7 @@ def run_probe(
     return report
 
 
-def _refusal(setting: Setting, report: ProbeReport) -> str:
+def _refusal(setting: ProbeSetting, report: ProbeReport) -> str:
     return (
         f"attention is wrong on {setting.device} in {setting.dtype} (rank {setting.sp_rank} of "
         f"{setting.sp_size} in its sequence-parallel group). Relative l2 errors against an "
@@ -228,7 +228,7 @@ def _refusal(setting: Setting, report: ProbeReport) -> str:
 
 def probe_shape(
     num_query_heads: int, num_kv_heads: int, head_dim: int, window: int, sp_size: int
-) -> Shape:
+) -> ProbeShape:
     """Return a row of four windows, or of one window per rank if that is longer.
 
     One rank alone needs no more than two groups of heads.
@@ -238,7 +238,7 @@ def probe_shape(
         num_kv_heads = min(num_kv_heads, 2)
         num_query_heads = num_kv_heads * group
     local_tokens = max(-(-4 * window // sp_size), window)
-    return Shape(
+    return ProbeShape(
         num_query_heads=num_query_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -247,7 +247,7 @@ def probe_shape(
     )
 
 
-def measure(setting: Setting, shape: Shape) -> ProbeReport:
+def measure(setting: ProbeSetting, shape: ProbeShape) -> ProbeReport:
     """Return the errors of an attention, whatever they are."""
     findings: list[Finding] = []
     for layer, window in ((FULL_LAYER, None), (WINDOW_LAYER, shape.window)):
@@ -267,7 +267,7 @@ def measure(setting: Setting, shape: Shape) -> ProbeReport:
     return ProbeReport(tuple(findings))
 
 
-def _probe_rows(shape: Shape) -> PackedRows:
+def _probe_rows(shape: ProbeShape) -> PackedRows:
     """Return one row: documents of one to three windows, then a tail of one-token documents."""
     window = shape.window
     seq_len = shape.seq_len
@@ -279,7 +279,7 @@ def _probe_rows(shape: Shape) -> PackedRows:
     return PackedRows.from_bounds([(*bounds, *range(tail + 1, seq_len + 1))], seq_len)
 
 
-def _draw(shape: Shape, setting: Setting, window: int | None, *, large: bool) -> _Problem:
+def _draw(shape: ProbeShape, setting: ProbeSetting, window: int | None, *, large: bool) -> _Problem:
     generator = torch.Generator().manual_seed(0)
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -330,8 +330,8 @@ def _definition(problem: _Problem) -> list[torch.Tensor]:
 
 
 def _part_of_rank(
-    shape: Shape, window: int | None, exchange: SequenceParallel, setting: Setting
-) -> _Part:
+    shape: ProbeShape, window: int | None, exchange: SequenceParallel, setting: ProbeSetting
+) -> _RankPart:
     """Return what this rank computes: a halo gives all heads of its tokens, an all-to-all all
     tokens of its heads.
     """
@@ -341,11 +341,11 @@ def _part_of_rank(
     heads = slice(setting.sp_rank * local_heads, (setting.sp_rank + 1) * local_heads)
     halo = exchange.halo
     if halo is not None and halo.window == window:
-        return _Part(tokens, sink_tokens=tokens, sink_heads=slice(0, shape.num_query_heads))
-    return _Part(tokens, sink_tokens=slice(0, shape.seq_len), sink_heads=heads)
+        return _RankPart(tokens, sink_tokens=tokens, sink_heads=slice(0, shape.num_query_heads))
+    return _RankPart(tokens, sink_tokens=slice(0, shape.seq_len), sink_heads=heads)
 
 
-def _restricted(want: list[torch.Tensor], part: _Part) -> list[torch.Tensor]:
+def _restricted(want: list[torch.Tensor], part: _RankPart) -> list[torch.Tensor]:
     """Return what one rank has of the results: its tokens, and its terms of the sinks' gradient."""
     all_terms_HT = want[4]
     terms_HT = torch.zeros_like(all_terms_HT)
@@ -375,7 +375,7 @@ def _compare(
 
 
 def _solve(
-    setting: Setting, problem: _Problem, exchange: SequenceParallel | None, tokens: slice
+    setting: ProbeSetting, problem: _Problem, exchange: SequenceParallel | None, tokens: slice
 ) -> list[torch.Tensor | None]:
     """Return what this rank gets from the attention function, heads first: (H, S, D)."""
     inputs = problem.inputs

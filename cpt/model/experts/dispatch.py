@@ -139,7 +139,7 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ExchangePlan:
     """The counts of one exchange, and the order of what arrives."""
 
     send: list[int]
@@ -154,7 +154,7 @@ class Plan:
     """Arrived rows of each local expert."""
 
 
-def make_plan(counts_E: torch.Tensor, group: dist.ProcessGroup) -> Plan:
+def make_plan(counts_E: torch.Tensor, group: dist.ProcessGroup) -> ExchangePlan:
     """Exchange the counts; the host waits for the device once."""
     ranks = dist.get_world_size(group)
     arriving_E = torch.empty_like(counts_E)
@@ -162,7 +162,7 @@ def make_plan(counts_E: torch.Tensor, group: dist.ProcessGroup) -> Plan:
     send, receive = torch.stack([counts_E, arriving_E]).view(2, ranks, -1).sum(2).tolist()
     arriving_ge = arriving_E.view(ranks, -1)
     by_expert_A, by_origin_A = arrival_orders(arriving_ge, sum(receive))
-    return Plan(
+    return ExchangePlan(
         send=send,
         receive=receive,
         by_expert_A=by_expert_A,
@@ -196,7 +196,7 @@ class Exchange:
 
     def out(
         self, rows_RM: torch.Tensor, weights_R: torch.Tensor, counts_E: torch.Tensor
-    ) -> tuple[Plan, torch.Tensor, torch.Tensor]:
+    ) -> tuple[ExchangePlan, torch.Tensor, torch.Tensor]:
         """Send rows and weights to their experts.
 
         Returns:
@@ -218,7 +218,7 @@ class Exchange:
         arrived = _Permute.apply(arrived, plan.by_expert_A, plan.by_origin_A)
         return plan, arrived[:, : rows_RM.shape[1]], arrived[:, rows_RM.shape[1]]
 
-    def back(self, done_AM: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def back(self, done_AM: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
         """Return the results (R, M) on the rank of their tokens.
 
         A recomputation gets zeros, because nobody reads its output.

@@ -31,7 +31,7 @@ PIECE_ROWS = 512
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Which rows belong to which expert."""
+    """The division of rows, sorted by expert, among the experts."""
 
     counts_E: torch.Tensor
     """The number of rows of each expert, int64, on the device of the rows."""

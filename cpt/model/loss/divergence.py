@@ -34,7 +34,7 @@ The ratio is multiplied by q_v, which is 0 in fp32 before the ratio grows to inf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TopK:
+class TopKTargets:
     """The next-token distribution of another model for some of the tokens of a batch."""
 
     at_n: torch.Tensor
@@ -54,7 +54,7 @@ class Divergence:
     """
 
     def __init__(
-        self, targets: TopK, *, tile_words: int, vocabulary: int, dtype: torch.dtype
+        self, targets: TopKTargets, *, tile_words: int, vocabulary: int, dtype: torch.dtype
     ) -> None:
         """Sort the listed tokens by tile.
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpt.model.loss.divergence import Divergence, TopK
+from cpt.model.loss.divergence import Divergence, TopKTargets
 from data_pipeline.dataset import IGNORED_LABEL
 
 TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
@@ -43,7 +43,7 @@ class _TiledLoss(torch.autograd.Function):
         hidden_NM: torch.Tensor,
         weight_VM: torch.Tensor,
         label_N: torch.Tensor,
-        targets: TopK | None,
+        targets: TopKTargets | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         divergence = None if targets is None else _divergence(hidden_NM, weight_VM, targets)
         lse_N, target_N = _log_sum_exp_and_target(hidden_NM, weight_VM, label_N, divergence)
@@ -122,7 +122,9 @@ def _sum_dtype(hidden_NM: torch.Tensor) -> torch.dtype:
     return torch.promote_types(hidden_NM.dtype, torch.float32)
 
 
-def _divergence(hidden_NM: torch.Tensor, weight_VM: torch.Tensor, targets: TopK) -> Divergence:
+def _divergence(
+    hidden_NM: torch.Tensor, weight_VM: torch.Tensor, targets: TopKTargets
+) -> Divergence:
     dtype = _sum_dtype(hidden_NM)
     tile_words = _tile_words(weight_VM, hidden_NM.shape[0], dtype)
     return Divergence(targets, tile_words=tile_words, vocabulary=weight_VM.shape[0], dtype=dtype)
@@ -156,7 +158,10 @@ class LossHead(nn.Linear):
     """An lm_head that, given labels, returns the loss of every token instead of the logits."""
 
     def forward(
-        self, hidden: torch.Tensor, label: torch.Tensor | None = None, targets: TopK | None = None
+        self,
+        hidden: torch.Tensor,
+        label: torch.Tensor | None = None,
+        targets: TopKTargets | None = None,
     ) -> torch.Tensor:
         """Return the logits, or with labels the loss of every token.
 
@@ -206,7 +211,7 @@ class LossHead(nn.Linear):
             ids_Nk = torch.cat([ids_Nk, found.indices + first], 1).gather(1, at)
         everywhere = torch.arange(num_tokens, device=ids_Nk.device)
         unknown_NK = best.new_zeros((num_tokens, k + 1))
-        listed = TopK(at_n=everywhere, ids_nk=ids_Nk, log_p_nK=unknown_NK)
+        listed = TopKTargets(at_n=everywhere, ids_nk=ids_Nk, log_p_nK=unknown_NK)
         divergence = _divergence(hidden_NM, self.weight, listed)
         no_label_N = torch.full_like(everywhere, IGNORED_LABEL)
         _log_sum_exp_and_target(hidden_NM, self.weight, no_label_N, divergence)
