@@ -108,10 +108,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.lengths = options.lengths or LENGTHS[options.device]
     default_heads = HEADS[options.device]
-    options.heads, options.kv_heads = (
-        options.heads or default_heads[0],
-        options.kv_heads or default_heads[1],
-    )
+    options.heads = options.heads or default_heads[0]
+    options.kv_heads = options.kv_heads or default_heads[1]
     return options
 
 
@@ -129,7 +127,8 @@ def make_layer(options: argparse.Namespace, kind: str, length: int) -> Layer:
 
 def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
     """Median times, ratios and peaks of all contenders that fit."""
-    names, left_out = contenders.contender_names(layer), {}
+    names = contenders.contender_names(layer)
+    left_out = {}
     if options.only is not None:
         names = [name for name in names if name == names[0] or name in options.only]
     if EAGER in names and layer.eager_bytes > options.eager_share * measuring.free_bytes(

@@ -107,7 +107,8 @@ def make_layer(options: argparse.Namespace, experts: int) -> Layer:
 
 def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
     """Median times, ratios and peaks of all contenders that fit."""
-    names, left_out = [name for name in NAMES if name == OURS or name in options.only], {}
+    names = [name for name in NAMES if name == OURS or name in options.only]
+    left_out = {}
     if BATCHED in names and layer.batched_bytes > options.batched_share * measuring.free_bytes(
         layer.device
     ):

@@ -93,7 +93,8 @@ def usable_backends(device: torch.device, head_dim: int) -> list[str]:
     """Backends that can run here, the one that `auto` takes first; the reference is quadratic and
     left out.
     """
-    machine, first = Machine.of(device), auto_name(device, head_dim)
+    machine = Machine.of(device)
+    first = auto_name(device, head_dim)
     names = [
         backend.name
         for backend in BACKENDS

@@ -21,7 +21,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from cpt.model.experts.layer import ExpertParallelMLP
 from cpt.parallel.traffic import Traffic
 
-OURS, EAGER, GROUPED, BATCHED = "this project", "eager", "grouped_mm", "batched_mm"
+OURS = "this project"
+EAGER = "eager"
+GROUPED = "grouped_mm"
+BATCHED = "batched_mm"
 NAMES = (OURS, EAGER, GROUPED, BATCHED)
 
 

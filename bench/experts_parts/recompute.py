@@ -36,7 +36,8 @@ from cpt.model.recomputation import context_fn
 from cpt.parallel.traffic import Traffic
 from experts_parts.contenders import OURS, Layer, build
 
-RANKS, LAYERS = 2, 4
+RANKS = 2
+LAYERS = 4
 WAYS = ("no checkpointing", "recompute", "keep")
 
 

@@ -18,7 +18,10 @@ from cpt.model.loss.divergence import TopKTargets
 from cpt.model.loss.head import LossHead
 from data_pipeline.dataset import IGNORED_LABEL
 
-N, M, V, K = 37, 24, 1009, 5
+N = 37
+M = 24
+V = 1009
+K = 5
 TOLERANCES = {
     torch.float64: 1e-10,
     torch.float32: 2e-6,  # another order of summation over 1009 entries
@@ -43,7 +46,8 @@ def inputs(
     hidden_NM = torch.randn(N, M, generator=generator, dtype=torch.float64) * scale
     weight_VM = torch.randn(V, M, generator=generator, dtype=torch.float64) * 0.3
     label_N = torch.randint(0, V, (N,), generator=generator)
-    label_N[0], label_N[1] = 0, V - 1
+    label_N[0] = 0
+    label_N[1] = V - 1
     label_N[2::5] = IGNORED_LABEL
     at_n = (label_N != IGNORED_LABEL).nonzero().squeeze(1)[::2].contiguous()
     ids_nk = torch.stack([torch.randperm(V, generator=generator)[:K] for _ in at_n])
@@ -70,7 +74,8 @@ def head_of(weight_VM: Tensor) -> LossHead:
 def tiled(
     hidden_NM: Tensor, weight_VM: Tensor, label_N: Tensor, targets: TopKTargets, grad_2N: Tensor
 ) -> tuple[Tensor, ...]:
-    head, hidden_NM = head_of(weight_VM), hidden_NM.clone().requires_grad_()
+    head = head_of(weight_VM)
+    hidden_NM = hidden_NM.clone().requires_grad_()
     losses_2N = head(hidden_NM, label_N, targets)
     (losses_2N * grad_2N.to(losses_2N.dtype)).sum().backward()
     return losses_2N[0].detach(), losses_2N[1].detach(), hidden_NM.grad, head.weight.grad
@@ -80,7 +85,8 @@ def explicit(
     hidden_NM: Tensor, weight_VM: Tensor, label_N: Tensor, targets: TopKTargets, grad_2N: Tensor
 ) -> tuple[Tensor, ...]:
     """All logits in float64, torch's log_softmax, and the parts of q added up one by one."""
-    hidden_NM, weight_VM = hidden_NM.double().requires_grad_(), weight_VM.double().requires_grad_()
+    hidden_NM = hidden_NM.double().requires_grad_()
+    weight_VM = weight_VM.double().requires_grad_()
     log_q_NV = (hidden_NM @ weight_VM.T).log_softmax(1)
     nll_N = torch.where(label_N < 0, 0, -log_q_NV.gather(1, label_N.clamp(min=0)[:, None])[:, 0])
     log_q_nV = log_q_NV[targets.at_n]
@@ -108,7 +114,8 @@ def test_tiles_give_the_divergence_and_gradients_of_all_logits_at_once(
     if only == "divergence":  # its gradient alone, which the larger one of the loss could hide
         grad_2N[0] = 0
     names = ("loss", "divergence", "hidden_gradient", "weight_gradient")
-    found, expected = tiled(*given, grad_2N), explicit(*given, grad_2N)
+    found = tiled(*given, grad_2N)
+    expected = explicit(*given, grad_2N)
     errors = {name: relative_error(f, e) for name, f, e in zip(names, found, expected, strict=True)}
     assert max(errors.values()) <= TOLERANCES[dtype], errors
 
@@ -154,17 +161,16 @@ def test_divergence_and_its_gradient_are_zero_at_the_weights_that_gave_the_targe
 
 def test_divergence_is_never_below_zero_beyond_rounding_and_zero_without_a_target() -> None:
     given = inputs(torch.float32)
-    targets, kl_N = given[3], tiled(*given)[1]
+    targets = given[3]
+    kl_N = tiled(*given)[1]
     without = torch.ones(N, dtype=torch.bool).index_fill(0, targets.at_n, False)
     assert (kl_N[targets.at_n] > 0).all() and (kl_N[without] == 0).all()
 
 
 def test_targets_leave_the_loss_of_tokens_without_one_bit_for_bit_as_it_is() -> None:
     hidden_NM, weight_VM, label_N, targets, grad_2N = inputs(torch.float32)
-    plain_N, found_N = (
-        head_of(weight_VM)(hidden_NM, label_N),
-        tiled(hidden_NM, weight_VM, label_N, targets, grad_2N)[0],
-    )
+    plain_N = head_of(weight_VM)(hidden_NM, label_N)
+    found_N = tiled(hidden_NM, weight_VM, label_N, targets, grad_2N)[0]
     without = torch.ones(N, dtype=torch.bool).index_fill(0, targets.at_n, False)
     assert torch.equal(plain_N[without], found_N[without])
     assert torch.allclose(plain_N, found_N, rtol=2e-6, atol=0)

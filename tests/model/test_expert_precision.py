@@ -47,7 +47,8 @@ def draw(shape: tuple[int, ...]) -> tuple[GptOssMLP, Tensor, Tensor]:
         num_experts_per_tok=top_k,
     )
     config._experts_implementation = "eager"
-    mlp, generator = GptOssMLP(config), torch.Generator().manual_seed(3)
+    mlp = GptOssMLP(config)
+    generator = torch.Generator().manual_seed(3)
     stds = {
         "weight": model_size**-0.5,
         "gate_up_proj": model_size**-0.5,
@@ -149,11 +150,10 @@ def test_sums_of_a_gpu_and_of_a_cpu_are_those_of_float64(
     """The grouped products that a GPU takes run here, too; their results are rounded to the dtype,
     pieces' are not.
     """
-    groups, generator = Groups(torch.tensor(counts)), torch.Generator().manual_seed(5)
-    rows, weights = (
-        torch.randn(1027, 24, generator=generator).to(dtype),
-        torch.rand(1027, generator=generator).to(dtype),
-    )
+    groups = Groups(torch.tensor(counts))
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(1027, 24, generator=generator).to(dtype)
+    weights = torch.rand(1027, generator=generator).to(dtype)
     vectors = torch.randn(4, 24, generator=generator).to(dtype)
     member_RE = torch.nn.functional.one_hot(groups.experts_of_rows(1027), 4).double()
     sums = (member_RE * weights.double()[:, None]).T @ rows.double()

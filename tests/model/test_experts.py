@@ -22,7 +22,10 @@ from cpt.model.experts.grouped import Groups
 from cpt.model.experts.layer import EXPERT_TENSORS, ExpertParallelMLP, LocalExperts
 from cpt.parallel.traffic import Traffic
 
-NUM_EXPERTS, TOP_K, BATCH, TOKENS = 8, 3, 2, 19
+NUM_EXPERTS = 8
+TOP_K = 3
+BATCH = 2
+TOKENS = 19
 SIZES = pytest.mark.parametrize(
     ("model_size", "expert_size"), [(24, 40), (32, 32)], ids=["M!=I", "M==I"]
 )
@@ -96,7 +99,8 @@ def test_random_weights_reach_both_clamps() -> None:
     gate_up = (
         hidden_states(24).view(-1, 24) @ experts.gate_up_proj[0] + experts.gate_up_proj_bias[0]
     )
-    gate, up = gate_up[:, ::2], gate_up[:, 1::2]
+    gate = gate_up[:, ::2]
+    up = gate_up[:, 1::2]
     assert (gate > 7).any() and (gate < -7).any() and (up > 7).any() and (up < -7).any()
 
 
@@ -183,10 +187,8 @@ def groups(*counts: int) -> Groups:
 def test_local_experts_give_rows_in_the_order_they_came() -> None:
     source = transformers_mlp(24, 40).experts
     experts = LocalExperts(source, 2, 3)
-    rows_RM, weights_R = (
-        hidden_states(24).view(-1, 24)[:9],
-        torch.linspace(0, 1, 9, dtype=torch.float64),
-    )
+    rows_RM = hidden_states(24).view(-1, 24)[:9]
+    weights_R = torch.linspace(0, 1, 9, dtype=torch.float64)
     one = [
         experts(rows_RM[i : i + 1], weights_R[i : i + 1], groups(int(i < 4), 0, int(i >= 4)))
         for i in range(9)

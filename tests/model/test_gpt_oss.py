@@ -188,12 +188,14 @@ def test_random_weights_do_not_depend_on_the_expert_parallel_size(ep_size: int) 
 
 
 def test_same_seed_gives_the_same_weights() -> None:
-    first, second = filled().state_dict(), filled().state_dict()
+    first = filled().state_dict()
+    second = filled().state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_another_seed_gives_other_weights() -> None:
-    first, second = filled(seed=1), filled(seed=2)
+    first = filled(seed=1)
+    second = filled(seed=2)
     assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
 
 
@@ -204,7 +206,8 @@ def test_no_two_tensors_and_no_two_experts_are_alike() -> None:
 
 
 def test_bf16_weights_are_the_rounded_fp32_ones() -> None:
-    fp32, bf16 = filled().state_dict(), filled(torch.bfloat16).state_dict()
+    fp32 = filled().state_dict()
+    bf16 = filled(torch.bfloat16).state_dict()
     names = [name for name in fp32 if "inv_freq" not in name]
     assert all(torch.equal(bf16[name], fp32[name].bfloat16()) for name in names)
 
@@ -219,7 +222,8 @@ def test_random_weights_have_the_spread_that_transformers_gives() -> None:
     }
     for name, parameter in filled().named_parameters():
         if parameter.numel() >= 20_000 or (theirs[name] == theirs[name].flatten()[0]).all():
-            found, expected = parameter.detach(), theirs[name]
+            found = parameter.detach()
+            expected = theirs[name]
             assert float(found.std()) == pytest.approx(
                 float(expected.std()), rel=0.03, abs=1e-12
             ), name
@@ -310,17 +314,16 @@ def test_patched_model_gives_the_logits_of_transformers() -> None:
     ids = torch.randint(0, 317, (1, 150), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(150)[None]
     with torch.no_grad():
-        found, expected = (
-            model(ids, positions),
-            theirs(input_ids=ids, position_ids=positions).logits,
-        )
+        found = model(ids, positions)
+        expected = theirs(input_ids=ids, position_ids=positions).logits
     assert (found - expected).abs().max() <= 1e-5
 
 
 def test_patched_model_gives_the_loss_of_every_token() -> None:
     model = filled()
     ids = torch.randint(0, 317, (2, 40), generator=torch.Generator().manual_seed(1))
-    positions, labels = torch.arange(40).repeat(2, 1), ids.roll(-1, 1)
+    positions = torch.arange(40).repeat(2, 1)
+    labels = ids.roll(-1, 1)
     labels[:, -1] = -100
     with torch.no_grad():
         losses = model(ids, positions, labels)

@@ -21,7 +21,9 @@ from cpt.model.loss.head import LossHead
 from data_pipeline.dataset import IGNORED_LABEL
 
 ROOT = Path(__file__).resolve().parents[2]
-N, M, V = 37, 24, 1009
+N = 37
+M = 24
+V = 1009
 TOLERANCES = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,  # another order of summation over 1009 entries
@@ -36,7 +38,8 @@ def inputs(dtype: torch.dtype, *, ignored: bool = True) -> tuple[Tensor, Tensor,
     hidden_NM = torch.randn(N, M, generator=generator, dtype=torch.float64)
     weight_VM = torch.randn(V, M, generator=generator, dtype=torch.float64) * 0.3
     label_N = torch.randint(0, V, (N,), generator=generator)
-    label_N[0], label_N[1] = 0, V - 1
+    label_N[0] = 0
+    label_N[1] = V - 1
     if ignored:
         label_N[2::5] = IGNORED_LABEL
     grad_N = torch.rand(N, generator=generator, dtype=torch.float64) + 0.5
@@ -58,7 +61,8 @@ def reference(
     hidden_NM: Tensor, weight_VM: Tensor, label_N: Tensor, grad_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's own cross entropy in float64 on the same (rounded) numbers."""
-    hidden_NM, weight_VM = hidden_NM.double().requires_grad_(), weight_VM.double().requires_grad_()
+    hidden_NM = hidden_NM.double().requires_grad_()
+    weight_VM = weight_VM.double().requires_grad_()
     nll_N = F.cross_entropy(
         hidden_NM @ weight_VM.T, label_N, reduction="none", ignore_index=IGNORED_LABEL
     )

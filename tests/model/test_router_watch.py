@@ -20,9 +20,15 @@ from cpt.model.experts.router_watch import RouterWatch
 from cpt.parallel.traffic import Traffic
 from cpt.telemetry.router import router_event
 
-ROWS, TOKENS, MODEL, EXPERTS, TOP_K, LAYERS = 4, 25, 16, 8, 2, 2
+ROWS = 4
+TOKENS = 25
+MODEL = 16
+EXPERTS = 8
+TOP_K = 2
+LAYERS = 2
 WORLD = 3  # ranks over which the engine would average
-AUX, Z = 0.3, 0.1
+AUX = 0.3
+Z = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +113,17 @@ def test_gradients_are_those_of_the_formula_however_the_batch_is_cut(
     group: Any, rows_per_pass: int
 ) -> None:
     model = make_model()
-    plain, watched = copy.deepcopy(model), copy.deepcopy(model)
-    watch, load_LE = make_watch(watched), torch.full((LAYERS, EXPERTS), 1 / EXPERTS)
+    plain = copy.deepcopy(model)
+    watched = copy.deepcopy(model)
+    watch = make_watch(watched)
+    load_LE = torch.full((LAYERS, EXPERTS), 1 / EXPERTS)
     for seed in (4, 5):  # equal shares first, then those of the first batch
         hidden = hidden_states(seed)
         for candidate in (plain, watched):
             candidate.model.layers.zero_grad()
         step(watched, watch, group, hidden, rows_per_pass, measure=False)
-        x, choices = hidden, []
+        x = hidden
+        choices = []
         for layer in plain.model.layers:
             choices.append(layer.mlp.router(x.reshape(-1, MODEL))[2])
             x = layer.mlp(x)[0]

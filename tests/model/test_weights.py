@@ -337,7 +337,8 @@ def change_config(path: Path, **values: Any) -> None:
 
 
 def test_configuration_comes_back_as_it_was_saved(path: Path, source: GptOssForCausalLM) -> None:
-    found, expected = load_config(path, None).to_dict(), source.config.to_dict()
+    found = load_config(path, None).to_dict()
+    expected = source.config.to_dict()
     for key in ("architectures", "dtype", "transformers_version", "_name_or_path"):
         found.pop(key, None), expected.pop(key, None)
     assert found == expected
@@ -366,7 +367,8 @@ def quantised(path: Path) -> dict[str, Tensor]:
     """Put the expert matrices of a directory into the released layout; returns what they decode
     to.
     """
-    stored, decoded = {}, {}
+    stored = {}
+    decoded = {}
     for name, value in load_file(path / SINGLE_FILE).items():
         if is_expert_name(name) and value.ndim == 3:
             stored[name + BLOCKS], stored[name + SCALES] = mxfp4.encode(value)

@@ -16,7 +16,11 @@ import torch
 from cpt.parallel.traffic import Traffic
 from cpt.parallel.ulysses import Ulysses
 
-HEADS, KV_HEADS, HEAD_DIM, LOCAL_TOKENS, BATCH = 64, 8, 4, 3, 2
+HEADS = 64
+KV_HEADS = 8
+HEAD_DIM = 4
+LOCAL_TOKENS = 3
+BATCH = 2
 
 
 class SimulatedRank(Ulysses):
@@ -63,7 +67,8 @@ def test_every_rank_gets_its_query_heads_and_the_key_value_head_they_use(size: i
     whole = exchanged(
         ranks, lambda rank: rank.exchange_qkv(part(q, rank), part(k, rank), part(v, rank))
     )
-    heads, group = HEADS // size, HEADS // KV_HEADS
+    heads = HEADS // size
+    group = HEADS // KV_HEADS
     for rank, (query, key, value) in zip(ranks, whole, strict=True):
         mine = list(range(rank.rank * heads, (rank.rank + 1) * heads))
         used = sorted({head // group for head in mine})

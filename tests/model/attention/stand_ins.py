@@ -91,7 +91,8 @@ def varlen_backward(
     """Return dq, dk and dv, with the softmax read off `lse_HT` and its correction off `out_THD`."""
     assert lse_HT.is_contiguous() and lse_HT.shape == (q_THD.shape[1], len(q_THD))
     assert out_THD.shape == d_out_THD.shape == q_THD.shape
-    num_heads, num_kv_heads = q_THD.shape[1], k_TKD.shape[1]
+    num_heads = q_THD.shape[1]
+    num_kv_heads = k_TKD.shape[1]
     gradients = [torch.empty(x.shape, dtype=x.dtype) for x in (q_THD, k_TKD, v_TKD)]
     for tokens in _documents(q_THD, *offsets, *longest):
         q, k, v, out, d_out = (
@@ -103,7 +104,8 @@ def varlen_backward(
         delta = (out * d_out).sum(-1, keepdim=True)
         d_scores = probability * (d_out @ v.transpose(1, 2) - delta)
         dq = scale * d_scores @ k
-        dk, dv = scale * d_scores.transpose(1, 2) @ q, probability.transpose(1, 2) @ d_out
+        dk = scale * d_scores.transpose(1, 2) @ q
+        dv = probability.transpose(1, 2) @ d_out
         # The CUDA kernels write dk and dv per query head in the dtype of k, then sum the heads of a
         # group in float32.
         grouped = (
@@ -148,7 +150,8 @@ def torch_operators(calls: list[dict[str, Any]]) -> Iterator[None]:
         out, lse = varlen_forward(q, k, v, (offsets_q, offsets_k), (max_q, max_k), scale, window)
         # float32 is what the real operator returns; the stand-in keeps float64 to be comparable to
         # many digits.
-        state, unused = torch.full((2,), 7, dtype=torch.uint64), torch.tensor(9, dtype=torch.uint64)
+        state = torch.full((2,), 7, dtype=torch.uint64)
+        unused = torch.tensor(9, dtype=torch.uint64)
         return out, lse, state, unused, torch.empty(0, dtype=q.dtype)
 
     def backward(  # type: ignore[no-untyped-def]
@@ -225,7 +228,8 @@ def flash_attn_2_package(calls: list[dict[str, Any]]) -> dict[str, ModuleType]:
         calls.append(
             {"name": "forward", "window": window, "offsets": cu_seqlens_q, "longest": max_seqlen_q}
         )
-        offsets, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+        offsets = (cu_seqlens_q, cu_seqlens_k)
+        longest = (max_seqlen_q, max_seqlen_k)
         out, lse = varlen_forward(q, k, v, offsets, longest, softmax_scale, window)
         return out, lse, torch.empty(0, dtype=q.dtype), torch.tensor([7, 7])
 
@@ -266,7 +270,8 @@ def flash_attn_2_package(calls: list[dict[str, Any]]) -> dict[str, ModuleType]:
         calls.append(
             {"name": "backward", "window": window, "offsets": cu_seqlens_q, "longest": max_seqlen_q}
         )
-        offsets, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+        offsets = (cu_seqlens_q, cu_seqlens_k)
+        longest = (max_seqlen_q, max_seqlen_k)
         found = varlen_backward(
             dout, q, k, v, out, softmax_lse, offsets, longest, softmax_scale, window
         )
@@ -275,7 +280,8 @@ def flash_attn_2_package(calls: list[dict[str, Any]]) -> dict[str, ModuleType]:
             target.copy_(gradient)
         return torch.empty(q.shape[1], len(q) + 128 * (len(cu_seqlens_q) - 1))
 
-    package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
+    package = ModuleType("flash_attn")
+    interface = ModuleType("flash_attn.flash_attn_interface")
     interface._flash_attn_varlen_forward = _flash_attn_varlen_forward  # type: ignore[attr-defined]
     interface._flash_attn_varlen_backward = _flash_attn_varlen_backward  # type: ignore[attr-defined]
     package.flash_attn_interface = interface  # type: ignore[attr-defined]
@@ -357,12 +363,14 @@ def flash_attn_4_package(calls: list[dict[str, Any]]) -> dict[str, ModuleType]:
         calls.append(
             {"name": "forward", "window": window, "offsets": cu_seqlens_q, "longest": max_seqlen_q}
         )
-        offsets, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+        offsets = (cu_seqlens_q, cu_seqlens_k)
+        longest = (max_seqlen_q, max_seqlen_k)
         return _VarlenWithSinks.apply(
             q, k, v, learnable_sink, offsets, longest, softmax_scale, window
         )
 
-    package, cute = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
+    package = ModuleType("flash_attn")
+    cute = ModuleType("flash_attn.cute")
     cute.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     package.cute = cute  # type: ignore[attr-defined]
     return {"flash_attn": package, "flash_attn.cute": cute}
@@ -403,7 +411,8 @@ def flex_attention(  # type: ignore[no-untyped-def]
     """
     assert score_mod is None and not return_lse and return_aux.lse
     assert enable_gqa or query.shape[1] == key.shape[1]
-    num_queries, block = query.shape[2], block_mask.BLOCK_SIZE[0]
+    num_queries = query.shape[2]
+    block = block_mask.BLOCK_SIZE[0]
     index = torch.arange(num_queries)
     visible = block_mask.mask_mod(torch.tensor(0), torch.tensor(0), index[:, None], index)
 

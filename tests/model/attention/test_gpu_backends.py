@@ -103,7 +103,8 @@ def test_output_and_every_gradient_are_those_of_the_definition(
 
 @pytest.mark.parametrize("name", ["torch_flash", "flash_attn_2", "flash_attn_4"])
 def test_a_window_of_128_keys_is_127_keys_to_the_left(name: str) -> None:
-    found, rows = stand_in_for(name), ROWS["packed"]
+    found = stand_in_for(name)
+    rows = ROWS["packed"]
     assert found.install is not None
     with found.install(found.calls):
         for window in (128, None):
@@ -151,7 +152,8 @@ def test_a_query_that_a_cuda_kernel_reports_without_keys_gets_no_gradient() -> N
 
     def without_keys(*arguments: Any, **settings: Any) -> tuple[Tensor, ...]:
         out, lse, debug, state = forward(*arguments, **settings)
-        out[5], lse[:, 5] = 0, torch.inf
+        out[5] = 0
+        lse[:, 5] = torch.inf
         return out, lse, debug, state
 
     interface._flash_attn_varlen_forward = without_keys
@@ -229,7 +231,8 @@ def _gpu_cases() -> list[tuple[str, torch.dtype]]:
 def test_on_a_gpu_every_usable_backend_agrees_with_float64(
     name: str, dtype: torch.dtype, rows_name: str, window: int | None
 ) -> None:
-    device, rows = torch.device("cuda"), ROWS[rows_name]
+    device = torch.device("cuda")
+    rows = ROWS[rows_name]
     line = next(backend for backend in BACKENDS if backend.name == name)
     if reason := line.usable(device, dtype, 64, Machine.of(device)):
         pytest.skip(reason)

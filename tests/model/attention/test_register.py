@@ -55,7 +55,8 @@ def tiny_model(attention: str, dtype: torch.dtype = torch.float64) -> Any:
     errors would hide.
     """
     config = tiny_config()
-    config._attn_implementation, config._experts_implementation = attention, "eager"
+    config._attn_implementation = attention
+    config._experts_implementation = "eager"
     model: Any = GptOssForCausalLM(config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -159,7 +160,8 @@ def test_keyword_arguments_of_the_model_call_reach_the_attention(given: dict[str
 
 def test_packed_rows_win_over_positions() -> None:
     rows = PackedRows.from_bounds([(0, 9, 37), (0, 37)], 37)
-    model, (input_ids, position_ids) = tiny_model("sink"), packed_batch()
+    model = tiny_model("sink")
+    input_ids, position_ids = packed_batch()
     plain = model(input_ids, position_ids=position_ids, use_cache=False).logits
     cut = model(input_ids, position_ids=position_ids, use_cache=False, packed_rows=rows).logits
     assert torch.equal(plain[0, :9], cut[0, :9])
@@ -170,7 +172,8 @@ def test_activation_checkpointing_changes_no_bit() -> None:
     model = tiny_model("sink")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    got, want = loss_and_gradients(model), loss_and_gradients(tiny_model("sink").train())
+    got = loss_and_gradients(model)
+    want = loss_and_gradients(tiny_model("sink").train())
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
@@ -185,7 +188,8 @@ def test_positions_are_read_once_per_forward_and_again_when_they_change(
         return original(position_ids)
 
     monkeypatch.setattr(PackedRows, "from_position_ids", counted)
-    model, (input_ids, position_ids) = tiny_model("sink"), packed_batch()
+    model = tiny_model("sink")
+    input_ids, position_ids = packed_batch()
     first = model(input_ids, position_ids=position_ids, use_cache=False).logits
     assert read == [2]
     position_ids[0] = torch.arange(37)
@@ -232,7 +236,8 @@ def test_greedy_generation_with_a_cache_is_that_of_eager(prompt_tokens: int) -> 
 
 
 def test_a_cache_of_packed_documents_goes_on_with_the_last_one() -> None:
-    model, (input_ids, position_ids) = tiny_model("sink").eval(), packed_batch()
+    model = tiny_model("sink").eval()
+    input_ids, position_ids = packed_batch()
     want = model(input_ids, position_ids=position_ids, use_cache=False).logits
     head = model(input_ids[:, :33], position_ids=position_ids[:, :33], use_cache=True)
     tail = model(
@@ -332,7 +337,8 @@ class SplitHeads:
     halo = None
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+        self.rank = rank
+        self.size = size
 
     def _local(self, x: Tensor, dim: int) -> Tensor:
         return x.chunk(self.size, dim)[self.rank]

@@ -98,10 +98,8 @@ def test_bf16_is_within_its_limit_of_dsink_itself_in_a_longer_row(
 ) -> None:
     rows = PackedRows.from_bounds([bounds], 512)
     problem = Problem.draw(512, (16, 2, 64), sinks=(-3, 9))
-    got, want = (
-        problem.solve(CPU, rows, window, torch.bfloat16),
-        problem.solve(definition, rows, window),
-    )
+    got = problem.solve(CPU, rows, window, torch.bfloat16)
+    want = problem.solve(definition, rows, window)
     assert_close(got, want, LIMITS[torch.bfloat16])
 
 
@@ -115,10 +113,8 @@ def test_documents_of_one_token_are_right(
     """
     rows = PackedRows.from_bounds([(*range(150), 300)], 300)
     problem = Problem.draw(rows.num_tokens, (16, 2, 64), sinks=(-2, 2))
-    got, want = (
-        problem.solve(attention, rows, window, dtype),
-        problem.solve(definition, rows, window),
-    )
+    got = problem.solve(attention, rows, window, dtype)
+    want = problem.solve(definition, rows, window)
     assert_close(got, want, LIMITS[dtype])
 
 
@@ -220,7 +216,8 @@ class _DropsLseGradient(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out, lse, _ = CpuKernel().forward(AttentionInputs(q, k, v, sinks, rows, None, scale))
         ctx.save_for_backward(q, k, v, sinks, out, lse)
-        ctx.rows, ctx.scale = rows, scale
+        ctx.rows = rows
+        ctx.scale = scale
         return out, lse
 
     @staticmethod
@@ -273,7 +270,8 @@ class _WithoutKeys(CpuKernel):
 
     def forward(self, *arguments: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         out_HTD, lse_HT, _ = super().forward(*arguments)
-        out_HTD[:, 5], lse_HT[:, 5] = 0, torch.inf
+        out_HTD[:, 5] = 0
+        lse_HT[:, 5] = torch.inf
         return out_HTD, lse_HT, (torch.arange(3),)
 
     def backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

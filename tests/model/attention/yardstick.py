@@ -90,7 +90,8 @@ def definition(inputs: AttentionInputs) -> Tensor:
     for start, end in itertools.pairwise(rows.bounds):
         visible[start:end, start:end] = True
     visible = visible.tril() if window is None else visible.tril() & ~visible.tril(-window)
-    k_HTD, v_HTD = k_KTD.repeat_interleave(group, 0), v_KTD.repeat_interleave(group, 0)
+    k_HTD = k_KTD.repeat_interleave(group, 0)
+    v_HTD = v_KTD.repeat_interleave(group, 0)
     weights = (torch.matmul(q_HTD, k_HTD.transpose(1, 2)) * scale).masked_fill(~visible, -torch.inf)
     logits = torch.cat(
         [weights, sinks_H.reshape(len(q_HTD), -1, 1).expand(-1, num_tokens, -1)], dim=-1
@@ -133,7 +134,8 @@ def relative_errors(
 def assert_close(
     got: list[Tensor], want: list[Tensor], limit: float, sizes: list[Tensor] | None = None
 ) -> None:
-    report, errors = [], relative_errors(got, want, sizes)
+    report = []
+    errors = relative_errors(got, want, sizes)
     for name, g, w in zip(NAMES, got, want, strict=True):
         difference = (g.double() - w.double()).abs()
         where = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
