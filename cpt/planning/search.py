@@ -1,4 +1,4 @@
-"""All valid layouts of a model on a number of GPUs, and the fastest one that fits.
+"""The search over all valid layouts of a model on a number of GPUs for the fastest that fits.
 
 A layout is sequence- and expert-parallel size, ZeRO stage, micro batch size, activation
 checkpointing and offloading. The rules of divisibility are those of `cpt.config.resolve`, which has
@@ -8,9 +8,9 @@ here.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import GptOssConfig
@@ -21,6 +21,7 @@ from cpt.planning.hardware import Assumptions, Gpu
 from cpt.planning.memory import ParameterCounts
 from data_pipeline.config.strict_yaml import Located
 
+ZERO_STAGES = (3, 2)
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 OFFLOADS: tuple[tuple[str, ...], ...] = (
     (),
@@ -28,14 +29,14 @@ OFFLOADS: tuple[tuple[str, ...], ...] = (
     ("offload_optimizer", "offload_param"),
 )
 CHECKPOINTING = ((False, False), (True, False), (True, True))
-"""(activation_checkpointing, offload_checkpoints)"""
+"""Pairs of (activation_checkpointing, offload_checkpoints)."""
 SIMPLER_UNTIL = 1.02
 """A layout must be this much faster than a simpler one to be worth it: the estimate is no finer."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """One point of the search."""
+    """One way to lay out a model and a batch over ranks."""
 
     sp_size: int
     ep_size: int
@@ -46,7 +47,7 @@ class Layout:
     offloads: tuple[str, ...]
 
     def json(self) -> dict[str, Any]:
-        """The DeepSpeed JSON that asks for it."""
+        """Return the DeepSpeed JSON that asks for this layout."""
         zero: dict[str, Any] = {
             "stage": self.stage,
             "overlap_comm": True,
@@ -72,19 +73,19 @@ class Layout:
         }
 
     def run_yaml(self, run: RunYaml) -> RunYaml:
-        """The run YAML with this layout's part of it."""
-        return dataclasses.replace(
+        """Return the run YAML with the keys that this layout sets."""
+        return replace(
             run,
-            model=dataclasses.replace(
+            model=replace(
                 run.model,
                 activation_checkpointing=self.activation_checkpointing,
                 offload_checkpoints=self.offload_checkpoints,
             ),
-            train=dataclasses.replace(run.train, micro_batch_size=self.micro_batch_size),
+            train=replace(run.train, micro_batch_size=self.micro_batch_size),
         )
 
     def simplicity(self) -> tuple[int, ...]:
-        """Smaller is simpler: nothing offloaded, nothing shared, nothing computed twice."""
+        """Return a rank; smaller is simpler: nothing offloaded, shared, or computed twice."""
         return (
             len(self.offloads),
             int(self.offload_checkpoints),
@@ -94,44 +95,60 @@ class Layout:
 
 
 def layouts(run: RunYaml, model: GptOssConfig, world_size: int) -> Iterator[Layout]:
-    """Everything that divides."""
-    train, heads, kv_heads = run.train, model.num_attention_heads, model.num_key_value_heads
-    sp_sizes = [
-        n
-        for n in range(1, min(heads, world_size) + 1)
-        if world_size % n == 0
-        and heads % n == 0
-        and (kv_heads % n == 0 or n % kv_heads == 0)
-        and train.seq_len % n == 0
-    ]
+    """Yield every layout whose sizes divide what they must divide."""
+    choices = itertools.product(
+        _sp_sizes(run, model, world_size),
+        _ep_sizes(model, world_size),
+        ZERO_STAGES,
+        MICRO_BATCH_SIZES,
+        CHECKPOINTING,
+        OFFLOADS,
+    )
+    for sp_size, ep_size, stage, micro_batch_size, checkpointing, offloads in choices:
+        rows_at_a_time = micro_batch_size * world_size // sp_size
+        if run.train.global_batch_size % rows_at_a_time:
+            continue
+        if stage != 3 and "offload_param" in offloads:
+            continue
+        activation_checkpointing, offload_checkpoints = checkpointing
+        yield Layout(
+            sp_size=sp_size,
+            ep_size=ep_size,
+            stage=stage,
+            micro_batch_size=micro_batch_size,
+            activation_checkpointing=activation_checkpointing,
+            offload_checkpoints=offload_checkpoints,
+            offloads=offloads,
+        )
+
+
+def _sp_sizes(run: RunYaml, model: GptOssConfig, world_size: int) -> list[int]:
+    """Return the sequence-parallel sizes that divide ranks, heads and rows."""
+    heads = model.num_attention_heads
+    kv_heads = model.num_key_value_heads
+    sizes = []
+    for size in range(1, min(heads, world_size) + 1):
+        divides_all = world_size % size == heads % size == run.train.seq_len % size == 0
+        if divides_all and (kv_heads % size == 0 or size % kv_heads == 0):
+            sizes.append(size)
+    return sizes
+
+
+def _ep_sizes(model: GptOssConfig, world_size: int) -> list[int]:
+    """Return the expert-parallel sizes that divide ranks and experts."""
     experts = model.num_local_experts
-    ep_sizes = [
-        n
-        for n in range(1, min(experts, world_size) + 1)
-        if world_size % n == 0 and experts % n == 0
-    ]
-    for sp, ep, stage, micro, (checkpointing, out), offloads in itertools.product(
-        sp_sizes, ep_sizes, (3, 2), MICRO_BATCH_SIZES, CHECKPOINTING, OFFLOADS
-    ):
-        if train.global_batch_size % (micro * world_size // sp) == 0 and (
-            stage == 3 or "offload_param" not in offloads
-        ):
-            yield Layout(
-                sp_size=sp,
-                ep_size=ep,
-                stage=stage,
-                micro_batch_size=micro,
-                activation_checkpointing=checkpointing,
-                offload_checkpoints=out,
-                offloads=offloads,
-            )
+    sizes = []
+    for size in range(1, min(experts, world_size) + 1):
+        if world_size % size == experts % size == 0:
+            sizes.append(size)
+    return sizes
 
 
 def as_config(layout: Layout, run: RunYaml, model: GptOssConfig, world_size: int) -> RunConfig:
-    """The layout resolved as a start of training would, without reading any file.
+    """Resolve a layout as a start of training would, without reading any file.
 
     Raises:
-        ConfigError: what does not fit together.
+        ConfigError: the layout does not fit the run or the model.
     """
     info = LaunchInfo(world_size=world_size, local_world_size=world_size)
     return resolve(
@@ -147,10 +164,12 @@ def search(
     gpu: Gpu,
     assumed: Assumptions,
 ) -> tuple[Layout, Estimate] | None:
-    """The fastest layout that fits, the simplest among those within SIMPLER_UNTIL of it; None if
-    none fits.
+    """Return the simplest of the layouts that fit and come within SIMPLER_UNTIL of the fastest.
+
+    Returns:
+        The layout and its estimate; None if no layout fits.
     """
-    fitting = []
+    fitting: list[tuple[Layout, Estimate]] = []
     template: dict[tuple[Any, ...], RunConfig] = {}
     for layout in layouts(run, model, world_size):
         config = _quick_config(layout, run, model, world_size, template)
@@ -159,10 +178,20 @@ def search(
             fitting.append((layout, found))
     if not fitting:
         return None
-    best = max(found.tokens_per_gpu_second for _, found in fitting)
-    near = [pair for pair in fitting if pair[1].tokens_per_gpu_second * SIMPLER_UNTIL >= best]
-    layout, _ = min(near, key=lambda pair: (*pair[0].simplicity(), -pair[1].tokens_per_gpu_second))
+    layout = _simplest_fast(fitting)
     return layout, estimate(as_config(layout, run, model, world_size), model, counts, gpu, assumed)
+
+
+def _simplest_fast(fitting: list[tuple[Layout, Estimate]]) -> Layout:
+    """Return the simplest layout that is about as fast as the fastest; of equals, the faster."""
+    best = max(found.tokens_per_gpu_second for _, found in fitting)
+    ranked = []
+    for layout, found in fitting:
+        speed = found.tokens_per_gpu_second
+        if speed * SIMPLER_UNTIL >= best:
+            ranked.append((layout.simplicity(), -speed, layout))
+    _, _, simplest = min(ranked, key=lambda entry: entry[:2])
+    return simplest
 
 
 def _quick_config(
@@ -172,7 +201,7 @@ def _quick_config(
     world_size: int,
     template: dict[tuple[Any, ...], RunConfig],
 ) -> RunConfig:
-    """What `as_config` gives; configurations that differ in sizes alone are resolved once."""
+    """Return what `as_config` gives; layouts that differ in sizes alone are resolved once."""
     key = (
         layout.stage,
         layout.activation_checkpointing,
@@ -183,7 +212,7 @@ def _quick_config(
     if key not in template:
         template[key] = as_config(layout, run, model, world_size)
     passes = run.train.global_batch_size * layout.sp_size // (layout.micro_batch_size * world_size)
-    return dataclasses.replace(
+    return replace(
         template[key],
         ep_size=layout.ep_size,
         micro_batch_size=layout.micro_batch_size,

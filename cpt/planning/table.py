@@ -2,141 +2,155 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from cpt.planning.estimate import Estimate
 from cpt.planning.hardware import Assumptions, Gpu
 from cpt.planning.memory import GIB
 from cpt.planning.traffic import KINDS
 
 
+Cell = tuple[str, str]
+"""Name of the row, and text."""
+
+
 def comparison(columns: dict[str, Estimate], gpu: Gpu, assumed: Assumptions) -> str:
-    """Layouts side by side: layout, memory, traffic, time, cost."""
+    """Return layouts side by side: layout, memory, traffic, time, cost."""
     estimates = list(columns.values())
-    lines = [("", list(columns)), *_layout_rows(estimates)]
-    lines += [("memory of one rank, GiB", [])]
-    for part in dict.fromkeys(part for one in estimates for part in one.memory):
-        lines.append((f"  {part}", [f"{one.memory.get(part, 0) / GIB:.2f}" for one in estimates]))
-    room = assumed.memory_share * gpu.memory_bytes
-    lines.append(
-        (
-            "  sum",
-            [f"{sum(one.memory.values()) / GIB:.2f} of {room / GIB:.1f}" for one in estimates],
-        )
-    )
+    places = ["memory"]
     if any(one.host for one in estimates):
-        lines.append(
-            ("  host, offloaded", [f"{sum(one.host.values()) / GIB:.2f}" for one in estimates])
-        )
-    if any(one.nvme for one in estimates):  # how fast a node's disks are is not known
-        lines.append(
-            (
-                "  NVMe, its time not counted",
-                [f"{sum(one.nvme.values()) / GIB:.2f}" for one in estimates],
-            )
-        )
-    lines.append(("  fits", ["yes" if one.fits else "NO" for one in estimates]))
-    lines.append(("sent by one rank in a step, GB inside / between nodes", []))
-    for kind in KINDS:
-        lines.append(
-            (
-                f"  {kind}",
-                [f"{w.intra / 1e9:.2f} / {w.inter / 1e9:.2f}" for w in _of(estimates, kind)],
-            )
-        )
-    lines += _time_rows(estimates, gpu)
-    return _aligned(lines)
+        places.append("host")
+    if any(one.nvme for one in estimates):
+        places.append("nvme")
+    texts = []
+    for name, one in columns.items():
+        texts.append([("", name), *_column(one, places, gpu, assumed)])
+    return _aligned(texts)
 
 
-def _of(estimates: Sequence[Estimate], kind: str) -> list:  # type: ignore[type-arg]
-    return [one.wire[kind] for one in estimates]
-
-
-def _layout_rows(estimates: list[Estimate]) -> list[tuple[str, list[str]]]:
-    configs = [one.config for one in estimates]
+def _column(one: Estimate, places: list[str], gpu: Gpu, assumed: Assumptions) -> list[Cell]:
+    """Return the cells of one layout from top to bottom; a heading has an empty cell."""
     return [
-        ("sequence parallel", [str(c.sp_size) for c in configs]),
-        ("expert parallel", [str(c.ep_size) for c in configs]),
-        ("ZeRO stage", [str(c.zero_stage) for c in configs]),
-        (
-            "micro batch x accumulation",
-            [f"{c.micro_batch_size} x {c.gradient_accumulation_steps}" for c in configs],
-        ),
-        ("activation checkpointing", [checkpointing(one) for one in estimates]),
-        ("offload", [offloads(one) for one in estimates]),
+        *_layout_cells(one).items(),
+        *_memory_cells(one, places, gpu, assumed).items(),
+        *_traffic_cells(one).items(),
+        *_time_cells(one, gpu).items(),
     ]
+
+
+def _layout_cells(one: Estimate) -> dict[str, str]:
+    config = one.config
+    batch = f"{config.micro_batch_size} x {config.gradient_accumulation_steps}"
+    return {
+        "sequence parallel": str(config.sp_size),
+        "expert parallel": str(config.ep_size),
+        "ZeRO stage": str(config.zero_stage),
+        "micro batch x accumulation": batch,
+        "activation checkpointing": checkpointing(one),
+        "offload": offloads(one),
+    }
+
+
+def _memory_cells(
+    one: Estimate, places: list[str], gpu: Gpu, assumed: Assumptions
+) -> dict[str, str]:
+    cells = {"memory of one rank, GiB": ""}
+    for part, size in one.memory.items():
+        cells[f"  {part}"] = f"{size / GIB:.2f}"
+    room = assumed.memory_share * gpu.memory_bytes
+    cells["  sum"] = f"{_gib(one.memory)} of {room / GIB:.1f}"
+    if "host" in places:
+        cells["  host, offloaded"] = _gib(one.host)
+    if "nvme" in places:
+        # how fast a node's disks are is not known
+        cells["  NVMe, its time not counted"] = _gib(one.nvme)
+    cells["  fits"] = "yes" if one.fits else "NO"
+    return cells
+
+
+def _gib(parts: dict[str, int]) -> str:
+    return f"{sum(parts.values()) / GIB:.2f}"
+
+
+def _traffic_cells(one: Estimate) -> dict[str, str]:
+    cells = {"sent by one rank in a step, GB inside / between nodes": ""}
+    for kind in KINDS:
+        sent = one.wire[kind]
+        cells[f"  {kind}"] = f"{sent.intra / 1e9:.2f} / {sent.inter / 1e9:.2f}"
+    return cells
+
+
+def _time_cells(one: Estimate, gpu: Gpu) -> dict[str, str]:
+    cells = {
+        "GFLOPs per token": f"{one.flops.total / 1e9:.1f}",
+        "seconds of one step, by resource": "",
+    }
+    for name, seconds in one.seconds.items():
+        cells[f"  {name}"] = f"{seconds:.2f}"
+    return {
+        **cells,
+        "  waits for exchanges": f"{one.exchange_seconds:.2f}",
+        "  waits for ZeRO, offload": f"{one.exposed_seconds:.2f}",
+        "  whole step": f"{one.step_seconds:.2f}",
+        "bottleneck": one.bottleneck,
+        "tokens/s/GPU": f"{one.tokens_per_gpu_second:,.0f}",
+        "MFU after all waits": f"{one.mfu(gpu):.1%}",
+        "GPU-hours per 1e9 tokens": f"{one.gpu_hours_per_billion_tokens:,.1f}",
+    }
+
+
+def _aligned(columns: list[list[Cell]]) -> str:
+    """Return columns with the same rows beside each other; headings do not widen the first."""
+    first = max(len(name) for name, cell in columns[0] if cell)
+    width = max(len(cell) for column in columns for _, cell in column)
+    lines = []
+    for row in zip(*columns, strict=True):
+        name, text = row[0]
+        line = f"  {name:<{first}}"
+        if text:
+            line += "".join(f"  {cell:>{width}}" for _, cell in row)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def checkpointing(one: Estimate) -> str:
-    """How activations are kept."""
-    model = one.config.model
-    return (
-        "to host"
-        if model.offload_checkpoints
-        else "yes"
-        if model.activation_checkpointing
-        else "no"
-    )
+    """Return how activations are kept."""
+    if one.config.model.offload_checkpoints:
+        return "to host"
+    return "yes" if one.config.model.activation_checkpointing else "no"
 
 
 def offloads(one: Estimate) -> str:
-    """What ZeRO keeps elsewhere."""
+    """Return which state ZeRO keeps elsewhere, and where."""
     zero = one.config.engine_json["zero_optimization"]
-    places = {
-        name: zero[f"offload_{name}"]["device"]
-        for name in ("optimizer", "param")
-        if f"offload_{name}" in zero
-    }
-    return ", ".join(f"{name} to {device}" for name, device in places.items()) or "none"
+    places = []
+    for name in ("optimizer", "param"):
+        if f"offload_{name}" in zero:
+            places.append(f"{name} to {zero[f'offload_{name}']['device']}")
+    return ", ".join(places) or "none"
 
 
-def _time_rows(estimates: list[Estimate], gpu: Gpu) -> list[tuple[str, list[str]]]:
-    rows: list[tuple[str, list[str]]] = [
-        ("GFLOPs per token", [f"{one.flops.total / 1e9:.1f}" for one in estimates]),
-        ("seconds of one step, by resource", []),
-    ]
-    for name in estimates[0].seconds:
-        rows.append((f"  {name}", [f"{one.seconds[name]:.2f}" for one in estimates]))
-    rows += [
-        ("  waits for exchanges", [f"{one.exchange_seconds:.2f}" for one in estimates]),
-        ("  waits for ZeRO, offload", [f"{one.exposed_seconds:.2f}" for one in estimates]),
-        ("  whole step", [f"{one.step_seconds:.2f}" for one in estimates]),
-        ("bottleneck", [one.bottleneck for one in estimates]),
-        ("tokens/s/GPU", [f"{one.tokens_per_gpu_second:,.0f}" for one in estimates]),
-        ("MFU after all waits", [f"{one.mfu(gpu):.1%}" for one in estimates]),
-        (
-            "GPU-hours per 1e9 tokens",
-            [f"{one.gpu_hours_per_billion_tokens:,.1f}" for one in estimates],
-        ),
-    ]
-    return rows
-
-
-def _aligned(lines: list[tuple[str, list[str]]]) -> str:
-    first = max(len(name) for name, cells in lines if cells)
-    width = max(len(cell) for _, cells in lines for cell in cells)
-    return "\n".join(
-        f"  {name:<{first}}" + "".join(f"  {c:>{width}}" for c in cells) for name, cells in lines
-    )
-
-
+_LAYOUT_HEADER = f"{'SP':>4}{'EP':>5}{'ZeRO':>6}{'micro':>7}{'ckpt':>9}  {'offload':<28}"
+_COST_HEADER = f"{'bottleneck':>12}{'tok/s/GPU':>11}{'MFU':>7}{'GPU-h/1e9':>11}"
 HEADER = (
-    f"  {'model':<13}{'tokens':>8}{'GPUs':>6}{'SP':>4}{'EP':>5}{'ZeRO':>6}{'micro':>7}{'ckpt':>9}  {'offload':<28}"
-    f"{'GiB':>7}{'NVLink':>9}{'IB':>8}{'bottleneck':>12}{'tok/s/GPU':>11}{'MFU':>7}{'GPU-h/1e9':>11}"
+    f"  {'model':<13}{'tokens':>8}{'GPUs':>6}{_LAYOUT_HEADER}"
+    f"{'GiB':>7}{'NVLink':>9}{'IB':>8}{_COST_HEADER}"
 )
 """Columns of `line`; NVLink and IB are GB that one rank sends in a step."""
 
 
 def line(model: str, seq_len: int, gpus: int, one: Estimate | None, gpu: Gpu) -> str:
-    """The best layout of one point, or that there is none."""
+    """Return the best layout of one point, or the news that there is none."""
     head = f"  {model:<13}{seq_len:>8}{gpus:>6}"
     if one is None:
         return f"{head}  nothing fits"
-    config, wire = one.config, one.wire.values()
+    config = one.config
+    micro = f"{config.micro_batch_size}x{config.gradient_accumulation_steps}"
+    intra = sum(sent.intra for sent in one.wire.values()) / 1e9
+    inter = sum(sent.inter for sent in one.wire.values()) / 1e9
+    memory = sum(one.memory.values()) / GIB
     return (
-        f"{head}{config.sp_size:>4}{config.ep_size:>5}{config.zero_stage:>6}"
-        f"{f'{config.micro_batch_size}x{config.gradient_accumulation_steps}':>7}"
-        f"{checkpointing(one):>9}  {offloads(one):<28}{sum(one.memory.values()) / GIB:>7.1f}"
-        f"{sum(w.intra for w in wire) / 1e9:>9.1f}{sum(w.inter for w in wire) / 1e9:>8.1f}{one.bottleneck:>12}"
-        f"{one.tokens_per_gpu_second:>11,.0f}{one.mfu(gpu):>7.1%}{one.gpu_hours_per_billion_tokens:>11,.1f}"
+        f"{head}{config.sp_size:>4}{config.ep_size:>5}{config.zero_stage:>6}{micro:>7}"
+        f"{checkpointing(one):>9}  {offloads(one):<28}{memory:>7.1f}"
+        f"{intra:>9.1f}{inter:>8.1f}{one.bottleneck:>12}"
+        f"{one.tokens_per_gpu_second:>11,.0f}{one.mfu(gpu):>7.1%}"
+        f"{one.gpu_hours_per_billion_tokens:>11,.1f}"
     )
