@@ -1,11 +1,11 @@
-"""What a run will take, computed before there is a machine: memory, bytes on the wire, time, and
-the best layout.
+"""The needs of a run, computed before there is a machine: memory, traffic, time, the best layout.
 
-hardware.py  what the GPUs, links and hosts can do, and how much of it is counted on
-flops.py     floating-point operations of one token
-traffic.py   bytes on the wire by kind, inside a node and between nodes
-estimate.py  memory (cpt/planning/memory.py) + traffic + FLOPs -> time by resource, bottleneck,
-tokens/s/GPU
-search.py    all valid layouts -> the fastest one that fits
-table.py     figure.py command.py   for people
+hardware.py      rates of GPUs, links and hosts, and how much of them is counted on
+flops.py         floating-point operations of one token
+memory.py        memory of one rank; step_memory.py: the peaks of a step
+traffic.py       bytes on the wire by kind, inside a node and between nodes
+estimate.py      memory + traffic + FLOPs -> time by resource, bottleneck, tokens/s/GPU
+search.py        all valid layouts -> the fastest one that fits
+table.py         a plan as text; figure.py: as a figure
+mix_curve.py     probe runs -> the share of the main language; mix_curve_drawing.py: as a figure
 """

@@ -25,8 +25,8 @@ from cpt.planning.step_memory import FP32_BYTES
 from cpt.planning.traffic import Wire, traffic
 
 ADAM_BYTES = 30
-"""Memory traffic of an Adam update per parameter: weight, gradient and two moments in fp32 are read,
-three of them and the bf16 weight are written.
+"""Memory traffic of an Adam update per parameter: weight, gradient and two moments in fp32 are
+read, three of them and the bf16 weight are written.
 """
 PASS_BYTES = 12
 """Memory traffic of one micro step per parameter that is computed with: it is read in the forward,

@@ -22,24 +22,27 @@ class TokenFlops:
     """Operations per token, forward and backward."""
 
     dense: float
-    """Products with weights that every token meets, the output head included."""
+    """Products with weights that every token meets, including the output head."""
     experts: float
     """Products with the weights of the chosen experts."""
     attention: float
-    """Scores and weighted values."""
+    """Attention scores and weighted values."""
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """All operations of one token."""
         return self.dense + self.experts + self.attention
 
 
 def flops_per_token(model: GptOssConfig, seq_len: int) -> TokenFlops:
-    """Operations of one token in rows of one document of `seq_len` tokens; shorter documents cost
-    less.
+    """Return the operations of one token in rows that hold one document of `seq_len` tokens.
+
+    Shorter documents cost less.
     """
-    hidden, layers, size = model.hidden_size, model.num_hidden_layers, model.head_dim
-    projections = hidden * size * (2 * model.num_attention_heads + 2 * model.num_key_value_heads)
+    hidden = model.hidden_size
+    layers = model.num_hidden_layers
+    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
+    projections = hidden * model.head_dim * heads
     router = hidden * model.num_local_experts
     expert = 3 * hidden * model.intermediate_size
     keys = {
@@ -50,5 +53,5 @@ def flops_per_token(model: GptOssConfig, seq_len: int) -> TokenFlops:
     return TokenFlops(
         dense=6.0 * (layers * (projections + router) + hidden * model.vocab_size),
         experts=6.0 * layers * model.num_experts_per_tok * expert,
-        attention=3 * 4.0 * seen * model.num_attention_heads * size,
+        attention=3 * 4.0 * seen * model.num_attention_heads * model.head_dim,
     )

@@ -1,4 +1,4 @@
-"""What GPUs, links and hosts can do, from data sheets, and which share of it a plan counts on.
+"""Rates of GPUs, links and hosts from data sheets, and the share of them that a plan counts on.
 
 Nothing here was measured by this project.  Sources: NVIDIA data sheets of H100 SXM, H200 SXM and
 HGX B200 (dense bf16, without sparsity); 400 Gbit/s InfiniBand per GPU as in DGX H100 and DGX B200;
@@ -16,19 +16,19 @@ class Gpu:
     """One GPU, its links, and its share of the host."""
 
     name: str
-    """As in the data sheet."""
+    """Name as in the data sheet."""
     bf16_flops: float
     """Dense bf16 operations per second."""
     memory_bytes: float
-    """Device memory."""
+    """Capacity of device memory."""
     hbm_bytes_per_second: float
-    """Device memory bandwidth."""
+    """Bandwidth of device memory."""
     nvlink_bytes_per_second: float
-    """To GPUs of the node, in one direction."""
+    """Rate to GPUs of the node, in one direction."""
     network_bytes_per_second: float = 50e9
-    """To other nodes, in one direction: one 400 Gbit/s adapter per GPU."""
+    """Rate to other nodes, in one direction: one 400 Gbit/s adapter per GPU."""
     pcie_bytes_per_second: float = 55e9
-    """To the host, in one direction: PCIe 5.0 x16 has 63 GB/s."""
+    """Rate to the host, in one direction: PCIe 5.0 x16 has 63 GB/s."""
     host_memory_bytes: float = 250e9
     """This GPU's share of host memory: 2 TB for eight."""
     host_bytes_per_second: float = 37e9
@@ -64,7 +64,7 @@ GPUS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assumptions:
-    """What a plan takes for granted; printed with every plan."""
+    """Assumptions of a plan; they are printed with every plan."""
 
     mfu: float = 0.4
     """Share of the peak that computing reaches, recomputed operations counted as operations."""
@@ -98,14 +98,17 @@ class Assumptions:
     def describe(self, gpu: Gpu) -> list[str]:
         """Return the lines printed under a plan."""
         routing = self.routing_text().removesuffix(" routing")
+        nvlink = self.nvlink_share * gpu.nvlink_bytes_per_second / 1e9
+        network = self.network_share * gpu.network_bytes_per_second / 1e9
         return [
-            f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} TFLOP/s dense bf16, computing reaches {self.mfu:.0%} of it "
-            "(assumed; --mfu)",
+            f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} TFLOP/s dense bf16, computing reaches "
+            f"{self.mfu:.0%} of it (assumed; --mfu)",
             f"routing: {routing} (assumed; --imbalance); natural routing may be far from balanced",
-            f"NVLink {self.nvlink_share * gpu.nvlink_bytes_per_second / 1e9:.0f} GB/s and InfiniBand "
-            f"{self.network_share * gpu.network_bytes_per_second / 1e9:.0f} GB/s per GPU and direction, "
-            f"{self.ranks_per_node} ranks per node; {self.memory_share:.0%} of device memory may be filled",
-            f"{self.overlap:.0%} of ZeRO's and offloading's traffic hides behind compute (assumed; --overlap); "
-            "the halo does, Ulysses and expert exchanges do not",
-            "every rate is a data sheet's or an assumption: nothing of this was measured on a GPU by this project",
+            f"NVLink {nvlink:.0f} GB/s and InfiniBand {network:.0f} GB/s per GPU and direction, "
+            f"{self.ranks_per_node} ranks per node; {self.memory_share:.0%} of device memory may "
+            "be filled",
+            f"{self.overlap:.0%} of ZeRO's and offloading's traffic hides behind compute (assumed; "
+            "--overlap); the halo does, Ulysses and expert exchanges do not",
+            "every rate is a data sheet's or an assumption: nothing of this was measured on a GPU "
+            "by this project",
         ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cpt.planning.mix_curve import Probe, largest_main_share
+from cpt.planning.mix_curve import Probe, Z, largest_main_share
 from data_pipeline.charts import (
     ALARM,
     MUTED,
@@ -22,9 +22,7 @@ from data_pipeline.charts import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NUM_GRID_POINTS = 120
-Z = 1.96
-"""Half a 95 % interval in standard errors."""
+NUM_CURVE_POINTS = 120
 
 
 @as_svg
@@ -41,7 +39,7 @@ def draw(probes: Sequence[Probe], tolerance_percent: float) -> Figure:
     text = f"tolerance {tolerance_percent:+g} %"
     draw_level(axes, tolerance_percent, ALARM, dash="dashed", label=text)
     percents = [100 * probe.replay_share for probe in usable]
-    grid = np.geomspace(percents[0], percents[-1], NUM_GRID_POINTS)
+    grid = np.geomspace(percents[0], percents[-1], NUM_CURVE_POINTS)
     lines = []
     for index, (name, curve) in enumerate(found["curves"].items()):
         color = PALETTE[index % len(PALETTE)]

@@ -7,7 +7,6 @@ from cpt.planning.hardware import Assumptions, Gpu
 from cpt.planning.memory import GIB
 from cpt.planning.traffic import KINDS
 
-
 Cell = tuple[str, str]
 """Name of the row, and text."""
 

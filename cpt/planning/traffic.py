@@ -63,7 +63,7 @@ def traffic(
 
 
 def exchanges(config: RunConfig, model: GptOssConfig, ranks_per_node: int) -> dict[str, Wire]:
-    """Return what attention and experts exchange in the forward, its recomputation, the backward."""
+    """Return what attention and experts exchange: forward, recomputation and backward."""
     return {
         "ulysses": _all_to_all(_ulysses_bytes(config, model), config.sp_size, ranks_per_node),
         "halo": _to_neighbor(_halo_bytes(config, model), config.sp_size, ranks_per_node),
