@@ -21,8 +21,8 @@ from cpt.config import RunConfig
 from cpt.planning.flops import TokenFlops, flops_per_token
 from cpt.planning.hardware import Assumptions, Gpu
 from cpt.planning.memory import ParameterCounts, device_memory, host_memory
-from cpt.planning.step_memory import FP32_BYTES
 from cpt.planning.traffic import Wire, traffic
+from cpt.storage.state_bytes import FP32_BYTES
 
 ADAM_BYTES = 30
 """Memory traffic of an Adam update per parameter: weight, gradient and two moments in fp32 are

@@ -14,8 +14,8 @@ from cpt.config import RunConfig
 from cpt.model.freezing import frozen_names
 from cpt.model.parameters import parameter_numels
 from cpt.model.weights.hf_layout import is_expert_name
-from cpt.planning.step_memory import FP32_BYTES, StepSizes, local_tokens, mask_bytes, step_peak
-from cpt.storage.state_bytes import OPTIMIZER_BYTES, host_gradient_bytes
+from cpt.planning.step_memory import StepSizes, local_tokens, mask_bytes, step_peak
+from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES, host_gradient_bytes
 
 GIB = 2**30
 SUB_GROUP_SIZE = 10**9

@@ -24,8 +24,8 @@ from cpt.config.window import window_tokens
 from cpt.model.attention.cpu import BACKWARD_BLOCK_ROWS, FORWARD_BLOCK_ROWS, block_tokens
 from cpt.model.experts.grouped import ALIGNMENT_BYTES
 from cpt.model.loss.head import work_bytes
+from cpt.storage.state_bytes import FP32_BYTES
 
-FP32_BYTES = 4
 INDEX_BYTES = 8
 REUSE_DISTANCE = 10**9
 """Parameters between two uses up to which DeepSpeed keeps a gathered parameter, unless the

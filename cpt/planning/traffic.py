@@ -26,7 +26,7 @@ from cpt.config import RunConfig
 from cpt.config.window import window_tokens
 from cpt.model.experts.grouped import ALIGNMENT_BYTES
 from cpt.planning.memory import ParameterCounts
-from cpt.planning.step_memory import FP32_BYTES
+from cpt.storage.state_bytes import FP32_BYTES
 
 KINDS = ("ZeRO gather", "ZeRO reduce", "ulysses", "halo", "experts")
 """Kinds of traffic in the order in which they are printed."""
