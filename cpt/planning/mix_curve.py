@@ -140,8 +140,8 @@ def read_probe(run_dir: Path) -> Probe:
         if event["language"] == main:
             gains.append(-event["delta_percent"])
         else:
-            error = (event["ci_high"] - event["ci_low"]) / (2 * Z)
-            change[name] = (event["delta_percent"], error)
+            standard_error = (event["ci_high"] - event["ci_low"]) / (2 * Z)
+            change[name] = (event["delta_percent"], standard_error)
     return Probe(
         name=run_dir.name,
         replay_share=1 - tokens[main] / sum(tokens.values()),
