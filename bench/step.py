@@ -37,9 +37,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import measuring  # noqa: E402
-from step_parts import drawing  # noqa: E402
-from step_parts.cases import NAMES, OURS, WARM_UP_STEPS, Case  # noqa: E402
+import measuring
+from step_parts import drawing
+from step_parts.cases import NAMES, OURS, WARM_UP_STEPS, Case
 
 WORKER = ROOT / "bench" / "step_parts" / "worker.py"
 STEP_LIMIT_SECONDS = 1200
@@ -56,7 +56,7 @@ class Contender:
         port = measuring.free_port()
         shared = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         shared |= {"LOCAL_WORLD_SIZE": str(case.ranks), "OMP_NUM_THREADS": str(case.threads)}
-        self._log = open(folder / "log.txt", "w", encoding="utf-8")  # noqa: SIM115 (lives as long as the processes)
+        self._log = open(folder / "log.txt", "w", encoding="utf-8")
         self._processes = []
         for rank in range(case.ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -19,9 +19,9 @@ if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
         ROOT
     )  # the launcher puts cpt/ itself first, where `import config` would find a second copy
 
-from cpt.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, CptError  # noqa: E402
-from cpt.job.log_files import log_to_terminal, rank_of_environment  # noqa: E402
-from cpt.resilience.stop import StopRequest  # noqa: E402
+from cpt.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, CptError
+from cpt.job.log_files import log_to_terminal, rank_of_environment
+from cpt.resilience.stop import StopRequest
 
 
 class _Parser(argparse.ArgumentParser):

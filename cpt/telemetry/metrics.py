@@ -55,7 +55,7 @@ def _open_at_line_start(path: Path) -> TextIO:
     """Append to a file; a line that a crash cut off is ended first, so that the next event is not
     lost with it.
     """
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
+    file = open(path, "a", encoding="utf-8")
     if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         file.write("\n")
     return file

@@ -18,17 +18,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cpt.deepspeed_adapter.groups import init_distributed
+from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.errors import ConfigError
 from cpt.job.engine_setup import probe_attention
 from cpt.model.attention import PackedRows, choose, sink_attention
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.halo import WindowHalo
-from cpt.deepspeed_adapter.groups import create_topology
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
-from tests.model.attention.yardstick import LIMITS, Problem, definition, norms, relative_errors, sizes_of
 from tests.dist.cases import model_config
+from tests.model.attention.yardstick import (
+    LIMITS,
+    Problem,
+    definition,
+    norms,
+    relative_errors,
+    sizes_of,
+)
 
 TOKENS, WINDOW, CPU = 256, 32, torch.device("cpu")
 BOUNDS = {
@@ -37,7 +43,10 @@ BOUNDS = {
     # across three ranks
     "packed": (0, 1, 40, 63, 64, 129, 250, 251, TOKENS),
 }
-HEADS = {"8/8 heads": (8, 8, 16), "8/2 heads": (8, 2, 16)}  # at SP 4 the second needs copies of key/value heads
+HEADS = {
+    "8/8 heads": (8, 8, 16),
+    "8/2 heads": (8, 2, 16),
+}  # at SP 4 the second needs copies of key/value heads
 
 
 def exchanges(topology: Topology) -> dict[str, Ulysses | None]:
@@ -47,20 +56,37 @@ def exchanges(topology: Topology) -> dict[str, Ulysses | None]:
 
 
 def solve_part(
-    problem: Problem, rows: PackedRows, window: int | None, dtype: torch.dtype, exchange: Ulysses | None, mine: slice
+    problem: Problem,
+    rows: PackedRows,
+    window: int | None,
+    dtype: torch.dtype,
+    exchange: Ulysses | None,
+    mine: slice,
 ) -> list[Tensor]:
     """Out, dq, dk and dv of this rank's tokens, and its share of dsink."""
     q, k, v = (
-        x[None, :, mine].to(dtype, copy=True).requires_grad_() for x in (problem.q_HTD, problem.k_KTD, problem.v_KTD)
+        x[None, :, mine].to(dtype, copy=True).requires_grad_()
+        for x in (problem.q_HTD, problem.k_KTD, problem.v_KTD)
     )
-    sinks = problem.sinks_H.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
-    arguments: dict[str, Any] = {"scaling": 0.25, "sliding_window": window, "s_aux": sinks, "packed_rows": rows}
+    sinks = problem.sinks_H.to(
+        torch.promote_types(dtype, torch.float32), copy=True
+    ).requires_grad_()
+    arguments: dict[str, Any] = {
+        "scaling": 0.25,
+        "sliding_window": window,
+        "s_aux": sinks,
+        "packed_rows": rows,
+    }
     out, _ = sink_attention(nn.Identity(), q, k, v, None, sequence_parallel=exchange, **arguments)
-    gradients = torch.autograd.grad(out, (q, k, v, sinks), problem.d_out_HTD[None, :, mine].transpose(1, 2).to(dtype))
+    gradients = torch.autograd.grad(
+        out, (q, k, v, sinks), problem.d_out_HTD[None, :, mine].transpose(1, 2).to(dtype)
+    )
     return [out.detach()[0].transpose(0, 1), *(x[0] for x in gradients[:3]), gradients[3]]
 
 
-def compare(topology: Topology, name: str, exchange: Ulysses | None) -> Iterator[tuple[str, dict[str, float]]]:
+def compare(
+    topology: Topology, name: str, exchange: Ulysses | None
+) -> Iterator[tuple[str, dict[str, float]]]:
     """Relative errors of each case; dsink is summed over the ranks of the group, as the engine
     does.
     """

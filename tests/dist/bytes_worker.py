@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cpt.deepspeed_adapter.groups import init_distributed
+from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.parallel.halo import WindowHalo
-from cpt.deepspeed_adapter.groups import create_topology
 from cpt.parallel.ulysses import Ulysses
 
 

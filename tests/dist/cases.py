@@ -12,15 +12,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from safetensors.torch import save_file
+from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from cpt.training.kl_target_format import SIDECAR, Sidecar, TargetsOfSource, target_file
 from data_pipeline.dataset import PackedRow
 
 SEQ_LEN, ROWS, STEPS, WINDOW = 128, 8, 6, 32
-SETTINGS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-3,
+    "weight_decay": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "eps": 1e-8,
+}
 CLIPPING = 1.0
 KL_WEIGHT, KL_TOP_K = 0.7, 5
 SOURCES = ("even", "odd")
@@ -70,7 +76,9 @@ class Scenario:
 
     @property
     def name(self) -> str:
-        options = f"{self.dtype}-micro{self.micro_batch_size}{'-ckpt' if self.checkpointing else ''}"
+        options = (
+            f"{self.dtype}-micro{self.micro_batch_size}{'-ckpt' if self.checkpointing else ''}"
+        )
         options += "-host" if self.offload_checkpoints else ""
         options += "-omits" if self.omit else ""
         options += f"-from-{self.resume_from}" if self.resume_from else ""
@@ -145,25 +153,44 @@ def rows_of_step(step: int) -> list[PackedRow]:
     generator = np.random.default_rng(100 + step)
     rows = []
     for index in range(ROWS):
-        cuts = sorted(generator.choice(np.arange(1, SEQ_LEN), size=int(generator.integers(0, 6)), replace=False))
+        cuts = sorted(
+            generator.choice(
+                np.arange(1, SEQ_LEN), size=int(generator.integers(0, 6)), replace=False
+            )
+        )
         used = {2: SEQ_LEN // 3, 5: 0}.get(index, SEQ_LEN)
-        bounds = [0, *(int(cut) for cut in cuts if cut < used), *([used] if 0 < used < SEQ_LEN else []), SEQ_LEN]
+        bounds = [
+            0,
+            *(int(cut) for cut in cuts if cut < used),
+            *([used] if 0 < used < SEQ_LEN else []),
+            SEQ_LEN,
+        ]
         tokens = generator.integers(0, 500, size=SEQ_LEN)
         if index == 6:
-            tokens[:] = 7  # every token of the row goes to the same experts: the others are idle on its rank
+            tokens[:] = (
+                7  # every token of the row goes to the same experts: the others are idle on its rank
+            )
         labels = generator.integers(0, 500, size=SEQ_LEN)
         labels[used:], tokens[used:] = -100, 511
         positions = np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(bounds)])
         documents = np.arange(sum(1 for start in bounds[:-1] if start < used))
         rows.append(
-            PackedRow(input_ids=tokens, labels=labels, position_ids=positions, bounds=bounds, documents=documents)
+            PackedRow(
+                input_ids=tokens,
+                labels=labels,
+                position_ids=positions,
+                bounds=bounds,
+                documents=documents,
+            )
         )
     return rows
 
 
 def even_row_tokens() -> list[int]:
     """Predicted tokens of the rows of the even source, step after step."""
-    return [int((row.labels >= 0).sum()) for step in range(STEPS) for row in rows_of_step(step)[0::2]]
+    return [
+        int((row.labels >= 0).sum()) for step in range(STEPS) for row in rows_of_step(step)[0::2]
+    ]
 
 
 def targets_of_step(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -182,7 +209,9 @@ def write_targets(folder: Path) -> None:
     ids, log_p = (torch.cat([part[index] for part in parts]) for index in (0, 1))
     save_file({"ids": ids.int(), "log_p": log_p}, target_file(folder, SOURCES[0]))
     stored = TargetsOfSource(rows=len(parts), tokens=len(ids), row_hash="", xxh3="")
-    sidecar = Sidecar(base_model="", computed_in="float32", build="", top_k=KL_TOP_K, sources={SOURCES[0]: stored})
+    sidecar = Sidecar(
+        base_model="", computed_in="float32", build="", top_k=KL_TOP_K, sources={SOURCES[0]: stored}
+    )
     (folder / SIDECAR).write_text(json.dumps(sidecar.content()))
 
 

@@ -13,17 +13,16 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from cpt.resilience.phase import PhaseClock
-from cpt.deepspeed_adapter.groups import init_distributed
+from cpt.checkpoint.loading import flat_ranges
 from cpt.config import LaunchInfo, resolve
-from cpt.job.engine_setup import build_engine, fill_weights, verify_checksums, weight_source
+from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.errors import ConfigError
+from cpt.job.engine_setup import build_engine, fill_weights, verify_checksums, weight_source
 from cpt.model.configuration import load_config
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.parallel.agreement import gather_json
-from cpt.deepspeed_adapter.groups import create_topology
 from cpt.parallel.topology import Topology
-from cpt.checkpoint.loading import flat_ranges
+from cpt.resilience.phase import PhaseClock
 from cpt.training.engine import TrainingEngine
 from cpt.training.loader import make_micro_batch
 from data_pipeline.config.strict_yaml import parse_yaml
@@ -40,8 +39,12 @@ def build(scenario: Scenario, path: Path) -> tuple[TrainingEngine, DirectoryWeig
     }
     info = LaunchInfo(world_size=scenario.world_size, local_world_size=scenario.world_size)
     model_config = load_config(path, None)
-    config = resolve(run_yaml(scenario, path), parse_yaml(json.dumps(text), "json"), model_config, info)
-    topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu"))
+    config = resolve(
+        run_yaml(scenario, path), parse_yaml(json.dumps(text), "json"), model_config, info
+    )
+    topology = create_topology(
+        sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu")
+    )
     source = weight_source(config, model_config, topology)
     assert isinstance(source, DirectoryWeights)
     verify_checksums(source, topology)
@@ -50,7 +53,9 @@ def build(scenario: Scenario, path: Path) -> tuple[TrainingEngine, DirectoryWeig
     return engine, source, topology
 
 
-def report(engine: TrainingEngine, source: DirectoryWeights, topology: Topology, expected: Path) -> dict[str, Any]:
+def report(
+    engine: TrainingEngine, source: DirectoryWeights, topology: Topology, expected: Path
+) -> dict[str, Any]:
     """Values of this rank that differ from the expected ones, bytes read, elements held."""
     different = []
     numel = {"experts": 0, "dense": 0}
@@ -62,14 +67,19 @@ def report(engine: TrainingEngine, source: DirectoryWeights, topology: Topology,
             whole = values.get_tensor(name).view(-1)
             if not torch.equal(part.tensor, whole[part.offset : part.offset + part.tensor.numel()]):
                 different.append(name)
-            numel["experts" if name.endswith(("_proj",)) and ".experts." in name else "dense"] += part.tensor.numel()
+            numel["experts" if name.endswith(("_proj",)) and ".experts." in name else "dense"] += (
+                part.tensor.numel()
+            )
     return {"different": different, "bytes_read": source.bytes_read, **numel}
 
 
 def first_loss(engine: TrainingEngine, topology: Topology) -> float:
     """Loss of one step on the rows of step 0."""
     rows = rows_of_step(0)
-    batches = [make_micro_batch([rows[i]], [0], topology) for i in range(topology.dp_rank, ROWS, topology.dp_size)]
+    batches = [
+        make_micro_batch([rows[i]], [0], topology)
+        for i in range(topology.dp_rank, ROWS, topology.dp_size)
+    ]
     tokens = [sum(int((row.labels >= 0).sum()) for row in rows)]
     return engine.step(batches, tokens, step=1).loss
 

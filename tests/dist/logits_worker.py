@@ -12,13 +12,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from cpt.resilience.phase import PhaseClock
-from cpt.deepspeed_adapter.groups import init_distributed
+from cpt.checkpoint.saver import Saver
 from cpt.config import CheckpointSection, LaunchInfo, resolve
+from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.job.engine_setup import build_engine, fill_weights, weight_source
 from cpt.model.configuration import load_config
-from cpt.deepspeed_adapter.groups import create_topology
-from cpt.checkpoint.saver import Saver
+from cpt.resilience.phase import PhaseClock
 from cpt.training.engine import TrainingEngine
 from cpt.training.generate import continue_texts
 from cpt.training.loader import make_micro_batch
@@ -38,7 +37,9 @@ def main() -> None:
     init_distributed(torch.device("cpu"))
     scenario = Scenario(world_size=2, sp=1, ep=2, stage=3)
     experts = {"enabled": True, "autoep_size": 2}
-    engine_json = parse_yaml(json.dumps({"zero_optimization": {"stage": 3}, "expert_parallel": experts}), "json")
+    engine_json = parse_yaml(
+        json.dumps({"zero_optimization": {"stage": 3}, "expert_parallel": experts}), "json"
+    )
     info = LaunchInfo(world_size=2, local_world_size=2)
     config = resolve(run_yaml(scenario, folder / "model"), engine_json, model_config(), info)
     topology = create_topology(sp_size=1, ep_size=2, device=torch.device("cpu"))
@@ -46,12 +47,16 @@ def main() -> None:
     fill_weights(engine, weight_source(config, model_config(), topology))
     for step in range(2):
         rows = rows_of_step(step)
-        batches = [make_micro_batch([rows[i]], [0], topology) for i in range(topology.rank, ROWS, 2)]
+        batches = [
+            make_micro_batch([rows[i]], [0], topology) for i in range(topology.rank, ROWS, 2)
+        ]
         engine.step(batches, [sum(int((row.labels >= 0).sum()) for row in rows)], step=1)
     batch = make_micro_batch([rows_of_step(0)[0]], [0], topology)
     with torch.no_grad():
         logits = engine.deepspeed(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, packed_rows=batch.packed_rows
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            packed_rows=batch.packed_rows,
         )
     new_tokens = {"run": generate(engine)}
     if topology.rank == 0:
@@ -63,7 +68,11 @@ def main() -> None:
     quantised = load_config(path, None)
     sequence_parallel = parse_yaml(
         json.dumps(
-            {"zero_optimization": {"stage": 3}, "expert_parallel": experts, "sequence_parallel_size": 2}
+            {
+                "zero_optimization": {"stage": 3},
+                "expert_parallel": experts,
+                "sequence_parallel_size": 2,
+            }
         ),
         "json",
     )

@@ -14,25 +14,30 @@ import torch
 import torch.distributed as dist
 from transformers import GptOssConfig
 
-from cpt.resilience.phase import PhaseClock
-from cpt.deepspeed_adapter.groups import init_distributed
 from cpt.config import LaunchInfo, RunYaml, resolve
+from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.job.engine_setup import build_engine, fill_weights, weight_source
 from cpt.job.memory_report import measured, peak_within, predicted
 from cpt.model.configuration import PRESETS
 from cpt.parallel.agreement import gather_json
-from cpt.deepspeed_adapter.groups import create_topology
 from cpt.parallel.topology import Topology
+from cpt.resilience.phase import PhaseClock
 from cpt.training.loader import MicroBatch, make_micro_batch
-from data_pipeline.dataset import PackedRow
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
+from data_pipeline.dataset import PackedRow
 
 WORLD_SIZE, VOCABULARY = 2, 16_384
 MEASURED_STEPS = 3
 """The smallest peak counts: what a thread of gloo frees goes unseen and only ever adds to it (see
 `highest_level`).
 """
-MODEL = {**PRESETS["tiny"], "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MODEL = {
+    **PRESETS["tiny"],
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 """A vocabulary small enough for its tables not to hide the activations."""
 
 
@@ -63,12 +68,20 @@ data: {{mix: unused.yaml}}
 train: {{seq_len: {seq_len}, global_batch_size: {rows * WORLD_SIZE}, micro_batch_size: {rows}, total_steps: 99, lr: 1e-3}}
 """
     zero = {"stage": shape["stage"], "reduce_bucket_size": "auto"}
-    ds = {"zero_optimization": zero | ({"stage3_param_persistence_threshold": "auto"} if shape["stage"] == 3 else {})}
-    ds_json = parse_yaml(json.dumps({**ds, "expert_parallel": {"enabled": True, "autoep_size": WORLD_SIZE}}), "ds.json")
+    ds = {
+        "zero_optimization": zero
+        | ({"stage3_param_persistence_threshold": "auto"} if shape["stage"] == 3 else {})
+    }
+    ds_json = parse_yaml(
+        json.dumps({**ds, "expert_parallel": {"enabled": True, "autoep_size": WORLD_SIZE}}),
+        "ds.json",
+    )
     model = GptOssConfig(**MODEL)
     launch_info = LaunchInfo(world_size=WORLD_SIZE, local_world_size=WORLD_SIZE)
     config = resolve(read_file(RunYaml, parse_yaml(text, "run.yaml")), ds_json, model, launch_info)
-    topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu"))
+    topology = create_topology(
+        sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu")
+    )
     engine = build_engine(config, model, topology, PhaseClock())
     fill_weights(engine, weight_source(config, model, topology))
     tokens = [rows * seq_len * WORLD_SIZE]

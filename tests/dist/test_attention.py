@@ -27,15 +27,25 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("layout", ["SP 1, no exchange", "SP 2, ulysses", "SP 2, halo", "SP 4, ulysses", "SP 4, halo"])
+@pytest.mark.parametrize(
+    "layout", ["SP 1, no exchange", "SP 2, ulysses", "SP 2, halo", "SP 4, ulysses", "SP 4, halo"]
+)
 def test_output_and_every_gradient_are_those_of_the_definition(
     ranks: list[dict[str, Any]], layout: str, dtype: torch.dtype
 ) -> None:
     for rank, found in enumerate(ranks):
-        cases = {case: errors for case, errors in found["errors"].items() if case.startswith(layout + ",")}
+        cases = {
+            case: errors
+            for case, errors in found["errors"].items()
+            if case.startswith(layout + ",")
+        }
         mine = {case: errors for case, errors in cases.items() if case.endswith(str(dtype))}
         assert len(mine) == 2 * 2 * 2, list(mine)  # rows, heads, layers
-        above = {case: e for case, e in mine.items() if not all(error <= LIMITS[dtype] for error in e.values())}
+        above = {
+            case: e
+            for case, e in mine.items()
+            if not all(error <= LIMITS[dtype] for error in e.values())
+        }
         assert not above, (rank, above)
 
 
@@ -46,5 +56,9 @@ def test_sinks_that_are_not_sliced_are_refused_by_the_probe_on_every_rank(
     """Rank 0 of a group has the right slice by chance, and must stop with the others."""
     for found in ranks:
         assert found["refusals"]["nothing"] == ""
-        expected = "attention is wrong on cpu" if fault == "first_slice_everywhere" else "attention does not run on cpu"
+        expected = (
+            "attention is wrong on cpu"
+            if fault == "first_slice_everywhere"
+            else "attention does not run on cpu"
+        )
         assert expected in found["refusals"][fault], found["refusals"]

@@ -23,11 +23,26 @@ HALF, LAST = 4, 8
 """Saved after step 4; steps 5 to 8 are compared."""
 FIRST = Scenario(world_size=4, sp=2, ep=2, stage=3, steps=HALF)
 FIRST_STAGE1 = Scenario(world_size=2, sp=1, ep=2, stage=1, steps=HALF)
-LAYOUTS = [(1, 1, 1, 3), (2, 2, 1, 3), (2, 1, 2, 3), (4, 4, 4, 3), (4, 1, 1, 3), (2, 1, 1, 2), (2, 1, 2, 1)]
+LAYOUTS = [
+    (1, 1, 1, 3),
+    (2, 2, 1, 3),
+    (2, 1, 2, 3),
+    (4, 4, 4, 3),
+    (4, 1, 1, 3),
+    (2, 1, 1, 2),
+    (2, 1, 2, 1),
+]
 RESUMED = [
-    Scenario(world_size=w, sp=s, ep=e, stage=z, start=HALF, steps=LAST, resume_from=FIRST.name) for w, s, e, z in LAYOUTS
-] + [Scenario(world_size=2, sp=2, ep=1, stage=3, start=HALF, steps=LAST, resume_from=FIRST_STAGE1.name)]
-UNTOUCHED = Scenario(world_size=2, sp=1, ep=2, stage=2, start=HALF, steps=HALF, resume_from=FIRST.name)
+    Scenario(world_size=w, sp=s, ep=e, stage=z, start=HALF, steps=LAST, resume_from=FIRST.name)
+    for w, s, e, z in LAYOUTS
+] + [
+    Scenario(
+        world_size=2, sp=2, ep=1, stage=3, start=HALF, steps=LAST, resume_from=FIRST_STAGE1.name
+    )
+]
+UNTOUCHED = Scenario(
+    world_size=2, sp=1, ep=2, stage=2, start=HALF, steps=HALF, resume_from=FIRST.name
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +61,9 @@ def results(folder: Path, reference: Reference) -> dict[str, list[dict]]:  # typ
     run(folder, [FIRST_STAGE1])
     for world_size in (1, 2, 4):
         run(folder, [s for s in [*RESUMED, UNTOUCHED] if s.world_size == world_size])
-    return {s.name: json.loads(parameter_file(folder, s).read_text()) for s in [*RESUMED, UNTOUCHED]}
+    return {
+        s.name: json.loads(parameter_file(folder, s).read_text()) for s in [*RESUMED, UNTOUCHED]
+    }
 
 
 def run(folder: Path, scenarios: list[Scenario]) -> None:
@@ -59,18 +76,31 @@ def run(folder: Path, scenarios: list[Scenario]) -> None:
 @pytest.mark.case("R2", "losses of steps 5-8 to 2e-5, norms to 1e-4")
 @pytest.mark.case("R3", "losses of steps 5-8 to 2e-5, norms to 1e-4")
 @pytest.mark.case("R6", "losses of steps 5-8 to 2e-5, norms to 1e-4")
-def test_any_layout_goes_on_with_the_losses_of_the_run_that_never_changed(scenario, results, reference) -> None:
+def test_any_layout_goes_on_with_the_losses_of_the_run_that_never_changed(
+    scenario, results, reference
+) -> None:
     steps = results[scenario.name]
-    losses = [abs(step["loss"] - expected) for step, expected in zip(steps, reference.losses[HALF:], strict=True)]
+    losses = [
+        abs(step["loss"] - expected)
+        for step, expected in zip(steps, reference.losses[HALF:], strict=True)
+    ]
     norms = [
-        abs(step["grad_norm"] / expected - 1) for step, expected in zip(steps, reference.norms[HALF:], strict=True)
+        abs(step["grad_norm"] / expected - 1)
+        for step, expected in zip(steps, reference.norms[HALF:], strict=True)
     ]
     assert len(steps) == LAST - HALF
-    assert max(losses) <= 2e-5 and max(norms) <= 1e-4, f"loss differences {losses}, relative norm differences {norms}"
+    assert max(losses) <= 2e-5 and max(norms) <= 1e-4, (
+        f"loss differences {losses}, relative norm differences {norms}"
+    )
 
 
-def test_loading_and_saving_without_a_step_keeps_every_bit_in_another_layout(results, folder: Path) -> None:
-    before, after = step_folder(folder / FIRST.name, HALF), step_folder(folder / UNTOUCHED.name, HALF)
+def test_loading_and_saving_without_a_step_keeps_every_bit_in_another_layout(
+    results, folder: Path
+) -> None:
+    before, after = (
+        step_folder(folder / FIRST.name, HALF),
+        step_folder(folder / UNTOUCHED.name, HALF),
+    )
     for part in PARTS:
         expected, got = stored_tensors(before, part), stored_tensors(after, part)
         assert [name for name in expected if not torch.equal(expected[name], got[name])] == []

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
-from cpt.errors import CheckpointError, ConfigError
-from cpt.model.weights import mxfp4
-from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, tensor_files
 from cpt.checkpoint import weights as checkpoint_weights
-from cpt.model.weights import writer as tensor_writer
-from cpt.export.huggingface import QUANTIZATION_CONFIG, REPORT_FILE, export_checkpoint
 from cpt.checkpoint.manifest import read_manifest, write_manifest
 from cpt.checkpoint.reader import step_folder
+from cpt.errors import CheckpointError, ConfigError
+from cpt.export.huggingface import QUANTIZATION_CONFIG, REPORT_FILE, export_checkpoint
+from cpt.model.weights import mxfp4
+from cpt.model.weights import writer as tensor_writer
+from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, tensor_files
 from tests.dist.cases import NEW_TOKENS, PROMPTS, model_config, reference_model, rows_of_step
 from tests.dist.test_layout_parity import explicit_masks
 from tests.support.launcher import ROOT, launch
@@ -42,9 +42,13 @@ def save_released_layout(path: Path) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3:
             experts, inputs, rows = parameter.shape
-            blocks = torch.randint(0, 256, (experts, rows, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+            blocks = torch.randint(
+                0, 256, (experts, rows, inputs // 32, 16), dtype=torch.uint8, generator=generator
+            )
             blocks[:, ::2] &= 0x99  # codes 0 and 1 and their negatives: values of 0 and 0.5
-            scales = torch.randint(115, 123, blocks.shape[:3], dtype=torch.uint8, generator=generator)
+            scales = torch.randint(
+                115, 123, blocks.shape[:3], dtype=torch.uint8, generator=generator
+            )
             stored |= {name + BLOCKS: blocks, name + SCALES: scales}
         else:
             stored[name] = torch.randn(parameter.shape, generator=generator).bfloat16() * 0.1
@@ -67,7 +71,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.case("E2", "plain transformers gives the training model's logits")
 def test_exported_model_gives_the_training_models_logits(folder: Path) -> None:
     out = export_checkpoint(step_folder(folder / "run", 2), folder / "fp32", "fp32")
-    model = AutoModelForCausalLM.from_pretrained(str(out), dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        str(out), dtype=torch.float32, attn_implementation="eager"
+    )
     row = rows_of_step(0)[0]
     with torch.no_grad():
         got = model(
@@ -78,7 +84,9 @@ def test_exported_model_gives_the_training_models_logits(folder: Path) -> None:
         ).logits
     expected = load_file(folder / "logits.safetensors")["logits"]
     difference = (got - expected).abs()
-    assert float(difference.max()) <= 1e-5, f"max {difference.max()}, mean {difference.mean()}"  # fp32 sums reordered
+    assert float(difference.max()) <= 1e-5, (
+        f"max {difference.max()}, mean {difference.mean()}"
+    )  # fp32 sums reordered
 
 
 def test_bf16_export_is_the_rounded_master_weights(folder: Path) -> None:
@@ -108,7 +116,9 @@ def test_exported_tokenizer_encodes_as_the_data_pipeline_does(folder: Path) -> N
         "naïve café 🦊",
     ):
         assert tokenizer.encode(text, add_special_tokens=False) == encode(text).tolist()
-    assert tokenizer.convert_tokens_to_ids(["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>"]) == [
+    assert tokenizer.convert_tokens_to_ids(
+        ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>"]
+    ) == [
         199_998,
         199_999,
         200_002,
@@ -117,24 +127,35 @@ def test_exported_tokenizer_encodes_as_the_data_pipeline_does(folder: Path) -> N
 
 
 @pytest.mark.parametrize(("run", "step"), [("run", 2), ("untouched", 0)], ids=["ep2", "sp2-ep2"])
-def test_training_engine_continues_texts_as_plain_transformers_does(folder: Path, run: str, step: int) -> None:
+def test_training_engine_continues_texts_as_plain_transformers_does(
+    folder: Path, run: str, step: int
+) -> None:
     """Greedy, fp32, in two layouts; every rank gets the same tokens."""
     out = export_checkpoint(step_folder(folder / run, step), folder / f"greedy-{run}", "fp32")
-    model = AutoModelForCausalLM.from_pretrained(str(out), dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        str(out), dtype=torch.float32, attn_implementation="eager"
+    )
     found = [json.loads((folder / f"generated-{rank}.json").read_text())[run] for rank in (0, 1)]
     assert found[0] == found[1]
     for prompt, tokens in zip(PROMPTS, found[0], strict=True):
         ids = torch.tensor([prompt])
-        expected = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=511)
+        expected = model.generate(
+            ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=511
+        )
         assert tokens == expected[0, len(prompt) :].tolist()
 
 
-def test_mxfp4_in_and_out_keeps_every_value_and_the_bytes_of_blocks_that_use_their_range(folder: Path) -> None:
+def test_mxfp4_in_and_out_keeps_every_value_and_the_bytes_of_blocks_that_use_their_range(
+    folder: Path,
+) -> None:
     """Released layout -> ZeRO-3 x expert parallel -> checkpoint -> released layout, without a
     step.
     """
     before = load_file(folder / "mxfp4" / SINGLE_FILE)
-    after = load_file(export_checkpoint(step_folder(folder / "untouched", 0), folder / "again", "mxfp4") / SINGLE_FILE)
+    after = load_file(
+        export_checkpoint(step_folder(folder / "untouched", 0), folder / "again", "mxfp4")
+        / SINGLE_FILE
+    )
     assert before.keys() == after.keys()
     same_bytes = different_bytes = 0
     for name, value in before.items():
@@ -144,27 +165,39 @@ def test_mxfp4_in_and_out_keeps_every_value_and_the_bytes_of_blocks_that_use_the
             assert torch.equal(after[name], value), name
             continue
         scales = name.removesuffix(BLOCKS) + SCALES
-        expected, found = (mxfp4.decode(tensors[name], tensors[scales]) for tensors in (before, after))
+        expected, found = (
+            mxfp4.decode(tensors[name], tensors[scales]) for tensors in (before, after)
+        )
         assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), name
         codes = torch.stack([value & 7, (value >> 4) & 7], dim=-1).flatten(-2)
         used = codes.amax(-1) >= 6  # a value of 4 or 6: the quantiser chooses this very scale
-        assert torch.equal(after[name][used], value[used]) and torch.equal(after[scales][used], before[scales][used])
+        assert torch.equal(after[name][used], value[used]) and torch.equal(
+            after[scales][used], before[scales][used]
+        )
         same_bytes += int(used.sum())
         different_bytes += int((~used).sum())
     assert min(same_bytes, different_bytes) > 100, "both kinds of block must be there"
     report = json.loads((folder / "again" / REPORT_FILE).read_text())
-    assert report["all_expert_matrices"] == {"relative_l2_error": 0.0, "largest_absolute_error": 0.0}
+    assert report["all_expert_matrices"] == {
+        "relative_l2_error": 0.0,
+        "largest_absolute_error": 0.0,
+    }
 
 
 def test_transformers_decodes_the_mxfp4_export_as_this_project_does(folder: Path) -> None:
     step = step_folder(folder / "untouched", 0)
     exported = export_checkpoint(step, folder / "decoded", "mxfp4")
-    model = AutoModelForCausalLM.from_pretrained(str(exported), quantization_config=Mxfp4Config(dequantize=True))
+    model = AutoModelForCausalLM.from_pretrained(
+        str(exported), quantization_config=Mxfp4Config(dequantize=True)
+    )
     expected = load_file(export_checkpoint(step, folder / "plain", "bf16") / SINGLE_FILE)
     found = dict(model.named_parameters())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name].detach(), expected[name]) for name in expected)
-    assert json.loads((exported / "config.json").read_text())["quantization_config"] == QUANTIZATION_CONFIG
+    assert (
+        json.loads((exported / "config.json").read_text())["quantization_config"]
+        == QUANTIZATION_CONFIG
+    )
     assert "quantization_config" not in json.loads((folder / "plain" / "config.json").read_text())
 
 
@@ -185,7 +218,9 @@ def test_memory_is_bounded_by_a_piece_and_several_files_hold_the_same(
     monkeypatch.setattr(tensor_writer, "LARGEST_FILE_BYTES", 100_000)
     out = export_checkpoint(step, folder / "many-files", "bf16")
     expert = 64 * 2 * 48
-    assert max(asked) <= 20_000 and expert <= 20_000 < 8 * expert, "a piece holds whole experts, not whole tensors"
+    assert max(asked) <= 20_000 and expert <= 20_000 < 8 * expert, (
+        "a piece holds whole experts, not whole tensors"
+    )
     files = tensor_files(out)
     assert len(set(files.values())) > 3 and files.keys() == whole.keys()
     loaded = {file: load_file(file) for file in set(files.values())}
@@ -198,14 +233,20 @@ def test_killed_export_leaves_nothing_that_loads_and_the_next_one_succeeds(folde
     """E1: all weight files are there when it dies, the index and config.json are not."""
     command = [sys.executable, "-m", "cpt.cli", "export", "--run_dir", str(folder / "run"), "--out"]
     faulty = {**os.environ, "CPT_ALLOW_FAULTS": "1", "CPT_FAULT": "export:*:*:kill"}
-    killed = subprocess.run([*command, str(folder / "killed")], cwd=ROOT, env=faulty, capture_output=True, timeout=200)
+    killed = subprocess.run(
+        [*command, str(folder / "killed")], cwd=ROOT, env=faulty, capture_output=True, timeout=200
+    )
     assert killed.returncode == -9
     assert not (folder / "killed").exists()
     left = folder / ".tmp-killed"
-    assert left.is_dir() and not (left / INDEX_FILE).exists() and not (left / "config.json").exists()
+    assert (
+        left.is_dir() and not (left / INDEX_FILE).exists() and not (left / "config.json").exists()
+    )
     with pytest.raises(ValueError, match=r"config\.json"):
         AutoModelForCausalLM.from_pretrained(str(left))
-    again = subprocess.run([*command, str(folder / "killed")], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    again = subprocess.run(
+        [*command, str(folder / "killed")], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
     assert again.returncode == 0 and not left.exists(), again.stderr
     assert AutoModelForCausalLM.from_pretrained(str(folder / "killed")).dtype == torch.bfloat16
 
@@ -214,7 +255,10 @@ def test_killed_export_leaves_nothing_that_loads_and_the_next_one_succeeds(folde
     ("change", "message"),
     [
         (lambda tensors: tensors.pop("model.norm.weight"), "tensor 'model.norm.weight' is missing"),
-        (lambda tensors: tensors.update(extra=tensors["model.norm.weight"]), "tensor 'extra' is unknown"),
+        (
+            lambda tensors: tensors.update(extra=tensors["model.norm.weight"]),
+            "tensor 'extra' is unknown",
+        ),
         (
             lambda tensors: tensors.update({"model.norm.weight": tensors["lm_head.weight"]}),
             r"'model.norm.weight' has shape \(512, 64\), expected \(64,\)",
@@ -223,7 +267,9 @@ def test_killed_export_leaves_nothing_that_loads_and_the_next_one_succeeds(folde
     ids=["missing", "unknown", "misshapen"],
 )
 @pytest.mark.case("E3", "refused, naming the tensor")
-def test_checkpoint_that_lacks_or_invents_a_tensor_is_not_exported(folder: Path, tmp_path: Path, change, message) -> None:
+def test_checkpoint_that_lacks_or_invents_a_tensor_is_not_exported(
+    folder: Path, tmp_path: Path, change, message
+) -> None:
     """E3."""
     shutil.copytree(step_folder(folder / "run", 2), tmp_path / "step-00000002")
     manifest = read_manifest(tmp_path / "step-00000002")

@@ -35,7 +35,9 @@ OTHER_MACHINE_TOLERANCE = 2e-4
 def machine() -> dict[str, str]:
     """What decides which kernels compute: processor, its vector instructions, and torch."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
+    )
     return {
         "processor": model or platform.processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -56,7 +58,12 @@ def run_steps(folder: Path, world_size: int) -> list[dict[str, Any]]:
         "checkpoint.interval_steps": 0,
         "telemetry.export_at_end": "false",
     }
-    arguments = ["--ds_config", str(ROOT / "ds_configs" / "z3_ulysses.json"), "--run_dir", str(run_dir)]
+    arguments = [
+        "--ds_config",
+        str(ROOT / "ds_configs" / "z3_ulysses.json"),
+        "--run_dir",
+        str(run_dir),
+    ]
     for key, value in settings.items():
         arguments += ["--set", f"{key}={value}"]
     codes = launch(ROOT / "cpt" / "run.py", world_size, arguments)
@@ -71,7 +78,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_ten_steps_give_the_recorded_losses_and_gradient_norms(world_size: int, folder: Path) -> None:
+def test_ten_steps_give_the_recorded_losses_and_gradient_norms(
+    world_size: int, folder: Path
+) -> None:
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     steps = run_steps(folder, world_size)
     expected = golden["steps"][str(world_size)]
@@ -81,7 +90,9 @@ def test_ten_steps_give_the_recorded_losses_and_gradient_norms(world_size: int, 
         return
     for number, (step, recorded) in enumerate(zip(steps, expected, strict=True), 1):
         for name, value in step.items():
-            assert value == pytest.approx(recorded[name], rel=OTHER_MACHINE_TOLERANCE), f"step {number}: {name}"
+            assert value == pytest.approx(recorded[name], rel=OTHER_MACHINE_TOLERANCE), (
+                f"step {number}: {name}"
+            )
 
 
 def main() -> None:

@@ -29,7 +29,12 @@ LAYOUTS = {
     2: [Scenario(world_size=2, sp=1, ep=2, stage=3)],
     4: [Scenario(world_size=4, sp=2, ep=2, stage=3), Scenario(world_size=4, sp=1, ep=2, stage=1)],
 }
-CASES = [(directory, scenario) for scenarios in LAYOUTS.values() for scenario in scenarios for directory in ("bf16", "mxfp4")]
+CASES = [
+    (directory, scenario)
+    for scenarios in LAYOUTS.values()
+    for scenario in scenarios
+    for directory in ("bf16", "mxfp4")
+]
 """Kinds of directory x layouts."""
 
 
@@ -45,7 +50,9 @@ def quantise(path: Path) -> None:
         save_file(stored, str(file), metadata={"format": "pt"})
     index = path / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    content["weight_map"] = {name: file.name for file in path.glob("*.safetensors") for name in load_file(str(file))}
+    content["weight_map"] = {
+        name: file.name for file in path.glob("*.safetensors") for name in load_file(str(file))
+    }
     index.write_text(json.dumps(content))
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
@@ -69,8 +76,12 @@ def transformers_loss(model: Any) -> float:
             for start, end in zip(row.bounds[:-1], row.bounds[1:], strict=True):
                 labels = torch.as_tensor(row.labels[start:end])
                 if (labels >= 0).any():
-                    logits = model(input_ids=torch.as_tensor(row.input_ids[start:end])[None]).logits[0]
-                    total += float(torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum"))
+                    logits = model(
+                        input_ids=torch.as_tensor(row.input_ids[start:end])[None]
+                    ).logits[0]
+                    total += float(
+                        torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
+                    )
                     count += int((labels >= 0).sum())
     return total / count
 
@@ -86,7 +97,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = model_config()
     config.intermediate_size = 96  # a multiple of 32, as MXFP4 needs
     model = GptOssForCausalLM(config)
-    shared = {n: v for n, v in source.state_dict().items() if v.shape == model.state_dict()[n].shape}
+    shared = {
+        n: v for n, v in source.state_dict().items() if v.shape == model.state_dict()[n].shape
+    }
     model.load_state_dict({**model.state_dict(), **shared})
     for directory in ("bf16", "mxfp4"):
         model.bfloat16().save_pretrained(str(root / directory), max_shard_size="200KB")
@@ -96,7 +109,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     damage_after_summing(root / "damaged")
     losses = {}
     for directory in ("bf16", "mxfp4"):
-        options = {"quantization_config": Mxfp4Config(dequantize=True)} if directory == "mxfp4" else {}
+        options = (
+            {"quantization_config": Mxfp4Config(dequantize=True)} if directory == "mxfp4" else {}
+        )
         theirs = GptOssForCausalLM.from_pretrained(
             str(root / directory), dtype=torch.bfloat16, attn_implementation="eager", **options
         )
@@ -108,7 +123,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         losses[directory] = transformers_loss(theirs)
     (root / "losses.json").write_text(json.dumps(losses))
     for world_size, scenarios in LAYOUTS.items():
-        cases = [{"scenario": asdict(s), "directory": d} for s in scenarios for d in ("bf16", "mxfp4")]
+        cases = [
+            {"scenario": asdict(s), "directory": d} for s in scenarios for d in ("bf16", "mxfp4")
+        ]
         if world_size == 2:
             cases.append({"scenario": asdict(scenarios[0]), "directory": "damaged"})
         assert not any(launch(WORKER, world_size, [str(root), *map(json.dumps, cases)]))
@@ -120,23 +137,38 @@ def found(folder: Path, directory: str, scenario: Scenario) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize(("directory", "scenario"), CASES, ids=lambda v: v if isinstance(v, str) else v.name)
-def test_every_rank_holds_transformers_values_bit_for_bit(folder: Path, directory: str, scenario: Scenario) -> None:
+@pytest.mark.parametrize(
+    ("directory", "scenario"), CASES, ids=lambda v: v if isinstance(v, str) else v.name
+)
+def test_every_rank_holds_transformers_values_bit_for_bit(
+    folder: Path, directory: str, scenario: Scenario
+) -> None:
     ranks = found(folder, directory, scenario)["ranks"]
     assert [rank["different"] for rank in ranks] == [[]] * scenario.world_size
     held = sum(rank["experts"] + rank["dense"] for rank in ranks)
-    whole = sum(value.numel() for value in load_file(str(folder / f"{directory}-expected.safetensors")).values())
+    whole = sum(
+        value.numel()
+        for value in load_file(str(folder / f"{directory}-expected.safetensors")).values()
+    )
     assert held == whole, "every element is held by exactly one rank"
 
 
-@pytest.mark.parametrize("scenario", [s for group in LAYOUTS.values() for s in group], ids=lambda s: s.name)
-def test_bytes_read_of_a_bf16_directory_are_those_of_the_ranks_part(folder: Path, scenario: Scenario) -> None:
+@pytest.mark.parametrize(
+    "scenario", [s for group in LAYOUTS.values() for s in group], ids=lambda s: s.name
+)
+def test_bytes_read_of_a_bf16_directory_are_those_of_the_ranks_part(
+    folder: Path, scenario: Scenario
+) -> None:
     for rank in found(folder, "bf16", scenario)["ranks"]:
         assert rank["bytes_read"] == 2 * (rank["experts"] + rank["dense"])
 
 
-@pytest.mark.parametrize("scenario", [s for group in LAYOUTS.values() for s in group], ids=lambda s: s.name)
-def test_bytes_read_of_an_mxfp4_directory_are_whole_blocks_of_the_ranks_part(folder: Path, scenario: Scenario) -> None:
+@pytest.mark.parametrize(
+    "scenario", [s for group in LAYOUTS.values() for s in group], ids=lambda s: s.name
+)
+def test_bytes_read_of_an_mxfp4_directory_are_whole_blocks_of_the_ranks_part(
+    folder: Path, scenario: Scenario
+) -> None:
     """17 bytes per 32 values; a part that begins or ends inside a block column reads that column
     whole.
     """
@@ -148,8 +180,12 @@ def test_bytes_read_of_an_mxfp4_directory_are_whole_blocks_of_the_ranks_part(fol
         assert least <= rank["bytes_read"] <= least + 2 * matrices * largest_column
 
 
-@pytest.mark.parametrize(("directory", "scenario"), CASES, ids=lambda v: v if isinstance(v, str) else v.name)
-def test_loss_of_step_1_is_that_of_plain_transformers(folder: Path, directory: str, scenario: Scenario) -> None:
+@pytest.mark.parametrize(
+    ("directory", "scenario"), CASES, ids=lambda v: v if isinstance(v, str) else v.name
+)
+def test_loss_of_step_1_is_that_of_plain_transformers(
+    folder: Path, directory: str, scenario: Scenario
+) -> None:
     expected = json.loads((folder / "losses.json").read_text())[directory]
     assert found(folder, directory, scenario)["loss"] == pytest.approx(expected, abs=1e-5)
 

@@ -23,7 +23,13 @@ WITHIN = 0.15
 
 def shape(rows: int, seq_len: int, checkpointing: bool, stage: int = 3) -> dict[str, Any]:
     name = f"{rows}x{seq_len}-{'checkpointing' if checkpointing else 'all-kept'}-zero{stage}"
-    return {"name": name, "rows": rows, "seq_len": seq_len, "checkpointing": checkpointing, "stage": stage}
+    return {
+        "name": name,
+        "rows": rows,
+        "seq_len": seq_len,
+        "checkpointing": checkpointing,
+        "stage": stage,
+    }
 
 
 SHAPES = [

@@ -27,7 +27,9 @@ NOTHING, OPTIMIZER, ALL = "z3_ep.json", "z3_offload_cpu.json", "z3_offload_cpu_a
 NVME = "z3_offload_nvme.json"
 
 
-def offloading(ds_config: str, steps: int, *, stage: int = 3, resumes: Scenario | None = None) -> Scenario:
+def offloading(
+    ds_config: str, steps: int, *, stage: int = 3, resumes: Scenario | None = None
+) -> Scenario:
     return Scenario(
         world_size=2,
         sp=1,
@@ -52,15 +54,20 @@ ON_FILES = offloading(NVME, STEPS // 3)
 BACK = offloading(NOTHING, 2 * STEPS // 3, resumes=ON_FILES)
 AGAIN_ON_FILES = offloading(NVME, STEPS, resumes=BACK)
 FROZEN, FROZEN_ON_FILES = (
-    dataclasses.replace(offloading(ds_config, 2), freeze=("experts", "router")) for ds_config in (NOTHING, NVME)
+    dataclasses.replace(offloading(ds_config, 2), freeze=("experts", "router"))
+    for ds_config in (NOTHING, NVME)
 )
 IN_BF16 = dataclasses.replace(offloading("", 2), dtype="bf16")
 PLACES_IN_BF16 = [
-    dataclasses.replace(IN_BF16, offloads={"optimizer": "nvme", "param": "nvme"}, sub_group_size=20_000),
+    dataclasses.replace(
+        IN_BF16, offloads={"optimizer": "nvme", "param": "nvme"}, sub_group_size=20_000
+    ),
     dataclasses.replace(IN_BF16, offloads={"optimizer": "nvme"}),
     dataclasses.replace(IN_BF16, offloads={"param": "nvme"}),
     dataclasses.replace(IN_BF16, offloads={"optimizer": "nvme", "param": "cpu"}),
-    dataclasses.replace(IN_BF16, offloads={"optimizer": "cpu", "param": "nvme"}, freeze=("experts",)),
+    dataclasses.replace(
+        IN_BF16, offloads={"optimizer": "cpu", "param": "nvme"}, freeze=("experts",)
+    ),
 ]
 FROZEN_IN_BF16 = dataclasses.replace(IN_BF16, freeze=("experts",))
 STAGE2 = offloading(OPTIMIZER, STEPS // 3, stage=2)
@@ -74,7 +81,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, list[dict]]:  # type: ignore[type-arg]
     reference_model().save_pretrained(str(folder / "model"))
-    scenarios = [PLAIN, FIRST, SECOND, THIRD, ON_FILES, BACK, AGAIN_ON_FILES, FROZEN, FROZEN_ON_FILES, STAGE2]
+    scenarios = [
+        PLAIN,
+        FIRST,
+        SECOND,
+        THIRD,
+        ON_FILES,
+        BACK,
+        AGAIN_ON_FILES,
+        FROZEN,
+        FROZEN_ON_FILES,
+        STAGE2,
+    ]
     scenarios += [IN_BF16, FROZEN_IN_BF16, *PLACES_IN_BF16]
     arguments = [str(folder), *(scenario.dump() for scenario in scenarios)]
     assert launch(ROOT / "tests" / "dist" / "worker.py", 2, arguments) == [0, 0]
@@ -91,27 +109,39 @@ def test_every_step_equals_that_of_a_run_that_offloads_nothing(scenario, results
 
 
 @named(PLACES_IN_BF16)
-def test_wherever_state_waits_the_working_dtype_trains_the_same_bits(scenario, results, folder) -> None:
+def test_wherever_state_waits_the_working_dtype_trains_the_same_bits(
+    scenario, results, folder
+) -> None:
     plain = FROZEN_IN_BF16 if scenario.freeze else IN_BF16
     for step, expected in zip(results[scenario.name], results[plain.name], strict=True):
         assert step == {**expected, "grad_norm": pytest.approx(expected["grad_norm"], rel=1e-6)}
     assert_same_bits(folder, plain, scenario)
 
 
-@pytest.mark.parametrize(("expected", "found"), [(PLAIN, THIRD), (PLAIN, AGAIN_ON_FILES), (FROZEN, FROZEN_ON_FILES)])
-def test_state_saved_and_resumed_under_offload_ends_in_the_same_bits(expected, found, results, folder) -> None:
+@pytest.mark.parametrize(
+    ("expected", "found"), [(PLAIN, THIRD), (PLAIN, AGAIN_ON_FILES), (FROZEN, FROZEN_ON_FILES)]
+)
+def test_state_saved_and_resumed_under_offload_ends_in_the_same_bits(
+    expected, found, results, folder
+) -> None:
     assert_same_bits(folder, expected, found)
 
 
 def assert_same_bits(folder: Path, plain: Scenario, offloaded: Scenario) -> None:
     for part in PARTS:
         expected, found = stored(folder, plain, part), stored(folder, offloaded, part)
-        errors = {name: float((found[name] - tensor).abs().max()) for name, tensor in expected.items()}
-        assert [name for name in expected if not torch.equal(expected[name], found[name])] == [], errors
+        errors = {
+            name: float((found[name] - tensor).abs().max()) for name, tensor in expected.items()
+        }
+        assert [name for name in expected if not torch.equal(expected[name], found[name])] == [], (
+            errors
+        )
 
 
 @named([ON_FILES, AGAIN_ON_FILES, FROZEN_ON_FILES, *PLACES_IN_BF16])
-def test_state_on_nvme_is_in_files_after_the_last_step_as_much_as_planned(scenario, results, folder) -> None:
+def test_state_on_nvme_is_in_files_after_the_last_step_as_much_as_planned(
+    scenario, results, folder
+) -> None:
     """Files take whole pages of 4,096 bytes, and the last ranks hold padding."""
     parts = {"optimizer": {"gradients", "optimizer"}, "param": {"weights"}}
     devices = scenario.offloads or {"optimizer": "nvme", "param": "nvme"}
@@ -127,4 +157,6 @@ def test_optimizer_on_the_host_under_zero_2_trains_alike(results) -> None:
     pairs = list(zip(results[STAGE2.name], results[PLAIN.name][: STAGE2.steps], strict=True))
     losses = [abs(a["loss"] - b["loss"]) for a, b in pairs]
     norms = [abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs]
-    assert max(losses) <= 2e-5 and max(norms) <= 1e-4, f"loss differences {losses}, relative norm differences {norms}"
+    assert max(losses) <= 2e-5 and max(norms) <= 1e-4, (
+        f"loss differences {losses}, relative norm differences {norms}"
+    )

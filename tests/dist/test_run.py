@@ -20,17 +20,17 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 
-from cpt.cli import main
-from cpt.errors import CheckpointError
-from cpt.model.weights import mxfp4
-from cpt.export.run_export import export_run
-from cpt.offline.sampling import Sampling
-from cpt.export.huggingface import export_checkpoint
-from data_pipeline.text.harmony import CHANNEL, END, MESSAGE, RETURN
 from cpt.checkpoint.manifest import read_manifest
 from cpt.checkpoint.metadata import PARTS
 from cpt.checkpoint.reader import find_checkpoint, list_steps, step_folder
+from cpt.cli import main
+from cpt.errors import CheckpointError
+from cpt.export.huggingface import export_checkpoint
+from cpt.export.run_export import export_run
+from cpt.model.weights import mxfp4
+from cpt.offline.sampling import Sampling
 from cpt.telemetry.metrics import read_events
+from data_pipeline.text.harmony import CHANNEL, END, MESSAGE, RETURN
 from data_pipeline.text.tokenizer import encode
 from tests.dist.test_layout_parity import stored_tensors
 from tests.support.launcher import ROOT, free_port, rank_environment
@@ -57,7 +57,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for name, (language, weight) in names.items()
     ]
-    (folder / "mix.yaml").write_text(yaml.safe_dump({"seq_len": 256, "seed": 1, "guard": SMALL_GUARD, "sources": sources}))
+    (folder / "mix.yaml").write_text(
+        yaml.safe_dump({"seq_len": 256, "seed": 1, "guard": SMALL_GUARD, "sources": sources})
+    )
     run = {
         "model": {"init": "tiny", "router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.01},
         "data": {"mix": "mix.yaml"},
@@ -83,10 +85,19 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(workplace: Path, run_dir: str, *arguments: str, world_size: int = 2) -> list[subprocess.Popen[str]]:
+def start(
+    workplace: Path, run_dir: str, *arguments: str, world_size: int = 2
+) -> list[subprocess.Popen[str]]:
     """Start the ranks of one run in the workplace."""
     port = free_port()
-    command = [sys.executable, str(ROOT / "cpt" / "run.py"), "--ds_config", "ds.json", "--config", "run.yaml"]
+    command = [
+        sys.executable,
+        str(ROOT / "cpt" / "run.py"),
+        "--ds_config",
+        "ds.json",
+        "--config",
+        "run.yaml",
+    ]
     command += ["--run_dir", run_dir, *arguments]
     return [
         subprocess.Popen(
@@ -107,7 +118,9 @@ def wait(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
     return [process.returncode for process in processes], outputs[0]
 
 
-def finish(workplace: Path, run_dir: str, *arguments: str, world_size: int = 2) -> tuple[list[int], str]:
+def finish(
+    workplace: Path, run_dir: str, *arguments: str, world_size: int = 2
+) -> tuple[list[int], str]:
     return wait(start(workplace, run_dir, *arguments, world_size=world_size))
 
 
@@ -156,10 +169,16 @@ def test_memory_of_every_rank_is_the_predicted_one_within_15_percent(whole: Path
     gradient, of which gloo reduces a copy: whether its thread lets go of that before or after the
     fp32 part is made is up to the machine.
     """
-    (event,) = [event for event in read_events(whole / "metrics.jsonl") if event["event"] == "memory"]
+    (event,) = [
+        event for event in read_events(whole / "metrics.jsonl") if event["event"] == "memory"
+    ]
     assert event["step"] == 2 and len(event["measured_by_rank"]) == 2
     for rank in event["measured_by_rank"]:
-        assert rank.keys() == event["predicted"].keys() == {"weights", "gradients", "optimizer", "peak of a step"}
+        assert (
+            rank.keys()
+            == event["predicted"].keys()
+            == {"weights", "gradients", "optimizer", "peak of a step"}
+        )
         for part in ("weights", "gradients", "optimizer"):
             assert rank[part] == pytest.approx(event["predicted"][part], rel=0.15), part
         assert sum(rank.values()) == pytest.approx(sum(event["predicted"].values()), rel=0.15)
@@ -174,8 +193,13 @@ def test_export_at_the_end_and_its_checkpoint_continue_text_as_plain_transformer
     from_export = capsys.readouterr().out
     assert main([*command, "--run_dir", str(whole)]) == 0
     assert capsys.readouterr().out == from_export
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(str(out)), AutoTokenizer.from_pretrained(str(out))
-    ids = tokenizer("\u3080\u304b\u3057\u3001", add_special_tokens=False, return_tensors="pt").input_ids
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(str(out)),
+        AutoTokenizer.from_pretrained(str(out)),
+    )
+    ids = tokenizer(
+        "\u3080\u304b\u3057\u3001", add_special_tokens=False, return_tensors="pt"
+    ).input_ids
     tokens = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
     assert from_export == f"--- \u3080\u304b\u3057\u3001\n{tokenizer.decode(tokens)}\n"
 
@@ -191,12 +215,25 @@ def test_question_is_put_in_the_harmony_format_of_the_exported_chat_template(
 
     monkeypatch.setattr("cpt.offline.sampling.generate", reply)
     out = whole / "export" / "step-00000008"
-    command = ["sample", "--model", str(out), "--chat", "--effort", "low", "--developer", "Be brief.", "--prompt", "Q?"]
+    command = [
+        "sample",
+        "--model",
+        str(out),
+        "--chat",
+        "--effort",
+        "low",
+        "--developer",
+        "Be brief.",
+        "--prompt",
+        "Q?",
+    ]
     assert main(command) == 0
     assert capsys.readouterr().out == "--- Q?\n[analysis]\nhm\n[final]\n42\n"
     tokenizer = AutoTokenizer.from_pretrained(str(out))
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Q?"}]
-    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, reasoning_effort="low")
+    expected = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, reasoning_effort="low"
+    )
     assert asked == [expected["input_ids"]]
 
 
@@ -205,7 +242,15 @@ def harmony_reply(channel: str, text: str) -> list[int]:
 
 
 def test_samples_are_drawn_with_their_seed(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["sample", "--model", str(whole / "export" / "step-00000008"), "--prompt", "a", "--max_new_tokens", "6"]
+    command = [
+        "sample",
+        "--model",
+        str(whole / "export" / "step-00000008"),
+        "--prompt",
+        "a",
+        "--max_new_tokens",
+        "6",
+    ]
     drawn = [*command, "--temperature", "5", "--top_p", "0.99", "--seed"]
     printed = []
     for seed in ("1", "1", "2"):
@@ -215,17 +260,34 @@ def test_samples_are_drawn_with_their_seed(whole: Path, capsys: pytest.CaptureFi
 
 
 def test_fixed_prompts_are_continued_during_training(whole: Path) -> None:
-    samples = [event for event in read_events(whole / "metrics.jsonl") if event["event"] == "sample"]
-    assert [(event["step"], event["number"]) for event in samples] == [(4, 0), (4, 1), (8, 0), (8, 1)]
-    assert {event["prompt"] for event in samples} == {"\u6614\u3005\u3001\u3042\u308b\u3068\u3053\u308d\u306b", "Once upon a time"}
-    assert all(1 <= len(event["tokens"]) <= 3 and isinstance(event["text"], str) for event in samples)
+    samples = [
+        event for event in read_events(whole / "metrics.jsonl") if event["event"] == "sample"
+    ]
+    assert [(event["step"], event["number"]) for event in samples] == [
+        (4, 0),
+        (4, 1),
+        (8, 0),
+        (8, 1),
+    ]
+    assert {event["prompt"] for event in samples} == {
+        "\u6614\u3005\u3001\u3042\u308b\u3068\u3053\u308d\u306b",
+        "Once upon a time",
+    }
+    assert all(
+        1 <= len(event["tokens"]) <= 3 and isinstance(event["text"], str) for event in samples
+    )
 
 
-def test_model_card_says_what_was_trained_on_what_and_nothing_about_the_machine(whole: Path) -> None:
+def test_model_card_says_what_was_trained_on_what_and_nothing_about_the_machine(
+    whole: Path,
+) -> None:
     card = (whole / "export" / "step-00000008" / "README.md").read_text()
     tokens = sum(step["tokens_by_source"]["ja_essay"] for step in steps_of(whole))
     assert f"| ja_essay | ja | ja_essay | 0.5 | {tokens:,} |" in card
-    assert "Started from random weights (`tiny`). 8 optimizer steps" in card and "Held-out text" in card
+    assert (
+        "Started from random weights (`tiny`). 8 optimizer steps" in card
+        and "Held-out text" in card
+    )
     assert str(whole.parent) not in card and str(ROOT) not in card
 
 
@@ -235,23 +297,41 @@ def test_mxfp4_export_is_read_by_transformers_as_the_rounded_weights_and_says_wh
     checkpoint = step_folder(whole, STEPS)
     monkeypatch.chdir(workplace)  # where the run found its built data
     exported = export_run(whole, checkpoint, tmp_path / "mxfp4", "mxfp4", "always")
-    costs = {cost["domain"]: cost for cost in json.loads((exported / "mxfp4_cost.json").read_text())["domains"]}
-    measured = {e["domain"]: e for e in read_events(whole / "metrics.jsonl") if e["event"] == "guard"}
+    costs = {
+        cost["domain"]: cost
+        for cost in json.loads((exported / "mxfp4_cost.json").read_text())["domains"]
+    }
+    measured = {
+        e["domain"]: e for e in read_events(whole / "metrics.jsonl") if e["event"] == "guard"
+    }
     assert costs.keys() == measured.keys()
-    for domain, event in measured.items():  # the last one counts: that of the final weights, computed in bf16
-        assert costs[domain]["bits_per_byte_bf16"] == pytest.approx(event["bits_per_byte"], rel=1e-3)
+    for (
+        domain,
+        event,
+    ) in measured.items():  # the last one counts: that of the final weights, computed in bf16
+        assert costs[domain]["bits_per_byte_bf16"] == pytest.approx(
+            event["bits_per_byte"], rel=1e-3
+        )
         assert costs[domain]["bits_per_byte_mxfp4"] != costs[domain]["bits_per_byte_bf16"]
     assert "Cost of MXFP4" in (exported / "README.md").read_text()
-    model = AutoModelForCausalLM.from_pretrained(str(exported), quantization_config=Mxfp4Config(dequantize=True))
-    weights = load_file(export_checkpoint(checkpoint, tmp_path / "bf16", "bf16") / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(
+        str(exported), quantization_config=Mxfp4Config(dequantize=True)
+    )
+    weights = load_file(
+        export_checkpoint(checkpoint, tmp_path / "bf16", "bf16") / "model.safetensors"
+    )
     values = dict(model.named_parameters())
     assert values.keys() == weights.keys()
     for name, value in weights.items():
-        expected = mxfp4.decode(*mxfp4.encode(value)) if ".experts." in name and value.ndim == 3 else value
+        expected = (
+            mxfp4.decode(*mxfp4.encode(value)) if ".experts." in name and value.ndim == 3 else value
+        )
         assert torch.equal(values[name].detach().cpu(), expected), name
 
 
-@pytest.mark.case("R1", "weights, moments, losses, lr, tokens: bit-identical, across an asynchronous save")
+@pytest.mark.case(
+    "R1", "weights, moments, losses, lr, tokens: bit-identical, across an asynchronous save"
+)
 def test_four_and_four_steps_equal_eight_bit_for_bit(workplace: Path, whole: Path) -> None:
     codes, output = finish(workplace, "halves", "--set", "train.stop_at_step=4")
     assert codes == [0, 0], output
@@ -268,8 +348,14 @@ def test_four_and_four_steps_equal_eight_bit_for_bit(workplace: Path, whole: Pat
     assert pick == [[step[key] for key in same] for step in steps_of(whole)]
     # the balancing loss is on, and its gradient needs the load of the step before, which only the
     # checkpoint knows
-    loads = [read_manifest(folder).state["router_load"] for folder in (step_folder(halves, 4), first, second)]
-    assert len({share for layer in loads[0] for share in layer}) > 1 and loads[1] == loads[2] != loads[0]
+    loads = [
+        read_manifest(folder).state["router_load"]
+        for folder in (step_folder(halves, 4), first, second)
+    ]
+    assert (
+        len({share for layer in loads[0] for share in layer}) > 1
+        and loads[1] == loads[2] != loads[0]
+    )
 
 
 def test_finished_run_started_again_does_nothing(workplace: Path, whole: Path) -> None:
@@ -279,23 +365,35 @@ def test_finished_run_started_again_does_nothing(workplace: Path, whole: Path) -
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-def test_sampling_and_measuring_on_all_ranks_gives_what_training_gave_at_that_step(workplace: Path, whole: Path) -> None:
+def test_sampling_and_measuring_on_all_ranks_gives_what_training_gave_at_that_step(
+    workplace: Path, whole: Path
+) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
     prompt, only = "Once upon a time", ("--measure", "--set", "telemetry.sample_tokens=3")
     codes, output = finish(workplace, "whole", "--sample", prompt, *only)
-    samples = [event for event in read_events(whole / "metrics.jsonl") if event["event"] == "sample"]
-    (expected,) = [event["text"] for event in samples if event["step"] == STEPS and event["prompt"] == prompt]
+    samples = [
+        event for event in read_events(whole / "metrics.jsonl") if event["event"] == "sample"
+    ]
+    (expected,) = [
+        event["text"] for event in samples if event["step"] == STEPS and event["prompt"] == prompt
+    ]
     assert codes == [0, 0] and f"{prompt}|{expected}\n" in output, output
     assert (whole / "metrics.jsonl").read_bytes() == before
     measured = json.loads((whole / "guard" / f"measured-{STEPS:08d}.json").read_text())["domains"]
-    logged = [e for e in read_events(whole / "metrics.jsonl") if e["event"] == "guard" and e["step"] == STEPS]
+    logged = [
+        e
+        for e in read_events(whole / "metrics.jsonl")
+        if e["event"] == "guard" and e["step"] == STEPS
+    ]
     assert {name: plain["bits_per_byte"] for name, plain in measured.items()} == {
         event["domain"]: event["bits_per_byte"] for event in logged
     }
     assert main(["guard", "audit", "--run_dir", str(whole)]) == 0
 
 
-def test_stop_before_the_first_step_leaves_with_75_and_nothing_to_save(workplace: Path, whole: Path) -> None:
+def test_stop_before_the_first_step_leaves_with_75_and_nothing_to_save(
+    workplace: Path, whole: Path
+) -> None:
     run_dir = workplace / "stopped"
     run_dir.mkdir()
     (run_dir / "STOP").touch()
@@ -308,7 +406,9 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(workplace: Path) -> None:
     processes = start(workplace, "signalled")
     deadline = time.monotonic() + 120
     metrics = workplace / "signalled" / "metrics.jsonl"
-    while time.monotonic() < deadline and not (metrics.exists() and '"event": "step"' in metrics.read_text()):
+    while time.monotonic() < deadline and not (
+        metrics.exists() and '"event": "step"' in metrics.read_text()
+    ):
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGUSR1)
     codes, output = wait(processes)
@@ -323,7 +423,9 @@ def test_changed_seed_or_mix_is_refused_on_resume(workplace: Path, whole: Path) 
 
 
 @pytest.mark.case("R4", "refused with a diff; accepted as a new segment")
-def test_edited_mix_is_refused_with_the_change_and_accepted_as_a_new_segment(workplace: Path, whole: Path) -> None:
+def test_edited_mix_is_refused_with_the_change_and_accepted_as_a_new_segment(
+    workplace: Path, whole: Path
+) -> None:
     shutil.copytree(whole, workplace / "edited")
     shutil.rmtree(step_folder(workplace / "edited", 8))
     original = (workplace / "mix.yaml").read_text()
@@ -332,7 +434,9 @@ def test_edited_mix_is_refused_with_the_change_and_accepted_as_a_new_segment(wor
     (workplace / "mix.yaml").write_text(yaml.safe_dump(mix))
     try:
         codes, output = finish(workplace, "edited")
-        assert codes == [78, 78] and "ja_essay" in output and "data.accept_mix_change=true" in output, output
+        assert (
+            codes == [78, 78] and "ja_essay" in output and "data.accept_mix_change=true" in output
+        ), output
         codes, output = finish(workplace, "edited", "--set", "data.accept_mix_change=true")
         assert codes == [0, 0], output
     finally:
@@ -342,7 +446,9 @@ def test_edited_mix_is_refused_with_the_change_and_accepted_as_a_new_segment(wor
 
 
 @pytest.mark.case("C6", "full launch: file named, previous one used, same final weights")
-def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(workplace: Path, whole: Path) -> None:
+def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(
+    workplace: Path, whole: Path
+) -> None:
     run_dir = workplace / "damaged"
     shutil.copytree(whole, run_dir)
     victim = step_folder(run_dir, 8) / "__1_0.distcp"
@@ -357,31 +463,49 @@ def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(workpla
     assert codes == [0, 0] and "checkpoint rejected: step-00000008/__1_0.distcp" in output, output
     assert "step-00000008 is set aside as .rejected-step-00000008" in output
     assert list_steps(run_dir) == [8, 6]
-    assert not list((run_dir / "checkpoints").glob(".*")), "the damaged one goes once a newer one is complete"
-    expected, got = (stored_tensors(step_folder(folder, STEPS), "master") for folder in (whole, run_dir))
+    assert not list((run_dir / "checkpoints").glob(".*")), (
+        "the damaged one goes once a newer one is complete"
+    )
+    expected, got = (
+        stored_tensors(step_folder(folder, STEPS), "master") for folder in (whole, run_dir)
+    )
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
 
 
-def test_going_back_to_an_older_step_sets_the_newer_ones_aside(workplace: Path, whole: Path) -> None:
+def test_going_back_to_an_older_step_sets_the_newer_ones_aside(
+    workplace: Path, whole: Path
+) -> None:
     shutil.copytree(whole, workplace / "back")
     codes, output = finish(workplace, "back", "--resume", "6")
     assert codes == [0, 0], output
     names = {entry.name for entry in (workplace / "back" / "checkpoints").iterdir()}
-    assert names == {"step-00000006", "step-00000008"}, "the abandoned one goes once the run has come to its step again"
+    assert names == {"step-00000006", "step-00000008"}, (
+        "the abandoned one goes once the run has come to its step again"
+    )
 
 
 @pytest.mark.case("E2", "there and back is byte-equal")
 def test_zero_steps_round_trip_is_byte_equal(workplace: Path, whole: Path) -> None:
     """Hugging Face -> project -> Hugging Face."""
     source = whole / "export" / "step-00000008"
-    settings = ["model.init=null", f"model.path={source}", "train.total_steps=0", "train.warmup_steps=0"]
+    settings = [
+        "model.init=null",
+        f"model.path={source}",
+        "train.total_steps=0",
+        "train.warmup_steps=0",
+    ]
     arguments = [word for setting in settings for word in ("--set", setting)]
-    codes, output = finish(workplace, "round-trip", *arguments, "--set", "telemetry.export_at_end=true")
+    codes, output = finish(
+        workplace, "round-trip", *arguments, "--set", "telemetry.export_at_end=true"
+    )
     assert codes == [0, 0], output
     before = load_file(source / "model.safetensors")
     after = load_file(workplace / "round-trip" / "export" / "step-00000000" / "model.safetensors")
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name].view(torch.int16), after[name].view(torch.int16)) for name in before)
+    assert all(
+        torch.equal(before[name].view(torch.int16), after[name].view(torch.int16))
+        for name in before
+    )
 
 
 def test_launcher_passes_the_exit_code_of_a_bad_configuration(workplace: Path) -> None:

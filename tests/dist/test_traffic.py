@@ -12,9 +12,14 @@ from tests.support.launcher import ROOT, launch
 pytestmark = pytest.mark.dist
 
 
-def test_halo_layers_bring_a_20b_step_at_32k_to_at_most_55_percent_of_plain_ulysses(tmp_path: Path) -> None:
+def test_halo_layers_bring_a_20b_step_at_32k_to_at_most_55_percent_of_plain_ulysses(
+    tmp_path: Path,
+) -> None:
     """Half of the layers are window layers; a pair of layers stands for the model."""
-    assert launch(ROOT / "tests" / "dist" / "bytes_worker.py", 4, [str(tmp_path / "bytes.json")]) == [0] * 4
+    assert (
+        launch(ROOT / "tests" / "dist" / "bytes_worker.py", 4, [str(tmp_path / "bytes.json")])
+        == [0] * 4
+    )
     full_layer, window_layer = json.loads((tmp_path / "bytes.json").read_text())
     # q, k, v out, output back, and the same backward; three quarters of each leave the rank; 2
     # bytes per value

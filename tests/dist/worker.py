@@ -13,19 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cpt.resilience.faults import install_faults
-from cpt.resilience.phase import PhaseClock
-from cpt.deepspeed_adapter.groups import init_distributed
-from cpt.deepspeed_adapter.offload import nvme_paths
-from cpt.deepspeed_adapter.shards import state_tensors
-from cpt.config import CheckpointSection, LaunchInfo, RunConfig, RunYaml, resolve
-from cpt.config.engine_json import OFFLOADS
-from cpt.job.engine_setup import build_engine, fill_weights, weight_source
-from cpt.planning.memory import count_parameters, host_memory
-from cpt.parallel.agreement import gather_json
-from cpt.deepspeed_adapter.groups import create_topology
 from cpt.checkpoint.loading import load_checkpoint
 from cpt.checkpoint.saver import Saver
+from cpt.config import CheckpointSection, LaunchInfo, RunConfig, RunYaml, resolve
+from cpt.config.engine_json import OFFLOADS
+from cpt.deepspeed_adapter.groups import create_topology, init_distributed
+from cpt.deepspeed_adapter.offload import nvme_paths
+from cpt.deepspeed_adapter.shards import state_tensors
+from cpt.job.engine_setup import build_engine, fill_weights, weight_source
+from cpt.parallel.agreement import gather_json
+from cpt.planning.memory import count_parameters, host_memory
+from cpt.resilience.faults import install_faults
+from cpt.resilience.phase import PhaseClock
 from cpt.training.engine import TrainingEngine
 from cpt.training.kl_targets import KLTargets
 from cpt.training.loader import make_micro_batch
@@ -45,7 +44,6 @@ from tests.dist.cases import (
 )
 from tests.support.launcher import ROOT
 from tests.support.mapped_files import mapped_files
-
 
 STATE = {"model_config": model_config().to_dict()}
 
@@ -72,7 +70,9 @@ def config_of(scenario: Scenario, folder: Path) -> RunConfig:
     if scenario.ds_config:
         ds = json.loads((ROOT / "ds_configs" / scenario.ds_config).read_text())
     ds["zero_optimization"]["stage"] = scenario.stage
-    ds["zero_optimization"] |= {f"offload_{what}": {"device": device} for what, device in scenario.offloads.items()}
+    ds["zero_optimization"] |= {
+        f"offload_{what}": {"device": device} for what, device in scenario.offloads.items()
+    }
     if scenario.sub_group_size:
         ds["zero_optimization"]["sub_group_size"] = scenario.sub_group_size
     for block in (ds["zero_optimization"].get(name, {}) for name in OFFLOADS):
@@ -82,7 +82,10 @@ def config_of(scenario: Scenario, folder: Path) -> RunConfig:
     ds["expert_parallel"] = {"enabled": True, "autoep_size": scenario.ep}
     launch_info = LaunchInfo(world_size=scenario.world_size, local_world_size=scenario.world_size)
     return resolve(
-        run_yaml(scenario, folder / "model"), parse_yaml(json.dumps(ds), "scenario.json"), model_config(), launch_info
+        run_yaml(scenario, folder / "model"),
+        parse_yaml(json.dumps(ds), "scenario.json"),
+        model_config(),
+        launch_info,
     )
 
 
@@ -96,24 +99,43 @@ def parts_outside(nvme: Path, engine: TrainingEngine) -> list[str]:
         return any(start <= tensor.data_ptr() < start + size for start, size in inside)
 
     state = state_tensors(engine.deepspeed)
-    state["weights"] = [parameter.ds_tensor.data for parameter in engine.deepspeed.module.parameters()]
-    return [part for part, tensors in state.items() if not all(is_inside(t) for t in tensors if t.numel())]
+    state["weights"] = [
+        parameter.ds_tensor.data for parameter in engine.deepspeed.module.parameters()
+    ]
+    return [
+        part
+        for part, tensors in state.items()
+        if not all(is_inside(t) for t in tensors if t.numel())
+    ]
 
 
 def run(scenario: Scenario, folder: Path) -> None:
     config = config_of(scenario, folder)
-    topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu"))
+    topology = create_topology(
+        sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu")
+    )
     clock = PhaseClock()
     engine = build_engine(config, model_config(), topology, clock)
     install_faults(engine.deepspeed, clock)
     if not scenario.resume_from:
         fill_weights(engine, weight_source(config, model_config(), topology))
     if scenario.resume_from:
-        loaded = load_checkpoint(folder / scenario.resume_from, engine.deepspeed, topology, str(scenario.start))
+        loaded = load_checkpoint(
+            folder / scenario.resume_from, engine.deepspeed, topology, str(scenario.start)
+        )
         assert loaded is not None and loaded.step == scenario.start
-    targets = KLTargets(folder / "targets", SOURCES, {SOURCES[0]: even_row_tokens()}) if scenario.kl else None
-    saver, results = Saver(folder / scenario.name, engine.deepspeed, topology, CheckpointSection()), []
-    for step in (step for step in range(scenario.start, scenario.steps) if step not in scenario.omit):
+    targets = (
+        KLTargets(folder / "targets", SOURCES, {SOURCES[0]: even_row_tokens()})
+        if scenario.kl
+        else None
+    )
+    saver, results = (
+        Saver(folder / scenario.name, engine.deepspeed, topology, CheckpointSection()),
+        [],
+    )
+    for step in (
+        step for step in range(scenario.start, scenario.steps) if step not in scenario.omit
+    ):
         rows = rows_of_step(step)
         per_pass = config.micro_batch_size * topology.dp_size
         micro_batches = []
@@ -125,7 +147,9 @@ def run(scenario: Scenario, folder: Path) -> None:
                 places = [(i % 2, (step * ROWS + i) // 2) for i in mine]
                 found = targets.of_rows(places, topology, SEQ_LEN)
             sources = [i % 2 for i in mine]
-            micro_batches.append(make_micro_batch([rows[i] for i in mine], sources, topology, found))
+            micro_batches.append(
+                make_micro_batch([rows[i] for i in mine], sources, topology, found)
+            )
         tokens = [int(sum((row.labels >= 0).sum() for row in rows[source::2])) for source in (0, 1)]
         result = engine.step(micro_batches, tokens, step=step + 1)
         results.append(dataclasses.asdict(result))
@@ -133,10 +157,15 @@ def run(scenario: Scenario, folder: Path) -> None:
             saver.save_now(1, STATE)
     if nvme_paths(config.engine_json):
         nvme = folder / "nvme" / scenario.name
-        found = {"outside": parts_outside(nvme, engine), "bytes": sum(size for _, size in mapped_files(nvme))}
+        found = {
+            "outside": parts_outside(nvme, engine),
+            "bytes": sum(size for _, size in mapped_files(nvme)),
+        }
         by_rank = gather_json(found, topology.control_group)
         if topology.rank == 0:
-            planned = host_memory(config, model_config(), count_parameters(model_config(), scenario.freeze), "nvme")
+            planned = host_memory(
+                config, model_config(), count_parameters(model_config(), scenario.freeze), "nvme"
+            )
             files = {"by_rank": by_rank, "planned_bytes": sum(planned.values())}
             (folder / f"{scenario.name}.files.json").write_text(json.dumps(files))
     saver.save_now(scenario.steps, STATE)
