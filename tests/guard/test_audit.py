@@ -1,0 +1,126 @@
+"""`cpt guard audit` agrees with an honest log and finds every decision that was edited."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cpt.cli import main
+from cpt.config import GuardSection
+from cpt.guard.audit import audit
+from cpt.guard.baseline import BASELINE_FILE, baseline_content
+from cpt.guard.guard import decision_event
+from cpt.guard.ladder import GuardState, ReplayLimits, decide, evidence_of
+from cpt.guard.paired_test import compare_scores
+from cpt.guard.score import DomainScore
+from tests.support.records import read_jsonl, write_jsonl
+
+SETTINGS = GuardSection(interval_steps=10, tolerance_percent=1.0)
+LIMITS = ReplayLimits(shares={"english": (0.1, 0.5)}, room=0.4)
+NUM_TESTS = 4
+LOSSES_PERCENT = (0.0, 3.0, 3.0)
+"""Loss at each of the measurements."""
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run directory as a guard of three measurements leaves it."""
+    folder = tmp_path / "guard"
+    folder.mkdir()
+    generator = np.random.default_rng(1)
+    before = DomainScore(
+        name="english",
+        language="en",
+        nats=generator.uniform(500, 900, 100),
+        bytes=np.full(100, 1000.0),
+    )
+    domain: Any = SimpleNamespace(name="english", language="en", content_hash="c")
+    content = baseline_content([domain], {"english": before}, "base", "w")
+    (folder / BASELINE_FILE).write_text(json.dumps(content))
+    events: list[dict[str, Any]] = []
+    state = GuardState()
+    for number, loss in enumerate(LOSSES_PERCENT, 1):
+        step = 10 * number
+        nats = before.nats * (1 + (loss + generator.normal(0, 1, 100)) / 100)
+        after = DomainScore(name="english", language="en", nats=nats, bytes=before.bytes)
+        bound = compare_scores(after, before, NUM_TESTS).finite_bound
+        evidence = [evidence_of("english", bound, SETTINGS, LIMITS)]
+        next_state, decision = decide(state, evidence, SETTINGS, replay_room=LIMITS.room)
+        event = decision_event(
+            step, decision, evidence, SETTINGS, state, next_state, LIMITS.room, last=False
+        )
+        scores = {"num_tests": NUM_TESTS, "nats": {"english": nats.tolist()}}
+        (folder / f"scores-{step:08d}.json").write_text(json.dumps(scores))
+        events.append({**event, "scores": f"scores-{step:08d}.json"})
+        state = next_state
+    write_jsonl(tmp_path / "metrics.jsonl", events)
+    return tmp_path
+
+
+def edit(run_dir: Path, number: int, **changes: Any) -> None:
+    """Change fields of one decision in the log."""
+    events = read_jsonl(run_dir / "metrics.jsonl")
+    events[number] |= changes
+    write_jsonl(run_dir / "metrics.jsonl", events)
+
+
+def run_audit(run_dir: Path) -> int:
+    return main(["guard", "audit", "--run_dir", str(run_dir)])
+
+
+def test_honest_log_agrees_with_scores_states_and_decisions(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_audit(run_dir) == 0
+    printed = capsys.readouterr().out
+    assert "3 decisions, all follow from their evidence" in printed
+    audited = audit(run_dir)
+    assert [one.action for one in audited] == ["none", "raise_replay", "raise_replay"]
+    assert all(one.bounds_checked for one in audited)
+
+
+def test_action_that_does_not_follow_is_named_with_its_step(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(run_dir, 1, action="warn", actions={"english": "warn"})
+    assert run_audit(run_dir) == 70
+    told = capsys.readouterr().err
+    assert "DOES NOT AGREE" in told and "1 disagreements:" in told
+    assert "step 20: the action was {'english': 'warn'}" in told
+
+
+def test_state_that_no_decision_left_is_found(run_dir: Path) -> None:
+    invented = {**GuardState().to_json(), "lr_scale": 0.5}
+    edit(run_dir, 2, before=invented)
+    assert "does not follow any earlier decision" in " ".join(audit(run_dir)[2].problems)
+
+
+def test_bound_that_does_not_follow_from_its_scores_is_found(run_dir: Path) -> None:
+    file = run_dir / "guard" / "scores-00000020.json"
+    scores = json.loads(file.read_text())
+    scores["nats"]["english"][0] *= 2
+    file.write_text(json.dumps(scores))
+    assert "the bound of english was" in audit(run_dir)[1].problems[0]
+
+
+def test_bounds_are_taken_from_the_log_where_the_scores_are_gone(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "guard" / "scores-00000010.json").unlink()
+    assert run_audit(run_dir) == 0
+    assert "the scores of 1 are gone" in capsys.readouterr().out
+
+
+def test_directory_without_decisions_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_audit(tmp_path) == 78
+    assert "holds no metrics.jsonl" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert run_audit(tmp_path) == 78
+    assert "holds no decision" in capsys.readouterr().err
