@@ -1,16 +1,18 @@
-"""Tokenising and reading: this pipeline beside `datasets` with Hugging Face's tokenizers, on the
-same files.
+"""Tokenizing and reading: this pipeline against `datasets` with Hugging Face's tokenizers.
 
-    python -m data_pipeline corpus --out CORPUS
+    python bench/corpus.py --out CORPUS
     python bench/data.py --corpus CORPUS --rounds 5
 
-Every measurement is a process of its own on one core; the two contestants take turns, so a busy
-machine slows both. The figures are medians; on a shared machine only the ratios mean something.
+Both read the same files. Every measurement is a process of its own on one core; the two contestants
+take turns, so a busy machine slows both. The figures are medians; on a shared machine only the
+ratios mean something.
 
-    build   ours: read, hash, exact and near copies, decontamination, tokens, best-fit rows, checksums, fsync
-            theirs: load_dataset("json"), map(tokenize), map(group into rows), save_to_disk: no
-                cleaning, no copies
-    read    ours: the mixture's choice of rows and BuiltData.read_row: ids, labels, positions, document bounds
+    build   ours: read, hash, exact and near copies, decontamination, tokens, best-fit rows,
+                checksums, fsync
+            theirs: load_dataset("json"), map(tokenize), map(group into rows), save_to_disk,
+                without cleaning or removal of copies
+    read    ours: the mixture's choice of rows and BuiltData.read_row, which gives ids, labels,
+                positions and document bounds
             theirs: interleave_datasets of the shuffled saved datasets, as numpy: ids alone
 """
 
@@ -35,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SEQ_LEN = 4096
 LANGUAGES = ("ja", "en")
+DEFAULT_CORPUS = ROOT / "data" / "corpus"
 READ_ROWS = 20_000
 
 
@@ -155,11 +158,69 @@ def call(name: str, work: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
+def save_tokenizer(directory: Path) -> None:
+    """Write the tokenizer in a process of its own: a child starts with its parent's peak memory."""
+    code = (
+        "import sys; from pathlib import Path; from cpt.export.tokenizer import save_tokenizer; "
+        "save_tokenizer(Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(directory)], cwd=ROOT, check=True)
+
+
+def write_mix(path: Path) -> None:
+    """Write a mix of both languages, half of the tokens each."""
+    lines = [f"seq_len: {SEQ_LEN}", "seed: 1", "sources:"]
+    for language in LANGUAGES:
+        lines.append(
+            f"  - {{name: {language}, language: {language}, domain: docs, "
+            f"path: corpus/{language}.jsonl, weight: 0.5, held_out_share: 0.02}}"
+        )
+    path.write_text("\n".join(lines) + "\n")
+
+
+def measure_all(corpus: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the measurements of each contestant, who take turns."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as temporary:
+        work = Path(temporary)
+        (work / "corpus").symlink_to(corpus.resolve())
+        save_tokenizer(work / "tokenizer")
+        write_mix(work / "mix.yaml")
+        for _ in range(rounds):
+            for name in CONTESTANTS:
+                results[name].append(call(name, work))
+    return results
+
+
+def show(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Print the medians of each contestant, and the ratios."""
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    medians = {}
+    for name, runs in results.items():
+        rates = [run["tokens_per_second"] for run in runs]
+        medians[name] = statistics.median(rates)
+        peak = statistics.median(run["peak_bytes"] for run in runs)
+        print(
+            f"{name:14} {medians[name] / 1e6:8.2f} M tokens/s "
+            f"(from {min(rates) / 1e6:.2f} to {max(rates) / 1e6:.2f}), "
+            f"peak {peak / 2**20:,.0f} MiB, {runs[0]['tokens']:,} tokens"
+        )
+    for kind in ("build", "read"):
+        ratio = medians[f"ours_{kind}"] / medians[f"theirs_{kind}"]
+        print(f"{kind}: ours / theirs = {ratio:.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", type=Path, help="folder with ja.jsonl and en.jsonl")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        default=DEFAULT_CORPUS,
+        help="folder with ja.jsonl and en.jsonl (default: data/corpus)",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--run", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -167,37 +228,10 @@ def main() -> None:
     if options.run:
         measure(options.run, options.work)
         return
-    with tempfile.TemporaryDirectory(prefix="bench-data-") as temporary:
-        work = Path(temporary)
-        (work / "corpus").symlink_to(options.corpus.resolve())
-        # in another process: a child starts with the peak memory of its parent
-        code = "import sys; from pathlib import Path; from cpt.export.tokenizer import save_tokenizer; "
-        subprocess.run([sys.executable, "-c", f"{code}save_tokenizer(Path(sys.argv[1]))", work / "tokenizer"],
-                       cwd=ROOT, check=True)  # fmt: skip
-        sources = "".join(
-            f"  - {{name: {name}, language: {name}, domain: docs, path: corpus/{name}.jsonl, weight: 0.5, "
-            "held_out_share: 0.02}\n"
-            for name in LANGUAGES
-        )
-        (work / "mix.yaml").write_text(f"seq_len: {SEQ_LEN}\nseed: 1\nsources:\n{sources}")
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
-        for _ in range(options.rounds):
-            for name in CONTESTANTS:
-                results[name].append(call(name, work))
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    )
-    rates = {}
-    for name, runs in results.items():
-        rates[name] = statistics.median(run["tokens_per_second"] for run in runs)
-        peak = statistics.median(run["peak_bytes"] for run in runs)
-        spread = [run["tokens_per_second"] / 1e6 for run in runs]
-        print(
-            f"{name:14} {rates[name] / 1e6:8.2f} M tokens/s (from {min(spread):.2f} to {max(spread):.2f}), "
-            f"peak {peak / 2**20:,.0f} MiB, {runs[0]['tokens']:,} tokens"
-        )
-    for kind in ("build", "read"):
-        print(f"{kind}: ours / theirs = {rates[f'ours_{kind}'] / rates[f'theirs_{kind}']:.1f}")
+    if options.corpus == DEFAULT_CORPUS and not options.corpus.exists():
+        print(f"skipped: there is no {options.corpus}. `make corpus` fetches one.")
+        return
+    show(measure_all(options.corpus, options.rounds))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 MAX_LANGUAGES = 8
 """Languages of a source that are shown, the most frequent ones."""
 _STYLE = """
-body { font: 15px/1.5 sans-serif; color: #1a202c; max-width: 1000px; margin: 2em auto; padding: 0 1em }
+body {
+  font: 15px/1.5 sans-serif; color: #1a202c; max-width: 1000px; margin: 2em auto; padding: 0 1em;
+}
 h1 { font-size: 1.5em }
 h2 { font-size: 1.15em; margin-top: 2em; border-top: 1px solid #e2e8f0; padding-top: 1em }
 table { border-collapse: collapse }

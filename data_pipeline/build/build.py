@@ -25,6 +25,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import tqdm
@@ -82,8 +83,7 @@ def build(mix: MixConfig, out_dir: Path | str, progress: bool = True, workers: i
         if not _holds_work(work_dir, wanted):
             shutil.rmtree(work_dir, ignore_errors=True)
         parts = _prepare(work_dir, mix, wanted)
-        all_parts = [part for source_parts in parts for part in source_parts]
-        _make_parts(all_parts, progress, workers)
+        _make_parts(list(chain.from_iterable(parts)), progress, workers)
         for path in work_dir.rglob(f".*{PARTIAL_SUFFIX}"):
             path.unlink()
         manifest = assemble_build(work_dir, mix, wanted, parts, workers)
@@ -117,8 +117,7 @@ def build_share(
                 f"{work_dir}: holds parts of another mix or of other input files. Delete it first."
             )
         parts = _prepare(work_dir, mix, wanted)
-        all_parts = [part for source_parts in parts for part in source_parts]
-        own_parts = all_parts[index::count]
+        own_parts = list(chain.from_iterable(parts))[index::count]
         _make_parts(own_parts, True, workers)
         return len(own_parts)
 
@@ -229,7 +228,10 @@ def _source_parts(work_dir: Path, mix: MixConfig, source: SourceConfig) -> list[
 
 def _make_parts(parts: list[Part], progress: bool, workers: int) -> None:
     """Make those of the parts that are not there yet."""
-    missing = [part for part in parts if read_account(part) is None]
+    missing = []
+    for part in parts:
+        if read_account(part) is None:
+            missing.append(part)
     total_bytes = sum(part.unit.size_bytes for part in parts)
     missing_bytes = sum(part.unit.size_bytes for part in missing)
     num_tokens = 0

@@ -69,7 +69,18 @@ class PlannedLimit:
     language: str
     min_share: float
     max_share: float
+    share: float
+    """Share of the run's predicted tokens that the language has, 0 to 1."""
     met: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the limit as JSON values; the shares of all languages stand beside it."""
+        return {
+            "language": self.language,
+            "min_share": self.min_share,
+            "max_share": self.max_share,
+            "met": self.met,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +132,7 @@ class DataPlan:
             "sources": [dataclasses.asdict(source) for source in self.sources],
             "language_shares": self.language_shares(),
             "content_shares": self.content_shares(),
-            "limits": [dataclasses.asdict(limit) for limit in self.limits],
+            "limits": [limit.to_json() for limit in self.limits],
         }
 
     def describe(self) -> str:
@@ -209,36 +220,19 @@ def make_data_plan(
     positions = [mixture.position(step, global_batch_size) for step in curve_steps]
     drawn_rows = np.array([position.drawn_rows for position in positions])  # [points, sources]
     sources = _plan_sources(built, mix, mixture, curve_steps, drawn_rows)
-    drawn_tokens = sum(source.drawn_tokens for source in sources)
-    limits = []
+    limits = _check_limits(mix, ledger, sources)
     problems = []
     warnings = []
     for source in sources:
         problems += _too_many_epochs(source, curve_steps)
         warnings += _many_epochs(source, curve_steps)
-    shares = _language_shares(sources)
-    for language, bounds in mix.languages.items():
-        share = shares.get(language, 0.0)
-        slack = ledger.slack_rows(language) * mix.seq_len / max(drawn_tokens, 1)
-        met = bounds.min_share - slack <= share <= bounds.max_share + slack
-        limits.append(
-            PlannedLimit(
-                language=language,
-                min_share=bounds.min_share,
-                max_share=bounds.max_share,
-                met=met,
-            )
-        )
-        if not met:
-            problems.append(
-                f"language '{language}': has {share:.2%} of the tokens, must have from "
-                f"{bounds.min_share:.2%} to {bounds.max_share:.2%}. Change the weights."
-            )
+    for limit in limits:
+        problems += _broken_limit(limit)
     return DataPlan(
         steps=steps,
         global_batch_size=global_batch_size,
         sources=sources,
-        limits=tuple(limits),
+        limits=limits,
         curve_steps=curve_steps,
         problems=tuple(problems),
         warnings=tuple(warnings),
@@ -304,6 +298,38 @@ def _count_drawn_tokens(mixture: Mixture, row_tokens: Integers, source: int, num
     epochs, rest = divmod(num_drawn, len(row_tokens))
     rest_tokens = mixture.epoch_tokens(source, epochs)[:rest]
     return epochs * int(row_tokens.sum()) + int(rest_tokens.sum())
+
+
+def _check_limits(
+    mix: MixConfig, ledger: Ledger, sources: Sequence[PlannedSource]
+) -> tuple[PlannedLimit, ...]:
+    """Return the bounds of each language, and whether the run keeps them up to whole rows."""
+    shares = _language_shares(sources)
+    drawn_tokens = sum(source.drawn_tokens for source in sources)
+    limits = []
+    for language, bounds in mix.languages.items():
+        share = shares.get(language, 0.0)
+        slack = ledger.slack_rows(language) * mix.seq_len / max(drawn_tokens, 1)
+        limits.append(
+            PlannedLimit(
+                language=language,
+                min_share=bounds.min_share,
+                max_share=bounds.max_share,
+                share=share,
+                met=bounds.min_share - slack <= share <= bounds.max_share + slack,
+            )
+        )
+    return tuple(limits)
+
+
+def _broken_limit(limit: PlannedLimit) -> list[str]:
+    """Return the problem of a limit that is not met."""
+    if limit.met:
+        return []
+    return [
+        f"language '{limit.language}': has {limit.share:.2%} of the tokens, must have from "
+        f"{limit.min_share:.2%} to {limit.max_share:.2%}. Change the weights."
+    ]
 
 
 def _too_many_epochs(source: PlannedSource, curve_steps: tuple[int, ...]) -> list[str]:

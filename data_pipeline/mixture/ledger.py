@@ -254,7 +254,11 @@ def mix_hash(mix: MixConfig) -> str:
 
 def _sources_with_other_rows(segment: Segment, rows: Mapping[str, str] | None) -> list[str]:
     """Return the sources whose rows are not those that the segment knows."""
-    return [name for name, value in (rows or {}).items() if segment.rows.get(name, value) != value]
+    found = []
+    for name, value in (rows or {}).items():
+        if segment.rows.get(name, value) != value:
+            found.append(name)
+    return found
 
 
 def _check_drawn_sources(ledger: Ledger, mix: MixConfig, rows: Mapping[str, str] | None) -> None:

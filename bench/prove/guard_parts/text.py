@@ -21,9 +21,15 @@ from bench import corpus
 MATHEMATICS = ("maxima-doc", "octave-doc", "libmpfr-doc")
 """Debian packages whose manuals are mathematics and computing with it."""
 DOCUMENT_CHARACTERS = 1500
-LIMITS_BYTES = {"prose": 2_200_000, "reference": 2_500_000, "code": 2_500_000, "math": 2_200_000, "chat": 1_500_000,
-                "japanese": 12_000_000}  # fmt: skip
-"""UTF-8 bytes taken of each domain."""
+LIMITS_BYTES = {
+    "prose": 2_200_000,
+    "reference": 2_500_000,
+    "code": 2_500_000,
+    "math": 2_200_000,
+    "chat": 1_500_000,
+    "japanese": 12_000_000,
+}
+"""UTF-8 bytes taken from each domain."""
 _JAPANESE = re.compile("[\u3041-\u30ff\u4e00-\u9fff]")
 
 
@@ -134,8 +140,12 @@ def _dialogue(name: str, summary: str, title: str, paragraph: str, number: int) 
         f"I use {name}. Explain this to me: {paragraph[:60].rsplit(' ', 1)[0]}...",
         f"Tell me more about {name}, please. What should I know about its {title.lower()}?",
     )[number % 3]
-    thought = f"The user asks about {name}. {name} is for this: {summary}. The section is {title}, part {number + 1}."
+    thought = (
+        f"The user asks about {name}. {name} is for this: {summary}. "
+        f"The section is {title}, part {number + 1}."
+    )
     return (
-        f"<|start|>user<|message|>{asked}<|end|><|start|>assistant<|channel|>analysis<|message|>{thought}<|end|>"
+        f"<|start|>user<|message|>{asked}<|end|>"
+        f"<|start|>assistant<|channel|>analysis<|message|>{thought}<|end|>"
         f"<|start|>assistant<|channel|>final<|message|>{paragraph}<|return|>"
     )
