@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,16 +29,18 @@ from tests.support.checkpoints import TENSORS, manifest_of, ranges_of, sign_agai
 
 def write_parts(folder: Path, parts: list[dict[str, FlatRange]]) -> list[WrittenRange]:
     folder.mkdir()
-    written = [write_ranges(folder, part, rank, step=1) for rank, part in enumerate(parts)]
-    return [entry for one in written for entry in one.ranges]
+    written = []
+    for rank, part in enumerate(parts):
+        written += write_ranges(folder, part, rank, step=1).ranges
+    return written
 
 
 def test_what_each_rank_wrote_by_itself_is_read_as_one_tensor(tmp_path: Path) -> None:
     values = torch.randn(100)
-    cuts = [(0, 37), (37, 40), (40, 100)]
-    parts = [
-        {"master/a": FlatRange(tensor=values[a:b], offset=a, global_numel=100)} for a, b in cuts
-    ]
+    parts = []
+    for first, last in ((0, 37), (37, 40), (40, 100)):
+        part = FlatRange(tensor=values[first:last], offset=first, global_numel=100)
+        parts.append({"master/a": part})
     write_metadata(tmp_path / "c", write_parts(tmp_path / "c", parts))
     read = torch.zeros(70)
     read_ranges(tmp_path / "c", {"master/a": FlatRange(tensor=read, offset=20, global_numel=100)})
@@ -46,12 +49,8 @@ def test_what_each_rank_wrote_by_itself_is_read_as_one_tensor(tmp_path: Path) ->
 
 def test_torch_itself_reads_what_is_written(tmp_path: Path) -> None:
     values = torch.randn(10)
-    write_metadata(
-        tmp_path / "c",
-        write_parts(
-            tmp_path / "c", [{"master/a": FlatRange(tensor=values, offset=0, global_numel=10)}]
-        ),
-    )
+    part = {"master/a": FlatRange(tensor=values, offset=0, global_numel=10)}
+    write_metadata(tmp_path / "c", write_parts(tmp_path / "c", [part]))
     loaded = {"master/a": torch.zeros(10)}
     torch.distributed.checkpoint.load(loaded, checkpoint_id=str(tmp_path / "c"), no_dist=True)
     assert torch.equal(loaded["master/a"], values)
@@ -87,22 +86,23 @@ class Crafted:
 
 
 def sign_file(folder: Path, name: str) -> None:
-    """Give a changed file a true record, as an author who can write the manifest would."""
+    """Give a changed file a true record, as a forger who can write the manifest would."""
     record = record_file(folder / name)
-    body = {"name": name, "bytes": record.bytes, "xxh3_128": record.xxh3_128}
-    sign_again(
-        folder,
-        lambda manifest: manifest.update(
-            files=[body if f["name"] == name else f for f in manifest["files"]]
-        ),
-    )
+
+    def replace_record(manifest: dict[str, Any]) -> None:
+        for listed in manifest["files"]:
+            if listed["name"] == name:
+                listed.update(bytes=record.bytes, xxh3_128=record.xxh3_128)
+
+    sign_again(folder, replace_record)
 
 
 @pytest.mark.case(
     "X1", "refused before it can run, though hash and manifest are right; the sentinel is absent"
 )
 def test_crafted_metadata_is_refused_and_does_not_run(tmp_path: Path) -> None:
-    sentinel, content = tmp_path / "sentinel", pickle.dumps(Crafted(tmp_path / "sentinel"))
+    sentinel = tmp_path / "sentinel"
+    content = pickle.dumps(Crafted(sentinel))
     pickle.loads(content)  # without restriction it runs
     sentinel.rmdir()
     folder = write_checkpoint(tmp_path, 100)
@@ -115,12 +115,11 @@ def test_crafted_metadata_is_refused_and_does_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.case("X1", "a crafted shard does not run: tensors are read with weights_only")
 def test_crafted_shard_is_refused_and_does_not_run(tmp_path: Path) -> None:
-    sentinel, folder = tmp_path / "sentinel", tmp_path / "c"
+    sentinel = tmp_path / "sentinel"
+    folder = tmp_path / "c"
     values = torch.zeros(10)
-    written = write_parts(
-        folder, [{"master/a": FlatRange(tensor=values, offset=0, global_numel=10)}]
-    )
-    write_metadata(folder, written)
+    part = {"master/a": FlatRange(tensor=values, offset=0, global_numel=10)}
+    write_metadata(folder, write_parts(folder, [part]))
     torch.save({"a": Crafted(sentinel)}, folder / "__0_0.distcp")
     with pytest.raises(CheckpointError, match=r"c: "):
         read_ranges(folder, {"master/a": FlatRange(tensor=values, offset=0, global_numel=10)})
@@ -151,7 +150,8 @@ def test_what_is_no_description_is_refused(tmp_path: Path, content: bytes) -> No
 def test_metadata_that_says_other_than_the_manifest_is_refused(tmp_path: Path, change: str) -> None:
     folder = write_checkpoint(tmp_path, 100)
     metadata: Metadata = read_metadata(folder)
-    entries, key = metadata.state_dict_metadata, "exp_avg/lm_head.weight"
+    entries = metadata.state_dict_metadata
+    key = "exp_avg/lm_head.weight"
     if change == "more":
         entries["master/extra"] = entries[key]
     elif change == "less":
@@ -173,15 +173,18 @@ def test_every_part_is_described(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 100)
     check_metadata(folder, manifest_of(folder))
     stored = read_metadata(folder).state_dict_metadata
-    assert stored.keys() == {f"{part}/{name}" for part in PARTS for name in TENSORS}
-    assert all(isinstance(record, FileRecord) for record in manifest_of(folder).files)
+    assert len(stored) == len(PARTS) * len(TENSORS)
+    for name in TENSORS:
+        assert stored.keys() >= {f"{part}/{name}" for part in PARTS}
+    for record in manifest_of(folder).files:
+        assert isinstance(record, FileRecord)
 
 
 def test_what_several_ranks_hold_is_written_once_and_evenly() -> None:
-    whole = {f"master/{name}": (0, 10) for name in "abcd"}
-    held = [{**whole, "exp_avg/z": (50 * rank, 50)} for rank in (0, 1)]
-    as_json = [{key: list(place) for key, place in ranges.items()} for ranges in held]
-    written = [written_by(rank, as_json) for rank in (0, 1)]
-    assert all("exp_avg/z" in one for one in written), "ranges at other offsets are others"
-    assert written[0] & written[1] == {"exp_avg/z"} and written[0] | written[1] == held[0].keys()
-    assert [len(one) for one in written] == [3, 3]
+    whole = {f"master/{name}": [0, 10] for name in "abcd"}
+    held = [{**whole, "exp_avg/z": [0, 50]}, {**whole, "exp_avg/z": [50, 50]}]
+    first = written_by(0, held)
+    second = written_by(1, held)
+    assert first & second == {"exp_avg/z"}, "ranges at different offsets are different ranges"
+    assert first | second == held[0].keys()
+    assert len(first) == len(second) == 3

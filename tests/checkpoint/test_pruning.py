@@ -1,6 +1,4 @@
-"""What is kept: the newest sound ones, every n-th for good, and never less because something else
-went wrong.
-"""
+"""Pruning keeps the newest sound checkpoints and every n-th for good, whatever else goes wrong."""
 
 from __future__ import annotations
 
@@ -18,13 +16,16 @@ from tests.support.checkpoints import flip, write_checkpoint
 def prune_to(
     run_dir: Path, newest: int, keep_last: int = 2, every: int = 0, loaded: int | None = None
 ) -> list[int]:
-    """Prune with every judgement read from the disk; the steps that are left."""
+    """Prune, with soundness read from disk, and return the steps that are left."""
+    protected = {newest}
+    if loaded is not None:
+        protected.add(loaded)
     prune(
         run_dir,
         newest=newest,
         keep_last=keep_last,
         keep_every_steps=every,
-        protected={newest, *([loaded] if loaded is not None else [])},
+        protected=protected,
         is_sound=lambda step: refusal_of(step_folder(run_dir, step)) is None,
     )
     return list_steps(run_dir)

@@ -24,15 +24,14 @@ QUICK_WATCH = ("--set", "watchdog.timeout_seconds=20", "--set", "watchdog.interv
 
 
 def shared_buffers() -> set[str]:
-    """What DeepSpeed's all-reduce over shared memory would leave behind."""
+    """Return the files that DeepSpeed's all-reduce over shared memory would leave behind."""
     return {path.name for path in Path("/dev/shm").glob("deepspeed_allreduce*")}
 
 
 def assert_same_weights(first: Service, second: Service) -> None:
     for part in PARTS:
-        expected, got = (
-            stored_tensors(step_folder(run.run_dir, STEPS), part) for run in (first, second)
-        )
+        expected = stored_tensors(step_folder(first.run_dir, STEPS), part)
+        got = stored_tensors(step_folder(second.run_dir, STEPS), part)
         assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
 
 
@@ -46,11 +45,11 @@ def assert_same_weights(first: Service, second: Service) -> None:
 def test_killed_rank_takes_the_run_down_and_the_rerun_ends_with_the_same_weights(
     workplace, undisturbed
 ) -> None:
-    began, buffers = time.monotonic(), shared_buffers()
+    began = time.monotonic()
+    buffers = shared_buffers()
     code, run = run_to_end(workplace, "killed", fault="forward:1:4:kill")
-    assert code != 0 and "fault injected: forward rank=1 step=4 action=kill" in run.output, (
-        run.output
-    )
+    announced = "fault injected: forward rank=1 step=4 action=kill"
+    assert code != 0 and announced in run.output, run.output
     assert [event["step"] for event in run.steps()] == [1, 2, 3] and list_steps(run.run_dir) == [2]
     code, run = run_to_end(workplace, "killed")
     assert code == 0, run.output
@@ -58,7 +57,8 @@ def test_killed_rank_takes_the_run_down_and_the_rerun_ends_with_the_same_weights
     assert shared_buffers() <= buffers
     spent = goodput(read_events(run.run_dir / "metrics.jsonl"))
     assert spent.num_starts == 2 and 0 < spent.share < 1 and spent.describe() in run.output
-    assert all(spent.lost[kind] > 0 for kind in ("start_up", "save_wait", "restart"))
+    for kind in ("start_up", "save_wait", "restart"):
+        assert spent.lost[kind] > 0
     assert spent.total <= time.monotonic() - began
     counted = {event["step"]: event["seconds"] for event in run.steps()}
     assert 0.8 * sum(counted.values()) <= spent.productive <= sum(counted.values())
@@ -69,9 +69,8 @@ def test_killed_rank_takes_the_run_down_and_the_rerun_ends_with_the_same_weights
     "H1", "rank named with phase and step, stacks of all ranks, exit 71 everywhere, no process left"
 )
 def test_stopped_rank_is_named_and_the_run_ends_with_71(workplace, rank: int) -> None:
-    with service(
-        workplace, f"stopped-{rank}", *QUICK_WATCH, fault=f"backward:{rank}:4:sleep=600"
-    ) as run:
+    fault = f"backward:{rank}:4:sleep=600"
+    with service(workplace, f"stopped-{rank}", *QUICK_WATCH, fault=fault) as run:
         run.wait_for("fault injected")
         time.sleep(4)  # the others learn where it is
         os.kill(run.rank_pids()[rank], signal.SIGSTOP)
@@ -80,12 +79,12 @@ def test_stopped_rank_is_named_and_the_run_ends_with_71(workplace, rank: int) ->
     assert code == 71, run.output
     named = f"rank {rank}, which holds the store, last" if rank == 0 else f"rank {rank} last"
     assert f"watchdog: {named} seen in phase=backward step=4" in run.output, run.output
-    assert f"watchdog: rank {rank} runs again; it stands in phase=backward step=4" in run.output, (
-        run.output
-    )
+    awake = f"watchdog: rank {rank} runs again; it stands in phase=backward step=4"
+    assert awake in run.output, run.output
     stacks = {path.name: path.read_text() for path in (run.run_dir / "stacks").iterdir()}
     assert stacks.keys() == {"rank-0.txt", "rank-1.txt"}
-    assert all("stacks of rank" in text and "engine.py" in text for text in stacks.values()), stacks
+    for text in stacks.values():
+        assert "stacks of rank" in text and "engine.py" in text, stacks
     assert "State:\tT (stopped)" in stacks[f"rank-{rank}.txt"]
     assert list_steps(run.run_dir) == [2]
 

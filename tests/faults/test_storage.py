@@ -1,6 +1,4 @@
-"""A disk that is full, read-only or limited costs one clear line, and never a complete
-checkpoint.
-"""
+"""A disk that is full, read-only or limited costs one clear line, never a complete checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ pytestmark = pytest.mark.dist
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size_bytes: int, options: str = "") -> Iterator[None]:
-    """A file system of its own; skipped loudly where it cannot be mounted."""
+    """Mount a small file system inside the block; the test is skipped where that is not allowed."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}{options}", "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True)
@@ -45,9 +43,8 @@ def checkpoint_bytes(undisturbed: Service) -> int:
 def test_disk_that_fills_up(workplace, checkpoint_bytes) -> None:
     with small_disk(workplace / "disk", int(2.1 * checkpoint_bytes)):
         code, run = run_to_end(workplace, "disk/run")
-        assert code == 74 and "training goes on (at step 4): a checkpoint needs" in run.output, (
-            run.output
-        )
+        told = "training goes on (at step 4): a checkpoint needs"
+        assert code == 74 and told in run.output, run.output
         assert "free at disk/run/checkpoints" in run.output
         assert [event["step"] for event in run.steps()] == [1, 2, 3, 4, 5, 6]
         assert list_steps(run.run_dir) == [2] and refusal_of(step_folder(run.run_dir, 2)) is None
@@ -59,18 +56,16 @@ def test_disk_that_fills_up(workplace, checkpoint_bytes) -> None:
 )
 def test_write_that_fails_in_the_middle_of_a_periodic_save(workplace) -> None:
     code, run = run_to_end(workplace, "enospc", fault="save_hash:1:2:enospc")
-    assert code == 0 and "no space left" in run.output and list_steps(run.run_dir) == [6, 4], (
-        run.output
-    )
+    assert code == 0 and "no space left" in run.output, run.output
+    assert list_steps(run.run_dir) == [6, 4]
 
 
 @pytest.mark.case("D2", "exit 74 before weights are loaded")
 def test_too_little_space_at_start(workplace, checkpoint_bytes) -> None:
     with small_disk(workplace / "tiny-disk", checkpoint_bytes):
         code, run = run_to_end(workplace, "tiny-disk/run")
-        assert code == 74 and "a checkpoint needs" in run.output and "patched" not in run.output, (
-            run.output
-        )
+        assert code == 74 and "a checkpoint needs" in run.output, run.output
+        assert "patched" not in run.output, run.output
 
 
 @pytest.mark.case(
@@ -86,20 +81,15 @@ def test_run_directory_that_cannot_be_used(workplace, kind) -> None:
         place.write_text("not a directory", encoding="utf-8")
         code, run = run_to_end(workplace, place.name if kind == "file" else f"{place.name}/run")
     words = "Read-only file system" if kind == "read-only" else "is not a directory"
-    assert (
-        code == 74
-        and words in run.output
-        and place.name in run.output
-        and "patched" not in run.output
-    ), run.output
+    assert code == 74 and words in run.output and place.name in run.output, run.output
+    assert "patched" not in run.output, run.output
 
 
 @pytest.mark.case("D4", "exit 74 before weights are loaded, naming the limit")
 def test_limit_on_file_sizes(workplace, checkpoint_bytes) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (checkpoint_bytes // 4, before[1])
-    )  # handed on to the run
+    # The run inherits the limit.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (checkpoint_bytes // 4, before[1]))
     try:
         code, run = run_to_end(workplace, "limited")
     finally:
@@ -118,7 +108,6 @@ def test_run_directory_is_private_and_odd_owners_are_told(workplace) -> None:
     if os.getuid() == 0:
         os.chown(step_folder(run.run_dir, 1) / "__1_0.distcp", 12345, -1)
     code, run = run_to_end(workplace, "private", "--set", "train.stop_at_step=2")
-    assert code == 0 and "step-00000001/__0_0.distcp is writable by everybody" in run.output, (
-        run.output
-    )
+    warning = "step-00000001/__0_0.distcp is writable by everybody"
+    assert code == 0 and warning in run.output, run.output
     assert os.getuid() != 0 or "__1_0.distcp belongs to user 12345" in run.output, run.output

@@ -1,6 +1,4 @@
-"""Activation checkpointing keeps layer inputs where it is told, and collection happens when it is
-told.
-"""
+"""Activation checkpointing keeps layer inputs where it is told; garbage is collected when asked."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from tests.dist.cases import model_config
 
 
 class Recorded(HostCopies):
-    """Counts what goes out and what comes back."""
+    """Records the shapes that go to the host and come back."""
 
     sent: ClassVar[list[tuple[int, ...]]] = []
     returned: ClassVar[list[tuple[int, ...]]] = []
@@ -50,15 +48,16 @@ def loss_and_gradients(offload: bool | None) -> tuple[torch.Tensor, list[torch.T
 def test_inputs_of_all_layers_and_nothing_else_go_to_the_host_and_change_no_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against storing everything the order of sums is the same too, so equality is bitwise."""
+    """The order of sums is the same as without checkpointing, so equality is bitwise."""
     monkeypatch.setattr(checkpointing, "HostCopies", Recorded)
-    plain, on_device, on_host = (loss_and_gradients(offload) for offload in (None, False, True))
+    plain_loss, plain_gradients = loss_and_gradients(offload=None)
+    on_device = loss_and_gradients(offload=False)
+    on_host = loss_and_gradients(offload=True)
     assert Recorded.sent == Recorded.returned == [(2, 24, 64)] * 4
     for loss, gradients in (on_device, on_host):
-        assert torch.equal(loss, plain[0]) and len(gradients) == len(plain[1])
-        assert all(
-            torch.equal(got, expected) for got, expected in zip(gradients, plain[1], strict=True)
-        )
+        assert torch.equal(loss, plain_loss)
+        for got, expected in zip(gradients, plain_gradients, strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_collection_happens_at_its_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:

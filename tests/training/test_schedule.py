@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from cpt.config import TrainSection
 from cpt.training.schedule import learning_rate
 
-PEAK, FLOOR = 1e-3, 1e-4
+PEAK = 1e-3
+FLOOR = 1e-4
 
 
 def settings(**keys: Any) -> TrainSection:
@@ -25,11 +27,14 @@ def settings(**keys: Any) -> TrainSection:
     )
 
 
+def rates(train: TrainSection, steps: Iterable[int]) -> list[float]:
+    return [learning_rate(step, train) for step in steps]
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])
 def test_warmup_rises_in_equal_steps_to_the_peak(schedule: str) -> None:
     train = settings(schedule=schedule, warmup_steps=9)
-    rates = [learning_rate(step, train) for step in range(10)]
-    assert rates == pytest.approx([PEAK * (step + 1) / 10 for step in range(10)])
+    assert rates(train, range(10)) == pytest.approx([PEAK * nth / 10 for nth in range(1, 11)])
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])
@@ -42,8 +47,8 @@ def test_cosine_is_at_the_middle_halfway_after_the_warmup() -> None:
 
 
 def test_cosine_never_rises_after_the_warmup() -> None:
-    rates = [learning_rate(step, settings(warmup_steps=20)) for step in range(20, 120)]
-    assert rates == sorted(rates, reverse=True)
+    found = rates(settings(warmup_steps=20), range(20, 120))
+    assert found == sorted(found, reverse=True)
 
 
 @pytest.mark.parametrize("step", [100, 101, 10_000])
@@ -53,47 +58,41 @@ def test_cosine_stays_on_the_floor_after_the_end(step: int) -> None:
 
 def test_constant_stays_at_the_peak() -> None:
     train = settings(schedule="constant", warmup_steps=5)
-    assert {learning_rate(step, train) for step in range(5, 200)} == {PEAK}
+    assert set(rates(train, range(5, 200))) == {PEAK}
 
 
 def test_wsd_is_stable_until_its_decay() -> None:
     train = settings(schedule="wsd", warmup_steps=10, decay_steps=20)
-    assert {learning_rate(step, train) for step in range(10, 80)} == {PEAK}
+    assert set(rates(train, range(10, 80))) == {PEAK}
 
 
 def test_wsd_falls_in_equal_steps_to_the_floor_at_the_last_step() -> None:
     train = settings(schedule="wsd", decay_steps=20)
-    rates = [learning_rate(step, train) for step in range(79, 100)]
-    assert rates == pytest.approx([PEAK - (PEAK - FLOOR) * fall / 20 for fall in range(21)])
+    expected = [PEAK - (PEAK - FLOOR) * fall / 20 for fall in range(21)]
+    assert rates(train, range(79, 100)) == pytest.approx(expected)
 
 
 def test_wsd_without_a_decay_stays_at_the_peak() -> None:
-    train = settings(schedule="wsd")
-    assert {learning_rate(step, train) for step in range(100)} == {PEAK}
+    assert set(rates(settings(schedule="wsd"), range(100))) == {PEAK}
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])
 def test_stopping_early_leaves_the_schedule_unchanged(schedule: str) -> None:
     keys = {"schedule": schedule, "warmup_steps": 5, "decay_steps": 10 if schedule == "wsd" else 0}
-    whole, stopped = settings(**keys), settings(**keys, stop_at_step=30)
-    assert [learning_rate(step, whole) for step in range(30)] == [
-        learning_rate(step, stopped) for step in range(30)
-    ]
+    stopped = settings(**keys, stop_at_step=30)
+    assert rates(settings(**keys), range(30)) == rates(stopped, range(30))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])
 def test_rate_of_a_step_does_not_depend_on_what_was_asked_before(schedule: str) -> None:
     train = settings(schedule=schedule, warmup_steps=5)
-    forwards = {step: learning_rate(step, train) for step in range(100)}
-    backwards = {step: learning_rate(step, train) for step in reversed(range(100))}
-    assert forwards == backwards
+    forwards = rates(train, range(100))
+    backwards = rates(train, reversed(range(100)))
+    assert forwards == backwards[::-1]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_floor_of_one_keeps_the_peak(schedule: str) -> None:
     keys = {"decay_steps": 50} if schedule == "wsd" else {}
-    rates = [
-        learning_rate(step, settings(schedule=schedule, min_lr_ratio=1.0, **keys))
-        for step in range(100)
-    ]
-    assert rates == pytest.approx([PEAK] * 100)
+    train = settings(schedule=schedule, min_lr_ratio=1.0, **keys)
+    assert rates(train, range(100)) == pytest.approx([PEAK] * 100)
