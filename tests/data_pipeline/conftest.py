@@ -1,4 +1,4 @@
-"""Small mixes for the data tests."""
+"""A small mix for the tests of the data pipeline."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ EXACT_ONLY = {"near_duplicates": 0, "decontaminate_tokens": 0}
 
 @pytest.fixture
 def make_mix(tmp_path: Path) -> MakeMix:
-    """Writes a mix over JSONL files and loads it: `make_mix({name: texts}, seq_len=32, weights=...,
-    **keys)`.
+    """Return a function that writes a mix over JSONL files and loads it.
+
+    Call it as `make_mix({name: texts}, seq_len=32, weights=..., **keys)`.
     """
 
     def make(
@@ -32,28 +33,24 @@ def make_mix(tmp_path: Path) -> MakeMix:
         **keys: Any,
     ) -> MixConfig:
         base = tmp_path / folder
+        weights = weights or dict.fromkeys(texts, 1 / len(texts))
+        if not isinstance(held_out_share, dict):
+            held_out_share = dict.fromkeys(texts, held_out_share)
         listed = []
         for name, values in texts.items():
             write_jsonl(base / f"{name}.jsonl", values)
-            share = (
-                held_out_share.get(name, 0.0)
-                if isinstance(held_out_share, dict)
-                else held_out_share
-            )
             source: dict[str, Any] = {
                 "name": name,
                 "language": "ja" if name.startswith("ja") else "en",
                 "domain": "web",
+                "path": f"{name}.jsonl",
+                "held_out_share": held_out_share.get(name, 0.0),
+                "weight": weights[name],
             }
-            source |= {"path": f"{name}.jsonl", "held_out_share": share}
-            source |= {
-                "weight": 1 / len(texts) if weights is None else weights[name],
-                **(sources or {}).get(name, {}),
-            }
-            listed.append(source)
-        path = base / "mix.yaml"
+            listed.append(source | (sources or {}).get(name, {}))
         content = {"seq_len": 32, "seed": 7, **EXACT_ONLY, **keys, "sources": listed}
         content["guard"] = {"min_documents": 1, "min_tokens": 1, **keys.get("guard", {})}
+        path = base / "mix.yaml"
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
         return load_mix(path)
 

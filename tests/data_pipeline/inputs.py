@@ -24,21 +24,24 @@ MakeMix = Callable[..., MixConfig]
 
 
 def make_texts(count: int, salt: str, mean_words: int = 40) -> list[str]:
-    """Different texts of different lengths, always the same ones."""
+    """Return different texts of different lengths, always the same ones for the same arguments."""
     texts = []
     for number in range(count):
         length = 1 + (number * 7919 + len(salt) * 31) % (2 * mean_words)
-        words = (WORDS[(number * 31 + i * i + len(salt)) % len(WORDS)] for i in range(length))
-        texts.append(f"{salt} {number}: " + " ".join(words))
+        words = [_word(number, position, salt) for position in range(length)]
+        texts.append(f"{salt} {number}: {' '.join(words)}")
     return texts
 
 
+def _word(number: int, position: int, salt: str) -> str:
+    return WORDS[(number * 31 + position * position + len(salt)) % len(WORDS)]
+
+
 def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
-    """One record per text."""
+    """Write one record per text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (
-        json.dumps({"id": str(number), "title": "t", "text": text})
-        for number, text in enumerate(texts)
-    )
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        for number, text in enumerate(texts):
+            record = {"id": str(number), "title": "t", "text": text}
+            file.write(json.dumps(record) + "\n")
     return path

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
-from data_pipeline.dataset import BuiltData, PackedRow
+from data_pipeline.dataset import IGNORED_LABEL, BuiltData, PackedRow
 from data_pipeline.errors import DataError
 from data_pipeline.text.tokenizer import END_OF_TEXT
 from tests.data_pipeline.inputs import MakeMix, make_texts
@@ -36,24 +36,24 @@ def built(mix: MixConfig, tmp_path: Path) -> BuiltData:
 
 
 def all_rows(built: BuiltData) -> list[PackedRow]:
-    rows = [
-        built.read_row(s, r)
-        for s in range(len(built.source_names))
-        for r in range(built.num_rows(s))
-    ]
-    return rows + [domain.read_row(r) for domain in built.held_out for r in range(domain.num_rows)]
+    rows = []
+    for source in range(len(built.source_names)):
+        for row in range(built.num_rows(source)):
+            rows.append(built.read_row(source, row))
+    for domain in built.held_out:
+        for row in range(domain.num_rows):
+            rows.append(domain.read_row(row))
+    return rows
 
 
 def test_rows_have_the_promised_shape(built: BuiltData) -> None:
     for row in all_rows(built):
         for values in (row.input_ids, row.labels, row.position_ids):
             assert values.shape == (SEQ_LEN,) and values.dtype == np.int64
-        assert (
-            row.bounds[0] == 0
-            and row.bounds[-1] == SEQ_LEN
-            and row.bounds == sorted(set(row.bounds))
-        )
-        padded = int(row.labels[-1] == -100)
+        assert row.bounds[0] == 0
+        assert row.bounds[-1] == SEQ_LEN
+        assert row.bounds == sorted(set(row.bounds))
+        padded = int(row.labels[-1] == IGNORED_LABEL)
         assert len(row.bounds) == len(row.documents) + 1 + padded
 
 
@@ -66,27 +66,25 @@ def test_labels_are_the_next_token_and_never_cross_a_document(built: BuiltData) 
 
 def test_end_of_text_is_a_label_and_an_input_only_in_padding(built: BuiltData) -> None:
     for row in all_rows(built):
-        padding = row.labels == -100
+        padding = row.labels == IGNORED_LABEL
+        start_of_padding = row.bounds[len(row.documents)]
         assert np.array_equal(row.input_ids == END_OF_TEXT, padding)
-        assert (
-            not padding[: row.bounds[len(row.documents)]].any()
-            and padding[row.bounds[len(row.documents)] :].all()
-        )
+        assert not padding[:start_of_padding].any()
+        assert padding[start_of_padding:].all()
 
 
 def test_positions_restart_at_every_document_and_at_the_padding(built: BuiltData) -> None:
     for row in all_rows(built):
-        lengths = np.diff(row.bounds)
-        assert np.array_equal(
-            row.position_ids, np.concatenate([np.arange(length) for length in lengths])
-        )
+        counted = np.concatenate([np.arange(length) for length in np.diff(row.bounds)])
+        assert np.array_equal(row.position_ids, counted)
 
 
 def test_predicted_tokens_of_a_row_are_its_labels(built: BuiltData) -> None:
     for source in range(len(built.source_names)):
-        counted = [
-            (built.read_row(source, r).labels != -100).sum() for r in range(built.num_rows(source))
-        ]
+        counted = []
+        for row in range(built.num_rows(source)):
+            labels = built.read_row(source, row).labels
+            counted.append(np.count_nonzero(labels != IGNORED_LABEL))
         assert built.row_tokens(source).tolist() == counted
 
 
@@ -107,7 +105,8 @@ def test_held_out_documents_are_numbered_through_their_domain(built: BuiltData) 
         np.add.at(tokens, row.documents, np.diff(row.bounds)[: len(row.documents)])
     entries = built.manifest.sources[:2]
     assert domain.num_documents == sum(entry.held_out_documents for entry in entries)
-    assert (tokens >= 1).all() and (domain.document_bytes >= tokens).all()
+    assert (tokens >= 1).all()
+    assert (domain.document_bytes >= tokens).all()
 
 
 def test_labels_and_guard_domains_of_the_present_mix_replace_those_of_the_build(
@@ -115,11 +114,11 @@ def test_labels_and_guard_domains_of_the_present_mix_replace_those_of_the_build(
 ) -> None:
     domain = GuardDomain(name="english", language="en", sources=("en",))
     sources = tuple(dataclasses.replace(source, domain="books") for source in mix.sources)
-    changed = dataclasses.replace(
-        mix, sources=sources, guard=dataclasses.replace(mix.guard, domains=(domain,))
-    )
+    guard = dataclasses.replace(mix.guard, domains=(domain,))
+    changed = dataclasses.replace(mix, sources=sources, guard=guard)
     again = BuiltData.open(built.directory, mix=changed)
-    assert [held.name for held in again.held_out] == ["english"] and again.domains == ("books",) * 3
+    assert [held.name for held in again.held_out] == ["english"]
+    assert again.domains == ("books",) * 3
     with pytest.raises(DataError, match="built for seq_len 32"):
         BuiltData.open(built.directory, mix=dataclasses.replace(mix, seq_len=64))
 

