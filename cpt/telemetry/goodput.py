@@ -1,4 +1,4 @@
-"""Where the time of a run went, over all its starts, from metrics.jsonl.
+"""The account of a run's time over all its starts, from metrics.jsonl.
 
     productive   steps whose update is part of the weights now, without their wait for data
     start_up     from the process's start to the first step, first start only
@@ -7,8 +7,9 @@
     evaluation   scoring held-out text
     skipped      steps whose update was not applied, because something was not finite
     rollback     loading a checkpoint in mid run, and steps that this took back
-    restart      from the last line of one start to the first step of the next, and steps that were done again
-    other        what is left of the time between start and end: logging, hooks, the scheduler of the machine
+    restart      from the last line of one start to the first step of the next, and steps that were
+                 done again
+    other        the rest of the time between start and end: logging, hooks, the machine's scheduler
 
 Events that carry it: `start` (time, start_up_seconds, previous_end), `step` (seconds), `data_wait`,
 `checkpoint` (blocked_seconds, or seconds), `evaluation`, `skipped_update`, `rollback`, `end`
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,7 @@ LOST = (
     "restart",
     "other",
 )
-"""Kinds of lost time."""
+"""Kinds of lost time, in the order in which they are shown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +53,7 @@ class Goodput:
 
     @property
     def total(self) -> float:
-        """All seconds."""
+        """Seconds of all starts together."""
         return self.productive + sum(self.lost.values())
 
     @property
@@ -61,16 +62,18 @@ class Goodput:
         return self.productive / self.total if self.total > 0 else math.nan
 
     def describe(self) -> str:
-        """One line for people."""
-        lost = ", ".join(
-            f"{kind.replace('_', '-')} {seconds:.1f} s"
-            for kind, seconds in self.lost.items()
-            if seconds
+        """Return one line for people."""
+        lost = []
+        for kind, seconds in self.lost.items():
+            if seconds:
+                lost.append(f"{kind.replace('_', '-')} {seconds:.1f} s")
+        return (
+            f"goodput {100 * self.share:.1f} %: {self.productive:.1f} of {self.total:.1f} s; "
+            f"lost: {', '.join(lost) or 'nothing'}"
         )
-        return f"goodput {100 * self.share:.1f} %: {self.productive:.1f} of {self.total:.1f} s; lost: {lost or 'nothing'}"
 
     def event(self, step: int) -> dict[str, Any]:
-        """For metrics.jsonl: cumulative over all starts of the run."""
+        """Return the event for metrics.jsonl, cumulative over all starts of the run."""
         seconds = {"productive": self.productive, **self.lost}
         return {
             "event": "goodput",
@@ -90,7 +93,7 @@ class _Step:
 
 @dataclass(kw_only=True)
 class _Account:
-    """Reads events in the order in which they were written."""
+    """An account that is kept by reading events in the order in which they were written."""
 
     lost: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LOST, 0.0))
     steps: dict[int, _Step] = field(default_factory=dict)
@@ -100,20 +103,20 @@ class _Account:
     known_before: float = 0.0
     """Seconds accounted for when it began."""
     reason: str = "restart"
-    """What steps that are done again are put down to."""
+    """Kind of loss that steps which are done again count as."""
 
     def take(self, event: dict[str, Any]) -> None:
-        handler = getattr(self, f"_on_{event['event']}", None)
+        handler = _HANDLERS.get(event["event"])
         if handler is not None:
-            handler(event)
+            handler(self, event)
 
     def accounted(self) -> float:
         return sum(self.lost.values()) + sum(step.seconds for step in self.steps.values())
 
     def _on_start(self, event: dict[str, Any]) -> None:
-        now, start_up, previous = (
-            _seconds(event.get(key)) for key in ("time", "start_up_seconds", "previous_end")
-        )
+        now = _seconds(event.get("time"))
+        start_up = _seconds(event.get("start_up_seconds"))
+        previous = _seconds(event.get("previous_end"))
         if self.starts and previous:
             self._settle(previous)
         self.known_before = self.accounted()
@@ -128,8 +131,9 @@ class _Account:
 
     def _on_step(self, event: dict[str, Any]) -> None:
         step = event["step"]
-        for taken_back in [known for known in self.steps if known >= step]:
-            self.lost[self.reason] += self.steps.pop(taken_back).seconds
+        taken_back = [known for known in self.steps if known >= step]
+        for known in taken_back:
+            self.lost[self.reason] += self.steps.pop(known).seconds
         self.steps[step] = _Step(seconds=_seconds(event.get("seconds")))
 
     def _on_data_wait(self, event: dict[str, Any]) -> None:
@@ -154,54 +158,73 @@ class _Account:
         self._settle(_seconds(event.get("time")))
 
     def _settle(self, ended_at: float) -> None:
-        """What the present start has not accounted for is `other`."""
+        """Put down to `other` what the present start has not accounted for."""
         if self.began_at is not None:
-            self.lost["other"] += max(
-                0.0, ended_at - self.began_at - (self.accounted() - self.known_before)
-            )
+            elapsed = ended_at - self.began_at
+            known = self.accounted() - self.known_before
+            self.lost["other"] += max(0.0, elapsed - known)
         self.began_at = None
 
     def result(self) -> Goodput:
         lost = dict(self.lost)
-        lost["data_wait"] += sum(step.data_wait for step in self.steps.values() if not step.skipped)
-        lost["skipped"] += sum(step.seconds for step in self.steps.values() if step.skipped)
-        productive = sum(
-            step.seconds - step.data_wait for step in self.steps.values() if not step.skipped
-        )
+        productive = 0.0
+        for step in self.steps.values():
+            if step.skipped:
+                lost["skipped"] += step.seconds
+            else:
+                lost["data_wait"] += step.data_wait
+                productive += step.seconds - step.data_wait
         return Goodput(productive=productive, lost=lost, num_starts=self.starts)
+
+
+_HANDLERS: dict[str, Callable[[_Account, dict[str, Any]], None]] = {
+    "start": _Account._on_start,
+    "step": _Account._on_step,
+    "data_wait": _Account._on_data_wait,
+    "skipped_update": _Account._on_skipped_update,
+    "checkpoint": _Account._on_checkpoint,
+    "evaluation": _Account._on_evaluation,
+    "rollback": _Account._on_rollback,
+    "end": _Account._on_end,
+}
+"""The method that takes each event; other events carry no time."""
 
 
 def goodput(events: Iterable[Any]) -> Goodput:
     """Account for the time of a run.
 
     Args:
-        events: All lines of metrics.jsonl in order, those that a resume took back included.
+        events: All lines of metrics.jsonl in order, including those that a resume took back.
     """
     account = _Account()
     for event in events:
-        if (
-            isinstance(event, dict)
-            and isinstance(event.get("event"), str)
-            and type(event.get("step")) is int
-        ):
+        if not isinstance(event, dict):
+            continue
+        if isinstance(event.get("event"), str) and type(event.get("step")) is int:
             account.take(event)
     return account.result()
 
 
 def start_event(step: int, previous_end: float | None) -> dict[str, Any]:
-    """The event of a start that is about to do its first step.
+    """Return the event of a start that is about to do its first step.
 
     Args:
         step: Steps done.
         previous_end: When the last line of metrics.jsonl was written; None for a run's first start.
     """
-    known = {"previous_end": previous_end} if previous_end is not None else {}
-    return {
-        "event": "start", "step": step, "time": time.time(), "start_up_seconds": age_seconds(), **known
-    }  # fmt: skip
+    event: dict[str, Any] = {
+        "event": "start",
+        "step": step,
+        "time": time.time(),
+        "start_up_seconds": age_seconds(),
+    }
+    if previous_end is not None:
+        event["previous_end"] = previous_end
+    return event
 
 
 def _seconds(value: object) -> float:
-    """A duration or time from a file; 0 for anything else."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return max(0.0, float(value)) if number and math.isfinite(value) else 0.0  # type: ignore[arg-type]
+    """Return a duration or time from a file; 0 for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return 0.0
+    return max(0.0, float(value)) if math.isfinite(value) else 0.0

@@ -1,6 +1,7 @@
-"""metrics.jsonl and what else hears of an event; only rank 0 writes.
+"""The log of a run: metrics.jsonl, and the trackers that hear of every event.
 
-A run that resumes from an older step appends; readers take the last line of a step.
+Only rank 0 writes.  A run that resumes from an older step appends; readers take the last line of a
+step.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any, Protocol, TextIO
 
 
 class Tracker(Protocol):
-    """Something that shows events to people."""
+    """A service that shows events to people."""
 
     def log(self, event: dict[str, Any]) -> None:
         """Show one event."""
 
     def close(self) -> None:
-        """Flush and leave."""
+        """Send what is left and close the connection."""
 
 
 class Telemetry:
@@ -62,7 +63,7 @@ def _open_at_line_start(path: Path) -> TextIO:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinities as null: JSON has no word for them."""
+    """Replace NaN and infinities by null, since JSON has no word for them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -71,7 +72,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All events of a metrics.jsonl; a cut-off last line, as a crash leaves it, is passed over."""
+    """Read all events of a metrics.jsonl; a line that a crash cut off is passed over."""
     events = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

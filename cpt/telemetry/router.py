@@ -1,11 +1,13 @@
-"""The `router` event of metrics.jsonl: what the routers of all layers did in one step.
+"""The `router` event of metrics.jsonl: the decisions of all layers' routers in one step.
 
-    load_max_over_mean   [layers]              largest share of an expert, 1 for perfect balance
-    entropy              [layers]              mean over tokens of the entropy of the router's softmax, nats
-    aux_loss, z_loss     mean over layers      as cpt/model/experts/router_watch.py defines them, whether trained on or not
+    load_max_over_mean   [layers]  largest share of an expert; 1 is perfect balance
+    entropy              [layers]  mean over tokens of the entropy of the router's softmax, in nats
+    aux_loss, z_loss     mean over layers, as cpt/model/experts/router_watch.py defines them,
+                         whether trained on or not
     by_language          {language: {load_max_over_mean, distance, overlap: [layers]}}
-    overlap              [layers]              share of the assignments that the untouched router would have made, too
-    dropped              assignments that no expert computed, over all layers and ranks; anything but 0 is an error
+    overlap              [layers]  share of the assignments that the untouched router would make too
+    dropped              assignments that no expert computed, over all layers and ranks; anything
+                         but 0 is an error
 
 `distance` is half the sum of absolute differences between the shares of a language and those of all
 tokens: 0 if both use the experts alike, 1 if they share none.
@@ -25,11 +27,11 @@ from cpt.model.experts.router_watch import RouterSums
 
 
 def router_event(step: int, sums: RouterSums, languages: Sequence[str]) -> dict[str, Any]:
-    """One line of metrics.jsonl.
+    """Return the event of one step.
 
     Args:
         step: The step that was measured.
-        sums: What was measured.
+        sums: Counts and sums of that step over all ranks.
         languages: Language of each source.
     """
     counts_LE = sums.counts_LSE.sum(1)

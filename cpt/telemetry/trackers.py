@@ -11,30 +11,31 @@ from cpt.telemetry.metrics import Tracker
 
 
 def scalars(event: dict[str, Any]) -> dict[str, float]:
-    """Flatten one event into named numbers: `train/loss`, `loss_by_language/ja`,
-    `guard/english/bits_per_byte`.
+    """Flatten one event into named numbers.
+
+    Names are such as `train/loss`, `loss_by_language/ja`, `guard/english/bits_per_byte`.
     """
     kind = event["event"]
-    if kind == "guard_decision":  # its settings and states are for `cpt guard audit`
-        shares = {
-            f"guard/replay_share/{domain}": share
-            for domain, share in event["after"]["shares"].items()
-        }
-        return {"guard/lr_scale": event["after"]["lr_scale"], **shares}
+    if kind == "guard_decision":
+        # its settings and states are for `cpt guard audit`
+        numbers = {"guard/lr_scale": event["after"]["lr_scale"]}
+        for domain, share in event["after"]["shares"].items():
+            numbers[f"guard/replay_share/{domain}"] = share
+        return numbers
     prefix = {"step": "train", "guard": f"guard/{event.get('domain')}"}.get(kind, kind)
-    numbers: dict[str, float] = {}
+    numbers = {}
     for key, value in event.items():
         if isinstance(value, dict):
-            numbers.update(
-                {f"{key}/{name}": v for name, v in value.items() if isinstance(v, (int, float))}
-            )
+            for name, item in value.items():
+                if isinstance(item, (int, float)):
+                    numbers[f"{key}/{name}"] = item
         elif isinstance(value, (int, float)) and key != "step":
             numbers[f"{prefix}/{key}"] = value
     return numbers
 
 
 class WandbTracker:
-    """Weights & Biases."""
+    """Sends events to Weights & Biases."""
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         import wandb
@@ -62,7 +63,7 @@ class WandbTracker:
 
 
 class TensorBoardTracker:
-    """TensorBoard event files in <run_dir>/tensorboard."""
+    """Writes event files for TensorBoard to <run_dir>/tensorboard."""
 
     def __init__(self, run_dir: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -74,7 +75,9 @@ class TensorBoardTracker:
             text = f"**{event['prompt']}**{event['text']}"
             self._writer.add_text(f"sample/{event['number']}", text, event["step"])  # type: ignore[no-untyped-call]
             return
-        for name, value in scalars(event).items() if "step" in event else ():
+        if "step" not in event:
+            return
+        for name, value in scalars(event).items():
             self._writer.add_scalar(name, value, event["step"])  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
@@ -82,7 +85,7 @@ class TensorBoardTracker:
 
 
 def trackers_for(config: RunConfig, run_dir: Path) -> list[Tracker]:
-    """The trackers that the run YAML asks for; libraries are imported only then."""
+    """Open the trackers that the run YAML asks for; their libraries are imported only then."""
     trackers: list[Tracker] = []
     if config.telemetry.wandb != "disabled":
         trackers.append(WandbTracker(config, run_dir))

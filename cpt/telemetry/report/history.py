@@ -1,4 +1,4 @@
-"""What the log of a run says, read back: the branch of steps that counts, as columns over steps.
+"""The log of a run, read back: the branch of steps that counts, as columns over steps.
 
 A run that resumes from an older checkpoint appends to metrics.jsonl.  When step k is logged again,
 everything that was logged before for step k or later was taken back by the resume and is dropped:
@@ -23,44 +23,46 @@ from cpt.telemetry.report.series import Array
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What the log of a run says, without what a resume took back."""
+    """The log of a run, without what a resume took back."""
 
     steps: Array
     """Optimizer steps, ascending."""
     step_events: list[dict[str, Any]]
-    """One for each of `steps`."""
+    """The event of each of `steps`."""
     guard_events: list[dict[str, Any]]
     """The last measurement of each step and domain, in order of steps."""
     checkpoint_events: list[dict[str, Any]]
     router_events: list[dict[str, Any]]
     """The last measurement of each step, in order of steps."""
     resumes: list[int]
-    """Steps at which a resume set in again, below steps that had been logged before."""
+    """Steps at which a resume began again, below steps that had been logged before."""
     num_repeated_steps: int
     config: dict[str, Any]
     """Content of config.resolved.yaml; empty if it cannot be read."""
     goodput: Goodput
     """Where the time went, over all starts."""
     notes: list[str]
-    """What a reader of the page must know."""
+    """Warnings for the reader of the page."""
 
     def column(self, key: str) -> Array:
-        """One number of every step; NaN where it is missing."""
+        """Return one number of every step; NaN where it is missing."""
         return np.asarray([number(event.get(key)) for event in self.step_events], dtype=np.float64)
 
     def columns(self, key: str) -> dict[str, Array]:
-        """A map of every step as one column per entry."""
+        """Return a map that every step logs as one column per entry."""
         found: dict[str, Array] = {}
         for row, event in enumerate(self.step_events):
             values = event.get(key)
-            for name, value in values.items() if isinstance(values, dict) else ():
+            if not isinstance(values, dict):
+                continue
+            for name, value in values.items():
                 if name not in found:
                     found[name] = np.full(len(self.step_events), math.nan)
                 found[name][row] = number(value)
         return found
 
     def setting(self, section: str, key: str) -> Any:
-        """One value of the configuration, or None."""
+        """Return one value of the configuration, or None."""
         values = self.config.get(section)
         return values.get(key) if isinstance(values, dict) else None
 
@@ -69,22 +71,25 @@ def read_run(run_dir: Path) -> Run:
     """Read metrics.jsonl and config.resolved.yaml."""
     events = read_events(run_dir / "metrics.jsonl")
     kept, resumes, repeated = current_branch(events)
-    steps = [event for event in kept if event["event"] == "step"]
-    guard = {(e["step"], str(e.get("domain"))): e for e in kept if e["event"] == "guard"}
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for event in kept:
+        by_kind.setdefault(str(event["event"]), []).append(event)
+    steps = by_kind.get("step", [])
+    guard = {(e["step"], str(e.get("domain"))): e for e in by_kind.get("guard", [])}
+    router = {event["step"]: event for event in by_kind.get("router", [])}
     config, notes = _read_config(run_dir / "config.resolved.yaml")
-    lost = [e["step"] for e in steps if not math.isfinite(number(e.get("loss")))]
+    lost = [event["step"] for event in steps if not math.isfinite(number(event.get("loss")))]
     if lost:
         notes.append(
-            f"The loss is not a finite number at {len(lost):,} of {len(steps):,} steps, first at step {lost[0]:,}."
+            f"The loss is not a finite number at {len(lost):,} of {len(steps):,} steps, "
+            f"first at step {lost[0]:,}."
         )
     return Run(
         steps=np.asarray([event["step"] for event in steps], dtype=np.float64),
         step_events=steps,
-        guard_events=sorted(guard.values(), key=lambda e: e["step"]),
-        checkpoint_events=[event for event in kept if event["event"] == "checkpoint"],
-        router_events=[
-            *{event["step"]: event for event in kept if event["event"] == "router"}.values()
-        ],
+        guard_events=sorted(guard.values(), key=lambda event: event["step"]),
+        checkpoint_events=by_kind.get("checkpoint", []),
+        router_events=list(router.values()),
         resumes=resumes,
         num_repeated_steps=repeated,
         config=config,
@@ -98,12 +103,13 @@ def current_branch(events: Iterable[Any]) -> tuple[list[dict[str, Any]], list[in
     later.
 
     Returns:
-        The events that count; where in them a resume set in again; how many steps were trained more
-        than once.
+        The events that count; the steps at which a resume began again; how many steps were trained
+        more than once.
     """
     kept: list[dict[str, Any]] = []
     resumes: list[int] = []
-    last, repeated = -1, 0
+    last = -1
+    repeated = 0
     for event in events:
         if not isinstance(event, dict) or not _is_step(event.get("step")) or "event" not in event:
             continue
@@ -124,7 +130,7 @@ def _is_step(value: object) -> bool:
 
 
 def number(value: object) -> float:
-    """A number from a file as a float; NaN for anything else."""
+    """Return a number from a file as a float; NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
