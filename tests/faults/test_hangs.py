@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from cpt.checkpoint.metadata import PARTS
 from cpt.checkpoint.reader import list_steps, step_folder
@@ -16,6 +15,7 @@ from cpt.telemetry.goodput import goodput
 from cpt.telemetry.metrics import read_events
 from tests.dist.test_layout_parity import stored_tensors
 from tests.support.service import STEPS, Service, run_to_end, service
+from tests.support.tensors import differing
 
 pytestmark = pytest.mark.dist
 
@@ -32,7 +32,7 @@ def assert_same_weights(first: Service, second: Service) -> None:
     for part in PARTS:
         expected = stored_tensors(step_folder(first.run_dir, STEPS), part)
         got = stored_tensors(step_folder(second.run_dir, STEPS), part)
-        assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+        assert differing(expected, got) == []
 
 
 @pytest.mark.case(
@@ -50,7 +50,7 @@ def test_killed_rank_takes_the_run_down_and_the_rerun_ends_with_the_same_weights
     code, run = run_to_end(workplace, "killed", fault="forward:1:4:kill")
     announced = "fault injected: forward rank=1 step=4 action=kill"
     assert code != 0 and announced in run.output, run.output
-    assert [event["step"] for event in run.steps()] == [1, 2, 3] and list_steps(run.run_dir) == [2]
+    assert run.step_numbers() == [1, 2, 3] and list_steps(run.run_dir) == [2]
     code, run = run_to_end(workplace, "killed")
     assert code == 0, run.output
     assert_same_weights(undisturbed, run)
@@ -129,7 +129,7 @@ def test_slow_rank_is_reported_and_failing_rank_takes_all_along_with_the_cause_f
     (straggler,) = [event for event in run.events("straggler") if event["step"] == 7]
     assert (straggler["rank"], straggler["phase"]) == (1, "data") and straggler["ratio"] > 1.5
     assert "watchdog: straggler: rank 1 took " in output
-    assert [event["step"] for event in run.steps()] == list(range(1, 9))
+    assert run.step_numbers() == list(range(1, 9))
     after = output[output.index("step=9 action=raise") :]
     cause = "watchdog: rank 1 failed in phase=data step=9: InjectedFault: injected at data, step 9"
     assert cause in after and "Traceback" not in after[: after.index(cause)]

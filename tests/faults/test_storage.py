@@ -46,7 +46,7 @@ def test_disk_that_fills_up(workplace, checkpoint_bytes) -> None:
         told = "training goes on (at step 4): a checkpoint needs"
         assert code == 74 and told in run.output, run.output
         assert "free at disk/run/checkpoints" in run.output
-        assert [event["step"] for event in run.steps()] == [1, 2, 3, 4, 5, 6]
+        assert run.step_numbers() == [1, 2, 3, 4, 5, 6]
         assert list_steps(run.run_dir) == [2] and refusal_of(step_folder(run.run_dir, 2)) is None
         assert not list((run.run_dir / "checkpoints").glob(".*"))
 

@@ -175,6 +175,10 @@ class Service:
         """Return the step events of metrics.jsonl."""
         return self.events("step")
 
+    def step_numbers(self) -> list[int]:
+        """Return the numbers of the steps in metrics.jsonl, in the order of the lines."""
+        return [event["step"] for event in self.steps()]
+
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return the events of one name in metrics.jsonl."""
         path = self.run_dir / "metrics.jsonl"
