@@ -35,7 +35,7 @@ from data_pipeline.build.sources import read_documents
 from data_pipeline.build.units import Unit
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.store.files import atomic_write, sha256_of, write_json
-from data_pipeline.store.shards import SUFFIX, writing
+from data_pipeline.store.shards import SUFFIX, write_shard
 from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.harmony import body
 from data_pipeline.text.tokenizer import Tokens
@@ -163,7 +163,7 @@ def _write_shard(part: Part, tally: Tally, facts: _DocumentFacts) -> bool:
     first = next(documents, None)
     if first is None:
         return False
-    with writing(part.shard_path) as shard:
+    with write_shard(part.shard_path) as shard:
         for document in itertools.chain([first], documents):
             tokens = document.tokenize()
             facts.note(document, tokens)

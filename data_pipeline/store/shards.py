@@ -44,7 +44,7 @@ _SCAN_TOKENS = 1 << 24
 
 
 class ShardWriter:
-    """Appends documents to an open shard; `writing` makes one."""
+    """Appends documents to an open shard; `write_shard` makes one."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -101,14 +101,14 @@ class ShardWriter:
             content["num_control_tokens"] = self._num_control_tokens
         header = json.dumps(content).encode("ascii")
         self._file.seek(0)
-        self._file.write(
-            MAGIC + struct.pack("<II", VERSION, len(header)) + header.ljust(HEADER_BYTES - 16)
-        )
+        self._file.write(MAGIC)
+        self._file.write(struct.pack("<II", VERSION, len(header)))
+        self._file.write(header.ljust(HEADER_BYTES - 16))
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[ShardWriter]:
-    """Write a shard that appears under `path` only when the block ends without an error."""
+def write_shard(path: Path) -> Iterator[ShardWriter]:
+    """Yield a writer whose shard appears as `path` once the block has ended without an error."""
     with atomic_write(path) as file:
         writer = ShardWriter(file)
         yield writer
@@ -127,7 +127,7 @@ class Shard:
         """Open `path`.
 
         Args:
-            path: A file that `writing` wrote.
+            path: A file that `write_shard` wrote.
             verify: Whether to check every token, not only the header, the size and the offsets.
 
         Raises:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.store.shards import HEADER_BYTES, Shard, writing
+from data_pipeline.store.shards import HEADER_BYTES, Shard, write_shard
 from data_pipeline.text.tokenizer import END_OF_TEXT, VOCAB_SIZE
 
 DOCUMENTS = [[1, 2, 3], [4], [5, 6]]
@@ -22,7 +22,7 @@ OFFSETS_AT = HEADER_BYTES + 4 * NUM_TOKENS + 4
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "documents.tokens"
-    with writing(path) as shard:
+    with write_shard(path) as shard:
         for number, tokens in enumerate(DOCUMENTS):
             shard.add(np.array(tokens, dtype=np.uint32), 10 + number)
     return path
@@ -46,14 +46,14 @@ def test_what_was_written_is_read(path: Path) -> None:
 
 
 def test_equal_documents_give_equal_bytes(path: Path, tmp_path: Path) -> None:
-    with writing(tmp_path / "again.tokens") as shard:
+    with write_shard(tmp_path / "again.tokens") as shard:
         for number, tokens in enumerate(DOCUMENTS):
             shard.add(np.array(tokens, dtype=np.uint32), 10 + number)
     assert (tmp_path / "again.tokens").read_bytes() == path.read_bytes()
 
 
 def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), writing(tmp_path / "x.tokens") as shard:  # noqa: PT012
+    with pytest.raises(RuntimeError), write_shard(tmp_path / "x.tokens") as shard:  # noqa: PT012
         shard.add(np.array([1], dtype=np.uint32), 1)
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
