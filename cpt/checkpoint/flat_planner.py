@@ -46,7 +46,7 @@ class FlatRange:
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """The same range for torch.distributed.checkpoint."""
+        """This range as a chunk of torch.distributed.checkpoint."""
         return ChunkStorageMetadata(
             offsets=torch.Size([self.offset]), sizes=torch.Size([self.tensor.numel()])
         )

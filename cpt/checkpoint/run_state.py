@@ -17,7 +17,7 @@ Plain = Mapping[str, Any]
 class RunState:
     """The state of a run at one step, as JSON values.
 
-    Each part is written and read by its owner.  A part that the run does not have is None.
+    Each part is written and read by its owner. A part that the run does not have is None.
     """
 
     model_config: Plain

@@ -50,7 +50,7 @@ POINTS = (
     "prune",
     "export",
 )
-"""Where a fault may strike, in the order in which a run and a save pass these points."""
+"""Points at which a fault may strike, in the order in which a run and a save pass them."""
 SIGNALS = {
     "kill": signal.SIGKILL,
     "stop": signal.SIGSTOP,
@@ -69,6 +69,8 @@ class InjectedFault(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Fault:
+    """One entry of CPT_FAULT; a rank or a step of None is any."""
+
     point: str
     rank: int | None
     step: int | None

@@ -121,14 +121,14 @@ class Straggler:
 
 @dataclass(kw_only=True, slots=True)
 class _SeenRank:
-    """What the observer knows about one rank; times are seconds of the observer's clock."""
+    """The observer's knowledge of one rank; times are seconds of the observer's clock."""
 
     beat: Beat
     """Its last beat."""
     moved_at: float
-    """When it was last seen to enter a phase."""
+    """Time at which it was last seen to enter a phase."""
     ticked_at: float
-    """When its clock was last seen to move."""
+    """Time at which its clock was last seen to move."""
     was_behind: bool = False
     """Whether it was behind at the last look."""
     behind_seconds: dict[str, float] = field(default_factory=dict)

@@ -19,11 +19,11 @@ log = logging.getLogger("cpt.training")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups: matrices decay; biases, norms and sinks do not; frozen parameters are
-    in neither group.
+    """Return AdamW's parameter groups.
 
-    gpt-oss stores an expert bias as a matrix (one row per expert), so names decide, not the number
-    of dimensions.
+    Matrices decay; biases, norms and sinks do not. Frozen parameters are in neither group. gpt-oss
+    stores an expert bias as a matrix (one row per expert), so names decide, not the number of
+    dimensions.
     """
     kept: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []

@@ -146,7 +146,8 @@ def test_killgroup_ends_the_ranks_of_this_run_and_nothing_else(tmp_path: Path) -
             [sys.executable, str(script)], env={**environment, "CPT_ALLOW_FAULTS": "1"}
         )
 
-    strange, peer = rank(0, 4001, ""), rank(0, 4002, "")
+    strange = rank(0, 4001, "")
+    peer = rank(0, 4002, "")
     striking = rank(1, 4002, "forward:1:1:killgroup")
     try:
         assert striking.wait(30) == -signal.SIGKILL and peer.wait(30) == -signal.SIGKILL
