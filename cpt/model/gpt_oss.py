@@ -6,12 +6,13 @@
 Shape letters: B rows, S local tokens of a row, M model size, V vocabulary.
 
 Decisions
-    `GptOssForCPT` adds one forward to Hugging Face's class: it returns the loss of every token, not
-    logits. Everything that differs from Hugging Face is done by `patch`, which reports what it
-    changed. The model is never whole in memory: experts of other ranks exist on meta only, and
-    under ZeRO-3 a parameter is cut up as soon as it is allocated, before it has a value.
-    Rotary frequencies are computed again in fp32 after materializing; a bf16 or meta build gets
-    them wrong.
+    - `GptOssForCPT` adds one forward to Hugging Face's class: it returns the loss of every token,
+      not logits. Everything else that differs from Hugging Face is done by `patch`, which reports
+      what it changed.
+    - The model is never whole in memory: experts of other ranks exist on meta only, and under
+      ZeRO-3 a parameter is cut up as soon as it is allocated, before it has a value.
+    - Rotary frequencies are computed again in fp32 after materializing; a bf16 or meta build gets
+      them wrong.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ nothing that is sent back, and it may take those rows from the first run if they
 `context_fn` tells the two runs apart.
 
 Decisions
-    One `Recomputation` per checkpointed call holds what its first run kept; its second run takes it
-    in the same order, and memory is free again after the layer's backward.
-    The second run may happen on another thread (autograd's, on a GPU), so what is current is per
-    thread.
+    - One `Recomputation` per checkpointed call holds what its first run kept. Its second run takes
+      it in the same order, and the memory is free again after the layer's backward.
+    - The second run may happen on another thread (autograd's, on a GPU), so the current call is
+      noted per thread.
 """
 
 from __future__ import annotations

@@ -1,20 +1,21 @@
 """CPU kernels for sink attention, linear in memory, built on the flash operator inside torch.
 
 Decisions
-    A full layer is one causal call per document. Runs of documents too short to be worth a call,
-    such as a padding tail in which every position is 0, are taken together as a window layer:
-    within a document of n tokens, a window of n is full attention.
-    A window layer is one call for all documents. Queries are cut into blocks; a block meets the
-    keys that end with it, `block + window` of them, which are overlapping views of one buffer. The
-    query heads of a group are folded into the rows of the block, so that the operator works on tall
-    tiles and dk and dv come back per key/value head. Short blocks waste less work on keys that no
-    query sees, but from 768 rows on the operator takes tiles of 256 rows instead of 64. The first
-    wins in the forward, the second in the backward, which multiplies five matrices per
-    tile: hence two sizes of block.
-    A small additive mask holds the window and the documents; it is the same in all layers and kept
-    in PackedRows. The backward of a full layer puts the members of a group into the batch dimension
-    and adds up their dk and dv in float32: left to the operator, bf16 gradients are added in bf16
-    and are twice as far off.
+    - A full layer is one causal call per document. Runs of documents too short to be worth a call,
+      such as a padding tail in which every position is 0, are taken together as a window layer:
+      within a document of n tokens, a window of n is full attention.
+    - A window layer is one call for all documents. Queries are cut into blocks; a block meets the
+      keys that end with it, `block + window` of them, which are overlapping views of one buffer.
+      The query heads of a group are folded into the rows of the block, so that the operator works
+      on tall tiles, and dk and dv come back per key/value head.
+    - Short blocks waste less work on keys that no query sees, but from 768 rows on the operator
+      takes tiles of 256 rows instead of 64. The first wins in the forward, the second in the
+      backward, which multiplies five matrices per tile: hence two sizes of block.
+    - A small additive mask holds the window and the documents. It is the same in all layers and
+      kept in PackedRows.
+    - The backward of a full layer puts the members of a group into the batch dimension and adds up
+      their dk and dv in float32. Left to the operator, bf16 gradients are added in bf16 and are
+      twice as far off.
 
 The operators are internal to torch, but `scaled_dot_product_attention` on the CPU is a wrapper
 around them, and it does not hand out the log-sum-exp.

@@ -1,10 +1,11 @@
 """FlashAttention 2 from the package flash-attn, with the sinks folded in (see function.py).
 
 Decisions
-    The inner forward and backward functions are called, whose arguments include out and the
-    log-sum-exp. The public `flash_attn_varlen_func` returns a log-sum-exp too, but its backward
-    drops the gradient of it. Everything after the tensors goes by keyword: the inner functions
-    gained arguments between releases.
+    - The inner forward and backward functions are called, whose arguments include out and the
+      log-sum-exp. The public `flash_attn_varlen_func` returns a log-sum-exp too, but its backward
+      drops the gradient of it.
+    - Everything after the tensors goes by keyword: the inner functions gained arguments between
+      releases.
 
 Source of the signatures: flash_attn/flash_attn_interface.py of flash-attn 2.8.
 

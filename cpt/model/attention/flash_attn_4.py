@@ -1,13 +1,14 @@
 """FlashAttention 4 (package flash-attn-4), which computes with sinks itself, forward and backward.
 
 Decisions
-    The public `flash_attn_varlen_func` is called with `learnable_sink`; its autograd Function
-    returns the sinks' gradient. torch's adapter for this package (torch.nn.attention._fa4, torch
-    2.13) is not used: it has no sinks, and it expects two results where the package returns four or
-    five. Versions before 4.0.0b26 raise in the backward or lack it; GPUs other than SM9x, SM10x and
-    SM11x have no backward for sinks. Both are refused here, before a run starts.
-    flash-attn 2.8 installs an early flash_attn/cute of its own. Where both packages are wanted,
-    install flash-attn-4 last; the parity probe notices the wrong one.
+    - The public `flash_attn_varlen_func` is called with `learnable_sink`; its autograd Function
+      returns the sinks' gradient. torch's adapter for this package (torch.nn.attention._fa4, torch
+      2.13) is not used: it has no sinks, and it expects two results where the package returns four
+      or five.
+    - Versions before 4.0.0b26 raise in the backward or lack it; GPUs other than SM9x, SM10x and
+      SM11x have no backward for sinks. Both are refused here, before a run starts.
+    - flash-attn 2.8 installs an early flash_attn/cute of its own. Where both packages are wanted,
+      install flash-attn-4 last; the parity probe notices the wrong one.
 
 Source of the signatures: flash_attn/cute/interface.py of flash-attn-4 4.0.0b26 and 4.0.0b36.
 

@@ -1,11 +1,13 @@
 """flex_attention with sinks: slower than the flash kernels, but for float32, too, and no package.
 
 Decisions
-    The output is multiplied by sigmoid(lse - sink) with the float32 log-sum-exp, and autograd goes
-    through both: the backward of flex_attention takes the gradient of its log-sum-exp, on CUDA.
-    All rows go in as one, with documents in the mask. The blocks that a query block meets are found
-    from the document starts, in numbers of blocks squared; torch's create_block_mask would evaluate
-    all pairs of tokens. The mask is built once per batch and window, and kept in PackedRows.
+    - The output is multiplied by sigmoid(lse - sink) with the float32 log-sum-exp, and autograd
+      goes through both: on CUDA, the backward of flex_attention takes the gradient of its
+      log-sum-exp.
+    - All rows go in as one, with documents in the mask. The blocks that a query block meets are
+      found from the document starts, in numbers of blocks squared; torch's create_block_mask would
+      evaluate all pairs of tokens.
+    - The mask is built once per batch and window, and kept in PackedRows.
 
 Source of the signatures: torch/nn/attention/flex_attention.py of torch 2.13.
 

@@ -1,11 +1,12 @@
 """The documents of a micro batch's packed rows, described by offsets.
 
 Decisions
-    Documents are intervals of the flattened tokens, never a mask, so a description is as small as
-    the number of documents. The start of a row is always the start of a document: rows need no
-    further treatment anywhere. A padding tail is one more document, or many.
-    Whatever a kernel computes from the description alone (masks, offsets on a device) is kept here
-    and lives as long as the batch: it is computed by the first layer and read by the others.
+    - Documents are intervals of the flattened tokens, never a mask, so a description is as small as
+      the number of documents.
+    - The start of a row is always the start of a document: rows need no further treatment anywhere.
+      A padding tail is one more document, or many.
+    - Whatever a kernel computes from the description alone (masks, offsets on a device) is kept
+      here and lives as long as the batch: the first layer computes it and the others read it.
 
 Shape letters: B rows, T tokens of a row, N = B * T tokens of the micro batch.
 """

@@ -1,13 +1,13 @@
 """FlashAttention 2 inside torch: the kernel that needs no package beside a CUDA build of torch.
 
 Decisions
-    The operator is called directly. torch.nn.attention.varlen.varlen_attn is a wrapper around it
-    whose backward drops the gradient of the log-sum-exp (torch 2.13); here out and lse are folded
-    with the sinks and handed to the operator's backward, see `cpt.model.attention.function`.
-    The window to the right is 0 always and not only implied by `is_causal`: the kernel forgets
-    `is_causal` when no document is longer than one token, and then changes the layout of its
-    log-sum-exp. The kernel writes dk and dv per query head and sums the heads of a group in
-    float32.
+    - The operator is called directly. torch.nn.attention.varlen.varlen_attn is a wrapper around it
+      whose backward drops the gradient of the log-sum-exp (torch 2.13). Here out and lse are folded
+      with the sinks and handed to the operator's backward; see `cpt.model.attention.function`.
+    - The window to the right is always 0 and not only implied by `is_causal`: the kernel forgets
+      `is_causal` when no document is longer than one token, and then changes the layout of its
+      log-sum-exp.
+    - The kernel writes dk and dv per query head and sums the heads of a group in float32.
 
 Source of the signatures: aten/src/ATen/native/native_functions.yaml of torch 2.13.
 

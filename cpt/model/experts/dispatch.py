@@ -5,13 +5,15 @@
     fixed order)
 
 Decisions
-    Each step is a gather whose gradient is a gather, too: nothing is scattered, and sums over the
-    experts of a token are taken in fp32 in a fixed order, forward and backward, so that neither the
-    layout nor chance changes them. The routing weight of a row travels beside it in the same
-    exchange, padded to where the grouped products want rows to start (16 bytes): the rank of the
-    expert applies it, and the rows that come back need not be kept. Counts are exchanged first;
-    their sums are the only thing the host waits for, and not at all with one rank. Arrived rows are
-    put in order by arithmetic on the counts, not by another sort.
+    - Each step is a gather whose gradient is a gather, too: nothing is scattered. Sums over the
+      experts of a token are taken in fp32 in a fixed order, forward and backward, so that neither
+      the layout nor chance changes them.
+    - The routing weight of a row travels beside it in the same exchange, padded to where the
+      grouped products want rows to start (16 bytes). The rank of the expert applies it, so the rows
+      that come back need not be kept.
+    - Counts are exchanged first. Their sums are the only thing that the host waits for, and it does
+      not wait at all with one rank.
+    - Arrived rows are put in order by arithmetic on the counts, not by another sort.
 
 Shape letters: N tokens, k experts per token, R = N k rows sorted by expert, A arrived rows, M model
 size, E experts, g ranks of the expert-parallel group, e experts of each.

@@ -6,20 +6,22 @@
     out     = weight * (hidden @ down_proj + down_proj_bias)
 
 Decisions
-    Kept for the backward: the rows, their weights and gate_up (without its bias), R * (M + 2I)
-    values.  Not kept are the activations, computed again in passing (elementwise, under 4 % of the
-    time), and the outputs: with d_hidden = d_out @ down_proj^T, which is needed anyway, the
-    gradient of a weight is <d_hidden, hidden> + <d_out, bias>. Keeping only the rows would save R *
-    2I values more and cost one more product, 2 of 11 units of work: activation checkpointing makes
-    that trade for whole layers. The weights of the experts are not kept either: under ZeRO-3 a
-    saved tensor would hold the gathered storage until the backward.  The Functions remember the
-    parameter objects and read what they hold when the backward runs, which is after the engine has
-    gathered them again for the module. The gradient of gate_up is written over gate_up, and there
-    are two Functions so that autograd can let go of d_out between them: at the peak of the backward
-    only rows, d_gate_up, d_rows and the parameters' gradients are alive.  A second backward through
-    the same graph is refused by torch, which sees that a saved tensor has changed. Elementwise work
-    is done in fp32 on blocks of rows that fit a cache; only products round to the working dtype. A
-    parameter that needs no gradient costs none of its work.
+    - Kept for the backward are the rows, their weights and gate_up (without its bias), R * (M + 2I)
+      values. The activations are computed again in passing (elementwise, under 4 % of the time).
+      The outputs are not needed: with d_hidden = d_out @ down_proj^T, which is computed anyway, the
+      gradient of a weight is <d_hidden, hidden> + <d_out, bias>.
+    - Keeping only the rows would save R * 2I values more and cost one more product, 2 of 11 units
+      of work. Activation checkpointing makes that trade for whole layers.
+    - The weights of the experts are not saved either: under ZeRO-3 a saved tensor would hold the
+      gathered storage until the backward. The Functions remember the parameter objects and read
+      their values when the backward runs, after the engine has gathered them again for the module.
+    - The gradient of gate_up is written over gate_up, and there are two Functions so that autograd
+      can let go of d_out between them. At the peak of the backward only rows, d_gate_up, d_rows and
+      the parameters' gradients are alive. torch refuses a second backward through the same graph,
+      because a saved tensor has changed.
+    - Elementwise work is done in fp32 on blocks of rows that fit a cache; only products round to
+      the working dtype.
+    - A parameter that needs no gradient costs none of its work.
 
 Shape letters: R rows sorted by expert, M model size, I expert size, E experts.
 """

@@ -1,15 +1,16 @@
 """Products of rows sorted by expert with one matrix per expert.
 
 Decisions
-    `torch._grouped_mm` does the work where it is right: bf16 on CUDA from compute capability 8.0,
-    bf16 and fp32 on the CPU, rows that start on 16 bytes.  It takes the ends of the groups from the
-    device, so nothing waits for the host. Elsewhere (float64, odd sizes, no rows at all) a loop
-    over the experts does the same. Rows are never padded.  An expert without rows has zero
-    gradients. Sums over the rows of an expert accumulate in fp32, which an `index_add_` or the
-    backward of `bias[expert_ids]` in bf16 does not.  On a GPU they are grouped products with a
-    column of ones.  On a CPU they are taken from fp32 copies of a few rows: oneDNN keeps compiled
-    code for every shape it has multiplied (0.3 MiB each, up to 1,024 of them), and thin products
-    would add three for every number of rows that an expert ever had.
+    - `torch._grouped_mm` does the work where it is right: bf16 on CUDA from compute capability 8.0,
+      bf16 and fp32 on the CPU, rows that start on 16 bytes. It reads the ends of the groups on the
+      device, so the host does not wait. Elsewhere (float64, odd sizes, no rows at all) a loop over
+      the experts does the same.
+    - Rows are never padded. An expert without rows has zero gradients.
+    - Sums over the rows of an expert accumulate in fp32, which an `index_add_` or the backward of
+      `bias[expert_ids]` in bf16 does not. On a GPU they are grouped products with a column of ones.
+    - On a CPU these sums are taken from fp32 copies of a few rows: oneDNN keeps compiled code for
+      every shape it has multiplied (0.3 MiB each, up to 1,024 of them), and thin products would add
+      three for every number of rows that an expert ever had.
 
 Shape letters: R rows sorted by expert, E experts, K and N the two sizes of a matrix.
 """

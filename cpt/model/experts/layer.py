@@ -1,10 +1,10 @@
 """gpt-oss experts under expert parallelism: a drop-in for GptOssMLP with this rank's experts.
 
 Decisions
-    The weights keep Hugging Face's names and layout (fused, gate and up interleaved, biases): a
-    rank holds a contiguous slice of the expert axis of each tensor and nothing else changes.
-    Rows are sorted by expert once and go out and back once (dispatch.py); the arithmetic is one
-    autograd Function (function.py).
+    - The weights keep Hugging Face's names and layout (fused, gate and up interleaved, biases): a
+      rank holds a contiguous slice of the expert axis of each tensor, and nothing else changes.
+    - Rows are sorted by expert once and go out and back once (dispatch.py); the arithmetic is one
+      autograd Function after another (function.py).
 
 Source of the maths: transformers, models/gpt_oss/modeling_gpt_oss.py (GptOssExperts); model card
 arXiv 2508.10925.

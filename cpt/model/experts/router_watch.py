@@ -8,14 +8,16 @@ loss is added to the training loss for every layer, times its coefficient; the l
 stays the language model's own.
 
 Decisions
-    load_e is the share of expert e in the assignments of the whole previous global batch (equal
-    shares before the first step).  The shares of the present one are known only after its last
-    micro batch, and those of a part of it would make the gradient depend on how the batch is cut;
-    with the previous ones every layout has the same gradient, and nothing is exchanged in the
-    forward.  The means are over all positions of the global batch, padding included. A penalty
-    rides on the routing weights: its gradient starts when theirs arrives, so that it needs no place
-    in the outputs of the layers and is right under activation checkpointing. Counting happens in
-    the first run of a checkpointed layer only, in training only, and only in steps that need it.
+    - load_e is the share of expert e in the assignments of the whole previous global batch (equal
+      shares before the first step). The shares of the present batch are known only after its last
+      micro batch, and those of a part of it would make the gradient depend on how the batch is cut.
+      With the previous shares every layout has the same gradient, and nothing is exchanged in the
+      forward.
+    - The means are over all positions of the global batch, padding included.
+    - A penalty rides on the routing weights: its gradient starts when theirs arrives. So it needs
+      no place in the outputs of the layers and is right under activation checkpointing.
+    - Counting happens only in the first run of a checkpointed layer, only in training, and only in
+      steps that need it.
 
 Sources: Switch Transformer, arXiv 2101.03961, eq. 4; ST-MoE, arXiv 2202.08906, eq. 5; shares of the
 global batch rather than of each micro batch: arXiv 2501.11873.

@@ -11,10 +11,10 @@ with z the logits, q = softmax(z) and r the other tokens together.  By the data-
 inequality this is at most the divergence over the whole vocabulary.
 
 Decisions
-    q_r comes from a log-sum-exp over the other tokens alone: 1 - sum_j q_j would cancel where the
-    listed ones hold nearly everything.
-    Nothing here holds more than one tile of logits; `Divergence` is handed each tile by the loss
-    head in turn.
+    - q_r comes from a log-sum-exp over the other tokens alone: 1 - sum_j q_j would cancel where the
+      listed ones hold nearly everything.
+    - Nothing here holds more than one tile of logits; the loss head hands each tile to `Divergence`
+      in turn.
 
 Shape letters: N tokens of the loss, n those of them with a target, k listed tokens, K = k + 1, v a
 tile of the words.
