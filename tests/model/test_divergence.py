@@ -1,5 +1,4 @@
-"""The divergence from another model's k likeliest tokens is what all logits at once would give, in
-few tiles.
+"""The divergence from k likeliest tokens, in few tiles, is what all logits at once would give.
 
 Shape letters: N tokens, n those with a target, M model size, V vocabulary, k listed tokens, K = k +
 1.
@@ -39,9 +38,7 @@ def several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def inputs(
     dtype: torch.dtype, *, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor, TopKTargets, Tensor]:
-    """Hidden states, weights, labels, targets for half of the labelled tokens, gradients of both
-    losses.
-    """
+    """Hidden states, weights, labels, targets for half of them, and gradients of both losses."""
     generator = torch.Generator().manual_seed(0)
     hidden_NM = torch.randn(N, M, generator=generator, dtype=torch.float64) * scale
     weight_VM = torch.randn(V, M, generator=generator, dtype=torch.float64) * 0.3

@@ -147,9 +147,7 @@ def test_grouped_products_and_the_loop_agree_on_any_distribution(
 def test_sums_of_a_gpu_and_of_a_cpu_are_those_of_float64(
     counts: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """The grouped products that a GPU takes run here, too; their results are rounded to the dtype,
-    pieces' are not.
-    """
+    """The grouped products of a GPU run here, too; they round to the dtype, the pieces do not."""
     groups = Groups(torch.tensor(counts))
     generator = torch.Generator().manual_seed(5)
     rows = torch.randn(1027, 24, generator=generator).to(dtype)
@@ -203,9 +201,7 @@ def test_gradient_work_of_frozen_experts_is_not_done(monkeypatch: pytest.MonkeyP
 
 
 def test_backward_reads_what_the_parameters_hold_then() -> None:
-    """ZeRO-3 takes their storage away after the forward and gives them another before the
-    backward.
-    """
+    """ZeRO-3 takes the storage away after the forward and gives another before the backward."""
     source, hidden, d_out = draw((16, 24, 4, 2, 27))
     mlp = ExpertParallelMLP(source, topology())
     expected = output_and_gradients(copy.deepcopy(mlp), hidden, d_out)["hidden"]

@@ -1,5 +1,4 @@
-"""The expert layer is transformers' GptOssMLP in another order, with the same output and the same
-gradients.
+"""The expert layer gives the output and the gradients of transformers' GptOssMLP.
 
 Here with one rank; tests/dist compares layouts.  Shape letters: N tokens, M model size, I expert
 size, E experts.
@@ -38,9 +37,7 @@ def topology(ep_size: int = 1, ep_rank: int = 0) -> Any:
 
 
 def transformers_mlp(model_size: int, expert_size: int) -> GptOssMLP:
-    """Random biases everywhere: zero ones hide half of the possible errors.  Large weights reach
-    both clamps.
-    """
+    """Biases are random, as zero ones hide half of the errors; large weights reach both clamps."""
     config = GptOssConfig(
         hidden_size=model_size,
         intermediate_size=expert_size,

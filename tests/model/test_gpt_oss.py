@@ -1,6 +1,4 @@
-"""The presets are the published models, the patch happens once and says so, and weights do not
-depend on the layout.
-"""
+"""The presets are the published models, and the patch happens once and says what it changed."""
 
 from __future__ import annotations
 
@@ -58,9 +56,7 @@ def test_preset_has_the_published_number_of_parameters(name: str, billions: floa
 
 @pytest.mark.parametrize(("name", "billions"), [("gpt-oss-20b", 3.61), ("gpt-oss-120b", 5.13)])
 def test_preset_has_the_published_number_of_active_parameters(name: str, billions: float) -> None:
-    """Active: four experts of each layer; the input embedding is looked up, not multiplied, and
-    does not count.
-    """
+    """Four experts of each layer are active; the embedding is looked up and does not count."""
     config = preset(name)
     model = gpt_oss.skeleton(config, torch.bfloat16)
     share = config.num_experts_per_tok / config.num_local_experts
@@ -213,9 +209,7 @@ def test_bf16_weights_are_the_rounded_fp32_ones() -> None:
 
 
 def test_random_weights_have_the_spread_that_transformers_gives() -> None:
-    """0.02 for everything but norms (1) and biases (0; the router's are drawn); 20 000 values: 3 %
-    is six sigma.
-    """
+    """The spread is 0.02, but norms are 1 and biases 0; of 20,000 values 3 % is six sigma."""
     torch.manual_seed(0)
     theirs = {
         n: p.detach() for n, p in GptOssForCausalLM(preset("tiny", **SMALL)).named_parameters()
@@ -303,9 +297,7 @@ def test_exactly_the_experts_are_marked_after_materializing() -> None:
 
 
 def test_patched_model_gives_the_logits_of_transformers() -> None:
-    """One document of 150 tokens, longer than the window; fp32, another order of summation:
-    1e-5.
-    """
+    """One document longer than the window; fp32 with another order of summation gives 1e-5."""
     model = filled()
     config = preset("tiny", **SMALL)
     config._attn_implementation = "eager"

@@ -1,6 +1,4 @@
-"""Documents that share a row do not see each other: changing one leaves the other's logits bit for
-bit.
-"""
+"""Changing one document of a row leaves the logits of the others as they were, bit for bit."""
 
 from __future__ import annotations
 
@@ -50,9 +48,7 @@ def logits_before_and_after(
 
 @pytest.mark.parametrize("layer_type", ["full_attention", "sliding_attention"])
 def test_changing_one_document_leaves_the_logits_of_the_others_bit_for_bit(layer_type: str) -> None:
-    """With one expert: then every matrix product has the same shape before and after, and the same
-    rounding.
-    """
+    """With one expert every matrix product has the same shape, and so the same rounding."""
     changes = {"num_local_experts": 1, "num_experts_per_tok": 1}
     before, after = logits_before_and_after(layer_type, torch.float32, **changes)
     assert torch.equal(before[:40], after[:40]) and torch.equal(before[97:], after[97:])
@@ -61,9 +57,7 @@ def test_changing_one_document_leaves_the_logits_of_the_others_bit_for_bit(layer
 
 @pytest.mark.parametrize("layer_type", ["full_attention", "sliding_attention"])
 def test_with_many_experts_other_documents_move_by_rounding_alone(layer_type: str) -> None:
-    """How many rows share an expert's product decides the order of its sums: 1e-12 of float64,
-    never a leak.
-    """
+    """The rows that share an expert's product decide the order of its sums: 1e-12 in float64."""
     before, after = logits_before_and_after(layer_type, torch.float64)
     scale = float(before.abs().max())
     others = (before - after).abs()[[*range(40), *range(97, 128)]]

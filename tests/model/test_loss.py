@@ -1,5 +1,4 @@
-"""The tiled loss is the loss that all logits at once would give, in value and in both gradients, in
-little memory.
+"""The tiled loss is the loss of all logits at once, in value and gradients, in little memory.
 
 Shape letters: N tokens, M model size, V vocabulary.
 """
@@ -187,8 +186,7 @@ print(json.dumps({"extra": peak - before - wanted}))
 
 
 def extra_bytes(tokens: int, model_size: int, vocabulary: int) -> int:
-    """Peak memory of forward and backward beyond inputs and both gradients, in a process of its
-    own.
+    """Return the peak memory of forward and backward beyond inputs and gradients.
 
     From /proc, not from `resource.ru_maxrss`, which a child inherits from the process that started
     it.

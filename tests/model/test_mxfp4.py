@@ -76,9 +76,7 @@ def test_encoding_rounds_to_the_nearest_code_and_ties_to_the_even_one() -> None:
 
 
 def test_error_of_gaussian_weights_is_about_11_percent() -> None:
-    """Round to nearest with the floor exponent costs about 11.4 % relative l2 on Gaussian
-    weights.
-    """
+    """Rounding to nearest with the floor exponent costs about 11.4 % in relative l2."""
     values = torch.randn(4, 320, 96, generator=torch.Generator().manual_seed(3))
     error = (decode(*encode(values), torch.float32) - values).norm() / values.norm()
     assert 0.11 < float(error) < 0.118

@@ -1,6 +1,4 @@
-"""Penalties on the routers have the gradient of their formula; what is measured is what
-happened.
-"""
+"""Penalties on the routers have the gradient of their formula; the statistics are right."""
 
 from __future__ import annotations
 
@@ -79,9 +77,7 @@ def hidden_states(seed: int = 4) -> Tensor:
 def step(
     model: Any, watch: RouterWatch, group: Any, hidden: Tensor, rows_per_pass: int, *, measure: bool
 ) -> Any:
-    """One optimizer step's passes; the gradient of everything but the penalties is that of a plain
-    sum.
-    """
+    """Run the passes of one optimizer step, with a plain sum as the loss besides the penalties."""
     watch.begin(num_sources=2, positions=ROWS * TOKENS, world_size=WORLD, measure=measure)
     for first in range(0, ROWS, rows_per_pass):
         watch.enter(torch.arange(first, first + rows_per_pass) % 2)

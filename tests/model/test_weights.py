@@ -1,6 +1,4 @@
-"""A directory of weights is read whole and exactly, or refused with the tensor and the file that
-are wrong.
-"""
+"""A directory of weights is read whole and exactly, or refused by tensor and file."""
 
 from __future__ import annotations
 
@@ -364,9 +362,7 @@ def test_quantised_weights_are_refused_with_the_way_out(path: Path) -> None:
 
 
 def quantised(path: Path) -> dict[str, Tensor]:
-    """Put the expert matrices of a directory into the released layout; returns what they decode
-    to.
-    """
+    """Put the expert matrices of a directory into the released layout; return their values."""
     stored = {}
     decoded = {}
     for name, value in load_file(path / SINGLE_FILE).items():

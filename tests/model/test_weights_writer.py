@@ -1,6 +1,4 @@
-"""Weight files written in pieces are what safetensors writes, and are files only when they are
-whole.
-"""
+"""Weight files written in pieces are those of safetensors, and appear only when whole."""
 
 from __future__ import annotations
 

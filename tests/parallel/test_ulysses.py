@@ -1,5 +1,4 @@
-"""The head and token bookkeeping of Ulysses at sizes that need more processes than a test machine
-has.
+"""Ulysses sends the right heads and tokens at sizes that need more processes than we have.
 
 All ranks live in one process: what a rank sends is kept, and what it receives is put together from
 the others.
@@ -24,9 +23,7 @@ BATCH = 2
 
 
 class SimulatedRank(Ulysses):
-    """A rank whose exchange runs in two passes: `outbox` is filled in the first, read by the others
-    in the second.
-    """
+    """A rank whose exchange takes two passes: one fills `outbox`, one reads those of others."""
 
     def __init__(self, size: int, rank: int) -> None:
         topology: Any = SimpleNamespace(

@@ -332,8 +332,9 @@ def _definition(problem: _Problem) -> list[torch.Tensor]:
 def _part_of_rank(
     shape: ProbeShape, window: int | None, exchange: SequenceParallel, setting: ProbeSetting
 ) -> _RankPart:
-    """Return what this rank computes: a halo gives all heads of its tokens, an all-to-all all
-    tokens of its heads.
+    """Return what this rank computes.
+
+    A halo gives all heads of its tokens, an all-to-all all tokens of its heads.
     """
     local_tokens = shape.seq_len // setting.sp_size
     local_heads = shape.num_query_heads // setting.sp_size

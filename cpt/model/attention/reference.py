@@ -79,8 +79,9 @@ def explicit_attention(
     allowed_BSU: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Return softmax([scale q k^T, sink]) v without the sink's column, shape (B, H, S, D), in the
-    dtype of q.
+    """Return softmax([scale q k^T, sink]) v without the sink's column.
+
+    The shape is (B, H, S, D), the dtype that of q.
 
     Args:
         q_BHSD: Queries.

@@ -1,5 +1,4 @@
-"""CPU stand-ins for the CUDA kernels: the same signatures, layouts and results, computed by a dense
-softmax.
+"""CPU stand-ins for the CUDA kernels: the same signatures, layouts and results, by dense softmax.
 
 A stand-in reads what the real kernel reads (tokens first, int32 offsets, keys to the left and to
 the right) and checks what the real kernel checks. It computes the backward from the output and
@@ -59,9 +58,7 @@ def varlen_forward(
     scale: float,
     window: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Return out (T, H, D) in the dtype of q and lse (H, T) in float32, or in float64 for
-    float64.
-    """
+    """Return out (T, H, D) in the dtype of q, and lse (H, T) in float32 (float64 for float64)."""
     assert all(x.stride(-1) == 1 and x.ndim == 3 for x in (q_THD, k_TKD, v_TKD))
     num_heads = q_THD.shape[1]
     wide = torch.promote_types(q_THD.dtype, torch.float32)
@@ -119,9 +116,7 @@ def varlen_backward(
 
 @contextmanager
 def torch_operators(calls: list[dict[str, Any]]) -> Iterator[None]:
-    """Give aten's FlashAttention operators a CPU implementation; torch's dispatcher checks the
-    arguments.
-    """
+    """Give aten's FlashAttention operators a CPU implementation, behind torch's dispatcher."""
 
     def forward(  # type: ignore[no-untyped-def]
         q,
@@ -289,9 +284,7 @@ def flash_attn_2_package(calls: list[dict[str, Any]]) -> dict[str, ModuleType]:
 
 
 class _VarlenWithSinks(torch.autograd.Function):
-    """What flash-attn-4 does: out and lse include the sink, the backward returns the sinks'
-    gradient.
-    """
+    """The Function of flash-attn-4: out, lse and the backward include the sinks."""
 
     @staticmethod
     def forward(
@@ -406,9 +399,7 @@ def flex_attention(  # type: ignore[no-untyped-def]
     *,
     return_aux=None,
 ):
-    """Do what torch's flex_attention does, with a backward on the CPU; read blocks and mask as the
-    kernel does.
-    """
+    """Compute torch's flex_attention on the CPU, with a backward, from the same blocks and mask."""
     assert score_mod is None and not return_lse and return_aux.lse
     assert enable_gqa or query.shape[1] == key.shape[1]
     num_queries = query.shape[2]

@@ -31,9 +31,7 @@ def run(arguments: list[str], **environment: str) -> list[str]:
 
 @pytest.mark.skipif(not LINUX, reason="needs Linux to measure peak memory")
 def test_peak_memory_grows_no_faster_than_the_row() -> None:
-    """At 16,384 tokens and 2 heads the scores would be 1 GiB in bf16; what is used is a fraction of
-    that.
-    """
+    """At 16,384 tokens and 2 heads the scores alone would be 1 GiB in bf16."""
     memory = {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -53,9 +51,7 @@ def test_peak_memory_grows_no_faster_than_the_row() -> None:
 
 
 def test_every_contender_is_measured_and_what_does_not_fit_is_told(tmp_path: Path) -> None:
-    """Eager needs 0.1 MiB at 64 tokens and 75 MiB at 2,048; a ten-thousandth of the free memory
-    lies between.
-    """
+    """Eager needs 0.1 MiB at 64 tokens and 75 MiB at 2,048; its allowance lies between."""
     arguments = [
         "--lengths",
         "64",

@@ -1,5 +1,4 @@
-"""The CUDA backends: right arguments to kernels of the real signature here, right results on a GPU
-where there is one.
+"""The CUDA backends give the right arguments to kernels, and right results where there is a GPU.
 
 Without a GPU each kernel is replaced by a stand-in on the CPU (tests/model/attention/stand_ins.py),
 so what is proven is everything but the kernel: layouts, offsets, window sizes, the fold of the
@@ -203,9 +202,7 @@ def test_blocks_of_flex_cover_what_is_seen_and_whole_ones_are_whole(
 
 
 def test_torch_takes_the_blocks_of_flex() -> None:
-    """The real flex_attention, which on the CPU runs forward only and reads the mask, not the
-    blocks.
-    """
+    """On the CPU the real flex_attention runs forward only and reads the mask, not the blocks."""
     from torch.nn.attention.flex_attention import flex_attention
 
     rows = ROWS["packed"]

@@ -78,9 +78,7 @@ def window_lost(inputs: AttentionInputs) -> Tensor:
 
 
 class _KeepsValue(torch.autograd.Function):
-    """`right` in value; its gradient is that of out * sigmoid(lse - sink) with the gradient of lse
-    dropped.
-    """
+    """`right` in value, with the gradient of out * sigmoid(lse - sink) without that of lse."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, stand_in: Tensor) -> Tensor:

@@ -51,9 +51,7 @@ def tiny_config(**changes: Any) -> GptOssConfig:
 
 
 def tiny_model(attention: str, dtype: torch.dtype = torch.float64) -> Any:
-    """Build the same GptOssForCausalLM with either attention, no bias and no sink near 0, where
-    errors would hide.
-    """
+    """Build the same model with either attention, with no bias or sink near 0 to hide errors."""
     config = tiny_config()
     config._attn_implementation = attention
     config._experts_implementation = "eager"
@@ -66,9 +64,7 @@ def tiny_model(attention: str, dtype: torch.dtype = torch.float64) -> Any:
 
 
 def document_masks(position_ids: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Build the 4-D masks that keep documents apart in eager attention, which does not look at
-    `position_ids`.
-    """
+    """Build the 4-D masks that keep documents apart in eager attention, which ignores positions."""
     token = torch.arange(position_ids.shape[1])
     first_BS = token - position_ids
     visible_BSS = (token <= token[:, None]) & (token >= first_BS[:, :, None])
@@ -130,9 +126,7 @@ def test_loss_and_all_gradients_are_those_of_eager_with_document_masks(
 
 
 def test_eager_without_masks_leaks_across_documents() -> None:
-    """The comparison above sees a leak; if this fails, transformers keeps documents apart by
-    itself.
-    """
+    """If this fails, transformers keeps documents apart; the comparison above proves nothing."""
     with pytest.raises(AssertionError, match="relative l2"):
         assert_close(
             loss_and_gradients(tiny_model("sink")), loss_and_gradients(tiny_model("eager")), 1e-3
@@ -330,9 +324,7 @@ def test_what_cannot_be_computed_is_refused(refused: Callable[[], Tensor], messa
 
 
 class SplitHeads:
-    """What rank `rank` of `size` sees of an exchange, in a process that has all tokens and all
-    heads.
-    """
+    """The exchange as rank `rank` of `size` sees it, in a process that has all tokens and heads."""
 
     halo = None
 

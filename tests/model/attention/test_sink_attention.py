@@ -108,9 +108,7 @@ def test_bf16_is_within_its_limit_of_dsink_itself_in_a_longer_row(
 def test_documents_of_one_token_are_right(
     attention: Attention, window: int | None, dtype: torch.dtype
 ) -> None:
-    """With sinks near the scores: far from them dq is the difference of two numbers that agree in
-    all digits.
-    """
+    """Sinks are near the scores; far from them dq is a difference of nearly equal numbers."""
     rows = PackedRows.from_bounds([(*range(150), 300)], 300)
     problem = Problem.draw(rows.num_tokens, (16, 2, 64), sinks=(-2, 2))
     got = problem.solve(attention, rows, window, dtype)
@@ -206,9 +204,7 @@ def test_a_window_of_129_keys_would_be_noticed() -> None:
 
 
 class _DropsLseGradient(torch.autograd.Function):
-    """A kernel that hands out lse but ignores its gradient, as torch's varlen_attn does (torchtitan
-    issue 4796).
-    """
+    """A kernel that drops its lse gradient, as torch's varlen_attn does (torchtitan issue 4796)."""
 
     @staticmethod
     def forward(
@@ -304,9 +300,7 @@ def test_nan_in_a_key_is_not_hidden() -> None:
 @pytest.mark.parametrize("window", [None, 32], ids=["full", "window 32"])
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0)], ids=str)
 def test_any_strides_give_the_same_bits(order: tuple[int, int, int], window: int | None) -> None:
-    """The CPU operator reads a head dimension with a stride other than 1 wrongly; it must never get
-    one.
-    """
+    """The CPU operator would read a head dimension with a stride other than 1 wrongly."""
     rows = ROWS["packed"]
     problem = Problem.draw(rows.num_tokens, (4, 2, 16))
     inverse = [order.index(i) for i in range(3)]

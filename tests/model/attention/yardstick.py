@@ -67,9 +67,7 @@ class Problem:
         window: int | None,
         dtype: torch.dtype = torch.float64,
     ) -> list[Tensor]:
-        """Return out, dq, dk, dv and dsink of an attention in this dtype; sinks are not rounded
-        below float32.
-        """
+        """Return out, dq, dk, dv and dsink in this dtype; sinks stay in float32 at least."""
         q, k, v = (
             x.to(dtype, copy=True).requires_grad_() for x in (self.q_HTD, self.k_KTD, self.v_KTD)
         )
@@ -121,9 +119,7 @@ def sizes_of(
 def relative_errors(
     got: list[Tensor], want: list[Tensor], sizes: list[Tensor] | None = None
 ) -> dict[str, float]:
-    """Return the l2 error of each result relative to its size, by default the l2 norm of what is
-    wanted.
-    """
+    """Return the l2 error of each result relative to its size, by default to the norm of `want`."""
     errors = norms([g.double() - w.double() for g, w in zip(got, want, strict=True)])
     return {
         name: (e / size).item()
