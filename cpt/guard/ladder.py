@@ -173,14 +173,10 @@ def decide(
     if over and not last and settings.policy == "act":
         state, pulled = _pull(state, evidence, beyond, settings, replay_room)
         actions |= pulled
-    reasons = []
-    for one in evidence:
-        if actions[one.domain] != "none":
-            reasons.append(_reason(one, actions[one.domain]))
     decision = Decision(
         action=max(actions.values(), key=SEVERITY.index, default="none"),
         actions=actions,
-        reason="; ".join(reasons),
+        reason=_reasons(evidence, actions),
     )
     if decision.action == "pause":
         state = dataclasses.replace(state, paused=decision.reason)
@@ -281,6 +277,14 @@ def raised_shares(
 
 def _above_hard_limit(evidence: Evidence) -> bool:
     return evidence.above(evidence.hard_limit_percent)
+
+
+def _reasons(evidence: Sequence[Evidence], actions: Mapping[str, str]) -> str:
+    reasons = []
+    for one in evidence:
+        if actions[one.domain] != "none":
+            reasons.append(_reason(one, actions[one.domain]))
+    return "; ".join(reasons)
 
 
 def _reason(evidence: Evidence, action: str) -> str:

@@ -169,15 +169,9 @@ def compare_with_baseline(
                 f"task '{task.name}': its documents are not those of the baseline. Make it again."
             )
             continue
-        if after.counts_answers:
-            drop = before.value - after.value
-            noise = _noise_of_answers(after, before)
-        else:
-            drop, noise = _change_of_bits(
-                np.array(after.per_document), np.array(before.per_document)
-            )
-            if task.max_drop < noise:
-                problems.append(_below_noise(task, noise, after.documents, "percent"))
+        drop, noise = _drop_and_noise(after, before)
+        if not after.counts_answers and task.max_drop < noise:
+            problems.append(_below_noise(task, noise, after.documents, "percent"))
         verdicts.append(
             Verdict(
                 name=task.name,
@@ -209,6 +203,13 @@ def refuse_drops(verdicts: Sequence[Verdict]) -> None:
             )
     if lines:
         raise EvaluationFailed("\n".join(lines))
+
+
+def _drop_and_noise(after: Score, before: Score) -> tuple[float, float]:
+    """Return `Verdict.drop` and `Verdict.noise`."""
+    if after.counts_answers:
+        return before.value - after.value, _noise_of_answers(after, before)
+    return _change_of_bits(np.array(after.per_document), np.array(before.per_document))
 
 
 def _noise_of_answers(after: Score, before: Score) -> float:
