@@ -11,13 +11,13 @@ from tests.support.service import Service, make_workplace, run_to_end
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Mix, run YAML, DeepSpeed JSON and built data."""
+    """Return a folder with mix, run YAML, DeepSpeed JSON and built data."""
     return make_workplace(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="session")
 def undisturbed(workplace: Path) -> Service:
-    """A run that nothing happens to."""
+    """Return a run that nothing happened to."""
     code, run = run_to_end(workplace, "undisturbed")
     assert code == 0, run.output
     return run

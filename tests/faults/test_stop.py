@@ -26,12 +26,14 @@ NO_SAVES = ("--set", "checkpoint.interval_steps=0")
 
 
 def check_stopped(code: int, run: Service, steps: list[int]) -> None:
-    """Exit 75 with these complete checkpoints, the newest of them at the last step that was
-    done.
+    """Check for exit code 75 and complete checkpoints of these steps, newest first.
+
+    The newest must be of the last step that was done.
     """
     assert code == 75, run.output
     assert list_steps(run.run_dir) == steps, run.output
-    assert all(refusal_of(step_folder(run.run_dir, step)) is None for step in steps)
+    for step in steps:
+        assert refusal_of(step_folder(run.run_dir, step)) is None
     done = run.step_numbers()
     assert (done[-1:] or [0]) == (steps[:1] or [0])
 
@@ -91,9 +93,8 @@ def test_stop_at_any_time_leaves_one_checkpoint_or_none(
 @pytest.mark.quick
 @pytest.mark.case("S4", "during evaluation: it is broken off, the step is saved")
 def test_stop_during_evaluation_breaks_it_off(workplace) -> None:
-    code, run = run_to_end(
-        workplace, "stop-evaluation", *GUARD, *NO_SAVES, fault="evaluate:1:2:term"
-    )
+    options = (*GUARD, *NO_SAVES)
+    code, run = run_to_end(workplace, "stop-evaluation", *options, fault="evaluate:1:2:term")
     check_stopped(code, run, [2])
     assert {event["step"] for event in run.events("guard")} == {0}
 
@@ -103,12 +104,10 @@ def test_stop_during_evaluation_breaks_it_off(workplace) -> None:
 )
 def test_stop_save_that_takes_too_long_is_given_up(workplace) -> None:
     budget = ("--set", "checkpoint.stop_budget_seconds=4")
-    code, run = run_to_end(
-        workplace, "budget", *budget, fault="forward:1:3:usr1,save_write:1:3:sleep=120"
-    )
-    assert code == 74 and "saving step 3 before leaving took longer than 4 s" in run.output, (
-        run.output
-    )
+    fault = "forward:1:3:usr1,save_write:1:3:sleep=120"
+    code, run = run_to_end(workplace, "budget", *budget, fault=fault)
+    told = "saving step 3 before leaving took longer than 4 s"
+    assert code == 74 and told in run.output, run.output
     assert list_steps(run.run_dir) == [2] and refusal_of(step_folder(run.run_dir, 2)) is None
 
 

@@ -21,9 +21,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(1200)]
     "a true time limit of four minutes: saved before it, as often as needed; weights bit-identical",
 )
 def test_run_longer_than_its_time_limit_finishes(tmp_path) -> None:
-    """Slurm sends SIGUSR1 60 to 120 s before the end; the steps alone take 180 s, and any one of
-    them 30 s.
-    """
+    """Slurm sends SIGUSR1 60 to 120 s before the end; the steps take 30 s each, 180 s together."""
     require_slurm()
     make_slurm_workplace(tmp_path)
     sleeps = ",".join(f"forward:*:{step}:sleep=30" for step in range(1, STEPS + 1))
@@ -32,12 +30,12 @@ def test_run_longer_than_its_time_limit_finishes(tmp_path) -> None:
         job = submit_training(
             cluster, tmp_path, "limited", *options, CPT_FAULT=sleeps, CPT_MAX_RESTARTS="8"
         )
-        fields, output = cluster.wait(job, timeout_seconds=900), cluster.output(job)
+        fields = cluster.wait(job, timeout_seconds=900)
+        output = cluster.output(job)
     assert fields["JobState"] == "COMPLETED" and int(fields["Restarts"]) >= 1, output
     assert output.count("saved and queued again") == int(fields["Restarts"])
-    assert output.count("got SIGUSR1: wrote") >= int(
-        fields["Restarts"]
-    )  # the last one may come too late to matter
+    # The last signal may come too late to matter.
+    assert output.count("got SIGUSR1: wrote") >= int(fields["Restarts"])
     code, whole = run_to_end(tmp_path, "whole")
     assert code == 0, whole.output
     assert tensor_hashes(tmp_path / "limited") == tensor_hashes(whole.run_dir)

@@ -76,7 +76,7 @@ PartitionName=test Nodes=ALL Default=YES State=UP MaxTime=2-0
 
 
 def missing_programs() -> list[str]:
-    """What this machine lacks to run Slurm."""
+    """Return the programs that this machine lacks to run Slurm."""
     return [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
 
 
@@ -88,7 +88,7 @@ class Cluster:
     """Configuration, logs, state, and the output of jobs as <job>.out."""
 
     def command(self, *words: str, check: bool = True, **variables: str) -> str:
-        """Run a Slurm command in the repository; returns what it prints."""
+        """Run a Slurm command in the repository and return what it prints."""
         environment = {
             **os.environ,
             "SLURM_CONF": str(self.folder / "slurm.conf"),
@@ -104,24 +104,26 @@ class Cluster:
         return done.stdout
 
     def submit(self, *words: str, **variables: str) -> int:
-        """sbatch; returns the job's number."""
+        """Submit a job with sbatch and return its number."""
         output = f"--output={self.folder}/%j.out"
         return int(self.command("sbatch", "--parsable", output, *words, **variables).split(";")[0])
 
     def job(self, number: int) -> dict[str, str]:
-        """scontrol's fields of a job."""
+        """Return the fields that scontrol shows of a job."""
         line = self.command("scontrol", "--oneliner", "show", "job", str(number))
         return dict(re.findall(r"(\S+?)=(\S*)", line))
 
     def output(self, number: int) -> str:
-        """What the job has printed so far, over all its starts."""
+        """Return what the job has printed so far, over all its starts."""
         path = self.folder / f"{number}.out"
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        if not path.exists():
+            return ""
+        return path.read_text(encoding="utf-8", errors="replace")
 
     def wait_for(
         self, number: int, text: str, times: int = 1, timeout_seconds: float = 400
     ) -> None:
-        """Until the job has printed a text so many times."""
+        """Wait until the job has printed a text so many times."""
         deadline = time.monotonic() + timeout_seconds
         while self.output(number).count(text) < times:
             fields = self.job(number)
@@ -130,7 +132,7 @@ class Cluster:
             time.sleep(0.2)
 
     def wait(self, number: int, timeout_seconds: float = 400) -> dict[str, str]:
-        """Until the job has ended for good; returns its fields."""
+        """Wait until the job has ended for good, and return its fields."""
         deadline = time.monotonic() + timeout_seconds
         while (fields := self.job(number))["JobState"] not in FINAL:
             assert time.monotonic() < deadline, (
@@ -140,11 +142,11 @@ class Cluster:
         return fields
 
     def logs(self) -> str:
-        """The last lines of the daemons' logs."""
-        return "\n".join(
-            f"--- {log.name}\n{log.read_text()[-1500:]}"
-            for log in sorted(self.folder.glob("*.log"))
-        )
+        """Return the last lines of the daemons' logs."""
+        tails = []
+        for log in sorted(self.folder.glob("*.log")):
+            tails.append(f"--- {log.name}\n{log.read_text()[-1500:]}")
+        return "\n".join(tails)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """A process that has imported the heavy libraries once and forks the ranks of each launch.
 
 Importing torch, transformers and DeepSpeed takes several seconds per process, most of the time of a
-small multi-process test.  This process imports them, starts no thread and no collective, and forks:
-a rank then begins where an import would have ended.  Requests and replies are JSON lines;
+small multi-process test. This process imports them, starts no thread and no collective, and forks,
+so that a rank begins where its imports would have ended. Requests and replies are JSON lines;
 `tests.support.launcher.launch` is the only client.
 """
 
@@ -19,7 +19,7 @@ import traceback
 from typing import Any, NoReturn
 
 GRACE_SECONDS = 20
-"""After one rank has failed the others will not finish; they get this long to say so."""
+"""Time that the other ranks get to report after one rank has failed; they will not finish."""
 
 
 def become_rank(request: dict[str, Any], rank: int) -> NoReturn:
@@ -47,7 +47,7 @@ def become_rank(request: dict[str, Any], rank: int) -> NoReturn:
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Fork the ranks, wait for them, kill what is left at the deadline."""
+    """Fork the ranks, wait for them, and kill those that are left at the deadline."""
     running: dict[int, int] = {}
     codes: list[int | None] = [None] * len(request["environments"])
     for rank in range(len(codes)):
