@@ -1,4 +1,4 @@
-"""Table and plot of the guard's proof: what Japanese gained, what English paid."""
+"""The table and the plot of the guard's proof: what Japanese gained, what English paid."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ JAPANESE = "japanese"
 
 
 def gain(run: dict[str, Any]) -> float:
-    """Bits per byte that Japanese lost, in percent of the untouched model's."""
+    """Return the fall of bits per byte of Japanese, in percent of the untouched model's."""
     return -float(run["change_percent"][JAPANESE])
 
 
 def english(run: dict[str, Any]) -> dict[str, float]:
-    """Change of every other domain in percent; positive is worse."""
+    """Return the change of every other domain in percent; positive is worse."""
     return {
         domain: change for domain, change in run["change_percent"].items() if domain != JAPANESE
     }
 
 
 def by_arm(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Runs of each arm, in the order in which arms first appear."""
+    """Return the runs of each arm, in the order in which arms first appear."""
     arms: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         arms.setdefault(run["arm"], []).append(run)
@@ -34,32 +34,38 @@ def by_arm(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def share_of_naive(runs: list[dict[str, Any]], run: dict[str, Any]) -> float:
-    """Japanese gain in percent of what no replay gains with the same order of the data; NaN without
-    such a run.
+    """Return the Japanese gain in percent of that of the naive run with the same order of data.
+
+    It is NaN if there is no such run.
     """
     naive = [other for other in runs if other["arm"] == "naive" and other["seed"] == run["seed"]]
     return 100 * gain(run) / gain(naive[0]) if naive else float("nan")
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """A Markdown table with one line per arm: medians over seeds, and the worst domain of any
-    seed.
+    """Return a Markdown table with one line per arm.
+
+    Numbers are medians over seeds; the last column is the worst domain of any seed.
     """
     domains = list(english(runs[0]))
-    lines = [
-        f"| arm | seeds | replay % | Japanese gain % | of naive % | {' | '.join(domains)} | worst domain of any seed |",
-        "|" + "---|" * (len(domains) + 6),
-    ]
+    header = ["arm", "seeds", "replay %", "Japanese gain %", "of naive %", *domains]
+    header.append("worst domain of any seed")
+    lines = [_markdown_row(header), "|" + "---|" * len(header)]
     for arm, group in by_arm(runs).items():
-        middles = [statistics.median(english(run)[domain] for run in group) for domain in domains]
-        worst = max(change for run in group for change in english(run).values())
-        lines.append(
-            f"| {arm} | {len(group)} | {100 * statistics.median(run['replay_share'] for run in group):.1f} "
-            f"| {statistics.median(map(gain, group)):.2f} "
-            f"| {statistics.median(share_of_naive(runs, run) for run in group):.1f} "
-            f"| {' | '.join(f'{middle:+.2f}' for middle in middles)} | {worst:+.2f} |"
-        )
+        replay = statistics.median(run["replay_share"] for run in group)
+        gained = statistics.median(gain(run) for run in group)
+        of_naive = statistics.median(share_of_naive(runs, run) for run in group)
+        cells = [arm, str(len(group)), f"{100 * replay:.1f}", f"{gained:.2f}", f"{of_naive:.1f}"]
+        for domain in domains:
+            middle = statistics.median(english(run)[domain] for run in group)
+            cells.append(f"{middle:+.2f}")
+        worst = max(max(english(run).values()) for run in group)
+        lines.append(_markdown_row([*cells, f"{worst:+.2f}"]))
     return "\n".join(lines)
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 @as_svg
