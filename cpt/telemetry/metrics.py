@@ -53,10 +53,12 @@ class Telemetry:
 
 
 def _open_at_line_start(path: Path) -> TextIO:
-    """Append to a file; a line that a crash cut off is ended first, so that the next event is not
-    lost with it.
+    """Open a file to append to it, and first end a line that a crash cut off.
+
+    Otherwise the next event would be lost with that line.
     """
-    file = open(path, "a", encoding="utf-8")
+    # the file is open as long as the run goes on
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
     if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         file.write("\n")
     return file

@@ -15,7 +15,7 @@ import numpy as np
 from cpt.telemetry.report.chart import MARKERS, StepChart
 from cpt.telemetry.report.history import Run, number
 from cpt.telemetry.report.panel import Cell, LegendEntry, Panel, action_of, change_text, clean
-from cpt.telemetry.report.series import bin_series, range_over
+from cpt.telemetry.report.series import bin_series, range_of_lines
 from data_pipeline.charts import ALARM, MUTED
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _domain_chart(events: Sequence[dict[str, Any]], color: str, style: DomainSty
     if math.isfinite(style.tolerance):
         levels.append(style.tolerance)
     domain = str(events[0].get("domain"))
-    values = range_over([series.low, series.high], include=levels)
+    values = range_of_lines([series], include=levels)
     if any(action_of(event) != "none" for event in events):
         values = replace(values, high=values.high + MARK_ROOM * (values.high - values.low))
     chart = StepChart(

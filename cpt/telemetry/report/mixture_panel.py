@@ -47,9 +47,9 @@ def mixture_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel:
     areas = {clean(name): sums[name] for name in names}
     shades = source_shades(names, languages, colors)
     area_colors = {clean(name): shades[name] for name in names}
-    rest = [sums[name] for name in sums if name not in names]
+    rest = sums.keys() - set(names)
     if rest:
-        areas[f"{len(rest)} smaller"] = np.sum(rest, axis=0)
+        areas[f"{len(rest)} smaller"] = np.sum([sums[name] for name in rest], axis=0)
     chart = StepChart(
         height=440,
         steps=steps,
@@ -95,8 +95,13 @@ def _stacking_order(
     largest = sorted(counts, key=lambda name: -float(counts[name].sum()))
     if len(largest) > MAX_SOURCES:
         largest = largest[: MAX_SOURCES - 1]
-    position = {language: index for index, language in enumerate(colors)}
-    return sorted(
-        (name for name in counts if name in largest),
-        key=lambda name: position.get(languages.get(name, ""), len(position)),
-    )
+    by_language: dict[str, list[str]] = {}
+    for name in counts:
+        if name in largest:
+            by_language.setdefault(languages.get(name, ""), []).append(name)
+    order = []
+    for language in colors:
+        order += by_language.pop(language, [])
+    for names in by_language.values():
+        order += names
+    return order

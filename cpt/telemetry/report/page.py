@@ -129,6 +129,7 @@ def all_panels(run: Run) -> list[Panel]:
         divergence_panel(run, steps, colors),
         router_panel(run, steps, colors),
     ]
+    # None: the run has not measured what the panel would show
     return [panel for panel in panels if panel is not None]
 
 

@@ -22,7 +22,7 @@ from cpt.telemetry.report.panel import (
     source_languages,
     source_shades,
 )
-from cpt.telemetry.report.series import Array, Series, bin_series, range_over
+from cpt.telemetry.report.series import Series, bin_series, range_of_lines
 from data_pipeline.charts import INK, MUTED
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def loss_panel(run: Run, steps: Range1d, colors: dict[str, str], height: int) ->
     chart = StepChart(
         height=height,
         steps=steps,
-        values=range_over(_ends([total, *by_language.values()]), log_beyond=20.0),
+        values=range_of_lines([total, *by_language.values()], log_beyond=20.0),
         unit="nats per predicted token",
         title="Training loss over steps",
     )
@@ -156,7 +156,7 @@ def _single_panel(
     if not len(series):
         return Panel(title=title, css="w4", reason="Not logged in this run.")
     include = [] if math.isfinite(log_beyond) else [0.0]
-    values = range_over(_ends([series]), include=include, log_beyond=log_beyond)
+    values = range_of_lines([series], include=include, log_beyond=log_beyond)
     chart = StepChart(
         height=196, steps=steps, values=values, unit=unit, title=f"{title} over steps"
     )
@@ -183,7 +183,7 @@ def traffic_panel(run: Run, steps: Range1d) -> Panel:
     chart = StepChart(
         height=180,
         steps=steps,
-        values=range_over([series.high for series in scaled.values()], include=[0.0]),
+        values=range_of_lines(scaled.values(), include=[0.0]),
         unit=f"{unit} per step",
         title="Bytes sent over steps",
     )
@@ -216,7 +216,7 @@ def divergence_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel 
     chart = StepChart(
         height=200,
         steps=steps,
-        values=range_over(_ends(list(lines.values())), include=[0.0], log_beyond=1000.0),
+        values=range_of_lines(lines.values(), include=[0.0], log_beyond=1000.0),
         unit="nats per predicted token",
         title="Divergence from the base model over steps",
         num_step_ticks=16,
@@ -245,10 +245,6 @@ def _binned_columns(run: Run, key: str) -> dict[str, Series]:
         if len(series):
             found[name] = series
     return found
-
-
-def _ends(lines: list[Series]) -> list[Array]:
-    return [series.low for series in lines] + [series.high for series in lines]
 
 
 def _divided(series: Series, divisor: float) -> Series:

@@ -14,7 +14,7 @@ import numpy as np
 from cpt.telemetry.report.chart import StepChart
 from cpt.telemetry.report.history import Run, number
 from cpt.telemetry.report.panel import Cell, LegendEntry, Panel, clean
-from cpt.telemetry.report.series import Series, bin_series, range_over
+from cpt.telemetry.report.series import Series, bin_series, range_of_lines
 from data_pipeline.charts import INK, PALETTE
 
 if TYPE_CHECKING:
@@ -64,12 +64,17 @@ def router_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel | No
     """Show one small chart per quantity; None if no step was measured."""
     if not run.router_events:
         return None
-    languages = sorted({str(name) for event in run.router_events for name in _by_language(event)})
+    languages: set[str] = set()
+    for event in run.router_events:
+        languages.update(_by_language(event))
     shades = {ALL_TOKENS: INK}
-    for index, name in enumerate(languages):
+    for index, name in enumerate(sorted(languages)):
         shades[name] = colors.get(name, PALETTE[-1 - index % 4])
-    cells = [_cell(run, steps, quantity, shades) for quantity in QUANTITIES]
-    found = tuple(cell for cell in cells if cell is not None)
+    cells = []
+    for quantity in QUANTITIES:
+        cell = _cell(run, steps, quantity, shades)
+        if cell is not None:
+            cells.append(cell)
     dropped = number(run.router_events[-1].get("dropped"))
     told = f"{dropped:.0f}" if math.isfinite(dropped) else "unknown"
     return Panel(
@@ -77,8 +82,8 @@ def router_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel | No
         css="w12",
         detail=f"mean over layers; band: lowest to highest layer; assignments dropped: {told}",
         legend=tuple(LegendEntry(text=clean(name), color=color) for name, color in shades.items()),
-        cells=found,
-        num_columns=max(1, len(found)),
+        cells=tuple(cells),
+        num_columns=max(1, len(cells)),
     )
 
 
@@ -91,19 +96,19 @@ def _cell(run: Run, steps: Range1d, quantity: Quantity, shades: dict[str, str]) 
             lines[name] = series
     if not lines:
         return None
-    ends = [series.low for series in lines.values()] + [series.high for series in lines.values()]
     chart = StepChart(
         height=180,
         steps=steps,
-        values=range_over(ends, include=quantity.include),
+        values=range_of_lines(lines.values(), include=quantity.include),
         unit=quantity.unit,
         title=quantity.heading,
     )
+    newest = []
     for name, series in lines.items():
         chart.band(series, shades[name])
         chart.curve(clean(name), series, shades[name], dots=len(series) < FEW_POINTS)
-    newest = ", ".join(f"{clean(name, 8)} {line.mean[-1]:.3g}" for name, line in lines.items())
-    return Cell(chart=chart, heading=quantity.heading, detail=newest)
+        newest.append(f"{clean(name, 8)} {series.mean[-1]:.3g}")
+    return Cell(chart=chart, heading=quantity.heading, detail=", ".join(newest))
 
 
 def _series(run: Run, quantity: Quantity, name: str) -> Series:

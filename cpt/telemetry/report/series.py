@@ -8,7 +8,7 @@ visible.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +104,16 @@ def range_over(
     if low == 0.0 and 0.0 in include:
         return AxisRange(low=0.0, high=high + room)
     return AxisRange(low=low - room, high=high + room)
+
+
+def range_of_lines(
+    lines: Iterable[Series], *, include: Sequence[float] = (), log_beyond: float = math.inf
+) -> AxisRange:
+    """Return the range of all lines with their bands; the options are those of `range_over`."""
+    ends = []
+    for line in lines:
+        ends += [line.low, line.high]
+    return range_over(ends, include=include, log_beyond=log_beyond)
 
 
 def step_range(steps: Array) -> AxisRange:
