@@ -14,7 +14,7 @@ RUN python3 -m venv /opt/venv && useradd --create-home --uid 10001 cpt
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 
 WORKDIR /opt/gpt-oss-cpt
-COPY constraints.txt setup.cfg pyproject.toml README.md ./
+COPY constraints.txt setup.cfg pyproject.toml README.md LICENSE ./
 COPY cpt cpt
 COPY data_pipeline data_pipeline
 RUN pip install --no-cache-dir -c constraints.txt torch \
