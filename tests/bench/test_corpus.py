@@ -35,16 +35,20 @@ A \fIsecond\fR paragraph \(em with 100\ kB.
 
 def test_a_manual_page_becomes_plain_text() -> None:
     assert manual_text(MANUAL) == (
-        "NAME\ntool - does one thing\n\nSEE ALSO\ncat(1),\ndog(2)\n\nA second paragraph -- with 100 kB.\n\n"
+        "NAME\ntool - does one thing\n\n"
+        "SEE ALSO\ncat(1),\ndog(2)\n\n"
+        "A second paragraph -- with 100 kB.\n\n"
         "    indented \\ code"
     )
 
 
 def test_an_html_page_becomes_plain_text() -> None:
-    page = "<html><head><title>no</title></head><body><h1>Title</h1><p>One &amp;\n two</p><script>no()</script>"
-    assert html_text(page + "<pre>a\n  b</pre><ul><li>x</li><li>y</li></ul></body></html>") == (
-        "Title\n\nOne & two\n\na\n  b\n\nx\n\ny"
+    page = (
+        "<html><head><title>no</title></head><body><h1>Title</h1>"
+        "<p>One &amp;\n two</p><script>no()</script>"
+        "<pre>a\n  b</pre><ul><li>x</li><li>y</li></ul></body></html>"
     )
+    assert html_text(page) == "Title\n\nOne & two\n\na\n  b\n\nx\n\ny"
 
 
 def test_a_machine_without_apt_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,8 +109,9 @@ def test_a_place_that_cannot_be_written_is_an_error_and_not_a_trace(
 def test_the_pipeline_imports_neither_torch_nor_the_trainer() -> None:
     code = (
         "import pkgutil, sys, importlib, data_pipeline\n"
-        "for module in pkgutil.iter_modules(data_pipeline.__path__):\n"
-        "    if module.name != '__main__': importlib.import_module(f'data_pipeline.{module.name}')\n"
+        "for module in pkgutil.walk_packages(data_pipeline.__path__, 'data_pipeline.'):\n"
+        "    if module.name != 'data_pipeline.__main__': importlib.import_module(module.name)\n"
+        "assert 'data_pipeline.build.assembly' in sys.modules\n"
         "assert not {'torch', 'deepspeed', 'cpt', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -49,7 +49,8 @@ def test_an_untranslated_page_with_a_japanese_heading_is_english() -> None:
         + "This page describes how the program reads its configuration files at start. " * 20
     )
     assert language_of(page) == "en" and disagrees(page, "ja")
-    commands = "\u6b21\u306e\u30b3\u30de\u30f3\u30c9\u3092\u5b9f\u884c\u3057\u307e\u3059\u3002 apt-get install "
+    sentence = "\u6b21\u306e\u30b3\u30de\u30f3\u30c9\u3092\u5b9f\u884c\u3057\u307e\u3059\u3002"
+    commands = f"{sentence} apt-get install "
     assert language_of(commands * 10) == "ja"
 
 

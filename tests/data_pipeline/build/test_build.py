@@ -51,7 +51,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 def texts_of(rows: Iterable[PackedRow]) -> list[str]:
-    """Texts of the documents in rows, each joined from its pieces in order."""
+    """Return the texts of the documents in rows, each joined from its pieces in order."""
     documents: dict[int, list[int]] = {}
     for row in rows:
         for index, document in enumerate(row.documents.tolist()):
@@ -61,7 +61,7 @@ def texts_of(rows: Iterable[PackedRow]) -> list[str]:
 
 
 def trained_texts(built: BuiltData) -> list[str]:
-    """Texts of all training rows."""
+    """Return the texts of all training rows."""
     texts = []
     for source in range(len(built.source_names)):
         texts += texts_of(
@@ -259,12 +259,14 @@ def test_a_build_killed_anywhere_leaves_nothing_and_its_rerun_gives_the_same_man
     }[point]
     code = (
         "import os, sys; from pathlib import Path; from unittest import mock\n"
-        "from data_pipeline.build.build import build; from data_pipeline.config.mix_file import load_mix\n"
+        "from data_pipeline.build.build import build\n"
+        "from data_pipeline.config.mix_file import load_mix\n"
         "rename = Path.rename\n"
         "def kill(self, *args):\n"
         "    if isinstance(self, Path) and self.name != 'build': return rename(self, *args)\n"
         "    os.kill(os.getpid(), 9)\n"
-        f"with mock.patch('{place}', kill): build(load_mix(sys.argv[1]), sys.argv[2], progress=False)\n"
+        f"with mock.patch('{place}', kill):\n"
+        "    build(load_mix(sys.argv[1]), sys.argv[2], progress=False)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "in" / "mix.yaml"), str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, check=False)

@@ -1,6 +1,4 @@
-"""The same manifest whatever the workers, machines and kills; memory does not grow with the input
-(B7, B12).
-"""
+"""Workers, machines and kills do not change the manifest; memory stays bounded (B7, B12)."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def mix(make_mix: MakeMix, monkeypatch: pytest.MonkeyPatch) -> MixConfig:
-    """Several units per source, with copies and bad lines in other units than their originals."""
+    """Return a mix of several units per source; copies and bad lines are in other units."""
     monkeypatch.setattr(units, "MIN_UNIT_BYTES", 4000)
     ja, en = make_texts(120, "ja"), make_texts(150, "en", 20)
     return make_mix(
@@ -48,15 +46,17 @@ def mix(make_mix: MakeMix, monkeypatch: pytest.MonkeyPatch) -> MixConfig:
 def run(
     mix_path: Path, out: Path, *arguments: str, unit_bytes: int = 4000
 ) -> subprocess.CompletedProcess[str]:
-    """The command line with small units, in a process of its own."""
+    """Run the command line with small units, in a process of its own."""
     code = (
-        f"import sys, runpy; from data_pipeline.build import units; units.MIN_UNIT_BYTES = {unit_bytes}\n"
+        "import sys; from data_pipeline.build import units\n"
+        f"units.MIN_UNIT_BYTES = {unit_bytes}\n"
         "from data_pipeline.__main__ import main\n"
         "code = main(sys.argv[1:])\n"
         # of this image alone: ru_maxrss of a fresh process starts from that of the process that
         # started it
         "import re, resource, pathlib\n"
-        "own = int(re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1])\n"
+        "status = pathlib.Path('/proc/self/status').read_text()\n"
+        "own = int(re.search(r'VmHWM:\\s+(\\d+)', status)[1])\n"
         "workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss\n"
         "print('peak KiB', max(own, workers), file=sys.stderr)\n"
         "sys.exit(code)\n"
@@ -238,7 +238,7 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
 
 
 def _build_with_limit(mix_path: Path, out: Path) -> tuple[int, str, float]:
-    """(exit code, messages, peak memory in GiB) of a build in a process of its own."""
+    """Return (exit code, messages, peak memory in GiB) of a build in a process of its own."""
     done = run(mix_path, out, "--workers", "1", unit_bytes=16 * 2**20)
     peak = int(re.search(r"peak KiB (\d+)", done.stderr)[1]) / 2**20  # type: ignore[index]
     return done.returncode, done.stdout + done.stderr, peak

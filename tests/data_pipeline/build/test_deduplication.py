@@ -1,6 +1,4 @@
-"""Held-out documents are chosen by their text alone and are never trained on, nor are their
-copies.
-"""
+"""Held-out documents are chosen by their text alone; they and their copies are not trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compressed files, datasets, templates, earlier builds and normalisation (B6, B9)."""
+"""Compressed files, datasets, templates, earlier builds and normalization (B6, B9)."""
 
 from __future__ import annotations
 
@@ -134,7 +134,8 @@ def test_a_hub_dataset_is_asked_for_by_name_and_commit(monkeypatch: pytest.Monke
 @pytest.mark.case("X3", "a hub data set without a commit is refused")
 def test_a_hub_dataset_without_a_commit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mix.yaml").write_text(
-        "seq_len: 64\nseed: 1\nsources:\n  - {name: a, language: en, domain: web, format: huggingface, "
+        "seq_len: 64\nseed: 1\nsources:\n"
+        "  - {name: a, language: en, domain: web, format: huggingface, "
         "dataset: some/name, revision: main, weight: 1.0}\n"
     )
     with pytest.raises(

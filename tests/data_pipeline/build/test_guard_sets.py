@@ -1,5 +1,6 @@
-"""Guard text is large enough, hashed, and in no training row; what training text had of it is
-dropped and counted.
+"""Guard text is large enough, hashed, and in no training row.
+
+Training text that holds some of it is dropped and counted.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ SPLIT_WORDS = [
     " ".join(WORDS[(n * 7 + i * i * 3 + i) % len(WORDS)] + str(n * i) for i in range(60))
     for n in range(40)
 ]
-"""Long texts that share no run of 50 tokens."""
+"""Return long texts that share no run of 50 tokens."""
 
 
 def own_files(tmp_path: Path, texts: list[str], **keys: Any) -> dict[str, Any]:
-    """A guard domain with a file of its own."""
+    """Write a guard domain with a file of its own."""
     write_jsonl(tmp_path / "in" / "mine.jsonl", texts)
     domain = {"name": "mine", "language": "en", "path": "mine.jsonl"}
     return {"guard": {"domains": [domain], **keys}, "decontaminate_tokens": 50}

@@ -27,6 +27,7 @@ RECORDS = [
 ]
 ANSWER = {"role": "assistant", "thinking": "hm", "content": "A"}
 QUESTION = {"role": "user", "content": "Q"}
+INSTRUCTIONS = {"role": "system", "content": "x"}
 
 
 def tokens_of(*messages: dict[str, Any], **keys: Any) -> list[int]:
@@ -61,7 +62,7 @@ def test_control_tokens_written_in_a_message_stay_text() -> None:
         ({"messages": [QUESTION]}, "the last message is not an answer"),
         ({"messages": [QUESTION, {**ANSWER, "tool_calls": [{}]}]}, "tool calls"),
         ({"messages": [QUESTION, {"role": "wizard", "content": "x"}]}, "unknown role"),
-        ({"messages": [QUESTION, {"role": "system", "content": "x"}, ANSWER]}, "not the first message"),
+        ({"messages": [QUESTION, INSTRUCTIONS, ANSWER]}, "not the first message"),
         ({"messages": [QUESTION, {**ANSWER, "content": " "}]}, "message: empty text"),
         ({"messages": [{**QUESTION, "channel": "final"}, ANSWER]}, "unknown channel"),
         ({"messages": [{**QUESTION, "thinking": "x"}, ANSWER]}, "'thinking' beside something else"),
@@ -84,7 +85,7 @@ def test_a_record_that_cannot_be_rendered_is_rejected_with_its_reason(
 
 @pytest.fixture
 def chat_mix(make_mix: MakeMix, tmp_path: Path) -> Any:
-    """Loads a mix of a text source and the sample's conversations."""
+    """Load a mix of a text source and the sample's conversations."""
 
     def load(**keys: Any) -> Any:
         (tmp_path / "chat.jsonl").write_text(

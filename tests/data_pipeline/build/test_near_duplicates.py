@@ -34,7 +34,7 @@ def make_documents(count: int, length: int, seed: int = 0) -> list[Tokens]:
 
 
 def changed(tokens: Tokens, share: float) -> Tokens:
-    """With every n-th token replaced."""
+    """Return the tokens with every n-th one replaced."""
     result = tokens.copy()
     result[:: round(1 / share)] += 1
     return result

@@ -217,8 +217,10 @@ def test_no_segment_may_break_a_floor_whoever_makes_it(make_mix: MakeMix) -> Non
     with pytest.raises(ConfigError) as caught:
         ledger.reweigh(5, {"ja": 0.75, "en": 0.25})
     assert [line.split(". Change")[0] for line in caught.value.problems] == [
-        "mix ledger: weights from step 5 give language 'en' a share of 25.00%, the mix allows 30.00% to 100.00%",
-        "mix ledger: weights from step 5 give language 'ja' a share of 75.00%, the mix allows 20.00% to 70.00%",
+        "mix ledger: weights from step 5 give language 'en' a share of 25.00%, "
+        "the mix allows 30.00% to 100.00%",
+        "mix ledger: weights from step 5 give language 'ja' a share of 75.00%, "
+        "the mix allows 20.00% to 70.00%",
     ]
     with pytest.raises(ConfigError, match="'ja' a share of 10"):
         ledger.reweigh(5, {"ja": 0.1, "en": 0.9})
