@@ -38,9 +38,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import measuring
-from attention_parts import contenders, drawing, memory
-from attention_parts.contenders import EAGER, PLAIN, WINDOW, Layer
+import measuring  # noqa: E402
+from attention_parts import contenders, drawing, memory  # noqa: E402
+from attention_parts.contenders import EAGER, PLAIN, WINDOW, Layer  # noqa: E402
 
 LENGTHS = {"cpu": [1024, 4096, 8192, 16_384], "cuda": [4096, 32_768, 131_072]}
 HEADS = {"cpu": (16, 2), "cuda": (64, 8)}

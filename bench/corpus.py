@@ -33,8 +33,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_pipeline.errors import CptError, DataError
-from data_pipeline.store.files import atomic_write
+from data_pipeline.errors import CptError, DataError  # noqa: E402
+from data_pipeline.store.files import atomic_write  # noqa: E402
 
 DEFAULT_DIR = ROOT / "data" / "corpus"
 LANGUAGES = ("ja", "en")

@@ -32,9 +32,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import measuring
-from experts_parts import drawing, recompute
-from experts_parts.contenders import BATCHED, NAMES, OURS, Layer, make_step
+import measuring  # noqa: E402
+from experts_parts import drawing, recompute  # noqa: E402
+from experts_parts.contenders import BATCHED, NAMES, OURS, Layer, make_step  # noqa: E402
 
 SIZES = {"cpu": 512, "cuda": 2880}
 

@@ -35,14 +35,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import measuring
-from step_parts.cases import OURS, Case, row
-from step_parts.ours import build
+import measuring  # noqa: E402
+from step_parts.cases import OURS, Case, row  # noqa: E402
+from step_parts.ours import build  # noqa: E402
 
-from cpt.config.sections import TelemetrySection
-from cpt.telemetry.router import router_event
-from cpt.training.loader import make_micro_batch
-from cpt.training.original_router import watch_drift
+from cpt.config.sections import TelemetrySection  # noqa: E402
+from cpt.telemetry.router import router_event  # noqa: E402
+from cpt.training.loader import make_micro_batch  # noqa: E402
+from cpt.training.original_router import watch_drift  # noqa: E402
 
 INTERVAL = TelemetrySection().router_interval_steps
 

@@ -37,9 +37,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import measuring
-from step_parts import drawing
-from step_parts.cases import NAMES, OURS, WARM_UP_STEPS, Case
+import measuring  # noqa: E402
+from step_parts import drawing  # noqa: E402
+from step_parts.cases import NAMES, OURS, WARM_UP_STEPS, Case  # noqa: E402
 
 WORKER = ROOT / "bench" / "step_parts" / "worker.py"
 STEP_LIMIT_SECONDS = 1200

@@ -1,6 +1,6 @@
-"""Started by the launcher: `deepspeed cpt/run.py --ds_config ds_configs/z3_ulysses.json`.
+"""Start one rank of a run: `deepspeed cpt/run.py --ds_config ds_configs/z3_ulysses.json`.
 
-parse -> validate -> join the process group -> build -> train -> exit code
+parse -> pass the gate -> join the process group -> build -> train -> exit code
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
-    sys.path[0] = str(
-        ROOT
-    )  # the launcher puts cpt/ itself first, where `import config` would find a second copy
+    # the launcher puts cpt/ itself first, where `import config` would find a second copy
+    sys.path[0] = str(ROOT)
 
-from cpt.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, CptError
-from cpt.job.log_files import log_to_terminal, rank_of_environment
-from cpt.resilience.stop import StopRequest
+from cpt.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, CptError  # noqa: E402
+from cpt.job.log_files import log_to_terminal, rank_of_environment  # noqa: E402
+from cpt.resilience.stop import StopRequest  # noqa: E402
 
 
 class _Parser(argparse.ArgumentParser):
-    """A wrong option is a bad configuration like any other: code 78, and one rank says so."""
+    """Treats a wrong option as a bad configuration: code 78, told by one rank."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. cpt/run.py --help lists the options.")

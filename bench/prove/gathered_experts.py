@@ -19,9 +19,9 @@ from transformers import GptOssConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import measuring
-from step_parts.cases import OURS, Case, model_config, row
-from step_parts.ours import build
+import measuring  # noqa: E402
+from step_parts.cases import OURS, Case, model_config, row  # noqa: E402
+from step_parts.ours import build  # noqa: E402
 
 LAYERS, EXPERTS, TOKENS = 8, 32, 64
 

@@ -40,21 +40,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "bench" / "prove")]
 
-from guard_parts.small_vocabulary import NUM_MERGES, VOCAB_SIZE, shrink
+from guard_parts.small_vocabulary import NUM_MERGES, VOCAB_SIZE, shrink  # noqa: E402
 
 shrink()
 
-import measuring
-import torch
-import yaml
-from guard_parts import drawing
-from guard_parts.text import write_domains
-from transformers import GptOssConfig, GptOssForCausalLM
+import measuring  # noqa: E402
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from guard_parts import drawing  # noqa: E402
+from guard_parts.text import write_domains  # noqa: E402
+from transformers import GptOssConfig, GptOssForCausalLM  # noqa: E402
 
-from cpt.model.configuration import PRESETS
-from cpt.telemetry.metrics import read_events
-from data_pipeline.build.build import build
-from data_pipeline.config.mix_file import load_mix
+from cpt.model.configuration import PRESETS  # noqa: E402
+from cpt.telemetry.metrics import read_events  # noqa: E402
+from data_pipeline.build.build import build  # noqa: E402
+from data_pipeline.config.mix_file import load_mix  # noqa: E402
 
 ENGLISH = {"prose": "en", "reference": "en", "code": "code", "math": "math", "chat": "en"}
 SELF_WRITTEN = "self_written"

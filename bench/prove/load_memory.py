@@ -24,8 +24,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch
-from safetensors.torch import save_file
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 WORLD_SIZE = 4
 MODEL = {

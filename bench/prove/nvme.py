@@ -27,8 +27,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import measuring
-from step_parts.cases import OURS, Case, row
+import measuring  # noqa: E402
+from step_parts.cases import OURS, Case, row  # noqa: E402
 
 TOKENS, EXPERTS, STEPS = 512, 32, 6
 PLACES = ("cpu", "nvme")

@@ -14,9 +14,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import measuring
+import measuring  # noqa: E402
 
-from step_parts.cases import GROUPED, LR, OURS, WARM_UP_STEPS, Baton, Case, model_config, row
+from step_parts.cases import GROUPED, LR, OURS, WARM_UP_STEPS, Baton, Case, model_config, row  # noqa: E402
 
 
 class Clock:

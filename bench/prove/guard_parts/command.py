@@ -8,11 +8,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "prove")]
 
-from guard_parts.small_vocabulary import shrink
+from guard_parts.small_vocabulary import shrink  # noqa: E402
 
 shrink()
 
-from cpt.cli import main
+from cpt.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

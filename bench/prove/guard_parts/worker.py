@@ -11,13 +11,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench" / "prove")]
 
-from guard_parts.small_vocabulary import shrink
+from guard_parts.small_vocabulary import shrink  # noqa: E402
 
 shrink()
 
-from cpt.errors import EXIT_DONE
-from cpt.resilience.stop import StopRequest
-from cpt.run import main
+from cpt.errors import EXIT_DONE  # noqa: E402
+from cpt.resilience.stop import StopRequest  # noqa: E402
+from cpt.run import main  # noqa: E402
 
 if __name__ == "__main__":
     request = StopRequest()
