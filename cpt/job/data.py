@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from cpt.config import DataSection, RunConfig
 from cpt.errors import ConfigError, DataError
@@ -19,6 +20,7 @@ from data_pipeline.build.build import build, input_bytes, resolve_build_dir
 from data_pipeline.build.self_replay import check_base_model
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
+from data_pipeline.config.strict_yaml import load_yaml
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import DataPlan, make_data_plan
 from data_pipeline.mixture.ledger import Ledger
@@ -34,15 +36,34 @@ def check_mix(mix_file: Path, seq_len: int) -> MixConfig:
         seq_len: Tokens of a packed row in the run.
 
     Raises:
-        ConfigError: the mix cannot be right, or packs rows of another length.
+        ConfigError: everything wrong in the mix, and rows of another length than the run's.
     """
-    mix = load_mix(mix_file)
-    if mix.seq_len != seq_len:
-        raise ConfigError(
-            f"train.seq_len is {seq_len}, but rows of {mix_file} have seq_len {mix.seq_len}. "
-            "Make them equal: rows are packed when the data is built."
-        )
+    try:
+        mix = load_mix(mix_file)
+    except ConfigError as error:
+        written = load_yaml(mix_file).value
+        rows = written.get("seq_len") if isinstance(written, dict) else None
+        raise ConfigError([*error.problems, *seq_len_problems(mix_file, rows, seq_len)]) from error
+    problems = seq_len_problems(mix_file, mix.seq_len, seq_len)
+    if problems:
+        raise ConfigError(problems)
     return mix
+
+
+def seq_len_problems(mix_file: Path, of_mix: Any, of_run: int) -> list[str]:
+    """Return the problem of rows with another length than the run's.
+
+    Args:
+        mix_file: The data-mix YAML.
+        of_mix: Its seq_len; what is no number is told by the mix itself.
+        of_run: train.seq_len.
+    """
+    if not isinstance(of_mix, int) or of_mix == of_run:
+        return []
+    return [
+        f"train.seq_len is {of_run}, but rows of {mix_file} have seq_len {of_mix}. "
+        "Make them equal: rows are packed when the data is built."
+    ]
 
 
 def build_folder(settings: DataSection, mix: MixConfig) -> Path:

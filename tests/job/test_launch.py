@@ -356,6 +356,16 @@ def test_dry_run_refuses_rows_of_another_length_than_the_mix(
     assert "128" in capsys.readouterr().err
 
 
+def test_missing_data_file_and_rows_of_another_length_are_told_together(
+    environment: Environment, capsys: Any, tmp_path: Path
+) -> None:
+    environment()
+    config = write_files(tmp_path, mix={"path": "gone.jsonl"}, seq_len=128)
+    assert run("--dry_run", "--config", str(config)) == 78
+    message = capsys.readouterr().err
+    assert "gone.jsonl" in message and "train.seq_len is 128" in message
+
+
 def test_dry_run_refuses_a_missing_data_file(
     environment: Environment, capsys: Any, tmp_path: Path
 ) -> None:
