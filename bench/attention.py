@@ -1,18 +1,18 @@
-"""Sink attention against what a user would pick instead: Hugging Face eager, and attention without
-sinks.
+"""Compare sink attention with Hugging Face's eager attention and with attention without sinks.
 
-    python bench/attention.py [--lengths 1024 4096 8192 16384] [--rounds 5] [--json FILE] [--svg
-    FILE]
+    python bench/attention.py [--lengths 1024 4096 8192] [--rounds 5] [--json FILE] [--svg FILE]
 
-One attention layer, forward + backward in bf16, full and with a window of 128.  Every round times
-each contender once, one after the other, so that a noisy machine disturbs all alike; figures are
-medians, and ratios are medians of the rounds' ratios.  Peak memory is that of one pass beyond its
-inputs, on a CPU in a process of its own.
+A measurement is one attention layer, forward and backward in bf16, full or with a window of 128.
+Every round times each contender once, one after the other, so that a noisy machine disturbs all
+alike.  Figures are medians, and ratios are medians of the rounds' ratios.  Peak memory is that of
+one pass beyond its inputs; on a CPU it is measured in a process of its own.
 
-On a CPU: 16 query and 2 key/value heads of 64, and plain scaled_dot_product_attention, which knows
-no window, as the kernel without sinks.  On a GPU: the 64/8 heads of gpt-oss, rows of 4k, 32k and
-128k, every backend that runs there (flex among them), torch's variable-length FlashAttention with
-the same window as the kernel without sinks, and the share of the chip's bf16 peak.
+On a CPU the layer has 16 query and 2 key/value heads of 64.  The kernel without sinks is plain
+scaled_dot_product_attention, which knows no window.
+
+On a GPU the layer has the 64/8 heads of gpt-oss, with rows of 4k, 32k and 128k tokens.  Every
+backend that runs there is measured (flex among them).  The kernel without sinks is torch's
+variable-length FlashAttention with the same window.  The share of the chip's bf16 peak is printed.
 
 On a machine that others use at the same time, `--clock cpu --threads 1` counts the CPU seconds of
 the process instead of wall time.
@@ -54,7 +54,7 @@ PEAK_TFLOPS = {
     "B200": 2250,
     "GB200": 2500,
 }
-"""Dense bf16 of the data sheets; the longest name that a device's name contains counts."""
+"""Dense bf16 rate of the data sheets; the longest name that a device's name contains counts."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line; defaults depend on the device."""
+    """Read the command line, whose defaults depend on the device."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
@@ -114,7 +114,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def make_layer(options: argparse.Namespace, kind: str, length: int) -> Layer:
-    """One case of the command line."""
+    """Return the layer of one case of the command line."""
     return Layer(
         tokens=length,
         window=None if kind == "full" else WINDOW,
@@ -126,14 +126,13 @@ def make_layer(options: argparse.Namespace, kind: str, length: int) -> Layer:
 
 
 def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
-    """Median times, ratios and peaks of all contenders that fit."""
+    """Return median times, ratios and peaks of all contenders that fit."""
     names = contenders.contender_names(layer)
     left_out = {}
     if options.only is not None:
         names = [name for name in names if name == names[0] or name in options.only]
-    if EAGER in names and layer.eager_bytes > options.eager_share * measuring.free_bytes(
-        layer.device
-    ):
+    eager_fits = measuring.fits(layer.eager_bytes, options.eager_share, layer.device)
+    if EAGER in names and not eager_fits:
         left_out[EAGER] = f"needs about {layer.eager_bytes / 2**30:.0f} GiB"
         names.remove(EAGER)
     peaks = {name: peak_of(name, layer, options) for name in names}
@@ -144,18 +143,14 @@ def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.rounds):
         for name, step in steps.items():
             times[name].append(measuring.seconds(step, layer.device, options.clock))
-    own = times[names[0]]
     median = {name: statistics.median(values) for name, values in times.items()}
     return {
         "layer": layer.kind,
         "tokens": layer.tokens,
         "ours": names[0],
         "ms": {name: 1e3 * value for name, value in median.items()},
-        "ratio to ours": {
-            name: statistics.median(other / mine for other, mine in zip(values, own, strict=True))
-            for name, values in times.items()
-        },
-        "peak MiB": {name: None if peak is None else peak / 2**20 for name, peak in peaks.items()},
+        "ratio to ours": measuring.median_ratios(times, names[0]),
+        "peak MiB": measuring.in_mib(peaks),
         "left out": left_out,
         "TFLOP/s of ours": layer.flops / median[names[0]] / 1e12,
         "share of bf16 peak": share_of_peak(layer, median[names[0]]),
@@ -163,36 +158,25 @@ def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def share_of_peak(layer: Layer, pass_seconds: float) -> float | None:
-    """Of the data sheet's dense bf16 rate, on a GPU that is known."""
-    name = torch.cuda.get_device_name(layer.device) if layer.device.type == "cuda" else ""
+    """Return the share of the data sheet's dense bf16 rate, or None unless on a GPU it lists."""
+    if layer.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(layer.device)
     known = max((gpu for gpu in PEAK_TFLOPS if gpu in name), key=len, default=None)
-    return None if known is None else layer.flops / pass_seconds / (PEAK_TFLOPS[known] * 1e12)
+    if known is None:
+        return None
+    return layer.flops / pass_seconds / (PEAK_TFLOPS[known] * 1e12)
 
 
 def peak_of(name: str, layer: Layer, options: argparse.Namespace) -> int | None:
-    """Peak memory of one pass in bytes; on a CPU of a fresh process."""
+    """Return the peak memory of one pass in bytes; on a CPU, that of a fresh process."""
     if options.no_memory or not measuring.can_measure_memory(layer.device):
         return None
     if layer.device.type == "cuda":
         return memory.peak_bytes(name, layer)[0]
-    command = [
-        sys.executable,
-        __file__,
-        "--device",
-        "cpu",
-        "--peak_of",
-        name,
-        "--layers",
-        layer.kind,
-    ]
-    command += [
-        "--lengths",
-        str(layer.tokens),
-        "--heads",
-        str(layer.heads),
-        "--kv_heads",
-        str(layer.kv_heads),
-    ]
+    command = [sys.executable, __file__, "--device", "cpu", "--peak_of", name]
+    command += ["--layers", layer.kind, "--lengths", str(layer.tokens)]
+    command += ["--heads", str(layer.heads), "--kv_heads", str(layer.kv_heads)]
     command += ["--threads", str(options.threads)]
     environment = {**os.environ, **measuring.RETURN_MEMORY}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
@@ -200,59 +184,51 @@ def peak_of(name: str, layer: Layer, options: argparse.Namespace) -> int | None:
 
 
 def print_peaks(options: argparse.Namespace) -> None:
-    """One line of JSON per layer kind and length."""
+    """Print one line of JSON per kind of layer and length."""
     for kind in options.layers:
         for length in options.lengths:
             peak, largest = memory.peak_bytes(options.peak_of, make_layer(options, kind, length))
-            print(
-                json.dumps(
-                    {"layer": kind, "tokens": length, "peak_bytes": peak, "largest_bytes": largest}
-                )
-            )
+            found = {"layer": kind, "tokens": length, "peak_bytes": peak, "largest_bytes": largest}
+            print(json.dumps(found))
 
 
 def growth_per_doubling(results: list[dict[str, Any]]) -> dict[str, str]:
-    """From each length to the next, how often time multiplies when the length doubles."""
+    """Say by which factor time grows when the length doubles, from each length to the next."""
     growth = {}
     for kind in dict.fromkeys(result["layer"] for result in results):
         own = [(r["tokens"], r["ms"][r["ours"]]) for r in results if r["layer"] == kind]
-        parts = [
-            f"{short} to {long}: {(after / before) ** (1 / math.log2(long / short)):.2f}"
-            for (short, before), (long, after) in itertools.pairwise(own)
-        ]
+        parts = []
+        for (short, before), (long, after) in itertools.pairwise(own):
+            factor = (after / before) ** (1 / math.log2(long / short))
+            parts.append(f"{short} to {long}: {factor:.2f}")
         growth[kind] = ", ".join(parts) or "one length only"
     return growth
 
 
 def line_of(result: dict[str, Any]) -> str:
-    """A row of the table."""
-    parts = []
-    for name, milliseconds in result["ms"].items():
-        ratio = "" if name == result["ours"] else f" ({result['ratio to ours'][name]:.2f}x)"
-        peak = result["peak MiB"][name]
-        parts.append(
-            f"{name} {milliseconds:.1f} ms{ratio}" + ("" if peak is None else f" {peak:.0f} MiB")
-        )
-    parts += [f"{name} left out: {reason}" for name, reason in result["left out"].items()]
+    """Return a row of the table."""
+    parts = measuring.figures_of(result, result["ours"])
+    parts.append(f"{result['TFLOP/s of ours']:.3g} TFLOP/s")
     share = result["share of bf16 peak"]
-    parts.append(
-        f"{result['TFLOP/s of ours']:.3g} TFLOP/s"
-        + ("" if share is None else f", {share:.0%} of bf16 peak")
-    )
+    if share is not None:
+        parts.append(f"{share:.0%} of bf16 peak")
     return f"{result['layer']:>6} {result['tokens']:>6} tokens: " + ", ".join(parts)
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """Where the figures come from."""
+    """Return where the figures come from."""
     facts = {
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "rounds": options.rounds,
         "clock": options.clock,
+        "heads": f"{options.heads}/{options.kv_heads} of {HEAD_DIM}",
+        "without sinks": PLAIN,
+        "device": measuring.device_name(torch.device(options.device)),
     }
-    facts |= {"heads": f"{options.heads}/{options.kv_heads} of {HEAD_DIM}", "without sinks": PLAIN}
-    facts["device"] = measuring.device_name(torch.device(options.device))
-    return facts if options.device == "cuda" else facts | {"threads": options.threads}
+    if options.device == "cpu":
+        facts["threads"] = options.threads
+    return facts
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""What a save takes from training: asynchronous against synchronous, in one run.
+"""Measure what a save takes from training, asynchronous against synchronous, in one run.
 
     python bench/checkpoint.py [--ranks 2] [--steps 6] [--rounds 3] [--layers 4] [--hidden 512]
-    [--folder DIR]
+        [--folder DIR]
 
 Ranks train a gpt-oss of random weights on random tokens with ZeRO-3.  Every round times the same
-number of steps three
-times: without a save, with a synchronous save after the first step, with an asynchronous one (until
-    it is published,
-so that what the writer takes from the steps beside it is counted).  Told are the time in which
-training stood still, and how much longer the steps took than without a save; figures are medians
-over the rounds, and so are the ratios.
+number of steps three times: without a save, with a synchronous save after the first step, and with
+an asynchronous one.  The last is timed until it is published, so that what the writer takes from
+the steps beside it is counted.
+
+The report gives the time in which training stood still, and how much longer the steps took than
+without a save.  Figures and ratios are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SEQ_LEN = 512
+KINDS = ("none", "synchronous", "asynchronous")
+"""The kind of save in a measurement."""
 
 
 def train_and_save(options: argparse.Namespace) -> None:
-    """One rank; rank 0 prints a JSON line of seconds by round and kind."""
+    """Train as one rank; rank 0 prints a JSON line of seconds by round and kind."""
     import numpy as np
     import torch
     import torch.distributed as dist
@@ -50,16 +53,19 @@ def train_and_save(options: argparse.Namespace) -> None:
     from data_pipeline.dataset import PackedRow
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.ranks))
-    device = (
-        torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     init_distributed(device)
-    shape = {**PRESETS["tiny"], "hidden_size": options.hidden, "num_hidden_layers": options.layers}
-    model_config = GptOssConfig(
-        **{**shape, "vocab_size": 32_000, "pad_token_id": 0, "eos_token_id": 1}
-    )
+    shape = {
+        **PRESETS["tiny"],
+        "hidden_size": options.hidden,
+        "num_hidden_layers": options.layers,
+        "vocab_size": 32_000,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    model_config = GptOssConfig(**shape)
     run = f"""
 model: {{init: tiny}}
 data: {{mix: unused.yaml}}
@@ -67,39 +73,39 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 10
 """
     ds_json = '{"zero_optimization": {"stage": 3}, "sequence_parallel_size": 1}'
     launch = LaunchInfo(world_size=options.ranks, local_world_size=options.ranks)
-    config = resolve(
-        read_file(RunYaml, parse_yaml(run, "run")), parse_yaml(ds_json, "ds"), model_config, launch
-    )
+    run_yaml = read_file(RunYaml, parse_yaml(run, "run"))
+    config = resolve(run_yaml, parse_yaml(ds_json, "ds"), model_config, launch)
     topology = create_topology(sp_size=1, ep_size=1, device=device)
     engine = build_engine(config, model_config, topology, PhaseClock())
     fill_weights(engine, RandomWeights(1, 0.02))
     generator = np.random.default_rng(topology.rank)
     tokens = generator.integers(2, 32_000, size=SEQ_LEN + 1)
     row = PackedRow(
-        input_ids=tokens[:-1], labels=tokens[1:], position_ids=np.arange(SEQ_LEN), bounds=[0, SEQ_LEN],
+        input_ids=tokens[:-1],
+        labels=tokens[1:],
+        position_ids=np.arange(SEQ_LEN),
+        bounds=[0, SEQ_LEN],
         documents=np.zeros(1, dtype=np.int64),
-    )  # fmt: skip
+    )
     batch = make_micro_batch([row], [0], topology)
     folder = Path(options.folder)
-    saver = Saver(
-        folder, engine.deepspeed, topology, CheckpointSection(async_save=True, interval_steps=1)
-    )
+    section = CheckpointSection(async_save=True, interval_steps=1)
+    saver = Saver(folder, engine.deepspeed, topology, section)
+    predicted = [SEQ_LEN * options.ranks]
     done = 0
 
+    def vote() -> Votes:
+        return Votes(save_settled=saver.own_part_is_settled())
+
     def steps(kind: str) -> tuple[float, float]:
-        """Seconds of all steps, and how long of these training stood still for the save."""
+        """Return the seconds of all steps, and those in which training stood still for a save."""
         nonlocal done
         published = None
         dist.barrier(topology.control_group)
         began = time.perf_counter()
         for number in range(options.steps):
             done += 1
-            result = engine.step(
-                [batch],
-                [SEQ_LEN * options.ranks],
-                step=done,
-                votes=lambda: Votes(save_settled=saver.own_part_is_settled()),
-            )
+            result = engine.step([batch], predicted, step=done, votes=vote)
             published = saver.publish_settled(result.votes.save_settled) or published
             if number == 0 and kind == "synchronous":
                 published = saver.save_now(done, {})
@@ -110,10 +116,11 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 10
         saver.close()
         return seconds, published.blocked_seconds if published else 0.0
 
-    for kind in ("none", "synchronous", "asynchronous"):  # first touches of memory and disk
+    for kind in KINDS:  # first touches of memory and disk
         steps(kind)
-    kinds = ("none", "synchronous", "asynchronous")
-    rounds = [{kind: steps(kind) for kind in kinds} for _ in range(options.rounds)]
+    rounds = []
+    for _ in range(options.rounds):
+        rounds.append({kind: steps(kind) for kind in KINDS})
     size = sum(file.stat().st_size for file in max(folder.glob("checkpoints/step-*")).iterdir())
     if topology.rank == 0:
         print("RESULT " + json.dumps({"rounds": rounds, "bytes": size, "steps": options.steps}))
@@ -121,10 +128,10 @@ train: {{seq_len: {SEQ_LEN}, global_batch_size: {options.ranks}, total_steps: 10
     os._exit(0)
 
 
-def report(result: dict) -> None:  # type: ignore[type-arg]
-    """Medians for people."""
+def report(result: dict[str, Any]) -> None:
+    """Print medians for people."""
     rounds = result["rounds"]
-    kinds = ("synchronous", "asynchronous")
+    kinds = KINDS[1:]
     cost = {kind: [one[kind][0] - one["none"][0] for one in rounds] for kind in kinds}
     still = {kind: [one[kind][1] for one in rounds] for kind in kinds}
     print(f"checkpoint of {result['bytes'] / 1e6:.0f} MB, {len(rounds)} rounds")
@@ -134,11 +141,13 @@ def report(result: dict) -> None:  # type: ignore[type-arg]
         for kind, values in seconds.items():
             spread = f"({min(values):.2f} to {max(values):.2f})"
             print(f"{name:25} {kind:13} {statistics.median(values):6.2f} s {spread}")
-        ratios = [a / s for s, a in zip(*seconds.values(), strict=True)]
+        pairs = zip(seconds["synchronous"], seconds["asynchronous"], strict=True)
+        ratios = [asynchronous / synchronous for synchronous, asynchronous in pairs]
         print(f"{name:25} asynchronous / synchronous = {statistics.median(ratios):.2f}")
 
 
 def main() -> None:
+    """Start the ranks and print their report, or be one of the ranks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of one measurement")

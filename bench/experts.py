@@ -1,12 +1,12 @@
-"""gpt-oss's MoE layer against transformers' three implementations of it: eager, grouped_mm and
-batched_mm.
+"""Compare this project's MoE layer with transformers' eager, grouped_mm and batched_mm.
 
     python bench/experts.py [--experts 32 128] [--rounds 5] [--json FILE] [--svg FILE]
 
-One layer, forward + backward in bf16: 4,096 tokens, top 4, model and expert size 512 (2,880 on a
-GPU).  Every round times each contender once, one after the other, so that a noisy machine disturbs
-all alike; figures are medians, ratios are medians of the rounds' ratios.  Peak memory is that of
-one pass beyond weights and input, gradients included, on a CPU in a process of its own.
+A measurement is one layer of gpt-oss, forward and backward in bf16, with 4,096 tokens, top 4, and a
+model and expert size of 512 (2,880 on a GPU).  Every round times each contender once, one after the
+other, so that a noisy machine disturbs all alike.  Figures are medians, and ratios are medians of
+the rounds' ratios.  Peak memory is that of one pass beyond weights and input, gradients included;
+on a CPU it is measured in a process of its own.
 
 `--recompute` measures both settings of model.expert_recompute instead, in two processes that share
 the experts.
@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line; defaults depend on the device."""
+    """Read the command line, whose defaults depend on the device."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
@@ -94,7 +95,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def make_layer(options: argparse.Namespace, experts: int) -> Layer:
-    """One case of the command line."""
+    """Return the layer of one case of the command line."""
     return Layer(
         experts=experts,
         top_k=options.top_k,
@@ -106,15 +107,13 @@ def make_layer(options: argparse.Namespace, experts: int) -> Layer:
 
 
 def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
-    """Median times, ratios and peaks of all contenders that fit."""
+    """Return median times, ratios and peaks of all contenders that fit."""
     names = [name for name in NAMES if name == OURS or name in options.only]
     left_out = {}
-    if BATCHED in names and layer.batched_bytes > options.batched_share * measuring.free_bytes(
-        layer.device
-    ):
-        left_out[BATCHED] = (
-            f"would copy {layer.batched_bytes / 2**30:.1f} GiB of weights in the forward alone"
-        )
+    batched_fits = measuring.fits(layer.batched_bytes, options.batched_share, layer.device)
+    if BATCHED in names and not batched_fits:
+        gib = layer.batched_bytes / 2**30
+        left_out[BATCHED] = f"would copy {gib:.1f} GiB of weights in the forward alone"
         names.remove(BATCHED)
     peaks = {name: peak_of(name, layer, options) for name in names}
     steps = {name: make_step(name, layer) for name in names}
@@ -128,44 +127,24 @@ def measure(layer: Layer, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "experts": layer.experts,
         "ms": {name: 1e3 * value for name, value in median.items()},
-        "ratio to ours": {
-            name: statistics.median(
-                other / mine for other, mine in zip(values, times[OURS], strict=True)
-            )
-            for name, values in times.items()
-        },
-        "peak MiB": {name: None if peak is None else peak / 2**20 for name, peak in peaks.items()},
+        "ratio to ours": measuring.median_ratios(times, OURS),
+        "peak MiB": measuring.in_mib(peaks),
         "left out": left_out,
         "TFLOP/s of ours": layer.flops / median[OURS] / 1e12,
     }
 
 
 def peak_of(name: str, layer: Layer, options: argparse.Namespace) -> int | None:
-    """Peak memory of one pass in bytes; on a CPU of a fresh process."""
+    """Return the peak memory of one pass in bytes; on a CPU, that of a fresh process."""
     if options.no_memory or not measuring.can_measure_memory(layer.device):
         return None
     if layer.device.type == "cuda":
         step = make_step(name, layer)
         step()
         return measuring.peak_bytes(step, layer.device)[0]
-    command = [
-        sys.executable,
-        __file__,
-        "--device",
-        "cpu",
-        "--peak_of",
-        name,
-        "--experts",
-        str(layer.experts),
-    ]
-    command += [
-        "--top_k",
-        str(layer.top_k),
-        "--tokens",
-        str(layer.tokens),
-        "--threads",
-        str(options.threads),
-    ]
+    command = [sys.executable, __file__, "--device", "cpu", "--peak_of", name]
+    command += ["--experts", str(layer.experts), "--top_k", str(layer.top_k)]
+    command += ["--tokens", str(layer.tokens), "--threads", str(options.threads)]
     command += ["--hidden", str(layer.hidden), "--expert_size", str(layer.expert_size)]
     environment = {**os.environ, **measuring.RETURN_MEMORY}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
@@ -173,53 +152,41 @@ def peak_of(name: str, layer: Layer, options: argparse.Namespace) -> int | None:
 
 
 def compare_recompute(options: argparse.Namespace) -> None:
-    """Print a table of model.expert_recompute."""
+    """Print a table of the settings of model.expert_recompute."""
     for experts in options.experts:
         layer = make_layer(options, experts)
         found = recompute.compare(
             layer, rounds=options.rounds, threads=options.threads, clock=options.clock
         )
-        for way, of in found.items():
+        for way, figures in found.items():
             print(
                 f"{experts:>4} experts, {recompute.LAYERS} layers, EP {recompute.RANKS}, {way}: "
-                f"{of['seconds']:.3f} s "
-                f"({of['ratio']:.3f}x recompute), peak {of['peak_bytes'] / 2**20:.0f} MiB, "
-                f"sent {of['sent_bytes'] / 2**20:.1f} MiB",
+                f"{figures['seconds']:.3f} s ({figures['ratio']:.3f}x recompute), "
+                f"peak {figures['peak_bytes'] / 2**20:.0f} MiB, "
+                f"sent {figures['sent_bytes'] / 2**20:.1f} MiB",
                 flush=True,
             )
     print(json.dumps(machine(options)))
 
 
 def print_peak(options: argparse.Namespace) -> None:
-    """One line of JSON."""
+    """Print one line of JSON."""
     layer = make_layer(options, options.experts[0])
-    small = {field: getattr(layer, field) for field in ("top_k", "hidden", "expert_size", "device")}
-    make_step(
-        options.peak_of, Layer(experts=4, tokens=16, **small)
-    )()  # loads what is loaded on first use
+    warm_up = make_step(options.peak_of, replace(layer, experts=4, tokens=16))
+    warm_up()  # loads what is loaded on first use
     peak, largest = measuring.peak_bytes(make_step(options.peak_of, layer), layer.device)
     print(json.dumps({"experts": layer.experts, "peak_bytes": peak, "largest_bytes": largest}))
 
 
 def line_of(result: dict[str, Any]) -> str:
-    """A row of the table."""
-    parts = []
-    for name, milliseconds in result["ms"].items():
-        ratio = "" if name == OURS else f" ({result['ratio to ours'][name]:.2f}x)"
-        peak = result["peak MiB"][name]
-        parts.append(
-            f"{name} {milliseconds:.1f} ms{ratio}" + ("" if peak is None else f" {peak:.0f} MiB")
-        )
-    parts += [f"{name} left out: {reason}" for name, reason in result["left out"].items()]
-    return (
-        f"{result['experts']:>4} experts: "
-        + ", ".join(parts)
-        + f", {result['TFLOP/s of ours']:.3g} TFLOP/s"
-    )
+    """Return a row of the table."""
+    parts = measuring.figures_of(result, OURS)
+    parts.append(f"{result['TFLOP/s of ours']:.3g} TFLOP/s")
+    return f"{result['experts']:>4} experts: " + ", ".join(parts)
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """Where the figures come from."""
+    """Return where the figures come from."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": measuring.device_name(torch.device(options.device)),

@@ -1,18 +1,17 @@
-"""What measuring the routers costs: training steps that measure (telemetry.router_interval_steps)
-and others.
+"""Measure what measuring the routers costs a training step (telemetry.router_interval_steps).
 
-    python bench/router.py [--lengths 1024 4096] [--rounds 2] [--experts 32] [--layers 4] [--json
-    FILE]
+    python bench/router.py [--lengths 1024 4096] [--rounds 2] [--experts 32] [--layers 4]
+        [--json FILE]
 
-The model of bench/step.py (hidden 512, 8 heads, experts of 384, top 4) in this project's engine:
-ZeRO-3, one process, one packed row, AdamW, bf16.  Everything is measured that a run measures: load
-by source, entropy, both losses, drift from the untouched routers, the sums over ranks and the line
-of JSON.
+The model is that of bench/step.py (hidden 512, 8 heads, experts of 384, top 4).  It trains in this
+project's engine with ZeRO-3, one process, one packed row, AdamW and bf16.  Everything is measured
+that a run measures: load by source, entropy, both losses, drift from the untouched routers, the
+sums over ranks and the line of JSON.
 
-Two figures of the same steps: the time inside the measuring code, over that of the whole step (what
-is said to hold at the default interval comes from this one); and the median over rounds of a
-measuring step's time over that of a plain one just before or after it, which contains the noise of
-both.
+The same steps give two figures.  The first is the time inside the measuring code over that of the
+rest of the step; the share at the default interval follows from it.  The second is the median over
+the rounds of a measuring step's time over that of a plain step just before or after it, which
+contains the noise of both.
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ INTERVAL = TelemetrySection().router_interval_steps
 
 
 class Stopwatch:
-    """Time spent inside chosen functions."""
+    """The time spent inside chosen functions, in seconds."""
 
     def __init__(self, clock: str) -> None:
         self.read = time.process_time if clock == "cpu" else time.perf_counter
         self.seconds = 0.0
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed."""
+        """Return the function with its time added to `seconds`."""
 
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -69,10 +68,11 @@ class Stopwatch:
 
 
 class Trainer:
-    """One engine that does steps with and without measuring."""
+    """An engine that takes steps with and without measuring."""
 
     def __init__(self, case: Case) -> None:
-        self._case, self._number = case, 0
+        self._case = case
+        self._number = 0
         self._engine, self._topology = build(case)
         with tempfile.TemporaryDirectory() as folder:
             watch_drift(self._engine, Path(folder), untouched=True)
@@ -80,37 +80,33 @@ class Trainer:
         watch = self._engine.router_watch
         for name in ("begin", "_count", "computed", "finish"):
             setattr(watch, name, self.stopwatch.around(getattr(watch, name)))
-        self._event = self.stopwatch.around(lambda *given: json.dumps(router_event(*given)))
+        self._event = self.stopwatch.around(_line_of_event)
 
     def step(self, tokens: int, *, measure: bool) -> tuple[float, float]:
-        """Seconds of one step, and of its measuring."""
+        """Return the seconds of one step, and those of its measuring."""
         self._number += 1
         packed = row(replace(self._case, tokens=tokens), self._number)
         batch = make_micro_batch([packed], [0], self._topology)
         predicted = [int((packed.labels >= 0).sum()), 0]
-        self.stopwatch.seconds, started = 0.0, self.stopwatch.read()
+        self.stopwatch.seconds = 0.0
+        started = self.stopwatch.read()
         result = self._engine.step([batch], predicted, step=self._number, measure_routers=measure)
         if result.router is not None:
             self._event(self._number, result.router, ["ja", "en"])
         return self.stopwatch.read() - started, self.stopwatch.seconds
 
 
+def _line_of_event(*given: Any) -> str:
+    return json.dumps(router_event(*given))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print a line per length, and write the figures if asked."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, message=".*torch.distributed"
-    )  # DeepSpeed's own calls
-    port = measuring.free_port()
-    alone = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update(alone)
+    # DeepSpeed's own calls
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
+    os.environ.update(measuring.single_process())
     case = Case(
         contender=OURS,
         tokens=max(options.lengths),
@@ -121,7 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
         layers=options.layers,
         clock=options.clock,
     )
-    trainer, results = Trainer(case), []
+    trainer = Trainer(case)
+    results = []
     for tokens in options.lengths:
         results.append(measure(trainer, tokens, options.rounds))
         print(line_of(results[-1]), flush=True)
@@ -146,42 +143,46 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def measure(trainer: Trainer, tokens: int, rounds: int) -> dict[str, Any]:
-    """Steps in pairs, the measuring one first in every other pair."""
+    """Time steps in pairs, with the measuring step first in every other pair."""
     trainer.step(tokens, measure=True)
-    plain, measuring_steps, inside = [], [], []
+    plain = []
+    measuring_steps = []
+    inside = []
     for number in range(rounds):
-        for measured in (True, False) if number % 2 else (False, True):
+        order = (True, False) if number % 2 else (False, True)
+        for measured in order:
             seconds, spent = trainer.step(tokens, measure=measured)
-            (measuring_steps if measured else plain).append(seconds)
             if measured:
+                measuring_steps.append(seconds)
                 inside.append(spent)
-    share = statistics.median(
-        spent / (whole - spent) for spent, whole in zip(inside, measuring_steps, strict=True)
-    )
+            else:
+                plain.append(seconds)
+    pairs = list(zip(inside, measuring_steps, strict=True))
+    share = statistics.median(spent / (whole - spent) for spent, whole in pairs)
+    times = {"plain": plain, "measuring": measuring_steps}
     return {
         "tokens": tokens,
         "step seconds": statistics.median(plain),
         "measuring seconds": statistics.median(inside),
         "share of a measured step": share,
         "share at the default interval": share / INTERVAL,
-        "measuring step over plain step": statistics.median(
-            one / other for one, other in zip(measuring_steps, plain, strict=True)
-        ),
+        "measuring step over plain step": measuring.median_ratios(times, "plain")["measuring"],
     }
 
 
 def line_of(result: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     return (
         f"{result['tokens']:>6} tokens: step {result['step seconds']:.2f} s, measuring "
-        f"{1e3 * result['measuring seconds']:.1f} ms = {result['share of a measured step']:.2%} of a measured step, "
+        f"{1e3 * result['measuring seconds']:.1f} ms = "
+        f"{result['share of a measured step']:.2%} of a measured step, "
         f"{result['share at the default interval']:.4%} at an interval of {INTERVAL}; "
         f"measuring step / plain step {result['measuring step over plain step']:.3f}"
     )
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """Where the figures come from."""
+    """Return where the figures come from."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": measuring.device_name(torch.device("cpu")),

@@ -1,18 +1,22 @@
-"""One full training step of a small gpt-oss: this project against the Hugging Face Trainer with
-DeepSpeed ZeRO-3.
+"""Compare a training step of this project with the Hugging Face Trainer under DeepSpeed ZeRO-3.
 
-    python bench/step.py [--lengths 1024 4096 8192] [--ranks 1 2] [--rounds 5] [--json FILE] [--svg
-    FILE]
+    python bench/step.py [--lengths 1024 4096 8192] [--ranks 1 2] [--rounds 5] [--json FILE]
+        [--svg FILE]
 
-Forward, backward and AdamW in bf16 with fp32 master weights, ZeRO-3, one packed row per process,
-the same rows for all: this project; the Trainer with eager attention and eager experts; the Trainer
-with transformers' grouped_mm experts. All contenders are alive at once and take turns, one step
-each per round, so that a noisy machine disturbs all alike; figures are medians, ratios are medians
-of the rounds' ratios.  The Trainer lets packed documents see each other. Peak memory is the first
-rank's largest resident size during a step, weights and optimizer state included, in other
-processes, one contender after another: there glibc hands freed memory back at once, which costs
-time. With several processes, a contender for whose processes the machine has too little memory,
-going by the peaks of one process, is left out and named; `--only` chooses those to be measured.
+A step is forward, backward and AdamW of a small gpt-oss in bf16 with fp32 master weights under
+ZeRO-3, with one packed row per process and the same rows for all.  The contenders are this project,
+the Trainer with eager attention and eager experts, and the Trainer with transformers' grouped_mm
+experts.  The Trainer lets packed documents see each other.
+
+All contenders are alive at once and take turns, one step each per round, so that a noisy machine
+disturbs all alike.  Figures are medians, and ratios are medians of the rounds' ratios.
+
+Peak memory is the first rank's largest resident size during a step, weights and optimizer state
+included.  It is measured in other processes, one contender after another, because glibc must hand
+freed memory back at once there, which costs time.
+
+With several processes, a contender is left out and named if the machine has too little memory for
+its processes, going by the peaks of one process.  `--only` chooses the contenders.
 
 On a machine that others use at the same time, `--clock cpu --threads 1` counts the CPU seconds of
 the first rank.
@@ -44,42 +48,45 @@ from step_parts.cases import NAMES, OURS, WARM_UP_STEPS, Case  # noqa: E402
 WORKER = ROOT / "bench" / "step_parts" / "worker.py"
 STEP_LIMIT_SECONDS = 1200
 MEMORY_SHARE = 0.8
-"""Of what is free."""
+"""Share of the free memory that all contenders together may take."""
 
 
 class Contender:
     """The processes of one contender."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        self.case, self._folder = case, folder
+        self.case = case
+        self._folder = folder
         folder.mkdir()
-        port = measuring.free_port()
-        shared = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        shared |= {"LOCAL_WORLD_SIZE": str(case.ranks), "OMP_NUM_THREADS": str(case.threads)}
-        self._log = open(folder / "log.txt", "w", encoding="utf-8")
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": str(case.ranks),
+            "LOCAL_WORLD_SIZE": str(case.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": measuring.free_port(),
+            "OMP_NUM_THREADS": str(case.threads),
+        }
+        if case.measures_memory:
+            shared |= measuring.RETURN_MEMORY
+        command = [sys.executable, str(WORKER), case.dump(), str(folder)]
         self._processes = []
-        for rank in range(case.ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, str(WORKER), case.dump(), str(folder)]
-            environment = {
-                **os.environ,
-                **(measuring.RETURN_MEMORY if case.measures_memory else {}),
-                **shared,
-                **own,
-            }
-            process = subprocess.Popen(
-                command, env=environment, stdout=self._log, stderr=subprocess.STDOUT
-            )
-            self._processes.append(process)
+        with open(folder / "log.txt", "w", encoding="utf-8") as log:
+            for rank in range(case.ranks):
+                environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                process = subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
+                self._processes.append(process)
 
     def step(self, number: int) -> dict[str, Any]:
-        """Have one step done.
+        """Let the processes do one step, and return what the first of them measured.
 
         Raises:
             RuntimeError: a process ended, or the step took longer than STEP_LIMIT_SECONDS.
         """
         (self._folder / f"go-{number}").touch()
-        done, deadline = self._folder / f"done-{number}", time.monotonic() + STEP_LIMIT_SECONDS
+        done = self._folder / f"done-{number}"
+        deadline = time.monotonic() + STEP_LIMIT_SECONDS
         while not done.exists():
             ended = any(process.poll() is not None for process in self._processes)
             if (ended or time.monotonic() > deadline) and not done.exists():
@@ -93,7 +100,6 @@ class Contender:
         for process in self._processes:
             process.kill()
             process.wait()
-        self._log.close()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -144,39 +150,45 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def those_that_fit(
     options: argparse.Namespace, ranks: int, tokens: int, results: list[dict[str, Any]]
 ) -> list[str]:
-    """The contenders for whose processes there is room beside each other, if each needs what one
-    process alone did.
+    """Return the contenders whose processes fit beside each other.
 
-    What they free between their steps stays with the allocators of their processes.
+    Each process is taken to need what it needed alone.  What contenders free between their steps
+    stays with the allocators of their processes.
     """
     room = MEMORY_SHARE * measuring.free_bytes(torch.device("cpu"))
-    alone = [
-        result["peak MiB"]
-        for result in results
-        if (result["ranks"], result["tokens"]) == (1, tokens)
-    ]
-    fitting, used = [], 0.0
-    for name in (name for name in NAMES if name == OURS or name in options.only):
-        needed = ranks * max((peaks.get(name, 0) for peaks in alone), default=0) * 2**20
+    peaks: dict[str, float] = {}
+    for result in results:
+        if (result["ranks"], result["tokens"]) == (1, tokens):
+            peaks = result["peak MiB"]
+    fitting = []
+    used = 0.0
+    for name in NAMES:
+        if name != OURS and name not in options.only:
+            continue
+        needed = ranks * peaks.get(name, 0) * 2**20
         if name == OURS or used + needed <= room:
             fitting.append(name)
             used += needed
         else:
-            print(
-                f"{ranks} ranks, {tokens} tokens: {name} left out, it needs {needed / 2**30:.0f} GiB",
-                flush=True,
-            )
+            left_out = f"{name} left out, it needs {needed / 2**30:.0f} GiB"
+            print(f"{ranks} ranks, {tokens} tokens: {left_out}", flush=True)
     return fitting
 
 
 def measure(
     options: argparse.Namespace, ranks: int, tokens: int, names: list[str]
 ) -> dict[str, Any]:
-    """Medians and ratios of all contenders in one setting."""
-    shared = {"tokens": tokens, "ranks": ranks, "steps": options.rounds, "experts": options.experts}
-    shared |= {"layers": options.layers, "clock": options.clock}
-    shared["threads"] = options.threads or max(1, (os.cpu_count() or 1) // ranks)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    """Return medians and ratios of all contenders in one setting."""
+    shared = {
+        "tokens": tokens,
+        "ranks": ranks,
+        "steps": options.rounds,
+        "experts": options.experts,
+        "layers": options.layers,
+        "clock": options.clock,
+        "threads": options.threads or max(1, (os.cpu_count() or 1) // ranks),
+    }
+    times: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         contenders = {}
         for index, name in enumerate(names):
@@ -185,60 +197,63 @@ def measure(
         for number in range(WARM_UP_STEPS + options.rounds):
             for name, contender in contenders.items():
                 result = contender.step(number)
-                found[name] += [result] if number >= WARM_UP_STEPS else []
-    peaks = {
-        name: peak_bytes(Case(contender=name, measures_memory=True, **{**shared, "steps": 1}))
-        for name in names
-    }
-    times = {name: [result["seconds"] for result in results] for name, results in found.items()}
+                if number >= WARM_UP_STEPS:
+                    times[name].append(result["seconds"])
+    peaks = {}
+    for name in names:
+        case = Case(contender=name, measures_memory=True, **{**shared, "steps": 1})
+        peaks[name] = peak_bytes(case)
+    median = {name: statistics.median(values) for name, values in times.items()}
     return {
         "ranks": ranks,
         "tokens": tokens,
-        "seconds": {name: statistics.median(values) for name, values in times.items()},
-        "tokens/s": {
-            name: ranks * tokens / statistics.median(values) for name, values in times.items()
-        },
-        "ratio to ours": {
-            name: statistics.median(
-                other / mine for other, mine in zip(values, times[OURS], strict=True)
-            )
-            for name, values in times.items()
-        },
-        "peak MiB": {name: peak / 2**20 for name, peak in peaks.items()},
+        "seconds": median,
+        "tokens/s": {name: ranks * tokens / value for name, value in median.items()},
+        "ratio to ours": measuring.median_ratios(times, OURS),
+        "peak MiB": measuring.in_mib(peaks),
     }
 
 
 def peak_bytes(case: Case) -> int:
-    """The first rank's largest resident size during one step."""
+    """Return the first rank's largest resident size during one step."""
     with tempfile.TemporaryDirectory() as folder:
         contender = Contender(case, Path(folder) / "0")
         try:
-            return [contender.step(number) for number in range(WARM_UP_STEPS + 1)][-1]["peak_bytes"]
+            for number in range(WARM_UP_STEPS):
+                contender.step(number)
+            return contender.step(WARM_UP_STEPS)["peak_bytes"]
         finally:
             contender.end()
 
 
 def growth_per_doubling(results: list[dict[str, Any]]) -> dict[str, str]:
-    """How often time and peak memory multiply when the row doubles, from the shortest to the
-    longest.
+    """Say by which factors time and peak memory grow when the row doubles.
+
+    The factors are means from the shortest row to the longest.
     """
     growth = {}
     for ranks in dict.fromkeys(result["ranks"] for result in results):
         own = sorted((r for r in results if r["ranks"] == ranks), key=lambda r: r["tokens"])
         if len(own) < 2:
             continue
-        doublings = math.log2(own[-1]["tokens"] / own[0]["tokens"])
-        for name in (name for name in own[0]["seconds"] if name in own[-1]["seconds"]):
-            time_ratio, memory_ratio = (
-                own[-1][key][name] / own[0][key][name] for key in ("seconds", "peak MiB")
-            )
-            text = f"time {time_ratio ** (1 / doublings):.2f}, peak memory {memory_ratio ** (1 / doublings):.2f}"
-            growth[f"{name}, {ranks} rank{'s' * (ranks > 1)}"] = text
+        shortest = own[0]
+        longest = own[-1]
+        doublings = math.log2(longest["tokens"] / shortest["tokens"])
+        processes = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        for name, seconds in shortest["seconds"].items():
+            if name not in longest["seconds"]:
+                continue
+            time_ratio = longest["seconds"][name] / seconds
+            memory_ratio = longest["peak MiB"][name] / shortest["peak MiB"][name]
+            time_factor = time_ratio ** (1 / doublings)
+            memory_factor = memory_ratio ** (1 / doublings)
+            text = f"time {time_factor:.2f}, peak memory {memory_factor:.2f}"
+            growth[f"{name}, {processes}"] = text
     return growth
 
 
 def line_of(result: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     parts = []
     for name, rate in result["tokens/s"].items():
         ratio = "" if name == OURS else f" ({result['ratio to ours'][name]:.2f}x the time)"
@@ -247,10 +262,11 @@ def line_of(result: dict[str, Any]) -> str:
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """Where the figures come from."""
+    """Return where the figures come from."""
     import deepspeed
     import transformers
 
+    shape = f"{options.layers} layers, hidden 512, {options.experts} experts of 384, top 4"
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": measuring.device_name(torch.device("cpu")),
@@ -261,7 +277,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "rounds": options.rounds,
         "clock": options.clock,
         "threads": options.threads or "cores / processes",
-        "model": f"{options.layers} layers, hidden 512, {options.experts} experts of 384, top 4, vocabulary 8192",
+        "model": f"{shape}, vocabulary 8192",
     }
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import measuring
 
 from attention_parts.contenders import Layer, make_step
 
 
 def peak_bytes(name: str, layer: Layer) -> tuple[int, int]:
-    """How far memory grows during one pass, and its largest size; see `measuring.peak_bytes`."""
-    small = Layer(
-        tokens=64,
-        window=layer.window,
-        heads=layer.heads,
-        kv_heads=layer.kv_heads,
-        head_dim=layer.head_dim,
-        device=layer.device,
-    )
-    make_step(name, small)()  # loads what is loaded on first use
+    """Return how far memory grows during one pass, and its largest size in bytes.
+
+    `measuring.peak_bytes` says what counts.
+    """
+    warm_up = make_step(name, replace(layer, tokens=64))
+    warm_up()  # loads what is loaded on first use
     return measuring.peak_bytes(make_step(name, layer), layer.device)

@@ -1,5 +1,4 @@
-"""What is compared: gpt-oss's MoE layer of this project and of transformers; each is one forward
-and backward.
+"""The MoE layers of this project and of transformers, each as one forward and backward.
 
 All hold the same weights, and each includes the router, the sorting and the sum over a token's
 experts.
@@ -43,22 +42,27 @@ class Layer:
     expert_size: int
     """Size of an expert."""
     device: torch.device
-    """Where it runs."""
+    """Device on which it runs."""
 
     @property
     def flops(self) -> int:
-        """Of the experts' products, forward and backward, without any recomputation."""
+        """Floating-point operations of the experts' products, forward and backward.
+
+        Recomputation does not count.
+        """
         return 3 * 2 * self.tokens * self.top_k * 3 * self.hidden * self.expert_size
 
     @property
     def batched_bytes(self) -> int:
-        """What batched_mm copies in the forward: in bf16 the weights of its expert for each row."""
+        """Bytes that batched_mm copies in the forward: its expert's bf16 weights for each row."""
         return self.tokens * self.top_k * 3 * self.hidden * self.expert_size * 2
 
 
 def build(name: str, layer: Layer, topology: Any = None) -> nn.Module:
-    """The layer of a contender, with random weights and biases, in bf16; ours with all experts or a
-    topology's.
+    """Return the layer of a contender in bf16, with random weights and biases.
+
+    Args:
+        topology: Ranks among which this project's layer shares its experts; None: it holds all.
     """
     config = GptOssConfig(
         hidden_size=layer.hidden,
@@ -78,14 +82,11 @@ def build(name: str, layer: Layer, topology: Any = None) -> nn.Module:
 
 
 def make_step(name: str, layer: Layer) -> Step:
-    """One forward and backward pass; gradients are dropped before it, as an optimizer does."""
+    """Return one forward and backward pass, which first drops gradients as an optimizer does."""
     mlp = build(name, layer)
     generator = torch.Generator().manual_seed(1)
-    hidden, d_out = (
-        torch.randn(2, 1, layer.tokens, layer.hidden, generator=generator)
-        .bfloat16()
-        .to(layer.device)
-    )
+    drawn = torch.randn(2, 1, layer.tokens, layer.hidden, generator=generator)
+    hidden, d_out = drawn.bfloat16().to(layer.device)
 
     def step() -> None:
         mlp.zero_grad(set_to_none=True)

@@ -1,11 +1,11 @@
-"""ZeRO-3 frees the gathered experts of a layer after its forward: autograd does not keep them until
-the backward.
+"""Prove that autograd does not keep the gathered experts of a layer until the backward.
 
     python bench/prove/gathered_experts.py
 
-One process, activation checkpointing off, so few tokens that activations do not count.  Between
-forward and backward, the resident memory may have grown by less than the experts of two layers (of
-eight); ends with 1 if it has grown more.
+ZeRO-3 must be able to free them after the layer's forward.  One process trains without activation
+checkpointing on so few tokens that activations do not count.  Between forward and backward, the
+resident memory must have grown by less than the experts of two layers (of eight); the script ends
+with 1 if it has grown more.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ import measuring  # noqa: E402
 from step_parts.cases import OURS, Case, model_config, row  # noqa: E402
 from step_parts.ours import build  # noqa: E402
 
-LAYERS, EXPERTS, TOKENS = 8, 32, 64
+LAYERS = 8
+EXPERTS = 32
+TOKENS = 64
 
 
 def main() -> None:
-    """Print what the forward left behind."""
+    """Print how much memory the forward left behind."""
     if os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:  # glibc reads it when a process starts
-        os.execve(
-            sys.executable, [sys.executable, __file__], {**os.environ, **measuring.RETURN_MEMORY}
-        )
+        environment = {**os.environ, **measuring.RETURN_MEMORY}
+        os.execve(sys.executable, [sys.executable, __file__], environment)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.setdefault("MASTER_PORT", "29611")
     case = Case(
@@ -54,22 +55,16 @@ def main() -> None:
     kept = measuring.reset_peak() - before
     engine.deepspeed.backward(loss / TOKENS, scale_wrt_gas=False)
     layer = expert_bytes(model_config(case))
-    print(
-        f"experts of a layer: {layer / 2**20:.0f} MiB, of all {LAYERS}: {LAYERS * layer / 2**20:.0f} MiB"
-    )
+    mib = layer / 2**20
+    print(f"experts of a layer: {mib:.0f} MiB, of all {LAYERS}: {LAYERS * mib:.0f} MiB")
     print(f"resident memory after the forward: {kept / 2**20:+.0f} MiB")
     sys.exit(kept >= 2 * layer)
 
 
 def expert_bytes(config: GptOssConfig) -> int:
-    """Of one layer in bf16, without biases."""
-    return (
-        config.num_local_experts
-        * 3
-        * config.hidden_size
-        * config.intermediate_size
-        * torch.bfloat16.itemsize
-    )
+    """Return the bytes of one layer's expert matrices in bf16, without biases."""
+    expert_numel = 3 * config.hidden_size * config.intermediate_size
+    return config.num_local_experts * expert_numel * torch.bfloat16.itemsize
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""What English costs on the way to Japanese, on real text: no replay, fixed shares of it, and the
-guard.
+"""Measure on real text what Japanese costs English: no replay, fixed shares of it, and the guard.
 
     python bench/prove/guard.py [--work_dir DIR] [--seeds 3] [--arms ...] [--json FILE] [--svg FILE]
 
@@ -8,18 +7,19 @@ vocabulary) learns English prose, reference, code, mathematics and Harmony-like 
 on with Japanese:
 
     naive           Japanese alone
-    replay N %      N percent of the tokens are the English of before, evenly over its five domains
-    KL N %          the same with the divergence from the base model on these rows added to the loss, weight 1
+    replay N %      N percent of the tokens are the same English, evenly over its five domains
+    KL N %          as replay, with the divergence from the base model on these rows in the loss
     self N %        N percent of the tokens are text that the base model wrote (`cpt replay`)
     guard           starts with 1 % replay and is told nothing but the tolerance
 
-KL and self run only if `--arms` names them.  The others, with three seeds, took 2 h 10 min on two
-cores that other work shared.
+The divergence has a weight of 1.  KL and self run only if `--arms` names them.  The others, with
+three seeds, took 2 h 10 min on two cores that other work shared.
 
 Every run is the product: `deepspeed cpt/run.py`, ZeRO, the mixture, the guard.  All measure the
-same held-out documents, and only the guard arm acts on them.  Runs that are done are not repeated:
-the script can be stopped and started again.
-Needs a Debian system with a package mirror (the texts) and about 2 GB of disk.
+same held-out documents, and only the guard arm acts on them.  Runs that are done are not repeated,
+so the script can be stopped and started again.
+
+The script needs a Debian system with a package mirror (for the texts) and about 2 GB of disk.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from data_pipeline.config.mix_file import load_mix  # noqa: E402
 ENGLISH = {"prose": "en", "reference": "en", "code": "code", "math": "math", "chat": "en"}
 SELF_WRITTEN = "self_written"
 SELF_WRITTEN_DOCUMENTS = 100
-"""Of each domain, of up to 128 tokens after the first 8: as much as an arm of 10 % reads."""
+"""Texts of each domain, with up to 128 tokens after the first 8: an arm of 10 % reads as much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,10 +99,18 @@ MODEL = {
     "eos_token_id": NUM_MERGES,
     "max_position_embeddings": 4096,
 }
+ENGINE = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 1},
+}
+"""The DeepSpeed JSON of every run."""
 
 
 def main() -> None:
-    """Run what is not done yet, then print the table."""
+    """Run the arms that are not done yet, then print the table."""
     parser = argparse.ArgumentParser(description="The guard's proof.")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "prove_guard")
     parser.add_argument("--seeds", type=int, default=3)
@@ -124,14 +132,21 @@ def main() -> None:
         write_self_replay(options.work_dir, base)
     planned = [(arm, seed) for seed in range(1, options.seeds + 1) for arm in options.arms]
     with ThreadPoolExecutor(options.parallel) as pool:
-        folders = list(pool.map(lambda run: continue_on_japanese(options, base, *run), planned))
-    runs = [
-        {"arm": arm, "seed": seed, **outcome(folder)}
-        for (arm, seed), folder in zip(planned, folders, strict=True)
-    ]
-    report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", "runs": runs,
-              "pretrain_steps": options.pretrain_steps, "steps": options.steps,
-              "tokens_per_step": SEQ_LEN * GLOBAL_BATCH_SIZE, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+        started = []
+        for arm, seed in planned:
+            started.append(pool.submit(continue_on_japanese, options, base, arm, seed))
+        folders = [future.result() for future in started]
+    runs = []
+    for (arm, seed), folder in zip(planned, folders, strict=True):
+        runs.append({"arm": arm, "seed": seed, **outcome(folder)})
+    report = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "runs": runs,
+        "pretrain_steps": options.pretrain_steps,
+        "steps": options.steps,
+        "tokens_per_step": SEQ_LEN * GLOBAL_BATCH_SIZE,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     size = f"{options.steps} steps of {report['tokens_per_step']} slots"
     source = f"{report['machine']}, {report['date']}; one point a run, {size}"
     print(drawing.table(runs))
@@ -142,7 +157,7 @@ def main() -> None:
 
 
 def prepare(work_dir: Path) -> None:
-    """Texts, their build, and the untrained model."""
+    """Write the texts, their build, and the untrained model."""
     if (work_dir / "initial").exists():
         return
     shutil.rmtree(work_dir, ignore_errors=True)
@@ -157,13 +172,15 @@ def prepare(work_dir: Path) -> None:
 def write_mix(
     work_dir: Path, name: str, *, seed: int, replay: float, self_written: bool = False
 ) -> Path:
-    """A mix whose English domains share `replay` evenly, or which the base model wrote; Japanese
-    has the rest.
+    """Write a mix of which `replay` is English and the rest Japanese; return its path.
+
+    The English is shared evenly by the five domains, or it is all of the base model's own writing.
     """
     share = 0.0 if self_written else replay / len(ENGLISH)
     weights = {**dict.fromkeys(ENGLISH, share), "japanese": 1 - replay}
-    sources: list[dict[str, Any]] = [
-        {
+    sources: list[dict[str, Any]] = []
+    for domain, weight in weights.items():
+        source = {
             "name": domain,
             "language": ENGLISH.get(domain, "ja"),
             "domain": domain,
@@ -171,44 +188,35 @@ def write_mix(
             "weight": weight,
             "held_out_share": 0.01 if domain == "japanese" else 0.12,
         }
-        for domain, weight in weights.items()
-    ]
+        sources.append(source)
     if self_written:
         written = {
             "name": SELF_WRITTEN,
             "language": "en",
             "domain": SELF_WRITTEN,
             "kind": "self_replay",
+            "path": str(work_dir / SELF_WRITTEN / "plain.jsonl"),
+            "weight": replay,
         }
-        sources.append(
-            {**written, "path": str(work_dir / SELF_WRITTEN / "plain.jsonl"), "weight": replay}
-        )
+        sources.append(written)
     path = work_dir / f"{name}.mix.yaml"
-    path.write_text(
-        yaml.safe_dump({"seq_len": SEQ_LEN, "seed": seed, "sources": sources}, sort_keys=False)
-    )
+    mix = {"seq_len": SEQ_LEN, "seed": seed, "sources": sources}
+    path.write_text(yaml.safe_dump(mix, sort_keys=False))
     return path
 
 
 def write_kl_targets(work_dir: Path, base: Path) -> None:
-    """What the base model predicts on the English training rows."""
-    if not (work_dir / "kl_targets").exists():
-        chosen = [argument for domain in ENGLISH for argument in ("--source", domain)]
-        command = [
-            "targets",
-            "--model",
-            str(base),
-            "--build",
-            str(work_dir / "build"),
-            *chosen,
-            "--top_k",
-            "16",
-        ]
-        replay_command(work_dir, "kl_targets", command)
+    """Write what the base model predicts on the English training rows, unless it is there."""
+    if (work_dir / "kl_targets").exists():
+        return
+    arguments = ["--model", str(base), "--build", str(work_dir / "build"), "--top_k", "16"]
+    for domain in ENGLISH:
+        arguments += ["--source", domain]
+    run_command(work_dir, "kl_targets", "kl_targets", arguments)
 
 
 def write_self_replay(work_dir: Path, base: Path) -> None:
-    """Texts that the base model writes, and a build of the mix with them."""
+    """Let the base model write texts, and build the mix with them, unless that is done."""
     if (work_dir / "build_self").exists():
         return
     if not (work_dir / SELF_WRITTEN).exists():  # `cpt replay` makes it when all is sampled
@@ -218,119 +226,108 @@ def write_self_replay(work_dir: Path, base: Path) -> None:
 
 
 def sample_self_replay(work_dir: Path, base: Path) -> None:
-    """As many texts of each English domain, continued by the base model after their first
-    tokens.
-    """
+    """Let the base model continue equally many texts of each English domain."""
     prefixes = work_dir / "prefixes.jsonl"
-    lines = [(work_dir / "text" / f"{domain}.jsonl").read_text().splitlines() for domain in ENGLISH]
-    step = [len(documents) // SELF_WRITTEN_DOCUMENTS for documents in lines]
-    taken = [documents[:: step[i]][:SELF_WRITTEN_DOCUMENTS] for i, documents in enumerate(lines)]
-    prefixes.write_text("".join(f"{line}\n" for documents in taken for line in documents))
-    drawn = ["--prefixes", str(prefixes), "--max_new_tokens", "128", "--temperature", "1"]
-    replay_command(work_dir, SELF_WRITTEN, ["--model", str(base), *drawn])
+    with open(prefixes, "w", encoding="utf-8") as file:
+        for domain in ENGLISH:
+            documents = (work_dir / "text" / f"{domain}.jsonl").read_text().splitlines()
+            step = len(documents) // SELF_WRITTEN_DOCUMENTS
+            for line in documents[::step][:SELF_WRITTEN_DOCUMENTS]:
+                file.write(f"{line}\n")
+    arguments = ["--model", str(base), "--prefixes", str(prefixes)]
+    arguments += ["--max_new_tokens", "128", "--temperature", "1"]
+    run_command(work_dir, SELF_WRITTEN, "replay", arguments)
 
 
-def replay_command(work_dir: Path, out: str, arguments: list[str]) -> None:
-    """`cpt replay` with the small vocabulary."""
-    print(f"{time.strftime('%H:%M:%S')} cpt replay for {out}", flush=True)
+def run_command(work_dir: Path, out: str, subcommand: str, arguments: list[str]) -> None:
+    """Run a subcommand of `cpt` with the small vocabulary."""
+    print(f"{time.strftime('%H:%M:%S')} cpt {subcommand} for {out}", flush=True)
     script = ROOT / "bench" / "prove" / "guard_parts" / "command.py"
-    command = [sys.executable, str(script), "replay", *arguments, "--out", str(work_dir / out)]
+    command = [sys.executable, str(script), subcommand, *arguments, "--out", str(work_dir / out)]
+    # one thread, as the runs have, so that both cores can be used at once
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(work_dir / f"{out}.log", "w", encoding="utf-8") as log:
-        one_thread = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-        }  # as the runs, so that both cores can be used at once
-        subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=one_thread, check=True)
+        subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment, check=True)
 
 
 def pretrain(work_dir: Path, steps: int) -> Path:
-    """The small model after English, as a Hugging Face directory."""
-    mix = write_mix(work_dir, "pretrain", seed=0, replay=1.0)
-    train = {"total_steps": steps, "lr": 3e-3, "warmup_steps": 50, "schedule": "cosine"}
-    run_dir = launch(
-        work_dir,
-        "pretrain",
-        work_dir / "initial",
-        mix,
-        train,
-        {"enabled": False},
-        work_dir / "build",
-    )
+    """Train the small model on English, and return its Hugging Face directory."""
+    run = {
+        "model": {"path": str(work_dir / "initial")},
+        "data": {
+            "mix": str(write_mix(work_dir, "pretrain", seed=0, replay=1.0)),
+            "build_dir": str(work_dir / "build"),
+        },
+        "train": {"total_steps": steps, "lr": 3e-3, "warmup_steps": 50, "schedule": "cosine"},
+        "guard": {"enabled": False},
+        "telemetry": {"export_at_end": True},
+    }
+    run_dir = launch(work_dir, "pretrain", run)
     return next((run_dir / "export").glob("step-*"))
 
 
 def continue_on_japanese(options: argparse.Namespace, base: Path, arm: str, seed: int) -> Path:
-    """One arm with one order of the data."""
+    """Run one arm with one order of the data, and return its run directory."""
     name = f"{arm.replace(' %', '').replace(' ', '-')}-{seed}"
     chosen = ARMS[arm]
     mix = write_mix(
         options.work_dir, name, seed=seed, replay=chosen.replay, self_written=chosen.self_written
     )
-    guard: dict[str, Any] = {"max_documents": 100, "tolerance_percent": TOLERANCE_PERCENT}
-    guard["domains"] = {
-        "japanese": {"tolerance_percent": 5.0}
-    }  # fewer documents: it falls by tens of percent
+    guard: dict[str, Any] = {
+        "max_documents": 100,
+        "tolerance_percent": TOLERANCE_PERCENT,
+        # fewer documents, and its bits fall by tens of percent
+        "domains": {"japanese": {"tolerance_percent": 5.0}},
+    }
     if chosen.guard:
-        guard |= {"interval_steps": 10}
-    train = {"total_steps": options.steps, "lr": 5e-4, "warmup_steps": 10, "schedule": "cosine"}
+        guard["interval_steps"] = 10
+    train: dict[str, Any] = {
+        "total_steps": options.steps,
+        "lr": 5e-4,
+        "warmup_steps": 10,
+        "schedule": "cosine",
+    }
     if chosen.kl_weight:
         train |= {"kl_targets": str(options.work_dir / "kl_targets"), "kl_weight": chosen.kl_weight}
     build_dir = options.work_dir / ("build_self" if chosen.self_written else "build")
-    return launch(options.work_dir, name, base, mix, train, guard, build_dir)
+    run = {
+        "model": {"path": str(base)},
+        "data": {"mix": str(mix), "build_dir": str(build_dir)},
+        "train": train,
+        "guard": guard,
+        "telemetry": {"export_at_end": False},
+    }
+    return launch(options.work_dir, name, run)
 
 
-def launch(
-    work_dir: Path,
-    name: str,
-    model: Path,
-    mix: Path,
-    train: dict[str, Any],
-    guard: dict[str, Any],
-    build_dir: Path,
-) -> Path:
-    """Train through the launcher unless it is done; returns the run directory."""
+def launch(work_dir: Path, name: str, run: dict[str, Any]) -> Path:
+    """Train through the launcher unless that is done, and return the run directory.
+
+    Args:
+        run: The run YAML's content, whose `train` section is completed here.
+    """
     run_dir = work_dir / name
     if (run_dir / "done").exists():
         return run_dir
-    run = {
-        "model": {"path": str(model)},
-        "data": {"mix": str(mix), "build_dir": str(build_dir)},
-        "train": {"seq_len": SEQ_LEN, "global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": GLOBAL_BATCH_SIZE,
-                  "dtype": "fp32", "threads": 1, **train},
-        "guard": guard,
-        "telemetry": {"export_at_end": name == "pretrain"},
-    }  # fmt: skip
+    train = {
+        "seq_len": SEQ_LEN,
+        "global_batch_size": GLOBAL_BATCH_SIZE,
+        "micro_batch_size": GLOBAL_BATCH_SIZE,
+        "dtype": "fp32",
+        "threads": 1,
+        **run["train"],
+    }
     config = work_dir / f"{name}.run.yaml"
-    config.write_text(yaml.safe_dump(run, sort_keys=False))
-    automatic = dict.fromkeys(
-        (
-            "train_batch_size",
-            "train_micro_batch_size_per_gpu",
-            "gradient_accumulation_steps",
-            "gradient_clipping",
-        ),
-        "auto",
-    )
+    config.write_text(yaml.safe_dump({**run, "train": train}, sort_keys=False))
     engine = work_dir / "engine.json"
-    engine.write_text(json.dumps({**automatic, "zero_optimization": {"stage": 1}}))
+    engine.write_text(json.dumps(ENGINE))
     worker = ROOT / "bench" / "prove" / "guard_parts" / "worker.py"
-    command = [
-        "deepspeed",
-        "--num_gpus",
-        "1",
-        "--master_port",
-        measuring.free_port(),
-        str(worker),
-        "--ds_config",
-        str(engine),
-        "--config",
-        str(config),
-    ]
+    command = ["deepspeed", "--num_gpus", "1", "--master_port", measuring.free_port(), str(worker)]
+    command += ["--ds_config", str(engine), "--config", str(config), "--run_dir", str(run_dir)]
     print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-    command += ["--run_dir", str(run_dir)]
     with open(work_dir / f"{name}.log", "w", encoding="utf-8") as log:
         code = EXIT_REQUEUE
-        while code == EXIT_REQUEUE:  # the guard paused; as slurm/train.sbatch does
+        while code == EXIT_REQUEUE:  # the guard paused: start again, as slurm/train.sbatch does
             code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False).returncode
     if code:
         raise SystemExit(f"{name} ended with {code}; see {log.name}")
@@ -339,21 +336,20 @@ def launch(
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """Change of every domain against the untouched model at the end, and how the run went."""
+    """Return each domain's final change against the untouched model, and how the run went."""
     events = read_events(run_dir / "metrics.jsonl")
     guard = {event["domain"]: event for event in events if event["event"] == "guard"}
     steps = [event for event in events if event["event"] == "step"]
-    replayed = sum(
-        count
-        for event in steps
-        for name, count in event["tokens_by_source"].items()
-        if name != "japanese"
-    )
+    replayed = 0
+    for event in steps:
+        by_source = event["tokens_by_source"]
+        replayed += sum(by_source.values()) - by_source.get("japanese", 0)
+    intervals = {}
+    for domain, event in guard.items():
+        intervals[domain] = [event["ci_low"], event["ci_high"]]
     return {
         "change_percent": {domain: event["delta_percent"] for domain, event in guard.items()},
-        "interval": {
-            domain: [event["ci_low"], event["ci_high"]] for domain, event in guard.items()
-        },
+        "interval": intervals,
         "baseline": {domain: event["baseline"] for domain, event in guard.items()},
         "replay_share": replayed / sum(event["tokens"] for event in steps),
         "decisions": [event for event in events if event["event"] == "guard_decision"],

@@ -1,13 +1,14 @@
-"""Peak host memory of each rank while a released-layout (MXFP4) directory is loaded on 4 ranks with
-EP 4.
+"""Prove that loading a released (MXFP4) directory on 4 ranks with EP 4 stays within its bound.
 
-    python bench/prove/load_memory.py            # about two minutes, 15 GB of memory, 0.5 GB of disk
+    python bench/prove/load_memory.py
 
-Bound: what the rank keeps (working weights, fp32 master, Adam moments, gradient buffer) + 2 x its
-    part of the largest
-layer.  Peaks are VmHWM, reset after a tiny engine was built (what libraries take at their first
-use) and before this one; the files are read, not mapped, so they do not count.  glibc is told to
-give freed memory back.
+It takes about two minutes, 15 GB of memory and 0.5 GB of disk, and ends with 1 if the peak host
+memory of a rank is above the bound.
+
+The bound is what the rank keeps (working weights, fp32 master weights, Adam moments, gradient
+buffer) plus twice its part of the largest layer.  Peaks are VmHWM.  It is reset after a tiny engine
+was built, which pays for what libraries take at their first use, and before this one is built.  The
+files are read, not mapped, so they do not count.  glibc is told to give freed memory back.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ MODEL = {
 
 
 def write_fixture(path: Path) -> int:
-    """A directory in the released layout, one file per layer; returns the bytes of its decoded
-    experts in bf16.
+    """Write a directory in the released layout, with one file per layer.
+
+    Returns:
+        Bytes of its decoded experts in bf16.
     """
     from transformers import GptOssConfig
 
@@ -56,9 +59,8 @@ def write_fixture(path: Path) -> int:
     config = GptOssConfig(**{**PRESETS["tiny"], **MODEL})
     config.save_pretrained(str(path))
     values = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(
-        json.dumps({**values, "quantization_config": {"quant_method": "mxfp4"}})
-    )
+    values["quantization_config"] = {"quant_method": "mxfp4"}
+    (path / "config.json").write_text(json.dumps(values))
     files: dict[str, dict[str, torch.Tensor]] = {}
     decoded_bytes = 0
     generator = torch.Generator().manual_seed(0)
@@ -77,15 +79,17 @@ def write_fixture(path: Path) -> int:
             decoded_bytes += 2 * experts * inputs * rows
         else:
             tensors[name] = (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+    weight_map = {}
     for file, tensors in files.items():
         save_file(tensors, str(path / file), metadata={"format": "pt"})
-    index = {"weight_map": {name: file for file, tensors in files.items() for name in tensors}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+        weight_map |= dict.fromkeys(tensors, file)
+    index = json.dumps({"weight_map": weight_map})
+    (path / "model.safetensors.index.json").write_text(index)
     return decoded_bytes
 
 
 def status_bytes(key: str) -> int:
-    """A line of /proc/self/status."""
+    """Return a size of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
@@ -93,16 +97,19 @@ def status_bytes(key: str) -> int:
 
 
 def kept_bytes(engine: object) -> int:
-    """Bytes of every tensor that the engine keeps for this rank."""
+    """Return the bytes of all tensors that the engine keeps for this rank."""
     zero = engine.optimizer  # type: ignore[attr-defined]
     parts = [zero.grad_partitions_flat_buffer, zero.lp_param_buffer]
     for flat in zero.fp32_partitioned_groups_flat:
-        parts += [flat, *(value for value in zero.optimizer.state[flat].values() if value.dim())]
+        parts.append(flat)
+        for value in zero.optimizer.state[flat].values():
+            if value.dim():
+                parts.append(value)
     return sum(part.numel() * part.element_size() for part in parts)
 
 
 def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
-    """An engine of ZeRO-3 and EP, filled as a run fills it, and the source."""
+    """Return an engine of ZeRO-3 and EP, filled as a run fills it, and the source."""
     from cpt.config import LaunchInfo, RunYaml, resolve
     from cpt.job.engine_setup import build_engine, fill_weights, weight_source
     from cpt.resilience.phase import PhaseClock
@@ -125,7 +132,7 @@ def build(run_yaml: str, model_config: Any, topology: Any) -> tuple[Any, Any]:
 
 
 def worker(path: Path) -> None:
-    """One rank."""
+    """Load the directory as one rank; the first rank prints what all measured."""
     from cpt.deepspeed_adapter.groups import create_topology, init_distributed
     from cpt.model.configuration import load_config
     from cpt.parallel.agreement import gather_json
@@ -154,6 +161,7 @@ def worker(path: Path) -> None:
 
 
 def main() -> int:
+    """Print a table of all ranks, and return 1 if one is above the bound."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -163,18 +171,11 @@ def main() -> int:
         decoded = write_fixture(Path(folder))
         stored = sum(file.stat().st_size for file in Path(folder).iterdir())
         print(f"experts: {decoded / 1e9:.2f} GB in bf16, directory: {stored / 1e9:.2f} GB")
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(WORLD_SIZE),
-            "--standalone",
-        ]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(WORLD_SIZE), __file__, "--worker", folder]
         # without a fixed threshold glibc keeps freed memory for itself: 1 to 6 % more, another
         # amount in every run
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
-        command += [__file__, "--worker", folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -182,15 +183,15 @@ def main() -> int:
         return 1
     reports = json.loads(lines[0].removeprefix("RESULT "))
     print("rank    read MB   peak MB   kept MB   layer MB   bound MB   peak/bound")
-    for rank, r in enumerate(reports):
-        bound = r["kept"] + 2 * r["layer"]
-        numbers = [r["read"], r["peak"], r["kept"], r["layer"], bound]
-        print(
-            f"{rank:>4} "
-            + "".join(f"{value / 1e6:>10.0f}" for value in numbers)
-            + f"{r['peak'] / bound:>12.2f}"
-        )
-    over = [rank for rank, r in enumerate(reports) if r["peak"] > r["kept"] + 2 * r["layer"]]
+    over = []
+    for rank, found in enumerate(reports):
+        peak = found["peak"]
+        bound = found["kept"] + 2 * found["layer"]
+        columns = [found["read"], peak, found["kept"], found["layer"], bound]
+        cells = "".join(f"{value / 1e6:>10.0f}" for value in columns)
+        print(f"{rank:>4} {cells}{peak / bound:>12.2f}")
+        if peak > bound:
+            over.append(rank)
     print(f"over the bound: {over or 'none'}")
     return int(bool(over))
 

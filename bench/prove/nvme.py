@@ -1,14 +1,15 @@
-"""State on NVMe needs no memory of its own: a run goes on within a limit that ends the same run
-with state in memory.
+"""Prove that state on NVMe needs no memory: the limit that ends a run in memory lets it go on.
 
     python bench/prove/nvme.py [--layers 6] [--limit_mib 2600] [--folder runs/nvme]
 
-One process trains the same small gpt-oss twice, optimizer and weights offloaded to host memory
-(`cpu`), then to files (`nvme`).  Printed for each: the state's size, the largest anonymous memory
-(memory that is no file's, sampled every 5 ms from before the engine is built), the median time of a
-step.  Then both run again in a memory cgroup with the limit, which counts the pages of files, too;
-that part needs the right to make one, and is left out without.  Ends with 1 if the run on files was
-killed, or the one in memory was not.
+One process trains the same small gpt-oss twice, with optimizer and weights offloaded to host memory
+(`cpu`) and then to files (`nvme`).  For each it prints the state's size, the largest anonymous
+memory, and the median time of a step.  Anonymous memory is memory that belongs to no file; it is
+sampled every 5 ms from before the engine is built.
+
+Then both run again in a memory cgroup with the limit, which counts the pages of files, too.  This
+part is left out if the process has no right to make a cgroup.  The script ends with 1 if the run on
+files was killed, or if the one in memory was not.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import measuring  # noqa: E402
 from step_parts.cases import OURS, Case, row  # noqa: E402
 
-TOKENS, EXPERTS, STEPS = 512, 32, 6
+TOKENS = 512
+EXPERTS = 32
+STEPS = 6
 PLACES = ("cpu", "nvme")
 CGROUPS = {"memory/cpt-nvme": "memory.limit_in_bytes", "cpt-nvme": "memory.max"}
-"""Of version 1 and 2, below /sys/fs/cgroup, with the file for the limit."""
+"""Folders below /sys/fs/cgroup for versions 1 and 2, each with the file for the limit."""
 
 
 class AnonymousPeak(threading.Thread):
@@ -50,7 +53,7 @@ class AnonymousPeak(threading.Thread):
 
 
 def train(options: argparse.Namespace) -> None:
-    """One run, in this process; prints what it took."""
+    """Run once, in this process, and print what it took."""
     peak = AnonymousPeak()
     peak.start()
     before = measuring.resident_bytes("RssAnon")
@@ -73,13 +76,12 @@ def train(options: argparse.Namespace) -> None:
         layers=options.layers,
         clock="wall",
     )
-    engine, topology = build(case, {name: block for name in OFFLOADS})
+    engine, topology = build(case, dict.fromkeys(OFFLOADS, block))
     seconds = []
     for step in range(1, STEPS + 1):
         began = time.perf_counter()
-        result = engine.step(
-            [make_micro_batch([row(case, step)], [0], topology)], [TOKENS], step=step
-        )
+        batch = make_micro_batch([row(case, step)], [0], topology)
+        result = engine.step([batch], [TOKENS], step=step)
         seconds.append(time.perf_counter() - began)
     state = state_tensors(engine.deepspeed)
     size = sum(tensor.nbytes for tensors in state.values() for tensor in tensors)
@@ -94,29 +96,15 @@ def train(options: argparse.Namespace) -> None:
 def run(
     options: argparse.Namespace, place: str, cgroup: Path | None = None
 ) -> tuple[int, dict[str, Any]]:
-    """Exit code and what a run printed, in a process of its own."""
+    """Run in a process of its own, and return its exit code and what it printed."""
     environment = {
         **os.environ,
         **measuring.RETURN_MEMORY,
+        **measuring.single_process(),
         "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
     }
-    environment |= {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_PORT": measuring.free_port(),
-    }
-    command = [
-        sys.executable,
-        __file__,
-        "--place",
-        place,
-        "--layers",
-        str(options.layers),
-        "--folder",
-        options.folder,
-    ]
+    command = [sys.executable, __file__, "--place", place]
+    command += ["--layers", str(options.layers), "--folder", options.folder]
 
     def join() -> None:
         if cgroup is not None:
@@ -132,7 +120,7 @@ def run(
 
 
 def limited(limit_bytes: int) -> Path | None:
-    """A new memory cgroup; None where this process may not make one."""
+    """Make a memory cgroup and return its folder, or None if this process may not make one."""
     for name, file in CGROUPS.items():
         folder = Path("/sys/fs/cgroup") / name
         try:
@@ -148,7 +136,7 @@ def limited(limit_bytes: int) -> Path | None:
 
 
 def main() -> None:
-    """Run all and print a table."""
+    """Make all runs and print a table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--limit_mib", type=int, default=2600)
@@ -165,10 +153,10 @@ def main() -> None:
         if code != 0:
             sys.exit(f"{place}: exit code {code}")
         losses.add(found["loss"])
-        sizes = [found[key] / 2**20 for key in ("state", "anonymous")]
-        print(
-            f"{place:<8}  {sizes[0]:8.0f}  {sizes[1]:13.0f}  {found['seconds']:10.2f}", flush=True
-        )
+        state = found["state"] / 2**20
+        anonymous = found["anonymous"] / 2**20
+        line = f"{place:<8}  {state:8.0f}  {anonymous:13.0f}  {found['seconds']:10.2f}"
+        print(line, flush=True)
     if len(losses) != 1:
         sys.exit(f"the losses differ: {losses}")
     cgroup = limited(options.limit_mib * 2**20)
@@ -180,13 +168,11 @@ def main() -> None:
     finally:
         cgroup.rmdir()
     for place, (code, found) in outcomes.items():
-        seconds = (
-            f", {found['seconds']:.2f} s per step, loss as before: {found['loss'] in losses}"
-            if found
-            else ""
-        )
-        told = "killed" if code == -signal.SIGKILL else f"exit code {code}"
-        print(f"{place} within {options.limit_mib} MiB: {told}{seconds}")
+        line = "killed" if code == -signal.SIGKILL else f"exit code {code}"
+        if found:
+            same = found["loss"] in losses
+            line += f", {found['seconds']:.2f} s per step, loss as before: {same}"
+        print(f"{place} within {options.limit_mib} MiB: {line}")
     sys.exit(outcomes["nvme"][0] != 0 or outcomes["cpu"][0] != -signal.SIGKILL)
 
 

@@ -1,5 +1,6 @@
-"""What every contender trains: a small gpt-oss with the proportions of the real one, on the same
-packed rows.
+"""The model and the packed rows that every contender trains on, and the turns they take.
+
+The model is a small gpt-oss with the proportions of the real one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from transformers import GptOssConfig
 
 from data_pipeline.dataset import PackedRow
 
-OURS, EAGER, GROUPED = "this project", "Trainer, eager", "Trainer, grouped_mm"
+OURS = "this project"
+EAGER = "Trainer, eager"
+GROUPED = "Trainer, grouped_mm"
 NAMES = (OURS, EAGER, GROUPED)
 WARM_UP_STEPS = 2
 LR = 1e-4
@@ -29,7 +32,7 @@ class Case:
     """One contender at one length."""
 
     contender: str
-    """Of NAMES."""
+    """One of NAMES."""
     tokens: int
     """Tokens of a row; each rank has one row per step."""
     ranks: int
@@ -37,22 +40,25 @@ class Case:
     steps: int
     """Measured steps, after WARM_UP_STEPS."""
     threads: int
-    """Of each process."""
+    """Threads of each process."""
     experts: int
     """Experts per layer."""
     layers: int
-    """Layers."""
+    """Layers of the model."""
     clock: str
-    """wall or cpu."""
+    """`wall`, or `cpu` for the CPU seconds of a process."""
     measures_memory: bool = False
-    """Whether its steps are to tell peak memory, in an environment that would spoil their times."""
+    """Whether its steps report peak memory, in an environment that would spoil their times."""
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
 
 
 def model_config(case: Case) -> GptOssConfig:
-    """Window and full layers in turn, grouped heads, sinks, YaRN, top-4 experts; H != I."""
+    """Return a model with all parts of gpt-oss, whose hidden and expert sizes differ.
+
+    It has window and full layers in turn, grouped heads, sinks, YaRN and top-4 experts.
+    """
     return GptOssConfig(
         vocab_size=8192,
         hidden_size=512,
@@ -72,13 +78,12 @@ def model_config(case: Case) -> GptOssConfig:
 
 
 def row(case: Case, number: int) -> PackedRow:
-    """Row `number` of the data: documents of all lengths, no padding."""
+    """Return row `number` of the data: documents of all lengths, and no padding."""
     generator = np.random.default_rng(number)
     tokens = generator.integers(0, 8000, size=case.tokens + 1)
-    cuts = np.sort(
-        generator.choice(np.arange(1, case.tokens), size=max(1, case.tokens // 700), replace=False)
-    )
-    bounds = [0, *cuts.tolist(), case.tokens]
+    num_cuts = max(1, case.tokens // 700)
+    cuts = generator.choice(np.arange(1, case.tokens), size=num_cuts, replace=False)
+    bounds = [0, *np.sort(cuts).tolist(), case.tokens]
     labels = tokens[1:].copy()
     labels[np.asarray(bounds[1:]) - 1] = -100
     positions = np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(bounds)])
@@ -92,22 +97,25 @@ def row(case: Case, number: int) -> PackedRow:
 
 
 class Baton:
-    """Lets contenders take turns: the parent creates `go-N`, the ranks run step N, the first rank
-    leaves `done-N`.
+    """The files by which contenders take turns.
+
+    The parent creates `go-N`, the ranks run step N, and the first rank leaves `done-N`.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._rank, self._parent = folder, rank, os.getppid()
+        self._folder = folder
+        self._rank = rank
+        self._parent = os.getppid()
 
     def wait(self, step: int) -> None:
-        """Until the parent wants this step; leave if it is gone."""
+        """Wait until the parent wants this step; end the process if the parent is gone."""
         while not (self._folder / f"go-{step}").exists():
             if os.getppid() != self._parent:
                 sys.exit("bench/step.py has ended")
             time.sleep(0.02)
 
     def done(self, step: int, result: dict[str, Any]) -> None:
-        """Tell the parent."""
+        """Hand the first rank's result to the parent."""
         if self._rank == 0:
             temporary = self._folder / f".done-{step}"
             temporary.write_text(json.dumps(result))

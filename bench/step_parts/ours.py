@@ -1,6 +1,4 @@
-"""This project's engine, as cpt/run.py builds it: ZeRO-3, one row per rank, all experts on every
-rank.
-"""
+"""This project's engine as cpt/run.py builds it, with ZeRO-3 and all experts on every rank."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from step_parts.cases import LR, Case, model_config
 
 
 def build(case: Case, offload: dict[str, Any] | None = None) -> tuple[TrainingEngine, Topology]:
-    """The engine with random weights; joins the process group.
+    """Join the process group and build the engine with random weights.
 
     Args:
         offload: Blocks for zero_optimization of the DeepSpeed JSON.
@@ -30,17 +28,16 @@ def build(case: Case, offload: dict[str, Any] | None = None) -> tuple[TrainingEn
     text = f"""
 model: {{init: tiny}}
 data: {{mix: unused.yaml}}
-train: {{seq_len: {case.tokens}, global_batch_size: {case.ranks}, total_steps: 1000, schedule: constant, lr: {LR}}}
+train: {{seq_len: {case.tokens}, global_batch_size: {case.ranks}, total_steps: 1000,
+  schedule: constant, lr: {LR}}}
 """
     zero = {"stage": 3, **(offload or {})}
-    engine_json = parse_yaml(
-        json.dumps({"zero_optimization": zero, "sequence_parallel_size": 1}), "ds.json"
-    )
+    engine_text = json.dumps({"zero_optimization": zero, "sequence_parallel_size": 1})
+    engine_json = parse_yaml(engine_text, "ds.json")
     launch_info = LaunchInfo(world_size=case.ranks, local_world_size=case.ranks)
     model = model_config(case)
-    config = resolve(
-        read_file(RunYaml, parse_yaml(text, "run.yaml")), engine_json, model, launch_info
-    )
+    run_yaml = read_file(RunYaml, parse_yaml(text, "run.yaml"))
+    config = resolve(run_yaml, engine_json, model, launch_info)
     topology = create_topology(sp_size=1, ep_size=1, device=torch.device("cpu"))
     engine = build_engine(config, model, topology, PhaseClock())
     fill_weights(engine, RandomWeights(0, 0.02))

@@ -1,4 +1,4 @@
-"""One rank of one contender: trains when it is told to and reports what each step took."""
+"""One rank of one contender, which trains when told to and reports what each step took."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class Clock:
         self._measures_memory = case.measures_memory
 
     def start(self) -> None:
-        """Just before the step."""
+        """Begin to measure, just before the step."""
         if self._measures_memory:
             measuring.reset_peak()
         self._started = self._read()
 
     def stop(self) -> dict[str, Any]:
-        """Just after it."""
+        """Return what the step took, just after it."""
         if self._measures_memory:
             return {"peak_bytes": measuring.peak_resident_bytes()}
         return {"seconds": self._read() - self._started}
 
 
 def run_ours(case: Case, baton: Baton, rank: int) -> None:
-    """This project."""
+    """Train with this project."""
     from cpt.training.loader import make_micro_batch
     from step_parts.ours import build
 
@@ -57,10 +57,10 @@ def run_ours(case: Case, baton: Baton, rank: int) -> None:
 
 
 def run_trainer(case: Case, baton: Baton, rank: int, folder: Path) -> None:
-    """Hugging Face Trainer with DeepSpeed ZeRO-3 and eager attention, as its documentation sets it
-    up.
+    """Train with the Hugging Face Trainer, set up as its documentation says.
 
-    It does not keep packed documents apart: with eager attention, restarting positions go unseen.
+    It runs DeepSpeed ZeRO-3 and eager attention, for which restarting positions go unseen: packed
+    documents are not kept apart.
     """
     from transformers import GptOssForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -124,8 +124,9 @@ def run_trainer(case: Case, baton: Baton, rank: int, folder: Path) -> None:
 
 
 def main() -> None:
-    """Arguments: the case as JSON, the folder of the baton."""
-    case, folder = Case(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    """Train as the arguments say: the case as JSON, and the folder of the baton."""
+    case = Case(**json.loads(sys.argv[1]))
+    folder = Path(sys.argv[2])
     torch.set_num_threads(case.threads)
     rank = int(os.environ["RANK"])
     baton = Baton(folder, rank)
@@ -134,9 +135,8 @@ def main() -> None:
     else:
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-            False  # compiles for most of a minute, for nothing
-        )
+        # it would compile for most of a minute, for nothing
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         run_trainer(case, baton, rank, folder)
 
 

@@ -1,10 +1,9 @@
-"""A vocabulary that a model of two CPU cores can learn: the first merges of o200k, and nothing else
-of gpt-oss's.
+"""A vocabulary that a small model can learn on two CPU cores: the first merges of o200k.
 
 o200k is a byte-pair encoding whose merges are ordered, so its first N are a lossless encoding of
-their own.  `shrink` puts it in the tokenizer's place, before any other module of the data pipeline
-is imported: they take the tokenizer's constants by name.  Bits per byte do not depend on the
-vocabulary.
+their own.  `shrink` puts it in the tokenizer's place.  It must be called before any other module of
+the data pipeline is imported, because they take the tokenizer's constants by name.  Bits per byte
+do not depend on the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import tiktoken
 
 NUM_MERGES = 8192
 VOCAB_SIZE = NUM_MERGES + 64
-"""The merges and room for control tokens."""
+"""The merges, and room for control tokens."""
 
 
 def shrink() -> None:

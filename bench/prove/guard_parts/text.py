@@ -1,9 +1,9 @@
-"""Real text for the guard's proof, one JSONL per domain: Debian documentation, Python's library,
-questions and answers.
+"""Real text for the guard's proof, as one JSONL file per domain.
 
-Nothing of it enters the repository.  Documents are cut at paragraphs to some 1,500 characters, so
-that there are enough of them to hold some out; which ones are held out follows from their text
-alone.
+It comes from Debian's documentation and Python's library; questions and answers are made of manual
+pages.  Nothing of it enters the repository.  Documents are cut at paragraphs to some 1,500
+characters, so that there are enough of them to hold some out.  Which ones are held out follows from
+their text alone.
 """
 
 from __future__ import annotations
@@ -30,32 +30,46 @@ LIMITS_BYTES = {
     "japanese": 12_000_000,
 }
 """UTF-8 bytes taken from each domain."""
+_OTHER_CODE = frozenset(("test", "tests", "site-packages", "dist-packages", "lib2to3", "encodings"))
+"""Folders of the Python library whose modules are not taken."""
+_SECTION = re.compile(r"^([A-Z][A-Z ]+)\n(.*?)(?=^[A-Z][A-Z ]+\n|\Z)", re.MULTILINE | re.DOTALL)
+"""Title and body of a section of a manual page."""
 _JAPANESE = re.compile("[\u3041-\u30ff\u4e00-\u9fff]")
 
 
 def write_domains(out_dir: Path) -> None:
-    """Write `<domain>.jsonl` for every domain; needs a Debian system with a package mirror.
+    """Write `<domain>.jsonl` for every domain, on a Debian system with a package mirror.
 
     Raises:
         DataError: the packages cannot be fetched.
     """
     with tempfile.TemporaryDirectory(prefix="proof-") as temporary:
         corpus.make_corpus(Path(temporary))
-        english, japanese = (
-            list(_records(Path(temporary) / f"{name}.jsonl")) for name in ("en", "ja")
-        )
-    pages = [text for package, text in english if package.startswith("manpages")]
+        english = list(_records(Path(temporary) / "en.jsonl"))
+        japanese = list(_records(Path(temporary) / "ja.jsonl"))
+    pages = []
+    prose = []
+    for package, text in english:
+        if package.startswith("manpages"):
+            pages.append(text)
+        else:
+            prose.append(text)
     texts: dict[str, Iterable[str]] = {
-        "prose": (text for package, text in english if not package.startswith("manpages")),
+        "prose": prose,
         "reference": pages[::2],
         "code": _code(),
         "math": _mathematics(),
         "chat": _chat(pages[1::2]),
-        "japanese": (text for _, text in japanese if len(_JAPANESE.findall(text)) > len(text) / 4),
+        "japanese": [text for _, text in japanese if _is_japanese(text)],
     }
     out_dir.mkdir(parents=True, exist_ok=True)
     for domain, sources in texts.items():
         _write(out_dir / f"{domain}.jsonl", sources, LIMITS_BYTES[domain])
+
+
+def _is_japanese(text: str) -> bool:
+    """Return whether more than a quarter of the characters are Japanese."""
+    return len(_JAPANESE.findall(text)) > len(text) / 4
 
 
 def _records(path: Path) -> Iterator[tuple[str, str]]:
@@ -70,19 +84,14 @@ def _write(path: Path, texts: Iterable[str], limit_bytes: int) -> None:
     documents = [document for text in texts for document in cut(text)]
     size = sum(len(document.encode()) for document in documents)
     keep = min(1.0, limit_bytes / size)
-    chosen = [
-        document
-        for index, document in enumerate(documents)
-        if int((index + 1) * keep) > int(index * keep)
-    ]
     with open(path, "w", encoding="utf-8") as file:
-        file.writelines(
-            json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in chosen
-        )
+        for index, document in enumerate(documents):
+            if int((index + 1) * keep) > int(index * keep):
+                file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
 
 
 def cut(text: str) -> Iterator[str]:
-    """Pieces of about `DOCUMENT_CHARACTERS`, cut at empty lines where there are some."""
+    """Yield pieces of about `DOCUMENT_CHARACTERS`, cut at empty lines where there are some."""
     piece = ""
     for paragraph in re.split(r"\n\n+", text):
         piece += f"{paragraph}\n\n"
@@ -97,12 +106,10 @@ def cut(text: str) -> Iterator[str]:
 
 
 def _code() -> Iterator[str]:
-    """Modules of the Python library that runs this."""
+    """Yield the modules of the Python library that runs this script."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.glob("**/*.py")):
-        if not {"test", "tests", "site-packages", "dist-packages", "lib2to3", "encodings"} & set(
-            path.parts
-        ):
+        if _OTHER_CODE.isdisjoint(path.parts):
             yield path.read_text(encoding="utf-8", errors="ignore")
 
 
@@ -116,15 +123,9 @@ def _mathematics() -> Iterator[str]:
 
 
 def _chat(pages: list[str]) -> Iterator[str]:
-    """Questions, reasoning and answers in the layout of Harmony, made of manual pages that
-    `reference` leaves out.
-    """
+    """Yield questions, reasoning and answers in the layout of Harmony, made of manual pages."""
     for page in pages:
-        sections = dict(
-            re.findall(
-                r"^([A-Z][A-Z ]+)\n(.*?)(?=^[A-Z][A-Z ]+\n|\Z)", page, re.MULTILINE | re.DOTALL
-            )
-        )
+        sections = dict(_SECTION.findall(page))
         name, _, summary = " ".join(sections.get("NAME", "").split()).partition(" - ")
         if not (name and summary and sections.get("DESCRIPTION")):
             continue

@@ -1,6 +1,4 @@
-"""`cpt/run.py` with the small vocabulary: what the launcher starts on each rank of the guard's
-proof.
-"""
+"""`cpt/run.py` with the small vocabulary, as the launcher starts it in the guard's proof."""
 
 from __future__ import annotations
 
