@@ -19,8 +19,8 @@ import numpy.typing as npt
 from data_pipeline.build.guard_sets import check_guard_sets
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.errors import DataError
-from data_pipeline.store.manifest import Manifest, check_files, read_manifest
-from data_pipeline.store.packing import ARRAY_NAMES, Integers, PackedRows
+from data_pipeline.store.manifest import BuildManifest, check_files, read_manifest
+from data_pipeline.store.packing import ARRAY_NAMES, Integers, RowIndex
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.tokenizer import END_OF_TEXT
 
@@ -50,7 +50,7 @@ class _Rows:
     def __init__(self, directory: Path, split: str, shards: Shards, seq_len: int) -> None:
         folder = directory / split
         arrays = {name: _load_array(folder / f"{name}.npy") for name in ARRAY_NAMES}
-        self.packed = PackedRows(**arrays)
+        self.packed = RowIndex(**arrays)
         self.shards = shards
         self.seq_len = seq_len
         if not self._fits():
@@ -168,7 +168,7 @@ class HeldOutSet:
 class BuiltData:
     """A build that is open for reading; a `source` argument is a position in `source_names`."""
 
-    def __init__(self, directory: Path, manifest: Manifest, verify: bool) -> None:
+    def __init__(self, directory: Path, manifest: BuildManifest, verify: bool) -> None:
         """Open the files; callers use `BuiltData.open`, which checks them first."""
         self.directory = directory
         self.manifest = manifest
@@ -235,7 +235,7 @@ class BuiltData:
         return self._train[source].read(row)
 
 
-def _relabel(directory: Path, manifest: Manifest, mix: MixConfig) -> Manifest:
+def _relabel(directory: Path, manifest: BuildManifest, mix: MixConfig) -> BuildManifest:
     """Return the manifest with the labels and guard domains of a mix over the same sources."""
     built = [source.name for source in manifest.sources]
     wanted = [source.name for source in mix.sources]

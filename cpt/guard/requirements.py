@@ -17,7 +17,7 @@ from cpt.guard.paired_test import noise_floor_percent
 from cpt.guard.score import Floats
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.strict_yaml import nearest
-from data_pipeline.store.manifest import Manifest
+from data_pipeline.store.manifest import BuildManifest
 
 WARN_INSTEAD = "Or let the guard only tell: guard.policy: warn."
 """The other cure when tolerances are too small for the held-out text."""
@@ -57,12 +57,12 @@ def guard_problems(
     return problems
 
 
-def documents_by_domain(mix: MixConfig, manifest: Manifest | None) -> dict[str, int | None]:
+def documents_by_domain(mix: MixConfig, manifest: BuildManifest | None) -> dict[str, int | None]:
     """Return the number of held-out documents of each guard domain of a mix.
 
     Args:
         mix: The data mix.
-        manifest: Manifest of its build; without one, every number is None.
+        manifest: BuildManifest of its build; without one, every number is None.
     """
     counts: dict[str, int] = {}
     if manifest is not None:

@@ -39,7 +39,7 @@ class TargetsOfSource:
     tokens: int
     """Number of predicted tokens in them."""
     row_hash: str
-    """Hash of what the rows are made of (`Manifest.row_hashes` of the build)."""
+    """Hash of what the rows are made of (`BuildManifest.row_hashes` of the build)."""
     xxh3: str
     """Hash of the source's file."""
 

@@ -22,14 +22,20 @@ from data_pipeline.build.source_parts import SourceParts
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import atomic_write, sha256_of, sync_directory
-from data_pipeline.store.manifest import FILE_NAME, FORMAT_VERSION, FileEntry, Manifest, SourceEntry
-from data_pipeline.store.packing import ARRAY_NAMES, Integers, PackedRows, pack
+from data_pipeline.store.manifest import (
+    FILE_NAME,
+    FORMAT_VERSION,
+    BuildManifest,
+    FileEntry,
+    SourceEntry,
+)
+from data_pipeline.store.packing import ARRAY_NAMES, Integers, RowIndex, pack
 from data_pipeline.text.tokenizer import NAME, RANKS_SHA256
 
 
 def assemble_build(
     work_dir: Path, mix: MixConfig, wanted: str, parts: Sequence[Sequence[Part]], workers: int
-) -> Manifest:
+) -> BuildManifest:
     """Turn the parts in `work_dir` into a whole build in its folder `build`.
 
     Args:
@@ -55,7 +61,7 @@ def assemble_build(
     directory = work_dir / "build"
     (directory / FILE_NAME).unlink(missing_ok=True)  # left by a build killed just before its end
     entries = tuple(_pack_source(directory, mix, one) for one in decided)
-    manifest = Manifest(
+    manifest = BuildManifest(
         format_version=FORMAT_VERSION,
         fingerprint=wanted,
         tokenizer=NAME,
@@ -133,7 +139,7 @@ def _pack_source(directory: Path, mix: MixConfig, decided: DecidedSource) -> Sou
 
 def _pack_split(
     directory: Path, documents: Integers, document_tokens: Integers, mix: MixConfig
-) -> PackedRows:
+) -> RowIndex:
     rows = pack(documents, document_tokens, mix.seq_len, mix.packing)
     directory.mkdir(exist_ok=True)
     for name in ARRAY_NAMES:

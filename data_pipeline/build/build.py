@@ -48,7 +48,7 @@ from data_pipeline.store.files import (
 from data_pipeline.store.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
-    Manifest,
+    BuildManifest,
     check_files,
     read_manifest,
 )
@@ -59,7 +59,9 @@ DEFAULT_ROOT = Path("data")
 _WORK_FILE = "work.json"
 
 
-def build(mix: MixConfig, out_dir: Path | str, progress: bool = True, workers: int = 1) -> Manifest:
+def build(
+    mix: MixConfig, out_dir: Path | str, progress: bool = True, workers: int = 1
+) -> BuildManifest:
     """Build `mix` into `out_dir`, or return the manifest if it is built there already.
 
     Args:
@@ -271,7 +273,7 @@ def _locked(out_dir: Path, kind: int) -> Iterator[None]:
         ) from error
 
 
-def _read_existing(out_dir: Path, wanted: str) -> Manifest:
+def _read_existing(out_dir: Path, wanted: str) -> BuildManifest:
     """Return the manifest of a finished build, after checking all of its files.
 
     Raises:

@@ -18,7 +18,7 @@ from data_pipeline.build.deduplication import Fate, Hashes, Mask, SourceFates
 from data_pipeline.build.near_duplicates import window_hashes
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.errors import DataError
-from data_pipeline.store.manifest import Manifest
+from data_pipeline.store.manifest import BuildManifest
 from data_pipeline.store.packing import Integers
 from data_pipeline.text.tokenizer import Tokens
 
@@ -86,7 +86,7 @@ def check_dropped(mix: MixConfig, fates: Sequence[SourceFates]) -> None:
         raise DataError("\n".join(problems))
 
 
-def check_guard_sets(manifest: Manifest, mix: MixConfig) -> None:
+def check_guard_sets(manifest: BuildManifest, mix: MixConfig) -> None:
     """Refuse guard domains that are too small to measure anything.
 
     Raises:
@@ -111,7 +111,7 @@ def check_guard_sets(manifest: Manifest, mix: MixConfig) -> None:
         raise DataError("\n".join(problems))
 
 
-def describe_guard_sets(manifest: Manifest) -> str:
+def describe_guard_sets(manifest: BuildManifest) -> str:
     """Return one line for each guard domain; empty if the mix has none."""
     lines = []
     for name, found in manifest.guard_sets().items():

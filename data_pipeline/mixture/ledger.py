@@ -48,7 +48,7 @@ class Segment:
     settings: Settings = field(default_factory=dict)
     """`mix_settings` of that mix."""
     rows: Mapping[str, str] = field(default_factory=dict)
-    """Hash of the training rows by source name (`Manifest.row_hashes`)."""
+    """Hash of the training rows by source name (`BuildManifest.row_hashes`)."""
 
     def sources_of(self, language: str) -> list[str]:
         """Return the sources of a language that have a weight, by the labels of this mix."""
@@ -196,8 +196,8 @@ def resume_ledger(
         mix: The mix as it is now.
         next_step: The first step that is still to be done; an accepted edit starts there.
         accept_change: Whether the user agrees to go on with an edited mix.
-        rows: `Manifest.row_hashes` of the present build; None leaves out the check that no rows
-            changed.
+        rows: `BuildManifest.row_hashes` of the present build; None leaves out the check that no
+            rows changed.
 
     Raises:
         ConfigError: the mix was edited and the edit was not accepted (the message shows it line by

@@ -96,7 +96,7 @@ class GuardSet:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
+class BuildManifest:
     """Everything about a build that is not in its tokens."""
 
     format_version: int
@@ -171,7 +171,7 @@ class Manifest:
         write_json(directory / FILE_NAME, content, indent=1, sort_keys=True)
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path) -> BuildManifest:
     """Read and check `manifest.json`.
 
     Raises:
@@ -226,12 +226,12 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _from_content(content: dict[str, Any]) -> Manifest:
+def _from_content(content: dict[str, Any]) -> BuildManifest:
     values = dict(content)
     values["sources"] = tuple(SourceEntry(**source) for source in content["sources"])
     values["guard_domains"] = tuple(map(_guard_domain, content["guard_domains"]))
     values["files"] = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-    return Manifest(**values)
+    return BuildManifest(**values)
 
 
 def _guard_domain(content: dict[str, Any]) -> GuardDomain:
@@ -244,7 +244,7 @@ def _is_inside(name: str) -> bool:
     return bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name
 
 
-def check_files(directory: Path, manifest: Manifest, *, verify: bool) -> None:
+def check_files(directory: Path, manifest: BuildManifest, *, verify: bool) -> None:
     """Compare the files of a build with its manifest.
 
     Args:

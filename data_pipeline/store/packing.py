@@ -27,12 +27,15 @@ Integers = npt.NDArray[np.int64]
 BLOCK_DOCUMENTS = 1 << 20
 """Documents that are packed together, which bounds the memory."""
 ARRAY_NAMES = ("row_offsets", "piece_document", "piece_start", "piece_pairs")
-"""Fields of `PackedRows`, which are also the names of its files."""
+"""Fields of `RowIndex`, which are also the names of its files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PackedRows:
-    """Rows of one source; row r holds the pieces from row_offsets[r] up to row_offsets[r + 1]."""
+class RowIndex:
+    """Which pieces of documents make up each row of a source.
+
+    Row r holds the pieces from row_offsets[r] up to row_offsets[r + 1].
+    """
 
     row_offsets: Integers
     """Number of pieces before each row, [num_rows + 1]."""
@@ -56,7 +59,7 @@ class PackedRows:
 
 def pack(
     documents: Integers, document_tokens: Integers, seq_len: int, method: str = "best_fit"
-) -> PackedRows:
+) -> RowIndex:
     """Pack documents into rows.
 
     Args:
@@ -77,7 +80,7 @@ def pack(
     return _join(blocks)
 
 
-def _join(blocks: Sequence[PackedRows]) -> PackedRows:
+def _join(blocks: Sequence[RowIndex]) -> RowIndex:
     """Put the rows of several blocks one after the other."""
     if len(blocks) == 1:
         return blocks[0]
@@ -85,7 +88,7 @@ def _join(blocks: Sequence[PackedRows]) -> PackedRows:
     for block in blocks:
         num_pieces_before = offsets[-1][-1]
         offsets.append(block.row_offsets[1:] + num_pieces_before)
-    return PackedRows(
+    return RowIndex(
         row_offsets=np.concatenate(offsets),
         piece_document=np.concatenate([block.piece_document for block in blocks]),
         piece_start=np.concatenate([block.piece_start for block in blocks]),
@@ -93,7 +96,7 @@ def _join(blocks: Sequence[PackedRows]) -> PackedRows:
     )
 
 
-def _pack_block(documents: Integers, pairs: Integers, seq_len: int) -> PackedRows:
+def _pack_block(documents: Integers, pairs: Integers, seq_len: int) -> RowIndex:
     """Pack documents by best fit: first the rows that a single piece fills, then the others."""
     num_full, rest = np.divmod(pairs, seq_len)
     owner_of_full = np.repeat(np.arange(len(pairs)), num_full)
@@ -112,7 +115,7 @@ def _pack_block(documents: Integers, pairs: Integers, seq_len: int) -> PackedRow
     pieces_in_other_rows = np.array([len(row) for row in rows], np.int64)
     row_ends = np.cumsum(np.concatenate([pieces_in_full_rows, pieces_in_other_rows]))
     full_pairs = np.full(len(owner_of_full), seq_len, np.int64)
-    return PackedRows(
+    return RowIndex(
         row_offsets=np.concatenate([np.zeros(1, np.int64), row_ends]),
         piece_document=documents[np.concatenate([owner_of_full, owner_of_rest])],
         piece_start=np.concatenate([start_of_full, start_of_rest]).astype(np.int64),
@@ -120,7 +123,7 @@ def _pack_block(documents: Integers, pairs: Integers, seq_len: int) -> PackedRow
     )
 
 
-def _concatenate(documents: Integers, pairs: Integers, seq_len: int) -> PackedRows:
+def _concatenate(documents: Integers, pairs: Integers, seq_len: int) -> RowIndex:
     """Lay documents end to end; a piece ends where its document or its row does."""
     document_ends = np.cumsum(pairs)
     total = int(document_ends[-1]) if len(document_ends) else 0
@@ -130,7 +133,7 @@ def _concatenate(documents: Integers, pairs: Integers, seq_len: int) -> PackedRo
     owner = np.searchsorted(document_ends, piece_starts, side="right")
     row_ends = np.append(row_borders, total)[: len(piece_ends)]
     pieces_until_row_end = np.searchsorted(piece_ends, row_ends) + 1
-    return PackedRows(
+    return RowIndex(
         row_offsets=np.concatenate([np.zeros(1, np.int64), pieces_until_row_end]),
         piece_document=documents[owner],
         piece_start=piece_starts - (document_ends - pairs)[owner],

@@ -254,7 +254,7 @@ def test_a_build_killed_anywhere_leaves_nothing_and_its_rerun_gives_the_same_man
     place = {
         "documents": "data_pipeline.store.shards.ShardWriter.add",
         "rows": "data_pipeline.build.assembly.pack",
-        "manifest": "data_pipeline.store.manifest.Manifest.write",
+        "manifest": "data_pipeline.store.manifest.BuildManifest.write",
         "rename": "pathlib.Path.rename",
     }[point]
     code = (

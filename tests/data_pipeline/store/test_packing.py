@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.store.packing import PackedRows, pack
+from data_pipeline.store.packing import RowIndex, pack
 
 lengths_and_seq_len = st.tuples(st.lists(st.integers(2, 60), max_size=60), st.integers(2, 25))
 
 
-def packed(lengths: list[int], seq_len: int) -> PackedRows:
+def packed(lengths: list[int], seq_len: int) -> RowIndex:
     return pack(np.arange(len(lengths), dtype=np.int64), np.array(lengths, dtype=np.int64), seq_len)
 
 
-def pairs_of_rows(rows: PackedRows) -> list[tuple[int, int]]:
+def pairs_of_rows(rows: RowIndex) -> list[tuple[int, int]]:
     """Return (document, position) of every pair, in the order of the rows."""
     pairs = []
     pieces = zip(rows.piece_document, rows.piece_start, rows.piece_pairs, strict=True)
