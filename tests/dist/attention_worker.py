@@ -1,7 +1,7 @@
-"""One rank of the attention comparison: SP 1, 2 and 4 with both exchanges against a dense softmax,
-and injected faults.
+"""One rank of the attention comparison.
 
-Every rank computes its part of the same problems; with SP < 4 the groups do so side by side.
+It compares SP 1, 2 and 4 with both exchanges against a dense softmax, and injects faults.  Every
+rank computes its part of the same problems; with SP < 4 the groups do so side by side.
 """
 
 from __future__ import annotations
@@ -36,17 +36,20 @@ from tests.model.attention.yardstick import (
     sizes_of,
 )
 
-TOKENS, WINDOW, CPU = 256, 32, torch.device("cpu")
+TOKENS = 256
+WINDOW = 32
+CPU = torch.device("cpu")
 BOUNDS = {
     "one document": (0, TOKENS),
     # a boundary between two ranks, one just before, one just after, documents of one token, one
     # across three ranks
     "packed": (0, 1, 40, 63, 64, 129, 250, 251, TOKENS),
 }
-HEADS = {
-    "8/8 heads": (8, 8, 16),
-    "8/2 heads": (8, 2, 16),
-}  # at SP 4 the second needs copies of key/value heads
+HEADS = {"8/8 heads": (8, 8, 16), "8/2 heads": (8, 2, 16)}
+"""Query heads, key/value heads and head size.
+
+At SP 4 the second needs copies of key/value heads.
+"""
 
 
 def exchanges(topology: Topology) -> dict[str, Ulysses | None]:
@@ -63,14 +66,16 @@ def solve_part(
     exchange: Ulysses | None,
     mine: slice,
 ) -> list[Tensor]:
-    """Out, dq, dk and dv of this rank's tokens, and its share of dsink."""
-    q, k, v = (
-        x[None, :, mine].to(dtype, copy=True).requires_grad_()
-        for x in (problem.q_HTD, problem.k_KTD, problem.v_KTD)
-    )
-    sinks = problem.sinks_H.to(
-        torch.promote_types(dtype, torch.float32), copy=True
-    ).requires_grad_()
+    """Return out, dq, dk and dv of this rank's tokens, and its share of dsink."""
+
+    def local(whole_HTD: Tensor) -> Tensor:
+        return whole_HTD[None, :, mine].to(dtype, copy=True).requires_grad_()
+
+    q = local(problem.q_HTD)
+    k = local(problem.k_KTD)
+    v = local(problem.v_KTD)
+    sinks_dtype = torch.promote_types(dtype, torch.float32)
+    sinks = problem.sinks_H.to(sinks_dtype, copy=True).requires_grad_()
     arguments: dict[str, Any] = {
         "scaling": 0.25,
         "sliding_window": window,
@@ -78,18 +83,15 @@ def solve_part(
         "packed_rows": rows,
     }
     out, _ = sink_attention(nn.Identity(), q, k, v, None, sequence_parallel=exchange, **arguments)
-    gradients = torch.autograd.grad(
-        out, (q, k, v, sinks), problem.d_out_HTD[None, :, mine].transpose(1, 2).to(dtype)
-    )
-    return [out.detach()[0].transpose(0, 1), *(x[0] for x in gradients[:3]), gradients[3]]
+    d_out = problem.d_out_HTD[None, :, mine].transpose(1, 2).to(dtype)
+    dq, dk, dv, dsinks = torch.autograd.grad(out, (q, k, v, sinks), d_out)
+    return [out.detach()[0].transpose(0, 1), dq[0], dk[0], dv[0], dsinks]
 
 
 def compare(
     topology: Topology, name: str, exchange: Ulysses | None
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """Relative errors of each case; dsink is summed over the ranks of the group, as the engine
-    does.
-    """
+    """Yield the relative errors of each case; dsink is summed as the engine sums it."""
     local = TOKENS // topology.sp_size
     mine = slice(topology.sp_rank * local, (topology.sp_rank + 1) * local)
     cases = itertools.product(BOUNDS.items(), HEADS.items(), (None, WINDOW))
@@ -97,7 +99,8 @@ def compare(
         rows = PackedRows.from_bounds([bounds], TOKENS)
         problem = Problem.draw(TOKENS, heads, sinks=(-3, 9))
         want = problem.solve(definition, rows, window)
-        part = [*(x[:, mine] for x in want[:4]), want[4]]
+        part = [whole[:, mine] for whole in want[:4]]
+        part.append(want[4])
         sizes = [*norms(part[:4]), sizes_of(problem, rows, window, want)[4]]
         for dtype in LIMITS:
             got = solve_part(problem, rows, window, dtype, exchange, mine)
@@ -118,7 +121,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def refusal(topology: Topology) -> str:
-    """What the start-up probe of a run says on this rank."""
+    """Return the message of a run's start-up probe on this rank; empty if it finds no fault."""
     kernel = choose("auto", device=CPU, dtype=torch.bfloat16, head_dim=16)
     exchange = Ulysses(topology, WindowHalo(topology, WINDOW))
     try:
@@ -139,7 +142,8 @@ def all_sinks(self: Ulysses, sinks_H: Tensor) -> Tensor:
 def main() -> None:
     torch.set_num_threads(1)
     init_distributed(CPU)
-    errors, refusals = {}, {}
+    errors = {}
+    refusals = {}
     for sp_size in (1, 2, 4):
         topology = create_topology(sp_size=sp_size, ep_size=1, device=CPU)
         for name, exchange in exchanges(topology).items():

@@ -1,6 +1,4 @@
-"""One rank of the traffic comparison: the exchanges of a window layer in the shape of gpt-oss-20b
-at 32k, SP = 4.
-"""
+"""One rank of the traffic comparison, in the shape of gpt-oss-20b at 32k tokens and SP = 4."""
 
 from __future__ import annotations
 
@@ -21,18 +19,23 @@ def main() -> None:
     device = torch.device("cpu")
     init_distributed(device)
     topology = create_topology(sp_size=4, ep_size=1, device=device)
-    local_tokens, heads, kv_heads, head_dim = 32_768 // 4, 64, 8, 64
-    shapes = [(1, n, local_tokens, head_dim) for n in (heads, kv_heads, kv_heads)]
+    local_tokens = 32_768 // 4
+    head_dim = 64
+    shapes = []
+    for heads in (64, 8, 8):  # of query, key and value
+        shapes.append((1, heads, local_tokens, head_dim))
 
     def draw() -> list[torch.Tensor]:
         return [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
 
-    ulysses, sent = Ulysses(topology), {}
+    sent = {}
+    ulysses = Ulysses(topology)
     query, _, value = ulysses.exchange_qkv(*draw())
     out = ulysses.exchange_out(query.transpose(1, 2))
     (out.sum() + value.sum()).backward()
     sent["ulysses"] = topology.traffic.take()["ulysses"]
-    halo, (query, key, value) = WindowHalo(topology, 128), draw()
+    halo = WindowHalo(topology, 128)
+    query, key, value = draw()
     query, key, value = halo.edge(halo.start(key, value), query, key, value)
     (query.sum() + key.sum() + value.sum()).backward()
     sent["halo"] = topology.traffic.take()["halo"]

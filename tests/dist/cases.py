@@ -1,6 +1,4 @@
-"""What the layouts are compared on: a small gpt-oss with every detail, and rows with every
-difficulty.
-"""
+"""The small gpt-oss and the difficult rows on which layouts are compared."""
 
 from __future__ import annotations
 
@@ -19,7 +17,10 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from cpt.training.kl_target_format import SIDECAR, Sidecar, TargetsOfSource, target_file
 from data_pipeline.dataset import PackedRow
 
-SEQ_LEN, ROWS, STEPS, WINDOW = 128, 8, 6, 32
+SEQ_LEN = 128
+ROWS = 8
+STEPS = 6
+WINDOW = 32
 SETTINGS: dict[str, Any] = {
     "lr": 1e-3,
     "weight_decay": 0.1,
@@ -28,12 +29,14 @@ SETTINGS: dict[str, Any] = {
     "eps": 1e-8,
 }
 CLIPPING = 1.0
-KL_WEIGHT, KL_TOP_K = 0.7, 5
+KL_WEIGHT = 0.7
+KL_TOP_K = 5
 SOURCES = ("even", "odd")
-"""A row's number in its batch says which source it is of."""
+"""Sources of the rows, by the row's number in its batch."""
 PROMPTS = [[5, 17, 300, 42], [7], [*range(100, 140)]]
-"""Texts to continue: the first two end inside the first rank's part of a row, the last one crosses
-into the second's.
+"""Texts to continue.
+
+The first two end inside the first rank's part of a row; the last one crosses into the second's.
 """
 NEW_TOKENS = 12
 
@@ -64,41 +67,56 @@ class Scenario:
     freeze: tuple[str, ...] = ()
     """Patterns of `train.freeze`."""
     saves_first: bool = False
-    """Whether there is a checkpoint of the first step, too."""
+    """Whether the first step is saved, too."""
     omit: tuple[int, ...] = ()
     """Steps that are not run at all."""
     offloads: dict[str, str] = field(default_factory=dict)
-    """`optimizer` and `param`: the device that DeepSpeed's block names."""
+    """Device that DeepSpeed's block names, for `optimizer` and `param`."""
     sub_group_size: int = 0
-    """Parameters that DeepSpeed updates at a time; 0: its default."""
+    """Parameters that DeepSpeed updates at a time; 0 for its default."""
     ds_config: str = ""
     """A shipped file of ds_configs/, whose stage, SP and EP give way to those here."""
 
     @property
     def name(self) -> str:
-        options = (
-            f"{self.dtype}-micro{self.micro_batch_size}{'-ckpt' if self.checkpointing else ''}"
-        )
-        options += "-host" if self.offload_checkpoints else ""
-        options += "-omits" if self.omit else ""
-        options += f"-from-{self.resume_from}" if self.resume_from else ""
-        options += f"-{self.exchange}" if self.exchange != "auto" else ""
-        options += f"-{self.expert_recompute}" if self.expert_recompute != "recompute" else ""
-        options += "-penalties" if self.router_penalties else ""
-        options += "-kl" if self.kl else ""
-        options += f"-frozen-{len(self.freeze)}" if self.freeze else ""
-        options += "".join(f"-{what}-{device}" for what, device in self.offloads.items())
-        options += f"-groups-{self.sub_group_size}" if self.sub_group_size else ""
-        options += f"-{Path(self.ds_config).stem}" if self.ds_config else ""
-        return f"world{self.world_size}-sp{self.sp}-ep{self.ep}-zero{self.stage}-{options}"
+        """Layout and options, as the name of a folder."""
+        parts = [f"world{self.world_size}", f"sp{self.sp}", f"ep{self.ep}", f"zero{self.stage}"]
+        parts += [self.dtype, f"micro{self.micro_batch_size}"]
+        if self.checkpointing:
+            parts.append("ckpt")
+        if self.offload_checkpoints:
+            parts.append("host")
+        if self.omit:
+            parts.append("omits")
+        if self.resume_from:
+            parts.append(f"from-{self.resume_from}")
+        if self.exchange != "auto":
+            parts.append(self.exchange)
+        if self.expert_recompute != "recompute":
+            parts.append(self.expert_recompute)
+        if self.router_penalties:
+            parts.append("penalties")
+        if self.kl:
+            parts.append("kl")
+        if self.freeze:
+            parts.append(f"frozen-{len(self.freeze)}")
+        for what, device in self.offloads.items():
+            parts.append(f"{what}-{device}")
+        if self.sub_group_size:
+            parts.append(f"groups-{self.sub_group_size}")
+        if self.ds_config:
+            parts.append(Path(self.ds_config).stem)
+        return "-".join(parts)
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
 
 
 def model_config() -> GptOssConfig:
-    """Hidden and expert sizes differ (a transpose would show); 4 kv heads; window smaller than a
-    row; YaRN active.
+    """Return a small gpt-oss in which every mistake shows.
+
+    Hidden and expert sizes differ (a transpose would show), there are fewer key/value than query
+    heads, the window is smaller than a row, and YaRN is active.
     """
     return GptOssConfig(
         vocab_size=512,
@@ -128,7 +146,7 @@ def model_config() -> GptOssConfig:
 
 
 def reference_model() -> GptOssForCausalLM:
-    """fp32, with random biases and sinks: zero ones would hide half of the possible errors.
+    """Return the model in fp32 with random biases and sinks; zeros would hide half of the errors.
 
     Expert 5 of layer 1 is never chosen; sinks reach from -3 to 9.
     """
@@ -147,66 +165,75 @@ def reference_model() -> GptOssForCausalLM:
 
 
 def rows_of_step(step: int) -> list[PackedRow]:
-    """Packed documents of all lengths; one row of padding only, one short row, one row of a single
-    repeated token.
+    """Return packed documents of all lengths.
+
+    One row is padding only, one is short, and one is a single repeated token.
     """
     generator = np.random.default_rng(100 + step)
     rows = []
     for index in range(ROWS):
-        cuts = sorted(
-            generator.choice(
-                np.arange(1, SEQ_LEN), size=int(generator.integers(0, 6)), replace=False
-            )
-        )
+        num_cuts = int(generator.integers(0, 6))
+        cuts = sorted(generator.choice(np.arange(1, SEQ_LEN), size=num_cuts, replace=False))
         used = {2: SEQ_LEN // 3, 5: 0}.get(index, SEQ_LEN)
-        bounds = [
-            0,
-            *(int(cut) for cut in cuts if cut < used),
-            *([used] if 0 < used < SEQ_LEN else []),
-            SEQ_LEN,
-        ]
+        bounds = [0]
+        for cut in cuts:
+            if cut < used:
+                bounds.append(int(cut))
+        if 0 < used < SEQ_LEN:
+            bounds.append(used)
+        bounds.append(SEQ_LEN)
         tokens = generator.integers(0, 500, size=SEQ_LEN)
         if index == 6:
-            tokens[:] = (
-                7  # every token of the row goes to the same experts: the others are idle on its rank
-            )
+            # all tokens of the row go to the same experts: the others are idle on its rank
+            tokens[:] = 7
         labels = generator.integers(0, 500, size=SEQ_LEN)
-        labels[used:], tokens[used:] = -100, 511
+        labels[used:] = -100
+        tokens[used:] = 511
         positions = np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(bounds)])
         documents = np.arange(sum(1 for start in bounds[:-1] if start < used))
-        rows.append(
-            PackedRow(
-                input_ids=tokens,
-                labels=labels,
-                position_ids=positions,
-                bounds=bounds,
-                documents=documents,
-            )
+        row = PackedRow(
+            input_ids=tokens,
+            labels=labels,
+            position_ids=positions,
+            bounds=bounds,
+            documents=documents,
         )
+        rows.append(row)
     return rows
 
 
+def num_predicted(rows: list[PackedRow]) -> int:
+    """Return the number of tokens that rows predict."""
+    return sum(int((row.labels >= 0).sum()) for row in rows)
+
+
 def even_row_tokens() -> list[int]:
-    """Predicted tokens of the rows of the even source, step after step."""
-    return [
-        int((row.labels >= 0).sum()) for step in range(STEPS) for row in rows_of_step(step)[0::2]
-    ]
+    """Return the predicted tokens of each row of the even source, step after step."""
+    counts = []
+    for step in range(STEPS):
+        counts += [num_predicted([row]) for row in rows_of_step(step)[0::2]]
+    return counts
 
 
 def targets_of_step(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Made-up ids and log-probabilities of the even rows of a step."""
-    generator, targets = torch.Generator().manual_seed(900 + step), []
+    """Return made-up ids and log-probabilities of the even rows of a step."""
+    generator = torch.Generator().manual_seed(900 + step)
+    targets = []
     for count in even_row_tokens()[step * ROWS // 2 : (step + 1) * ROWS // 2]:
         ids = torch.rand(count, 500, generator=generator).topk(KL_TOP_K).indices
-        targets.append((ids, torch.randn(count, KL_TOP_K + 1, generator=generator).log_softmax(1)))
+        log_p = torch.randn(count, KL_TOP_K + 1, generator=generator).log_softmax(1)
+        targets.append((ids, log_p))
     return targets
 
 
 def write_targets(folder: Path) -> None:
-    """What `cpt kl_targets` would leave of `targets_of_step`."""
+    """Write `targets_of_step` of all steps as `cpt kl_targets` would."""
     folder.mkdir()
-    parts = [part for step in range(STEPS) for part in targets_of_step(step)]
-    ids, log_p = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+    parts = []
+    for step in range(STEPS):
+        parts += targets_of_step(step)
+    ids = torch.cat([part[0] for part in parts])
+    log_p = torch.cat([part[1] for part in parts])
     save_file({"ids": ids.int(), "log_p": log_p}, target_file(folder, SOURCES[0]))
     stored = TargetsOfSource(rows=len(parts), tokens=len(ids), row_hash="", xxh3="")
     sidecar = Sidecar(
@@ -216,5 +243,5 @@ def write_targets(folder: Path) -> None:
 
 
 def parameter_file(folder: Path, scenario: Scenario) -> Path:
-    """Where a scenario leaves its losses."""
+    """Return the file in which a scenario leaves its losses."""
     return folder / f"{scenario.name}.json"

@@ -1,5 +1,6 @@
-"""One rank of the load test: fills engines from a directory, compares its own parts, counts bytes,
-does one step.
+"""One rank of the load test.
+
+It fills engines from a directory, compares its own parts, counts bytes, and does one step.
 """
 
 from __future__ import annotations
@@ -26,25 +27,23 @@ from cpt.resilience.phase import PhaseClock
 from cpt.training.engine import TrainingEngine
 from cpt.training.loader import make_micro_batch
 from data_pipeline.config.strict_yaml import parse_yaml
-from tests.dist.cases import ROWS, Scenario, rows_of_step
+from tests.dist.cases import ROWS, Scenario, num_predicted, rows_of_step
 from tests.dist.worker import run_yaml
 
 
 def build(scenario: Scenario, path: Path) -> tuple[TrainingEngine, DirectoryWeights, Topology]:
-    """An engine in the layout of a scenario, filled from a directory."""
-    text = {
+    """Return an engine in the layout of a scenario, filled from a directory."""
+    engine_json = {
         "zero_optimization": {"stage": scenario.stage},
         "sequence_parallel_size": scenario.sp,
         "expert_parallel": {"enabled": True, "autoep_size": scenario.ep},
     }
     info = LaunchInfo(world_size=scenario.world_size, local_world_size=scenario.world_size)
     model_config = load_config(path, None)
-    config = resolve(
-        run_yaml(scenario, path), parse_yaml(json.dumps(text), "json"), model_config, info
-    )
-    topology = create_topology(
-        sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu")
-    )
+    parsed = parse_yaml(json.dumps(engine_json), "json")
+    config = resolve(run_yaml(scenario, path), parsed, model_config, info)
+    device = torch.device("cpu")
+    topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=device)
     source = weight_source(config, model_config, topology)
     assert isinstance(source, DirectoryWeights)
     verify_checksums(source, topology)
@@ -56,7 +55,7 @@ def build(scenario: Scenario, path: Path) -> tuple[TrainingEngine, DirectoryWeig
 def report(
     engine: TrainingEngine, source: DirectoryWeights, topology: Topology, expected: Path
 ) -> dict[str, Any]:
-    """Values of this rank that differ from the expected ones, bytes read, elements held."""
+    """Return this rank's wrong values by name, the bytes it read, and the elements it holds."""
     different = []
     numel = {"experts": 0, "dense": 0}
     with safe_open(str(expected), framework="pt") as values:
@@ -64,24 +63,21 @@ def report(
             kind, name = key.split("/", 1)
             if kind != "master":
                 continue
+            end = part.offset + part.tensor.numel()
             whole = values.get_tensor(name).view(-1)
-            if not torch.equal(part.tensor, whole[part.offset : part.offset + part.tensor.numel()]):
+            if not torch.equal(part.tensor, whole[part.offset : end]):
                 different.append(name)
-            numel["experts" if name.endswith(("_proj",)) and ".experts." in name else "dense"] += (
-                part.tensor.numel()
-            )
+            is_expert_matrix = ".experts." in name and name.endswith("_proj")
+            numel["experts" if is_expert_matrix else "dense"] += part.tensor.numel()
     return {"different": different, "bytes_read": source.bytes_read, **numel}
 
 
 def first_loss(engine: TrainingEngine, topology: Topology) -> float:
-    """Loss of one step on the rows of step 0."""
+    """Return the loss of one step on the rows of step 0."""
     rows = rows_of_step(0)
-    batches = [
-        make_micro_batch([rows[i]], [0], topology)
-        for i in range(topology.dp_rank, ROWS, topology.dp_size)
-    ]
-    tokens = [sum(int((row.labels >= 0).sum()) for row in rows)]
-    return engine.step(batches, tokens, step=1).loss
+    mine = range(topology.dp_rank, ROWS, topology.dp_size)
+    batches = [make_micro_batch([rows[i]], [0], topology) for i in mine]
+    return engine.step(batches, [num_predicted(rows)], step=1).loss
 
 
 def main() -> None:
@@ -90,19 +86,19 @@ def main() -> None:
     init_distributed(torch.device("cpu"))
     for text in sys.argv[2:]:
         case = json.loads(text)
+        directory = case["directory"]
         scenario = Scenario(**case["scenario"])
         try:
-            engine, source, topology = build(scenario, folder / case["directory"])
+            engine, source, topology = build(scenario, folder / directory)
         except ConfigError as error:
-            (folder / f"{case['directory']}-refused-{dist.get_rank()}.txt").write_text(str(error))
+            (folder / f"{directory}-refused-{dist.get_rank()}.txt").write_text(str(error))
             continue
-        reports = gather_json(
-            report(engine, source, topology, folder / f"{case['directory']}-expected.safetensors"),
-            topology.control_group,
-        )
+        expected = folder / f"{directory}-expected.safetensors"
+        found = report(engine, source, topology, expected)
+        reports = gather_json(found, topology.control_group)
         loss = first_loss(engine, topology)
         if topology.rank == 0:
-            out = folder / f"{case['directory']}-{scenario.name}.json"
+            out = folder / f"{directory}-{scenario.name}.json"
             out.write_text(json.dumps({"loss": loss, "ranks": reports}))
         engine.deepspeed.destroy()
         dist.barrier()

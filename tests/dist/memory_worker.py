@@ -26,10 +26,12 @@ from cpt.training.loader import MicroBatch, make_micro_batch
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from data_pipeline.dataset import PackedRow
 
-WORLD_SIZE, VOCABULARY = 2, 16_384
+WORLD_SIZE = 2
+VOCABULARY = 16_384
 MEASURED_STEPS = 3
-"""The smallest peak counts: what a thread of gloo frees goes unseen and only ever adds to it (see
-`highest_level`).
+"""Steps of which the smallest peak counts.
+
+What a thread of gloo frees goes unseen and only ever adds to a peak (see `highest_level`).
 """
 MODEL = {
     **PRESETS["tiny"],
@@ -38,11 +40,11 @@ MODEL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""A vocabulary small enough for its tables not to hide the activations."""
+"""The tiny model with a vocabulary so small that its tables do not hide the activations."""
 
 
 def packed_row(seq_len: int, seed: int) -> PackedRow:
-    """Four random documents."""
+    """Return a row of four random documents."""
     generator = np.random.default_rng(seed)
     cuts = sorted(generator.choice(np.arange(1, seq_len), size=3, replace=False))
     bounds = [0, *(int(cut) for cut in cuts), seq_len]
@@ -61,27 +63,31 @@ def batch(topology: Topology, rows: int, seq_len: int, step: int) -> MicroBatch:
 
 
 def run(shape: dict[str, Any], folder: Path) -> None:
-    rows, seq_len = shape["rows"], shape["seq_len"]
-    text = f"""
-model: {{init: tiny, activation_checkpointing: {str(shape["checkpointing"]).lower()}}}
-data: {{mix: unused.yaml}}
-train: {{seq_len: {seq_len}, global_batch_size: {rows * WORLD_SIZE}, micro_batch_size: {rows}, total_steps: 99, lr: 1e-3}}
-"""
-    zero = {"stage": shape["stage"], "reduce_bucket_size": "auto"}
-    ds = {
-        "zero_optimization": zero
-        | ({"stage3_param_persistence_threshold": "auto"} if shape["stage"] == 3 else {})
+    rows = shape["rows"]
+    seq_len = shape["seq_len"]
+    run = {
+        "model": {"init": "tiny", "activation_checkpointing": shape["checkpointing"]},
+        "data": {"mix": "unused.yaml"},
+        "train": {
+            "seq_len": seq_len,
+            "global_batch_size": rows * WORLD_SIZE,
+            "micro_batch_size": rows,
+            "total_steps": 99,
+            "lr": 1e-3,
+        },
     }
-    ds_json = parse_yaml(
-        json.dumps({**ds, "expert_parallel": {"enabled": True, "autoep_size": WORLD_SIZE}}),
-        "ds.json",
-    )
+    run_yaml = read_file(RunYaml, parse_yaml(json.dumps(run), "run.yaml"))
+    zero = {"stage": shape["stage"], "reduce_bucket_size": "auto"}
+    if shape["stage"] == 3:
+        zero["stage3_param_persistence_threshold"] = "auto"
+    experts = {"enabled": True, "autoep_size": WORLD_SIZE}
+    ds = json.dumps({"zero_optimization": zero, "expert_parallel": experts})
+    ds_json = parse_yaml(ds, "ds.json")
     model = GptOssConfig(**MODEL)
     launch_info = LaunchInfo(world_size=WORLD_SIZE, local_world_size=WORLD_SIZE)
-    config = resolve(read_file(RunYaml, parse_yaml(text, "run.yaml")), ds_json, model, launch_info)
-    topology = create_topology(
-        sp_size=config.sp_size, ep_size=config.ep_size, device=torch.device("cpu")
-    )
+    config = resolve(run_yaml, ds_json, model, launch_info)
+    device = torch.device("cpu")
+    topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=device)
     engine = build_engine(config, model, topology, PhaseClock())
     fill_weights(engine, weight_source(config, model, topology))
     tokens = [rows * seq_len * WORLD_SIZE]
@@ -89,7 +95,8 @@ train: {{seq_len: {seq_len}, global_batch_size: {rows * WORLD_SIZE}, micro_batch
     peaks = []
     for step in range(2, 2 + MEASURED_STEPS):
         measured_batch = batch(topology, rows, seq_len, step)
-        gc.collect()  # what the engine before this one has left must not be freed within the measurement
+        # what the engine before this one has left must not be freed within the measurement
+        gc.collect()
         with peak_within(topology.device) as peak:
             engine.step([measured_batch], tokens, step=step)
         peaks.append(peak)

@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssForCausalLM, Mxfp4Config
 
 from cpt.checkpoint import weights as checkpoint_weights
 from cpt.checkpoint.manifest import read_manifest, write_manifest
@@ -23,6 +24,7 @@ from cpt.export.huggingface import QUANTIZATION_CONFIG, REPORT_FILE, export_chec
 from cpt.model.weights import mxfp4
 from cpt.model.weights import writer as tensor_writer
 from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, tensor_files
+from data_pipeline.text.tokenizer import encode
 from tests.dist.cases import NEW_TOKENS, PROMPTS, model_config, reference_model, rows_of_step
 from tests.dist.test_layout_parity import explicit_masks
 from tests.support.launcher import ROOT, launch
@@ -31,8 +33,9 @@ pytestmark = pytest.mark.dist
 
 
 def save_released_layout(path: Path) -> dict[str, torch.Tensor]:
-    """A directory whose expert matrices are random MXFP4 codes; every other block does not use its
-    range.
+    """Save a directory whose expert matrices are random MXFP4 codes, and return its tensors.
+
+    Every other block does not use its range.
     """
     config = model_config()
     config.intermediate_size = 64
@@ -40,18 +43,16 @@ def save_released_layout(path: Path) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     stored: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 3:
-            experts, inputs, rows = parameter.shape
-            blocks = torch.randint(
-                0, 256, (experts, rows, inputs // 32, 16), dtype=torch.uint8, generator=generator
-            )
-            blocks[:, ::2] &= 0x99  # codes 0 and 1 and their negatives: values of 0 and 0.5
-            scales = torch.randint(
-                115, 123, blocks.shape[:3], dtype=torch.uint8, generator=generator
-            )
-            stored |= {name + BLOCKS: blocks, name + SCALES: scales}
-        else:
+        if parameter.ndim != 3:
             stored[name] = torch.randn(parameter.shape, generator=generator).bfloat16() * 0.1
+            continue
+        experts, inputs, rows = parameter.shape
+        shape = (experts, rows, inputs // 32, 16)
+        blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        blocks[:, ::2] &= 0x99  # codes 0 and 1 and their negatives: values of 0 and 0.5
+        scales = torch.randint(115, 123, shape[:3], dtype=torch.uint8, generator=generator)
+        stored[name + BLOCKS] = blocks
+        stored[name + SCALES] = scales
     path.mkdir()
     save_file(stored, str(path / SINGLE_FILE), metadata={"format": "pt"})
     content = {**config.to_dict(), "quantization_config": QUANTIZATION_CONFIG, "dtype": "bfloat16"}
@@ -68,12 +69,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def load_eager(path: Path) -> Any:
+    """Return plain transformers' model of a directory in fp32."""
+    return AutoModelForCausalLM.from_pretrained(
+        str(path), dtype=torch.float32, attn_implementation="eager"
+    )
+
+
 @pytest.mark.case("E2", "plain transformers gives the training model's logits")
 def test_exported_model_gives_the_training_models_logits(folder: Path) -> None:
     out = export_checkpoint(step_folder(folder / "run", 2), folder / "fp32", "fp32")
-    model = AutoModelForCausalLM.from_pretrained(
-        str(out), dtype=torch.float32, attn_implementation="eager"
-    )
+    model = load_eager(out)
     row = rows_of_step(0)[0]
     with torch.no_grad():
         got = model(
@@ -84,9 +90,8 @@ def test_exported_model_gives_the_training_models_logits(folder: Path) -> None:
         ).logits
     expected = load_file(folder / "logits.safetensors")["logits"]
     difference = (got - expected).abs()
-    assert float(difference.max()) <= 1e-5, (
-        f"max {difference.max()}, mean {difference.mean()}"
-    )  # fp32 sums reordered
+    # fp32 sums are taken in another order
+    assert float(difference.max()) <= 1e-5, f"max {difference.max()}, mean {difference.mean()}"
 
 
 def test_bf16_export_is_the_rounded_master_weights(folder: Path) -> None:
@@ -104,37 +109,26 @@ def test_export_never_overwrites(folder: Path) -> None:
 
 
 def test_exported_tokenizer_encodes_as_the_data_pipeline_does(folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from data_pipeline.text.tokenizer import encode
-
     out = export_checkpoint(step_folder(folder / "run", 2), folder / "tokenizer", "bf16")
     tokenizer = AutoTokenizer.from_pretrained(str(out))
-    for text in (
+    texts = (
         "The fox, 12345 times.\n\n  def f(x):\n\treturn x",
         "吾輩は猫である。名前はまだ無い。",
         "naïve café 🦊",
-    ):
+    )
+    for text in texts:
         assert tokenizer.encode(text, add_special_tokens=False) == encode(text).tolist()
-    assert tokenizer.convert_tokens_to_ids(
-        ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>"]
-    ) == [
-        199_998,
-        199_999,
-        200_002,
-        200_012,
-    ]
+    names = ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|call|>"]
+    assert tokenizer.convert_tokens_to_ids(names) == [199_998, 199_999, 200_002, 200_012]
 
 
 @pytest.mark.parametrize(("run", "step"), [("run", 2), ("untouched", 0)], ids=["ep2", "sp2-ep2"])
 def test_training_engine_continues_texts_as_plain_transformers_does(
     folder: Path, run: str, step: int
 ) -> None:
-    """Greedy, fp32, in two layouts; every rank gets the same tokens."""
+    """Decoding is greedy, in fp32 and two layouts; every rank gets the same tokens."""
     out = export_checkpoint(step_folder(folder / run, step), folder / f"greedy-{run}", "fp32")
-    model = AutoModelForCausalLM.from_pretrained(
-        str(out), dtype=torch.float32, attn_implementation="eager"
-    )
+    model = load_eager(out)
     found = [json.loads((folder / f"generated-{rank}.json").read_text())[run] for rank in (0, 1)]
     assert found[0] == found[1]
     for prompt, tokens in zip(PROMPTS, found[0], strict=True):
@@ -148,16 +142,13 @@ def test_training_engine_continues_texts_as_plain_transformers_does(
 def test_mxfp4_in_and_out_keeps_every_value_and_the_bytes_of_blocks_that_use_their_range(
     folder: Path,
 ) -> None:
-    """Released layout -> ZeRO-3 x expert parallel -> checkpoint -> released layout, without a
-    step.
-    """
+    """Released layout -> ZeRO-3 and expert parallel -> checkpoint -> released layout, no step."""
     before = load_file(folder / "mxfp4" / SINGLE_FILE)
-    after = load_file(
-        export_checkpoint(step_folder(folder / "untouched", 0), folder / "again", "mxfp4")
-        / SINGLE_FILE
-    )
+    out = export_checkpoint(step_folder(folder / "untouched", 0), folder / "again", "mxfp4")
+    after = load_file(out / SINGLE_FILE)
     assert before.keys() == after.keys()
-    same_bytes = different_bytes = 0
+    same_bytes = 0
+    different_bytes = 0
     for name, value in before.items():
         if name.endswith(SCALES):
             continue
@@ -165,15 +156,13 @@ def test_mxfp4_in_and_out_keeps_every_value_and_the_bytes_of_blocks_that_use_the
             assert torch.equal(after[name], value), name
             continue
         scales = name.removesuffix(BLOCKS) + SCALES
-        expected, found = (
-            mxfp4.decode(tensors[name], tensors[scales]) for tensors in (before, after)
-        )
+        expected = mxfp4.decode(value, before[scales])
+        found = mxfp4.decode(after[name], after[scales])
         assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), name
         codes = torch.stack([value & 7, (value >> 4) & 7], dim=-1).flatten(-2)
-        used = codes.amax(-1) >= 6  # a value of 4 or 6: the quantiser chooses this very scale
-        assert torch.equal(after[name][used], value[used]) and torch.equal(
-            after[scales][used], before[scales][used]
-        )
+        used = codes.amax(-1) >= 6  # a value of 4 or 6: the quantizer chooses this very scale
+        assert torch.equal(after[name][used], value[used])
+        assert torch.equal(after[scales][used], before[scales][used])
         same_bytes += int(used.sum())
         different_bytes += int((~used).sum())
     assert min(same_bytes, different_bytes) > 100, "both kinds of block must be there"
@@ -194,10 +183,8 @@ def test_transformers_decodes_the_mxfp4_export_as_this_project_does(folder: Path
     found = dict(model.named_parameters())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name].detach(), expected[name]) for name in expected)
-    assert (
-        json.loads((exported / "config.json").read_text())["quantization_config"]
-        == QUANTIZATION_CONFIG
-    )
+    config = json.loads((exported / "config.json").read_text())
+    assert config["quantization_config"] == QUANTIZATION_CONFIG
     assert "quantization_config" not in json.loads((folder / "plain" / "config.json").read_text())
 
 
@@ -209,7 +196,7 @@ def test_memory_is_bounded_by_a_piece_and_several_files_hold_the_same(
     asked: list[int] = []
     read = checkpoint_weights.read_ranges
 
-    def counting(where: Path, ranges: dict) -> None:  # type: ignore[type-arg]
+    def counting(where: Path, ranges: dict[str, Any]) -> None:
         asked.append(sum(part.tensor.numel() for part in ranges.values()))
         read(where, ranges)
 
@@ -230,39 +217,42 @@ def test_memory_is_bounded_by_a_piece_and_several_files_hold_the_same(
 
 @pytest.mark.case("E1", "nothing that loads is left, the rerun succeeds")
 def test_killed_export_leaves_nothing_that_loads_and_the_next_one_succeeds(folder: Path) -> None:
-    """E1: all weight files are there when it dies, the index and config.json are not."""
-    command = [sys.executable, "-m", "cpt.cli", "export", "--run_dir", str(folder / "run"), "--out"]
+    """All weight files are there when it dies; the index and config.json are not."""
+    out = folder / "killed"
+    command = [sys.executable, "-m", "cpt.cli", "export"]
+    command += ["--run_dir", str(folder / "run"), "--out", str(out)]
     faulty = {**os.environ, "CPT_ALLOW_FAULTS": "1", "CPT_FAULT": "export:*:*:kill"}
-    killed = subprocess.run(
-        [*command, str(folder / "killed")], cwd=ROOT, env=faulty, capture_output=True, timeout=200
-    )
+    killed = subprocess.run(command, cwd=ROOT, env=faulty, capture_output=True, timeout=200)
     assert killed.returncode == -9
-    assert not (folder / "killed").exists()
+    assert not out.exists()
     left = folder / ".tmp-killed"
-    assert (
-        left.is_dir() and not (left / INDEX_FILE).exists() and not (left / "config.json").exists()
-    )
+    assert left.is_dir()
+    assert not (left / INDEX_FILE).exists() and not (left / "config.json").exists()
     with pytest.raises(ValueError, match=r"config\.json"):
         AutoModelForCausalLM.from_pretrained(str(left))
-    again = subprocess.run(
-        [*command, str(folder / "killed")], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0 and not left.exists(), again.stderr
-    assert AutoModelForCausalLM.from_pretrained(str(folder / "killed")).dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(str(out)).dtype == torch.bfloat16
+
+
+def drop(tensors: dict[str, Any]) -> None:
+    del tensors["model.norm.weight"]
+
+
+def invent(tensors: dict[str, Any]) -> None:
+    tensors["extra"] = tensors["model.norm.weight"]
+
+
+def misshape(tensors: dict[str, Any]) -> None:
+    tensors["model.norm.weight"] = tensors["lm_head.weight"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop("model.norm.weight"), "tensor 'model.norm.weight' is missing"),
-        (
-            lambda tensors: tensors.update(extra=tensors["model.norm.weight"]),
-            "tensor 'extra' is unknown",
-        ),
-        (
-            lambda tensors: tensors.update({"model.norm.weight": tensors["lm_head.weight"]}),
-            r"'model.norm.weight' has shape \(512, 64\), expected \(64,\)",
-        ),
+        (drop, "tensor 'model.norm.weight' is missing"),
+        (invent, "tensor 'extra' is unknown"),
+        (misshape, r"'model.norm.weight' has shape \(512, 64\), expected \(64,\)"),
     ],
     ids=["missing", "unknown", "misshapen"],
 )
@@ -270,7 +260,6 @@ def test_killed_export_leaves_nothing_that_loads_and_the_next_one_succeeds(folde
 def test_checkpoint_that_lacks_or_invents_a_tensor_is_not_exported(
     folder: Path, tmp_path: Path, change, message
 ) -> None:
-    """E3."""
     shutil.copytree(step_folder(folder / "run", 2), tmp_path / "step-00000002")
     manifest = read_manifest(tmp_path / "step-00000002")
     tensors = dict(manifest.tensors)

@@ -33,11 +33,10 @@ OTHER_MACHINE_TOLERANCE = 2e-4
 
 
 def machine() -> dict[str, str]:
-    """What decides which kernels compute: processor, its vector instructions, and torch."""
+    """Return what chooses the kernels: the processor, its vector instructions, and torch."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
-    )
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else ""
     return {
         "processor": model or platform.processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -46,7 +45,7 @@ def machine() -> dict[str, str]:
 
 
 def run_steps(folder: Path, world_size: int) -> list[dict[str, Any]]:
-    """Loss and gradient norm of each step in fp32."""
+    """Train in fp32, and return the loss and gradient norm of each step."""
     run_dir = folder / f"world{world_size}"
     settings = {
         "train.dtype": "fp32",
@@ -58,12 +57,8 @@ def run_steps(folder: Path, world_size: int) -> list[dict[str, Any]]:
         "checkpoint.interval_steps": 0,
         "telemetry.export_at_end": "false",
     }
-    arguments = [
-        "--ds_config",
-        str(ROOT / "ds_configs" / "z3_ulysses.json"),
-        "--run_dir",
-        str(run_dir),
-    ]
+    ds_config = ROOT / "ds_configs" / "z3_ulysses.json"
+    arguments = ["--ds_config", str(ds_config), "--run_dir", str(run_dir)]
     for key, value in settings.items():
         arguments += ["--set", f"{key}={value}"]
     codes = launch(ROOT / "cpt" / "run.py", world_size, arguments)

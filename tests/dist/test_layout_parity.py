@@ -1,14 +1,15 @@
 """Every layout gives the numbers of one process with Hugging Face's eager code and plain AdamW.
 
-Tolerances: fp32 sums are taken in another order by every layout (2e-5 in loss, 1e-4 relative in
-    norm); bf16 rounds
-activations at other places (2e-2).
+Every layout takes fp32 sums in another order, which the tolerances allow for: 2e-5 in loss, and
+1e-4 relative in the norm.  In bf16 activations are rounded at other places (2e-2).
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from tests.dist.cases import (
     WINDOW,
     Scenario,
     model_config,
+    num_predicted,
     parameter_file,
     reference_model,
     rows_of_step,
@@ -43,6 +45,7 @@ from tests.support.launcher import ROOT, launch
 
 pytestmark = pytest.mark.dist
 
+WORKER = ROOT / "tests" / "dist" / "worker.py"
 LAYOUTS = [
     (1, 1, 1, 3),
     (2, 2, 1, 3),
@@ -55,55 +58,26 @@ LAYOUTS = [
     (4, 1, 2, 1),
     (4, 2, 2, 2),
 ]
+"""World size, SP, EP and ZeRO stage."""
 FULL = [Scenario(world_size=w, sp=s, ep=e, stage=z, saves_first=True) for w, s, e, z in LAYOUTS]
+CHECKPOINTED = Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=4, checkpointing=True)
 VARIANTS = [
     Scenario(world_size=2, sp=2, ep=1, stage=3, exchange="ulysses"),
     Scenario(world_size=4, sp=4, ep=1, stage=3, exchange="ulysses"),
     Scenario(world_size=1, sp=1, ep=1, stage=3, micro_batch_size=8),
     Scenario(world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2, checkpointing=True),
-    Scenario(
-        world_size=2,
-        sp=1,
-        ep=2,
-        stage=3,
-        micro_batch_size=4,
-        checkpointing=True,
-        expert_recompute="keep",
-    ),
-    Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=4, checkpointing=True),
-    Scenario(
-        world_size=2,
-        sp=1,
-        ep=2,
-        stage=3,
-        micro_batch_size=4,
-        checkpointing=True,
-        offload_checkpoints=True,
-    ),
+    replace(CHECKPOINTED, expert_recompute="keep"),
+    CHECKPOINTED,
+    replace(CHECKPOINTED, offload_checkpoints=True),
 ]
-PENALIZED = [
-    Scenario(world_size=1, sp=1, ep=1, stage=3, router_penalties=True),
-    Scenario(world_size=2, sp=2, ep=1, stage=3, micro_batch_size=2, router_penalties=True),
-    Scenario(
-        world_size=4,
-        sp=2,
-        ep=2,
-        stage=3,
-        micro_batch_size=2,
-        checkpointing=True,
-        router_penalties=True,
-    ),
+SMALL = [
+    Scenario(world_size=1, sp=1, ep=1, stage=3),
+    Scenario(world_size=2, sp=2, ep=1, stage=3, micro_batch_size=2),
+    Scenario(world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2, checkpointing=True),
 ]
-WITH_KL = [
-    Scenario(world_size=1, sp=1, ep=1, stage=3, steps=2, kl=True),
-    Scenario(world_size=2, sp=2, ep=1, stage=3, micro_batch_size=2, steps=2, kl=True),
-    Scenario(
-        world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2, steps=2, checkpointing=True, kl=True
-    ),
-]
-BF16 = [
-    Scenario(world_size=w, sp=s, ep=e, stage=z, dtype="bf16", steps=3) for w, s, e, z in LAYOUTS
-]
+PENALIZED = [replace(scenario, router_penalties=True) for scenario in SMALL]
+WITH_KL = [replace(scenario, steps=2, kl=True) for scenario in SMALL]
+BF16 = [replace(scenario, dtype="bf16", steps=3, saves_first=False) for scenario in FULL]
 
 
 class Reference:
@@ -124,7 +98,9 @@ class Reference:
             betas=(SETTINGS["beta1"], SETTINGS["beta2"]),
             eps=SETTINGS["eps"],
         )
-        self.losses, self.norms, self.nll_by_source = [], [], []
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.nll_by_source: list[list[float]] = []
         for step in range(num_steps):
             loss, by_source = self._backward(model, step)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
@@ -133,42 +109,52 @@ class Reference:
             self.nll_by_source.append(by_source)
             self.norms.append(float(norm))
             if step == 0:
-                trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-                self.first_moments = {
-                    name: optimizer.state[p]["exp_avg"].clone() for name, p in trained.items()
-                }
+                self.first_moments = first_moments(model, optimizer)
         self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def _backward(self, model: torch.nn.Module, step: int) -> tuple[float, list[float]]:
         model.zero_grad()
         rows = rows_of_step(step)
-        tokens = sum(int((row.labels >= 0).sum()) for row in rows)
-        total, by_source = 0.0, [0.0, 0.0]
+        tokens = num_predicted(rows)
+        total = 0.0
+        by_source = [0.0, 0.0]
         for index, row in enumerate(rows):
+            labels = torch.from_numpy(row.labels)
             logits = eager_logits(model, row)
-            nll = F.cross_entropy(
-                logits, torch.from_numpy(row.labels), reduction="sum", ignore_index=-100
-            )
+            nll = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
             (nll / tokens).backward()
             total += nll.item()
             by_source[index % 2] += nll.item()
         return total / tokens, by_source
 
 
+def first_moments(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """Return Adam's first moment of every trained parameter."""
+    moments = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            moments[name] = optimizer.state[parameter]["exp_avg"].clone()
+    return moments
+
+
 def eager_logits(model: torch.nn.Module, row: PackedRow) -> torch.Tensor:
-    """(T, V) of Hugging Face's own code."""
-    logits: torch.Tensor = model(
+    """Return the logits (T, V) of Hugging Face's own code."""
+    output = model(
         input_ids=torch.from_numpy(row.input_ids)[None],
         position_ids=torch.from_numpy(row.position_ids)[None],
         attention_mask=explicit_masks(row.bounds),
         use_cache=False,
-    ).logits[0]
+    )
+    logits: torch.Tensor = output.logits[0]
     return logits
 
 
 def explicit_masks(bounds: list[int]) -> dict[str, torch.Tensor]:
-    """Additive 4-D masks for both layer kinds; transformers does not isolate packed documents by
-    itself.
+    """Return additive 4-D masks for both kinds of layer.
+
+    transformers does not isolate packed documents by itself.
     """
     index = torch.arange(SEQ_LEN)
     document = torch.bucketize(index, torch.tensor(bounds[1:]), right=True)
@@ -196,24 +182,59 @@ def reference(folder: Path) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path, reference: Reference) -> dict[str, list[dict]]:  # type: ignore[type-arg]
-    """All scenarios, one launch per world size: starting up takes longer than running."""
+def results(folder: Path, reference: Reference) -> dict[str, list[dict[str, Any]]]:
+    """Results of all scenarios, by name and number of steps.
+
+    There is one launch per world size, because starting up takes longer than running.
+    """
     found = {}
     write_targets(folder / "targets")
+    scenarios = [*FULL, *VARIANTS, *PENALIZED, *WITH_KL, *BF16]
     for world_size in (1, 2, 4):
-        scenarios = [
-            s for s in [*FULL, *VARIANTS, *PENALIZED, *WITH_KL, *BF16] if s.world_size == world_size
-        ]
-        arguments = [str(folder), *(s.dump() for s in scenarios)]
-        codes = launch(
-            ROOT / "tests" / "dist" / "worker.py", world_size, arguments, timeout_seconds=400
-        )
+        chosen = [scenario for scenario in scenarios if scenario.world_size == world_size]
+        arguments = [str(folder), *(scenario.dump() for scenario in chosen)]
+        codes = launch(WORKER, world_size, arguments, timeout_seconds=400)
         assert codes == [0] * world_size, codes
-        found |= {
-            s.name + str(s.steps): json.loads(parameter_file(folder, s).read_text())
-            for s in scenarios
-        }
+        for scenario in chosen:
+            found[key_of(scenario)] = json.loads(parameter_file(folder, scenario).read_text())
     return found
+
+
+def key_of(scenario: Scenario) -> str:
+    """Return the key of a scenario in `results`."""
+    return scenario.name + str(scenario.steps)
+
+
+def loss_differences(steps: list[dict[str, Any]], losses: list[float]) -> list[float]:
+    """Return how far the loss of each step is from the expected one."""
+    pairs = zip(steps, losses, strict=True)
+    return [abs(step["loss"] - expected) for step, expected in pairs]
+
+
+def norm_differences(steps: list[dict[str, Any]], norms: list[float]) -> list[float]:
+    """Return the relative difference of each step's gradient norm from the expected one."""
+    pairs = zip(steps, norms, strict=True)
+    return [abs(step["grad_norm"] / expected - 1) for step, expected in pairs]
+
+
+def assert_alike(
+    steps: list[dict[str, Any]], losses: list[float], norms: list[float], *, bf16: bool = False
+) -> None:
+    """Assert that steps have the expected losses and norms, within the tolerances of the dtype."""
+    by_loss = loss_differences(steps, losses)
+    by_norm = norm_differences(steps, norms)
+    told = f"loss differences {by_loss}, relative norm differences {by_norm}"
+    assert max(by_loss) <= (2e-2 if bf16 else 2e-5), told
+    assert max(by_norm) <= (2e-2 if bf16 else 1e-4), told
+
+
+def assert_same_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    """Assert that tensors are equal to the last bit."""
+    errors = {}
+    for name, tensor in expected.items():
+        if not torch.equal(tensor, found[name]):
+            errors[name] = float((found[name] - tensor).abs().max())
+    assert errors == {}
 
 
 def named(scenarios: list[Scenario]) -> pytest.MarkDecorator:
@@ -225,39 +246,28 @@ def named(scenarios: list[Scenario]) -> pytest.MarkDecorator:
 def test_loss_and_grad_norm_equal_the_single_process_at_every_step(
     scenario, results, reference
 ) -> None:
-    steps = results[scenario.name + str(scenario.steps)]
-    losses = [
-        abs(step["loss"] - expected) for step, expected in zip(steps, reference.losses, strict=True)
-    ]
-    norms = [
-        abs(step["grad_norm"] / expected - 1)
-        for step, expected in zip(steps, reference.norms, strict=True)
-    ]
-    assert max(losses) <= 2e-5 and max(norms) <= 1e-4, (
-        f"loss differences {losses}, relative norm differences {norms}"
-    )
+    assert_alike(results[key_of(scenario)], reference.losses, reference.norms)
 
 
 @named(PENALIZED[1:])
 def test_router_penalties_train_alike_in_every_layout(scenario, results, reference) -> None:
     """Their gradients as such are compared with the formula in tests/model/test_router_watch.py."""
-    expected, found = (results[s.name + str(s.steps)] for s in (PENALIZED[0], scenario))
-    losses = [abs(a["loss"] - b["loss"]) for a, b in zip(expected, found, strict=True)]
-    norms = [abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(expected, found, strict=True)]
-    assert max(losses) <= 2e-5 and max(norms) <= 1e-4, (
-        f"loss differences {losses}, relative norm differences {norms}"
-    )
-    without = [abs(a["grad_norm"] / b - 1) for a, b in zip(expected, reference.norms, strict=True)]
+    expected = results[key_of(PENALIZED[0])]
+    found = results[key_of(scenario)]
+    losses = [step["loss"] for step in found]
+    norms = [step["grad_norm"] for step in found]
+    assert_alike(expected, losses, norms)
+    without = norm_differences(expected, reference.norms)
     assert min(without) > 1e-3, f"the penalties did nothing: {without}"
 
 
 @pytest.fixture(scope="module")
 def first_step_with_kl() -> tuple[float, float]:
-    """Sum of nats of the divergence, and the gradient norm of the first step, from all logits of
-    the eager model.
-    """
-    model, rows, total = reference_model(), rows_of_step(0), 0.0
-    tokens = sum(int((row.labels >= 0).sum()) for row in rows)
+    """Divergence in nats and gradient norm of the eager model's first step, from all logits."""
+    model = reference_model()
+    rows = rows_of_step(0)
+    tokens = num_predicted(rows)
+    total = 0.0
     for index, row in enumerate(rows):
         log_q = eager_logits(model, row).log_softmax(1)
         loss = F.nll_loss(log_q, torch.from_numpy(row.labels), reduction="sum", ignore_index=-100)
@@ -266,7 +276,8 @@ def first_step_with_kl() -> tuple[float, float]:
             q = log_q[: len(ids)].exp().gather(1, ids)
             log_parts = torch.cat([q, 1 - q.sum(1, keepdim=True)], 1).log()
             kl = F.kl_div(log_parts, log_p, reduction="sum", log_target=True)
-            loss, total = loss + KL_WEIGHT * kl, total + kl.item()
+            loss = loss + KL_WEIGHT * kl
+            total += kl.item()
         (loss / tokens).backward()
     return total, float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING))
 
@@ -275,66 +286,56 @@ def first_step_with_kl() -> tuple[float, float]:
 def test_divergence_from_targets_trains_alike_in_every_layout(
     scenario, results, reference, first_step_with_kl
 ) -> None:
-    expected, found = (results[s.name + str(s.steps)] for s in (WITH_KL[0], scenario))
-    for key, tolerance in (("loss", 2e-5), ("grad_norm", 1e-4), ("kl_by_source", 2e-5)):
-        for a, b in zip(expected, found, strict=True):
-            assert b[key] == pytest.approx(
-                a[key], rel=tolerance if key != "loss" else 0, abs=tolerance
-            ), key
-    (nats, others), norm = found[0]["kl_by_source"], found[0]["grad_norm"]
+    expected = results[key_of(WITH_KL[0])]
+    found = results[key_of(scenario)]
+    for one, other in zip(expected, found, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=0, abs=2e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4, abs=1e-4)
+        assert other["kl_by_source"] == pytest.approx(one["kl_by_source"], rel=2e-5, abs=2e-5)
+    nats, others = found[0]["kl_by_source"]
+    norm = found[0]["grad_norm"]
     assert nats == pytest.approx(first_step_with_kl[0], rel=2e-5) and others == 0
     assert norm == pytest.approx(first_step_with_kl[1], rel=1e-4)
     assert found[0]["loss"] == pytest.approx(reference.losses[0], abs=2e-5), (
-        "the divergence is in the loss that is told"
+        "the divergence is in the loss that is reported"
     )
     assert abs(norm / reference.norms[0] - 1) > 1e-3, "the divergence did nothing"
 
 
 @named(FULL)
 def test_loss_of_each_source_equals_the_single_process(scenario, results, reference) -> None:
-    for step, expected in zip(
-        results[scenario.name + str(scenario.steps)], reference.nll_by_source, strict=True
-    ):
+    steps = results[key_of(scenario)]
+    for step, expected in zip(steps, reference.nll_by_source, strict=True):
         assert step["nll_by_source"] == pytest.approx(expected, rel=1e-5)
 
 
 @named(BF16)
 def test_bf16_stays_within_its_rounding(scenario, results, reference) -> None:
-    steps = results[scenario.name + str(scenario.steps)]
-    losses = [
-        abs(step["loss"] - expected)
-        for step, expected in zip(steps, reference.losses, strict=False)
-    ]
-    norms = [
-        abs(step["grad_norm"] / expected - 1)
-        for step, expected in zip(steps, reference.norms, strict=False)
-    ]
-    assert max(losses) <= 2e-2 and max(norms) <= 2e-2, (
-        f"loss differences {losses}, relative norm differences {norms}"
-    )
+    steps = results[key_of(scenario)]
+    losses = reference.losses[: scenario.steps]
+    norms = reference.norms[: scenario.steps]
+    assert_alike(steps, losses, norms, bf16=True)
 
 
 def stored_tensors(step: Path, part: str) -> dict[str, torch.Tensor]:
-    """Whole tensors of one part of a checkpoint; frozen ones have no moments."""
+    """Return the whole tensors of one part of a checkpoint; frozen ones have no moments."""
     manifest = read_manifest(step)
     verify_files(step, manifest)
-    records = {
-        name: record
-        for name, record in manifest.tensors.items()
-        if record.trained or part == "master"
-    }
-    numels = {name: torch.Size(record.shape).numel() for name, record in records.items()}
-    flat = {name: torch.full((numel,), float("nan")) for name, numel in numels.items()}
-    ranges = {
-        f"{part}/{n}": FlatRange(tensor=t, offset=0, global_numel=t.numel())
-        for n, t in flat.items()
-    }
+    tensors = {}
+    ranges = {}
+    for name, record in manifest.tensors.items():
+        if not record.trained and part != "master":
+            continue
+        numel = torch.Size(record.shape).numel()
+        flat = torch.full((numel,), float("nan"))
+        tensors[name] = flat.view(record.shape)
+        ranges[f"{part}/{name}"] = FlatRange(tensor=flat, offset=0, global_numel=numel)
     read_ranges(step, ranges)
-    return {name: tensor.view(manifest.tensors[name].shape) for name, tensor in flat.items()}
+    return tensors
 
 
 def stored(folder: Path, scenario: Scenario, part: str) -> dict[str, torch.Tensor]:
-    """Whole tensors of a scenario's checkpoint."""
+    """Return the whole tensors of a scenario's checkpoint."""
     return stored_tensors(step_folder(folder / scenario.name, scenario.steps), part)
 
 
@@ -350,21 +351,21 @@ def test_gradient_of_every_parameter_equals_the_single_process(
         scale = expected.norm().clamp(min=1e-9)
         errors[name] = float((moments[name] - expected).norm() / scale)
     worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] <= 1e-4, (
-        f"largest relative error {errors[worst]} in {worst}; mean {sum(errors.values()) / len(errors)}"
-    )
+    mean = sum(errors.values()) / len(errors)
+    assert errors[worst] <= 1e-4, f"largest relative error {errors[worst]} in {worst}; mean {mean}"
 
 
 @named(FULL)
 def test_weights_after_training_equal_the_single_process(
     scenario, results, reference, folder
 ) -> None:
-    """Adam divides by the root of the second moment, so tiny gradient differences may move a weight
-    by part of lr.
+    """Tiny gradient differences may move a weight by a part of lr.
+
+    Adam divides by the root of the second moment.
     """
     weights = stored(folder, scenario, "master")
+    moved = STEPS * SETTINGS["lr"]
     for name, expected in reference.weights.items():
-        moved = STEPS * SETTINGS["lr"]
         difference = (weights[name] - expected).abs()
         assert float(difference.mean()) <= 0.01 * moved, (
             f"{name}: mean {difference.mean()}, max {difference.max()}"
@@ -382,16 +383,22 @@ def test_every_expert_tensor_and_sink_is_trained(results, reference, folder) -> 
 def test_every_part_of_the_state_is_in_the_checkpoint(results, reference, folder) -> None:
     for scenario in FULL:
         for part in PARTS:
-            assert all(t.isfinite().all() for t in stored(folder, scenario, part).values())
+            for name, tensor in stored(folder, scenario, part).items():
+                assert tensor.isfinite().all(), (scenario.name, part, name)
+
+
+def first_like(**wanted: object) -> Scenario:
+    """Return the first scenario that has some settings."""
+    for scenario in [*FULL, *VARIANTS]:
+        if all(getattr(scenario, name) == value for name, value in wanted.items()):
+            return scenario
+    raise LookupError(f"no scenario has {wanted}")
 
 
 def test_bytes_are_counted_for_the_exchanges_that_happen(results) -> None:
     def sent(sp: int, ep: int, world_size: int, exchange: str = "auto") -> dict[str, int]:
-        wanted = (world_size, sp, ep, exchange)
-        scenario = next(
-            s for s in [*FULL, *VARIANTS] if (s.world_size, s.sp, s.ep, s.exchange) == wanted
-        )
-        return results[scenario.name + str(scenario.steps)][0]["bytes_sent"]
+        scenario = first_like(world_size=world_size, sp=sp, ep=ep, exchange=exchange)
+        return results[key_of(scenario)][0]["bytes_sent"]
 
     assert sent(1, 1, 1) == {"ulysses": 0, "halo": 0, "experts": 0}
     # per layer q, k, v out and o back, forward and backward; half of each goes to the other of two
@@ -407,43 +414,38 @@ def test_bytes_are_counted_for_the_exchanges_that_happen(results) -> None:
 
 @named([*FULL, *VARIANTS])
 def test_planned_bytes_are_those_that_the_run_counted(scenario, results, folder) -> None:
-    """Attention's exchanges to the byte; how many rows leave for other experts is up to the
-    router.
+    """Attention's exchanges are planned to the byte.
+
+    How many rows leave for other experts is up to the router.
     """
     planned = exchanges(config_of(scenario, folder), model_config(), ranks_per_node=8)
-    for step in results[scenario.name + str(scenario.steps)]:
+    kinds = ("ulysses", "halo", "experts")
+    totals = {kind: planned[kind].total * scenario.world_size for kind in kinds}
+    for step in results[key_of(scenario)]:
         counted = step["bytes_sent"]
-        assert {
-            kind: planned[kind].total * scenario.world_size for kind in ("ulysses", "halo")
-        } == {kind: counted[kind] for kind in ("ulysses", "halo")}
-        assert planned["experts"].total * scenario.world_size == pytest.approx(
-            counted["experts"], rel=0.05
-        )
+        assert totals["ulysses"] == counted["ulysses"]
+        assert totals["halo"] == counted["halo"]
+        assert totals["experts"] == pytest.approx(counted["experts"], rel=0.05)
 
 
 def test_layer_inputs_kept_on_the_host_change_no_bit(results, folder) -> None:
     on_device, on_host = VARIANTS[-2:]
-    assert (
-        results[on_device.name + str(on_device.steps)] == results[on_host.name + str(on_host.steps)]
-    )
+    assert results[key_of(on_device)] == results[key_of(on_host)]
     for part in PARTS:
-        expected, got = (stored(folder, scenario, part) for scenario in (on_device, on_host))
-        assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+        assert_same_tensors(stored(folder, on_device, part), stored(folder, on_host, part))
 
 
 def test_kept_rows_are_not_sent_again_when_layers_are_recomputed(results) -> None:
-    """A layer sends its rows out and back, and the gradients of both: four times the same rows; a
-    recomputation that kept nothing sends the rows out a fifth time."""
+    """A recomputation that kept nothing sends a layer's rows a fifth time.
 
-    def sent(**wanted: object) -> list[int]:
-        fields = {"world_size": 2, "sp": 1, "ep": 2, "stage": 3, "exchange": "auto", **wanted}
-        scenario = next(
-            s for s in [*FULL, *VARIANTS] if all(getattr(s, k) == v for k, v in fields.items())
-        )
-        return [
-            step["bytes_sent"]["experts"] for step in results[scenario.name + str(scenario.steps)]
-        ]
+    A layer sends its rows out and back, and the gradients of both: four times the same rows.
+    """
 
-    plain = sent(checkpointing=False)[0]
-    assert sent(checkpointing=True, expert_recompute="keep")[0] == plain
-    assert sent(checkpointing=True, expert_recompute="recompute")[0] > 1.2 * plain
+    def sent(**wanted: object) -> int:
+        shape = {"world_size": 2, "sp": 1, "ep": 2, "stage": 3, "exchange": "auto"}
+        scenario = first_like(**shape, **wanted)
+        return results[key_of(scenario)][0]["bytes_sent"]["experts"]
+
+    plain = sent(checkpointing=False)
+    assert sent(checkpointing=True, expert_recompute="keep") == plain
+    assert sent(checkpointing=True, expert_recompute="recompute") > 1.2 * plain

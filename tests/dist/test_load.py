@@ -1,9 +1,8 @@
-"""Every rank reads its own part of a directory and no more, in every layout, and the first loss is
-transformers'.
-"""
+"""Every rank reads its own part of a directory and no more, and the first loss is transformers'."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import GptOssForCausalLM, Mxfp4Config
 
@@ -29,30 +29,26 @@ LAYOUTS = {
     2: [Scenario(world_size=2, sp=1, ep=2, stage=3)],
     4: [Scenario(world_size=4, sp=2, ep=2, stage=3), Scenario(world_size=4, sp=1, ep=2, stage=1)],
 }
-CASES = [
-    (directory, scenario)
-    for scenarios in LAYOUTS.values()
-    for scenario in scenarios
-    for directory in ("bf16", "mxfp4")
-]
-"""Kinds of directory x layouts."""
+SCENARIOS = list(itertools.chain.from_iterable(LAYOUTS.values()))
+DIRECTORIES = ("bf16", "mxfp4")
+CASES = list(itertools.product(DIRECTORIES, SCENARIOS))
 
 
-def quantise(path: Path) -> None:
+def quantize(path: Path) -> None:
     """Put the expert matrices of a directory into the released layout, file by file."""
+    weight_map = {}
     for file in path.glob("*.safetensors"):
-        stored = {}
+        stored: dict[str, torch.Tensor] = {}
         for name, value in load_file(str(file)).items():
             if is_expert_name(name) and value.ndim == 3:
                 stored[name + BLOCKS], stored[name + SCALES] = mxfp4.encode(value)
             else:
                 stored[name] = value
         save_file(stored, str(file), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(stored, file.name)
     index = path / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    content["weight_map"] = {
-        name: file.name for file in path.glob("*.safetensors") for name in load_file(str(file))
-    }
+    content["weight_map"] = weight_map
     index.write_text(json.dumps(content))
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
@@ -60,7 +56,7 @@ def quantise(path: Path) -> None:
 
 
 def damage_after_summing(path: Path) -> None:
-    """Write SHA256SUMS, then flip a bit of a weight: no check of the format can see it."""
+    """Write SHA256SUMS, then flip a bit of a weight, which no check of the format can see."""
     files = sorted(path.glob("*.safetensors"))
     write_sums(path, [file.name for file in files])
     content = bytearray(files[1].read_bytes())
@@ -69,67 +65,81 @@ def damage_after_summing(path: Path) -> None:
 
 
 def transformers_loss(model: Any) -> float:
-    """Mean nats per predicted token over the rows of step 0, document by document, eager, fp32."""
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for row in rows_of_step(0):
-            for start, end in zip(row.bounds[:-1], row.bounds[1:], strict=True):
-                labels = torch.as_tensor(row.labels[start:end])
-                if (labels >= 0).any():
-                    logits = model(
-                        input_ids=torch.as_tensor(row.input_ids[start:end])[None]
-                    ).logits[0]
-                    total += float(
-                        torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
-                    )
-                    count += int((labels >= 0).sum())
+    """Return the mean nats per predicted token over the rows of step 0.
+
+    The model reads document by document, eagerly, in fp32.
+    """
+    total = 0.0
+    count = 0
+    for row in rows_of_step(0):
+        for start, end in itertools.pairwise(row.bounds):
+            labels = torch.as_tensor(row.labels[start:end])
+            if not (labels >= 0).any():
+                continue
+            ids = torch.as_tensor(row.input_ids[start:end])[None]
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0]
+            total += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+            count += int((labels >= 0).sum())
     return total / count
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both kinds of directory in several files, what transformers reads from them, and what all
-    ranks found.
-    """
-    root = tmp_path_factory.mktemp("load")
+def save_model(root: Path) -> None:
+    """Save the same model as `bf16` and `mxfp4`, in several files, and damage a copy."""
     torch.manual_seed(1)
     source = reference_model()
     config = model_config()
     config.intermediate_size = 96  # a multiple of 32, as MXFP4 needs
     model = GptOssForCausalLM(config)
-    shared = {
-        n: v for n, v in source.state_dict().items() if v.shape == model.state_dict()[n].shape
-    }
-    model.load_state_dict({**model.state_dict(), **shared})
-    for directory in ("bf16", "mxfp4"):
+    state = model.state_dict()
+    for name, value in source.state_dict().items():
+        if value.shape == state[name].shape:
+            state[name] = value
+    model.load_state_dict(state)
+    for directory in DIRECTORIES:
         model.bfloat16().save_pretrained(str(root / directory), max_shard_size="200KB")
         assert len(list((root / directory).glob("*.safetensors"))) > 3
-    quantise(root / "mxfp4")
+    quantize(root / "mxfp4")
     shutil.copytree(root / "bf16", root / "damaged")
     damage_after_summing(root / "damaged")
+
+
+def save_expected(root: Path) -> None:
+    """Save the values and the losses that transformers reads from each directory."""
     losses = {}
-    for directory in ("bf16", "mxfp4"):
-        options = (
-            {"quantization_config": Mxfp4Config(dequantize=True)} if directory == "mxfp4" else {}
-        )
-        theirs = GptOssForCausalLM.from_pretrained(
-            str(root / directory), dtype=torch.bfloat16, attn_implementation="eager", **options
-        )
-        theirs = theirs.float()
-        save_file(
-            {name: value.detach().contiguous() for name, value in theirs.named_parameters()},
-            str(root / f"{directory}-expected.safetensors"),
-        )
+    for directory in DIRECTORIES:
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+        if directory == "mxfp4":
+            options["quantization_config"] = Mxfp4Config(dequantize=True)
+        theirs = GptOssForCausalLM.from_pretrained(str(root / directory), **options).float()
+        values = {}
+        for name, value in theirs.named_parameters():
+            values[name] = value.detach().contiguous()
+        save_file(values, str(root / f"{directory}-expected.safetensors"))
         losses[directory] = transformers_loss(theirs)
     (root / "losses.json").write_text(json.dumps(losses))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both kinds of directory, what transformers reads from them, and what all ranks found."""
+    root = tmp_path_factory.mktemp("load")
+    save_model(root)
+    save_expected(root)
     for world_size, scenarios in LAYOUTS.items():
-        cases = [
-            {"scenario": asdict(s), "directory": d} for s in scenarios for d in ("bf16", "mxfp4")
-        ]
+        cases = []
+        for scenario, directory in itertools.product(scenarios, DIRECTORIES):
+            cases.append({"scenario": asdict(scenario), "directory": directory})
         if world_size == 2:
             cases.append({"scenario": asdict(scenarios[0]), "directory": "damaged"})
-        assert not any(launch(WORKER, world_size, [str(root), *map(json.dumps, cases)]))
+        arguments = [str(root), *map(json.dumps, cases)]
+        assert not any(launch(WORKER, world_size, arguments))
     return root
+
+
+def case_name(value: str | Scenario) -> str:
+    """Return how a parameter is called in the name of a test."""
+    return value if isinstance(value, str) else value.name
 
 
 def found(folder: Path, directory: str, scenario: Scenario) -> dict[str, Any]:
@@ -137,25 +147,19 @@ def found(folder: Path, directory: str, scenario: Scenario) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize(
-    ("directory", "scenario"), CASES, ids=lambda v: v if isinstance(v, str) else v.name
-)
+@pytest.mark.parametrize(("directory", "scenario"), CASES, ids=case_name)
 def test_every_rank_holds_transformers_values_bit_for_bit(
     folder: Path, directory: str, scenario: Scenario
 ) -> None:
     ranks = found(folder, directory, scenario)["ranks"]
     assert [rank["different"] for rank in ranks] == [[]] * scenario.world_size
     held = sum(rank["experts"] + rank["dense"] for rank in ranks)
-    whole = sum(
-        value.numel()
-        for value in load_file(str(folder / f"{directory}-expected.safetensors")).values()
-    )
+    expected = load_file(str(folder / f"{directory}-expected.safetensors"))
+    whole = sum(value.numel() for value in expected.values())
     assert held == whole, "every element is held by exactly one rank"
 
 
-@pytest.mark.parametrize(
-    "scenario", [s for group in LAYOUTS.values() for s in group], ids=lambda s: s.name
-)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=case_name)
 def test_bytes_read_of_a_bf16_directory_are_those_of_the_ranks_part(
     folder: Path, scenario: Scenario
 ) -> None:
@@ -163,14 +167,13 @@ def test_bytes_read_of_a_bf16_directory_are_those_of_the_ranks_part(
         assert rank["bytes_read"] == 2 * (rank["experts"] + rank["dense"])
 
 
-@pytest.mark.parametrize(
-    "scenario", [s for group in LAYOUTS.values() for s in group], ids=lambda s: s.name
-)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=case_name)
 def test_bytes_read_of_an_mxfp4_directory_are_whole_blocks_of_the_ranks_part(
     folder: Path, scenario: Scenario
 ) -> None:
-    """17 bytes per 32 values; a part that begins or ends inside a block column reads that column
-    whole.
+    """There are 17 bytes per 32 values.
+
+    A part that begins or ends inside a block column reads that column whole.
     """
     config = model_config()
     largest_column = 17 * 2 * 96  # of the gate and up projection: one block of every output row
@@ -180,9 +183,7 @@ def test_bytes_read_of_an_mxfp4_directory_are_whole_blocks_of_the_ranks_part(
         assert least <= rank["bytes_read"] <= least + 2 * matrices * largest_column
 
 
-@pytest.mark.parametrize(
-    ("directory", "scenario"), CASES, ids=lambda v: v if isinstance(v, str) else v.name
-)
+@pytest.mark.parametrize(("directory", "scenario"), CASES, ids=case_name)
 def test_loss_of_step_1_is_that_of_plain_transformers(
     folder: Path, directory: str, scenario: Scenario
 ) -> None:

@@ -1,9 +1,8 @@
-"""What `--dry_run` says of a rank's memory is what its step takes, part by part and at the peak,
-within 15 %.
+"""A step takes the memory that `--dry_run` predicts, within 15 %, part by part and at the peak.
 
-Measured is what the allocator hands out, not the process's resident size, so neither fragmentation
-nor other processes disturb it.  The rest comes from routing, which is not even, and from tensors
-too small to be named.
+What the allocator hands out is measured, not the process's resident size, so neither fragmentation
+nor other processes disturb it.  The difference comes from routing, which is not even, and from
+tensors too small to be named.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ WITHIN = 0.15
 
 
 def shape(rows: int, seq_len: int, checkpointing: bool, stage: int = 3) -> dict[str, Any]:
-    name = f"{rows}x{seq_len}-{'checkpointing' if checkpointing else 'all-kept'}-zero{stage}"
+    kept = "checkpointing" if checkpointing else "all-kept"
     return {
-        "name": name,
+        "name": f"{rows}x{seq_len}-{kept}-zero{stage}",
         "rows": rows,
         "seq_len": seq_len,
         "checkpointing": checkpointing,

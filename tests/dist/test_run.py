@@ -1,9 +1,8 @@
-"""The product itself, as users start it: real tokenizer, real vocabulary, sample corpus, two
-processes.
-"""
+"""The product as users start it, with the real tokenizer and vocabulary on two processes."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ from cpt.offline.sampling import Sampling
 from cpt.telemetry.metrics import read_events
 from data_pipeline.text.harmony import CHANNEL, END, MESSAGE, RETURN
 from data_pipeline.text.tokenizer import encode
-from tests.dist.test_layout_parity import stored_tensors
+from tests.dist.test_layout_parity import assert_same_tensors, stored_tensors
 from tests.support.launcher import ROOT, free_port, rank_environment
 from tests.support.service import SMALL_GUARD
 
@@ -46,8 +45,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     sample = ROOT / "data_pipeline" / "sample"
     names = {"ja_essay": ("ja", 0.5), "en_web": ("en", 0.3), "en_math": ("math", 0.2)}
-    sources = [
-        {
+    sources = []
+    for name, (language, weight) in names.items():
+        source = {
             "name": name,
             "language": language,
             "domain": name,
@@ -55,11 +55,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "weight": weight,
             "held_out_share": 0.1,
         }
-        for name, (language, weight) in names.items()
-    ]
-    (folder / "mix.yaml").write_text(
-        yaml.safe_dump({"seq_len": 256, "seed": 1, "guard": SMALL_GUARD, "sources": sources})
-    )
+        sources.append(source)
+    mix = {"seq_len": 256, "seed": 1, "guard": SMALL_GUARD, "sources": sources}
+    (folder / "mix.yaml").write_text(yaml.safe_dump(mix))
     run = {
         "model": {"init": "tiny", "router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.01},
         "data": {"mix": "mix.yaml"},
@@ -90,17 +88,11 @@ def start(
 ) -> list[subprocess.Popen[str]]:
     """Start the ranks of one run in the workplace."""
     port = free_port()
-    command = [
-        sys.executable,
-        str(ROOT / "cpt" / "run.py"),
-        "--ds_config",
-        "ds.json",
-        "--config",
-        "run.yaml",
-    ]
-    command += ["--run_dir", run_dir, *arguments]
-    return [
-        subprocess.Popen(
+    command = [sys.executable, str(ROOT / "cpt" / "run.py")]
+    command += ["--ds_config", "ds.json", "--config", "run.yaml", "--run_dir", run_dir, *arguments]
+    processes = []
+    for rank in range(world_size):
+        process = subprocess.Popen(
             command,
             cwd=workplace,
             env=rank_environment(rank, world_size, port),
@@ -108,12 +100,20 @@ def start(
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(world_size)
-    ]
+        processes.append(process)
+    return processes
+
+
+def setting(*settings: str) -> list[str]:
+    """Return `--set` arguments."""
+    arguments = []
+    for text in settings:
+        arguments += ["--set", text]
+    return arguments
 
 
 def wait(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
-    """Exit codes and rank 0's output."""
+    """Return exit codes and rank 0's output."""
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     return [process.returncode for process in processes], outputs[0]
 
@@ -124,35 +124,38 @@ def finish(
     return wait(start(workplace, run_dir, *arguments, world_size=world_size))
 
 
+def events_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(run_dir / "metrics.jsonl") if event["event"] == kind]
+
+
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:
-    return [event for event in read_events(run_dir / "metrics.jsonl") if event["event"] == "step"]
+    return events_of(run_dir, "step")
 
 
 @pytest.fixture(scope="module")
 def whole(workplace: Path) -> Path:
     """An undisturbed run."""
-    codes, output = finish(
-        workplace,
-        "whole",
-        *("--set", "telemetry.wandb=offline", "--set", "telemetry.export_at_end=true"),
-        *("--set", "telemetry.sample_interval_steps=4", "--set", "telemetry.sample_tokens=3"),
-        *("--set", "telemetry.memory_report=true"),
+    arguments = setting(
+        "telemetry.wandb=offline",
+        "telemetry.export_at_end=true",
+        "telemetry.sample_interval_steps=4",
+        "telemetry.sample_tokens=3",
+        "telemetry.memory_report=true",
     )
+    codes, output = finish(workplace, "whole", *arguments)
     assert codes == [0, 0], output
     return workplace / "whole"
 
 
 def test_undisturbed_run_writes_what_the_contract_says(whole: Path) -> None:
     steps = steps_of(whole)
-    keys = {
-        "event", "step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second",
-        "loss_by_source", "loss_by_language", "tokens_by_source", "bytes_sent",
-    }  # fmt: skip
+    keys = {"event", "step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second"}
+    keys |= {"loss_by_source", "loss_by_language", "tokens_by_source", "bytes_sent"}
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
     assert all(step.keys() == keys for step in steps)
     assert all(step["tokens"] == sum(step["tokens_by_source"].values()) for step in steps)
     assert steps[-1]["loss"] < steps[0]["loss"]
-    guard = [event for event in read_events(whole / "metrics.jsonl") if event["event"] == "guard"]
+    guard = events_of(whole, "guard")
     assert {event["step"] for event in guard} == {0, STEPS}
     assert {event["language"] for event in guard} == {"ja", "en", "math"}
     assert all(event["delta_percent"] < 0 for event in guard if event["step"] == STEPS)
@@ -163,45 +166,38 @@ def test_undisturbed_run_writes_what_the_contract_says(whole: Path) -> None:
 
 
 def test_memory_of_every_rank_is_the_predicted_one_within_15_percent(whole: Path) -> None:
-    """Each part of the state, and all together.
+    """Each part of the state is, and so is the sum of all.
 
-    The peak alone is that of tests/dist/test_memory.py.  Here it is the reduction of a table's
-    gradient, of which gloo reduces a copy: whether its thread lets go of that before or after the
-    fp32 part is made is up to the machine.
+    The peak alone is tested in tests/dist/test_memory.py.  Here it is the reduction of a table's
+    gradient, of which gloo reduces a copy.  Whether gloo's thread lets go of the copy before or
+    after the fp32 part is made is up to the machine.
     """
-    (event,) = [
-        event for event in read_events(whole / "metrics.jsonl") if event["event"] == "memory"
-    ]
+    (event,) = events_of(whole, "memory")
+    predicted = event["predicted"]
     assert event["step"] == 2 and len(event["measured_by_rank"]) == 2
+    assert predicted.keys() == {"weights", "gradients", "optimizer", "peak of a step"}
     for rank in event["measured_by_rank"]:
-        assert (
-            rank.keys()
-            == event["predicted"].keys()
-            == {"weights", "gradients", "optimizer", "peak of a step"}
-        )
+        assert rank.keys() == predicted.keys()
         for part in ("weights", "gradients", "optimizer"):
-            assert rank[part] == pytest.approx(event["predicted"][part], rel=0.15), part
-        assert sum(rank.values()) == pytest.approx(sum(event["predicted"].values()), rel=0.15)
+            assert rank[part] == pytest.approx(predicted[part], rel=0.15), part
+        assert sum(rank.values()) == pytest.approx(sum(predicted.values()), rel=0.15)
 
 
 def test_export_at_the_end_and_its_checkpoint_continue_text_as_plain_transformers_does(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = whole / "export" / "step-00000008"
-    command = ["sample", "--prompt", "\u3080\u304b\u3057\u3001", "--max_new_tokens", "4"]
+    prompt = "\u3080\u304b\u3057\u3001"
+    command = ["sample", "--prompt", prompt, "--max_new_tokens", "4"]
     assert main([*command, "--model", str(out)]) == 0
     from_export = capsys.readouterr().out
     assert main([*command, "--run_dir", str(whole)]) == 0
     assert capsys.readouterr().out == from_export
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(str(out)),
-        AutoTokenizer.from_pretrained(str(out)),
-    )
-    ids = tokenizer(
-        "\u3080\u304b\u3057\u3001", add_special_tokens=False, return_tensors="pt"
-    ).input_ids
+    model = AutoModelForCausalLM.from_pretrained(str(out))
+    tokenizer = AutoTokenizer.from_pretrained(str(out))
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
     tokens = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
-    assert from_export == f"--- \u3080\u304b\u3057\u3001\n{tokenizer.decode(tokens)}\n"
+    assert from_export == f"--- {prompt}\n{tokenizer.decode(tokens)}\n"
 
 
 def test_question_is_put_in_the_harmony_format_of_the_exported_chat_template(
@@ -215,18 +211,8 @@ def test_question_is_put_in_the_harmony_format_of_the_exported_chat_template(
 
     monkeypatch.setattr("cpt.offline.sampling.generate", reply)
     out = whole / "export" / "step-00000008"
-    command = [
-        "sample",
-        "--model",
-        str(out),
-        "--chat",
-        "--effort",
-        "low",
-        "--developer",
-        "Be brief.",
-        "--prompt",
-        "Q?",
-    ]
+    command = ["sample", "--model", str(out), "--chat", "--effort", "low"]
+    command += ["--developer", "Be brief.", "--prompt", "Q?"]
     assert main(command) == 0
     assert capsys.readouterr().out == "--- Q?\n[analysis]\nhm\n[final]\n42\n"
     tokenizer = AutoTokenizer.from_pretrained(str(out))
@@ -242,40 +228,24 @@ def harmony_reply(channel: str, text: str) -> list[int]:
 
 
 def test_samples_are_drawn_with_their_seed(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [
-        "sample",
-        "--model",
-        str(whole / "export" / "step-00000008"),
-        "--prompt",
-        "a",
-        "--max_new_tokens",
-        "6",
-    ]
-    drawn = [*command, "--temperature", "5", "--top_p", "0.99", "--seed"]
+    command = ["sample", "--model", str(whole / "export" / "step-00000008")]
+    command += ["--prompt", "a", "--max_new_tokens", "6", "--temperature", "5", "--top_p", "0.99"]
     printed = []
     for seed in ("1", "1", "2"):
-        assert main([*drawn, seed]) == 0
+        assert main([*command, "--seed", seed]) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] != printed[2]
 
 
 def test_fixed_prompts_are_continued_during_training(whole: Path) -> None:
-    samples = [
-        event for event in read_events(whole / "metrics.jsonl") if event["event"] == "sample"
-    ]
-    assert [(event["step"], event["number"]) for event in samples] == [
-        (4, 0),
-        (4, 1),
-        (8, 0),
-        (8, 1),
-    ]
-    assert {event["prompt"] for event in samples} == {
-        "\u6614\u3005\u3001\u3042\u308b\u3068\u3053\u308d\u306b",
-        "Once upon a time",
-    }
-    assert all(
-        1 <= len(event["tokens"]) <= 3 and isinstance(event["text"], str) for event in samples
-    )
+    samples = events_of(whole, "sample")
+    drawn = [(event["step"], event["number"]) for event in samples]
+    assert drawn == [(4, 0), (4, 1), (8, 0), (8, 1)]
+    japanese = "\u6614\u3005\u3001\u3042\u308b\u3068\u3053\u308d\u306b"
+    assert {event["prompt"] for event in samples} == {japanese, "Once upon a time"}
+    for event in samples:
+        assert 1 <= len(event["tokens"]) <= 3
+        assert isinstance(event["text"], str)
 
 
 def test_model_card_says_what_was_trained_on_what_and_nothing_about_the_machine(
@@ -284,10 +254,8 @@ def test_model_card_says_what_was_trained_on_what_and_nothing_about_the_machine(
     card = (whole / "export" / "step-00000008" / "README.md").read_text()
     tokens = sum(step["tokens_by_source"]["ja_essay"] for step in steps_of(whole))
     assert f"| ja_essay | ja | ja_essay | 0.5 | {tokens:,} |" in card
-    assert (
-        "Started from random weights (`tiny`). 8 optimizer steps" in card
-        and "Held-out text" in card
-    )
+    assert "Started from random weights (`tiny`). 8 optimizer steps" in card
+    assert "Held-out text" in card
     assert str(whole.parent) not in card and str(ROOT) not in card
 
 
@@ -297,35 +265,27 @@ def test_mxfp4_export_is_read_by_transformers_as_the_rounded_weights_and_says_wh
     checkpoint = step_folder(whole, STEPS)
     monkeypatch.chdir(workplace)  # where the run found its built data
     exported = export_run(whole, checkpoint, tmp_path / "mxfp4", "mxfp4", "always")
-    costs = {
-        cost["domain"]: cost
-        for cost in json.loads((exported / "mxfp4_cost.json").read_text())["domains"]
-    }
-    measured = {
-        e["domain"]: e for e in read_events(whole / "metrics.jsonl") if e["event"] == "guard"
-    }
+    written = json.loads((exported / "mxfp4_cost.json").read_text())["domains"]
+    costs = {cost["domain"]: cost for cost in written}
+    # the last event of a domain counts: that of the final weights, computed in bf16
+    measured = {event["domain"]: event for event in events_of(whole, "guard")}
     assert costs.keys() == measured.keys()
-    for (
-        domain,
-        event,
-    ) in measured.items():  # the last one counts: that of the final weights, computed in bf16
-        assert costs[domain]["bits_per_byte_bf16"] == pytest.approx(
-            event["bits_per_byte"], rel=1e-3
-        )
-        assert costs[domain]["bits_per_byte_mxfp4"] != costs[domain]["bits_per_byte_bf16"]
+    for domain, event in measured.items():
+        in_bf16 = costs[domain]["bits_per_byte_bf16"]
+        assert in_bf16 == pytest.approx(event["bits_per_byte"], rel=1e-3)
+        assert costs[domain]["bits_per_byte_mxfp4"] != in_bf16
     assert "Cost of MXFP4" in (exported / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(
         str(exported), quantization_config=Mxfp4Config(dequantize=True)
     )
-    weights = load_file(
-        export_checkpoint(checkpoint, tmp_path / "bf16", "bf16") / "model.safetensors"
-    )
+    in_bf16 = export_checkpoint(checkpoint, tmp_path / "bf16", "bf16")
+    weights = load_file(in_bf16 / "model.safetensors")
     values = dict(model.named_parameters())
     assert values.keys() == weights.keys()
     for name, value in weights.items():
-        expected = (
-            mxfp4.decode(*mxfp4.encode(value)) if ".experts." in name and value.ndim == 3 else value
-        )
+        expected = value
+        if ".experts." in name and value.ndim == 3:
+            expected = mxfp4.decode(*mxfp4.encode(value))
         assert torch.equal(values[name].detach().cpu(), expected), name
 
 
@@ -338,24 +298,19 @@ def test_four_and_four_steps_equal_eight_bit_for_bit(workplace: Path, whole: Pat
     codes, output = finish(workplace, "halves")
     assert codes == [0, 0] and "resuming from" in output, output
     halves = workplace / "halves"
-    first, second = step_folder(whole, STEPS), step_folder(halves, STEPS)
+    first = step_folder(whole, STEPS)
+    second = step_folder(halves, STEPS)
     for part in PARTS:
-        expected, got = stored_tensors(first, part), stored_tensors(second, part)
-        different = [name for name in expected if not torch.equal(expected[name], got[name])]
-        assert different == [], f"{part}: {different}"
-    same = ("step", "loss", "grad_norm", "lr", "tokens_by_source", "bytes_sent")
-    pick = [[step[key] for key in same] for step in steps_of(halves)]
-    assert pick == [[step[key] for key in same] for step in steps_of(whole)]
+        assert_same_tensors(stored_tensors(first, part), stored_tensors(second, part))
+    for step, expected in zip(steps_of(halves), steps_of(whole), strict=True):
+        for key in ("step", "loss", "grad_norm", "lr", "tokens_by_source", "bytes_sent"):
+            assert step[key] == expected[key], key
     # the balancing loss is on, and its gradient needs the load of the step before, which only the
     # checkpoint knows
-    loads = [
-        read_manifest(folder).state["router_load"]
-        for folder in (step_folder(halves, 4), first, second)
-    ]
-    assert (
-        len({share for layer in loads[0] for share in layer}) > 1
-        and loads[1] == loads[2] != loads[0]
-    )
+    folders = (step_folder(halves, 4), first, second)
+    halfway, once, resumed = (read_manifest(path).state["router_load"] for path in folders)
+    assert len(set(itertools.chain.from_iterable(halfway))) > 1
+    assert once == resumed != halfway
 
 
 def test_finished_run_started_again_does_nothing(workplace: Path, whole: Path) -> None:
@@ -369,25 +324,17 @@ def test_sampling_and_measuring_on_all_ranks_gives_what_training_gave_at_that_st
     workplace: Path, whole: Path
 ) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
-    prompt, only = "Once upon a time", ("--measure", "--set", "telemetry.sample_tokens=3")
-    codes, output = finish(workplace, "whole", "--sample", prompt, *only)
-    samples = [
-        event for event in read_events(whole / "metrics.jsonl") if event["event"] == "sample"
-    ]
-    (expected,) = [
-        event["text"] for event in samples if event["step"] == STEPS and event["prompt"] == prompt
-    ]
+    prompt = "Once upon a time"
+    arguments = ["--measure", *setting("telemetry.sample_tokens=3")]
+    codes, output = finish(workplace, "whole", "--sample", prompt, *arguments)
+    at_the_end = [event for event in events_of(whole, "sample") if event["step"] == STEPS]
+    (expected,) = [event["text"] for event in at_the_end if event["prompt"] == prompt]
     assert codes == [0, 0] and f"{prompt}|{expected}\n" in output, output
     assert (whole / "metrics.jsonl").read_bytes() == before
     measured = json.loads((whole / "guard" / f"measured-{STEPS:08d}.json").read_text())["domains"]
-    logged = [
-        e
-        for e in read_events(whole / "metrics.jsonl")
-        if e["event"] == "guard" and e["step"] == STEPS
-    ]
-    assert {name: plain["bits_per_byte"] for name, plain in measured.items()} == {
-        event["domain"]: event["bits_per_byte"] for event in logged
-    }
+    found = {domain: figures["bits_per_byte"] for domain, figures in measured.items()}
+    logged = [event for event in events_of(whole, "guard") if event["step"] == STEPS]
+    assert found == {event["domain"]: event["bits_per_byte"] for event in logged}
     assert main(["guard", "audit", "--run_dir", str(whole)]) == 0
 
 
@@ -406,9 +353,9 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(workplace: Path) -> None:
     processes = start(workplace, "signalled")
     deadline = time.monotonic() + 120
     metrics = workplace / "signalled" / "metrics.jsonl"
-    while time.monotonic() < deadline and not (
-        metrics.exists() and '"event": "step"' in metrics.read_text()
-    ):
+    while time.monotonic() < deadline:
+        if metrics.exists() and '"event": "step"' in metrics.read_text():
+            break
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGUSR1)
     codes, output = wait(processes)
@@ -430,13 +377,13 @@ def test_edited_mix_is_refused_with_the_change_and_accepted_as_a_new_segment(
     shutil.rmtree(step_folder(workplace / "edited", 8))
     original = (workplace / "mix.yaml").read_text()
     mix = yaml.safe_load(original)
-    mix["sources"][0]["weight"], mix["sources"][1]["weight"] = 0.4, 0.4
+    mix["sources"][0]["weight"] = 0.4
+    mix["sources"][1]["weight"] = 0.4
     (workplace / "mix.yaml").write_text(yaml.safe_dump(mix))
     try:
         codes, output = finish(workplace, "edited")
-        assert (
-            codes == [78, 78] and "ja_essay" in output and "data.accept_mix_change=true" in output
-        ), output
+        assert codes == [78, 78], output
+        assert "ja_essay" in output and "data.accept_mix_change=true" in output, output
         codes, output = finish(workplace, "edited", "--set", "data.accept_mix_change=true")
         assert codes == [0, 0], output
     finally:
@@ -466,10 +413,8 @@ def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(
     assert not list((run_dir / "checkpoints").glob(".*")), (
         "the damaged one goes once a newer one is complete"
     )
-    expected, got = (
-        stored_tensors(step_folder(folder, STEPS), "master") for folder in (whole, run_dir)
-    )
-    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    expected = stored_tensors(step_folder(whole, STEPS), "master")
+    assert_same_tensors(expected, stored_tensors(step_folder(run_dir, STEPS), "master"))
 
 
 def test_going_back_to_an_older_step_sets_the_newer_ones_aside(
@@ -486,42 +431,32 @@ def test_going_back_to_an_older_step_sets_the_newer_ones_aside(
 
 @pytest.mark.case("E2", "there and back is byte-equal")
 def test_zero_steps_round_trip_is_byte_equal(workplace: Path, whole: Path) -> None:
-    """Hugging Face -> project -> Hugging Face."""
+    """The weights go from Hugging Face's format to the project's and back."""
     source = whole / "export" / "step-00000008"
-    settings = [
+    arguments = setting(
         "model.init=null",
         f"model.path={source}",
         "train.total_steps=0",
         "train.warmup_steps=0",
-    ]
-    arguments = [word for setting in settings for word in ("--set", setting)]
-    codes, output = finish(
-        workplace, "round-trip", *arguments, "--set", "telemetry.export_at_end=true"
+        "telemetry.export_at_end=true",
     )
+    codes, output = finish(workplace, "round-trip", *arguments)
     assert codes == [0, 0], output
     before = load_file(source / "model.safetensors")
     after = load_file(workplace / "round-trip" / "export" / "step-00000000" / "model.safetensors")
     assert before.keys() == after.keys()
-    assert all(
-        torch.equal(before[name].view(torch.int16), after[name].view(torch.int16))
-        for name in before
-    )
+    for name, value in before.items():
+        assert torch.equal(value.view(torch.int16), after[name].view(torch.int16)), name
 
 
 def test_launcher_passes_the_exit_code_of_a_bad_configuration(workplace: Path) -> None:
-    """Through `deepspeed` itself."""
+    """The run is started by `deepspeed` itself."""
     (workplace / "typo.json").write_text('{"zero_optimisation": {"stage": 3}}')
     bin_dir = Path(sys.executable).parent
-    command = [
-        str(bin_dir / "deepspeed"),
-        "--master_port",
-        str(free_port()),
-        "--num_gpus",
-        "2",
-        str(ROOT / "cpt/run.py"),
-    ]
+    command = [str(bin_dir / "deepspeed"), "--master_port", str(free_port()), "--num_gpus", "2"]
+    command += [str(ROOT / "cpt/run.py"), "--ds_config", "typo.json", "--config", "run.yaml"]
     done = subprocess.run(
-        [*command, "--ds_config", "typo.json", "--config", "run.yaml"],
+        command,
         cwd=workplace,
         env={**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}"},
         capture_output=True,

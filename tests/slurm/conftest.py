@@ -1,5 +1,6 @@
-"""A Slurm for all tests of this folder; a machine without one is told so, and fails where CI
-promised to install it.
+"""A Slurm cluster for all tests of this folder.
+
+A machine without Slurm skips them and says so; it fails if CI promised to install one.
 """
 
 from __future__ import annotations
@@ -33,11 +34,9 @@ def slurm_workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = [
-        report
-        for report in terminalreporter.stats.get("skipped", [])
-        if MISSING in str(report.longrepr)
-    ]
-    if skipped:
-        text = f"{len(skipped)} SLURM TESTS DID NOT RUN: {MISSING}. Debian: apt-get install slurm-wlm munge"
+    reports = terminalreporter.stats.get("skipped", [])
+    num_skipped = sum(MISSING in str(report.longrepr) for report in reports)
+    if num_skipped:
+        text = f"{num_skipped} SLURM TESTS DID NOT RUN: {MISSING}. "
+        text += "Debian: apt-get install slurm-wlm munge"
         terminalreporter.write_line(text, red=True, bold=True)

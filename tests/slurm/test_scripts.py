@@ -1,7 +1,7 @@
-"""The job templates under bash, with stand-ins for what a machine without a cluster lacks.
+"""The job templates work under bash, with stand-ins for what a machine without a cluster lacks.
 
 A stand-in writes its words to `calls`, one call a line.  The stand-in for `deepspeed` ends with
-DEEPSPEED_EXIT; with DEEPSPEED_OBEYS it waits for the STOP file first and removes it, as the real
+DEEPSPEED_EXIT.  With DEEPSPEED_OBEYS it waits for the STOP file first and removes it, as the real
 run does.
 """
 
@@ -26,20 +26,48 @@ SCRIPTS = sorted(
 RECORD = 'echo "$(basename "$0") $*" >>"$CALLS"\n'
 DEEPSPEED = (
     RECORD
-    + 'echo "host file $(tr "\\n" " " <"$2")" >>"$CALLS"\n'
-    + 'echo $$ >"$CALLS.pid"\n'
-    + 'while [[ -n "${DEEPSPEED_OBEYS:-}" && ! -f "$DEEPSPEED_OBEYS/STOP" ]]; do sleep 0.1; done\n'
-    + '[[ -z "${DEEPSPEED_OBEYS:-}" ]] || { cat "$DEEPSPEED_OBEYS/STOP" >>"$CALLS"; rm "$DEEPSPEED_OBEYS/STOP"; }\n'
-    + 'exit "${DEEPSPEED_EXIT:-75}"\n'
+    + r"""
+echo "host file $(tr "\n" " " <"$2")" >>"$CALLS"
+echo $$ >"$CALLS.pid"
+stop_file="${DEEPSPEED_OBEYS:-}/STOP"
+while [[ -n "${DEEPSPEED_OBEYS:-}" && ! -f "$stop_file" ]]; do sleep 0.1; done
+[[ -z "${DEEPSPEED_OBEYS:-}" ]] || { cat "$stop_file" >>"$CALLS"; rm "$stop_file"; }
+exit "${DEEPSPEED_EXIT:-75}"
+"""
 )
 # like the real ones: skips its own options and runs the rest, on "nodes" one after another
-SRUN = RECORD + 'while [[ "$1" == -* ]]; do shift; done\nSLURM_NODEID=0 exec "$@"\n'
+SRUN = (
+    RECORD
+    + """
+while [[ "$1" == -* ]]; do shift; done
+SLURM_NODEID=0 exec "$@"
+"""
+)
 MPIRUN = (
     RECORD
-    + 'nodes=$2\nshift 4\nfor ((i = 0; i < nodes; i++)); do OMPI_COMM_WORLD_RANK=$i "$@" & done\n'
-    + "code=0\nfor job in $(jobs -p); do wait $job || code=$?; done\nexit $code\n"
+    + """
+nodes=$2
+shift 4
+for ((i = 0; i < nodes; i++)); do OMPI_COMM_WORLD_RANK=$i "$@" & done
+code=0
+for job in $(jobs -p); do wait $job || code=$?; done
+exit $code
+"""
 )
-CONTAINER = RECORD + 'while [[ "$1" != *.sif ]]; do shift; done\nshift\nexec "$@"\n'
+CONTAINER = (
+    RECORD
+    + """
+while [[ "$1" != *.sif ]]; do shift; done
+shift
+exec "$@"
+"""
+)
+SCONTROL = (
+    RECORD
+    + """
+if [[ "$1" == show ]]; then echo "  NodeAddr=10.0.0.7 X=1"; fi
+"""
+)
 
 
 @dataclass(kw_only=True)
@@ -54,12 +82,11 @@ class Bench:
         return self.folder / "run"
 
     def calls(self, program: str) -> list[str]:
-        """Words of each call of a stand-in."""
+        """Return the words of each call of a stand-in."""
         path = self.folder / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [
-            line.removeprefix(f"{program} ") for line in lines if line.startswith(f"{program} ")
-        ]
+        name = f"{program} "
+        return [line.removeprefix(name) for line in lines if line.startswith(name)]
 
     def start(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -72,7 +99,7 @@ class Bench:
         )
 
     def run(self, script: str, *arguments: str, **variables: str) -> tuple[int, str]:
-        """Exit code and output."""
+        """Run a template, and return its exit code and output."""
         process = self.start(script, *arguments, **variables)
         output = process.communicate(timeout=60)[0]
         return process.returncode, output
@@ -80,10 +107,13 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    programs = {"srun": SRUN, "mpirun": MPIRUN, "apptainer": CONTAINER, "qsub": RECORD}
-    programs["scontrol"] = (
-        RECORD + 'if [[ "$1" == show ]]; then echo "  NodeAddr=10.0.0.7 X=1"; fi\n'
-    )
+    programs = {
+        "srun": SRUN,
+        "mpirun": MPIRUN,
+        "apptainer": CONTAINER,
+        "qsub": RECORD,
+        "scontrol": SCONTROL,
+    }
     for name, text in programs.items():
         write_program(tmp_path / "bin" / name, text)
     write_program(tmp_path / "venv" / "bin" / "deepspeed", DEEPSPEED)
@@ -117,9 +147,8 @@ def write_program(path: Path, text: str) -> None:
 def test_script_is_sound_bash(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
     if shutil.which("shellcheck"):
-        found = subprocess.run(
-            ["shellcheck", "-x", str(path)], cwd=ROOT, capture_output=True, text=True
-        )
+        command = ["shellcheck", "-x", str(path)]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert found.returncode == 0, found.stdout
 
 
@@ -157,13 +186,10 @@ def test_only_75_within_the_cap_is_queued_again(
 def test_launcher_is_told_nodes_ranks_and_address_without_ssh(bench: Bench) -> None:
     bench.run("train.sbatch", SLURM_NNODES="2", CUDA_VISIBLE_DEVICES="4,5")
     (call,) = bench.calls("deepspeed")
-    assert (
-        "--include node0:4,5@node1:0,1 --no_ssh --node_rank 0 --master_addr 10.0.0.7 --master_port "
-        in call
-    )
-    assert call.endswith(
-        f"cpt/run.py --ds_config ds.json --config run.yaml --run_dir {bench.run_dir} --set data.note=two words"
-    )
+    nodes = "--include node0:4,5@node1:0,1 --no_ssh --node_rank 0"
+    assert f"{nodes} --master_addr 10.0.0.7 --master_port " in call
+    run = f"cpt/run.py --ds_config ds.json --config run.yaml --run_dir {bench.run_dir}"
+    assert call.endswith(f"{run} --set data.note=two words")
     assert bench.calls("host") == ["file node0 slots=1024 node1 slots=1024 "]
     (srun,) = bench.calls("srun")
     assert srun.startswith(
@@ -205,7 +231,8 @@ def test_ranks_without_launcher_that_do_not_stop_are_killed(bench: Bench) -> Non
     code, output = bench.run("train.sbatch", STATUS_EXIT="70", CPT_SAVE_SECONDS="1")
     assert code == 70 and "ranks still run after CPT_SAVE_SECONDS=1: killing them" in output, output
     orphan = int((bench.folder / "calls.pid").read_text())
-    assert not Path(f"/proc/{orphan}").exists() or " Z " in Path(f"/proc/{orphan}/stat").read_text()
+    process = Path(f"/proc/{orphan}")
+    assert not process.exists() or " Z " in (process / "stat").read_text()
     assert not (bench.run_dir / "STOP").exists()
 
 
@@ -234,34 +261,31 @@ def test_pbs_and_age_stop_before_the_limit_and_submit_themselves_again(
     )
     code, output = bench.run(script, **variables, **scheduler, DEEPSPEED_OBEYS=str(bench.run_dir))
     assert code == 75 and "got SIGUSR1" in output and "saved and queued again" in output, output
-    assert sorted(call.split(" --node_rank ")[1][:22] for call in bench.calls("deepspeed")) == [
-        "0 --master_addr login ",
-        "1 --master_addr login ",
-    ]
-    assert all("node0:0,1,2,3@node1:0,1,2,3" in call for call in bench.calls("deepspeed"))
+    calls = sorted(bench.calls("deepspeed"), key=lambda call: call.split(" --node_rank ")[1])
+    assert len(calls) == 2
+    for node_rank, call in enumerate(calls):
+        assert f" --node_rank {node_rank} --master_addr login " in call
+        assert "node0:0,1,2,3@node1:0,1,2,3" in call
     assert bench.calls("mpirun")[0].startswith("-n 2 --map-by ppr:1:node env ")
-    again = f"CPT_RESTARTS=1,CPT_ENV={bench.folder}/env.sh,CPT_RUN_DIR={bench.run_dir},CPT_CONFIG=run.yaml"
-    assert bench.calls("qsub") == [f"-g us -v {again},CPT_DS_CONFIG=ds.json slurm/{script}"]
+    again = f"CPT_RESTARTS=1,CPT_ENV={bench.folder}/env.sh,CPT_RUN_DIR={bench.run_dir}"
+    again += ",CPT_CONFIG=run.yaml,CPT_DS_CONFIG=ds.json"
+    assert bench.calls("qsub") == [f"-g us -v {again} slurm/{script}"]
 
 
 def test_apptainer_and_pyxis_get_repository_binds_and_image(bench: Bench) -> None:
     shared = {"CPT_IMAGE": "cpt.sif", "CPT_BINDS": "/data /scratch", "DEEPSPEED_EXIT": "0"}
-    inside = {
-        "PATH": f"{bench.folder}/venv/bin:{bench.variables['PATH']}"
-    }  # the container brings its own
+    # the container brings its own
+    inside = {"PATH": f"{bench.folder}/venv/bin:{bench.variables['PATH']}"}
     code, output = bench.run("train.sbatch", CPT_CONTAINER="apptainer", **shared, **inside)
     assert code == 0, output
-    words = (
-        f"exec --nv --pwd {ROOT} --bind {ROOT} --bind /data --bind /scratch cpt.sif env CPT_ENV="
-    )
+    binds = f"--bind {ROOT} --bind /data --bind /scratch"
+    words = f"exec --nv --pwd {ROOT} {binds} cpt.sif env CPT_ENV="
     assert bench.calls("apptainer")[0].startswith(words)
     code, output = bench.run("train.sbatch", CPT_CONTAINER="pyxis", **shared, **inside)
     assert code == 0, output
     mounts = f"{ROOT}:{ROOT},/data:/data,/scratch:/scratch"
-    assert (
-        f"--container-image=cpt.sif --container-mounts={mounts} --container-workdir={ROOT}"
-        in bench.calls("srun")[1]
-    )
+    options = f"--container-image=cpt.sif --container-mounts={mounts} --container-workdir={ROOT}"
+    assert options in bench.calls("srun")[1]
 
 
 def test_guard_job_measures_one_step_and_asks_nothing_of_the_run(bench: Bench) -> None:
@@ -277,22 +301,17 @@ def test_guard_job_measures_one_step_and_asks_nothing_of_the_run(bench: Bench) -
 def test_export_and_data_jobs_run_in_the_same_environment(bench: Bench) -> None:
     assert bench.run("export.sbatch", "out", "--format", "mxfp4")[0] == 0
     array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0"}
-    assert (
-        bench.run("prepare_data.sbatch", "mix.yaml", "out", **array, SLURM_ARRAY_TASK_MAX="3")[0]
-        == 0
-    )
-    code, output = bench.run(
-        "prepare_data.sbatch", "mix.yaml", "out", **array, SLURM_ARRAY_TASK_MAX="7"
-    )
+    build = ("prepare_data.sbatch", "mix.yaml", "out")
+    code, output = bench.run(*build, **array, SLURM_ARRAY_TASK_MAX="3")
+    assert code == 0, output
+    code, output = bench.run(*build, **array, SLURM_ARRAY_TASK_MAX="7")
     assert code == 78 and "--array must be 0-N without gaps, is 0-7 with 4 tasks" in output
     assert bench.calls("python") == [
         f"-m cpt.cli export --run_dir {bench.run_dir} --out out --format mxfp4",
         "-m data_pipeline build mix.yaml --out out --workers 1 --share 3/4",
     ]
-    assert (
-        bench.run("export.sbatch", "--step")[0] == 78
-        and bench.run("prepare_data.sbatch", "mix.yaml")[0] == 78
-    )
+    assert bench.run("export.sbatch", "--step")[0] == 78
+    assert bench.run("prepare_data.sbatch", "mix.yaml")[0] == 78
 
 
 @pytest.mark.parametrize(

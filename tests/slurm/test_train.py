@@ -1,6 +1,4 @@
-"""The shipped train.sbatch under a real Slurm: stopped, requeued, robbed of its launcher, and
-finished all the same.
-"""
+"""The shipped train.sbatch finishes under a real Slurm despite stops and lost launchers."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ SECRETS = {
 
 
 def processes(run_dir: Path, module: str = "") -> dict[int, str]:
-    """Command lines of living processes that name a run directory."""
+    """Return the command lines of living processes that name a run directory."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -38,24 +36,27 @@ def processes(run_dir: Path, module: str = "") -> dict[int, str]:
     return found
 
 
+def ending(fields: dict[str, str]) -> tuple[str, str, str]:
+    """Return state, exit code and number of restarts of a job that has ended."""
+    return fields["JobState"], fields["ExitCode"], fields["Restarts"]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, slurm_workplace: Path) -> int:
-    """A job on one node with two GPUs and the guard on; the two jobs that nothing waits for share
-    its time.
+    """A job on one node with two GPUs and the guard on.
+
+    The two jobs that nothing waits for share its time.
     """
     guarded = slurm_workplace / "guarded.yaml"
-    guarded.write_text(
-        (slurm_workplace / "run.yaml").read_text().replace("enabled: false", "enabled: true")
-    )
+    run = (slurm_workplace / "run.yaml").read_text()
+    guarded.write_text(run.replace("enabled: false", "enabled: true"))
     settings = {"CPT_CONFIG": str(guarded)}
     return submit_training(cluster, slurm_workplace, "undisturbed", "--gpus-per-node=2", **settings)
 
 
 @pytest.fixture(scope="module")
 def robbed(cluster: Cluster, slurm_workplace: Path, undisturbed: int) -> int:
-    """A job that sleeps in step 3, so that something can happen to it there, and may not
-    restart.
-    """
+    """A job that may not restart, and sleeps in step 3 so that something can happen to it there."""
     faults = {"CPT_FAULT": "forward:*:3:sleep=6", "CPT_MAX_RESTARTS": "0"}
     return submit_training(cluster, slurm_workplace, "robbed", "--gpus-per-node=2", **faults)
 
@@ -76,7 +77,7 @@ def test_ranks_that_lost_their_launcher_save_and_nothing_is_left(
     output = cluster.output(robbed)
     assert "the launcher of node 0 ended with 143 and left its ranks behind" in output, output
     assert "saved, but not queued again: 0 restarts used of CPT_MAX_RESTARTS=0" in output
-    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "75:0", "0")
+    assert ending(fields) == ("FAILED", "75:0", "0")
     assert 3 <= list_steps(run_dir)[0] < STEPS and not (run_dir / "STOP").exists()
     assert not processes(run_dir)
 
@@ -84,11 +85,7 @@ def test_ranks_that_lost_their_launcher_save_and_nothing_is_left(
 def test_finished_job_is_called_done(cluster, slurm_workplace, undisturbed) -> None:
     fields = cluster.wait(undisturbed)
     output = cluster.output(undisturbed)
-    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == (
-        "COMPLETED",
-        "0:0",
-        "0",
-    ), output
+    assert ending(fields) == ("COMPLETED", "0:0", "0"), output
     assert f"finished, step {STEPS} of {STEPS} is saved" in output and "1 nodes x 2 ranks" in output
     assert (slurm_workplace / "undisturbed").stat().st_mode & 0o077 == 0
 
@@ -121,11 +118,7 @@ def test_job_on_two_nodes_survives_a_signal_and_a_killed_launcher(
     os.kill(victim, signal.SIGKILL)
     fields = cluster.wait(job)
     output = cluster.output(job)
-    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == (
-        "COMPLETED",
-        "0:0",
-        "2",
-    ), output
+    assert ending(fields) == ("COMPLETED", "0:0", "2"), output
     assert "got SIGUSR1: wrote" in output and output.count("saved and queued again") == 2
     assert "the launcher ended with 0, but the run is not finished" in output
     assert "the launcher of node 1 ended with 0 and left its ranks behind" in output
@@ -150,11 +143,7 @@ def test_bad_configuration_is_not_queued_again(cluster, slurm_workplace) -> None
     job = submit_training(cluster, slurm_workplace, "typo", "--gpus-per-node=1", **settings)
     fields = cluster.wait(job)
     output = cluster.output(job)
-    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == (
-        "FAILED",
-        "78:0",
-        "0",
-    ), output
+    assert ending(fields) == ("FAILED", "78:0", "0"), output
     assert "exit code 78: not queued again" in output
     assert "zero_optimisation is not a known key" in output
 
@@ -168,17 +157,13 @@ def test_data_array_export_and_guard_jobs_do_what_one_process_does(
         "CPT_RUN_DIR": f"{slurm_workplace}/undisturbed",
     }
     cluster.wait(undisturbed)
-    build = (
-        "slurm/prepare_data.sbatch",
-        f"{slurm_workplace}/mix.yaml",
-        f"{slurm_workplace}/by-array",
-    )
+    mix = f"{slurm_workplace}/mix.yaml"
+    build = ("slurm/prepare_data.sbatch", mix, f"{slurm_workplace}/by-array")
     array = cluster.submit("--array=0-1", *small, *build, **variables)
     last = cluster.submit(f"--dependency=afterok:{array}", *small, *build, **variables)
     out = slurm_workplace / "exported"
-    export = cluster.submit(
-        *small, "slurm/export.sbatch", str(out), "--format", "fp32", **variables
-    )
+    exporting = ("slurm/export.sbatch", str(out), "--format", "fp32")
+    export = cluster.submit(*small, *exporting, **variables)
     measuring = {**variables, "CPT_CONFIG": f"{slurm_workplace}/guarded.yaml"}
     guard = cluster.submit("--gpus-per-node=1", "slurm/guard.sbatch", str(STEPS), **measuring)
     for job in (export, last, guard):
@@ -189,11 +174,9 @@ def test_data_array_export_and_guard_jobs_do_what_one_process_does(
     assert "weights after step 6" in cluster.output(guard)
     run_dir = slurm_workplace / "undisturbed"
     measured = json.loads((run_dir / "guard" / f"measured-{STEPS:08d}.json").read_text())["domains"]
-    logged = {
-        e["domain"]: e for e in read_events(run_dir / "metrics.jsonl") if e["event"] == "guard"
-    }
+    events = read_events(run_dir / "metrics.jsonl")
+    logged = {event["domain"]: event for event in events if event["event"] == "guard"}
     for name, found in measured.items():  # on one rank, what training measured on two, in bf16
         assert found["bits_per_byte"] == pytest.approx(logged[name]["bits_per_byte"], rel=1e-3)
-    assert {"config.json", "tokenizer.json"} <= {path.name for path in out.iterdir()} and [
-        *out.glob("*.safetensors")
-    ]
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in out.iterdir()}
+    assert list(out.glob("*.safetensors"))
