@@ -74,6 +74,7 @@ def assemble(context: RunContext) -> Job:
     )
     if loaded is not None:
         job.restore(loaded, accept_mix_change=config.data.accept_mix_change)
+        log.info("resuming from %s", loaded.folder)
     return job
 
 
