@@ -1,6 +1,4 @@
-"""The house rules that no single module can keep: who imports whom, what a module may be called,
-what is never used.
-"""
+"""The house rules that no single module can keep: imports, names, and what is never used."""
 
 from __future__ import annotations
 
@@ -8,9 +6,12 @@ import ast
 import configparser
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from tests.support import density
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "cpt").rglob("*.py"), *(ROOT / "data_pipeline").rglob("*.py")])
@@ -65,7 +66,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imported_names(path: Path) -> set[str]:
-    """Absolute names of everything a file imports, at any depth; `from a import b` gives `a.b`."""
+    """Return absolute names of all that a file imports; `from a import b` gives `a.b`."""
     names = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
@@ -81,7 +82,7 @@ def imported_packages(path: Path) -> set[str]:
 
 
 def room_of(name: str) -> str | None:
-    """The room that a dotted name belongs to."""
+    """Return the room that a dotted name belongs to."""
     path = name.replace(".", "/") + "/"
     for room in ORDER:
         if path.startswith(room.removesuffix(".py").removesuffix("/") + "/"):
@@ -93,30 +94,23 @@ def by_path(paths: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("path", paths, ids=relative)
 
 
-MODULES = [
-    path
-    for path in SOURCES
-    if path.parent not in (ROOT, ROOT / "cpt") or path.name != "__init__.py"
-]
-MODULES = [path for path in MODULES if path != ROOT / "data_pipeline" / "__init__.py"]
+PACKAGES = {ROOT / "cpt" / "__init__.py", ROOT / "data_pipeline" / "__init__.py"}
+"""The files in no room."""
+MODULES = [path for path in SOURCES if path not in PACKAGES]
 
 
 @by_path(MODULES)
 def test_room_imports_only_from_rooms_before_it(path: Path) -> None:
     own = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
     assert own is not None, f"{relative(path)} is in no room: give it a place in ROOMS"
-    inside = {
-        name for name in imported_names(path) if name.split(".")[0] in ("cpt", "data_pipeline")
-    }
-    packages = {"cpt", "data_pipeline"}
-    strange = {name for name in inside - packages if room_of(name) is None}
-    rooms = {name: room_of(name) for name in inside - strange}
-    later = {
-        name
-        for name, room in rooms.items()
-        if room is not None and ORDER.index(room) > ORDER.index(own)
-    }
-    assert not strange | later, f"{relative(path)} ({own}) imports {sorted(strange | later)}"
+    refused = []
+    for name in sorted(imported_names(path)):
+        if name.split(".")[0] not in ("cpt", "data_pipeline") or name in ("cpt", "data_pipeline"):
+            continue
+        room = room_of(name)
+        if room is None or ORDER.index(room) > ORDER.index(own):
+            refused.append(name)
+    assert not refused, f"{relative(path)} ({own}) imports {refused}"
 
 
 def test_every_room_exists_and_the_readme_draws_the_same_map() -> None:
@@ -136,23 +130,17 @@ def test_data_pipeline_imports_neither_training_nor_its_libraries(path: Path) ->
 
 @by_path(SOURCES)
 def test_deepspeed_is_imported_in_one_room_only(path: Path) -> None:
-    assert "deepspeed" not in imported_packages(path) or relative(path).startswith(
-        MAY_IMPORT_DEEPSPEED
-    )
+    if not relative(path).startswith(MAY_IMPORT_DEEPSPEED):
+        assert "deepspeed" not in imported_packages(path)
 
 
 def dependency_modules() -> set[str]:
-    """Import names of the distributions in setup.cfg."""
+    """Return the import names of the distributions in setup.cfg."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg", encoding="utf-8")
-    listed = settings["options"]["install_requires"] + "".join(
-        settings["options.extras_require"].values()
-    )
-    names = {
-        match.group()
-        for line in listed.splitlines()
-        if (match := re.match(r"[A-Za-z0-9_-]+", line.strip()))
-    }
+    extras = settings["options.extras_require"].values()
+    listed = settings["options"]["install_requires"] + "".join(extras)
+    names = re.findall(r"^\s*([A-Za-z0-9_-]+)", listed, re.MULTILINE)
     return {name.lower().replace("-", "_") for name in names} | {"yaml"}
 
 
@@ -160,59 +148,50 @@ def test_setup_cfg_names_the_dependencies_that_are_compared() -> None:
     assert {"torch", "deepspeed", "datasets", "wandb", "flash_attn"} <= dependency_modules()
 
 
-@by_path(
-    sorted(entry for entry in (ROOT / "cpt").iterdir() if entry.is_dir() or entry.suffix == ".py")
-)
+def importable(folder: Path) -> list[Path]:
+    """Return the modules and packages directly in a folder."""
+    entries = []
+    for entry in sorted(folder.iterdir()):
+        if entry.suffix == ".py" or (entry.is_dir() and entry.name != "__pycache__"):
+            entries.append(entry)
+    return entries
+
+
+@by_path(importable(ROOT / "cpt"))
 def test_nothing_directly_in_cpt_shadows_another_module(path: Path) -> None:
-    assert (
-        path.stem == "__pycache__"
-        or path.stem not in sys.stdlib_module_names | dependency_modules()
-    )
+    assert path.stem not in sys.stdlib_module_names | dependency_modules()
 
 
 def calls(path: Path) -> set[str]:
-    """Dotted names of everything called by name: `eval`, `torch.load`; `model.eval` is
-    `model.eval`.
-    """
+    """Return the dotted names of all that is called, such as `eval` and `model.eval`."""
     return {ast.unparse(node.func) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)}
 
 
 MAY_UNPICKLE = "cpt/checkpoint/metadata.py"
+PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+RUNS_TEXT = {"eval", "exec", "compile", "torch.load", "yaml.load", "yaml.unsafe_load"}
 
 
-def is_pickle(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) and node.id == "pickle"
+def names_from_pickle(path: Path) -> set[str]:
+    """Return every `name` that a file uses as `pickle.name`."""
+    used = set()
+    for node in ast.walk(tree(path)):
+        if not isinstance(node, ast.Attribute):
+            continue
+        if isinstance(node.value, ast.Name) and node.value.id == "pickle":
+            used.add(node.attr)
+    return used
 
 
 @by_path(SOURCES)
 @pytest.mark.case("X1", "no pickle, torch.load, eval or exec in the code")
 def test_no_pickle_is_read_and_no_text_becomes_code(path: Path) -> None:
-    modules = imported_packages(path) & {
-        "pickle",
-        "dill",
-        "cloudpickle",
-        "marshal",
-        "shelve",
-        "joblib",
-    }
+    modules = imported_packages(path) & PICKLES
     if relative(path) == MAY_UNPICKLE:
         modules -= {"pickle"}
-        used = {
-            node.attr
-            for node in ast.walk(tree(path))
-            if isinstance(node, ast.Attribute) and is_pickle(node.value)
-        }
-        assert used == {"Unpickler"}, (
-            "only as the base of the class that refuses what it does not know"
-        )
-    called = calls(path) & {
-        "eval",
-        "exec",
-        "compile",
-        "torch.load",
-        "yaml.load",
-        "yaml.unsafe_load",
-    }
+        reason = "only as the base of the class that refuses what it does not know"
+        assert names_from_pickle(path) == {"Unpickler"}, reason
+    called = calls(path) & RUNS_TEXT
     unpickles = "allow_pickle=True" in path.read_text(encoding="utf-8")
     assert not modules and not called and not unpickles, (modules, called)
 
@@ -246,6 +225,26 @@ def test_no_path_of_one_machine_is_written_down(path: Path) -> None:
     assert not found, f"{relative(path)} names {found}"
 
 
+def test_no_two_classes_have_the_same_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(relative(path))
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
+
+
+def test_lines_carry_no_more_than_those_of_comparable_projects() -> None:
+    """`python -m tests.support.density` prints the figures."""
+    found = density.measure([str(ROOT / "cpt"), str(ROOT / "data_pipeline")])
+    above = {}
+    for kind, bound in density.MAX_PER_1000.items():
+        if found.per_1000(kind) > bound:
+            above[kind] = found.per_1000(kind)
+    assert above == {}, f"per 1,000 statements, at most {density.MAX_PER_1000}"
+    assert found.long_lines_percent() <= density.MAX_LONG_LINES_PERCENT
+
+
 @by_path([path for path in SOURCES if path.read_text(encoding="utf-8").strip()])
 def test_module_says_what_it_owns(path: Path) -> None:
     assert ast.get_docstring(tree(path))
@@ -266,30 +265,27 @@ def test_data_tests_need_neither_training_nor_its_libraries(path: Path) -> None:
 
 @by_path([path for path in TEST_MODULES if path.parent == ROOT / "tests" / "dist"])
 def test_tests_that_start_several_processes_are_marked(path: Path) -> None:
-    marks = [
-        node
-        for node in tree(path).body
-        if isinstance(node, ast.Assign) and "pytestmark" in map(ast.unparse, node.targets)
-    ]
-    assert any("pytest.mark.dist" in map(ast.unparse, ast.walk(mark.value)) for mark in marks)
+    marks = ""
+    for node in tree(path).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
+            marks = ast.unparse(node.value)
+    assert re.search(r"pytest\.mark\.dist\b", marks)
 
 
 @by_path([path for path in TESTS if path.parent == ROOT / "tests" / "support"])
 def test_support_holds_no_tests(path: Path) -> None:
-    functions = [node.name for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
-    assert not [
-        name for name in functions if name.startswith("test_")
-    ] and not path.name.startswith("test_")
+    assert not path.name.startswith("test_")
+    for node in ast.walk(tree(path)):
+        assert not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_")
 
 
 def test_tests_are_no_package() -> None:
-    """pytest imports them by path (importlib mode); a package would make second copies."""
+    """pytest imports them by path (importlib mode), and a package would make second copies."""
     assert not list((ROOT / "tests").rglob("__init__.py"))
 
 
 @by_path(TEST_MODULES)
 def test_no_test_hides_another_of_the_same_name(path: Path) -> None:
-    names = [
-        node.name for node in tree(path).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    ]
-    assert len(names) == len(set(names)), {name for name in names if names.count(name) > 1}
+    named = [node for node in tree(path).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    counts = Counter(node.name for node in named)
+    assert [name for name, count in counts.items() if count > 1] == []
