@@ -142,7 +142,7 @@ def all_sinks(self: Ulysses, sinks_H: Tensor) -> Tensor:
 def main() -> None:
     torch.set_num_threads(1)
     init_distributed(CPU)
-    errors = {}
+    errors: dict[str, dict[str, float]] = {}
     refusals = {}
     for sp_size in (1, 2, 4):
         topology = create_topology(sp_size=sp_size, ep_size=1, device=CPU)

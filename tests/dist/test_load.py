@@ -36,7 +36,7 @@ CASES = list(itertools.product(DIRECTORIES, SCENARIOS))
 
 def quantize(path: Path) -> None:
     """Put the expert matrices of a directory into the released layout, file by file."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file in path.glob("*.safetensors"):
         stored: dict[str, torch.Tensor] = {}
         for name, value in load_file(str(file)).items():

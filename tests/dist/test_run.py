@@ -104,7 +104,7 @@ def start(
     return processes
 
 
-def setting(*settings: str) -> list[str]:
+def set_options(*settings: str) -> list[str]:
     """Return `--set` arguments."""
     arguments = []
     for text in settings:
@@ -135,7 +135,7 @@ def steps_of(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def whole(workplace: Path) -> Path:
     """An undisturbed run."""
-    arguments = setting(
+    arguments = set_options(
         "telemetry.wandb=offline",
         "telemetry.export_at_end=true",
         "telemetry.sample_interval_steps=4",
@@ -278,8 +278,8 @@ def test_mxfp4_export_is_read_by_transformers_as_the_rounded_weights_and_says_wh
     model = AutoModelForCausalLM.from_pretrained(
         str(exported), quantization_config=Mxfp4Config(dequantize=True)
     )
-    in_bf16 = export_checkpoint(checkpoint, tmp_path / "bf16", "bf16")
-    weights = load_file(in_bf16 / "model.safetensors")
+    plain = export_checkpoint(checkpoint, tmp_path / "bf16", "bf16")
+    weights = load_file(plain / "model.safetensors")
     values = dict(model.named_parameters())
     assert values.keys() == weights.keys()
     for name, value in weights.items():
@@ -325,7 +325,7 @@ def test_sampling_and_measuring_on_all_ranks_gives_what_training_gave_at_that_st
 ) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
     prompt = "Once upon a time"
-    arguments = ["--measure", *setting("telemetry.sample_tokens=3")]
+    arguments = ["--measure", *set_options("telemetry.sample_tokens=3")]
     codes, output = finish(workplace, "whole", "--sample", prompt, *arguments)
     at_the_end = [event for event in events_of(whole, "sample") if event["step"] == STEPS]
     (expected,) = [event["text"] for event in at_the_end if event["prompt"] == prompt]
@@ -433,7 +433,7 @@ def test_going_back_to_an_older_step_sets_the_newer_ones_aside(
 def test_zero_steps_round_trip_is_byte_equal(workplace: Path, whole: Path) -> None:
     """The weights go from Hugging Face's format to the project's and back."""
     source = whole / "export" / "step-00000008"
-    arguments = setting(
+    arguments = set_options(
         "model.init=null",
         f"model.path={source}",
         "train.total_steps=0",
