@@ -43,7 +43,7 @@ def assemble(context: RunContext) -> Job:
     config, group = context.config, context.control_group
     data = open_data(context)
     on_first_rank(group, lambda: check_expected_plan(context, data))
-    kl_targets = open_kl_targets(context, data)
+    kl_targets = open_kl_targets(config, data, context.topology)
     leave_if_asked(context.stop, group, "before the model was loaded")
     source = weight_source(config, context.model_config, context.topology)
     engine = build_engine(config, context.model_config, context.topology, context.clock)

@@ -15,6 +15,7 @@ from cpt.job.context import RunContext
 from cpt.job.progress import Progress, batch_of_step
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank, together
+from cpt.parallel.topology import Topology
 from cpt.training.kl_targets import KLTargets, check_targets
 from data_pipeline.build.build import build, input_bytes, resolve_build_dir
 from data_pipeline.build.self_replay import check_base_model
@@ -135,14 +136,14 @@ def base_name(config: RunConfig) -> str:
     return str(config.model.path or f"init: {config.model.init}")
 
 
-def open_kl_targets(context: RunContext, data: BuiltData) -> KLTargets | None:
+def open_kl_targets(config: RunConfig, data: BuiltData, topology: Topology) -> KLTargets | None:
     """Open the base model's distributions, if the run asks for them.
 
     Raises:
         ConfigError: on all ranks: they belong to another model or to other rows.
         DataError: on all ranks: a file is missing or damaged.
     """
-    config, group = context.config, context.control_group
+    group = topology.control_group
     folder = config.train.kl_targets
     if folder is None:
         return None
