@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.charts import ALARM, MUTED, PALETTE
 from tests.support.launcher import ROOT
 
 SCRIPT = ROOT / "bench" / "attention.py"
@@ -85,5 +87,10 @@ def test_every_contender_is_measured_and_what_does_not_fit_is_told(tmp_path: Pat
         assert set(result["ms"]) == measured and min(result["ms"].values()) > 0
         assert set(result["left out"]) == {"Hugging Face eager"} - measured
     assert sum("Hugging Face eager left out: needs about" in line for line in output) == 2
-    drawing = ET.fromstring((tmp_path / "a.svg").read_text())
-    assert len(drawing.findall(".//{http://www.w3.org/2000/svg}circle")) == 2 * (2 + 2 + 1)
+    drawing = (tmp_path / "a.svg").read_text()
+    assert ET.fromstring(drawing).tag.endswith("svg")
+    dots = re.findall(r"<use [^>]*fill: (#\w+); stroke: \1", drawing)
+    # a dot for each time, in both panels; the ticks of the axes are drawn in the muted color, too
+    assert dots.count(PALETTE[0]) == 2 * 2
+    assert dots.count(ALARM) == 2 * 1
+    assert dots.count(MUTED) >= 2 * 2
