@@ -184,6 +184,16 @@ def test_run_refuses_all_faults_in_the_same_message(
     assert not (workplace / "run").exists()
 
 
+def test_mix_that_is_too_large_to_be_built_at_the_start_is_refused(
+    dry_run: DryRun, workplace: Path, capsys: Any
+) -> None:
+    settings = [f"data.build_dir={workplace / 'nowhere'}", "data.auto_build_limit_bytes=1"]
+    assert dry_run(*settings) == 78
+    assert "Build it first: python -m data_pipeline build" in capsys.readouterr().err
+    assert dry_run(settings[0]) == 0
+    assert "is not built yet" in capsys.readouterr().out
+
+
 def test_weights_of_another_tokenizer_are_refused(
     dry_run: DryRun, workplace: Path, capsys: Any
 ) -> None:
