@@ -42,7 +42,7 @@ DASHES = ("solid", "dashed", "dotted", "dashdot")
 """Styles that tell lines of one color apart."""
 
 PIXELS_PER_INCH = 96
-"""Of the screen that shows a figure; matplotlib writes sizes in points, 72 to an inch."""
+"""Resolution of a figure on the screen; matplotlib counts in points, 72 to an inch."""
 LABEL_GAP = 10.0
 """Least distance in points between the labels at the ends of lines."""
 STYLE: dict[Any, Any] = {
@@ -79,7 +79,7 @@ STYLE: dict[Any, Any] = {
 
 
 METADATA = ("Creator", "Date", "Format", "Type")
-"""What matplotlib would write into a file beside the figure; left out, so that bytes repeat."""
+"""Notes that matplotlib adds to a file; they are left out, so that bytes repeat."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

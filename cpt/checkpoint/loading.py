@@ -49,7 +49,7 @@ class LoadedState:
     step: int
     """Optimizer steps done."""
     state: RunState
-    """What it keeps besides tensors."""
+    """State of the run besides tensors."""
     folder: Path
     """Folder of the checkpoint."""
     rejected: list[str]

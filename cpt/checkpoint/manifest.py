@@ -62,7 +62,7 @@ class TensorRecord:
     shape: tuple[int, ...]
     """Shape of the whole tensor, as in the Hugging Face model."""
     dtype: str
-    """Stored dtype."""
+    """Dtype in which the tensor is stored."""
     trained: bool = True
     """Whether Adam's moments are stored; a frozen parameter has none."""
 

@@ -61,7 +61,7 @@ class WrittenRange(NamedTuple):
     """One range of a tensor and its place in a file; it travels between ranks as a JSON list."""
 
     key: str
-    """`part/parameter name`."""
+    """Part and parameter name, joined by a slash."""
     offset: int
     """First element in the flattened global tensor."""
     numel: int

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps besides tensors: one dataclass, stored in the manifest."""
+"""The state of a run besides its tensors: one dataclass, stored in the manifest."""
 
 from __future__ import annotations
 

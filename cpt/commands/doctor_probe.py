@@ -27,7 +27,7 @@ class Case:
     backend: Backend
     """The line of the table of backends."""
     device: torch.device
-    """Where its tensors are."""
+    """Device of its tensors."""
     dtype: torch.dtype
     """Type of queries, keys and values."""
 

@@ -47,7 +47,7 @@ class Architecture:
     title: str
     """Name for people."""
     config: GptOssConfig
-    """Its sizes."""
+    """Sizes of the model."""
     counts: ParameterCounts
     """Its parameters by kind."""
 

@@ -354,7 +354,7 @@ class RunConfig:
     ep_size: int
     """Ranks that together hold all experts of a layer."""
     use_halo: bool
-    """Whether window layers exchange with their left neighbour only."""
+    """Whether window layers exchange with their left neighbor only."""
     micro_batch_size: int
     """Packed rows of one forward pass."""
     gradient_accumulation_steps: int

@@ -1,4 +1,4 @@
-"""What is fixed for one start of a run, and handed to everything that is built for it."""
+"""The facts of one start of a run, which everything that is built for it receives."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunContext:
     mailbox: EventMailbox
     """Events of other threads for metrics.jsonl."""
     stop: StopRequest
-    """Where requests to stop arrive."""
+    """Requests to stop, as they arrive."""
 
     @property
     def control_group(self) -> dist.ProcessGroup:

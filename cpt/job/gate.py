@@ -150,9 +150,9 @@ class _Gate:
         self.run_dir: Path = options.run_dir or Path("runs") / options.config.stem
         self.resume = resume_word(options.resume)
         self.found = Findings()
-        """What every rank finds."""
+        """Refusals of the checks that every rank makes."""
         self.found_by_first = Findings()
-        """What only the first rank looks for."""
+        """Refusals of the checks that only the first rank makes."""
         self.model_config: Any = None
         self.config: RunConfig | None = None
         self.mix: MixConfig | None = None

@@ -95,7 +95,7 @@ class Job:
 
     @property
     def stop(self) -> StopRequest:
-        """Where requests to stop arrive."""
+        """Requests to stop, as they arrive."""
         return self.context.stop
 
     @property

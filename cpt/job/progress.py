@@ -1,4 +1,4 @@
-"""Where a run is: steps done, batches consumed, batches given up.  Every checkpoint keeps it.
+"""The position of a run: steps, batches consumed, batches given up.  Every checkpoint keeps it.
 
     step        optimizer steps done; the schedule and metrics.jsonl count these
     updates     the steps among them whose update was applied; Adam's bias correction counts these

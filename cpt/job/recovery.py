@@ -1,4 +1,4 @@
-"""What a run does about steps that are not sound: log them, skip their update, or roll back.
+"""Handle steps that are not sound: log them, skip their update, or roll back.
 
 Every rank comes to the same decision, because it judges reduced values only
 (`cpt.training.stability`).

@@ -1,4 +1,4 @@
-"""What a run goes on from: the parts of a checkpoint's state that decide which rows come next.
+"""Find where a run goes on: the parts of a checkpoint that decide which rows come next.
 
 The gate reads them from the newest manifest before weights are read; `cpt.job.job.Job.restore`
 reads them again from the checkpoint whose tensors were loaded.
@@ -58,7 +58,7 @@ class RunIdentity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartingPoint:
-    """Where a run goes on."""
+    """The ledger and the progress that a run goes on with."""
 
     ledger: Ledger
     progress: Progress

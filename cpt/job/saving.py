@@ -1,4 +1,4 @@
-"""When a run saves: periodically, at its end, and before it leaves on request.
+"""Save a run periodically, at its end, and before it leaves on request.
 
 A periodic save that fails costs one error line; the last one is the run's.
 """

@@ -42,7 +42,7 @@ from data_pipeline.config.strict_yaml import nearest
 from data_pipeline.dataset import BuiltData, PackedRow
 
 LARGEST_TOP_K = 1024
-"""Largest `--top_k`."""
+"""Largest value that `--top_k` accepts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class TargetsRequest:
     top_k: int
     """Tokens listed per predicted token."""
     out: Path
-    """New folder."""
+    """Folder to write; it must not exist."""
 
 
 TopKOfRow = Callable[[PackedRow], tuple[torch.Tensor, torch.Tensor]]

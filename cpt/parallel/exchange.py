@@ -30,7 +30,7 @@ class Route(NamedTuple):
     traffic: Traffic
     """The counter of the bytes that leave this rank."""
     kind: Kind
-    """What to count them as."""
+    """Kind under which the bytes are counted."""
 
     def reversed(self) -> Route:
         """Return the way back, which the gradients take."""

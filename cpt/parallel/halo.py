@@ -61,7 +61,7 @@ class WindowHalo:
         self._traffic = topology.traffic
 
     def start(self, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor) -> Pending:
-        """Send the last W - 1 keys and values to the right neighbour and return at once."""
+        """Send the last W - 1 keys and values to the right neighbor and return at once."""
         reach = self.window - 1
         if not fits(key_BKSD.shape[2], self.window):
             raise ValueError(

@@ -22,7 +22,7 @@ class Topology:
     """The layout of a run, and this rank's place in it."""
 
     rank: int
-    """Global rank."""
+    """Rank among all ranks of the run."""
     world_size: int
     """Number of ranks."""
     sp_size: int

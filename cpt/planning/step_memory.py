@@ -1,4 +1,4 @@
-"""What one optimizer step holds on a rank beyond weights, gradients and optimizer state.
+"""Memory of one optimizer step on a rank, beyond weights, gradients and optimizer state.
 
 The tensors are added up for each moment at which a step can need most:
 

@@ -30,7 +30,7 @@ class Telemetry:
 
     def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
         self.previous_end = path.stat().st_mtime if path and path.is_file() else None
-        """When the last line of an earlier start was written; None if there was none."""
+        """Time of the last line of an earlier start; None if there was none."""
         self._file = _open_at_line_start(path) if path else None
         self._trackers = trackers
 

@@ -41,7 +41,7 @@ _HELD_OUT_SALT = b"held out documents 1:"
 
 
 class Fate(enum.IntEnum):
-    """What becomes of a stored document."""
+    """Use of a stored document."""
 
     TRAIN = 0
     HELD_OUT = 1
@@ -58,7 +58,7 @@ def content_hash(content: bytes) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceFates:
-    """What becomes of the stored documents of one source."""
+    """Uses of the stored documents of one source."""
 
     fates: Fates
     """Fate of each document."""

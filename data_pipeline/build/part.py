@@ -51,7 +51,7 @@ SIGNATURE_TOKENS = 1 << 17
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """Where the files of one part lie, and which unit they are made of."""
+    """The files of one part, and the unit that they are made of."""
 
     source: SourceConfig
     unit: Unit
@@ -69,7 +69,7 @@ class Part:
 
     @property
     def account_path(self) -> Path:
-        """What became of the unit, as JSON."""
+        """File with the counts of the unit, as JSON."""
         return self._side_path("json")
 
     @property
@@ -88,7 +88,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Account:
-    """What became of the documents of one unit."""
+    """Counts of the documents of one unit, by what became of them."""
 
     tally: Tally
     num_documents: int
@@ -172,7 +172,7 @@ def _write_shard(part: Part, tally: Tally, facts: _DocumentFacts) -> bool:
 
 
 class _DocumentFacts:
-    """What the end of the build must know about the documents of one unit."""
+    """Facts about the documents of one unit that the end of the build needs."""
 
     def __init__(self, need_signatures: bool) -> None:
         self._need_signatures = need_signatures

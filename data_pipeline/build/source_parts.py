@@ -26,7 +26,7 @@ class SourceParts:
     accounts: Sequence[Account]
     """Account of each of those parts."""
     tally: Tally
-    """What became of all documents of the source."""
+    """Counts of all documents of the source, by what became of them."""
     num_duplicates: int
     """Copies that were left out of the shards."""
 

@@ -1,4 +1,4 @@
-"""What a run will draw from each source, computed with the very function that training uses.
+"""The rows that a run draws from each source, computed by the function that training uses.
 
 Decisions
     An impossible run fails here, not at step 40,000: every reason is in `DataPlan.problems`.

@@ -54,7 +54,7 @@ class SourceEntry:
     bytes: int
     """UTF-8 bytes of those documents."""
     rows: int
-    """Training rows."""
+    """Number of training rows."""
     held_out_documents: int
     """Documents that are measured and never trained on."""
     held_out_rows: int

@@ -539,7 +539,7 @@ def test_every_rule_that_a_sequence_size_breaks_is_named(files: Files) -> None:
 
 
 @pytest.mark.case("G4", "seq_len that cannot be cut: nearest that can")
-def test_row_that_cannot_be_cut_is_refused_with_the_neighbours_on_both_sides(files: Files) -> None:
+def test_row_that_cannot_be_cut_is_refused_with_the_neighbors_on_both_sides(files: Files) -> None:
     files.write_train(seq_len=1002).write_json(sequence_parallel_size=4)
     assert "Nearest that can: 1000 or 1004" in only(files.problems(4))
 
@@ -549,7 +549,7 @@ def test_row_longer_than_the_models_positions_is_refused(files: Files) -> None:
 
 
 @pytest.mark.parametrize(("seq_len", "halo"), [(508, True), (504, False)])
-def test_auto_takes_the_halo_where_one_neighbour_holds_the_window(
+def test_auto_takes_the_halo_where_one_neighbor_holds_the_window(
     files: Files, seq_len: int, halo: bool
 ) -> None:
     """128 keys are the query itself and 127 before it: 508 / 4 = 127 is just enough."""
@@ -566,13 +566,13 @@ def test_ulysses_in_window_layers_can_be_asked_for(files: Files) -> None:
     assert not files.config(2, overrides={"model.window_exchange": "ulysses"}).use_halo
 
 
-def test_halo_that_needs_more_than_one_neighbour_is_refused(files: Files) -> None:
+def test_halo_that_needs_more_than_one_neighbor_is_refused(files: Files) -> None:
     files.write_train(seq_len=504).write_json(sequence_parallel_size=4)
     problem = only(files.problems(4, overrides={"model.window_exchange": "halo"}))
     assert "127 tokens" in problem and "126" in problem
 
 
-def test_batch_that_does_not_divide_is_refused_with_the_neighbours_on_both_sides(
+def test_batch_that_does_not_divide_is_refused_with_the_neighbors_on_both_sides(
     files: Files,
 ) -> None:
     problem = only(files.write_train(global_batch_size=6).problems(4))

@@ -224,7 +224,7 @@ def test_random_weights_have_the_spread_that_transformers_gives() -> None:
             assert float(found.mean()) == pytest.approx(float(expected.mean()), abs=1e-3), name
 
 
-def test_nothing_stays_uninitialised() -> None:
+def test_nothing_stays_uninitialized() -> None:
     model = gpt_oss.skeleton(preset("tiny", **SMALL), torch.float32)
     gpt_oss.patch(model, topology(ep_size=2, ep_rank=1))
     gpt_oss.materialize(model, torch.device("cpu"))

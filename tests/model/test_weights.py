@@ -237,7 +237,7 @@ def test_all_wrong_tensors_are_named_at_once(path: Path) -> None:
 def test_tensor_that_is_no_plain_float_is_named(
     path: Path, tensors: dict[str, Tensor], dtype: torch.dtype
 ) -> None:
-    """A quantised tensor of the right shape would be cast, and its scale forgotten."""
+    """A quantized tensor of the right shape would be cast, and its scale forgotten."""
     rewrite(
         path / SINGLE_FILE,
         lambda content: content.update({EXPERT: torch.zeros(tensors[EXPERT].shape).to(dtype)}),
@@ -356,12 +356,12 @@ def test_another_architecture_is_refused_by_name(path: Path) -> None:
     assert "model_type is 'llama'" in refusal(path)
 
 
-def test_quantised_weights_are_refused_with_the_way_out(path: Path) -> None:
+def test_quantized_weights_are_refused_with_the_way_out(path: Path) -> None:
     change_config(path, quantization_config={"quant_method": "bitsandbytes"})
     assert "bitsandbytes" in refusal(path) and "the released MXFP4" in refusal(path)
 
 
-def quantised(path: Path) -> dict[str, Tensor]:
+def quantized(path: Path) -> dict[str, Tensor]:
     """Put the expert matrices of a directory into the released layout; return their values."""
     stored = {}
     decoded = {}
@@ -380,7 +380,7 @@ def quantised(path: Path) -> dict[str, Tensor]:
 def test_released_mxfp4_layout_fills_each_rank_with_its_decoded_experts(
     path: Path, ep_size: int, ep_rank: int
 ) -> None:
-    expected = quantised(path)
+    expected = quantized(path)
     values = filled(path, ep_size=ep_size, ep_rank=ep_rank)
     count = small_config().num_local_experts // ep_size
     for name, whole in expected.items():
@@ -388,7 +388,7 @@ def test_released_mxfp4_layout_fills_each_rank_with_its_decoded_experts(
 
 
 def test_mxfp4_blocks_without_their_scales_are_named(path: Path) -> None:
-    quantised(path)
+    quantized(path)
     stored = load_file(path / SINGLE_FILE)
     del stored[EXPERT + SCALES]
     save_file(stored, path / SINGLE_FILE, metadata={"format": "pt"})

@@ -131,7 +131,7 @@ def test_without_expert_parallelism_one_hop_in_eight_leaves_the_node() -> None:
 
 
 def test_exchanges_over_two_nodes_are_split_by_where_the_peers_are() -> None:
-    """Of 15 peers 7 are in the node; of 15 neighbours in a row one is in the next node."""
+    """Of 15 peers 7 are in the node; of 15 neighbors in a row one is in the next node."""
     wire = estimated(gpus=16, sp_size=16, ep_size=16, seq_len=32768).wire
     assert wire["ulysses"].intra / wire["ulysses"].total == pytest.approx(7 / 15)
     assert wire["experts"].intra / wire["experts"].total == pytest.approx(7 / 15)

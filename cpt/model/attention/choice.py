@@ -29,7 +29,7 @@ class Backend:
     name: str
     """Name in the run YAML's `model.attention`."""
     attention: Attention
-    """The implementation."""
+    """The function that computes the attention."""
     device_type: str | None
     """The type of device that it runs on, as in torch.device.type; None for any."""
     problems: Callable[[Machine, torch.dtype, int], list[str]]

@@ -1,4 +1,4 @@
-"""What passes between the parts of sink attention: the inputs of a layer, and who computes on them.
+"""The inputs of sink attention, and the protocols of the functions that compute on them.
 
 Shape letters: B rows, S local tokens of a row, T tokens of all rows (flattened), H query heads, K
 key/value heads, D head size.

@@ -127,9 +127,9 @@ class ProbeSetting:
     """The attention under test, and where and how it runs."""
 
     attention: Attention
-    """What the layers of the run call."""
+    """The attention that the layers of the run call."""
     device: torch.device
-    """Where they run."""
+    """Device of all tensors."""
     dtype: torch.dtype
     """Type of queries, keys and values."""
     sequence_parallel: SequenceParallel | None = None
@@ -150,7 +150,7 @@ class _Problem:
 
 @dataclass(frozen=True, slots=True)
 class _RankPart:
-    """What one rank computes of the whole row."""
+    """The part of the whole row that one rank computes."""
 
     tokens: slice
     """Its tokens, for which it has out, dq, dk and dv."""

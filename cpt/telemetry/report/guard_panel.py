@@ -31,7 +31,7 @@ SINGLE_ROW_HEIGHT = 300
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainStyle:
-    """What the charts of all domains have in common."""
+    """Style that the charts of all domains have in common."""
 
     steps: Range1d
     tolerance: float

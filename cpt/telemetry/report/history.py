@@ -40,7 +40,7 @@ class Run:
     config: dict[str, Any]
     """Content of config.resolved.yaml; empty if it cannot be read."""
     goodput: Goodput
-    """Where the time went, over all starts."""
+    """Use of the time, over all starts."""
     notes: list[str]
     """Warnings for the reader of the page."""
 

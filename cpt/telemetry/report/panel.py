@@ -1,4 +1,4 @@
-"""What a panel of the page holds, and the colors and texts that panels have in common.
+"""Panels of the page as data, and the colors and texts that panels have in common.
 
 A panel is data; page.html.jinja turns it into HTML and escapes every text.  Colors follow the
 language: a language, the held-out domains in it and the sources in it share one hue everywhere.
@@ -50,7 +50,7 @@ class BarPart:
     """One part of a bar that is divided by time."""
 
     share: float
-    """Of the whole bar, 0 to 1."""
+    """Share of the whole bar, 0 to 1."""
     color: str
     text: str
     """Shown when the pointer rests on the part."""
