@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -125,10 +126,17 @@ def check_place(run_dir: Path, config: RunConfig, numels: Mapping[str, int]) -> 
         )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise StorageError(
-            f"run directory {run_dir}: {existing} may not be written. Give another with --run_dir."
+            f"run directory {run_dir}: {existing}: {why_unwritable(existing)}. "
+            "Give another with --run_dir."
         )
     size = checkpoint_bytes(config, numels)
     check_checkpoint_space(existing, size, largest_file_bytes=size // config.world_size)
+
+
+def why_unwritable(folder: Path) -> str:
+    """Return why this process may not write in a folder."""
+    is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+    return os.strerror(errno.EROFS if is_read_only else errno.EACCES)
 
 
 def checkpoint_bytes(config: RunConfig, numels: Mapping[str, int]) -> int:
