@@ -79,16 +79,18 @@ def assemble(context: RunContext) -> Job:
 
 
 def check_expected_plan(context: RunContext, data: BuiltData) -> None:
-    """Make the gate's checks of built data, for a mix that was built after the gate.
+    """Log the warnings of the data plan; check the plan of a mix that was built after the gate.
 
     Raises:
         DataError: the data cannot feed the run.
     """
-    start = expected_start(context.run_dir, context.resume, context.config, context.mix, data)
-    plan = plan_of(context.config, data, context.mix, start.ledger, start.progress)
+    plan = context.plan
+    if plan is None:
+        start = expected_start(context.run_dir, context.resume, context.config, context.mix, data)
+        plan = plan_of(context.config, data, context.mix, start.ledger, start.progress)
+        check_plan(context.config, plan)
     for warning in plan.warnings:
         log.warning("data plan: %s", warning)
-    check_plan(context.config, plan)
 
 
 def load_newest(context: RunContext, engine: TrainingEngine) -> LoadedState | None:

@@ -14,6 +14,7 @@ from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest
 from cpt.telemetry.mailbox import EventMailbox
 from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.mixture.data_plan import DataPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,8 @@ class RunContext:
     """`auto`, `never` or a step."""
     observe: bool
     """Nothing in the run directory is changed: another job may be at work there."""
+    plan: DataPlan | None
+    """The data plan of the gate; None on other ranks than the first, or for a mix not built yet."""
     topology: Topology
     clock: PhaseClock
     """The phase of this rank."""

@@ -1,4 +1,4 @@
-"""One run, ready to train: what the loop reads, and the three ways in which it changes."""
+"""One run, ready to train: what the loop reads, and the ways in which it changes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from cpt.job.context import RunContext
 from cpt.job.progress import (
     Progress,
     Ranges,
-    merged,
     newest_guard_state,
     read_guard_rollbacks,
     read_rollbacks,
     skipped_by,
 )
-from cpt.job.resumption import RunIdentity
+from cpt.job.resumption import RunIdentity, starting_point
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.faults import fault_point
@@ -40,7 +39,7 @@ from cpt.training.loader import MicroBatch, load_micro_batch
 from cpt.training.stability import Stability
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
-from data_pipeline.mixture.ledger import Ledger, resume_ledger, same_weights
+from data_pipeline.mixture.ledger import Ledger, same_weights
 from data_pipeline.mixture.mixture import GlobalBatch, Mixture
 
 
@@ -148,24 +147,23 @@ class Job:
         """
         name = loaded.folder.name
         state = loaded.state
-        RunIdentity.of(self.config).check(state, name)
-        saved = Progress.from_json(state.part("progress", name))
         rollbacks = on_first_rank(self.context.control_group, lambda: read_rollbacks(self.run_dir))
-        self.saver.trust(loaded.step)
-        self.progress.restore(
-            saved, merged([*saved.skip_ranges, *skipped_by(rollbacks), *given_up])
+        start = starting_point(
+            state,
+            name,
+            self.config,
+            self.mix,
+            self.data,
+            given_up=[*skipped_by(rollbacks), *given_up],
+            accept_mix_change=accept_mix_change,
         )
+        self.saver.trust(loaded.step)
+        # in place: the loop holds the same object
+        self.progress.restore(start.progress, start.progress.skip_ranges)
         self.stability.restore(_dict(state.stability))
         self.engine.router_watch.restore(state.router_load)
-        set_optimizer_step(self.engine.deepspeed, saved.updates)
-        ledger = resume_ledger(
-            state.part("ledger", name),
-            self.mix,
-            self.progress.next_batch,
-            accept_change=accept_mix_change,
-            rows=self.data.manifest.row_hashes(),
-        )
-        self._follow(ledger)
+        set_optimizer_step(self.engine.deepspeed, self.progress.updates)
+        self._follow(start.ledger)
         self._restore_guard(state)
 
     def _restore_guard(self, state: RunState) -> None:

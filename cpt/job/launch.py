@@ -90,6 +90,7 @@ def run(
         mix=passed.mix,
         run_dir=passed.run_dir,
         resume=passed.resume,
+        plan=passed.plan,
         observe=bool(options.sample or options.measure),
         topology=topology,
         clock=PhaseClock(),

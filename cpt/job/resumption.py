@@ -6,6 +6,7 @@ reads them again from the checkpoint whose tensors were loaded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,20 +74,23 @@ def fresh_start(mix: MixConfig, data: BuiltData) -> StartingPoint:
 def starting_point(
     state: RunState,
     checkpoint: str,
-    run_dir: Path,
     config: RunConfig,
     mix: MixConfig,
     data: BuiltData,
+    *,
+    given_up: Sequence[tuple[int, int]],
+    accept_mix_change: bool,
 ) -> StartingPoint:
     """Return where a run goes on from a checkpoint.
 
     Args:
         state: The checkpoint's.
         checkpoint: Its name.
-        run_dir: Where rollbacks after the checkpoint are noted.
         config: The run as it is configured now.
         mix: The mix as it is now.
         data: Its build.
+        given_up: Batches that rollbacks have given up since the checkpoint.
+        accept_mix_change: Go on although the mix was edited since.
 
     Raises:
         ConfigError: the run is another one, or its mix was edited and that is not accepted.
@@ -94,13 +98,12 @@ def starting_point(
     """
     RunIdentity.of(config).check(state, checkpoint)
     progress = Progress.from_json(state.part("progress", checkpoint))
-    given_up = skipped_by(read_rollbacks(run_dir))
     progress.skip_ranges = merged([*progress.skip_ranges, *given_up])
     ledger = resume_ledger(
         state.part("ledger", checkpoint),
         mix,
         progress.next_batch,
-        accept_change=config.data.accept_mix_change,
+        accept_change=accept_mix_change,
         rows=data.manifest.row_hashes(),
     )
     return StartingPoint(ledger=ledger, progress=progress)
@@ -123,5 +126,13 @@ def expected_start(
             state = RunState.from_json(read_manifest(folder).state, folder.name)
         except CheckpointError:
             continue
-        return starting_point(state, folder.name, run_dir, config, mix, data)
+        return starting_point(
+            state,
+            folder.name,
+            config,
+            mix,
+            data,
+            given_up=skipped_by(read_rollbacks(run_dir)),
+            accept_mix_change=config.data.accept_mix_change,
+        )
     return fresh_start(mix, data)
