@@ -9,6 +9,7 @@ Naming tests/faults runs what is named.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,10 @@ from tests.support.fault_table import FaultTable
 torch.set_num_threads(
     1
 )  # two threads on a busy two-core machine wait for each other more than they compute
+
+if not torch.cuda.is_available():
+    # read when Triton is imported: its kernels then run on CPU tensors, slowly
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 FAULTS = Path(__file__).parent / "faults"
 LEFT_OUT = pytest.StashKey[int]()
