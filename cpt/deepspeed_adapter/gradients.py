@@ -14,21 +14,76 @@ import torch
 from cpt.deepspeed_adapter.shards import flat_partitions
 from cpt.errors import InternalError
 
+LARGEST_HOST_SUM = 1 << 24
+"""Elements up to which a tensor on the host is one sum in fp32.
 
-def squared_gradient_norm(engine: Any) -> float:
-    """Return this rank's share of the squared global gradient norm.
+A CPU adds the squares of a row in few lanes, one after the other: the norm of 13 million elements
+is 0.05 % low, that of 579 million 11 %.
+"""
+HOST_PART = 1 << 18
+"""Elements of one sum in a larger tensor."""
+
+
+def squared_gradient_norm(engine: Any) -> torch.Tensor:
+    """Return this rank's share of the squared global gradient norm, without waiting for it.
 
     Each gradient element is owned by exactly one rank. The result is valid between `backward` of
     the last accumulation step, which has reduced and partitioned the gradients, and `step`. NaN or
     infinity anywhere in the share makes it NaN or infinite.
+
+    Returns:
+        A scalar in fp64, on the device of the gradients.
     """
-    gradients = _owned_gradients(engine)
-    if not gradients:
-        return 0.0
-    norms = [
-        torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32) for gradient in gradients
-    ]
-    return float(torch.stack(norms).double().square().sum())
+    norms = []
+    for part in _parts(_owned_gradients(engine)):
+        norms.append(torch.linalg.vector_norm(part, dtype=torch.float32))
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(norms).double().square().sum()
+
+
+def _parts(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the same elements in tensors of which each is one sum."""
+    detached = [gradient.detach() for gradient in gradients]
+    if detached and detached[0].is_cuda:
+        return joined(detached)
+    parts: list[torch.Tensor] = []
+    for gradient in detached:
+        if gradient.numel() > LARGEST_HOST_SUM:
+            parts.extend(gradient.reshape(-1).split(HOST_PART))
+        else:
+            parts.append(gradient)
+    return parts
+
+
+def joined(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return views of the same elements in which neighbors of one buffer are one tensor.
+
+    DeepSpeed keeps gradients as views of flat buffers, one per parameter. On a GPU each sum costs
+    two launches and is accurate at any size.
+    """
+    parts: list[torch.Tensor] = []
+    for gradient in gradients:
+        if parts and _follows(gradient, parts[-1]):
+            numel = parts[-1].numel() + gradient.numel()
+            parts[-1] = parts[-1].as_strided((numel,), (1,))
+        elif gradient.is_contiguous():
+            parts.append(gradient.view(-1))
+        else:
+            parts.append(gradient)
+    return parts
+
+
+def _follows(gradient: torch.Tensor, part: torch.Tensor) -> bool:
+    """Return whether a gradient begins where a flat part of the same buffer ends."""
+    return (
+        part.dim() == 1
+        and part.is_contiguous()
+        and gradient.is_contiguous()
+        and gradient.dtype == part.dtype
+        and gradient.untyped_storage()._cdata == part.untyped_storage()._cdata
+        and gradient.storage_offset() == part.storage_offset() + part.numel()
+    )
 
 
 def _owned_gradients(engine: Any) -> list[torch.Tensor]:

@@ -35,8 +35,14 @@ def enable_checkpointing(
         keep_exchanged_rows: Keep the rows that the experts received instead of exchanging them
             again.
     """
+    # No layer of gpt-oss draws random numbers, so there is no random state to save and restore,
+    # for which the host would wait in every layer.
+    assert not model.config.attention_dropout, model.config.attention_dropout
     run: Callable[..., Any] = partial(
-        checkpoint, use_reentrant=False, context_fn=context_fn(keep=keep_exchanged_rows)
+        checkpoint,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=context_fn(keep=keep_exchanged_rows),
     )
     if offload:
         run = partial(_run_with_input_on_host, HostCopies(), run)

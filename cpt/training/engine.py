@@ -13,6 +13,9 @@ The decision whether to make an update is taken before it, from the loss and the
 norm summed over all ranks. So all ranks decide alike, and nothing that is not finite reaches the
 weights or Adam's state.
 
+A micro batch waits for nothing: its losses stay on the device. The host reads those of all micro
+batches and the gradient norm together, once per optimizer step.
+
 Shape letters: L losses (the loss and, with targets, the divergence), B rows, S local tokens,
 V vocabulary.
 """
@@ -88,6 +91,26 @@ class StepResult:
     """Sums of the ranks' votes."""
     router: RouterSums | None = None
     """Measurements of the routers, if they were asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pass:
+    """The part of one micro batch in the bookkeeping of its step."""
+
+    nats_LB: torch.Tensor
+    """(L, B) fp64 on the device: nats per row."""
+    source_of_row: torch.Tensor
+    """(B,) on the CPU: number of each row's source."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Own:
+    """This rank's sums in one step."""
+
+    nats_by_source: torch.Tensor
+    """(L, sources) fp64 on the CPU."""
+    squared_grad_norm: float
+    """This rank's share of the square of the global gradient norm."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,9 +249,9 @@ class TrainingEngine:
             measure=measure_routers,
         )
         loss_scale = self.topology.world_size / total_tokens
-        nats_by_source = self._accumulate(micro_batches, num_sources, step, loss_scale)
+        passes = self._accumulate(micro_batches, step, loss_scale)
         self._clock.enter("gradient", step)
-        sums = self._sum_over_ranks(nats_by_source, votes())
+        sums = self._sum_over_ranks(self._read(passes, num_sources), votes())
         router = self.router_watch.finish(self.topology.control_group)
         grad_norm = math.sqrt(sums.squared_grad_norm)  # NaN and infinity stay what they are
         applied = bool(torch.isfinite(sums.by_source).all()) and grad_norm < LARGEST_GRAD_NORM
@@ -251,22 +274,35 @@ class TrainingEngine:
         )
 
     def _accumulate(
-        self, micro_batches: Iterable[MicroBatch], num_sources: int, step: int, loss_scale: float
-    ) -> torch.Tensor:
-        """Add up the gradients of all micro batches, and return this rank's nats by source.
+        self, micro_batches: Iterable[MicroBatch], step: int, loss_scale: float
+    ) -> list[_Pass]:
+        """Add up the gradients of all micro batches, and return what is to be read of each.
 
-        Returns:
-            (L, sources) fp64 on the CPU.
+        Nothing here waits for the device.
         """
-        num_losses = 2 if self._has_targets else 1
-        nats_by_source = torch.zeros(num_losses, num_sources, dtype=torch.float64)
+        passes = []
         for micro_step, batch in enumerate(micro_batches):
             if micro_step > 0:
                 # Between accumulation steps this only advances the engine's counter.
                 self.deepspeed.step()
             nats_LB = self._backward(batch, step, loss_scale)
-            nats_by_source[: len(nats_LB)].index_add_(1, batch.source_of_row.cpu(), nats_LB)
-        return nats_by_source
+            passes.append(_Pass(nats_LB=nats_LB, source_of_row=batch.source_of_row))
+        return passes
+
+    def _read(self, passes: list[_Pass], num_sources: int) -> _Own:
+        """Wait for the device, once, and return this rank's sums."""
+        squared_norm = squared_gradient_norm(self.deepspeed)
+        pieces = [one.nats_LB.view(-1) for one in passes]
+        pieces.append(squared_norm.to(self.topology.device).view(1))
+        values = torch.cat(pieces).cpu()
+        num_losses = 2 if self._has_targets else 1
+        nats_by_source = torch.zeros(num_losses, num_sources, dtype=torch.float64)
+        first = 0
+        for one in passes:
+            nats_LB = values[first : first + one.nats_LB.numel()].view_as(one.nats_LB)
+            nats_by_source[: len(nats_LB)].index_add_(1, one.source_of_row, nats_LB)
+            first += nats_LB.numel()
+        return _Own(nats_by_source=nats_by_source, squared_grad_norm=float(values[first]))
 
     def _backward(self, batch: MicroBatch, step: int, loss_scale: float) -> torch.Tensor:
         """Do forward and backward of one micro batch.
@@ -277,8 +313,8 @@ class TrainingEngine:
             loss_scale: Factor of a token's loss; see the module's docstring.
 
         Returns:
-            (L, B) fp64 on the CPU: sums of nats per row, of the loss and, if the batch has targets,
-            of the divergence.
+            (L, B) fp64 on the device: sums of nats per row, of the loss and, if the batch has
+            targets, of the divergence.
         """
         self._clock.enter("forward", step)
         self.router_watch.enter(batch.source_of_row)
@@ -286,7 +322,7 @@ class TrainingEngine:
         self._clock.enter("backward", step)
         total = losses_LBS[0].sum() + self._kl_weight * losses_LBS[1:].sum()
         self.deepspeed.backward(total * loss_scale, scale_wrt_gas=False)
-        return losses_LBS.detach().sum(2).double().cpu()
+        return losses_LBS.detach().sum(2).double()
 
     def _apply_update(self) -> None:
         self.deepspeed.step()
@@ -295,11 +331,12 @@ class TrainingEngine:
                 "DeepSpeed dropped an update whose loss and gradient norm are finite."
             )
 
-    def _sum_over_ranks(self, nats_by_source: torch.Tensor, votes: Votes) -> _Sums:
+    def _sum_over_ranks(self, own: _Own, votes: Votes) -> _Sums:
         """Run the one bookkeeping collective of a step."""
+        nats_by_source = own.nats_by_source
         sent = self.topology.traffic.take()
         extra: list[float] = [sent[kind] for kind in KINDS]
-        extra.append(squared_gradient_norm(self.deepspeed))
+        extra.append(own.squared_grad_norm)
         extra += votes
         everything = torch.cat([nats_by_source.view(-1), torch.tensor(extra, dtype=torch.float64)])
         dist.all_reduce(everything, group=self.topology.control_group)

@@ -48,7 +48,7 @@ class MicroBatch:
     packed_rows: PackedRows
     """Document bounds of the whole rows, T tokens each."""
     source_of_row: torch.Tensor
-    """(B,) number of each row's source; `NO_SOURCE` if it is not from the data mix."""
+    """(B,) number of each row's source, on the CPU; `NO_SOURCE` if it is not from the data mix."""
     targets: TopKTargets | None
     """The base model's distribution for some of the local tokens; None if there is none."""
 
@@ -110,7 +110,7 @@ def make_micro_batch(
         labels=stack("labels"),
         position_ids=stack("position_ids"),
         packed_rows=PackedRows.from_bounds([row.bounds for row in rows], seq_len),
-        source_of_row=torch.tensor(source_of_row, device=topology.device),
+        source_of_row=torch.tensor(source_of_row),
         targets=targets,
     )
 

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpt.model import recomputation
+from cpt.storage.transfer import to_device
 
 
 class _Attach(torch.autograd.Function):
@@ -135,8 +136,9 @@ class RouterWatch:
                 self._sums[name] = torch.zeros(shape, dtype=torch.float64, device=self._device)
 
     def enter(self, sources_B: torch.Tensor) -> None:
-        """Note the sources of the rows of the next forward pass."""
-        self._sources_B = sources_B
+        """Note the sources of the rows of the next forward pass; they come from the host."""
+        if self._sums:
+            self._sources_B = to_device(sources_B, self._device)
 
     def observe(
         self,
@@ -206,7 +208,9 @@ class RouterWatch:
         if not self._sums:
             return None
         extra = torch.tensor([float(self._rows_computed)], dtype=torch.float64)
-        flat = torch.cat([*(sums.view(-1).cpu() for sums in self._sums.values()), extra])
+        # The one wait for the device: everything comes in one piece.
+        collected = torch.cat([sums.view(-1) for sums in self._sums.values()]).cpu()
+        flat = torch.cat([collected, extra])
         dist.all_reduce(flat, group=group)
         total: dict[str, torch.Tensor] = {}
         first = 0
@@ -214,7 +218,8 @@ class RouterWatch:
             total[name] = flat[first : first + sums.numel()].view(sums.shape)
             first += sums.numel()
         counts_LE = total["counts"].sum(1)
-        self._load_LE = (counts_LE / counts_LE.sum(1, keepdim=True)).float().to(self._device)
+        shares_LE = (counts_LE / counts_LE.sum(1, keepdim=True)).float()
+        self._load_LE = to_device(shares_LE, self._device)
         self._sums = {}
         if not self._measuring:
             return None
