@@ -1,0 +1,67 @@
+"""Count what one micro step moves, computes and launches on a GPU, without one.
+
+    python bench/gpu_counts.py [--table bench/gpu_counts.json] [--svg FILE] [--before FILE]
+
+The real step runs on fake tensors that say they are on a GPU (tests/support/gpu_rehearsal), with
+few layers, and is scaled to the whole model. The table has bytes, FLOPs, launches and the least
+time of every part; tests/gpu_rehearsal fails where the code costs more, or less, than it says.
+Nothing is measured: a kernel that is slower than its bytes and FLOPs allow looks fast here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from gpu_counts_parts.tables import (  # noqa: E402
+    comparison,
+    table_of,
+)
+
+from tests.support.gpu_rehearsal.fake_cuda import reason_against  # noqa: E402
+from tests.support.gpu_rehearsal.launch import rehearse  # noqa: E402
+from tests.support.gpu_rehearsal.shapes import SHAPES, two_layers  # noqa: E402
+
+TABLE = ROOT / "bench" / "gpu_counts.json"
+BEFORE = ROOT / "bench" / "gpu_counts_before.json"
+
+
+def main() -> None:
+    """Count, write the table, and print it beside the one before the fusions."""
+    options = arguments()
+    reason = reason_against()
+    if reason:
+        sys.exit(f"nothing counted: {reason}")
+    scenarios = [*SHAPES, *(two_layers(shape) for shape in SHAPES)]
+    with tempfile.TemporaryDirectory() as folder:
+        found = rehearse(scenarios, Path(folder))
+    for name, result in found.items():
+        if result["error"]:
+            sys.exit(f"{name}: {result['error']}")
+    table = table_of(found)
+    options.table.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    before: dict[str, Any] = json.loads(options.before.read_text(encoding="utf-8"))
+    print(comparison(before, table))
+    if options.svg:
+        from gpu_counts_parts.drawing import draw
+
+        options.svg.write_text(draw(before, table), encoding="utf-8")
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", type=Path, default=TABLE, help="file that is written anew")
+    parser.add_argument("--before", type=Path, default=BEFORE, help="table to compare with")
+    parser.add_argument("--svg", type=Path, help="file for a drawing of both")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The training step as a GPU would see it, rehearsed on fake CUDA tensors in one process.
+
+Nothing is on the wrong device, the host waits only where `ALLOWED_WAITS` says, and no part costs
+more bytes or launches than bench/gpu_counts.json says (`python bench/gpu_counts.py` rewrites it).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.gpu_rehearsal.fake_cuda import reason_against
+from tests.support.gpu_rehearsal.launch import rehearse, whole_model
+from tests.support.gpu_rehearsal.shapes import FEATURES, SHAPES, SMALL, Scenario, two_layers
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "bench" / "gpu_counts.json"
+
+COUNTED = [SHAPES[0], SHAPES[3]]
+"""The shapes of the table that are counted again here; longer rows are left to the script."""
+SPARED = 0.02
+"""Share by which a part may be cheaper than the table says before the table must be rewritten."""
+EXCEEDED = 0.001
+"""Share by which a part may cost more."""
+SMALL_BYTES = 1e8
+"""Bytes that count for no part: releases of torch differ by a few small tensors."""
+SMALL_LAUNCHES = 8
+
+PLANTED = ("host tensor", "item", "no fake implementation")
+UNFUSED = replace(SHAPES[0], name="unfused copy", layers=2, fault="unfused copy")
+
+
+@dataclass(frozen=True)
+class AllowedWait:
+    """A place where the host may wait for the device."""
+
+    stage: str
+    """micro step, optimizer step, score or sample."""
+    file: str
+    function: str
+    at_most: int
+    """Waits in one `per`."""
+    per: str
+    """micro step, expert layer (forward, or recomputed), or step."""
+    reason: str
+
+    def limit(self, scenario: Scenario) -> int:
+        """Return how many waits one run of a scenario may have here."""
+        if self.per == "step":
+            return self.at_most
+        micro_batches = scenario.micro_batches if self.stage == "micro step" else 1
+        if self.per == "micro step":
+            return self.at_most * micro_batches
+        recomputed = scenario.checkpointing and scenario.expert_recompute == "recompute"
+        runs = 2 if recomputed and self.stage == "micro step" else 1
+        return self.at_most * micro_batches * scenario.layers * runs
+
+
+COUNTS = "the sizes of the expert exchange follow from the counts of rows"
+LOADER = "the loader copies from pageable memory"
+OFFSETS = "offsets of documents are copied when the first layer asks for them"
+LABELS = "the loss head asks how many labels there are, in each tile"
+ALLOWED_WAITS = (
+    AllowedWait("micro step", "cpt/model/experts/dispatch.py", "make_plan", 1, "layer", COUNTS),
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process found in all scenarios, by name."""
+    reason = reason_against()
+    if reason:
+        pytest.skip(reason)
+    planted = [replace(SMALL, name=fault, fault=fault) for fault in PLANTED]
+    fewer = [two_layers(shape) for shape in COUNTED]
+    scenarios = [*COUNTED, *fewer, *FEATURES, *planted, UNFUSED]
+    return rehearse(scenarios, tmp_path_factory.mktemp("rehearsal"))
+
+
+def by_name(scenarios: list[Scenario]) -> pytest.MarkDecorator:
+    names = [scenario.name for scenario in scenarios]
+    return pytest.mark.parametrize("scenario", scenarios, ids=names)
+
+
+SOUND = [*COUNTED, *FEATURES]
+
+
+@by_name(SOUND)
+def test_no_tensor_is_on_the_wrong_device(found: dict[str, Any], scenario: Scenario) -> None:
+    result = found[scenario.name]
+    assert result["error"] is None
+    assert result["mixes"] == []
+
+
+@by_name(SOUND)
+def test_collectives_get_what_their_backend_takes(
+    found: dict[str, Any], scenario: Scenario
+) -> None:
+    assert found[scenario.name]["wrong_collectives"] == []
+
+
+def allowance(wait: dict[str, Any]) -> AllowedWait | None:
+    """Return the entry of the list that covers a wait."""
+    for allowed in ALLOWED_WAITS:
+        place = (allowed.stage, allowed.file)
+        if place == (wait["stage"], wait["file"]) and allowed.function in wait["function"]:
+            return allowed
+    return None
+
+
+def waits_by_allowance(result: dict[str, Any]) -> dict[AllowedWait | None, list[str]]:
+    """Return the waits of a run, each once for every time, under what allows them."""
+    sorted_waits: dict[AllowedWait | None, list[str]] = {}
+    for shown, wait, count in result["waits"]:
+        sorted_waits.setdefault(allowance(wait), []).extend([shown] * count)
+    return sorted_waits
+
+
+@by_name(SOUND)
+def test_the_host_waits_only_where_it_is_listed(found: dict[str, Any], scenario: Scenario) -> None:
+    problems = []
+    for allowed, waits in waits_by_allowance(found[scenario.name]).items():
+        limit = allowed.limit(scenario) if allowed else 0
+        if len(waits) > limit:
+            problems.append(f"{len(waits)} waits, {limit} allowed: {sorted(set(waits))}")
+    assert problems == []
+
+
+def test_every_listed_wait_happens(found: dict[str, Any]) -> None:
+    used = set()
+    for scenario in SOUND:
+        used |= waits_by_allowance(found[scenario.name]).keys()
+    gone = [allowed for allowed in ALLOWED_WAITS if allowed not in used]
+    assert gone == [], "take them off the list"
+
+
+def counted_parts(found: dict[str, Any], shape: Scenario) -> dict[str, Any]:
+    few = found[two_layers(shape).name]["parts"]
+    return whole_model(shape, few, found[shape.name]["parts"])
+
+
+def tabled_parts(shape: Scenario) -> dict[str, Any]:
+    parts: dict[str, Any] = json.loads(TABLE.read_text())["shapes"][shape.name]["parts"]
+    return parts
+
+
+def differences(counted: dict[str, Any], tabled: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Return what costs more than the table says, and what costs so much less that it is old."""
+    more = []
+    less = []
+    slack = {"num_bytes": SMALL_BYTES, "launches": SMALL_LAUNCHES}
+    for part in sorted({*counted, *tabled}):
+        for quantity, spare in slack.items():
+            now = total(counted, part, quantity)
+            said = total(tabled, part, quantity)
+            shown = f"{part}: {now:,} {quantity}, the table says {said:,}"
+            if now > said * (1 + EXCEEDED) + spare:
+                more.append(shown)
+            elif now < said * (1 - SPARED) - spare:
+                less.append(shown)
+    return more, less
+
+
+def total(parts: dict[str, Any], part: str, quantity: str) -> int:
+    return sum(values[quantity] for values in parts.get(part, {}).values())
+
+
+@by_name(COUNTED)
+def test_no_part_costs_more_than_the_table_says(found: dict[str, Any], scenario: Scenario) -> None:
+    more, less = differences(counted_parts(found, scenario), tabled_parts(scenario))
+    assert more == [], "if it must be: python bench/gpu_counts.py"
+    assert less == [], "cheaper by more than 2 %: rewrite the table with python bench/gpu_counts.py"
+
+
+def test_an_unfused_copy_of_a_step_is_noticed(found: dict[str, Any]) -> None:
+    clean = found[two_layers(SHAPES[0]).name]["parts"]
+    more, _ = differences(found[UNFUSED.name]["parts"], clean)
+    assert more, "a cast to fp32 and back costs nothing"
+
+
+def test_a_tensor_of_the_host_in_a_layer_is_noticed(found: dict[str, Any]) -> None:
+    result = found["host tensor"]
+    assert "cpt/model/experts/layer.py" in result["mixes"][0]
+    assert "two different devices" in result["error"]
+
+
+def test_an_item_in_a_layer_is_noticed(found: dict[str, Any]) -> None:
+    unlisted = waits_by_allowance(found["item"])[None]
+    assert any("cpt/model/experts/layer.py" in wait for wait in unlisted)
+
+
+def test_an_operator_without_a_fake_implementation_is_noticed(found: dict[str, Any]) -> None:
+    assert "no_fake" in found["no fake implementation"]["error"]
+
+
+def test_fused_operators_are_chosen_on_the_fake_device(found: dict[str, Any]) -> None:
+    assert found[SMALL.name]["fused"] is True

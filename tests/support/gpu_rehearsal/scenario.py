@@ -1,0 +1,325 @@
+"""One rehearsal: the real patched model and the real training engine on fake CUDA tensors.
+
+DeepSpeed's engine has a stand-in, because it needs processes; so have the process groups
+(groups.py). Everything else is the code that trains.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from transformers import GptOssConfig
+
+from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
+from cpt.model import gpt_oss
+from cpt.model.attention.function import FoldedSinks
+from cpt.model.attention.torch_flash import TorchFlashKernel
+from cpt.model.configuration import PRESETS
+from cpt.model.gpt_oss import GptOssForCPT
+from cpt.parallel.halo import WindowHalo
+from cpt.parallel.topology import Topology
+from cpt.parallel.ulysses import Ulysses
+from cpt.resilience.phase import PhaseClock
+from cpt.training import engine as engine_module
+from cpt.training import kl_targets
+from cpt.training.engine import TrainingEngine
+from cpt.training.kl_target_format import (
+    Sidecar,
+    TargetFileReader,
+    TargetFileWriter,
+    TargetsOfSource,
+    write_sidecar,
+)
+from cpt.training.kl_targets import KLTargets
+from cpt.training.loader import MicroBatch, make_micro_batch
+from data_pipeline.config.strict_yaml import parse_yaml, read_file
+from data_pipeline.dataset import PackedRow
+from tests.support.gpu_rehearsal.audit import Audit
+from tests.support.gpu_rehearsal.groups import Collectives
+from tests.support.gpu_rehearsal.planted import planted
+from tests.support.gpu_rehearsal.shapes import Scenario
+
+LISTED_TOKENS = 64
+"""k of the KL targets."""
+NONZERO_SHARE = {"_labels_in_tile": 0.01}
+"""Of the tokens, those whose label lies in one tile of the vocabulary."""
+GRADIENT_ELEMENTS = 10_000_000
+"""Elements of the stand-in's flat gradient buffer."""
+
+
+class StandInDeepSpeed:
+    """Stands in for DeepSpeed's engine under ZeRO-3: calls the model and its backward."""
+
+    def __init__(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.module = model
+        flat = torch.empty(GRADIENT_ELEMENTS, device="cuda")
+        self.optimizer = SimpleNamespace(
+            averaged_gradients={0: list(flat.chunk(4))},
+            grad_partitions_flat_buffer=flat,
+            fp32_partitioned_groups_flat=[flat],
+            offload_optimizer=False,
+            param_groups=optimizer.param_groups,
+            optimizer=optimizer,
+        )
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
+        """Compute the gradients."""
+        loss.backward()
+
+    def zero_optimization_stage(self) -> int:
+        """Return 3."""
+        return 3
+
+    def step(self) -> None:
+        """Do nothing: the update is DeepSpeed's."""
+
+    def was_step_applied(self) -> bool:
+        """Return that it was."""
+        return True
+
+    def eval(self) -> None:
+        """Put the model into evaluation mode."""
+        self.module.eval()
+
+    def train(self) -> None:
+        """Put the model into training mode."""
+        self.module.train()
+
+
+def run_config(scenario: Scenario, model_config: GptOssConfig) -> RunConfig:
+    """Return the resolved configuration of a run in this shape."""
+    coefficient = 0.01 if scenario.router_watch else 0.0
+    model = {
+        "init": scenario.preset,
+        "activation_checkpointing": scenario.checkpointing,
+        "offload_checkpoints": scenario.offload,
+        "expert_recompute": scenario.expert_recompute,
+        "router_aux_loss_coef": coefficient,
+        "router_z_loss_coef": coefficient,
+    }
+    rows = scenario.world_size // scenario.sp_size * scenario.micro_batches
+    train: dict[str, Any] = {
+        "seq_len": scenario.seq_len,
+        "micro_batch_size": 1,
+        "global_batch_size": rows,
+        "total_steps": 10,
+        "schedule": "constant",
+        "lr": 1e-5,
+        "dtype": "bf16",
+    }
+    if scenario.kl_targets:
+        train |= {"kl_targets": "targets", "kl_weight": 0.5}
+    text = json.dumps({"model": model, "data": {"mix": "unused.yaml"}, "train": train})
+    engine = {
+        "zero_optimization": {"stage": 3},
+        "sequence_parallel_size": scenario.sp_size,
+    }
+    if scenario.ep_size > 1:
+        engine["expert_parallel"] = {
+            "enabled": True,
+            "autoep_size": scenario.ep_size,
+            "preset_model": "gpt_oss",
+        }
+    return resolve(
+        read_file(RunYaml, parse_yaml(text, "run")),
+        parse_yaml(json.dumps(engine), "engine"),
+        model_config,
+        LaunchInfo(world_size=scenario.world_size, local_world_size=scenario.world_size),
+    )
+
+
+def packed_row(scenario: Scenario) -> PackedRow:
+    """Return a row of documents of about one length."""
+    length = scenario.seq_len
+    bounds = [index * length // scenario.documents for index in range(scenario.documents + 1)]
+    return PackedRow(
+        input_ids=np.zeros(length, np.int64),
+        labels=np.zeros(length, np.int64),
+        position_ids=np.arange(length, dtype=np.int64),
+        bounds=bounds,
+        documents=np.empty(0, np.int64),
+    )
+
+
+def open_targets(scenario: Scenario, folder: Path) -> KLTargets:
+    """Write KL targets for one row and open them."""
+    tokens = scenario.seq_len
+    writer = TargetFileWriter(folder, "text", tokens, LISTED_TOKENS)
+    ids = torch.arange(LISTED_TOKENS).repeat(tokens, 1)
+    writer.append(ids, torch.zeros(tokens, LISTED_TOKENS + 1))
+    writer.finish()
+    writer.close()
+    source = TargetsOfSource(rows=1, tokens=tokens, row_hash="", xxh3="")
+    sidecar = Sidecar(
+        base_model="", computed_in="bf16", build="", top_k=LISTED_TOKENS, sources={"text": source}
+    )
+    write_sidecar(folder, sidecar)
+    kl_targets.TargetFileReader = _FileReader
+    return KLTargets(folder, ["text"], {"text": np.array([tokens])})
+
+
+class _FileReader(TargetFileReader):
+    """Reads real tensors, whatever mode is on."""
+
+    def read(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and log-probabilities."""
+        with unset_fake_temporarily():
+            return super().read(begin, end)
+
+
+class Rehearsal:
+    """A scenario, built and ready to run."""
+
+    def __init__(self, scenario: Scenario, folder: Path) -> None:
+        self.scenario = scenario
+        self._folder = folder
+        rank = 1 if scenario.world_size > 1 else 0
+        self._collectives = Collectives(
+            rank, scenario.world_size, scenario.sp_size, scenario.ep_size
+        )
+        self._clock = PhaseClock()
+        self._stage = "load"
+        self.audit = Audit(self._host_value, self._present_stage, NONZERO_SHARE)
+        self.model_config = GptOssConfig(
+            **{**PRESETS[scenario.preset], "num_hidden_layers": scenario.layers}
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Run everything and return what was found, as JSON holds it."""
+        error = None
+        scenario = self.scenario
+        targets = open_targets(scenario, self._folder) if scenario.kl_targets else None
+        with planted(scenario.fault):
+            try:
+                self._run(targets)
+            except Exception as problem:
+                error = f"{type(problem).__name__}: {problem}\n{_own_lines(problem)}"
+        return {
+            "scenario": asdict(scenario),
+            "error": error,
+            "parts": self._parts(),
+            "waits": [[str(at), asdict(at), count] for at, count in self.audit.waits.items()],
+            "mixes": [str(mix) for mix in self.audit.mixes],
+            "wrong_collectives": self._collectives.wrong,
+            "collectives": dict(self._collectives.calls),
+            "operators": dict(self.audit.operators.most_common()),
+        }
+
+    def _run(self, targets: KLTargets | None) -> None:
+        scenario = self.scenario
+        self._collectives.install()
+        topology = self._collectives.topology()
+        model = gpt_oss.skeleton(self.model_config, torch.bfloat16)
+        gpt_oss.patch(model, topology)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            engine = self._build_engine(model, topology)
+            self._step(engine, topology, targets)
+            if scenario.evaluates:
+                self._evaluate(engine, topology)
+
+    def _step(self, engine: TrainingEngine, topology: Topology, targets: KLTargets | None) -> None:
+        scenario = self.scenario
+        with self.audit:
+            batches = self._batches(topology, targets)
+            self._stage = "step"
+            engine.step(
+                batches,
+                [scenario.tokens * scenario.micro_batches],
+                step=1,
+                measure_routers=scenario.router_watch,
+            )
+        for name, parameter in engine.deepspeed.module.named_parameters():
+            assert parameter.grad is not None, f"{name} has no gradient"
+            assert parameter.grad.is_cuda, f"the gradient of {name} is on the host"
+
+    def _evaluate(self, engine: TrainingEngine, topology: Topology) -> None:
+        """Score a batch and take the next token's logits; what they cost is not counted."""
+        totals = self.audit.totals
+        self.audit.totals = {}
+        self._stage = "load"
+        with self.audit:
+            (batch, *_) = self._batches(topology, None)
+            self._stage = "score"
+            engine.score(batch)
+            self._stage = "sample"
+            engine.next_token_logits(batch, torch.tensor([5]))
+        self.audit.totals = totals
+
+    def _build_engine(self, model: GptOssForCPT, topology: Topology) -> TrainingEngine:
+        scenario = self.scenario
+        gpt_oss.materialize(model, topology.device)
+        exchange = None
+        if scenario.sp_size > 1:
+            exchange = Ulysses(topology, WindowHalo(topology, self.model_config.sliding_window))
+        engine_module.initialize = _stand_in_engine
+        engine = TrainingEngine(
+            model,
+            run_config(scenario, self.model_config),
+            topology,
+            FoldedSinks(TorchFlashKernel()),
+            exchange,
+            self._clock,
+        )
+        if scenario.router_watch:
+            for layer in model.model.layers:
+                router = layer.mlp.router
+                engine.router_watch.original.append(
+                    (torch.empty_like(router.weight), torch.empty_like(router.bias))
+                )
+        return engine
+
+    def _batches(self, topology: Topology, targets: KLTargets | None) -> Iterator[MicroBatch]:
+        for _ in range(self.scenario.micro_batches):
+            row = packed_row(self.scenario)
+            found = None
+            if targets is not None:
+                found = targets.of_rows([(0, 0)], topology, self.scenario.seq_len)
+            yield make_micro_batch([row], [0], topology, found)
+
+    def _host_value(self, tensor: torch.Tensor) -> int:
+        """Return what the host reads: balanced counts of rows for the ranks, else 1."""
+        ep_size = self.scenario.ep_size
+        if ep_size == 1 or tuple(tensor.shape[-1:]) != (ep_size,):
+            return 1
+        rows = self.scenario.tokens * self.model_config.num_experts_per_tok
+        return rows // ep_size
+
+    def _present_stage(self) -> str:
+        if self._stage != "step":
+            return self._stage
+        if self._clock.now().phase in ("load", "forward", "backward"):
+            return "micro step"
+        return "optimizer step"
+
+    def _parts(self) -> dict[str, dict[str, dict[str, float]]]:
+        parts: dict[str, dict[str, dict[str, float]]] = {}
+        for (part, phase), totals in self.audit.totals.items():
+            parts.setdefault(part, {})[phase] = asdict(totals)
+        return parts
+
+
+def _stand_in_engine(
+    model: Any, optimizer: torch.optim.Optimizer, engine_json: Any, files: Any
+) -> StandInDeepSpeed:
+    return StandInDeepSpeed(model, optimizer)
+
+
+def _own_lines(problem: Exception) -> str:
+    """Return the lines of this project in a traceback."""
+    lines = []
+    for frame in traceback.extract_tb(problem.__traceback__):
+        if "site-packages" not in frame.filename:
+            lines.append(f"  {frame.filename}:{frame.lineno} {frame.name}")
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""What is rehearsed: the shapes whose costs the table holds, and the features of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+LAYERS_IN_TURN = 2
+"""A window layer and a full one; every number of layers is a multiple."""
+LAYERS_OF_PRESET = {"gpt-oss-20b": 24, "gpt-oss-120b": 36}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """What is rehearsed, in which shape."""
+
+    name: str
+    preset: str
+    layers: int
+    tokens: int
+    """Tokens of a rank in one micro batch."""
+    ep_size: int = 1
+    sp_size: int = 1
+    documents: int = 1
+    """Documents of a row."""
+    micro_batches: int = 1
+    checkpointing: bool = True
+    offload: bool = False
+    expert_recompute: str = "recompute"
+    kl_targets: bool = False
+    router_watch: bool = False
+    """Both penalties, all measurements, and the routers before training."""
+    evaluates: bool = False
+    """Whether to score and to sample after the step."""
+    fault: str | None = None
+    """Name of a planted error."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run: as few as the layout needs."""
+        return max(self.ep_size, self.sp_size)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a whole row."""
+        return self.tokens * self.sp_size
+
+
+SHAPES = (
+    Scenario(name="20b 4k", preset="gpt-oss-20b", layers=4, tokens=4096),
+    Scenario(name="20b 16k", preset="gpt-oss-20b", layers=4, tokens=16_384),
+    Scenario(name="20b 32k", preset="gpt-oss-20b", layers=4, tokens=32_768),
+    Scenario(
+        name="120b 4k, EP 8, SP 4",
+        preset="gpt-oss-120b",
+        layers=4,
+        tokens=4096,
+        ep_size=8,
+        sp_size=4,
+        documents=7,
+    ),
+)
+"""The shapes of the table: 4,096 to 32,768 tokens of a rank."""
+
+SMALL = Scenario(name="small", preset="gpt-oss-20b", layers=2, tokens=256)
+"""Few tokens, for what does not depend on their number."""
+LAYOUT = replace(SMALL, preset="gpt-oss-120b", ep_size=8, sp_size=4, documents=3)
+
+FEATURES = (
+    replace(SMALL, name="evaluation", evaluates=True),
+    replace(SMALL, name="no checkpointing", checkpointing=False, micro_batches=2),
+    replace(SMALL, name="checkpoints on the host", offload=True),
+    replace(SMALL, name="targets", kl_targets=True, documents=7, micro_batches=2),
+    replace(SMALL, name="router watch", router_watch=True, micro_batches=2),
+    replace(
+        LAYOUT,
+        name="layout",
+        kl_targets=True,
+        router_watch=True,
+        micro_batches=2,
+        evaluates=True,
+    ),
+    replace(LAYOUT, name="layout, rows kept", expert_recompute="keep", micro_batches=2),
+)
+"""Every feature of a step, for devices and waits."""
+
+
+def two_layers(shape: Scenario) -> Scenario:
+    """Return the same shape with the fewest layers, from which a layer's share follows."""
+    return replace(shape, name=f"{shape.name}, two layers", layers=LAYERS_IN_TURN)
