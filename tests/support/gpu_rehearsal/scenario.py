@@ -25,6 +25,7 @@ from cpt.model.attention.function import FoldedSinks
 from cpt.model.attention.torch_flash import TorchFlashKernel
 from cpt.model.configuration import PRESETS
 from cpt.model.gpt_oss import GptOssForCPT
+from cpt.model.kernels.availability import fused_kernels_run_on
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
@@ -191,6 +192,7 @@ class Rehearsal:
         )
         self._clock = PhaseClock()
         self._stage = "load"
+        self._fused = False
         self.audit = Audit(self._host_value, self._present_stage, NONZERO_SHARE)
         self.model_config = GptOssConfig(
             **{**PRESETS[scenario.preset], "num_hidden_layers": scenario.layers}
@@ -209,6 +211,7 @@ class Rehearsal:
         return {
             "scenario": asdict(scenario),
             "error": error,
+            "fused": self._fused,
             "parts": self._parts(),
             "waits": [[str(at), asdict(at), count] for at, count in self.audit.waits.items()],
             "mixes": [str(mix) for mix in self.audit.mixes],
@@ -224,6 +227,7 @@ class Rehearsal:
         model = gpt_oss.skeleton(self.model_config, torch.bfloat16)
         gpt_oss.patch(model, topology)
         with FakeTensorMode(allow_non_fake_inputs=True):
+            self._fused = fused_kernels_run_on(torch.empty(1, device=topology.device))
             engine = self._build_engine(model, topology)
             self._step(engine, topology, targets)
             if scenario.evaluates:
