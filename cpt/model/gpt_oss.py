@@ -24,12 +24,15 @@ import torch
 from torch import nn
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssDecoderLayer,
     GptOssForCausalLM,
     GptOssMLP,
+    GptOssRMSNorm,
     GptOssRotaryEmbedding,
 )
 
 from cpt.model import attention
+from cpt.model.decoder_layer import CPTDecoderLayer, RMSNorm
 from cpt.model.experts.layer import ExpertParallelMLP
 from cpt.model.loss.divergence import TopKTargets
 from cpt.model.loss.head import LossHead
@@ -90,6 +93,8 @@ class PatchReport:
 
     attention: str
     """Name of the registered attention function."""
+    layers: int
+    """Layers whose additions and norms are done together."""
     expert_layers: int
     """MLPs replaced by expert-parallel ones."""
     experts_per_rank: int
@@ -99,29 +104,34 @@ class PatchReport:
 
     def __str__(self) -> str:
         return (
-            f"attention={self.attention}, {self.expert_layers} MLPs -> ExpertParallelMLP "
+            f"attention={self.attention}, {self.layers} layers -> CPTDecoderLayer, "
+            f"{self.expert_layers} MLPs -> ExpertParallelMLP "
             f"({self.experts_per_rank} experts each on this rank), lm_head -> {self.loss_head}"
         )
 
 
 def patch(model: GptOssForCPT, topology: Topology) -> PatchReport:
-    """Replace attention, MLPs and lm_head of a Hugging Face gpt-oss, once, before it has weights.
+    """Replace attention, layers, norms, MLPs and lm_head of a Hugging Face gpt-oss, once.
+
+    It happens before the model has weights.
 
     Raises:
-        TypeError: A layer's MLP or the lm_head is not the class this was written for.
+        TypeError: A layer, an MLP, a norm or the lm_head is not the class this was written for.
     """
     model.set_attn_implementation(attention.register())
-    for index, layer in enumerate(model.model.layers):
-        if type(layer.mlp) is not GptOssMLP:
-            raise TypeError(
-                f"layers.{index}.mlp is {type(layer.mlp).__name__}, expected GptOssMLP: patched "
-                "twice?"
-            )
-        layer.mlp = ExpertParallelMLP(layer.mlp, topology)
-    if type(model.lm_head) is not nn.Linear:
-        raise TypeError(
-            f"lm_head is {type(model.lm_head).__name__}, expected Linear: patched twice?"
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        name = f"layers.{index}"
+        _check_class(f"{name}.mlp", layer.mlp, GptOssMLP)
+        _check_class(f"{name}.input_layernorm", layer.input_layernorm, GptOssRMSNorm)
+        _check_class(
+            f"{name}.post_attention_layernorm", layer.post_attention_layernorm, GptOssRMSNorm
         )
+        _check_class(name, layer, GptOssDecoderLayer)
+        layers[index] = CPTDecoderLayer(layer, ExpertParallelMLP(layer.mlp, topology))
+    _check_class("norm", model.model.norm, GptOssRMSNorm)
+    model.model.norm = RMSNorm(model.model.norm)
+    _check_class("lm_head", model.lm_head, nn.Linear)
     with model.lm_head.weight.device:
         head = LossHead(
             model.config.hidden_size,
@@ -133,10 +143,18 @@ def patch(model: GptOssForCPT, topology: Topology) -> PatchReport:
     model.lm_head = head
     return PatchReport(
         attention=model.config._attn_implementation,
-        expert_layers=len(model.model.layers),
-        experts_per_rank=model.model.layers[0].mlp.num_local_experts,
+        layers=len(layers),
+        expert_layers=len(layers),
+        experts_per_rank=layers[0].mlp.num_local_experts,
         loss_head="LossHead",
     )
+
+
+def _check_class(name: str, module: nn.Module, expected: type[nn.Module]) -> None:
+    if type(module) is not expected:
+        raise TypeError(
+            f"{name} is {type(module).__name__}, expected {expected.__name__}: patched twice?"
+        )
 
 
 def skeleton(config: GptOssConfig, dtype: torch.dtype) -> GptOssForCPT:

@@ -242,7 +242,7 @@ def test_patch_reports_what_it_changed() -> None:
     model = gpt_oss.skeleton(preset("tiny"), torch.float32)
     report = gpt_oss.patch(model, topology(ep_size=4))
     assert report == gpt_oss.PatchReport(
-        attention="sink", expert_layers=4, experts_per_rank=2, loss_head="LossHead"
+        attention="sink", layers=4, expert_layers=4, experts_per_rank=2, loss_head="LossHead"
     )
 
 
