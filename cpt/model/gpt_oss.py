@@ -50,6 +50,7 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
         labels: torch.Tensor | None = None,
         logits_at: torch.Tensor | None = None,
         targets: TopKTargets | None = None,
+        num_labels: int | None = None,
         **attention_arguments: Any,
     ) -> torch.Tensor:
         """Return the loss of every token, or logits without labels.
@@ -61,6 +62,7 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
             logits_at: (B,) one local position per row whose logits alone are wanted; only without
                 labels.
             targets: Another model's distribution for some of the tokens; only with labels.
+            num_labels: How many labels are not -100, if it is known on the host.
             attention_arguments: `packed_rows`, `sequence_parallel` and `kernel`, handed to every
                 layer's attention.
 
@@ -72,7 +74,7 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
         if logits_at is not None:
             rows = torch.arange(hidden.shape[0], device=hidden.device)
             hidden = hidden[rows, logits_at].unsqueeze(1)
-        return self.lm_head(hidden, labels, targets)
+        return self.lm_head(hidden, labels, targets, num_labels)
 
     def hidden_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, **attention_arguments: Any

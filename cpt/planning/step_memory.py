@@ -23,7 +23,7 @@ from cpt.config import RunConfig
 from cpt.config.window import window_tokens
 from cpt.model.attention.cpu import BACKWARD_BLOCK_ROWS, FORWARD_BLOCK_ROWS, block_tokens
 from cpt.model.experts.grouped import ALIGNMENT_BYTES
-from cpt.model.loss.head import work_bytes
+from cpt.model.loss.tiles import work_bytes
 from cpt.storage.state_bytes import FP32_BYTES
 
 INDEX_BYTES = 8

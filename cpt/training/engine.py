@@ -212,6 +212,7 @@ class TrainingEngine:
             position_ids=batch.position_ids,
             labels=batch.labels,
             targets=batch.targets,
+            num_labels=batch.num_labels,
             packed_rows=batch.packed_rows,
             sequence_parallel=self._sequence_parallel,
             kernel=self._kernel,

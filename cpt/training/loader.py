@@ -43,6 +43,8 @@ class MicroBatch:
     """(B, S) local tokens."""
     labels: torch.Tensor
     """(B, S) tokens that follow them; -100 where nothing is predicted."""
+    num_labels: int
+    """How many of the labels are not -100; the loss head would wait for the device to count."""
     position_ids: torch.Tensor
     """(B, S) positions within the document."""
     packed_rows: PackedRows
@@ -108,11 +110,19 @@ def make_micro_batch(
     return MicroBatch(
         input_ids=stack("input_ids"),
         labels=stack("labels"),
+        num_labels=_count_labels(rows, span),
         position_ids=stack("position_ids"),
         packed_rows=PackedRows.from_bounds([row.bounds for row in rows], seq_len),
         source_of_row=torch.tensor(source_of_row),
         targets=targets,
     )
+
+
+def _count_labels(rows: Sequence[PackedRow], span: slice) -> int:
+    count = 0
+    for row in rows:
+        count += int(np.count_nonzero(row.labels[span] != IGNORED_LABEL))
+    return count
 
 
 def filler_row(seq_len: int) -> PackedRow:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpt.model.loss import head as loss_head
+from cpt.model.loss import tiles
 from cpt.model.loss.divergence import TopKTargets
 from cpt.model.loss.head import LossHead
 from data_pipeline.dataset import IGNORED_LABEL
@@ -31,8 +31,8 @@ TOLERANCES = {
 
 @pytest.fixture(autouse=True)
 def several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loss_head.TILE_BYTES, "cpu", 8 * N * 100)
-    monkeypatch.setattr(loss_head, "SMALLEST_TILE_ROWS", 1)
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", 8 * N * 100)
+    monkeypatch.setattr(tiles, "SMALLEST_TILE_WORDS", 1)
 
 
 def inputs(
@@ -119,7 +119,7 @@ def test_tiles_give_the_divergence_and_gradients_of_all_logits_at_once(
 
 @pytest.mark.parametrize("words", [1, 7, 500, V - 1, V, V + 1])
 def test_tile_of_any_size_gives_the_same(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loss_head.TILE_BYTES, "cpu", words * N * 8)
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", words * N * 8)
     given = inputs(torch.float64)
     for found, expected in zip(tiled(*given), explicit(*given), strict=True):
         assert relative_error(found, expected) <= 1e-10

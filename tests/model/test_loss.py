@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpt.model.loss import head as loss_head
+from cpt.model.loss import tiles
 from cpt.model.loss.head import LossHead
 from data_pipeline.dataset import IGNORED_LABEL
 
@@ -78,9 +78,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def test_tiles_give_torchs_cross_entropy(
     part: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        loss_head.TILE_BYTES, "cpu", 8 * N * 100
-    )  # a hundred words or two, so that tiles must join
+    # a hundred words or two, so that tiles must join
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", 8 * N * 100)
     given = inputs(dtype)
     error = relative_error(loss_and_gradients(*given)[part], reference(*given)[part])
     assert error <= TOLERANCES[dtype], error
@@ -89,7 +88,7 @@ def test_tiles_give_torchs_cross_entropy(
 @pytest.mark.parametrize("words", [1, 2, 7, 500, V - 1, V, V + 1])
 def test_tile_of_any_size_gives_the_same(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs(torch.float64, ignored=False)
-    monkeypatch.setitem(loss_head.TILE_BYTES, "cpu", words * N * 8)
+    monkeypatch.setattr(tiles, "CPU_TILE_BYTES", words * N * 8)
     for found, expected in zip(loss_and_gradients(*given), reference(*given), strict=True):
         assert relative_error(found, expected) <= 1e-12
 

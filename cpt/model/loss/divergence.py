@@ -15,9 +15,10 @@ Decisions
       listed ones hold nearly everything.
     - Nothing here holds more than one tile of logits; the loss head hands each tile to `Divergence`
       in turn.
+    - All listed tokens are looked up in every tile, and those of other tiles go to a place that is
+      no logit. To sort them by tile would make the host wait for the device.
 
-Shape letters: N tokens of the loss, n those of them with a target, k listed tokens, K = k + 1, v a
-tile of the words.
+Shape letters: N tokens of the loss, n those of them with a target, k listed tokens, K = k + 1.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from cpt.model.loss.tiles import LogitTile
 
 LARGEST_EXPONENT = 60.0
 """Largest exponent of p_r / q_r in the gradient.
@@ -50,69 +53,101 @@ class TopKTargets:
 class Divergence:
     """KL(p || q) over tiles of logits.
 
-    The forward calls `hide` on each tile and then `finish`; the backward calls `gradient` on each.
+    The forward calls `hide` on each tile and then `finish`.  The backward multiplies the softmax by
+    `pull`, except for listed tokens, whose gradients it gets from `listed_gradients` and writes
+    with `put` over those of each tile.
     """
 
-    def __init__(
-        self, targets: TopKTargets, *, tile_words: int, vocabulary: int, dtype: torch.dtype
-    ) -> None:
-        """Sort the listed tokens by tile.
+    def __init__(self, targets: TopKTargets, dtype: torch.dtype) -> None:
+        """Take the other distribution.
 
         Args:
             targets: `at_n` counts the tokens of the loss.
-            tile_words: Words of a tile; the last one may have fewer.
-            vocabulary: Words in all.
             dtype: Dtype of the sums.
         """
         self.at_n = targets.at_n
         """(n,): tokens that have a target."""
-        self._top_k = targets.ids_nk.shape[1]
-        self._tile_words = tile_words
+        self._ids_nk = targets.ids_nk
         self._log_p_nK = targets.log_p_nK.to(dtype)
-        ids = targets.ids_nk.reshape(-1)
-        self._order = ids.argsort()
-        self._sorted_ids = ids[self._order]
-        starts = torch.arange(0, vocabulary + tile_words, tile_words, device=ids.device)
-        self._bounds: list[int] = torch.searchsorted(self._sorted_ids, starts).tolist()
-        self._z_nk = torch.empty_like(targets.ids_nk, dtype=dtype)
+        self._z_nk = torch.zeros_like(targets.ids_nk, dtype=dtype)
 
-    def _listed(self, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the listed tokens of the tile that starts at word `first`.
+    def _places(self, tile: LogitTile) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which listed tokens (n, k) lie in the tile, and their places in its memory."""
+        column_nk = self._ids_nk - tile.first
+        inside_nk = (column_nk >= 0) & (column_nk < tile.words)
+        place_nk = self.at_n.unsqueeze(1) * tile.words + column_nk
+        return inside_nk, place_nk.masked_fill(~inside_nk, tile.memory.numel() - 1)
 
-        They come as places in (n, k), rows in n, and columns in the tile.
-        """
-        number = first // self._tile_words
-        span = slice(self._bounds[number], self._bounds[number + 1])
-        place = self._order[span]
-        return place, place // self._top_k, self._sorted_ids[span] - first
-
-    def hide(self, first: int, logits_Nv: torch.Tensor) -> None:
+    def hide(self, tile: LogitTile) -> None:
         """Note the logits of listed tokens and take them out of the tile.
 
         The log-sum-exp of the tile is then that of the other tokens.
         """
-        place, row, column = self._listed(first)
-        self._z_nk.view(-1)[place] = logits_Nv[self.at_n[row], column]
-        logits_Nv[self.at_n[row], column] = float("-inf")
+        inside_nk, place_nk = self._places(tile)
+        logits_nk = tile.memory[place_nk].to(self._z_nk.dtype)
+        self._z_nk = torch.where(inside_nk, logits_nk, self._z_nk)
+        tile.memory.scatter_(0, place_nk.view(-1), float("-inf"))
 
-    def finish(self, lse_N: torch.Tensor) -> torch.Tensor:
-        """Return the log-sum-exp of all tokens, from that of the tokens that were not hidden."""
+    def finish(
+        self, lse_N: torch.Tensor, target_N: torch.Tensor, label_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Complete the sums that lack what was hidden.
+
+        Args:
+            lse_N: Log-sum-exp of the tokens that were not hidden.
+            target_N: Logit of the label; -inf where the label was hidden.
+            label_N: The labels.
+
+        Returns:
+            The log-sum-exp of all tokens, and the logits of the labels.
+        """
         others_n = lse_N[self.at_n]
         whole_n = torch.logaddexp(others_n, self._z_nk.logsumexp(1))
         log_q_nK = torch.cat([self._z_nk, others_n.unsqueeze(1)], 1) - whole_n.unsqueeze(1)
         self.log_q_nK = log_q_nK
         """(n, K): the model's own log-probabilities of the same parts."""
-        return lse_N.index_copy(0, self.at_n, whole_n)
+        is_label_nk = self._is_label(label_N)
+        listed_n = self._z_nk.masked_fill(~is_label_nk, 0).sum(1)
+        target_n = torch.where(is_label_nk.any(1), listed_n, target_N[self.at_n])
+        return (
+            lse_N.index_copy(0, self.at_n, whole_n),
+            target_N.index_copy(0, self.at_n, target_n),
+        )
+
+    def _is_label(self, label_N: torch.Tensor) -> torch.Tensor:
+        """Return which listed tokens (n, k) are the label."""
+        return self._ids_nk == label_N[self.at_n].unsqueeze(1)
 
     def value(self) -> torch.Tensor:
         """Return the divergence (n,) in nats."""
         return (self._log_p_nK.exp() * (self._log_p_nK - self.log_q_nK)).sum(1)
 
-    def gradient(self, first: int, softmax_Nv: torch.Tensor, grad_n: torch.Tensor) -> torch.Tensor:
-        """Return the gradient (n, v) of a tile's logits, for the tokens `at_n`."""
-        place, row, column = self._listed(first)
+    def pull(self, num_tokens: int, grad_n: torch.Tensor) -> torch.Tensor:
+        """Return what multiplies the softmax of tokens that are not listed, (N,).
+
+        It is 0 where there is no target.
+        """
         others_n = (self._log_p_nK[:, -1] - self.log_q_nK[:, -1]).clamp(max=LARGEST_EXPONENT).exp_()
-        d_nv = softmax_Nv[self.at_n] * (grad_n * (1 - others_n)).unsqueeze(1)
-        p = self._log_p_nK[:, :-1].reshape(-1)[place].exp()
-        d_nv[row, column] = (softmax_Nv[self.at_n[row], column] - p) * grad_n[row]
-        return d_nv
+        return grad_n.new_zeros(num_tokens).index_copy(0, self.at_n, grad_n * (1 - others_n))
+
+    def listed_gradients(
+        self, label_N: torch.Tensor, nll_grad_N: torch.Tensor, grad_n: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the gradients (n, k) of the logits of listed tokens, of loss and divergence.
+
+        Args:
+            label_N: The labels.
+            nll_grad_N: Gradient of every token's loss.
+            grad_n: Gradient of every divergence.
+        """
+        q_nk = self.log_q_nK[:, :-1].exp()
+        p_nk = self._log_p_nK[:, :-1].exp()
+        from_loss_nk = (q_nk - self._is_label(label_N).to(q_nk.dtype)) * nll_grad_N[
+            self.at_n
+        ].unsqueeze(1)
+        return from_loss_nk + (q_nk - p_nk) * grad_n.unsqueeze(1)
+
+    def put(self, tile: LogitTile, listed_nk: torch.Tensor) -> None:
+        """Write the gradients of listed tokens that lie in the tile to their places."""
+        _, place_nk = self._places(tile)
+        tile.memory.scatter_(0, place_nk.view(-1), listed_nk.to(tile.memory.dtype).view(-1))
