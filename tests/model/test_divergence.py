@@ -194,3 +194,17 @@ def test_labels_of_rows_keep_their_shape() -> None:
     assert rows.shape == (2, 4, 9) and torch.equal(
         rows.view(2, 36), head(hidden_NM[:36], label_N[:36], some)
     )
+
+
+def test_off_the_cpu_targets_ask_for_no_value() -> None:
+    # A meta tensor has no values: any question that makes a host wait for a GPU is an error.
+    hidden_NM, _, label_N, targets, _ = inputs(torch.float32)
+    moved = {}
+    for field in dataclasses.fields(targets):
+        moved[field.name] = getattr(targets, field.name).to("meta")
+    head = LossHead(M, V, bias=False, device="meta")
+    hidden_NM = hidden_NM.to("meta").requires_grad_()
+    losses_2N = head(hidden_NM, label_N.to("meta"), TopKTargets(**moved), num_labels=20)
+    losses_2N.sum().backward()
+    assert losses_2N.shape == (2, N)
+    assert hidden_NM.grad.shape == hidden_NM.shape

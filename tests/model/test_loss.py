@@ -214,3 +214,32 @@ def test_loss_takes_less_than_400_mb_beyond_inputs_and_gradients(
 ) -> None:
     extra = extra_bytes(tokens, 64, vocabulary)
     assert extra <= LIMIT_BYTES, f"{extra / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize(("tokens", "words"), [(1, 16_384), (32_768, 16_384), (49_152, 10_880)])
+def test_tile_on_a_gpu_has_as_many_words_as_a_gibibyte_holds_up_to_a_limit(
+    tokens: int, words: int
+) -> None:
+    assert tiles.words_of_a_tile("cuda", tokens, 2) == words
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 4_096, 131_072])
+def test_work_bytes_are_the_memory_of_a_tile_on_a_gpu(tokens: int, dtype: torch.dtype) -> None:
+    hidden_NM = torch.empty(tokens, M, dtype=dtype, device="meta")
+    weight_VM = torch.empty(201_088, M, dtype=dtype, device="meta")
+    tile = next(tiles.logit_tiles(hidden_NM, weight_VM))
+    tile_bytes = (tile.memory.numel() - 1) * dtype.itemsize
+    assert tiles.work_bytes("cuda", tokens, dtype.itemsize) == tile_bytes
+
+
+@pytest.mark.parametrize("num_labels", [None, N, N // 2, 0])
+def test_off_the_cpu_the_head_never_asks_for_a_value(num_labels: int | None) -> None:
+    # A meta tensor has no values: any question that makes a host wait for a GPU is an error.
+    head = LossHead(M, V, bias=False, device="meta", dtype=torch.bfloat16)
+    hidden_NM = torch.empty(N, M, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    label_N = torch.empty(N, device="meta", dtype=torch.int64)
+    loss_N = head(hidden_NM, label_N, num_labels=num_labels)
+    loss_N.sum().backward()
+    assert loss_N.shape == (N,)
+    assert hidden_NM.grad.shape == hidden_NM.shape
