@@ -236,8 +236,8 @@ def test_work_bytes_are_the_memory_of_a_tile_on_a_gpu(tokens: int, dtype: torch.
 @pytest.mark.parametrize("num_labels", [None, N, N // 2, 0])
 def test_off_the_cpu_the_head_never_asks_for_a_value(num_labels: int | None) -> None:
     # A meta tensor has no values: any question that makes a host wait for a GPU is an error.
-    head = LossHead(M, V, bias=False, device="meta", dtype=torch.bfloat16)
-    hidden_NM = torch.empty(N, M, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    head = LossHead(M, V, bias=False, device="meta")
+    hidden_NM = torch.empty(N, M, device="meta", requires_grad=True)
     label_N = torch.empty(N, device="meta", dtype=torch.int64)
     loss_N = head(hidden_NM, label_N, num_labels=num_labels)
     loss_N.sum().backward()
