@@ -3,6 +3,7 @@
 #   make check    ruff, format, mypy and the fast tests
 #   make test     all tests but the slow ones
 #   make faults   every fault case, and the table in docs/reliability.md
+#   make gpu      ten minutes of checks and measurements on a machine with a GPU;  make gpu-wheels   wheels for an offline one
 #   make bench    all benchmarks;  make prove   slow proofs;  make corpus   a real corpus
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +13,7 @@ READY  := $(VENV)/.installed
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: train test faults check format bench prove corpus install clean
+.PHONY: train test faults check format bench prove gpu gpu-wheels corpus install clean
 train: $(READY)
 	deepspeed cpt/run.py --ds_config ds_configs/z3_ulysses.json
 
@@ -42,6 +43,13 @@ bench: $(READY)
 prove: $(READY)
 	python -m pytest -m slow tests/dist
 	for script in bench/prove/*.py; do python $$script || exit 1; done
+
+# docs/gpu.md says what it does
+gpu: $(READY)
+	python bench/gpu/acceptance.py --out gpu_results
+
+gpu-wheels: $(READY)
+	bench/gpu/wheels.sh
 
 # parallel Japanese/English documentation from Debian packages, with licenses; needs Debian and a package mirror
 corpus: $(READY)

@@ -60,13 +60,15 @@ class Planned:
     """Time that must be left for it to start."""
 
 
-def run_stages(options: Options) -> None:
-    """Run the stages of one group, and write each result as soon as it is there."""
+def run_stages(options: Options, module_name: str, names: tuple[str, ...]) -> None:
+    """Run stages of a module, all if no names are given, and write each result at once."""
     started = time.perf_counter()
-    module = importlib.import_module(f"gpu.stages_{options.group}")
+    module = importlib.import_module(f"gpu.stages_{module_name}")
     print(f"imports: {time.perf_counter() - started:.1f} s", flush=True)
     for stage in module.STAGES:
         name = stage.run.__name__
+        if names and name not in names:
+            continue
         if options.only and not any(word in name for word in options.only):
             continue
         if options.seconds_left < stage.needed_seconds:
@@ -86,7 +88,13 @@ def run_stages(options: Options) -> None:
 
 def record(options: Options, name: str, state: str, seconds: float, result: Any) -> None:
     """Append a result to results.jsonl, and print it in short."""
-    line = {"stage": name, "state": state, "seconds": round(seconds, 2), "result": result}
+    line = {
+        "group": options.group,
+        "stage": name,
+        "state": state,
+        "seconds": round(seconds, 2),
+        "result": result,
+    }
     with open(options.out / "results.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line, default=str) + "\n")
         file.flush()

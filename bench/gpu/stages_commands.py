@@ -38,7 +38,7 @@ def front_door(options: Options) -> dict[str, Any]:
 def gpu_tests(options: Options) -> dict[str, Any]:
     """Run the tests that reach a GPU where there is one."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "12"]
-    command += ["tests/model/attention/test_gpu_backends.py", "tests/model/kernels"]
+    command += ["tests/model/kernels", "tests/model/attention/test_gpu_backends.py"]
     return _run(options, "gpu_tests", command, seconds=150)
 
 

@@ -22,8 +22,12 @@ PREFERRED_EXPERTS = 4
 """The routers choose these for every token, by their biases: with a choice that hangs on the last
 bit, errors of bf16 would send tokens to other experts, and all gradients would differ by that.
 """
-LARGEST_RATIO = 1.5
-"""Largest accepted error, as a multiple of the error of Hugging Face's own eager code in bf16."""
+LARGEST_RATIO = 1.2
+"""Largest accepted mean error of all gradients, as a multiple of the mean error of Hugging Face's
+own eager code in bf16.
+"""
+LARGEST_SINGLE_RATIO = 3.0
+"""The same for one gradient: errors of small sums differ by chance."""
 
 
 def model_agrees_with_hugging_face(options: Options) -> dict[str, Any]:
@@ -37,17 +41,19 @@ def model_agrees_with_hugging_face(options: Options) -> dict[str, Any]:
     want, weights = _hugging_face(config, options, torch.float64, tokens, None)
     plain, _ = _hugging_face(config, options, torch.bfloat16, tokens, weights)
     ours = _this_project(config, options, tokens, weights)
-    found: dict[str, Any] = {}
-    worst = 0.0
+    errors = {}
     for name, value in want.items():
-        error = relative_error(ours[name], value)
-        plain_error = relative_error(plain[name], value)
-        worst = max(worst, error / max(plain_error, 1e-9))
-        found[name.removeprefix("model.layers.")] = [error, plain_error]
-    print("\n".join(f"{n:50s} {e:.2e} beside {p:.2e}" for n, (e, p) in found.items()), flush=True)
+        if name != "loss":
+            errors[name] = relative_error(ours[name], value)
+    plain_errors = {name: relative_error(plain[name], want[name]) for name in errors}
+    for name, error in errors.items():
+        print(f"{name:50s} {error:.2e} beside {plain_errors[name]:.2e}", flush=True)
+    mean_ratio = sum(errors.values()) / sum(plain_errors.values())
+    largest_ratio = max(error / plain_errors[name] for name, error in errors.items())
     return {
-        "largest error as a multiple of HF's in bf16": worst,
-        "agrees": worst <= LARGEST_RATIO,
+        "mean error as a multiple of HF's in bf16": mean_ratio,
+        "largest ratio of one gradient": largest_ratio,
+        "agrees": mean_ratio <= LARGEST_RATIO and largest_ratio <= LARGEST_SINGLE_RATIO,
         "loss": [float(ours["loss"]), float(plain["loss"]), float(want["loss"])],
     }
 
