@@ -35,7 +35,7 @@ from cpt.telemetry.mailbox import EventMailbox
 from cpt.telemetry.metrics import Telemetry
 from cpt.training.engine import TrainingEngine
 from cpt.training.kl_targets import KLTargets
-from cpt.training.loader import MicroBatch, load_micro_batch
+from cpt.training.loader import MicroBatch, places_of_rank, read_micro_batch
 from cpt.training.stability import Stability
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
@@ -109,14 +109,9 @@ class Job:
             self.clock.enter("data", step)
             started = time.perf_counter()
             fault_point("data", step)
-            loaded = load_micro_batch(
-                self.data,
-                batch,
-                micro_step,
-                self.config.micro_batch_size,
-                self.topology,
-                self.kl_targets,
-            )
+            places = places_of_rank(batch, micro_step, self.config.micro_batch_size, self.topology)
+            read = read_micro_batch(self.data, places, self.topology, self.kl_targets)
+            loaded = self.engine.send(read)
             self.data_wait_seconds += time.perf_counter() - started
             yield loaded
 

@@ -45,8 +45,9 @@ from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
 from cpt.resilience.faults import fault_point
 from cpt.resilience.phase import PhaseClock
+from cpt.storage.transfer import to_device
 from cpt.training.activation_checkpointing import enable_checkpointing
-from cpt.training.loader import MicroBatch
+from cpt.training.loader import MicroBatch, send
 from cpt.training.optimizer import create_optimizer, reserve_files
 
 LARGEST_GRAD_NORM = 1e18
@@ -201,6 +202,11 @@ class TrainingEngine:
         """Use `lr` for the next optimizer step."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
+
+    def send(self, batch: MicroBatch) -> MicroBatch:
+        """Copy a micro batch from the host to the device; the host does not wait."""
+        halo = None if self._sequence_parallel is None else self._sequence_parallel.halo
+        return send(batch, self.topology.device, halo)
 
     def token_losses(self, batch: MicroBatch) -> torch.Tensor:
         """Return (B, S) nats of this rank's tokens, 0 where there is no label.
@@ -369,7 +375,7 @@ class TrainingEngine:
             logits_B1V = self.deepspeed(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
-                logits_at=at.to(self.topology.device),
+                logits_at=to_device(at, self.topology.device),
                 packed_rows=batch.packed_rows,
                 sequence_parallel=self._sequence_parallel,
                 kernel=self._kernel,

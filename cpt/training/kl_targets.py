@@ -146,11 +146,11 @@ class KLTargets:
 
         Args:
             places: Source and row number of each row of a micro batch.
-            topology: Which part of a row is this rank's, and its device.
+            topology: Which part of a row is this rank's.
             seq_len: Slots of a row.
 
         Returns:
-            The targets on this rank's device; None if there is none for any token.
+            The targets on the CPU; None if there is none for any token.
         """
         local = seq_len // topology.sp_size
         at, ids, log_p = [], [], []
@@ -164,9 +164,7 @@ class KLTargets:
         if not at:
             return None
         return TopKTargets(
-            at_n=torch.cat(at).to(topology.device),
-            ids_nk=torch.cat(ids).to(topology.device, torch.int64),
-            log_p_nK=torch.cat(log_p).to(topology.device),
+            at_n=torch.cat(at), ids_nk=torch.cat(ids).to(torch.int64), log_p_nK=torch.cat(log_p)
         )
 
     def _token_range(self, source: int, row: int, first: int, slots: int) -> tuple[int, int]:

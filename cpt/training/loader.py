@@ -2,8 +2,9 @@
 
     global batch (row ids, a pure function of the step)
       -> rows of this data-parallel rank and micro step
-      -> inputs, labels and positions of this sequence-parallel rank's tokens, and the document
-         bounds of the whole rows
+      -> on the host: inputs, labels and positions of this sequence-parallel rank's tokens, and the
+         document bounds of the whole rows
+      -> on the device: the same, by copies for which the host does not wait
 
 Every rank reads what it needs from the memory-mapped shards itself; no data is broadcast. Labels
 were shifted when the row was packed, so cutting a row between ranks loses no prediction.
@@ -14,14 +15,17 @@ Shape letters: B rows of the micro batch, T tokens of a row, S local tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from cpt.model.attention import PackedRows
+from cpt.model.attention.placement import place_documents
 from cpt.model.loss.divergence import TopKTargets
+from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
+from cpt.storage.transfer import to_device
 from cpt.training.kl_targets import KLTargets
 from data_pipeline.dataset import IGNORED_LABEL, BuiltData, PackedRow
 from data_pipeline.mixture.mixture import GlobalBatch
@@ -30,10 +34,13 @@ from data_pipeline.text.tokenizer import END_OF_TEXT
 NO_SOURCE = -1
 """Source number of a row that is not from the data mix."""
 
+Places = tuple[tuple[int, int], ...]
+"""Source and row number within the source of each row of a micro batch."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Input of one forward pass on one rank.
+    """Input of one forward pass on one rank, on the host or on the device.
 
     The tensors with a dimension S hold this rank's slice of each row. `packed_rows` describes the
     whole rows, because attention reaches beyond the slice.
@@ -55,34 +62,27 @@ class MicroBatch:
     """The base model's distribution for some of the local tokens; None if there is none."""
 
 
-def rows_of_rank(
+def places_of_rank(
     batch: GlobalBatch, micro_step: int, micro_batch_size: int, topology: Topology
-) -> list[int]:
-    """Return the positions in the global batch of this rank's rows in one micro step."""
+) -> Places:
+    """Return the places of this rank's rows in one micro step of a global batch."""
     first = (micro_step * topology.dp_size + topology.dp_rank) * micro_batch_size
-    return list(range(first, first + micro_batch_size))
-
-
-def load_micro_batch(
-    data: BuiltData,
-    batch: GlobalBatch,
-    micro_step: int,
-    micro_batch_size: int,
-    topology: Topology,
-    kl_targets: KLTargets | None = None,
-) -> MicroBatch:
-    """Read one micro batch of a global batch, with its targets where there are any."""
-    sources = []
     places = []
-    for position in rows_of_rank(batch, micro_step, micro_batch_size, topology):
-        source = int(batch.sources[position])
-        sources.append(source)
-        places.append((source, int(batch.rows[position])))
+    for position in range(first, first + micro_batch_size):
+        places.append((int(batch.sources[position]), int(batch.rows[position])))
+    return tuple(places)
+
+
+def read_micro_batch(
+    data: BuiltData, places: Places, topology: Topology, kl_targets: KLTargets | None = None
+) -> MicroBatch:
+    """Read this rank's part of rows, with its targets where there are any, on the host."""
     rows = [data.read_row(source, row) for source, row in places]
+    sources = [source for source, _ in places]
     targets = None
     if kl_targets is not None:
         targets = kl_targets.of_rows(places, topology, data.seq_len)
-    return make_micro_batch(rows, sources, topology, targets)
+    return cut_rows(rows, sources, topology, targets)
 
 
 def make_micro_batch(
@@ -91,21 +91,30 @@ def make_micro_batch(
     topology: Topology,
     targets: TopKTargets | None = None,
 ) -> MicroBatch:
-    """Cut rows to this rank's tokens and put them on its device.
+    """Cut rows to this rank's tokens and put them on its device; see `cut_rows` and `send`."""
+    return send(cut_rows(rows, source_of_row, topology, targets), topology.device)
+
+
+def cut_rows(
+    rows: Sequence[PackedRow],
+    source_of_row: Sequence[int],
+    topology: Topology,
+    targets: TopKTargets | None = None,
+) -> MicroBatch:
+    """Cut rows to this rank's tokens, on the host.
 
     Args:
         rows: Whole rows of one length, which the sequence-parallel size divides.
         source_of_row: Number of each row's source, or `NO_SOURCE`.
-        topology: This rank's part of a row, and its device.
-        targets: The base model's distribution for some of the local tokens.
+        topology: This rank's part of a row.
+        targets: The base model's distribution for some of the local tokens, on the CPU.
     """
     seq_len = len(rows[0].input_ids)
     local = seq_len // topology.sp_size
     span = slice(topology.sp_rank * local, (topology.sp_rank + 1) * local)
 
     def stack(name: str) -> torch.Tensor:
-        array = np.stack([getattr(row, name)[span] for row in rows])
-        return torch.from_numpy(array).to(topology.device)
+        return torch.from_numpy(np.stack([getattr(row, name)[span] for row in rows]))
 
     return MicroBatch(
         input_ids=stack("input_ids"),
@@ -123,6 +132,33 @@ def _count_labels(rows: Sequence[PackedRow], span: slice) -> int:
     for row in rows:
         count += int(np.count_nonzero(row.labels[span] != IGNORED_LABEL))
     return count
+
+
+def send(batch: MicroBatch, device: torch.device, halo: WindowHalo | None = None) -> MicroBatch:
+    """Copy a micro batch from the host to a device, with all that its layers need of its documents.
+
+    The host does not wait. What stays on the host is what the host reads later.
+
+    Args:
+        batch: The micro batch, on the host.
+        device: The device of this rank.
+        halo: The exchange of the window layers, if there is one.
+    """
+    place_documents(batch.packed_rows, device, halo)
+    targets = batch.targets
+    if targets is not None:
+        targets = TopKTargets(
+            at_n=to_device(targets.at_n, device),
+            ids_nk=to_device(targets.ids_nk, device),
+            log_p_nK=to_device(targets.log_p_nK, device),
+        )
+    return replace(
+        batch,
+        input_ids=to_device(batch.input_ids, device),
+        labels=to_device(batch.labels, device),
+        position_ids=to_device(batch.position_ids, device),
+        targets=targets,
+    )
 
 
 def filler_row(seq_len: int) -> PackedRow:

@@ -24,7 +24,7 @@ from cpt.offline.model import OfflineModel, single_process
 from cpt.parallel.topology import Topology
 from cpt.training.kl_target_format import SIDECAR, read_sidecar, target_file
 from cpt.training.kl_targets import KLTargets, check_targets
-from cpt.training.loader import MicroBatch, load_micro_batch
+from cpt.training.loader import MicroBatch, places_of_rank, read_micro_batch, send
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
@@ -157,7 +157,8 @@ def micro_batch(data: BuiltData, targets: KLTargets | None, topology: Topology) 
         predicted_tokens=np.zeros(3, int),
         epochs=np.zeros(3, int),
     )
-    return load_micro_batch(data, batch, 0, 3, topology, targets)
+    read = read_micro_batch(data, places_of_rank(batch, 0, 3, topology), topology, targets)
+    return send(read, topology.device)
 
 
 def test_a_run_from_the_base_model_starts_at_divergence_zero(

@@ -20,6 +20,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from cpt.storage.transfer import to_device
+
 Derived = TypeVar("Derived")
 
 
@@ -115,7 +117,7 @@ class PackedRows:
 
         def build() -> torch.Tensor:
             lengths = torch.tensor(self.bounds).diff()
-            return torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+            return to_device(torch.arange(len(lengths)).repeat_interleave(lengths), device)
 
         return self.derive(("document_ids", device), build)
 

@@ -26,6 +26,7 @@ from cpt.model.attention.checks import (
 )
 from cpt.model.attention.choice import AUTO, choose
 from cpt.model.attention.interface import Attention, AttentionInputs, SequenceParallel
+from cpt.model.attention.placement import edge_rows, local_rows
 from cpt.model.attention.position_rows import rows_of
 from cpt.model.attention.reference import cached_attention
 from cpt.model.attention.rows import PackedRows
@@ -182,11 +183,11 @@ def _attend_in_parallel(
 def _attend_with_halo(layer: _Layer, halo: WindowHalo, rows: PackedRows) -> torch.Tensor:
     """Attend within the local tokens while the neighbor's keys travel, then redo the edge."""
     pending = halo.start(layer.k_BKSD, layer.v_BKSD)
-    local_rows = rows.derive(("local rows",), lambda: halo.local_rows(rows))
-    local_BSHD = _attend(layer, local_rows)
-    edge_rows = rows.derive(("edge rows", halo.window), lambda: halo.edge_rows(rows))
+    local_BSHD = _attend(layer, local_rows(rows, halo))
     query, key, value = halo.edge(pending, layer.q_BHSD, layer.k_BKSD, layer.v_BKSD)
-    edge_BLHD = _attend(layer._replace(q_BHSD=query, k_BKSD=key, v_BKSD=value), edge_rows)
+    edge_BLHD = _attend(
+        layer._replace(q_BHSD=query, k_BKSD=key, v_BKSD=value), edge_rows(rows, halo)
+    )
     return halo.join(edge_BLHD, local_BSHD)
 
 

@@ -15,6 +15,8 @@ import torch
 
 from cpt.model.attention.interface import AttentionInputs
 from cpt.model.attention.machine import Machine
+from cpt.model.attention.rows import PackedRows
+from cpt.storage.transfer import to_device
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
@@ -31,12 +33,18 @@ class Documents:
 
     @classmethod
     def of(cls, inputs: AttentionInputs) -> Documents:
-        """Take them from the rows, where the first layer of a batch leaves them for the others."""
-        rows = inputs.rows
-        device = inputs.q_HTD.device
+        """Return the documents that a layer attends within."""
+        return cls.on(inputs.rows, inputs.q_HTD.device)
+
+    @classmethod
+    def on(cls, rows: PackedRows, device: torch.device) -> Documents:
+        """Return the documents of rows, which are copied at the first call and kept with the rows.
+
+        The host does not wait for the copy.
+        """
 
         def build() -> Documents:
-            offsets = torch.tensor(rows.bounds, dtype=torch.int32).to(device)
+            offsets = to_device(torch.tensor(rows.bounds, dtype=torch.int32), device)
             return cls(offsets, rows.longest_document_tokens)
 
         return rows.derive(("documents", device), build)
