@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.saver import Saver
 from cpt.config import RunConfig
 from cpt.deepspeed_adapter.shards import set_optimizer_step
+from cpt.errors import DataError
 from cpt.guard.guard import Guard
 from cpt.guard.ladder import GuardState
 from cpt.guard.replay_share import ReplayShares
@@ -20,6 +21,7 @@ from cpt.job.context import RunContext
 from cpt.job.progress import (
     Progress,
     Ranges,
+    batch_of_step,
     newest_guard_state,
     read_guard_rollbacks,
     read_rollbacks,
@@ -35,7 +37,8 @@ from cpt.telemetry.mailbox import EventMailbox
 from cpt.telemetry.metrics import Telemetry
 from cpt.training.engine import TrainingEngine
 from cpt.training.kl_targets import KLTargets
-from cpt.training.loader import MicroBatch, places_of_rank, read_micro_batch
+from cpt.training.loader import MicroBatch, Places, places_of_rank, read_micro_batch
+from cpt.training.read_ahead import ReadAhead
 from cpt.training.stability import Stability
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
@@ -65,7 +68,14 @@ class Job:
     progress: Progress
     stability: Stability
     data_wait_seconds: float = 0.0
-    """Time that this rank has spent reading rows since the last `take_data_wait`."""
+    """Time that this rank has waited for rows since the last `take_data_wait`."""
+    reader: ReadAhead[Places, MicroBatch] = field(init=False)
+    """Reads the micro batch after the one that is computed."""
+    _foreseen: GlobalBatch | None = field(default=None, init=False)
+    """The batch of the next step, if nothing comes in between; it is of the present mixture."""
+
+    def __post_init__(self) -> None:
+        self.reader = ReadAhead(self._read)
 
     @property
     def config(self) -> RunConfig:
@@ -102,21 +112,62 @@ class Job:
         """The data mix as the user wrote it."""
         return self.context.mix
 
+    @property
+    def last_step(self) -> int:
+        """The step after which the run ends."""
+        settings = self.config.train
+        return settings.total_steps if settings.stop_at_step is None else settings.stop_at_step
+
+    def next_global_batch(self) -> GlobalBatch:
+        """Return the rows of the next step."""
+        foreseen = self._foreseen
+        if foreseen is not None and foreseen.step == self.progress.next_batch:
+            return foreseen
+        return self._global_batch(self.progress.next_batch)
+
     def micro_batches(self, batch: GlobalBatch) -> Iterator[MicroBatch]:
-        """Yield this rank's forward passes of one global batch."""
+        """Yield this rank's forward passes of one global batch.
+
+        While the caller works on one micro batch, the next is read, which after the last one is
+        probably the first of the next step.
+        """
         step = self.progress.step + 1
-        for micro_step in range(self.config.gradient_accumulation_steps):
+        micro_steps = self.config.gradient_accumulation_steps
+        for micro_step in range(micro_steps):
             self.clock.enter("data", step)
             started = time.perf_counter()
             fault_point("data", step)
-            places = places_of_rank(batch, micro_step, self.config.micro_batch_size, self.topology)
-            read = read_micro_batch(self.data, places, self.topology, self.kl_targets)
+            read = self.reader.take(self._places(batch, micro_step))
+            if micro_step + 1 < micro_steps:
+                self.reader.begin(self._places(batch, micro_step + 1))
             loaded = self.engine.send(read)
             self.data_wait_seconds += time.perf_counter() - started
             yield loaded
+        self._foresee_next_step()
+
+    def _foresee_next_step(self) -> None:
+        """Begin to read for the step after the one in progress, if there will be one."""
+        following = self.progress.step + 1
+        if following >= self.last_step:
+            return
+        try:
+            batch = self._global_batch(batch_of_step(following, self.progress.skip_ranges))
+        except DataError:
+            return  # the step itself will refuse it, unless the mix changes before
+        self._foreseen = batch
+        self.reader.begin(self._places(batch, 0))
+
+    def _global_batch(self, number: int) -> GlobalBatch:
+        return self.mixture.global_batch(number, self.config.train.global_batch_size)
+
+    def _places(self, batch: GlobalBatch, micro_step: int) -> Places:
+        return places_of_rank(batch, micro_step, self.config.micro_batch_size, self.topology)
+
+    def _read(self, places: Places) -> MicroBatch:
+        return read_micro_batch(self.data, places, self.topology, self.kl_targets)
 
     def take_data_wait(self) -> float:
-        """Return the seconds spent reading rows since the last call."""
+        """Return the seconds spent waiting for rows since the last call."""
         taken = self.data_wait_seconds
         self.data_wait_seconds = 0.0
         return taken
@@ -174,6 +225,7 @@ class Job:
     def _follow(self, ledger: Ledger) -> None:
         """Take the rows of the next batches from a ledger."""
         self.ledger = ledger
+        self._foreseen = None
         self.mixture = Mixture(self.data, ledger, self.mix.seed)
 
     def state(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 
 from tqdm import tqdm
 
@@ -37,16 +38,20 @@ def train(job: Job) -> None:
         RequeueRequested: stopped on request, or paused by the guard, after saving.
     """
     settings, progress = job.config.train, job.progress
-    last_step = settings.total_steps if settings.stop_at_step is None else settings.stop_at_step
+    last_step = job.last_step
     go_on_after_pause(job)
     if progress.step >= last_step > 0:
         return
     begin(job, last_step)
     # the second step after a start is the first whose memory is that of all others
     reported_step = progress.step + 2 if job.config.telemetry.memory_report else None
-    with collecting(settings.gc_interval_steps) as collect, progress_bar(job, last_step) as bar:
+    with (
+        closing(job.reader),
+        collecting(settings.gc_interval_steps) as collect,
+        progress_bar(job, last_step) as bar,
+    ):
         while progress.step < last_step:
-            batch = job.mixture.global_batch(progress.next_batch, settings.global_batch_size)
+            batch = job.next_global_batch()
             result = do_step(job, batch, bar, reports_memory=progress.step + 1 == reported_step)
             went_back = after_step(job, batch, result)
             collect(progress.step)
