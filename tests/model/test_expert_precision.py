@@ -18,8 +18,10 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from cpt.model.experts import function as expert_function
-from cpt.model.experts.grouped import Groups, inner, is_served, thin_inner, thin_sums, weighted_sums
+from cpt.model.experts.grouped import Groups, is_served
 from cpt.model.experts.layer import ExpertParallelMLP, LocalExperts
+from cpt.model.kernels import expert_output, gated_unit
+from cpt.model.kernels.expert_rows import experts_of_rows, inner, weighted_sums
 from cpt.parallel.traffic import Traffic
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
@@ -144,29 +146,31 @@ def test_grouped_products_and_the_loop_agree_on_any_distribution(
 
 @pytest.mark.parametrize("counts", [(7, 0, 1020, 0), (0, 0, 0, 1027)], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_sums_of_a_gpu_and_of_a_cpu_are_those_of_float64(
-    counts: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    """The grouped products of a GPU run here, too; they round to the dtype, the pieces do not."""
-    groups = Groups(torch.tensor(counts))
+def test_sums_over_rows_are_those_of_float64(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    ends = Groups(torch.tensor(counts)).ends_E
     generator = torch.Generator().manual_seed(5)
     rows = torch.randn(1027, 24, generator=generator).to(dtype)
     weights = torch.rand(1027, generator=generator).to(dtype)
     vectors = torch.randn(4, 24, generator=generator).to(dtype)
-    member_RE = torch.nn.functional.one_hot(groups.experts_of_rows(1027), 4).double()
+    member_RE = torch.nn.functional.one_hot(experts_of_rows(ends, 1027), 4).double()
     sums = (member_RE * weights.double()[:, None]).T @ rows.double()
     plain = member_RE.T @ rows.double()
     products = (rows.double() * (member_RE @ vectors.double())).sum(1)
-    for found, expected, tolerance in (
-        (weighted_sums(rows, weights, groups, grouped=True), sums, 2e-6),
-        (weighted_sums(rows, None, groups, grouped=True), plain, 2e-6),
-        (inner(rows, vectors, groups, grouped=True), products, 2e-6),
-        (thin_sums(rows, weights, groups), sums, TOLERANCE[dtype]),
-        (thin_sums(rows, None, groups), plain, TOLERANCE[dtype]),
-        (thin_inner(rows, vectors, groups), products, TOLERANCE[dtype]),
+    for found, expected in (
+        (weighted_sums(rows, weights, ends), sums),
+        (weighted_sums(rows, None, ends), plain),
+        (inner(rows, vectors, ends), products),
     ):
         assert found.shape == expected.shape
-        assert (found.double() - expected).norm() <= tolerance * expected.norm()
+        assert (found.double() - expected).norm() <= 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 3, 0), (0, 0), (0, 4), (5,)], ids=str)
+def test_expert_of_each_row_is_found_from_the_ends(counts: tuple[int, ...]) -> None:
+    expected: list[int] = []
+    for expert, count in enumerate(counts):
+        expected += [expert] * count
+    assert experts_of_rows(Groups(torch.tensor(counts)).ends_E, sum(counts)).tolist() == expected
 
 
 def test_second_backward_through_the_same_graph_is_refused_rather_than_wrong() -> None:
@@ -196,7 +200,8 @@ def test_gradient_work_of_frozen_experts_is_not_done(monkeypatch: pytest.MonkeyP
     mlp = ExpertParallelMLP(source, topology())
     mlp.experts.requires_grad_(False)
     monkeypatch.setattr(expert_function, "outer", None)  # calling it would fail
-    monkeypatch.setattr(expert_function, "weighted_sums", None)
+    monkeypatch.setattr(gated_unit, "weighted_sums", None)
+    monkeypatch.setattr(expert_output, "weighted_sums", None)
     assert output_and_gradients(mlp, hidden, d_out)["hidden"].isfinite().all()
 
 

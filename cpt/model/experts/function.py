@@ -19,8 +19,8 @@ Decisions
       can let go of d_out between them. At the peak of the backward only rows, d_gate_up, d_rows and
       the parameters' gradients are alive. torch refuses a second backward through the same graph,
       because a saved tensor has changed.
-    - Elementwise work is done in fp32 on blocks of rows that fit a cache; only products round to
-      the working dtype.
+    - The elementwise steps between products are operators (cpt/model/kernels) that compute in fp32
+      and round once.
     - A parameter that needs no gradient costs none of its work.
 
 Shape letters: R rows sorted by expert, M model size, I expert size, E experts.
@@ -32,20 +32,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cpt.model.experts.grouped import (
-    Groups,
-    inner,
-    is_served,
-    outer,
-    product,
-    weighted_sums,
-    wide_dtype,
-)
-
-BLOCK_ROWS = {"cpu": 128, "cuda": 16_384}
-"""Rows of one elementwise pass: within a core's cache, or enough to fill a GPU without a large fp32
-copy.
-"""
+from cpt.model.experts.grouped import Groups, is_served, outer, product
+from cpt.model.kernels.expert_output import expert_output, expert_output_backward
+from cpt.model.kernels.gated_unit import gated_unit, gated_unit_backward
 
 
 class Parameters(NamedTuple):
@@ -64,30 +53,6 @@ class Activation(NamedTuple):
     """Steepness of the sigmoid."""
     limit: float
     """The value at which gate (from above) and up (on both sides) are clamped."""
-
-    def forward(self, gate_up_R2I: torch.Tensor) -> torch.Tensor:
-        """Return (R, I) from columns that are gate and up in turn."""
-        gate = gate_up_R2I[:, ::2].clamp(max=self.limit)
-        up = gate_up_R2I[:, 1::2].clamp(-self.limit, self.limit)
-        return (up + 1).mul_(gate).mul_(gate.mul_(self.alpha).sigmoid_())
-
-    def backward(
-        self, gate_up_R2I: torch.Tensor, d_hidden_RI: torch.Tensor, d_gate_up_R2I: torch.Tensor
-    ) -> torch.Tensor:
-        """Write the gradient of `gate_up_R2I` and return the output of `forward`."""
-        gate_raw = gate_up_R2I[:, ::2]
-        up_raw = gate_up_R2I[:, 1::2]
-        gate = gate_raw.clamp(max=self.limit)
-        up_plus_1 = up_raw.clamp(-self.limit, self.limit).add_(1)
-        sigmoid = (gate * self.alpha).sigmoid_()
-        glu = gate * sigmoid
-        # d glu / d gate = sigmoid + alpha * gate * sigmoid * (1 - sigmoid)
-        #                = sigmoid + alpha * glu * (1 - sigmoid)
-        slope = (1 - sigmoid).mul_(glu).mul_(self.alpha).add_(sigmoid)
-        d_gate = slope.mul_(up_plus_1).mul_(d_hidden_RI).mul_(gate_raw <= self.limit)
-        d_gate_up_R2I[:, ::2] = d_gate
-        d_gate_up_R2I[:, 1::2] = (d_hidden_RI * glu).mul_(up_raw.abs() <= self.limit)
-        return glu.mul_(up_plus_1)
 
 
 class _GateUp(torch.autograd.Function):
@@ -130,25 +95,18 @@ class _GatedDown(torch.autograd.Function):
         *biases_and_down: torch.Tensor,
     ) -> torch.Tensor:
         gate_up_bias_E2I, down_EIM, down_bias_EM = biases_and_down
-        num_rows = gate_up_R2I.shape[0]
-        _, expert_size, model_size = down_EIM.shape
         ctx.save_for_backward(gate_up_R2I, weights_R)
         ctx.groups = groups
         ctx.activation = activation
         ctx.grouped = grouped
         ctx.held = biases_and_down  # not saved: see the module's docstring
         if skip_output:
-            return gate_up_R2I.new_zeros(num_rows, model_size)
-        experts_R = groups.experts_of_rows(num_rows)
-        hidden_RI = gate_up_R2I.new_empty(num_rows, expert_size)
-        for block in _blocks(gate_up_R2I):
-            gate_up = _wide(gate_up_R2I[block]).add_(gate_up_bias_E2I[experts_R[block]])
-            hidden_RI[block] = activation.forward(gate_up)
+            return gate_up_R2I.new_zeros(gate_up_R2I.shape[0], down_EIM.shape[2])
+        ends_E = groups.ends_E
+        hidden_RI = gated_unit(gate_up_R2I, gate_up_bias_E2I, ends_E, *activation)
         out_RM = product(hidden_RI, down_EIM, groups, grouped=grouped)
         del hidden_RI
-        for block in _blocks(gate_up_R2I):
-            biased = _wide(out_RM[block]).add_(down_bias_EM[experts_R[block]])
-            out_RM[block] = biased.mul_(weights_R[block, None])
+        expert_output(out_RM, down_bias_EM, weights_R, ends_E)
         return out_RM
 
     @staticmethod
@@ -156,59 +114,51 @@ class _GatedDown(torch.autograd.Function):
         d_out_RM = grads[0].contiguous()
         groups = ctx.groups
         gate_up_R2I, weights_R = ctx.saved_tensors
-        gate_up_bias_E2I, _, down_bias_EM = ctx.held
-        need_weights = ctx.needs_input_grad[1]
-        need_gate_up_bias, need_down, need_down_bias = ctx.needs_input_grad[6:]
-        weighted_RI, d_weights_R = _elementwise_backward(ctx, d_out_RM, weights_R, gate_up_R2I)
+        gate_up_bias_E2I, down_EIM, _ = ctx.held
+        need_gate_up_bias, need_down, _ = ctx.needs_input_grad[6:]
+        # This is the gradient for the unweighted output: the weights come in below, in fp32.
+        d_hidden_RI = product(d_out_RM, down_EIM.transpose(1, 2), groups, grouped=ctx.grouped)
         d_gate_up_R2I = gate_up_R2I.detach()
-        d_weights = d_gate_up_bias = d_down = d_down_bias = None
+        products_R, d_gate_up_bias = gated_unit_backward(
+            d_gate_up_R2I,
+            d_hidden_RI,
+            gate_up_bias_E2I,
+            weights_R,
+            groups.ends_E,
+            *ctx.activation,
+            need_gate_up_bias,
+        )
+        weighted_RI = d_hidden_RI  # the buffer's second life
+        del d_hidden_RI
+        d_down = None
         if need_down:
             d_down = outer(weighted_RI, d_out_RM, groups, grouped=ctx.grouped)
         del weighted_RI
-        if need_down_bias:
-            sums_EM = weighted_sums(d_out_RM, weights_R, groups, grouped=ctx.grouped)
-            d_down_bias = sums_EM.to(down_bias_EM.dtype)
-        if need_weights:
-            bias_part_R = inner(d_out_RM, down_bias_EM, groups, grouped=ctx.grouped)
-            d_weights = d_weights_R.add_(bias_part_R).to(weights_R.dtype)
-        if need_gate_up_bias:
-            sums_E2I = weighted_sums(d_gate_up_R2I, None, groups, grouped=ctx.grouped)
-            d_gate_up_bias = sums_E2I.to(gate_up_bias_E2I.dtype)
+        d_weights, d_down_bias = _gradients_of_output(ctx, d_out_RM, weights_R, products_R)
+        if not need_gate_up_bias:
+            d_gate_up_bias = None
         return d_gate_up_R2I, d_weights, None, None, None, None, d_gate_up_bias, d_down, d_down_bias
 
 
-def _elementwise_backward(
-    ctx: Any, d_out_RM: torch.Tensor, weights_R: torch.Tensor, gate_up_R2I: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `hidden` times its row's weight, and <d_hidden, hidden> of every row in fp32.
-
-    Gate_up is overwritten with its gradient.
-    """
-    gate_up_bias_E2I, down_EIM, _ = ctx.held
-    groups = ctx.groups
-    # This is the gradient for the unweighted output: the weights come in below, in fp32.
-    d_hidden_RI = product(d_out_RM, down_EIM.transpose(1, 2), groups, grouped=ctx.grouped)
-    experts_R = groups.experts_of_rows(d_out_RM.shape[0])
-    d_weights_R = torch.empty_like(weights_R, dtype=wide_dtype(weights_R.dtype))
-    for block in _blocks(d_out_RM):
-        gate_up = _wide(gate_up_R2I[block]).add_(gate_up_bias_E2I[experts_R[block]])
-        weight_R1 = weights_R[block, None]
-        d_hidden = _wide(d_hidden_RI[block])
-        scaled = d_hidden * weight_R1
-        hidden = ctx.activation.backward(gate_up, scaled, gate_up_R2I[block])
-        d_weights_R[block] = d_hidden.mul_(hidden).sum(1)
-        d_hidden_RI[block] = hidden.mul_(weight_R1)  # the buffer's second life
-    return d_hidden_RI, d_weights_R
-
-
-def _blocks(rows: torch.Tensor) -> list[slice]:
-    size = BLOCK_ROWS[rows.device.type]
-    return [slice(first, first + size) for first in range(0, rows.shape[0], size)]
-
-
-def _wide(block: torch.Tensor) -> torch.Tensor:
-    """Return a copy in fp32 at least."""
-    return block.to(wide_dtype(block.dtype), copy=True)
+def _gradients_of_output(
+    ctx: Any, d_out_RM: torch.Tensor, weights_R: torch.Tensor, products_R: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of the routing weights and of the second bias, as far as needed."""
+    down_bias_EM = ctx.held[2]
+    need_weights = ctx.needs_input_grad[1]
+    need_bias = ctx.needs_input_grad[8]
+    if not (need_weights or need_bias):
+        return None, None
+    d_weights_R, d_bias_EM = expert_output_backward(
+        d_out_RM,
+        products_R,
+        down_bias_EM,
+        weights_R,
+        ctx.groups.ends_E,
+        need_weights,
+        need_bias,
+    )
+    return d_weights_R if need_weights else None, d_bias_EM if need_bias else None
 
 
 def apply_experts(
