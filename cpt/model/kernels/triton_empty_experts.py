@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ VALUES = 4096
 
 
 @triton.jit
-def _clear(matrices: Any, counts: Any, size: Any, VALUES: tl.constexpr) -> None:
+def _clear(matrices: tl.tensor, counts: tl.tensor, size: tl.tensor, VALUES: tl.constexpr) -> None:
     expert = tl.program_id(0)
     if tl.load(counts + expert) == 0:
         matrix = matrices + expert.to(tl.int64) * size

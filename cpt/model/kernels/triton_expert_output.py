@@ -5,13 +5,18 @@ Shape letters: R rows sorted by expert, M model size, E experts, T tiles.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from cpt.model.kernels.triton_expert_tiles import ROWS, find_tile, num_tiles, padded, sum_tiles
+from cpt.model.kernels.triton_expert_tiles import (
+    ROWS,
+    WARPS,
+    find_tile,
+    num_tiles,
+    padded,
+    sum_tiles,
+)
 
 COLUMNS = 128
 """Columns that a program works on at a time, in each row of its tile."""
@@ -19,13 +24,13 @@ COLUMNS = 128
 
 @triton.jit
 def _forward(
-    product: Any,
-    bias: Any,
-    weights: Any,
-    ends: Any,
-    out: Any,
-    num_experts: Any,
-    weights_stride: Any,
+    product: tl.tensor,
+    bias: tl.tensor,
+    weights: tl.tensor,
+    ends: tl.tensor,
+    out: tl.tensor,
+    num_experts: tl.tensor,
+    weights_stride: tl.tensor,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -48,15 +53,15 @@ def _forward(
 
 @triton.jit
 def _backward(
-    d_out: Any,
-    hidden_products: Any,
-    bias: Any,
-    weights: Any,
-    ends: Any,
-    d_weights: Any,
-    tile_sums: Any,
-    num_experts: Any,
-    weights_stride: Any,
+    d_out: tl.tensor,
+    hidden_products: tl.tensor,
+    bias: tl.tensor,
+    weights: tl.tensor,
+    ends: tl.tensor,
+    d_weights: tl.tensor,
+    tile_sums: tl.tensor,
+    num_experts: tl.tensor,
+    weights_stride: tl.tensor,
     NEED_WEIGHTS: tl.constexpr,
     NEED_BIAS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -111,6 +116,7 @@ def forward(
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         EXPERTS=padded(num_experts),
+        num_warps=WARPS,
     )
 
 
@@ -147,6 +153,7 @@ def backward(
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         EXPERTS=padded(num_experts),
+        num_warps=WARPS,
     )
     if d_bias_EM is not None:
         sum_tiles(tile_sums_TM, ends_E, d_bias_EM)

@@ -23,6 +23,9 @@ import triton.language as tl
 ROWS = 16
 """Rows of a tile."""
 
+WARPS = 8
+"""Warps of the programs that work on a tile."""
+
 SUMMED_TILES = 32
 """Tiles that are added at a time: enough reads under way to hide how long one takes."""
 
@@ -41,7 +44,9 @@ def padded(num_experts: int) -> int:
 
 
 @triton.jit
-def _all_experts(ends: Any, num_experts: Any, ROWS: tl.constexpr, EXPERTS: tl.constexpr) -> Any:
+def _all_experts(
+    ends: tl.tensor, num_experts: tl.tensor, ROWS: tl.constexpr, EXPERTS: tl.constexpr
+) -> Any:
     """Return first rows, ends and numbers of tiles; those beyond the last expert have no rows."""
     experts = tl.arange(0, EXPERTS)
     exists = experts < num_experts
@@ -52,7 +57,11 @@ def _all_experts(ends: Any, num_experts: Any, ROWS: tl.constexpr, EXPERTS: tl.co
 
 @triton.jit
 def find_tile(
-    ends: Any, num_experts: Any, tile: Any, ROWS: tl.constexpr, EXPERTS: tl.constexpr
+    ends: tl.tensor,
+    num_experts: tl.tensor,
+    tile: tl.tensor,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ) -> Any:
     """Return a tile's expert, its first row, and the end of the expert's rows.
 
@@ -70,11 +79,11 @@ def find_tile(
 
 @triton.jit
 def _sum_tiles(
-    tile_sums: Any,
-    ends: Any,
-    sums: Any,
-    num_experts: Any,
-    columns: Any,
+    tile_sums: tl.tensor,
+    ends: tl.tensor,
+    sums: tl.tensor,
+    num_experts: tl.tensor,
+    columns: tl.tensor,
     ROWS: tl.constexpr,
     EXPERTS: tl.constexpr,
     SUMMED_TILES: tl.constexpr,

@@ -14,7 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from cpt.model.kernels.triton_expert_tiles import ROWS, find_tile, num_tiles, padded, sum_tiles
+from cpt.model.kernels.triton_expert_tiles import (
+    ROWS,
+    WARPS,
+    find_tile,
+    num_tiles,
+    padded,
+    sum_tiles,
+)
 
 PAIRS = 64
 """Pairs of gate and up that a program works on at a time, in each row of its tile."""
@@ -22,12 +29,12 @@ PAIRS = 64
 
 @triton.jit
 def _load_pairs(
-    gate_up: Any,
-    bias: Any,
-    places: Any,
-    inside: Any,
-    bias_places: Any,
-    bias_inside: Any,
+    gate_up: tl.tensor,
+    bias: tl.tensor,
+    places: tl.tensor,
+    inside: tl.tensor,
+    bias_places: tl.tensor,
+    bias_inside: tl.tensor,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
 ) -> Any:
@@ -39,13 +46,13 @@ def _load_pairs(
 
 @triton.jit
 def _forward(
-    gate_up: Any,
-    bias: Any,
-    ends: Any,
-    hidden: Any,
-    num_experts: Any,
-    alpha: Any,
-    limit: Any,
+    gate_up: tl.tensor,
+    bias: tl.tensor,
+    ends: tl.tensor,
+    hidden: tl.tensor,
+    num_experts: tl.tensor,
+    alpha: tl.tensor,
+    limit: tl.tensor,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -75,19 +82,19 @@ def _forward(
 
 @triton.jit
 def _backward(
-    gate_up: Any,
-    d_hidden: Any,
-    bias: Any,
-    weights: Any,
-    ends: Any,
-    d_gate_up: Any,
-    weighted: Any,
-    products: Any,
-    tile_sums: Any,
-    num_experts: Any,
-    weights_stride: Any,
-    alpha: Any,
-    limit: Any,
+    gate_up: tl.tensor,
+    d_hidden: tl.tensor,
+    bias: tl.tensor,
+    weights: tl.tensor,
+    ends: tl.tensor,
+    d_gate_up: tl.tensor,
+    weighted: tl.tensor,
+    products: tl.tensor,
+    tile_sums: tl.tensor,
+    num_experts: tl.tensor,
+    weights_stride: tl.tensor,
+    alpha: tl.tensor,
+    limit: tl.tensor,
     NEED_BIAS: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -160,6 +167,7 @@ def forward(
         ROWS=ROWS,
         PAIRS=PAIRS,
         EXPERTS=padded(num_experts),
+        num_warps=WARPS,
     )
 
 
@@ -207,6 +215,7 @@ def backward(
         ROWS=ROWS,
         PAIRS=PAIRS,
         EXPERTS=padded(num_experts),
+        num_warps=WARPS,
     )
     if d_bias_E2I is not None:
         sum_tiles(tile_sums_T2I, ends_E, d_bias_E2I)
