@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from cpt.model import recomputation
 from cpt.model.experts.grouped import ALIGNMENT_BYTES, Groups
+from cpt.model.kernels.rows import combine_rows, pack_rows
 from cpt.parallel.exchange import Route, all_to_all
 from cpt.parallel.traffic import Traffic
 
@@ -37,18 +38,6 @@ def count(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Return how often each expert occurs; `bincount` would make the host wait for a GPU."""
     flat = experts.reshape(-1)
     return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
-
-
-def _gather_and_add(rows_RM: torch.Tensor, places_Nk: torch.Tensor) -> torch.Tensor:
-    """Return (N, M): for each token i the sum of the rows at `places_Nk[i]`, in order, in fp32."""
-    first, *others = places_Nk.unbind(1)
-    total = rows_RM.index_select(0, first)
-    if not others:
-        return total
-    total = total.to(torch.promote_types(rows_RM.dtype, torch.float32))
-    for places in others:
-        total += rows_RM.index_select(0, places)
-    return total.to(rows_RM.dtype)
 
 
 class _Spread(torch.autograd.Function):
@@ -75,12 +64,39 @@ class _Collect(torch.autograd.Function):
         ctx: Any, rows_RM: torch.Tensor, tokens_R: torch.Tensor, places_Nk: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(tokens_R, places_Nk)
-        return _gather_and_add(rows_RM, places_Nk)
+        return combine_rows(rows_RM, places_Nk)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         tokens_R, places_Nk = ctx.saved_tensors
         return _Spread.apply(grads[0], tokens_R, places_Nk), None, None
+
+
+class _Pack(torch.autograd.Function):
+    """Copy each token with its weight for the expert, (N, M) and (N, k) -> (R, M + columns)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens_NM: torch.Tensor,
+        weights_Nk: torch.Tensor,
+        order_R: torch.Tensor,
+        places_Nk: torch.Tensor,
+        columns: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(places_Nk)
+        ctx.model_size = tokens_NM.shape[1]
+        ctx.weights_dtype = weights_Nk.dtype
+        return pack_rows(tokens_NM, weights_Nk, order_R, columns)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (d_payload,) = grads
+        (places_Nk,) = ctx.saved_tensors
+        d_tokens_NM = combine_rows(d_payload[:, : ctx.model_size], places_Nk)
+        d_weights_R = d_payload[:, ctx.model_size].to(ctx.weights_dtype)
+        d_weights_Nk = d_weights_R.index_select(0, places_Nk.reshape(-1)).view_as(places_Nk)
+        return d_tokens_NM, d_weights_Nk, None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -134,6 +150,11 @@ class Assignment:
         """Return the routing weight of each row, (R,)."""
         places = self.places_Nk.reshape(-1)
         return _Permute.apply(weights_Nk.reshape(-1), self.order_R, places)
+
+    def pack(self, tokens_NM: torch.Tensor, weights_Nk: torch.Tensor) -> torch.Tensor:
+        """Return the row of each assignment with its weight beside it, for `Exchange.out`."""
+        columns = ALIGNMENT_BYTES // tokens_NM.element_size()
+        return _Pack.apply(tokens_NM, weights_Nk, self.order_R, self.places_Nk, columns)
 
     def collect(self, rows_RM: torch.Tensor) -> torch.Tensor:
         """Return the sum of each token's rows, (N, M)."""
@@ -197,17 +218,13 @@ class Exchange:
         self._traffic = traffic
 
     def out(
-        self, rows_RM: torch.Tensor, weights_R: torch.Tensor, counts_E: torch.Tensor
+        self, payload: torch.Tensor, model_size: int, counts_E: torch.Tensor
     ) -> tuple[ExchangePlan, torch.Tensor, torch.Tensor]:
-        """Send rows and weights to their experts.
+        """Send rows and weights, packed by `Assignment.pack`, to their experts.
 
         Returns:
             The plan, and the rows (A, M) and weights (A,) in the order of the local experts.
         """
-        columns = ALIGNMENT_BYTES // rows_RM.element_size()
-        beside = rows_RM.new_zeros(rows_RM.shape[0], columns - 1)
-        payload = torch.cat([rows_RM, weights_R[:, None].to(rows_RM.dtype), beside], 1)
-
         running = recomputation.current()
         if running is not None and running.keep and running.is_second:
             plan, arrived = running.take()
@@ -218,7 +235,7 @@ class Exchange:
             if running is not None and running.keep:
                 running.put((plan, arrived.detach()))
         arrived = _Permute.apply(arrived, plan.by_expert_A, plan.by_origin_A)
-        return plan, arrived[:, : rows_RM.shape[1]], arrived[:, rows_RM.shape[1]]
+        return plan, arrived[:, :model_size], arrived[:, model_size]
 
     def back(self, done_AM: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
         """Return the results (R, M) on the rank of their tokens.

@@ -100,14 +100,14 @@ class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
                 self.layer_index, hidden_NM, logits_NE, weights_Nk, choice_Nk
             )
         assignment = Assignment.of(choice_Nk, self.num_experts)
-        rows_RM = assignment.spread(hidden_NM)
-        weights_R = assignment.sort_weights(weights_Nk)
         if self.ep_size == 1:
+            rows_RM = assignment.spread(hidden_NM)
+            weights_R = assignment.sort_weights(weights_Nk)
             computed = self.experts(rows_RM, weights_R, Groups(assignment.counts_E))
             done_RM = computed
         else:
             plan, arrived_AM, arrived_weights_A = self.exchange.out(
-                rows_RM, weights_R, assignment.counts_E
+                assignment.pack(hidden_NM, weights_Nk), hidden_NM.shape[1], assignment.counts_E
             )
             computed = self.experts(arrived_AM, arrived_weights_A, plan.groups)
             done_RM = self.exchange.back(computed, plan)
