@@ -123,13 +123,14 @@ def _eager_gradient(
     ignored_N = label_N == IGNORED_LABEL
     here, column = _labels_in_tile(label_N, first, logits_Nv.shape[1])
     wide_Nv = logits_Nv.to(lse_N.dtype).sub_(lse_N.unsqueeze(1)).exp_()
-    pulled_Nv = None
-    if pull_N is not None:
-        pulled_Nv = wide_Nv * pull_N.masked_fill(ignored_N, 0).unsqueeze(1)
-    wide_Nv[here, column] -= 1
-    wide_Nv.mul_(grad_N.masked_fill(ignored_N, 0).unsqueeze(1))
-    if pulled_Nv is not None:
-        wide_Nv.add_(pulled_Nv)
+    grad_N = grad_N.masked_fill(ignored_N, 0)
+    if pull_N is None:
+        wide_Nv[here, column] -= 1
+        wide_Nv.mul_(grad_N.unsqueeze(1))
+    else:
+        both_N = grad_N + pull_N.masked_fill(ignored_N, 0)
+        wide_Nv.mul_(both_N.unsqueeze(1))
+        wide_Nv[here, column] -= grad_N[here]
     if wide_Nv.dtype != logits_Nv.dtype:
         logits_Nv.copy_(wide_Nv)
 
