@@ -37,7 +37,7 @@ from cpt.telemetry.mailbox import EventMailbox
 from cpt.telemetry.metrics import Telemetry
 from cpt.training.engine import TrainingEngine
 from cpt.training.kl_targets import KLTargets
-from cpt.training.loader import MicroBatch, Places, places_of_rank, read_micro_batch
+from cpt.training.loader import MicroBatch, Places, pin, places_of_rank, read_micro_batch
 from cpt.training.read_ahead import ReadAhead
 from cpt.training.stability import Stability
 from data_pipeline.config.mix_config import MixConfig
@@ -164,7 +164,8 @@ class Job:
         return places_of_rank(batch, micro_step, self.config.micro_batch_size, self.topology)
 
     def _read(self, places: Places) -> MicroBatch:
-        return read_micro_batch(self.data, places, self.topology, self.kl_targets)
+        read = read_micro_batch(self.data, places, self.topology, self.kl_targets)
+        return pin(read, self.topology.device)
 
     def take_data_wait(self) -> float:
         """Return the seconds spent waiting for rows since the last call."""

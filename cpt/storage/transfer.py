@@ -11,12 +11,12 @@ import torch
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in page-locked memory.
+    """Return the values in page-locked memory, on any thread.
 
     This is the only place where data on its way to a device is pinned, so that a rehearsal without
     a driver can replace it.
     """
-    return tensor.pin_memory()
+    return tensor if tensor.is_pinned() else tensor.pin_memory()
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -14,7 +14,7 @@ Shape letters: B rows of the micro batch, T tokens of a row, S local tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +25,7 @@ from cpt.model.attention.placement import place_documents
 from cpt.model.loss.divergence import TopKTargets
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
-from cpt.storage.transfer import to_device
+from cpt.storage.transfer import pinned, to_device
 from cpt.training.kl_targets import KLTargets
 from data_pipeline.dataset import IGNORED_LABEL, BuiltData, PackedRow
 from data_pipeline.mixture.mixture import GlobalBatch
@@ -134,6 +134,11 @@ def _count_labels(rows: Sequence[PackedRow], span: slice) -> int:
     return count
 
 
+def pin(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """Bring what goes to a GPU into page-locked memory, which `send` would do otherwise."""
+    return batch if device.type != "cuda" else _with_tensors(batch, pinned)
+
+
 def send(batch: MicroBatch, device: torch.device, halo: WindowHalo | None = None) -> MicroBatch:
     """Copy a micro batch from the host to a device, with all that its layers need of its documents.
 
@@ -145,18 +150,23 @@ def send(batch: MicroBatch, device: torch.device, halo: WindowHalo | None = None
         halo: The exchange of the window layers, if there is one.
     """
     place_documents(batch.packed_rows, device, halo)
+    return _with_tensors(batch, lambda tensor: to_device(tensor, device))
+
+
+def _with_tensors(batch: MicroBatch, move: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+    """Return a micro batch whose tensors for the device have been moved."""
     targets = batch.targets
     if targets is not None:
         targets = TopKTargets(
-            at_n=to_device(targets.at_n, device),
-            ids_nk=to_device(targets.ids_nk, device),
-            log_p_nK=to_device(targets.log_p_nK, device),
+            at_n=move(targets.at_n),
+            ids_nk=move(targets.ids_nk),
+            log_p_nK=move(targets.log_p_nK),
         )
     return replace(
         batch,
-        input_ids=to_device(batch.input_ids, device),
-        labels=to_device(batch.labels, device),
-        position_ids=to_device(batch.position_ids, device),
+        input_ids=move(batch.input_ids),
+        labels=move(batch.labels),
+        position_ids=move(batch.position_ids),
         targets=targets,
     )
 

@@ -15,7 +15,7 @@ from cpt.model.loss.divergence import TopKTargets
 from cpt.parallel.halo import WindowHalo
 from cpt.storage import transfer
 from cpt.training import loader
-from cpt.training.loader import cut_rows, filler_row, places_of_rank, read_micro_batch, send
+from cpt.training.loader import cut_rows, filler_row, pin, places_of_rank, read_micro_batch, send
 from data_pipeline.dataset import PackedRow
 
 SEQ_LEN = 8
@@ -93,6 +93,18 @@ def test_all_that_the_device_reads_goes_through_pinned_memory_and_the_rest_stays
     assert {id(tensor) for tensor in arrived}.isdisjoint(id(tensor) for tensor in sent)
     assert batch.source_of_row is host.source_of_row
     assert placed == [(host.packed_rows, CUDA, halo)]
+    for_device = {id(tensor) for tensor in sent}
+    to_be_pinned: list[torch.Tensor] = []
+
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        to_be_pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(loader, "pinned", pinned)
+    pin(host, torch.device("cpu"))
+    assert to_be_pinned == []
+    pin(host, CUDA)
+    assert {id(tensor) for tensor in to_be_pinned} == for_device
 
 
 def test_a_copy_to_a_gpu_starts_in_pinned_memory_and_is_not_waited_for(
