@@ -1,6 +1,6 @@
 """Count what one micro step moves, computes and launches on a GPU, without one.
 
-    python bench/gpu_counts.py [--table bench/gpu_counts.json] [--svg FILE] [--before FILE]
+    python bench/gpu_counts.py [--table bench/gpu_counts.json] [--page FILE] [--svg FILE]
 
 The real step runs on fake tensors that say they are on a GPU (tests/support/gpu_rehearsal), with
 few layers, and is scaled to the whole model. The table has bytes, FLOPs, launches and the least
@@ -19,10 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from gpu_counts_parts.tables import (  # noqa: E402
-    comparison,
-    table_of,
-)
+from gpu_counts_parts.tables import markdown, table_of  # noqa: E402
 
 from tests.support.gpu_rehearsal.fake_cuda import reason_against  # noqa: E402
 from tests.support.gpu_rehearsal.launch import rehearse  # noqa: E402
@@ -30,6 +27,10 @@ from tests.support.gpu_rehearsal.shapes import SHAPES, two_layers  # noqa: E402
 
 TABLE = ROOT / "bench" / "gpu_counts.json"
 BEFORE = ROOT / "bench" / "gpu_counts_before.json"
+"""The table of commit b2a4cc9, before anything was fused."""
+
+BEGIN = "<!-- counted: begin -->"
+END = "<!-- counted: end -->"
 
 
 def main() -> None:
@@ -47,11 +48,22 @@ def main() -> None:
     table = table_of(found)
     options.table.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     before: dict[str, Any] = json.loads(options.before.read_text(encoding="utf-8"))
-    print(comparison(before, table))
+    tables = markdown(before, table)
+    print(tables)
+    if options.page:
+        page = options.page.read_text(encoding="utf-8")
+        options.page.write_text(with_tables(page, tables), encoding="utf-8")
     if options.svg:
         from gpu_counts_parts.drawing import draw
 
         options.svg.write_text(draw(before, table), encoding="utf-8")
+
+
+def with_tables(page: str, tables: str) -> str:
+    """Return a page with other tables between its two marks."""
+    head, rest = page.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n\n{tables}\n{END}{tail}"
 
 
 def arguments() -> argparse.Namespace:
@@ -59,6 +71,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", type=Path, default=TABLE, help="file that is written anew")
     parser.add_argument("--before", type=Path, default=BEFORE, help="table to compare with")
+    parser.add_argument("--page", type=Path, help="page whose tables are written anew")
     parser.add_argument("--svg", type=Path, help="file for a drawing of both")
     return parser.parse_args()
 

@@ -7,6 +7,12 @@ from typing import Any
 from tests.support.gpu_rehearsal.launch import whole_model
 from tests.support.gpu_rehearsal.shapes import LAYERS_OF_PRESET, SHAPES, two_layers
 
+PEAK_FLOPS_PER_SECOND = 989e12
+"""Dense bf16 of an H100 SXM, by its data sheet."""
+
+ONCE = ("loss head", "embedding", "engine")
+"""Parts that a model has once, not in every layer."""
+
 QUANTITIES = ("launches", "num_bytes", "product_bytes", "flops", "seconds")
 
 
@@ -53,36 +59,94 @@ def milliseconds(shape: dict[str, Any]) -> dict[str, float]:
     return {part: 1e3 * sums(phases)["seconds"] for part, phases in shape["parts"].items()}
 
 
-def comparison(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return a Markdown table for each shape: time, bytes outside products, and launches."""
-    lines = []
-    for name, shape in now["shapes"].items():
-        lines += ["", f"**{name}** ({shape['layers']} layers, one micro step)", ""]
-        lines.append("| part | ms | was | GB outside products | was | launches | was |")
-        lines.append("|---|---|---|---|---|---|---|")
-        lines += _rows(before["shapes"][name]["parts"], shape["parts"])
-    return "\n".join(lines[1:])
+def whole(shape: dict[str, Any]) -> dict[str, float]:
+    """Return the sum of each quantity over all parts."""
+    return sums({part: sums(phases) for part, phases in shape["parts"].items()})
 
 
-def _rows(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    figures = {}
-    for part in {**now, **before}:
-        old = sums(before.get(part, {}))
-        new = sums(now.get(part, {}))
-        figures[part] = [*_shown(old), *_shown(new)]
-    order = sorted(figures, key=lambda part: -figures[part][0])
-    total = [sum(values) for values in zip(*figures.values(), strict=True)]
-    lines = [_row(part, figures[part]) for part in order]
-    return [*lines, _row("**all**", total)]
+def by_time(table: dict[str, Any]) -> list[str]:
+    """Return the parts of all shapes, the longest first."""
+    longest: dict[str, float] = {}
+    for shape in table["shapes"].values():
+        for part, spent in milliseconds(shape).items():
+            longest[part] = max(spent, longest.get(part, 0.0))
+    return sorted(longest, key=lambda part: -longest[part])
 
 
-def _shown(quantities: dict[str, float]) -> tuple[float, float, float]:
-    outside = quantities["num_bytes"] - quantities["product_bytes"]
-    return 1e3 * quantities["seconds"], outside / 1e9, quantities["launches"]
+def markdown(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the two tables of docs/gpu.md."""
+    return "\n".join([*_parts_table(before, now), "", *_sums_table(before, now)]) + "\n"
 
 
-def _row(part: str, values: list[float]) -> str:
-    old_ms, old_gb, old_launches, ms, gb, launches = values
-    cells = [part, f"{ms:.1f}", f"{old_ms:.1f}", f"{gb:.1f}", f"{old_gb:.1f}"]
-    cells += [f"{launches:,.0f}", f"{old_launches:,.0f}"]
-    return f"| {' | '.join(cells)} |"
+def _parts_table(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    names = list(now["shapes"])
+    lines = [f"| ms | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for part in dict.fromkeys([*by_time(before), *by_time(now)]):
+        cells = []
+        for name in names:
+            old = milliseconds(before["shapes"][name]).get(part, 0.0)
+            new = milliseconds(now["shapes"][name]).get(part, 0.0)
+            cells.append(_change(old, new))
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    cells = []
+    for name in names:
+        old = 1e3 * whole(before["shapes"][name])["seconds"]
+        new = 1e3 * whole(now["shapes"][name])["seconds"]
+        cells.append(f"**{_change(old, new)}**")
+    return [*lines, f"| all | {' | '.join(cells)} |"]
+
+
+def _change(old: float, new: float) -> str:
+    shown_old = f"{old:,.1f}" if old < 100 else f"{old:,.0f}"
+    shown_new = f"{new:,.1f}" if new < 100 else f"{new:,.0f}"
+    if shown_old == shown_new == "0.0":
+        return "-"
+    return shown_new if shown_old == shown_new else f"{shown_old} to {shown_new}"
+
+
+def _sums_table(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    names = list(now["shapes"])
+    assumed = now["assumed"]
+    rows: dict[str, list[str]] = {
+        "GB that move outside products": [],
+        "products alone, ms": [],
+        "launches": [],
+        "launches, ms of the host": [],
+        "launches of a layer": [],
+        "share of the bf16 peak": [],
+    }
+    for name in names:
+        old = whole(before["shapes"][name])
+        new = whole(now["shapes"][name])
+        products = 1e3 * new["flops"] / assumed["product_flops_per_second"]
+        spent = [1e3 * assumed["launch_seconds"] * counts["launches"] for counts in (old, new)]
+        cells = [
+            _change(_outside_products(old), _outside_products(new)),
+            f"{products:,.0f}",
+            f"{old['launches']:,.0f} to {new['launches']:,.0f}",
+            _change(*spent),
+            f"{_of_a_layer(before['shapes'][name])} to {_of_a_layer(now['shapes'][name])}",
+            f"{_share_of_peak(old):.0%} to {_share_of_peak(new):.0%}",
+        ]
+        for values, cell in zip(rows.values(), cells, strict=True):
+            values.append(cell)
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    return lines + [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()]
+
+
+def _outside_products(quantities: dict[str, float]) -> float:
+    return (quantities["num_bytes"] - quantities["product_bytes"]) / 1e9
+
+
+def _of_a_layer(shape: dict[str, Any]) -> int:
+    """Return the launches of one layer, both ways."""
+    launches = 0.0
+    for part, phases in shape["parts"].items():
+        if part not in ONCE:
+            launches += sums(phases)["launches"]
+    return round(launches / shape["layers"])
+
+
+def _share_of_peak(quantities: dict[str, float]) -> float:
+    """Return the FLOPs of all products, recomputed ones too, over what the peak could do."""
+    return quantities["flops"] / quantities["seconds"] / PEAK_FLOPS_PER_SECOND

@@ -69,13 +69,31 @@ class OwnOperator:
 
     launches: int = 1
     """Kernels that a call starts."""
-    flops: Callable[[Sequence[Any]], int] | None = None
-    """FLOPs of products from the arguments."""
-    gathered: tuple[str, ...] = ()
-    """Arguments of which as much is read as the first output holds."""
+    extra_bytes: Callable[[Sequence[Any]], int] | None = None
+    """Bytes of work memory that its kernels write and read, from the arguments."""
+    only_read: tuple[str, ...] = ()
+    """Arguments that it may change but whose kernel only reads them."""
+    untouched: tuple[str, ...] = ()
+    """Arguments that its kernel does not touch as a rule."""
 
 
-OWN_OPERATORS: dict[str, OwnOperator] = {}
+TILE_ROWS = 16
+"""Rows of which the experts' kernels write one fp32 sum (ROWS in triton_expert_tiles.py)."""
+
+
+def _tile_sums(args: Sequence[Any]) -> int:
+    """Return the bytes of the sums over tiles of rows, for the gradient of a bias."""
+    rows_RN = args[0]
+    return 2 * rows_RN.numel() // TILE_ROWS * 4
+
+
+OWN_OPERATORS = {
+    "cpt.clear_empty_experts.default": OwnOperator(untouched=("matrices_EKN",)),
+    "cpt.gated_unit_backward.default": OwnOperator(launches=2, extra_bytes=_tile_sums),
+    "cpt.expert_output_backward.default": OwnOperator(launches=2, extra_bytes=_tile_sums),
+    "cpt.loss_statistics.default": OwnOperator(only_read=("logits_Nv",)),
+    "cpt.rms_norm_backward.default": OwnOperator(launches=2),
+}
 """The exceptions, by name."""
 
 
@@ -121,8 +139,9 @@ def cost_of(op: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> C
     for tensor in outputs:
         if not any(tensor is given for given in inputs):
             num_bytes += stored_bytes(tensor)
-    flops = own.flops(args) if own.flops else _flops(name, args, kwargs)
-    return Cost(num_bytes=num_bytes, flops=flops, launches=own.launches)
+    if own.extra_bytes is not None:
+        num_bytes += own.extra_bytes(args)
+    return Cost(num_bytes=num_bytes, flops=_flops(name, args, kwargs), launches=own.launches)
 
 
 def _arguments(
@@ -144,11 +163,15 @@ def _argument_bytes(
     outputs: list[torch.Tensor],
 ) -> int:
     is_first = args and tensor is args[0]
+    if argument.name in own.untouched:
+        return 0
+    if argument.name in own.only_read:
+        return stored_bytes(tensor)
     if argument.alias_info is not None and argument.alias_info.is_write:
         written = _written_bytes(name, tensor, args)
         overwrites = name.startswith(OVERWRITERS) or argument.is_out
         return written if overwrites else 2 * written
-    if (name.startswith(GATHERS) and is_first) or argument.name in own.gathered:
+    if name.startswith(GATHERS) and is_first:
         return stored_bytes(outputs[0])
     return stored_bytes(tensor)
 
