@@ -36,6 +36,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
     ("cpt/parallel/halo.py", "", "attention exchange"),
     ("cpt/model/loss/", "", "loss head"),
     ("cpt/model/gpt_oss.py", "", "loss head"),
+    ("cpt/model/decoder_layer.py", "", "residual"),
     ("cpt/training/", "", ENGINE),
     ("cpt/deepspeed_adapter/", "", ENGINE),
     (HUGGING_FACE, "GptOssRMSNorm", "norms"),
