@@ -69,20 +69,16 @@ class Audit(TorchDispatchMode):
         self,
         host_value: Callable[[torch.Tensor], int],
         stage: Callable[[], str],
-        nonzero_share: dict[str, float],
     ) -> None:
         """Start with nothing counted.
 
         Args:
             host_value: What the host is told when it reads an integer of a fake tensor.
             stage: Names what the engine is doing, for findings.
-            nonzero_share: Share of the elements that are not zero, by name of the function that
-                asks; all of them elsewhere.
         """
         super().__init__()
         self._host_value = host_value
         self._stage = stage
-        self._nonzero_share = nonzero_share
         self.totals: dict[tuple[str, str], Totals] = {}
         self.waits: Counter[Finding] = Counter()
         self.mixes: Counter[Finding] = Counter()
@@ -167,8 +163,8 @@ class Audit(TorchDispatchMode):
         if tensor.is_cuda:
             self.note_wait(name)
             self._add(name, Cost(num_bytes=tensor.numel() * tensor.element_size() + 8 * rows))
-        share = self._nonzero_share.get(place_in_code()[1], 1.0)
-        return torch.arange(max(1, int(rows * share)), device=tensor.device)[:, None]
+        # All rows are taken to be different from zero.
+        return torch.arange(rows, device=tensor.device)[:, None]
 
     def _look_at_inputs(
         self, name: str, args: tuple[Any, ...], kwargs: Any, inputs: list[torch.Tensor]

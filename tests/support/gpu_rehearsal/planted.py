@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 
+from cpt.model.decoder_layer import InputNorm
 from cpt.model.experts.layer import LocalExperts
 
 
@@ -19,10 +22,6 @@ def _item(rows_RM: torch.Tensor) -> torch.Tensor:
     return rows_RM * rows_RM[0, 0].item()
 
 
-def _unfused_copy(rows_RM: torch.Tensor) -> torch.Tensor:
-    return rows_RM.float().to(rows_RM.dtype)
-
-
 @torch.library.custom_op("cpt_planted::no_fake", mutates_args=())
 def _no_fake(rows_RM: torch.Tensor) -> torch.Tensor:
     return rows_RM.clone()
@@ -31,26 +30,37 @@ def _no_fake(rows_RM: torch.Tensor) -> torch.Tensor:
 CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "host tensor": _host_tensor,
     "item": _item,
-    "unfused copy": _unfused_copy,
     "no fake implementation": lambda rows_RM: _no_fake(rows_RM),
 }
 """What each error does to the rows on their way to the experts."""
 
 
-@contextmanager
-def planted(fault: str | None) -> Iterator[None]:
-    """Let every expert layer make a mistake inside the block."""
-    if fault is None:
-        yield
-        return
-    change = CHANGES[fault]
+def _wrong_experts(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
     right = LocalExperts.forward
 
     def wrong(module: LocalExperts, rows_RM: torch.Tensor, *args: Any) -> torch.Tensor:
         return right(module, change(rows_RM), *args)
 
-    LocalExperts.forward = wrong  # type: ignore[method-assign, assignment]
+    return wrong
+
+
+def _unfused_norm(norm: InputNorm, hidden_BSM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalize by Hugging Face's code, one operator after another."""
+    return hidden_BSM, GptOssRMSNorm.forward(norm, hidden_BSM)
+
+
+@contextmanager
+def planted(fault: str | None) -> Iterator[None]:
+    """Let every layer make a mistake inside the block."""
+    if fault is None:
+        yield
+        return
+    patch = pytest.MonkeyPatch()
+    if fault == "unfused norm":
+        patch.setattr(InputNorm, "forward", _unfused_norm)
+    else:
+        patch.setattr(LocalExperts, "forward", _wrong_experts(CHANGES[fault]))
     try:
         yield
     finally:
-        LocalExperts.forward = right  # type: ignore[method-assign]
+        patch.undo()

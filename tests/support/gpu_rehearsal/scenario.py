@@ -51,8 +51,6 @@ from tests.support.gpu_rehearsal.shapes import Scenario
 
 LISTED_TOKENS = 64
 """k of the KL targets."""
-NONZERO_SHARE = {"_labels_in_tile": 0.01}
-"""Of the tokens, those whose label lies in one tile of the vocabulary."""
 GRADIENT_ELEMENTS = 10_000_000
 """Elements of the stand-in's flat gradient buffer."""
 
@@ -193,7 +191,7 @@ class Rehearsal:
         self._clock = PhaseClock()
         self._stage = "load"
         self._fused = False
-        self.audit = Audit(self._host_value, self._present_stage, NONZERO_SHARE)
+        self.audit = Audit(self._host_value, self._present_stage)
         self.model_config = GptOssConfig(
             **{**PRESETS[scenario.preset], "num_hidden_layers": scenario.layers}
         )
