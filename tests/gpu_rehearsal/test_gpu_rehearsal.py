@@ -39,7 +39,7 @@ class AllowedWait:
     """A place where the host may wait for the device."""
 
     stage: str
-    """load, micro step, optimizer step, score or sample; a scenario scores and samples once."""
+    """micro step, optimizer step, score or sample; a scenario scores and samples once."""
     file: str
     function: str
     at_most: int
@@ -62,37 +62,25 @@ class AllowedWait:
 
 
 COUNTS = "the sizes of the expert exchange follow from the counts of rows"
-LOADER = "the loader copies from pageable memory"
-OFFSETS = "offsets of documents are copied when the first layer asks for them"
+LOSSES = "losses and gradient norm decide about the update; one copy"
+ROUTERS = "the routers' sums of a measured step; one copy"
 RESULT = "this is what the caller asked for"
 
-LOADER_FILE = "cpt/training/loader.py"
-TARGETS_FILE = "cpt/training/kl_targets.py"
-OFFSETS_FILE = "cpt/model/attention/varlen.py"
 EXCHANGE_FILE = "cpt/model/experts/dispatch.py"
 ENGINE_FILE = "cpt/training/engine.py"
 WATCH_FILE = "cpt/model/experts/router_watch.py"
 
 ALLOWED_WAITS = (
-    AllowedWait("load", LOADER_FILE, "make_micro_batch", 3, "micro step", LOADER),
-    AllowedWait("micro step", LOADER_FILE, "make_micro_batch", 3, "micro step", LOADER),
-    AllowedWait("micro step", TARGETS_FILE, "of_rows", 3, "micro step", LOADER),
-    AllowedWait("micro step", OFFSETS_FILE, "Documents.of", 3, "micro step", OFFSETS),
     AllowedWait("micro step", EXCHANGE_FILE, "make_plan", 1, "layer", COUNTS),
-    AllowedWait(
-        "optimizer step", ENGINE_FILE, "_read", 1, "step", "losses and gradient norm, in one copy"
-    ),
-    AllowedWait(
-        "optimizer step", WATCH_FILE, "finish", 1, "step", "the routers' sums, in one copy"
-    ),
-    AllowedWait("score", OFFSETS_FILE, "Documents.of", 3, "micro step", OFFSETS),
+    AllowedWait("optimizer step", ENGINE_FILE, "_read", 1, "step", LOSSES),
+    AllowedWait("optimizer step", WATCH_FILE, "finish", 1, "step", ROUTERS),
     AllowedWait("score", EXCHANGE_FILE, "make_plan", 1, "layer", COUNTS),
     AllowedWait("score", ENGINE_FILE, "score", 1, "step", RESULT),
     AllowedWait("sample", EXCHANGE_FILE, "make_plan", 1, "layer", COUNTS),
-    AllowedWait("sample", ENGINE_FILE, "next_token_logits", 2, "step", RESULT),
+    AllowedWait("sample", ENGINE_FILE, "next_token_logits", 1, "step", RESULT),
 )
-"""All of them. The aim: none in a micro step but one per expert layer with more than one rank, and
-at most two in an optimizer step.
+"""All of them: none in a micro step of one rank, one per expert layer with several, at most two in
+an optimizer step.
 """
 
 

@@ -41,7 +41,8 @@ from cpt.training.kl_target_format import (
     write_sidecar,
 )
 from cpt.training.kl_targets import KLTargets
-from cpt.training.loader import MicroBatch, make_micro_batch
+from cpt.training.loader import MicroBatch, cut_rows, make_micro_batch
+from cpt.training.read_ahead import ReadAhead
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from data_pipeline.dataset import PackedRow
 from tests.support.gpu_rehearsal.audit import Audit
@@ -227,14 +228,14 @@ class Rehearsal:
         with FakeTensorMode(allow_non_fake_inputs=True):
             self._fused = fused_kernels_run_on(torch.empty(1, device=topology.device))
             engine = self._build_engine(model, topology)
-            self._step(engine, topology, targets)
+            self._step(engine, targets)
             if scenario.evaluates:
-                self._evaluate(engine, topology)
+                self._evaluate(engine)
 
-    def _step(self, engine: TrainingEngine, topology: Topology, targets: KLTargets | None) -> None:
+    def _step(self, engine: TrainingEngine, targets: KLTargets | None) -> None:
         scenario = self.scenario
         with self.audit:
-            batches = self._batches(topology, targets)
+            batches = self._batches(engine, targets)
             self._stage = "step"
             engine.step(
                 batches,
@@ -246,13 +247,13 @@ class Rehearsal:
             assert parameter.grad is not None, f"{name} has no gradient"
             assert parameter.grad.is_cuda, f"the gradient of {name} is on the host"
 
-    def _evaluate(self, engine: TrainingEngine, topology: Topology) -> None:
+    def _evaluate(self, engine: TrainingEngine) -> None:
         """Score a batch and take the next token's logits; what they cost is not counted."""
         totals = self.audit.totals
         self.audit.totals = {}
         self._stage = "load"
         with self.audit:
-            (batch, *_) = self._batches(topology, None)
+            batch = make_micro_batch([packed_row(self.scenario)], [0], engine.topology)
             self._stage = "score"
             engine.score(batch)
             self._stage = "sample"
@@ -282,13 +283,22 @@ class Rehearsal:
                 )
         return engine
 
-    def _batches(self, topology: Topology, targets: KLTargets | None) -> Iterator[MicroBatch]:
-        for _ in range(self.scenario.micro_batches):
-            row = packed_row(self.scenario)
+    def _batches(self, engine: TrainingEngine, targets: KLTargets | None) -> Iterator[MicroBatch]:
+        """Yield the micro batches of a step, each read on a thread while another is computed."""
+        topology = engine.topology
+
+        def read(number: int) -> MicroBatch:
             found = None
             if targets is not None:
                 found = targets.of_rows([(0, 0)], topology, self.scenario.seq_len)
-            yield make_micro_batch([row], [0], topology, found)
+            return cut_rows([packed_row(self.scenario)], [0], topology, found)
+
+        reader = ReadAhead(read)
+        for number in range(self.scenario.micro_batches):
+            batch = reader.take(number)
+            reader.begin(number + 1)
+            yield engine.send(batch)
+        reader.close()
 
     def _host_value(self, tensor: torch.Tensor) -> int:
         """Return what the host reads: balanced counts of rows for the ranks, else 1."""
