@@ -70,3 +70,17 @@ def test_output_and_every_gradient_are_those_of_float64(
     assert len(launched) == 4
     for value, exact in zip(found, expected, strict=True):
         assert (value.cpu().double() - exact).norm() <= 1e-6 * exact.norm()
+
+
+def test_second_backward_through_the_kernels_is_refused_rather_than_wrong(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one wrote the gradient of gate_up over gate_up, which torch can not see."""
+    monkeypatch.setattr(gated_unit, "has_kernels", lambda rows: True)
+    experts = draw_experts().to(kernel_device)
+    rows = torch.randn(sum(COUNTS), MODEL_SIZE, device=kernel_device, requires_grad=True)
+    weights = torch.rand(sum(COUNTS), device=kernel_device)
+    out = experts(rows, weights, Groups(torch.tensor(COUNTS, device=kernel_device)))
+    out.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
