@@ -1,12 +1,13 @@
-"""A layer of gpt-oss with its elementwise steps fused: additions and norms.
+"""A layer of gpt-oss with its elementwise steps fused: additions, norms and rotation.
 
 The modules take over the parameters of the Hugging Face modules that they replace, under the same
 names. Each owns its parameters, because the engine's hooks gather those of the module that runs.
 
-Source of the maths: GptOssDecoderLayer and GptOssRMSNorm in transformers,
+Source of the maths: GptOssDecoderLayer, GptOssAttention and GptOssRMSNorm in transformers,
 models/gpt_oss/modeling_gpt_oss.py, the same in 5.17 and in 5.23.
 
-Shape letters: B rows, S local tokens of a row, M model size.
+Shape letters: B rows, S local tokens of a row, M model size, H query heads, K key/value heads, D
+head size, d half of it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssRMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    ALL_ATTENTION_FUNCTIONS,
+    GptOssAttention,
+    GptOssDecoderLayer,
+    GptOssRMSNorm,
+)
 
 from cpt.model.experts.layer import ExpertParallelMLP
 from cpt.model.kernels.rms_norm import add_rms_norm, rms_norm
+from cpt.model.kernels.rope import rotate
 
 
 class RMSNorm(GptOssRMSNorm):  # type: ignore[misc]
@@ -55,13 +62,68 @@ class AddNorm(RMSNorm):
         return add_rms_norm(residual_BSM, attended_BSM, self.weight, self.variance_epsilon)
 
 
+class RotaryAttention(GptOssAttention):  # type: ignore[misc]
+    """A drop-in for GptOssAttention, for packed rows without a key/value cache."""
+
+    def __init__(self, source: GptOssAttention) -> None:
+        with torch.device("meta"):
+            super().__init__(source.config, source.layer_idx)
+        self.sinks = source.sinks
+        self.q_proj = source.q_proj
+        self.k_proj = source.k_proj
+        self.v_proj = source.v_proj
+        self.o_proj = source.o_proj
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: None = None,
+        **attention_arguments: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Project, rotate, attend and project back.
+
+        Args:
+            hidden_states: Normed hidden states (B, S, M).
+            position_embeddings: Cosine and sine (B, S, d) of each token's angles.
+            attention_mask: Handed to the attention function.
+            past_key_values: Must be None.
+            attention_arguments: Handed to the attention function.
+
+        Returns:
+            (B, S, M), and what the attention function returned beside its output.
+        """
+        assert past_key_values is None, "the patched model decodes without a key/value cache"
+        batch, tokens, _ = hidden_states.shape
+        heads = (batch, tokens, -1, self.head_dim)
+        q_BHSD = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        k_BKSD = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        v_BKSD = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        q_BHSD, k_BKSD = rotate(q_BHSD, k_BKSD, *position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attended_BSHD, probabilities = attend(
+            self,
+            q_BHSD,
+            k_BKSD,
+            v_BKSD,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            s_aux=self.sinks,
+            **attention_arguments,
+        )
+        return self.o_proj(attended_BSHD.reshape(batch, tokens, -1)), probabilities
+
+
 class CPTDecoderLayer(GptOssDecoderLayer):  # type: ignore[misc]
     """A drop-in for GptOssDecoderLayer, for packed rows without a key/value cache."""
 
     def __init__(self, source: GptOssDecoderLayer, mlp: ExpertParallelMLP) -> None:
         nn.Module.__init__(self)
         self.hidden_size = source.hidden_size
-        self.self_attn = source.self_attn
+        self.self_attn = RotaryAttention(source.self_attn)
         self.mlp = mlp
         self.input_layernorm = InputNorm(source.input_layernorm)
         self.post_attention_layernorm = AddNorm(source.post_attention_layernorm)

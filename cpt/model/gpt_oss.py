@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssAttention,
     GptOssDecoderLayer,
     GptOssForCausalLM,
     GptOssMLP,
@@ -96,7 +97,7 @@ class PatchReport:
     attention: str
     """Name of the registered attention function."""
     layers: int
-    """Layers whose additions and norms are done together."""
+    """Layers replaced by ones whose additions, norms and rotations are fused."""
     expert_layers: int
     """MLPs replaced by expert-parallel ones."""
     experts_per_rank: int
@@ -118,13 +119,15 @@ def patch(model: GptOssForCPT, topology: Topology) -> PatchReport:
     It happens before the model has weights.
 
     Raises:
-        TypeError: A layer, an MLP, a norm or the lm_head is not the class this was written for.
+        TypeError: A layer, a part of one, the last norm or the lm_head is not the class that this
+            was written for.
     """
     model.set_attn_implementation(attention.register())
     layers = model.model.layers
     for index, layer in enumerate(layers):
         name = f"layers.{index}"
         _check_class(f"{name}.mlp", layer.mlp, GptOssMLP)
+        _check_class(f"{name}.self_attn", layer.self_attn, GptOssAttention)
         _check_class(f"{name}.input_layernorm", layer.input_layernorm, GptOssRMSNorm)
         _check_class(
             f"{name}.post_attention_layernorm", layer.post_attention_layernorm, GptOssRMSNorm
