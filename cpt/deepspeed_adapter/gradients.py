@@ -1,4 +1,4 @@
-"""The gradient norm of this rank's share, and a step without an update.
+"""The gradient norm of this rank's share, and the end of a step with an update or without one.
 
 Read in deepspeed 0.19.8: runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py.
 """
@@ -22,6 +22,8 @@ is 0.05 % low, that of 579 million 11 %.
 """
 HOST_PART = 1 << 18
 """Elements of one sum in a larger tensor."""
+LARGEST_JOINED = 1 << 30
+"""Elements up to which neighbors are joined; torch reaches these with 32-bit indices."""
 
 
 def squared_gradient_norm(engine: Any) -> torch.Tensor:
@@ -64,8 +66,10 @@ def joined(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
     """
     parts: list[torch.Tensor] = []
     for gradient in gradients:
-        if parts and _follows(gradient, parts[-1]):
-            numel = parts[-1].numel() + gradient.numel()
+        numel = gradient.numel()
+        if parts:
+            numel += parts[-1].numel()
+        if parts and numel <= LARGEST_JOINED and _follows(gradient, parts[-1]):
             parts[-1] = parts[-1].as_strided((numel,), (1,))
         elif gradient.is_contiguous():
             parts.append(gradient.view(-1))
@@ -104,6 +108,38 @@ def _is_offloaded(engine: Any) -> bool:
     if engine.zero_optimization_stage() == 3:
         return bool(engine.optimizer.offload_optimizer)
     return bool(engine.optimizer.cpu_offload)
+
+
+def apply_update(engine: Any, grad_norm: float) -> None:
+    """Finish an optimizer step with an update, clipped as the configuration says.
+
+    Args:
+        engine: The DeepSpeed engine.
+        grad_norm: The global gradient norm.
+
+    Raises:
+        InternalError: DeepSpeed did not apply the update.
+    """
+    if _repeats_norm_on_gpu(engine):
+        # DeepSpeed would copy every gradient to fp64 for a norm of its own, and wait for it.
+        device = flat_partitions(engine)[0].device
+        known = torch.full((), grad_norm, dtype=torch.float64, device=device)
+        with _shadowed(engine.optimizer, "_get_norm_groups", [known]):
+            engine.step()
+    else:
+        engine.step()
+    if not engine.was_step_applied():
+        raise InternalError("DeepSpeed dropped an update whose loss and gradient norm are finite.")
+
+
+def _repeats_norm_on_gpu(engine: Any) -> bool:
+    """Return whether DeepSpeed is to be spared the norm.
+
+    On a CPU it is left to it: there the repetition is cheap next to the rest of a step.
+    """
+    if engine.zero_optimization_stage() != 3 or _is_offloaded(engine):
+        return False
+    return flat_partitions(engine)[0].is_cuda
 
 
 def discard_gradients(engine: Any) -> None:

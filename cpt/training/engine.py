@@ -34,7 +34,7 @@ import torch.distributed as dist
 from cpt.config import RunConfig
 from cpt.deepspeed_adapter.engine import initialize
 from cpt.deepspeed_adapter.experts import is_expert
-from cpt.deepspeed_adapter.gradients import discard_gradients, squared_gradient_norm
+from cpt.deepspeed_adapter.gradients import apply_update, discard_gradients, squared_gradient_norm
 from cpt.errors import InternalError
 from cpt.model.attention import Attention
 from cpt.model.experts.router_watch import RouterSums, RouterWatch
@@ -265,7 +265,7 @@ class TrainingEngine:
         self._clock.enter("optimizer_step", step)
         fault_point("optimizer_step", step)
         if applied:
-            self._apply_update()
+            apply_update(self.deepspeed, grad_norm)
         else:
             discard_gradients(self.deepspeed)
         return StepResult(
@@ -330,13 +330,6 @@ class TrainingEngine:
         total = losses_LBS[0].sum() + self._kl_weight * losses_LBS[1:].sum()
         self.deepspeed.backward(total * loss_scale, scale_wrt_gas=False)
         return losses_LBS.detach().sum(2).double()
-
-    def _apply_update(self) -> None:
-        self.deepspeed.step()
-        if not self.deepspeed.was_step_applied():
-            raise InternalError(
-                "DeepSpeed dropped an update whose loss and gradient norm are finite."
-            )
 
     def _sum_over_ranks(self, own: _Own, votes: Votes) -> _Sums:
         """Run the one bookkeeping collective of a step."""

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cpt.deepspeed_adapter import gradients
-from cpt.deepspeed_adapter.gradients import joined, squared_gradient_norm
+from cpt.deepspeed_adapter.gradients import apply_update, joined, squared_gradient_norm
+from cpt.errors import InternalError
 
 
 def engine_of(*groups: list[torch.Tensor]) -> Any:
@@ -75,3 +76,57 @@ def test_a_large_share_on_the_host_is_summed_in_parts(monkeypatch: pytest.Monkey
     assert sizes == [1024, 256, 256, 256, 256, 6]
     expected = float(large.double().square().sum() + small.double().square().sum())
     assert float(norm) == pytest.approx(expected, rel=1e-6)
+
+
+class Zero:
+    """The part of a ZeRO-3 optimizer that computes the norm for clipping."""
+
+    offload_optimizer = False
+
+    def __init__(self) -> None:
+        self.fp32_partitioned_groups_flat = [torch.zeros(3)]
+
+    def _get_norm_groups(self) -> list[torch.Tensor]:
+        return [torch.tensor(5.0)]
+
+
+class Engine:
+    """A DeepSpeed engine that notes the norm which a step clips by."""
+
+    def __init__(self, *, applies: bool = True) -> None:
+        self.optimizer = Zero()
+        self.clipped_by: list[float] = []
+        self._applies = applies
+
+    def zero_optimization_stage(self) -> int:
+        return 3
+
+    def step(self) -> None:
+        self.clipped_by += [float(norm) for norm in self.optimizer._get_norm_groups()]
+
+    def was_step_applied(self) -> bool:
+        return self._applies
+
+
+def test_a_gpu_clips_by_the_norm_that_is_known_and_a_cpu_by_deepspeeds_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine()
+    apply_update(engine, 7.0)
+    monkeypatch.setattr(gradients, "_repeats_norm_on_gpu", lambda engine: True)
+    apply_update(engine, 7.0)
+    monkeypatch.undo()
+    apply_update(engine, 7.0)
+    assert engine.clipped_by == [5.0, 7.0, 5.0]
+
+
+def test_an_update_that_is_dropped_is_an_internal_error() -> None:
+    with pytest.raises(InternalError, match="DeepSpeed dropped an update"):
+        apply_update(Engine(applies=False), 1.0)
+
+
+def test_a_sum_stays_within_32_bit_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "LARGEST_JOINED", 10)
+    buffer = torch.zeros(20)
+    parts = joined([buffer[:6], buffer[6:10], buffer[10:12], buffer[12:]])
+    assert [part.numel() for part in parts] == [10, 10]

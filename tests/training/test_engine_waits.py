@@ -62,6 +62,7 @@ class StandIn:
         self.watch = watch
         self.optimizer = self
         self.offload_optimizer = False
+        self.fp32_partitioned_groups_flat = [self.weight]
 
     @property
     def averaged_gradients(self) -> dict[int, list[torch.Tensor]]:
