@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from data_pipeline.build.workers import spread
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.tables import table
-from data_pipeline.text.cleaning import Tally
+from data_pipeline.text.cleaning import Tally, compose_compatible
 from data_pipeline.text.language import UNTESTABLE, language_of
 from data_pipeline.text.tokenizer import encode
 
@@ -114,7 +113,7 @@ class SourceAudit:
         self.mojibake += _MOJIBAKE.search(text) is not None
         self.control += _CONTROL.search(text) is not None
         if not text.isascii():
-            self.nfkc_changed += not unicodedata.is_normalized("NFKC", text)
+            self.nfkc_changed += compose_compatible(text) != text
             self.nfkc_damaged += _LOST_BY_NFKC.search(text) is not None
         self.characters += len(text)
         self.bytes += len(text.encode("utf-8"))

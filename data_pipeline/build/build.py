@@ -52,6 +52,7 @@ from data_pipeline.store.manifest import (
     check_files,
     read_manifest,
 )
+from data_pipeline.text.cleaning import STEP_VERSIONS
 from data_pipeline.text.tokenizer import RANKS_SHA256
 
 DEFAULT_ROOT = Path("data")
@@ -163,6 +164,12 @@ def fingerprint(mix: MixConfig) -> str:
 
 def _source_content(source: SourceConfig) -> dict[str, object]:
     content = {key: getattr(source, key) for key in _SOURCE_KEYS}
+    versions = {}
+    for step, version in STEP_VERSIONS.items():
+        if step in source.normalise:
+            versions[step] = version
+    if versions:
+        content["step_versions"] = versions
     content["files"] = [
         [path.name, path.stat().st_size, _file_hash(path)] for path in source.files()
     ]

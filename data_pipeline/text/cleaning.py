@@ -3,15 +3,19 @@
 Decisions
     A text is taken as it stands unless its source asks for cleaning steps, which run in the order
     of STEPS.
+    Every step takes time in proportion to the text, whatever runs of characters it holds.
     Every reject is counted by reason, with the places of the first few, so that nothing is dropped
     silently. What was seen or changed without losing a document (a byte order mark, a
     normalization) is counted separately, as a note.
 
 Effects of the steps
     newlines   CRLF and CR become LF.
-    control    Control characters are removed, except tab and line feed; joiners inside emoji stay.
+    control    Characters that end a line (CR, VT, FF, NEL, the separators of lines, paragraphs,
+               records, groups and files) become LF, CRLF becomes one. Other control characters are
+               removed, except tab and line feed; joiners inside emoji stay.
     width      Full-width letters and digits become ASCII, and half-width katakana become
-               full-width. Punctuation stays, and so do characters that NFKC would destroy.
+               full-width. A half-width voiced mark joins the kana before it, whatever its width.
+               Punctuation stays, and so do characters that NFKC would destroy.
     nfc        Canonical composition.
     nfkc       Compatibility composition. It destroys meaning: x with a raised 2 becomes x2, the
                single character for 1/2 becomes three characters, an ideographic space becomes a
@@ -29,17 +33,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from data_pipeline.text.runs import long_runs, normalize_form
+
 MAX_PLACES = 3
 """Number of places that are kept per reason."""
 MAX_WHITESPACE_RUN = 100_000
 """Whitespace characters in a row; the tokenizer's pattern overflows its stack near 1,000,000."""
-_LONG_WHITESPACE = re.compile(rf"\s{{{MAX_WHITESPACE_RUN + 1}}}")
+_LINE_END = re.compile("\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
-_HALF_WIDTH_KANA = re.compile("[\uff61-\uff9f]+")
 _FULL_WIDTH_OFFSET = 0xFEE0
 _FULL_WIDTH_RANGES = (("\uff10", "\uff19"), ("\uff21", "\uff3a"), ("\uff41", "\uff5a"))
 """First and last of the full-width digits, capital letters and small letters."""
-_LINE_ENDS = re.compile("[ \t\u3000]+(?=\n|\\Z)")
+_VOICED_MARKS = "\u3099\u309a"
+"""The combining voiced and semi-voiced sound marks of kana."""
+_SPACES = " \t\u3000"
 _BLANK_LINES = re.compile("\n{3,}")
 
 
@@ -54,34 +61,53 @@ def _ascii_of_full_width() -> dict[int, int]:
 _ASCII_OF_FULL_WIDTH = _ascii_of_full_width()
 
 
+def _kana_that_can_be_voiced() -> str:
+    """Return the full-width kana that make one character with a voiced mark."""
+    found = ""
+    for code in range(ord("\u3041"), ord("\u30ff")):
+        kana = chr(code)
+        if any(len(unicodedata.normalize("NFC", kana + mark)) == 1 for mark in _VOICED_MARKS):
+            found += kana
+    return found
+
+
+_HALF_WIDTH = re.compile("[\uff61-\uff9f]")
+_HALF_WIDTH_WITH_NEIGHBORS = re.compile(
+    f"[{_kana_that_can_be_voiced()}]?{_HALF_WIDTH.pattern}+[{_VOICED_MARKS}]?"
+)
+"""Half-width kana and marks, with the neighbors that may make one character with them."""
+
+
 def _unify_newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _remove_control_characters(text: str) -> str:
-    return _CONTROL.sub("", text)
+    return _CONTROL.sub("", _LINE_END.sub("\n", text))
 
 
 def _unify_width(text: str) -> str:
-    text = _HALF_WIDTH_KANA.sub(_nfkc_of_match, text)
+    if _HALF_WIDTH.search(text):
+        text = _HALF_WIDTH_WITH_NEIGHBORS.sub(_nfkc_of_match, text)
     return text.translate(_ASCII_OF_FULL_WIDTH)
 
 
 def _nfkc_of_match(match: re.Match[str]) -> str:
-    return _compose_compatible(match[0])
+    return compose_compatible(match[0])
 
 
 def _compose(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
+    return normalize_form("NFC", text)
 
 
-def _compose_compatible(text: str) -> str:
-    return unicodedata.normalize("NFKC", text)
+def compose_compatible(text: str) -> str:
+    """Return the text in the normal form NFKC."""
+    return normalize_form("NFKC", text)
 
 
 def _remove_spaces(text: str) -> str:
-    text = _LINE_ENDS.sub("", text)
-    return _BLANK_LINES.sub("\n\n", text)
+    lines = [line.rstrip(_SPACES) for line in text.split("\n")]
+    return _BLANK_LINES.sub("\n\n", "\n".join(lines))
 
 
 STEPS: dict[str, Callable[[str], str]] = {
@@ -89,10 +115,13 @@ STEPS: dict[str, Callable[[str], str]] = {
     "control": _remove_control_characters,
     "width": _unify_width,
     "nfc": _compose,
-    "nfkc": _compose_compatible,
+    "nfkc": compose_compatible,
     "spaces": _remove_spaces,
 }
 """Cleaning steps by name, in the order in which they run."""
+STEP_VERSIONS = {"control": 2, "width": 2}
+"""Versions of the steps whose output is not that of their first version. They belong to the
+fingerprint of a build, so a change of what a step does must raise its number."""
 
 
 def normalize(text: str, steps: Sequence[str], notes: Counter[str]) -> str:
@@ -229,6 +258,6 @@ def why_unusable(text: Any) -> str | None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         return "lone surrogate"
-    if len(text) > MAX_WHITESPACE_RUN and _LONG_WHITESPACE.search(text):
+    if any(long_runs(text, str.isspace, MAX_WHITESPACE_RUN + 1)):
         return f"more than {MAX_WHITESPACE_RUN} whitespace characters in a row"
     return None
