@@ -1,6 +1,8 @@
 """Count what one micro step moves, computes and launches on a GPU, without one.
 
-    python bench/gpu_counts.py [--table bench/gpu_counts.json] [--page FILE] [--svg FILE]
+    python bench/gpu_counts.py
+
+It rewrites bench/gpu_counts.json, the tables of docs/gpu.md, and docs/gpu_counts.svg.
 
 The real step runs on fake tensors that say they are on a GPU (tests/support/gpu_rehearsal), with
 few layers, and is scaled to the whole model. The table has bytes, FLOPs, launches and the least
@@ -10,7 +12,6 @@ Nothing is measured: a kernel that is slower than its bytes and FLOPs allow look
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from gpu_counts_parts.drawing import draw  # noqa: E402
 from gpu_counts_parts.tables import markdown, table_of  # noqa: E402
 
 from tests.support.gpu_rehearsal.fake_cuda import reason_against  # noqa: E402
@@ -28,14 +30,15 @@ from tests.support.gpu_rehearsal.shapes import SHAPES, two_layers  # noqa: E402
 TABLE = ROOT / "bench" / "gpu_counts.json"
 BEFORE = ROOT / "bench" / "gpu_counts_before.json"
 """The table of commit b2a4cc9, before anything was fused."""
+PAGE = ROOT / "docs" / "gpu.md"
+DRAWING = ROOT / "docs" / "gpu_counts.svg"
 
 BEGIN = "<!-- counted: begin -->"
 END = "<!-- counted: end -->"
 
 
 def main() -> None:
-    """Count, write the table, and print it beside the one before the fusions."""
-    options = arguments()
+    """Count, and write the table, the page and the drawing."""
     reason = reason_against()
     if reason:
         sys.exit(f"nothing counted: {reason}")
@@ -46,17 +49,12 @@ def main() -> None:
         if result["error"]:
             sys.exit(f"{name}: {result['error']}")
     table = table_of(found)
-    options.table.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    before: dict[str, Any] = json.loads(options.before.read_text(encoding="utf-8"))
+    TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    before: dict[str, Any] = json.loads(BEFORE.read_text(encoding="utf-8"))
     tables = markdown(before, table)
     print(tables)
-    if options.page:
-        page = options.page.read_text(encoding="utf-8")
-        options.page.write_text(with_tables(page, tables), encoding="utf-8")
-    if options.svg:
-        from gpu_counts_parts.drawing import draw
-
-        options.svg.write_text(draw(before, table), encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    DRAWING.write_text(draw(before, table), encoding="utf-8")
 
 
 def with_tables(page: str, tables: str) -> str:
@@ -64,16 +62,6 @@ def with_tables(page: str, tables: str) -> str:
     head, rest = page.split(BEGIN)
     _, tail = rest.split(END)
     return f"{head}{BEGIN}\n\n{tables}\n{END}{tail}"
-
-
-def arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", type=Path, default=TABLE, help="file that is written anew")
-    parser.add_argument("--before", type=Path, default=BEFORE, help="table to compare with")
-    parser.add_argument("--page", type=Path, help="page whose tables are written anew")
-    parser.add_argument("--svg", type=Path, help="file for a drawing of both")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

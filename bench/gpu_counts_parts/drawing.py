@@ -1,13 +1,14 @@
-"""The plots: the least time of every part, with a tick where it was before the fusions."""
+"""The plots: the least time of every part, in front of what it was before the fusions."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.charts import Bar, as_svg, draw_bars, new_figure
-from gpu_counts_parts.tables import by_time, milliseconds
+from data_pipeline.charts import GRID, PALETTE, as_svg, new_figure
+from gpu_counts_parts.tables import change, milliseconds
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SMALLEST_SHARE = 0.002
@@ -17,26 +18,33 @@ SMALLEST_SHARE = 0.002
 @as_svg
 def draw(before: dict[str, Any], now: dict[str, Any]) -> Figure:
     """Draw the table and the one before it, a panel for each shape."""
-    names = list(now["shapes"])
     source = (
-        "counted on fake tensors, not measured; one micro step; a tick shows the code before any "
+        "counted on fake tensors, not measured; ms of one micro step of one rank; gray: before any "
         "fusion"
     )
     figure, charts = new_figure(1080, 660, rows=2, columns=2, source=source)
-    for axes, name in zip(charts, names, strict=True):
-        old = milliseconds(before["shapes"][name])
-        new = milliseconds(now["shapes"][name])
-        smallest = SMALLEST_SHARE * max(old.values())
-        bars = []
-        for part in by_time(before):
-            largest = max(new.get(part, 0.0), old.get(part, 0.0))
-            if largest >= smallest:
-                bars.append(_bar(part, old.get(part, 0.0), new.get(part, 0.0)))
-        title = f"{name}: {sum(old.values()):,.0f} ms before, {sum(new.values()):,.0f} ms"
-        draw_bars(axes, title, bars)
+    for axes, (name, shape) in zip(charts, now["shapes"].items(), strict=True):
+        _draw_panel(axes, name, milliseconds(before["shapes"][name]), milliseconds(shape))
     return figure
 
 
-def _bar(part: str, old: float, new: float) -> Bar:
-    digits = 0 if new >= 100 else 1
-    return Bar(part, new, f"{new:,.{digits}f} ms", mark=old)
+def _draw_panel(axes: Axes, name: str, old: dict[str, float], new: dict[str, float]) -> None:
+    longest = {part: max(old.get(part, 0.0), new.get(part, 0.0)) for part in {**old, **new}}
+    largest = max(longest.values())
+    parts = sorted(longest, key=lambda part: -longest[part])
+    parts = [part for part in parts if longest[part] >= SMALLEST_SHARE * largest]
+    positions = range(len(parts))
+    axes.barh(positions, [old.get(part, 0.0) for part in parts], height=0.7, color=GRID)
+    axes.barh(positions, [new.get(part, 0.0) for part in parts], height=0.7, color=PALETTE[0])
+    texts = [change(old.get(part, 0.0), new.get(part, 0.0)) for part in parts]
+    for position, part, text in zip(positions, parts, texts, strict=True):
+        axes.annotate(
+            text, (longest[part], position), (5, 0), textcoords="offset points", va="center"
+        )
+    axes.set_title(f"{name}: {change(sum(old.values()), sum(new.values()))} ms")
+    axes.set_xlim(0, 1.2 * largest)
+    axes.set_ylim(len(parts) - 0.5, -0.5)
+    axes.set_yticks(positions, parts)
+    axes.set_xticks([])
+    axes.grid(visible=False)
+    axes.spines["bottom"].set_visible(False)

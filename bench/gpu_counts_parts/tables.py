@@ -86,17 +86,18 @@ def _parts_table(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in names:
             old = milliseconds(before["shapes"][name]).get(part, 0.0)
             new = milliseconds(now["shapes"][name]).get(part, 0.0)
-            cells.append(_change(old, new))
+            cells.append(change(old, new))
         lines.append(f"| {part} | {' | '.join(cells)} |")
     cells = []
     for name in names:
         old = 1e3 * whole(before["shapes"][name])["seconds"]
         new = 1e3 * whole(now["shapes"][name])["seconds"]
-        cells.append(f"**{_change(old, new)}**")
+        cells.append(f"**{change(old, new)}**")
     return [*lines, f"| all | {' | '.join(cells)} |"]
 
 
-def _change(old: float, new: float) -> str:
+def change(old: float, new: float) -> str:
+    """Return both figures, or one if they look the same."""
     shown_old = f"{old:,.1f}" if old < 100 else f"{old:,.0f}"
     shown_new = f"{new:,.1f}" if new < 100 else f"{new:,.0f}"
     if shown_old == shown_new == "0.0":
@@ -121,10 +122,10 @@ def _sums_table(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         products = 1e3 * new["flops"] / assumed["product_flops_per_second"]
         spent = [1e3 * assumed["launch_seconds"] * counts["launches"] for counts in (old, new)]
         cells = [
-            _change(_outside_products(old), _outside_products(new)),
+            change(_outside_products(old), _outside_products(new)),
             f"{products:,.0f}",
             f"{old['launches']:,.0f} to {new['launches']:,.0f}",
-            _change(*spent),
+            change(*spent),
             f"{_of_a_layer(before['shapes'][name])} to {_of_a_layer(now['shapes'][name])}",
             f"{_share_of_peak(old):.0%} to {_share_of_peak(new):.0%}",
         ]

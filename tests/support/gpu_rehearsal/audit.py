@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -89,7 +90,8 @@ class Audit(TorchDispatchMode):
         fake_cuda._listeners.append(self.note_wait)
         self._tolist = FakeTensor.tolist
         self._tensor = torch.tensor
-        FakeTensor.tolist = self._read_list  # type: ignore[method-assign]
+        FakeTensor.tolist = self._reader("tolist")  # type: ignore[method-assign]
+        FakeTensor.numpy = self._reader("numpy", np.array)  # type: ignore[method-assign]
         torch.tensor = self._make_tensor
         super().__enter__()
         return self
@@ -98,6 +100,7 @@ class Audit(TorchDispatchMode):
         super().__exit__(*exception)
         fake_cuda._listeners.remove(self.note_wait)
         FakeTensor.tolist = self._tolist  # type: ignore[method-assign]
+        del FakeTensor.numpy
         torch.tensor = self._tensor
 
     def note_wait(self, what: str) -> None:
@@ -111,14 +114,17 @@ class Audit(TorchDispatchMode):
         tensor = self._tensor(*args, **kwargs)
         return tensor if device is None else tensor.to(device)
 
-    @property
-    def _read_list(self) -> Callable[[torch.Tensor], Any]:
-        def tolist(tensor: torch.Tensor) -> Any:
-            if tensor.is_cuda:
-                self.note_wait("tolist")
-            return self._nested(tensor, tuple(tensor.shape))
+    def _reader(
+        self, name: str, make: Callable[[Any], Any] = lambda values: values
+    ) -> Callable[[torch.Tensor], Any]:
+        """Return a method that gives the host made-up values of a fake tensor."""
 
-        return tolist
+        def read(tensor: torch.Tensor) -> Any:
+            if tensor.is_cuda:
+                self.note_wait(name)
+            return make(self._nested(tensor, tuple(tensor.shape)))
+
+        return read
 
     def _nested(self, tensor: torch.Tensor, shape: tuple[int, ...]) -> Any:
         if not shape:

@@ -71,6 +71,8 @@ class OwnOperator:
     """Kernels that a call starts."""
     extra_bytes: Callable[[Sequence[Any]], int] | None = None
     """Bytes of work memory that its kernels write and read, from the arguments."""
+    gathered: tuple[str, ...] = ()
+    """Arguments of which as much is read as is returned."""
     only_read: tuple[str, ...] = ()
     """Arguments that it may change but whose kernel only reads them."""
     untouched: tuple[str, ...] = ()
@@ -92,6 +94,7 @@ OWN_OPERATORS = {
     "cpt.gated_unit_backward.default": OwnOperator(launches=2, extra_bytes=_tile_sums),
     "cpt.expert_output_backward.default": OwnOperator(launches=2, extra_bytes=_tile_sums),
     "cpt.loss_statistics.default": OwnOperator(only_read=("logits_Nv",)),
+    "cpt.pack_rows.default": OwnOperator(gathered=("tokens_NM",)),
     "cpt.rms_norm_backward.default": OwnOperator(launches=2),
 }
 """The exceptions, by name."""
@@ -171,7 +174,7 @@ def _argument_bytes(
         written = _written_bytes(name, tensor, args)
         overwrites = name.startswith(OVERWRITERS) or argument.is_out
         return written if overwrites else 2 * written
-    if name.startswith(GATHERS) and is_first:
+    if (name.startswith(GATHERS) and is_first) or argument.name in own.gathered:
         return stored_bytes(outputs[0])
     return stored_bytes(tensor)
 

@@ -36,6 +36,7 @@ def rehearse(scenarios: Sequence[Scenario], folder: Path) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
         # The fake device is the only accelerator that anything may find.
         "DS_ACCELERATOR": "cpu",
+        "CPT_FUSED_KERNELS": "1",
     }
     module = "tests.support.gpu_rehearsal.rehearse"
     command = [sys.executable, "-m", module, str(wanted), str(found)]

@@ -7,12 +7,13 @@ DeepSpeed's engine has a stand-in, because it needs processes; so have the proce
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
+from cpt.guard.score import ScoredSet, score_domain
 from cpt.model import gpt_oss
 from cpt.model.attention.function import FoldedSinks
 from cpt.model.attention.torch_flash import TorchFlashKernel
@@ -33,6 +35,7 @@ from cpt.resilience.phase import PhaseClock
 from cpt.training import engine as engine_module
 from cpt.training import kl_targets
 from cpt.training.engine import TrainingEngine
+from cpt.training.generate import continue_texts
 from cpt.training.kl_target_format import (
     Sidecar,
     TargetFileReader,
@@ -41,7 +44,7 @@ from cpt.training.kl_target_format import (
     write_sidecar,
 )
 from cpt.training.kl_targets import KLTargets
-from cpt.training.loader import MicroBatch, cut_rows, make_micro_batch
+from cpt.training.loader import MicroBatch, cut_rows
 from cpt.training.read_ahead import ReadAhead
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from data_pipeline.dataset import PackedRow
@@ -149,7 +152,7 @@ def packed_row(scenario: Scenario) -> PackedRow:
         labels=np.zeros(length, np.int64),
         position_ids=np.arange(length, dtype=np.int64),
         bounds=bounds,
-        documents=np.empty(0, np.int64),
+        documents=np.arange(scenario.documents),
     )
 
 
@@ -192,6 +195,7 @@ class Rehearsal:
         self._clock = PhaseClock()
         self._stage = "load"
         self._fused = False
+        self._tokens = scenario.tokens
         self.audit = Audit(self._host_value, self._present_stage)
         self.model_config = GptOssConfig(
             **{**PRESETS[scenario.preset], "num_hidden_layers": scenario.layers}
@@ -211,6 +215,7 @@ class Rehearsal:
             "scenario": asdict(scenario),
             "error": error,
             "fused": self._fused,
+            "triton_modules": [name for name in sys.modules if "kernels.triton_" in name],
             "parts": self._parts(),
             "waits": [[str(at), asdict(at), count] for at, count in self.audit.waits.items()],
             "mixes": [str(mix) for mix in self.audit.mixes],
@@ -248,16 +253,26 @@ class Rehearsal:
             assert parameter.grad.is_cuda, f"the gradient of {name} is on the host"
 
     def _evaluate(self, engine: TrainingEngine) -> None:
-        """Score a batch and take the next token's logits; what they cost is not counted."""
+        """Score a domain and continue a text as the guard does; the costs are not counted."""
+        topology = engine.topology
+        row = packed_row(self.scenario)
+        domain = SimpleNamespace(
+            name="text",
+            language="en",
+            rows=[row],
+            num_documents=len(row.documents),
+            document_bytes=np.ones(len(row.documents)),
+        )
         totals = self.audit.totals
         self.audit.totals = {}
-        self._stage = "load"
         with self.audit:
-            batch = make_micro_batch([packed_row(self.scenario)], [0], engine.topology)
             self._stage = "score"
-            engine.score(batch)
+            score_domain(cast(ScoredSet, domain), engine, topology, micro_batch_size=1)
             self._stage = "sample"
-            engine.next_token_logits(batch, torch.tensor([5]))
+            window = self.model_config.sliding_window
+            self._tokens = window
+            prompt = [1] * (window * topology.sp_size - 1)
+            continue_texts(engine, [prompt], max_new_tokens=1, window=window, stop_ids=[])
         self.audit.totals = totals
 
     def _build_engine(self, model: GptOssForCPT, topology: Topology) -> TrainingEngine:
@@ -305,7 +320,7 @@ class Rehearsal:
         ep_size = self.scenario.ep_size
         if ep_size == 1 or tuple(tensor.shape[-1:]) != (ep_size,):
             return 1
-        rows = self.scenario.tokens * self.model_config.num_experts_per_tok
+        rows = self._tokens * self.model_config.num_experts_per_tok
         return rows // ep_size
 
     def _present_stage(self) -> str:
