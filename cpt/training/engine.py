@@ -53,7 +53,7 @@ from cpt.training.optimizer import create_optimizer, reserve_files
 LARGEST_GRAD_NORM = 1e18
 """Gradient norm from which on a step counts as not finite.
 
-DeepSpeed sums the squares in fp32, and the square of this norm is near the largest fp32 number.
+The squares are summed in fp32, and the square of this norm is near the largest fp32 number.
 """
 
 

@@ -29,14 +29,14 @@ class _Reading(Generic[Key, Item]):
         self.key = key
         self._read = read
         self._item: Item | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="read ahead", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
             self._item = self._read(self.key)
-        except Exception as error:
+        except BaseException as error:  # whatever it is, it belongs to the one who asks
             self._error = error
 
     def wait(self, timeout_seconds: float | None = None) -> None:
@@ -73,7 +73,7 @@ class ReadAhead(Generic[Key, Item]):
         """Return the item of a key: the one that was read ahead if it has this key.
 
         Raises:
-            Exception: what the reading of this item has raised, with its traceback.
+            BaseException: what the reading of this item has raised, with its traceback.
         """
         reading = self._reading
         if reading is not None and reading.key == key:
