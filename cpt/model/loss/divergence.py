@@ -58,11 +58,12 @@ class Divergence:
     with `put` over those of each tile.
     """
 
-    def __init__(self, targets: TopKTargets, dtype: torch.dtype) -> None:
-        """Take the other distribution.
+    def __init__(self, targets: TopKTargets, *, tile_words: int, dtype: torch.dtype) -> None:
+        """Find the tile of every listed token, and its place there.
 
         Args:
             targets: `at_n` counts the tokens of the loss.
+            tile_words: Words of a tile; the last one may have fewer.
             dtype: Dtype of the sums.
         """
         self.at_n = targets.at_n
@@ -70,13 +71,23 @@ class Divergence:
         self._ids_nk = targets.ids_nk
         self._log_p_nK = targets.log_p_nK.to(dtype)
         self._z_nk = torch.zeros_like(targets.ids_nk, dtype=dtype)
+        self._tile_words = tile_words
+        self._tile_nk = targets.ids_nk // tile_words
+        self._column_nk = targets.ids_nk % tile_words
+        self._place_nk = self._place(tile_words)
+
+    def _place(self, words: int) -> torch.Tensor:
+        """Return the places (n, k) of listed tokens in the memory of tiles with so many words."""
+        return self._column_nk + self.at_n.unsqueeze(1) * words
 
     def _places(self, tile: LogitTile) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which listed tokens (n, k) lie in the tile, and their places in its memory."""
-        column_nk = self._ids_nk - tile.first
-        inside_nk = (column_nk >= 0) & (column_nk < tile.words)
-        place_nk = self.at_n.unsqueeze(1) * tile.words + column_nk
-        return inside_nk, place_nk.masked_fill(~inside_nk, tile.memory.numel() - 1)
+        inside_nk = self._tile_nk == tile.first // self._tile_words
+        place_nk = self._place_nk
+        if tile.words < self._tile_words:
+            place_nk = self._place(tile.words)
+        nowhere = place_nk.new_full((), tile.memory.numel() - 1)
+        return inside_nk, torch.where(inside_nk, place_nk, nowhere)
 
     def hide(self, tile: LogitTile) -> None:
         """Note the logits of listed tokens and take them out of the tile.
@@ -148,6 +159,11 @@ class Divergence:
         return from_loss_nk + (q_nk - p_nk) * grad_n.unsqueeze(1)
 
     def put(self, tile: LogitTile, listed_nk: torch.Tensor) -> None:
-        """Write the gradients of listed tokens that lie in the tile to their places."""
+        """Write the gradients of listed tokens that lie in the tile to their places.
+
+        Args:
+            tile: Holds the gradients of all other tokens.
+            listed_nk: What `listed_gradients` returned, in the dtype of the tile.
+        """
         _, place_nk = self._places(tile)
-        tile.memory.scatter_(0, place_nk.view(-1), listed_nk.to(tile.memory.dtype).view(-1))
+        tile.memory.scatter_(0, place_nk.view(-1), listed_nk.view(-1))

@@ -30,7 +30,7 @@ from torch import nn
 
 from cpt.model.kernels.loss_tiles import loss_gradient, loss_statistics
 from cpt.model.loss.divergence import Divergence, TopKTargets
-from cpt.model.loss.tiles import logit_tiles
+from cpt.model.loss.tiles import logit_tiles, tile_words
 from data_pipeline.dataset import IGNORED_LABEL
 
 FEW_LABELS = 0.9
@@ -51,7 +51,7 @@ class _TiledLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         divergence = None
         if targets is not None:
-            divergence = Divergence(targets, _sum_dtype(hidden_NM))
+            divergence = _divergence(hidden_NM, weight_VM, targets)
         lse_N, target_N = _log_sum_exp_and_target(hidden_NM, weight_VM, label_N, divergence)
         ctx.save_for_backward(hidden_NM, weight_VM, label_N, lse_N)
         ctx.divergence = divergence
@@ -70,7 +70,7 @@ class _TiledLoss(torch.autograd.Function):
         pull_N = None
         if divergence is not None:
             pull_N = divergence.pull(hidden_NM.shape[0], grads[1])
-            listed_nk = divergence.listed_gradients(label_N, grad_N, grads[1])
+            listed_nk = divergence.listed_gradients(label_N, grad_N, grads[1]).to(hidden_NM.dtype)
         d_hidden_NM = torch.zeros_like(hidden_NM, dtype=lse_N.dtype)
         d_weight_VM = torch.empty_like(weight_VM) if ctx.needs_input_grad[1] else None
         for tile in logit_tiles(hidden_NM, weight_VM):
@@ -97,6 +97,13 @@ def _add_product(sum_NM: torch.Tensor, left_Nv: torch.Tensor, right_vM: torch.Te
 
 def _sum_dtype(hidden_NM: torch.Tensor) -> torch.dtype:
     return torch.promote_types(hidden_NM.dtype, torch.float32)
+
+
+def _divergence(
+    hidden_NM: torch.Tensor, weight_VM: torch.Tensor, targets: TopKTargets
+) -> Divergence:
+    words = tile_words(hidden_NM, weight_VM)
+    return Divergence(targets, tile_words=words, dtype=_sum_dtype(hidden_NM))
 
 
 def _log_sum_exp_and_target(
@@ -190,7 +197,7 @@ class LossHead(nn.Linear):
         everywhere = torch.arange(num_tokens, device=ids_Nk.device)
         unknown_NK = best.new_zeros((num_tokens, k + 1))
         listed = TopKTargets(at_n=everywhere, ids_nk=ids_Nk, log_p_nK=unknown_NK)
-        divergence = Divergence(listed, dtype)
+        divergence = _divergence(hidden_NM, self.weight, listed)
         no_label_N = torch.full_like(everywhere, IGNORED_LABEL)
         _log_sum_exp_and_target(hidden_NM, self.weight, no_label_N, divergence)
         return ids_Nk, divergence.log_q_nK

@@ -80,12 +80,17 @@ class LogitTile:
         return self.weight_vM.shape[0]
 
 
+def tile_words(hidden_NM: torch.Tensor, weight_VM: torch.Tensor) -> int:
+    """Return the words of every tile but the last of these hidden states and weights."""
+    words = words_of_a_tile(hidden_NM.device.type, hidden_NM.shape[0], hidden_NM.dtype.itemsize)
+    return min(words, weight_VM.shape[0])
+
+
 def logit_tiles(hidden_NM: torch.Tensor, weight_VM: torch.Tensor) -> Iterator[LogitTile]:
     """Yield the logits tile by tile; only the last yielded tile is valid. Needs no_grad."""
     num_tokens = hidden_NM.shape[0]
     vocabulary = weight_VM.shape[0]
-    words = words_of_a_tile(hidden_NM.device.type, num_tokens, hidden_NM.dtype.itemsize)
-    words = min(words, vocabulary)
+    words = tile_words(hidden_NM, weight_VM)
     memory = hidden_NM.new_empty(num_tokens * words + 1)
     for first in range(0, vocabulary, words):
         weight_vM = weight_VM[first : first + words]
