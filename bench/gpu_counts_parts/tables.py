@@ -113,7 +113,7 @@ def _sums_table(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         "products alone, ms": [],
         "launches": [],
         "launches, ms of the host": [],
-        "launches of a layer": [],
+        "launches of a layer, recomputed ones too": [],
         "share of the bf16 peak": [],
     }
     for name in names:

@@ -36,16 +36,13 @@ RULES: tuple[tuple[str, str, str], ...] = (
     ("cpt/parallel/halo.py", "", "attention exchange"),
     ("cpt/model/loss/", "", "loss head"),
     ("cpt/model/gpt_oss.py", "", "loss head"),
+    ("cpt/model/decoder_layer.py", "RotaryAttention", "attention projections"),
     ("cpt/model/decoder_layer.py", "", "residual"),
     ("cpt/training/", "", ENGINE),
     ("cpt/deepspeed_adapter/", "", ENGINE),
     (HUGGING_FACE, "GptOssRMSNorm", "norms"),
     (HUGGING_FACE, "GptOssRotaryEmbedding", "rope"),
-    (HUGGING_FACE, "_apply_rotary_emb", "rope"),
-    (HUGGING_FACE, "apply_rotary_pos_emb", "rope"),
     (HUGGING_FACE, "GptOssTopKRouter", "router"),
-    (HUGGING_FACE, "GptOssAttention", "attention projections"),
-    (HUGGING_FACE, "GptOssDecoderLayer", "residual"),
     (HUGGING_FACE, "GptOssModel", "embedding"),
 )
 """The innermost function that a rule names decides; rules are tried in this order."""
