@@ -64,6 +64,8 @@ class _Collect(torch.autograd.Function):
         ctx: Any, rows_RM: torch.Tensor, tokens_R: torch.Tensor, places_Nk: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(tokens_R, places_Nk)
+        if recomputation.is_second_run():
+            return recomputation.unread(rows_RM, places_Nk.shape[0], rows_RM.shape[1])
         return combine_rows(rows_RM, places_Nk)
 
     @staticmethod
@@ -100,19 +102,21 @@ class _Pack(torch.autograd.Function):
 
 
 class _Permute(torch.autograd.Function):
-    """Reorder rows: row `order[i]` becomes row i."""
+    """Reorder rows: row `order[i]` becomes row i; if nobody reads them, return zeros."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
+        ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, unread: bool
     ) -> torch.Tensor:
         ctx.save_for_backward(order, inverse)
+        if unread:
+            return recomputation.unread(rows, *rows.shape)
         return rows.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         order, inverse = ctx.saved_tensors
-        return _Permute.apply(grads[0], inverse, order), None, None
+        return _Permute.apply(grads[0], inverse, order, False), None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,7 @@ class Assignment:
     def sort_weights(self, weights_Nk: torch.Tensor) -> torch.Tensor:
         """Return the routing weight of each row, (R,)."""
         places = self.places_Nk.reshape(-1)
-        return _Permute.apply(weights_Nk.reshape(-1), self.order_R, places)
+        return _Permute.apply(weights_Nk.reshape(-1), self.order_R, places, False)
 
     def pack(self, tokens_NM: torch.Tensor, weights_Nk: torch.Tensor) -> torch.Tensor:
         """Return the row of each assignment with its weight beside it, for `Exchange.out`."""
@@ -234,7 +238,7 @@ class Exchange:
             arrived = self._move(payload, plan.send, plan.receive)
             if running is not None and running.keep:
                 running.put((plan, arrived.detach()))
-        arrived = _Permute.apply(arrived, plan.by_expert_A, plan.by_origin_A)
+        arrived = _Permute.apply(arrived, plan.by_expert_A, plan.by_origin_A, False)
         return plan, arrived[:, :model_size], arrived[:, model_size]
 
     def back(self, done_AM: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
@@ -242,10 +246,11 @@ class Exchange:
 
         A recomputation gets zeros, because nobody reads its output.
         """
-        arranged = _Permute.apply(done_AM, plan.by_origin_A, plan.by_expert_A)
-        if recomputation.is_second_run():
+        second = recomputation.is_second_run()
+        arranged = _Permute.apply(done_AM, plan.by_origin_A, plan.by_expert_A, second)
+        if second:
             # Both runs must save the same tensors from here on, too.
-            zeros = arranged.new_zeros(sum(plan.send), done_AM.shape[1])
+            zeros = recomputation.unread(arranged, sum(plan.send), done_AM.shape[1])
             return zeros.requires_grad_(arranged.requires_grad)
         return self._move(arranged, plan.receive, plan.send)
 

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cpt.model import recomputation
 from cpt.model.experts.grouped import Groups, is_served, outer, product
 from cpt.model.kernels.expert_output import expert_output, expert_output_backward
 from cpt.model.kernels.gated_unit import gated_unit, gated_unit_backward
@@ -101,7 +102,7 @@ class _GatedDown(torch.autograd.Function):
         ctx.grouped = grouped
         ctx.held = biases_and_down  # not saved: see the module's docstring
         if skip_output:
-            return gate_up_R2I.new_zeros(gate_up_R2I.shape[0], down_EIM.shape[2])
+            return recomputation.unread(gate_up_R2I, gate_up_R2I.shape[0], down_EIM.shape[2])
         ends_E = groups.ends_E
         hidden_RI = gated_unit(gate_up_R2I, gate_up_bias_E2I, ends_E, *activation)
         out_RM = product(hidden_RI, down_EIM, groups, grouped=grouped)

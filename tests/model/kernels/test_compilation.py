@@ -93,6 +93,18 @@ def launch_norms() -> None:
         triton_rms_norm.backward(x, d_stream, x, weight, EPS, x, weight)
 
 
+def launch_rotation() -> None:
+    from cpt.model.kernels import triton_rope
+
+    q = bf16(1, 64, TOKENS, 64)
+    k = bf16(1, 8, TOKENS, 64)
+    dense = bf16(1, TOKENS, 32)
+    by_angle = bf16(1, 32, TOKENS).transpose(1, 2)
+    for angles in (dense, by_angle):
+        for inverse in (False, True):
+            triton_rope.rotate(q, k, angles, angles, q, k, inverse=inverse)
+
+
 def launch_loss_tiles() -> None:
     from cpt.model.kernels import triton_loss_tiles
 
@@ -108,6 +120,7 @@ def launch_all() -> None:
     launch_experts()
     launch_rows()
     launch_norms()
+    launch_rotation()
     launch_loss_tiles()
 
 
