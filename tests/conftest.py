@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.support.fast import is_fast
-from tests.support.fault_table import FaultTable
+from tests.support.fault_table import FaultTable, update
 
 torch.set_num_threads(
     1
@@ -47,7 +47,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--faults", action="store_true", help="run all tests that show a fault case, and no others"
     )
     parser.addoption("--fast", action="store_true", help="run the fast tests only: make check")
-    parser.addoption("--fault_table", type=Path, help="file whose fault table is written anew")
+    parser.addoption(
+        "--fault_table",
+        type=Path,
+        help="file whose fault table is written anew; whole test files only",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,6 +63,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [item for item in items if is_fast(item.path) and not is_slow(item)]
     elif config.getoption("--faults"):
         kept = [item for item in items if item.get_closest_marker("case")]
+        for item in kept:
+            config.stash[TABLE].expect(file_of(item))
     elif config.getoption("markexpr") == "slow" or any(
         "faults" in a for a in config.invocation_params.args
     ):
@@ -105,9 +111,17 @@ def pytest_runtest_makereport(
             if report.skipped and report.longrepr
             else ""
         )
+        table = item.config.stash[TABLE]
         for mark in item.iter_markers("case"):
-            item.config.stash[TABLE].add(*mark.args, report.outcome, reason, call.duration)
+            table.add(file_of(item), *mark.args, report.outcome, reason)
+    if report.when == "teardown" and item.get_closest_marker("case"):
+        item.config.stash[TABLE].reported(file_of(item))
     return report
+
+
+def file_of(item: pytest.Item) -> str:
+    """Return the path of a test's file from the root of the repository."""
+    return item.path.relative_to(item.config.rootpath).as_posix()
 
 
 def pytest_terminal_summary(
@@ -120,5 +134,6 @@ def pytest_terminal_summary(
         table = config.stash[TABLE]
         terminalreporter.write_line(table.markdown())
         terminalreporter.write_line(table.summary())
-        if path := config.getoption("--fault_table"):
-            table.write(path)
+        chosen = config.getoption("keyword") or any("::" in a for a in config.args)
+        if (path := config.getoption("--fault_table")) and not chosen:
+            update(table).write(path)

@@ -1,4 +1,4 @@
-"""The table tells survived, failed, not run and untested cases apart."""
+"""The table tells survived, failed, not run and untested cases apart, and keeps earlier runs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,32 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fault_table import BEGIN, END, FaultTable
+from tests.support.fault_table import BEGIN, END, FaultTable, update
+
+CRASH = "tests/faults/test_crash.py"
+STOP = "tests/faults/test_stop.py"
+
+
+def run_of(file: str, *outcomes: tuple[str, str, str]) -> FaultTable:
+    """A finished run of one file: (case, check, outcome) of each test."""
+    table = FaultTable()
+    for case, check, outcome in outcomes:
+        reason = "no slurmctld on this machine" if outcome == "skipped" else ""
+        table.expect(file)
+        table.add(file, case, check, outcome, reason)
+        table.reported(file)
+    return table
 
 
 def filled() -> FaultTable:
-    table = FaultTable()
-    table.add("C1", "no orphan", "passed", "", 8.0)
-    table.add("C1", "no orphan", "passed", "", 8.0)
-    table.add("C2", "same weights", "passed", "", 8.0)
-    table.add("C2", "previous one used", "failed", "", 8.0)
-    table.add("S5", "requeued", "skipped", "no slurmctld on this machine", 0.0)
+    table = run_of(
+        CRASH,
+        ("C1", "no orphan", "passed"),
+        ("C1", "no orphan", "passed"),
+        ("C2", "same weights", "passed"),
+        ("C2", "previous one used", "failed"),
+    )
+    table.add(STOP, "S5", "requeued", "skipped", "no slurmctld on this machine")
     return table
 
 
@@ -42,4 +58,29 @@ def test_only_the_part_between_the_markers_is_replaced(tmp_path: Path) -> None:
 
 def test_unknown_case_is_an_error() -> None:
     with pytest.raises(AssertionError, match="C99"):
-        FaultTable().add("C99", "", "passed", "", 0.0)
+        FaultTable().add(CRASH, "C99", "", "passed", "")
+
+
+def test_run_of_one_file_replaces_its_outcomes_and_keeps_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "outcomes.json"
+    update(run_of(CRASH, ("C1", "no orphan", "failed"), ("C2", "same weights", "passed")), path)
+    update(run_of(STOP, ("S1", "saved", "passed")), path)
+    table = update(run_of(CRASH, ("C1", "no orphan", "passed")), path)
+    evidence = table.evidence()
+    assert (evidence["C1"].passed, evidence["C1"].failed) == (1, 0)
+    assert evidence["C2"].passed == 0
+    assert evidence["S1"].passed == 1
+
+
+def test_run_that_was_cut_off_in_a_file_leaves_its_outcomes_alone(tmp_path: Path) -> None:
+    path = tmp_path / "outcomes.json"
+    update(run_of(CRASH, ("C1", "no orphan", "passed")), path)
+    cut = run_of(CRASH, ("C1", "no orphan", "failed"))
+    cut.expect(CRASH)
+    assert update(cut, path).evidence()["C1"].failed == 0
+
+
+def test_outcomes_of_a_file_that_is_gone_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "outcomes.json"
+    update(run_of("tests/faults/test_gone.py", ("C1", "no orphan", "passed")), path)
+    assert update(FaultTable(), path).files == {}
