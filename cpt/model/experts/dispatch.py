@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from cpt.model import recomputation
 from cpt.model.experts.grouped import ALIGNMENT_BYTES, Groups
-from cpt.model.kernels.rows import combine_rows, pack_rows
+from cpt.model.kernels.rows import combine_rows, gather_rows, pack_rows
 from cpt.parallel.exchange import Route, all_to_all
 from cpt.parallel.traffic import Traffic
 
@@ -48,7 +48,7 @@ class _Spread(torch.autograd.Function):
         ctx: Any, tokens_NM: torch.Tensor, tokens_R: torch.Tensor, places_Nk: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(tokens_R, places_Nk)
-        return tokens_NM.index_select(0, tokens_R)
+        return gather_rows(tokens_NM, tokens_R)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -111,7 +111,7 @@ class _Permute(torch.autograd.Function):
         ctx.save_for_backward(order, inverse)
         if unread:
             return recomputation.unread(rows, *rows.shape)
-        return rows.index_select(0, order)
+        return gather_rows(rows, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:

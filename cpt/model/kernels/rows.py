@@ -1,12 +1,14 @@
-"""Rows of experts as operators: the sum of a token's rows, and rows packed with their weights.
+"""Rows of experts as operators: gathered, summed for a token, and packed with their weights.
 
-    combine_rows   out_i = rows[places_i0] + rows[places_i1] + ...       (a gather, in fp32)
-    pack_rows      payload_r = (token of r, weight of r, 0, 0, ...)      (a gather)
+    gather_rows    out_r = rows[index_r]
+    combine_rows   out_i = rows[places_i0] + rows[places_i1] + ...       (in fp32)
+    pack_rows      payload_r = (token of r, weight of r, 0, 0, ...)
 
 Decisions
     - Each row is read once and each result is written once; nothing is scattered.
+    - A gather has a kernel, too: it moves 16 bytes at a time, which index_select does not promise.
     - The rows of a token are added in a fixed order, in fp32 at least, and rounded once.
-    - Both are plain operators: dispatch.py knows that each is the other's gradient.
+    - They are plain operators: dispatch.py knows the gradients, which are made of the same three.
 
 Shape letters: N tokens, k experts per token, R = N k rows, M model size.
 """
@@ -16,6 +18,24 @@ from __future__ import annotations
 import torch
 
 from cpt.model.kernels.availability import fused_kernels_run_on
+
+
+@torch.library.custom_op("cpt::gather_rows", mutates_args=())
+def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return the rows at `index`, an int64 vector; rows of one value are a vector."""
+    if rows.ndim == 1 or not fused_kernels_run_on(rows):
+        return rows.index_select(0, index)
+    from cpt.model.kernels import triton_rows
+
+    rows = _with_dense_rows(rows)
+    out = rows.new_empty(index.shape[0], rows.shape[1])
+    triton_rows.gather(rows, index.contiguous(), out)
+    return out
+
+
+@gather_rows.register_fake
+def _gather_rows_shape(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(index.shape[0], *rows.shape[1:])
 
 
 @torch.library.custom_op("cpt::combine_rows", mutates_args=())
@@ -30,8 +50,7 @@ def combine_rows(rows_RM: torch.Tensor, places_Nk: torch.Tensor) -> torch.Tensor
         return _eager_combine(rows_RM, places_Nk)
     from cpt.model.kernels import triton_rows
 
-    if rows_RM.stride(1) != 1:
-        rows_RM = rows_RM.contiguous()
+    rows_RM = _with_dense_rows(rows_RM)
     out_NM = rows_RM.new_empty(places_Nk.shape[0], rows_RM.shape[1])
     triton_rows.combine(rows_RM, places_Nk.contiguous(), out_NM)
     return out_NM
@@ -72,6 +91,10 @@ def _pack_rows_shape(
 
 def _fused(rows: torch.Tensor) -> bool:
     return rows.dtype != torch.float64 and fused_kernels_run_on(rows)
+
+
+def _with_dense_rows(rows: torch.Tensor) -> torch.Tensor:
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _eager_combine(rows_RM: torch.Tensor, places_Nk: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,15 @@ NUM_WARPS = 8
 
 
 @triton.jit
+def _gather_kernel(rows, index, out, size, BESIDE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    source = rows + tl.load(index + row) * (size + BESIDE) + columns
+    tl.store(out + row * size + columns, tl.load(source, mask=inside), mask=inside)
+
+
+@triton.jit
 def _combine_kernel(
     rows, places, out, size, K: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -54,6 +63,22 @@ def _pack_kernel(
     values = tl.where(columns == size, weight, values)
     at = payload + row * width + columns
     tl.store(at, values.to(payload.dtype.element_ty), mask=columns < width)
+
+
+def gather(rows_RM: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the rows at `index`."""
+    num_rows, size = out.shape
+    if num_rows == 0:
+        return
+    _gather_kernel[(num_rows,)](
+        rows_RM,
+        index,
+        out,
+        size,
+        BESIDE=rows_RM.stride(0) - size,
+        BLOCK=triton.next_power_of_2(size),
+        num_warps=NUM_WARPS,
+    )
 
 
 def combine(rows_RM: torch.Tensor, places_Nk: torch.Tensor, out_NM: torch.Tensor) -> None:

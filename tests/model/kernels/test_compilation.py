@@ -76,6 +76,7 @@ def launch_rows() -> None:
     from cpt.model.kernels import triton_rows
 
     places = int64(TOKENS, TOP_K)
+    triton_rows.gather(bf16(TOKENS, SIZE), int64(ROWS), bf16(ROWS, SIZE))
     triton_rows.combine(bf16(ROWS, SIZE), places, bf16(TOKENS, SIZE))
     arrived = bf16(ROWS, SIZE + BESIDE)
     triton_rows.combine(arrived[:, :SIZE], places, bf16(TOKENS, SIZE))

@@ -1,4 +1,4 @@
-"""Sums of a token's rows and packed rows: the kernels give what eager code gives.
+"""Gathered rows, sums of a token's rows, and packed rows: the kernels give what eager code gives.
 
 The sums are taken in the same order, so the kernels' are equal to the last bit where they store
 fp32. Triton's interpreter truncates what it stores in bf16; there, the operators are compared, and
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cpt.model.experts.dispatch import Assignment
-from cpt.model.kernels.rows import combine_rows, pack_rows
+from cpt.model.kernels.rows import combine_rows, gather_rows, pack_rows
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SHAPES = pytest.mark.parametrize(
@@ -63,6 +63,26 @@ def test_combine_kernel_gives_the_sums_in_order(
 
 @SHAPES
 @DTYPES
+@pytest.mark.parametrize("beside", [0, 8])
+def test_gather_kernel_copies_rows(
+    num_tokens: int,
+    top_k: int,
+    size: int,
+    beside: int,
+    dtype: torch.dtype,
+    kernel_device: torch.device,
+) -> None:
+    from cpt.model.kernels import triton_rows
+
+    tokens_R = assignment(num_tokens, top_k, kernel_device).tokens_R
+    rows = random(num_tokens, size + beside, dtype=dtype, device=kernel_device)[:, :size]
+    out = torch.full((num_tokens * top_k, size), torch.nan, dtype=dtype, device=kernel_device)
+    triton_rows.gather(rows, tokens_R, out)
+    assert torch.equal(out, rows[tokens_R])
+
+
+@SHAPES
+@DTYPES
 def test_pack_kernel_writes_token_weight_and_zeros(
     num_tokens: int, top_k: int, size: int, dtype: torch.dtype, kernel_device: torch.device
 ) -> None:
@@ -87,6 +107,7 @@ def test_operators_round_once(
     values = random(num_tokens * top_k, size, dtype=dtype, device=kernel_device)
     expected = sums(values, rows.places_Nk).to(dtype)
     assert torch.equal(combine_rows(values, rows.places_Nk), expected)
+    assert torch.equal(gather_rows(values, rows.order_R), values[rows.order_R])
     tokens = random(num_tokens, size, dtype=dtype, device=kernel_device)
     weights = random(num_tokens, top_k, dtype=dtype, device=kernel_device)
     payload = pack_rows(tokens, weights, rows.order_R, 8)
@@ -101,6 +122,7 @@ def test_operators_take_columns_of_a_wider_tensor(kernel_device: torch.device) -
     for view in (wide[:, :64], wide.t()[:36, :36], wide[:1].expand(36, 72)):
         expected = sums(view, rows.places_Nk).bfloat16()
         assert torch.equal(combine_rows(view, rows.places_Nk), expected)
+        assert torch.equal(gather_rows(view, rows.order_R), view[rows.order_R])
 
 
 def test_float64_stays_float64(kernel_device: torch.device) -> None:
@@ -131,6 +153,7 @@ def test_packed_rows_have_the_gradients_of_their_parts(
 def test_operators_have_their_shapes_without_values() -> None:
     rows = assignment(5, 3, torch.device("cpu"))
     values = torch.randn(15, 16)
+    torch.library.opcheck(torch.ops.cpt.gather_rows.default, (values, rows.order_R))
     torch.library.opcheck(torch.ops.cpt.combine_rows.default, (values, rows.places_Nk))
     arguments = (torch.randn(5, 16), torch.rand(5, 3), rows.order_R, 8)
     torch.library.opcheck(torch.ops.cpt.pack_rows.default, arguments)
