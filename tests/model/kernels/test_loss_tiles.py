@@ -125,6 +125,17 @@ def test_operator_adds_up_the_statistics(dtype: torch.dtype, kernel_device: torc
     check_statistics(loss_statistics, dtype, kernel_device)
 
 
+def test_label_beside_the_tile_leaves_the_noted_logit_alone(kernel_device: torch.device) -> None:
+    from cpt.model.kernels import triton_loss_tiles
+
+    tile_Nv = torch.ones(4, 3, device=kernel_device)
+    label_N = torch.tensor([9, 10, 12, 13], device=kernel_device)  # the tile has 10, 11 and 12
+    lse_N = torch.zeros(4, device=kernel_device)
+    target_N = torch.full((4,), 7.0, device=kernel_device)
+    triton_loss_tiles.statistics(tile_Nv, label_N, lse_N, target_N, 10)
+    assert target_N.tolist() == [7, 1, 1, 7]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_value_that_is_not_finite_shows_in_the_sum_of_its_row_alone(
     value: float, kernel_device: torch.device
