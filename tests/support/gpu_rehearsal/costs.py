@@ -77,6 +77,8 @@ class OwnOperator:
     """Arguments that it may change but whose kernel only reads them."""
     untouched: tuple[str, ...] = ()
     """Arguments that its kernel does not touch as a rule."""
+    made_dense: tuple[str, ...] = ()
+    """Arguments that it copies first unless they are contiguous."""
 
 
 TILE_ROWS = 16
@@ -94,8 +96,12 @@ OWN_OPERATORS = {
     "cpt.gated_unit_backward.default": OwnOperator(launches=2, extra_bytes=_tile_sums),
     "cpt.expert_output_backward.default": OwnOperator(launches=2, extra_bytes=_tile_sums),
     "cpt.loss_statistics.default": OwnOperator(only_read=("logits_Nv",)),
-    "cpt.pack_rows.default": OwnOperator(gathered=("tokens_NM",)),
-    "cpt.rms_norm_backward.default": OwnOperator(launches=2),
+    "cpt.pack_rows.default": OwnOperator(gathered=("tokens_NM",), made_dense=("tokens_NM",)),
+    "cpt.rms_norm.default": OwnOperator(made_dense=("x",)),
+    "cpt.add_rms_norm.default": OwnOperator(made_dense=("residual", "y")),
+    "cpt.rms_norm_backward.default": OwnOperator(
+        launches=2, made_dense=("d_normed", "d_stream", "x")
+    ),
 }
 """The exceptions, by name."""
 
@@ -136,15 +142,19 @@ def cost_of(op: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> C
         return None
     own = OWN_OPERATORS.get(name, OwnOperator())
     num_bytes = 0
+    launches = own.launches
     for argument, value in _arguments(op, args, kwargs):
         for tensor in tensors_in(value):
+            if argument.name in own.made_dense and not tensor.is_contiguous():
+                num_bytes += stored_bytes(tensor) + tensor.numel() * tensor.element_size()
+                launches += 1
             num_bytes += _argument_bytes(name, own, argument, tensor, args, outputs)
     for tensor in outputs:
         if not any(tensor is given for given in inputs):
             num_bytes += stored_bytes(tensor)
     if own.extra_bytes is not None:
         num_bytes += own.extra_bytes(args)
-    return Cost(num_bytes=num_bytes, flops=_flops(name, args, kwargs), launches=own.launches)
+    return Cost(num_bytes=num_bytes, flops=_flops(name, args, kwargs), launches=launches)
 
 
 def _arguments(
