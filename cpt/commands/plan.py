@@ -56,10 +56,22 @@ def _add_hardware_options(parser: argparse.ArgumentParser) -> None:
         "--batch_tokens", type=int, help="tokens of an optimizer step; default: as in the run YAML"
     )
     parser.add_argument(
-        "--mfu", type=float, default=0.4, help="share of the peak reached while computing"
+        "--mfu",
+        type=float,
+        help="share of the peak reached while computing; default: the time of every part is computed",
     )
-    parser.add_argument(
-        "--imbalance", type=float, default=1.0, help="rows of the busiest expert rank over the mean"
+    routing = parser.add_mutually_exclusive_group()
+    routing.add_argument(
+        "--imbalance",
+        type=float,
+        default=1.0,
+        help="rows of the busiest expert rank over the mean; default: 1, balanced routing",
+    )
+    routing.add_argument(
+        "--routing_of",
+        type=Path,
+        metavar="RUN_DIR",
+        help="a run whose measured routing is taken in place of --imbalance",
     )
     parser.add_argument(
         "--overlap", type=float, default=0.5, help="share of ZeRO's traffic that compute hides"

@@ -21,6 +21,7 @@ from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.figure import PlannedPoint, draw
 from cpt.planning.hardware import GPUS, Assumptions, Gpu
 from cpt.planning.memory import ParameterCounts, count_parameters
+from cpt.planning.routing import read_routing
 from cpt.planning.search import Layout, search
 from cpt.planning.table import HEADER, comparison, line
 from data_pipeline.config.strict_yaml import Located
@@ -57,7 +58,7 @@ def plan(options: argparse.Namespace) -> None:
 
     Args:
         options: `config`, `ds_config`, `set`, `gpus`, `model`, `seq_len`, `batch_tokens`, `gpu`,
-            `mfu`, `imbalance`, `overlap` and `plot` of the command line.
+            `mfu`, `imbalance`, `routing_of`, `overlap` and `plot` of the command line.
 
     Raises:
         ConfigError: a file or an option makes no sense.
@@ -88,7 +89,7 @@ def assumptions(options: argparse.Namespace) -> Assumptions:
         ConfigError: one of them makes no sense.
     """
     problems = []
-    if not 0 < options.mfu <= 1:
+    if options.mfu is not None and not 0 < options.mfu <= 1:
         problems.append(f"--mfu is {options.mfu}, must be above 0 and at most 1.")
     if not 0 <= options.overlap <= 1:
         problems.append(f"--overlap is {options.overlap}, must be between 0 and 1.")
@@ -100,7 +101,13 @@ def assumptions(options: argparse.Namespace) -> Assumptions:
         problems.append("--seq_len must be >= 1.")
     if problems:
         raise ConfigError(problems)
-    return Assumptions(mfu=options.mfu, imbalance=options.imbalance, overlap=options.overlap)
+    routing = read_routing(options.routing_of) if options.routing_of else None
+    return Assumptions(
+        mfu=options.mfu,
+        imbalance=options.imbalance,
+        overlap=options.overlap,
+        routing=routing,
+    )
 
 
 def _key_and_value(item: str) -> tuple[str, str]:

@@ -1,10 +1,11 @@
 """The time of one optimizer step by resource, and the tokens per second that follow from it.
 
-    compute   operations / (share of the peak), experts as slow as the busiest rank
+    compute   the sum over the parts of the model (part_times.py), experts as slow as on the
+              busiest rank; or operations / (share of the peak), if a share is given
     exchange  Ulysses and experts: their autograd Functions wait for them, nothing overlaps
     exposed   ZeRO's traffic and the copies of offloading as far as compute does not hide them:
               a share `1 - overlap` of the longer of the two
-    step      max(compute + exchange + exposed, NVLink, InfiniBand, PCIe, HBM) + update
+    step      max(compute + exchange + exposed, NVLink, InfiniBand, PCIe) + update
 
 DeepSpeed fetches weights ahead of use, but not an expert tensor that is larger than its prefetch
 bucket, so how much of ZeRO's traffic hides behind compute is an assumption.  The halo hides.  The
@@ -21,17 +22,14 @@ from cpt.config import RunConfig
 from cpt.planning.flops import TokenFlops, flops_per_token
 from cpt.planning.hardware import Assumptions, Gpu
 from cpt.planning.memory import ParameterCounts, device_memory, host_memory
+from cpt.planning.part_times import UPDATE_BYTES, Held, micro_step_parts
+from cpt.planning.step_work import PASSES, ModelSizes, Share
 from cpt.planning.traffic import Wire, traffic
 from cpt.storage.state_bytes import FP32_BYTES
 
-ADAM_BYTES = 30
-"""Memory traffic of an Adam update per parameter: weight, gradient and two moments in fp32 are
-read, three of them and the bf16 weight are written.
-"""
-PASS_BYTES = 12
-"""Memory traffic of one micro step per parameter that is computed with: it is read in the forward,
-the recomputation and the backward; its gradient is written, read for the reduction, and added to
-the fp32 sum.
+HOST_ADAM_BYTES = 30
+"""Memory traffic of an Adam update on the host per parameter: weight, gradient and two moments in
+fp32 are read, three of them and the bf16 weight are written.
 """
 
 
@@ -52,6 +50,9 @@ class Estimate:
     """Operations of one token."""
     seconds: dict[str, float]
     """Time that each resource needs for one step if it never waits for another."""
+    parts: dict[str, float]
+    """Seconds of computing in one step by part of the model; empty if a share of the peak is given.
+    """
     exchange_seconds: float
     """Time in which compute waits for Ulysses and expert exchanges."""
     exposed_seconds: float
@@ -89,13 +90,20 @@ def estimate(
     host = host_memory(config, model, counts)
     wire = traffic(config, model, counts, assumed.ranks_per_node)
     flops = flops_per_token(model, config.train.seq_len)
-    compute = _compute_seconds(config, flops, gpu, assumed)
+    parts: dict[str, float] = {}
+    if assumed.mfu is None:
+        parts = _part_seconds(config, model, counts, flops, gpu, assumed)
+        compute = sum(parts.values())
+    else:
+        compute = _seconds_at_peak(config, model, flops, assumed.mfu * gpu.bf16_flops, assumed)
     links = _link_seconds(wire, gpu, assumed)
+    # the busiest rank receives that much more
+    links["experts"] *= assumed.rank_imbalance(config.ep_size, model.num_local_experts)
     exchange = links["ulysses"] + links["experts"]
     busy = _busy_seconds(config, counts, wire, host, gpu, assumed)
     zero = links["ZeRO gather"] + links["ZeRO reduce"]
     exposed = (1 - assumed.overlap) * max(zero, busy["PCIe"])
-    update = _update_seconds(config, counts, gpu, assumed)
+    update = _update_seconds(config, counts, gpu)
     fits_device = sum(memory.values()) <= assumed.memory_share * gpu.memory_bytes
     fits_host = sum(host.values()) <= assumed.host_memory_share * gpu.host_memory_bytes
     return Estimate(
@@ -106,6 +114,7 @@ def estimate(
         wire=wire,
         flops=flops,
         seconds={"compute": compute, **busy, "update": update},
+        parts=parts,
         exchange_seconds=exchange,
         exposed_seconds=exposed,
         step_seconds=max(compute + exchange + exposed, *busy.values()) + update,
@@ -118,12 +127,62 @@ def _tokens_per_rank(config: RunConfig) -> float:
     return config.train.global_batch_size * config.train.seq_len / config.world_size
 
 
-def _compute_seconds(config: RunConfig, flops: TokenFlops, gpu: Gpu, assumed: Assumptions) -> float:
+def _seconds_at_peak(
+    config: RunConfig,
+    model: GptOssConfig,
+    flops: TokenFlops,
+    flops_per_second: float,
+    assumed: Assumptions,
+) -> float:
+    """Return the time of all operations at one speed."""
     # activation checkpointing runs the forward, a third of the whole, once more
     recomputed = 4 / 3 if config.model.activation_checkpointing else 1.0
-    per_token = flops.dense + flops.attention + flops.experts * assumed.imbalance
-    operations = _tokens_per_rank(config) * recomputed * per_token
-    return operations / (assumed.mfu * gpu.bf16_flops)
+    imbalance = assumed.rank_imbalance(config.ep_size, model.num_local_experts)
+    per_token = flops.dense + flops.attention + flops.experts * imbalance
+    return _tokens_per_rank(config) * recomputed * per_token / flops_per_second
+
+
+def _part_seconds(
+    config: RunConfig,
+    model: GptOssConfig,
+    counts: ParameterCounts,
+    flops: TokenFlops,
+    gpu: Gpu,
+    assumed: Assumptions,
+) -> dict[str, float]:
+    """Return the time of one step by part."""
+    micro_steps = config.gradient_accumulation_steps
+    tokens = config.micro_batch_size * config.train.seq_len // config.sp_size
+    share = Share(
+        tokens=tokens,
+        attention_flops=tokens * flops.attention_forward,
+        ep_size=config.ep_size,
+        sp_size=config.sp_size,
+        imbalance=assumed.rank_imbalance(config.ep_size, model.num_local_experts),
+    )
+    passes = PASSES
+    if not config.model.activation_checkpointing:
+        passes = ("forward", "backward")
+    once = micro_step_parts(
+        ModelSizes.of(model), share, _held(config, counts), passes, gpu.attainable()
+    )
+    return {part: micro_steps * seconds for part, seconds in once.items()}
+
+
+def _held(config: RunConfig, counts: ParameterCounts) -> Held:
+    """Return the parameters that a rank computes with, gathers and owns."""
+    experts = counts.experts / config.ep_size
+    gathered = 0.0
+    if config.zero_stage == 3 and config.world_size > 1:
+        gathered += counts.dense
+    if config.zero_stage == 3 and config.world_size > config.ep_size:
+        gathered += experts
+    trained = counts.trained_dense + counts.trained_experts
+    return Held(
+        computed_with=counts.trained_dense + counts.trained_experts / config.ep_size,
+        gathered=gathered,
+        owned=trained / config.world_size,
+    )
 
 
 def _link_seconds(wire: dict[str, Wire], gpu: Gpu, assumed: Assumptions) -> dict[str, float]:
@@ -133,8 +192,6 @@ def _link_seconds(wire: dict[str, Wire], gpu: Gpu, assumed: Assumptions) -> dict
     seconds = {}
     for kind, sent in wire.items():
         seconds[kind] = max(sent.intra / inside, sent.inter / between)
-    # the busiest rank receives that much more
-    seconds["experts"] *= assumed.imbalance
     return seconds
 
 
@@ -146,16 +203,13 @@ def _busy_seconds(
     gpu: Gpu,
     assumed: Assumptions,
 ) -> dict[str, float]:
-    """Return how long each link and the memory are at work."""
+    """Return how long each link is at work."""
     intra = sum(sent.intra for sent in wire.values())
     inter = sum(sent.inter for sent in wire.values())
-    computed_with = counts.dense + counts.experts / config.ep_size
-    touched = config.gradient_accumulation_steps * PASS_BYTES * computed_with
     return {
         "NVLink": intra / (assumed.nvlink_share * gpu.nvlink_bytes_per_second),
         "InfiniBand": inter / (assumed.network_share * gpu.network_bytes_per_second),
         "PCIe": _copied_bytes(config, counts, host) / gpu.pcie_bytes_per_second,
-        "HBM": touched / (assumed.hbm_share * gpu.hbm_bytes_per_second),
     }
 
 
@@ -173,12 +227,9 @@ def _copied_bytes(config: RunConfig, counts: ParameterCounts, host: dict[str, in
     return copied
 
 
-def _update_seconds(
-    config: RunConfig, counts: ParameterCounts, gpu: Gpu, assumed: Assumptions
-) -> float:
-    """Return the time of Adam, which is bound by the memory that holds its state."""
+def _update_seconds(config: RunConfig, counts: ParameterCounts, gpu: Gpu) -> float:
+    """Return the time of clipping and Adam, which the memory that holds the state bounds."""
     trained = (counts.trained_dense + counts.trained_experts) / config.world_size
-    rate = assumed.hbm_share * gpu.hbm_bytes_per_second
     if "offload_optimizer" in config.engine_json["zero_optimization"]:
-        rate = gpu.host_bytes_per_second
-    return trained * ADAM_BYTES / rate
+        return trained * HOST_ADAM_BYTES / gpu.host_bytes_per_second
+    return trained * UPDATE_BYTES / gpu.attainable().memory_bytes_per_second

@@ -33,8 +33,7 @@ class PlannedPoint:
 def draw(points: Sequence[PlannedPoint], gpu: Gpu, assumed: Assumptions) -> Figure:
     """Draw tokens/s/GPU on the left, GPU-hours per billion tokens on the right."""
     source = (
-        f"Computed, not measured: {gpu.name}, {assumed.mfu:.0%} of the bf16 peak while computing, "
-        f"{assumed.routing_text()}"
+        f"Computed, not measured: {gpu.name}, {assumed.computing_text()}, {assumed.routing_text()}"
     )
     figure, (left, right) = new_figure(WIDTH, HEIGHT, columns=2, source=source)
     gpus = sorted({point.gpus for point in points})

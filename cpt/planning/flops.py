@@ -29,6 +29,11 @@ class TokenFlops:
     """Attention scores and weighted values."""
 
     @property
+    def attention_forward(self) -> float:
+        """Operations of attention, forward only."""
+        return self.attention / 3
+
+    @property
     def total(self) -> float:
         """All operations of one token."""
         return self.dense + self.experts + self.attention

@@ -1,14 +1,38 @@
-"""Rates of GPUs, links and hosts from data sheets, and the share of them that a plan counts on.
+"""Rates of GPUs, links and hosts from data sheets, and how much of them a plan counts on.
 
-Nothing here was measured by this project.  Sources: NVIDIA data sheets of H100 SXM, H200 SXM and
-HGX B200 (dense bf16, without sparsity); 400 Gbit/s InfiniBand per GPU as in DGX H100 and DGX B200;
-collective rates as published for NCCL and DeepEP on such nodes (bus bandwidth of 350 of 450 GB/s
-over NVLink, 43 to 47 of 50 GB/s over InfiniBand).
+What a GPU attains was measured on one H100 (bench/gpu/acceptance.py; the figures are in
+bench/gpu/results); for another GPU it is that, times the ratio of the data sheets. Nothing that
+links several GPUs was measured by this project.  Sources: NVIDIA data sheets of H100 SXM, H200 SXM
+and HGX B200 (dense bf16, without sparsity); 400 Gbit/s InfiniBand per GPU as in DGX H100 and DGX
+B200; collective rates as published for NCCL and DeepEP on such nodes (bus bandwidth of 350 of 450
+GB/s over NVLink, 43 to 47 of 50 GB/s over InfiniBand).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from cpt.planning.routing import Routing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attainable:
+    """Rates that kernels reach on a GPU."""
+
+    product_flops: float
+    """FLOPs per second of a large bf16 product."""
+    grouped_flops: float
+    """FLOPs per second of a grouped product whose groups have very many rows."""
+    grouped_exposed: float
+    """Share of the time in which the weights of a grouped product are read that nothing hides."""
+    attention_forward_flops: float
+    """FLOPs per second of flash attention at the heads of gpt-oss, forward."""
+    attention_backward_flops: float
+    """FLOPs per second of its backward."""
+    memory_bytes_per_second: float
+    """Bytes read and written per second by a copy."""
+    launch_seconds: float
+    """Time in which the host starts a kernel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,13 +60,44 @@ class Gpu:
     eight.
     """
 
+    def attainable(self) -> Attainable:
+        """Return what kernels reach: measured on an H100, scaled by the data sheets."""
+        products = self.bf16_flops / H100_SHEET_FLOPS
+        memory = self.hbm_bytes_per_second / H100_SHEET_BYTES
+        return replace(
+            H100_MEASURED,
+            product_flops=products * H100_MEASURED.product_flops,
+            grouped_flops=products * H100_MEASURED.grouped_flops,
+            attention_forward_flops=products * H100_MEASURED.attention_forward_flops,
+            attention_backward_flops=products * H100_MEASURED.attention_backward_flops,
+            memory_bytes_per_second=memory * H100_MEASURED.memory_bytes_per_second,
+        )
+
+
+H100_SHEET_FLOPS = 989e12
+H100_SHEET_BYTES = 3.35e12
+
+H100_MEASURED = Attainable(
+    product_flops=760e12,
+    grouped_flops=745e12,
+    grouped_exposed=0.6,
+    attention_forward_flops=390e12,
+    attention_backward_flops=278e12,
+    memory_bytes_per_second=2.94e12,
+    launch_seconds=7.5e-6,
+)
+"""One H100 80GB HBM3 (26 November 2026, torch 2.11.0+cu130). A copy of 1 GB; a square product of
+8,192; a small operation from Python. The grouped products of one layer of 32 experts reach 576
+TFLOP/s with 4,096 tokens and 694 with 16,384: a line through both times. Attention: torch's flash
+attention with rows of 32,768 tokens, in the profile of a step.
+"""
 
 GPUS = {
     "h100": Gpu(
         name="H100 SXM 80 GB",
-        bf16_flops=989e12,
+        bf16_flops=H100_SHEET_FLOPS,
         memory_bytes=80e9,
-        hbm_bytes_per_second=3.35e12,
+        hbm_bytes_per_second=H100_SHEET_BYTES,
         nvlink_bytes_per_second=450e9,
     ),
     "h200": Gpu(
@@ -66,12 +121,16 @@ GPUS = {
 class Assumptions:
     """Assumptions of a plan; they are printed with every plan."""
 
-    mfu: float = 0.4
-    """Share of the peak that computing reaches, recomputed operations counted as operations."""
+    mfu: float | None = None
+    """Share of the peak that computing reaches, recomputed operations counted as operations; None:
+    computed part by part.
+    """
     imbalance: float = 1.0
     """Rows of the busiest expert rank over the mean: 1 is balanced routing, natural routing is
-    above.
+    above. Without expert parallelism every rank computes its own rows, and nothing is uneven.
     """
+    routing: Routing | None = None
+    """The routing of a run, in place of `imbalance`."""
     overlap: float = 0.5
     """Share of ZeRO's and offloading's traffic that hides behind compute."""
     ranks_per_node: int = 8
@@ -80,8 +139,6 @@ class Assumptions:
     """Share of the NVLink rate that collectives reach."""
     network_share: float = 0.9
     """Share of the network rate that collectives reach."""
-    hbm_share: float = 0.8
-    """Share of the memory bandwidth that is reached."""
     memory_share: float = 0.9
     """Share of device memory that a plan may fill; the rest is for fragmentation, NCCL and library
     workspaces.
@@ -89,26 +146,64 @@ class Assumptions:
     host_memory_share: float = 0.85
     """Share of host memory that offloaded state may fill."""
 
+    def rank_imbalance(self, ep_size: int, num_experts: int) -> float:
+        """Return the rows of the busiest rank over the mean."""
+        if ep_size == 1:
+            return 1.0
+        if self.routing is not None:
+            return self.routing.rank_imbalance(num_experts // ep_size, num_experts)
+        return self.imbalance
+
     def routing_text(self) -> str:
         """Return how evenly experts are taken to be used."""
+        if self.routing is not None:
+            return f"routing as in {self.routing.run}"
         if self.imbalance == 1:
             return "balanced routing"
         return f"busiest expert rank {self.imbalance:g} x the mean"
 
+    def computing_text(self) -> str:
+        """Return how the time of computing is found."""
+        if self.mfu is None:
+            return "time of each part from its FLOPs, bytes and launches"
+        return f"{self.mfu:.0%} of the bf16 peak while computing"
+
     def describe(self, gpu: Gpu) -> list[str]:
         """Return the lines printed under a plan."""
-        routing = self.routing_text().removesuffix(" routing")
         nvlink = self.nvlink_share * gpu.nvlink_bytes_per_second / 1e9
         network = self.network_share * gpu.network_bytes_per_second / 1e9
         return [
-            f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} TFLOP/s dense bf16, computing reaches "
-            f"{self.mfu:.0%} of it (assumed; --mfu)",
-            f"routing: {routing} (assumed; --imbalance); natural routing may be far from balanced",
+            *self._computing_lines(gpu),
+            self._routing_line(),
             f"NVLink {nvlink:.0f} GB/s and InfiniBand {network:.0f} GB/s per GPU and direction, "
             f"{self.ranks_per_node} ranks per node; {self.memory_share:.0%} of device memory may "
             "be filled",
             f"{self.overlap:.0%} of ZeRO's and offloading's traffic hides behind compute (assumed; "
             "--overlap); the halo does, Ulysses and expert exchanges do not",
-            "every rate is a data sheet's or an assumption: nothing of this was measured on a GPU "
-            "by this project",
+            "links between GPUs: data sheets and assumptions; this project measured one H100, never "
+            "several",
         ]
+
+    def _computing_lines(self, gpu: Gpu) -> list[str]:
+        peak = f"{gpu.name}: {gpu.bf16_flops / 1e12:.0f} TFLOP/s dense bf16"
+        if self.mfu is not None:
+            return [f"{peak}, computing reaches {self.mfu:.0%} of it (--mfu)"]
+        rates = gpu.attainable()
+        source = "measured on an H100"
+        if gpu.bf16_flops != H100_SHEET_FLOPS or gpu.hbm_bytes_per_second != H100_SHEET_BYTES:
+            source += ", times the ratio of the data sheets"
+        return [
+            f"{peak}; attained: products {rates.product_flops / 1e12:.0f} TFLOP/s, memory "
+            f"{rates.memory_bytes_per_second / 1e12:.2f} TB/s, a launch in "
+            f"{rates.launch_seconds * 1e6:.1f} us ({source})",
+            "work of each part: counted on fake tensors (bench/gpu_counts.py), scaled to the layout",
+        ]
+
+    def _routing_line(self) -> str:
+        if self.routing is not None:
+            return f"routing: {self.routing.describe()}"
+        routing = self.routing_text().removesuffix(" routing")
+        return (
+            f"routing: {routing} (assumed; --imbalance, --routing_of); natural routing may be far "
+            "from balanced"
+        )

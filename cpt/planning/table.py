@@ -5,6 +5,7 @@ from __future__ import annotations
 from cpt.planning.estimate import Estimate
 from cpt.planning.hardware import Assumptions, Gpu
 from cpt.planning.memory import GIB
+from cpt.planning.part_times import PARTS
 from cpt.planning.traffic import KINDS
 
 Cell = tuple[str, str]
@@ -19,19 +20,25 @@ def comparison(columns: dict[str, Estimate], gpu: Gpu, assumed: Assumptions) -> 
         places.append("host")
     if any(one.nvme for one in estimates):
         places.append("nvme")
+    shown: dict[str, None] = {}
+    for one in estimates:
+        shown.update(dict.fromkeys(one.parts))
+    parts = [part for part in PARTS if part in shown]
     texts = []
     for name, one in columns.items():
-        texts.append([("", name), *_column(one, places, gpu, assumed)])
+        texts.append([("", name), *_column(one, places, parts, gpu, assumed)])
     return _aligned(texts)
 
 
-def _column(one: Estimate, places: list[str], gpu: Gpu, assumed: Assumptions) -> list[Cell]:
+def _column(
+    one: Estimate, places: list[str], parts: list[str], gpu: Gpu, assumed: Assumptions
+) -> list[Cell]:
     """Return the cells of one layout from top to bottom; a heading has an empty cell."""
     return [
         *_layout_cells(one).items(),
         *_memory_cells(one, places, gpu, assumed).items(),
         *_traffic_cells(one).items(),
-        *_time_cells(one, gpu).items(),
+        *_time_cells(one, parts, gpu).items(),
     ]
 
 
@@ -77,13 +84,22 @@ def _traffic_cells(one: Estimate) -> dict[str, str]:
     return cells
 
 
-def _time_cells(one: Estimate, gpu: Gpu) -> dict[str, str]:
+def _part_cells(one: Estimate, parts: list[str]) -> dict[str, str]:
+    cells = {}
+    for part in parts:
+        cells[f"    {part}"] = f"{one.parts[part]:.2f}" if part in one.parts else "-"
+    return cells
+
+
+def _time_cells(one: Estimate, parts: list[str], gpu: Gpu) -> dict[str, str]:
     cells = {
         "GFLOPs per token": f"{one.flops.total / 1e9:.1f}",
         "seconds of one step, by resource": "",
     }
     for name, seconds in one.seconds.items():
         cells[f"  {name}"] = f"{seconds:.2f}"
+        if name == "compute":
+            cells.update(_part_cells(one, parts))
     return {
         **cells,
         "  waits for exchanges": f"{one.exchange_seconds:.2f}",
