@@ -2,7 +2,7 @@
 
     python bench/gpu_counts.py
 
-It rewrites bench/gpu_counts.json, the tables of docs/gpu.md, and docs/gpu_counts.svg.
+It rewrites cpt/planning/gpu_counts.json, the tables of docs/gpu.md, and docs/gpu_counts.svg.
 
 The real step runs on fake tensors that say they are on a GPU (tests/support/gpu_rehearsal), with
 few layers, and is scaled to the whole model. The table has bytes, FLOPs, launches and the least
@@ -27,7 +27,7 @@ from tests.support.gpu_rehearsal.fake_cuda import reason_against  # noqa: E402
 from tests.support.gpu_rehearsal.launch import rehearse  # noqa: E402
 from tests.support.gpu_rehearsal.shapes import SHAPES, two_layers  # noqa: E402
 
-TABLE = ROOT / "bench" / "gpu_counts.json"
+TABLE = ROOT / "cpt" / "planning" / "gpu_counts.json"
 BEFORE = ROOT / "bench" / "gpu_counts_before.json"
 """The table of commit b2a4cc9, before anything was fused."""
 PAGE = ROOT / "docs" / "gpu.md"

@@ -58,7 +58,7 @@ def _add_hardware_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mfu",
         type=float,
-        help="share of the peak reached while computing; default: the time of every part is computed",
+        help="share of the peak reached while computing; default: every part is computed",
     )
     routing = parser.add_mutually_exclusive_group()
     routing.add_argument(

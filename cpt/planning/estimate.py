@@ -160,7 +160,7 @@ def _part_seconds(
         sp_size=config.sp_size,
         imbalance=assumed.rank_imbalance(config.ep_size, model.num_local_experts),
     )
-    passes = PASSES
+    passes: tuple[str, ...] = PASSES
     if not config.model.activation_checkpointing:
         passes = ("forward", "backward")
     once = micro_step_parts(

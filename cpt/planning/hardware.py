@@ -180,8 +180,8 @@ class Assumptions:
             "be filled",
             f"{self.overlap:.0%} of ZeRO's and offloading's traffic hides behind compute (assumed; "
             "--overlap); the halo does, Ulysses and expert exchanges do not",
-            "links between GPUs: data sheets and assumptions; this project measured one H100, never "
-            "several",
+            "links between GPUs: data sheets and assumptions; this project measured one H100, "
+            "never several",
         ]
 
     def _computing_lines(self, gpu: Gpu) -> list[str]:
@@ -196,7 +196,7 @@ class Assumptions:
             f"{peak}; attained: products {rates.product_flops / 1e12:.0f} TFLOP/s, memory "
             f"{rates.memory_bytes_per_second / 1e12:.2f} TB/s, a launch in "
             f"{rates.launch_seconds * 1e6:.1f} us ({source})",
-            "work of each part: counted on fake tensors (bench/gpu_counts.py), scaled to the layout",
+            "work of each part: counted on fake tensors (bench/gpu_counts.py), scaled to layouts",
         ]
 
     def _routing_line(self) -> str:

@@ -27,7 +27,7 @@ NAMES = {
     "dispatch": "dispatch",
     "router": "router",
 }
-"""Names of a plan for parts of the table; `experts` are two parts here, what is missing is OTHER."""
+"""Names of a plan for parts of the table; `experts` are two parts here, the rest is OTHER."""
 PRODUCTS = "experts: products"
 REST = "experts: the rest"
 LAUNCHES = "launches"
@@ -74,8 +74,8 @@ ADDED_BYTES = 18
 """Bytes per owned gradient and micro step: it becomes fp32 and is added to the sum
 (stage3.py: __avg_scatter_grads, partition_grads).
 """
-UPDATE_BYTES = 58
-"""Bytes per owned parameter and step (stage3.py: step): two norms of the gradient 8, a flat copy of
+UPDATE_BYTES = 54
+"""Bytes per owned parameter and step (stage3.py: step): the norm of the gradient 4, a flat copy of
 it 8, clipping 8, AdamW 28, the bf16 weight 6.
 """
 

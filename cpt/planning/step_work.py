@@ -5,9 +5,9 @@
       -> scaled to the sizes of a model, and to a layout
 
 Decisions
-    - The table has gpt-oss-20b on one rank at three lengths; a parabola through them is exact there.
-      Its constant is what weights cost, its linear part what tokens cost; the loss head alone has a
-      square, because its gradient is added up once for every tile.
+    - The table has gpt-oss-20b on one rank at three lengths; a parabola through them is exact
+      there. Its constant is what weights cost, its linear part what tokens cost; the loss head
+      alone has a square, because its gradient is added up once for every tile.
     - Constants grow with a part's weights in a layer, the rest with the values of a token. The
       FLOPs of attention are not taken from the table: they depend on the length of a row.
     - Exchanges change what is moved on the device, too. That is taken from the table's shape with

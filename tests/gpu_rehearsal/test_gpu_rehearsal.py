@@ -1,7 +1,8 @@
 """The training step as a GPU would see it, rehearsed on fake CUDA tensors in one process.
 
 Nothing is on the wrong device, the host waits only where `ALLOWED_WAITS` says, and no part costs
-more bytes or launches than bench/gpu_counts.json says (`python bench/gpu_counts.py` rewrites it).
+more bytes or launches than cpt/planning/gpu_counts.json says (`python bench/gpu_counts.py` rewrites
+it).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.support.gpu_rehearsal.launch import rehearse, whole_model
 from tests.support.gpu_rehearsal.shapes import FEATURES, SHAPES, SMALL, Scenario, two_layers
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = ROOT / "bench" / "gpu_counts.json"
+TABLE = ROOT / "cpt" / "planning" / "gpu_counts.json"
 
 COUNTED = list(SHAPES)
 """The shapes of the table, which are counted again here."""

@@ -1,0 +1,1 @@
+"""The parts of bench/plan_pages.py."""
