@@ -53,6 +53,7 @@ from data_pipeline.store.manifest import (
     read_manifest,
 )
 from data_pipeline.text.cleaning import STEP_VERSIONS
+from data_pipeline.text.harmony import RULES_VERSION
 from data_pipeline.text.tokenizer import RANKS_SHA256
 
 DEFAULT_ROOT = Path("data")
@@ -164,6 +165,9 @@ def fingerprint(mix: MixConfig) -> str:
 
 def _source_content(source: SourceConfig) -> dict[str, object]:
     content = {key: getattr(source, key) for key in _SOURCE_KEYS}
+    if source.format == "harmony":
+        content["conversation_rules"] = RULES_VERSION
+        content["ignored_keys"] = sorted(source.ignored_keys)
     versions = {}
     for step, version in STEP_VERSIONS.items():
         if step in source.normalise:
@@ -230,6 +234,7 @@ def _source_parts(work_dir: Path, mix: MixConfig, source: SourceConfig) -> list[
                 number=number,
                 work_dir=work_dir,
                 near_duplicates=mix.near_duplicates > 0 and source.format != "mock",
+                seq_len=mix.seq_len,
             )
         )
     return parts

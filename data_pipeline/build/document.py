@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from data_pipeline.build.deduplication import content_hash
+from data_pipeline.text.cleaning import Place
 from data_pipeline.text.harmony import Conversation
 from data_pipeline.text.tokenizer import Tokens, encode
 
@@ -29,6 +30,8 @@ class Document:
     """UTF-8 bytes that count for bits per byte."""
     is_conversation: bool = False
     """Whether the tokens are in the Harmony format and end with <|return|>."""
+    place: Place | None = None
+    """Place of a conversation in the input, for the account of those that fit no row."""
     tokenize: Callable[[], Tokens]
     """Function that returns the tokens, without END_OF_TEXT."""
 
@@ -44,13 +47,14 @@ class Document:
         )
 
     @classmethod
-    def from_conversation(cls, conversation: Conversation) -> Document:
+    def from_conversation(cls, conversation: Conversation, place: Place) -> Document:
         """Return the document of a conversation; effort and date do not count as its content."""
         return cls(
             text=conversation.text,
             content_hash=content_hash(repr(conversation.messages).encode("utf-8")),
             num_bytes=conversation.num_bytes,
             is_conversation=True,
+            place=place,
             tokenize=conversation.tokens,
         )
 

@@ -11,6 +11,7 @@ unit.
 Decisions
     A part is complete if and only if its account is there: it is written last. A rerun makes only
     what is missing.
+    A conversation that is longer than a row is left out, and counted as a reject.
     Nothing here depends on other units, so parts may be made in any order, by any number of
     processes or machines.
 """
@@ -45,6 +46,8 @@ MAX_SEEN = 1 << 20
 
 Copies that are further apart are found at the end of the build.
 """
+TOO_LONG = "conversation longer than a row"
+"""Beginning of the reason why a conversation is left out."""
 SIGNATURE_TOKENS = 1 << 17
 """Number of tokens whose signatures are computed at once."""
 
@@ -61,6 +64,8 @@ class Part:
     """Folder with `build`, which becomes the build, and `parts`, the other files of all parts."""
     near_duplicates: bool
     """Whether signatures are needed."""
+    seq_len: int
+    """Tokens: input slots of a packed row."""
 
     @property
     def shard_path(self) -> Path:
@@ -160,15 +165,32 @@ def make_part(part: Part) -> Account:
 def _write_shard(part: Part, tally: Tally, facts: _DocumentFacts) -> bool:
     """Write the documents of the unit, each once, and return whether there are any."""
     documents = facts.without_copies(read_documents(part.source, part.unit, tally))
-    first = next(documents, None)
+    tokenized = _tokenize(documents, part.seq_len, tally)
+    first = next(tokenized, None)
     if first is None:
         return False
     with write_shard(part.shard_path) as shard:
-        for document in itertools.chain([first], documents):
-            tokens = document.tokenize()
+        for document, tokens in itertools.chain([first], tokenized):
             facts.note(document, tokens)
             shard.add(tokens, document.num_bytes, document.is_conversation)
     return True
+
+
+def _tokenize(
+    documents: Iterator[Document], seq_len: int, tally: Tally
+) -> Iterator[tuple[Document, Tokens]]:
+    """Yield the documents with their tokens, without the conversations that fit no row.
+
+    A text that is cut goes on as text. The rest of a conversation would lack what the model sees
+    before every message, and be trained on all the same.
+    """
+    for document in documents:
+        tokens = document.tokenize()
+        if document.is_conversation and len(tokens) - 1 > seq_len:
+            assert document.place is not None, "a conversation comes from a record"
+            tally.withdraw(f"{TOO_LONG} of {seq_len} tokens", document.place)
+        else:
+            yield document, tokens
 
 
 class _DocumentFacts:

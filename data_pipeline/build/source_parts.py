@@ -9,11 +9,19 @@ import numpy as np
 
 from data_pipeline.build.deduplication import HASH_DTYPE, Hashes
 from data_pipeline.build.near_duplicates import Signatures
-from data_pipeline.build.part import Account, Part, read_account, read_hashes, read_signatures
+from data_pipeline.build.part import (
+    TOO_LONG,
+    Account,
+    Part,
+    read_account,
+    read_hashes,
+    read_signatures,
+)
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.cleaning import Tally
+from data_pipeline.text.harmony import UNKNOWN_KEY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,13 +84,23 @@ class SourceParts:
             raise DataError(
                 f"source '{name}': {rejected} of {rejected + self.tally.accepted} documents cannot "
                 f"be used, more than max_reject_share {max_reject_share:g}: "
-                f"{self.tally.describe_rejects()}. Repair the files, or raise max_reject_share."
+                f"{self.tally.describe_rejects()}. {self._advice()}"
             )
         if not self.parts:
             raise DataError(
                 f"source '{name}': its files hold no documents. Remove the source, or check its "
                 "path and text_field."
             )
+
+    def _advice(self) -> str:
+        """Return what can be done about the rejects."""
+        advice = "Repair the files, or raise max_reject_share."
+        reasons = list(self.tally.rejects)
+        if any(reason.startswith(UNKNOWN_KEY) for reason in reasons):
+            advice += " List keys that may be dropped in ignored_keys of the source."
+        if any(reason.startswith(TOO_LONG) for reason in reasons):
+            advice += " Longer conversations need a larger seq_len."
+        return advice
 
     def hashes(self) -> Hashes:
         """Return the content hashes of all documents."""

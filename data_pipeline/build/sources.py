@@ -85,10 +85,10 @@ def _accept_record(
 ) -> Document | None:
     """Return the document of a record, or count why it cannot be used and return None."""
     if source.format == "harmony":
-        conversation, reason = read_conversation(record)
+        conversation, reason = read_conversation(record, source.ignored_keys)
         if conversation is not None:
             tally.accepted += 1
-            return Document.from_conversation(conversation)
+            return Document.from_conversation(conversation, place)
     else:
         text, reason = _record_text(source, record)
         if reason is None:

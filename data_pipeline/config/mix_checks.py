@@ -46,6 +46,7 @@ def check_across(reader: Reader, raw: RawSection, base: Path) -> None:
         _check_place(reader, source, ("sources", index, "path"), base)
     _check_languages(reader, raw.get("languages"), list(sources.values()))
     domains = _guard_domains(raw)
+    _check_packing(reader, raw, [*sources.values(), *domains.values()])
     _check_unique(reader, domains, ("guard", "domains"))
     by_name = _by_name(sources)
     for index, domain in domains.items():
@@ -218,6 +219,17 @@ def _check_languages(reader: Reader, limits: Any, sources: list[RawSection]) -> 
                 (*path, "max_share"),
                 f"is {high:g}, but the weights give {language} {share:g}. Lower them.",
             )
+
+
+def _check_packing(reader: Reader, raw: RawSection, sections: list[RawSection]) -> None:
+    """Check that no conversation is cut wherever a row ends."""
+    formats = [section.get("format") for section in sections]
+    if raw.get("packing") == "concatenate" and "harmony" in formats:
+        reader.problem(
+            ("packing",),
+            "is concatenate, which cuts documents wherever a row ends: the rest of a conversation "
+            "would have no beginning. Remove packing, or the sources with format: harmony.",
+        )
 
 
 def _check_members(

@@ -11,7 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data_pipeline.config.source_config import SourceConfig, check_language, check_name
+from data_pipeline.config.source_config import (
+    SourceConfig,
+    check_ignored_keys,
+    check_language,
+    check_name,
+)
 
 MAX_SEQ_LEN = 131_072
 """Tokens; the longest context that gpt-oss was trained for."""
@@ -40,6 +45,8 @@ class GuardDomain:
     """Format of the files of `path`, as for a source."""
     text_field: str = "text"
     """Key or column that holds the text in the files of `path`."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of conversations in the files of `path` that may be dropped, as for a source."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield (key, problem) for each broken rule within one domain."""
@@ -52,6 +59,7 @@ class GuardDomain:
             )
         if self.sources and self.path is not None:
             yield "path", "is given together with sources. Split the domain in two."
+        yield from check_ignored_keys(self.ignored_keys, self.format)
         has_file_keys = self.format != "auto" or self.text_field != "text"
         if has_file_keys and self.path is None:
             yield "format", "and text_field need a path. Remove them."
@@ -66,6 +74,7 @@ class GuardDomain:
             path=self.path,
             format=self.format,
             text_field=self.text_field,
+            ignored_keys=self.ignored_keys,
             weight=0.0,
             held_out_share=1.0,
         )

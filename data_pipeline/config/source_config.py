@@ -52,6 +52,15 @@ COMPRESSIONS = (".gz", ".zst")
 FILE_FORMATS = ("auto", "jsonl", "parquet", "text", "harmony")
 """Formats whose `path` names files; the others read a folder or nothing."""
 
+RECORD_KEYS = ("messages", "reasoning_effort", "current_date")
+"""Keys of a conversation that are read."""
+THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
+"""Names of an assistant's analysis: the chat template's, and those of inference servers."""
+MESSAGE_KEYS = ("role", "channel", "content", *THINKING_KEYS)
+"""Keys of a message that are read."""
+TOOL_CALL_KEYS = ("tool_calls", "function_call")
+"""Keys of a message that say that it calls a tool."""
+
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -71,6 +80,21 @@ def check_language(language: str) -> Iterator[Problem]:
     """Yield a problem if `language` is not one of LANGUAGES."""
     if language not in LANGUAGES:
         yield "language", f"is '{language}', which is not known.{nearest(language, LANGUAGES)}"
+
+
+def check_ignored_keys(keys: tuple[str, ...], file_format: str) -> Iterator[Problem]:
+    """Yield a problem if there are ignored keys that nothing reads, or that mean something."""
+    if keys and file_format != "harmony":
+        yield (
+            "ignored_keys",
+            f"is given, but format: {file_format} has no conversations. Remove it.",
+        )
+    for key in keys:
+        if key in (*RECORD_KEYS, *MESSAGE_KEYS, *TOOL_CALL_KEYS):
+            yield (
+                "ignored_keys",
+                f"lists '{key}', which decides what a conversation says. Remove it from the list.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +134,9 @@ class SourceConfig:
     """Split of a Hugging Face dataset."""
     build_sources: tuple[str, ...] = ()
     """Sources to take from an earlier build; empty takes all of them."""
+    ignored_keys: tuple[str, ...] = ()
+    """Keys of conversations and their messages that may be dropped, for `format: harmony`; any
+    other key that is not known rejects its record."""
     normalise: tuple[Normalization, ...] = ()
     """Cleaning steps, done in the order of `STEPS` in data_pipeline/text/cleaning.py; empty leaves
     the text unchanged."""
@@ -147,6 +174,7 @@ class SourceConfig:
             )
         yield from self._check_template()
         yield from self._check_text()
+        yield from check_ignored_keys(self.ignored_keys, self.format)
         yield from self._check_hub()
         yield from self._check_folder()
         yield from self._check_mock()

@@ -235,7 +235,10 @@ def _from_content(content: dict[str, Any]) -> BuildManifest:
 
 
 def _guard_domain(content: dict[str, Any]) -> GuardDomain:
-    return GuardDomain(**{**content, "sources": tuple(content["sources"])})
+    values = dict(content)
+    for key in ("sources", "ignored_keys"):
+        values[key] = tuple(content.get(key, ()))
+    return GuardDomain(**values)
 
 
 def _is_inside(name: str) -> bool:

@@ -37,6 +37,9 @@ from data_pipeline.text.runs import long_runs, normalize_form
 
 MAX_PLACES = 3
 """Number of places that are kept per reason."""
+MAX_REASONS = 100
+"""Number of different reasons that are counted apart: some name a key that a record holds."""
+OTHER_REASONS = "unusable for another reason"
 MAX_WHITESPACE_RUN = 100_000
 """Whitespace characters in a row; the tokenizer's pattern overflows its stack near 1,000,000."""
 _LINE_END = re.compile("\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
@@ -172,10 +175,22 @@ class Tally:
 
     def reject(self, reason: str, place: Place) -> None:
         """Count one unusable document."""
+        reason = self._counted_reason(reason)
         self.rejects[reason] += 1
         places = self.places.setdefault(reason, [])
         if len(places) < MAX_PLACES:
             places.append(place)
+
+    def withdraw(self, reason: str, place: Place) -> None:
+        """Count as unusable a document that was counted as accepted before."""
+        self.accepted -= 1
+        self.reject(reason, place)
+
+    def _counted_reason(self, reason: str) -> str:
+        """Return the reason, or OTHER_REASONS if there are too many different ones."""
+        if reason in self.rejects or len(self.rejects) < MAX_REASONS:
+            return reason
+        return OTHER_REASONS
 
     def take(self, text: Any, place: Place) -> bool:
         """Count `text` as accepted or rejected; return whether it can be used."""
@@ -190,10 +205,11 @@ class Tally:
         """Add the tally of the next unit, which starts after `lines_before` lines of its file."""
         self.accepted += other.accepted
         self.lines += other.lines
-        self.rejects += other.rejects
         self.notes += other.notes
+        for reason, count in other.rejects.items():
+            self.rejects[self._counted_reason(reason)] += count
         for reason, places in other.places.items():
-            known = self.places.setdefault(reason, [])
+            known = self.places.setdefault(self._counted_reason(reason), [])
             room = MAX_PLACES - len(known)
             known += [place.moved(lines_before) for place in places[:room]]
 

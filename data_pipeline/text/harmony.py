@@ -9,14 +9,21 @@ Decisions
     A record is read as the chat template of an export reads it (cpt/export/harmony.jinja): a first
     message of role system or developer holds instructions; an assistant's `thinking` is its
     analysis channel. The analysis of all turns but the last is dropped, because the model never
-    sees it again. Messages that name a `channel` are read, too.
+    sees it again. Messages that name a `channel` are read, too. `reasoning_content` and `reasoning`
+    are other names of `thinking`: the template of gpt-oss knows only the latter, but llama.cpp
+    gives it what clients send under the first, and vLLM answers with either.
+    No key is passed over in silence: one that is not known rejects the record, because it may
+    change what the record says (`weight`, `tools`, a misspelt `thinkng`). Ignored are the keys in
+    METADATA_KEYS beside `messages`, those that the mix lists in `ignored_keys`, and values that
+    say nothing: null, and an empty text, list or object.
     A conversation ends with the assistant's <|return|>; no <|endoftext|> follows, since the model
     never saw one there.
     Every token after the first bears loss, including headers, control tokens and the user's words:
     pretraining learns documents whole, and the format is what a model forgets first. So the
     predicted tokens of a row are its pairs, as for text. The bytes of a conversation, for bits per
     byte, are those of its messages' contents alone.
-    Tool calls are not rendered: a record with one is rejected and counted.
+    Tool calls are not rendered: a record with one is rejected and counted, `function_call` and the
+    role `function` included.
 
 Source: the Harmony response format (openai-harmony), which made the renderings in
     tests/export/test_chat_template.py.
@@ -25,18 +32,52 @@ Source: the Harmony response format (openai-harmony), which made the renderings 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from data_pipeline.config.source_config import (
+    MESSAGE_KEYS,
+    RECORD_KEYS,
+    THINKING_KEYS,
+    TOOL_CALL_KEYS,
+)
 from data_pipeline.text.cleaning import why_unusable
 from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens, encode
 
 Effort = Literal["low", "medium", "high"]
 """How much the assistant reasons."""
 EFFORTS: tuple[Effort, ...] = ("low", "medium", "high")
+RULES_VERSION = 2
+"""Version of the rules by which records become conversations. It belongs to the fingerprint of a
+build, so a change of what is read, ignored or rejected must raise it."""
+METADATA_KEYS = frozenset(
+    (
+        "category",
+        "conversation_id",
+        "dataset",
+        "id",
+        "lang",
+        "language",
+        "license",
+        "meta",
+        "metadata",
+        "number",
+        "prompt_id",
+        "source",
+        "split",
+        "tags",
+        "timestamp",
+        "url",
+        "uuid",
+    )
+)
+"""Keys beside `messages` that name or sort a record, and change nothing of what it says."""
+UNKNOWN_KEY = "unknown key"
+"""Beginning of the reason why a record with a key that is not known is rejected."""
+_MAX_KEY_CHARACTERS = 40
 CHANNELS = ("analysis", "commentary", "final")
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 DEFAULT_DATE = datetime.date(2025, 8, 5)
@@ -103,10 +144,17 @@ def body(tokens: Tokens) -> Tokens:
     return tokens[end_of_system_message + 1 :]
 
 
-def read_conversation(record: dict[str, Any]) -> tuple[Conversation | None, str | None]:
-    """Return (conversation, None) for a JSON record, or (None, why it cannot be used)."""
+def read_conversation(
+    record: dict[str, Any], ignored_keys: Sequence[str] = ()
+) -> tuple[Conversation | None, str | None]:
+    """Return (conversation, None) for a JSON record, or (None, why it cannot be used).
+
+    Args:
+        record: The record.
+        ignored_keys: Keys of the record and of its messages that may be dropped.
+    """
     try:
-        return _conversation_of(record), None
+        return _conversation_of(record, ignored_keys), None
     except _UnusableError as error:
         return None, str(error)
 
@@ -115,11 +163,16 @@ class _UnusableError(Exception):
     """A record that cannot become a conversation; the message is the reason."""
 
 
-def _conversation_of(record: dict[str, Any]) -> Conversation:
+def _conversation_of(record: dict[str, Any], ignored_keys: Sequence[str]) -> Conversation:
     listed = record.get("messages")
     is_list_of_objects = isinstance(listed, list) and all(isinstance(m, dict) for m in listed)
     if not listed or not is_list_of_objects:
         raise _UnusableError("no list of objects 'messages'")
+    for message in listed:
+        _refuse_tool_calls(message)
+    _refuse_unknown_keys(record, {*RECORD_KEYS, *METADATA_KEYS, *ignored_keys}, "record")
+    for message in listed:
+        _refuse_unknown_keys(message, {*MESSAGE_KEYS, *ignored_keys}, "message")
     effort = record.get("reasoning_effort", "medium")
     if effort not in EFFORTS:
         raise _UnusableError(f"reasoning_effort is not one of {', '.join(EFFORTS)}")
@@ -130,6 +183,21 @@ def _conversation_of(record: dict[str, Any]) -> Conversation:
     if (messages[-1].role, messages[-1].channel) != ("assistant", "final"):
         raise _UnusableError("the last message is not an answer of the assistant")
     return Conversation(effort=effort, date=date, messages=_without_old_analysis(messages))
+
+
+def _refuse_tool_calls(message: dict[str, Any]) -> None:
+    calls = any(message.get(key) for key in TOOL_CALL_KEYS)
+    if calls or message.get("role") in ("tool", "function"):
+        raise _UnusableError("tool calls, which are not rendered")
+
+
+def _refuse_unknown_keys(given: dict[str, Any], known: Set[str], kind: str) -> None:
+    for key, value in given.items():
+        if key in known or key in TOOL_CALL_KEYS:
+            continue
+        if value is not None and value not in ("", [], {}):
+            name = repr(key[:_MAX_KEY_CHARACTERS])
+            raise _UnusableError(f"{UNKNOWN_KEY} {name} in a {kind}")
 
 
 def _date_of(value: Any) -> datetime.date:
@@ -149,10 +217,8 @@ def _messages_of(message: dict[str, Any], is_first: bool) -> list[Message]:
     """
     role = message.get("role")
     channel = message.get("channel")
-    thinking = message.get("thinking")
+    thinking = _thinking_of(message)
     is_assistant = role == "assistant"
-    if message.get("tool_calls") or role == "tool":
-        raise _UnusableError("tool calls, which are not rendered")
     if role not in ("system", "developer", "user", "assistant"):
         raise _UnusableError("message of an unknown role")
     if role in ("system", "developer") and not is_first:
@@ -170,6 +236,19 @@ def _messages_of(message: dict[str, Any], is_first: bool) -> list[Message]:
     answer = _usable(message.get("content"))
     found.append(Message(role=role, channel=channel or "final", text=answer))
     return found
+
+
+def _thinking_of(message: dict[str, Any]) -> Any:
+    """Return the analysis that stands in a message, under whatever name; None if it is blank."""
+    found: list[Any] = []
+    for key in THINKING_KEYS:
+        value = message.get(key)
+        is_blank = value is None or (isinstance(value, str) and not value.strip())
+        if not is_blank and value not in found:
+            found.append(value)
+    if len(found) > 1:
+        raise _UnusableError(f"different texts under {', '.join(THINKING_KEYS)}")
+    return found[0] if found else None
 
 
 def _usable(text: Any) -> str:

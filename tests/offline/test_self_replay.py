@@ -54,7 +54,9 @@ def replay(folder: Path, base: Path, out: str, *options: str) -> int:
     return main(["replay", "--model", str(base), "--out", str(folder / out), *plain, *options])
 
 
-def mix_of(folder: Path, name: str = "replay/plain.jsonl", **keys: Any) -> MixConfig:
+def mix_of(
+    folder: Path, name: str = "replay/plain.jsonl", seq_len: int = 32, **keys: Any
+) -> MixConfig:
     source = {
         "name": "own",
         "language": "en",
@@ -64,7 +66,7 @@ def mix_of(folder: Path, name: str = "replay/plain.jsonl", **keys: Any) -> MixCo
         "kind": "self_replay",
     }
     (folder / "mix.yaml").write_text(
-        yaml.safe_dump({"seq_len": 32, "seed": 1, "sources": [source | keys]})
+        yaml.safe_dump({"seq_len": seq_len, "seed": 1, "sources": [source | keys]})
     )
     return load_mix(folder / "mix.yaml")
 
@@ -115,9 +117,8 @@ def test_whole_replies_become_conversations_and_others_are_left_out_and_counted(
         "plain": 0,
         "chat": 1,
     }
-    built = build(
-        mix_of(folder, "replay/chat.jsonl", format="harmony"), folder / "out", progress=False
-    )
+    mix = mix_of(folder, "replay/chat.jsonl", seq_len=256, format="harmony")
+    built = build(mix, folder / "out", progress=False)
     assert built.sources[0].documents == 3 and len(built.sources[0].base_model) == 32
 
 

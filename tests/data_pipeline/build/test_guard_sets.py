@@ -86,7 +86,10 @@ def test_guard_files_may_be_conversations(make_mix: MakeMix, tmp_path: Path) -> 
     sample = Path(__file__).parents[3] / "data_pipeline" / "sample" / "en_chat.jsonl"
     domain = {"name": "chat", "language": "en", "path": str(sample), "format": "harmony"}
     mix = make_mix(
-        {"en": make_texts(20, "en")}, guard={"domains": [domain]}, decontaminate_tokens=50
+        {"en": make_texts(20, "en")},
+        seq_len=1024,
+        guard={"domains": [domain]},
+        decontaminate_tokens=50,
     )
     build(mix, tmp_path / "out", progress=False)
     built = BuiltData.open(tmp_path / "out", mix=mix)

@@ -8,15 +8,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data_pipeline.build.build import build
+from data_pipeline.build.build import build, fingerprint
 from data_pipeline.build.sources import read_texts
 from data_pipeline.config.source_config import SourceConfig
-from data_pipeline.dataset import BuiltData
-from data_pipeline.errors import DataError
+from data_pipeline.dataset import IGNORED_LABEL, BuiltData
+from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.shards import Shard
-from data_pipeline.text.cleaning import Tally
-from data_pipeline.text.harmony import END, MESSAGE, RETURN, START, body, read_conversation
+from data_pipeline.text.cleaning import MAX_REASONS, Place, Tally
+from data_pipeline.text.harmony import (
+    END,
+    MESSAGE,
+    METADATA_KEYS,
+    RETURN,
+    START,
+    body,
+    read_conversation,
+)
 from data_pipeline.text.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, decode, encode
 from tests.data_pipeline.inputs import MakeMix, make_texts
 
@@ -61,6 +71,21 @@ def test_control_tokens_written_in_a_message_stay_text() -> None:
         ({"text": "plain"}, "no list of objects 'messages'"),
         ({"messages": [QUESTION]}, "the last message is not an answer"),
         ({"messages": [QUESTION, {**ANSWER, "tool_calls": [{}]}]}, "tool calls"),
+        ({"messages": [QUESTION, {**ANSWER, "function_call": {"name": "f"}}]}, "tool calls"),
+        ({"messages": [QUESTION, {"role": "function", "name": "f", "content": "1"}]}, "tool calls"),
+        ({"messages": [QUESTION, {**ANSWER, "weight": 0}]}, "unknown key 'weight' in a message"),
+        ({"messages": [QUESTION, {**ANSWER, "thinkng": "x"}]}, "unknown key 'thinkng'"),
+        ({"messages": [{**QUESTION, "name": "Ann"}, ANSWER]}, "unknown key 'name'"),
+        ({"messages": [QUESTION, {**ANSWER, "recipient": "functions.f"}]}, "key 'recipient'"),
+        ({"messages": [QUESTION, ANSWER], "tools": [{"name": "f"}]}, "'tools' in a record"),
+        ({"messages": [QUESTION, ANSWER], "system": "Be kind."}, "unknown key 'system'"),
+        ({"messages": [QUESTION, ANSWER], "effort": "high"}, "unknown key 'effort'"),
+        ({"messages": [QUESTION, ANSWER], "model_identity": "I"}, "unknown key 'model_identity'"),
+        ({"messages": [{**QUESTION, "id": "1"}, ANSWER]}, "unknown key 'id' in a message"),
+        ({"messages": [QUESTION, ANSWER], "\n\ud800": 1}, r"unknown key '\n\ud800'"),
+        ({"messages": [QUESTION, ANSWER], "k" * 99: 1}, f"unknown key '{'k' * 40}'"),
+        ({"messages": [QUESTION, {**ANSWER, "reasoning": "no"}]}, "different texts under thinking"),
+        ({"messages": [QUESTION, {**ANSWER, "thinking": ["x"]}]}, "text is not a string"),
         ({"messages": [QUESTION, {"role": "wizard", "content": "x"}]}, "unknown role"),
         ({"messages": [QUESTION, INSTRUCTIONS, ANSWER]}, "not the first message"),
         ({"messages": [QUESTION, {**ANSWER, "content": " "}]}, "message: empty text"),
@@ -83,17 +108,130 @@ def test_a_record_that_cannot_be_rendered_is_rejected_with_its_reason(
     assert reason in tally.describe_rejects() and f"{path}:1" in tally.describe_rejects()
 
 
+@pytest.mark.parametrize("key", ["thinking", "reasoning_content", "reasoning"])
+def test_the_analysis_is_read_under_each_of_its_names(key: str) -> None:
+    answer = {"role": "assistant", key: "hm", "content": "A"}
+    assert tokens_of(QUESTION, answer) == tokens_of(QUESTION, ANSWER)
+    assert tokens_of(QUESTION, {**ANSWER, key: "hm"}) == tokens_of(QUESTION, ANSWER)
+
+
+@pytest.mark.parametrize("blank", ["", " \n", None])
+def test_a_blank_analysis_counts_as_none(blank: str | None) -> None:
+    plain = {"role": "assistant", "content": "A"}
+    for key in ("thinking", "reasoning_content", "reasoning"):
+        assert tokens_of(QUESTION, {**plain, key: blank}) == tokens_of(QUESTION, plain)
+    assert tokens_of({**QUESTION, "thinking": blank}, plain) == tokens_of(QUESTION, plain)
+
+
+def test_metadata_and_values_that_say_nothing_reject_no_record() -> None:
+    empty = {"tool_calls": [], "function_call": None, "refusal": None, "name": "", "audio": {}}
+    record = {"id": 7, "source": "web", "url": "u", "tools": [], "system": ""}
+    messages = [{**QUESTION, **empty}, {**ANSWER, **empty}]
+    assert tokens_of(*messages, **record) == tokens_of(QUESTION, ANSWER)
+
+
+def test_the_page_lists_the_metadata_that_is_passed_over() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    for key in METADATA_KEYS:
+        assert f"`{key}`" in page
+
+
+def test_ignored_keys_are_dropped_from_records_and_messages() -> None:
+    record = {"messages": [{**QUESTION, "name": "Ann"}, ANSWER], "score": 1}
+    assert read_conversation(record)[1] == "unknown key 'score' in a record"
+    assert read_conversation(record, ("score",))[1] == "unknown key 'name' in a message"
+    conversation, _ = read_conversation(record, ("score", "name"))
+    assert conversation is not None
+    assert conversation.tokens().tolist() == tokens_of(QUESTION, ANSWER)
+
+
+def test_a_source_of_unknown_keys_is_refused_with_the_way_out(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    records = []
+    for number in range(30):
+        messages = [{"role": "user", "content": f"Q {number}"}, {**ANSWER, "weight": 1}]
+        records.append(json.dumps({"messages": messages}) + "\n")
+    (tmp_path / "chat.jsonl").write_text("".join(records))
+    chat = {"path": "../chat.jsonl", "format": "harmony"}
+    mix = make_mix({"chat": ["unused"]}, seq_len=256, sources={"chat": chat})
+    with pytest.raises(
+        DataError, match=r"30 unknown key 'weight' .*may be dropped in ignored_keys"
+    ):
+        build(mix, tmp_path / "out", progress=False)
+    fine = make_mix(
+        {"chat": ["unused"]}, seq_len=256, sources={"chat": {**chat, "ignored_keys": ["weight"]}}
+    )
+    assert fingerprint(fine) != fingerprint(mix)
+    assert build(fine, tmp_path / "out", progress=False).sources[0].documents == 30
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"ignored_keys": ["weight"]}, "ignored_keys is given, but format: auto"),
+        ({"format": "harmony", "ignored_keys": ["tool_calls"]}, "ignored_keys lists 'tool_calls'"),
+        ({"format": "harmony", "ignored_keys": ["reasoning"]}, "ignored_keys lists 'reasoning'"),
+    ],
+)
+def test_ignored_keys_that_cannot_be_right_are_refused(
+    make_mix: MakeMix, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_mix({"en": ["text"]}, sources={"en": keys})
+
+
+def test_rows_that_cut_conversations_anywhere_are_refused(chat_mix: Any) -> None:
+    with pytest.raises(ConfigError, match="packing is concatenate, which cuts"):
+        chat_mix(packing="concatenate")
+
+
+def test_different_reasons_are_counted_apart_up_to_a_limit() -> None:
+    tallies = [Tally(), Tally()]
+    for number in range(2 * MAX_REASONS):
+        tallies[number % 2].reject(f"unknown key '{number}' in a record", Place("a", number))
+    tallies[0].add(tallies[1], 0)
+    assert len(tallies[0].rejects) == len(tallies[0].places) == MAX_REASONS + 1
+    assert tallies[0].rejects.total() == 2 * MAX_REASONS
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+KEYS = st.sampled_from(
+    ["role", "channel", "content", "thinking", "reasoning", "tool_calls", "weight", "messages"]
+)
+MESSAGES = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": st.text()}
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(MESSAGES, max_size=3), st.dictionaries(KEYS, JSON), st.dictionaries(KEYS, JSON))
+def test_any_record_gives_a_conversation_or_a_reason(
+    messages: list[dict[str, Any]], in_message: dict[str, Any], in_record: dict[str, Any]
+) -> None:
+    record = {"messages": [*messages, {"role": "assistant", "content": "A"}], **in_record}
+    for changed in (record, {"messages": [*messages, {**ANSWER, **in_message}]}):
+        conversation, reason = read_conversation(changed)
+        assert (conversation is None) == (reason is not None)
+        if conversation is not None:
+            assert conversation.tokens()[-1] == RETURN
+
+
 @pytest.fixture
 def chat_mix(make_mix: MakeMix, tmp_path: Path) -> Any:
     """Load a mix of a text source and the sample's conversations."""
 
-    def load(**keys: Any) -> Any:
+    def load(seq_len: int = 640, **keys: Any) -> Any:
         (tmp_path / "chat.jsonl").write_text(
             "".join(json.dumps(record) + "\n" for record in RECORDS)
         )
         chat = {"path": "../chat.jsonl", "format": "harmony", "held_out_share": 0.2}
         texts = {"en": make_texts(20, "en"), "chat": ["unused"]}
-        return make_mix(texts, seq_len=512, sources={"chat": chat}, **keys)
+        return make_mix(texts, seq_len=seq_len, sources={"chat": chat}, **keys)
 
     return load
 
@@ -129,6 +267,36 @@ def test_a_row_holds_whole_conversations_and_every_token_but_their_first_is_a_la
                 seen.add(tokens)
                 assert (row.labels[begin:end] >= 0).all() and END_OF_TEXT not in tokens
     assert seen <= expected and len(seen) > 20
+
+
+def test_a_conversation_longer_than_a_row_is_left_out_whole_and_counted(
+    chat_mix: Any, tmp_path: Path
+) -> None:
+    mix = chat_mix(seq_len=512, max_reject_share=0.1)
+    manifest = build(mix, tmp_path / "out", progress=False)
+    (entry,) = [entry for entry in manifest.sources if entry.name == "chat"]
+    assert entry.rejects == {"conversation longer than a row of 512 tokens": 3}
+    assert entry.documents + entry.held_out_documents == len(RECORDS) - 3
+    built = BuiltData.open(tmp_path / "out", mix=mix)
+    for number in range(built.num_rows(1)):
+        row = built.read_row(1, number)
+        for begin, end in zip(row.bounds, row.bounds[1:], strict=False):
+            assert row.input_ids[begin] in (START, END_OF_TEXT)
+            assert row.labels[end - 1] in (RETURN, IGNORED_LABEL)
+    reason = r"3 conversation longer than a row .*chat.jsonl:15.*need a larger seq_len"
+    with pytest.raises(DataError, match=reason):
+        build(chat_mix(seq_len=512), tmp_path / "strict", progress=False)
+
+
+def test_a_conversation_that_fills_a_row_is_kept(make_mix: MakeMix, tmp_path: Path) -> None:
+    length = len(tokens_of(QUESTION, ANSWER))
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [QUESTION, ANSWER]}) + "\n")
+    chat = {"chat": {"path": "../chat.jsonl", "format": "harmony"}}
+    fits = make_mix({"chat": ["unused"]}, seq_len=length - 1, sources=chat)
+    assert build(fits, tmp_path / "out", progress=False).sources[0].rows == 1
+    longer = make_mix({"chat": ["unused"]}, seq_len=length - 2, sources=chat)
+    with pytest.raises(DataError, match="1 of 1 documents"):
+        build(longer, tmp_path / "other", progress=False)
 
 
 def test_bits_per_byte_count_the_bytes_of_what_was_said(chat_mix: Any, tmp_path: Path) -> None:
