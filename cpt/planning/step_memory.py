@@ -107,9 +107,8 @@ def step_peak(sizes: StepSizes) -> dict[str, int]:
 
 
 def _at_loss(sizes: StepSizes) -> dict[str, int]:
-    # of the last norm: input and quotient in fp32, output, the rows that have a label; their
-    # gradient in fp32
-    head_token = (3 * FP32_BYTES + 2 * sizes.itemsize) * sizes.model.hidden_size
+    # input and output of the last norm, the rows that have a label; their gradient in fp32
+    head_token = (FP32_BYTES + 3 * sizes.itemsize) * sizes.model.hidden_size
     activations = kept_bytes(sizes) + sizes.tokens * head_token + mask_bytes(sizes, backward=False)
     gathered, _ = _gathered_numels(sizes)
     return {
@@ -218,8 +217,8 @@ def _experts_bytes(sizes: StepSizes) -> int:
 
 
 def _norm_bytes(sizes: StepSizes) -> int:
-    """Return what a norm keeps of a token: input and quotient in fp32, and the output."""
-    return (2 * FP32_BYTES + sizes.itemsize) * sizes.model.hidden_size
+    """Return what a norm keeps of a token: input and output."""
+    return 2 * sizes.itemsize * sizes.model.hidden_size
 
 
 def _layer_backward_bytes(sizes: StepSizes) -> int:
