@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
-
-import pytest
 
 from bench import gpu_counts
-
-
-@pytest.fixture(autouse=True)
-def _keep_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 def test_page_shows_the_committed_table() -> None:

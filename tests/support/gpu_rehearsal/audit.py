@@ -22,7 +22,7 @@ from tests.support.gpu_rehearsal.costs import Cost, cost_of, tensors_in
 from tests.support.gpu_rehearsal.parts import ENGINE, part_of_stack, place_in_code
 
 READS_A_VALUE = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal.")
-SIZES_ITS_RESULT = ("aten.nonzero", "aten.masked_select", "aten.unique", "aten._unique")
+SIZES_ITS_RESULT = ("aten.nonzero_numpy", "aten.masked_select", "aten.unique", "aten._unique")
 SIZES_ITS_RESULT += ("aten.bincount",)
 INDEXES = ("aten.index.Tensor", "aten.index_put", "aten._index_put", "aten._unsafe_index")
 COPIES = ("aten._to_copy", "aten.copy_")

@@ -95,6 +95,7 @@ OWN_OPERATORS = {
     "cpt.clear_empty_experts.default": OwnOperator(untouched=("matrices_EKN",)),
     "cpt.gated_unit_backward.default": OwnOperator(launches=2, extra_bytes=_tile_sums),
     "cpt.expert_output_backward.default": OwnOperator(launches=2, extra_bytes=_tile_sums),
+    "cpt.gather_rows.default": OwnOperator(gathered=("rows",)),
     "cpt.loss_statistics.default": OwnOperator(only_read=("logits_Nv",)),
     "cpt.pack_rows.default": OwnOperator(gathered=("tokens_NM",), made_dense=("tokens_NM",)),
     "cpt.rms_norm.default": OwnOperator(made_dense=("x",)),

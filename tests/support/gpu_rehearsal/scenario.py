@@ -47,7 +47,7 @@ from cpt.training.kl_targets import KLTargets
 from cpt.training.loader import MicroBatch, cut_rows
 from cpt.training.read_ahead import ReadAhead
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
-from data_pipeline.dataset import PackedRow
+from data_pipeline.dataset import IGNORED_LABEL, PackedRow
 from tests.support.gpu_rehearsal.audit import Audit
 from tests.support.gpu_rehearsal.groups import Collectives
 from tests.support.gpu_rehearsal.planted import planted
@@ -147,9 +147,12 @@ def packed_row(scenario: Scenario) -> PackedRow:
     """Return a row of documents of about one length."""
     length = scenario.seq_len
     bounds = [index * length // scenario.documents for index in range(scenario.documents + 1)]
+    labels = np.zeros(length, np.int64)
+    if scenario.few_labels:
+        labels[::2] = IGNORED_LABEL
     return PackedRow(
         input_ids=np.zeros(length, np.int64),
-        labels=np.zeros(length, np.int64),
+        labels=labels,
         position_ids=np.arange(length, dtype=np.int64),
         bounds=bounds,
         documents=np.arange(scenario.documents),

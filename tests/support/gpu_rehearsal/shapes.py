@@ -29,6 +29,8 @@ class Scenario:
     kl_targets: bool = False
     router_watch: bool = False
     """Both penalties, all measurements, and the routers before training."""
+    few_labels: bool = False
+    """Whether every second token has no label."""
     evaluates: bool = False
     """Whether to score and to sample after the step."""
     fault: str | None = None
@@ -70,6 +72,7 @@ FEATURES = (
     replace(SMALL, name="no checkpointing", checkpointing=False, micro_batches=2),
     replace(SMALL, name="checkpoints on the host", offload=True),
     replace(SMALL, name="targets", kl_targets=True, documents=7, micro_batches=2),
+    replace(SMALL, name="few labels", few_labels=True, micro_batches=2),
     replace(SMALL, name="router watch", router_watch=True, micro_batches=2),
     replace(
         LAYOUT,
