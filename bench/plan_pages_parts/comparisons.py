@@ -7,9 +7,9 @@ import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cpt.config import RunYaml, load
+from cpt.config import LaunchInfo, RunYaml, load, resolve
 from cpt.model.configuration import load_config
-from cpt.planning.estimate import Estimate
+from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.hardware import GPUS, Assumptions
 from cpt.planning.memory import count_parameters
 from cpt.planning.one_gpu import estimate_on_one_gpu
@@ -21,13 +21,11 @@ RESULTS = ROOT / "bench" / "gpu" / "results"
 H100 = GPUS["h100"]
 
 
-def best(
-    preset: str, gpus: int, seq_len: int, tokens: int, assumed: Assumptions | None = None
-) -> Estimate:
+def best(preset: str, gpus: int, seq_len: int, tokens: int) -> Estimate:
     """Return the best layout for `tokens` of an optimizer step."""
     model = load_config(None, preset)
     run = _run(seq_len, tokens)
-    found = search(run, model, count_parameters(model, ()), gpus, H100, assumed or Assumptions())
+    found = search(run, model, count_parameters(model, ()), gpus, H100, Assumptions())
     if found is None:
         raise ValueError(f"{preset} does not fit on {gpus} GPUs")
     return found[1]
@@ -126,18 +124,35 @@ PUBLISHED = (
 )
 
 
+IMBALANCES = (1.0, 2.0, 4.0)
+
+
 def published() -> str:
     """Return the published runs beside the plan of the same model, row and GPUs."""
-    lines = ["| run | published | routing | plan | plan / published | layout of the plan |"]
-    lines.append("|---|---|---|---|---|---|")
+    titles = [f"EP 8, busiest rank {imbalance:g} x" for imbalance in IMBALANCES]
+    head = ["run", "routing", "published", "best of the plan", "its layout", "best / published"]
+    lines = [_row(head[0], [*head[1:], *titles]), "|---" * (len(head) + len(titles)) + "|"]
     for run in PUBLISHED:
         one = best(run.preset, run.gpus, run.seq_len, run.tokens)
         name = f"{run.preset.removeprefix('gpt-oss-')}, {run.gpus} GPUs, {run.seq_len // 1024}k"
-        ratio = f"{one.tokens_per_gpu_second / run.speed:.2f}"
-        planned = f"{one.tokens_per_gpu_second:,.0f}"
-        cells = [f"{run.speed:,}", run.routing, planned, ratio, layout_of(one)]
+        cells = [run.routing, f"{run.speed:,}", f"{one.tokens_per_gpu_second:,.0f}"]
+        cells += [layout_of(one), f"{one.tokens_per_gpu_second / run.speed:.2f}"]
+        for imbalance in IMBALANCES:
+            cells.append(f"{_shipped(run, imbalance).tokens_per_gpu_second:,.0f}")
         lines.append(_row(name, cells))
     return "\n".join(lines)
+
+
+def _shipped(run: Published, imbalance: float) -> Estimate:
+    """Return the plan of ds_configs/z3_ep.json with two rows at a time and checkpointing."""
+    model = load_config(None, run.preset)
+    _, engine = load(ROOT / "configs" / "gpt-oss-20b.yaml", ROOT / "ds_configs" / "z3_ep.json", {})
+    rows = _run(run.seq_len, run.tokens)
+    rows = replace(rows, train=replace(rows.train, micro_batch_size=2))
+    info = LaunchInfo(world_size=run.gpus, local_world_size=8)
+    config = resolve(rows, engine, model, info)
+    assumed = Assumptions(imbalance=imbalance)
+    return estimate(config, model, count_parameters(model, ()), H100, assumed)
 
 
 SLICE_LAYERS = 2
@@ -162,10 +177,11 @@ def slices() -> str:
     for name, steps in measured.items():
         seconds = [statistics.median(steps[str(tokens)]["seconds"][1:]) for tokens in lengths]
         lines.append(_row(f"measured, {name}", [f"{1e3 * value:.0f}" for value in seconds]))
-        ratios = []
-        for one, value in zip(found, seconds, strict=True):
-            ratios.append(f"{one.step_seconds / value:.2f}")
-        lines.append(_row("predicted / measured", ratios))
+        if steps is latest:
+            ratios = []
+            for one, value in zip(found, seconds, strict=True):
+                ratios.append(f"{one.step_seconds / value:.2f}")
+            lines.append(_row("predicted / measured", ratios))
     memory = [f"{sum(one.memory.values()) / 1e9:.1f}" for one in found]
     peaks = [f"{latest[str(tokens)]['peak_GB']:.1f}" for tokens in lengths]
     lines.append(_row("memory predicted, GB", memory))

@@ -155,7 +155,8 @@ def _part_seconds(
     tokens = config.micro_batch_size * config.train.seq_len // config.sp_size
     share = Share(
         tokens=tokens,
-        attention_flops=tokens * flops.attention_forward,
+        attention_flops=tokens * (flops.attention - flops.window_attention) / 3,
+        window_flops=tokens * flops.window_attention / 3,
         ep_size=config.ep_size,
         sp_size=config.sp_size,
         imbalance=assumed.rank_imbalance(config.ep_size, model.num_local_experts),

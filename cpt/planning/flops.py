@@ -27,11 +27,8 @@ class TokenFlops:
     """Products with the weights of the chosen experts."""
     attention: float
     """Attention scores and weighted values."""
-
-    @property
-    def attention_forward(self) -> float:
-        """Operations of attention, forward only."""
-        return self.attention / 3
+    window_attention: float
+    """The part of `attention` in window layers."""
 
     @property
     def total(self) -> float:
@@ -50,13 +47,14 @@ def flops_per_token(model: GptOssConfig, seq_len: int) -> TokenFlops:
     projections = hidden * model.head_dim * heads
     router = hidden * model.num_local_experts
     expert = 3 * hidden * model.intermediate_size
-    keys = {
-        "full_attention": seq_len / 2,
-        "sliding_attention": min(window_tokens(model), seq_len / 2),
-    }
-    seen = sum(keys[kind] for kind in model.layer_types or ())
+    layer_types = list(model.layer_types or ())
+    # forward and backward; scores and weighted values
+    per_key = 3 * 4.0 * model.num_attention_heads * model.head_dim
+    windows = layer_types.count("sliding_attention") * min(window_tokens(model), seq_len / 2)
+    full = layer_types.count("full_attention") * seq_len / 2
     return TokenFlops(
         dense=6.0 * (layers * (projections + router) + hidden * model.vocab_size),
         experts=6.0 * layers * model.num_experts_per_tok * expert,
-        attention=3 * 4.0 * seen * model.num_attention_heads * model.head_dim,
+        attention=per_key * (full + windows),
+        window_attention=per_key * windows,
     )

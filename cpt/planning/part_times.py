@@ -131,9 +131,11 @@ def _product_seconds(part: str, name: str, work: Work, rates: Attainable) -> flo
         weights = work.weight_bytes / rates.memory_bytes_per_second
         multiplying = work.flops / rates.grouped_flops + rates.grouped_exposed * weights
     elif part == "attention core" and name == "backward":
-        multiplying = work.flops / rates.attention_backward_flops
+        multiplying = work.flops / rates.attention_flops.backward
+        multiplying += work.window_flops / rates.window_flops.backward
     elif part == "attention core":
-        multiplying = work.flops / rates.attention_forward_flops
+        multiplying = work.flops / rates.attention_flops.forward
+        multiplying += work.window_flops / rates.window_flops.forward
     else:
         multiplying = work.flops / rates.product_flops
     return max(multiplying, moving)

@@ -73,7 +73,9 @@ class Share:
     tokens: int
     """Tokens of this rank."""
     attention_flops: float
-    """FLOPs of the attention core, forward, in all layers."""
+    """FLOPs of the attention core in full layers, forward."""
+    window_flops: float
+    """FLOPs of the attention core in window layers, forward."""
     ep_size: int = 1
     sp_size: int = 1
     imbalance: float = 1.0
@@ -87,7 +89,9 @@ class Work:
     launches: float
     """Kernels started."""
     flops: float
-    """FLOPs of products."""
+    """FLOPs of products, without attention in windows."""
+    window_flops: float
+    """FLOPs of attention in windows."""
     product_bytes: float
     """Bytes that products read and write."""
     weight_bytes: float
@@ -203,8 +207,10 @@ def _scaled(
     weights = layers * mine.weights / theirs.weights
     values = layers * mine.values / theirs.values
     flops = layers * mine.flops / theirs.flops * curves["flops"].growing(tokens)
+    window_flops = 0.0
     if part == "attention core":
         flops = ATTENTION_FLOPS[name] * share.attention_flops
+        window_flops = ATTENTION_FLOPS[name] * share.window_flops
     launches = curves["launches"]
     # where their number depends on the tokens, it is small beside the work of more tokens
     counted_tokens = min(tokens, counted.most_tokens)
@@ -215,6 +221,7 @@ def _scaled(
     return Work(
         launches=layers * (launches.constant + launches.growing(counted_tokens)),
         flops=flops,
+        window_flops=window_flops,
         product_bytes=product_bytes,
         weight_bytes=fixed_bytes,
         other_bytes=max(0.0, all_bytes - product_bytes),
