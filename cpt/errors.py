@@ -1,15 +1,14 @@
 """The exit codes of a run, and the exceptions that lead to them.
 
-`ConfigError` (78) and `DataError` (65) come from the data pipeline, which must work without this
-package.
+`ConfigError` (78), `DataError` (65) and `StorageError` (74) come from the data pipeline, which must
+work without this package.
 """
 
 from __future__ import annotations
 
-from data_pipeline.errors import ConfigError, CptError, DataError
+from data_pipeline.errors import EXIT_INTERNAL, ConfigError, CptError, DataError, StorageError
 
 EXIT_DONE = 0
-EXIT_INTERNAL = 70
 
 
 class InternalError(CptError):
@@ -26,12 +25,6 @@ class HungRankError(CptError):
     """A rank that stopped making progress."""
 
     exit_code = 71
-
-
-class StorageError(CptError):
-    """A disk that is full, read-only or missing, or a write that failed."""
-
-    exit_code = 74
 
 
 class CheckpointError(StorageError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,20 +26,21 @@ from data_pipeline.build.workers import available_cores
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
-from data_pipeline.errors import ConfigError, CptError, DataError
+from data_pipeline.errors import EXIT_INTERNAL, ConfigError, DataError, explain, keep_trace
 from data_pipeline.mixture.data_plan import make_data_plan
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
 from data_pipeline.mixture.plan_comparison import compare_plans
 from data_pipeline.mixture.plan_figure import draw_plan
 from data_pipeline.mixture.settings import describe_changes, mix_settings
+from data_pipeline.store.descriptors import raise_descriptor_limit
 from data_pipeline.store.files import write_text
 from data_pipeline.store.manifest import FILE_NAME, read_manifest
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-EXIT_STORAGE = 74
-"""Exit code for storage that cannot be read or written (EX_IOERR of sysexits.h)."""
+PROGRAM = "data_pipeline"
+"""Name in messages about bugs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,15 +53,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_audit(commands)
     _add_moved_corpus(commands)
     options = parser.parse_args(arguments)
+    _prepare_process()
     try:
         options.run(options)
-    except CptError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"{error.filename or 'storage'}: {error.strerror or error}.", file=sys.stderr)
-        return EXIT_STORAGE
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        return _report(error)
     return 0
+
+
+def _prepare_process() -> None:
+    """Let no character and no number of files end a command that has done its work."""
+    raise_descriptor_limit()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _report(error: BaseException) -> int:
+    """Tell a person what ended the command, and return the exit code."""
+    explained = explain(error)
+    if explained is None:
+        explained = keep_trace(error, PROGRAM), EXIT_INTERNAL
+    message, code = explained
+    print(message, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # whoever read the output is gone, or its disk is full: Python would try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def _add_build(commands: Commands) -> None:
@@ -255,7 +279,8 @@ def _steps_of_one_pass(built: BuiltData, global_batch_size: int) -> int:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    # names of files that are not UTF-8 have characters that no encoding has
+    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _positive(text: str) -> int:

@@ -2,17 +2,30 @@
 
 Codes follow sysexits.h where it has a fitting one. `cpt.errors` adds those that only training can
 raise.
+
+Decisions
+    `explain` is the last resort of every command: it knows what a person, a file or a machine can
+    cause. Whatever it does not know is a bug, whose stack trace `keep_trace` puts into a file.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
+
+EXIT_INTERNAL = 70
+EXIT_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells report it."""
 
 
 class CptError(Exception):
     """Base of every error that this project raises on purpose; shown without a stack trace."""
 
-    exit_code = 70
+    exit_code = EXIT_INTERNAL
 
 
 class ConfigError(CptError):
@@ -31,3 +44,62 @@ class DataError(CptError):
     """Input data or a build that cannot be used; the message names the file."""
 
     exit_code = 65
+
+
+class StorageError(CptError):
+    """A disk that is full, read-only or missing, a limit of the system, or a write that failed."""
+
+    exit_code = 74
+
+
+_CURES = {
+    errno.EMFILE: " Raise the limit on open files: ulimit -n 65536 (its hard limit may be lower).",
+    errno.ENFILE: " The machine as a whole has too many open files.",
+    errno.ENOSPC: " Free space, or choose another place.",
+    errno.EDQUOT: " Free space in your quota, or choose another place.",
+    errno.EROFS: " Choose another place.",
+    errno.EACCES: " Change the permissions, or choose another place.",
+    errno.EPERM: " Change the permissions, or choose another place.",
+}
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """Return (message, exit code) of an error that is no bug of this project; None for a bug."""
+    if isinstance(error, CptError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted.", EXIT_INTERRUPTED
+    if isinstance(error, MemoryError):
+        reason = "not enough memory. Use fewer --workers, or a machine with more memory."
+        return reason, StorageError.exit_code
+    if isinstance(error, OSError):
+        place = error.filename or "storage"
+        cure = _CURES.get(error.errno or 0, "")
+        return f"{place}: {error.strerror or error}.{cure}", StorageError.exit_code
+    if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
+        return unnamable(error.object), ConfigError.exit_code
+    return None
+
+
+def unnamable(name: str) -> str:
+    """Return what to say of a file name that the locale of this process has no bytes for."""
+    return (
+        f"'{name:.200}' is no file name in this locale, whose encoding is "
+        f"{sys.getfilesystemencoding()}. Set PYTHONUTF8=1 or LC_ALL=C.UTF-8 in the environment."
+    )
+
+
+def keep_trace(error: BaseException, program: str) -> str:
+    """Write the stack trace of a bug to a file of its own, and return what to tell a person."""
+    trace = "".join(traceback.format_exception(error))
+    words = f"{type(error).__name__}: {error}".splitlines()[0]
+    try:
+        descriptor, path = tempfile.mkstemp(prefix=f"{program}-", suffix=".log")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(trace)
+    except OSError:
+        return f"{trace}internal error: {words}. This is a bug of {program}: please report it."
+    return (
+        f"internal error: {words}. This is a bug of {program}: please report it with the stack "
+        f"trace in {path}."
+    )

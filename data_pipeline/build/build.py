@@ -38,6 +38,7 @@ from data_pipeline.build.workers import spread
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
+from data_pipeline.store.descriptors import reserve_descriptors
 from data_pipeline.store.files import (
     PARTIAL_SUFFIX,
     cached_per_file,
@@ -75,6 +76,7 @@ def build(
     Raises:
         DataError: the input cannot be used, `out_dir` holds another mix or something else, or
             another process is building there.
+        StorageError: the input has more files than this process may have open.
     """
     out_dir = Path(out_dir).absolute()
     wanted = fingerprint(mix)
@@ -87,6 +89,9 @@ def build(
         if not _holds_work(work_dir, wanted):
             shutil.rmtree(work_dir, ignore_errors=True)
         parts = _prepare(work_dir, mix, wanted)
+        num_parts = sum(map(len, parts))
+        # the last stage maps the shard of every part, and its signatures
+        reserve_descriptors(2 * num_parts, f"{out_dir}: {num_parts:,} parts")
         _make_parts(list(chain.from_iterable(parts)), progress, workers)
         for path in work_dir.rglob(f".*{PARTIAL_SUFFIX}"):
             path.unlink()

@@ -9,28 +9,38 @@ Decisions
     documents depends on nothing else.
     JSONL is read as bytes, one line at a time, so a broken line costs only that line. A line longer
     than MAX_LINE_BYTES is rejected without being held in memory, and so is a text file.
+    A record that gives a key twice is rejected if the key decides its text: JSON does not say which
+    value is meant.
     A file that is empty, cut off or unreadable stops the build: it is more often a failed download
-    than intended.
+    than intended. A text file that is no text is one document, so it is counted as a reject.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any
 
 from data_pipeline.build.document import Document
 from data_pipeline.build.mock_documents import invent_documents
 from data_pipeline.build.stored_rows import read_build_texts, read_dataset_rows
-from data_pipeline.build.units import Unit, is_compressed, split_into_units
+from data_pipeline.build.table_columns import check_columns, column_bytes, decoded_records
+from data_pipeline.build.units import Unit, split_into_units
+from data_pipeline.build.unreadable_files import (
+    parquet_errors,
+    unreadable,
+    unreadable_parquet,
+    why_no_text,
+)
 from data_pipeline.config.source_config import SourceConfig, template_fields
-from data_pipeline.errors import DataError
+from data_pipeline.store.text_files import open_text, text_layers
 from data_pipeline.text.cleaning import Place, Tally, normalize, why_unusable
 from data_pipeline.text.harmony import read_conversation
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MAX_LINE_BYTES = 64 * 2**20
 """Length of the longest JSONL line or text file that is read."""
@@ -44,7 +54,8 @@ def read_texts(source: SourceConfig, tally: Tally) -> Iterator[str]:
     """Yield the usable texts of a source in order, and count everything in `tally`.
 
     Raises:
-        DataError: a file is missing, empty or unreadable, or a Parquet file lacks the column.
+        DataError: a file is missing, empty, unreadable or not of its format, or a table lacks the
+            column.
     """
     lines_before = 0
     previous_paths = None
@@ -63,14 +74,12 @@ def read_documents(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[D
     """Yield the usable documents of one unit; lines are counted from the start of the unit.
 
     Raises:
-        DataError: a file is missing or unreadable, or a Parquet file lacks the column.
+        DataError: a file is missing or unreadable, or a table lacks the column.
     """
     try:
         yield from _READERS[unit.format](source, unit, tally)
     except OSError as error:
-        path = error.filename or (unit.paths[0] if unit.paths else source.name)
-        hint = " Fetch it again." if "runcated" in str(error) else ""
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}.{hint}") from error
+        raise unreadable(unit.paths[0] if unit.paths else source.name, error) from error
 
 
 def record_fields(source: SourceConfig) -> tuple[str, ...]:
@@ -134,33 +143,16 @@ def _accept_bytes(
     return _accept_text(source, text, place, tally)
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file and decompress it on the way.
-
-    Raises:
-        OSError: the file cannot be read, or the compressed data is cut off.
-    """
-    if not is_compressed(path):
-        with path.open("rb", buffering=_BUFFER_BYTES) as file:
-            yield file
-        return
-    import pyarrow as pa
-
-    kind = "gzip" if path.name.lower().endswith(".gz") else "zstd"
-    try:
-        with path.open("rb") as raw, pa.CompressedInputStream(pa.PythonFile(raw), kind) as stream:
-            yield cast("IO[bytes]", io.BufferedReader(stream, _BUFFER_BYTES))
-    except OSError as error:
-        raise OSError(error.errno or 0, str(error), str(path)) from error
-
-
 def _read_jsonl(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
     (path,) = unit.paths
-    with _open(path) as file:
-        for number, line in _lines(file, path, unit, tally):
+    layers = text_layers(path)
+    stop = unit.stop if layers.is_plain else math.inf
+    if not unit.start:
+        tally.notes.update(layers.notes())
+    with open_text(path, layers) as file:
+        for number, line in _lines(file, path, unit, stop, tally):
             place = Place(str(path), number)
-            record, reason = _parse_line(line)
+            record, reason = _parse_line(source, line, tally)
             if reason is not None:
                 tally.reject(reason, place)
                 continue
@@ -169,10 +161,35 @@ def _read_jsonl(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Docu
                 yield document
 
 
-def _parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
+class _RepeatedKeys:
+    """A hook of `json.loads` that notes the keys that an object gives twice."""
+
+    def __init__(self) -> None:
+        self.outermost: list[str] = []
+        """Those of the object that ended last: of the record, once it is read."""
+        self.inner: list[str] = []
+        """Those of the objects before it."""
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        self.inner += self.outermost
+        self.outermost = []
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            seen: set[str] = set()
+            for key, _ in pairs:
+                if key in seen:
+                    self.outermost.append(key)
+                seen.add(key)
+        return value
+
+
+def _parse_line(
+    source: SourceConfig, line: bytes, tally: Tally
+) -> tuple[dict[str, Any], str | None]:
     """Return (record, None), or ({}, reason)."""
+    repeated = _RepeatedKeys()
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=repeated)
     except UnicodeDecodeError:
         return {}, "invalid UTF-8"
     except (ValueError, RecursionError):
@@ -181,33 +198,57 @@ def _parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
         return {}, "last line cut off"
     if not isinstance(record, dict):
         return {}, "not a JSON object"
+    if repeated.outermost or repeated.inner:
+        key = _repeated_key_that_counts(source, repeated)
+        if key is not None:
+            return {}, f"key '{key:.40}' given twice"
+        tally.notes["record with a key given twice, not one that is read"] += 1
     return record, None
 
 
-def _lines(file: IO[bytes], path: Path, unit: Unit, tally: Tally) -> Iterator[tuple[int, bytes]]:
-    """Yield (number from 1, line) for the lines of a unit that are neither blank nor too long."""
-    stop = math.inf if is_compressed(path) else unit.stop
+def _repeated_key_that_counts(source: SourceConfig, repeated: _RepeatedKeys) -> str | None:
+    """Return a repeated key that the document is made of; None if there is none."""
+    if source.format == "harmony":
+        return (repeated.outermost + repeated.inner)[0]
+    for field in record_fields(source):
+        if field in repeated.outermost:
+            return field
+    return None
+
+
+def _lines(
+    file: IO[bytes], path: Path, unit: Unit, stop: float, tally: Tally
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (number from 1, line) for the lines of a unit that are neither blank nor too long.
+
+    A line belongs to the unit if it begins before `stop`.
+    """
     position = _seek_first_line(file, unit)
     while position < stop:
-        at_start_of_file = position == 0
         line = file.readline(MAX_LINE_BYTES + 1)
         if not line:
             return
         position += len(line)
         tally.lines += 1
         too_long = len(line) > MAX_LINE_BYTES
-        if at_start_of_file and line.startswith(_BYTE_ORDER_MARK):
+        if line.startswith(_BYTE_ORDER_MARK):  # of the file, or of one that was appended to it
             tally.notes["byte order mark"] += 1
-            line = line.removeprefix(_BYTE_ORDER_MARK)
+            line = _without_marks(line)
         if too_long:
             while line and not line.endswith(b"\n") and position < stop:
                 line = file.readline(_BUFFER_BYTES)
                 position += len(line)
             tally.reject(f"line longer than {MAX_LINE_BYTES} bytes", Place(str(path), tally.lines))
-        elif line.isspace():
+        elif not line.strip():
             tally.notes["blank line"] += 1
         else:
             yield tally.lines, line
+
+
+def _without_marks(content: bytes) -> bytes:
+    while content.startswith(_BYTE_ORDER_MARK):
+        content = content.removeprefix(_BYTE_ORDER_MARK)
+    return content
 
 
 def _seek_first_line(file: IO[bytes], unit: Unit) -> int:
@@ -228,104 +269,92 @@ def _seek_first_line(file: IO[bytes], unit: Unit) -> int:
 
 
 def _read_parquet(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
-    import pyarrow as pa
+    (path,) = unit.paths
+    for rows_before, batch in _parquet_batches(path, unit, record_fields(source)):
+        yield from _table_documents(source, batch, str(path), rows_before, tally)
+
+
+def _parquet_batches(
+    path: Path, unit: Unit, fields: tuple[str, ...]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield (rows of the file before it, batch) for the rows of a unit."""
     import pyarrow.parquet as pq
 
-    (path,) = unit.paths
-    fields = record_fields(source)
     try:
         with pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow, fields)
+            check_columns(str(path), file.schema_arrow, fields, "Set text_field or template.")
             number = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
-            for values in _parquet_rows(file, unit, fields):
-                number += 1
-                place = Place(f"{path}: row {number}")
-                try:
-                    record = _decode_record(fields, values)
-                except UnicodeDecodeError:
-                    tally.reject("invalid UTF-8", place)
-                    continue
-                document = _accept_record(source, record, place, tally)
-                if document is not None:
-                    yield document
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}.") from error
-
-
-def _parquet_rows(
-    file: Any, unit: Unit, fields: tuple[str, ...]
-) -> Iterator[tuple[bytes | None, ...]]:
-    """Yield the values of `fields` in each row of a unit.
-
-    Strings come as bytes, because one invalid string must not cost the whole batch.
-    """
-    import pyarrow as pa
-
-    batches = file.iter_batches(
-        batch_size=_PARQUET_ROWS,
-        row_groups=list(range(unit.start, unit.stop)),
-        columns=list(fields),
-    )
-    for batch in batches:
-        columns = [batch.column(field).cast(pa.large_binary()).to_pylist() for field in fields]
-        yield from zip(*columns, strict=True)
-
-
-def _decode_record(
-    fields: tuple[str, ...], values: tuple[bytes | None, ...]
-) -> dict[str, str | None]:
-    """Return a row as a record of texts.
-
-    Raises:
-        UnicodeDecodeError: a value is not UTF-8.
-    """
-    record: dict[str, str | None] = {}
-    for field, value in zip(fields, values, strict=True):
-        record[field] = None if value is None else value.decode("utf-8")
-    return record
-
-
-def _check_columns(path: Path, schema: Any, fields: tuple[str, ...]) -> None:
-    import pyarrow as pa
-
-    for field in fields:
-        if field not in schema.names:
-            raise DataError(
-                f"{path}: no column '{field}'. It has: {', '.join(schema.names)}. Set text_field."
+            batches = file.iter_batches(
+                batch_size=_PARQUET_ROWS,
+                row_groups=list(range(unit.start, unit.stop)),
+                columns=list(fields),
             )
-        kind = schema.field(field).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise DataError(
-                f"{path}: column '{field}' holds {kind}, must hold strings. Set text_field."
-            )
+            for batch in batches:
+                yield number, batch
+                number += batch.num_rows
+    except parquet_errors() as error:
+        raise unreadable_parquet(path, error) from error
+
+
+def _table_documents(
+    source: SourceConfig,
+    table: pa.RecordBatch | pa.Table,
+    name: str,
+    rows_before: int,
+    tally: Tally,
+) -> Iterator[Document]:
+    """Yield the usable documents of a batch or table of rows."""
+    fields = record_fields(source)
+    columns = [column_bytes(table.column(field)) for field in fields]
+    for number, record in enumerate(decoded_records(columns, fields), rows_before + 1):
+        place = Place(f"{name}: row {number}")
+        if record is None:
+            tally.reject("invalid UTF-8", place)
+            continue
+        document = _accept_record(source, record, place, tally)
+        if document is not None:
+            yield document
 
 
 def _read_text_files(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
     for path in unit.paths:
         place = Place(str(path))
-        with _open(path) as file:
+        layers = text_layers(path)
+        reason = why_no_text(path, layers)
+        if reason is not None:
+            tally.reject(reason, place)
+            continue
+        tally.notes.update(layers.notes())
+        with open_text(path, layers) as file:
             content = file.read(MAX_LINE_BYTES + 1)
         if len(content) > MAX_LINE_BYTES:
             tally.reject(f"text file longer than {MAX_LINE_BYTES} bytes", place)
             continue
-        if content.startswith(_BYTE_ORDER_MARK):
-            tally.notes["byte order mark"] += 1
-            content = content.removeprefix(_BYTE_ORDER_MARK)
-        if b"\r\n" in content:
-            tally.notes["file with CRLF line ends, read as LF"] += 1
-            content = content.replace(b"\r\n", b"\n")
-        document = _accept_bytes(source, content, place, tally)
+        document = _accept_bytes(source, _unify_text_file(content, tally), place, tally)
         if document is not None:
             yield document
+
+
+def _unify_text_file(content: bytes, tally: Tally) -> bytes:
+    """Return a text file without byte order marks and with LF as its line ends."""
+    if content.startswith(_BYTE_ORDER_MARK):
+        tally.notes["byte order mark"] += 1
+        content = _without_marks(content)
+    if b"\r\n" in content:
+        tally.notes["file with CRLF line ends, read as LF"] += 1
+        content = content.replace(b"\r\n", b"\n")
+    if b"\n" + _BYTE_ORDER_MARK in content:  # files with marks were joined to one
+        tally.notes["byte order mark inside a file"] += 1
+        content = content.replace(b"\n" + _BYTE_ORDER_MARK, b"\n")
+    return content
 
 
 def _read_dataset(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
-    name = unit.paths[0] if unit.paths else source.dataset
-    rows = read_dataset_rows(source, unit.start, unit.stop, record_fields(source))
-    for number, record in enumerate(rows, unit.start + 1):
-        document = _accept_record(source, record, Place(f"{name}: row {number}"), tally)
-        if document is not None:
-            yield document
+    name = str(unit.paths[0] if unit.paths else source.dataset)
+    number = unit.start
+    for table in read_dataset_rows(source, unit.start, unit.stop, record_fields(source)):
+        yield from _table_documents(source, table, name, number, tally)
+        number += table.num_rows
 
 
 def _read_build(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:

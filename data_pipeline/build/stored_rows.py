@@ -13,16 +13,22 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_pipeline.build.table_columns import check_columns
+from data_pipeline.config.links import dangling_link
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
+from data_pipeline.store.file_kinds import FileKind, describe_head, kind_of_file
 from data_pipeline.store.manifest import read_manifest
 from data_pipeline.store.packing import Integers
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.tokenizer import decode_bytes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _BATCH_ROWS = 256
 
@@ -55,24 +61,18 @@ def count_rows(source: SourceConfig) -> tuple[int, int]:
 
 def read_dataset_rows(
     source: SourceConfig, start: int, stop: int, fields: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
-    """Yield the rows [start, stop) of a dataset, each with `fields`.
+) -> Iterator[pa.Table]:
+    """Yield the rows [start, stop) of a dataset as tables that have the columns `fields`.
 
     Raises:
-        DataError: the dataset lacks a column.
+        DataError: the dataset lacks a column, or has it not as text.
     """
     dataset = _dataset(source)
-    missing = [field for field in fields if field not in dataset.column_names]
-    if missing:
-        raise DataError(
-            f"source '{source.name}': the dataset has no column '{missing[0]}'. It has: "
-            f"{', '.join(dataset.column_names)}. Set text_field or template."
-        )
+    place = f"source '{source.name}': the dataset"
+    check_columns(place, dataset.data.schema, fields, "Set text_field or template.")
     chosen = dataset.select_columns(list(fields))
     for first in range(start, stop, _BATCH_ROWS):
-        columns = chosen[first : min(first + _BATCH_ROWS, stop)]
-        for values in zip(*(columns[field] for field in fields), strict=True):
-            yield dict(zip(fields, values, strict=True))
+        yield chosen[first : min(first + _BATCH_ROWS, stop)]
 
 
 def read_build_texts(source: SourceConfig, start: int, stop: int) -> Iterator[bytes]:
@@ -137,16 +137,39 @@ def _open_dataset(
 
     place = path[0] if path else f"{name} at {revision}"
     try:
-        if not path:
+        if path:
+            loaded = datasets.load_from_disk(path[0])
+        else:
             assert name is not None, "load_mix refuses a dataset without path and name"
-            return datasets.load_dataset(name, subset, split=split, revision=revision)
-        loaded = datasets.load_from_disk(path[0])
-        if isinstance(loaded, datasets.DatasetDict):
-            return loaded[split]
-        return loaded
+            loaded = datasets.load_dataset(name, subset, split=split, revision=revision)
     except Exception as error:
         # `datasets` raises whatever the hub, the file system or the builder of the dataset raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{place}: cannot be read as a Hugging Face dataset, split '{split}': {reason}."
+            f"{place}: cannot be read as a Hugging Face dataset, split '{split}': "
+            f"{reason.rstrip('.')}.{_odd_files(path)}"
         ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise DataError(
+                f"{place}: has no split '{split}'. It has: {', '.join(loaded)}. Set split."
+            )
+        loaded = loaded[split]
+    # a dataset may have been saved with a format of its own, such as torch
+    return loaded.with_format("arrow")
+
+
+def _odd_files(path: tuple[str, ...] | None) -> str:
+    """Return a sentence on the first file of a folder that is not what its name says."""
+    wanted = {".arrow": (FileKind.ARROW_STREAM, FileKind.ARROW_FILE), ".json": (FileKind.TEXT,)}
+    for folder in path or ():
+        for file in sorted(Path(folder).rglob("*")):
+            if file.suffix not in wanted:
+                continue
+            link = dangling_link(file)
+            if link:
+                return f" {link}"
+            kind = kind_of_file(file) if file.is_file() else FileKind.TEXT
+            if kind not in wanted[file.suffix]:
+                return f" {file} is {describe_head(file)}. {kind.cure}"
+    return ""

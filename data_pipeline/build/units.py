@@ -5,7 +5,9 @@ Decisions
     same units, in the same order, wherever it is built.
     A JSONL file is cut by bytes, and a line belongs to the unit that its first byte lies in. A
     Parquet file is cut by row groups, a dataset or an earlier build by rows. Text files are
-    gathered until they make a unit. A compressed file cannot be cut.
+    gathered until they make a unit. A file that is compressed, in UTF-16 or UTF-32, or has CR line
+    ends cannot be cut.
+    Every file is looked at before the first one is read: what it is decides, not what it is called.
     Units are large enough that no source has many more than MAX_UNITS of them.
 """
 
@@ -17,8 +19,18 @@ from pathlib import Path
 
 from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
 from data_pipeline.build.stored_rows import count_rows
-from data_pipeline.config.source_config import COMPRESSIONS, SourceConfig
+from data_pipeline.build.unreadable_files import (
+    check_jsonl,
+    check_not_empty,
+    check_parquet,
+    parquet_errors,
+    unreadable,
+    unreadable_parquet,
+)
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
+from data_pipeline.store.file_kinds import FileKind
+from data_pipeline.store.text_files import TextLayers, text_layers
 
 MIN_UNIT_BYTES = 16 * 2**20
 """Bytes of input that make a unit: some seconds of work, which is what a kill costs at most."""
@@ -55,27 +67,47 @@ def split_into_units(source: SourceConfig) -> list[Unit]:
     return list(_files_units(source))
 
 
-def is_compressed(path: Path) -> bool:
-    """Return whether the name of a file says that it is compressed."""
-    return path.name.lower().endswith(COMPRESSIONS)
-
-
 def _files_units(source: SourceConfig) -> Iterator[Unit]:
     files = source.files()
     sizes = [_size_bytes(path, source) for path in files]
     unit_bytes = max(MIN_UNIT_BYTES, sum(sizes) // MAX_UNITS)
     texts = _TextFiles()
     for path, size_bytes in zip(files, sizes, strict=True):
-        kind = source.format_of(path)
-        assert kind is not None, f"{path}: load_mix lets no unknown suffix through"
-        if kind == "text" and not is_compressed(path):
+        layers = _layers(path)
+        kind = _format_of(path, source, layers)
+        if kind == "text" and layers.is_plain:
             texts.add(path, size_bytes)
             if texts.size_bytes >= unit_bytes:
                 yield from texts.take()
         else:
             yield from texts.take()  # documents stay in the order of the files
-            yield from _file_units(path, kind, size_bytes, unit_bytes)
+            yield from _file_units(path, kind, size_bytes, unit_bytes, layers)
     yield from texts.take()
+
+
+def _layers(path: Path) -> TextLayers:
+    try:
+        return text_layers(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _format_of(path: Path, source: SourceConfig, layers: TextLayers) -> str:
+    """Return the format to read a file in, once its content is known to be of that format.
+
+    Raises:
+        DataError: it is something else.
+    """
+    kind = source.format_of(path)
+    assert kind is not None, f"{path}: load_mix lets no unknown suffix through"
+    if source.format == "auto" and layers.kind is FileKind.PARQUET:
+        kind = "parquet"
+    check_not_empty(path, source, layers)
+    if kind == "parquet":
+        check_parquet(path, source)
+    elif kind in ("jsonl", "harmony"):
+        check_jsonl(path, source, layers)
+    return kind
 
 
 class _TextFiles:
@@ -102,7 +134,7 @@ def _size_bytes(path: Path, source: SourceConfig) -> int:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        raise unreadable(path, error) from error
     if size == 0:
         raise DataError(
             f"{path}: empty file (source '{source.name}'). Remove it or fetch it again."
@@ -110,10 +142,12 @@ def _size_bytes(path: Path, source: SourceConfig) -> int:
     return size
 
 
-def _file_units(path: Path, kind: str, size_bytes: int, unit_bytes: int) -> Iterator[Unit]:
+def _file_units(
+    path: Path, kind: str, size_bytes: int, unit_bytes: int, layers: TextLayers
+) -> Iterator[Unit]:
     if kind == "parquet":
         yield from _parquet_units(path, unit_bytes)
-    elif kind in ("jsonl", "harmony") and not is_compressed(path):
+    elif kind in ("jsonl", "harmony") and layers.is_plain:
         for start in range(0, size_bytes, unit_bytes):
             stop = min(start + unit_bytes, size_bytes)
             yield Unit(paths=(path,), format=kind, start=start, stop=stop, size_bytes=stop - start)
@@ -123,6 +157,8 @@ def _file_units(path: Path, kind: str, size_bytes: int, unit_bytes: int) -> Iter
 
 def _parquet_units(path: Path, unit_bytes: int) -> Iterator[Unit]:
     sizes = _row_group_bytes(path)
+    if not sizes:
+        raise DataError(f"{path}: has no rows. Remove it or fetch it again.")
     start = 0
     gathered = 0
     for number, size in enumerate(sizes):
@@ -136,16 +172,17 @@ def _parquet_units(path: Path, unit_bytes: int) -> Iterator[Unit]:
 
 
 def _row_group_bytes(path: Path) -> list[int]:
-    """Return the size of each row group of a Parquet file, uncompressed."""
-    import pyarrow as pa
+    """Return the size of each row group of a Parquet file, uncompressed; none if it has no row."""
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             metadata = file.metadata
+            if not metadata.num_rows:
+                return []
             return [metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}.") from error
+    except parquet_errors() as error:
+        raise unreadable_parquet(path, error) from error
 
 
 def _row_units(source: SourceConfig, num_rows: int, size_bytes: int) -> Iterator[Unit]:

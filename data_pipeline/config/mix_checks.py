@@ -9,13 +9,16 @@ Decisions
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from data_pipeline.config.links import dangling_link
 from data_pipeline.config.mix_config import MAX_SEQ_LEN, OWN_PREFIX, WEIGHT_SUM_TOLERANCE
 from data_pipeline.config.source_config import LANGUAGES, SUFFIXES, expand, suffix_format
 from data_pipeline.config.strict_yaml import KeyPath, Reader, nearest
+from data_pipeline.errors import unnamable
 
 RawSection = dict[str, Any]
 """A section of the file as it was parsed."""
@@ -150,8 +153,27 @@ def _check_place(reader: Reader, source: RawSection, path: KeyPath, base: Path) 
 
 def _check_folder(reader: Reader, source: RawSection, path: KeyPath, base: Path) -> None:
     folder = source.get("path")
-    if isinstance(folder, str) and not (base / folder).is_dir():
-        reader.problem(path, f"is '{folder}', which is no folder (looked in {base}).")
+    if not isinstance(folder, str):
+        return
+    try:
+        os.fsencode(folder)
+        if not (base / folder).is_dir():
+            reader.problem(path, f"is '{folder}', which is no folder (looked in {base}).")
+            return
+        _check_links(reader, sorted((base / folder).rglob("*")), path)
+    except UnicodeEncodeError:
+        reader.problem(path, f"names a folder that cannot be opened: {unnamable(folder)}")
+    except OSError as error:
+        reader.problem(path, f"is '{folder}', which cannot be looked at: {error.strerror}.")
+
+
+def _check_links(reader: Reader, files: list[Path], path: KeyPath) -> None:
+    """Report the first file that is a link to nothing."""
+    for file in files:
+        problem = dangling_link(file)
+        if problem:
+            reader.problem(path, f"names a file that is not there: {problem}")
+            return
 
 
 def _check_files(reader: Reader, section: RawSection, path: KeyPath, base: Path) -> None:
@@ -170,22 +192,37 @@ def _check_files(reader: Reader, section: RawSection, path: KeyPath, base: Path)
     for pattern in patterns:
         if not isinstance(pattern, str):
             continue
-        files = expand(str(base / pattern)) if pattern else []
+        files = _expand(reader, pattern, path, base)
+        if files is None:
+            continue
         if not files:
             reader.problem(path, f"is '{pattern}', which matches no file (looked in {base}).")
         twice = [file for file in files if file in seen]
         if twice:
             reader.problem(path, f"names {twice[0]} twice. Remove one.")
         seen.update(files)
+        _check_links(reader, files, path)
         if by_suffix:
             _check_suffixes(reader, files, path)
+
+
+def _expand(reader: Reader, pattern: str, path: KeyPath, base: Path) -> list[Path] | None:
+    """Return the files of a pattern; None if it cannot be looked for, which is reported."""
+    try:
+        os.fsencode(pattern)
+        return expand(str(base / pattern)) if pattern else []
+    except UnicodeEncodeError:
+        reader.problem(path, f"names a file that cannot be opened: {unnamable(pattern)}")
+    except OSError as error:
+        reader.problem(path, f"is '{pattern:.200}', which cannot be looked for: {error.strerror}.")
+    return None
 
 
 def _check_suffixes(reader: Reader, files: list[Path], path: KeyPath) -> None:
     """Report the first file whose format `format: auto` cannot tell."""
     for file in files:
         if suffix_format(file) is None:
-            known = ", ".join([*SUFFIXES, ".jsonl.gz", ".jsonl.zst"])
+            known = ", ".join([*SUFFIXES, ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".jsonl.bz2"])
             reader.problem(path, f"names {file}, whose suffix is not one of {known}. Set format.")
             return
 

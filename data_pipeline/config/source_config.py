@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_pipeline.config.links import dangling_link
 from data_pipeline.config.strict_yaml import nearest
 
 NATURAL_LANGUAGES = {
@@ -47,8 +48,8 @@ LANGUAGES = (*NATURAL_LANGUAGES, *NOT_ONE_LANGUAGE)
 
 SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 """Format that `format: auto` reads a file as, by its suffix without one of COMPRESSIONS."""
-COMPRESSIONS = (".gz", ".zst")
-"""Suffixes of compressed JSONL and text files."""
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+"""Suffixes of compressed JSONL and text files; whether one is compressed, its content decides."""
 FILE_FORMATS = ("auto", "jsonl", "parquet", "text", "harmony")
 """Formats whose `path` names files; the others read a folder or nothing."""
 
@@ -301,7 +302,12 @@ def expand(pattern: str) -> list[Path]:
 
 
 def _plain_files(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.is_file())
+    """Return the files among `paths`, and the links to nothing, which must not go unnoticed."""
+    files = []
+    for path in paths:
+        if path.is_file() or dangling_link(path):
+            files.append(path)
+    return sorted(files)
 
 
 def suffix_format(path: Path) -> str | None:

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.errors import DataError
+from data_pipeline.store.descriptors import reserve_descriptors
 from data_pipeline.store.files import atomic_write
 from data_pipeline.text.harmony import RETURN
 from data_pipeline.text.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, VOCAB_SIZE, Tokens
@@ -263,7 +264,9 @@ class Shards:
 
         Raises:
             DataError: There is no shard, or one is damaged.
+            StorageError: There are more shards than files that may be open.
         """
+        reserve_descriptors(len(names), str(directory))
         if not names:
             raise DataError(
                 f"{directory}: holds no token shard. Delete the build and build it again."

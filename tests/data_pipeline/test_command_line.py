@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import json
+import os
+import re
+import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.__main__ import main
 from data_pipeline.store.manifest import read_manifest
-from tests.data_pipeline.inputs import MakeMix, make_texts
+from tests.data_pipeline.inputs import MakeMix, make_texts, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,3 +125,198 @@ def test_the_pipeline_imports_neither_torch_nor_the_trainer() -> None:
         "assert not {'torch', 'deepspeed', 'cpt', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def run_in(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the program with variables set or, if empty, unset."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-m", "data_pipeline", *map(str, arguments)]
+    return subprocess.run(
+        command,
+        env={name: value for name, value in variables.items() if value},
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        cwd=ROOT,
+    )
+
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+
+
+def japanese_mix(folder: Path) -> Path:
+    """Write a mix whose file and folder have Japanese names, and return its path."""
+    write_jsonl(folder / "\u65e5\u672c.jsonl", [*make_texts(20, "ja"), ""])
+    path = folder / "mix.yaml"
+    path.write_text(
+        "seq_len: 64\nseed: 1\nnear_duplicates: 0\ndecontaminate_tokens: 0\n"
+        "max_reject_share: 0.01\nsources:\n"
+        "  - {name: ja, language: ja, domain: \u7db2, path: \u65e5\u672c.jsonl, weight: 1.0}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_terminal_that_is_not_utf_8_gets_every_line_of_a_build_and_an_audit(
+    tmp_path: Path,
+) -> None:
+    mix = japanese_mix(tmp_path / "\u30c7\u30fc\u30bf")
+    out = tmp_path / "\u30c7\u30fc\u30bf" / "out"
+    done = run_in({"PYTHONIOENCODING": "ascii"}, "build", mix, "--out", out)
+    assert done.returncode == 65 and "\\u65e5\\u672c.jsonl:21" in done.stderr
+    assert "Traceback" not in done.stderr
+    mix.write_text(mix.read_text("utf-8").replace("0.01", "0.5"), encoding="utf-8")
+    done = run_in({"PYTHONIOENCODING": "ascii"}, "build", mix, "--out", out)
+    assert done.returncode == 0 and "\\u30c7\\u30fc\\u30bf" in done.stdout
+    page = tmp_path / "\u30c7\u30fc\u30bf.html"
+    done = run_in({"PYTHONIOENCODING": "ascii"}, "audit", mix, "--out", page)
+    assert "Traceback" not in done.stderr and page.exists()
+
+
+def test_a_locale_that_cannot_name_a_file_is_told_with_the_cure(tmp_path: Path) -> None:
+    mix = japanese_mix(tmp_path / "\u30c7\u30fc\u30bf")
+    done = run_in(C_LOCALE, "build", mix, "--out", tmp_path / "out")
+    assert done.returncode == 78 and "Traceback" not in done.stderr
+    assert "is no file name in this locale, whose encoding is ascii" in done.stderr
+    assert "Set PYTHONUTF8=1" in done.stderr
+    (mix.parent / "plain.jsonl").symlink_to(mix.parent / "\u65e5\u672c.jsonl")
+    mix.write_text(
+        mix.read_text("utf-8").replace("\u65e5\u672c.jsonl", "plain.jsonl").replace("0.01", "0.5"),
+        encoding="utf-8",
+    )
+    done = run_in(C_LOCALE, "build", mix, "--out", mix.parent / "out")
+    assert done.returncode == 0, done.stderr
+    page = mix.parent / "\u9801.html"
+    done = run_in(C_LOCALE, "audit", mix, "--out", page)
+    assert "Traceback" not in done.stderr and page.exists()
+
+
+def test_a_file_name_that_is_not_utf_8_is_read_and_told(tmp_path: Path) -> None:
+    name = os.fsdecode("\u65e5\u672c".encode("shift_jis") + b".jsonl")
+    write_jsonl(tmp_path / name, [*make_texts(20, "ja"), ""])
+    (tmp_path / "mix.yaml").write_text(
+        "seq_len: 64\nseed: 1\nnear_duplicates: 0\ndecontaminate_tokens: 0\n"
+        "max_reject_share: 0.01\nsources:\n"
+        "  - {name: ja, language: ja, domain: web, path: '*.jsonl', weight: 1.0}\n"
+    )
+    done = run_in({}, "build", tmp_path / "mix.yaml", "--out", tmp_path / "out")
+    assert done.returncode == 65 and "jsonl:21" in done.stderr and "Traceback" not in done.stderr
+    done = run_in({}, "audit", tmp_path / "mix.yaml", "--out", tmp_path / "page.html")
+    assert "Traceback" not in done.stderr and (tmp_path / "page.html").exists()
+
+
+def limited(soft: int, hard: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the program with limits on its open files."""
+    command = [sys.executable, "-m", "data_pipeline", *map(str, arguments)]
+    return subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
+    )
+
+
+def test_more_files_than_descriptors_are_built_or_told(tmp_path: Path) -> None:
+    for number in range(150):
+        write_jsonl(tmp_path / f"{number:03}.jsonl", [f"text {number} {'word ' * 9}"])
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(
+        "seq_len: 64\nseed: 1\nnear_duplicates: 0\ndecontaminate_tokens: 0\nsources:\n"
+        "  - {name: en, language: en, domain: web, path: '*.jsonl', weight: 1.0}\n"
+    )
+    done = limited(100, 1000, "build", mix, "--out", tmp_path / "out", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    done = limited(100, 200, "plan", mix, "--out", tmp_path / "out", "--workers", "1")
+    assert done.returncode == 74 and "Traceback" not in done.stderr
+    assert "needs 150 open files, but this process may have 200 (hard limit" in done.stderr
+    done = limited(100, 200, "build", mix, "--out", tmp_path / "other", "--workers", "1")
+    assert done.returncode == 74 and "150 parts: needs 300 open files" in done.stderr
+
+
+def test_a_bug_exits_70_and_keeps_its_trace_in_a_file(
+    mix_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: object, **keys: object) -> None:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr("data_pipeline.__main__.build", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["build", str(mix_path), "--out", str(tmp_path / "out")]) == 70
+    told = capsys.readouterr().err
+    (log,) = tmp_path.glob("data_pipeline-*.log")
+    assert told.startswith("internal error: KeyError: 'no such thing'. This is a bug")
+    assert str(log) in told and "Traceback" not in told
+    assert "Traceback" in log.read_text() and "in fail" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted."),
+        (MemoryError(), 74, "not enough memory. Use fewer --workers"),
+        (OSError(errno.EMFILE, "Too many open files", "a"), 74, "a: Too many .* ulimit -n"),
+        (OSError(errno.ENOSPC, "No space left on device", "a"), 74, "a: No space .* Free space"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), 74, "Change the permissions"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_what_a_person_or_a_machine_causes_has_a_code_and_a_cure(
+    error: BaseException,
+    code: int,
+    message: str,
+    mix_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: object, **keys: object) -> None:
+        raise error
+
+    monkeypatch.setattr("data_pipeline.__main__.build", fail)
+    assert main(["build", str(mix_path), "--out", "unused"]) == code
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_output_that_nobody_reads_or_that_has_no_room_ends_with_a_code(mix_path: Path) -> None:
+    for target in ("| head -c 0", "> /dev/full"):
+        program = f"{sys.executable} -m data_pipeline plan {mix_path} {target}"
+        command = program + "; exit ${PIPESTATUS[0]}"
+        done = subprocess.run(
+            ["bash", "-c", command], check=False, capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode in (0, 74) and "Traceback" not in done.stderr, target
+        assert "Exception ignored" not in done.stderr
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    content=st.one_of(
+        st.binary(max_size=200),
+        st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(
+                    st.sampled_from(["seq_len", "seed", "sources", "name", "path", "weight"])
+                    | st.text(max_size=5),
+                    inner,
+                    max_size=5,
+                )
+            ),
+            max_leaves=12,
+        ).map(lambda value: json.dumps(value).encode()),
+    )
+)
+def test_any_mix_is_read_or_ends_with_a_code_of_the_contract(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as told:
+        path = Path(folder) / "mix.yaml"
+        path.write_bytes(content)
+        code = main(["build", str(path), "--out", str(Path(folder) / "out")])
+        assert code in (65, 78) and told.getvalue().strip(), content
+        assert "internal error" not in told.getvalue()
