@@ -17,10 +17,10 @@ from data_pipeline.build.build import (
     DEFAULT_ROOT,
     build,
     build_share,
-    fingerprint,
     resolve_build_dir,
 )
 from data_pipeline.build.guard_sets import describe_guard_sets
+from data_pipeline.build.origin import fingerprint
 from data_pipeline.build.summary import describe_build
 from data_pipeline.build.workers import available_cores
 from data_pipeline.config.mix_config import MixConfig

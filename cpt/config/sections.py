@@ -81,6 +81,9 @@ class DataSection:
     the current directory; a small input is built there when the run starts."""
     auto_build_limit_bytes: int = 256 * 2**20
     """Largest input in bytes that a run builds by itself."""
+    accept_stale_build: bool = False
+    """Train on a build whose rules or files are not those of the mix as it is; what differs is
+    logged."""
     accept_mix_change: bool = False
     """Continue with a mix that was edited since the last checkpoint; it becomes a new segment of
     the ledger."""

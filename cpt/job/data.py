@@ -17,7 +17,14 @@ from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.training.kl_targets import KLTargets, check_targets
-from data_pipeline.build.build import build, input_bytes, resolve_build_dir
+from data_pipeline.build.build import (
+    build,
+    can_be_read,
+    input_bytes,
+    matching_builds,
+    resolve_build_dir,
+)
+from data_pipeline.build.origin import compare
 from data_pipeline.build.self_replay import check_base_model
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
@@ -25,30 +32,50 @@ from data_pipeline.config.strict_yaml import load_yaml
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import DataPlan, make_data_plan
 from data_pipeline.mixture.ledger import Ledger
+from data_pipeline.store.manifest import FILE_NAME, read_manifest
 
 log = logging.getLogger("cpt.job.data")
 
 
-def check_mix(mix_file: Path, seq_len: int) -> MixConfig:
+def check_mix(settings: DataSection, seq_len: int) -> MixConfig:
     """Read the data-mix YAML and compare it with the run.
 
     Args:
-        mix_file: The data-mix YAML.
+        settings: The `data` section of the run YAML.
         seq_len: Tokens of a packed row in the run.
+
+    Returns:
+        The mix; where it is built, its files need not be here.
 
     Raises:
         ConfigError: everything wrong in the mix, and rows of another length than the run's.
     """
+    mix_file = settings.mix
     try:
         mix = load_mix(mix_file)
     except ConfigError as error:
-        written = load_yaml(mix_file).value
-        rows = written.get("seq_len") if isinstance(written, dict) else None
-        raise ConfigError([*error.problems, *seq_len_problems(mix_file, rows, seq_len)]) from error
+        mix_without_files = _mix_of_whole_build(settings)
+        if mix_without_files is None:
+            written = load_yaml(mix_file).value
+            rows = written.get("seq_len") if isinstance(written, dict) else None
+            problems = seq_len_problems(mix_file, rows, seq_len)
+            raise ConfigError([*error.problems, *problems]) from error
+        mix = mix_without_files
     problems = seq_len_problems(mix_file, mix.seq_len, seq_len)
     if problems:
         raise ConfigError(problems)
     return mix
+
+
+def _mix_of_whole_build(settings: DataSection) -> MixConfig | None:
+    """Return a mix that is right but for its files, if it is built; None otherwise."""
+    try:
+        mix = load_mix(settings.mix, need_files=False)
+    except ConfigError:
+        return None
+    if settings.build_dir is not None:
+        return mix if (settings.build_dir / FILE_NAME).is_file() else None
+    return mix if matching_builds(mix) else None
 
 
 def seq_len_problems(mix_file: Path, of_mix: Any, of_run: int) -> list[str]:
@@ -68,24 +95,94 @@ def seq_len_problems(mix_file: Path, of_mix: Any, of_run: int) -> list[str]:
 
 
 def build_folder(settings: DataSection, mix: MixConfig) -> Path:
-    """Return the folder of a built mix.
+    """Return the folder of a built mix, or of one that is small enough to be built at the start.
 
     Raises:
         ConfigError: the mix is not built, and has too much input to be built at the start of a run.
         DataError: an input file cannot be read.
     """
+    limit = settings.auto_build_limit_bytes
+    if settings.build_dir is None and not can_be_read(mix, limit):
+        return _default_folder_by_names(settings, mix)
     folder = resolve_build_dir(mix, settings.build_dir)
     if folder.exists():
         return folder
+    if not can_be_read(mix, limit):
+        raise ConfigError(_not_built(settings, mix, f" --out {folder}"))
+    return folder
+
+
+def _default_folder_by_names(settings: DataSection, mix: MixConfig) -> Path:
+    """Return the default folder of a mix with too much input to read it at every start.
+
+    Raises:
+        ConfigError: none of the default folders holds a build of the mix, or several may.
+    """
+    found = matching_builds(mix)
+    if len(found) > 1:
+        raise ConfigError(
+            f"{', '.join(map(str, found))}: each holds a build of {settings.mix} by the names and "
+            "sizes of its files. Name one of them with data.build_dir."
+        )
+    if not found:
+        raise ConfigError(_not_built(settings, mix, ""))
+    return found[0]
+
+
+def _not_built(settings: DataSection, mix: MixConfig, option: str) -> str:
     size = input_bytes(mix)
     limit = settings.auto_build_limit_bytes
-    if size > limit:
-        raise ConfigError(
-            f"{settings.mix} is not built and has {size / 1e6:.0f} MB of input, more than "
-            f"data.auto_build_limit_bytes ({limit / 1e6:.0f} MB). Build it first: "
-            f"python -m data_pipeline build {settings.mix} --out {folder}"
+    return (
+        f"{settings.mix} is not built and has {size / 1e6:.0f} MB of input, more than "
+        f"data.auto_build_limit_bytes ({limit / 1e6:.0f} MB). Build it first: "
+        f"python -m data_pipeline build {settings.mix}{option}"
+    )
+
+
+def open_current_build(settings: DataSection, mix: MixConfig, folder: Path) -> BuiltData:
+    """Open the build of a mix, without reading it to its end.
+
+    Raises:
+        DataError: it is the build of another mix or of other files, incomplete or damaged.
+    """
+    check_origin(settings, mix, folder)
+    return BuiltData.open(folder, verify=False, mix=mix)
+
+
+def check_origin(settings: DataSection, mix: MixConfig, folder: Path) -> None:
+    """Refuse a build that was made by other rules or from other files than the mix has by now.
+
+    Contents of files are compared if there is no more input than a run may build by itself.
+
+    Args:
+        settings: The `data` section of the run YAML.
+        mix: The mix as it is.
+        folder: Its build.
+
+    Raises:
+        DataError: naming what differs, unless the run accepts it; or the build cannot be read.
+    """
+    manifest = read_manifest(folder)
+    is_small = can_be_read(mix, settings.auto_build_limit_bytes)
+    found = compare(manifest, mix, read_contents=is_small)
+    if found.absent:
+        log.info(
+            "%s: the files of %s are not here; their rules alone were compared with the mix",
+            folder,
+            ", ".join(found.absent),
         )
-    return folder
+    if not found.differences:
+        return
+    lines = "\n  ".join(found.differences)
+    if settings.accept_stale_build:
+        log.warning("%s is not %s as it is, as accepted:\n  %s", folder, settings.mix, lines)
+        return
+    raise DataError(
+        f"{folder} is not a build of {settings.mix} as it is:\n  {lines}\n"
+        f"Build it again (python -m data_pipeline build {settings.mix} --out OTHER, and "
+        "data.build_dir), undo the change, or train on the build as it is: "
+        "--set data.accept_stale_build=true."
+    )
 
 
 def open_data(context: RunContext) -> BuiltData:

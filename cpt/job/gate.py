@@ -30,7 +30,7 @@ from cpt.deepspeed_adapter.engine import check_internals
 from cpt.deepspeed_adapter.version import check_version
 from cpt.errors import ConfigError, CptError
 from cpt.guard.requirements import documents_by_domain, guard_problems
-from cpt.job.data import build_folder, check_mix, check_plan, plan_of
+from cpt.job.data import build_folder, check_mix, check_plan, open_current_build, plan_of
 from cpt.job.findings import Findings, joined
 from cpt.job.resumption import expected_start
 from cpt.job.run_dir import check_place
@@ -212,7 +212,7 @@ class _Gate:
 
     def _check_mix(self) -> None:
         data = self.run_yaml.data
-        self.mix = self.found.attempt(lambda: check_mix(data.mix, self.run_yaml.train.seq_len))
+        self.mix = self.found.attempt(lambda: check_mix(data, self.run_yaml.train.seq_len))
 
     def _check_weights(self) -> None:
         path = self.run_yaml.model.path
@@ -258,10 +258,11 @@ class _Gate:
     def _open_build(self, mix: MixConfig) -> BuiltData | None:
         """Return the build of a mix; None if it is refused, or not built yet."""
         found = self.found_by_first
-        folder = found.attempt(lambda: build_folder(self.run_yaml.data, mix))
+        settings = self.run_yaml.data
+        folder = found.attempt(lambda: build_folder(settings, mix))
         if folder is None or not folder.exists():
             return None
-        return found.attempt(lambda: BuiltData.open(folder, verify=False, mix=mix))
+        return found.attempt(lambda: open_current_build(settings, mix, folder))
 
     def _check_plan(self, config: RunConfig, mix: MixConfig, data: BuiltData) -> None:
         found = self.found_by_first

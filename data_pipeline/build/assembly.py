@@ -16,6 +16,7 @@ import numpy as np
 from data_pipeline.build.deduplication import Fate
 from data_pipeline.build.document_fates import DecidedSource, decide_all_fates
 from data_pipeline.build.guard_sets import check_dropped, check_guard_sets
+from data_pipeline.build.origin import Origin
 from data_pipeline.build.part import Part
 from data_pipeline.build.self_replay import base_model_of
 from data_pipeline.build.source_parts import SourceParts
@@ -34,14 +35,14 @@ from data_pipeline.text.tokenizer import NAME, RANKS_SHA256
 
 
 def assemble_build(
-    work_dir: Path, mix: MixConfig, wanted: str, parts: Sequence[Sequence[Part]], workers: int
+    work_dir: Path, mix: MixConfig, origin: Origin, parts: Sequence[Sequence[Part]], workers: int
 ) -> BuildManifest:
     """Turn the parts in `work_dir` into a whole build in its folder `build`.
 
     Args:
         work_dir: Folder of the build in progress.
         mix: The mix to build.
-        wanted: Fingerprint of the mix and its input.
+        origin: Rules of the mix and its input files.
         parts: All parts of each source, made.
         workers: Number of processes.
 
@@ -63,12 +64,14 @@ def assemble_build(
     entries = tuple(_pack_source(directory, mix, one) for one in decided)
     manifest = BuildManifest(
         format_version=FORMAT_VERSION,
-        fingerprint=wanted,
+        fingerprint=origin.fingerprint,
         tokenizer=NAME,
         tokenizer_sha256=RANKS_SHA256,
         seq_len=mix.seq_len,
         sources=entries,
         guard_domains=mix.guard_domains(),
+        rules=origin.rules,
+        inputs=origin.inputs(),
         files=_file_entries(directory, gathered),
     )
     check_guard_sets(manifest, mix)

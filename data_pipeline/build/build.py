@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
+import glob
 import json
 import shutil
 from collections.abc import Iterator
@@ -33,6 +33,7 @@ import tqdm
 from data_pipeline.build import units
 from data_pipeline.build.assembly import assemble_build
 from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
+from data_pipeline.build.origin import absent_sources, compare, fingerprint, read_origin
 from data_pipeline.build.part import Part, make_part, read_account
 from data_pipeline.build.workers import spread
 from data_pipeline.config.mix_config import MixConfig
@@ -41,21 +42,15 @@ from data_pipeline.errors import DataError
 from data_pipeline.store.descriptors import reserve_descriptors
 from data_pipeline.store.files import (
     PARTIAL_SUFFIX,
-    cached_per_file,
     sync_directory,
     write_json,
-    xxh3_of,
 )
 from data_pipeline.store.manifest import (
     FILE_NAME,
-    FORMAT_VERSION,
     BuildManifest,
     check_files,
     read_manifest,
 )
-from data_pipeline.text.cleaning import STEP_VERSIONS
-from data_pipeline.text.harmony import RULES_VERSION
-from data_pipeline.text.tokenizer import RANKS_SHA256
 
 DEFAULT_ROOT = Path("data")
 """Directory for builds and audit pages that are given no place of their own."""
@@ -79,11 +74,12 @@ def build(
         StorageError: the input has more files than this process may have open.
     """
     out_dir = Path(out_dir).absolute()
-    wanted = fingerprint(mix)
+    origin = read_origin(mix)
+    wanted = origin.fingerprint
     work_dir = _work_dir(out_dir)
     with _locked(out_dir, fcntl.LOCK_EX):
         if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir())):
-            manifest = _read_existing(out_dir, wanted)
+            manifest = _read_existing(out_dir, mix, wanted)
             shutil.rmtree(work_dir, ignore_errors=True)
             return manifest
         if not _holds_work(work_dir, wanted):
@@ -95,7 +91,7 @@ def build(
         _make_parts(list(chain.from_iterable(parts)), progress, workers)
         for path in work_dir.rglob(f".*{PARTIAL_SUFFIX}"):
             path.unlink()
-        manifest = assemble_build(work_dir, mix, wanted, parts, workers)
+        manifest = assemble_build(work_dir, mix, origin, parts, workers)
         (work_dir / "build").rename(out_dir)
         sync_directory(out_dir.parent)
         shutil.rmtree(work_dir, ignore_errors=True)
@@ -119,7 +115,7 @@ def build_share(
     work_dir = _work_dir(out_dir)
     with _locked(out_dir, fcntl.LOCK_SH):
         if (out_dir / FILE_NAME).exists():
-            _read_existing(out_dir, wanted)
+            _read_existing(out_dir, mix, wanted)
             return 0
         if (work_dir / _WORK_FILE).exists() and not _holds_work(work_dir, wanted):
             raise DataError(
@@ -131,63 +127,6 @@ def build_share(
         return len(own_parts)
 
 
-_SOURCE_KEYS = (
-    "name",
-    "format",
-    "text_field",
-    "template",
-    "normalise",
-    "held_out_share",
-    "num_documents",
-    "mean_tokens",
-    "dataset",
-    "revision",
-    "subset",
-    "split",
-    "build_sources",
-    "kind",
-)
-"""Fields of a source that decide its tokens and rows."""
-
-
-def fingerprint(mix: MixConfig) -> str:
-    """Return the hex sha256 of everything that decides the tokens and rows of a build.
-
-    Weights, the seed, labels and guard domains do not belong to it.
-    """
-    content = {
-        "format_version": FORMAT_VERSION,
-        "seq_len": mix.seq_len,
-        "packing": mix.packing,
-        "near_duplicates": mix.near_duplicates,
-        "decontaminate_tokens": mix.decontaminate_tokens,
-        "tokenizer": RANKS_SHA256,
-        "unit_bytes": units.MIN_UNIT_BYTES,
-        "sources": [_source_content(source) for source in mix.sources],
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _source_content(source: SourceConfig) -> dict[str, object]:
-    content = {key: getattr(source, key) for key in _SOURCE_KEYS}
-    if source.format == "harmony":
-        content["conversation_rules"] = RULES_VERSION
-        content["ignored_keys"] = sorted(source.ignored_keys)
-    versions = {}
-    for step, version in STEP_VERSIONS.items():
-        if step in source.normalise:
-            versions[step] = version
-    if versions:
-        content["step_versions"] = versions
-    content["files"] = [
-        [path.name, path.stat().st_size, _file_hash(path)] for path in source.files()
-    ]
-    return content
-
-
-_file_hash = cached_per_file(max_files=2**16)(xxh3_of)
-
-
 def resolve_build_dir(mix: MixConfig, build_dir: Path | None) -> Path:
     """Return `build_dir`, or the default directory of the mix if it is None.
 
@@ -197,6 +136,27 @@ def resolve_build_dir(mix: MixConfig, build_dir: Path | None) -> Path:
     if build_dir is not None:
         return build_dir
     return DEFAULT_ROOT / f"{mix.name}-{fingerprint(mix)[:10]}"
+
+
+def matching_builds(mix: MixConfig) -> list[Path]:
+    """Return the default directories that hold a build of the mix, without reading its files.
+
+    Rules, and names and sizes of the files that are here, are those of the mix.
+    """
+    found = []
+    for path in sorted(DEFAULT_ROOT.glob(f"{glob.escape(mix.name)}-*/{FILE_NAME}")):
+        try:
+            manifest = read_manifest(path.parent)
+        except DataError:
+            continue
+        if not compare(manifest, mix, read_contents=False).differences:
+            found.append(path.parent)
+    return found
+
+
+def can_be_read(mix: MixConfig, max_bytes: int) -> bool:
+    """Return whether all input is here, and not more than `max_bytes` of it."""
+    return not absent_sources(mix) and input_bytes(mix) <= max_bytes
 
 
 def input_bytes(mix: MixConfig) -> int:
@@ -290,7 +250,7 @@ def _locked(out_dir: Path, kind: int) -> Iterator[None]:
         ) from error
 
 
-def _read_existing(out_dir: Path, wanted: str) -> BuildManifest:
+def _read_existing(out_dir: Path, mix: MixConfig, wanted: str) -> BuildManifest:
     """Return the manifest of a finished build, after checking all of its files.
 
     Raises:
@@ -302,10 +262,16 @@ def _read_existing(out_dir: Path, wanted: str) -> BuildManifest:
         )
     manifest = read_manifest(out_dir)
     if manifest.fingerprint != wanted:
+        found = compare(manifest, mix, read_contents=True)
         raise DataError(
-            f"{out_dir}: holds a build of another mix or of other input files (fingerprint "
-            f"{manifest.fingerprint[:10]}, this mix has {wanted[:10]}). Choose another --out, or "
-            "delete it."
+            "\n  ".join(
+                [
+                    f"{out_dir}: holds a build of another mix or of other input files (fingerprint "
+                    f"{manifest.fingerprint[:10]}, this mix has {wanted[:10]}):",
+                    *found.differences,
+                ]
+            )
+            + "\nChoose another --out, or delete it."
         )
     check_files(out_dir, manifest, verify=True)
     return manifest

@@ -24,13 +24,14 @@ RawSection = dict[str, Any]
 """A section of the file as it was parsed."""
 
 
-def check_across(reader: Reader, raw: RawSection, base: Path) -> None:
+def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool = True) -> None:
     """Report every broken rule that spans several keys of a data mix.
 
     Args:
         reader: Takes the problems.
         raw: The parsed file.
         base: Folder that the paths in the file are relative to.
+        need_files: Whether the files that the mix names must be here.
     """
     seq_len = raw.get("seq_len")
     if type(seq_len) is int and not 2 <= seq_len <= MAX_SEQ_LEN:
@@ -45,8 +46,9 @@ def check_across(reader: Reader, raw: RawSection, base: Path) -> None:
         return
     _check_unique(reader, sources, ("sources",))
     _check_weights(reader, sources)
-    for index, source in sources.items():
-        _check_place(reader, source, ("sources", index, "path"), base)
+    if need_files:
+        for index, source in sources.items():
+            _check_place(reader, source, ("sources", index, "path"), base)
     _check_languages(reader, raw.get("languages"), list(sources.values()))
     domains = _guard_domains(raw)
     _check_packing(reader, raw, [*sources.values(), *domains.values()])
@@ -56,7 +58,8 @@ def check_across(reader: Reader, raw: RawSection, base: Path) -> None:
         path: KeyPath = ("guard", "domains", index)
         _check_members(reader, domain, path, by_name)
         if domain.get("path") is not None:
-            _check_files(reader, domain, (*path, "path"), base)
+            if need_files:
+                _check_files(reader, domain, (*path, "path"), base)
             _check_own_source(reader, domain, path, by_name)
             _check_decontamination(reader, raw, path)
 

@@ -16,10 +16,14 @@ from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.config.strict_yaml import Reader, load_yaml
 
 
-def load_mix(path: Path | str) -> MixConfig:
+def load_mix(path: Path | str, *, need_files: bool = True) -> MixConfig:
     """Read and check a data-mix YAML.
 
     The files of a guard domain become a source of their own that is never trained on.
+
+    Args:
+        path: The YAML file.
+        need_files: Whether to refuse a mix whose files are not here; a whole build needs none.
 
     Raises:
         ConfigError: the file has problems; every one is listed as `file:line: key problem`.
@@ -29,7 +33,7 @@ def load_mix(path: Path | str) -> MixConfig:
     base = path.resolve().parent
     mix = reader.read(MixConfig)
     if isinstance(reader.located.value, dict):
-        check_across(reader, reader.located.value, base)
+        check_across(reader, reader.located.value, base, need_files)
     reader.finish()
     assert mix is not None
     own_sources = [domain.own_source for domain in mix.guard.domains if domain.path is not None]

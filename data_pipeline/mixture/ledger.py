@@ -247,7 +247,7 @@ def same_weights(first: Mapping[str, float], second: Mapping[str, float]) -> boo
 def mix_hash(mix: MixConfig) -> str:
     """Return the hex sha256 of the settings of a mix.
 
-    Paths do not count: a change of what the files hold is for `build.fingerprint` to notice.
+    Paths do not count: a change of what the files hold is for `origin.fingerprint` to notice.
     """
     return hashlib.sha256(json.dumps(mix_settings(mix), sort_keys=True).encode()).hexdigest()
 

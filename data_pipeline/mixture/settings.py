@@ -1,7 +1,7 @@
 """The settings of a mix as plain values, and what differs between two of them, in words.
 
 Decisions
-    Paths are no settings: a change of what the files hold is for `build.fingerprint` to notice.
+    Paths are no settings: a change of what the files hold is for `origin.fingerprint` to notice.
     Sources and guard domains are compared by name, so moving one in the list changes nothing.
     A setting that one side does not have, because another version wrote it, counts as its default.
 """

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -82,6 +82,27 @@ class SourceEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InputFiles:
+    """The input files of one source."""
+
+    files: int
+    """Number of files."""
+    bytes: int
+    """Size of all files."""
+    sizes_hash: str
+    """Hex sha256 of the names and sizes, in order."""
+    contents_hash: str
+    """Hex sha256 of the names, sizes and hashes of content."""
+    listed: tuple[tuple[str, int, str], ...]
+    """Name, size and hex xxh3_128 of each file; empty if there are very many files."""
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether each file is in `listed`."""
+        return len(self.listed) == self.files
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GuardSet:
     """The held-out text of one guard domain."""
 
@@ -102,7 +123,7 @@ class BuildManifest:
     format_version: int
     """`FORMAT_VERSION` of the code that built it."""
     fingerprint: str
-    """`build.fingerprint` of the mix and its input files."""
+    """`origin.fingerprint` of the mix and its input files."""
     tokenizer: str
     """Name of the tokenizer."""
     tokenizer_sha256: str
@@ -113,6 +134,10 @@ class BuildManifest:
     """Sources in the order of the mix."""
     guard_domains: tuple[GuardDomain, ...]
     """Guard domains of the mix at build time."""
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    """`origin.build_rules` of the mix; empty in builds of versions that did not keep them."""
+    inputs: Mapping[str, InputFiles] = field(default_factory=dict)
+    """Input files by source; empty in builds of versions that did not keep them."""
     files: Mapping[str, FileEntry]
     """Files by path relative to the build."""
 
@@ -230,6 +255,10 @@ def _from_content(content: dict[str, Any]) -> BuildManifest:
     values = dict(content)
     values["sources"] = tuple(SourceEntry(**source) for source in content["sources"])
     values["guard_domains"] = tuple(map(_guard_domain, content["guard_domains"]))
+    values["inputs"] = {}
+    for name, entry in content.get("inputs", {}).items():
+        listed = tuple(tuple(facts) for facts in entry["listed"])
+        values["inputs"][name] = InputFiles(**{**entry, "listed": listed})
     values["files"] = {name: FileEntry(**entry) for name, entry in content["files"].items()}
     return BuildManifest(**values)
 

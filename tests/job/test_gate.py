@@ -194,6 +194,92 @@ def test_mix_that_is_too_large_to_be_built_at_the_start_is_refused(
     assert "is not built yet" in capsys.readouterr().out
 
 
+@pytest.fixture
+def own_copy(workplace: Path, tmp_path: Path) -> Path:
+    """Return a copy of the mix, its text and its build that a test may change."""
+    for name in ("mix.yaml", "text.jsonl"):
+        shutil.copy2(workplace / name, tmp_path)
+    shutil.copytree(workplace / "built", tmp_path / "built")
+    return tmp_path
+
+
+def settings_of(folder: Path, *more: str) -> list[str]:
+    return [f"data.mix={folder / 'mix.yaml'}", f"data.build_dir={folder / 'built'}", *more]
+
+
+def set_rule(folder: Path, key: str, value: Any) -> None:
+    mix = yaml.safe_load((folder / "mix.yaml").read_text())
+    mix[key] = value
+    (folder / "mix.yaml").write_text(yaml.safe_dump(mix))
+
+
+def test_build_of_other_rules_or_files_is_refused_with_what_differs(
+    dry_run: DryRun, own_copy: Path, capsys: Any
+) -> None:
+    assert dry_run(*settings_of(own_copy)) == 0
+    set_rule(own_copy, "near_duplicates", 0.7)
+    text = own_copy / "text.jsonl"
+    text.write_bytes(text.read_bytes() * 3)
+    capsys.readouterr()
+    assert dry_run(*settings_of(own_copy)) == 65
+    message = capsys.readouterr().err
+    assert "is not a build of" in message and "accept_stale_build=true" in message
+    assert "near_duplicates: 0.0 in the build, 0.7 in the mix" in message
+    assert "sources[web].path: text.jsonl has" in message
+    assert dry_run(*settings_of(own_copy, "data.accept_stale_build=true")) == 0
+
+
+def test_contents_are_compared_where_there_is_little_input_and_sizes_where_there_is_much(
+    dry_run: DryRun, own_copy: Path, capsys: Any
+) -> None:
+    text = own_copy / "text.jsonl"
+    text.write_bytes(text.read_bytes().replace(b"brown", b"green"))
+    assert dry_run(*settings_of(own_copy)) == 65
+    assert "text.jsonl has other content than in the build" in capsys.readouterr().err
+    large = "data.auto_build_limit_bytes=1"
+    assert dry_run(*settings_of(own_copy, large)) == 0
+    text.write_bytes(text.read_bytes() + b'{"text": "one more"}\n')
+    assert dry_run(*settings_of(own_copy, large)) == 65
+
+
+def test_whole_build_needs_no_raw_files(
+    dry_run: DryRun, own_copy: Path, capsys: Any, caplog: Any
+) -> None:
+    (own_copy / "text.jsonl").unlink()
+    with caplog.at_level("INFO", "cpt.job.data"):
+        assert dry_run(*settings_of(own_copy)) == 0
+    assert "the files of web are not here" in caplog.text
+    set_rule(own_copy, "decontaminate_tokens", 60)
+    assert dry_run(*settings_of(own_copy)) == 65
+    assert "decontaminate_tokens: 0 in the build, 60 in the mix" in capsys.readouterr().err
+    set_rule(own_copy, "seed", "one")
+    assert dry_run(*settings_of(own_copy)) == 78
+    message = capsys.readouterr().err
+    assert "seed" in message and "matches no file" in message
+    shutil.rmtree(own_copy / "built")
+    assert dry_run(*settings_of(own_copy)) == 78
+    assert "matches no file" in capsys.readouterr().err
+
+
+def test_default_build_of_much_input_is_found_without_reading_it(
+    dry_run: DryRun, own_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(own_copy)
+    default = [f"data.mix={own_copy / 'mix.yaml'}", "data.build_dir=null"]
+    large = [*default, "data.auto_build_limit_bytes=1"]
+    assert dry_run(*large) == 78
+    assert "is not built" in capsys.readouterr().err
+    (own_copy / "data").mkdir()
+    (own_copy / "built").rename(own_copy / "data" / "mix-0123456789")
+    monkeypatch.setattr("data_pipeline.build.origin._file_hash", None)
+    assert dry_run(*large) == 0
+    (own_copy / "text.jsonl").unlink()
+    assert dry_run(*default) == 0
+    shutil.copytree(own_copy / "data" / "mix-0123456789", own_copy / "data" / "mix-copy")
+    assert dry_run(*default) == 78
+    assert "Name one of them with data.build_dir" in capsys.readouterr().err
+
+
 def test_weights_of_another_tokenizer_are_refused(
     dry_run: DryRun, workplace: Path, capsys: Any
 ) -> None:

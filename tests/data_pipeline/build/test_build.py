@@ -20,10 +20,10 @@ import pytest
 from data_pipeline.build.build import (
     DEFAULT_ROOT,
     build,
-    fingerprint,
     input_bytes,
     resolve_build_dir,
 )
+from data_pipeline.build.origin import fingerprint
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData, PackedRow

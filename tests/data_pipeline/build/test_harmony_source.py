@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.build.build import build, fingerprint
+from data_pipeline.build.build import build
+from data_pipeline.build.origin import fingerprint
 from data_pipeline.build.sources import read_texts
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.dataset import IGNORED_LABEL, BuiltData

@@ -1,0 +1,296 @@
+"""What a build is made from: the rules of its mix and its input files, and what differs by now.
+
+Decisions
+    The rules are all settings that decide tokens and rows, and the versions of what this package
+    does to a text. Weights, the seed, labels and guard domains do not belong to them.
+    Files are known by name, size and hash. A build is found and refused by the hash of it all, the
+    fingerprint. A run compares names and sizes alone where there is too much input to read it at
+    every start.
+    A whole build needs no raw files. Where all files of a source are gone, they are not compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.build import units
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.errors import DataError
+from data_pipeline.store.files import cached_per_file, xxh3_of
+from data_pipeline.store.manifest import FORMAT_VERSION, BuildManifest, InputFiles
+from data_pipeline.text.cleaning import STEP_VERSIONS
+from data_pipeline.text.harmony import RULES_VERSION
+from data_pipeline.text.tokenizer import RANKS_SHA256
+
+MAX_LISTED_FILES = 1000
+"""Files of a source that a manifest lists one by one."""
+MAX_SHOWN_FILES = 5
+"""Files of a source that a message names."""
+_SOURCE_KEYS = (
+    "name",
+    "format",
+    "text_field",
+    "template",
+    "normalise",
+    "held_out_share",
+    "num_documents",
+    "mean_tokens",
+    "dataset",
+    "revision",
+    "subset",
+    "split",
+    "build_sources",
+    "kind",
+)
+"""Fields of a source that decide its tokens and rows."""
+
+Rules = dict[str, Any]
+FileFacts = tuple[str, int, str]
+"""Name, size in bytes, and xxh3_128 of a file; the last one empty if the file was not read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """What differs between a build and a mix."""
+
+    differences: tuple[str, ...]
+    """One line for each rule or file that differs; empty if the build is that of the mix."""
+    absent: tuple[str, ...]
+    """Sources whose files are not here, so only their rules were compared."""
+    read_contents: bool
+    """Whether files were compared by content, not only by name and size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """The rules and the input files of a build, read at its start."""
+
+    rules: Rules
+    """`build_rules` of the mix."""
+    files: Mapping[str, Sequence[FileFacts]]
+    """Input files of each source, in order."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 of everything that decides the tokens and rows of the build."""
+        sources = []
+        for rules in self.rules["sources"]:
+            sources.append({**rules, "files": self.files[rules["name"]]})
+        return _hash_of({**self.rules, "sources": sources})
+
+    def inputs(self) -> dict[str, InputFiles]:
+        """Return the input files of each source, for the manifest."""
+        return {name: _input_files(facts) for name, facts in self.files.items()}
+
+
+def read_origin(mix: MixConfig) -> Origin:
+    """Read all input files of a mix.
+
+    Raises:
+        DataError: an input file cannot be read.
+    """
+    files = {}
+    for source in mix.sources:
+        files[source.name] = list(_file_facts(source, read_contents=True))
+    return Origin(rules=build_rules(mix), files=files)
+
+
+def fingerprint(mix: MixConfig) -> str:
+    """Return the fingerprint of a build of the mix, reading all input files.
+
+    Raises:
+        DataError: an input file cannot be read.
+    """
+    return read_origin(mix).fingerprint
+
+
+def build_rules(mix: MixConfig) -> Rules:
+    """Return the settings and versions that decide the tokens and rows of a build, as JSON."""
+    rules = {
+        "format_version": FORMAT_VERSION,
+        "seq_len": mix.seq_len,
+        "packing": mix.packing,
+        "near_duplicates": mix.near_duplicates,
+        "decontaminate_tokens": mix.decontaminate_tokens,
+        "tokenizer": RANKS_SHA256,
+        "unit_bytes": units.MIN_UNIT_BYTES,
+        "sources": [_source_rules(source) for source in mix.sources],
+    }
+    return json.loads(json.dumps(rules))  # type: ignore[no-any-return]
+
+
+def _source_rules(source: SourceConfig) -> Rules:
+    """Return the rules of a source.
+
+    What a source does not use is left out, so that a change of it leaves other builds alone.
+    """
+    rules = {key: getattr(source, key) for key in _SOURCE_KEYS}
+    if source.format == "harmony":
+        rules["conversation_rules"] = RULES_VERSION
+        rules["ignored_keys"] = sorted(source.ignored_keys)
+    versions = {}
+    for step, version in STEP_VERSIONS.items():
+        if step in source.normalise:
+            versions[step] = version
+    if versions:
+        rules["step_versions"] = versions
+    return rules
+
+
+def absent_sources(mix: MixConfig) -> tuple[str, ...]:
+    """Return the names of the sources that name files, none of which is here."""
+    names = []
+    for source in mix.sources:
+        if source.patterns() and not source.files():
+            names.append(source.name)
+    return tuple(names)
+
+
+def compare(manifest: BuildManifest, mix: MixConfig, *, read_contents: bool) -> Comparison:
+    """Compare the rules and files of a build with those of a mix.
+
+    Args:
+        manifest: The manifest of the build.
+        mix: The mix, whose files need not be here.
+        read_contents: Whether to read the files; otherwise their names and sizes are compared.
+
+    Raises:
+        DataError: an input file cannot be read.
+    """
+    absent = absent_sources(mix)
+    lines: list[str] = []
+    if manifest.rules:
+        lines += _rule_differences(manifest.rules, build_rules(mix))
+        for source in mix.sources:
+            before = manifest.inputs.get(source.name)
+            if before is not None and source.name not in absent:
+                lines += _file_differences(source, before, read_contents)
+    elif absent or not read_contents or fingerprint(mix) != manifest.fingerprint:
+        lines.append(
+            "rules and files: not those of the build, or not known to be (an earlier version of "
+            "this package made it, and kept their fingerprint only)"
+        )
+    return Comparison(differences=tuple(lines), absent=absent, read_contents=read_contents)
+
+
+def _rule_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    yield from _changes("", {**old, "sources": None}, {**new, "sources": None})
+    old_sources = {source["name"]: source for source in old["sources"]}
+    new_sources = {source["name"]: source for source in new["sources"]}
+    for name in _names_of_both(old_sources, new_sources):
+        if name not in new_sources:
+            yield f"sources[{name}]: in the build, not in the mix"
+        elif name not in old_sources:
+            yield f"sources[{name}]: in the mix, not in the build"
+        else:
+            yield from _changes(f"sources[{name}].", old_sources[name], new_sources[name])
+    same_names = old_sources.keys() == new_sources.keys()
+    if same_names and list(old_sources) != list(new_sources):
+        yield f"sources: the build has them in the order {', '.join(old_sources)}"
+
+
+def _changes(prefix: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for key in _names_of_both(old, new):
+        before = old.get(key)
+        now = new.get(key)
+        if before != now:
+            yield f"{prefix}{key}: {_show(before)} in the build, {_show(now)} in the mix"
+
+
+def _names_of_both(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys([*old, *new]))
+
+
+def _show(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)
+
+
+def _file_differences(
+    source: SourceConfig, before: InputFiles, read_contents: bool
+) -> Iterator[str]:
+    now = _input_files(list(_file_facts(source, read_contents)))
+    same_contents = not read_contents or now.contents_hash == before.contents_hash
+    if now.sizes_hash == before.sizes_hash and same_contents:
+        return
+    label = f"sources[{source.name}].path"
+    if before.is_listed and now.is_listed:
+        changes = _listed_changes(before.listed, now.listed)
+    else:
+        changes = [f"{_count(now)}, the build has {_count(before)}; or other contents"]
+    for change in changes[:MAX_SHOWN_FILES]:
+        yield f"{label}: {change}"
+    if len(changes) > MAX_SHOWN_FILES:
+        yield f"{label}: {len(changes) - MAX_SHOWN_FILES} more files differ"
+
+
+def _count(inputs: InputFiles) -> str:
+    return f"{inputs.files} files of {inputs.bytes} bytes together"
+
+
+def _listed_changes(before: Sequence[FileFacts], now: Sequence[FileFacts]) -> list[str]:
+    """Return how two lists of files differ, file by file."""
+    old_files = _by_name(before)
+    new_files = _by_name(now)
+    changes = []
+    for name in _names_of_both(old_files, new_files):
+        if name not in new_files:
+            changes.append(f"{name} is in the build, and not here")
+        elif name not in old_files:
+            changes.append(f"{name} is here, and not in the build")
+        else:
+            changes += _file_changes(name, old_files[name], new_files[name])
+    return changes or ["the build has the files in another order"]
+
+
+def _by_name(files: Sequence[FileFacts]) -> dict[str, list[FileFacts]]:
+    """Return the files by name; files of several folders may share one."""
+    named: dict[str, list[FileFacts]] = {}
+    for facts in files:
+        named.setdefault(facts[0], []).append(facts)
+    return named
+
+
+def _file_changes(name: str, old: Sequence[FileFacts], new: Sequence[FileFacts]) -> Iterator[str]:
+    if len(old) != len(new):
+        yield f"{len(new)} files are named {name}, {len(old)} in the build"
+        return
+    for (_, old_bytes, old_hash), (_, new_bytes, new_hash) in zip(old, new, strict=True):
+        if old_bytes != new_bytes:
+            yield f"{name} has {new_bytes} bytes, {old_bytes} in the build"
+        elif new_hash and old_hash != new_hash:
+            yield f"{name} has other content than in the build"
+
+
+def _input_files(files: Sequence[FileFacts]) -> InputFiles:
+    sizes = [(name, size) for name, size, _ in files]
+    return InputFiles(
+        files=len(files),
+        bytes=sum(size for _, size in sizes),
+        sizes_hash=_hash_of(sizes),
+        contents_hash=_hash_of(files),
+        listed=tuple(files) if len(files) <= MAX_LISTED_FILES else (),
+    )
+
+
+def _file_facts(source: SourceConfig, read_contents: bool) -> Iterator[FileFacts]:
+    for path in source.files():
+        try:
+            content_hash = _file_hash(path) if read_contents else ""
+            yield path.name, path.stat().st_size, content_hash
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read: {error.strerror or error}. It is a file of source "
+                f"'{source.name}'."
+            ) from error
+
+
+_file_hash = cached_per_file(max_files=2**16)(xxh3_of)
+
+
+def _hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,213 @@
+"""A build knows the rules and files that it was made from, and tells what differs by now."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_pipeline.build import build as build_module
+from data_pipeline.build import origin
+from data_pipeline.build.build import build, matching_builds
+from data_pipeline.build.origin import compare, fingerprint
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.mix_file import load_mix
+from data_pipeline.dataset import BuiltData
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.store.manifest import BuildManifest, read_manifest
+from tests.data_pipeline.inputs import MakeMix, make_texts, write_jsonl
+
+TEXTS = {"en": make_texts(20, "en"), "ja": make_texts(20, "ja")}
+
+
+@pytest.fixture
+def built(make_mix: MakeMix, tmp_path: Path) -> BuildManifest:
+    build(make_mix(TEXTS), tmp_path / "out", progress=False)
+    return read_manifest(tmp_path / "out")
+
+
+def edited(make_mix: MakeMix, **keys: Any) -> MixConfig:
+    """Return the mix of the same files with other settings."""
+    return make_mix(TEXTS, **keys)
+
+
+def test_the_build_of_the_same_mix_differs_in_nothing(
+    built: BuildManifest, make_mix: MakeMix
+) -> None:
+    mix = make_mix(TEXTS, weights={"en": 0.9, "ja": 0.1}, seed=9)
+    for read_contents in (False, True):
+        found = compare(built, mix, read_contents=read_contents)
+        assert (found.differences, found.absent) == ((), ())
+    assert built.fingerprint == fingerprint(mix)
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"near_duplicates": 0.7}, "near_duplicates: 0.0 in the build, 0.7 in the mix"),
+        ({"seq_len": 64}, "seq_len: 32 in the build, 64 in the mix"),
+        ({"packing": "concatenate"}, 'packing: "best_fit" in the build, "concatenate" in the mix'),
+        (
+            {"sources": {"ja": {"normalise": ["nfkc"]}}},
+            'sources[ja].normalise: [] in the build, ["nfkc"] in the mix',
+        ),
+        (
+            {"sources": {"ja": {"normalise": ["width"]}}},
+            'sources[ja].step_versions: none in the build, {"width": 2} in the mix',
+        ),
+        (
+            {"sources": {"en": {"text_field": "title"}}},
+            'sources[en].text_field: "text" in the build, "title" in the mix',
+        ),
+        ({"held_out_share": {"en": 0.5}}, "sources[en].held_out_share: 0.0 in the build, 0.5"),
+        ({"sources": {"en": {"name": "fr"}}}, "sources[fr]: in the mix, not in the build"),
+        ({"sources": {"en": {"name": "fr"}}}, "sources[en]: in the build, not in the mix"),
+    ],
+)
+def test_a_changed_rule_is_named(
+    built: BuildManifest, make_mix: MakeMix, keys: dict[str, Any], line: str
+) -> None:
+    found = compare(built, edited(make_mix, **keys), read_contents=False)
+    assert any(difference.startswith(line) for difference in found.differences)
+
+
+def test_sources_in_another_order_are_named(built: BuildManifest, make_mix: MakeMix) -> None:
+    mix = make_mix({"ja": TEXTS["ja"], "en": TEXTS["en"]})
+    lines = compare(built, mix, read_contents=True).differences
+    assert lines == ("sources: the build has them in the order en, ja",)
+
+
+def same_size(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"river", b"RIVER"))
+
+
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() * 3)
+
+
+def renamed(path: Path) -> None:
+    path.rename(path.with_name("other.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("change", "read_contents", "words"),
+    [
+        (longer, False, ["en.jsonl has ", " in the build"]),
+        (longer, True, ["en.jsonl has ", " in the build"]),
+        (same_size, False, []),
+        (same_size, True, ["en.jsonl has other content than in the build"]),
+        (renamed, False, ["en.jsonl is in the build, and not here", "other.jsonl is here"]),
+    ],
+)
+def test_a_changed_file_is_named(
+    make_mix: MakeMix,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    read_contents: bool,
+    words: list[str],
+) -> None:
+    sources = {"en": {"path": "*n.jsonl"}}
+    if change is renamed:
+        sources = {"en": {"path": "[eo]*.jsonl"}}
+    mix = make_mix({"en": TEXTS["en"]}, sources=sources)
+    manifest = build(mix, tmp_path / "out", progress=False)
+    change(tmp_path / "in" / "en.jsonl")
+    text = "\n".join(compare(manifest, mix, read_contents=read_contents).differences)
+    for word in words:
+        assert word in text
+    assert bool(text) == bool(words)
+
+
+def test_many_files_are_counted_and_only_some_are_named(
+    make_mix: MakeMix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(12):
+        write_jsonl(tmp_path / "in" / "many" / f"{number}.jsonl", make_texts(3, f"x{number}"))
+    mix = make_mix({"en": ["unused"]}, sources={"en": {"path": "many/*.jsonl"}})
+    manifest = build(mix, tmp_path / "out", progress=False)
+    for path in (tmp_path / "in" / "many").iterdir():
+        longer(path)
+    lines = compare(manifest, mix, read_contents=False).differences
+    assert len(lines) == 6 and lines[-1] == "sources[en].path: 7 more files differ"
+    monkeypatch.setattr(origin, "MAX_LISTED_FILES", 5)
+    manifest = build(mix, tmp_path / "other", progress=False)
+    assert not manifest.inputs["en"].listed
+    assert not compare(manifest, mix, read_contents=True).differences
+    (tmp_path / "in" / "many" / "0.jsonl").unlink()
+    (line,) = compare(manifest, mix, read_contents=False).differences
+    assert "11 files of" in line and "12 files of" in line
+
+
+def test_a_build_without_its_raw_files_is_compared_by_its_rules(
+    built: BuildManifest, make_mix: MakeMix, tmp_path: Path
+) -> None:
+    make_mix(TEXTS)
+    path = tmp_path / "in" / "mix.yaml"
+    shutil.move(tmp_path / "in" / "en.jsonl", tmp_path / "en.jsonl")
+    with pytest.raises(ConfigError, match="matches no file"):
+        load_mix(path)
+    mix = load_mix(path, need_files=False)
+    found = compare(built, mix, read_contents=True)
+    assert (found.differences, found.absent) == ((), ("en",))
+    content = yaml.safe_load(path.read_text())
+    content["near_duplicates"] = 0.9
+    path.write_text(yaml.safe_dump(content))
+    found = compare(built, load_mix(path, need_files=False), read_contents=True)
+    assert found.differences == ("near_duplicates: 0.0 in the build, 0.9 in the mix",)
+
+
+def test_build_refuses_another_build_and_says_what_differs(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    build(make_mix(TEXTS), tmp_path / "out", progress=False)
+    with pytest.raises(DataError, match=r"another mix .*\n  near_duplicates: 0.0 in the build, 0.7"):
+        build(make_mix(TEXTS, near_duplicates=0.7), tmp_path / "out", progress=False)
+
+
+def test_a_build_of_an_earlier_version_is_known_by_its_fingerprint(
+    built: BuildManifest, make_mix: MakeMix, tmp_path: Path
+) -> None:
+    content = built.content()
+    del content["rules"], content["inputs"]
+    for domain in content["guard_domains"]:
+        del domain["ignored_keys"]
+    from data_pipeline.store import manifest as module
+
+    content["checksum"] = module._checksum(content)
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(content))
+    old = read_manifest(tmp_path / "out")
+    mix = make_mix(TEXTS)
+    assert not compare(old, mix, read_contents=True).differences
+    assert "an earlier version" in compare(old, mix, read_contents=False).differences[0]
+    assert compare(old, make_mix(TEXTS, seq_len=64), read_contents=True).differences
+    assert BuiltData.open(tmp_path / "out", mix=mix).source_names == ("en", "ja")
+
+
+def test_an_unreadable_file_is_bad_data(make_mix: MakeMix, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    mix = make_mix(TEXTS)
+    monkeypatch.setattr(origin, "_file_hash", refuse)
+    with pytest.raises(DataError, match=r"en.jsonl: cannot be read: Permission denied.*'en'"):
+        fingerprint(mix)
+
+
+def test_default_builds_are_found_by_names_and_sizes(
+    make_mix: MakeMix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "DEFAULT_ROOT", tmp_path / "data")
+    mix = make_mix(TEXTS)
+    assert matching_builds(mix) == []
+    build(mix, tmp_path / "data" / "mix-1", progress=False)
+    build(make_mix(TEXTS, seq_len=64), tmp_path / "data" / "mix-2", progress=False)
+    (tmp_path / "data" / "mix-3").mkdir()
+    (tmp_path / "data" / "mix-3" / "manifest.json").write_text("{")
+    assert matching_builds(make_mix(TEXTS)) == [tmp_path / "data" / "mix-1"]
+    longer(tmp_path / "in" / "en.jsonl")
+    assert matching_builds(mix) == []
