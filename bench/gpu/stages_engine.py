@@ -27,6 +27,8 @@ from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.job.engine_setup import build_engine, fill_weights
 from cpt.model.configuration import PRESETS
 from cpt.parallel.topology import Topology
+from cpt.planning.hardware import GPUS
+from cpt.planning.one_gpu import estimate_on_one_gpu
 from cpt.resilience.phase import PhaseClock
 from cpt.training.engine import StepResult, TrainingEngine
 from cpt.training.loader import MicroBatch, make_micro_batch
@@ -36,9 +38,6 @@ from gpu.stages import Options, Planned, synchronize
 
 LAYERS = 2
 """One window layer and one full layer: what fits one GPU of 80 GB with its optimizer state."""
-
-COUNTED_MS = {4096: 150, 16384: 431, 32768: 861}
-"""Milliseconds of a step by the counts of docs/gpu.md before any kernel was fused."""
 
 
 class DeviceNormal:
@@ -164,11 +163,22 @@ def _steps_at(part: Slice, tokens: int, options: Options) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "tokens_per_second": tokens / min(seconds[1:]),
-        "counted_ms": COUNTED_MS.get(tokens),
+        "planned": _planned(part, tokens),
         "losses": losses,
         "grad_norm": result.grad_norm,
         "applied": result.applied,
         "peak_GB": peak,
+    }
+
+
+def _planned(part: Slice, tokens: int) -> dict[str, Any]:
+    """Return what `cpt plan` computes for such a step on an H100."""
+    planned = estimate_on_one_gpu(part.model_config, LAYERS, tokens, GPUS["h100"])
+    parts = {name: round(1e3 * seconds, 2) for name, seconds in planned.parts.items()}
+    return {
+        "ms": 1e3 * planned.step_seconds,
+        "parts_ms": {**parts, "update": round(1e3 * planned.seconds["update"], 2)},
+        "GB": sum(planned.memory.values()) / 1e9,
     }
 
 
