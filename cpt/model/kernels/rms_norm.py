@@ -201,7 +201,7 @@ def _eager_backward(
     d_inverse = (d_quotient * wide).sum(-1, keepdim=True)
     d_mean = d_inverse * -0.5 * inverse.pow(3)
     d_square = d_mean / x.shape[-1]
-    d_x = d_quotient.mul_(inverse).add_(d_square * (2 * wide)).to(x.dtype)
+    d_x = d_quotient.mul_(inverse).add_((2 * wide).mul_(d_square)).to(x.dtype)
     if d_stream is not None:
         d_x = d_x + d_stream
     return d_x, d_weight
