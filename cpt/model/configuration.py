@@ -9,6 +9,7 @@ from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
 from cpt.model.weights.hf_layout import read_json
+from data_pipeline.config.links import dangling_link
 
 _SHARED: dict[str, Any] = {
     "vocab_size": 201_088,
@@ -82,6 +83,9 @@ def load_config(path: Path | None, preset: str | None) -> GptOssConfig:
     if path is None:
         return GptOssConfig(**PRESETS[str(preset)])
     file = path / "config.json"
+    link = dangling_link(file)
+    if link:
+        raise ConfigError(f"model.path: {link}")
     if not file.is_file():
         raise ConfigError(
             f"model.path: {file} does not exist. Give a Hugging Face directory with a config.json."

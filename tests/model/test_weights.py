@@ -281,7 +281,9 @@ def test_empty_directory_is_refused(tmp_path: Path) -> None:
 def test_index_that_names_a_missing_file_is_refused_with_the_file(cut: Path) -> None:
     gone = sorted(cut.glob("*.safetensors"))[1]
     gone.unlink()
-    assert problems(cut) == [f"{cut / INDEX_FILE} names {gone}, which does not exist."]
+    assert problems(cut) == [
+        f"{cut / INDEX_FILE} names {gone}, which does not exist. Fetch it too."
+    ]
 
 
 def test_index_that_names_the_wrong_file_is_refused_with_the_tensor(cut: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cpt.errors import ConfigError
+from data_pipeline.config.links import dangling_link
+from data_pipeline.store.file_kinds import FileKind, describe_head, kind_of_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 EXPERT_TENSORS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """The expert parameters of a layer, under `mlp.experts.`; their first axis counts experts."""
@@ -40,23 +45,56 @@ def tensor_files(path: Path) -> dict[str, Path]:
             files.
     """
     index = path / INDEX_FILE
+    for file in (index, path / SINGLE_FILE):
+        link = dangling_link(file)
+        if link:
+            raise ConfigError(link)
     if index.is_file():
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-            raise ConfigError(f"{index}: has no weight_map from tensor names to files.")
+            raise ConfigError(
+                f"{index}: has no weight_map from tensor names to files. Fetch it again."
+            )
         files = {name: path / Path(file).name for name, file in names.items()}
     elif (path / SINGLE_FILE).is_file():
         with open_tensors(path / SINGLE_FILE) as opened:
             files = dict.fromkeys(opened.keys(), path / SINGLE_FILE)
     else:
-        raise ConfigError(
-            f"{path}: neither {INDEX_FILE} nor {SINGLE_FILE} is there.{_pickles_in(path)} "
-            "Save as safetensors."
-        )
-    missing = sorted({str(file) for file in files.values() if not file.is_file()})
+        raise ConfigError(_why_no_weights(path))
+    missing = sorted({file for file in files.values() if not file.is_file()})
     if missing:
-        raise ConfigError([f"{index} names {file}, which does not exist." for file in missing])
+        raise ConfigError([_why_missing(file, index) for file in missing])
     return files
+
+
+def _why_missing(file: Path, index: Path) -> str:
+    link = dangling_link(file)
+    return link or f"{index} names {file}, which does not exist. Fetch it too."
+
+
+def _why_no_weights(path: Path) -> str:
+    """Return why a directory has no weights, as far as the files that it holds tell."""
+    found = sorted(file.name for file in path.glob("*.safetensors"))
+    shards = [name for name in found if _SHARD.search(name)]
+    if shards:
+        return (
+            f"{path}: holds {len(shards)} shards ({shards[0]}, ...) without {INDEX_FILE}, which "
+            "says which tensor is in which. Fetch it from where the shards are from."
+        )
+    neither = f"{path}: neither {INDEX_FILE} nor {SINGLE_FILE} is there."
+    if ADAPTER_FILE in found:
+        return (
+            f"{neither} {ADAPTER_FILE} holds an adapter (LoRA), not a model. Merge it into its "
+            "base model, and give the merged directory."
+        )
+    if found:
+        return f"{neither} It holds {', '.join(found)}: rename the one with the whole model."
+    if (path / "snapshots").is_dir():
+        return (
+            f"{neither} It is the root of a model in the Hub's cache: give the directory below "
+            f"{path / 'snapshots'} that holds config.json."
+        )
+    return f"{neither}{_pickles_in(path)} Save as safetensors."
 
 
 def _pickles_in(path: Path) -> str:
@@ -68,17 +106,25 @@ def _pickles_in(path: Path) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return a JSON object.
+    """Return a JSON object; UTF-16, UTF-32 and a byte order mark are read, too.
 
     Raises:
         ConfigError: The file cannot be read, or holds something else.
     """
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: not readable as JSON ({error}).") from error
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        reason = dangling_link(file) or f"{file}: cannot be read ({error.strerror or error})."
+        raise ConfigError(reason) from error
+    except (ValueError, RecursionError) as error:
+        kind = kind_of_file(file)
+        if kind is not FileKind.TEXT:
+            raise ConfigError(f"{file}: is {kind.words}, not JSON. {kind.cure}") from error
+        raise ConfigError(
+            f"{file}: not readable as JSON ({error}). Correct it or fetch it again."
+        ) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must be a JSON object.")
+        raise ConfigError(f"{file}: holds {type(values).__name__}, must be a JSON object.")
     return values
 
 
@@ -89,6 +135,17 @@ def open_tensors(file: Path) -> Any:
         ConfigError: It is not a whole safetensors file.
     """
     try:
+        kind = kind_of_file(file)
+        if kind is not FileKind.SAFETENSORS:
+            cure = kind.cure or "Fetch it again."
+            raise ConfigError(
+                f"{file}: not a whole safetensors file: it is {describe_head(file)}. {cure}"
+            )
         return safe_open(str(file), framework="pt")
+    except OSError as error:
+        reason = dangling_link(file) or f"{file}: cannot be read ({error.strerror or error})."
+        raise ConfigError(reason) from error
     except SafetensorError as error:
-        raise ConfigError(f"{file}: not a whole safetensors file ({error}).") from error
+        raise ConfigError(
+            f"{file}: not a whole safetensors file ({error}). Fetch it again."
+        ) from error
