@@ -11,15 +11,19 @@ import triton.language as tl
 
 from cpt.model.kernels.triton_expert_tiles import (
     ROWS,
-    WARPS,
     find_tile,
     num_tiles,
     padded,
     sum_tiles,
 )
 
-COLUMNS = 128
+COLUMNS = 64
 """Columns that a program works on at a time, in each row of its tile."""
+
+WARPS = 1
+"""Warps of a program: one adds up the columns of a tile without waiting for another. On an H100 the
+backward of 65,536 rows of 2,880 columns took 0.22 ms, and 1.07 ms with 8 warps and 128 columns.
+"""
 
 
 @triton.jit

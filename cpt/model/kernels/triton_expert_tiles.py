@@ -23,9 +23,6 @@ import triton.language as tl
 ROWS = 16
 """Rows of a tile."""
 
-WARPS = 8
-"""Warps of the programs that work on a tile."""
-
 SUMMED_TILES = 32
 """Tiles that are added at a time: enough reads under way to hide how long one takes."""
 

@@ -16,15 +16,23 @@ import triton.language as tl
 
 from cpt.model.kernels.triton_expert_tiles import (
     ROWS,
-    WARPS,
     find_tile,
     num_tiles,
     padded,
     sum_tiles,
 )
 
-PAIRS = 64
+FORWARD_PAIRS = 64
 """Pairs of gate and up that a program works on at a time, in each row of its tile."""
+
+BACKWARD_PAIRS = 32
+"""The same in the backward, which holds more of each pair."""
+
+WARPS = 4
+"""Warps of a program. Of 20 combinations of rows, pairs and warps on an H100, 65,536 rows of 2,880
+pairs took 0.44 ms forward and 1.32 ms backward with these, and 0.44 and 2.05 ms with 8 warps and 64
+pairs.
+"""
 
 
 @triton.jit
@@ -165,7 +173,7 @@ def forward(
         limit,
         SIZE=size,
         ROWS=ROWS,
-        PAIRS=PAIRS,
+        PAIRS=FORWARD_PAIRS,
         EXPERTS=padded(num_experts),
         num_warps=WARPS,
     )
@@ -213,7 +221,7 @@ def backward(
         NEED_BIAS=need_bias,
         SIZE=size,
         ROWS=ROWS,
-        PAIRS=PAIRS,
+        PAIRS=BACKWARD_PAIRS,
         EXPERTS=padded(num_experts),
         num_warps=WARPS,
     )
