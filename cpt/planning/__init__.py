@@ -2,9 +2,13 @@
 
 hardware.py      rates of GPUs, links and hosts, and how much of them is counted on
 flops.py         floating-point operations of one token
+step_work.py     bytes, FLOPs and launches of a micro step by part, from gpu_counts.json
+part_times.py    work + attainable rates -> seconds by part
+routing.py       how unevenly a run used its experts
 memory.py        memory of one rank; step_memory.py: the peaks of a step
 traffic.py       bytes on the wire by kind, inside a node and between nodes
-estimate.py      memory + traffic + FLOPs -> time by resource, bottleneck, tokens/s/GPU
+estimate.py      memory + traffic + parts -> time by resource, bottleneck, tokens/s/GPU
+one_gpu.py       the estimate of a few layers on one GPU
 search.py        all valid layouts -> the fastest one that fits
 table.py         a plan as text; figure.py: as a figure
 mix_curve.py     probe runs -> the share of the main language; mix_curve_drawing.py: as a figure
