@@ -1,7 +1,9 @@
 """Memory of one rank by part, computed from shapes before anything is allocated.
 
 Weights, gradients and optimizer state are exact for ZeRO (the small parameters that ZeRO-3 keeps
-whole are counted with the buffers).  What a step holds beyond them is counted in step_memory.py.
+whole are counted with the buffers).  What a step holds beyond them is counted in step_memory.py for
+each moment at which it can need most; the update is one more moment.  The parts are those of the
+moment with the largest sum.
 """
 
 from __future__ import annotations
@@ -14,12 +16,22 @@ from cpt.config import RunConfig
 from cpt.model.freezing import frozen_names
 from cpt.model.parameters import parameter_numels
 from cpt.model.weights.hf_layout import is_expert_name
-from cpt.planning.step_memory import StepSizes, local_tokens, mask_bytes, step_peak
+from cpt.planning.step_memory import StepSizes, local_tokens, mask_bytes, step_moments
 from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES, host_gradient_bytes
 
 GIB = 2**30
 SUB_GROUP_SIZE = 10**9
-"""Parameters that DeepSpeed updates at a time, unless the DeepSpeed JSON says otherwise."""
+"""Parameters after which ZeRO-3 begins another group for the update, unless the DeepSpeed JSON says
+otherwise.
+"""
+EXPERT_GROUP_SIZE = 178_956_971
+"""Parameters of an optimizer group of experts, at most, unless it is a single one (deepspeed
+0.19.8, moe/utils.py).
+"""
+REDUCE_BUCKET_SIZE = 5 * 10**8
+"""Numbers of a buffer in which DeepSpeed reduces gradients, unless the DeepSpeed JSON says
+otherwise.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,13 +76,21 @@ def device_memory(
 ) -> dict[str, int]:
     """Return the bytes on the device of one rank, by part; offloaded parts are 0."""
     sizes = StepSizes.of(config, model, device_type)
-    peak = step_peak(sizes)
+    gradients = _device_gradients(config, counts)
+    moments = step_moments(sizes)
+    for name, moment in moments.items():
+        moment["gradients"] = gradients
+        if name in ("loss", "table") and _gradients_begin_anew(config):
+            moment["gradients"] = 0
+    moments["update"] = {"gradients": gradients, "update": _device_update(config, model, sizes)}
+    largest = max(moments.values(), key=lambda moment: sum(moment.values()))
+    parts = ("gathered weights", "weight gradients", "activations", "logits", "update")
     return {
         "weights": _device_weights(config, counts),
-        "gradients": _device_gradients(config, counts),
+        "gradients": largest["gradients"],
         "optimizer": _device_optimizer(config, counts),
-        **peak,
-        "update": _device_update(config, counts, sizes, sum(peak.values())),
+        "reduce buffers": _reduce_buffers(config),
+        **{part: largest.get(part, 0) for part in parts},
     }
 
 
@@ -99,19 +119,88 @@ def _device_optimizer(config: RunConfig, counts: ParameterCounts) -> int:
     return OPTIMIZER_BYTES * _trained_per_rank(config, counts)
 
 
-def _device_update(
-    config: RunConfig, counts: ParameterCounts, sizes: StepSizes, step_bytes: int
-) -> int:
-    """Return what the update takes beyond the tensors of the step, which are gone by then.
+def _gradients_begin_anew(config: RunConfig) -> bool:
+    """Return whether there are no gradients before the backward; ZeRO-3 keeps their memory."""
+    return config.zero_stage != 3 and config.gradient_accumulation_steps == 1
 
-    ZeRO copies the gradients of the parameters that it updates.
+
+def _reduce_buffers(config: RunConfig) -> int:
+    """Return the buffers in which DeepSpeed collects small gradients before it reduces them."""
+    zero = config.engine_json["zero_optimization"]
+    if not zero.get("contiguous_gradients", True):
+        return 0
+    buffers = 1
+    if config.zero_stage != 3 and zero.get("overlap_comm", False):
+        buffers = 2
+    size = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE))
+    return buffers * config.itemsize * size
+
+
+def _device_update(config: RunConfig, model: GptOssConfig, sizes: StepSizes) -> int:
+    """Return what the update takes; the other tensors of the step are gone by then.
+
+    ZeRO joins the gradients of each group of parameters in one fp32 copy.
     """
     if _offloads(config, "optimizer"):
         return 0
+    masks = mask_bytes(sizes, backward=True)
+    largest = 0
+    for group in _update_groups(config, model):
+        # a single gradient is taken as it is
+        if len(group) > 1:
+            largest = max(largest, sum(group))
+    return FP32_BYTES * largest + masks
+
+
+def _update_groups(config: RunConfig, model: GptOssConfig) -> list[list[int]]:
+    """Return this rank's elements of each matrix, by the groups that the update goes through.
+
+    Biases, norms and sinks form groups that are too small to count.
+    """
+    numels = parameter_numels(model)
+    for name in frozen_names(config.train.freeze, numels):
+        del numels[name]
+    dense = []
+    experts = []
+    for name, numel in numels.items():
+        if name.endswith(("bias", "sinks")) or "norm" in name:
+            continue
+        if is_expert_name(name):
+            experts.append(numel // config.ep_size)
+        else:
+            dense.append(numel // config.world_size)
+    groups = [dense]
+    ranks_sharing_experts = config.world_size // config.ep_size
+    for group in _expert_groups(experts):
+        groups.append([numel // ranks_sharing_experts for numel in group])
+    if config.zero_stage != 3:
+        return groups
     zero = config.engine_json["zero_optimization"]
-    at_a_time = int(zero.get("sub_group_size", SUB_GROUP_SIZE))
-    copied = FP32_BYTES * min(_trained_per_rank(config, counts), at_a_time)
-    return max(0, copied + mask_bytes(sizes, backward=True) - step_bytes)
+    size = int(zero.get("sub_group_size", SUB_GROUP_SIZE))
+    parts = []
+    for group in groups:
+        parts += _sub_groups(group, size)
+    return parts
+
+
+def _expert_groups(numels: list[int]) -> list[list[int]]:
+    """Divide experts' parameters as DeepSpeed does: a group ends before it is too large."""
+    groups: list[list[int]] = [[]]
+    for numel in numels:
+        if sum(groups[-1]) + numel > EXPERT_GROUP_SIZE:
+            groups.append([])
+        groups[-1].append(numel)
+    return groups
+
+
+def _sub_groups(numels: list[int], size: int) -> list[list[int]]:
+    """Divide a group as ZeRO-3 does: a part ends as soon as it has reached the size."""
+    parts: list[list[int]] = [[]]
+    for numel in numels:
+        if sum(parts[-1]) >= size:
+            parts.append([])
+        parts[-1].append(numel)
+    return parts
 
 
 def host_memory(

@@ -2,12 +2,16 @@
 
 The tensors are added up for each moment at which a step can need most:
 
-    loss     all layers keep what their backward needs; the table of the head is gathered, its
-             gradient is being made, and tiles of logits are worked on
-    table    the same without tiles, when that gradient is reduced: this rank's part of it is
-             copied to fp32
-    layer    the backward of the last layer: its weights, their gradients, and the gradients of
-             its activations
+    loss        all layers keep what their backward needs; the table of the head is gathered, its
+                gradient is being made, and tiles of logits are worked on
+    table       that gradient is reduced: this rank's part of it is copied to fp32
+    experts     the backward of the last layer's experts, up to the gradient of their second matrix
+    rows        the same up to the gradient of their first matrix
+    reduction   that gradient is reduced, as the table's
+    attention   the backward of attention in the last layer
+    window      the same in the last window layer, which takes more than others on a CPU
+
+The largest is found by `cpt.planning.memory`, which knows the update, too.
 
 Experts are taken to be evenly routed, and rows to hold documents longer than the window; allocator
 fragmentation and library workspaces are not included.
@@ -22,11 +26,14 @@ from transformers import GptOssConfig
 from cpt.config import RunConfig
 from cpt.config.window import window_tokens
 from cpt.model.attention.cpu import BACKWARD_BLOCK_ROWS, FORWARD_BLOCK_ROWS, block_tokens
+from cpt.model.attention.function import PIECE_ELEMENTS_CPU, PIECE_ELEMENTS_GPU
 from cpt.model.experts.grouped import ALIGNMENT_BYTES
 from cpt.model.loss.tiles import work_bytes
 from cpt.storage.state_bytes import FP32_BYTES
 
 INDEX_BYTES = 8
+WINDOW = "sliding_attention"
+"""A window layer in `layer_types` of a model's configuration."""
 REUSE_DISTANCE = 10**9
 """Parameters between two uses up to which DeepSpeed keeps a gathered parameter, unless the
 DeepSpeed JSON says otherwise.
@@ -100,42 +107,107 @@ def local_tokens(config: RunConfig) -> int:
     return config.micro_batch_size * config.train.seq_len // config.sp_size
 
 
-def step_peak(sizes: StepSizes) -> dict[str, int]:
-    """Return the bytes by part at the moment of a step that needs most, except the update."""
-    moments = [_at_loss(sizes), _at_table(sizes), _at_layer(sizes)]
-    return max(moments, key=lambda moment: sum(moment.values()))
+def step_moments(sizes: StepSizes) -> dict[str, dict[str, int]]:
+    """Return the bytes by part at each moment that the module's docstring names."""
+    moments = {
+        "loss": _at_loss(sizes),
+        "table": _at_table(sizes),
+        "experts": _at_experts(sizes),
+        "rows": _at_rows(sizes),
+        "reduction": _at_reduction(sizes),
+        "attention": _at_attention(sizes),
+    }
+    windows = [layer for layer, kind in enumerate(sizes.model.layer_types) if kind == WINDOW]
+    if sizes.device_type == "cpu" and windows:
+        moments["window"] = _at_window(sizes, windows[-1])
+    return moments
 
 
 def _at_loss(sizes: StepSizes) -> dict[str, int]:
-    # input and output of the last norm, the rows that have a label; their gradient in fp32
-    head_token = (FP32_BYTES + 3 * sizes.itemsize) * sizes.model.hidden_size
-    activations = kept_bytes(sizes) + sizes.tokens * head_token + mask_bytes(sizes, backward=False)
+    # Input and output of the last norm, the output's gradient as an fp32 sum, and in the working
+    # precision: the whole of it at the end, on a CPU also what each tile adds.
+    head_token = (3 * sizes.itemsize + FP32_BYTES) * sizes.model.hidden_size
+    activations = _kept_by_all(sizes) + sizes.tokens * head_token
     gathered, _ = _gathered_numels(sizes)
     return {
         "gathered weights": sizes.itemsize * gathered,
         "weight gradients": sizes.itemsize * sizes.table,
-        "activations": activations,
+        "activations": activations + mask_bytes(sizes, backward=False),
         "logits": work_bytes(sizes.device_type, sizes.tokens, sizes.itemsize),
     }
 
 
 def _at_table(sizes: StepSizes) -> dict[str, int]:
-    moment = _at_loss(sizes)
+    # A table waits for the next gradient, that of the last norm; then only the gradient of the last
+    # layer's output is left of the head.
+    activations = _kept_by_all(sizes) + sizes.hidden_bytes
+    gathered, _ = _gathered_numels(sizes)
     reduced = sizes.copy_itemsize * (sizes.table // sizes.config.world_size)
-    moment["weight gradients"] += reduced
-    moment["logits"] = 0
+    return {
+        "gathered weights": sizes.itemsize * gathered,
+        "weight gradients": sizes.itemsize * sizes.table + reduced,
+        "activations": activations + mask_bytes(sizes, backward=False),
+        "logits": 0,
+    }
+
+
+def _at_experts(sizes: StepSizes) -> dict[str, int]:
+    # of each row: the gradient of its output, and that of the activated values, in whose place
+    # these values come; the gradient of gate and up is written over gate and up
+    row = _row_bytes(sizes) + sizes.itemsize * sizes.model.intermediate_size
+    rows = sizes.tokens * sizes.model.num_experts_per_tok * row
+    down = sizes.experts // 3
+    return _in_last_layer(sizes, down, _experts_bytes(sizes) + rows)
+
+
+def _at_rows(sizes: StepSizes) -> dict[str, int]:
+    rows = sizes.tokens * sizes.model.num_experts_per_tok * _row_bytes(sizes)
+    gate_up = 2 * sizes.experts // 3
+    return _in_last_layer(sizes, gate_up, _experts_bytes(sizes) + rows)
+
+
+def _at_reduction(sizes: StepSizes) -> dict[str, int]:
+    # the rows have become the gradient of the norm's output
+    gate_up = 2 * sizes.experts // 3
+    norm = sizes.tokens * _norm_bytes(sizes) + sizes.hidden_bytes
+    moment = _in_last_layer(sizes, gate_up, norm)
+    ranks_sharing_experts = sizes.config.world_size // sizes.config.ep_size
+    moment["weight gradients"] += sizes.copy_itemsize * (gate_up // ranks_sharing_experts)
     return moment
 
 
-def _at_layer(sizes: StepSizes) -> dict[str, int]:
+def _at_attention(sizes: StepSizes) -> dict[str, int]:
+    return _in_last_layer(sizes, sizes.attention, _attention_backward_bytes(sizes))
+
+
+def _at_window(sizes: StepSizes, layer: int) -> dict[str, int]:
+    moment = _in_layer(sizes, layer, sizes.attention, _window_backward_bytes(sizes))
+    # the backward's own mask has been made
+    masks = mask_bytes(sizes, backward=True) - mask_bytes(sizes, backward=False)
+    moment["activations"] += masks
+    return moment
+
+
+def _in_last_layer(sizes: StepSizes, numels: int, activations: int) -> dict[str, int]:
+    return _in_layer(sizes, sizes.model.num_hidden_layers - 1, numels, activations)
+
+
+def _in_layer(sizes: StepSizes, layer: int, numels: int, activations: int) -> dict[str, int]:
+    """Return a moment of a layer's backward.
+
+    Args:
+        sizes: Of the step.
+        layer: Index of the layer; those after it are done.
+        numels: Parameters whose gradients are there in the working precision.
+        activations: Bytes of activations beside what attention and the layers before keep, and the
+            gradient of what goes around the block.
+    """
     _, gathered = _gathered_numels(sizes)
-    ranks_sharing_experts = sizes.config.world_size // sizes.config.ep_size
-    gate_up = 2 * sizes.experts // 3
-    reduced = sizes.copy_itemsize * (gate_up // ranks_sharing_experts)
+    activations += _kept_before(sizes, layer) + _attention_bytes(sizes) + sizes.hidden_bytes
     return {
         "gathered weights": sizes.itemsize * gathered,
-        "weight gradients": sizes.itemsize * (sizes.attention + sizes.experts) + reduced,
-        "activations": _layer_backward_bytes(sizes),
+        "weight gradients": sizes.itemsize * numels,
+        "activations": activations + mask_bytes(sizes, backward=False),
         "logits": 0,
     }
 
@@ -171,20 +243,30 @@ def _gathered_numels(sizes: StepSizes) -> tuple[int, int]:
     return table + staying * layer + embedding, max(staying, 2) * layer + embedding
 
 
-def kept_bytes(sizes: StepSizes) -> int:
+def _kept_by_all(sizes: StepSizes) -> int:
     """Return what the layers together keep for their backward."""
-    layers = sizes.model.num_hidden_layers
-    if not sizes.config.model.activation_checkpointing:
-        return layers * (_attention_bytes(sizes) + _experts_bytes(sizes))
-    inputs_on_device = layers
     if sizes.config.model.offload_checkpoints:
-        # that of the layer being computed, and the one before on its way to the host
-        inputs_on_device = 2
-    kept = inputs_on_device * sizes.hidden_bytes
-    if sizes.config.model.expert_recompute == "keep" and sizes.config.ep_size > 1:
-        rows = sizes.tokens * sizes.model.num_experts_per_tok
-        kept += layers * rows * _row_bytes(sizes)
-    return kept
+        # the input of the layer being computed, and the one before on its way to the host
+        return 2 * sizes.hidden_bytes + _kept_rows(sizes, sizes.model.num_hidden_layers)
+    return _kept_before(sizes, sizes.model.num_hidden_layers)
+
+
+def _kept_before(sizes: StepSizes, layer: int) -> int:
+    """Return what the layers before this one keep while it goes backward."""
+    if not sizes.config.model.activation_checkpointing:
+        return layer * (_attention_bytes(sizes) + _experts_bytes(sizes))
+    inputs_on_device = layer
+    if sizes.config.model.offload_checkpoints:
+        inputs_on_device = 1
+    return inputs_on_device * sizes.hidden_bytes + _kept_rows(sizes, layer)
+
+
+def _kept_rows(sizes: StepSizes, layers: int) -> int:
+    """Return the exchanged rows that checkpointed layers keep, if the run asks for that."""
+    if sizes.config.model.expert_recompute != "keep" or sizes.config.ep_size == 1:
+        return 0
+    rows = sizes.tokens * sizes.model.num_experts_per_tok
+    return layers * rows * _row_bytes(sizes)
 
 
 def _row_bytes(sizes: StepSizes) -> int:
@@ -208,56 +290,63 @@ def _attention_bytes(sizes: StepSizes) -> int:
 
 def _experts_bytes(sizes: StepSizes) -> int:
     """Return what autograd keeps of the second half of a layer."""
-    # the choice, the order of the rows, its inverse, their tokens; between ranks, the two orders
-    # of the rows that arrived
-    num_indices = 6 if sizes.config.ep_size > 1 else 4
+    # the choice, the places of a token's rows, the tokens of the rows, and the order of the rows;
+    # between ranks, in place of the last, the two orders of the rows that arrived
+    num_indices = 5 if sizes.config.ep_size > 1 else 4
     gate_and_up = sizes.itemsize * 2 * sizes.model.intermediate_size
     row = _row_bytes(sizes) + gate_and_up + INDEX_BYTES * num_indices
     return sizes.tokens * (_norm_bytes(sizes) + sizes.model.num_experts_per_tok * row)
 
 
 def _norm_bytes(sizes: StepSizes) -> int:
-    """Return what a norm keeps of a token: input and output."""
+    """Return what is kept of a token around a norm.
+
+    The norm keeps its input, which is the layer's own or the sum that goes around the experts; the
+    products after it keep its output.
+    """
     return 2 * sizes.itemsize * sizes.model.hidden_size
 
 
-def _layer_backward_bytes(sizes: StepSizes) -> int:
-    """Return the activations during the backward of the last layer.
-
-    It goes back through the experts first, and when these are done, through the attention.
-    """
-    attention = _attention_bytes(sizes)
-    experts = _experts_bytes(sizes)
-    other_layers = kept_bytes(sizes)
-    if not sizes.config.model.activation_checkpointing:
-        other_layers -= attention + experts
-    residual = sizes.hidden_bytes
-    # of each row: the gradient of its output, and the activated values; the gradient of gate and
-    # up is written over gate and up
-    row = _row_bytes(sizes) + sizes.itemsize * sizes.model.intermediate_size
-    in_experts = experts + sizes.tokens * sizes.model.num_experts_per_tok * row
-    in_attention = _attention_backward_bytes(sizes)
-    masks = mask_bytes(sizes, backward=True)
-    return other_layers + residual + attention + max(in_experts, in_attention) + masks
-
-
 def _attention_backward_bytes(sizes: StepSizes) -> int:
-    """Return what the backward of attention makes.
+    """Return what the backward of attention makes in the last layer.
 
-    FlashAttention 2: gradients of output and q; gradients of k and v for every query head; fp32
-    sums of the gradient of q.  The CPU in window layers (`cpu._Band.backward`): gradient of the
-    output; that gradient, q and the output in blocks; keys and values with the window before them;
-    gradients of q, in blocks and not; gradients of overlapping windows of k and v, one of which is
-    added up in fp32.
+    The kernel's part is that of FlashAttention 2: gradients of output and q; gradients of k and v
+    for every query head; fp32 sums of the gradient of q.  On a CPU in a full layer: the gradient of
+    q twice, in pieces and joined, instead of the sums.
+    """
+    query = sizes.itemsize * sizes.query
+    token = 4 * query + FP32_BYTES * sizes.query
+    if sizes.device_type == "cpu":
+        token = 5 * query
+    return max(sizes.tokens * token, _sinks_backward_bytes(sizes))
+
+
+def _sinks_backward_bytes(sizes: StepSizes) -> int:
+    """Return the gradients of attention, and what the sum for the sinks' gradient takes then.
+
+    The sum goes through output and gradient in pieces, in fp32: the output, the product and on a
+    CPU the gradient.
+    """
+    gradients = sizes.tokens * sizes.itemsize * 2 * (sizes.query + sizes.key)
+    elements, copies = PIECE_ELEMENTS_GPU, 2
+    if sizes.device_type == "cpu":
+        elements, copies = PIECE_ELEMENTS_CPU, 3
+    return gradients + copies * FP32_BYTES * min(elements, sizes.tokens * sizes.query)
+
+
+def _window_backward_bytes(sizes: StepSizes) -> int:
+    """Return what the backward of attention makes on a CPU in a window layer.
+
+    `cpu._Band.backward`: gradient of the output; that gradient, q and the output in blocks; keys
+    and values with the window before them; gradients of q, in blocks and not; gradients of
+    overlapping windows of k and v, one of which is added up in fp32.
     """
     query = sizes.itemsize * sizes.query
     key = sizes.itemsize * sizes.key
-    if sizes.device_type != "cpu":
-        return sizes.tokens * (4 * query + FP32_BYTES * sizes.query)
     block = block_tokens(BACKWARD_BLOCK_ROWS, sizes.heads_per_group)
     windows_of_a_key = 1 + window_tokens(sizes.model) / block
     token = 6 * query + 2 * key + 2 * windows_of_a_key * key + FP32_BYTES * sizes.key
-    return int(sizes.tokens * token)
+    return max(int(sizes.tokens * token), _sinks_backward_bytes(sizes))
 
 
 def mask_bytes(sizes: StepSizes, *, backward: bool) -> int:
