@@ -184,7 +184,7 @@ def _planned(part: Slice, tokens: int) -> dict[str, Any]:
     return {
         "ms": 1e3 * planned.step_seconds,
         "parts_ms": {**parts, "update": round(1e3 * planned.seconds["update"], 2)},
-        "GB": sum(planned.memory.values()) / 1e9,
+        "predicted_peak_GB": sum(planned.memory.values()) / 1e9,
     }
 
 

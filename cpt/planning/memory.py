@@ -46,14 +46,24 @@ class ParameterCounts:
     """Those of `dense` that are not frozen."""
     trained_experts: int
     """Those of `experts` that are not frozen."""
+    dense_matrices: tuple[int, ...]
+    """The sizes of the matrices among `trained_dense`, in the model's order."""
+    expert_matrices: tuple[int, ...]
+    """The sizes of the matrices among `trained_experts`, in the model's order."""
 
 
 def count_parameters(model: GptOssConfig, freeze: tuple[str, ...]) -> ParameterCounts:
     """Count the parameters of a model, and those that `train.freeze` leaves trainable."""
     dense, experts = parameter_counts(model)
     trained_dense, trained_experts = parameter_counts(model, freeze)
+    dense_matrices, expert_matrices = _trained_matrices(model, freeze)
     return ParameterCounts(
-        dense=dense, experts=experts, trained_dense=trained_dense, trained_experts=trained_experts
+        dense=dense,
+        experts=experts,
+        trained_dense=trained_dense,
+        trained_experts=trained_experts,
+        dense_matrices=dense_matrices,
+        expert_matrices=expert_matrices,
     )
 
 
@@ -64,11 +74,32 @@ def parameter_counts(model: GptOssConfig, left_out: tuple[str, ...] = ()) -> tup
         model: The model.
         left_out: Patterns of parameters that are not counted.
     """
+    numels = _numels_without(model, left_out)
+    experts = sum(numel for name, numel in numels.items() if is_expert_name(name))
+    return sum(numels.values()) - experts, experts
+
+
+def _numels_without(model: GptOssConfig, left_out: tuple[str, ...]) -> dict[str, int]:
     numels = parameter_numels(model)
     for name in frozen_names(left_out, numels):
         del numels[name]
-    experts = sum(numel for name, numel in numels.items() if is_expert_name(name))
-    return sum(numels.values()) - experts, experts
+    return numels
+
+
+def _trained_matrices(
+    model: GptOssConfig, freeze: tuple[str, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the sizes of dense and expert matrices, without biases, norms and sinks."""
+    dense = []
+    experts = []
+    for name, numel in _numels_without(model, freeze).items():
+        if name.endswith(("bias", "sinks")) or "norm" in name:
+            continue
+        if is_expert_name(name):
+            experts.append(numel)
+        else:
+            dense.append(numel)
+    return tuple(dense), tuple(experts)
 
 
 def device_memory(
@@ -82,7 +113,7 @@ def device_memory(
         moment["gradients"] = gradients
         if name in ("loss", "table") and _gradients_begin_anew(config):
             moment["gradients"] = 0
-    moments["update"] = {"gradients": gradients, "update": _device_update(config, model, sizes)}
+    moments["update"] = {"gradients": gradients, "update": _device_update(config, counts, sizes)}
     largest = max(moments.values(), key=lambda moment: sum(moment.values()))
     parts = ("gathered weights", "weight gradients", "activations", "logits", "update")
     return {
@@ -136,7 +167,7 @@ def _reduce_buffers(config: RunConfig) -> int:
     return buffers * config.itemsize * size
 
 
-def _device_update(config: RunConfig, model: GptOssConfig, sizes: StepSizes) -> int:
+def _device_update(config: RunConfig, counts: ParameterCounts, sizes: StepSizes) -> int:
     """Return what the update takes; the other tensors of the step are gone by then.
 
     ZeRO joins the gradients of each group of parameters in one fp32 copy.
@@ -145,33 +176,22 @@ def _device_update(config: RunConfig, model: GptOssConfig, sizes: StepSizes) -> 
         return 0
     masks = mask_bytes(sizes, backward=True)
     largest = 0
-    for group in _update_groups(config, model):
+    for group in _update_groups(config, counts):
         # a single gradient is taken as it is
         if len(group) > 1:
             largest = max(largest, sum(group))
     return FP32_BYTES * largest + masks
 
 
-def _update_groups(config: RunConfig, model: GptOssConfig) -> list[list[int]]:
+def _update_groups(config: RunConfig, counts: ParameterCounts) -> list[list[int]]:
     """Return this rank's elements of each matrix, by the groups that the update goes through.
 
     Biases, norms and sinks form groups that are too small to count.
     """
-    numels = parameter_numels(model)
-    for name in frozen_names(config.train.freeze, numels):
-        del numels[name]
-    dense = []
-    experts = []
-    for name, numel in numels.items():
-        if name.endswith(("bias", "sinks")) or "norm" in name:
-            continue
-        if is_expert_name(name):
-            experts.append(numel // config.ep_size)
-        else:
-            dense.append(numel // config.world_size)
-    groups = [dense]
+    groups = [[numel // config.world_size for numel in counts.dense_matrices]]
+    local = [numel // config.ep_size for numel in counts.expert_matrices]
     ranks_sharing_experts = config.world_size // config.ep_size
-    for group in _expert_groups(experts):
+    for group in _expert_groups(local):
         groups.append([numel // ranks_sharing_experts for numel in group])
     if config.zero_stage != 3:
         return groups
