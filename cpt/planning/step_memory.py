@@ -117,9 +117,10 @@ def step_moments(sizes: StepSizes) -> dict[str, dict[str, int]]:
         "reduction": _at_reduction(sizes),
         "attention": _at_attention(sizes),
     }
-    windows = [layer for layer, kind in enumerate(sizes.model.layer_types) if kind == WINDOW]
-    if sizes.device_type == "cpu" and windows:
-        moments["window"] = _at_window(sizes, windows[-1])
+    kinds = list(sizes.model.layer_types or ())
+    if sizes.device_type == "cpu" and WINDOW in kinds:
+        last = max(layer for layer, kind in enumerate(kinds) if kind == WINDOW)
+        moments["window"] = _at_window(sizes, last)
     return moments
 
 
