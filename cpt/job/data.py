@@ -21,18 +21,18 @@ from data_pipeline.build.build import (
     build,
     can_be_read,
     input_bytes,
+    load_built_mix,
     matching_builds,
     resolve_build_dir,
 )
 from data_pipeline.build.origin import compare
 from data_pipeline.build.self_replay import check_base_model
 from data_pipeline.config.mix_config import MixConfig
-from data_pipeline.config.mix_file import load_mix
 from data_pipeline.config.strict_yaml import load_yaml
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import DataPlan, make_data_plan
 from data_pipeline.mixture.ledger import Ledger
-from data_pipeline.store.manifest import FILE_NAME, read_manifest
+from data_pipeline.store.manifest import read_manifest
 
 log = logging.getLogger("cpt.job.data")
 
@@ -52,30 +52,15 @@ def check_mix(settings: DataSection, seq_len: int) -> MixConfig:
     """
     mix_file = settings.mix
     try:
-        mix = load_mix(mix_file)
+        mix = load_built_mix(mix_file, settings.build_dir)
     except ConfigError as error:
-        mix_without_files = _mix_of_whole_build(settings)
-        if mix_without_files is None:
-            written = load_yaml(mix_file).value
-            rows = written.get("seq_len") if isinstance(written, dict) else None
-            problems = seq_len_problems(mix_file, rows, seq_len)
-            raise ConfigError([*error.problems, *problems]) from error
-        mix = mix_without_files
+        written = load_yaml(mix_file).value
+        rows = written.get("seq_len") if isinstance(written, dict) else None
+        raise ConfigError([*error.problems, *seq_len_problems(mix_file, rows, seq_len)]) from error
     problems = seq_len_problems(mix_file, mix.seq_len, seq_len)
     if problems:
         raise ConfigError(problems)
     return mix
-
-
-def _mix_of_whole_build(settings: DataSection) -> MixConfig | None:
-    """Return a mix that is right but for its files, if it is built; None otherwise."""
-    try:
-        mix = load_mix(settings.mix, need_files=False)
-    except ConfigError:
-        return None
-    if settings.build_dir is not None:
-        return mix if (settings.build_dir / FILE_NAME).is_file() else None
-    return mix if matching_builds(mix) else None
 
 
 def seq_len_problems(mix_file: Path, of_mix: Any, of_run: int) -> list[str]:

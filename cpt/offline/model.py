@@ -6,6 +6,7 @@ engine. On a CPU it computes in fp32, whatever the weights are stored in; on a G
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,12 @@ from cpt.model import attention, gpt_oss
 from cpt.model.weights.source import WeightSource, fill_model
 from cpt.parallel.topology import Topology
 from cpt.training.loader import MicroBatch
-from data_pipeline.build.build import resolve_build_dir
-from data_pipeline.config.mix_file import load_mix
+from data_pipeline.build.build import load_built_mix, matching_builds, resolve_build_dir
+from data_pipeline.build.origin import absent_sources, compare
+from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
+
+log = logging.getLogger("cpt.offline.model")
 
 
 def held_out_sets(mix_file: Path, build_dir: Path | None, max_documents: int) -> list[ScoredSet]:
@@ -37,18 +41,38 @@ def held_out_sets(mix_file: Path, build_dir: Path | None, max_documents: int) ->
     Raises:
         ConfigError: the mix is wrong, not built, or holds nothing out.
     """
-    mix = load_mix(mix_file)
-    directory = resolve_build_dir(mix, build_dir)
+    mix = load_built_mix(mix_file, build_dir)
+    directory = build_dir or _default_build(mix)
     if not directory.is_dir():
         raise ConfigError(
             f"{mix_file} is not built in {directory}. Build it: python -m data_pipeline build "
             f"{mix_file} --out {directory}, or give its folder with --build_dir."
         )
     data = BuiltData.open(directory, verify=False, mix=mix)
+    for difference in compare(data.manifest, mix, read_contents=False).differences:
+        log.warning("%s is not %s as it is: %s", directory, mix_file, difference)
     sets = [ScoredSet(domain, max_documents) for domain in data.held_out if domain.num_rows]
     if not sets:
         raise ConfigError(f"{mix_file} holds no document out. Give its sources a held_out_share.")
     return sets
+
+
+def _default_build(mix: MixConfig) -> Path:
+    """Return the default directory of a mix, or the one that its build must be without its files.
+
+    Raises:
+        ConfigError: several directories may hold it.
+        DataError: an input file cannot be read.
+    """
+    if not absent_sources(mix):
+        return resolve_build_dir(mix, None)
+    found = matching_builds(mix)
+    if len(found) > 1:
+        raise ConfigError(
+            f"{', '.join(map(str, found))}: each may be the build of mix '{mix.name}', whose files "
+            "are not here. Name one of them with --build_dir."
+        )
+    return found[0]
 
 
 @contextmanager

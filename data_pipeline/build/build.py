@@ -37,8 +37,9 @@ from data_pipeline.build.origin import absent_sources, compare, fingerprint, rea
 from data_pipeline.build.part import Part, make_part, read_account
 from data_pipeline.build.workers import spread
 from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.config.source_config import SourceConfig
-from data_pipeline.errors import DataError
+from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.descriptors import reserve_descriptors
 from data_pipeline.store.files import (
     PARTIAL_SUFFIX,
@@ -152,6 +153,32 @@ def matching_builds(mix: MixConfig) -> list[Path]:
         if not compare(manifest, mix, read_contents=False).differences:
             found.append(path.parent)
     return found
+
+
+def load_built_mix(mix_file: Path, build_dir: Path | None) -> MixConfig:
+    """Read a data-mix YAML; where the mix is built, the files that it names need not be here.
+
+    Args:
+        mix_file: The YAML file.
+        build_dir: Directory of the build; None looks for it among the default ones.
+
+    Raises:
+        ConfigError: the mix is wrong, or neither its files nor its build are here.
+    """
+    try:
+        return load_mix(mix_file)
+    except ConfigError as error:
+        try:
+            mix = load_mix(mix_file, need_files=False)
+        except ConfigError:
+            raise error from None
+        if build_dir is None:
+            is_built = bool(matching_builds(mix))
+        else:
+            is_built = (build_dir / FILE_NAME).is_file()
+        if not is_built:
+            raise
+        return mix
 
 
 def can_be_read(mix: MixConfig, max_bytes: int) -> bool:
