@@ -1,6 +1,7 @@
 """Write the tables of measured figures in docs/gpu.md from the results of two acceptance runs.
 
     python bench/gpu/page.py --before RESULTS.jsonl --after RESULTS.jsonl --page docs/gpu.md
+        --svg docs/gpu_measured.svg
 
 The first line of a results file describes the run: date, card, software, commit.
 """
@@ -9,8 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from gpu.drawing import Pairs, draw  # noqa: E402
 
 BEGIN = "<!-- measured: begin -->"
 END = "<!-- measured: end -->"
@@ -41,6 +47,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, required=True)
     parser.add_argument("--after", type=Path, required=True)
     parser.add_argument("--page", type=Path, required=True)
+    parser.add_argument("--svg", type=Path, required=True)
     options = parser.parse_args()
     before, after = Run(options.before), Run(options.after)
     parts = [origin(before, after), steps(before, after), experts(before, after), ceilings(after)]
@@ -49,6 +56,10 @@ def main() -> None:
     _, _, tail = rest.partition(END)
     body = "\n\n".join(parts)
     options.page.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}", encoding="utf-8")
+    run = after.description
+    source = f"{run['card']}, {run['date']}, torch 2.11; gray: before any fusion"
+    picture = draw(step_pairs(before, after), expert_pairs(before, after), source)
+    options.svg.write_text(picture, encoding="utf-8")
 
 
 def origin(before: Run, after: Run) -> str:
@@ -75,6 +86,26 @@ def steps(before: Run, after: Run) -> str:
         cells = (f"{tokens:,}", f"{first:.0f}", f"{now:.0f}", f"{first / now:.2f} x")
         lines.append(f"| {' | '.join(cells)} | {speed:,.0f} | {peaks} |")
     return "\n".join(lines)
+
+
+def step_pairs(before: Run, after: Run) -> Pairs:
+    """Return the best time of a step by the length of the row."""
+    found: Pairs = {}
+    old, new = before.of("training_steps"), after.of("training_steps")
+    for tokens in (4096, 8192, 16384, 32768):
+        times = [1e3 * min(run[str(tokens)]["seconds"][1:]) for run in (old, new)]
+        found[f"{tokens:,} tokens"] = (times[0], times[1])
+    return found
+
+
+def expert_pairs(before: Run, after: Run) -> Pairs:
+    """Return the time of an expert layer by tokens and direction."""
+    found: Pairs = {}
+    old, new = before.of("experts_speed"), after.of("experts_speed")
+    for tokens in ("4096", "16384"):
+        for what, key in (("forward", "forward_ms"), ("both ways", "forward_backward_ms")):
+            found[f"{int(tokens):,}, {what}"] = (old[tokens][key], new[tokens][key])
+    return found
 
 
 def experts(before: Run, after: Run) -> str:
