@@ -114,6 +114,9 @@ class TrainSection:
     """Optimizer steps of the linear warm-up from 0."""
     decay_steps: int = 0
     """Optimizer steps of the decay of `schedule: wsd`."""
+    accept_schedule_change: bool = False
+    """Go on from a checkpoint although the steps to come have another learning rate than they had
+    in its configuration; every start tells what differs."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; biases, norms and sinks are not decayed."""
     beta1: float = 0.9

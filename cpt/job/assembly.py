@@ -19,6 +19,7 @@ from cpt.job.data import check_plan, open_data, open_kl_targets, plan_of
 from cpt.job.engine_setup import build_engine, fill_weights, verify_checksums, weight_source
 from cpt.job.job import Job
 from cpt.job.resumption import expected_start, fresh_start
+from cpt.job.seam import Seam
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.resilience.agreed_stop import leave_if_asked
 from cpt.resilience.faults import fault_point, install_faults
@@ -75,7 +76,23 @@ def assemble(context: RunContext) -> Job:
     if loaded is not None:
         job.restore(loaded, accept_mix_change=config.data.accept_mix_change)
         log.info("resuming from %s", loaded.folder)
+        tell_seam(context, loaded)
     return job
+
+
+def tell_seam(context: RunContext, loaded: LoadedState) -> None:
+    """Log what has changed since a checkpoint, and check it once more.
+
+    The gate has looked at the newest checkpoint, which may be damaged: this is the one in use.
+
+    Raises:
+        ConfigError: the schedule was changed since the checkpoint, and that is not accepted.
+    """
+    seam = Seam.of(loaded.state, loaded.folder.name, loaded.step, context.config)
+    if not context.observe:
+        seam.check()
+    if context.topology.rank == 0:
+        log.info("%s", seam.describe())
 
 
 def check_expected_plan(context: RunContext, data: BuiltData) -> None:
@@ -83,12 +100,15 @@ def check_expected_plan(context: RunContext, data: BuiltData) -> None:
 
     Raises:
         DataError: the data cannot feed the run.
+        ConfigError: see `cpt.job.seam.Seam.check`.
     """
     plan = context.plan
     if plan is None:
         start = expected_start(context.run_dir, context.resume, context.config, context.mix, data)
         plan = plan_of(context.config, data, context.mix, start.ledger, start.progress)
         check_plan(context.config, plan)
+        if start.seam is not None and not context.observe:
+            start.seam.check()
     for warning in plan.warnings:
         log.warning("data plan: %s", warning)
 

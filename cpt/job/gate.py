@@ -34,6 +34,7 @@ from cpt.job.data import build_folder, check_mix, check_plan, open_current_build
 from cpt.job.findings import Findings, joined
 from cpt.job.resumption import expected_start
 from cpt.job.run_dir import check_place
+from cpt.job.seam import Seam
 from cpt.model import attention
 from cpt.model.configuration import load_config
 from cpt.model.freezing import freeze_problems
@@ -63,6 +64,8 @@ class PassedGate:
     """`auto`, `never` or a step."""
     plan: DataPlan | None
     """The data plan; None on other ranks than the first, or if the mix is not built yet."""
+    seam: Seam | None
+    """What changes since the newest checkpoint; None as for `plan`, or without a checkpoint."""
     refusal: CptError | None
     """Everything that the first rank refuses; None on the others."""
 
@@ -157,6 +160,8 @@ class _Gate:
         self.config: RunConfig | None = None
         self.mix: MixConfig | None = None
         self.plan: DataPlan | None = None
+        self.seam: Seam | None = None
+        self.trains = not (options.sample or options.measure)
 
     def result(self) -> PassedGate:
         """Make all checks.
@@ -181,6 +186,7 @@ class _Gate:
             run_dir=self.run_dir,
             resume=self.resume,
             plan=self.plan,
+            seam=self.seam,
             refusal=joined(self.found_by_first),
         )
 
@@ -269,6 +275,10 @@ class _Gate:
         start = found.attempt(lambda: expected_start(self.run_dir, self.resume, config, mix, data))
         if start is None:
             return
+        seam = start.seam
+        self.seam = seam
+        if seam is not None and self.trains:
+            found.attempt(seam.check)
         plan = found.attempt(lambda: plan_of(config, data, mix, start.ledger, start.progress))
         if plan is not None:
             found.attempt(lambda: check_plan(config, plan))

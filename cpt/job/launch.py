@@ -72,6 +72,8 @@ def dry_run(passed: PassedGate) -> None:
     """
     if os.environ["RANK"] == "0":
         print(describe(passed))
+        if passed.seam is not None:
+            print(passed.seam.describe())
         print(memory_tables(passed.config, passed.model_config))
         if passed.refusal is None or passed.plan is not None:
             print(describe_data(passed), flush=True)

@@ -41,6 +41,8 @@ def train(job: Job) -> None:
     last_step = job.last_step
     go_on_after_pause(job)
     if progress.step >= last_step > 0:
+        if job.topology.rank == 0:
+            log.info("nothing was done: step %d of %d is reached", progress.step, last_step)
         return
     begin(job, last_step)
     # the second step after a start is the first whose memory is that of all others

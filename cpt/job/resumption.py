@@ -7,7 +7,7 @@ reads them again from the checkpoint whose tensors were loaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cpt.checkpoint.manifest import read_manifest
@@ -16,6 +16,7 @@ from cpt.checkpoint.run_state import RunState
 from cpt.config import RunConfig
 from cpt.errors import CheckpointError, ConfigError
 from cpt.job.progress import Progress, merged, read_rollbacks, skipped_by
+from cpt.job.seam import Seam
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
@@ -63,6 +64,8 @@ class StartingPoint:
 
     ledger: Ledger
     progress: Progress
+    seam: Seam | None = None
+    """What changes since the checkpoint; None at the beginning of a run."""
 
 
 def fresh_start(mix: MixConfig, data: BuiltData) -> StartingPoint:
@@ -126,7 +129,7 @@ def expected_start(
             state = RunState.from_json(read_manifest(folder).state, folder.name)
         except CheckpointError:
             continue
-        return starting_point(
+        start = starting_point(
             state,
             folder.name,
             config,
@@ -135,4 +138,5 @@ def expected_start(
             given_up=skipped_by(read_rollbacks(run_dir)),
             accept_mix_change=config.data.accept_mix_change,
         )
+        return replace(start, seam=Seam.of(state, folder.name, step, config))
     return fresh_start(mix, data)

@@ -181,7 +181,7 @@ def copy_of_undisturbed(
 def test_nothing_but_damaged_checkpoints_ends_the_run(workplace, copy_of_undisturbed) -> None:
     run_dir = copy_of_undisturbed
     flip(step_folder(run_dir, 6) / "__1_0.distcp", 1000)
-    longer = ("--set", "train.total_steps=8")
+    longer = ("--set", "train.total_steps=8", "--set", "train.accept_schedule_change=true")
     code, run = run_to_end(workplace, run_dir.name, "--resume", "6", *longer)
     assert code == 74 and "step-00000006/__1_0.distcp" in run.output, run.output
     assert list_steps(run_dir) == [6, 4]

@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from cpt.checkpoint.manifest import Manifest, write_manifest
+from cpt.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from cpt.errors import CheckpointError, ConfigError, DataError, StorageError
 from cpt.job.findings import Findings, joined
 from cpt.job.progress import Progress
@@ -321,6 +321,46 @@ def trained(workplace: Path) -> Iterator[Path]:
     write_manifest(folder, manifest)
     yield folder
     shutil.rmtree(workplace / "run")
+
+
+@pytest.fixture
+def trained_with(trained: Path) -> Callable[..., None]:
+    """`trained_with(lr=...)`: let the checkpoint tell this schedule."""
+
+    def write(**train: Any) -> None:
+        manifest = read_manifest(trained)
+        schedule = {"lr": 1e-3, "min_lr_ratio": 0.1, "schedule": "cosine", "total_steps": 2}
+        schedule |= {"warmup_steps": 0, "decay_steps": 0, **train}
+        manifest.state["config"] = {"train": schedule}
+        write_manifest(trained, manifest)
+
+    return write
+
+
+def test_another_schedule_is_refused_before_weights_are_read_unless_it_is_accepted(
+    dry_run: DryRun, trained_with: Callable[..., None], capsys: Any
+) -> None:
+    trained_with(total_steps=4)
+    assert dry_run() == 78
+    assert "train.total_steps 4 -> 2" in capsys.readouterr().err
+    assert dry_run("train.accept_schedule_change=true") == 0
+    printed = capsys.readouterr().out
+    assert "train.total_steps: 4 -> 2" in printed and "step 1 had 0.001, step 2 has" in printed
+
+
+def test_checkpoint_beyond_the_last_step_is_told(
+    dry_run: DryRun, trained_with: Callable[..., None], capsys: Any
+) -> None:
+    trained_with(total_steps=4)
+    assert dry_run("train.total_steps=1") == 0
+    assert "train.total_steps is 1: nothing is left to do" in capsys.readouterr().out
+
+
+def test_checkpoint_that_tells_no_configuration_is_taken_with_one_line(
+    dry_run: DryRun, trained: Path, capsys: Any
+) -> None:
+    assert dry_run() == 0
+    assert "nothing can be compared" in capsys.readouterr().out
 
 
 def test_resumed_run_passes_the_gate(dry_run: DryRun, trained: Path, capsys: Any) -> None:
