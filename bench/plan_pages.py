@@ -2,7 +2,7 @@
 
     python bench/plan_pages.py [recipes] [pages] [table]
 
-    recipes   the comments of configs/gpt-oss-*.yaml, and the speed in README.md
+    recipes   the comments of configs/gpt-oss-*.yaml, and memory and speed in README.md
     pages     docs/planning.md: 20b in parts, the published runs, the slice that an H100 measured
     table     docs/planning.md and docs/planning.svg: all layouts against GPUs (minutes)
 
@@ -82,18 +82,20 @@ def rewrite_recipe(path: Path) -> None:
 
 
 def rewrite_readme() -> None:
-    """Write the speed of the first recipe into README.md."""
+    """Write memory and speed of the first recipe into README.md."""
     one = of_recipe(README_RECIPE)
     train = one.config.train
     hours = one.step_seconds * train.total_steps / 3600
     tokens = train.global_batch_size * train.seq_len
     steps = f"{train.total_steps:,} steps"
+    filled = f"| GPU memory | {sum(one.memory.values()) / GIB:.1f} GiB of"
     row = (
         f"| speed | {one.tokens_per_gpu_second:,.0f} tokens/s for each GPU with balanced routing "
         f"({one.mfu(GPUS['h100']):.0%} of the peak): {one.step_seconds:.1f} s for a step of "
         f"{tokens:,} tokens, {hours:.1f} hours for the {steps} of the recipe |\n"
     )
     text = README.read_text(encoding="utf-8")
+    text = re.sub(r"\| GPU memory \| [\d.]+ GiB of", filled, text, count=1)
     README.write_text(re.sub(r"\| speed \| .*\n", row, text, count=1), encoding="utf-8")
 
 

@@ -163,8 +163,13 @@ def _at_experts(sizes: StepSizes) -> dict[str, int]:
 
 def _at_rows(sizes: StepSizes) -> dict[str, int]:
     rows = sizes.tokens * sizes.model.num_experts_per_tok * _row_bytes(sizes)
-    gate_up = 2 * sizes.experts // 3
-    return _in_last_layer(sizes, gate_up, _experts_bytes(sizes) + rows)
+    down = sizes.experts // 3
+    moment = _in_last_layer(sizes, sizes.experts - down, _experts_bytes(sizes) + rows)
+    if sizes.device_type != "cpu":
+        # the host runs ahead of the device, which is still reducing the second matrix's gradient
+        reduced = _reduced_experts_bytes(sizes, down)
+        moment["weight gradients"] += sizes.itemsize * down + reduced
+    return moment
 
 
 def _at_reduction(sizes: StepSizes) -> dict[str, int]:
@@ -172,9 +177,14 @@ def _at_reduction(sizes: StepSizes) -> dict[str, int]:
     gate_up = 2 * sizes.experts // 3
     norm = sizes.tokens * _norm_bytes(sizes) + sizes.hidden_bytes
     moment = _in_last_layer(sizes, gate_up, norm)
-    ranks_sharing_experts = sizes.config.world_size // sizes.config.ep_size
-    moment["weight gradients"] += sizes.copy_itemsize * (gate_up // ranks_sharing_experts)
+    moment["weight gradients"] += _reduced_experts_bytes(sizes, gate_up)
     return moment
+
+
+def _reduced_experts_bytes(sizes: StepSizes, numel: int) -> int:
+    """Return the fp32 copy of this rank's part of a reduced gradient of experts."""
+    ranks_sharing_experts = sizes.config.world_size // sizes.config.ep_size
+    return sizes.copy_itemsize * (numel // ranks_sharing_experts)
 
 
 def _at_attention(sizes: StepSizes) -> dict[str, int]:

@@ -17,7 +17,7 @@ from cpt.planning.one_gpu import estimate_on_one_gpu
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 
 ON_AN_H100 = {
-    4096: 56_405_342_720,
+    4096: 56_405_339_648,
     8192: 56_901_307_904,
     16_384: 58_769_015_808,
     32_768: 62_502_178_304,
