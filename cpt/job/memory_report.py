@@ -97,11 +97,15 @@ def highest_level(allocations: list[tuple[int, int, int]]) -> int:
 def predicted(config: RunConfig, model: GptOssConfig, device_type: str) -> dict[str, int]:
     """Return the prediction of `cpt.planning.memory`, grouped as it can be measured.
 
-    ZeRO 1 and 2 allocate the gradients in every step, so there they belong to its peak.
+    ZeRO 1 and 2 allocate the gradients and the buffers of reductions in every step, so there they
+    belong to its peak; those buffers of ZeRO-3 are there before.
     """
     counts = count_parameters(model, config.train.freeze)
     parts = device_memory(config, model, counts, device_type)
-    kept = STATE if config.zero_stage == 3 else ("weights", "optimizer")
+    kept: tuple[str, ...] = ("weights", "optimizer")
+    if config.zero_stage == 3:
+        kept = STATE
+        del parts["reduce buffers"]
     groups = {name: parts[name] for name in kept}
     groups[PEAK] = sum(parts.values()) - sum(groups.values())
     return groups

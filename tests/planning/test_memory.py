@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import GptOssConfig
 
-from cpt.config import LaunchInfo, RunYaml, resolve
+from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
+from cpt.job.memory_report import PEAK, predicted
 from cpt.model.configuration import load_config
 from cpt.planning import memory
 from cpt.planning.hardware import GPUS
@@ -30,6 +31,11 @@ TINY = load_config(None, "tiny")
 
 def planned(stage: int, model: GptOssConfig = MODEL, rows: int = 8, **zero: Any) -> dict[str, int]:
     """Plan the memory of eight ranks with one row each at a time."""
+    config = resolved(stage, model, rows, **zero)
+    return device_memory(config, model, count_parameters(model, ()))
+
+
+def resolved(stage: int, model: GptOssConfig, rows: int = 8, **zero: Any) -> RunConfig:
     text = f"""
 model: {{init: tiny}}
 data: {{mix: unused.yaml}}
@@ -38,8 +44,7 @@ train: {{seq_len: 4096, global_batch_size: {rows}, micro_batch_size: 1, total_st
     run = read_file(RunYaml, parse_yaml(text, "run.yaml"))
     engine = {"zero_optimization": {"stage": stage, **zero}}
     launch = LaunchInfo(world_size=8, local_world_size=8)
-    config = resolve(run, parse_yaml(json.dumps(engine), "ds.json"), model, launch)
-    return device_memory(config, model, count_parameters(model, ()))
+    return resolve(run, parse_yaml(json.dumps(engine), "ds.json"), model, launch)
 
 
 @pytest.mark.parametrize("tokens", ON_AN_H100)
@@ -79,3 +84,12 @@ def test_reductions_have_the_buffers_of_the_deepspeed_json() -> None:
     assert planned(3, reduce_bucket_size="auto")["reduce buffers"] == 2 * 2880**2
     assert planned(2, overlap_comm=True)["reduce buffers"] == 2 * 2 * 500_000_000
     assert planned(3, contiguous_gradients=False)["reduce buffers"] == 0
+
+
+def test_report_leaves_out_the_buffers_that_zero_3_has_before_a_step() -> None:
+    small, large = {"reduce_bucket_size": 1000}, {"reduce_bucket_size": 10**9}
+    for stage, more in ((3, 0), (2, 2 * 10**9 - 2000)):
+        peaks = []
+        for zero in (small, large):
+            peaks.append(predicted(resolved(stage, TINY, **zero), TINY, "cuda")[PEAK])
+        assert peaks[1] - peaks[0] == more
