@@ -82,22 +82,22 @@ H100_SHEET_FLOPS = 989e12
 H100_SHEET_BYTES = 3.35e12
 
 H100_MEASURED = Attainable(
-    product_flops=725e12,
-    grouped_flops=690e12,
-    grouped_exposed=0.68,
-    attention_flops=FlashRates(forward=318e12, backward=276e12),
-    window_flops=FlashRates(forward=75e12, backward=54e12),
+    product_flops=745e12,
+    grouped_flops=715e12,
+    grouped_exposed=0.78,
+    attention_flops=FlashRates(forward=309e12, backward=250e12),
+    window_flops=FlashRates(forward=73e12, backward=49e12),
     memory_bytes_per_second=2.94e12,
     launch_seconds=7.5e-6,
 )
 """One H100 80GB HBM3 (26 November 2026, torch 2.11.0+cu130).
 
-Memory is a copy of 1 GB, a launch a small operation from Python. Products are those of a training
-step of two layers of gpt-oss-20b, by its profile: aten::mm and addmm reach 739 TFLOP/s with rows of
-4,096 tokens and 716 with 32,768 (a square product of 8,192 alone: 765); grouped products take 9.30
-and 58.8 ms, through which there is a line; attention (torch's flash attention) is the profile of
-the long row. Alone, the forward products of a layer's experts reach 546 to 576 TFLOP/s with 4,096
-tokens and 661 to 694 with 16,384 in two runs.
+Memory is a copy of 1 GB, a launch a small operation from Python (2.85 to 2.94 TB/s and 7.3 to 10.9
+us in three runs). Products are those of a training step of two layers of gpt-oss-20b, by its
+profile: aten::mm and addmm reach 761 TFLOP/s with rows of 4,096 tokens and 735 with 32,768 (a
+square product of 8,192 alone: 762); grouped products take 9.37 and 57.2 ms, through which there is
+a line; attention (torch's flash attention) is the profile of the long row, where copies of ZeRO
+run beside it.
 """
 
 

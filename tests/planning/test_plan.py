@@ -233,7 +233,7 @@ def test_one_point_shows_the_files_beside_the_best_layout(capsys: Any) -> None:
         "NVLink",
     ):
         assert f"  {row}" in printed, row
-    assert "products 725 TFLOP/s" in printed and "routing: balanced" in printed
+    assert "products 745 TFLOP/s" in printed and "routing: balanced" in printed
     assert "experts: products" in printed and "loss head" in printed
 
 
