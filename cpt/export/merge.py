@@ -202,6 +202,7 @@ def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tun
 
     Raises:
         StorageError: there is too little room for all of them.
+        ConfigError: values are not finite, or tensors hold only zeros.
     """
     entries = {}
     for name, shape in pair.shapes.items():
@@ -216,6 +217,8 @@ def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tun
         for name, start, before, after in pair.windows():
             for alpha, writer in writers.items():
                 writer.write(name, start, interpolate(before, after, alpha, entries[name].dtype))
+    for source in (pair.base, pair.tuned):
+        source.refuse_unusable([source.seen_json()])
     dtype = "bfloat16"
     for entry in entries.values():
         if entry.dtype != torch.bfloat16:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cpt.errors import ConfigError
 from cpt.guard.score import DomainScore, ScoredSet
 
@@ -94,6 +96,30 @@ def check_same_weights(path: Path, stored: Json, model: str, weights: str) -> No
             f"{path} holds the scores of another untouched model: {names}, as it was then. This "
             f"run starts from {model}, whose weights are others. Change the model back, or use a "
             "new --run_dir."
+        )
+
+
+def check_finite(scores: Mapping[str, DomainScore], where: str, cure: str) -> None:
+    """Refuse scores that are not finite: nothing can be compared with them.
+
+    Args:
+        scores: Scores of the untouched model, by domain.
+        where: The file or the model that they are of.
+        cure: What to do, as a sentence.
+
+    Raises:
+        ConfigError: naming the domains.
+    """
+    broken = []
+    for name, score in scores.items():
+        num_bad = int((~np.isfinite(score.nats)).sum())
+        if num_bad:
+            broken.append(f"{name} ({num_bad} of {len(score.nats)} documents)")
+    if broken:
+        raise ConfigError(
+            f"{where}: the scores of the untouched model are not finite on the held-out domains "
+            f"{', '.join(broken)}; no baseline is kept, because every later score would be "
+            f"compared with it. {cure}"
         )
 
 

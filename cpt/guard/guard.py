@@ -20,6 +20,7 @@ from cpt.guard.baseline import (
     BASELINE_FILE,
     baseline_content,
     baseline_scores,
+    check_finite,
     check_same_text,
     check_same_weights,
     free_scores_file,
@@ -247,14 +248,20 @@ class Guard:
         """Keep the scores of the untouched model, in memory and on disk.
 
         Raises:
-            ConfigError: the model is not untouched, or its documents cannot show a rise of the
-                tolerance while the guard is to act on one.
+            ConfigError: the model is not untouched, its scores are not finite, or its documents
+                cannot show a rise of the tolerance while the guard is to act on one.
         """
         if step != 0:
             raise ConfigError(
                 f"{self._baseline_file} is missing, and at step {step} the untouched model is "
                 "gone. Restore the file, or go on with --set guard.enabled=false."
             )
+        check_finite(
+            scores,
+            f"model.path {self._model}" if self._config.model.path else f"model {self._model}",
+            "Look at the weights: a value that is not finite or far too large, or a file that is "
+            "damaged. Compare their SHA-256 with the published ones, or give another model.",
+        )
         settings = self._config.guard
         nats = {name: score.nats for name, score in scores.items()}
         problems = tolerance_problems(settings, nats, self.num_tests)
@@ -270,7 +277,7 @@ class Guard:
         """Return the scores of the untouched model on the domains of this run; empty if none.
 
         Raises:
-            ConfigError: they are of other text, or of another model.
+            ConfigError: they are of other text, of another model, or not finite.
         """
         stored = on_first_rank(
             self._topology.control_group, lambda: read_baseline(self._baseline_file)
@@ -290,7 +297,13 @@ class Guard:
                 "held-out domains %s are left out: the untouched model was not measured on them.",
                 ", ".join(added),
             )
-        return baseline_scores(known)
+        scores = baseline_scores(known)
+        check_finite(
+            scores,
+            str(self._baseline_file),
+            "Use a new --run_dir, and look at the weights that the run started from.",
+        )
+        return scores
 
     def _base_weights(self) -> str:
         """Return a hash of the untouched weights, which does not depend on where they lie."""

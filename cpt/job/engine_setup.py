@@ -168,6 +168,7 @@ def fill_weights(engine: TrainingEngine, source: WeightSource) -> None:
 
     Raises:
         StorageError: on all ranks, if one could not read.
+        ConfigError: on all ranks: values are not finite, or tensors hold only zeros.
     """
     topology = engine.topology
     targets = {}
@@ -175,4 +176,6 @@ def fill_weights(engine: TrainingEngine, source: WeightSource) -> None:
         if key.startswith(MASTER):
             targets[key.removeprefix(MASTER)] = (part.tensor, part.offset)
     together(topology.control_group, lambda: fill_parts(targets, source))
+    if isinstance(source, DirectoryWeights):
+        source.refuse_unusable(gather_json(source.seen_json(), topology.control_group))
     publish_master_weights(engine.deepspeed)

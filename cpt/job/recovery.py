@@ -146,11 +146,28 @@ def check_rollback(job: Job, num_rollbacks: int, first_step: int) -> None:
         f"{ROLLBACK_AFTER} updates in a row were not finite (steps {first_step + 1} to "
         f"{job.progress.step})"
     )
-    advice = "Look at the rows named above and lower train.lr; the newest checkpoint is intact."
+    has_checkpoint = on_first_rank(
+        job.topology.control_group, lambda: bool(list_steps(job.run_dir))
+    )
+    cure = advice(job, has_checkpoint=has_checkpoint)
     if num_rollbacks >= job.config.train.max_rollbacks:
         raise InternalError(
             f"{cause}, and the run has rolled back {num_rollbacks} times already "
-            f"(train.max_rollbacks). {advice}"
+            f"(train.max_rollbacks). {cure}"
         )
-    if not on_first_rank(job.topology.control_group, lambda: list_steps(job.run_dir)):
-        raise InternalError(f"{cause}, and there is no checkpoint to roll back to. {advice}")
+    if not has_checkpoint:
+        raise InternalError(f"{cause}, and there is no checkpoint to roll back to. {cure}")
+
+
+def advice(job: Job, *, has_checkpoint: bool) -> str:
+    """Return what to do when updates cannot be applied."""
+    if job.progress.updates == 0:
+        model = job.config.model
+        weights = f"model.path {model.path}" if model.path else f"model.init {model.init}"
+        return (
+            f"No update of this run was ever applied, so look at its first weights ({weights}): "
+            "compare their SHA-256 with the published ones. If they are sound, look at the rows "
+            "named above and lower train.lr."
+        )
+    rows = "Look at the rows named above and lower train.lr"
+    return f"{rows}; the newest checkpoint is intact." if has_checkpoint else f"{rows}."

@@ -19,6 +19,7 @@ from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.errors import ConfigError
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.model import attention, gpt_oss
+from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.source import WeightSource, fill_model
 from cpt.parallel.topology import Topology
 from cpt.training.loader import MicroBatch
@@ -107,8 +108,14 @@ class OfflineModel:
         )
 
     def load(self, source: WeightSource) -> None:
-        """Take the weights of a source."""
+        """Take the weights of a source.
+
+        Raises:
+            ConfigError: values of a directory are not finite, or tensors hold only zeros.
+        """
         fill_model(self._model, source)
+        if isinstance(source, DirectoryWeights):
+            source.refuse_unusable([source.seen_json()])
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> torch.Tensor:

@@ -71,6 +71,7 @@ def test_without_a_checkpoint_three_in_a_row_end_the_run_with_70(workplace) -> N
         workplace, "none", "--set", "checkpoint.interval_steps=0", fault=nan_at(1, 2, 3)
     )
     assert code == 70 and "there is no checkpoint to roll back to" in run.output, run.output
+    assert "look at its first weights (model.init " in run.output, run.output
     assert list_steps(run.run_dir) == []
 
 

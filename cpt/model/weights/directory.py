@@ -4,6 +4,9 @@ Only safetensors are read: a pickle can run code. The directory must hold exactl
 the model has; none is dropped or invented. A rank reads only the byte ranges that it keeps: its
 part of each tensor after expert parallelism and ZeRO. Expert matrices may be in the released MXFP4
 layout and are decoded while they are read, a few megabytes at a time.
+
+Every value that is read is looked at (`cpt.model.weights.values`). Values that are not finite and
+tensors of zeros are refused once all ranks have read their parts, in one message.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from cpt.model.weights.hf_layout import (
     open_tensors,
     tensor_files,
 )
+from cpt.model.weights.values import MAX_TENSORS, ValuesSeen, describe_values, joined
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 CODE_DTYPES = ("U8",)
@@ -121,6 +125,9 @@ class DirectoryWeights:
         """
         where = check_directory(path, shapes)
         self.path = path
+        self.seen: dict[str, ValuesSeen] = {}
+        """What was seen of the values read so far, by parameter."""
+        self._shapes = dict(shapes)
         self._opened = {file: TensorFile(file) for file in sorted(set(where.values()))}
         self._files = {name: self._opened[file] for name, file in where.items()}
 
@@ -139,6 +146,52 @@ class DirectoryWeights:
 
         A piece has at most `PIECE_NUMEL` elements, rounded up to whole MXFP4 blocks.
         """
+        seen = self.seen.setdefault(name, ValuesSeen())
+        for position, values in self._pieces(name, start, stop):
+            seen.look(position, values)
+            yield position, values
+
+    def refuse_unusable(self, of_ranks: Iterable[Mapping[str, list[float | int | str]]]) -> None:
+        """Refuse the tensors whose values cannot be weights.
+
+        Args:
+            of_ranks: What every rank has seen (`seen_json`); together they have read all tensors.
+
+        Raises:
+            ConfigError: values are not finite, or tensors hold only zeros; each with its file.
+        """
+        problems = []
+        for name, seen in sorted(joined(of_ranks).items()):
+            told = describe_values(name, seen, self._shapes[name])
+            if told:
+                problems.append(f"{self._file_of(name, is_finite=seen.first_bad < 0)}: {told}")
+        if not problems:
+            return
+        left = len(problems) - MAX_TENSORS
+        problems = problems[:MAX_TENSORS]
+        if left > 0:
+            problems.append(f"{left} more tensors of {self.path} are so.")
+        problems.append(
+            "These are no weights of a trained model: a file that was allocated but not fetched "
+            "whole, or a model that had diverged when it was saved. Fetch the files again and "
+            "compare their SHA-256, or give another model.path."
+        )
+        raise ConfigError(problems)
+
+    def seen_json(self) -> dict[str, list[float | int | str]]:
+        """Return what was seen so far, as other ranks get it."""
+        found = {}
+        for name, seen in self.seen.items():
+            found[name] = seen.to_json()
+        return found
+
+    def _file_of(self, name: str, *, is_finite: bool) -> Path:
+        """Return the file of a parameter; of MXFP4 experts, only scales can be not finite."""
+        if name in self._files:
+            return self._files[name].file
+        return self._files[name + (BLOCKS if is_finite else SCALES)].file
+
+    def _pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
         if name in self._files:
             for low in range(start, stop, PIECE_NUMEL):
                 yield low, self._files[name].elements(name, low, min(stop, low + PIECE_NUMEL))
