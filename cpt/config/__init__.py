@@ -13,6 +13,7 @@ keys (`sequence_parallel_size`, `expert_parallel`, `optimizer`) and with every `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,13 +52,20 @@ __all__ = [
 ]
 
 
-def load(run_yaml: Path, ds_json: Path, overrides: dict[str, str]) -> tuple[RunYaml, Located]:
+def load(
+    run_yaml: Path,
+    ds_json: Path,
+    overrides: dict[str, str],
+    judge: Callable[[Located], list[str]] | None = None,
+) -> tuple[RunYaml, Located]:
     """Read both files.
 
     Args:
         run_yaml: The run YAML.
         ds_json: The DeepSpeed JSON.
         overrides: Values of `--set` by dotted key.
+        judge: Returns further problems of the DeepSpeed JSON; only rooms that import DeepSpeed can
+            ask its own classes.
 
     Returns:
         The run YAML, and the DeepSpeed JSON with the line of each key.
@@ -70,6 +78,8 @@ def load(run_yaml: Path, ds_json: Path, overrides: dict[str, str]) -> tuple[RunY
     problems = list(reader.problems)
     json_file = load_json(ds_json)
     problems += json_problems(json_file)
+    if judge is not None:
+        problems += judge(json_file)
     if problems:
         raise ConfigError(problems)
     assert parsed is not None

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from cpt.config.engine_values import value_problems
 from cpt.config.sections import ExpertParallelJson
 from data_pipeline.config.strict_yaml import KeyPath, Located, Reader, nearest
 
@@ -70,6 +71,8 @@ BLOCKS = (
     "aio",
     "comms_logger",
     "flops_profiler",
+    "torch_autocast",
+    "compile",
 )
 """Keys of the DeepSpeed JSON whose value is a mapping."""
 WHOLE_NUMBERS = (
@@ -102,6 +105,7 @@ def json_problems(file: Located) -> list[str]:
         *_malformed_blocks(file, file.value, (), BLOCKS),
         *_zero_problems(file),
         *_unsafe_values(file),
+        *value_problems(file),
         *_expert_parallel_problems(file),
     ]
 

@@ -27,6 +27,7 @@ from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunConfig, RunYaml, load, resolve
 from cpt.deepspeed_adapter.engine import check_internals
+from cpt.deepspeed_adapter.json_values import block_problems
 from cpt.deepspeed_adapter.version import check_version
 from cpt.errors import ConfigError, CptError
 from cpt.guard.requirements import documents_by_domain, guard_problems
@@ -99,7 +100,7 @@ def pass_gate(options: argparse.Namespace) -> PassedGate:
     found.add(command_line_problems(options))
     _raise_any(found)
     overrides = dict(item.split("=", 1) for item in options.set)
-    run_yaml, json_file = load(options.config, options.ds_config, overrides)
+    run_yaml, json_file = load(options.config, options.ds_config, overrides, block_problems)
     gate = _Gate(options, run_yaml, json_file)
     return gate.result()
 

@@ -184,6 +184,19 @@ def test_run_refuses_all_faults_in_the_same_message(
     assert not (workplace / "run").exists()
 
 
+def test_values_of_the_deepspeed_json_are_judged_by_the_dry_run(
+    dry_run: DryRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any
+) -> None:
+    file = tmp_path / "ds.json"
+    zero = {"stage": 3, "reduce_bucket_size": 3686.4, "overlap_comm": "maybe"}
+    content = {"zero_optimization": zero, "steps_per_print": 0, "communication_data_type": "fp16"}
+    file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    monkeypatch.setattr("tests.job.test_gate.DS_CONFIG", file)
+    assert dry_run() == 78
+    told = capfd.readouterr().err.strip().splitlines()
+    assert len(told) == 4 and all(line.startswith(f"{file}:") for line in told)
+
+
 def test_mix_that_is_too_large_to_be_built_at_the_start_is_refused(
     dry_run: DryRun, workplace: Path, capsys: Any
 ) -> None:
