@@ -39,6 +39,8 @@ from data_pipeline.store.manifest import FILE_NAME, read_manifest
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+MAX_ROWS = 2**33
+"""Rows of the longest run that is planned, 35 trillion tokens in rows of 4,096: some hours."""
 PROGRAM = "data_pipeline"
 """Name in messages about bugs."""
 
@@ -136,6 +138,7 @@ def _plan(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
     built = _open_build(mix, options.out, options.workers)
     steps = options.steps or _steps_of_one_pass(built, options.global_batch_size)
+    _check_run_size(steps, options.global_batch_size)
     plan = make_data_plan(built, mix, steps, options.global_batch_size)
     print(plan.describe())
     if options.json:
@@ -168,6 +171,7 @@ def _diff(options: argparse.Namespace) -> None:
     new_built = _open_build(new, None, options.workers)
     batch_size = options.global_batch_size
     steps = options.steps or _steps_of_one_pass(old_built, batch_size)
+    _check_run_size(max(steps, options.at_step or 0), batch_size)
     ledger = None
     edit = ""
     if options.at_step is not None:
@@ -271,6 +275,19 @@ def _open_build(mix: MixConfig, build_dir: Path | None, workers: int) -> BuiltDa
     return BuiltData.open(build_dir, verify=False, mix=mix)
 
 
+def _check_run_size(steps: int, global_batch_size: int) -> None:
+    """Refuse a run whose rows nobody can wait for.
+
+    Raises:
+        ConfigError: it has more than `MAX_ROWS`.
+    """
+    if steps * global_batch_size > MAX_ROWS:
+        raise ConfigError(
+            f"--steps {steps:,} times --global_batch_size {global_batch_size:,} is "
+            f"{steps * global_batch_size:,} rows; at most {MAX_ROWS:,} are planned. Lower one."
+        )
+
+
 def _steps_of_one_pass(built: BuiltData, global_batch_size: int) -> int:
     """Return the number of steps that draw as many rows as the build has."""
     num_rows = sum(built.num_rows(source) for source in range(len(built.source_names)))
@@ -278,15 +295,22 @@ def _steps_of_one_pass(built: BuiltData, global_batch_size: int) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file atomically; a device or pipe, such as /dev/stdout, is written to."""
     # names of files that are not UTF-8 have characters that no encoding has
-    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    content = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    if path.exists() and not path.is_file():
+        path.write_text(content, encoding="utf-8")
+        return
+    if path.is_symlink():
+        path = path.resolve()  # a rename would replace the link, for example /dev/stdout
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, content)
 
 
 def _positive(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    if not 1 <= value <= MAX_ROWS:
+        raise argparse.ArgumentTypeError(f"{value} is not from 1 to {MAX_ROWS:,}")
     return value
 
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from data_pipeline.build.guard_sets import check_guard_sets
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.manifest import BuildManifest, check_files, read_manifest
-from data_pipeline.store.packing import ARRAY_NAMES, Integers, RowIndex
+from data_pipeline.store.packing import ARRAY_NAMES, Integers, RowIndex, load_array
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.tokenizer import END_OF_TEXT
 
@@ -49,7 +48,7 @@ class _Rows:
 
     def __init__(self, directory: Path, split: str, shards: Shards, seq_len: int) -> None:
         folder = directory / split
-        arrays = {name: _load_array(folder / f"{name}.npy") for name in ARRAY_NAMES}
+        arrays = {name: load_array(folder / f"{name}.npy") for name in ARRAY_NAMES}
         self.packed = RowIndex(**arrays)
         self.shards = shards
         self.seq_len = seq_len
@@ -250,17 +249,3 @@ def _relabel(directory: Path, manifest: BuildManifest, mix: MixConfig) -> BuildM
         for entry, source in zip(manifest.sources, mix.sources, strict=True)
     )
     return replace(manifest, sources=sources, guard_domains=mix.guard_domains())
-
-
-def _load_array(path: Path) -> npt.NDArray[np.int64]:
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"{path}: not a readable array ({error}). Delete the build and build it again."
-        ) from error
-    if values.dtype != np.dtype("<i8") or values.ndim != 1:
-        raise DataError(
-            f"{path}: holds {values.ndim}-d {values.dtype}, must be 1-d int64. Build it again."
-        )
-    return np.asarray(values)

@@ -79,7 +79,7 @@ def build(
     wanted = origin.fingerprint
     work_dir = _work_dir(out_dir)
     with _locked(out_dir, fcntl.LOCK_EX):
-        if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir())):
+        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
             manifest = _read_existing(out_dir, mix, wanted)
             shutil.rmtree(work_dir, ignore_errors=True)
             return manifest
@@ -197,6 +197,9 @@ def input_bytes(mix: MixConfig) -> int:
 
 
 def _work_dir(out_dir: Path) -> Path:
+    """Return the hidden sibling of a build, in which it is made."""
+    if not out_dir.name:
+        raise ConfigError(f"'{out_dir}' is no directory for a build: it has no name. Choose --out.")
     return out_dir.with_name(f".{out_dir.name}.building")
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from data_pipeline.build.deduplication import HASH_DTYPE, Hashes
 from data_pipeline.build.document import Document
@@ -35,7 +36,9 @@ from data_pipeline.build.near_duplicates import NUM_HASHES, Signatures, minhash_
 from data_pipeline.build.sources import read_documents
 from data_pipeline.build.units import Unit
 from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.errors import DataError
 from data_pipeline.store.files import atomic_write, sha256_of, write_json
+from data_pipeline.store.packing import ARRAY_ERRORS, why_no_array
 from data_pipeline.store.shards import SUFFIX, write_shard
 from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.harmony import body
@@ -117,21 +120,37 @@ def read_account(part: Part) -> Account | None:
     """Return the account of a part that is complete, or None if the part is still to be made."""
     try:
         value = json.loads(part.account_path.read_bytes())
-        if value["num_documents"] and part.shard_path.stat().st_size != value["shard_bytes"]:
+        account = Account(**{**value, "tally": Tally.from_json(value["tally"])})
+        if account.num_documents and part.shard_path.stat().st_size != account.shard_bytes:
             return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return Account(**{**value, "tally": Tally.from_json(value["tally"])})
+    return account
 
 
 def read_hashes(part: Part) -> Hashes:
     """Return the content hashes of the documents in a part's shard, as a memory map."""
-    return np.asarray(np.load(part.hashes_path, mmap_mode="r"))
+    return _read_side_file(part, part.hashes_path)
 
 
 def read_signatures(part: Part) -> Signatures:
     """Return the MinHash signatures of the documents in a part's shard, as a memory map."""
-    return np.asarray(np.load(part.signatures_path, mmap_mode="r"))
+    return _read_side_file(part, part.signatures_path)
+
+
+def _read_side_file(part: Part, path: Path) -> npt.NDArray[Any]:
+    """Return the array of a file that `make_part` wrote before the account.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except ARRAY_ERRORS as error:
+        raise DataError(
+            f"{path}: not what the build wrote ({why_no_array(error)}). Delete {part.work_dir}, "
+            "which holds the work of an unfinished build, and build again."
+        ) from error
 
 
 def make_part(part: Part) -> Account:

@@ -22,8 +22,8 @@ from data_pipeline.config.links import dangling_link
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.file_kinds import FileKind, describe_head, kind_of_file
-from data_pipeline.store.manifest import read_manifest
-from data_pipeline.store.packing import Integers
+from data_pipeline.store.manifest import check_files, read_manifest
+from data_pipeline.store.packing import Integers, load_array
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.tokenizer import decode_bytes
 
@@ -51,6 +51,7 @@ def count_rows(source: SourceConfig) -> tuple[int, int]:
     if source.format == "huggingface":
         dataset = _dataset(source)
         return len(dataset), int(dataset.data.nbytes)
+    _check_build(Path(source.patterns()[0]))
     num_documents = 0
     num_bytes = 0
     for built in _built_sources(source):
@@ -94,6 +95,15 @@ def _built_sources(source: SourceConfig) -> list[_BuiltSource]:
     return _open_build(Path(source.patterns()[0]), source.build_sources)
 
 
+def _check_build(directory: Path) -> None:
+    """Refuse an earlier build that is damaged: its tokens would become another text.
+
+    Raises:
+        DataError: a file is missing, or not the one that the manifest lists.
+    """
+    check_files(directory, read_manifest(directory), verify=True)
+
+
 @functools.lru_cache(maxsize=8)
 def _open_build(directory: Path, names: tuple[str, ...]) -> list[_BuiltSource]:
     """Open the sources `names` of a build, or all of them if there are no names."""
@@ -114,7 +124,13 @@ def _open_build(directory: Path, names: tuple[str, ...]) -> list[_BuiltSource]:
                 "be taken as text. List the other sources in build_sources, and take the "
                 "conversations from their own files."
             )
-        train = np.unique(np.load(directory / name / "train" / "piece_document.npy"))
+        path = directory / name / "train" / "piece_document.npy"
+        train = np.unique(load_array(path))
+        if len(train) and not 0 <= train[0] <= train[-1] < shards.num_documents:
+            raise DataError(
+                f"{path}: names document {train[-1]}, but the source has "
+                f"{shards.num_documents}. The build is damaged: delete it and build it again."
+            )
         found.append(_BuiltSource(shards, train))
     return found
 

@@ -212,7 +212,7 @@ def read_manifest(directory: Path) -> BuildManifest:
         )
     try:
         manifest = _from_content(content)
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise DataError(f"{path}: lacks or misnames a key: {error}. Build it again.") from error
     for name in manifest.files:
         if not _is_inside(name):

@@ -19,13 +19,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.errors import DataError
+
 Integers = npt.NDArray[np.int64]
 BLOCK_DOCUMENTS = 1 << 20
 """Documents that are packed together, which bounds the memory."""
+ARRAY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, TokenError, TypeError, OverflowError)
+"""What NumPy raises on a file that is no array, or one with a damaged header."""
 ARRAY_NAMES = ("row_offsets", "piece_document", "piece_start", "piece_pairs")
 """Fields of `RowIndex`, which are also the names of its files."""
 
@@ -166,3 +172,28 @@ def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
             bins_by_room[room_left].append(number)
             rooms |= 1 << room_left
     return bins
+
+
+def why_no_array(error: Exception) -> str:
+    """Return why NumPy could not read a file, without its advice to read it unsafely."""
+    return "it is no array of NumPy" if "pickle" in str(error) else str(error)
+
+
+def load_array(path: Path) -> Integers:
+    """Return one array of a `RowIndex`, as a memory map.
+
+    Raises:
+        DataError: the file is no array of whole numbers.
+    """
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ARRAY_ERRORS as error:
+        raise DataError(
+            f"{path}: not a readable array ({why_no_array(error)}). Delete the build and build it "
+            "again."
+        ) from error
+    if values.dtype != np.dtype("<i8") or values.ndim != 1:
+        raise DataError(
+            f"{path}: holds {values.ndim}-d {values.dtype}, must be 1-d int64. Build it again."
+        )
+    return np.asarray(values)

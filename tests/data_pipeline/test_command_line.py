@@ -320,3 +320,45 @@ def test_any_mix_is_read_or_ends_with_a_code_of_the_contract(content: bytes) -> 
         code = main(["build", str(path), "--out", str(Path(folder) / "out")])
         assert code in (65, 78) and told.getvalue().strip(), content
         assert "internal error" not in told.getvalue()
+
+
+def test_a_device_is_written_to_and_never_replaced(
+    mix_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    plan = ["plan", str(mix_path), "--out", str(tmp_path / "out"), "--steps", "3"]
+    assert main([*plan, "--json", str(pipe)]) == 0
+    assert json.loads(os.read(reader, 1 << 20))["steps"] == 3
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert main(["build", str(mix_path), "--out", str(pipe)]) == 65
+    assert pipe.is_fifo() and "holds something else than a build" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--steps", "9" * 30], 2, "is not from 1 to 8,589,934,592"),
+        (["--steps", "4294967296", "--global_batch_size", "4"], 78, "rows; at most 8,589,934,592"),
+        (["--steps", "9" * 5000], 2, "invalid _positive value"),
+        (["--out", "/"], 78, "is no directory for a build"),
+        (["--out", "x" * 300], 74, "File name too long"),
+    ],
+)
+def test_arguments_that_cannot_be_right_end_at_once_with_a_code(
+    arguments: list[str],
+    code: int,
+    message: str,
+    mix_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        found = main(["plan", str(mix_path), *arguments])
+    except SystemExit as stop:
+        found = int(str(stop.code))
+    assert found == code and message in capsys.readouterr().err
