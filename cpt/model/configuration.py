@@ -8,6 +8,7 @@ from typing import Any
 from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
+from cpt.model.configuration_check import config_problems
 from cpt.model.weights.hf_layout import read_json
 from data_pipeline.config.links import dangling_link
 
@@ -93,10 +94,15 @@ def load_config(path: Path | None, preset: str | None) -> GptOssConfig:
     values = read_json(file)
     if values.get("model_type") != "gpt_oss":
         raise ConfigError(f"{file}: model_type is {values.get('model_type')!r}, must be 'gpt_oss'.")
-    method = values.pop("quantization_config", {}).get("quant_method", "mxfp4")
-    if method != "mxfp4":
+    problems = config_problems(values)
+    if problems:
+        raise ConfigError([f"{file}: {problem}" for problem in problems])
+    values.pop("quantization_config", None)
+    try:
+        return GptOssConfig(**values)
+    except Exception as error:  # transformers raises whatever it comes across
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{file}: the weights are quantized by {method}; training starts from bf16, fp32 or "
-            "the released MXFP4."
-        )
-    return GptOssConfig(**values)
+            f"{file}: transformers refuses it ({type(error).__name__}: {reason}). Correct the key "
+            "that this names, or fetch the file again."
+        ) from error

@@ -14,6 +14,7 @@ from cpt.checkpoint.manifest import read_manifest
 from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.weights import CheckpointWeights
 from cpt.errors import ConfigError
+from cpt.model.configuration import load_config
 from cpt.model.weights.hf_layout import read_json, tensor_files
 
 
@@ -21,15 +22,16 @@ def load_export(path: Path) -> Any:
     """Return the model of a Hugging Face directory, on the GPU if there is one.
 
     Raises:
-        ConfigError: the directory holds no configuration, no weights, or pickled ones.
+        ConfigError: the directory holds no sound configuration, no weights, or pickled ones.
     """
     if not (path / "config.json").is_file():
         raise ConfigError(
             f"--model {path}: no config.json there. Give a directory that `cpt export` wrote."
         )
+    load_config(path, None)  # transformers itself checks little of it
     tensor_files(path)  # refuses pickles and names missing files
     settings = {}
-    if "quantization_config" in read_json(path / "config.json"):
+    if read_json(path / "config.json").get("quantization_config") is not None:
         # MXFP4 kernels are for some GPUs only; decoded weights give the same on every machine
         settings["quantization_config"] = Mxfp4Config(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
