@@ -20,6 +20,7 @@ from cpt.commands import (
     status,
 )
 from cpt.errors import EXIT_DONE, CptError
+from cpt.resilience.environment import prepare_process
 
 COMMANDS = (
     export,
@@ -42,6 +43,7 @@ RENAMED = {("guard", "replay"): ["guard", "audit"], ("replay", "targets"): ["kl_
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
+    prepare_process()
     parser = argparse.ArgumentParser(
         prog="cpt", description="Continual pretraining of gpt-oss: before and after the run."
     )

@@ -43,13 +43,12 @@ from cpt.model.parameters import parameter_numels, parameter_shapes
 from cpt.model.weights.directory import check_directory
 from cpt.model.weights.tokenizer_check import tokenizer_problems
 from cpt.resilience import faults
+from cpt.resilience.environment import LAUNCHER_VARIABLES, LaunchEnvironment, read_environment
 from cpt.training.kl_targets import presence_problems
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.strict_yaml import Located, nearest
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import DataPlan
-
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +66,8 @@ class PassedGate:
     """The data plan; None on other ranks than the first, or if the mix is not built yet."""
     seam: Seam | None
     """What changes since the newest checkpoint; None as for `plan`, or without a checkpoint."""
+    environment: LaunchEnvironment
+    """What the launcher tells this rank."""
     refusal: CptError | None
     """Everything that the first rank refuses; None on the others."""
 
@@ -96,27 +97,30 @@ def pass_gate(options: argparse.Namespace) -> PassedGate:
     found = Findings()
     found.attempt(check_version)
     found.attempt(faults.check_environment)
-    found.attempt(lambda: check_launcher(options.ds_config))
+    environment = found.attempt(lambda: check_launcher(options.ds_config))
     found.add(command_line_problems(options))
     _raise_any(found)
+    assert environment is not None
     overrides = dict(item.split("=", 1) for item in options.set)
     run_yaml, json_file = load(options.config, options.ds_config, overrides, block_problems)
-    gate = _Gate(options, run_yaml, json_file)
+    gate = _Gate(options, run_yaml, json_file, environment)
     return gate.result()
 
 
-def check_launcher(ds_config: Path) -> None:
-    """Refuse to start without the variables that a launcher sets.
+def check_launcher(ds_config: Path) -> LaunchEnvironment:
+    """Return what the launcher tells this rank.
 
     Raises:
-        ConfigError: naming those that are missing, and the command to start with.
+        ConfigError: naming the variables that are missing, and the command to start with; or those
+            that cannot be right.
     """
-    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    missing = [name for name in LAUNCHER_VARIABLES if not os.environ.get(name, "").strip()]
     if missing:
         raise ConfigError(
             f"no launcher: {', '.join(missing)} not set. Start with  deepspeed cpt/run.py "
             f"--ds_config {ds_config}  (on a machine without GPU add --num_gpus N for N processes)."
         )
+    return read_environment()
 
 
 def command_line_problems(options: argparse.Namespace) -> list[str]:
@@ -131,28 +135,26 @@ def command_line_problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
-def local_world_size(world_size: int) -> int:
-    """Return the ranks on this node: torchrun sets LOCAL_WORLD_SIZE, DeepSpeed LOCAL_SIZE."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        if os.environ.get(name):
-            return int(os.environ[name])
-    return world_size
-
-
-def resume_word(asked: str) -> str:
+def resume_word(asked: str, restarts: int) -> str:
     """Return what to resume from: a requeued job goes on from its own newest checkpoint."""
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-    return "auto" if requeued else asked
+    return "auto" if restarts > 0 else asked
 
 
 class _Gate:
     """The checks of one start, and what they have found so far."""
 
-    def __init__(self, options: argparse.Namespace, run_yaml: RunYaml, json_file: Located) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        run_yaml: RunYaml,
+        json_file: Located,
+        environment: LaunchEnvironment,
+    ) -> None:
+        self.environment = environment
         self.run_yaml = run_yaml
         self.json_file = json_file
         self.run_dir: Path = options.run_dir or Path("runs") / options.config.stem
-        self.resume = resume_word(options.resume)
+        self.resume = resume_word(options.resume, environment.restarts)
         self.found = Findings()
         """Refusals of the checks that every rank makes."""
         self.found_by_first = Findings()
@@ -172,7 +174,7 @@ class _Gate:
         """
         self._check_model()
         self._check_mix()
-        if os.environ["RANK"] == "0":
+        if self.environment.rank == 0:
             self._check_weights()
             self._check_kl_targets()
             self._check_run_dir()
@@ -188,6 +190,7 @@ class _Gate:
             resume=self.resume,
             plan=self.plan,
             seam=self.seam,
+            environment=self.environment,
             refusal=joined(self.found_by_first),
         )
 
@@ -208,8 +211,10 @@ class _Gate:
         self.found.add(
             freeze_problems(self.run_yaml.train.freeze, parameter_numels(self.model_config))
         )
-        world_size = int(os.environ["WORLD_SIZE"])
-        launch = LaunchInfo(world_size=world_size, local_world_size=local_world_size(world_size))
+        launch = LaunchInfo(
+            world_size=self.environment.world_size,
+            local_world_size=self.environment.local_world_size,
+        )
         self.config = self.found.attempt(
             lambda: resolve(self.run_yaml, self.json_file, self.model_config, launch)
         )

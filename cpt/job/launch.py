@@ -19,7 +19,7 @@ from cpt.errors import ConfigError
 from cpt.export.run_export import export_run
 from cpt.job.assembly import assemble
 from cpt.job.context import RunContext
-from cpt.job.gate import PassedGate, local_world_size, pass_gate
+from cpt.job.gate import PassedGate, pass_gate
 from cpt.job.job import Job
 from cpt.job.log_files import log_to_file
 from cpt.job.loop import train
@@ -30,6 +30,7 @@ from cpt.model.parameters import parameter_numels
 from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.planning.memory import memory_tables
+from cpt.resilience.environment import LaunchEnvironment
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
@@ -53,7 +54,7 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
     if options.dry_run:
         dry_run(passed)
         return
-    device = this_device(passed.config)
+    device = this_device(passed.config, passed.environment)
     init_distributed(device)
     topology = create_topology(
         sp_size=passed.config.sp_size, ep_size=passed.config.ep_size, device=device
@@ -70,7 +71,7 @@ def dry_run(passed: PassedGate) -> None:
     Raises:
         CptError: see `cpt.job.gate.pass_gate`.
     """
-    if os.environ["RANK"] == "0":
+    if passed.environment.rank == 0:
         print(describe(passed))
         if passed.seam is not None:
             print(passed.seam.describe())
@@ -165,15 +166,38 @@ def check_same_everywhere(config: RunConfig, topology: Topology) -> None:
         )
 
 
-def this_device(config: RunConfig) -> torch.device:
-    """Return the device of this rank; CPU ranks share the cores of the node."""
+def this_device(config: RunConfig, environment: LaunchEnvironment) -> torch.device:
+    """Return the device of this rank; CPU ranks share the cores of the node.
+
+    Raises:
+        ConfigError: the node shows fewer GPUs than it has ranks.
+    """
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        check_gpu_count(torch.cuda.device_count(), environment)
+        device = torch.device("cuda", environment.local_rank)
         torch.cuda.set_device(device)
         return device
-    cores_per_rank = (os.cpu_count() or 1) // local_world_size(config.world_size)
+    cores_per_rank = (os.cpu_count() or 1) // environment.local_world_size
     torch.set_num_threads(config.train.threads or max(1, cores_per_rank))
     return torch.device("cpu")
+
+
+def check_gpu_count(num_gpus: int, environment: LaunchEnvironment) -> None:
+    """Refuse more ranks on a node than the GPUs that CUDA shows them.
+
+    Raises:
+        ConfigError: with both numbers and the GPUs that CUDA_VISIBLE_DEVICES names.
+    """
+    if environment.local_rank < num_gpus:
+        return
+    named = "is not set"
+    if environment.gpu_ids is not None:
+        named = f"is {','.join(environment.gpu_ids)!r}"
+    raise ConfigError(
+        f"CUDA shows {num_gpus} GPUs, but rank {environment.rank} has LOCAL_RANK "
+        f"{environment.local_rank}; CUDA_VISIBLE_DEVICES {named}. Start one rank for each GPU "
+        "(deepspeed --num_gpus N), or name more GPUs."
+    )
 
 
 def finish(job: Job) -> None:

@@ -7,7 +7,6 @@ The first rank tells everything on the terminal, the others only errors.  The fi
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 FORMAT = "%(asctime)s rank %(rank)s %(name)s:%(lineno)d %(levelname)s %(message)s"
@@ -59,9 +58,3 @@ def log_to_file(run_dir: Path, rank: int) -> None:
         return
     handler.setFormatter(_RankFormatter(rank))
     logging.getLogger().addHandler(handler)
-
-
-def rank_of_environment() -> int:
-    """Return the rank that the launcher gave this process; 0 without a launcher."""
-    text = os.environ.get("RANK", "0")
-    return int(text) if text.isdigit() else 0

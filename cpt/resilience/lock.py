@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cpt.errors import ConfigError
+from cpt.resilience.environment import restarts_of_job
 from cpt.resilience.processes import pid_namespace, start_ticks_of
 from data_pipeline.store.files import write_json
 
@@ -178,6 +179,6 @@ def this_process() -> Holder:
         started=start_ticks_of(os.getpid()),
         machine=pid_namespace(),
         job=os.environ.get("SLURM_JOB_ID", ""),
-        restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0),
+        restarts=restarts_of_job(),
         token=uuid.uuid4().hex,
     )

@@ -20,9 +20,22 @@ from pathlib import Path
 from types import FrameType
 
 from cpt.errors import StorageError
+from cpt.resilience.environment import job_end
 from cpt.resilience.processes import command_of, parent_of
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
+"""Signals by which people, terminals and batch systems ask for a stop.
+
+A terminal that is closed sends SIGHUP.  Grid Engine sends SIGUSR2 before it kills.  SIGXCPU tells
+that the soft limit on processor time is used up.
+"""
 LAUNCHERS = (
     "deepspeed",
     "deepspeed.launcher.launch",
@@ -42,12 +55,16 @@ class StopRequest:
         self._reason = ""
         self._file: Path | None = None
         self._stop_at: float | None = None
-        end = environment.get("SLURM_JOB_END_TIME", "")
-        self._job_end = float(end) if end.isascii() and end.isdigit() else None
+        self._job_end = job_end(environment)
 
     def listen(self) -> None:
-        """Note the stop signals of this process instead of ending it."""
+        """Note the stop signals of this process instead of ending it.
+
+        A SIGHUP that is ignored stays ignored: `nohup` asks to go on without the terminal.
+        """
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

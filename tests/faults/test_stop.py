@@ -59,6 +59,21 @@ def test_signal_to_one_rank_stops_all_after_that_step(workplace, name, signal_na
     assert f"stopped on request after step 3: {signal_name} (rank 1). Saved" in run.output
 
 
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, reason="SIGHUP is ignored, as by nohup"
+)
+def test_closed_terminal_stops_all_ranks_after_the_step_in_progress(workplace) -> None:
+    """A terminal that is closed sends SIGHUP to the whole group."""
+    with service(workplace, "stop-hangup", *NO_SAVES, fault="forward:*:3:sleep=3") as run:
+        run.wait_for("fault injected: forward")
+        for pid in run.rank_pids().values():
+            os.kill(pid, signal.SIGHUP)
+        code = run.wait()
+        run.check_nothing_left()
+    check_stopped(code, run, [3])
+    assert "stopped on request after step 3: SIGHUP" in run.output
+
+
 @pytest.mark.case("S3", "all ranks save the same step and exit 75; the file is consumed")
 def test_stop_file_stops_all_ranks(workplace) -> None:
     with service(workplace, "stop-file", *NO_SAVES, fault="forward:*:2:sleep=3") as run:

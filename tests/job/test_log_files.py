@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cpt.job.log_files import log_to_file, log_to_terminal, rank_of_environment
+from cpt.job.log_files import log_to_file, log_to_terminal
+from cpt.resilience.environment import rank_of_environment
 
 log = logging.getLogger("cpt.job.test")
 

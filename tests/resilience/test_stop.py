@@ -14,6 +14,7 @@ import pytest
 from cpt.resilience.processes import start_ticks_of
 from cpt.resilience.stop import (
     LEAVE_BEFORE_END_SECONDS,
+    SIGNALS,
     Deadline,
     StopRequest,
     launcher_links,
@@ -32,7 +33,10 @@ def test_signals_are_noted_and_nothing_else_happens() -> None:
     code = """
 import os, signal
 from cpt.resilience.stop import SIGNALS, StopRequest
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 for number in SIGNALS:
+    if number != signal.SIGHUP:
+        signal.signal(number, signal.SIG_IGN)
     stop = StopRequest()
     stop.listen()
     assert not stop.requested()
@@ -41,6 +45,34 @@ for number in SIGNALS:
     assert stop.reason() == signal.Signals(number).name, stop.reason()
 """
     done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_signals_of_terminals_and_batch_systems_are_noted() -> None:
+    names = {number.name for number in SIGNALS}
+    assert {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"} == names
+
+
+def test_hangup_that_nohup_ignores_stays_ignored() -> None:
+    code = """
+import os, signal
+from cpt.resilience.stop import StopRequest
+stop = StopRequest()
+stop.listen()
+os.kill(os.getpid(), signal.SIGHUP)
+assert not stop.requested()
+assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+os.kill(os.getpid(), signal.SIGTERM)
+assert stop.reason() == "SIGTERM"
+"""
+    done = subprocess.run(
+        ["nohup", sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
