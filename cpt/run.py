@@ -20,7 +20,11 @@ if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
 
 from cpt.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, CptError  # noqa: E402
 from cpt.job.log_files import log_to_terminal  # noqa: E402
-from cpt.resilience.environment import prepare_process, rank_of_environment  # noqa: E402
+from cpt.resilience.environment import (  # noqa: E402
+    prepare_process,
+    rank_of_environment,
+    restore_gpu_ids,
+)
 from cpt.resilience.stop import StopRequest  # noqa: E402
 
 
@@ -62,6 +66,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str], stop: StopRequest) -> int:
     """Run a job and return its exit code; mistakes of people show no stack trace."""
     prepare_process()
+    restore_gpu_ids()
     rank = rank_of_environment()
     log_to_terminal(rank)
     # DeepSpeed 0.19.8 calls names that torch 2.13 renamed

@@ -29,6 +29,11 @@ gpu_ids() {
     fi
 }
 
+# DeepSpeed's filter takes numbers only and overwrites CUDA_VISIBLE_DEVICES with them: UUIDs go to the ranks under a name of ours
+if [[ "${CUDA_VISIBLE_DEVICES:-}" == GPU-* || "${CUDA_VISIBLE_DEVICES:-}" == MIG-* ]]; then
+    export CPT_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES
+fi
+
 # DeepSpeed reads ranks from a host file and a filter.  It only counts the entries of other nodes, so any name works.
 start_launcher() {
     local node include='' ids

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from cpt.errors import ConfigError
@@ -86,6 +86,17 @@ def read_environment(
         restarts=restarts,
         gpu_ids=gpu_ids,
     )
+
+
+def restore_gpu_ids(variables: MutableMapping[str, str] = os.environ) -> None:
+    """Give CUDA the UUIDs of this node's GPUs, which DeepSpeed's launcher replaces by numbers.
+
+    On a node that is shared, the numbers may be those of another job's GPUs.  `slurm/node.sh` keeps
+    the ids in CPT_VISIBLE_DEVICES.  This must happen before CUDA is used.
+    """
+    ids = variables.get("CPT_VISIBLE_DEVICES", "").strip()
+    if ids:
+        variables["CUDA_VISIBLE_DEVICES"] = ids
 
 
 def rank_of_environment(variables: Mapping[str, str] = os.environ) -> int:

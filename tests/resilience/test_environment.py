@@ -19,6 +19,7 @@ from cpt.resilience.environment import (
     rank_of_environment,
     read_environment,
     restarts_of_job,
+    restore_gpu_ids,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +101,15 @@ def test_all_variables_are_told_together() -> None:
 )
 def test_gpus_are_named_by_number_or_uuid(value: str | None, ids: tuple[str, ...] | None) -> None:
     assert read(CUDA_VISIBLE_DEVICES=value).gpu_ids == ids
+
+
+def test_uuids_that_the_launcher_replaced_by_numbers_are_given_back() -> None:
+    variables = {"CUDA_VISIBLE_DEVICES": "0,1", "CPT_VISIBLE_DEVICES": "GPU-ab,GPU-cd"}
+    restore_gpu_ids(variables)
+    assert variables["CUDA_VISIBLE_DEVICES"] == "GPU-ab,GPU-cd"
+    variables = {"CUDA_VISIBLE_DEVICES": "0,1"}
+    restore_gpu_ids(variables)
+    assert variables["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
 def test_one_rank_may_use_a_mig_slice() -> None:

@@ -28,6 +28,7 @@ DEEPSPEED = (
     RECORD
     + r"""
 echo "host file $(tr "\n" " " <"$2")" >>"$CALLS"
+echo "gpus ${CPT_VISIBLE_DEVICES:-unset}" >>"$CALLS"
 echo $$ >"$CALLS.pid"
 stop_file="${DEEPSPEED_OBEYS:-}/STOP"
 while [[ -n "${DEEPSPEED_OBEYS:-}" && ! -f "$stop_file" ]]; do sleep 0.1; done
@@ -181,6 +182,16 @@ def test_only_75_within_the_cap_is_queued_again(
     ended, output = bench.run("train.sbatch", **variables)
     assert (ended, "requeue 17" in bench.calls("scontrol")) == (int(code), queued), output
     assert word in output
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept"), [("GPU-ab,GPU-cd", "GPU-ab,GPU-cd"), ("MIG-ab", "MIG-ab"), ("4,5", "unset")]
+)
+def test_uuids_of_gpus_reach_the_ranks_though_the_launcher_counts(
+    bench: Bench, ids: str, kept: str
+) -> None:
+    bench.run("train.sbatch", CUDA_VISIBLE_DEVICES=ids)
+    assert bench.calls("gpus") == [kept]
 
 
 def test_launcher_is_told_nodes_ranks_and_address_without_ssh(bench: Bench) -> None:
