@@ -59,6 +59,7 @@ class _Resolver:
             raise ConfigError(self.problems)
         micro_batch_size, accumulation = self._batch_sizes(sp_size)
         use_halo = self._use_halo(sp_size)
+        self._check_overlap(ep_size)
         self._check_agreement()
         engine_json = self._engine_json(micro_batch_size, accumulation)
         if self.problems:
@@ -130,6 +131,22 @@ class _Resolver:
                 "Use auto or ulysses."
             )
         return wanted != "ulysses" and local_tokens >= reach
+
+    def _check_overlap(self, ep_size: int) -> None:
+        if self.run.model.expert_overlap == "none":
+            return
+        experts = self.model.num_local_experts
+        if ep_size == 1:
+            self.problems.append(
+                "model.expert_overlap=halves overlaps the exchange of experts' rows, but with one "
+                "rank of experts (expert_parallel) nothing is exchanged. Use none."
+            )
+        elif experts // ep_size < 2:
+            self.problems.append(
+                "model.expert_overlap=halves needs at least two experts on each rank, but "
+                f"{experts} experts / expert_parallel.autoep_size {ep_size} is "
+                f"{experts // ep_size}. Use none, or an autoep_size of at most {experts // 2}."
+            )
 
     def _batch_sizes(self, sp_size: int) -> tuple[int, int]:
         """Return (micro batch size, accumulation steps)."""

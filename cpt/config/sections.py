@@ -47,6 +47,10 @@ class ModelSection:
     """What activation checkpointing does with rows that other ranks sent under expert parallelism:
     keep stores them (experts_per_token x hidden_size values per token and layer), recompute sends
     them again in the backward pass (a quarter more bytes)."""
+    expert_overlap: Literal["halves", "none"] = "none"
+    """Whether the exchange of one half of each rank's experts travels while the other half is
+    computed under expert parallelism: halves does, at the price of more memory in the backward
+    pass (cpt/model/experts/overlap.py), with the same numbers bit for bit."""
     router_aux_loss_coef: float = 0.0
     """Weight of each layer's load-balancing loss, which is 1 at perfect balance
     (cpt/model/experts/router_watch.py); 0 turns it off. Published value: Switch Transformer 0.01.

@@ -52,7 +52,9 @@ def build_engine(
     exchange = make_exchange(config, window_tokens(model_config), topology)
     probe_attention(kernel, exchange, config.dtype, model_config, topology)
     model = gpt_oss.skeleton(model_config, config.dtype)
-    report = gpt_oss.patch(model, topology)
+    report = gpt_oss.patch(
+        model, topology, experts_in_halves=config.model.expert_overlap == "halves"
+    )
     if config.zero_stage == 3:
         materialize_partitioned(model, config.engine_json, config.dtype)
         gpt_oss.restore_rotary_frequencies(model, topology.device)

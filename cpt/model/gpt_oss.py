@@ -113,10 +113,17 @@ class PatchReport:
         )
 
 
-def patch(model: GptOssForCPT, topology: Topology) -> PatchReport:
+def patch(
+    model: GptOssForCPT, topology: Topology, *, experts_in_halves: bool = False
+) -> PatchReport:
     """Replace attention, layers, norms, MLPs and lm_head of a Hugging Face gpt-oss, once.
 
     It happens before the model has weights.
+
+    Args:
+        model: The model as Hugging Face builds it.
+        topology: The layout.
+        experts_in_halves: Whether expert exchange and computation overlap; see `overlap.py`.
 
     Raises:
         TypeError: A layer, a part of one, the last norm or the lm_head is not the class that this
@@ -133,7 +140,8 @@ def patch(model: GptOssForCPT, topology: Topology) -> PatchReport:
             f"{name}.post_attention_layernorm", layer.post_attention_layernorm, GptOssRMSNorm
         )
         _check_class(name, layer, GptOssDecoderLayer)
-        layers[index] = CPTDecoderLayer(layer, ExpertParallelMLP(layer.mlp, topology))
+        mlp = ExpertParallelMLP(layer.mlp, topology, in_halves=experts_in_halves)
+        layers[index] = CPTDecoderLayer(layer, mlp)
     _check_class("norm", model.model.norm, GptOssRMSNorm)
     model.model.norm = RMSNorm(model.model.norm)
     _check_class("lm_head", model.lm_head, nn.Linear)

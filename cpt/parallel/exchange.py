@@ -1,7 +1,8 @@
 """All-to-all as an autograd operation: the backward of an exchange is the exchange reversed.
 
-    all_to_all          waits:     rows -> _Transfer -> rows received
+    all_to_all          waits:     rows -> Transfer -> rows received
     start_all_to_all    returns:   rows -> _Start -> (compute what needs no arrival) -> finish()
+    Transfer            one direction alone, for who writes the backward by hand
 
 Autograd runs nodes in reverse order of their creation. So in the backward of the second form the
 gradients leave first (in `_Finish`), then the backward of what was computed in between runs, and
@@ -37,14 +38,24 @@ class Route(NamedTuple):
         return self._replace(send=self.receive, receive=self.send)
 
 
-class _Transfer:
+class Transfer:
     """One direction of an exchange: the constructor starts it, `wait` ends it."""
 
-    def __init__(self, rows: torch.Tensor, route: Route, *, async_op: bool) -> None:
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        route: Route,
+        *,
+        async_op: bool,
+        into: torch.Tensor | None = None,
+    ) -> None:
+        """Start to send `rows`; what arrives is written to `into`, by default to a new tensor."""
         self._count_bytes(rows, route)
         # Both buffers must live until the exchange is over.
         self._outgoing = rows.contiguous()
-        self.incoming = rows.new_empty((sum(route.receive), *rows.shape[1:]))
+        if into is None:
+            into = rows.new_empty((sum(route.receive), *rows.shape[1:]))
+        self.incoming = into
         self._work = dist.all_to_all_single(
             self.incoming,
             self._outgoing,
@@ -73,7 +84,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, route: Route) -> torch.Tensor:
         ctx.route = route
-        return _Transfer(rows, route, async_op=False).wait()
+        return Transfer(rows, route, async_op=False).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -85,7 +96,7 @@ class Pending:
 
     def __init__(self, rows: torch.Tensor, route: Route) -> None:
         self._route = route
-        self._transfer: _Transfer | None = None
+        self._transfer: Transfer | None = None
         self._arriving: torch.Tensor | None = _Start.apply(rows, self)
 
     def finish(self) -> torch.Tensor:
@@ -103,7 +114,7 @@ class Pending:
         self._start(grads, self._route.reversed())
 
     def _start(self, rows: torch.Tensor, route: Route) -> torch.Tensor:
-        self._transfer = _Transfer(rows, route, async_op=True)
+        self._transfer = Transfer(rows, route, async_op=True)
         return self._transfer.incoming
 
     def wait(self) -> torch.Tensor:

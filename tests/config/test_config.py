@@ -566,6 +566,24 @@ def test_ulysses_in_window_layers_can_be_asked_for(files: Files) -> None:
     assert not files.config(2, overrides={"model.window_exchange": "ulysses"}).use_halo
 
 
+HALVES = {"model.expert_overlap": "halves"}
+
+
+def test_experts_in_halves_need_ranks_that_exchange(files: Files) -> None:
+    problem = only(files.problems(2, overrides=HALVES))
+    assert "model.expert_overlap=halves" in problem and "Use none" in problem
+
+
+def test_experts_in_halves_need_two_experts_on_each_rank(files: Files) -> None:
+    """The model has 8 experts."""
+    files.write_train(global_batch_size=8)
+    files.write_json(expert_parallel={"enabled": True, "autoep_size": 8})
+    problem = only(files.problems(8, overrides=HALVES))
+    assert "at least two experts on each rank" in problem and "at most 4" in problem
+    files.write_json(expert_parallel={"enabled": True, "autoep_size": 4})
+    assert files.config(8, overrides=HALVES).model.expert_overlap == "halves"
+
+
 def test_halo_that_needs_more_than_one_neighbor_is_refused(files: Files) -> None:
     files.write_train(seq_len=504).write_json(sequence_parallel_size=4)
     problem = only(files.problems(4, overrides={"model.window_exchange": "halo"}))

@@ -21,6 +21,7 @@ SEQ_LEN = 128
 ROWS = 8
 STEPS = 6
 WINDOW = 32
+EXPERT_SIZE = 48
 SETTINGS: dict[str, Any] = {
     "lr": 1e-3,
     "weight_decay": 0.1,
@@ -55,6 +56,8 @@ class Scenario:
     offload_checkpoints: bool = False
     exchange: str = "auto"
     expert_recompute: str = "recompute"
+    expert_overlap: str = "none"
+    expert_size: int = EXPERT_SIZE
     router_penalties: bool = False
     """Whether both router losses are on."""
     kl: bool = False
@@ -94,6 +97,10 @@ class Scenario:
             parts.append(self.exchange)
         if self.expert_recompute != "recompute":
             parts.append(self.expert_recompute)
+        if self.expert_overlap != "none":
+            parts.append(self.expert_overlap)
+        if self.expert_size != EXPERT_SIZE:
+            parts.append(f"experts{self.expert_size}")
         if self.router_penalties:
             parts.append("penalties")
         if self.kl:
@@ -112,7 +119,7 @@ class Scenario:
         return json.dumps(asdict(self))
 
 
-def model_config() -> GptOssConfig:
+def model_config(expert_size: int = EXPERT_SIZE) -> GptOssConfig:
     """Return a small gpt-oss in which every mistake shows.
 
     Hidden and expert sizes differ (a transpose would show), there are fewer key/value than query
@@ -121,7 +128,7 @@ def model_config() -> GptOssConfig:
     return GptOssConfig(
         vocab_size=512,
         hidden_size=64,
-        intermediate_size=48,
+        intermediate_size=expert_size,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=2,
@@ -145,13 +152,13 @@ def model_config() -> GptOssConfig:
     )
 
 
-def reference_model() -> GptOssForCausalLM:
+def reference_model(expert_size: int = EXPERT_SIZE) -> GptOssForCausalLM:
     """Return the model in fp32 with random biases and sinks; zeros would hide half of the errors.
 
     Expert 5 of layer 1 is never chosen; sinks reach from -3 to 9.
     """
     torch.manual_seed(0)
-    config = model_config()
+    config = model_config(expert_size)
     config._attn_implementation = "eager"
     model = GptOssForCausalLM(config).float()
     for name, parameter in model.named_parameters():

@@ -56,6 +56,7 @@ def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
         "offload_checkpoints": scenario.offload_checkpoints,
         "window_exchange": scenario.exchange,
         "expert_recompute": scenario.expert_recompute,
+        "expert_overlap": scenario.expert_overlap,
         "router_aux_loss_coef": 0.0,
         "router_z_loss_coef": 0.0,
     }
@@ -98,7 +99,7 @@ def config_of(scenario: Scenario, folder: Path) -> RunConfig:
     return resolve(
         run_yaml(scenario, folder / "model"),
         parse_yaml(json.dumps(ds), "scenario.json"),
-        model_config(),
+        model_config(scenario.expert_size),
         LaunchInfo(world_size=scenario.world_size, local_world_size=scenario.world_size),
     )
 
@@ -164,14 +165,15 @@ def run(scenario: Scenario, folder: Path) -> None:
     device = torch.device("cpu")
     topology = create_topology(sp_size=config.sp_size, ep_size=config.ep_size, device=device)
     clock = PhaseClock()
-    engine = build_engine(config, model_config(), topology, clock)
+    of_model = model_config(scenario.expert_size)
+    engine = build_engine(config, of_model, topology, clock)
     install_faults(engine.deepspeed, clock)
     if scenario.resume_from:
         run_dir = folder / scenario.resume_from
         loaded = load_checkpoint(run_dir, engine.deepspeed, topology, str(scenario.start))
         assert loaded is not None and loaded.step == scenario.start
     else:
-        fill_weights(engine, weight_source(config, model_config(), topology))
+        fill_weights(engine, weight_source(config, of_model, topology))
     targets = None
     if scenario.kl:
         targets = KLTargets(folder / "targets", SOURCES, {SOURCES[0]: even_row_tokens()})

@@ -14,6 +14,9 @@ Decisions
     - Counts are exchanged first. Their sums are the only thing that the host waits for, and it does
       not wait at all with one rank.
     - Arrived rows are put in order by arithmetic on the counts, not by another sort.
+    - Rows that travel in two halves (overlap.py) are sorted by half first: each half is the same
+      part of every rank's experts, so it is one span of what is sent, and an expert's rows stay in
+      the same order. One exchange of counts serves both.
 
 Shape letters: N tokens, k experts per token, R = N k rows sorted by expert, A arrived rows, M model
 size, E experts, g ranks of the expert-parallel group, e experts of each.
@@ -30,7 +33,7 @@ import torch.distributed as dist
 from cpt.model import recomputation
 from cpt.model.experts.grouped import ALIGNMENT_BYTES, Groups
 from cpt.model.kernels.rows import combine_rows, gather_rows, pack_rows
-from cpt.parallel.exchange import Route, all_to_all
+from cpt.parallel.exchange import Route, Transfer, all_to_all
 from cpt.parallel.traffic import Traffic
 
 
@@ -214,12 +217,125 @@ def arrival_orders(arriving_ge: torch.Tensor, num_rows: int) -> tuple[torch.Tens
     return by_expert, by_origin
 
 
+@dataclass(frozen=True, slots=True)
+class Half:
+    """The exchange of half of each rank's experts."""
+
+    plan: ExchangePlan
+    sent: slice
+    """Its rows among those of this rank's tokens, sorted by `label_by_half`."""
+    arrived: slice
+    """Its rows among those of all local experts."""
+    experts: slice
+    """Its experts among the local ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInHalves:
+    """Two exchanges that follow each other."""
+
+    halves: tuple[Half, Half]
+    groups: Groups
+    """Arrived rows of each local expert, of both halves."""
+
+    @property
+    def num_arrived(self) -> int:
+        """Rows that arrive in both."""
+        return self.halves[-1].arrived.stop
+
+
+def label_by_half(experts: torch.Tensor, ranks: int, num_local: int) -> torch.Tensor:
+    """Number experts anew: the first half of every rank's experts comes before all second halves.
+
+    Args:
+        experts: Numbers of experts, of any shape.
+        ranks: Ranks of the expert-parallel group.
+        num_local: Experts of each; if odd, the second half has one more.
+    """
+    first = num_local // 2
+    rank = experts // num_local
+    local = experts % num_local
+    in_first = rank * first + local
+    in_second = ranks * first + rank * (num_local - first) + (local - first)
+    return torch.where(local < first, in_first, in_second)
+
+
+def make_plan_in_halves(labeled_counts_E: torch.Tensor, group: dist.ProcessGroup) -> PlanInHalves:
+    """Exchange the counts of both halves; the host waits for the device once.
+
+    Args:
+        labeled_counts_E: Rows of each expert, in the order of `label_by_half`.
+        group: The ranks that exchange.
+    """
+    ranks = dist.get_world_size(group)
+    num_experts = labeled_counts_E.numel()
+    num_local = num_experts // ranks
+    numbers = torch.arange(num_experts, device=labeled_counts_E.device)
+    counts_E = labeled_counts_E.index_select(0, label_by_half(numbers, ranks, num_local))
+    arriving_E = torch.empty_like(counts_E)
+    dist.all_to_all_single(arriving_E, counts_E, group=group)
+    arriving_ge = arriving_E.view(ranks, num_local)
+    both = torch.stack([counts_E, arriving_E]).view(2, ranks, num_local)
+    split = num_local // 2
+    sums = torch.stack([both[:, :, :split].sum(2), both[:, :, split:].sum(2)]).tolist()
+    first = _half(sums[0], arriving_ge, slice(0, split), sent=0, arrived=0)
+    second = _half(
+        sums[1],
+        arriving_ge,
+        slice(split, num_local),
+        sent=first.sent.stop,
+        arrived=first.arrived.stop,
+    )
+    return PlanInHalves(halves=(first, second), groups=Groups(arriving_ge.sum(0)))
+
+
+def _half(
+    sums: list[list[int]], arriving_ge: torch.Tensor, experts: slice, *, sent: int, arrived: int
+) -> Half:
+    """Return one half, whose rows begin at `sent` and `arrived`."""
+    send, receive = sums
+    arriving_ge = arriving_ge[:, experts]
+    by_expert_A, by_origin_A = arrival_orders(arriving_ge, sum(receive))
+    plan = ExchangePlan(
+        send=send,
+        receive=receive,
+        by_expert_A=by_expert_A,
+        by_origin_A=by_origin_A,
+        groups=Groups(arriving_ge.sum(0)),
+    )
+    return Half(
+        plan=plan,
+        sent=slice(sent, sent + sum(send)),
+        arrived=slice(arrived, arrived + sum(receive)),
+        experts=experts,
+    )
+
+
 class Exchange:
     """The two exchanges of a layer; in a recomputation they do no more than the backward needs."""
 
     def __init__(self, group: dist.ProcessGroup, traffic: Traffic) -> None:
         self._group = group
         self._traffic = traffic
+
+    def plan_in_halves(self, labeled_counts_E: torch.Tensor) -> PlanInHalves:
+        """Exchange the counts of both halves; see `make_plan_in_halves`."""
+        return make_plan_in_halves(labeled_counts_E, self._group)
+
+    def start_out(self, rows: torch.Tensor, half: Half) -> Transfer:
+        """Start to send the rows of one half to their experts, or gradients of results."""
+        return Transfer(rows[half.sent], self._route(half.plan), async_op=True)
+
+    def start_back(self, arranged: torch.Tensor, half: Half, into: torch.Tensor) -> Transfer:
+        """Start to send results, or gradients of rows, to where the rows came from.
+
+        Args:
+            arranged: One row for each that arrived, by origin.
+            half: The half that they belong to.
+            into: A tensor of the rows of this rank's tokens; those of the half are written.
+        """
+        route = self._route(half.plan).reversed()
+        return Transfer(arranged, route, async_op=True, into=into[half.sent])
 
     def out(
         self, payload: torch.Tensor, model_size: int, counts_E: torch.Tensor
@@ -235,7 +351,7 @@ class Exchange:
             arrived.requires_grad_(payload.requires_grad)
         else:
             plan = make_plan(counts_E, self._group)
-            arrived = self._move(payload, plan.send, plan.receive)
+            arrived = all_to_all(payload, self._route(plan))
             if running is not None and running.keep:
                 running.put((plan, arrived.detach()))
         arrived = _Permute.apply(arrived, plan.by_expert_A, plan.by_origin_A, False)
@@ -252,8 +368,7 @@ class Exchange:
             # Both runs must save the same tensors from here on, too.
             zeros = recomputation.unread(arranged, sum(plan.send), done_AM.shape[1])
             return zeros.requires_grad_(arranged.requires_grad)
-        return self._move(arranged, plan.receive, plan.send)
+        return all_to_all(arranged, self._route(plan).reversed())
 
-    def _move(self, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
-        route = Route(send, receive, self._group, self._traffic, kind="experts")
-        return all_to_all(rows, route)
+    def _route(self, plan: ExchangePlan) -> Route:
+        return Route(plan.send, plan.receive, self._group, self._traffic, kind="experts")

@@ -51,6 +51,8 @@ def product(
     rows_RK: torch.Tensor, matrices_EKN: torch.Tensor, groups: Groups, *, grouped: bool
 ) -> torch.Tensor:
     """Return each row times the matrix of its expert, (R, N)."""
+    if rows_RK.shape[0] == 0:
+        return rows_RK.new_empty(0, matrices_EKN.shape[2])
     if grouped:
         return torch._grouped_mm(rows_RK, matrices_EKN, offs=groups.ends_E)
     out_RN = rows_RK.new_empty(rows_RK.shape[0], matrices_EKN.shape[2])

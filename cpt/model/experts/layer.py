@@ -4,7 +4,9 @@ Decisions
     - The weights keep Hugging Face's names and layout (fused, gate and up interleaved, biases): a
       rank holds a contiguous slice of the expert axis of each tensor, and nothing else changes.
     - Rows are sorted by expert once and go out and back once (dispatch.py); the arithmetic is one
-      autograd Function after another (function.py).
+      autograd Function after another (function.py). With `model.expert_overlap: halves` both are
+      one Function (overlap.py), which is called inside the module that holds the weights, because
+      ZeRO-3 gathers them around the calls of a module.
 
 Source of the maths: transformers, models/gpt_oss/modeling_gpt_oss.py (GptOssExperts); model card
 arXiv 2508.10925.
@@ -21,9 +23,10 @@ from torch import nn
 
 from cpt.deepspeed_adapter.experts import ExpertLayerBase, expert_group_name, mark_expert
 from cpt.model import recomputation
-from cpt.model.experts.dispatch import Assignment, Exchange
+from cpt.model.experts.dispatch import Assignment, Exchange, label_by_half
 from cpt.model.experts.function import Activation, Parameters, apply_experts
 from cpt.model.experts.grouped import Groups
+from cpt.model.experts.overlap import apply_in_halves
 from cpt.model.experts.router_watch import RouterWatch
 from cpt.model.weights.hf_layout import EXPERT_TENSORS
 from cpt.parallel.topology import Topology
@@ -62,10 +65,29 @@ class LocalExperts(nn.Module):
         )
 
 
+class LocalExpertsInHalves(LocalExperts):
+    """The same experts, which exchange the rows of one half while they compute the other."""
+
+    def forward(  # type: ignore[override]
+        self, payload: torch.Tensor, counts_E: torch.Tensor, exchange: Exchange
+    ) -> tuple[torch.Tensor, int]:
+        """Send rows to their experts, compute and send back; see `apply_in_halves`."""
+        parameters = Parameters(*(getattr(self, name) for name in EXPERT_TENSORS))
+        return apply_in_halves(payload, counts_E, exchange, parameters, self.activation)
+
+
 class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
     """A drop-in for transformers' GptOssMLP with the experts spread over a group of ranks."""
 
-    def __init__(self, source: Any, topology: Topology) -> None:
+    def __init__(self, source: Any, topology: Topology, *, in_halves: bool = False) -> None:
+        """Take over the router and this rank's experts of `source`, a GptOssMLP.
+
+        Args:
+            source: The layer to replace.
+            topology: The layout.
+            in_halves: Whether exchange and computation overlap, which takes two ranks and two
+                experts on each.
+        """
         # The base class's constructor would repack the experts and drop their biases.
         nn.Module.__init__(self)
         self.num_experts = int(source.experts.num_experts)
@@ -77,7 +99,9 @@ class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
         self.watch: RouterWatch | None = None
         self.layer_index = 0
         self.router = source.router
-        self.experts = LocalExperts(
+        self.in_halves = in_halves
+        experts_class = LocalExpertsInHalves if in_halves else LocalExperts
+        self.experts = experts_class(
             source.experts, topology.ep_rank * self.num_local_experts, self.num_local_experts
         )
         for parameter in self.experts.parameters():
@@ -99,18 +123,30 @@ class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
             weights_Nk = watch.observe(
                 self.layer_index, hidden_NM, logits_NE, weights_Nk, choice_Nk
             )
+        if self.in_halves:
+            choice_Nk = label_by_half(choice_Nk, self.ep_size, self.num_local_experts)
         assignment = Assignment.of(choice_Nk, self.num_experts)
         if self.ep_size == 1:
             rows_RM = assignment.spread(hidden_NM)
             weights_R = assignment.sort_weights(weights_Nk)
-            computed = self.experts(rows_RM, weights_R, Groups(assignment.counts_E))
-            done_RM = computed
+            done_RM = self.experts(rows_RM, weights_R, Groups(assignment.counts_E))
+            num_computed = done_RM.shape[0]
         else:
-            plan, arrived_AM, arrived_weights_A = self.exchange.out(
-                assignment.pack(hidden_NM, weights_Nk), hidden_NM.shape[1], assignment.counts_E
+            payload = assignment.pack(hidden_NM, weights_Nk)
+            done_RM, num_computed = self._exchange_and_compute(
+                payload, hidden_NM.shape[1], assignment.counts_E
             )
-            computed = self.experts(arrived_AM, arrived_weights_A, plan.groups)
-            done_RM = self.exchange.back(computed, plan)
         if watch is not None:
-            watch.computed(computed.shape[0])
+            watch.computed(num_computed)
         return assignment.collect(done_RM).view_as(hidden_BSM), weights_Nk
+
+    def _exchange_and_compute(
+        self, payload: torch.Tensor, model_size: int, counts_E: torch.Tensor
+    ) -> tuple[torch.Tensor, int]:
+        """Return the results (R, M) of this rank's rows, and how many rows it computed."""
+        if self.in_halves:
+            done_RM, num_computed = self.experts(payload, counts_E, self.exchange)
+            return done_RM, num_computed
+        plan, rows_AM, weights_A = self.exchange.out(payload, model_size, counts_E)
+        computed_AM = self.experts(rows_AM, weights_A, plan.groups)
+        return self.exchange.back(computed_AM, plan), computed_AM.shape[0]

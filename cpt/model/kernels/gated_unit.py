@@ -1,4 +1,4 @@
-"""The gated unit of gpt-oss's experts with its bias, forward and backward, as two operators.
+"""The gated unit of gpt-oss's experts with its bias, forward and backward, as operators.
 
     gate, up = even, odd columns of gate_up + bias, clamped
     hidden   = (up + 1) * gate * sigmoid(alpha * gate)
@@ -6,6 +6,7 @@
 Passes over memory on a GPU: `gated_unit` reads gate_up and writes hidden. `gated_unit_backward`
 reads and writes gate_up and d_hidden once each; for the gradient of the bias it also writes and
 reads fp32 sums of every 16 rows, a quarter of a pass over gate_up in bf16.
+`gated_unit_backward_into` does the same for part of the rows and writes into buffers of all rows.
 
 Shape letters: R rows sorted by expert, I expert size, E experts.
 """
@@ -93,36 +94,18 @@ def gated_unit_backward(
         <d_hidden, hidden> of each row in fp32, and the gradient of the bias in its dtype; an empty
         tensor in its place if it is not wanted.
     """
-    products_R, d_bias_E2I = _new_gradients(bias_E2I, weights_R, need_bias)
-    if has_kernels(gate_up_R2I):
-        from cpt.model.kernels import triton_gated_unit
-
-        triton_gated_unit.backward(
-            gate_up_R2I,
-            d_hidden_RI,
-            bias_E2I,
-            weights_R,
-            ends_E,
-            alpha,
-            limit,
-            d_gate_up_R2I=gate_up_R2I,
-            weighted_RI=d_hidden_RI,
-            products_R=products_R,
-            d_bias_E2I=d_bias_E2I if need_bias else None,
-        )
-        return products_R, d_bias_E2I
-    experts_R = experts_of_rows(ends_E, gate_up_R2I.shape[0])
-    for block in blocks(gate_up_R2I):
-        gate_up = widen(gate_up_R2I[block]).add_(bias_E2I[experts_R[block]])
-        weight_R1 = weights_R[block, None]
-        d_hidden = widen(d_hidden_RI[block])
-        scaled = d_hidden * weight_R1
-        hidden = _backward(gate_up, scaled, gate_up_R2I[block], alpha, limit)
-        products_R[block] = d_hidden.mul_(hidden).sum(1)
-        d_hidden_RI[block] = hidden.mul_(weight_R1)
-    if need_bias:
-        d_bias_E2I.copy_(weighted_sums(gate_up_R2I, None, ends_E))
-    return products_R, d_bias_E2I
+    return _go_back(
+        gate_up_R2I,
+        d_hidden_RI,
+        bias_E2I,
+        weights_R,
+        ends_E,
+        alpha,
+        limit,
+        gate_up_R2I,
+        d_hidden_RI,
+        need_bias,
+    )
 
 
 @gated_unit_backward.register_fake
@@ -137,6 +120,97 @@ def _gated_unit_backward_shapes(
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _new_gradients(bias_E2I, weights_R, need_bias)
+
+
+@torch.library.custom_op(
+    "cpt::gated_unit_backward_into", mutates_args=("d_gate_up_R2I", "weighted_RI")
+)
+def gated_unit_backward_into(
+    gate_up_R2I: torch.Tensor,
+    d_hidden_RI: torch.Tensor,
+    bias_E2I: torch.Tensor,
+    weights_R: torch.Tensor,
+    ends_E: torch.Tensor,
+    alpha: float,
+    limit: float,
+    d_gate_up_R2I: torch.Tensor,
+    weighted_RI: torch.Tensor,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `gated_unit_backward` does, but write to other tensors, which are contiguous."""
+    return _go_back(
+        gate_up_R2I,
+        d_hidden_RI,
+        bias_E2I,
+        weights_R,
+        ends_E,
+        alpha,
+        limit,
+        d_gate_up_R2I,
+        weighted_RI,
+        need_bias,
+    )
+
+
+@gated_unit_backward_into.register_fake
+def _gated_unit_backward_into_shapes(
+    gate_up_R2I: torch.Tensor,
+    d_hidden_RI: torch.Tensor,
+    bias_E2I: torch.Tensor,
+    weights_R: torch.Tensor,
+    ends_E: torch.Tensor,
+    alpha: float,
+    limit: float,
+    d_gate_up_R2I: torch.Tensor,
+    weighted_RI: torch.Tensor,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _new_gradients(bias_E2I, weights_R, need_bias)
+
+
+def _go_back(
+    gate_up_R2I: torch.Tensor,
+    d_hidden_RI: torch.Tensor,
+    bias_E2I: torch.Tensor,
+    weights_R: torch.Tensor,
+    ends_E: torch.Tensor,
+    alpha: float,
+    limit: float,
+    d_gate_up_R2I: torch.Tensor,
+    weighted_RI: torch.Tensor,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write `d_gate_up_R2I` and `weighted_RI`, which may be the inputs of their shapes."""
+    products_R, d_bias_E2I = _new_gradients(bias_E2I, weights_R, need_bias)
+    if has_kernels(gate_up_R2I):
+        from cpt.model.kernels import triton_gated_unit
+
+        triton_gated_unit.backward(
+            gate_up_R2I,
+            d_hidden_RI,
+            bias_E2I,
+            weights_R,
+            ends_E,
+            alpha,
+            limit,
+            d_gate_up_R2I=d_gate_up_R2I,
+            weighted_RI=weighted_RI,
+            products_R=products_R,
+            d_bias_E2I=d_bias_E2I if need_bias else None,
+        )
+        return products_R, d_bias_E2I
+    experts_R = experts_of_rows(ends_E, gate_up_R2I.shape[0])
+    for block in blocks(gate_up_R2I):
+        gate_up = widen(gate_up_R2I[block]).add_(bias_E2I[experts_R[block]])
+        weight_R1 = weights_R[block, None]
+        d_hidden = widen(d_hidden_RI[block])
+        scaled = d_hidden * weight_R1
+        hidden = _backward(gate_up, scaled, d_gate_up_R2I[block], alpha, limit)
+        products_R[block] = d_hidden.mul_(hidden).sum(1)
+        weighted_RI[block] = hidden.mul_(weight_R1)
+    if need_bias:
+        d_bias_E2I.copy_(weighted_sums(d_gate_up_R2I, None, ends_E))
+    return products_R, d_bias_E2I
 
 
 def _new_hidden(gate_up_R2I: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,24 @@ def _gather_rows_shape(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return rows.new_empty(index.shape[0], *rows.shape[1:])
 
 
+@torch.library.custom_op("cpt::gather_rows_into", mutates_args=("out_RM",))
+def gather_rows_into(rows_RM: torch.Tensor, index_R: torch.Tensor, out_RM: torch.Tensor) -> None:
+    """Write the rows at `index_R`, an int64 vector, to `out_RM`, which is contiguous."""
+    if not fused_kernels_run_on(rows_RM):
+        torch.index_select(rows_RM, 0, index_R, out=out_RM)
+        return
+    from cpt.model.kernels import triton_rows
+
+    triton_rows.gather(_with_dense_rows(rows_RM), index_R.contiguous(), out_RM)
+
+
+@gather_rows_into.register_fake
+def _gather_rows_into_shape(
+    rows_RM: torch.Tensor, index_R: torch.Tensor, out_RM: torch.Tensor
+) -> None:
+    return None
+
+
 @torch.library.custom_op("cpt::combine_rows", mutates_args=())
 def combine_rows(rows_RM: torch.Tensor, places_Nk: torch.Tensor) -> torch.Tensor:
     """Return (N, M): for each token i the sum of the rows at `places_Nk[i]`, in order.

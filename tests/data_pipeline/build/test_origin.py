@@ -165,7 +165,9 @@ def test_build_refuses_another_build_and_says_what_differs(
     make_mix: MakeMix, tmp_path: Path
 ) -> None:
     build(make_mix(TEXTS), tmp_path / "out", progress=False)
-    with pytest.raises(DataError, match=r"another mix .*\n  near_duplicates: 0.0 in the build, 0.7"):
+    with pytest.raises(
+        DataError, match=r"another mix .*\n  near_duplicates: 0.0 in the build, 0.7"
+    ):
         build(make_mix(TEXTS, near_duplicates=0.7), tmp_path / "out", progress=False)
 
 

@@ -13,7 +13,11 @@ import pytest
 import torch
 
 from cpt.model.kernels.availability import fused_kernels_run_on
-from cpt.model.kernels.gated_unit import gated_unit, gated_unit_backward
+from cpt.model.kernels.gated_unit import (
+    gated_unit,
+    gated_unit_backward,
+    gated_unit_backward_into,
+)
 
 ALPHA = 1.702
 LIMIT = 7.0
@@ -222,3 +226,30 @@ def test_operators_in_bf16_are_those_of_float64_on_a_gpu(
     found = operator_backward(inputs)
     for name, gradient in operator_backward(exact).items():
         assert_close(found[name], gradient, BF16_TOLERANCE)
+
+
+@every_shape
+@every_dtype
+def test_gradients_written_elsewhere_are_those_written_in_place(
+    shape: tuple[tuple[int, ...], int], dtype: torch.dtype, kernel_device: torch.device
+) -> None:
+    inputs = draw(shape, dtype, kernel_device)
+    expected = operator_backward(inputs)
+    gate_up = inputs.gate_up.clone()
+    d_hidden = inputs.d_hidden.clone()
+    into = {"d_gate_up": torch.empty_like(gate_up), "weighted": torch.empty_like(d_hidden)}
+    products, d_bias = gated_unit_backward_into(
+        gate_up,
+        d_hidden,
+        inputs.bias,
+        inputs.weights,
+        inputs.ends,
+        ALPHA,
+        LIMIT,
+        into["d_gate_up"],
+        into["weighted"],
+        True,
+    )
+    for name, found in {**into, "products": products, "d_bias": d_bias}.items():
+        assert torch.equal(found, expected[name]), name
+    assert torch.equal(gate_up, inputs.gate_up) and torch.equal(d_hidden, inputs.d_hidden)

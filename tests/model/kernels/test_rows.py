@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cpt.model.experts.dispatch import Assignment
-from cpt.model.kernels.rows import combine_rows, gather_rows, pack_rows
+from cpt.model.kernels.rows import combine_rows, gather_rows, gather_rows_into, pack_rows
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SHAPES = pytest.mark.parametrize(
@@ -157,3 +157,16 @@ def test_operators_have_their_shapes_without_values() -> None:
     torch.library.opcheck(torch.ops.cpt.combine_rows.default, (values, rows.places_Nk))
     arguments = (torch.randn(5, 16), torch.rand(5, 3), rows.order_R, 8)
     torch.library.opcheck(torch.ops.cpt.pack_rows.default, arguments)
+
+
+@DTYPES
+@pytest.mark.parametrize("num_rows", [0, 11])
+def test_gather_into_writes_its_part_of_a_buffer_and_nothing_else(
+    num_rows: int, dtype: torch.dtype, kernel_device: torch.device
+) -> None:
+    rows = random(num_rows, 48, dtype=dtype, device=kernel_device)
+    index = torch.arange(num_rows, device=kernel_device).flip(0)
+    buffer = torch.full((num_rows + 4, 48), 7, dtype=dtype, device=kernel_device)
+    gather_rows_into(rows, index, buffer[1 : num_rows + 1])
+    assert torch.equal(buffer[1 : num_rows + 1], rows.flip(0))
+    assert (buffer[:1] == 7).all() and (buffer[num_rows + 1 :] == 7).all()

@@ -27,6 +27,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
     ("cpt/model/kernels/rope", "", "rope"),
     ("cpt/model/experts/function.py", "", "experts"),
     ("cpt/model/experts/grouped.py", "", "experts"),
+    ("cpt/model/experts/overlap.py", "", "experts"),
     ("cpt/model/experts/dispatch.py", "", "dispatch"),
     ("cpt/model/experts/layer.py", "LocalExperts", "experts"),
     ("cpt/model/experts/layer.py", "", "dispatch"),

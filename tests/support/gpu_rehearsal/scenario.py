@@ -109,6 +109,7 @@ def run_config(scenario: Scenario, model_config: GptOssConfig) -> RunConfig:
         "activation_checkpointing": scenario.checkpointing,
         "offload_checkpoints": scenario.offload,
         "expert_recompute": scenario.expert_recompute,
+        "expert_overlap": scenario.expert_overlap,
         "router_aux_loss_coef": coefficient,
         "router_z_loss_coef": coefficient,
     }
@@ -232,7 +233,8 @@ class Rehearsal:
         self._collectives.install()
         topology = self._collectives.topology()
         model = gpt_oss.skeleton(self.model_config, torch.bfloat16)
-        gpt_oss.patch(model, topology)
+        in_halves = scenario.expert_overlap == "halves"
+        gpt_oss.patch(model, topology, experts_in_halves=in_halves)
         with FakeTensorMode(allow_non_fake_inputs=True):
             self._fused = fused_kernels_run_on(torch.empty(1, device=topology.device))
             engine = self._build_engine(model, topology)
@@ -319,12 +321,16 @@ class Rehearsal:
         reader.close()
 
     def _host_value(self, tensor: torch.Tensor) -> int:
-        """Return what the host reads: balanced counts of rows for the ranks, else 1."""
+        """Return what the host reads: balanced counts of rows for the ranks, else 1.
+
+        Experts in halves read a tensor of (halves, directions, ranks), others (directions, ranks).
+        """
         ep_size = self.scenario.ep_size
         if ep_size == 1 or tuple(tensor.shape[-1:]) != (ep_size,):
             return 1
         rows = self._tokens * self.model_config.num_experts_per_tok
-        return rows // ep_size
+        exchanges = tensor.shape[0] if tensor.ndim == 3 else 1
+        return rows // ep_size // exchanges
 
     def _present_stage(self) -> str:
         if self._stage != "step":

@@ -26,6 +26,7 @@ class Scenario:
     checkpointing: bool = True
     offload: bool = False
     expert_recompute: str = "recompute"
+    expert_overlap: str = "none"
     kl_targets: bool = False
     router_watch: bool = False
     """Both penalties, all measurements, and the routers before training."""
@@ -83,6 +84,7 @@ FEATURES = (
         evaluates=True,
     ),
     replace(LAYOUT, name="layout, rows kept", expert_recompute="keep", micro_batches=2),
+    replace(LAYOUT, name="layout, experts in halves", expert_overlap="halves", evaluates=True),
 )
 """Every feature of a step, for devices and waits."""
 
