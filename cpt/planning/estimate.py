@@ -2,7 +2,9 @@
 
     compute   the sum over the parts of the model (part_times.py), experts as slow as on the
               busiest rank; or operations / (share of the peak), if a share is given
-    exchange  Ulysses and experts: their autograd Functions wait for them, nothing overlaps
+    exchange  Ulysses and experts: their autograd Functions wait for them, nothing overlaps, except
+              half of the experts' where `model.expert_overlap` is halves: what travels while the
+              other half is computed (counted, not measured)
     exposed   ZeRO's traffic and the copies of offloading as far as compute does not hide them:
               a share `1 - overlap` of the longer of the two
     step      max(compute + exchange + exposed, NVLink, InfiniBand, PCIe) + update
@@ -22,7 +24,7 @@ from cpt.config import RunConfig
 from cpt.planning.flops import TokenFlops, flops_per_token
 from cpt.planning.hardware import Assumptions, Gpu
 from cpt.planning.memory import ParameterCounts, device_memory, host_memory
-from cpt.planning.part_times import UPDATE_BYTES, Held, micro_step_parts
+from cpt.planning.part_times import PRODUCTS, REST, UPDATE_BYTES, Held, micro_step_parts
 from cpt.planning.step_work import PASSES, ModelSizes, Share
 from cpt.planning.traffic import Wire, traffic
 from cpt.storage.state_bytes import FP32_BYTES
@@ -100,6 +102,12 @@ def estimate(
     # the busiest rank receives that much more
     links["experts"] *= assumed.rank_imbalance(config.ep_size, model.num_local_experts)
     exchange = links["ulysses"] + links["experts"]
+    if config.model.expert_overlap == "halves":
+        in_experts = compute * flops.experts / flops.total
+        if parts:
+            in_experts = parts[PRODUCTS] + parts[REST]
+        # The first half on its way out and the second one on its way back meet no computing.
+        exchange -= min(links["experts"] / 2, in_experts)
     busy = _busy_seconds(config, counts, wire, host, gpu, assumed)
     zero = links["ZeRO gather"] + links["ZeRO reduce"]
     exposed = (1 - assumed.overlap) * max(zero, busy["PCIe"])

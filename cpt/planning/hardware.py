@@ -202,7 +202,8 @@ class Assumptions:
             f"{self.ranks_per_node} ranks per node; {self.memory_share:.0%} of device memory may "
             "be filled",
             f"{self.overlap:.0%} of ZeRO's and offloading's traffic hides behind compute (assumed; "
-            "--overlap); the halo does, Ulysses and expert exchanges do not",
+            "--overlap); the halo does, Ulysses and expert exchanges do not (half of the latter "
+            "may with model.expert_overlap: halves; not measured)",
             "links between GPUs: data sheets and assumptions; this project measured one H100, "
             "never several",
         ]

@@ -156,9 +156,14 @@ def _at_experts(sizes: StepSizes) -> dict[str, int]:
     # of each row: the gradient of its output, and that of the activated values, in whose place
     # these values come; the gradient of gate and up is written over gate and up
     row = _row_bytes(sizes) + sizes.itemsize * sizes.model.intermediate_size
+    gradients = sizes.experts // 3
+    if sizes.config.model.expert_overlap == "halves":
+        # gate and up stay, the gradient of half of the activated values goes beside its own, and
+        # the gradients of both matrices leave together
+        row += sizes.itemsize * 5 * sizes.model.intermediate_size // 2
+        gradients = sizes.experts
     rows = sizes.tokens * sizes.model.num_experts_per_tok * row
-    down = sizes.experts // 3
-    return _in_last_layer(sizes, down, _experts_bytes(sizes) + rows)
+    return _in_last_layer(sizes, gradients, _experts_bytes(sizes) + rows)
 
 
 def _at_rows(sizes: StepSizes) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Experts in halves train as undivided ones do, bit for bit, under every ZeRO stage.
+"""Experts in halves train as undivided ones do, bit for bit, with ZeRO and checkpointing.
 
 tests/model/test_expert_overlap.py has more cases and the order of issue, without processes.
 """

@@ -159,6 +159,24 @@ def test_imbalance_slows_experts_and_their_exchange_only() -> None:
     assert skewed.exchange_seconds == pytest.approx(2 * even.exchange_seconds)
 
 
+def test_experts_in_halves_hide_half_of_their_exchange_at_most_for_more_memory() -> None:
+    config, counts = model()
+    even = estimated(ep_size=8, seq_len=32768)
+    with_halves = dataclasses.replace(even.config.model, expert_overlap="halves")
+    resolved = dataclasses.replace(even.config, model=with_halves)
+    found = estimate(resolved, config, counts, H100, ASSUMED)
+    computing = sum(even.parts[part] for part in EXPERTS)
+    hidden = min(even.exchange_seconds / 2, computing)
+    assert even.exchange_seconds - found.exchange_seconds == pytest.approx(hidden) and hidden > 0
+    assert even.step_seconds - found.step_seconds == pytest.approx(hidden)
+    rows = 32768 * config.num_experts_per_tok
+    more = sum(found.memory.values()) - sum(even.memory.values())
+    values = 5 * config.intermediate_size // 2
+    matrices = 3 * config.num_local_experts // 8 * config.hidden_size * config.intermediate_size
+    # two bytes each; another moment of the step may have been the peak before
+    assert 0 < more <= 2 * (rows * values + matrices)
+
+
 def test_without_expert_parallelism_no_rank_is_busier_than_another() -> None:
     skewed = estimated(ep_size=1, assumed=dataclasses.replace(ASSUMED, imbalance=2.0))
     assert skewed.step_seconds == estimated(ep_size=1).step_seconds

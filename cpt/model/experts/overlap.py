@@ -164,10 +164,10 @@ class _InHalves(torch.autograd.Function):
         done_RM = payload.new_empty(0 if second else payload.shape[0], layer.model_size)
         ways_back = []
         gate_ups = []
-        for index, half in enumerate(halves):
+        for half in halves:
             rows = arrived[half.arrived]
-            if not is_filled:
-                gather_rows_into(ways_out[index].wait(), half.plan.by_expert_A, rows)
+            if ways_out:
+                gather_rows_into(ways_out.pop(0).wait(), half.plan.by_expert_A, rows)
             gate_up_A2I = product(
                 rows[:, : layer.model_size],
                 layer.parameters.gate_up_EM2I[half.experts],
@@ -202,9 +202,9 @@ class _InHalves(torch.autograd.Function):
         if need_rows:
             d_payload = d_done_RM.new_empty(d_done_RM.shape[0], arrived.shape[1])
         ways_back = []
-        for way, half, gate_up_A2I in zip(ways_out, halves, gate_ups, strict=True):
+        for half, gate_up_A2I in zip(halves, gate_ups, strict=True):
             d_out_AM = gradients.d_out_AM[half.arrived]
-            gather_rows_into(way.wait(), half.plan.by_expert_A, d_out_AM)
+            gather_rows_into(ways_out.pop(0).wait(), half.plan.by_expert_A, d_out_AM)
             arranged = gradients.go_back(gate_up_A2I, half, need_rows=need_rows)
             if d_payload is not None:
                 ways_back.append(layer.exchange.start_back(arranged, half, d_payload))
