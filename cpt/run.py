@@ -24,6 +24,7 @@ from cpt.resilience.environment import (  # noqa: E402
     prepare_process,
     rank_of_environment,
     restore_gpu_ids,
+    speaks_for_node,
 )
 from cpt.resilience.stop import StopRequest  # noqa: E402
 
@@ -79,7 +80,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         return EXIT_DONE
     except CptError as error:
         # once on every node: the cause may lie on that node alone
-        if rank == 0 or os.environ.get("LOCAL_RANK") == "0":
+        if speaks_for_node():
             print(f"\n{error}\n", file=sys.stderr, flush=True)
         return error.exit_code
     except Exception:

@@ -104,6 +104,13 @@ def rank_of_environment(variables: Mapping[str, str] = os.environ) -> int:
     return _number(variables.get("RANK", "")) or 0
 
 
+def speaks_for_node(variables: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process tells refusals: the first of its node, or one without a place."""
+    text = variables.get("LOCAL_RANK", "")
+    no_place = bool(text) and not _number(text)
+    return rank_of_environment(variables) == 0 or no_place
+
+
 def restarts_of_job(variables: Mapping[str, str] = os.environ) -> int:
     """Return how often Slurm has queued the job again; 0 if it does not say so."""
     return _number(variables.get("SLURM_RESTART_COUNT", "")) or 0

@@ -20,8 +20,10 @@ import pytest
 import yaml
 
 from cpt.deepspeed_adapter import version
+from cpt.errors import ConfigError
 from cpt.job import launch
 from cpt.job.run_dir import make_run_dir, move_aside
+from cpt.resilience.environment import LaunchEnvironment
 from cpt.resilience.stop import StopRequest
 from cpt.run import main, parse_arguments
 from tests.support.launcher import ROOT, free_port, rank_environment
@@ -514,3 +516,43 @@ def test_refused_run_leaves_nothing_half_written(started: Any, case: str) -> Non
         "mix.yaml",
         "text.jsonl",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("RANK", "first", "RANK is 'first'"),
+        ("WORLD_SIZE", "", "no launcher: WORLD_SIZE not set"),
+        ("LOCAL_RANK", "7", "LOCAL_RANK is '7', but this node has 2 ranks"),
+        ("SLURM_RESTART_COUNT", "none", "SLURM_RESTART_COUNT is 'none'"),
+        ("SLURM_JOB_END_TIME", "1000", "left over from a job that has ended"),
+        ("CUDA_VISIBLE_DEVICES", "cuda:0", "is no number, GPU-UUID or MIG-UUID"),
+    ],
+)
+def test_environment_that_cannot_be_right_is_refused(
+    environment: Environment,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    name: str,
+    value: str,
+    words: str,
+) -> None:
+    environment(world=2)
+    monkeypatch.setenv(name, value)
+    assert main(["--ds_config", str(DS_CONFIG), "--dry_run"], StopRequest()) == 78
+    assert words in capsys.readouterr().err
+
+
+def test_more_ranks_than_gpus_are_refused_with_both_numbers() -> None:
+    place = LaunchEnvironment(
+        rank=3,
+        world_size=4,
+        local_rank=3,
+        local_world_size=4,
+        master_port=1,
+        restarts=0,
+        gpu_ids=("4", "5"),
+    )
+    with pytest.raises(ConfigError, match=r"CUDA shows 2 GPUs, but rank 3 .* is '4,5'"):
+        launch.check_gpu_count(2, place)
+    launch.check_gpu_count(4, place)

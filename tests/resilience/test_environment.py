@@ -20,6 +20,7 @@ from cpt.resilience.environment import (
     read_environment,
     restarts_of_job,
     restore_gpu_ids,
+    speaks_for_node,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +111,14 @@ def test_uuids_that_the_launcher_replaced_by_numbers_are_given_back() -> None:
     variables = {"CUDA_VISIBLE_DEVICES": "0,1"}
     restore_gpu_ids(variables)
     assert variables["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "speaks"),
+    [("0", "0", True), ("8", "0", True), ("9", "1", False), ("9", "x", True), ("9", "", False)],
+)
+def test_refusals_are_told_once_on_each_node(rank: str, local_rank: str, speaks: bool) -> None:
+    assert speaks_for_node({"RANK": rank, "LOCAL_RANK": local_rank}) == speaks
 
 
 def test_one_rank_may_use_a_mig_slice() -> None:
