@@ -21,6 +21,7 @@ from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.weights import stored_pieces
 from cpt.errors import CheckpointError, ConfigError
 from cpt.export.quantization_error import TensorError, quantization_report
+from cpt.export.reader_forms import generation_config, with_old_keys
 from cpt.export.tokenizer import save_tokenizer
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights import mxfp4
@@ -34,7 +35,6 @@ from cpt.model.weights.writer import (
 )
 from cpt.resilience.faults import fault_point
 from data_pipeline.store.files import write_json
-from data_pipeline.text.harmony import STOP_IDS
 
 DTYPES = {"bf16": torch.bfloat16, "mxfp4": torch.bfloat16, "fp32": torch.float32}
 """Dtype of everything that is not quantized, by format."""
@@ -50,7 +50,7 @@ QUANTIZATION_CONFIG = {
 """Part of config.json, as in the released model."""
 REPORT_FILE = "mxfp4_report.json"
 """Rounding error of every tensor of an MXFP4 export."""
-NOT_EXPORTED = ("quantization_config", "_name_or_path", "torch_dtype")
+NOT_EXPORTED = ("quantization_config", "_name_or_path")
 """Keys of the model's configuration that do not hold for the exported weights."""
 MAX_PROBLEMS = 5
 """Tensors that a refusal names."""
@@ -174,18 +174,11 @@ def _write_other_files(out: Path, model_config: Mapping[str, Any], format_name: 
     for key in NOT_EXPORTED:
         config.pop(key, None)
     config["architectures"] = ["GptOssForCausalLM"]
-    config["dtype"] = str(DTYPES[format_name]).removeprefix("torch.")
+    config = with_old_keys(config, str(DTYPES[format_name]).removeprefix("torch."))
     if format_name == "mxfp4":
         config["quantization_config"] = QUANTIZATION_CONFIG
     _write_json(out / "config.json", config)
-    generation = {
-        "bos_token_id": model_config["bos_token_id"],
-        # end of text, end of a turn and a tool call all end a generation
-        "eos_token_id": list(STOP_IDS),
-        "pad_token_id": model_config["pad_token_id"],
-        "do_sample": True,
-    }
-    _write_json(out / "generation_config.json", generation)
+    _write_json(out / "generation_config.json", generation_config(model_config))
     save_tokenizer(out, model_config["max_position_embeddings"])
 
 

@@ -21,6 +21,7 @@ import torch
 from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
+from cpt.export.reader_forms import with_old_keys
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
@@ -240,10 +241,8 @@ def _dtype(pair: Pair, name: str) -> torch.dtype:
 
 
 def _write_config(folder: Path, tuned: Path, dtype: str) -> None:
-    config = dict(read_json(tuned / "config.json"))
+    config = with_old_keys(read_json(tuned / "config.json"), dtype)
     config.pop("quantization_config", None)
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype
     write_json(folder / "config.json", config, indent=2, sort_keys=True)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from cpt.export.reader_forms import BOS, PAD, TOKENIZER_CLASS
+from data_pipeline.store.files import write_json
 from data_pipeline.text.tokenizer import encoding
 
 TEMPLATE = Path(__file__).with_name("harmony.jinja")
@@ -51,12 +54,16 @@ def save_tokenizer(folder: Path, max_length: int) -> None:
     """
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_converted(),
-        bos_token="<|startoftext|>",
+        bos_token=BOS,
         eos_token="<|return|>",
-        pad_token="<|endoftext|>",
+        pad_token=PAD,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         model_max_length=max_length,
         chat_template=TEMPLATE.read_text(encoding="utf-8"),
     )
     tokenizer.save_pretrained(str(folder))
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = TOKENIZER_CLASS
+    write_json(file, settings, indent=2, sort_keys=True)
