@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from cpt.commands import (
@@ -19,8 +18,9 @@ from cpt.commands import (
     sample,
     status,
 )
-from cpt.errors import EXIT_DONE, CptError
+from cpt.errors import EXIT_DONE
 from cpt.resilience.environment import prepare_process
+from data_pipeline.errors import CommandParser, end_with_reason
 
 COMMANDS = (
     export,
@@ -44,7 +44,7 @@ RENAMED = {("guard", "replay"): ["guard", "audit"], ("replay", "targets"): ["kl_
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code."""
     prepare_process()
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="cpt", description="Continual pretraining of gpt-oss: before and after the run."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -53,9 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(_current_words(sys.argv[1:] if arguments is None else arguments))
     try:
         options.run(options)
-    except CptError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        return end_with_reason(error, "cpt")
     return EXIT_DONE
 
 

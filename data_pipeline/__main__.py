@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from data_pipeline.build.workers import available_cores
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
-from data_pipeline.errors import EXIT_INTERNAL, ConfigError, DataError, explain, keep_trace
+from data_pipeline.errors import CommandParser, ConfigError, DataError, end_with_reason
 from data_pipeline.mixture.data_plan import make_data_plan
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
 from data_pipeline.mixture.plan_comparison import compare_plans
@@ -47,7 +46,9 @@ PROGRAM = "data_pipeline"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline", description=__doc__)
+    parser: argparse.ArgumentParser = CommandParser(
+        prog="python -m data_pipeline", description=__doc__
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_build(commands)
     _add_plan(commands)
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        return _report(error)
+        return end_with_reason(error, PROGRAM)
     return 0
 
 
@@ -70,21 +71,6 @@ def _prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _report(error: BaseException) -> int:
-    """Tell a person what ended the command, and return the exit code."""
-    explained = explain(error)
-    if explained is None:
-        explained = keep_trace(error, PROGRAM), EXIT_INTERNAL
-    message, code = explained
-    print(message, file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # whoever read the output is gone, or its disk is full: Python would try again at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
 
 
 def _add_build(commands: Commands) -> None:

@@ -79,8 +79,37 @@ def test_deprecated_words_still_work_and_name_their_successor(
 def test_replay_names_every_option_that_is_missing(capsys: Any) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["replay", "--temperature", "1"])
-    assert caught.value.code == 2
+    assert caught.value.code == 78
     assert "required: --model, --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["plan", "--nonsense"], ["guard", "x"]])
+def test_wrong_words_are_a_bad_configuration(arguments: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 78
+    assert "--help helps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "there"), 74, "there: No such file"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("by zero"), 70, "ZeroDivisionError: by zero"),
+    ],
+)
+def test_whatever_ends_a_command_is_told_without_a_stack_trace(
+    raised: BaseException, code: int, said: str, capsys: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
+    def broken(options: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("cpt.commands.status._run", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the trace of a bug goes there
+    assert main(["status", "--run_dir", str(tmp_path)]) == code
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
 
 
 # export
@@ -231,7 +260,7 @@ def test_sampling_from_nothing_is_refused_before_the_model_is_loaded(
 def test_sampling_needs_exactly_one_origin(arguments: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit) as caught:
         sample(*arguments)
-    assert caught.value.code != 0 and "--model" in capsys.readouterr().err
+    assert caught.value.code == 78 and "--model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
