@@ -22,7 +22,14 @@ from cpt.model.experts.layer import EXPERT_TENSORS
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights import mxfp4
 from cpt.model.weights.directory import DirectoryWeights, check_directory
-from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, is_expert_name
+from cpt.model.weights.hf_layout import (
+    BLOCKS,
+    INDEX_FILE,
+    SCALES,
+    SINGLE_FILE,
+    is_expert_name,
+    tensor_files,
+)
 from cpt.model.weights.source import fill_model
 from cpt.parallel.traffic import Traffic
 
@@ -305,6 +312,32 @@ def test_tensor_in_a_file_that_the_index_does_not_know_is_named(cut: Path) -> No
     file = sorted(cut.glob("*.safetensors"))[0]
     rewrite(file, lambda content: content.update({"model.extra": torch.zeros(2)}))
     assert "model.extra" in problems(cut)[0]
+
+
+def test_whole_file_beside_shards_is_a_second_set(cut: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, str(cut / "model.safetensors"), metadata={"format": "pt"})
+    (problem,) = problems(cut)
+    assert "two sets of weights" in problem and "that of model.safetensors (1 file" in problem
+
+
+def test_shards_that_the_index_does_not_name_are_a_second_set(cut: Path) -> None:
+    first = sorted(cut.glob("*.safetensors"))[0]
+    (cut / "model-00001-of-00009.safetensors").write_bytes(first.read_bytes())
+    assert "two sets of weights" in problems(cut)[0]
+
+
+def test_shards_beside_a_whole_file_without_an_index_are_a_second_set(
+    path: Path, tensors: dict[str, Tensor]
+) -> None:
+    save_file(tensors, str(path / "model-00001-of-00002.safetensors"), metadata={"format": "pt"})
+    assert "that of model-00001-of-00002.safetensors" in problems(path)[0]
+
+
+def test_adapter_beside_the_weights_is_no_second_set(
+    path: Path, tensors: dict[str, Tensor]
+) -> None:
+    save_file(tensors, str(path / "adapter_model.safetensors"), metadata={"format": "pt"})
+    tensor_files(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])

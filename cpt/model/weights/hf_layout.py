@@ -41,8 +41,8 @@ def tensor_files(path: Path) -> dict[str, Path]:
     """Return the safetensors file of every tensor of a Hugging Face directory, by tensor name.
 
     Raises:
-        ConfigError: The directory has no safetensors, or its index is damaged or names missing
-            files.
+        ConfigError: The directory has no safetensors or two sets of them, or its index is damaged
+            or names missing files.
     """
     index = path / INDEX_FILE
     for file in (index, path / SINGLE_FILE):
@@ -64,7 +64,24 @@ def tensor_files(path: Path) -> dict[str, Path]:
     missing = sorted({file for file in files.values() if not file.is_file()})
     if missing:
         raise ConfigError([_why_missing(file, index) for file in missing])
+    _check_one_set(path, set(files.values()))
     return files
+
+
+def _check_one_set(path: Path, used: set[Path]) -> None:
+    """Refuse weights beside those that would be read: readers differ in which they take."""
+    others = []
+    for file in sorted(path.glob("*.safetensors")):
+        if file not in used and (file.name == SINGLE_FILE or _SHARD.search(file.name)):
+            others.append(file.name)
+    if others:
+        mine = min(used).name
+        counted = f"{len(others)} file{'s' if len(others) > 1 else ''}"
+        raise ConfigError(
+            f"{path}: holds two sets of weights, that of {mine} and that of {others[0]} "
+            f"({counted}). This project reads the first, other programs may read the second. Move "
+            "one of them away."
+        )
 
 
 def _why_missing(file: Path, index: Path) -> str:
