@@ -340,9 +340,9 @@ def test_a_device_is_written_to_and_never_replaced(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--steps", "9" * 30], 2, "is not from 1 to 8,589,934,592"),
+        (["--steps", "9" * 30], 78, "is not from 1 to 8,589,934,592"),
         (["--steps", "4294967296", "--global_batch_size", "4"], 78, "rows; at most 8,589,934,592"),
-        (["--steps", "9" * 5000], 2, "invalid _positive value"),
+        (["--steps", "9" * 5000], 78, "invalid _positive value"),
         (["--out", "/"], 78, "is no directory for a build"),
         (["--out", "x" * 300], 74, "File name too long"),
     ],
