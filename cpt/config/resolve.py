@@ -60,6 +60,7 @@ class _Resolver:
         micro_batch_size, accumulation = self._batch_sizes(sp_size)
         use_halo = self._use_halo(sp_size)
         self._check_overlap(ep_size)
+        self._check_head_groups(sp_size)
         self._check_agreement()
         engine_json = self._engine_json(micro_batch_size, accumulation)
         if self.problems:
@@ -146,6 +147,23 @@ class _Resolver:
                 "model.expert_overlap=halves needs at least two experts on each rank, but "
                 f"{experts} experts / expert_parallel.autoep_size {ep_size} is "
                 f"{experts // ep_size}. Use none, or an autoep_size of at most {experts // 2}."
+            )
+
+    def _check_head_groups(self, sp_size: int) -> None:
+        groups = self.run.model.ulysses_groups
+        if groups <= 1:
+            return
+        heads = max(1, self.model.num_key_value_heads // sp_size)
+        if sp_size == 1:
+            self.problems.append(
+                f"model.ulysses_groups={groups} exchanges heads in groups, but with "
+                "sequence_parallel_size 1 none are exchanged. Use 1."
+            )
+        elif heads % groups:
+            self.problems.append(
+                f"model.ulysses_groups={groups} does not divide the {heads} key/value heads of a "
+                f"rank ({self.model.num_key_value_heads} / sequence_parallel_size {sp_size}, at "
+                "least 1). Use 1, or a divisor."
             )
 
     def _batch_sizes(self, sp_size: int) -> tuple[int, int]:

@@ -51,6 +51,10 @@ class ModelSection:
     """Whether the exchange of one half of each rank's experts travels while the other half is
     computed under expert parallelism: halves does, at the price of more memory in the backward
     pass (cpt/model/experts/overlap.py), with the same numbers bit for bit."""
+    ulysses_groups: int = 1
+    """Groups that the heads of a rank are exchanged in under sequence parallelism: with 2, one half
+    travels while attention computes the other, with the same numbers. It divides the key/value
+    heads of a rank."""
     router_aux_loss_coef: float = 0.0
     """Weight of each layer's load-balancing loss, which is 1 at perfect balance
     (cpt/model/experts/router_watch.py); 0 turns it off. Published value: Switch Transformer 0.01.
@@ -69,6 +73,8 @@ class ModelSection:
                 "offload_checkpoints",
                 "needs model.activation_checkpointing: true; without it there are none.",
             )
+        if self.ulysses_groups < 1:
+            yield "ulysses_groups", f"is {self.ulysses_groups}, must be 1 or more."
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             if not 0 <= getattr(self, name) < float("inf"):
                 yield name, f"is {getattr(self, name)}, must be >= 0."

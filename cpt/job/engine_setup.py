@@ -91,7 +91,7 @@ def make_exchange(config: RunConfig, window: int, topology: Topology) -> Ulysses
     if topology.sp_size == 1:
         return None
     halo = WindowHalo(topology, window) if config.use_halo else None
-    return Ulysses(topology, halo)
+    return Ulysses(topology, halo, config.model.ulysses_groups)
 
 
 def probe_attention(

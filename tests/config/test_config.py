@@ -584,6 +584,24 @@ def test_experts_in_halves_need_two_experts_on_each_rank(files: Files) -> None:
     assert files.config(8, overrides=HALVES).model.expert_overlap == "halves"
 
 
+GROUPS = {"model.ulysses_groups": "2"}
+
+
+def test_heads_in_groups_need_ranks_that_exchange(files: Files) -> None:
+    problem = only(files.problems(2, overrides=GROUPS))
+    assert "model.ulysses_groups=2" in problem and "Use 1" in problem
+
+
+def test_groups_of_heads_divide_the_key_value_heads_of_a_rank(files: Files) -> None:
+    """The model has 2 key/value heads."""
+    files.write_json(sequence_parallel_size=2)
+    problem = only(files.problems(2, overrides=GROUPS))
+    assert (
+        "does not divide the 1 key/value heads of a rank (2 / sequence_parallel_size 2" in problem
+    )
+    assert only(files.problems(2, overrides={"model.ulysses_groups": "0"})).endswith("1 or more.")
+
+
 def test_halo_that_needs_more_than_one_neighbor_is_refused(files: Files) -> None:
     files.write_train(seq_len=504).write_json(sequence_parallel_size=4)
     problem = only(files.problems(4, overrides={"model.window_exchange": "halo"}))

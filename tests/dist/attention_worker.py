@@ -131,11 +131,11 @@ def refusal(topology: Topology) -> str:
     return ""
 
 
-def first_slice_everywhere(self: Ulysses, sinks_H: Tensor) -> Tensor:
+def first_slice_everywhere(self: Ulysses, sinks_H: Tensor, group: int) -> Tensor:
     return sinks_H[: sinks_H.shape[0] // self.size]
 
 
-def all_sinks(self: Ulysses, sinks_H: Tensor) -> Tensor:
+def all_sinks(self: Ulysses, sinks_H: Tensor, group: int) -> Tensor:
     return sinks_H
 
 

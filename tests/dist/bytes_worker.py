@@ -30,8 +30,8 @@ def main() -> None:
 
     sent = {}
     ulysses = Ulysses(topology)
-    query, _, value = ulysses.exchange_qkv(*draw())
-    out = ulysses.exchange_out(query.transpose(1, 2))
+    query, _, value = ulysses.start_qkv(*draw(), group=0).finish()
+    out = ulysses.join_out([ulysses.start_out(query.transpose(1, 2))])
     (out.sum() + value.sum()).backward()
     sent["ulysses"] = topology.traffic.take()["ulysses"]
     halo = WindowHalo(topology, 128)

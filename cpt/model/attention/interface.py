@@ -6,7 +6,7 @@ key/value heads, D head size.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -71,22 +71,39 @@ class Kernel(Protocol):
         """
 
 
+class Arriving(Protocol):
+    """Heads on their way to this rank."""
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Wait, and return queries, keys and values."""
+
+
 class SequenceParallel(Protocol):
     """The exchange of tokens for heads among the ranks that share a row.
 
     Source: DeepSpeed-Ulysses, arXiv 2309.14509. T counts the tokens of the whole row here.
     """
 
-    def exchange_qkv(
-        self, q_BHSD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the same with all T tokens and the heads of this rank."""
+    head_groups: int
+    """Groups that a rank's heads are exchanged in."""
 
-    def local_sinks(self, sinks_H: torch.Tensor) -> torch.Tensor:
-        """Return the sinks of the query heads of this rank."""
+    def start_qkv(
+        self, q_BHSD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor, group: int
+    ) -> Arriving:
+        """Begin to fetch the same with all T tokens and one group of the heads of this rank."""
 
-    def exchange_out(self, out_BTHD: torch.Tensor) -> torch.Tensor:
-        """Return the output with all heads and the tokens of this rank, (B, S, H, D)."""
+    def local_sinks(self, sinks_H: torch.Tensor, group: int) -> torch.Tensor:
+        """Return the sinks of the query heads of this rank in one group."""
+
+    def start_out(self, out_BTHD: torch.Tensor) -> Any:
+        """Begin to return the output of one group to the ranks of its tokens."""
+
+    def join_out(self, returning: list[Any]) -> torch.Tensor:
+        """Return the output with all heads and the tokens of this rank, (B, S, H, D).
+
+        Args:
+            returning: What `start_out` returned for each group, in order.
+        """
 
     @property
     def halo(self) -> WindowHalo | None:

@@ -194,11 +194,21 @@ def _attend_with_halo(layer: _Layer, halo: WindowHalo, rows: PackedRows) -> torc
 def _attend_with_exchange(
     layer: _Layer, exchange: SequenceParallel, rows: PackedRows
 ) -> torch.Tensor:
-    """Attend with all tokens and the heads of this rank, then return to its own tokens."""
-    query, key, value = exchange.exchange_qkv(layer.q_BHSD, layer.k_BKSD, layer.v_BKSD)
-    sinks = exchange.local_sinks(layer.sinks_H)
-    whole = layer._replace(q_BHSD=query, k_BKSD=key, v_BKSD=value, sinks_H=sinks)
-    return exchange.exchange_out(_attend(whole, rows))
+    """Attend with all tokens and the heads of this rank, then return to its own tokens.
+
+    While one group of heads is computed, the next one arrives and the one before returns.
+    """
+    groups = range(exchange.head_groups)
+    arriving = []
+    for group in groups:
+        arriving.append(exchange.start_qkv(layer.q_BHSD, layer.k_BKSD, layer.v_BKSD, group))
+    returning = []
+    for group in groups:
+        query, key, value = arriving[group].finish()
+        sinks = exchange.local_sinks(layer.sinks_H, group)
+        whole = layer._replace(q_BHSD=query, k_BKSD=key, v_BKSD=value, sinks_H=sinks)
+        returning.append(exchange.start_out(_attend(whole, rows)))
+    return exchange.join_out(returning)
 
 
 def sink_mask(

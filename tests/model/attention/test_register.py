@@ -5,6 +5,7 @@ Shape letters: B rows, S tokens of a row, H query heads, K key/value heads, D he
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -328,23 +329,29 @@ class SplitHeads:
 
     halo = None
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, head_groups: int = 1) -> None:
         self.rank = rank
         self.size = size
+        self.head_groups = head_groups
 
     def _local(self, x: Tensor, dim: int) -> Tensor:
         return x.chunk(self.size, dim)[self.rank]
 
-    def exchange_qkv(
-        self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._local(q_BHSD, 1), self._local(k_BKSD, 1), self._local(v_BKSD, 1)
+    def _of_group(self, x: Tensor, dim: int, group: int) -> Tensor:
+        return self._local(x, dim).chunk(self.head_groups, dim)[group]
 
-    def local_sinks(self, sinks_H: Tensor) -> Tensor:
-        return self._local(sinks_H, 0)
+    def start_qkv(self, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, group: int) -> Any:
+        parts = tuple(self._of_group(x, 1, group) for x in (q_BHSD, k_BKSD, v_BKSD))
+        return SimpleNamespace(finish=lambda: parts)
 
-    def exchange_out(self, out_BTHD: Tensor) -> Tensor:
+    def local_sinks(self, sinks_H: Tensor, group: int) -> Tensor:
+        return self._of_group(sinks_H, 0, group)
+
+    def start_out(self, out_BTHD: Tensor) -> Tensor:
         return out_BTHD
+
+    def join_out(self, returning: list[Tensor]) -> Tensor:
+        return torch.cat(returning, dim=2)
 
 
 def test_each_rank_of_a_sequence_parallel_group_uses_the_sinks_of_its_heads() -> None:
@@ -355,6 +362,16 @@ def test_each_rank_of_a_sequence_parallel_group_uses_the_sinks_of_its_heads() ->
     }
     parts = [call(q, k, v, sequence_parallel=SplitHeads(rank, 2), **given) for rank in range(2)]
     torch.testing.assert_close(torch.cat(parts, dim=2), call(q, k, v, **given))
+
+
+def test_groups_of_heads_attend_as_all_heads_at_once() -> None:
+    q, k, v = qkv()
+    given: dict[str, Any] = {
+        "s_aux": torch.linspace(-2, 2, 8),
+        "packed_rows": PackedRows.from_bounds([(0, 2, 6)], 6),
+    }
+    grouped = call(q, k, v, sequence_parallel=SplitHeads(0, 1, head_groups=2), **given)
+    assert torch.equal(grouped, call(q, k, v, **given))
 
 
 def test_a_kernel_is_given_by_name_or_as_it_is() -> None:
