@@ -121,9 +121,9 @@ class Ulysses:
 
         Another slice is a common silent error.
         """
-        heads = sinks_H.shape[0] // self.size
-        mine = sinks_H[self.rank * heads : (self.rank + 1) * heads]
-        return mine.chunk(self.head_groups)[group]
+        heads = sinks_H.shape[0] // (self.size * self.head_groups)
+        first = (self.rank * self.head_groups + group) * heads
+        return sinks_H[first : first + heads]
 
     def _one_per_rank(self, x_BKSD: torch.Tensor) -> torch.Tensor:
         """Repeat key/value heads so that every rank gets the one that its query heads use."""
