@@ -16,8 +16,10 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def fused_kernels_run_on(tensor: torch.Tensor) -> bool:
-    """Return whether operators on this tensor launch Triton kernels."""
-    return tensor.is_cuda and os.environ.get(SWITCH) != "0" and _serves(tensor.device)
+    """Return whether operators on this tensor launch Triton kernels, which compute in fp32."""
+    if not tensor.is_cuda or tensor.dtype == torch.float64 or os.environ.get(SWITCH) == "0":
+        return False
+    return _serves(tensor.device)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from cpt.model.kernels.expert_rows import has_kernels
+from cpt.model.kernels.availability import fused_kernels_run_on
 
 
 @torch.library.custom_op("cpt::clear_empty_experts", mutates_args=("matrices_EKN",))
@@ -22,7 +22,7 @@ def clear_empty_experts(matrices_EKN: torch.Tensor, counts_E: torch.Tensor) -> N
         matrices_EKN: One matrix per expert; contiguous.
         counts_E: Rows of each expert.
     """
-    if has_kernels(matrices_EKN):
+    if fused_kernels_run_on(matrices_EKN):
         from cpt.model.kernels import triton_empty_experts
 
         triton_empty_experts.clear(matrices_EKN, counts_E)

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import torch
 
+from cpt.model.kernels.availability import fused_kernels_run_on
 from cpt.model.kernels.expert_rows import (
     blocks,
     experts_of_rows,
-    has_kernels,
     inner,
     weighted_sums,
     widen,
@@ -35,7 +35,7 @@ def expert_output(
         weights_R: Routing weight of each row.
         ends_E: First row after each expert's, int32.
     """
-    if has_kernels(out_RM):
+    if fused_kernels_run_on(out_RM):
         from cpt.model.kernels import triton_expert_output
 
         triton_expert_output.forward(out_RM, bias_EM, weights_R, ends_E, out_RM)
@@ -80,7 +80,7 @@ def expert_output_backward(
         The gradients (R,) and (E, M), in the dtypes of weights and bias.
     """
     d_weights_R, d_bias_EM = _new_gradients(bias_EM, weights_R, need_weights, need_bias)
-    if has_kernels(d_out_RM):
+    if fused_kernels_run_on(d_out_RM):
         from cpt.model.kernels import triton_expert_output
 
         triton_expert_output.backward(

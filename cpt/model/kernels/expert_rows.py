@@ -19,8 +19,6 @@ from collections.abc import Iterator
 
 import torch
 
-from cpt.model.kernels.availability import fused_kernels_run_on
-
 BLOCK_ROWS = {"cpu": 128, "cuda": 16_384}
 """Rows of one elementwise pass: within a core's cache, or enough to fill a GPU without a large fp32
 copy.
@@ -28,11 +26,6 @@ copy.
 
 PIECE_ROWS = 512
 """Rows that are copied to fp32 at a time for a sum."""
-
-
-def has_kernels(rows: torch.Tensor) -> bool:
-    """Return whether the Triton kernels, which compute in fp32, serve these rows."""
-    return fused_kernels_run_on(rows) and rows.dtype != torch.float64
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

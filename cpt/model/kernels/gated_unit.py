@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import torch
 
+from cpt.model.kernels.availability import fused_kernels_run_on
 from cpt.model.kernels.expert_rows import (
     blocks,
     experts_of_rows,
-    has_kernels,
     weighted_sums,
     wide_dtype,
     widen,
@@ -43,7 +43,7 @@ def gated_unit(
         limit: The value at which gate (from above) and up (on both sides) are clamped.
     """
     hidden_RI = _new_hidden(gate_up_R2I)
-    if has_kernels(gate_up_R2I):
+    if fused_kernels_run_on(gate_up_R2I):
         from cpt.model.kernels import triton_gated_unit
 
         triton_gated_unit.forward(gate_up_R2I, bias_E2I, ends_E, alpha, limit, hidden_RI)
@@ -182,7 +182,7 @@ def _go_back(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write `d_gate_up_R2I` and `weighted_RI`, which may be the inputs of their shapes."""
     products_R, d_bias_E2I = _new_gradients(bias_E2I, weights_R, need_bias)
-    if has_kernels(gate_up_R2I):
+    if fused_kernels_run_on(gate_up_R2I):
         from cpt.model.kernels import triton_gated_unit
 
         triton_gated_unit.backward(

@@ -43,16 +43,11 @@ def loss_statistics(
         target_N: Logit of every token's label; updated where the label lies in this tile.
         first: Number of the tile's first word.
     """
-    _eager_statistics(logits_Nv, label_N, lse_N, target_N, first)
+    if fused_kernels_run_on(lse_N):
+        from cpt.model.kernels import triton_loss_tiles
 
-
-def _eager_statistics(
-    logits_Nv: torch.Tensor,
-    label_N: torch.Tensor,
-    lse_N: torch.Tensor,
-    target_N: torch.Tensor,
-    first: int,
-) -> None:
+        triton_loss_tiles.statistics(logits_Nv, label_N, lse_N, target_N, first)
+        return
     dtype = lse_N.dtype
     here, column = _labels_in_tile(label_N, first, logits_Nv.shape[1])
     wide_Nv = logits_Nv.to(dtype)
@@ -74,22 +69,6 @@ def _(
     return None
 
 
-@loss_statistics.register_kernel("cuda")
-def _(
-    logits_Nv: torch.Tensor,
-    label_N: torch.Tensor,
-    lse_N: torch.Tensor,
-    target_N: torch.Tensor,
-    first: int,
-) -> None:
-    if not _is_fused(logits_Nv, lse_N):
-        _eager_statistics(logits_Nv, label_N, lse_N, target_N, first)
-        return
-    from cpt.model.kernels import triton_loss_tiles
-
-    triton_loss_tiles.statistics(logits_Nv, label_N, lse_N, target_N, first)
-
-
 @torch.library.custom_op("cpt::loss_gradient", mutates_args=("logits_Nv",))
 def loss_gradient(
     logits_Nv: torch.Tensor,
@@ -109,17 +88,13 @@ def loss_gradient(
         pull_N: Another factor of the softmax, in the dtype of `lse_N`; None for 0.
         first: Number of the tile's first word.
     """
-    _eager_gradient(logits_Nv, label_N, lse_N, grad_N, pull_N, first)
+    if fused_kernels_run_on(lse_N):
+        from cpt.model.kernels import triton_loss_tiles
 
-
-def _eager_gradient(
-    logits_Nv: torch.Tensor,
-    label_N: torch.Tensor,
-    lse_N: torch.Tensor,
-    grad_N: torch.Tensor,
-    pull_N: torch.Tensor | None,
-    first: int,
-) -> None:
+        triton_loss_tiles.gradient(
+            logits_Nv, label_N, lse_N, grad_N, pull_N, first, out_Nv=logits_Nv
+        )
+        return
     ignored_N = label_N == IGNORED_LABEL
     here, column = _labels_in_tile(label_N, first, logits_Nv.shape[1])
     wide_Nv = logits_Nv.to(lse_N.dtype).sub_(lse_N.unsqueeze(1)).exp_()
@@ -145,25 +120,3 @@ def _(
     first: int,
 ) -> None:
     return None
-
-
-@loss_gradient.register_kernel("cuda")
-def _(
-    logits_Nv: torch.Tensor,
-    label_N: torch.Tensor,
-    lse_N: torch.Tensor,
-    grad_N: torch.Tensor,
-    pull_N: torch.Tensor | None,
-    first: int,
-) -> None:
-    if not _is_fused(logits_Nv, lse_N):
-        _eager_gradient(logits_Nv, label_N, lse_N, grad_N, pull_N, first)
-        return
-    from cpt.model.kernels import triton_loss_tiles
-
-    triton_loss_tiles.gradient(logits_Nv, label_N, lse_N, grad_N, pull_N, first, out_Nv=logits_Nv)
-
-
-def _is_fused(logits_Nv: torch.Tensor, lse_N: torch.Tensor) -> bool:
-    """Return whether Triton computes, which sums in fp32."""
-    return lse_N.dtype == torch.float32 and fused_kernels_run_on(logits_Nv)

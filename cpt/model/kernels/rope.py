@@ -62,7 +62,7 @@ class _Rotate(torch.autograd.Function):
 def _rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if q.dtype == torch.float64 or not fused_kernels_run_on(q):
+    if not fused_kernels_run_on(q):
         if inverse:
             sin = -sin
         return _eager_rotation(q, cos, sin), _eager_rotation(k, cos, sin)

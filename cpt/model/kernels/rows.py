@@ -64,7 +64,7 @@ def combine_rows(rows_RM: torch.Tensor, places_Nk: torch.Tensor) -> torch.Tensor
         rows_RM: Rows, which may be columns of a wider tensor.
         places_Nk: int64.
     """
-    if not _fused(rows_RM):
+    if not fused_kernels_run_on(rows_RM):
         return _eager_combine(rows_RM, places_Nk)
     from cpt.model.kernels import triton_rows
 
@@ -91,7 +91,7 @@ def pack_rows(
         order_R: Index of each row in the flattened weights, int64.
         columns: Columns beside those of the token, at least one.
     """
-    if not _fused(tokens_NM):
+    if not fused_kernels_run_on(tokens_NM):
         return _eager_pack(tokens_NM, weights_Nk, order_R, columns)
     from cpt.model.kernels import triton_rows
 
@@ -105,10 +105,6 @@ def _pack_rows_shape(
     tokens_NM: torch.Tensor, weights_Nk: torch.Tensor, order_R: torch.Tensor, columns: int
 ) -> torch.Tensor:
     return tokens_NM.new_empty(order_R.shape[0], tokens_NM.shape[1] + columns)
-
-
-def _fused(rows: torch.Tensor) -> bool:
-    return rows.dtype != torch.float64 and fused_kernels_run_on(rows)
 
 
 def _with_dense_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -64,8 +64,8 @@ def test_output_and_every_gradient_are_those_of_float64(
         launched.append(rows.shape)
         return True
 
-    monkeypatch.setattr(gated_unit, "has_kernels", always)
-    monkeypatch.setattr(expert_output, "has_kernels", always)
+    monkeypatch.setattr(gated_unit, "fused_kernels_run_on", always)
+    monkeypatch.setattr(expert_output, "fused_kernels_run_on", always)
     found = output_and_gradients(experts, torch.float32, kernel_device)
     assert len(launched) == 4
     for value, exact in zip(found, expected, strict=True):
@@ -76,7 +76,7 @@ def test_second_backward_through_the_kernels_is_refused_rather_than_wrong(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one wrote the gradient of gate_up over gate_up, which torch can not see."""
-    monkeypatch.setattr(gated_unit, "has_kernels", lambda rows: True)
+    monkeypatch.setattr(gated_unit, "fused_kernels_run_on", lambda rows: True)
     experts = draw_experts().to(kernel_device)
     rows = torch.randn(sum(COUNTS), MODEL_SIZE, device=kernel_device, requires_grad=True)
     weights = torch.rand(sum(COUNTS), device=kernel_device)
