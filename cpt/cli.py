@@ -19,8 +19,7 @@ from cpt.commands import (
     status,
 )
 from cpt.errors import EXIT_DONE
-from cpt.resilience.environment import prepare_process
-from data_pipeline.errors import CommandParser, end_with_reason
+from data_pipeline.commands import CommandParser, end_with_reason, prepare_process
 
 COMMANDS = (
     export,

@@ -21,12 +21,12 @@ if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
 from cpt.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, CptError  # noqa: E402
 from cpt.job.log_files import log_to_terminal  # noqa: E402
 from cpt.resilience.environment import (  # noqa: E402
-    prepare_process,
     rank_of_environment,
     restore_gpu_ids,
     speaks_for_node,
 )
 from cpt.resilience.stop import StopRequest  # noqa: E402
+from data_pipeline.commands import prepare_process  # noqa: E402
 
 
 class _Parser(argparse.ArgumentParser):

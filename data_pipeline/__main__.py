@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -22,16 +21,16 @@ from data_pipeline.build.guard_sets import describe_guard_sets
 from data_pipeline.build.origin import fingerprint
 from data_pipeline.build.summary import describe_build
 from data_pipeline.build.workers import available_cores
+from data_pipeline.commands import CommandParser, end_with_reason, prepare_process
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
-from data_pipeline.errors import CommandParser, ConfigError, DataError, end_with_reason
+from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.mixture.data_plan import make_data_plan
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
 from data_pipeline.mixture.plan_comparison import compare_plans
 from data_pipeline.mixture.plan_figure import draw_plan
 from data_pipeline.mixture.settings import describe_changes, mix_settings
-from data_pipeline.store.descriptors import raise_descriptor_limit
 from data_pipeline.store.files import write_text
 from data_pipeline.store.manifest import FILE_NAME, read_manifest
 
@@ -56,21 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_audit(commands)
     _add_moved_corpus(commands)
     options = parser.parse_args(arguments)
-    _prepare_process()
+    prepare_process()
     try:
         options.run(options)
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         return end_with_reason(error, PROGRAM)
     return 0
-
-
-def _prepare_process() -> None:
-    """Let no character and no number of files end a command that has done its work."""
-    raise_descriptor_limit()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _add_build(commands: Commands) -> None:

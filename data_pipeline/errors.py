@@ -10,14 +10,12 @@ Decisions
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
 
 EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
@@ -63,29 +61,6 @@ _CURES = {
     errno.EACCES: " Change the permissions, or choose another place.",
     errno.EPERM: " Change the permissions, or choose another place.",
 }
-
-
-class CommandParser(argparse.ArgumentParser):
-    """A parser that treats a wrong option as a bad configuration, as a run does."""
-
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(ConfigError.exit_code, f"{self.prog}: {message}. {self.prog} --help helps.\n")
-
-
-def end_with_reason(error: BaseException, program: str) -> int:
-    """Tell a person what ended a command, and return the exit code."""
-    explained = explain(error)
-    if explained is None:
-        explained = keep_trace(error, program), EXIT_INTERNAL
-    message, code = explained
-    print(message, file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # whoever read the output is gone, or its disk is full: Python would try again at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

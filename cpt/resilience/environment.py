@@ -9,16 +9,13 @@ This module imports nothing heavy, because the rank is needed while torch is not
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from cpt.errors import ConfigError
-from data_pipeline.store.descriptors import raise_descriptor_limit
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
@@ -120,14 +117,6 @@ def job_end(variables: Mapping[str, str] = os.environ) -> float | None:
     """Return when the Slurm job ends, in seconds since 1970; None if it does not say so."""
     end = _number(variables.get("SLURM_JOB_END_TIME", ""), most=10**_MOST_DIGITS)
     return None if end is None else float(end)
-
-
-def prepare_process() -> None:
-    """Let no character that a terminal lacks, and no default limit on files, end a command."""
-    raise_descriptor_limit()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _number(text: str, most: int = _LARGEST) -> int | None:

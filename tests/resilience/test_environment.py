@@ -185,7 +185,7 @@ def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_terminal_without_a_character_shows_its_number(variables: dict[str, str]) -> None:
     code = """
 import sys
-from cpt.resilience.environment import prepare_process
+from data_pipeline.commands import prepare_process
 prepare_process()
 print("\\u3042")
 print("\\ud83d lone", file=sys.stderr)
@@ -201,7 +201,7 @@ def test_limit_on_open_files_is_raised_to_the_hard_one() -> None:
         pytest.skip("the hard limit is not one that can be reached")
     code = """
 import resource
-from cpt.resilience.environment import prepare_process
+from data_pipeline.commands import prepare_process
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
 prepare_process()
