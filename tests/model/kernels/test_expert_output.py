@@ -1,7 +1,4 @@
-"""The kernels of the experts' output against its eager body in float64.
-
-Tolerances as in test_gated_unit.py.
-"""
+"""The kernels of the experts' output against its eager body in float64."""
 
 from __future__ import annotations
 
@@ -12,9 +9,17 @@ import torch
 
 from cpt.model.kernels.availability import fused_kernels_run_on
 from cpt.model.kernels.expert_output import expert_output, expert_output_backward
+from tests.support.expert_inputs import (
+    BF16_TOLERANCE,
+    TOLERANCE,
+    KernelInputs,
+    Normal,
+    Shape,
+    assert_close,
+    ends_of,
+    every_dtype,
+)
 
-TOLERANCE = 1e-6
-BF16_TOLERANCE = 4e-3
 SHAPES = {
     "several tiles": ((5, 0, 16, 33), 40),
     "columns in blocks": ((17, 2), 300),
@@ -25,43 +30,26 @@ SHAPES = {
 """Rows of each expert, model size."""
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Inputs(KernelInputs):
     rows: torch.Tensor
     """Products in the forward, the gradient of the output in the backward."""
     products: torch.Tensor
-    bias: torch.Tensor
-    weights: torch.Tensor
-    ends: torch.Tensor
-
-    def in_float64(self) -> Inputs:
-        return Inputs(
-            rows=self.rows.cpu().double(),
-            products=self.products.cpu().double(),
-            bias=self.bias.cpu().double(),
-            weights=self.weights.cpu().double(),
-            ends=self.ends.cpu(),
-        )
 
 
-def draw(shape: tuple[tuple[int, ...], int], dtype: torch.dtype, device: torch.device) -> Inputs:
+def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Weights are a column of a matrix, as they arrive from other ranks."""
     counts, size = shape
     num_rows = sum(counts)
-    generator = torch.Generator().manual_seed(7)
-
-    def normal(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, generator=generator).to(dtype).to(device)
-
+    normal = Normal(dtype, device).draw
     return Inputs(
         rows=normal(num_rows, size),
         products=normal(num_rows).float(),
         bias=normal(len(counts), size),
         weights=normal(num_rows, 3)[:, 1],
-        ends=torch.tensor(counts, device=device).cumsum(0, dtype=torch.int32),
+        ends=ends_of(counts, device),
     )
 
 
@@ -110,17 +98,10 @@ def operator_backward(
     )
 
 
-def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    difference = found.cpu().double() - expected
-    allowed = tolerance * expected.norm()
-    assert found.shape == expected.shape
-    assert difference.norm() <= allowed, f"{difference.norm() / expected.norm()}"
-
-
 @every_shape
 @every_dtype
 def test_forward_is_that_of_float64(
-    shape: tuple[tuple[int, ...], int], dtype: torch.dtype, kernel_device: torch.device
+    shape: Shape, dtype: torch.dtype, kernel_device: torch.device
 ) -> None:
     inputs = draw(shape, dtype, kernel_device)
     assert_close(run_forward(inputs), operator_forward(inputs.in_float64()), TOLERANCE)
@@ -129,7 +110,7 @@ def test_forward_is_that_of_float64(
 @every_shape
 @every_dtype
 def test_both_gradients_are_those_of_float64(
-    shape: tuple[tuple[int, ...], int], dtype: torch.dtype, kernel_device: torch.device
+    shape: Shape, dtype: torch.dtype, kernel_device: torch.device
 ) -> None:
     inputs = draw(shape, dtype, kernel_device)
     found = run_backward(inputs)
@@ -187,7 +168,7 @@ def test_two_runs_give_the_same_bits(kernel_device: torch.device) -> None:
 
 @every_shape
 def test_operators_in_bf16_are_those_of_float64_on_a_gpu(
-    shape: tuple[tuple[int, ...], int], kernel_device: torch.device
+    shape: Shape, kernel_device: torch.device
 ) -> None:
     inputs = draw(shape, torch.bfloat16, kernel_device)
     if not fused_kernels_run_on(inputs.rows):

@@ -1,8 +1,7 @@
 """The kernels of the gated unit against its eager body in float64.
 
 Outputs are fp32, because the interpreter truncates what it stores as bf16; operators in bf16 are
-compared on a GPU.  Tolerances, relative in l2: 1e-6 for fp32 stores (the order of summation, and
-the exponential of a GPU), 4e-3 for bf16 (rounding, 2^-9).
+compared on a GPU.
 """
 
 from __future__ import annotations
@@ -18,11 +17,19 @@ from cpt.model.kernels.gated_unit import (
     gated_unit_backward,
     gated_unit_backward_into,
 )
+from tests.support.expert_inputs import (
+    BF16_TOLERANCE,
+    TOLERANCE,
+    KernelInputs,
+    Normal,
+    Shape,
+    assert_close,
+    ends_of,
+    every_dtype,
+)
 
 ALPHA = 1.702
 LIMIT = 7.0
-TOLERANCE = 1e-6
-BF16_TOLERANCE = 4e-3
 SHAPES = {
     "several tiles": ((5, 0, 16, 33), 40),
     "columns in blocks": ((17, 2), 150),
@@ -34,42 +41,25 @@ SHAPES = {
 """Rows of each expert, expert size."""
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Inputs(KernelInputs):
     gate_up: torch.Tensor
     d_hidden: torch.Tensor
-    bias: torch.Tensor
-    weights: torch.Tensor
-    ends: torch.Tensor
-
-    def in_float64(self) -> Inputs:
-        return Inputs(
-            gate_up=self.gate_up.cpu().double(),
-            d_hidden=self.d_hidden.cpu().double(),
-            bias=self.bias.cpu().double(),
-            weights=self.weights.cpu().double(),
-            ends=self.ends.cpu(),
-        )
 
 
-def draw(shape: tuple[tuple[int, ...], int], dtype: torch.dtype, device: torch.device) -> Inputs:
+def draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Values reach both clamps; weights are a column of a matrix, as after an exchange."""
     counts, size = shape
     rows = sum(counts)
-    generator = torch.Generator().manual_seed(7)
-
-    def normal(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, generator=generator).to(dtype).to(device)
-
+    normal = Normal(dtype, device).draw
     return Inputs(
         gate_up=normal(rows, 2 * size) * 5,
         d_hidden=normal(rows, size),
         bias=normal(len(counts), 2 * size),
         weights=normal(rows, 3)[:, 1],
-        ends=torch.tensor(counts, device=device).cumsum(0, dtype=torch.int32),
+        ends=ends_of(counts, device),
     )
 
 
@@ -116,17 +106,10 @@ def operator_backward(inputs: Inputs) -> dict[str, torch.Tensor]:
     return {"d_gate_up": d_gate_up, "weighted": weighted, "products": products, "d_bias": d_bias}
 
 
-def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    difference = found.cpu().double() - expected
-    allowed = tolerance * expected.norm()
-    assert found.shape == expected.shape
-    assert difference.norm() <= allowed, f"{difference.norm() / expected.norm()}"
-
-
 @every_shape
 @every_dtype
 def test_forward_is_that_of_float64(
-    shape: tuple[tuple[int, ...], int], dtype: torch.dtype, kernel_device: torch.device
+    shape: Shape, dtype: torch.dtype, kernel_device: torch.device
 ) -> None:
     inputs = draw(shape, dtype, kernel_device)
     exact = inputs.in_float64()
@@ -137,7 +120,7 @@ def test_forward_is_that_of_float64(
 @every_shape
 @every_dtype
 def test_every_gradient_is_that_of_float64(
-    shape: tuple[tuple[int, ...], int], dtype: torch.dtype, kernel_device: torch.device
+    shape: Shape, dtype: torch.dtype, kernel_device: torch.device
 ) -> None:
     inputs = draw(shape, dtype, kernel_device)
     found = run_backward(inputs)
@@ -172,7 +155,7 @@ def test_extreme_values_do_what_they_do_eagerly(value: float, kernel_device: tor
     inputs = draw(((2, 1), 4), torch.float32, kernel_device)
     inputs.bias.zero_()
     inputs.gate_up[1, 3:7] = value
-    exact = Inputs(*(getattr(inputs, n).cpu() for n in Inputs.__dataclass_fields__))
+    exact = Inputs(**{n: getattr(inputs, n).cpu() for n in Inputs.__dataclass_fields__})
     forward = gated_unit(exact.gate_up, exact.bias, exact.ends, ALPHA, LIMIT)
     torch.testing.assert_close(run_forward(inputs).cpu(), forward, equal_nan=True)
     found = run_backward(inputs)
@@ -213,7 +196,7 @@ def test_gradient_of_a_bias_that_needs_none_is_empty() -> None:
 
 @every_shape
 def test_operators_in_bf16_are_those_of_float64_on_a_gpu(
-    shape: tuple[tuple[int, ...], int], kernel_device: torch.device
+    shape: Shape, kernel_device: torch.device
 ) -> None:
     inputs = draw(shape, torch.bfloat16, kernel_device)
     if not fused_kernels_run_on(inputs.gate_up):
@@ -231,7 +214,7 @@ def test_operators_in_bf16_are_those_of_float64_on_a_gpu(
 @every_shape
 @every_dtype
 def test_gradients_written_elsewhere_are_those_written_in_place(
-    shape: tuple[tuple[int, ...], int], dtype: torch.dtype, kernel_device: torch.device
+    shape: Shape, dtype: torch.dtype, kernel_device: torch.device
 ) -> None:
     inputs = draw(shape, dtype, kernel_device)
     expected = operator_backward(inputs)
