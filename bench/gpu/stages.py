@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measuring
 import torch
 
 
@@ -110,18 +111,14 @@ def synchronize(options: Options) -> None:
 
 
 def milliseconds(
-    step: Callable[[], object], options: Options, *, rounds: int = 5, warm_up: int = 2
+    step: measuring.Step, options: Options, *, rounds: int = 5, warm_up: int = 2
 ) -> float:
     """Return the median time of one call, the device's work included."""
     for _ in range(warm_up):
         step()
-    synchronize(options)
     times = []
     for _ in range(rounds):
-        started = time.perf_counter()
-        step()
-        synchronize(options)
-        times.append(1e3 * (time.perf_counter() - started))
+        times.append(1e3 * measuring.seconds(step, options.device, "wall"))
     return statistics.median(times)
 
 

@@ -157,22 +157,18 @@ def _steps_at(part: Slice, tokens: int, options: Options) -> dict[str, Any]:
     if not options.tiny:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
-    losses = []
+    results: list[StepResult] = []
     for _ in range(5):
-        synchronize(options)
-        started = time.perf_counter()
-        result = part.step(batch)
-        synchronize(options)
-        seconds.append(round(time.perf_counter() - started, 4))
-        losses.append(result.loss)
+        taken = measuring.seconds(lambda: results.append(part.step(batch)), options.device, "wall")
+        seconds.append(round(taken, 4))
     peak = 0.0 if options.tiny else torch.cuda.max_memory_allocated() / 1e9
     return {
         "seconds": seconds,
         "tokens_per_second": tokens / min(seconds[1:]),
         "planned": _planned(part, tokens),
-        "losses": losses,
-        "grad_norm": result.grad_norm,
-        "applied": result.applied,
+        "losses": [result.loss for result in results],
+        "grad_norm": results[-1].grad_norm,
+        "applied": results[-1].applied,
         "peak_GB": peak,
     }
 

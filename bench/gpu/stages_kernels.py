@@ -108,10 +108,14 @@ class ExpertCase:
         weights = self.weights.to(dtype, copy=True).requires_grad_()
         out = layer(rows, weights, self.groups, grouped=grouped)
         out.backward(self.d_out.to(dtype))
-        found = {"out": out.detach(), "d_rows": rows.grad, "d_weights": weights.grad}
+        leaves = {"d_rows": rows, "d_weights": weights}
         for name in EXPERT_TENSORS:
-            found[name] = getattr(layer, name).grad
-        return found  # type: ignore[return-value]
+            leaves[name] = getattr(layer, name)
+        found = {"out": out.detach()}
+        for name, leaf in leaves.items():
+            assert leaf.grad is not None, name
+            found[name] = leaf.grad
+        return found
 
 
 def experts_are_right(options: Options) -> dict[str, Any]:
@@ -179,11 +183,8 @@ def experts_speed(options: Options) -> dict[str, Any]:
 
 def _products_ms(case: ExpertCase, options: Options) -> float:
     """Return the time of the two grouped products of a forward alone."""
-    hidden = torch.randn_like(case.rows)[:, : case.layer.down_proj.shape[1]].contiguous()
-    if hidden.shape[1] != case.layer.down_proj.shape[1]:
-        hidden = torch.randn(
-            case.rows.shape[0], case.layer.down_proj.shape[1], device=options.device, dtype=BF16
-        )
+    sizes = case.rows.shape[0], case.layer.down_proj.shape[1]
+    hidden = torch.randn(*sizes, device=options.device, dtype=BF16)
 
     def products() -> None:
         with torch.no_grad():
