@@ -182,7 +182,8 @@ def _held_out(events: list[Json], last_step: int) -> str:
     """Return the last measurement of every held-out domain."""
     latest: dict[str, Json] = {}
     for event in events:
-        if event["event"] == "guard" and 0 < event["step"] <= last_step:
+        is_text = event.get("kind", "text") == "text"
+        if event["event"] == "guard" and is_text and 0 < event["step"] <= last_step:
             latest[event["domain"]] = event
     if not latest:
         return ""

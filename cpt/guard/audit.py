@@ -1,25 +1,27 @@
 """`cpt guard audit`: make every decision of a run again from what it left, and compare.
 
-    baseline.json + scores-*.json  ->  bounds     ==  the bounds in metrics.jsonl
-    bounds + state + settings      ->  decisions  ==  the decisions in metrics.jsonl
+    baselines + scores-*.json + state  ->  readings   ==  the evidence in metrics.jsonl
+    evidence + state + settings        ->  decisions  ==  the decisions in metrics.jsonl
 
-The state before a decision must also be known: the state after an earlier decision, or the one that
-a rollback noted.
+Each yardstick's judge repeats its own part (cpt/guard/yardstick.py). The state before a decision
+must also be known: the state after an earlier decision, or the one that a rollback noted.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cpt.config import DomainLimits, GuardSection
 from cpt.errors import ConfigError, InternalError
-from cpt.guard.ladder import Evidence, GuardState, decide
-from cpt.guard.paired_test import compare_scores
-from cpt.guard.score import DomainScore, as_floats
+from cpt.guard.guard import judged, restarted
+from cpt.guard.held_out_text import TextJudge
+from cpt.guard.ladder import GuardState, decide
+from cpt.guard.yardstick import Evidence, Judge, Kind, Look
 from cpt.telemetry.metrics import read_events
 
 TOLERANCE = 1e-9
@@ -58,15 +60,15 @@ def audit(run_dir: Path) -> list[AuditedDecision]:
             f"{run_dir} holds no metrics.jsonl, so it is no run directory. Give another with "
             "--run_dir."
         )
-    baseline = _read_baseline(run_dir / "guard" / "baseline.json")
-    known_states = [_without_step(GuardState().to_json())]
+    judges = stored_judges(run_dir / "guard")
+    known_states = [_without_step(GuardState())]
     audited = []
     for event in read_events(metrics):
         if event.get("event") == "guard_rollback":
-            known_states.append(_without_step(event["after"]))
+            known_states.append(_without_step(GuardState.from_json(event["after"])))
         elif event.get("event") == "guard_decision":
-            audited.append(_audit_decision(event, run_dir, baseline, known_states))
-            known_states.append(_without_step(event["after"]))
+            audited.append(_audit_decision(event, run_dir, judges, known_states))
+            known_states.append(_without_step(GuardState.from_json(event["after"])))
     if not audited:
         raise ConfigError(
             f"{metrics} holds no decision: the guard of this run has measured nothing after step 0."
@@ -100,37 +102,71 @@ def check_agreement(audited: list[AuditedDecision]) -> str:
     return "\n".join([*lines, summary])
 
 
+def stored_judges(folder: Path) -> dict[Kind, Judge]:
+    """Return the judge of every kind of yardstick, with the baselines that a run has kept.
+
+    Args:
+        folder: <run_dir>/guard.
+    """
+    return {"text": TextJudge.stored(folder)}
+
+
 def _audit_decision(
-    event: Json, run_dir: Path, baseline: dict[str, DomainScore], known_states: list[Json]
+    event: Json, run_dir: Path, judges: dict[Kind, Judge], known_states: list[GuardState]
 ) -> AuditedDecision:
-    evidence = list(map(Evidence.from_json, event["evidence"]))
+    before = GuardState.from_json(event["before"])
+    logged = GuardState.from_json(event["after"])
+    settings = _settings(event["settings"])
+    evidence = _evidence(event, settings)
     problems = []
-    if _without_step(event["before"]) not in known_states:
+    if _without_step(before) not in known_states:
         problems.append("the state before it does not follow any earlier decision.")
-    after, decision = decide(
-        GuardState.from_json(event["before"]),
-        evidence,
-        _settings(event["settings"]),
-        replay_room=event["replay_room"],
-        last=event["last"],
+    seen = _with_readings(before, evidence)
+    scores = run_dir / "guard" / Path(event["scores"]).name
+    scores_checked = scores.is_file()
+    if scores_checked:
+        stored = json.loads(scores.read_text(encoding="utf-8"))
+        seen, _ = judged(judges, _scores_by_kind(stored), before, _look(event, settings, stored))
+        problems += _reading_problems(seen, evidence, ("lower_bound",) if _is_old(event) else None)
+    decided, decision = decide(
+        seen, evidence, settings, replay_room=event["replay_room"], last=event["last"]
     )
+    after = restarted(judges, decided, decision)
     actions = dict(decision.actions)
     if decision.action != event["action"] or actions != event["actions"]:
         problems.append(f"the action was {event['actions']}, but {actions} follows.")
-    if after.to_json() != event["after"]:
-        problems.append(f"the state became {event['after']}, but {after.to_json()} follows.")
-    scores = run_dir / "guard" / Path(event["scores"]).name
-    bounds_checked = scores.is_file()
-    if bounds_checked:
-        stored = json.loads(scores.read_text(encoding="utf-8"))
-        problems += _bound_problems(stored, baseline, evidence)
+    if not scores_checked or _is_old(event):
+        after = replace(after, yardsticks=logged.yardsticks, readings=logged.readings)
     return AuditedDecision(
         step=event["step"],
         action=event["action"],
         reason=event["reason"],
-        bounds_checked=bounds_checked,
-        problems=problems,
+        bounds_checked=scores_checked,
+        problems=problems + _state_problems(after, logged),
     )
+
+
+def _is_old(event: Json) -> bool:
+    """Return whether a decision was made before 0.2: on lower bounds of held-out text alone."""
+    return any("state" not in one for one in event["evidence"])
+
+
+def _evidence(event: Json, settings: GuardSection) -> list[Evidence]:
+    """Return the evidence of a decision; before 0.2 a domain was green if it was not red."""
+    evidence = []
+    for plain in event["evidence"]:
+        one = Evidence.from_json(plain)
+        if "state" not in plain:
+            is_red = one.above(settings.act_at * one.tolerance)
+            one = replace(one, state="red" if is_red else "green", step=event["step"])
+        evidence.append(one)
+    return evidence
+
+
+def _scores_by_kind(stored: Json) -> dict[Kind, Json]:
+    """Return raw scores by kind of yardstick; before 0.2 there was one kind."""
+    by_kind: dict[Kind, Json] = stored.get("yardsticks", {"text": stored})
+    return by_kind
 
 
 def _settings(stored: Json) -> GuardSection:
@@ -140,38 +176,72 @@ def _settings(stored: Json) -> GuardSection:
     return GuardSection(**{**stored, "domains": domains})
 
 
-def _bound_problems(
-    stored: Json, baseline: dict[str, DomainScore], evidence: list[Evidence]
+def _look(event: Json, settings: GuardSection, stored: Json) -> Look:
+    counts = stored.get("look")
+    if counts is None:
+        counts = {"number": 0, "num_looks": stored["num_tests"], "num_domains": 1}
+    return Look(step=event["step"], last=event["last"], settings=settings, **counts)
+
+
+def _with_readings(state: GuardState, evidence: list[Evidence]) -> GuardState:
+    """Return the state with the readings that were logged."""
+    readings = dict(state.readings)
+    for one in evidence:
+        readings[one.domain] = one.reading().to_json()
+    return replace(state, readings=readings)
+
+
+def _reading_problems(
+    seen: GuardState, evidence: list[Evidence], names: Collection[str] | None
 ) -> list[str]:
-    """Compute the bounds again from stored scores and compare them with the evidence."""
+    """Compare the readings that follow from stored scores with the evidence.
+
+    Args:
+        seen: The state with the readings that follow.
+        evidence: The evidence that was logged.
+        names: Fields to compare; None for all.
+    """
     problems = []
     for one in evidence:
-        before = baseline[one.domain]
-        after = replace(before, nats=as_floats(stored["nats"][one.domain]))
-        bound = compare_scores(after, before, stored["num_tests"]).finite_bound
-        if not _same_bound(bound, one.lower_bound):
-            problems.append(
-                f"the bound of {one.domain} was {one.lower_bound}, but {bound} follows from its "
-                "scores."
-            )
+        follows = seen.readings.get(one.domain)
+        if follows is None:
+            problems.append(f"{one.domain} has no score.")
+            continue
+        logged = one.reading().to_json()
+        for name, value in follows.items():
+            if (names is None or name in names) and not _same(value, logged[name]):
+                problems.append(
+                    f"the {name} of {one.domain} was {logged[name]}, but {value} follows from its "
+                    "scores."
+                )
     return problems
 
 
-def _same_bound(computed: float | None, logged: float | None) -> bool:
-    if computed is None or logged is None:
-        return computed is logged
-    return math.isclose(computed, logged, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+def _state_problems(follows: GuardState, logged: GuardState) -> list[str]:
+    """Compare the state that follows with the one that was logged."""
+    problems = []
+    for name, value in _without_step(follows).to_json().items():
+        became = _without_step(logged).to_json()[name]
+        if not _same(value, became):
+            problems.append(f"{name} became {became}, but {value} follows.")
+    return problems
 
 
-def _read_baseline(path: Path) -> dict[str, DomainScore]:
-    if not path.is_file():
-        return {}
-    scores = {}
-    for name, plain in json.loads(path.read_text(encoding="utf-8")).items():
-        scores[name] = DomainScore.from_json(name, plain)
-    return scores
+def _same(computed: Any, logged: Any) -> bool:
+    """Return whether two JSON values are equal but for the last digits of floating point."""
+    if isinstance(computed, dict) and isinstance(logged, dict):
+        if computed.keys() != logged.keys():
+            return False
+        return all(_same(value, logged[name]) for name, value in computed.items())
+    if isinstance(computed, list) and isinstance(logged, list):
+        if len(computed) != len(logged):
+            return False
+        return all(map(_same, computed, logged))
+    if isinstance(computed, float) and isinstance(logged, float | int):
+        return math.isclose(computed, logged, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    return bool(computed == logged)
 
 
-def _without_step(state: Json) -> Json:
+def _without_step(state: GuardState) -> GuardState:
     """Drop `green_step`, which a saved checkpoint sets between two decisions."""
-    return {key: value for key, value in state.items() if key != "green_step"}
+    return replace(state, green_step=None)

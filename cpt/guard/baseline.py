@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from cpt.errors import ConfigError
 from cpt.guard.score import DomainScore, ScoredSet
+from cpt.parallel.agreement import on_first_rank
+from data_pipeline.store.files import write_json
 
 BASELINE_FILE = "baseline.json"
 
@@ -131,3 +134,17 @@ def free_scores_file(folder: Path, step: int) -> Path:
         path = folder / f"scores-{step:08d}-{number}.json"
         number += 1
     return path
+
+
+def write_on_first_rank(group: dist.ProcessGroup, path: Path, content: Json) -> None:
+    """Write a JSON file atomically on the first rank; all ranks call it together.
+
+    Raises:
+        CptError: on all ranks, if it could not be written.
+    """
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+
+    on_first_rank(group, write)

@@ -1,8 +1,8 @@
-"""The guard of one run: it measures held-out text, compares it with the untouched model, decides.
+"""The guard of one run: it measures with all its yardsticks, decides once, and logs it.
 
-    rows -> scores (score.py) -> change since step 0 (paired_test.py) -> decision (ladder.py)
+    yardsticks -> raw scores -> judged (yardstick.py) -> decision (ladder.py)
 
-The baseline is measured before step 0 and kept on disk (baseline.py). metrics.jsonl gets one line
+Every yardstick keeps a baseline of the untouched model on disk. metrics.jsonl gets one line or more
 per domain and one per decision.
 """
 
@@ -10,94 +10,87 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cpt.config import GuardSection, RunConfig
+from cpt.config import RunConfig
 from cpt.errors import ConfigError
-from cpt.guard.baseline import (
-    BASELINE_FILE,
-    baseline_content,
-    baseline_scores,
-    check_finite,
-    check_same_text,
-    check_same_weights,
-    free_scores_file,
-    read_baseline,
-)
+from cpt.guard.baseline import free_scores_file, write_on_first_rank
 from cpt.guard.ladder import (
+    LEVERS,
     Decision,
     Evidence,
     GuardState,
     ReplayLimits,
     decide,
-    evidence_of,
+    evidence_at,
 )
-from cpt.guard.paired_test import PairedChange, compare_scores
-from cpt.guard.requirements import (
-    WARN_INSTEAD,
-    acts,
-    domain_problems,
-    num_tests,
-    tolerance_problems,
-)
-from cpt.guard.score import DomainScore, ScoredSet, score_domain
-from cpt.model.weights.checksums import sampled_hash
-from cpt.model.weights.hf_layout import tensor_files
+from cpt.guard.requirements import num_looks
+from cpt.guard.yardstick import Json, Judge, Kind, Look, Yardstick
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
-from cpt.resilience.agreed_stop import agreed_reason
 from cpt.resilience.faults import fault_point
 from cpt.resilience.stop import StopRequest
 from cpt.telemetry.metrics import Telemetry
 from cpt.training.engine import TrainingEngine
-from data_pipeline.dataset import BuiltData
-from data_pipeline.store.files import write_json
 
 log = logging.getLogger("cpt.guard")
 
 
 class Guard:
-    """Held-out domains, the scores of the untouched model on them, and the state of the ladder."""
+    """The yardsticks of a run, and the state of the guard."""
 
     def __init__(
-        self, data: BuiltData, config: RunConfig, topology: Topology, run_dir: Path
+        self,
+        yardsticks: Sequence[Yardstick],
+        config: RunConfig,
+        topology: Topology,
+        run_dir: Path,
     ) -> None:
-        """Take the held-out domains of the data; nothing is measured yet.
+        """Take the yardsticks; nothing is measured yet.
 
         Raises:
-            ConfigError: see `cpt.guard.requirements.domain_problems`.
+            ConfigError: two domains have the same name.
         """
-        num_documents = {domain.name: domain.num_documents for domain in data.held_out}
-        problems = domain_problems(config.guard, num_documents)
-        if problems:
-            raise ConfigError(problems)
+        self._yardsticks = yardsticks
         self._config = config
         self._topology = topology
-        self._domains = [ScoredSet(domain, config.guard.max_documents) for domain in data.held_out]
-        self._model = str(config.model.path or f"{config.model.init}, seed {config.train.seed}")
         self._folder = run_dir / "guard"
-        self._baseline_file = self._folder / BASELINE_FILE
-        self._baseline: dict[str, DomainScore] = {}
         self._scores_name = ""
+        self.domain_names: list[str] = []
+        """Names of the domains of all yardsticks."""
+        for yardstick in yardsticks:
+            self.domain_names += yardstick.domain_names
+        self._check_names()
         self.state = GuardState()
-        """State of the ladder after the last decision."""
-        self.latest: dict[str, PairedChange] = {}
-        """The last measurement of each domain."""
+        """State of the guard after the last decision."""
+        self.latest: dict[Kind, list[Json]] = {}
+        """The last `guard` lines of every yardstick."""
         self.decision: Decision | None = None
-        """The decision that followed from it."""
+        """The decision that followed from them."""
 
-    @property
-    def domain_names(self) -> list[str]:
-        """Names of the held-out domains."""
-        return [domain.name for domain in self._domains]
+    def _check_names(self) -> None:
+        repeated = {name for name in self.domain_names if self.domain_names.count(name) > 1}
+        if repeated:
+            raise ConfigError(
+                f"guard: {', '.join(sorted(repeated))}: several domains of the mix have this name. "
+                "Names must differ between held-out text, generation and traces: rename one."
+            )
 
-    @property
-    def num_tests(self) -> int:
-        """Domains times measurements of the whole run: how many bounds must hold together."""
-        config = self._config
-        return num_tests(config.guard, len(self._domains), config.train.total_steps)
+    def look_at(self, step: int, *, last: bool) -> Look:
+        """Return the look of a step."""
+        settings = self._config.guard
+        looks = num_looks(settings, self._config.train.total_steps)
+        number = step // settings.interval_steps if settings.interval_steps else 0
+        return Look(
+            step=step,
+            number=looks if last else number,
+            num_looks=looks,
+            num_domains=len(self.domain_names),
+            last=last,
+            settings=settings,
+        )
 
     def measure(
         self,
@@ -108,266 +101,201 @@ class Guard:
         stop: StopRequest | None = None,
         replay: Callable[[], ReplayLimits] | None = None,
     ) -> Decision | None:
-        """Score all domains, compare them with the baseline, decide, and log it.
+        """Measure with every yardstick that is due, decide, and log it.
 
         All ranks call it together and get the same decision. At step 0 the scores become the
-        baseline.
+        baselines.
 
         Args:
             step: Optimizer steps done.
-            engine: The model that is scored.
+            engine: The model that is measured.
             telemetry: Receiver of the events.
-            stop: Looked at after each domain, because a measurement is not worth a missed deadline.
+            stop: Looked at on the way, because a measurement is not worth a missed deadline.
             replay: Returns the limits of raising replay; None at the end of the run, when nothing
                 but a warning makes sense.
 
         Returns:
-            The decision; None if a stop was requested before every domain was scored.
+            The decision; None if a stop was requested before all was measured.
         """
         fault_point("evaluate", step)
-        scores = self._score(step, engine, stop)
+        look = self.look_at(step, last=replay is None)
+        scores = self._measure(look, engine, stop)
         if scores is None:
             return None
         if step:
-            self._scores_name = self._keep_scores(step, scores)
-        self.decision = self._decide(step, telemetry, replay() if replay is not None else None)
-        for name, score in scores.items():
-            self._report(step, score, self.decision.actions[name], telemetry)
+            self._scores_name = self._keep_scores(look, scores)
+        limits = replay() if replay is not None else ReplayLimits(shares={}, room=0.0)
+        self._decide(look, scores, limits, telemetry)
+        self._report(look, telemetry)
         return self.decision
 
     def measure_apart(self, step: int, engine: TrainingEngine) -> Path:
-        """Score all domains with no consequence for the run; return the file with the result.
+        """Measure with every yardstick and no consequence for the run.
+
+        Returns:
+            The file with the result.
 
         Raises:
             ConfigError: the untouched model was never measured.
         """
-        scores = self._score(step, engine, None)
+        look = self.look_at(step, last=True)
+        scores = self._measure(look, engine, None)
         assert scores is not None
-        domains = {}
-        for name, score in scores.items():
-            domains[name] = {
-                "language": score.language,
-                "bits_per_byte": score.bits_per_byte,
-                **asdict(self.latest[name]),
-            }
+        _, self.latest = judged(self._judges(), scores, self.state, look)
+        domains: dict[str, Any] = {}
+        for events in self.latest.values():
+            for event in events:
+                domains.setdefault(event["domain"], {}).update(event)
         file = self._folder / f"measured-{step:08d}.json"
-        self._write_on_first_rank(file, {"step": step, "domains": domains})
+        self._write(file, {"step": step, "domains": domains})
         return file
 
-    def evidence(self, replay: ReplayLimits) -> list[Evidence]:
-        """Return the last measurement as the ladder takes it."""
-        evidence = []
-        for name, change in self.latest.items():
-            evidence.append(evidence_of(name, change.finite_bound, self._config.guard, replay))
-        return evidence
-
     def table(self) -> str:
-        """Return the last measurement as a table for people."""
-        actions = self.decision.actions if self.decision is not None else {}
-        return change_table(self.latest, actions)
+        """Return the last measurement as tables for people."""
+        tables = []
+        for yardstick in self._yardsticks:
+            if yardstick.kind in self.latest:
+                tables.append(yardstick.table(self.latest[yardstick.kind]))
+        return "\n".join(tables)
 
-    def _score(
-        self, step: int, engine: TrainingEngine, stop: StopRequest | None
-    ) -> dict[str, DomainScore] | None:
-        """Score the domains that have a baseline, all of them at step 0, and set `latest`.
+    def _judges(self) -> dict[Kind, Judge]:
+        judges: dict[Kind, Judge] = {}
+        for yardstick in self._yardsticks:
+            judges[yardstick.kind] = yardstick
+        return judges
 
-        Returns:
-            Scores by domain; None if a stop was requested before every domain was scored.
-        """
-        if not self._baseline:
-            self._baseline = self._stored_baseline()
-        scores: dict[str, DomainScore] = {}
-        for domain in self._domains:
-            if scores and stop is not None and agreed_reason(stop, self._topology.control_group):
+    def _measure(
+        self, look: Look, engine: TrainingEngine, stop: StopRequest | None
+    ) -> dict[Kind, Json] | None:
+        """Return the raw scores by kind of yardstick; None if a stop was requested."""
+        scores: dict[Kind, Json] = {}
+        for yardstick in self._yardsticks:
+            if not yardstick.is_due(look):
+                continue
+            measured = yardstick.measure(look, engine, stop)
+            if measured is None:
                 return None
-            if step == 0 or domain.name in self._baseline:
-                scores[domain.name] = score_domain(
-                    domain, engine, self._topology, micro_batch_size=self._config.micro_batch_size
-                )
-        if not self._baseline:
-            self._freeze_baseline(scores, step)
-        self.latest = {}
-        for name, score in scores.items():
-            self.latest[name] = compare_scores(score, self._baseline[name], self.num_tests)
+            scores[yardstick.kind] = measured
         return scores
 
-    def _keep_scores(self, step: int, scores: Mapping[str, DomainScore]) -> str:
-        """Write the scores of a step and return the name of the file."""
+    def _keep_scores(self, look: Look, scores: Mapping[Kind, Json]) -> str:
+        """Write the scores of a look and return the name of the file."""
         name = on_first_rank(
-            self._topology.control_group, lambda: free_scores_file(self._folder, step).name
+            self._topology.control_group, lambda: free_scores_file(self._folder, look.step).name
         )
-        nats = {}
-        for domain, score in scores.items():
-            nats[domain] = score.nats.tolist()
-        content = {"num_tests": self.num_tests, "nats": nats}
-        self._write_on_first_rank(self._folder / name, content)
+        content = {
+            "look": {
+                "number": look.number,
+                "num_looks": look.num_looks,
+                "num_domains": look.num_domains,
+            },
+            "yardsticks": dict(scores),
+        }
+        self._write(self._folder / name, content)
         return name
 
-    def _decide(self, step: int, telemetry: Telemetry, replay: ReplayLimits | None) -> Decision:
-        """Climb the ladder, and log the decision with everything that it follows from."""
-        is_last = replay is None
-        limits = replay or ReplayLimits(shares={}, room=0.0)
-        settings = self._config.guard
-        evidence = self.evidence(limits)
+    def _decide(
+        self,
+        look: Look,
+        scores: Mapping[Kind, Json],
+        limits: ReplayLimits,
+        telemetry: Telemetry,
+    ) -> None:
+        """Judge and decide, and log the decision with everything that it follows from."""
         before = self.state
-        after, decision = decide(before, evidence, settings, replay_room=limits.room, last=is_last)
-        if step == 0:  # the untouched model has changed nothing
-            return decision
-        self.state = after
+        seen, self.latest = judged(self._judges(), scores, before, look)
+        evidence = evidence_at(look.step, self.domain_names, seen.readings, limits)
+        after, self.decision = decide(
+            seen, evidence, look.settings, replay_room=limits.room, last=look.last
+        )
+        if look.step == 0:  # the untouched model has changed nothing
+            return
+        self.state = restarted(self._judges(), after, self.decision)
         event = decision_event(
-            step, decision, evidence, settings, before, after, limits.room, last=is_last
+            look, self.decision, evidence, before, self.state, replay_room=limits.room
         )
         telemetry.log({**event, "scores": self._scores_name})
-        return decision
 
-    def _report(self, step: int, score: DomainScore, action: str, telemetry: Telemetry) -> None:
-        """Log the measurement of one domain, and warn if it led to an action."""
-        change = self.latest[score.name]
-        event: dict[str, Any] = {
-            "event": "guard",
-            "step": step,
-            "domain": score.name,
-            "language": score.language,
-            "bits_per_byte": score.bits_per_byte,
-            **asdict(change),
-            "action": action,
-        }
-        telemetry.log(event)
-        if action != "none" and self._topology.rank == 0:
-            log.warning(
-                "held-out domain %s is %.2f %% worse than the untouched model "
-                "(95 %% interval %.2f to %.2f): %s.",
-                score.name,
-                change.delta_percent,
-                change.ci_low,
-                change.ci_high,
-                action,
-            )
+    def _report(self, look: Look, telemetry: Telemetry) -> None:
+        """Log the measurement of every domain, and warn of those that led to an action."""
+        assert self.decision is not None
+        warned = set()
+        for kind, events in self.latest.items():
+            for event in events:
+                action = self.decision.actions[event["domain"]]
+                event["action"] = action
+                telemetry.log({"event": "guard", "step": look.step, "kind": kind, **event})
+                if action != "none":
+                    warned.add(event["domain"])
+        if warned and self._topology.rank == 0:
+            log.warning("step %d: %s", look.step, self.decision.reason)
 
-    def _freeze_baseline(self, scores: dict[str, DomainScore], step: int) -> None:
-        """Keep the scores of the untouched model, in memory and on disk.
+    def _write(self, path: Path, content: Json) -> None:
+        write_on_first_rank(self._topology.control_group, path, content)
 
-        Raises:
-            ConfigError: the model is not untouched, its scores are not finite, or its documents
-                cannot show a rise of the tolerance while the guard is to act on one.
-        """
-        if step != 0:
-            raise ConfigError(
-                f"{self._baseline_file} is missing, and at step {step} the untouched model is "
-                "gone. Restore the file, or go on with --set guard.enabled=false."
-            )
-        check_finite(
-            scores,
-            f"model.path {self._model}" if self._config.model.path else f"model {self._model}",
-            "Look at the weights: a value that is not finite or far too large, or a file that is "
-            "damaged. Compare their SHA-256 with the published ones, or give another model.",
-        )
-        settings = self._config.guard
-        nats = {name: score.nats for name, score in scores.items()}
-        problems = tolerance_problems(settings, nats, self.num_tests)
-        if problems and acts(settings):
-            raise ConfigError([*problems, WARN_INSTEAD])
-        for problem in problems:
-            log.info("%s", problem)
-        content = baseline_content(self._domains, scores, self._model, self._base_weights())
-        self._write_on_first_rank(self._baseline_file, content)
-        self._baseline = scores
 
-    def _stored_baseline(self) -> dict[str, DomainScore]:
-        """Return the scores of the untouched model on the domains of this run; empty if none.
+def judged(
+    judges: Mapping[Kind, Judge], scores: Mapping[Kind, Json], state: GuardState, look: Look
+) -> tuple[GuardState, dict[Kind, list[Json]]]:
+    """Judge the raw scores of a look.
 
-        Raises:
-            ConfigError: they are of other text, of another model, or not finite.
-        """
-        stored = on_first_rank(
-            self._topology.control_group, lambda: read_baseline(self._baseline_file)
-        )
-        known = {}
-        added = []
-        for name in self.domain_names:
-            if name in stored:
-                known[name] = stored[name]
-            else:
-                added.append(name)
-        if known:
-            check_same_text(self._baseline_file, known, self._domains)
-            check_same_weights(self._baseline_file, known, self._model, self._base_weights())
-        if stored and added and self._topology.rank == 0:
-            log.warning(
-                "held-out domains %s are left out: the untouched model was not measured on them.",
-                ", ".join(added),
-            )
-        scores = baseline_scores(known)
-        check_finite(
-            scores,
-            str(self._baseline_file),
-            "Use a new --run_dir, and look at the weights that the run started from.",
-        )
-        return scores
+    Args:
+        judges: Judges by kind of yardstick.
+        scores: Raw scores by kind; a yardstick that was not due has none.
+        state: State before the look.
+        look: The look.
 
-    def _base_weights(self) -> str:
-        """Return a hash of the untouched weights, which does not depend on where they lie."""
-        path = self._config.model.path
-        if path is None:
-            return self._model
-        return on_first_rank(
-            self._topology.control_group, lambda: sampled_hash(set(tensor_files(path).values()))
-        )
+    Returns:
+        The state with the new readings and sequential states, and the `guard` lines by kind.
+    """
+    yardsticks = dict(state.yardsticks)
+    readings = dict(state.readings)
+    events: dict[Kind, list[Json]] = {}
+    for kind, measured in scores.items():
+        judgement = judges[kind].judge(measured, yardsticks.get(kind, {}), look)
+        yardsticks[kind] = judgement.state
+        events[kind] = []
+        states = {}
+        for reading in judgement.readings:
+            readings[reading.domain] = reading.to_json()
+            states[reading.domain] = reading.state
+        for event in judgement.events:
+            events[kind].append({**event, "state": states[event["domain"]]})
+    return replace(state, yardsticks=yardsticks, readings=readings), events
 
-    def _write_on_first_rank(self, path: Path, content: dict[str, Any]) -> None:
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, content)
 
-        on_first_rank(self._topology.control_group, write)
+def restarted(judges: Mapping[Kind, Judge], state: GuardState, decision: Decision) -> GuardState:
+    """Return the state in which the domains that a lever was pulled for begin to count anew."""
+    pulled = {name for name, action in decision.actions.items() if action in LEVERS}
+    if not pulled:
+        return state
+    yardsticks = dict(state.yardsticks)
+    for kind, judge in judges.items():
+        if kind in yardsticks:
+            yardsticks[kind] = judge.restarted(yardsticks[kind], pulled)
+    return replace(state, yardsticks=yardsticks)
 
 
 def decision_event(
-    step: int,
+    look: Look,
     decision: Decision,
     evidence: Sequence[Evidence],
-    settings: GuardSection,
     before: GuardState,
     after: GuardState,
-    replay_room: float,
     *,
-    last: bool,
-) -> dict[str, Any]:
+    replay_room: float,
+) -> Json:
     """Return a decision with everything that it follows from, as one line of metrics.jsonl."""
     return {
         "event": "guard_decision",
-        "step": step,
+        "step": look.step,
         "action": decision.action,
         "reason": decision.reason,
         "actions": dict(decision.actions),
         "evidence": [one.to_json() for one in evidence],
         "replay_room": replay_room,
-        "last": last,
-        "settings": asdict(settings),
+        "last": look.last,
+        "settings": asdict(look.settings),
         "before": before.to_json(),
         "after": after.to_json(),
     }
-
-
-def change_table(changes: Mapping[str, PairedChange], actions: Mapping[str, str]) -> str:
-    """Return the changes of all domains as a table for people.
-
-    Args:
-        changes: Changes by domain.
-        actions: Actions by domain, for those that have one.
-    """
-    width = max(15, *map(len, changes), 0)
-    lines = [
-        "bits per byte",
-        f"  {'held-out domain':<{width}}  untouched    now   change %  (95 % interval)",
-    ]
-    for name, change in changes.items():
-        now = change.baseline * (1 + change.delta_percent / 100)
-        line = (
-            f"  {name:<{width}}  {change.baseline:9.3f}  {now:5.3f}  "
-            f"{change.delta_percent:+9.2f}  ({change.ci_low:+.2f} to {change.ci_high:+.2f})"
-        )
-        if actions.get(name, "none") != "none":
-            line += "  WARNING"
-        lines.append(line)
-    return "\n".join(lines)

@@ -16,43 +16,26 @@ Because it is pure, `cpt guard audit` can make every decision again. The rungs, 
     rollback      The start after a pause: the run goes on from the last checkpoint saved while all
                   was green, with more replay.
 
-A domain is over its line when the decision bound of its change (cpt/guard/paired_test.py) is above
-`act_at` times its tolerance: acting begins before the tolerance is used up. A raise is given one
+A domain is over its line when the loss that is certain (`Reading.lower_bound`) is above `act_at`
+times its tolerance: acting begins before the tolerance is used up. A raise is given one
 measurement to show before the next, unless the domain is over its tolerance.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
 
 from cpt.config import GuardSection
+from cpt.guard.yardstick import UNITS, Evidence, Json, Plain, Reading
 
 SEVERITY = ("none", "warn", "raise_replay", "lower_lr", "pause", "rollback")
 """Actions, each stronger than the one before."""
+LEVERS = ("raise_replay", "lower_lr")
+"""Actions that change how the run goes on."""
 MIN_REPLAY_ROOM = 1e-6
 """Share of the tokens; less room than this is none."""
-
-
-class _Plain:
-    """A frozen dataclass of plain values, which goes to JSON and back."""
-
-    __slots__ = ()
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any] | None) -> Self:
-        """Read the output of `to_json`; None gives the defaults."""
-        return cls(**(plain or {}))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        plain: dict[str, Any] = {}
-        for one in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, one.name)
-            plain[one.name] = dict(value) if isinstance(value, Mapping) else value
-        return plain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,29 +51,7 @@ class ReplayLimits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evidence(_Plain):
-    """Everything about one domain that a decision depends on."""
-
-    domain: str
-    """Name of the domain."""
-    lower_bound: float | None
-    """Decision bound of its change in percent; None if a score is not a number."""
-    tolerance_percent: float
-    """Tolerated rise of bits per byte."""
-    hard_limit_percent: float
-    """Rise that ends in a pause if it stays."""
-    share: float | None = None
-    """Present share of its sources in the predicted tokens, 0 to 1; None if replay cannot help."""
-    largest_share: float = 1.0
-    """Largest value of that share, by the limits of its language and the epochs of its sources."""
-
-    def above(self, percent: float) -> bool:
-        """Return whether the change is surely above a limit; NaN is above every limit."""
-        return self.lower_bound is None or self.lower_bound > percent
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GuardState(_Plain):
+class GuardState(Plain):
     """The memory of the guard between measurements; it is saved with every checkpoint."""
 
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -104,13 +65,17 @@ class GuardState(_Plain):
     idle: int = 1
     """Measurements since a lever was pulled."""
     green: bool = True
-    """Whether no domain was over its line at the last measurement."""
+    """Whether every domain was green at its last measurement: its loss is surely tolerable."""
     green_step: int | None = None
     """Step of the newest checkpoint that was saved while green."""
     paused: str = ""
     """Reason of a pause after which the run has not gone on; empty if there is none."""
     rollbacks: int = 0
     """How often the run has gone on after a pause."""
+    yardsticks: Mapping[str, Json] = field(default_factory=dict)
+    """Sequential state of each yardstick, by its kind."""
+    readings: Mapping[str, Json] = field(default_factory=dict)
+    """Newest reading of each domain, by domain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,25 +85,29 @@ class Decision:
     action: str
     """The strongest action taken."""
     actions: Mapping[str, str]
-    """Action by domain; every measured domain is there."""
+    """Action by domain; every domain is there."""
     reason: str
     """Reason for people; empty if nothing is done."""
 
 
-def evidence_of(
-    domain: str, lower_bound: float | None, settings: GuardSection, replay: ReplayLimits
-) -> Evidence:
-    """Return the evidence on a domain; a bound of None counts as above every limit."""
-    tolerance_percent, hard_limit_percent = settings.limits(domain)
-    share, largest_share = replay.shares.get(domain, (None, 1.0))
-    return Evidence(
-        domain=domain,
-        lower_bound=lower_bound,
-        tolerance_percent=tolerance_percent,
-        hard_limit_percent=hard_limit_percent,
-        share=share,
-        largest_share=largest_share,
-    )
+def evidence_at(
+    step: int, domains: Iterable[str], readings: Mapping[str, Json], replay: ReplayLimits
+) -> list[Evidence]:
+    """Return the newest readings of domains as a decision at a step takes them.
+
+    Args:
+        step: Optimizer steps done.
+        domains: Names of the domains; one that was never measured is left out.
+        readings: `GuardState.readings`.
+        replay: Present shares of replay and their limits.
+    """
+    evidence = []
+    for domain in domains:
+        if domain in readings:
+            share, largest_share = replay.shares.get(domain, (None, 1.0))
+            reading = Reading.from_json(readings[domain])
+            evidence.append(Evidence.of(reading, step, share, largest_share))
+    return evidence
 
 
 def decide(
@@ -153,7 +122,8 @@ def decide(
 
     Args:
         state: State before the measurement.
-        evidence: One entry per measured domain.
+        evidence: One entry per domain. One that this look did not measure keeps its count, and no
+            lever is pulled for it.
         settings: The run's guard section.
         replay_room: Share of the tokens by which all replay together may still grow.
         last: Whether the run is over, so that nothing but a warning makes sense.
@@ -163,15 +133,21 @@ def decide(
     beyond: list[str] = []
     for one in evidence:
         actions[one.domain] = "none"
-        if one.above(settings.act_at * one.tolerance_percent):
+        if one.age_steps:  # it was not measured at this look
+            if one.domain in state.over:
+                over[one.domain] = state.over[one.domain]
+            continue
+        if one.above(settings.act_at * one.tolerance):
             over[one.domain] = state.over.get(one.domain, 0) + 1
             actions[one.domain] = "warn"
-        if one.above(one.tolerance_percent):
+        if one.above(one.tolerance):
             beyond.append(one.domain)
-    hard = state.hard + 1 if any(map(_above_hard_limit, evidence)) else 0
-    state = dataclasses.replace(state, over=over, hard=hard, idle=state.idle + 1, green=not over)
+    measured = [one for one in evidence if not one.age_steps]
+    hard = state.hard + 1 if any(map(_above_hard_limit, measured)) else 0
+    green = all(one.state == "green" for one in evidence)
+    state = dataclasses.replace(state, over=over, hard=hard, idle=state.idle + 1, green=green)
     if over and not last and settings.policy == "act":
-        state, pulled = _pull(state, evidence, beyond, settings, replay_room)
+        state, pulled = _pull(state, measured, beyond, settings, replay_room)
         actions |= pulled
     decision = Decision(
         action=max(actions.values(), key=SEVERITY.index, default="none"),
@@ -260,7 +236,7 @@ def raised_shares(
     present: dict[str, float] = {}
     growth: dict[str, float] = {}
     for one in evidence:
-        is_due = state.over.get(one.domain, 0) > 1 or one.above(one.tolerance_percent)
+        is_due = state.over.get(one.domain, 0) > 1 or one.above(one.tolerance)
         if one.share is None or not is_due:
             continue
         wanted = max(one.share * settings.replay_factor, one.share + settings.replay_step)
@@ -276,7 +252,7 @@ def raised_shares(
 
 
 def _above_hard_limit(evidence: Evidence) -> bool:
-    return evidence.above(evidence.hard_limit_percent)
+    return evidence.above(evidence.hard_limit)
 
 
 def _reasons(evidence: Sequence[Evidence], actions: Mapping[str, str]) -> str:
@@ -288,8 +264,9 @@ def _reasons(evidence: Sequence[Evidence], actions: Mapping[str, str]) -> str:
 
 
 def _reason(evidence: Evidence, action: str) -> str:
+    unit = UNITS[evidence.kind]
     if evidence.lower_bound is None:
         loss = "not a number"
     else:
-        loss = f"at least {evidence.lower_bound:.2f} % worse"
-    return f"{evidence.domain} is {loss} (tolerance {evidence.tolerance_percent:g} %): {action}"
+        loss = f"at least {evidence.lower_bound:.2f} {unit} worse"
+    return f"{evidence.domain} is {loss} (tolerance {evidence.tolerance:g} {unit}): {action}"

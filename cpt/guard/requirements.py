@@ -136,8 +136,12 @@ def acts(settings: GuardSection) -> bool:
 
 
 def num_tests(settings: GuardSection, num_domains: int, total_steps: int) -> int:
-    """Return domains times measurements of the run: how many bounds must hold together."""
-    num_measurements = 1
-    if settings.interval_steps:
-        num_measurements += total_steps // settings.interval_steps
-    return num_domains * num_measurements
+    """Return domains times looks of the run: how many bounds must hold together."""
+    return num_domains * num_looks(settings, total_steps)
+
+
+def num_looks(settings: GuardSection, total_steps: int) -> int:
+    """Return how often a run is measured after step 0."""
+    if not settings.interval_steps:
+        return 1
+    return 1 + total_steps // settings.interval_steps

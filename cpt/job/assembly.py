@@ -13,6 +13,7 @@ import yaml
 from cpt.checkpoint.loading import LoadedState, load_checkpoint
 from cpt.checkpoint.saver import Saver
 from cpt.guard.guard import Guard
+from cpt.guard.held_out_text import HeldOutText
 from cpt.guard.replay_share import ReplayShares
 from cpt.job.context import RunContext
 from cpt.job.data import check_plan, open_data, open_kl_targets, plan_of
@@ -134,7 +135,9 @@ def make_guard(context: RunContext, data: BuiltData) -> Guard | None:
     """Return the guard, or None if it is switched off or the mix holds nothing out."""
     if not context.config.guard.enabled or not data.held_out:
         return None
-    return Guard(data, context.config, context.topology, context.run_dir)
+    config, topology, run_dir = context.config, context.topology, context.run_dir
+    yardsticks = [HeldOutText(data, config, topology, run_dir)]
+    return Guard(yardsticks, config, topology, run_dir)
 
 
 def open_telemetry(context: RunContext) -> Telemetry:

@@ -23,12 +23,11 @@ from cpt.errors import ConfigError, RequeueRequested
 from cpt.guard.guard import Guard
 from cpt.guard.ladder import (
     Decision,
-    Evidence,
     GuardState,
     ReplayLimits,
     after_pause,
-    evidence_of,
 )
+from cpt.guard.yardstick import Evidence, Reading
 from cpt.job.job import Job
 from cpt.job.progress import batch_of_step, read_guard_rollbacks, write_guard_rollbacks
 from cpt.job.saving import end, final_save
@@ -167,11 +166,18 @@ def load_green(job: Job, paused: GuardState) -> None:
 def suffering_domains(
     paused: GuardState, settings: GuardSection, limits: ReplayLimits
 ) -> list[Evidence]:
-    """Return the evidence of the domains that were over their line when the run paused."""
+    """Return the evidence of the domains that were over their line when the run paused.
+
+    No bound of theirs is known any more, which counts as above every limit.
+    """
     evidence = []
     for name in paused.over:
+        tolerance, hard_limit = settings.limits(name)
+        reading = Reading(domain=name, lower_bound=None, tolerance=tolerance, hard_limit=hard_limit)
+        if name in paused.readings:
+            reading = replace(Reading.from_json(paused.readings[name]), lower_bound=None)
         if name in limits.shares:
-            evidence.append(evidence_of(name, None, settings, limits))
+            evidence.append(Evidence.of(reading, reading.step, *limits.shares[name]))
     return evidence
 
 

@@ -124,7 +124,8 @@ def read_probe(run_dir: Path) -> Probe:
     guard = {}
     steps = []
     for event in events:
-        if event["event"] == "guard" and event["step"] > 0:
+        is_text = event.get("kind", "text") == "text"
+        if event["event"] == "guard" and is_text and event["step"] > 0:
             guard[event["domain"]] = event
         if event["event"] == "step":
             steps.append(event)

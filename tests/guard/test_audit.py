@@ -14,15 +14,15 @@ from cpt.cli import main
 from cpt.config import GuardSection
 from cpt.guard.audit import audit
 from cpt.guard.baseline import BASELINE_FILE, baseline_content
-from cpt.guard.guard import decision_event
-from cpt.guard.ladder import GuardState, ReplayLimits, decide, evidence_of
-from cpt.guard.paired_test import compare_scores
+from cpt.guard.guard import decision_event, judged, restarted
+from cpt.guard.held_out_text import TextJudge
+from cpt.guard.ladder import GuardState, ReplayLimits, decide, evidence_at
 from cpt.guard.score import DomainScore
+from cpt.guard.yardstick import Judge, Kind, Look
 from tests.support.records import read_jsonl, write_jsonl
 
 SETTINGS = GuardSection(interval_steps=10, tolerance_percent=1.0)
 LIMITS = ReplayLimits(shares={"english": (0.1, 0.5)}, room=0.4)
-NUM_TESTS = 4
 LOSSES_PERCENT = (0.0, 3.0, 3.0)
 """Loss at each of the measurements."""
 
@@ -42,21 +42,22 @@ def run_dir(tmp_path: Path) -> Path:
     domain: Any = SimpleNamespace(name="english", language="en", content_hash="c")
     content = baseline_content([domain], {"english": before}, "base", "w")
     (folder / BASELINE_FILE).write_text(json.dumps(content))
+    judges: dict[Kind, Judge] = {"text": TextJudge({"english": before})}
     events: list[dict[str, Any]] = []
     state = GuardState()
     for number, loss in enumerate(LOSSES_PERCENT, 1):
-        step = 10 * number
         nats = before.nats * (1 + (loss + generator.normal(0, 1, 100)) / 100)
-        after = DomainScore(name="english", language="en", nats=nats, bytes=before.bytes)
-        bound = compare_scores(after, before, NUM_TESTS).finite_bound
-        evidence = [evidence_of("english", bound, SETTINGS, LIMITS)]
-        next_state, decision = decide(state, evidence, SETTINGS, replay_room=LIMITS.room)
-        event = decision_event(
-            step, decision, evidence, SETTINGS, state, next_state, LIMITS.room, last=False
-        )
-        scores = {"num_tests": NUM_TESTS, "nats": {"english": nats.tolist()}}
-        (folder / f"scores-{step:08d}.json").write_text(json.dumps(scores))
-        events.append({**event, "scores": f"scores-{step:08d}.json"})
+        counts = {"number": number, "num_looks": 4, "num_domains": 1}
+        look = Look(step=10 * number, last=False, settings=SETTINGS, **counts)
+        scores: dict[Kind, Any] = {"text": {"nats": {"english": nats.tolist()}}}
+        seen, _ = judged(judges, scores, state, look)
+        evidence = evidence_at(look.step, ["english"], seen.readings, LIMITS)
+        decided, decision = decide(seen, evidence, SETTINGS, replay_room=LIMITS.room)
+        next_state = restarted(judges, decided, decision)
+        event = decision_event(look, decision, evidence, state, next_state, replay_room=LIMITS.room)
+        name = f"scores-{look.step:08d}.json"
+        (folder / name).write_text(json.dumps({"look": counts, "yardsticks": scores}))
+        events.append({**event, "scores": name})
         state = next_state
     write_jsonl(tmp_path / "metrics.jsonl", events)
     return tmp_path
@@ -103,9 +104,11 @@ def test_state_that_no_decision_left_is_found(run_dir: Path) -> None:
 def test_bound_that_does_not_follow_from_its_scores_is_found(run_dir: Path) -> None:
     file = run_dir / "guard" / "scores-00000020.json"
     scores = json.loads(file.read_text())
-    scores["nats"]["english"][0] *= 2
+    scores["yardsticks"]["text"]["nats"]["english"][0] *= 2
     file.write_text(json.dumps(scores))
-    assert "the bound of english was" in audit(run_dir)[1].problems[0]
+    problems = " ".join(audit(run_dir)[1].problems)
+    assert "the lower_bound of english was" in problems
+    assert "the delta of english was" in problems
 
 
 def test_bounds_are_taken_from_the_log_where_the_scores_are_gone(
@@ -114,6 +117,25 @@ def test_bounds_are_taken_from_the_log_where_the_scores_are_gone(
     (run_dir / "guard" / "scores-00000010.json").unlink()
     assert run_audit(run_dir) == 0
     assert "the scores of 1 are gone" in capsys.readouterr().out
+
+
+def test_log_of_a_run_before_the_three_states_still_agrees(run_dir: Path) -> None:
+    events = read_jsonl(run_dir / "metrics.jsonl")
+    kept = ("domain", "lower_bound", "share", "largest_share")
+    for event in events:
+        old = []
+        for one in event["evidence"]:
+            limits = {"tolerance_percent": 1.0, "hard_limit_percent": 5.0}
+            old.append({**{name: one[name] for name in kept}, **limits})
+        event["evidence"] = old
+        for state in (event["before"], event["after"]):
+            del state["yardsticks"], state["readings"]
+        file = run_dir / "guard" / event["scores"]
+        scores = json.loads(file.read_text())
+        file.write_text(json.dumps({"num_tests": 4, **scores["yardsticks"]["text"]}))
+    write_jsonl(run_dir / "metrics.jsonl", events)
+    assert [one.problems for one in audit(run_dir)] == [[], [], []]
+    assert all(one.bounds_checked for one in audit(run_dir))
 
 
 def test_directory_without_decisions_is_refused(

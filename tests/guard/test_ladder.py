@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from cpt.config import DomainLimits, GuardSection
-from cpt.guard.ladder import SEVERITY, Decision, Evidence, GuardState, after_pause, decide
+from cpt.guard.ladder import SEVERITY, Decision, GuardState, after_pause, decide
 from cpt.guard.paired_test import decision_bound
+from cpt.guard.yardstick import Evidence, state_of
 
 SETTINGS = GuardSection(interval_steps=10, tolerance_percent=1.0, hard_limit_percent=5.0)
 
@@ -19,9 +20,10 @@ SETTINGS = GuardSection(interval_steps=10, tolerance_percent=1.0, hard_limit_per
 def english(bound: float | None, share: float | None = 0.1, **more: Any) -> Evidence:
     return Evidence(
         domain="english",
+        state=state_of(bound, 0.0, line=0.5, tolerance=1.0),
         lower_bound=bound,
-        tolerance_percent=1.0,
-        hard_limit_percent=5.0,
+        tolerance=1.0,
+        hard_limit=5.0,
         share=share,
         **more,
     )
@@ -48,6 +50,24 @@ def actions(decisions: list[Decision]) -> list[str]:
 def test_what_is_below_the_line_leads_to_nothing() -> None:
     state, decisions = climb([-3.0, 0.0, 0.5])
     assert actions(decisions) == ["none"] * 3 and state.green and not state.shares
+
+
+def test_checkpoint_is_green_only_if_every_domain_is() -> None:
+    kept = dataclasses.replace(english(0.0), domain="code")
+    for state in ("green", "amber", "red"):
+        evidence = [kept, dataclasses.replace(english(0.0), state=state)]
+        after, _ = decide(GuardState(), evidence, SETTINGS, replay_room=0.5)
+        assert after.green == (state == "green")
+
+
+def test_domain_that_was_not_measured_keeps_its_count_and_pulls_no_lever() -> None:
+    state, decisions = climb([0.6])
+    old = english(6.0, age_steps=10)
+    after, decision = decide(state, [old], SETTINGS, replay_room=0.5)
+    assert actions(decisions) == ["warn"] and decision.action == "none"
+    assert (after.over, after.hard, after.green) == ({"english": 1}, 0, False)
+    _, decision = decide(after, [english(0.6)], SETTINGS, replay_room=0.5)
+    assert decision.action == "raise_replay"
 
 
 def test_first_sight_is_a_warning_and_the_second_raises_replay() -> None:
@@ -238,8 +258,8 @@ def null_run(seed: int, loss_percent: float = 0.0) -> list[str]:
                 Evidence(
                     domain=str(domain),
                     lower_bound=bound,
-                    tolerance_percent=1,
-                    hard_limit_percent=5,
+                    tolerance=1,
+                    hard_limit=5,
                     share=0.05,
                 )
             )

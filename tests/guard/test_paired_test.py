@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from cpt.config import GuardSection
-from cpt.errors import CptError
-from cpt.guard.guard import Guard
 from cpt.guard.paired_test import (
     DOCUMENT_SPREAD_PERCENT,
     compare_scores,
@@ -25,7 +17,6 @@ from cpt.guard.paired_test import (
     student_quantile,
 )
 from cpt.guard.score import DomainScore, bits_per_byte
-from cpt.telemetry.metrics import Telemetry
 
 NUM_TESTS = 60
 NUM_DOCUMENTS = 200
@@ -109,6 +100,18 @@ def test_documents_that_outweigh_the_others_count_less(baseline: DomainScore) ->
     assert effective_documents(np.array([1.0, 1000.0, 1.0])) < 1.01
 
 
+def test_upper_bound_is_as_far_above_as_its_confidence_asks(baseline: DomainScore) -> None:
+    now = changed(baseline, 1, 5)
+    usual = compare_scores(now, baseline)
+    final = compare_scores(now, baseline, upper_confidence=0.99)
+    assert usual.delta_percent < usual.upper_bound < final.upper_bound
+    degrees = effective_documents(baseline.nats) - 1
+    ratio = (final.upper_bound - final.delta_percent) / (usual.upper_bound - usual.delta_percent)
+    assert ratio == pytest.approx(student_quantile(0.01, degrees) / student_quantile(0.05, degrees))
+    single = scores(np.array([500.0]), np.array([1000.0]))
+    assert compare_scores(single, single).finite_upper_bound is None
+
+
 def test_noise_floor_falls_with_the_number_of_documents() -> None:
     assert noise_floor_percent(np.ones(400), 60) == pytest.approx(
         3.6 * DOCUMENT_SPREAD_PERCENT / 20, rel=0.05
@@ -151,51 +154,3 @@ def test_scores_of_different_documents_are_not_compared(baseline: DomainScore) -
     other = dataclasses.replace(baseline, bytes=baseline.bytes + 1)
     with pytest.raises(AssertionError, match="paired"):
         compare_scores(other, baseline, NUM_TESTS)
-
-
-def test_domain_without_a_document_is_refused_by_name(tmp_path: Path) -> None:
-    """Passed over, a small source's domain would look guarded and never warn."""
-    domain = SimpleNamespace(
-        name="english", language="en", num_documents=0, document_bytes=[], num_rows=0
-    )
-    data: Any = SimpleNamespace(held_out=(domain,), manifest=SimpleNamespace(fingerprint="f"))
-    config: Any = SimpleNamespace(guard=GuardSection(max_documents=4))
-    topology: Any = SimpleNamespace(rank=0)
-    with pytest.raises(CptError, match="english"):
-        Guard(data, config, topology, tmp_path)
-
-
-def test_baseline_of_other_weights_is_refused_wherever_the_model_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, baseline: DomainScore
-) -> None:
-    def guard_of(model: Path) -> Guard:
-        config: Any = SimpleNamespace(
-            guard=GuardSection(interval_steps=0),
-            model=SimpleNamespace(path=model),
-            train=SimpleNamespace(total_steps=1),
-            micro_batch_size=1,
-        )
-        return Guard(data, config, topology, tmp_path / "run")
-
-    def model_of(name: str, value: float) -> Path:
-        (tmp_path / name).mkdir()
-        save_file({"w": torch.full((1000,), value)}, tmp_path / name / "model.safetensors")
-        return tmp_path / name
-
-    domain = SimpleNamespace(
-        name="english", language="en", num_documents=NUM_DOCUMENTS, num_rows=1, content_hash="c"
-    )
-    data: Any = SimpleNamespace(held_out=(domain,))
-    topology: Any = SimpleNamespace(
-        rank=0, control_group=None, place=SimpleNamespace(enter=lambda *_: None)
-    )
-    monkeypatch.setattr("cpt.guard.guard.ScoredSet", lambda domain, _: domain)
-    monkeypatch.setattr("cpt.guard.guard.score_domain", lambda *_, **__: baseline)
-    monkeypatch.setattr("cpt.guard.guard.on_first_rank", lambda _, do: do())
-    engine: Any = None
-    guard_of(model_of("base", 1.0)).measure(0, engine, Telemetry(None))
-    moved = guard_of(model_of("moved", 1.0))
-    moved.measure_apart(1, engine)
-    assert moved.latest["english"].delta_percent == 0
-    with pytest.raises(CptError, match="another untouched model"):
-        guard_of(model_of("other", 1.5)).measure_apart(1, engine)

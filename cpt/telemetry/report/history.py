@@ -75,7 +75,10 @@ def read_run(run_dir: Path) -> Run:
     for event in kept:
         by_kind.setdefault(str(event["event"]), []).append(event)
     steps = by_kind.get("step", [])
-    guard = {(e["step"], str(e.get("domain"))): e for e in by_kind.get("guard", [])}
+    guard = {}
+    for event in by_kind.get("guard", []):
+        if event.get("kind", "text") == "text":
+            guard[event["step"], str(event.get("domain"))] = event
     router = {event["step"]: event for event in by_kind.get("router", [])}
     config, notes = _read_config(run_dir / "config.resolved.yaml")
     lost = [event["step"] for event in steps if not math.isfinite(number(event.get("loss")))]
