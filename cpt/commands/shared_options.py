@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cpt.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from cpt.offline.sampling import Sampling
+    from cpt.training.sampling import Sampling
 
 
 def add_step(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def add_sampling(
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
     """Return the sampling settings of a command line."""
-    from cpt.offline.sampling import Sampling
+    from cpt.training.sampling import Sampling
 
     return Sampling(
         max_new_tokens=options.max_new_tokens,

@@ -5,19 +5,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from cpt.config.window import window_tokens
+from cpt.errors import RequeueRequested
 from cpt.job.job import Job
 from cpt.offline.sampling import decode_tokens
-from cpt.training.generate import continue_texts
-from data_pipeline.text.harmony import STOP_IDS
+from cpt.training.generate import GenerationStopped, generate, reporting
+from cpt.training.sampling import Sampling
 from data_pipeline.text.tokenizer import encode
 
 log = logging.getLogger("cpt.job.samples")
 
 
 def print_continuations(job: Job, prompts: Sequence[str]) -> None:
-    """Continue texts with the weights of a run, in any layout, and print them on the first rank."""
-    continuations = continue_prompts(job, prompts)
+    """Continue texts with the weights of a run, in any layout, and print them on the first rank.
+
+    Raises:
+        RequeueRequested: a stop was asked for before they were done.
+    """
+    try:
+        continuations = continue_prompts(job, prompts)
+    except GenerationStopped as stopped:
+        raise RequeueRequested("stopped on request while texts were continued.") from stopped
     if job.topology.rank == 0:
         print(f"\nweights after step {job.progress.step}")
         for prompt, tokens in zip(prompts, continuations, strict=True):
@@ -29,21 +36,36 @@ def continue_prompts(job: Job, prompts: Sequence[str]) -> list[list[int]]:
 
     Returns:
         The new tokens of each prompt.
+
+    Raises:
+        GenerationStopped: a stop was asked for before they were done.
     """
-    job.clock.enter("sample", job.progress.step)
-    return continue_texts(
-        job.engine,
-        [encode(prompt).tolist() for prompt in prompts],
-        max_new_tokens=job.config.telemetry.sample_tokens,
-        window=window_tokens(job.context.model_config),
-        stop_ids=STOP_IDS,
-    )
+    step = job.progress.step
+
+    def beat() -> None:
+        job.clock.enter("sample", step)
+
+    beat()
+    with reporting(job.topology, len(prompts), "samples", beat) as report:
+        return generate(
+            job.engine,
+            [encode(prompt).tolist() for prompt in prompts],
+            Sampling(max_new_tokens=job.config.telemetry.sample_tokens),
+            stop=job.stop,
+            report=report,
+        )
 
 
 def show_continuations(job: Job) -> None:
-    """Continue `telemetry.sample_prompts` into log, metrics.jsonl and trackers, on all ranks."""
+    """Continue `telemetry.sample_prompts` into log, metrics.jsonl and trackers, on all ranks.
+
+    A stop that is asked for meanwhile leaves them out; the loop obeys it.
+    """
     prompts = job.config.telemetry.sample_prompts
-    continuations = continue_prompts(job, prompts)
+    try:
+        continuations = continue_prompts(job, prompts)
+    except GenerationStopped:
+        return
     step = job.progress.step
     for number, prompt in enumerate(prompts):
         tokens = continuations[number]

@@ -23,6 +23,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssRMSNorm,
 )
 
+from cpt.model.decoding import PromptPass, TokenPass
 from cpt.model.experts.layer import ExpertParallelMLP
 from cpt.model.kernels.rms_norm import add_rms_norm, rms_norm
 from cpt.model.kernels.rope import rotate
@@ -63,7 +64,7 @@ class AddNorm(RMSNorm):
 
 
 class RotaryAttention(GptOssAttention):  # type: ignore[misc]
-    """A drop-in for GptOssAttention, for packed rows without a key/value cache."""
+    """A drop-in for GptOssAttention, for packed rows, and for decoding with a cache of our own."""
 
     def __init__(self, source: GptOssAttention) -> None:
         with torch.device("meta"):
@@ -80,6 +81,7 @@ class RotaryAttention(GptOssAttention):  # type: ignore[misc]
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: None = None,
+        cache_pass: PromptPass | TokenPass | None = None,
         **attention_arguments: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Project, rotate, attend and project back.
@@ -88,19 +90,27 @@ class RotaryAttention(GptOssAttention):  # type: ignore[misc]
             hidden_states: Normed hidden states (B, S, M).
             position_embeddings: Cosine and sine (B, S, d) of each token's angles.
             attention_mask: Handed to the attention function.
-            past_key_values: Must be None.
+            past_key_values: Must be None: the cache of transformers is not read.
+            cache_pass: The pass of decoding that this call is part of; None in training.
             attention_arguments: Handed to the attention function.
 
         Returns:
             (B, S, M), and what the attention function returned beside its output.
         """
-        assert past_key_values is None, "the patched model decodes without a key/value cache"
+        assert past_key_values is None, "the patched model decodes with cpt.model.decoding"
         batch, tokens, _ = hidden_states.shape
         heads = (batch, tokens, -1, self.head_dim)
         q_BHSD = self.q_proj(hidden_states).view(heads).transpose(1, 2)
         k_BKSD = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         v_BKSD = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         q_BHSD, k_BKSD = rotate(q_BHSD, k_BKSD, *position_embeddings)
+        if isinstance(cache_pass, TokenPass):
+            attended_B1HD = cache_pass.attend(
+                self.layer_idx, q_BHSD, k_BKSD, v_BKSD, self.sinks, self.scaling
+            )
+            return self.o_proj(attended_B1HD.reshape(batch, tokens, -1)), None
+        if cache_pass is not None:
+            cache_pass.keep(self.layer_idx, k_BKSD, v_BKSD)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         attended_BSHD, probabilities = attend(
             self,
@@ -118,7 +128,7 @@ class RotaryAttention(GptOssAttention):  # type: ignore[misc]
 
 
 class CPTDecoderLayer(GptOssDecoderLayer):  # type: ignore[misc]
-    """A drop-in for GptOssDecoderLayer, for packed rows without a key/value cache."""
+    """A drop-in for GptOssDecoderLayer, for packed rows and for decoding."""
 
     def __init__(self, source: GptOssDecoderLayer, mlp: ExpertParallelMLP) -> None:
         nn.Module.__init__(self)

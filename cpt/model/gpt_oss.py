@@ -60,21 +60,20 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
             input_ids: (B, S) local tokens.
             position_ids: (B, S) position of each token in its document.
             labels: (B, S) next tokens, already shifted; -100 where there is none.
-            logits_at: (B,) one local position per row whose logits alone are wanted; only without
+            logits_at: (n,) places in the B * S tokens whose logits alone are wanted; only without
                 labels.
             targets: Another model's distribution for some of the tokens; only with labels.
             num_labels: How many labels are not -100, if it is known on the host.
-            attention_arguments: `packed_rows`, `sequence_parallel` and `kernel`, handed to every
-                layer's attention.
+            attention_arguments: `packed_rows`, `sequence_parallel`, `kernel` and `cache_pass`,
+                handed to every layer's attention.
 
         Returns:
             (B, S) nats, 0 where the label is -100, with targets (2, B, S), the second their
-            divergence; (B, S, V) logits if labels is None, (B, 1, V) with `logits_at`.
+            divergence; (B, S, V) logits if labels is None, (n, V) with `logits_at`.
         """
         hidden = self.hidden_states(input_ids, position_ids, **attention_arguments)
         if logits_at is not None:
-            rows = torch.arange(hidden.shape[0], device=hidden.device)
-            hidden = hidden[rows, logits_at].unsqueeze(1)
+            hidden = hidden.flatten(0, 1)[logits_at]
         return self.lm_head(hidden, labels, targets, num_labels)
 
     def hidden_states(

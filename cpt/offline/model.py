@@ -1,4 +1,4 @@
-"""A gpt-oss model that scores text in one process: exports, merged and quantized weights.
+"""A gpt-oss model in one process that scores and writes text: exports, merged, quantized weights.
 
 The forward pass is that of training (sink attention on packed rows, tiled loss) without DeepSpeed's
 engine. On a CPU it computes in fp32, whatever the weights are stored in; on a GPU in bf16.
@@ -19,6 +19,7 @@ from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.errors import ConfigError
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.model import attention, gpt_oss
+from cpt.model.decoding import PromptPass, TokenPass, next_token_logits
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.source import WeightSource, fill_model
 from cpt.parallel.topology import Topology
@@ -98,7 +99,8 @@ class OfflineModel:
         """Allocate the model; its weights come from `load`."""
         self.dtype = torch.float32 if topology.device.type == "cpu" else torch.bfloat16
         """Dtype of the forward pass."""
-        self._topology = topology
+        self.topology = topology
+        self.model_config = config
         self._model = gpt_oss.skeleton(config, self.dtype)
         gpt_oss.patch(self._model, topology)
         gpt_oss.materialize(self._model, topology.device)
@@ -149,6 +151,11 @@ class OfflineModel:
         ids, log_p = self._model.lm_head.top_k(hidden_BSM[0, :num_predicted], k)
         return ids.cpu(), log_p.cpu()
 
+    @torch.no_grad()
+    def next_token_logits(self, cache_pass: PromptPass | TokenPass) -> torch.Tensor:
+        """Run a pass of decoding; see `cpt.model.decoding.next_token_logits`."""
+        return next_token_logits(self._model, cache_pass, self._kernel)
+
     def score_all(self, sets: list[ScoredSet]) -> list[DomainScore]:
         """Score every held-out set."""
-        return [score_domain(domain, self, self._topology, micro_batch_size=1) for domain in sets]
+        return [score_domain(domain, self, self.topology, micro_batch_size=1) for domain in sets]

@@ -1,51 +1,20 @@
-"""Text from a plain transformers model: how tokens are drawn, and how they are read by people.
+"""Text from a plain transformers model, and tokens as people read them.
 
-`generate` gives the tokens of `AutoModelForCausalLM.generate` with the same settings. The model
-that is being trained has a generator of its own, cpt/training/generate.py, because all its ranks
-must take part in every forward pass.
+`generate` gives the tokens of `AutoModelForCausalLM.generate` with the same settings, for one
+prompt in one process. cpt/training/generate.py serves many prompts on all ranks.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from cpt.training.sampling import Sampling
 from data_pipeline.text.harmony import STOP_IDS
 from data_pipeline.text.harmony_reply import parse_reply
 from data_pipeline.text.tokenizer import END_OF_TEXT, encoding
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """The settings by which tokens are drawn."""
-
-    max_new_tokens: int = 64
-    """Tokens to generate at most."""
-    temperature: float = 0.0
-    """Temperature of the distribution; 0 always takes the likeliest token."""
-    top_p: float = 1.0
-    """Probability of the smallest set of likeliest tokens that are drawn from."""
-    seed: int = 0
-    """Seed of the draws."""
-
-    def problems(self) -> list[str]:
-        """Return a sentence for each setting that makes no sense, with its command-line option."""
-        problems = []
-        if self.max_new_tokens < 1:
-            problems.append(f"--max_new_tokens {self.max_new_tokens} must be >= 1.")
-        if not 0 <= self.temperature < math.inf:
-            problems.append(f"--temperature {self.temperature} must be >= 0.")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"--top_p {self.top_p} must be in (0, 1].")
-        if self.top_p < 1 and self.temperature == 0:
-            problems.append(
-                f"--top_p {self.top_p} has no meaning at --temperature 0: give a temperature."
-            )
-        return problems
 
 
 @torch.no_grad()

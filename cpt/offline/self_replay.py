@@ -25,7 +25,8 @@ from tqdm import tqdm
 from cpt.errors import ConfigError, DataError
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.offline.plain_model import load_export
-from cpt.offline.sampling import Sampling, decode_tokens, generate
+from cpt.offline.sampling import decode_tokens, generate
+from cpt.training.sampling import Sampling
 from data_pipeline.build.self_replay import SIDECAR, weights_hash, write_sidecar
 from data_pipeline.store.files import atomic_write
 from data_pipeline.text.harmony import DEFAULT_DATE, RETURN, STOP_IDS, encode_prompt

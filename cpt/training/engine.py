@@ -37,6 +37,7 @@ from cpt.deepspeed_adapter.experts import is_expert
 from cpt.deepspeed_adapter.gradients import apply_update, discard_gradients, squared_gradient_norm
 from cpt.errors import InternalError
 from cpt.model.attention import Attention
+from cpt.model.decoding import PromptPass, TokenPass, next_token_logits
 from cpt.model.experts.router_watch import RouterSums, RouterWatch
 from cpt.model.gpt_oss import GptOssForCPT
 from cpt.model.weights.hf_layout import is_expert_name
@@ -45,7 +46,6 @@ from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
 from cpt.resilience.faults import fault_point
 from cpt.resilience.phase import PhaseClock
-from cpt.storage.transfer import to_device
 from cpt.training.activation_checkpointing import enable_checkpointing
 from cpt.training.loader import MicroBatch, send
 from cpt.training.optimizer import create_optimizer, reserve_files
@@ -187,6 +187,8 @@ class TrainingEngine:
         model.train()
         _check_expert_marks(model)
         self.topology = topology
+        self.model_config = model.config
+        self.dtype = config.dtype
         self._clock = clock
         self._sequence_parallel = exchange
         self._kernel = kernel
@@ -359,21 +361,13 @@ class TrainingEngine:
             return self.token_losses(batch).cpu()
 
     @torch.no_grad()
-    def next_token_logits(self, batch: MicroBatch, at: torch.Tensor) -> torch.Tensor:
-        """Return (B, V) fp32 logits at one local position per row, on the CPU.
+    def next_token_logits(self, cache_pass: PromptPass | TokenPass) -> torch.Tensor:
+        """Run a pass of decoding; see `cpt.model.decoding.next_token_logits`.
 
-        The labels of the batch are not read, and the traffic is not counted.
+        The traffic is not counted.
         """
         with self._evaluating():
-            logits_B1V = self.deepspeed(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                logits_at=to_device(at, self.topology.device),
-                packed_rows=batch.packed_rows,
-                sequence_parallel=self._sequence_parallel,
-                kernel=self._kernel,
-            )
-            return logits_B1V.squeeze(1).float().cpu()
+            return next_token_logits(self.deepspeed, cache_pass, self._kernel)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -22,14 +22,14 @@ from cpt.model.configuration import load_config
 from cpt.parallel.topology import Topology
 from cpt.resilience.phase import PhaseClock
 from cpt.training.engine import TrainingEngine
-from cpt.training.generate import continue_texts
+from cpt.training.generate import generate
 from cpt.training.loader import make_micro_batch
+from cpt.training.sampling import Sampling
 from data_pipeline.config.strict_yaml import parse_yaml
 from tests.dist.cases import (
     NEW_TOKENS,
     PROMPTS,
     ROWS,
-    WINDOW,
     Scenario,
     model_config,
     num_predicted,
@@ -64,9 +64,9 @@ def save(
     saver.save_now(step, {"model_config": model.to_dict()})
 
 
-def generate(engine: TrainingEngine) -> list[list[int]]:
+def continue_prompts(engine: TrainingEngine) -> list[list[int]]:
     """Return continuations of PROMPTS."""
-    return continue_texts(engine, PROMPTS, max_new_tokens=NEW_TOKENS, window=WINDOW, stop_ids=[])
+    return generate(engine, PROMPTS, Sampling(max_new_tokens=NEW_TOKENS), stop_ids=[])
 
 
 def train_and_save(folder: Path) -> list[list[int]]:
@@ -84,7 +84,7 @@ def train_and_save(folder: Path) -> list[list[int]]:
             position_ids=batch.position_ids,
             packed_rows=batch.packed_rows,
         )
-    new_tokens = generate(engine)
+    new_tokens = continue_prompts(engine)
     if topology.rank == 0:
         save_file({"logits": logits.contiguous()}, str(folder / "logits.safetensors"))
     save(folder / "run", engine, topology, model_config(), 2)
@@ -97,7 +97,7 @@ def save_untouched(folder: Path) -> list[list[int]]:
     quantized = load_config(folder / "mxfp4", None)
     engine, topology = build(folder / "mxfp4", quantized, sp_size=2)
     save(folder / "untouched", engine, topology, quantized, 0)
-    return generate(engine)
+    return continue_prompts(engine)
 
 
 def main() -> None:

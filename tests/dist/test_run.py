@@ -27,8 +27,8 @@ from cpt.errors import CheckpointError
 from cpt.export.huggingface import export_checkpoint
 from cpt.export.run_export import export_run
 from cpt.model.weights import mxfp4
-from cpt.offline.sampling import Sampling
 from cpt.telemetry.metrics import read_events
+from cpt.training.sampling import Sampling
 from data_pipeline.text.harmony import CHANNEL, END, MESSAGE, RETURN
 from data_pipeline.text.tokenizer import encode
 from tests.dist.test_layout_parity import assert_same_tensors, stored_tensors

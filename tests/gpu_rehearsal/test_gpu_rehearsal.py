@@ -77,8 +77,7 @@ ALLOWED_WAITS = (
     AllowedWait("optimizer step", WATCH_FILE, "finish", 1, "step", ROUTERS),
     AllowedWait("score", EXCHANGE_FILE, "make_plan", 1, "layer", COUNTS),
     AllowedWait("score", ENGINE_FILE, "score", 1, "step", RESULT),
-    AllowedWait("sample", EXCHANGE_FILE, "make_plan", 1, "layer", COUNTS),
-    AllowedWait("sample", ENGINE_FILE, "next_token_logits", 1, "step", RESULT),
+    AllowedWait("sample", EXCHANGE_FILE, "make_plan", 2, "layer", COUNTS),
 )
 """All of them: none in a micro step of one rank, one per expert layer with several, at most two in
 an optimizer step.

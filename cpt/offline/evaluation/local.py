@@ -23,7 +23,8 @@ from torch.nn import functional
 from cpt.errors import DataError
 from cpt.offline.evaluation.tasks import Task
 from cpt.offline.evaluation.verdict import Score
-from cpt.offline.sampling import Sampling, decode_tokens, generate
+from cpt.offline.sampling import decode_tokens, generate
+from cpt.training.sampling import Sampling
 from data_pipeline.text.harmony import DEFAULT_DATE, encode_prompt
 from data_pipeline.text.harmony_reply import parse_reply
 from data_pipeline.text.tokenizer import END_OF_TEXT, encode

@@ -26,16 +26,17 @@ from cpt.model import gpt_oss
 from cpt.model.attention.function import FoldedSinks
 from cpt.model.attention.torch_flash import TorchFlashKernel
 from cpt.model.configuration import PRESETS
+from cpt.model.decoding import KeyValueCache, PromptPass, TokenPass
 from cpt.model.gpt_oss import GptOssForCPT
 from cpt.model.kernels.availability import fused_kernels_run_on
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
 from cpt.resilience.phase import PhaseClock
+from cpt.storage.transfer import to_device
 from cpt.training import engine as engine_module
 from cpt.training import kl_targets
 from cpt.training.engine import TrainingEngine
-from cpt.training.generate import continue_texts
 from cpt.training.kl_target_format import (
     Sidecar,
     TargetFileReader,
@@ -46,6 +47,7 @@ from cpt.training.kl_target_format import (
 from cpt.training.kl_targets import KLTargets
 from cpt.training.loader import MicroBatch, cut_rows
 from cpt.training.read_ahead import ReadAhead
+from cpt.training.sampling import Sampling, draw_tokens
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from data_pipeline.dataset import IGNORED_LABEL, PackedRow
 from tests.support.gpu_rehearsal.audit import Audit
@@ -258,7 +260,7 @@ class Rehearsal:
             assert parameter.grad.is_cuda, f"the gradient of {name} is on the host"
 
     def _evaluate(self, engine: TrainingEngine) -> None:
-        """Score a domain and continue a text as the guard does; the costs are not counted."""
+        """Score a domain and continue texts as the guard does; the costs are not counted."""
         topology = engine.topology
         row = packed_row(self.scenario)
         domain = SimpleNamespace(
@@ -274,11 +276,28 @@ class Rehearsal:
             self._stage = "score"
             score_domain(cast(ScoredSet, domain), engine, topology, micro_batch_size=1)
             self._stage = "sample"
-            window = self.model_config.sliding_window
-            self._tokens = window
-            prompt = [1] * (window * topology.sp_size - 1)
-            continue_texts(engine, [prompt], max_new_tokens=1, window=window, stop_ids=[])
+            self._decode(engine)
         self.audit.totals = totals
+
+    def _decode(self, engine: TrainingEngine) -> None:
+        """Read prompts, past the window and shorter, and draw a token of each, then another."""
+        device = engine.topology.device
+        window = self.model_config.sliding_window
+        num_rows = 2 * self.scenario.ep_size
+        sampling = Sampling(temperature=1.0, top_p=0.9)
+        uniforms = to_device(torch.zeros(2, num_rows, dtype=torch.float64), device)
+        cache = KeyValueCache(self.model_config, num_rows, engine.dtype, device)
+        lengths = [window + 8, *[8] * (num_rows - 1)]
+        cache.reserve(max(lengths) + 1)
+        self._tokens = sum(lengths)
+        prompts = [[1] * length for length in lengths]
+        logits = engine.next_token_logits(PromptPass(cache, prompts, first_row=0))
+        tokens = draw_tokens(logits, sampling, uniforms[0])
+        self._tokens = num_rows
+        positions = to_device(torch.tensor(lengths), device)
+        logits = engine.next_token_logits(TokenPass(cache, tokens, positions, max(lengths) + 1))
+        draw_tokens(logits, sampling, uniforms[1])
+        cache.move([num_rows - 1], [0])
 
     def _build_engine(self, model: GptOssForCPT, topology: Topology) -> TrainingEngine:
         scenario = self.scenario
