@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -200,7 +199,9 @@ def test_attention_of_bf16_takes_its_softmax_in_fp32() -> None:
     high = decoding_attention(
         q_BHD.double(), k_BKUD.double(), v_BKUD.double(), sinks_H, allowed_BU, 0.25
     )
-    assert torch.equal(low, high.bfloat16())
+    # rounding keeps order, and sums in fp32 are off by less than 1e-6 here
+    assert torch.all(low >= (high - 1e-6).bfloat16())
+    assert torch.all(low <= (high + 1e-6).bfloat16())
 
 
 def test_drawn_tokens_have_their_probabilities() -> None:
