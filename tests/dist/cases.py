@@ -15,7 +15,9 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from cpt.training.kl_target_format import SIDECAR, Sidecar, TargetsOfSource, target_file
+from cpt.training.sampling import Sampling
 from data_pipeline.dataset import PackedRow
+from data_pipeline.text.tokenizer import encode
 
 SEQ_LEN = 128
 ROWS = 8
@@ -40,6 +42,27 @@ PROMPTS = [[5, 17, 300, 42], [7], [*range(100, 140)]]
 The first two end inside the first rank's part of a row; the last one crosses into the second's.
 """
 NEW_TOKENS = 12
+GREEDY = Sampling(max_new_tokens=28)
+SAMPLED = Sampling(max_new_tokens=28, temperature=1.0, top_p=0.98, seed=4)
+STOPS = range(0, 200_000, 12)
+"""Tokens at which a drawn text ends: texts end at different times."""
+
+
+def decoding_prompts() -> list[list[int]]:
+    """Return prompts shorter and longer than the window, the last two of them Japanese."""
+    long = [token * 7 % 500 for token in range(2 * WINDOW + 9)]
+    at_the_window = [*range(100, 100 + WINDOW)]
+    japanese = "\u543e\u8f29\u306f\u732b\u3067\u3042\u308b\u3002"
+    short = encode(japanese).tolist()
+    return [
+        [5, 17, 300, 42],
+        long,
+        [7],
+        at_the_window,
+        long[:20],
+        encode(8 * japanese).tolist(),
+        short,
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +183,11 @@ def reference_model(expert_size: int = EXPERT_SIZE) -> GptOssForCausalLM:
     torch.manual_seed(0)
     config = model_config(expert_size)
     config._attn_implementation = "eager"
-    model = GptOssForCausalLM(config).float()
+    return give_values(GptOssForCausalLM(config).float())
+
+
+def give_values(model: GptOssForCausalLM) -> GptOssForCausalLM:
+    """Give biases and sinks of a model values that show; see `reference_model`."""
     for name, parameter in model.named_parameters():
         if "bias" in name:
             nn.init.normal_(parameter, std=0.5)

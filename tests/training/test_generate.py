@@ -12,13 +12,12 @@ from transformers import GptOssConfig, LogitsProcessorList, TopPLogitsWarper
 
 from cpt.model.attention.reference import cached_attention
 from cpt.model.decoding import KeyValueCache, cache_bytes, decoding_attention
-from cpt.model.parameters import parameter_shapes
-from cpt.model.weights.directory import DirectoryWeights
-from cpt.offline.model import OfflineModel, single_process
+from cpt.offline.model import OfflineModel
 from cpt.training import generate as generate_module
 from cpt.training.generate import GenerationStopped, generate
 from cpt.training.sampling import Sampling, draw_tokens, random_stream
-from tests.dist.cases import WINDOW, model_config, reference_model
+from tests.dist.cases import WINDOW, reference_model
+from tests.support.decoders import small_decoder
 
 SHORT = [5, 17, 300, 42]
 AT_THE_WINDOW = [*range(100, 100 + WINDOW)]
@@ -39,12 +38,7 @@ class AskedToStop:
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OfflineModel]:
-    folder = tmp_path_factory.mktemp("model")
-    reference_model().save_pretrained(str(folder))
-    config = model_config()
-    with single_process() as topology:
-        model = OfflineModel(config, topology)
-        model.load(DirectoryWeights(folder, parameter_shapes(config)))
+    with small_decoder(tmp_path_factory.mktemp("model")) as model:
         yield model
 
 
