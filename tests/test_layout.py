@@ -35,7 +35,7 @@ ROOMS = {
     "cpt/config/": "run YAML + DeepSpeed JSON -> RunConfig",
     "cpt/parallel/": "topology, agreement, exchanges, Ulysses, window halo",
     "cpt/deepspeed_adapter/": "everything that touches DeepSpeed's inside",
-    "cpt/model/": "Hugging Face's gpt-oss, patched once: attention, experts, loss, weights",
+    "cpt/model/": "Hugging Face's gpt-oss, patched once; attention, experts, decoding, weights",
     "cpt/resilience/": "stop, watchdog, heartbeat, lock, planned faults",
     "cpt/checkpoint/": "flat tensors on disk: manifest, writer, reader, listing, pruning",
     "cpt/training/": "one optimizer step: engine, loader, schedule, stability",

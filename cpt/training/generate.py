@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -176,20 +176,19 @@ def _run(rank: _Rank, topology: Topology, stop: StopRequest | None, report: Repo
                 sum(one.num_finished for one in all_states),
                 sum(one.num_drawn for one in all_states),
             )
+        reads_prompts = any(one.num_admitted for one in all_states)
+        steps = min(AGREED_TOKENS, max(one.tokens_left for one in all_states))
+        if not reads_prompts and not steps:
+            return
         if any(one.wants_stop for one in all_states):
             raise GenerationStopped
-        reads_prompts = any(one.num_admitted for one in all_states)
         if reads_prompts:
             rank.read_prompts(state.num_admitted)
-        steps = min(AGREED_TOKENS, max(one.tokens_left for one in all_states))
         if steps:
             rank.draw(steps)
-        elif not reads_prompts:
-            return
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _State:
+class _State(NamedTuple):
     """One rank before the next passes, in numbers that travel in one collective."""
 
     num_admitted: int
@@ -197,35 +196,18 @@ class _State:
     tokens_left: int
     """Tokens that the text furthest from its end may still draw, without its first."""
     num_finished: int
+    """Texts that have ended."""
     num_drawn: int
+    """Tokens of all texts of this rank so far."""
     wants_stop: int
+    """1 if this rank has been asked to stop."""
 
 
 def _gather_states(state: _State, topology: Topology) -> list[_State]:
-    own = torch.tensor(
-        [
-            state.num_admitted,
-            state.tokens_left,
-            state.num_finished,
-            state.num_drawn,
-            state.wants_stop,
-        ]
-    )
+    own = torch.tensor(state)
     parts = [torch.empty_like(own) for _ in range(topology.world_size)]
     dist.all_gather(parts, own, group=topology.control_group)
-    states = []
-    for part in parts:
-        admitted, left, finished, drawn, stops = part.tolist()
-        states.append(
-            _State(
-                num_admitted=admitted,
-                tokens_left=left,
-                num_finished=finished,
-                num_drawn=drawn,
-                wants_stop=stops,
-            )
-        )
-    return states
+    return [_State(*part.tolist()) for part in parts]
 
 
 def _gather(finished: Sequence[_Reply], num_prompts: int, topology: Topology) -> list[list[int]]:

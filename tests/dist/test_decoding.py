@@ -41,6 +41,7 @@ def replies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     config = model_config()
     config.hidden_size = 32
     config.vocab_size = VOCAB_SIZE
+    torch.manual_seed(0)
     give_values(GptOssForCausalLM(config)).save_pretrained(str(folder / "model"))
     worker = ROOT / "tests" / "dist" / "decoding_worker.py"
     for world_size in (1, 2, 4):
