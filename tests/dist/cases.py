@@ -42,9 +42,11 @@ PROMPTS = [[5, 17, 300, 42], [7], [*range(100, 140)]]
 The first two end inside the first rank's part of a row; the last one crosses into the second's.
 """
 NEW_TOKENS = 12
-GREEDY = Sampling(max_new_tokens=28)
-SAMPLED = Sampling(max_new_tokens=28, temperature=1.0, top_p=0.98, seed=4)
-STOPS = range(0, 200_000, 12)
+GREEDY = Sampling(max_new_tokens=20)
+SAMPLED = Sampling(max_new_tokens=20, temperature=1.0, top_p=0.98, seed=4)
+DECODING_VOCAB_SIZE = 16_384
+"""The smallest vocabulary with the tokens of `decoding_prompts`, nearly."""
+STOPS = range(0, DECODING_VOCAB_SIZE, 12)
 """Tokens at which a drawn text ends: texts end at different times."""
 
 
@@ -52,7 +54,7 @@ def decoding_prompts() -> list[list[int]]:
     """Return prompts shorter and longer than the window, the last two of them Japanese."""
     long = [token * 7 % 500 for token in range(2 * WINDOW + 9)]
     at_the_window = [*range(100, 100 + WINDOW)]
-    japanese = "\u543e\u8f29\u306f\u732b\u3067\u3042\u308b\u3002"
+    japanese = "\u65e5\u672c\u306e\u4e2d\u306e\u4e00\u4eba\u3067\u3059\u3002"
     short = encode(japanese).tolist()
     return [
         [5, 17, 300, 42],

@@ -49,7 +49,7 @@ def run(scenario: Scenario, folder: Path) -> None:
     prompts = decoding_prompts()
     replies = {
         "greedy": generate(engine, prompts, GREEDY, stop_ids=[]),
-        "sampled": generate(engine, prompts, SAMPLED, stop_ids=STOPS, max_rows=2),
+        "sampled": generate(engine, prompts, SAMPLED, stop_ids=STOPS, max_rows=1),
     }
     by_rank = gather_json(replies, engine.topology.control_group)
     if engine.topology.rank == 0:

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssForCausalLM
 
 from cpt.offline.sampling import decode_tokens
-from data_pipeline.text.tokenizer import VOCAB_SIZE
 from tests.dist.cases import (
+    DECODING_VOCAB_SIZE,
     GREEDY,
     STOPS,
     WINDOW,
@@ -40,7 +40,9 @@ def replies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     folder = tmp_path_factory.mktemp("decoding")
     config = model_config()
     config.hidden_size = 32
-    config.vocab_size = VOCAB_SIZE
+    config.num_hidden_layers = 2
+    config.layer_types = config.layer_types[:2]
+    config.vocab_size = DECODING_VOCAB_SIZE
     torch.manual_seed(0)
     give_values(GptOssForCausalLM(config)).save_pretrained(str(folder / "model"))
     worker = ROOT / "tests" / "dist" / "decoding_worker.py"
@@ -99,7 +101,7 @@ def test_cases_are_what_they_claim_to_be(replies: dict[str, list[dict[str, Any]]
     lengths = [len(prompt) for prompt in prompts]
     assert min(lengths) == 1 and max(lengths) > 2 * WINDOW
     assert any(length < WINDOW < length + GREEDY.max_new_tokens for length in lengths)
-    assert "\u732b" in decode_tokens(prompts[-1]), "a prompt must be Japanese"
+    assert "\u65e5\u672c" in decode_tokens(prompts[-1]), "a prompt must be Japanese"
     sampled = replies["1-1-1"][0]["sampled"]
     assert len({len(reply) for reply in sampled}) > 3
     for reply in sampled:
