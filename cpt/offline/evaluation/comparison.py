@@ -10,16 +10,13 @@ from pathlib import Path
 from cpt.errors import ConfigError
 from cpt.offline.evaluation.harness import check_harness, score_harness
 from cpt.offline.evaluation.local import local_contents, score_task
+from cpt.offline.evaluation.scores import Result, Score, Verdict, read_result, write_result
 from cpt.offline.evaluation.tasks import load_tasks
 from cpt.offline.evaluation.verdict import (
-    Score,
-    Verdict,
     check_baseline,
     compare_with_baseline,
-    read_scores,
     refuse_drops,
     score_table,
-    write_scores,
 )
 from cpt.offline.plain_model import load_export
 
@@ -37,15 +34,17 @@ def evaluate(
         batch_size: Batch size of lm-evaluation-harness.
 
     Raises:
-        ConfigError: the tasks or the baseline cannot decide anything.
+        ConfigError: the tasks or the baseline cannot decide anything, or a task was not shown to be
+            kept; in the latter case the result is written.
         DataError: a record cannot be used.
-        EvaluationFailed: a task dropped by more than its limit; the result is written.
+        EvaluationFailed: a drop is proven on a task; the result is written.
     """
     tasks = load_tasks(tasks_file)
     contents = local_contents(tasks)
-    baseline = read_scores(baseline_file) if baseline_file is not None else None
+    limits = {task.name: task.max_drop for task in tasks}
+    baseline = read_result(baseline_file).scores if baseline_file is not None else None
     if baseline is not None:
-        check_baseline(tasks, contents, baseline)
+        check_baseline(limits, contents, baseline)
     check_harness(tasks)
     if baseline_file is not None and out.resolve() == baseline_file.resolve():
         raise ConfigError(f"--out {out} is the baseline. Choose another file.")
@@ -58,7 +57,7 @@ def evaluate(
     scores = {task.name: measured[task.name] for task in tasks}
     verdicts: list[Verdict] = []
     if baseline is not None:
-        verdicts = compare_with_baseline(tasks, scores, baseline)
-    write_scores(out, str(model_dir), scores, verdicts)
+        verdicts = compare_with_baseline(limits, scores, baseline)
+    write_result(out, Result(model=str(model_dir), scores=scores, verdicts=verdicts))
     print(f"{score_table(scores, verdicts)}\n-> {out}")
     refuse_drops(verdicts)

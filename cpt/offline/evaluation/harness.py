@@ -6,16 +6,15 @@ task, because the number of examples in the prompt is an argument of the call.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cpt.errors import ConfigError, DataError
+from cpt.offline.evaluation.harness_results import score_of_results
+from cpt.offline.evaluation.scores import Score
 from cpt.offline.evaluation.tasks import Task
-from cpt.offline.evaluation.verdict import Score
 from data_pipeline.config.strict_yaml import nearest
 
 
@@ -35,9 +34,10 @@ def check_harness(tasks: Sequence[Task]) -> None:
             "'gpt-oss-cpt[evaluate]', or list local tasks only (kind: multiple_choice, "
             "exact_match, perplexity)."
         )
-    known = _task_manager().all_tasks
+    managers = _task_managers(wanted)
     problems = []
     for task in wanted:
+        known = managers[task.include_path].all_tasks
         if task.task not in known:
             problems.append(
                 f"task '{task.name}': lm-evaluation-harness has no task '{task.task}'."
@@ -64,6 +64,7 @@ def score_harness(
 
     tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
     language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    managers = _task_managers(wanted)
     scores: dict[str, Score] = {}
     for task in wanted:
         try:
@@ -73,8 +74,8 @@ def score_harness(
                 num_fewshot=task.num_fewshot,
                 limit=task.limit,
                 bootstrap_iters=0,
-                log_samples=False,
-                task_manager=_task_manager(),
+                log_samples=True,
+                task_manager=managers[task.include_path],
             )
         # `datasets` passes on whatever the hub or a builder raises
         except (OSError, ValueError, RuntimeError) as error:
@@ -82,40 +83,26 @@ def score_harness(
             raise DataError(
                 f"task '{task.name}' (lm-evaluation-harness '{task.task}'): {reason}."
             ) from error
-        scores[task.name] = _score(task, found)
+        assert task.task is not None and task.metric is not None
+        scores[task.name] = score_of_results(
+            task.name,
+            task.task,
+            task.metric,
+            task.language,
+            found,
+            found.get("samples", {}),
+            settings=[task.num_fewshot, task.limit],
+        )
     return scores
 
 
-def _score(task: Task, found: dict[str, Any]) -> Score:
-    """Return a task's score from the output of `simple_evaluate`."""
-    documents = sum(int(count["effective"]) for count in found["n-samples"].values())
-    version = found.get("versions", {}).get(task.task)
-    settings = [task.task, task.metric, task.num_fewshot, task.limit, version]
-    return Score(
-        kind=task.kind,
-        language=task.language,
-        value=100 * _metric(task, found["results"][task.task]),
-        documents=documents,
-        content=hashlib.sha256(json.dumps([settings, documents]).encode()).hexdigest(),
-    )
-
-
-def _metric(task: Task, values: dict[str, Any]) -> float:
-    """Return the value of a task's metric, whose key is `metric` or `metric,filter`."""
-    available = set()
-    for key, value in values.items():
-        name = key.split(",")[0]
-        if task.metric in (key, name):
-            return float(value)
-        if "," in key and "stderr" not in key:
-            available.add(name)
-    raise DataError(
-        f"task '{task.name}': '{task.task}' has no metric '{task.metric}'. It has: "
-        f"{', '.join(sorted(available))}. Set metric."
-    )
-
-
-def _task_manager() -> Any:
+def _task_managers(tasks: Sequence[Task]) -> dict[Path | None, Any]:
+    """Return a task manager for each folder of own tasks; making one reads all task files."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    managers: dict[Path | None, Any] = {}
+    for task in tasks:
+        if task.include_path not in managers:
+            folder = None if task.include_path is None else str(task.include_path)
+            managers[task.include_path] = TaskManager(include_path=folder)
+    return managers

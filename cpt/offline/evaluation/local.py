@@ -21,8 +21,8 @@ import torch
 from torch.nn import functional
 
 from cpt.errors import DataError
+from cpt.offline.evaluation.scores import Score
 from cpt.offline.evaluation.tasks import Task
-from cpt.offline.evaluation.verdict import Score
 from cpt.offline.sampling import decode_tokens, generate
 from cpt.training.sampling import Sampling
 from data_pipeline.text.harmony import DEFAULT_DATE, encode_prompt

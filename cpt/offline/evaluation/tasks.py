@@ -45,6 +45,8 @@ class Task:
     """
     num_fewshot: int | None = None
     """With harness: examples in the prompt; default: the task's own."""
+    include_path: Path | None = None
+    """With harness: folder of task files of your own, relative to the YAML file."""
     limit: int | None = None
     """Documents to score at most, from the first; default: all."""
 
@@ -61,6 +63,8 @@ class Task:
                 "num_fewshot",
                 "is given, but only kind: harness has one. Write the examples into the records.",
             )
+        if self.include_path is not None and not is_harness:
+            yield "include_path", "is given, but only kind: harness has one. Remove it."
         if self.chat and self.kind != "exact_match":
             yield "chat", "is given, but only kind: exact_match asks. Remove it."
         if self.max_new_tokens < 1:
@@ -112,13 +116,20 @@ def load_tasks(path: Path) -> tuple[Task, ...]:
     base = path.resolve().parent
     tasks = []
     for index, task in enumerate(file.tasks if file else ()):
-        if task.path is None:
-            tasks.append(task)
-            continue
-        if not (base / task.path).is_file():
-            reader.problem(
-                ("tasks", index, "path"), f"is '{task.path}', which is no file (looked in {base})."
-            )
-        tasks.append(replace(task, path=base / task.path))
+        if task.path is not None:
+            if not (base / task.path).is_file():
+                reader.problem(
+                    ("tasks", index, "path"),
+                    f"is '{task.path}', which is no file (looked in {base}).",
+                )
+            task = replace(task, path=base / task.path)
+        if task.include_path is not None:
+            if not (base / task.include_path).is_dir():
+                reader.problem(
+                    ("tasks", index, "include_path"),
+                    f"is '{task.include_path}', which is no folder (looked in {base}).",
+                )
+            task = replace(task, include_path=base / task.include_path)
+        tasks.append(task)
     reader.finish()
     return tuple(tasks)

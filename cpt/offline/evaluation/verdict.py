@@ -1,280 +1,284 @@
-"""Scores of tasks, their noise, and verdicts: whether a model dropped by more than it may.
+"""Whether a model kept what it could do: verdicts on its scores against those before training.
 
-Noise
-    Right or wrong answers: n documents with a share p right have a standard error of 100 sqrt(p (1
-    - p) / n) points. p is estimated with one more answer of each kind, so that all right or all
-    wrong does not count as certainty.
-    Bits per byte: the two models are compared on the same documents, so the error is that of the
-    paired change, 100 / sum(b) sqrt(n var(a - r b)) percent, with b and a the nats before and now
-    and r = sum(a) / sum(b).
-    A limit below one standard error would be decided by chance: it is refused.
+kept
+    The one-sided 95 % upper bound of the drop is at most `max_drop`. All tasks must be kept, so
+    this needs no correction for their number.
+dropped
+    It is not, and a drop is proven: McNemar's test (or the bound of the same level, where answers
+    are not known one by one) is below 1 % divided by the number of tasks. So at most 1 % of the
+    evaluations of a model that lost nothing end with such a verdict.
+not_shown
+    Neither: more documents are needed, or the drop is close to the limit.
+no_limit
+    The task has no `max_drop`: it fails only by a proven drop.
+
+A limit that so many documents would not show with a probability of 80 % is refused beforehand.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from cpt.errors import ConfigError, EvaluationFailed
-from cpt.offline.evaluation.tasks import Task
-from data_pipeline.store.files import atomic_write
+from cpt.offline.evaluation.scores import Score, State, Verdict
+from cpt.offline.evaluation.significance import (
+    ASSUMED_CHURN,
+    WANTED_POWER,
+    Change,
+    compare_answers,
+    compare_nats,
+    compare_shares,
+    compare_values,
+    items_for_answers,
+    items_for_mean,
+    power_of_answers,
+    power_of_mean,
+)
+from data_pipeline.tables import table
 
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
-    """The score of one model on one task."""
-
-    kind: str
-    """Kind of task, as in the task YAML."""
-    language: str
-    """Language of the task, as in the task YAML."""
-    value: float
-    """Percent of right answers, or bits per byte."""
-    documents: int
-    """Number of scored documents."""
-    content: str
-    """Hex sha256 of the task and its documents; only equal ones are compared."""
-    per_document: tuple[float, ...] = ()
-    """1 for a right answer and 0 for a wrong one, or the nats of a text; empty for the harness."""
-
-    @property
-    def counts_answers(self) -> bool:
-        """Whether `value` is a share of right answers (more is better) or bits per byte (less)."""
-        return self.kind != "perplexity"
-
-    @property
-    def stderr(self) -> float | None:
-        """Standard error of a share of right answers, in points; None for bits per byte."""
-        if not self.counts_answers:
-            return None
-        right = (self.value / 100 * self.documents + 1) / (self.documents + 2)
-        return 100 * math.sqrt(right * (1 - right) / self.documents)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    """One task against its baseline."""
-
-    name: str
-    """Name of the task."""
-    before: float
-    """`Score.value` of the model before training."""
-    now: float
-    """`Score.value` of the model after training."""
-    drop: float
-    """Points of right answers, or percent of bits per byte; positive is worse."""
-    noise: float
-    """Standard error of `drop`, in its unit."""
-    max_drop: float
-    """Limit of the task."""
-    failed: bool
-    """Whether `drop` is above the limit, or not a number."""
-
-
-def write_scores(
-    path: Path, model: str, scores: Mapping[str, Score], verdicts: Sequence[Verdict]
-) -> None:
-    """Write a result, atomically."""
-    content: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "model": model,
-        "tasks": {name: asdict(score) for name, score in scores.items()},
-        "verdicts": [asdict(verdict) for verdict in verdicts],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=1).encode("ascii") + b"\n")
-
-
-def read_scores(path: Path) -> dict[str, Score]:
-    """Return the scores of a result, by task.
-
-    Raises:
-        ConfigError: the file is missing or is not a result of `cpt evaluate`.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-        if content["format_version"] != FORMAT_VERSION:
-            raise ConfigError(
-                f"{path}: format version {content['format_version']}, must be {FORMAT_VERSION}."
-            )
-        scores = {}
-        for name, plain in content["tasks"].items():
-            scores[name] = Score(**{**plain, "per_document": tuple(plain["per_document"])})
-        return scores
-    except OSError as error:
-        raise ConfigError(
-            f"--baseline {path}: cannot be read ({error.strerror}). Make it from the model before "
-            "training: cpt evaluate --model BASE --tasks TASKS.yaml --no_baseline --out FILE"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--baseline {path}: not a result of cpt evaluate ({error}).") from error
+CONFIDENCE = 0.95
+"""Confidence of the upper bound of a drop."""
+FALSE_DROP_SHARE = 0.01
+"""Largest share of the evaluations of an unchanged model that end with a proven drop."""
 
 
 def check_baseline(
-    tasks: Sequence[Task], contents: Mapping[str, str], baseline: Mapping[str, Score]
+    limits: Mapping[str, float | None], contents: Mapping[str, str], baseline: Mapping[str, Score]
 ) -> None:
     """Refuse, before a model is loaded, tasks that the baseline cannot decide.
 
     Args:
-        tasks: The tasks to run.
-        contents: `Score.content` by task, without those that only the harness knows.
+        limits: `max_drop` of the tasks to run.
+        contents: `Score.content` by task, without those that only a tool knows.
         baseline: Scores before training, by task.
 
     Raises:
-        ConfigError: a task has no baseline, or one of other documents, or a limit below its noise.
+        ConfigError: a task has no baseline, or one of other documents, or too few documents to
+            show a drop of its limit.
     """
+    level = FALSE_DROP_SHARE / max(1, len(limits))
     problems = []
-    for task in tasks:
-        before = baseline.get(task.name)
+    for name, max_drop in limits.items():
+        before = baseline.get(name)
         if before is None:
             problems.append(
-                f"task '{task.name}': the baseline has no score of it. Make the baseline again."
+                f"task '{name}': the baseline has no score of it. Make the baseline again."
             )
-        elif contents.get(task.name, before.content) != before.content:
+        elif contents.get(name, before.content) != before.content:
             problems.append(
-                f"task '{task.name}': its documents or settings are not those of the baseline. "
+                f"task '{name}': its documents or settings are not those of the baseline. "
                 "Make it again."
             )
-        elif before.stderr is not None and task.max_drop < before.stderr:
-            problems.append(_below_noise(task, before.stderr, before.documents, "points"))
+        elif max_drop is not None:
+            problems += _too_few_documents(name, max_drop, before, level)
     if problems:
         raise ConfigError(problems)
 
 
+def _too_few_documents(name: str, max_drop: float, before: Score, level: float) -> list[str]:
+    """Return a problem if a drop of `max_drop` would probably not be proven.
+
+    What is known beforehand decides: the number of documents, and how many were right. The
+    error of paired values and of bits per byte is known only afterwards.
+    """
+    drop = max_drop / 100
+    if not before.counts_answers:
+        return []
+    if before.is_right_or_wrong:
+        power = power_of_answers(before.documents, drop, ASSUMED_CHURN, level)
+        needed = items_for_answers(drop, ASSUMED_CHURN, level)
+    elif not before.per_document:
+        stderr = _stderr_of_difference(before)
+        power = power_of_mean(drop, stderr, level)
+        needed = items_for_mean(drop, stderr, before.documents, level)
+    else:
+        return []
+    if power >= WANTED_POWER:
+        return []
+    return [
+        f"task '{name}': {before.documents:,} documents show a drop of max_drop {max_drop:g} with "
+        f"a probability of {100 * power:.0f} %, at least {100 * WANTED_POWER:.0f} % are needed. "
+        f"Raise max_drop, or give about {needed:,} documents."
+    ]
+
+
+def _stderr_of_difference(score: Score) -> float:
+    """Return the standard error of the difference of two such shares, as a share."""
+    assert score.stderr is not None
+    return math.sqrt(2) * score.stderr / 100
+
+
 def compare_with_baseline(
-    tasks: Sequence[Task], now: Mapping[str, Score], baseline: Mapping[str, Score]
+    limits: Mapping[str, float | None], now: Mapping[str, Score], baseline: Mapping[str, Score]
 ) -> list[Verdict]:
     """Return a verdict on each task.
 
+    Args:
+        limits: `max_drop` of the tasks.
+        now: Scores after training, by task.
+        baseline: Scores before training, by task.
+
     Raises:
-        ConfigError: the documents of a task have changed, or its limit on bits per byte is below
-            the noise of the paired change.
+        ConfigError: a task has no score, or the documents of one have changed.
     """
+    level = FALSE_DROP_SHARE / max(1, len(limits))
     verdicts = []
     problems = []
-    for task in tasks:
-        after = now[task.name]
-        before = baseline[task.name]
-        if after.content != before.content:
+    for name, max_drop in limits.items():
+        if name not in now or name not in baseline:
+            missing = "this result" if name not in now else "the baseline"
+            problems.append(f"task '{name}': {missing} has no score of it.")
+        elif now[name].content != baseline[name].content:
             problems.append(
-                f"task '{task.name}': its documents are not those of the baseline. Make it again."
+                f"task '{name}': its documents are not those of the baseline. Make it again."
             )
-            continue
-        drop, noise = _drop_and_noise(after, before)
-        if not after.counts_answers and task.max_drop < noise:
-            problems.append(_below_noise(task, noise, after.documents, "percent"))
-        verdicts.append(
-            Verdict(
-                name=task.name,
-                before=before.value,
-                now=after.value,
-                drop=drop,
-                noise=noise,
-                max_drop=task.max_drop,
-                failed=not drop <= task.max_drop,  # true for NaN, too
-            )
-        )
+        else:
+            verdicts.append(_judge(name, max_drop, baseline[name], now[name], level))
     if problems:
         raise ConfigError(problems)
     return verdicts
 
 
+def _judge(name: str, max_drop: float | None, before: Score, now: Score, level: float) -> Verdict:
+    """Return the verdict on one task."""
+    method, change = _compare(before, now, level)
+    power, needed = _power(max_drop, before, change, level)
+    return Verdict(
+        name=name,
+        before=before.value,
+        now=now.value,
+        drop=100 * change.drop,
+        noise=_finite(100 * change.stderr),
+        upper_bound=_finite(100 * change.upper_bound),
+        max_drop=max_drop,
+        state=_state(max_drop, change),
+        method=method,
+        lost=change.lost,
+        won=change.won,
+        p_value=change.p_value,
+        level=level,
+        power=power,
+        documents_needed=needed,
+    )
+
+
+def _compare(before: Score, now: Score, level: float) -> tuple[str, Change]:
+    """Return how two scores can be compared, and the change between them."""
+    if not before.counts_answers:
+        return "ratio", compare_nats(before.values, now.values, CONFIDENCE, level)
+    if before.is_right_or_wrong and now.is_right_or_wrong:
+        return "mcnemar", compare_answers(before.values, now.values, CONFIDENCE, level)
+    if before.per_document and now.per_document:
+        return "paired", compare_values(before.values, now.values, CONFIDENCE, level)
+    documents = (before.documents, now.documents)
+    shares = (before.value / 100, now.value / 100)
+    return "unpaired", compare_shares(*shares, documents, CONFIDENCE, level)
+
+
+def _state(max_drop: float | None, change: Change) -> State:
+    """Return the verdict; a score that is not a number has dropped."""
+    if not math.isfinite(change.drop):
+        return "dropped"
+    if max_drop is not None and 100 * change.upper_bound <= max_drop:
+        return "kept"
+    if change.proven:
+        return "dropped"
+    return "no_limit" if max_drop is None else "not_shown"
+
+
+def _power(
+    max_drop: float | None, before: Score, change: Change, level: float
+) -> tuple[float | None, int | None]:
+    """Return `Verdict.power` and `Verdict.documents_needed`, from the noise that was measured."""
+    if max_drop is None or not math.isfinite(change.stderr) or change.stderr == 0:
+        return None, None
+    drop = max_drop / 100
+    if change.lost is None or change.won is None:
+        power = power_of_mean(drop, change.stderr, level)
+        return power, items_for_mean(drop, change.stderr, before.documents, level)
+    # what changed both ways would have changed without a drop
+    churn = (2 * min(change.lost, change.won) + 2) / (before.documents + 2)
+    power = power_of_answers(before.documents, drop, churn, level)
+    return power, items_for_answers(drop, churn, level)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def refuse_drops(verdicts: Sequence[Verdict]) -> None:
-    """Refuse a model that dropped too far.
+    """Refuse a model that was not shown to have kept every task.
 
     Raises:
-        EvaluationFailed: a task dropped by more than its limit.
+        EvaluationFailed: a drop is proven on a task; the others are named as well.
+        ConfigError: no drop is proven, but not every task was shown to be kept.
     """
-    lines = []
-    for verdict in verdicts:
-        if verdict.failed:
-            lines.append(
-                f"task '{verdict.name}' dropped by {verdict.drop:.2f} (from {verdict.before:.3f} "
-                f"to {verdict.now:.3f}), max_drop is {verdict.max_drop:g}."
-            )
-    if lines:
-        raise EvaluationFailed("\n".join(lines))
+    dropped = [_dropped_line(verdict) for verdict in verdicts if verdict.state == "dropped"]
+    not_shown = [_not_shown_line(verdict) for verdict in verdicts if verdict.state == "not_shown"]
+    if dropped:
+        raise EvaluationFailed("\n".join([*dropped, *not_shown]))
+    if not_shown:
+        raise ConfigError(not_shown)
 
 
-def _drop_and_noise(after: Score, before: Score) -> tuple[float, float]:
-    """Return `Verdict.drop` and `Verdict.noise`."""
-    if after.counts_answers:
-        return before.value - after.value, _noise_of_answers(after, before)
-    return _change_of_bits(np.array(after.per_document), np.array(before.per_document))
-
-
-def _noise_of_answers(after: Score, before: Score) -> float:
-    """Return the standard error, in points, of a change in right answers.
-
-    It is that of the paired change where the answers are known one by one.
-    """
-    if after.per_document and before.per_document:
-        change = np.array(before.per_document) - np.array(after.per_document)
-        count = len(change)
-        # one answer lost and one gained more than seen, for the same reason as in `Score.stderr`
-        spread = (float((change**2).sum()) + 2) / (count + 2) - float(change.mean()) ** 2
-        return 100 * math.sqrt(max(spread, 0.0) / count)
-    assert after.stderr is not None and before.stderr is not None
-    return math.hypot(after.stderr, before.stderr)
-
-
-def _change_of_bits(after: np.ndarray, before: np.ndarray) -> tuple[float, float]:
-    """Return the percent by which nats rose, and its standard error."""
-    ratio = after.sum() / before.sum()
-    count = len(after)
-    spread = float(np.var(after - ratio * before, ddof=1)) if count > 1 else math.inf
-    return float(100 * (ratio - 1)), float(100 * math.sqrt(count * spread) / before.sum())
-
-
-def _below_noise(task: Task, noise: float, documents: int, unit: str) -> str:
-    needed = math.ceil(documents * (noise / task.max_drop) ** 2)
+def _dropped_line(verdict: Verdict) -> str:
+    counts = ""
+    if verdict.lost is not None:
+        counts = f"; {verdict.lost} answers lost, {verdict.won} won, p = {verdict.p_value:.2g}"
     return (
-        f"task '{task.name}': max_drop {task.max_drop:g} is below the noise floor of {noise:.2f} "
-        f"{unit} that {documents} documents have: chance would decide. Raise it, or give about "
-        f"{needed:,} documents."
+        f"task '{verdict.name}' dropped by {verdict.drop:.2f} (from {verdict.before:.3f} to "
+        f"{verdict.now:.3f}{counts}), {_limit(verdict)}."
     )
+
+
+def _limit(verdict: Verdict) -> str:
+    return "it has no max_drop" if verdict.max_drop is None else f"max_drop is {verdict.max_drop:g}"
+
+
+def _not_shown_line(verdict: Verdict) -> str:
+    at_most = "any size" if verdict.upper_bound is None else f"{verdict.upper_bound:.2f}"
+    line = (
+        f"task '{verdict.name}' is not shown to be kept: it dropped by {verdict.drop:.2f} and "
+        f"perhaps by {at_most}, {_limit(verdict)}."
+    )
+    if verdict.power is not None and verdict.power < WANTED_POWER:
+        line += f" Give about {verdict.documents_needed:,} documents."
+    return line
 
 
 def score_table(scores: Mapping[str, Score], verdicts: Sequence[Verdict]) -> str:
     """Return the scores as a table for people, with before and after if there is a baseline."""
-    width = max(map(len, scores), default=4)
-    lines = []
-    if verdicts:
-        lines.append(
-            f"{'task':<{width}}  language  documents     before        now     drop   noise  "
-            "max_drop"
-        )
-        for verdict in verdicts:
-            lines.append(_verdict_line(verdict, scores[verdict.name], width))
-    else:
-        lines.append(f"{'task':<{width}}  language  documents      score   noise")
-        for name, score in scores.items():
-            lines.append(_score_line(name, score, width))
-    return "\n".join(lines)
+    if not verdicts:
+        rows = [_score_row(name, score) for name, score in scores.items()]
+        return table(("task", "language", "documents", "score", "noise", "unit"), rows)
+    header = ("task", "language", "documents", "before", "now", "drop", "at most", "max_drop")
+    rows = []
+    for verdict in verdicts:
+        rows.append(_verdict_row(verdict, scores[verdict.name]))
+    return table((*header, "lost", "won", "p", "verdict"), rows)
 
 
-def _score_line(name: str, score: Score, width: int) -> str:
+def _score_row(name: str, score: Score) -> tuple[str, ...]:
     noise = "paired" if score.stderr is None else f"{score.stderr:.2f}"
     unit = "%" if score.counts_answers else "bits per byte"
+    return name, score.language, f"{score.documents:,}", f"{score.value:.3f}", noise, unit
+
+
+def _verdict_row(verdict: Verdict, score: Score) -> tuple[str, ...]:
+    at_most = "-" if verdict.upper_bound is None else f"{verdict.upper_bound:+.2f}"
+    counts = ("-", "-", "-")
+    if verdict.lost is not None:
+        counts = (f"{verdict.lost}", f"{verdict.won}", f"{verdict.p_value:.2g}")
     return (
-        f"{name:<{width}}  {score.language:<8}  {score.documents:9,}  {score.value:9.3f} "
-        f"{noise:>7}  {unit}"
+        verdict.name,
+        score.language,
+        f"{score.documents:,}",
+        f"{verdict.before:.3f}",
+        f"{verdict.now:.3f}",
+        f"{verdict.drop:+.2f}",
+        at_most,
+        "-" if verdict.max_drop is None else f"{verdict.max_drop:g}",
+        *counts,
+        verdict.state.replace("_", " "),
     )
-
-
-def _verdict_line(verdict: Verdict, score: Score, width: int) -> str:
-    line = (
-        f"{verdict.name:<{width}}  {score.language:<8}  {score.documents:9,}  "
-        f"{verdict.before:9.3f}  {verdict.now:9.3f}  {verdict.drop:+7.2f}  "
-        f"{verdict.noise:6.2f}  {verdict.max_drop:8g}"
-    )
-    return line + "  FAILED" if verdict.failed else line
