@@ -28,6 +28,10 @@ class GuardSection:
     """Measure held-out bits per byte before step 0, every `interval_steps` and at the end."""
     interval_steps: int = 0
     """Optimizer steps between measurements; 0 measures only before step 0 and at the end."""
+    generation_interval_steps: int = 0
+    """Optimizer steps between measurements of the model's replies to the prompts of the mix
+    (`guard.generation`), a multiple of `interval_steps`; 0 measures them only before step 0 and at
+    the end."""
     tolerance_percent: float = 1.0
     """Tolerated rise of bits per byte over the untouched model, in percent, for each domain."""
     hard_limit_percent: float = 5.0
@@ -74,6 +78,7 @@ class GuardSection:
     def check(self) -> Iterator[tuple[str, str]]:
         at_least = {
             "interval_steps": 0,
+            "generation_interval_steps": 0,
             "max_documents": 1,
             "patience": 1,
             "pause_after": 1,
@@ -82,6 +87,7 @@ class GuardSection:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 yield name, f"is {getattr(self, name)}, must be >= {least}."
+        yield from self._check_generation_interval()
         for name in ("act_at", "lr_factor", "min_lr_scale"):
             if not 0 < getattr(self, name) <= 1:
                 yield name, f"is {getattr(self, name)}, must be above 0 and at most 1."
@@ -108,3 +114,14 @@ class GuardSection:
                     key,
                     f"is {tolerance:g}, must be above 0 and at most the hard limit ({hard:g}).",
                 )
+
+    def _check_generation_interval(self) -> Iterator[tuple[str, str]]:
+        own = self.generation_interval_steps
+        if own <= 0:
+            return
+        if self.interval_steps <= 0 or own % self.interval_steps:
+            yield (
+                "generation_interval_steps",
+                f"is {own}, must be a multiple of interval_steps ({self.interval_steps}): replies "
+                "are measured when held-out text is, so that one decision sees both.",
+            )

@@ -23,6 +23,7 @@ from typing import Any
 from cpt.config.engine_json import KNOWN_KEYS, KNOWN_ZERO_KEYS, OWN_KEYS, REFUSED_KEYS
 from cpt.config.guard_section import DomainLimits
 from cpt.config.sections import ExpertParallelJson, RunYaml
+from data_pipeline.config.generation_config import GenerationDomain
 from data_pipeline.config.mix_config import GuardConfig, GuardDomain, LanguageLimits, MixConfig
 from data_pipeline.config.source_config import LANGUAGES, SourceConfig
 
@@ -84,6 +85,7 @@ def configuration_page() -> str:
     parts.append(_section("`languages.LANGUAGE`: limits", LanguageLimits, "languages.LANGUAGE."))
     parts.append(_section("`guard`: held-out text", GuardConfig, "guard."))
     parts.append(_section("`guard.domains[]`: one domain", GuardDomain, "guard.domains[]."))
+    parts.append(_section("`guard.generation[]`: prompts", GenerationDomain, "guard.generation[]."))
     parts.append(_deepspeed_json())
     return "\n".join(parts)
 

@@ -13,7 +13,8 @@ from cpt.telemetry.metrics import Tracker
 def scalars(event: dict[str, Any]) -> dict[str, float]:
     """Flatten one event into named numbers.
 
-    Names are such as `train/loss`, `loss_by_language/ja`, `guard/english/bits_per_byte`.
+    Names are such as `train/loss`, `loss_by_language/ja`, `guard/english/bits_per_byte`,
+    `guard/maths_ja/accuracy/rate`.
     """
     kind = event["event"]
     if kind == "guard_decision":
@@ -23,6 +24,8 @@ def scalars(event: dict[str, Any]) -> dict[str, float]:
             numbers[f"guard/replay_share/{domain}"] = share
         return numbers
     prefix = {"step": "train", "guard": f"guard/{event.get('domain')}"}.get(kind, kind)
+    if "measure" in event:
+        prefix += f"/{event['measure']}"
     numbers = {}
     for key, value in event.items():
         if isinstance(value, dict):

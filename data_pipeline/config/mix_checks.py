@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from data_pipeline.config.generation_config import read_prompts
 from data_pipeline.config.links import dangling_link
 from data_pipeline.config.mix_config import MAX_SEQ_LEN, OWN_PREFIX, WEIGHT_SUM_TOLERANCE
 from data_pipeline.config.source_config import LANGUAGES, SUFFIXES, expand, suffix_format
@@ -54,6 +55,9 @@ def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool =
     _check_packing(reader, raw, [*sources.values(), *domains.values()])
     _check_unique(reader, domains, ("guard", "domains"))
     by_name = _by_name(sources)
+    _check_generation(reader, raw, domains, by_name)
+    if need_files:
+        _check_prompts(reader, raw, base)
     for index, domain in domains.items():
         path: KeyPath = ("guard", "domains", index)
         _check_members(reader, domain, path, by_name)
@@ -74,11 +78,12 @@ def _sections(listed: Any) -> dict[int, RawSection]:
     return sections
 
 
-def _guard_domains(raw: RawSection) -> dict[int, RawSection]:
+def _guard_domains(raw: RawSection, key: str = "domains") -> dict[int, RawSection]:
+    """Return the sections of a list in the guard section, by their index."""
     guard = raw.get("guard")
     if not isinstance(guard, dict):
         return {}
-    return _sections(guard.get("domains"))
+    return _sections(guard.get(key))
 
 
 def _by_name(sections: dict[int, RawSection]) -> dict[str, RawSection]:
@@ -292,6 +297,61 @@ def _check_members(
             )
         if member in members[:index]:
             reader.problem(here, f"is '{member}', which the list already has. Remove one.")
+
+
+def _check_generation(
+    reader: Reader,
+    raw: RawSection,
+    domains: dict[int, RawSection],
+    by_name: dict[str, RawSection],
+) -> None:
+    """Check that prompt domains have names of their own, and name sources of the mix, each once."""
+    asked = _guard_domains(raw, "generation")
+    _check_unique(reader, asked, ("guard", "generation"))
+    taken = _by_name(domains).keys() or by_name.keys()
+    for index, domain in asked.items():
+        path: KeyPath = ("guard", "generation", index)
+        if _has_name(domain) and domain["name"] in taken:
+            reader.problem(
+                (*path, "name"),
+                f"is '{domain['name']}', which a domain of held-out text has, too. Give each its "
+                "own name.",
+            )
+        members = domain.get("sources")
+        if not isinstance(members, list):
+            continue
+        for position, member in enumerate(members):
+            here: KeyPath = (*path, "sources", position)
+            if isinstance(member, str) and member not in by_name:
+                suggestion = nearest(member, by_name)
+                reader.problem(here, f"is '{member}', which is no source.{suggestion}")
+            if member in members[:position]:
+                reader.problem(here, f"is '{member}', which the list already has. Remove one.")
+
+
+def _check_prompts(reader: Reader, raw: RawSection, base: Path) -> None:
+    """Check that every line of every file of prompts can be used."""
+    for index, domain in _guard_domains(raw, "generation").items():
+        given = domain.get("path")
+        if not isinstance(given, str):
+            continue
+        for problem in prompt_problems(base, given):
+            reader.problem(("guard", "generation", index, "path"), f"cannot be used: {problem}")
+
+
+def prompt_problems(base: Path, given: str) -> list[str]:
+    """Return what is wrong with a file of prompts.
+
+    Args:
+        base: Folder that a relative path is relative to.
+        given: The path.
+    """
+    try:
+        os.fsencode(given)
+    except UnicodeEncodeError:
+        return [unnamable(given)]
+    _, problems = read_prompts(base / given)
+    return problems
 
 
 def _check_own_source(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data_pipeline.config.generation_config import GenerationDomain
 from data_pipeline.config.source_config import (
     SourceConfig,
     check_ignored_keys,
@@ -87,6 +88,9 @@ class GuardConfig:
     domains: tuple[GuardDomain, ...] = ()
     """Groups of held-out documents; empty makes one domain of each source that holds out documents,
     with the source's name."""
+    generation: tuple[GenerationDomain, ...] = ()
+    """Prompts that the model answers during the run: whether it still thinks, answers in good form,
+    in the language asked for, and rightly."""
     min_documents: int = 6
     """Held-out documents that a domain must have. With fewer than 6, even if all of them got worse,
     chance alone would do so more often than the 5 % that a 95 % interval allows (two-sided sign

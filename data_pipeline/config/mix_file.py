@@ -39,11 +39,14 @@ def load_mix(path: Path | str, *, need_files: bool = True) -> MixConfig:
     own_sources = [domain.own_source for domain in mix.guard.domains if domain.path is not None]
     sources = tuple(_with_absolute_paths(source, base) for source in (*mix.sources, *own_sources))
     domains = tuple(_over_sources(domain) for domain in mix.guard.domains)
+    generation = []
+    for asked in mix.guard.generation:
+        generation.append(dataclasses.replace(asked, path=str(base / asked.path)))
     return dataclasses.replace(
         mix,
         name=mix.name or path.stem,
         sources=sources,
-        guard=dataclasses.replace(mix.guard, domains=domains),
+        guard=dataclasses.replace(mix.guard, domains=domains, generation=tuple(generation)),
     )
 
 

@@ -32,6 +32,7 @@ def template_with_corpora(name: str, root: Path, seq_len: int | None = None) -> 
     path = root / "configs" / "mixes" / f"{name}.yaml"
     path.parent.mkdir(parents=True)
     shutil.copy(ROOT / "configs" / "mixes" / f"{name}.yaml", path)
+    shutil.copytree(ROOT / "configs" / "guard", root / "configs" / "guard")
     if seq_len is not None:
         text, replaced = re.subn(r"(?m)^seq_len: \d+$", f"seq_len: {seq_len}", path.read_text())
         assert replaced == 1

@@ -214,6 +214,57 @@ def test_guard_domain_over_unknown_or_unheld_source_is_refused(folder: Path) -> 
     assert "which holds out nothing" in changed(folder, "[ja_web]", "[en_web]")[0]
 
 
+GENERATION = """
+  generation:
+    - {name: maths, language: en, path: maths.jsonl, sources: [en_web]}
+    - {name: chat, language: ja, path: chat.jsonl}
+"""
+
+
+@pytest.fixture
+def asked(folder: Path) -> Path:
+    """Return the folder with files of prompts."""
+    (folder / "maths.jsonl").write_text('{"prompt": "1 + 1?", "answer": 2}\n')
+    (folder / "chat.jsonl").write_text('{"prompt": "Hello"}\n')
+    return folder
+
+
+def test_prompts_are_read_with_absolute_paths(asked: Path) -> None:
+    mix = load_mix(write(asked, GOOD + GENERATION))
+    maths, chat = mix.guard.generation
+    assert maths.path == str(asked / "maths.jsonl") and maths.sources == ("en_web",)
+    assert chat.prompts_per_look == 300 and chat.effort == "medium"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("[en_web]", "[en_wb]", "sources[0] is 'en_wb', which is no source. Did you mean"),
+        ("[en_web]", "[en_web, en_web]", "sources[1] is 'en_web', which the list already has."),
+        ("name: chat", "name: maths", "name is 'maths', which line 20 uses, too."),
+        ("name: chat", "name: japanese", "which a domain of held-out text has, too."),
+        ("language: ja, path: chat", "language: jp, path: chat", "is 'jp', which is not known."),
+        ("chat.jsonl", "none.jsonl", "none.jsonl: cannot be read: No such file"),
+        ("chat.jsonl", "ja.jsonl", "ja.jsonl:1: 'prompt' is missing"),
+        ("path: chat.jsonl", "path: chat.jsonl, prompts_per_look: 0", "must be at least 1"),
+        ("path: chat.jsonl", "path: chat.jsonl, hard_limit_points: 1", "at most hard_limit_points"),
+        ("path: chat.jsonl", "path: chat.jsonl, efort: low", "Did you mean 'effort'?"),
+    ],
+)
+def test_prompts_that_cannot_be_asked_are_refused(
+    asked: Path, old: str, new: str, problem: str
+) -> None:
+    assert old in GENERATION
+    found = problems_of(asked, GOOD + GENERATION.replace(old, new, 1))
+    assert any("guard.generation[" in one and problem in one for one in found), found
+
+
+def test_files_of_prompts_need_not_be_here_for_a_whole_build(asked: Path) -> None:
+    path = write(asked, GOOD + GENERATION)
+    (asked / "chat.jsonl").unlink()
+    assert len(load_mix(path, need_files=False).guard.generation) == 2
+
+
 def test_all_problems_come_in_one_message(folder: Path) -> None:
     problem_of_change = {
         ("seq_len: 64", "seq_len: 1"): "seq_len is 1",

@@ -1,0 +1,268 @@
+"""The yardstick of what the model does: it answers prompts, and its replies are measured.
+
+    prompts (prompts.py) -> greedy replies, by all ranks -> measures (measures.py)
+        -> judge (judge.py)
+
+Files, all in <run_dir>/guard/generation and never written again:
+
+    untouched-NAME.json      replies of the untouched model to the prompts of one domain
+    replies-STEP.json        replies of a look, from which its measures can be computed again
+    examples-STEP.json       those that changed for the worse, for report.html
+
+Decisions
+    Replies are greedy, so those of the same weights are the same, and every difference from the
+    untouched model is one of the weights.
+    A domain that the untouched model has answered is not answered again after a stop before step 0.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt.config import RunConfig
+from cpt.errors import ConfigError
+from cpt.guard.baseline import write_on_first_rank
+from cpt.guard.generation.examples import worst_changes
+from cpt.guard.generation.judge import GenerationJudge
+from cpt.guard.generation.measures import ReplyMeasures
+from cpt.guard.generation.prompts import PromptPool, look_of_step, looks_of_run
+from cpt.guard.generation.table import generation_table
+from cpt.guard.generation.untouched import (
+    FOLDER,
+    Untouched,
+    columns_of,
+    measure_replies,
+    missing_untouched,
+    untouched_file,
+)
+from cpt.guard.held_out_text import base_weights
+from cpt.guard.yardstick import Json, Kind, Look
+from cpt.parallel.agreement import on_first_rank
+from cpt.parallel.topology import Topology
+from cpt.resilience.stop import StopRequest
+from cpt.training.engine import TrainingEngine
+from cpt.training.generate import Sampling, generate
+from data_pipeline.config.mix_config import MixConfig
+
+log = logging.getLogger("cpt.guard")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _DomainReplies:
+    """Replies to the prompts of one domain at one look, measured."""
+
+    indices: list[int]
+    pass_number: int
+    replies: Sequence[Sequence[int]]
+    measures: list[ReplyMeasures]
+
+
+class Generation(GenerationJudge):
+    """The prompts of a run, and the replies of the untouched model to them."""
+
+    kind: Kind = "generation"
+
+    def __init__(
+        self, mix: MixConfig, config: RunConfig, topology: Topology, run_dir: Path
+    ) -> None:
+        """Read the prompts; nothing is generated yet.
+
+        Raises:
+            ConfigError: a line of a file cannot be used.
+        """
+        super().__init__({})
+        self._config = config
+        self._topology = topology
+        self._folder = run_dir / "guard"
+        self._interval = config.guard.generation_interval_steps
+        self._pools: dict[str, PromptPool] = {}
+        num_looks = looks_of_run(config.train.total_steps, self._interval)
+        for domain in mix.guard.generation:
+            self._pools[domain.name] = PromptPool.read(
+                domain, seed=config.train.seed, num_looks=num_looks
+            )
+        self.domain_names = list(self._pools)
+        self._model = str(config.model.path or f"{config.model.init}, seed {config.train.seed}")
+
+    def is_due(self, look: Look) -> bool:
+        """Return whether it is time: before step 0, at the end, and at its own interval."""
+        if look.step == 0 or look.last:
+            return True
+        return bool(self._interval) and look.step % self._interval == 0
+
+    def measure(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> Json | None:
+        """Have the model answer the prompts of a look, and measure the replies.
+
+        Returns:
+            `look`, the number of the look; `replies` and `examples`, names of files; and `domains`,
+            by name with the `prompts` asked (places in the pool), their `pass`, the measures `now`,
+            and the limits. None if a stop was requested before everything was answered.
+
+        Raises:
+            ConfigError: see `cpt.guard.yardstick.Yardstick.measure`.
+        """
+        if not self.untouched and not self._answer_untouched(look, engine, stop):
+            return None
+        number = look_of_step(look.step, self._interval)
+        answered = {}
+        for name in self.untouched:
+            found = self._answer_look(name, number, engine, stop)
+            if found is None:
+                return None
+            answered[name] = found
+        return self._kept(look, number, answered)
+
+    def table(self, events: Sequence[Json]) -> str:
+        """Return the rates of all domains as a table for people."""
+        return generation_table(events)
+
+    def _answer_untouched(
+        self, look: Look, engine: TrainingEngine, stop: StopRequest | None
+    ) -> bool:
+        """Read the replies of the untouched model, or generate them at step 0.
+
+        Returns:
+            False if a stop was requested before everything was answered.
+        """
+        weights = base_weights(self._config, self._topology)
+        stored = {}
+        for name, pool in self._pools.items():
+            stored[name] = self._stored(pool, weights)
+        if look.step and not any(stored.values()):
+            raise missing_untouched(untouched_file(self._folder, self.domain_names[0]), look.step)
+        found = {}
+        for name, pool in self._pools.items():
+            answered = stored[name]
+            if answered is None and look.step:
+                if self._topology.rank == 0:
+                    log.warning(
+                        "prompts %s are left out: the untouched model has not answered them.", name
+                    )
+                continue
+            if answered is None:
+                answered = self._answer_pool(pool, weights, engine, stop)
+            if answered is None:
+                return False
+            found[name] = answered
+        self.untouched = found
+        return True
+
+    def _stored(self, pool: PromptPool, weights: str) -> Untouched | None:
+        """Return the stored replies of the untouched model; None if there are none.
+
+        Raises:
+            ConfigError: they are replies to other prompts, or of another model.
+        """
+        path = untouched_file(self._folder, pool.domain.name)
+        stored = on_first_rank(
+            self._topology.control_group,
+            lambda: Untouched.read(path) if path.is_file() else None,
+        )
+        if stored is None:
+            return None
+        problems = stored.check(path, pool, self._model, weights)
+        if problems:
+            raise ConfigError(problems)
+        return stored
+
+    def _answer_pool(
+        self, pool: PromptPool, weights: str, engine: TrainingEngine, stop: StopRequest | None
+    ) -> Untouched | None:
+        """Have the untouched model answer all prompts of a domain, and keep its replies."""
+        indices = list(range(len(pool.records)))
+        replies = self._replies(pool, indices, engine, stop)
+        if replies is None:
+            return None
+        found = on_first_rank(
+            self._topology.control_group,
+            lambda: Untouched.of(pool, replies, model=self._model, weights=weights),
+        )
+        path = untouched_file(self._folder, pool.domain.name)
+        write_on_first_rank(self._topology.control_group, path, found.to_json())
+        return found
+
+    def _answer_look(
+        self, name: str, number: int, engine: TrainingEngine, stop: StopRequest | None
+    ) -> _DomainReplies | None:
+        """Answer the prompts of a look; the untouched model has answered those of look 0."""
+        pool = self._pools[name]
+        untouched = self.untouched[name]
+        asked = pool.of_look(number)
+        if number == 0:
+            return _DomainReplies(
+                indices=asked.indices,
+                pass_number=asked.pass_number,
+                replies=[untouched.replies[index] for index in asked.indices],
+                measures=[untouched.measures[index] for index in asked.indices],
+            )
+        replies = self._replies(pool, asked.indices, engine, stop)
+        if replies is None:
+            return None
+        # language identification computes with floats: one rank decides for all
+        measures = on_first_rank(
+            self._topology.control_group, lambda: measure_replies(pool, asked.indices, replies)
+        )
+        return _DomainReplies(
+            indices=asked.indices,
+            pass_number=asked.pass_number,
+            replies=replies,
+            measures=measures,
+        )
+
+    def _replies(
+        self,
+        pool: PromptPool,
+        indices: Sequence[int],
+        engine: TrainingEngine,
+        stop: StopRequest | None,
+    ) -> list[list[int]] | None:
+        """Return the greedy replies to some prompts; None if a stop was requested."""
+        prompts = [pool.encode(index) for index in indices]
+        sampling = Sampling(max_new_tokens=pool.domain.max_new_tokens)
+        return generate(engine, prompts, sampling, stop=stop)
+
+    def _kept(self, look: Look, number: int, answered: dict[str, _DomainReplies]) -> Json:
+        """Write replies and examples of a look, and return its scores."""
+        scores: Json = {"look": number, "replies": "", "examples": "", "domains": {}}
+        replies: Json = {"step": look.step, "domains": {}}
+        examples: Json = {"step": look.step, "domains": {}}
+        for name, found in answered.items():
+            domain = self._pools[name].domain
+            scores["domains"][name] = {
+                "prompts": found.indices,
+                "pass": found.pass_number,
+                "now": columns_of(found.measures),
+                "tolerances": {
+                    "format": domain.format_tolerance_points,
+                    "accuracy": domain.accuracy_tolerance_points,
+                },
+                "hard_limit": domain.hard_limit_points,
+            }
+            replies["domains"][name] = {"prompts": found.indices, "replies": found.replies}
+            examples["domains"][name] = worst_changes(
+                self.untouched[name], found.indices, found.replies, found.measures
+            )
+        if number:
+            scores["replies"] = self._write(f"replies-{look.step:08d}", replies)
+            scores["examples"] = self._write(f"examples-{look.step:08d}", examples)
+        return scores
+
+    def _write(self, stem: str, content: Json) -> str:
+        """Write a file under a name that is not taken, and return the name."""
+        folder = self._folder / FOLDER
+        path = on_first_rank(self._topology.control_group, lambda: free_file(folder, stem))
+        write_on_first_rank(self._topology.control_group, path, content)
+        return path.name
+
+
+def free_file(folder: Path, stem: str) -> Path:
+    """Return a new file; a step that is done again gets another one."""
+    path = folder / f"{stem}.json"
+    number = 2
+    while path.exists():
+        path = folder / f"{stem}-{number}.json"
+        number += 1
+    return path
