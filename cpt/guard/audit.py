@@ -18,6 +18,7 @@ from typing import Any
 
 from cpt.config import DomainLimits, GuardSection
 from cpt.errors import ConfigError, InternalError
+from cpt.guard.generation.judge import GenerationJudge
 from cpt.guard.guard import judged, restarted
 from cpt.guard.held_out_text import TextJudge
 from cpt.guard.ladder import GuardState, decide
@@ -108,7 +109,7 @@ def stored_judges(folder: Path) -> dict[Kind, Judge]:
     Args:
         folder: <run_dir>/guard.
     """
-    return {"text": TextJudge.stored(folder)}
+    return {"text": TextJudge.stored(folder), "generation": GenerationJudge.stored(folder)}
 
 
 def _audit_decision(

@@ -145,7 +145,11 @@ class Guard:
         domains: dict[str, Any] = {}
         for events in self.latest.values():
             for event in events:
-                domains.setdefault(event["domain"], {}).update(event)
+                found = domains.setdefault(event["domain"], {})
+                if "measure" in event:
+                    found[event["measure"]] = event
+                else:
+                    found.update(event)
         file = self._folder / f"measured-{step:08d}.json"
         self._write(file, {"step": step, "domains": domains})
         return file
@@ -260,7 +264,7 @@ def judged(
             readings[reading.domain] = reading.to_json()
             states[reading.domain] = reading.state
         for event in judgement.events:
-            events[kind].append({**event, "state": states[event["domain"]]})
+            events[kind].append({"state": states[event["domain"]], **event})
     return replace(state, yardsticks=yardsticks, readings=readings), events
 
 

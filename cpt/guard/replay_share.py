@@ -54,11 +54,11 @@ class ReplayShares:
         for index, name in enumerate(self._data.source_names):
             num_rows[name] = len(self._data.row_tokens(index))
         replayed_by: dict[str, list[str]] = {}
-        for domain in self._mix.guard_domains():
-            replayed_by[domain.name] = []
-            for name in domain.sources:
+        for domain, names in self._mix.serving_sources().items():
+            replayed_by[domain] = []
+            for name in names:
                 if num_rows.get(name) and name not in self._givers:
-                    replayed_by[domain.name].append(name)
+                    replayed_by[domain].append(name)
         return replayed_by
 
     def weights(self, raised: Mapping[str, float]) -> dict[str, float]:

@@ -12,9 +12,11 @@ import yaml
 
 from cpt.checkpoint.loading import LoadedState, load_checkpoint
 from cpt.checkpoint.saver import Saver
+from cpt.guard.generation.yardstick import Generation
 from cpt.guard.guard import Guard
 from cpt.guard.held_out_text import HeldOutText
 from cpt.guard.replay_share import ReplayShares
+from cpt.guard.yardstick import Yardstick
 from cpt.job.context import RunContext
 from cpt.job.data import check_plan, open_data, open_kl_targets, plan_of
 from cpt.job.engine_setup import build_engine, fill_weights, verify_checksums, weight_source
@@ -132,11 +134,17 @@ def load_newest(context: RunContext, engine: TrainingEngine) -> LoadedState | No
 
 
 def make_guard(context: RunContext, data: BuiltData) -> Guard | None:
-    """Return the guard, or None if it is switched off or the mix holds nothing out."""
-    if not context.config.guard.enabled or not data.held_out:
-        return None
+    """Return the guard, or None if it is switched off or the mix has nothing to measure."""
     config, topology, run_dir = context.config, context.topology, context.run_dir
-    yardsticks = [HeldOutText(data, config, topology, run_dir)]
+    if not config.guard.enabled:
+        return None
+    yardsticks: list[Yardstick] = []
+    if data.held_out:
+        yardsticks.append(HeldOutText(data, config, topology, run_dir))
+    if context.mix.guard.generation:
+        yardsticks.append(Generation(context.mix, config, topology, run_dir, context.clock))
+    if not yardsticks:
+        return None
     return Guard(yardsticks, config, topology, run_dir)
 
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from data_pipeline.config.source_config import check_language, check_name
 
@@ -87,8 +87,13 @@ class PromptRecord:
     answers: tuple[str, ...] = ()
     """Answers that are right; empty if no program can tell."""
 
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Self:
+        """Read the output of `to_json`."""
+        return cls(prompt=plain["prompt"], answers=tuple(plain["answers"]))
+
     def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON values, for a hash and for people."""
+        """Return the record as JSON values."""
         return {"prompt": self.prompt, "answers": list(self.answers)}
 
 

@@ -194,3 +194,10 @@ class MixConfig:
             for source in self.sources
             if source.held_out_share > 0
         )
+
+    def serving_sources(self) -> dict[str, tuple[str, ...]]:
+        """Return the sources that the guard replays for each of its domains, by domain."""
+        serving = {domain.name: domain.sources for domain in self.guard_domains()}
+        for asked in self.guard.generation:
+            serving[asked.name] = asked.sources
+        return serving

@@ -37,7 +37,7 @@ def shares_of(
             "ja": SimpleNamespace(min_share=min_share, max_share=1.0),
             "en": SimpleNamespace(min_share=0.0, max_share=max_share),
         },
-        guard_domains=lambda: domains,
+        serving_sources=lambda: {domain.name: domain.sources for domain in domains},
     )
     data: Any = SimpleNamespace(
         source_names=tuple(WEIGHTS),

@@ -9,6 +9,7 @@ say what was lost; they decide nothing by themselves.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from cpt.guard.generation.outcomes import (
     Outcomes,
     bet,
 )
-from cpt.guard.generation.untouched import Untouched, measures_of, read_untouched
+from cpt.guard.generation.untouched import FOLDER, Untouched, measures_of, read_untouched
 from cpt.guard.yardstick import (
     FALSE_ALARM_SHARE,
     Json,
@@ -71,18 +72,30 @@ class Verdict:
 class GenerationJudge:
     """The pure half of the yardstick: the replies of the untouched model."""
 
-    def __init__(self, untouched: Mapping[str, Untouched]) -> None:
-        """Take the replies of the untouched model by domain."""
+    def __init__(
+        self, untouched: Mapping[str, Untouched], replies_folder: Path | None = None
+    ) -> None:
+        """Take the replies of the untouched model.
+
+        Args:
+            untouched: They, by domain.
+            replies_folder: Folder with the replies of looks, if measures are to be computed from
+                them again; those of a look whose replies are gone are taken from its scores.
+        """
         self.untouched = dict(untouched)
+        self._replies_folder = replies_folder
 
     @classmethod
     def stored(cls, folder: Path) -> GenerationJudge:
-        """Read the replies of the untouched model that a run keeps.
+        """Return a judge that computes every measure of a run again, from its replies.
 
         Args:
             folder: <run_dir>/guard.
         """
-        return cls(read_untouched(folder))
+        untouched = {}
+        for name, stored in read_untouched(folder).items():
+            untouched[name] = stored.measured_again()
+        return cls(untouched, folder / FOLDER)
 
     def judge(self, scores: Json, state: Json, look: Look) -> Judgement:
         """Compare measures with those of the untouched model; see `cpt.guard.yardstick.Judge`.
@@ -98,7 +111,7 @@ class GenerationJudge:
         after = dict(state)
         for name, measured in scores["domains"].items():
             before = [self.untouched[name].measures[index] for index in measured["prompts"]]
-            now = measures_of(measured["now"])
+            now = self._measures_now(scores, name)
             known = _known_statistics(state.get(name, {}), scores["look"], measured["pass"])
             verdicts = _verdicts(before, now, measured, known, look)
             statistics = {verdict.measure: verdict.statistic for verdict in verdicts}
@@ -112,8 +125,20 @@ class GenerationJudge:
             readings.append(_reading(name, verdicts, measured, look))
             events += _events(name, self.untouched[name].language, verdicts, before, now)
         for event in events:
-            event["examples"] = scores["examples"]
+            if "delta" in event:
+                event["examples"] = scores["examples"]
         return Judgement(readings=readings, state=after, events=events)
+
+    def _measures_now(self, scores: Json, name: str) -> list[ReplyMeasures]:
+        """Return the measures of the replies of a look to the prompts of a domain."""
+        measured = scores["domains"][name]
+        if self._replies_folder is None or not scores["replies"]:
+            return measures_of(measured["now"])
+        path = self._replies_folder / Path(scores["replies"]).name
+        if not path.is_file():
+            return measures_of(measured["now"])
+        replies = json.loads(path.read_text(encoding="utf-8"))["domains"][name]["replies"]
+        return self.untouched[name].measure(measured["prompts"], replies)
 
     def restarted(self, state: Json, domains: Collection[str]) -> Json:
         """Return the state in which nothing counts against some domains."""

@@ -67,20 +67,22 @@ class PromptPool:
     """Hex sha256 of everything in the file and the keys that decides replies and measures."""
 
     @classmethod
-    def read(cls, domain: GenerationDomain, *, seed: int, num_looks: int) -> PromptPool:
-        """Read the file of a domain.
+    def of(
+        cls,
+        domain: GenerationDomain,
+        records: Sequence[PromptRecord],
+        *,
+        seed: int,
+        num_looks: int,
+    ) -> PromptPool:
+        """Return the pool of a domain.
 
         Args:
-            domain: The domain's keys, its path absolute.
+            domain: The domain's keys.
+            records: All prompts of its file.
             seed: Seed of the run.
             num_looks: Looks planned after the one at the untouched model.
-
-        Raises:
-            ConfigError: a line cannot be used; every such line is named.
         """
-        records, problems = read_prompts(Path(domain.path))
-        if problems:
-            raise ConfigError([f"guard.generation '{domain.name}': {text}" for text in problems])
         ordered = sorted(records, key=lambda record: _place(seed, 0, record))
         num_needed = num_looks * domain.prompts_per_look
         return cls(
@@ -118,6 +120,21 @@ class PromptPool:
             effort=self.domain.effort,
             date=DEFAULT_DATE,
         )
+
+
+def usable_prompts(domain: GenerationDomain) -> list[PromptRecord]:
+    """Return the prompts of a domain's file.
+
+    Args:
+        domain: The domain's keys, its path absolute.
+
+    Raises:
+        ConfigError: a line cannot be used; every such line is named.
+    """
+    records, problems = read_prompts(Path(domain.path))
+    if problems:
+        raise ConfigError([f"guard.generation '{domain.name}': {text}" for text in problems])
+    return records
 
 
 def _place(seed: int, pass_number: int, record: PromptRecord) -> str:

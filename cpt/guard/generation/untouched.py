@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +50,24 @@ class Untouched:
         cls, pool: PromptPool, replies: Sequence[Sequence[int]], *, model: str, weights: str
     ) -> Untouched:
         """Return replies to the whole pool, measured."""
-        indices = list(range(len(pool.records)))
+        answers = [list(record.answers) for record in pool.records]
+        measures = []
+        for reply, right in zip(replies, answers, strict=True):
+            measures.append(measure_reply(reply, pool.domain.language, right))
         return cls(
             language=pool.domain.language,
             content_hash=pool.content_hash,
             model=model,
             weights=weights,
             prompts=[record.prompt for record in pool.records],
-            answers=[list(record.answers) for record in pool.records],
+            answers=answers,
             replies=[list(reply) for reply in replies],
-            measures=measure_replies(pool, indices, replies),
+            measures=measures,
         )
 
     @classmethod
-    def read(cls, path: Path) -> Untouched:
-        """Read a file."""
-        plain: Json = json.loads(path.read_text(encoding="utf-8"))
+    def from_json(cls, plain: Json) -> Untouched:
+        """Read the output of `to_json`."""
         return cls(**{**plain, "measures": measures_of(plain["measures"])})
 
     def to_json(self) -> Json:
@@ -80,6 +82,25 @@ class Untouched:
             "replies": self.replies,
             "measures": columns_of(self.measures),
         }
+
+    def measure(
+        self, indices: Sequence[int], replies: Sequence[Sequence[int]]
+    ) -> list[ReplyMeasures]:
+        """Return the measures of replies to some prompts of the pool.
+
+        Args:
+            indices: Places of the prompts in the pool.
+            replies: Tokens of the reply to each.
+        """
+        measures = []
+        for index, reply in zip(indices, replies, strict=True):
+            measures.append(measure_reply(reply, self.language, self.answers[index]))
+        return measures
+
+    def measured_again(self) -> Untouched:
+        """Return the same replies with measures that are computed from them."""
+        indices = range(len(self.replies))
+        return replace(self, measures=self.measure(indices, self.replies))
 
     def check(self, path: Path, pool: PromptPool, model: str, weights: str) -> list[str]:
         """Return why these are not the replies that the run needs.
@@ -115,8 +136,17 @@ def read_untouched(guard_folder: Path) -> dict[str, Untouched]:
     """Return all replies of the untouched model that a run keeps, by domain."""
     found = {}
     for path in sorted((guard_folder / FOLDER).glob("untouched-*.json")):
-        found[path.stem.removeprefix("untouched-")] = Untouched.read(path)
+        name = path.stem.removeprefix("untouched-")
+        found[name] = Untouched.from_json(json.loads(path.read_text(encoding="utf-8")))
     return found
+
+
+def read_stored(path: Path) -> Json | None:
+    """Return the content of the file of a domain; None if there is none."""
+    if not path.is_file():
+        return None
+    content: Json = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def missing_untouched(path: Path, step: int) -> ConfigError:
@@ -125,17 +155,6 @@ def missing_untouched(path: Path, step: int) -> ConfigError:
         f"{path} is missing, and at step {step} the untouched model is gone. Restore the file, or "
         "go on without guard.generation in the mix."
     )
-
-
-def measure_replies(
-    pool: PromptPool, indices: Sequence[int], replies: Sequence[Sequence[int]]
-) -> list[ReplyMeasures]:
-    """Return the measures of replies to some prompts of a pool."""
-    measures = []
-    for index, reply in zip(indices, replies, strict=True):
-        answers = pool.records[index].answers
-        measures.append(measure_reply(reply, pool.domain.language, answers))
-    return measures
 
 
 def columns_of(measures: Sequence[ReplyMeasures]) -> Json:

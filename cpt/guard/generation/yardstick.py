@@ -28,23 +28,32 @@ from cpt.guard.baseline import write_on_first_rank
 from cpt.guard.generation.examples import worst_changes
 from cpt.guard.generation.judge import GenerationJudge
 from cpt.guard.generation.measures import ReplyMeasures
-from cpt.guard.generation.prompts import PromptPool, look_of_step, looks_of_run
+from cpt.guard.generation.prompts import (
+    PromptPool,
+    look_of_step,
+    looks_of_run,
+    usable_prompts,
+)
 from cpt.guard.generation.table import generation_table
 from cpt.guard.generation.untouched import (
     FOLDER,
     Untouched,
     columns_of,
-    measure_replies,
+    measures_of,
     missing_untouched,
+    read_stored,
     untouched_file,
 )
 from cpt.guard.held_out_text import base_weights
 from cpt.guard.yardstick import Json, Kind, Look
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
+from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest
 from cpt.training.engine import TrainingEngine
-from cpt.training.generate import Sampling, generate
+from cpt.training.generate import GenerationStopped, generate, reporting
+from cpt.training.sampling import Sampling
+from data_pipeline.config.generation_config import GenerationDomain, PromptRecord
 from data_pipeline.config.mix_config import MixConfig
 
 log = logging.getLogger("cpt.guard")
@@ -66,14 +75,27 @@ class Generation(GenerationJudge):
     kind: Kind = "generation"
 
     def __init__(
-        self, mix: MixConfig, config: RunConfig, topology: Topology, run_dir: Path
+        self,
+        mix: MixConfig,
+        config: RunConfig,
+        topology: Topology,
+        run_dir: Path,
+        clock: PhaseClock,
     ) -> None:
         """Read the prompts; nothing is generated yet.
+
+        Args:
+            mix: The data mix, its paths absolute.
+            config: The run's configuration.
+            topology: The layout.
+            run_dir: The run directory.
+            clock: Learns that this rank is at work, at every few tokens.
 
         Raises:
             ConfigError: a line of a file cannot be used.
         """
         super().__init__({})
+        self._clock = clock
         self._config = config
         self._topology = topology
         self._folder = run_dir / "guard"
@@ -81,11 +103,23 @@ class Generation(GenerationJudge):
         self._pools: dict[str, PromptPool] = {}
         num_looks = looks_of_run(config.train.total_steps, self._interval)
         for domain in mix.guard.generation:
-            self._pools[domain.name] = PromptPool.read(
-                domain, seed=config.train.seed, num_looks=num_looks
+            self._pools[domain.name] = PromptPool.of(
+                domain, self._read(domain), seed=config.train.seed, num_looks=num_looks
             )
         self.domain_names = list(self._pools)
         self._model = str(config.model.path or f"{config.model.init}, seed {config.train.seed}")
+
+    def _read(self, domain: GenerationDomain) -> list[PromptRecord]:
+        """Return the prompts of a domain, as the first rank reads them.
+
+        Raises:
+            ConfigError: on all ranks: a line cannot be used.
+        """
+        found = on_first_rank(
+            self._topology.control_group,
+            lambda: [record.to_json() for record in usable_prompts(domain)],
+        )
+        return list(map(PromptRecord.from_json, found))
 
     def is_due(self, look: Look) -> bool:
         """Return whether it is time: before step 0, at the end, and at its own interval."""
@@ -107,9 +141,10 @@ class Generation(GenerationJudge):
         if not self.untouched and not self._answer_untouched(look, engine, stop):
             return None
         number = look_of_step(look.step, self._interval)
+        step = look.step
         answered = {}
         for name in self.untouched:
-            found = self._answer_look(name, number, engine, stop)
+            found = self._answer_look(name, number, step, engine, stop)
             if found is None:
                 return None
             answered[name] = found
@@ -157,12 +192,10 @@ class Generation(GenerationJudge):
             ConfigError: they are replies to other prompts, or of another model.
         """
         path = untouched_file(self._folder, pool.domain.name)
-        stored = on_first_rank(
-            self._topology.control_group,
-            lambda: Untouched.read(path) if path.is_file() else None,
-        )
-        if stored is None:
+        content = on_first_rank(self._topology.control_group, lambda: read_stored(path))
+        if content is None:
             return None
+        stored = Untouched.from_json(content)
         problems = stored.check(path, pool, self._model, weights)
         if problems:
             raise ConfigError(problems)
@@ -173,19 +206,19 @@ class Generation(GenerationJudge):
     ) -> Untouched | None:
         """Have the untouched model answer all prompts of a domain, and keep its replies."""
         indices = list(range(len(pool.records)))
-        replies = self._replies(pool, indices, engine, stop)
+        replies = self._replies(pool, indices, 0, engine, stop)
         if replies is None:
             return None
-        found = on_first_rank(
-            self._topology.control_group,
-            lambda: Untouched.of(pool, replies, model=self._model, weights=weights),
+        group = self._topology.control_group
+        content = on_first_rank(
+            group,
+            lambda: Untouched.of(pool, replies, model=self._model, weights=weights).to_json(),
         )
-        path = untouched_file(self._folder, pool.domain.name)
-        write_on_first_rank(self._topology.control_group, path, found.to_json())
-        return found
+        write_on_first_rank(group, untouched_file(self._folder, pool.domain.name), content)
+        return Untouched.from_json(content)
 
     def _answer_look(
-        self, name: str, number: int, engine: TrainingEngine, stop: StopRequest | None
+        self, name: str, number: int, step: int, engine: TrainingEngine, stop: StopRequest | None
     ) -> _DomainReplies | None:
         """Answer the prompts of a look; the untouched model has answered those of look 0."""
         pool = self._pools[name]
@@ -198,31 +231,42 @@ class Generation(GenerationJudge):
                 replies=[untouched.replies[index] for index in asked.indices],
                 measures=[untouched.measures[index] for index in asked.indices],
             )
-        replies = self._replies(pool, asked.indices, engine, stop)
+        replies = self._replies(pool, asked.indices, step, engine, stop)
         if replies is None:
             return None
         # language identification computes with floats: one rank decides for all
-        measures = on_first_rank(
-            self._topology.control_group, lambda: measure_replies(pool, asked.indices, replies)
+        columns = on_first_rank(
+            self._topology.control_group,
+            lambda: columns_of(untouched.measure(asked.indices, replies)),
         )
         return _DomainReplies(
             indices=asked.indices,
             pass_number=asked.pass_number,
             replies=replies,
-            measures=measures,
+            measures=measures_of(columns),
         )
 
     def _replies(
         self,
         pool: PromptPool,
         indices: Sequence[int],
+        step: int,
         engine: TrainingEngine,
         stop: StopRequest | None,
     ) -> list[list[int]] | None:
         """Return the greedy replies to some prompts; None if a stop was requested."""
         prompts = [pool.encode(index) for index in indices]
         sampling = Sampling(max_new_tokens=pool.domain.max_new_tokens)
-        return generate(engine, prompts, sampling, stop=stop)
+
+        def beat() -> None:
+            self._clock.enter("evaluate", step)
+
+        name = f"replies {pool.domain.name}"
+        try:
+            with reporting(self._topology, len(prompts), name, beat) as report:
+                return generate(engine, prompts, sampling, stop=stop, report=report)
+        except GenerationStopped:
+            return None
 
     def _kept(self, look: Look, number: int, answered: dict[str, _DomainReplies]) -> Json:
         """Write replies and examples of a look, and return its scores."""
@@ -253,9 +297,9 @@ class Generation(GenerationJudge):
     def _write(self, stem: str, content: Json) -> str:
         """Write a file under a name that is not taken, and return the name."""
         folder = self._folder / FOLDER
-        path = on_first_rank(self._topology.control_group, lambda: free_file(folder, stem))
-        write_on_first_rank(self._topology.control_group, path, content)
-        return path.name
+        name = on_first_rank(self._topology.control_group, lambda: free_file(folder, stem).name)
+        write_on_first_rank(self._topology.control_group, folder / name, content)
+        return name
 
 
 def free_file(folder: Path, stem: str) -> Path:

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-from cpt.guard.generation.prompts import PromptPool, look_of_step, looks_of_run
+from cpt.guard.generation.prompts import (
+    PromptPool,
+    look_of_step,
+    looks_of_run,
+    usable_prompts,
+)
 from data_pipeline.config.generation_config import GenerationDomain, read_prompts
 from data_pipeline.errors import ConfigError
 from data_pipeline.text.harmony import DEFAULT_DATE, START, encode_prompt
@@ -30,7 +35,8 @@ def domain(path: Path, **changes: Any) -> GenerationDomain:
 
 
 def pool(path: Path, num_looks: int = 9, seed: int = 1, **changes: Any) -> PromptPool:
-    return PromptPool.read(domain(path, **changes), seed=seed, num_looks=num_looks)
+    of_path = domain(path, **changes)
+    return PromptPool.of(of_path, usable_prompts(of_path), seed=seed, num_looks=num_looks)
 
 
 def asked(of: PromptPool, number: int) -> list[str]:
