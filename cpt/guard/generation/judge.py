@@ -43,7 +43,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class QuantityReading:
     """The reading of one quantity of one domain."""
 
     measure: Measure
@@ -167,7 +167,7 @@ def _verdicts(
     measured: Json,
     known: Mapping[str, list[float]],
     look: Look,
-) -> list[Verdict]:
+) -> list[QuantityReading]:
     """Return the verdict on each quantity of a domain."""
     found: list[tuple[Measure, Outcomes]] = [("format", outcomes_of("format", before, now))]
     accuracy = outcomes_of("accuracy", before, now)
@@ -188,7 +188,7 @@ def _verdicts(
             lower = max(lower, math.nextafter(line, math.inf))
         upper = outcomes.upper_points(measure, LAST_GREEN_ERROR if look.last else GREEN_ERROR)
         verdicts.append(
-            Verdict(
+            QuantityReading(
                 measure=measure,
                 outcomes=outcomes,
                 tolerance=tolerance,
@@ -217,7 +217,7 @@ def outcomes_of(
     return Outcomes.of(passed_before, passed_now)
 
 
-def _reading(name: str, verdicts: Sequence[Verdict], measured: Json, look: Look) -> Reading:
+def _reading(name: str, verdicts: Sequence[QuantityReading], measured: Json, look: Look) -> Reading:
     """Return the reading of a domain: that of its worst quantity."""
     worst = max(verdicts, key=lambda verdict: verdict.badness)
     return Reading(
@@ -236,7 +236,7 @@ def _reading(name: str, verdicts: Sequence[Verdict], measured: Json, look: Look)
 def _events(
     name: str,
     language: str,
-    verdicts: Sequence[Verdict],
+    verdicts: Sequence[QuantityReading],
     before: Sequence[ReplyMeasures],
     now: Sequence[ReplyMeasures],
 ) -> list[Json]:
