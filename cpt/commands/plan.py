@@ -30,7 +30,13 @@ def add_parser(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="RUN_DIR",
-        help="a short run; give three or more",
+        help="a short run; five or more, one share of replay with two seeds of the mix",
+    )
+    mix.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="length of the planned run, which takes probes of two lengths; default: as the probes",
     )
     parser.set_defaults(run=_run)
 
@@ -99,16 +105,18 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _plan_mix(options: argparse.Namespace) -> None:
-    from cpt.planning.mix_curve import describe, read_probe
+    from cpt.planning.mix_answer import describe
     from cpt.planning.mix_curve_drawing import draw
+    from cpt.planning.mix_probe import read_probe
 
     if options.english_tolerance is None or not options.probe:
         raise ConfigError(
-            "--english_tolerance and --probe go together: give a tolerance, and three or more "
+            "--english_tolerance and --probe go together: give a tolerance, and five or more "
             "probe runs."
         )
     probes = [read_probe(run_dir) for run_dir in options.probe]
-    print(describe(probes, options.english_tolerance))
+    print(describe(probes, options.english_tolerance, options.steps))
     if options.plot:
-        options.plot.write_text(draw(probes, options.english_tolerance), encoding="utf-8")
+        figure = draw(probes, options.english_tolerance, options.steps)
+        options.plot.write_text(figure, encoding="utf-8")
         print(f"-> {options.plot}")

@@ -11,5 +11,7 @@ estimate.py      memory + traffic + parts -> time by resource, bottleneck, token
 one_gpu.py       the estimate of a few layers on one GPU
 search.py        all valid layouts -> the fastest one that fits
 table.py         a plan as text; figure.py: as a figure
-mix_curve.py     probe runs -> the share of the main language; mix_curve_drawing.py: as a figure
+mix_probe.py     what probe runs leave; mix_probe_check.py: whether they can be compared
+mix_curve.py     probes -> curves of every domain over the share of replay, with their uncertainty
+mix_answer.py    curves -> the share of the main language; mix_curve_drawing.py: as a figure
 """

@@ -1,153 +1,172 @@
-"""The planner finds the share of replay that holds a tolerance and says how sure it is."""
+"""Curves are drawn as the runs and the documents make them likely."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
-from cpt.errors import ConfigError
 from cpt.planning.mix_curve import (
-    Probe,
-    check_probes,
-    describe,
-    fit,
-    largest_main_share,
-    read_probe,
+    CurveDraws,
+    Floats,
+    all_shapes,
+    design,
+    draw_curves,
+    inverse_power,
+    power,
+    resampled_changes,
+    scaled_power,
 )
 
-SHARES = (0.02, 0.05, 0.1, 0.25, 0.5)
-TRUTH = {"english": (-4.0, -2.0), "code": (-2.0, -1.0)}
-"""Intercept and slope: English meets +1 % at a share of exp(-2.5), code at exp(-3)."""
+SHARES = (0.05, 0.15, 0.15, 0.35, 0.7)
 
 
-def probes(noise: float = 0.0, seed: int = 0, shares: tuple[float, ...] = SHARES) -> list[Probe]:
-    generator = np.random.default_rng(seed)
-    return [
-        Probe(
-            name=f"probe-{share}",
-            replay_share=share,
-            main_language="ja",
-            steps=100,
-            baseline={"english": 1.0, "code": 0.8},
-            change={
-                domain: (
-                    a + b * math.log(share) + noise * float(generator.normal()),
-                    max(noise, 0.02),
-                )
-                for domain, (a, b) in TRUTH.items()
-            },
-            gain_percent=20.0,
-        )
-        for share in shares
-    ]
+def d_cpt(share: Floats | float) -> Floats:
+    return np.asarray(0.6 / (np.asarray(share) + 0.05) ** 0.5 - 0.6)
 
 
-def test_share_is_where_the_worst_domain_meets_the_tolerance() -> None:
-    found = largest_main_share(probes(), 1.0)
-    assert found["domain"] == "english" and found["bounded"] == "none"
-    assert found["main_share"] == pytest.approx(1 - math.exp(-2.5), abs=0.002)
+def drawn(
+    changes: Floats,
+    shares: tuple[float, ...] = SHARES,
+    steps: tuple[int, ...] = (100,) * 5,
+    planned_steps: int = 100,
+) -> CurveDraws:
+    """Return curves through changes that have no error of documents."""
+    repeated = {"english": np.tile(changes, (100, 1))}
+    return draw_curves(shares, steps, repeated, planned_steps, np.random.default_rng(0))
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    covered = 0
-    for seed in range(200):
-        found = largest_main_share(probes(0.3, seed), 1.0)
-        covered += found["low"] <= 1 - math.exp(-2.5) <= found["high"]
-    assert covered >= 180
+@pytest.mark.parametrize("exponent", [-1.0, -0.5, 0.0, 0.25, 2.0])
+def test_power_is_undone_by_its_inverse_and_falls_with_the_share(exponent: float) -> None:
+    shares = np.linspace(0.01, 1, 50)
+    exponents = np.full(50, exponent)
+    offsets = np.full(50, 0.03)
+    values = power(shares, exponents, offsets)
+    # float64: the worst loss is that of (0.04)^-2 - 1, six digits of sixteen
+    np.testing.assert_allclose(inverse_power(values, exponents, offsets), shares, rtol=1e-10)
+    assert (np.diff(values) < 0).all()
 
 
-def test_single_run_is_within_its_interval_about_as_often_as_it_says() -> None:
-    """Three runs at each share; a run lies off the curve by its own error, so the curve's interval
-    is not enough.
-    """
-    checks = [
-        check
-        for seed in range(60)
-        for check in largest_main_share(probes(0.3, seed, shares=SHARES[2:] * 3), 1.0)["checks"]
-    ]
-    covered = sum(abs(check["measured"] - check["predicted"]) <= check["half"] for check in checks)
-    assert (
-        0.93 <= covered / len(checks) < 1
-    )  # 95 % nominal, more because the misfit never makes an error smaller
+def test_power_near_0_is_the_logarithm() -> None:
+    shares = np.linspace(0.01, 1, 50)
+    almost = power(shares, np.full(50, 1e-7))
+    np.testing.assert_allclose(almost, power(shares, np.zeros(50)), rtol=1e-6)
 
 
-def test_points_off_the_curve_widen_the_interval() -> None:
-    exact = fit(SHARES, [-2 * math.log(share) for share in SHARES], [0.1] * 5)
-    bent = fit(
-        SHARES, [-2 * math.log(share) + 3 * (-1) ** i for i, share in enumerate(SHARES)], [0.1] * 5
+def test_form_is_1_at_the_smallest_share_and_0_at_the_largest() -> None:
+    shapes = all_shapes(1)
+    for share, value in ((0.05, 1.0), (0.7, 0.0)):
+        form = scaled_power(share, shapes.gamma, shapes.epsilon, 0.05, 0.7)
+        np.testing.assert_allclose(form, value, atol=1e-12)
+
+
+def test_run_without_replay_can_be_drawn_through() -> None:
+    shares = (0.0, 0.1, 0.1, 0.3, 0.6)
+    curves = drawn(d_cpt(np.asarray(shares)), shares)
+    assert np.isfinite(curves.at(0.0)).all()
+    assert float(np.median(curves.at(0.0))) == pytest.approx(float(d_cpt(0.0)), abs=0.1)
+
+
+def test_exact_runs_give_the_curve_back() -> None:
+    curves = drawn(d_cpt(np.asarray(SHARES)))
+    for share in (0.05, 0.1, 0.25, 0.5, 0.7):
+        # the spread of a run is never taken to be less than 0.02 %
+        assert float(np.median(curves.at(share))) == pytest.approx(float(d_cpt(share)), abs=0.06)
+
+
+def test_needed_share_is_where_the_curve_meets_the_tolerance() -> None:
+    curves = drawn(d_cpt(np.asarray(SHARES)))
+    shares = curves.needed_share(0.5)
+    inside = np.flatnonzero((shares[:, 0] > 0.05) & np.isfinite(shares[:, 0]))
+    assert len(inside) > 350
+    for draw in inside[:50]:
+        assert curves.at(float(shares[draw, 0]))[draw, 0] == pytest.approx(0.5, abs=1e-9)
+
+
+def test_needed_share_is_marked_where_nothing_was_tried() -> None:
+    curves = drawn(d_cpt(np.asarray(SHARES)))
+    assert (curves.needed_share(50.0) == 0.05).all()
+    assert np.isinf(curves.needed_share(-50.0)).all()
+
+
+def test_change_that_rises_with_replay_counts_as_flat() -> None:
+    curves = drawn(np.asarray([0.1, 0.2, 0.2, 0.3, 0.4]))
+    assert (curves.fall >= 0).all()
+    assert float(np.median(curves.at(0.3))) == pytest.approx(0.24, abs=0.1)
+
+
+def test_two_seeds_that_differ_widen_the_curve() -> None:
+    exact = d_cpt(np.asarray(SHARES))
+    apart = exact + np.asarray([0, 0.4, -0.4, 0, 0])
+    narrow = np.std(drawn(exact).at(0.3))
+    assert np.std(drawn(apart).at(0.3)) > 3 * narrow
+
+
+def test_domains_inform_each_other_about_the_spread_of_a_run() -> None:
+    """One domain alone knows the spread from three degrees of freedom, six domains know it well."""
+    generator = np.random.default_rng(1)
+    exact = d_cpt(np.asarray(SHARES))
+    changes = {}
+    for index in range(6):
+        changes[str(index)] = np.tile(exact + 0.15 * generator.normal(size=5), (400, 1))
+    together = draw_curves(SHARES, (100,) * 5, changes, 100, np.random.default_rng(0))
+    spreads = []
+    for name, change in changes.items():
+        alone = draw_curves(SHARES, (100,) * 5, {name: change}, 100, np.random.default_rng(0))
+        spreads.append(np.quantile(alone.run_spread, 0.99))
+    assert np.quantile(together.run_spread, 0.99) < 0.8 * np.mean(spreads)
+    assert float(np.median(together.run_spread)) == pytest.approx(0.15, rel=0.35)
+
+
+def test_documents_are_drawn_once_for_all_runs() -> None:
+    """Documents that differ alike in all runs move the curve and leave the runs' distances."""
+    generator = np.random.default_rng(0)
+    before = generator.lognormal(7, 0.5, size=200)
+    own = generator.normal(size=200)
+    after = np.stack([before * (1 + (own + mean) / 100) for mean in (3.0, 2.0, 1.0)], axis=1)
+    changes = resampled_changes(before, after, generator, 2000)
+    ratio = own @ before / before.sum()
+    residuals = before * (own - ratio)
+    expected = math.sqrt(float((residuals**2).sum())) / before.sum()
+    assert changes[:, 0].std() == pytest.approx(expected, rel=0.1)
+    # all runs move together, to the last digits of a float64
+    assert (changes[:, 0] - changes[:, 1]).std() < 1e-9
+    np.testing.assert_allclose(changes[:, 0] - changes[:, 2], 2.0, atol=1e-9)
+
+
+def test_error_of_the_documents_does_not_pass_for_that_of_the_runs() -> None:
+    exact = d_cpt(np.asarray(SHARES))
+    common = np.random.default_rng(0).normal(size=(1000, 1))
+    curves = draw_curves(
+        SHARES, (100,) * 5, {"english": exact + common}, 100, np.random.default_rng(0)
     )
-    assert bent.at(0.1)[1] > 10 * exact.at(0.1)[1]
+    assert float(np.median(curves.run_spread)) < 0.1
+    assert float(np.std(curves.at(0.3))) == pytest.approx(1.0, rel=0.1)
 
 
-def test_nothing_is_extrapolated() -> None:
-    above = largest_main_share(probes(), 50.0)
-    assert above["bounded"] == "above" and above["main_share"] == pytest.approx(0.98)
-    below = largest_main_share(probes(), -10.0)
-    assert below["bounded"] == "below" and below["main_share"] == pytest.approx(0.5)
-    assert "needs more replay than was tried" in describe(probes(), -10.0)
+def test_two_lengths_give_the_curve_of_a_third() -> None:
+    shares = (0.05, 0.15, 0.15, 0.35, 0.7, 0.05, 0.3, 0.7)
+    steps = (100,) * 5 + (200,) * 3
+    growth = (np.asarray(steps) / 100) ** 0.25
+    changes = growth * d_cpt(np.asarray(shares))
+    for planned in (100, 150, 200, 300):
+        curves = drawn(changes, shares, steps, planned)
+        expected = (planned / 100) ** 0.25 * float(d_cpt(0.3))
+        assert float(np.median(curves.at(0.3))) == pytest.approx(expected, abs=0.05)
 
 
-def test_probe_left_out_is_predicted_from_the_others() -> None:
-    checks = largest_main_share(probes(), 1.0)["checks"]
-    assert {check["share"] for check in checks} == set(SHARES[1:-1])
-    assert all(check["predicted"] == pytest.approx(check["measured"], abs=1e-9) for check in checks)
-    assert "inside" in describe(probes(0.1), 1.0)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"steps": 50}, "steps is 50, probe-0.02 has 100"),
-        (
-            {"baseline": {"english": 1.1, "code": 0.8}},
-            "other held-out text, or another untouched model",
-        ),
-        ({"main_language": "ko"}, "main_language is ko"),
-    ],
-)
-def test_probes_that_cannot_be_compared_are_refused(change: dict, said: str) -> None:
-    first, *others = probes()
-    with pytest.raises(ConfigError, match=said):
-        check_probes([first, *others[:-1], dataclasses.replace(others[-1], **change)])
-
-
-def test_too_few_shares_are_refused_and_one_without_replay_does_not_count() -> None:
-    two = probes(shares=(0.05, 0.1))
-    with pytest.raises(ConfigError, match="2 different shares of replay"):
-        check_probes([*two, dataclasses.replace(two[0], replay_share=0.0)])
-
-
-def test_probe_is_read_from_what_a_run_leaves(tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
-    sources = [
-        {"name": name, "language": name, "domain": "web", "path": "t.jsonl", "weight": 0.5}
-        for name in ("ja", "en")
+def test_extrapolation_over_the_length_widens_the_curve() -> None:
+    shares = (0.05, 0.15, 0.15, 0.35, 0.7, 0.05, 0.3, 0.7)
+    steps = (100,) * 5 + (200,) * 3
+    changes = d_cpt(np.asarray(shares))
+    spreads = [
+        np.std(drawn(changes, shares, steps, planned).at(0.3)) for planned in (150, 400, 800)
     ]
-    (tmp_path / "mix.yaml").write_text(
-        yaml.safe_dump({"seq_len": 64, "seed": 1, "sources": sources})
-    )
-    (tmp_path / "config.resolved.yaml").write_text(
-        yaml.safe_dump({"data": {"mix": str(tmp_path / "mix.yaml")}})
-    )
-    guard = {"event": "guard", "language": "en", "baseline": 1.0, "ci_low": 0.5, "ci_high": 1.5}
-    events = [
-        {"event": "step", "step": 1, "tokens_by_source": {"ja": 60, "en": 40}},
-        {"event": "step", "step": 2, "tokens_by_source": {"ja": 70, "en": 30}},
-        {**guard, "step": 0, "domain": "english", "delta_percent": 0.0},
-        {**guard, "step": 2, "domain": "english", "delta_percent": 1.0},
-        {**guard, "step": 2, "domain": "japanese", "language": "ja", "delta_percent": -12.0},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    probe = read_probe(tmp_path)
-    assert (probe.replay_share, probe.main_language, probe.steps) == (pytest.approx(0.35), "ja", 2)
-    assert (
-        probe.change == {"english": (1.0, pytest.approx(1 / 3.92))} and probe.gain_percent == 12.0
-    )
-    with pytest.raises(ConfigError, match="No such file"):
-        read_probe(tmp_path / "none")
+    assert spreads[0] < spreads[1] < spreads[2]
+
+
+def test_only_level_and_fall_of_the_planned_run_enter_the_answer() -> None:
+    shapes = all_shapes(2)
+    columns = design(np.asarray([0.05, 0.7, 0.3]), np.asarray([100, 200, 150]), 150, shapes)
+    np.testing.assert_allclose(columns[:, 2, 2:], 0.0, atol=1e-12)

@@ -1,0 +1,1 @@
+"""What bench/plan_curve.py compares the planner with."""

@@ -1,0 +1,216 @@
+"""Probe runs: what short runs with different shares of replay leave behind.
+
+metrics.jsonl               tokens by source -> the share of replay
+guard/baseline.json         nats of every document under the untouched model
+guard/scores-*.json         nats of the same documents at the end
+config.resolved.yaml        what probes must have in common (mix_probe_check.py)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from cpt.errors import ConfigError
+from cpt.guard.baseline import BASELINE_FILE, read_baseline
+from cpt.guard.score import as_floats
+from cpt.telemetry.metrics import read_events
+from data_pipeline.config.mix_file import load_mix
+
+Floats = npt.NDArray[np.float64]
+Json = dict[str, Any]
+
+HARMLESS_ACTIONS = {"none", "warn"}
+"""Actions of the guard that leave the run as it was planned."""
+FREE_SETTINGS = {
+    "total_steps",
+    "stop_at_step",
+    "warmup_steps",
+    "decay_steps",
+    "seed",
+    "micro_batch_size",
+    "threads",
+    "gc_interval_steps",
+    "max_rollbacks",
+    "accept_schedule_change",
+    "kl_targets",
+}
+"""Keys of the `train` section in which probes may differ; the lengths are looked at apart."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeScores:
+    """The scores of one domain before and after a probe run."""
+
+    before: Floats
+    """(documents,) nats of each document under the untouched model."""
+    after: Floats
+    """(documents,) nats at the end of the run."""
+    content: tuple[str, str]
+    """Hashes of the documents and of the untouched weights."""
+
+    @property
+    def change_percent(self) -> float:
+        """Change of the bits per byte in percent; positive is worse."""
+        return float(100 * (self.after.sum() / self.before.sum() - 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """A short run at one share of replay."""
+
+    name: str
+    """Its run directory."""
+    replay_share: float
+    """Predicted tokens that are not in the main language, 0 to 1."""
+    main_language: str
+    """The language with the most predicted tokens."""
+    replay_parts: Mapping[str, float]
+    """Share of each source in the replay."""
+    steps: int
+    """Optimizer steps."""
+    recipe: Mapping[str, Any]
+    """Settings that all probes must share."""
+    scores: Mapping[str, ProbeScores]
+    """Scores by domain, of the domains outside the main language."""
+    gain_percent: float
+    """Mean fall of bits per byte over the domains of the main language; NaN if there is none."""
+
+
+def read_probe(run_dir: Path) -> Probe:
+    """Read what a finished probe run has found.
+
+    Raises:
+        ConfigError: the run is not done, its guard interfered, or its files cannot be read.
+    """
+    try:
+        events = read_events(run_dir / "metrics.jsonl")
+        config = yaml.safe_load((run_dir / "config.resolved.yaml").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"probe {run_dir}: {error.strerror}: {error.filename}. Is it a run directory?"
+        ) from error
+    decisions = _last_by_step(events, "guard_decision")
+    total_steps = config["train"]["total_steps"]
+    if total_steps not in decisions:
+        raise ConfigError(
+            f"probe {run_dir}: the guard has not measured step {total_steps}, the last of the "
+            "schedule. Let the run finish."
+        )
+    _check_no_action(run_dir, decisions)
+    tokens = _tokens_by_source(events)
+    languages = _languages(run_dir, config, tokens)
+    by_language: dict[str, float] = defaultdict(float)
+    for source, count in tokens.items():
+        by_language[languages[source]] += count
+    main = max(by_language, key=by_language.__getitem__)
+    replay_tokens = sum(tokens.values()) - by_language[main]
+    replay_parts = {}
+    for source, count in tokens.items():
+        if languages[source] != main and replay_tokens:
+            replay_parts[source] = count / replay_tokens
+    scores, gains = _read_scores(run_dir, decisions[total_steps]["scores"], main)
+    return Probe(
+        name=run_dir.name,
+        replay_share=replay_tokens / sum(tokens.values()),
+        main_language=main,
+        replay_parts=replay_parts,
+        steps=total_steps,
+        recipe=_recipe(config["train"]),
+        scores=scores,
+        gain_percent=float(np.mean(gains)) if gains else math.nan,
+    )
+
+
+def _last_by_step(events: Sequence[Json], kind: str) -> dict[int, Json]:
+    """Return the events of one kind by step; the last line of a step counts."""
+    found = {}
+    for event in events:
+        if event["event"] == kind:
+            found[event["step"]] = event
+    return found
+
+
+def _check_no_action(run_dir: Path, decisions: Mapping[int, Json]) -> None:
+    """Refuse a run in which the guard changed the mix or the learning rate."""
+    for step, decision in decisions.items():
+        if decision["action"] not in HARMLESS_ACTIONS:
+            raise ConfigError(
+                f"probe {run_dir}: the guard acted at step {step} ({decision['action']}), so the "
+                "run has no share of its own. Run probes with guard.policy: warn."
+            )
+
+
+def _tokens_by_source(events: Sequence[Json]) -> dict[str, float]:
+    """Return the predicted tokens of a run by source."""
+    tokens: dict[str, float] = defaultdict(float)
+    for event in _last_by_step(events, "step").values():
+        for source, count in event["tokens_by_source"].items():
+            tokens[source] += count
+    return dict(tokens)
+
+
+def _languages(run_dir: Path, config: Json, tokens: Mapping[str, float]) -> dict[str, str]:
+    """Return the language of each source that was trained on."""
+    path = config["data"]["mix"]
+    languages = {}
+    for source in load_mix(path, need_files=False).sources:
+        languages[source.name] = source.language
+    unknown = sorted(set(tokens) - set(languages))
+    if unknown:
+        raise ConfigError(
+            f"probe {run_dir}: {path} no longer lists the sources {', '.join(unknown)}. Restore "
+            "the mix that the run was started with."
+        )
+    return languages
+
+
+def _recipe(train: Json) -> Json:
+    """Return the settings of a `train` section that all probes must share."""
+    recipe = {}
+    for key, value in train.items():
+        if key not in FREE_SETTINGS:
+            recipe[key] = value
+    # a warm-up and a decay may be longer in a longer run
+    for key in ("warmup_steps", "decay_steps"):
+        recipe[f"{key} / total_steps"] = round(train.get(key, 0) / max(1, train["total_steps"]), 3)
+    return recipe
+
+
+def _read_scores(
+    run_dir: Path, name: str, main_language: str
+) -> tuple[dict[str, ProbeScores], list[float]]:
+    """Return scores by domain outside the main language, and the gains of those in it."""
+    folder = run_dir / "guard"
+    baseline = read_baseline(folder / BASELINE_FILE)
+    path = folder / name
+    try:
+        nats = json.loads(path.read_text(encoding="utf-8"))["nats"]
+    except OSError as error:
+        raise ConfigError(
+            f"probe {run_dir}: {error.strerror}: {path}. A curve needs the scores of every "
+            "document; keep the guard folder of a probe."
+        ) from error
+    scores = {}
+    gains = []
+    for domain, after in nats.items():
+        stored = baseline[domain]
+        score = ProbeScores(
+            before=as_floats(stored["nats"]),
+            after=as_floats(after),
+            content=(stored["content_hash"], stored["weights"]),
+        )
+        if stored["language"] == main_language:
+            gains.append(-score.change_percent)
+        else:
+            scores[domain] = score
+    return scores, gains
