@@ -194,15 +194,17 @@ def _read_scores(
     baseline = read_baseline(folder / BASELINE_FILE)
     path = folder / name
     try:
-        nats = json.loads(path.read_text(encoding="utf-8"))["nats"]
+        stored_scores = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"probe {run_dir}: {error.strerror}: {path}. A curve needs the scores of every "
             "document; keep the guard folder of a probe."
         ) from error
+    # before 0.2 held-out text was the only yardstick
+    text = stored_scores.get("yardsticks", {"text": stored_scores})["text"]
     scores = {}
     gains = []
-    for domain, after in nats.items():
+    for domain, after in text["nats"].items():
         stored = baseline[domain]
         score = ProbeScores(
             before=as_floats(stored["nats"]),

@@ -153,7 +153,7 @@ def write_run(run_dir: Path, **changes: Any) -> Path:
         }
     (run_dir / "guard" / "baseline.json").write_text(json.dumps(baseline))
     nats = {"english": [101.0, 303.0], "japanese": [88.0, 264.0]}
-    scores = {"num_tests": 4, "nats": nats}
+    scores = {"look": {}, "yardsticks": {"text": {"nats": nats}}}
     (run_dir / "guard" / "scores-00000002.json").write_text(json.dumps(scores))
     return run_dir
 
