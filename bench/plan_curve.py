@@ -39,8 +39,8 @@ from cpt.planning.mix_answer import largest_main_share  # noqa: E402
 from data_pipeline.tables import table  # noqa: E402
 from tests.support.mix_plants import LAWS, TOLERANCE, Plant, Setting, simulate  # noqa: E402
 
-NUM_RESAMPLES = 250
-"""Fewer than the planner takes: a quarter of the time, and quantiles that are a little noisier."""
+NUM_RESAMPLES = 100
+"""Fewer than the planner takes: a tenth of the time, and quantiles that are a little noisier."""
 ROUNDING = 1e-3
 """Shares of the truth are known to this."""
 

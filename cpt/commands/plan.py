@@ -107,14 +107,14 @@ def _run(options: argparse.Namespace) -> None:
 def _plan_mix(options: argparse.Namespace) -> None:
     from cpt.planning.mix_answer import describe
     from cpt.planning.mix_curve_drawing import draw
-    from cpt.planning.mix_probe import read_probe
+    from cpt.planning.mix_probe import read_probes
 
     if options.english_tolerance is None or not options.probe:
         raise ConfigError(
             "--english_tolerance and --probe go together: give a tolerance, and five or more "
             "probe runs."
         )
-    probes = [read_probe(run_dir) for run_dir in options.probe]
+    probes = read_probes(options.probe)
     print(describe(probes, options.english_tolerance, options.steps))
     if options.plot:
         figure = draw(probes, options.english_tolerance, options.steps)

@@ -73,7 +73,7 @@ class Probe:
     replay_share: float
     """Predicted tokens that are not in the main language, 0 to 1."""
     main_language: str
-    """The language with the most predicted tokens."""
+    """The language that the run is for."""
     replay_parts: Mapping[str, float]
     """Share of each source in the replay."""
     steps: int
@@ -86,12 +86,47 @@ class Probe:
     """Mean fall of bits per byte over the domains of the main language; NaN if there is none."""
 
 
-def read_probe(run_dir: Path) -> Probe:
-    """Read what a finished probe run has found.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FinishedRun:
+    """What a run left, before it is known which language is the main one."""
+
+    folder: Path
+    train: Json
+    """Content of the `train` section."""
+    tokens: dict[str, float]
+    """Predicted tokens by source."""
+    languages: dict[str, str]
+    """Language of each source."""
+    scores_name: str
+    """File of its last scores."""
+
+    def language_shares(self) -> dict[str, float]:
+        """Return the share of each language in the predicted tokens."""
+        shares: dict[str, float] = defaultdict(float)
+        for source, count in self.tokens.items():
+            shares[self.languages[source]] += count / sum(self.tokens.values())
+        return dict(shares)
+
+
+def read_probes(run_dirs: Sequence[Path]) -> list[Probe]:
+    """Read what finished probe runs have found.
+
+    The main language is the one with the largest share in any of them, since in a probe with much
+    replay it is not the largest.
 
     Raises:
-        ConfigError: the run is not done, its guard interfered, or its files cannot be read.
+        ConfigError: a run is not done, its guard interfered, or its files cannot be read.
     """
+    runs = [_read_run(run_dir) for run_dir in run_dirs]
+    largest: dict[str, float] = defaultdict(float)
+    for run in runs:
+        for language, share in run.language_shares().items():
+            largest[language] = max(largest[language], share)
+    main = max(largest, key=largest.__getitem__)
+    return [_probe_of(run, main) for run in runs]
+
+
+def _read_run(run_dir: Path) -> _FinishedRun:
     try:
         events = read_events(run_dir / "metrics.jsonl")
         config = yaml.safe_load((run_dir / "config.resolved.yaml").read_text(encoding="utf-8"))
@@ -108,24 +143,30 @@ def read_probe(run_dir: Path) -> Probe:
         )
     _check_no_action(run_dir, decisions)
     tokens = _tokens_by_source(events)
-    languages = _languages(run_dir, config, tokens)
-    by_language: dict[str, float] = defaultdict(float)
-    for source, count in tokens.items():
-        by_language[languages[source]] += count
-    main = max(by_language, key=by_language.__getitem__)
-    replay_tokens = sum(tokens.values()) - by_language[main]
+    return _FinishedRun(
+        folder=run_dir,
+        train=config["train"],
+        tokens=tokens,
+        languages=_languages(run_dir, config, tokens),
+        scores_name=decisions[total_steps]["scores"],
+    )
+
+
+def _probe_of(run: _FinishedRun, main_language: str) -> Probe:
+    main_share = run.language_shares().get(main_language, 0.0)
+    num_tokens = sum(run.tokens.values())
     replay_parts = {}
-    for source, count in tokens.items():
-        if languages[source] != main and replay_tokens:
-            replay_parts[source] = count / replay_tokens
-    scores, gains = _read_scores(run_dir, decisions[total_steps]["scores"], main)
+    for source, count in run.tokens.items():
+        if run.languages[source] != main_language and main_share < 1:
+            replay_parts[source] = count / num_tokens / (1 - main_share)
+    scores, gains = _read_scores(run.folder, run.scores_name, main_language)
     return Probe(
-        name=run_dir.name,
-        replay_share=replay_tokens / sum(tokens.values()),
-        main_language=main,
+        name=run.folder.name,
+        replay_share=1 - main_share,
+        main_language=main_language,
         replay_parts=replay_parts,
-        steps=total_steps,
-        recipe=_recipe(config["train"]),
+        steps=run.train["total_steps"],
+        recipe=_recipe(run.train),
         scores=scores,
         gain_percent=float(np.mean(gains)) if gains else math.nan,
     )

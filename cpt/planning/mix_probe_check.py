@@ -54,11 +54,6 @@ def _problems_of_comparison(probes: Sequence[Probe]) -> list[str]:
     problems = []
     first = probes[0]
     for probe in probes[1:]:
-        if probe.main_language != first.main_language:
-            problems.append(
-                f"{probe.name}: main_language is {probe.main_language}, {first.name} has "
-                f"{first.main_language}."
-            )
         for key, value in probe.recipe.items():
             if value != first.recipe.get(key):
                 problems.append(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from cpt.cli import main
 from cpt.planning.mix_answer import describe, largest_main_share, leave_out
 from cpt.planning.mix_curve_drawing import draw
 from cpt.planning.mix_probe import Probe
@@ -149,6 +153,60 @@ def test_run_far_off_the_others_is_named() -> None:
     probes[1] = dataclasses.replace(probes[1], scores=changed)
     outside = [line for line in describe(probes, TOLERANCE).splitlines() if "OUTSIDE" in line]
     assert any(line.startswith("  probe-1: domain-0") for line in outside)
+
+
+def write_run(folder: Path, probe: Probe) -> Path:
+    """Write what the planner reads of a run that ended as a simulated probe did."""
+    run_dir = folder / probe.name
+    (run_dir / "guard").mkdir(parents=True)
+    (folder / "t.jsonl").write_text('{"text": "a"}\n')
+    sources = []
+    for name, language in (("japanese", "ja"), ("english", "en")):
+        source = {"name": name, "language": language, "domain": "web", "weight": 0.5}
+        sources.append({**source, "path": str(folder / "t.jsonl")})
+    mix = folder / "mix.yaml"
+    mix.write_text(yaml.safe_dump({"seq_len": 64, "seed": 1, "sources": sources}))
+    config = {"data": {"mix": str(mix)}, "train": {"total_steps": probe.steps, "lr": 1e-4}}
+    (run_dir / "config.resolved.yaml").write_text(yaml.safe_dump(config))
+    english = round(10_000 * probe.replay_share)
+    tokens = {"japanese": 10_000 - english, "english": english}
+    decision = {"event": "guard_decision", "action": "warn", "scores": "scores.json"}
+    with open(run_dir / "metrics.jsonl", "w", encoding="utf-8") as file:
+        for event in (
+            {"event": "step", "step": probe.steps, "tokens_by_source": tokens},
+            {**decision, "step": probe.steps},
+        ):
+            file.write(json.dumps(event) + "\n")
+    baseline = {}
+    nats = {}
+    for domain, score in probe.scores.items():
+        baseline[domain] = {
+            "language": "en",
+            "content_hash": "text",
+            "weights": "weights",
+            "nats": score.before.tolist(),
+        }
+        nats[domain] = score.after.tolist()
+    (run_dir / "guard" / "baseline.json").write_text(json.dumps(baseline))
+    scores = {"look": {}, "yardsticks": {"text": {"nats": nats}}}
+    (run_dir / "guard" / "scores.json").write_text(json.dumps(scores))
+    return run_dir
+
+
+def test_command_reads_runs_and_says_what_the_probes_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probes = six_probes().probes
+    arguments = ["plan", "--english_tolerance", "1"]
+    for probe in probes:
+        arguments += ["--probe", str(write_run(tmp_path, probe))]
+    figure = tmp_path / "curve.svg"
+    assert main([*arguments, "--plot", str(figure)]) == 0
+    answer = describe(probes, TOLERANCE).split("\n\n")[1]
+    assert answer in capsys.readouterr().out
+    assert "domain-3" in figure.read_text()
+    assert main([*arguments, "--steps", "1000"]) == 78
+    assert "another length, another loss" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

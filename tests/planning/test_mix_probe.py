@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from cpt.errors import ConfigError
-from cpt.planning.mix_probe import Probe, read_probe
+from cpt.planning.mix_probe import Probe, read_probes
 from cpt.planning.mix_probe_check import check_probes
 from tests.support.mix_plants import Setting, simulate
 
@@ -45,7 +45,6 @@ def with_fewer_domains(probe: Probe) -> Probe:
     [
         (with_other_text, "probe-4: other held-out text of domain-1, or another untouched model"),
         (with_fewer_domains, "only one of them measured domain-1"),
-        (lambda probe: dataclasses.replace(probe, main_language="ko"), "main_language is ko"),
         (
             lambda probe: dataclasses.replace(probe, recipe={"lr": 2e-4}),
             "probe-4: train.lr is 0.0002, probe-0 has 0.0001",
@@ -55,7 +54,7 @@ def with_fewer_domains(probe: Probe) -> Probe:
             "probe-4: code makes up 50 % of the replay, 0 % in probe-0",
         ),
     ],
-    ids=["text", "domains", "language", "recipe", "replay"],
+    ids=["text", "domains", "recipe", "replay"],
 )
 def test_probes_that_cannot_be_compared_are_refused(
     change: Callable[[Probe], Probe], said: str
@@ -159,7 +158,7 @@ def write_run(run_dir: Path, **changes: Any) -> Path:
 
 
 def test_probe_is_read_from_what_a_run_leaves(tmp_path: Path) -> None:
-    probe = read_probe(write_run(tmp_path / "run"))
+    (probe,) = read_probes([write_run(tmp_path / "run")])
     assert probe.name == "run"
     assert probe.main_language == "ja"
     assert probe.replay_share == pytest.approx(0.35)
@@ -176,6 +175,16 @@ def test_probe_is_read_from_what_a_run_leaves(tmp_path: Path) -> None:
     }
 
 
+def test_probe_with_more_replay_than_main_language_is_read_like_the_others(tmp_path: Path) -> None:
+    usual = write_run(tmp_path / "usual")
+    much = write_run(tmp_path / "much")
+    metrics = much / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"ja": 60, "en": 40', '"ja": 20, "en": 80'))
+    shares = {probe.name: probe.replay_share for probe in read_probes([much, usual])}
+    assert shares == {"much": pytest.approx(0.55), "usual": pytest.approx(0.35)}
+    assert list(read_probes([much, usual])[0].scores) == ["english"]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -189,7 +198,7 @@ def test_run_that_is_no_probe_is_refused(
     tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        read_probe(write_run(tmp_path / "run", **changes))
+        read_probes([write_run(tmp_path / "run", **changes)])
 
 
 def test_source_that_the_mix_no_longer_lists_is_named(tmp_path: Path) -> None:
@@ -197,9 +206,9 @@ def test_source_that_the_mix_no_longer_lists_is_named(tmp_path: Path) -> None:
     path = run_dir / "mix.yaml"
     path.write_text(path.read_text().replace("name: en", "name: english"))
     with pytest.raises(ConfigError, match="no longer lists the sources en"):
-        read_probe(run_dir)
+        read_probes([run_dir])
 
 
 def test_directory_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"No such file.*Is it a run directory"):
-        read_probe(tmp_path / "none")
+        read_probes([tmp_path / "none"])
