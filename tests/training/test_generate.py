@@ -11,7 +11,7 @@ import torch
 from transformers import GptOssConfig, LogitsProcessorList, TopPLogitsWarper
 
 from cpt.model.attention.reference import cached_attention
-from cpt.model.decoding import KeyValueCache, cache_bytes, decoding_attention
+from cpt.model.decoding import KeyValueCache, PromptPass, cache_bytes, decoding_attention
 from cpt.offline.model import OfflineModel
 from cpt.training import generate as generate_module
 from cpt.training.generate import GenerationStopped, generate
@@ -108,6 +108,25 @@ def test_little_memory_makes_fewer_rows_and_the_same_replies(
     too_little = generate(decoder, PROMPTS, sampling, stop_ids=[], max_cache_bytes=1)
     assert sizes == [6, 3, 1]
     assert plenty == three_rows == too_little
+
+
+def test_prompts_of_several_passes_give_the_same_replies(
+    decoder: OfflineModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later prompts are read while earlier texts are half written."""
+    sampling = Sampling(max_new_tokens=11)
+    at_once = generate(decoder, PROMPTS, sampling, stop_ids=[])
+    passes = []
+
+    class Watched(PromptPass):
+        def __init__(self, cache: KeyValueCache, prompts: Any, first_row: int | None) -> None:
+            passes.append([len(prompt) for prompt in prompts])
+            super().__init__(cache, prompts, first_row)
+
+    monkeypatch.setattr(generate_module, "PromptPass", Watched)
+    monkeypatch.setattr(generate_module, "PROMPT_PASS_TOKENS", 72)
+    assert generate(decoder, PROMPTS, sampling, stop_ids=[]) == at_once
+    assert passes == [[4], [73], [1, 32], [40], [68]]
 
 
 def test_seed_and_number_of_a_prompt_decide_its_reply(decoder: OfflineModel) -> None:
