@@ -142,7 +142,11 @@ def make_guard(context: RunContext, data: BuiltData) -> Guard | None:
     if data.held_out:
         yardsticks.append(HeldOutText(data, config, topology, run_dir))
     if context.mix.guard.generation:
-        yardsticks.append(Generation(context.mix, config, topology, run_dir, context.clock))
+        yardsticks.append(
+            Generation(
+                context.mix, config, topology, run_dir, context.clock, observe=context.observe
+            )
+        )
     if not yardsticks:
         return None
     return Guard(yardsticks, config, topology, run_dir)

@@ -8,6 +8,7 @@ Files, all in <run_dir>/guard/generation and never written again:
     untouched-NAME.json      replies of the untouched model to the prompts of one domain
     replies-STEP.json        replies of a look, from which its measures can be computed again
     examples-STEP.json       those that changed for the worse, for report.html
+    measured-...             the same of a measurement apart from training
 
 Decisions
     Replies are greedy, so those of the same weights are the same, and every difference from the
@@ -81,6 +82,8 @@ class Generation(GenerationJudge):
         topology: Topology,
         run_dir: Path,
         clock: PhaseClock,
+        *,
+        observe: bool = False,
     ) -> None:
         """Read the prompts; nothing is generated yet.
 
@@ -90,12 +93,15 @@ class Generation(GenerationJudge):
             topology: The layout.
             run_dir: The run directory.
             clock: Learns that this rank is at work, at every few tokens.
+            observe: Whether another job may be at work in the run directory; what is measured then
+                goes to files of other names.
 
         Raises:
             ConfigError: a line of a file cannot be used.
         """
         super().__init__({})
         self._clock = clock
+        self._prefix = "measured-" if observe else ""
         self._config = config
         self._topology = topology
         self._folder = run_dir / "guard"
@@ -290,13 +296,14 @@ class Generation(GenerationJudge):
                 self.untouched[name], found.indices, found.replies, found.measures
             )
         if number:
-            scores["replies"] = self._write(f"replies-{look.step:08d}", replies)
-            scores["examples"] = self._write(f"examples-{look.step:08d}", examples)
+            scores["replies"] = self._write("replies", look.step, replies)
+            scores["examples"] = self._write("examples", look.step, examples)
         return scores
 
-    def _write(self, stem: str, content: Json) -> str:
+    def _write(self, what: str, step: int, content: Json) -> str:
         """Write a file under a name that is not taken, and return the name."""
         folder = self._folder / FOLDER
+        stem = f"{self._prefix}{what}-{step:08d}"
         name = on_first_rank(self._topology.control_group, lambda: free_file(folder, stem).name)
         write_on_first_rank(self._topology.control_group, folder / name, content)
         return name

@@ -31,6 +31,8 @@ class Run:
     """The event of each of `steps`."""
     guard_events: list[dict[str, Any]]
     """The last measurement of each step and domain, in order of steps."""
+    generation_events: list[dict[str, Any]]
+    """The last measurement of replies of each step, domain and measure, in order of steps."""
     checkpoint_events: list[dict[str, Any]]
     router_events: list[dict[str, Any]]
     """The last measurement of each step, in order of steps."""
@@ -41,6 +43,8 @@ class Run:
     """Content of config.resolved.yaml; empty if it cannot be read."""
     goodput: Goodput
     """Use of the time, over all starts."""
+    run_dir: Path
+    """The run directory, for files that events name."""
     notes: list[str]
     """Warnings for the reader of the page."""
 
@@ -75,10 +79,7 @@ def read_run(run_dir: Path) -> Run:
     for event in kept:
         by_kind.setdefault(str(event["event"]), []).append(event)
     steps = by_kind.get("step", [])
-    guard = {}
-    for event in by_kind.get("guard", []):
-        if event.get("kind", "text") == "text":
-            guard[event["step"], str(event.get("domain"))] = event
+    guard = by_kind.get("guard", [])
     router = {event["step"]: event for event in by_kind.get("router", [])}
     config, notes = _read_config(run_dir / "config.resolved.yaml")
     lost = [event["step"] for event in steps if not math.isfinite(number(event.get("loss")))]
@@ -90,15 +91,31 @@ def read_run(run_dir: Path) -> Run:
     return Run(
         steps=np.asarray([event["step"] for event in steps], dtype=np.float64),
         step_events=steps,
-        guard_events=sorted(guard.values(), key=lambda event: event["step"]),
+        guard_events=last_measurements(guard, "text"),
+        generation_events=last_measurements(guard, "generation"),
         checkpoint_events=by_kind.get("checkpoint", []),
         router_events=list(router.values()),
         resumes=resumes,
         num_repeated_steps=repeated,
         config=config,
         goodput=goodput(events),
+        run_dir=run_dir,
         notes=notes,
     )
+
+
+def last_measurements(events: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Return the last of the guard's lines of each step, domain and measure, in order of steps.
+
+    Args:
+        events: Lines of all kinds.
+        kind: Kind of the yardstick that is wanted.
+    """
+    found = {}
+    for event in events:
+        if event.get("kind", "text") == kind:
+            found[event["step"], str(event.get("domain")), str(event.get("measure"))] = event
+    return sorted(found.values(), key=lambda event: event["step"])
 
 
 def current_branch(events: Iterable[Any]) -> tuple[list[dict[str, Any]], list[int], int]:

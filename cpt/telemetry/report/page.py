@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cpt.errors import ConfigError, StorageError
+from cpt.telemetry.report.generation_panel import generation_panel
 from cpt.telemetry.report.guard_panel import domain_grid, guard_panel
 from cpt.telemetry.report.history import Run, read_run
 from cpt.telemetry.report.mixture_panel import mixture_panel
@@ -114,7 +115,8 @@ def all_panels(run: Run) -> list[Panel]:
     from bokeh.models import Range1d
 
     colors = language_colors(run)
-    shown = step_range(np.append(run.steps, [event["step"] for event in run.guard_events]))
+    measured = [event["step"] for event in (*run.guard_events, *run.generation_events)]
+    shown = step_range(np.append(run.steps, measured))
     steps = Range1d(start=shown.low, end=shown.high)
     num_guard_rows = max(2, domain_grid(run)[1])
     panels = [
@@ -127,6 +129,7 @@ def all_panels(run: Run) -> list[Panel]:
         throughput_panel(run, steps),
         traffic_panel(run, steps),
         divergence_panel(run, steps, colors),
+        generation_panel(run, steps),
         router_panel(run, steps, colors),
     ]
     # None: the run has not measured what the panel would show

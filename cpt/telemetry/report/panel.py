@@ -57,6 +57,37 @@ class BarPart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TableRow:
+    """One row of a table."""
+
+    texts: tuple[str, ...]
+    """One text per heading."""
+    is_strong: bool = False
+    """Whether the row sums up those that follow."""
+    is_alarm: bool = False
+    """Whether it must be seen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A table below the charts of a panel."""
+
+    headings: tuple[str, ...]
+    rows: tuple[TableRow, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextPair:
+    """Two texts side by side."""
+
+    heading: str
+    question: str
+    """Text above both."""
+    before: str
+    now: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
     """One section of the page."""
 
@@ -72,6 +103,10 @@ class Panel:
     num_columns: int = 1
     """Cells side by side."""
     bar: tuple[BarPart, ...] = ()
+    table: Table | None = None
+    """A table below the charts."""
+    comparisons: tuple[TextPair, ...] = ()
+    """Texts below the table, before and after."""
     reason: str = ""
     """Why there is nothing to show; empty if there is."""
 
