@@ -281,6 +281,7 @@ def continue_on_japanese(options: argparse.Namespace, base: Path, arm: str, seed
     }
     if chosen.guard:
         guard["interval_steps"] = 10
+        guard["controller"] = "ladder"
     train: dict[str, Any] = {
         "total_steps": options.steps,
         "lr": 5e-4,

@@ -21,8 +21,8 @@ class DomainLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardSection:
-    """The `guard` section: when held-out text is scored, and what a loss causes
-    (cpt/guard/ladder.py)."""
+    """The `guard` section: when the model is measured, and what a loss causes
+    (cpt/guard/controller.py, cpt/guard/ladder.py)."""
 
     enabled: bool = True
     """Measure held-out bits per byte before step 0, every `interval_steps` and at the end."""
@@ -43,12 +43,20 @@ class GuardSection:
     policy: Literal["act", "warn"] = "act"
     """act raises replay, lowers the learning rate, pauses and rolls back; warn only writes a
     warning."""
+    controller: Literal["two_way", "ladder"] = "two_way"
+    """two_way moves replay and the learning rate up and down with the measured loss; ladder only
+    raises replay and lowers the rate, one rung at a time."""
+    set_point: float = 0.6
+    """Loss, as a share of the tolerance, that the two-way controller steers every domain to."""
+    least_replay: float = 1.0
+    """Smallest share to which the two-way controller may lower a replayed source, as a part of the
+    share that the mix gives it; 1 never goes below the mix."""
     act_at: float = 0.5
     """Share of the tolerance from which on a statistically certain rise counts."""
     replay_factor: float = 1.5
-    """Raising replay multiplies the share of a domain's sources by this factor."""
+    """Raising replay by the ladder multiplies the share of a domain's sources by this factor."""
     replay_step: float = 0.03
-    """Raising replay adds at least this share of all tokens."""
+    """Raising replay by the ladder adds at least this share of all tokens."""
     max_replay_share: float = 0.75
     """Largest total share of the sources that are not in the main language, which is the one with
     the largest share of the mix."""
@@ -56,6 +64,17 @@ class GuardSection:
     """Lowering the learning rate multiplies it by this factor."""
     min_lr_scale: float = 0.25
     """Smallest product of all these factors."""
+    kl_lever: Literal["off", "before", "beside"] = "off"
+    """Whether the two-way controller also moves `train.kl_weight`: before replay, which then waits
+    until the weight is at `max_kl_weight`, or beside it. It needs `train.kl_targets`."""
+    max_kl_weight: float = 1.0
+    """Largest weight of the divergence to which the guard may raise `train.kl_weight`."""
+    router_lever: Literal["off", "freeze", "raise_replay"] = "off"
+    """Action if `least_router_overlap` is not reached: freeze the routers for the rest of the run,
+    or raise replay until it is. It needs `telemetry.router_interval_steps`."""
+    least_router_overlap: float = 0.8
+    """Share of the routing choices that the untouched routers would make too, mean over the layers;
+    below it `router_lever` acts."""
     patience: int = 2
     """Measurements to wait after an action before the learning rate is lowered."""
     pause_after: int = 4
@@ -91,10 +110,11 @@ class GuardSection:
         for name in ("act_at", "lr_factor", "min_lr_scale"):
             if not 0 < getattr(self, name) <= 1:
                 yield name, f"is {getattr(self, name)}, must be above 0 and at most 1."
+        yield from self._check_controller()
         if self.replay_factor < 1:
             yield (
                 "replay_factor",
-                f"is {self.replay_factor}, must be >= 1: replay is raised, never lowered.",
+                f"is {self.replay_factor}, must be >= 1: the ladder never lowers replay.",
             )
         if not 0 < self.replay_step < 1:
             yield (
@@ -125,3 +145,18 @@ class GuardSection:
                 f"is {own}, must be a multiple of interval_steps ({self.interval_steps}): replies "
                 "are measured when held-out text is, so that one decision sees both.",
             )
+
+    def _check_controller(self) -> Iterator[tuple[str, str]]:
+        if not 0 < self.set_point < 1:
+            yield "set_point", f"is {self.set_point}, must be between 0 and 1 (of the tolerance)."
+        for name in ("least_replay", "least_router_overlap"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield name, f"is {getattr(self, name)}, must be from 0 to 1."
+        if not 0 < self.max_kl_weight < float("inf"):
+            yield "max_kl_weight", f"is {self.max_kl_weight}, must be above 0."
+        if self.controller == "two_way":
+            return
+        if self.kl_lever != "off":
+            yield "kl_lever", f"is {self.kl_lever}, which needs guard.controller: two_way."
+        if self.router_lever == "raise_replay":
+            yield "router_lever", "is raise_replay, which needs guard.controller: two_way."

@@ -324,6 +324,27 @@ class RunYaml:
     telemetry: TelemetrySection = field(default_factory=TelemetrySection)
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
 
+    def check(self) -> Iterator[tuple[str, str]]:
+        guard = self.guard
+        if guard.kl_lever != "off" and self.train.kl_targets is None:
+            yield (
+                "guard.kl_lever",
+                f"is {guard.kl_lever}, but there are no targets to weigh. Give train.kl_targets "
+                "and train.kl_weight, or remove it.",
+            )
+        weight = self.train.kl_weight
+        if guard.kl_lever != "off" and weight is not None and weight > guard.max_kl_weight:
+            yield (
+                "guard.max_kl_weight",
+                f"is {guard.max_kl_weight:g}, below train.kl_weight ({weight:g}). Raise it.",
+            )
+        if guard.router_lever != "off" and not self.telemetry.router_interval_steps:
+            yield (
+                "guard.router_lever",
+                f"is {guard.router_lever}, but telemetry.router_interval_steps is 0: the drift of "
+                "the routers is not measured. Give an interval.",
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertParallelJson:

@@ -18,10 +18,12 @@ from typing import Any
 
 from cpt.config import DomainLimits, GuardSection
 from cpt.errors import ConfigError, InternalError
+from cpt.guard.decision import decide
 from cpt.guard.generation.judge import GenerationJudge
 from cpt.guard.guard import judged, restarted
 from cpt.guard.held_out_text import TextJudge
-from cpt.guard.ladder import GuardState, decide
+from cpt.guard.ladder import GuardState
+from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.yardstick import Evidence, Judge, Kind, Look
 from cpt.telemetry.metrics import read_events
 
@@ -129,9 +131,7 @@ def _audit_decision(
         stored = json.loads(scores.read_text(encoding="utf-8"))
         seen, _ = judged(judges, _scores_by_kind(stored), before, _look(event, settings, stored))
         problems += _reading_problems(seen, evidence, ("lower_bound",) if _is_old(event) else None)
-    decided, decision = decide(
-        seen, evidence, settings, replay_room=event["replay_room"], last=event["last"]
-    )
+    decided, decision = decide(seen, evidence, settings, _limits(event), last=event["last"])
     after = restarted(judges, decided, decision)
     actions = dict(decision.actions)
     if decision.action != event["action"] or actions != event["actions"]:
@@ -174,7 +174,15 @@ def _settings(stored: Json) -> GuardSection:
     domains = {}
     for name, limits in stored["domains"].items():
         domains[name] = DomainLimits(**limits)
-    return GuardSection(**{**stored, "domains": domains})
+    # before 0.2 the ladder was the only law
+    return GuardSection(**{"controller": "ladder", **stored, "domains": domains})
+
+
+def _limits(event: Json) -> LeverLimits:
+    """Return the limits of the levers; before 0.2 the room for replay was the only one."""
+    if "limits" in event:
+        return LeverLimits.from_json(event["limits"])
+    return LeverLimits(room=event["replay_room"])
 
 
 def _look(event: Json, settings: GuardSection, stored: Json) -> Look:

@@ -1,6 +1,6 @@
 """The guard of one run: it measures with all its yardsticks, decides once, and logs it.
 
-    yardsticks -> raw scores -> judged (yardstick.py) -> decision (ladder.py)
+    yardsticks -> raw scores -> judged (yardstick.py) -> decision (decision.py)
 
 Every yardstick keeps a baseline of the untouched model on disk. metrics.jsonl gets one line or more
 per domain and one per decision.
@@ -17,17 +17,16 @@ from typing import Any
 from cpt.config import RunConfig
 from cpt.errors import ConfigError
 from cpt.guard.baseline import free_scores_file, write_on_first_rank
+from cpt.guard.decision import decide
 from cpt.guard.ladder import (
     LEVERS,
     Decision,
-    Evidence,
     GuardState,
-    ReplayLimits,
-    decide,
     evidence_at,
 )
+from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.requirements import num_looks
-from cpt.guard.yardstick import Json, Judge, Kind, Look, Yardstick
+from cpt.guard.yardstick import Evidence, Json, Judge, Kind, Look, Yardstick
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.faults import fault_point
@@ -99,7 +98,7 @@ class Guard:
         telemetry: Telemetry,
         *,
         stop: StopRequest | None = None,
-        replay: Callable[[], ReplayLimits] | None = None,
+        replay: Callable[[], LeverLimits] | None = None,
     ) -> Decision | None:
         """Measure with every yardstick that is due, decide, and log it.
 
@@ -124,7 +123,7 @@ class Guard:
             return None
         if step:
             self._scores_name = self._keep_scores(look, scores)
-        limits = replay() if replay is not None else ReplayLimits(shares={}, room=0.0)
+        limits = replay() if replay is not None else LeverLimits(shares={}, room=0.0)
         self._decide(look, scores, limits, telemetry)
         self._report(look, telemetry)
         return self.decision
@@ -202,37 +201,36 @@ class Guard:
         self,
         look: Look,
         scores: Mapping[Kind, Json],
-        limits: ReplayLimits,
+        limits: LeverLimits,
         telemetry: Telemetry,
     ) -> None:
         """Judge and decide, and log the decision with everything that it follows from."""
         before = self.state
         seen, self.latest = judged(self._judges(), scores, before, look)
         evidence = evidence_at(look.step, self.domain_names, seen.readings, limits)
-        after, self.decision = decide(
-            seen, evidence, look.settings, replay_room=limits.room, last=look.last
-        )
+        after, self.decision = decide(seen, evidence, look.settings, limits, last=look.last)
         if look.step == 0:  # the untouched model has changed nothing
             return
         self.state = restarted(self._judges(), after, self.decision)
-        event = decision_event(
-            look, self.decision, evidence, before, self.state, replay_room=limits.room
-        )
+        event = decision_event(look, self.decision, evidence, before, self.state, limits)
         telemetry.log({**event, "scores": self._scores_name})
 
     def _report(self, look: Look, telemetry: Telemetry) -> None:
         """Log the measurement of every domain, and warn of those that led to an action."""
         assert self.decision is not None
-        warned = set()
+        acted = set()
+        are_red = False
         for kind, events in self.latest.items():
             for event in events:
                 action = self.decision.actions[event["domain"]]
                 event["action"] = action
                 telemetry.log({"event": "guard", "step": look.step, "kind": kind, **event})
                 if action != "none":
-                    warned.add(event["domain"])
-        if warned and self._topology.rank == 0:
-            log.warning("step %d: %s", look.step, self.decision.reason)
+                    acted.add(event["domain"])
+                    are_red = are_red or event["state"] == "red"
+        if acted and self._topology.rank == 0:
+            level = logging.WARNING if are_red else logging.INFO
+            log.log(level, "step %d: %s", look.step, self.decision.reason)
 
     def _write(self, path: Path, content: Json) -> None:
         write_on_first_rank(self._topology.control_group, path, content)
@@ -286,8 +284,7 @@ def decision_event(
     evidence: Sequence[Evidence],
     before: GuardState,
     after: GuardState,
-    *,
-    replay_room: float,
+    limits: LeverLimits,
 ) -> Json:
     """Return a decision with everything that it follows from, as one line of metrics.jsonl."""
     return {
@@ -297,7 +294,8 @@ def decision_event(
         "reason": decision.reason,
         "actions": dict(decision.actions),
         "evidence": [one.to_json() for one in evidence],
-        "replay_room": replay_room,
+        "replay_room": limits.room,
+        "limits": limits.to_json(),
         "last": look.last,
         "settings": asdict(look.settings),
         "before": before.to_json(),

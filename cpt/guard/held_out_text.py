@@ -267,7 +267,7 @@ def change_table(events: Sequence[Mapping[str, Any]]) -> str:
             f"{event['bits_per_byte']:5.3f}  {_signed(event['delta_percent']):>9}  "
             f"({_signed(event['ci_low'])} to {_signed(event['ci_high'])})  {event['state']}"
         )
-        if event.get("action", "none") != "none":
+        if event.get("action", "none") != "none" and event["state"] == "red":
             line += "  WARNING"
         lines.append(line)
     return "\n".join(lines)

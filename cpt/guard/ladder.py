@@ -28,26 +28,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cpt.config import GuardSection
+from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.yardstick import UNITS, Evidence, Json, Plain, Reading
 
-SEVERITY = ("none", "warn", "raise_replay", "lower_lr", "pause", "rollback")
+SEVERITY = (
+    "none",
+    "lower_replay",
+    "lower_kl",
+    "raise_lr",
+    "warn",
+    "raise_kl",
+    "raise_replay",
+    "freeze_routers",
+    "lower_lr",
+    "pause",
+    "rollback",
+)
 """Actions, each stronger than the one before."""
-LEVERS = ("raise_replay", "lower_lr")
-"""Actions that change how the run goes on."""
+LEVERS = ("raise_kl", "raise_replay", "freeze_routers", "lower_lr")
+"""Actions against a loss that change how the run goes on."""
+RELIEFS = ("lower_replay", "lower_kl", "raise_lr")
+"""Actions that take back such a change; only the two-way controller has them."""
 MIN_REPLAY_ROOM = 1e-6
 """Share of the tokens; less room than this is none."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReplayLimits:
-    """The limits of raising replay for the domains of a run, at one step."""
-
-    shares: dict[str, tuple[float | None, float]]
-    """Present share of each domain's sources, or None if none of them can be raised, and the
-    largest share that they may have.
-    """
-    room: float
-    """Share of the tokens by which all replay together may still grow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +79,24 @@ class GuardState(Plain):
     """Sequential state of each yardstick, by its kind."""
     readings: Mapping[str, Json] = field(default_factory=dict)
     """Newest reading of each domain, by domain."""
+    smoothed: Mapping[str, float] = field(default_factory=dict)
+    """Loss of each domain in tolerances, smoothed over looks (cpt/guard/controller.py)."""
+    asked: Mapping[str, float] = field(default_factory=dict)
+    """Share that the two-way controller asks for each source, applied or not."""
+    replay: Mapping[str, float] = field(default_factory=dict)
+    """Share that the two-way controller gave to each source."""
+    headings: Mapping[str, int] = field(default_factory=dict)
+    """Direction in which the share of a source last moved: 1 or -1."""
+    stuck: Mapping[str, int] = field(default_factory=dict)
+    """Looks in a row that a domain was over its tolerance without a lever or a recovery."""
+    best: Mapping[str, float] = field(default_factory=dict)
+    """Smoothed loss of such a domain when its count began."""
+    settled: int = 0
+    """Looks in a row that found every domain green and below the set point."""
+    kl_weight: float | None = None
+    """Weight of the divergence, if the guard has moved it."""
+    routers_frozen: bool = False
+    """Whether the routers are no longer trained."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +112,7 @@ class Decision:
 
 
 def evidence_at(
-    step: int, domains: Iterable[str], readings: Mapping[str, Json], replay: ReplayLimits
+    step: int, domains: Iterable[str], readings: Mapping[str, Json], replay: LeverLimits
 ) -> list[Evidence]:
     """Return the newest readings of domains as a decision at a step takes them.
 
@@ -128,9 +149,28 @@ def decide(
         replay_room: Share of the tokens by which all replay together may still grow.
         last: Whether the run is over, so that nothing but a warning makes sense.
     """
+    state, actions = observed(state, evidence, settings)
+    if state.over and not last and settings.policy == "act":
+        state, pulled = _pull(state, evidence, settings, replay_room)
+        actions |= pulled
+    return concluded(state, evidence, actions)
+
+
+def observed(
+    state: GuardState, evidence: Sequence[Evidence], settings: GuardSection
+) -> tuple[GuardState, dict[str, str]]:
+    """Count what a look has found, before any lever is pulled.
+
+    Args:
+        state: State before the look.
+        evidence: See `decide`.
+        settings: The run's guard section.
+
+    Returns:
+        The state with its counts, and by domain a warning if it was measured and is over its line.
+    """
     over: dict[str, int] = {}
     actions: dict[str, str] = {}
-    beyond: list[str] = []
     for one in evidence:
         actions[one.domain] = "none"
         if one.age_steps:  # it was not measured at this look
@@ -140,18 +180,20 @@ def decide(
         if one.above(settings.act_at * one.tolerance):
             over[one.domain] = state.over.get(one.domain, 0) + 1
             actions[one.domain] = "warn"
-        if one.above(one.tolerance):
-            beyond.append(one.domain)
     measured = [one for one in evidence if not one.age_steps]
     hard = state.hard + 1 if any(map(_above_hard_limit, measured)) else 0
     green = all(one.state == "green" for one in evidence)
     state = dataclasses.replace(state, over=over, hard=hard, idle=state.idle + 1, green=green)
-    if over and not last and settings.policy == "act":
-        state, pulled = _pull(state, measured, beyond, settings, replay_room)
-        actions |= pulled
+    return state, actions
+
+
+def concluded(
+    state: GuardState, evidence: Sequence[Evidence], actions: Mapping[str, str]
+) -> tuple[GuardState, Decision]:
+    """Return the decision that consists of these actions, and the state after it."""
     decision = Decision(
         action=max(actions.values(), key=SEVERITY.index, default="none"),
-        actions=actions,
+        actions=dict(actions),
         reason=_reasons(evidence, actions),
     )
     if decision.action == "pause":
@@ -162,7 +204,6 @@ def decide(
 def _pull(
     state: GuardState,
     evidence: Sequence[Evidence],
-    beyond: list[str],
     settings: GuardSection,
     replay_room: float,
 ) -> tuple[GuardState, dict[str, str]]:
@@ -170,22 +211,23 @@ def _pull(
 
     Args:
         state: State after the measurement.
-        evidence: One entry per measured domain.
-        beyond: Domains over their tolerance.
+        evidence: See `decide`.
         settings: The run's guard section.
         replay_room: See `decide`.
 
     Returns:
         The state after the lever was pulled, and the action of each domain that it is pulled for.
     """
+    measured = [one for one in evidence if not one.age_steps]
+    beyond = [one.domain for one in measured if one.above(one.tolerance)]
     idle = state.idle
     pulled: dict[str, str] = {}
     if idle > 1 or beyond:
-        raised = raised_shares(state, evidence, settings, replay_room)
+        raised = raised_shares(state, measured, settings, replay_room)
         if raised:
             state = dataclasses.replace(state, shares={**state.shares, **raised}, idle=0)
             pulled = dict.fromkeys(raised, "raise_replay")
-    slowed_for = [one.domain for one in evidence if _above_hard_limit(one)]
+    slowed_for = [one.domain for one in measured if _above_hard_limit(one)]
     if not slowed_for and not pulled and idle >= settings.patience:
         slowed_for = beyond
     if slowed_for and state.lr_scale > settings.min_lr_scale:
@@ -267,6 +309,8 @@ def _reason(evidence: Evidence, action: str) -> str:
     unit = UNITS[evidence.kind]
     if evidence.lower_bound is None:
         loss = "not a number"
-    else:
+    elif evidence.lower_bound > 0 or evidence.delta is None:
         loss = f"at least {evidence.lower_bound:.2f} {unit} worse"
+    else:
+        loss = f"about {evidence.delta:.2f} {unit} worse"
     return f"{evidence.domain} is {loss} (tolerance {evidence.tolerance:g} {unit}): {action}"

@@ -1,17 +1,22 @@
-"""Replay as shares of the mix: the sources that help a held-out domain, and the raised weights.
+"""Replay as shares of the mix: the sources that serve a held-out domain, and their weights.
 
-The main language gives what replay gains. It is the language with the largest share in the data-mix
-YAML, the one that the run is for. All other sources keep the share that the YAML or a raise gave
-them.
+The main language gives what replay gains, and takes what replay loses. It is the language with the
+largest share in the data-mix YAML, the one that the run is for. All other sources keep the share
+that the YAML or the guard gave them.
+
+The ladder raises the share of a domain (`GuardState.shares`), which its sources divide as in the
+mix. The two-way controller moves single sources (`GuardState.replay`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from cpt.guard.ladder import GuardState
+from cpt.guard.lever_limits import LeverLimits, SourceLimits
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.mixture import Mixture
@@ -23,53 +28,64 @@ EPOCH_MARGIN = 0.98
 class ReplayShares:
     """The shares of one mix and their bounds."""
 
-    def __init__(self, mix: MixConfig, data: BuiltData, max_replay_share: float) -> None:
+    def __init__(
+        self,
+        mix: MixConfig,
+        data: BuiltData,
+        max_replay_share: float,
+        least_replay: float = 1.0,
+    ) -> None:
         """Divide the sources into those that give and those that are replayed.
 
         Args:
             mix: The data mix, as the user wrote it.
             data: The build of that mix.
             max_replay_share: Largest share of all sources that are not in the main language.
+            least_replay: Smallest share of a replayed source, as a part of the mix's.
         """
         self.main_language = _main_language(mix)
         self._mix = mix
         self._data = data
         self._configured: dict[str, float] = {}
         self._language_of: dict[str, str] = {}
+        self._max_epochs: dict[str, float | None] = {}
         self._givers: set[str] = set()
         for source in mix.sources:
             self._configured[source.name] = source.weight
             self._language_of[source.name] = source.language
+            self._max_epochs[source.name] = source.max_epochs
             if source.language == self.main_language:
                 self._givers.add(source.name)
-        self._replayed_by = self._sources_by_domain()
+        self._serving = self._replayed_by_domain()
         floor = 0.0
+        self._main_ceiling = 1.0
         if self.main_language in mix.languages:
             floor = mix.languages[self.main_language].min_share
+            self._main_ceiling = mix.languages[self.main_language].max_share
         self._limit = min(max_replay_share, 1 - floor)
+        self._least_replay = least_replay
 
-    def _sources_by_domain(self) -> dict[str, list[str]]:
-        """Return the sources of each guard domain that have rows and do not give."""
+    def _replayed_by_domain(self) -> dict[str, tuple[str, ...]]:
+        """Return the sources that serve each guard domain, have rows, and do not give."""
         num_rows = {}
         for index, name in enumerate(self._data.source_names):
             num_rows[name] = len(self._data.row_tokens(index))
-        replayed_by: dict[str, list[str]] = {}
+        serving: dict[str, tuple[str, ...]] = {}
         for domain, names in self._mix.serving_sources().items():
-            replayed_by[domain] = []
+            replayed = []
             for name in names:
                 if num_rows.get(name) and name not in self._givers:
-                    replayed_by[domain].append(name)
-        return replayed_by
+                    replayed.append(name)
+            serving[domain] = tuple(replayed)
+        return serving
 
-    def weights(self, raised: Mapping[str, float]) -> dict[str, float]:
-        """Return the share of every source; together they are 1.
-
-        Args:
-            raised: Shares to which the sources of domains were raised.
-        """
+    def weights(self, state: GuardState) -> dict[str, float]:
+        """Return the share of every source under the guard's state; together they are 1."""
         weights = dict(self._configured)
-        for domain, share in raised.items():
-            names = self._replayed_by.get(domain, [])
+        for name, share in self._known(state.replay).items():
+            weights[name] = max(share, self._least_replay * self._configured[name])
+        for domain, share in state.shares.items():
+            names = self._serving.get(domain, ())
             before = _total(self._configured, names)
             for name in names:
                 part = self._configured[name] / before if before > 0 else 1 / len(names)
@@ -80,58 +96,122 @@ class ReplayShares:
             weights[name] = (1 - kept) * self._configured[name] / given
         return weights
 
-    def share(self, domain: str, raised: Mapping[str, float]) -> float | None:
-        """Return the present share of a domain's sources; None if none of them can be raised."""
-        names = self._replayed_by.get(domain)
-        if not names:
-            return None
-        return _total(self.weights(raised), names)
+    def _known(self, replay: Mapping[str, float]) -> dict[str, float]:
+        """Return the shares of those sources that the mix still has and that do not give."""
+        known = {}
+        for name, share in replay.items():
+            if name in self._configured and name not in self._givers:
+                known[name] = share
+        return known
 
-    def room(self, raised: Mapping[str, float]) -> float:
-        """Return the share of the tokens by which all replay together may still grow."""
-        weights = self.weights(raised)
-        return self._limit - _total(weights, weights.keys() - self._givers)
-
-    def largest_share(
+    def limits(
         self,
-        domain: str,
-        raised: Mapping[str, float],
+        state: GuardState,
+        domains: Iterable[str],
         mixture: Mixture,
         batch: int,
         batches_left: int,
         batch_size: int,
-    ) -> float:
-        """Return the largest share that a domain's sources may have.
-
-        It is bounded by the max_share of their languages and the max_epochs of each of them.
+    ) -> LeverLimits:
+        """Return how far replay may still be moved.
 
         Args:
-            domain: The domain.
-            raised: Shares to which the sources of domains were raised.
+            state: The guard's state.
+            domains: The domains of the guard.
             mixture: The mixture, which knows the rows drawn so far.
             batch: The next batch.
             batches_left: Batches until the run ends.
             batch_size: Packed rows of a batch.
         """
-        names = self._replayed_by.get(domain, [])
-        weights = self.weights(raised)
-        now = _total(weights, names)
-        limits = [1.0, *self._language_limits(names, weights)]
+        weights = self.weights(state)
         drawn = mixture.position(batch, batch_size).drawn_rows
         tokens_left = batches_left * batch_size * self._data.seq_len
-        for source in self._mix.sources:
-            if source.name not in names or source.max_epochs is None or not tokens_left:
+        ceilings = self._ceilings_by_epochs(drawn, tokens_left)
+        shares: dict[str, tuple[float | None, float]] = {}
+        served_by = {}
+        for domain in domains:
+            names = self._serving.get(domain, ())
+            served_by[domain] = names
+            if not names:
+                shares[domain] = (None, 1.0)
                 continue
-            index = self._data.source_names.index(source.name)
-            row_tokens = self._data.row_tokens(index)
-            rows_left = source.max_epochs * len(row_tokens) - drawn[index]
-            source_tokens_left = EPOCH_MARGIN * rows_left * float(np.mean(row_tokens))
-            part = weights[source.name] / now if now > 0 else 1 / len(names)
-            limits.append(source_tokens_left / (tokens_left * part))
-        return max(now, min(limits))
+            now = _total(weights, names)
+            bounds = [1.0, *self._language_limits(names, weights)]
+            for name in names:
+                part = weights[name] / now if now > 0 else 1 / len(names)
+                bounds.append(ceilings[name] / part if part > 0 else math.inf)
+            shares[domain] = (now, max(now, min(bounds)))
+        return LeverLimits(
+            shares=shares,
+            room=self._limit - _total(weights, weights.keys() - self._givers),
+            served_by=served_by,
+            sources=self._source_limits(weights, ceilings),
+            main_share=_total(weights, self._givers),
+        )
 
-    def _language_limits(self, names: list[str], weights: Mapping[str, float]) -> list[float]:
+    def _source_limits(
+        self, weights: Mapping[str, float], ceilings: Mapping[str, float]
+    ) -> dict[str, SourceLimits]:
+        """Return the present, the least and the largest share of every source that serves."""
+        serving = {name for names in self._serving.values() for name in names}
+        least = self._least_part(ceilings)
+        limits = {}
+        for name in sorted(serving):
+            language = self._language_of[name]
+            kin = [other for other in serving if self._language_of[other] == language]
+            now = weights[name]
+            part = now / _total(weights, kin) if _total(weights, kin) > 0 else 1 / len(kin)
+            bounds = [1.0, ceilings[name]]
+            for left in self._language_limits(kin, weights):
+                bounds.append(part * left)
+            lowest = self._configured[name] * max(least, self._language_floor(language))
+            limits[name] = SourceLimits(
+                share=now, least=min(now, lowest), largest=max(now, min(bounds))
+            )
+        return limits
+
+    def _least_part(self, ceilings: Mapping[str, float]) -> float:
+        """Return the part of the mix's replay that must stay.
+
+        If replay falls below the mix, the main language takes more than the mix gives it. Its
+        `max_share` and the epochs of its sources limit that.
+        """
+        replayed = _total(self._configured, self._configured.keys() - self._givers)
+        if self._least_replay >= 1 or replayed <= 0:
+            return 1.0
+        largest = self._main_ceiling
+        given = _total(self._configured, self._givers)
+        for name in self._givers:
+            if self._configured[name] > 0:
+                largest = min(largest, ceilings[name] * given / self._configured[name])
+        return min(1.0, max(self._least_replay, (1 - largest) / replayed))
+
+    def _language_floor(self, language: str) -> float:
+        """Return the part of a language's share in the mix that its `min_share` demands."""
+        names = [name for name, of in self._language_of.items() if of == language]
+        total = _total(self._configured, names)
+        if language not in self._mix.languages or total <= 0:
+            return 0.0
+        return min(1.0, self._mix.languages[language].min_share / total)
+
+    def _ceilings_by_epochs(self, drawn: Sequence[int], tokens_left: int) -> dict[str, float]:
+        """Return the largest share of each source that its epochs allow until the run ends."""
+        ceilings = dict.fromkeys(self._configured, math.inf)
+        for name, max_epochs in self._max_epochs.items():
+            if max_epochs is None or not tokens_left:
+                continue
+            index = self._data.source_names.index(name)
+            row_tokens = self._data.row_tokens(index)
+            if not len(row_tokens):
+                continue
+            rows_left = max_epochs * len(row_tokens) - drawn[index]
+            source_tokens_left = EPOCH_MARGIN * rows_left * float(np.mean(row_tokens))
+            ceilings[name] = source_tokens_left / tokens_left
+        return ceilings
+
+    def _language_limits(self, names: Iterable[str], weights: Mapping[str, float]) -> list[float]:
         """Return what the max_share of each language leaves to some of its sources."""
+        names = set(names)
         limits = []
         for language in {self._language_of[name] for name in names} & self._mix.languages.keys():
             others = []

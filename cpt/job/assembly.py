@@ -70,7 +70,9 @@ def assemble(context: RunContext) -> Job:
         mixture=Mixture(data, start.ledger, context.mix.seed),
         engine=engine,
         guard=make_guard(context, data),
-        replay=ReplayShares(context.mix, data, config.guard.max_replay_share),
+        replay=ReplayShares(
+            context.mix, data, config.guard.max_replay_share, config.guard.least_replay
+        ),
         saver=Saver(context.run_dir, engine.deepspeed, context.topology, config.checkpoint),
         telemetry=open_telemetry(context),
         progress=start.progress,

@@ -1,9 +1,11 @@
-"""The guard's levers: how a decision of the ladder changes the run.
+"""The guard's levers: how a decision changes the run.
 
-    raise_replay   one more segment of the mix ledger, from the next batch on
-    lower_lr       `GuardState.lr_scale`, a factor on the schedule
-    pause          save and leave with exit code 75 and the reason
-    rollback       at the next start: load the last green checkpoint and mix with more replay
+    raise_replay, lower_replay   one more segment of the mix ledger, from the next batch on
+    lower_lr, raise_lr           `GuardState.lr_scale`, a factor on the schedule
+    raise_kl, lower_kl           `GuardState.kl_weight`, in place of `train.kl_weight`
+    freeze_routers               rate 0 for the routers from the next step on
+    pause                        save and leave with exit code 75 and the reason
+    rollback                     at the next start: load the last green checkpoint, more replay
 
 Every rank comes to the same decision, because it sees reduced values only.
 """
@@ -12,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import NoReturn
 
@@ -20,13 +21,10 @@ from cpt.checkpoint.loading import load_checkpoint
 from cpt.checkpoint.reader import list_steps
 from cpt.config import GuardSection
 from cpt.errors import ConfigError, RequeueRequested
+from cpt.guard.decision import after_pause
 from cpt.guard.guard import Guard
-from cpt.guard.ladder import (
-    Decision,
-    GuardState,
-    ReplayLimits,
-    after_pause,
-)
+from cpt.guard.ladder import LEVERS, RELIEFS, Decision, GuardState
+from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.yardstick import Evidence, Reading
 from cpt.job.job import Job
 from cpt.job.progress import batch_of_step, read_guard_rollbacks, write_guard_rollbacks
@@ -36,43 +34,56 @@ from cpt.parallel.agreement import on_first_rank
 log = logging.getLogger("cpt.job.guard_levers")
 
 
-def replay_limits(job: Job) -> ReplayLimits:
-    """Return how far replay may still be raised for the held-out domains of the run."""
+def lever_limits(job: Job) -> LeverLimits:
+    """Return how far the guard's levers can still move at the present step."""
     assert job.guard is not None
-    raised = job.guard.state.shares
     train = job.config.train
     batch = job.progress.next_batch
     last_batch = batch_of_step(train.total_steps - 1, job.progress.skip_ranges)
-    batches_left = max(0, last_batch + 1 - batch)
-    shares = {}
-    for name in job.guard.domain_names:
-        largest = job.replay.largest_share(
-            name, raised, job.mixture, batch, batches_left, train.global_batch_size
-        )
-        shares[name] = (job.replay.share(name, raised), largest)
-    return ReplayLimits(shares=shares, room=job.replay.room(raised))
+    limits = job.replay.limits(
+        job.guard.state,
+        job.guard.domain_names,
+        job.mixture,
+        batch,
+        batches_left=max(0, last_batch + 1 - batch),
+        batch_size=train.global_batch_size,
+    )
+    return replace(
+        limits,
+        is_warming_up=job.progress.step < train.warmup_steps,
+        kl_weight=train.kl_weight,
+        router_overlap=job.router_overlap,
+    )
+
+
+def set_levers(job: Job, lr: float) -> None:
+    """Give the engine what the guard's levers are set to, for the next step.
+
+    Args:
+        job: The run.
+        lr: Learning rate of that step, the guard's factor included.
+    """
+    are_frozen = job.guard is not None and job.guard.state.routers_frozen
+    job.engine.set_learning_rate(lr, routers_frozen=are_frozen)
+    job.engine.set_kl_weight(job.kl_weight)
 
 
 def steer(job: Job, guard: Guard, decision: Decision) -> None:
     """Pull the levers that were decided on after a measurement.
+
+    The learning rate, the weight of the divergence and the freezing of routers are read from the
+    guard's state before each step (`set_levers`).
 
     Raises:
         RequeueRequested: the run is paused, after saving.
     """
     if decision.action == "pause":
         pause(job, decision.reason)
-    taken = set(decision.actions.values())
-    if not taken & {"raise_replay", "lower_lr"}:
+    if not set(decision.actions.values()) & {*LEVERS, *RELIEFS}:
         return
-    state = guard.state
-    job.reweigh(job.replay.weights(state.shares))
+    job.reweigh(job.replay.weights(guard.state))
     if job.topology.rank == 0:
-        log.warning(
-            "from step %d on: replay %s; learning rate %g of the schedule's",
-            job.progress.step + 1,
-            describe_shares(state.shares),
-            state.lr_scale,
-        )
+        log.info("from step %d on: %s", job.progress.step + 1, describe_levers(job, guard.state))
 
 
 def pause(job: Job, reason: str) -> NoReturn:
@@ -118,16 +129,16 @@ def go_on_after_pause(job: Job) -> None:
     job.clock.enter("rollback", from_step)
     group = job.topology.control_group
     saved_steps = on_first_rank(group, lambda: list_steps(job.run_dir))
-    limits = replay_limits(job)
+    limits = lever_limits(job)
     suffering = suffering_domains(paused, job.config.guard, limits)
-    state = after_pause(paused, suffering, job.config.guard, replay_room=limits.room)
+    state = after_pause(paused, suffering, job.config.guard, limits)
     states = on_first_rank(group, lambda: read_guard_rollbacks(job.run_dir))
     on_first_rank(group, lambda: write_guard_rollbacks(job.run_dir, [*states, state.to_json()]))
     went_back = paused.green_step is not None and paused.green_step in saved_steps
     if went_back:
         load_green(job, paused)
     guard.state = state
-    job.reweigh(job.replay.weights(state.shares))
+    job.reweigh(job.replay.weights(state))
     event = {"event": "guard_rollback", "step": job.progress.step, "from_step": from_step}
     event |= {"reason": paused.paused, "after": state.to_json()}
     job.telemetry.log({**event, "seconds": time.perf_counter() - started})
@@ -135,7 +146,7 @@ def go_on_after_pause(job: Job) -> None:
         where = f"on from step {from_step}: no green checkpoint"
         if went_back:
             where = f"back from step {from_step} to {paused.green_step}"
-        log.warning("after the guard's pause %s; replay: %s", where, describe_shares(state.shares))
+        log.warning("after the guard's pause %s; replay: %s", where, describe_shares(state))
 
 
 def check_rollbacks_left(job: Job, paused: GuardState) -> None:
@@ -164,7 +175,7 @@ def load_green(job: Job, paused: GuardState) -> None:
 
 
 def suffering_domains(
-    paused: GuardState, settings: GuardSection, limits: ReplayLimits
+    paused: GuardState, settings: GuardSection, limits: LeverLimits
 ) -> list[Evidence]:
     """Return the evidence of the domains that were over their line when the run paused.
 
@@ -181,8 +192,22 @@ def suffering_domains(
     return evidence
 
 
-def describe_shares(shares: Mapping[str, float]) -> str:
-    """Return raised shares in percent, for people."""
+def describe_levers(job: Job, state: GuardState) -> str:
+    """Return what the levers are set to, for people."""
+    parts = [
+        f"replay {describe_shares(state)}",
+        f"learning rate {state.lr_scale:g} of the schedule's",
+    ]
+    if state.kl_weight is not None:
+        parts.append(f"weight of the divergence {job.kl_weight:.3g}")
+    if state.routers_frozen:
+        parts.append("routers frozen")
+    return "; ".join(parts)
+
+
+def describe_shares(state: GuardState) -> str:
+    """Return the shares that the guard gave to domains or sources in percent, for people."""
+    shares = {**state.replay, **state.shares}
     if not shares:
         return "as in the mix"
     return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())

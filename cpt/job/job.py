@@ -67,6 +67,10 @@ class Job:
     telemetry: Telemetry
     progress: Progress
     stability: Stability
+    router_overlap: float | None = None
+    """Share of the newest measured routing choices that the untouched routers would make too, mean
+    over the layers; the same on all ranks. None if none was measured since the start.
+    """
     data_wait_seconds: float = 0.0
     """Time that this rank has waited for rows since the last `take_data_wait`."""
     reader: ReadAhead[Places, MicroBatch] = field(init=False)
@@ -111,6 +115,14 @@ class Job:
     def mix(self) -> MixConfig:
         """The data mix as the user wrote it."""
         return self.context.mix
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight of the divergence in the next step: the run YAML's, or the guard's."""
+        configured = self.config.train.kl_weight or 0.0
+        if self.guard is None or self.guard.state.kl_weight is None:
+            return configured
+        return self.guard.state.kl_weight
 
     @property
     def last_step(self) -> int:
@@ -221,7 +233,7 @@ class Job:
         )
         newest = newest_guard_state(_dict(state.guard), after_rollbacks)
         self.guard.state = GuardState.from_json(newest)
-        self.reweigh(self.replay.weights(self.guard.state.shares))
+        self.reweigh(self.replay.weights(self.guard.state))
 
     def _follow(self, ledger: Ledger) -> None:
         """Take the rows of the next batches from a ledger."""

@@ -8,7 +8,13 @@ from contextlib import closing
 
 from tqdm import tqdm
 
-from cpt.job.guard_levers import go_on_after_pause, note_green, replay_limits, steer
+from cpt.job.guard_levers import (
+    go_on_after_pause,
+    lever_limits,
+    note_green,
+    set_levers,
+    steer,
+)
 from cpt.job.job import Job
 from cpt.job.memory_report import report_memory
 from cpt.job.recovery import after_step
@@ -19,7 +25,7 @@ from cpt.resilience.agreed_stop import leave_if_asked
 from cpt.resilience.faults import fault_point
 from cpt.resilience.stop import StopRequest
 from cpt.telemetry.goodput import start_event
-from cpt.telemetry.router import router_event
+from cpt.telemetry.router import mean_overlap, router_event
 from cpt.training.engine import StepResult, Votes
 from cpt.training.garbage_collection import collecting
 from cpt.training.schedule import learning_rate
@@ -108,7 +114,7 @@ def do_step(
     lr = learning_rate(progress.step, job.config.train)
     if job.guard is not None:
         lr *= job.guard.state.lr_scale
-    job.engine.set_learning_rate(lr)
+    set_levers(job, lr)
 
     def votes() -> Votes:
         settled = job.saver.own_part_is_settled()
@@ -129,7 +135,9 @@ def do_step(
     job.telemetry.log(event)
     log_waits(job, event["seconds"])
     if result.router is not None:
-        job.telemetry.log(router_event(step, result.router, job.data.languages))
+        routers = router_event(step, result.router, job.data.languages)
+        job.router_overlap = mean_overlap(routers)
+        job.telemetry.log(routers)
     bar.set_postfix_str(f"loss {result.loss:.3f}, {event['tokens_per_second']:.0f} tokens/s")
     return result
 
@@ -169,7 +177,7 @@ def measure(job: Job, stop: StopRequest | None = None, *, last: bool = False) ->
     started = time.perf_counter()
     step = job.progress.step
     job.clock.enter("evaluate", step)
-    replay = None if last else lambda: replay_limits(job)
+    replay = None if last else lambda: lever_limits(job)
     decision = job.guard.measure(step, job.engine, job.telemetry, stop=stop, replay=replay)
     seconds = time.perf_counter() - started
     job.telemetry.log({"event": "evaluation", "step": step, "seconds": seconds})

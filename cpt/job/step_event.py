@@ -48,6 +48,7 @@ def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[
     if job.kl_targets is not None and result.kl_by_source is not None:
         kl_by_source = means(names, result.kl_by_source, tokens)
         sources = job.kl_targets.sources
+        event["kl_weight"] = job.kl_weight
         event["kl_by_source"] = {name: kl for name, kl in kl_by_source.items() if name in sources}
     return event
 

@@ -67,5 +67,11 @@ def router_event(step: int, sums: RouterSums, languages: Sequence[str]) -> dict[
     return event
 
 
+def mean_overlap(event: dict[str, Any]) -> float | None:
+    """Return the mean over layers of `overlap` of a router event; None if it was not measured."""
+    known = [value for value in event.get("overlap", []) if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
 def _rounded(values_L: torch.Tensor) -> list[float | None]:
     return [round(value, 5) if math.isfinite(value) else None for value in values_L.tolist()]

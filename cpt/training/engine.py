@@ -5,9 +5,9 @@ The loss that a rank hands to the engine is
     sum over its own tokens of nll / predicted tokens of the global batch * world_size
 
 so that the engine's mean over ranks, and its sum over accumulation steps, is the mean over the
-global batch in every layout. With targets of another model (`train.kl_targets`), `train.kl_weight`
-times the divergence from them is added in the same way. `backward` is told not to divide by the
-accumulation steps.
+global batch in every layout. With targets of another model (`train.kl_targets`), the divergence
+from them is added in the same way, times `train.kl_weight` or what the guard makes of it.
+`backward` is told not to divide by the accumulation steps.
 
 The decision whether to make an update is taken before it, from the loss and the squared gradient
 norm summed over all ranks. So all ranks decide alike, and nothing that is not finite reaches the
@@ -48,7 +48,7 @@ from cpt.resilience.faults import fault_point
 from cpt.resilience.phase import PhaseClock
 from cpt.training.activation_checkpointing import enable_checkpointing
 from cpt.training.loader import MicroBatch, send
-from cpt.training.optimizer import create_optimizer, reserve_files
+from cpt.training.optimizer import ROUTER_GROUPS, create_optimizer, reserve_files
 
 LARGEST_GRAD_NORM = 1e18
 """Gradient norm from which on a step counts as not finite.
@@ -196,14 +196,26 @@ class TrainingEngine:
         self._has_targets = config.train.kl_targets is not None
         self._kl_weight = config.train.kl_weight or 0.0
         self.router_watch = _router_watch(model, config, topology)
-        optimizer = create_optimizer(model, config.train)
+        separate_routers = config.guard.router_lever == "freeze"
+        optimizer = create_optimizer(model, config.train, separate_routers=separate_routers)
         files = reserve_files(model, config, topology)
         self.deepspeed = initialize(model, optimizer, config.engine_json, files)
 
-    def set_learning_rate(self, lr: float) -> None:
-        """Use `lr` for the next optimizer step."""
+    def set_learning_rate(self, lr: float, *, routers_frozen: bool = False) -> None:
+        """Use `lr` for the next optimizer step.
+
+        Args:
+            lr: The learning rate.
+            routers_frozen: Leave the routers as they are; `guard.router_lever` must be `freeze`. A
+                rate of 0 does that: AdamW multiplies its decay by the rate, too.
+        """
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+            is_frozen = routers_frozen and group.get("name") in ROUTER_GROUPS
+            group["lr"] = 0.0 if is_frozen else lr
+
+    def set_kl_weight(self, weight: float) -> None:
+        """Use `weight` for the divergence from the targets in the next optimizer step."""
+        self._kl_weight = weight
 
     def send(self, batch: MicroBatch) -> MicroBatch:
         """Copy a micro batch from the host to the device; the host does not wait."""

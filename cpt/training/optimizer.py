@@ -11,43 +11,67 @@ from torch import nn
 from cpt.config import RunConfig, TrainSection
 from cpt.deepspeed_adapter.experts import separate_experts
 from cpt.deepspeed_adapter.offload import file_bytes, nvme_paths
+from cpt.model.experts.router_watch import router_parameters
 from cpt.parallel.agreement import together
 from cpt.parallel.topology import Topology
 from cpt.storage.file_memory import FileMemory
 
 log = logging.getLogger("cpt.training")
 
+ROUTER_GROUPS = ("routers", "routers_no_decay")
+"""Names of the groups of the routers, if they are separate so that their rate can be 0."""
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, separate_routers: bool = False
+) -> list[dict[str, Any]]:
     """Return AdamW's parameter groups.
 
     Matrices decay; biases, norms and sinks do not. Frozen parameters are in neither group. gpt-oss
     stores an expert bias as a matrix (one row per expert), so names decide, not the number of
     dimensions.
+
+    Args:
+        model: The model.
+        weight_decay: Decay of matrices.
+        separate_routers: Whether the routers are in groups of their own, whose names are in
+            `ROUTER_GROUPS`.
     """
     kept: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
+    kept_of_routers: list[nn.Parameter] = []
+    decayed_of_routers: list[nn.Parameter] = []
+    routers = {id(parameter) for parameter in router_parameters(model).values()}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        is_separate = separate_routers and id(parameter) in routers
         last = name.rsplit(".", 1)[-1]
         if last.endswith("bias") or last == "sinks" or "norm" in name:
-            kept.append(parameter)
+            (kept_of_routers if is_separate else kept).append(parameter)
         else:
-            decayed.append(parameter)
-    return [
+            (decayed_of_routers if is_separate else decayed).append(parameter)
+    groups = [
         {"name": "decay", "params": decayed, "weight_decay": weight_decay},
         {"name": "no_decay", "params": kept, "weight_decay": 0.0},
     ]
+    if separate_routers:
+        decay, no_decay = ROUTER_GROUPS
+        groups.append({"name": decay, "params": decayed_of_routers, "weight_decay": weight_decay})
+        groups.append({"name": no_decay, "params": kept_of_routers, "weight_decay": 0.0})
+    return groups
 
 
-def create_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+def create_optimizer(
+    model: nn.Module, train: TrainSection, *, separate_routers: bool = False
+) -> torch.optim.Optimizer:
     """Create AdamW for the trained parameters.
 
     torch's own kernel also serves offloaded state: on a host it is as fast as DeepSpeed's, and
     nothing has to be compiled.
     """
-    groups = separate_experts(parameter_groups(model, train.weight_decay))
+    all_groups = parameter_groups(model, train.weight_decay, separate_routers=separate_routers)
+    groups = separate_experts(all_groups)
     betas = (train.beta1, train.beta2)
     return torch.optim.AdamW(groups, lr=train.lr, betas=betas, eps=train.eps, fused=True)
 

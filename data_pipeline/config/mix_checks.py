@@ -61,6 +61,7 @@ def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool =
     for index, domain in domains.items():
         path: KeyPath = ("guard", "domains", index)
         _check_members(reader, domain, path, by_name)
+        _check_serving(reader, domain, path, by_name)
         if domain.get("path") is not None:
             if need_files:
                 _check_files(reader, domain, (*path, "path"), base)
@@ -352,6 +353,23 @@ def prompt_problems(base: Path, given: str) -> list[str]:
         return [unnamable(given)]
     _, problems = read_prompts(base / given)
     return problems
+
+
+def _check_serving(
+    reader: Reader, domain: RawSection, path: KeyPath, by_name: dict[str, RawSection]
+) -> None:
+    """Check that a guard domain is served by sources of the mix, each named once."""
+    serving = domain.get("served_by")
+    if not isinstance(serving, list):
+        return
+    for index, name in enumerate(serving):
+        here: KeyPath = (*path, "served_by", index)
+        if not isinstance(name, str):
+            continue
+        if name not in by_name:
+            reader.problem(here, f"is '{name}', which is no source.{nearest(name, by_name)}")
+        if name in serving[:index]:
+            reader.problem(here, f"is '{name}', which the list already has. Remove one.")
 
 
 def _check_own_source(

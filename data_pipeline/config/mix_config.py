@@ -48,6 +48,9 @@ class GuardDomain:
     """Key or column that holds the text in the files of `path`."""
     ignored_keys: tuple[str, ...] = ()
     """Keys of conversations in the files of `path` that may be dropped, as for a source."""
+    served_by: tuple[str, ...] = ()
+    """Names of sources that the guard replays for a domain with a `path`; without them replay
+    cannot help it. A domain with `sources` is served by these."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield (key, problem) for each broken rule within one domain."""
@@ -64,6 +67,8 @@ class GuardDomain:
         has_file_keys = self.format != "auto" or self.text_field != "text"
         if has_file_keys and self.path is None:
             yield "format", "and text_field need a path. Remove them."
+        if self.served_by and self.path is None:
+            yield "served_by", "needs a path: a domain with sources is served by these. Remove it."
 
     @property
     def own_source(self) -> SourceConfig:
@@ -197,7 +202,9 @@ class MixConfig:
 
     def serving_sources(self) -> dict[str, tuple[str, ...]]:
         """Return the sources that the guard replays for each of its domains, by domain."""
-        serving = {domain.name: domain.sources for domain in self.guard_domains()}
+        serving = {
+            domain.name: domain.served_by or domain.sources for domain in self.guard_domains()
+        }
         for asked in self.guard.generation:
             serving[asked.name] = asked.sources
         return serving

@@ -60,5 +60,8 @@ def _over_sources(domain: GuardDomain) -> GuardDomain:
     if domain.path is None:
         return domain
     return GuardDomain(
-        name=domain.name, language=domain.language, sources=(domain.own_source.name,)
+        name=domain.name,
+        language=domain.language,
+        sources=(domain.own_source.name,),
+        served_by=domain.served_by,
     )

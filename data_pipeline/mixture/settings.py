@@ -28,6 +28,9 @@ def mix_settings(mix: MixConfig) -> Settings:
     for source in settings["sources"]:
         del source["path"]
     domains = settings.pop("guard")["domains"]
+    for domain in domains:
+        if not domain["served_by"]:
+            del domain["served_by"]  # so that the hash of a mix without it stays what it was
     settings["sources"] = {source.pop("name"): source for source in settings["sources"]}
     settings["guard"] = {domain.pop("name"): domain for domain in domains}
     return settings

@@ -265,7 +265,7 @@ def _from_content(content: dict[str, Any]) -> BuildManifest:
 
 def _guard_domain(content: dict[str, Any]) -> GuardDomain:
     values = dict(content)
-    for key in ("sources", "ignored_keys"):
+    for key in ("sources", "ignored_keys", "served_by"):
         values[key] = tuple(content.get(key, ()))
     return GuardDomain(**values)
 

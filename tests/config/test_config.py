@@ -803,3 +803,41 @@ def test_zero_key_that_would_train_or_save_wrongly_is_refused(files: Files, key:
 def test_bf16_stage_1_with_fp32_accumulation_is_refused(files: Files) -> None:
     files.write_json(zero_optimization={"stage": 1}, data_types={"grad_accum_dtype": "fp32"})
     assert "cannot be saved" in only(files.problems())
+
+
+def refused(files: Files, guard: dict[str, Any], **sections: Any) -> str:
+    """Return what is said of a run YAML with these sections."""
+    content = yaml.safe_load(YAML)
+    content["train"]["lr"] = 1e-5
+    content["guard"] = guard
+    for name, keys in sections.items():
+        content[name] = {**content.get(name, {}), **keys}
+    files.write(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as refusal:
+        load(files.yaml, files.json, {})
+    return str(refusal.value)
+
+
+def test_levers_of_the_guard_that_lack_what_they_move_are_refused_together(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    levers = {"kl_lever": "before", "router_lever": "freeze"}
+    told = refused(files, levers, telemetry={"router_interval_steps": 0})
+    assert "guard.kl_lever is before" in told and "Give train.kl_targets" in told
+    assert "guard.router_lever is freeze" in told
+    targets = {"kl_targets": "targets", "kl_weight": 2.0}
+    told = refused(files, {"kl_lever": "beside"}, train=targets)
+    assert "guard.max_kl_weight is 1, below train.kl_weight (2)" in told
+
+
+def test_levers_that_only_the_two_way_controller_has_are_refused_for_the_ladder(
+    tmp_path: Path,
+) -> None:
+    levers = {"controller": "ladder", "kl_lever": "before", "router_lever": "raise_replay"}
+    told = refused(Files(tmp_path), levers, train={"kl_targets": "targets", "kl_weight": 0.1})
+    assert "guard.kl_lever is before, which needs guard.controller: two_way" in told
+    assert "guard.router_lever is raise_replay, which needs" in told
+
+
+def test_section_that_cannot_be_read_hides_no_other_problem(tmp_path: Path) -> None:
+    told = refused(Files(tmp_path), {"kl_lever": "sometimes"}, telemetry={"unknown": 1})
+    assert "guard.kl_lever" in told and "telemetry.unknown" in told

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,22 +15,47 @@ from cpt.cli import main
 from cpt.config import GuardSection
 from cpt.guard.audit import audit
 from cpt.guard.baseline import BASELINE_FILE, baseline_content
+from cpt.guard.decision import decide
 from cpt.guard.guard import decision_event, judged, restarted
 from cpt.guard.held_out_text import TextJudge
-from cpt.guard.ladder import GuardState, ReplayLimits, decide, evidence_at
+from cpt.guard.ladder import GuardState, evidence_at
+from cpt.guard.lever_limits import LeverLimits, SourceLimits
 from cpt.guard.score import DomainScore
 from cpt.guard.yardstick import Judge, Kind, Look
 from tests.support.records import read_jsonl, write_jsonl
 
 SETTINGS = GuardSection(interval_steps=10, tolerance_percent=1.0)
-LIMITS = ReplayLimits(shares={"english": (0.1, 0.5)}, room=0.4)
+LIMITS = LeverLimits(
+    shares={"english": (0.1, 0.5)},
+    room=0.4,
+    served_by={"english": ("en_web",)},
+    sources={"en_web": SourceLimits(share=0.1, least=0.1, largest=0.5)},
+    main_share=0.9,
+)
+OLD_STATE = {
+    "shares",
+    "lr_scale",
+    "over",
+    "hard",
+    "idle",
+    "green",
+    "green_step",
+    "paused",
+    "rollbacks",
+}
+"""Fields of the guard's state before 0.2."""
 LOSSES_PERCENT = (0.0, 3.0, 3.0)
 """Loss at each of the measurements."""
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
+@pytest.fixture(params=["two_way", "ladder"])
+def run_dir(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A run directory as a guard of three measurements leaves it."""
+    return make_run(tmp_path, request.param)
+
+
+def make_run(tmp_path: Path, controller: Literal["two_way", "ladder"]) -> Path:
+    settings = replace(SETTINGS, controller=controller)
     folder = tmp_path / "guard"
     folder.mkdir()
     generator = np.random.default_rng(1)
@@ -48,13 +74,13 @@ def run_dir(tmp_path: Path) -> Path:
     for number, loss in enumerate(LOSSES_PERCENT, 1):
         nats = before.nats * (1 + (loss + generator.normal(0, 1, 100)) / 100)
         counts = {"number": number, "num_looks": 4, "num_domains": 1}
-        look = Look(step=10 * number, last=False, settings=SETTINGS, **counts)
+        look = Look(step=10 * number, last=False, settings=settings, **counts)
         scores: dict[Kind, Any] = {"text": {"nats": {"english": nats.tolist()}}}
         seen, _ = judged(judges, scores, state, look)
         evidence = evidence_at(look.step, ["english"], seen.readings, LIMITS)
-        decided, decision = decide(seen, evidence, SETTINGS, replay_room=LIMITS.room)
+        decided, decision = decide(seen, evidence, settings, LIMITS)
         next_state = restarted(judges, decided, decision)
-        event = decision_event(look, decision, evidence, state, next_state, replay_room=LIMITS.room)
+        event = decision_event(look, decision, evidence, state, next_state, LIMITS)
         name = f"scores-{look.step:08d}.json"
         (folder / name).write_text(json.dumps({"look": counts, "yardsticks": scores}))
         events.append({**event, "scores": name})
@@ -119,7 +145,8 @@ def test_bounds_are_taken_from_the_log_where_the_scores_are_gone(
     assert "the scores of 1 are gone" in capsys.readouterr().out
 
 
-def test_log_of_a_run_before_the_three_states_still_agrees(run_dir: Path) -> None:
+def test_log_of_a_run_before_the_three_states_still_agrees(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, "ladder")
     events = read_jsonl(run_dir / "metrics.jsonl")
     kept = ("domain", "lower_bound", "share", "largest_share")
     for event in events:
@@ -129,7 +156,9 @@ def test_log_of_a_run_before_the_three_states_still_agrees(run_dir: Path) -> Non
             old.append({**{name: one[name] for name in kept}, **limits})
         event["evidence"] = old
         for state in (event["before"], event["after"]):
-            del state["yardsticks"], state["readings"]
+            for name in state.keys() - OLD_STATE:
+                del state[name]
+        del event["limits"], event["settings"]["controller"]
         file = run_dir / "guard" / event["scores"]
         scores = json.loads(file.read_text())
         file.write_text(json.dumps({"num_tests": 4, **scores["yardsticks"]["text"]}))

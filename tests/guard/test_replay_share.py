@@ -1,4 +1,4 @@
-"""Replay grows at the cost of the main language alone, and within every limit of the mix."""
+"""Replay moves at the cost of the main language alone, and within every limit of the mix."""
 
 from __future__ import annotations
 
@@ -8,79 +8,148 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpt.guard.ladder import GuardState
+from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.replay_share import EPOCH_MARGIN, ReplayShares
 
 WEIGHTS = {"ja_web": 0.6, "ja_books": 0.1, "en_web": 0.2, "code": 0.1}
 LANGUAGES = {"ja_web": "ja", "ja_books": "ja", "en_web": "en", "code": "code"}
+SERVING = {"english": ("en_web",), "japanese": ("ja_web",), "code_and_web": ("code", "en_web")}
 ROW_TOKENS = 10
 NUM_ROWS = 50
 
 
 def shares_of(
-    *, max_epochs: float | None = None, min_share: float = 0.0, max_share: float = 1.0
+    *,
+    max_epochs: dict[str, float] | None = None,
+    min_share: float = 0.0,
+    main_max_share: float = 1.0,
+    english: tuple[float, float] = (0.0, 1.0),
+    least_replay: float = 1.0,
 ) -> ReplayShares:
-    """Return the shares of a mix that is for Japanese and replays English and code."""
+    """Return the shares of a mix that is for Japanese and replays English and code.
+
+    Args:
+        max_epochs: Epochs by source.
+        min_share: Floor of Japanese.
+        main_max_share: Ceiling of Japanese.
+        english: Floor and ceiling of English.
+        least_replay: See `ReplayShares`.
+    """
     sources = []
     for name, weight in WEIGHTS.items():
-        epochs = max_epochs if name == "en_web" else None
         source = SimpleNamespace(
-            name=name, language=LANGUAGES[name], weight=weight, max_epochs=epochs
+            name=name,
+            language=LANGUAGES[name],
+            weight=weight,
+            max_epochs=(max_epochs or {}).get(name),
         )
         sources.append(source)
-    domains = (
-        SimpleNamespace(name="english", sources=("en_web",)),
-        SimpleNamespace(name="japanese", sources=("ja_web",)),
-    )
     mix: Any = SimpleNamespace(
         sources=tuple(sources),
         languages={
-            "ja": SimpleNamespace(min_share=min_share, max_share=1.0),
-            "en": SimpleNamespace(min_share=0.0, max_share=max_share),
+            "ja": SimpleNamespace(min_share=min_share, max_share=main_max_share),
+            "en": SimpleNamespace(min_share=english[0], max_share=english[1]),
         },
-        serving_sources=lambda: {domain.name: domain.sources for domain in domains},
+        serving_sources=lambda: SERVING,
     )
     data: Any = SimpleNamespace(
         source_names=tuple(WEIGHTS),
         row_tokens=lambda _: np.full(NUM_ROWS, ROW_TOKENS),
         seq_len=ROW_TOKENS,
     )
-    return ReplayShares(mix, data, max_replay_share=0.75)
+    return ReplayShares(mix, data, 0.75, least_replay)
+
+
+def limits_of(
+    shares: ReplayShares,
+    state: GuardState | None = None,
+    *,
+    rows_left: int = 0,
+    rows_drawn: int = 0,
+) -> LeverLimits:
+    """Return the limits when so many rows of the run are left."""
+    position = SimpleNamespace(drawn_rows=[rows_drawn] * len(WEIGHTS))
+    mixture: Any = SimpleNamespace(position=lambda batch, batch_size: position)
+    return shares.limits(state or GuardState(), SERVING, mixture, 0, rows_left, 1)
 
 
 def largest_share(shares: ReplayShares, rows_left: int, rows_drawn: int = 0) -> float:
     """Return the largest share of English when so many rows of the run are left."""
-    position = SimpleNamespace(drawn_rows=[rows_drawn] * len(WEIGHTS))
-    mixture: Any = SimpleNamespace(position=lambda batch, batch_size: position)
-    return shares.largest_share("english", {}, mixture, 0, rows_left, 1)
+    limits = limits_of(shares, rows_left=rows_left, rows_drawn=rows_drawn)
+    largest = limits.shares["english"][1]
+    assert limits.sources["en_web"].largest == pytest.approx(largest)
+    return largest
 
 
 def test_main_language_gives_what_replay_gains_in_proportion_to_its_sources() -> None:
-    weights = shares_of().weights({"english": 0.34})
-    assert weights == pytest.approx({"ja_web": 0.48, "ja_books": 0.08, "en_web": 0.34, "code": 0.1})
+    expected = {"ja_web": 0.48, "ja_books": 0.08, "en_web": 0.34, "code": 0.1}
+    assert shares_of().weights(GuardState(shares={"english": 0.34})) == pytest.approx(expected)
+    assert shares_of().weights(GuardState(replay={"en_web": 0.34})) == pytest.approx(expected)
 
 
-def test_mix_without_a_raise_is_the_configured_one() -> None:
-    assert shares_of().weights({}) == pytest.approx(WEIGHTS)
+def test_main_language_takes_what_replay_loses() -> None:
+    shares = shares_of(least_replay=0.5)
+    expected = {"ja_web": 0.66, "ja_books": 0.11, "en_web": 0.13, "code": 0.1}
+    assert shares.weights(GuardState(replay={"en_web": 0.13})) == pytest.approx(expected)
+
+
+def test_mix_without_a_move_is_the_configured_one() -> None:
+    assert shares_of().weights(GuardState()) == pytest.approx(WEIGHTS)
+
+
+def test_share_that_an_edited_mix_raised_is_not_undercut() -> None:
+    weights = shares_of().weights(GuardState(replay={"en_web": 0.13, "gone": 0.1, "ja_web": 0.9}))
+    assert weights == pytest.approx(WEIGHTS)
+
+
+def test_single_sources_take_over_where_a_ladder_had_raised() -> None:
+    state = GuardState(shares={"english": 0.3}, replay={"en_web": 0.25, "code": 0.15})
+    weights = shares_of().weights(state)
+    assert weights["en_web"] == pytest.approx(0.3) and weights["code"] == pytest.approx(0.15)
 
 
 def test_domain_of_the_main_language_cannot_be_replayed() -> None:
-    shares = shares_of()
-    assert shares.share("japanese", {}) is None
-    assert shares.share("english", {"english": 0.3}) == pytest.approx(0.3)
+    limits = limits_of(shares_of(), GuardState(shares={"english": 0.3}))
+    assert limits.shares["japanese"] == (None, 1.0) and limits.served_by["japanese"] == ()
+    assert limits.shares["english"][0] == pytest.approx(0.3)
+    assert limits.sources.keys() == {"en_web", "code"}
+    assert limits.main_share == pytest.approx(0.6)
 
 
 def test_room_is_what_the_floor_of_the_main_language_leaves() -> None:
-    assert shares_of().room({}) == pytest.approx(0.75 - 0.3)
-    assert shares_of(min_share=0.5).room({}) == pytest.approx(0.5 - 0.3)
+    assert limits_of(shares_of()).room == pytest.approx(0.75 - 0.3)
+    assert limits_of(shares_of(min_share=0.5)).room == pytest.approx(0.5 - 0.3)
 
 
 def test_share_is_bounded_by_its_language_and_never_below_the_present_one() -> None:
-    assert largest_share(shares_of(max_share=0.4), rows_left=100) == pytest.approx(0.4)
-    assert largest_share(shares_of(max_share=0.1), rows_left=100) == pytest.approx(0.2)
+    assert largest_share(shares_of(english=(0.0, 0.4)), 100) == pytest.approx(0.4)
+    assert largest_share(shares_of(english=(0.0, 0.1)), 100) == pytest.approx(0.2)
 
 
 def test_share_is_bounded_by_the_epochs_that_are_left() -> None:
-    shares = shares_of(max_epochs=1.0)
+    shares = shares_of(max_epochs={"en_web": 1.0})
     expected = EPOCH_MARGIN * (NUM_ROWS - 10) / 100
     assert largest_share(shares, rows_left=100, rows_drawn=10) == pytest.approx(expected)
     assert largest_share(shares, rows_left=0) == 1.0
+
+
+def test_least_share_is_the_mix_or_a_part_of_it() -> None:
+    assert limits_of(shares_of()).sources["en_web"].least == pytest.approx(0.2)
+    assert limits_of(shares_of(least_replay=0.5)).sources["en_web"].least == pytest.approx(0.1)
+
+
+def test_floor_of_a_language_bounds_its_least_share() -> None:
+    shares = shares_of(least_replay=0.1, english=(0.15, 1.0))
+    sources = limits_of(shares).sources
+    assert sources["en_web"].least == pytest.approx(0.15)
+    assert sources["code"].least == pytest.approx(0.01)
+
+
+def test_main_language_takes_no_more_than_its_ceiling_and_its_epochs_allow() -> None:
+    ceiling = limits_of(shares_of(least_replay=0.1, main_max_share=0.85)).sources
+    assert sum(source.least for source in ceiling.values()) == pytest.approx(0.15)
+    scarce = shares_of(least_replay=0.1, max_epochs={"ja_web": 1.5})
+    sources = limits_of(scarce, rows_left=100).sources
+    main = EPOCH_MARGIN * 0.75 * 0.7 / 0.6
+    assert sum(source.least for source in sources.values()) == pytest.approx(1 - main)

@@ -14,6 +14,9 @@ from data_pipeline.build.build import build
 from data_pipeline.build.guard_sets import describe_guard_sets
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.mixture.ledger import mix_hash
+from data_pipeline.mixture.settings import mix_settings
+from data_pipeline.store.manifest import read_manifest
 from data_pipeline.text.tokenizer import decode
 from tests.data_pipeline.inputs import WORDS, MakeMix, make_texts, write_jsonl
 
@@ -142,6 +145,9 @@ def test_guard_files_made_from_a_training_source_are_refused_with_the_figure(
         ({"path": "en.jsonl", "sources": ["en"]}, "together with sources"),
         ({"sources": []}, "is an empty list"),
         ({"sources": ["en"], "format": "harmony"}, "need a path"),
+        ({"sources": ["en"], "served_by": ["en"]}, "needs a path"),
+        ({"path": "en.jsonl", "served_by": ["eng"]}, "is 'eng', which is no source. .*'en'"),
+        ({"path": "en.jsonl", "served_by": ["en", "en"]}, "which the list already has"),
         (
             {"path": "en.jsonl", "name": "taken"},
             "needs the source name 'guard-taken', which is taken",
@@ -165,3 +171,23 @@ def test_guard_files_without_decontamination_are_refused(make_mix: MakeMix, tmp_
     keys = own_files(tmp_path, SPLIT_WORDS[:8]) | {"decontaminate_tokens": 0}
     with pytest.raises(ConfigError, match="decontaminate_tokens is 0"):
         make_mix({"en": SPLIT_WORDS[8:]}, **keys)
+
+
+def test_domain_with_files_of_its_own_is_served_by_the_sources_that_it_names(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    keys = own_files(tmp_path, SPLIT_WORDS[:8])
+    (domain,) = keys["guard"]["domains"]
+    mix = make_mix({"en": SPLIT_WORDS[8:], "code": ["b"]}, **keys)
+    assert mix.serving_sources() == {"mine": ("guard-mine",)}
+    hash_before = mix_hash(mix)
+    keys["guard"]["domains"] = [{**domain, "served_by": ["en", "code"]}]
+    served = make_mix({"en": SPLIT_WORDS[8:], "code": ["b"]}, **keys)
+    assert served.serving_sources() == {"mine": ("en", "code")}
+    assert served.guard_domains()[0].sources == ("guard-mine",)
+    assert mix_hash(served) != hash_before
+    # a checkpoint of before the key was there holds the hash of a mix without it
+    assert "served_by" not in mix_settings(mix)["guard"]["mine"]
+    manifest = build(served, tmp_path / "out", progress=False)
+    assert read_manifest(tmp_path / "out").guard_domains == manifest.guard_domains
+    assert manifest.guard_domains[0].served_by == ("en", "code")

@@ -1,0 +1,1 @@
+"""Parts of bench/guard_plants.py: the simulated runs, the contenders, and the figure."""
