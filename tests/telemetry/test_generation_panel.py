@@ -68,17 +68,24 @@ def example(**changes: Any) -> dict[str, Any]:
     return {"measure": "accuracy", "lost": ["accuracy", "thinks"], **texts, **changes}
 
 
-def test_rates_of_the_last_look_stand_in_the_table(tmp_path: Path) -> None:
-    table = panel(write(tmp_path, EVENTS)).table
+def test_measures_of_the_last_look_stand_in_the_table(tmp_path: Path) -> None:
+    table = panel(write(tmp_path, [*EVENTS, line(40, "format", "chat", state="green")])).table
     assert table is not None
-    rows = {row.texts[1]: row for row in table.rows}
-    assert list(rows) == ["in good form", "right answers", "thinks", "mean tokens of thinking"]
-    form = rows["in good form"]
-    assert form.texts[2:6] == ("100.0 %", "75.0 %", "15", "0")
-    assert form.texts[6:] == ("+25.0 (+35.5) points", "red")
-    assert form.is_alarm and form.is_strong and not rows["thinks"].is_alarm
-    assert not rows["right answers"].is_alarm
-    assert rows["mean tokens of thinking"].texts[2:4] == ("100", "12")
+    assert table.headings == ("measure", "maths", "chat")
+    rows = [row.texts for row in table.rows]
+    arrow = "\u2192"
+    form = f"100.0 {arrow} 75.0 %; 15 lost, 0 won"
+    loss = "+25.0 (+35.5) points"
+    assert rows == [
+        ("in good form", form, form),
+        ("loss (at most), state", f"{loss}, red", f"{loss}, green"),
+        ("right answers", form, ""),
+        ("loss (at most), state", f"{loss}, amber", ""),
+        ("thinks", form, ""),
+        ("mean tokens of thinking", f"100 {arrow} 12", ""),
+    ]
+    assert [row.alarms for row in table.rows] == [(), (1,), (), (), (), ()]
+    assert [row.is_strong for row in table.rows] == [True, False, True, False, False, False]
 
 
 def test_every_domain_has_a_chart_of_its_rates(tmp_path: Path) -> None:
@@ -92,7 +99,7 @@ def test_every_domain_has_a_chart_of_its_rates(tmp_path: Path) -> None:
 def test_replies_stand_side_by_side_before_and_after(tmp_path: Path) -> None:
     folder = write(tmp_path, EVENTS, {"maths": [example()]})
     (found,) = panel(folder).comparisons
-    assert found.heading == "maths: no longer right answers, thinks"
+    assert found.heading == "maths, lost: right answers, thinks"
     assert (found.question, found.before, found.now) == ("What is 1 + 1?", "It is 2.", "It is\n3.")
     text = write_report(folder).read_text(encoding="utf-8")
     assert "<pre>It is 2.</pre>" in text and "<pre>It is\n3.</pre>" in text

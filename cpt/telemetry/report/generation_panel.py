@@ -8,7 +8,6 @@ side.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,10 +34,11 @@ NAMES = {
     "ends": "ends by itself",
     "in_language": "in the language asked for",
     "no_loop": "does not loop",
+    "thinking_tokens": "mean tokens of thinking",
 }
-"""Names of rates for people; any other rate is shown under its own."""
+"""Names of measures for people; any other is shown under its own."""
 LENGTH = "thinking_tokens"
-HEADINGS = ("domain", "measure", "untouched", "now", "lost", "won", "loss (at most)", "state")
+ARROW = "\N{RIGHTWARDS ARROW}"
 MAX_CHARACTERS = 1600
 """Characters of a text; those of a file of the run are shortened already."""
 MAX_COMPARISONS = 24
@@ -103,43 +103,51 @@ def _series(events: Sequence[dict[str, Any]], key: str) -> Series:
 
 
 def _table(by_domain: dict[str, list[dict[str, Any]]]) -> Table:
-    """Return every measure of every domain at its last look."""
-    rows = []
-    for domain, events in by_domain.items():
+    """Return every measure at the last look: a row for each, a column for each domain."""
+    columns = []
+    for events in by_domain.values():
         last = max(event["step"] for event in events)
-        for event in events:
-            if event["step"] == last:
-                rows.append(_row(domain, event))
-    return Table(headings=HEADINGS, rows=tuple(rows))
+        columns.append({str(e.get("measure")): e for e in events if e["step"] == last})
+    measures = list(dict.fromkeys(measure for column in columns for measure in column))
+    rows = []
+    for measure in measures:
+        texts = [_rates(measure, column.get(measure)) for column in columns]
+        is_judged = measure in QUANTITIES
+        rows.append(
+            TableRow(texts=(NAMES.get(measure, clean(measure)), *texts), is_strong=is_judged)
+        )
+        if is_judged:
+            rows.append(_verdicts([column.get(measure) for column in columns]))
+    return Table(headings=("measure", *map(clean, by_domain)), rows=tuple(rows))
 
 
-def _row(domain: str, event: dict[str, Any]) -> TableRow:
-    measure = str(event.get("measure"))
+def _rates(measure: str, event: dict[str, Any] | None) -> str:
+    """Return a measure before and now; empty if the domain does not have it."""
+    if event is None:
+        return ""
     before = number(event.get("baseline"))
     now = number(event.get("rate"))
     if measure == LENGTH:
-        texts = (clean(domain), "mean tokens of thinking", f"{before:.0f}", f"{now:.0f}")
-        return TableRow(texts=(*texts, "", "", "", ""))
-    loss = number(event.get("delta"))
-    told = ""
-    state = ""
-    if math.isfinite(loss):
-        told = f"{loss:+.1f} ({number(event.get('upper_bound')):+.1f}) points"
+        return f"{before:.0f} {ARROW} {now:.0f}"
+    changed = f"{clean(event.get('lost'))} lost, {clean(event.get('won'))} won"
+    return f"{100 * before:.1f} {ARROW} {100 * now:.1f} %; {changed}"
+
+
+def _verdicts(events: Sequence[dict[str, Any] | None]) -> TableRow:
+    """Return the row that says what was concluded from a quantity."""
+    texts = ["loss (at most), state"]
+    alarms = []
+    for place, event in enumerate(events, 1):
+        if event is None:
+            texts.append("")
+            continue
+        loss = number(event.get("delta"))
+        at_most = number(event.get("upper_bound"))
         state = clean(event.get("state"))
-    return TableRow(
-        texts=(
-            clean(domain),
-            NAMES.get(measure, clean(measure)),
-            f"{100 * before:.1f} %",
-            f"{100 * now:.1f} %",
-            clean(event.get("lost")),
-            clean(event.get("won")),
-            told,
-            state,
-        ),
-        is_strong=measure in QUANTITIES,
-        is_alarm=state == "red",
-    )
+        texts.append(f"{loss:+.1f} ({at_most:+.1f}) points, {state}")
+        if state == "red":
+            alarms.append(place)
+    return TableRow(texts=tuple(texts), alarms=tuple(alarms))
 
 
 def _comparisons(run: Run) -> tuple[TextPair, ...]:
@@ -177,7 +185,7 @@ def _comparison(domain: str, example: dict[str, Any]) -> TextPair:
     for measure in lost if isinstance(lost, list) else []:
         names.append(NAMES.get(str(measure), clean(measure)))
     return TextPair(
-        heading=f"{clean(domain)}: no longer {', '.join(names)}",
+        heading=f"{clean(domain)}, lost: {', '.join(names)}",
         question=_text(example.get("prompt")),
         before=_text(example.get("before")),
         now=_text(example.get("now")),

@@ -63,9 +63,9 @@ class TableRow:
     texts: tuple[str, ...]
     """One text per heading."""
     is_strong: bool = False
-    """Whether the row sums up those that follow."""
-    is_alarm: bool = False
-    """Whether it must be seen."""
+    """Whether the row sums up others."""
+    alarms: tuple[int, ...] = ()
+    """Places of the texts that must be seen."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
