@@ -170,6 +170,27 @@ def test_dry_run_refuses_all_faults_in_one_message(
     assert [words for _, words in faults.values() if words not in message] == []
 
 
+def test_prompts_are_judged_with_everything_else(
+    workplace: Path, dry_run: DryRun, capsys: Any
+) -> None:
+    mix = yaml.safe_load((workplace / "mix.yaml").read_text(encoding="utf-8"))
+    mix["guard"]["generation"] = [{"name": "maths", "language": "en", "path": "maths.jsonl"}]
+    (workplace / "asked.yaml").write_text(yaml.safe_dump(mix), encoding="utf-8")
+    prompts = workplace / "maths.jsonl"
+    prompts.write_text('{"prompt": "1 + 1?", "answer": 2}\n', encoding="utf-8")
+    looks = "guard={interval_steps: 1, generation_interval_steps: 1, domains: {wev: {}}}"
+    assert dry_run("data.mix=asked.yaml", looks) == 78
+    message = capsys.readouterr().err
+    assert "'maths': 1 prompts a look cannot show" in message
+    assert "guard.domains.wev" in message
+    assert dry_run("data.mix=asked.yaml") == 0
+    prompts.write_text('{"prompt": "1 + 1?"}\n{"answer": 2}\n', encoding="utf-8")
+    assert dry_run("data.mix=asked.yaml") == 78
+    assert f"{prompts}:2: 'prompt' is missing" in capsys.readouterr().err
+    assert dry_run("guard={interval_steps: 1, generation_interval_steps: 1}") == 78
+    assert "the mix has no guard.generation" in capsys.readouterr().err
+
+
 def test_run_refuses_all_faults_in_the_same_message(
     workplace: Path, faults: dict[str, tuple[str, str]], dry_run: DryRun, capsys: Any
 ) -> None:
