@@ -17,6 +17,7 @@ from cpt.commands import (
     report,
     sample,
     status,
+    suite,
 )
 from cpt.errors import EXIT_DONE
 from data_pipeline.commands import CommandParser, end_with_reason, prepare_process
@@ -31,6 +32,7 @@ COMMANDS = (
     guard,
     plan,
     evaluate,
+    suite,
     replay,
     kl_targets,
     doctor,

@@ -25,6 +25,15 @@ CPT_RUN_ARGUMENTS=()                            # further options of cpt/run.py,
 : "${CPT_IMAGE:=}"                              # apptainer: file.sif; pyxis: file.sqsh or registry#name
 : "${CPT_BINDS:=}"                              # folders that the container needs besides the repository, e.g. "/data /scratch"
 
+# --- evaluation (slurm/evaluate.sbatch): each tool in an environment of its own; docs/evaluate.md says how to install them
+: "${CPT_SUITE:=configs/suites/gpt-oss.yaml}"   # benchmarks, and how the model is asked
+: "${CPT_VLLM:=vllm}"                           # words that start vLLM, e.g. /opt/vllm/bin/vllm, "apptainer exec --nv vllm.sif vllm"
+: "${CPT_VLLM_CONTEXT:=40960}"                  # tokens: asking.prompt_tokens + asking.max_new_tokens of the suite
+: "${CPT_VLLM_START_SECONDS:=1800}"             # how long it may take to load
+CPT_VLLM_ARGUMENTS=()                           # further options of vllm serve, e.g. (--gpu-memory-utilization 0.9)
+: "${CPT_LM_EVAL:=lm_eval}"                     # words that start lm-evaluation-harness
+: "${CPT_LIGHTEVAL:=lighteval}"                 # e.g. "uv run --project /opt/swallow-evaluation-instruct --locked --extra lighteval lighteval"
+
 # --- the nodes
 : "${CPT_RANKS_PER_NODE:=}"                     # empty: the GPUs that the job has on a node
 : "${CPT_MASTER_INTERFACE:=}"                   # e.g. ib0; empty: the address by which the scheduler knows the node

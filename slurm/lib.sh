@@ -25,17 +25,19 @@ refuse() {
 load_settings() {
     local file=${CPT_ENV:-slurm/env.sh}
     [[ -r "$file" ]] || refuse "$file is not there. Run  cp slurm/env.example.sh slurm/env.sh  and edit it."
-    CPT_RUN_ARGUMENTS=()
+    CPT_RUN_ARGUMENTS=() CPT_VLLM_ARGUMENTS=()
     # shellcheck source=slurm/env.example.sh
     source "$file"
     : "${CPT_MODULES:=}" "${CPT_CONTAINER:=none}" "${CPT_VENV:=.venv}" "${CPT_IMAGE:=}" "${CPT_BINDS:=}"
     : "${CPT_RANKS_PER_NODE:=}" "${CPT_MASTER_INTERFACE:=}" "${CPT_STOP_AFTER_SECONDS:=0}" "${CPT_SUBMIT:=qsub}"
     : "${CPT_MAX_RESTARTS:=20}" "${CPT_SAVE_SECONDS:=600}" "${CPT_MPIRUN:=mpirun -n NODES --map-by ppr:1:node}"
+    : "${CPT_SUITE:=configs/suites/gpt-oss.yaml}" "${CPT_VLLM:=vllm}" "${CPT_VLLM_START_SECONDS:=1800}"
+    : "${CPT_VLLM_CONTEXT:=40960}" "${CPT_LM_EVAL:=lm_eval}" "${CPT_LIGHTEVAL:=lighteval}"
     local name
     for name in CPT_RUN_DIR CPT_CONFIG CPT_DS_CONFIG; do
         [[ -n "${!name:-}" ]] || refuse "$file: $name is empty. slurm/env.example.sh says what it is."
     done
-    for name in CPT_MAX_RESTARTS CPT_SAVE_SECONDS CPT_STOP_AFTER_SECONDS; do
+    for name in CPT_MAX_RESTARTS CPT_SAVE_SECONDS CPT_STOP_AFTER_SECONDS CPT_VLLM_START_SECONDS CPT_VLLM_CONTEXT; do
         [[ "${!name}" =~ ^[0-9]+$ ]] || refuse "$file: $name is '${!name}', must be a whole number."
     done
     case $CPT_CONTAINER in
@@ -107,6 +109,59 @@ free_port() {
     local port
     while port=$((20000 + RANDOM % 12000)); (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
     printf '%s\n' "$port"
+}
+
+# Return 0 if a server on this node says that it is well.
+is_healthy() {
+    local port=$1 code=
+    exec 3<>"/dev/tcp/127.0.0.1/$port" || return 1
+    printf 'GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n' >&3
+    read -r -t 10 _ code _ <&3
+    exec 3>&-
+    [[ "$code" == 200 ]]
+} 2>/dev/null
+
+# Serve a Hugging Face directory with vLLM on a free port of 127.0.0.1, and wait until it answers.  It ends with the job.
+#   start_server DIRECTORY GPUS LOG      sets SERVER_URL
+start_server() {
+    local directory=$1 gpus=$2 log=$3 port deadline
+    local -a command
+    port=$(free_port)
+    SERVER_URL=http://127.0.0.1:$port
+    read -r -a command <<<"$CPT_VLLM"
+    command+=(serve "$directory" --served-model-name "$(basename "$directory")" --host 127.0.0.1 --port "$port"
+        --tensor-parallel-size "$gpus" --max-model-len "$CPT_VLLM_CONTEXT" --reasoning-parser openai_gptoss
+        "${CPT_VLLM_ARGUMENTS[@]}")
+    command -v "${command[0]}" >/dev/null || refuse "CPT_VLLM=$CPT_VLLM: no such program. docs/evaluate.md says how to install it."
+    trap stop_server EXIT
+    trap 'exit 143' TERM
+    # its own process group, so that its workers end with it
+    set -m
+    "${command[@]}" </dev/null >>"$log" 2>&1 &
+    SERVER=$!
+    set +m
+    say "serving $directory on $SERVER_URL, log $log"
+    deadline=$((SECONDS + CPT_VLLM_START_SECONDS))
+    until is_healthy "$port"; do
+        kill -0 "$SERVER" 2>/dev/null || { say "vLLM ended while it started:"; tail -n 20 "$log" >&2; exit "$EXIT_INTERNAL"; }
+        ((SECONDS < deadline)) || { say "vLLM does not answer after CPT_VLLM_START_SECONDS=$CPT_VLLM_START_SECONDS:"; tail -n 20 "$log" >&2; exit "$EXIT_INTERNAL"; }
+        sleep 1
+    done
+    say "vLLM answers"
+}
+
+# Stop the server and all its workers.
+stop_server() {
+    local second
+    [[ -n "${SERVER:-}" ]] || return 0
+    kill -TERM -- -"$SERVER" 2>/dev/null
+    for ((second = 0; second < 30; second++)); do
+        kill -0 -- -"$SERVER" 2>/dev/null || break
+        sleep 1
+    done
+    kill -KILL -- -"$SERVER" 2>/dev/null
+    wait "$SERVER" 2>/dev/null
+    SERVER=
 }
 
 # Ask the run to stop.  The file names who asked, so that a later start knows whether it is a leftover.

@@ -17,13 +17,15 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from cpt.cli import main
 from cpt.errors import ConfigError, DataError, EvaluationFailed
+from cpt.export.tokenizer import save_tokenizer
 from cpt.offline.evaluation import harness
 from cpt.offline.evaluation.comparison import evaluate
 from cpt.offline.evaluation.local import _nats, local_contents
-from cpt.offline.evaluation.scores import Result, Score, write_result
+from cpt.offline.evaluation.scores import Result, Score, read_result, write_result
 from cpt.offline.evaluation.tasks import load_tasks
 from cpt.offline.plain_model import load_export
 from data_pipeline.text.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode
+from tests.support.lm_eval import require_lm_eval
 from tests.support.records import write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -325,6 +327,50 @@ def test_harness_tasks_are_scored_judged_and_refused_like_local_ones(
         evaluate(folder, folder / "tasks.yaml", now, base)
     (verdict,) = json.loads(now.read_text())["verdicts"]
     assert (verdict["lost"], verdict["won"], verdict["method"]) == (60, 0, "mcnemar")
+
+
+OWN_TASK = """
+task: own_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+
+
+def test_the_real_harness_scores_a_task_of_ones_own_document_by_document(
+    models: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_lm_eval()
+    monkeypatch.setenv("HF_HOME", str(folder / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (folder / "own").mkdir()
+    data = json.dumps(str(folder / "choice.jsonl"))
+    (folder / "own" / "own_choice.yaml").write_text(OWN_TASK.replace("DATA", data))
+    if not (models["good"] / "tokenizer.json").exists():
+        save_tokenizer(models["good"], 4096)
+    task = HARNESS | {"task": "own_choice", "include_path": "own", "max_drop": 90.0}
+    write_tasks(folder, [task])
+    evaluate(models["good"], folder / "tasks.yaml", folder / "base.json", None)
+    score = read_result(folder / "base.json").scores["hs"]
+    assert score.documents == 12 and score.is_right_or_wrong
+    assert score.value == pytest.approx(100 * np.mean(score.per_document))
+    # the likeliest choice by its sum of log-likelihoods, as the harness takes it
+    model = load_export(models["good"])
+    right = []
+    for record in CHOICES:
+        start = len(encode(record["question"]))
+        nats = []
+        for choice in record["choices"]:
+            nats.append(_nats(model, encode(record["question"] + choice).tolist(), start))
+        right.append(float(int(np.argmin(nats)) == record["answer"]))
+    assert score.per_document == tuple(right)
 
 
 def test_unknown_harness_tasks_and_metrics_are_refused(

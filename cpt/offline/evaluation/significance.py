@@ -25,8 +25,6 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from cpt.guard.paired_test import student_quantile
-
 Floats = npt.NDArray[np.float64]
 
 WANTED_POWER = 0.8
@@ -157,6 +155,9 @@ def _student_change(
     drop: float, stderr: float, count: int, confidence: float, level: float
 ) -> Change:
     """Return the change of a mean whose error has `count` - 1 degrees of freedom."""
+    # the guard loads torch, which most comparisons do not need
+    from cpt.guard.paired_test import student_quantile
+
     if math.isinf(stderr):
         return Change(drop=drop, stderr=stderr, upper_bound=math.inf, proven=False)
     upper_bound = drop + student_quantile(1 - confidence, count - 1) * stderr

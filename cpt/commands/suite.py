@@ -1,0 +1,133 @@
+"""`cpt suite`: benchmarks of other tools against a served model, their verdict, and a plot."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpt.commands import Commands
+
+if TYPE_CHECKING:
+    from cpt.offline.evaluation.suite import Suite
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "suite", help="run benchmarks against a served model, compare and plot their scores"
+    )
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    _add_run(actions)
+    _add_collect(actions)
+    _add_compare(actions)
+    _add_plot(actions)
+
+
+def _add_suite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--suite", type=Path, required=True, help="suite YAML, such as configs/suites/gpt-oss.yaml"
+    )
+    parser.add_argument(
+        "--only", default="", help="names of benchmarks, with commas; default: all of the suite"
+    )
+
+
+def _add_run(actions: Commands) -> None:
+    parser = actions.add_parser("run", help="run what is not done; slurm/evaluate.sbatch calls it")
+    _add_suite(parser)
+    parser.add_argument("--server", required=True, help="address, such as http://127.0.0.1:8000")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="directory of the served model, for its tokenizer"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--baseline", type=Path, help="result of the model before training")
+    parser.add_argument("--lm_eval", default="lm_eval", help="words that start lm_eval")
+    parser.add_argument("--lighteval", default="lighteval", help="words that start lighteval")
+    parser.set_defaults(run=_run)
+
+
+def _add_collect(actions: Commands) -> None:
+    parser = actions.add_parser("collect", help="join the results of a suite in one file")
+    _add_suite(parser)
+    parser.add_argument("--results", type=Path, required=True, help="the --out of cpt suite run")
+    parser.add_argument("--model", required=True, help="directory or name of the model")
+    parser.add_argument("--step", type=int, help="step of the checkpoint, for the plot")
+    parser.add_argument("--out", type=Path, required=True, help="file for the result, as JSON")
+    parser.set_defaults(run=_collect)
+
+
+def _add_compare(actions: Commands) -> None:
+    parser = actions.add_parser(
+        "compare", help="compare with the model before training; exit code 65 if one dropped"
+    )
+    _add_suite(parser)
+    parser.add_argument("--result", type=Path, required=True, help="file of cpt suite collect")
+    parser.add_argument("--baseline", type=Path, required=True, help="that of the model before")
+    parser.set_defaults(run=_compare)
+
+
+def _add_plot(actions: Commands) -> None:
+    parser = actions.add_parser("plot", help="draw the scores of several checkpoints as SVG")
+    parser.add_argument("results", type=Path, nargs="+", help="files of cpt suite collect")
+    parser.add_argument("--baseline", type=Path, help="that of the model before training")
+    parser.add_argument("--out", type=Path, required=True, help="SVG file")
+    parser.set_defaults(run=_plot)
+
+
+def _suite(options: argparse.Namespace) -> Suite:
+    from cpt.offline.evaluation.suite import load_suite
+
+    return load_suite(options.suite, [name for name in options.only.split(",") if name])
+
+
+def _run(options: argparse.Namespace) -> None:
+    from cpt.offline.evaluation.benchmark_commands import Programs
+    from cpt.offline.evaluation.scores import read_result
+    from cpt.offline.evaluation.suite_run import check_suite, find_model, run_suite
+    from cpt.offline.evaluation.verdict import check_baseline
+
+    suite = _suite(options)
+    if options.baseline is not None:
+        check_baseline(suite.limits, {}, read_result(options.baseline).scores)
+    model = find_model(options.server, options.model)
+    programs = Programs(lm_eval=options.lm_eval, lighteval=options.lighteval)
+    check_suite(suite, model, programs)
+    run_suite(suite, model, programs, options.out)
+
+
+def _collect(options: argparse.Namespace) -> None:
+    from cpt.offline.evaluation.scores import write_result
+    from cpt.offline.evaluation.suite_results import collect
+    from cpt.offline.evaluation.verdict import score_table
+
+    result = collect(_suite(options), options.results, options.model, options.step)
+    write_result(options.out, result)
+    print(f"{score_table(result.scores, ())}\n-> {options.out}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from cpt.offline.evaluation.scores import read_result, write_result
+    from cpt.offline.evaluation.verdict import compare_with_baseline, refuse_drops, score_table
+
+    limits = _suite(options).limits
+    result = read_result(options.result, "--result")
+    baseline = read_result(options.baseline)
+    verdicts = compare_with_baseline(limits, result.scores, baseline.scores)
+    write_result(options.result, replace(result, verdicts=verdicts))
+    print(f"{score_table(result.scores, verdicts)}\n-> {options.result}")
+    refuse_drops(verdicts)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from cpt.offline.evaluation.scores import read_result
+    from cpt.offline.evaluation.suite_plot import checkpoint_figure, read_results
+    from data_pipeline.store.files import write_text
+
+    baseline = read_result(options.baseline) if options.baseline is not None else None
+    results = read_results(options.results)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(options.out, checkpoint_figure(results, baseline))
+    print(options.out)
