@@ -290,7 +290,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, right: int) -> list[dict[str, Any]
             "samples": {"hellaswag": samples},
         }
 
-    def task_manager(include_path: str | None) -> Any:
+    def task_manager() -> Any:
         return types.SimpleNamespace(all_tasks=["hellaswag", "arc"])
 
     contents: dict[str, dict[str, Any]] = {

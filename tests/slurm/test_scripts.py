@@ -156,6 +156,7 @@ def test_script_is_sound_bash(path: Path) -> None:
 def test_there_is_a_template_for_every_scheduler() -> None:
     names = {path.relative_to(ROOT / "slurm").as_posix() for path in SCRIPTS}
     assert {
+        "evaluate.sbatch",
         "guard.sbatch",
         "train.sbatch",
         "export.sbatch",

@@ -45,7 +45,7 @@ def evaluate(
     baseline = read_result(baseline_file).scores if baseline_file is not None else None
     if baseline is not None:
         check_baseline(limits, contents, baseline)
-    check_harness(tasks)
+    managers = check_harness(tasks)
     if baseline_file is not None and out.resolve() == baseline_file.resolve():
         raise ConfigError(f"--out {out} is the baseline. Choose another file.")
     model = load_export(model_dir)
@@ -53,7 +53,7 @@ def evaluate(
     for task in tasks:
         if task.kind != "harness":
             measured[task.name] = score_task(task, model)
-    measured |= score_harness(tasks, model, model_dir, batch_size)
+    measured |= score_harness(tasks, managers, model, model_dir, batch_size)
     scores = {task.name: measured[task.name] for task in tasks}
     verdicts: list[Verdict] = []
     if baseline is not None:

@@ -17,16 +17,22 @@ from cpt.offline.evaluation.scores import Score
 from cpt.offline.evaluation.tasks import Task
 from data_pipeline.config.strict_yaml import nearest
 
+TaskManagers = dict[Path | None, Any]
+"""The harness's task managers by `Task.include_path`."""
 
-def check_harness(tasks: Sequence[Task]) -> None:
+
+def check_harness(tasks: Sequence[Task]) -> TaskManagers:
     """Refuse, before a model is loaded, tasks that the harness cannot run.
+
+    Returns:
+        The task managers, which take seconds to make.
 
     Raises:
         ConfigError: the harness is not installed, or does not know a task.
     """
     wanted = [task for task in tasks if task.kind == "harness"]
     if not wanted:
-        return
+        return {}
     if importlib.util.find_spec("lm_eval") is None:
         names = ", ".join([task.name for task in wanted])
         raise ConfigError(
@@ -45,12 +51,20 @@ def check_harness(tasks: Sequence[Task]) -> None:
             )
     if problems:
         raise ConfigError(problems)
+    return managers
 
 
 def score_harness(
-    tasks: Sequence[Task], model: Any, model_dir: Path, batch_size: int
+    tasks: Sequence[Task], managers: TaskManagers, model: Any, model_dir: Path, batch_size: int
 ) -> dict[str, Score]:
     """Score those tasks of a list that are the harness's, and return the scores by name.
+
+    Args:
+        tasks: The tasks, those of other kinds included.
+        managers: What `check_harness` returned.
+        model: The model.
+        model_dir: Its directory, for the tokenizer.
+        batch_size: Batch size of the harness.
 
     Raises:
         DataError: data could not be fetched, or a task lacks its metric.
@@ -64,7 +78,6 @@ def score_harness(
 
     tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
     language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    managers = _task_managers(wanted)
     scores: dict[str, Score] = {}
     for task in wanted:
         try:
@@ -96,13 +109,17 @@ def score_harness(
     return scores
 
 
-def _task_managers(tasks: Sequence[Task]) -> dict[Path | None, Any]:
-    """Return a task manager for each folder of own tasks; making one reads all task files."""
+def _task_managers(tasks: Sequence[Task]) -> TaskManagers:
+    """Return a task manager for the harness's own tasks, and one for each other folder."""
     from lm_eval.tasks import TaskManager
 
-    managers: dict[Path | None, Any] = {}
+    managers: TaskManagers = {}
     for task in tasks:
-        if task.include_path not in managers:
-            folder = None if task.include_path is None else str(task.include_path)
-            managers[task.include_path] = TaskManager(include_path=folder)
+        folder = task.include_path
+        if folder in managers:
+            continue
+        if folder is None:
+            managers[folder] = TaskManager()
+        else:
+            managers[folder] = TaskManager(include_path=str(folder), include_defaults=False)
     return managers

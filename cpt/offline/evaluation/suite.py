@@ -14,7 +14,8 @@ from typing import Any, Literal
 from cpt.errors import ConfigError
 from data_pipeline.config.strict_yaml import Reader, load_yaml, nearest
 
-DEFAULT_EFFORT = "medium"
+Effort = Literal["low", "medium", "high"]
+DEFAULT_EFFORT: Effort = "medium"
 """Effort that the Harmony format and vLLM take where none is asked for."""
 
 
@@ -28,7 +29,7 @@ class Asking:
     """Share of the probability that tokens are drawn from."""
     max_new_tokens: int = 32768
     """Tokens of a reply at most, its thinking included."""
-    reasoning_effort: Literal["low", "medium", "high"] = DEFAULT_EFFORT
+    reasoning_effort: Effort = DEFAULT_EFFORT
     """How long the model is to think."""
     prompt_tokens: int = 8192
     """Room for the longest prompt: the server needs a context of this and `max_new_tokens`."""

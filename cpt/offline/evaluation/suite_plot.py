@@ -78,8 +78,8 @@ def checkpoint_figure(results: Sequence[Result], baseline: Result | None) -> Fig
         rows=rows,
         columns=COLUMNS,
         title="Scores by checkpoint",
-        source="Bands: 95 % intervals of single scores. Dashed: before training. A change is judged "
-        "pair by pair, and is surer than the bands.",
+        source="Bands: 95 % intervals of single scores. Dashed: before training. A change is "
+        "judged pair by pair, and is surer than the bands.",
     )
     for chart, name in zip(charts, names, strict=False):
         scored = [result for result in results if name in result.scores]

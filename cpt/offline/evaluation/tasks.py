@@ -46,7 +46,9 @@ class Task:
     num_fewshot: int | None = None
     """With harness: examples in the prompt; default: the task's own."""
     include_path: Path | None = None
-    """With harness: folder of task files of your own, relative to the YAML file."""
+    """With harness: folder of task files of your own, relative to the YAML file; the harness's own
+    tasks are then not known.
+    """
     limit: int | None = None
     """Documents to score at most, from the first; default: all."""
 
