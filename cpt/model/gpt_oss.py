@@ -52,8 +52,9 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
         logits_at: torch.Tensor | None = None,
         targets: TopKTargets | None = None,
         num_labels: int | None = None,
+        top_k: int | None = None,
         **attention_arguments: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of every token, or logits without labels.
 
         Args:
@@ -64,17 +65,19 @@ class GptOssForCPT(GptOssForCausalLM):  # type: ignore[misc]
                 labels.
             targets: Another model's distribution for some of the tokens; only with labels.
             num_labels: How many labels are not -100, if it is known on the host.
+            top_k: How many of the likeliest next tokens are wanted of the tokens with a label.
             attention_arguments: `packed_rows`, `sequence_parallel`, `kernel` and `cache_pass`,
                 handed to every layer's attention.
 
         Returns:
             (B, S) nats, 0 where the label is -100, with targets (2, B, S), the second their
-            divergence; (B, S, V) logits if labels is None, (n, V) with `logits_at`.
+            divergence; (B, S, V) logits if labels is None, (n, V) with `logits_at`. With
+            `top_k`, what `LossHead.top_k` returns for the tokens that have a label.
         """
         hidden = self.hidden_states(input_ids, position_ids, **attention_arguments)
         if logits_at is not None:
             hidden = hidden.flatten(0, 1)[logits_at]
-        return self.lm_head(hidden, labels, targets, num_labels)
+        return self.lm_head(hidden, labels, targets, num_labels, top_k)
 
     def hidden_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, **attention_arguments: Any

@@ -373,6 +373,27 @@ class TrainingEngine:
             return self.token_losses(batch).cpu()
 
     @torch.no_grad()
+    def top_k(self, batch: MicroBatch, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the k likeliest next tokens of this rank's tokens that have a label.
+
+        The traffic is not counted.
+
+        Returns:
+            The output of `LossHead.top_k` for these tokens in their order, on the CPU.
+        """
+        with self._evaluating():
+            ids, log_p = self.deepspeed(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                labels=batch.labels,
+                top_k=k,
+                packed_rows=batch.packed_rows,
+                sequence_parallel=self._sequence_parallel,
+                kernel=self._kernel,
+            )
+            return ids.cpu(), log_p.cpu()
+
+    @torch.no_grad()
     def next_token_logits(self, cache_pass: PromptPass | TokenPass) -> torch.Tensor:
         """Run a pass of decoding; see `cpt.model.decoding.next_token_logits`.
 

@@ -208,3 +208,20 @@ def test_off_the_cpu_targets_ask_for_no_value() -> None:
     losses_2N.sum().backward()
     assert losses_2N.shape == (2, N)
     assert hidden_NM.grad.shape == hidden_NM.shape
+
+
+def test_head_lists_the_likeliest_tokens_where_there_is_a_label() -> None:
+    hidden_NM, weight_VM, label_N, *_ = inputs(torch.float64)
+    head = head_of(weight_VM)
+    ids_nk, log_p_nK = head(hidden_NM, label_N, top_k=5)
+    expected_ids_Nk, expected_NK = head.top_k(hidden_NM, 5)
+    has_label_N = label_N != IGNORED_LABEL
+    assert 0 < int(has_label_N.sum()) < N
+    assert torch.equal(ids_nk, expected_ids_Nk[has_label_N])
+    assert torch.allclose(log_p_nK, expected_NK[has_label_N], rtol=0, atol=1e-12)
+
+
+def test_head_lists_nothing_where_no_token_has_a_label() -> None:
+    hidden_NM, weight_VM, label_N, *_ = inputs(torch.float64)
+    ids_nk, log_p_nK = head_of(weight_VM)(hidden_NM, torch.full_like(label_N, -100), top_k=5)
+    assert ids_nk.shape == (0, 5) and log_p_nK.shape == (0, 6)

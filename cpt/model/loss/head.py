@@ -136,13 +136,14 @@ def _tokens_to_keep(label_N: torch.Tensor, num_labels: int | None) -> torch.Tens
 class LossHead(nn.Linear):
     """An lm_head that, given labels, returns the loss of every token instead of the logits."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden: torch.Tensor,
         label: torch.Tensor | None = None,
         targets: TopKTargets | None = None,
         num_labels: int | None = None,
-    ) -> torch.Tensor:
+        top_k: int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Return the logits, or with labels the loss of every token.
 
         Args:
@@ -151,6 +152,9 @@ class LossHead(nn.Linear):
             targets: Another model's distribution for some of the tokens; only with labels.
             num_labels: How many labels are not -100, if the caller knows it on the host; a wrong
                 number gives wrong losses.
+            top_k: With labels, what `top_k` returns for the tokens that have one, in their order,
+                instead of the loss. It goes through here because ZeRO-3 gathers a module's weights
+                for its forward.
 
         Returns:
             The logits (..., V) without labels; else the loss (...) in nats in fp32 (fp64 for fp64),
@@ -161,6 +165,8 @@ class LossHead(nn.Linear):
             return super().forward(hidden)
         flat_NM = hidden.reshape(-1, hidden.shape[-1])
         label_N = label.reshape(-1)
+        if top_k is not None:
+            return self.top_k(flat_NM[label_N != IGNORED_LABEL], top_k)
         kept = _tokens_to_keep(label_N, num_labels)
         if kept is None:
             nll_N, kl_n = _TiledLoss.apply(flat_NM, self.weight, label_N, targets)
