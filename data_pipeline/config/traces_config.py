@@ -34,7 +34,7 @@ class TraceDomain:
     effort: Literal["low", "medium", "high"] = "medium"
     """Reasoning effort that the system message names."""
     num_traces: int = 500
-    """Traces, one for each prompt; of more prompts that many are drawn by the hash of their text."""
+    """Traces, one for each prompt; of more prompts, as many are drawn by the hash of their text."""
     max_new_tokens: int = 1024
     """Tokens of a trace; a longer reply is cut there, and what is there of it counts."""
     tolerance: float = 0.1
