@@ -121,15 +121,19 @@ class OfflineModel:
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> torch.Tensor:
-        """Return the (B, S) nats of a batch's tokens on the CPU, 0 where there is no label."""
-        losses_BS: torch.Tensor = self._model(
+        """Return the (B, S) nats of a batch's tokens on the CPU, 0 where there is no label.
+
+        If the batch has targets, the result is (2, B, S): the loss, then the divergence.
+        """
+        losses: torch.Tensor = self._model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             labels=batch.labels,
+            targets=batch.targets,
             packed_rows=batch.packed_rows,
             kernel=self._kernel,
         )
-        return losses_BS.cpu()
+        return losses.cpu()
 
     @torch.no_grad()
     def top_k(
