@@ -73,6 +73,25 @@ def guard(number: int, domain: str = "english", **changes: Any) -> dict[str, Any
     return {**event, **changes}
 
 
+def traces(number: int, domain: str = "en-math", **changes: Any) -> dict[str, Any]:
+    event = {
+        "event": "guard",
+        "kind": "traces",
+        "step": number,
+        "domain": domain,
+        "language": "en",
+        "divergence": 0.001 * number,
+        "control_divergence": 0.002 * number,
+        "delta": 0.002 * number,
+        "lower_bound": 0.0015 * number,
+        "upper_bound": 0.0025 * number,
+        "tolerance": 0.1,
+        "state": "green",
+        "action": "none",
+    }
+    return {**event, **changes}
+
+
 def checkpoint(number: int) -> dict[str, Any]:
     return {"event": "checkpoint", "step": number, "path": f"step-{number:08d}", "seconds": 1.0}
 
@@ -170,6 +189,12 @@ def router(number: int, **changes: Any) -> dict[str, Any]:
 
 SHAPES: dict[str, list[dict[str, Any]]] = {
     "empty": [],
+    "traces": [traces(n, d) for n in range(0, 40, 10) for d in ("en-math", "ja-math")],
+    "many looks at traces": [traces(n) for n in range(1, 60)],
+    "traces that are no numbers": [
+        traces(1),
+        traces(2, divergence=None, control_divergence=None, delta=None, lower_bound=None),
+    ],
     "baseline only": [guard(0)],
     "one step": [step(1)],
     "one step and its guard": [guard(0), step(1), guard(1)],
@@ -383,6 +408,16 @@ def test_divergence_from_the_base_model_is_shown_by_source_and_only_if_measured(
         "Divergence from the base model" in text and "en_web 0.2<" in text and "en_code" not in text
     )
     assert "Divergence" not in page(tmp_path, step(1))
+
+
+def test_traces_are_shown_by_domain_and_only_if_measured(tmp_path: Path) -> None:
+    events = [traces(10), traces(30, action="raise_replay", state="red"), traces(30, "ja-math")]
+    text = page(tmp_path, *events)
+    section = text[text.index("own replies") :]
+    assert "en-math" in section and "0.03, red" in section and "ja-math" in section
+    assert "raise_replay, step 30" in text
+    assert "The guard has measured nothing" in text  # of held-out text
+    assert "own replies" not in page(tmp_path, step(1), guard(1))
 
 
 def test_directory_without_metrics_is_refused(tmp_path: Path) -> None:

@@ -30,9 +30,11 @@ class Run:
     step_events: list[dict[str, Any]]
     """The event of each of `steps`."""
     guard_events: list[dict[str, Any]]
-    """The last measurement of each step and domain, in order of steps."""
+    """The last measurement of each step and domain of held-out text, in order of steps."""
     generation_events: list[dict[str, Any]]
     """The last measurement of replies of each step, domain and measure, in order of steps."""
+    trace_events: list[dict[str, Any]]
+    """The last measurement of each step and domain of own traces, in order of steps."""
     checkpoint_events: list[dict[str, Any]]
     router_events: list[dict[str, Any]]
     """The last measurement of each step, in order of steps."""
@@ -93,6 +95,7 @@ def read_run(run_dir: Path) -> Run:
         step_events=steps,
         guard_events=last_measurements(guard, "text"),
         generation_events=last_measurements(guard, "generation"),
+        trace_events=last_measurements(guard, "traces"),
         checkpoint_events=by_kind.get("checkpoint", []),
         router_events=list(router.values()),
         resumes=resumes,

@@ -33,6 +33,7 @@ from cpt.telemetry.report.panels import (
 from cpt.telemetry.report.router_panel import router_panel
 from cpt.telemetry.report.series import step_range
 from cpt.telemetry.report.tiles import tiles
+from cpt.telemetry.report.trace_panel import trace_panel
 from data_pipeline.store.files import write_text
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -115,7 +116,8 @@ def all_panels(run: Run) -> list[Panel]:
     from bokeh.models import Range1d
 
     colors = language_colors(run)
-    measured = [event["step"] for event in (*run.guard_events, *run.generation_events)]
+    of_guard = (*run.guard_events, *run.generation_events, *run.trace_events)
+    measured = [event["step"] for event in of_guard]
     shown = step_range(np.append(run.steps, measured))
     steps = Range1d(start=shown.low, end=shown.high)
     num_guard_rows = max(2, domain_grid(run)[1])
@@ -123,6 +125,7 @@ def all_panels(run: Run) -> list[Panel]:
         time_panel(run),
         loss_panel(run, steps, colors, height=318 + 158 * (num_guard_rows - 2)),
         guard_panel(run, steps, colors),
+        trace_panel(run, steps, colors),
         mixture_panel(run, steps, colors),
         rate_panel(run, steps),
         norm_panel(run, steps),

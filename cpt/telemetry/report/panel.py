@@ -114,7 +114,8 @@ class Panel:
 def language_colors(run: Run) -> dict[str, str]:
     """Return a color for every language of the run; the well-known ones always have the same."""
     named = set(run.columns("loss_by_language"))
-    named |= {str(event.get("language")) for event in run.guard_events}
+    for event in [*run.guard_events, *run.trace_events]:
+        named.add(str(event.get("language")))
     order = [*KNOWN_LANGUAGES, *sorted(named.difference(KNOWN_LANGUAGES))]
     colors = {}
     for index, name in enumerate(order):

@@ -18,9 +18,7 @@ DOMAIN = TraceDomain(name="en-math", language="en", path="prompts.jsonl")
 
 
 def look(*, last: bool = False) -> Look:
-    return Look(
-        step=200, number=1, num_looks=50, num_domains=4, last=last, settings=GuardSection()
-    )
+    return Look(step=200, number=1, num_looks=50, num_domains=4, last=last, settings=GuardSection())
 
 
 def spread(mean: float, count: int = 300, seed: int = 0) -> Floats:
