@@ -26,6 +26,7 @@ from cpt.config.sections import ExpertParallelJson, RunYaml
 from data_pipeline.config.generation_config import GenerationDomain
 from data_pipeline.config.mix_config import GuardConfig, GuardDomain, LanguageLimits, MixConfig
 from data_pipeline.config.source_config import LANGUAGES, SourceConfig
+from data_pipeline.config.traces_config import TraceDomain
 
 PAGE = Path("docs/configuration.md")
 RUN_SCHEMA = Path("docs/run.schema.json")
@@ -86,6 +87,7 @@ def configuration_page() -> str:
     parts.append(_section("`guard`: held-out text", GuardConfig, "guard."))
     parts.append(_section("`guard.domains[]`: one domain", GuardDomain, "guard.domains[]."))
     parts.append(_section("`guard.generation[]`: prompts", GenerationDomain, "guard.generation[]."))
+    parts.append(_section("`guard.traces[]`: own traces", TraceDomain, "guard.traces[]."))
     parts.append(_deepspeed_json())
     return "\n".join(parts)
 

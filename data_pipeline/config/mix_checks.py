@@ -23,6 +23,8 @@ from data_pipeline.errors import unnamable
 
 RawSection = dict[str, Any]
 """A section of the file as it was parsed."""
+PROMPT_LISTS = ("generation", "traces")
+"""Lists of the guard section whose entries name files of prompts."""
 
 
 def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool = True) -> None:
@@ -55,7 +57,7 @@ def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool =
     _check_packing(reader, raw, [*sources.values(), *domains.values()])
     _check_unique(reader, domains, ("guard", "domains"))
     by_name = _by_name(sources)
-    _check_generation(reader, raw, domains, by_name)
+    _check_prompt_domains(reader, raw, domains, by_name)
     if need_files:
         _check_prompts(reader, raw, base)
     for index, domain in domains.items():
@@ -300,44 +302,53 @@ def _check_members(
             reader.problem(here, f"is '{member}', which the list already has. Remove one.")
 
 
-def _check_generation(
+def _check_prompt_domains(
     reader: Reader,
     raw: RawSection,
     domains: dict[int, RawSection],
     by_name: dict[str, RawSection],
 ) -> None:
     """Check that prompt domains have names of their own, and name sources of the mix, each once."""
-    asked = _guard_domains(raw, "generation")
-    _check_unique(reader, asked, ("guard", "generation"))
-    taken = _by_name(domains).keys() or by_name.keys()
-    for index, domain in asked.items():
-        path: KeyPath = ("guard", "generation", index)
-        if _has_name(domain) and domain["name"] in taken:
-            reader.problem(
-                (*path, "name"),
-                f"is '{domain['name']}', which a domain of held-out text has, too. Give each its "
-                "own name.",
-            )
-        members = domain.get("sources")
-        if not isinstance(members, list):
-            continue
-        for position, member in enumerate(members):
-            here: KeyPath = (*path, "sources", position)
-            if isinstance(member, str) and member not in by_name:
-                suggestion = nearest(member, by_name)
-                reader.problem(here, f"is '{member}', which is no source.{suggestion}")
-            if member in members[:position]:
-                reader.problem(here, f"is '{member}', which the list already has. Remove one.")
+    taken = dict.fromkeys(_by_name(domains).keys() or by_name.keys(), "a domain of held-out text")
+    for key in PROMPT_LISTS:
+        asked = _guard_domains(raw, key)
+        _check_unique(reader, asked, ("guard", key))
+        for index, domain in asked.items():
+            path: KeyPath = ("guard", key, index)
+            if _has_name(domain) and domain["name"] in taken:
+                reader.problem(
+                    (*path, "name"),
+                    f"is '{domain['name']}', which {taken[domain['name']]} has, too. Give each its "
+                    "own name.",
+                )
+            _check_prompt_sources(reader, domain, path, by_name)
+        taken |= dict.fromkeys(_by_name(asked), f"a domain of guard.{key}")
+
+
+def _check_prompt_sources(
+    reader: Reader, domain: RawSection, path: KeyPath, by_name: dict[str, RawSection]
+) -> None:
+    members = domain.get("sources")
+    if not isinstance(members, list):
+        return
+    for position, member in enumerate(members):
+        here: KeyPath = (*path, "sources", position)
+        if isinstance(member, str) and member not in by_name:
+            suggestion = nearest(member, by_name)
+            reader.problem(here, f"is '{member}', which is no source.{suggestion}")
+        if member in members[:position]:
+            reader.problem(here, f"is '{member}', which the list already has. Remove one.")
 
 
 def _check_prompts(reader: Reader, raw: RawSection, base: Path) -> None:
     """Check that every line of every file of prompts can be used."""
-    for index, domain in _guard_domains(raw, "generation").items():
-        given = domain.get("path")
-        if not isinstance(given, str):
-            continue
-        for problem in prompt_problems(base, given):
-            reader.problem(("guard", "generation", index, "path"), f"cannot be used: {problem}")
+    for key in PROMPT_LISTS:
+        for index, domain in _guard_domains(raw, key).items():
+            given = domain.get("path")
+            if not isinstance(given, str):
+                continue
+            for problem in prompt_problems(base, given):
+                reader.problem(("guard", key, index, "path"), f"cannot be used: {problem}")
 
 
 def prompt_problems(base: Path, given: str) -> list[str]:

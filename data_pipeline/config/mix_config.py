@@ -18,6 +18,7 @@ from data_pipeline.config.source_config import (
     check_language,
     check_name,
 )
+from data_pipeline.config.traces_config import TraceDomain
 
 MAX_SEQ_LEN = 131_072
 """Tokens; the longest context that gpt-oss was trained for."""
@@ -96,6 +97,9 @@ class GuardConfig:
     generation: tuple[GenerationDomain, ...] = ()
     """Prompts that the model answers during the run: whether it still thinks, answers in good form,
     in the language asked for, and rightly."""
+    traces: tuple[TraceDomain, ...] = ()
+    """Prompts whose replies by the untouched model are kept before step 0: how far the model moves
+    from what it would have written."""
     min_documents: int = 6
     """Held-out documents that a domain must have. With fewer than 6, even if all of them got worse,
     chance alone would do so more often than the 5 % that a 95 % interval allows (two-sided sign

@@ -42,11 +42,16 @@ def load_mix(path: Path | str, *, need_files: bool = True) -> MixConfig:
     generation = []
     for asked in mix.guard.generation:
         generation.append(dataclasses.replace(asked, path=str(base / asked.path)))
+    traces = []
+    for traced in mix.guard.traces:
+        traces.append(dataclasses.replace(traced, path=str(base / traced.path)))
     return dataclasses.replace(
         mix,
         name=mix.name or path.stem,
         sources=sources,
-        guard=dataclasses.replace(mix.guard, domains=domains, generation=tuple(generation)),
+        guard=dataclasses.replace(
+            mix.guard, domains=domains, generation=tuple(generation), traces=tuple(traces)
+        ),
     )
 
 

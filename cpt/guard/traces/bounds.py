@@ -25,7 +25,7 @@ from cpt.guard.score import Floats
 
 BETS = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.6, 0.9, 0.99])
 """(bets,) shares of the money that are bet on each value."""
-BISECTIONS = 60
+BISECTIONS = 40
 """Halvings of the interval that a bound lies in."""
 POWER_QUANTILE = 1.2816
 """Standard normal quantile of the power that `values_needed` asks for: 90 %."""

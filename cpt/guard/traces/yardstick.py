@@ -33,9 +33,10 @@ from cpt.guard.yardstick import Json, Kind, Look
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.agreed_stop import agreed_reason
+from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest
 from cpt.training.engine import TrainingEngine
-from cpt.training.generate import GenerationStopped, generate
+from cpt.training.generate import GenerationStopped, generate, reporting
 from cpt.training.sampling import Sampling
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.traces_config import TraceDomain
@@ -52,13 +53,27 @@ class OwnTraces(TraceJudge):
     kind: Kind = "traces"
 
     def __init__(
-        self, mix: MixConfig, config: RunConfig, topology: Topology, run_dir: Path
+        self,
+        mix: MixConfig,
+        config: RunConfig,
+        topology: Topology,
+        run_dir: Path,
+        clock: PhaseClock,
     ) -> None:
-        """Take the domains of the mix; nothing is read or sampled yet."""
+        """Take the domains of the mix; nothing is read or sampled yet.
+
+        Args:
+            mix: The data mix, its paths absolute.
+            config: The configuration of the run.
+            topology: The layout.
+            run_dir: The run directory.
+            clock: Learns that this rank is at work.
+        """
         self._domains = {domain.name: domain for domain in mix.guard.traces}
         self.domain_names = list(self._domains)
         self._config = config
         self._topology = topology
+        self._clock = clock
         self._folder = TraceFolder(run_dir / "guard" / TRACE_FOLDER)
         self._passes = Passes(
             topology=topology,
@@ -89,9 +104,9 @@ class OwnTraces(TraceJudge):
         for name, kept in self._kept.items():
             if scores and stop is not None and agreed_reason(stop, self._topology.control_group):
                 return None
-            found = measure_divergence(
-                kept.traces, self._folder.targets(kept), engine, self._passes
-            )
+            self._clock.enter("evaluate", look.step)
+            targets = self._folder.targets(kept)
+            found = measure_divergence(kept.traces, targets, engine, self._passes)
             scores[name] = scores_of(self._domains[name], found.text, found.control)
         return scores
 
@@ -143,11 +158,18 @@ class OwnTraces(TraceJudge):
         self, asked: AskedPrompts, weights: str, engine: TrainingEngine, stop: StopRequest | None
     ) -> bool:
         """Sample the traces of a domain; return False if a stop was requested meanwhile."""
+        name = asked.domain.name
+
+        def beat() -> None:
+            self._clock.enter("sample", 0)
 
         def sample(
             prompts: Sequence[Tokens], sampling: Sampling, numbers: Sequence[int]
         ) -> list[Tokens]:
-            return generate(engine, prompts, sampling, numbers=numbers, stop=stop)
+            with reporting(self._topology, len(prompts), f"traces {name}", beat) as report:
+                return generate(
+                    engine, prompts, sampling, numbers=numbers, stop=stop, report=report
+                )
 
         config = self._config
         base = BaseModel(
