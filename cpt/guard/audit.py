@@ -24,6 +24,7 @@ from cpt.guard.guard import judged, restarted
 from cpt.guard.held_out_text import TextJudge
 from cpt.guard.ladder import GuardState
 from cpt.guard.lever_limits import LeverLimits
+from cpt.guard.traces.judge import TraceJudge
 from cpt.guard.yardstick import Evidence, Judge, Kind, Look
 from cpt.telemetry.metrics import read_events
 
@@ -111,7 +112,11 @@ def stored_judges(folder: Path) -> dict[Kind, Judge]:
     Args:
         folder: <run_dir>/guard.
     """
-    return {"text": TextJudge.stored(folder), "generation": GenerationJudge.stored(folder)}
+    return {
+        "text": TextJudge.stored(folder),
+        "generation": GenerationJudge.stored(folder),
+        "traces": TraceJudge(),
+    }
 
 
 def _audit_decision(

@@ -16,6 +16,7 @@ from cpt.guard.generation.yardstick import Generation
 from cpt.guard.guard import Guard
 from cpt.guard.held_out_text import HeldOutText
 from cpt.guard.replay_share import ReplayShares
+from cpt.guard.traces.yardstick import OwnTraces
 from cpt.guard.yardstick import Yardstick
 from cpt.job.context import RunContext
 from cpt.job.data import check_plan, open_data, open_kl_targets, plan_of
@@ -149,6 +150,8 @@ def make_guard(context: RunContext, data: BuiltData) -> Guard | None:
                 context.mix, config, topology, run_dir, context.clock, observe=context.observe
             )
         )
+    if context.mix.guard.traces:
+        yardsticks.append(OwnTraces(context.mix, config, topology, run_dir, context.clock))
     if not yardsticks:
         return None
     return Guard(yardsticks, config, topology, run_dir)

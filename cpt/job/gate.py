@@ -32,6 +32,7 @@ from cpt.deepspeed_adapter.version import check_version
 from cpt.errors import ConfigError, CptError
 from cpt.guard.generation.requirements import generation_problems
 from cpt.guard.requirements import documents_by_domain, guard_problems
+from cpt.guard.traces.requirements import trace_problems
 from cpt.job.data import build_folder, check_mix, check_plan, open_current_build, plan_of
 from cpt.job.findings import Findings, joined
 from cpt.job.resumption import expected_start
@@ -255,6 +256,7 @@ class _Gate:
         if mix is None:
             return
         self.found_by_first.add(generation_problems(self.run_yaml.guard, mix))
+        self.found_by_first.add(trace_problems(self.run_yaml.guard, mix, self.run_yaml.train))
         data = self._open_build(mix)
         guard = self.run_yaml.guard
         num_documents = documents_by_domain(mix, None if data is None else data.manifest)

@@ -211,4 +211,6 @@ class MixConfig:
         }
         for asked in self.guard.generation:
             serving[asked.name] = asked.sources
+        for traced in self.guard.traces:
+            serving[traced.name] = traced.sources
         return serving

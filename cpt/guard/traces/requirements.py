@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator
+from pathlib import Path
 
-from cpt.config import GuardSection
+from cpt.config import GuardSection, TrainSection
+from cpt.guard.requirements import WARN_INSTEAD, acts, num_tests
 from cpt.guard.traces.bounds import values_needed
 from cpt.guard.traces.judge import ERROR, PARTS, value_cap
 from cpt.guard.traces.sampling import AskedPrompts, asked_prompts
 from cpt.guard.yardstick import FALSE_ALARM_SHARE
+from data_pipeline.config.generation_config import read_prompts
+from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.traces_config import TraceDomain
 from data_pipeline.errors import ConfigError
+from data_pipeline.store.text_files import open_text, text_layers
 
 
-def trace_problems(
-    domains: Sequence[TraceDomain], settings: GuardSection, seq_len: int, num_tests: int
-) -> list[str]:
+def trace_problems(settings: GuardSection, mix: MixConfig, train: TrainSection) -> list[str]:
     """Return every reason to refuse the traces of a mix.
 
+    Too few traces for a tolerance are a reason only if something follows from them.
+
     Args:
-        domains: `guard.traces` of the mix, with absolute paths.
         settings: The run's guard section.
-        seq_len: Slots of a row.
-        num_tests: Domains times looks of the run.
+        mix: The data mix, its paths absolute.
+        train: The run's train section.
     """
+    if not settings.enabled:
+        return []
     problems = []
-    for domain in domains:
+    too_few = []
+    tests = num_tests(settings, len(mix.serving_sources()), train.total_steps)
+    for domain in mix.guard.traces:
         try:
             asked = asked_prompts(domain)
         except ConfigError as error:
-            problems += error.problems
+            problems += [f"guard.traces '{domain.name}': {one}" for one in error.problems]
             continue
-        problems += length_problems(asked, seq_len)
-        if settings.policy == "act" and settings.interval_steps > 0:
-            problems += power_problems(domain, len(asked.prompts), num_tests)
+        problems += length_problems(asked, train.seq_len)
+        too_few += power_problems(domain, len(asked.prompts), tests)
+    if too_few and acts(settings):
+        problems += [*too_few, WARN_INSTEAD]
+    if not problems:
+        problems += trained_prompt_problems(mix)
     return problems
 
 
@@ -51,7 +63,7 @@ def length_problems(asked: AskedPrompts, seq_len: int) -> list[str]:
     ]
 
 
-def power_problems(domain: TraceDomain, num_traces: int, num_tests: int) -> list[str]:
+def power_problems(domain: TraceDomain, num_traces: int, tests: int) -> list[str]:
     """Return a sentence if so few traces can show neither that a model is kept nor that it is lost.
 
     Kept has to be shown of a model that uses half of the tolerance, lost of one that has used it
@@ -59,7 +71,7 @@ def power_problems(domain: TraceDomain, num_traces: int, num_tests: int) -> list
     """
     cap = value_cap(domain.hard_limit)
     line = domain.tolerance
-    false_alarm = FALSE_ALARM_SHARE / (len(PARTS) * max(1, num_tests))
+    false_alarm = FALSE_ALARM_SHARE / (len(PARTS) * tests)
     needed = max(
         values_needed(line / 2, line, cap, ERROR), values_needed(2 * line, line, cap, false_alarm)
     )
@@ -68,5 +80,52 @@ def power_problems(domain: TraceDomain, num_traces: int, num_tests: int) -> list
     return [
         f"guard.traces '{domain.name}': {num_traces} traces cannot show whether the divergence is "
         f"below {line:g} nats a token; it takes {needed}. Give {domain.path} as many prompts "
-        "(and raise num_traces), raise tolerance, or let the guard only tell: guard.policy: warn."
+        "and raise num_traces, or raise tolerance."
     ]
+
+
+def trained_prompt_problems(mix: MixConfig) -> list[str]:
+    """Return a sentence for each source of own replies that answers a prompt of the traces.
+
+    A model that is trained on its reply to a prompt keeps that reply, and the trace of the same
+    prompt would tell nothing of all others.
+    """
+    asked: dict[str, str] = {}
+    for domain in mix.guard.traces:
+        records, _ = read_prompts(Path(domain.path))
+        for record in records:
+            asked[record.prompt.strip()] = domain.name
+    problems = []
+    for source in mix.sources:
+        if source.kind != "self_replay" or not asked:
+            continue
+        shared = []
+        for path in source.files():
+            shared += [text for text in _user_texts(path) if text.strip() in asked]
+        if shared:
+            domain_name = asked[shared[0].strip()]
+            problems.append(
+                f"guard.traces '{domain_name}': source '{source.name}' trains on replies to "
+                f"{len(set(shared))} of the guard's prompts, such as {shared[0][:60]!r}. What is "
+                "trained on measures nothing: sample the source from other prompts (cpt replay), "
+                "or give the guard others."
+            )
+    return problems
+
+
+def _user_texts(path: Path) -> Iterator[str]:
+    """Yield what the user says in the conversations of a JSONL file; other lines are passed over.
+
+    The build, which reads the file for training, names what it cannot use.
+    """
+    if not path.is_file():
+        return
+    with open_text(path, text_layers(path)) as file:
+        for line in file:
+            try:
+                messages = json.loads(line)["messages"]
+                for message in messages:
+                    if message["role"] == "user":
+                        yield str(message["content"])
+            except (ValueError, KeyError, TypeError):
+                continue
