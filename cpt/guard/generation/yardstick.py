@@ -59,6 +59,9 @@ from data_pipeline.config.mix_config import MixConfig
 
 log = logging.getLogger("cpt.guard")
 
+LEAST_PASSED = 0.5
+"""Share of the untouched model's replies that should be in good form, and right."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _DomainReplies:
@@ -221,7 +224,28 @@ class Generation(GenerationJudge):
             lambda: Untouched.of(pool, replies, model=self._model, weights=weights).to_json(),
         )
         write_on_first_rank(group, untouched_file(self._folder, pool.domain.name), content)
-        return Untouched.from_json(content)
+        untouched = Untouched.from_json(content)
+        self._warn_of_little_to_lose(pool, untouched)
+        return untouched
+
+    def _warn_of_little_to_lose(self, pool: PromptPool, untouched: Untouched) -> None:
+        """Say so if the untouched model has so little of a quantity that no loss could show."""
+        for measure in ("format", "accuracy"):
+            values = [one.value(measure) for one in untouched.measures]
+            known = [value for value in values if value is not None]
+            if not known or sum(known) >= LEAST_PASSED * len(known) or self._topology.rank:
+                continue
+            log.warning(
+                "prompts %s: the untouched model passes %s in %d of %d replies. What it does not "
+                "have it cannot lose. Look at its replies in %s; a larger max_new_tokens (%d) or "
+                "other prompts may help.",
+                pool.domain.name,
+                measure,
+                sum(known),
+                len(known),
+                untouched_file(self._folder, pool.domain.name),
+                pool.domain.max_new_tokens,
+            )
 
     def _answer_look(
         self, name: str, number: int, step: int, engine: TrainingEngine, stop: StopRequest | None

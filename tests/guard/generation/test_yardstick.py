@@ -241,6 +241,15 @@ def test_the_untouched_model_is_asked_once_and_read_after_that(
     assert stored.read_bytes() == content
 
 
+def test_an_untouched_model_with_little_to_lose_is_told(
+    workplace: Path, model: FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.num_wrong = 90
+    judged(open_yardstick(workplace, names=["maths"]), 0)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "passes accuracy in 10 of 150 replies" in told
+
+
 def test_a_stop_keeps_the_domains_that_are_done(workplace: Path, model: FakeModel) -> None:
     model.stops_after = 1
     engine: Any = None
