@@ -223,6 +223,8 @@ def test_a_look_that_is_repeated_counts_once_and_a_new_pass_begins_anew(
     assert second["before"] == once["maths"]["after"] and second["pass"] == 0
     third = judged(generation, 3 * INTERVAL, {"maths": second}).state["maths"]
     assert third["pass"] == 1 and third["before"] == {}
+    back = judged(generation, INTERVAL, {"maths": second}).state["maths"]
+    assert back["before"] == {} and back["after"] == once["maths"]["after"]
     assert generation.restarted(once, ["maths"])["maths"]["after"] == {}
 
 
