@@ -9,7 +9,8 @@ Decisions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from data_pipeline.build.guard_sets import check_guard_sets
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.manifest import BuildManifest, check_files, read_manifest
-from data_pipeline.store.packing import ARRAY_NAMES, Integers, RowIndex, load_array
+from data_pipeline.store.packing import ARRAY_NAMES, Integers, RowIndex, load_array, pack
 from data_pipeline.store.shards import Shards
-from data_pipeline.text.tokenizer import END_OF_TEXT
+from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens
 
 IGNORED_LABEL = -100
 """Label of a slot without a next token, which bears no loss."""
@@ -86,31 +87,67 @@ class _Rows:
 
     def read(self, row: int) -> PackedRow:
         """Read one row; its documents have the numbers of `shards`."""
-        packed = self.packed
-        first, last = packed.row_offsets[row : row + 2].tolist()
-        documents = packed.piece_document[first:last]
-        starts = packed.piece_start[first:last].tolist()
-        pairs = packed.piece_pairs[first:last].tolist()
-        input_ids = np.full(self.seq_len, END_OF_TEXT, dtype=np.int64)
-        labels = np.full(self.seq_len, IGNORED_LABEL, dtype=np.int64)
-        bounds = [0]
-        for document, start, count in zip(documents.tolist(), starts, pairs, strict=True):
-            begin = bounds[-1]
-            end = begin + count
-            tokens = self.shards.tokens(document, start, start + count + 1)
-            input_ids[begin:end] = tokens[:-1]
-            labels[begin:end] = tokens[1:]
-            bounds.append(end)
-        if bounds[-1] < self.seq_len:
-            bounds.append(self.seq_len)
-        position_ids = np.arange(self.seq_len) - np.repeat(bounds[:-1], np.diff(bounds))
-        return PackedRow(
-            input_ids=input_ids,
-            labels=labels,
-            position_ids=position_ids,
-            bounds=bounds,
-            documents=np.array(documents),
-        )
+        return _read_row(self.packed, row, self.seq_len, self.shards.tokens)
+
+
+def _read_row(
+    packed: RowIndex, row: int, seq_len: int, tokens_of: Callable[[int, int, int], Tokens]
+) -> PackedRow:
+    """Fill one row with the tokens of its documents.
+
+    Args:
+        packed: Pieces of documents by row.
+        row: Number of the row.
+        seq_len: Slots of the row.
+        tokens_of: Returns the tokens of a document from a first to before a last one.
+    """
+    first, last = packed.row_offsets[row : row + 2].tolist()
+    documents = packed.piece_document[first:last]
+    starts = packed.piece_start[first:last].tolist()
+    pairs = packed.piece_pairs[first:last].tolist()
+    input_ids = np.full(seq_len, END_OF_TEXT, dtype=np.int64)
+    labels = np.full(seq_len, IGNORED_LABEL, dtype=np.int64)
+    bounds = [0]
+    for document, start, count in zip(documents.tolist(), starts, pairs, strict=True):
+        begin = bounds[-1]
+        end = begin + count
+        tokens = tokens_of(document, start, start + count + 1)
+        input_ids[begin:end] = tokens[:-1]
+        labels[begin:end] = tokens[1:]
+        bounds.append(end)
+    if bounds[-1] < seq_len:
+        bounds.append(seq_len)
+    position_ids = np.arange(seq_len) - np.repeat(bounds[:-1], np.diff(bounds))
+    return PackedRow(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=position_ids,
+        bounds=bounds,
+        documents=np.array(documents),
+    )
+
+
+class PackedDocuments:
+    """Some documents of a held-out set in rows of their own."""
+
+    def __init__(self, domain: HeldOutSet, documents: Integers) -> None:
+        """Pack the documents by best fit; nothing is read yet."""
+        self._domain = domain
+        self._documents = documents
+        tokens = domain.document_tokens[documents]
+        self._packed = pack(np.arange(len(documents)), tokens, domain.seq_len)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of packed rows."""
+        return self._packed.num_rows
+
+    def read_row(self, row: int) -> PackedRow:
+        """Read one row; its `documents` are positions in the list of documents."""
+        return _read_row(self._packed, row, self._domain.seq_len, self._tokens)
+
+    def _tokens(self, position: int, start: int, stop: int) -> Tokens:
+        return self._domain.tokens(int(self._documents[position]), start, stop)
 
 
 class HeldOutSet:
@@ -125,16 +162,24 @@ class HeldOutSet:
         # Documents are numbered through the domain in ascending order of (source, document).
         self._stored_numbers: list[Integers] = []
         self._first_numbers: list[int] = []
+        self.seq_len = parts[0].seq_len
+        """Slots of a packed row."""
         sizes: list[Integers] = []
+        lengths: list[Integers] = []
         num_documents = 0
         for part in parts:
             stored = np.unique(part.packed.piece_document)
             self._stored_numbers.append(stored)
             self._first_numbers.append(num_documents)
             sizes.append(part.shards.document_bytes[stored])
+            lengths.append(part.shards.document_tokens[stored])
             num_documents += len(stored)
         self.document_bytes: Integers = np.concatenate(sizes)
         """UTF-8 bytes of each document."""
+        self.document_tokens: Integers = np.concatenate(lengths)
+        """Tokens of each document, END_OF_TEXT included."""
+        self.document_clusters: Integers = np.arange(num_documents)
+        """Cluster of each document; documents of the same one are not independent."""
 
     @property
     def num_documents(self) -> int:
@@ -162,6 +207,16 @@ class HeldOutSet:
         packed = rows.read(row - first_row)
         within_source = np.searchsorted(self._stored_numbers[part], packed.documents)
         return replace(packed, documents=within_source + self._first_numbers[part])
+
+    def tokens(self, document: int, start: int, stop: int) -> Tokens:
+        """Return the tokens [start, stop) of a document."""
+        part = bisect.bisect_right(self._first_numbers, document) - 1
+        stored = self._stored_numbers[part][document - self._first_numbers[part]]
+        return self._parts[part].shards.tokens(int(stored), start, stop)
+
+    def pack(self, documents: Integers) -> PackedDocuments:
+        """Pack some of the documents into rows of their own."""
+        return PackedDocuments(self, documents)
 
 
 class BuiltData:

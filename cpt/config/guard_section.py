@@ -39,7 +39,10 @@ class GuardSection:
     domains: dict[str, DomainLimits] = field(default_factory=dict)
     """Limits of single domains, by name of the domain."""
     max_documents: int = 256
-    """Documents that are scored per domain, each as a whole."""
+    """Documents of the panel of a domain, each scored as a whole at every measurement."""
+    fresh_documents: int = 100
+    """Least documents of a domain that one measurement alone scores, if enough are held out; more
+    if the run has few measurements. 0 scores the panel alone, which then needs more documents."""
     policy: Literal["act", "warn"] = "act"
     """act raises replay, lowers the learning rate, pauses and rolls back; warn only writes a
     warning."""
@@ -99,6 +102,7 @@ class GuardSection:
             "interval_steps": 0,
             "generation_interval_steps": 0,
             "max_documents": 1,
+            "fresh_documents": 0,
             "patience": 1,
             "pause_after": 1,
             "max_rollbacks": 0,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,9 @@ class AuditedDecision:
     reason: str
     """Reason that was given."""
     bounds_checked: bool
-    """Whether the scores were still there, so that the bounds could be computed again too."""
+    """Whether the scores were still there, so that the readings could be computed again too; those
+    of decisions before 0.2 cannot.
+    """
     problems: list[str]
     """Everything that does not agree; empty if all does."""
 
@@ -101,7 +102,8 @@ def check_agreement(audited: list[AuditedDecision]) -> str:
     summary = f"{len(audited)} decisions, all follow from their evidence"
     if num_unchecked:
         summary += (
-            f"; the scores of {num_unchecked} are gone, so their bounds were taken from the log"
+            f"; the scores of {num_unchecked} are gone or of an older version, so their bounds "
+            "were taken from the log"
         )
     return "\n".join([*lines, summary])
 
@@ -131,17 +133,18 @@ def _audit_decision(
         problems.append("the state before it does not follow any earlier decision.")
     seen = _with_readings(before, evidence)
     scores = run_dir / "guard" / Path(event["scores"]).name
-    scores_checked = scores.is_file()
+    scores_checked = scores.is_file() and not _is_old(event)
     if scores_checked:
         stored = json.loads(scores.read_text(encoding="utf-8"))
-        seen, _ = judged(judges, _scores_by_kind(stored), before, _look(event, settings, stored))
-        problems += _reading_problems(seen, evidence, ("lower_bound",) if _is_old(event) else None)
+        look = Look(step=event["step"], last=event["last"], settings=settings, **stored["look"])
+        seen, _ = judged(judges, stored["yardsticks"], before, look)
+        problems += _reading_problems(seen, evidence)
     decided, decision = decide(seen, evidence, settings, _limits(event), last=event["last"])
     after = restarted(judges, decided, decision)
     actions = dict(decision.actions)
     if decision.action != event["action"] or actions != event["actions"]:
         problems.append(f"the action was {event['actions']}, but {actions} follows.")
-    if not scores_checked or _is_old(event):
+    if not scores_checked:
         after = replace(after, yardsticks=logged.yardsticks, readings=logged.readings)
     return AuditedDecision(
         step=event["step"],
@@ -153,7 +156,7 @@ def _audit_decision(
 
 
 def _is_old(event: Json) -> bool:
-    """Return whether a decision was made before 0.2: on lower bounds of held-out text alone."""
+    """Return whether a decision was made before 0.2: on the bounds of another test."""
     return any("state" not in one for one in event["evidence"])
 
 
@@ -167,12 +170,6 @@ def _evidence(event: Json, settings: GuardSection) -> list[Evidence]:
             one = replace(one, state="red" if is_red else "green", step=event["step"])
         evidence.append(one)
     return evidence
-
-
-def _scores_by_kind(stored: Json) -> dict[Kind, Json]:
-    """Return raw scores by kind of yardstick; before 0.2 there was one kind."""
-    by_kind: dict[Kind, Json] = stored.get("yardsticks", {"text": stored})
-    return by_kind
 
 
 def _settings(stored: Json) -> GuardSection:
@@ -190,13 +187,6 @@ def _limits(event: Json) -> LeverLimits:
     return LeverLimits(room=event["replay_room"])
 
 
-def _look(event: Json, settings: GuardSection, stored: Json) -> Look:
-    counts = stored.get("look")
-    if counts is None:
-        counts = {"number": 0, "num_looks": stored["num_tests"], "num_domains": 1}
-    return Look(step=event["step"], last=event["last"], settings=settings, **counts)
-
-
 def _with_readings(state: GuardState, evidence: list[Evidence]) -> GuardState:
     """Return the state with the readings that were logged."""
     readings = dict(state.readings)
@@ -205,16 +195,8 @@ def _with_readings(state: GuardState, evidence: list[Evidence]) -> GuardState:
     return replace(state, readings=readings)
 
 
-def _reading_problems(
-    seen: GuardState, evidence: list[Evidence], names: Collection[str] | None
-) -> list[str]:
-    """Compare the readings that follow from stored scores with the evidence.
-
-    Args:
-        seen: The state with the readings that follow.
-        evidence: The evidence that was logged.
-        names: Fields to compare; None for all.
-    """
+def _reading_problems(seen: GuardState, evidence: list[Evidence]) -> list[str]:
+    """Compare the readings that follow from stored scores with the evidence."""
     problems = []
     for one in evidence:
         follows = seen.readings.get(one.domain)
@@ -223,7 +205,7 @@ def _reading_problems(
             continue
         logged = one.reading().to_json()
         for name, value in follows.items():
-            if (names is None or name in names) and not _same(value, logged[name]):
+            if not _same(value, logged[name]):
                 problems.append(
                     f"the {name} of {one.domain} was {logged[name]}, but {value} follows from its "
                     "scores."

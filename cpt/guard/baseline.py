@@ -8,7 +8,8 @@ later steps lie beside it, so that `cpt guard audit` can compute every bound aga
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +17,55 @@ import numpy as np
 import torch.distributed as dist
 
 from cpt.errors import ConfigError
-from cpt.guard.score import DomainScore, ScoredSet
+from cpt.guard.score import DomainScore, Floats, as_floats
 from cpt.parallel.agreement import on_first_rank
 from data_pipeline.store.files import write_json
+from data_pipeline.store.packing import Integers
 
 BASELINE_FILE = "baseline.json"
 
 Json = dict[str, Any]
 
 
-def baseline_content(
-    domains: Sequence[ScoredSet], scores: Mapping[str, DomainScore], model: str, weights: str
-) -> Json:
-    """Return the content of baseline.json.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainBaseline:
+    """The scores of the untouched model on one domain."""
 
-    Args:
-        domains: The held-out sets.
-        scores: Their scores, by name.
-        model: Name of the untouched model, for people.
-        weights: Hash of its weights, which stays the same when the files are moved.
-    """
-    content = {}
-    for domain in domains:
-        score = scores[domain.name]
-        content[domain.name] = {
-            "model": model,
-            "weights": weights,
-            "language": domain.language,
-            "content_hash": domain.content_hash,
-            "nats": score.nats.tolist(),
-            "bytes": score.bytes.tolist(),
+    panel: DomainScore
+    """Scores of the documents that every look measures."""
+    clusters: Integers
+    """(documents,) cluster of each document of the panel."""
+    fresh: Floats
+    """(documents,) nats of the documents that one look each measures, those of look 1 first."""
+    fresh_per_look: int
+    """Fresh documents of one look; 0 if there are none."""
+
+    def fresh_at(self, look_number: int) -> Floats:
+        """Return the scores of the fresh documents of a look."""
+        first = (look_number - 1) * self.fresh_per_look
+        return self.fresh[first : first + self.fresh_per_look]
+
+    def to_json(self) -> Json:
+        """Return the scores as JSON values."""
+        return {
+            "language": self.panel.language,
+            "nats": self.panel.nats.tolist(),
+            "bytes": self.panel.bytes.tolist(),
+            "clusters": self.clusters.tolist(),
+            "fresh": self.fresh.tolist(),
+            "fresh_per_look": self.fresh_per_look,
         }
-    return content
+
+    @classmethod
+    def from_json(cls, name: str, plain: Mapping[str, Any]) -> DomainBaseline:
+        """Read the output of `to_json`; before 0.2 there were no clusters and fresh documents."""
+        count = len(plain["nats"])
+        return cls(
+            panel=DomainScore.from_json(name, plain),
+            clusters=np.asarray(plain.get("clusters", range(count)), dtype=np.int64),
+            fresh=as_floats(plain.get("fresh", [])),
+            fresh_per_look=plain.get("fresh_per_look", 0),
+        )
 
 
 def read_baseline(path: Path) -> Json:
@@ -58,24 +76,38 @@ def read_baseline(path: Path) -> Json:
     return content
 
 
-def baseline_scores(stored: Json) -> dict[str, DomainScore]:
+def stored_baselines(stored: Json) -> dict[str, DomainBaseline]:
     """Return the scores in the content of baseline.json, by domain."""
-    scores = {}
+    baselines = {}
     for name, plain in stored.items():
-        scores[name] = DomainScore.from_json(name, plain)
-    return scores
+        baselines[name] = DomainBaseline.from_json(name, plain)
+    return baselines
 
 
-def check_same_text(path: Path, stored: Json, domains: Sequence[ScoredSet]) -> None:
+def check_same_text(path: Path, stored: Json, hashes: Mapping[str, Json]) -> None:
     """Refuse a baseline that was measured on other documents.
+
+    Args:
+        path: The file, for the message.
+        stored: Its content.
+        hashes: Hashes of the documents as they are now, by domain and field.
 
     Raises:
         ConfigError: a domain holds other text than the one that was measured.
     """
     changed = []
-    for domain in domains:
-        if domain.name in stored and domain.content_hash != stored[domain.name]["content_hash"]:
-            changed.append(domain.name)
+    old = []
+    for name, present in hashes.items():
+        if "fresh_per_look" not in stored[name]:
+            old.append(name)
+        elif any(stored[name].get(field) != value for field, value in present.items()):
+            changed.append(name)
+    if old:
+        raise ConfigError(
+            f"{path} was measured by a version before 0.2, on the first documents of "
+            f"{', '.join(old)} instead of a random panel. Use a new --run_dir, or go on with "
+            "--set guard.enabled=false."
+        )
     if changed:
         raise ConfigError(
             f"{path} was measured on other held-out text of {', '.join(changed)} than the data "
@@ -102,11 +134,11 @@ def check_same_weights(path: Path, stored: Json, model: str, weights: str) -> No
         )
 
 
-def check_finite(scores: Mapping[str, DomainScore], where: str, cure: str) -> None:
+def check_finite(baselines: Mapping[str, DomainBaseline], where: str, cure: str) -> None:
     """Refuse scores that are not finite: nothing can be compared with them.
 
     Args:
-        scores: Scores of the untouched model, by domain.
+        baselines: Scores of the untouched model, by domain.
         where: The file or the model that they are of.
         cure: What to do, as a sentence.
 
@@ -114,10 +146,11 @@ def check_finite(scores: Mapping[str, DomainScore], where: str, cure: str) -> No
         ConfigError: naming the domains.
     """
     broken = []
-    for name, score in scores.items():
-        num_bad = int((~np.isfinite(score.nats)).sum())
+    for name, baseline in baselines.items():
+        nats = np.concatenate([baseline.panel.nats, baseline.fresh])
+        num_bad = int((~np.isfinite(nats)).sum())
         if num_bad:
-            broken.append(f"{name} ({num_bad} of {len(score.nats)} documents)")
+            broken.append(f"{name} ({num_bad} of {len(nats)} documents)")
     if broken:
         raise ConfigError(
             f"{where}: the scores of the untouched model are not finite on the held-out domains "

@@ -1,8 +1,13 @@
 """The first yardstick: bits per byte of held-out text, against those of the untouched model.
 
-    rows -> scores (score.py) -> change since step 0 (paired_test.py) -> readings
+    documents (drawing.py) -> scores (score.py) -> change since step 0 (paired_test.py) -> reading
+                                                -> is a loss certain? (betting.py)      ->
 
-The baseline is measured before step 0 and kept in baseline.json (baseline.py).
+The baseline is measured before step 0 and kept in baseline.json (baseline.py). The panel, which is
+scored at every look, gives the estimate and the bound that proves a domain kept. Fresh documents,
+which one look alone scores, prove a loss; without them the panel does that, too. A domain that is
+certainly worse than at its best look is no longer green, but this alone never makes it red: web
+text adapts first and is then forgotten, and bits per byte below the baseline would hide that.
 """
 
 from __future__ import annotations
@@ -14,21 +19,36 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cpt.config import GuardSection, RunConfig
+import numpy as np
+
+from cpt.config import RunConfig
 from cpt.errors import ConfigError
 from cpt.guard.baseline import (
     BASELINE_FILE,
-    baseline_content,
-    baseline_scores,
+    DomainBaseline,
     check_finite,
     check_same_text,
     check_same_weights,
     read_baseline,
+    stored_baselines,
     write_on_first_rank,
 )
-from cpt.guard.paired_test import CONFIDENCE, PairedChange, compare_scores
-from cpt.guard.requirements import WARN_INSTEAD, acts, domain_problems, tolerance_problems
-from cpt.guard.score import DomainScore, ScoredSet, as_floats, score_domain
+from cpt.guard.betting import Detector, lower_bound, percent_changes
+from cpt.guard.drawing import Drawing, draw, drawing_order
+from cpt.guard.paired_test import (
+    CONFIDENCE,
+    cluster_sums,
+    compare_scores,
+    effective_documents,
+)
+from cpt.guard.requirements import (
+    WARN_INSTEAD,
+    SampleSize,
+    acts,
+    domain_problems,
+    tolerance_problems,
+)
+from cpt.guard.score import DomainScore, Floats, ScoredSet, as_floats, score_domain
 from cpt.guard.yardstick import Json, Judgement, Kind, Look, Reading, state_of
 from cpt.model.weights.checksums import sampled_hash
 from cpt.model.weights.hf_layout import tensor_files
@@ -38,17 +58,22 @@ from cpt.resilience.agreed_stop import agreed_reason
 from cpt.resilience.stop import StopRequest
 from cpt.training.engine import TrainingEngine
 from data_pipeline.dataset import BuiltData
+from data_pipeline.store.packing import Integers
 
 log = logging.getLogger("cpt.guard")
 
 FINAL_CONFIDENCE = 0.99
 """Confidence of the upper bounds at the end of a run, when a model may be released."""
+DETECTED_PARTS = (0.0, 0.75, 1.0, 1.5, 2.0, 3.0)
+"""Parts of the tolerance that a detector looks for, beside the line and the hard limit."""
+BEST_FILE = "best.json"
+"""Scores of the panel of each domain at the looks that were better than all before them."""
 
 
 class TextJudge:
     """The pure half: the scores of the untouched model, which readings are compared with."""
 
-    def __init__(self, baseline: Mapping[str, DomainScore]) -> None:
+    def __init__(self, baseline: Mapping[str, DomainBaseline]) -> None:
         """Take the scores of the untouched model by domain."""
         self.baseline = baseline
 
@@ -59,56 +84,110 @@ class TextJudge:
         Args:
             folder: <run_dir>/guard.
         """
-        return cls(baseline_scores(read_baseline(folder / BASELINE_FILE)))
+        return cls(stored_baselines(read_baseline(folder / BASELINE_FILE)))
 
     def judge(self, scores: Json, state: Json, look: Look) -> Judgement:
         """Compare scores with the baseline; see `cpt.guard.yardstick.Judge`.
 
         Args:
-            scores: `nats`: by domain, a list over documents.
-            state: Unused.
+            scores: `nats`: by domain, a list over the documents of the panel; `fresh`: by domain,
+                a list over the fresh documents of this look; `best`: by domain, `step` and `nats`
+                of the look before with the least nats of the panel.
+            state: By domain, the state of its `Detector`.
             look: The look.
         """
-        confidence = FINAL_CONFIDENCE if look.last else CONFIDENCE
         readings = []
         events = []
+        detectors = dict(state)
         for name, nats in scores["nats"].items():
             before = self.baseline[name]
-            now = replace(before, nats=as_floats(nats))
-            change = compare_scores(now, before, look.num_tests, upper_confidence=confidence)
-            readings.append(reading_of(name, change, look))
-            events.append(
-                {
-                    "domain": name,
-                    "language": before.language,
-                    "bits_per_byte": now.bits_per_byte,
-                    **asdict(change),
-                }
-            )
-        return Judgement(readings=readings, state=state, events=events)
+            fresh = as_floats(scores.get("fresh", {}).get(name, []))
+            if len(fresh):
+                detector = Detector(lines_of(name, look), state.get(name))
+                changes = percent_changes(fresh, before.fresh_at(look.number))
+                lower = detector.add(changes, look.alarm_threshold)
+                detectors[name] = detector.to_json()
+            else:
+                lower = panel_bound(as_floats(nats), before.panel.nats, before.clusters, look)
+            best = scores.get("best", {}).get(name)
+            reading, event = read_panel(before, as_floats(nats), lower, best, look)
+            readings.append(reading)
+            events.append(event)
+        return Judgement(readings=readings, state=detectors, events=events)
 
     def restarted(self, state: Json, domains: Collection[str]) -> Json:
-        """Return the state unchanged: readings depend on the present scores alone."""
-        return state
+        """Return the state without the detectors of some domains, which begin anew."""
+        return {name: kept for name, kept in state.items() if name not in domains}
 
 
-def reading_of(name: str, change: PairedChange, look: Look) -> Reading:
-    """Return the reading of a domain whose change is known."""
+def lines_of(name: str, look: Look) -> list[float]:
+    """Return the losses, in percent, that a detector looks for in a domain."""
     tolerance, hard_limit = look.settings.limits(name)
-    lower_bound = change.finite_bound
-    upper_bound = change.finite_upper_bound
+    multiples = [part * tolerance for part in DETECTED_PARTS]
+    return [look.settings.act_at * tolerance, hard_limit, *multiples]
+
+
+def panel_bound(now: Floats, baseline: Floats, clusters: Integers | None, look: Look) -> float:
+    """Return the loss that the panel alone proves, in percent; NaN if a score is not a number.
+
+    The documents of a cluster count as one, whose change is the mean of theirs.
+    """
+    changes = percent_changes(now, baseline)
+    sizes = cluster_sums(np.ones(len(changes)), clusters)
+    return lower_bound(cluster_sums(changes, clusters) / sizes, look.alarm_threshold)
+
+
+def read_panel(
+    before: DomainBaseline, nats: Floats, lower: float, best: Json | None, look: Look
+) -> tuple[Reading, Json]:
+    """Return the reading of a domain and the fields of its `guard` line.
+
+    Args:
+        before: Scores of the untouched model.
+        nats: (documents,) scores of the panel.
+        lower: The loss that is certain, in percent; NaN if a score is not a number.
+        best: `step` and `nats` of the best look before, if there is one.
+        look: The look.
+    """
+    name = before.panel.name
+    tolerance, hard_limit = look.settings.limits(name)
     line = look.settings.act_at * tolerance
-    return Reading(
+    now = replace(before.panel, nats=nats)
+    confidence = FINAL_CONFIDENCE if look.last else CONFIDENCE
+    change = compare_scores(
+        now, before.panel, clusters=before.clusters, upper_confidence=confidence
+    )
+    upper = change.upper_bound if math.isfinite(change.upper_bound) else None
+    certain = None if math.isnan(lower) else lower
+    if not np.isfinite(nats).all():
+        certain = None
+    state = state_of(certain, upper, line=line, tolerance=tolerance)
+    event: Json = {
+        "domain": name,
+        "language": before.panel.language,
+        "bits_per_byte": now.bits_per_byte,
+        **asdict(change),
+        "lower_bound": certain,
+    }
+    if best is not None:
+        best_nats = as_floats(best["nats"])
+        event["best_step"] = best["step"]
+        event["delta_from_best_percent"] = float(100 * (nats.sum() / best_nats.sum() - 1))
+        forgotten = panel_bound(nats, best_nats, before.clusters, look)
+        if state == "green" and forgotten > line:
+            state = "amber"
+    reading = Reading(
         domain=name,
         kind="text",
         step=look.step,
-        state=state_of(lower_bound, upper_bound, line=line, tolerance=tolerance),
-        delta=change.finite_delta,
-        lower_bound=lower_bound,
-        upper_bound=upper_bound,
+        state=state,
+        delta=change.delta_percent if math.isfinite(change.delta_percent) else None,
+        lower_bound=certain,
+        upper_bound=upper,
         tolerance=tolerance,
         hard_limit=hard_limit,
     )
+    return reading, event
 
 
 class HeldOutText(TextJudge):
@@ -131,10 +210,13 @@ class HeldOutText(TextJudge):
             raise ConfigError(problems)
         self._config = config
         self._topology = topology
-        self._domains = [ScoredSet(domain, config.guard.max_documents) for domain in data.held_out]
-        self.domain_names = [domain.name for domain in self._domains]
+        self._data = {domain.name: domain for domain in data.held_out}
+        self.domain_names = [domain.name for domain in data.held_out]
         self._model = str(config.model.path or f"{config.model.init}, seed {config.train.seed}")
-        self._baseline_file = run_dir / "guard" / BASELINE_FILE
+        self._folder = run_dir / "guard"
+        self._baseline_file = self._folder / BASELINE_FILE
+        self._drawings: dict[str, Drawing] = {}
+        self._best: Json | None = None
 
     def is_due(self, look: Look) -> bool:
         """Return that text is scored at every look."""
@@ -144,7 +226,7 @@ class HeldOutText(TextJudge):
         """Score the domains that have a baseline, all of them at step 0.
 
         Returns:
-            `nats`: by domain, a list over documents; None if a stop was requested before every
+            Scores as `TextJudge.judge` takes them; None if a stop was requested before every
             domain was scored.
 
         Raises:
@@ -152,56 +234,148 @@ class HeldOutText(TextJudge):
         """
         if not self.baseline:
             self.baseline = self._stored_baseline()
-        scores: dict[str, DomainScore] = {}
-        for domain in self._domains:
-            if scores and stop is not None and agreed_reason(stop, self._topology.control_group):
-                return None
-            if look.step == 0 or domain.name in self.baseline:
-                scores[domain.name] = score_domain(
-                    domain, engine, self._topology, micro_batch_size=self._config.micro_batch_size
-                )
         if not self.baseline:
-            self._freeze_baseline(scores, look)
-        return {"nats": {name: score.nats.tolist() for name, score in scores.items()}}
+            baseline = self._measure_baseline(look, engine, stop)
+            if baseline is None:
+                return None
+            self.baseline = baseline
+            return {"nats": {name: one.panel.nats.tolist() for name, one in baseline.items()}}
+        panels: dict[str, Floats] = {}
+        fresh: dict[str, Floats] = {}
+        for name in self.baseline:
+            if panels and self._is_stopped(stop):
+                return None
+            drawing = self._drawings[name]
+            panels[name] = self._score(name, drawing.panel, engine)
+            documents = drawing.fresh_at(look.number)
+            if len(documents):
+                fresh[name] = self._score(name, documents, engine)
+        return {
+            "nats": {name: nats.tolist() for name, nats in panels.items()},
+            "fresh": {name: nats.tolist() for name, nats in fresh.items()},
+            "best": self._best_before(look, panels),
+        }
 
-    def table(self, events: Sequence[Json]) -> str:
-        """Return the changes of all domains as a table for people."""
-        return change_table(events)
+    def _score(self, name: str, documents: Integers, engine: TrainingEngine) -> Floats:
+        """Return the nats of some documents of a domain under the present weights."""
+        return self._domain_score(name, documents, engine).nats
 
-    def _freeze_baseline(self, scores: dict[str, DomainScore], look: Look) -> None:
-        """Keep the scores of the untouched model, in memory and on disk.
+    def _domain_score(self, name: str, documents: Integers, engine: TrainingEngine) -> DomainScore:
+        return score_domain(
+            ScoredSet(self._data[name], documents),
+            engine,
+            self._topology,
+            micro_batch_size=self._config.micro_batch_size,
+        )
+
+    def _is_stopped(self, stop: StopRequest | None) -> bool:
+        return stop is not None and bool(agreed_reason(stop, self._topology.control_group))
+
+    def _measure_baseline(
+        self, look: Look, engine: TrainingEngine, stop: StopRequest | None
+    ) -> dict[str, DomainBaseline] | None:
+        """Score the panels and all fresh documents of the run, and keep the scores on disk.
+
+        Returns:
+            Baselines by domain; None if a stop was requested before every domain was scored.
 
         Raises:
             ConfigError: the model is not untouched, its scores are not finite, or its documents
-                cannot show a rise of the tolerance while the guard is to act on one.
+                cannot show a loss of the tolerance while the guard is to act on one.
         """
         if look.step != 0:
             raise ConfigError(
                 f"{self._baseline_file} is missing, and at step {look.step} the untouched model is "
                 "gone. Restore the file, or go on with --set guard.enabled=false."
             )
+        baselines: dict[str, DomainBaseline] = {}
+        for name, domain in self._data.items():
+            if baselines and self._is_stopped(stop):
+                return None
+            drawing = draw(
+                look.settings, name, domain.document_clusters, look.num_looks, look.num_domains
+            )
+            self._drawings[name] = drawing
+            panel = self._domain_score(name, drawing.panel, engine)
+            fresh = np.zeros(0)
+            if len(drawing.fresh):
+                fresh = self._score(name, drawing.fresh, engine)
+            baselines[name] = DomainBaseline(
+                panel=panel,
+                clusters=domain.document_clusters[drawing.panel],
+                fresh=fresh,
+                fresh_per_look=drawing.fresh_per_look,
+            )
         check_finite(
-            scores,
+            baselines,
             f"model.path {self._model}" if self._config.model.path else f"model {self._model}",
             "Look at the weights: a value that is not finite or far too large, or a file that is "
             "damaged. Compare their SHA-256 with the published ones, or give another model.",
         )
-        self._check_tolerances(look.settings, scores, look.num_tests)
-        content = baseline_content(self._domains, scores, self._model, self._base_weights())
+        self._check_tolerances(look, baselines)
+        content = {}
+        weights = self._base_weights()
+        for name, baseline in baselines.items():
+            entry = {"model": self._model, "weights": weights, **self._content_hashes(name)}
+            content[name] = {**entry, **baseline.to_json()}
         write_on_first_rank(self._topology.control_group, self._baseline_file, content)
-        self.baseline = scores
+        return baselines
 
-    def _check_tolerances(
-        self, settings: GuardSection, scores: Mapping[str, DomainScore], num_tests: int
-    ) -> None:
-        nats = {name: score.nats for name, score in scores.items()}
-        problems = tolerance_problems(settings, nats, num_tests)
-        if problems and acts(settings):
+    def _content_hashes(self, name: str) -> Json:
+        """Return hashes of the documents of the panel and of the fresh ones."""
+        drawing = self._drawings[name]
+        hashes = {"content_hash": ScoredSet(self._data[name], drawing.panel).content_hash()}
+        if len(drawing.fresh):
+            fresh = ScoredSet(self._data[name], drawing.fresh)
+            hashes["fresh_content_hash"] = fresh.content_hash()
+        return hashes
+
+    def _check_tolerances(self, look: Look, baselines: Mapping[str, DomainBaseline]) -> None:
+        sizes = {}
+        for name, baseline in baselines.items():
+            clusters = self._data[name].document_clusters
+            nats = cluster_sums(baseline.panel.nats, baseline.clusters)
+            sizes[name] = SampleSize(
+                num_held_out=len(np.unique(clusters)),
+                num_panel=len(nats),
+                effective_panel=effective_documents(nats),
+                fresh_per_look=baseline.fresh_per_look,
+            )
+        problems = tolerance_problems(look.settings, sizes, look.num_tests)
+        if problems and acts(look.settings):
             raise ConfigError([*problems, WARN_INSTEAD])
         for problem in problems:
             log.info("%s", problem)
 
-    def _stored_baseline(self) -> dict[str, DomainScore]:
+    def _best_before(self, look: Look, panels: Mapping[str, Floats]) -> Json:
+        """Return the best look before of every domain, and keep this one where it is better.
+
+        A file of its own holds every look that was better than all before it, so that a run that
+        goes back to an earlier step also goes back to the best look before that.
+        """
+        file = self._folder / BEST_FILE
+        group = self._topology.control_group
+        if self._best is None:
+            self._best = on_first_rank(group, lambda: read_baseline(file))
+        known: Json = {}
+        better: Json = dict(self._best)
+        for name, nats in panels.items():
+            earlier = [one for one in self._best.get(name, []) if one["step"] < look.step]
+            untouched = {"step": 0, "nats": self.baseline[name].panel.nats.tolist()}
+            known[name] = earlier[-1] if earlier else untouched
+            if nats.sum() < sum(known[name]["nats"]):
+                earlier.append({"step": look.step, "nats": nats.tolist()})
+            better[name] = earlier
+        if better != self._best:
+            self._best = better
+            write_on_first_rank(group, file, better)
+        return known
+
+    def table(self, events: Sequence[Json]) -> str:
+        """Return the changes of all domains as a table for people."""
+        return change_table(events)
+
+    def _stored_baseline(self) -> dict[str, DomainBaseline]:
         """Return the scores of the untouched model on the domains of this run; empty if none.
 
         Raises:
@@ -217,21 +391,38 @@ class HeldOutText(TextJudge):
                 known[name] = stored[name]
             else:
                 added.append(name)
-        if known:
-            check_same_text(self._baseline_file, known, self._domains)
-            check_same_weights(self._baseline_file, known, self._model, self._base_weights())
         if stored and added and self._topology.rank == 0:
             log.warning(
                 "held-out domains %s are left out: the untouched model was not measured on them.",
                 ", ".join(added),
             )
-        scores = baseline_scores(known)
+        baselines = stored_baselines(known)
+        hashes = {}
+        for name, baseline in baselines.items():
+            self._drawings[name] = self._drawing_of(name, baseline)
+            hashes[name] = self._content_hashes(name)
+        if known:
+            check_same_text(self._baseline_file, known, hashes)
+            check_same_weights(self._baseline_file, known, self._model, self._base_weights())
         check_finite(
-            scores,
+            baselines,
             str(self._baseline_file),
             "Use a new --run_dir, and look at the weights that the run started from.",
         )
-        return scores
+        return baselines
+
+    def _drawing_of(self, name: str, baseline: DomainBaseline) -> Drawing:
+        """Return the drawing that a baseline was measured on."""
+        order, _ = drawing_order(self._data[name].document_clusters)
+        num_looks = 0
+        if baseline.fresh_per_look:
+            num_looks = len(baseline.fresh) // baseline.fresh_per_look
+        return Drawing(
+            order=order,
+            num_panel=len(baseline.panel.nats),
+            fresh_per_look=baseline.fresh_per_look,
+            num_looks=num_looks,
+        )
 
     def _base_weights(self) -> str:
         return base_weights(self._config, self._topology)

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 
-import numpy as np
-
-from cpt.config import GuardSection
-from cpt.guard.paired_test import noise_floor_percent
-from cpt.guard.score import Floats
+from cpt.config import DomainLimits, GuardSection
+from cpt.guard.betting import POWER_QUANTILE
+from cpt.guard.drawing import DOCUMENT_SPREAD_PERCENT, alarm_documents, fresh_per_look
+from cpt.guard.paired_test import CONFIDENCE
+from cpt.guard.student import student_quantile
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.strict_yaml import nearest
 from data_pipeline.store.manifest import BuildManifest
 
 WARN_INSTEAD = "Or let the guard only tell: guard.policy: warn."
 """The other cure when tolerances are too small for the held-out text."""
+MOST_TOLERANCE = 100
+"""Percent: largest tolerance that a message proposes."""
 
 
 def guard_problems(
@@ -44,14 +48,13 @@ def guard_problems(
     problems = domain_problems(settings, num_documents)
     if is_measured or not acts(settings):
         return problems
+    tests = num_tests(settings, len(num_documents), total_steps)
     # equally large documents show most: what they cannot show, no documents of this number can
     best_case = {}
     for name, count in num_documents.items():
         if count:
-            best_case[name] = np.ones(min(count, settings.max_documents))
-    too_noisy = tolerance_problems(
-        settings, best_case, num_tests(settings, len(num_documents), total_steps)
-    )
+            best_case[name] = expected_size(settings, name, count, tests, len(num_documents))
+    too_noisy = tolerance_problems(settings, best_case, tests)
     if too_noisy:
         problems += [*too_noisy, WARN_INSTEAD]
     return problems
@@ -99,35 +102,116 @@ def domain_problems(settings: GuardSection, num_documents: Mapping[str, int | No
     return problems
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleSize:
+    """How much text of a domain is measured."""
+
+    num_held_out: int
+    """Documents of different clusters that are held out."""
+    num_panel: int
+    """Documents of different clusters that every look measures."""
+    effective_panel: float
+    """Equally large documents that would say as much as the panel."""
+    fresh_per_look: int
+    """Documents that one look alone measures."""
+
+
+def expected_size(
+    settings: GuardSection, name: str, num_documents: int, num_tests: int, num_domains: int
+) -> SampleSize:
+    """Return what is measured of a domain if its documents are equally large and not related."""
+    num_panel = min(num_documents, settings.max_documents)
+    left = num_documents - num_panel
+    num_looks = num_tests // num_domains
+    return SampleSize(
+        num_held_out=num_documents,
+        num_panel=num_panel,
+        effective_panel=num_panel,
+        fresh_per_look=fresh_per_look(settings, name, left, num_looks, num_domains),
+    )
+
+
 def tolerance_problems(
-    settings: GuardSection, baseline: Mapping[str, Floats], num_tests: int
+    settings: GuardSection, sizes: Mapping[str, SampleSize], num_tests: int
 ) -> list[str]:
-    """Return a sentence for each domain whose documents cannot show a rise of its tolerance.
+    """Return a sentence for each domain whose documents cannot show a loss of its tolerance.
 
     Args:
         settings: The run's guard section.
-        baseline: (documents,) nats of the untouched model, by domain; only their ratios count.
-        num_tests: How many bounds of the run must hold together.
+        sizes: What is measured, by domain.
+        num_tests: Domains times looks of the run.
     """
     problems = []
-    for name, nats in baseline.items():
-        tolerance, _ = settings.limits(name)
-        try:
-            floor = noise_floor_percent(nats, num_tests)
-        except ValueError as error:
+    for name, size in sizes.items():
+        needed = needed_documents(settings, name, size, num_tests)
+        if needed is not None:
+            tolerance, _ = settings.limits(name)
             problems.append(
-                f"guard domain {name} has {error}: nothing can be told from it. Hold out more."
-            )
-            continue
-        if floor > tolerance:
-            needed = math.ceil(len(nats) * (floor / tolerance) ** 2)
-            problems.append(
-                f"guard domain {name}: {len(nats)} documents show changes of {floor:.1f} % and "
-                f"more, the tolerance is {tolerance:g} %. Hold out about {needed:,} documents "
-                "(held_out_share in the mix, guard.max_documents), or set guard.tolerance_percent "
-                f"(or guard.domains.{name}.tolerance_percent) to {math.ceil(10 * floor) / 10:g}."
+                f"guard domain {name}: {size.num_panel} documents (as good as "
+                f"{size.effective_panel:.0f} equally large ones) do not show a loss of the "
+                f"tolerance, {tolerance:g} %, with a probability of 90 %. That takes about "
+                f"{needed:,}; {size.num_held_out:,} are held out. Hold out more (held_out_share in "
+                f"the mix), measure more (guard.max_documents), or set guard.tolerance_percent (or "
+                f"guard.domains.{name}.tolerance_percent) to "
+                f"{_least_tolerance(settings, name, size, num_tests)}."
             )
     return problems
+
+
+def needed_documents(
+    settings: GuardSection, name: str, size: SampleSize, num_tests: int
+) -> int | None:
+    """Return how many documents the panel of a domain needs, or None if it has enough.
+
+    A panel has to prove that a loss at the line, `act_at` times the tolerance, is below the
+    tolerance. Without fresh documents it has to prove that a loss of the tolerance is above the
+    line, too. Both with a probability of 90 %.
+
+    Args:
+        settings: The run's guard section.
+        name: Name of the domain.
+        size: What is measured of it.
+        num_tests: Domains times looks of the run.
+    """
+    to_prove_kept = kept_documents(settings, name)
+    per_document = size.num_panel / size.effective_panel
+    needed = 0
+    if size.effective_panel < to_prove_kept:
+        needed = math.ceil(to_prove_kept * per_document)
+    if not size.fresh_per_look:
+        to_alarm = alarm_documents(settings, name, num_tests)
+        if size.num_panel < to_alarm:
+            needed = max(needed, to_alarm)
+    return needed or None
+
+
+def kept_documents(settings: GuardSection, name: str) -> int:
+    """Return the least n with line + (t + z) spread / sqrt(n) <= tolerance.
+
+    t is the quantile of Student's t of the upper bound, z the normal one of a power of 90 %.
+    """
+    tolerance, _ = settings.limits(name)
+    margin = (1 - settings.act_at) * tolerance
+    if margin <= 0:  # a line at the tolerance itself: a loss of nothing must be shown to be below
+        margin = tolerance
+    # the normal quantile is below that of Student's t, so this count is too small, if barely
+    normal = -NormalDist().inv_cdf(1 - CONFIDENCE)
+    count = max(3, math.ceil(((normal + POWER_QUANTILE) * DOCUMENT_SPREAD_PERCENT / margin) ** 2))
+    while True:
+        quantile = student_quantile(1 - CONFIDENCE, count - 1)
+        if (quantile + POWER_QUANTILE) * DOCUMENT_SPREAD_PERCENT / math.sqrt(count) <= margin:
+            return count
+        count += 1
+
+
+def _least_tolerance(settings: GuardSection, name: str, size: SampleSize, num_tests: int) -> str:
+    """Return the least tolerance, in tenths of a percent, that the documents would show."""
+    for tenths in range(1, 10 * MOST_TOLERANCE):
+        limits = DomainLimits(tolerance_percent=tenths / 10, hard_limit_percent=MOST_TOLERANCE)
+        wider = replace(settings, domains={**settings.domains, name: limits})
+        if needed_documents(wider, name, size, num_tests) is None:
+            return f"{tenths / 10:g}"
+    return f"more than {MOST_TOLERANCE}"
 
 
 def acts(settings: GuardSection) -> bool:

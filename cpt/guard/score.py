@@ -25,6 +25,7 @@ import torch.distributed as dist
 from cpt.parallel.topology import Topology
 from cpt.training.loader import NO_SOURCE, MicroBatch, filler_row, make_micro_batch
 from data_pipeline.dataset import HeldOutSet, PackedRow
+from data_pipeline.store.packing import Integers
 
 Floats = npt.NDArray[np.float64]
 
@@ -69,26 +70,44 @@ def bits_per_byte(nats: Floats, num_bytes: Floats) -> float:
 
 
 class ScoredSet:
-    """The documents of a held-out domain that are scored, and the packed rows they lie in."""
+    """The documents of a held-out domain that are scored, in packed rows of their own."""
 
-    def __init__(self, domain: HeldOutSet, max_documents: int) -> None:
-        """Read the rows of the first `max_documents` documents."""
+    def __init__(self, domain: HeldOutSet, documents: Integers) -> None:
+        """Pack the documents; rows are read when they are scored.
+
+        Args:
+            domain: The held-out domain.
+            documents: Their numbers within the domain.
+        """
         self.name = domain.name
         self.language = domain.language
-        self.num_documents = min(domain.num_documents, max_documents)
-        self.document_bytes = np.asarray(
-            domain.document_bytes[: self.num_documents], dtype=np.float64
-        )
-        self.rows: list[PackedRow] = []
+        self.documents = documents
+        self.document_bytes = np.asarray(domain.document_bytes[documents], dtype=np.float64)
+        self.seq_len = domain.seq_len
+        self._packed = domain.pack(documents)
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return len(self.documents)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of packed rows."""
+        return self._packed.num_rows
+
+    def read_row(self, index: int) -> PackedRow:
+        """Read one row; its `documents` are positions in `documents`."""
+        return self._packed.read_row(index)
+
+    def content_hash(self) -> str:
+        """Return a hex sha256 of the documents."""
         digest = hashlib.sha256(str(self.num_documents).encode())
-        for index in range(domain.num_rows):
-            row = domain.read_row(index)
-            if (row.documents < self.num_documents).any():
-                self.rows.append(row)
-                digest.update(row.input_ids.astype("<i8").tobytes())
-                digest.update(row.documents.astype("<i8").tobytes())
-        self.content_hash = digest.hexdigest()
-        """Hex sha256 of the scored documents."""
+        for index in range(self.num_rows):
+            row = self.read_row(index)
+            digest.update(row.input_ids.astype("<i8").tobytes())
+            digest.update(row.documents.astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 class Scorer(Protocol):
@@ -103,14 +122,14 @@ def score_domain(
     domain: ScoredSet, scorer: Scorer, topology: Topology, *, micro_batch_size: int
 ) -> DomainScore:
     """Score a domain; all ranks call it together and get the same numbers."""
-    largest_document = max(int(row.documents.max()) for row in domain.rows)
-    nats = torch.zeros(1 + largest_document, dtype=torch.float64)
+    nats = torch.zeros(domain.num_documents, dtype=torch.float64)
     rows_per_pass = topology.dp_size * micro_batch_size
-    filler = filler_row(len(domain.rows[0].input_ids))
-    rows = domain.rows + [filler] * (-len(domain.rows) % rows_per_pass)
-    for first in range(0, len(rows), rows_per_pass):
+    for first in range(0, domain.num_rows, rows_per_pass):
         start = first + topology.dp_rank * micro_batch_size
-        mine = rows[start : start + micro_batch_size]
+        mine = []
+        for index in range(start, start + micro_batch_size):
+            is_row = index < domain.num_rows
+            mine.append(domain.read_row(index) if is_row else filler_row(domain.seq_len))
         losses_BS = scorer.score(make_micro_batch(mine, [NO_SOURCE] * len(mine), topology)).double()
         for losses_S, row in zip(losses_BS, mine, strict=True):
             _add_by_document(nats, losses_S, row, topology)
@@ -118,7 +137,7 @@ def score_domain(
     return DomainScore(
         name=domain.name,
         language=domain.language,
-        nats=nats[: domain.num_documents].numpy(),
+        nats=nats.numpy(),
         bytes=domain.document_bytes,
     )
 

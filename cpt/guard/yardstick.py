@@ -104,7 +104,7 @@ def state_of(
         line: Loss from which on a certain one counts.
         tolerance: Tolerated loss.
     """
-    if lower_bound is None or lower_bound > line:
+    if lower_bound is None or lower_bound >= line:
         return "red"
     if upper_bound is not None and upper_bound < tolerance:
         return "green"
@@ -145,8 +145,8 @@ class Reading(Plain):
         return cls(**values)
 
     def above(self, limit: float) -> bool:
-        """Return whether the loss is surely above a limit; NaN is above every limit."""
-        return self.lower_bound is None or self.lower_bound > limit
+        """Return whether the loss certainly reaches a limit; NaN is above every limit."""
+        return self.lower_bound is None or self.lower_bound >= limit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

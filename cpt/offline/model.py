@@ -17,6 +17,7 @@ from transformers import GptOssConfig
 
 from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.errors import ConfigError
+from cpt.guard.drawing import drawing_order
 from cpt.guard.score import DomainScore, ScoredSet, score_domain
 from cpt.model import attention, gpt_oss
 from cpt.model.decoding import PromptPass, TokenPass, next_token_logits
@@ -53,7 +54,11 @@ def held_out_sets(mix_file: Path, build_dir: Path | None, max_documents: int) ->
     data = BuiltData.open(directory, verify=False, mix=mix)
     for difference in compare(data.manifest, mix, read_contents=False).differences:
         log.warning("%s is not %s as it is: %s", directory, mix_file, difference)
-    sets = [ScoredSet(domain, max_documents) for domain in data.held_out if domain.num_rows]
+    sets = []
+    for domain in data.held_out:
+        if domain.num_documents:
+            order, _ = drawing_order(domain.document_clusters)
+            sets.append(ScoredSet(domain, order[:max_documents]))
     if not sets:
         raise ConfigError(f"{mix_file} holds no document out. Give its sources a held_out_share.")
     return sets

@@ -109,6 +109,31 @@ def test_held_out_documents_are_numbered_through_their_domain(built: BuiltData) 
     assert (domain.document_bytes >= tokens).all()
 
 
+def test_held_out_documents_can_be_packed_alone(built: BuiltData) -> None:
+    """Tokens are those of the build's own rows, whatever else lies in them."""
+    (domain,) = built.held_out
+    in_build: dict[int, list[int]] = {}
+    pieces = [domain.read_row(number) for number in range(domain.num_rows)]
+    for row in pieces:
+        for index, document in enumerate(row.documents.tolist()):
+            span = slice(row.bounds[index], row.bounds[index + 1])
+            in_build.setdefault(document, []).extend(row.labels[span].tolist())
+    chosen = np.array([domain.num_documents - 1, 0])
+    packed = domain.pack(chosen)
+    alone: dict[int, list[int]] = {}
+    for number in range(packed.num_rows):
+        row = packed.read_row(number)
+        assert row.input_ids.shape == (SEQ_LEN,)
+        for index, position in enumerate(row.documents.tolist()):
+            span = slice(row.bounds[index], row.bounds[index + 1])
+            document = int(chosen[position])
+            alone.setdefault(document, []).extend(row.labels[span].tolist())
+    assert alone.keys() == set(chosen.tolist())
+    for document, labels in alone.items():
+        assert sorted(labels) == sorted(in_build[document])
+        assert len(labels) == domain.document_tokens[document] - 1
+
+
 def test_labels_and_guard_domains_of_the_present_mix_replace_those_of_the_build(
     mix: MixConfig, built: BuiltData
 ) -> None:

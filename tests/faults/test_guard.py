@@ -13,13 +13,25 @@ import yaml
 from cpt.checkpoint.manifest import read_manifest
 from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.cli import main
-from tests.support.service import Service, make_workplace, run_to_end
+from tests.support.service import SAMPLE, Service, make_workplace, run_to_end
 
 pytestmark = pytest.mark.dist
 
 ENGLISH_STEPS = 40
 """Steps on English alone, from which the guarded run starts."""
 TOLERANCE_PERCENT = 12.0
+PIECE_CHARACTERS = 250
+"""Characters of an English document: enough documents to prove a loss of the tolerance."""
+
+
+def write_english_pieces(path: Path) -> None:
+    """Write the English sample in many short documents."""
+    lines = []
+    for line in (SAMPLE / "en_web.jsonl").read_text(encoding="utf-8").splitlines():
+        text = json.loads(line)["text"]
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            lines.append(json.dumps({"text": text[start : start + PIECE_CHARACTERS]}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +40,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_workplace(tmp_path_factory.mktemp("guard"))
     mix = yaml.safe_load((folder / "mix.yaml").read_text())
     run = yaml.safe_load((folder / "run.yaml").read_text())
+    write_english_pieces(folder / "en_web.jsonl")
     for source in mix["sources"]:
+        if source["name"] == "en_web":
+            source["path"] = "en_web.jsonl"
         source["held_out_share"] = 0.3
         source["weight"] = {"ja_essay": 0.0, "en_web": 1.0}[source["name"]]
     mix["guard"] = {"domains": [{"name": "en_web", "language": "en", "sources": ["en_web"]}]}
@@ -54,6 +69,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run["checkpoint"] |= {"interval_steps": 4}
     run["guard"] = {
         "interval_steps": 2,
+        "max_documents": 70,
         "tolerance_percent": TOLERANCE_PERCENT,
         "hard_limit_percent": 13.0,
         "max_replay_share": 0.1,

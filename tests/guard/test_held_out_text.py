@@ -30,9 +30,7 @@ def english() -> DomainScore:
 
 def test_domain_without_a_document_is_refused_by_name(tmp_path: Path) -> None:
     """Passed over, a small source's domain would look guarded and never warn."""
-    domain = SimpleNamespace(
-        name="english", language="en", num_documents=0, document_bytes=[], num_rows=0
-    )
+    domain = SimpleNamespace(name="english", language="en", num_documents=0)
     data: Any = SimpleNamespace(held_out=(domain,), manifest=SimpleNamespace(fingerprint="f"))
     config: Any = SimpleNamespace(guard=GuardSection(max_documents=4))
     topology: Any = SimpleNamespace(rank=0)
@@ -59,13 +57,17 @@ def test_baseline_of_other_weights_is_refused_wherever_the_model_lies(
         return tmp_path / name
 
     domain = SimpleNamespace(
-        name="english", language="en", num_documents=NUM_DOCUMENTS, num_rows=1, content_hash="c"
+        name="english",
+        language="en",
+        num_documents=NUM_DOCUMENTS,
+        document_clusters=np.arange(NUM_DOCUMENTS),
     )
     data: Any = SimpleNamespace(held_out=(domain,))
     topology: Any = SimpleNamespace(
         rank=0, control_group=None, place=SimpleNamespace(enter=lambda *_: None)
     )
-    monkeypatch.setattr("cpt.guard.held_out_text.ScoredSet", lambda domain, _: domain)
+    scored = SimpleNamespace(content_hash=lambda: "c")
+    monkeypatch.setattr("cpt.guard.held_out_text.ScoredSet", lambda *_: scored)
     monkeypatch.setattr("cpt.guard.held_out_text.score_domain", lambda *_, **__: english)
     for module in ("guard", "held_out_text", "baseline"):
         monkeypatch.setattr(f"cpt.guard.{module}.on_first_rank", lambda _, do: do())

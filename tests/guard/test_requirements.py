@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +11,14 @@ import numpy as np
 import pytest
 
 from cpt.config import DomainLimits, GuardSection
+from cpt.guard.paired_test import effective_documents, margin_of_error
 from cpt.guard.requirements import (
     WARN_INSTEAD,
     documents_by_domain,
     domain_problems,
+    expected_size,
     guard_problems,
+    kept_documents,
     num_tests,
     tolerance_problems,
 )
@@ -59,8 +64,46 @@ def test_documents_of_a_domain_are_those_of_all_its_sources() -> None:
 
 def test_tolerance_that_no_documents_of_this_number_can_show_is_refused_before_weights() -> None:
     problems = guard_problems(guard_section(), STEPS, {"english": 9}, is_measured=False)
-    assert "guard domain english: 9 documents show changes of" in problems[0]
+    assert "guard domain english: 9 documents (as good as 9 equally large ones)" in problems[0]
+    assert "9 are held out" in problems[0]
     assert problems[-1] == WARN_INSTEAD
+
+
+def test_refusal_names_a_number_of_documents_and_a_tolerance_that_would_do() -> None:
+    """A panel of 256 does not show 1 %; without fresh documents that takes several hundred."""
+    settings = guard_section(tolerance_percent=1.0)
+    (problem, _) = guard_problems(settings, STEPS, {"english": 400}, is_measured=False)
+    named = re.search(r"takes about ([\d,]+);.*tolerance_percent\) to ([\d.]+)\.$", problem)
+    assert named
+    needed = int(named[1].replace(",", ""))
+    assert 400 < needed < 1000
+    larger = guard_section(tolerance_percent=1.0, max_documents=needed)
+    assert not guard_problems(larger, STEPS, {"english": needed}, is_measured=False)
+    wider = guard_section(tolerance_percent=float(named[2]))
+    assert not guard_problems(wider, STEPS, {"english": 400}, is_measured=False)
+    slightly_wider = guard_section(tolerance_percent=float(named[2]) - 0.1)
+    assert guard_problems(slightly_wider, STEPS, {"english": 400}, is_measured=False)
+
+
+def test_many_held_out_documents_let_a_panel_of_the_default_size_do() -> None:
+    settings = guard_section(tolerance_percent=1.0)
+    assert not guard_problems(settings, STEPS, {"english": 10_000}, is_measured=False)
+
+
+def test_noise_alone_is_not_enough() -> None:
+    """100 documents show a change of 0.95 % once in two times at most: the error is 0.2 %, and the
+    upper bound of a loss at the line must be below the tolerance nine times out of ten."""
+    settings = guard_section(tolerance_percent=1.0)
+    count = kept_documents(settings, "english")
+    assert 130 <= count <= 145
+    generator = np.random.default_rng(2)
+    ones = np.ones(count)
+    kept = 0
+    for _ in range(400):
+        now = 1 + (0.5 + 2 * generator.normal(size=count)) / 100
+        delta = 100 * (now.mean() - 1)
+        kept += delta + margin_of_error(now, ones, 0.05) < 1.0
+    assert 0.86 <= kept / 400 <= 0.94
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -71,7 +114,10 @@ def test_no_refusal_before_weights_is_missing_from_the_one_after_the_measurement
     count = int(generator.integers(3, 200))
     nats = np.exp(generator.normal(7, 1, count))
     before = guard_problems(settings, STEPS, {"english": count}, is_measured=False)
-    after = tolerance_problems(settings, {"english": nats}, num_tests(settings, 1, STEPS))
+    tests = num_tests(settings, 1, STEPS)
+    equal = expected_size(settings, "english", count, tests, 1)
+    real = dataclasses.replace(equal, effective_panel=effective_documents(nats))
+    after = tolerance_problems(settings, {"english": real}, tests)
     assert not before or after
 
 
