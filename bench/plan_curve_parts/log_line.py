@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from cpt.guard.paired_test import student_quantile
+from cpt.guard.student import student_quantile
 from cpt.planning.mix_probe import Probe, ProbeScores
 
 Floats = npt.NDArray[np.float64]
