@@ -438,6 +438,16 @@ def test_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     ]
 
 
+def test_states_of_the_guard_are_shown_where_they_were_measured(tmp_path: Path) -> None:
+    before = page(tmp_path, guard(0), guard(10))
+    assert "green: kept" not in before
+    states = [guard(0, state="green"), guard(10, state="amber"), guard(20, state="red")]
+    text = page(tmp_path, *states)
+    for meaning in ("green: kept", "amber: neither", "red: lost"):
+        assert meaning in text
+    assert "+0.25 %, red" in text and "step 10: +0.25 %, amber" in text
+
+
 def test_report_is_replaced_in_one_move(tmp_path: Path) -> None:
     page(tmp_path, step(1))
     first = (tmp_path / "report.html").stat().st_ino

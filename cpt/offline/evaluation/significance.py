@@ -156,7 +156,7 @@ def _student_change(
 ) -> Change:
     """Return the change of a mean whose error has `count` - 1 degrees of freedom."""
     # the guard loads torch, which most comparisons do not need
-    from cpt.guard.paired_test import student_quantile
+    from cpt.guard.student import student_quantile
 
     if math.isinf(stderr):
         return Change(drop=drop, stderr=stderr, upper_bound=math.inf, proven=False)

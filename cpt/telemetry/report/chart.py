@@ -166,6 +166,29 @@ class StepChart:
         )
         self.figure.add_tools(HoverTool(renderers=[drawn], tooltips="@text", visible=False))
 
+    def squares(self, steps: Sequence[int], colors: Sequence[str], texts: Sequence[str]) -> None:
+        """Draw one square for each step along the lower edge; hovering over it tells its text."""
+        from bokeh.models import HoverTool
+
+        bottom = self.values.low + 0.03 * (self.values.high - self.values.low)
+        data = {
+            "x": list(steps),
+            "y": [bottom] * len(steps),
+            "color": list(colors),
+            "text": list(texts),
+        }
+        drawn = self.figure.scatter(
+            "x",
+            "y",
+            source=data,
+            marker="square",
+            size=6,
+            fill_color="color",
+            line_color="white",
+            line_width=0.6,
+        )
+        self.figure.add_tools(HoverTool(renderers=[drawn], tooltips="@text", visible=False))
+
     def add_tooltips(self) -> None:
         """Tell the values of everything that was drawn at the step below the pointer."""
         from bokeh.models import HoverTool

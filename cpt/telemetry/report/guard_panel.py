@@ -25,6 +25,14 @@ MAX_WHISKERS = 24
 """Up to so many measurements, intervals are bars: a band would claim knowledge between them."""
 MARK_ROOM = 0.12
 """Part of a chart's height that is added for the marks of actions."""
+STATE_COLORS = {"green": "#009e73", "amber": "#e69f00", "red": ALARM}
+"""Color of the square of each state."""
+STATE_MEANING = {"green": "green: kept", "amber": "amber: neither", "red": "red: lost"}
+"""What each state says is proven."""
+STATE_ROOM = 0.1
+"""Part of a chart's height that is added for the squares of states."""
+MAX_STATES = 200
+"""Up to so many measurements, the state of each is drawn; beyond, only changes of it."""
 ROW_HEIGHT = 138
 SINGLE_ROW_HEIGHT = 300
 
@@ -60,11 +68,14 @@ def guard_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel:
     cells = []
     for domain, events in by_domain.items():
         chart = _domain_chart(events, colors[str(events[-1].get("language"))], style)
-        cells.append(Cell(chart=chart, heading=clean(domain, 22), detail=change_text(events[-1])))
+        cells.append(Cell(chart=chart, heading=clean(domain, 22), detail=state_text(events[-1])))
     legend = []
     if math.isfinite(style.tolerance):
         text = f"tolerance {style.tolerance:+g} %"
         legend.append(LegendEntry(text=text, color=ALARM, dash="dashed"))
+    for state, color in STATE_COLORS.items():
+        if any(event.get("state") == state for event in run.guard_events):
+            legend.append(LegendEntry(text=STATE_MEANING[state], color=color, marker="square"))
     for action, marker in style.markers.items():
         legend.append(LegendEntry(text=clean(action), color=ALARM, marker=marker))
     return Panel(
@@ -106,6 +117,8 @@ def _domain_chart(events: Sequence[dict[str, Any]], color: str, style: DomainSty
     values = range_of_lines([series], include=levels)
     if any(action_of(event) != "none" for event in events):
         values = replace(values, high=values.high + MARK_ROOM * (values.high - values.low))
+    if any(event.get("state") in STATE_COLORS for event in events):
+        values = replace(values, low=values.low - STATE_ROOM * (values.high - values.low))
     chart = StepChart(
         height=style.height,
         steps=style.steps,
@@ -129,4 +142,28 @@ def _domain_chart(events: Sequence[dict[str, Any]], color: str, style: DomainSty
         texts = [f"{clean(action)}, step {e['step']:,}: {change_text(e)}" for e in acted]
         if acted:
             chart.marks([event["step"] for event in acted], marker, texts)
+    draw_states(chart, events)
     return chart
+
+
+def draw_states(chart: StepChart, events: Sequence[dict[str, Any]]) -> None:
+    """Draw the states of one domain; of very many measurements, those that differ from the last."""
+    shown = []
+    before = None
+    for event in events:
+        state = event.get("state")
+        if state in STATE_COLORS and (len(events) <= MAX_STATES or state != before):
+            shown.append(event)
+        before = state
+    if shown:
+        chart.squares(
+            [event["step"] for event in shown],
+            [STATE_COLORS[event["state"]] for event in shown],
+            [f"step {event['step']:,}: {state_text(event)}" for event in shown],
+        )
+
+
+def state_text(event: dict[str, Any]) -> str:
+    """Return the change that a measurement found and the state that follows, for people."""
+    state = event.get("state")
+    return f"{change_text(event)}, {state}" if state in STATE_COLORS else change_text(event)
