@@ -1,10 +1,23 @@
-"""The `cpt` command: everything that is done with a run besides training it."""
+"""The `cpt` command: everything that is done with a run besides training it.
+
+Commands that compute with a model also run on all ranks of a launcher (cpt/offline/ranks.py):
+
+    deepspeed --num_gpus 8 cpt/cli.py kl_targets ...
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
+from pathlib import Path
 
-from cpt.commands import (
+ROOT = Path(__file__).resolve().parent.parent
+if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
+    # the launcher puts cpt/ itself first, where `import config` would find a second copy
+    sys.path[0] = str(ROOT)
+
+from cpt.commands import (  # noqa: E402
     checkpoints,
     doctor,
     evaluate,
@@ -19,8 +32,13 @@ from cpt.commands import (
     status,
     suite,
 )
-from cpt.errors import EXIT_DONE
-from data_pipeline.commands import CommandParser, end_with_reason, prepare_process
+from cpt.errors import EXIT_DONE, EXIT_INTERNAL, CptError  # noqa: E402
+from cpt.resilience.environment import is_launched, speaks_for_node  # noqa: E402
+from data_pipeline.commands import (  # noqa: E402
+    CommandParser,
+    end_with_reason,
+    prepare_process,
+)
 
 COMMANDS = (
     export,
@@ -51,13 +69,28 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
-    options = parser.parse_args(_current_words(sys.argv[1:] if arguments is None else arguments))
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by deepspeed
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(_current_words(words))
     try:
         options.run(options)
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        return end_with_reason(error, "cpt")
+        return _leave(error)
     return EXIT_DONE
+
+
+def _leave(error: BaseException) -> int:
+    """Tell what ended the command and return the exit code; a rank of a launcher ends here."""
+    if not is_launched():
+        return end_with_reason(error, "cpt")
+    code = getattr(error, "exit_code", EXIT_INTERNAL)
+    if not isinstance(error, CptError) or speaks_for_node():
+        code = end_with_reason(error, "cpt")
+    # a process group that broke in a collective may never shut down; the code must get out
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _current_words(arguments: list[str]) -> list[str]:

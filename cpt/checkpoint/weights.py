@@ -58,6 +58,11 @@ class CheckpointWeights:
         self._tensors = manifest.tensors
         self._dtype = dtype
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {name: record.shape for name, record in self._tensors.items()}
+
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield a tensor's elements [start, stop) as (first element, values)."""
         numel = math.prod(self._tensors[name].shape)

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
-from cpt.commands.shared_options import add_step, checkpoint_folder
+from cpt.commands.shared_options import add_ranks, add_step, checkpoint_folder, rank_options
+from cpt.resilience.environment import rank_of_environment
 
 
 def add_parser(commands: Commands) -> None:
@@ -23,6 +24,7 @@ def add_parser(commands: Commands) -> None:
         help="with --format mxfp4: score the quantized weights on the run's held-out text; "
         "auto does it if the text is there and the model is small enough",
     )
+    add_ranks(parser)
     parser.set_defaults(run=_run)
 
 
@@ -30,5 +32,8 @@ def _run(options: argparse.Namespace) -> None:
     from cpt.export.run_export import describe_export, export_run
 
     folder = checkpoint_folder(options.run_dir, options.step)
-    out = export_run(options.run_dir, folder, options.out, options.format, options.score)
-    print(f"{describe_export(out)}{folder} -> {out}")
+    out = export_run(
+        options.run_dir, folder, options.out, options.format, options.score, rank_options(options)
+    )
+    if rank_of_environment() == 0:
+        print(f"{describe_export(out)}{folder} -> {out}")

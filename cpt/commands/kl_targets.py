@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
+from cpt.commands.shared_options import add_ranks, rank_options, tell
 
 
 def add_parser(commands: Commands) -> None:
@@ -27,6 +28,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--top_k", type=int, default=32, help="tokens listed per predicted token")
     parser.add_argument("--out", type=Path, required=True, help="new folder")
+    add_ranks(parser)
     parser.set_defaults(run=_run)
 
 
@@ -40,4 +42,4 @@ def _run(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         out=options.out,
     )
-    print(write_targets(request))
+    tell(write_targets(request, rank_options(options)))

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
+from cpt.commands.shared_options import add_ranks, rank_options, tell
 from cpt.errors import ConfigError
 
 
@@ -44,6 +45,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--score_only", action="store_true", help="write scores and a plot, but no weights"
     )
+    add_ranks(parser)
     parser.set_defaults(run=_run)
 
 
@@ -51,6 +53,7 @@ def _run(options: argparse.Namespace) -> None:
     from cpt.export.merge_sweep import merge
     from cpt.offline.model import held_out_sets
 
+    ranks = rank_options(options)
     if options.score_only and options.mix is None:
         raise ConfigError("--score_only needs --mix: there is nothing to score.")
     sets = []
@@ -63,6 +66,6 @@ def _run(options: argparse.Namespace) -> None:
         options.out,
         sets,
         score_only=options.score_only,
+        options=ranks,
     )
-    print(text)
-    print(f"-> {options.out}")
+    tell(f"{text}\n-> {options.out}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt.errors import CheckpointError, ConfigError
+from cpt.resilience.environment import rank_of_environment, restore_gpu_ids
 
 if TYPE_CHECKING:
+    from cpt.offline.ranks import RankOptions
     from cpt.training.sampling import Sampling
 
 
@@ -70,3 +73,36 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
         top_p=options.top_p,
         seed=options.seed,
     )
+
+
+def add_ranks(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that all ranks of a launcher do together."""
+    parser.add_argument(
+        "--ep_size",
+        type=int,
+        help="under a launcher: ranks that share one set of experts; default: the largest that "
+        "divides the ranks of a node, or more if the model does not fit otherwise",
+    )
+    parser.add_argument(
+        "--save_every",
+        type=int,
+        default=64,
+        help="rows, texts or prompts of a rank after which results are kept; a command that was "
+        "killed goes on from there",
+    )
+
+
+def rank_options(options: argparse.Namespace) -> RankOptions:
+    """Return how the ranks of a command work together; only the first one warns."""
+    from cpt.offline.ranks import RankOptions
+
+    if rank_of_environment() > 0:
+        logging.getLogger("cpt").setLevel(logging.ERROR)
+    restore_gpu_ids()
+    return RankOptions(ep_size=options.ep_size, save_every=options.save_every)
+
+
+def tell(text: str) -> None:
+    """Print on the first rank."""
+    if rank_of_environment() == 0:
+        print(text)

@@ -205,10 +205,8 @@ def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tun
         StorageError: there is too little room for all of them.
         ConfigError: values are not finite, or tensors hold only zeros.
     """
-    entries = {}
-    for name, shape in pair.shapes.items():
-        entries[name] = Entry(shape=shape, dtype=_dtype(pair, name))
-    check_weights_space(out, len(alphas) * sum(entry.num_bytes for entry in entries.values()))
+    check_merged_space(pair, alphas, out)
+    entries = _entries(pair)
     with ExitStack() as stack:
         writers = {}
         for alpha in alphas:
@@ -231,6 +229,23 @@ def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tun
         for name in COPIED:
             if (tuned / name).is_file():
                 shutil.copyfile(tuned / name, folder / name)
+
+
+def check_merged_space(pair: Pair, alphas: Sequence[float], folder: Path) -> None:
+    """Refuse a folder that has too little room for all interpolations.
+
+    Raises:
+        StorageError: with both figures.
+    """
+    entries = _entries(pair).values()
+    check_weights_space(folder, len(alphas) * sum(entry.num_bytes for entry in entries))
+
+
+def _entries(pair: Pair) -> dict[str, Entry]:
+    entries = {}
+    for name, shape in pair.shapes.items():
+        entries[name] = Entry(shape=shape, dtype=_dtype(pair, name))
+    return entries
 
 
 def _dtype(pair: Pair, name: str) -> torch.dtype:

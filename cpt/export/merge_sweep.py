@@ -6,11 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpt.export.merge import MergedWeights, Pair, open_pair, parse_alphas, write_merged
+from cpt.export.merge import (
+    MergedWeights,
+    Pair,
+    check_merged_space,
+    folder_name,
+    open_pair,
+    parse_alphas,
+    write_merged,
+)
 from cpt.guard.paired_test import compare_scores
 from cpt.guard.score import DomainScore, ScoredSet
-from cpt.model.weights.writer import published
-from cpt.offline.model import OfflineModel, single_process
+from cpt.model.weights.checksums import sampled_hash
+from cpt.model.weights.writer import published, refuse_existing
+from cpt.offline.model import OfflineModel
+from cpt.offline.pieces import kept_pieces, partial_folder
+from cpt.offline.ranks import RankOptions, offline_ranks
+from cpt.offline.scored_sets import SetScorer
+from cpt.resilience.environment import rank_of_environment
+from cpt.resilience.faults import fault_point
 from data_pipeline.charts import (
     DASHES,
     INK,
@@ -32,9 +46,19 @@ PLOT_FILE = "bits_per_byte.svg"
 
 
 def merge(
-    base: Path, tuned: Path, alphas: str, out: Path, sets: list[ScoredSet], *, score_only: bool
+    base: Path,
+    tuned: Path,
+    alphas: str,
+    out: Path,
+    sets: list[ScoredSet],
+    *,
+    score_only: bool,
+    options: RankOptions | None = None,
 ) -> str:
-    """Write interpolations and, with held-out sets, score them.
+    """Score interpolations on held-out sets, if there are any, and write them.
+
+    All ranks of a launcher call it together: they score, and the first one writes. What another
+    start has scored is not scored again.
 
     Args:
         base: Directory of the model before training.
@@ -43,34 +67,71 @@ def merge(
         out: The new directory.
         sets: Held-out sets to score; may be empty.
         score_only: Write scores, but no weights.
+        options: How the ranks work together.
 
     Returns:
         A table for people; empty without held-out sets.
+
+    Raises:
+        ConfigError: the models differ in architecture, or `out` exists.
+        RequeueRequested: a stop was asked for; what is scored stays for the next start.
     """
     shares = parse_alphas(alphas)
     pair = open_pair(base, tuned)
-    with published(out) as folder:
-        if not score_only:
-            write_merged(pair, shares, folder, base, tuned)
-        if not sets:
-            return ""
-        results = score_sweep(pair, shares, sets)
-        write_json(folder / RESULT_FILE, {"results": results}, indent=2, sort_keys=True)
-        (folder / PLOT_FILE).write_text(sweep_figure(results), encoding="utf-8")
+    results: list[dict[str, Any]] = []
+
+    def write() -> None:
+        fault_point("offline_publish", 0)
+        with published(out) as folder:
+            if not score_only:
+                write_merged(pair, shares, folder, base, tuned)
+            if results:
+                write_json(folder / RESULT_FILE, {"results": results}, indent=2, sort_keys=True)
+                (folder / PLOT_FILE).write_text(sweep_figure(results), encoding="utf-8")
+
+    if not sets:
+        if rank_of_environment() == 0:
+            write()
+        return ""
+    with offline_ranks(pair.config, partial_folder(out), options or RankOptions()) as ranks:
+        ranks.on_first(lambda: _check_place(pair, shares, out, score_only=score_only))
+        model = OfflineModel(pair.config, ranks.topology)
+        identity = ranks.on_first(lambda: _identity(pair, sets, model))
+        with kept_pieces(out, identity, ranks) as pieces:
+            results += score_sweep(pair, shares, SetScorer(model, sets, pieces))
+            ranks.on_first(write)
     return sweep_table(results)
 
 
-def score_sweep(pair: Pair, alphas: Sequence[float], sets: list[ScoredSet]) -> list[dict[str, Any]]:
-    """Return bits per byte of every interpolation, paired by document with the base model."""
+def _check_place(pair: Pair, alphas: Sequence[float], out: Path, *, score_only: bool) -> None:
+    """Refuse, before anything is scored, what could not be written after it."""
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not score_only:
+        check_merged_space(pair, alphas, out.parent)
+
+
+def _identity(pair: Pair, sets: Sequence[ScoredSet], model: OfflineModel) -> dict[str, Any]:
+    """Return what the scores are computed from; each alpha has pieces of its own."""
+    return {
+        "command": "merge",
+        "base": sampled_hash(pair.base.files),
+        "tuned": sampled_hash(pair.tuned.files),
+        "sets": {domain.name: domain.content_hash for domain in sets},
+        "computed_in": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def score_sweep(pair: Pair, alphas: Sequence[float], scorer: SetScorer) -> list[dict[str, Any]]:
+    """Return bits per byte of every interpolation, paired by document with the base model.
+
+    All ranks call it together and get the same results.
+    """
+    untouched = {score.name: score for score in scorer.scores("base", pair.base)}
     results = []
-    with single_process() as topology:
-        model = OfflineModel(pair.config, topology)
-        model.load(pair.base)
-        untouched = {score.name: score for score in model.score_all(sets)}
-        for alpha in alphas:
-            model.load(MergedWeights(pair, alpha))
-            for score in model.score_all(sets):
-                results.append(_result(alpha, score, untouched[score.name]))
+    for alpha in alphas:
+        for score in scorer.scores(folder_name(alpha), MergedWeights(pair, alpha)):
+            results.append(_result(alpha, score, untouched[score.name]))
     return results
 
 

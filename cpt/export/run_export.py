@@ -8,25 +8,31 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import GptOssConfig
 
-from cpt.checkpoint.manifest import Manifest, read_manifest
+from cpt.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.weights import CheckpointWeights
 from cpt.errors import ConfigError, DataError
 from cpt.export.huggingface import REPORT_FILE, export_checkpoint
 from cpt.export.model_card import markdown_table, model_card
 from cpt.export.quantization_error import report_rows
+from cpt.export.rounded_weights import RoundedWeights
 from cpt.guard.paired_test import compare_scores
 from cpt.guard.score import ScoredSet
-from cpt.model.parameters import parameter_shapes
-from cpt.model.weights.directory import DirectoryWeights
-from cpt.offline.model import OfflineModel, held_out_sets, single_process
-from data_pipeline.store.files import write_json
+from cpt.model.weights.writer import refuse_existing
+from cpt.offline.model import OfflineModel, held_out_sets
+from cpt.offline.pieces import kept_pieces, partial_folder
+from cpt.offline.ranks import RankOptions, check_fit, offline_ranks
+from cpt.offline.scored_sets import SetScorer
+from cpt.resilience.environment import rank_of_environment
+from cpt.resilience.faults import fault_point
+from data_pipeline.store.files import sha256_of, write_json
 from data_pipeline.tables import table
 
 log = logging.getLogger("cpt.export")
@@ -41,9 +47,16 @@ Score = Literal["auto", "always", "never"]
 
 
 def export_run(
-    run_dir: Path, folder: Path, out: Path, format_name: str, score: Score = "never"
+    run_dir: Path,
+    folder: Path,
+    out: Path,
+    format_name: str,
+    score: Score = "never",
+    options: RankOptions | None = None,
 ) -> Path:
     """Export a checkpoint of a run and return the directory.
+
+    With a score, all ranks of a launcher call it together: they score, and the first one writes.
 
     Args:
         run_dir: The run directory; its metrics.jsonl goes into the model card.
@@ -52,27 +65,70 @@ def export_run(
         format_name: See `export_checkpoint`.
         score: Whether an MXFP4 export is scored on the run's held-out text; `auto` does it if the
             text is there and the model is small enough for the device.
+        options: How the ranks work together.
 
     Raises:
         ConfigError: see `export_checkpoint`; or `score` is `always` and there is no held-out text.
+        RequeueRequested: a stop was asked for; what is scored stays for the next start.
     """
     manifest = read_manifest(folder)
     sets: list[ScoredSet] = []
     if format_name == "mxfp4" and score != "never":
         sets = _sets_to_score(manifest, score)
+    if not sets:
+        if rank_of_environment() == 0:
+            _export(run_dir, folder, manifest, out, format_name, [])
+        return out
+    config = GptOssConfig(**RunState.of(manifest).model_config)
+    with offline_ranks(config, partial_folder(out), options or RankOptions()) as ranks:
+        ranks.on_first(lambda: refuse_existing(out))
+        model = OfflineModel(config, ranks.topology)
+        with kept_pieces(out, _identity(folder, manifest, sets, model), ranks) as pieces:
+            weights = CheckpointWeights(folder, manifest, torch.bfloat16)
+            costs = quantization_cost(weights, SetScorer(model, sets, pieces))
+
+            def write() -> None:
+                fault_point("offline_publish", 0)
+                _export(run_dir, folder, manifest, out, format_name, costs)
+
+            ranks.on_first(write)
+    return out
+
+
+def _export(
+    run_dir: Path,
+    folder: Path,
+    manifest: Manifest,
+    out: Path,
+    format_name: str,
+    costs: list[dict[str, Any]],
+) -> None:
+    """Write weights, costs and model card."""
 
     def complete(temporary: Path) -> None:
         sections = []
         if format_name == "mxfp4":
             sections.append(_error_section(_read_json(temporary / REPORT_FILE)))
-        if sets:
-            costs = quantization_cost(folder, manifest, temporary, sets)
+        if costs:
             write_json(temporary / COST_FILE, {"domains": costs}, indent=2, sort_keys=True)
             sections.append(_cost_section(costs))
         card = model_card(manifest, run_dir / "metrics.jsonl", format_name, sections)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
-    return export_checkpoint(folder, out, format_name, complete)
+    export_checkpoint(folder, out, format_name, complete)
+
+
+def _identity(
+    folder: Path, manifest: Manifest, sets: Sequence[ScoredSet], model: OfflineModel
+) -> dict[str, Any]:
+    """Return what the scores are computed from."""
+    return {
+        "command": "export",
+        "checkpoint": sha256_of(folder / MANIFEST),
+        "step": manifest.step,
+        "sets": {domain.name: domain.content_hash for domain in sets},
+        "computed_in": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def _sets_to_score(manifest: Manifest, score: Score) -> list[ScoredSet]:
@@ -90,27 +146,35 @@ def _sets_to_score(manifest: Manifest, score: Score) -> list[ScoredSet]:
             raise
         log.warning("bits per byte of the quantized weights are not measured: %s", error)
         return []
-    numel = sum(math.prod(record.shape) for record in manifest.tensors.values())
-    if score == "auto" and numel > LARGEST_CPU_MODEL and not torch.cuda.is_available():
-        log.warning(
-            "bits per byte of the quantized weights are not measured: there is no GPU. "
-            "--score always measures them on the CPU."
-        )
-        return []
+    if score == "auto":
+        refusal = _too_large(manifest)
+        if refusal:
+            log.warning("bits per byte of the quantized weights are not measured: %s", refusal)
+            return []
     return sets
 
 
-def quantization_cost(
-    folder: Path, manifest: Manifest, exported: Path, sets: list[ScoredSet]
-) -> list[dict[str, Any]]:
-    """Return bits per byte of the bf16 weights and of the quantized ones, paired by document."""
-    config = GptOssConfig(**RunState.of(manifest).model_config)
-    with single_process() as topology:
-        model = OfflineModel(config, topology)
-        model.load(CheckpointWeights(folder, manifest, torch.bfloat16))
-        before = model.score_all(sets)
-        model.load(DirectoryWeights(exported, parameter_shapes(config)))
-        after = model.score_all(sets)
+def _too_large(manifest: Manifest) -> str:
+    """Return why a model is too large to be scored without being asked for; empty if it is not."""
+    numel = sum(math.prod(record.shape) for record in manifest.tensors.values())
+    if not torch.cuda.is_available():
+        if numel > LARGEST_CPU_MODEL:
+            return "there is no GPU. --score always measures them on the CPU."
+        return ""
+    try:
+        check_fit(GptOssConfig(**RunState.of(manifest).model_config))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def quantization_cost(weights: CheckpointWeights, scorer: SetScorer) -> list[dict[str, Any]]:
+    """Return bits per byte of bf16 weights and of the same rounded to MXFP4, paired by document.
+
+    All ranks call it together and get the same.
+    """
+    before = scorer.scores("bf16", weights)
+    after = scorer.scores("mxfp4", RoundedWeights(weights, weights.shapes))
     costs = []
     for exact, rounded in zip(before, after, strict=True):
         change = compare_scores(rounded, exact)

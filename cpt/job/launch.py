@@ -6,10 +6,8 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 import torch.distributed as dist
 
 from cpt.checkpoint.reader import step_folder
@@ -30,7 +28,7 @@ from cpt.model.parameters import parameter_numels
 from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.planning.memory import memory_tables
-from cpt.resilience.environment import LaunchEnvironment
+from cpt.resilience.devices import this_device
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
@@ -54,7 +52,7 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
     if options.dry_run:
         dry_run(passed)
         return
-    device = this_device(passed.config, passed.environment)
+    device = this_device(passed.environment, passed.config.train.threads)
     init_distributed(device)
     topology = create_topology(
         sp_size=passed.config.sp_size, ep_size=passed.config.ep_size, device=device
@@ -164,40 +162,6 @@ def check_same_everywhere(config: RunConfig, topology: Topology) -> None:
             "same files and the same number of ranks, or write sizes instead of 'auto' in the "
             "DeepSpeed JSON."
         )
-
-
-def this_device(config: RunConfig, environment: LaunchEnvironment) -> torch.device:
-    """Return the device of this rank; CPU ranks share the cores of the node.
-
-    Raises:
-        ConfigError: the node shows fewer GPUs than it has ranks.
-    """
-    if torch.cuda.is_available():
-        check_gpu_count(torch.cuda.device_count(), environment)
-        device = torch.device("cuda", environment.local_rank)
-        torch.cuda.set_device(device)
-        return device
-    cores_per_rank = (os.cpu_count() or 1) // environment.local_world_size
-    torch.set_num_threads(config.train.threads or max(1, cores_per_rank))
-    return torch.device("cpu")
-
-
-def check_gpu_count(num_gpus: int, environment: LaunchEnvironment) -> None:
-    """Refuse more ranks on a node than the GPUs that CUDA shows them.
-
-    Raises:
-        ConfigError: with both numbers and the GPUs that CUDA_VISIBLE_DEVICES names.
-    """
-    if environment.local_rank < num_gpus:
-        return
-    named = "is not set"
-    if environment.gpu_ids is not None:
-        named = f"is {','.join(environment.gpu_ids)!r}"
-    raise ConfigError(
-        f"CUDA shows {num_gpus} GPUs, but rank {environment.rank} has LOCAL_RANK "
-        f"{environment.local_rank}; CUDA_VISIBLE_DEVICES {named}. Start one rank for each GPU "
-        "(deepspeed --num_gpus N), or name more GPUs."
-    )
 
 
 def finish(job: Job) -> None:

@@ -1,4 +1,4 @@
-"""A gpt-oss model in one process that scores and writes text: exports, merged, quantized weights.
+"""A gpt-oss model that scores and writes text: exports, merged and quantized weights.
 
 The forward pass is that of training (sink attention on packed rows, tiled loss) without DeepSpeed's
 engine. On a CPU it computes in fp32, whatever the weights are stored in; on a GPU in bf16.
@@ -12,17 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers import GptOssConfig
 
-from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.errors import ConfigError
 from cpt.guard.drawing import drawing_order
-from cpt.guard.score import DomainScore, ScoredSet, score_domain
+from cpt.guard.score import ScoredSet
 from cpt.model import attention, gpt_oss
 from cpt.model.decoding import PromptPass, TokenPass, next_token_logits
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.source import WeightSource, fill_model
+from cpt.parallel.agreement import gather_json, together
 from cpt.parallel.topology import Topology
 from cpt.training.loader import MicroBatch
 from data_pipeline.build.build import load_built_mix, matching_builds, resolve_build_dir
@@ -82,18 +81,6 @@ def _default_build(mix: MixConfig) -> Path:
     return found[0]
 
 
-@contextmanager
-def single_process() -> Iterator[Topology]:
-    """Yield the layout of one process, in a process group that needs no launcher and no port."""
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        init_distributed(device)
-        yield create_topology(sp_size=1, ep_size=1, device=device)
-    finally:
-        dist.destroy_process_group()
-
-
 class OfflineModel:
     """A gpt-oss model without an engine; `load` may give it other weights again and again.
 
@@ -115,14 +102,34 @@ class OfflineModel:
         )
 
     def load(self, source: WeightSource) -> None:
-        """Take the weights of a source.
+        """Take the weights of a source; all ranks call it together, and each reads its experts.
 
         Raises:
             ConfigError: values of a directory are not finite, or tensors hold only zeros.
         """
-        fill_model(self._model, source)
+        group = self.topology.control_group
+        together(group, lambda: fill_model(self._model, source))
         if isinstance(source, DirectoryWeights):
-            source.refuse_unusable([source.seen_json()])
+            source.refuse_unusable(gather_json(source.seen_json(), group))
+
+    @contextmanager
+    def _same_bits_in_every_layout(self) -> Iterator[None]:
+        """On a CPU, compute in fp32 what one process computes, bit for bit, inside the block.
+
+        A GPU takes all rows of an expert at once, whatever rank they come from: it is faster, and
+        bf16 rounds far more coarsely than layouts differ.
+        """
+        if self.topology.device.type != "cpu":
+            yield
+            return
+        mlps = [layer.mlp for layer in self._model.model.layers]
+        for mlp in mlps:
+            mlp.apart = True
+        try:
+            yield
+        finally:
+            for mlp in mlps:
+                mlp.apart = False
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> torch.Tensor:
@@ -130,14 +137,15 @@ class OfflineModel:
 
         If the batch has targets, the result is (2, B, S): the loss, then the divergence.
         """
-        losses: torch.Tensor = self._model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            labels=batch.labels,
-            targets=batch.targets,
-            packed_rows=batch.packed_rows,
-            kernel=self._kernel,
-        )
+        with self._same_bits_in_every_layout():
+            losses: torch.Tensor = self._model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                labels=batch.labels,
+                targets=batch.targets,
+                packed_rows=batch.packed_rows,
+                kernel=self._kernel,
+            )
         return losses.cpu()
 
     @torch.no_grad()
@@ -154,9 +162,13 @@ class OfflineModel:
         Returns:
             The output of `LossHead.top_k`, on the CPU.
         """
-        hidden_BSM = self._model.hidden_states(
-            batch.input_ids, batch.position_ids, packed_rows=batch.packed_rows, kernel=self._kernel
-        )
+        with self._same_bits_in_every_layout():
+            hidden_BSM = self._model.hidden_states(
+                batch.input_ids,
+                batch.position_ids,
+                packed_rows=batch.packed_rows,
+                kernel=self._kernel,
+            )
         ids, log_p = self._model.lm_head.top_k(hidden_BSM[0, :num_predicted], k)
         return ids.cpu(), log_p.cpu()
 
@@ -164,7 +176,3 @@ class OfflineModel:
     def next_token_logits(self, cache_pass: PromptPass | TokenPass) -> torch.Tensor:
         """Run a pass of decoding; see `cpt.model.decoding.next_token_logits`."""
         return next_token_logits(self._model, cache_pass, self._kernel)
-
-    def score_all(self, sets: list[ScoredSet]) -> list[DomainScore]:
-        """Score every held-out set."""
-        return [score_domain(domain, self, self.topology, micro_batch_size=1) for domain in sets]

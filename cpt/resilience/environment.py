@@ -85,6 +85,11 @@ def read_environment(
     )
 
 
+def is_launched(variables: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a launcher has given this process a place among ranks."""
+    return any(variables.get(name, "").strip() for name in ("RANK", "WORLD_SIZE"))
+
+
 def restore_gpu_ids(variables: MutableMapping[str, str] = os.environ) -> None:
     """Give CUDA the UUIDs of this node's GPUs, which DeepSpeed's launcher replaces by numbers.
 

@@ -49,8 +49,14 @@ POINTS = (
     "save_published",
     "prune",
     "export",
+    "offline_pass",
+    "offline_piece",
+    "offline_publish",
 )
-"""Points at which a fault may strike, in the order in which a run and a save pass them."""
+"""Points at which a fault may strike, in the order in which a run and a save pass them.
+
+The last three are those of offline commands (cpt/offline/pieces.py), whose steps are rounds.
+"""
 SIGNALS = {
     "kill": signal.SIGKILL,
     "stop": signal.SIGSTOP,

@@ -85,8 +85,12 @@ class RunLock:
                 log.warning("%s cannot be refreshed: %s", self._path, error.strerror)
 
 
-def take_lock(run_dir: Path) -> RunLock:
+def take_lock(run_dir: Path, option: str = "--run_dir") -> RunLock:
     """Take a run directory for this process.
+
+    Args:
+        run_dir: The run directory, or another that one job at a time may write to.
+        option: The option of the command line that names another.
 
     Raises:
         ConfigError: another job is at work there; the message names it.
@@ -100,8 +104,7 @@ def take_lock(run_dir: Path) -> RunLock:
             if why:
                 raise ConfigError(
                     f"{run_dir} is in use by {describe(holder)}: {why}. Wait for it, stop it, or "
-                    "give another --run_dir. If you are sure that it is gone, remove "
-                    f"{path}."
+                    f"give another {option}. If you are sure that it is gone, remove {path}."
                 )
             log.info("%s was left by %s; taken over", path, describe(holder))
         write_json(path, asdict(own))

@@ -15,7 +15,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -66,6 +67,18 @@ class StopRequest:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             signal.signal(number, self._on_signal)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note stop signals while the block runs; afterwards they do what they did before."""
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        self.listen()
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                if handler is not None:  # one that Python did not install cannot be put back
+                    signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.note(signal.Signals(number).name)

@@ -11,7 +11,7 @@ Decisions
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,12 @@ def weights_hash(files: Sequence[Path]) -> str:
 
     This reads all of them, at about 10 GiB/s if they are in memory.
     """
-    listed = sorted((file.name, xxh3_of(file)) for file in files)
-    return xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
+    return joined_hash([(file.name, xxh3_of(file)) for file in files])
+
+
+def joined_hash(hashes: Iterable[tuple[str, str]]) -> str:
+    """Return the hash of weight files from (name, xxh3_128) of each; see `weights_hash`."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(sorted(hashes)).encode())
 
 
 def write_sidecar(

@@ -23,6 +23,7 @@ from cpt.deepspeed_adapter import version
 from cpt.errors import ConfigError
 from cpt.job import launch
 from cpt.job.run_dir import make_run_dir, move_aside
+from cpt.resilience.devices import check_gpu_count
 from cpt.resilience.environment import LaunchEnvironment
 from cpt.resilience.stop import StopRequest
 from cpt.run import main, parse_arguments
@@ -554,5 +555,5 @@ def test_more_ranks_than_gpus_are_refused_with_both_numbers() -> None:
         gpu_ids=("4", "5"),
     )
     with pytest.raises(ConfigError, match=r"CUDA shows 2 GPUs, but rank 3 .* is '4,5'"):
-        launch.check_gpu_count(2, place)
-    launch.check_gpu_count(4, place)
+        check_gpu_count(2, place)
+    check_gpu_count(4, place)

@@ -20,7 +20,8 @@ from cpt.job.loop import step_event
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
-from cpt.offline.model import OfflineModel, single_process
+from cpt.offline.model import OfflineModel
+from cpt.offline.ranks import single_process
 from cpt.parallel.topology import Topology
 from cpt.training.kl_target_format import SIDECAR, read_sidecar, target_file
 from cpt.training.kl_targets import KLTargets, check_targets

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
-from cpt.offline.model import OfflineModel, single_process
+from cpt.offline.model import OfflineModel
+from cpt.offline.ranks import single_process
 from tests.dist.cases import model_config, reference_model
 
 

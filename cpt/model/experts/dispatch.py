@@ -182,6 +182,8 @@ class ExchangePlan:
     """The inverse of `by_expert_A`."""
     groups: Groups
     """Arrived rows of each local expert."""
+    arriving_ge: torch.Tensor
+    """Rows that arrive from each rank for each local expert."""
 
 
 def make_plan(counts_E: torch.Tensor, group: dist.ProcessGroup) -> ExchangePlan:
@@ -198,6 +200,7 @@ def make_plan(counts_E: torch.Tensor, group: dist.ProcessGroup) -> ExchangePlan:
         by_expert_A=by_expert_A,
         by_origin_A=by_origin_A,
         groups=Groups(arriving_ge.sum(0)),
+        arriving_ge=arriving_ge,
     )
 
 
@@ -302,6 +305,7 @@ def _half(
         by_expert_A=by_expert_A,
         by_origin_A=by_origin_A,
         groups=Groups(arriving_ge.sum(0)),
+        arriving_ge=arriving_ge,
     )
     return Half(
         plan=plan,

@@ -23,7 +23,7 @@ from torch import nn
 
 from cpt.deepspeed_adapter.experts import ExpertLayerBase, expert_group_name, mark_expert
 from cpt.model import recomputation
-from cpt.model.experts.dispatch import Assignment, Exchange, label_by_half
+from cpt.model.experts.dispatch import Assignment, Exchange, ExchangePlan, label_by_half
 from cpt.model.experts.function import Activation, Parameters, apply_experts
 from cpt.model.experts.grouped import Groups
 from cpt.model.experts.overlap import apply_in_halves
@@ -64,6 +64,38 @@ class LocalExperts(nn.Module):
             skip_output=recomputation.is_second_run(),
         )
 
+    def each_apart(
+        self, rows_RM: torch.Tensor, weights_R: torch.Tensor, counts_E: torch.Tensor
+    ) -> torch.Tensor:
+        """Apply each expert to its rows in products and loops of their own.
+
+        Vectorized loops and products may round differently where a tensor ends, or has one row. So
+        an output depends on no rows but those of its own expert, which `forward` does not promise.
+
+        Args:
+            rows_RM: Inputs sorted by expert.
+            weights_R: Routing weight of each row.
+            counts_E: Rows of each of these experts.
+
+        Returns:
+            The outputs (R, M).
+        """
+        parameters = Parameters(*(getattr(self, name) for name in EXPERT_TENSORS))
+        sizes = counts_E.tolist()
+        rows_of = rows_RM.split(sizes)
+        weights_of = weights_R.split(sizes)
+        done = []
+        for expert in range(self.num_experts):
+            own = slice(expert, expert + 1)
+            of_expert = Parameters(*(tensor[own] for tensor in parameters))
+            groups = Groups(counts_E[own])
+            done.append(
+                apply_experts(
+                    rows_of[expert], weights_of[expert], groups, of_expert, self.activation
+                )
+            )
+        return torch.cat(done)
+
 
 class LocalExpertsInHalves(LocalExperts):
     """The same experts, which exchange the rows of one half while they compute the other."""
@@ -100,6 +132,10 @@ class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
         self.layer_index = 0
         self.router = source.router
         self.in_halves = in_halves
+        self.apart = False
+        """Whether the rows that an expert gets from a rank are computed apart from all others, so
+        that the output is that of one process, bit for bit, in every layout. Not with halves.
+        """
         experts_class = LocalExpertsInHalves if in_halves else LocalExperts
         self.experts = experts_class(
             source.experts, topology.ep_rank * self.num_local_experts, self.num_local_experts
@@ -129,7 +165,10 @@ class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
         if self.ep_size == 1:
             rows_RM = assignment.spread(hidden_NM)
             weights_R = assignment.sort_weights(weights_Nk)
-            done_RM = self.experts(rows_RM, weights_R, Groups(assignment.counts_E))
+            if self.apart:
+                done_RM = self.experts.each_apart(rows_RM, weights_R, assignment.counts_E)
+            else:
+                done_RM = self.experts(rows_RM, weights_R, Groups(assignment.counts_E))
             num_computed = done_RM.shape[0]
         else:
             payload = assignment.pack(hidden_NM, weights_Nk)
@@ -148,5 +187,21 @@ class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]
             done_RM, num_computed = self.experts(payload, counts_E, self.exchange)
             return done_RM, num_computed
         plan, rows_AM, weights_A = self.exchange.out(payload, model_size, counts_E)
-        computed_AM = self.experts(rows_AM, weights_A, plan.groups)
+        if self.apart:
+            computed_AM = self._compute_apart(rows_AM, weights_A, plan)
+        else:
+            computed_AM = self.experts(rows_AM, weights_A, plan.groups)
         return self.exchange.back(computed_AM, plan), computed_AM.shape[0]
+
+    def _compute_apart(
+        self, rows_AM: torch.Tensor, weights_A: torch.Tensor, plan: ExchangePlan
+    ) -> torch.Tensor:
+        """Return the results (A, M), in the order of the local experts as the rows are."""
+        rows_by_origin = rows_AM[plan.by_origin_A].split(plan.receive)
+        weights_by_origin = weights_A[plan.by_origin_A].split(plan.receive)
+        computed = []
+        for rows, weights, counts_E in zip(
+            rows_by_origin, weights_by_origin, plan.arriving_ge, strict=True
+        ):
+            computed.append(self.experts.each_apart(rows, weights, counts_E))
+        return torch.cat(computed)[plan.by_expert_A]

@@ -1,0 +1,48 @@
+"""The device that a rank computes on, from its place in the job."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from cpt.errors import ConfigError
+from cpt.resilience.environment import LaunchEnvironment
+
+
+def this_device(environment: LaunchEnvironment, threads: int | None = None) -> torch.device:
+    """Return the device of this rank; CPU ranks share the cores of the node.
+
+    Args:
+        environment: The place of this rank.
+        threads: Threads of a CPU rank; None divides the cores by the ranks of the node.
+
+    Raises:
+        ConfigError: the node shows fewer GPUs than it has ranks.
+    """
+    if torch.cuda.is_available():
+        check_gpu_count(torch.cuda.device_count(), environment)
+        device = torch.device("cuda", environment.local_rank)
+        torch.cuda.set_device(device)
+        return device
+    cores_per_rank = (os.cpu_count() or 1) // environment.local_world_size
+    torch.set_num_threads(threads or max(1, cores_per_rank))
+    return torch.device("cpu")
+
+
+def check_gpu_count(num_gpus: int, environment: LaunchEnvironment) -> None:
+    """Refuse more ranks on a node than the GPUs that CUDA shows them.
+
+    Raises:
+        ConfigError: with both numbers and the GPUs that CUDA_VISIBLE_DEVICES names.
+    """
+    if environment.local_rank < num_gpus:
+        return
+    named = "is not set"
+    if environment.gpu_ids is not None:
+        named = f"is {','.join(environment.gpu_ids)!r}"
+    raise ConfigError(
+        f"CUDA shows {num_gpus} GPUs, but rank {environment.rank} has LOCAL_RANK "
+        f"{environment.local_rank}; CUDA_VISIBLE_DEVICES {named}. Start one rank for each GPU "
+        "(deepspeed --num_gpus N), or name more GPUs."
+    )
