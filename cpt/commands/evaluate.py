@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
+from cpt.commands.shared_options import add_ranks, rank_options
 from cpt.errors import ConfigError
 
 
@@ -28,6 +29,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--batch_size", type=int, default=1, help="batch size of lm-evaluation-harness's tasks"
     )
+    add_ranks(parser)
     parser.set_defaults(run=_run)
 
 
@@ -39,4 +41,11 @@ def _run(options: argparse.Namespace) -> None:
             "--baseline is missing. Give the result of the model before training, or --no_baseline "
             "if this is that model."
         )
-    evaluate(options.model, options.tasks, options.out, options.baseline, options.batch_size)
+    evaluate(
+        options.model,
+        options.tasks,
+        options.out,
+        options.baseline,
+        options.batch_size,
+        rank_options(options),
+    )

@@ -6,7 +6,13 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
-from cpt.commands.shared_options import add_sampling, sampling_of
+from cpt.commands.shared_options import (
+    add_ranks,
+    add_sampling,
+    rank_options,
+    sampling_of,
+    tell,
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -33,6 +39,7 @@ def add_parser(commands: Commands) -> None:
         "--prefix_tokens", type=int, default=8, help="tokens of each text that are continued"
     )
     add_sampling(parser, max_new_tokens=1024, temperature=1.0)
+    add_ranks(parser)
     parser.set_defaults(run=_run)
 
 
@@ -47,4 +54,4 @@ def _run(options: argparse.Namespace) -> None:
         prefix_tokens=options.prefix_tokens,
         sampling=sampling_of(options),
     )
-    print(sample_replay(request))
+    tell(sample_replay(request, rank_options(options)))

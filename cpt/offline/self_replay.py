@@ -1,33 +1,48 @@
 """Replay text that the base model writes: only this text is distributed like its training data.
 
-    texts     -> their first tokens -> sampled, one seed a document -> plain.jsonl
-    questions -> Harmony prompts    -> sampled, one seed a document -> chat.jsonl
-                                                                    -> the sidecar, last
+    texts     -> their first tokens -> sampled -> pieces (cpt/offline/pieces.py) -> plain.jsonl
+    questions -> Harmony prompts    -> sampled -> pieces                         -> chat.jsonl
+                                                                                 -> sidecar, last
 
 Decisions
-    The seed of a document follows from the seed of the set and the document's number: the same
-    model, prompts and settings give the same file in one process.
+    The random stream of a document follows from the seed of the set and the document's number. So
+    the same model, prompts and settings give the same files, in one process and on all ranks of a
+    launcher, in one go and in several.
     A reply without an end or without a final channel is no conversation. It is left out and
     counted.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from cpt.errors import ConfigError, DataError
+from cpt.model.configuration import load_config
+from cpt.model.parameters import parameter_shapes
+from cpt.model.weights.checksums import sampled_hash
+from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.hf_layout import tensor_files
-from cpt.offline.plain_model import load_export
-from cpt.offline.sampling import decode_tokens, generate
+from cpt.offline.model import OfflineModel
+from cpt.offline.pieces import (
+    ComputeTogether,
+    ItemSeries,
+    Pieces,
+    Report,
+    kept_pieces,
+    partial_folder,
+)
+from cpt.offline.ranks import RankOptions, offline_ranks
+from cpt.offline.sampling import decode_tokens
+from cpt.resilience.faults import fault_point
+from cpt.training.generate import generate
 from cpt.training.sampling import Sampling
-from data_pipeline.build.self_replay import SIDECAR, weights_hash, write_sidecar
+from data_pipeline.build.self_replay import SIDECAR, write_sidecar
 from data_pipeline.store.files import atomic_write
 from data_pipeline.text.harmony import DEFAULT_DATE, RETURN, STOP_IDS, encode_prompt
 from data_pipeline.text.harmony_reply import ReplyMessage, parse_reply
@@ -54,23 +69,88 @@ class ReplayRequest:
     """How tokens are drawn; its seed is that of the whole set."""
 
 
-def sample_replay(request: ReplayRequest) -> str:
+def sample_replay(request: ReplayRequest, options: RankOptions | None = None) -> str:
     """Sample both kinds of text, write them, and return a sentence about them for people.
 
+    All ranks of a launcher call it together. What another start has sampled is not sampled again.
+
     Raises:
-        ConfigError: the request makes no sense.
+        ConfigError: the request makes no sense, or pieces of another one are there.
         DataError: a record cannot be used, or the model wrote nothing usable.
+        RequeueRequested: a stop was asked for; what is sampled stays for the next start.
     """
     _check(request)
-    texts = _read(request.prefixes, "text")
-    questions = _read(request.questions, "prompt")
-    base_model = weights_hash(sorted(set(tensor_files(request.model_dir).values())))
-    model = load_export(request.model_dir)
-    plain = list(_continued_texts(model, texts, request))
-    chat = list(_conversations(model, questions, request))
+    prompts = _Prompts(request)
+    config = load_config(request.model_dir, None)
+    files = set(tensor_files(request.model_dir).values())
+    weights = DirectoryWeights(request.model_dir, parameter_shapes(config))
+    folder = partial_folder(request.out)
+    with offline_ranks(config, folder, options or RankOptions()) as ranks:
+        ranks.on_first(lambda: _refuse_replay(request.out))
+        model = OfflineModel(config, ranks.topology)
+        identity = {
+            "command": "replay",
+            "model": ranks.on_first(lambda: sampled_hash(files)),
+            "sampling": asdict(request.sampling),
+            "prefix_tokens": request.prefix_tokens,
+            "prompts": prompts.digest,
+            "computed_in": str(model.dtype).removeprefix("torch."),
+        }
+        with kept_pieces(request.out, identity, ranks) as pieces:
+            if pieces.missing(prompts.of_texts) or pieces.missing(prompts.of_questions):
+                model.load(weights)
+            sample = functools.partial(_sample, model, request.sampling)
+            # the number of a document is that of its random stream
+            pieces.compute_together(prompts.of_texts, sample(prompts.prefixes, 0))
+            pieces.compute_together(prompts.of_questions, sample(prompts.asked, 1))
+            base_model = ranks.hash_of_weights(files)
+            return ranks.on_first(lambda: _write(request, prompts, pieces, base_model))
+
+
+class _Prompts:
+    """The texts and questions of a request, and what the model is asked."""
+
+    def __init__(self, request: ReplayRequest) -> None:
+        self.texts = _read(request.prefixes, "text")
+        self.questions = _read(request.questions, "prompt")
+        self.digest = hashlib.sha256(json.dumps([self.texts, self.questions]).encode()).hexdigest()
+        self.prefixes: list[list[int]] = []
+        for text in self.texts:
+            self.prefixes.append(encode(text).tolist()[: request.prefix_tokens])
+        self.asked: list[list[int]] = []
+        for question in self.questions:
+            self.asked.append(
+                encode_prompt(question, developer=None, effort="medium", date=DEFAULT_DATE)
+            )
+        self.of_texts = ItemSeries(name="texts", num_items=len(self.texts), unit="text")
+        self.of_questions = ItemSeries(
+            name="conversations", num_items=len(self.questions), unit="conversation"
+        )
+
+
+def _sample(
+    model: OfflineModel, sampling: Sampling, prompts: Sequence[Sequence[int]], parity: int
+) -> ComputeTogether:
+    """Return what samples replies to some of the prompts; prompt n has stream 2 n + parity."""
+
+    def compute(span: range, report: Report) -> list[list[int]]:
+        asked = [prompts[index] for index in span]
+        numbers = [2 * index + parity for index in span]
+        return generate(model, asked, sampling, numbers=numbers, report=report)
+
+    return compute
+
+
+def _write(request: ReplayRequest, prompts: _Prompts, pieces: Pieces, base_model: str) -> str:
+    """Write what can be used of the samples, and return a sentence about it."""
+    fault_point("offline_publish", 0)
+    plain = list(_continued_texts(prompts.prefixes, _items(pieces, prompts.of_texts)))
+    chat = list(_conversations(prompts.questions, _items(pieces, prompts.of_questions)))
+    num_texts = len(prompts.texts)
+    num_questions = len(prompts.questions)
     if not plain and not chat:
         raise DataError(
-            f"{request.model_dir}: none of {len(texts) + len(questions)} samples can be used."
+            f"{request.model_dir}: none of {num_texts + num_questions} samples can be used."
         )
     request.out.mkdir(parents=True, exist_ok=True)
     names = []
@@ -81,14 +161,19 @@ def sample_replay(request: ReplayRequest) -> str:
     settings = {
         "sampling": asdict(request.sampling),
         "prefix_tokens": request.prefix_tokens,
-        "prompts": hashlib.sha256(json.dumps([texts, questions]).encode()).hexdigest(),
-        "left_out": {"plain": len(texts) - len(plain), "chat": len(questions) - len(chat)},
+        "prompts": prompts.digest,
+        "left_out": {"plain": num_texts - len(plain), "chat": num_questions - len(chat)},
     }
     write_sidecar(request.out, base_model, settings, names)
     return (
-        f"{request.out}: {len(plain)} of {len(texts)} texts, {len(chat)} of {len(questions)} "
+        f"{request.out}: {len(plain)} of {num_texts} texts, {len(chat)} of {num_questions} "
         f"conversations, written by the model {base_model[:16]}"
     )
+
+
+def _items(pieces: Pieces, series: ItemSeries) -> Iterator[list[int]]:
+    for content in pieces.read(series):
+        yield from content
 
 
 def _check(request: ReplayRequest) -> None:
@@ -101,10 +186,13 @@ def _check(request: ReplayRequest) -> None:
         problems.append(
             "--temperature is 0: the likeliest text is no sample of what the model knows. Give 1.0."
         )
-    if (request.out / SIDECAR).exists():
-        problems.append(f"--out {request.out} holds replay already. Choose another folder.")
     if problems:
         raise ConfigError(problems)
+
+
+def _refuse_replay(out: Path) -> None:
+    if (out / SIDECAR).exists():
+        raise ConfigError(f"--out {out} holds replay already. Choose another folder.")
 
 
 def _read(path: Path | None, field: str) -> list[str]:
@@ -132,10 +220,10 @@ def _write_records(path: Path, records: Sequence[Record]) -> None:
             file.write(json.dumps(record).encode("ascii") + b"\n")
 
 
-def _continued_texts(model: Any, texts: Sequence[str], request: ReplayRequest) -> Iterator[Record]:
-    for number, text in enumerate(tqdm(texts, desc="texts", unit="text")):
-        prefix = encode(text).tolist()[: request.prefix_tokens]
-        tokens = generate(model, prefix, _with_own_seed(request.sampling, 2 * number))
+def _continued_texts(
+    prefixes: Sequence[list[int]], replies: Iterable[list[int]]
+) -> Iterator[Record]:
+    for number, (prefix, tokens) in enumerate(zip(prefixes, replies, strict=True)):
         written = _until_stop(tokens)
         # a cut within a character cannot be written as text: the rest of the character goes
         whole = decode_tokens(prefix + written).rstrip("\N{REPLACEMENT CHARACTER}")
@@ -150,12 +238,8 @@ def _until_stop(tokens: list[int]) -> list[int]:
     return tokens
 
 
-def _conversations(
-    model: Any, questions: Sequence[str], request: ReplayRequest
-) -> Iterator[Record]:
-    for number, question in enumerate(tqdm(questions, desc="conversations", unit="conversation")):
-        prompt = encode_prompt(question, developer=None, effort="medium", date=DEFAULT_DATE)
-        tokens = generate(model, prompt, _with_own_seed(request.sampling, 2 * number + 1))
+def _conversations(questions: Sequence[str], replies: Iterable[list[int]]) -> Iterator[Record]:
+    for number, (question, tokens) in enumerate(zip(questions, replies, strict=True)):
         reply = parse_reply(tokens)
         if not _is_whole(tokens, reply):
             continue
@@ -173,9 +257,3 @@ def _is_whole(tokens: list[int], reply: list[ReplyMessage]) -> bool:
     if not tokens or tokens[-1] != RETURN:
         return False
     return reply[-1].channel == "final" and bool(reply[-1].text.strip())
-
-
-def _with_own_seed(sampling: Sampling, number: int) -> Sampling:
-    """Give a document a seed that does not depend on what was sampled before."""
-    digest = hashlib.sha256(f"{sampling.seed}:{number}".encode()).digest()
-    return replace(sampling, seed=int.from_bytes(digest[:6], "little"))

@@ -20,7 +20,8 @@ from cpt.errors import ConfigError, DataError, EvaluationFailed
 from cpt.export.tokenizer import save_tokenizer
 from cpt.offline.evaluation import harness
 from cpt.offline.evaluation.comparison import evaluate
-from cpt.offline.evaluation.local import _nats, local_contents
+from cpt.offline.evaluation.local import local_contents
+from cpt.offline.evaluation.local_scoring import ScoredText
 from cpt.offline.evaluation.scores import Result, Score, read_result, write_result
 from cpt.offline.evaluation.tasks import load_tasks
 from cpt.offline.plain_model import load_export
@@ -99,16 +100,18 @@ def run(folder: Path, model: Path, *options: str) -> int:
     )
 
 
-def test_nats_are_those_of_the_whole_logit_matrix(
-    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cpt.offline.evaluation.local.HEAD_TOKENS", 3)
-    model = load_export(models["good"])
-    tokens = encode(TEXTS[5]).tolist()
+def nats_of_transformers(model: Any, tokens: list[int], start: int) -> float:
+    """Return the nats of tokens[start:], given those before, from all logits at once."""
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0].double()
-    expected = -logits.log_softmax(-1)[range(3, len(tokens) - 1), tokens[4:]].sum()
-    assert _nats(model, tokens, 4) == pytest.approx(float(expected), rel=1e-5)  # fp32 against fp64
+    log_p = logits.log_softmax(-1)
+    return -float(log_p[range(start - 1, len(tokens) - 1), tokens[start:]].sum())
+
+
+def test_only_the_tokens_from_the_start_on_are_labels() -> None:
+    row = ScoredText(tokens=(5, 6, 7, 8), start=2).row()
+    assert row.input_ids.tolist() == [5, 6, 7, 8] and row.labels.tolist() == [-100, 7, 8, -100]
+    assert ScoredText(tokens=(5,), start=1).row().labels.tolist() == [-100]
 
 
 def test_a_model_passes_against_itself_and_fails_once_it_has_lost_more_than_it_may(
@@ -119,9 +122,11 @@ def test_a_model_passes_against_itself_and_fails_once_it_has_lost_more_than_it_m
     assert run(folder, models["good"], "--no_baseline", "--out", base) == 0
     scores = json.loads(Path(base).read_text())["tasks"]
     model = load_export(models["good"])
-    nats = [_nats(model, [*encode(text).tolist(), END_OF_TEXT], 1) for text in TEXTS]
+    nats = [nats_of_transformers(model, [*encode(text).tolist(), END_OF_TEXT], 1) for text in TEXTS]
     expected = sum(nats) / math.log(2) / sum(map(len, TEXTS))
-    assert scores["text"]["value"] == pytest.approx(expected) and scores["text"]["documents"] == 12
+    # fp32 against fp64
+    assert scores["text"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert scores["text"]["documents"] == 12
     assert scores["choice"]["value"] == pytest.approx(
         100 * np.mean(scores["choice"]["per_document"])
     )
@@ -153,7 +158,7 @@ def test_a_likelier_choice_is_the_answer(models: dict[str, Path], folder: Path) 
         nats = []
         for choice in record["choices"]:
             tokens = encode(f"{record['question']} {choice}").tolist()
-            nats.append(_nats(model, tokens, start) / len(choice))
+            nats.append(nats_of_transformers(model, tokens, start) / len(choice))
         right.append(float(int(np.argmin(nats)) == record["answer"]))
     assert json.loads(out.read_text())["tasks"]["choice"]["per_document"] == right
 

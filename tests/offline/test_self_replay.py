@@ -90,14 +90,18 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(
 def test_whole_replies_become_conversations_and_others_are_left_out_and_counted(
     base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def reply(model: Any, prompt: list[int], sampling: Any) -> list[int]:
-        def part(channel: str, text: str) -> list[int]:
-            return [CHANNEL, *encode(channel).tolist(), MESSAGE, *encode(text).tolist()]
+    def part(channel: str, text: str) -> list[int]:
+        return [CHANNEL, *encode(channel).tolist(), MESSAGE, *encode(text).tolist()]
 
-        analysis = [*part("analysis", "hm"), END, START, *encode("assistant").tolist()]
-        if "2" in encode_text(prompt):
-            return analysis + part("final", "cut")
-        return [*analysis, *part("final", "42"), RETURN]
+    def reply(model: Any, prompts: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
+        replies = []
+        for prompt in prompts:
+            analysis = [*part("analysis", "hm"), END, START, *encode("assistant").tolist()]
+            if "2" in encode_text(prompt):
+                replies.append(analysis + part("final", "cut"))
+            else:
+                replies.append([*analysis, *part("final", "42"), RETURN])
+        return replies
 
     monkeypatch.setattr("cpt.offline.self_replay.generate", reply)
     questions = ("--questions", str(folder / "questions.jsonl"))

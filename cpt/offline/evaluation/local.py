@@ -1,40 +1,17 @@
-"""Tasks from local files, scored in one process without a network.
-
-    JSONL -> records, checked -> prompts -> nats of continuations, or greedy replies
-        -> 1, 0 or nats per document
-
-The likelihood of a text is computed in pieces of the vocabulary head, so that the (tokens,
-vocabulary) matrix of a whole document never exists.
-
-Shape letters: T tokens of a text, M model size, V vocabulary.
-"""
+"""Records of tasks from local files: JSONL, checked line by line before a model is loaded."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch.nn import functional
-
 from cpt.errors import DataError
-from cpt.offline.evaluation.scores import Score
 from cpt.offline.evaluation.tasks import Task
-from cpt.offline.sampling import decode_tokens, generate
-from cpt.training.sampling import Sampling
-from data_pipeline.text.harmony import DEFAULT_DATE, encode_prompt
-from data_pipeline.text.harmony_reply import parse_reply
-from data_pipeline.text.tokenizer import END_OF_TEXT, encode
 
 Record = dict[str, Any]
 
-HEAD_TOKENS = 256
-"""Tokens whose logits exist at once."""
-MAX_TOKENS = 32_768
-"""Tokens of the longest text that is scored."""
 MAX_PROBLEMS = 10
 """Lines of a file that a refusal names."""
 
@@ -130,88 +107,3 @@ def local_contents(tasks: Sequence[Task]) -> dict[str, str]:
         if task.kind != "harness":
             _, contents[task.name] = read_records(task)
     return contents
-
-
-def score_task(task: Task, model: Any) -> Score:
-    """Score one local task."""
-    records, content = read_records(task)
-    per_document = [_score_record(task, model, record) for record in records]
-    if task.kind == "perplexity":
-        num_bytes = sum(len(record["text"].encode("utf-8")) for record in records)
-        value = sum(per_document) / math.log(2) / num_bytes
-    else:
-        value = 100 * sum(per_document) / len(records)
-    return Score(
-        kind=task.kind,
-        language=task.language,
-        value=value,
-        documents=len(records),
-        content=content,
-        per_document=tuple(per_document),
-    )
-
-
-def _score_record(task: Task, model: Any, record: Record) -> float:
-    """Return the nats of a text, or 1 for a right answer and 0 for a wrong one."""
-    if task.kind == "perplexity":
-        return _nats(model, [*encode(record["text"]).tolist(), END_OF_TEXT], 1)
-    if task.kind == "multiple_choice":
-        return float(_choose(task, model, record) == record["answer"])
-    answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
-    reply = _reply(task, model, record["prompt"])
-    return float(any(reply == str(answer).strip() for answer in answers))
-
-
-def _choose(task: Task, model: Any, record: Record) -> int:
-    """Return the index of the likeliest choice, by nats per UTF-8 byte."""
-    question = encode(record["question"]).tolist()
-    nats_per_byte = []
-    for choice in record["choices"]:
-        whole = encode(record["question"] + task.separator + choice).tolist()
-        # a token that spans question and choice counts as the choice's
-        start = max(1, _common_prefix(question, whole))
-        nats_per_byte.append(_nats(model, whole, start) / len(choice.encode("utf-8")))
-    return min(range(len(nats_per_byte)), key=nats_per_byte.__getitem__)
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many tokens two texts have in common from their start."""
-    length = 0
-    for token, other in zip(first, second, strict=False):
-        if token != other:
-            break
-        length += 1
-    return length
-
-
-def _reply(task: Task, model: Any, prompt: str) -> str:
-    """Return the greedy reply to a prompt: the final channel, or else the first line."""
-    sampling = Sampling(max_new_tokens=task.max_new_tokens)
-    if not task.chat:
-        text = decode_tokens(generate(model, encode(prompt).tolist(), sampling))
-        before_control_token = text.split("<|", 1)[0]
-        return before_control_token.strip().split("\n", 1)[0].strip()
-    ids = encode_prompt(prompt, developer=None, effort="low", date=DEFAULT_DATE)
-    reply = ""
-    for message in parse_reply(generate(model, ids, sampling)):
-        if message.channel == "final":
-            reply = message.text
-    return reply.strip()
-
-
-@torch.no_grad()
-def _nats(model: Any, tokens: Sequence[int], start: int) -> float:
-    """Return the negative log-likelihood of tokens[start:], given the tokens before."""
-    if len(tokens) > MAX_TOKENS:
-        raise DataError(
-            f"a record has {len(tokens):,} tokens, more than {MAX_TOKENS:,}. Cut it into several."
-        )
-    ids_1T = torch.tensor([list(tokens)], device=model.device)
-    hidden_TM = model.model(input_ids=ids_1T, use_cache=False).last_hidden_state[0, start - 1 : -1]
-    labels_T = ids_1T[0, start:]
-    total = 0.0
-    for first in range(0, len(labels_T), HEAD_TOKENS):
-        span = slice(first, first + HEAD_TOKENS)
-        logits_TV = model.lm_head(hidden_TM[span]).float()
-        total += float(functional.cross_entropy(logits_TV, labels_T[span], reduction="sum"))
-    return total
