@@ -3,6 +3,7 @@
 #
 #   train.sbatch, pbs/train.pbs, age/train.sh    one job: starts node.sh on every node, waits, decides what comes next
 #     node.sh                                    one node: starts `deepspeed`, leaves no process behind
+#   offline.sbatch                               the same for a command of cpt/cli.py
 #
 # Decisions
 #   Nobody signals a launcher: SIGTERM to `deepspeed` orphans its ranks.  A signal to a template or to node.sh becomes
@@ -10,6 +11,7 @@
 #   Exit code 0 alone proves nothing: `deepspeed` ends with 0 when its child was killed.  A run is done when its newest
 #   manifest holds the planned last step.
 
+NODE_COMMAND=() # words that node.sh gives to cpt/cli.py; none: it starts a run
 readonly EXIT_INTERNAL=70 EXIT_REQUEUE=75 EXIT_CONFIG=78
 
 say() {
@@ -198,8 +200,24 @@ wait_for() {
     done
 }
 
+# Run a Slurm job on all its nodes, wait, and decide what follows.
+run_slurm_job() {
+    JOB=$SLURM_JOB_ID
+    RESTARTS=${SLURM_RESTART_COUNT:-0}
+    local ranks=${CPT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+    [[ -n "$ranks" ]] || refuse "the job has no GPUs and CPT_RANKS_PER_NODE is not set."
+    queue_again() {
+        scontrol requeue "$SLURM_JOB_ID"
+    }
+    # --wait: how long the other nodes may take once one has ended; --kill-on-bad-exit would interrupt their saves
+    run_nodes "$SLURM_NNODES" "$ranks" \
+        srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0 \
+        --wait=300 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --cpu-bind=none "${SRUN_CONTAINER[@]}"
+    conclude $?
+}
+
 # Start node.sh on every node through the given command, wait, and return its exit code.
-#   run_nodes NODES RANKS_PER_NODE START...      with JOB, RESTARTS and CONTAINER set
+#   run_nodes NODES RANKS_PER_NODE START...      with JOB, RESTARTS, CONTAINER and NODE_COMMAND set
 run_nodes() {
     local nodes=$1 ranks=$2 code address timer=
     shift 2
@@ -213,7 +231,8 @@ run_nodes() {
     listen_for_signals USR1 TERM
     # its own process group: signals to this script's group must not reach srun, mpirun or a launcher
     set -m
-    "$@" "${CONTAINER[@]}" env "${settings[@]}" bash slurm/node.sh "$address" "$(free_port)" "$nodes" "$ranks" </dev/null &
+    "$@" "${CONTAINER[@]}" env "${settings[@]}" bash slurm/node.sh "$address" "$(free_port)" "$nodes" "$ranks" \
+        "${NODE_COMMAND[@]}" </dev/null &
     local run=$!
     if ((CPT_STOP_AFTER_SECONDS > 0)); then
         (sleep "$CPT_STOP_AFTER_SECONDS" && kill -USR1 $$) </dev/null &

@@ -1,8 +1,9 @@
 #!/bin/bash
 # One node's part of a run: start the DeepSpeed launcher, keep signals from it, and leave no process behind.
 #
-#   node.sh MASTER_ADDRESS MASTER_PORT NODES RANKS_PER_NODE
+#   node.sh MASTER_ADDRESS MASTER_PORT NODES RANKS_PER_NODE [COMMAND ARGUMENTS...]
 #
+# With the words of a command of cpt/cli.py, all ranks do that instead of a run; CPT_RUN_DIR is then OUT.partial.
 # Runs in the repository, on every node at once, inside the container if there is one.  The nodes meet by TCP at
 # MASTER_ADDRESS (that of node 0); no ssh, no host file shared between them.  With CPT_MEASURE (a step, or auto) the run is
 # only measured at that step.
@@ -17,6 +18,12 @@ if [[ -n "${CPT_MEASURE:-}" ]]; then
     CPT_RUN_ARGUMENTS+=(--measure --resume "$CPT_MEASURE")
 fi
 readonly ADDRESS=$1 PORT=$2 NODES=$3 RANKS=$4
+shift 4
+PROGRAM=(
+    cpt/run.py --ds_config "$CPT_DS_CONFIG" --config "$CPT_CONFIG" --run_dir "$CPT_RUN_DIR" "${CPT_RUN_ARGUMENTS[@]}"
+)
+if (($#)); then PROGRAM=(cpt/cli.py "$@"); fi
+readonly PROGRAM
 readonly NODE=${SLURM_NODEID:-${OMPI_COMM_WORLD_RANK:-${PMIX_RANK:-${PMI_RANK:-0}}}}
 
 # print the GPU ids of this node: a job that shares its node may have 4,5 instead of 0,1
@@ -46,8 +53,7 @@ start_launcher() {
     set -m
     deepspeed --hostfile "$HOSTS" --include "$include" --no_ssh --node_rank "$NODE" \
         --master_addr "$ADDRESS" --master_port "$PORT" \
-        cpt/run.py --ds_config "$CPT_DS_CONFIG" --config "$CPT_CONFIG" --run_dir "$CPT_RUN_DIR" \
-        "${CPT_RUN_ARGUMENTS[@]}" </dev/null &
+        "${PROGRAM[@]}" </dev/null &
     LAUNCHER=$!
     set +m
 }
@@ -64,6 +70,10 @@ wait_until_gone() {
 }
 
 finished() {
+    if [[ "${PROGRAM[0]}" == cpt/cli.py ]]; then
+        [[ -e "${CPT_RUN_DIR%.partial}" && ! -d "$CPT_RUN_DIR" ]]
+        return
+    fi
     [[ -n "${CPT_MEASURE:-}" ]] || python -m cpt.cli status --run_dir "$CPT_RUN_DIR"
 }
 

@@ -310,6 +310,46 @@ def test_guard_job_measures_one_step_and_asks_nothing_of_the_run(bench: Bench) -
     assert bench.run("guard.sbatch", "newest")[0] == 78
 
 
+def test_offline_job_gives_its_words_to_all_ranks_and_stops_them_beside_the_result(
+    bench: Bench,
+) -> None:
+    words = (
+        "kl_targets",
+        "--model",
+        "a model",
+        "--source",
+        "en",
+        "--out",
+        f"{bench.folder}/targets",
+    )
+    code, output = bench.run("offline.sbatch", *words, DEEPSPEED_EXIT="75")
+    (call,) = bench.calls("deepspeed")
+    assert call.endswith(f"cpt/cli.py {' '.join(words)}"), call
+    assert code == 75 and "requeue 17" in bench.calls("scontrol"), output
+    (bench.folder / "calls").unlink()
+    partial = bench.folder / "targets.partial"
+    process = bench.start("offline.sbatch", *words, DEEPSPEED_OBEYS=str(partial))
+    wait_for_call(bench, "deepspeed")
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and bench.calls("job") == ["17: got SIGUSR1"], output
+
+
+def test_offline_job_is_done_when_its_result_is_there_and_its_pieces_are_gone(
+    bench: Bench,
+) -> None:
+    words = ("evaluate", f"--out={bench.folder}/now.json")
+    code, output = bench.run("offline.sbatch", *words, DEEPSPEED_EXIT="0")
+    assert code == 70 and "the launcher ended with 0, but" in output
+    (bench.folder / "now.json").touch()
+    (bench.folder / "now.json.partial").mkdir()
+    assert bench.run("offline.sbatch", *words, DEEPSPEED_EXIT="0")[0] == 70
+    (bench.folder / "now.json.partial").rmdir()
+    assert bench.run("offline.sbatch", *words, DEEPSPEED_EXIT="0")[0] == 0
+    assert bench.run("offline.sbatch", "evaluate")[0] == 78
+    assert bench.run("offline.sbatch", "train", "--out", "x")[0] == 78
+
+
 def test_export_and_data_jobs_run_in_the_same_environment(bench: Bench) -> None:
     assert bench.run("export.sbatch", "out", "--format", "mxfp4")[0] == 0
     array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0"}
