@@ -373,7 +373,8 @@ def test_the_real_harness_scores_a_task_of_ones_own_document_by_document(
         start = len(encode(record["question"]))
         nats = []
         for choice in record["choices"]:
-            nats.append(_nats(model, encode(record["question"] + choice).tolist(), start))
+            tokens = encode(record["question"] + choice).tolist()
+            nats.append(nats_of_transformers(model, tokens, start))
         right.append(float(int(np.argmin(nats)) == record["answer"]))
     assert score.per_document == tuple(right)
 
