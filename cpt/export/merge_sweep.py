@@ -117,7 +117,7 @@ def _identity(pair: Pair, sets: Sequence[ScoredSet], model: OfflineModel) -> dic
         "command": "merge",
         "base": sampled_hash(pair.base.files),
         "tuned": sampled_hash(pair.tuned.files),
-        "sets": {domain.name: domain.content_hash for domain in sets},
+        "sets": {domain.name: domain.content_hash() for domain in sets},
         "computed_in": str(model.dtype).removeprefix("torch."),
     }
 

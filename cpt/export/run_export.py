@@ -126,7 +126,7 @@ def _identity(
         "command": "export",
         "checkpoint": sha256_of(folder / MANIFEST),
         "step": manifest.step,
-        "sets": {domain.name: domain.content_hash for domain in sets},
+        "sets": {domain.name: domain.content_hash() for domain in sets},
         "computed_in": str(model.dtype).removeprefix("torch."),
     }
 
