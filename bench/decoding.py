@@ -37,7 +37,8 @@ from step_parts.cases import OURS, Case, model_config  # noqa: E402
 
 from cpt.model.attention import PackedRows  # noqa: E402
 from cpt.model.weights.random_init import RandomWeights  # noqa: E402
-from cpt.offline.model import OfflineModel, single_process  # noqa: E402
+from cpt.offline.model import OfflineModel  # noqa: E402
+from cpt.offline.ranks import single_process  # noqa: E402
 from cpt.training.generate import generate  # noqa: E402
 from cpt.training.sampling import Sampling  # noqa: E402
 
