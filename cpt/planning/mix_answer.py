@@ -37,6 +37,8 @@ UNDERRATED = 0.04
 """Probability that a larger share than the other end would have held it; together 5 %."""
 CHECK_TAIL = 0.025
 """Half of what lies outside the 95 % interval of a left-out run."""
+NUM_CHECK_RESAMPLES = 250
+"""As `NUM_RESAMPLES`, for predicting a left-out run."""
 SEED = 0
 """The same probes give the same answer."""
 
@@ -182,7 +184,7 @@ def _predict(
     changes = {}
     for name in probe.scores:
         measured = [other.scores[name].change_percent for other in others]
-        changes[name] = np.tile(measured, (NUM_RESAMPLES, 1))
+        changes[name] = np.tile(measured, (NUM_CHECK_RESAMPLES, 1))
     curves = _draw(others, changes, probe.steps, generator)
     predicted = curves.at(probe.replay_share)
     predicted += curves.run_spread * generator.normal(size=predicted.shape)

@@ -45,6 +45,8 @@ FREE_SETTINGS = {
     "kl_targets",
 }
 """Keys of the `train` section in which probes may differ; the lengths are looked at apart."""
+TRAINED_WITH = ("router_aux_loss_coef", "router_z_loss_coef")
+"""Keys of the `model` section that change what is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,8 +93,8 @@ class _FinishedRun:
     """What a run left, before it is known which language is the main one."""
 
     folder: Path
-    train: Json
-    """Content of the `train` section."""
+    config: Json
+    """Content of config.resolved.yaml."""
     tokens: dict[str, float]
     """Predicted tokens by source."""
     languages: dict[str, str]
@@ -145,7 +147,7 @@ def _read_run(run_dir: Path) -> _FinishedRun:
     tokens = _tokens_by_source(events)
     return _FinishedRun(
         folder=run_dir,
-        train=config["train"],
+        config=config,
         tokens=tokens,
         languages=_languages(run_dir, config, tokens),
         scores_name=decisions[total_steps]["scores"],
@@ -165,8 +167,8 @@ def _probe_of(run: _FinishedRun, main_language: str) -> Probe:
         replay_share=1 - main_share,
         main_language=main_language,
         replay_parts=replay_parts,
-        steps=run.train["total_steps"],
-        recipe=_recipe(run.train),
+        steps=run.config["train"]["total_steps"],
+        recipe=_recipe(run.config),
         scores=scores,
         gain_percent=float(np.mean(gains)) if gains else math.nan,
     )
@@ -215,15 +217,19 @@ def _languages(run_dir: Path, config: Json, tokens: Mapping[str, float]) -> dict
     return languages
 
 
-def _recipe(train: Json) -> Json:
-    """Return the settings of a `train` section that all probes must share."""
+def _recipe(config: Json) -> Json:
+    """Return the settings that all probes must share, by key."""
+    train = config["train"]
     recipe = {}
     for key, value in train.items():
         if key not in FREE_SETTINGS:
-            recipe[key] = value
+            recipe[f"train.{key}"] = value
+    for key in TRAINED_WITH:
+        recipe[f"model.{key}"] = config["model"].get(key, 0.0)
     # a warm-up and a decay may be longer in a longer run
     for key in ("warmup_steps", "decay_steps"):
-        recipe[f"{key} / total_steps"] = round(train.get(key, 0) / max(1, train["total_steps"]), 3)
+        share = train.get(key, 0) / max(1, train["total_steps"])
+        recipe[f"train.{key} / total_steps"] = round(share, 3)
     return recipe
 
 

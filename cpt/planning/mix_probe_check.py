@@ -57,7 +57,7 @@ def _problems_of_comparison(probes: Sequence[Probe]) -> list[str]:
         for key, value in probe.recipe.items():
             if value != first.recipe.get(key):
                 problems.append(
-                    f"{probe.name}: train.{key} is {value}, {first.name} has "
+                    f"{probe.name}: {key} is {value}, {first.name} has "
                     f"{first.recipe.get(key)}. Probes may differ in the share of replay, the "
                     "seed of the mix and the length only."
                 )

@@ -20,7 +20,7 @@ from tests.support.mix_plants import LAWS, TOLERANCE, Plant, Setting, simulate
 FIVE = (0.05, 0.15, 0.15, 0.35, 0.7)
 SIX = (0.05, 0.1, 0.2, 0.2, 0.4, 0.7)
 EIGHT = (0.05, 0.1, 0.15, 0.25, 0.25, 0.4, 0.55, 0.75)
-NUM_PLANTS = 25
+NUM_PLANTS = 20
 """Of each law and each spread; bench/plan_curve.py draws more of them."""
 
 
@@ -33,7 +33,7 @@ def six_probes(seed: int = 0, **changes: object) -> Plant:
 def test_interval_covers_the_truth_and_its_low_end_holds_the_tolerance(
     shares: tuple[float, ...],
 ) -> None:
-    """The bounds lie three standard errors of 250 plants below 95 % and above 1 %."""
+    """The bounds lie three standard errors of 200 plants below 95 % and above 1 %."""
     generator = np.random.default_rng(len(shares))
     covered = []
     broken = []
@@ -108,7 +108,7 @@ def test_tolerance_that_no_probe_holds_is_not_answered() -> None:
 
 def loud_probes() -> list[Probe]:
     """Return probes whose documents leave open whether any share is enough."""
-    return six_probes(2, num_documents=40, document_spread=6.0).probes
+    return six_probes(2, num_documents=60, document_spread=6.0).probes
 
 
 def test_uncertain_answer_names_what_would_narrow_it() -> None:
@@ -166,7 +166,8 @@ def write_run(folder: Path, probe: Probe) -> Path:
         sources.append({**source, "path": str(folder / "t.jsonl")})
     mix = folder / "mix.yaml"
     mix.write_text(yaml.safe_dump({"seq_len": 64, "seed": 1, "sources": sources}))
-    config = {"data": {"mix": str(mix)}, "train": {"total_steps": probe.steps, "lr": 1e-4}}
+    train = {"total_steps": probe.steps, "lr": 1e-4}
+    config = {"data": {"mix": str(mix)}, "train": train, "model": {}}
     (run_dir / "config.resolved.yaml").write_text(yaml.safe_dump(config))
     english = round(10_000 * probe.replay_share)
     tokens = {"japanese": 10_000 - english, "english": english}

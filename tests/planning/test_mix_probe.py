@@ -46,7 +46,7 @@ def with_fewer_domains(probe: Probe) -> Probe:
         (with_other_text, "probe-4: other held-out text of domain-1, or another untouched model"),
         (with_fewer_domains, "only one of them measured domain-1"),
         (
-            lambda probe: dataclasses.replace(probe, recipe={"lr": 2e-4}),
+            lambda probe: dataclasses.replace(probe, recipe={"train.lr": 2e-4}),
             "probe-4: train.lr is 0.0002, probe-0 has 0.0001",
         ),
         (
@@ -129,7 +129,7 @@ def write_run(run_dir: Path, **changes: Any) -> Path:
     mix = {"seq_len": 64, "seed": 1, "sources": sources}
     (run_dir / "mix.yaml").write_text(yaml.safe_dump(mix))
     train = {"total_steps": 2, "lr": 1e-4, "warmup_steps": 1, "seed": 7}
-    config = {"data": {"mix": str(run_dir / "mix.yaml")}, "train": train}
+    config = {"data": {"mix": str(run_dir / "mix.yaml")}, "train": train, "model": {}}
     (run_dir / "config.resolved.yaml").write_text(yaml.safe_dump(config))
     events = [
         {"event": "step", "step": 1, "tokens_by_source": {"ja": 99, "en": 1}},
@@ -169,9 +169,11 @@ def test_probe_is_read_from_what_a_run_leaves(tmp_path: Path) -> None:
     assert probe.scores["english"].content == ("hash of english", "w")
     assert probe.gain_percent == pytest.approx(12.0)
     assert probe.recipe == {
-        "lr": 1e-4,
-        "warmup_steps / total_steps": 0.5,
-        "decay_steps / total_steps": 0,
+        "train.lr": 1e-4,
+        "train.warmup_steps / total_steps": 0.5,
+        "train.decay_steps / total_steps": 0.0,
+        "model.router_aux_loss_coef": 0.0,
+        "model.router_z_loss_coef": 0.0,
     }
 
 

@@ -149,7 +149,7 @@ def _probes(
                 main_language="ja",
                 replay_parts={"english": 1.0},
                 steps=int(steps[run]),
-                recipe={"lr": 1e-4},
+                recipe={"train.lr": 1e-4},
                 scores=scores[run],
                 gain_percent=20.0,
             )
