@@ -133,7 +133,7 @@ def _draw_answer(axes: Axes, answer: MixAnswer) -> None:
         (right, level),
         xytext=(0, -16),
         textcoords="offset points",
-        ha="center",
+        ha="right",
         color=INK,
         fontweight="bold",
     )

@@ -21,7 +21,8 @@ import numpy.typing as npt
 import yaml
 
 from cpt.errors import ConfigError
-from cpt.guard.baseline import BASELINE_FILE, read_baseline
+from cpt.guard.baseline import BASELINE_FILE, read_baseline, stored_baselines
+from cpt.guard.paired_test import cluster_sums
 from cpt.guard.score import as_floats
 from cpt.telemetry.metrics import read_events
 from data_pipeline.config.mix_file import load_mix
@@ -54,7 +55,9 @@ class ProbeScores:
     """The scores of one domain before and after a probe run."""
 
     before: Floats
-    """(documents,) nats of each document under the untouched model."""
+    """(documents,) nats of each document under the untouched model; documents of one cluster, which
+    change together, count as one.
+    """
     after: Floats
     """(documents,) nats at the end of the run."""
     content: tuple[str, str]
@@ -237,29 +240,45 @@ def _read_scores(
     run_dir: Path, name: str, main_language: str
 ) -> tuple[dict[str, ProbeScores], list[float]]:
     """Return scores by domain outside the main language, and the gains of those in it."""
-    folder = run_dir / "guard"
-    baseline = read_baseline(folder / BASELINE_FILE)
-    path = folder / name
+    path = run_dir / "guard" / BASELINE_FILE
+    stored = read_baseline(path)
+    known = stored_baselines(stored)
+    scores = {}
+    gains = []
+    for domain, nats in _last_nats(run_dir, name).items():
+        if domain not in known:
+            raise ConfigError(f"probe {run_dir}: {path} does not hold {domain}. Restore the file.")
+        before = known[domain]
+        score = ProbeScores(
+            before=cluster_sums(before.panel.nats, before.clusters),
+            after=cluster_sums(nats, before.clusters),
+            content=(stored[domain]["content_hash"], stored[domain]["weights"]),
+        )
+        if before.panel.language == main_language:
+            gains.append(-score.change_percent)
+        else:
+            scores[domain] = score
+    return scores, gains
+
+
+def _last_nats(run_dir: Path, name: str) -> dict[str, Floats]:
+    """Return the nats of every document at the end of a run, by domain."""
+    path = run_dir / "guard" / name
     try:
-        stored_scores = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"probe {run_dir}: {error.strerror}: {path}. A curve needs the scores of every "
             "document; keep the guard folder of a probe."
         ) from error
     # before 0.2 held-out text was the only yardstick
-    text = stored_scores.get("yardsticks", {"text": stored_scores})["text"]
-    scores = {}
-    gains = []
-    for domain, after in text["nats"].items():
-        stored = baseline[domain]
-        score = ProbeScores(
-            before=as_floats(stored["nats"]),
-            after=as_floats(after),
-            content=(stored["content_hash"], stored["weights"]),
-        )
-        if stored["language"] == main_language:
-            gains.append(-score.change_percent)
-        else:
-            scores[domain] = score
-    return scores, gains
+    text = stored.get("yardsticks", {"text": stored})["text"]
+    by_domain = {}
+    for domain, plain in text["nats"].items():
+        by_domain[domain] = as_floats(plain)
+        if not np.isfinite(by_domain[domain]).all():
+            raise ConfigError(
+                f"probe {run_dir}: {path} holds scores of {domain} that are not finite, so its "
+                "loss is not known. Repeat the probe."
+            )
+    return by_domain

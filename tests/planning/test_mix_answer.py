@@ -186,6 +186,7 @@ def write_run(folder: Path, probe: Probe) -> Path:
             "content_hash": "text",
             "weights": "weights",
             "nats": score.before.tolist(),
+            "bytes": score.before.tolist(),
         }
         nats[domain] = score.after.tolist()
     (run_dir / "guard" / "baseline.json").write_text(json.dumps(baseline))

@@ -187,6 +187,34 @@ def test_probe_with_more_replay_than_main_language_is_read_like_the_others(tmp_p
     assert list(read_probes([much, usual])[0].scores) == ["english"]
 
 
+def replace_in(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_documents_of_one_cluster_count_as_one(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    replace_in(run_dir / "guard" / "baseline.json", '"bytes": [', '"clusters": [5, 5], "bytes": [')
+    (probe,) = read_probes([run_dir])
+    assert probe.scores["english"].before.tolist() == [400.0]
+    assert probe.scores["english"].after.tolist() == [404.0]
+
+
+def test_score_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    replace_in(run_dir / "guard" / "scores-00000002.json", "101.0", "null")
+    with pytest.raises(ConfigError, match="holds scores of english that are not finite"):
+        read_probes([run_dir])
+
+
+def test_baseline_without_the_domain_is_named(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    (run_dir / "guard" / "baseline.json").unlink()
+    with pytest.raises(ConfigError, match=r"baseline\.json does not hold english"):
+        read_probes([run_dir])
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
