@@ -59,7 +59,7 @@ def _add_collect(actions: Commands) -> None:
 
 def _add_compare(actions: Commands) -> None:
     parser = actions.add_parser(
-        "compare", help="compare with the model before training; exit code 65 if one dropped"
+        "compare", help="compare with the model before training; exit codes as cpt evaluate"
     )
     _add_suite(parser)
     parser.add_argument("--result", type=Path, required=True, help="file of cpt suite collect")

@@ -326,8 +326,8 @@ def test_harness_tasks_are_scored_judged_and_refused_like_local_ones(
     stand_in(monkeypatch, 540)
     with pytest.raises(
         EvaluationFailed,
-        match=r"task 'hs' dropped by 6.00 \(from 60.000 to 54.000; 60 answers lost, 0 won, "
-        r"p = 4.3e-19\), max_drop is 5",
+        match=r"task 'hs' dropped by 6.00, perhaps by 7.\d\d \(from 60.000 to 54.000; 60 answers "
+        r"lost, 0 won, p = 4.3e-19\), max_drop is 5",
     ):
         evaluate(folder, folder / "tasks.yaml", now, base)
     (verdict,) = json.loads(now.read_text())["verdicts"]

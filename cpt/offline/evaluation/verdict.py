@@ -227,9 +227,13 @@ def _dropped_line(verdict: Verdict) -> str:
     if verdict.lost is not None:
         counts = f"; {verdict.lost} answers lost, {verdict.won} won, p = {verdict.p_value:.2g}"
     return (
-        f"task '{verdict.name}' dropped by {verdict.drop:.2f} (from {verdict.before:.3f} to "
-        f"{verdict.now:.3f}{counts}), {_limit(verdict)}."
+        f"task '{verdict.name}' dropped by {verdict.drop:.2f}, perhaps by {_at_most(verdict)} "
+        f"(from {verdict.before:.3f} to {verdict.now:.3f}{counts}), {_limit(verdict)}."
     )
+
+
+def _at_most(verdict: Verdict) -> str:
+    return "any size" if verdict.upper_bound is None else f"{verdict.upper_bound:.2f}"
 
 
 def _limit(verdict: Verdict) -> str:
@@ -237,10 +241,9 @@ def _limit(verdict: Verdict) -> str:
 
 
 def _not_shown_line(verdict: Verdict) -> str:
-    at_most = "any size" if verdict.upper_bound is None else f"{verdict.upper_bound:.2f}"
     line = (
-        f"task '{verdict.name}' is not shown to be kept: it dropped by {verdict.drop:.2f} and "
-        f"perhaps by {at_most}, {_limit(verdict)}."
+        f"task '{verdict.name}' is not shown to be kept: it dropped by {verdict.drop:.2f}, perhaps "
+        f"by {_at_most(verdict)}, {_limit(verdict)}."
     )
     if verdict.power is not None and verdict.power < WANTED_POWER:
         line += f" Give about {verdict.documents_needed:,} documents."
