@@ -14,7 +14,7 @@ def add_parser(commands: Commands) -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "evaluate",
-        help="run tasks on an export; exit code 65 if a drop is proven, 78 if not all was shown kept",
+        help="run tasks on an export; exit code 65 if a drop is proven, 78 if not all is kept",
     )
     parser.add_argument("--model", type=Path, required=True, help="exported directory")
     parser.add_argument(

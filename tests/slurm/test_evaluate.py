@@ -157,6 +157,36 @@ def test_base_and_checkpoint_are_served_asked_compared_and_nothing_stays_behind(
                 assert secret.encode() not in content, file
 
 
+EXPORTER = """
+if [[ "$3" == export ]]; then
+    echo "$*" >>"$CALLS"
+    while [[ "$1" != --out ]]; do shift; done
+    mkdir -p "$2" && echo {} >"$2/config.json"
+    exit
+fi
+exec PYTHON "$@"
+"""
+
+
+def test_a_step_is_exported_once_and_named_in_the_result(workplace: Workplace) -> None:
+    program = workplace.folder / "venv" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/bash\n{EXPORTER.replace('PYTHON', sys.executable)}")
+    program.chmod(0o755)
+    calls = workplace.folder / "calls"
+    out = workplace.folder / "out"
+    words = [str(out), "--step", "40", "--only", "physics", "--format", "mxfp4"]
+    variables = {"CPT_VENV": str(workplace.folder / "venv"), "CALLS": str(calls)}
+    for _ in range(2):
+        code, output = workplace.run(*words, **variables)
+        assert code == 0, output
+    run_dir = workplace.folder / "run"
+    words = ["-m", "cpt.cli", "export", "--run_dir", str(run_dir), "--step", "40"]
+    words += ["--out", f"{out}/export", "--format", "mxfp4"]
+    assert calls.read_text() == " ".join(words) + "\n"
+    assert json.loads((out / "evaluation.json").read_text())["step"] == 40
+
+
 def test_a_server_that_does_not_come_up_ends_the_job_with_its_last_words(
     workplace: Workplace,
 ) -> None:
