@@ -20,7 +20,14 @@ from data_pipeline.build.guard_sets import check_guard_sets
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.manifest import BuildManifest, check_files, read_manifest
-from data_pipeline.store.packing import ARRAY_NAMES, Integers, RowIndex, load_array, pack
+from data_pipeline.store.packing import (
+    ARRAY_NAMES,
+    CLUSTERS_FILE,
+    Integers,
+    RowIndex,
+    load_array,
+    pack,
+)
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens
 
@@ -49,6 +56,7 @@ class _Rows:
 
     def __init__(self, directory: Path, split: str, shards: Shards, seq_len: int) -> None:
         folder = directory / split
+        self._folder = folder
         arrays = {name: load_array(folder / f"{name}.npy") for name in ARRAY_NAMES}
         self.packed = RowIndex(**arrays)
         self.shards = shards
@@ -84,6 +92,24 @@ class _Rows:
         if (starts + pairs >= self.shards.document_tokens[documents]).any():
             return False
         return bool(packed.row_tokens().max() <= self.seq_len)
+
+    def clusters(self, num_documents: int) -> Integers:
+        """Return for each document the position of the first one of its cluster.
+
+        Raises:
+            DataError: the file with the clusters does not fit the documents.
+        """
+        path = self._folder / CLUSTERS_FILE
+        positions = np.arange(num_documents)
+        if not path.exists():
+            return positions
+        clusters = load_array(path)
+        if len(clusters) != num_documents or (clusters < 0).any() or (clusters > positions).any():
+            raise DataError(
+                f"{path}: does not fit the {num_documents} held-out documents. Delete the build "
+                "and build it again."
+            )
+        return clusters
 
     def read(self, row: int) -> PackedRow:
         """Read one row; its documents have the numbers of `shards`."""
@@ -166,9 +192,11 @@ class HeldOutSet:
         """Slots of a packed row."""
         sizes: list[Integers] = []
         lengths: list[Integers] = []
+        clusters: list[Integers] = []
         num_documents = 0
         for part in parts:
             stored = np.unique(part.packed.piece_document)
+            clusters.append(num_documents + part.clusters(len(stored)))
             self._stored_numbers.append(stored)
             self._first_numbers.append(num_documents)
             sizes.append(part.shards.document_bytes[stored])
@@ -178,7 +206,7 @@ class HeldOutSet:
         """UTF-8 bytes of each document."""
         self.document_tokens: Integers = np.concatenate(lengths)
         """Tokens of each document, END_OF_TEXT included."""
-        self.document_clusters: Integers = np.arange(num_documents)
+        self.document_clusters: Integers = np.concatenate(clusters)
         """Cluster of each document; documents of the same one are not independent."""
 
     @property

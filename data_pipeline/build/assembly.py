@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.build.clusters import first_of_cluster
 from data_pipeline.build.deduplication import Fate
 from data_pipeline.build.document_fates import DecidedSource, decide_all_fates
 from data_pipeline.build.guard_sets import check_dropped, check_guard_sets
@@ -30,7 +31,7 @@ from data_pipeline.store.manifest import (
     FileEntry,
     SourceEntry,
 )
-from data_pipeline.store.packing import ARRAY_NAMES, Integers, RowIndex, pack
+from data_pipeline.store.packing import ARRAY_NAMES, CLUSTERS_FILE, Integers, RowIndex, pack
 from data_pipeline.text.tokenizer import NAME, RANKS_SHA256
 
 
@@ -116,6 +117,9 @@ def _pack_source(directory: Path, mix: MixConfig, decided: DecidedSource) -> Sou
     tokens = shards.document_tokens
     train = _pack_split(folder / "train", fates.train, tokens[fates.train], mix)
     held_out = _pack_split(folder / "held_out", fates.held_out, tokens[fates.held_out], mix)
+    if source.cluster_by is not None:
+        clusters = first_of_cluster(decided.parts.clusters()[fates.held_out])
+        _save_array(folder / "held_out" / CLUSTERS_FILE, clusters)
     return SourceEntry(
         name=source.name,
         language=source.language,
@@ -146,9 +150,13 @@ def _pack_split(
     rows = pack(documents, document_tokens, mix.seq_len, mix.packing)
     directory.mkdir(exist_ok=True)
     for name in ARRAY_NAMES:
-        with atomic_write(directory / f"{name}.npy") as file:
-            np.save(file, getattr(rows, name).astype("<i8"), allow_pickle=False)
+        _save_array(directory / f"{name}.npy", getattr(rows, name))
     return rows
+
+
+def _save_array(path: Path, values: Integers) -> None:
+    with atomic_write(path) as file:
+        np.save(file, values.astype("<i8"), allow_pickle=False)
 
 
 def _file_entries(directory: Path, gathered: Sequence[SourceParts]) -> dict[str, FileEntry]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from data_pipeline.build.clusters import NO_CLUSTER
 from data_pipeline.build.deduplication import content_hash
 from data_pipeline.text.cleaning import Place
 from data_pipeline.text.harmony import Conversation
@@ -30,6 +31,8 @@ class Document:
     """UTF-8 bytes that count for bits per byte."""
     is_conversation: bool = False
     """Whether the tokens are in the Harmony format and end with <|return|>."""
+    cluster: int = NO_CLUSTER
+    """Hash of what it has in common with documents that it belongs to (`cluster_by`)."""
     place: Place | None = None
     """Place of a conversation in the input, for the account of those that fit no row."""
     tokenize: Callable[[], Tokens]

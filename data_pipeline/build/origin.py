@@ -133,6 +133,8 @@ def _source_rules(source: SourceConfig) -> Rules:
     if source.format == "harmony":
         rules["conversation_rules"] = RULES_VERSION
         rules["ignored_keys"] = sorted(source.ignored_keys)
+    if source.cluster_by is not None:
+        rules["cluster_by"] = source.cluster_by
     versions = {}
     for step, version in STEP_VERSIONS.items():
         if step in source.normalise:

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.build.clusters import Hashes64
 from data_pipeline.build.deduplication import HASH_DTYPE, Hashes
 from data_pipeline.build.document import Document
 from data_pipeline.build.near_duplicates import NUM_HASHES, Signatures, minhash_signatures
@@ -86,6 +87,11 @@ class Part:
         return self._side_path("hashes")
 
     @property
+    def clusters_path(self) -> Path:
+        """Clusters of the documents in the shard; absent if the source names none."""
+        return self._side_path("clusters")
+
+    @property
     def signatures_path(self) -> Path:
         """MinHash signatures of the documents in the shard; absent if they are not needed."""
         return self._side_path("minhash")
@@ -138,6 +144,11 @@ def read_signatures(part: Part) -> Signatures:
     return _read_side_file(part, part.signatures_path)
 
 
+def read_clusters(part: Part) -> Hashes64:
+    """Return the clusters of the documents in a part's shard, as a memory map."""
+    return _read_side_file(part, part.clusters_path)
+
+
 def _read_side_file(part: Part, path: Path) -> npt.NDArray[Any]:
     """Return the array of a file that `make_part` wrote before the account.
 
@@ -166,6 +177,9 @@ def make_part(part: Part) -> Account:
     has_shard = _write_shard(part, tally, facts)
     with atomic_write(part.hashes_path) as file:
         np.save(file, facts.hashes())
+    if part.source.cluster_by is not None:
+        with atomic_write(part.clusters_path) as file:
+            np.save(file, facts.clusters())
     if part.near_duplicates:
         with atomic_write(part.signatures_path) as file:
             np.save(file, facts.signatures())
@@ -219,6 +233,7 @@ class _DocumentFacts:
         self._need_signatures = need_signatures
         self._high = array.array("Q")
         self._low = array.array("Q")
+        self._clusters = array.array("Q")
         self._waiting: list[Tokens] = []
         self._num_waiting_tokens = 0
         self._signatures: list[Signatures] = [np.zeros((0, NUM_HASHES), np.uint32)]
@@ -246,6 +261,7 @@ class _DocumentFacts:
         """Add one document of the shard."""
         self._high.append(document.content_hash >> 64)
         self._low.append(document.content_hash & 2**64 - 1)
+        self._clusters.append(document.cluster)
         self.num_tokens += len(tokens)
         if not document.is_conversation:
             self.num_tokens += 1  # END_OF_TEXT
@@ -261,6 +277,10 @@ class _DocumentFacts:
         hashes["high"] = self._high
         hashes["low"] = self._low
         return hashes
+
+    def clusters(self) -> Hashes64:
+        """Return the clusters of the documents noted."""
+        return np.array(self._clusters, dtype=np.uint64)
 
     def signatures(self) -> Signatures:
         """Return the MinHash signatures of the documents noted."""

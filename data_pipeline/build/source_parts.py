@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.build.clusters import Hashes64
 from data_pipeline.build.deduplication import HASH_DTYPE, Hashes
 from data_pipeline.build.near_duplicates import Signatures
 from data_pipeline.build.part import (
@@ -14,6 +15,7 @@ from data_pipeline.build.part import (
     Account,
     Part,
     read_account,
+    read_clusters,
     read_hashes,
     read_signatures,
 )
@@ -105,6 +107,10 @@ class SourceParts:
     def hashes(self) -> Hashes:
         """Return the content hashes of all documents."""
         return np.concatenate([np.zeros(0, HASH_DTYPE), *map(read_hashes, self.parts)])
+
+    def clusters(self) -> Hashes64:
+        """Return the clusters of all documents of a source that names them."""
+        return np.concatenate(list(map(read_clusters, self.parts)))
 
     def signatures(self) -> list[Signatures]:
         """Return the MinHash signatures of all documents, part by part."""

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from data_pipeline.build.clusters import NO_CLUSTER, cluster_of
 from data_pipeline.build.document import Document
 from data_pipeline.build.mock_documents import invent_documents
 from data_pipeline.build.stored_rows import read_build_texts, read_dataset_rows
@@ -34,7 +36,7 @@ from data_pipeline.build.unreadable_files import (
     unreadable_parquet,
     why_no_text,
 )
-from data_pipeline.config.source_config import SourceConfig, template_fields
+from data_pipeline.config.source_config import CLUSTER_PLACES, SourceConfig, template_fields
 from data_pipeline.store.text_files import open_text, text_layers
 from data_pipeline.text.cleaning import Place, Tally, normalize, why_unusable
 from data_pipeline.text.harmony import read_conversation
@@ -87,6 +89,27 @@ def record_fields(source: SourceConfig) -> tuple[str, ...]:
     if source.template is not None:
         return template_fields(source.template)
     return (source.text_field,)
+
+
+def columns_to_read(source: SourceConfig) -> tuple[str, ...]:
+    """Return the columns of a table that are read: those of the text, and that of the cluster."""
+    fields = record_fields(source)
+    by = source.cluster_by
+    if by is None or by in CLUSTER_PLACES or by in fields:
+        return fields
+    return (*fields, by)
+
+
+def _in_cluster(
+    document: Document, source: SourceConfig, path: str, record: Mapping[str, Any], tally: Tally
+) -> Document:
+    """Return a document with the cluster that it belongs to; count one without the key of it."""
+    if source.cluster_by is None:
+        return document
+    cluster = cluster_of(source.cluster_by, path, record)
+    if cluster == NO_CLUSTER:
+        tally.notes[f"document without '{source.cluster_by:.40}' (cluster_by)"] += 1
+    return replace(document, cluster=cluster)
 
 
 def _accept_record(
@@ -158,7 +181,7 @@ def _read_jsonl(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Docu
                 continue
             document = _accept_record(source, record, place, tally)
             if document is not None:
-                yield document
+                yield _in_cluster(document, source, str(path), record, tally)
 
 
 class _RepeatedKeys:
@@ -270,7 +293,7 @@ def _seek_first_line(file: IO[bytes], unit: Unit) -> int:
 
 def _read_parquet(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
     (path,) = unit.paths
-    for rows_before, batch in _parquet_batches(path, unit, record_fields(source)):
+    for rows_before, batch in _parquet_batches(path, unit, columns_to_read(source)):
         yield from _table_documents(source, batch, str(path), rows_before, tally)
 
 
@@ -304,7 +327,7 @@ def _table_documents(
     tally: Tally,
 ) -> Iterator[Document]:
     """Yield the usable documents of a batch or table of rows."""
-    fields = record_fields(source)
+    fields = columns_to_read(source)
     columns = [column_bytes(table.column(field)) for field in fields]
     for number, record in enumerate(decoded_records(columns, fields), rows_before + 1):
         place = Place(f"{name}: row {number}")
@@ -313,7 +336,7 @@ def _table_documents(
             continue
         document = _accept_record(source, record, place, tally)
         if document is not None:
-            yield document
+            yield _in_cluster(document, source, name, record, tally)
 
 
 def _read_text_files(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
@@ -332,7 +355,7 @@ def _read_text_files(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator
             continue
         document = _accept_bytes(source, _unify_text_file(content, tally), place, tally)
         if document is not None:
-            yield document
+            yield _in_cluster(document, source, str(path), {}, tally)
 
 
 def _unify_text_file(content: bytes, tally: Tally) -> bytes:
@@ -352,7 +375,7 @@ def _unify_text_file(content: bytes, tally: Tally) -> bytes:
 def _read_dataset(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
     name = str(unit.paths[0] if unit.paths else source.dataset)
     number = unit.start
-    for table in read_dataset_rows(source, unit.start, unit.stop, record_fields(source)):
+    for table in read_dataset_rows(source, unit.start, unit.stop, columns_to_read(source)):
         yield from _table_documents(source, table, name, number, tally)
         number += table.num_rows
 

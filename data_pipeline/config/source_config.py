@@ -67,6 +67,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Normalization = Literal["newlines", "nfc", "nfkc", "width", "control", "spaces"]
 """Names of the cleaning steps; `text.cleaning` says what each does, and what it destroys."""
+CLUSTER_PLACES = ("file", "folder")
+"""Values of `cluster_by` that are no key."""
 Problem = tuple[str, str]
 """Key of a configuration, and what is wrong with its value."""
 
@@ -125,6 +127,10 @@ class SourceConfig:
     """Key (JSONL) or column (Parquet, datasets) that holds the text."""
     template: str | None = None
     """Text composed of several fields, for example "{title}: {body}"; replaces `text_field`."""
+    cluster_by: str | None = None
+    """What documents that belong together have in common: `file`, `folder`, or the key or column
+    that names it, for example url, of which the host counts. The guard measures one held-out
+    document of each cluster first; without it every document counts as independent."""
     dataset: str | None = None
     """Name on the Hugging Face Hub, for `format: huggingface` without `path`."""
     revision: str | None = None
@@ -175,6 +181,7 @@ class SourceConfig:
             )
         yield from self._check_template()
         yield from self._check_text()
+        yield from self._check_clusters()
         yield from check_ignored_keys(self.ignored_keys, self.format)
         yield from self._check_hub()
         yield from self._check_folder()
@@ -214,6 +221,21 @@ class SourceConfig:
             yield "normalise", "lists nfc and nfkc. Choose one."
         if self.normalise and self.format in ("mock", "harmony"):
             yield "normalise", f"is given, but format: {self.format} has no plain text. Remove it."
+
+    def _check_clusters(self) -> Iterator[Problem]:
+        if self.cluster_by is None:
+            return
+        if self.format in ("build", "mock"):
+            yield "cluster_by", f"is given, but format: {self.format} has no files. Remove it."
+        elif self.cluster_by in CLUSTER_PLACES:
+            if self.format == "huggingface":
+                yield "cluster_by", "is given, but a dataset has no files. Name one of its columns."
+        elif self.format in ("text", "harmony"):
+            yield (
+                "cluster_by",
+                f"is '{self.cluster_by}', but format: {self.format} has no such key. Set file or "
+                "folder.",
+            )
 
     def _check_hub(self) -> Iterator[Problem]:
         """Yield the broken rules on the keys of a dataset on the Hugging Face Hub."""

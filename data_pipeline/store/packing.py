@@ -34,6 +34,10 @@ ARRAY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, TokenError, TypeErro
 """What NumPy raises on a file that is no array, or one with a damaged header."""
 ARRAY_NAMES = ("row_offsets", "piece_document", "piece_start", "piece_pairs")
 """Fields of `RowIndex`, which are also the names of its files."""
+CLUSTERS_FILE = "clusters.npy"
+"""For each held-out document the position of the first one of its cluster; absent if the source
+has no `cluster_by`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
