@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,15 @@ import pytest
 import yaml
 
 from cpt.cli import main
-from cpt.errors import ConfigError, DataError
+from cpt.errors import ConfigError, DataError, InternalError
 from cpt.offline.evaluation.benchmark_commands import Programs, ServedModel, command_of
 from cpt.offline.evaluation.scores import Result, Score, read_result, write_result
 from cpt.offline.evaluation.suite import Suite, load_suite
 from cpt.offline.evaluation.suite_plot import checkpoint_figure, read_results
 from cpt.offline.evaluation.suite_results import collect
-from cpt.offline.evaluation.suite_run import environment_of, find_model, is_done
+from cpt.offline.evaluation.suite_run import environment_of, find_model, is_done, run_suite
 from cpt.offline.evaluation.verdict import check_baseline
+from tests.support.served_model import write_python_program
 
 ROOT = Path(__file__).parents[2]
 DATE = "2026-11-26T21-00-00.000001"
@@ -294,6 +298,40 @@ def test_what_was_run_with_other_settings_is_neither_kept_nor_collected(tmp_path
 def test_a_server_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r"http://127.0.0.1:9: /v1/models names no model"):
         find_model("http://127.0.0.1:9/", Path("export"))
+
+
+TOOL = """
+import sys
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index("--output-dir") + 1])
+(out / "results").mkdir(parents=True)
+(out / "results" / "results_1.json").write_text("{}")
+Path(sys.argv[0]).with_name("dead").touch()
+"""
+
+
+def test_a_benchmark_is_not_done_if_the_server_died_meanwhile(tmp_path: Path) -> None:
+    program = write_python_program(tmp_path / "lighteval", TOOL)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(500 if (tmp_path / "dead").exists() else 200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        model = replace(MODEL, url=f"http://127.0.0.1:{server.server_port}")
+        suite = suite_of(tmp_path, BENCHMARK)
+        with pytest.raises(InternalError, match="the server does not answer"):
+            run_suite(suite, model, Programs(lighteval=program), tmp_path)
+    finally:
+        server.shutdown()
+    assert list((tmp_path / "gpqa").rglob("results_*.json"))
+    assert not (tmp_path / "gpqa" / "done.json").exists()
 
 
 def result(step: int | None, right: int, bits: float) -> Result:
