@@ -311,6 +311,8 @@ def _reason(evidence: Evidence, action: str) -> str:
         loss = "not a number"
     elif evidence.lower_bound > 0 or evidence.delta is None:
         loss = f"at least {evidence.lower_bound:.2f} {unit} worse"
+    elif evidence.delta < 0:
+        loss = f"about {-evidence.delta:.2f} {unit} better"
     else:
         loss = f"about {evidence.delta:.2f} {unit} worse"
     return f"{evidence.domain} is {loss} (tolerance {evidence.tolerance:g} {unit}): {action}"

@@ -63,7 +63,9 @@ def set_levers(job: Job, lr: float) -> None:
         job: The run.
         lr: Learning rate of that step, the guard's factor included.
     """
-    are_frozen = job.guard is not None and job.guard.state.routers_frozen
+    are_frozen = False
+    if job.guard is not None and job.config.guard.router_lever == "freeze":
+        are_frozen = job.guard.state.routers_frozen
     job.engine.set_learning_rate(lr, routers_frozen=are_frozen)
     job.engine.set_kl_weight(job.kl_weight)
 

@@ -19,9 +19,10 @@ def scalars(event: dict[str, Any]) -> dict[str, float]:
     kind = event["event"]
     if kind == "guard_decision":
         # its settings and states are for `cpt guard audit`
-        numbers = {"guard/lr_scale": event["after"]["lr_scale"]}
-        for domain, share in event["after"]["shares"].items():
-            numbers[f"guard/replay_share/{domain}"] = share
+        after = event["after"]
+        numbers = {"guard/lr_scale": after["lr_scale"]}
+        for name, share in {**after["shares"], **after.get("replay", {})}.items():
+            numbers[f"guard/replay_share/{name}"] = share
         return numbers
     prefix = {"step": "train", "guard": f"guard/{event.get('domain')}"}.get(kind, kind)
     if "measure" in event:

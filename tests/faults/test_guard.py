@@ -68,6 +68,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run["train"] |= {"total_steps": 80, "lr": 5e-3, "warmup_steps": 20}
     run["checkpoint"] |= {"interval_steps": 4}
     run["guard"] = {
+        "controller": "ladder",
         "interval_steps": 2,
         "max_documents": 70,
         "tolerance_percent": TOLERANCE_PERCENT,

@@ -145,6 +145,15 @@ def test_numbers_of_a_guard_measurement_are_named_after_its_domain() -> None:
     assert scalars(event) == {"guard/english/bits_per_byte": 0.8}
 
 
+def test_shares_that_the_guard_gave_to_domains_or_sources_become_numbers() -> None:
+    after = {"lr_scale": 0.5, "shares": {"english": 0.2}}
+    old = {"event": "guard_decision", "step": 3, "after": after}
+    expected = {"guard/lr_scale": 0.5, "guard/replay_share/english": 0.2}
+    assert scalars(old) == expected
+    new = {**old, "after": {**after, "replay": {"en_web": 0.3}}}
+    assert scalars(new) == {**expected, "guard/replay_share/en_web": 0.3}
+
+
 def test_other_events_keep_their_own_name() -> None:
     assert scalars({"event": "checkpoint", "step": 3, "path": "x", "seconds": 2.0}) == {
         "checkpoint/seconds": 2.0
