@@ -10,7 +10,7 @@ from bench.guard_plants_parts.plants import (
     GAINS,
     PLANTS,
     TOLERANCE,
-    Noise,
+    Evidences,
     Outcome,
     Plant,
     best_fixed_share,
@@ -49,20 +49,24 @@ class Figures:
     """Share of runs that pause, in percent."""
 
 
-def contenders(noise: Noise) -> dict[str, Run]:
+def contenders(evidences: Evidences) -> dict[str, Run]:
     """Return every contender by the name in the table."""
 
     def steered(settings: GuardSection) -> Run:
-        return lambda plant, seed: simulate(plant, settings, seed, noise=noise)
+        return lambda plant, seed: simulate(plant, settings, seed, evidences=evidences)
 
     def yoked(plant: Plant, seed: int) -> Outcome:
-        share = 1 - simulate(plant, TWO_WAY, seed, noise=noise).japanese / 100
-        return simulate(plant, FIXED, seed, start_share=share)
+        share = 1 - simulate(plant, TWO_WAY, seed, evidences=evidences).japanese / 100
+        return simulate(plant, FIXED, seed, evidences="normal", start_share=share)
 
     def best_fixed(from_look: int) -> Run:
         def run(plant: Plant, seed: int) -> Outcome | None:
             share = best_fixed_share(plant, from_look=from_look)
-            return None if share is None else simulate(plant, FIXED, seed, start_share=share)
+            return (
+                None
+                if share is None
+                else simulate(plant, FIXED, seed, evidences="normal", start_share=share)
+            )
 
         return run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bench.guard_plants_parts.contenders import LADDER, TWO_WAY
-from bench.guard_plants_parts.plants import GAINS, NUM_LOOKS, TOLERANCE, Noise, Plant, simulate
+from bench.guard_plants_parts.plants import GAINS, NUM_LOOKS, TOLERANCE, Evidences, Plant, simulate
 from data_pipeline.charts import ALARM, PALETTE, Line, as_svg, draw_level, draw_lines, new_figure
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ SOURCE = "Simulated: cosine rate, 125 looks, one run each (seed 0), lag of 10 lo
 
 
 @as_svg
-def draw_plants(noise: Noise) -> Figure:
+def draw_plants(evidences: Evidences) -> Figure:
     """Draw one run of each law at each gain.
 
     Args:
-        noise: Which documents are read at each look.
+        evidences: How the guard reads the loss.
     """
     figure, charts = new_figure(
         960,
@@ -37,7 +37,7 @@ def draw_plants(noise: Noise) -> Figure:
         shares = []
         losses = []
         for (name, settings), color in zip(LAWS.items(), PALETTE, strict=False):
-            run = simulate(Plant(gain=gain, lag=LAG, shock=SHOCK), settings, 0, noise=noise)
+            run = simulate(Plant(gain=gain, lag=LAG, shock=SHOCK), settings, 0, evidences=evidences)
             percent = [100 * share for share in run.shares]
             shares.append(Line(label=name, x=looks, y=percent, color=color, dots=False))
             losses.append(Line(label=name, x=looks, y=run.losses, color=color, dots=False))

@@ -14,15 +14,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from cpt.config import GuardSection
+from cpt.guard.betting import Detector
 from cpt.guard.decision import decide
-from cpt.guard.ladder import GuardState
+from cpt.guard.held_out_text import lines_of
+from cpt.guard.ladder import LEVERS, GuardState
 from cpt.guard.lever_limits import LeverLimits, SourceLimits
-from cpt.guard.yardstick import Evidence, State
+from cpt.guard.yardstick import Evidence, Look, state_of
 
 SHARES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.6, 0.75, 1.0)
 LOSSES = (10.3, 9.07, 5.93, 3.72, 2.38, 1.0, 0.72, 0.4, 0.0)
@@ -40,7 +42,8 @@ MAX_REPLAY = 0.75
 SOURCE = "english_text"
 DOMAIN = "english"
 
-Noise = Literal["panel", "fresh"]
+Evidences = Literal["bets", "normal", "fresh"]
+"""How a loss becomes evidence; see `STATISTICS`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,23 +88,84 @@ class Statistics:
     """What the guard can tell of a loss."""
 
     error: float
-    """Standard error of one reading in percent."""
+    """Standard error of one estimate in percent."""
     persistent: float
     """Standard deviation of the part of the error that stays over the run."""
     passing: float
     """Standard deviation of the part that is drawn anew at each look."""
-    quantile: float
-    """Standard errors between the estimate and the bound that is valid at any look."""
+    quantile: float | None
+    """Standard errors between the estimate and the lower bound; None for bets on fresh documents.
+    """
 
 
-STATISTICS: dict[Noise, Statistics] = {
-    # 256 documents that count as 190, a spread of 2 %, scored again at each look
-    "panel": Statistics(error=0.145, persistent=0.138, passing=0.05, quantile=3.5),
-    # 100 others at each look
+STATISTICS: dict[Evidences, Statistics] = {
+    # a panel of 256 documents that count as 190, with a spread of 2 %, and the product's bets
+    "bets": Statistics(error=0.145, persistent=0.138, passing=0.05, quantile=None),
+    # the same panel with the normal bound over 500 tests that the guard had before
+    "normal": Statistics(error=0.145, persistent=0.138, passing=0.05, quantile=4.35),
+    # 100 others at each look, as for prompts, with a bound that is valid over all looks
     "fresh": Statistics(error=0.2, persistent=0.0, passing=0.2, quantile=3.5),
 }
-GREEN_QUANTILE = 1.645
+UPPER_QUANTILE = 1.645
 """Standard errors between the estimate and the one-sided 95 % upper bound."""
+SPREAD = 2.0
+"""Standard deviation of the change of one document in percent."""
+FRESH_DOCUMENTS = 100
+NUM_DOMAINS = 4
+"""Domains of the guard, among which the false alarms are divided."""
+
+
+class Reader:
+    """The guard's eyes: it makes evidence of the true loss of one run."""
+
+    def __init__(
+        self, kind: Evidences, settings: GuardSection, generator: np.random.Generator
+    ) -> None:
+        """Draw what stays over the run.
+
+        Args:
+            kind: How a loss becomes evidence.
+            settings: The guard's settings.
+            generator: Source of the noise.
+        """
+        self._statistics = STATISTICS[kind]
+        self._settings = settings
+        self._generator = generator
+        self._persistent = self._statistics.persistent * generator.normal()
+        self._detector: dict[str, Any] = {}
+
+    def read(self, loss: float, look: Look) -> Evidence:
+        """Return the evidence on a true loss in percent."""
+        statistics = self._statistics
+        noise = self._persistent + statistics.passing * self._generator.normal()
+        delta = loss + noise
+        if statistics.quantile is None:
+            lower = self._bet(loss, look)
+        else:
+            lower = delta - statistics.quantile * statistics.error
+        upper = delta + UPPER_QUANTILE * statistics.error
+        line = self._settings.act_at * TOLERANCE
+        return Evidence(
+            domain=DOMAIN,
+            state=state_of(lower, upper, line=line, tolerance=TOLERANCE),
+            delta=delta,
+            lower_bound=lower,
+            upper_bound=upper,
+            tolerance=TOLERANCE,
+            hard_limit=self._settings.hard_limit_percent,
+        )
+
+    def _bet(self, loss: float, look: Look) -> float:
+        """Place the bets of one look on fresh documents and return the bound."""
+        detector = Detector(lines_of(DOMAIN, look), self._detector)
+        changes = loss + SPREAD * self._generator.normal(size=FRESH_DOCUMENTS)
+        lower = detector.add(changes, look.alarm_threshold)
+        self._detector = detector.to_json()
+        return lower
+
+    def begin_anew(self) -> None:
+        """Forget the bets, as the guard does after a lever was pulled."""
+        self._detector = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,25 +195,15 @@ def schedule(look: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * look / NUM_LOOKS))
 
 
-def read(loss: float, statistics: Statistics, settings: GuardSection, share: float) -> Evidence:
-    """Return a reading with its bounds and its state."""
-    lower = loss - statistics.quantile * statistics.error
-    upper = loss + GREEN_QUANTILE * statistics.error
-    state: State = "amber"
-    if lower > settings.act_at * TOLERANCE:
-        state = "red"
-    elif upper < TOLERANCE:
-        state = "green"
-    return Evidence(
-        domain=DOMAIN,
-        state=state,
-        delta=loss,
-        lower_bound=lower,
-        upper_bound=upper,
-        tolerance=TOLERANCE,
-        hard_limit=settings.hard_limit_percent,
-        share=share,
-        largest_share=MAX_REPLAY,
+def look_at(number: int, settings: GuardSection) -> Look:
+    """Return a look of a run with as many domains as usual."""
+    return Look(
+        step=number,
+        number=number + 1,
+        num_looks=NUM_LOOKS,
+        num_domains=NUM_DOMAINS,
+        last=False,
+        settings=settings,
     )
 
 
@@ -173,7 +227,7 @@ def simulate(
     settings: GuardSection,
     seed: int,
     *,
-    noise: Noise = "panel",
+    evidences: Evidences = "bets",
     start_share: float = START_SHARE,
 ) -> Outcome:
     """Let the guard steer one run of a plant.
@@ -182,12 +236,11 @@ def simulate(
         plant: How the model forgets.
         settings: The guard's settings; `policy: warn` keeps the first share.
         seed: Of the noise of the readings.
-        noise: Whether the same documents are read at each look, or others.
+        evidences: How the guard reads the loss.
         start_share: Share of replay in the mix.
     """
     generator = np.random.default_rng(seed)
-    statistics = STATISTICS[noise]
-    persistent = statistics.persistent * generator.normal()
+    reader = Reader(evidences, settings, generator)
     state = GuardState()
     japanese = possible = lagging = 0.0
     shares: list[float] = []
@@ -204,9 +257,12 @@ def simulate(
         loss = lagging + plant.shocked(look + 1, share)
         shares.append(share)
         losses.append(loss)
-        measured = loss + persistent + statistics.passing * generator.normal()
-        evidence = read(measured, statistics, settings, share)
+        evidence = dataclasses.replace(
+            reader.read(loss, look_at(look, settings)), share=share, largest_share=MAX_REPLAY
+        )
         state, decision = decide(state, [evidence], settings, limits)
+        if decision.actions[DOMAIN] in LEVERS:
+            reader.begin_anew()
         if decision.action == "pause":
             paused = True
             state = dataclasses.replace(state, paused="")
@@ -236,7 +292,7 @@ def best_fixed_share(plant: Plant, *, from_look: int) -> float | None:
     """
     settings = GuardSection(policy="warn")
     for percent in range(1, round(100 * MAX_REPLAY) + 1):
-        run = simulate(plant, settings, 0, start_share=percent / 100)
+        run = simulate(plant, settings, 0, evidences="normal", start_share=percent / 100)
         if max(run.losses[from_look:]) <= TOLERANCE:
             return percent / 100
     return None

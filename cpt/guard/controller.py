@@ -42,7 +42,7 @@ from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.yardstick import Evidence
 
 PROPORTIONAL = 0.8
-INTEGRAL = 0.1
+INTEGRAL = 0.08
 DEAD_BAND = 0.15
 """Error, in tolerances, up to which the integral part rests."""
 MEMORY = 0.6

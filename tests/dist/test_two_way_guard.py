@@ -15,14 +15,26 @@ import yaml
 from cpt.checkpoint.manifest import read_manifest
 from cpt.checkpoint.reader import read_weights, step_folder
 from cpt.cli import main
-from tests.support.service import Service, make_workplace, run_to_end
+from tests.support.service import SAMPLE, Service, make_workplace, run_to_end
 
 pytestmark = pytest.mark.dist
 
+PIECE_CHARACTERS = 240
 STEPS = 6
 HALF = 3
 ENGLISH_SHARE = 0.4
 LEAST_REPLAY = 0.5
+
+
+def write_pieces(path: Path) -> None:
+    """Write the English sample in many short documents, which are scored in no time."""
+    lines = []
+    for line in (SAMPLE / "en_web.jsonl").read_text(encoding="utf-8").splitlines():
+        text = json.loads(line)["text"]
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            piece = {"text": text[start : start + PIECE_CHARACTERS]}
+            lines.append(json.dumps(piece) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +42,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that learns English and Japanese, so that English only gains."""
     folder = make_workplace(tmp_path_factory.mktemp("two_way"))
     mix = yaml.safe_load((folder / "mix.yaml").read_text())
+    write_pieces(folder / "en_web.jsonl")
     for source in mix["sources"]:
-        source["held_out_share"] = 0.3
+        if source["name"] == "en_web":
+            source["path"] = "en_web.jsonl"
+            source["held_out_share"] = 0.2
     mix["guard"] = {"domains": [{"name": "english", "language": "en", "sources": ["en_web"]}]}
     (folder / "mix.yaml").write_text(yaml.safe_dump(mix))
     run = yaml.safe_load((folder / "run.yaml").read_text())
@@ -47,10 +62,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run["telemetry"] = {"router_interval_steps": 1}
     run["guard"] = {
         "interval_steps": 1,
-        "max_documents": 6,
-        # six documents of a random model show no less; English gains anyway
-        "tolerance_percent": 90.0,
-        "hard_limit_percent": 95.0,
+        "max_documents": 24,
+        # so few documents show no less; English gains anyway
+        "tolerance_percent": 40.0,
+        "hard_limit_percent": 50.0,
         "least_replay": LEAST_REPLAY,
         "router_lever": "freeze",
         "least_router_overlap": 1.0,

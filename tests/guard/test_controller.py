@@ -11,6 +11,7 @@ import pytest
 
 from cpt.config import GuardSection
 from cpt.guard.controller import (
+    INTEGRAL,
     LARGEST_FALL,
     LARGEST_RISE,
     MIN_MOVE,
@@ -280,7 +281,8 @@ def test_weight_of_the_divergence_rises_before_replay_and_falls_after_it() -> No
         if weight_when_replay_fell is None and state.replay != replay_at_top:
             weight_when_replay_fell = state.kl_weight
     assert weight_when_replay_fell == 0.8
-    assert state.replay["en_web"] == pytest.approx(START["en_web"])
+    left = state.replay["en_web"] - START["en_web"]
+    assert 0 <= left <= max(MIN_MOVE, MOVE_PART * state.replay["en_web"])
     assert state.kl_weight == pytest.approx(0.1)
 
 
@@ -295,7 +297,7 @@ def test_proven_loss_raises_replay_although_the_weight_comes_first() -> None:
 def test_weight_of_the_divergence_moves_beside_replay_and_not_without_targets() -> None:
     settings = GuardSection(kl_lever="beside")
     state, _ = look(GuardState(), {"english": 3.0}, settings, kl_weight=0.2)
-    assert state.kl_weight == pytest.approx(0.2 * np.exp(0.24)) and state.replay
+    assert state.kl_weight == pytest.approx(0.2 * np.exp(INTEGRAL * (3 - 0.6))) and state.replay
     state, _ = look(GuardState(), {"english": 3.0}, settings)
     assert state.kl_weight is None and state.replay
 
