@@ -31,8 +31,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--evidences",
         choices=get_args(Evidences),
         default="bets",
-        help="how the guard reads a loss: with the product's bets, with the normal bound of before, "
-        "or from other documents at each look (default bets)",
+        help="how the guard reads a loss: with the product's bets, with the normal bound that it had "
+        "before, or from other documents at each look (default bets)",
     )
     parser.add_argument("--plot", type=Path, help="SVG file to write")
     return parser.parse_args(arguments)

@@ -148,7 +148,9 @@ class StepChart:
             span = Span(location=step, dimension="height", line_color=MUTED, line_dash="dotted")
             self.figure.add_layout(span)
 
-    def marks(self, steps: Sequence[int], marker: str, texts: Sequence[str]) -> None:
+    def marks(
+        self, steps: Sequence[int], marker: str, texts: Sequence[str], color: str = ALARM
+    ) -> None:
         """Draw one mark for each step along the upper edge; hovering over it tells its text."""
         from bokeh.models import HoverTool
 
@@ -160,7 +162,7 @@ class StepChart:
             source=data,
             marker=marker,
             size=9,
-            fill_color=ALARM,
+            fill_color=color,
             line_color="white",
             line_width=0.8,
         )

@@ -25,6 +25,8 @@ MAX_WHISKERS = 24
 """Up to so many measurements, intervals are bars: a band would claim knowledge between them."""
 MARK_ROOM = 0.12
 """Part of a chart's height that is added for the marks of actions."""
+RELIEFS = {"lower_replay", "lower_kl", "raise_lr"}
+"""Actions that take back an earlier one, because all is well."""
 STATE_COLORS = {"green": "#009e73", "amber": "#e69f00", "red": ALARM}
 """Color of the square of each state."""
 STATE_MEANING = {"green": "green: kept", "amber": "amber: neither", "red": "red: lost"}
@@ -77,7 +79,8 @@ def guard_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel:
         if any(event.get("state") == state for event in run.guard_events):
             legend.append(LegendEntry(text=STATE_MEANING[state], color=color, marker="square"))
     for action, marker in style.markers.items():
-        legend.append(LegendEntry(text=clean(action), color=ALARM, marker=marker))
+        color = MUTED if action in RELIEFS else ALARM
+        legend.append(LegendEntry(text=clean(action), color=color, marker=marker))
     return Panel(
         title=title,
         css="w7",
@@ -141,7 +144,8 @@ def _domain_chart(events: Sequence[dict[str, Any]], color: str, style: DomainSty
         acted = [event for event in events if action_of(event) == action]
         texts = [f"{clean(action)}, step {e['step']:,}: {change_text(e)}" for e in acted]
         if acted:
-            chart.marks([event["step"] for event in acted], marker, texts)
+            mark_color = MUTED if action in RELIEFS else ALARM
+            chart.marks([event["step"] for event in acted], marker, texts, mark_color)
     draw_states(chart, events)
     return chart
 
