@@ -41,6 +41,7 @@ POINTS = (
     "gradient",
     "optimizer_step",
     "evaluate",
+    "sample_traces",
     "save_stage",
     "save_write",
     "save_hash",

@@ -1,16 +1,24 @@
-"""Traces, and the divergence on them, are those of one process in every layout."""
+"""Traces, and the divergence on them, are those of one process in every layout, killed or not."""
 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from cpt.guard.audit import audit
+from cpt.telemetry.metrics import read_events
 from tests.dist.cases import Scenario, reference_model
-from tests.support.launcher import ROOT, launch
+from tests.support.launcher import ROOT, free_port, launch, rank_environment
+from tests.support.records import write_jsonl
+from tests.support.service import SMALL_GUARD
 
 pytestmark = pytest.mark.dist
 
@@ -72,3 +80,79 @@ def test_divergence_is_that_of_one_process(folder: Path, scenario: Scenario) -> 
     assert max(got["own"]) <= 1e-6
     # fp32 sums are taken in another order
     assert got["moved"] == pytest.approx(expected["moved"], abs=1e-6, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mix with short rows and a domain of traces, a run YAML and a DeepSpeed JSON."""
+    folder = tmp_path_factory.mktemp("run")
+    sample = ROOT / "data_pipeline" / "sample"
+    sources = []
+    for name, language in {"ja_essay": "ja", "en_web": "en"}.items():
+        source = {"name": name, "language": language, "domain": "web", "weight": 0.5}
+        sources.append({**source, "path": str(sample / f"{name}.jsonl"), "held_out_share": 0.1})
+    domain = {"name": "own", "language": "en", "path": "prompts.jsonl", "sources": ["en_web"]}
+    # a model with random weights knows no format and has no peaks: its divergences are tiny
+    limits = {"max_new_tokens": 6, "tolerance": 1e-6, "hard_limit": 0.5}
+    guard = {**SMALL_GUARD, "traces": [{**domain, **limits}]}
+    mix = {"seq_len": 256, "seed": 1, "guard": guard, "sources": sources}
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": f"What is {n} + 1?"} for n in range(70)])
+    (folder / "mix.yaml").write_text(yaml.safe_dump(mix))
+    train = {"seq_len": 256, "global_batch_size": 2, "total_steps": 2, "lr": 1e-2, "dtype": "fp32"}
+    run = {
+        "model": {"init": "tiny"},
+        "data": {"mix": "mix.yaml"},
+        "train": train,
+        "guard": {"max_documents": 1, "policy": "warn"},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    return folder
+
+
+def run_once(workplace: Path, run_dir: str, fault: str = "") -> int:
+    """Run one process to its end, and return its exit code."""
+    command = [sys.executable, str(ROOT / "cpt" / "run.py")]
+    command += ["--ds_config", "ds.json", "--config", "run.yaml", "--run_dir", run_dir]
+    environment = rank_environment(0, 1, free_port())
+    if fault:
+        environment |= {"CPT_ALLOW_FAULTS": "1", "CPT_FAULT": fault}
+    done = subprocess.run(
+        command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=280
+    )
+    print(done.stdout, done.stderr)
+    return done.returncode
+
+
+def trace_files(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run_dir / "guard" / "traces").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(workplace: Path) -> Path:
+    """An undisturbed run."""
+    assert run_once(workplace, "whole") == 0
+    return workplace / "whole"
+
+
+def test_run_measures_its_own_traces_before_the_first_step_and_at_the_end(whole: Path) -> None:
+    events = []
+    for event in read_events(whole / "metrics.jsonl"):
+        if event["event"] == "guard" and event["kind"] == "traces":
+            events.append(event)
+    assert [event["step"] for event in events] == [0, 2]
+    before, after = events
+    assert before["divergence"] <= 1e-7 and before["traces"] == 70
+    assert after["divergence"] > 1e-5 and after["state"] == "red" and after["action"] == "warn"
+    assert all(audited.problems == [] for audited in audit(whole))
+    assert sorted(trace_files(whole)) == ["own.json", "own.safetensors"]
+
+
+def test_run_killed_while_it_samples_goes_on_to_the_same_traces(
+    workplace: Path, whole: Path
+) -> None:
+    assert run_once(workplace, "killed", "sample_traces:0:1:kill") == -signal.SIGKILL
+    killed = trace_files(workplace / "killed")
+    assert sorted(killed) == ["own.sampled-00000.json"]
+    assert run_once(workplace, "killed") == 0
+    assert trace_files(workplace / "killed") == trace_files(whole)

@@ -26,6 +26,7 @@ from cpt.guard.traces.divergence import Passes, TopKModel, likeliest_tokens
 from cpt.guard.traces.rows import Trace
 from cpt.guard.traces.store import KeptTraces, Tokens, TraceFolder, TraceOrigin, prompts_hash
 from cpt.parallel.agreement import on_first_rank
+from cpt.resilience.faults import fault_point
 from cpt.training.kl_target_format import TargetFileWriter
 from cpt.training.sampling import Sampling
 from data_pipeline.config.generation_config import PromptRecord, read_prompts
@@ -174,6 +175,7 @@ def _sampled_replies(
     for number, first in enumerate(range(0, len(asked.prompts), CHUNK)):
         chunk = on_first_rank(group, partial(folder.read_chunk, origin, number))
         if chunk is None:
+            fault_point("sample_traces", number)
             prompts = asked.prompts[first : first + CHUNK]
             chunk = sample(prompts, sampling, range(first, first + len(prompts)))
             on_first_rank(group, partial(folder.write_chunk, origin, number, chunk))
