@@ -15,7 +15,9 @@ from cpt.commands.shared_options import add_ranks, rank_options, tell
 
 def add_parser(commands: Commands) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser("guard", help="check what the guard of a run decided, or measure an export")
+    parser = commands.add_parser(
+        "guard", help="check what the guard of a run decided, or measure an export"
+    )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     audit = actions.add_parser(
         "audit", help="make every decision again from what the run left, and compare"

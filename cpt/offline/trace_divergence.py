@@ -17,7 +17,7 @@ from cpt.errors import ConfigError
 from cpt.guard.score import Floats
 from cpt.guard.traces.bounds import upper_bound
 from cpt.guard.traces.divergence import Passes, measure_divergence
-from cpt.guard.traces.judge import ERROR, value_cap
+from cpt.guard.traces.judge import ERROR
 from cpt.guard.traces.store import KeptTraces, TraceFolder
 from cpt.guard.traces.yardstick import TRACE_FOLDER
 from cpt.model.configuration import load_config
@@ -25,10 +25,12 @@ from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.offline.model import OfflineModel
 from cpt.offline.ranks import RankOptions, offline_ranks
-from data_pipeline.config.traces_config import TraceDomain
 
 HARMLESS_FACTOR = 3
 """How many times what a harmless change costs the tolerance should be."""
+
+CAP = 1.0
+"""Nats a token that a trace counts with at most: twice the default hard limit."""
 
 
 def divergence_report(run_dir: Path, model_dir: Path, options: RankOptions) -> str:
@@ -90,8 +92,7 @@ def kept_domains(folder: TraceFolder) -> dict[str, KeptTraces]:
 
 
 def _line(name: str, text: Floats, control: Floats) -> str:
-    cap = value_cap(TraceDomain.__dataclass_fields__["hard_limit"].default)
-    at_most = upper_bound(np.minimum(text, cap), cap, ERROR)
+    at_most = upper_bound(np.minimum(text, CAP), CAP, ERROR)
     mean_control = f"{control.mean():7.4f}" if len(control) else f"{'-':>7}"
     return (
         f"  {name:<24}  {len(text):6d}  {text.mean():7.4f}  {at_most:7.4f}  "

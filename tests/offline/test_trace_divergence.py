@@ -61,5 +61,12 @@ def test_export_is_measured_on_every_domain(
 
 def test_run_without_traces_is_refused(tmp_path: Path) -> None:
     reference_model().save_pretrained(str(tmp_path / "model"))
-    command = ["guard", "divergence", "--run_dir", str(tmp_path), "--model", str(tmp_path / "model")]
+    command = [
+        "guard",
+        "divergence",
+        "--run_dir",
+        str(tmp_path),
+        "--model",
+        str(tmp_path / "model"),
+    ]
     assert main(command) == 78
