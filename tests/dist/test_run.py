@@ -259,6 +259,31 @@ def test_model_card_says_what_was_trained_on_what_and_nothing_about_the_machine(
     assert str(whole.parent) not in card and str(ROOT) not in card
 
 
+def test_ranks_of_the_launcher_find_the_cost_of_mxfp4_that_one_process_finds(
+    whole: Path, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["export", "--run_dir", str(whole), "--format", "mxfp4", "--score", "always"]
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
+    command += ["--num_gpus", "2", str(ROOT / "cpt" / "cli.py"), *arguments]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "ranks"), "--ep_size", "2"],
+        cwd=workplace,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(f"-> {tmp_path / 'ranks'}") == 1, "told once"
+    monkeypatch.chdir(workplace)
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    for name in ("mxfp4_cost.json", "model.safetensors", "README.md"):
+        assert (tmp_path / "ranks" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "ranks"]
+
+
 def test_mxfp4_export_is_read_by_transformers_as_the_rounded_weights_and_says_what_it_costs(
     whole: Path, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
