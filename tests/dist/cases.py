@@ -185,11 +185,7 @@ def reference_model(expert_size: int = EXPERT_SIZE) -> GptOssForCausalLM:
     torch.manual_seed(0)
     config = model_config(expert_size)
     config._attn_implementation = "eager"
-    return give_values(GptOssForCausalLM(config).float())
-
-
-def give_values(model: GptOssForCausalLM) -> GptOssForCausalLM:
-    """Give biases and sinks of a model values that show; see `reference_model`."""
+    model = GptOssForCausalLM(config).float()
     for name, parameter in model.named_parameters():
         if "bias" in name:
             nn.init.normal_(parameter, std=0.5)
@@ -198,6 +194,31 @@ def give_values(model: GptOssForCausalLM) -> GptOssForCausalLM:
     with torch.no_grad():
         model.model.layers[1].mlp.router.bias[5] = -50.0
     return model
+
+
+def decoding_model(vocab_size: int, num_layers: int) -> GptOssForCausalLM:
+    """Return a small fp32 model whose next token depends on all tokens that it sees.
+
+    In `reference_model` biases outweigh the text: a wrong cache would change losses, but hardly a
+    token.
+    """
+    torch.manual_seed(0)
+    config = model_config()
+    config.vocab_size = vocab_size
+    config.num_hidden_layers = num_layers
+    config.layer_types = config.layer_types[:num_layers]
+    config._attn_implementation = "eager"
+    model = GptOssForCausalLM(config).float()
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name:
+            nn.init.normal_(parameter)
+        elif "sinks" in name:
+            parameter.data = torch.linspace(-3, 3, parameter.numel())
+        elif "bias" in name:
+            nn.init.normal_(parameter, std=0.3)
+        elif parameter.ndim > 1:
+            nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
+    return model.eval()
 
 
 def rows_of_step(step: int) -> list[PackedRow]:

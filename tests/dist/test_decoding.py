@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GptOssForCausalLM
+from transformers import AutoModelForCausalLM
 
 from cpt.offline.sampling import decode_tokens
 from tests.dist.cases import (
@@ -17,9 +17,8 @@ from tests.dist.cases import (
     STOPS,
     WINDOW,
     Scenario,
+    decoding_model,
     decoding_prompts,
-    give_values,
-    model_config,
 )
 from tests.support.launcher import ROOT, launch
 
@@ -38,13 +37,8 @@ LAYOUTS = {
 def replies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """The replies that every rank got, by layout."""
     folder = tmp_path_factory.mktemp("decoding")
-    config = model_config()
-    config.hidden_size = 32
-    config.num_hidden_layers = 2
-    config.layer_types = config.layer_types[:2]
-    config.vocab_size = DECODING_VOCAB_SIZE
-    torch.manual_seed(0)
-    give_values(GptOssForCausalLM(config)).save_pretrained(str(folder / "model"))
+    model = decoding_model(DECODING_VOCAB_SIZE, num_layers=2)
+    model.save_pretrained(str(folder / "model"))
     worker = ROOT / "tests" / "dist" / "decoding_worker.py"
     for world_size in (1, 2, 4):
         scenarios = [one for one in LAYOUTS.values() if one.world_size == world_size]
