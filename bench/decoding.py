@@ -1,6 +1,6 @@
 """Compare decoding with this project's key/value cache, a forward per token, and transformers.
 
-    python bench/decoding.py [--prompts 4] [--prompt_tokens 64] [--new_tokens 256] [--rounds 1]
+    python bench/decoding.py [--prompts 8] [--prompt_tokens 128] [--new_tokens 256] [--rounds 1]
         [--json FILE]
 
 The model is that of bench/step.py (hidden 512, 8 heads, experts of 384, top 4), with random weights
@@ -150,11 +150,11 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--prompt_tokens", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompt_tokens", type=int, default=128)
     parser.add_argument("--new_tokens", type=int, default=256)
     parser.add_argument("--experts", type=int, default=32)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument(
