@@ -152,8 +152,8 @@ class GenerationJudge:
 def _known_statistics(stored: Json, look: int, pass_number: int) -> dict[str, list[float]]:
     """Return the statistics that the prompts of a look are added to.
 
-    A new pass begins anew, because its prompts are no fresh ones; so does a run that went back to an
-    earlier look. A look that is repeated adds to what was there before it.
+    A new pass begins anew, because its prompts are no fresh ones; so does a run that went back to
+    an earlier look. A look that is repeated adds to what was there before it.
     """
     if not stored or stored["pass"] != pass_number or stored["look"] > look:
         return {}
