@@ -10,8 +10,9 @@ Two quantities are judged, each in percentage points of the prompts asked:
 
 Decisions
     Bounds of one look are exact, for any number of prompts: Clopper and Pearson's bounds on the
-    shares of lost and of won replies. Greedy replies of the same model are equal, so most pairs
-    agree and the bounds are narrow where it matters.
+    share of lost replies among those that passed before, and of won ones among those that did not.
+    How many passed before is known, so where all did, nothing can be won. Greedy replies of the
+    same model are equal, so most pairs agree and the bounds are narrow where it matters.
     A small loss that stays needs more than one look to be proven. A betting process adds up what
     fresh prompts say (Waudby-Smith and Ramdas, arXiv 2010.09686), as a Shiryaev-Roberts statistic
     (arXiv 2203.03532): with x = lost - won of a prompt, a the least value that x can have, and l
@@ -37,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 Measure = Literal["format", "accuracy"]
-BETS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
+BETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.9)
 """Shares of the wealth that are bet on a loss."""
 GREEN_ERROR = 0.05
 """Probability that a loss of the tolerance is taken for none at one look."""
@@ -53,6 +54,10 @@ HARMLESS_SHARE = {"format": 0.001, "accuracy": 0.02}
 """Share of the replies that are lost, and for accuracy as many that are won, by a model that has
 lost nothing: the churn that sample sizes allow for. A choice, not a measurement.
 """
+PASSED_SHARE = {"format": 1.0, "accuracy": 0.8}
+"""Share of the untouched model's replies that pass, for sample sizes: a choice, too."""
+LEAST_PROBABILITY = 1e-6
+"""Probability of a count below which it is left out of the power."""
 MOST_PROMPTS = 100_000
 """Prompts beyond which no sample size is looked for."""
 
@@ -96,19 +101,23 @@ class Outcomes:
 
     def upper_points(self, measure: Measure, error: float) -> float:
         """Return a bound that the loss in points is below, but for a probability of `error`."""
+        num_failed = self.num_prompts - self.num_before
         if measure == "format":
-            return 100 * share_below(self.lost, self.num_prompts, error)
-        most_lost = share_below(self.lost, self.num_prompts, LOST_PART * error)
-        least_won = share_above(self.won, self.num_prompts, (1 - LOST_PART) * error)
-        return 100 * (most_lost - least_won)
+            most_lost = self.num_before * share_below(self.lost, self.num_before, error)
+            return 100 * most_lost / max(1, self.num_prompts)
+        most_lost = self.num_before * share_below(self.lost, self.num_before, LOST_PART * error)
+        least_won = num_failed * share_above(self.won, num_failed, (1 - LOST_PART) * error)
+        return 100 * (most_lost - least_won) / max(1, self.num_prompts)
 
     def lower_points(self, measure: Measure, error: float) -> float:
         """Return a bound that the loss in points is above, but for a probability of `error`."""
+        num_failed = self.num_prompts - self.num_before
         if measure == "format":
-            return 100 * share_above(self.lost, self.num_prompts, error)
-        least_lost = share_above(self.lost, self.num_prompts, LOST_PART * error)
-        most_won = share_below(self.won, self.num_prompts, (1 - LOST_PART) * error)
-        return 100 * (least_lost - most_won)
+            least_lost = self.num_before * share_above(self.lost, self.num_before, error)
+            return 100 * least_lost / max(1, self.num_prompts)
+        least_lost = self.num_before * share_above(self.lost, self.num_before, LOST_PART * error)
+        most_won = num_failed * share_below(self.won, num_failed, (1 - LOST_PART) * error)
+        return 100 * (least_lost - most_won) / max(1, self.num_prompts)
 
 
 def bet(
@@ -142,7 +151,7 @@ def bet(
 @lru_cache(maxsize=4096)
 def share_below(count: int, trials: int, error: float) -> float:
     """Return Clopper and Pearson's upper bound on the share behind `count` of `trials`."""
-    if count >= trials:
+    if count >= trials:  # without trials the share can be anything
         return 1.0
     low = count / trials
     high = 1.0
@@ -192,23 +201,26 @@ def green_power(measure: Measure, num_prompts: int, tolerance: float) -> float:
         tolerance: Tolerated loss in percentage points.
     """
     churn = HARMLESS_SHARE[measure]
-    lost_probabilities = _probabilities(num_prompts, churn)
-    likely = np.flatnonzero(lost_probabilities > 1e-6)
+    num_before = round(PASSED_SHARE[measure] * num_prompts)
+    num_failed = num_prompts - num_before
+    counts_won = [0]
+    won_probabilities = np.ones(1)
+    if num_failed:
+        won_probabilities = _probabilities(num_failed, min(1.0, churn * num_prompts / num_failed))
+        counts_won = np.flatnonzero(won_probabilities > LEAST_PROBABILITY).tolist()
+    lost_probabilities = _probabilities(num_before, min(1.0, churn * num_prompts / num_before))
     power = 0.0
-    if measure == "format":
-        for lost in likely.tolist():
-            if 100 * share_below(lost, num_prompts, GREEN_ERROR) < tolerance:
-                power += float(lost_probabilities[lost])
-        return power
-    least_won = {}
-    for won in likely.tolist():
-        least_won[won] = share_above(won, num_prompts, (1 - LOST_PART) * GREEN_ERROR)
-    # both are rare: the counts of lost and won are nearly independent
-    for lost in likely.tolist():
-        most_lost = share_below(lost, num_prompts, LOST_PART * GREEN_ERROR)
-        for won in likely.tolist():
-            if 100 * (most_lost - least_won[won]) < tolerance:
-                power += float(lost_probabilities[lost] * lost_probabilities[won])
+    for lost in np.flatnonzero(lost_probabilities > LEAST_PROBABILITY).tolist():
+        for won in counts_won:
+            outcomes = Outcomes(
+                num_prompts=num_prompts,
+                num_before=num_before,
+                num_now=num_before - lost + won,
+                lost=lost,
+                won=won,
+            )
+            if outcomes.upper_points(measure, GREEN_ERROR) < tolerance:
+                power += float(lost_probabilities[lost] * won_probabilities[won])
     return power
 
 

@@ -20,11 +20,12 @@ from cpt.guard.generation.outcomes import (
 )
 
 
-def outcomes(num_prompts: int, lost: int = 0, won: int = 0) -> Outcomes:
+def outcomes(num_prompts: int, lost: int = 0, won: int = 0, failed: int = 0) -> Outcomes:
+    """Return outcomes of prompts of which so many failed before."""
     return Outcomes(
         num_prompts=num_prompts,
-        num_before=num_prompts // 2 + lost,
-        num_now=num_prompts // 2 + won,
+        num_before=num_prompts - failed,
+        num_now=num_prompts - failed - lost + won,
         lost=lost,
         won=won,
     )
@@ -67,15 +68,18 @@ def test_bounds_are_the_shares_at_which_the_count_becomes_unlikely(count: int, t
 
 @pytest.mark.parametrize("measure", ["format", "accuracy"])
 def test_bounds_of_one_look_hold_as_often_as_they_say(measure: Measure) -> None:
-    """2,000 looks at a model that loses 4 % and, in accuracy, wins 2 %."""
+    """2,000 looks at a model that loses 5 % of what passed before and wins 10 % of the rest."""
     random = np.random.default_rng(1)
-    won_share = 0.02 if measure == "accuracy" else 0.0
-    true_loss = 100 * (0.04 - won_share)
-    drawn = random.multinomial(200, [0.04, won_share, 0.96 - won_share], size=2000)
     too_low = 0
     too_high = 0
-    for lost, won, _ in drawn.tolist():
-        found = outcomes(200, lost, won)
+    for _ in range(2000):
+        failed = int(random.binomial(200, 0.2))
+        lost = int(random.binomial(200 - failed, 0.05))
+        won = int(random.binomial(failed, 0.1))
+        found = outcomes(200, lost, won, failed)
+        true_loss = 100 * (200 - failed) * 0.05 / 200
+        if measure == "accuracy":
+            true_loss -= 100 * failed * 0.1 / 200
         too_low += found.upper_points(measure, GREEN_ERROR) < true_loss
         too_high += found.lower_points(measure, GREEN_ERROR) > true_loss
     assert too_low / 2000 <= GREEN_ERROR
@@ -120,9 +124,15 @@ def test_without_the_share_of_the_line_the_process_alarms_at_nothing() -> None:
     assert np.mean(statistic) < 200
 
 
+def test_where_all_passed_before_nothing_can_be_won() -> None:
+    """19 of 24 answers lost is certain beyond half of 50 points, at a false alarm of 1 in 4,000."""
+    assert outcomes(24, lost=19).lower_points("accuracy", 1 / 4000) > 25
+    assert outcomes(24, lost=14, failed=5).lower_points("accuracy", 1 / 4000) < 25
+
+
 def test_what_was_won_counts_in_accuracy_and_not_in_format() -> None:
-    lost = outcomes(100, lost=10)
-    churn = outcomes(100, lost=10, won=10)
+    lost = outcomes(100, lost=10, failed=20)
+    churn = outcomes(100, lost=10, won=10, failed=20)
     assert bet([], churn, "accuracy", 2.0) < bet([], lost, "accuracy", 2.0)
     assert bet([], churn, "format", 2.0) == bet([], lost, "format", 2.0)
     assert churn.upper_points("accuracy", 0.05) < lost.upper_points("accuracy", 0.05)
@@ -151,6 +161,8 @@ def test_needed_prompts_are_enough_and_half_of_them_are_not(
 def test_power_is_the_share_of_simulated_looks_that_are_green() -> None:
     random = np.random.default_rng(3)
     green = 0
-    for lost, won, _ in random.multinomial(250, [0.02, 0.02, 0.96], size=2000).tolist():
-        green += outcomes(250, lost, won).upper_points("accuracy", GREEN_ERROR) < 5.0
+    for _ in range(2000):
+        lost = int(random.binomial(200, 0.025))
+        won = int(random.binomial(50, 0.1))
+        green += outcomes(250, lost, won, 50).upper_points("accuracy", GREEN_ERROR) < 5.0
     assert green_power("accuracy", 250, 5.0) == pytest.approx(green / 2000, abs=0.03)

@@ -87,15 +87,19 @@ def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    for name, language in (("maths", "en"), ("sums", "ja")):
-        with (tmp_path / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for number in range(150):
-                shift = 1000 if language == "ja" else 0
-                record = {"prompt": f"What is {number + shift} plus 1?"}
-                if name == "maths":
-                    record["answer"] = str(number + shift + 1)
-                file.write(json.dumps(record) + "\n")
+    write_prompts(tmp_path, "maths", 150)
+    write_prompts(tmp_path, "sums", 150)
     return tmp_path
+
+
+def write_prompts(folder: Path, name: str, count: int) -> None:
+    """Write a file of prompts; those of `maths` have answers."""
+    with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(count):
+            record = {"prompt": f"What is {number} plus 1?"}
+            if name == "maths":
+                record["answer"] = str(number + 1)
+            file.write(json.dumps(record) + "\n")
 
 
 def guard_section(**changes: Any) -> GuardSection:
@@ -197,16 +201,17 @@ def test_a_lost_ability_is_red_at_once_and_named(workplace: Path, model: FakeMod
 def test_a_loss_that_one_look_cannot_prove_is_amber_and_then_red(
     workplace: Path, model: FakeModel
 ) -> None:
+    write_prompts(workplace, "maths", 400)
     generation = open_yardstick(workplace, names=["maths"])
     judged(generation, 0)
-    model.num_wrong = 24
+    model.num_wrong = 15
     state: Any = {}
     seen = []
     for step in range(INTERVAL, TOTAL_STEPS + 1, INTERVAL):
         judgement = judged(generation, step, state)
         state = judgement.state
         seen.append(states(judgement)["maths"])
-    assert seen[0] == "amber" and seen[-1] == "red"
+    assert seen == ["amber", "amber", "red", "red", "red", "red"]
     assert line(judgement, "maths", "accuracy")["lost"] > 0
 
 
