@@ -23,6 +23,8 @@ from tests.support.service import SMALL_GUARD
 pytestmark = pytest.mark.dist
 
 ONE = Scenario(world_size=1, sp=1, ep=1, stage=3)
+RESUMED = "resumed"
+"""Name of the directory of a run that is killed and started again."""
 OTHERS = [
     Scenario(world_size=2, sp=1, ep=2, stage=2, micro_batch_size=2),
     Scenario(world_size=4, sp=2, ep=2, stage=3),
@@ -70,7 +72,7 @@ def test_traces_are_those_of_one_process(folder: Path, scenario: Scenario) -> No
     got = traces(folder, scenario)
     assert got["replies"] == expected["replies"] and got["prompts"] == expected["prompts"]
     lengths = [len(reply) for reply in expected["replies"]]
-    assert max(lengths) == 48
+    assert max(lengths) == 24
 
 
 @pytest.mark.parametrize("scenario", OTHERS, ids=lambda scenario: scenario.name)
@@ -129,30 +131,35 @@ def trace_files(run_dir: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(workplace: Path) -> Path:
-    """An undisturbed run."""
-    assert run_once(workplace, "whole") == 0
-    return workplace / "whole"
+def killed(workplace: Path) -> dict[str, bytes]:
+    """The traces of the run RESUMED when it was killed, before it was started again."""
+    assert run_once(workplace, RESUMED, "sample_traces:0:1:kill") == -signal.SIGKILL
+    files = trace_files(workplace / RESUMED)
+    assert run_once(workplace, RESUMED) == 0
+    return files
 
 
-def test_run_measures_its_own_traces_before_the_first_step_and_at_the_end(whole: Path) -> None:
+def test_run_killed_while_it_samples_goes_on_with_the_replies_that_it_had(
+    workplace: Path, killed: dict[str, bytes]
+) -> None:
+    assert sorted(killed) == ["own.sampled-00000.json"]
+    had = json.loads(killed["own.sampled-00000.json"])["replies"]
+    files = trace_files(workplace / RESUMED)
+    assert sorted(files) == ["own.json", "own.safetensors"]
+    replies = json.loads(files["own.json"])["replies"]
+    assert replies[: len(had)] == had and len(replies) == 70 > len(had)
+
+
+@pytest.mark.usefixtures("killed")
+def test_run_measures_its_own_traces_before_the_first_step_and_at_the_end(
+    workplace: Path,
+) -> None:
     events = []
-    for event in read_events(whole / "metrics.jsonl"):
+    for event in read_events(workplace / RESUMED / "metrics.jsonl"):
         if event["event"] == "guard" and event["kind"] == "traces":
             events.append(event)
     assert [event["step"] for event in events] == [0, 2]
     before, after = events
     assert before["divergence"] <= 1e-7 and before["traces"] == 70
     assert after["divergence"] > 1e-5 and after["state"] == "red" and after["action"] == "warn"
-    assert all(audited.problems == [] for audited in audit(whole))
-    assert sorted(trace_files(whole)) == ["own.json", "own.safetensors"]
-
-
-def test_run_killed_while_it_samples_goes_on_to_the_same_traces(
-    workplace: Path, whole: Path
-) -> None:
-    assert run_once(workplace, "killed", "sample_traces:0:1:kill") == -signal.SIGKILL
-    killed = trace_files(workplace / "killed")
-    assert sorted(killed) == ["own.sampled-00000.json"]
-    assert run_once(workplace, "killed") == 0
-    assert trace_files(workplace / "killed") == trace_files(whole)
+    assert all(audited.problems == [] for audited in audit(workplace / RESUMED))

@@ -29,9 +29,9 @@ from data_pipeline.config.traces_config import TraceDomain
 from tests.dist.cases import SEQ_LEN, Scenario, model_config
 from tests.dist.worker import config_of
 
-PROMPTS = [[(7 * number + index) % 500 for index in range(2 + 19 * number)] for number in range(4)]
-"""Prompts of 2 to 59 tokens."""
-DOMAIN = TraceDomain(name="en", language="en", path="unused", max_new_tokens=48)
+PROMPTS = [[(7 * number + index) % 500 for index in range(2 + 35 * number)] for number in range(3)]
+"""Prompts of 2, 37 and 72 tokens."""
+DOMAIN = TraceDomain(name="en", language="en", path="unused", max_new_tokens=24)
 """The longest trace fills most of a row and reaches beyond several windows."""
 TOP_K = 256
 

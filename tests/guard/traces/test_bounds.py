@@ -9,7 +9,7 @@ from cpt.guard.score import Floats
 from cpt.guard.traces.bounds import lower_bound, upper_bound, values_needed
 
 CAP = 1.0
-RUNS = 400
+RUNS = 200
 ERROR = 0.05
 
 
@@ -39,8 +39,8 @@ def test_bounds_are_wrong_no_more_often_than_they_say(shape: str, count: int) ->
         values = draws(shape, count, seed)
         too_high += lower_bound(values, ERROR) > mean
         too_low += upper_bound(values, CAP, ERROR) < mean
-    # 33 wrong ones of 400 have a chance below 0.3 % if each is wrong in 5 % of cases
-    assert too_high <= 33 and too_low <= 33, (too_high, too_low)
+    # 20 wrong ones of 200 have a chance below 0.3 % if each is wrong in 5 % of cases
+    assert too_high < 20 and too_low < 20, (too_high, too_low)
 
 
 def test_normal_bound_would_break_the_promise() -> None:
@@ -49,7 +49,7 @@ def test_normal_bound_would_break_the_promise() -> None:
     for seed in range(RUNS):
         values = draws("rare", 30, seed)
         wrong += values.mean() + 1.645 * values.std(ddof=1) / np.sqrt(30) < mean_of("rare")
-    assert wrong > 100, wrong
+    assert wrong > 50, wrong
 
 
 def test_bounds_enclose_the_mean_of_the_values() -> None:
@@ -85,5 +85,5 @@ def test_number_of_values_asked_for_decides_in_nine_of_ten_cases(mean: float, er
             else:
                 found += lower_bound(values, error) > line
         decided[count] = found / RUNS
-    assert decided[needed] >= 0.87, decided  # 0.9, less two standard errors
+    assert decided[needed] >= 0.86, decided  # 0.9, less two standard errors
     assert decided[needed // 2] < 0.75, decided
