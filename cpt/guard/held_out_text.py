@@ -66,6 +66,8 @@ FINAL_CONFIDENCE = 0.99
 """Confidence of the upper bounds at the end of a run, when a model may be released."""
 DETECTED_PARTS = (0.0, 0.75, 1.0, 1.5, 2.0, 3.0)
 """Parts of the tolerance that a detector looks for, beside the line and the hard limit."""
+BLOCK_DOCUMENTS = 512
+"""Documents that are scored between two looks at requests to stop."""
 BEST_FILE = "best.json"
 """Scores of the panel of each domain at the looks that were better than all before them."""
 
@@ -108,7 +110,9 @@ class TextJudge:
                 lower = detector.add(changes, look.alarm_threshold)
                 detectors[name] = detector.to_json()
             else:
-                lower = panel_bound(as_floats(nats), before.panel.nats, before.clusters, look)
+                lower = panel_bound(
+                    as_floats(nats), before.panel.nats, before.clusters, look.alarm_threshold
+                )
             best = scores.get("best", {}).get(name)
             reading, event = read_panel(before, as_floats(nats), lower, best, look)
             readings.append(reading)
@@ -127,14 +131,22 @@ def lines_of(name: str, look: Look) -> list[float]:
     return [look.settings.act_at * tolerance, hard_limit, *multiples]
 
 
-def panel_bound(now: Floats, baseline: Floats, clusters: Integers | None, look: Look) -> float:
+def panel_bound(
+    now: Floats, baseline: Floats, clusters: Integers | None, threshold: float
+) -> float:
     """Return the loss that the panel alone proves, in percent; NaN if a score is not a number.
 
     The documents of a cluster count as one, whose change is the mean of theirs.
+
+    Args:
+        now: (documents,) nats of the present weights.
+        baseline: (documents,) nats of the model that they are compared with.
+        clusters: (documents,) cluster of each document; None if each is one of its own.
+        threshold: See `cpt.guard.betting.lower_bound`.
     """
     changes = percent_changes(now, baseline)
     sizes = cluster_sums(np.ones(len(changes)), clusters)
-    return lower_bound(cluster_sums(changes, clusters) / sizes, look.alarm_threshold)
+    return lower_bound(cluster_sums(changes, clusters) / sizes, threshold)
 
 
 def read_panel(
@@ -173,7 +185,8 @@ def read_panel(
         best_nats = as_floats(best["nats"])
         event["best_step"] = best["step"]
         event["delta_from_best_percent"] = float(100 * (nats.sum() / best_nats.sum() - 1))
-        forgotten = panel_bound(nats, best_nats, before.clusters, look)
+        # at 95 % for this look alone: an error costs no more than a green checkpoint
+        forgotten = panel_bound(nats, best_nats, before.clusters, 1 / (1 - CONFIDENCE))
         if state == "green" and forgotten > line:
             state = "amber"
     reading = Reading(
@@ -297,9 +310,9 @@ class HeldOutText(TextJudge):
             )
             self._drawings[name] = drawing
             panel = self._domain_score(name, drawing.panel, engine)
-            fresh = np.zeros(0)
-            if len(drawing.fresh):
-                fresh = self._score(name, drawing.fresh, engine)
+            fresh = self._score_in_blocks(name, drawing.fresh, engine, stop)
+            if fresh is None:
+                return None
             baselines[name] = DomainBaseline(
                 panel=panel,
                 clusters=domain.document_clusters[drawing.panel],
@@ -320,6 +333,18 @@ class HeldOutText(TextJudge):
             content[name] = {**entry, **baseline.to_json()}
         write_on_first_rank(self._topology.control_group, self._baseline_file, content)
         return baselines
+
+    def _score_in_blocks(
+        self, name: str, documents: Integers, engine: TrainingEngine, stop: StopRequest | None
+    ) -> Floats | None:
+        """Return the nats of many documents; None if a stop was requested on the way."""
+        scores = [np.zeros(0)]
+        for first in range(0, len(documents), BLOCK_DOCUMENTS):
+            if self._is_stopped(stop):
+                return None
+            block = documents[first : first + BLOCK_DOCUMENTS]
+            scores.append(self._score(name, block, engine))
+        return np.concatenate(scores)
 
     def _content_hashes(self, name: str) -> Json:
         """Return hashes of the documents of the panel and of the fresh ones."""

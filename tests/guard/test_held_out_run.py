@@ -1,0 +1,196 @@
+"""A whole guard over a real build, and a model that loses what it is told to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+
+from cpt.cli import main
+from cpt.config import GuardSection
+from cpt.errors import ConfigError
+from cpt.guard import held_out_text
+from cpt.guard.drawing import fresh_per_look
+from cpt.guard.guard import Guard
+from cpt.guard.held_out_text import HeldOutText
+from cpt.guard.ladder import GuardState
+from cpt.guard.lever_limits import LeverLimits
+from cpt.telemetry.metrics import Telemetry
+from cpt.training.loader import MicroBatch
+from data_pipeline.build.build import build
+from data_pipeline.config.mix_file import load_mix
+from data_pipeline.dataset import IGNORED_LABEL, BuiltData
+from tests.support.records import read_jsonl
+
+STEPS = 6
+SETTINGS = GuardSection(
+    interval_steps=1, tolerance_percent=5.0, hard_limit_percent=10.0, max_documents=40
+)
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Any]:
+    """One rank that knows as much as scoring asks for."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    layout = {"dp_size": 1, "dp_rank": 0, "sp_size": 1, "sp_rank": 0, "rank": 0}
+    place = SimpleNamespace(enter=lambda *_: None)
+    yield SimpleNamespace(
+        **layout, control_group=dist.group.WORLD, device=torch.device("cpu"), place=place
+    )
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> BuiltData:
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for number in range(900):
+        text = f"Document {number} says that {number * 7919} is {number} times 7919, no more."
+        lines.append(json.dumps({"text": text}) + "\n")
+    (folder / "web.jsonl").write_text("".join(lines))
+    source = {"name": "web", "language": "en", "domain": "web", "path": "web.jsonl", "weight": 1.0}
+    mix = {"seq_len": 64, "seed": 1, "near_duplicates": 0, "decontaminate_tokens": 0}
+    mix |= {"sources": [{**source, "held_out_share": 0.8}]}
+    (folder / "mix.yaml").write_text(yaml.safe_dump(mix))
+    build(load_mix(folder / "mix.yaml"), folder / "built", progress=False)
+    return BuiltData.open(folder / "built")
+
+
+class Model:
+    """Gives every label about one nat, and more the more it has lost."""
+
+    def __init__(self) -> None:
+        self.loss_percent = 0.0
+
+    def score(self, batch: MicroBatch) -> torch.Tensor:
+        labels = batch.labels
+        noise = 0.04 * torch.sin(labels.double() * (1 + self.loss_percent))
+        nats = (1 + noise) * (1 + self.loss_percent / 100)
+        return torch.where(labels == IGNORED_LABEL, 0.0, nats)
+
+
+class Run:
+    """A run of a guard, as the loop of training would call it."""
+
+    def __init__(self, data: BuiltData, topology: Any, run_dir: Path) -> None:
+        self.config: Any = SimpleNamespace(
+            guard=SETTINGS,
+            model=SimpleNamespace(path=None, init="tiny"),
+            train=SimpleNamespace(total_steps=STEPS, seed=1),
+            micro_batch_size=3,
+        )
+        self.model = Model()
+        self.run_dir = run_dir
+        yardstick = HeldOutText(data, self.config, topology, run_dir)
+        self.guard = Guard([yardstick], self.config, topology, run_dir)
+        self._telemetry = Telemetry(run_dir / "metrics.jsonl")
+
+    def look(self, step: int, loss_percent: float) -> str:
+        """Measure after a step at which the model has lost so much; return the state."""
+        self.model.loss_percent = loss_percent
+        limits = LeverLimits(room=0.0)
+        model: Any = self.model
+        decision = self.guard.measure(step, model, self._telemetry, replay=lambda: limits)
+        assert decision is not None
+        (event,) = self.guard.latest["text"]
+        return str(event["state"])
+
+
+@pytest.fixture
+def run(data: BuiltData, topology: Any, tmp_path: Path) -> Run:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    return Run(data, topology, run_dir)
+
+
+def test_states_follow_the_loss_and_every_decision_can_be_made_again(run: Run) -> None:
+    losses = (0.0, 0.0, 1.0, 8.0, 8.0)
+    states = [run.look(step, loss) for step, loss in enumerate(losses)]
+    assert states[:3] == ["green"] * 3
+    assert states[-1] == "red" and not run.guard.state.green
+    assert main(["guard", "audit", "--run_dir", str(run.run_dir)]) == 0
+    decisions = [one for one in read_jsonl(run.run_dir / "metrics.jsonl") if "evidence" in one]
+    assert [one["evidence"][0]["state"] for one in decisions] == states[1:]
+
+
+def test_each_look_scores_the_panel_and_documents_of_its_own(run: Run) -> None:
+    for step in range(3):
+        run.look(step, 0.0)
+    baseline = json.loads((run.run_dir / "guard" / "baseline.json").read_text())["web"]
+    per_look = fresh_per_look(SETTINGS, "web", 10**6, 1 + STEPS, 1)
+    assert baseline["fresh_per_look"] <= per_look
+    assert len(baseline["nats"]) == 40
+    assert len(baseline["fresh"]) == baseline["fresh_per_look"] * (1 + STEPS) > 0
+    scores = json.loads((run.run_dir / "guard" / "scores-00000002.json").read_text())
+    second = baseline["fresh"][baseline["fresh_per_look"] :][: baseline["fresh_per_look"]]
+    assert scores["yardsticks"]["text"]["fresh"]["web"] == pytest.approx(second)
+    assert scores["yardsticks"]["text"]["nats"]["web"] == pytest.approx(baseline["nats"])
+
+
+def test_run_that_is_resumed_goes_on_with_the_evidence_it_had(
+    data: BuiltData, topology: Any, tmp_path: Path
+) -> None:
+    losses = (0.0, 3.0, 3.0, 3.5, 4.0)
+    after = {}
+    for name, stops in (("whole", False), ("stopped", True)):
+        run_dir = tmp_path / name
+        run_dir.mkdir()
+        run = Run(data, topology, run_dir)
+        for step, loss in enumerate(losses):
+            run.look(step, loss)
+            if stops:
+                saved = json.loads(json.dumps(run.guard.state.to_json()))
+                run = Run(data, topology, run_dir)
+                run.guard.state = GuardState.from_json(saved)
+        after[name] = run.guard.state.to_json()
+    assert after["stopped"] == after["whole"]
+    assert after["whole"]["yardsticks"]["text"]["web"]
+
+
+def test_loss_against_the_best_look_so_far_is_amber_and_never_red(run: Run) -> None:
+    """The text gets 6 % easier, then all of that is forgotten: no loss against the baseline."""
+    assert [run.look(step, loss) for step, loss in enumerate((0.0, -6.0, -6.0))] == ["green"] * 3
+    assert run.look(3, -0.5) == "amber"
+    (event,) = run.guard.latest["text"]
+    assert event["best_step"] in (1, 2)
+    # 5.9 %, and the noise of words that all documents have in common
+    assert 3 < event["delta_from_best_percent"] < 9
+    assert event["delta_percent"] < 3 and event["lower_bound"] < 2.5
+
+
+def test_run_that_goes_back_compares_with_the_best_look_before_that_step(run: Run) -> None:
+    for step, loss in enumerate((0.0, -2.0, -2.0, -8.0)):
+        run.look(step, loss)
+    run.look(2, -2.0)
+    (event,) = run.guard.latest["text"]
+    assert event["best_step"] == 1
+
+
+def test_other_documents_under_the_same_baseline_are_refused(
+    data: BuiltData, topology: Any, run: Run
+) -> None:
+    run.look(0, 0.0)
+    file = run.run_dir / "guard" / "baseline.json"
+    content = json.loads(file.read_text())
+    content["web"]["fresh_content_hash"] = "0" * 64
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="other held-out text of web"):
+        Run(data, topology, run.run_dir).look(1, 0.0)
+
+
+def test_stop_while_the_baseline_is_measured_keeps_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_out_text, "agreed_reason", lambda *_: "SIGTERM")
+    stop: Any = object()
+    model: Any = run.model
+    look = run.guard.look_at(0, last=False)
+    assert run.guard._yardsticks[0].measure(look, model, stop) is None
+    assert not (run.run_dir / "guard" / "baseline.json").exists()
