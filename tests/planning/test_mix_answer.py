@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from cpt.cli import main
+from cpt.planning import mix_answer
 from cpt.planning.mix_answer import describe, largest_main_share, leave_out
+from cpt.planning.mix_curve import Floats
 from cpt.planning.mix_curve_drawing import draw
 from cpt.planning.mix_probe import Probe
 from tests.support.mix_plants import LAWS, TOLERANCE, Plant, Setting, simulate
@@ -59,6 +61,35 @@ def test_middle_of_the_interval_would_break_the_tolerance_often() -> None:
         middle = max(needed.middle for needed in found.needed.values())
         broken += middle < plant.needed_share - 1e-3
     assert broken >= 8
+
+
+def broken_share(num_plants: int) -> float:
+    """Return how often the printed share breaks the tolerance where documents scatter widely."""
+    broken = 0
+    for seed in range(num_plants):
+        plant = six_probes(seed, law="d_cpt_with_gain", document_spread=4.0, num_domains=1)
+        found = largest_main_share(plant.probes, TOLERANCE, num_resamples=50)
+        broken += found.safe < plant.needed_share - 1e-3
+    return broken / num_plants
+
+
+def test_promise_would_not_hold_without_the_error_of_the_documents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All probes share that error, so their misfit does not tell of it."""
+
+    def not_resampled(
+        before: Floats, after: Floats, generator: np.random.Generator, num_resamples: int
+    ) -> Floats:
+        changes = 100 * (after.sum(axis=0) / before.sum() - 1)
+        return np.tile(changes, (num_resamples, 1))
+
+    with_documents = broken_share(60)
+    monkeypatch.setattr(mix_answer, "resampled_changes", not_resampled)
+    without = broken_share(60)
+    print(f"broken with {with_documents:.3f}, without {without:.3f}")
+    assert with_documents <= 0.01 + 3 * math.sqrt(0.01 * 0.99 / 60)
+    assert without >= 0.1
 
 
 def test_more_documents_or_quieter_runs_narrow_the_interval() -> None:
