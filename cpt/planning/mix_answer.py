@@ -254,8 +254,8 @@ def answer_lines(answer: MixAnswer, probes: Sequence[Probe]) -> list[str]:
         lines = [
             f"Within {tolerance}: {language} may have {100 * (1 - answer.safe):.1f} %; "
             f"{answer.domain} decides.",
-            "  That is the low end, which holds with 99 %. At most "
-            f"{_other_end(answer)} (95 % interval).",
+            f"  That is the low end, which holds with 99 %. It could be {_other_end(answer)} "
+            "(95 % interval).",
         ]
     lines.append(_scope(answer, probes))
     return lines
@@ -265,8 +265,8 @@ def _other_end(answer: MixAnswer) -> str:
     """Return the end of the interval that asks for the least replay."""
     share = f"{100 * (1 - answer.least):.1f} %"
     if answer.least <= answer.curves.smallest_share:
-        return f"it could be {share} or more, which was not tried"
-    return f"it could be {share}"
+        return f"{share} or more, which was not tried"
+    return f"as much as {share}"
 
 
 def _lines_without_answer(answer: MixAnswer, tolerance: str) -> list[str]:
