@@ -4,7 +4,7 @@
 
 Prints one table over all plants and seeds: the two laws of `guard.controller`, the two-way law with
 permission to go below the mix, what a fixed share equal to its mean would have given, and the best
-fixed shares, which nobody knows beforehand. It takes about a minute on one core.
+fixed shares, which nobody knows beforehand. It takes about three minutes on one core.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--evidences",
         choices=get_args(Evidences),
         default="bets",
-        help="how the guard reads a loss: with the product's bets, with the normal bound that it had "
+        help="how the guard reads a loss: with the product's bets, with the normal bound of "
         "before, or from other documents at each look (default bets)",
     )
     parser.add_argument("--plot", type=Path, help="SVG file to write")

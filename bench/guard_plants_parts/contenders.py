@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,10 +54,17 @@ def contenders(evidences: Evidences) -> dict[str, Run]:
     """Return every contender by the name in the table."""
 
     def steered(settings: GuardSection) -> Run:
-        return lambda plant, seed: simulate(plant, settings, seed, evidences=evidences)
+        def run(plant: Plant, seed: int) -> Outcome:
+            return simulate(plant, settings, seed, evidences=evidences)
+
+        return functools.cache(run)
+
+    two_way = steered(TWO_WAY)
 
     def yoked(plant: Plant, seed: int) -> Outcome:
-        share = 1 - simulate(plant, TWO_WAY, seed, evidences=evidences).japanese / 100
+        steered_run = two_way(plant, seed)
+        assert steered_run is not None
+        share = 1 - steered_run.japanese / 100
         return simulate(plant, FIXED, seed, evidences="normal", start_share=share)
 
     def best_fixed(from_look: int) -> Run:
@@ -71,7 +79,7 @@ def contenders(evidences: Evidences) -> dict[str, Run]:
         return run
 
     return {
-        "two-way": steered(TWO_WAY),
+        "two-way": two_way,
         "two-way, mix may be undercut": steered(FREE),
         "ladder": steered(LADDER),
         "fixed at the two-way's mean": yoked,
