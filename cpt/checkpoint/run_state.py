@@ -31,7 +31,7 @@ class RunState:
     ledger: Plain | None = None
     """The mixtures of the run, by batch (`data_pipeline.mixture.ledger.Ledger`)."""
     guard: Plain | None = None
-    """State of the guard's ladder (`cpt.guard.ladder.GuardState`)."""
+    """State of the guard (`cpt.guard.ladder.GuardState`)."""
     stability: Plain | None = None
     """Recent losses and gradient norms (`cpt.training.stability.Stability`)."""
     router_load: list[list[float]] | None = None

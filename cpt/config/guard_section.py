@@ -44,8 +44,7 @@ class GuardSection:
     """Least documents of a domain that one measurement alone scores, if enough are held out; more
     if the run has few measurements. 0 scores the panel alone, which then needs more documents."""
     policy: Literal["act", "warn"] = "act"
-    """act raises replay, lowers the learning rate, pauses and rolls back; warn only writes a
-    warning."""
+    """act moves replay and the learning rate, pauses and rolls back; warn only writes a warning."""
     controller: Literal["two_way", "ladder"] = "two_way"
     """two_way moves replay and the learning rate up and down with the measured loss; ladder only
     raises replay and lowers the rate, one rung at a time."""
