@@ -14,7 +14,7 @@ that it was before (bench/plan_curve_parts/log_line.py).  Of every hundred answe
     price       median of what the printed share gives away of the true one, in points
 
 The planner prints the low end of its interval, the line printed its middle.  The whole table takes
-about 20 minutes on one core.
+some 20 minutes of one core (extrapolated from a few rows), and a fifth of that with --plants 60.
 """
 
 from __future__ import annotations
