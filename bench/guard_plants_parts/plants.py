@@ -21,9 +21,9 @@ import numpy as np
 from cpt.config import GuardSection
 from cpt.guard.betting import Detector
 from cpt.guard.decision import decide
-from cpt.guard.held_out_text import lines_of
 from cpt.guard.ladder import LEVERS, GuardState
 from cpt.guard.lever_limits import LeverLimits, SourceLimits
+from cpt.guard.text_judge import lines_of
 from cpt.guard.yardstick import Evidence, Look, state_of
 
 SHARES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.6, 0.75, 1.0)

@@ -20,9 +20,9 @@ from cpt.errors import ConfigError, InternalError
 from cpt.guard.decision import decide
 from cpt.guard.generation.judge import GenerationJudge
 from cpt.guard.guard import judged, restarted
-from cpt.guard.held_out_text import TextJudge
 from cpt.guard.ladder import GuardState
 from cpt.guard.lever_limits import LeverLimits
+from cpt.guard.text_judge import TextJudge
 from cpt.guard.traces.judge import TraceJudge
 from cpt.guard.yardstick import Evidence, Judge, Kind, Look
 from cpt.telemetry.metrics import read_events

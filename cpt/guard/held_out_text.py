@@ -1,21 +1,15 @@
 """The first yardstick: bits per byte of held-out text, against those of the untouched model.
 
-    documents (drawing.py) -> scores (score.py) -> change since step 0 (paired_test.py) -> reading
-                                                -> is a loss certain? (betting.py)      ->
+    documents (drawing.py) -> scores (score.py) -> readings (text_judge.py)
 
-The baseline is measured before step 0 and kept in baseline.json (baseline.py). The panel, which is
-scored at every look, gives the estimate and the bound that proves a domain kept. Fresh documents,
-which one look alone scores, prove a loss; without them the panel does that, too. A domain that is
-certainly worse than at its best look is no longer green, but this alone never makes it red: web
-text adapts first and is then forgotten, and bits per byte below the baseline would hide that.
+The baseline is measured before step 0 and kept in baseline.json (baseline.py).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +27,8 @@ from cpt.guard.baseline import (
     stored_baselines,
     write_on_first_rank,
 )
-from cpt.guard.betting import Detector, lower_bound, percent_changes
 from cpt.guard.drawing import Drawing, draw, drawing_order
-from cpt.guard.paired_test import (
-    CONFIDENCE,
-    cluster_sums,
-    compare_scores,
-    effective_documents,
-)
+from cpt.guard.paired_test import cluster_sums, effective_documents
 from cpt.guard.requirements import (
     WARN_INSTEAD,
     SampleSize,
@@ -48,8 +36,9 @@ from cpt.guard.requirements import (
     domain_problems,
     tolerance_problems,
 )
-from cpt.guard.score import DomainScore, Floats, ScoredSet, as_floats, score_domain
-from cpt.guard.yardstick import Json, Judgement, Kind, Look, Reading, state_of
+from cpt.guard.score import DomainScore, Floats, ScoredSet, score_domain
+from cpt.guard.text_judge import TextJudge
+from cpt.guard.yardstick import Json, Kind, Look
 from cpt.model.weights.checksums import sampled_hash
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank
@@ -62,145 +51,10 @@ from data_pipeline.store.packing import Integers
 
 log = logging.getLogger("cpt.guard")
 
-FINAL_CONFIDENCE = 0.99
-"""Confidence of the upper bounds at the end of a run, when a model may be released."""
-DETECTED_PARTS = (0.0, 0.75, 1.0, 1.5, 2.0, 3.0)
-"""Parts of the tolerance that a detector looks for, beside the line and the hard limit."""
 BLOCK_DOCUMENTS = 512
 """Documents that are scored between two looks at requests to stop."""
 BEST_FILE = "best.json"
 """Scores of the panel of each domain at the looks that were better than all before them."""
-
-
-class TextJudge:
-    """The pure half: the scores of the untouched model, which readings are compared with."""
-
-    def __init__(self, baseline: Mapping[str, DomainBaseline]) -> None:
-        """Take the scores of the untouched model by domain."""
-        self.baseline = baseline
-
-    @classmethod
-    def stored(cls, folder: Path) -> TextJudge:
-        """Read the baseline of a run; without one, no domain is known.
-
-        Args:
-            folder: <run_dir>/guard.
-        """
-        return cls(stored_baselines(read_baseline(folder / BASELINE_FILE)))
-
-    def judge(self, scores: Json, state: Json, look: Look) -> Judgement:
-        """Compare scores with the baseline; see `cpt.guard.yardstick.Judge`.
-
-        Args:
-            scores: `nats`: by domain, a list over the documents of the panel; `fresh`: by domain,
-                a list over the fresh documents of this look; `best`: by domain, `step` and `nats`
-                of the look before with the least nats of the panel.
-            state: By domain, the state of its `Detector`.
-            look: The look.
-        """
-        readings = []
-        events = []
-        detectors = dict(state)
-        for name, nats in scores["nats"].items():
-            before = self.baseline[name]
-            fresh = as_floats(scores.get("fresh", {}).get(name, []))
-            if len(fresh):
-                detector = Detector(lines_of(name, look), state.get(name))
-                changes = percent_changes(fresh, before.fresh_at(look.number))
-                lower = detector.add(changes, look.alarm_threshold)
-                detectors[name] = detector.to_json()
-            else:
-                lower = panel_bound(
-                    as_floats(nats), before.panel.nats, before.clusters, look.alarm_threshold
-                )
-            best = scores.get("best", {}).get(name)
-            reading, event = read_panel(before, as_floats(nats), lower, best, look)
-            readings.append(reading)
-            events.append(event)
-        return Judgement(readings=readings, state=detectors, events=events)
-
-    def restarted(self, state: Json, domains: Collection[str]) -> Json:
-        """Return the state without the detectors of some domains, which begin anew."""
-        return {name: kept for name, kept in state.items() if name not in domains}
-
-
-def lines_of(name: str, look: Look) -> list[float]:
-    """Return the losses, in percent, that a detector looks for in a domain."""
-    tolerance, hard_limit = look.settings.limits(name)
-    multiples = [part * tolerance for part in DETECTED_PARTS]
-    return [look.settings.act_at * tolerance, hard_limit, *multiples]
-
-
-def panel_bound(
-    now: Floats, baseline: Floats, clusters: Integers | None, threshold: float
-) -> float:
-    """Return the loss that the panel alone proves, in percent; NaN if a score is not a number.
-
-    The documents of a cluster count as one, whose change is the mean of theirs.
-
-    Args:
-        now: (documents,) nats of the present weights.
-        baseline: (documents,) nats of the model that they are compared with.
-        clusters: (documents,) cluster of each document; None if each is one of its own.
-        threshold: See `cpt.guard.betting.lower_bound`.
-    """
-    changes = percent_changes(now, baseline)
-    sizes = cluster_sums(np.ones(len(changes)), clusters)
-    return lower_bound(cluster_sums(changes, clusters) / sizes, threshold)
-
-
-def read_panel(
-    before: DomainBaseline, nats: Floats, lower: float, best: Json | None, look: Look
-) -> tuple[Reading, Json]:
-    """Return the reading of a domain and the fields of its `guard` line.
-
-    Args:
-        before: Scores of the untouched model.
-        nats: (documents,) scores of the panel.
-        lower: The loss that is certain, in percent; NaN if a score is not a number.
-        best: `step` and `nats` of the best look before, if there is one.
-        look: The look.
-    """
-    name = before.panel.name
-    tolerance, hard_limit = look.settings.limits(name)
-    line = look.settings.act_at * tolerance
-    now = replace(before.panel, nats=nats)
-    confidence = FINAL_CONFIDENCE if look.last else CONFIDENCE
-    change = compare_scores(
-        now, before.panel, clusters=before.clusters, upper_confidence=confidence
-    )
-    upper = change.upper_bound if math.isfinite(change.upper_bound) else None
-    certain = None if math.isnan(lower) else lower
-    if not np.isfinite(nats).all():
-        certain = None
-    state = state_of(certain, upper, line=line, tolerance=tolerance)
-    event: Json = {
-        "domain": name,
-        "language": before.panel.language,
-        "bits_per_byte": now.bits_per_byte,
-        **asdict(change),
-        "lower_bound": certain,
-    }
-    if best is not None:
-        best_nats = as_floats(best["nats"])
-        event["best_step"] = best["step"]
-        event["delta_from_best_percent"] = float(100 * (nats.sum() / best_nats.sum() - 1))
-        # at 95 % for this look alone: an error costs no more than a green checkpoint
-        forgotten = panel_bound(nats, best_nats, before.clusters, 1 / (1 - CONFIDENCE))
-        if state == "green" and forgotten > line:
-            state = "amber"
-    reading = Reading(
-        domain=name,
-        kind="text",
-        step=look.step,
-        state=state,
-        delta=change.delta_percent if math.isfinite(change.delta_percent) else None,
-        lower_bound=certain,
-        upper_bound=upper,
-        tolerance=tolerance,
-        hard_limit=hard_limit,
-    )
-    return reading, event
 
 
 class HeldOutText(TextJudge):
@@ -287,7 +141,7 @@ class HeldOutText(TextJudge):
     def _measure_baseline(
         self, look: Look, engine: TrainingEngine, stop: StopRequest | None
     ) -> dict[str, DomainBaseline] | None:
-        """Score the panels and all fresh documents of the run, and keep the scores on disk.
+        """Score the panels and all fresh documents of the run, and keep the baseline.
 
         Returns:
             Baselines by domain; None if a stop was requested before every domain was scored.
@@ -319,6 +173,11 @@ class HeldOutText(TextJudge):
                 fresh=fresh,
                 fresh_per_look=drawing.fresh_per_look,
             )
+        self._keep_baseline(look, baselines)
+        return baselines
+
+    def _keep_baseline(self, look: Look, baselines: Mapping[str, DomainBaseline]) -> None:
+        """Write the baseline, unless nothing can be told from it."""
         check_finite(
             baselines,
             f"model.path {self._model}" if self._config.model.path else f"model {self._model}",
@@ -332,7 +191,6 @@ class HeldOutText(TextJudge):
             entry = {"model": self._model, "weights": weights, **self._content_hashes(name)}
             content[name] = {**entry, **baseline.to_json()}
         write_on_first_rank(self._topology.control_group, self._baseline_file, content)
-        return baselines
 
     def _score_in_blocks(
         self, name: str, documents: Integers, engine: TrainingEngine, stop: StopRequest | None

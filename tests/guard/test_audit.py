@@ -16,10 +16,10 @@ from cpt.guard.audit import audit
 from cpt.guard.baseline import BASELINE_FILE, DomainBaseline
 from cpt.guard.decision import decide
 from cpt.guard.guard import decision_event, judged, restarted
-from cpt.guard.held_out_text import TextJudge
 from cpt.guard.ladder import GuardState, evidence_at
 from cpt.guard.lever_limits import LeverLimits, SourceLimits
 from cpt.guard.score import DomainScore
+from cpt.guard.text_judge import TextJudge
 from cpt.guard.yardstick import Judge, Kind, Look
 from tests.support.records import read_jsonl, write_jsonl
 
