@@ -262,9 +262,13 @@ def test_the_divergence_has_a_field_of_its_own_in_metrics() -> None:
         bytes_sent={},
     )
     job: Any = types.SimpleNamespace(
-        data=data, progress=progress, kl_targets=types.SimpleNamespace(sources=["replay"])
+        data=data,
+        progress=progress,
+        kl_targets=types.SimpleNamespace(sources=["replay"]),
+        kl_weight=0.3,
     )
     event = step_event(job, result, 1e-3, 1.0)  # type: ignore[arg-type]
     assert event["kl_by_source"] == {"replay": 0.5} and event["loss"] == 2.0
+    assert event["kl_weight"] == 0.3
     job.kl_targets = None
     assert "kl_by_source" not in step_event(job, result, 1e-3, 1.0)  # type: ignore[arg-type]
