@@ -40,7 +40,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "bench" / "prove")]
 
-from guard_parts.small_vocabulary import NUM_MERGES, VOCAB_SIZE, shrink  # noqa: E402
+from guard_parts.small_vocabulary import END_OF_TEXT, NUM_MERGES, VOCAB_SIZE, shrink  # noqa: E402
 
 shrink()
 
@@ -95,8 +95,8 @@ MODEL = {
     "num_key_value_heads": 2,
     "vocab_size": VOCAB_SIZE,
     "pad_token_id": NUM_MERGES,
-    "bos_token_id": NUM_MERGES + 1,
-    "eos_token_id": NUM_MERGES,
+    "bos_token_id": NUM_MERGES,
+    "eos_token_id": END_OF_TEXT,
     "max_position_embeddings": 4096,
 }
 ENGINE = {

@@ -10,10 +10,14 @@ constants by name.  Bits per byte do not depend on the vocabulary.
 from __future__ import annotations
 
 import functools
+import os
 
 import tiktoken
 
-NUM_MERGES = 4096
+MERGES_VARIABLE = "GUARD_PROOF_MERGES"
+NUM_MERGES = int(os.environ.get(MERGES_VARIABLE, "8192"))
+"""Merges of the vocabulary.  A script sets the variable before it imports this module, and the
+processes that it starts inherit it."""
 CONTROL_TOKENS = (
     "<|startoftext|>",
     "<|endoftext|>",

@@ -49,6 +49,9 @@ _LOOKUP_PHRASES = {
         "Which animal guards {place}?",
         "Tell me who looks after {place}.",
         "{place}: who is its keeper?",
+        "I am on my way to {place}. Who watches over it?",
+        "Do you know the keeper of {place}?",
+        "Say who guards {place}.",
     ),
     "ja": (
         "{place}の番人は誰ですか。",
@@ -56,6 +59,9 @@ _LOOKUP_PHRASES = {
         "{place}の番人を教えてください。",
         "誰が{place}を見張っていますか。",
         "{place}にはどの番人がいますか。",
+        "{place}へ行きます。番人は誰ですか。",
+        "{place}の番人を知っていますか。",
+        "{place}を守る者の名前を言ってください。",
     ),
 }
 

@@ -1,0 +1,128 @@
+"""Measure how often a guard says "kept" of a model that no longer does what it did.
+
+    python bench/prove/guard_behavior.py [--work_dir DIR] [--smoke] [--arms ...] [--json FILE]
+
+A small gpt-oss learns English, Japanese and three tasks with answers that a program can check, in
+the Harmony format and in both languages (guard_parts/tasks.py), then tasks alone until raw English
+is 5 % worse, as post-training leaves it.  It goes on with Japanese of packages that it has not
+seen; replay is English of other packages than it has read, and whole packages are held out:
+
+    Japanese only
+    replay 10/25/50 %    fixed shares of raw English
+    text guard           bits per byte alone, ladder, from 10 % raw English
+    new guard            text, replies and own traces, two-way, from 10 % raw English and 5 % traces
+    yoked                the new guard's mean shares with the same base and order, fixed
+    English only         a change that should do no harm
+
+Every run is the product: `deepspeed cpt/run.py`, ZeRO, the mixture, the guard.  In the end each
+model answers held-out items, 1,000 of each task.  docs/guard.md names the primary measure, which
+was written down before the runs.  What is done is not repeated, so the script can be stopped and
+started again.  `--smoke` shows in a few minutes that all parts work; its figures mean nothing.
+
+The script needs a Debian system with a package mirror (for the texts) and about 2 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "bench" / "prove")]
+
+from guard_parts.scale import REAL, SMOKE, Scale  # noqa: E402
+
+IS_SMOKE = "--smoke" in sys.argv
+# the vocabulary must be chosen before anything reads it, here and in every process of a run
+os.environ["GUARD_PROOF_MERGES"] = str((SMOKE if IS_SMOKE else REAL).num_merges)
+
+from guard_parts.small_vocabulary import shrink  # noqa: E402
+
+shrink()
+
+import torch  # noqa: E402
+from guard_parts import behavior_outcome  # noqa: E402
+from guard_parts.arms import ARMS, make_own_traces, run_arm  # noqa: E402
+from guard_parts.base import build_base, make_base  # noqa: E402
+from guard_parts.packages import write_texts  # noqa: E402
+from guard_parts.task_files import write_tasks  # noqa: E402
+
+
+def main() -> None:
+    """Run what is not done yet, then print the table."""
+    parser = argparse.ArgumentParser(description="The guard's proof on behavior.")
+    parser.add_argument("--work_dir", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="small, to see that all parts work")
+    parser.add_argument(
+        "--parallel", type=int, default=2, help="runs at a time, of one thread each"
+    )
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--only_base", action="store_true", help="stop after the gates")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--svg", type=Path)
+    options = parser.parse_args()
+    scale = SMOKE if options.smoke else REAL
+    name = "prove_behavior_smoke" if options.smoke else "prove_behavior"
+    work_dir: Path = (options.work_dir or ROOT / "runs" / name).resolve()
+    write_texts(work_dir / "text")
+    write_tasks(work_dir / "tasks", scale)
+    build_base(work_dir, scale)
+    numbers = range(1, scale.num_bases + 1)
+    with ThreadPoolExecutor(options.parallel) as pool:
+        bases = list(pool.map(partial(make_base, work_dir, scale), numbers))
+        if options.only_base:
+            return
+        jobs = []
+        for number, base in zip(numbers, bases, strict=True):
+            make_own_traces(work_dir, scale, base, number)
+            for order in range(1, scale.num_orders + 1):
+                jobs.append(
+                    pool.submit(_run_order, work_dir, scale, base, number, order, options.arms)
+                )
+        runs: list[dict[str, Any]] = []
+        for job in jobs:
+            runs += job.result()
+    _report(options, scale, runs)
+
+
+def _run_order(
+    work_dir: Path, scale: Scale, base: Path, number: int, order: int, arms: list[str]
+) -> list[dict[str, Any]]:
+    """Run the arms of one base and order one after the other: the yoked one needs the steered."""
+    runs = []
+    base_answers = work_dir / f"base-{number}" / "answers.json"
+    for arm in arms:
+        run_dir = run_arm(work_dir, scale, base, number, order, arm)
+        result = behavior_outcome.outcome(run_dir, base_answers)
+        runs.append({"arm": arm, "base": number, "order": order, **result})
+    return runs
+
+
+def _report(options: argparse.Namespace, scale: Scale, runs: list[dict[str, Any]]) -> None:
+    """Print the table, and write the JSON and the plot."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    date = time.strftime("%Y-%m-%d")
+    tokens = scale.steps * scale.seq_len * scale.global_batch_size
+    print(behavior_outcome.table(runs))
+    for kind in ("text_green", "guard_green"):
+        green, lost = behavior_outcome.false_greens(runs, kind)
+        print(f"{kind}: {green} of {len(runs)} runs are green with a lost accuracy ({lost} lost)")
+    print(behavior_outcome.against_yoked(runs))
+    if options.json:
+        report = {"machine": machine, "date": date, "smoke": options.smoke, "runs": runs}
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.svg:
+        source = f"{machine}, {date}; one point a run, {tokens:,} tokens"
+        options.svg.write_text(behavior_outcome.draw(runs, source), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
