@@ -72,7 +72,7 @@ def main() -> None:
     scale = SMOKE if options.smoke else REAL
     name = "prove_behavior_smoke" if options.smoke else "prove_behavior"
     work_dir: Path = (options.work_dir or ROOT / "runs" / name).resolve()
-    write_texts(work_dir / "text")
+    write_texts(work_dir / "text", scale.text_bytes)
     write_tasks(work_dir / "tasks", scale)
     build_base(work_dir, scale)
     numbers = range(1, scale.num_bases + 1)

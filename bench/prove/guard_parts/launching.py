@@ -75,7 +75,8 @@ def run_script(name: str, arguments: Sequence[str], log: Path) -> None:
 def _run(command: list[str], log: Path) -> int:
     """Run a command with one thread, so that every core can have one, and return its exit code."""
     print(f"{time.strftime('%H:%M:%S')} {log.stem}", flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": programs}
     with open(log, "a", encoding="utf-8") as file:
         done = subprocess.run(
             command, cwd=ROOT, stdout=file, stderr=file, env=environment, check=False

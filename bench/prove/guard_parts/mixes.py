@@ -138,9 +138,7 @@ def _write(
     mix = {
         "seq_len": scale.seq_len,
         "seed": seed,
-        # tasks resemble each other by design, and every text comes from packages of its own
-        "near_duplicates": 0,
-        "decontaminate_tokens": 0,
+        "near_duplicates": 0,  # tasks resemble each other by design
         "sources": sources,
         "guard": guard,
     }

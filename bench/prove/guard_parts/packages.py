@@ -46,16 +46,18 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 
 Only a package that holds both languages serves two uses, one with each.
 """
-MAX_BYTES = 12_000_000
-"""UTF-8 bytes of one use; from a larger one documents are taken evenly."""
 _FOLDER = re.compile(r"/([a-z]{2})(?:[-_][A-Z]{2})?(?:\.utf8)?/")
 _SUFFIX = re.compile(r"\.([a-z]{2})\.html(?:\.gz)?$")
 _MANUAL = re.compile(r"usr/share/man/(ja/)?man\d[a-z]*/[^/]+\.gz")
 _JAPANESE = re.compile("[\u3041-\u30ff\u4e00-\u9fff]")
 
 
-def write_texts(out_dir: Path) -> None:
+def write_texts(out_dir: Path, max_bytes: int) -> None:
     """Write `<use>.jsonl` for every use, unless it is there.
+
+    Args:
+        out_dir: Where they go.
+        max_bytes: UTF-8 bytes of one use; from a larger one documents are taken evenly.
 
     Raises:
         DataError: the packages cannot be fetched.
@@ -76,7 +78,7 @@ def write_texts(out_dir: Path) -> None:
                 if package.name in PACKAGES[use]:
                     texts[use] += [page for page in pages if page[0] == use[-2:]]
     for use, pages in texts.items():
-        _write(out_dir / f"{use}.jsonl", [text for _, text in pages])
+        _write(out_dir / f"{use}.jsonl", [text for _, text in pages], max_bytes)
 
 
 def _pages(package: corpus.Package, wanted: set[str]) -> Iterator[tuple[str, str]]:
@@ -114,7 +116,7 @@ def language_of_page(name: str, package: str) -> str:
     return "ja" if package.endswith("-ja") else "en"
 
 
-def _write(path: Path, texts: Sequence[str]) -> None:
+def _write(path: Path, texts: Sequence[str], max_bytes: int) -> None:
     documents: list[str] = []
     seen: set[str] = set()
     for text in texts:
@@ -125,7 +127,7 @@ def _write(path: Path, texts: Sequence[str]) -> None:
                 seen.add(document)
                 documents.append(document)
     size = sum(len(document.encode()) for document in documents)
-    keep = min(1.0, MAX_BYTES / max(size, 1))
+    keep = min(1.0, max_bytes / max(size, 1))
     with atomic_write(path) as file:
         for index, document in enumerate(documents):
             if int((index + 1) * keep) > int(index * keep):

@@ -14,6 +14,8 @@ class Scale:
     """Merges of the vocabulary."""
     model: dict[str, int]
     """Keys of the model's configuration that differ from the preset `tiny`."""
+    text_bytes: int
+    """UTF-8 bytes of the texts of one use, at most."""
     num_bases: int
     num_orders: int
     """Orders of the data of each base."""
@@ -25,6 +27,8 @@ class Scale:
     """Steps on text and tasks."""
     task_steps: int
     """Steps of one round on tasks alone."""
+    task_lr: float
+    """Learning rate of these rounds."""
     max_rounds: int
     """Rounds after which the base is given up."""
     steps: int
@@ -57,12 +61,14 @@ class Scale:
 REAL = Scale(
     num_merges=4096,
     model={"hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 4},
+    text_bytes=12_000_000,
     num_bases=2,
     num_orders=3,
     seq_len=512,
     global_batch_size=8,
     pretrain_steps=2400,
     task_steps=100,
+    task_lr=1e-3,
     max_rounds=10,
     steps=120,
     looks=6,
@@ -78,12 +84,14 @@ REAL = Scale(
 SMOKE = Scale(
     num_merges=1024,
     model={"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2},
+    text_bytes=600_000,
     num_bases=1,
     num_orders=1,
     seq_len=256,
     global_batch_size=4,
     pretrain_steps=40,
-    task_steps=60,
+    task_steps=300,
+    task_lr=3e-3,
     max_rounds=2,
     steps=8,
     looks=2,
@@ -92,7 +100,7 @@ SMOKE = Scale(
     num_prompts=60,
     num_own=60,
     guard={
-        "tolerance_percent": 5.0,
+        "tolerance_percent": 20.0,
         "hard_limit_percent": 50.0,
         "max_documents": 60,
         "fresh_documents": 0,

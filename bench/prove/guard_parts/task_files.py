@@ -18,7 +18,7 @@ from data_pipeline.store.files import atomic_write
 from guard_parts.scale import Scale
 from guard_parts.tasks import FAMILIES, LANGUAGES, Item, items
 
-MAX_REPEATS = 2_000
+MAX_REPEATS = 300
 """Items in a row that were drawn before, after which a family counts as used up."""
 _GUARD_SEED = 1
 _FINAL_SEED = 2
