@@ -98,7 +98,7 @@ SMOKE = Scale(
     looks=2,
     num_training_items=600,
     num_items=50,
-    num_prompts=60,
+    num_prompts=96,
     num_own=60,
     guard={
         "tolerance_percent": 20.0,
