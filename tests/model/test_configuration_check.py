@@ -21,12 +21,12 @@ SOUND: dict[str, Any] = {**PRESETS["tiny"], "model_type": "gpt_oss"}
 LAYERS = ["sliding_attention", "full_attention"] * 2
 
 
-def load(folder: Path, **changes: Any) -> GptOssConfig:
+def load(folder: Path, /, **changes: Any) -> GptOssConfig:
     (folder / "config.json").write_text(json.dumps({**SOUND, **changes}))
     return load_config(folder, None)
 
 
-def refusal(folder: Path, **changes: Any) -> list[str]:
+def refusal(folder: Path, /, **changes: Any) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load(folder, **changes)
     assert caught.value.exit_code == 78

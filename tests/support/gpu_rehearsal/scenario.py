@@ -266,7 +266,8 @@ class Rehearsal:
         domain = SimpleNamespace(
             name="text",
             language="en",
-            rows=[row],
+            num_rows=1,
+            read_row=lambda index: row,
             num_documents=len(row.documents),
             document_bytes=np.ones(len(row.documents)),
         )
