@@ -115,7 +115,7 @@ def load_checkpoint(
     publish_master_weights(engine)
     engine.global_steps = step
     if set_aside:
-        on_first_rank(group, lambda: _set_newer_aside(run_dir, step, resume))
+        on_first_rank(group, lambda: set_newer_aside(run_dir, step, resume))
     return LoadedState(step=step, state=RunState.of(manifest), folder=folder, rejected=rejected)
 
 
@@ -198,7 +198,7 @@ def shorten(names: list[str]) -> str:
     return ", ".join(shown)
 
 
-def _set_newer_aside(run_dir: Path, step: int, resume: str) -> None:
+def set_newer_aside(run_dir: Path, step: int, resume: str) -> None:
     """Rename the folders of newer steps.
 
     The run will reach these steps again, and the folders must not be taken for its own.

@@ -9,7 +9,7 @@ per domain and one per decision.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,10 @@ class Guard:
         self._write(file, {"step": step, "domains": domains})
         return file
 
+    def return_to(self, step: int, after: GuardState, saved: GuardState | None) -> None:
+        """Go on after a pause; see `returned`."""
+        self.state = returned(self._judges(), self.domain_names, after, saved, step)
+
     def table(self) -> str:
         """Return the last measurement as tables for people."""
         tables = []
@@ -276,6 +280,39 @@ def restarted(judges: Mapping[Kind, Judge], state: GuardState, decision: Decisio
         if kind in yardsticks:
             yardsticks[kind] = judge.restarted(yardsticks[kind], pulled)
     return replace(state, yardsticks=yardsticks)
+
+
+def returned(
+    judges: Mapping[Kind, Judge],
+    domains: Collection[str],
+    after: GuardState,
+    saved: GuardState | None,
+    step: int,
+) -> GuardState:
+    """Return the state with which a paused run goes on, without what was measured on lost weights.
+
+    Args:
+        judges: Judges by kind of yardstick.
+        domains: Names of the domains of all yardsticks.
+        after: The state that `after_pause` gave.
+        saved: The state in the green checkpoint that the run went back to; None if it stays where
+            it paused. Then every domain begins to count anew, because the levers have moved.
+        step: Optimizer steps done where the run goes on.
+    """
+    if saved is not None:
+        yardsticks = dict(saved.yardsticks)
+        readings = saved.readings
+    else:
+        yardsticks = dict(after.yardsticks)
+        readings = after.readings
+        for kind, judge in judges.items():
+            if kind in yardsticks:
+                yardsticks[kind] = judge.restarted(yardsticks[kind], domains)
+    known = {}
+    for domain, reading in readings.items():
+        if reading["step"] <= step:
+            known[domain] = reading
+    return replace(after, yardsticks=yardsticks, readings=known, green=saved is not None)
 
 
 def decision_event(

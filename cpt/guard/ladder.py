@@ -247,7 +247,8 @@ def after_pause(
 ) -> GuardState:
     """Return the state with which a paused run goes on.
 
-    The domains that suffered get more replay, and every count starts again.
+    The domains that suffered get more replay, and every count starts again. The measurements are
+    still those of the pause (see `cpt.guard.guard.returned`).
 
     Args:
         state: The saved state; `over` names the domains that suffered.
@@ -262,7 +263,7 @@ def after_pause(
         over={},
         hard=0,
         idle=0,
-        green=True,
+        green=False,
         paused="",
         rollbacks=state.rollbacks + 1,
     )

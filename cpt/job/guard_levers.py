@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from typing import NoReturn
 
-from cpt.checkpoint.loading import load_checkpoint
+from cpt.checkpoint.loading import load_checkpoint, set_newer_aside
 from cpt.checkpoint.reader import list_steps
 from cpt.config import GuardSection
 from cpt.errors import ConfigError, RequeueRequested
@@ -133,20 +133,20 @@ def go_on_after_pause(job: Job) -> None:
     saved_steps = on_first_rank(group, lambda: list_steps(job.run_dir))
     limits = lever_limits(job)
     suffering = suffering_domains(paused, job.config.guard, limits)
-    state = after_pause(paused, suffering, job.config.guard, limits)
-    states = on_first_rank(group, lambda: read_guard_rollbacks(job.run_dir))
-    on_first_rank(group, lambda: write_guard_rollbacks(job.run_dir, [*states, state.to_json()]))
-    went_back = paused.green_step is not None and paused.green_step in saved_steps
-    if went_back:
-        load_green(job, paused)
-    guard.state = state
+    after = after_pause(paused, suffering, job.config.guard, limits)
+    saved = None
+    if paused.green_step is not None and paused.green_step in saved_steps:
+        saved = load_green(job, paused.green_step)
+    guard.return_to(job.progress.step, after, saved)
+    state = guard.state
+    keep_rollback(job, state)
     job.reweigh(job.replay.weights(state))
     event = {"event": "guard_rollback", "step": job.progress.step, "from_step": from_step}
     event |= {"reason": paused.paused, "after": state.to_json()}
     job.telemetry.log({**event, "seconds": time.perf_counter() - started})
     if job.topology.rank == 0:
         where = f"on from step {from_step}: no green checkpoint"
-        if went_back:
+        if saved is not None:
             where = f"back from step {from_step} to {paused.green_step}"
         log.warning("after the guard's pause %s; replay: %s", where, describe_shares(state))
 
@@ -167,13 +167,36 @@ def check_rollbacks_left(job: Job, paused: GuardState) -> None:
     )
 
 
-def load_green(job: Job, paused: GuardState) -> None:
-    """Load the last checkpoint at which every domain was green."""
-    resume = str(paused.green_step)
-    loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, resume)
+def load_green(job: Job, step: int) -> GuardState:
+    """Load the checkpoint of a step at which every domain was green.
+
+    The checkpoint of the pause stays the newest one until the rollback is noted, so that a start
+    after a kill in between goes back again.
+
+    Returns:
+        The state of the guard that was saved with it.
+    """
+    loaded = load_checkpoint(
+        job.run_dir, job.engine.deepspeed, job.topology, str(step), set_aside=False
+    )
     assert loaded is not None
     # an edit of the mix was accepted when this run started
     job.restore(loaded, accept_mix_change=True)
+    return GuardState.from_json(loaded.state.guard)
+
+
+def keep_rollback(job: Job, state: GuardState) -> None:
+    """Note the state after a rollback, then set the checkpoints of the steps gone back over aside.
+
+    A rollback that is repeated after a kill takes the place of its first try.
+    """
+
+    def keep() -> None:
+        states = read_guard_rollbacks(job.run_dir)[: state.rollbacks - 1]
+        write_guard_rollbacks(job.run_dir, [*states, state.to_json()])
+        set_newer_aside(job.run_dir, job.progress.step, str(job.progress.step))
+
+    on_first_rank(job.topology.control_group, keep)
 
 
 def suffering_domains(

@@ -131,9 +131,13 @@ def newest_guard_state(
 ) -> dict[str, Any] | None:
     """Return the guard's state of a checkpoint, or the one after a later rollback to it.
 
-    A checkpoint that was saved before a rollback does not know of it.
+    A checkpoint that was saved before a rollback does not know of it. That of the pause itself is
+    the newest one only if the run stayed there, or was killed on its way back: it goes on from the
+    pause again.
     """
     known = (saved or {}).get("rollbacks", 0)
+    if (saved or {}).get("paused") and len(rollbacks) == known + 1:
+        return saved
     return rollbacks[-1] if len(rollbacks) > known else saved
 
 

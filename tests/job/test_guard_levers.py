@@ -1,0 +1,136 @@
+"""After a pause the run goes on with what the guard knew where it goes on, and nothing newer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cpt.checkpoint.reader import list_steps
+from cpt.config import GuardSection
+from cpt.guard.guard import Guard
+from cpt.guard.ladder import GuardState
+from cpt.guard.lever_limits import LeverLimits
+from cpt.guard.text_judge import TextJudge
+from cpt.job import guard_levers
+from cpt.job.guard_levers import go_on_after_pause
+from cpt.job.progress import newest_guard_state, read_guard_rollbacks
+
+GREEN, PAUSED = 60, 100
+
+
+def reading(step: int, state: str) -> dict[str, Any]:
+    limits = {"tolerance": 1.0, "hard_limit": 5.0}
+    return {"domain": "english", "step": step, "state": state, "lower_bound": 0.0, **limits}
+
+
+SAVED = GuardState(
+    yardsticks={"text": {"english": {"0.5": [1.0]}}},
+    readings={"english": reading(GREEN, "green")},
+)
+"""State in the green checkpoint."""
+STOPPED = GuardState(
+    yardsticks={"text": {"english": {"0.5": [9.0]}}},
+    readings={"english": reading(PAUSED, "red")},
+    over={"english": 5},
+    green=False,
+    green_step=GREEN,
+    paused="english is worse",
+)
+"""State in the checkpoint of the pause."""
+
+
+class FakeJob:
+    """A run that starts from the checkpoint of a pause."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.config: Any = SimpleNamespace(guard=GuardSection())
+        self.topology: Any = SimpleNamespace(rank=0, control_group=None)
+        text: Any = TextJudge({})
+        text.kind, text.domain_names = "text", ["english"]
+        self.guard = Guard([text], self.config, self.topology, run_dir)
+        self.progress = SimpleNamespace(step=PAUSED)
+        self.events: list[dict[str, Any]] = []
+        self.telemetry = SimpleNamespace(log=self.events.append)
+        self.clock = SimpleNamespace(enter=lambda *_: None)
+        self.engine = SimpleNamespace(deepspeed=None)
+        self.replay = SimpleNamespace(weights=lambda _: {})
+        saved = newest_guard_state(STOPPED.to_json(), read_guard_rollbacks(run_dir))
+        self.guard.state = GuardState.from_json(saved)
+
+    def restore(self, loaded: Any, *, accept_mix_change: bool) -> None:
+        self.progress.step = loaded.step
+
+    def reweigh(self, weights: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for step in (GREEN, PAUSED):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+
+    def load(*_: Any, set_aside: bool = True) -> Any:
+        assert not set_aside
+        return SimpleNamespace(step=GREEN, state=SimpleNamespace(guard=SAVED.to_json()))
+
+    monkeypatch.setattr(guard_levers, "on_first_rank", lambda _, do: do())
+    monkeypatch.setattr(guard_levers, "load_checkpoint", load)
+    monkeypatch.setattr(guard_levers, "lever_limits", lambda _: LeverLimits(room=0.0))
+    return tmp_path
+
+
+def go_on(run_dir: Path) -> FakeJob:
+    job: Any = FakeJob(run_dir)
+    go_on_after_pause(job)
+    return job  # type: ignore[no-any-return]
+
+
+def test_run_that_goes_back_forgets_what_was_measured_on_the_lost_weights(run_dir: Path) -> None:
+    job = go_on(run_dir)
+    state = job.guard.state
+    assert (job.progress.step, state.rollbacks, state.paused) == (GREEN, 1, "")
+    assert state.yardsticks == SAVED.yardsticks and state.readings == SAVED.readings
+    assert state.green and not state.over
+    assert job.events[0]["after"] == state.to_json()
+    assert read_guard_rollbacks(run_dir) == [json.loads(json.dumps(state.to_json()))]
+    assert list_steps(run_dir) == [GREEN]
+
+
+def test_run_without_a_green_checkpoint_begins_to_count_anew_and_is_not_green(
+    run_dir: Path,
+) -> None:
+    (run_dir / "checkpoints" / f"step-{GREEN:08d}").rmdir()
+    job = go_on(run_dir)
+    state = job.guard.state
+    assert job.progress.step == PAUSED and not state.green
+    assert "0.5" not in state.yardsticks["text"].get("english", {})
+    assert state.readings == STOPPED.readings
+
+
+def test_kill_before_the_rollback_is_noted_only_repeats_it(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        """The process is gone."""
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as dying:
+        dying.setattr(guard_levers, "write_guard_rollbacks", kill)
+        with pytest.raises(Killed):
+            go_on(run_dir)
+    assert list_steps(run_dir) == [PAUSED, GREEN] and not read_guard_rollbacks(run_dir)
+    with monkeypatch.context() as dying:
+        dying.setattr(guard_levers, "set_newer_aside", kill)
+        with pytest.raises(Killed):
+            go_on(run_dir)
+    assert list_steps(run_dir) == [PAUSED, GREEN] and len(read_guard_rollbacks(run_dir)) == 1
+    job = go_on(run_dir)
+    assert job.guard.state.rollbacks == len(read_guard_rollbacks(run_dir)) == 1
+    assert list_steps(run_dir) == [GREEN]
