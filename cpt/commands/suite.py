@@ -37,9 +37,7 @@ def _add_run(actions: Commands) -> None:
     parser = actions.add_parser("run", help="run what is not done; slurm/evaluate.sbatch calls it")
     _add_suite(parser)
     parser.add_argument("--server", required=True, help="address, such as http://127.0.0.1:8000")
-    parser.add_argument(
-        "--model", type=Path, required=True, help="directory of the served model, for its tokenizer"
-    )
+    parser.add_argument("--model", type=Path, required=True, help="directory of the served model")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--baseline", type=Path, help="result of the model before training")
     parser.add_argument("--lm_eval", default="lm_eval", help="words that start lm_eval")
@@ -51,7 +49,9 @@ def _add_collect(actions: Commands) -> None:
     parser = actions.add_parser("collect", help="join the results of a suite in one file")
     _add_suite(parser)
     parser.add_argument("--results", type=Path, required=True, help="the --out of cpt suite run")
-    parser.add_argument("--model", required=True, help="directory or name of the model")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="directory of the model that was served"
+    )
     parser.add_argument("--step", type=int, help="step of the checkpoint, for the plot")
     parser.add_argument("--out", type=Path, required=True, help="file for the result, as JSON")
     parser.set_defaults(run=_collect)

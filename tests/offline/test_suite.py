@@ -17,6 +17,7 @@ import yaml
 
 from cpt.cli import main
 from cpt.errors import ConfigError, DataError, InternalError
+from cpt.model.weights.checksums import model_hash
 from cpt.offline.evaluation.benchmark_commands import Programs, ServedModel, command_of
 from cpt.offline.evaluation.scores import Result, Score, read_result, write_result
 from cpt.offline.evaluation.suite import Suite, load_suite
@@ -174,12 +175,28 @@ def row(number: int, metrics: dict[str, Any], reply: str = "The answer is B.") -
 
 
 def done(folder: Path, suite: Suite) -> None:
-    settings = suite.settings_of(suite.benchmarks[0])
-    (folder / "done.json").write_text(json.dumps({"settings": settings}))
+    (benchmark,) = suite.benchmarks
+    content = {
+        "model": model_hash(served_directory(folder.parent)),
+        "task": benchmark.task,
+        "settings": suite.settings_of(benchmark),
+    }
+    (folder / "done.json").write_text(json.dumps(content))
+
+
+def served_directory(tmp_path: Path, weights: bytes = b"weights") -> Path:
+    folder = tmp_path / "served"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
 
 
 def collected(tmp_path: Path, suite: Suite) -> Score:
-    return collect(suite, tmp_path, "m", 40).scores[suite.benchmarks[0].name]
+    model = tmp_path / "served"
+    if not model.exists():
+        served_directory(tmp_path)
+    return collect(suite, tmp_path, model, 40).scores[suite.benchmarks[0].name]
 
 
 def test_details_of_lighteval_become_answers_of_the_newest_run_and_of_all_subsets(
@@ -289,10 +306,42 @@ def test_what_was_run_with_other_settings_is_neither_kept_nor_collected(tmp_path
     with pytest.raises(ConfigError, match="benchmark 'gpqa' is not done"):
         collected(tmp_path, suite)
     done(folder, suite)
-    assert is_done(folder, suite, suite.benchmarks[0])
+    model = model_hash(tmp_path / "served")
+    assert is_done(folder, suite, suite.benchmarks[0], model)
     warmer = suite_of(tmp_path, BENCHMARK, temperature=0.6)
-    with pytest.raises(ConfigError, match="was run with other settings"):
-        is_done(folder, warmer, warmer.benchmarks[0])
+    with pytest.raises(ConfigError, match="settings was "):
+        is_done(folder, warmer, warmer.benchmarks[0], model)
+    other_task = suite_of(tmp_path, BENCHMARK | {"task": "swallow|gpqa:main"})
+    with pytest.raises(ConfigError, match=r"task was swallow\|gpqa:diamond, is now"):
+        is_done(folder, other_task, other_task.benchmarks[0], model)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("model.safetensors", "weightz"), ("config.json", '{"num_experts_per_tok": 2}')],
+)
+def test_scores_of_one_model_are_not_taken_for_those_of_another(
+    tmp_path: Path, file: str, content: str
+) -> None:
+    suite = suite_of(tmp_path, BENCHMARK)
+    write_details(tmp_path / "gpqa", "swallow|gpqa:diamond", [row(1, {"extractive_match": 1})])
+    done(tmp_path / "gpqa", suite)
+    model = replace(MODEL, directory=tmp_path / "served")
+    run_suite(suite, model, Programs(), tmp_path)  # done before: no server is asked
+    assert collected(tmp_path, suite).value == 100
+    (tmp_path / "served" / file).write_text(content)
+    with pytest.raises(ConfigError, match="model was "):
+        run_suite(suite, model, Programs(), tmp_path)
+    with pytest.raises(ConfigError, match="model was "):
+        collected(tmp_path, suite)
+
+
+def test_a_model_without_weights_has_no_identity(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"it has no config\.json"):
+        model_hash(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"it has no \*.safetensors"):
+        model_hash(tmp_path)
 
 
 def test_a_server_that_is_not_there_is_named() -> None:
@@ -324,7 +373,8 @@ def test_a_benchmark_is_not_done_if_the_server_died_meanwhile(tmp_path: Path) ->
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        model = replace(MODEL, url=f"http://127.0.0.1:{server.server_port}")
+        url = f"http://127.0.0.1:{server.server_port}"
+        model = replace(MODEL, url=url, directory=served_directory(tmp_path))
         suite = suite_of(tmp_path, BENCHMARK)
         with pytest.raises(InternalError, match="the server does not answer"):
             run_suite(suite, model, Programs(lighteval=program), tmp_path)

@@ -81,6 +81,7 @@ def workplace(tmp_path: Path) -> Workplace:
     write_python_program(tmp_path / "bin" / "lighteval", LIGHTEVAL)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "config.json").write_text("{}")
+    (tmp_path / "export" / "model.safetensors").write_bytes(b"weights")
     records = [{"question": f"What is {n} + 5?", "answer": str(n + 5)} for n in range(200)]
     write_jsonl(tmp_path / "sums.jsonl", records)
     (tmp_path / "tasks").mkdir()
@@ -161,7 +162,7 @@ EXPORTER = """
 if [[ "$3" == export ]]; then
     echo "$*" >>"$CALLS"
     while [[ "$1" != --out ]]; do shift; done
-    mkdir -p "$2" && echo {} >"$2/config.json"
+    mkdir -p "$2" && echo {} >"$2/config.json" && echo "$2" >"$2/model.safetensors"
     exit
 fi
 exec PYTHON "$@"
@@ -182,9 +183,16 @@ def test_a_step_is_exported_once_and_named_in_the_result(workplace: Workplace) -
         assert code == 0, output
     run_dir = workplace.folder / "run"
     words = ["-m", "cpt.cli", "export", "--run_dir", str(run_dir), "--step", "40"]
-    words += ["--out", f"{out}/export", "--format", "mxfp4"]
+    words += ["--out", f"{out}/export-step-40-mxfp4", "--format", "mxfp4"]
     assert calls.read_text() == " ".join(words) + "\n"
     assert json.loads((out / "evaluation.json").read_text())["step"] == 40
+
+    # the scores of one step are not those of another
+    code, output = workplace.run(str(out), "--step", "80", "--only", "physics", **variables)
+    assert code == 78 and "these are results of another model" in output, output
+    assert (
+        calls.read_text().splitlines()[1].endswith(f"--out {out}/export-step-80-bf16 --format bf16")
+    )
 
 
 def test_a_server_that_does_not_come_up_ends_the_job_with_its_last_words(

@@ -39,6 +39,27 @@ def sampled_hash(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def model_hash(path: Path, files: Iterable[Path] | None = None) -> str:
+    """Return a hash of what a model computes with: its weight files, and its configuration.
+
+    Args:
+        path: A Hugging Face directory.
+        files: Its weight files; None takes all `*.safetensors`.
+
+    Raises:
+        ConfigError: there are no weight files or no config.json.
+    """
+    weights = set(path.glob("*.safetensors") if files is None else files)
+    config = path / "config.json"
+    if not weights or not config.is_file():
+        missing = "*.safetensors" if config.is_file() else "config.json"
+        raise ConfigError(
+            f"{path} is no Hugging Face directory: it has no {missing}. Name the directory that "
+            "holds the weights."
+        )
+    return sampled_hash(weights | {config})
+
+
 def known_sums(path: Path, files: Iterable[Path]) -> dict[Path, str]:
     """Return the SHA-256 that each file should have; a file without a known one is left out.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.errors import ConfigError, DataError
+from cpt.model.weights.checksums import model_hash
 from cpt.offline.evaluation.harness_results import leaf_tasks, score_of_results
 from cpt.offline.evaluation.scores import Result, Score
 from cpt.offline.evaluation.suite import Benchmark, Suite
@@ -32,22 +33,23 @@ MAX_EMPTY_SHARE = 0.01
 """Largest share of empty replies that is believed."""
 
 
-def collect(suite: Suite, out: Path, model: str, step: int | None) -> Result:
+def collect(suite: Suite, out: Path, model: Path, step: int | None) -> Result:
     """Return the scores of all benchmarks of a suite.
 
     Args:
         suite: The suite.
         out: Folder of the benchmarks' folders.
-        model: Directory or name of the model, for the result.
+        model: Directory of the model that the results must be of.
         step: Step of its checkpoint, if it is known.
 
     Raises:
-        ConfigError: a benchmark is not done, or was run with other settings.
+        ConfigError: a benchmark is not done, or was run with another model, task or settings.
         DataError: the results of a benchmark cannot be read.
     """
+    identity = model_hash(model)
     problems = []
     for benchmark in suite.benchmarks:
-        if not is_done(out / benchmark.name, suite, benchmark):
+        if not is_done(out / benchmark.name, suite, benchmark, identity):
             problems.append(
                 f"benchmark '{benchmark.name}' is not done in {out}. Run it: cpt suite run --out "
                 f"{out}; or collect the others (--only)."
@@ -66,7 +68,7 @@ def collect(suite: Suite, out: Path, model: str, step: int | None) -> Result:
         scores[benchmark.name] = score
         versions[benchmark.tool] = version
     return Result(
-        model=model,
+        model=str(model),
         scores=scores,
         step=step,
         settings={"asking": asdict(suite.asking), "versions": versions},

@@ -1,8 +1,9 @@
 """Run the benchmarks of a suite, one after another, against a served model.
 
 Each benchmark has a folder of its own: `log.txt`, the results of its tool, and `done.json`, written
-last.  A restart goes on with the first benchmark that is not done.  One that fails does not keep
-the others from running; the run then ends with an error that names it.
+last, which says of which model, task and settings the results are.  A restart goes on with the
+first benchmark that is not done.  One that fails does not keep the others from running; the run
+then ends with an error that names it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.errors import ConfigError, InternalError
+from cpt.model.weights.checksums import model_hash
 from cpt.offline.evaluation.benchmark_commands import Programs, ServedModel, command_of
 from cpt.offline.evaluation.suite import Benchmark, Suite
 from data_pipeline.store.files import write_json
@@ -109,10 +111,14 @@ def run_suite(suite: Suite, model: ServedModel, programs: Programs, out: Path) -
         out: Folder of the benchmarks' folders.
 
     Raises:
-        ConfigError: a benchmark is done, with other settings.
+        ConfigError: a benchmark is done, of another model or task or with other settings.
         InternalError: a benchmark failed, or the server is gone; what is done is kept.
     """
-    waiting = [item for item in suite.benchmarks if not is_done(out / item.name, suite, item)]
+    identity = model_hash(model.directory)
+    waiting = []
+    for benchmark in suite.benchmarks:
+        if not is_done(out / benchmark.name, suite, benchmark, identity):
+            waiting.append(benchmark)
     failed = []
     for benchmark in suite.benchmarks:
         folder = out / benchmark.name
@@ -124,8 +130,8 @@ def run_suite(suite: Suite, model: ServedModel, programs: Programs, out: Path) -
         # a tool may count requests to a dead server as wrong answers, and end with 0
         _check_health(model)
         if code == 0 and any(folder.rglob("results_*.json")):
-            settings = suite.settings_of(benchmark)
-            write_json(folder / DONE_FILE, {"settings": settings, "seconds": seconds}, indent=1)
+            done = _identity(suite, benchmark, identity) | {"seconds": seconds}
+            write_json(folder / DONE_FILE, done, indent=1)
             print(f"{benchmark.name}: done after {seconds:.0f} s", flush=True)
         else:
             reason = f"ended with {code}" if code else "wrote no results_*.json"
@@ -137,23 +143,42 @@ def run_suite(suite: Suite, model: ServedModel, programs: Programs, out: Path) -
         raise InternalError("\n".join([*failed, "The same command runs what is not done."]))
 
 
-def is_done(folder: Path, suite: Suite, benchmark: Benchmark) -> bool:
+def is_done(folder: Path, suite: Suite, benchmark: Benchmark, model: str) -> bool:
     """Return whether a benchmark is done.
 
+    Args:
+        folder: Folder of the benchmark.
+        suite: The suite.
+        benchmark: The benchmark.
+        model: `model_hash` of the model.
+
     Raises:
-        ConfigError: it is, with other settings.
+        ConfigError: it is, of another model or task, or with other settings.
     """
     path = folder / DONE_FILE
     if not path.exists():
         return False
-    done = json.loads(path.read_bytes())["settings"]
-    wanted = json.loads(json.dumps(suite.settings_of(benchmark)))
-    if done != wanted:
+    done = json.loads(path.read_bytes())
+    differences = []
+    for key, wanted in json.loads(json.dumps(_identity(suite, benchmark, model))).items():
+        if done.get(key) != wanted:
+            differences.append(f"{key} was {done.get(key)}, is now {wanted}")
+    if differences:
         raise ConfigError(
-            f"{path}: this benchmark was run with other settings ({done}, the suite has "
-            f"{wanted}). Choose another --out."
+            f"{path}: these are results of another model, of another task or with other settings: "
+            f"{'; '.join(differences)}. Take the same again, give another --out, or delete "
+            f"{folder} to run the benchmark again."
         )
     return True
+
+
+def _identity(suite: Suite, benchmark: Benchmark, model: str) -> dict[str, Any]:
+    """Return what the results of a benchmark are of, besides the documents."""
+    return {
+        "model": model,
+        "task": benchmark.task,
+        "settings": suite.settings_of(benchmark),
+    }
 
 
 def _check_health(model: ServedModel) -> None:
