@@ -93,6 +93,8 @@ def lower_bound(changes: Floats, threshold: float) -> float:
         return math.nan
     low = -LARGEST_GAIN  # every line down there is beaten, or no document says anything
     high = float(changes.max())
+    if high <= low:  # every document has gained all that counts
+        return low
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if log_mean(log_wealth(changes, middle)) >= math.log(threshold):

@@ -285,3 +285,8 @@ def test_effective_documents_of_clusters_are_fewer() -> None:
     nats = np.ones(100)
     clusters = np.repeat(np.arange(10), 10)
     assert effective_documents(cluster_sums(nats, clusters)) == pytest.approx(10)
+
+
+def test_bound_of_documents_that_have_all_gained_the_most_is_that_gain() -> None:
+    with np.errstate(all="raise"):
+        assert lower_bound(np.full(5, -LARGEST_GAIN), THRESHOLD) == -LARGEST_GAIN

@@ -9,7 +9,7 @@ Decisions
     again from the start: one pass after another. No prompt is asked twice in a pass, so a pass that
     does not divide evenly leaves some out.
     The untouched model answers the pool before step 0: only the prompts that the planned looks ask,
-    if the file has more.
+    if the file has more. A run that is given more looks later keeps that pool, and asks it again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.config.generation_config import GenerationDomain, PromptRecord, read_prompts
@@ -61,6 +61,8 @@ class PromptPool:
     """The domain's keys."""
     records: Sequence[PromptRecord]
     """The prompts, in the order of the first pass."""
+    spare: Sequence[PromptRecord]
+    """The prompts that no planned look asks, in the order that follows."""
     seed: int
     """Seed of the run."""
     content_hash: str
@@ -84,13 +86,19 @@ class PromptPool:
             num_looks: Looks planned after the one at the untouched model.
         """
         ordered = sorted(records, key=lambda record: _place(seed, 0, record))
-        num_needed = num_looks * domain.prompts_per_look
+        num_needed = max(num_looks, 1) * domain.prompts_per_look
         return cls(
             domain=domain,
-            records=ordered[: max(num_needed, domain.prompts_per_look)],
+            records=ordered[:num_needed],
+            spare=ordered[num_needed:],
             seed=seed,
             content_hash=_content_hash(domain, records),
         )
+
+    def of_size(self, size: int) -> PromptPool:
+        """Return the pool with this many prompts, or all of its file if it has fewer."""
+        ordered = [*self.records, *self.spare]
+        return replace(self, records=ordered[:size], spare=ordered[size:])
 
     @property
     def prompts_per_look(self) -> int:

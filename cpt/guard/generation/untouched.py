@@ -107,7 +107,7 @@ class Untouched:
 
         Args:
             path: The file that they were read from.
-            pool: The prompts of the run.
+            pool: The prompts of the run, as many as there are replies.
             model: Name of the model that the run starts from.
             weights: Hash of its weights.
         """
@@ -117,6 +117,11 @@ class Untouched:
                 f"{path} holds replies to other prompts, or to the same with another language, "
                 f"effort or max_new_tokens, than {pool.domain.path} has now. Change them back, or "
                 "use a new --run_dir."
+            )
+        elif self.prompts != [record.prompt for record in pool.records]:
+            problems.append(
+                f"{path} holds replies to {len(self.prompts)} prompts that this run would not ask: "
+                "train.seed draws others. Change it back, or use a new --run_dir."
             )
         if self.weights != weights:
             problems.append(

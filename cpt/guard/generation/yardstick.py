@@ -205,9 +205,12 @@ class Generation(GenerationJudge):
         if content is None:
             return None
         stored = Untouched.from_json(content)
+        # the planned looks may be others now, but only these prompts were answered
+        pool = pool.of_size(len(stored.prompts))
         problems = stored.check(path, pool, self._model, weights)
         if problems:
             raise ConfigError(problems)
+        self._pools[pool.domain.name] = pool
         return stored
 
     def _answer_pool(

@@ -70,6 +70,15 @@ def test_only_the_prompts_of_planned_looks_are_in_the_pool(tmp_path: Path) -> No
     assert len(pool(write(tmp_path / "b.jsonl", questions(3))).records) == 3
 
 
+def test_pool_can_be_cut_and_grown_to_what_was_answered(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", questions(40))
+    few = pool(path, num_looks=2)
+    many = pool(path, num_looks=100)
+    assert many.of_size(8).records == few.records
+    assert few.of_size(40).records == many.records
+    assert many.of_size(8).of_look(3).pass_number == 1
+
+
 @pytest.mark.parametrize(
     "changes", [{"effort": "low"}, {"max_new_tokens": 8}, {"language": "ja"}], ids=str
 )

@@ -108,7 +108,12 @@ def guard_section(**changes: Any) -> GuardSection:
 
 
 def open_yardstick(
-    workplace: Path, *, seed: int = 1, names: Sequence[str] = ("maths", "sums"), **changes: Any
+    workplace: Path,
+    *,
+    seed: int = 1,
+    total_steps: int = TOTAL_STEPS,
+    names: Sequence[str] = ("maths", "sums"),
+    **changes: Any,
 ) -> Generation:
     domains = []
     for name in names:
@@ -127,7 +132,7 @@ def open_yardstick(
     mix = MixConfig(seq_len=64, seed=1, sources=(), guard=GuardConfig(generation=tuple(domains)))
     config: Any = SimpleNamespace(
         guard=guard_section(),
-        train=SimpleNamespace(seed=seed, total_steps=TOTAL_STEPS),
+        train=SimpleNamespace(seed=seed, total_steps=total_steps),
         model=SimpleNamespace(path=None, init="tiny"),
     )
     topology: Any = SimpleNamespace(rank=0, world_size=1, control_group=dist.group.WORLD)
@@ -246,6 +251,30 @@ def test_the_untouched_model_is_asked_once_and_read_after_that(
     assert len(model.asked) == 420
     assert line(judgement, "maths", "accuracy")["baseline"] == 1.0
     assert stored.read_bytes() == content
+
+
+def test_looks_that_were_added_later_ask_the_answered_prompts_again(
+    workplace: Path, model: FakeModel
+) -> None:
+    judged(open_yardstick(workplace, names=["maths"], total_steps=INTERVAL), 0)
+    longer = open_yardstick(workplace, names=["maths"], total_steps=2 * INTERVAL)
+    state = judged(longer, INTERVAL).state
+    second = judged(longer, 2 * INTERVAL, state)
+    assert states(second) == {"maths": "green"}
+    assert second.state["maths"]["pass"] == 1 and second.state["maths"]["before"] == {}
+
+
+def test_replies_to_prompts_that_the_run_would_not_ask_are_refused(
+    workplace: Path, model: FakeModel
+) -> None:
+    judged(open_yardstick(workplace, names=["maths"]), 0)
+    file = workplace / "guard" / "generation" / "untouched-maths.json"
+    content = json.loads(file.read_text())
+    content["prompts"].reverse()
+    file.write_text(json.dumps(content))
+    engine: Any = None
+    with pytest.raises(ConfigError, match="150 prompts that this run would not ask"):
+        open_yardstick(workplace, names=["maths"]).measure(look(10), engine, None)
 
 
 def test_an_untouched_model_with_little_to_lose_is_told(
