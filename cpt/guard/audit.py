@@ -22,7 +22,7 @@ from cpt.guard.generation.judge import GenerationJudge
 from cpt.guard.guard import judged, restarted
 from cpt.guard.ladder import GuardState
 from cpt.guard.lever_limits import LeverLimits
-from cpt.guard.text_judge import TextJudge
+from cpt.guard.text_judge import USED, TextJudge
 from cpt.guard.traces.judge import TraceJudge
 from cpt.guard.yardstick import Evidence, Judge, Kind, Look
 from cpt.telemetry.metrics import read_events
@@ -144,7 +144,9 @@ def _audit_decision(
     actions = dict(decision.actions)
     if decision.action != event["action"] or actions != event["actions"]:
         problems.append(f"the action was {event['actions']}, but {actions} follows.")
-    if not scores_checked:
+    if scores_checked:
+        after = _without_unlogged(after, logged)
+    else:
         after = replace(after, yardsticks=logged.yardsticks, readings=logged.readings)
     return AuditedDecision(
         step=event["step"],
@@ -221,6 +223,19 @@ def _state_problems(follows: GuardState, logged: GuardState) -> list[str]:
         if not _same(value, became):
             problems.append(f"{name} became {became}, but {value} follows.")
     return problems
+
+
+def _without_unlogged(after: GuardState, logged: GuardState) -> GuardState:
+    """Drop which fresh documents were used, if a log does not note that yet."""
+    text = {}
+    for name, known in after.yardsticks.get("text", {}).items():
+        noted = logged.yardsticks.get("text", {}).get(name, {})
+        kept = {key: value for key, value in known.items() if key != USED or USED in noted}
+        if kept or noted:
+            text[name] = kept
+    if "text" not in after.yardsticks:
+        return after
+    return replace(after, yardsticks={**after.yardsticks, "text": text})
 
 
 def _same(computed: Any, logged: Any) -> bool:

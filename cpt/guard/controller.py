@@ -100,7 +100,7 @@ def decide_two_way(
     last: bool = False,
 ) -> tuple[GuardState, Decision]:
     """Return the next state and the decision; the arguments are those of `ladder.decide`."""
-    state, actions = observed(state, evidence, settings)
+    state, actions = observed(state, evidence)
     if last or settings.policy != "act":
         return concluded(state, evidence, actions)
     measured = [one for one in evidence if not one.age_steps]

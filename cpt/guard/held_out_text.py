@@ -63,9 +63,23 @@ class HeldOutText(TextJudge):
     kind: Kind = "text"
 
     def __init__(
-        self, data: BuiltData, config: RunConfig, topology: Topology, run_dir: Path
+        self,
+        data: BuiltData,
+        config: RunConfig,
+        topology: Topology,
+        run_dir: Path,
+        *,
+        observe: bool = False,
     ) -> None:
         """Take the held-out domains of the data; nothing is measured yet.
+
+        Args:
+            data: The built data.
+            config: The run's configuration.
+            topology: The layout.
+            run_dir: The run directory.
+            observe: Whether another job may be at work in the run directory; then no file is
+                written.
 
         Raises:
             ConfigError: see `cpt.guard.requirements.domain_problems`.
@@ -75,6 +89,7 @@ class HeldOutText(TextJudge):
         problems = domain_problems(config.guard, num_documents)
         if problems:
             raise ConfigError(problems)
+        self._observe = observe
         self._config = config
         self._topology = topology
         self._data = {domain.name: domain for domain in data.held_out}
@@ -190,7 +205,8 @@ class HeldOutText(TextJudge):
         for name, baseline in baselines.items():
             entry = {"model": self._model, "weights": weights, **self._content_hashes(name)}
             content[name] = {**entry, **baseline.to_json()}
-        write_on_first_rank(self._topology.control_group, self._baseline_file, content)
+        if not self._observe:
+            write_on_first_rank(self._topology.control_group, self._baseline_file, content)
 
     def _score_in_blocks(
         self, name: str, documents: Integers, engine: TrainingEngine, stop: StopRequest | None
@@ -251,7 +267,8 @@ class HeldOutText(TextJudge):
             better[name] = earlier
         if better != self._best:
             self._best = better
-            write_on_first_rank(group, file, better)
+            if not self._observe:
+                write_on_first_rank(group, file, better)
         return known
 
     def table(self, events: Sequence[Json]) -> str:

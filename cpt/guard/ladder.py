@@ -16,8 +16,9 @@ Because it is pure, `cpt guard audit` can make every decision again. The rungs, 
     rollback      The start after a pause: the run goes on from the last checkpoint saved while all
                   was green, with more replay.
 
-A domain is over its line when the loss that is certain (`Reading.lower_bound`) is above `act_at`
-times its tolerance: acting begins before the tolerance is used up. A raise is given one
+A domain is over its line when its reading is red: the loss that is certain
+(`Reading.lower_bound`) is above `act_at` times its tolerance, so that acting begins before the
+tolerance is used up. Own traces are over it from the tolerance on. A raise is given one
 measurement to show before the next, unless the domain is over its tolerance.
 """
 
@@ -149,22 +150,19 @@ def decide(
         replay_room: Share of the tokens by which all replay together may still grow.
         last: Whether the run is over, so that nothing but a warning makes sense.
     """
-    state, actions = observed(state, evidence, settings)
+    state, actions = observed(state, evidence)
     if state.over and not last and settings.policy == "act":
         state, pulled = _pull(state, evidence, settings, replay_room)
         actions |= pulled
     return concluded(state, evidence, actions)
 
 
-def observed(
-    state: GuardState, evidence: Sequence[Evidence], settings: GuardSection
-) -> tuple[GuardState, dict[str, str]]:
+def observed(state: GuardState, evidence: Sequence[Evidence]) -> tuple[GuardState, dict[str, str]]:
     """Count what a look has found, before any lever is pulled.
 
     Args:
         state: State before the look.
         evidence: See `decide`.
-        settings: The run's guard section.
 
     Returns:
         The state with its counts, and by domain a warning if it was measured and is over its line.
@@ -177,7 +175,7 @@ def observed(
             if one.domain in state.over:
                 over[one.domain] = state.over[one.domain]
             continue
-        if one.above(settings.act_at * one.tolerance):
+        if one.state == "red":
             over[one.domain] = state.over.get(one.domain, 0) + 1
             actions[one.domain] = "warn"
     measured = [one for one in evidence if not one.age_steps]

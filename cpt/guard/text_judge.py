@@ -8,6 +8,9 @@ kept. Fresh documents, which one look alone scores, prove a loss; without them t
 too. A domain that is certainly worse than at its best look is no longer green, but this alone never
 makes it red: web text adapts first and is then forgotten, and bits per byte below the baseline
 would hide that.
+
+The number of a look decides its fresh documents. Another `guard.interval_steps` repeats numbers;
+documents that were bet on are not bet on again, so the panel takes their place.
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ FINAL_CONFIDENCE = 0.99
 """Confidence of the upper bounds at the end of a run, when a model may be released."""
 DETECTED_PARTS = (0.0, 0.75, 1.0, 1.5, 2.0, 3.0)
 """Parts of the tolerance that a detector looks for, beside the line and the hard limit."""
+
+USED = "used"
+"""Key of the state of a domain that is no line of its detector."""
 
 
 class TextJudge:
@@ -55,7 +61,8 @@ class TextJudge:
             scores: `nats`: by domain, a list over the documents of the panel; `fresh`: by domain,
                 a list over the fresh documents of this look; `best`: by domain, `step` and `nats`
                 of the look before with the least nats of the panel.
-            state: By domain, the state of its `Detector`.
+            state: By domain, the state of its `Detector`, and `used`: the largest number of a look
+                whose fresh documents were bet on.
             look: The look.
         """
         readings = []
@@ -64,11 +71,12 @@ class TextJudge:
         for name, nats in scores["nats"].items():
             before = self.baseline[name]
             fresh = as_floats(scores.get("fresh", {}).get(name, []))
-            if len(fresh):
-                detector = Detector(lines_of(name, look), state.get(name))
+            known = state.get(name, {})
+            if len(fresh) and look.number > known.get(USED, 0):
+                detector = Detector(lines_of(name, look), known)
                 changes = percent_changes(fresh, before.fresh_at(look.number))
                 lower = detector.add(changes, look.alarm_threshold)
-                detectors[name] = detector.to_json()
+                detectors[name] = {**detector.to_json(), USED: look.number}
             else:
                 lower = panel_bound(
                     as_floats(nats), before.panel.nats, before.clusters, look.alarm_threshold
@@ -81,7 +89,13 @@ class TextJudge:
 
     def restarted(self, state: Json, domains: Collection[str]) -> Json:
         """Return the state without the detectors of some domains, which begin anew."""
-        return {name: kept for name, kept in state.items() if name not in domains}
+        after = {}
+        for name, known in state.items():
+            if name not in domains:
+                after[name] = known
+            elif USED in known:  # documents stay used, whatever was won or lost on them
+                after[name] = {USED: known[USED]}
+        return after
 
 
 def lines_of(name: str, look: Look) -> list[float]:

@@ -143,7 +143,7 @@ def make_guard(context: RunContext, data: BuiltData) -> Guard | None:
         return None
     yardsticks: list[Yardstick] = []
     if data.held_out:
-        yardsticks.append(HeldOutText(data, config, topology, run_dir))
+        yardsticks.append(HeldOutText(data, config, topology, run_dir, observe=context.observe))
     if context.mix.guard.generation:
         yardsticks.append(
             Generation(

@@ -157,9 +157,23 @@ def test_bounds_are_taken_from_the_log_where_the_scores_are_gone(
 def test_sequential_state_that_was_edited_is_found(run_dir: Path) -> None:
     events = read_jsonl(run_dir / "metrics.jsonl")
     state = events[1]["after"]
-    assert state["yardsticks"]["text"] == {}  # the lever that was pulled began the bets anew
+    # the lever that was pulled began the bets anew, on documents that are left
+    assert state["yardsticks"]["text"] == {"english": {"used": 2}}
     edit(run_dir, 1, after={**state, "yardsticks": {"text": {"english": {"0.5": [9.0] * 6}}}})
     assert "yardsticks became" in " ".join(audit(run_dir)[1].problems)
+
+
+def test_log_that_does_not_note_used_documents_agrees(run_dir: Path) -> None:
+    events = read_jsonl(run_dir / "metrics.jsonl")
+    for event in events:
+        for state in (event["before"], event["after"]):
+            text = state["yardsticks"].get("text", {})
+            for name in list(text):
+                del text[name]["used"]
+                if not text[name]:
+                    del text[name]
+    write_jsonl(run_dir / "metrics.jsonl", events)
+    assert [one.problems for one in audit(run_dir)] == [[], [], []]
 
 
 def test_decisions_before_the_three_states_are_made_again_from_their_bounds(

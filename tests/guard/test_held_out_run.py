@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,7 +80,9 @@ class Model:
 class Run:
     """A run of a guard, as the loop of training would call it."""
 
-    def __init__(self, data: BuiltData, topology: Any, run_dir: Path) -> None:
+    def __init__(
+        self, data: BuiltData, topology: Any, run_dir: Path, *, observe: bool = False
+    ) -> None:
         self.config: Any = SimpleNamespace(
             guard=SETTINGS,
             model=SimpleNamespace(path=None, init="tiny"),
@@ -88,7 +91,7 @@ class Run:
         )
         self.model = Model()
         self.run_dir = run_dir
-        yardstick = HeldOutText(data, self.config, topology, run_dir)
+        yardstick = HeldOutText(data, self.config, topology, run_dir, observe=observe)
         self.guard = Guard([yardstick], self.config, topology, run_dir)
         self._telemetry = Telemetry(run_dir / "metrics.jsonl")
 
@@ -171,6 +174,40 @@ def test_run_that_goes_back_compares_with_the_best_look_before_that_step(run: Ru
     run.look(2, -2.0)
     (event,) = run.guard.latest["text"]
     assert event["best_step"] == 1
+
+
+def test_measurement_apart_leaves_the_best_look_and_the_baseline_alone(
+    data: BuiltData, topology: Any, run: Run
+) -> None:
+    run.look(0, 0.0)
+    run.look(1, -1.0)
+    best = (run.run_dir / "guard" / "best.json").read_bytes()
+    apart = Run(data, topology, run.run_dir, observe=True)
+    apart.model.loss_percent = -9.0
+    model: Any = apart.model
+    apart.guard.measure_apart(2, model)
+    assert (run.run_dir / "guard" / "best.json").read_bytes() == best
+    other = run.run_dir / "other"
+    other.mkdir()
+    before = Run(data, topology, other, observe=True)
+    model = before.model
+    before.guard.measure_apart(0, model)
+    assert not (other / "guard").joinpath("baseline.json").exists()
+
+
+def test_documents_that_were_bet_on_are_not_bet_on_again(run: Run) -> None:
+    """A larger interval on resumption repeats the numbers of looks."""
+    run.look(0, 0.0)
+    for step in (1, 2, 3):
+        run.look(step, 1.0)
+    bets = run.guard.state.yardsticks["text"]["web"]
+    assert bets["used"] == 3
+    run.config.guard = replace(SETTINGS, interval_steps=2)
+    run.look(4, 1.0)  # number 2 again
+    assert run.guard.state.yardsticks["text"]["web"] == bets
+    assert run.look(6, 9.0) == "red"  # the panel alone proves it
+    assert run.guard.state.yardsticks["text"]["web"]["used"] == 3
+    assert main(["guard", "audit", "--run_dir", str(run.run_dir)]) == 0
 
 
 def test_other_documents_under_the_same_baseline_are_refused(

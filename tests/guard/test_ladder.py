@@ -59,6 +59,15 @@ def test_checkpoint_is_green_only_if_every_domain_is() -> None:
         assert after.green == (state == "green")
 
 
+def test_line_is_that_of_the_reading_which_for_traces_is_the_tolerance() -> None:
+    certain = dataclasses.replace(english(0.7), kind="traces", state="amber")
+    after, decision = decide(GuardState(), [certain], SETTINGS, replay_room=0.5)
+    assert decision.action == "none" and not after.over
+    lost = dataclasses.replace(english(0.7), kind="traces", state="red")
+    after, decision = decide(GuardState(), [lost], SETTINGS, replay_room=0.5)
+    assert decision.action == "warn" and after.over == {"english": 1}
+
+
 def test_domain_that_was_not_measured_keeps_its_count_and_pulls_no_lever() -> None:
     state, decisions = climb([0.6])
     old = english(6.0, age_steps=10)
