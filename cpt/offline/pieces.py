@@ -13,7 +13,8 @@ Decisions
     Under expert parallelism all ranks make equally many passes: a rank without an item left gets
     None and computes a filler.
     Ranks agree on a stop between two passes. Then the round ends, everything that is computed is
-    written, and all leave.
+    written, and all leave. A function that divides the items itself may end a round with
+    GenerationStopped: then the span in progress is not kept.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from cpt.offline.ranks import OfflineRanks
 from cpt.parallel.agreement import gather_json
 from cpt.resilience.faults import fault_point
 from cpt.resilience.lock import RunLock, take_lock
+from cpt.training.generate import GenerationStopped
 from data_pipeline.store.files import PARTIAL_SUFFIX, atomic_write, write_json
 
 IDENTITY_FILE = "work.json"
@@ -126,7 +128,7 @@ class Pieces:
     def __init__(self, folder: Path, ranks: OfflineRanks) -> None:
         """Look at what is there."""
         self.folder = folder
-        self._ranks = ranks
+        self.ranks = ranks
         self._num_passes = 0
         self._num_rounds = 0
         self._pieces: list[Piece] = []
@@ -146,41 +148,43 @@ class Pieces:
         Raises:
             RequeueRequested: on all ranks, if any has been asked to stop; the pieces stay.
         """
-        rank = self._ranks.topology.rank
-        world_size = self._ranks.topology.world_size
+        rank = self.ranks.topology.rank
+        world_size = self.ranks.topology.world_size
         missing = self.missing(series)
         with self._progress_bar(series, len(missing)) as bar:
             while missing:
                 self._begin_round(series)
-                spans = next_spans(missing, world_size, self._ranks.options.save_every)
+                spans = next_spans(missing, world_size, self.ranks.options.save_every)
                 results = self._compute_round(spans, compute, bar)
                 mine = spans[rank][: len(results)]
                 self._save(series, mine, functools.partial(pack, results))
                 missing = self.missing(series)
 
     def compute_together(
-        self, series: ItemSeries, compute: ComputeTogether, *, span_length: int | None = None
+        self, series: ItemSeries, compute: ComputeTogether, *, span_length: int
     ) -> None:
         """Compute what is missing with a function that divides the items itself.
 
         Args:
             series: The items.
             compute: Computes consecutive items.
-            span_length: Items of a piece; None for `save_every` a rank.
+            span_length: Items of a piece at most.
 
         Raises:
             RequeueRequested: see `compute`.
         """
         missing = self.missing(series)
-        if span_length is None:
-            span_length = self._ranks.options.save_every * self._ranks.topology.world_size
         with self._progress_bar(series, len(missing)) as bar:
             while missing:
                 self._begin_round(series)
                 self._begin_pass()
                 (span,) = next_spans(missing, 1, span_length)
-                content = compute(span, functools.partial(self._report, bar))
-                mine = span if self._ranks.is_first else range(0)
+                try:
+                    content = compute(span, functools.partial(self._report, bar))
+                except GenerationStopped:
+                    self._leave_if_asked(series)
+                    raise
+                mine = span if self.ranks.is_first else range(0)
                 self._save(series, mine, functools.partial(_itself, content))
                 bar.update(len(span))
                 missing = self.missing(series)
@@ -212,7 +216,7 @@ class Pieces:
                 values += content
             return values
 
-        return self._ranks.on_first(read)
+        return self.ranks.on_first(read)
 
     def _progress_bar(self, series: ItemSeries, num_missing: int) -> tqdm[Any]:
         return tqdm(
@@ -220,11 +224,15 @@ class Pieces:
             initial=series.num_items - num_missing,
             desc=series.name,
             unit=series.unit,
-            disable=not self._ranks.is_first or not series.num_items,
+            disable=not self.ranks.is_first or not series.num_items,
         )
 
     def _begin_round(self, series: ItemSeries) -> None:
-        """Leave here if anybody asks: all that was computed is on disk."""
+        self._leave_if_asked(series)
+        self._num_rounds += 1
+
+    def _leave_if_asked(self, series: ItemSeries) -> None:
+        """Leave here if anybody asks: all that is to be kept is on disk."""
 
         def done() -> str:
             num_done = series.num_items - len(self.missing(series))
@@ -233,24 +241,23 @@ class Pieces:
                 f"kept in {self.folder}. The same command goes on from there."
             )
 
-        self._ranks.leave_if_asked(done)
-        self._num_rounds += 1
+        self.ranks.leave_if_asked(done)
 
     def _begin_pass(self) -> None:
         self._num_passes += 1
-        self._ranks.clock.enter("evaluate", self._num_rounds)
+        self.ranks.clock.enter("evaluate", self._num_rounds)
         fault_point("offline_pass", self._num_passes)
 
     def _report(self, bar: tqdm[Any], num_finished: int, num_tokens: int) -> None:
         """Show that a call of `generate` goes on, to people and to the watchdog."""
-        self._ranks.clock.enter("sample", self._num_rounds)
+        self.ranks.clock.enter("sample", self._num_rounds)
         bar.set_postfix({"ready": num_finished, "tokens": num_tokens})
 
     def _compute_round(
         self, spans: Sequence[range], compute: Compute[Result], bar: tqdm[Any]
     ) -> list[Result]:
         """Compute this rank's span, or its first part if the round ends early."""
-        mine = spans[self._ranks.topology.rank]
+        mine = spans[self.ranks.topology.rank]
         begun_at = time.monotonic()
         results = []
         for index in range(max(map(len, spans))):
@@ -267,8 +274,8 @@ class Pieces:
     def _ends_early(self, begun_at: float) -> bool:
         """Return whether any rank has been asked to stop, or finds the round too long."""
         is_long = time.monotonic() - begun_at > SAVE_SECONDS
-        wish = torch.tensor(int(is_long or self._ranks.options.stop.requested()))
-        dist.all_reduce(wish, dist.ReduceOp.MAX, group=self._ranks.topology.control_group)
+        wish = torch.tensor(int(is_long or self.ranks.options.stop.requested()))
+        dist.all_reduce(wish, dist.ReduceOp.MAX, group=self.ranks.topology.control_group)
         return bool(wish)
 
     def _save(self, series: ItemSeries, mine: range, content: Callable[[], Any]) -> None:
@@ -278,9 +285,9 @@ class Pieces:
             fault_point("offline_piece", self._num_rounds)
             return [write_piece(self.folder, series.name, mine, content())] if mine else []
 
-        self._ranks.clock.enter("save", self._num_rounds)
-        own = self._ranks.together(write)
-        for names in gather_json(own, self._ranks.topology.control_group):
+        self.ranks.clock.enter("save", self._num_rounds)
+        own = self.ranks.together(write)
+        for names in gather_json(own, self.ranks.topology.control_group):
             self._add(names)
 
     def _add(self, names: Sequence[str]) -> None:

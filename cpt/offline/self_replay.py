@@ -7,14 +7,14 @@
 Decisions
     The random stream of a document follows from the seed of the set and the document's number. So
     the same model, prompts and settings give the same files, in one process and on all ranks of a
-    launcher, in one go and in several.
+    launcher, in one go and in several: bit for bit on CPUs in fp32, as far as no two tokens are
+    equally likely up to the order of sums. On GPUs the rounding of bf16 may differ between layouts.
     A reply without an end or without a final channel is no conversation. It is left out and
     counted.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,21 +28,15 @@ from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.checksums import sampled_hash
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.hf_layout import tensor_files
+from cpt.model.weights.writer import published, refuse_existing
 from cpt.offline.model import OfflineModel
-from cpt.offline.pieces import (
-    ComputeTogether,
-    ItemSeries,
-    Pieces,
-    Report,
-    kept_pieces,
-    partial_folder,
-)
+from cpt.offline.pieces import ItemSeries, Pieces, kept_pieces, partial_folder
 from cpt.offline.ranks import RankOptions, offline_ranks
+from cpt.offline.replies import compute_replies
 from cpt.offline.sampling import decode_tokens
 from cpt.resilience.faults import fault_point
-from cpt.training.generate import generate
 from cpt.training.sampling import Sampling
-from data_pipeline.build.self_replay import SIDECAR, write_sidecar
+from data_pipeline.build.self_replay import write_sidecar
 from data_pipeline.store.files import atomic_write
 from data_pipeline.text.harmony import DEFAULT_DATE, RETURN, STOP_IDS, encode_prompt
 from data_pipeline.text.harmony_reply import ReplyMessage, parse_reply
@@ -58,7 +52,7 @@ class ReplayRequest:
     model_dir: Path
     """Hugging Face directory of the base model."""
     out: Path
-    """New folder for the files."""
+    """Folder to write; it must not exist."""
     prefixes: Path | None
     """JSONL with `text`: the first tokens of each are continued."""
     questions: Path | None
@@ -86,7 +80,7 @@ def sample_replay(request: ReplayRequest, options: RankOptions | None = None) ->
     weights = DirectoryWeights(request.model_dir, parameter_shapes(config))
     folder = partial_folder(request.out)
     with offline_ranks(config, folder, options or RankOptions()) as ranks:
-        ranks.on_first(lambda: _refuse_replay(request.out))
+        ranks.on_first(lambda: refuse_existing(request.out))
         model = OfflineModel(config, ranks.topology)
         identity = {
             "command": "replay",
@@ -99,10 +93,13 @@ def sample_replay(request: ReplayRequest, options: RankOptions | None = None) ->
         with kept_pieces(request.out, identity, ranks) as pieces:
             if pieces.missing(prompts.of_texts) or pieces.missing(prompts.of_questions):
                 model.load(weights)
-            sample = functools.partial(_sample, model, request.sampling)
-            # the number of a document is that of its random stream
-            pieces.compute_together(prompts.of_texts, sample(prompts.prefixes, 0))
-            pieces.compute_together(prompts.of_questions, sample(prompts.asked, 1))
+            # texts have the even random streams, questions the odd ones
+            for series, asked, parity in (
+                (prompts.of_texts, prompts.prefixes, 0),
+                (prompts.of_questions, prompts.asked, 1),
+            ):
+                numbers = range(parity, 2 * len(asked) + parity, 2)
+                compute_replies(pieces, series, model, asked, request.sampling, numbers)
             base_model = ranks.hash_of_weights(files)
             return ranks.on_first(lambda: _write(request, prompts, pieces, base_model))
 
@@ -128,19 +125,6 @@ class _Prompts:
         )
 
 
-def _sample(
-    model: OfflineModel, sampling: Sampling, prompts: Sequence[Sequence[int]], parity: int
-) -> ComputeTogether:
-    """Return what samples replies to some of the prompts; prompt n has stream 2 n + parity."""
-
-    def compute(span: range, report: Report) -> list[list[int]]:
-        asked = [prompts[index] for index in span]
-        numbers = [2 * index + parity for index in span]
-        return generate(model, asked, sampling, numbers=numbers, report=report)
-
-    return compute
-
-
 def _write(request: ReplayRequest, prompts: _Prompts, pieces: Pieces, base_model: str) -> str:
     """Write what can be used of the samples, and return a sentence about it."""
     fault_point("offline_publish", 0)
@@ -152,19 +136,19 @@ def _write(request: ReplayRequest, prompts: _Prompts, pieces: Pieces, base_model
         raise DataError(
             f"{request.model_dir}: none of {num_texts + num_questions} samples can be used."
         )
-    request.out.mkdir(parents=True, exist_ok=True)
-    names = []
-    for name, records in (("plain.jsonl", plain), ("chat.jsonl", chat)):
-        if records:
-            _write_records(request.out / name, records)
-            names.append(name)
     settings = {
         "sampling": asdict(request.sampling),
         "prefix_tokens": request.prefix_tokens,
         "prompts": prompts.digest,
         "left_out": {"plain": num_texts - len(plain), "chat": num_questions - len(chat)},
     }
-    write_sidecar(request.out, base_model, settings, names)
+    with published(request.out) as folder:
+        names = []
+        for name, records in (("plain.jsonl", plain), ("chat.jsonl", chat)):
+            if records:
+                _write_records(folder / name, records)
+                names.append(name)
+        write_sidecar(folder, base_model, settings, names)
     return (
         f"{request.out}: {len(plain)} of {num_texts} texts, {len(chat)} of {num_questions} "
         f"conversations, written by the model {base_model[:16]}"
@@ -190,20 +174,16 @@ def _check(request: ReplayRequest) -> None:
         raise ConfigError(problems)
 
 
-def _refuse_replay(out: Path) -> None:
-    if (out / SIDECAR).exists():
-        raise ConfigError(f"--out {out} holds replay already. Choose another folder.")
-
-
 def _read(path: Path | None, field: str) -> list[str]:
     """Return one field of every record of a JSONL file."""
     if path is None:
         return []
     values = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                values.append(json.loads(line).get(field))
+        with path.open("rb") as file:  # text may hold characters that end a line for Python
+            for line in file:
+                if line.strip():
+                    values.append(json.loads(line).get(field))
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read as JSONL ({error}).") from error
     for number, value in enumerate(values, 1):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import yaml
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from cpt.cli import main
+from cpt.offline.pieces import Pieces
 from cpt.resilience.faults import InjectedFault
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_file import load_mix
@@ -212,6 +216,33 @@ def test_stop_request_to_one_rank_ends_all_with_75_and_what_is_done_stays(
     monkeypatch.delenv("CPT_FAULT")
     assert main(kl_targets(folder, out)) == 0
     assert files_of(out) == results["kl_targets"]
+
+
+@pytest.mark.parametrize(("command", "series"), [(replay, "texts"), (evaluate, "replies-0")])
+def test_stop_request_does_not_wait_for_long_replies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: Command, series: str
+) -> None:
+    tasks = [{"language": "en", "max_drop": 50.0, **TASKS[2], "max_new_tokens": 40}]
+    (folder / "long.yaml").write_text(yaml.safe_dump({"tasks": tasks}))
+    longer = {evaluate: ("--tasks", str(folder / "long.yaml")), replay: ("--max_new_tokens", "40")}
+    out = folder / "long" / command.__name__
+    arguments = [*command(folder, out), *longer[command], "--save_every", "2"]
+    report = Pieces._report
+
+    def report_and_stop(pieces: Pieces, bar: Any, num_finished: int, num_tokens: int) -> None:
+        report(pieces, bar, num_finished, num_tokens)
+        if pieces._num_rounds == 2 and num_tokens:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pieces, "_report", report_and_stop)
+        assert main(arguments) == 75
+    pieces = sorted(out.with_name(f"{out.name}.partial").glob(f"{series}.*"))
+    assert [path.name.split(".")[1] for path in pieces] == ["000000000-000000002"]
+    assert main(arguments) == 0
+    undisturbed = folder / "undisturbed" / command.__name__
+    assert main([*command(folder, undisturbed), *longer[command]]) == 0
+    assert files_of(out) == files_of(undisturbed)
 
 
 def test_stop_file_ends_a_command_in_one_process(folder: Path) -> None:

@@ -15,6 +15,9 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from cpt.cli import main
 from cpt.errors import ConfigError, DataError
 from cpt.job.data import check_replay
+from cpt.offline.ranks import RankOptions
+from cpt.offline.replies import prompts_of_rank
+from cpt.training.sampling import Sampling
 from data_pipeline.build.build import build
 from data_pipeline.build.self_replay import SIDECAR
 from data_pipeline.config.mix_config import MixConfig
@@ -103,7 +106,7 @@ def test_whole_replies_become_conversations_and_others_are_left_out_and_counted(
                 replies.append([*analysis, *part("final", "42"), RETURN])
         return replies
 
-    monkeypatch.setattr("cpt.offline.self_replay.generate", reply)
+    monkeypatch.setattr("cpt.offline.replies.generate", reply)
     questions = ("--questions", str(folder / "questions.jsonl"))
     arguments = ["replay", "--model", str(base), "--out", str(folder / "replay"), *questions]
     assert main(arguments) == 0
@@ -163,6 +166,33 @@ def test_edited_text_or_text_without_its_sidecar_is_refused_at_build(
     (folder / "replay" / SIDECAR).unlink()
     with pytest.raises(DataError, match=r"no self_replay.json beside it"):
         build(mix_of(folder), folder / "out", progress=False)
+
+
+def test_a_folder_that_exists_is_refused_and_its_files_are_not_replaced(
+    base: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = folder / "data"
+    data.mkdir()
+    (folder / "prefixes.jsonl").rename(data / "plain.jsonl")
+    before = (data / "plain.jsonl").read_bytes()
+    own = ("--prefixes", str(data / "plain.jsonl"))
+    assert replay(folder, base, "data", *own) == 78
+    assert f"{data} exists already and is not overwritten" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in data.iterdir()} == {"plain.jsonl": before}
+
+
+def test_a_line_ends_only_where_json_lines_end(base: Path, folder: Path) -> None:
+    text = "Lamps\u2028along the river\x85were lit"
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    (folder / "prefixes.jsonl").write_text(f"{line}\r\n\n{line}\n", encoding="utf-8", newline="")
+    assert replay(folder, base, "replay") == 0
+    assert len(read_jsonl(folder / "replay" / "plain.jsonl")) == 2
+
+
+def test_few_long_replies_are_sampled_between_two_saves() -> None:
+    options = RankOptions(save_every=32)
+    found = [prompts_of_rank(options, Sampling(max_new_tokens=n)) for n in (64, 4096, 32768, 2**20)]
+    assert found == [32, 32, 4, 1]
 
 
 def test_a_request_that_cannot_be_right_is_refused(

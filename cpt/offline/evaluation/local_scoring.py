@@ -5,7 +5,8 @@
         -> 1, 0 or nats per document
 
 Texts are scored by one rank each, longest first, so that ranks have texts of about one length at
-the same time. One process and many give the same numbers.
+the same time. On CPUs in fp32 one process and many give the same numbers; on GPUs layouts may differ
+by the rounding of bf16.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from cpt.offline.evaluation.local import Record, read_records
 from cpt.offline.evaluation.scores import Score
 from cpt.offline.evaluation.tasks import Task
 from cpt.offline.model import OfflineModel
-from cpt.offline.pieces import Compute, ItemSeries, Pieces, Report
+from cpt.offline.pieces import Compute, ItemSeries, Pieces
+from cpt.offline.replies import compute_replies
 from cpt.offline.sampling import decode_tokens
-from cpt.training.generate import generate
 from cpt.training.loader import NO_SOURCE, filler_row, make_micro_batch
 from cpt.training.sampling import Sampling
 from data_pipeline.dataset import IGNORED_LABEL, PackedRow
@@ -237,8 +238,4 @@ def _answer(one: _LocalTask, model: OfflineModel, series: ItemSeries, pieces: Pi
     """Let the model answer the prompts of a task."""
     sampling = Sampling(max_new_tokens=one.task.max_new_tokens)
 
-    def compute(span: range, report: Report) -> list[list[int]]:
-        prompts = [one.prompts[index] for index in span]
-        return generate(model, prompts, sampling, report=report)
-
-    pieces.compute_together(series, compute)
+    compute_replies(pieces, series, model, one.prompts, sampling, range(len(one.prompts)))
