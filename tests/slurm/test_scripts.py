@@ -350,6 +350,32 @@ def test_offline_job_is_done_when_its_result_is_there_and_its_pieces_are_gone(
     assert bench.run("offline.sbatch", "train", "--out", "x")[0] == 78
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("merge --base a --tuned b", 78),
+        ("merge --base a --tuned b --mix mix.yaml", 0),
+        ("merge --base a --tuned b --mix=mix.yaml --score_only", 0),
+        ("export --run_dir r --format mxfp4", 78),
+        ("export --run_dir r --format mxfp4 --score auto", 78),
+        ("export --run_dir r --format bf16 --score always", 78),
+        ("export --run_dir r --format mxfp4 --score always", 0),
+        ("export --score=always --format=mxfp4 --run_dir r", 0),
+    ],
+)
+def test_offline_job_of_which_one_rank_would_do_all_is_refused(
+    bench: Bench, words: str, code: int
+) -> None:
+    out = bench.folder / "result"
+    out.touch()
+    found, output = bench.run(
+        "offline.sbatch", *words.split(), "--out", str(out), DEEPSPEED_EXIT="0"
+    )
+    assert found == code, output
+    assert ("only one rank works" in output) == (code == 78)
+    assert bool(bench.calls("deepspeed")) == (code == 0)
+
+
 def test_export_and_data_jobs_run_in_the_same_environment(bench: Bench) -> None:
     assert bench.run("export.sbatch", "out", "--format", "mxfp4")[0] == 0
     array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0"}

@@ -5,8 +5,8 @@
         -> 1, 0 or nats per document
 
 Texts are scored by one rank each, longest first, so that ranks have texts of about one length at
-the same time. On CPUs in fp32 one process and many give the same numbers; on GPUs layouts may differ
-by the rounding of bf16.
+the same time. On CPUs in fp32 one process and many give the same numbers; on GPUs layouts may
+differ by the rounding of bf16.
 """
 
 from __future__ import annotations
