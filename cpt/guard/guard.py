@@ -91,6 +91,17 @@ class Guard:
             settings=settings,
         )
 
+    def open_untouched(self, step: int) -> None:
+        """Read what every yardstick kept of the untouched model, before a run goes on.
+
+        Otherwise a run would train to its next look only to be refused there.
+
+        Raises:
+            ConfigError: a baseline is missing, or of another model or other content.
+        """
+        for yardstick in self._yardsticks:
+            yardstick.open_untouched(step)
+
     def measure(
         self,
         step: int,

@@ -104,6 +104,17 @@ class HeldOutText(TextJudge):
         """Return that text is scored at every look."""
         return True
 
+    def open_untouched(self, step: int) -> None:
+        """Read the baseline; see `cpt.guard.yardstick.Yardstick.open_untouched`."""
+        if self.baseline:
+            return
+        self.baseline = self._stored_baseline()
+        if not self.baseline and step:
+            raise ConfigError(
+                f"{self._baseline_file} is missing, and at step {step} the untouched model is "
+                "gone. Restore the file, or go on with --set guard.enabled=false."
+            )
+
     def measure(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> Json | None:
         """Score the domains that have a baseline, all of them at step 0.
 
@@ -114,8 +125,7 @@ class HeldOutText(TextJudge):
         Raises:
             ConfigError: see `cpt.guard.yardstick.Yardstick.measure`.
         """
-        if not self.baseline:
-            self.baseline = self._stored_baseline()
+        self.open_untouched(look.step)
         if not self.baseline:
             baseline = self._measure_baseline(look, engine, stop)
             if baseline is None:
@@ -162,14 +172,9 @@ class HeldOutText(TextJudge):
             Baselines by domain; None if a stop was requested before every domain was scored.
 
         Raises:
-            ConfigError: the model is not untouched, its scores are not finite, or its documents
-                cannot show a loss of the tolerance while the guard is to act on one.
+            ConfigError: its scores are not finite, or its documents cannot show a loss of the
+                tolerance while the guard is to act on one.
         """
-        if look.step != 0:
-            raise ConfigError(
-                f"{self._baseline_file} is missing, and at step {look.step} the untouched model is "
-                "gone. Restore the file, or go on with --set guard.enabled=false."
-            )
         baselines: dict[str, DomainBaseline] = {}
         for name, domain in self._data.items():
             if baselines and self._is_stopped(stop):

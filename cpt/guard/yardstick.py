@@ -230,6 +230,17 @@ class Yardstick(Judge, Protocol):
         """Return whether it measures at a look; it does at step 0 and at the end of the run."""
         ...
 
+    def open_untouched(self, step: int) -> None:
+        """Read what was kept of the untouched model, unless it is known; `measure` does so, too.
+
+        Args:
+            step: Optimizer steps done. At 0 nothing needs to be there.
+
+        Raises:
+            ConfigError: there is no baseline, or it is of another model or other content.
+        """
+        ...
+
     def measure(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> Json | None:
         """Measure the present weights.
 

@@ -42,9 +42,13 @@ def train(job: Job) -> None:
 
     Raises:
         RequeueRequested: stopped on request, or paused by the guard, after saving.
+        ConfigError: the guard could not measure, because what it kept of the untouched model is
+            missing or of another model.
     """
     settings, progress = job.config.train, job.progress
     last_step = job.last_step
+    if job.guard is not None and 0 < progress.step < last_step:
+        job.guard.open_untouched(progress.step)
     go_on_after_pause(job)
     if progress.step >= last_step > 0:
         if job.topology.rank == 0:

@@ -222,6 +222,20 @@ def test_other_documents_under_the_same_baseline_are_refused(
         Run(data, topology, run.run_dir).look(1, 0.0)
 
 
+def test_missing_baseline_is_refused_before_a_step_is_trained(
+    data: BuiltData, topology: Any, run: Run
+) -> None:
+    run.look(0, 0.0)
+    run.guard.open_untouched(1)
+    file = run.run_dir / "guard" / "baseline.json"
+    Run(data, topology, run.run_dir).guard.open_untouched(1)
+    file.unlink()
+    resumed = Run(data, topology, run.run_dir)
+    with pytest.raises(ConfigError, match="at step 1 the untouched model is gone"):
+        resumed.guard.open_untouched(1)
+    resumed.guard.open_untouched(0)
+
+
 def test_stop_while_the_baseline_is_measured_keeps_nothing(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

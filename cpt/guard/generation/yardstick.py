@@ -147,7 +147,8 @@ class Generation(GenerationJudge):
         Raises:
             ConfigError: see `cpt.guard.yardstick.Yardstick.measure`.
         """
-        if not self.untouched and not self._answer_untouched(look, engine, stop):
+        self.open_untouched(look.step)
+        if not self.untouched and not self._answer_untouched(engine, stop):
             return None
         number = look_of_step(look.step, self._interval)
         step = look.step
@@ -163,36 +164,51 @@ class Generation(GenerationJudge):
         """Return the rates of all domains as a table for people."""
         return generation_table(events)
 
-    def _answer_untouched(
-        self, look: Look, engine: TrainingEngine, stop: StopRequest | None
-    ) -> bool:
-        """Read the replies of the untouched model, or generate them at step 0.
+    def open_untouched(self, step: int) -> None:
+        """Read the replies; see `cpt.guard.yardstick.Yardstick.open_untouched`."""
+        if self.untouched or step == 0:
+            return
+        found = self._all_stored()
+        if not found:
+            raise missing_untouched(untouched_file(self._folder, self.domain_names[0]), step)
+        left_out = [name for name in self._pools if name not in found]
+        if left_out and self._topology.rank == 0:
+            log.warning(
+                "prompts %s are left out: the untouched model has not answered them.",
+                ", ".join(left_out),
+            )
+        self.untouched = found
+
+    def _answer_untouched(self, engine: TrainingEngine, stop: StopRequest | None) -> bool:
+        """Generate the replies of the untouched model that are not there yet.
 
         Returns:
             False if a stop was requested before everything was answered.
         """
-        weights = base_weights(self._config, self._topology)
-        stored = {}
+        weights = self._base_weights()
+        found = self._all_stored()
         for name, pool in self._pools.items():
-            stored[name] = self._stored(pool, weights)
-        if look.step and not any(stored.values()):
-            raise missing_untouched(untouched_file(self._folder, self.domain_names[0]), look.step)
-        found = {}
-        for name, pool in self._pools.items():
-            answered = stored[name]
-            if answered is None and look.step:
-                if self._topology.rank == 0:
-                    log.warning(
-                        "prompts %s are left out: the untouched model has not answered them.", name
-                    )
+            if name in found:
                 continue
-            if answered is None:
-                answered = self._answer_pool(pool, weights, engine, stop)
+            answered = self._answer_pool(pool, weights, engine, stop)
             if answered is None:
                 return False
             found[name] = answered
         self.untouched = found
         return True
+
+    def _base_weights(self) -> str:
+        return base_weights(self._config, self._topology)
+
+    def _all_stored(self) -> dict[str, Untouched]:
+        """Return the stored replies of the untouched model by domain; see `_stored`."""
+        weights = self._base_weights()
+        found = {}
+        for name, pool in list(self._pools.items()):
+            stored = self._stored(pool, weights)
+            if stored is not None:
+                found[name] = stored
+        return found
 
     def _stored(self, pool: PromptPool, weights: str) -> Untouched | None:
         """Return the stored replies of the untouched model; None if there are none.

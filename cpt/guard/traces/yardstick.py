@@ -98,7 +98,8 @@ class OwnTraces(TraceJudge):
                 none at a later step.
             DataError: they are damaged.
         """
-        if not self._kept and not self._prepare(look, engine, stop):
+        self.open_untouched(look.step)
+        if not self._kept and not self._prepare(engine, stop):
             return None
         scores: Json = {}
         for name, kept in self._kept.items():
@@ -114,8 +115,21 @@ class OwnTraces(TraceJudge):
         """Return the divergences of all domains as a table for people."""
         return divergence_table(events)
 
-    def _prepare(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> bool:
-        """Read the traces of all domains, or sample them at step 0.
+    def open_untouched(self, step: int) -> None:
+        """Read the traces; see `cpt.guard.yardstick.Yardstick.open_untouched`."""
+        if self._kept or step == 0:
+            return
+        weights = base_weights(self._config, self._topology)
+        found: dict[str, KeptTraces] = {}
+        for name, domain in self._domains.items():
+            kept = self._read(self._asked(domain), weights)
+            if kept is not None:
+                found[name] = kept
+        self._refuse_none(found, step)
+        self._kept = found
+
+    def _prepare(self, engine: TrainingEngine, stop: StopRequest | None) -> bool:
+        """Read the traces of all domains, and sample those that are not there yet.
 
         Returns:
             False if a stop was requested meanwhile.
@@ -125,13 +139,12 @@ class OwnTraces(TraceJudge):
         for name, domain in self._domains.items():
             asked = self._asked(domain)
             kept = self._read(asked, weights)
-            if kept is None and look.step == 0:
+            if kept is None:
                 if not self._sample(asked, weights, engine, stop):
                     return False
                 kept = self._read(asked, weights)
-            if kept is not None:
-                found[name] = kept
-        self._refuse_none(found, look.step)
+            assert kept is not None
+            found[name] = kept
         self._kept = found
         return True
 

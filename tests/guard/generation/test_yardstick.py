@@ -309,7 +309,14 @@ def test_other_prompts_another_model_and_a_missing_file_are_refused(
         open_yardstick(workplace, names=["maths"], effort="low").measure(look(10), engine, None)
     with pytest.raises(ConfigError, match="another untouched model"):
         open_yardstick(workplace, names=["maths"], seed=2).measure(look(10), engine, None)
+    resumed = open_yardstick(workplace, names=["maths"])
+    resumed.open_untouched(10)
+    assert list(resumed.untouched) == ["maths"]
+    with pytest.raises(ConfigError, match="replies to other prompts"):
+        open_yardstick(workplace, names=["maths"], effort="low").open_untouched(10)
     (workplace / "guard" / "generation" / "untouched-maths.json").unlink()
+    with pytest.raises(ConfigError, match="at step 10 the untouched model is gone"):
+        open_yardstick(workplace, names=["maths"]).open_untouched(10)
     with pytest.raises(ConfigError, match="at step 10 the untouched model is gone"):
         open_yardstick(workplace, names=["maths"]).measure(look(10), engine, None)
 
