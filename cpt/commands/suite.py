@@ -97,10 +97,11 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _collect(options: argparse.Namespace) -> None:
-    from cpt.offline.evaluation.scores import write_result
+    from cpt.offline.evaluation.scores import refuse_same_file, write_result
     from cpt.offline.evaluation.suite_results import collect
     from cpt.offline.evaluation.verdict import score_table
 
+    refuse_same_file(options.out, {"--suite": options.suite})
     result = collect(_suite(options), options.results, options.model, options.step)
     write_result(options.out, result)
     print(f"{score_table(result.scores, ())}\n-> {options.out}")
@@ -109,9 +110,11 @@ def _collect(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from cpt.offline.evaluation.scores import read_result, write_result
+    from cpt.offline.evaluation.scores import read_result, refuse_same_file, write_result
     from cpt.offline.evaluation.verdict import compare_with_baseline, refuse_drops, score_table
 
+    inputs = {"--suite": options.suite, "--baseline": options.baseline}
+    refuse_same_file(options.result, inputs, "--result")
     limits = _suite(options).limits
     result = read_result(options.result, "--result")
     baseline = read_result(options.baseline)

@@ -17,7 +17,7 @@ from cpt.export.merge import (
 )
 from cpt.guard.paired_test import compare_scores
 from cpt.guard.score import DomainScore, ScoredSet
-from cpt.model.weights.checksums import sampled_hash
+from cpt.model.weights.checksums import model_hash
 from cpt.model.weights.writer import published, refuse_existing
 from cpt.offline.model import OfflineModel
 from cpt.offline.pieces import kept_pieces, partial_folder
@@ -115,8 +115,8 @@ def _identity(pair: Pair, sets: Sequence[ScoredSet], model: OfflineModel) -> dic
     """Return what the scores are computed from; each alpha has pieces of its own."""
     return {
         "command": "merge",
-        "base": sampled_hash(pair.base.files),
-        "tuned": sampled_hash(pair.tuned.files),
+        "base": model_hash(pair.base.path, pair.base.files),
+        "tuned": model_hash(pair.tuned.path, pair.tuned.files),
         "sets": {domain.name: domain.content_hash() for domain in sets},
         "computed_in": str(model.dtype).removeprefix("torch."),
     }

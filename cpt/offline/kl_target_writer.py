@@ -21,7 +21,7 @@ import torch
 from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
-from cpt.model.weights.checksums import sampled_hash
+from cpt.model.weights.checksums import model_hash
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.model.weights.writer import (
@@ -130,7 +130,7 @@ def _identity(request: TargetsRequest, data: BuiltData, computed_in: str) -> dic
     row_hashes = data.manifest.row_hashes()
     return {
         "command": "kl_targets",
-        "model": sampled_hash(set(tensor_files(request.model_dir).values())),
+        "model": model_hash(request.model_dir, set(tensor_files(request.model_dir).values())),
         "build": data.manifest.fingerprint,
         "rows": {name: row_hashes[name] for name in sorted(request.sources)},
         "top_k": request.top_k,

@@ -25,7 +25,7 @@ from typing import Any
 from cpt.errors import ConfigError, DataError
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
-from cpt.model.weights.checksums import sampled_hash
+from cpt.model.weights.checksums import model_hash
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.model.weights.writer import published, refuse_existing
@@ -84,7 +84,7 @@ def sample_replay(request: ReplayRequest, options: RankOptions | None = None) ->
         model = OfflineModel(config, ranks.topology)
         identity = {
             "command": "replay",
-            "model": ranks.on_first(lambda: sampled_hash(files)),
+            "model": ranks.on_first(lambda: model_hash(request.model_dir, files)),
             "sampling": asdict(request.sampling),
             "prefix_tokens": request.prefix_tokens,
             "prompts": prompts.digest,

@@ -282,6 +282,25 @@ def test_pieces_of_other_settings_or_another_model_are_refused(
     arguments[arguments.index("--model") + 1] = str(folder / "tuned")
     assert main(arguments) == 78
     assert "model was " in capsys.readouterr().err
+    config = folder / "base" / "config.json"
+    before = config.read_text()
+    try:
+        config.write_text(before.replace('"num_experts_per_tok": 2', '"num_experts_per_tok": 1'))
+        assert config.read_text() != before
+        assert main(kl_targets(folder, out)) == 78
+    finally:
+        config.write_text(before)
+    assert "model was " in capsys.readouterr().err
+
+
+def test_result_is_not_written_over_the_tasks(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = folder / "tasks.yaml"
+    before = tasks.read_bytes()
+    assert main(evaluate(folder, folder / "one" / ".." / "tasks.yaml")) == 78
+    assert "is the file of --tasks" in capsys.readouterr().err
+    assert tasks.read_bytes() == before
 
 
 def test_damaged_piece_is_named_and_only_its_items_are_computed_anew(

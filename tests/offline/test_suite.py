@@ -438,7 +438,16 @@ def test_compare_writes_verdicts_and_ends_with_65_and_plot_writes_a_figure(
     (verdict,) = json.loads(Path(now).read_text())["verdicts"]
     assert (verdict["lost"], verdict["won"], verdict["state"]) == (60, 0, "dropped")
     assert read_result(Path(now)).step == 100
-    assert main(["suite", "compare", *suite, "--result", base, "--baseline", base]) == 0
+    before = Path(base).read_bytes()
+    assert main(["suite", "compare", *suite, "--result", base, "--baseline", base]) == 78
+    assert "is the file of --baseline" in capsys.readouterr().err
+    results = ["--results", str(tmp_path), "--model", str(tmp_path), "--out", suite[1]]
+    assert main(["suite", "collect", *suite, *results]) == 78
+    assert "is the file of --suite" in capsys.readouterr().err
+    assert Path(base).read_bytes() == before
+    again = str(tmp_path / "again.json")
+    Path(again).write_bytes(before)
+    assert main(["suite", "compare", *suite, "--result", again, "--baseline", base]) == 0
     figure = tmp_path / "figures" / "scores.svg"
     assert main(["suite", "plot", base, now, "--out", str(figure)]) == 0
     assert figure.read_text().startswith("<?xml")

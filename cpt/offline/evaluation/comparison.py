@@ -13,12 +13,19 @@ from typing import Any
 from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
-from cpt.model.weights.checksums import sampled_hash
+from cpt.model.weights.checksums import model_hash
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.offline.evaluation.harness import check_harness, score_harness
 from cpt.offline.evaluation.local import local_contents
 from cpt.offline.evaluation.local_scoring import score_local
-from cpt.offline.evaluation.scores import Result, Score, Verdict, read_result, write_result
+from cpt.offline.evaluation.scores import (
+    Result,
+    Score,
+    Verdict,
+    read_result,
+    refuse_same_file,
+    write_result,
+)
 from cpt.offline.evaluation.tasks import Task, load_tasks
 from cpt.offline.evaluation.verdict import (
     check_baseline,
@@ -59,12 +66,13 @@ def evaluate(
         options: How the ranks work together.
 
     Raises:
-        ConfigError: the tasks or the baseline cannot decide anything, or a task was not shown to be
-            kept; in the latter case the result is written.
+        ConfigError: `out` is one of the inputs, the tasks or the baseline cannot decide anything,
+            or a task was not shown to be kept; in the last case the result is written.
         DataError: a record cannot be used.
         EvaluationFailed: a drop is proven on a task; the result is written.
         RequeueRequested: a stop was asked for; what is computed stays for the next start.
     """
+    refuse_same_file(out, {"--tasks": tasks_file, "--baseline": baseline_file})
     tasks = load_tasks(tasks_file)
     contents = local_contents(tasks)
     limits = {task.name: task.max_drop for task in tasks}
@@ -72,8 +80,6 @@ def evaluate(
     if baseline is not None:
         check_baseline(limits, contents, baseline)
     managers = check_harness(tasks)
-    if baseline_file is not None and out.resolve() == baseline_file.resolve():
-        raise ConfigError(f"--out {out} is the baseline. Choose another file.")
 
     def conclude(measured: dict[str, Score]) -> list[dict[str, Any]]:
         """Write the result, and return the verdicts as JSON values."""
@@ -127,7 +133,7 @@ def _on_ranks(
         model = OfflineModel(config, ranks.topology)
         identity = {
             "command": "evaluate",
-            "model": ranks.on_first(lambda: sampled_hash(weights.files)),
+            "model": ranks.on_first(lambda: model_hash(model_dir, weights.files)),
             "tasks": list(local_contents(tasks).values()),
             "computed_in": str(model.dtype).removeprefix("torch."),
         }

@@ -125,6 +125,22 @@ class Result:
     """How the model was asked: sampling, reasoning effort, versions of the tools."""
 
 
+def refuse_same_file(out: Path, inputs: Mapping[str, Path | None], option: str = "--out") -> None:
+    """Refuse to write a result over a file that is read.
+
+    Args:
+        out: File for the result.
+        inputs: Files that are read, by their options.
+        option: The option of `out`, for messages.
+
+    Raises:
+        ConfigError: with the option that names the same file.
+    """
+    for name, path in inputs.items():
+        if path is not None and out.resolve() == path.resolve():
+            raise ConfigError(f"{option} {out} is the file of {name}. Choose another file.")
+
+
 def write_result(path: Path, result: Result) -> None:
     """Write a result, atomically."""
     content: dict[str, Any] = {
