@@ -22,7 +22,7 @@ def add_parser(commands: Commands) -> None:
         choices=("auto", "always", "never"),
         default="auto",
         help="with --format mxfp4: score the quantized weights on the run's held-out text; "
-        "auto does it if the text is there and the model is small enough",
+        "auto does it if the text is there and the model is small enough, in one process only",
     )
     add_ranks(parser)
     parser.set_defaults(run=_run)

@@ -30,7 +30,7 @@ from cpt.offline.model import OfflineModel, held_out_sets
 from cpt.offline.pieces import kept_pieces, partial_folder
 from cpt.offline.ranks import RankOptions, check_fit, offline_ranks
 from cpt.offline.scored_sets import SetScorer
-from cpt.resilience.environment import rank_of_environment
+from cpt.resilience.environment import is_launched, rank_of_environment, read_environment
 from cpt.resilience.faults import fault_point
 from data_pipeline.store.files import sha256_of, write_json
 from data_pipeline.tables import table
@@ -64,13 +64,16 @@ def export_run(
         out: The new directory.
         format_name: See `export_checkpoint`.
         score: Whether an MXFP4 export is scored on the run's held-out text; `auto` does it if the
-            text is there and the model is small enough for the device.
+            text is there and the model is small enough for the device; one process only.
         options: How the ranks work together.
 
     Raises:
-        ConfigError: see `export_checkpoint`; or `score` is `always` and there is no held-out text.
+        ConfigError: see `export_checkpoint`; or `score` is `always` and there is no held-out text,
+            or it is `auto` on several ranks.
         RequeueRequested: a stop was asked for; what is scored stays for the next start.
     """
+    if format_name == "mxfp4" and score == "auto" and is_launched():
+        _refuse_ranks_that_decide_alone()
     manifest = read_manifest(folder)
     sets: list[ScoredSet] = []
     if format_name == "mxfp4" and score != "never":
@@ -93,6 +96,20 @@ def export_run(
 
             ranks.on_first(write)
     return out
+
+
+def _refuse_ranks_that_decide_alone() -> None:
+    """Refuse `--score auto` on several ranks: before they have met, each would decide by itself.
+
+    Raises:
+        ConfigError: there are several ranks.
+    """
+    world_size = read_environment().world_size
+    if world_size > 1:
+        raise ConfigError(
+            f"--score auto on {world_size} ranks: each would look by itself whether there is "
+            "held-out text and room for the model. Give --score always, or --score never."
+        )
 
 
 def _export(
