@@ -42,7 +42,7 @@ bench: $(READY)
 
 # slow proofs: memory at full length, memory of loading
 prove: $(READY)
-	python -m pytest -m slow tests/dist
+	python -m pytest -m slow tests/dist tests/planning
 	for script in bench/prove/*.py; do python $$script || exit 1; done
 
 # docs/gpu.md says what it does

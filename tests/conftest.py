@@ -129,7 +129,7 @@ def pytest_terminal_summary(
 ) -> None:
     left_out = config.stash.get(LEFT_OUT, 0)
     if left_out:
-        terminalreporter.write_line(f"{left_out} fault tests are left to: make faults")
+        terminalreporter.write_line(f"{left_out} slow tests are left to: make faults, make prove")
     if config.getoption("--faults"):
         table = config.stash[TABLE]
         terminalreporter.write_line(table.markdown())

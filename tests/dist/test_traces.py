@@ -139,6 +139,7 @@ def killed(workplace: Path) -> dict[str, bytes]:
     return files
 
 
+@pytest.mark.slow
 def test_run_killed_while_it_samples_goes_on_with_the_replies_that_it_had(
     workplace: Path, killed: dict[str, bytes]
 ) -> None:
@@ -150,6 +151,7 @@ def test_run_killed_while_it_samples_goes_on_with_the_replies_that_it_had(
     assert replies[: len(had)] == had and len(replies) == 70 > len(had)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("killed")
 def test_run_measures_its_own_traces_before_the_first_step_and_at_the_end(
     workplace: Path,

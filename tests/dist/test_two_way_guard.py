@@ -17,7 +17,7 @@ from cpt.checkpoint.reader import read_weights, step_folder
 from cpt.cli import main
 from tests.support.service import SAMPLE, Service, make_workplace, run_to_end
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 PIECE_CHARACTERS = 240
 STEPS = 6

@@ -31,7 +31,14 @@ def six_probes(seed: int = 0, **changes: object) -> Plant:
     return simulate(setting, np.random.default_rng(seed))
 
 
-@pytest.mark.parametrize("shares", [FIVE, SIX, EIGHT], ids=["5", "6", "8"])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        pytest.param(FIVE, id="5", marks=pytest.mark.slow),
+        pytest.param(SIX, id="6"),
+        pytest.param(EIGHT, id="8", marks=pytest.mark.slow),
+    ],
+)
 def test_interval_covers_the_truth_and_its_low_end_holds_the_tolerance(
     shares: tuple[float, ...],
 ) -> None:

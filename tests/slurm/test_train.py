@@ -90,6 +90,7 @@ def test_finished_job_is_called_done(cluster, slurm_workplace, undisturbed) -> N
     assert (slurm_workplace / "undisturbed").stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.case("S5", "USR1: save, exit 75, one requeue, finished; final weights bit-identical")
 @pytest.mark.case(
     "S8", "launcher ended with 0, run not called done: ranks save, requeue, same final weights"
