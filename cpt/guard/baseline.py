@@ -159,12 +159,13 @@ def check_finite(baselines: Mapping[str, DomainBaseline], where: str, cure: str)
         )
 
 
-def free_scores_file(folder: Path, step: int) -> Path:
-    """Return a new file for the scores of a step; a step that is done again gets another one."""
-    path = folder / f"scores-{step:08d}.json"
+def free_file(folder: Path, what: str, step: int) -> Path:
+    """Return a new file for a measurement of a step; a step that is done again gets another one."""
+    stem = f"{what}-{step:08d}"
+    path = folder / f"{stem}.json"
     number = 2
     while path.exists():
-        path = folder / f"scores-{step:08d}-{number}.json"
+        path = folder / f"{stem}-{number}.json"
         number += 1
     return path
 

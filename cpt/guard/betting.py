@@ -41,6 +41,8 @@ STAKES = np.array([0.03, 0.1, 0.2, 0.4, 0.65, 0.9])
 large ones large losses in few."""
 BISECTIONS = 40
 """Halvings of the interval in which a bound lies."""
+POWER_QUANTILE = 1.2816
+"""Standard normal quantile of the power that numbers of documents are chosen for: 90 %."""
 STATE_DIGITS = 6
 """Decimal digits that are kept of a logarithm of wealth."""
 
@@ -68,13 +70,28 @@ def log_wealth(changes: Floats, line: float) -> Floats:
     Returns:
         (lambdas,) one value for each stake.
     """
-    odds = (changes - line) / (LARGEST_GAIN + line)
-    return np.log1p(STAKES[:, None] * odds).sum(1)
+    return log_growth(STAKES, (changes - line) / (LARGEST_GAIN + line))
+
+
+def log_growth(stakes: Floats, gains: Floats) -> Floats:
+    """Return the logarithm of the wealth after a sequence of bets.
+
+    Args:
+        stakes: (stakes,) parts of the wealth that are staked on every bet.
+        gains: (bets,) gain of each bet for every unit that is staked.
+
+    Returns:
+        (stakes,) one value for each stake.
+    """
+    growth: Floats = np.log1p(stakes[:, None] * gains).sum(1)
+    return growth
 
 
 def log_mean(log_values: Floats) -> float:
     """Return the logarithm of the mean of values whose logarithms are given."""
     largest = float(log_values.max())
+    if math.isinf(largest):
+        return largest
     return largest + math.log(float(np.exp(log_values - largest).mean()))
 
 
@@ -169,11 +186,21 @@ def documents_needed(line: float, loss: float, spread: float, threshold: float) 
         growth = math.log(gain) - deviation**2 / 2
         if growth <= 0:
             continue
-        margin = POWER_QUANTILE * deviation
-        root = (margin + math.sqrt(margin**2 + 4 * growth * goal)) / (2 * growth)
-        needed = min(needed, root**2)
+        needed = min(needed, bets_needed(growth, deviation, goal))
     return math.ceil(needed)
 
 
-POWER_QUANTILE = 1.2816
-"""Standard normal quantile of 90 %."""
+def bets_needed(growth: float, deviation: float, goal: float) -> float:
+    """Return how many bets make the logarithm of the wealth reach a goal in 90 % of cases.
+
+    The sum of n bets is taken to be normal: n growth - POWER_QUANTILE deviation sqrt(n) = goal,
+    solved for n.
+
+    Args:
+        growth: Mean growth of the logarithm by one bet, above 0.
+        deviation: Standard deviation of that growth.
+        goal: Logarithm that is to be reached.
+    """
+    margin = POWER_QUANTILE * deviation
+    root = (margin + math.sqrt(margin**2 + 4 * growth * goal)) / (2 * growth)
+    return root**2

@@ -16,7 +16,7 @@ from typing import Any
 
 from cpt.config import RunConfig
 from cpt.errors import ConfigError
-from cpt.guard.baseline import free_scores_file, write_on_first_rank
+from cpt.guard.baseline import free_file, write_on_first_rank
 from cpt.guard.decision import decide
 from cpt.guard.ladder import (
     LEVERS,
@@ -199,7 +199,7 @@ class Guard:
     def _keep_scores(self, look: Look, scores: Mapping[Kind, Json]) -> str:
         """Write the scores of a look and return the name of the file."""
         name = on_first_rank(
-            self._topology.control_group, lambda: free_scores_file(self._folder, look.step).name
+            self._topology.control_group, lambda: free_file(self._folder, "scores", look.step).name
         )
         content = {
             "look": {

@@ -29,8 +29,6 @@ from cpt.guard.score import Floats, as_floats
 from cpt.guard.yardstick import Json, Judgement, Look, Reading, state_of
 from data_pipeline.store.packing import Integers
 
-FINAL_CONFIDENCE = 0.99
-"""Confidence of the upper bounds at the end of a run, when a model may be released."""
 DETECTED_PARTS = (0.0, 0.75, 1.0, 1.5, 2.0, 3.0)
 """Parts of the tolerance that a detector looks for, beside the line and the hard limit."""
 
@@ -142,7 +140,7 @@ def read_panel(
         now,
         before.panel,
         clusters=before.clusters,
-        upper_confidence=FINAL_CONFIDENCE if look.last else CONFIDENCE,
+        upper_confidence=1 - look.green_error,
     )
     is_finite = np.isfinite(nats).all() and not math.isnan(lower)
     certain = lower if is_finite else None

@@ -36,6 +36,12 @@ UNITS: dict[Kind, str] = {"text": "%", "generation": "points", "traces": "nats a
 """Unit of the losses and tolerances of each kind, for people."""
 FALSE_ALARM_SHARE = 0.01
 """Largest share of the runs that lose nothing and yet see a domain go red."""
+GREEN_ERROR = 0.05
+"""Probability that the upper bound of one look, from which green follows, is too low."""
+LAST_GREEN_ERROR = 0.01
+"""The same at the end of the run, when a model may be released."""
+BADNESS: dict[State, int] = {"green": 0, "amber": 1, "red": 2}
+"""Order of the states, the best first."""
 OLD_NAMES = {"tolerance_percent": "tolerance", "hard_limit_percent": "hard_limit"}
 """Fields of a reading as logs of runs before 0.2 name them."""
 
@@ -91,6 +97,11 @@ class Look:
         first alarm, at most `FALSE_ALARM_SHARE` of all runs without a loss see one in any domain.
         """
         return self.num_tests / FALSE_ALARM_SHARE
+
+    @property
+    def green_error(self) -> float:
+        """Probability that an upper bound of this look is too low."""
+        return LAST_GREEN_ERROR if self.last else GREEN_ERROR
 
 
 def state_of(

@@ -17,9 +17,9 @@ from cpt.errors import ConfigError
 from cpt.guard.score import Floats
 from cpt.guard.traces.bounds import upper_bound
 from cpt.guard.traces.divergence import Passes, measure_divergence
-from cpt.guard.traces.judge import ERROR
 from cpt.guard.traces.store import KeptTraces, TraceFolder
 from cpt.guard.traces.yardstick import TRACE_FOLDER
+from cpt.guard.yardstick import GREEN_ERROR
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
@@ -92,7 +92,7 @@ def kept_domains(folder: TraceFolder) -> dict[str, KeptTraces]:
 
 
 def _line(name: str, text: Floats, control: Floats) -> str:
-    at_most = upper_bound(np.minimum(text, CAP), CAP, ERROR)
+    at_most = upper_bound(np.minimum(text, CAP), CAP, GREEN_ERROR)
     mean_control = f"{control.mean():7.4f}" if len(control) else f"{'-':>7}"
     return (
         f"  {name:<24}  {len(text):6d}  {text.mean():7.4f}  {at_most:7.4f}  "

@@ -19,14 +19,13 @@ import numpy as np
 
 from cpt.guard.generation.measures import FORM_MEASURES, ReplyMeasures
 from cpt.guard.generation.outcomes import (
-    GREEN_ERROR,
-    LAST_GREEN_ERROR,
     Measure,
     Outcomes,
     bet,
 )
 from cpt.guard.generation.untouched import FOLDER, Untouched, measures_of, read_untouched
 from cpt.guard.yardstick import (
+    BADNESS,
     FALSE_ALARM_SHARE,
     Json,
     Judgement,
@@ -36,8 +35,6 @@ from cpt.guard.yardstick import (
     state_of,
 )
 
-SEVERITY: Mapping[State, int] = {"green": 0, "amber": 1, "red": 2}
-"""Order of the states, the best first."""
 QUANTILES = (0.1, 0.5, 0.9)
 """Quantiles of the length of thinking that are logged."""
 
@@ -66,7 +63,7 @@ class QuantityReading:
     @property
     def badness(self) -> tuple[int, float]:
         """The order of verdicts, the best first."""
-        return SEVERITY[self.state], self.delta / self.tolerance
+        return BADNESS[self.state], self.delta / self.tolerance
 
 
 class GenerationJudge:
@@ -186,7 +183,7 @@ def _verdicts(
         alarms = bool(statistic) and np.mean(statistic) >= num_parts * look.alarm_threshold
         if alarms:  # a loss above the line is certain, how far above is not
             lower = max(lower, math.nextafter(line, math.inf))
-        upper = outcomes.upper_points(measure, LAST_GREEN_ERROR if look.last else GREEN_ERROR)
+        upper = outcomes.upper_points(measure, look.green_error)
         verdicts.append(
             QuantityReading(
                 measure=measure,

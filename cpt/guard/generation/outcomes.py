@@ -37,13 +37,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from cpt.guard.yardstick import GREEN_ERROR
+
 Measure = Literal["format", "accuracy"]
 BETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.9)
 """Shares of the wealth that are bet on a loss."""
-GREEN_ERROR = 0.05
-"""Probability that a loss of the tolerance is taken for none at one look."""
-LAST_GREEN_ERROR = 0.01
-"""The same at the end of the run."""
 LOST_PART = 0.8
 """Part of an error that the bound on the lost replies gets; the won ones get the rest. The lost
 ones decide, and won ones only help.

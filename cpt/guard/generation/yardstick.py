@@ -25,7 +25,7 @@ from pathlib import Path
 
 from cpt.config import RunConfig
 from cpt.errors import ConfigError
-from cpt.guard.baseline import write_on_first_rank
+from cpt.guard.baseline import free_file, write_on_first_rank
 from cpt.guard.generation.examples import worst_changes
 from cpt.guard.generation.judge import GenerationJudge
 from cpt.guard.generation.measures import ReplyMeasures
@@ -346,17 +346,9 @@ class Generation(GenerationJudge):
     def _write(self, what: str, step: int, content: Json) -> str:
         """Write a file under a name that is not taken, and return the name."""
         folder = self._folder / FOLDER
-        stem = f"{self._prefix}{what}-{step:08d}"
-        name = on_first_rank(self._topology.control_group, lambda: free_file(folder, stem).name)
+        what = f"{self._prefix}{what}"
+        name = on_first_rank(
+            self._topology.control_group, lambda: free_file(folder, what, step).name
+        )
         write_on_first_rank(self._topology.control_group, folder / name, content)
         return name
-
-
-def free_file(folder: Path, stem: str) -> Path:
-    """Return a new file; a step that is done again gets another one."""
-    path = folder / f"{stem}.json"
-    number = 2
-    while path.exists():
-        path = folder / f"{stem}-{number}.json"
-        number += 1
-    return path

@@ -21,14 +21,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from cpt.guard.betting import BISECTIONS, bets_needed, log_growth, log_mean
 from cpt.guard.score import Floats
 
 BETS = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.6, 0.9, 0.99])
 """(bets,) shares of the money that are bet on each value."""
-BISECTIONS = 40
-"""Halvings of the interval that a bound lies in."""
-POWER_QUANTILE = 1.2816
-"""Standard normal quantile of the power that `values_needed` asks for: 90 %."""
 SPREAD_POINTS = 2000
 """Points at which `values_needed` takes the exponential distribution."""
 
@@ -76,27 +73,19 @@ def upper_bound(values: Floats, cap: float, error: float) -> float:
 
 def _bets_on_more(values: Floats, mean: float) -> Floats:
     """Return the logarithm of the money (bets,) after betting that the mean is above `mean`."""
-    gains = values / mean - 1
-    growth: Floats = np.log1p(BETS[:, None] * gains[None, :]).sum(1)
-    return growth
+    return log_growth(BETS, values / mean - 1)
 
 
 def _bets_on_less(values: Floats, mean: float, cap: float) -> Floats:
     """Return the logarithm of the money (bets,) after betting that the mean is below `mean`."""
     if mean >= cap:
         return np.full(len(BETS), math.inf)
-    gains = (mean - values) / (cap - mean)
-    growth: Floats = np.log1p(BETS[:, None] * gains[None, :]).sum(1)
-    return growth
+    return log_growth(BETS, (mean - values) / (cap - mean))
 
 
 def _is_refuted(log_money: Floats, error: float) -> bool:
     """Return whether the mean of the money over all bets is at least 1 / `error`."""
-    highest = float(log_money.max())
-    if math.isinf(highest):
-        return highest > 0
-    log_mean = highest + math.log(float(np.exp(log_money - highest).mean()))
-    return log_mean >= -math.log(error)
+    return log_mean(log_money) >= -math.log(error)
 
 
 @lru_cache(maxsize=64)
@@ -124,8 +113,5 @@ def values_needed(mean: float, line: float, cap: float, error: float) -> int:
     needed = math.inf
     for mean_growth, spread in zip(growth.mean(1), growth.std(1), strict=True):
         if mean_growth > 0:
-            # n g - q s sqrt(n) = target, solved for sqrt(n)
-            root = POWER_QUANTILE * spread
-            root = (root + math.sqrt(root**2 + 4 * mean_growth * target)) / (2 * mean_growth)
-            needed = min(needed, root**2)
+            needed = min(needed, bets_needed(mean_growth, spread, target))
     return math.ceil(needed)

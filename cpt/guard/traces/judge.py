@@ -20,16 +20,20 @@ import numpy as np
 
 from cpt.guard.score import Floats, as_floats
 from cpt.guard.traces.bounds import lower_bound, upper_bound
-from cpt.guard.yardstick import FALSE_ALARM_SHARE, Json, Judgement, Look, Reading, State
+from cpt.guard.yardstick import (
+    BADNESS,
+    FALSE_ALARM_SHARE,
+    Json,
+    Judgement,
+    Look,
+    Reading,
+    State,
+    state_of,
+)
 from data_pipeline.config.traces_config import TraceDomain
 
-ERROR = 0.05
-"""Chance that the upper bound of a look is too low."""
-FINAL_ERROR = 0.01
-"""The same at the end of a run, when a model may be released."""
 PARTS = ("text", "control")
 """Parts of a domain, each with a bound of its own."""
-_BADNESS: dict[State, int] = {"green": 0, "amber": 1, "red": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +54,7 @@ class PartReading:
     @property
     def badness(self) -> tuple[int, float]:
         """What parts are compared by."""
-        return _BADNESS[self.state], np.inf if self.delta is None else self.delta
+        return BADNESS[self.state], np.inf if self.delta is None else self.delta
 
 
 def value_cap(hard_limit: float) -> float:
@@ -78,13 +82,8 @@ def read_part(
     counted = np.minimum(values, cap)
     lower = lower_bound(counted, false_alarm)
     upper = upper_bound(counted, cap, error)
-    state: State = "amber"
-    if lower > tolerance:
-        state = "red"
-    elif upper < tolerance:
-        state = "green"
     return PartReading(
-        state=state,
+        state=state_of(lower, upper, line=tolerance, tolerance=tolerance),
         divergence=float(values.mean()),
         delta=float(counted.mean()),
         lower_bound=lower,
@@ -157,7 +156,7 @@ def _parts(plain: Json, look: Look) -> dict[str, PartReading]:
                 plain["tolerance"],
                 plain["hard_limit"],
                 false_alarm=FALSE_ALARM_SHARE / num_bounds,
-                error=FINAL_ERROR if look.last else ERROR,
+                error=look.green_error,
             )
     return parts
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from cpt.config import GuardSection, TrainSection
 from cpt.guard.requirements import WARN_INSTEAD, acts, num_tests
 from cpt.guard.traces.bounds import values_needed
-from cpt.guard.traces.judge import ERROR, PARTS, value_cap
+from cpt.guard.traces.judge import PARTS, value_cap
 from cpt.guard.traces.sampling import AskedPrompts, asked_prompts
-from cpt.guard.yardstick import FALSE_ALARM_SHARE
+from cpt.guard.yardstick import FALSE_ALARM_SHARE, GREEN_ERROR
 from data_pipeline.config.generation_config import read_prompts
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.traces_config import TraceDomain
@@ -73,7 +73,8 @@ def power_problems(domain: TraceDomain, num_traces: int, tests: int) -> list[str
     line = domain.tolerance
     false_alarm = FALSE_ALARM_SHARE / (len(PARTS) * tests)
     needed = max(
-        values_needed(line / 2, line, cap, ERROR), values_needed(2 * line, line, cap, false_alarm)
+        values_needed(line / 2, line, cap, GREEN_ERROR),
+        values_needed(2 * line, line, cap, false_alarm),
     )
     if num_traces >= needed:
         return []

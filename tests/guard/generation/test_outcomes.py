@@ -9,7 +9,6 @@ import pytest
 
 from cpt.guard.generation.outcomes import (
     BETS,
-    GREEN_ERROR,
     Measure,
     Outcomes,
     bet,
@@ -18,6 +17,7 @@ from cpt.guard.generation.outcomes import (
     share_above,
     share_below,
 )
+from cpt.guard.yardstick import GREEN_ERROR
 
 
 def outcomes(num_prompts: int, lost: int = 0, won: int = 0, failed: int = 0) -> Outcomes:
