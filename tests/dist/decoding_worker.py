@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from cpt.config import LaunchInfo, resolve
-from cpt.deepspeed_adapter.groups import create_topology, init_distributed
+from cpt.deepspeed_adapter.groups import create_topology
 from cpt.job.engine_setup import build_engine, fill_weights, weight_source
 from cpt.model.configuration import load_config
 from cpt.parallel.agreement import gather_json
@@ -19,7 +18,7 @@ from cpt.training.engine import TrainingEngine
 from cpt.training.generate import generate
 from data_pipeline.config.strict_yaml import parse_yaml
 from tests.dist.cases import GREEDY, SAMPLED, STOPS, Scenario, decoding_prompts
-from tests.dist.worker import run_yaml
+from tests.dist.worker import run_scenarios, run_yaml
 
 
 def build(scenario: Scenario, path: Path) -> TrainingEngine:
@@ -58,14 +57,5 @@ def run(scenario: Scenario, folder: Path) -> None:
     dist.barrier()
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    init_distributed(torch.device("cpu"))
-    for text in sys.argv[2:]:
-        run(Scenario(**json.loads(text)), folder)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_scenarios(run)

@@ -7,14 +7,13 @@ on them; then the same engine is measured with other weights.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from cpt.deepspeed_adapter.groups import create_topology, init_distributed
+from cpt.deepspeed_adapter.groups import create_topology
 from cpt.guard.traces.divergence import Passes, measure_divergence
 from cpt.guard.traces.sampling import AskedPrompts, BaseModel, freeze_traces, kept_traces
 from cpt.guard.traces.store import Tokens, TraceFolder
@@ -27,7 +26,7 @@ from cpt.training import loader
 from cpt.training.sampling import Sampling
 from data_pipeline.config.traces_config import TraceDomain
 from tests.dist.cases import SEQ_LEN, Scenario, model_config
-from tests.dist.worker import config_of
+from tests.dist.worker import config_of, run_scenarios
 
 PROMPTS = [[(7 * number + index) % 500 for index in range(2 + 35 * number)] for number in range(3)]
 """Prompts of 2, 37 and 72 tokens."""
@@ -69,18 +68,9 @@ def run(scenario: Scenario, folder: Path) -> None:
     dist.barrier()
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+if __name__ == "__main__":
     assert max(map(len, PROMPTS)) + DOMAIN.max_new_tokens <= SEQ_LEN
     # the small vocabulary ends before the token that fillers are made of
     loader.END_OF_TEXT = 511
     generation.END_OF_TEXT = 511
-    folder = Path(sys.argv[1])
-    init_distributed(torch.device("cpu"))
-    for text in sys.argv[2:]:
-        run(Scenario(**json.loads(text)), folder)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    run_scenarios(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -198,14 +199,15 @@ def run(scenario: Scenario, folder: Path) -> None:
     dist.barrier()
 
 
-def main() -> None:
+def run_scenarios(run_one: Callable[[Scenario, Path], None]) -> None:
+    """Run the scenarios of the command line on one thread: a folder, then a scenario each."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     init_distributed(torch.device("cpu"))
     for text in sys.argv[2:]:
-        run(Scenario(**json.loads(text)), folder)
+        run_one(Scenario(**json.loads(text)), folder)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run_scenarios(run)

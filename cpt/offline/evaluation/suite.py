@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cpt.errors import ConfigError
+from cpt.offline.evaluation.tasks import existing_path
 from data_pipeline.config.strict_yaml import Reader, load_yaml, nearest
 
 Effort = Literal["low", "medium", "high"]
@@ -173,12 +174,9 @@ def load_suite(path: Path, only: Sequence[str] = ()) -> Suite:
     benchmarks = []
     for index, benchmark in enumerate(suite.benchmarks if suite else ()):
         if benchmark.include_path is not None:
-            if not (base / benchmark.include_path).is_dir():
-                reader.problem(
-                    ("benchmarks", index, "include_path"),
-                    f"is '{benchmark.include_path}', which is no folder (looked in {base}).",
-                )
-            benchmark = replace(benchmark, include_path=base / benchmark.include_path)
+            key = ("benchmarks", index, "include_path")
+            found = existing_path(reader, key, base, benchmark.include_path, is_folder=True)
+            benchmark = replace(benchmark, include_path=found)
         benchmarks.append(benchmark)
     reader.finish()
     assert suite is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from cpt.errors import ConfigError
-from data_pipeline.config.strict_yaml import Reader, load_yaml
+from data_pipeline.config.strict_yaml import KeyPath, Reader, load_yaml
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +104,25 @@ class TaskFile:
             seen.add(task.name)
 
 
+def existing_path(
+    reader: Reader, key: KeyPath, base: Path, path: Path, *, is_folder: bool = False
+) -> Path:
+    """Return a path of a YAML file, and record a problem if nothing is there.
+
+    Args:
+        reader: Reader of the file.
+        key: Where the path stands in it.
+        base: Folder that the path is relative to.
+        path: The path.
+        is_folder: Whether it must be a folder rather than a file.
+    """
+    found = base / path
+    if not (found.is_dir() if is_folder else found.is_file()):
+        kind = "folder" if is_folder else "file"
+        reader.problem(key, f"is '{path}', which is no {kind} (looked in {base}).")
+    return found
+
+
 def load_tasks(path: Path) -> tuple[Task, ...]:
     """Read and check a task YAML.
 
@@ -119,19 +138,12 @@ def load_tasks(path: Path) -> tuple[Task, ...]:
     tasks = []
     for index, task in enumerate(file.tasks if file else ()):
         if task.path is not None:
-            if not (base / task.path).is_file():
-                reader.problem(
-                    ("tasks", index, "path"),
-                    f"is '{task.path}', which is no file (looked in {base}).",
-                )
-            task = replace(task, path=base / task.path)
+            found = existing_path(reader, ("tasks", index, "path"), base, task.path)
+            task = replace(task, path=found)
         if task.include_path is not None:
-            if not (base / task.include_path).is_dir():
-                reader.problem(
-                    ("tasks", index, "include_path"),
-                    f"is '{task.include_path}', which is no folder (looked in {base}).",
-                )
-            task = replace(task, include_path=base / task.include_path)
+            key = ("tasks", index, "include_path")
+            found = existing_path(reader, key, base, task.include_path, is_folder=True)
+            task = replace(task, include_path=found)
         tasks.append(task)
     reader.finish()
     return tuple(tasks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.guard.traces.divergence import Passes, likeliest_tokens, measure_divergence
 from cpt.guard.traces.rows import Trace
 from cpt.model.configuration import load_config
@@ -70,15 +68,6 @@ def save_models(folder: Path) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter += 0.05 * parameter.std() * noise
     model.save_pretrained(str(folder / "moved"))
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    device = torch.device("cpu")
-    init_distributed(device)
-    yield create_topology(sp_size=1, ep_size=1, device=device)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
-from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.errors import ConfigError, DataError
 from cpt.guard.traces import sampling
 from cpt.guard.traces.divergence import Passes
@@ -71,15 +69,6 @@ class FakeSampler:
             size = int(generator.integers(1, drawn_as.max_new_tokens + 1))
             replies.append(generator.integers(0, 100, size).tolist())
         return replies
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    device = torch.device("cpu")
-    init_distributed(device)
-    yield create_topology(sp_size=1, ep_size=1, device=device)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
