@@ -162,14 +162,13 @@ class Browser:
         if page is None:
             return
         details = event["params"]
-        if event["method"] == "Runtime.exceptionThrown":
+        method = event["method"]
+        if method == "Runtime.exceptionThrown":
             page.complaints.append(str(details["exceptionDetails"]))
-        elif event["method"] == "Log.entryAdded":
-            if details["entry"]["level"] in ("error", "warning"):
-                page.complaints.append(details["entry"]["text"])
-        elif event["method"] == "Runtime.consoleAPICalled":
-            if details["type"] in ("error", "warning", "assert"):
-                page.complaints.append(str(details["args"]))
+        elif method == "Log.entryAdded" and details["entry"]["level"] in ("error", "warning"):
+            page.complaints.append(details["entry"]["text"])
+        elif method == "Runtime.consoleAPICalled" and details["type"] in ("error", "warning"):
+            page.complaints.append(str(details["args"]))
 
     def _read_message(self) -> dict[str, Any]:
         end = time.monotonic() + TIMEOUT_SECONDS
