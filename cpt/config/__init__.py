@@ -14,7 +14,7 @@ keys (`sequence_parallel_size`, `expert_parallel`, `optimizer`) and with every `
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cpt.config.engine_json import OWN_KEYS, REFUSED_KEYS, json_problems
@@ -24,6 +24,7 @@ from cpt.config.sections import (
     CheckpointSection,
     DataSection,
     LaunchInfo,
+    ModelSection,
     RunConfig,
     RunYaml,
     TrainSection,
@@ -43,11 +44,14 @@ __all__ = [
     "DomainLimits",
     "GuardSection",
     "LaunchInfo",
+    "ModelSection",
+    "ReadableParts",
     "RunConfig",
     "RunYaml",
     "TrainSection",
     "WatchdogSection",
     "load",
+    "readable_parts",
     "resolve",
 ]
 
@@ -73,16 +77,25 @@ def load(
     Raises:
         ConfigError: everything that is wrong in either file alone.
     """
-    reader = Reader(with_overrides(load_yaml(run_yaml), overrides))
-    parsed = reader.read(RunYaml)
-    problems = list(reader.problems)
-    json_file = load_json(ds_json)
-    problems += json_problems(json_file)
-    if judge is not None:
-        problems += judge(json_file)
+    problems: list[str] = []
+    parsed = None
+    try:
+        reader = Reader(with_overrides(load_yaml(run_yaml), overrides))
+        parsed = reader.read(RunYaml)
+        problems += reader.problems
+    except ConfigError as error:
+        problems += error.problems
+    json_file = None
+    try:
+        json_file = load_json(ds_json)
+        problems += json_problems(json_file)
+        if judge is not None:
+            problems += judge(json_file)
+    except ConfigError as error:
+        problems += error.problems
     if problems:
         raise ConfigError(problems)
-    assert parsed is not None
+    assert parsed is not None and json_file is not None
     return _with_paths_beside(parsed, run_yaml), json_file
 
 
@@ -93,6 +106,8 @@ def with_overrides(file: Located, overrides: dict[str, str]) -> Located:
         ConfigError: an override names no section.
     """
     changed = file.with_values(overrides)
+    if not isinstance(changed.value, dict):
+        return changed  # the reader says what it should be
     for key, rival in EXCLUSIVE_KEYS.items():
         section, _, name = key.partition(".")
         block = changed.value.get(section)
@@ -103,15 +118,59 @@ def with_overrides(file: Located, overrides: dict[str, str]) -> Located:
     return changed
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadableParts:
+    """The sections of a run YAML that are right by themselves; the others may be wrong."""
+
+    model: ModelSection | None
+    """None if something in it is wrong."""
+    data: DataSection | None
+    """None if something in it is wrong."""
+    seq_len: int | None
+    """`train.seq_len`; None if it is no whole number."""
+
+
+def readable_parts(run_yaml: Path, overrides: dict[str, str]) -> ReadableParts:
+    """Return what a run YAML that `load` refuses names all the same, so that it can be checked too.
+
+    Raises:
+        ConfigError: the file cannot be read at all.
+    """
+    located = with_overrides(load_yaml(run_yaml), overrides)
+    sections = located.value if isinstance(located.value, dict) else {}
+    reader = Reader(located)
+    model = reader.read(ModelSection, sections.get("model"), ("model",))
+    data = reader.read(DataSection, sections.get("data"), ("data",))
+    train = sections.get("train")
+    seq_len = train.get("seq_len") if isinstance(train, dict) else None
+    folder = run_yaml.parent
+    return ReadableParts(
+        model=None if model is None else _model_beside(model, folder),
+        data=None if data is None else _data_beside(data, folder),
+        seq_len=seq_len if type(seq_len) is int else None,
+    )
+
+
 def _with_paths_beside(parsed: RunYaml, run_yaml: Path) -> RunYaml:
     """Read relative paths of the run YAML relative to the file."""
     folder = run_yaml.parent
+    train = replace(parsed.train, kl_targets=_beside(parsed.train.kl_targets, folder))
+    return replace(
+        parsed,
+        model=_model_beside(parsed.model, folder),
+        data=_data_beside(parsed.data, folder),
+        train=train,
+    )
 
-    def beside(path: Path | None) -> Path | None:
-        return None if path is None else (folder / path).resolve()
 
-    mix = (folder / parsed.data.mix).resolve()
-    data = replace(parsed.data, mix=mix, build_dir=beside(parsed.data.build_dir))
-    model = replace(parsed.model, path=beside(parsed.model.path))
-    train = replace(parsed.train, kl_targets=beside(parsed.train.kl_targets))
-    return replace(parsed, model=model, data=data, train=train)
+def _model_beside(model: ModelSection, folder: Path) -> ModelSection:
+    return replace(model, path=_beside(model.path, folder))
+
+
+def _data_beside(data: DataSection, folder: Path) -> DataSection:
+    mix = (folder / data.mix).resolve()
+    return replace(data, mix=mix, build_dir=_beside(data.build_dir, folder))
+
+
+def _beside(path: Path | None, folder: Path) -> Path | None:
+    return None if path is None else (folder / path).resolve()

@@ -58,11 +58,33 @@ KNOWN_ZERO_KEYS = (
     "stage3_max_reuse_distance",
     "stage3_gather_16bit_weights_on_model_save",
 )
-"""Keys under zero_optimization that are known to train and save correctly.
-
-Left out on purpose: round_robin_gradients (DeepSpeed 0.19.8 then reports wrong offsets, and a
-checkpoint would mix up tensors); hpZ, MiCS and quantized communication (AutoEP refuses them).
-"""
+"""Keys under zero_optimization that are known to train and save correctly."""
+REFUSED_ZERO_KEYS = {
+    "round_robin_gradients": (
+        "DeepSpeed 0.19.8 then reports wrong offsets, and a checkpoint would mix up tensors; "
+        "remove it."
+    ),
+    "zero_hpz_partition_size": (
+        "DeepSpeed's expert layers (AutoEP) refuse a second copy of the weights on each node "
+        "(hpZ); remove it."
+    ),
+    "zero_quantized_gradients": (
+        "DeepSpeed's expert layers (AutoEP) refuse quantized gradients; remove it."
+    ),
+    "zero_quantized_weights": (
+        "it would round the weights that every step computes with; remove it."
+    ),
+    "zero_quantized_nontrainable_weights": (
+        "it would round the frozen weights that every step computes with; remove it."
+    ),
+    "cpu_offload": (
+        'it is the old word for offload_optimizer; write "offload_optimizer": {"device": "cpu"}.'
+    ),
+    "cpu_offload_param": (
+        'it is the old word for offload_param; write "offload_param": {"device": "cpu"}.'
+    ),
+}
+"""Keys under zero_optimization that DeepSpeed knows and this project refuses, and why."""
 BLOCKS = (
     "bf16",
     "expert_parallel",
@@ -151,7 +173,11 @@ def _zero_problems(file: Located) -> list[str]:
         problems.append(wrong_stage)
     problems += _malformed_blocks(file, zero, ("zero_optimization",), OFFLOADS)
     for key in zero:
-        if key not in KNOWN_ZERO_KEYS:
+        if key in REFUSED_ZERO_KEYS:
+            problems.append(
+                f"{file.where(('zero_optimization', key))} is refused: {REFUSED_ZERO_KEYS[key]}"
+            )
+        elif key not in KNOWN_ZERO_KEYS:
             problems.append(
                 f"{file.where(('zero_optimization', key))} is not a key that this project runs "
                 f"with.{nearest(key, KNOWN_ZERO_KEYS)}"

@@ -20,7 +20,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cpt.config.engine_json import KNOWN_KEYS, KNOWN_ZERO_KEYS, OWN_KEYS, REFUSED_KEYS
+from cpt.config.engine_json import (
+    KNOWN_KEYS,
+    KNOWN_ZERO_KEYS,
+    OWN_KEYS,
+    REFUSED_KEYS,
+    REFUSED_ZERO_KEYS,
+)
 from cpt.config.guard_section import DomainLimits
 from cpt.config.sections import ExpertParallelJson, RunYaml
 from data_pipeline.config.generation_config import GenerationDomain
@@ -198,6 +204,8 @@ def _deepspeed_json() -> str:
     lines.append(_wrapped(f"`zero_optimization`: {_code_list(KNOWN_ZERO_KEYS)}."))
     lines.append("\n### Keys of DeepSpeed that are refused\n")
     lines += [f"- `{key}`: {reason}" for key, reason in REFUSED_KEYS.items()]
+    for key, reason in REFUSED_ZERO_KEYS.items():
+        lines.append(f"- `zero_optimization.{key}`: {reason}")
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,10 @@ import torch
 
 from cpt.config.guard_section import GuardSection
 
+LARGEST_LR = 0.1
+"""Largest learning rate that is not taken for a slip of the pen: AdamW's first step is about as
+long as `lr`, and weights of gpt-oss begin with a standard deviation of 0.02.
+"""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Working precision by the word of `train.dtype`."""
 
@@ -110,7 +114,8 @@ class TrainSection:
     micro_batch_size: int | Literal["auto"] = "auto"
     """Packed rows of one forward pass; auto is 1."""
     total_steps: int
-    """Optimizer steps of the schedule; 0 loads the model, saves it and ends."""
+    """Optimizer steps of the schedule; 0, with `telemetry.export_at_end`, only loads the model,
+    saves it and exports it."""
     stop_at_step: int | None = None
     """Save and end with exit code 0 after this step; the schedule stays that of `total_steps`."""
     lr: float
@@ -178,6 +183,12 @@ class TrainSection:
         for name in ("lr", "eps"):
             if getattr(self, name) <= 0:
                 yield name, f"is {getattr(self, name)}, must be > 0."
+        if self.lr > LARGEST_LR:
+            yield (
+                "lr",
+                f"is {self.lr:g}, must be <= {LARGEST_LR:g}: AdamW moves every weight by about lr "
+                "in a step. Write a number such as 1e-5.",
+            )
         for name in ("weight_decay", "gradient_clipping"):
             if getattr(self, name) < 0:
                 yield name, f"is {getattr(self, name)}, must be >= 0."
@@ -325,6 +336,15 @@ class RunYaml:
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
 
     def check(self) -> Iterator[tuple[str, str]]:
+        if self.train.total_steps == 0 and not self.telemetry.export_at_end:
+            yield (
+                "train.total_steps",
+                "is 0, so nothing would be trained. Give the number of steps, or set "
+                "telemetry.export_at_end: true to only load the model, save it and export it.",
+            )
+        yield from self._check_levers()
+
+    def _check_levers(self) -> Iterator[tuple[str, str]]:
         guard = self.guard
         if guard.kl_lever != "off" and self.train.kl_targets is None:
             yield (

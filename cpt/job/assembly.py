@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 
-import yaml
-
 from cpt.checkpoint.loading import LoadedState, load_checkpoint
 from cpt.checkpoint.saver import Saver
 from cpt.guard.generation.yardstick import Generation
@@ -22,6 +20,7 @@ from cpt.job.context import RunContext
 from cpt.job.data import check_plan, open_data, open_kl_targets, plan_of
 from cpt.job.engine_setup import build_engine, fill_weights, verify_checksums, weight_source
 from cpt.job.job import Job
+from cpt.job.kept_config import keep_config
 from cpt.job.resumption import expected_start, fresh_start
 from cpt.job.seam import Seam
 from cpt.parallel.agreement import on_first_rank, together
@@ -34,7 +33,6 @@ from cpt.training.original_router import watch_drift
 from cpt.training.stability import Stability
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.mixture import Mixture
-from data_pipeline.store.files import write_text
 
 log = logging.getLogger("cpt.job.assembly")
 
@@ -158,7 +156,7 @@ def make_guard(context: RunContext, data: BuiltData) -> Guard | None:
 
 
 def open_telemetry(context: RunContext) -> Telemetry:
-    """Open metrics and trackers on the first rank, and write config.resolved.yaml there.
+    """Open metrics and trackers on the first rank, and keep the configuration of this start there.
 
     Raises:
         CptError: on all ranks, if the first rank could not open them.
@@ -167,8 +165,7 @@ def open_telemetry(context: RunContext) -> Telemetry:
     def open_on_first() -> Telemetry:
         if context.observe or context.topology.rank != 0:
             return Telemetry(None)
-        text = yaml.safe_dump(context.config.to_plain(), sort_keys=False)
-        write_text(context.run_dir / "config.resolved.yaml", text)
+        keep_config(context.run_dir, context.config)
         trackers = trackers_for(context.config, context.run_dir)
         return Telemetry(context.run_dir / "metrics.jsonl", trackers)
 

@@ -37,12 +37,12 @@ from data_pipeline.store.manifest import read_manifest
 log = logging.getLogger("cpt.job.data")
 
 
-def check_mix(settings: DataSection, seq_len: int) -> MixConfig:
+def check_mix(settings: DataSection, seq_len: int | None) -> MixConfig:
     """Read the data-mix YAML and compare it with the run.
 
     Args:
         settings: The `data` section of the run YAML.
-        seq_len: Tokens of a packed row in the run.
+        seq_len: Tokens of a packed row in the run; None if that is not known.
 
     Returns:
         The mix; where it is built, its files need not be here.
@@ -63,15 +63,15 @@ def check_mix(settings: DataSection, seq_len: int) -> MixConfig:
     return mix
 
 
-def seq_len_problems(mix_file: Path, of_mix: Any, of_run: int) -> list[str]:
+def seq_len_problems(mix_file: Path, of_mix: Any, of_run: int | None) -> list[str]:
     """Return the problem of rows with another length than the run's.
 
     Args:
         mix_file: The data-mix YAML.
         of_mix: Its seq_len; what is no number is told by the mix itself.
-        of_run: train.seq_len.
+        of_run: train.seq_len; None if it is not known.
     """
-    if not isinstance(of_mix, int) or of_mix == of_run:
+    if not isinstance(of_mix, int) or of_run is None or of_mix == of_run:
         return []
     return [
         f"train.seq_len is {of_run}, but rows of {mix_file} have seq_len {of_mix}. "

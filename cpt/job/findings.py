@@ -31,7 +31,7 @@ class Findings:
 
 
 def joined(*findings: Findings) -> CptError | None:
-    """Return one error that tells everything found, each sentence once; None if nothing was found.
+    """Return one error that tells everything found, each problem once; None if nothing was found.
 
     Its exit code is the one whose cure comes first: 78 if the configuration is wrong, else 65 if
     the data is, else that of the first refusal.
@@ -41,7 +41,10 @@ def joined(*findings: Findings) -> CptError | None:
         errors += found.errors
     if len(errors) < 2:
         return errors[0] if errors else None
-    text = "\n".join(dict.fromkeys(str(error) for error in errors))
+    told: list[str] = []
+    for error in errors:
+        told += error.problems if isinstance(error, ConfigError) else [str(error)]
+    text = "\n".join(dict.fromkeys(told))
     for kind in (ConfigError, DataError):
         if any(isinstance(error, kind) for error in errors):
             return kind(text)

@@ -25,7 +25,7 @@ from typing import Any
 
 from transformers import GptOssConfig
 
-from cpt.config import LaunchInfo, RunConfig, RunYaml, load, resolve
+from cpt.config import LaunchInfo, RunConfig, RunYaml, load, readable_parts, resolve
 from cpt.deepspeed_adapter.engine import check_internals
 from cpt.deepspeed_adapter.json_values import block_problems
 from cpt.deepspeed_adapter.version import check_version
@@ -104,7 +104,12 @@ def pass_gate(options: argparse.Namespace) -> PassedGate:
     _raise_any(found)
     assert environment is not None
     overrides = dict(item.split("=", 1) for item in options.set)
-    run_yaml, json_file = load(options.config, options.ds_config, overrides, block_problems)
+    try:
+        run_yaml, json_file = load(options.config, options.ds_config, overrides, block_problems)
+    except ConfigError as error:
+        found.errors.append(error)
+        found.attempt(lambda: check_named_files(options.config, overrides, found))
+        _raise_any(found)
     gate = _Gate(options, run_yaml, json_file, environment)
     return gate.result()
 
@@ -135,6 +140,21 @@ def command_line_problems(options: argparse.Namespace) -> list[str]:
     if options.resume not in ("auto", "never") and not is_step:
         problems.append(f"--resume {options.resume} must be auto, never or a step.")
     return problems
+
+
+def check_named_files(run_yaml: Path, overrides: dict[str, str], found: Findings) -> None:
+    """Check the model and the mix that a run YAML names although something else in it is wrong.
+
+    Raises:
+        ConfigError: the run YAML cannot be read.
+    """
+    parts = readable_parts(run_yaml, overrides)
+    model = parts.model
+    if model is not None:
+        found.attempt(lambda: load_config(model.path, model.init))
+    data = parts.data
+    if data is not None:
+        found.attempt(lambda: check_mix(data, parts.seq_len))
 
 
 def resume_word(asked: str, restarts: int) -> str:

@@ -14,6 +14,7 @@ import yaml
 from transformers import GptOssConfig
 
 from cpt.config import OWN_KEYS, REFUSED_KEYS, LaunchInfo, RunConfig, load, resolve
+from cpt.config.engine_json import REFUSED_ZERO_KEYS
 from cpt.errors import ConfigError
 from cpt.model.configuration import PRESETS
 
@@ -180,8 +181,33 @@ def test_warmup_and_decay_longer_than_the_run_are_refused(files: Files) -> None:
     assert "41, more than total_steps (40)" in problem
 
 
-def test_run_of_no_steps_is_valid(files: Files) -> None:
-    assert files.write_train(total_steps=0).config().train.total_steps == 0
+def test_run_of_no_steps_is_refused_unless_it_exports(files: Files) -> None:
+    problem = only(files.write_train(total_steps=0).problems())
+    assert "train.total_steps is 0, so nothing would be trained" in problem
+    exporting = {"telemetry.export_at_end": "true"}
+    assert files.config(overrides=exporting).train.total_steps == 0
+
+
+def test_learning_rate_that_lost_its_exponent_is_refused(files: Files) -> None:
+    problem = only(files.write_train(lr=3).problems())
+    assert "train.lr is 3, must be <= 0.1" in problem and "1e-5" in problem
+    assert files.write_train(lr=0.1).config().train.lr == 0.1
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "word"])
+def test_run_yaml_without_keys_is_refused_and_the_other_file_is_read_all_the_same(
+    files: Files, text: str
+) -> None:
+    files.write(text).json.unlink()
+    problems = files.problems()
+    assert problems[-1] == f"{files.json}: no such file."
+    assert len(problems) > 1 and all(str(files.yaml) in told for told in problems[:-1])
+
+
+def test_both_missing_files_are_named(files: Files) -> None:
+    files.yaml.unlink()
+    files.json.unlink()
+    assert files.problems() == [f"{file}: no such file." for file in (files.yaml, files.json)]
 
 
 @pytest.mark.parametrize("model", ["{init: tiny, path: weights}", "{}"])
@@ -789,13 +815,17 @@ def test_default_files_fit_together_on_small_machines(world: int) -> None:
     assert resolve_shipped(run_yaml, ds_json, world).sp_size == world
 
 
-@pytest.mark.parametrize(
-    "key", ["round_robin_gradients", "zero_hpz_partition_size", "mics_shard_size", "stage4"]
-)
-def test_zero_key_that_would_train_or_save_wrongly_is_refused(files: Files, key: str) -> None:
-    """round_robin_gradients: DeepSpeed 0.19.8 reports offsets in another order than it stores, so
-    tensors mix up.
-    """
+@pytest.mark.parametrize("key", sorted(REFUSED_ZERO_KEYS))
+def test_zero_key_that_would_train_or_save_wrongly_is_refused_with_the_reason(
+    files: Files, key: str
+) -> None:
+    problem = only(files.write_json(zero_optimization={"stage": 2, key: 8}).problems())
+    assert f"zero_optimization.{key} is refused: {REFUSED_ZERO_KEYS[key]}" in problem
+    assert "Did you mean" not in problem
+
+
+@pytest.mark.parametrize("key", ["mics_shard_size", "stage4"])
+def test_unknown_zero_key_is_refused(files: Files, key: str) -> None:
     problems = files.write_json(zero_optimization={"stage": 2, key: True}).problems()
     assert f"zero_optimization.{key} is not a key that this project runs with" in only(problems)
 

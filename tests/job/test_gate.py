@@ -170,6 +170,30 @@ def test_dry_run_refuses_all_faults_in_one_message(
     assert [words for _, words in faults.values() if words not in message] == []
 
 
+def test_wrong_values_hide_no_missing_file(
+    dry_run: DryRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    absent = tmp_path / "ds.json"
+    monkeypatch.setattr("tests.job.test_gate.DS_CONFIG", absent)
+    settings = ["train.lr=-1", "train.beta1=2", "data.mix=absent.yaml", "model.path=nowhere"]
+    assert dry_run(*settings) == 78
+    told = capsys.readouterr().err
+    assert "train.lr is -1.0, must be > 0" in told and "train.beta1 is 2.0" in told
+    assert f"{absent}: no such file." in told
+    assert "absent.yaml: no such file." in told
+    assert "config.json does not exist" in told
+
+
+def test_row_length_that_differs_is_told_with_wrong_values(dry_run: DryRun, capsys: Any) -> None:
+    assert dry_run("train.lr=-1", "train.seq_len=128") == 78
+    told = capsys.readouterr().err
+    assert "train.lr is -1.0" in told and "train.seq_len is 128, but rows of" in told
+    assert dry_run("train.seq_len=128") == 78
+    refused = capsys.readouterr()
+    assert "train.seq_len is 128, but rows of" in refused.err
+    assert "resolved configuration" not in refused.out
+
+
 def test_prompts_are_judged_with_everything_else(
     workplace: Path, dry_run: DryRun, capsys: Any
 ) -> None:

@@ -1,0 +1,56 @@
+"""The resolved configuration of every start, kept in the run directory.
+
+    config.resolved.yaml        that of the newest start; other programs read this one
+    configs/start-0003.yaml     that of the third start; never written again
+    configs/start-0000.yaml     only in a run that an older version began: its newest start
+
+All are UTF-8, with text as people write it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import yaml
+
+from cpt.config import RunConfig
+from data_pipeline.store.files import write_text
+
+NEWEST = "config.resolved.yaml"
+FOLDER = "configs"
+_START = re.compile(r"start-(\d{4,})\.yaml")
+
+
+def keep_config(run_dir: Path, config: RunConfig) -> Path:
+    """Write the configuration of a start, beside those of the starts before.
+
+    Args:
+        run_dir: The run directory; this process alone holds it.
+        config: The configuration, with no `auto` left.
+
+    Returns:
+        The file of this start.
+    """
+    text = yaml.safe_dump(config.to_plain(), sort_keys=False, allow_unicode=True)
+    newest = run_dir / NEWEST
+    folder = run_dir / FOLDER
+    if not folder.exists() and newest.exists():
+        folder.mkdir()
+        shutil.copy2(newest, folder / "start-0000.yaml")
+    folder.mkdir(exist_ok=True)
+    file = folder / f"start-{_last_start(folder) + 1:04d}.yaml"
+    write_text(file, text)
+    write_text(newest, text)
+    return file
+
+
+def _last_start(folder: Path) -> int:
+    """Return the number of the newest start that is kept; 0 if there is none."""
+    numbers = [0]
+    for entry in folder.iterdir():
+        match = _START.fullmatch(entry.name)
+        if match:
+            numbers.append(int(match.group(1)))
+    return max(numbers)
