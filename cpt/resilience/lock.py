@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -51,6 +52,18 @@ class Holder:
     """How often SLURM has started this job again."""
     token: str
     """A value that no other holder has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LockSight:
+    """A lock as a reader sees it, who takes nothing and writes nothing."""
+
+    holder: Holder | None
+    """Who holds it; None if the file cannot be understood."""
+    is_held: bool
+    """Whether the holder looks alive."""
+    refreshed: float
+    """Unix time of its last sign of life, by the clock of the file system."""
 
 
 class RunLock:
@@ -146,6 +159,24 @@ def why_alive(holder: Holder | None, own: Holder, path: Path) -> str:
     if age >= STALE_SECONDS:
         return ""
     return f"its last sign of life is {age:.0f} s old (it counts as gone after {STALE_SECONDS:.0f})"
+
+
+def look_at_lock(run_dir: Path) -> LockSight | None:
+    """Return who holds a run directory, or None if nobody has left a lock.
+
+    Nothing is written, so the age of a lock of another machine is judged by this machine's clock.
+    """
+    path = run_dir / LOCK
+    try:
+        refreshed = path.stat().st_mtime
+        holder = _read(path)
+    except OSError:
+        return None
+    if holder is not None and holder.machine == pid_namespace():
+        is_held = start_ticks_of(holder.pid) == holder.started
+    else:
+        is_held = time.time() - refreshed < STALE_SECONDS
+    return LockSight(holder=holder, is_held=is_held, refreshed=refreshed)
 
 
 def _is_earlier_start(holder: Holder, own: Holder) -> bool:

@@ -92,11 +92,13 @@ class _Step:
 
 
 @dataclass(kw_only=True)
-class _Account:
-    """An account that is kept by reading events in the order in which they were written."""
+class GoodputAccount:
+    """An account that is kept by taking events in the order in which they were written."""
 
     lost: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LOST, 0.0))
     steps: dict[int, _Step] = field(default_factory=dict)
+    last_step: int = -1
+    """Newest of `steps`."""
     starts: int = 0
     began_at: float | None = None
     """Wall time at which the process of the present start began."""
@@ -105,12 +107,16 @@ class _Account:
     reason: str = "restart"
     """Kind of loss that steps which are done again count as."""
 
-    def take(self, event: dict[str, Any]) -> None:
-        handler = _HANDLERS.get(event["event"])
+    def take(self, event: Any) -> None:
+        """Take the next line of metrics.jsonl; one that carries no time changes nothing."""
+        if not isinstance(event, dict) or type(event.get("step")) is not int:
+            return
+        handler = _HANDLERS.get(str(event.get("event")))
         if handler is not None:
             handler(self, event)
 
     def accounted(self) -> float:
+        """Return the seconds that are accounted for so far."""
         return sum(self.lost.values()) + sum(step.seconds for step in self.steps.values())
 
     def _on_start(self, event: dict[str, Any]) -> None:
@@ -131,10 +137,12 @@ class _Account:
 
     def _on_step(self, event: dict[str, Any]) -> None:
         step = event["step"]
-        taken_back = [known for known in self.steps if known >= step]
-        for known in taken_back:
-            self.lost[self.reason] += self.steps.pop(known).seconds
+        if step <= self.last_step:
+            taken_back = [known for known in self.steps if known >= step]
+            for known in taken_back:
+                self.lost[self.reason] += self.steps.pop(known).seconds
         self.steps[step] = _Step(seconds=_seconds(event.get("seconds")))
+        self.last_step = step
 
     def _on_data_wait(self, event: dict[str, Any]) -> None:
         if event["step"] in self.steps:
@@ -166,6 +174,7 @@ class _Account:
         self.began_at = None
 
     def result(self) -> Goodput:
+        """Return the account of all that was taken."""
         lost = dict(self.lost)
         productive = 0.0
         for step in self.steps.values():
@@ -177,15 +186,15 @@ class _Account:
         return Goodput(productive=productive, lost=lost, num_starts=self.starts)
 
 
-_HANDLERS: dict[str, Callable[[_Account, dict[str, Any]], None]] = {
-    "start": _Account._on_start,
-    "step": _Account._on_step,
-    "data_wait": _Account._on_data_wait,
-    "skipped_update": _Account._on_skipped_update,
-    "checkpoint": _Account._on_checkpoint,
-    "evaluation": _Account._on_evaluation,
-    "rollback": _Account._on_rollback,
-    "end": _Account._on_end,
+_HANDLERS: dict[str, Callable[[GoodputAccount, dict[str, Any]], None]] = {
+    "start": GoodputAccount._on_start,
+    "step": GoodputAccount._on_step,
+    "data_wait": GoodputAccount._on_data_wait,
+    "skipped_update": GoodputAccount._on_skipped_update,
+    "checkpoint": GoodputAccount._on_checkpoint,
+    "evaluation": GoodputAccount._on_evaluation,
+    "rollback": GoodputAccount._on_rollback,
+    "end": GoodputAccount._on_end,
 }
 """The method that takes each event; other events carry no time."""
 
@@ -196,12 +205,9 @@ def goodput(events: Iterable[Any]) -> Goodput:
     Args:
         events: All lines of metrics.jsonl in order, including those that a resume took back.
     """
-    account = _Account()
+    account = GoodputAccount()
     for event in events:
-        if not isinstance(event, dict):
-            continue
-        if isinstance(event.get("event"), str) and type(event.get("step")) is int:
-            account.take(event)
+        account.take(event)
     return account.result()
 
 

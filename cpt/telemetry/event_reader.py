@@ -1,0 +1,115 @@
+"""metrics.jsonl read piece by piece while a run writes it, so that each line is read once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CHUNK_BYTES = 8 * 2**20
+"""Most bytes that one look reads; a line that is longer is passed over."""
+
+
+class EventReader:
+    """The lines of a metrics.jsonl that were added since the last look.
+
+    A line counts when its line break is there, so one that is being written, or that a crash cut
+    off, is left for the next look.  A file that was replaced or cut is read from its beginning.
+    """
+
+    def __init__(self, path: Path, *, tail_bytes: int | None = None) -> None:
+        """Read nothing yet.
+
+        Args:
+            path: The file, which need not exist.
+            tail_bytes: Begin so many bytes before the end, and not at the beginning.
+        """
+        self._path = path
+        self._tail_bytes = tail_bytes
+        self._identity: tuple[int, int] | None = None
+        self._size = 0
+        self._offset = 0
+        self._begins_inside_a_line = False
+        self.is_whole = True
+        """Whether the file is read from its beginning."""
+        self.is_caught_up = True
+        """Whether the last look came to the end of the file."""
+        self.num_damaged = 0
+        """Lines that are no JSON object."""
+        self.written: float | None = None
+        """Unix time of the last change of the file; None if there is no file."""
+
+    @property
+    def share_read(self) -> float:
+        """Share of the file that was read, 0 to 1."""
+        return self._offset / self._size if self._size else 1.0
+
+    def find_file(self) -> bool:
+        """Look for the file; call it before `read`.
+
+        Returns:
+            False if it is not the one that was read so far, so that what was read is to be
+            forgotten.
+        """
+        try:
+            status = self._path.stat()
+        except OSError:
+            is_same = self._identity is None
+            self._identity = None
+            self._size = 0
+            self._offset = 0
+            self.written = None
+            return is_same
+        self._size = status.st_size
+        self.written = status.st_mtime
+        identity = (status.st_dev, status.st_ino)
+        if identity == self._identity and status.st_size >= self._offset:
+            return True
+        self._identity = identity
+        self._offset = 0
+        if self._tail_bytes is not None:
+            self._offset = max(0, self._size - self._tail_bytes)
+        self.is_whole = self._offset == 0
+        self._begins_inside_a_line = not self.is_whole
+        self.num_damaged = 0
+        return False
+
+    def read(self, max_bytes: int = CHUNK_BYTES) -> list[dict[str, Any]]:
+        """Return the next events, which are JSON objects; lines that are none are counted.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        self.is_caught_up = True
+        if self._offset >= self._size:
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read(max_bytes)
+        self.is_caught_up = len(data) < max_bytes
+        end = data.rfind(b"\n") + 1
+        if end == 0:
+            # a line without an end: one that is being written, or one that is too long to be ours
+            self._offset += 0 if self.is_caught_up else len(data)
+            return []
+        self._offset += end
+        lines = data[:end].split(b"\n")
+        if self._begins_inside_a_line:
+            lines = lines[1:]
+            self._begins_inside_a_line = False
+        return self._parsed(lines)
+
+    def _parsed(self, lines: list[bytes]) -> list[dict[str, Any]]:
+        events = []
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                event = None
+            if isinstance(event, dict):
+                events.append(event)
+            else:
+                self.num_damaged += 1
+        return events

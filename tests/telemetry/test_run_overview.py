@@ -1,0 +1,256 @@
+"""The state of a run is told from what lies in its directory, whatever lies there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpt.resilience.lock import LOCK, STALE_SECONDS, Holder, this_process
+from cpt.telemetry.event_reader import EventReader
+from cpt.telemetry.run_overview import RunFollower, run_overview
+from tests.support.records import write_jsonl
+
+CONFIG = "train: {total_steps: 30}\nguard: {tolerance_percent: 1.0}\n"
+STARTED = 1_700_000_000.0
+PAUSE = {"event": "guard_decision", "step": 4, "action": "pause", "reason": "english lost 2 %"}
+
+
+def start(step: int = 0, at: float = STARTED) -> dict[str, Any]:
+    return {"event": "start", "step": step, "time": at, "start_up_seconds": 1.0}
+
+
+def step(number: int, **changes: Any) -> dict[str, Any]:
+    event = {"event": "step", "step": number, "loss": 3.0, "tokens": 1000, "seconds": 2.0}
+    return {**event, **changes}
+
+
+def steps(first: int, last: int) -> list[dict[str, Any]]:
+    return [step(number) for number in range(first, last + 1)]
+
+
+def end(number: int, **changes: Any) -> dict[str, Any]:
+    return {"event": "end", "step": number, "time": STARTED + 100, **changes}
+
+
+def make_run(folder: Path, *events: dict[str, Any], saved: int | None = None) -> Path:
+    """Fill a run directory as a run would leave it."""
+    folder.mkdir(exist_ok=True)
+    write_jsonl(folder / "metrics.jsonl", events)
+    (folder / "config.resolved.yaml").write_text(CONFIG)
+    if saved is not None:
+        checkpoint = folder / "checkpoints" / f"step-{saved:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text("{}")
+    return folder
+
+
+def lock(folder: Path, age_seconds: float = 0.0, **changes: Any) -> None:
+    """Leave the lock of this process, or of another."""
+    holder: dict[str, Any] = {**asdict(this_process()), **changes}
+    path = folder / LOCK
+    path.write_text(json.dumps(asdict(Holder(**holder))))
+    refreshed = time.time() - age_seconds
+    os.utime(path, (refreshed, refreshed))
+
+
+def test_run_whose_process_is_alive_is_running_with_an_eta(tmp_path: Path) -> None:
+    run = make_run(tmp_path, start(), *steps(1, 20))
+    lock(run)
+    seen = run_overview(run)
+    assert (seen.state, seen.step, seen.planned_steps, seen.loss) == ("running", 20, 30, 3.0)
+    assert (seen.tokens, seen.tokens_per_second, seen.num_starts) == (20_000, 500.0, 1)
+    assert seen.eta_seconds == pytest.approx(10 * 2.0 / seen.goodput)
+    assert str(os.getpid()) in seen.host
+
+
+def test_run_that_was_killed_on_this_machine_has_failed_and_says_what_is_saved(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path, start(), *steps(1, 5), saved=4)
+    lock(run, started="1")  # the process id is used by another process now
+    seen = run_overview(run)
+    assert seen.state == "failed"
+    assert "ended without a word" in seen.cause and "step 4 is saved" in seen.cause
+    assert math.isnan(seen.eta_seconds)
+
+
+@pytest.mark.parametrize("age_seconds, state", [(5.0, "running"), (STALE_SECONDS + 60, "failed")])
+def test_run_of_another_machine_is_alive_while_its_lock_is_fresh(
+    tmp_path: Path, age_seconds: float, state: str
+) -> None:
+    run = make_run(tmp_path, start(), *steps(1, 5))
+    lock(run, age_seconds, machine="another", host="node7")
+    seen = run_overview(run)
+    assert seen.state == state and "node7" in seen.host
+    if state == "failed":
+        assert "no sign of life since" in seen.cause
+
+
+def test_saved_and_orderly_end_before_the_plan_is_stopped(tmp_path: Path) -> None:
+    run = make_run(tmp_path, start(), *steps(1, 5), end(5), saved=5)
+    assert (run_overview(run).state, run_overview(run).cause) == ("stopped", "step 5 is saved")
+    cause = "stopped on request after step 5: STOP file"
+    run = make_run(tmp_path / "b", start(), step(5), end(5), end(5, exit_code=75, cause=cause))
+    seen = run_overview(run)
+    assert (seen.state, seen.cause, seen.exit_code) == ("stopped", cause, 75)
+
+
+def test_pause_of_the_guard_is_told_with_its_reason_until_the_run_goes_on(tmp_path: Path) -> None:
+    events = [start(), *steps(1, 4), PAUSE, end(4, exit_code=75)]
+    seen = run_overview(make_run(tmp_path / "paused", *events))
+    assert (seen.state, seen.cause) == ("paused", "english lost 2 %")
+    assert [action.action for action in seen.actions] == ["pause"]
+    back = {"event": "guard_rollback", "step": 2, "from_step": 4, "reason": "english lost 2 %"}
+    on = run_overview(make_run(tmp_path / "on", *events, back, start(2), step(3), end(3)))
+    assert on.state == "stopped"
+    assert [action.action for action in on.actions] == ["rollback", "pause"]
+
+
+def test_run_that_ended_by_an_error_has_failed_with_its_cause(tmp_path: Path) -> None:
+    fatal = end(5, exit_code=74, cause="no space left\non the file system")
+    run = make_run(tmp_path, start(), *steps(1, 5), fatal)
+    seen = run_overview(run)
+    assert (seen.state, seen.exit_code) == ("failed", 74)
+    assert seen.cause == "no space left on the file system"
+
+
+def test_failure_file_is_believed_until_a_later_start(tmp_path: Path) -> None:
+    run = make_run(tmp_path, start(), *steps(1, 5))
+    failure = {"exit_code": 247, "cause": "rank 1 was killed by signal 9", "time": STARTED + 50}
+    (run / "last_failure.json").write_text(json.dumps(failure))
+    seen = run_overview(run)
+    assert (seen.state, seen.exit_code) == ("failed", 247)
+    assert seen.cause == "rank 1 was killed by signal 9"
+    write_jsonl(run / "metrics.jsonl", [start(), step(1), start(1, STARTED + 60), step(2), end(2)])
+    assert run_overview(run).state == "stopped"
+
+
+def test_run_is_finished_when_its_planned_last_step_is_saved(tmp_path: Path) -> None:
+    run = make_run(tmp_path, start(), *steps(1, 30), end(30), saved=30)
+    assert (run_overview(run).state, run_overview(run).exit_code) == ("finished", 0)
+    failed_after = end(30, exit_code=70, cause="the export failed")
+    write_jsonl(run / "metrics.jsonl", [start(), step(30), end(30), failed_after])
+    assert (run_overview(run).state, run_overview(run).cause) == ("failed", "the export failed")
+
+
+def test_empty_and_missing_directories_have_a_state(tmp_path: Path) -> None:
+    assert run_overview(tmp_path).state == "never started"
+    assert run_overview(tmp_path / "missing").state == "unknown"
+    lock(tmp_path)
+    seen = run_overview(tmp_path)
+    assert (seen.state, seen.cause, seen.step) == ("running", "starting", 0)
+
+
+def test_guard_is_told_by_domain_with_the_worst_first(tmp_path: Path) -> None:
+    def measured(domain: str, percent: float | None, **more: Any) -> dict[str, Any]:
+        event = {"event": "guard", "step": 10, "domain": domain, "language": "en"}
+        return {**event, "delta_percent": percent, "state": "green", **more}
+
+    evidence = [{"domain": "math", "tolerance": 4.0}]
+    decision = {"event": "guard_decision", "step": 10, "action": "none", "evidence": evidence}
+    replies = {"kind": "generation", "measure": "format", "delta": 3.0, "tolerance": 10.0}
+    run = make_run(
+        tmp_path,
+        *(start(), *steps(1, 10), decision),
+        *(measured("english", 0.5), measured("math", 0.8), measured("lost", None)),
+        measured("replies", None, **replies),
+        measured("replies", None, kind="generation", measure="ends"),
+    )
+    seen = run_overview(run).guard
+    assert [standing.domain for standing in seen] == ["lost", "english", "replies", "math"]
+    assert [standing.unit for standing in seen] == ["%", "%", "points", "%"]
+    assert [standing.used_share for standing in seen[1:]] == pytest.approx([0.5, 0.3, 0.2])
+
+
+def test_steps_that_a_restart_takes_back_count_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path, start(), *steps(1, 10), start(6), *steps(7, 8), end(8))
+    seen = run_overview(run)
+    assert (seen.step, seen.tokens, seen.num_starts, seen.num_going_back) == (8, 8000, 2, 1)
+
+
+def test_half_written_line_is_left_for_the_next_look(tmp_path: Path) -> None:
+    run = make_run(tmp_path, start(), step(1))
+    line = json.dumps(step(2))
+    follower = RunFollower(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(line[:20])
+        file.flush()
+        assert follower.read_on()
+        assert (follower.overview().step, follower.overview().problems) == (1, ())
+        file.write(line[20:] + "\n")
+    assert follower.read_on()
+    assert follower.overview().step == 2
+
+
+def test_damaged_files_are_named_and_end_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, start(), step(1))
+    bad = [b"\xff\xfe", b"[1, 2]", b"[" * 100_000, b'{"event": "step", "step": "x"}', b"1" * 5000]
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\n".join(bad) + b"\n")
+        file.write(json.dumps(step(2)).encode() + b"\n")
+    bomb = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+    (run / "config.resolved.yaml").write_text(bomb)
+    (run / "last_failure.json").write_text("[")
+    (run / LOCK).write_text("{}")
+    os.utime(run / LOCK, (STARTED, STARTED))
+    seen = run_overview(run)
+    assert (seen.step, seen.planned_steps, seen.state) == (2, None, "failed")
+    assert any("4 lines are no JSON objects" in problem for problem in seen.problems)
+    assert any("uses aliases" in problem for problem in seen.problems)
+    json.dumps(seen.to_json(), allow_nan=False)
+
+
+def test_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    run = make_run(tmp_path, start(), *steps(1, 10))
+    follower = RunFollower(run)
+    follower.read_on()
+    (run / "metrics.jsonl").rename(run / "previous.jsonl")
+    assert follower.read_on() and follower.overview().step == 0
+    write_jsonl(run / "metrics.jsonl", [start(), step(1)])
+    follower.read_on()
+    assert (follower.overview().step, follower.overview().tokens) == (1, 1000)
+
+
+def test_lines_are_read_once_and_in_bounded_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_jsonl(path, steps(1, 100))
+    reader = EventReader(path)
+    pieces = []
+    while not reader.is_caught_up or not pieces:
+        reader.find_file()
+        pieces.append([event["step"] for event in reader.read(1000)])
+    assert len(pieces) > 5
+    assert [number for piece in pieces for number in piece] == list(range(1, 101))
+    reader.find_file()
+    assert reader.read() == []
+
+
+def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path, start(), *steps(1, 100))
+    follower = RunFollower(run, tail_bytes=500)
+    assert follower.read_on()
+    seen = follower.overview()
+    assert (seen.step, seen.tokens, seen.problems) == (100, None, ())
+    assert seen.tokens_per_second == 500.0
+
+
+def test_looking_writes_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, start(), *steps(1, 5), saved=4)
+    lock(run, machine="another")
+    before = {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]}
+    run_overview(run)
+    assert {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]} == before
+
+
+def test_looking_needs_no_torch() -> None:
+    code = "import sys, cpt.telemetry.run_overview; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
