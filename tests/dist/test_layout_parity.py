@@ -77,7 +77,12 @@ SMALL = [
 ]
 PENALIZED = [replace(scenario, router_penalties=True) for scenario in SMALL]
 WITH_KL = [replace(scenario, steps=2, kl=True) for scenario in SMALL]
-BF16 = [replace(scenario, dtype="bf16", steps=3, saves_first=False) for scenario in FULL]
+BF16_LAYOUTS = [(2, 2, 1, 3), (2, 1, 2, 1), (4, 2, 2, 3)]
+"""Those in bf16; tests/dist/test_bf16_layouts.py has the others."""
+BF16 = [
+    Scenario(world_size=w, sp=s, ep=e, stage=z, dtype="bf16", steps=3)
+    for w, s, e, z in BF16_LAYOUTS
+]
 
 
 class Reference:
@@ -183,13 +188,17 @@ def reference(folder: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def results(folder: Path, reference: Reference) -> dict[str, list[dict[str, Any]]]:
-    """Results of all scenarios, by name and number of steps.
+    """Results of all scenarios, by name and number of steps."""
+    write_targets(folder / "targets")
+    return run_all(folder, [*FULL, *VARIANTS, *PENALIZED, *WITH_KL, *BF16])
+
+
+def run_all(folder: Path, scenarios: list[Scenario]) -> dict[str, list[dict[str, Any]]]:
+    """Run scenarios; return their steps by name and number of steps.
 
     There is one launch per world size, because starting up takes longer than running.
     """
     found = {}
-    write_targets(folder / "targets")
-    scenarios = [*FULL, *VARIANTS, *PENALIZED, *WITH_KL, *BF16]
     for world_size in (1, 2, 4):
         chosen = [scenario for scenario in scenarios if scenario.world_size == world_size]
         arguments = [str(folder), *(scenario.dump() for scenario in chosen)]
