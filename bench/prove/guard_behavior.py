@@ -65,6 +65,8 @@ def main() -> None:
         "--parallel", type=int, default=2, help="runs at a time, of one thread each"
     )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--bases", type=int, nargs="+", help="numbers of bases; default: all")
+    parser.add_argument("--orders", type=int, nargs="+", help="orders of the data; default: all")
     parser.add_argument("--only_base", action="store_true", help="stop after the gates")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path)
@@ -75,7 +77,8 @@ def main() -> None:
     write_texts(work_dir / "text", scale.text_bytes)
     write_tasks(work_dir / "tasks", scale)
     build_base(work_dir, scale)
-    numbers = range(1, scale.num_bases + 1)
+    numbers = options.bases or range(1, scale.num_bases + 1)
+    orders = options.orders or range(1, scale.num_orders + 1)
     with ThreadPoolExecutor(options.parallel) as pool:
         bases = list(pool.map(partial(make_base, work_dir, scale), numbers))
         if options.only_base:
@@ -83,7 +86,7 @@ def main() -> None:
         jobs = []
         for number, base in zip(numbers, bases, strict=True):
             make_own_traces(work_dir, scale, base, number)
-            for order in range(1, scale.num_orders + 1):
+            for order in orders:
                 jobs.append(
                     pool.submit(_run_order, work_dir, scale, base, number, order, options.arms)
                 )

@@ -159,9 +159,18 @@ def check_finite(baselines: Mapping[str, DomainBaseline], where: str, cure: str)
         )
 
 
+def _stem(what: str, step: int) -> str:
+    return f"{what}-{step:08d}"
+
+
+def has_file(folder: Path, what: str, step: int) -> bool:
+    """Return whether a measurement of a step was written."""
+    return (folder / f"{_stem(what, step)}.json").exists()
+
+
 def free_file(folder: Path, what: str, step: int) -> Path:
     """Return a new file for a measurement of a step; a step that is done again gets another one."""
-    stem = f"{what}-{step:08d}"
+    stem = _stem(what, step)
     path = folder / f"{stem}.json"
     number = 2
     while path.exists():

@@ -16,7 +16,7 @@ from typing import Any
 
 from cpt.config import RunConfig
 from cpt.errors import ConfigError
-from cpt.guard.baseline import free_file, write_on_first_rank
+from cpt.guard.baseline import free_file, has_file, write_on_first_rank
 from cpt.guard.decision import decide
 from cpt.guard.ladder import (
     LEVERS,
@@ -89,6 +89,23 @@ class Guard:
             num_domains=len(self.domain_names),
             last=last,
             settings=settings,
+        )
+
+    def is_owed(self, step: int) -> bool:
+        """Return whether a run that starts at a step has to look at the model first.
+
+        It owes the look of the untouched model, and one in which it was stopped.
+        """
+        interval = self._config.guard.interval_steps
+        if not step or not interval or step % interval:
+            return step == 0
+        measured = [reading["step"] for reading in self.state.readings.values()]
+        return step not in measured
+
+    def has_scores(self, step: int) -> bool:
+        """Return whether a look at a step was measured to its end; all ranks call it together."""
+        return on_first_rank(
+            self._topology.control_group, lambda: has_file(self._folder, "scores", step)
         )
 
     def open_untouched(self, step: int) -> None:
@@ -219,16 +236,39 @@ class Guard:
         limits: LeverLimits,
         telemetry: Telemetry,
     ) -> None:
-        """Judge and decide, and log the decision with everything that it follows from."""
-        before = self.state
-        seen, self.latest = judged(self._judges(), scores, before, look)
-        evidence = evidence_at(look.step, self.domain_names, seen.readings, limits)
-        after, self.decision = decide(seen, evidence, look.settings, limits, last=look.last)
+        """Judge and decide on the first rank, tell all ranks, and log the decision.
+
+        All ranks have the same scores, but processors of two kinds may round a logarithm
+        differently, and two decisions would be two mixtures.
+        """
+        outcome = on_first_rank(
+            self._topology.control_group, lambda: self._outcome(look, scores, limits)
+        )
+        self.latest = outcome["lines"]
+        self.decision = Decision(**outcome["decision"])
         if look.step == 0:  # the untouched model has changed nothing
             return
-        self.state = restarted(self._judges(), after, self.decision)
-        event = decision_event(look, self.decision, evidence, before, self.state, limits)
-        telemetry.log({**event, "scores": self._scores_name})
+        self.state = GuardState.from_json(outcome["after"])
+        telemetry.log({**outcome["event"], "scores": self._scores_name})
+
+    def _outcome(self, look: Look, scores: Mapping[Kind, Json], limits: LeverLimits) -> Json:
+        """Return what a look leads to, as JSON values.
+
+        Returns:
+            `lines` (`guard` lines by kind), `decision`, `after` (the next state) and `event` (the
+            decision with everything that it follows from).
+        """
+        before = self.state
+        seen, lines = judged(self._judges(), scores, before, look)
+        evidence = evidence_at(look.step, self.domain_names, seen.readings, limits)
+        after, decision = decide(seen, evidence, look.settings, limits, last=look.last)
+        after = restarted(self._judges(), after, decision)
+        return {
+            "lines": lines,
+            "decision": asdict(decision),
+            "after": after.to_json(),
+            "event": decision_event(look, decision, evidence, before, after, limits),
+        }
 
     def _report(self, look: Look, telemetry: Telemetry) -> None:
         """Log the measurement of every domain, and warn of those that led to an action."""

@@ -24,6 +24,9 @@ from data_pipeline.mixture.mixture import Mixture
 EPOCH_MARGIN = 0.98
 """Share of the epochs left that a raise may plan with, because rows are not equally full."""
 
+ROUNDING = 1e-9
+"""Share that sums of shares may be off by."""
+
 
 class ReplayShares:
     """The shares of one mix and their bounds."""
@@ -90,11 +93,31 @@ class ReplayShares:
             for name in names:
                 part = self._configured[name] / before if before > 0 else 1 / len(names)
                 weights[name] = max(weights[name], share * part)
+        self._keep_within_limit(weights)
         kept = _total(weights, weights.keys() - self._givers)
         given = _total(self._configured, self._givers)
         for name in self._givers:
             weights[name] = (1 - kept) * self._configured[name] / given
         return weights
+
+    def _keep_within_limit(self, weights: dict[str, float]) -> None:
+        """Take from what the guard raised what is more than the limit.
+
+        The guard raises within the limit of the mix that it knew; an edit of the mix may give more
+        to the other sources.
+        """
+        replayed = weights.keys() - self._givers
+        raises = {}
+        for name in replayed:
+            if weights[name] > self._configured[name]:
+                raises[name] = weights[name] - self._configured[name]
+        most = max(self._limit, _total(self._configured, replayed))
+        excess = _total(weights, replayed) - most
+        if excess <= ROUNDING:
+            return
+        part = min(1.0, excess / math.fsum(raises.values()))
+        for name, raised in raises.items():
+            weights[name] -= part * raised
 
     def _known(self, replay: Mapping[str, float]) -> dict[str, float]:
         """Return the shares of those sources that the mix still has and that do not give."""

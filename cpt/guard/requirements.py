@@ -32,6 +32,7 @@ def guard_problems(
     total_steps: int,
     num_documents: Mapping[str, int | None],
     *,
+    num_domains: int,
     is_measured: bool,
 ) -> list[str]:
     """Return every reason to refuse the guard that is known before weights are read.
@@ -40,6 +41,7 @@ def guard_problems(
         settings: The run's guard section.
         total_steps: Optimizer steps of the whole run.
         num_documents: See `documents_by_domain`.
+        num_domains: Domains of all yardsticks: those of text, of prompts and of own traces.
         is_measured: Whether the run directory holds a baseline already. Its tolerances were checked
             when it was measured.
     """
@@ -48,12 +50,12 @@ def guard_problems(
     problems = domain_problems(settings, num_documents)
     if is_measured or not acts(settings):
         return problems
-    tests = num_tests(settings, len(num_documents), total_steps)
+    tests = num_tests(settings, num_domains, total_steps)
     # equally large documents show most: what they cannot show, no documents of this number can
     best_case = {}
     for name, count in num_documents.items():
         if count:
-            best_case[name] = expected_size(settings, name, count, tests, len(num_documents))
+            best_case[name] = expected_size(settings, name, count, tests, num_domains)
     too_noisy = tolerance_problems(settings, best_case, tests)
     if too_noisy:
         problems += [*too_noisy, WARN_INSTEAD]

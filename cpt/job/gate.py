@@ -285,6 +285,7 @@ class _Gate:
                 guard,
                 self.run_yaml.train.total_steps,
                 num_documents,
+                num_domains=len(num_documents) + len(mix.guard.generation) + len(mix.guard.traces),
                 is_measured=(self.run_dir / "guard" / "baseline.json").exists(),
             )
         )

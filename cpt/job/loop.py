@@ -53,6 +53,10 @@ def train(job: Job) -> None:
     if progress.step >= last_step > 0:
         if job.topology.rank == 0:
             log.info("nothing was done: step %d of %d is reached", progress.step, last_step)
+        if job.guard is not None and not job.guard.has_scores(progress.step):
+            # the run was killed after its last save
+            measure(job, last=True)
+            end(job)
         return
     begin(job, last_step)
     # the second step after a start is the first whose memory is that of all others
@@ -85,7 +89,7 @@ def train(job: Job) -> None:
 
 
 def begin(job: Job, last_step: int) -> None:
-    """Log the start, and measure the untouched model before the first step.
+    """Log the start, and measure what has to be measured before the first step.
 
     Raises:
         RequeueRequested: a stop was asked for meanwhile.
@@ -93,7 +97,7 @@ def begin(job: Job, last_step: int) -> None:
     step = job.progress.step
     fault_point("before_first_step", step)
     job.telemetry.log(start_event(step, job.telemetry.previous_end))
-    if step == 0 < last_step:
+    if step < last_step and job.guard is not None and job.guard.is_owed(step):
         measure(job, job.stop)
     leave_if_asked(job.stop, job.topology.control_group, "before the first step")
 

@@ -245,3 +245,18 @@ def test_stop_while_the_baseline_is_measured_keeps_nothing(
     look = run.guard.look_at(0, last=False)
     assert run.guard._yardsticks[0].measure(look, model, stop) is None
     assert not (run.run_dir / "guard" / "baseline.json").exists()
+
+
+def test_start_owes_the_untouched_model_and_the_look_in_which_the_run_was_stopped(
+    data: BuiltData, topology: Any, run: Run
+) -> None:
+    run.config.guard = replace(SETTINGS, interval_steps=2)
+    assert run.guard.is_owed(0) and not run.guard.is_owed(1)
+    run.look(0, 0.0)
+    assert run.guard.is_owed(2) and not run.guard.has_scores(2)
+    run.look(2, 0.0)
+    resumed = Run(data, topology, run.run_dir)
+    resumed.config.guard = run.config.guard
+    resumed.guard.state = GuardState.from_json(json.loads(json.dumps(run.guard.state.to_json())))
+    assert not resumed.guard.is_owed(2) and resumed.guard.has_scores(2)
+    assert resumed.guard.is_owed(4) and not resumed.guard.has_scores(4)

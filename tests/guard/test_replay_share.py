@@ -103,6 +103,18 @@ def test_share_that_an_edited_mix_raised_is_not_undercut() -> None:
     assert weights == pytest.approx(WEIGHTS)
 
 
+def test_edit_that_gives_more_to_others_takes_it_from_what_the_guard_had_raised() -> None:
+    """The guard raised English to 0.7 of a mix whose code was smaller; 0.75 is the limit."""
+    weights = shares_of().weights(GuardState(replay={"en_web": 0.7}))
+    assert weights == pytest.approx(
+        {"en_web": 0.65, "code": 0.1, "ja_web": 0.25 * 6 / 7, "ja_books": 0.25 / 7}
+    )
+    both = shares_of().weights(GuardState(replay={"en_web": 0.9, "code": 0.8}))
+    assert both["en_web"] + both["code"] == pytest.approx(0.75)
+    assert both["en_web"] == pytest.approx(0.2 + 0.7 * 0.45 / 1.4)
+    assert min(both.values()) > 0 and sum(both.values()) == pytest.approx(1)
+
+
 def test_single_sources_take_over_where_a_ladder_had_raised() -> None:
     state = GuardState(shares={"english": 0.3}, replay={"en_web": 0.25, "code": 0.15})
     weights = shares_of().weights(state)

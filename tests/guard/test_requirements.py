@@ -42,6 +42,15 @@ def manifest_of(held_out: dict[str, int]) -> Any:
     return SimpleNamespace(sources=tuple(sources))
 
 
+def text_problems(
+    settings: GuardSection, steps: int, num_documents: dict[str, int | None], *, is_measured: bool
+) -> list[str]:
+    """Return the problems of a run that measures nothing but text."""
+    return guard_problems(
+        settings, steps, num_documents, num_domains=len(num_documents), is_measured=is_measured
+    )
+
+
 def test_misspelled_domain_is_named_with_the_nearest_one() -> None:
     settings = guard_section(domains={"englsh": DomainLimits(tolerance_percent=3.0)})
     problems = domain_problems(settings, {"english": None, "japanese": None})
@@ -63,7 +72,7 @@ def test_documents_of_a_domain_are_those_of_all_its_sources() -> None:
 
 
 def test_tolerance_that_no_documents_of_this_number_can_show_is_refused_before_weights() -> None:
-    problems = guard_problems(guard_section(), STEPS, {"english": 9}, is_measured=False)
+    problems = text_problems(guard_section(), STEPS, {"english": 9}, is_measured=False)
     assert "guard domain english: 9 documents (as good as 9 equally large ones)" in problems[0]
     assert "9 are held out" in problems[0]
     assert problems[-1] == WARN_INSTEAD
@@ -72,22 +81,22 @@ def test_tolerance_that_no_documents_of_this_number_can_show_is_refused_before_w
 def test_refusal_names_a_number_of_documents_and_a_tolerance_that_would_do() -> None:
     """A panel of 256 does not show 1 %; without fresh documents that takes several hundred."""
     settings = guard_section(tolerance_percent=1.0)
-    (problem, _) = guard_problems(settings, STEPS, {"english": 400}, is_measured=False)
+    (problem, _) = text_problems(settings, STEPS, {"english": 400}, is_measured=False)
     named = re.search(r"takes about ([\d,]+);.*tolerance_percent\) to ([\d.]+)\.$", problem)
     assert named
     needed = int(named[1].replace(",", ""))
     assert 400 < needed < 1000
     larger = guard_section(tolerance_percent=1.0, max_documents=needed)
-    assert not guard_problems(larger, STEPS, {"english": needed}, is_measured=False)
+    assert not text_problems(larger, STEPS, {"english": needed}, is_measured=False)
     wider = guard_section(tolerance_percent=float(named[2]))
-    assert not guard_problems(wider, STEPS, {"english": 400}, is_measured=False)
+    assert not text_problems(wider, STEPS, {"english": 400}, is_measured=False)
     slightly_wider = guard_section(tolerance_percent=float(named[2]) - 0.1)
-    assert guard_problems(slightly_wider, STEPS, {"english": 400}, is_measured=False)
+    assert text_problems(slightly_wider, STEPS, {"english": 400}, is_measured=False)
 
 
 def test_many_held_out_documents_let_a_panel_of_the_default_size_do() -> None:
     settings = guard_section(tolerance_percent=1.0)
-    assert not guard_problems(settings, STEPS, {"english": 10_000}, is_measured=False)
+    assert not text_problems(settings, STEPS, {"english": 10_000}, is_measured=False)
 
 
 def test_noise_alone_is_not_enough() -> None:
@@ -113,7 +122,7 @@ def test_no_refusal_before_weights_is_missing_from_the_one_after_the_measurement
     settings = guard_section(tolerance_percent=float(generator.uniform(0.3, 3.0)))
     count = int(generator.integers(3, 200))
     nats = np.exp(generator.normal(7, 1, count))
-    before = guard_problems(settings, STEPS, {"english": count}, is_measured=False)
+    before = text_problems(settings, STEPS, {"english": count}, is_measured=False)
     tests = num_tests(settings, 1, STEPS)
     equal = expected_size(settings, "english", count, tests, 1)
     real = dataclasses.replace(equal, effective_panel=effective_documents(nats))
@@ -123,17 +132,31 @@ def test_no_refusal_before_weights_is_missing_from_the_one_after_the_measurement
 
 def test_guard_that_only_tells_or_has_its_baseline_may_have_any_tolerance() -> None:
     few: dict[str, int | None] = {"english": 9}
-    assert not guard_problems(guard_section(policy="warn"), STEPS, few, is_measured=False)
-    assert not guard_problems(guard_section(interval_steps=0), STEPS, few, is_measured=False)
-    assert not guard_problems(guard_section(), STEPS, few, is_measured=True)
+    assert not text_problems(guard_section(policy="warn"), STEPS, few, is_measured=False)
+    assert not text_problems(guard_section(interval_steps=0), STEPS, few, is_measured=False)
+    assert not text_problems(guard_section(), STEPS, few, is_measured=True)
 
 
 def test_guard_that_is_off_or_has_nothing_to_measure_is_not_checked() -> None:
     settings = guard_section(domains={"none": DomainLimits()}, enabled=False)
-    assert not guard_problems(settings, STEPS, {"english": 0}, is_measured=False)
-    assert not guard_problems(guard_section(), STEPS, {}, is_measured=False)
+    assert not text_problems(settings, STEPS, {"english": 0}, is_measured=False)
+    assert not text_problems(guard_section(), STEPS, {}, is_measured=False)
 
 
 def test_every_domain_is_tested_once_per_measurement() -> None:
     assert num_tests(guard_section(), 3, STEPS) == 3 * 11
     assert num_tests(guard_section(interval_steps=0), 3, STEPS) == 3
+
+
+def test_prompts_and_traces_share_the_false_alarms_with_text_and_so_ask_for_more_of_it() -> None:
+    settings = guard_section(tolerance_percent=1.0, max_documents=2000, fresh_documents=0)
+
+    def is_refused(count: int, num_domains: int) -> bool:
+        return bool(
+            guard_problems(
+                settings, STEPS, {"english": count}, num_domains=num_domains, is_measured=False
+            )
+        )
+
+    enough_alone = next(count for count in range(100, 2000) if not is_refused(count, 1))
+    assert is_refused(enough_alone, 9)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cpt.errors import ConfigError
+from cpt.job import loop
 from cpt.job.loop import train
 
 
@@ -27,3 +28,25 @@ def test_guard_that_cannot_measure_is_refused_before_a_step() -> None:
     with pytest.raises(ConfigError, match="is missing"):
         train(job)
     assert asked == [7]
+
+
+def test_finished_run_that_was_killed_in_its_last_look_is_measured_at_the_next_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(loop, "measure", lambda job, *, last: done.append(f"measured, {last}"))
+    monkeypatch.setattr(loop, "end", lambda job: done.append("ended"))
+    monkeypatch.setattr(loop, "go_on_after_pause", lambda job: None)
+    has_scores = True
+    job: Any = SimpleNamespace(
+        config=SimpleNamespace(train=None),
+        progress=SimpleNamespace(step=9),
+        last_step=9,
+        topology=SimpleNamespace(rank=1),
+        guard=SimpleNamespace(has_scores=lambda step: has_scores),
+    )
+    train(job)
+    assert done == []
+    has_scores = False
+    train(job)
+    assert done == ["measured, True", "ended"]
