@@ -18,6 +18,11 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from cpt.checkpoint.status import check_finished
+    import time
 
+    from cpt.checkpoint.status import check_finished
+    from cpt.telemetry.overview_text import describe_overview
+    from cpt.telemetry.run_overview import run_overview
+
+    print(describe_overview(run_overview(options.run_dir), time.time()), flush=True)
     print(check_finished(options.run_dir))

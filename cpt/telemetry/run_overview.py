@@ -81,6 +81,8 @@ class RunOverview:
     """Time to the planned end at this speed and goodput; NaN unless the run is running."""
     utilization: float
     """Share of the peak arithmetic, 0 to 1."""
+    peak_memory_bytes: int | None
+    """Most memory that the first rank has used; None in logs that do not tell."""
     goodput: float
     """Productive share of the time of all starts, 0 to 1."""
     guard: tuple[GuardStanding, ...]
@@ -195,6 +197,7 @@ class RunFollower:
             seconds_per_step=tally.seconds_per_step(),
             eta_seconds=_eta_seconds(tally, planned, goodput) if is_running else math.nan,
             utilization=tally.utilization,
+            peak_memory_bytes=tally.peak_memory_bytes,
             goodput=goodput,
             guard=_with_tolerances(tally.standings(), self._config),
             actions=tuple(reversed(tally.actions)),

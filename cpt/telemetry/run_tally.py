@@ -37,6 +37,13 @@ class GuardStanding:
     tolerance: float
     """Largest loss that is tolerated, in `unit`; NaN if it is not known."""
     unit: str
+    measure: str = ""
+    """Measure of replies, such as format; empty for text and traces."""
+
+    @property
+    def title(self) -> str:
+        """The domain, with the measure of replies."""
+        return f"{self.domain} {self.measure}".rstrip()
 
     @property
     def used_share(self) -> float:
@@ -82,6 +89,8 @@ class RunTally:
         """Share of the peak arithmetic, 0 to 1, if the log has it."""
         self.started = math.nan
         """Unix time at which the last start began to train."""
+        self.peak_memory_bytes: int | None = None
+        """Most memory that the first rank has used, if the log has it."""
         self.num_starts = 0
         """Starts that reached their first step."""
         self.num_going_back = 0
@@ -176,6 +185,7 @@ class RunTally:
         self.loss = number(event.get("loss"))
         self.learning_rate = number(event.get("lr"))
         self.utilization = number(event.get("utilization"))
+        self.peak_memory_bytes = whole_number(event.get("peak_memory_bytes"))
         tokens = number(event.get("tokens"))
         tokens = tokens if math.isfinite(tokens) else 0.0
         self._steps.append(step)
@@ -212,9 +222,11 @@ class RunTally:
         tolerance = number(event.get("tolerance"))
         if math.isnan(tolerance):
             tolerance = self._tolerances.get(domain, math.nan)
+        measure = str(event.get("measure") or "")
         delta = number(event.get("delta", event.get("delta_percent")))
-        self._standings[kind, domain, str(event.get("measure") or "")] = GuardStanding(
+        self._standings[kind, domain, measure] = GuardStanding(
             domain=domain,
+            measure=measure,
             kind=kind,
             state=str(event.get("state") or ""),
             step=step,

@@ -31,9 +31,13 @@ def test_run_is_finished_when_its_planned_last_step_is_saved(
     tmp_path: Path, plan: str, capsys
 ) -> None:
     assert main(["status", "--run_dir", str(run_with(tmp_path / "done", plan, 15, 30))]) == 0
-    assert "finished, step 30 of 30 is saved" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "finished, step 30 of 30 is saved" in out
+    assert "state  finished" in out
     assert main(["status", "--run_dir", str(run_with(tmp_path / "half", plan, 15))]) == 70
-    assert "not finished; saved is step 15 of 30" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "not finished; saved is step 15 of 30" in told.err
+    assert "0 of 30, saved step 15" in told.out
     with pytest.raises(InternalError, match="saved is step 0 of 30"):
         check_finished(run_with(tmp_path / "fresh", plan))
 
@@ -48,5 +52,6 @@ def test_run_without_plan_or_with_a_damaged_manifest_is_not_finished(tmp_path: P
 
 
 def test_answer_needs_no_torch() -> None:
-    code = "import sys, cpt.cli, cpt.checkpoint.status; sys.exit('torch' in sys.modules)"
+    modules = "sys, cpt.cli, cpt.checkpoint.status, cpt.telemetry.overview_text"
+    code = f"import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
