@@ -25,6 +25,7 @@ from cpt.checkpoint.manifest import (
 from cpt.checkpoint.metadata import check_metadata
 from cpt.checkpoint.reader import (
     candidates,
+    check_same_tensors,
     first_sound,
     list_steps,
     read_ranges,
@@ -35,7 +36,6 @@ from cpt.checkpoint.run_state import RunState
 from cpt.deepspeed_adapter.experts import is_expert
 from cpt.deepspeed_adapter.partition import full_local_numel, full_local_shape
 from cpt.deepspeed_adapter.shards import local_shards, publish_master_weights, set_optimizer_step
-from cpt.errors import CheckpointError
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
 
@@ -107,7 +107,7 @@ def load_checkpoint(
         return None
     folder = step_folder(run_dir, step)
     manifest = together(group, lambda: read_manifest(folder))
-    _compare(folder, manifest.tensors, tensor_records(engine, topology))
+    check_same_tensors(folder.name, manifest.tensors, tensor_records(engine, topology))
     ranges = _stored_ranges(flat_ranges(engine, topology), manifest.tensors)
     _log_freezing(manifest.tensors, tensor_records(engine, topology))
     together(group, lambda: read_ranges(folder, ranges))
@@ -218,22 +218,3 @@ def set_newer_aside(run_dir: Path, step: int, resume: str) -> None:
         if export.exists():  # the weights just set aside; the step will be exported anew
             export.rename(aside / "export")
         log.warning("%s is set aside as %s", folder.name, aside.name)
-
-
-def _compare(
-    folder: Path, stored: dict[str, TensorRecord], wanted: dict[str, TensorRecord]
-) -> None:
-    """Refuse a checkpoint whose parameters are not those of the model."""
-    problems = []
-    for name in sorted(wanted.keys() - stored.keys()):
-        problems.append(f"key '{name}' is missing.")
-    for name in sorted(stored.keys() - wanted.keys()):
-        problems.append(f"key '{name}' is unknown to this model.")
-    for name in sorted(stored.keys() & wanted.keys()):
-        if (stored[name].shape, stored[name].dtype) != (wanted[name].shape, wanted[name].dtype):
-            problems.append(
-                f"key '{name}' is {stored[name].dtype} {stored[name].shape}, "
-                f"expected {wanted[name].dtype} {wanted[name].shape}."
-            )
-    if problems:
-        raise CheckpointError(f"{folder.name} is of another model: " + " ".join(problems[:5]))

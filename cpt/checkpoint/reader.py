@@ -6,17 +6,25 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 
 from cpt.checkpoint.flat_planner import FlatLoadPlanner, FlatRange
-from cpt.checkpoint.manifest import Manifest, read_manifest, verify_files
+from cpt.checkpoint.manifest import (
+    Manifest,
+    TensorRecord,
+    check_listing,
+    read_manifest,
+    verify_files,
+)
 from cpt.checkpoint.metadata import FolderReader, check_metadata
-from cpt.errors import CheckpointError
+from cpt.errors import CheckpointError, ConfigError
 
+MOST_LISTED = 20
+"""Checkpoints that a message lists."""
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -50,8 +58,35 @@ def find_checkpoint(run_dir: Path, resume: str) -> tuple[int | None, list[str]]:
 
 
 def candidates(run_dir: Path, resume: str) -> list[int]:
-    """Return the steps to try, best first: all with a folder for `auto`, else the one asked for."""
-    return list_steps(run_dir) if resume == "auto" else [int(resume)]
+    """Return the steps to try, best first: all with a folder for `auto`, else the one asked for.
+
+    Raises:
+        ConfigError: the one asked for does not exist; the message lists those that do.
+    """
+    steps = list_steps(run_dir)
+    if resume == "auto":
+        return steps
+    wanted = int(resume)
+    if wanted not in steps:
+        raise ConfigError(_no_such_step(run_dir, wanted, steps))
+    return [wanted]
+
+
+def _no_such_step(run_dir: Path, wanted: int, steps: list[int]) -> str:
+    absent = f"{run_dir} has no checkpoint of step {wanted}"
+    if not steps:
+        return f"{absent}; it has none at all. Leave the step out, or give another --run_dir."
+    cure = "Give it" if len(steps) == 1 else "Give one of them"
+    return f"{absent}, only of {_listed(steps)}. {cure}, or no step for the newest."
+
+
+def _listed(steps: list[int]) -> str:
+    """Return steps in words; of very many, the newest."""
+    shown = [str(step) for step in steps[:MOST_LISTED]]
+    text = shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+    left = len(steps) - len(shown)
+    more = f" ({left} older ones as well)" if left else ""
+    return f"step{'s' if len(shown) > 1 else ''} {text}{more}"
 
 
 def first_sound(
@@ -76,10 +111,13 @@ def first_sound(
             return step, rejected
         rejected.append(reason)
     if rejected:
+        others = [step for step in list_steps(run_dir) if step not in steps]
         advice = (
             "Training does not restart at step 0 by itself. "
             "A fresh run beside the old one needs --resume never."
         )
+        if others:
+            advice = f"There are checkpoints of {_listed(others)}, too: ask for one of them."
         raise CheckpointError("\n".join(["no usable checkpoint:", *rejected, advice]))
     return None, []
 
@@ -102,6 +140,43 @@ def reason_of(check: Callable[[], object]) -> str | None:
     except (CheckpointError, OSError) as error:
         return str(error)
     return None
+
+
+def refusal_unread(folder: Path) -> str | None:
+    """Return why a checkpoint is not to be used, as far as its manifest and file sizes tell."""
+
+    def look() -> None:
+        check_listing(folder, read_manifest(folder))
+
+    return reason_of(look)
+
+
+def check_same_tensors(
+    checkpoint: str, stored: Mapping[str, TensorRecord], wanted: Mapping[str, TensorRecord]
+) -> None:
+    """Refuse a checkpoint whose parameters are not those of the model.
+
+    Args:
+        checkpoint: Its name.
+        stored: Its tensors.
+        wanted: Those of the model.
+
+    Raises:
+        CheckpointError: naming the first keys that differ.
+    """
+    problems = []
+    for name in sorted(wanted.keys() - stored.keys()):
+        problems.append(f"key '{name}' is missing.")
+    for name in sorted(stored.keys() - wanted.keys()):
+        problems.append(f"key '{name}' is unknown to this model.")
+    for name in sorted(stored.keys() & wanted.keys()):
+        if (stored[name].shape, stored[name].dtype) != (wanted[name].shape, wanted[name].dtype):
+            problems.append(
+                f"key '{name}' is {stored[name].dtype} {stored[name].shape}, "
+                f"expected {wanted[name].dtype} {wanted[name].shape}."
+            )
+    if problems:
+        raise CheckpointError(f"{checkpoint} is of another model: " + " ".join(problems[:5]))
 
 
 def read_ranges(folder: Path, ranges: dict[str, FlatRange]) -> None:

@@ -84,6 +84,14 @@ def stored_baselines(stored: Json) -> dict[str, DomainBaseline]:
     return baselines
 
 
+def missing_baseline(path: Path, step: int) -> ConfigError:
+    """Return the refusal of a run whose scores of the untouched model are gone."""
+    return ConfigError(
+        f"{path} is missing, and at step {step} the untouched model is gone. Restore the file, or "
+        "go on with --set guard.enabled=false."
+    )
+
+
 def check_same_text(path: Path, stored: Json, hashes: Mapping[str, Json]) -> None:
     """Refuse a baseline that was measured on other documents.
 

@@ -23,6 +23,7 @@ from cpt.guard.baseline import (
     check_finite,
     check_same_text,
     check_same_weights,
+    missing_baseline,
     read_baseline,
     stored_baselines,
     write_on_first_rank,
@@ -110,10 +111,7 @@ class HeldOutText(TextJudge):
             return
         self.baseline = self._stored_baseline()
         if not self.baseline and step:
-            raise ConfigError(
-                f"{self._baseline_file} is missing, and at step {step} the untouched model is "
-                "gone. Restore the file, or go on with --set guard.enabled=false."
-            )
+            raise missing_baseline(self._baseline_file, step)
 
     def measure(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> Json | None:
         """Score the domains that have a baseline, all of them at step 0.

@@ -21,7 +21,7 @@ from cpt.job.data import check_plan, open_data, open_kl_targets, plan_of
 from cpt.job.engine_setup import build_engine, fill_weights, verify_checksums, weight_source
 from cpt.job.job import Job
 from cpt.job.kept_config import keep_config
-from cpt.job.resumption import expected_start, fresh_start
+from cpt.job.resumption import expected_checkpoint, fresh_start, start_from
 from cpt.job.seam import Seam
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.resilience.agreed_stop import leave_if_asked
@@ -104,15 +104,23 @@ def check_expected_plan(context: RunContext, data: BuiltData) -> None:
 
     Raises:
         DataError: the data cannot feed the run.
-        ConfigError: see `cpt.job.seam.Seam.check`.
+        ConfigError: the checkpoint to go on from has trained on rows that are others now.
     """
     plan = context.plan
     if plan is None:
-        start = expected_start(context.run_dir, context.resume, context.config, context.mix, data)
+        start = fresh_start(context.mix, data)
+        checkpoint = expected_checkpoint(context.run_dir, context.resume)
+        if checkpoint is not None:
+            start = start_from(
+                checkpoint,
+                context.run_dir,
+                context.config,
+                context.model_config,
+                context.mix,
+                data,
+            )
         plan = plan_of(context.config, data, context.mix, start.ledger, start.progress)
         check_plan(context.config, plan)
-        if start.seam is not None and not context.observe:
-            start.seam.check()
     for warning in plan.warnings:
         log.warning("data plan: %s", warning)
 

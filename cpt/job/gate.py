@@ -2,6 +2,8 @@
 
     command line, launcher -> run YAML, DeepSpeed JSON -> model configuration -> layout
                                     |
+                         newest checkpoint -> model, schedule
+                                    |
                                    mix -> guard domains -> build -> resumption -> data plan
                                     |
                                    weight directory, KL targets, free space
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +34,18 @@ from cpt.deepspeed_adapter.json_values import block_problems
 from cpt.deepspeed_adapter.version import check_version
 from cpt.errors import ConfigError, CptError
 from cpt.guard.generation.requirements import generation_problems
+from cpt.guard.kept_files import missing_files
 from cpt.guard.requirements import documents_by_domain, guard_problems
 from cpt.guard.traces.requirements import trace_problems
 from cpt.job.data import build_folder, check_mix, check_plan, open_current_build, plan_of
 from cpt.job.findings import Findings, joined
-from cpt.job.resumption import expected_start
+from cpt.job.resumption import (
+    ExpectedCheckpoint,
+    StartingPoint,
+    expected_checkpoint,
+    fresh_start,
+    start_from,
+)
 from cpt.job.run_dir import check_place
 from cpt.job.seam import Seam
 from cpt.model import attention
@@ -66,8 +76,12 @@ class PassedGate:
     """`auto`, `never` or a step."""
     plan: DataPlan | None
     """The data plan; None on other ranks than the first, or if the mix is not built yet."""
+    checkpoint: ExpectedCheckpoint | None
+    """What the run will probably go on from; None on other ranks than the first, or at the
+    beginning of a run.
+    """
     seam: Seam | None
-    """What changes since the newest checkpoint; None as for `plan`, or without a checkpoint."""
+    """What changes since that checkpoint; None without one."""
     environment: LaunchEnvironment
     """What the launcher tells this rank."""
     refusal: CptError | None
@@ -185,6 +199,8 @@ class _Gate:
         self.config: RunConfig | None = None
         self.mix: MixConfig | None = None
         self.plan: DataPlan | None = None
+        self.checkpoint: ExpectedCheckpoint | None = None
+        self.starts_fresh = False
         self.seam: Seam | None = None
         self.trains = not (options.sample or options.measure)
 
@@ -200,6 +216,7 @@ class _Gate:
             self._check_weights()
             self._check_kl_targets()
             self._check_run_dir()
+            self._check_checkpoint()
             self._check_data()
         if self.found.errors:
             _raise_any(self.found, self.found_by_first)
@@ -211,6 +228,7 @@ class _Gate:
             run_dir=self.run_dir,
             resume=self.resume,
             plan=self.plan,
+            checkpoint=self.checkpoint,
             seam=self.seam,
             environment=self.environment,
             refusal=joined(self.found_by_first),
@@ -270,6 +288,21 @@ class _Gate:
             numels = parameter_numels(self.model_config)
             self.found_by_first.attempt(lambda: check_place(self.run_dir, config, numels))
 
+    def _check_checkpoint(self) -> None:
+        """Find the checkpoint to go on from and compare it with the model and the schedule."""
+        found = self.found_by_first
+        num_before = len(found.errors)
+        checkpoint = found.attempt(lambda: expected_checkpoint(self.run_dir, self.resume))
+        self.starts_fresh = checkpoint is None and len(found.errors) == num_before
+        self.checkpoint = checkpoint
+        if checkpoint is None or self.config is None:
+            return
+        found.attempt(lambda: checkpoint.check_model(self.model_config))
+        seam = Seam.of(checkpoint.state, checkpoint.name, checkpoint.step, self.config)
+        self.seam = seam
+        if self.trains:
+            found.attempt(seam.check)
+
     def _check_data(self) -> None:
         """Check the build, the guard's domains, and what a run would draw from the build."""
         mix = self.mix
@@ -289,8 +322,34 @@ class _Gate:
                 is_measured=(self.run_dir / "guard" / "baseline.json").exists(),
             )
         )
-        if data is not None and self.config is not None:
-            self._check_plan(self.config, mix, data)
+        self._check_kept_files(mix, num_documents)
+        start = self._start(mix, data)
+        if start is not None and data is not None:
+            self._check_plan(mix, data, start)
+
+    def _check_kept_files(self, mix: MixConfig, num_documents: Mapping[str, int | None]) -> None:
+        """Check that a run that goes on still has what the guard kept of the untouched model."""
+        seam = self.seam
+        if seam is None or seam.is_done or not self.trains or not self.run_yaml.guard.enabled:
+            return
+        problems = missing_files(
+            self.run_dir, mix, seam.step, has_held_out=any(num_documents.values())
+        )
+        self.found_by_first.add(problems)
+
+    def _start(self, mix: MixConfig, data: BuiltData | None) -> StartingPoint | None:
+        """Return where the run goes on; None if that is refused, or cannot be known yet."""
+        config = self.config
+        if config is None:
+            return None
+        checkpoint = self.checkpoint
+        if checkpoint is not None:
+            return self.found_by_first.attempt(
+                lambda: start_from(checkpoint, self.run_dir, config, self.model_config, mix, data)
+            )
+        if data is None or not self.starts_fresh:
+            return None
+        return fresh_start(mix, data)
 
     def _open_build(self, mix: MixConfig) -> BuiltData | None:
         """Return the build of a mix; None if it is refused, or not built yet."""
@@ -301,18 +360,14 @@ class _Gate:
             return None
         return found.attempt(lambda: open_current_build(settings, mix, folder))
 
-    def _check_plan(self, config: RunConfig, mix: MixConfig, data: BuiltData) -> None:
-        found = self.found_by_first
-        start = found.attempt(lambda: expected_start(self.run_dir, self.resume, config, mix, data))
-        if start is None:
-            return
-        seam = start.seam
-        self.seam = seam
-        if seam is not None and self.trains:
-            found.attempt(seam.check)
-        plan = found.attempt(lambda: plan_of(config, data, mix, start.ledger, start.progress))
+    def _check_plan(self, mix: MixConfig, data: BuiltData, start: StartingPoint) -> None:
+        config = self.config
+        assert config is not None
+        plan = self.found_by_first.attempt(
+            lambda: plan_of(config, data, mix, start.ledger, start.progress)
+        )
         if plan is not None:
-            found.attempt(lambda: check_plan(config, plan))
+            self.found_by_first.attempt(lambda: check_plan(config, plan))
         self.plan = plan
 
 

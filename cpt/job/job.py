@@ -211,6 +211,7 @@ class Job:
             state,
             name,
             self.config,
+            self.context.model_config,
             self.mix,
             self.data,
             given_up=[*skipped_by(rollbacks), *given_up],

@@ -6,17 +6,26 @@ reads them again from the checkpoint whose tensors were loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cpt.checkpoint.manifest import read_manifest
-from cpt.checkpoint.reader import candidates, step_folder
+from transformers import GptOssConfig
+
+from cpt.checkpoint.manifest import TensorRecord, read_manifest
+from cpt.checkpoint.reader import (
+    candidates,
+    check_same_tensors,
+    first_sound,
+    refusal_unread,
+    step_folder,
+)
 from cpt.checkpoint.run_state import RunState
 from cpt.config import RunConfig
-from cpt.errors import CheckpointError, ConfigError
+from cpt.errors import ConfigError
 from cpt.job.progress import Progress, merged, read_rollbacks, skipped_by
-from cpt.job.seam import Seam
+from cpt.model.parameters import parameter_shapes
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
@@ -40,11 +49,11 @@ class RunIdentity:
             seed=train.seed, seq_len=train.seq_len, global_batch_size=train.global_batch_size
         )
 
-    def check(self, state: RunState, checkpoint: str) -> None:
-        """Refuse to go on from a checkpoint of another run.
+    def problems(self, state: RunState, checkpoint: str) -> list[str]:
+        """Return every value that differs from that of a checkpoint, and the advice.
 
         Raises:
-            ConfigError: naming every value that differs.
+            CheckpointError: the checkpoint does not tell its identity.
         """
         saved = state.part("identity", checkpoint)
         problems = []
@@ -54,8 +63,47 @@ class RunIdentity:
                     f"{checkpoint} was trained with {name} {saved.get(name)}, now it is {value}."
                 )
         if problems:
-            advice = "Change it back, or start another run with a new --run_dir."
-            raise ConfigError([*problems, advice])
+            problems.append("Change it back, or start another run with a new --run_dir.")
+        return problems
+
+
+ARCHITECTURE_KEYS = (
+    "head_dim",
+    "layer_types",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+    "swiglu_alpha",
+    "swiglu_limit",
+)
+"""Keys of config.json that change what the model computes and not the shape of any tensor."""
+
+
+def architecture_problems(
+    state: RunState, checkpoint: str, model_config: GptOssConfig
+) -> list[str]:
+    """Return every key of the model's configuration that differs from that of a checkpoint.
+
+    Args:
+        state: The checkpoint's.
+        checkpoint: Its name.
+        model_config: The model as it is now; keys that one of the two lacks are not compared.
+    """
+    saved = state.model_config
+    now = json.loads(model_config.to_json_string(use_diff=False))
+    problems = []
+    for key in ARCHITECTURE_KEYS:
+        if key in saved and key in now and saved[key] != now[key]:
+            problems.append(
+                f"{checkpoint} was trained with {key} {json.dumps(saved[key])} of the model's "
+                f"config.json, now it is {json.dumps(now[key])}."
+            )
+    if problems:
+        problems.append("Restore config.json, or start another run with a new --run_dir.")
+    return problems
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +112,6 @@ class StartingPoint:
 
     ledger: Ledger
     progress: Progress
-    seam: Seam | None = None
-    """What changes since the checkpoint; None at the beginning of a run."""
 
 
 def fresh_start(mix: MixConfig, data: BuiltData) -> StartingPoint:
@@ -78,8 +124,9 @@ def starting_point(
     state: RunState,
     checkpoint: str,
     config: RunConfig,
+    model_config: GptOssConfig,
     mix: MixConfig,
-    data: BuiltData,
+    data: BuiltData | None,
     *,
     given_up: Sequence[tuple[int, int]],
     accept_mix_change: bool,
@@ -90,53 +137,123 @@ def starting_point(
         state: The checkpoint's.
         checkpoint: Its name.
         config: The run as it is configured now.
+        model_config: The model as it is now.
         mix: The mix as it is now.
-        data: Its build.
+        data: Its build; None leaves out the check that no rows changed.
         given_up: Batches that rollbacks have given up since the checkpoint.
         accept_mix_change: Go on although the mix was edited since.
 
     Raises:
-        ConfigError: the run is another one, or its mix was edited and that is not accepted.
+        ConfigError: the run is another one, or its mix was edited and that is not accepted; all of
+            it.
         CheckpointError: the checkpoint lacks what a run needs.
     """
-    RunIdentity.of(config).check(state, checkpoint)
     progress = Progress.from_json(state.part("progress", checkpoint))
     progress.skip_ranges = merged([*progress.skip_ranges, *given_up])
-    ledger = resume_ledger(
-        state.part("ledger", checkpoint),
-        mix,
-        progress.next_batch,
-        accept_change=accept_mix_change,
-        rows=data.manifest.row_hashes(),
-    )
+    problems = RunIdentity.of(config).problems(state, checkpoint)
+    problems += architecture_problems(state, checkpoint, model_config)
+    ledger = None
+    try:
+        ledger = resume_ledger(
+            state.part("ledger", checkpoint),
+            mix,
+            progress.next_batch,
+            accept_change=accept_mix_change,
+            rows=None if data is None else data.manifest.row_hashes(),
+        )
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    assert ledger is not None
     return StartingPoint(ledger=ledger, progress=progress)
 
 
-def expected_start(
-    run_dir: Path, resume: str, config: RunConfig, mix: MixConfig, data: BuiltData
-) -> StartingPoint:
-    """Return where a run will probably go on: from the newest checkpoint with a readable manifest.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpectedCheckpoint:
+    """The checkpoint that a run will probably go on from; its files have the right sizes."""
 
-    Its files are not hashed here; a damaged one is passed over when the run loads it.
+    step: int
+    """Optimizer steps done."""
+    name: str
+    """Name of its folder."""
+    state: RunState
+    """Its state besides tensors."""
+    tensors: Mapping[str, TensorRecord]
+    """Its tensors by name of the parameter."""
+    rejected: tuple[str, ...]
+    """Reasons why newer ones are passed over."""
+
+    def check_model(self, model_config: GptOssConfig) -> None:
+        """Refuse a checkpoint of another model.
+
+        Raises:
+            CheckpointError: the parameters are others.
+        """
+        wanted = {}
+        for name, shape in parameter_shapes(model_config).items():
+            wanted[name] = TensorRecord(shape=shape, dtype="float32")
+        check_same_tensors(self.name, self.tensors, wanted)
+
+
+def expected_checkpoint(run_dir: Path, resume: str) -> ExpectedCheckpoint | None:
+    """Return the checkpoint that a run will probably go on from; None at the beginning of a run.
+
+    Manifests and the sizes of files are read, not their contents: a checkpoint whose hashes are
+    wrong is passed over when the run loads it.
+
+    Args:
+        run_dir: The run directory.
+        resume: `auto`, `never` or a step.
+
+    Raises:
+        ConfigError: there is no checkpoint of the step asked for.
+        CheckpointError: there are checkpoints, but none can be used.
+    """
+    if resume == "never":
+        return None
+    step, rejected = first_sound(run_dir, candidates(run_dir, resume), refusal_unread)
+    if step is None:
+        return None
+    folder = step_folder(run_dir, step)
+    manifest = read_manifest(folder)
+    return ExpectedCheckpoint(
+        step=step,
+        name=folder.name,
+        state=RunState.from_json(manifest.state, folder.name),
+        tensors=manifest.tensors,
+        rejected=tuple(rejected),
+    )
+
+
+def start_from(
+    checkpoint: ExpectedCheckpoint,
+    run_dir: Path,
+    config: RunConfig,
+    model_config: GptOssConfig,
+    mix: MixConfig,
+    data: BuiltData | None,
+) -> StartingPoint:
+    """Return where a run goes on from a checkpoint that is not loaded yet.
+
+    Args:
+        checkpoint: The checkpoint.
+        run_dir: The run directory.
+        config: The run as it is configured now.
+        model_config: The model as it is now.
+        mix: The mix as it is now.
+        data: Its build; None if there is none yet.
 
     Raises:
         ConfigError, CheckpointError: see `starting_point`.
     """
-    steps = [] if resume == "never" else candidates(run_dir, resume)
-    for step in steps:
-        folder = step_folder(run_dir, step)
-        try:
-            state = RunState.from_json(read_manifest(folder).state, folder.name)
-        except CheckpointError:
-            continue
-        start = starting_point(
-            state,
-            folder.name,
-            config,
-            mix,
-            data,
-            given_up=skipped_by(read_rollbacks(run_dir)),
-            accept_mix_change=config.data.accept_mix_change,
-        )
-        return replace(start, seam=Seam.of(state, folder.name, step, config))
-    return fresh_start(mix, data)
+    return starting_point(
+        checkpoint.state,
+        checkpoint.name,
+        config,
+        model_config,
+        mix,
+        data,
+        given_up=skipped_by(read_rollbacks(run_dir)),
+        accept_mix_change=config.data.accept_mix_change,
+    )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import GptOssConfig
 
-from cpt.checkpoint.reader import list_steps
 from cpt.config import RunConfig
 from cpt.job.gate import PassedGate
 from cpt.model.freezing import frozen_names
@@ -38,7 +36,7 @@ def describe(passed: PassedGate) -> str:
         "steps": config.train.total_steps,
         "mix": config.data.mix,
         "run directory": passed.run_dir,
-        "resumes from": describe_resume(passed.run_dir, passed.resume),
+        "resumes from": describe_resume(passed),
     }
     width = max(len(name) for name in rows)
     lines = ["resolved configuration"]
@@ -55,12 +53,15 @@ def describe_sequence_parallel(config: RunConfig) -> str:
     return f"{config.sp_size}, window layers by {exchange}"
 
 
-def describe_resume(run_dir: Path, resume: str) -> str:
-    """Return the checkpoint that the run goes on from, before any is verified."""
-    if resume != "auto":
-        return resume
-    steps = list_steps(run_dir)
-    return f"step {steps[0]}" if steps else "nothing"
+def describe_resume(passed: PassedGate) -> str:
+    """Return the checkpoint that the run goes on from, before its files are hashed."""
+    checkpoint = passed.checkpoint
+    if checkpoint is None:
+        return "nothing"
+    text = f"step {checkpoint.step}"
+    for reason in checkpoint.rejected:
+        text += f" (passed over: {reason})"
+    return text
 
 
 def describe_frozen(config: RunConfig, model_config: GptOssConfig) -> str:

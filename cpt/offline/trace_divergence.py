@@ -17,8 +17,7 @@ from cpt.errors import ConfigError
 from cpt.guard.score import Floats
 from cpt.guard.traces.bounds import upper_bound
 from cpt.guard.traces.divergence import Passes, measure_divergence
-from cpt.guard.traces.store import KeptTraces, TraceFolder
-from cpt.guard.traces.yardstick import TRACE_FOLDER
+from cpt.guard.traces.store import TRACE_FOLDER, KeptTraces, TraceFolder
 from cpt.guard.yardstick import GREEN_ERROR
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes

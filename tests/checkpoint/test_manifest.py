@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import xxhash
 
-from cpt.checkpoint.loading import _compare
 from cpt.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
@@ -20,7 +19,7 @@ from cpt.checkpoint.manifest import (
     record_file,
     verify_files,
 )
-from cpt.checkpoint.reader import find_checkpoint, list_steps
+from cpt.checkpoint.reader import check_same_tensors, find_checkpoint, list_steps
 from cpt.errors import CheckpointError
 from tests.support.checkpoints import (
     FILES,
@@ -308,9 +307,9 @@ def test_checkpoint_of_another_model_is_refused_by_key(
     tmp_path: Path, stored: Any, words: str
 ) -> None:
     with pytest.raises(CheckpointError) as caught:
-        _compare(tmp_path / "step-00000100", stored, TENSORS)
+        check_same_tensors("step-00000100", stored, TENSORS)
     assert words in str(caught.value)
 
 
 def test_checkpoint_of_the_same_model_is_accepted(tmp_path: Path) -> None:
-    _compare(tmp_path, dict(TENSORS), dict(reversed(TENSORS.items())))
+    check_same_tensors("step-00000100", dict(TENSORS), dict(reversed(TENSORS.items())))

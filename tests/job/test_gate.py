@@ -19,11 +19,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from cpt.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from cpt.checkpoint.manifest import Manifest, TensorRecord, read_manifest, write_manifest
 from cpt.errors import CheckpointError, ConfigError, DataError, StorageError
 from cpt.job.findings import Findings, joined
 from cpt.job.progress import Progress
-from cpt.model.configuration import PRESETS
+from cpt.model.configuration import PRESETS, load_config
+from cpt.model.parameters import parameter_shapes
 from cpt.resilience.stop import StopRequest
 from cpt.run import main
 from cpt.training.kl_targets import SIDECAR
@@ -373,10 +374,16 @@ def trained(workplace: Path) -> Iterator[Path]:
         "progress": Progress(step=1, updates=1).to_json(),
         "ledger": ledger.to_json(),
     }
+    tensors = {}
+    for name, shape in parameter_shapes(load_config(workplace / "weights", None)).items():
+        tensors[name] = TensorRecord(shape=shape, dtype="float32")
     folder = workplace / "run" / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
-    manifest = Manifest(step=1, files=(), tensors={}, layout={}, versions={}, state=state)
+    manifest = Manifest(step=1, files=(), tensors=tensors, layout={}, versions={}, state=state)
     write_manifest(folder, manifest)
+    baseline = workplace / "run" / "guard" / "baseline.json"
+    baseline.parent.mkdir()
+    baseline.write_text("{}", encoding="utf-8")
     yield folder
     shutil.rmtree(workplace / "run")
 
@@ -432,6 +439,98 @@ def test_run_that_is_another_one_is_refused_before_weights_are_read(
     assert dry_run("train.seed=5") == 78
     message = capsys.readouterr().err
     assert f"{trained.name} was trained with seed 1234, now it is 5." in message
+
+
+def edit_manifest(folder: Path, edit: Callable[[Manifest], None]) -> None:
+    manifest = read_manifest(folder)
+    edit(manifest)
+    write_manifest(folder, manifest)
+
+
+def test_everything_that_differs_from_the_checkpoint_is_refused_in_one_message(
+    dry_run: DryRun, trained: Path, workplace: Path, capsys: Any
+) -> None:
+    text = (workplace / "mix.yaml").read_text(encoding="utf-8")
+    edited = workplace / "edited.yaml"
+    edited.write_text(text.replace("max_epochs: 4", "max_epochs: 8"), encoding="utf-8")
+    edit_manifest(trained, lambda manifest: manifest.state["model_config"].update(swiglu_limit=9.0))
+    settings = ["train.seed=5", "train.global_batch_size=2", f"data.mix={edited}"]
+    assert dry_run(*settings) == 78
+    message = capsys.readouterr().err
+    assert f"{trained.name} was trained with seed 1234, now it is 5." in message
+    assert f"{trained.name} was trained with global_batch_size 1, now it is 2." in message
+    assert "was trained with swiglu_limit 9.0 of the model's config.json, now it is 7.0" in message
+    assert "The data mix was edited since step 0" in message
+
+
+def test_checkpoint_is_compared_before_the_mix_is_built(
+    dry_run: DryRun, trained: Path, workplace: Path, capsys: Any
+) -> None:
+    assert dry_run("train.seed=5", f"data.build_dir={workplace / 'nowhere'}") == 78
+    assert "was trained with seed 1234, now it is 5." in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_model_is_refused_before_weights_are_read(
+    dry_run: DryRun, trained: Path, capsys: Any
+) -> None:
+    def shorten(manifest: Manifest) -> None:
+        manifest.tensors[WRONG_TENSOR] = TensorRecord(shape=(7,), dtype="float32")
+
+    edit_manifest(trained, shorten)
+    assert dry_run() == 74
+    message = capsys.readouterr().err
+    assert f"{trained.name} is of another model: key '{WRONG_TENSOR}' is float32 (7,)" in message
+
+
+def test_step_that_does_not_exist_is_refused_with_those_that_do(
+    workplace: Path, dry_run: DryRun, trained: Path, capsys: Any
+) -> None:
+    shutil.copytree(trained, trained.with_name("step-00000004"))
+    arguments = [*arguments_of(workplace), "--dry_run", "--resume"]
+    assert main([*arguments, "999"], StopRequest()) == 78
+    message = capsys.readouterr().err
+    assert "has no checkpoint of step 999, only of steps 4 and 1. Give one of them" in message
+    assert "never" not in message
+    assert main([*arguments, "1"], StopRequest()) == 0
+    assert "resumes from" in capsys.readouterr().out
+
+
+def test_step_that_was_asked_for_is_compared_as_the_newest_is(
+    workplace: Path, dry_run: DryRun, trained: Path, capsys: Any
+) -> None:
+    arguments = [*arguments_of(workplace, "train.seed=5"), "--dry_run", "--resume", "1"]
+    assert main(arguments, StopRequest()) == 78
+    assert "was trained with seed 1234" in capsys.readouterr().err
+
+
+def test_run_without_a_usable_checkpoint_is_refused_before_weights_are_read(
+    dry_run: DryRun, trained: Path, capsys: Any
+) -> None:
+    (trained / "half-a-file").write_bytes(b"")
+    assert dry_run() == 74
+    message = capsys.readouterr().err
+    assert f"no usable checkpoint:\n{trained.name}/half-a-file: not in the manifest." in message
+
+
+def test_checkpoint_with_files_of_wrong_sizes_is_passed_over_and_told(
+    dry_run: DryRun, trained: Path, capsys: Any
+) -> None:
+    newer = trained.with_name("step-00000004")
+    shutil.copytree(trained, newer)
+    (newer / "half-a-file").write_bytes(b"")
+    assert dry_run() == 0
+    told = capsys.readouterr().out
+    assert f"step 1 (passed over: {newer.name}/half-a-file: not in the manifest.)" in told
+
+
+def test_run_that_goes_on_without_its_baseline_is_refused_before_weights_are_read(
+    dry_run: DryRun, trained: Path, workplace: Path, capsys: Any
+) -> None:
+    (workplace / "run" / "guard" / "baseline.json").unlink()
+    assert dry_run() == 78
+    message = capsys.readouterr().err
+    assert "baseline.json is missing, and at step 1 the untouched model is gone" in message
+    assert dry_run("guard.enabled=false") == 0
 
 
 def test_mix_edited_since_the_checkpoint_is_refused_before_weights_are_read(

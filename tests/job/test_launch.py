@@ -307,14 +307,19 @@ def test_dry_run_prints_the_whole_plan_and_loads_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_names_the_checkpoint_to_resume_from(
+def test_dry_run_refuses_folders_of_steps_that_are_no_checkpoints(
     environment: Environment, capsys: Any, tmp_path: Path
 ) -> None:
     environment()
     for step in (20, 100):
         (tmp_path / "mine" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
-    assert run("--dry_run", "--run_dir", "mine") == 0
-    assert table(capsys.readouterr().out)["resumes from"] == "step 100"
+    assert run("--dry_run", "--run_dir", "mine") == 74
+    message = capsys.readouterr().err
+    assert "no usable checkpoint:" in message
+    assert "step-00000100/manifest.json: missing" in message
+    assert "step-00000020/manifest.json: missing" in message
+    assert run("--dry_run", "--run_dir", "mine", "--resume", "never") == 0
+    assert table(capsys.readouterr().out)["resumes from"] == "nothing"
 
 
 def test_dry_run_refuses_an_unknown_attention_with_the_known_ones(

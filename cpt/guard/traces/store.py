@@ -30,6 +30,8 @@ from cpt.training.kl_target_format import (
 from data_pipeline.store.files import write_json
 
 FORMAT_VERSION = 1
+TRACE_FOLDER = "traces"
+"""Folder of all traces within <run_dir>/guard."""
 
 Json = dict[str, Any]
 Tokens = list[int]
@@ -200,6 +202,14 @@ class TraceFolder:
 
 
 _RESTORE = "Restore it from a copy of the run directory, or use a new --run_dir."
+
+
+def missing_traces(path: Path, step: int) -> ConfigError:
+    """Return the refusal of a run whose traces of the untouched model are gone."""
+    return ConfigError(
+        f"{path} is missing, and at step {step} the untouched model is gone. Restore the file, or "
+        "go on without guard.traces in the mix."
+    )
 
 
 def check_origin(path: Path, stored: TraceOrigin, wanted: TraceOrigin) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt.config import RunConfig
-from cpt.errors import ConfigError
 from cpt.guard.held_out_text import base_weights
 from cpt.guard.traces.divergence import Passes, measure_divergence
 from cpt.guard.traces.judge import TraceJudge, divergence_table, scores_of
@@ -28,7 +27,14 @@ from cpt.guard.traces.sampling import (
     freeze_traces,
     kept_traces,
 )
-from cpt.guard.traces.store import KeptTraces, Tokens, TraceFolder, check_origin
+from cpt.guard.traces.store import (
+    TRACE_FOLDER,
+    KeptTraces,
+    Tokens,
+    TraceFolder,
+    check_origin,
+    missing_traces,
+)
 from cpt.guard.yardstick import Json, Kind, Look
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
@@ -42,9 +48,6 @@ from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.traces_config import TraceDomain
 
 log = logging.getLogger("cpt.guard")
-
-TRACE_FOLDER = "traces"
-"""Folder of all traces within <run_dir>/guard."""
 
 
 class OwnTraces(TraceJudge):
@@ -205,11 +208,7 @@ class OwnTraces(TraceJudge):
         """
         missing = [name for name in self._domains if name not in found]
         if missing and not found:
-            raise ConfigError(
-                f"{self._folder.traces_file(missing[0])} is missing, and at step {step} the "
-                "untouched model is gone. Restore the file, or go on without guard.traces in the "
-                "mix."
-            )
+            raise missing_traces(self._folder.traces_file(missing[0]), step)
         if missing and self._topology.rank == 0:
             log.warning(
                 "traces %s are left out: the untouched model did not write them.",
