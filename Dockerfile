@@ -6,8 +6,11 @@
 ARG BASE=nvidia/cuda:13.0.1-devel-ubuntu24.04
 FROM ${BASE}
 
+# NCCL opens libibverbs and its providers at run time; the CUDA image has neither, and without them NCCL goes over TCP and
+# says nothing.  ibverbs-utils: `ibv_devinfo` in a container shows whether the adapters are seen.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-venv python3-dev build-essential ninja-build git pdsh \
+        libibverbs1 ibverbs-providers librdmacm1 ibverbs-utils \
     && rm -rf /var/lib/apt/lists/*
 
 RUN python3 -m venv /opt/venv && useradd --create-home --uid 10001 cpt

@@ -20,6 +20,7 @@ CPT_RUN_ARGUMENTS=()                            # further options of cpt/run.py,
 
 # --- the software: modules and a venv, or a container
 : "${CPT_MODULES:=}"                            # for `module load`, e.g. "cuda/13.0 apptainer"
+: "${CPT_MODULE_PATHS:=}"                       # for `module use`, before that
 : "${CPT_CONTAINER:=none}"                      # none, apptainer, singularity, pyxis
 : "${CPT_VENV:=.venv}"                          # used without a container
 : "${CPT_IMAGE:=}"                              # apptainer: file.sif; pyxis: file.sqsh or registry#name
@@ -43,7 +44,10 @@ CPT_VLLM_ARGUMENTS=()                           # further options of vllm serve,
 #export TRITON_CACHE_DIR=/tmp/triton-$USER
 #export TORCH_EXTENSIONS_DIR=/tmp/torch-extensions-$USER
 
-# --- PBS and AGE only: seconds after which the run saves and is queued again: the time limit less a margin
-: "${CPT_STOP_AFTER_SECONDS:=0}"                # 0: never
-: "${CPT_SUBMIT:=qsub}"                         # AGE with a group: "qsub -g GROUP"
-: "${CPT_MPIRUN:=mpirun -n NODES --map-by ppr:1:node}"    # starts one process on each node; NODES is filled in
+# --- PBS and AGE only: the run saves before the time limit, and the job is submitted again
+: "${CPT_STOP_MARGIN_SECONDS:=600}"             # how long before the limit; the limit is read from qstat
+: "${CPT_STOP_AFTER_SECONDS:=}"                 # after so many seconds instead; 0: never
+: "${CPT_SUBMIT:=qsub}"                         # with queue, group, nodes and limit from qstat; or the whole command
+: "${CPT_KEEP_RESOURCES=filesystems}"           # PBS: further job-wide resources (-l) that the next start asks for
+: "${CPT_KEEP_VARIABLES=RTYPE USE_SSH}"         # further variables (-v) that it gets; these are ABCI's
+: "${CPT_MPIRUN:=}"                             # starts one process on each of NODES nodes; empty: by the mpirun that is there

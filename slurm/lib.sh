@@ -4,6 +4,7 @@
 #   train.sbatch, pbs/train.pbs, age/train.sh    one job: starts node.sh on every node, waits, decides what comes next
 #     node.sh                                    one node: starts `deepspeed`, leaves no process behind
 #   offline.sbatch                               the same for a command of cpt/cli.py
+#   resubmit.sh                                  what PBS and AGE jobs know about themselves
 #
 # Decisions
 #   Nobody signals a launcher: SIGTERM to `deepspeed` orphans its ranks.  A signal to a template or to node.sh becomes
@@ -11,6 +12,8 @@
 #   Exit code 0 alone proves nothing: `deepspeed` ends with 0 when its child was killed.  A run is done when its newest
 #   manifest holds the planned last step.
 
+CARRIED=()      # words that give other nodes the environment of this one
+JOB_END=        # when the scheduler ends the job, in seconds since 1970; empty: unknown, or cpt knows it from Slurm
 NODE_COMMAND=() # words that node.sh gives to cpt/cli.py; none: it starts a run
 readonly EXIT_INTERNAL=70 EXIT_REQUEUE=75 EXIT_CONFIG=78
 
@@ -26,21 +29,24 @@ refuse() {
 # Read the settings file, check it, and set the container prefix.
 load_settings() {
     local file=${CPT_ENV:-slurm/env.sh}
+    CPT_ENV_FILE=$file
     [[ -r "$file" ]] || refuse "$file is not there. Run  cp slurm/env.example.sh slurm/env.sh  and edit it."
     CPT_RUN_ARGUMENTS=() CPT_VLLM_ARGUMENTS=()
     # shellcheck source=slurm/env.example.sh
     source "$file"
     : "${CPT_MODULES:=}" "${CPT_CONTAINER:=none}" "${CPT_VENV:=.venv}" "${CPT_IMAGE:=}" "${CPT_BINDS:=}"
-    : "${CPT_RANKS_PER_NODE:=}" "${CPT_MASTER_INTERFACE:=}" "${CPT_STOP_AFTER_SECONDS:=0}" "${CPT_SUBMIT:=qsub}"
-    : "${CPT_MAX_RESTARTS:=20}" "${CPT_SAVE_SECONDS:=600}" "${CPT_MPIRUN:=mpirun -n NODES --map-by ppr:1:node}"
+    : "${CPT_MODULE_PATHS:=}" "${CPT_RANKS_PER_NODE:=}" "${CPT_MASTER_INTERFACE:=}" "${CPT_SUBMIT:=qsub}" "${CPT_MPIRUN:=}"
+    : "${CPT_STOP_AFTER_SECONDS:=}" "${CPT_STOP_MARGIN_SECONDS:=600}" "${CPT_KEEP_RESOURCES=filesystems}"
+    : "${CPT_KEEP_VARIABLES=RTYPE USE_SSH}" "${CPT_MAX_RESTARTS:=20}" "${CPT_SAVE_SECONDS:=600}"
     : "${CPT_SUITE:=configs/suites/gpt-oss.yaml}" "${CPT_VLLM:=vllm}" "${CPT_VLLM_START_SECONDS:=1800}"
     : "${CPT_VLLM_CONTEXT:=40960}" "${CPT_LM_EVAL:=lm_eval}" "${CPT_LIGHTEVAL:=lighteval}"
     local name
     for name in CPT_RUN_DIR CPT_CONFIG CPT_DS_CONFIG; do
         [[ -n "${!name:-}" ]] || refuse "$file: $name is empty. slurm/env.example.sh says what it is."
     done
-    for name in CPT_MAX_RESTARTS CPT_SAVE_SECONDS CPT_STOP_AFTER_SECONDS CPT_VLLM_START_SECONDS CPT_VLLM_CONTEXT; do
-        [[ "${!name}" =~ ^[0-9]+$ ]] || refuse "$file: $name is '${!name}', must be a whole number."
+    for name in CPT_MAX_RESTARTS CPT_SAVE_SECONDS CPT_STOP_MARGIN_SECONDS CPT_STOP_AFTER_SECONDS CPT_VLLM_START_SECONDS \
+        CPT_VLLM_CONTEXT; do
+        [[ "$name" == CPT_STOP_AFTER_SECONDS && -z "${!name}" || "${!name}" =~ ^[0-9]+$ ]] || refuse "$file: $name is '${!name}', must be a whole number."
     done
     case $CPT_CONTAINER in
         none) [[ -x "$CPT_VENV/bin/python" ]] || refuse "$file: CPT_VENV=$CPT_VENV has no bin/python. make install makes one." ;;
@@ -50,14 +56,34 @@ load_settings() {
     STOP_FILE=$CPT_RUN_DIR/STOP
 }
 
+# Load the modules of the settings.  Batch shells of PBS and AGE, and the shells that mpirun starts, have no `module` yet.
+load_modules() {
+    [[ -n "$CPT_MODULES" ]] || return 0
+    local file folder unset_is_error=false
+    [[ $- != *u* ]] || unset_is_error=true
+    set +u # module systems read variables that are not set
+    for file in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh /etc/profile.d/z00_lmod.sh "${MODULESHOME:-}/init/bash" \
+        "${LMOD_PKG:-}/init/bash" /usr/share/lmod/lmod/init/bash /usr/share/Modules/init/bash; do
+        [[ "$(type -t module)" != function ]] || break
+        # shellcheck disable=SC1090  # one of the site's
+        [[ ! -r "$file" ]] || source "$file"
+    done
+    [[ "$(type -t module)" == function ]] ||
+        refuse "CPT_MODULES is '$CPT_MODULES', but $HOSTNAME has no module command, neither in this shell nor in" \
+            "/etc/profile.d/modules.sh or the usual places of Lmod. Source its init file in $CPT_ENV_FILE."
+    for folder in $CPT_MODULE_PATHS; do
+        module use "$folder" || refuse "module use $folder failed."
+    done
+    # shellcheck disable=SC2086  # several modules
+    module load $CPT_MODULES || refuse "module load $CPT_MODULES failed on $HOSTNAME."
+    ! $unset_is_error || set -u
+}
+
 # Outside of the container: load modules, and set the commands that start a process inside it.
 #   SRUN_CONTAINER  options for srun (Pyxis)
 #   CONTAINER       words in front of a command (Apptainer)
 prepare_container() {
-    if [[ -n "$CPT_MODULES" ]]; then
-        # shellcheck disable=SC2086  # several modules
-        module load $CPT_MODULES || refuse "module load $CPT_MODULES failed."
-    fi
+    load_modules
     SRUN_CONTAINER=() CONTAINER=()
     local folder mounts=$PWD:$PWD
     case $CPT_CONTAINER in
@@ -204,6 +230,7 @@ wait_for() {
 run_slurm_job() {
     JOB=$SLURM_JOB_ID
     RESTARTS=${SLURM_RESTART_COUNT:-0}
+    STOP_AFTER_SECONDS=${CPT_STOP_AFTER_SECONDS:-0}
     local ranks=${CPT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
     [[ -n "$ranks" ]] || refuse "the job has no GPUs and CPT_RANKS_PER_NODE is not set."
     queue_again() {
@@ -213,6 +240,23 @@ run_slurm_job() {
     run_nodes "$SLURM_NNODES" "$ranks" \
         srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=0 \
         --wait=300 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --cpu-bind=none "${SRUN_CONTAINER[@]}"
+    conclude $?
+}
+
+# Run a PBS or AGE job on all its nodes, wait, and decide what follows.
+#   run_submitted_job TEMPLATE READ_JOB NODES RANKS_PER_NODE [HOST_FILE]      with JOB and RESTARTS set
+run_submitted_job() {
+    local template=$1 nodes=$3 ranks=$4 start
+    [[ -n "$ranks" ]] || refuse "CPT_RANKS_PER_NODE is not set."
+    prepare_resubmission "$2" "$nodes"
+    start=$(mpirun_command "$nodes" "${5:-}") || exit
+    queue_again() {
+        "${SUBMIT[@]}" -v "$(variables_of_next_start)" "$template"
+    }
+    # mpirun carries no PATH to other nodes unless it is told, each MPI in its own words; `env` needs none of them
+    CARRIED=(env "PATH=$PATH" ${LD_LIBRARY_PATH:+"LD_LIBRARY_PATH=$LD_LIBRARY_PATH"})
+    # shellcheck disable=SC2086  # a command with its options
+    run_nodes "$nodes" "$ranks" $start
     conclude $?
 }
 
@@ -227,15 +271,16 @@ run_nodes() {
         CPT_ENV="${CPT_ENV:-slurm/env.sh}" CPT_RUN_DIR="$CPT_RUN_DIR" CPT_CONFIG="$CPT_CONFIG"
         CPT_DS_CONFIG="$CPT_DS_CONFIG" JOB="$JOB" SLURM_RESTART_COUNT="$RESTARTS" # tells cpt whether this is a restart
     )
+    [[ -z "$JOB_END" ]] || settings+=(SLURM_JOB_END_TIME="$JOB_END") # and when it must have saved
     say "start $RESTARTS of at most $CPT_MAX_RESTARTS restarts: $nodes nodes x $ranks ranks, run directory $CPT_RUN_DIR"
     listen_for_signals USR1 TERM
     # its own process group: signals to this script's group must not reach srun, mpirun or a launcher
     set -m
-    "$@" "${CONTAINER[@]}" env "${settings[@]}" bash slurm/node.sh "$address" "$(free_port)" "$nodes" "$ranks" \
+    "$@" "${CARRIED[@]}" "${CONTAINER[@]}" env "${settings[@]}" bash slurm/node.sh "$address" "$(free_port)" "$nodes" "$ranks" \
         "${NODE_COMMAND[@]}" </dev/null &
     local run=$!
-    if ((CPT_STOP_AFTER_SECONDS > 0)); then
-        (sleep "$CPT_STOP_AFTER_SECONDS" && kill -USR1 $$) </dev/null &
+    if ((STOP_AFTER_SECONDS > 0)); then
+        (sleep "$STOP_AFTER_SECONDS" && kill -USR1 $$) </dev/null &
         timer=$!
     fi
     set +m
@@ -245,15 +290,6 @@ run_nodes() {
     [[ -z "$timer" ]] || kill -- -"$timer" 2>/dev/null
     forget_own_stop
     return "$code"
-}
-
-# Print the variables for `qsub -v`: they count the restart and keep the settings of the first submission.
-variables_of_next_start() {
-    local name list=CPT_RESTARTS=$((RESTARTS + 1))
-    for name in CPT_ENV CPT_RUN_DIR CPT_CONFIG CPT_DS_CONFIG; do
-        list+=${!name:+,$name=${!name}}
-    done
-    printf '%s\n' "$list"
 }
 
 # Decide what follows a finished start.  The template defines queue_again, which puts the job back into the queue.

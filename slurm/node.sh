@@ -12,6 +12,8 @@ set -uo pipefail
 umask 077
 source slurm/lib.sh
 load_settings
+# a container brings its software
+[[ "$CPT_CONTAINER" != none ]] || load_modules
 enter_environment
 
 if [[ -n "${CPT_MEASURE:-}" ]]; then

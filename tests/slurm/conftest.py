@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.job_scripts import Bench, make_bench
 from tests.support.slurm_cluster import (
     MISSING,
     Cluster,
@@ -17,6 +18,12 @@ from tests.support.slurm_cluster import (
     require_slurm,
     running_cluster,
 )
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """Stand-ins for what a machine without a cluster lacks."""
+    return make_bench(tmp_path)
 
 
 @pytest.fixture(scope="session")

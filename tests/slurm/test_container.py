@@ -37,3 +37,9 @@ def test_code_in_the_image_belongs_to_root_and_everything_copied_is_there() -> N
     assert {"cpt", "data_pipeline", "configs", "ds_configs"} <= sources
     given_away = [words for words in words_of("RUN") if "chown" in words or "-o cpt" in words]
     assert given_away == ["install -d -o cpt -g cpt data runs"]
+
+
+def test_image_has_what_nccl_needs_for_infiniband() -> None:
+    installed = " ".join(words_of("RUN")).split()
+    for package in ("libibverbs1", "ibverbs-providers", "librdmacm1", "ibverbs-utils"):
+        assert package in installed

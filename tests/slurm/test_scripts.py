@@ -1,147 +1,20 @@
-"""The job templates work under bash, with stand-ins for what a machine without a cluster lacks.
-
-A stand-in writes its words to `calls`, one call a line.  The stand-in for `deepspeed` ends with
-DEEPSPEED_EXIT.  With DEEPSPEED_OBEYS it waits for the STOP file first and removes it, as the real
-run does.
-"""
+"""The job templates work under bash, with stand-ins for what a machine without a cluster lacks."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from tests.support.job_scripts import Bench, wait_for_call, write_program
 from tests.support.launcher import ROOT
 
 SCRIPTS = sorted(
     path for path in (ROOT / "slurm").rglob("*") if path.suffix in (".sh", ".sbatch", ".pbs")
 )
-
-RECORD = 'echo "$(basename "$0") $*" >>"$CALLS"\n'
-DEEPSPEED = (
-    RECORD
-    + r"""
-echo "host file $(tr "\n" " " <"$2")" >>"$CALLS"
-echo "gpus ${CPT_VISIBLE_DEVICES:-unset}" >>"$CALLS"
-echo $$ >"$CALLS.pid"
-stop_file="${DEEPSPEED_OBEYS:-}/STOP"
-while [[ -n "${DEEPSPEED_OBEYS:-}" && ! -f "$stop_file" ]]; do sleep 0.1; done
-[[ -z "${DEEPSPEED_OBEYS:-}" ]] || { cat "$stop_file" >>"$CALLS"; rm "$stop_file"; }
-exit "${DEEPSPEED_EXIT:-75}"
-"""
-)
-# like the real ones: skips its own options and runs the rest, on "nodes" one after another
-SRUN = (
-    RECORD
-    + """
-while [[ "$1" == -* ]]; do shift; done
-SLURM_NODEID=0 exec "$@"
-"""
-)
-MPIRUN = (
-    RECORD
-    + """
-nodes=$2
-shift 4
-for ((i = 0; i < nodes; i++)); do OMPI_COMM_WORLD_RANK=$i "$@" & done
-code=0
-for job in $(jobs -p); do wait $job || code=$?; done
-exit $code
-"""
-)
-CONTAINER = (
-    RECORD
-    + """
-while [[ "$1" != *.sif ]]; do shift; done
-shift
-exec "$@"
-"""
-)
-SCONTROL = (
-    RECORD
-    + """
-if [[ "$1" == show ]]; then echo "  NodeAddr=10.0.0.7 X=1"; fi
-"""
-)
-
-
-@dataclass(kw_only=True)
-class Bench:
-    """A folder of stand-ins and what they were called with."""
-
-    folder: Path
-    variables: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def run_dir(self) -> Path:
-        return self.folder / "run"
-
-    def calls(self, program: str) -> list[str]:
-        """Return the words of each call of a stand-in."""
-        path = self.folder / "calls"
-        lines = path.read_text().splitlines() if path.exists() else []
-        name = f"{program} "
-        return [line.removeprefix(name) for line in lines if line.startswith(name)]
-
-    def start(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["bash", str(ROOT / "slurm" / script), *arguments],
-            cwd=ROOT,
-            env={**self.variables, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, script: str, *arguments: str, **variables: str) -> tuple[int, str]:
-        """Run a template, and return its exit code and output."""
-        process = self.start(script, *arguments, **variables)
-        output = process.communicate(timeout=60)[0]
-        return process.returncode, output
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    programs = {
-        "srun": SRUN,
-        "mpirun": MPIRUN,
-        "apptainer": CONTAINER,
-        "qsub": RECORD,
-        "scontrol": SCONTROL,
-    }
-    for name, text in programs.items():
-        write_program(tmp_path / "bin" / name, text)
-    write_program(tmp_path / "venv" / "bin" / "deepspeed", DEEPSPEED)
-    write_program(tmp_path / "venv" / "bin" / "python", RECORD + 'exit "${STATUS_EXIT:-0}"\n')
-    (tmp_path / "env.sh").write_text("CPT_RUN_ARGUMENTS=(--set 'data.note=two words')\n")
-    variables = {
-        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
-        "CALLS": str(tmp_path / "calls"),
-        "CPT_ENV": str(tmp_path / "env.sh"),
-        "CPT_RUN_DIR": str(tmp_path / "run"),
-        "CPT_CONFIG": "run.yaml",
-        "CPT_DS_CONFIG": "ds.json",
-        "CPT_VENV": str(tmp_path / "venv"),
-        "SLURM_JOB_ID": "17",
-        "SLURM_NNODES": "1",
-        "SLURM_CPUS_ON_NODE": "4",
-        "SLURM_GPUS_ON_NODE": "2",
-        "SLURMD_NODENAME": "n1",
-        "HOSTNAME": "login",
-    }
-    return Bench(folder=tmp_path, variables=variables)
-
-
-def write_program(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/bash\n{text}")
-    path.chmod(0o755)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -164,6 +37,16 @@ def test_there_is_a_template_for_every_scheduler() -> None:
         "pbs/train.pbs",
         "age/train.sh",
     } <= names
+
+
+def test_output_of_every_job_goes_to_a_folder_that_a_clone_has() -> None:
+    for path in SCRIPTS:
+        head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        if any(line.startswith(("#SBATCH", "#PBS", "#$")) for line in head):
+            outputs = [line for line in head if "output=" in line or " -o " in line]
+            assert len(outputs) == 1 and "logs/" in outputs[0], path
+    # Slurm fails a job without a word if the folder is not there
+    assert (ROOT / "logs" / ".gitignore").is_file()
 
 
 @pytest.mark.parametrize(
@@ -246,42 +129,6 @@ def test_ranks_without_launcher_that_do_not_stop_are_killed(bench: Bench) -> Non
     process = Path(f"/proc/{orphan}")
     assert not process.exists() or " Z " in (process / "stat").read_text()
     assert not (bench.run_dir / "STOP").exists()
-
-
-@pytest.mark.parametrize(
-    ("script", "scheduler"),
-    [
-        ("pbs/train.pbs", {"PBS_JOBID": "17.server", "PBS_NODEFILE": "nodes"}),
-        ("age/train.sh", {"JOB_ID": "17", "NHOSTS": "2"}),
-    ],
-)
-def test_pbs_and_age_stop_before_the_limit_and_submit_themselves_again(
-    bench: Bench, script: str, scheduler
-) -> None:
-    (bench.folder / "nodes").write_text("a\nb\na\nb\n")
-    scheduler = {**scheduler, "PBS_NODEFILE": str(bench.folder / "nodes"), "SLURMD_NODENAME": ""}
-    variables = {
-        "CPT_RANKS_PER_NODE": "4",
-        "CPT_STOP_AFTER_SECONDS": "2",
-        "CPT_SUBMIT": "qsub -g us",
-    }
-    # both "nodes" share the folder, and one of them removes the STOP file, so only one may wait for
-    # it
-    write_program(
-        bench.folder / "venv" / "bin" / "deepspeed",
-        DEEPSPEED.replace("while", '[[ "$*" == *"--node_rank 1"* ]] && exit 75\nwhile'),
-    )
-    code, output = bench.run(script, **variables, **scheduler, DEEPSPEED_OBEYS=str(bench.run_dir))
-    assert code == 75 and "got SIGUSR1" in output and "saved and queued again" in output, output
-    calls = sorted(bench.calls("deepspeed"), key=lambda call: call.split(" --node_rank ")[1])
-    assert len(calls) == 2
-    for node_rank, call in enumerate(calls):
-        assert f" --node_rank {node_rank} --master_addr login " in call
-        assert "node0:0,1,2,3@node1:0,1,2,3" in call
-    assert bench.calls("mpirun")[0].startswith("-n 2 --map-by ppr:1:node env ")
-    again = f"CPT_RESTARTS=1,CPT_ENV={bench.folder}/env.sh,CPT_RUN_DIR={bench.run_dir}"
-    again += ",CPT_CONFIG=run.yaml,CPT_DS_CONFIG=ds.json"
-    assert bench.calls("qsub") == [f"-g us -v {again} slurm/{script}"]
 
 
 def test_apptainer_and_pyxis_get_repository_binds_and_image(bench: Bench) -> None:
@@ -416,10 +263,3 @@ def test_settings_that_cannot_be_right_are_refused_and_not_queued_again(
     code, output = bench.run("train.sbatch", **settings)
     assert code == 78 and said in output
     assert not bench.calls("srun") and not bench.calls("scontrol")
-
-
-def wait_for_call(bench: Bench, program: str) -> None:
-    deadline = time.monotonic() + 30
-    while not bench.calls(program):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
