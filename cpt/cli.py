@@ -33,11 +33,16 @@ from cpt.commands import (  # noqa: E402
     suite,
 )
 from cpt.errors import EXIT_DONE, EXIT_INTERNAL, CptError  # noqa: E402
-from cpt.resilience.environment import is_launched, speaks_for_node  # noqa: E402
+from cpt.resilience.environment import (  # noqa: E402
+    is_launched,
+    rank_of_environment,
+    speaks_for_node,
+)
 from data_pipeline.commands import (  # noqa: E402
     CommandParser,
     end_with_reason,
     prepare_process,
+    start_telling,
 )
 
 COMMANDS = (
@@ -72,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by deepspeed
     words = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(_current_words(words))
+    start_telling(options, rank_of_environment() if is_launched() else None)
     try:
         options.run(options)
         sys.stdout.flush()

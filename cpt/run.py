@@ -9,7 +9,6 @@ import argparse
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,17 +18,21 @@ if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
     sys.path[0] = str(ROOT)
 
 from cpt.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, CptError  # noqa: E402
-from cpt.job.log_files import log_to_terminal  # noqa: E402
 from cpt.resilience.environment import (  # noqa: E402
     rank_of_environment,
     restore_gpu_ids,
     speaks_for_node,
 )
 from cpt.resilience.stop import StopRequest  # noqa: E402
-from data_pipeline.commands import prepare_process  # noqa: E402
+from data_pipeline.commands import (  # noqa: E402
+    CommandParser,
+    prepare_process,
+    start_telling,
+)
+from data_pipeline.console.log_lines import log_to_terminal  # noqa: E402
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(CommandParser):
     """Treats a wrong option as a bad configuration: code 78, told by one rank."""
 
     def error(self, message: str) -> NoReturn:
@@ -69,11 +72,10 @@ def main(arguments: list[str], stop: StopRequest) -> int:
     prepare_process()
     restore_gpu_ids()
     rank = rank_of_environment()
-    log_to_terminal(rank)
-    # DeepSpeed 0.19.8 calls names that torch 2.13 renamed
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
+    log_to_terminal(rank=rank)
     try:
         options = parse_arguments(arguments)
+        start_telling(options, rank)
         from cpt.job.launch import launch
 
         launch(options, stop)

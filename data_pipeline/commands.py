@@ -6,14 +6,40 @@ import argparse
 import io
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from data_pipeline.console.log_lines import (
+    add_verbosity,
+    log_to_terminal,
+    mute_libraries,
+    verbosity_of,
+)
 from data_pipeline.errors import EXIT_INTERNAL, ConfigError, explain, keep_trace
 from data_pipeline.store.descriptors import raise_descriptor_limit
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows the default of every option that has one, unless its text tells it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        if text is None or "default" in text or not action.option_strings:
+            return text
+        if action.default is False or action.default in (None, "", argparse.SUPPRESS, []):
+            return text
+        return f"{text} (default: %(default)s)"
+
+
 class CommandParser(argparse.ArgumentParser):
-    """A parser that treats a wrong option as a bad configuration, as a run does."""
+    """A parser of this project, and of its subcommands: with `--quiet` and `--verbose`.
+
+    It treats a wrong option as a bad configuration, as a run does.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        settings.setdefault("formatter_class", HelpFormatter)
+        super().__init__(*arguments, **settings)
+        add_verbosity(self)
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -41,3 +67,14 @@ def prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def start_telling(options: argparse.Namespace, rank: int | None = None) -> None:
+    """Log to the terminal as much as a command line asks for; see `console.log_lines`.
+
+    Args:
+        options: The command line.
+        rank: Rank of this process; None for one that has no place among ranks.
+    """
+    log_to_terminal(verbosity_of(options), rank=rank)
+    mute_libraries(verbosity_of(options))

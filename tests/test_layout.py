@@ -21,6 +21,7 @@ ROOMS = {
     "data_pipeline/errors.py": "exceptions with their exit codes",
     "data_pipeline/tables.py": "tables for terminals",
     "data_pipeline/charts.py": "figures as SVG",
+    "data_pipeline/console/": "log lines, --quiet and --verbose, progress of long commands",
     "data_pipeline/config/": "data-mix YAML -> MixConfig; the strict YAML reader",
     "data_pipeline/text/": "cleaning, language, tokenizer, the Harmony format",
     "data_pipeline/store/": "files, shards, packed rows, manifest of a build",

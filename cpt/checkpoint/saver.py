@@ -54,6 +54,10 @@ class Published:
     """Time from the decision to save until the rename."""
     blocked_seconds: float
     """Part of this time in which training stood still."""
+    asynchronous: bool
+    """Whether it was written while training went on."""
+    num_bytes: int
+    """Size of the ranks' files; of a checkpoint that was there before, that of its tensors."""
 
 
 class _Save:
@@ -142,6 +146,11 @@ class Saver:
             )
         return {key: part for key, part in ranges.items() if key in self._written_here}
 
+    def expected_bytes(self) -> int:
+        """Return the size of the tensors of a checkpoint; no other rank is needed."""
+        records = tensor_records(self._engine, self._topology)
+        return sum(record.stored_bytes for record in records.values())
+
     def trust(self, step: int) -> None:
         """Note that a checkpoint was verified and loaded; it counts as sound, and this run does not
         prune it.
@@ -165,16 +174,24 @@ class Saver:
                 touched.
         """
         save = self._begin(step, state)
+        num_bytes = self.expected_bytes()
         if not self._is_complete(save):
             try:
                 self._prepare(save)
                 save.write(self._ranges(), self._topology.rank)
-                self._publish(save)
+                num_bytes = self._publish(save)
             except Exception:
                 self._remove(save)
                 raise
         seconds = time.perf_counter() - save.started
-        return Published(step=step, folder=save.final, seconds=seconds, blocked_seconds=seconds)
+        return Published(
+            step=step,
+            folder=save.final,
+            seconds=seconds,
+            blocked_seconds=seconds,
+            asynchronous=False,
+            num_bytes=num_bytes,
+        )
 
     def start(self, step: int, state: dict[str, Any]) -> None:
         """Copy the state of this step to host memory, and write it in the background.
@@ -255,7 +272,7 @@ class Saver:
         if save.thread is not None:
             save.thread.join()
         try:
-            self._publish(save)
+            num_bytes = self._publish(save)
         except Exception:
             self._remove(save)
             raise
@@ -265,6 +282,8 @@ class Saver:
             folder=save.final,
             seconds=now - save.started,
             blocked_seconds=save.blocked_seconds + now - began,
+            asynchronous=True,
+            num_bytes=num_bytes,
         )
 
     def close(self) -> None:
@@ -280,7 +299,6 @@ class Saver:
     def _prepare(self, save: _Save) -> None:
         self.close()
         fault_point("save_stage", save.step)
-        records = tensor_records(self._engine, self._topology)
         world_size = self._topology.world_size
 
         def fresh_folder() -> None:
@@ -289,7 +307,7 @@ class Saver:
                 parent.mkdir(parents=True, exist_ok=True)
                 for stale in parent.glob(".tmp-step-*"):
                     shutil.rmtree(stale)
-                needed = sum(record.stored_bytes for record in records.values())
+                needed = self.expected_bytes()
                 check_checkpoint_space(parent, needed, largest_file_bytes=needed // world_size)
                 save.temporary.mkdir()
             except OSError as error:
@@ -297,7 +315,8 @@ class Saver:
 
         on_first_rank(self._topology.control_group, fresh_folder)
 
-    def _publish(self, save: _Save) -> None:
+    def _publish(self, save: _Save) -> int:
+        """Give a save its final name, and return the bytes of the ranks' files."""
         group = self._topology.control_group
         own = together(group, save.result)
         parts = gather_json({"file": asdict(own.file), "ranges": own.ranges}, group)
@@ -327,6 +346,7 @@ class Saver:
         if self._topology.rank == 0:
             self._pruning = threading.Thread(target=self._prune, args=(save.step,), daemon=True)
             self._pruning.start()
+        return sum(part["file"]["bytes"] for part in parts)
 
     def _prune(self, newest: int) -> None:
         protected = {newest}

@@ -14,7 +14,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "checkpoints", help="list the checkpoints of a run with a verdict on each"
     )
-    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.add_argument("--run_dir", type=Path, required=True, help="run directory")
     parser.add_argument(
         "--verify", action="store_true", help="hash every file; default: manifests, names and sizes"
     )

@@ -13,7 +13,7 @@ from cpt.resilience.environment import rank_of_environment
 def add_parser(commands: Commands) -> None:
     """Add the subcommand."""
     parser = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
-    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.add_argument("--run_dir", type=Path, required=True, help="run directory")
     add_step(parser)
     parser.add_argument("--out", type=Path, required=True, help="new directory")
     parser.add_argument("--format", default="bf16", help="bf16, mxfp4 or fp32")

@@ -22,12 +22,12 @@ def add_parser(commands: Commands) -> None:
     audit = actions.add_parser(
         "audit", help="make every decision again from what the run left, and compare"
     )
-    audit.add_argument("--run_dir", type=Path, required=True)
+    audit.add_argument("--run_dir", type=Path, required=True, help="run directory")
     audit.set_defaults(run=_run_audit)
     divergence = actions.add_parser(
         "divergence", help="measure an export on the traces of a run, to choose their tolerance"
     )
-    divergence.add_argument("--run_dir", type=Path, required=True)
+    divergence.add_argument("--run_dir", type=Path, required=True, help="run directory")
     divergence.add_argument(
         "--model", type=Path, required=True, help="exported directory, also in MXFP4"
     )

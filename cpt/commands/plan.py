@@ -48,7 +48,9 @@ def _add_hardware_options(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value"
     )
     parser.add_argument("--gpus", type=int, nargs="+", metavar="N", help="ranks, 8 per node")
-    parser.add_argument("--gpu", choices=("h100", "h200", "b200"), default="h100")
+    parser.add_argument(
+        "--gpu", choices=("h100", "h200", "b200"), default="h100", help="kind of GPU"
+    )
     parser.add_argument(
         "--model",
         nargs="+",

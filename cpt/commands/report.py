@@ -13,7 +13,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "report", help="write report.html of a run, also while the run goes on"
     )
-    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.add_argument("--run_dir", type=Path, required=True, help="run directory")
     parser.set_defaults(run=_run)
 
 

@@ -17,7 +17,7 @@ def add_parser(commands: Commands) -> None:
         "sample", help="continue a text with an export or a checkpoint of a run"
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--run_dir", type=Path)
+    where.add_argument("--run_dir", type=Path, help="run directory, for a checkpoint")
     where.add_argument("--model", type=Path, help="exported directory")
     add_step(parser)
     parser.add_argument(

@@ -13,7 +13,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "status", help="tell how far a run is; exit code 0 only if its planned last step is saved"
     )
-    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.add_argument("--run_dir", type=Path, required=True, help="run directory")
     parser.set_defaults(run=_run)
 
 

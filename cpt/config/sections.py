@@ -299,6 +299,9 @@ class TelemetrySection:
     prediction of --dry_run."""
     export_at_end: bool = False
     """Write a Hugging Face directory (bf16) into the run directory when the run is done."""
+    log_interval_steps: int = 10
+    """Optimizer steps between lines of the log about loss, speed, time left and memory; the first
+    and the last step of a start have one, too. 0 turns them off."""
     router_interval_steps: int = 100
     """Optimizer steps between measurements of the routers: load, entropy and drift from the
     untouched model, by language; 0 turns them off."""
@@ -314,7 +317,7 @@ class TelemetrySection:
     """Tokens of each continuation."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        for name in ("sample_interval_steps", "router_interval_steps"):
+        for name in ("log_interval_steps", "sample_interval_steps", "router_interval_steps"):
             if getattr(self, name) < 0:
                 yield name, f"is {getattr(self, name)}, must be >= 0."
         if self.sample_tokens < 1:

@@ -193,6 +193,11 @@ class Guard:
                 tables.append(yardstick.table(self.latest[yardstick.kind]))
         return "\n".join(tables)
 
+    def verdict(self) -> str:
+        """Return the last measurement and what follows from it in one line for people."""
+        assert self.decision is not None
+        return f"{describe_states(self.latest)}; action: {self.decision.action}"
+
     def _judges(self) -> dict[Kind, Judge]:
         judges: dict[Kind, Judge] = {}
         for yardstick in self._yardsticks:
@@ -289,6 +294,22 @@ class Guard:
 
     def _write(self, path: Path, content: Json) -> None:
         write_on_first_rank(self._topology.control_group, path, content)
+
+
+def describe_states(latest: Mapping[Kind, list[Json]]) -> str:
+    """Return the state of every domain in one line, with its change where there is one in percent.
+
+    Args:
+        latest: The last `guard` lines of every yardstick.
+    """
+    domains = {}
+    for events in latest.values():
+        for event in events:
+            text = f"{event['domain']} {event['state']}"
+            if event.get("delta_percent") is not None:
+                text += f" ({event['delta_percent']:+.2f} %)"
+            domains[event["domain"]] = text
+    return ", ".join(domains.values())
 
 
 def judged(

@@ -6,7 +6,9 @@ import argparse
 import hashlib
 import json
 import logging
+import time
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -166,15 +168,12 @@ def check_same_everywhere(config: RunConfig, topology: Topology) -> None:
 
 def finish(job: Job) -> None:
     """Export if asked, write the report, and tell people where everything is."""
-    group, run_dir = job.topology.control_group, job.run_dir
+    run_dir = job.run_dir
     last = step_folder(run_dir, job.progress.step)
     places = {"metrics": run_dir / "metrics.jsonl", "checkpoint": last}
     job.clock.enter("export", job.progress.step)
     if job.config.telemetry.export_at_end:
-        out = run_dir / "export" / last.name
-        if not on_first_rank(group, out.exists):
-            on_first_rank(group, lambda: str(export_run(run_dir, last, out, "bf16")))
-        places["export"] = out
+        places["export"] = export_at_end(job, last)
     if job.topology.rank != 0:
         return
     try:
@@ -182,7 +181,23 @@ def finish(job: Job) -> None:
     except Exception as error:  # the run is done and saved: its picture is not worth its exit code
         log.warning("report.html could not be written: %s", error)
     if job.guard is not None and job.guard.latest:
-        print(f"\n{job.guard.table()}")
-    print(f"\ndone: {job.progress.step} steps, {job.progress.tokens} tokens")
+        log.info("the last measurement of the guard\n%s", job.guard.table())
+    lines = [f"done: {job.progress.step} steps, {job.progress.tokens} tokens"]
     for name, path in places.items():
-        print(f"  {name:<12}{path}", flush=True)
+        lines.append(f"  {name:<12}{path}")
+    log.info("%s", "\n".join(lines))
+
+
+def export_at_end(job: Job, checkpoint: Path) -> Path:
+    """Export the last checkpoint, unless that was done before, and return the directory."""
+    group = job.topology.control_group
+    out = job.run_dir / "export" / checkpoint.name
+    if on_first_rank(group, out.exists):
+        return out
+    started = time.perf_counter()
+    if job.topology.rank == 0:
+        log.info("export of %s begun", checkpoint.name)
+    on_first_rank(group, lambda: str(export_run(job.run_dir, checkpoint, out, "bf16")))
+    if job.topology.rank == 0:
+        log.info("export finished in %.1f s: %s", time.perf_counter() - started, out)
+    return out

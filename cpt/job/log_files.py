@@ -1,47 +1,47 @@
-"""Log lines with date, rank and place, on the terminal and in one file per rank.
+"""One log file per rank: `<run_dir>/logs/rank-00000.log`.
 
-The first rank tells everything on the terminal, the others only errors.  The file of a rank,
-`<run_dir>/logs/rank-00000.log`, has everything that this rank logs; a restarted run appends to it.
+It has everything that this rank logs, stack traces, Python's warnings and what libraries say
+included, whatever the terminal shows, and the stack of a crash in C code.  A restarted run appends
+to it.  A file that has grown to `MAX_BYTES` is continued in a new one; the `NUM_OLDER` before it
+are kept as rank-00000.log.1, .2 and so on.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-FORMAT = "%(asctime)s rank %(rank)s %(name)s:%(lineno)d %(levelname)s %(message)s"
-DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+from data_pipeline.console.log_lines import LineFormatter, keep_traces_in
+
 FOLDER = "logs"
+MAX_BYTES = 64 * 2**20
+NUM_OLDER = 3
 
 log = logging.getLogger("cpt.job.log_files")
 
 
-class _RankFormatter(logging.Formatter):
-    """Adds the rank to every record, whoever logs it."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__(FORMAT, DATE_FORMAT)
-        self._rank = rank
-
-    def format(self, record: logging.LogRecord) -> str:
-        record.rank = self._rank
-        return super().format(record)
-
-
-class _RankFile(logging.FileHandler):
+class _RankFile(RotatingFileHandler):
     """A log file that gives up at its first failed write: a full disk must not end a run."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         logging.getLogger().removeHandler(self)
         log.error("%s cannot be written any more; this rank goes on without it.", self.baseFilename)
 
+    def doRollover(self) -> None:
+        super().doRollover()
+        self.take_crashes()
 
-def log_to_terminal(rank: int) -> None:
-    """Log to stderr: everything on the first rank, errors on the others."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_RankFormatter(rank))
-    handler.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    def take_crashes(self) -> None:
+        """Let Python write its stack into this file if it is ended by a signal such as SIGSEGV."""
+        # a stream of its own, which stays open while this one changes
+        faulthandler.enable(open(self.baseFilename, "a", encoding="utf-8"))  # noqa: SIM115
+
+
+def log_path(run_dir: Path, rank: int) -> Path:
+    """Return the log file of a rank."""
+    return run_dir / FOLDER / f"rank-{rank:05d}.log"
 
 
 def log_to_file(run_dir: Path, rank: int) -> None:
@@ -49,12 +49,14 @@ def log_to_file(run_dir: Path, rank: int) -> None:
 
     A file that cannot be opened is told and does without.
     """
-    path = run_dir / FOLDER / f"rank-{rank:05d}.log"
+    path = log_path(run_dir, rank)
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        handler = _RankFile(path, encoding="utf-8")
+        handler = _RankFile(path, maxBytes=MAX_BYTES, backupCount=NUM_OLDER, encoding="utf-8")
+        handler.take_crashes()
     except OSError as error:
         log.error("%s cannot be opened (%s); this rank goes on without it.", path, error.strerror)
         return
-    handler.setFormatter(_RankFormatter(rank))
+    handler.setFormatter(LineFormatter(rank))
     logging.getLogger().addHandler(handler)
+    keep_traces_in(path)

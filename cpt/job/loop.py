@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import closing
-
-from tqdm import tqdm
+from typing import Any
 
 from cpt.job.guard_levers import (
     go_on_after_pause,
@@ -21,6 +20,7 @@ from cpt.job.recovery import after_step
 from cpt.job.samples import show_continuations
 from cpt.job.saving import end, final_save, leave, periodic_save, publish
 from cpt.job.step_event import step_event, tokens_by_source
+from cpt.job.step_lines import StepLines
 from cpt.resilience.agreed_stop import leave_if_asked
 from cpt.resilience.faults import fault_point
 from cpt.resilience.stop import StopRequest
@@ -29,6 +29,7 @@ from cpt.telemetry.router import mean_overlap, router_event
 from cpt.training.engine import StepResult, Votes
 from cpt.training.garbage_collection import collecting
 from cpt.training.schedule import learning_rate
+from data_pipeline.console.progress import ProgressBar, show_progress
 from data_pipeline.mixture.mixture import GlobalBatch
 
 log = logging.getLogger("cpt.job.loop")
@@ -61,6 +62,7 @@ def train(job: Job) -> None:
     begin(job, last_step)
     # the second step after a start is the first whose memory is that of all others
     reported_step = progress.step + 2 if job.config.telemetry.memory_report else None
+    lines = step_lines(job, last_step)
     with (
         closing(job.reader),
         collecting(settings.gc_interval_steps) as collect,
@@ -68,10 +70,11 @@ def train(job: Job) -> None:
     ):
         while progress.step < last_step:
             batch = job.next_global_batch()
-            result = do_step(job, batch, bar, reports_memory=progress.step + 1 == reported_step)
+            result, event = do_step(job, batch, reports_memory=progress.step + 1 == reported_step)
+            tell_step(job, event, lines, bar)
             went_back = after_step(job, batch, result)
             collect(progress.step)
-            bar.update(progress.step - bar.n)
+            bar.update(progress.step - bar.n)  # a rollback takes steps back
             publish(job, settled_ranks=result.votes.save_settled)
             if is_due(progress.step, job.config.telemetry.sample_interval_steps):
                 show_continuations(job)
@@ -102,20 +105,42 @@ def begin(job: Job, last_step: int) -> None:
     leave_if_asked(job.stop, job.topology.control_group, "before the first step")
 
 
-def progress_bar(job: Job, last_step: int) -> tqdm:
-    """Return the bar of the first rank; on the others it shows nothing."""
-    hidden = job.topology.rank != 0
-    return tqdm(total=last_step, initial=job.progress.step, unit="step", disable=hidden)
+def progress_bar(job: Job, last_step: int) -> ProgressBar:
+    """Return the bar of the first rank, if there is a terminal; `step_lines` are for all others."""
+    return show_progress(
+        last_step,
+        "training",
+        "step",
+        initial=job.progress.step,
+        hidden=job.topology.rank != 0,
+        lines=False,
+    )
+
+
+def step_lines(job: Job, last_step: int) -> StepLines:
+    """Return what writes the lines of the log about steps."""
+    return StepLines(
+        first_step=job.progress.step,
+        last_step=last_step,
+        interval_steps=job.config.telemetry.log_interval_steps if job.topology.rank == 0 else 0,
+        memory_kind="GPU" if job.topology.device.type == "cuda" else "RSS",
+    )
+
+
+def tell_step(job: Job, event: dict[str, Any], lines: StepLines, bar: ProgressBar) -> None:
+    """Show people a step that was done."""
+    lines.take(event)
+    bar.set_postfix_str(f"loss {event['loss']:.3f}, {event['tokens_per_second']:.0f} tokens/s")
 
 
 def do_step(
-    job: Job,
-    batch: GlobalBatch,
-    bar: tqdm,
-    *,
-    reports_memory: bool,
-) -> StepResult:
-    """Do one optimizer step, count it in `job.progress`, and log it."""
+    job: Job, batch: GlobalBatch, *, reports_memory: bool
+) -> tuple[StepResult, dict[str, Any]]:
+    """Do one optimizer step, count it in `job.progress`, and log it.
+
+    Returns:
+        The step, and its line of metrics.jsonl.
+    """
     started = time.perf_counter()
     progress = job.progress
     step = progress.step + 1
@@ -146,8 +171,7 @@ def do_step(
         routers = router_event(step, result.router, job.data.languages)
         job.router_overlap = mean_overlap(routers)
         job.telemetry.log(routers)
-    bar.set_postfix_str(f"loss {result.loss:.3f}, {event['tokens_per_second']:.0f} tokens/s")
-    return result
+    return result, event
 
 
 def do_due_work(job: Job) -> None:
@@ -189,6 +213,9 @@ def measure(job: Job, stop: StopRequest | None = None, *, last: bool = False) ->
     decision = job.guard.measure(step, job.engine, job.telemetry, stop=stop, replay=replay)
     seconds = time.perf_counter() - started
     job.telemetry.log({"event": "evaluation", "step": step, "seconds": seconds})
+    if decision is not None and job.topology.rank == 0:
+        verdict = job.guard.verdict() if step else "the untouched model is measured"
+        log.info("guard at step %d: %s; %.1f s", step, verdict, seconds)
     if decision is not None and not last:
         steer(job, job.guard, decision)
     return decision is not None

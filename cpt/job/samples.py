@@ -70,6 +70,6 @@ def show_continuations(job: Job) -> None:
     for number, prompt in enumerate(prompts):
         tokens = continuations[number]
         text = decode_tokens(tokens)
-        log.info("step %d: %s|%s", step, prompt, text)
+        log.info("sample at step %d: %s|%s", step, prompt, text)
         event = {"event": "sample", "step": step, "number": number, "prompt": prompt, "text": text}
         job.telemetry.log({**event, "tokens": tokens})

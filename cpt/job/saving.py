@@ -31,8 +31,10 @@ def periodic_save(job: Job) -> None:
     publish(job)
     step = job.progress.step
     job.clock.enter("save", step)
+    asynchronous = job.config.checkpoint.async_save
+    tell_begin(job, asynchronous=asynchronous)
     with told_failure(job, step):
-        if job.config.checkpoint.async_save:
+        if asynchronous:
             job.saver.start(step, job.state())
             return
         log_checkpoint(job, job.saver.save_now(step, job.state()))
@@ -48,6 +50,7 @@ def final_save(job: Job) -> None:
     """
     publish(job)
     job.clock.enter("save", job.progress.step)
+    tell_begin(job, asynchronous=False)
     log_checkpoint(job, job.saver.save_now(job.progress.step, job.state()))
     job.saver.close()
 
@@ -107,12 +110,31 @@ def told_failure(job: Job, step: int) -> Iterator[None]:
         job.telemetry.log({"event": "checkpoint_failed", "step": step, "reason": str(error)})
 
 
+def tell_begin(job: Job, *, asynchronous: bool) -> None:
+    """Log that a save begins."""
+    if job.topology.rank == 0:
+        size = job.saver.expected_bytes() / 1e9
+        how = "asynchronous" if asynchronous else "training waits"
+        log.info("checkpoint of step %d begun: %.3g GB, %s", job.progress.step, size, how)
+
+
 def log_checkpoint(job: Job, done: Published) -> None:
     """Log a save; training stood still for `blocked_seconds` of its `seconds`."""
+    if job.topology.rank == 0:
+        log.info(
+            "checkpoint of step %d finished: %.3g GB in %.1f s, training stood still for %.1f s",
+            done.step,
+            done.num_bytes / 1e9,
+            done.seconds,
+            done.blocked_seconds,
+        )
     event = {
         "event": "checkpoint",
         "step": done.step,
         "path": done.folder.name,
         "seconds": done.seconds,
+        "blocked_seconds": done.blocked_seconds,
+        "bytes": done.num_bytes,
+        "asynchronous": done.asynchronous,
     }
-    job.telemetry.log({**event, "blocked_seconds": done.blocked_seconds})
+    job.telemetry.log(event)

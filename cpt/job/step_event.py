@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from cpt.job.job import Job
+from cpt.planning.peak_rates import utilization
 from cpt.training.engine import StepResult
 from data_pipeline.mixture.mixture import GlobalBatch
 
@@ -44,13 +48,56 @@ def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[
         "loss_by_language": means(job.data.languages, result.nll_by_source, tokens),
         "tokens_by_source": dict(zip(names, tokens, strict=True)),
         "bytes_sent": result.bytes_sent,
+        "time": time.time(),
+        "peak_memory_bytes": peak_memory_bytes(job.topology.device),
     }
+    share = share_of_peak(job, num_tokens / seconds)
+    if share is not None:
+        event["utilization"] = share
     if job.kl_targets is not None and result.kl_by_source is not None:
         kl_by_source = means(names, result.kl_by_source, tokens)
         sources = job.kl_targets.sources
         event["kl_weight"] = job.kl_weight
         event["kl_by_source"] = {name: kl for name, kl in kl_by_source.items() if name in sources}
     return event
+
+
+def share_of_peak(job: Job, tokens_per_second: float) -> float | None:
+    """Return the share of its peak that a GPU reaches; None on a CPU or a GPU without a known peak.
+
+    Args:
+        job: The run.
+        tokens_per_second: Predicted tokens of a second, of all ranks together.
+    """
+    device = job.topology.device
+    if device.type != "cuda":
+        return None
+    return utilization(
+        job.context.model_config,
+        job.config.train.seq_len,
+        tokens_per_second / job.topology.world_size,
+        torch.cuda.get_device_name(device),
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that this rank has used: allocated on its GPU, or resident on a CPU.
+
+    On a GPU it counts from the last step of `telemetry.memory_report`, if that is on.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Return the most memory that this process has had in use; 0 where the kernel does not say."""
+    # not resource.ru_maxrss, which a child inherits from the process that started it
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").split("\n"):
+        name, _, value = line.partition(":")
+        if name == "VmHWM":
+            return int(value.split()[0]) * 1024
+    return 0
 
 
 def means(keys: Iterable[str], sums: Sequence[float], tokens: Sequence[int]) -> dict[str, float]:

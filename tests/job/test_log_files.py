@@ -1,56 +1,43 @@
-"""Log lines say when, which rank and where; every rank has a file; a full disk ends no run."""
+"""Every rank has a log file with its stack traces and warnings; a full disk ends no run."""
 
 from __future__ import annotations
 
+import faulthandler
 import logging
-import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from cpt.job.log_files import log_to_file, log_to_terminal
+from cpt.job import log_files
+from cpt.job.log_files import log_path, log_to_file
 from cpt.resilience.environment import rank_of_environment
+from data_pipeline.console.log_lines import Verbosity, log_to_terminal
 
 log = logging.getLogger("cpt.job.test")
+Start = Callable[..., logging.Logger]
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], logging.Logger]:
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """`start(rank)`: log to the terminal as a new process does, without pytest's own handlers."""
+    root = logging.getLogger()
+    was_catching = faulthandler.is_enabled()
 
-    def log_alone(rank: int) -> logging.Logger:
-        root = logging.getLogger()
+    def log_alone(rank: int, verbosity: Verbosity = Verbosity.NORMAL) -> logging.Logger:
         monkeypatch.setattr(root, "handlers", [])
         monkeypatch.setattr(root, "level", root.level)
-        log_to_terminal(rank)
+        log_to_terminal(verbosity, rank=rank)
         return root
 
-    return log_alone
-
-
-Start = Callable[[int], logging.Logger]
-
-
-def test_line_has_date_rank_place_and_level(
-    start: Start, capsys: pytest.CaptureFixture[str]
-) -> None:
-    start(0)
-    log.info("hello")
-    line = capsys.readouterr().err.strip()
-    pattern = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank 0 cpt\.job\.test:\d+ INFO hello"
-    assert re.fullmatch(pattern, line), line
-
-
-def test_other_ranks_tell_only_errors_on_the_terminal(
-    start: Start, capsys: pytest.CaptureFixture[str]
-) -> None:
-    start(3)
-    log.info("hello")
-    log.error("broken")
-    printed = capsys.readouterr().err
-    assert "hello" not in printed and "rank 3" in printed and "ERROR broken" in printed
+    yield log_alone
+    for handler in root.handlers:
+        handler.close()
+    logging.captureWarnings(False)
+    if was_catching:
+        faulthandler.enable()
 
 
 def test_file_of_a_rank_has_everything_and_is_continued(start: Start, tmp_path: Path) -> None:
@@ -61,6 +48,64 @@ def test_file_of_a_rank_has_everything_and_is_continued(start: Start, tmp_path: 
     log.info("second start")
     text = (tmp_path / "logs" / "rank-00003.log").read_text(encoding="utf-8")
     assert "rank 3" in text and "first start" in text and "second start" in text
+
+
+def test_stack_trace_is_in_the_file_and_the_terminal_names_the_file(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(0)
+    log_to_file(tmp_path, 0)
+    try:
+        raise OSError("cable cut\nsecond line")
+    except OSError:
+        log.exception("no step was done")
+    printed = capsys.readouterr().err
+    written = log_path(tmp_path, 0).read_text(encoding="utf-8")
+    assert "Traceback" in written and "second line" in written
+    assert "Traceback" not in printed and "no step was done: OSError: cable cut\n" in printed
+    assert str(log_path(tmp_path, 0)) in printed
+
+
+def test_verbose_shows_the_stack_trace_on_the_terminal_too(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(0, Verbosity.VERBOSE)
+    log_to_file(tmp_path, 0)
+    try:
+        raise OSError("cable cut")
+    except OSError:
+        log.exception("no step was done")
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_warnings_of_python_are_in_the_file_once(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(0)
+    log_to_file(tmp_path, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(False)
+        logging.captureWarnings(True)
+        for _ in range(3):
+            warnings.warn(f"an old name, {tmp_path.name}", FutureWarning, stacklevel=1)
+    written = log_path(tmp_path, 0).read_text(encoding="utf-8")
+    assert written.count("FutureWarning: an old name") == 1
+    assert "an old name" not in capsys.readouterr().err
+
+
+def test_full_file_is_continued_in_a_new_one(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_files, "MAX_BYTES", 1000)
+    start(0)
+    log_to_file(tmp_path, 0)
+    for number in range(100):
+        log.info("line %d", number)
+    names = sorted(path.name for path in (tmp_path / "logs").iterdir())
+    assert names == ["rank-00000.log"] + [f"rank-00000.log.{number}" for number in (1, 2, 3)]
+    assert "line 99" in log_path(tmp_path, 0).read_text(encoding="utf-8")
+    assert all(path.stat().st_size <= 1000 for path in (tmp_path / "logs").iterdir())
 
 
 def test_folder_that_cannot_be_made_is_told_and_ends_nothing(
