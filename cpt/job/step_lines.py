@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -33,6 +34,7 @@ class StepLines:
         last_step: int,
         interval_steps: int,
         memory_kind: str,
+        goodput: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin to measure.
@@ -42,24 +44,21 @@ class StepLines:
             last_step: The step after which the run ends.
             interval_steps: Steps between two lines; 0 for no line.
             memory_kind: What `peak_memory_bytes` of a step counts, for people.
+            goodput: Returns the productive share of all time so far, 0 to 1; NaN if unknown.
             clock: Returns seconds.
         """
         self._first_step = first_step
         self._last_step = last_step
         self._interval_steps = interval_steps
         self._memory_kind = memory_kind
+        self._goodput = goodput
         self._clock = clock
         self._tokens = 0
         self._seconds = 0.0
         self._times: deque[tuple[int, float]] = deque([(first_step, clock())], PACE_STEPS + 1)
 
-    def take(self, event: dict[str, Any], goodput: Callable[[], float] | None = None) -> None:
-        """Take the event of a step, and write a line if one is due.
-
-        Args:
-            event: As `cpt.job.step_event.step_event` returns it.
-            goodput: Returns the productive share of all time so far, 0 to 1.
-        """
+    def take(self, event: dict[str, Any]) -> None:
+        """Take the event of a step, as `step_event` returns it, and write a line if one is due."""
         step = event["step"]
         if step <= self._times[-1][0]:  # a rollback: the pace begins anew
             self._times.clear()
@@ -68,7 +67,7 @@ class StepLines:
         self._seconds += event["seconds"]
         if not self._is_due(step):
             return
-        log.info("%s", self._line(event, goodput))
+        log.info("%s", self._line(event))
         self._tokens = 0
         self._seconds = 0.0
 
@@ -78,7 +77,7 @@ class StepLines:
         is_end = step in (self._first_step + 1, self._last_step)
         return is_end or step % self._interval_steps == 0
 
-    def _line(self, event: dict[str, Any], goodput: Callable[[], float] | None) -> str:
+    def _line(self, event: dict[str, Any]) -> str:
         parts = [
             f"loss {event['loss']:.4f}",
             f"{self._tokens / self._seconds:,.0f} tokens/s",
@@ -87,8 +86,9 @@ class StepLines:
         ]
         if "utilization" in event:
             parts.append(f"utilization {100 * event['utilization']:.1f} %")
-        if goodput is not None:
-            parts.append(f"goodput {100 * goodput():.1f} %")
+        goodput = self._goodput()
+        if math.isfinite(goodput):
+            parts.append(f"goodput {100 * goodput:.1f} %")
         return f"step {event['step']}/{self._last_step}: {', '.join(parts)}"
 
     def _time_left(self, step: int) -> str:

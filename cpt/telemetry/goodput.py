@@ -173,6 +173,18 @@ class GoodputAccount:
             self.lost["other"] += max(0.0, elapsed - known)
         self.began_at = None
 
+    def share_at(self, now: float) -> float:
+        """Return the productive share of all time until now, for a start that goes on.
+
+        Args:
+            now: Unix time.
+        """
+        result = self.result()
+        if self.began_at is None:
+            return result.share
+        total = max(result.total, self.known_before + now - self.began_at)
+        return result.productive / total if total > 0 else math.nan
+
     def result(self) -> Goodput:
         """Return the account of all that was taken."""
         lost = dict(self.lost)

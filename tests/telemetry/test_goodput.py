@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from cpt.resilience.processes import age_seconds
 from cpt.telemetry.goodput import LOST, Goodput, goodput, start_event
+from cpt.telemetry.running_goodput import RunningGoodput
 
 Event = dict[str, Any]
 
@@ -116,3 +119,22 @@ def test_start_counts_from_when_the_process_was_made(tmp_path: Path) -> None:
         event["start_up_seconds"] >= alive and event["previous_end"] == 12.0 and event["step"] == 3
     )
     assert "previous_end" not in start_event(0, None)
+
+
+def test_share_of_a_start_that_goes_on_counts_the_time_since_its_last_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    running = RunningGoodput(path)
+    assert math.isnan(running.share())
+    events = [
+        {"event": "start", "step": 0, "time": 1010.0, "start_up_seconds": 10.0},
+        {"event": "step", "step": 1, "seconds": 30.0},
+    ]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    monkeypatch.setattr(time, "time", lambda: 1060.0)
+    assert running.share() == pytest.approx(30 / 60)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": "step", "step": 2, "seconds": 20.0}) + "\n")
+    monkeypatch.setattr(time, "time", lambda: 1080.0)
+    assert running.share() == pytest.approx(50 / 80)
