@@ -289,9 +289,23 @@ class TelemetrySection:
     """The `telemetry` section: what is measured, and where it is sent."""
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases mode; offline writes into the run directory."""
+    """Weights & Biases mode; offline writes into the run directory. The variables of W&B, such as
+    WANDB_MODE and WANDB_NAME, go before these keys, but none switches on what is disabled here."""
     wandb_project: str = "gpt-oss-cpt"
     """Name of the Weights & Biases project."""
+    wandb_entity: str | None = None
+    """User or team that the W&B run belongs to; the default is the login's."""
+    wandb_group: str | None = None
+    """Group of W&B runs that belong together."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags of the W&B run."""
+    wandb_notes: str | None = None
+    """A text about the W&B run."""
+    wandb_job_type: str | None = None
+    """Job type of the W&B run, such as `pretrain`."""
+    wandb_artifacts: Literal["none", "export", "checkpoints"] = "none"
+    """What becomes W&B artifacts: nothing, the export at the end, or that and every checkpoint.
+    They refer to the files by path, and nothing is sent."""
     tensorboard: bool = False
     """Write TensorBoard event files into the run directory."""
     memory_report: bool = False

@@ -1,26 +1,36 @@
 """The log of a run: metrics.jsonl, and the trackers that hear of every event.
 
 Only rank 0 writes.  A run that resumes from an older step appends; readers take the last line of a
-step.
+step.  Neither the file nor a tracker can end a run: lines that cannot be written wait in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
+
+from cpt.telemetry.best_effort import reason_of
+
+log = logging.getLogger("cpt.telemetry.metrics")
+
+MOST_WAITING_BYTES = 64 * 2**20
+"""Lines that wait in memory while the file cannot be written; the oldest are lost beyond that."""
 
 
-class Tracker(Protocol):
-    """A service that shows events to people."""
+class Listener(Protocol):
+    """Something that hears of every event and neither raises nor blocks."""
 
     def log(self, event: dict[str, Any]) -> None:
-        """Show one event."""
+        """Take one event."""
 
     def close(self) -> None:
-        """Send what is left and close the connection."""
+        """Finish."""
 
 
 class Telemetry:
@@ -28,20 +38,23 @@ class Telemetry:
     does nothing.
     """
 
-    def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
-        self.previous_end = path.stat().st_mtime if path and path.is_file() else None
+    def __init__(self, path: Path | None, trackers: Sequence[Listener] = ()) -> None:
+        self.previous_end = _time_of(path) if path is not None else None
         """Time of the last line of an earlier start; None if there was none."""
-        self._file = _open_at_line_start(path) if path else None
+        self._file = MetricsFile(path) if path is not None else None
         self._trackers = trackers
 
     def log(self, event: dict[str, Any]) -> None:
         """Write one event as a JSON line, at once."""
         if self._file is None:
             return
-        self._file.write(json.dumps(_finite(event), allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.append(json.dumps(_finite(event), allow_nan=False))
         for tracker in self._trackers:
             tracker.log(event)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return all events of the run, those that wait to be written included."""
+        return [] if self._file is None else self._file.events()
 
     def close(self) -> None:
         """Close file and trackers."""
@@ -52,16 +65,100 @@ class Telemetry:
             self._file = None
 
 
-def _open_at_line_start(path: Path) -> TextIO:
-    """Open a file to append to it, and first end a line that a crash cut off.
+class MetricsFile:
+    """A file of JSON lines that is appended to whenever it can be.
 
-    Otherwise the next event would be lost with that line.
+    It is opened for every write, so that a folder that vanished is noticed, and one that came back
+    is found.  A line that was cut off, by a crash or by a full disk, is taken back or ended before
+    the next one is written, which would otherwise be lost with it.
     """
-    # the file is open as long as the run goes on
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-    if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        file.write("\n")
-    return file
+
+    def __init__(self, path: Path, most_waiting_bytes: int = MOST_WAITING_BYTES) -> None:
+        self._path = path
+        self._most_waiting_bytes = most_waiting_bytes
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._num_lost = 0
+        self._is_failing = False
+        self._flush()
+
+    def append(self, line: str) -> None:
+        """Write a line, after those that wait; keep it if that fails."""
+        data = line.encode("utf-8") + b"\n"
+        self._waiting.append(data)
+        self._waiting_bytes += len(data)
+        self._flush()
+        while self._waiting_bytes > self._most_waiting_bytes:
+            self._waiting_bytes -= len(self._waiting.popleft())
+            self._num_lost += 1
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the events of the file and those that wait.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        found = read_events(self._path)
+        for line in self._waiting:
+            found.append(json.loads(line))
+        return found
+
+    def close(self) -> None:
+        """Try a last time to write what waits, and tell what was lost."""
+        self._flush()
+        num_lost = self._num_lost + len(self._waiting)
+        if num_lost:
+            log.warning("%s: %d lines could not be written and are lost.", self._path, num_lost)
+        self._waiting.clear()
+
+    def _flush(self) -> None:
+        try:
+            _append(self._path, b"".join(self._waiting))
+        except OSError as error:
+            if not self._is_failing:
+                log.warning(
+                    "%s cannot be written (%s). Its lines are kept in memory and tried again; "
+                    "training goes on.",
+                    self._path,
+                    reason_of(error),
+                )
+            self._is_failing = True
+            return
+        if self._is_failing:
+            log.info("%s is written again: %d lines had waited", self._path, len(self._waiting))
+        self._is_failing = False
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Append to a file, all or nothing.
+
+    Raises:
+        OSError: nothing was appended, or a cut-off line that the next call ends.
+    """
+    with open(path, "a+b", buffering=0) as file:
+        size = file.seek(0, 2)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                data = b"\n" + data
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) or 0 :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def _time_of(path: Path) -> float | None:
+    """Return when a file was written last; None if there is none or it cannot be asked."""
+    try:
+        return path.stat().st_mtime if path.is_file() else None
+    except OSError:
+        return None
 
 
 def _finite(value: Any) -> Any:
@@ -70,15 +167,19 @@ def _finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
     return value
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Read all events of a metrics.jsonl; a line that a crash cut off is passed over."""
+    """Read all events of a metrics.jsonl; a line that a crash cut off is passed over, and so is one
+    that a damaged disk changed.
+    """
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             events.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # of JSON and of UTF-8
             continue
     return events

@@ -1,0 +1,132 @@
+"""Trackers in threads of their own, so that one that raises or blocks leaves training alone.
+
+    main thread: log -> bounded queue -> thread: open, log, close -> the service
+
+Decisions
+    `log` never waits: an event that finds the queue full is dropped and counted.
+    The first error closes a tracker for good, with one warning.  The events are in metrics.jsonl.
+    `close` waits for a limited time, then cuts the tracker off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from cpt.telemetry.best_effort import reason_of
+
+log = logging.getLogger("cpt.telemetry.trackers")
+
+QUEUE_EVENTS = 4096
+"""Events that may wait for a tracker."""
+CLOSE_SECONDS = 40.0
+"""Longest wait for a tracker at the end of a run."""
+CUT_OFF_SECONDS = 5.0
+"""Longest wait for a tracker that was cut off."""
+
+
+class Tracker(Protocol):
+    """A service that shows events to people."""
+
+    def log(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+
+    def close(self) -> None:
+        """Send what is left and close the connection."""
+
+    def cut_off(self) -> None:
+        """End whatever `log` or `close` waits for, in another thread; or after an error."""
+
+
+class BackgroundTracker:
+    """A tracker that can neither raise nor block."""
+
+    def __init__(
+        self,
+        name: str,
+        open_tracker: Callable[[], Tracker],
+        *,
+        queue_events: int = QUEUE_EVENTS,
+        close_seconds: float = CLOSE_SECONDS,
+    ) -> None:
+        """Start a thread that opens the tracker.
+
+        Args:
+            name: What people call it.
+            open_tracker: Opens it, which may take its time, too.
+            queue_events: Events that may wait for it.
+            close_seconds: Longest wait for it in `close`.
+        """
+        self._name = name
+        self._open_tracker = open_tracker
+        self._close_seconds = close_seconds
+        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue(queue_events)
+        self._tracker: Tracker | None = None
+        self._given_up = threading.Event()
+        self._num_dropped = 0
+        self._thread = threading.Thread(target=self._work, daemon=True, name=f"tracker {name}")
+        self._thread.start()
+
+    def log(self, event: dict[str, Any]) -> None:
+        """Leave an event for the tracker; its content must not change any more."""
+        if self._given_up.is_set():
+            return
+        try:
+            self._events.put_nowait(event)
+        except queue.Full:
+            if not self._num_dropped:
+                log.warning(
+                    "%s does not keep up: %d events wait, and more are left out there. "
+                    "metrics.jsonl has all of them.",
+                    self._name,
+                    self._events.maxsize,
+                )
+            self._num_dropped += 1
+
+    def close(self) -> None:
+        """Give the tracker a limited time to send what is left."""
+        with contextlib.suppress(queue.Full):
+            self._events.put(None, timeout=self._close_seconds)
+        self._thread.join(self._close_seconds)
+        if not self._thread.is_alive():
+            return
+        self._given_up.set()
+        log.warning(
+            "%s did not finish within %.0f s and was cut off. metrics.jsonl has all events.",
+            self._name,
+            self._close_seconds,
+        )
+        if self._tracker is not None:
+            with contextlib.suppress(Exception):
+                self._tracker.cut_off()
+        self._thread.join(CUT_OFF_SECONDS)
+
+    def _work(self) -> None:
+        try:
+            self._tracker = self._open_tracker()
+            while (event := self._events.get()) is not None:
+                self._tracker.log(event)
+            self._tracker.close()
+        except BaseException as error:
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Do without the tracker from now on."""
+        if not self._given_up.is_set():
+            log.warning(
+                "%s failed and is left out from now on (%s). metrics.jsonl goes on.",
+                self._name,
+                reason_of(error),
+            )
+        self._given_up.set()
+        if self._tracker is not None:
+            with contextlib.suppress(BaseException):
+                self._tracker.cut_off()
+        self._tracker = None
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._events.get_nowait()
