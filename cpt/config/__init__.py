@@ -27,6 +27,7 @@ from cpt.config.sections import (
     ModelSection,
     RunConfig,
     RunYaml,
+    TelemetrySection,
     TrainSection,
     WatchdogSection,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "ReadableParts",
     "RunConfig",
     "RunYaml",
+    "TelemetrySection",
     "TrainSection",
     "WatchdogSection",
     "load",

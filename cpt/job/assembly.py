@@ -26,6 +26,7 @@ from cpt.job.seam import Seam
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.resilience.agreed_stop import leave_if_asked
 from cpt.resilience.faults import fault_point, install_faults
+from cpt.telemetry.best_effort import best_effort
 from cpt.telemetry.metrics import Telemetry
 from cpt.telemetry.trackers import trackers_for
 from cpt.training.engine import TrainingEngine
@@ -173,7 +174,8 @@ def open_telemetry(context: RunContext) -> Telemetry:
     def open_on_first() -> Telemetry:
         if context.observe or context.topology.rank != 0:
             return Telemetry(None)
-        keep_config(context.run_dir, context.config)
+        with best_effort("The configuration of this start is not kept"):
+            keep_config(context.run_dir, context.config)
         trackers = trackers_for(context.config, context.run_dir)
         return Telemetry(context.run_dir / "metrics.jsonl", trackers)
 

@@ -34,6 +34,7 @@ from cpt.resilience.devices import this_device
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
+from cpt.telemetry.best_effort import best_effort
 from cpt.telemetry.mailbox import EventMailbox
 from cpt.telemetry.report.page import write_report
 
@@ -173,13 +174,14 @@ def finish(job: Job) -> None:
     places = {"metrics": run_dir / "metrics.jsonl", "checkpoint": last}
     job.clock.enter("export", job.progress.step)
     if job.config.telemetry.export_at_end:
-        places["export"] = export_at_end(job, last)
+        out = export_at_end(job, last)
+        places["export"] = out
+        event = {"event": "export", "step": job.progress.step}
+        job.telemetry.log({**event, "path": str(out.relative_to(run_dir))})
     if job.topology.rank != 0:
         return
-    try:
+    with best_effort("report.html is not drawn"):
         places["report"] = write_report(run_dir)
-    except Exception as error:  # the run is done and saved: its picture is not worth its exit code
-        log.warning("report.html could not be written: %s", error)
     if job.guard is not None and job.guard.latest:
         log.info("the last measurement of the guard\n%s", job.guard.table())
     lines = [f"done: {job.progress.step} steps, {job.progress.tokens} tokens"]

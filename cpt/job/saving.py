@@ -16,8 +16,8 @@ from cpt.errors import RequeueRequested, StorageError
 from cpt.job.job import Job
 from cpt.resilience.agreed_stop import agreed_reason
 from cpt.resilience.stop import Deadline
+from cpt.telemetry.best_effort import best_effort
 from cpt.telemetry.goodput import goodput
-from cpt.telemetry.metrics import read_events
 
 log = logging.getLogger("cpt.job.saving")
 
@@ -78,9 +78,10 @@ def end(job: Job) -> None:
     """Log the end of training, and where the time of all starts of the run went."""
     job.telemetry.log({"event": "end", "step": job.progress.step, "time": time.time()})
     if job.topology.rank == 0:
-        spent = goodput(read_events(job.run_dir / "metrics.jsonl"))
-        job.telemetry.log(spent.event(job.progress.step))
-        log.info("%s", spent.describe())
+        with best_effort("The time of the run is not accounted for"):
+            spent = goodput(job.telemetry.events())
+            job.telemetry.log(spent.event(job.progress.step))
+            log.info("%s", spent.describe())
 
 
 def publish(job: Job, settled_ranks: int | None = None) -> None:

@@ -42,6 +42,7 @@ def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[
         "grad_norm": result.grad_norm,
         "lr": lr,
         "tokens": num_tokens,
+        "total_tokens": job.progress.tokens,
         "seconds": seconds,
         "tokens_per_second": num_tokens / seconds,
         "loss_by_source": means(names, result.nll_by_source, tokens),

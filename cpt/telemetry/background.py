@@ -38,9 +38,6 @@ class Tracker(Protocol):
     def close(self) -> None:
         """Send what is left and close the connection."""
 
-    def cut_off(self) -> None:
-        """End whatever `log` or `close` waits for, in another thread; or after an error."""
-
 
 class BackgroundTracker:
     """A tracker that can neither raise nor block."""
@@ -50,6 +47,7 @@ class BackgroundTracker:
         name: str,
         open_tracker: Callable[[], Tracker],
         *,
+        cut_off: Callable[[], None] | None = None,
         queue_events: int = QUEUE_EVENTS,
         close_seconds: float = CLOSE_SECONDS,
     ) -> None:
@@ -58,14 +56,16 @@ class BackgroundTracker:
         Args:
             name: What people call it.
             open_tracker: Opens it, which may take its time, too.
+            cut_off: Ends what the tracker waits for, from another thread, and what it would do when
+                Python exits; also called after an error.
             queue_events: Events that may wait for it.
             close_seconds: Longest wait for it in `close`.
         """
         self._name = name
         self._open_tracker = open_tracker
+        self._cut_off = cut_off
         self._close_seconds = close_seconds
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue(queue_events)
-        self._tracker: Tracker | None = None
         self._given_up = threading.Event()
         self._num_dropped = 0
         self._thread = threading.Thread(target=self._work, daemon=True, name=f"tracker {name}")
@@ -100,18 +100,16 @@ class BackgroundTracker:
             self._name,
             self._close_seconds,
         )
-        if self._tracker is not None:
-            with contextlib.suppress(Exception):
-                self._tracker.cut_off()
+        self._end_waiting()
         self._thread.join(CUT_OFF_SECONDS)
 
     def _work(self) -> None:
         try:
-            self._tracker = self._open_tracker()
+            tracker = self._open_tracker()
             while (event := self._events.get()) is not None:
-                self._tracker.log(event)
-            self._tracker.close()
-        except BaseException as error:
+                tracker.log(event)
+            tracker.close()
+        except BaseException as error:  # libraries also leave by SystemExit
             self._give_up(error)
 
     def _give_up(self, error: BaseException) -> None:
@@ -123,10 +121,12 @@ class BackgroundTracker:
                 reason_of(error),
             )
         self._given_up.set()
-        if self._tracker is not None:
-            with contextlib.suppress(BaseException):
-                self._tracker.cut_off()
-        self._tracker = None
+        self._end_waiting()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._events.get_nowait()
+
+    def _end_waiting(self) -> None:
+        if self._cut_off is not None:
+            with contextlib.suppress(BaseException):
+                self._cut_off()

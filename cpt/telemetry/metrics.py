@@ -48,7 +48,7 @@ class Telemetry:
         """Write one event as a JSON line, at once."""
         if self._file is None:
             return
-        self._file.append(json.dumps(_finite(event), allow_nan=False))
+        self._file.append(json.dumps(_finite(event), allow_nan=False, default=str))
         for tracker in self._trackers:
             tracker.log(event)
 

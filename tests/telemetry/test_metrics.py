@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cpt.telemetry.metrics import Telemetry, read_events
-from cpt.telemetry.trackers import scalars
+from cpt.telemetry.shown import scalars
 
 
 class Recorder:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cpt.telemetry.trackers import TensorBoardTracker
+from cpt.telemetry.tensorboard_tracker import TensorBoardTracker
 
 
 def test_tensorboard_shows_a_continuation_as_text(tmp_path: Path) -> None:
