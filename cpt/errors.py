@@ -17,6 +17,10 @@ class InternalError(CptError):
     exit_code = EXIT_INTERNAL
 
 
+class SlowNodeError(InternalError):
+    """A node that others cannot reach as fast as the configuration demands."""
+
+
 class EvaluationFailed(DataError):
     """A model that lost more on a task than it may; the exit code keeps jobs from going on."""
 
@@ -48,5 +52,6 @@ __all__ = [
     "HungRankError",
     "InternalError",
     "RequeueRequested",
+    "SlowNodeError",
     "StorageError",
 ]

@@ -1,4 +1,4 @@
-"""The report of `cpt doctor`: versions, devices, and every attention backend with its state."""
+"""The report of `cpt doctor`: versions, devices, network, and every attention backend."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from cpt.errors import ConfigError, DataError
 from cpt.model.attention import choice
 from cpt.model.attention.machine import Machine, installed_version
+from cpt.parallel.transport import gpus_apart, nccl_version, read_transport
 from data_pipeline.text.tokenizer import encoding
 
 PACKAGES = (
@@ -35,7 +36,7 @@ HEAD_DIM = 64
 
 def report() -> tuple[str, bool]:
     """Return the table, and whether training could start here."""
-    sections = {"versions": _versions(), "machine": _machine()}
+    sections = {"versions": _versions(), "machine": _machine(), "network": _network()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sections |= {f"attention on {device} in bf16, head size {HEAD_DIM}": _backends(device)}
     sections["tokenizer"], tokenizer_ready = _tokenizer()
@@ -75,6 +76,23 @@ def _machine() -> dict[str, str]:
     rows["gloo"] = "available" if dist.is_gloo_available() else "not in this torch"
     rows["free here"] = _free_space(Path.cwd())
     rows["free in /dev/shm"] = _free_space(Path("/dev/shm"))
+    return rows
+
+
+def _network() -> dict[str, str]:
+    transport = read_transport()
+    rows = {"between nodes, NCCL": transport.problem() or transport.describe()}
+    version = nccl_version()
+    if version:
+        rows["NCCL"] = version
+    rows["libibverbs"] = "can be loaded" if transport.has_verbs else "not in this environment"
+    for name, value in transport.variables.items():
+        rows[name] = value
+    apart = gpus_apart()
+    if apart:
+        rows["GPUs apart"] = ", ".join(f"{first}-{second}" for first, second in apart)
+    elif torch.cuda.device_count() > 1:
+        rows["GPUs"] = "every one reaches the memory of every other (NVLink or PCIe)"
     return rows
 
 

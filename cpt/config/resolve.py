@@ -73,6 +73,7 @@ class _Resolver:
             checkpoint=self.run.checkpoint,
             telemetry=self.run.telemetry,
             watchdog=self.run.watchdog,
+            network=self.run.network,
             world_size=self.launch.world_size,
             sp_size=sp_size,
             ep_size=ep_size,

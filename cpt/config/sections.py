@@ -261,7 +261,8 @@ class WatchdogSection:
     enabled: bool = True
     """Watch all ranks; a hung rank ends the run with exit code 71."""
     timeout_seconds: float = 900.0
-    """Longest time in seconds in one phase of a step: reading data, forward, backward, update."""
+    """Longest time in seconds in one phase of a step: reading data, forward, backward, update; also
+    in the measurement of the network."""
     long_timeout_seconds: float = 14400.0
     """Longest time in seconds in one of the other phases: loading, saving, scoring held-out text,
     sampling, rolling back, exporting."""
@@ -282,6 +283,28 @@ class WatchdogSection:
                 )
         if self.straggler_ratio != 0 and self.straggler_ratio <= 1:
             yield "straggler_ratio", f"is {self.straggler_ratio}, must be > 1, or 0 for no report."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkSection:
+    """The `network` section: the look at the links between nodes at the start of a run."""
+
+    measure: bool = True
+    """Measure the rate between the nodes of a run at its start, in a few seconds; nodes far below
+    the median are named. A run on one node measures nothing."""
+    min_node_gbit: float = 0.0
+    """Lowest rate in Gbit/s, each way, at which a node must reach some other node. Below it the run
+    ends before weights are loaded: with exit code 70 if other nodes do better, with 78 if none
+    does; 0 refuses nothing."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if not 0 <= self.min_node_gbit < float("inf"):
+            yield "min_node_gbit", f"is {self.min_node_gbit}, must be >= 0."
+        if self.min_node_gbit and not self.measure:
+            yield (
+                "min_node_gbit",
+                f"is {self.min_node_gbit:g}, but network.measure is false. Remove one of them.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -351,6 +374,7 @@ class RunYaml:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     telemetry: TelemetrySection = field(default_factory=TelemetrySection)
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
+    network: NetworkSection = field(default_factory=NetworkSection)
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.train.total_steps == 0 and not self.telemetry.export_at_end:
@@ -421,6 +445,7 @@ class RunConfig:
     checkpoint: CheckpointSection
     telemetry: TelemetrySection
     watchdog: WatchdogSection
+    network: NetworkSection
     world_size: int
     """Number of ranks."""
     sp_size: int

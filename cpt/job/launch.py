@@ -23,6 +23,7 @@ from cpt.job.gate import PassedGate, pass_gate
 from cpt.job.job import Job
 from cpt.job.log_files import log_to_file
 from cpt.job.loop import train
+from cpt.job.network import look_at_network
 from cpt.job.run_dir import held_run_dir
 from cpt.job.samples import print_continuations
 from cpt.job.summary import describe, describe_data
@@ -114,8 +115,13 @@ def run(
             log.info("%s", describe(passed))
         if options.resume != context.resume:
             log.info("requeued: --resume %s held for the first start, now auto", options.resume)
+        network = None
+        if not context.observe:
+            network = look_at_network(context, passed.environment.local_rank)
         job = assemble(context)
         try:
+            if network is not None:
+                job.telemetry.log({**network, "step": job.progress.step})
             if options.sample:
                 print_continuations(job, options.sample)
             if options.measure:

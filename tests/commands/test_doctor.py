@@ -11,6 +11,7 @@ from cpt.cli import main
 from cpt.commands import doctor_probe, doctor_report
 from cpt.model.attention import AttentionInputs, known_names, reference_attention
 from cpt.model.attention.choice import BACKENDS
+from cpt.parallel.transport import Port, Transport
 
 
 def test_every_backend_is_listed_as_usable_or_with_its_reason(
@@ -22,6 +23,19 @@ def test_every_backend_is_listed_as_usable_or_with_its_reason(
         line = next(line for line in printed.splitlines() if line.split()[:1] == [name])
         assert line.split()[1] in ("usable", "no:")
     assert "cpu " in printed and "attention: auto takes" in printed
+
+
+def test_network_is_told_with_what_keeps_nccl_from_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = Port(device="mlx5_0", link="InfiniBand", active=True, gbit=400)
+    found = Transport(ports=(port,), has_device_files=True, variables={"NCCL_IB_HCA": "mlx5_0"})
+    monkeypatch.setattr(doctor_report, "read_transport", lambda: found)
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "the node has mlx5_0, but there is no libibverbs in this environment" in printed
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["NCCL_IB_HCA", "mlx5_0"] in lines
 
 
 def test_machine_without_a_tokenizer_is_told_so_and_exits_78(
