@@ -6,7 +6,15 @@ work without this package.
 
 from __future__ import annotations
 
-from data_pipeline.errors import EXIT_INTERNAL, ConfigError, CptError, DataError, StorageError
+from data_pipeline.errors import (
+    EXIT_INTERNAL,
+    ConfigError,
+    CptError,
+    DataError,
+    StorageError,
+    explain,
+    is_of_storage,
+)
 
 EXIT_DONE = 0
 
@@ -41,6 +49,21 @@ class RequeueRequested(CptError):
     exit_code = 75
 
 
+def cause_and_code(error: BaseException) -> tuple[str, int]:
+    """Return what an error of a run says, and the exit code that it leads to.
+
+    A file that cannot be read or written is a matter of storage (74), as it is for every command.
+    Network errors are not, although Python derives them from OSError, too, and lack of memory is
+    told with its stack trace.
+    """
+    if isinstance(error, CptError) or is_of_storage(error):
+        explained = explain(error)
+        if explained is not None:
+            return explained
+    first_line = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}", EXIT_INTERNAL
+
+
 __all__ = [
     "EXIT_DONE",
     "EXIT_INTERNAL",
@@ -54,4 +77,5 @@ __all__ = [
     "RequeueRequested",
     "SlowNodeError",
     "StorageError",
+    "cause_and_code",
 ]

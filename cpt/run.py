@@ -17,7 +17,13 @@ if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
     # the launcher puts cpt/ itself first, where `import config` would find a second copy
     sys.path[0] = str(ROOT)
 
-from cpt.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, CptError  # noqa: E402
+from cpt.errors import (  # noqa: E402
+    EXIT_DONE,
+    EXIT_INTERNAL,
+    ConfigError,
+    CptError,
+    cause_and_code,
+)
 from cpt.resilience.environment import (  # noqa: E402
     rank_of_environment,
     restore_gpu_ids,
@@ -85,9 +91,11 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         if speaks_for_node():
             print(f"\n{error}\n", file=sys.stderr, flush=True)
         return error.exit_code
-    except Exception:
-        logging.getLogger("cpt").exception("internal error on rank %d", rank)
-        return EXIT_INTERNAL
+    except Exception as error:
+        cause, code = cause_and_code(error)
+        what = f"internal error on rank {rank}" if code == EXIT_INTERNAL else cause
+        logging.getLogger("cpt").error("%s", what, exc_info=error)
+        return code
 
 
 if __name__ == "__main__":

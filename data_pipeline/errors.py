@@ -81,6 +81,13 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
+def is_of_storage(error: BaseException) -> bool:
+    """Return whether an error of the operating system is about a file or a limit on files."""
+    if not isinstance(error, OSError):
+        return False
+    return error.filename is not None or error.errno in _CURES
+
+
 def unnamable(name: str) -> str:
     """Return what to say of a file name that the locale of this process has no bytes for."""
     return (

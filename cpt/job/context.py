@@ -9,6 +9,7 @@ import torch.distributed as dist
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
+from cpt.job.ending import Ending
 from cpt.parallel.topology import Topology
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest
@@ -40,6 +41,8 @@ class RunContext:
     """Events of other threads for metrics.jsonl."""
     stop: StopRequest
     """Requests to stop, as they arrive."""
+    ending: Ending
+    """Records how this start ends."""
 
     @property
     def control_group(self) -> dist.ProcessGroup:

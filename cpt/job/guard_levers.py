@@ -95,12 +95,13 @@ def pause(job: Job, reason: str) -> NoReturn:
         RequeueRequested: with the reason.
     """
     final_save(job)
-    end(job)
-    raise RequeueRequested(
+    paused = RequeueRequested(
         f"paused by the guard after step {job.progress.step}: {reason}. Saved. Starting again goes "
         "on from the last checkpoint at which every domain was green, with more replay; look at "
         "report.html first."
     )
+    end(job, paused.exit_code, str(paused))
+    raise paused
 
 
 def note_green(job: Job) -> None:

@@ -19,6 +19,7 @@ from cpt.errors import ConfigError
 from cpt.export.run_export import export_run
 from cpt.job.assembly import assemble
 from cpt.job.context import RunContext
+from cpt.job.ending import Ending
 from cpt.job.gate import PassedGate, pass_gate
 from cpt.job.job import Job
 from cpt.job.log_files import log_to_file
@@ -89,6 +90,8 @@ def run(
     """Train, or only look at the weights of a run, as the command line asks."""
     config = passed.config
     watch_launcher(stop, config.checkpoint.stop_budget_seconds)
+    observe = bool(options.sample or options.measure)
+    ending = Ending(passed.run_dir, topology, observe=observe)
     context = RunContext(
         config=config,
         model_config=passed.model_config,
@@ -96,17 +99,23 @@ def run(
         run_dir=passed.run_dir,
         resume=passed.resume,
         plan=passed.plan,
-        observe=bool(options.sample or options.measure),
+        observe=observe,
         topology=topology,
         clock=PhaseClock(),
         mailbox=EventMailbox(),
         stop=stop,
+        ending=ending,
     )
     held = nullcontext() if context.observe else hold(context)
     watched = watching(
-        context.run_dir, topology, config.watchdog, context.clock, context.mailbox.post
+        context.run_dir,
+        topology,
+        config.watchdog,
+        context.clock,
+        context.mailbox.post,
+        ending.record_ruling,
     )
-    with held, watched:
+    with held, ending.recording(), watched:
         if not context.observe:
             log_to_file(context.run_dir, topology.rank)
             if topology.rank == 0:
@@ -119,6 +128,7 @@ def run(
         if not context.observe:
             network = look_at_network(context, passed.environment.local_rank)
         job = assemble(context)
+        ending.progress = job.progress
         try:
             if network is not None:
                 job.telemetry.log({**network, "step": job.progress.step})

@@ -7,6 +7,7 @@ import time
 from contextlib import closing
 from typing import Any
 
+from cpt.errors import EXIT_DONE
 from cpt.job.guard_levers import (
     go_on_after_pause,
     lever_limits,
@@ -89,7 +90,7 @@ def train(job: Job) -> None:
     final_save(job)
     if progress.step > 0:
         measure(job, last=True)
-    end(job)
+    end(job, EXIT_DONE, f"finished: step {progress.step} of {last_step}")
 
 
 def begin(job: Job, last_step: int) -> None:

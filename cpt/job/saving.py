@@ -6,7 +6,6 @@ A periodic save that fails costs one error line; the last one is the run's.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -68,15 +67,22 @@ def leave(job: Job) -> NoReturn:
     deadline = Deadline(seconds, f"saving step {job.progress.step} before leaving")
     final_save(job)
     deadline.cancel()
-    end(job)
-    raise RequeueRequested(
+    stopped = RequeueRequested(
         f"stopped on request after step {job.progress.step}: {reason}. Saved; start again to go on."
     )
+    end(job, stopped.exit_code, str(stopped))
+    raise stopped
 
 
-def end(job: Job) -> None:
-    """Log the end of training, and where the time of all starts of the run went."""
-    job.telemetry.log({"event": "end", "step": job.progress.step, "time": time.time()})
+def end(job: Job, exit_code: int, cause: str) -> None:
+    """Log the end of training, and where the time of all starts of the run went.
+
+    Args:
+        job: The run.
+        exit_code: What the processes are about to end with.
+        cause: Why training ends, in one line.
+    """
+    job.context.ending.tell(job.telemetry, exit_code, cause)
     if job.topology.rank == 0:
         with best_effort("The time of the run is not accounted for"):
             spent = goodput(job.telemetry.events())

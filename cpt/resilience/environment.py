@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -122,6 +123,20 @@ def job_end(variables: Mapping[str, str] = os.environ) -> float | None:
     """Return when the Slurm job ends, in seconds since 1970; None if it does not say so."""
     end = _number(variables.get("SLURM_JOB_END_TIME", ""), most=10**_MOST_DIGITS)
     return None if end is None else float(end)
+
+
+def node_name(variables: Mapping[str, str] = os.environ) -> str:
+    """Return what the batch system calls this node, or its host name."""
+    return variables.get("SLURMD_NODENAME", "").strip() or socket.gethostname()
+
+
+def ranks_of_node(variables: Mapping[str, str] = os.environ) -> range:
+    """Return the ranks that the launcher has started on this node, this one included."""
+    rank = rank_of_environment(variables)
+    local_rank = _number(variables.get("LOCAL_RANK", "")) or 0
+    sizes = [_number(variables.get(name, "")) for name in LOCAL_SIZE_NAMES]
+    size = next((found for found in sizes if found), 1)
+    return range(rank - local_rank, rank - local_rank + size)
 
 
 def _number(text: str, most: int = _LARGEST) -> int | None:

@@ -12,12 +12,16 @@ Decisions
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cpt.resilience.environment import node_name
 from cpt.resilience.phase import PhaseRecord
+from cpt.resilience.processes import pid_namespace
 
 LONG_PHASES = frozenset({"load", "save", "evaluate", "sample", "rollback", "export"})
 """Phases that may take the longer timeout."""
@@ -40,6 +44,26 @@ class PhaseTimeouts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Process:
+    """The process of a rank and where it runs."""
+
+    pid: int
+    host: str
+    """Host name of its machine."""
+    node: str
+    """What the batch system calls this machine."""
+    machine: str
+    """Boot of the machine and pid namespace in which `pid` means something."""
+
+    @classmethod
+    def this(cls) -> Process:
+        """Return the present process."""
+        return cls(
+            pid=os.getpid(), host=socket.gethostname(), node=node_name(), machine=pid_namespace()
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Beat:
     """A rank's sign of life, as it publishes it."""
 
@@ -54,18 +78,24 @@ class Beat:
     pid: int
     """Process id of the rank."""
     host: str
-    """Name of the rank's node."""
+    """Host name of the rank's machine."""
+    node: str = ""
+    """What the batch system calls this machine."""
+    machine: str = ""
+    """Boot of the machine and pid namespace in which `pid` means something."""
 
     @classmethod
-    def of(cls, record: PhaseRecord, tick: float, pid: int, host: str) -> Beat:
+    def of(cls, record: PhaseRecord, tick: float, process: Process) -> Beat:
         """Return the beat of a rank in the recorded phase."""
         return cls(
             count=record.count,
             phase=record.phase,
             step=record.step,
             tick=tick,
-            pid=pid,
-            host=host,
+            pid=process.pid,
+            host=process.host,
+            node=process.node,
+            machine=process.machine,
         )
 
     def dump(self) -> str:
@@ -237,6 +267,22 @@ class Observer:
         how = "not running" if silent else "not moving"
         text = f"{self._name_ranks(named)}, {how} for {waited:.0f} s; {self._name_others(named)}"
         return Hang(ranks=named, text=text)
+
+    def find_lost(self, now: float, seconds: float) -> list[int]:
+        """Return the ranks whose process has given no sign of life for a time."""
+        return [rank for rank, seen in enumerate(self._seen) if now - seen.ticked_at > seconds]
+
+    def describe_lost(self, ranks: Sequence[int]) -> str:
+        """Return which ranks are lost, and where they were."""
+        nodes = sorted({self._seen[rank].beat.node for rank in ranks})
+        return (
+            f"{self._name_ranks(list(ranks))}, with no sign of life since then (on "
+            f"{', '.join(nodes)}). That machine, its network or its processes are gone"
+        )
+
+    def beat_of(self, rank: int) -> Beat:
+        """Return the newest beat of a rank."""
+        return self._seen[rank].beat
 
     def _name_ranks(self, ranks: list[int]) -> str:
         parts = []

@@ -13,6 +13,7 @@ from pathlib import Path
 _STATE = 0
 _PARENT = 1
 _START_TICKS = 19
+_EXIT_STATUS = 49
 """Positions in /proc/PID/stat, counted from the field after the command name."""
 
 
@@ -41,6 +42,22 @@ def start_ticks_of(pid: int) -> str:
     if not fields or fields[_STATE] == "Z":
         return ""
     return fields[_START_TICKS]
+
+
+def is_gone(pid: int) -> bool:
+    """Return whether a process has ended, whether or not its parent has waited for it."""
+    return start_ticks_of(pid) == ""
+
+
+def exit_status_of(pid: int) -> int | None:
+    """Return the wait status of a process that has ended and that its parent has not waited for.
+
+    None if it runs, or is gone altogether. The kernel says 0 to a process of another user.
+    """
+    fields = _stat_fields(pid)
+    if len(fields) <= _EXIT_STATUS or fields[_STATE] != "Z":
+        return None
+    return int(fields[_EXIT_STATUS])
 
 
 def age_seconds() -> float:

@@ -5,6 +5,7 @@
                      over a connection of its own, so that it works while the main thread is blocked
                      in a collective
     watching thread  never blocks: decides, writes stacks, leaves with os._exit
+    neighbor thread  waits for the end of other processes of this node (cpt.resilience.neighbors)
 
 Decisions
     Rank 0 sees the phases of all ranks and judges them (`cpt.resilience.heartbeat`); the others
@@ -12,6 +13,9 @@ Decisions
     every rank obeys it.
     A rank that fails alone writes such a record, too. Otherwise its peers would wait for it in a
     collective, with NCCL until a timeout, and the error of the connection would hide the cause.
+    A rank that is killed cannot write one. The ranks of its node see its process end and write it
+    (`cpt.resilience.neighbors`). A rank that lost a connection waits for such a record before it
+    speaks for itself.
     A stopped rank (SIGSTOP) on this node is sent SIGCONT: it wakes up, finds the ruling, writes its
     own stack, and leaves with the same code. If it cannot, the launcher kills it.
     The rank that caused the ruling and rank 0, which holds the store, leave last.
@@ -36,9 +40,18 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from cpt.config import WatchdogSection
-from cpt.errors import CptError, HungRankError, InternalError, RequeueRequested
+from cpt.errors import (
+    CptError,
+    HungRankError,
+    InternalError,
+    RequeueRequested,
+    cause_and_code,
+)
 from cpt.parallel.topology import Topology
-from cpt.resilience.heartbeat import Beat, Observer, PhaseTimeouts
+from cpt.resilience.environment import ranks_of_node
+from cpt.resilience.heartbeat import Beat, Observer, PhaseTimeouts, Process
+from cpt.resilience.neighbors import Death, Neighbors, describe_kill
+from cpt.resilience.out_of_memory import kill_counts
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.processes import kernel_report_of
 
@@ -46,6 +59,18 @@ LEAVE_SECONDS = 10.0
 """How long the last to leave wait for the others."""
 GONE_SECONDS = 30.0
 """How long the store may refuse connections before a rank that is not done leaves."""
+POLL_SECONDS = 0.1
+SIGNAL_CODE = 128
+"""Added to a signal for an exit code, as shells do."""
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Socket closed",
+    "remote process exit",
+)
+"""Words of gloo's and NCCL's errors about a peer that is gone."""
 RULING = "verdict"
 """Key of the ruling in the store."""
 
@@ -54,10 +79,10 @@ RULING = "verdict"
 class Ruling:
     """The decision that the run ends, which every rank obeys."""
 
-    kind: Literal["hung", "failed"]
-    """Whether a rank hangs or has raised an error."""
+    kind: Literal["hung", "failed", "killed"]
+    """Whether a rank hangs, has raised an error, or was ended from outside."""
     rank: int
-    """The rank that decided or failed."""
+    """The rank that decided, failed or was killed."""
     code: int
     """Exit code of all ranks."""
     text: str
@@ -66,6 +91,21 @@ class Ruling:
     """Host and process id of the hung ranks, by rank."""
     agreed: bool = False
     """Whether the error was one that all ranks raise together."""
+    host: str = ""
+    """Host name of the machine of the rank that is to blame."""
+    node: str = ""
+    """What the batch system calls this machine."""
+    signal: int = 0
+    """The signal that killed the rank; 0 if none did."""
+
+    def to_blame(self) -> int | None:
+        """Return the rank that is to blame: the first hung one, or the one that failed.
+
+        None if all ranks stand still together.
+        """
+        if self.kind == "hung":
+            return min(map(int, self.wake), default=None)
+        return self.rank
 
     def dump(self) -> str:
         """Return the ruling as JSON."""
@@ -87,6 +127,7 @@ class Watchdog:
         settings: WatchdogSection,
         clock: PhaseClock,
         report: Callable[[dict[str, Any]], None],
+        record: Callable[[Ruling], None] | None = None,
     ) -> None:
         """Prepare to watch.
 
@@ -96,16 +137,27 @@ class Watchdog:
             settings: The `watchdog` section of the run YAML.
             clock: Knows the phase of this rank.
             report: Takes an event for metrics.jsonl; called from the talking thread of rank 0.
+            record: Keeps a ruling in the run directory; called once, from the thread that ends the
+                process, on rank 0 or, if that is gone, on those that notice.
         """
         self._stacks = run_dir / "stacks"
         self._topology = topology
         self._settings = settings
         self._clock = clock
         self._report = report
+        self._record = record
         self._timeouts = PhaseTimeouts(
             step=settings.timeout_seconds, long=settings.long_timeout_seconds
         )
         self._observer = Observer(topology.world_size, self._timeouts, settings.straggler_ratio)
+        self._process = Process.this()
+        self._neighbors = Neighbors()
+        self._unmet = set(ranks_of_node()) - {topology.rank}
+        self._ended: list[Death] = []
+        self._killed: set[int] = set()
+        self._has_told_death = False
+        self._kills_before = kill_counts()
+        self._ruling_lock = threading.Lock()
         self._closed = threading.Event()
         self._told = threading.Event()
         self._leaving = threading.Event()
@@ -121,7 +173,7 @@ class Watchdog:
         """Begin to watch; does nothing if the watchdog is switched off."""
         if not self._settings.enabled:
             return
-        for target in (self._talk, self._watch):
+        for target in (self._talk, self._watch, self._look_after_neighbors):
             thread = threading.Thread(target=target, name=f"watchdog{target.__name__}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -129,10 +181,13 @@ class Watchdog:
     def close(self) -> None:
         """Stop watching, because the run has come to its end on this rank."""
         self._closed.set()
+        self._neighbors.wake()
         # A thread that is inside the store when the interpreter ends would abort the process.
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(LEAVE_SECONDS)
+        if not any(thread.is_alive() for thread in self._threads):
+            self._neighbors.close()
 
     def report_failure(self, error: Exception) -> None:
         """Tell all ranks that this one cannot go on; called by the main thread with what it caught.
@@ -142,24 +197,120 @@ class Watchdog:
         """
         if not self._settings.enabled:
             return
-        where = f"rank {self._topology.rank} failed in {self._location()}"
         is_expected = isinstance(error, CptError)
-        cause = str(error) if is_expected else f"{type(error).__name__}: {error}"
-        self._own_ruling = Ruling(
-            kind="failed",
-            rank=self._topology.rank,
-            code=getattr(error, "exit_code", InternalError.exit_code),
-            text=f"{where}: {cause}",
-            agreed=is_expected,
-        )
+        if is_lost_peer(error):
+            self._wait_for_cause()
+        own = self._rule(self._ruling_on_failure(error))
+        if own.kind == "hung":
+            self._leave(own)  # the store is gone, and nobody can be asked
         if not self._told.wait(LEAVE_SECONDS / 2):
             return  # the store does not answer; the others will find out by themselves
         if self._ruling is not None and self._is_left_to_main_thread(self._ruling):
             if self._is_own(self._ruling) and not is_expected:
-                _say(self._own_ruling.text)
+                _say(own.text)
             self._leave_last()
             return
         self._closed.wait()  # until the watching thread has ended this process
+
+    def _wait_for_cause(self) -> None:
+        """Wait until another rank has said why a connection was lost, or time is up.
+
+        The first rank, which sees who is silent, waits less than the others.
+        """
+        looks = 3 if self._topology.rank == 0 else 6
+        deadline = time.monotonic() + looks * self._settings.interval_seconds + 1
+        while self._own_ruling is None and time.monotonic() < deadline:
+            if self._told.wait(POLL_SECONDS):
+                return
+
+    def _ruling_on_failure(self, error: Exception) -> Ruling:
+        """Return the ruling of a rank whose main thread has met an error."""
+        rank = self._topology.rank
+        cause, code = cause_and_code(error)
+        if is_lost_peer(error):
+            lost = self._ruling_on_lost_ranks()
+            if lost is not None:
+                return lost
+        return Ruling(
+            kind="failed",
+            rank=rank,
+            code=code,
+            text=f"rank {rank} failed in {self._location()}: {cause}",
+            agreed=isinstance(error, CptError),
+            host=self._process.host,
+            node=self._process.node,
+        )
+
+    def _ruling_on_lost_ranks(self) -> Ruling | None:
+        """Return the ruling if other ranks are gone without a word; None if none is known to be."""
+        for death in self._ended:
+            if death.code == 0:
+                continue
+            how = "in an unknown way" if death.code is None else f"with exit code {death.code}"
+            return Ruling(
+                kind="killed",
+                rank=death.rank,
+                code=InternalError.exit_code,
+                text=(
+                    f"rank {death.rank} (process {death.pid} on {self._process.node}) ended {how} "
+                    "and said nothing; the lines above may say why."
+                ),
+                host=self._process.host,
+                node=self._process.node,
+            )
+        lost = self._observer.find_lost(time.monotonic(), 2.5 * self._settings.interval_seconds)
+        if not lost:
+            if self._store_error and self._topology.rank != 0:
+                return self._rule_without_store(time.monotonic() - self._heard_at)
+            return None
+        return Ruling(
+            kind="killed",
+            rank=lost[0],
+            code=HungRankError.exit_code,
+            text=f"{self._observer.describe_lost(lost)}.",
+            host=self._observer.beat_of(lost[0]).host,
+            node=self._observer.beat_of(lost[0]).node,
+        )
+
+    def _rule(self, ruling: Ruling) -> Ruling:
+        """Make a ruling this rank's, unless it has one; return the one that it has."""
+        with self._ruling_lock:
+            if self._own_ruling is None:
+                self._own_ruling = ruling
+            return self._own_ruling
+
+    def _look_after_neighbors(self) -> None:
+        """Notice the end of other ranks of this node, and rule if a signal ended one."""
+        while not self._closed.is_set():
+            for death in self._neighbors.wait():
+                if not self._closed.is_set():
+                    self._on_death(death)
+
+    def _on_death(self, death: Death) -> None:
+        self._ended.append(death)
+        if not death.signal or self._ruling is not None:
+            return
+        ruling = Ruling(
+            kind="killed",
+            rank=death.rank,
+            code=SIGNAL_CODE + death.signal,
+            text=describe_kill(
+                death,
+                node=self._process.node,
+                step=self._clock.now().step,
+                cause=kill_counts().since(self._kills_before),
+            ),
+            host=self._process.host,
+            node=self._process.node,
+            signal=death.signal,
+        )
+        if self._rule(ruling) is not ruling:
+            return
+        if self._topology.rank < min(self._neighbors.ranks, default=self._topology.world_size):
+            _say(ruling.text)
+            self._has_told_death = True
+        if death.rank == 0:
+            self._leave(ruling)  # the store died with it
 
     def _location(self) -> str:
         record = self._clock.now()
@@ -204,11 +355,13 @@ class Watchdog:
         world_size = self._topology.world_size
         if self._leaving.is_set():
             store.set(f"left/{rank}", "1")
-            if store.check([f"left/{other}" for other in range(world_size)]):
+            alive = [other for other in range(world_size) if other not in self._killed]
+            if store.check([f"left/{other}" for other in alive]):
                 self._all_leaving.set()
             return
-        beat = Beat.of(self._clock.now(), time.monotonic(), os.getpid(), socket.gethostname())
+        beat = Beat.of(self._clock.now(), time.monotonic(), self._process)
         store.set(f"beat/{rank}", beat.dump())
+        self._meet_neighbors(store)
         if self._own_ruling is not None:
             _publish(store, self._own_ruling)
         if store.check([RULING]):
@@ -222,6 +375,17 @@ class Watchdog:
         names = [f"beat/{other}" for other in range(world_size)]
         if store.check(names):
             self._observe(store, [Beat.load(text) for text in store.multi_get(names)])
+
+    def _meet_neighbors(self, store: dist.Store) -> None:
+        """Begin to watch the processes of the other ranks of this node, once they have spoken."""
+        for rank in sorted(self._unmet):
+            name = f"beat/{rank}"
+            if not store.check([name]):
+                return
+            beat = Beat.load(store.get(name))
+            self._unmet.discard(rank)
+            if beat.machine == self._process.machine:
+                self._neighbors.meet(rank, beat.pid)
 
     def _observe(self, store: dist.Store, beats: list[Beat]) -> None:
         now = time.monotonic()
@@ -237,6 +401,8 @@ class Watchdog:
                 code=HungRankError.exit_code,
                 text=hang.text,
                 wake={str(rank): (beats[rank].host, beats[rank].pid) for rank in hang.ranks},
+                host=beats[hang.ranks[0]].host if hang.ranks else "",
+                node=beats[hang.ranks[0]].node if hang.ranks else "",
             )
             _publish(store, ruling)
 
@@ -265,8 +431,12 @@ class Watchdog:
         beat = self._first_rank_beat
         wake = {}
         seen = "never seen"
+        host = ""
+        node = ""
         if beat is not None:
             wake["0"] = (beat.host, beat.pid)
+            host = beat.host
+            node = beat.node
             seen = f"last seen in {beat.location()}"
         text = (
             f"rank 0, which holds the store, {seen}, has not answered for {silent_seconds:.0f} s. "
@@ -278,13 +448,19 @@ class Watchdog:
             code=HungRankError.exit_code,
             text=text.strip(),
             wake=wake,
+            host=host,
+            node=node,
         )
 
     def _leave(self, ruling: Ruling) -> None:
         """Obey a ruling: say why, write stacks if a rank hangs, and end this process."""
         rank = self._topology.rank
+        if ruling.kind == "killed":
+            self._killed = {ruling.rank}
         if rank == ruling.rank:
             _say(ruling.text)
+        elif self._has_told_death:
+            pass
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             _say(f"rank {rank} leaves: {ruling.text}")
         if str(rank) in ruling.wake:
@@ -294,11 +470,15 @@ class Watchdog:
                 self._write_stacks(ruling)
             if self._ruling is None:
                 # The store answers once rank 0 runs again, and rank 0 must find the ruling there.
-                self._own_ruling = ruling
+                self._rule(ruling)
             for pid in self._hung_neighbors(ruling).values():
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGCONT)
             self._told.wait(LEAVE_SECONDS / 2)
+        # the first rank writes for all, unless it is gone itself
+        is_first_gone = ruling.kind != "failed" and ruling.to_blame() == 0
+        if rank == 0 or is_first_gone:
+            self._keep(ruling)
         if rank == 0:
             self._leave_last()
         else:
@@ -327,6 +507,20 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
+    def _keep(self, ruling: Ruling) -> None:
+        """Record a ruling, unless the file system does not answer in time."""
+        record = self._record
+        if record is None:
+            return
+
+        def write() -> None:
+            with contextlib.suppress(OSError):
+                record(ruling)
+
+        thread = threading.Thread(target=write, name="watchdog record", daemon=True)
+        thread.start()
+        thread.join(LEAVE_SECONDS / 2)
+
     def _leave_last(self) -> None:
         """Wait until every rank is about to leave.
 
@@ -346,11 +540,12 @@ def watching(
     settings: WatchdogSection,
     clock: PhaseClock,
     report: Callable[[dict[str, Any]], None],
+    record: Callable[[Ruling], None] | None = None,
 ) -> Iterator[None]:
     """Watch all ranks while the body runs, and tell them of an error of the body before it is
     raised; the arguments are those of `Watchdog`.
     """
-    watchdog = Watchdog(run_dir, topology, settings, clock, report)
+    watchdog = Watchdog(run_dir, topology, settings, clock, report, record)
     watchdog.start()
     try:
         yield
@@ -361,6 +556,15 @@ def watching(
         raise
     finally:
         watchdog.close()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Return whether an error is what the end of another rank looks like from here."""
+    if isinstance(error, CptError):
+        return False
+    if isinstance(error, dist.DistError | ConnectionError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_PEER)
 
 
 def _publish(store: dist.Store, ruling: Ruling) -> None:

@@ -102,6 +102,8 @@ class GoodputAccount:
     starts: int = 0
     began_at: float | None = None
     """Wall time at which the process of the present start began."""
+    ended_at: float | None = None
+    """Wall time of the newest end; None before the first."""
     known_before: float = 0.0
     """Seconds accounted for when it began."""
     reason: str = "restart"
@@ -163,7 +165,12 @@ class GoodputAccount:
         self.reason = "rollback"
 
     def _on_end(self, event: dict[str, Any]) -> None:
-        self._settle(_seconds(event.get("time")))
+        ended_at = _seconds(event.get("time"))
+        if self.began_at is None and self.ended_at is not None:
+            # a start that ended before its first step; the next one counts from here
+            self.lost["restart"] += max(0.0, ended_at - self.ended_at)
+        self._settle(ended_at)
+        self.ended_at = ended_at
 
     def _settle(self, ended_at: float) -> None:
         """Put down to `other` what the present start has not accounted for."""

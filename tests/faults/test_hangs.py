@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cpt.checkpoint.metadata import PARTS
 from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.telemetry.goodput import goodput
 from cpt.telemetry.metrics import read_events
+from cpt.telemetry.run_end import read_failure
 from tests.dist.test_layout_parity import stored_tensors
 from tests.support.service import STEPS, Service, run_to_end, service
 from tests.support.tensors import differing
@@ -36,7 +38,9 @@ def assert_same_weights(first: Service, second: Service) -> None:
 
 
 @pytest.mark.case(
-    "C1", "others exit, no orphan, newest checkpoint intact; the rerun ends with the same weights"
+    "C1",
+    "named first with signal, process and node, no traceback on the terminal; others exit, no "
+    "orphan, newest checkpoint intact; the rerun ends with the same weights",
 )
 @pytest.mark.case(
     "M1", "on a real run: printed, below 1, restart and saves counted, within the time on the clock"
@@ -49,7 +53,8 @@ def test_killed_rank_takes_the_run_down_and_the_rerun_ends_with_the_same_weights
     buffers = shared_buffers()
     code, run = run_to_end(workplace, "killed", fault="forward:1:4:kill")
     announced = "fault injected: forward rank=1 step=4 action=kill"
-    assert code != 0 and announced in run.output, run.output
+    assert code in (256 - signal.SIGKILL, 128 + signal.SIGKILL), run.output
+    check_killed_rank_is_blamed(run, announced)
     assert run.step_numbers() == [1, 2, 3] and list_steps(run.run_dir) == [2]
     code, run = run_to_end(workplace, "killed")
     assert code == 0, run.output
@@ -62,6 +67,33 @@ def test_killed_rank_takes_the_run_down_and_the_rerun_ends_with_the_same_weights
     assert spent.total <= time.monotonic() - began
     counted = {event["step"]: event["seconds"] for event in run.steps()}
     assert 0.8 * sum(counted.values()) <= spent.productive <= sum(counted.values())
+
+
+def check_killed_rank_is_blamed(run: Service, announced: str) -> None:
+    """Check that rank 1, killed in step 4, is the only one that anything speaks of."""
+    after = run.output.partition(announced)[2].strip()
+    assert after.startswith("watchdog: rank 1 (process "), after
+    assert "was killed by signal 9 (SIGKILL) in step 4." in after.splitlines()[0]
+    for word in ("Traceback", "Connection", "internal error", "rank 0 failed"):
+        assert word not in after, after
+    failure = read_failure(run.run_dir)
+    assert failure is not None and failure.cause in after
+    assert (failure.rank, failure.signal, failure.exit_code) == (1, signal.SIGKILL, 137)
+    assert failure.host == failure.node == socket.gethostname()
+    (event,) = run.events("end")
+    assert (event["exit_code"], event["step"], event["cause"]) == (137, 3, failure.cause)
+
+
+@pytest.mark.case("C1", "rank 0, which holds the store, is named like any other")
+def test_killed_first_rank_is_named_by_the_others(workplace) -> None:
+    began = time.monotonic()
+    code, run = run_to_end(workplace, "killed-first", fault="forward:0:4:kill")
+    assert time.monotonic() - began < 200  # nobody has waited for the store in vain
+    assert code in (256 - signal.SIGKILL, 128 + signal.SIGKILL), run.output
+    assert "watchdog: rank 0 (process " in run.output and "Traceback" not in run.output, run.output
+    failure = read_failure(run.run_dir)
+    assert failure is not None and (failure.rank, failure.signal) == (0, signal.SIGKILL)
+    assert [event["exit_code"] for event in run.events("end")] == [137]
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, id="0-which-holds-the-store")])
@@ -105,6 +137,9 @@ def test_rank_that_sleeps_is_named_by_its_place(workplace) -> None:
         (run.run_dir / "tensorboard").iterdir()
     )
     run.check_no_secret()
+    failure = read_failure(run.run_dir)
+    assert failure is not None and failure.exit_code == 71 and failure.rank == 1
+    assert failure.cause in run.output
 
 
 @pytest.mark.case("H2", "line and event with rank, phase and ratio; the run goes on")
@@ -136,4 +171,9 @@ def test_slow_rank_is_reported_and_failing_rank_takes_all_along_with_the_cause_f
     assert "Connection" not in after[: after.index(cause)], (
         "a consequence on another rank comes before the cause"
     )
+    assert "Traceback" not in output
+    log = run.run_dir / "logs" / "rank-00001.log"
+    assert f"The stack trace is in {log}" in output and "InjectedFault" in log.read_text()
+    failure = read_failure(run.run_dir)
+    assert failure is not None and (failure.exit_code, failure.rank) == (70, 1)
     run.check_no_secret()

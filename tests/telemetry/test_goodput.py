@@ -69,6 +69,22 @@ def test_kill_and_requeue_cost_what_is_done_again_and_the_time_between() -> None
     assert result.total == 1140.0 - 980.0 and result.num_starts == 2 and result.share < 1
 
 
+def test_start_that_is_refused_after_a_failure_is_lost_time_between_two_starts() -> None:
+    events = [
+        start(0, at=1000.0),
+        *steps(1, 3),
+        {"event": "end", "step": 3, "time": 1030.0, "exit_code": 137},
+        {"event": "end", "step": 2, "time": 1070.0, "exit_code": 78},
+        start(2, at=1100.0, start_up=15.0, previous_end=1070.0),
+        *steps(3, 6),
+        {"event": "end", "step": 6, "time": 1140.0, "exit_code": 0},
+    ]
+    result = goodput(events)
+    assert result.productive == 60.0
+    assert lost(result) == {"start_up": 20.0, "restart": 10.0 + 70.0}
+    assert result.total == 1140.0 - 980.0
+
+
 def test_rollback_costs_its_load_and_the_steps_it_took_back() -> None:
     events = [
         start(0, at=1000.0),
