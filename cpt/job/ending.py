@@ -18,7 +18,13 @@ from cpt.job.progress import Progress
 from cpt.parallel.topology import Topology
 from cpt.resilience.watchdog import Ruling
 from cpt.telemetry.metrics import Telemetry
-from cpt.telemetry.run_end import RunEnd, append_event, forget_failure, record_failure
+from cpt.telemetry.run_end import (
+    EndRecord,
+    append_event,
+    forget_failure,
+    read_failure,
+    record_failure,
+)
 
 log = logging.getLogger("cpt.job.ending")
 
@@ -40,11 +46,14 @@ class Ending:
         self._is_told = False
         self.progress: Progress | None = None
         """Where the run is; None until it is known where it goes on."""
+        self.has_failed_before = False
+        """Whether the start before this one failed, as far as rank 0 knows."""
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Record an error that leaves the block, unless telemetry has told of it."""
         if self._is_first and not self._observe:
+            self.has_failed_before = read_failure(self._run_dir) is not None
             with contextlib.suppress(OSError):
                 forget_failure(self._run_dir)
         try:
@@ -67,7 +76,7 @@ class Ending:
         """
         if self._observe:
             return
-        end = RunEnd(
+        end = EndRecord(
             exit_code=ruling.code,
             cause=ruling.text,
             step=self._steps_done(),
@@ -94,8 +103,8 @@ class Ending:
         except OSError as failed:
             log.warning("the end of the run could not be written down: %s", failed)
 
-    def _end(self, exit_code: int, cause: str) -> RunEnd:
-        return RunEnd(exit_code=exit_code, cause=cause, step=self._steps_done())
+    def _end(self, exit_code: int, cause: str) -> EndRecord:
+        return EndRecord(exit_code=exit_code, cause=cause, step=self._steps_done())
 
     def _steps_done(self) -> int:
         if self.progress is not None:

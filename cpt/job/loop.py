@@ -56,10 +56,11 @@ def train(job: Job) -> None:
     if progress.step >= last_step > 0:
         if job.topology.rank == 0:
             log.info("nothing was done: step %d of %d is reached", progress.step, last_step)
-        if job.guard is not None and not job.guard.has_scores(progress.step):
-            # the run was killed after its last save
+        is_measured = job.guard is None or job.guard.has_scores(progress.step)
+        if not is_measured:  # the run was killed after its last save
             measure(job, last=True)
-            end(job)
+        if not is_measured or job.context.ending.has_failed_before:
+            end(job, EXIT_DONE, f"finished: step {progress.step} of {last_step}")
         return
     begin(job, last_step)
     # the second step after a start is the first whose memory is that of all others

@@ -30,7 +30,7 @@ LONGEST_CAUSE = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunEnd:
+class EndRecord:
     """The end of one start of a run."""
 
     exit_code: int
@@ -96,7 +96,7 @@ def append_event(run_dir: Path, event: Mapping[str, Any]) -> None:
         file.write(line)
 
 
-def record_failure(run_dir: Path, end: RunEnd) -> bool:
+def record_failure(run_dir: Path, end: EndRecord) -> bool:
     """Write last_failure.json and the event of a failure, unless this start has failed before.
 
     Returns:
@@ -127,10 +127,10 @@ def forget_failure(run_dir: Path) -> None:
     (run_dir / LAST_FAILURE).unlink(missing_ok=True)
 
 
-def read_failure(run_dir: Path) -> RunEnd | None:
+def read_failure(run_dir: Path) -> EndRecord | None:
     """Return how the newest start of a run failed; None if it did not, or if it cannot be read."""
     try:
         values = json.loads((run_dir / LAST_FAILURE).read_text(encoding="utf-8"))
-        return RunEnd(**values)
+        return EndRecord(**values)
     except (OSError, ValueError, TypeError, AttributeError):
         return None

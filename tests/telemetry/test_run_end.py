@@ -11,7 +11,7 @@ from cpt.telemetry.metrics import read_events
 from cpt.telemetry.run_end import (
     LAST_FAILURE,
     METRICS,
-    RunEnd,
+    EndRecord,
     append_event,
     forget_failure,
     one_line,
@@ -20,9 +20,9 @@ from cpt.telemetry.run_end import (
 )
 
 
-def failure(cause: str = "rank 3 was killed", **values: object) -> RunEnd:
+def failure(cause: str = "rank 3 was killed", **values: object) -> EndRecord:
     fields = {"exit_code": 137, "step": 4, "rank": 3, "host": "h", "node": "n", "signal": 9}
-    return RunEnd(cause=cause, **{**fields, **values})
+    return EndRecord(cause=cause, **{**fields, **values})
 
 
 def test_failure_is_a_file_and_an_event_with_the_same_facts(tmp_path) -> None:
@@ -68,12 +68,12 @@ def test_next_start_forgets_the_file_and_keeps_the_event(tmp_path) -> None:
 
 def test_event_starts_a_line_of_its_own_after_one_that_was_cut_off(tmp_path) -> None:
     (tmp_path / METRICS).write_text('{"event": "step", "step": 1}\n{"event": "st')
-    append_event(tmp_path, RunEnd(exit_code=0, cause="finished", step=2).event())
+    append_event(tmp_path, EndRecord(exit_code=0, cause="finished", step=2).event())
     assert [event["event"] for event in read_events(tmp_path / METRICS)] == ["step", "end"]
 
 
 def test_orderly_end_blames_no_rank() -> None:
-    event = RunEnd(exit_code=0, cause="finished: step 2 of 2", step=2, time=1.0).event()
+    event = EndRecord(exit_code=0, cause="finished: step 2 of 2", step=2, time=1.0).event()
     assert event == {
         "event": "end",
         "step": 2,
@@ -86,8 +86,8 @@ def test_orderly_end_blames_no_rank() -> None:
 def test_cause_is_one_line() -> None:
     assert one_line("first\n  second\n\nthird\n") == "first (and 2 lines more)"
     assert one_line("only") == "only"
-    assert RunEnd(exit_code=78, cause="a\nb", step=0).cause == "a (and 1 lines more)"
-    assert len(RunEnd(exit_code=70, cause="x" * 5000, step=0).cause) == 1000
+    assert EndRecord(exit_code=78, cause="a\nb", step=0).cause == "a (and 1 lines more)"
+    assert len(EndRecord(exit_code=70, cause="x" * 5000, step=0).cause) == 1000
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"exit_code": 1}', '{"other": 1}'])
