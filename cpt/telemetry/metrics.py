@@ -113,7 +113,7 @@ class MetricsFile:
 
     def _flush(self) -> None:
         try:
-            _append(self._path, b"".join(self._waiting))
+            append_bytes(self._path, b"".join(self._waiting))
         except OSError as error:
             if not self._is_failing:
                 log.warning(
@@ -131,7 +131,7 @@ class MetricsFile:
         self._waiting_bytes = 0
 
 
-def _append(path: Path, data: bytes) -> None:
+def append_bytes(path: Path, data: bytes) -> None:
     """Append to a file, all or nothing.
 
     Raises:

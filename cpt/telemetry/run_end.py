@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.resilience.environment import node_name
+from cpt.telemetry.metrics import append_bytes
 
 METRICS = "metrics.jsonl"
 LAST_FAILURE = "last_failure.json"
@@ -86,14 +87,8 @@ def append_event(run_dir: Path, event: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    line = (json.dumps(event, allow_nan=False) + "\n").encode("ascii")
-    with open(run_dir / METRICS, "ab+", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size:
-            file.seek(size - 1)
-            if file.read(1) != b"\n":  # a crash has cut the last line off
-                line = b"\n" + line
-        file.write(line)
+    line = json.dumps(event, allow_nan=False) + "\n"
+    append_bytes(run_dir / METRICS, line.encode("ascii"))
 
 
 def record_failure(run_dir: Path, end: EndRecord) -> bool:
