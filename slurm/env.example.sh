@@ -16,6 +16,7 @@
 : "${CPT_DS_CONFIG:=ds_configs/z3_ep.json}"
 CPT_RUN_ARGUMENTS=()                            # further options of cpt/run.py, e.g. (--set train.lr=1e-5)
 : "${CPT_MAX_RESTARTS:=20}"                     # a job is put back into the queue at most this often
+: "${CPT_RESTART_ON_FAILURE:=0}"                # and so often in a row after an error (70, 71) or a killed rank without a new checkpoint
 : "${CPT_SAVE_SECONDS:=600}"                    # how long ranks without a launcher may take to save and exit
 
 # --- the software: modules and a venv, or a container

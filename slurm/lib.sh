@@ -4,6 +4,7 @@
 #   train.sbatch, pbs/train.pbs, age/train.sh    one job: starts node.sh on every node, waits, decides what comes next
 #     node.sh                                    one node: starts `deepspeed`, leaves no process behind
 #   offline.sbatch                               the same for a command of cpt/cli.py
+#   failures.sh                                  whether a job that failed is started again
 #   resubmit.sh                                  what PBS and AGE jobs know about themselves
 #
 # Decisions
@@ -15,7 +16,8 @@
 CARRIED=()      # words that give other nodes the environment of this one
 JOB_END=        # when the scheduler ends the job, in seconds since 1970; empty: unknown, or cpt knows it from Slurm
 NODE_COMMAND=() # words that node.sh gives to cpt/cli.py; none: it starts a run
-readonly EXIT_INTERNAL=70 EXIT_REQUEUE=75 EXIT_CONFIG=78
+readonly EXIT_INTERNAL=70 EXIT_HUNG=71 EXIT_REQUEUE=75 EXIT_CONFIG=78
+source slurm/failures.sh
 
 say() {
     printf '%(%H:%M:%S)T %s: %s\n' -1 "${SLURMD_NODENAME:-${HOSTNAME:-node}}" "$*" >&2
@@ -37,15 +39,15 @@ load_settings() {
     : "${CPT_MODULES:=}" "${CPT_CONTAINER:=none}" "${CPT_VENV:=.venv}" "${CPT_IMAGE:=}" "${CPT_BINDS:=}"
     : "${CPT_MODULE_PATHS:=}" "${CPT_RANKS_PER_NODE:=}" "${CPT_MASTER_INTERFACE:=}" "${CPT_SUBMIT:=qsub}" "${CPT_MPIRUN:=}"
     : "${CPT_STOP_AFTER_SECONDS:=}" "${CPT_STOP_MARGIN_SECONDS:=600}" "${CPT_KEEP_RESOURCES=filesystems}"
-    : "${CPT_KEEP_VARIABLES=RTYPE USE_SSH}" "${CPT_MAX_RESTARTS:=20}" "${CPT_SAVE_SECONDS:=600}"
+    : "${CPT_KEEP_VARIABLES=RTYPE USE_SSH}" "${CPT_MAX_RESTARTS:=20}" "${CPT_RESTART_ON_FAILURE:=0}" "${CPT_SAVE_SECONDS:=600}"
     : "${CPT_SUITE:=configs/suites/gpt-oss.yaml}" "${CPT_VLLM:=vllm}" "${CPT_VLLM_START_SECONDS:=1800}"
     : "${CPT_VLLM_CONTEXT:=40960}" "${CPT_LM_EVAL:=lm_eval}" "${CPT_LIGHTEVAL:=lighteval}"
     local name
     for name in CPT_RUN_DIR CPT_CONFIG CPT_DS_CONFIG; do
         [[ -n "${!name:-}" ]] || refuse "$file: $name is empty. slurm/env.example.sh says what it is."
     done
-    for name in CPT_MAX_RESTARTS CPT_SAVE_SECONDS CPT_STOP_MARGIN_SECONDS CPT_STOP_AFTER_SECONDS CPT_VLLM_START_SECONDS \
-        CPT_VLLM_CONTEXT; do
+    for name in CPT_MAX_RESTARTS CPT_RESTART_ON_FAILURE CPT_SAVE_SECONDS CPT_STOP_MARGIN_SECONDS CPT_STOP_AFTER_SECONDS \
+        CPT_VLLM_START_SECONDS CPT_VLLM_CONTEXT; do
         [[ "$name" == CPT_STOP_AFTER_SECONDS && -z "${!name}" || "${!name}" =~ ^[0-9]+$ ]] || refuse "$file: $name is '${!name}', must be a whole number."
     done
     case $CPT_CONTAINER in
@@ -208,11 +210,11 @@ forget_own_stop() {
 
 # Turn signals into a request to stop.  `wait` returns when a signal arrives, so a flag is set.
 listen_for_signals() {
-    INTERRUPTED=0
+    INTERRUPTED=0 ASKED_BY=
     local name
     for name in "$@"; do
         # shellcheck disable=SC2064  # the name is meant to be filled in now
-        trap "INTERRUPTED=1; ask_to_stop 'got SIG$name'" "$name"
+        trap "INTERRUPTED=1; ASKED_BY=$name; ask_to_stop 'got SIG$name'" "$name"
     done
 }
 
@@ -234,7 +236,7 @@ run_slurm_job() {
     local ranks=${CPT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
     [[ -n "$ranks" ]] || refuse "the job has no GPUs and CPT_RANKS_PER_NODE is not set."
     queue_again() {
-        scontrol requeue "$SLURM_JOB_ID"
+        requeue_slurm_job
     }
     # --wait: how long the other nodes may take once one has ended; --kill-on-bad-exit would interrupt their saves
     run_nodes "$SLURM_NNODES" "$ranks" \
@@ -246,12 +248,12 @@ run_slurm_job() {
 # Run a PBS or AGE job on all its nodes, wait, and decide what follows.
 #   run_submitted_job TEMPLATE READ_JOB NODES RANKS_PER_NODE [HOST_FILE]      with JOB and RESTARTS set
 run_submitted_job() {
-    local template=$1 nodes=$3 ranks=$4 start
+    local template=$1 read_job=$2 nodes=$3 ranks=$4 start
     [[ -n "$ranks" ]] || refuse "CPT_RANKS_PER_NODE is not set."
-    prepare_resubmission "$2" "$nodes"
+    prepare_resubmission "$read_job" "$nodes"
     start=$(mpirun_command "$nodes" "${5:-}") || exit
     queue_again() {
-        "${SUBMIT[@]}" -v "$(variables_of_next_start)" "$template"
+        submit_without_failed_nodes "$read_job" -v "$(variables_of_next_start)" "$template"
     }
     # mpirun carries no PATH to other nodes unless it is told, each MPI in its own words; `env` needs none of them
     CARRIED=(env "PATH=$PATH" ${LD_LIBRARY_PATH:+"LD_LIBRARY_PATH=$LD_LIBRARY_PATH"})
@@ -267,6 +269,7 @@ run_nodes() {
     shift 2
     address=$(master_address) || exit
     forget_own_stop
+    remember_failures
     local settings=(
         CPT_ENV="${CPT_ENV:-slurm/env.sh}" CPT_RUN_DIR="$CPT_RUN_DIR" CPT_CONFIG="$CPT_CONFIG"
         CPT_DS_CONFIG="$CPT_DS_CONFIG" JOB="$JOB" SLURM_RESTART_COUNT="$RESTARTS" # tells cpt whether this is a restart
@@ -292,20 +295,29 @@ run_nodes() {
     return "$code"
 }
 
-# Decide what follows a finished start.  The template defines queue_again, which puts the job back into the queue.
+# Decide what follows a finished start.  The template defines queue_again, which puts the job back into the queue, without
+# FAILED_NODE if it can.
 conclude() {
-    local code=$1
+    local code=$1 what=saved
+    FAILED_NODE=
     if ((code == 0)); then
         say "done"
-    elif ((code != EXIT_REQUEUE)); then
-        say "exit code $code: not queued again (docs/slurm.md lists the codes). The same sbatch or qsub command goes on" \
-            "from the newest checkpoint."
-    elif ((RESTARTS >= CPT_MAX_RESTARTS)); then
-        say "saved, but not queued again: $RESTARTS restarts used of CPT_MAX_RESTARTS=$CPT_MAX_RESTARTS"
+        exit 0
+    fi
+    if ((code != EXIT_REQUEUE)); then
+        if ! may_restart "$code"; then
+            say "exit code $code: not queued again (docs/slurm.md lists the codes). The same sbatch or qsub command goes on" \
+                "from the newest checkpoint."
+            exit "$code"
+        fi
+        what="failed with $code${FAILED_NODE:+ on $FAILED_NODE}"
+    fi
+    if ((RESTARTS >= CPT_MAX_RESTARTS)); then
+        say "$what, but not queued again: $RESTARTS restarts used of CPT_MAX_RESTARTS=$CPT_MAX_RESTARTS"
     elif queue_again; then
-        say "saved and queued again"
+        say "$what and queued again"
     else
-        say "saved, but could not be queued again. The same sbatch or qsub command goes on."
+        say "$what, but could not be queued again. The same sbatch or qsub command goes on."
     fi
     exit "$code"
 }

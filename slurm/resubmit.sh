@@ -129,6 +129,25 @@ set_stop_time() {
     fi
 }
 
+# Submit this job again, under AGE without the nodes of failed starts.
+#   submit_without_failed_nodes READ_JOB WORDS...
+submit_without_failed_nodes() {
+    local read_job=$1 nodes word=0
+    shift
+    nodes=$(failed_nodes '|')
+    if [[ -n "$nodes" && "$read_job" == read_age_job ]]; then
+        # what the last start was told to avoid is in the list of its resources
+        for ((word = 1; word < ${#SUBMIT[@]}; word++)); do
+            SUBMIT[word]=$(sed -E 's/,hostname=![^,]*//; s/^hostname=![^,]*,//' <<<"${SUBMIT[word]}")
+        done
+        SUBMIT+=(-l "hostname=!($nodes)")
+        say "without node $nodes"
+    elif [[ -n "${FAILED_NODE:-}" ]]; then
+        say "PBS cannot be told to avoid node $FAILED_NODE: the next start may get it again. Tell the operators."
+    fi
+    "${SUBMIT[@]}" "$@"
+}
+
 # Print the variables for `qsub -v`: they count the restart and keep the settings of the first submission.
 variables_of_next_start() {
     local name list=CPT_RESTARTS=$((RESTARTS + 1))

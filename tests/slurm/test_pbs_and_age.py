@@ -230,6 +230,34 @@ def test_unknown_mpirun_is_refused_and_an_own_command_taken(make_scheduler) -> N
     assert scheduler.bench.calls("mpirun")[0].startswith("-np 2 -x PATH env PATH=")
 
 
+def failure(node: str) -> str:
+    return json.dumps({"exit_code": 71, "rank": 9, "node": node, "signal": 0}, indent=2)
+
+
+def test_age_job_that_failed_asks_for_other_nodes(
+    make_scheduler,
+) -> None:
+    scheduler = make_scheduler("age")
+    scheduler.submit(*AGE)
+    settings = {"CPT_RESTART_ON_FAILURE": "2", "DEEPSPEED_EXIT": "71"}
+    code, output = scheduler.run(**settings, FAILURE=failure("r1n3"))
+    assert code == 71 and "failed with 71 on r1n3 and queued again" in output, output
+    asked = {"node_f": "2", "h_rt": "86400"}
+    assert scheduler.job(2)["resources"] == {**asked, "hostname": "!(r1n3)"}
+    code, output = scheduler.run(**settings, FAILURE=failure("r1n4"), JOB_ID="2", CPT_RESTARTS="1")
+    assert scheduler.job(3)["resources"] == {**asked, "hostname": "!(r1n3|r1n4)"}, output
+    assert scheduler.variables_of(3)["CPT_RESTARTS"] == "2"
+
+
+def test_pbs_job_that_failed_is_submitted_again_and_names_the_node(make_scheduler) -> None:
+    scheduler = make_scheduler("pbs")
+    scheduler.submit(*PBS)
+    settings = {"CPT_RESTART_ON_FAILURE": "1", "DEEPSPEED_EXIT": "71"}
+    code, output = scheduler.run(**settings, FAILURE=failure("hnode042"))
+    assert code == 71 and "PBS cannot be told to avoid node hnode042" in output, output
+    assert scheduler.num_jobs() == 2
+
+
 @pytest.fixture
 def modules(bench: Bench) -> dict[str, str]:
     """A module system that a clean shell does not know yet; one module brings apptainer."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.job_scripts import Bench, wait_for_call, write_program
+from tests.support.job_scripts import Bench, write_program
 from tests.support.launcher import ROOT
 
 SCRIPTS = sorted(
@@ -100,7 +100,7 @@ def test_exit_0_is_not_believed_without_the_last_step(bench: Bench) -> None:
 
 def test_signal_to_the_job_script_becomes_a_stop_file_and_reaches_no_launcher(bench: Bench) -> None:
     process = bench.start("train.sbatch", DEEPSPEED_OBEYS=str(bench.run_dir))
-    wait_for_call(bench, "deepspeed")
+    bench.wait_for("deepspeed")
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75 and "saved and queued again" in output, output
@@ -176,7 +176,7 @@ def test_offline_job_gives_its_words_to_all_ranks_and_stops_them_beside_the_resu
     (bench.folder / "calls").unlink()
     partial = bench.folder / "targets.partial"
     process = bench.start("offline.sbatch", *words, DEEPSPEED_OBEYS=str(partial))
-    wait_for_call(bench, "deepspeed")
+    bench.wait_for("deepspeed")
     process.send_signal(signal.SIGUSR1)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75 and bench.calls("job") == ["17: got SIGUSR1"], output

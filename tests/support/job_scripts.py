@@ -25,6 +25,10 @@ echo $$ >"$CALLS.pid"
 stop_file="${DEEPSPEED_OBEYS:-}/STOP"
 while [[ -n "${DEEPSPEED_OBEYS:-}" && ! -f "$stop_file" ]]; do sleep 0.1; done
 [[ -z "${DEEPSPEED_OBEYS:-}" ]] || { cat "$stop_file" >>"$CALLS"; rm "$stop_file"; }
+if [[ -n "${FAILURE:-}" ]]; then
+    mkdir -p "$CPT_RUN_DIR"
+    echo "$FAILURE" >"$CPT_RUN_DIR/last_failure.json"
+fi
 exit "${DEEPSPEED_EXIT:-75}"
 """
 )
@@ -59,7 +63,11 @@ exec "$@"
 SCONTROL = (
     RECORD
     + """
-if [[ "$1" == show ]]; then echo "  NodeAddr=10.0.0.7 X=1"; fi
+case "$*" in
+    "show node"*) echo "  NodeAddr=10.0.0.7 X=1" ;;
+    "show hostnames"*) tr , "\\n" <<<"$3" ;;
+    *"show job"*) echo "JobId=17 ExcNodeList=${EXCLUDED:-(null)} NodeList=n1" ;;
+esac
 """
 )
 
@@ -91,6 +99,13 @@ class Bench:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    def wait_for(self, program: str) -> None:
+        """Wait until a stand-in was called."""
+        deadline = time.monotonic() + 30
+        while not self.calls(program):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
     def run(self, script: str, *arguments: str, **variables: str) -> tuple[int, str]:
         """Run a template, and return its exit code and output."""
@@ -134,10 +149,3 @@ def write_program(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/bash\n{text}")
     path.chmod(0o755)
-
-
-def wait_for_call(bench: Bench, program: str) -> None:
-    deadline = time.monotonic() + 30
-    while not bench.calls(program):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
