@@ -14,6 +14,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -89,14 +90,15 @@ class BackgroundTracker:
 
     def close(self) -> None:
         """Give the tracker a limited time to send what is left."""
+        deadline = time.monotonic() + self._close_seconds
         with contextlib.suppress(queue.Full):
             self._events.put(None, timeout=self._close_seconds)
-        self._thread.join(self._close_seconds)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if not self._thread.is_alive():
             return
         self._given_up.set()
         log.warning(
-            "%s did not finish within %.0f s and was cut off. metrics.jsonl has all events.",
+            "%s did not finish within %g s and was cut off. metrics.jsonl has all events.",
             self._name,
             self._close_seconds,
         )

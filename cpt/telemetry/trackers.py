@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from cpt.config import RunConfig, RunYaml
-from cpt.telemetry.background import BackgroundTracker
+from cpt.telemetry.background import CLOSE_SECONDS, BackgroundTracker
 from cpt.telemetry.tensorboard_tracker import TensorBoardTracker
 from cpt.telemetry.wandb_settings import WandbSettings, mode_of, wandb_problems
 from cpt.telemetry.wandb_tracker import WandbTracker, end_service
@@ -30,16 +30,33 @@ def tracker_problems(config: RunConfig | RunYaml) -> list[str]:
     return problems
 
 
-def trackers_for(config: RunConfig, run_dir: Path) -> list[BackgroundTracker]:
-    """Open the trackers that the run asks for; their libraries are imported only then."""
+def trackers_for(
+    config: RunConfig, run_dir: Path, close_seconds: float = CLOSE_SECONDS
+) -> list[BackgroundTracker]:
+    """Open the trackers that the run asks for; their libraries are imported only then.
+
+    Args:
+        config: The run.
+        run_dir: Where they write.
+        close_seconds: Longest wait for each at the end.
+    """
     trackers = []
     if mode_of(config.telemetry) != "disabled":
         log.info("%s", WandbSettings.of(config.telemetry, run_dir).describe())
         trackers.append(
-            BackgroundTracker("W&B", lambda: WandbTracker(config, run_dir), cut_off=end_service)
+            BackgroundTracker(
+                "W&B",
+                lambda: WandbTracker(config, run_dir),
+                cut_off=end_service,
+                close_seconds=close_seconds,
+            )
         )
     if config.telemetry.tensorboard:
         trackers.append(
-            BackgroundTracker("TensorBoard", lambda: TensorBoardTracker(run_dir, config))
+            BackgroundTracker(
+                "TensorBoard",
+                lambda: TensorBoardTracker(run_dir, config),
+                close_seconds=close_seconds,
+            )
         )
     return trackers

@@ -15,7 +15,6 @@ No variable switches W&B on in a run whose `telemetry.wandb` is `disabled`.
 from __future__ import annotations
 
 import base64
-import contextlib
 import logging
 import os
 import urllib.error
@@ -162,31 +161,29 @@ def wandb_problems(section: TelemetrySection) -> list[str]:
         ]
     if mode == "offline":
         return []
-    host = wandb.Settings().base_url
-    problem = login_problem(host)
+    try:
+        problem = login_problem()
+    finally:
+        wandb.teardown()  # the tracker starts afresh, in its own thread
     if problem and restarts_of_job():
         log.warning("%s This job was queued again and goes on.", problem)
         return []
     return [problem] if problem else []
 
 
-def login_problem(host: str) -> str:
-    """Return why there is no way to a W&B server; empty if it takes this user.
-
-    Args:
-        host: URL of the server.
-    """
+def login_problem() -> str:
+    """Return why there is no way to the W&B server; empty if it takes this user."""
     from wandb.errors import Error
+    from wandb.sdk import wandb_setup
     from wandb.sdk.lib import wbauth
 
-    # the library sends these messages to the terminal of every rank
-    with contextlib.redirect_stderr(None):
-        try:
-            login = wbauth.authenticate_session(
-                host=host, source="cpt", prompt=False, update_session=False
-            )
-        except (Error, ValueError) as error:
-            return f"telemetry.wandb is online, but the login for {host} cannot be used: {error}"
+    host = wandb_setup.singleton().settings.base_url
+    try:
+        login = wbauth.authenticate_session(
+            host=host, source="cpt", prompt=False, update_session=False
+        )
+    except (Error, ValueError) as error:
+        return f"telemetry.wandb is online, but the login for {host} cannot be used: {error}"
     if login is None:
         return _NO_LOGIN.format(host=host)
     key = login.api_key if isinstance(login, wbauth.AuthApiKey) else None

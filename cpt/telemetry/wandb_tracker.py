@@ -36,8 +36,10 @@ log = logging.getLogger("cpt.telemetry.wandb")
 ID_FILE = "wandb_run.json"
 FINISH_SECONDS = 30.0
 """Longest wait for what is not sent yet at the end; it stays on disk for `wandb sync`."""
-INIT_SECONDS = 60.0
-"""Longest wait for the server at the start, in the tracker's thread."""
+INIT_SECONDS = 30.0
+"""Longest wait for the server at the start, in the tracker's thread; WANDB_INIT_TIMEOUT goes before
+it.
+"""
 SERVICE = "wandb-core"
 """Name of the process of the wandb library that talks to the server."""
 ORDERLY_CODES = (EXIT_DONE, RequeueRequested.exit_code)
@@ -62,7 +64,8 @@ class WandbTracker:
         self._total_tokens: tuple[int, int] = (0, 0)
         """The newest step, and the tokens of the run until then."""
         self._run = self._open()
-        log.info("W&B run %s: %s", self._id, self._run.url or self._run.dir)
+        place = self._run.dir if self._run.offline else self._run.url
+        log.info("W&B run %s: %s", self._id, place)
         # the axis of all charts, whatever order events come in
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("total_tokens", step_metric="step", summary="max")
@@ -80,7 +83,7 @@ class WandbTracker:
                 raise
             log.warning(
                 "W&B cannot be reached (%s): recording offline. Send it later with: "
-                "wandb sync %s/wandb/offline-run-*-%s",
+                "wandb sync %s/wandb/offline-run-*-%s*",
                 reason_of(error),
                 self._settings.folder,
                 self._id,
@@ -116,7 +119,7 @@ class WandbTracker:
                 console="off",
                 silent=True,
                 finish_timeout=FINISH_SECONDS,
-                init_timeout=INIT_SECONDS,
+                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_SECONDS),
             ),
         )
 

@@ -1,16 +1,21 @@
-"""metrics.jsonl holds every event once, survives a crash, and reaches the trackers as named
-numbers.
+"""metrics.jsonl holds every event once, survives a crash and a disk that is full for a while, and
+reaches the trackers as named numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cpt.telemetry.metrics import Telemetry, read_events
+from cpt.telemetry.metrics import MetricsFile, Telemetry, read_events
 from cpt.telemetry.shown import scalars
 
 
@@ -89,6 +94,107 @@ def test_line_with_a_non_finite_number_is_still_json(path: Path, value: float) -
 
     write(path, {**step(1), "grad_norm": value})
     assert json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)["step"] == 1
+
+
+def test_list_with_a_non_finite_number_is_still_json(path: Path) -> None:
+    write(path, {**step(1), "entropy": [1.0, float("nan")]})
+    assert read_events(path)[0]["entropy"] == [1.0, None]
+
+
+@contextlib.contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_lines_that_found_the_disk_full_are_written_whole_once_there_is_room(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    telemetry = Telemetry(path)
+    telemetry.log(step(1))
+    with largest_file(path.stat().st_size + 20):
+        telemetry.log(step(2))
+        telemetry.log(step(3))
+        assert read_events(path) == [step(1)]
+        assert telemetry.events() == [step(1), step(2), step(3)]
+    telemetry.log(step(4))
+    telemetry.close()
+    assert path.read_bytes().count(b"\n") == 4
+    assert read_events(path) == [step(1), step(2), step(3), step(4)]
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and str(path) in warnings[0].getMessage()
+    assert "3 lines had waited" in caplog.text
+
+
+def test_line_that_a_full_disk_cut_off_is_taken_back(path: Path) -> None:
+    write(path, step(1))
+    before = path.read_bytes()
+    telemetry = Telemetry(path)
+    with largest_file(len(before) + 20):
+        telemetry.log(step(2))
+        assert path.read_bytes() == before
+    telemetry.close()
+
+
+def test_lines_follow_a_folder_that_vanishes_and_comes_back(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    telemetry = Telemetry(folder / "metrics.jsonl")
+    telemetry.log(step(1))
+    folder.rename(tmp_path / "elsewhere")
+    telemetry.log(step(2))
+    (tmp_path / "elsewhere").rename(folder)
+    telemetry.log(step(3))
+    telemetry.close()
+    assert read_events(folder / "metrics.jsonl") == [step(1), step(2), step(3)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "full device", "closed pipe"])
+def test_place_that_takes_no_line_raises_nothing_and_is_told_once(
+    path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "full device":
+        path.symlink_to("/dev/full")
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        path.symlink_to(f"/proc/self/fd/{writer}")
+    telemetry = Telemetry(path)
+    for number in range(3):
+        telemetry.log(step(number))
+    telemetry.close()
+    telemetry.close()
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2, messages
+    assert "kept in memory" in messages[0] and "3 lines could not be written" in messages[1]
+
+
+def test_oldest_lines_are_lost_beyond_the_bound_and_counted(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.mkdir()
+    file = MetricsFile(path, most_waiting_bytes=60)
+    for number in range(10):
+        file.append(json.dumps({"event": "note", "step": number}))
+    path.rmdir()
+    file.close()
+    kept = [event["step"] for event in read_events(path)]
+    assert kept == [9] or kept == [8, 9]
+    assert f"{10 - len(kept)} lines could not be written" in caplog.text
+
+
+def test_line_that_a_damaged_disk_changed_is_passed_over(path: Path) -> None:
+    write(path, step(1), step(2))
+    path.write_bytes(b'{"event": "\xff\xfe"}\n' + path.read_bytes())
+    assert read_events(path) == [step(1), step(2)]
 
 
 def test_rank_without_a_file_writes_and_shows_nothing() -> None:
