@@ -28,6 +28,7 @@ from typing import Any
 
 from transformers import GptOssConfig
 
+from cpt.checkpoint.reader import list_steps
 from cpt.config import LaunchInfo, RunConfig, RunYaml, load, readable_parts, resolve
 from cpt.deepspeed_adapter.engine import check_internals
 from cpt.deepspeed_adapter.json_values import block_problems
@@ -46,7 +47,7 @@ from cpt.job.resumption import (
     fresh_start,
     start_from,
 )
-from cpt.job.run_dir import check_place
+from cpt.job.run_dir import RoomNeeded, check_place, room_needed
 from cpt.job.seam import Seam
 from cpt.model import attention
 from cpt.model.configuration import load_config
@@ -82,6 +83,8 @@ class PassedGate:
     """
     seam: Seam | None
     """What changes since that checkpoint; None without one."""
+    room: RoomNeeded | None
+    """The space that checkpoints will take; None on other ranks than the first."""
     environment: LaunchEnvironment
     """What the launcher tells this rank."""
     refusal: CptError | None
@@ -201,6 +204,7 @@ class _Gate:
         self.plan: DataPlan | None = None
         self.checkpoint: ExpectedCheckpoint | None = None
         self.starts_fresh = False
+        self.room: RoomNeeded | None = None
         self.seam: Seam | None = None
         self.trains = not (options.sample or options.measure)
 
@@ -215,8 +219,8 @@ class _Gate:
         if self.environment.rank == 0:
             self._check_weights()
             self._check_kl_targets()
-            self._check_run_dir()
             self._check_checkpoint()
+            self._check_run_dir()
             self._check_data()
         if self.found.errors:
             _raise_any(self.found, self.found_by_first)
@@ -230,6 +234,7 @@ class _Gate:
             plan=self.plan,
             checkpoint=self.checkpoint,
             seam=self.seam,
+            room=self.room,
             environment=self.environment,
             refusal=joined(self.found_by_first),
         )
@@ -287,6 +292,11 @@ class _Gate:
         if config is not None:
             numels = parameter_numels(self.model_config)
             self.found_by_first.attempt(lambda: check_place(self.run_dir, config, numels))
+            existing = [] if self.resume == "never" else list_steps(self.run_dir)
+            step = 0 if self.checkpoint is None else self.checkpoint.step
+            room = room_needed(config, numels, step, existing)
+            room.warn_if_tight(self.run_dir, config.checkpoint.keep_last)
+            self.room = room
 
     def _check_checkpoint(self) -> None:
         """Find the checkpoint to go on from and compare it with the model and the schedule."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from cpt.checkpoint.reader import list_steps
 from cpt.config import RunConfig
 from cpt.errors import StorageError
 from cpt.model.freezing import frozen_names
@@ -22,6 +22,9 @@ from cpt.storage.space import check_checkpoint_space, megabytes
 from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES
 
 log = logging.getLogger("cpt.job.run_dir")
+
+EXPORT_BYTES = 2
+"""Bytes of a parameter in an export, which is bf16."""
 
 
 @contextmanager
@@ -117,26 +120,37 @@ def check_place(run_dir: Path, config: RunConfig, numels: Mapping[str, int]) -> 
     Raises:
         StorageError: it cannot be made or written, or a checkpoint does not fit.
     """
-    existing = run_dir.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise StorageError(
-            f"run directory {run_dir}: {existing} is not a directory. Give another with --run_dir."
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise StorageError(
-            f"run directory {run_dir}: {existing}: {why_unwritable(existing)}. "
-            "Give another with --run_dir."
-        )
+    existing = existing_folder(run_dir)
+    probe(run_dir, existing)
     size = checkpoint_bytes(config, numels)
     check_checkpoint_space(existing, size, largest_file_bytes=size // config.world_size)
 
 
-def why_unwritable(folder: Path) -> str:
-    """Return why this process may not write in a folder."""
-    is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
-    return os.strerror(errno.EROFS if is_read_only else errno.EACCES)
+def existing_folder(path: Path) -> Path:
+    """Return the path itself, or the nearest folder above it that exists."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
+
+
+def probe(run_dir: Path, existing: Path) -> None:
+    """Write an empty file where a run directory is or would be made, and remove it again.
+
+    Raises:
+        StorageError: that is not possible.
+    """
+    if not existing.is_dir():
+        raise StorageError(
+            f"run directory {run_dir}: {existing} is not a directory. Give another with --run_dir."
+        )
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".write-probe-", dir=existing):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"run directory {run_dir}: {existing}: {error.strerror}. Give another with --run_dir."
+        ) from error
 
 
 def checkpoint_bytes(config: RunConfig, numels: Mapping[str, int]) -> int:
@@ -149,22 +163,89 @@ def checkpoint_bytes(config: RunConfig, numels: Mapping[str, int]) -> int:
 
 
 def check_run_space(run_dir: Path, config: RunConfig, numels: Mapping[str, int]) -> None:
-    """Refuse a run whose first checkpoint does not fit; warn if all that are kept will not.
+    """Refuse a run whose first checkpoint does not fit.
 
     Raises:
         StorageError: see `check_checkpoint_space`.
     """
     size = checkpoint_bytes(config, numels)
     check_checkpoint_space(run_dir, size, largest_file_bytes=size // config.world_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoomNeeded:
+    """The space that checkpoints and exports of a run take at one time, beyond what is there."""
+
+    num_checkpoints: int
+    """Checkpoints that are still to be written and lie there at the same time."""
+    checkpoint_bytes: int
+    """Size of each."""
+    num_for_good: int
+    """Those among them that are never deleted (`checkpoint.keep_every_steps`)."""
+    export_bytes: int
+    """Size of the export at the end; 0 without one."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.num_checkpoints * self.checkpoint_bytes + self.export_bytes
+
+    def describe(self, free_bytes: int) -> str:
+        """Return what is needed and what is free, in one line."""
+        text = f"{self.num_checkpoints} x {megabytes(self.checkpoint_bytes)}"
+        if self.num_for_good:
+            text += f" ({self.num_for_good} kept for good)"
+        if self.export_bytes:
+            text += f" + export {megabytes(self.export_bytes)}"
+        return f"{text}; {megabytes(free_bytes)} free"
+
+    def warn_if_tight(self, run_dir: Path, keep_last: int) -> None:
+        """Warn of a run that has room for its first checkpoint but not for all that it keeps."""
+        folder = existing_folder(run_dir)
+        free = shutil.disk_usage(folder).free
+        if free < self.total_bytes:
+            log.warning(
+                "%s has %s free, but the checkpoints of this run and its export take %s at one "
+                "time (checkpoint.keep_last %d, and one that is being written): later saves will "
+                "fail. Free some space, or keep less.",
+                folder,
+                megabytes(free),
+                megabytes(self.total_bytes),
+                keep_last,
+            )
+
+
+def room_needed(
+    config: RunConfig, numels: Mapping[str, int], step: int, existing: Collection[int]
+) -> RoomNeeded:
+    """Return the space that a run needs from a step on.
+
+    Args:
+        config: The run.
+        numels: Elements of every parameter of the model.
+        step: Optimizer steps done.
+        existing: Steps whose checkpoints are there already.
+    """
+    kept = config.checkpoint
+    train = config.train
+    last = train.total_steps if train.stop_at_step is None else train.stop_at_step
+    saves = {max(step, last)}
+    interval = kept.interval_steps
+    if interval:
+        saves.update(range(step - step % interval + interval, last, interval))
+    every = sorted({*existing, *saves})
+    for_good: set[int] = set()
+    if kept.keep_every_steps:
+        for_good = {saved for saved in every if saved % kept.keep_every_steps == 0}
     # one more than is kept exists while a checkpoint is written
-    missing = config.checkpoint.keep_last + 1 - len(list_steps(run_dir))
-    free = shutil.disk_usage(run_dir).free
-    if missing * size > free:
-        log.warning(
-            "%s has %s free; keeping %d checkpoints of %s takes %s more.",
-            run_dir,
-            megabytes(free),
-            config.checkpoint.keep_last,
-            megabytes(size),
-            megabytes(missing * size),
-        )
+    newest = set(every[-(kept.keep_last + 1) :])
+    there = newest | for_good
+    export = 0
+    if config.telemetry.export_at_end:
+        export = EXPORT_BYTES * sum(numels.values())
+    return RoomNeeded(
+        num_checkpoints=max(1, len(there) - len(existing)),
+        checkpoint_bytes=checkpoint_bytes(config, numels),
+        num_for_good=len(for_good - newest - set(existing)),
+        export_bytes=export,
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
 from cpt.job.gate import PassedGate
+from cpt.job.run_dir import existing_folder
 from cpt.model.freezing import frozen_names
 from cpt.model.parameters import parameter_numels
 from data_pipeline.build.build import input_bytes
@@ -37,6 +39,7 @@ def describe(passed: PassedGate) -> str:
         "mix": config.data.mix,
         "run directory": passed.run_dir,
         "resumes from": describe_resume(passed),
+        "checkpoints": describe_room(passed),
     }
     width = max(len(name) for name in rows)
     lines = ["resolved configuration"]
@@ -62,6 +65,14 @@ def describe_resume(passed: PassedGate) -> str:
     for reason in checkpoint.rejected:
         text += f" (passed over: {reason})"
     return text
+
+
+def describe_room(passed: PassedGate) -> str:
+    """Return the space that the run takes at one time, and what is free."""
+    if passed.room is None:
+        return "not known"
+    free = shutil.disk_usage(existing_folder(passed.run_dir)).free
+    return passed.room.describe(free)
 
 
 def describe_frozen(config: RunConfig, model_config: GptOssConfig) -> str:

@@ -6,6 +6,7 @@ The same faults are told by `--dry_run` and by a run, and each of them alone is 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -360,6 +361,51 @@ def test_checkpoint_that_does_not_fit_is_refused(
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     assert dry_run() == 74
     assert "a checkpoint needs" in capsys.readouterr().err
+
+
+def test_run_directory_that_is_a_file_is_refused(
+    dry_run: DryRun, workplace: Path, capsys: Any
+) -> None:
+    (workplace / "run").write_text("a file", encoding="utf-8")
+    try:
+        assert dry_run() == 74
+    finally:
+        (workplace / "run").unlink()
+    assert f"{workplace / 'run'} is not a directory" in capsys.readouterr().err
+
+
+def test_room_for_checkpoints_is_told(dry_run: DryRun, capsys: Any) -> None:
+    assert dry_run("checkpoint.interval_steps=1", "telemetry.export_at_end=true") == 0
+    told = capsys.readouterr().out
+    assert re.search(r"checkpoints +2 x [0-9.]+ MB \+ export [0-9.]+ MB; [0-9.]+ MB free", told)
+
+
+def cut_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    (folder / "model.safetensors.incomplete").touch()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        pytest.param(lambda folder: (folder / "model.safetensors").unlink(), "neither", id="none"),
+        pytest.param(cut_weights, "a download is going on or was cut off", id="cut-off"),
+    ],
+)
+def test_weights_that_are_not_there_whole_are_refused_by_the_dry_run(
+    dry_run: DryRun,
+    workplace: Path,
+    tmp_path: Path,
+    capsys: Any,
+    spoil: Callable[[Path], None],
+    words: str,
+) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(workplace / "weights", folder)
+    spoil(folder)
+    assert dry_run(f"model.path={folder}") == 78
+    assert words in capsys.readouterr().err
 
 
 @pytest.fixture

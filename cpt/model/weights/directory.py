@@ -19,6 +19,7 @@ import torch
 from cpt.errors import ConfigError
 from cpt.model.weights import mxfp4
 from cpt.model.weights.byte_ranges import TensorFile
+from cpt.model.weights.downloads import unfinished_hint, unfinished_problems
 from cpt.model.weights.hf_layout import (
     BLOCKS,
     INDEX_FILE,
@@ -59,22 +60,32 @@ def stored_shapes(
 def check_directory(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Path]:
     """Compare a directory's keys and shapes with the model's, before any memory is taken.
 
+    Only the headers of its files are read.
+
     Returns:
         The file of each tensor, by tensor name.
 
     Raises:
-        ConfigError: Tensors are missing, unknown or misshapen; all of them, each with its file.
+        ConfigError: Files are missing, cut off or still being fetched, or tensors are missing,
+            unknown or misshapen; all of them, each with its file.
     """
-    files = tensor_files(path)
+    try:
+        files = tensor_files(path)
+    except ConfigError as error:
+        raise ConfigError([*error.problems, *unfinished_hint(path)]) from error
     expected = stored_shapes(shapes, files)
-    problems = []
+    problems = unfinished_problems(path, set(files.values()))
     for name in sorted(expected.keys() - files.keys()):
         problems.append(f"{path}: tensor '{name}' is missing.")
     for name in sorted(files.keys() - expected.keys()):
         problems.append(f"{files[name]}: unknown tensor '{name}'.")
     for file in sorted(set(files.values())):
         listed = {name for name, where in files.items() if where == file}
-        problems += _problems_of_file(file, listed, expected)
+        try:
+            problems += _problems_of_file(file, listed, expected)
+        except ConfigError as error:  # it is no whole file; the others are looked at all the same
+            problems += [*error.problems, *unfinished_hint(path)]
+    problems = list(dict.fromkeys(problems))
     if problems:
         raise ConfigError(problems)
     return files
