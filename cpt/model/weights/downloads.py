@@ -30,7 +30,7 @@ def unfinished_files(path: Path) -> list[Path]:
     folders = [path, path / HUB_FOLDER]
     if path.parent.name == "snapshots":
         folders.append(path.parent.parent / "blobs")
-    found = []
+    found: list[Path] = []
     for folder in folders:
         for suffix in UNFINISHED_SUFFIXES:
             found += folder.glob(f"*{suffix}")
