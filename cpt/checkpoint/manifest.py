@@ -36,6 +36,7 @@ import xxhash
 from cpt.errors import CheckpointError
 from cpt.parallel.division import divide_among_all
 from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES
+from data_pipeline.console.progress import show_progress
 from data_pipeline.store.files import write_text, xxh3_of_open
 
 MANIFEST = "manifest.json"
@@ -243,17 +244,26 @@ def check_hashes(folder: Path, files: Iterable[FileRecord]) -> None:
     Raises:
         CheckpointError: a file differs or cannot be read; the first one is named.
     """
-    for record in sorted(files, key=lambda record: record.name):
-        try:
-            differs = hash_file(folder / record.name) != record.xxh3_128
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder.name}/{record.name}: cannot be read ({error.strerror})."
-            ) from error
-        if differs:
-            raise CheckpointError(
-                f"{folder.name}/{record.name}: its content does not match the manifest's hash."
-            )
+    records = sorted(files, key=lambda record: record.name)
+    total = sum(record.bytes for record in records)
+    bar = show_progress(total, f"hashes of {folder.name}", "B", unit_scale=True, leave=False)
+    with bar:
+        for record in records:
+            _check_hash(folder, record)
+            bar.update(record.bytes)
+
+
+def _check_hash(folder: Path, record: FileRecord) -> None:
+    try:
+        differs = hash_file(folder / record.name) != record.xxh3_128
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder.name}/{record.name}: cannot be read ({error.strerror})."
+        ) from error
+    if differs:
+        raise CheckpointError(
+            f"{folder.name}/{record.name}: its content does not match the manifest's hash."
+        )
 
 
 def share_of_files(files: Sequence[FileRecord], rank: int, world_size: int) -> list[FileRecord]:

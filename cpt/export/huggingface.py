@@ -9,6 +9,7 @@ is whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from cpt.model.weights.writer import (
     refuse_existing,
 )
 from cpt.resilience.faults import fault_point
+from data_pipeline.console.progress import show_progress
 from data_pipeline.store.files import write_json
 
 DTYPES = {"bf16": torch.bfloat16, "mxfp4": torch.bfloat16, "fp32": torch.float32}
@@ -139,8 +141,11 @@ def _write_weights(
 ) -> dict[str, TensorError]:
     """Write all weights and return the errors of the quantized tensors."""
     errors: dict[str, TensorError] = {}
-    with DirectoryWriter(out, entries) as writer:
+    total = sum(math.prod(record.shape) for record in manifest.tensors.values())
+    bar = show_progress(total, f"export of {folder.name}", "value", unit_scale=True)
+    with DirectoryWriter(out, entries) as writer, bar:
         for name, start, values in stored_pieces(folder, manifest.tensors):
+            bar.update(values.numel())
             if name in entries:
                 writer.write(name, start, values.to(entries[name].dtype))
                 continue

@@ -28,6 +28,7 @@ from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.hf_layout import is_expert_matrix, read_json
 from cpt.model.weights.source import WeightSource
 from cpt.model.weights.writer import DirectoryWriter, Entry, check_weights_space
+from data_pipeline.console.progress import show_progress
 from data_pipeline.store.files import write_json
 
 WINDOW_NUMEL = 2**24
@@ -213,7 +214,10 @@ def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tun
             folder = out / folder_name(alpha)
             folder.mkdir()
             writers[alpha] = stack.enter_context(DirectoryWriter(folder, entries))
+        total = sum(math.prod(shape) for shape in pair.shapes.values())
+        bar = stack.enter_context(show_progress(total, "merge", "value", unit_scale=True))
         for name, start, before, after in pair.windows():
+            bar.update(before.numel())
             for alpha, writer in writers.items():
                 writer.write(name, start, interpolate(before, after, alpha, entries[name].dtype))
     for source in (pair.base, pair.tuned):

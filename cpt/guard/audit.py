@@ -26,6 +26,7 @@ from cpt.guard.text_judge import USED, TextJudge
 from cpt.guard.traces.judge import TraceJudge
 from cpt.guard.yardstick import Evidence, Judge, Kind, Look
 from cpt.telemetry.metrics import read_events
+from data_pipeline.console.progress import show_progress
 
 TOLERANCE = 1e-9
 """Relative difference between two bounds that counts as none. JSON keeps a bound exactly, so only
@@ -68,12 +69,14 @@ def audit(run_dir: Path) -> list[AuditedDecision]:
     judges = stored_judges(run_dir / "guard")
     known_states = [_without_step(GuardState())]
     audited = []
-    for event in read_events(metrics):
-        if event.get("event") == "guard_rollback":
+    kinds = ("guard_rollback", "guard_decision")
+    events = [event for event in read_events(metrics) if event.get("event") in kinds]
+    with show_progress(len(events), "audit", "decision") as bar:
+        for event in events:
+            if event["event"] == "guard_decision":
+                audited.append(_audit_decision(event, run_dir, judges, known_states))
             known_states.append(_without_step(GuardState.from_json(event["after"])))
-        elif event.get("event") == "guard_decision":
-            audited.append(_audit_decision(event, run_dir, judges, known_states))
-            known_states.append(_without_step(GuardState.from_json(event["after"])))
+            bar.update()
     if not audited:
         raise ConfigError(
             f"{metrics} holds no decision: the guard of this run has measured nothing after step 0."

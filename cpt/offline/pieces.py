@@ -35,7 +35,6 @@ import torch
 import torch.distributed as dist
 import xxhash
 from safetensors.torch import load, save
-from tqdm import tqdm
 
 from cpt.errors import ConfigError, DataError
 from cpt.offline.ranks import OfflineRanks
@@ -43,6 +42,7 @@ from cpt.parallel.agreement import gather_json
 from cpt.resilience.faults import fault_point
 from cpt.resilience.lock import RunLock, take_lock
 from cpt.training.generate import GenerationStopped
+from data_pipeline.console.progress import ProgressBar, show_progress
 from data_pipeline.store.files import PARTIAL_SUFFIX, atomic_write, write_json
 
 IDENTITY_FILE = "work.json"
@@ -218,13 +218,13 @@ class Pieces:
 
         return self.ranks.on_first(read)
 
-    def _progress_bar(self, series: ItemSeries, num_missing: int) -> tqdm[Any]:
-        return tqdm(
-            total=series.num_items,
+    def _progress_bar(self, series: ItemSeries, num_missing: int) -> ProgressBar:
+        return show_progress(
+            series.num_items,
+            series.name,
+            series.unit,
             initial=series.num_items - num_missing,
-            desc=series.name,
-            unit=series.unit,
-            disable=not self.ranks.is_first or not series.num_items,
+            hidden=not self.ranks.is_first or not num_missing,
         )
 
     def _begin_round(self, series: ItemSeries) -> None:
@@ -248,13 +248,13 @@ class Pieces:
         self.ranks.clock.enter("evaluate", self._num_rounds)
         fault_point("offline_pass", self._num_passes)
 
-    def _report(self, bar: tqdm[Any], num_finished: int, num_tokens: int) -> None:
+    def _report(self, bar: ProgressBar, num_finished: int, num_tokens: int) -> None:
         """Show that a call of `generate` goes on, to people and to the watchdog."""
         self.ranks.clock.enter("sample", self._num_rounds)
-        bar.set_postfix({"ready": num_finished, "tokens": num_tokens})
+        bar.set_postfix_str(f"{num_finished} ready, {num_tokens} tokens")
 
     def _compute_round(
-        self, spans: Sequence[range], compute: Compute[Result], bar: tqdm[Any]
+        self, spans: Sequence[range], compute: Compute[Result], bar: ProgressBar
     ) -> list[Result]:
         """Compute this rank's span, or its first part if the round ends early."""
         mine = spans[self.ranks.topology.rank]

@@ -29,7 +29,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 from transformers import GptOssConfig
 
 from cpt.model.decoding import KeyValueCache, PromptPass, TokenPass, cache_bytes
@@ -38,6 +37,7 @@ from cpt.parallel.topology import Topology
 from cpt.resilience.stop import StopRequest
 from cpt.storage.transfer import to_device
 from cpt.training.sampling import Sampling, draw_tokens, random_stream
+from data_pipeline.console.progress import show_progress
 from data_pipeline.text.harmony import STOP_IDS
 
 AGREED_TOKENS = 8
@@ -70,7 +70,7 @@ def reporting(
         beat: Tells the watchdog that this rank is at work; see `cpt.resilience.phase`.
     """
     hidden = topology.rank != 0
-    with tqdm(total=num_prompts, desc=what, unit="reply", leave=False, disable=hidden) as bar:
+    with show_progress(num_prompts, what, "reply", hidden=hidden, leave=False) as bar:
 
         def report(num_finished: int, num_drawn: int) -> None:
             bar.set_postfix_str(f"{num_drawn} tokens", refresh=False)

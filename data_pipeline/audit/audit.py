@@ -28,6 +28,7 @@ from data_pipeline.build.units import split_into_units
 from data_pipeline.build.workers import spread
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.console.progress import show_progress
 from data_pipeline.tables import table
 from data_pipeline.text.cleaning import Tally, compose_compatible
 from data_pipeline.text.language import UNTESTABLE, language_of
@@ -172,7 +173,11 @@ def audit(mix: MixConfig, limit: int = DEFAULT_LIMIT, workers: int = 1) -> Audit
         DataError: the input cannot be read.
     """
     jobs = [(source, limit) for source in mix.sources if source.format != "mock"]
-    found = {source.name: result for (source, _), result in spread(_audit_source, jobs, workers)}
+    found = {}
+    with show_progress(len(jobs), "audit", "source") as bar:
+        for (source, _), result in spread(_audit_source, jobs, workers):
+            found[source.name] = result
+            bar.update()
     sources = tuple(found[source.name] for source, _ in jobs)
     return Audit(mix=mix.name, max_mislabelled_share=mix.max_mislabelled_share, sources=sources)
 

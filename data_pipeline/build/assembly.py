@@ -8,6 +8,7 @@ Decisions
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from data_pipeline.store.manifest import (
 )
 from data_pipeline.store.packing import ARRAY_NAMES, CLUSTERS_FILE, Integers, RowIndex, pack
 from data_pipeline.text.tokenizer import NAME, RANKS_SHA256
+
+log = logging.getLogger(__name__)
 
 
 def assemble_build(
@@ -62,6 +65,7 @@ def assemble_build(
     _check_every_domain_is_measured(mix, decided)
     directory = work_dir / "build"
     (directory / FILE_NAME).unlink(missing_ok=True)  # left by a build killed just before its end
+    log.info("packing rows of %d tokens", mix.seq_len)
     entries = tuple(_pack_source(directory, mix, one) for one in decided)
     manifest = BuildManifest(
         format_version=FORMAT_VERSION,

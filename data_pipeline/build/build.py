@@ -28,8 +28,6 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-import tqdm
-
 from data_pipeline.build import units
 from data_pipeline.build.assembly import assemble_build
 from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
@@ -39,6 +37,7 @@ from data_pipeline.build.workers import spread
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.console.progress import show_progress
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.descriptors import reserve_descriptors
 from data_pipeline.store.files import (
@@ -66,7 +65,7 @@ def build(
     Args:
         mix: The mix, from `load_mix`.
         out_dir: The directory to make, with its parents.
-        progress: Show a progress bar on a terminal.
+        progress: Show a progress bar on a terminal, or lines in a log.
         workers: Number of processes; the output is the same for every number.
 
     Raises:
@@ -244,13 +243,13 @@ def _make_parts(parts: list[Part], progress: bool, workers: int) -> None:
     total_bytes = sum(part.unit.size_bytes for part in parts)
     missing_bytes = sum(part.unit.size_bytes for part in missing)
     num_tokens = 0
-    bar = tqdm.tqdm(
-        total=total_bytes,
+    bar = show_progress(
+        total_bytes,
+        "build",
+        "B",
         initial=total_bytes - missing_bytes,
-        unit="B",
         unit_scale=True,
-        desc="build",
-        disable=None if progress else True,
+        hidden=not progress,
     )
     with bar:
         for part, account in spread(make_part, missing, workers):

@@ -13,6 +13,7 @@ Decisions
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,14 @@ from data_pipeline.build.near_duplicates import Signatures, mark_near_duplicates
 from data_pipeline.build.source_parts import SourceParts
 from data_pipeline.build.workers import spread
 from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.console.progress import show_progress
 from data_pipeline.store.files import atomic_write, cached_per_file
 from data_pipeline.store.packing import Integers
 from data_pipeline.store.shards import Shard
 from data_pipeline.text.harmony import body
 from data_pipeline.text.tokenizer import Tokens
+
+log = logging.getLogger(__name__)
 
 Mask = npt.NDArray[np.bool_]
 _RUNS_FILE = "held_out_runs.npy"
@@ -54,6 +58,7 @@ def decide_all_fates(
 ) -> list[DecidedSource]:
     """Decide what becomes of every document of every source."""
     hashes = [source.hashes() for source in gathered]
+    log.info("looking for copies among %d documents", sum(map(len, hashes)))
     fates = decide_fates(hashes, [source.held_out_share for source in mix.sources])
     found = find_copied(hashes, fates)
     sources = []
@@ -69,6 +74,7 @@ def decide_all_fates(
     del hashes  # the largest arrays of this stage
     real_sources = [source for source in sources if not source.parts.is_mock]
     if mix.near_duplicates > 0 and real_sources:
+        log.info("looking for near copies")
         _mark_near_duplicates(real_sources, mix.near_duplicates)
     if mix.decontaminate_tokens and real_sources:
         _decontaminate(real_sources, mix.decontaminate_tokens, work_dir, workers)
@@ -113,12 +119,15 @@ def _decontaminate(
         scans += _scans(source, work_dir, runs.window)
     _save_runs(work_dir, runs)
     counts = np.zeros(len(runs.hashes), np.int64)
-    for _, shard_counts in spread(_count_runs, scans, workers):
-        counts += shard_counts
-    _save_runs(work_dir, runs.without_common(counts))
     contaminated: dict[Path, Mask] = {}
-    for scan, mask in spread(_find_contaminated, scans, workers):
-        contaminated[scan.shard_path] = mask
+    with show_progress(2 * len(scans), "search for held-out text", "scan") as bar:
+        for _, shard_counts in spread(_count_runs, scans, workers):
+            counts += shard_counts
+            bar.update()
+        _save_runs(work_dir, runs.without_common(counts))
+        for scan, mask in spread(_find_contaminated, scans, workers):
+            contaminated[scan.shard_path] = mask
+            bar.update()
     for source, texts in zip(sources, texts_by_source, strict=True):
         _mark_contaminated(source, contaminated)
         for number, text in enumerate(texts):

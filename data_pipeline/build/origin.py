@@ -20,6 +20,7 @@ from typing import Any
 from data_pipeline.build import units
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.console.progress import show_progress
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import cached_per_file, xxh3_of
 from data_pipeline.store.manifest import FORMAT_VERSION, BuildManifest, InputFiles
@@ -95,8 +96,14 @@ def read_origin(mix: MixConfig) -> Origin:
         DataError: an input file cannot be read.
     """
     files = {}
-    for source in mix.sources:
-        files[source.name] = list(_file_facts(source, read_contents=True))
+    num_files = sum(len(source.files()) for source in mix.sources)
+    with show_progress(num_files, "hashes of the input", "file", leave=False) as bar:
+        for source in mix.sources:
+            facts = []
+            for file_facts in _file_facts(source, read_contents=True):
+                facts.append(file_facts)
+                bar.update()
+            files[source.name] = facts
     return Origin(rules=build_rules(mix), files=files)
 
 

@@ -27,8 +27,6 @@ from enum import Enum
 from pathlib import Path
 from typing import TextIO
 
-from tqdm import tqdm
-
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 """A line of a command."""
 RANK_FORMAT = "%(asctime)s rank %(rank)s %(name)s:%(lineno)d %(levelname)s %(message)s"
@@ -43,10 +41,11 @@ MUTED = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
 """Variables by which datasets, the Hugging Face Hub (and transformers, which asks it), torch's C++
-code and transformers are told to keep quiet.
+code, tqdm (where no caller says otherwise) and transformers are told to keep quiet.
 """
 
 
@@ -104,6 +103,8 @@ class TerminalHandler(logging.Handler):
         return sys.stderr
 
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # reads the variables of `mute_libraries` when it is imported
+
         try:
             shown = record if self.traces_in is None else without_trace(record, self.traces_in)
             tqdm.write(self.format(shown), file=self.stream)

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-from tqdm import tqdm
-
 from data_pipeline.console.log_lines import terminal_shows
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -71,6 +69,8 @@ def show_progress(
     if hidden or not terminal_shows(logging.INFO):
         return ProgressLines(None, unit, initial=initial, tell=None)
     if sys.stderr.isatty():
+        from tqdm import tqdm  # reads the variables of `log_lines.mute_libraries` when imported
+
         return tqdm(
             total=total,
             initial=initial,
@@ -79,6 +79,7 @@ def show_progress(
             unit_scale=unit_scale,
             disable=False,  # a user may have set TQDM_DISABLE for other programs
             leave=leave,
+            delay=0 if leave else 1,  # seconds: what is over sooner does not flicker
         )
     return ProgressLines(
         total,
@@ -153,23 +154,37 @@ class ProgressLines:
         self._told = self.n
         if self._tell is None:
             return
-        self._tell(
-            tqdm.format_meter(
-                n=self.n,
-                total=self._total,  # type: ignore[arg-type]
-                elapsed=now - self._started,
-                unit=self._unit,
-                unit_scale=self._unit_scale,
-                initial=self._initial,
-                prefix=self._what,
-                postfix=self._postfix or None,
-                bar_format=_LINE if self._total else _LINE_WITHOUT_TOTAL,
-            )
+        from tqdm import tqdm
+
+        line = tqdm.format_meter(
+            n=self.n,
+            total=self._total,  # type: ignore[arg-type]
+            elapsed=now - self._started,
+            unit=self._unit,
+            unit_scale=self._unit_scale,
+            initial=self._initial,
+            prefix=self._what,
+            postfix=self._postfix or None,
+            bar_format=self._form(),
+        )
+        self._tell(" ".join(line.split()))  # tqdm pads its figures
+
+    def _form(self) -> str:
+        """Return the form of a line, in the words of tqdm's `bar_format`."""
+        unit = "B" if self._unit == "B" else ""
+        units = "" if unit else f" {_plural(self._unit)}"
+        if not self._total:
+            return f"{{desc}}: {{n_fmt}}{unit}{units}, {{rate_fmt}}, {{elapsed}} so far{{postfix}}"
+        return (
+            f"{{desc}}: {{n_fmt}}{unit} of {{total_fmt}}{unit}{units}, {{percentage:.0f}} %, "
+            "{rate_fmt}, {elapsed} so far, {remaining} left{postfix}"
         )
 
 
-_LINE = (
-    "{desc}: {n_fmt} of {total_fmt} {unit}, {percentage:.0f} %, {rate_fmt}, "
-    "{elapsed} so far, {remaining} left{postfix}"
-)
-_LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} {unit}, {rate_fmt}, {elapsed} so far{postfix}"
+def _plural(unit: str) -> str:
+    """Return the English plural of a noun, as far as the units here need it."""
+    if unit.endswith(("ch", "s")):
+        return f"{unit}es"
+    if unit.endswith("y"):
+        return f"{unit[:-1]}ies"
+    return f"{unit}s"

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipeline.config.mix_config import GuardDomain
+from data_pipeline.console.progress import show_progress
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import sha256_of, write_json
 from data_pipeline.store.shards import SUFFIX
@@ -296,11 +297,17 @@ def check_files(directory: Path, manifest: BuildManifest, *, verify: bool) -> No
     problems = [f"{directory / name}: missing" for name in sorted(listed - found)]
     for name in sorted(found - listed - {FILE_NAME}):
         problems.append(f"{directory / name}: not in the manifest")
-    for name in sorted(found & listed):
-        path = directory / name
-        problem = _file_problem(path, manifest.files[name], verify)
-        if problem:
-            problems.append(f"{path}: {problem}")
+    compared = sorted(found & listed)
+    total = sum(manifest.files[name].bytes for name in compared)
+    hidden = not verify  # names and sizes take no time
+    what = f"hashes of {directory.name}"
+    with show_progress(total, what, "B", unit_scale=True, leave=False, hidden=hidden) as bar:
+        for name in compared:
+            path = directory / name
+            problem = _file_problem(path, manifest.files[name], verify)
+            bar.update(manifest.files[name].bytes)
+            if problem:
+                problems.append(f"{path}: {problem}")
     if problems:
         raise DataError(
             "\n".join([*problems, "The build is damaged: delete it and build it again."])

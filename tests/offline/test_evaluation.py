@@ -20,6 +20,7 @@ from cpt.errors import ConfigError, DataError, EvaluationFailed
 from cpt.export.tokenizer import save_tokenizer
 from cpt.offline.evaluation import harness
 from cpt.offline.evaluation.comparison import evaluate
+from cpt.offline.evaluation.harness import REQUESTS
 from cpt.offline.evaluation.local import local_contents
 from cpt.offline.evaluation.local_scoring import ScoredText
 from cpt.offline.evaluation.scores import Result, Score, read_result, write_result
@@ -301,14 +302,18 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, right: int) -> list[dict[str, Any]
     contents: dict[str, dict[str, Any]] = {
         "lm_eval": {"simple_evaluate": simple_evaluate, "__spec__": types.SimpleNamespace()},
         "lm_eval.tasks": {"TaskManager": task_manager},
-        "lm_eval.models.huggingface": {"HFLM": lambda **_: "model"},
+        "lm_eval.models.huggingface": {
+            "HFLM": lambda **_: types.SimpleNamespace(**dict.fromkeys(REQUESTS, print))
+        },
     }
     for name, attributes in contents.items():
         module = types.ModuleType(name)
         vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
-    monkeypatch.setattr("cpt.offline.evaluation.comparison.load_export", lambda _: None)
+    monkeypatch.setattr(
+        "cpt.offline.evaluation.comparison.load_export", lambda _: torch.nn.Identity()
+    )
     return calls
 
 

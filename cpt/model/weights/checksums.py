@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cpt.errors import ConfigError
+from data_pipeline.console.progress import show_progress
 from data_pipeline.store.files import sha256_of, write_text
 
 SUMS_FILE = "SHA256SUMS"
@@ -103,11 +104,15 @@ def write_sums(path: Path, names: Iterable[str]) -> None:
 def damaged(sums: dict[Path, str], mine: Iterable[Path]) -> list[str]:
     """Return a problem for each of the files whose SHA-256 is not the expected one."""
     problems = []
-    for file in mine:
-        found = sha256_of(file)
-        if found != sums[file]:
-            problems.append(
-                f"{file}: SHA-256 is {found}, expected {sums[file]}. The file is damaged; fetch it "
-                "again."
-            )
+    sizes = {file: file.stat().st_size for file in mine}
+    total = sum(sizes.values())
+    with show_progress(total, "SHA-256 of weights", "B", unit_scale=True, leave=False) as bar:
+        for file, size in sizes.items():
+            found = sha256_of(file)
+            bar.update(size)
+            if found != sums[file]:
+                problems.append(
+                    f"{file}: SHA-256 is {found}, expected {sums[file]}. The file is damaged; "
+                    "fetch it again."
+                )
     return problems

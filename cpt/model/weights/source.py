@@ -9,6 +9,7 @@ import torch
 
 from cpt.model.gpt_oss import GptOssForCPT
 from cpt.model.weights.hf_layout import is_expert_name
+from data_pipeline.console.progress import show_progress
 
 
 class WeightSource(Protocol):
@@ -31,10 +32,14 @@ def fill_parts(targets: Mapping[str, tuple[torch.Tensor, int]], source: WeightSo
             the flattened global tensor. Values are cast to the dtype of the view.
         source: The place that the values come from.
     """
-    for name, (view, offset) in targets.items():
-        for position, values in source.pieces(name, offset, offset + view.numel()):
-            first = position - offset
-            view[first : first + values.numel()].copy_(values)
+    total = sum(view.numel() for view, _ in targets.values())
+    bar = show_progress(total, "reading weights", "value", unit_scale=True, leave=False)
+    with bar:
+        for name, (view, offset) in targets.items():
+            for position, values in source.pieces(name, offset, offset + view.numel()):
+                first = position - offset
+                view[first : first + values.numel()].copy_(values)
+                bar.update(values.numel())
 
 
 def fill_model(model: GptOssForCPT, source: WeightSource) -> None:

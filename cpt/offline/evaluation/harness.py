@@ -6,8 +6,10 @@ task, because the number of examples in the prompt is an argument of the call.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from cpt.offline.evaluation.harness_results import score_of_results
 from cpt.offline.evaluation.scores import Score
 from cpt.offline.evaluation.tasks import Task
 from data_pipeline.config.strict_yaml import nearest
+from data_pipeline.console.progress import show_progress
 
 TaskManagers = dict[Path | None, Any]
 """The harness's task managers by `Task.include_path`."""
+REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+"""The methods of the harness's models that draw a bar."""
 
 
 def check_harness(tasks: Sequence[Task]) -> TaskManagers:
@@ -78,18 +83,20 @@ def score_harness(
 
     tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
     language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    _hide_bars(language_model)
     scores: dict[str, Score] = {}
     for task in wanted:
         try:
-            found = simple_evaluate(
-                model=language_model,
-                tasks=[task.task],
-                num_fewshot=task.num_fewshot,
-                limit=task.limit,
-                bootstrap_iters=0,
-                log_samples=True,
-                task_manager=managers[task.include_path],
-            )
+            with _told_passes(task.name, model):
+                found = simple_evaluate(
+                    model=language_model,
+                    tasks=[task.task],
+                    num_fewshot=task.num_fewshot,
+                    limit=task.limit,
+                    bootstrap_iters=0,
+                    log_samples=True,
+                    task_manager=managers[task.include_path],
+                )
         # `datasets` passes on whatever the hub or a builder raises
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -107,6 +114,28 @@ def score_harness(
             settings=[task.num_fewshot, task.limit],
         )
     return scores
+
+
+def _hide_bars(language_model: Any) -> None:
+    """Let the harness draw no bars of its own, which say in every call how to be hidden."""
+    for name in REQUESTS:
+        method = getattr(language_model, name)
+        setattr(language_model, name, functools.partial(method, disable_tqdm=True))
+
+
+@contextmanager
+def _told_passes(name: str, model: Any) -> Iterator[None]:
+    """Show the forward passes of a model while a task runs; nobody knows how many there will be."""
+    with show_progress(None, name, "batch", leave=False) as bar:
+
+        def count(*_: object) -> None:
+            bar.update()
+
+        hook = model.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def _task_managers(tasks: Sequence[Task]) -> TaskManagers:

@@ -36,9 +36,9 @@ def test_log_has_a_line_every_half_minute_with_the_time_left() -> None:
         for _ in range(8):
             bar.update()
     assert len(told) == 4
-    assert told[0].startswith("scores: 2 of 8 row, 25 %,")
+    assert told[0].startswith("scores: 2 of 8 rows, 25 %,")
     assert told[0].endswith("00:30 so far, 01:30 left")
-    assert told[-1].startswith("scores: 8 of 8 row, 100 %")
+    assert told[-1].startswith("scores: 8 of 8 rows, 100 %")
 
 
 def test_short_work_is_worth_no_line() -> None:
@@ -55,7 +55,25 @@ def test_items_done_by_an_earlier_start_do_not_make_the_rest_look_fast() -> None
         100, "row", what="scores", initial=90, tell=told.append, clock=lambda: next(ticks)
     )
     lines.update()
-    assert told == ["scores: 91 of 100 row, 91 %, 30.00s/row, 00:30 so far, 04:30 left"]
+    assert told == ["scores: 91 of 100 rows, 91 %, 30.00s/row, 00:30 so far, 04:30 left"]
+
+
+def test_bytes_are_shortened() -> None:
+    told: list[str] = []
+    ticks = itertools.count(0, 30)
+    lines = ProgressLines(
+        4e9, "B", what="export", unit_scale=True, tell=told.append, clock=lambda: next(ticks)
+    )
+    lines.update(1.2e9)
+    assert told == ["export: 1.20GB of 4.00GB, 30 %, 40.0MB/s, 00:30 so far, 01:10 left"]
+
+
+def test_work_of_unknown_length_tells_what_is_done() -> None:
+    told: list[str] = []
+    ticks = itertools.count(0, 30)
+    lines = ProgressLines(None, "call", what="task", tell=told.append, clock=lambda: next(ticks))
+    lines.update(60)
+    assert told == ["task: 60 calls, 2.00call/s, 00:30 so far"]
 
 
 def test_hidden_progress_counts_and_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
