@@ -69,6 +69,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--measure", action="store_true", help="score the held-out text once; do not train"
     )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="refuse a layout that does not fit on this GPU (h100, h200, ...); default: the GPU of "
+        "this machine, if there is one; any: do not check",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     return parser.parse_args(arguments)
 

@@ -20,6 +20,7 @@ the functions that this gate uses.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,13 +56,18 @@ from cpt.model.freezing import freeze_problems
 from cpt.model.parameters import parameter_numels, parameter_shapes
 from cpt.model.weights.directory import check_directory
 from cpt.model.weights.tokenizer_check import tokenizer_problems
+from cpt.planning.fit import ANY, Card, Start, card_problems, fit_problem, fit_warning
 from cpt.resilience import faults
+from cpt.resilience.devices import memory_of_gpu
 from cpt.resilience.environment import LAUNCHER_VARIABLES, LaunchEnvironment, read_environment
+from cpt.telemetry.trackers import tracker_problems
 from cpt.training.kl_targets import presence_problems
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.strict_yaml import Located, nearest
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import DataPlan
+
+log = logging.getLogger("cpt.job.gate")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +91,10 @@ class PassedGate:
     """What changes since that checkpoint; None without one."""
     room: RoomNeeded | None
     """The space that checkpoints will take; None on other ranks than the first."""
+    card: Card | None
+    """The GPU that the memory of a rank was compared with; None on other ranks than the first, or
+    if there is none.
+    """
     environment: LaunchEnvironment
     """What the launcher tells this rank."""
     refusal: CptError | None
@@ -156,7 +166,7 @@ def command_line_problems(options: argparse.Namespace) -> list[str]:
     is_step = options.resume.isascii() and options.resume.isdigit()
     if options.resume not in ("auto", "never") and not is_step:
         problems.append(f"--resume {options.resume} must be auto, never or a step.")
-    return problems
+    return problems + card_problems(options.gpu)
 
 
 def check_named_files(run_yaml: Path, overrides: dict[str, str], found: Findings) -> None:
@@ -205,6 +215,8 @@ class _Gate:
         self.checkpoint: ExpectedCheckpoint | None = None
         self.starts_fresh = False
         self.room: RoomNeeded | None = None
+        self.gpu: str | None = options.gpu
+        self.card: Card | None = None
         self.seam: Seam | None = None
         self.trains = not (options.sample or options.measure)
 
@@ -217,6 +229,8 @@ class _Gate:
         self._check_model()
         self._check_mix()
         if self.environment.rank == 0:
+            self._check_fit()
+            self._check_trackers()
             self._check_weights()
             self._check_kl_targets()
             self._check_checkpoint()
@@ -235,6 +249,7 @@ class _Gate:
             checkpoint=self.checkpoint,
             seam=self.seam,
             room=self.room,
+            card=self.card,
             environment=self.environment,
             refusal=joined(self.found_by_first),
         )
@@ -256,20 +271,52 @@ class _Gate:
         self.found.add(
             freeze_problems(self.run_yaml.train.freeze, parameter_numels(self.model_config))
         )
-        launch = LaunchInfo(
-            world_size=self.environment.world_size,
-            local_world_size=self.environment.local_world_size,
-        )
         self.config = self.found.attempt(
-            lambda: resolve(self.run_yaml, self.json_file, self.model_config, launch)
+            lambda: resolve(self.run_yaml, self.json_file, self.model_config, self._launch())
         )
         config = self.config
         if config is not None:
             self.found.attempt(lambda: check_internals(config.engine_json))
 
+    def _launch(self) -> LaunchInfo:
+        return LaunchInfo(
+            world_size=self.environment.world_size,
+            local_world_size=self.environment.local_world_size,
+        )
+
     def _check_mix(self) -> None:
         data = self.run_yaml.data
         self.mix = self.found.attempt(lambda: check_mix(data, self.run_yaml.train.seq_len))
+
+    def _check_fit(self) -> None:
+        """Compare the memory of a rank with that of its GPU."""
+        if self.config is None or self.gpu == ANY:
+            return
+        self.card = self._card()
+        if self.card is None:
+            return
+        start = Start.of(self.run_yaml, self.json_file, self.model_config, self._launch())
+        problem = fit_problem(start, self.card)
+        if problem is not None:
+            self.found_by_first.add([problem])
+        memory = start.memory()
+        warning = None if memory is None else fit_warning(memory, self.card)
+        if warning is not None:
+            log.warning("%s", warning)
+
+    def _card(self) -> Card | None:
+        """Return the GPU that was named, or that of this rank; None if there is neither."""
+        if self.gpu is not None:
+            return Card.named(self.gpu)
+        found = memory_of_gpu(self.environment.local_rank)
+        if found is None:
+            return None
+        name, memory_bytes = found
+        return Card(name=name, memory_bytes=memory_bytes)
+
+    def _check_trackers(self) -> None:
+        if self.trains:
+            self.found_by_first.add(tracker_problems(self.run_yaml))
 
     def _check_weights(self) -> None:
         path = self.run_yaml.model.path

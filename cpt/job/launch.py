@@ -27,11 +27,10 @@ from cpt.job.loop import train
 from cpt.job.network import look_at_network
 from cpt.job.run_dir import held_run_dir
 from cpt.job.samples import print_continuations
-from cpt.job.summary import describe, describe_data
+from cpt.job.summary import describe, describe_data, describe_memory
 from cpt.model.parameters import parameter_numels
 from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology
-from cpt.planning.memory import memory_tables
 from cpt.resilience.devices import this_device
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest, watch_launcher
@@ -78,7 +77,7 @@ def dry_run(passed: PassedGate) -> None:
         print(describe(passed))
         if passed.seam is not None:
             print(passed.seam.describe())
-        print(memory_tables(passed.config, passed.model_config))
+        print(describe_memory(passed))
         if passed.refusal is None or passed.plan is not None:
             print(describe_data(passed), flush=True)
     passed.refuse()

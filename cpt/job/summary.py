@@ -12,6 +12,8 @@ from cpt.job.gate import PassedGate
 from cpt.job.run_dir import existing_folder
 from cpt.model.freezing import frozen_names
 from cpt.model.parameters import parameter_numels
+from cpt.planning.fit import fitting_gpus
+from cpt.planning.memory import GIB, count_parameters, device_memory, memory_tables
 from data_pipeline.build.build import input_bytes
 
 
@@ -82,6 +84,17 @@ def describe_frozen(config: RunConfig, model_config: GptOssConfig) -> str:
     if not frozen:
         return "nothing"
     return f"{', '.join(config.train.freeze)}: {frozen:,} of {sum(numels.values()):,} parameters"
+
+
+def describe_memory(passed: PassedGate) -> str:
+    """Return what a rank takes by part, and which GPUs have that much."""
+    config, model = passed.config, passed.model_config
+    memory = device_memory(config, model, count_parameters(model, config.train.freeze))
+    if passed.card is None:
+        fit = fitting_gpus(memory)
+    else:
+        fit = f"{passed.card.name} has {passed.card.memory_bytes / GIB:.1f} GiB"
+    return f"{memory_tables(config, model)}\n  {fit}"
 
 
 def describe_data(passed: PassedGate) -> str:

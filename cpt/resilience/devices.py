@@ -30,6 +30,14 @@ def this_device(environment: LaunchEnvironment, threads: int | None = None) -> t
     return torch.device("cpu")
 
 
+def memory_of_gpu(local_rank: int) -> tuple[str, int] | None:
+    """Return the name of a rank's GPU and its memory in bytes; None if it has none."""
+    if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
+        return None
+    properties = torch.cuda.get_device_properties(local_rank)
+    return str(properties.name), int(properties.total_memory)
+
+
 def check_gpu_count(num_gpus: int, environment: LaunchEnvironment) -> None:
     """Refuse more ranks on a node than the GPUs that CUDA shows them.
 

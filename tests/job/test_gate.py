@@ -380,6 +380,62 @@ def test_room_for_checkpoints_is_told(dry_run: DryRun, capsys: Any) -> None:
     assert re.search(r"checkpoints +2 x [0-9.]+ MB \+ export [0-9.]+ MB; [0-9.]+ MB free", told)
 
 
+LARGE = ["model.path=null", "model.init=gpt-oss-20b"]
+
+
+@pytest.fixture
+def dry_run_on(workplace: Path, dry_run: DryRun) -> Callable[..., int]:
+    """`dry_run_on(gpu, setting, ...)`: the exit code of a dry run for a GPU, by its name."""
+
+    def run(gpu: str, *settings: str) -> int:
+        arguments = [*arguments_of(workplace, *settings), "--dry_run", "--gpu", gpu]
+        return main(arguments, StopRequest())
+
+    return run
+
+
+@pytest.mark.usefixtures("large_disk")
+def test_layout_that_no_such_gpu_holds_is_refused_with_cures(
+    dry_run_on: Callable[..., int], capsys: Any
+) -> None:
+    assert dry_run_on("h100", *LARGE, "train.seed=5") == 78
+    told = capsys.readouterr()
+    assert "H100 SXM 80 GB has 74.5 GiB" in told.err and "offload_optimizer" in told.err
+    assert dry_run_on("any", *LARGE) == 0
+    assert dry_run_on("h100") == 0
+    assert dry_run_on("x100") == 78
+    assert "--gpu x100 is not known" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("large_disk")
+def test_dry_run_without_a_gpu_names_those_that_fit(dry_run: DryRun, capsys: Any) -> None:
+    assert dry_run() == 0
+    assert "fits on h100" in capsys.readouterr().out
+    assert dry_run(*LARGE) == 0
+    assert "fits on none of h100" in capsys.readouterr().out
+
+
+def test_gpu_of_the_machine_is_taken_unless_another_is_named(
+    dry_run: DryRun, dry_run_on: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("cpt.job.gate.memory_of_gpu", lambda rank: ("Some GPU", 2**20))
+    assert dry_run() == 78
+    assert "Some GPU has 0.0 GiB" in capsys.readouterr().err
+    assert dry_run_on("h100") == 0
+
+
+def test_trackers_that_cannot_work_are_told_with_everything_else(
+    dry_run: DryRun, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def problems(run: Any) -> list[str]:
+        return [f"no login for {run.telemetry.wandb_project}"]
+
+    monkeypatch.setattr("cpt.job.gate.tracker_problems", problems)
+    assert dry_run("telemetry.wandb_project=kana", "train.total_steps=1000") == 78
+    message = capsys.readouterr().err
+    assert "no login for kana" in message and "the data cannot feed this run" in message
+
+
 def cut_weights(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
