@@ -8,6 +8,11 @@ from pathlib import Path
 from cpt.commands import Commands
 from cpt.errors import ConfigError
 
+GPU_NAMES = ("h100", "h100-94gb", "h200", "b200", "gh200-96gb", "gh200-144gb")
+"""Keys of `cpt.planning.hardware.GPUS`, whose import would cost every command a second."""
+CLUSTER_NAMES = ("abci3", "tsubame4", "miyabi")
+"""Keys of `cpt.planning.hardware.CLUSTERS`."""
+
 
 def add_parser(commands: Commands) -> None:
     """Add the subcommand."""
@@ -47,10 +52,8 @@ def _add_hardware_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value"
     )
-    parser.add_argument("--gpus", type=int, nargs="+", metavar="N", help="ranks, 8 per node")
-    parser.add_argument(
-        "--gpu", choices=("h100", "h200", "b200"), default="h100", help="kind of GPU"
-    )
+    parser.add_argument("--gpus", type=int, nargs="+", metavar="N", help="ranks of the run")
+    _add_node_options(parser)
     parser.add_argument(
         "--model",
         nargs="+",
@@ -88,6 +91,34 @@ def _add_hardware_options(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         help="SVG file: speed and cost against GPUs, for a plan of several points",
+    )
+
+
+def _add_node_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", choices=GPU_NAMES, help="kind of GPU; default: h100")
+    parser.add_argument(
+        "--cluster",
+        choices=CLUSTER_NAMES,
+        help="nodes of a known cluster; the other options about GPUs and nodes change them",
+    )
+    parser.add_argument(
+        "--ranks_per_node",
+        type=int,
+        metavar="N",
+        help="ranks that NVLink connects; default: 8, h100-94gb 4, gh200 1",
+    )
+    parser.add_argument(
+        "--fabric_gbit",
+        type=float,
+        metavar="GBIT",
+        help="rate of a node to other nodes in Gbit/s, in one direction: the sum of its adapters; "
+        "default: 400 per rank",
+    )
+    parser.add_argument(
+        "--host_memory_gb",
+        type=float,
+        metavar="GB",
+        help="memory of a node's host; default: 250 per rank, gh200 480",
     )
 
 

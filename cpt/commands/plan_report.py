@@ -19,7 +19,7 @@ from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
 from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.figure import PlannedPoint, draw
-from cpt.planning.hardware import GPUS, Assumptions, Gpu
+from cpt.planning.hardware import CLUSTERS, GPUS, Assumptions, Gpu, with_fabric
 from cpt.planning.memory import ParameterCounts, count_parameters
 from cpt.planning.routing import read_routing
 from cpt.planning.search import Layout, search
@@ -27,6 +27,7 @@ from cpt.planning.table import HEADER, comparison, line
 from data_pipeline.config.strict_yaml import Located
 
 EXAMPLE_PRESET = "gpt-oss-20b"
+DEFAULT_GPU = "h100"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,13 +59,15 @@ def plan(options: argparse.Namespace) -> None:
 
     Args:
         options: `config`, `ds_config`, `set`, `gpus`, `model`, `seq_len`, `batch_tokens`, `gpu`,
-            `mfu`, `imbalance`, `routing_of`, `overlap` and `plot` of the command line.
+            `cluster`, `ranks_per_node`, `fabric_gbit`, `host_memory_gb`, `mfu`, `imbalance`,
+            `routing_of`, `overlap` and `plot` of the command line.
 
     Raises:
         ConfigError: a file or an option makes no sense.
     """
-    gpu = GPUS[options.gpu]
     assumed = assumptions(options)
+    gpu = gpu_in_node(options)
+    assumed = replace(assumed, ranks_per_node=gpu.ranks_per_node)
     overrides = dict(map(_key_and_value, options.set))
     run, ds_json = load(options.config, options.ds_config, overrides)
     points = []
@@ -99,6 +102,10 @@ def assumptions(options: argparse.Namespace) -> Assumptions:
         problems.append("--gpus must be >= 1.")
     if options.seq_len and min(options.seq_len) < 1:
         problems.append("--seq_len must be >= 1.")
+    for name in ("ranks_per_node", "fabric_gbit", "host_memory_gb"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            problems.append(f"--{name} is {value}, must be above 0.")
     if problems:
         raise ConfigError(problems)
     routing = read_routing(options.routing_of) if options.routing_of else None
@@ -108,6 +115,28 @@ def assumptions(options: argparse.Namespace) -> Assumptions:
         overlap=options.overlap,
         routing=routing,
     )
+
+
+def gpu_in_node(options: argparse.Namespace) -> Gpu:
+    """Return the GPU of the command line with its shares of its node.
+
+    What is not given comes from the cluster, if one is named, or else from what is usual for the
+    GPU.
+    """
+    gpu = GPUS[options.gpu or DEFAULT_GPU]
+    if options.cluster is not None:
+        shape = CLUSTERS[options.cluster]
+        if options.gpu is not None:
+            shape = replace(shape, gpu=options.gpu)
+        gpu = shape.in_gpu()
+    ranks = options.ranks_per_node or gpu.ranks_per_node
+    node_gbit = options.fabric_gbit
+    if node_gbit is None:
+        node_gbit = ranks * gpu.network_bytes_per_second * 8 / 1e9
+    gpu = with_fabric(gpu, ranks, node_gbit)
+    if options.host_memory_gb is None:
+        return gpu
+    return replace(gpu, host_memory_bytes=options.host_memory_gb * 1e9 / ranks)
 
 
 def _key_and_value(item: str) -> tuple[str, str]:

@@ -2,10 +2,11 @@
 
 What a GPU attains was measured on one H100 (bench/gpu/acceptance.py; the figures are in
 bench/gpu/results); for another GPU it is that, times the ratio of the data sheets. Nothing that
-links several GPUs was measured by this project.  Sources: NVIDIA data sheets of H100 SXM, H200 SXM
-and HGX B200 (dense bf16, without sparsity); 400 Gbit/s InfiniBand per GPU as in DGX H100 and DGX
-B200; collective rates as published for NCCL and DeepEP on such nodes (bus bandwidth of 350 of 450
-GB/s over NVLink, 43 to 47 of 50 GB/s over InfiniBand).
+links several GPUs was measured by this project.  Sources: NVIDIA data sheets of H100 SXM, H200 SXM,
+HGX B200 and GH200 (dense bf16, without sparsity); 400 Gbit/s InfiniBand per GPU as in DGX H100 and
+DGX B200; collective rates as published for NCCL and DeepEP on such nodes (bus bandwidth of 350 of
+450 GB/s over NVLink, 43 to 47 of 50 GB/s over InfiniBand).  Figures of clusters are those of their
+operators' pages (docs/clusters.md has the links).
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class Gpu:
     """This GPU's share of host memory bandwidth: about 300 GB/s sustained on two sockets, for
     eight.
     """
+    ranks_per_node: int = 8
+    """GPUs of a usual node."""
 
     def attainable(self) -> Attainable:
         """Return what kernels reach: measured on an H100, scaled by the data sheets."""
@@ -115,6 +118,26 @@ def _attainable(sheet_flops: float, sheet_bytes: float) -> Attainable:
     )
 
 
+def _gh200(name: str, *, memory_bytes: float, hbm_bytes_per_second: float) -> Gpu:
+    """Return a Grace Hopper superchip.
+
+    NVLink-C2C has 450 GB/s to the host in one direction, and the host's LPDDR5X 384 GB/s (with 480
+    GB): what copies beside computing attain is assumed to be half, and was not measured.  Four of
+    them in a node have 150 GB/s between each two, in one direction.
+    """
+    return Gpu(
+        name=name,
+        bf16_flops=990e12,
+        memory_bytes=memory_bytes,
+        hbm_bytes_per_second=hbm_bytes_per_second,
+        nvlink_bytes_per_second=3 * 150e9,
+        pcie_bytes_per_second=190e9,
+        host_memory_bytes=480e9,
+        host_bytes_per_second=190e9,
+        ranks_per_node=1,
+    )
+
+
 GPUS = {
     "h100": Gpu(
         name="H100 SXM 80 GB",
@@ -122,6 +145,15 @@ GPUS = {
         memory_bytes=80e9,
         hbm_bytes_per_second=H100_SHEET_BYTES,
         nvlink_bytes_per_second=450e9,
+    ),
+    "h100-94gb": Gpu(
+        # 94 GB of HBM2e, with less bandwidth than the 80 GB of HBM3: that of TSUBAME 4.0
+        name="H100 SXM 94 GB",
+        bf16_flops=H100_SHEET_FLOPS,
+        memory_bytes=94e9,
+        hbm_bytes_per_second=2.396e12,
+        nvlink_bytes_per_second=450e9,
+        ranks_per_node=4,
     ),
     "h200": Gpu(
         name="H200 SXM 141 GB",
@@ -137,7 +169,77 @@ GPUS = {
         hbm_bytes_per_second=8.0e12,
         nvlink_bytes_per_second=900e9,
     ),
+    "gh200-96gb": _gh200("GH200 96 GB", memory_bytes=96e9, hbm_bytes_per_second=4.0e12),
+    "gh200-144gb": _gh200("GH200 144 GB", memory_bytes=144e9, hbm_bytes_per_second=4.9e12),
 }
+"""GPUs by the names of --gpu."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeShape:
+    """One node of a cluster, from its operator's pages."""
+
+    name: str
+    """Name of the cluster."""
+    gpu: str
+    """Key of `GPUS`."""
+    ranks_per_node: int
+    """GPUs of a node."""
+    fabric_gbit: float
+    """Rate of the node to other nodes in Gbit/s, in one direction: the sum of its adapters."""
+    host_memory_bytes: float
+    """Memory of the host."""
+    host_bytes_per_second: float
+    """Rate of that memory; half of what its channels have, as 300 of 614 GB/s in a DGX H100."""
+
+    def in_gpu(self) -> Gpu:
+        """Return the node's GPU with its shares of the node."""
+        return replace(
+            with_fabric(GPUS[self.gpu], self.ranks_per_node, self.fabric_gbit),
+            host_memory_bytes=self.host_memory_bytes / self.ranks_per_node,
+            host_bytes_per_second=self.host_bytes_per_second / self.ranks_per_node,
+        )
+
+
+CLUSTERS = {
+    "abci3": NodeShape(
+        name="ABCI 3.0",
+        gpu="h200",
+        ranks_per_node=8,
+        fabric_gbit=8 * 200,
+        host_memory_bytes=32 * 64e9,
+        host_bytes_per_second=0.5 * 16 * 4400e6 * 8,  # two sockets of 8 channels at 4400 MT/s
+    ),
+    "tsubame4": NodeShape(
+        name="TSUBAME 4.0",
+        gpu="h100-94gb",
+        ranks_per_node=4,
+        fabric_gbit=4 * 200,
+        host_memory_bytes=768 * 2**30,
+        host_bytes_per_second=0.5 * 24 * 4800e6 * 8,  # two sockets of 12 channels at 4800 MT/s
+    ),
+    "miyabi": NodeShape(
+        name="Miyabi-G",
+        gpu="gh200-96gb",
+        ranks_per_node=1,
+        fabric_gbit=200,
+        host_memory_bytes=120e9,
+        host_bytes_per_second=0.5 * 512e9,
+    ),
+}
+"""Clusters by the names of --cluster."""
+
+
+def with_fabric(gpu: Gpu, ranks_per_node: int, fabric_gbit: float) -> Gpu:
+    """Return a GPU that shares the adapters of a node with the node's others.
+
+    Args:
+        gpu: The GPU.
+        ranks_per_node: GPUs of the node.
+        fabric_gbit: Rate of the node to other nodes in Gbit/s, in one direction.
+    """
+    share = fabric_gbit / ranks_per_node * 1e9 / 8
+    return replace(gpu, ranks_per_node=ranks_per_node, network_bytes_per_second=share)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,19 +295,32 @@ class Assumptions:
 
     def describe(self, gpu: Gpu) -> list[str]:
         """Return the lines printed under a plan."""
-        nvlink = self.nvlink_share * gpu.nvlink_bytes_per_second / 1e9
-        network = self.network_share * gpu.network_bytes_per_second / 1e9
         return [
             *self._computing_lines(gpu),
             self._routing_line(),
-            f"NVLink {nvlink:.0f} GB/s and InfiniBand {network:.0f} GB/s per GPU and direction, "
-            f"{self.ranks_per_node} ranks per node; {self.memory_share:.0%} of device memory may "
-            "be filled",
+            *self._node_lines(gpu),
             f"{self.overlap:.0%} of ZeRO's and offloading's traffic hides behind compute (assumed; "
             "--overlap); the halo does, Ulysses and expert exchanges do not (half of the latter "
             "may with model.expert_overlap: halves; not measured)",
             "links between GPUs: data sheets and assumptions; this project measured one H100, "
             "never several",
+        ]
+
+    def _node_lines(self, gpu: Gpu) -> list[str]:
+        ranks = self.ranks_per_node
+        network = self.network_share * gpu.network_bytes_per_second / 1e9
+        fabric = ranks * gpu.network_bytes_per_second * 8 / 1e9
+        links = f"InfiniBand {network:.3g} GB/s"
+        if ranks > 1:
+            nvlink = self.nvlink_share * gpu.nvlink_bytes_per_second / 1e9
+            links = f"NVLink {nvlink:.0f} GB/s and {links}"
+        plural = "s" if ranks > 1 else ""
+        return [
+            f"{links} per GPU and direction, {ranks} rank{plural} per node with {fabric:,.0f} "
+            f"Gbit/s (--ranks_per_node, --fabric_gbit, --cluster); {self.memory_share:.0%} of "
+            "device memory may be filled",
+            f"host: {ranks * gpu.host_memory_bytes / 1e9:,.0f} GB per node (--host_memory_gb), of "
+            f"which offloaded state may fill {self.host_memory_share:.0%}",
         ]
 
     def _computing_lines(self, gpu: Gpu) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import itertools
@@ -12,11 +13,14 @@ import pytest
 from transformers import GptOssConfig
 
 from cpt.cli import main
+from cpt.commands import plan as plan_command
+from cpt.commands.plan import CLUSTER_NAMES, GPU_NAMES
+from cpt.commands.plan_report import gpu_in_node
 from cpt.config import RunYaml, load
 from cpt.model.configuration import load_config
 from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.flops import flops_per_token
-from cpt.planning.hardware import GPUS, Assumptions
+from cpt.planning.hardware import CLUSTERS, GPUS, Assumptions, with_fabric
 from cpt.planning.memory import ParameterCounts, count_parameters
 from cpt.planning.search import SIMPLER_UNTIL, Layout, as_config, layouts, search
 from cpt.planning.traffic import traffic
@@ -302,13 +306,99 @@ def test_weights_that_are_not_here_need_the_name_of_their_architecture(capsys: A
     assert "--model gpt-oss-20b" in capsys.readouterr().err
 
 
+NODES_OF_ONE = dataclasses.replace(ASSUMED, ranks_per_node=1)
+NODES_OF_FOUR = dataclasses.replace(ASSUMED, ranks_per_node=4)
+
+
+def test_names_on_the_command_line_are_those_of_the_hardware() -> None:
+    assert set(GPU_NAMES) == set(GPUS) and set(CLUSTER_NAMES) == set(CLUSTERS)
+
+
+def test_exchange_over_nodes_of_four_crosses_the_fabric_which_one_of_eight_does_not() -> None:
+    inside = estimated(ep_size=8, sp_size=8)
+    across = estimated(ep_size=8, sp_size=8, assumed=NODES_OF_FOUR)
+    for kind in ("ulysses", "experts"):
+        assert inside.wire[kind].inter == 0
+        assert across.wire[kind].total == pytest.approx(inside.wire[kind].total)
+        # of seven peers three are on the same node
+        assert across.wire[kind].inter == pytest.approx(across.wire[kind].total * 4 / 7)
+    by_hand = 0.0
+    for kind in ("ulysses", "experts"):
+        by_hand += across.wire[kind].inter / (ASSUMED.network_share * H100.network_bytes_per_second)
+    assert across.exchange_seconds == pytest.approx(by_hand)
+    assert across.exchange_seconds > inside.exchange_seconds
+
+
+def test_everything_crosses_the_fabric_where_a_node_has_one_gpu() -> None:
+    found = estimated(gpus=8, ep_size=4, sp_size=2, assumed=NODES_OF_ONE)
+    assert sum(wire.intra for wire in found.wire.values()) == 0
+    for kind in ("ZeRO gather", "ZeRO reduce", "halo", "experts"):
+        assert found.wire[kind].inter > 0, kind
+
+
+def test_half_the_fabric_takes_twice_the_time() -> None:
+    config, counts = model()
+    resolved = as_config(layout(ep_size=16), run_of(4096, 512), config, 16)
+    full = estimate(resolved, config, counts, H100, ASSUMED)
+    half = estimate(resolved, config, counts, with_fabric(H100, 8, 1600), ASSUMED)
+    assert half.seconds["InfiniBand"] == pytest.approx(2 * full.seconds["InfiniBand"])
+    assert half.exchange_seconds > full.exchange_seconds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks", "gigabytes", "host", "name"),
+    [
+        ([], 8, 50, 250, "H100 SXM 80 GB"),
+        (["--gpu", "h100-94gb", "--fabric_gbit", "800"], 4, 25, 250, "H100 SXM 94 GB"),
+        (["--gpu", "gh200-96gb"], 1, 50, 480, "GH200 96 GB"),
+        (["--gpu", "gh200-144gb", "--ranks_per_node", "4"], 4, 50, 480, "GH200 144 GB"),
+        (["--cluster", "tsubame4"], 4, 25, 206, "H100 SXM 94 GB"),
+        (["--cluster", "abci3"], 8, 25, 256, "H200 SXM 141 GB"),
+        (["--cluster", "miyabi"], 1, 25, 120, "GH200 96 GB"),
+        (["--cluster", "abci3", "--fabric_gbit", "3200"], 8, 50, 256, "H200 SXM 141 GB"),
+        (["--cluster", "abci3", "--gpu", "b200"], 8, 25, 256, "B200 180 GB"),
+        (["--ranks_per_node", "4", "--host_memory_gb", "512"], 4, 50, 128, "H100 SXM 80 GB"),
+    ],
+)
+def test_node_is_that_of_the_cluster_or_the_usual_one_as_far_as_no_option_changes_it(
+    arguments: list[str], ranks: int, gigabytes: float, host: float, name: str
+) -> None:
+    """`gigabytes` per second and `host` gigabytes are the shares of one GPU."""
+    gpu = gpu_in_node(options(*arguments))
+    assert (gpu.name, gpu.ranks_per_node) == (name, ranks)
+    assert gpu.network_bytes_per_second == pytest.approx(gigabytes * 1e9)
+    assert gpu.host_memory_bytes == pytest.approx(host * 1e9, rel=0.005)
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    plan_command.add_parser(parser.add_subparsers())
+    return parser.parse_args(["plan", *FILES, "--gpus", "8", *arguments])
+
+
+def test_plan_prints_the_node_that_it_assumes(capsys: Any) -> None:
+    arguments = ["--gpus", "16", "--model", "gpt-oss-20b", "--cluster", "tsubame4"]
+    assert plan(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "on 16 x H100 SXM 94 GB" in printed
+    assert "InfiniBand 22.5 GB/s per GPU and direction, 4 ranks per node with 800 Gbit/s" in printed
+
+
 def test_options_that_make_no_sense_are_refused_together(capsys: Any) -> None:
     wrong = ["--mfu", "1.5", "--overlap", "2", "--imbalance", "0.5"]
+    wrong += ["--ranks_per_node", "0", "--fabric_gbit", "-1"]
     assert plan("--gpus", "0", "--model", "gpt-oss-20b", *wrong) == 78
     told = capsys.readouterr().err
     assert all(
         option in told
-        for option in ("--gpus", "--mfu is 1.5", "--overlap is 2", "--imbalance is 0.5")
+        for option in (
+            "--gpus",
+            "--mfu is 1.5",
+            "--overlap is 2",
+            "--imbalance is 0.5",
+            "--ranks_per_node is 0",
+            "--fabric_gbit is -1",
+        )
     )
 
 
