@@ -26,7 +26,17 @@ class InternalError(CptError):
 
 
 class SlowNodeError(InternalError):
-    """A node that others cannot reach as fast as the configuration demands."""
+    """A node that others cannot reach as fast as the configuration demands.
+
+    Every rank raises it; `rank`, `host` and `node` are those of the slow node, for who restarts
+    the job without it.
+    """
+
+    def __init__(self, text: str, *, rank: int = 0, host: str = "", node: str = "") -> None:
+        super().__init__(text)
+        self.rank = rank
+        self.host = host
+        self.node = node
 
 
 class EvaluationFailed(DataError):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from cpt.checkpoint.reader import list_steps
-from cpt.errors import RequeueRequested, cause_and_code
+from cpt.errors import RequeueRequested, SlowNodeError, cause_and_code
 from cpt.job.progress import Progress
 from cpt.parallel.topology import Topology
 from cpt.resilience.watchdog import Ruling
@@ -95,6 +96,8 @@ class Ending:
             return
         cause, exit_code = cause_and_code(error)
         end = self._end(exit_code, cause)
+        if isinstance(error, SlowNodeError):
+            end = replace(end, rank=error.rank, host=error.host, node=error.node)
         try:
             if is_stop:
                 append_event(self._run_dir, end.event())

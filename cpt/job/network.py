@@ -19,6 +19,7 @@ from cpt.parallel.agreement import gather_json
 from cpt.parallel.link_probe import measure
 from cpt.parallel.node_rates import MOST_NAMED, Node, NodeRates, nodes_of
 from cpt.parallel.transport import gpus_apart, nccl_version, read_transport
+from cpt.resilience.environment import node_name
 
 log = logging.getLogger("cpt.job.network")
 
@@ -29,6 +30,8 @@ class RankView:
 
     host: str
     """Host name."""
+    node: str
+    """Name of the node in the batch system."""
     local_rank: int
     """Rank within the node."""
     transport: str
@@ -74,7 +77,7 @@ def look_at_network(context: RunContext, local_rank: int) -> dict[str, Any] | No
     log.info("network: %s; %s", " / ".join(transports), rates.describe())
     for line in rates.warnings():
         log.warning("%s", line)
-    refuse_slow(rates, settings.min_node_gbit)
+    refuse_slow(rates, settings.min_node_gbit, [view.node for view in first_views])
     return {**rates.event(), "transport": transports}
 
 
@@ -82,7 +85,9 @@ def view_here(device: torch.device, local_rank: int) -> RankView:
     """Return what this rank knows of its node."""
     host = socket.gethostname()
     if device.type != "cuda":
-        return RankView(host=host, local_rank=local_rank, transport="gloo over TCP")
+        return RankView(
+            host=host, node=node_name(), local_rank=local_rank, transport="gloo over TCP"
+        )
     transport = read_transport()
     gpu_problem = ""
     apart = gpus_apart()
@@ -94,6 +99,7 @@ def view_here(device: torch.device, local_rank: int) -> RankView:
         )
     return RankView(
         host=host,
+        node=node_name(),
         local_rank=local_rank,
         transport=f"NCCL {nccl_version()}, {transport.describe()}",
         network_problem=transport.problem(),
@@ -125,8 +131,13 @@ def problems(nodes: Sequence[Node], views: Sequence[RankView]) -> list[str]:
     return lines
 
 
-def refuse_slow(rates: NodeRates, min_node_gbit: float) -> None:
+def refuse_slow(rates: NodeRates, min_node_gbit: float, batch_names: Sequence[str]) -> None:
     """Refuse nodes that no other node reaches at a rate in Gbit/s.
+
+    Args:
+        rates: The rates between nodes.
+        min_node_gbit: The rate; 0 refuses nothing.
+        batch_names: Names of the nodes in the batch system.
 
     Raises:
         SlowNodeError: some nodes are slower; the others would do without them.
@@ -137,9 +148,13 @@ def refuse_slow(rates: NodeRates, min_node_gbit: float) -> None:
         return
     named = rates.describe_nodes(below)
     if len(below) < len(rates.nodes):
+        slowest = rates.nodes[below[0]]
         raise SlowNodeError(
             f"slow nodes: {named}, below network.min_node_gbit ({min_node_gbit:g}). Start again "
-            "without them (sbatch --exclude), or lower the limit."
+            "without them (sbatch --exclude), or lower the limit.",
+            rank=slowest.ranks[-1],
+            host=slowest.host,
+            node=batch_names[below[0]],
         )
     raise ConfigError(
         f"network.min_node_gbit is {min_node_gbit:g}, but no node reaches another one at this "

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from cpt.config.sections import NetworkSection
-from cpt.errors import CptError
+from cpt.errors import CptError, SlowNodeError
 from cpt.job import network
 from cpt.parallel import link_probe
 from cpt.parallel.node_rates import Node, NodeRates
@@ -50,7 +50,10 @@ def look(limit: str, local_rank: int) -> dict[str, Any]:
     try:
         event = network.look_at_network(context, local_rank)
     except CptError as error:
-        return {"error": type(error).__name__, "code": error.exit_code, "text": str(error)}
+        found = {"error": type(error).__name__, "code": error.exit_code, "text": str(error)}
+        if isinstance(error, SlowNodeError):
+            found |= {"rank": error.rank, "host": error.host, "node": error.node}
+        return found
     return {"event": event, "phase": clock.now().phase, "phases": clock.now().count}
 
 
@@ -62,6 +65,7 @@ def main(out: Path) -> None:
     logging.getLogger("cpt.job.network").setLevel(logging.INFO)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
+    os.environ["SLURMD_NODENAME"] = f"batch-{rank}"
     found: dict[str, Any] = {"together": look("none", rank)}
     found["lines together"] = list(lines)
     link_probe.FIRST_BYTES = 2**18

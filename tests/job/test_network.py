@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cpt.errors import SlowNodeError
+from cpt.job.ending import Ending
 from cpt.job.network import RankView, problems
 from cpt.parallel.node_rates import Node
+from cpt.telemetry.run_end import read_failure
 from tests.support.launcher import launch
 
 WORLD_SIZE = 4
@@ -56,6 +60,7 @@ def test_limit_refuses_the_slow_node_on_every_rank_with_70(ranks: list[dict[str,
     for rank in ranks:
         refused = rank["some"]
         assert (refused["error"], refused["code"]) == ("SlowNodeError", 70)
+        assert (refused["rank"], refused["node"]) == (WORLD_SIZE - 1, "batch-3")
         assert "#4 (" in refused["text"] and "network.min_node_gbit (0.05)" in refused["text"]
 
 
@@ -73,13 +78,32 @@ def test_problem_is_told_once_with_the_nodes_that_have_it() -> None:
         name = f"n{index}"
         nodes.append(Node(name=name, host=name, ranks=(index,)))
         problem = "no libibverbs" if index else ""
-        places.append(RankView(host=name, local_rank=0, transport="", network_problem=problem))
+        places.append(
+            RankView(host=name, node=name, local_rank=0, transport="", network_problem=problem)
+        )
     assert problems(nodes, places) == ["network: no libibverbs (n1, n2)"]
 
 
 def test_network_of_a_single_node_is_no_problem_but_gpus_apart_are() -> None:
     node = Node(name="n", host="n", ranks=(0, 1))
     place = RankView(
-        host="n", local_rank=0, transport="", network_problem="no verbs", gpu_problem="GPUs 0-1 ..."
+        host="n",
+        node="n",
+        local_rank=0,
+        transport="",
+        network_problem="no verbs",
+        gpu_problem="GPUs 0-1 ...",
     )
     assert problems([node], [place]) == ["network: GPUs 0-1 ... (n)"]
+
+
+def test_slow_node_and_not_the_first_rank_is_what_last_failure_names(tmp_path: Path) -> None:
+    """The job templates leave out the node that stands there."""
+    topology: Any = SimpleNamespace(rank=0)
+    ending = Ending(tmp_path, topology, observe=False)
+    error = SlowNodeError("slow nodes: n7", rank=63, host="n7.cluster", node="n7")
+    with pytest.raises(SlowNodeError), ending.recording():
+        raise error
+    kept = read_failure(tmp_path)
+    assert kept is not None and kept.exit_code == 70 and kept.cause == "slow nodes: n7"
+    assert (kept.rank, kept.host, kept.node) == (63, "n7.cluster", "n7")
