@@ -1,8 +1,9 @@
 """One chart over optimizer steps: a Bokeh figure in the style of the report.
 
-All charts of a page share one step axis, so that zooming into one of them zooms into all.  Colors
-keep their meaning for color-blind readers (Okabe and Ito 2008; Tol 2021).  Axis labels are fixed
-texts of this package: Bokeh would load MathJax from the network for one that held TeX.
+All charts of a page share one step axis, so that zooming into one of them zooms into all.  Every
+source of data keeps its steps in a column of `STEP_COLUMNS`, which the script of the page exchanges
+for tokens when the reader asks for them.  Axis labels are fixed texts of this package: Bokeh would
+load MathJax from the network for one that held TeX.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cpt.telemetry.report.series import Array, AxisRange, Series
+from cpt.telemetry.report.series import Array, AxisRange, Series, log_ticks
+from cpt.telemetry.report.theme import CARD
 from data_pipeline.charts import ALARM, GRID, INK, MUTED
 
 if TYPE_CHECKING:
@@ -23,6 +25,14 @@ MARKERS = ("triangle", "diamond", "square", "inverted_triangle", "star")
 """Bokeh's names of the shapes that tell actions apart."""
 FONT = "system-ui, sans-serif"
 STEP_LABEL = "optimizer step"
+STEP_COLUMNS = ("x", "x0", "x1")
+"""Columns of sources of data that hold steps; Bokeh names those of lines and of segments so."""
+TOOLTIP_STYLE = {
+    "display": "grid",
+    "grid-template-columns": "auto auto",
+    "gap": "1px 8px",
+    "font": f"12px {FONT}",
+}
 
 
 class StepChart:
@@ -64,12 +74,14 @@ class StepChart:
             y_range=Range1d(start=values.low, end=values.high),
             y_axis_type="log" if values.log else "linear",
             x_axis_label=step_label,
-            y_axis_label=unit,
+            y_axis_label=f"{unit}, log scale" if values.log else unit,
             tools="xpan,xbox_zoom,reset,save",
             active_drag="xbox_zoom",
             min_border=4,
             min_border_right=22,
             outline_line_color=None,
+            background_fill_color=CARD,
+            border_fill_color=CARD,
         )
         self._style(num_step_ticks, max(2, height // 45))
 
@@ -105,9 +117,9 @@ class StepChart:
         self.figure.varea(series.x, series.low, series.high, fill_color=color, fill_alpha=opacity)
 
     def stacked_area(self, name: str, x: Array, low: Array, high: Array, color: str) -> None:
-        """Fill the surface between two curves, with a thin white line on top."""
+        """Fill the surface between two curves, with a thin line on top."""
         self.figure.varea(x, low, high, fill_color=color)
-        self.figure.line(x, high, color="white", line_width=0.7)
+        self.figure.line(x, high, color=CARD, line_width=0.7)
         share = high - low
         self._told[name] = Series(x=x, mean=share, low=share, high=share)
 
@@ -140,12 +152,18 @@ class StepChart:
             )
             self.figure.add_layout(text)
 
-    def verticals(self, steps: Sequence[int]) -> None:
-        """Draw dotted lines at steps where something happened to the whole run."""
+    def verticals(self, steps: Sequence[int], *, dash: str = "dotted") -> None:
+        """Draw lines from top to bottom where something happened to the whole run."""
         from bokeh.models.annotations import Span
 
         for step in steps:
-            span = Span(location=step, dimension="height", line_color=MUTED, line_dash="dotted")
+            span = Span(
+                location=step,
+                dimension="height",
+                level="underlay",
+                line_color=MUTED,
+                line_dash=dash,
+            )
             self.figure.add_layout(span)
 
     def marks(
@@ -163,7 +181,7 @@ class StepChart:
             marker=marker,
             size=9,
             fill_color=color,
-            line_color="white",
+            line_color=CARD,
             line_width=0.8,
         )
         self.figure.add_tools(HoverTool(renderers=[drawn], tooltips="@text", visible=False))
@@ -186,7 +204,7 @@ class StepChart:
             marker="square",
             size=6,
             fill_color="color",
-            line_color="white",
+            line_color=CARD,
             line_width=0.6,
         )
         self.figure.add_tools(HoverTool(renderers=[drawn], tooltips="@text", visible=False))
@@ -199,24 +217,24 @@ class StepChart:
             return
         x = np.unique(np.concatenate([series.x for series in self._told.values()]))
         middle = (self.values.low + self.values.high) / 2
-        source: dict[str, Any] = {"x": x, "y": np.full(len(x), middle)}
-        rows = [("step", "@x{0,0}")]
+        source: dict[str, Any] = {"x": x, "y": np.full(len(x), middle), "step": _step_texts(x)}
+        rows = [("step", "step")]
         for index, (name, series) in enumerate(self._told.items()):
             source[f"text{index}"] = _texts_at(x, series)
-            rows.append((name, f"@text{index}"))
+            rows.append((name, f"text{index}"))
         # one invisible line for all: each line of its own would open a tooltip of its own
         invisible = self.figure.line("x", "y", source=source, line_alpha=0)
         self.figure.add_tools(
             HoverTool(
                 renderers=[invisible],
-                tooltips=rows,
+                tooltips=_tooltip(rows),
                 mode="vline",
                 visible=False,
             )
         )
 
     def _style(self, num_step_ticks: int, num_value_ticks: int) -> None:
-        from bokeh.models import BasicTicker, LogTicker, NumeralTickFormatter
+        from bokeh.models import BasicTicker, FixedTicker, NumeralTickFormatter
 
         chart = self.figure
         chart.toolbar.logo = None
@@ -235,15 +253,36 @@ class StepChart:
             axis.major_tick_in = 0
             axis.minor_tick_line_color = None
             axis.axis_label_standoff = 3
-        value_ticker = LogTicker if self.values.log else BasicTicker
         chart.xaxis.ticker = BasicTicker(desired_num_ticks=num_step_ticks)
-        chart.yaxis.ticker = value_ticker(desired_num_ticks=num_value_ticks)
+        chart.yaxis.ticker = BasicTicker(desired_num_ticks=num_value_ticks)
+        if self.values.log:
+            ticks = log_ticks(self.values.low, self.values.high, num_value_ticks)
+            chart.yaxis.ticker = FixedTicker(ticks=ticks)
         chart.xaxis.formatter = NumeralTickFormatter(format="0,0")
         chart.yaxis.axis_line_color = None
         chart.yaxis.major_tick_line_color = None
         chart.yaxis.formatter = _value_format(self.values)
         chart.xgrid.grid_line_color = None
         chart.ygrid.grid_line_color = GRID
+
+
+def _tooltip(rows: Sequence[tuple[str, str]]) -> Any:
+    """Return a table of names and of the columns that hold their texts.
+
+    It is built of nodes, not of HTML: a name cannot become a tag.
+    """
+    from bokeh.models.dom import Div, Span, Text, ValueRef
+
+    cells: list[Any] = []
+    for name, column in rows:
+        cells.append(Span(style={"color": MUTED}, children=[Text(content=name)]))
+        cells.append(Span(style={"color": INK}, children=[ValueRef(field=column)]))
+    return Div(style=TOOLTIP_STYLE, children=cells)
+
+
+def _step_texts(x: Array) -> list[str]:
+    """Return steps for people; a bin of several steps has its mean."""
+    return [f"{step:,.0f}" for step in x]
 
 
 def _texts_at(x: Array, series: Series) -> list[str]:

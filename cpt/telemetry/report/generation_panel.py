@@ -93,7 +93,7 @@ def _domain_cell(domain: str, events: Sequence[dict[str, Any]], steps: Range1d) 
         chart.curve(f"{name}, untouched", before, color, dash="dashed", width=1.0)
         chart.curve(name, now, color, dots=True)
         told.append(f"{name} {now.mean[-1]:.0f} %")
-    return Cell(chart=chart, heading=clean(domain, 22), detail=", ".join(told))
+    return Cell(chart=chart, heading=clean(domain, 60), detail=", ".join(told))
 
 
 def _series(events: Sequence[dict[str, Any]], key: str) -> Series:

@@ -16,6 +16,7 @@ from cpt.telemetry.report.chart import MARKERS, StepChart
 from cpt.telemetry.report.history import Run, number
 from cpt.telemetry.report.panel import Cell, LegendEntry, Panel, action_of, change_text, clean
 from cpt.telemetry.report.series import bin_series, range_of_lines
+from cpt.telemetry.report.theme import AMBER, GREEN
 from data_pipeline.charts import ALARM, MUTED
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ MARK_ROOM = 0.12
 """Part of a chart's height that is added for the marks of actions."""
 RELIEFS = {"lower_replay", "lower_kl", "raise_lr"}
 """Actions that take back an earlier one, because all is well."""
-STATE_COLORS = {"green": "#009e73", "amber": "#e69f00", "red": ALARM}
+STATE_COLORS = {"green": GREEN, "amber": AMBER, "red": ALARM}
 """Color of the square of each state."""
 STATE_MEANING = {"green": "green: kept", "amber": "amber: neither", "red": "red: lost"}
 """What each state says is proven."""
@@ -51,15 +52,14 @@ class DomainStyle:
     height: int
 
 
-def guard_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel:
-    """Show one small chart per held-out domain."""
+def guard_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel | None:
+    """Show one small chart per held-out domain; None if no held-out text was measured."""
     title = "Held-out bits per byte against the untouched model"
     by_domain: dict[str, list[dict[str, Any]]] = {}
     for event in run.guard_events:
         by_domain.setdefault(str(event.get("domain")), []).append(event)
     if not by_domain:
-        reason = "The guard has measured nothing in this run."
-        return Panel(title=title, css="w7", reason=reason)
+        return None
     num_columns, num_rows = domain_grid(run)
     style = DomainStyle(
         steps=steps,
@@ -70,7 +70,7 @@ def guard_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel:
     cells = []
     for domain, events in by_domain.items():
         chart = _domain_chart(events, colors[str(events[-1].get("language"))], style)
-        cells.append(Cell(chart=chart, heading=clean(domain, 22), detail=state_text(events[-1])))
+        cells.append(Cell(chart=chart, heading=clean(domain, 60), detail=state_text(events[-1])))
     legend = []
     if math.isfinite(style.tolerance):
         text = f"tolerance {style.tolerance:+g} %"

@@ -29,17 +29,27 @@ MAX_SOURCES = 12
 REST_COLOR = "#cbd5e1"
 
 
-def mixture_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel:
-    """Show the shares of the sources, averaged over windows of steps."""
-    title = "Data mixture"
-    css = "w4 tall"
+def mixture_panel(
+    run: Run, steps: Range1d, colors: dict[str, str], height: int
+) -> Panel | None:
+    """Show the shares of the sources, averaged over windows of steps.
+
+    Args:
+        run: The run.
+        steps: The step axis of the page.
+        colors: Color of each language.
+        height: Of the chart in pixels, so that it ends where its neighbors end.
+
+    Returns:
+        None if no predicted tokens were logged.
+    """
     counts = {}
     for name, column in run.columns("tokens_by_source").items():
         tokens = np.nan_to_num(column)
         if tokens.sum() > 0:
             counts[name] = tokens
     if not counts:
-        return Panel(title=title, css=css, reason="No predicted tokens have been logged.")
+        return None
     languages = source_languages(run)
     starts = bin_starts(run.steps, min(MAX_WINDOWS, max(1, len(run.steps) // 5)))
     sums = {name: np.add.reduceat(column, starts) for name, column in counts.items()}
@@ -51,19 +61,19 @@ def mixture_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel:
     if rest:
         areas[f"{len(rest)} smaller"] = np.sum([sums[name] for name in rest], axis=0)
     chart = StepChart(
-        height=440,
+        height=height,
         steps=steps,
         values=AxisRange(low=0.0, high=100.0),
         unit="% of predicted tokens",
         title="Share of each source over steps",
-        num_step_ticks=2,
+        num_step_ticks=3,
     )
     edges = np.repeat(np.append(run.steps[starts] - 1, run.steps[-1]), 2)[1:-1]
     legend = _stack(chart, edges, areas, area_colors)
     width = round(len(run.steps) / len(starts))
     return Panel(
-        title=title,
-        css=css,
+        title="Data mixture",
+        css="w4",
         detail=f"mean of {plural(width, 'step')}",
         legend=tuple(legend),
         legend_beside=True,
@@ -82,7 +92,7 @@ def _stack(
         top = base + 100 * column / total
         color = colors.get(name, REST_COLOR)
         chart.stacked_area(name, edges, np.repeat(base, 2), np.repeat(top, 2), color)
-        text = f"{clean(name, 15)} {top[-1] - base[-1]:.0f} %"
+        text = f"{clean(name, 48)} {top[-1] - base[-1]:.0f} %"
         legend.append(LegendEntry(text=text, color=color))
         base = top
     return legend[::-1]

@@ -107,8 +107,6 @@ class Panel:
     """A table below the charts."""
     comparisons: tuple[TextPair, ...] = ()
     """Texts below the table, before and after."""
-    reason: str = ""
-    """Why there is nothing to show; empty if there is."""
 
 
 def language_colors(run: Run) -> dict[str, str]:

@@ -28,32 +28,31 @@ from data_pipeline.charts import INK, MUTED
 if TYPE_CHECKING:
     from bokeh.models import Range1d
 
-MAX_RESUME_MARKS = 40
 FEW_POINTS = 12
 """Up to so many points of a line, each is marked with a dot."""
 SINGLE_COLOR = "#334155"
 TIME_COLORS = (
     "#009e73",
-    "#56b4e9",
-    "#e69f00",
+    "#3a92cc",
+    "#c28200",
     "#cc79a7",
     "#0072b2",
     "#882255",
     "#999933",
     "#d55e00",
-    "#9ca3af",
+    "#8b929c",
 )
 """Colors of productive time, then of each kind of lost time in the order of `goodput.LOST`."""
 LINE_STYLES = ("solid", "dashed", "dotted")
 BYTE_UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
-def time_panel(run: Run) -> Panel:
+def time_panel(run: Run) -> Panel | None:
     """Show where the time of all starts went, as one bar with the productive part first."""
     title = "Where the time went"
     spent = run.goodput
     if spent.total <= 0:
-        return Panel(title=title, css="w12", reason="No time has been logged.")
+        return None
     parts = []
     legend = []
     kinds = {"productive": spent.productive, **spent.lost}
@@ -86,7 +85,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def loss_panel(run: Run, steps: Range1d, colors: dict[str, str], height: int) -> Panel:
+def loss_panel(run: Run, steps: Range1d, colors: dict[str, str], height: int) -> Panel | None:
     """Show the training loss, total and by language.
 
     Args:
@@ -95,7 +94,7 @@ def loss_panel(run: Run, steps: Range1d, colors: dict[str, str], height: int) ->
     title = "Training loss"
     total = bin_series(run.steps, run.column("loss"))
     if not len(total):
-        return Panel(title=title, css="w5", reason="No step has been logged.")
+        return None
     found = _binned_columns(run, "loss_by_language")
     by_language = {name: found[name] for name in colors if name in found}
     chart = StepChart(
@@ -105,15 +104,12 @@ def loss_panel(run: Run, steps: Range1d, colors: dict[str, str], height: int) ->
         unit="nats per predicted token",
         title="Training loss over steps",
     )
-    chart.verticals(run.resumes[-MAX_RESUME_MARKS:])
     legend = [LegendEntry(text=f"all {total.mean[-1]:.3f}", color=INK)]
     for name, series in by_language.items():
         chart.line(clean(name), series, colors[name], width=1.3)
-        text = f"{clean(name, 20)} {series.mean[-1]:.3f}"
+        text = f"{clean(name, 48)} {series.mean[-1]:.3f}"
         legend.append(LegendEntry(text=text, color=colors[name]))
     chart.line("all", total, INK, width=2.0)
-    if run.resumes:
-        legend.append(LegendEntry(text="resumed", color=MUTED, dash="dotted"))
     return Panel(
         title=title,
         css="w5",
@@ -123,12 +119,12 @@ def loss_panel(run: Run, steps: Range1d, colors: dict[str, str], height: int) ->
     )
 
 
-def rate_panel(run: Run, steps: Range1d) -> Panel:
+def rate_panel(run: Run, steps: Range1d) -> Panel | None:
     """Show the learning rate."""
     return _single_panel(run, steps, "Learning rate", "lr", "learning rate")
 
 
-def norm_panel(run: Run, steps: Range1d) -> Panel:
+def norm_panel(run: Run, steps: Range1d) -> Panel | None:
     """Show the gradient norm before clipping, with the level it is clipped to."""
     level = number(run.setting("train", "gradient_clipping"))
     return _single_panel(
@@ -136,9 +132,23 @@ def norm_panel(run: Run, steps: Range1d) -> Panel:
     )
 
 
-def throughput_panel(run: Run, steps: Range1d) -> Panel:
+def throughput_panel(run: Run, steps: Range1d) -> Panel | None:
     """Show the predicted tokens per second."""
     return _single_panel(run, steps, "Throughput", "tokens_per_second", "tokens/s")
+
+
+def utilization_panel(run: Run, steps: Range1d) -> Panel | None:
+    """Show the share of the GPUs' peak arithmetic that the steps reach."""
+    return _single_panel(
+        run, steps, "Utilization", "utilization", "% of the dense bf16 peak", factor=100.0
+    )
+
+
+def memory_panel(run: Run, steps: Range1d) -> Panel | None:
+    """Show the most memory that the first rank has used so far."""
+    return _single_panel(
+        run, steps, "Peak memory of rank 0", "peak_memory_bytes", "GiB", factor=2.0**-30
+    )
 
 
 def _single_panel(
@@ -149,25 +159,29 @@ def _single_panel(
     unit: str,
     *,
     level: float = math.nan,
+    factor: float = 1.0,
     log_beyond: float = math.inf,
-) -> Panel:
-    """Show one number of every step; unless the axis may be logarithmic, it starts at 0."""
-    series = bin_series(run.steps, run.column(key))
+) -> Panel | None:
+    """Show one number of every step; unless the axis may be logarithmic, it starts at 0.
+
+    Returns:
+        None for a run that does not log it.
+    """
+    series = bin_series(run.steps, factor * run.column(key))
     if not len(series):
-        return Panel(title=title, css="w4", reason="Not logged in this run.")
+        return None
     include = [] if math.isfinite(log_beyond) else [0.0]
     values = range_of_lines([series], include=include, log_beyond=log_beyond)
     chart = StepChart(
         height=196, steps=steps, values=values, unit=unit, title=f"{title} over steps"
     )
-    chart.verticals(run.resumes[-MAX_RESUME_MARKS:])
     chart.line(title, series, SINGLE_COLOR, width=1.5)
     if math.isfinite(level) and values.low <= level <= values.high:
         chart.level(level, MUTED, label=f"clipped to {level:g}")
     return Panel(title=title, css="w4", cells=(Cell(chart=chart),))
 
 
-def traffic_panel(run: Run, steps: Range1d) -> Panel:
+def traffic_panel(run: Run, steps: Range1d) -> Panel | None:
     """Show the bytes that all ranks put on the wire for other ranks, by kind."""
     title = "On the wire"
     kinds = {}
@@ -175,7 +189,7 @@ def traffic_panel(run: Run, steps: Range1d) -> Panel:
         if series.high.max() > 0:
             kinds[name] = series
     if not kinds:
-        return Panel(title=title, css="w4", reason="No rank has sent anything to another.")
+        return None
     largest = max(float(series.high.max()) for series in kinds.values())
     power = min(len(BYTE_UNITS) - 1, max(0, math.floor(math.log10(largest) / 3)))
     unit = BYTE_UNITS[power]
@@ -192,7 +206,7 @@ def traffic_panel(run: Run, steps: Range1d) -> Panel:
         color = lighten("#1e293b", 0.22 * (index % 4))
         dash = LINE_STYLES[index % len(LINE_STYLES)]
         chart.line(clean(name), series, color, dash=dash, width=1.8)
-        text = f"{clean(name, 20)} {series.mean[-1]:.3g} {unit}"
+        text = f"{clean(name, 48)} {series.mean[-1]:.3g} {unit}"
         legend.append(LegendEntry(text=text, color=color, dash=dash))
     return Panel(
         title=title,
@@ -226,7 +240,7 @@ def divergence_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel 
         chart.band(series, shades[name])
         dots = len(series) < FEW_POINTS
         chart.curve(clean(name), series, shades[name], width=1.5, dots=dots)
-        text = f"{clean(name, 20)} {series.mean[-1]:.4g}"
+        text = f"{clean(name, 48)} {series.mean[-1]:.4g}"
         legend.append(LegendEntry(text=text, color=shades[name]))
     return Panel(
         title="Divergence from the base model",

@@ -107,7 +107,7 @@ def _cell(run: Run, steps: Range1d, quantity: Quantity, shades: dict[str, str]) 
     for name, series in lines.items():
         chart.band(series, shades[name])
         chart.curve(clean(name), series, shades[name], dots=len(series) < FEW_POINTS)
-        newest.append(f"{clean(name, 8)} {series.mean[-1]:.3g}")
+        newest.append(f"{clean(name, 24)} {series.mean[-1]:.3g}")
     return Cell(chart=chart, heading=quantity.heading, detail=", ".join(newest))
 
 

@@ -124,3 +124,22 @@ def step_range(steps: Array) -> AxisRange:
     last = float(steps.max())
     low = 0.0 if first <= max(1.0, 0.05 * last) else first
     return AxisRange(low=low, high=max(last, low + 1.0))
+
+
+def log_ticks(low: float, high: float, max_ticks: int) -> list[float]:
+    """Return round numbers between two positive ones: 1, 2, 5, 10, or powers of ten if too many.
+
+    Args:
+        low: Lower end of the axis.
+        high: Upper end of the axis.
+        max_ticks: As many numbers as there is room for.
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for mantissas in ((1, 2, 5), (1, 3), (1,)):
+        ticks = []
+        for power in powers:
+            ticks += [mantissa * 10.0**power for mantissa in mantissas]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= max_ticks:
+            return ticks
+    return ticks[:: math.ceil(len(ticks) / max_ticks)]

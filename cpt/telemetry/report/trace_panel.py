@@ -46,7 +46,7 @@ def trace_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel | Non
     for domain, events in by_domain.items():
         color = colors.get(str(events[-1].get("language")), INK)
         chart = _domain_chart(events, _Style(steps=steps, color=color))
-        cells.append(Cell(chart=chart, heading=clean(domain, 22), detail=_newest(events[-1])))
+        cells.append(Cell(chart=chart, heading=clean(domain, 60), detail=_newest(events[-1])))
     return Panel(
         title="Divergence on the untouched model's own replies",
         css="w12",
@@ -61,7 +61,7 @@ def trace_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel | Non
 
 
 def _newest(event: dict[str, Any]) -> str:
-    return f"{number(event.get('divergence')):.3g}, {clean(event.get('state'), 8)}"
+    return f"{number(event.get('divergence')):.3g}, {clean(event.get('state'), 24)}"
 
 
 def _domain_chart(events: list[dict[str, Any]], style: _Style) -> StepChart:
