@@ -47,7 +47,6 @@ class StepChart:
         unit: str,
         title: str,
         step_label: str = STEP_LABEL,
-        num_step_ticks: int = 6,
     ) -> None:
         """Set up an empty frame.
 
@@ -58,7 +57,6 @@ class StepChart:
             unit: Label of the vertical axis.
             title: Description for those who cannot see the chart.
             step_label: Label of the horizontal axis.
-            num_step_ticks: About how many labels the horizontal axis has room for.
         """
         from bokeh.models import Range1d
         from bokeh.plotting import figure
@@ -80,10 +78,11 @@ class StepChart:
             min_border=4,
             min_border_right=22,
             outline_line_color=None,
-            background_fill_color=CARD,
-            border_fill_color=CARD,
+            background_fill_color=None,
+            border_fill_color=None,
+            styles={"background-color": "var(--card)"},
         )
-        self._style(num_step_ticks, max(2, height // 45))
+        self._style(max(2, height // 45))
 
     def line(
         self, name: str, series: Series, color: str, *, dash: str = "solid", width: float = 1.6
@@ -233,7 +232,7 @@ class StepChart:
             )
         )
 
-    def _style(self, num_step_ticks: int, num_value_ticks: int) -> None:
+    def _style(self, num_value_ticks: int) -> None:
         from bokeh.models import BasicTicker, FixedTicker, NumeralTickFormatter
 
         chart = self.figure
@@ -253,10 +252,11 @@ class StepChart:
             axis.major_tick_in = 0
             axis.minor_tick_line_color = None
             axis.axis_label_standoff = 3
-        chart.xaxis.ticker = BasicTicker(desired_num_ticks=num_step_ticks)
+        # the script of the page fits their number to the width
+        chart.xaxis.ticker = BasicTicker(desired_num_ticks=6)
         chart.yaxis.ticker = BasicTicker(desired_num_ticks=num_value_ticks)
         if self.values.log:
-            ticks = log_ticks(self.values.low, self.values.high, num_value_ticks)
+            ticks = log_ticks(self.values.low, self.values.high, num_value_ticks + 2)
             chart.yaxis.ticker = FixedTicker(ticks=ticks)
         chart.xaxis.formatter = NumeralTickFormatter(format="0,0")
         chart.yaxis.axis_line_color = None

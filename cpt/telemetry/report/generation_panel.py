@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpt.telemetry.report.chart import StepChart
-from cpt.telemetry.report.history import Run, number
+from cpt.telemetry.report.history import Run
 from cpt.telemetry.report.panel import Cell, LegendEntry, Panel, Table, TableRow, TextPair, clean
 from cpt.telemetry.report.series import AxisRange, Series, bin_series
+from cpt.telemetry.run_tally import number
 from data_pipeline.charts import MUTED, PALETTE
 
 if TYPE_CHECKING:
@@ -61,7 +62,6 @@ def generation_panel(run: Run, steps: Range1d) -> Panel | None:
     last = max(event["step"] for event in run.generation_events)
     return Panel(
         title="Replies to prompts against the untouched model",
-        css="w12",
         detail=f"% of the prompts of each look; table and texts: step {last:,}",
         legend=tuple(legend),
         cells=tuple(cells),
@@ -80,7 +80,6 @@ def _domain_cell(domain: str, events: Sequence[dict[str, Any]], steps: Range1d) 
         unit="%",
         title=f"Replies of {clean(domain, 60)}",
         step_label="step",
-        num_step_ticks=4,
     )
     told = []
     for index, (measure, name) in enumerate(QUANTITIES.items()):
@@ -136,7 +135,7 @@ def _rates(measure: str, event: dict[str, Any] | None) -> str:
 def _verdicts(events: Sequence[dict[str, Any] | None]) -> TableRow:
     """Return the row that says what was concluded from a quantity."""
     texts = ["loss (at most), state"]
-    alarms = []
+    tones = {}
     for place, event in enumerate(events, 1):
         if event is None:
             texts.append("")
@@ -146,8 +145,8 @@ def _verdicts(events: Sequence[dict[str, Any] | None]) -> TableRow:
         state = clean(event.get("state"))
         texts.append(f"{loss:+.1f} ({at_most:+.1f}) points, {state}")
         if state == "red":
-            alarms.append(place)
-    return TableRow(texts=tuple(texts), alarms=tuple(alarms))
+            tones[place] = "alarm"
+    return TableRow(texts=tuple(texts), tones=tones)
 
 
 def _comparisons(run: Run) -> tuple[TextPair, ...]:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpt.telemetry.report.chart import MARKERS, StepChart
-from cpt.telemetry.report.history import Run, number
+from cpt.telemetry.report.history import Run
 from cpt.telemetry.report.panel import Cell, LegendEntry, Panel, action_of, change_text, clean
 from cpt.telemetry.report.series import bin_series, range_of_lines
 from cpt.telemetry.report.theme import AMBER, GREEN
+from cpt.telemetry.run_tally import number
 from data_pipeline.charts import ALARM, MUTED
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def guard_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel | Non
         legend.append(LegendEntry(text=clean(action), color=color, marker=marker))
     return Panel(
         title=title,
-        css="w7",
+        width=7,
         detail="change in %, 95 % interval; up is worse",
         legend=tuple(legend),
         cells=tuple(cells),
@@ -129,7 +130,6 @@ def _domain_chart(events: Sequence[dict[str, Any]], color: str, style: DomainSty
         unit="%",
         title=f"Held-out change of {clean(domain, 60)}",
         step_label="step",
-        num_step_ticks=4,
     )
     chart.level(0.0, MUTED, dash="solid")
     for level in levels[1:]:

@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from cpt.telemetry.event_reader import EventReader
 from cpt.telemetry.goodput import Goodput, goodput
-from cpt.telemetry.metrics import read_events
 from cpt.telemetry.report.series import Array
+from cpt.telemetry.report.starts import Mark, Start, marks, starts
+from cpt.telemetry.run_overview import CONFIG, METRICS, read_small_yaml
+from cpt.telemetry.run_tally import number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +43,9 @@ class Run:
     """The last measurement of each step, in order of steps."""
     resumes: list[int]
     """Steps at which a resume began again, below steps that had been logged before."""
+    marks: list[Mark]
+    """Steps from which the run went on after a new start or a rollback, ascending."""
+    starts: list[Start]
     num_repeated_steps: int
     config: dict[str, Any]
     """Content of config.resolved.yaml; empty if it cannot be read."""
@@ -75,7 +81,7 @@ class Run:
 
 def read_run(run_dir: Path) -> Run:
     """Read metrics.jsonl and config.resolved.yaml."""
-    events = read_events(run_dir / "metrics.jsonl")
+    events = _read_events(run_dir / METRICS)
     kept, resumes, repeated = current_branch(events)
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for event in kept:
@@ -83,7 +89,7 @@ def read_run(run_dir: Path) -> Run:
     steps = by_kind.get("step", [])
     guard = by_kind.get("guard", [])
     router = {event["step"]: event for event in by_kind.get("router", [])}
-    config, notes = _read_config(run_dir / "config.resolved.yaml")
+    config, notes = _read_config(run_dir / CONFIG)
     lost = [event["step"] for event in steps if not math.isfinite(number(event.get("loss")))]
     if lost:
         notes.append(
@@ -99,12 +105,24 @@ def read_run(run_dir: Path) -> Run:
         checkpoint_events=by_kind.get("checkpoint", []),
         router_events=list(router.values()),
         resumes=resumes,
+        marks=marks(events),
+        starts=starts(events),
         num_repeated_steps=repeated,
         config=config,
         goodput=goodput(events),
         run_dir=run_dir,
         notes=notes,
     )
+
+
+def _read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file; other lines are passed over."""
+    reader = EventReader(path)
+    reader.find_file()
+    events = reader.read()
+    while not reader.is_caught_up:
+        events += reader.read()
+    return events
 
 
 def last_measurements(events: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -152,23 +170,12 @@ def _is_step(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
 
-def number(value: object) -> float:
-    """Return a number from a file as a float; NaN for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan
-
-
 def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the content of the file, and a note where it cannot be read."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        config = None
-    if isinstance(config, dict):
-        return config, []
-    return {}, [
-        f"{path.name} is missing or damaged: tolerance, clipping and planned steps are not shown."
-    ]
+        return read_small_yaml(path), []
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}, [
+            f"{path.name} is missing or damaged: tolerance, clipping and planned steps are not "
+            "shown."
+        ]

@@ -29,9 +29,7 @@ MAX_SOURCES = 12
 REST_COLOR = "#cbd5e1"
 
 
-def mixture_panel(
-    run: Run, steps: Range1d, colors: dict[str, str], height: int
-) -> Panel | None:
+def mixture_panel(run: Run, steps: Range1d, colors: dict[str, str], height: int) -> Panel | None:
     """Show the shares of the sources, averaged over windows of steps.
 
     Args:
@@ -66,14 +64,13 @@ def mixture_panel(
         values=AxisRange(low=0.0, high=100.0),
         unit="% of predicted tokens",
         title="Share of each source over steps",
-        num_step_ticks=3,
     )
     edges = np.repeat(np.append(run.steps[starts] - 1, run.steps[-1]), 2)[1:-1]
     legend = _stack(chart, edges, areas, area_colors)
     width = round(len(run.steps) / len(starts))
     return Panel(
         title="Data mixture",
-        css="w4",
+        width=4,
         detail=f"mean of {plural(width, 'step')}",
         legend=tuple(legend),
         legend_beside=True,

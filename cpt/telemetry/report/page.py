@@ -1,42 +1,61 @@
-"""report.html: one run on one screen, from metrics.jsonl and config.resolved.yaml.
+"""report.html: one run on one page, from its run directory, while it runs and afterwards.
 
 The page holds everything it shows, the drawing library (BokehJS) included, and its content security
 policy forbids the browser to fetch anything.  Every name in it comes from a file and is escaped by
 the template.  Stages:
 
-    metrics.jsonl -> history (columns over steps) -> tiles and panels (data) -> page.html.jinja
+    run directory -> overview (its state), history (columns over steps)
+                  -> state card, tiles and panels (data) -> page.html.jinja
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cpt.errors import ConfigError, StorageError
+from cpt.telemetry.report.chart import STEP_COLUMNS, STEP_LABEL
 from cpt.telemetry.report.generation_panel import generation_panel
 from cpt.telemetry.report.guard_panel import domain_grid, guard_panel
 from cpt.telemetry.report.history import Run, read_run
+from cpt.telemetry.report.layout import around_mixture, beside, mixture_height
 from cpt.telemetry.report.mixture_panel import mixture_panel
-from cpt.telemetry.report.panel import Panel, clean, language_colors, plural
+from cpt.telemetry.report.panel import Panel, clean, language_colors, moment, plural
 from cpt.telemetry.report.panels import (
     divergence_panel,
     loss_panel,
+    memory_panel,
     norm_panel,
     rate_panel,
+    starts_panel,
     throughput_panel,
     time_panel,
     traffic_panel,
+    utilization_panel,
 )
 from cpt.telemetry.report.router_panel import router_panel
 from cpt.telemetry.report.series import step_range
+from cpt.telemetry.report.starts import MAX_MARKS
+from cpt.telemetry.report.state_card import actions_panel, standing_panel, state_card
+from cpt.telemetry.report.theme import counterparts, css_variables, dark_of
 from cpt.telemetry.report.tiles import tiles
+from cpt.telemetry.report.token_axis import token_axis
 from cpt.telemetry.report.trace_panel import trace_panel
+from cpt.telemetry.run_overview import METRICS, RunOverview, run_overview
+from data_pipeline.charts import MUTED
 from data_pipeline.store.files import write_text
 
-TEMPLATE = Path(__file__).with_name("page.html.jinja")
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+FOLDER = Path(__file__).parent
 GLYPHS = {
     "triangle": "\N{BLACK UP-POINTING TRIANGLE}",
     "diamond": "\N{BLACK DIAMOND}",
@@ -45,25 +64,23 @@ GLYPHS = {
     "star": "\N{BLACK STAR}",
 }
 """The shapes of `chart.MARKERS` in the legend."""
+MARK_DASHES = {"start": "dotted", "rollback": "dashed"}
+"""Style of the line across all charts by kind of `starts.Mark`."""
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write <run_dir>/report.html from the metrics of the run, in place of an older one.
+    """Write <run_dir>/report.html from the files of the run, in place of an older one.
 
     Raises:
         ConfigError: the directory holds no metrics.jsonl.
         StorageError: the page cannot be written.
     """
-    metrics = run_dir / "metrics.jsonl"
+    metrics = run_dir / METRICS
     if not metrics.is_file():
         raise ConfigError(
-            f"{run_dir} holds no metrics.jsonl, so it is no run directory. "
-            "Give another with --run_dir."
+            f"{run_dir} holds no {METRICS}, so it is no run directory. Give another with --run_dir."
         )
-    written = datetime.fromtimestamp(metrics.stat().st_mtime, UTC)
-    text = page(
-        read_run(run_dir), run_dir.resolve().name, f"metrics up to {written:%Y-%m-%d %H:%M} UTC"
-    )
+    text = render_report(run_overview(run_dir), read_run(run_dir))
     target = run_dir / "report.html"
     try:
         write_text(target, text)
@@ -74,15 +91,52 @@ def write_report(run_dir: Path) -> Path:
     return target
 
 
-def page(run: Run, name: str, freshness: str) -> str:
-    """Return the whole document."""
+def render_report(overview: RunOverview, run: Run) -> str:
+    """Return the whole document.
+
+    Args:
+        overview: State of the run.
+        run: Its log.
+    """
+    panels = all_panels(run, overview)
+    drawn = draw_charts(panels)
+    return (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            name=clean(overview.name, 60),
+            subtitle=clean(subtitle(run), 200),
+            state=state_card(overview),
+            last_sign=moment(overview.last_sign),
+            written=moment(time.time()),
+            notes=[clean(note, 200) for note in run.notes],
+            has_starts=any(mark.kind == "start" for mark in run.marks),
+            has_rollbacks=any(mark.kind == "rollback" for mark in run.marks),
+            tiles=tiles(run, overview),
+            panels=panels,
+            drawn=drawn,
+            facts=page_facts(drawn, token_axis(run)),
+            **page_parts(),
+        )
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawnCharts:
+    """All charts of a page, for its template."""
+
+    script: Markup
+    """Draws them; empty if there are none."""
+    places: dict[str, Markup]
+    """Element of each chart by the id of its figure."""
+
+
+def draw_charts(panels: Iterable[Panel]) -> DrawnCharts:
+    """Return the charts of panels as one script and one element each."""
     from bokeh.document import Document
     from bokeh.embed import components
-    from bokeh.resources import Resources
-    from jinja2 import Environment
     from markupsafe import Markup
 
-    panels = all_panels(run)
     figures: dict[str, Any] = {}
     document = Document()
     for panel in panels:
@@ -94,24 +148,50 @@ def page(run: Run, name: str, freshness: str) -> str:
         for figure in figures.values():
             document.add_root(figure)
     script, places = components(figures) if figures else ("", {})
-    library = Resources(mode="inline", components=["bokeh"]).js_raw
-    # trailing whitespace is cut from lines of the template, not from what is put into them
-    template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        name=clean(name, 60),
-        subtitle=clean(subtitle(run), 200),
-        freshness=freshness,
-        notes=[clean(note, 200) for note in run.notes],
-        tiles=tiles(run),
-        panels=panels,
-        glyphs=GLYPHS,
-        library=Markup("\n".join(library)),
+    return DrawnCharts(
         script=Markup(script),
         places={key: Markup(place) for key, place in places.items()},
     )
 
 
-def all_panels(run: Run) -> list[Panel]:
+def page_facts(drawn: DrawnCharts, axis: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what the script of a page must know: dark colors, and tokens by step."""
+    return {
+        "dark": counterparts([drawn.script]),
+        "axis": axis,
+        "columns": list(STEP_COLUMNS),
+        "labels": [STEP_LABEL, "step"],
+    }
+
+
+def page_parts() -> dict[str, Any]:
+    """Return what every page with charts has in common: its style and scripts."""
+    from bokeh.resources import Resources
+    from markupsafe import Markup
+
+    library = Resources(mode="inline", components=["bokeh"]).js_raw
+    return {
+        "style": Markup(css_variables() + _own_text("page.css")),
+        "library": Markup("\n".join(library)),
+        "page_script": Markup(_own_text("page.js")),
+    }
+
+
+def environment() -> Environment:
+    """Return the templates of this folder; every text that they show is escaped."""
+    from jinja2 import Environment, FileSystemLoader
+
+    templates = Environment(autoescape=True, loader=FileSystemLoader(FOLDER))
+    templates.globals.update(dark_of=dark_of, glyphs=GLYPHS, mark_color=MUTED)
+    templates.tests["moment"] = lambda value: isinstance(value, datetime)
+    return templates
+
+
+def _own_text(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def all_panels(run: Run, overview: RunOverview) -> list[Panel]:
     """Return the panels in the order in which they stand on the page."""
     from bokeh.models import Range1d
 
@@ -121,22 +201,45 @@ def all_panels(run: Run) -> list[Panel]:
     shown = step_range(np.append(run.steps, measured))
     steps = Range1d(start=shown.low, end=shown.high)
     num_guard_rows = max(2, domain_grid(run)[1])
-    panels = [
-        time_panel(run),
-        loss_panel(run, steps, colors, height=318 + 158 * (num_guard_rows - 2)),
-        guard_panel(run, steps, colors),
-        trace_panel(run, steps, colors),
-        mixture_panel(run, steps, colors),
+    small = _present(
         rate_panel(run, steps),
         norm_panel(run, steps),
         throughput_panel(run, steps),
+        utilization_panel(run, steps),
+        memory_panel(run, steps),
         traffic_panel(run, steps),
-        divergence_panel(run, steps, colors),
-        generation_panel(run, steps),
-        router_panel(run, steps, colors),
+    )
+    mixture = mixture_panel(run, steps, colors, mixture_height(len(small)))
+    loss = loss_panel(run, steps, colors, height=318 + 158 * (num_guard_rows - 2))
+    panels = [
+        *beside(standing_panel(overview), actions_panel(overview)),
+        *_present(time_panel(run)),
+        *beside(loss, guard_panel(run, steps, colors)),
+        *_present(trace_panel(run, steps, colors)),
+        *around_mixture(mixture, small),
+        *_present(
+            divergence_panel(run, steps, colors),
+            generation_panel(run, steps),
+            router_panel(run, steps, colors),
+            starts_panel(run),
+        ),
     ]
-    # None: the run has not measured what the panel would show
+    _mark_starts(run, panels)
+    return panels
+
+
+def _present(*panels: Panel | None) -> list[Panel]:
+    """Return the panels whose subject the run has measured."""
     return [panel for panel in panels if panel is not None]
+
+
+def _mark_starts(run: Run, panels: Sequence[Panel]) -> None:
+    """Draw lines across all charts where the run was started again or went back."""
+    for panel in panels:
+        for cell in panel.cells:
+            for kind, dash in MARK_DASHES.items():
+                steps = [mark.step for mark in run.marks if mark.kind == kind]
+                cell.chart.verticals(steps[-MAX_MARKS:], dash=dash)
 
 
 def subtitle(run: Run) -> str:

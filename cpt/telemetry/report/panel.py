@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cpt.telemetry.report.chart import StepChart
-from cpt.telemetry.report.history import Run, number
+from cpt.telemetry.report.history import Run
 from cpt.telemetry.report.series import MAX_POINTS
+from cpt.telemetry.run_tally import number
 from data_pipeline.charts import PALETTE
 
 KNOWN_LANGUAGES = ("en", "ja", "code", "math")
@@ -60,12 +62,12 @@ class BarPart:
 class TableRow:
     """One row of a table."""
 
-    texts: tuple[str, ...]
-    """One text per heading."""
+    texts: tuple[str | datetime, ...]
+    """One text or time per heading; a time is shown in UTC and in the reader's zone."""
     is_strong: bool = False
     """Whether the row sums up others."""
-    alarms: tuple[int, ...] = ()
-    """Places of the texts that must be seen."""
+    tones: dict[int, str] = field(default_factory=dict)
+    """Colors of texts by their place, of `theme.TEXTS`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +94,12 @@ class Panel:
     """One section of the page."""
 
     title: str
-    css: str
-    """CSS classes, which give the width."""
+    width: int = 12
+    """Columns of the page that it takes, of 12; those of `layout` change it."""
+    num_rows: int = 1
+    """Rows of panels that it takes beside others."""
+    is_small: bool = False
+    """Whether two fit side by side on paper."""
     detail: str = ""
     """Small print behind the title."""
     legend: tuple[LegendEntry, ...] = ()
@@ -178,6 +184,27 @@ def clean(value: object, limit: int = 28) -> str:
     """Replace unprintable characters and cut overlong text; the template escapes what is left."""
     text = "".join(c if c.isprintable() else "?" for c in str(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def duration(seconds: float) -> str:
+    """Return seconds for people: 0.42 s, 12.3 s, 4 min 5 s, 3 h 20 min, 12 days 4 h."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24:,} days {hours % 24} h"
+
+
+def moment(seconds: float) -> datetime | str:
+    """Return a Unix time in UTC; an empty text if it is not known."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (OverflowError, ValueError, OSError):
+        return ""
 
 
 def plural(count: int, noun: str) -> str:

@@ -9,25 +9,32 @@ import math
 from typing import TYPE_CHECKING
 
 from cpt.telemetry.report.chart import StepChart
-from cpt.telemetry.report.history import Run, number
+from cpt.telemetry.report.history import Run
 from cpt.telemetry.report.panel import (
     BarPart,
     Cell,
     LegendEntry,
     Panel,
+    Table,
+    TableRow,
     binning_text,
     clean,
+    duration,
     lighten,
+    moment,
     plural,
     source_languages,
     source_shades,
 )
 from cpt.telemetry.report.series import Series, bin_series, range_of_lines
+from cpt.telemetry.run_tally import number
 from data_pipeline.charts import INK, MUTED
 
 if TYPE_CHECKING:
     from bokeh.models import Range1d
 
+MAX_SHOWN_STARTS = 12
+"""Newest starts that the table lists."""
 FEW_POINTS = 12
 """Up to so many points of a line, each is marked with a dot."""
 SINGLE_COLOR = "#334155"
@@ -68,21 +75,10 @@ def time_panel(run: Run) -> Panel | None:
     goodput = f"goodput {100 * spent.share:.1f} % of {duration(spent.total)}"
     return Panel(
         title=title,
-        css="w12",
         detail=f"{goodput}, {plural(spent.num_starts, 'start')}",
         legend=tuple(legend),
         bar=tuple(parts),
     )
-
-
-def duration(seconds: float) -> str:
-    """Return seconds for people: 0.42 s, 12.3 s, 4 min 5 s, 3 h 20 min."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def loss_panel(run: Run, steps: Range1d, colors: dict[str, str], height: int) -> Panel | None:
@@ -112,7 +108,7 @@ def loss_panel(run: Run, steps: Range1d, colors: dict[str, str], height: int) ->
     chart.line("all", total, INK, width=2.0)
     return Panel(
         title=title,
-        css="w5",
+        width=5,
         detail=binning_text(run),
         legend=tuple(legend),
         cells=(Cell(chart=chart),),
@@ -178,7 +174,7 @@ def _single_panel(
     chart.line(title, series, SINGLE_COLOR, width=1.5)
     if math.isfinite(level) and values.low <= level <= values.high:
         chart.level(level, MUTED, label=f"clipped to {level:g}")
-    return Panel(title=title, css="w4", cells=(Cell(chart=chart),))
+    return Panel(title=title, width=4, cells=(Cell(chart=chart),))
 
 
 def traffic_panel(run: Run, steps: Range1d) -> Panel | None:
@@ -210,7 +206,7 @@ def traffic_panel(run: Run, steps: Range1d) -> Panel | None:
         legend.append(LegendEntry(text=text, color=color, dash=dash))
     return Panel(
         title=title,
-        css="w4",
+        width=4,
         detail="all ranks together",
         legend=tuple(legend),
         cells=(Cell(chart=chart),),
@@ -233,7 +229,6 @@ def divergence_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel 
         values=range_of_lines(lines.values(), include=[0.0], log_beyond=1000.0),
         unit="nats per predicted token",
         title="Divergence from the base model over steps",
-        num_step_ticks=16,
     )
     legend = []
     for name, series in lines.items():
@@ -244,7 +239,6 @@ def divergence_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel 
         legend.append(LegendEntry(text=text, color=shades[name]))
     return Panel(
         title="Divergence from the base model",
-        css="w12",
         detail="on rows with targets; 0: as the base model",
         legend=tuple(legend),
         cells=(Cell(chart=chart),),
@@ -267,4 +261,26 @@ def _divided(series: Series, divisor: float) -> Series:
         mean=series.mean / divisor,
         low=series.low / divisor,
         high=series.high / divisor,
+    )
+
+
+def starts_panel(run: Run) -> Panel | None:
+    """List the starts of a run; None if there was only one."""
+    if len(run.starts) < 2:
+        return None
+    first = max(0, len(run.starts) - MAX_SHOWN_STARTS)
+    rows = []
+    for index, start in list(enumerate(run.starts))[first:]:
+        texts = (
+            f"{index + 1:,}",
+            moment(start.began),
+            f"{start.step:,}",
+            moment(start.ended),
+            clean(start.how, 160) or "goes on",
+        )
+        rows.append(TableRow(texts=texts))
+    return Panel(
+        title="Starts",
+        detail=f"the last {len(rows)} of {len(run.starts):,}" if first else "",
+        table=Table(headings=("start", "began", "after step", "ended", "how"), rows=tuple(rows)),
     )

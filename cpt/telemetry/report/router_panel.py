@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpt.telemetry.report.chart import StepChart
-from cpt.telemetry.report.history import Run, number
+from cpt.telemetry.report.history import Run
 from cpt.telemetry.report.panel import Cell, LegendEntry, Panel, clean
 from cpt.telemetry.report.series import Series, bin_series, range_of_lines
+from cpt.telemetry.run_tally import number
 from data_pipeline.charts import INK, PALETTE
 
 if TYPE_CHECKING:
@@ -79,7 +80,6 @@ def router_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel | No
     told = f"{dropped:.0f}" if math.isfinite(dropped) else "unknown"
     return Panel(
         title="Routers",
-        css="w12",
         detail=f"mean over layers; band: lowest to highest layer; assignments dropped: {told}",
         legend=tuple(LegendEntry(text=clean(name), color=color) for name, color in shades.items()),
         cells=tuple(cells),

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cpt.telemetry.numbers import number
+from cpt.telemetry.run_tally import number
 
+MAX_MARKS = 40
+"""Newest marks of a chart; more would be a hatching."""
 MarkKind = Literal["start", "rollback"]
 
 

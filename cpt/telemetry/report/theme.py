@@ -1,7 +1,8 @@
 """The colors of the page in daylight and in the dark.
 
-CSS variables carry those of the page.  Charts are painted on canvases, which know no variables: they
-are drawn in the light colors, and the script of the page exchanges each for its dark counterpart.
+CSS variables carry those of the page.  Charts are painted on canvases, which know no variables:
+they are drawn in the light colors, and the script of the page exchanges each for its dark
+counterpart.
 Text has a contrast of at least 4.5 and lines have at least 3 (WCAG 2.2, 1.4.3 and 1.4.11).
 """
 
@@ -91,9 +92,7 @@ def css_variables() -> str:
     """Return the style rules that define the colors; paper is always light."""
     light = _declarations(LIGHT)
     dark = _declarations(DARK)
-    return (
-        f":root{{{light}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
-    )
+    return f":root{{{light}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
 
 
 def contrast(first: str, second: str) -> float:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from cpt.telemetry.report.history import Run, number
+from cpt.telemetry.report.history import Run
 from cpt.telemetry.report.panel import action_of, change_text, clean
 from cpt.telemetry.report.series import Array
+from cpt.telemetry.run_overview import RunOverview
+from cpt.telemetry.run_tally import number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,12 +26,12 @@ class Tile:
     """Whether a person should look into it."""
 
 
-def tiles(run: Run) -> list[Tile]:
+def tiles(run: Run, overview: RunOverview) -> list[Tile]:
     """Return the headline numbers that the log of a run allows."""
-    found = [_steps_tile(run), _tokens_tile(run), *_training_tiles(run)]
+    found = [_tokens_tile(run), *_training_tiles(run), *_machine_tiles(run, overview)]
     worst = max(_latest_by_domain(run), key=_change_of, default=None)
     if worst is not None:
-        detail = f"{clean(worst.get('domain'))}, step {worst['step']:,}"
+        detail = f"{clean(worst.get('domain'), 60)}, step {worst['step']:,}"
         alarm = action_of(worst) != "none"
         value = change_text(worst)
         found.append(Tile(name="Worst held-out domain", value=value, detail=detail, alarm=alarm))
@@ -38,13 +40,6 @@ def tiles(run: Run) -> list[Tile]:
         value = f"{run.num_repeated_steps:,}"
         found.append(Tile(name="Repeated steps", value=value, detail="again after resumes"))
     return found
-
-
-def _steps_tile(run: Run) -> Tile:
-    last = int(run.steps[-1]) if len(run.steps) else 0
-    planned = run.setting("train", "total_steps")
-    detail = f"of {planned:,} planned" if isinstance(planned, int) else ""
-    return Tile(name="Steps", value=f"{last:,}", detail=detail)
 
 
 def _tokens_tile(run: Run) -> Tile:
@@ -64,6 +59,24 @@ def _training_tiles(run: Run) -> list[Tile]:
         Tile(name="Last loss", value=f"{losses[-1]:.3f}", detail=loss),
         Tile(name="Tokens/s, median", value=rate, detail=seconds),
     ]
+
+
+def _machine_tiles(run: Run, overview: RunOverview) -> list[Tile]:
+    """Return how well the machine is used, as far as the log tells."""
+    found = []
+    utilization = 100 * _median(run.column("utilization"))
+    if math.isfinite(utilization):
+        detail = "of the dense bf16 peak"
+        found.append(Tile(name="Utilization", value=f"{utilization:.1f} %", detail=detail))
+    memory = run.column("peak_memory_bytes") / 2**30
+    if np.any(memory > 0):
+        value = f"{np.nanmax(memory):.3g} GiB"
+        found.append(Tile(name="Peak memory", value=value, detail="rank 0"))
+    if math.isfinite(overview.goodput):
+        detail = "of the time went into steps that count"
+        value = f"{100 * overview.goodput:.1f} %"
+        found.append(Tile(name="Goodput", value=value, detail=detail))
+    return found
 
 
 def _checkpoints_tile(run: Run) -> Tile:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cpt.telemetry.report.chart import StepChart
-from cpt.telemetry.report.history import Run, number
+from cpt.telemetry.report.history import Run
 from cpt.telemetry.report.panel import Cell, LegendEntry, Panel, action_of, clean
 from cpt.telemetry.report.series import bin_series, range_of_lines
+from cpt.telemetry.run_tally import number
 from data_pipeline.charts import ALARM, INK, MUTED
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ def trace_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel | Non
         cells.append(Cell(chart=chart, heading=clean(domain, 60), detail=_newest(events[-1])))
     return Panel(
         title="Divergence on the untouched model's own replies",
-        css="w12",
         detail="nats a token; the bar holds what is certain; up is worse",
         legend=(
             LegendEntry(text="control tokens", color=MUTED),
@@ -89,7 +89,6 @@ def _domain_chart(events: list[dict[str, Any]], style: _Style) -> StepChart:
         values=values,
         unit="nats",
         title=f"Divergence on traces of {domain}",
-        num_step_ticks=4,
     )
     for level in levels[1:]:
         chart.level(level, ALARM)
