@@ -6,8 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 
-from cpt.telemetry.report.panel import plural
-from cpt.telemetry.report.panels import duration
+from cpt.telemetry.report.panel import duration, plural
 from cpt.telemetry.report.tiles import amount
 from cpt.telemetry.run_overview import RunOverview, utc
 from cpt.telemetry.run_tally import GuardStanding

@@ -89,7 +89,8 @@ class Page:
             time.sleep(0.05)
 
     def show(self, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Set the width of the window in pixels and the color scheme."""
+        """Bring the page to the front, at a width of the window in pixels, in a color scheme."""
+        self.call("Page.bringToFront")
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,

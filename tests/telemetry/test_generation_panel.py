@@ -84,7 +84,7 @@ def test_measures_of_the_last_look_stand_in_the_table(tmp_path: Path) -> None:
         ("thinks", form, ""),
         ("mean tokens of thinking", f"100 {arrow} 12", ""),
     ]
-    assert [row.alarms for row in table.rows] == [(), (1,), (), (), (), ()]
+    assert [row.tones for row in table.rows] == [{}, {1: "alarm"}, {}, {}, {}, {}]
     assert [row.is_strong for row in table.rows] == [True, False, True, False, False, False]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,94 +16,53 @@ from typing import Any
 import numpy as np
 import pytest
 from bokeh.models import ColumnDataSource, Range1d
+from bokeh.models.annotations import Span
 from bokeh.resources import Resources
 
 from cpt.errors import ConfigError, StorageError
 from cpt.telemetry.report.chart import StepChart
 from cpt.telemetry.report.history import current_branch, read_run
-from cpt.telemetry.report.page import all_panels, write_report
-from cpt.telemetry.report.panel import clean
+from cpt.telemetry.report.layout import around_mixture, beside
+from cpt.telemetry.report.page import all_panels, render_report, write_report
+from cpt.telemetry.report.panel import Panel, clean, duration
 from cpt.telemetry.report.series import (
     MAX_POINTS,
     AxisRange,
     bin_series,
     bin_starts,
+    log_ticks,
     range_over,
     step_range,
 )
-from data_pipeline.charts import PALETTE
+from cpt.telemetry.report.starts import marks
+from cpt.telemetry.report.theme import (
+    CARD,
+    COUNTERPARTS,
+    DARK,
+    LIGHT,
+    SURFACES,
+    TEXTS,
+    contrast,
+    counterparts,
+    dark_of,
+)
+from cpt.telemetry.report.token_axis import token_axis
+from cpt.telemetry.run_overview import RunState, run_overview
+from data_pipeline.charts import GRID, PALETTE
+from tests.support.run_events import (
+    CONFIG,
+    checkpoint,
+    end,
+    guard,
+    long_run,
+    router,
+    run_dir,
+    start,
+    step,
+    traces,
+)
 
-CONFIG = """
-model: {init: tiny}
-train: {total_steps: 30, gradient_clipping: 1.0}
-guard: {tolerance_percent: 1.5}
-"""
 HOSTILE = "<script>alert(1)</script>&\"'\u202e\ud800"
-
-
-def step(number: int, **changes: Any) -> dict[str, Any]:
-    event = {
-        "event": "step",
-        "step": number,
-        "loss": 3.0,
-        "grad_norm": 0.5,
-        "lr": 1e-5,
-        "tokens": 1000,
-        "seconds": 2.0,
-        "tokens_per_second": 500.0,
-        "loss_by_language": {"ja": 3.5, "en": 2.5},
-        "tokens_by_source": {"ja_web": 600, "en_web": 400},
-        "bytes_sent": {"ulysses": 2048, "halo": 512},
-    }
-    return {**event, **changes}
-
-
-def guard(number: int, domain: str = "english", **changes: Any) -> dict[str, Any]:
-    event = {
-        "event": "guard",
-        "step": number,
-        "domain": domain,
-        "language": "en",
-        "bits_per_byte": 0.9,
-        "baseline": 0.9,
-        "delta_percent": 0.25,
-        "ci_low": 0.125,
-        "ci_high": 0.5,
-        "action": "none",
-    }
-    return {**event, **changes}
-
-
-def traces(number: int, domain: str = "en-math", **changes: Any) -> dict[str, Any]:
-    event = {
-        "event": "guard",
-        "kind": "traces",
-        "step": number,
-        "domain": domain,
-        "language": "en",
-        "divergence": 0.001 * number,
-        "control_divergence": 0.002 * number,
-        "delta": 0.002 * number,
-        "lower_bound": 0.0015 * number,
-        "upper_bound": 0.0025 * number,
-        "tolerance": 0.1,
-        "state": "green",
-        "action": "none",
-    }
-    return {**event, **changes}
-
-
-def checkpoint(number: int) -> dict[str, Any]:
-    return {"event": "checkpoint", "step": number, "path": f"step-{number:08d}", "seconds": 1.0}
-
-
-def run_dir(tmp_path: Path, *events: dict[str, Any], config: str | None = CONFIG) -> Path:
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(event) + "\n" for event in events), encoding="utf-8"
-    )
-    if config is not None:
-        (tmp_path / "config.resolved.yaml").write_text(config, encoding="utf-8")
-    return tmp_path
 
 
 def page(tmp_path: Path, *events: dict[str, Any], config: str | None = CONFIG) -> str:
@@ -121,7 +81,8 @@ def library() -> str:
 
 def charts(folder: Path) -> list[StepChart]:
     """All charts of the report of a run."""
-    return [cell.chart for panel in all_panels(read_run(folder)) for cell in panel.cells]
+    panels = all_panels(read_run(folder), run_overview(folder))
+    return [cell.chart for panel in panels for cell in panel.cells]
 
 
 def columns(chart: StepChart) -> list[list[Any]]:
@@ -133,7 +94,7 @@ def columns(chart: StepChart) -> list[list[Any]]:
 class Tags(HTMLParser):
     """Remembers every tag and attribute name of a page, and that tags are closed in order."""
 
-    VOID = ("meta", "br")
+    VOID = ("meta", "br", "input")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -155,36 +116,6 @@ class Tags(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
-
-
-def long_run() -> list[dict[str, Any]]:
-    return [
-        guard(0, delta_percent=0.0),
-        *(step(n) for n in range(1, 31)),
-        guard(30, action="warn"),
-        checkpoint(30),
-    ]
-
-
-def router(number: int, **changes: Any) -> dict[str, Any]:
-    drift = 1 - number / 400
-    values = {"load_max_over_mean": [1.5, 2.0 + number / 20, None], "overlap": [1.0, drift]}
-    languages = {
-        "en": {"distance": [0.1, 0.12], "load_max_over_mean": [1.7, 2.2], "overlap": [1.0, drift]},
-        "ja": {
-            "distance": [0.3, 0.2],
-            "load_max_over_mean": [2.5, 3.0],
-            "overlap": [0.99, drift - 0.05],
-        },
-    }
-    return {
-        "event": "router",
-        "step": number,
-        "dropped": 0,
-        "by_language": languages,
-        **values,
-        **changes,
-    }
 
 
 SHAPES: dict[str, list[dict[str, Any]]] = {
@@ -352,10 +283,10 @@ def test_lines_that_are_no_events_are_passed_over(tmp_path: Path) -> None:
 
 def test_headline_numbers_are_those_of_the_log(tmp_path: Path) -> None:
     assert tiles(page(tmp_path, *long_run())) == {
-        "Steps": "30",
         "Tokens": "30 k",
         "Last loss": "3.000",
         "Tokens/s, median": "500",
+        "Goodput": "98.4 %",
         "Worst held-out domain": "+0.25 %",
         "Checkpoints": "1",
     }
@@ -389,7 +320,7 @@ def test_sources_take_the_color_of_their_language(tmp_path: Path) -> None:
     )
     text = page(tmp_path, step(1), config=json.dumps({"data": {"mix": str(mix)}}))
     mixture = text[text.index("Data mixture") : text.index("Learning rate")]
-    assert f"background:{PALETTE[0]}" in mixture and f"background:{PALETTE[1]}" in mixture
+    assert f"--light:{PALETTE[0]}" in mixture and f"--light:{PALETTE[1]}" in mixture
 
 
 def test_routers_are_shown_by_language_and_only_if_measured(tmp_path: Path) -> None:
@@ -416,7 +347,7 @@ def test_traces_are_shown_by_domain_and_only_if_measured(tmp_path: Path) -> None
     section = text[text.index("own replies") :]
     assert "en-math" in section and "0.03, red" in section and "ja-math" in section
     assert "raise_replay, step 30" in text
-    assert "The guard has measured nothing" in text  # of held-out text
+    assert "Held-out bits per byte" not in text
     assert "own replies" not in page(tmp_path, step(1), guard(1))
 
 
@@ -483,7 +414,7 @@ def test_page_of_a_long_run_stays_small(tmp_path: Path) -> None:
     text = page(tmp_path, *(step(n, loss=float(rng.normal())) for n in range(1, 6001)))
     longest = max(len(column) for chart in charts(tmp_path) for column in columns(chart))
     assert longest <= MAX_POINTS
-    assert len(text) - len(library()) < 600_000 and len(text) < 5_000_000
+    assert len(text) - len(library()) < 600_000 and len(text) < 2_500_000
 
 
 @pytest.mark.parametrize("num_points, num_bins", [(1, 1), (7, 3), (1000, 150), (5, 150)])
@@ -524,3 +455,167 @@ def test_tooltips_tell_the_values_of_all_lines_at_a_step() -> None:
     found = columns(chart)
     assert [1.0, 2.0, 3.0] in found and ["0.5", "0.25", "0.125"] in found
     assert ["0.75 (0 to 1)", "", "0.5 (0 to 1)"] in found
+
+
+STATES: dict[RunState, str] = {
+    "running": "running",
+    "stopped": "stopped",
+    "paused": "paused by the guard",
+    "failed": "failed",
+    "finished": "finished",
+    "never started": "never started",
+    "unknown": "unknown",
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_state_stands_first_with_its_cause(state: RunState, tmp_path: Path) -> None:
+    folder = run_dir(tmp_path, *long_run())
+    overview = replace(
+        run_overview(folder),
+        state=state,
+        cause="rank 1 <was> killed",
+        exit_code=70,
+        problems=("P",),
+    )
+    text = render_report(overview, read_run(folder))
+    card = text[text.index('<section class="state') : text.index('<dl class="tiles">')]
+    assert f'<p class="word">{STATES[state]}<small>step 30 of 30 (100 %)' in card
+    assert "rank 1 &lt;was&gt; killed" in card and '<p class="problem">P</p>' in card
+    assert ("(exit code 70)" in card) == (state == "failed")
+    assert f": {STATES[state]}</title>" in text
+
+
+def test_time_to_go_is_told_while_a_run_is_running(tmp_path: Path) -> None:
+    folder = run_dir(tmp_path, *long_run())
+    overview = replace(run_overview(folder), state="running", eta_seconds=7260.0)
+    assert "2 h 1 min to go" in render_report(overview, read_run(folder))
+    assert "to go" not in page(tmp_path, *long_run())
+
+
+def test_durations_are_told_in_units_that_fit() -> None:
+    told = [duration(seconds) for seconds in (0.4234, 65.0, 3 * 3600 + 1200.0, 100 * 3600.0)]
+    assert told == ["0.423 s", "1 min 5 s", "3 h 20 min", "4 days 4 h"]
+
+
+def test_guard_stands_against_its_tolerance_and_tells_its_last_actions(tmp_path: Path) -> None:
+    decision = {
+        "event": "guard_decision",
+        "step": 20,
+        "action": "raise_replay",
+        "reason": "english is red",
+        "actions": {"english": "raise_replay"},
+    }
+    events = [step(20), guard(20, state="red", delta_percent=3.0), decision]
+    text = page(tmp_path, *events)
+    now = text[text.index("<h2>The guard now") : text.index("<h2>Last actions of the guard")]
+    assert "<td>+3.00 %</td><td>+1.50 %</td><td>200 %</td>" in now
+    assert '<td class="tone-alarm">red</td>' in now
+    assert "<td>raise_replay</td>" in text
+    assert "The guard now" not in page(tmp_path, step(1))
+
+
+@pytest.mark.parametrize("colors", [LIGHT, DARK], ids=["light", "dark"])
+def test_text_has_a_contrast_of_at_least_4_5(colors: dict[str, str]) -> None:
+    for surface in SURFACES:
+        for text in TEXTS:
+            found = contrast(colors[surface], colors[text])
+            assert found >= 4.5, f"{text} on {surface}: {found:.2f}"
+
+
+def test_lines_have_a_contrast_of_at_least_3_in_both_schemes() -> None:
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    for color in COUNTERPARTS.keys() - {CARD, GRID}:
+        assert contrast(color, CARD) >= 3, color
+        assert contrast(dark_of(color), DARK["card"]) >= 3, color
+
+
+def test_every_color_of_a_chart_has_a_dark_counterpart(tmp_path: Path) -> None:
+    text = page(tmp_path, *SHAPES["many sources"], *SHAPES["routers"])
+    facts = json.loads(re.findall(r'id="facts">(.*?)</script>', text)[0])
+    drawn = text[text.index("docs_json") :]
+    used = set(re.findall(r'_color":(?:{"type":"value","value":)?"(#\w+)"', drawn))
+    assert len(used) > 5 and used <= facts["dark"].keys()
+    assert counterparts(["#0072b2 #123456"]).keys() == {"#0072b2", "#123456"}
+    assert facts["dark"][PALETTE[0]] == dark_of(PALETTE[0])
+
+
+def test_starts_and_rollbacks_are_marked_in_every_chart_and_listed(tmp_path: Path) -> None:
+    events = [
+        start(0),
+        *(step(n) for n in range(1, 8)),
+        start(4, time=1.8e9 + 900, previous_end=1.8e9 + 600),
+        *(step(n) for n in range(5, 11)),
+        {"event": "rollback", "step": 8, "from_step": 10, "to_step": 8},
+        *(step(n) for n in range(9, 12)),
+        end(11, exit_code=75, cause="stopped on <request>"),
+    ]
+    found = marks(events)
+    assert [(mark.step, mark.kind) for mark in found] == [(4, "start"), (8, "rollback")]
+    text = page(tmp_path, *events)
+    for chart in charts(tmp_path):
+        spans = [span for span in chart.figure.select({"type": Span}) if span.dimension == "height"]
+        assert {(span.location, span.line_dash[0]) for span in spans} == {(4, 2), (8, 6)}
+    listed = text[text.index("<h2>Starts") :]
+    assert "ended without a word" in listed and "stopped on &lt;request&gt;" in listed
+    assert '<time datetime="2027-01-15T08:00:00+00:00">2027-01-15 08:00 UTC</time>' in listed
+    assert "started again" in text and "went back to a checkpoint" in text
+    assert "<h2>Starts" not in page(tmp_path, start(0), step(1))
+
+
+def test_resume_of_a_log_without_starts_is_marked() -> None:
+    assert [mark.step for mark in marks([step(1), step(2), step(3), step(2)])] == [1]
+
+
+def test_tokens_of_a_step_are_those_of_all_steps_before(tmp_path: Path) -> None:
+    events = [step(n, tokens=1000 * n) for n in range(1, 101)]
+    axis = token_axis(read_run(run_dir(tmp_path, *events)))
+    assert axis is not None and axis["unit"] == "million predicted tokens"
+    by_step = dict(zip(axis["steps"], axis["tokens"], strict=True))
+    assert by_step[0] == 0 and by_step[2] == 0.003 and by_step[100] == 5.05
+    assert token_axis(read_run(run_dir(tmp_path, *SHAPES["bare steps"]))) is None
+
+
+def test_log_axis_has_round_ticks_within_its_range_and_says_what_it_is(tmp_path: Path) -> None:
+    assert log_ticks(0.4, 60.0, 7) == [0.5, 1, 2, 5, 10, 20, 50]
+    assert log_ticks(0.4, 60.0, 4) == [1, 3, 10, 30]
+    assert log_ticks(1e-8, 1e8, 4) == pytest.approx([1e-8, 1e-3, 1e2, 1e7])
+    run_dir(tmp_path, *(step(n, grad_norm=53.0 if n == 7 else 0.5) for n in range(1, 20)))
+    (chart,) = [chart for chart in charts(tmp_path) if "Gradient norm" in chart.title]
+    assert chart.figure.yaxis[0].axis_label == "L2 norm, log scale"
+    ticks = chart.figure.yaxis[0].ticker.ticks
+    assert len(ticks) >= 4 and max(ticks) > 20
+
+
+@pytest.mark.parametrize("has_mixture", [True, False])
+@pytest.mark.parametrize("num_small", range(8))
+def test_panels_leave_no_hole(num_small: int, has_mixture: bool) -> None:
+    mixture = Panel(title="mixture") if has_mixture else None
+    placed = around_mixture(mixture, [Panel(title=str(n)) for n in range(num_small)])
+    cells = sum(panel.width * panel.num_rows for panel in placed)
+    assert cells % 12 == 0 and len(placed) == num_small + has_mixture
+
+
+def test_panel_without_a_neighbor_takes_the_row() -> None:
+    left = Panel(title="left", width=5)
+    assert [panel.width for panel in beside(left, None)] == [12]
+    assert beside(None, None) == []
+
+
+def test_run_that_sent_nothing_and_has_no_guard_shows_no_empty_card(tmp_path: Path) -> None:
+    text = page(tmp_path, *(step(n, bytes_sent={"ulysses": 0}) for n in range(1, 9)))
+    assert "On the wire" not in text and "Held-out" not in text and "The guard" not in text
+
+
+def test_utilization_and_memory_are_shown_where_they_are_logged(tmp_path: Path) -> None:
+    text = page(tmp_path, step(1, utilization=0.425, peak_memory_bytes=3 * 2**30))
+    assert tiles(text)["Utilization"] == "42.5 %" and tiles(text)["Peak memory"] == "3 GiB"
+    assert "<h2>Utilization" in text and "<h2>Peak memory of rank 0" in text
+    assert "Utilization" not in page(tmp_path, step(1))
+
+
+def test_damaged_files_of_any_kind_give_a_page(tmp_path: Path) -> None:
+    folder = run_dir(tmp_path, step(1), config="a: &a [1]\nb: *a\n")
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{"a": ' + b"[" * 100_000 + b'\n\xff\xfe\n{"event": ' + b"9" * 5000 + b"}\n")
+    assert "3 lines are no JSON objects" in write_report(folder).read_text(encoding="utf-8")

@@ -181,7 +181,10 @@
   }
 
   showLocalTimes();
-  if (document.querySelector(".charts") === null) return;
+  if (document.querySelector(".charts") === null) {
+    document.documentElement.classList.add("ready");
+    return;
+  }
   document.documentElement.classList.add("waiting");
   whenDrawn(() => {
     try {
