@@ -3,8 +3,8 @@
 A function that draws returns a `Figure` and wears `@as_svg`, which sets the style, turns the figure
 into text, and keeps matplotlib out of everything that does not draw.  Text stays text in the file:
 whoever shows it picks a font that has the characters, and the same figure gives the same bytes.
-Colors keep their meaning for color-blind readers (Okabe and Ito 2008; Tol 2021); the light ones among
-them are darkened to a contrast of 3 on white.
+Colors keep their meaning for color-blind readers (Okabe and Ito 2008; Tol 2021); the light ones
+among them are darkened to a contrast of 3 on white.
 """
 
 from __future__ import annotations

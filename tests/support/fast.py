@@ -22,7 +22,12 @@ FILES_LEFT_OUT = (
 )
 """Files of tests/ that start no process but compute for more than 20 seconds."""
 
-STARTS_PROCESSES = ("subprocess", "multiprocessing", "tests.support.service")
+STARTS_PROCESSES = (
+    "subprocess",
+    "multiprocessing",
+    "tests.support.service",
+    "tests.support.browser",
+)
 """Imported modules by which a test file that starts processes is recognized."""
 
 
