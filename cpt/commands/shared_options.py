@@ -12,7 +12,7 @@ from cpt.errors import CheckpointError, ConfigError
 from cpt.resilience.environment import rank_of_environment, restore_gpu_ids
 
 if TYPE_CHECKING:
-    from cpt.offline.ranks import RankOptions
+    from cpt.offline.rank_options import RankOptions
     from cpt.training.sampling import Sampling
 
 
@@ -94,7 +94,7 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
 
 def rank_options(options: argparse.Namespace) -> RankOptions:
     """Return how the ranks of a command work together; only the first one warns."""
-    from cpt.offline.ranks import RankOptions
+    from cpt.offline.rank_options import RankOptions
 
     if rank_of_environment() > 0:
         logging.getLogger("cpt").setLevel(logging.ERROR)

@@ -21,7 +21,8 @@ from cpt.model.weights.checksums import model_hash
 from cpt.model.weights.writer import published, refuse_existing
 from cpt.offline.model import OfflineModel
 from cpt.offline.pieces import kept_pieces, partial_folder
-from cpt.offline.ranks import RankOptions, offline_ranks
+from cpt.offline.rank_options import RankOptions
+from cpt.offline.ranks import offline_ranks
 from cpt.offline.scored_sets import SetScorer
 from cpt.resilience.environment import rank_of_environment
 from cpt.resilience.faults import fault_point

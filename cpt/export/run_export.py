@@ -6,41 +6,21 @@ The weight files are those of cpt/export/huggingface.py; this file adds what onl
 from __future__ import annotations
 
 import json
-import logging
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from transformers import GptOssConfig
-
-from cpt.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from cpt.checkpoint.run_state import RunState
-from cpt.checkpoint.weights import CheckpointWeights
-from cpt.errors import ConfigError, DataError
+from cpt.checkpoint.manifest import Manifest, read_manifest
+from cpt.errors import ConfigError
 from cpt.export.huggingface import REPORT_FILE, export_checkpoint
 from cpt.export.model_card import markdown_table, model_card
 from cpt.export.quantization_error import report_rows
-from cpt.export.rounded_weights import RoundedWeights
-from cpt.guard.paired_test import compare_scores
-from cpt.guard.score import ScoredSet
-from cpt.model.weights.writer import refuse_existing
-from cpt.offline.model import OfflineModel, held_out_sets
-from cpt.offline.pieces import kept_pieces, partial_folder
-from cpt.offline.ranks import RankOptions, check_fit, offline_ranks
-from cpt.offline.scored_sets import SetScorer
+from cpt.offline.rank_options import RankOptions
 from cpt.resilience.environment import is_launched, rank_of_environment, read_environment
-from cpt.resilience.faults import fault_point
-from data_pipeline.store.files import sha256_of, write_json
+from data_pipeline.store.files import write_json
 from data_pipeline.tables import table
-
-log = logging.getLogger("cpt.export")
 
 COST_FILE = "mxfp4_cost.json"
 """Bits per byte of held-out text before and after rounding to MXFP4."""
-LARGEST_CPU_MODEL = 10**9
-"""Parameters; a larger model is scored on a CPU only with `--score always`."""
 COST_HEADER = ("domain", "bf16", "MXFP4", "change in % (95 % interval)")
 
 Score = Literal["auto", "always", "never"]
@@ -75,26 +55,18 @@ def export_run(
     if format_name == "mxfp4" and score == "auto" and is_launched():
         _refuse_ranks_that_decide_alone()
     manifest = read_manifest(folder)
-    sets: list[ScoredSet] = []
+
+    def write(costs: list[dict[str, Any]]) -> None:
+        _export(run_dir, folder, manifest, out, format_name, costs)
+
     if format_name == "mxfp4" and score != "never":
-        sets = _sets_to_score(manifest, score)
-    if not sets:
-        if rank_of_environment() == 0:
-            _export(run_dir, folder, manifest, out, format_name, [])
-        return out
-    config = GptOssConfig(**RunState.of(manifest).model_config)
-    with offline_ranks(config, partial_folder(out), options or RankOptions()) as ranks:
-        ranks.on_first(lambda: refuse_existing(out))
-        model = OfflineModel(config, ranks.topology)
-        with kept_pieces(out, _identity(folder, manifest, sets, model), ranks) as pieces:
-            weights = CheckpointWeights(folder, manifest, torch.bfloat16)
-            costs = quantization_cost(weights, SetScorer(model, sets, pieces))
+        # it imports DeepSpeed, which nothing else here needs
+        from cpt.export.mxfp4_cost import write_scored
 
-            def write() -> None:
-                fault_point("offline_publish", 0)
-                _export(run_dir, folder, manifest, out, format_name, costs)
-
-            ranks.on_first(write)
+        if write_scored(folder, manifest, out, score, options or RankOptions(), write):
+            return out
+    if rank_of_environment() == 0:
+        write([])
     return out
 
 
@@ -133,81 +105,6 @@ def _export(
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
     export_checkpoint(folder, out, format_name, complete)
-
-
-def _identity(
-    folder: Path, manifest: Manifest, sets: Sequence[ScoredSet], model: OfflineModel
-) -> dict[str, Any]:
-    """Return what the scores are computed from."""
-    return {
-        "command": "export",
-        "checkpoint": sha256_of(folder / MANIFEST),
-        "step": manifest.step,
-        "sets": {domain.name: domain.content_hash() for domain in sets},
-        "computed_in": str(model.dtype).removeprefix("torch."),
-    }
-
-
-def _sets_to_score(manifest: Manifest, score: Score) -> list[ScoredSet]:
-    """Return the held-out sets of the run, or none, with a warning that says why."""
-    config = RunState.of(manifest).config or {}
-    build_dir = config["data"].get("build_dir")
-    try:
-        sets = held_out_sets(
-            Path(config["data"]["mix"]),
-            Path(build_dir) if build_dir else None,
-            config["guard"]["max_documents"],
-        )
-    except (ConfigError, DataError) as error:
-        if score == "always":
-            raise
-        log.warning("bits per byte of the quantized weights are not measured: %s", error)
-        return []
-    if score == "auto":
-        refusal = _too_large(manifest)
-        if refusal:
-            log.warning("bits per byte of the quantized weights are not measured: %s", refusal)
-            return []
-    return sets
-
-
-def _too_large(manifest: Manifest) -> str:
-    """Return why a model is too large to be scored without being asked for; empty if it is not."""
-    numel = sum(math.prod(record.shape) for record in manifest.tensors.values())
-    if not torch.cuda.is_available():
-        if numel > LARGEST_CPU_MODEL:
-            return "there is no GPU. --score always measures them on the CPU."
-        return ""
-    try:
-        check_fit(GptOssConfig(**RunState.of(manifest).model_config))
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def quantization_cost(weights: CheckpointWeights, scorer: SetScorer) -> list[dict[str, Any]]:
-    """Return bits per byte of bf16 weights and of the same rounded to MXFP4, paired by document.
-
-    All ranks call it together and get the same.
-    """
-    before = scorer.scores("bf16", weights)
-    after = scorer.scores("mxfp4", RoundedWeights(weights, weights.shapes))
-    costs = []
-    for exact, rounded in zip(before, after, strict=True):
-        change = compare_scores(rounded, exact)
-        costs.append(
-            {
-                "domain": exact.name,
-                "language": exact.language,
-                "documents": len(exact.nats),
-                "bits_per_byte_bf16": exact.bits_per_byte,
-                "bits_per_byte_mxfp4": rounded.bits_per_byte,
-                "delta_percent": change.delta_percent,
-                "ci_low": change.ci_low,
-                "ci_high": change.ci_high,
-            }
-        )
-    return costs
 
 
 def describe_export(out: Path) -> str:

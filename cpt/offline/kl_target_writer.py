@@ -31,7 +31,8 @@ from cpt.model.weights.writer import (
 )
 from cpt.offline.model import OfflineModel
 from cpt.offline.pieces import Compute, ItemSeries, Pieces, kept_pieces, partial_folder
-from cpt.offline.ranks import RankOptions, offline_ranks
+from cpt.offline.rank_options import RankOptions
+from cpt.offline.ranks import offline_ranks
 from cpt.resilience.faults import fault_point
 from cpt.training.kl_target_format import (
     Sidecar,

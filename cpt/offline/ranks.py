@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from transformers import GptOssConfig
 from cpt.config import WatchdogSection
 from cpt.deepspeed_adapter.groups import CONTROL_TIMEOUT, create_topology, init_distributed
 from cpt.errors import ConfigError, RequeueRequested
+from cpt.offline.rank_options import RankOptions
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.planning.memory import parameter_counts
@@ -35,13 +36,11 @@ from cpt.resilience.agreed_stop import agreed_reason
 from cpt.resilience.devices import this_device
 from cpt.resilience.environment import LaunchEnvironment, is_launched, read_environment
 from cpt.resilience.phase import PhaseClock
-from cpt.resilience.stop import StopRequest, watch_launcher
+from cpt.resilience.stop import watch_launcher
 from cpt.resilience.watchdog import watching
 from data_pipeline.build.self_replay import joined_hash
 from data_pipeline.store.files import xxh3_of
 
-SAVE_EVERY = 32
-"""Rows, texts or prompts of a rank between two saves."""
 STOP_MARGIN_SECONDS = 300.0
 """How long before the end of its Slurm job a command stops; a round must fit into it."""
 STOP_BUDGET_SECONDS = 600.0
@@ -51,22 +50,6 @@ LARGEST_SHARE = 0.9
 
 T = TypeVar("T")
 log = logging.getLogger("cpt.offline.ranks")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankOptions:
-    """How the ranks of an offline command work together."""
-
-    ep_size: int | None = None
-    """Ranks that share one set of experts; None takes `choose_ep_size`."""
-    save_every: int = SAVE_EVERY
-    """Rows, texts or prompts of a rank between two saves."""
-    stop: StopRequest = field(default_factory=StopRequest)
-    """Requests to stop that have reached this rank."""
-
-    def __post_init__(self) -> None:
-        if self.save_every < 1:
-            raise ConfigError(f"--save_every {self.save_every} must be >= 1.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from cpt.offline.model import OfflineModel
 from cpt.offline.pieces import ItemSeries, Pieces, Report
-from cpt.offline.ranks import RankOptions
+from cpt.offline.rank_options import RankOptions
 from cpt.training.generate import generate
 from cpt.training.sampling import Sampling
 

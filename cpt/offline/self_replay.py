@@ -31,7 +31,8 @@ from cpt.model.weights.hf_layout import tensor_files
 from cpt.model.weights.writer import published, refuse_existing
 from cpt.offline.model import OfflineModel
 from cpt.offline.pieces import ItemSeries, Pieces, kept_pieces, partial_folder
-from cpt.offline.ranks import RankOptions, offline_ranks
+from cpt.offline.rank_options import RankOptions
+from cpt.offline.ranks import offline_ranks
 from cpt.offline.replies import compute_replies
 from cpt.offline.sampling import decode_tokens
 from cpt.resilience.faults import fault_point

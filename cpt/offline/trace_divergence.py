@@ -23,7 +23,8 @@ from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.offline.model import OfflineModel
-from cpt.offline.ranks import RankOptions, offline_ranks
+from cpt.offline.rank_options import RankOptions
+from cpt.offline.ranks import offline_ranks
 
 HARMLESS_FACTOR = 3
 """How many times what a harmless change costs the tolerance should be."""

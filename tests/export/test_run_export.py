@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,12 @@ def test_ranks_do_not_decide_alone_whether_they_score(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"--score auto on 2 ranks.*Give --score always"):
         export_run(tmp_path, tmp_path, tmp_path / "out", "mxfp4", "auto")
+
+
+def test_export_without_scores_needs_no_deepspeed() -> None:
+    code = (
+        "import sys, cpt.commands.export, cpt.export.run_export, cpt.offline.rank_options; "
+        "sys.exit('deepspeed' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2])
+    assert done.returncode == 0

@@ -6,7 +6,8 @@ import pytest
 
 from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
-from cpt.offline.ranks import RankOptions, choose_ep_size, weight_bytes
+from cpt.offline.rank_options import RankOptions
+from cpt.offline.ranks import choose_ep_size, weight_bytes
 
 GIB = 2**30
 LARGE = load_config(None, "gpt-oss-120b")

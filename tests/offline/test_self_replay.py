@@ -15,7 +15,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from cpt.cli import main
 from cpt.errors import ConfigError, DataError
 from cpt.job.data import check_replay
-from cpt.offline.ranks import RankOptions
+from cpt.offline.rank_options import RankOptions
 from cpt.offline.replies import prompts_of_rank
 from cpt.training.sampling import Sampling
 from data_pipeline.build.build import build

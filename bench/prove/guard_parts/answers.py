@@ -24,7 +24,8 @@ from cpt.model.configuration import load_config  # noqa: E402
 from cpt.model.parameters import parameter_shapes  # noqa: E402
 from cpt.model.weights.directory import DirectoryWeights  # noqa: E402
 from cpt.offline.model import OfflineModel  # noqa: E402
-from cpt.offline.ranks import RankOptions, offline_ranks  # noqa: E402
+from cpt.offline.rank_options import RankOptions  # noqa: E402
+from cpt.offline.ranks import offline_ranks  # noqa: E402
 from cpt.training.generate import generate  # noqa: E402
 from cpt.training.sampling import Sampling  # noqa: E402
 from data_pipeline.store.files import atomic_write  # noqa: E402

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from cpt.model.gpt_oss import GptOssForCPT
 from cpt.model.weights.hf_layout import is_expert_name
 from data_pipeline.console.progress import show_progress
+
+if TYPE_CHECKING:  # it imports DeepSpeed, which readers of weights do not need
+    from cpt.model.gpt_oss import GptOssForCPT
 
 
 class WeightSource(Protocol):

@@ -36,7 +36,8 @@ from cpt.offline.evaluation.verdict import (
 from cpt.offline.model import OfflineModel
 from cpt.offline.pieces import kept_pieces, partial_folder
 from cpt.offline.plain_model import load_export
-from cpt.offline.ranks import RankOptions, offline_ranks
+from cpt.offline.rank_options import RankOptions
+from cpt.offline.ranks import offline_ranks
 from cpt.resilience.environment import is_launched
 from cpt.resilience.faults import fault_point
 
