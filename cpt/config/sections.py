@@ -342,6 +342,10 @@ class TelemetrySection:
     router_interval_steps: int = 100
     """Optimizer steps between measurements of the routers: load, entropy and drift from the
     untouched model, by language; 0 turns them off."""
+    report_interval_seconds: int = 600
+    """Least time in seconds between two drawings of report.html while the run goes on; each follows
+    a checkpoint. The page is also drawn when the run is done or the guard pauses it. 0 turns the
+    drawings in between off."""
     sample_interval_steps: int = 0
     """Optimizer steps between continuations of `sample_prompts` in the log, metrics.jsonl and the
     trackers; 0 turns them off."""
@@ -354,7 +358,12 @@ class TelemetrySection:
     """Tokens of each continuation."""
 
     def check(self) -> Iterator[tuple[str, str]]:
-        for name in ("log_interval_steps", "sample_interval_steps", "router_interval_steps"):
+        for name in (
+            "log_interval_steps",
+            "sample_interval_steps",
+            "router_interval_steps",
+            "report_interval_seconds",
+        ):
             if getattr(self, name) < 0:
                 yield name, f"is {getattr(self, name)}, must be >= 0."
         if self.sample_tokens < 1:

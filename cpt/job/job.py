@@ -35,6 +35,7 @@ from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest
 from cpt.telemetry.mailbox import EventMailbox
 from cpt.telemetry.metrics import Telemetry
+from cpt.telemetry.report.periodic import PeriodicReport
 from cpt.training.engine import TrainingEngine
 from cpt.training.kl_targets import KLTargets
 from cpt.training.loader import MicroBatch, Places, pin, places_of_rank, read_micro_batch
@@ -75,11 +76,16 @@ class Job:
     """Time that this rank has waited for rows since the last `take_data_wait`."""
     reader: ReadAhead[Places, MicroBatch] = field(init=False)
     """Reads the micro batch after the one that is computed."""
+    report: PeriodicReport | None = field(default=None, init=False)
+    """Draws report.html while the run goes on; only the first rank has it."""
     _foreseen: GlobalBatch | None = field(default=None, init=False)
     """The batch of the next step, if nothing comes in between; it is of the present mixture."""
 
     def __post_init__(self) -> None:
         self.reader = ReadAhead(self._read)
+        if self.topology.rank == 0 and not self.context.observe:
+            interval = self.config.telemetry.report_interval_seconds
+            self.report = PeriodicReport(self.run_dir, interval)
 
     @property
     def config(self) -> RunConfig:

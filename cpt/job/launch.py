@@ -140,6 +140,8 @@ def run(
                 finish(job)
         finally:
             job.telemetry.close()
+            if job.report is not None:
+                job.report.close()
 
 
 def hold(context: RunContext) -> AbstractContextManager[None]:
@@ -196,7 +198,7 @@ def finish(job: Job) -> None:
     if job.topology.rank != 0:
         return
     with best_effort("report.html is not drawn"):
-        places["report"] = write_report(run_dir)
+        places["report"] = write_report(run_dir, leaving="finished")
     if job.guard is not None and job.guard.latest:
         log.info("the last measurement of the guard\n%s", job.guard.table())
     lines = [f"done: {job.progress.step} steps, {job.progress.tokens} tokens"]

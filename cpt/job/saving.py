@@ -145,3 +145,5 @@ def log_checkpoint(job: Job, done: Published) -> None:
         "asynchronous": done.asynchronous,
     }
     job.telemetry.log(event)
+    if job.report is not None:
+        job.report.refresh()

@@ -10,9 +10,10 @@ the template.  Stages:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ from cpt.telemetry.report.theme import counterparts, css_variables, dark_of
 from cpt.telemetry.report.tiles import tiles
 from cpt.telemetry.report.token_axis import token_axis
 from cpt.telemetry.report.trace_panel import trace_panel
-from cpt.telemetry.run_overview import METRICS, RunOverview, run_overview
+from cpt.telemetry.run_overview import METRICS, RunOverview, RunState, run_overview
 from data_pipeline.charts import MUTED
 from data_pipeline.store.files import write_text
 
@@ -68,8 +69,14 @@ MARK_DASHES = {"start": "dotted", "rollback": "dashed"}
 """Style of the line across all charts by kind of `starts.Mark`."""
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, *, leaving: RunState | None = None, cause: str = "") -> Path:
     """Write <run_dir>/report.html from the files of the run, in place of an older one.
+
+    Args:
+        run_dir: The run directory.
+        leaving: State in which this process is about to leave a directory that it still holds; None
+            for a run of another process, whose state is looked up.
+        cause: Why it leaves, in one line.
 
     Raises:
         ConfigError: the directory holds no metrics.jsonl.
@@ -80,7 +87,10 @@ def write_report(run_dir: Path) -> Path:
         raise ConfigError(
             f"{run_dir} holds no {METRICS}, so it is no run directory. Give another with --run_dir."
         )
-    text = render_report(run_overview(run_dir), read_run(run_dir))
+    overview = run_overview(run_dir)
+    if leaving is not None:
+        overview = replace(overview, state=leaving, cause=cause, eta_seconds=math.nan)
+    text = render_report(overview, read_run(run_dir))
     target = run_dir / "report.html"
     try:
         write_text(target, text)
