@@ -29,6 +29,7 @@ from cpt.commands import (  # noqa: E402
     replay,
     report,
     sample,
+    stage,
     status,
     suite,
 )
@@ -58,6 +59,7 @@ COMMANDS = (
     suite,
     replay,
     kl_targets,
+    stage,
     doctor,
 )
 """In the order in which `cpt --help` lists them."""

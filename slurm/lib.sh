@@ -40,6 +40,7 @@ load_settings() {
     : "${CPT_MODULE_PATHS:=}" "${CPT_RANKS_PER_NODE:=}" "${CPT_MASTER_INTERFACE:=}" "${CPT_SUBMIT:=qsub}" "${CPT_MPIRUN:=}"
     : "${CPT_STOP_AFTER_SECONDS:=}" "${CPT_STOP_MARGIN_SECONDS:=600}" "${CPT_KEEP_RESOURCES=filesystems}"
     : "${CPT_KEEP_VARIABLES=RTYPE USE_SSH}" "${CPT_MAX_RESTARTS:=20}" "${CPT_RESTART_ON_FAILURE:=0}" "${CPT_SAVE_SECONDS:=600}"
+    : "${CPT_STAGE_DIR:=}" "${CPT_STAGE_KEEP:=0}" "${CPT_STAGE_SECONDS:=7200}"
     : "${CPT_SUITE:=configs/suites/gpt-oss.yaml}" "${CPT_VLLM:=vllm}" "${CPT_VLLM_START_SECONDS:=1800}"
     : "${CPT_VLLM_CONTEXT:=40960}" "${CPT_LM_EVAL:=lm_eval}" "${CPT_LIGHTEVAL:=lighteval}"
     local name
@@ -47,7 +48,7 @@ load_settings() {
         [[ -n "${!name:-}" ]] || refuse "$file: $name is empty. slurm/env.example.sh says what it is."
     done
     for name in CPT_MAX_RESTARTS CPT_RESTART_ON_FAILURE CPT_SAVE_SECONDS CPT_STOP_MARGIN_SECONDS CPT_STOP_AFTER_SECONDS \
-        CPT_VLLM_START_SECONDS CPT_VLLM_CONTEXT; do
+        CPT_STAGE_KEEP CPT_STAGE_SECONDS CPT_VLLM_START_SECONDS CPT_VLLM_CONTEXT; do
         [[ "$name" == CPT_STOP_AFTER_SECONDS && -z "${!name}" || "${!name}" =~ ^[0-9]+$ ]] || refuse "$file: $name is '${!name}', must be a whole number."
     done
     case $CPT_CONTAINER in
@@ -87,15 +88,16 @@ load_modules() {
 prepare_container() {
     load_modules
     SRUN_CONTAINER=() CONTAINER=()
-    local folder mounts=$PWD:$PWD
+    local folder mounts=$PWD:$PWD binds=$CPT_BINDS
+    [[ ! -d "$CPT_STAGE_DIR" ]] || binds+=" $CPT_STAGE_DIR"
     case $CPT_CONTAINER in
         apptainer | singularity)
             CONTAINER=("$CPT_CONTAINER" exec --nv --pwd "$PWD" --bind "$PWD")
-            for folder in $CPT_BINDS; do CONTAINER+=(--bind "$folder"); done
+            for folder in $binds; do CONTAINER+=(--bind "$folder"); done
             CONTAINER+=("$CPT_IMAGE")
             ;;
         pyxis)
-            for folder in $CPT_BINDS; do mounts+=",$folder:$folder"; done
+            for folder in $binds; do mounts+=",$folder:$folder"; done
             SRUN_CONTAINER=(--container-image="$CPT_IMAGE" --container-mounts="$mounts" --container-workdir="$PWD")
             ;;
     esac
@@ -274,6 +276,8 @@ run_nodes() {
         CPT_ENV="${CPT_ENV:-slurm/env.sh}" CPT_RUN_DIR="$CPT_RUN_DIR" CPT_CONFIG="$CPT_CONFIG"
         CPT_DS_CONFIG="$CPT_DS_CONFIG" JOB="$JOB" SLURM_RESTART_COUNT="$RESTARTS" # tells cpt whether this is a restart
     )
+    # the path as the first node has it: the variables of a job may be unknown to shells that mpirun starts
+    [[ -z "$CPT_STAGE_DIR" ]] || settings+=(CPT_STAGE_DIR="$CPT_STAGE_DIR")
     [[ -z "$JOB_END" ]] || settings+=(SLURM_JOB_END_TIME="$JOB_END") # and when it must have saved
     say "start $RESTARTS of at most $CPT_MAX_RESTARTS restarts: $nodes nodes x $ranks ranks, run directory $CPT_RUN_DIR"
     listen_for_signals USR1 TERM
@@ -292,6 +296,7 @@ run_nodes() {
     trap - USR1 TERM
     [[ -z "$timer" ]] || kill -- -"$timer" 2>/dev/null
     forget_own_stop
+    rm -rf "$CPT_RUN_DIR/.copied-$JOB" # by which the nodes have waited for each other
     return "$code"
 }
 

@@ -60,6 +60,42 @@ start_launcher() {
     set +m
 }
 
+# Copy what the run reads to a disk of this node.  What cannot be copied is read from shared storage.
+stage_inputs() {
+    [[ -n "$CPT_STAGE_DIR" && "${PROGRAM[0]}" == cpt/run.py ]] || return 0
+    local folder=$CPT_STAGE_DIR/gpt-oss-cpt word
+    local -a settings=(--config "$CPT_CONFIG" --run_dir "$CPT_RUN_DIR")
+    # copies that are not kept are this job's own: another job may end while this one reads
+    ((CPT_STAGE_KEEP)) || folder+=-$JOB
+    for ((word = 0; word + 1 < ${#CPT_RUN_ARGUMENTS[@]}; word++)); do
+        [[ "${CPT_RUN_ARGUMENTS[word]}" != --set ]] || settings+=(--set "${CPT_RUN_ARGUMENTS[word + 1]}")
+    done
+    say "copying to $folder"
+    if CPT_STAGED=$(python -m cpt.cli stage "${settings[@]}" --to "$folder"); then
+        export CPT_STAGED
+    else
+        unset CPT_STAGED
+        say "nothing could be copied to $folder: this node reads from shared storage"
+    fi
+    ((CPT_STAGE_KEEP)) || STAGED_FOLDER=$folder
+    wait_for_copies
+}
+
+# Wait until all nodes have copied: ranks that start earlier would wait for the others only as long as NCCL allows.
+wait_for_copies() {
+    local folder=$CPT_RUN_DIR/.copied-$JOB deadline=$((SECONDS + CPT_STAGE_SECONDS)) node missing
+    ((NODES > 1)) && mkdir -p "$folder" && touch "$folder/${SLURM_RESTART_COUNT:-0}-$NODE" || return 0
+    while :; do
+        missing=
+        for ((node = 0; node < NODES; node++)); do
+            [[ -e "$folder/${SLURM_RESTART_COUNT:-0}-$node" ]] || missing+=" $node"
+        done
+        [[ -n "$missing" ]] || return 0
+        ((SECONDS < deadline)) || { say "nodes$missing still copy after CPT_STAGE_SECONDS=$CPT_STAGE_SECONDS"; return 0; }
+        sleep 1
+    done
+}
+
 processes_left() {
     kill -0 -- -"$LAUNCHER" 2>/dev/null
 }
@@ -109,8 +145,15 @@ judge() {
 
 HOSTS=$(mktemp)
 readonly HOSTS
-trap 'rm -f "$HOSTS"' EXIT
+STAGED_FOLDER=
+# shellcheck disable=SC2317  # called by the trap
+clean_up() {
+    rm -f "$HOSTS"
+    [[ -z "$STAGED_FOLDER" ]] || rm -rf "$STAGED_FOLDER"
+}
+trap clean_up EXIT
 [[ -n "${CPT_MEASURE:-}" ]] || listen_for_signals TERM USR1 INT
+stage_inputs
 start_launcher
 wait_for "$LAUNCHER"
 judge $?

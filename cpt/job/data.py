@@ -16,6 +16,7 @@ from cpt.job.progress import Progress, batch_of_step
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.parallel.topology import Topology
+from cpt.storage.local_copies import local_copy
 from cpt.training.kl_targets import KLTargets, check_targets
 from data_pipeline.build.build import (
     build,
@@ -187,7 +188,7 @@ def open_data(context: RunContext) -> BuiltData:
         return str(folder)
 
     folder = Path(on_first_rank(context.control_group, build_if_missing))
-    data = together(context.control_group, lambda: BuiltData.open(folder, mix=mix))
+    data = together(context.control_group, lambda: BuiltData.open(local_copy(folder), mix=mix))
     on_first_rank(context.control_group, lambda: check_replay(config, data))
     return data
 

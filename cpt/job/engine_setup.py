@@ -29,6 +29,7 @@ from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.parallel.ulysses import Ulysses
 from cpt.resilience.phase import PhaseClock
+from cpt.storage.local_copies import local_copy
 from cpt.training.engine import TrainingEngine
 
 log = logging.getLogger("cpt.job.engine_setup")
@@ -137,7 +138,7 @@ def weight_source(
     if path is None:
         return RandomWeights(config.train.seed, float(model_config.initializer_range))
     shapes = parameter_shapes(model_config)
-    return together(topology.control_group, lambda: DirectoryWeights(path, shapes))
+    return together(topology.control_group, lambda: DirectoryWeights(local_copy(path), shapes))
 
 
 def verify_checksums(source: WeightSource, topology: Topology) -> None:

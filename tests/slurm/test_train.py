@@ -181,3 +181,33 @@ def test_data_array_export_and_guard_jobs_do_what_one_process_does(
         assert found["bits_per_byte"] == pytest.approx(logged[name]["bits_per_byte"], rel=1e-3)
     assert {"config.json", "tokenizer.json"} <= {path.name for path in out.iterdir()}
     assert list(out.glob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_run_whose_rank_was_killed_goes_on_from_copies_on_another_node(
+    cluster, slurm_workplace, undisturbed, tmp_path
+) -> None:
+    """The first start loses a rank in step 3, and its node; both read from a disk of their node."""
+    run_dir = slurm_workplace / "avoiding"
+    settings = {
+        "CPT_FAULT": "forward:*:3:sleep=6",
+        "CPT_RESTART_ON_FAILURE": "1",
+        "CPT_STAGE_DIR": str(tmp_path),
+    }
+    options = ("--nodes=1", "--gpus-per-node=2")
+    job = submit_training(cluster, slurm_workplace, "avoiding", *options, **settings)
+    cluster.wait_for(job, "step=3 action=sleep", times=2)
+    first_node = cluster.job(job)["NodeList"]
+    ranks = processes(run_dir, "cpt/run.py")
+    of_launcher = processes(run_dir, "deepspeed")
+    victim = max(set(ranks) - set(of_launcher))
+    os.kill(victim, signal.SIGKILL)
+    fields = cluster.wait(job)
+    output = cluster.output(job)
+    assert ending(fields) == ("COMPLETED", "0:0", "1"), output
+    assert f"on {first_node} and queued again" in output, output
+    assert fields["ExcNodeList"] == first_node != fields["NodeList"]
+    assert output.count(f"is read from {tmp_path}/gpt-oss-cpt-{job}/built-") == 2, output
+    assert list(tmp_path.iterdir()) == []
+    cluster.wait(undisturbed)
+    assert tensor_hashes(run_dir) == tensor_hashes(slurm_workplace / "undisturbed")

@@ -20,6 +20,7 @@ DEEPSPEED = (
     RECORD
     + r"""
 echo "host file $(tr "\n" " " <"$2")" >>"$CALLS"
+echo "staged ${CPT_STAGED:-nothing}" >>"$CALLS"
 echo "gpus ${CPT_VISIBLE_DEVICES:-unset}" >>"$CALLS"
 echo $$ >"$CALLS.pid"
 stop_file="${DEEPSPEED_OBEYS:-}/STOP"
@@ -30,6 +31,14 @@ if [[ -n "${FAILURE:-}" ]]; then
     echo "$FAILURE" >"$CPT_RUN_DIR/last_failure.json"
 fi
 exit "${DEEPSPEED_EXIT:-75}"
+"""
+)
+PYTHON = (
+    RECORD
+    + """
+[[ "$3" == stage ]] || exit "${STATUS_EXIT:-0}"
+[[ "${STAGE_EXIT:-0}" == 0 ]] || exit "$STAGE_EXIT"
+mkdir -p "${!#}" && touch "${!#}/copy" && echo '{"/shared/a": "/local/a"}'
 """
 )
 # like the real ones: skips its own options and runs the rest, on "nodes" one after another
@@ -125,7 +134,7 @@ def make_bench(folder: Path) -> Bench:
     for name, text in programs.items():
         write_program(folder / "bin" / name, text)
     write_program(folder / "venv" / "bin" / "deepspeed", DEEPSPEED)
-    write_program(folder / "venv" / "bin" / "python", RECORD + 'exit "${STATUS_EXIT:-0}"\n')
+    write_program(folder / "venv" / "bin" / "python", PYTHON)
     (folder / "env.sh").write_text("CPT_RUN_ARGUMENTS=(--set 'data.note=two words')\n")
     variables = {
         "PATH": f"{folder}/bin:{os.environ['PATH']}",

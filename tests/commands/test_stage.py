@@ -1,0 +1,74 @@
+"""`cpt stage` copies what a run reads, says where it is, and leaves out what cannot be copied."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cpt.cli import main
+from cpt.model.weights.checksums import write_sums
+from cpt.storage.local_copies import VARIABLE, local_copy
+from data_pipeline.dataset import BuiltData
+from tests.support.service import make_workplace
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with built data and a model that it starts from; its weights have known hashes."""
+    folder = make_workplace(tmp_path_factory.mktemp("stage"))
+    model = folder / "model"
+    model.mkdir()
+    save_file({"a": torch.ones(64)}, str(model / "model.safetensors"))
+    write_sums(model, ["model.safetensors"])
+    run = (folder / "run.yaml").read_text().replace("init: tiny", "path: model")
+    (folder / "run.yaml").write_text(run)
+    return folder
+
+
+def staged(
+    workplace: Path, to: Path, capsys: pytest.CaptureFixture[str], run_dir: str = "run"
+) -> tuple[dict[str, str], str]:
+    """Run the command; return what it printed and what it logged."""
+    words = ["stage", "--config", str(workplace / "run.yaml"), "--to", str(to)]
+    assert main([*words, "--run_dir", str(workplace / run_dir)]) == 0
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def test_build_and_weights_are_read_from_the_copies_and_are_the_same(
+    workplace: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = staged(workplace, tmp_path, capsys)
+    build, model = workplace / "built", workplace / "model"
+    assert set(found) == {str(build), str(model)}
+    monkeypatch.setenv(VARIABLE, json.dumps(found))
+    copied = BuiltData.open(local_copy(build))
+    assert copied.directory.is_relative_to(tmp_path)
+    assert copied.manifest == BuiltData.open(build).manifest
+    names = {path.name for path in local_copy(model).iterdir()}
+    assert names == {"model.safetensors", "SHA256SUMS"}
+
+
+def test_run_that_goes_on_from_a_checkpoint_copies_no_weights(
+    workplace: Path, tmp_path: Path, capsys
+) -> None:
+    (workplace / "resumed" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    found, _ = staged(workplace, tmp_path, capsys, "resumed")
+    assert set(found) == {str(workplace / "built")}
+
+
+def test_damaged_weights_are_told_and_left_to_the_run_on_shared_storage(
+    workplace: Path, tmp_path: Path, capsys
+) -> None:
+    sums = workplace / "model" / "SHA256SUMS"
+    right = sums.read_text()
+    sums.write_text("0" * 64 + right[64:])
+    found, said = staged(workplace, tmp_path, capsys)
+    sums.write_text(right)
+    assert set(found) == {str(workplace / "built")}
+    assert "SHA-256 is" in said and "It is read from shared storage." in said
+    assert not list(tmp_path.glob("model-*"))
