@@ -19,9 +19,11 @@ from tests.support.job_scripts import DEEPSPEED, Bench, write_program
 from tests.support.launcher import ROOT
 
 FAKE = ROOT / "tests" / "support" / "fake_schedulers.py"
+SELECT = "select=2:ncpus=192:ngpus=8:mpiprocs=8:mem=1800gb:ompthreads=24:vntype=h200"
+"""So long that qstat breaks its line."""
 PBS = (
     *("-P", "gaa50000", "-q", "rt_HF", "-N", "ja-20b", "-l", "walltime=48:00:00"),
-    *("-l", "select=2:ncpus=192:ngpus=8:mpiprocs=8:mem=1800gb", "-l", "filesystems=home:groups"),
+    *("-l", SELECT, "-l", "filesystems=home:groups"),
 )
 AGE = (
     *("-g", "tga-team", "-l", "node_f=2", "-l", "h_rt=24:00:00", "-ar", "7083", "-p", "-4"),
