@@ -19,6 +19,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
 
 from cpt.commands import (  # noqa: E402
     checkpoints,
+    compare,
     doctor,
     evaluate,
     export,
@@ -32,6 +33,7 @@ from cpt.commands import (  # noqa: E402
     stage,
     status,
     suite,
+    watch,
 )
 from cpt.errors import EXIT_DONE, EXIT_INTERNAL, CptError  # noqa: E402
 from cpt.resilience.environment import (  # noqa: E402
@@ -52,6 +54,8 @@ COMMANDS = (
     sample,
     report,
     status,
+    watch,
+    compare,
     checkpoints,
     guard,
     plan,

@@ -32,7 +32,7 @@ class EventReader:
         self._begins_inside_a_line = False
         self.is_whole = True
         """Whether the file is read from its beginning."""
-        self.is_caught_up = True
+        self.is_caught_up = False
         """Whether the last look came to the end of the file."""
         self.num_damaged = 0
         """Lines that are no JSON object."""
@@ -41,7 +41,7 @@ class EventReader:
 
     @property
     def share_read(self) -> float:
-        """Share of the file that was read, 0 to 1."""
+        """Share of the file that was read when it was last looked at, 0 to 1."""
         return self._offset / self._size if self._size else 1.0
 
     def find_file(self) -> bool:

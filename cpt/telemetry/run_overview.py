@@ -105,22 +105,55 @@ class RunOverview:
         """The held-out domain that is nearest to its tolerance, or beyond it."""
         return self.guard[0] if self.guard else None
 
+    def with_problem(self, problem: str) -> RunOverview:
+        """Return the same state with one more thing to look at."""
+        return replace(self, problems=(*self.problems, problem))
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON values; what is not a number is None."""
         plain: dict[str, Any] = _finite(asdict(self))
         return plain
 
 
-def run_overview(run_dir: Path) -> RunOverview:
+def run_overview(run_dir: Path, *, tail_bytes: int = TAIL_BYTES) -> RunOverview:
     """Look at a run directory once.
 
-    Of a metrics.jsonl that is longer than `TAIL_BYTES` only the end is read; the goodput is then
+    Of a metrics.jsonl that is longer than `tail_bytes` only the end is read; the goodput is then
     the last one that the run itself logged.
     """
-    follower = RunFollower(run_dir, tail_bytes=TAIL_BYTES)
+    follower = RunFollower(run_dir, tail_bytes=tail_bytes)
     while not follower.read_on():
         pass
     return follower.overview()
+
+
+def broken_run(run_dir: Path, problem: str) -> RunOverview:
+    """Return the state of a run that cannot be looked at."""
+    return RunOverview(
+        name=run_dir.name,
+        state="unknown",
+        cause=problem,
+        exit_code=None,
+        step=0,
+        planned_steps=None,
+        saved_step=None,
+        tokens=None,
+        loss=math.nan,
+        learning_rate=math.nan,
+        tokens_per_second=math.nan,
+        seconds_per_step=math.nan,
+        eta_seconds=math.nan,
+        utilization=math.nan,
+        peak_memory_bytes=None,
+        goodput=math.nan,
+        guard=(),
+        actions=(),
+        num_starts=0,
+        num_going_back=0,
+        last_sign=math.nan,
+        host="",
+        problems=(),
+    )
 
 
 class RunFollower:
@@ -145,6 +178,16 @@ class RunFollower:
     def config(self) -> dict[str, Any]:
         """Content of config.resolved.yaml; empty if it cannot be read."""
         return self._config
+
+    @property
+    def is_caught_up(self) -> bool:
+        """Whether the last look came to the end of the log."""
+        return self._reader.is_caught_up
+
+    @property
+    def share_read(self) -> float:
+        """Share of the log that was read, 0 to 1."""
+        return self._reader.share_read
 
     def read_on(self, max_bytes: int = CHUNK_BYTES) -> bool:
         """Read what was added to the log, and return whether its end was reached."""
@@ -190,7 +233,7 @@ class RunFollower:
             step=tally.step,
             planned_steps=planned,
             saved_step=saved,
-            tokens=tally.tokens() if self._reader.is_whole else None,
+            tokens=tally.tokens() if self._reader.is_whole else tally.logged_tokens(),
             loss=tally.loss,
             learning_rate=tally.learning_rate,
             tokens_per_second=tally.tokens_per_second(),
@@ -212,8 +255,6 @@ class RunFollower:
         """Return what a person should look at."""
         found = [text for text in (self._log_problem, self._config_problem) if text]
         reader, tally = self._reader, self._tally
-        if not reader.is_caught_up:
-            found.append(f"{100 * reader.share_read:.0f} % of {METRICS} is read so far")
         if reader.num_damaged:
             found.append(f"{METRICS}: {reader.num_damaged:,} lines are no JSON objects")
         if tally.failed_save:

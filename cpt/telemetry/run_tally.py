@@ -104,18 +104,20 @@ class RunTally:
         """Why the newest save failed; empty once a later one succeeded."""
         self.actions: deque[GuardAction] = deque(maxlen=KEPT_ACTIONS)
         self._standings: dict[tuple[str, str, str], GuardStanding] = {}
+        self._has_decisions = False
         self._tolerances: dict[str, float] = {}
-        self._recent: deque[tuple[int, float, float]] = deque(maxlen=RECENT_STEPS)
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)
+        self._total_tokens: int | None = None
         self._steps = array("q")
         self._tokens = array("q")
         self._account = GoodputAccount()
         self._goodput: Goodput | None = None
+        self._accounted_events = 0
         self._logged_goodput = math.nan
 
     def take(self, event: dict[str, Any]) -> None:
         """Take the next event of metrics.jsonl."""
         self.num_events += 1
-        self._goodput = None
         self._account.take(event)
         kind = event.get("event")
         if kind == "step":
@@ -141,27 +143,34 @@ class RunTally:
         elif kind in ("guard_rollback", "rollback"):
             self._take_rollback(event)
 
+    def logged_tokens(self) -> int | None:
+        """Return the tokens that the run itself has counted; None in logs that do not tell."""
+        return self._total_tokens
+
     def tokens(self) -> int:
         """Return the predicted tokens of all steps that count."""
-        return sum(self._tokens)
+        return sum(self._tokens) if self._total_tokens is None else self._total_tokens
 
     def seconds_per_step(self) -> float:
         """Return the mean duration of the last steps; NaN if there are none."""
         if not self._recent:
             return math.nan
-        return sum(seconds for _, _, seconds in self._recent) / len(self._recent)
+        return sum(seconds for _, seconds in self._recent) / len(self._recent)
 
     def tokens_per_second(self) -> float:
         """Return the speed over the last steps; NaN if there are none."""
-        seconds = sum(seconds for _, _, seconds in self._recent)
+        seconds = sum(seconds for _, seconds in self._recent)
         if seconds <= 0:
             return math.nan
-        return sum(tokens for _, tokens, _ in self._recent) / seconds
+        return sum(tokens for tokens, _ in self._recent) / seconds
 
     def goodput(self) -> float:
         """Return the productive share of the time of all starts so far; NaN if none was logged."""
-        if self._goodput is None:
+        # the account takes as long as the run has steps: it is made again when 0.1 % were added
+        added = self.num_events - self._accounted_events
+        if self._goodput is None or added > 0.001 * self.num_events:
             self._goodput = self._account.result()
+            self._accounted_events = self.num_events
         return self._goodput.share
 
     def logged_goodput(self) -> float:
@@ -186,13 +195,13 @@ class RunTally:
         self.learning_rate = number(event.get("lr"))
         self.utilization = number(event.get("utilization"))
         self.peak_memory_bytes = whole_number(event.get("peak_memory_bytes"))
-        tokens = number(event.get("tokens"))
-        tokens = tokens if math.isfinite(tokens) else 0.0
+        tokens = whole_number(event.get("tokens")) or 0
+        self._total_tokens = whole_number(event.get("total_tokens"))
         self._steps.append(step)
-        self._tokens.append(int(tokens))
+        self._tokens.append(tokens)
         seconds = number(event.get("seconds"))
         if math.isfinite(seconds):
-            self._recent.append((step, tokens, seconds))
+            self._recent.append((tokens, seconds))
 
     def _go_back_before(self, step: int) -> None:
         """Forget what a restart or a rollback took back."""
@@ -204,6 +213,7 @@ class RunTally:
                 del self._standings[key]
 
     def _take_end(self, event: dict[str, Any]) -> None:
+        self._goodput = None
         known = self.end or RunEnd(time=math.nan, exit_code=None, cause="")
         time = number(event.get("time"))
         code = whole_number(event.get("exit_code"))
@@ -224,6 +234,10 @@ class RunTally:
             tolerance = self._tolerances.get(domain, math.nan)
         measure = str(event.get("measure") or "")
         delta = number(event.get("delta", event.get("delta_percent")))
+        action = str(event.get("action", "none"))
+        if action != "none" and not self._has_decisions:
+            change = f"{domain}: {delta:+.2f} {UNITS.get(kind, '')}"
+            self.actions.append(GuardAction(step=step, action=action, reason=change))
         self._standings[kind, domain, measure] = GuardStanding(
             domain=domain,
             measure=measure,
@@ -237,6 +251,7 @@ class RunTally:
 
     def _take_decision(self, event: dict[str, Any]) -> None:
         step = whole_number(event.get("step")) or 0
+        self._has_decisions = True
         action = str(event.get("action", "none"))
         reason = str(event.get("reason") or "")
         if action != "none":

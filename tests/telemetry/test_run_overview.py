@@ -7,64 +7,33 @@ import math
 import os
 import subprocess
 import sys
-import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cpt.resilience.lock import LOCK, STALE_SECONDS, Holder, this_process
+from cpt.resilience.lock import LOCK, STALE_SECONDS
 from cpt.telemetry.event_reader import EventReader
 from cpt.telemetry.run_overview import RunFollower, run_overview
+from cpt.telemetry.run_tally import RunTally, badness
 from tests.support.records import write_jsonl
-
-CONFIG = "train: {total_steps: 30}\nguard: {tolerance_percent: 1.0}\n"
-STARTED = 1_700_000_000.0
-PAUSE = {"event": "guard_decision", "step": 4, "action": "pause", "reason": "english lost 2 %"}
-
-
-def start(step: int = 0, at: float = STARTED) -> dict[str, Any]:
-    return {"event": "start", "step": step, "time": at, "start_up_seconds": 1.0}
-
-
-def step(number: int, **changes: Any) -> dict[str, Any]:
-    event = {"event": "step", "step": number, "loss": 3.0, "tokens": 1000, "seconds": 2.0}
-    return {**event, **changes}
-
-
-def steps(first: int, last: int) -> list[dict[str, Any]]:
-    return [step(number) for number in range(first, last + 1)]
-
-
-def end(number: int, **changes: Any) -> dict[str, Any]:
-    return {"event": "end", "step": number, "time": STARTED + 100, **changes}
-
-
-def make_run(folder: Path, *events: dict[str, Any], saved: int | None = None) -> Path:
-    """Fill a run directory as a run would leave it."""
-    folder.mkdir(exist_ok=True)
-    write_jsonl(folder / "metrics.jsonl", events)
-    (folder / "config.resolved.yaml").write_text(CONFIG)
-    if saved is not None:
-        checkpoint = folder / "checkpoints" / f"step-{saved:08d}"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "manifest.json").write_text("{}")
-    return folder
-
-
-def lock(folder: Path, age_seconds: float = 0.0, **changes: Any) -> None:
-    """Leave the lock of this process, or of another."""
-    holder: dict[str, Any] = {**asdict(this_process()), **changes}
-    path = folder / LOCK
-    path.write_text(json.dumps(asdict(Holder(**holder))))
-    refreshed = time.time() - age_seconds
-    os.utime(path, (refreshed, refreshed))
+from tests.support.run_folders import (
+    PAUSE,
+    STARTED,
+    end,
+    leave_lock,
+    make_run,
+    start,
+    step,
+    steps,
+)
 
 
 def test_run_whose_process_is_alive_is_running_with_an_eta(tmp_path: Path) -> None:
     run = make_run(tmp_path, start(), *steps(1, 20))
-    lock(run)
+    leave_lock(run)
     seen = run_overview(run)
     assert (seen.state, seen.step, seen.planned_steps, seen.loss) == ("running", 20, 30, 3.0)
     assert (seen.tokens, seen.tokens_per_second, seen.num_starts) == (20_000, 500.0, 1)
@@ -76,7 +45,7 @@ def test_run_that_was_killed_on_this_machine_has_failed_and_says_what_is_saved(
     tmp_path: Path,
 ) -> None:
     run = make_run(tmp_path, start(), *steps(1, 5), saved=4)
-    lock(run, started="1")  # the process id is used by another process now
+    leave_lock(run, started="1")  # the process id is used by another process now
     seen = run_overview(run)
     assert seen.state == "failed"
     assert "ended without a word" in seen.cause and "step 4 is saved" in seen.cause
@@ -88,7 +57,7 @@ def test_run_of_another_machine_is_alive_while_its_lock_is_fresh(
     tmp_path: Path, age_seconds: float, state: str
 ) -> None:
     run = make_run(tmp_path, start(), *steps(1, 5))
-    lock(run, age_seconds, machine="another", host="node7")
+    leave_lock(run, age_seconds, machine="another", host="node7")
     seen = run_overview(run)
     assert seen.state == state and "node7" in seen.host
     if state == "failed":
@@ -145,7 +114,7 @@ def test_run_is_finished_when_its_planned_last_step_is_saved(tmp_path: Path) -> 
 def test_empty_and_missing_directories_have_a_state(tmp_path: Path) -> None:
     assert run_overview(tmp_path).state == "never started"
     assert run_overview(tmp_path / "missing").state == "unknown"
-    lock(tmp_path)
+    leave_lock(tmp_path)
     seen = run_overview(tmp_path)
     assert (seen.state, seen.cause, seen.step) == ("running", "starting", 0)
 
@@ -245,7 +214,7 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
 
 def test_looking_writes_nothing(tmp_path: Path) -> None:
     run = make_run(tmp_path, start(), *steps(1, 5), saved=4)
-    lock(run, machine="another")
+    leave_lock(run, machine="another")
     before = {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]}
     run_overview(run)
     assert {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]} == before
@@ -254,3 +223,33 @@ def test_looking_writes_nothing(tmp_path: Path) -> None:
 def test_looking_needs_no_torch() -> None:
     code = "import sys, cpt.telemetry.run_overview; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+KINDS = ("start", "step", "end", "goodput", "checkpoint", "guard", "guard_decision", "rollback")
+KEYS = ("step", "time", "tokens", "seconds", "loss", "delta", "domain", "evidence", "from_step")
+
+
+@given(
+    st.lists(
+        st.builds(
+            lambda kind, more: {"event": kind, **more},
+            st.sampled_from(KINDS),
+            st.dictionaries(st.sampled_from(KEYS), VALUES),
+        ),
+        max_size=12,
+    )
+)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_no_value_in_an_event_breaks_the_tally(events: list[dict[str, Any]]) -> None:
+    tally = RunTally()
+    for event in events:
+        tally.take(event)
+    assert tally.tokens() >= 0 and tally.step >= 0
+    tally.goodput()
+    tally.tokens_per_second()
+    sorted(tally.standings(), key=badness)

@@ -47,6 +47,7 @@ class StepChart:
         unit: str,
         title: str,
         step_label: str = STEP_LABEL,
+        counts_tokens: bool = False,
     ) -> None:
         """Set up an empty frame.
 
@@ -57,6 +58,8 @@ class StepChart:
             unit: Label of the vertical axis.
             title: Description for those who cannot see the chart.
             step_label: Label of the horizontal axis.
+            counts_tokens: The horizontal axis counts tokens, so that lines share no points;
+                tooltips tell the value of each at the place of the pointer.
         """
         from bokeh.models import Range1d
         from bokeh.plotting import figure
@@ -64,6 +67,7 @@ class StepChart:
         self.title = title
         self.steps = steps
         self.values = values
+        self._counts_tokens = counts_tokens
         self._told: dict[str, Series] = {}
         self.figure: figure = figure(
             height=height,
@@ -218,8 +222,13 @@ class StepChart:
         middle = (self.values.low + self.values.high) / 2
         source: dict[str, Any] = {"x": x, "y": np.full(len(x), middle), "step": _step_texts(x)}
         rows = [("step", "step")]
+        texts_at = _texts_at
+        if self._counts_tokens:
+            source["step"] = [f"{tokens:.4g}" for tokens in x]
+            rows = [("tokens", "step")]
+            texts_at = _texts_between
         for index, (name, series) in enumerate(self._told.items()):
-            source[f"text{index}"] = _texts_at(x, series)
+            source[f"text{index}"] = texts_at(x, series)
             rows.append((name, f"text{index}"))
         # one invisible line for all: each line of its own would open a tooltip of its own
         invisible = self.figure.line("x", "y", source=source, line_alpha=0)
@@ -258,7 +267,8 @@ class StepChart:
         if self.values.log:
             ticks = log_ticks(self.values.low, self.values.high, num_value_ticks + 2)
             chart.yaxis.ticker = FixedTicker(ticks=ticks)
-        chart.xaxis.formatter = NumeralTickFormatter(format="0,0")
+        step_format = "0,0.[00]" if self._counts_tokens else "0,0"
+        chart.xaxis.formatter = NumeralTickFormatter(format=step_format)
         chart.yaxis.axis_line_color = None
         chart.yaxis.major_tick_line_color = None
         chart.yaxis.formatter = _value_format(self.values)
@@ -294,6 +304,12 @@ def _texts_at(x: Array, series: Series) -> list[str]:
             text += f" ({low:.4g} to {high:.4g})"
         texts[int(np.searchsorted(x, at))] = text
     return texts
+
+
+def _texts_between(x: Array, series: Series) -> list[str]:
+    """Return the value of a series at each x, between its points; empty outside of it."""
+    values = np.interp(x, series.x, series.mean, left=np.nan, right=np.nan)
+    return [f"{value:.4g}" if np.isfinite(value) else "" for value in values]
 
 
 def _value_format(values: AxisRange) -> Any:

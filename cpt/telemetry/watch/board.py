@@ -1,0 +1,180 @@
+"""All runs below a folder, looked at again and again.
+
+Decisions
+    A run is known by its path below the folder.  Addresses are looked up among the runs that were
+    found, and are never made into paths.
+    A link that leads out of the folder is not followed.
+    Whatever is wrong with one run is told in its row, and the others are shown as before.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt.resilience.lock import LOCK
+from cpt.telemetry.event_reader import CHUNK_BYTES
+from cpt.telemetry.run_overview import (
+    CONFIG,
+    FAILURE,
+    METRICS,
+    RunFollower,
+    RunOverview,
+    broken_run,
+    one_line,
+    run_overview,
+)
+
+MARKS_OF_A_RUN = (METRICS, CONFIG, LOCK, FAILURE, "checkpoints")
+"""A folder that holds one of these is a run directory."""
+MAX_FOLDERS = 5000
+"""Folders that are looked into at most."""
+SEARCH_SECONDS = 15.0
+"""How long the list of run directories stays good."""
+READ_SECONDS = 2.0
+"""How long one look reads on in long logs; the next look goes on from there."""
+FIRST_LOOK_BYTES = 2**20
+"""Of a log that is not read yet, the end that its state is told from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListedRun:
+    """One run of the board."""
+
+    key: str
+    """Path below the folder, with slashes."""
+    run_dir: Path
+    overview: RunOverview
+
+
+class Board:
+    """The runs below a folder."""
+
+    def __init__(self, root: Path, *, depth: int) -> None:
+        """Look at nothing yet.
+
+        Args:
+            root: The folder; it may be a run directory itself.
+            depth: Levels of folders below it that may be run directories.
+        """
+        self.root = root
+        self._depth = depth
+        self._followers: dict[str, RunFollower] = {}
+        self._searched = -SEARCH_SECONDS
+        self._runs: dict[str, ListedRun] = {}
+        self._lock = threading.Lock()
+        self.problem = ""
+        """Why the folder cannot be searched; empty if it can."""
+
+    def refresh(self) -> None:
+        """Look at every run; calls from several threads wait for each other."""
+        with self._lock:
+            if time.monotonic() - self._searched >= SEARCH_SECONDS:
+                self._search()
+                self._searched = time.monotonic()
+            self._read_on()
+            runs = {}
+            for key, follower in self._followers.items():
+                overview = _overview(follower)
+                runs[key] = ListedRun(key=key, run_dir=follower.run_dir, overview=overview)
+            self._runs = runs
+
+    def runs(self) -> list[ListedRun]:
+        """Return the runs of the last look: those that run first, then by their last activity."""
+        return sorted(self._runs.values(), key=_activity)
+
+    def find(self, key: str) -> ListedRun | None:
+        """Return the run of a key; None if the last look found none."""
+        return self._runs.get(key)
+
+    def _search(self) -> None:
+        found = {}
+        self.problem = ""
+        try:
+            for run_dir in find_runs(self.root, self._depth):
+                key = run_dir.relative_to(self.root).as_posix()
+                found[self.root.resolve().name if key == "." else key] = run_dir
+        except OSError as error:
+            self.problem = f"{self.root}: {error.strerror}"
+        kept = {}
+        for key, run_dir in found.items():
+            kept[key] = self._followers.get(key) or RunFollower(run_dir)
+        self._followers = kept
+
+    def _read_on(self) -> None:
+        """Read what was added to all logs, a piece of each in turn, for a bounded time."""
+        end = time.monotonic() + READ_SECONDS
+        behind = list(self._followers.values())
+        while behind and time.monotonic() < end:
+            behind = [follower for follower in behind if not follower.read_on(CHUNK_BYTES)]
+
+
+def find_runs(root: Path, depth: int) -> Iterator[Path]:
+    """Yield the run directories at most `depth` levels below a folder, in order of their names.
+
+    The folders in a run directory are not looked into.
+
+    Raises:
+        OSError: the folder itself cannot be read.
+    """
+    whole = root.resolve()
+    level = [root]
+    num_looked = 0
+    for depth_below in range(depth + 1):
+        below: list[Path] = []
+        for folder in level:
+            num_looked += 1
+            if num_looked > MAX_FOLDERS:
+                return
+            if is_run(folder):
+                yield folder
+            elif depth_below < depth:
+                below += _folders_in(folder, whole, is_root=folder == root)
+        level = below
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is a run directory, or one that must not be looked into."""
+    try:
+        return any((folder / mark).exists() for mark in MARKS_OF_A_RUN)
+    except OSError:
+        return True
+
+
+def _folders_in(folder: Path, root: Path, *, is_root: bool) -> list[Path]:
+    """Return the folders in a folder that do not lead out of the root."""
+    found = []
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        if is_root:
+            raise
+        return []
+    for name in names:
+        path = folder / name
+        if name.startswith(".") or not path.is_dir():
+            continue
+        if not path.is_symlink() or path.resolve().is_relative_to(root):
+            found.append(path)
+    return found
+
+
+def _overview(follower: RunFollower) -> RunOverview:
+    """Return the state of a run, whatever is wrong with its files."""
+    try:
+        if follower.is_caught_up:
+            return follower.overview()
+        early = run_overview(follower.run_dir, tail_bytes=FIRST_LOOK_BYTES)
+        return early.with_problem(f"{100 * follower.share_read:.0f} % of its log is read so far")
+    except Exception as error:  # one broken run must not hide the others
+        return broken_run(follower.run_dir, f"{type(error).__name__}: {one_line(error)}")
+
+
+def _activity(run: ListedRun) -> tuple[bool, float, str]:
+    seen = run.overview
+    newest = seen.last_sign if seen.last_sign == seen.last_sign else 0.0
+    return seen.state != "running", -newest, run.key

@@ -1,0 +1,244 @@
+"""`cpt watch` shows all runs of a folder as they are, nothing else, and writes nothing."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from cpt.cli import main
+from cpt.errors import ConfigError
+from cpt.telemetry.watch.board import Board, find_runs
+from tests.support.browser import running_browser
+from tests.support.launcher import ROOT
+from tests.support.run_folders import (
+    PAUSE,
+    end,
+    full_steps,
+    guard,
+    leave_lock,
+    make_run,
+    start,
+    step,
+    steps,
+)
+
+CANARY = "canary-of-a-key"
+
+
+def fill(root: Path) -> None:
+    """Make one run of each state, and what is none."""
+    going = make_run(root / "going", start(), *full_steps(1, 20), guard(10, 0.4), guard(20, 0.9))
+    leave_lock(going)
+    (going / "secret.txt").write_text(CANARY)
+    make_run(root / "ja" / "paused", start(), *full_steps(1, 4), guard(4, 2.0), PAUSE, end(4))
+    cause = "no space left on the file system"
+    make_run(root / "ja" / "failed", start(), *steps(1, 5), end(5, exit_code=74, cause=cause))
+    make_run(root / "ja" / "finished", start(), *steps(1, 30), end(30), saved=30)
+    make_run(root / "deep" / "er" / "still" / "lost", start())
+    (root / "broken" / "metrics.jsonl").mkdir(parents=True)
+    (root / "notes").mkdir()
+
+
+@dataclass(kw_only=True)
+class Served:
+    """A server at work."""
+
+    root: Path
+    address: str
+
+    def ask(
+        self, path: str, *, method: str = "GET", host: str | None = None
+    ) -> tuple[int, dict[str, str], str]:
+        """Return status, headers and text of an answer; the path is sent as it is."""
+        connection = http.client.HTTPConnection(urlsplit(self.address).netloc, timeout=60)
+        headers = {} if host is None else {"Host": host}
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        connection.close()
+        return answer.status, dict(answer.getheaders()), text
+
+    def run(self, key: str) -> dict[str, Any]:
+        """Return the state of a run as JSON."""
+        found: dict[str, Any] = json.loads(self.ask(f"/api/run/{key}")[2])
+        return found
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root = tmp_path_factory.mktemp("watched")
+    fill(root)
+    command = [sys.executable, "-m", "cpt.cli", "watch", "--root", str(root), "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_API_KEY": CANARY}
+    process = subprocess.Popen(
+        [*command, "--interval", "1"], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        told = process.stdout.readline()
+        found = re.search(r"http://\S+", told)
+        assert found is not None, told
+        yield Served(root=root, address=found.group())
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+
+
+def test_index_lists_every_run_with_its_state(served: Served) -> None:
+    status, headers, page = served.ask("/")
+    assert status == 200
+    rows = re.findall(r'<tr data-run="([^"]+)">(.*?)</tr>', page, re.DOTALL)
+    assert rows[0][0] == "going"
+    texts = {key: " ".join(re.sub(r"<[^>]+>", " ", row).split()) for key, row in rows}
+    assert set(texts) == {"going", "broken", "ja/paused", "ja/failed", "ja/finished"}
+    assert "running" in texts["going"] and "20 of 30" in texts["going"]
+    assert "+0.9 %, tolerated +1, green" in texts["going"]
+    assert "paused by the guard english lost 2 %" in texts["ja/paused"]
+    assert "step 4: pause" in texts["ja/paused"]
+    assert "failed no space left on the file system (exit code 74)" in texts["ja/failed"]
+    assert "finished" in texts["ja/finished"]
+    assert "metrics.jsonl: Is a directory" in texts["broken"]
+    assert CANARY not in page and "script-src 'self'" in headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/run/../../etc/passwd",
+        "/report/..%2f..%2f..%2fetc%2fpasswd",
+        "/report/going/secret.txt",
+        "/run//etc",
+        "/run/notes",
+        "/static/../board.py",
+        "/static/server.py",
+        "/api/run/deep/er/still/lost",
+        "/going/metrics.jsonl",
+    ],
+)
+def test_no_address_leads_out_of_the_runs(served: Served, path: str) -> None:
+    status, _, text = served.ask(path)
+    assert status == 404
+    assert CANARY not in text and "root:" not in text
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+def test_only_reading_is_answered(served: Served, method: str) -> None:
+    for path in ("/", "/run/going", "/api/runs", "/nothing"):
+        assert served.ask(path, method=method)[0] in (404, 405)
+
+
+def test_requests_by_a_foreign_name_are_refused(served: Served) -> None:
+    assert served.ask("/", host="attacker.example")[0] == 403
+    assert served.ask("/", host="localhost")[0] == 200
+
+
+def test_run_page_frames_its_report(served: Served) -> None:
+    status, headers, page = served.ask("/run/ja/paused")
+    assert status == 200 and 'src="/report/ja/paused"' in page
+    status, headers, report = served.ask("/report/ja/paused")
+    assert status == 200 and "paused by the guard" in report
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    status, _, empty = served.ask("/report/broken")
+    assert status == 200 and "logged nothing yet" in empty
+
+
+def test_runs_are_laid_over_each_other(served: Served) -> None:
+    query = "run=going&run=ja/paused"
+    assert "/comparison?run=going" in served.ask(f"/compare?{query}")[2]
+    status, _, page = served.ask(f"/comparison?{query}&axis=tokens")
+    assert status == 200 and "going / ja/paused" in page
+    assert served.ask("/compare")[0] == 400
+    assert served.ask("/compare?run=nothing")[0] == 404
+    assert served.ask(f"/comparison?{query}&axis=years")[0] == 400
+
+
+def test_run_is_followed_while_it_writes_and_nothing_is_written(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", start(), *steps(1, 3))
+    leave_lock(run)
+    board = Board(tmp_path, depth=1)
+    board.refresh()
+    line = json.dumps(step(4))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(line[:10])
+        file.flush()
+        board.refresh()
+        assert board.runs()[0].overview.step == 3
+        file.write(line[10:] + "\n")
+    before = {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]}
+    board.refresh()
+    assert board.runs()[0].overview.step == 4
+    assert {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]} == before
+
+
+def test_log_that_is_long_is_told_by_its_end_until_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "run", start(), *steps(1, 500))
+    monkeypatch.setattr("cpt.telemetry.watch.board.CHUNK_BYTES", 10_000)
+    monkeypatch.setattr("cpt.telemetry.watch.board.READ_SECONDS", 0.0)
+    board = Board(tmp_path, depth=1)
+    board.refresh()
+    seen = board.runs()[0].overview
+    assert seen.step == 500 and "of its log is read so far" in seen.problems[-1]
+    monkeypatch.setattr("cpt.telemetry.watch.board.READ_SECONDS", 60.0)
+    board.refresh()
+    assert board.runs()[0].overview.problems == ()
+    assert board.runs()[0].overview.tokens == 500_000
+
+
+def test_depth_is_bounded_and_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    make_run(root / "a" / "b" / "c", start())
+    make_run(tmp_path / "outside" / "x", start())
+    (root / "link").symlink_to(tmp_path / "outside")
+    (root / "round").symlink_to(root)
+    make_run(root / "a" / "previous", start())
+    assert [path.name for path in find_runs(root, 1)] == []
+    found = [path.relative_to(root).as_posix() for path in find_runs(root, 2)]
+    assert "a/previous" in found and not any("link" in name for name in found)
+    assert [path.name for path in find_runs(root / "a" / "b" / "c", 0)] == ["c"]
+
+
+def test_wrong_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = ConfigError.exit_code
+    assert main(["watch", "--root", str(tmp_path / "missing")]) == code
+    assert "is no directory" in capsys.readouterr().err
+    assert main(["watch", "--root", str(tmp_path), "--interval", "0"]) == code
+
+
+def test_pages_live_in_a_browser(served: Served) -> None:
+    with running_browser() as browser:
+        for width, dark in ((390, True), (1280, False)):
+            page = browser.open(served.address, width=width, dark=dark)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert "paused by the guard" in page.evaluate("document.body.innerText")
+        page.evaluate("document.querySelector('[value=going]').click()")
+        assert page.evaluate("document.querySelector('#compare button').disabled")
+        page.evaluate("document.querySelector('[value=\"ja/paused\"]').click()")
+        with (served.root / "going" / "metrics.jsonl").open("a") as file:
+            file.write("".join(json.dumps(event) + "\n" for event in full_steps(21, 22)))
+        page.wait_for("document.querySelector('[data-run=going]').innerText.includes('22 of 30')")
+        assert page.evaluate("document.querySelectorAll('input:checked').length") == 2
+        page.evaluate("document.querySelector('#compare button').click()")
+        page.wait_for("location.pathname === '/compare'")
+        page.wait_for("document.querySelector('iframe')?.contentDocument.title.includes('going')")
+        run = browser.open(f"{served.address}run/going", width=390, dark=True)
+        ready = "document.querySelector('iframe').contentDocument.querySelector('html.ready')"
+        run.wait_for(f"{ready} !== null")
+        with (served.root / "going" / "metrics.jsonl").open("a") as file:
+            file.write("".join(json.dumps(event) + "\n" for event in full_steps(23, 23)))
+        body = "document.querySelector('iframe').contentDocument.body.innerText"
+        run.wait_for(f"{body}.includes('step 23 of 30')")
+        assert page.complaints == [] and run.complaints == []
