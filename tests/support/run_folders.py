@@ -11,21 +11,12 @@ from typing import Any
 
 from cpt.resilience.lock import LOCK, Holder, this_process
 from tests.support.records import write_jsonl
+from tests.support.run_events import step
 
 CONFIG = "train: {total_steps: 30}\nguard: {tolerance_percent: 1.0}\n"
-STARTED = 1_700_000_000.0
+STARTED = 1.8e9
+"""Unix time of a start."""
 PAUSE = {"event": "guard_decision", "step": 4, "action": "pause", "reason": "english lost 2 %"}
-
-
-def start(step: int = 0, at: float = STARTED) -> dict[str, Any]:
-    """Return the event of a start."""
-    return {"event": "start", "step": step, "time": at, "start_up_seconds": 1.0}
-
-
-def step(number: int, **changes: Any) -> dict[str, Any]:
-    """Return the event of an optimizer step."""
-    event = {"event": "step", "step": number, "loss": 3.0, "tokens": 1000, "seconds": 2.0}
-    return {**event, **changes}
 
 
 def steps(first: int, last: int) -> list[dict[str, Any]]:
@@ -33,35 +24,14 @@ def steps(first: int, last: int) -> list[dict[str, Any]]:
     return [step(number) for number in range(first, last + 1)]
 
 
-def full_steps(first: int, last: int, *, tokens: int = 1000) -> list[dict[str, Any]]:
-    """Return the events of some optimizer steps with all that charts show."""
+def falling_steps(first: int, last: int, *, tokens: int = 1000) -> list[dict[str, Any]]:
+    """Return the events of some optimizer steps whose loss falls and whose rate rises."""
     events = []
     for number in range(first, last + 1):
-        events.append(
-            step(
-                number,
-                loss=4.0 - 0.05 * number,
-                lr=1e-5 * number,
-                grad_norm=0.5,
-                tokens=tokens,
-                tokens_per_second=tokens / 2.0,
-                loss_by_language={"ja": 3.5, "en": 2.5},
-                tokens_by_source={"ja_web": 0.6 * tokens, "en_web": 0.4 * tokens},
-            )
-        )
+        changes = {"loss": 4.0 - 0.05 * number, "lr": 1e-5 * number, "tokens": tokens}
+        sources = {"ja_web": 0.6 * tokens, "en_web": 0.4 * tokens}
+        events.append(step(number, tokens_by_source=sources, **changes))
     return events
-
-
-def guard(number: int, percent: float, domain: str = "english") -> dict[str, Any]:
-    """Return one measurement of a domain of held-out text."""
-    event = {"event": "guard", "kind": "text", "step": number, "domain": domain, "language": "en"}
-    interval = {"ci_low": percent - 0.2, "ci_high": percent + 0.2}
-    return {**event, **interval, "delta_percent": percent, "state": "green", "action": "none"}
-
-
-def end(number: int, **changes: Any) -> dict[str, Any]:
-    """Return the event of an orderly end."""
-    return {"event": "end", "step": number, "time": STARTED + 100, **changes}
 
 
 def make_run(

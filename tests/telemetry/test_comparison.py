@@ -21,15 +21,26 @@ from cpt.telemetry.report.comparison import (
 from cpt.telemetry.report.history import read_run
 from cpt.telemetry.run_overview import run_overview
 from tests.support.browser import running_browser
-from tests.support.run_folders import CONFIG, end, full_steps, guard, make_run, start
+from tests.support.run_events import end, guard, start
+from tests.support.run_folders import CONFIG, falling_steps, make_run
 
 LOW_RATE = "train: {total_steps: 30, lr: 1.0e-5}\nguard: {tolerance_percent: 1.0}\n"
 
 
 @pytest.fixture
 def two_runs(tmp_path: Path) -> list[Path]:
-    first = [start(), *full_steps(1, 20), guard(10, 0.3), guard(20, 0.6)]
-    second = [start(), *full_steps(1, 10, tokens=4000), guard(10, -1.0), guard(10, 2.0, "code")]
+    first = [
+        start(0),
+        *falling_steps(1, 20),
+        guard(10, delta_percent=0.3),
+        guard(20, delta_percent=0.6),
+    ]
+    second = [
+        start(0),
+        *falling_steps(1, 10, tokens=4000),
+        guard(10, delta_percent=-1.0),
+        guard(10, "code", delta_percent=2.0),
+    ]
     return [
         make_run(tmp_path / "base", *first, end(20)),
         make_run(tmp_path / "slow", *second, config=LOW_RATE),
@@ -87,7 +98,7 @@ def test_names_are_as_long_as_it_takes_to_tell_runs_apart() -> None:
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script>"
-    events = [start(), *full_steps(1, 5), guard(5, 0.1, hostile)]
+    events = [start(0), *falling_steps(1, 5), guard(5, hostile, delta_percent=0.1)]
     config = CONFIG + f'x: "{hostile}"\n'
     run = make_run(tmp_path / "a", *events, config=config)
     page = render_comparison(

@@ -19,20 +19,12 @@ from cpt.telemetry.event_reader import EventReader
 from cpt.telemetry.run_overview import RunFollower, run_overview
 from cpt.telemetry.run_tally import RunTally, badness
 from tests.support.records import write_jsonl
-from tests.support.run_folders import (
-    PAUSE,
-    STARTED,
-    end,
-    leave_lock,
-    make_run,
-    start,
-    step,
-    steps,
-)
+from tests.support.run_events import end, start, step
+from tests.support.run_folders import PAUSE, STARTED, leave_lock, make_run, steps
 
 
 def test_run_whose_process_is_alive_is_running_with_an_eta(tmp_path: Path) -> None:
-    run = make_run(tmp_path, start(), *steps(1, 20))
+    run = make_run(tmp_path, start(0), *steps(1, 20))
     leave_lock(run)
     seen = run_overview(run)
     assert (seen.state, seen.step, seen.planned_steps, seen.loss) == ("running", 20, 30, 3.0)
@@ -44,7 +36,7 @@ def test_run_whose_process_is_alive_is_running_with_an_eta(tmp_path: Path) -> No
 def test_run_that_was_killed_on_this_machine_has_failed_and_says_what_is_saved(
     tmp_path: Path,
 ) -> None:
-    run = make_run(tmp_path, start(), *steps(1, 5), saved=4)
+    run = make_run(tmp_path, start(0), *steps(1, 5), saved=4)
     leave_lock(run, started="1")  # the process id is used by another process now
     seen = run_overview(run)
     assert seen.state == "failed"
@@ -56,7 +48,7 @@ def test_run_that_was_killed_on_this_machine_has_failed_and_says_what_is_saved(
 def test_run_of_another_machine_is_alive_while_its_lock_is_fresh(
     tmp_path: Path, age_seconds: float, state: str
 ) -> None:
-    run = make_run(tmp_path, start(), *steps(1, 5))
+    run = make_run(tmp_path, start(0), *steps(1, 5))
     leave_lock(run, age_seconds, machine="another", host="node7")
     seen = run_overview(run)
     assert seen.state == state and "node7" in seen.host
@@ -65,16 +57,16 @@ def test_run_of_another_machine_is_alive_while_its_lock_is_fresh(
 
 
 def test_saved_and_orderly_end_before_the_plan_is_stopped(tmp_path: Path) -> None:
-    run = make_run(tmp_path, start(), *steps(1, 5), end(5), saved=5)
+    run = make_run(tmp_path, start(0), *steps(1, 5), end(5), saved=5)
     assert (run_overview(run).state, run_overview(run).cause) == ("stopped", "step 5 is saved")
     cause = "stopped on request after step 5: STOP file"
-    run = make_run(tmp_path / "b", start(), step(5), end(5), end(5, exit_code=75, cause=cause))
+    run = make_run(tmp_path / "b", start(0), step(5), end(5), end(5, exit_code=75, cause=cause))
     seen = run_overview(run)
     assert (seen.state, seen.cause, seen.exit_code) == ("stopped", cause, 75)
 
 
 def test_pause_of_the_guard_is_told_with_its_reason_until_the_run_goes_on(tmp_path: Path) -> None:
-    events = [start(), *steps(1, 4), PAUSE, end(4, exit_code=75)]
+    events = [start(0), *steps(1, 4), PAUSE, end(4, exit_code=75)]
     seen = run_overview(make_run(tmp_path / "paused", *events))
     assert (seen.state, seen.cause) == ("paused", "english lost 2 %")
     assert [action.action for action in seen.actions] == ["pause"]
@@ -86,28 +78,30 @@ def test_pause_of_the_guard_is_told_with_its_reason_until_the_run_goes_on(tmp_pa
 
 def test_run_that_ended_by_an_error_has_failed_with_its_cause(tmp_path: Path) -> None:
     fatal = end(5, exit_code=74, cause="no space left\non the file system")
-    run = make_run(tmp_path, start(), *steps(1, 5), fatal)
+    run = make_run(tmp_path, start(0), *steps(1, 5), fatal)
     seen = run_overview(run)
     assert (seen.state, seen.exit_code) == ("failed", 74)
     assert seen.cause == "no space left on the file system"
 
 
 def test_failure_file_is_believed_until_a_later_start(tmp_path: Path) -> None:
-    run = make_run(tmp_path, start(), *steps(1, 5))
+    run = make_run(tmp_path, start(0), *steps(1, 5))
     failure = {"exit_code": 247, "cause": "rank 1 was killed by signal 9", "time": STARTED + 50}
     (run / "last_failure.json").write_text(json.dumps(failure))
     seen = run_overview(run)
     assert (seen.state, seen.exit_code) == ("failed", 247)
     assert seen.cause == "rank 1 was killed by signal 9"
-    write_jsonl(run / "metrics.jsonl", [start(), step(1), start(1, STARTED + 60), step(2), end(2)])
+    write_jsonl(
+        run / "metrics.jsonl", [start(0), step(1), start(1, time=STARTED + 60), step(2), end(2)]
+    )
     assert run_overview(run).state == "stopped"
 
 
 def test_run_is_finished_when_its_planned_last_step_is_saved(tmp_path: Path) -> None:
-    run = make_run(tmp_path, start(), *steps(1, 30), end(30), saved=30)
+    run = make_run(tmp_path, start(0), *steps(1, 30), end(30), saved=30)
     assert (run_overview(run).state, run_overview(run).exit_code) == ("finished", 0)
     failed_after = end(30, exit_code=70, cause="the export failed")
-    write_jsonl(run / "metrics.jsonl", [start(), step(30), end(30), failed_after])
+    write_jsonl(run / "metrics.jsonl", [start(0), step(30), end(30), failed_after])
     assert (run_overview(run).state, run_overview(run).cause) == ("failed", "the export failed")
 
 
@@ -129,7 +123,7 @@ def test_guard_is_told_by_domain_with_the_worst_first(tmp_path: Path) -> None:
     replies = {"kind": "generation", "measure": "format", "delta": 3.0, "tolerance": 10.0}
     run = make_run(
         tmp_path,
-        *(start(), *steps(1, 10), decision),
+        *(start(0), *steps(1, 10), decision),
         *(measured("english", 0.5), measured("math", 0.8), measured("lost", None)),
         measured("replies", None, **replies),
         measured("replies", None, kind="generation", measure="ends"),
@@ -141,13 +135,13 @@ def test_guard_is_told_by_domain_with_the_worst_first(tmp_path: Path) -> None:
 
 
 def test_steps_that_a_restart_takes_back_count_once(tmp_path: Path) -> None:
-    run = make_run(tmp_path, start(), *steps(1, 10), start(6), *steps(7, 8), end(8))
+    run = make_run(tmp_path, start(0), *steps(1, 10), start(6), *steps(7, 8), end(8))
     seen = run_overview(run)
     assert (seen.step, seen.tokens, seen.num_starts, seen.num_going_back) == (8, 8000, 2, 1)
 
 
 def test_half_written_line_is_left_for_the_next_look(tmp_path: Path) -> None:
-    run = make_run(tmp_path, start(), step(1))
+    run = make_run(tmp_path, start(0), step(1))
     line = json.dumps(step(2))
     follower = RunFollower(run)
     with (run / "metrics.jsonl").open("a") as file:
@@ -161,7 +155,7 @@ def test_half_written_line_is_left_for_the_next_look(tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_named_and_end_nothing(tmp_path: Path) -> None:
-    run = make_run(tmp_path, start(), step(1))
+    run = make_run(tmp_path, start(0), step(1))
     bad = [b"\xff\xfe", b"[1, 2]", b"[" * 100_000, b'{"event": "step", "step": "x"}', b"1" * 5000]
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b"\n".join(bad) + b"\n")
@@ -170,7 +164,7 @@ def test_damaged_files_are_named_and_end_nothing(tmp_path: Path) -> None:
     (run / "config.resolved.yaml").write_text(bomb)
     (run / "last_failure.json").write_text("[")
     (run / LOCK).write_text("{}")
-    os.utime(run / LOCK, (STARTED, STARTED))
+    os.utime(run / LOCK, (1e9, 1e9))
     seen = run_overview(run)
     assert (seen.step, seen.planned_steps, seen.state) == (2, None, "failed")
     assert any("4 lines are no JSON objects" in problem for problem in seen.problems)
@@ -179,12 +173,12 @@ def test_damaged_files_are_named_and_end_nothing(tmp_path: Path) -> None:
 
 
 def test_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
-    run = make_run(tmp_path, start(), *steps(1, 10))
+    run = make_run(tmp_path, start(0), *steps(1, 10))
     follower = RunFollower(run)
     follower.read_on()
     (run / "metrics.jsonl").rename(run / "previous.jsonl")
     assert follower.read_on() and follower.overview().step == 0
-    write_jsonl(run / "metrics.jsonl", [start(), step(1)])
+    write_jsonl(run / "metrics.jsonl", [start(0), step(1)])
     follower.read_on()
     assert (follower.overview().step, follower.overview().tokens) == (1, 1000)
 
@@ -204,7 +198,7 @@ def test_lines_are_read_once_and_in_bounded_pieces(tmp_path: Path) -> None:
 
 
 def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
-    run = make_run(tmp_path, start(), *steps(1, 100))
+    run = make_run(tmp_path, start(0), *steps(1, 100))
     follower = RunFollower(run, tail_bytes=500)
     assert follower.read_on()
     seen = follower.overview()
@@ -213,7 +207,7 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
 
 
 def test_looking_writes_nothing(tmp_path: Path) -> None:
-    run = make_run(tmp_path, start(), *steps(1, 5), saved=4)
+    run = make_run(tmp_path, start(0), *steps(1, 5), saved=4)
     leave_lock(run, machine="another")
     before = {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]}
     run_overview(run)

@@ -22,31 +22,35 @@ from cpt.errors import ConfigError
 from cpt.telemetry.watch.board import Board, find_runs
 from tests.support.browser import running_browser
 from tests.support.launcher import ROOT
-from tests.support.run_folders import (
-    PAUSE,
-    end,
-    full_steps,
-    guard,
-    leave_lock,
-    make_run,
-    start,
-    step,
-    steps,
-)
+from tests.support.run_events import end, guard, start, step
+from tests.support.run_folders import PAUSE, falling_steps, leave_lock, make_run, steps
 
 CANARY = "canary-of-a-key"
 
 
 def fill(root: Path) -> None:
     """Make one run of each state, and what is none."""
-    going = make_run(root / "going", start(), *full_steps(1, 20), guard(10, 0.4), guard(20, 0.9))
+    going = make_run(
+        root / "going",
+        start(0),
+        *falling_steps(1, 20),
+        guard(10, delta_percent=0.4, state="green"),
+        guard(20, delta_percent=0.9, state="green"),
+    )
     leave_lock(going)
     (going / "secret.txt").write_text(CANARY)
-    make_run(root / "ja" / "paused", start(), *full_steps(1, 4), guard(4, 2.0), PAUSE, end(4))
+    make_run(
+        root / "ja" / "paused",
+        start(0),
+        *falling_steps(1, 4),
+        guard(4, delta_percent=2.0, state="green"),
+        PAUSE,
+        end(4),
+    )
     cause = "no space left on the file system"
-    make_run(root / "ja" / "failed", start(), *steps(1, 5), end(5, exit_code=74, cause=cause))
-    make_run(root / "ja" / "finished", start(), *steps(1, 30), end(30), saved=30)
-    make_run(root / "deep" / "er" / "still" / "lost", start())
+    make_run(root / "ja" / "failed", start(0), *steps(1, 5), end(5, exit_code=74, cause=cause))
+    make_run(root / "ja" / "finished", start(0), *steps(1, 30), end(30), saved=30)
+    make_run(root / "deep" / "er" / "still" / "lost", start(0))
     (root / "broken" / "metrics.jsonl").mkdir(parents=True)
     (root / "notes").mkdir()
 
@@ -165,7 +169,7 @@ def test_runs_are_laid_over_each_other(served: Served) -> None:
 
 
 def test_run_is_followed_while_it_writes_and_nothing_is_written(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", start(), *steps(1, 3))
+    run = make_run(tmp_path / "run", start(0), *steps(1, 3))
     leave_lock(run)
     board = Board(tmp_path, depth=1)
     board.refresh()
@@ -185,7 +189,7 @@ def test_run_is_followed_while_it_writes_and_nothing_is_written(tmp_path: Path) 
 def test_log_that_is_long_is_told_by_its_end_until_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_run(tmp_path / "run", start(), *steps(1, 500))
+    make_run(tmp_path / "run", start(0), *steps(1, 500))
     monkeypatch.setattr("cpt.telemetry.watch.board.CHUNK_BYTES", 10_000)
     monkeypatch.setattr("cpt.telemetry.watch.board.READ_SECONDS", 0.0)
     board = Board(tmp_path, depth=1)
@@ -200,11 +204,11 @@ def test_log_that_is_long_is_told_by_its_end_until_it_is_read(
 
 def test_depth_is_bounded_and_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     root = tmp_path / "runs"
-    make_run(root / "a" / "b" / "c", start())
-    make_run(tmp_path / "outside" / "x", start())
+    make_run(root / "a" / "b" / "c", start(0))
+    make_run(tmp_path / "outside" / "x", start(0))
     (root / "link").symlink_to(tmp_path / "outside")
     (root / "round").symlink_to(root)
-    make_run(root / "a" / "previous", start())
+    make_run(root / "a" / "previous", start(0))
     assert [path.name for path in find_runs(root, 1)] == []
     found = [path.relative_to(root).as_posix() for path in find_runs(root, 2)]
     assert "a/previous" in found and not any("link" in name for name in found)
@@ -228,7 +232,7 @@ def test_pages_live_in_a_browser(served: Served) -> None:
         assert page.evaluate("document.querySelector('#compare button').disabled")
         page.evaluate("document.querySelector('[value=\"ja/paused\"]').click()")
         with (served.root / "going" / "metrics.jsonl").open("a") as file:
-            file.write("".join(json.dumps(event) + "\n" for event in full_steps(21, 22)))
+            file.write("".join(json.dumps(event) + "\n" for event in falling_steps(21, 22)))
         page.wait_for("document.querySelector('[data-run=going]').innerText.includes('22 of 30')")
         assert page.evaluate("document.querySelectorAll('input:checked').length") == 2
         page.evaluate("document.querySelector('#compare button').click()")
@@ -238,7 +242,7 @@ def test_pages_live_in_a_browser(served: Served) -> None:
         ready = "document.querySelector('iframe').contentDocument.querySelector('html.ready')"
         run.wait_for(f"{ready} !== null")
         with (served.root / "going" / "metrics.jsonl").open("a") as file:
-            file.write("".join(json.dumps(event) + "\n" for event in full_steps(23, 23)))
+            file.write("".join(json.dumps(event) + "\n" for event in falling_steps(23, 23)))
         body = "document.querySelector('iframe').contentDocument.body.innerText"
         run.wait_for(f"{body}.includes('step 23 of 30')")
         assert page.complaints == [] and run.complaints == []
