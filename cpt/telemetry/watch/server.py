@@ -198,7 +198,7 @@ class _Index(_Handler):
         self.write(self.watch.pages.index(self.watch.board, self.watch.interval_seconds))
 
 
-class _Rows(_Handler):
+class _RowsAlone(_Handler):
     async def get(self) -> None:
         self.write(self.watch.pages.rows(self.watch.board))
 
@@ -294,7 +294,7 @@ def application(watch: Watch) -> tornado.web.Application:
     return tornado.web.Application(
         [
             (r"/", _Index, shared),
-            (r"/rows", _Rows, shared),
+            (r"/rows", _RowsAlone, shared),
             (r"/run/(.+)", _RunPage, shared),
             (r"/report/(.+)", _Report, shared),
             (r"/compare", _ComparePage, shared),
