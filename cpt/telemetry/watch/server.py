@@ -147,7 +147,9 @@ class _Handler(tornado.web.RequestHandler):
             await self.watch.look()
 
     async def head(self, *path: str) -> None:
-        await self.get(*path)
+        answer = self.get(*path)
+        if answer is not None:
+            await answer
 
     def write_error(self, status_code: int, **_: Any) -> None:
         self.set_header("Content-Type", "text/plain; charset=utf-8")
