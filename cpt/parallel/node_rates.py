@@ -123,10 +123,18 @@ class NodeRates:
         below = [node for node, rate in enumerate(rates) if rate < gbit]
         return sorted(below, key=lambda node: rates[node])
 
+    def median_pair_gbit(self) -> float:
+        """Return the median over the pairs."""
+        return statistics.median(pair.gbit for pair in self.pairs)
+
     def slow_pairs(self) -> list[PairRate]:
-        """Return the pairs below `SLOW_SHARE` of the median between nodes that are not slow."""
+        """Return the pairs below `SLOW_SHARE` of the median pair between nodes that are not slow.
+
+        The median is that of the pairs, most of which are slower than the best of a node where the
+        fabric has fewer links between its switches than to the nodes.
+        """
         slow = set(self.slow_nodes())
-        limit = SLOW_SHARE * self.median_gbit()
+        limit = SLOW_SHARE * self.median_pair_gbit()
         found = []
         for pair in self.pairs:
             if pair.gbit < limit and not slow & {pair.first, pair.second}:
@@ -138,18 +146,17 @@ class NodeRates:
         rates = [pair.gbit for pair in self.pairs]
         return (
             f"{len(self.nodes)} nodes, each way between two of them: median "
-            f"{_gbit(statistics.median(rates))}, lowest {_gbit(min(rates))}, highest "
+            f"{_gbit(self.median_pair_gbit())}, lowest {_gbit(min(rates))}, highest "
             f"{_gbit(max(rates))} Gbit/s ({len(rates)} pairs in {self.seconds:.1f} s)"
         )
 
     def warnings(self) -> list[str]:
         """Return a line for the slow nodes and one for the slow pairs, as far as there are any."""
-        median = _gbit(self.median_gbit())
         lines = []
         nodes = self.slow_nodes()
         if nodes:
             lines.append(
-                f"slow nodes, below half of the median of {median} Gbit/s: "
+                f"slow nodes, below half of the median of {_gbit(self.median_gbit())} Gbit/s: "
                 f"{self.describe_nodes(nodes)}. Every step waits for them; leave them out of the "
                 "job and tell the operators."
             )
@@ -157,7 +164,8 @@ class NodeRates:
         if pairs:
             named = [self.describe_pair(pair) for pair in pairs[:MOST_NAMED]]
             lines.append(
-                f"slow pairs of nodes, below half of the median of {median} Gbit/s: "
+                f"slow pairs of nodes, below half of their median of "
+                f"{_gbit(self.median_pair_gbit())} Gbit/s: "
                 f"{_listed(named, len(pairs))}"
             )
         return lines
@@ -178,7 +186,9 @@ class NodeRates:
 
     def event(self) -> dict[str, Any]:
         """Return the event for metrics.jsonl, without its step."""
-        rates = self.of_nodes()
+        by_node = []
+        for node, gbit in zip(self.nodes, self.of_nodes(), strict=True):
+            by_node.append({"node": node.name, "gbit": gbit})
         slow_pairs = []
         for pair in self.slow_pairs():
             names = [self.nodes[pair.first].name, self.nodes[pair.second].name]
@@ -188,7 +198,7 @@ class NodeRates:
             "nodes": len(self.nodes),
             "pairs": len(self.pairs),
             "median_gbit": self.median_gbit(),
-            "gbit_by_node": {node.name: rates[at] for at, node in enumerate(self.nodes)},
+            "by_node": by_node,
             "slow_nodes": [self.nodes[node].name for node in self.slow_nodes()],
             "slow_pairs": slow_pairs,
             "seconds": self.seconds,

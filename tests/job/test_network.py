@@ -44,11 +44,11 @@ def test_rates_between_nodes_are_told_and_the_slow_node_is_named(
 ) -> None:
     for rank in ranks:
         event = rank["none"]["event"]
-        names = list(event["gbit_by_node"])
+        names = [entry["node"] for entry in event["by_node"]]
         assert (event["nodes"], event["pairs"]) == (4, 6)
         # on a busy machine another one may be slow for a moment: the slowest comes first
         assert event["slow_nodes"][0] == names[-1] and names[-1].endswith("#4")
-        assert event["gbit_by_node"][names[-1]] < 0.05
+        assert event["by_node"][-1]["gbit"] < 0.05
         assert event == ranks[0]["none"]["event"]
         told, warned = rank["lines none"][:2]
         assert told.startswith("network: gloo over TCP; 4 nodes, each way between two of them: ")

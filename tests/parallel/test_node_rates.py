@@ -8,6 +8,7 @@ import pytest
 
 from cpt.parallel.link_probe import find_meeting, summed
 from cpt.parallel.node_rates import Node, NodeRates, PairRate, nodes_of, tournament
+from cpt.telemetry.shown import scalars
 
 
 def measured(num_nodes: int, slow: dict[frozenset[int], float], fast: float = 400.0) -> NodeRates:
@@ -78,6 +79,14 @@ def test_slow_pair_of_sound_nodes_is_named_as_a_pair() -> None:
     assert len(told) == 1 and "slow pairs of nodes" in told[0] and "n1 - n4 (30 Gbit/s)" in told[0]
 
 
+def test_fabric_that_is_thin_between_its_switches_has_no_slow_pairs() -> None:
+    """Nodes 0 to 3 and 4 to 7 are on two switches with a third of the links between them."""
+    across = {}
+    for first, second in itertools.product(range(4), range(4, 8)):
+        across[frozenset({first, second})] = 130.0
+    assert measured(8, across).warnings() == []
+
+
 def test_nodes_that_are_alike_are_not_warned_about() -> None:
     assert measured(4, {}).warnings() == []
     assert measured(4, {frozenset({2}): 210.0}).warnings() == []
@@ -96,5 +105,11 @@ def test_long_lists_are_cut_with_the_number_left_out() -> None:
 def test_event_holds_the_rate_of_every_node_and_what_is_slow() -> None:
     event = measured(4, {frozenset({0}): 40.0}).event()
     assert event["event"] == "transport" and event["nodes"] == 4 and event["pairs"] == 6
-    assert event["gbit_by_node"] == {"n0": 40.0, "n1": 400.0, "n2": 400.0, "n3": 400.0}
+    assert event["by_node"][:2] == [{"node": "n0", "gbit": 40.0}, {"node": "n1", "gbit": 400.0}]
+    assert set(scalars(event)) == {
+        "transport/nodes",
+        "transport/pairs",
+        "transport/median_gbit",
+        "transport/seconds",
+    }  # one curve for each of many nodes would bury the others
     assert event["slow_nodes"] == ["n0"] and event["slow_pairs"] == []
