@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from attention_parts.contenders import EAGER, PLAIN
 from data_pipeline.charts import (
-    ALARM,
     MUTED,
     PALETTE,
     Line,
@@ -19,7 +18,7 @@ from data_pipeline.charts import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = {EAGER: ALARM, PLAIN: MUTED}
+COLORS = {EAGER: PALETTE[5], PLAIN: MUTED}
 DASHES = {PLAIN: "dashed"}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.charts import (
-    ALARM,
     PALETTE,
     Line,
     as_svg,
@@ -17,7 +16,7 @@ from data_pipeline.charts import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = {"this project": PALETTE[0], "eager": ALARM}
+COLORS = {"this project": PALETTE[0], "eager": PALETTE[5]}
 TIME = ("ms", "ms, forward + backward")
 MEMORY = ("peak MiB", "MiB, peak beyond weights and input")
 

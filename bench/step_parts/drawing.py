@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.charts import (
-    ALARM,
     PALETTE,
     Line,
     as_svg,
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = {OURS: PALETTE[0], EAGER: ALARM}
+COLORS = {OURS: PALETTE[0], EAGER: PALETTE[5]}
 SPEED = ("tokens/s", "tokens per second")
 MEMORY = ("peak MiB", "MiB, peak of a rank")
 

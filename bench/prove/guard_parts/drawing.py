@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.charts import ALARM, MUTED, PALETTE, as_svg, draw_level, new_figure
+from data_pipeline.charts import ALARM, INK, MUTED, PALETTE, as_svg, draw_level, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,12 +80,21 @@ def draw(runs: list[dict[str, Any]], tolerance_percent: float, source: str) -> F
     text = f"tolerance {tolerance_percent:+g} %"
     draw_level(axes, tolerance_percent, ALARM, dash="dashed", label=text)
     for index, (arm, group) in enumerate(by_arm(runs).items()):
-        color = ALARM if arm == "guard" else PALETTE[index % len(PALETTE)]
+        color = INK if arm == "guard" else PALETTE[index % len(PALETTE)]
         gains = [gain(run) for run in group]
         worst = [max(english(run).values()) for run in group]
-        axes.scatter(gains, worst, s=18, color=color, label=arm)
+        axes.scatter(gains, worst, s=18, color=color, marker="D" if arm == "guard" else "o")
+        # beside the leftmost point of the arm, where no other arm's points lie
+        left = gains.index(min(gains))
+        axes.annotate(
+            arm,
+            (gains[left], worst[left]),
+            xytext=(-7, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+        )
     axes.set_xlabel("Japanese gain, % of the untouched model's bits per byte")
     axes.set_ylabel("worst English domain, change in %")
-    axes.margins(x=0.06)
-    figure.legend(loc="outside right upper", frameon=False)
+    axes.margins(x=0.12)
     return figure
