@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cpt.telemetry.report.page import write_report
+from cpt.telemetry.report.history import read_run
+from cpt.telemetry.report.page import render_report, write_report
 from cpt.telemetry.report.theme import DARK, LIGHT, contrast
+from cpt.telemetry.run_overview import run_overview
 from tests.support.browser import Browser, Page, running_browser
 from tests.support.run_events import (
     checkpoint,
@@ -28,7 +31,7 @@ NUM_CHARTS = 15
 """Charts of a run with every panel but replies."""
 NARROW = 390
 WIDE = 1280
-READY = "document.documentElement.classList.contains('ready')"
+READY = "document.documentElement?.classList.contains('ready')"
 FIGURES = "Bokeh.documents[0].roots()"
 TEXTS_AND_SURFACES = """(() => {
   const found = [];
@@ -222,6 +225,19 @@ def test_times_are_told_in_the_zone_of_the_reader_and_in_utc(
     told = page.evaluate("document.querySelector('td time').textContent")
     assert "5:00:00" in told and "(2027-01-15 08:00 UTC)" in told
     assert "ago" in page.evaluate("document.querySelector('header time').textContent")
+
+
+def test_old_page_of_a_running_run_says_that_it_is_old(browser: Browser, tmp_path: Path) -> None:
+    folder = run_dir(tmp_path, start(0))
+    overview = replace(run_overview(folder), state="running")
+    text = render_report(overview, read_run(folder))
+    pages = {"new": text, "old": re.sub(r'("age written" datetime=")....', r"\g<1>2020", text)}
+    shown = {}
+    for name, content in pages.items():
+        (folder / f"{name}.html").write_text(content, encoding="utf-8")
+        page = opened(browser, folder / f"{name}.html")
+        shown[name] = "This page is old" in page.evaluate("document.body.innerText")
+    assert shown == {"new": False, "old": True}
 
 
 def test_paper_gets_every_chart_in_light_colors(narrow_and_dark: Page) -> None:

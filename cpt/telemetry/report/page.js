@@ -174,6 +174,16 @@
     }
   }
 
+  // a page that says "running" and is older than this may be that of a run that has died
+  const STALE_SECONDS = 1800;
+
+  function showAge() {
+    const written = document.querySelector("time.written");
+    const note = document.querySelector(".stale");
+    if (written === null || note === null) return;
+    note.hidden = (Date.now() - new Date(written.dateTime)) / 1000 < STALE_SECONDS;
+  }
+
   // ---- start --------------------------------------------------------------------------------
   function whenDrawn(action) {
     if (window.Bokeh?.documents.length > 0 && Bokeh.documents[0].is_idle) action();
@@ -181,6 +191,7 @@
   }
 
   showLocalTimes();
+  showAge();
   if (document.querySelector(".charts") === null) {
     document.documentElement.classList.add("ready");
     return;
