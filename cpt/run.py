@@ -35,6 +35,7 @@ from data_pipeline.commands import (  # noqa: E402
     prepare_process,
     start_telling,
 )
+from data_pipeline.console.lasting_output import make_output_lasting  # noqa: E402
 from data_pipeline.console.log_lines import log_to_terminal  # noqa: E402
 
 
@@ -82,6 +83,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str], stop: StopRequest) -> int:
     """Run a job and return its exit code; mistakes of people show no stack trace."""
     prepare_process()
+    make_output_lasting()
     restore_gpu_ids()
     rank = rank_of_environment()
     log_to_terminal(rank=rank)

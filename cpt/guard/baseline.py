@@ -19,6 +19,7 @@ import torch.distributed as dist
 from cpt.errors import ConfigError
 from cpt.guard.score import DomainScore, Floats, as_floats
 from cpt.parallel.agreement import on_first_rank
+from cpt.resilience.best_effort import best_effort
 from data_pipeline.store.files import write_json
 from data_pipeline.store.packing import Integers
 
@@ -199,3 +200,27 @@ def write_on_first_rank(group: dist.ProcessGroup, path: Path, content: Json) -> 
         write_json(path, content)
 
     on_first_rank(group, write)
+
+
+def keep_on_first_rank(
+    group: dist.ProcessGroup, folder: Path, what: str, step: int, content: Json
+) -> str:
+    """Keep what a measurement is later audited with, as a file of its own on the first rank.
+
+    Nothing that the run decides depends on it, so a full disk costs a warning. All ranks call it
+    together.
+
+    Returns:
+        The name of the file; empty if it could not be written.
+    """
+
+    def keep() -> str:
+        name = ""
+        with best_effort(f"The {what} of the guard at step {step} are not kept for an audit"):
+            folder.mkdir(parents=True, exist_ok=True)
+            path = free_file(folder, what, step)
+            write_json(path, content)
+            name = path.name
+        return name
+
+    return on_first_rank(group, keep)

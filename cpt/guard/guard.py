@@ -16,7 +16,7 @@ from typing import Any
 
 from cpt.config import RunConfig
 from cpt.errors import ConfigError
-from cpt.guard.baseline import free_file, has_file, write_on_first_rank
+from cpt.guard.baseline import has_file, keep_on_first_rank, write_on_first_rank
 from cpt.guard.decision import decide
 from cpt.guard.ladder import (
     LEVERS,
@@ -219,10 +219,7 @@ class Guard:
         return scores
 
     def _keep_scores(self, look: Look, scores: Mapping[Kind, Json]) -> str:
-        """Write the scores of a look and return the name of the file."""
-        name = on_first_rank(
-            self._topology.control_group, lambda: free_file(self._folder, "scores", look.step).name
-        )
+        """Keep the scores of a look and return the name of the file; see `keep_on_first_rank`."""
         content = {
             "look": {
                 "number": look.number,
@@ -231,8 +228,9 @@ class Guard:
             },
             "yardsticks": dict(scores),
         }
-        self._write(self._folder / name, content)
-        return name
+        return keep_on_first_rank(
+            self._topology.control_group, self._folder, "scores", look.step, content
+        )
 
     def _decide(
         self,

@@ -45,9 +45,11 @@ from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.agreed_stop import agreed_reason
+from cpt.resilience.best_effort import best_effort
 from cpt.resilience.stop import StopRequest
 from cpt.training.engine import TrainingEngine
 from data_pipeline.dataset import BuiltData
+from data_pipeline.store.files import write_json
 from data_pipeline.store.packing import Integers
 
 log = logging.getLogger("cpt.guard")
@@ -271,7 +273,7 @@ class HeldOutText(TextJudge):
         if better != self._best:
             self._best = better
             if not self._observe:
-                write_on_first_rank(group, file, better)
+                on_first_rank(group, lambda: keep_best(file, better))
         return known
 
     def table(self, events: Sequence[Json]) -> str:
@@ -369,3 +371,9 @@ def change_table(events: Sequence[Mapping[str, Any]]) -> str:
 
 def _signed(percent: float) -> str:
     return f"{percent:+.2f}" if math.isfinite(percent) else str(percent)
+
+
+def keep_best(file: Path, better: Json) -> None:
+    """Write the best looks of a run; a later start that lacks one compares with an earlier one."""
+    with best_effort("The guard's best look is not kept for later starts"):
+        write_json(file, better)

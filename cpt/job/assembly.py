@@ -25,8 +25,8 @@ from cpt.job.resumption import expected_checkpoint, fresh_start, start_from
 from cpt.job.seam import Seam
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.resilience.agreed_stop import leave_if_asked
+from cpt.resilience.best_effort import best_effort
 from cpt.resilience.faults import fault_point, install_faults
-from cpt.telemetry.best_effort import best_effort
 from cpt.telemetry.metrics import Telemetry
 from cpt.telemetry.trackers import trackers_for
 from cpt.training.engine import TrainingEngine

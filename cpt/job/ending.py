@@ -68,6 +68,12 @@ class Ending:
         telemetry.log(self._end(exit_code, cause).event())
         self._is_told = True
 
+    def show(self, telemetry: Telemetry, error: Exception) -> None:
+        """Tell the trackers of an error that ends the run; `recording` writes it down."""
+        if not self._is_told:
+            cause, exit_code = cause_and_code(error)
+            telemetry.show(self._end(exit_code, cause).event())
+
     def record_ruling(self, ruling: Ruling) -> None:
         """Record why the watchdog ends this process; it logs nothing, since a hung thread may hold
         the lock.

@@ -31,11 +31,11 @@ from cpt.job.summary import describe, describe_data, describe_memory
 from cpt.model.parameters import parameter_numels
 from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology
+from cpt.resilience.best_effort import best_effort
 from cpt.resilience.devices import this_device
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
-from cpt.telemetry.best_effort import best_effort
 from cpt.telemetry.mailbox import EventMailbox
 from cpt.telemetry.report.page import write_report
 
@@ -138,6 +138,9 @@ def run(
             if not context.observe:
                 train(job)
                 finish(job)
+        except Exception as error:
+            ending.show(job.telemetry, error)
+            raise
         finally:
             job.telemetry.close()
             if job.report is not None:
@@ -185,11 +188,14 @@ def check_same_everywhere(config: RunConfig, topology: Topology) -> None:
 
 
 def finish(job: Job) -> None:
-    """Export if asked, write the report, and tell people where everything is."""
+    """Draw the report, export if asked, and tell people where everything is."""
     run_dir = job.run_dir
     last = step_folder(run_dir, job.progress.step)
     places = {"metrics": run_dir / "metrics.jsonl", "checkpoint": last}
     job.clock.enter("export", job.progress.step)
+    if job.topology.rank == 0:
+        with best_effort("report.html is not drawn"):
+            places["report"] = write_report(run_dir, leaving="finished")
     if job.config.telemetry.export_at_end:
         out = export_at_end(job, last)
         places["export"] = out
@@ -197,8 +203,6 @@ def finish(job: Job) -> None:
         job.telemetry.log({**event, "path": str(out.relative_to(run_dir))})
     if job.topology.rank != 0:
         return
-    with best_effort("report.html is not drawn"):
-        places["report"] = write_report(run_dir, leaving="finished")
     if job.guard is not None and job.guard.latest:
         log.info("the last measurement of the guard\n%s", job.guard.table())
     lines = [f"done: {job.progress.step} steps, {job.progress.tokens} tokens"]

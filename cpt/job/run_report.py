@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cpt.job.job import Job
 from cpt.parallel.agreement import on_first_rank
-from cpt.telemetry.best_effort import best_effort
+from cpt.resilience.best_effort import best_effort
 from cpt.telemetry.report.page import write_report
 from cpt.telemetry.run_overview import RunState
 

@@ -14,8 +14,8 @@ from cpt.checkpoint.saver import Published
 from cpt.errors import RequeueRequested, StorageError
 from cpt.job.job import Job
 from cpt.resilience.agreed_stop import agreed_reason
+from cpt.resilience.best_effort import best_effort
 from cpt.resilience.stop import Deadline
-from cpt.telemetry.best_effort import best_effort
 from cpt.telemetry.goodput import goodput
 
 log = logging.getLogger("cpt.job.saving")

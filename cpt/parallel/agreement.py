@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cpt.errors import CptError, InternalError
+from cpt.errors import CptError, InternalError, StorageError, cause_and_code
+from data_pipeline.errors import is_of_storage
 
 T = TypeVar("T")
 
@@ -71,6 +72,9 @@ def describe_error(error: Exception) -> dict[str, str]:
     """Return what another rank needs to raise the same error: its class by name, and its text."""
     if isinstance(error, CptError):
         return {"class": type(error).__name__, "text": str(error)}
+    if is_of_storage(error):  # all ranks end with its exit code
+        cause, _ = cause_and_code(error)
+        return {"class": StorageError.__name__, "text": cause}
     return {"class": "", "text": f"{type(error).__name__}: {error}"}
 
 

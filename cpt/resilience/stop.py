@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from cpt.errors import StorageError
+from cpt.resilience.best_effort import best_effort
 from cpt.resilience.environment import job_end
 from cpt.resilience.processes import command_of, parent_of
 
@@ -100,7 +101,8 @@ class StopRequest:
 
     def reason(self) -> str:
         """Return why this rank wants to stop, or an empty string if it does not."""
-        if not self._reason and self._file is not None and self._file.exists():
+        # os.path: a file system that does not answer is no request, and no error either
+        if not self._reason and self._file is not None and os.path.exists(self._file):
             self.note("STOP file")
         if not self._reason and self._stop_at is not None and time.time() >= self._stop_at:
             self.note(f"the job ends in {self._job_end_in():.0f} s")
@@ -109,7 +111,8 @@ class StopRequest:
     def consume(self) -> None:
         """Remove the STOP file, which this run has obeyed."""
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            with best_effort("The STOP file stays, and the next start will obey it again"):
+                self._file.unlink(missing_ok=True)
 
     def _job_end_in(self) -> float:
         assert self._job_end is not None

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from cpt.telemetry.best_effort import reason_of
+from cpt.resilience.best_effort import reason_of
 
 log = logging.getLogger("cpt.telemetry.trackers")
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from cpt.telemetry.best_effort import reason_of
+from cpt.resilience.best_effort import reason_of
 
 log = logging.getLogger("cpt.telemetry.metrics")
 
@@ -49,6 +49,10 @@ class Telemetry:
         if self._file is None:
             return
         self._file.append(json.dumps(_finite(event), allow_nan=False, default=str))
+        self.show(event)
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Hand an event that is written elsewhere to the trackers."""
         for tracker in self._trackers:
             tracker.log(event)
 

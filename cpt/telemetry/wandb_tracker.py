@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from cpt.config import RunConfig
 from cpt.errors import EXIT_DONE, RequeueRequested
+from cpt.resilience.best_effort import best_effort, reason_of
 from cpt.resilience.processes import command_of, parent_of, process_ids
-from cpt.telemetry.best_effort import best_effort, reason_of
 from cpt.telemetry.shown import Event, StepTable, StepTables, distributions, scalars
 from cpt.telemetry.wandb_settings import Mode, WandbSettings
 from data_pipeline.store.files import write_json

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from cpt.deepspeed_adapter.partition import gathered
 from cpt.model.experts.router_watch import router_parameters
 from cpt.parallel.agreement import on_first_rank, together
+from cpt.resilience.best_effort import best_effort, reason_of
 from cpt.training.engine import TrainingEngine
 from data_pipeline.store.files import atomic_write
 
@@ -30,8 +31,7 @@ def watch_drift(engine: TrainingEngine, run_dir: Path, *, untouched: bool) -> No
         run_dir: Holds the file.
         untouched: Whether the weights are still those of the start; then the file is written.
 
-    Raises:
-        StorageError: on all ranks, if one could not write or read the file.
+    A file that cannot be written or read costs a warning: the drift is not measured then.
     """
     parameters = router_parameters(engine.deepspeed.module)
     group = engine.topology.control_group
@@ -40,11 +40,11 @@ def watch_drift(engine: TrainingEngine, run_dir: Path, *, untouched: bool) -> No
         with gathered(list(parameters.values())):
             tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         on_first_rank(group, lambda: _write(path, tensors))
-    elif on_first_rank(group, path.is_file):
-        tensors = together(group, lambda: load_file(path, device=str(engine.topology.device)))
     else:
-        log.warning("%s is missing: the drift of the routers is not measured", path)
-        return
+        read = _read_together(engine, path)
+        if read is None:
+            return
+        tensors = read
     weights = [tensors[name] for name in parameters if name.endswith(".weight")]
     biases = [tensors[name] for name in parameters if name.endswith(".bias")]
     engine.router_watch.original = list(zip(weights, biases, strict=True))
@@ -52,5 +52,23 @@ def watch_drift(engine: TrainingEngine, run_dir: Path, *, untouched: bool) -> No
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_write(path) as file:
+    failed = "Later starts will not measure the drift of the routers"
+    with best_effort(failed), atomic_write(path) as file:
         file.write(save(content))
+
+
+def _read_together(engine: TrainingEngine, path: Path) -> dict[str, torch.Tensor] | None:
+    """Return what the file holds, on all ranks; None on all if one cannot read it."""
+    group, device = engine.topology.control_group, str(engine.topology.device)
+    if not on_first_rank(group, path.is_file):
+        log.warning("%s is missing: the drift of the routers is not measured", path)
+        return None
+    try:
+        return together(group, lambda: load_file(path, device=device))
+    except Exception as error:  # the same on all ranks
+        log.warning(
+            "%s cannot be read (%s): the drift of the routers is not measured",
+            path,
+            reason_of(error),
+        )
+        return None

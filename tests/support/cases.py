@@ -42,6 +42,7 @@ CASES = {
     "D2": "too little space at start",
     "D3": "run directory read-only, missing, or not a directory",
     "D4": "file size limit (disk full without root)",
+    "D5": "all writes beside training fail: disk full for a while, W&B killed, names taken",
     "N1": "NaN in the loss of one rank",
     "N2": "infinity in the gradient of one rank only",
     "N3": "three NaN steps in a row; two rollbacks",

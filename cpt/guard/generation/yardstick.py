@@ -25,7 +25,7 @@ from pathlib import Path
 
 from cpt.config import RunConfig
 from cpt.errors import ConfigError
-from cpt.guard.baseline import free_file, write_on_first_rank
+from cpt.guard.baseline import keep_on_first_rank, write_on_first_rank
 from cpt.guard.generation.examples import worst_changes
 from cpt.guard.generation.judge import GenerationJudge
 from cpt.guard.generation.measures import ReplyMeasures
@@ -339,16 +339,13 @@ class Generation(GenerationJudge):
                 self.untouched[name], found.indices, found.replies, found.measures
             )
         if number:
-            scores["replies"] = self._write("replies", look.step, replies)
-            scores["examples"] = self._write("examples", look.step, examples)
+            scores["replies"] = self._keep("replies", look.step, replies)
+            scores["examples"] = self._keep("examples", look.step, examples)
         return scores
 
-    def _write(self, what: str, step: int, content: Json) -> str:
-        """Write a file under a name that is not taken, and return the name."""
-        folder = self._folder / FOLDER
-        what = f"{self._prefix}{what}"
-        name = on_first_rank(
-            self._topology.control_group, lambda: free_file(folder, what, step).name
+    def _keep(self, what: str, step: int, content: Json) -> str:
+        """Keep a file of a look and return its name; see `keep_on_first_rank`."""
+        group = self._topology.control_group
+        return keep_on_first_rank(
+            group, self._folder / FOLDER, f"{self._prefix}{what}", step, content
         )
-        write_on_first_rank(self._topology.control_group, folder / name, content)
-        return name

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from cpt.telemetry.best_effort import best_effort
+from cpt.resilience.best_effort import best_effort
 
 LOWEST_PRIORITY = 19
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-log = logging.getLogger("cpt.telemetry.best_effort")
+log = logging.getLogger("cpt.resilience.best_effort")
 
 
 @contextmanager

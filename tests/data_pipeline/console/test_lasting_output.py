@@ -1,0 +1,49 @@
+"""Output that cannot be written neither ends a program nor changes its exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import logging, os, sys
+from data_pipeline.console.lasting_output import make_output_lasting
+if sys.argv[1] == "lasting":
+    make_output_lasting()
+logging.basicConfig(level=logging.INFO)
+for number in range(3):
+    logging.info("logged")
+    print("printed", flush=True)
+    print("written", file=sys.stderr)
+sys.exit(int(sys.argv[2]))
+"""
+
+
+def exit_code(kind: str, code: int, output: int) -> int:
+    command = [sys.executable, "-c", PROGRAM, kind, str(code)]
+    return subprocess.run(command, stdout=output, stderr=output).returncode
+
+
+@pytest.mark.parametrize("code", [0, 75])
+@pytest.mark.parametrize("kind", ["closed pipe", "full disk"])
+def test_output_that_cannot_be_written_changes_no_exit_code(kind: str, code: int) -> None:
+    if kind == "full disk":
+        output = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, output = os.pipe()
+        os.close(reader)
+    try:
+        assert exit_code("plain", code, output) not in (0, 75)  # what Python does by itself
+        assert exit_code("lasting", code, output) == code
+    finally:
+        os.close(output)
+
+
+def test_output_arrives_where_it_can_be_written() -> None:
+    command = [sys.executable, "-c", PROGRAM, "lasting", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "printed\n" * 3
+    assert done.stderr == "INFO:root:logged\nwritten\n" * 3
