@@ -4,7 +4,9 @@
 
 Decisions
     `log` never waits: an event that finds the queue full is dropped and counted.
-    The first error closes a tracker for good, with one warning.  The events are in metrics.jsonl.
+    A tracker that fails is opened again, with a warning, because its helper process may have been
+    killed: by lack of memory, or by the signal that asks the whole job to stop.  One that fails too
+    often, or twice while it is opened, is left out for good.  The events are in metrics.jsonl.
     `close` waits for a limited time, then cuts the tracker off.
 """
 
@@ -26,6 +28,8 @@ QUEUE_EVENTS = 4096
 """Events that may wait for a tracker."""
 CLOSE_SECONDS = 40.0
 """Longest wait for a tracker at the end of a run."""
+MOST_REOPENINGS = 3
+"""How often a tracker that failed is opened again."""
 CUT_OFF_SECONDS = 5.0
 """Longest wait for a tracker that was cut off."""
 
@@ -106,13 +110,30 @@ class BackgroundTracker:
         self._thread.join(CUT_OFF_SECONDS)
 
     def _work(self) -> None:
-        try:
-            tracker = self._open_tracker()
-            while (event := self._events.get()) is not None:
-                tracker.log(event)
-            tracker.close()
-        except BaseException as error:  # libraries also leave by SystemExit
-            self._give_up(error)
+        event: dict[str, Any] | None = None
+        num_failures = 0
+        was_opened = True
+        while True:
+            tracker = None
+            try:
+                tracker = self._open_tracker()
+                if event is not None:
+                    tracker.log(event)
+                while (event := self._events.get()) is not None:
+                    tracker.log(event)
+                tracker.close()
+                return
+            except BaseException as error:  # libraries also leave by SystemExit
+                num_failures += 1
+                is_closing = tracker is not None and event is None
+                is_hopeless = tracker is None and not was_opened
+                was_opened = tracker is not None
+                self._end_waiting()
+                if is_closing or is_hopeless or num_failures > MOST_REOPENINGS:
+                    self._give_up(error)
+                if self._given_up.is_set():
+                    return
+                log.warning("%s failed (%s) and is opened again.", self._name, reason_of(error))
 
     def _give_up(self, error: BaseException) -> None:
         """Do without the tracker from now on."""
@@ -123,7 +144,6 @@ class BackgroundTracker:
                 reason_of(error),
             )
         self._given_up.set()
-        self._end_waiting()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._events.get_nowait()

@@ -46,3 +46,10 @@ def test_name_that_is_no_error_of_this_project_becomes_an_internal_error(name: s
 
 def test_foreign_error_names_its_class_and_rank() -> None:
     assert str(sent(RuntimeError("no such kernel"))) == "rank 3: RuntimeError: no such kernel"
+
+
+def test_full_disk_of_one_rank_ends_all_with_the_code_of_storage() -> None:
+    full = OSError(28, "No space left on device", "run/rollbacks.json")
+    rebuilt = rebuild_error(describe_error(full), 0)
+    assert rebuilt.exit_code == 74
+    assert str(rebuilt).startswith("run/rollbacks.json: No space left on device")

@@ -3,7 +3,8 @@
     python -m tests.support.tracked_starts RUN_DIR STARTS.json
 
 STARTS.json is a list with one object per start: `telemetry` (that section), `events`, and perhaps
-`signal`, which the service of W&B gets after the first event is there.  Each start prints a line of
+`environment`, variables that hold from then on, and `signal`, which the service of W&B gets once it
+records.  Each start prints a line of
 JSON: how long it took to hand over the events, and to close.  The libraries change the process that
 they run in, so tests call this in one of its own.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -23,7 +25,6 @@ from cpt.telemetry.trackers import trackers_for
 from cpt.telemetry.wandb_tracker import service_pids
 
 CLOSE_SECONDS = 20.0
-RECORDED = "wandb/offline-run-*/run-*.wandb"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +40,17 @@ class PlainConfig:
 
 def run_start(run_dir: Path, start: dict[str, Any]) -> dict[str, float]:
     """Show the events of one start and return the seconds that training would have waited."""
+    os.environ.update(start.get("environment", {}))
     section = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in start["telemetry"].items()
     }
     config = PlainConfig(telemetry=TelemetrySection(**section))
     is_hurt = "signal" in start
-    num_before = len(list(run_dir.glob(RECORDED)))
-    trackers = trackers_for(config, run_dir, 3.0 if is_hurt else CLOSE_SECONDS)  # type: ignore[arg-type]
+    is_stopped = start.get("signal") == signal.SIGSTOP
+    trackers = trackers_for(config, run_dir, 3.0 if is_stopped else CLOSE_SECONDS)  # type: ignore[arg-type]
     if is_hurt:
-        for pid in wait_for_service(run_dir, num_before):
+        for pid in wait_for_service():
             os.kill(pid, start["signal"])
     began = time.monotonic()
     for event in start["events"]:
@@ -60,11 +62,11 @@ def run_start(run_dir: Path, start: dict[str, Any]) -> dict[str, float]:
     return {"log_seconds": logged - began, "close_seconds": time.monotonic() - logged}
 
 
-def wait_for_service(run_dir: Path, num_before: int) -> list[int]:
-    """Return the services of W&B once one more start is recorded than before."""
+def wait_for_service() -> list[int]:
+    """Return the services of W&B once a start is open."""
     deadline = time.monotonic() + 60
-    while len(list(run_dir.glob(RECORDED))) <= num_before:
-        assert time.monotonic() < deadline, "W&B has not begun to record"
+    while getattr(sys.modules.get("wandb"), "run", None) is None:
+        assert time.monotonic() < deadline, "W&B does not record"
         time.sleep(0.05)
     return service_pids()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cpt.telemetry.background import BackgroundTracker
+from cpt.telemetry.background import MOST_REOPENINGS, BackgroundTracker
 
 EVENT = {"event": "step", "step": 1}
 
@@ -21,10 +21,10 @@ class Recorder:
     def __init__(self, on_log: Callable[[], None] = lambda: None) -> None:
         self.events: list[dict[str, Any]] = []
         self.is_closed = False
-        self._on_log = on_log
+        self.on_log = on_log
 
     def log(self, event: dict[str, Any]) -> None:
-        self._on_log()
+        self.on_log()
         self.events.append(event)
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ def test_events_arrive_in_order_and_the_tracker_is_closed() -> None:
 
 
 @pytest.mark.parametrize("error", [fail, leave])
-def test_tracker_that_raises_is_told_once_and_left_out(
+def test_tracker_that_fails_again_and_again_is_left_out(
     error: Callable[[], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     cut_off = threading.Event()
@@ -60,9 +60,29 @@ def test_tracker_that_raises_is_told_once_and_left_out(
     tracker.close()
     tracker.log(EVENT)
     assert cut_off.is_set()
-    (record,) = caplog.records
-    assert record.getMessage().startswith("it failed and is left out from now on")
-    assert record.exc_info is None
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1 + MOST_REOPENINGS
+    assert messages[0].startswith("it failed (") and messages[0].endswith("and is opened again.")
+    assert messages[-1].startswith("it failed and is left out from now on")
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_tracker_whose_helper_was_killed_is_opened_again_and_misses_nothing() -> None:
+    recorders = [Recorder(), Recorder()]
+    opened = iter(recorders)
+
+    def fail_at_3() -> None:
+        if len(recorders[0].events) == 2:
+            fail()
+
+    recorders[0].on_log = fail_at_3
+    tracker = BackgroundTracker("it", lambda: next(opened))
+    events = [{"event": "step", "step": number} for number in range(1, 6)]
+    for event in events:
+        tracker.log(event)
+    tracker.close()
+    assert recorders[0].events + recorders[1].events == events
+    assert recorders[1].is_closed and not recorders[0].is_closed
 
 
 def test_tracker_that_cannot_be_opened_is_left_out(caplog: pytest.LogCaptureFixture) -> None:

@@ -33,6 +33,12 @@ SECTION = {
 }
 ENVIRONMENT = {"WANDB_MODE": "offline", "WANDB_NAME": "named", "WANDB_RUN_GROUP": "other"}
 SECRET = "canary" * 8
+UNREACHABLE = {
+    "WANDB_MODE": "online",
+    "WANDB_BASE_URL": "http://127.0.0.1:9",
+    "WANDB_INIT_TIMEOUT": "2",
+}
+"""Nothing listens on this port."""
 
 
 def steps(first: int, last: int) -> list[Event]:
@@ -93,6 +99,13 @@ SECOND = [{"event": "start", "step": 2, "time": 3.0}, *steps(3, 6)]
 """Goes on from the checkpoint, and is never told how it ended."""
 
 
+FAILED = [
+    {"event": "start", "step": 6, "time": 4.0},
+    *steps(7, 7),
+    {"event": "end", "step": 7, "time": 5.0, "exit_code": 70, "cause": "it broke"},
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tracked:
     """What the starts of one run directory left."""
@@ -106,7 +119,7 @@ class Tracked:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
-    """Two sound starts, one whose service is killed, one whose service hangs."""
+    """Two sound starts, one without its server, one whose service is killed, one whose hangs."""
     folder = tmp_path_factory.mktemp("tracked")
     run_dir = folder / "run"
     checkpoint = run_dir / "checkpoints" / "step-00000002"
@@ -116,7 +129,13 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     plan = [
         {"telemetry": SECTION, "events": FIRST},
         {"telemetry": SECTION, "events": SECOND},
-        {"telemetry": SECTION, "events": many, "signal": signal.SIGKILL},
+        {"telemetry": SECTION, "events": FAILED, "environment": UNREACHABLE},
+        {
+            "telemetry": SECTION,
+            "events": [*steps(7, 2000), {"event": "end", "step": 2000, "exit_code": 0}],
+            "signal": signal.SIGKILL,
+            "environment": {"WANDB_MODE": "offline"},
+        },
         {"telemetry": SECTION, "events": many, "signal": signal.SIGSTOP},
     ]
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
@@ -130,7 +149,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            timeout=240,
+            timeout=300,
         ).returncode
     output = (folder / "output").read_text(encoding="utf-8")
     assert code == 0, output
@@ -141,7 +160,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
 def test_all_starts_are_one_run_whose_id_is_kept(tracked: Tracked) -> None:
     kept = json.loads((tracked.run_dir / "wandb_run.json").read_text(encoding="utf-8"))
     folders = [folder.name for folder in tracked.run_dir.glob("wandb/offline-run-*")]
-    assert len(folders) == 4 and all(f"-{kept['run_id']}" in name for name in folders)
+    assert len(folders) == 6 and all(f"-{kept['run_id']}" in name for name in folders)
     for start in tracked.starts[:2]:
         assert start.run.run_id == kept["run_id"] and start.run.resume
 
@@ -239,15 +258,32 @@ def test_no_file_holds_the_key(tracked: Tracked) -> None:
     assert SECRET not in tracked.output
 
 
-def test_service_that_is_killed_costs_one_warning(tracked: Tracked) -> None:
-    assert tracked.output.count("W&B failed and is left out from now on") == 1, tracked.output
+def test_run_whose_server_does_not_answer_records_offline(tracked: Tracked) -> None:
+    assert tracked.starts[2].series("train/loss") == {7: 3.0 / 7}
+    assert "W&B cannot be reached" in tracked.output
+    assert "wandb sync" in tracked.output
+
+
+def test_failure_is_an_alert_with_its_cause(tracked: Tracked) -> None:
+    (alert,) = tracked.starts[2].alerts
+    assert (alert.title, alert.level) == ("named: failed", "ERROR")
+    assert alert.text == "step 7: it broke"
+    assert tracked.starts[2].exit_code == 1
+
+
+def test_service_that_is_killed_is_started_again_for_the_same_run(tracked: Tracked) -> None:
+    assert tracked.output.count("W&B failed (") == 1, tracked.output
     assert "Traceback" not in tracked.output, tracked.output
+    steps_after = set()
+    for start in tracked.starts[3:]:
+        steps_after |= set(start.series("train/loss"))
+    assert max(steps_after) == 2000
 
 
 def test_service_that_hangs_makes_neither_a_step_nor_the_exit_wait(tracked: Tracked) -> None:
-    assert len(tracked.seconds) == 4
+    assert len(tracked.seconds) == 5
     assert max(start["log_seconds"] for start in tracked.seconds) < 2
-    assert tracked.seconds[3]["close_seconds"] < 15
+    assert tracked.seconds[4]["close_seconds"] < 15
     assert "W&B did not finish within 3 s and was cut off" in tracked.output
 
 
