@@ -90,6 +90,9 @@ def main(arguments: list[str], stop: StopRequest) -> int:
     try:
         options = parse_arguments(arguments)
         start_telling(options, rank)
+        from cpt.job.start_options import check_start
+
+        check_start(options)  # before the imports of `launch`, which take seconds
         from cpt.job.launch import launch
 
         launch(options, stop)

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
-from cpt.errors import CheckpointError, ConfigError
+from cpt.commands.early_checks import refuse, run_dir_problems
+from cpt.errors import CheckpointError
 
 
 def add_parser(commands: Commands) -> None:
@@ -22,10 +23,9 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    refuse(run_dir_problems(options.run_dir))
     from cpt.checkpoint.listing import checkpoint_table, list_checkpoints
 
-    if not options.run_dir.is_dir():
-        raise ConfigError(f"--run_dir {options.run_dir} does not exist.")
     listed = list_checkpoints(options.run_dir, verify=options.verify)
     if not listed:
         print(f"{options.run_dir} holds no checkpoint yet.")

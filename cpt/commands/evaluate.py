@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
+from cpt.commands.early_checks import file_problems, model_problems, refuse
 from cpt.commands.shared_options import add_ranks, rank_options
-from cpt.errors import ConfigError
 
 
 def add_parser(commands: Commands) -> None:
@@ -34,13 +34,23 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from cpt.offline.evaluation.comparison import evaluate
-
+    problems = []
     if options.baseline is None and not options.no_baseline:
-        raise ConfigError(
+        problems.append(
             "--baseline is missing. Give the result of the model before training, or --no_baseline "
             "if this is that model."
         )
+    refuse(
+        problems,
+        model_problems("--model", options.model),
+        file_problems("--tasks", options.tasks),
+        file_problems("--baseline", options.baseline),
+    )
+    from cpt.offline.evaluation.tasks import load_tasks
+
+    load_tasks(options.tasks)  # a wrong one is refused before the imports that follow
+    from cpt.offline.evaluation.comparison import evaluate
+
     evaluate(
         options.model,
         options.tasks,

@@ -6,8 +6,12 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
+from cpt.commands.early_checks import out_problems, refuse, run_dir_problems
 from cpt.commands.shared_options import add_ranks, add_step, checkpoint_folder, rank_options
 from cpt.resilience.environment import rank_of_environment
+
+FORMATS = ("bf16", "mxfp4", "fp32")
+"""What `cpt.export.huggingface.export_checkpoint` writes."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -16,7 +20,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--run_dir", type=Path, required=True, help="run directory")
     add_step(parser)
     parser.add_argument("--out", type=Path, required=True, help="new directory")
-    parser.add_argument("--format", default="bf16", help="bf16, mxfp4 or fp32")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="bf16", help="dtype of the weights, or MXFP4 experts"
+    )
     parser.add_argument(
         "--score",
         choices=("auto", "always", "never"),
@@ -29,6 +35,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    refuse(run_dir_problems(options.run_dir), out_problems(options.out))
     from cpt.export.run_export import describe_export, export_run
 
     folder = checkpoint_folder(options.run_dir, options.step)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
+from cpt.commands.early_checks import folder_problems, model_problems, out_problems, refuse
 from cpt.commands.shared_options import add_ranks, rank_options, tell
 
 
@@ -33,6 +34,11 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    refuse(
+        model_problems("--model", options.model),
+        folder_problems("--build", options.build),
+        out_problems(options.out),
+    )
     from cpt.offline.kl_target_writer import TargetsRequest, write_targets
 
     request = TargetsRequest(

@@ -6,8 +6,14 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
+from cpt.commands.early_checks import (
+    file_problems,
+    folder_problems,
+    model_problems,
+    out_problems,
+    refuse,
+)
 from cpt.commands.shared_options import add_ranks, rank_options, tell
-from cpt.errors import ConfigError
 
 
 def add_parser(commands: Commands) -> None:
@@ -50,12 +56,21 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    problems = []
+    if options.score_only and options.mix is None:
+        problems.append("--score_only needs --mix: there is nothing to score.")
+    refuse(
+        problems,
+        model_problems("--base", options.base),
+        model_problems("--tuned", options.tuned),
+        file_problems("--mix", options.mix),
+        folder_problems("--build_dir", options.build_dir),
+        out_problems(options.out),
+    )
     from cpt.export.merge_sweep import merge
     from cpt.offline.model import held_out_sets
 
     ranks = rank_options(options)
-    if options.score_only and options.mix is None:
-        raise ConfigError("--score_only needs --mix: there is nothing to score.")
     sets = []
     if options.mix is not None:
         sets = held_out_sets(options.mix, options.build_dir, options.max_documents)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
+from cpt.commands.early_checks import file_problems, model_problems, out_problems, refuse
 from cpt.commands.shared_options import (
     add_ranks,
     add_sampling,
@@ -44,6 +45,17 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    sampling = sampling_of(options)
+    problems = sampling.problems()
+    if options.prefixes is None and options.questions is None:
+        problems.append("--prefixes and --questions are both missing. Give at least one of them.")
+    refuse(
+        problems,
+        model_problems("--model", options.model),
+        file_problems("--prefixes", options.prefixes),
+        file_problems("--questions", options.questions),
+        out_problems(options.out),
+    )
     from cpt.offline.self_replay import ReplayRequest, sample_replay
 
     request = ReplayRequest(
@@ -52,6 +64,6 @@ def _run(options: argparse.Namespace) -> None:
         prefixes=options.prefixes,
         questions=options.questions,
         prefix_tokens=options.prefix_tokens,
-        sampling=sampling_of(options),
+        sampling=sampling,
     )
     tell(sample_replay(request, rank_options(options)))

@@ -7,8 +7,8 @@ import datetime
 from pathlib import Path
 
 from cpt.commands import Commands
+from cpt.commands.early_checks import model_problems, refuse, run_dir_problems
 from cpt.commands.shared_options import add_sampling, add_step, checkpoint_folder, sampling_of
-from cpt.errors import ConfigError
 
 
 def add_parser(commands: Commands) -> None:
@@ -38,19 +38,18 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from cpt.offline.plain_model import load_checkpoint, load_export
-    from cpt.offline.sampling import decode_channels, decode_tokens, generate
-    from data_pipeline.text.harmony import encode_prompt
-    from data_pipeline.text.tokenizer import encode
-
     sampling = sampling_of(options)
     problems = sampling.problems()
     if not all(options.prompt):
         problems.append("--prompt is empty. Give some text to continue.")
     if not options.chat and (options.developer or options.effort):
         problems.append("--developer and --effort are for --chat only.")
-    if problems:
-        raise ConfigError(problems)
+    refuse(problems, run_dir_problems(options.run_dir), model_problems("--model", options.model))
+    from cpt.offline.plain_model import load_checkpoint, load_export
+    from cpt.offline.sampling import decode_channels, decode_tokens, generate
+    from data_pipeline.text.harmony import encode_prompt
+    from data_pipeline.text.tokenizer import encode
+
     if options.model is not None:
         model = load_export(options.model)
     else:

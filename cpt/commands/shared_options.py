@@ -13,7 +13,7 @@ from cpt.resilience.environment import rank_of_environment, restore_gpu_ids
 
 if TYPE_CHECKING:
     from cpt.offline.rank_options import RankOptions
-    from cpt.training.sampling import Sampling
+    from cpt.training.sampling_settings import Sampling
 
 
 def add_step(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def add_sampling(
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
     """Return the sampling settings of a command line."""
-    from cpt.training.sampling import Sampling
+    from cpt.training.sampling_settings import Sampling
 
     return Sampling(
         max_new_tokens=options.max_new_tokens,

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +49,17 @@ from cpt.job.resumption import (
 )
 from cpt.job.run_dir import RoomNeeded, check_place, room_needed
 from cpt.job.seam import Seam
+from cpt.job.start_options import check_start, resume_word
 from cpt.model import attention
 from cpt.model.configuration import load_config
 from cpt.model.freezing import freeze_problems
 from cpt.model.parameters import parameter_numels, parameter_shapes
 from cpt.model.weights.directory import check_directory
 from cpt.model.weights.tokenizer_check import tokenizer_problems
-from cpt.planning.fit import ANY, Card, Start, card_problems, fit_problem, fit_warning
-from cpt.resilience import faults
+from cpt.planning.fit import Card, Start, fit_problem, fit_warning
+from cpt.planning.hardware import ANY_GPU
 from cpt.resilience.devices import memory_of_gpu
-from cpt.resilience.environment import LAUNCHER_VARIABLES, LaunchEnvironment, read_environment
+from cpt.resilience.environment import LaunchEnvironment
 from cpt.telemetry.trackers import tracker_problems
 from cpt.training.kl_targets import presence_problems
 from data_pipeline.config.mix_config import MixConfig
@@ -125,9 +125,7 @@ def pass_gate(options: argparse.Namespace) -> PassedGate:
     """
     found = Findings()
     found.attempt(check_version)
-    found.attempt(faults.check_environment)
-    environment = found.attempt(lambda: check_launcher(options.ds_config))
-    found.add(command_line_problems(options))
+    environment = found.attempt(lambda: check_start(options))
     _raise_any(found)
     assert environment is not None
     overrides = dict(item.split("=", 1) for item in options.set)
@@ -139,34 +137,6 @@ def pass_gate(options: argparse.Namespace) -> PassedGate:
         _raise_any(found)
     gate = _Gate(options, run_yaml, json_file, environment)
     return gate.result()
-
-
-def check_launcher(ds_config: Path) -> LaunchEnvironment:
-    """Return what the launcher tells this rank.
-
-    Raises:
-        ConfigError: naming the variables that are missing, and the command to start with; or those
-            that cannot be right.
-    """
-    missing = [name for name in LAUNCHER_VARIABLES if not os.environ.get(name, "").strip()]
-    if missing:
-        raise ConfigError(
-            f"no launcher: {', '.join(missing)} not set. Start with  deepspeed cpt/run.py "
-            f"--ds_config {ds_config}  (on a machine without GPU add --num_gpus N for N processes)."
-        )
-    return read_environment()
-
-
-def command_line_problems(options: argparse.Namespace) -> list[str]:
-    """Return what is wrong with the command line alone."""
-    problems = []
-    for item in options.set:
-        if "=" not in item:
-            problems.append(f"--set {item} has no '='. Write --set section.key=value.")
-    is_step = options.resume.isascii() and options.resume.isdigit()
-    if options.resume not in ("auto", "never") and not is_step:
-        problems.append(f"--resume {options.resume} must be auto, never or a step.")
-    return problems + card_problems(options.gpu)
 
 
 def check_named_files(run_yaml: Path, overrides: dict[str, str], found: Findings) -> None:
@@ -182,11 +152,6 @@ def check_named_files(run_yaml: Path, overrides: dict[str, str], found: Findings
     data = parts.data
     if data is not None:
         found.attempt(lambda: check_mix(data, parts.seq_len))
-
-
-def resume_word(asked: str, restarts: int) -> str:
-    """Return what to resume from: a requeued job goes on from its own newest checkpoint."""
-    return "auto" if restarts > 0 else asked
 
 
 class _Gate:
@@ -290,7 +255,7 @@ class _Gate:
 
     def _check_fit(self) -> None:
         """Compare the memory of a rank with that of its GPU."""
-        if self.config is None or self.gpu == ANY:
+        if self.config is None or self.gpu == ANY_GPU:
             return
         self.card = self._card()
         if self.card is None:

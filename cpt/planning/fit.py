@@ -20,17 +20,15 @@ from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.errors import ConfigError
-from cpt.planning.hardware import GPUS, Assumptions
+from cpt.planning.hardware import ANY_GPU, GPUS, Assumptions
 from cpt.planning.memory import GIB, ParameterCounts, count_parameters, device_memory, host_memory
-from data_pipeline.config.strict_yaml import Located, nearest
+from data_pipeline.config.strict_yaml import Located
 
 MOST_RANKS = 1024
 """Ranks up to which more of them are proposed."""
 RANKS_PER_NODE = 8
 LEAST_SEQ_LEN = 1024
 """Tokens of the shortest rows that are proposed."""
-ANY = "any"
-"""Value of `--gpu` that leaves out the check."""
 NUM_PARTS = 3
 """Parts of memory that a refusal names."""
 
@@ -143,16 +141,9 @@ def fit_problem(start: Start, card: Card) -> str | None:
         cure = f"It fits with: {listed}. cpt plan --gpus N finds the fastest layout."
     return (
         f"a rank needs {_gib(sum(memory.values()))} of GPU memory (estimate), {card.name} has "
-        f"{_gib(card.memory_bytes)}. Largest parts: {parts}. {cure} --gpu {ANY} leaves out this "
-        "check."
+        f"{_gib(card.memory_bytes)}. Largest parts: {parts}. {cure} --gpu {ANY_GPU} leaves out "
+        "this check."
     )
-
-
-def card_problems(name: str | None) -> list[str]:
-    """Return what is wrong with the value of `--gpu`."""
-    if name is None or name == ANY or name in GPUS:
-        return []
-    return [f"--gpu {name} is not known.{nearest(name, [*GPUS, ANY])}"]
 
 
 def fit_warning(memory: dict[str, int], card: Card) -> str | None:

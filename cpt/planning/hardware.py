@@ -15,6 +15,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from cpt.planning.routing import Routing
+from data_pipeline.config.strict_yaml import nearest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,6 +241,17 @@ def with_fabric(gpu: Gpu, ranks_per_node: int, fabric_gbit: float) -> Gpu:
     """
     share = fabric_gbit / ranks_per_node * 1e9 / 8
     return replace(gpu, ranks_per_node=ranks_per_node, network_bytes_per_second=share)
+
+
+ANY_GPU = "any"
+"""Name that stands for no GPU in particular: nothing is compared with its memory."""
+
+
+def gpu_problems(name: str | None) -> list[str]:
+    """Return what is wrong with the name of a GPU; None was not given."""
+    if name is None or name == ANY_GPU or name in GPUS:
+        return []
+    return [f"--gpu {name} is not known.{nearest(name, [*GPUS, ANY_GPU])}"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -133,7 +133,7 @@ def test_export_of_a_step_that_was_never_saved_names_it(
     run_dir: Path, out: Path, capsys: Any
 ) -> None:
     write_checkpoint(run_dir, 10)
-    assert export(run_dir, out, "--step", "20") == 74
+    assert export(run_dir, out, "--step", "20") == 78
     assert "step-00000020" in capsys.readouterr().err
 
 
@@ -157,7 +157,7 @@ def test_export_of_a_damaged_step_that_was_asked_for_takes_no_other(
 ) -> None:
     write_checkpoint(run_dir, 10)
     damage(write_checkpoint(run_dir, 20))
-    assert export(run_dir, out, "--step", "20") == 74
+    assert export(run_dir, out, "--step", "20") == 78
 
 
 def test_export_in_an_unknown_format_names_the_known_ones(

@@ -15,13 +15,12 @@ from cpt.planning.fit import (
     KINDS,
     Card,
     Start,
-    card_problems,
     cures,
     fit_problem,
     fit_warning,
     fitting_gpus,
 )
-from cpt.planning.hardware import GPUS
+from cpt.planning.hardware import GPUS, gpu_problems
 from cpt.planning.memory import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,5 +111,5 @@ def test_known_gpus_that_fit_are_listed() -> None:
 
 
 def test_unknown_gpu_is_refused_with_the_nearest_name() -> None:
-    assert "Did you mean 'h100'?" in card_problems("h1000")[0]
-    assert card_problems(None) == card_problems("any") == card_problems("h200") == []
+    assert "Did you mean 'h100'?" in gpu_problems("h1000")[0]
+    assert gpu_problems(None) == gpu_problems("any") == gpu_problems("h200") == []
