@@ -8,6 +8,7 @@ from pathlib import Path
 from cpt.commands import Commands
 from cpt.commands.early_checks import file_problems, model_problems, refuse
 from cpt.commands.shared_options import add_ranks, rank_options
+from cpt.errors import ConfigError
 
 
 def add_parser(commands: Commands) -> None:
@@ -34,21 +35,14 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    problems = []
-    if options.baseline is None and not options.no_baseline:
-        problems.append(
-            "--baseline is missing. Give the result of the model before training, or --no_baseline "
-            "if this is that model."
-        )
     refuse(
-        problems,
+        _baseline_problems(options),
         model_problems("--model", options.model),
         file_problems("--tasks", options.tasks),
-        file_problems("--baseline", options.baseline),
     )
     from cpt.offline.evaluation.tasks import load_tasks
 
-    load_tasks(options.tasks)  # a wrong one is refused before the imports that follow
+    load_tasks(options.tasks)  # what is wrong there is told before the imports that follow
     from cpt.offline.evaluation.comparison import evaluate
 
     evaluate(
@@ -59,3 +53,20 @@ def _run(options: argparse.Namespace) -> None:
         options.batch_size,
         rank_options(options),
     )
+
+
+def _baseline_problems(options: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the result to compare with."""
+    if options.baseline is not None:
+        from cpt.offline.evaluation.scores import read_result
+
+        try:
+            read_result(options.baseline)
+        except ConfigError as error:
+            return error.problems
+    elif not options.no_baseline:
+        return [
+            "--baseline is missing. Give the result of the model before training, or --no_baseline "
+            "if this is that model."
+        ]
+    return []

@@ -20,9 +20,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--run_dir", type=Path, required=True, help="run directory")
     add_step(parser)
     parser.add_argument("--out", type=Path, required=True, help="new directory")
-    parser.add_argument(
-        "--format", choices=FORMATS, default="bf16", help="dtype of the weights, or MXFP4 experts"
-    )
+    parser.add_argument("--format", default="bf16", help=", ".join(FORMATS))
     parser.add_argument(
         "--score",
         choices=("auto", "always", "never"),
@@ -35,7 +33,10 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    refuse(run_dir_problems(options.run_dir), out_problems(options.out))
+    problems = []
+    if options.format not in FORMATS:
+        problems.append(f"--format {options.format} is none of {', '.join(FORMATS)}.")
+    refuse(problems, run_dir_problems(options.run_dir), out_problems(options.out))
     from cpt.export.run_export import describe_export, export_run
 
     folder = checkpoint_folder(options.run_dir, options.step)

@@ -45,18 +45,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    sampling = sampling_of(options)
-    problems = sampling.problems()
-    if options.prefixes is None and options.questions is None:
-        problems.append("--prefixes and --questions are both missing. Give at least one of them.")
-    refuse(
-        problems,
-        model_problems("--model", options.model),
-        file_problems("--prefixes", options.prefixes),
-        file_problems("--questions", options.questions),
-        out_problems(options.out),
-    )
-    from cpt.offline.self_replay import ReplayRequest, sample_replay
+    from cpt.offline.replay_request import ReplayRequest
 
     request = ReplayRequest(
         model_dir=options.model,
@@ -64,6 +53,15 @@ def _run(options: argparse.Namespace) -> None:
         prefixes=options.prefixes,
         questions=options.questions,
         prefix_tokens=options.prefix_tokens,
-        sampling=sampling,
+        sampling=sampling_of(options),
     )
+    request.check()
+    refuse(
+        model_problems("--model", options.model),
+        file_problems("--prefixes", options.prefixes),
+        file_problems("--questions", options.questions),
+        out_problems(options.out),
+    )
+    from cpt.offline.self_replay import sample_replay
+
     tell(sample_replay(request, rank_options(options)))

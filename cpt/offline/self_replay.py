@@ -18,11 +18,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cpt.errors import ConfigError, DataError
+from cpt.errors import DataError
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.checksums import model_hash
@@ -33,10 +33,10 @@ from cpt.offline.model import OfflineModel
 from cpt.offline.pieces import ItemSeries, Pieces, kept_pieces, partial_folder
 from cpt.offline.rank_options import RankOptions
 from cpt.offline.ranks import offline_ranks
+from cpt.offline.replay_request import ReplayRequest
 from cpt.offline.replies import compute_replies
 from cpt.offline.sampling import decode_tokens
 from cpt.resilience.faults import fault_point
-from cpt.training.sampling import Sampling
 from data_pipeline.build.self_replay import write_sidecar
 from data_pipeline.store.files import atomic_write
 from data_pipeline.text.harmony import DEFAULT_DATE, RETURN, STOP_IDS, encode_prompt
@@ -44,24 +44,6 @@ from data_pipeline.text.harmony_reply import ReplyMessage, parse_reply
 from data_pipeline.text.tokenizer import encode
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReplayRequest:
-    """A set of replay text that is to be written."""
-
-    model_dir: Path
-    """Hugging Face directory of the base model."""
-    out: Path
-    """Folder to write; it must not exist."""
-    prefixes: Path | None
-    """JSONL with `text`: the first tokens of each are continued."""
-    questions: Path | None
-    """JSONL with `prompt`: each is asked in the Harmony format."""
-    prefix_tokens: int
-    """Tokens of each text that are continued."""
-    sampling: Sampling
-    """How tokens are drawn; its seed is that of the whole set."""
 
 
 def sample_replay(request: ReplayRequest, options: RankOptions | None = None) -> str:
@@ -74,7 +56,7 @@ def sample_replay(request: ReplayRequest, options: RankOptions | None = None) ->
         DataError: a record cannot be used, or the model wrote nothing usable.
         RequeueRequested: a stop was asked for; what is sampled stays for the next start.
     """
-    _check(request)
+    request.check()
     prompts = _Prompts(request)
     config = load_config(request.model_dir, None)
     files = set(tensor_files(request.model_dir).values())
@@ -159,20 +141,6 @@ def _write(request: ReplayRequest, prompts: _Prompts, pieces: Pieces, base_model
 def _items(pieces: Pieces, series: ItemSeries) -> Iterator[list[int]]:
     for content in pieces.read(series):
         yield from content
-
-
-def _check(request: ReplayRequest) -> None:
-    problems = request.sampling.problems()
-    if request.prefixes is None and request.questions is None:
-        problems.append("--prefixes and --questions are both missing. Give at least one of them.")
-    if request.prefix_tokens < 1:
-        problems.append(f"--prefix_tokens {request.prefix_tokens} must be >= 1.")
-    if request.sampling.temperature == 0:
-        problems.append(
-            "--temperature is 0: the likeliest text is no sample of what the model knows. Give 1.0."
-        )
-    if problems:
-        raise ConfigError(problems)
 
 
 def _read(path: Path | None, field: str) -> list[str]:
