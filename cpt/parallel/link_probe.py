@@ -54,6 +54,8 @@ def measure(nodes: Sequence[Node], topology: Topology) -> NodeRates:
     """
     started = time.perf_counter()
     group = dist.new_group(timeout=GROUP_TIMEOUT)
+    # NCCL lets some ranks of a group send only after all of them have met in it once
+    dist.all_reduce(torch.zeros(1, device=topology.device), group=group)
     probe = _Probe(topology.device, group)
     mine: list[tuple[int, int, float]] = []
     for index, pairs in enumerate(tournament(len(nodes))):
