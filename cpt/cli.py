@@ -46,6 +46,7 @@ from data_pipeline.commands import (  # noqa: E402
     end_with_reason,
     prepare_process,
     start_telling,
+    with_home_folders,
 )
 
 COMMANDS = (
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_parser(commands)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by deepspeed
     words = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(_current_words(words))
+    options = with_home_folders(parser.parse_args(_current_words(words)))
     start_telling(options, rank_of_environment() if is_launched() else None)
     try:
         options.run(options)

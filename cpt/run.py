@@ -34,6 +34,7 @@ from data_pipeline.commands import (  # noqa: E402
     CommandParser,
     prepare_process,
     start_telling,
+    with_home_folders,
 )
 from data_pipeline.console.lasting_output import make_output_lasting  # noqa: E402
 from data_pipeline.console.log_lines import log_to_terminal  # noqa: E402
@@ -77,7 +78,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "this machine, if there is one; any: do not check",
     )
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
-    return parser.parse_args(arguments)
+    return with_home_folders(parser.parse_args(arguments))
 
 
 def main(arguments: list[str], stop: StopRequest) -> int:

@@ -21,7 +21,13 @@ from data_pipeline.build.guard_sets import describe_guard_sets
 from data_pipeline.build.origin import fingerprint
 from data_pipeline.build.summary import describe_build
 from data_pipeline.build.workers import available_cores
-from data_pipeline.commands import CommandParser, end_with_reason, prepare_process, start_telling
+from data_pipeline.commands import (
+    CommandParser,
+    end_with_reason,
+    prepare_process,
+    start_telling,
+    with_home_folders,
+)
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
@@ -54,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_diff(commands)
     _add_audit(commands)
     _add_moved_corpus(commands)
-    options = parser.parse_args(arguments)
+    options = with_home_folders(parser.parse_args(arguments))
     prepare_process()
     start_telling(options)
     try:

@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from data_pipeline.console.log_lines import (
@@ -44,6 +45,16 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(ConfigError.exit_code, f"{self.prog}: {message}. {self.prog} --help helps.\n")
+
+
+def with_home_folders(options: argparse.Namespace) -> argparse.Namespace:
+    """Fill in `~` in the paths of a command line, which shells leave alone in `--option=~/x`."""
+    for name, value in vars(options).items():
+        if isinstance(value, Path):
+            setattr(options, name, Path(os.path.expanduser(value)))
+        elif isinstance(value, list) and value and isinstance(value[0], Path):
+            setattr(options, name, [Path(os.path.expanduser(path)) for path in value])
+    return options
 
 
 def end_with_reason(error: BaseException, program: str) -> int:

@@ -13,7 +13,9 @@ keys (`sequence_parallel_size`, `expert_parallel`, `optimizer`) and with every `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +38,9 @@ from data_pipeline.config.strict_yaml import Located, Reader, load_json, load_ya
 
 EXCLUSIVE_KEYS = {"model.path": "model.init", "model.init": "model.path"}
 """Keys of the run YAML of which a file has one: `--set` of either replaces the other."""
+
+PATH_KEYS = ("model.path", "data.mix", "data.build_dir", "train.kl_targets")
+"""Keys of the run YAML that are paths."""
 
 __all__ = [
     "OWN_KEYS",
@@ -82,7 +87,7 @@ def load(
     problems: list[str] = []
     parsed = None
     try:
-        reader = Reader(with_overrides(load_yaml(run_yaml), overrides))
+        reader = Reader(with_overrides(load_yaml(run_yaml), overrides, run_yaml.parent))
         parsed = reader.read(RunYaml)
         problems += reader.problems
     except ConfigError as error:
@@ -101,15 +106,21 @@ def load(
     return _with_paths_beside(parsed, run_yaml), json_file
 
 
-def with_overrides(file: Located, overrides: dict[str, str]) -> Located:
+def with_overrides(file: Located, overrides: dict[str, str], folder: Path) -> Located:
     """Apply `--set`: a value replaces the file's, and one of `EXCLUSIVE_KEYS` replaces its rival.
 
+    Args:
+        file: The run YAML.
+        overrides: Values of `--set` by dotted key.
+        folder: That of the run YAML.
+
     Raises:
-        ConfigError: an override names no section.
+        ConfigError: an override names no section; see also `with_shell_paths`.
     """
     changed = file.with_values(overrides)
     if not isinstance(changed.value, dict):
         return changed  # the reader says what it should be
+    changed = with_shell_paths(changed, overrides, folder)
     for key, rival in EXCLUSIVE_KEYS.items():
         section, _, name = key.partition(".")
         block = changed.value.get(section)
@@ -138,7 +149,7 @@ def readable_parts(run_yaml: Path, overrides: dict[str, str]) -> ReadableParts:
     Raises:
         ConfigError: the file cannot be read at all.
     """
-    located = with_overrides(load_yaml(run_yaml), overrides)
+    located = with_overrides(load_yaml(run_yaml), overrides, run_yaml.parent)
     sections = located.value if isinstance(located.value, dict) else {}
     reader = Reader(located)
     model = reader.read(ModelSection, sections.get("model"), ("model",))
@@ -170,9 +181,47 @@ def _model_beside(model: ModelSection, folder: Path) -> ModelSection:
 
 
 def _data_beside(data: DataSection, folder: Path) -> DataSection:
-    mix = (folder / data.mix).resolve()
+    mix = absolute(data.mix, folder)
     return replace(data, mix=mix, build_dir=_beside(data.build_dir, folder))
 
 
 def _beside(path: Path | None, folder: Path) -> Path | None:
-    return None if path is None else (folder / path).resolve()
+    return None if path is None else absolute(path, folder)
+
+
+def absolute(path: Path, folder: Path) -> Path:
+    """Return a path as one from the root; a relative one is taken as relative to a folder."""
+    return (folder / os.path.expanduser(path)).resolve()
+
+
+def with_shell_paths(file: Located, overrides: Mapping[str, str], folder: Path) -> Located:
+    """Read paths of `--set` relative to the working directory, as those of all other options.
+
+    Args:
+        file: The run YAML, with the overrides.
+        overrides: Values of `--set` by dotted key.
+        folder: That of the run YAML, to which its own paths are relative.
+
+    Raises:
+        ConfigError: a path exists only relative to the run YAML.
+    """
+    value = copy.deepcopy(file.value)
+    problems = []
+    for key in PATH_KEYS:
+        section, _, name = key.partition(".")
+        block = value.get(section)
+        text = block.get(name) if isinstance(block, dict) else None
+        if not isinstance(text, str) or not {key, section} & overrides.keys():
+            continue
+        meant = absolute(Path(text), Path.cwd())
+        beside_file = absolute(Path(text), folder)
+        if not meant.exists() and beside_file.exists():
+            problems.append(
+                f"--set {key}={text}: {meant} does not exist, but {beside_file} does. Paths of "
+                "--set are relative to the working directory, those in the run YAML to the file. "
+                "Give the one that you mean from the root."
+            )
+        block[name] = str(meant)
+    if problems:
+        raise ConfigError(problems)
+    return replace(file, value=value)

@@ -164,8 +164,8 @@ def open_pair(base: Path, tuned: Path) -> Pair:
     Raises:
         ConfigError: the architectures differ, or a directory lacks a tensor of its configuration.
     """
-    config = load_config(base, None)
-    problems = _differences(base, config, tuned, load_config(tuned, None))
+    config = load_config(base, None, option="--base")
+    problems = _differences(base, config, tuned, load_config(tuned, None, option="--tuned"))
     if problems:
         raise ConfigError(problems)
     shapes = parameter_shapes(config)

@@ -9,8 +9,8 @@ from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
 from cpt.model.configuration_check import config_problems
+from cpt.model.missing_model import CONFIG, why_no_config, why_no_model
 from cpt.model.weights.hf_layout import read_json
-from data_pipeline.config.links import dangling_link
 
 _SHARED: dict[str, Any] = {
     "vocab_size": 201_088,
@@ -75,25 +75,27 @@ experts with biases.
 """
 
 
-def load_config(path: Path | None, preset: str | None) -> GptOssConfig:
+def load_config(
+    path: Path | None, preset: str | None, *, option: str = "model.path"
+) -> GptOssConfig:
     """Return the model's configuration, from a directory's config.json or a preset of `init`.
+
+    Args:
+        path: A Hugging Face directory; None for a preset.
+        preset: One of `PRESETS`.
+        option: What a person has named the directory with.
 
     Raises:
         ConfigError: There is no gpt-oss configuration, or one that this project cannot train.
     """
     if path is None:
         return GptOssConfig(**PRESETS[str(preset)])
-    file = path / "config.json"
-    link = dangling_link(file)
-    if link:
-        raise ConfigError(f"model.path: {link}")
+    file = path / CONFIG
     if not file.is_file():
-        raise ConfigError(
-            f"model.path: {file} does not exist. Give a Hugging Face directory with a config.json."
-        )
+        raise ConfigError(f"{option}: {why_no_model(path)}")
     values = read_json(file)
     if values.get("model_type") != "gpt_oss":
-        raise ConfigError(f"{file}: model_type is {values.get('model_type')!r}, must be 'gpt_oss'.")
+        raise ConfigError(why_no_config(path, values.get("model_type")))
     problems = config_problems(values)
     if problems:
         raise ConfigError([f"{file}: {problem}" for problem in problems])

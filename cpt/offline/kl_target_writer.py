@@ -81,7 +81,7 @@ def write_targets(request: TargetsRequest, options: RankOptions | None = None) -
         StorageError: there is too little space, or a write failed.
         RequeueRequested: a stop was asked for; what is computed stays for the next start.
     """
-    config = load_config(request.model_dir, None)
+    config = load_config(request.model_dir, None, option="--model")
     data = BuiltData.open(request.build_dir)
     _check(request, data, config.vocab_size)
     weights = DirectoryWeights(request.model_dir, parameter_shapes(config))

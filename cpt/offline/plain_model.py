@@ -13,7 +13,6 @@ from transformers.utils.quantization_config import Mxfp4Config
 from cpt.checkpoint.manifest import read_manifest
 from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.weights import CheckpointWeights
-from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
 from cpt.model.weights.hf_layout import read_json, tensor_files
 
@@ -24,11 +23,7 @@ def load_export(path: Path) -> Any:
     Raises:
         ConfigError: the directory holds no sound configuration, no weights, or pickled ones.
     """
-    if not (path / "config.json").is_file():
-        raise ConfigError(
-            f"--model {path}: no config.json there. Give a directory that `cpt export` wrote."
-        )
-    load_config(path, None)  # transformers itself checks little of it
+    load_config(path, None, option="--model")  # transformers itself checks little of it
     tensor_files(path)  # refuses pickles and names missing files
     settings = {}
     if read_json(path / "config.json").get("quantization_config") is not None:

@@ -37,6 +37,9 @@ class ReplayRequest:
             problems.append(
                 "--prefixes and --questions are both missing. Give at least one of them."
             )
+        for option, path in (("--prefixes", self.prefixes), ("--questions", self.questions)):
+            if path is not None and not path.is_file():
+                problems.append(f"{option} {path}: no such file.")
         if self.prefix_tokens < 1:
             problems.append(f"--prefix_tokens {self.prefix_tokens} must be >= 1.")
         if self.sampling.temperature == 0:

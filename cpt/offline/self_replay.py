@@ -58,7 +58,7 @@ def sample_replay(request: ReplayRequest, options: RankOptions | None = None) ->
     """
     request.check()
     prompts = _Prompts(request)
-    config = load_config(request.model_dir, None)
+    config = load_config(request.model_dir, None, option="--model")
     files = set(tensor_files(request.model_dir).values())
     weights = DirectoryWeights(request.model_dir, parameter_shapes(config))
     folder = partial_folder(request.out)

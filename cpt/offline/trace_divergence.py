@@ -47,7 +47,7 @@ def divergence_report(run_dir: Path, model_dir: Path, options: RankOptions) -> s
     """
     folder = TraceFolder(run_dir / "guard" / TRACE_FOLDER)
     kept = kept_domains(folder)
-    config = load_config(model_dir, None)
+    config = load_config(model_dir, None, option="--model")
     weights = DirectoryWeights(model_dir, parameter_shapes(config))
     lines = [
         f"{model_dir} against the untouched model {next(iter(kept.values())).model}, nats a token",

@@ -66,6 +66,7 @@ class FileKind(Enum):
     ORC = ("an ORC file", "Write it as Parquet.")
     AVRO = ("an Avro file", "Write it as Parquet or JSONL.")
     SAFETENSORS = ("a safetensors file (weights)", "Name the file with the text.")
+    GGUF = ("a GGUF file (quantized weights of llama.cpp)", "Name the file with the text.")
     PICKLE = (
         "a Python pickle",
         "It can run code and is not read: save weights as safetensors, texts as JSONL.",
@@ -110,6 +111,7 @@ _MAGIC = {
     b"\x89HDF\r\n\x1a\n": FileKind.HDF5,
     b"SQLite format 3\x00": FileKind.SQLITE,
     b"%PDF-": FileKind.PDF,
+    b"GGUF": FileKind.GGUF,
     **_POINTERS,
 }
 """Kinds by the bytes that a file of the kind begins with."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -871,3 +872,64 @@ def test_levers_that_only_the_two_way_controller_has_are_refused_for_the_ladder(
 def test_section_that_cannot_be_read_hides_no_other_problem(tmp_path: Path) -> None:
     told = refused(Files(tmp_path), {"kl_lever": "sometimes"}, telemetry={"unknown": 1})
     assert "guard.kl_lever" in told and "telemetry.unknown" in told
+
+
+# paths
+
+
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [
+        ("model.path", lambda config: config.model.path),
+        ("data.mix", lambda config: config.data.mix),
+        ("data.build_dir", lambda config: config.data.build_dir),
+        ("train.kl_targets", lambda config: config.train.kl_targets),
+    ],
+)
+def test_path_of_the_command_line_is_relative_to_the_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, field: Callable[[RunConfig], Path]
+) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "own"))
+    files = Files(tmp_path / "configs")
+    section, _, name = key.partition(".")
+    more = {"train.kl_weight": "0.1"} if section == "train" else {}
+    assert field(files.config(overrides={key: "there", **more})) == tmp_path / "there"
+    assert field(files.config(overrides={key: "not/there", **more})) == tmp_path / "not" / "there"
+    assert field(files.config(overrides={key: "'~/x'", **more})) == tmp_path / "own" / "x"
+    assert field(files.config(overrides={key: str(tmp_path / "x"), **more})) == tmp_path / "x"
+    content = yaml.safe_load(YAML)
+    content["train"]["lr"] = 1e-5
+    content[section] = {**content[section], name: "there"}
+    if section == "train":
+        content[section]["kl_weight"] = 0.1
+    if key == "model.path":
+        del content["model"]["init"]
+    files.write(yaml.safe_dump(content))
+    assert field(files.config()) == tmp_path / "configs" / "there"
+
+
+def test_whole_section_of_the_command_line_has_paths_of_the_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "configs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = Files(tmp_path / "configs").config(overrides={"data": "{mix: m.yaml}"})
+    assert config.data.mix == tmp_path / "m.yaml"
+
+
+def test_path_that_exists_beside_the_file_only_is_refused_with_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixes = tmp_path / "configs" / "mixes"
+    mixes.mkdir(parents=True)
+    (mixes / "mine.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    files = Files(tmp_path / "configs")
+    told = only(files.problems(overrides={"data.mix": "mixes/mine.yaml"}))
+    assert told.startswith(
+        f"--set data.mix=mixes/mine.yaml: {tmp_path / 'mixes/mine.yaml'} does not exist, but "
+        f"{mixes / 'mine.yaml'} does. Paths of --set are relative to the working directory"
+    )

@@ -183,7 +183,7 @@ def test_wrong_values_hide_no_missing_file(
     assert "train.lr is -1.0, must be > 0" in told and "train.beta1 is 2.0" in told
     assert f"{absent}: no such file." in told
     assert "absent.yaml: no such file." in told
-    assert "config.json does not exist" in told
+    assert "nowhere does not exist" in told
 
 
 def test_row_length_that_differs_is_told_with_wrong_values(dry_run: DryRun, capsys: Any) -> None:

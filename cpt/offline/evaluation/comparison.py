@@ -128,7 +128,7 @@ def _on_ranks(
     conclude: Conclude,
 ) -> list[dict[str, Any]]:
     """Score local tasks on all ranks; the first one concludes, and all get its answer."""
-    config = load_config(model_dir, None)
+    config = load_config(model_dir, None, option="--model")
     weights = DirectoryWeights(model_dir, parameter_shapes(config))
     with offline_ranks(config, partial_folder(out), options) as ranks:
         model = OfflineModel(config, ranks.topology)
