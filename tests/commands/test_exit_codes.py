@@ -159,16 +159,30 @@ def test_run_without_a_checkpoint_is_a_matter_of_storage(here: Path, capsys, com
     assert "holds no checkpoint yet" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("main", [cli.main, run], ids=["cpt-plan", "cpt-run"])
-@pytest.mark.usefixtures("as_rank")
-def test_file_that_is_no_yaml_is_a_bad_configuration(here: Path, capsys, main: object) -> None:
+BROKEN = ["--config", "run.yaml", "--ds_config", "ds.json"]
+
+
+@pytest.fixture
+def broken_files(here: Path) -> None:
+    """A run YAML and a DeepSpeed JSON that end too early."""
     (here / "run.yaml").write_text("model: [\n")
     (here / "ds.json").write_text("{")
-    arguments = ["--config", "run.yaml", "--ds_config", "ds.json"]
-    more = ["plan", *arguments, "--gpus", "8"] if main is cli.main else [*arguments, "--dry_run"]
-    assert code_of(main, more) == 78
-    told = capsys.readouterr().err
+
+
+def check_broken_files_are_told(told: str) -> None:
     assert "run.yaml:2: not valid YAML" in told and "ds.json:1: not valid JSON" in told
+
+
+@pytest.mark.usefixtures("broken_files")
+def test_file_that_is_no_yaml_is_a_bad_configuration_for_a_plan(capsys) -> None:
+    assert code_of(cli.main, ["plan", *BROKEN, "--gpus", "8"]) == 78
+    check_broken_files_are_told(capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("broken_files", "as_rank")
+def test_file_that_is_no_yaml_is_a_bad_configuration_for_a_run(capsys) -> None:
+    assert run([*BROKEN, "--dry_run"]) == 78
+    check_broken_files_are_told(capsys.readouterr().err)
 
 
 def test_unreadable_report_is_told_without_a_stack_trace(here: Path, capsys) -> None:
