@@ -261,13 +261,14 @@ def test_resume_takes_back_everything_after_it(tmp_path: Path) -> None:
         3,
     ]
     assert run.guard_events == [] and [event["step"] for event in run.checkpoint_events] == [4]
-    assert run.resumes == [5] and run.num_repeated_steps == 3
+    assert [mark.step for mark in run.marks] == [4] and run.num_repeated_steps == 3
 
 
 def test_mark_of_a_resume_that_was_taken_back_is_gone() -> None:
     events = [step(n) for n in (1, 2, 3, 4, 3, 4, 2)]
-    kept, resumes, repeated = current_branch(events)
-    assert [event["step"] for event in kept] == [1, 2] and resumes == [2] and repeated == 5
+    kept, repeated = current_branch(events)
+    assert [event["step"] for event in kept] == [1, 2] and repeated == 5
+    assert [mark.step for mark in marks(events)] == [1]
 
 
 def test_last_measurement_of_a_domain_at_a_step_wins(tmp_path: Path) -> None:

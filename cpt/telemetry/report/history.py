@@ -41,8 +41,6 @@ class Run:
     checkpoint_events: list[dict[str, Any]]
     router_events: list[dict[str, Any]]
     """The last measurement of each step, in order of steps."""
-    resumes: list[int]
-    """Steps at which a resume began again, below steps that had been logged before."""
     marks: list[Mark]
     """Steps from which the run went on after a new start or a rollback, ascending."""
     starts: list[Start]
@@ -82,7 +80,7 @@ class Run:
 def read_run(run_dir: Path) -> Run:
     """Read metrics.jsonl and config.resolved.yaml."""
     events = _read_events(run_dir / METRICS)
-    kept, resumes, repeated = current_branch(events)
+    kept, repeated = current_branch(events)
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for event in kept:
         by_kind.setdefault(str(event["event"]), []).append(event)
@@ -104,7 +102,6 @@ def read_run(run_dir: Path) -> Run:
         trace_events=last_measurements(guard, "traces"),
         checkpoint_events=by_kind.get("checkpoint", []),
         router_events=list(router.values()),
-        resumes=resumes,
         marks=marks(events),
         starts=starts(events),
         num_repeated_steps=repeated,
@@ -139,16 +136,14 @@ def last_measurements(events: Iterable[dict[str, Any]], kind: str) -> list[dict[
     return sorted(found.values(), key=lambda event: event["step"])
 
 
-def current_branch(events: Iterable[Any]) -> tuple[list[dict[str, Any]], list[int], int]:
+def current_branch(events: Iterable[Any]) -> tuple[list[dict[str, Any]], int]:
     """Drop what a resume took back: when step k is logged again, everything logged before for k or
     later.
 
     Returns:
-        The events that count; the steps at which a resume began again; how many steps were trained
-        more than once.
+        The events that count, and how many steps were trained more than once.
     """
     kept: list[dict[str, Any]] = []
-    resumes: list[int] = []
     last = -1
     repeated = 0
     for event in events:
@@ -160,10 +155,9 @@ def current_branch(events: Iterable[Any]) -> tuple[list[dict[str, Any]], list[in
                 taken_back = [e for e in kept if e["step"] >= step]
                 repeated += sum(e["event"] == "step" for e in taken_back)
                 kept = [e for e in kept if e["step"] < step]
-                resumes = [*(r for r in resumes if r < step), step]
             last = step
         kept.append(event)
-    return kept, resumes, repeated
+    return kept, repeated
 
 
 def _is_step(value: object) -> bool:
