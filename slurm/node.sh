@@ -62,7 +62,7 @@ start_launcher() {
 
 # Copy what the run reads to a disk of this node.  What cannot be copied is read from shared storage.
 stage_inputs() {
-    [[ -n "$CPT_STAGE_DIR" && "${PROGRAM[0]}" == cpt/run.py ]] || return 0
+    [[ -n "$CPT_STAGE_DIR" && "${PROGRAM[0]}" == cpt/run.py && -z "${CPT_MEASURE:-}" ]] || return 0
     local folder=$CPT_STAGE_DIR/gpt-oss-cpt word
     local -a settings=(--config "$CPT_CONFIG" --run_dir "$CPT_RUN_DIR")
     # copies that are not kept are this job's own: another job may end while this one reads

@@ -25,13 +25,16 @@ def text_of(node: ast.expr) -> str:
 
 
 def messages() -> str:
-    """Return all strings of the code, one a line."""
+    """Return all strings of the code, one a line, and the job templates."""
     lines = []
     for package in ("cpt", "data_pipeline"):
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr | ast.Constant):
                     lines.append(text_of(node))
+    for path in sorted((ROOT / "slurm").rglob("*")):
+        if path.is_file():
+            lines.append(path.read_text(encoding="utf-8"))
     return "\n".join(lines)
 
 

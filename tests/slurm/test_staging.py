@@ -46,8 +46,14 @@ def test_node_that_cannot_copy_reads_from_shared_storage(
     assert bench.calls("staged") == ["nothing"]
 
 
-def test_nothing_is_copied_without_the_setting(bench: Bench) -> None:
+def test_nothing_is_copied_without_the_setting_or_for_one_look(
+    bench: Bench, tmp_path: Path
+) -> None:
     assert bench.run("train.sbatch", DEEPSPEED_EXIT="0")[0] == 0
+    (bench.folder / "calls").unlink()
+    bench.run_dir.mkdir(exist_ok=True)
+    code, output = bench.run("guard.sbatch", DEEPSPEED_EXIT="0", CPT_STAGE_DIR=str(tmp_path))
+    assert code == 0, output
     assert not [call for call in bench.calls("python") if " stage " in call]
     assert bench.calls("staged") == ["nothing"]
 
