@@ -56,7 +56,7 @@ from cpt.model.freezing import freeze_problems
 from cpt.model.parameters import parameter_numels, parameter_shapes
 from cpt.model.weights.directory import check_directory
 from cpt.model.weights.tokenizer_check import tokenizer_problems
-from cpt.planning.fit import Card, Start, fit_problem, fit_warning
+from cpt.planning.fit import Card, PlannedStart, fit_problem, fit_warning
 from cpt.planning.hardware import ANY_GPU
 from cpt.resilience.devices import memory_of_gpu
 from cpt.resilience.environment import LaunchEnvironment
@@ -260,7 +260,7 @@ class _Gate:
         self.card = self._card()
         if self.card is None:
             return
-        start = Start.of(self.run_yaml, self.json_file, self.model_config, self._launch())
+        start = PlannedStart.of(self.run_yaml, self.json_file, self.model_config, self._launch())
         problem = fit_problem(start, self.card)
         if problem is not None:
             self.found_by_first.add([problem])

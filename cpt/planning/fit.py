@@ -55,7 +55,7 @@ class Card:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
+class PlannedStart:
     """A run as it would be started."""
 
     run: RunYaml
@@ -70,7 +70,9 @@ class Start:
     """Parameters of the model."""
 
     @classmethod
-    def of(cls, run: RunYaml, json: Located, model: GptOssConfig, launch: LaunchInfo) -> Start:
+    def of(
+        cls, run: RunYaml, json: Located, model: GptOssConfig, launch: LaunchInfo
+    ) -> PlannedStart:
         """Count the parameters of a start."""
         counts = count_parameters(model, run.train.freeze)
         return cls(run=run, json=json, model=model, launch=launch, counts=counts)
@@ -94,20 +96,20 @@ class Start:
         memory = self.memory()
         return memory is not None and sum(memory.values()) <= card.planned_bytes
 
-    def with_model(self, **keys: Any) -> Start:
+    def with_model(self, **keys: Any) -> PlannedStart:
         """Return the start with other keys of the section `model`."""
         return replace(self, run=replace(self.run, model=replace(self.run.model, **keys)))
 
-    def with_train(self, **keys: Any) -> Start:
+    def with_train(self, **keys: Any) -> PlannedStart:
         """Return the start with other keys of the section `train`."""
         return replace(self, run=replace(self.run, train=replace(self.run.train, **keys)))
 
-    def with_json(self, **keys: Any) -> Start:
+    def with_json(self, **keys: Any) -> PlannedStart:
         """Return the start with other top-level keys of the DeepSpeed JSON."""
         value = {**copy.deepcopy(self.json.value), **keys}
         return replace(self, json=Located(self.json.source, value, self.json.lines))
 
-    def with_zero(self, **keys: Any) -> Start:
+    def with_zero(self, **keys: Any) -> PlannedStart:
         """Return the start with other keys of `zero_optimization`."""
         return self.with_json(zero_optimization={**self.json.value["zero_optimization"], **keys})
 
@@ -118,11 +120,11 @@ class Cure:
 
     words: str
     """What to do, for people."""
-    start: Start
+    start: PlannedStart
     """The start after the change."""
 
 
-def fit_problem(start: Start, card: Card) -> str | None:
+def fit_problem(start: PlannedStart, card: Card) -> str | None:
     """Return why a start does not fit on a GPU, with cures; None if it does.
 
     Args:
@@ -170,7 +172,7 @@ def fitting_gpus(memory: dict[str, int]) -> str:
     return f"fits on {', '.join(fitting)} ({share})"
 
 
-def cures(start: Start, card: Card) -> list[str]:
+def cures(start: PlannedStart, card: Card) -> list[str]:
     """Return the smallest change of each kind after which a start fits on a GPU, with its memory.
 
     Returns:
@@ -185,7 +187,7 @@ def cures(start: Start, card: Card) -> list[str]:
     return found or _joined_cures(start, card)
 
 
-def _joined_cures(start: Start, card: Card) -> list[str]:
+def _joined_cures(start: PlannedStart, card: Card) -> list[str]:
     """Return the first combination of changes that fits: kind after kind, then more ranks."""
     words: list[str] = []
     changed = start
@@ -209,7 +211,7 @@ def _joined_cures(start: Start, card: Card) -> list[str]:
     return []
 
 
-def more_ranks(start: Start) -> Iterator[Cure]:
+def more_ranks(start: PlannedStart) -> Iterator[Cure]:
     """Yield more ranks, twice as many each time."""
     before = start.launch.world_size
     count = 2 * before
@@ -220,13 +222,13 @@ def more_ranks(start: Start) -> Iterator[Cure]:
         count *= 2
 
 
-def full_sharding(start: Start) -> Iterator[Cure]:
+def full_sharding(start: PlannedStart) -> Iterator[Cure]:
     """Yield ZeRO stage 3, if it is another one."""
     if start.json.value["zero_optimization"].get("stage") != 3:
         yield Cure(words="ZeRO stage 3", start=start.with_zero(stage=3))
 
 
-def checkpointing(start: Start) -> Iterator[Cure]:
+def checkpointing(start: PlannedStart) -> Iterator[Cure]:
     """Yield recomputation of layers, then with their inputs in host memory."""
     model = start.run.model
     if not model.activation_checkpointing:
@@ -241,7 +243,7 @@ def checkpointing(start: Start) -> Iterator[Cure]:
         )
 
 
-def small_micro_batches(start: Start) -> Iterator[Cure]:
+def small_micro_batches(start: PlannedStart) -> Iterator[Cure]:
     """Yield one row for each forward pass, if there are more."""
     config = start.config()
     if config is None or config.micro_batch_size == 1:
@@ -255,7 +257,7 @@ def small_micro_batches(start: Start) -> Iterator[Cure]:
     )
 
 
-def expert_parallelism(start: Start) -> Iterator[Cure]:
+def expert_parallelism(start: PlannedStart) -> Iterator[Cure]:
     """Yield larger expert-parallel sizes."""
     config = start.config()
     before = 1 if config is None else config.ep_size
@@ -270,7 +272,7 @@ def expert_parallelism(start: Start) -> Iterator[Cure]:
         )
 
 
-def sequence_parallelism(start: Start) -> Iterator[Cure]:
+def sequence_parallelism(start: PlannedStart) -> Iterator[Cure]:
     """Yield larger sequence-parallel sizes."""
     config = start.config()
     before = 1 if config is None else config.sp_size
@@ -282,7 +284,7 @@ def sequence_parallelism(start: Start) -> Iterator[Cure]:
             )
 
 
-def shorter_rows(start: Start) -> Iterator[Cure]:
+def shorter_rows(start: PlannedStart) -> Iterator[Cure]:
     """Yield rows of half the length, and so on, with as many tokens in a step."""
     train = start.run.train
     times = 2
@@ -296,7 +298,7 @@ def shorter_rows(start: Start) -> Iterator[Cure]:
         times *= 2
 
 
-def offloading(start: Start) -> Iterator[Cure]:
+def offloading(start: PlannedStart) -> Iterator[Cure]:
     """Yield optimizer state, then weights too, in host memory."""
     zero = start.json.value["zero_optimization"]
     places = {"device": "cpu", "pin_memory": True}
@@ -324,7 +326,7 @@ KINDS_AT_THIS_SIZE = (
 KINDS = (*KINDS_AT_THIS_SIZE[:-1], more_ranks, shorter_rows, offloading)
 
 
-def _size(start: Start) -> float:
+def _size(start: PlannedStart) -> float:
     memory = start.memory()
     return float("inf") if memory is None else sum(memory.values())
 

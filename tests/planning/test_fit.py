@@ -14,7 +14,7 @@ from cpt.model.configuration import load_config
 from cpt.planning.fit import (
     KINDS,
     Card,
-    Start,
+    PlannedStart,
     cures,
     fit_problem,
     fit_warning,
@@ -27,14 +27,16 @@ ROOT = Path(__file__).resolve().parents[2]
 H100 = Card.named("h100")
 
 
-def start_of(world_size: int, model: str = "gpt-oss-20b", ds: str = "z3_ep", **train: Any) -> Start:
+def start_of(
+    world_size: int, model: str = "gpt-oss-20b", ds: str = "z3_ep", **train: Any
+) -> PlannedStart:
     run, json = load(ROOT / "configs" / "gpt-oss-20b.yaml", ROOT / f"ds_configs/{ds}.json", {})
     run = replace(run, train=replace(run.train, **train))
     launch = LaunchInfo(world_size=world_size, local_world_size=min(8, world_size))
-    return Start.of(run, json, load_config(None, model), launch)
+    return PlannedStart.of(run, json, load_config(None, model), launch)
 
 
-def total(start: Start) -> int:
+def total(start: PlannedStart) -> int:
     memory = start.memory()
     assert memory is not None
     return sum(memory.values())
