@@ -15,7 +15,7 @@ import torch.distributed as dist
 from cpt.checkpoint.reader import step_folder
 from cpt.config import RunConfig
 from cpt.deepspeed_adapter.groups import create_topology, init_distributed
-from cpt.errors import ConfigError
+from cpt.errors import ConfigError, RequeueRequested
 from cpt.export.run_export import export_run
 from cpt.job.assembly import assemble
 from cpt.job.context import RunContext
@@ -40,6 +40,10 @@ from cpt.telemetry.mailbox import EventMailbox
 from cpt.telemetry.report.page import write_report
 
 log = logging.getLogger("cpt.job.launch")
+
+FAILED_CLOSE_SECONDS = 10.0
+"""Longest wait for a tracker of a run that failed: the other ranks learn of the failure after it.
+"""
 
 
 def launch(options: argparse.Namespace, stop: StopRequest) -> None:
@@ -140,6 +144,8 @@ def run(
                 finish(job)
         except Exception as error:
             ending.show(job.telemetry, error)
+            if not isinstance(error, RequeueRequested):
+                job.telemetry.close(FAILED_CLOSE_SECONDS)
             raise
         finally:
             job.telemetry.close()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -92,11 +93,18 @@ class BackgroundTracker:
                 )
             self._num_dropped += 1
 
-    def close(self) -> None:
-        """Give the tracker a limited time to send what is left."""
-        deadline = time.monotonic() + self._close_seconds
+    def close(self, longest_seconds: float = math.inf) -> None:
+        """Give the tracker a limited time to send what is left.
+
+        Args:
+            longest_seconds: Shortens that time.
+        """
+        if self._given_up.is_set():
+            return
+        seconds = min(self._close_seconds, longest_seconds)
+        deadline = time.monotonic() + seconds
         with contextlib.suppress(queue.Full):
-            self._events.put(None, timeout=self._close_seconds)
+            self._events.put(None, timeout=seconds)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if not self._thread.is_alive():
             return
@@ -104,7 +112,7 @@ class BackgroundTracker:
         log.warning(
             "%s did not finish within %g s and was cut off. metrics.jsonl has all events.",
             self._name,
-            self._close_seconds,
+            seconds,
         )
         self._end_waiting()
         self._thread.join(CUT_OFF_SECONDS)

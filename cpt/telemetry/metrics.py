@@ -29,8 +29,8 @@ class Listener(Protocol):
     def log(self, event: dict[str, Any]) -> None:
         """Take one event."""
 
-    def close(self) -> None:
-        """Finish."""
+    def close(self, longest_seconds: float) -> None:
+        """Finish within this time."""
 
 
 class Telemetry:
@@ -60,10 +60,15 @@ class Telemetry:
         """Return all events of the run, those that wait to be written included."""
         return [] if self._file is None else self._file.events()
 
-    def close(self) -> None:
-        """Close file and trackers."""
+    def close(self, longest_seconds: float = math.inf) -> None:
+        """Close file and trackers.
+
+        Args:
+            longest_seconds: Longest wait for each tracker; they have their own limits, too.
+        """
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(longest_seconds)
+        self._trackers = ()
         if self._file is not None:
             self._file.close()
             self._file = None

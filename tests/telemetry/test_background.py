@@ -117,6 +117,7 @@ def test_tracker_that_blocks_holds_up_nobody_and_is_cut_off(
     tracker.close()
     assert released.is_set() and time.monotonic() - started < 10
     assert caplog.text.count("it does not keep up") == 1
+    tracker.close()
     assert caplog.text.count("it did not finish within 0.2 s and was cut off") == 1
 
 

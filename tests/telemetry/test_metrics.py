@@ -29,7 +29,7 @@ class Recorder:
     def log(self, event: dict[str, Any]) -> None:
         self.events.append(event)
 
-    def close(self) -> None:
+    def close(self, longest_seconds: float) -> None:
         self.closed += 1
 
 
