@@ -15,6 +15,7 @@
 
 CARRIED=()      # words that give other nodes the environment of this one
 JOB_END=        # when the scheduler ends the job, in seconds since 1970; empty: unknown, or cpt knows it from Slurm
+FIRST_JOB=      # the job that a person has submitted, of which this one is another start; empty: cpt knows it from Slurm
 NODE_COMMAND=() # words that node.sh gives to cpt/cli.py; none: it starts a run
 readonly EXIT_INTERNAL=70 EXIT_HUNG=71 EXIT_REQUEUE=75 EXIT_CONFIG=78
 source slurm/failures.sh
@@ -252,6 +253,7 @@ run_slurm_job() {
 run_submitted_job() {
     local template=$1 read_job=$2 nodes=$3 ranks=$4 start
     [[ -n "$ranks" ]] || refuse "CPT_RANKS_PER_NODE is not set."
+    FIRST_JOB=${CPT_FIRST_JOB:-$JOB}
     prepare_resubmission "$read_job" "$nodes"
     start=$(mpirun_command "$nodes" "${5:-}") || exit
     queue_again() {
@@ -278,6 +280,8 @@ run_nodes() {
     )
     # the path as the first node has it: the variables of a job may be unknown to shells that mpirun starts
     [[ -z "$CPT_STAGE_DIR" ]] || settings+=(CPT_STAGE_DIR="$CPT_STAGE_DIR")
+    # all starts of a job are one to the lock of the run directory
+    [[ -z "$FIRST_JOB" ]] || settings+=(CPT_JOB="$FIRST_JOB")
     [[ -z "$JOB_END" ]] || settings+=(SLURM_JOB_END_TIME="$JOB_END") # and when it must have saved
     say "start $RESTARTS of at most $CPT_MAX_RESTARTS restarts: $nodes nodes x $ranks ranks, run directory $CPT_RUN_DIR"
     listen_for_signals USR1 TERM

@@ -150,7 +150,7 @@ submit_without_failed_nodes() {
 
 # Print the variables for `qsub -v`: they count the restart and keep the settings of the first submission.
 variables_of_next_start() {
-    local name list=CPT_RESTARTS=$((RESTARTS + 1))
+    local name list=CPT_RESTARTS=$((RESTARTS + 1)),CPT_FIRST_JOB=$FIRST_JOB
     for name in CPT_ENV CPT_RUN_DIR CPT_CONFIG CPT_DS_CONFIG $CPT_KEEP_VARIABLES; do
         list+=${!name:+,$name=${!name}}
     done

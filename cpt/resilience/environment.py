@@ -119,6 +119,15 @@ def restarts_of_job(variables: Mapping[str, str] = os.environ) -> int:
     return _number(variables.get("SLURM_RESTART_COUNT", "")) or 0
 
 
+def job_id(variables: Mapping[str, str] = os.environ) -> str:
+    """Return the job that this process belongs to; empty outside of one.
+
+    PBS and AGE jobs submit themselves again under a new number: the templates give the first one in
+    CPT_JOB.
+    """
+    return variables.get("CPT_JOB", "").strip() or variables.get("SLURM_JOB_ID", "").strip()
+
+
 def job_end(variables: Mapping[str, str] = os.environ) -> float | None:
     """Return when the Slurm job ends, in seconds since 1970; None if it does not say so."""
     end = _number(variables.get("SLURM_JOB_END_TIME", ""), most=10**_MOST_DIGITS)

@@ -3,7 +3,7 @@ thread keeps its time stamp fresh.
 
 How a start decides whether the holder is alive
     on this machine: its process exists and was started at the recorded time;
-    an earlier start of the same SLURM job: it is over by definition;
+    an earlier start of the same job: it is over by definition;
     elsewhere: its time stamp is younger than `STALE_SECONDS` by the clock of the file system.
 """
 
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cpt.errors import ConfigError
-from cpt.resilience.environment import restarts_of_job
+from cpt.resilience.environment import job_id, restarts_of_job
 from cpt.resilience.processes import pid_namespace, start_ticks_of
 from data_pipeline.store.files import write_json
 
@@ -47,9 +47,9 @@ class Holder:
     machine: str
     """Boot of the machine and pid namespace in which `pid` means something."""
     job: str
-    """SLURM job id; empty outside SLURM."""
+    """Id of the job, under PBS and AGE of its first start; empty outside of a job."""
     restarts: int
-    """How often SLURM has started this job again."""
+    """How often this job was started again."""
     token: str
     """A value that no other holder has."""
 
@@ -180,7 +180,7 @@ def look_at_lock(run_dir: Path) -> LockSight | None:
 
 
 def _is_earlier_start(holder: Holder, own: Holder) -> bool:
-    """Return whether the holder is an earlier start of this process's SLURM job."""
+    """Return whether the holder is an earlier start of this process's job."""
     same_job = holder.job != "" and holder.job == own.job
     return same_job and holder.restarts < own.restarts
 
@@ -201,7 +201,7 @@ def describe(holder: Holder | None) -> str:
         return "an unknown job"
     text = f"process {holder.pid} on {holder.host}"
     if holder.job:
-        text += f" (SLURM job {holder.job})"
+        text += f" (job {holder.job})"
     return text
 
 
@@ -212,7 +212,7 @@ def this_process() -> Holder:
         pid=os.getpid(),
         started=start_ticks_of(os.getpid()),
         machine=pid_namespace(),
-        job=os.environ.get("SLURM_JOB_ID", ""),
+        job=job_id(),
         restarts=restarts_of_job(),
         token=uuid.uuid4().hex,
     )

@@ -7,25 +7,33 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from cpt.cli import main
 from cpt.model.weights.checksums import write_sums
 from cpt.storage.local_copies import VARIABLE, local_copy
+from data_pipeline.build.build import build
+from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
-from tests.support.service import make_workplace
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with built data and a model that it starts from; its weights have known hashes."""
-    folder = make_workplace(tmp_path_factory.mktemp("stage"))
+    folder = tmp_path_factory.mktemp("stage")
+    texts = [json.dumps({"text": f"A text with the number {number}."}) for number in range(20)]
+    (folder / "en.jsonl").write_text("\n".join(texts))
+    source = {"name": "en", "language": "en", "path": "en.jsonl", "weight": 1.0, "domain": "en"}
+    mix = {"seq_len": 64, "seed": 1, "sources": [source]}
+    (folder / "mix.yaml").write_text(yaml.safe_dump(mix))
+    build(load_mix(folder / "mix.yaml"), folder / "built")
+    run = {"model": {"path": "model"}, "data": {"mix": "mix.yaml", "build_dir": "built"}}
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
     model = folder / "model"
     model.mkdir()
     save_file({"a": torch.ones(64)}, str(model / "model.safetensors"))
     write_sums(model, ["model.safetensors"])
-    run = (folder / "run.yaml").read_text().replace("init: tiny", "path: model")
-    (folder / "run.yaml").write_text(run)
     return folder
 
 

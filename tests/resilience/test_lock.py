@@ -74,13 +74,15 @@ def test_holder_elsewhere_counts_as_alive_while_its_lock_is_fresh(tmp_path: Path
     take_lock(tmp_path).release()
 
 
-def test_requeued_job_takes_over_from_its_earlier_start_on_another_node(
-    tmp_path: Path, monkeypatch
+@pytest.mark.parametrize("variables", [{"SLURM_JOB_ID": "42"}, {"CPT_JOB": "42"}])
+def test_job_that_starts_again_takes_over_from_its_earlier_start_on_another_node(
+    tmp_path: Path, monkeypatch, variables: dict[str, str]
 ) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     leave_lock(tmp_path, host="node7", machine="another boot")
-    with pytest.raises(ConfigError, match="SLURM job 42"):  # the same start: two steps of one job
+    with pytest.raises(ConfigError, match=r"\(job 42\)"):  # the same start: two steps of one job
         take_lock(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     take_lock(tmp_path).release()

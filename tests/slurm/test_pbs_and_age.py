@@ -109,6 +109,7 @@ def test_job_that_queues_itself_again_asks_for_what_a_person_asked_for(
     assert passed.pop("USE_SSH") == "1"
     assert passed == {
         "CPT_RESTARTS": "1",
+        "CPT_FIRST_JOB": {"pbs": "1.server", "age": "1"}[kind],
         "CPT_ENV": f"{scheduler.bench.folder}/env.sh",
         "CPT_RUN_DIR": str(scheduler.bench.run_dir),
         "CPT_CONFIG": "run.yaml",
@@ -246,9 +247,13 @@ def test_age_job_that_failed_asks_for_other_nodes(
     assert code == 71 and "failed with 71 on r1n3 and queued again" in output, output
     asked = {"node_f": "2", "h_rt": "86400"}
     assert scheduler.job(2)["resources"] == {**asked, "hostname": "!(r1n3)"}
-    code, output = scheduler.run(**settings, FAILURE=failure("r1n4"), JOB_ID="2", CPT_RESTARTS="1")
+    again = scheduler.variables_of(2)
+    code, output = scheduler.run(**settings, **again, FAILURE=failure("r1n4"), JOB_ID="2")
     assert scheduler.job(3)["resources"] == {**asked, "hostname": "!(r1n3|r1n4)"}, output
     assert scheduler.variables_of(3)["CPT_RESTARTS"] == "2"
+    assert scheduler.variables_of(3)["CPT_FIRST_JOB"] == "1"
+    # one job to the lock of the run directory
+    assert set(scheduler.bench.calls("job_of_lock")) == {"1"}
 
 
 def test_pbs_job_that_failed_is_submitted_again_and_names_the_node(make_scheduler) -> None:

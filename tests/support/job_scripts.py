@@ -21,6 +21,7 @@ DEEPSPEED = (
     + r"""
 echo "host file $(tr "\n" " " <"$2")" >>"$CALLS"
 echo "staged ${CPT_STAGED:-nothing}" >>"$CALLS"
+echo "job_of_lock ${CPT_JOB:-unset}" >>"$CALLS"
 echo "gpus ${CPT_VISIBLE_DEVICES:-unset}" >>"$CALLS"
 echo $$ >"$CALLS.pid"
 stop_file="${DEEPSPEED_OBEYS:-}/STOP"
