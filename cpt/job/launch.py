@@ -38,6 +38,7 @@ from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
 from cpt.telemetry.mailbox import EventMailbox
 from cpt.telemetry.report.page import write_report
+from cpt.telemetry.run_end import finish_time
 
 log = logging.getLogger("cpt.job.launch")
 
@@ -140,8 +141,8 @@ def run(
             if options.measure:
                 measure_once(job)
             if not context.observe:
-                train(job)
-                finish(job)
+                has_trained = train(job)
+                finish(job, has_trained=has_trained)
         except Exception as error:
             ending.show(job.telemetry, error)
             if not isinstance(error, RequeueRequested):
@@ -193,8 +194,13 @@ def check_same_everywhere(config: RunConfig, topology: Topology) -> None:
         )
 
 
-def finish(job: Job) -> None:
-    """Draw the report, export if asked, and tell people where everything is."""
+def finish(job: Job, *, has_trained: bool) -> None:
+    """Draw the report, export if asked, and tell people where everything is.
+
+    Args:
+        job: The run.
+        has_trained: This start has done steps, and not found the run finished.
+    """
     run_dir = job.run_dir
     last = step_folder(run_dir, job.progress.step)
     places = {"metrics": run_dir / "metrics.jsonl", "checkpoint": last}
@@ -203,30 +209,45 @@ def finish(job: Job) -> None:
         with best_effort("report.html is not drawn"):
             places["report"] = write_report(run_dir, leaving="finished")
     if job.config.telemetry.export_at_end:
-        out = export_at_end(job, last)
+        out = run_dir / "export" / last.name
         places["export"] = out
-        event = {"event": "export", "step": job.progress.step}
-        job.telemetry.log({**event, "path": str(out.relative_to(run_dir))})
+        if export_at_end(job, last, out):
+            event = {"event": "export", "step": job.progress.step}
+            job.telemetry.log({**event, "path": str(out.relative_to(run_dir))})
     if job.topology.rank != 0:
         return
     if job.guard is not None and job.guard.latest:
         log.info("the last measurement of the guard\n%s", job.guard.table())
     lines = [f"done: {job.progress.step} steps, {job.progress.tokens} tokens"]
+    if not has_trained:
+        lines.insert(0, finished_before(job))
     for name, path in places.items():
         lines.append(f"  {name:<12}{path}")
     log.info("%s", "\n".join(lines))
 
 
-def export_at_end(job: Job, checkpoint: Path) -> Path:
-    """Export the last checkpoint, unless that was done before, and return the directory."""
+def finished_before(job: Job) -> str:
+    """Return what to say of a run that had reached its planned end before this start."""
+    ended_at = finish_time(job.telemetry.events())
+    when = ""
+    if ended_at is not None:
+        when = f" on {time.strftime('%Y-%m-%d at %H:%M:%S %Z', time.localtime(ended_at))}"
+    key = "total_steps" if job.config.train.stop_at_step is None else "stop_at_step"
+    return (
+        f"this run was finished before{when}: step {job.progress.step} of {job.last_step}. Nothing "
+        f"was trained. For more steps raise train.{key}."
+    )
+
+
+def export_at_end(job: Job, checkpoint: Path, out: Path) -> bool:
+    """Export the last checkpoint, and return True, unless that was done before."""
     group = job.topology.control_group
-    out = job.run_dir / "export" / checkpoint.name
     if on_first_rank(group, out.exists):
-        return out
+        return False
     started = time.perf_counter()
     if job.topology.rank == 0:
         log.info("export of %s begun", checkpoint.name)
     on_first_rank(group, lambda: str(export_run(job.run_dir, checkpoint, out, "bf16")))
     if job.topology.rank == 0:
         log.info("export finished in %.1f s: %s", time.perf_counter() - started, out)
-    return out
+    return True

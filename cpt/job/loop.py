@@ -40,8 +40,11 @@ LEAST_DATA_WAIT = 0.01
 """Share of a step from which on its wait for data is logged; less counts as productive."""
 
 
-def train(job: Job) -> None:
+def train(job: Job) -> bool:
     """Train from `job.progress` to the planned end.
+
+    Returns:
+        Whether there was anything to do: False if the planned end had been reached before.
 
     Raises:
         RequeueRequested: stopped on request, or paused by the guard, after saving.
@@ -54,14 +57,12 @@ def train(job: Job) -> None:
         job.guard.open_untouched(progress.step)
     go_on_after_pause(job)
     if progress.step >= last_step > 0:
-        if job.topology.rank == 0:
-            log.info("nothing was done: step %d of %d is reached", progress.step, last_step)
         is_measured = job.guard is None or job.guard.has_scores(progress.step)
         if not is_measured:  # the run was killed after its last save
             measure(job, last=True)
         if not is_measured or job.context.ending.has_failed_before:
             end(job, EXIT_DONE, f"finished: step {progress.step} of {last_step}")
-        return
+        return False
     begin(job, last_step)
     # the second step after a start is the first whose memory is that of all others
     reported_step = progress.step + 2 if job.config.telemetry.memory_report else None
@@ -92,6 +93,7 @@ def train(job: Job) -> None:
     if progress.step > 0:
         measure(job, last=True)
     end(job, EXIT_DONE, f"finished: step {progress.step} of {last_step}")
+    return True
 
 
 def begin(job: Job, last_step: int) -> None:

@@ -16,7 +16,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,21 @@ class EndRecord:
                 "signal": self.signal,
             }
         return event
+
+
+def finish_time(events: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return when a run first reached the end that holds now, as Unix time; None if unknown.
+
+    Args:
+        events: All events of the run in order.
+    """
+    found = None
+    for event in events:
+        if event.get("event") == "step":
+            found = None
+        elif event.get("event") == "end" and event.get("exit_code", 0) == 0 and found is None:
+            found = event.get("time")
+    return found if isinstance(found, float) else None
 
 
 def one_line(text: str) -> str:

@@ -35,18 +35,25 @@ def test_finished_run_that_was_killed_in_its_last_look_is_measured_at_the_next_s
 ) -> None:
     done: list[str] = []
     monkeypatch.setattr(loop, "measure", lambda job, *, last: done.append(f"measured, {last}"))
-    monkeypatch.setattr(loop, "end", lambda job: done.append("ended"))
+    monkeypatch.setattr(loop, "end", lambda job, code, cause: done.append(f"{code}, {cause}"))
     monkeypatch.setattr(loop, "go_on_after_pause", lambda job: None)
     has_scores = True
+    ending = SimpleNamespace(has_failed_before=False)
     job: Any = SimpleNamespace(
         config=SimpleNamespace(train=None),
         progress=SimpleNamespace(step=9),
         last_step=9,
         topology=SimpleNamespace(rank=1),
         guard=SimpleNamespace(has_scores=lambda step: has_scores),
+        context=SimpleNamespace(ending=ending),
     )
-    train(job)
+    assert not train(job)
     assert done == []
     has_scores = False
-    train(job)
-    assert done == ["measured, True", "ended"]
+    assert not train(job)
+    assert done == ["measured, True", "0, finished: step 9 of 9"]
+    done.clear()
+    has_scores = True
+    ending.has_failed_before = True  # what stands in metrics.jsonl is the kill
+    assert not train(job)
+    assert done == ["0, finished: step 9 of 9"]

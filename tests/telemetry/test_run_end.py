@@ -13,6 +13,7 @@ from cpt.telemetry.run_end import (
     METRICS,
     EndRecord,
     append_event,
+    finish_time,
     forget_failure,
     one_line,
     read_failure,
@@ -81,6 +82,17 @@ def test_orderly_end_blames_no_rank() -> None:
         "exit_code": 0,
         "cause": "finished: step 2 of 2",
     }
+
+
+def test_time_of_the_finish_is_that_of_the_first_end_after_the_last_step() -> None:
+    step = {"event": "step", "step": 1}
+    stopped = {"event": "end", "step": 1, "time": 5.0, "exit_code": 75}
+    finished = [{"event": "end", "step": 2, "time": at, "exit_code": 0} for at in (7.0, 9.0)]
+    assert finish_time([step, stopped]) is None
+    assert finish_time([step, stopped, step, *finished]) == 7.0
+    assert finish_time([step, *finished, step]) is None
+    assert finish_time([step, {"event": "end", "step": 1, "time": 3.0}]) == 3.0, "of older logs"
+    assert finish_time([{"event": "end", "exit_code": 0}]) is None
 
 
 def test_cause_is_one_line() -> None:
