@@ -280,7 +280,7 @@ class RunFollower:
             self._config_stamp = stamp
         except FileNotFoundError:
             self._config, self._config_stamp = {}, None
-            if self._reader.written is not None:
+            if self._tally.step > 0:
                 self._config_problem = f"{CONFIG} is missing"
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             self._config_problem = f"{CONFIG} cannot be read: {one_line(error)}"

@@ -128,3 +128,11 @@ def test_page_is_readable_at_both_widths_and_in_both_color_schemes(
             text = page.evaluate("document.body.innerText")
             assert "base / slow" in text and "Differences of the configurations" in text
             assert page.evaluate("document.querySelectorAll('.charts [role=img]').length") == 7
+
+
+def test_no_tick_lies_between_two_steps(two_runs: list[Path]) -> None:
+    runs = {path.name: (run_overview(path), read_run(path)) for path in two_runs}
+    steps = comparison_panels(compared_runs(runs), "steps")[1].cells[0].chart.figure
+    tokens = comparison_panels(compared_runs(runs), "tokens")[1].cells[0].chart.figure
+    assert steps.xaxis[0].ticker.min_interval == 1
+    assert tokens.xaxis[0].ticker.min_interval == 0

@@ -114,6 +114,7 @@ def test_index_lists_every_run_with_its_state(served: Served) -> None:
     assert "failed no space left on the file system (exit code 74)" in texts["ja/failed"]
     assert "finished" in texts["ja/finished"]
     assert "metrics.jsonl: Is a directory" in texts["broken"]
+    assert "newest" not in texts
     assert CANARY not in page and "script-src 'self'" in headers["Content-Security-Policy"]
 
 
@@ -208,8 +209,10 @@ def test_depth_is_bounded_and_links_out_of_the_folder_are_not_followed(tmp_path:
     make_run(tmp_path / "outside" / "x", start(0))
     (root / "link").symlink_to(tmp_path / "outside")
     (root / "round").symlink_to(root)
+    (root / "newest").symlink_to(root / "old")
+    make_run(root / "old", start(0))
     make_run(root / "a" / "previous", start(0))
-    assert [path.name for path in find_runs(root, 1)] == []
+    assert [path.name for path in find_runs(root, 1)] == ["old"]
     found = [path.relative_to(root).as_posix() for path in find_runs(root, 2)]
     assert "a/previous" in found and not any("link" in name for name in found)
     assert [path.name for path in find_runs(root / "a" / "b" / "c", 0)] == ["c"]
@@ -237,12 +240,11 @@ def test_pages_live_in_a_browser(served: Served) -> None:
         assert page.evaluate("document.querySelectorAll('input:checked').length") == 2
         page.evaluate("document.querySelector('#compare button').click()")
         page.wait_for("location.pathname === '/compare'")
-        page.wait_for("document.querySelector('iframe')?.contentDocument.title.includes('going')")
+        page.wait_for("document.querySelector('iframe')?.contentDocument?.title.includes('going')")
         run = browser.open(f"{served.address}run/going", width=390, dark=True)
-        ready = "document.querySelector('iframe').contentDocument.querySelector('html.ready')"
-        run.wait_for(f"{ready} !== null")
+        framed = "document.querySelector('iframe')?.contentDocument"
+        run.wait_for(f"{framed}?.querySelector('html.ready') != null")
         with (served.root / "going" / "metrics.jsonl").open("a") as file:
             file.write("".join(json.dumps(event) + "\n" for event in falling_steps(23, 23)))
-        body = "document.querySelector('iframe').contentDocument.body.innerText"
-        run.wait_for(f"{body}.includes('step 23 of 30')")
+        run.wait_for(f"{framed}?.body?.innerText.includes('step 23 of 30')")
         assert page.complaints == [] and run.complaints == []

@@ -261,8 +261,9 @@ class StepChart:
             axis.major_tick_in = 0
             axis.minor_tick_line_color = None
             axis.axis_label_standoff = 3
-        # the script of the page fits their number to the width
-        chart.xaxis.ticker = BasicTicker(desired_num_ticks=6)
+        # the script of the page fits their number to the width; there is no half step
+        least = 0.0 if self._counts_tokens else 1.0
+        chart.xaxis.ticker = BasicTicker(desired_num_ticks=6, min_interval=least)
         chart.yaxis.ticker = BasicTicker(desired_num_ticks=num_value_ticks)
         if self.values.log:
             ticks = log_ticks(self.values.low, self.values.high, num_value_ticks + 2)

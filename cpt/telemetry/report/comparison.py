@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,6 +44,8 @@ AXES: tuple[Axis, ...] = ("steps", "tokens")
 MAX_RUNS = len(PALETTE)
 MAX_CELLS = 12
 """Small charts in one panel at most."""
+LABEL_ROOM = 0.14
+"""Part of a chart's height that is kept above the highest tolerance for its label."""
 MAX_WINDOWS = 60
 """Over so many windows the shares of a source are averaged."""
 MAX_DIFFERENCES = 300
@@ -275,6 +277,9 @@ class _Overlay:
         if not lines:
             return None
         values = range_of_lines(lines.values(), include=[0.0, *tolerances])
+        if tolerances:
+            room = LABEL_ROOM * (values.high - values.low)
+            values = replace(values, high=max(values.high, max(tolerances) + room))
         chart = self._chart(f"Held-out change of {title}", unit, values, lines, height=190)
         chart.level(0.0, MUTED, dash="solid")
         for tolerance in sorted(tolerances):

@@ -79,6 +79,7 @@
       placed.push((inTokens) => {
         model.axis_label = inTokens ? facts.axis.unit : label;
         formatter.format = inTokens ? "0,0.[00]" : "0,0";
+        model.ticker.min_interval = inTokens ? 0 : 1;
       });
     }
   }

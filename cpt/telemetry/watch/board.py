@@ -124,12 +124,17 @@ def find_runs(root: Path, depth: int) -> Iterator[Path]:
     whole = root.resolve()
     level = [root]
     num_looked = 0
+    seen: set[Path] = set()
     for depth_below in range(depth + 1):
         below: list[Path] = []
         for folder in level:
             num_looked += 1
             if num_looked > MAX_FOLDERS:
                 return
+            place = folder.resolve()
+            if place in seen:  # a link to a run that is listed
+                continue
+            seen.add(place)
             if is_run(folder):
                 yield folder
             elif depth_below < depth:
@@ -160,7 +165,7 @@ def _folders_in(folder: Path, root: Path, *, is_root: bool) -> list[Path]:
             continue
         if not path.is_symlink() or path.resolve().is_relative_to(root):
             found.append(path)
-    return found
+    return sorted(found, key=Path.is_symlink)
 
 
 def _overview(follower: RunFollower) -> RunOverview:

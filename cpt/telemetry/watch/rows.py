@@ -101,7 +101,7 @@ def row_of(run: ListedRun, now: float) -> RunRow:
         loss=decimals(seen.loss, 3),
         guard=None if seen.worst is None else _guard_text(seen.worst),
         action=MISSING if action is None else f"step {action.step:,}: {clean(action.action)}",
-        action_reason="" if action is None else clean(action.reason, 200),
+        action_reason=_reason_beside(seen),
         last_sign=ago_text(now - seen.last_sign),
         last_sign_at=utc(seen.last_sign) if math.isfinite(seen.last_sign) else "",
         starts=f"{seen.num_starts:,}",
@@ -113,6 +113,13 @@ def _cause(seen: RunOverview) -> str:
     if seen.state == "failed" and seen.exit_code is not None:
         return f"{seen.cause} (exit code {seen.exit_code})"
     return seen.cause
+
+
+def _reason_beside(seen: RunOverview) -> str:
+    """Return the reason of the guard's last action, unless it is the cause of the state."""
+    if not seen.actions or seen.actions[0].reason == seen.cause:
+        return ""
+    return clean(seen.actions[0].reason, 200)
 
 
 def _guard_text(worst: GuardStanding) -> GuardText:
