@@ -34,6 +34,8 @@ _HEADER = (
     "control",
     "copies",
     "rejected",
+    "NFKC changes",
+    "NFKC damages",
     "tokens",
 )
 
@@ -78,6 +80,8 @@ def _cells(source: SourceAudit) -> list[str]:
         f"{source.control / documents:.2%}",
         f"{source.duplicates / documents:.2%}",
         f"{source.rejected / max(source.documents + source.rejected, 1):.2%}",
+        f"{source.nfkc_changed / documents:.2%}",
+        f"{source.nfkc_damaged / documents:.2%}",
         f"{source.tokens:,}",
     ]
 
@@ -112,7 +116,7 @@ def _figure(svg: str, title: str) -> str:
 
 @as_svg
 def _draw_overview(audit: Audit) -> Figure:
-    """Draw the share of mislabelled documents and the tokens per character of all sources."""
+    """Draw the tokens per character of all sources, and the mislabelled documents if any are."""
     limit = audit.max_mislabelled_share
     shares = []
     rates = []
@@ -122,10 +126,13 @@ def _draw_overview(audit: Audit) -> Figure:
         rate = source.tokens_per_character
         rates.append(Bar(source.name, rate, f"{rate:.3f}"))
     height = 50 + 24 * len(audit.sources)
-    figure, (above, below) = new_figure(640, 2 * height, rows=2)
-    title = "Share of documents in another language than the label (tick: limit)"
-    draw_bars(above, title, shares)
-    draw_bars(below, "Tokens per character", rates)
+    charts = {"Tokens per character": rates}
+    if any(bar.value for bar in shares):
+        title = "Share of documents in another language than the label (tick: limit)"
+        charts = {title: shares, **charts}
+    figure, places = new_figure(640, height * len(charts), rows=len(charts))
+    for axes, (title, bars) in zip(places, charts.items(), strict=True):
+        draw_bars(axes, title, bars)
     return figure
 
 

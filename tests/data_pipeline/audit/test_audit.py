@@ -113,6 +113,13 @@ def test_a_large_source_is_sampled_over_all_its_units(
     assert found.documents == 10 and set(found.languages) == {"ja", "en"}
 
 
+def test_the_table_tells_what_nfkc_would_do_and_no_chart_is_all_zero(make_mix: MakeMix) -> None:
+    page = audit_page(audit(make_mix({"ja": [*sample("ja_essay")[:3], "x\u00b2 + y\u00b2"]})))
+    assert "<th>NFKC changes</th><th>NFKC damages</th>" in page and "<td>25.00%</td>" in page
+    clean_page = audit_page(audit(make_mix({"ja": sample("ja_essay")[:3]})))
+    assert ">Share of documents" not in clean_page and ">Tokens per character" in clean_page
+
+
 def test_the_page_stands_alone_and_shows_no_markup_of_the_text(make_mix: MakeMix) -> None:
     english = (
         "<script>alert(1)</script> This is English text and it stands in the wrong source. " * 3
