@@ -656,3 +656,8 @@ def test_drawing_that_cannot_start_costs_a_warning(
     report.refresh()
     report.close()
     assert "report.html is not drawn" in caplog.text and "No such file" in caplog.text
+
+
+def test_steps_of_a_short_run_are_whole_numbers(tmp_path: Path) -> None:
+    run_dir(tmp_path, *(step(n) for n in range(1, 4)))
+    assert {chart.figure.xaxis[0].ticker.min_interval for chart in charts(tmp_path)} == {1}

@@ -151,6 +151,10 @@ def test_every_chart_is_drawn_and_has_room(wide: Page, narrow_and_dark: Page) ->
     for page in (wide, narrow_and_dark):
         widths = page.evaluate(f"{FIGURES}.map((f) => Bokeh.index[f.id].frame.bbox.width)")
         assert len(widths) == NUM_CHARTS and min(widths) > 110
+    scrolled = "document.querySelector('.table').scrollWidth"
+    assert (
+        narrow_and_dark.evaluate(f"{scrolled} - document.querySelector('.table').clientWidth") <= 0
+    )
     widths = narrow_and_dark.evaluate(f"{FIGURES}.map((f) => Bokeh.index[f.id].bbox.width)")
     assert min(widths) > 300  # nothing stands side by side
 

@@ -96,7 +96,7 @@ def standing_panel(overview: RunOverview) -> Panel | None:
         width=7 if overview.actions else 12,
         detail=f"{hidden:,} more are further from their tolerance" if hidden else "",
         table=Table(
-            headings=("domain", "change", "tolerance", "used", "state", "at step"),
+            headings=("domain", "change", "tolerance", "used", "state", "step"),
             rows=tuple(rows),
         ),
     )
