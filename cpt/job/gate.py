@@ -303,11 +303,13 @@ class _Gate:
         config = self.config
         if config is not None:
             numels = parameter_numels(self.model_config)
+            num_before = len(self.found_by_first.errors)
             self.found_by_first.attempt(lambda: check_place(self.run_dir, config, numels))
             existing = [] if self.resume == "never" else list_steps(self.run_dir)
             step = 0 if self.checkpoint is None else self.checkpoint.step
             room = room_needed(config, numels, step, existing)
-            room.warn_if_tight(self.run_dir, config.checkpoint.keep_last)
+            if len(self.found_by_first.errors) == num_before:
+                room.warn_if_tight(self.run_dir, config.checkpoint.keep_last)
             self.room = room
 
     def _check_checkpoint(self) -> None:

@@ -18,7 +18,7 @@ from cpt.model.freezing import frozen_names
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.lock import LOCK, RunLock, take_lock
-from cpt.storage.space import check_checkpoint_space, megabytes
+from cpt.storage.space import check_checkpoint_space, size_text
 from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES
 
 log = logging.getLogger("cpt.job.run_dir")
@@ -192,12 +192,12 @@ class RoomNeeded:
 
     def describe(self, free_bytes: int) -> str:
         """Return what is needed and what is free, in one line."""
-        text = f"{self.num_checkpoints} x {megabytes(self.checkpoint_bytes)}"
+        text = f"{self.num_checkpoints} x {size_text(self.checkpoint_bytes)}"
         if self.num_for_good:
             text += f" ({self.num_for_good} kept for good)"
         if self.export_bytes:
-            text += f" + export {megabytes(self.export_bytes)}"
-        return f"{text}; {megabytes(free_bytes)} free"
+            text += f" + export {size_text(self.export_bytes)}"
+        return f"{text}; {size_text(free_bytes)} free"
 
     def warn_if_tight(self, run_dir: Path, keep_last: int) -> None:
         """Warn of a run that has room for its first checkpoint but not for all that it keeps."""
@@ -209,8 +209,8 @@ class RoomNeeded:
                 "time (checkpoint.keep_last %d, and one that is being written): later saves will "
                 "fail. Free some space, or keep less.",
                 folder,
-                megabytes(free),
-                megabytes(self.total_bytes),
+                size_text(free),
+                size_text(self.total_bytes),
                 keep_last,
             )
 

@@ -136,16 +136,21 @@ def fit_problem(start: PlannedStart, card: Card) -> str | None:
         return None
     largest = sorted(memory.items(), key=lambda part: -part[1])[:NUM_PARTS]
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
-    found = cures(start, card)
-    cure = "Nothing was found that fits: see cpt plan."
-    if found:
-        listed = "; ".join(found)
-        cure = f"It fits with: {listed}. cpt plan --gpus N finds the fastest layout."
-    return (
+    lines = [
         f"a rank needs {_gib(sum(memory.values()))} of GPU memory (estimate), {card.name} has "
-        f"{_gib(card.memory_bytes)}. Largest parts: {parts}. {cure} --gpu {ANY_GPU} leaves out "
-        "this check."
+        f"{_gib(card.memory_bytes)}.",
+        f"  Largest parts: {parts}.",
+    ]
+    found = cures(start, card)
+    if found:
+        lines.append("  It fits with:")
+        lines += [f"    {cure}" for cure in found]
+    else:
+        lines.append("  Nothing was found with which it fits.")
+    lines.append(
+        f"  cpt plan --gpus N searches all layouts; --gpu {ANY_GPU} leaves out this check."
     )
+    return "\n".join(lines)
 
 
 def fit_warning(memory: dict[str, int], card: Card) -> str | None:

@@ -68,6 +68,11 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
+def size_text(count: int) -> str:
+    """Return a size of any order in words."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else megabytes(count)
+
+
 def write_error(error: BaseException, folder: Path) -> StorageError:
     """Return what a failed write means, even where the library that wrote has lost the cause."""
     number = _errno_of(error)

@@ -360,7 +360,8 @@ def test_checkpoint_that_does_not_fit_is_refused(
     usage = shutil.disk_usage("/")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     assert dry_run() == 74
-    assert "a checkpoint needs" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "a checkpoint needs" in told.err and "later saves will fail" not in told.err
 
 
 def test_run_directory_that_is_a_file_is_refused(
@@ -513,6 +514,15 @@ def test_another_schedule_is_refused_before_weights_are_read_unless_it_is_accept
     assert dry_run("train.accept_schedule_change=true") == 0
     printed = capsys.readouterr().out
     assert "train.total_steps: 4 -> 2" in printed and "step 1 had 0.001, step 2 has" in printed
+
+
+def test_other_settings_than_those_of_the_checkpoint_are_told(
+    dry_run: DryRun, trained_with: Callable[..., None], capsys: Any
+) -> None:
+    trained_with(dtype="bf16", weight_decay=0.5)
+    assert dry_run() == 0
+    told = capsys.readouterr().out
+    assert "train.dtype: 'bf16' -> 'fp32'" in told and "train.weight_decay: 0.5 -> 0.1" in told
 
 
 def test_checkpoint_beyond_the_last_step_is_told(

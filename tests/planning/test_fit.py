@@ -93,7 +93,7 @@ def test_cures_are_joined_where_none_suffices_alone() -> None:
 def test_nothing_is_proposed_where_nothing_helps() -> None:
     tiny = Card(name="a tiny GPU", memory_bytes=2**20)
     problem = fit_problem(start_of(2), tiny)
-    assert problem is not None and "Nothing was found that fits" in problem
+    assert problem is not None and "Nothing was found with which it fits" in problem
 
 
 def test_run_that_fills_the_last_tenth_is_warned_and_not_refused() -> None:
