@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt.errors import ConfigError
+from cpt.model.missing_model import CONFIG, why_no_model
 from cpt.resilience.environment import is_launched
 
 
@@ -36,9 +37,9 @@ def run_dir_problems(run_dir: Path | None) -> list[str]:
 
 def model_problems(option: str, path: Path | None) -> list[str]:
     """Return the problem of a directory without a model's config.json; None was not given."""
-    if path is None or (path / "config.json").is_file():
+    if path is None or (path / CONFIG).is_file():
         return []
-    return [f"{option} {path}: no config.json there. Give a Hugging Face directory."]
+    return [f"{option}: {why_no_model(path)}"]
 
 
 def file_problems(option: str, file: Path | None) -> list[str]:

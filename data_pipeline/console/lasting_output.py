@@ -32,9 +32,13 @@ def _lasting(stream: IO[str]) -> IO[str]:
     """Return a stream to the same file descriptor; the stream itself if it has none."""
     if not isinstance(stream, io.TextIOWrapper):
         return stream
+    try:
+        descriptor = stream.fileno()
+    except OSError:  # a stream in memory
+        return stream
     stream.flush()
     return io.TextIOWrapper(
-        io.BufferedWriter(_LastingFile(stream.fileno(), "wb", closefd=False)),
+        io.BufferedWriter(_LastingFile(descriptor, "wb", closefd=False)),
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,

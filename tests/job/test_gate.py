@@ -378,7 +378,7 @@ def test_run_directory_that_is_a_file_is_refused(
 def test_room_for_checkpoints_is_told(dry_run: DryRun, capsys: Any) -> None:
     assert dry_run("checkpoint.interval_steps=1", "telemetry.export_at_end=true") == 0
     told = capsys.readouterr().out
-    assert re.search(r"checkpoints +2 x [0-9.]+ MB \+ export [0-9.]+ MB; [0-9.]+ MB free", told)
+    assert re.search(r"checkpoints +2 x [0-9.]+ MB \+ export [0-9.]+ MB; [0-9.,]+ [MG]B free", told)
 
 
 LARGE = ["model.path=null", "model.init=gpt-oss-20b"]

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from data_pipeline.console.lasting_output import make_output_lasting
+
 PROGRAM = """
 import logging, os, sys
 from data_pipeline.console.lasting_output import make_output_lasting
@@ -47,3 +49,11 @@ def test_output_arrives_where_it_can_be_written() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "printed\n" * 3
     assert done.stderr == "INFO:root:logged\nwritten\n" * 3
+
+
+def test_stream_in_memory_stays_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = sys.stdout
+    make_output_lasting()
+    assert sys.stdout is stream
+    print("kept")
+    assert capsys.readouterr().out == "kept\n"
