@@ -142,5 +142,5 @@ def read_failure(run_dir: Path) -> EndRecord | None:
     try:
         values = json.loads((run_dir / LAST_FAILURE).read_text(encoding="utf-8"))
         return EndRecord(**values)
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None

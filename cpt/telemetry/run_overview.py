@@ -17,7 +17,6 @@ keeps long runs cheap.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ import yaml
 from cpt.errors import EXIT_DONE, RequeueRequested
 from cpt.resilience.lock import describe, look_at_lock
 from cpt.telemetry.event_reader import CHUNK_BYTES, EventReader
+from cpt.telemetry.run_end import METRICS, EndRecord, read_failure
 from cpt.telemetry.run_tally import (
     GuardAction,
     GuardStanding,
@@ -46,9 +46,7 @@ QUIET_SECONDS = 900.0
 TAIL_BYTES = 64 * 2**20
 """Of a longer metrics.jsonl, `run_overview` reads the end only."""
 MAX_CONFIG_BYTES = 2**20
-METRICS = "metrics.jsonl"
 CONFIG = "config.resolved.yaml"
-FAILURE = "last_failure.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -297,8 +295,8 @@ class _Facts:
     """Whether there is a lock of a process that is gone."""
     planned: int | None
     saved: int | None
-    failure: dict[str, Any]
-    """Content of last_failure.json; empty if there is none."""
+    failure: EndRecord | None
+    """Content of last_failure.json; None if there is none."""
     last_sign: float
 
     def judge(self) -> tuple[RunState, str, int | None]:
@@ -339,15 +337,16 @@ class _Facts:
 
     def _failure(self) -> tuple[int | None, str]:
         """Return exit code and cause of last_failure.json, unless the run has gone on since."""
-        failed_at = number(self.failure.get("time"))
-        cause = str(self.failure.get("cause") or "")
+        if self.failure is None:
+            return None, ""
+        failed_at = number(self.failure.time)
         end = self.tally.end
         is_ended_since = (
             end is not None and end.exit_code in ORDERLY_CODES and not end.time <= failed_at
         )
-        if not cause or self.tally.started > failed_at or is_ended_since:
+        if self.tally.started > failed_at or is_ended_since:
             return None, ""
-        return whole_number(self.failure.get("exit_code")), cause
+        return whole_number(self.failure.exit_code), self.failure.cause
 
 
 def _eta_seconds(tally: RunTally, planned: int | None, goodput: float) -> float:
@@ -400,15 +399,6 @@ def newest_saved_step(run_dir: Path) -> int | None:
     except OSError:
         pass
     return None
-
-
-def read_failure(run_dir: Path) -> dict[str, Any]:
-    """Return the content of last_failure.json; empty if there is none, or none that is readable."""
-    try:
-        failure = json.loads((run_dir / FAILURE).read_bytes()[:MAX_CONFIG_BYTES])
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return failure if isinstance(failure, dict) else {}
 
 
 def read_small_yaml(path: Path) -> dict[str, Any]:

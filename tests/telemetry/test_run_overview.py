@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from cpt.resilience.lock import LOCK, STALE_SECONDS
 from cpt.telemetry.event_reader import EventReader
+from cpt.telemetry.run_end import EndRecord
 from cpt.telemetry.run_overview import RunFollower, run_overview
 from cpt.telemetry.run_tally import RunTally, badness
 from tests.support.records import write_jsonl
@@ -86,11 +88,12 @@ def test_run_that_ended_by_an_error_has_failed_with_its_cause(tmp_path: Path) ->
 
 def test_failure_file_is_believed_until_a_later_start(tmp_path: Path) -> None:
     run = make_run(tmp_path, start(0), *steps(1, 5))
-    failure = {"exit_code": 247, "cause": "rank 1 was killed by signal 9", "time": STARTED + 50}
-    (run / "last_failure.json").write_text(json.dumps(failure))
+    cause = "rank 1 was killed by signal 9"
+    failure = EndRecord(exit_code=137, cause=cause, step=5, time=STARTED + 50)
+    (run / "last_failure.json").write_text(json.dumps(asdict(failure)))
     seen = run_overview(run)
-    assert (seen.state, seen.exit_code) == ("failed", 247)
-    assert seen.cause == "rank 1 was killed by signal 9"
+    assert (seen.state, seen.exit_code) == ("failed", 137)
+    assert seen.cause == cause
     write_jsonl(
         run / "metrics.jsonl", [start(0), step(1), start(1, time=STARTED + 60), step(2), end(2)]
     )
@@ -162,7 +165,7 @@ def test_damaged_files_are_named_and_end_nothing(tmp_path: Path) -> None:
         file.write(json.dumps(step(2)).encode() + b"\n")
     bomb = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
     (run / "config.resolved.yaml").write_text(bomb)
-    (run / "last_failure.json").write_text("[")
+    (run / "last_failure.json").write_text("[" * 100_000)
     (run / LOCK).write_text("{}")
     os.utime(run / LOCK, (1e9, 1e9))
     seen = run_overview(run)

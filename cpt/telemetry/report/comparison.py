@@ -31,7 +31,8 @@ from cpt.telemetry.report.series import (
 from cpt.telemetry.report.state_card import TONES, WORDS
 from cpt.telemetry.report.tiles import amount
 from cpt.telemetry.report.token_axis import UNITS as TOKEN_UNITS
-from cpt.telemetry.run_overview import METRICS, RunOverview, run_overview
+from cpt.telemetry.run_end import METRICS
+from cpt.telemetry.run_overview import RunOverview, run_overview
 from cpt.telemetry.run_tally import JUDGED_MEASURES, UNITS, number
 from data_pipeline.charts import ALARM, DASHES, MUTED, PALETTE
 from data_pipeline.store.files import write_text

@@ -18,10 +18,9 @@ from pathlib import Path
 
 from cpt.resilience.lock import LOCK
 from cpt.telemetry.event_reader import CHUNK_BYTES
+from cpt.telemetry.run_end import LAST_FAILURE, METRICS
 from cpt.telemetry.run_overview import (
     CONFIG,
-    FAILURE,
-    METRICS,
     RunFollower,
     RunOverview,
     broken_run,
@@ -29,7 +28,7 @@ from cpt.telemetry.run_overview import (
     run_overview,
 )
 
-MARKS_OF_A_RUN = (METRICS, CONFIG, LOCK, FAILURE, "checkpoints")
+MARKS_OF_A_RUN = (METRICS, CONFIG, LOCK, LAST_FAILURE, "checkpoints")
 """A folder that holds one of these is a run directory."""
 MAX_FOLDERS = 5000
 """Folders that are looked into at most."""

@@ -15,7 +15,7 @@ from cpt.telemetry.report.history import read_run
 from cpt.telemetry.report.page import render_report
 from cpt.telemetry.report.panel import clean
 from cpt.telemetry.report.theme import css_variables
-from cpt.telemetry.run_overview import METRICS
+from cpt.telemetry.run_end import METRICS
 from cpt.telemetry.watch.board import Board, ListedRun
 from cpt.telemetry.watch.rows import row_of
 

@@ -8,20 +8,11 @@ from urllib.parse import quote
 
 from cpt.telemetry.overview_text import MISSING, ago_text, decimals, percent, standing_text
 from cpt.telemetry.report.panel import clean, duration
+from cpt.telemetry.report.state_card import STATE_TONES, TONES, WORDS
 from cpt.telemetry.report.tiles import amount
 from cpt.telemetry.run_overview import RunOverview, utc
 from cpt.telemetry.run_tally import GuardStanding
 from cpt.telemetry.watch.board import ListedRun
-
-TONES = {
-    "running": "busy",
-    "stopped": "warning",
-    "paused": "warning",
-    "failed": "alarm",
-    "finished": "good",
-}
-"""Color of each state, one of the page's; other states are muted."""
-GUARD_TONES = {"green": "good", "amber": "warning", "red": "alarm"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +78,8 @@ def row_of(run: ListedRun, now: float) -> RunRow:
         link=quote(run.key, safe="/"),
         folder=clean(folder, 80),
         name=clean(name, 60),
-        state="paused by the guard" if seen.state == "paused" else seen.state,
-        tone=TONES.get(seen.state, "muted"),
+        state=WORDS.get(seen.state, seen.state),
+        tone=TONES[seen.state],
         cause=clean(_cause(seen), 240),
         problems=tuple(clean(problem, 160) for problem in seen.problems),
         step=f"{seen.step:,}",
@@ -128,5 +119,5 @@ def _guard_text(worst: GuardStanding) -> GuardText:
         domain=clean(worst.title, 40),
         text=standing_text(worst),
         used=f"{100 * max(0.0, share):.0f} % of it used" if math.isfinite(share) else "",
-        tone=GUARD_TONES.get(worst.state, ""),
+        tone=STATE_TONES.get(worst.state, ""),
     )
