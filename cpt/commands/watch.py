@@ -51,14 +51,11 @@ def _run(options: argparse.Namespace) -> None:
     def told(address: str) -> None:
         print(f"watching {options.root}: {address} (Ctrl-C ends it)", flush=True)
 
-    try:
-        serve(
-            options.root,
-            host=options.host,
-            port=options.port,
-            depth=options.depth,
-            interval_seconds=options.interval,
-            told=told,
-        )
-    except KeyboardInterrupt:
-        print()
+    serve(
+        options.root,
+        host=options.host,
+        port=options.port,
+        depth=options.depth,
+        interval_seconds=options.interval,
+        told=told,
+    )

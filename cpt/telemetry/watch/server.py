@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -327,7 +328,7 @@ def serve(
     interval_seconds: float,
     told: Callable[[str], None],
 ) -> None:
-    """Serve until the process is interrupted.
+    """Serve until the process is interrupted or terminated.
 
     Args:
         root: Folder of the runs.
@@ -361,6 +362,10 @@ def serve(
         server = tornado.httpserver.HTTPServer(application(watch), max_body_size=0)
         server.add_sockets(sockets)
         told(f"http://{f'[{host}]' if ':' in host else host}:{taken}/")
-        await asyncio.Event().wait()
+        asked_to_end = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, asked_to_end.set)
+        await asked_to_end.wait()
+        server.stop()
 
     asyncio.run(run())
