@@ -39,14 +39,15 @@ def together(group: dist.ProcessGroup, action: Callable[[], T]) -> T:
     """Run `action` on every rank; if it failed on any, raise on all.
 
     Raises:
-        CptError: This rank's own error if it has one, else that of the lowest rank that failed.
+        CptError: This rank's own error if it has one, else that of the lowest rank that failed. A
+            file that cannot be read or written is a `StorageError` on all ranks.
     """
     error: Exception | None = None
     result: T | None = None
     try:
         result = action()
     except Exception as caught:
-        error = caught
+        error = as_storage_error(caught)
     failures = gather_json(None if error is None else describe_error(error), group)
     if error is not None:
         raise error
@@ -72,10 +73,19 @@ def describe_error(error: Exception) -> dict[str, str]:
     """Return what another rank needs to raise the same error: its class by name, and its text."""
     if isinstance(error, CptError):
         return {"class": type(error).__name__, "text": str(error)}
-    if is_of_storage(error):  # all ranks end with its exit code
-        cause, _ = cause_and_code(error)
-        return {"class": StorageError.__name__, "text": cause}
     return {"class": "", "text": f"{type(error).__name__}: {error}"}
+
+
+def as_storage_error(error: Exception) -> Exception:
+    """Return the error that all ranks raise for one of a file, with its exit code; others as they
+    are.
+    """
+    if not is_of_storage(error):
+        return error
+    cause, _ = cause_and_code(error)
+    translated = StorageError(cause)
+    translated.__cause__ = error
+    return translated
 
 
 def rebuild_error(description: dict[str, str], rank: int) -> CptError:

@@ -1,16 +1,24 @@
-"""A baseline that nothing can be compared with is never kept."""
+"""A baseline that nothing can be compared with is never kept; scores are kept where they can be."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
-from cpt.errors import ConfigError
-from cpt.guard.baseline import DomainBaseline, check_finite, check_same_text
+from cpt.errors import ConfigError, StorageError
+from cpt.guard.baseline import (
+    DomainBaseline,
+    check_finite,
+    check_same_text,
+    keep_on_first_rank,
+    write_on_first_rank,
+)
 from cpt.guard.score import DomainScore
 
 
@@ -67,3 +75,36 @@ def test_baseline_survives_json() -> None:
     again = DomainBaseline.from_json("web", json.loads(json.dumps(before.to_json())))
     assert again.to_json() == before.to_json()
     assert again.fresh_at(1).tolist() == [1.0, 2.0]
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_scores_of_a_step_that_is_done_again_get_a_file_of_their_own(
+    group: dist.ProcessGroup, tmp_path: Path
+) -> None:
+    names = [keep_on_first_rank(group, tmp_path, "scores", 2, {"try": n}) for n in (1, 2)]
+    assert names == ["scores-00000002.json", "scores-00000002-2.json"]
+    assert json.loads((tmp_path / names[1]).read_text(encoding="utf-8")) == {"try": 2}
+
+
+def test_scores_that_cannot_be_written_cost_a_warning(
+    group: dist.ProcessGroup, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = tmp_path / "guard"
+    place.write_text("in the way", encoding="utf-8")
+    assert keep_on_first_rank(group, place, "scores", 2, {}) == ""
+    assert "The scores of the guard at step 2 are not kept" in caplog.text
+
+
+def test_baseline_that_cannot_be_written_is_a_matter_of_storage(
+    group: dist.ProcessGroup, tmp_path: Path
+) -> None:
+    place = tmp_path / "guard"
+    place.write_text("in the way", encoding="utf-8")
+    with pytest.raises(StorageError, match="guard"):
+        write_on_first_rank(group, place / "baseline.json", {})

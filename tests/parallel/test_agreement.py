@@ -7,8 +7,15 @@ import json
 import pytest
 
 from cpt import errors
-from cpt.errors import ConfigError, CptError, DataError, EvaluationFailed, InternalError
-from cpt.parallel.agreement import describe_error, rebuild_error
+from cpt.errors import (
+    ConfigError,
+    CptError,
+    DataError,
+    EvaluationFailed,
+    InternalError,
+    StorageError,
+)
+from cpt.parallel.agreement import as_storage_error, describe_error, rebuild_error
 
 CLASSES = sorted(
     {value for value in vars(errors).values() if isinstance(value, type)} - {CptError},
@@ -50,6 +57,7 @@ def test_foreign_error_names_its_class_and_rank() -> None:
 
 def test_full_disk_of_one_rank_ends_all_with_the_code_of_storage() -> None:
     full = OSError(28, "No space left on device", "run/rollbacks.json")
-    rebuilt = rebuild_error(describe_error(full), 0)
-    assert rebuilt.exit_code == 74
-    assert str(rebuilt).startswith("run/rollbacks.json: No space left on device")
+    own = as_storage_error(full)
+    for error in (own, rebuild_error(describe_error(own), 0)):
+        assert type(error) is StorageError
+        assert str(error).startswith("run/rollbacks.json: No space left on device")
