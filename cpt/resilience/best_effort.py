@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cpt.errors import CptError
+
 log = logging.getLogger("cpt.resilience.best_effort")
 
 
@@ -27,9 +29,11 @@ def best_effort(what: str) -> Iterator[None]:
 
 def reason_of(error: BaseException) -> str:
     """Return one line on an error, for people."""
+    if isinstance(error, CptError):
+        return str(error).strip().partition("\n")[0].rstrip(".")
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
     lines = str(error).strip().splitlines()
-    text = f": {lines[0]}" if lines else ""
+    text = f": {lines[0].rstrip('.')}" if lines else ""
     return f"{type(error).__name__}{text}"

@@ -10,7 +10,7 @@ from cpt.config import RunConfig, RunYaml
 from cpt.telemetry.background import CLOSE_SECONDS, BackgroundTracker
 from cpt.telemetry.tensorboard_tracker import TensorBoardTracker
 from cpt.telemetry.wandb_settings import WandbSettings, mode_of, wandb_problems
-from cpt.telemetry.wandb_tracker import WandbTracker, end_service
+from cpt.telemetry.wandb_tracker import WandbTracker, end_service, kept_id
 
 log = logging.getLogger("cpt.telemetry.trackers")
 
@@ -42,11 +42,13 @@ def trackers_for(
     """
     trackers = []
     if mode_of(config.telemetry) != "disabled":
-        log.info("%s", WandbSettings.of(config.telemetry, run_dir).describe())
+        settings = WandbSettings.of(config.telemetry, run_dir)
+        log.info("%s", settings.describe())
+        run_id = kept_id(run_dir, settings)
         trackers.append(
             BackgroundTracker(
                 "W&B",
-                lambda: WandbTracker(config, run_dir),
+                lambda: WandbTracker(config, run_dir, run_id),
                 cut_off=end_service,
                 close_seconds=close_seconds,
             )

@@ -49,8 +49,13 @@ ORDERLY_CODES = (EXIT_DONE, RequeueRequested.exit_code)
 class WandbTracker:
     """Sends events to Weights & Biases."""
 
-    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, run_id: str) -> None:
         """Open the W&B run of a run directory.
+
+        Args:
+            config: The run.
+            run_dir: Its run directory.
+            run_id: Id of the W&B run; see `kept_id`.
 
         Raises:
             Exception: whatever keeps the library from recording even offline.
@@ -58,7 +63,7 @@ class WandbTracker:
         self._config = config
         self._run_dir = run_dir
         self._settings = WandbSettings.of(config.telemetry, run_dir)
-        self._id = kept_id(run_dir, self._settings)
+        self._id = run_id
         self._tables = StepTables()
         self._exit_code: int | None = None
         self._total_tokens: tuple[int, int] = (0, 0)

@@ -8,6 +8,7 @@ and then changes the exit code.
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from typing import IO
 
@@ -23,7 +24,12 @@ class _LastingFile(io.FileIO):
 
 
 def make_output_lasting() -> None:
-    """Let no failed write to stdout or stderr end this process, or change its exit code."""
+    """Let no failed write to stdout or stderr end this process, or change its exit code.
+
+    A log line that cannot be written is dropped, too; by default Python prints a stack trace for
+    each.
+    """
+    logging.raiseExceptions = False
     sys.stdout = _lasting(sys.stdout)
     sys.stderr = _lasting(sys.stderr)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cpt.errors import StorageError
 from cpt.resilience.best_effort import best_effort, reason_of
 
 
@@ -37,3 +38,6 @@ def test_reason_is_one_line() -> None:
     assert reason_of(ValueError("first\nsecond")) == "ValueError: first"
     assert reason_of(BrokenPipeError(32, "Broken pipe")) == "Broken pipe"
     assert reason_of(TimeoutError()) == "TimeoutError"
+    assert reason_of(StorageError("run/report.html: Is a directory.")) == (
+        "run/report.html: Is a directory"
+    )
