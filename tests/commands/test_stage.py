@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from transformers import GptOssConfig
 
 from cpt.cli import main
+from cpt.config import DataSection
+from cpt.job import data as job_data
+from cpt.job import engine_setup
 from cpt.model.weights.checksums import write_sums
+from cpt.model.weights.directory import DirectoryWeights
 from cpt.storage.local_copies import VARIABLE, local_copy
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_file import load_mix
@@ -54,11 +61,29 @@ def test_build_and_weights_are_read_from_the_copies_and_are_the_same(
     build, model = workplace / "built", workplace / "model"
     assert set(found) == {str(build), str(model)}
     monkeypatch.setenv(VARIABLE, json.dumps(found))
-    copied = BuiltData.open(local_copy(build))
-    assert copied.directory.is_relative_to(tmp_path)
-    assert copied.manifest == BuiltData.open(build).manifest
+    # as a run opens its data, on one rank
+    monkeypatch.setattr(job_data, "on_first_rank", lambda group, call: call())
+    monkeypatch.setattr(job_data, "together", lambda group, call: call())
+    section = DataSection(mix=workplace / "mix.yaml", build_dir=build)
+    context: Any = SimpleNamespace(
+        config=SimpleNamespace(data=section),
+        mix=load_mix(workplace / "mix.yaml"),
+        control_group=None,
+    )
+    opened = job_data.open_data(context)
+    assert opened.directory == local_copy(build) and opened.directory.is_relative_to(tmp_path)
+    assert opened.manifest == BuiltData.open(build).manifest
     names = {path.name for path in local_copy(model).iterdir()}
     assert names == {"model.safetensors", "SHA256SUMS"}
+    # as a run opens its first weights, on one rank
+    monkeypatch.setattr(engine_setup, "together", lambda group, call: call())
+    monkeypatch.setattr(engine_setup, "parameter_shapes", lambda config: {"a": (64,)})
+    run: Any = SimpleNamespace(model=SimpleNamespace(path=model))
+    topology: Any = SimpleNamespace(control_group=None)
+    weights = engine_setup.weight_source(run, GptOssConfig(), topology)
+    assert isinstance(weights, DirectoryWeights) and weights.path == local_copy(model)
+    ((_, values),) = weights.pieces("a", 0, 64)
+    assert values.tolist() == [1.0] * 64
 
 
 def test_run_that_goes_on_from_a_checkpoint_copies_no_weights(
