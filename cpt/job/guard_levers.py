@@ -28,7 +28,7 @@ from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.yardstick import Evidence, Reading
 from cpt.job.job import Job
 from cpt.job.progress import batch_of_step, read_guard_rollbacks, write_guard_rollbacks
-from cpt.job.run_report import draw_last_report
+from cpt.job.run_report import draw_report_together
 from cpt.job.saving import end, final_save
 from cpt.parallel.agreement import on_first_rank
 
@@ -102,7 +102,7 @@ def pause(job: Job, reason: str) -> NoReturn:
         "report.html first."
     )
     end(job, paused.exit_code, str(paused))
-    draw_last_report(job, "paused", reason)
+    draw_report_together(job, "paused", reason)
     raise paused
 
 

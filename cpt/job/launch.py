@@ -26,18 +26,17 @@ from cpt.job.log_files import log_to_file
 from cpt.job.loop import train
 from cpt.job.network import look_at_network
 from cpt.job.run_dir import held_run_dir
+from cpt.job.run_report import draw_report_of_leaving
 from cpt.job.samples import print_continuations
 from cpt.job.summary import describe, describe_data, describe_memory
 from cpt.model.parameters import parameter_numels
 from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology
-from cpt.resilience.best_effort import best_effort
 from cpt.resilience.devices import this_device
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
 from cpt.telemetry.mailbox import EventMailbox
-from cpt.telemetry.report.page import write_report
 from cpt.telemetry.run_end import finish_time
 
 log = logging.getLogger("cpt.job.launch")
@@ -205,9 +204,9 @@ def finish(job: Job, *, has_trained: bool) -> None:
     last = step_folder(run_dir, job.progress.step)
     places = {"metrics": run_dir / "metrics.jsonl", "checkpoint": last}
     job.clock.enter("export", job.progress.step)
-    if job.topology.rank == 0:
-        with best_effort("report.html is not drawn"):
-            places["report"] = write_report(run_dir, leaving="finished")
+    report = draw_report_of_leaving(job, "finished")
+    if report is not None:
+        places["report"] = report
     if job.config.telemetry.export_at_end:
         out = run_dir / "export" / last.name
         places["export"] = out

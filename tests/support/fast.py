@@ -27,6 +27,7 @@ STARTS_PROCESSES = (
     "multiprocessing",
     "tests.support.service",
     "tests.support.browser",
+    "cpt.telemetry.report.periodic",
 )
 """Imported modules by which a test file that starts processes is recognized."""
 

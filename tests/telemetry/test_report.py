@@ -7,8 +7,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
-import time
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
@@ -27,7 +25,6 @@ from cpt.telemetry.report.history import current_branch, read_run
 from cpt.telemetry.report.layout import around_mixture, beside
 from cpt.telemetry.report.page import all_panels, render_report, write_report
 from cpt.telemetry.report.panel import Panel, clean, duration
-from cpt.telemetry.report.periodic import PeriodicReport
 from cpt.telemetry.report.series import (
     MAX_POINTS,
     AxisRange,
@@ -629,33 +626,6 @@ def test_page_of_a_run_that_leaves_tells_how_it_leaves(tmp_path: Path) -> None:
     folder = run_dir(tmp_path, *long_run())
     text = write_report(folder, leaving="paused", cause="english is red").read_text("utf-8")
     assert "paused by the guard<small>" in text and "<p>english is red</p>" in text
-
-
-def test_page_is_drawn_beside_a_run_when_it_is_time(tmp_path: Path) -> None:
-    folder = run_dir(tmp_path, step(1))
-    for interval_seconds in (0, 3600):
-        report = PeriodicReport(folder, interval_seconds)
-        report.refresh()
-        report.close()
-    assert not (folder / "report.html").exists()
-    report = PeriodicReport(folder, 1e-9)
-    report.refresh()
-    report.refresh()  # one at a time
-    end_time = time.monotonic() + 120
-    while not (folder / "report.html").exists() and time.monotonic() < end_time:
-        time.sleep(0.05)
-    report.close()
-    assert "Last loss" in (folder / "report.html").read_text(encoding="utf-8")
-
-
-def test_drawing_that_cannot_start_costs_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
-    report = PeriodicReport(run_dir(tmp_path, step(1)), 1e-9)
-    report.refresh()
-    report.close()
-    assert "report.html is not drawn" in caplog.text and "No such file" in caplog.text
 
 
 def test_steps_of_a_short_run_are_whole_numbers(tmp_path: Path) -> None:
