@@ -62,7 +62,7 @@ def make_job(data: Data, *, total_steps: int = 6, max_epochs: float = 100.0) -> 
         gradient_accumulation_steps=MICRO_STEPS, micro_batch_size=2, train=train
     )
     topology = SimpleNamespace(
-        sp_size=1, sp_rank=0, dp_size=2, dp_rank=1, device=torch.device("cpu")
+        rank=1, sp_size=1, sp_rank=0, dp_size=2, dp_rank=1, device=torch.device("cpu")
     )
     context: Any = SimpleNamespace(
         config=config, topology=topology, clock=PhaseClock(), mix=SimpleNamespace(seed=3)
