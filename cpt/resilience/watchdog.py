@@ -41,10 +41,13 @@ import torch.distributed as dist
 
 from cpt.config import WatchdogSection
 from cpt.errors import (
+    ConfigError,
     CptError,
+    DataError,
     HungRankError,
     InternalError,
     RequeueRequested,
+    StorageError,
     cause_and_code,
 )
 from cpt.parallel.topology import Topology
@@ -62,6 +65,13 @@ GONE_SECONDS = 30.0
 POLL_SECONDS = 0.1
 SIGNAL_CODE = 128
 """Added to a signal for an exit code, as shells do."""
+PASSED_ON = (
+    ConfigError.exit_code,
+    DataError.exit_code,
+    HungRankError.exit_code,
+    StorageError.exit_code,
+)
+"""Codes of a rank that ended without a word, which the others take over."""
 LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -201,7 +211,7 @@ class Watchdog:
         if is_lost_peer(error):
             self._wait_for_cause()
         own = self._rule(self._ruling_on_failure(error))
-        if own.kind == "hung":
+        if own.kind == "hung" or (own.kind == "killed" and own.rank == 0):
             self._leave(own)  # the store is gone, and nobody can be asked
         if not self._told.wait(LEAVE_SECONDS / 2):
             return  # the store does not answer; the others will find out by themselves
@@ -250,7 +260,7 @@ class Watchdog:
             return Ruling(
                 kind="killed",
                 rank=death.rank,
-                code=InternalError.exit_code,
+                code=death.code if death.code in PASSED_ON else InternalError.exit_code,
                 text=(
                     f"rank {death.rank} (process {death.pid} on {self._process.node}) ended {how} "
                     "and said nothing; the lines above may say why."

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch.distributed as dist
 
+from cpt.config import WatchdogSection
 from cpt.errors import ConfigError, cause_and_code
 from cpt.resilience.environment import node_name, ranks_of_node
-from cpt.resilience.watchdog import Ruling, is_lost_peer
+from cpt.resilience.heartbeat import Beat
+from cpt.resilience.neighbors import Death
+from cpt.resilience.phase import PhaseClock
+from cpt.resilience.watchdog import Ruling, Watchdog, is_lost_peer
 
 
 @pytest.mark.parametrize(
@@ -74,3 +83,72 @@ def test_node_has_the_batch_systems_name() -> None:
 def test_error_of_a_run_has_the_code_that_a_command_gives_it(error, code: int, words: str) -> None:
     cause, found = cause_and_code(error)
     assert found == code and cause.startswith(words) and "\n" not in cause
+
+
+LOST = RuntimeError("[gloo] Connection closed by peer\nframe #0")
+
+
+def watchdog(tmp_path: Path, rank: int) -> Watchdog:
+    """The watchdog of a rank that has not been started."""
+    topology: Any = SimpleNamespace(rank=rank, world_size=4)
+    return Watchdog(tmp_path, topology, WatchdogSection(), PhaseClock(), lambda event: None)
+
+
+@pytest.mark.parametrize(("code", "passed_on"), [(74, 74), (3, 70), (None, 70)])
+def test_rank_that_ended_without_a_word_is_blamed_for_the_lost_connection(
+    tmp_path: Path, code: int | None, passed_on: int
+) -> None:
+    watched = watchdog(tmp_path, rank=2)
+    watched._ended.append(Death(rank=1, pid=9, signal=0, code=code))
+    ruling = watched._ruling_on_failure(LOST)
+    assert (ruling.kind, ruling.rank, ruling.code) == ("killed", 1, passed_on)
+    how = "in an unknown way" if code is None else f"with exit code {code}"
+    assert f"rank 1 (process 9 on {ruling.node}) ended {how} and said nothing" in ruling.text
+
+
+def test_node_without_a_sign_of_life_is_blamed_by_the_first_rank(tmp_path: Path) -> None:
+    watched = watchdog(tmp_path, rank=0)
+    now = time.monotonic()
+    for seconds in (30.0, 20.0, 10.0, 0.0):
+        beats = []
+        for rank in range(4):
+            tick = now - seconds if rank < 2 else 0.0
+            beats.append(
+                Beat(
+                    count=7,
+                    phase="forward",
+                    step=3,
+                    tick=tick,
+                    pid=1,
+                    host="h",
+                    node=f"n{rank // 2}",
+                )
+            )
+        watched._observer.see(now - seconds, beats, None)
+    ruling = watched._ruling_on_failure(LOST)
+    assert (ruling.kind, ruling.rank, ruling.code, ruling.node) == ("killed", 2, 71, "n1")
+    assert ruling.text.startswith("rank 2 last seen in phase=forward step=3, rank 3 last seen")
+    assert "with no sign of life since then (on n1)" in ruling.text
+
+
+def test_first_rank_is_blamed_if_its_store_is_gone(tmp_path: Path) -> None:
+    watched = watchdog(tmp_path, rank=3)
+    watched._store_error = "DistNetworkError: closed"
+    ruling = watched._ruling_on_failure(LOST)
+    assert ruling.kind == "hung" and ruling.code == 71
+    assert "rank 0, which holds the store, never seen, has not answered" in ruling.text
+
+
+def test_own_error_blames_nobody_else(tmp_path: Path) -> None:
+    watched = watchdog(tmp_path, rank=2)
+    watched._ended.append(Death(rank=1, pid=9, signal=0, code=3))
+    ruling = watched._ruling_on_failure(ValueError("own\nsecond line"))
+    assert (ruling.kind, ruling.rank, ruling.code) == ("failed", 2, 70)
+    assert ruling.text == "rank 2 failed in phase=load step=0: ValueError: own"
+
+
+def test_first_ruling_of_a_rank_holds(tmp_path: Path) -> None:
+    watched = watchdog(tmp_path, rank=2)
+    first = Ruling(kind="killed", rank=1, code=137, text="killed")
+    assert watched._rule(first) is first
+    assert watched._rule(Ruling(kind="failed", rank=2, code=70, text="later")) is first
