@@ -24,6 +24,7 @@ from cpt.errors import (  # noqa: E402
     CptError,
     cause_and_code,
 )
+from cpt.job.log_files import trace_to_file  # noqa: E402
 from cpt.resilience.environment import (  # noqa: E402
     rank_of_environment,
     restore_gpu_ids,
@@ -99,6 +100,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         launch(options, stop)
         return EXIT_DONE
     except CptError as error:
+        trace_to_file(error)
         # once on every node: the cause may lie on that node alone
         if speaks_for_node():
             print(f"\n{error}\n", file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,11 +92,9 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
 
 
 def rank_options(options: argparse.Namespace) -> RankOptions:
-    """Return how the ranks of a command work together; only the first one warns."""
+    """Return how the ranks of a command work together."""
     from cpt.offline.rank_options import RankOptions
 
-    if rank_of_environment() > 0:
-        logging.getLogger("cpt").setLevel(logging.ERROR)
     restore_gpu_ids()
     return RankOptions(ep_size=options.ep_size, save_every=options.save_every)
 

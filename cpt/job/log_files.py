@@ -60,3 +60,22 @@ def log_to_file(run_dir: Path, rank: int) -> None:
     handler.setFormatter(LineFormatter(rank))
     logging.getLogger().addHandler(handler)
     keep_traces_in(path)
+
+
+def trace_to_file(error: BaseException) -> None:
+    """Log the stack trace of an error to this rank's file only, if it has one.
+
+    The terminal gets the message of such an error from whoever speaks for the node.
+    """
+    record = log.makeRecord(
+        log.name,
+        logging.ERROR,
+        __file__,
+        0,
+        "this start ends: %s",
+        (error,),
+        (type(error), error, error.__traceback__),
+    )
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _RankFile):
+            handler.handle(record)

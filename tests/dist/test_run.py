@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -144,6 +145,7 @@ def whole(workplace: Path) -> Path:
     )
     codes, output = finish(workplace, "whole", *arguments)
     assert codes == [0, 0], output
+    (workplace / "whole.log").write_text(output, encoding="utf-8")
     return workplace / "whole"
 
 
@@ -164,6 +166,34 @@ def test_undisturbed_run_writes_what_the_contract_says(whole: Path) -> None:
     assert (resolved["sp_size"], resolved["ep_size"]) == (2, 2)
     assert list_steps(whole) == [8, 6]  # interval 3, keep_last 2
     assert list((whole / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_job_log_tells_steps_saves_looks_samples_and_export_line_by_line(whole: Path) -> None:
+    text = whole.with_suffix(".log").read_bytes().decode()
+    assert "\r" not in text
+    found = re.findall(r"^\d{4}-\d\d-\d\d \S+ rank 0 \S+ INFO (.*)$", text, re.MULTILINE)
+    steps = [line for line in found if line.startswith("step ")]
+    assert [line.split(":")[0] for line in steps] == [f"step 1/{STEPS}", f"step {STEPS}/{STEPS}"]
+    for figure in ("loss ", " tokens/s", " left", "peak memory ", "goodput "):
+        assert all(figure in line for line in steps), figure
+    begun = [line.split(":")[0] for line in found if line.startswith("checkpoint of step")]
+    assert begun.count("checkpoint of step 6 begun") == 1
+    assert begun.count("checkpoint of step 6 finished") == 1
+    looks = [line for line in found if line.startswith("guard at step")]
+    assert len(looks) == 2 and "; action: none; " in looks[1]
+    assert len([line for line in found if line.startswith("sample at step 4: ")]) == 2
+    assert "export of step-00000008 begun" in found
+
+
+def test_libraries_say_nothing_on_the_terminal_and_their_warnings_are_in_the_files(
+    whole: Path,
+) -> None:
+    text = whole.with_suffix(".log").read_text(encoding="utf-8")
+    for noise in ("accelerator", "FutureWarning", "it/s", "Writing model shards"):
+        assert noise not in text, noise
+    for rank in range(2):
+        written = (whole / "logs" / f"rank-{rank:05d}.log").read_text(encoding="utf-8")
+        assert "FutureWarning" in written and f" rank {rank} " in written
 
 
 def test_memory_of_every_rank_is_the_predicted_one_within_15_percent(whole: Path) -> None:

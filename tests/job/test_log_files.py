@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from cpt.errors import StorageError
 from cpt.job import log_files
-from cpt.job.log_files import log_path, log_to_file
+from cpt.job.log_files import log_path, log_to_file, trace_to_file
 from cpt.resilience.environment import rank_of_environment
 from data_pipeline.console.log_lines import Verbosity, log_to_terminal
 
@@ -64,6 +65,20 @@ def test_stack_trace_is_in_the_file_and_the_terminal_names_the_file(
     assert "Traceback" in written and "second line" in written
     assert "Traceback" not in printed and "no step was done: OSError: cable cut\n" in printed
     assert str(log_path(tmp_path, 0)) in printed
+
+
+def test_error_that_ends_a_run_leaves_its_trace_in_the_file_only(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(3)
+    log_to_file(tmp_path, 3)
+    try:
+        raise StorageError("no room")
+    except StorageError as error:
+        trace_to_file(error)
+    written = log_path(tmp_path, 3).read_text(encoding="utf-8")
+    assert "this start ends: no room" in written and "Traceback" in written
+    assert capsys.readouterr().err == ""
 
 
 def test_verbose_shows_the_stack_trace_on_the_terminal_too(
