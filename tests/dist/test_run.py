@@ -153,7 +153,7 @@ def test_undisturbed_run_writes_what_the_contract_says(whole: Path) -> None:
     steps = steps_of(whole)
     keys = {"event", "step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second"}
     keys |= {"loss_by_source", "loss_by_language", "tokens_by_source", "bytes_sent"}
-    keys |= {"time", "peak_memory_bytes"}
+    keys |= {"time", "peak_memory_bytes", "total_tokens"}
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
     assert all(step.keys() == keys for step in steps)
     assert all(step["tokens"] == sum(step["tokens_by_source"].values()) for step in steps)
