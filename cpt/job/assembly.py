@@ -28,6 +28,7 @@ from cpt.resilience.agreed_stop import leave_if_asked
 from cpt.resilience.best_effort import best_effort
 from cpt.resilience.faults import fault_point, install_faults
 from cpt.telemetry.metrics import Telemetry
+from cpt.telemetry.report.periodic import PeriodicReport
 from cpt.telemetry.trackers import trackers_for
 from cpt.training.engine import TrainingEngine
 from cpt.training.original_router import watch_drift
@@ -77,12 +78,20 @@ def assemble(context: RunContext) -> Job:
         telemetry=open_telemetry(context),
         progress=start.progress,
         stability=Stability(),
+        report=periodic_report(context),
     )
     if loaded is not None:
         job.restore(loaded, accept_mix_change=config.data.accept_mix_change)
         log.info("resuming from %s", loaded.folder)
         tell_seam(context, loaded)
     return job
+
+
+def periodic_report(context: RunContext) -> PeriodicReport | None:
+    """Return what draws the page of a run while it goes on; None on ranks that do not."""
+    if context.topology.rank != 0 or context.observe:
+        return None
+    return PeriodicReport(context.run_dir, context.config.telemetry.report_interval_seconds)
 
 
 def tell_seam(context: RunContext, loaded: LoadedState) -> None:

@@ -74,18 +74,15 @@ class Job:
     """
     data_wait_seconds: float = 0.0
     """Time that this rank has waited for rows since the last `take_data_wait`."""
+    report: PeriodicReport | None = None
+    """Draws report.html while the run goes on; only the first rank has it."""
     reader: ReadAhead[Places, MicroBatch] = field(init=False)
     """Reads the micro batch after the one that is computed."""
-    report: PeriodicReport | None = field(default=None, init=False)
-    """Draws report.html while the run goes on; only the first rank has it."""
     _foreseen: GlobalBatch | None = field(default=None, init=False)
     """The batch of the next step, if nothing comes in between; it is of the present mixture."""
 
     def __post_init__(self) -> None:
         self.reader = ReadAhead(self._read)
-        if self.topology.rank == 0 and not self.context.observe:
-            interval = self.config.telemetry.report_interval_seconds
-            self.report = PeriodicReport(self.run_dir, interval)
 
     @property
     def config(self) -> RunConfig:
