@@ -20,6 +20,7 @@ import pytest
 from cpt.cli import main
 from cpt.errors import ConfigError
 from cpt.telemetry.watch.board import Board, find_runs
+from cpt.telemetry.watch.pages import Pages
 from tests.support.browser import running_browser
 from tests.support.launcher import ROOT
 from tests.support.run_events import end, guard, start, step
@@ -216,6 +217,16 @@ def test_depth_is_bounded_and_links_out_of_the_folder_are_not_followed(tmp_path:
     found = [path.relative_to(root).as_posix() for path in find_runs(root, 2)]
     assert "a/previous" in found and not any("link" in name for name in found)
     assert [path.name for path in find_runs(root / "a" / "b" / "c", 0)] == ["c"]
+
+
+def test_run_whose_name_is_no_text_is_listed(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xff?#%<b>"))
+    make_run(folder, start(0), step(1))
+    board = Board(tmp_path, depth=1)
+    board.refresh()
+    page = Pages().rows(board).encode()
+    assert b"/run/r%EF%BF%BD%3F%23%25%3Cb%3E" in page and b"<b>" not in page
+    assert board.runs()[0].overview.step == 1
 
 
 def test_wrong_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

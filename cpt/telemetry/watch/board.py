@@ -95,8 +95,10 @@ class Board:
         self.problem = ""
         try:
             for run_dir in find_runs(self.root, self._depth):
-                key = run_dir.relative_to(self.root).as_posix()
-                found[self.root.resolve().name if key == "." else key] = run_dir
+                place = run_dir.relative_to(self.root).as_posix()
+                name = self.root.resolve().name if place == "." else place
+                # a name may hold bytes that are no UTF-8, which no page can show
+                found[os.fsencode(name).decode("utf-8", "replace")] = run_dir
         except OSError as error:
             self.problem = f"{self.root}: {error.strerror}"
         kept = {}
