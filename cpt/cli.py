@@ -1,4 +1,4 @@
-"""The `cpt` command: everything that is done with a run besides training it.
+"""The `cpt` command: everything that is done with a run, training included.
 
 Commands that compute with a model also run on all ranks of a launcher (cpt/offline/ranks.py):
 
@@ -10,7 +10,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NoReturn
+
+import argcomplete
 
 ROOT = Path(__file__).resolve().parent.parent
 if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
@@ -24,6 +28,7 @@ from cpt.commands import (  # noqa: E402
     evaluate,
     export,
     guard,
+    init,
     kl_targets,
     merge,
     plan,
@@ -33,6 +38,7 @@ from cpt.commands import (  # noqa: E402
     stage,
     status,
     suite,
+    train,
     watch,
 )
 from cpt.errors import EXIT_DONE, EXIT_INTERNAL, CptError  # noqa: E402
@@ -50,6 +56,8 @@ from data_pipeline.commands import (  # noqa: E402
 )
 
 COMMANDS = (
+    init,
+    train,
     export,
     merge,
     sample,
@@ -68,8 +76,25 @@ COMMANDS = (
     doctor,
 )
 """In the order in which `cpt --help` lists them."""
+VERSIONED = ("gpt-oss-cpt", "torch", "deepspeed", "transformers")
+"""Packages whose versions `cpt --version` prints."""
 RENAMED = {("guard", "replay"): ["guard", "audit"], ("replay", "targets"): ["kl_targets"]}
 """Deprecated words of two subcommands, and what they stand for."""
+
+
+class Version(argparse.Action):
+    """Prints the versions that a report of a fault should name."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        for name in VERSIONED:
+            try:
+                print(name, version(name))
+            except PackageNotFoundError:
+                print(name, "(not installed)")
+        parser.exit(EXIT_DONE)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,9 +106,14 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
+    parser.add_argument("--version", action=Version, help="print versions and leave")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by deepspeed
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how a command may go on
+        argcomplete.autocomplete(parser)
     words = sys.argv[1:] if arguments is None else arguments
-    options = with_home_folders(parser.parse_args(_current_words(words)))
+    words = _current_words(words)
+    options = with_home_folders(parser.parse_args(words))
+    options.words = words
     start_telling(options, rank_of_environment() if is_launched() else None)
     try:
         options.run(options)

@@ -17,6 +17,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
     # the launcher puts cpt/ itself first, where `import config` would find a second copy
     sys.path[0] = str(ROOT)
 
+from cpt.commands.run_options import add_run_options  # noqa: E402
 from cpt.errors import (  # noqa: E402
     EXIT_DONE,
     EXIT_INTERNAL,
@@ -51,33 +52,7 @@ class _Parser(CommandParser):
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Command line of a run."""
     parser = _Parser(prog="cpt/run.py", description="Continual pretraining of gpt-oss.")
-    parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed JSON")
-    parser.add_argument(
-        "--config", type=Path, default=ROOT / "configs" / "tiny.yaml", help="run YAML"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a YAML value"
-    )
-    parser.add_argument("--run_dir", type=Path, help="default: runs/<name of the run YAML>")
-    parser.add_argument("--resume", default="auto", help="auto, never, or a step")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="check and print everything, load nothing"
-    )
-    parser.add_argument(
-        "--sample",
-        action="append",
-        metavar="TEXT",
-        help="continue a text, on all ranks; do not train",
-    )
-    parser.add_argument(
-        "--measure", action="store_true", help="score the held-out text once; do not train"
-    )
-    parser.add_argument(
-        "--gpu",
-        metavar="NAME",
-        help="refuse a layout that does not fit on this GPU (h100, h200, ...); default: the GPU of "
-        "this machine, if there is one; any: do not check",
-    )
+    add_run_options(parser)
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     return with_home_folders(parser.parse_args(arguments))
 

@@ -4,7 +4,7 @@
 #   node.sh MASTER_ADDRESS MASTER_PORT NODES RANKS_PER_NODE [COMMAND ARGUMENTS...]
 #
 # With the words of a command of cpt/cli.py, all ranks do that instead of a run; CPT_RUN_DIR is then OUT.partial.
-# Runs in the repository, on every node at once, inside the container if there is one.  The nodes meet by TCP at
+# Runs in the repository or in a folder of `cpt init`, on every node at once, inside the container if there is one.  The nodes meet by TCP at
 # MASTER_ADDRESS (that of node 0); no ssh, no host file shared between them.  With CPT_MEASURE (a step, or auto) the run is
 # only measured at that step.
 
@@ -21,10 +21,14 @@ if [[ -n "${CPT_MEASURE:-}" ]]; then
 fi
 readonly ADDRESS=$1 PORT=$2 NODES=$3 RANKS=$4
 shift 4
+# in the repository its own files, elsewhere those of the installed package
+PROGRAMS=cpt
+[[ -f cpt/run.py ]] || PROGRAMS=$(python -c 'import cpt; print(cpt.__path__[0])') ||
+    refuse "$PWD is not the repository, and the package gpt-oss-cpt is not installed in this environment."
 PROGRAM=(
-    cpt/run.py --ds_config "$CPT_DS_CONFIG" --config "$CPT_CONFIG" --run_dir "$CPT_RUN_DIR" "${CPT_RUN_ARGUMENTS[@]}"
+    "$PROGRAMS/run.py" --ds_config "$CPT_DS_CONFIG" --config "$CPT_CONFIG" --run_dir "$CPT_RUN_DIR" "${CPT_RUN_ARGUMENTS[@]}"
 )
-if (($#)); then PROGRAM=(cpt/cli.py "$@"); fi
+if (($#)); then PROGRAM=("$PROGRAMS/cli.py" "$@"); fi
 readonly PROGRAM
 readonly NODE=${SLURM_NODEID:-${OMPI_COMM_WORLD_RANK:-${PMIX_RANK:-${PMI_RANK:-0}}}}
 
@@ -62,7 +66,7 @@ start_launcher() {
 
 # Copy what the run reads to a disk of this node.  What cannot be copied is read from shared storage.
 stage_inputs() {
-    [[ -n "$CPT_STAGE_DIR" && "${PROGRAM[0]}" == cpt/run.py && -z "${CPT_MEASURE:-}" ]] || return 0
+    [[ -n "$CPT_STAGE_DIR" && "${PROGRAM[0]}" == */run.py && -z "${CPT_MEASURE:-}" ]] || return 0
     local folder=$CPT_STAGE_DIR/gpt-oss-cpt word
     local -a settings=(--config "$CPT_CONFIG" --run_dir "$CPT_RUN_DIR")
     # copies that are not kept are this job's own: another job may end while this one reads
@@ -108,7 +112,7 @@ wait_until_gone() {
 }
 
 finished() {
-    if [[ "${PROGRAM[0]}" == cpt/cli.py ]]; then
+    if [[ "${PROGRAM[0]}" == */cli.py ]]; then
         [[ -e "${CPT_RUN_DIR%.partial}" && ! -d "$CPT_RUN_DIR" ]]
         return
     fi

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cpt.commands import Commands
 from cpt.commands.early_checks import file_problems, model_problems, refuse
-from cpt.commands.shared_options import add_ranks, rank_options
+from cpt.commands.shared_options import add_device_map, add_ranks, rank_options
 from cpt.errors import ConfigError
 
 
@@ -30,6 +30,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--batch_size", type=int, default=1, help="batch size of lm-evaluation-harness's tasks"
     )
+    add_device_map(parser)
     add_ranks(parser)
     parser.set_defaults(run=_run)
 
@@ -52,6 +53,7 @@ def _run(options: argparse.Namespace) -> None:
         options.baseline,
         options.batch_size,
         rank_options(options),
+        options.device_map,
     )
 
 

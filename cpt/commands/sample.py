@@ -8,7 +8,13 @@ from pathlib import Path
 
 from cpt.commands import Commands
 from cpt.commands.early_checks import model_problems, refuse, run_dir_problems
-from cpt.commands.shared_options import add_sampling, add_step, checkpoint_folder, sampling_of
+from cpt.commands.shared_options import (
+    add_device_map,
+    add_sampling,
+    add_step,
+    checkpoint_folder,
+    sampling_of,
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -34,6 +40,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--effort", choices=("low", "medium", "high"), help="with --chat: reasoning effort"
     )
+    add_device_map(parser)
     parser.set_defaults(run=_run)
 
 
@@ -51,9 +58,11 @@ def _run(options: argparse.Namespace) -> None:
     from data_pipeline.text.tokenizer import encode
 
     if options.model is not None:
-        model = load_export(options.model)
+        model = load_export(options.model, options.device_map)
     else:
-        model = load_checkpoint(checkpoint_folder(options.run_dir, options.step))
+        model = load_checkpoint(
+            checkpoint_folder(options.run_dir, options.step), options.device_map
+        )
     for prompt in options.prompt:
         if options.chat:
             ids = encode_prompt(

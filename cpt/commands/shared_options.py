@@ -74,6 +74,17 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
     )
 
 
+def add_device_map(parser: argparse.ArgumentParser) -> None:
+    """Add `--device_map`, for a model that one process computes."""
+    parser.add_argument(
+        "--device_map",
+        choices=("one", "auto"),
+        default="one",
+        help="one GPU, or the processors if there is none; auto: over all GPUs of this machine, "
+        "its memory, and a temporary folder, for a model that is larger than one GPU",
+    )
+
+
 def add_ranks(parser: argparse.ArgumentParser) -> None:
     """Add the options of a command that all ranks of a launcher do together."""
     parser.add_argument(

@@ -1,11 +1,18 @@
-"""A gpt-oss model of plain transformers, from an export or from a checkpoint, in one process."""
+"""A gpt-oss model of plain transformers, from an export or from a checkpoint, in one process.
+
+A model that is larger than one GPU is spread by accelerate over all GPUs of the machine, then its
+memory, then files in a temporary folder: what lies in memory or in files is slow, and exact.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
+from accelerate import dispatch_model, infer_auto_device_map
 from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 from transformers.utils.quantization_config import Mxfp4Config
@@ -16,9 +23,18 @@ from cpt.checkpoint.weights import CheckpointWeights
 from cpt.model.configuration import load_config
 from cpt.model.weights.hf_layout import read_json, tensor_files
 
+LAYER = "GptOssDecoderLayer"
+"""Class of the modules that are not divided between devices."""
+DeviceMap = Literal["one", "auto"] | Mapping[str, str | int]
+"""Where the parts of a model go: one device, wherever there is room, or a device by module."""
 
-def load_export(path: Path) -> Any:
-    """Return the model of a Hugging Face directory, on the GPU if there is one.
+
+def load_export(path: Path, device_map: DeviceMap = "one") -> Any:
+    """Return the model of a Hugging Face directory.
+
+    Args:
+        path: The directory.
+        device_map: `one` is the first GPU, or memory if there is no GPU.
 
     Raises:
         ConfigError: the directory holds no sound configuration, no weights, or pickled ones.
@@ -32,11 +48,16 @@ def load_export(path: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         str(path), dtype="auto", use_safetensors=True, **settings
     )
-    return _ready(model)
+    return _placed(model, device_map)
 
 
-def load_checkpoint(folder: Path) -> Any:
-    """Return the model of a verified checkpoint in bf16, as its export would be."""
+def load_checkpoint(folder: Path, device_map: DeviceMap = "one") -> Any:
+    """Return the model of a verified checkpoint in bf16, as its export would be.
+
+    Args:
+        folder: The checkpoint.
+        device_map: See `load_export`.
+    """
     manifest = read_manifest(folder)
     with torch.device("meta"):
         model = GptOssForCausalLM(GptOssConfig(**RunState.of(manifest).model_config))
@@ -51,8 +72,17 @@ def load_checkpoint(folder: Path) -> Any:
     # rotary frequencies are no weights: they are built again, in fp32
     rotary_class = type(model.model.rotary_emb)
     model.model.rotary_emb = rotary_class(config=model.config)
-    return _ready(model)
+    return _placed(model, device_map)
 
 
-def _ready(model: Any) -> Any:
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+def _placed(model: Any, device_map: DeviceMap) -> Any:
+    """Put a model that lies in memory where it is to compute."""
+    model.eval()
+    if device_map == "one":
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if device_map == "auto":
+        device_map = infer_auto_device_map(model, no_split_module_classes=[LAYER])
+    folder = TemporaryDirectory(prefix="cpt-offload-")
+    placed = dispatch_model(model, dict(device_map), offload_dir=folder.name)
+    placed.offload_folder = folder  # removed with the model
+    return placed

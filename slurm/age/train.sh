@@ -18,7 +18,7 @@
 set -uo pipefail
 umask 077
 cd "${SGE_O_WORKDIR:-.}" || exit 78
-[[ -f slurm/lib.sh ]] || { echo "$PWD is not the repository. Submit there." >&2; exit 78; }
+[[ -f slurm/lib.sh ]] || { echo "$PWD has no slurm/lib.sh. Submit in the repository or in a folder of cpt init." >&2; exit 78; }
 source slurm/lib.sh
 source slurm/resubmit.sh
 load_settings

@@ -35,7 +35,7 @@ from cpt.offline.evaluation.verdict import (
 )
 from cpt.offline.model import OfflineModel
 from cpt.offline.pieces import kept_pieces, partial_folder
-from cpt.offline.plain_model import load_export
+from cpt.offline.plain_model import DeviceMap, load_export
 from cpt.offline.rank_options import RankOptions
 from cpt.offline.ranks import offline_ranks
 from cpt.resilience.environment import is_launched
@@ -52,6 +52,7 @@ def evaluate(
     baseline_file: Path | None,
     batch_size: int = 1,
     options: RankOptions | None = None,
+    device_map: DeviceMap = "one",
 ) -> None:
     """Score an export on all tasks; everything known before it is checked before it is loaded.
 
@@ -65,6 +66,7 @@ def evaluate(
         baseline_file: Result of the model before training; None if this is that model.
         batch_size: Batch size of lm-evaluation-harness.
         options: How the ranks work together.
+        device_map: Where the model of lm-evaluation-harness goes; the ranks share that of others.
 
     Raises:
         ConfigError: `out` is one of the inputs, the tasks or the baseline cannot decide anything,
@@ -96,7 +98,7 @@ def evaluate(
     measured: dict[str, Score] = {}
     if len(local) < len(tasks):
         _refuse_ranks(tasks)
-        plain_model = load_export(model_dir)
+        plain_model = load_export(model_dir, device_map)
         measured = score_harness(tasks, managers, plain_model, model_dir, batch_size)
     if local:
         verdicts = _on_ranks(model_dir, local, out, options or RankOptions(), measured, conclude)
