@@ -5,6 +5,7 @@
     DIR/slurm/         job templates, and env.sh with the settings of a site
     DIR/sample/        small Japanese and English texts, for configs/tiny.yaml
     DIR/docs/          JSON schemas, by which editors check the YAML
+    DIR/logs/          output of jobs
     DIR/README.md      the first commands
 
 Paths in the files are those of the repository; only the sample lies elsewhere.
@@ -87,6 +88,7 @@ def write_project(folder: Path, preset: str) -> None:
         )
     shutil.copytree(sample_folder(), folder / "sample")
     (folder / "docs").mkdir()
+    (folder / "logs").mkdir()
     for schema in (source / "docs").glob("*.schema.json"):
         shutil.copy(schema, folder / "docs")
     for path in (folder / "configs").rglob("*.yaml"):

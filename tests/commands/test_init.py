@@ -28,6 +28,7 @@ def test_every_template_is_there_and_no_settings_of_a_site(project: Path) -> Non
         expected.discard(Path("slurm/env.sh"))
         found = {path.relative_to(project) for path in (project / folder).rglob("*")}
         assert expected <= found
+    assert (project / "logs").is_dir()  # Slurm does not make the folder of its output
 
 
 def test_mixes_name_the_sample_where_it_was_put(project: Path) -> None:
