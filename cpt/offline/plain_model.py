@@ -80,9 +80,12 @@ def _placed(model: Any, device_map: DeviceMap) -> Any:
     model.eval()
     if device_map == "one":
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    devices: Mapping[str, str | int]
     if device_map == "auto":
-        device_map = infer_auto_device_map(model, no_split_module_classes=[LAYER])
+        devices = infer_auto_device_map(model, no_split_module_classes=[LAYER])
+    else:
+        devices = device_map
     folder = TemporaryDirectory(prefix="cpt-offload-")
-    placed = dispatch_model(model, dict(device_map), offload_dir=folder.name)
+    placed = dispatch_model(model, dict(devices), offload_dir=folder.name)
     placed.offload_folder = folder  # removed with the model
     return placed
