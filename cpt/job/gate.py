@@ -22,24 +22,22 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from transformers import GptOssConfig
 
 from cpt.checkpoint.reader import list_steps
 from cpt.config import LaunchInfo, RunConfig, RunYaml, load, readable_parts, resolve
 from cpt.deepspeed_adapter.engine import check_internals
 from cpt.deepspeed_adapter.json_values import block_problems
 from cpt.deepspeed_adapter.version import check_version
-from cpt.errors import ConfigError, CptError
+from cpt.errors import ConfigError
 from cpt.guard.generation.requirements import generation_problems
 from cpt.guard.kept_files import missing_files
 from cpt.guard.requirements import documents_by_domain, guard_problems
 from cpt.guard.traces.requirements import trace_problems
 from cpt.job.data import build_folder, check_mix, check_plan, open_current_build, plan_of
 from cpt.job.findings import Findings, joined
+from cpt.job.passed_gate import PassedGate
 from cpt.job.resumption import (
     ExpectedCheckpoint,
     StartingPoint,
@@ -68,46 +66,6 @@ from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import DataPlan
 
 log = logging.getLogger("cpt.job.gate")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PassedGate:
-    """A configuration that can be right, as far as this rank has looked."""
-
-    config: RunConfig
-    model_config: GptOssConfig
-    """The architecture, from config.json or a preset."""
-    mix: MixConfig
-    run_dir: Path
-    resume: str
-    """`auto`, `never` or a step."""
-    plan: DataPlan | None
-    """The data plan; None on other ranks than the first, or if the mix is not built yet."""
-    checkpoint: ExpectedCheckpoint | None
-    """What the run will probably go on from; None on other ranks than the first, or at the
-    beginning of a run.
-    """
-    seam: Seam | None
-    """What changes since that checkpoint; None without one."""
-    room: RoomNeeded | None
-    """The space that checkpoints will take; None on other ranks than the first."""
-    card: Card | None
-    """The GPU that the memory of a rank was compared with; None on other ranks than the first, or
-    if there is none.
-    """
-    environment: LaunchEnvironment
-    """What the launcher tells this rank."""
-    refusal: CptError | None
-    """Everything that the first rank refuses; None on the others."""
-
-    def refuse(self) -> None:
-        """Raise the findings of the first rank.
-
-        Raises:
-            CptError: everything found, in one message.
-        """
-        if self.refusal is not None:
-            raise self.refusal
 
 
 def pass_gate(options: argparse.Namespace) -> PassedGate:

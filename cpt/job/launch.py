@@ -20,11 +20,12 @@ from cpt.export.run_export import export_run
 from cpt.job.assembly import assemble
 from cpt.job.context import RunContext
 from cpt.job.ending import Ending
-from cpt.job.gate import PassedGate, pass_gate
+from cpt.job.gate import pass_gate
 from cpt.job.job import Job
 from cpt.job.log_files import log_to_file
 from cpt.job.loop import train
 from cpt.job.network import look_at_network
+from cpt.job.passed_gate import PassedGate
 from cpt.job.run_dir import held_run_dir
 from cpt.job.run_report import draw_report_of_leaving
 from cpt.job.samples import print_continuations

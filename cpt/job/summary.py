@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
-from cpt.job.gate import PassedGate
+from cpt.job.passed_gate import PassedGate
 from cpt.job.run_dir import existing_folder
 from cpt.model.freezing import frozen_names
 from cpt.model.parameters import parameter_numels

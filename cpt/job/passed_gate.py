@@ -1,0 +1,58 @@
+"""What a start knows once it has passed the gate (`cpt.job.gate`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import GptOssConfig
+
+from cpt.config import RunConfig
+from cpt.errors import CptError
+from cpt.job.resumption import ExpectedCheckpoint
+from cpt.job.run_dir import RoomNeeded
+from cpt.job.seam import Seam
+from cpt.planning.fit import Card
+from cpt.resilience.environment import LaunchEnvironment
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.mixture.data_plan import DataPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassedGate:
+    """A configuration that can be right, as far as this rank has looked."""
+
+    config: RunConfig
+    model_config: GptOssConfig
+    """The architecture, from config.json or a preset."""
+    mix: MixConfig
+    run_dir: Path
+    resume: str
+    """`auto`, `never` or a step."""
+    plan: DataPlan | None
+    """The data plan; None on other ranks than the first, or if the mix is not built yet."""
+    checkpoint: ExpectedCheckpoint | None
+    """What the run will probably go on from; None on other ranks than the first, or at the
+    beginning of a run.
+    """
+    seam: Seam | None
+    """What changes since that checkpoint; None without one."""
+    room: RoomNeeded | None
+    """The space that checkpoints will take; None on other ranks than the first."""
+    card: Card | None
+    """The GPU that the memory of a rank was compared with; None on other ranks than the first, or
+    if there is none.
+    """
+    environment: LaunchEnvironment
+    """What the launcher tells this rank."""
+    refusal: CptError | None
+    """Everything that the first rank refuses; None on the others."""
+
+    def refuse(self) -> None:
+        """Raise the findings of the first rank.
+
+        Raises:
+            CptError: everything found, in one message.
+        """
+        if self.refusal is not None:
+            raise self.refusal
