@@ -42,7 +42,9 @@ class EventReader:
     @property
     def share_read(self) -> float:
         """Share of the file that was read when it was last looked at, 0 to 1."""
-        return self._offset / self._size if self._size else 1.0
+        if self._size == 0:
+            return float(self.is_caught_up)
+        return self._offset / self._size
 
     def find_file(self) -> bool:
         """Look for the file; call it before `read`.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ MAX_FOLDERS = 5000
 """Folders that are looked into at most."""
 SEARCH_SECONDS = 15.0
 """How long the list of run directories stays good."""
-READ_SECONDS = 2.0
+READ_SECONDS = 1.0
 """How long one look reads on in long logs; the next look goes on from there."""
 FIRST_LOOK_BYTES = 2**20
 """Of a log that is not read yet, the end that its state is told from."""
@@ -107,11 +108,16 @@ class Board:
         self._followers = kept
 
     def _read_on(self) -> None:
-        """Read what was added to all logs, a piece of each in turn, for a bounded time."""
+        """Read what was added to all logs, a piece of each in turn, for a bounded time.
+
+        Logs that were read to their end come first: they have little to read, and are always read.
+        """
         end = time.monotonic() + READ_SECONDS
-        behind = list(self._followers.values())
-        while behind and time.monotonic() < end:
-            behind = [follower for follower in behind if not follower.read_on(CHUNK_BYTES)]
+        behind = deque(sorted(self._followers.values(), key=lambda one: not one.is_caught_up))
+        while behind and (behind[0].is_caught_up or time.monotonic() < end):
+            follower = behind.popleft()
+            if not follower.read_on(CHUNK_BYTES):
+                behind.append(follower)
 
 
 def find_runs(root: Path, depth: int) -> Iterator[Path]:
