@@ -30,15 +30,15 @@ class KillCounts:
         if self.job is not None and before.job is not None and self.job > before.job:
             return (
                 "The kernel's out-of-memory killer did it, because the job's memory was used up "
-                f"(its control group counts {self.job - before.job} such kills in this run). "
+                f"(kills in its control group since the start: {self.job - before.job}). "
                 f"{_CURE}"
             )
         if self.machine is None or before.machine is None:
             return f"The kernel's out-of-memory killer is the usual cause. {_CURE}"
         if self.machine > before.machine:
             return (
-                "The kernel's out-of-memory killer is the likely cause: this machine counts "
-                f"{self.machine - before.machine} such kills in this run (/proc/vmstat). {_CURE}"
+                "The kernel's out-of-memory killer is the likely cause (its kills on this machine "
+                f"since the start: {self.machine - before.machine}). {_CURE}"
             )
         return (
             "The kernel counts no kill for lack of memory in this run, so the batch system (a "

@@ -93,7 +93,8 @@ def one_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) <= 1:
         return "".join(lines)
-    return f"{lines[0]} (and {len(lines) - 1} lines more)"
+    left = len(lines) - 1
+    return f"{lines[0]} ({left} more line{'s' if left > 1 else ''})"
 
 
 def append_event(run_dir: Path, event: Mapping[str, Any]) -> None:

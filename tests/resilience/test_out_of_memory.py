@@ -58,10 +58,14 @@ def test_what_the_kernel_does_not_say_is_unknown(tmp_path) -> None:
         (
             (0, 0),
             (1, 1),
-            "did it, because the job's memory was used up (its control group counts 1",
+            "the job's memory was used up (kills in its control group since the start: 1).",
         ),
-        ((0, 3), (0, 5), "is the likely cause: this machine counts 2 such kills"),
-        ((None, 3), (None, 4), "is the likely cause: this machine counts 1 such"),
+        ((0, 3), (0, 5), "is the likely cause (its kills on this machine since the start: 2)."),
+        (
+            (None, 3),
+            (None, 4),
+            "is the likely cause (its kills on this machine since the start: 1).",
+        ),
         ((0, 3), (0, 3), "counts no kill for lack of memory in this run, so the batch system"),
         ((None, None), (None, None), "out-of-memory killer is the usual cause."),
     ],

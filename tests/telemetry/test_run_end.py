@@ -96,9 +96,9 @@ def test_time_of_the_finish_is_that_of_the_first_end_after_the_last_step() -> No
 
 
 def test_cause_is_one_line() -> None:
-    assert one_line("first\n  second\n\nthird\n") == "first (and 2 lines more)"
+    assert one_line("first\n  second\n\nthird\n") == "first (2 more lines)"
     assert one_line("only") == "only"
-    assert EndRecord(exit_code=78, cause="a\nb", step=0).cause == "a (and 1 lines more)"
+    assert EndRecord(exit_code=78, cause="a\nb", step=0).cause == "a (1 more line)"
     assert len(EndRecord(exit_code=70, cause="x" * 5000, step=0).cause) == 1000
 
 
