@@ -210,6 +210,9 @@ class Watchdog:
         is_expected = isinstance(error, CptError)
         if is_lost_peer(error):
             self._wait_for_cause()
+            if self._told.is_set():
+                self._closed.wait()  # this error follows from the ruling, which ends the process
+                return
         own = self._rule(self._ruling_on_failure(error))
         if own.kind == "hung" or (own.kind == "killed" and own.rank == 0):
             self._leave(own)  # the store is gone, and nobody can be asked
@@ -268,7 +271,9 @@ class Watchdog:
                 host=self._process.host,
                 node=self._process.node,
             )
-        lost = self._observer.find_lost(time.monotonic(), 2.5 * self._settings.interval_seconds)
+        seconds = 2.5 * self._settings.interval_seconds
+        silent = self._observer.find_lost(time.monotonic(), seconds)
+        lost = [rank for rank in silent if rank != self._topology.rank]
         if not lost:
             if self._store_error and self._topology.rank != 0:
                 return self._rule_without_store(time.monotonic() - self._heard_at)

@@ -131,6 +131,17 @@ def test_node_without_a_sign_of_life_is_blamed_by_the_first_rank(tmp_path: Path)
     assert "with no sign of life since then (on n1)" in ruling.text
 
 
+def test_connection_that_is_lost_after_a_ruling_makes_no_other_one(tmp_path: Path) -> None:
+    watched = watchdog(tmp_path, rank=0)
+    watched._ruling = Ruling(
+        kind="hung", rank=0, code=71, text="rank 1 hangs", wake={"1": ("h", 5)}
+    )
+    watched._told.set()
+    watched._closed.set()  # in a run the watching thread ends the process instead
+    watched.report_failure(LOST)
+    assert watched._own_ruling is None
+
+
 def test_first_rank_is_blamed_if_its_store_is_gone(tmp_path: Path) -> None:
     watched = watchdog(tmp_path, rank=3)
     watched._store_error = "DistNetworkError: closed"
