@@ -12,7 +12,7 @@
 #   age_field NAME     of `qstat -j`
 pbs_field() {
     awk -v name="$1" '
-        /^\t/ || (!/^ +[A-Za-z_][A-Za-z_.]* = / && !/^Job Id:/) { sub(/^[[:space:]]+/, ""); line = line $0; next }
+        /^\t/ || (!/^ +[A-Za-z_][A-Za-z0-9_.-]* = / && !/^Job Id:/) { sub(/^[[:space:]]+/, ""); line = line $0; next }
         { show(line); line = $0 }
         END { show(line) }
         function show(text) {

@@ -127,6 +127,7 @@ def pbs_qstat(folder: Path, words: list[str]) -> None:
     for name in sorted(resources):
         fields[f"Resource_List.{name}"] = resources[name]
     fields.setdefault("Resource_List.place", "scatter:excl")
+    fields["Resource_List.rt_h100-80"] = "16"
     fields["Variable_List"] = "PBS_O_HOME=/gs/user,PBS_O_QUEUE=rt_HF," + "PBS_O_PATH=/a:" * 20
     fields["project"] = given.get("-P", ["_pbs_project_default"])[-1]
     print(f"Job Id: {number}")
