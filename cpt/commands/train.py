@@ -64,6 +64,8 @@ def launch_command(words: list[str]) -> list[str]:
 
 def _run(options: argparse.Namespace) -> None:
     """Become the launcher, whose exit code is that of the run."""
-    command = launch_command(options.words[1:])
+    # --verbose and --quiet may stand before the subcommand
+    at = options.words.index("train")
+    command = launch_command(options.words[:at] + options.words[at + 1 :])
     sys.stdout.flush()
     os.execv(command[0], command)

@@ -41,6 +41,13 @@ def test_command_becomes_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_options_before_the_subcommand_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    assert main(["--verbose", "train", "--num_gpus", "2", "--ds_config", "d.json"]) == 0
+    assert started == [[*LAUNCHER, "--num_gpus=2", RUN, "--verbose", "--ds_config", "d.json"]]
+
+
 def test_wrong_option_is_refused_before_anything_is_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
