@@ -252,4 +252,7 @@ def _seconds(value: object) -> float:
     """Return a duration or time from a file; 0 for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return 0.0
-    return max(0.0, float(value)) if math.isfinite(value) else 0.0
+    try:
+        return max(0.0, float(value)) if math.isfinite(value) else 0.0
+    except OverflowError:  # a whole number of hundreds of digits
+        return 0.0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cpt.resilience.lock import LOCK, STALE_SECONDS
@@ -242,6 +242,7 @@ KEYS = ("step", "time", "tokens", "seconds", "loss", "delta", "domain", "evidenc
     )
 )
 @settings(max_examples=30, deadline=None, derandomize=True)
+@example([{"event": "end", "step": 1, "time": 10**400}])
 def test_no_value_in_an_event_breaks_the_tally(events: list[dict[str, Any]]) -> None:
     tally = RunTally()
     for event in events:

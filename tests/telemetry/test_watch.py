@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 
 from cpt.cli import main
 from cpt.errors import ConfigError
+from cpt.telemetry.run_overview import RunFollower
 from cpt.telemetry.watch.board import Board, find_runs
 from cpt.telemetry.watch.pages import Pages
 from tests.support.browser import running_browser
@@ -217,6 +219,64 @@ def test_depth_is_bounded_and_links_out_of_the_folder_are_not_followed(tmp_path:
     found = [path.relative_to(root).as_posix() for path in find_runs(root, 2)]
     assert "a/previous" in found and not any("link" in name for name in found)
     assert [path.name for path in find_runs(root / "a" / "b" / "c", 0)] == ["c"]
+
+
+def test_folder_that_cannot_be_looked_at_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "run", start(0))
+    (tmp_path / "gone").mkdir()
+    is_dir = Path.is_dir
+
+    def stale(path: Path) -> bool:
+        if path.name == "gone":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", stale)
+    assert [path.name for path in find_runs(tmp_path, 1)] == ["run"]
+
+
+def test_root_that_cannot_be_read_for_a_moment_keeps_its_runs_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "run", start(0))
+    board = Board(tmp_path, depth=1)
+    board.refresh()
+    monkeypatch.setattr("cpt.telemetry.watch.board.SEARCH_SECONDS", 0.0)
+    monkeypatch.setattr(os, "listdir", lambda _: no_answer())
+    board.refresh()
+    page = Pages().rows(board)
+    assert 'data-run="run"' in page and "Input/output error" in page
+
+
+def no_answer() -> list[str]:
+    """Fail as a file server does that does not answer."""
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_log_that_is_not_understood_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "odd", start(0), step(1), {"event": "end", "step": 1, "time": 10**400})
+    make_run(tmp_path / "run", start(0), step(1))
+    board = Board(tmp_path, depth=1)
+    board.refresh()
+    assert [run.overview.step for run in board.runs()] == [1, 1]
+    read_on = RunFollower.read_on
+
+    def broken(follower: RunFollower, max_bytes: int) -> bool:
+        if follower.run_dir.name == "odd":
+            raise OverflowError("too large")
+        return read_on(follower, max_bytes)
+
+    monkeypatch.setattr(RunFollower, "read_on", broken)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(step(2)) + "\n")
+    board.refresh()
+    run, odd = board.find("run"), board.find("odd")
+    assert run is not None and run.overview.step == 2 and run.overview.problems == ()
+    assert odd is not None and "OverflowError: too large" in odd.overview.problems[-1]
 
 
 def test_run_whose_name_is_no_text_is_listed(tmp_path: Path) -> None:

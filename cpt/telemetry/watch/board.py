@@ -66,6 +66,8 @@ class Board:
         self._followers: dict[str, RunFollower] = {}
         self._searched = -SEARCH_SECONDS
         self._runs: dict[str, ListedRun] = {}
+        self._log_problems: dict[str, str] = {}
+        """By key: why a piece of the log could not be taken."""
         self._lock = threading.Lock()
         self.problem = ""
         """Why the folder cannot be searched; empty if it can."""
@@ -80,6 +82,8 @@ class Board:
             runs = {}
             for key, follower in self._followers.items():
                 overview = _overview(follower)
+                if key in self._log_problems:
+                    overview = overview.with_problem(self._log_problems[key])
                 runs[key] = ListedRun(key=key, run_dir=follower.run_dir, overview=overview)
             self._runs = runs
 
@@ -102,10 +106,13 @@ class Board:
                 found[os.fsencode(name).decode("utf-8", "replace")] = run_dir
         except OSError as error:
             self.problem = f"{self.root}: {error.strerror}"
-        kept = {}
+        # a folder that cannot be read for a moment has not lost its runs
+        kept = dict(self._followers) if self.problem else {}
         for key, run_dir in found.items():
             kept[key] = self._followers.get(key) or RunFollower(run_dir)
         self._followers = kept
+        for key in self._log_problems.keys() - kept.keys():
+            del self._log_problems[key]
 
     def _read_on(self) -> None:
         """Read what was added to all logs, a piece of each in turn, for a bounded time.
@@ -113,11 +120,16 @@ class Board:
         Logs that were read to their end come first: they have little to read, and are always read.
         """
         end = time.monotonic() + READ_SECONDS
-        behind = deque(sorted(self._followers.values(), key=lambda one: not one.is_caught_up))
-        while behind and (behind[0].is_caught_up or time.monotonic() < end):
-            follower = behind.popleft()
-            if not follower.read_on(CHUNK_BYTES):
-                behind.append(follower)
+        behind = deque(sorted(self._followers.items(), key=lambda item: not item[1].is_caught_up))
+        while behind and (behind[0][1].is_caught_up or time.monotonic() < end):
+            key, follower = behind.popleft()
+            try:
+                is_done = follower.read_on(CHUNK_BYTES)
+            except Exception as error:  # one broken log must not hide the others
+                self._log_problems[key] = f"a piece of its log is not understood: {_text(error)}"
+                continue
+            if not is_done:
+                behind.append((key, follower))
 
 
 def find_runs(root: Path, depth: int) -> Iterator[Path]:
@@ -138,7 +150,10 @@ def find_runs(root: Path, depth: int) -> Iterator[Path]:
             num_looked += 1
             if num_looked > MAX_FOLDERS:
                 return
-            place = folder.resolve()
+            try:
+                place = folder.resolve()
+            except OSError:
+                continue
             if place in seen:  # a link to a run that is listed
                 continue
             seen.add(place)
@@ -168,11 +183,14 @@ def _folders_in(folder: Path, root: Path, *, is_root: bool) -> list[Path]:
         return []
     for name in names:
         path = folder / name
-        if name.startswith(".") or not path.is_dir():
+        if name.startswith("."):
             continue
-        if not path.is_symlink() or path.resolve().is_relative_to(root):
-            found.append(path)
-    return sorted(found, key=Path.is_symlink)
+        try:
+            if path.is_dir() and path.resolve().is_relative_to(root):
+                found.append((path.is_symlink(), path))
+        except OSError:  # no rights, or a server that does not answer: the others are there
+            continue
+    return [path for _, path in sorted(found)]
 
 
 def _overview(follower: RunFollower) -> RunOverview:
@@ -183,7 +201,11 @@ def _overview(follower: RunFollower) -> RunOverview:
         early = run_overview(follower.run_dir, tail_bytes=FIRST_LOOK_BYTES)
         return early.with_problem(f"{100 * follower.share_read:.0f} % of its log is read so far")
     except Exception as error:  # one broken run must not hide the others
-        return broken_run(follower.run_dir, f"{type(error).__name__}: {one_line(error)}")
+        return broken_run(follower.run_dir, _text(error))
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _activity(run: ListedRun) -> tuple[bool, float, str]:
