@@ -64,7 +64,8 @@ class Neighbors:
         """Watch the process of a rank, which must be of this machine and pid namespace."""
         try:
             pidfd = os.pidfd_open(pid)
-        except OSError:  # an old kernel, or the process is gone: `wait` looks into /proc
+        except (OSError, AttributeError):
+            # an old kernel, a Python built for one, or the process is gone: `wait` looks into /proc
             self._pids[rank] = pid
         else:
             self._pidfds[rank] = pidfd

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -142,7 +142,8 @@ class Deadline:
         self._timer.cancel()
 
     def _expire(self) -> None:
-        os.write(2, self._text.encode())
+        with suppress(OSError):  # nobody may be there to read it
+            os.write(2, self._text.encode())
         os._exit(StorageError.exit_code)
 
 

@@ -588,5 +588,9 @@ def _publish(store: dist.Store, ruling: Ruling) -> None:
 
 
 def _say(text: str) -> None:
-    """Print one line without logging, whose lock a hung thread may hold."""
-    os.write(2, f"watchdog: {text}\n".encode())
+    """Print one line without logging, whose lock a hung thread may hold.
+
+    A line that cannot be written is dropped: the watchdog watches without being heard.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, f"watchdog: {text}\n".encode())

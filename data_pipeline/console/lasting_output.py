@@ -1,8 +1,8 @@
 """Terminal output that outlasts its reader: for programs that must go on without being heard.
 
 Python raises where output cannot be written: into a pipe whose reader is gone (`| tee log`), into a
-file on a full disk (the output file of a batch job).  It raises again when it flushes at the end,
-and then changes the exit code.
+file on a full disk (the output file of a batch job), into a full pipe that does not block.  It
+raises again when it flushes at the end, and then changes the exit code.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ class _LastingFile(io.FileIO):
     """A file descriptor whose failed writes are dropped; the next write is tried again."""
 
     def write(self, data: object) -> int:
+        size = memoryview(data).nbytes  # type: ignore[arg-type]
         try:
-            return super().write(data)  # type: ignore[arg-type]
+            written = super().write(data)  # type: ignore[arg-type]
         except OSError:
-            return memoryview(data).nbytes  # type: ignore[arg-type]
+            return size
+        # None where a descriptor that does not block has no room; a buffer would raise
+        return size if written is None else written
 
 
 def make_output_lasting() -> None:

@@ -41,15 +41,17 @@ def wait_for_death(neighbors: Neighbors) -> list[Death]:
     raise AssertionError("no death was noticed")
 
 
-@pytest.fixture(params=["pidfd", "old kernel"])
+@pytest.fixture(params=["pidfd", "old kernel", "Python without it"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of noticing."""
+    """The ways of noticing, and why there is more than one."""
 
     def missing(pid: int) -> int:
         raise OSError(38, "Function not implemented")
 
     if request.param == "old kernel":
         monkeypatch.setattr(os, "pidfd_open", missing)
+    if request.param == "Python without it":
+        monkeypatch.delattr(os, "pidfd_open")
 
 
 @pytest.mark.usefixtures("kernel")

@@ -123,6 +123,22 @@ time.sleep(30)
     assert done.returncode == 74 and "saving step 3 took longer than 0 s" in done.stderr
 
 
+def test_deadline_holds_where_nobody_reads_its_message() -> None:
+    code = """
+import time
+from cpt.resilience.stop import Deadline
+Deadline(0.2, 'saving step 3')
+time.sleep(30)
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=writer, timeout=60)
+    finally:
+        os.close(writer)
+    assert done.returncode == 74
+
+
 def test_canceled_deadline_does_nothing() -> None:
     deadline = Deadline(0.1, "nothing")
     deadline.cancel()

@@ -16,7 +16,7 @@ from cpt.resilience.environment import node_name, ranks_of_node
 from cpt.resilience.heartbeat import Beat
 from cpt.resilience.neighbors import Death
 from cpt.resilience.phase import PhaseClock
-from cpt.resilience.watchdog import Ruling, Watchdog, is_lost_peer
+from cpt.resilience.watchdog import Ruling, Watchdog, _say, is_lost_peer
 
 
 @pytest.mark.parametrize(
@@ -163,3 +163,13 @@ def test_first_ruling_of_a_rank_holds(tmp_path: Path) -> None:
     first = Ruling(kind="killed", rank=1, code=137, text="killed")
     assert watched._rule(first) is first
     assert watched._rule(Ruling(kind="failed", rank=2, code=70, text="later")) is first
+
+
+def test_line_that_cannot_be_written_does_not_stop_the_watchdog(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cpt.resilience.watchdog.os.write", full)
+    _say("rank 1 does not answer")

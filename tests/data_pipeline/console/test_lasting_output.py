@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -26,7 +27,9 @@ sys.exit(int(sys.argv[2]))
 
 def exit_code(kind: str, code: int, output: int) -> int:
     command = [sys.executable, "-c", PROGRAM, kind, str(code)]
-    return subprocess.run(command, stdout=output, stderr=output).returncode
+    environment = dict(os.environ)
+    environment.pop("PYTHONUNBUFFERED", None)  # Python hides some failures then
+    return subprocess.run(command, stdout=output, stderr=output, env=environment).returncode
 
 
 @pytest.mark.parametrize("code", [0, 75])
@@ -41,6 +44,20 @@ def test_output_that_cannot_be_written_changes_no_exit_code(kind: str, code: int
         assert exit_code("plain", code, output) not in (0, 75)  # what Python does by itself
         assert exit_code("lasting", code, output) == code
     finally:
+        os.close(output)
+
+
+def test_full_pipe_that_does_not_block_changes_no_exit_code() -> None:
+    reader, output = os.pipe()
+    os.set_blocking(output, False)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(output, bytes(4096))
+        assert exit_code("plain", 0, output) not in (0, 75)
+        assert exit_code("lasting", 0, output) == 0
+    finally:
+        os.close(reader)
         os.close(output)
 
 
