@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from cpt.errors import ConfigError, CptError, DataError
+from cpt.errors import (
+    ConfigError,
+    CptError,
+    DataError,
+    InternalError,
+    StorageError,
+    cause_and_code,
+)
 
 T = TypeVar("T")
 
@@ -17,12 +24,22 @@ class Findings:
         self.errors: list[CptError] = []
 
     def attempt(self, check: Callable[[], T]) -> T | None:
-        """Return the result of a check; if it refuses, keep the refusal and return None."""
+        """Return the result of a check; if it refuses, keep the refusal and return None.
+
+        What the operating system refuses counts, too: one rank that left with it alone would leave
+        the others waiting.
+        """
         try:
             return check()
         except CptError as error:
             self.errors.append(error)
-            return None
+        except OSError as error:
+            cause, code = cause_and_code(error)
+            kind = StorageError if code == StorageError.exit_code else InternalError
+            refusal = kind(cause)
+            refusal.__cause__ = error
+            self.errors.append(refusal)
+        return None
 
     def add(self, problems: Sequence[str]) -> None:
         """Keep problems of the configuration that a check has returned."""

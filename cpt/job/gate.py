@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -259,16 +260,22 @@ class _Gate:
 
     def _check_run_dir(self) -> None:
         config = self.config
-        if config is not None:
-            numels = parameter_numels(self.model_config)
-            num_before = len(self.found_by_first.errors)
-            self.found_by_first.attempt(lambda: check_place(self.run_dir, config, numels))
-            existing = [] if self.resume == "never" else list_steps(self.run_dir)
-            step = 0 if self.checkpoint is None else self.checkpoint.step
-            room = room_needed(config, numels, step, existing)
-            if len(self.found_by_first.errors) == num_before:
-                room.warn_if_tight(self.run_dir, config.checkpoint.keep_last)
-            self.room = room
+        if config is None:
+            return
+        found = self.found_by_first
+        numels = parameter_numels(self.model_config)
+        num_before = len(found.errors)
+        found.attempt(lambda: check_place(self.run_dir, config, numels))
+        existing: list[int] | None = []
+        if self.resume != "never":
+            existing = found.attempt(lambda: list_steps(self.run_dir))
+        if existing is None:
+            return
+        step = 0 if self.checkpoint is None else self.checkpoint.step
+        room = room_needed(config, numels, step, existing)
+        if len(found.errors) == num_before:
+            found.attempt(lambda: room.warn_if_tight(self.run_dir, config.checkpoint.keep_last))
+        self.room = room
 
     def _check_checkpoint(self) -> None:
         """Find the checkpoint to go on from and compare it with the model and the schedule."""
@@ -301,7 +308,8 @@ class _Gate:
                 self.run_yaml.train.total_steps,
                 num_documents,
                 num_domains=len(num_documents) + len(mix.guard.generation) + len(mix.guard.traces),
-                is_measured=(self.run_dir / "guard" / "baseline.json").exists(),
+                # os.path: a folder that cannot be looked into is refused by `_check_run_dir`
+                is_measured=os.path.exists(self.run_dir / "guard" / "baseline.json"),
             )
         )
         self._check_kept_files(mix, num_documents)

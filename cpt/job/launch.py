@@ -33,6 +33,7 @@ from cpt.job.summary import describe, describe_data, describe_memory
 from cpt.model.parameters import parameter_numels
 from cpt.parallel.agreement import gather_json, on_first_rank
 from cpt.parallel.topology import Topology
+from cpt.resilience.best_effort import best_effort
 from cpt.resilience.devices import this_device
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest, watch_launcher
@@ -228,7 +229,9 @@ def finish(job: Job, *, has_trained: bool) -> None:
 
 def finished_before(job: Job) -> str:
     """Return what to say of a run that had reached its planned end before this start."""
-    ended_at = finish_time(job.telemetry.events())
+    ended_at = None
+    with best_effort("This start does not tell when the run was finished"):
+        ended_at = finish_time(job.telemetry.events())
     when = ""
     if ended_at is not None:
         when = f" on {time.strftime('%Y-%m-%d at %H:%M:%S %Z', time.localtime(ended_at))}"

@@ -188,7 +188,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     events = []
     for line in path.read_bytes().split(b"\n"):
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except ValueError:  # of JSON and of UTF-8
             continue
+        if isinstance(event, dict):
+            events.append(event)
     return events

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from cpt.checkpoint.manifest import Manifest, TensorRecord, read_manifest, write_manifest
-from cpt.errors import CheckpointError, ConfigError, DataError, StorageError
+from cpt.errors import CheckpointError, ConfigError, DataError, InternalError, StorageError
 from cpt.job.findings import Findings, joined
 from cpt.job.progress import Progress
 from cpt.model.configuration import PRESETS, load_config
@@ -375,6 +375,24 @@ def test_run_directory_that_is_a_file_is_refused(
     assert f"{workplace / 'run'} is not a directory" in capsys.readouterr().err
 
 
+def test_run_directory_that_cannot_be_read_hides_no_other_refusal(
+    dry_run: DryRun, workplace: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = str(workplace / "run" / "checkpoints")
+
+    def closed(*arguments: Any) -> None:
+        raise PermissionError(13, "Permission denied", place)
+
+    monkeypatch.setattr("cpt.job.gate.expected_checkpoint", closed)
+    monkeypatch.setattr("cpt.job.gate.list_steps", closed)
+    assert dry_run() == 74
+    refusal = f"{place}: Permission denied. Change the permissions, or choose another place."
+    assert capsys.readouterr().err.count(refusal) == 1
+    assert dry_run("guard.domains={wev: {tolerance_percent: 2}}") == 78
+    told = capsys.readouterr().err
+    assert told.count(refusal) == 1 and "guard.domains.wev" in told
+
+
 def test_room_for_checkpoints_is_told(dry_run: DryRun, capsys: Any) -> None:
     assert dry_run("checkpoint.interval_steps=1", "telemetry.export_at_end=true") == 0
     told = capsys.readouterr().out
@@ -681,6 +699,26 @@ def test_refusal_that_stands_alone_stays_what_it_is() -> None:
     found = Findings()
     assert found.attempt(check) is None
     assert isinstance(joined(found, Findings()), CheckpointError)
+
+
+def test_refusal_of_the_operating_system_keeps_its_cause_and_code() -> None:
+    def unreachable() -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    def full() -> None:
+        raise OSError(28, "No space left on device", "runs")
+
+    found = Findings()
+    assert found.attempt(unreachable) is None
+    error = joined(found)
+    assert isinstance(error, InternalError)
+    assert isinstance(error.__cause__, ConnectionRefusedError)
+    assert found.attempt(full) is None
+    assert isinstance(found.errors[1], StorageError)
+    assert (
+        str(found.errors[1])
+        == "runs: No space left on device. Free space, or choose another place."
+    )
 
 
 def test_nothing_found_is_no_error() -> None:

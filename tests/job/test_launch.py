@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -387,6 +388,24 @@ def test_dry_run_refuses_a_missing_data_file(
 
 
 @pytest.mark.case("X7", "run directory 0700")
+@pytest.mark.parametrize("has_log", [True, False])
+def test_finished_run_is_told_even_if_nobody_knows_since_when(has_log: bool) -> None:
+    def events() -> list[dict[str, Any]]:
+        if not has_log:
+            raise PermissionError(13, "Permission denied", "metrics.jsonl")
+        return [{"event": "end", "exit_code": 0, "time": 86400.0 * 365}]
+
+    job = SimpleNamespace(
+        telemetry=SimpleNamespace(events=events),
+        config=SimpleNamespace(train=SimpleNamespace(stop_at_step=None)),
+        progress=SimpleNamespace(step=4),
+        last_step=4,
+    )
+    told = launch.finished_before(job)  # type: ignore[arg-type]
+    since = "before on 19" if has_log else "before: step 4 of 4."
+    assert since in told and "raise train.total_steps" in told
+
+
 def test_run_directory_is_private(tmp_path: Path) -> None:
     make_run_dir(tmp_path / "a" / "run")
     assert (tmp_path / "a" / "run").stat().st_mode & 0o777 == 0o700

@@ -72,6 +72,12 @@ def test_resumed_run_appends(path: Path) -> None:
     assert read_events(path) == [step(1), step(2)]
 
 
+def test_line_that_is_no_event_is_passed_over(path: Path) -> None:
+    path.write_bytes(b'7\nnull\n["step"]\n')
+    write(path, step(1))
+    assert read_events(path) == [step(1)]
+
+
 def test_cut_off_last_line_is_passed_over(path: Path) -> None:
     write(path, step(1), step(2))
     path.write_bytes(path.read_bytes()[:-9])
