@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from data_pipeline.console.log_lines import LineFormatter, keep_traces_in
+from data_pipeline.console.log_lines import LineFormatter, keep_traces_in, show_traces
 
 FOLDER = "logs"
 MAX_BYTES = 64 * 2**20
@@ -23,11 +24,23 @@ log = logging.getLogger("cpt.job.log_files")
 
 
 class _RankFile(RotatingFileHandler):
-    """A log file that gives up at its first failed write: a full disk must not end a run."""
+    """A log file that gives up at its first failed write: a full disk must not end a run.
+
+    A record that cannot be put into words, because its arguments do not fit, is left out.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            return
         logging.getLogger().removeHandler(self)
-        log.error("%s cannot be written any more; this rank goes on without it.", self.baseFilename)
+        show_traces()
+        # the terminal has just named this file for it; that of `trace_to_file` is for the file only
+        trace = None if record.name == log.name else record.exc_info
+        log.error(
+            "%s cannot be written any more; this rank goes on without it.",
+            self.baseFilename,
+            exc_info=trace,
+        )
 
     def doRollover(self) -> None:
         super().doRollover()

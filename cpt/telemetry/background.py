@@ -5,8 +5,9 @@
 Decisions
     `log` never waits: an event that finds the queue full is dropped and counted.
     A tracker that fails is opened again, with a warning, because its helper process may have been
-    killed: by lack of memory, or by the signal that asks the whole job to stop.  One that fails too
-    often, or twice while it is opened, is left out for good.  The events are in metrics.jsonl.
+    killed: by lack of memory, or by the signal that asks the whole job to stop.  An event at which
+    it fails twice is left out.  A tracker that fails too often, or twice while it is opened, is
+    left out for good.  The events are in metrics.jsonl.
     `close` waits for a limited time, then cuts the tracker off.
 """
 
@@ -123,10 +124,13 @@ class BackgroundTracker:
         was_opened = True
         while True:
             tracker = None
+            is_second_try = False
             try:
                 tracker = self._open_tracker()
                 if event is not None:
+                    is_second_try = True
                     tracker.log(event)
+                    is_second_try = False
                 while (event := self._events.get()) is not None:
                     tracker.log(event)
                 tracker.close()
@@ -141,7 +145,13 @@ class BackgroundTracker:
                     self._give_up(error)
                 if self._given_up.is_set():
                     return
-                log.warning("%s failed (%s) and is opened again.", self._name, reason_of(error))
+                without = ""
+                if is_second_try and event is not None:
+                    without = f" without the {event.get('event')} event at which it failed twice"
+                    event = None
+                log.warning(
+                    "%s failed (%s) and is opened again%s.", self._name, reason_of(error), without
+                )
 
     def _give_up(self, error: BaseException) -> None:
         """Do without the tracker from now on."""

@@ -209,8 +209,12 @@ class WandbTracker:
             f"{kind}-{self._id}", type=kind, metadata={"step": event["step"], "path": str(folder)}
         )
         # its files are neither read nor sent: a checkpoint of the largest model has 1.4 TB
-        artifact.add_reference(folder.as_uri(), checksum=False)
-        self._run.log_artifact(artifact, aliases=[f"step-{event['step']}"])
+        is_there = False
+        with best_effort(f"W&B does not list {folder.name}"):  # it may have been deleted meanwhile
+            artifact.add_reference(folder.as_uri(), checksum=False)
+            is_there = True
+        if is_there:
+            self._run.log_artifact(artifact, aliases=[f"step-{event['step']}"])
 
     def close(self) -> None:
         """Send what is left, and end the W&B run and the library's service."""

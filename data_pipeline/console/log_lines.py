@@ -175,6 +175,13 @@ def keep_traces_in(file: Path) -> None:
             handler.traces_in = file
 
 
+def show_traces() -> None:
+    """Show stack traces on the terminal from now on, because no file has them any more."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, TerminalHandler):
+            handler.traces_in = None
+
+
 def terminal_shows(level: int) -> bool:
     """Return whether lines of a level reach the terminal; True where nothing is set up."""
     for handler in logging.getLogger().handlers:

@@ -151,6 +151,37 @@ def test_failed_write_is_told_once_and_ends_nothing(
     assert all(f"line {number}" in printed for number in range(3))
 
 
+def test_stack_traces_are_on_the_terminal_once_the_file_cannot_be_written(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = start(0)
+    log_to_file(tmp_path, 0)
+    (file,) = [h for h in root.handlers if isinstance(h, logging.FileHandler)]
+    file.stream.close()
+    with suppress(OSError), open("/dev/full", "w", encoding="utf-8") as no_space_left:
+        file.stream = no_space_left
+        for words in ("cable cut", "fan stopped"):
+            try:
+                raise RuntimeError(words)
+            except RuntimeError:
+                log.exception("no step was done")
+    printed = capsys.readouterr().err
+    assert printed.count("Traceback") == 2
+    assert "\nRuntimeError: cable cut\n" in printed and "\nRuntimeError: fan stopped\n" in printed
+
+
+def test_record_whose_arguments_do_not_fit_costs_no_other(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    start(0)
+    log_to_file(tmp_path, 0)
+    log.warning("an old name", FutureWarning)
+    log.info("goes on")
+    written = log_path(tmp_path, 0).read_text(encoding="utf-8")
+    assert "goes on" in written and "cannot be written" not in written
+
+
 @pytest.mark.parametrize(("text", "rank"), [("5", 5), ("", 0), ("five", 0)])
 def test_rank_comes_from_the_launcher(
     monkeypatch: pytest.MonkeyPatch, text: str, rank: int

@@ -85,6 +85,24 @@ def test_tracker_whose_helper_was_killed_is_opened_again_and_misses_nothing() ->
     assert recorders[1].is_closed and not recorders[0].is_closed
 
 
+def test_event_that_no_tracker_takes_is_left_out_alone(caplog: pytest.LogCaptureFixture) -> None:
+    taken: list[int] = []
+
+    class Picky(Recorder):
+        def log(self, event: dict[str, Any]) -> None:
+            if event["step"] == 2:
+                fail()
+            taken.append(event["step"])
+
+    tracker = BackgroundTracker("it", Picky)
+    for number in range(1, 6):
+        tracker.log({"event": "checkpoint", "step": number})
+    tracker.close()
+    assert taken == [1, 3, 4, 5]
+    assert "opened again without the checkpoint event at which it failed twice." in caplog.text
+    assert "left out from now on" not in caplog.text
+
+
 def test_tracker_that_cannot_be_opened_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     def open_tracker() -> Recorder:
         raise OSError(28, "No space left on device", "place/of/files")

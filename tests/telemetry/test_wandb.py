@@ -11,12 +11,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cpt.config import TelemetrySection
 from cpt.telemetry.wandb_settings import WandbSettings, mode_of
+from cpt.telemetry.wandb_tracker import WandbTracker
 from tests.support.launcher import ROOT
 from tests.support.wandb_files import Recorded, recorded_starts
 
@@ -250,6 +252,26 @@ def test_checkpoint_is_an_artifact_that_refers_to_its_folder(tracked: Tracked) -
     (content,) = artifact.manifest.contents
     folder = tracked.run_dir / "checkpoints" / "step-00000002"
     assert content.ref == (folder / "manifest.json").as_uri() and not content.local_path
+
+
+def test_checkpoint_that_was_deleted_meanwhile_is_no_artifact_and_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logged: list[Any] = []
+    tracker = WandbTracker.__new__(WandbTracker)
+    vars(tracker).update(
+        _config=SimpleNamespace(telemetry=SimpleNamespace(wandb_artifacts="checkpoints")),
+        _run_dir=tmp_path,
+        _id="id",
+        _run=SimpleNamespace(log_artifact=lambda artifact, aliases: logged.append(aliases)),
+    )
+    tracker._add_artifact(CHECKPOINT)
+    assert logged == [] and "W&B does not list step-00000002: ValueError" in caplog.text
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}", encoding="utf-8")
+    tracker._add_artifact(CHECKPOINT)
+    assert logged == [["step-2"]]
 
 
 def test_no_file_holds_the_key(tracked: Tracked) -> None:
