@@ -1,6 +1,11 @@
 """Which ranks form a node, which nodes meet in which round, and which nodes are slow.
 
 Pure functions and values; `cpt.parallel.link_probe` measures.
+
+Decisions
+    The rate of two nodes is the sum over their pairs of ranks, so a node with fewer ranks than the
+    others moves less where every rank has an adapter of its own, and as much where all share one.
+    It is slow only if it is slow by the sum and by the rate per pair of ranks.
 """
 
 from __future__ import annotations
@@ -103,11 +108,27 @@ class NodeRates:
 
         A node is not to blame for a slow partner, but a slow node is slow with every partner.
         """
+        return self._best([pair.gbit for pair in self.pairs])
+
+    def _best(self, gbits: Sequence[float]) -> list[float]:
+        """Return the highest rate of each node, given one for each pair of nodes."""
         best = [0.0] * len(self.nodes)
-        for pair in self.pairs:
-            best[pair.first] = max(best[pair.first], pair.gbit)
-            best[pair.second] = max(best[pair.second], pair.gbit)
+        for pair, gbit in zip(self.pairs, gbits, strict=True):
+            best[pair.first] = max(best[pair.first], gbit)
+            best[pair.second] = max(best[pair.second], gbit)
         return best
+
+    def _as_of_full_nodes(self) -> list[float]:
+        """Return the rate of each pair of nodes if both had as many ranks as the largest node has.
+
+        Where all nodes have as many ranks these are the rates as they were measured.
+        """
+        most_ranks = max(len(node.ranks) for node in self.nodes)
+        gbits = []
+        for pair in self.pairs:
+            num_met = min(len(self.nodes[pair.first].ranks), len(self.nodes[pair.second].ranks))
+            gbits.append(pair.gbit * most_ranks / num_met)
+        return gbits
 
     def median_gbit(self) -> float:
         """Return the median over the nodes."""
@@ -115,11 +136,16 @@ class NodeRates:
 
     def slow_nodes(self) -> list[int]:
         """Return the nodes below `SLOW_SHARE` of the median, the slowest first."""
-        return self.nodes_below(SLOW_SHARE * self.median_gbit())
+        rates = self.of_nodes()
+        slow = _far_below(rates) & _far_below(self._best(self._as_of_full_nodes()))
+        return sorted(sorted(slow), key=lambda node: rates[node])
 
     def nodes_below(self, gbit: float) -> list[int]:
-        """Return the nodes below a rate, the slowest first."""
-        rates = self.of_nodes()
+        """Return the nodes below a rate, the slowest first.
+
+        Of a node with fewer ranks than others less is asked, by their share.
+        """
+        rates = self._best(self._as_of_full_nodes())
         below = [node for node, rate in enumerate(rates) if rate < gbit]
         return sorted(below, key=lambda node: rates[node])
 
@@ -134,12 +160,14 @@ class NodeRates:
         fabric has fewer links between its switches than to the nodes.
         """
         slow = set(self.slow_nodes())
-        limit = SLOW_SHARE * self.median_pair_gbit()
+        far_below = _far_below([pair.gbit for pair in self.pairs])
+        far_below &= _far_below(self._as_of_full_nodes())
         found = []
-        for pair in self.pairs:
-            if pair.gbit < limit and not slow & {pair.first, pair.second}:
+        for index in far_below:
+            pair = self.pairs[index]
+            if not slow & {pair.first, pair.second}:
                 found.append(pair)
-        return sorted(found, key=lambda pair: pair.gbit)
+        return sorted(found, key=lambda pair: (pair.gbit, pair.first, pair.second))
 
     def describe(self) -> str:
         """Return one line for people."""
@@ -203,6 +231,12 @@ class NodeRates:
             "slow_pairs": slow_pairs,
             "seconds": self.seconds,
         }
+
+
+def _far_below(rates: Sequence[float]) -> set[int]:
+    """Return the places of the rates below `SLOW_SHARE` of their median."""
+    limit = SLOW_SHARE * statistics.median(rates)
+    return {place for place, rate in enumerate(rates) if rate < limit}
 
 
 def _gbit(rate: float) -> str:

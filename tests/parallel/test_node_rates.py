@@ -92,6 +92,34 @@ def test_nodes_that_are_alike_are_not_warned_about() -> None:
     assert measured(4, {frozenset({2}): 210.0}).warnings() == []
 
 
+def unequal(small_gbit: float, num_ranks: int = 2) -> NodeRates:
+    """Return the rates of four nodes with 8 ranks at 50 Gbit/s each, and a smaller one."""
+    nodes = []
+    for index in range(5):
+        size = 8 if index < 4 else num_ranks
+        nodes.append(Node(name=f"n{index}", host=f"n{index}", ranks=tuple(range(size))))
+    pairs = []
+    for first, second in itertools.combinations(range(5), 2):
+        gbit = small_gbit if second == 4 else 400.0
+        pairs.append(PairRate(first=first, second=second, gbit=gbit))
+    return NodeRates(nodes=tuple(nodes), pairs=tuple(pairs), seconds=1.5)
+
+
+@pytest.mark.parametrize("gbit", [100.0, 400.0])
+def test_node_with_fewer_ranks_is_sound_with_an_adapter_for_each_or_one_for_all(
+    gbit: float,
+) -> None:
+    rates = unequal(gbit)
+    assert rates.warnings() == [] and rates.nodes_below(300) == []
+    assert rates.of_nodes()[4] == gbit
+
+
+def test_node_with_fewer_ranks_that_is_slow_is_named() -> None:
+    rates = unequal(20.0)
+    assert rates.slow_nodes() == [4] and rates.nodes_below(300) == [4]
+    assert "n4 (20 Gbit/s)" in rates.warnings()[0]
+
+
 def test_two_nodes_cannot_be_told_apart() -> None:
     assert measured(2, {frozenset({1}): 1.0}).warnings() == []
 
