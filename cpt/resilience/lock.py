@@ -26,6 +26,7 @@ from cpt.errors import ConfigError
 from cpt.resilience.environment import job_id, restarts_of_job
 from cpt.resilience.processes import pid_namespace, start_ticks_of
 from data_pipeline.store.files import write_json
+from data_pipeline.store.foreign_files import read_small_file
 
 LOCK = ".lock"
 REFRESH_SECONDS = 15.0
@@ -142,8 +143,8 @@ def _one_at_a_time(run_dir: Path) -> Iterator[None]:
 def _read(path: Path) -> Holder | None:
     """Return who holds a lock, or None if the file cannot be understood."""
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+        return Holder(**json.loads(read_small_file(path)))
+    except (ValueError, TypeError, RecursionError):
         return None
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.store.foreign_files import open_regular
+
 CHUNK_BYTES = 8 * 2**20
 """Most bytes that one look reads; a line that is longer is passed over."""
 
@@ -85,7 +87,7 @@ class EventReader:
         self.is_caught_up = True
         if self._offset >= self._size:
             return []
-        with self._path.open("rb") as file:
+        with open_regular(self._path) as file:
             file.seek(self._offset)
             data = file.read(max_bytes)
         self.is_caught_up = len(data) < max_bytes

@@ -23,6 +23,7 @@ from typing import Any
 
 from cpt.resilience.environment import node_name
 from cpt.telemetry.metrics import append_bytes
+from data_pipeline.store.foreign_files import read_small_file
 
 METRICS = "metrics.jsonl"
 LAST_FAILURE = "last_failure.json"
@@ -141,7 +142,7 @@ def forget_failure(run_dir: Path) -> None:
 def read_failure(run_dir: Path) -> EndRecord | None:
     """Return how the newest start of a run failed; None if it did not, or if it cannot be read."""
     try:
-        values = json.loads((run_dir / LAST_FAILURE).read_text(encoding="utf-8"))
+        values = json.loads(read_small_file(run_dir / LAST_FAILURE))
         return EndRecord(**values)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None

@@ -37,6 +37,7 @@ from cpt.telemetry.run_tally import (
     number,
     whole_number,
 )
+from data_pipeline.store.foreign_files import read_small_file
 
 RunState = Literal["running", "stopped", "paused", "failed", "finished", "never started", "unknown"]
 ORDERLY_CODES = (EXIT_DONE, RequeueRequested.exit_code)
@@ -45,7 +46,6 @@ QUIET_SECONDS = 900.0
 """A running run that has logged nothing for so long is pointed out."""
 TAIL_BYTES = 64 * 2**20
 """Of a longer metrics.jsonl, `run_overview` reads the end only."""
-MAX_CONFIG_BYTES = 2**20
 CONFIG = "config.resolved.yaml"
 
 
@@ -409,10 +409,7 @@ def read_small_yaml(path: Path) -> dict[str, Any]:
         ValueError: it is too large, no map, or uses aliases, which could make it explode.
         yaml.YAMLError: it is no YAML.
     """
-    with path.open("rb") as file:
-        text = file.read(MAX_CONFIG_BYTES + 1)
-    if len(text) > MAX_CONFIG_BYTES:
-        raise ValueError(f"larger than {MAX_CONFIG_BYTES:,} bytes")
+    text = read_small_file(path)
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
         if isinstance(token, yaml.AliasToken):
             raise ValueError("it uses aliases")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from functools import cache
@@ -24,7 +25,7 @@ from cpt.telemetry.report.chart import StepChart
 from cpt.telemetry.report.history import current_branch, read_run
 from cpt.telemetry.report.layout import around_mixture, beside
 from cpt.telemetry.report.page import all_panels, render_report, write_report
-from cpt.telemetry.report.panel import Panel, clean, duration
+from cpt.telemetry.report.panel import Panel, clean, duration, source_languages
 from cpt.telemetry.report.series import (
     MAX_POINTS,
     AxisRange,
@@ -322,6 +323,15 @@ def test_sources_take_the_color_of_their_language(tmp_path: Path) -> None:
     text = page(tmp_path, step(1), config=json.dumps({"data": {"mix": str(mix)}}))
     mixture = text[text.index("Data mixture") : text.index("Learning rate")]
     assert f"--light:{PALETTE[0]}" in mixture and f"--light:{PALETTE[1]}" in mixture
+
+
+@pytest.mark.parametrize("mix", ["/dev/zero", "pipe", "large"])
+def test_mix_that_is_no_small_file_is_not_read(mix: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**30)
+    config = json.dumps({"data": {"mix": str(tmp_path / mix)}})
+    assert source_languages(read_run(run_dir(tmp_path, step(1), config=config))) == {}
 
 
 def test_routers_are_shown_by_language_and_only_if_measured(tmp_path: Path) -> None:

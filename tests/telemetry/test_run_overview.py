@@ -175,6 +175,16 @@ def test_damaged_files_are_named_and_end_nothing(tmp_path: Path) -> None:
     json.dumps(seen.to_json(), allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    "name", ["config.resolved.yaml", ".lock", "last_failure.json", "metrics.jsonl"]
+)
+def test_pipe_instead_of_a_file_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", start(0), *steps(1, 3), end(3))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert run_overview(folder).step == (0 if name == "metrics.jsonl" else 3)
+
+
 def test_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
     run = make_run(tmp_path, start(0), *steps(1, 10))
     follower = RunFollower(run)

@@ -20,6 +20,7 @@ from cpt.telemetry.report.panel import Cell, LegendEntry, Panel, Table, TableRow
 from cpt.telemetry.report.series import AxisRange, Series, bin_series
 from cpt.telemetry.run_tally import number
 from data_pipeline.charts import MUTED, PALETTE
+from data_pipeline.store.foreign_files import read_small_file
 
 if TYPE_CHECKING:
     from bokeh.models import Range1d
@@ -43,6 +44,7 @@ ARROW = "\N{RIGHTWARDS ARROW}"
 MAX_CHARACTERS = 1600
 """Characters of a text; those of a file of the run are shortened already."""
 MAX_COMPARISONS = 24
+MAX_EXAMPLES_BYTES = 64 * 2**20
 
 
 def generation_panel(run: Run, steps: Range1d) -> Panel | None:
@@ -171,8 +173,8 @@ def _comparisons(run: Run) -> tuple[TextPair, ...]:
 def _read_examples(path: Path) -> dict[str, Any]:
     """Return the examples of a look by domain; none if the file is not there or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(read_small_file(path, MAX_EXAMPLES_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
     domains = content.get("domains") if isinstance(content, dict) else None
     return domains if isinstance(domains, dict) else {}

@@ -20,6 +20,7 @@ from cpt.telemetry.report.history import Run
 from cpt.telemetry.report.series import MAX_POINTS
 from cpt.telemetry.run_tally import number
 from data_pipeline.charts import PALETTE
+from data_pipeline.store.foreign_files import read_small_file
 
 KNOWN_LANGUAGES = ("en", "ja", "code", "math")
 """Languages that keep their color from run to run; others follow in alphabetical order."""
@@ -134,10 +135,17 @@ def source_languages(run: Run) -> dict[str, str]:
     The result is empty where that file is not at hand.
     """
     try:
-        mix = yaml.safe_load(Path(str(run.setting("data", "mix"))).read_text(encoding="utf-8"))
-        return {str(source["name"]): str(source["language"]) for source in mix["sources"]}
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        text = read_small_file(Path(str(run.setting("data", "mix"))))
+        sources = yaml.safe_load(text)["sources"]
+        labels = [(source["name"], source["language"]) for source in sources]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError):
         return {}
+    languages = {}
+    for name, language in labels:
+        # a list of aliases of lists would be endless as text
+        if isinstance(name, str) and isinstance(language, str):
+            languages[name] = language
+    return languages
 
 
 def source_shades(
