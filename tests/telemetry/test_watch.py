@@ -221,6 +221,32 @@ def test_depth_is_bounded_and_links_out_of_the_folder_are_not_followed(tmp_path:
     assert [path.name for path in find_runs(root / "a" / "b" / "c", 0)] == ["c"]
 
 
+@pytest.mark.parametrize("name", ["config.resolved.yaml", "metrics.jsonl", "guard/generation/a"])
+def test_run_with_a_file_outside_the_folder_is_listed_and_not_read(
+    name: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "runs"
+    run = make_run(root / "run", start(0), step(1))
+    other = make_run(root / "other", start(0), step(1))
+    secret = tmp_path / "secret"
+    secret.write_text(f'{{"{CANARY}": 1}}\n')
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(secret)
+    (root / "kept.yaml").write_text("train: {total_steps: 7}")
+    (other / "config.resolved.yaml").unlink()
+    (other / "config.resolved.yaml").symlink_to("../kept.yaml")
+    board = Board(root, depth=1)
+    board.refresh()
+    found, good = board.find("run"), board.find("other")
+    assert found is not None and good is not None
+    assert found.overview.cause == f"{name} is a link out of the folder"
+    assert good.overview.planned_steps == 7
+    pages = Pages()
+    for page in (pages.rows(board), pages.report(found), pages.comparison([good, found], "steps")):
+        assert f"{name} is a link out of the folder" in page and CANARY not in page
+
+
 def test_folder_that_cannot_be_looked_at_hides_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,17 +3,19 @@
 Decisions
     A run is known by its path below the folder.  Addresses are looked up among the runs that were
     found, and are never made into paths.
-    A link that leads out of the folder is not followed.
+    A link that leads out of the folder is not followed.  A run directory whose files are such links
+    is listed and not read; its checkpoints may lie elsewhere, since only their names are read.
     Whatever is wrong with one run is told in its row, and the others are shown as before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +31,10 @@ from cpt.telemetry.run_overview import (
     run_overview,
 )
 
-MARKS_OF_A_RUN = (METRICS, CONFIG, LOCK, LAST_FAILURE, "checkpoints")
+FILES_OF_A_RUN = (METRICS, CONFIG, LOCK, LAST_FAILURE)
+EXAMPLES = "guard/generation"
+"""Folder of the replies that a report shows."""
+MARKS_OF_A_RUN = (*FILES_OF_A_RUN, "checkpoints")
 """A folder that holds one of these is a run directory."""
 MAX_FOLDERS = 5000
 """Folders that are looked into at most."""
@@ -49,6 +54,8 @@ class ListedRun:
     """Path below the folder, with slashes."""
     run_dir: Path
     overview: RunOverview
+    is_closed: bool = False
+    """Whether nothing of it is read, because one of its files is a link out of the folder."""
 
 
 class Board:
@@ -78,9 +85,11 @@ class Board:
             if time.monotonic() - self._searched >= SEARCH_SECONDS:
                 self._search()
                 self._searched = time.monotonic()
-            self._read_on()
-            runs = {}
+            runs = self._closed_runs()
+            self._read_on(runs.keys())
             for key, follower in self._followers.items():
+                if key in runs:
+                    continue
                 overview = _overview(follower)
                 if key in self._log_problems:
                     overview = overview.with_problem(self._log_problems[key])
@@ -114,13 +123,29 @@ class Board:
         for key in self._log_problems.keys() - kept.keys():
             del self._log_problems[key]
 
-    def _read_on(self) -> None:
+    def _closed_runs(self) -> dict[str, ListedRun]:
+        """Return the runs that must not be read."""
+        whole = self.root.resolve()
+        found = {}
+        for key, follower in self._followers.items():
+            link = link_out_of(follower.run_dir, whole)
+            if link:
+                overview = broken_run(follower.run_dir, f"{link} is a link out of the folder")
+                found[key] = ListedRun(
+                    key=key, run_dir=follower.run_dir, overview=overview, is_closed=True
+                )
+        return found
+
+    def _read_on(self, closed: Set[str]) -> None:
         """Read what was added to all logs, a piece of each in turn, for a bounded time.
 
         Logs that were read to their end come first: they have little to read, and are always read.
         """
         end = time.monotonic() + READ_SECONDS
         behind = deque(sorted(self._followers.items(), key=lambda item: not item[1].is_caught_up))
+        for item in list(behind):
+            if item[0] in closed:
+                behind.remove(item)
         while behind and (behind[0][1].is_caught_up or time.monotonic() < end):
             key, follower = behind.popleft()
             try:
@@ -170,6 +195,27 @@ def is_run(folder: Path) -> bool:
         return any((folder / mark).exists() for mark in MARKS_OF_A_RUN)
     except OSError:
         return True
+
+
+def link_out_of(run_dir: Path, root: Path) -> str:
+    """Return the name of a file that is read and lies outside; empty if there is none.
+
+    Args:
+        run_dir: A run directory.
+        root: The folder of all runs, without links.
+    """
+    names = [*FILES_OF_A_RUN, "guard", EXAMPLES]
+    with contextlib.suppress(OSError):  # most runs have none
+        for name in sorted(os.listdir(run_dir / EXAMPLES)):
+            names.append(f"{EXAMPLES}/{name}")
+    for name in names:
+        path = run_dir / name
+        try:
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                return name
+        except (OSError, RuntimeError):  # a link to itself
+            return name
+    return ""
 
 
 def _folders_in(folder: Path, root: Path, *, is_root: bool) -> list[Path]:

@@ -77,17 +77,32 @@ class Pages:
 
     def report(self, run: ListedRun) -> str:
         """Return the report of a run, drawn from its files now."""
+        if run.is_closed:
+            return self._without_charts(run, _closed_text(run))
         if not (run.run_dir / METRICS).is_file():
-            return self._render("empty.html.jinja", title=clean(run.key, 80), style=_report_style())
+            text = "This run has logged nothing yet. The page fills by itself."
+            return self._without_charts(run, text)
         return render_report(run.overview, read_run(run.run_dir))
 
     def comparison(self, runs: Sequence[ListedRun], axis: Axis) -> str:
         """Return runs laid over each other, drawn from their files now."""
+        for run in runs:
+            if run.is_closed:
+                return self._without_charts(run, _closed_text(run))
         named = {run.key: (run.overview, read_run(run.run_dir)) for run in runs}
         return render_comparison(named, axis)
 
+    def _without_charts(self, run: ListedRun, text: str) -> str:
+        """Return the page of a run that has nothing to draw."""
+        title = clean(run.key, 80)
+        return self._render("empty.html.jinja", title=title, text=text, style=_report_style())
+
     def _render(self, name: str, **values: object) -> str:
         return self._templates.get_template(name).render(**values)
+
+
+def _closed_text(run: ListedRun) -> str:
+    return f"This run is not read: {clean(run.overview.cause, 200)}."
 
 
 @cache
