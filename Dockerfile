@@ -24,8 +24,11 @@ RUN pip install --no-cache-dir -c constraints.txt torch \
     && pip install --no-cache-dir -c constraints.txt -e '.[tensorboard]'
 # flash-attn is optional and compiles for half an hour:
 #   RUN pip install --no-cache-dir --no-build-isolation 'flash-attn>=2.8.3'
+# what `cpt init` copies
 COPY configs configs
 COPY ds_configs ds_configs
+COPY slurm slurm
+COPY docs/mix.schema.json docs/run.schema.json docs/
 
 RUN install -d -o cpt -g cpt data runs
 USER 10001

@@ -53,7 +53,8 @@ load_settings() {
         [[ "$name" == CPT_STOP_AFTER_SECONDS && -z "${!name}" || "${!name}" =~ ^[0-9]+$ ]] || refuse "$file: $name is '${!name}', must be a whole number."
     done
     case $CPT_CONTAINER in
-        none) [[ -x "$CPT_VENV/bin/python" ]] || refuse "$file: CPT_VENV=$CPT_VENV has no bin/python. make install makes one." ;;
+        none) [[ -x "$CPT_VENV/bin/python" ]] || refuse "$file: CPT_VENV=$CPT_VENV has no bin/python. In a clone, make install makes .venv." \
+            "Set it to the environment that gpt-oss-cpt is installed in." ;;
         apptainer | singularity | pyxis) [[ -n "$CPT_IMAGE" ]] || refuse "$file: CPT_CONTAINER=$CPT_CONTAINER needs CPT_IMAGE." ;;
         *) refuse "$file: CPT_CONTAINER is '$CPT_CONTAINER', must be none, apptainer, singularity or pyxis." ;;
     esac

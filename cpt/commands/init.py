@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from cpt.commands import Commands
@@ -69,9 +70,15 @@ def write_project(folder: Path, preset: str) -> None:
         preset: Stem of a file in configs/.
 
     Raises:
-        ConfigError: there is something in the folder, or no such preset.
+        ConfigError: there is something in the folder, no such preset, or no templates.
     """
     source = project_files().folder
+    for name in FOLDERS:
+        if not (source / name).is_dir():
+            raise ConfigError(
+                f"{source / name} is not there, which cpt init copies. Install gpt-oss-cpt again, "
+                "or copy that folder of the repository there."
+            )
     config = source / "configs" / f"{preset}.yaml"
     if not config.is_file():
         names = sorted(path.stem for path in (source / "configs").glob("*.yaml"))
@@ -114,7 +121,15 @@ def _write_settings(folder: Path, preset: str, config: str) -> None:
     )
     (folder / "README.md").write_text(readme, encoding="utf-8")
     settings = (folder / "slurm" / "env.example.sh").read_text(encoding="utf-8")
-    values = {"CPT_RUN_DIR": f"runs/{preset}", "CPT_CONFIG": yaml, "CPT_DS_CONFIG": ds_config}
+    values = {
+        "CPT_RUN_DIR": f"runs/{preset}",
+        "CPT_CONFIG": yaml,
+        "CPT_DS_CONFIG": ds_config,
+        # the environment that has this package
+        "CPT_VENV": sys.prefix,
+    }
     for name, value in values.items():
-        settings = re.sub(rf'(: "\${{{name}:=)[^}}]*', rf"\g<1>{value}", settings)
+        head, found, rest = settings.partition(f': "${{{name}:=')
+        assert found, f"env.example.sh does not set {name}"
+        settings = head + found + value + rest[rest.index("}") :]
     (folder / "slurm" / "env.sh").write_text(settings, encoding="utf-8")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cpt.cli import main
-from cpt.commands.project_files import project_files
+from cpt.commands.project_files import ProjectFiles, project_files
 from data_pipeline.config.mix_file import load_mix
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +65,7 @@ def test_commands_and_settings_are_those_of_the_preset(
         ("CPT_CONFIG", f"configs/{preset}.yaml"),
         ("CPT_DS_CONFIG", ds_config),
         ("CPT_RUN_DIR", f"runs/{preset}"),
+        ("CPT_VENV", sys.prefix),
     ):
         assert f': "${{{name}:={value}}}"' in settings
     run = yaml.safe_load((folder / "configs" / f"{preset}.yaml").read_text())
@@ -78,6 +80,18 @@ def test_folder_with_something_in_it_is_left_alone(
     assert main(["init", str(tmp_path)]) == 78
     assert "is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_installation_without_templates_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("configs", "ds_configs"):
+        (tmp_path / "image" / name).mkdir(parents=True)
+    files = ProjectFiles(folder=tmp_path / "image", is_repository=True)
+    monkeypatch.setattr("cpt.commands.init.project_files", lambda: files)
+    assert main(["init", str(tmp_path / "project")]) == 78
+    assert "image/slurm is not there" in capsys.readouterr().err
+    assert not (tmp_path / "project").exists()
 
 
 def test_unknown_preset_names_those_that_there_are(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cpt.commands.init import FOLDERS
 from tests.support.launcher import ROOT
 
 LINES = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
@@ -34,7 +35,11 @@ def test_code_in_the_image_belongs_to_root_and_everything_copied_is_there() -> N
         assert not any(word.startswith("--chown") for word in words)
         assert all((ROOT / source).exists() for source in words[:-1])
         sources.update(words[:-1])
-    assert {"cpt", "data_pipeline", "configs", "ds_configs"} <= sources
+    assert {"cpt", "data_pipeline"} <= sources
+    # for `cpt init`
+    schemas = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.schema.json")}
+    assert {*FOLDERS, *schemas, "constraints.txt"} <= sources
+    assert "slurm/env.sh" in (ROOT / ".dockerignore").read_text().splitlines()
     given_away = [words for words in words_of("RUN") if "chown" in words or "-o cpt" in words]
     assert given_away == ["install -d -o cpt -g cpt data runs"]
 
