@@ -37,3 +37,22 @@ def test_drawing_that_cannot_start_costs_a_warning(
     report.refresh()
     report.close()
     assert "report.html is not drawn" in caplog.text and "No such file" in caplog.text
+
+
+def test_drawing_that_fails_is_told_once_with_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho trace >&2\necho no font >&2\nexit 70\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    report = PeriodicReport(run_dir(tmp_path, step(1)), 1e-9)
+    for _ in range(2):
+        report.refresh()
+        assert report._process is not None
+        report._process.wait()
+    report.close()
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        "report.html is not drawn: cpt report ended with 70 (no font). Training is not affected."
+    ]
