@@ -41,6 +41,7 @@ CPT_VLLM_ARGUMENTS=()                           # further options of vllm serve,
 : "${CPT_MASTER_INTERFACE:=}"                   # e.g. ib0; empty: the address by which the scheduler knows the node
 
 # --- copies of build and weights on a disk of each node, which the ranks read; checkpoints stay in CPT_RUN_DIR
+# With a container the folder must exist on every node before the job starts; without one it is made.
 : "${CPT_STAGE_DIR:=}"                          # a folder that every node has, e.g. "$SLURM_TMPDIR", "$PBS_LOCALDIR"; empty: none
 : "${CPT_STAGE_KEEP:=0}"                        # 1: the copies stay, and the next job on the node reads them if nothing has changed
 : "${CPT_STAGE_SECONDS:=7200}"                  # how long a node waits for the others to copy

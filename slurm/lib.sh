@@ -58,6 +58,8 @@ load_settings() {
         apptainer | singularity | pyxis) [[ -n "$CPT_IMAGE" ]] || refuse "$file: CPT_CONTAINER=$CPT_CONTAINER needs CPT_IMAGE." ;;
         *) refuse "$file: CPT_CONTAINER is '$CPT_CONTAINER', must be none, apptainer, singularity or pyxis." ;;
     esac
+    # the first node has found no folder to give to the container
+    [[ -z "${CPT_STAGE_DROPPED:-}" ]] || CPT_STAGE_DIR=
     STOP_FILE=$CPT_RUN_DIR/STOP
 }
 
@@ -279,6 +281,11 @@ run_nodes() {
         CPT_ENV="${CPT_ENV:-slurm/env.sh}" CPT_RUN_DIR="$CPT_RUN_DIR" CPT_CONFIG="$CPT_CONFIG"
         CPT_DS_CONFIG="$CPT_DS_CONFIG" JOB="$JOB" SLURM_RESTART_COUNT="$RESTARTS" # tells cpt whether this is a restart
     )
+    if [[ "$CPT_CONTAINER" != none && -n "$CPT_STAGE_DIR" && ! -d "$CPT_STAGE_DIR" ]]; then
+        say "CPT_STAGE_DIR=$CPT_STAGE_DIR is not on this node, so the container cannot get it: the run reads from shared storage"
+        CPT_STAGE_DIR=
+        settings+=(CPT_STAGE_DROPPED=1)
+    fi
     # the path as the first node has it: the variables of a job may be unknown to shells that mpirun starts
     [[ -z "$CPT_STAGE_DIR" ]] || settings+=(CPT_STAGE_DIR="$CPT_STAGE_DIR")
     # all starts of a job are one to the lock of the run directory

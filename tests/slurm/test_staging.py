@@ -46,6 +46,24 @@ def test_node_that_cannot_copy_reads_from_shared_storage(
     assert bench.calls("staged") == ["nothing"]
 
 
+def test_container_without_the_folder_on_the_first_node_reads_from_shared_storage(
+    bench: Bench, tmp_path: Path
+) -> None:
+    inside = {"PATH": f"{bench.folder}/venv/bin:{bench.variables['PATH']}"}
+    inside |= {"CPT_CONTAINER": "apptainer", "CPT_IMAGE": "cpt.sif"}
+    # as a line of env.sh has it, which every node reads again
+    with (bench.folder / "env.sh").open("a") as file:
+        file.write(f': "${{CPT_STAGE_DIR:={tmp_path}/disk}}"\n')
+    code, output = bench.run("train.sbatch", DEEPSPEED_EXIT="0", **inside)
+    assert code == 0 and "disk is not on this node" in output, output
+    assert not [call for call in bench.calls("python") if " stage " in call]
+    (tmp_path / "disk").mkdir()
+    (bench.folder / "calls").unlink()
+    code, output = bench.run("train.sbatch", DEEPSPEED_EXIT="0", **inside)
+    assert code == 0 and [call for call in bench.calls("python") if " stage " in call], output
+    assert f"--bind {tmp_path}/disk" in bench.calls("apptainer")[0]
+
+
 def test_nothing_is_copied_without_the_setting_or_for_one_look(
     bench: Bench, tmp_path: Path
 ) -> None:
