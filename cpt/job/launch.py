@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -46,6 +47,8 @@ log = logging.getLogger("cpt.job.launch")
 FAILED_CLOSE_SECONDS = 10.0
 """Longest wait for a tracker of a run that failed: the other ranks learn of the failure after it.
 """
+STOPPED_CLOSE_SECONDS = 10.0
+"""Longest wait for a tracker of a run that was stopped: its job may be about to end."""
 
 
 def launch(options: argparse.Namespace, stop: StopRequest) -> None:
@@ -148,11 +151,26 @@ def run(
             ending.show(job.telemetry, error)
             if not isinstance(error, RequeueRequested):
                 job.telemetry.close(FAILED_CLOSE_SECONDS)
+            elif not context.observe:
+                close_together(job)
             raise
         finally:
             job.telemetry.close()
             if job.report is not None:
                 job.report.close()
+
+
+def close_together(job: Job) -> None:
+    """Close the trackers of the first rank while all ranks wait, because training was stopped.
+
+    A launcher ends the first rank's helper processes as soon as another rank has left.  All ranks
+    call this, since they agree on a stop.  A rank that is gone already changes nothing: whatever
+    there was to save is saved.
+    """
+    with contextlib.suppress(Exception):
+        on_first_rank(
+            job.topology.control_group, lambda: job.telemetry.close(STOPPED_CLOSE_SECONDS)
+        )
 
 
 def hold(context: RunContext) -> AbstractContextManager[None]:

@@ -406,6 +406,27 @@ def test_finished_run_is_told_even_if_nobody_knows_since_when(has_log: bool) -> 
     assert since in told and "raise train.total_steps" in told
 
 
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_trackers_of_a_stopped_run_are_closed_while_all_ranks_wait(
+    monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    closed: list[float] = []
+
+    def on_first_rank(group: str, action: Callable[[], None]) -> None:
+        assert group == "all ranks"
+        if is_alone:
+            raise RuntimeError("Connection closed by peer")
+        action()
+
+    monkeypatch.setattr(launch, "on_first_rank", on_first_rank)
+    job = SimpleNamespace(
+        topology=SimpleNamespace(control_group="all ranks"),
+        telemetry=SimpleNamespace(close=closed.append),
+    )
+    launch.close_together(job)  # type: ignore[arg-type]
+    assert closed == ([] if is_alone else [launch.STOPPED_CLOSE_SECONDS])
+
+
 def test_run_directory_is_private(tmp_path: Path) -> None:
     make_run_dir(tmp_path / "a" / "run")
     assert (tmp_path / "a" / "run").stat().st_mode & 0o777 == 0o700
