@@ -247,6 +247,17 @@ def test_run_with_a_file_outside_the_folder_is_listed_and_not_read(
         assert f"{name} is a link out of the folder" in page and CANARY not in page
 
 
+def test_link_to_itself_is_told_as_what_it_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", start(0), step(1))
+    (run / "config.resolved.yaml").unlink()
+    (run / "config.resolved.yaml").symlink_to("config.resolved.yaml")
+    board = Board(tmp_path, depth=1)
+    board.refresh()
+    (found,) = board.runs()
+    assert not found.is_closed and found.overview.step == 1
+    assert "Too many levels of symbolic links" in found.overview.problems[-1]
+
+
 def test_folder_that_cannot_be_looked_at_hides_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -213,8 +213,8 @@ def link_out_of(run_dir: Path, root: Path) -> str:
         try:
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 return name
-        except (OSError, RuntimeError):  # a link to itself
-            return name
+        except (OSError, RuntimeError):  # no rights, or a link to itself: reading says so
+            continue
     return ""
 
 
