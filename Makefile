@@ -42,7 +42,7 @@ bench: $(READY)
 
 # slow proofs: memory at full length, memory of loading
 prove: $(READY)
-	python -m pytest -m slow tests/dist tests/planning
+	python -m pytest -m slow tests --ignore tests/faults
 	for script in bench/prove/*.py; do python $$script || exit 1; done
 
 # docs/gpu.md says what it does

@@ -285,6 +285,7 @@ def test_model_card_says_what_was_trained_on_what_and_nothing_about_the_machine(
     assert str(whole.parent) not in card and str(ROOT) not in card
 
 
+@pytest.mark.slow
 def test_ranks_of_the_launcher_find_the_cost_of_mxfp4_that_one_process_finds(
     whole: Path, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

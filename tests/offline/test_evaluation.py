@@ -312,7 +312,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, right: int) -> list[dict[str, Any]
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
     monkeypatch.setattr(
-        "cpt.offline.evaluation.comparison.load_export", lambda _: torch.nn.Identity()
+        "cpt.offline.evaluation.comparison.load_export", lambda *_: torch.nn.Identity()
     )
     return calls
 

@@ -46,6 +46,7 @@ def test_a_build_of_another_mix_is_scored_with_a_warning(
     mix_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     build(load_mix(mix_file), Path("built"), progress=False)
+    caplog.clear()
     held_out_sets(mix_file, Path("built"), 100)
     assert not caplog.records
     mix_file.write_text(mix_file.read_text().replace("near_duplicates: 0", "near_duplicates: 0.7"))

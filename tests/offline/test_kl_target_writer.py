@@ -252,7 +252,7 @@ def test_a_request_that_cannot_be_right_is_refused(
 
 def test_the_divergence_has_a_field_of_its_own_in_metrics() -> None:
     data = types.SimpleNamespace(source_names=("replay", "ja"), languages=("en", "ja"))
-    progress = types.SimpleNamespace(step=3)
+    progress = types.SimpleNamespace(step=3, tokens=24)
     result = types.SimpleNamespace(
         loss=2.0,
         grad_norm=1.0,
@@ -266,6 +266,7 @@ def test_the_divergence_has_a_field_of_its_own_in_metrics() -> None:
         progress=progress,
         kl_targets=types.SimpleNamespace(sources=["replay"]),
         kl_weight=0.3,
+        topology=types.SimpleNamespace(device=torch.device("cpu")),
     )
     event = step_event(job, result, 1e-3, 1.0)  # type: ignore[arg-type]
     assert event["kl_by_source"] == {"replay": 0.5} and event["loss"] == 2.0

@@ -149,6 +149,7 @@ def test_bad_configuration_is_not_queued_again(cluster, slurm_workplace) -> None
     assert "zero_optimisation is not a known key" in output
 
 
+@pytest.mark.slow
 def test_data_array_export_and_guard_jobs_do_what_one_process_does(
     cluster, slurm_workplace, undisturbed
 ) -> None:

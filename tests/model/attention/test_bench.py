@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.charts import ALARM, MUTED, PALETTE
+from data_pipeline.charts import MUTED, PALETTE
 from tests.support.launcher import ROOT
 
 SCRIPT = ROOT / "bench" / "attention.py"
@@ -92,5 +92,5 @@ def test_every_contender_is_measured_and_what_does_not_fit_is_told(tmp_path: Pat
     dots = re.findall(r"<use [^>]*fill: (#\w+); stroke: \1", drawing)
     # a dot for each time, in both panels; the ticks of the axes are drawn in the muted color, too
     assert dots.count(PALETTE[0]) == 2 * 2
-    assert dots.count(ALARM) == 2 * 1
+    assert dots.count(PALETTE[5]) == 2 * 1
     assert dots.count(MUTED) >= 2 * 2
