@@ -215,6 +215,7 @@ def test_memory_is_bounded_by_a_piece_and_several_files_hold_the_same(
     assert AutoModelForCausalLM.from_pretrained(str(out)).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.case("E1", "nothing that loads is left, the rerun succeeds")
 def test_killed_export_leaves_nothing_that_loads_and_the_next_one_succeeds(folder: Path) -> None:
     """All weight files are there when it dies; the index and config.json are not."""

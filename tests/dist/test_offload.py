@@ -20,7 +20,7 @@ from tests.dist.cases import CLIPPING, STEPS, Scenario, parameter_file, referenc
 from tests.dist.test_layout_parity import assert_alike, assert_same_tensors, named, stored
 from tests.support.launcher import ROOT, launch
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 NOTHING = "z3_ep.json"
 OPTIMIZER = "z3_offload_cpu.json"

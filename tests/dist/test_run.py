@@ -444,6 +444,7 @@ def test_edited_mix_is_refused_with_the_change_and_accepted_as_a_new_segment(
     assert [segment["start_step"] for segment in state["ledger"]["segments"]] == [0, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.case("C6", "full launch: file named, previous one used, same final weights")
 def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(
     workplace: Path, whole: Path
@@ -469,6 +470,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(
     assert_same_tensors(expected, stored_tensors(step_folder(run_dir, STEPS), "master"))
 
 
+@pytest.mark.slow
 def test_going_back_to_an_older_step_sets_the_newer_ones_aside(
     workplace: Path, whole: Path
 ) -> None:
@@ -481,6 +483,7 @@ def test_going_back_to_an_older_step_sets_the_newer_ones_aside(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.case("E2", "there and back is byte-equal")
 def test_zero_steps_round_trip_is_byte_equal(workplace: Path, whole: Path) -> None:
     """The weights go from Hugging Face's format to the project's and back."""

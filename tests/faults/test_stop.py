@@ -105,7 +105,6 @@ def test_stop_at_any_time_leaves_one_checkpoint_or_none(
     )
 
 
-@pytest.mark.quick
 @pytest.mark.case("S4", "during evaluation: it is broken off, the step is saved")
 def test_stop_during_evaluation_breaks_it_off(workplace) -> None:
     options = (*GUARD, *NO_SAVES)

@@ -82,6 +82,7 @@ def test_ranks_that_lost_their_launcher_save_and_nothing_is_left(
     assert not processes(run_dir)
 
 
+@pytest.mark.slow
 def test_finished_job_is_called_done(cluster, slurm_workplace, undisturbed) -> None:
     fields = cluster.wait(undisturbed)
     output = cluster.output(undisturbed)
