@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cpt.resilience.best_effort import reason_of
+from cpt.telemetry.json_values import finite
 
 log = logging.getLogger("cpt.telemetry.metrics")
 
@@ -48,7 +49,7 @@ class Telemetry:
         """Write one event as a JSON line, at once."""
         if self._file is None:
             return
-        self._file.append(json.dumps(_finite(event), allow_nan=False, default=str))
+        self._file.append(json.dumps(finite(event), allow_nan=False, default=str))
         self.show(event)
 
     def show(self, event: dict[str, Any]) -> None:
@@ -168,17 +169,6 @@ def _time_of(path: Path) -> float | None:
         return path.stat().st_mtime if path.is_file() else None
     except OSError:
         return None
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities by null, since JSON has no word for them."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

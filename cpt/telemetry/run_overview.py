@@ -28,6 +28,7 @@ import yaml
 from cpt.errors import EXIT_DONE, RequeueRequested
 from cpt.resilience.lock import describe, look_at_lock
 from cpt.telemetry.event_reader import CHUNK_BYTES, EventReader
+from cpt.telemetry.json_values import finite
 from cpt.telemetry.run_end import METRICS, EndRecord, read_failure
 from cpt.telemetry.run_tally import (
     GuardAction,
@@ -109,7 +110,7 @@ class RunOverview:
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values; what is not a number is None."""
-        plain: dict[str, Any] = _finite(asdict(self))
+        plain: dict[str, Any] = finite(asdict(self))
         return plain
 
 
@@ -429,14 +430,3 @@ def one_line(text: object, limit: int = 300) -> str:
     joined = " ".join(str(text).split())
     printable = "".join(c if c.isprintable() else "?" for c in joined)
     return printable if len(printable) <= limit else printable[: limit - 3] + "..."
-
-
-def _finite(value: Any) -> Any:
-    """Replace what is not a finite number by None, since JSON has no word for it."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
