@@ -6,7 +6,7 @@ import faulthandler
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,18 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     logging.captureWarnings(False)
     if was_catching:
         faulthandler.enable()
+
+
+@contextmanager
+def file_on_a_full_disk(root: logging.Logger, run_dir: Path) -> Iterator[None]:
+    """Log to the file of rank 0, to which nothing can be written inside the block."""
+    log_to_file(run_dir, 0)
+    (file,) = [h for h in root.handlers if isinstance(h, logging.FileHandler)]
+    file.stream.close()
+    # closing the device fails, as every write to it does
+    with suppress(OSError), open("/dev/full", "w", encoding="utf-8") as no_space_left:
+        file.stream = no_space_left
+        yield
 
 
 def test_file_of_a_rank_has_everything_and_is_continued(start: Start, tmp_path: Path) -> None:
@@ -137,13 +149,7 @@ def test_folder_that_cannot_be_made_is_told_and_ends_nothing(
 def test_failed_write_is_told_once_and_ends_nothing(
     start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = start(0)
-    log_to_file(tmp_path, 0)
-    (file,) = [h for h in root.handlers if isinstance(h, logging.FileHandler)]
-    file.stream.close()
-    # closing the device fails, as every write to it does
-    with suppress(OSError), open("/dev/full", "w", encoding="utf-8") as no_space_left:
-        file.stream = no_space_left
+    with file_on_a_full_disk(start(0), tmp_path):
         for number in range(3):
             log.info("line %d", number)
     printed = capsys.readouterr().err
@@ -154,12 +160,7 @@ def test_failed_write_is_told_once_and_ends_nothing(
 def test_stack_traces_are_on_the_terminal_once_the_file_cannot_be_written(
     start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = start(0)
-    log_to_file(tmp_path, 0)
-    (file,) = [h for h in root.handlers if isinstance(h, logging.FileHandler)]
-    file.stream.close()
-    with suppress(OSError), open("/dev/full", "w", encoding="utf-8") as no_space_left:
-        file.stream = no_space_left
+    with file_on_a_full_disk(start(0), tmp_path):
         for words in ("cable cut", "fan stopped"):
             try:
                 raise RuntimeError(words)

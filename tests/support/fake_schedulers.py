@@ -82,6 +82,26 @@ def store(folder: Path, job: Json) -> str:
     return number
 
 
+def asked_for(
+    folder: Path, words: list[str], option: str, unknown: str, *, server: str = ""
+) -> tuple[str, Json]:
+    """Return number and content of the job that a command line such as `-f 1.server` names.
+
+    Args:
+        folder: Where the jobs are stored.
+        words: The command line.
+        option: The one option that is taken.
+        unknown: What stands before the number in the refusal.
+        server: What may stand behind the number.
+    """
+    given, number = words
+    path = folder / f"{number.removesuffix(server)}.json"
+    if given != option or not path.exists():
+        refuse(f"{unknown}{number}")
+    job: Json = json.loads(path.read_text())
+    return number, job
+
+
 def pbs_qsub(folder: Path, words: list[str]) -> None:
     """Take a job as PBS does: the command line goes before the head of the script."""
     given, script = read_options(words, ())
@@ -108,11 +128,7 @@ def pbs_qsub(folder: Path, words: list[str]) -> None:
 
 def pbs_qstat(folder: Path, words: list[str]) -> None:
     """Print a job as `qstat -f` does: lines of 79 columns, cut in the middle of words."""
-    option, number = words
-    path = folder / f"{number.split('.')[0]}.json"
-    if option != "-f" or not path.exists():
-        refuse(f"qstat: Unknown Job Id {number}")
-    job = json.loads(path.read_text())
+    number, job = asked_for(folder, words, "-f", "qstat: Unknown Job Id ", server=".server")
     given, resources = job["given"], job["resources"]
     fields = {"Job_Name": given.get("-N", ["cpt"])[-1], "job_state": "R"}
     fields["resources_used.walltime"] = os.environ.get("FAKE_USED", "00:00:05")
@@ -155,11 +171,8 @@ def age_qsub(folder: Path, words: list[str]) -> None:
 
 def age_qstat(folder: Path, words: list[str]) -> None:
     """Print a job as `qstat -j` does."""
-    option, number = words
-    path = folder / f"{number}.json"
-    if option != "-j" or not path.exists():
-        refuse(f"Following jobs do not exist or permissions are not sufficient:\n{number}")
-    job = json.loads(path.read_text())
+    unknown = "Following jobs do not exist or permissions are not sufficient:\n"
+    number, job = asked_for(folder, words, "-j", unknown)
     given, resources = job["given"], job["resources"]
     limit = {"h_rt": str(seconds(resources["h_rt"]))}
     listed = ",".join(f"{name}={value}" for name, value in {**resources, **limit}.items())
