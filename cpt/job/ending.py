@@ -101,10 +101,10 @@ class Ending:
         if is_stop and self._is_told:
             return
         cause, exit_code = cause_and_code(error)
-        end = self._end(exit_code, cause)
-        if isinstance(error, SlowNodeError):
-            end = replace(end, rank=error.rank, host=error.host, node=error.node)
         try:
+            end = self._end(exit_code, cause)
+            if isinstance(error, SlowNodeError):
+                end = replace(end, rank=error.rank, host=error.host, node=error.node)
             if is_stop:
                 append_event(self._run_dir, end.event())
             else:
