@@ -19,6 +19,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 ROOMS = {
     "data_pipeline/errors.py": "exceptions with their exit codes",
+    "data_pipeline/escaping.py": "text from outside, made safe to show",
     "data_pipeline/tables.py": "tables for terminals",
     "data_pipeline/charts.py": "figures as SVG",
     "data_pipeline/console/": "log lines, --quiet and --verbose, progress of long commands",
