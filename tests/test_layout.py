@@ -22,6 +22,7 @@ ROOMS = {
     "data_pipeline/escaping.py": "text from outside, made safe to show",
     "data_pipeline/tables.py": "tables for terminals",
     "data_pipeline/charts.py": "figures as SVG",
+    "data_pipeline/bounded/": "JSON and YAML of others: limits on bytes, depth, digits",
     "data_pipeline/console/": "log lines, --quiet and --verbose, progress of long commands",
     "data_pipeline/config/": "data-mix YAML -> MixConfig; the strict YAML reader",
     "data_pipeline/text/": "cleaning, language, tokenizer, the Harmony format",

@@ -25,8 +25,8 @@ from pathlib import Path
 from cpt.errors import ConfigError
 from cpt.resilience.environment import job_id, restarts_of_job
 from cpt.resilience.processes import pid_namespace, start_ticks_of
+from data_pipeline.bounded.files import read_small_file
 from data_pipeline.store.files import write_json
-from data_pipeline.store.foreign_files import read_small_file
 
 LOCK = ".lock"
 REFRESH_SECONDS = 15.0

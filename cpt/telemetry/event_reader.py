@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.store.foreign_files import open_regular
+from data_pipeline.bounded.files import open_regular
 
 CHUNK_BYTES = 8 * 2**20
 """Most bytes that one look reads; a line that is longer is passed over."""

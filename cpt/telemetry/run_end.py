@@ -23,7 +23,7 @@ from typing import Any
 
 from cpt.resilience.environment import node_name
 from cpt.telemetry.metrics import append_bytes
-from data_pipeline.store.foreign_files import read_small_file
+from data_pipeline.bounded.files import read_small_file
 
 METRICS = "metrics.jsonl"
 LAST_FAILURE = "last_failure.json"

@@ -38,7 +38,7 @@ from cpt.telemetry.run_tally import (
     number,
     whole_number,
 )
-from data_pipeline.store.foreign_files import read_small_file
+from data_pipeline.bounded.files import read_small_file
 
 RunState = Literal["running", "stopped", "paused", "failed", "finished", "never started", "unknown"]
 ORDERLY_CODES = (EXIT_DONE, RequeueRequested.exit_code)

@@ -1,9 +1,7 @@
 """Configuration files -> frozen dataclasses; every problem is reported with file, line and key.
 
 Decisions
-    Scalars follow YAML 1.2's core schema, not PyYAML's YAML 1.1: `no` is a string, `1e-5` is a
-    number and `1:30:00` is a string, because each of these has silently changed somebody's training
-    run.
+    Scalars follow YAML 1.2's core schema, and every file has limits: see `bounded.yaml_text`.
     Duplicate and unknown keys are errors; an unknown key names the nearest valid one.
     JSON is read by the same code (it is a subset), so DeepSpeed files get line numbers, too.
     A dataclass may offer `check()`, a generator of (key, message) for rules that need several
@@ -27,41 +25,25 @@ from typing import Any, TypeVar
 
 import yaml
 
+from data_pipeline.bounded.files import MalformedInput, read_small_text
+from data_pipeline.bounded.json_text import parse_json
+from data_pipeline.bounded.yaml_text import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    MAX_REPEATED,
+    MAX_VALUES,
+    TOO_DEEP,
+    TOO_MANY,
+    TOO_MANY_REPEATED,
+    loading,
+)
 from data_pipeline.errors import ConfigError
+from data_pipeline.escaping import escaped_line
 
 T = TypeVar("T")
 KeyPath = tuple[str | int, ...]
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader that reads scalars as YAML 1.2 does."""
-
-
-_FLOAT = (
-    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-)
-
-
-def _use_yaml_1_2_scalars() -> None:
-    """Replace PyYAML's rules by pairs of a pattern and the characters that a match starts with."""
-    rules = {
-        "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", [*"tTfF"]),
-        "int": (r"^[-+]?(?:0|[1-9][0-9]*)(?:_[0-9]+)*$", [*"-+0123456789"]),
-        "float": (_FLOAT, [*"-+0123456789."]),
-        "null": (r"^(?:~|null|Null|NULL|)$", [*"~nN", ""]),
-    }
-    _Loader.yaml_implicit_resolvers = {}
-    for tag, (pattern, first) in rules.items():
-        _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), first)
-
-
-_use_yaml_1_2_scalars()
-
-MAX_DEPTH = 32
-"""Levels of nesting; a deeper file is a mistake, or has an alias that contains itself."""
-MAX_VALUES = 100_000
-"""Values in one file with aliases expanded; stops a file that its aliases blow up exponentially."""
+_SHOWN_CHARS = 200
+"""Characters of a key or of a value that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +109,7 @@ def dotted(path: KeyPath) -> str:
     """Return ('sources', 2, 'weight') as 'sources[2].weight'."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+        text += f"[{part}]" if isinstance(part, int) else f".{escaped_line(part, _SHOWN_CHARS)}"
     return text.lstrip(".") or "the file"
 
 
@@ -149,23 +131,19 @@ def load_json(path: Path | str) -> Located:
     """
     text = _read(path)
     try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})."
-        ) from error
+        parse_json(text)
+    except MalformedInput as error:
+        raise ConfigError(error.of(path)) from None
     return parse_yaml(text.replace("\t", "    "), str(path))
 
 
 def _read(path: Path | str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_small_text(Path(path), MAX_BYTES)
+    except MalformedInput as error:
+        raise ConfigError(error.of(path)) from None
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: not UTF-8 at byte {error.start}. Save the file as UTF-8."
-        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.") from error
 
@@ -177,28 +155,15 @@ def parse_yaml(text: str, source: str) -> Located:
         ConfigError: See `load_yaml`.
     """
     locator = _Locator(source)
-    loader = None
+    value = None
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        value = None
-        if node is not None:
-            locator.visit(node, ())
-            value = loader.construct_document(node)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise ConfigError(f"{source}{line}: not valid YAML: {problem}.") from error
-    except RecursionError:
-        raise ConfigError(
-            f"{source}: nested too deeply. At most {MAX_DEPTH} levels are read."
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"{source}: a value cannot be read: {error}.") from error
-    finally:
-        if loader is not None:
-            loader.dispose()
+        with loading(text) as loader:
+            node = loader.get_single_node()
+            if node is not None:
+                locator.visit(node, ())
+                value = loader.construct_document(node)
+    except MalformedInput as error:
+        raise ConfigError(error.of(source)) from None
     if locator.problems:
         raise ConfigError(locator.problems)
     return Located(source, value, locator.lines)
@@ -211,19 +176,20 @@ class _Locator:
         self.lines: dict[KeyPath, int] = {}
         self.problems: list[str] = []
         self._source = source
+        self._seen: set[int] = set()
+        self._num_repeated = 0
 
     def visit(self, node: yaml.Node, path: KeyPath) -> None:
         line = node.start_mark.line + 1
         self.lines.setdefault(path, line)
         if len(path) > MAX_DEPTH:
-            raise ConfigError(
-                f"{self._source}:{line}: nested too deeply. At most {MAX_DEPTH} levels are read."
-            )
+            raise MalformedInput(TOO_DEEP, line)
         if len(self.lines) > MAX_VALUES:
-            raise ConfigError(
-                f"{self._source}: more than {MAX_VALUES} values, aliases expanded. "
-                "Write less into one file."
-            )
+            raise MalformedInput(TOO_MANY)
+        self._num_repeated += id(node) in self._seen
+        self._seen.add(id(node))
+        if self._num_repeated > MAX_REPEATED:
+            raise MalformedInput(TOO_MANY_REPEATED)
         if isinstance(node, yaml.MappingNode):
             self._visit_mapping(node, path)
         elif isinstance(node, yaml.SequenceNode):
@@ -386,6 +352,9 @@ class Reader:
             return float(value)
         if hint is Path and isinstance(value, str):
             return Path(value)
+        if hint is int and type(value) is int and abs(value) >= 2**63:
+            self.problem(path, f"is {value}, must be less than 2^63 in size.")
+            return None
         if hint in (int, str, bool) and type(value) is hint:
             return value
         self.problem(path, f"is {_show(value)}, must be {_type_name(hint)}.")
@@ -416,8 +385,8 @@ def _show(value: Any) -> str:
     if value is None:
         return "empty"
     if isinstance(value, str):
-        return f"'{value}'"
-    return json.dumps(value, default=str)
+        return f"'{escaped_line(value, _SHOWN_CHARS)}'"
+    return escaped_line(json.dumps(value, default=str), _SHOWN_CHARS)
 
 
 def _split(key: str) -> Iterator[str | int]:

@@ -19,8 +19,8 @@ from cpt.telemetry.report.history import Run
 from cpt.telemetry.report.panel import Cell, LegendEntry, Panel, Table, TableRow, TextPair, clean
 from cpt.telemetry.report.series import AxisRange, Series, bin_series
 from cpt.telemetry.run_tally import number
+from data_pipeline.bounded.files import read_small_file
 from data_pipeline.charts import MUTED, PALETTE
-from data_pipeline.store.foreign_files import read_small_file
 
 if TYPE_CHECKING:
     from bokeh.models import Range1d

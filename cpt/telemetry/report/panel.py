@@ -19,8 +19,8 @@ from cpt.telemetry.report.chart import StepChart
 from cpt.telemetry.report.history import Run
 from cpt.telemetry.report.series import MAX_POINTS
 from cpt.telemetry.run_tally import number
+from data_pipeline.bounded.files import read_small_file
 from data_pipeline.charts import PALETTE
-from data_pipeline.store.foreign_files import read_small_file
 
 KNOWN_LANGUAGES = ("en", "ja", "code", "math")
 """Languages that keep their color from run to run; others follow in alphabetical order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -111,9 +112,16 @@ def test_an_empty_section_means_its_defaults() -> None:
         ("a: \0", "not valid YAML"),
         ("a: " + "[" * 2000, "nested too deeply"),
         ("a: &x [*x]", "nested too deeply"),
-        ("a: " + "9" * 5000, "cannot be read"),
+        ("a: " + "9" * 41, "at most 40 are read"),
         ("? [a]\n: b", "not valid YAML"),
         ("a: 1\n---\nb: 2", "not valid YAML"),
+        ("a: !!bool maybe", "'maybe' is no bool"),
+        ("a: !!int '1:1:1'", "is no int"),
+        ("a: !!timestamp 2026-01-01", "not valid YAML"),
+        ("a: &a {b: 1}\nc: {!!merge <<: *a}", "not valid YAML"),
+        ('a: "\\UFFFFFFFF"', "cannot be read"),
+        ('a: "\\uD800"', "half a surrogate pair"),
+        ('a: "\\0"', "a NUL"),
     ],
 )
 @pytest.mark.case("X6", "hostile YAML is a configuration error")
@@ -128,18 +136,40 @@ def test_aliases_cannot_blow_a_file_up() -> None:
     for former, name in itertools.pairwise("abcdefghi"):
         nine_times = ", ".join([f"*{former}"] * 9)
         lines.append(f"{name}: &{name} [{nine_times}]")
-    with pytest.raises(ConfigError, match="more than 100000 values"):
+    with pytest.raises(ConfigError, match="aliases add more than 10,000 values"):
         parse_yaml("\n".join(lines), "f.yaml")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9\n")
-    with pytest.raises(ConfigError, match=r"latin.yaml: not UTF-8 at byte 3"):
+    with pytest.raises(ConfigError, match=r"latin.yaml:1: not UTF-8 at byte 3"):
         load_yaml(tmp_path / "latin.yaml")
     with pytest.raises(ConfigError, match=r"none.yaml: no such file"):
         load_yaml(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="directory"):
         load_yaml(tmp_path)
+    with pytest.raises(ConfigError, match="Not a regular file"):
+        load_yaml("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe.yaml: Not a regular file"):
+        load_yaml(tmp_path / "pipe.yaml")
+    with (tmp_path / "huge.yaml").open("wb") as file:
+        file.truncate(10 * 2**30)
+    with pytest.raises(ConfigError, match=r"huge.yaml: larger than 1,048,576 bytes"):
+        load_yaml(tmp_path / "huge.yaml")
+    with pytest.raises(ConfigError, match="Not a file name"):
+        load_yaml("a\0b")
+
+
+@pytest.mark.parametrize("value", [10**30, -(2**63) - 1])
+def test_a_whole_number_fits_into_64_bits(value: int) -> None:
+    assert "must be less than 2^63" in problems_of(f"steps: {value}\n")[0]
+
+
+def test_a_text_of_any_length_or_kind_is_shown_short_and_in_one_line() -> None:
+    (problem,) = problems_of('steps: "a\\e[2J\\nFAKE' + "b" * 9000 + '"\n')
+    assert len(problem) < 400
+    assert r"a\x1b[2J\nFAKE" in problem
 
 
 def test_json_has_lines_and_strict_syntax(tmp_path: Path) -> None:

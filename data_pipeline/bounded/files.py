@@ -1,0 +1,89 @@
+"""Files that anybody may have put there, which may be anything: a pipe, a device, endless."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+SMALL_BYTES = 2**20
+
+
+class MalformedInput(ValueError):
+    """Content that is not of its format, or beyond a limit; the message does not name the file."""
+
+    def __init__(self, problem: str, line: int | None = None) -> None:
+        """Make the error.
+
+        Args:
+            problem: What is wrong, without a full stop.
+            line: Where it is, from 1; None if it concerns the whole file, or if nobody knows.
+        """
+        super().__init__(problem if line is None else f"line {line}: {problem}")
+        self._problem = problem
+        self._line = line
+
+    def of(self, source: object) -> str:
+        """Return `FILE:LINE: PROBLEM.` for the file that the content is from."""
+        line = "" if self._line is None else f":{self._line}"
+        return f"{source}{line}: {self._problem}."
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, and wait for nothing.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, a pipe or a device.
+    """
+    try:
+        # without O_NONBLOCK the opening of a pipe waits until somebody writes
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a NUL, or a character that a file name cannot have
+        raise OSError(errno.EINVAL, f"Not a file name ({error})", str(path)) from error
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
+def read_small_file(path: Path, max_bytes: int = SMALL_BYTES) -> bytes:
+    """Return the content of a regular file that should be small.
+
+    Raises:
+        OSError: it cannot be read, or is a folder, a pipe or a device.
+        MalformedInput: it is larger than `max_bytes`.
+    """
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise MalformedInput(f"larger than {max_bytes:,} bytes")
+    return content
+
+
+def read_small_text(path: Path, max_bytes: int = SMALL_BYTES) -> str:
+    """Return the content of a regular file that should be a small text in UTF-8.
+
+    Raises:
+        OSError: it cannot be read, or is a folder, a pipe or a device.
+        MalformedInput: it is larger than `max_bytes`, or not UTF-8.
+    """
+    return decoded(read_small_file(path, max_bytes))
+
+
+def decoded(content: bytes) -> str:
+    """Return bytes as a text in UTF-8, without the mark that some editors begin it with.
+
+    Raises:
+        MalformedInput: it is not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        problem = f"not UTF-8 at byte {error.start}. Save the file as UTF-8"
+        raise MalformedInput(problem, line) from None
