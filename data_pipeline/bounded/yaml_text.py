@@ -82,7 +82,7 @@ class BoundedLoader(yaml.SafeLoader):
     def _refuse(self, problem: str) -> None:
         raise _PassedLimit(None, None, problem, self.peek_event().start_mark)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """Return the text of a scalar.
 
         Raises:
@@ -94,7 +94,7 @@ class BoundedLoader(yaml.SafeLoader):
             raise _PassedLimit(None, None, problem, node.start_mark)
         return text
 
-    def construct_core(self, node: yaml.Node) -> Any:
+    def construct_core(self, node: yaml.ScalarNode) -> Any:
         """Return the value of a scalar other than a text."""
         kind = node.tag.removeprefix(_TAG)
         text = self.construct_scalar(node)
@@ -112,13 +112,14 @@ class BoundedLoader(yaml.SafeLoader):
 def _use_core_schema() -> None:
     """Replace PyYAML's rules for scalars and tags by those of YAML 1.2's core schema."""
     BoundedLoader.yaml_implicit_resolvers = {}
-    constructors = {None: yaml.SafeLoader.yaml_constructors[None]}
+    known: dict[str | None, Any] = yaml.SafeLoader.yaml_constructors  # type: ignore[assignment]
+    constructors: dict[str | None, Any] = {None: known[None]}
     for name in CORE_TAGS:
-        constructors[_TAG + name] = yaml.SafeLoader.yaml_constructors[_TAG + name]
+        constructors[_TAG + name] = known[_TAG + name]
     for name, (pattern, first) in _SCALARS.items():
         BoundedLoader.add_implicit_resolver(_TAG + name, pattern, first)
         constructors[_TAG + name] = BoundedLoader.construct_core
-    BoundedLoader.yaml_constructors = constructors
+    BoundedLoader.yaml_constructors = constructors  # type: ignore[assignment]
 
 
 _use_core_schema()
