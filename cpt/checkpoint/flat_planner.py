@@ -1,5 +1,4 @@
-"""Flat ranges for torch.distributed.checkpoint: each rank writes and reads contiguous ranges of 1-D
-tensors.
+"""Flat ranges for torch.distributed.checkpoint: each rank writes contiguous ranges of 1-D tensors.
 
 A ZeRO shard of any stage is such a range, and so is a slice of the expert axis; a DTensor could
 only express the even cuts of ZeRO-3. The files know nothing of the layout that wrote them, so any
@@ -12,25 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
     SavePlan,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-
-from cpt.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,48 +67,3 @@ class FlatSavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         return self.state_dict[index.fqn].tensor.float()
-
-
-class FlatLoadPlanner(DefaultLoadPlanner):
-    """A planner that fills a dictionary of FlatRange; the checkpoint must cover every range."""
-
-    state_dict: dict[str, Any]
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        metadata: Metadata | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        # The base class looks for meta tensors among the values and replaces those of a class that
-        # it does not know by None.
-        self.state_dict = state_dict
-        self.metadata = metadata
-        self.is_coordinator = is_coordinator
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        stored = self.metadata.state_dict_metadata
-        items: list[ReadItem] = []
-        for key, part in self.state_dict.items():
-            record = stored[key]
-            if not isinstance(record, TensorStorageMetadata):
-                raise CheckpointError(
-                    f"'{key}' is stored as bytes, not as a tensor; such entries are not read."
-                )
-            reads = create_read_items_for_chunk_list(key, record, [part.chunk])
-            found = sum(item.lengths[0] for item in reads)
-            if tuple(record.size) != (part.global_numel,) or found != part.tensor.numel():
-                end = part.offset + part.tensor.numel()
-                raise CheckpointError(
-                    f"tensor '{key}': elements {part.offset} to {end} of {part.global_numel} are "
-                    f"asked for, the checkpoint holds {found} of them in {tuple(record.size)}."
-                )
-            items += reads
-        return LoadPlan(items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        return self.state_dict[index.fqn].tensor

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpt.checkpoint.manifest import MANIFEST, Manifest, check_listing, read_manifest, verify_files
-from cpt.checkpoint.metadata import check_metadata
+from cpt.checkpoint.range_index import read_range_index
 from cpt.checkpoint.reader import list_steps, reason_of, step_folder
 from cpt.errors import CheckpointError
 
@@ -62,7 +62,7 @@ def _inspect(folder: Path, verify: bool) -> ListedCheckpoint:
         manifest = read_manifest(folder)
         if verify:
             verify_files(folder, manifest)
-            check_metadata(folder, manifest)
+            read_range_index(folder, manifest)
         else:
             check_listing(folder, manifest)
 

@@ -22,7 +22,7 @@ from cpt.checkpoint.manifest import (
     read_manifest,
     share_of_files,
 )
-from cpt.checkpoint.metadata import check_metadata
+from cpt.checkpoint.range_index import read_range_index
 from cpt.checkpoint.reader import (
     candidates,
     check_same_tensors,
@@ -110,7 +110,7 @@ def load_checkpoint(
     check_same_tensors(folder.name, manifest.tensors, tensor_records(engine, topology))
     ranges = _stored_ranges(flat_ranges(engine, topology), manifest.tensors)
     _log_freezing(manifest.tensors, tensor_records(engine, topology))
-    together(group, lambda: read_ranges(folder, ranges))
+    together(group, lambda: read_ranges(folder, read_range_index(folder, manifest), ranges))
     set_optimizer_step(engine, step)
     publish_master_weights(engine)
     engine.global_steps = step
@@ -136,7 +136,7 @@ def agreed_refusal(folder: Path, topology: Topology) -> str | None:
     reasons = gather_json(reason_of(read_share), group)
     if not any(reasons):
         reasons = on_first_rank(
-            group, lambda: [reason_of(lambda: check_metadata(folder, manifests[0]))]
+            group, lambda: [reason_of(lambda: read_range_index(folder, manifests[0]))]
         )
     reason = next((reason for reason in reasons if reason is not None), None)
     if topology.rank == 0:

@@ -8,7 +8,10 @@ This module imports no torch, because job scripts ask for the state of a run wit
 
 The room divides the work as follows:
     manifest.py       the manifest; hashes and sizes of files
-    metadata.py       `.metadata`, the index of torch.distributed.checkpoint (DCP)
+    range_index.py    `ranges.json`: where the tensors lie
+    metadata.py       `.metadata`: the same for the tools of torch.distributed.checkpoint (DCP)
+    old_metadata.py, inert_pickle.py   the `.metadata` of checkpoints of format 1, read as data
+    archives.py       where the values lie in what DCP stores
     flat_planner.py   flat ranges of tensors in the terms of DCP
     writer.py         writes the files of a checkpoint's folder and publishes it
     staging.py        host memory for asynchronous saves
@@ -40,8 +43,19 @@ from data_pipeline.console.progress import show_progress
 from data_pipeline.store.files import write_text, xxh3_of_open
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-_LARGEST_MANIFEST_BYTES = 256 * 2**20
+RANGES = "ranges.json"
+METADATA = ".metadata"
+FORMAT_VERSION = 2
+"""From 2 on, `ranges.json` says where the tensors lie; before, only `.metadata` did."""
+READABLE_FORMATS = (1, 2)
+PARTS = ("master", "exp_avg", "exp_avg_sq")
+"""Tensors that are stored of a trained parameter: fp32 weights and Adam's two moments. Of a frozen
+parameter only the first is stored.
+"""
+_LARGEST_MANIFEST_BYTES = 64 * 2**20
+_MOST_VALUES = 2**22
+_LARGEST_RANK = 8
+_LONGEST_NAME = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,9 +106,11 @@ class Manifest:
     """Versions of the software that wrote it."""
     state: dict[str, Any]
     """Tokens seen, data position, configuration; JSON values only."""
+    format: int = FORMAT_VERSION
+    """Version of the form in which the checkpoint is stored."""
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def open_unlinked(path: Path) -> BinaryIO:
     """Open a regular file for reading.
 
     Symbolic links are not followed, and nothing is opened that would block or has side effects.
@@ -108,7 +124,7 @@ def _open_regular(path: Path) -> BinaryIO:
 
 def hash_file(path: Path) -> str:
     """Return the xxh3-128 of a file's content."""
-    with _open_regular(path) as file:
+    with open_unlinked(path) as file:
         return xxh3_of_open(file)
 
 
@@ -119,7 +135,7 @@ def record_file(path: Path) -> FileRecord:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write and sync manifest.json; the directory counts from the rename that follows."""
-    body = {"format": FORMAT_VERSION, **asdict(manifest)}
+    body = asdict(manifest)
     text = json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True)
     write_text(folder / MANIFEST, text)
 
@@ -146,7 +162,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _read_small_file(path: Path) -> bytes:
-    with _open_regular(path) as file:
+    with open_unlinked(path) as file:
         if os.fstat(file.fileno()).st_size > _LARGEST_MANIFEST_BYTES:
             raise CheckpointError(
                 f"{path}: larger than {_LARGEST_MANIFEST_BYTES} bytes; not one of ours."
@@ -155,15 +171,19 @@ def _read_small_file(path: Path) -> bytes:
 
 
 def _parse(path: Path, content: bytes) -> Manifest:
+    # An empty list takes two bytes in the file and 64 in memory.
+    num_values = content.count(b",") + content.count(b"[") + content.count(b"{")
+    if num_values > _MOST_VALUES:
+        raise CheckpointError(f"{path}: more than {_MOST_VALUES} values; not one of ours.")
     body = json.loads(content.decode("utf-8"))  # the interpreter's recursion limit bounds the depth
     checksum = body.pop("checksum")
-    if body["format"] != FORMAT_VERSION:
+    if type(body["format"]) is not int or body["format"] not in READABLE_FORMATS:
         raise CheckpointError(
-            f"{path}: format {body['format']}, this version reads {FORMAT_VERSION}."
+            f"{path}: format {body['format']!r}, this version reads {READABLE_FORMATS[0]} to "
+            f"{READABLE_FORMATS[-1]}. Use the version of gpt-oss-cpt that wrote it, or a newer one."
         )
     if _checksum(body) != checksum:
         raise CheckpointError(f"{path}: its checksum does not match its content.")
-    del body["format"]
     files = tuple(FileRecord(**record) for record in body.pop("files"))
     tensors = {}
     for name, record in body.pop("tensors").items():
@@ -200,6 +220,10 @@ def _check_types(manifest: Manifest) -> None:
         raise ValueError("trained is neither true nor false")
     if not isinstance(manifest.state, dict):
         raise ValueError("state is no mapping")
+    for name, tensor in manifest.tensors.items():
+        too_large = len(tensor.shape) > _LARGEST_RANK or math.prod(tensor.shape) >= 2**61
+        if too_large or 0 in tensor.shape or len(name) > _LONGEST_NAME:
+            raise ValueError(f"{name[:_LONGEST_NAME]!r} is no tensor of a model")
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:

@@ -4,27 +4,37 @@ which are sound, and their tensors.
 
 from __future__ import annotations
 
+import os
 import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
-import torch.distributed.checkpoint as dcp
 
-from cpt.checkpoint.flat_planner import FlatLoadPlanner, FlatRange
+from cpt.checkpoint.archives import values_offset
+from cpt.checkpoint.flat_planner import FlatRange
 from cpt.checkpoint.manifest import (
     Manifest,
     TensorRecord,
     check_listing,
+    open_unlinked,
     read_manifest,
     verify_files,
 )
-from cpt.checkpoint.metadata import FolderReader, check_metadata
+from cpt.checkpoint.range_index import RangeIndex, read_range_index
 from cpt.errors import CheckpointError, ConfigError
+from cpt.storage.state_bytes import FP32_BYTES
 
 MOST_LISTED = 20
 """Checkpoints that a message lists."""
+Floats = npt.NDArray[np.float32]
+
+_READ_NUMEL = 2**22
+"""Elements read at once: 16 MB of memory besides what is filled."""
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -130,7 +140,7 @@ def refusal_of(folder: Path) -> str | None:
 def _verify(folder: Path) -> None:
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
-    check_metadata(folder, manifest)
+    read_range_index(folder, manifest)
 
 
 def reason_of(check: Callable[[], object]) -> str | None:
@@ -179,33 +189,96 @@ def check_same_tensors(
         raise CheckpointError(f"{checkpoint} is of another model: " + " ".join(problems[:5]))
 
 
-def read_ranges(folder: Path, ranges: dict[str, FlatRange]) -> None:
+def read_ranges(folder: Path, index: RangeIndex, ranges: dict[str, FlatRange]) -> None:
     """Fill ranges from a checkpoint; each process plans its own reads, and nothing is sent.
+
+    Args:
+        folder: The checkpoint.
+        index: Where its tensors lie.
+        ranges: What to fill, by key `part/parameter name`.
 
     Raises:
         CheckpointError: a file cannot be read, or does not hold a range.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(
-                ranges, storage_reader=FolderReader(folder), planner=FlatLoadPlanner(), no_dist=True
-            )
-    except (OSError, dcp.CheckpointException) as error:
-        # CheckpointException is no Exception, so that the other ranks would not learn of it.
-        raise CheckpointError(f"{folder}: {root_cause(error)}") from error
+    pieces: dict[int, list[_Piece]] = defaultdict(list)
+    for key, part in ranges.items():
+        for file, piece in _pieces(key, part, index):
+            pieces[file].append(piece)
+    buffer = np.empty(_READ_NUMEL, dtype="<f4")  # takes memory only as far as it is filled
+    for file, in_file in sorted(pieces.items()):
+        where = f"{folder.name}/{index.files[file]}"
+        try:
+            with open_unlinked(folder / index.files[file]) as opened:
+                for piece in sorted(in_file, key=lambda piece: piece.offset):
+                    _fill(opened.fileno(), piece, index.are_archives, buffer)
+        except (OSError, CheckpointError) as error:
+            raise CheckpointError(f"{where}: {error}") from error
 
 
-def root_cause(error: BaseException) -> str:
-    """Return what happened first inside torch.distributed.checkpoint, in one line."""
-    first = error
-    if isinstance(error, dcp.CheckpointException):
-        for failure, _ in error.failures.values():
-            first = failure
-            break
-    if isinstance(first, CheckpointError):
-        return str(first)
-    return f"{type(first).__name__}: {first}"
+class _Piece(NamedTuple):
+    """Elements that one stored range gives to a range that is asked for."""
+
+    offset: int
+    """First byte of the stored range in its file."""
+    length: int
+    """Bytes of the stored range."""
+    numel: int
+    """Elements of the stored range."""
+    skipped: int
+    """Elements of the stored range that lie before those that are asked for."""
+    target: torch.Tensor
+    """Where the elements go; 1-D."""
+
+
+def _pieces(key: str, part: FlatRange, index: RangeIndex) -> Iterator[tuple[int, _Piece]]:
+    """Yield what fills a range, with the number of its file."""
+    if key not in index.tensors:
+        raise CheckpointError(f"tensor '{key}' is not in the checkpoint.")
+    stored = index.tensors[key]
+    numel = int(stored.starts[-1])
+    end = part.offset + part.tensor.numel()
+    if numel != part.global_numel or end > numel:
+        raise CheckpointError(
+            f"tensor '{key}': elements {part.offset} to {end} of {part.global_numel} are asked "
+            f"for, the checkpoint holds {numel}."
+        )
+    number = int(np.searchsorted(stored.starts, part.offset, side="right")) - 1
+    low = part.offset
+    while low < end:
+        first = int(stored.starts[number])
+        high = min(end, int(stored.starts[number + 1]))
+        piece = _Piece(
+            offset=int(stored.offsets[number]),
+            length=int(stored.lengths[number]),
+            numel=int(stored.starts[number + 1]) - first,
+            skipped=low - first,
+            target=part.tensor[low - part.offset : high - part.offset],
+        )
+        yield int(stored.files[number]), piece
+        low = high
+        number += 1
+
+
+def _fill(descriptor: int, piece: _Piece, is_archive: bool, buffer: Floats) -> None:
+    """Read the elements of one stored range, as many at a time as the buffer holds."""
+    offset = piece.offset
+    if is_archive:
+        offset = values_offset(descriptor, piece.offset, piece.length, piece.numel)
+    offset += piece.skipped * FP32_BYTES
+    for target in piece.target.split(len(buffer)):
+        values = buffer[: target.numel()]
+        _read_exactly(descriptor, values.view(np.uint8).data, offset)
+        target.copy_(torch.from_numpy(values))
+        offset += values.nbytes
+
+
+def _read_exactly(descriptor: int, buffer: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise CheckpointError(f"it ends at byte {offset + done}, before its values do.")
+        done += count
 
 
 def read_weights(folder: Path, names: list[str], manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -224,5 +297,5 @@ def read_weights(folder: Path, names: list[str], manifest: Manifest) -> dict[str
         ranges[f"master/{name}"] = FlatRange(
             tensor=tensor.view(-1), offset=0, global_numel=tensor.numel()
         )
-    read_ranges(folder, ranges)
+    read_ranges(folder, read_range_index(folder, manifest), ranges)
     return tensors

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from cpt.checkpoint.flat_planner import FlatRange
-from cpt.checkpoint.manifest import Manifest, TensorRecord
+from cpt.checkpoint.manifest import Manifest
+from cpt.checkpoint.range_index import RangeIndex, read_range_index
 from cpt.checkpoint.reader import read_ranges
 from cpt.model.weights.hf_layout import is_expert_name
 
@@ -17,33 +18,34 @@ PIECE_NUMEL = 2**26
 """Elements read at once, 256 MB in fp32. A tensor with an expert axis is cut between experts."""
 
 
-def stored_pieces(
-    folder: Path, tensors: dict[str, TensorRecord]
-) -> Iterator[tuple[str, int, torch.Tensor]]:
+def stored_pieces(folder: Path, manifest: Manifest) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Yield all fp32 weights of a checkpoint as (name, first element, 1-D values), names in order.
 
     Small tensors are read together; large ones are read in parts of whole experts.
     """
+    index = read_range_index(folder, manifest)
     together: dict[str, FlatRange] = {}
     waiting = 0
-    for name, record in sorted(tensors.items()):
+    for name, record in sorted(manifest.tensors.items()):
         numel = math.prod(record.shape)
         unit = numel // record.shape[0] if is_expert_name(name) else 1
         step = max(1, PIECE_NUMEL // unit) * unit
         for start in range(0, numel, step):
             size = min(step, numel - start)
             if together and (waiting + size > PIECE_NUMEL or start > 0):
-                yield from _read(folder, together)
+                yield from _read(folder, index, together)
                 together = {}
                 waiting = 0
             part = FlatRange(tensor=torch.empty(size), offset=start, global_numel=numel)
             together[f"master/{name}"] = part
             waiting += size
-    yield from _read(folder, together)
+    yield from _read(folder, index, together)
 
 
-def _read(folder: Path, ranges: dict[str, FlatRange]) -> Iterator[tuple[str, int, torch.Tensor]]:
-    read_ranges(folder, ranges)
+def _read(
+    folder: Path, index: RangeIndex, ranges: dict[str, FlatRange]
+) -> Iterator[tuple[str, int, torch.Tensor]]:
+    read_ranges(folder, index, ranges)
     for key, part in ranges.items():
         yield key.removeprefix("master/"), part.offset, part.tensor
 
@@ -55,6 +57,7 @@ class CheckpointWeights:
 
     def __init__(self, folder: Path, manifest: Manifest, dtype: torch.dtype) -> None:
         self._folder = folder
+        self._index = read_range_index(folder, manifest)
         self._tensors = manifest.tensors
         self._dtype = dtype
 
@@ -69,5 +72,5 @@ class CheckpointWeights:
         for low in range(start, stop, PIECE_NUMEL):
             piece = torch.empty(min(PIECE_NUMEL, stop - low))
             part = FlatRange(tensor=piece, offset=low, global_numel=numel)
-            for _, position, values in _read(self._folder, {f"master/{name}": part}):
-                yield position, values.to(self._dtype)
+            read_ranges(self._folder, self._index, {f"master/{name}": part})
+            yield low, piece.to(self._dtype)

@@ -1,5 +1,5 @@
-"""Writing of a checkpoint's folder: one file of each rank, then `.metadata` and the manifest, then
-the folder's final name.
+"""Writing of a checkpoint's folder: one file of each rank, then `.metadata`, `ranges.json` and the
+manifest, then the folder's final name.
 """
 
 from __future__ import annotations
@@ -13,9 +13,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cpt.checkpoint.archives import values_offset
 from cpt.checkpoint.flat_planner import FlatRange, FlatSavePlanner
-from cpt.checkpoint.manifest import FileRecord, Manifest, TensorRecord, record_file, write_manifest
-from cpt.checkpoint.metadata import METADATA, FolderWriter, WrittenRange, write_metadata
+from cpt.checkpoint.manifest import (
+    METADATA,
+    RANGES,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    open_unlinked,
+    record_file,
+    write_manifest,
+)
+from cpt.checkpoint.metadata import FolderWriter, write_metadata
+from cpt.checkpoint.range_index import WrittenRange, group_ranges, write_range_index
 from cpt.parallel.division import divide
 from cpt.resilience.faults import fault_point
 from cpt.storage.space import write_error
@@ -42,22 +53,26 @@ def write_ranges(folder: Path, ranges: dict[str, FlatRange], rank: int, step: in
     plan = writer.prepare_local_plan(planner.create_local_plan())
     results = writer.write_data(planner.finish_plan(plan), planner).wait()
     fault_point("save_hash", step)
+    path = folder / f"__{rank}_0.distcp"
     entries = []
-    for result in results:
-        key = result.index.fqn
-        stored = result.storage_data
-        entries.append(
-            WrittenRange(
-                key=key,
-                offset=ranges[key].offset,
-                numel=ranges[key].tensor.numel(),
-                global_numel=ranges[key].global_numel,
-                file=stored.relative_path,
-                file_offset=stored.offset,
-                file_bytes=stored.length,
+    with open_unlinked(path) as file:
+        for result in results:
+            part = ranges[result.index.fqn]
+            numel = part.tensor.numel()
+            stored = result.storage_data
+            entries.append(
+                WrittenRange(
+                    key=result.index.fqn,
+                    offset=part.offset,
+                    numel=numel,
+                    global_numel=part.global_numel,
+                    file=stored.relative_path,
+                    file_offset=stored.offset,
+                    file_bytes=stored.length,
+                    values_offset=values_offset(file.fileno(), stored.offset, stored.length, numel),
+                )
             )
-        )
-    return Written(file=record_file(folder / f"__{rank}_0.distcp"), ranges=entries)
+    return Written(file=record_file(path), ranges=entries)
 
 
 def complete_folder(
@@ -69,7 +84,9 @@ def complete_folder(
     tensors: dict[str, TensorRecord],
     state: dict[str, Any],
 ) -> None:
-    """Write `.metadata` and the manifest; rank 0 does this once all ranks have written.
+    """Write `.metadata`, `ranges.json` and the manifest.
+
+    Rank 0 does this once all ranks have written.
 
     Args:
         folder: The folder in which the ranks have written.
@@ -88,8 +105,10 @@ def complete_folder(
         for part in parts:
             ranges += [WrittenRange(*entry) for entry in part["ranges"]]
             files.append(FileRecord(**part["file"]))
-        write_metadata(folder, ranges)
-        files.append(record_file(folder / METADATA))
+        grouped = group_ranges(ranges)
+        write_metadata(folder, grouped)
+        write_range_index(folder, grouped)
+        files += [record_file(folder / METADATA), record_file(folder / RANGES)]
         manifest = Manifest(
             step=step,
             files=tuple(sorted(files, key=lambda record: record.name)),

@@ -144,7 +144,7 @@ def _write_weights(
     total = sum(math.prod(record.shape) for record in manifest.tensors.values())
     bar = show_progress(total, f"export of {folder.name}", "value", unit_scale=True)
     with DirectoryWriter(out, entries) as writer, bar:
-        for name, start, values in stored_pieces(folder, manifest.tensors):
+        for name, start, values in stored_pieces(folder, manifest):
             bar.update(values.numel())
             if name in entries:
                 writer.write(name, start, values.to(entries[name].dtype))

@@ -5,7 +5,6 @@ All ranks live in one process here; each plans and writes as torch.distributed.c
 
 from __future__ import annotations
 
-import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cpt.checkpoint.flat_planner import FlatLoadPlanner, FlatRange, FlatSavePlanner
+from cpt.checkpoint.flat_planner import FlatRange, FlatSavePlanner
+from cpt.checkpoint.manifest import METADATA
+from cpt.checkpoint.old_metadata import read_old_metadata
+from cpt.checkpoint.range_index import index_of_archives
 from cpt.checkpoint.reader import read_ranges
 from cpt.errors import CheckpointError
 
@@ -47,14 +49,8 @@ def save(folder: Path, ranks: list[Ranges]) -> None:
 
 
 def load(folder: Path, ranges: Ranges) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(
-            ranges,
-            storage_reader=dcp.FileSystemReader(folder),
-            planner=FlatLoadPlanner(),
-            no_dist=True,
-        )
+    index = index_of_archives(read_old_metadata((folder / METADATA).read_bytes()))
+    read_ranges(folder, index, ranges)
 
 
 def pieces(whole: Tensor, cuts: list[int]) -> list[FlatRange]:
@@ -178,12 +174,9 @@ def test_ranks_whose_ranges_overlap_cannot_save(tmp_path: Path) -> None:
         save(tmp_path, [{"w": first}, {"w": second}])
 
 
-REFUSALS = (dcp.CheckpointException, CheckpointError, ValueError)  # DCP's own is no `Exception`
-
-
 def test_unknown_key_is_named(tmp_path: Path) -> None:
     save(tmp_path, [{"w": pieces(numbers(20), [])[0]}])
-    with pytest.raises(REFUSALS, match="master/lm_head"):
+    with pytest.raises(CheckpointError, match="master/lm_head"):
         load(tmp_path, {"master/lm_head": empty_like(pieces(numbers(20), [])[0])})
 
 
@@ -192,19 +185,13 @@ def test_range_beyond_what_is_stored_is_refused(tmp_path: Path, offset: int) -> 
     """Otherwise the rest of the range would keep whatever was in memory."""
     save(tmp_path, [{"w": pieces(numbers(20), [])[0]}])
     beyond = FlatRange(tensor=torch.zeros(10), offset=offset, global_numel=offset + 10)
-    with pytest.raises(REFUSALS):
+    with pytest.raises(CheckpointError, match="are asked for, the checkpoint holds 20"):
         load(tmp_path, {"w": beyond})
 
 
 def test_failure_while_reading_is_a_checkpoint_error(tmp_path: Path) -> None:
-    """DCP raises a BaseException, of which `together` would not tell the other ranks, and the run
-    would end with code 1.
-    """
     save(tmp_path, [{"w": pieces(numbers(20), [])[0]}])
     (tmp_path / "__0_0.distcp").unlink()
     target = empty_like(pieces(numbers(20), [])[0])
-    try:
-        with pytest.raises(CheckpointError):
-            read_ranges(tmp_path, {"w": target})
-    except dcp.CheckpointException as error:
-        pytest.fail(f"not translated: {type(error).__name__}")
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: .*No such file"):
+        load(tmp_path, {"w": target})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,8 +203,35 @@ def test_no_flipped_bit_goes_unnoticed(folder: Path) -> None:
 
 
 def test_other_format_is_refused_with_its_number(folder: Path) -> None:
-    sign_again(folder, lambda body: body.update(format=2))
-    assert refusal(folder) == f"{folder / MANIFEST}: format 2, this version reads 1."
+    sign_again(folder, lambda body: body.update(format=3))
+    assert refusal(folder) == (
+        f"{folder / MANIFEST}: format 3, this version reads 1 to 2. "
+        "Use the version of gpt-oss-cpt that wrote it, or a newer one."
+    )
+
+
+@pytest.mark.parametrize("number", [True, 1.0, "2", None, [2]], ids=repr)
+def test_format_that_is_no_number_is_refused(folder: Path, number: Any) -> None:
+    sign_again(folder, lambda body: body.update(format=number))
+    assert f"format {number!r}, this version reads 1 to 2" in refusal(folder)
+
+
+def test_manifest_of_very_many_values_is_refused_before_they_take_memory(folder: Path) -> None:
+    (folder / MANIFEST).write_bytes(b"[" + b"[]," * 2**22 + b"[]]")
+    tracemalloc.start()
+    try:
+        assert "more than 4194304 values; not one of ours." in refusal(folder)
+        assert tracemalloc.get_traced_memory()[1] < 2 * (folder / MANIFEST).stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "shape", [[2**40, 2**40], [1] * 9, [5, 0], [2**62] * 10_000], ids=lambda shape: str(shape)[:20]
+)
+def test_shape_that_no_tensor_has_is_refused(folder: Path, shape: list[int]) -> None:
+    sign_again(folder, lambda body: body["tensors"]["lm_head.weight"].update(shape=shape))
+    assert "'lm_head.weight' is no tensor of a model" in refusal(folder)
 
 
 @pytest.mark.parametrize("key", ["files", "tensors", "layout", "state", "step"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cpt.checkpoint.metadata import PARTS
+from cpt.checkpoint.manifest import PARTS
 from tests.dist.cases import Scenario, parameter_file
 from tests.dist.test_layout_parity import Reference, assert_alike, assert_same_tensors, stored
 from tests.support.launcher import ROOT, launch

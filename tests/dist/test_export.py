@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssForCausalLM,
 
 from cpt.checkpoint import weights as checkpoint_weights
 from cpt.checkpoint.manifest import read_manifest, write_manifest
+from cpt.checkpoint.range_index import RangeIndex
 from cpt.checkpoint.reader import step_folder
 from cpt.errors import CheckpointError, ConfigError
 from cpt.export.huggingface import QUANTIZATION_CONFIG, REPORT_FILE, export_checkpoint
@@ -196,9 +197,9 @@ def test_memory_is_bounded_by_a_piece_and_several_files_hold_the_same(
     asked: list[int] = []
     read = checkpoint_weights.read_ranges
 
-    def counting(where: Path, ranges: dict[str, Any]) -> None:
+    def counting(where: Path, index: RangeIndex, ranges: dict[str, Any]) -> None:
         asked.append(sum(part.tensor.numel() for part in ranges.values()))
-        read(where, ranges)
+        read(where, index, ranges)
 
     monkeypatch.setattr(checkpoint_weights, "read_ranges", counting)
     monkeypatch.setattr(checkpoint_weights, "PIECE_NUMEL", 20_000)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from cpt.checkpoint.flat_planner import FlatRange
-from cpt.checkpoint.manifest import read_manifest, verify_files
-from cpt.checkpoint.metadata import PARTS
+from cpt.checkpoint.manifest import PARTS, read_manifest, verify_files
+from cpt.checkpoint.range_index import read_range_index
 from cpt.checkpoint.reader import read_ranges, step_folder
 from cpt.model.freezing import freeze
 from cpt.planning.traffic import exchanges
@@ -339,7 +339,7 @@ def stored_tensors(step: Path, part: str) -> dict[str, torch.Tensor]:
         flat = torch.full((numel,), float("nan"))
         tensors[name] = flat.view(record.shape)
         ranges[f"{part}/{name}"] = FlatRange(tensor=flat, offset=0, global_numel=numel)
-    read_ranges(step, ranges)
+    read_ranges(step, read_range_index(step, manifest), ranges)
     return tensors
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cpt.checkpoint.metadata import PARTS
+from cpt.checkpoint.manifest import PARTS
 from tests.dist.cases import CLIPPING, STEPS, Scenario, parameter_file, reference_model
 from tests.dist.test_layout_parity import assert_alike, assert_same_tensors, named, stored
 from tests.support.launcher import ROOT, launch

@@ -20,8 +20,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 
-from cpt.checkpoint.manifest import read_manifest
-from cpt.checkpoint.metadata import PARTS
+from cpt.checkpoint.manifest import PARTS, read_manifest
 from cpt.checkpoint.reader import find_checkpoint, list_steps, step_folder
 from cpt.cli import main
 from cpt.errors import CheckpointError

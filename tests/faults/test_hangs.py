@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt.checkpoint.metadata import PARTS
+from cpt.checkpoint.manifest import PARTS
 from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.telemetry.goodput import goodput
 from cpt.telemetry.metrics import read_events

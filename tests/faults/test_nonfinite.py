@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cpt.checkpoint.metadata import PARTS
+from cpt.checkpoint.manifest import PARTS
 from cpt.checkpoint.reader import step_folder
 from tests.dist.cases import ROWS, Scenario, parameter_file, reference_model
 from tests.dist.test_layout_parity import stored_tensors

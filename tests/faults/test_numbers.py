@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from cpt.checkpoint.manifest import read_manifest
-from cpt.checkpoint.metadata import PARTS
+from cpt.checkpoint.manifest import PARTS, read_manifest
 from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.job.progress import read_rollbacks
 from tests.dist.test_layout_parity import stored_tensors
