@@ -73,8 +73,12 @@ def end_with_reason(error: BaseException, program: str) -> int:
 
 
 def prepare_process() -> None:
-    """Let no character that a terminal lacks, and no default limit on files, end a command."""
+    """Let no character that a terminal lacks, and no default limit on files, end a command, and let
+    nobody else write to what it makes.
+    """
     raise_descriptor_limit()
+    # 002 is a common default; libraries, too, make files and folders in run directories
+    os.umask(os.umask(0o022) | 0o022)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -18,7 +18,6 @@ from cpt.checkpoint.manifest import (
     TensorRecord,
     check_hashes,
     check_listing,
-    ownership_warnings,
     read_manifest,
     share_of_files,
 )
@@ -38,6 +37,7 @@ from cpt.deepspeed_adapter.partition import full_local_numel, full_local_shape
 from cpt.deepspeed_adapter.shards import local_shards, publish_master_weights, set_optimizer_step
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
+from data_pipeline.store.ownership import refuse_foreign
 
 log = logging.getLogger("cpt.checkpoint")
 
@@ -123,6 +123,9 @@ def agreed_refusal(folder: Path, topology: Topology) -> str | None:
     """Return why a checkpoint is not to be used, or None; the same on all ranks.
 
     Each rank reads its share of the files.
+
+    Raises:
+        ConfigError: it is not this user's alone.
     """
     group = topology.control_group
     manifests: list[Manifest] = []
@@ -133,18 +136,15 @@ def agreed_refusal(folder: Path, topology: Topology) -> str | None:
             check_listing(folder, manifests[0])
         check_hashes(folder, share_of_files(manifests[0].files, topology.rank, topology.world_size))
 
+    on_first_rank(group, lambda: refuse_foreign(folder, "checkpoint"))
     reasons = gather_json(reason_of(read_share), group)
     if not any(reasons):
         reasons = on_first_rank(
             group, lambda: [reason_of(lambda: read_range_index(folder, manifests[0]))]
         )
     reason = next((reason for reason in reasons if reason is not None), None)
-    if topology.rank == 0:
-        if reason is not None:
-            log.warning("checkpoint rejected: %s", reason)
-        else:
-            for warning in ownership_warnings(folder):
-                log.warning("who may change this checkpoint: %s", warning)
+    if topology.rank == 0 and reason is not None:
+        log.warning("checkpoint rejected: %s", reason)
     return reason
 
 

@@ -295,16 +295,3 @@ def share_of_files(files: Sequence[FileRecord], rank: int, world_size: int) -> l
     sizes = {record.name: record.bytes for record in files}
     names = divide_among_all(sizes, world_size)[rank]
     return [record for record in files if record.name in names]
-
-
-def ownership_warnings(folder: Path) -> list[str]:
-    """Return what is odd about who may change a checkpoint; hashes find damage, but no author."""
-    found = []
-    for path in (folder, *sorted(folder.iterdir())):
-        status = path.lstat()
-        name = path.relative_to(folder.parent)
-        if status.st_uid not in (os.getuid(), 0):
-            found.append(f"{name} belongs to user {status.st_uid}, not to you ({os.getuid()}).")
-        if status.st_mode & stat.S_IWOTH:
-            found.append(f"{name} is writable by everybody; chmod o-w.")
-    return found

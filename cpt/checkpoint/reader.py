@@ -28,6 +28,7 @@ from cpt.checkpoint.manifest import (
 from cpt.checkpoint.range_index import RangeIndex, read_range_index
 from cpt.errors import CheckpointError, ConfigError
 from cpt.storage.state_bytes import FP32_BYTES
+from data_pipeline.store.ownership import refuse_foreign
 
 MOST_LISTED = 20
 """Checkpoints that a message lists."""
@@ -63,8 +64,14 @@ def find_checkpoint(run_dir: Path, resume: str) -> tuple[int | None, list[str]]:
 
     Raises:
         CheckpointError: see `first_sound`.
+        ConfigError: one of them is not this user's alone.
     """
-    return first_sound(run_dir, candidates(run_dir, resume), refusal_of)
+
+    def refusal(folder: Path) -> str | None:
+        refuse_foreign(folder, "checkpoint")
+        return refusal_of(folder)
+
+    return first_sound(run_dir, candidates(run_dir, resume), refusal)
 
 
 def candidates(run_dir: Path, resume: str) -> list[int]:

@@ -38,6 +38,7 @@ from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.resilience.faults import fault_point
 from cpt.storage.space import check_checkpoint_space, write_error
+from data_pipeline.store.files import FOLDER_MODE, make_folder
 
 log = logging.getLogger("cpt.checkpoint")
 
@@ -304,12 +305,12 @@ class Saver:
         def fresh_folder() -> None:
             parent = save.temporary.parent
             try:
-                parent.mkdir(parents=True, exist_ok=True)
+                make_folder(parent)
                 for stale in parent.glob(".tmp-step-*"):
                     shutil.rmtree(stale)
                 needed = self.expected_bytes()
                 check_checkpoint_space(parent, needed, largest_file_bytes=needed // world_size)
-                save.temporary.mkdir()
+                save.temporary.mkdir(mode=FOLDER_MODE)
             except OSError as error:
                 raise write_error(error, parent) from error
 

@@ -36,7 +36,7 @@ from data_pipeline.charts import (
     draw_lines,
     new_figure,
 )
-from data_pipeline.store.files import write_json
+from data_pipeline.store.files import make_folder, write_json
 from data_pipeline.tables import table
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def merge(
 def _check_place(pair: Pair, alphas: Sequence[float], out: Path, *, score_only: bool) -> None:
     """Refuse, before anything is scored, what could not be written after it."""
     refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     if not score_only:
         check_merged_space(pair, alphas, out.parent)
 

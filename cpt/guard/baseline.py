@@ -20,7 +20,7 @@ from cpt.errors import ConfigError
 from cpt.guard.score import DomainScore, Floats, as_floats
 from cpt.parallel.agreement import on_first_rank
 from cpt.resilience.best_effort import best_effort
-from data_pipeline.store.files import write_json
+from data_pipeline.store.files import make_folder, write_json
 from data_pipeline.store.packing import Integers
 
 BASELINE_FILE = "baseline.json"
@@ -196,7 +196,7 @@ def write_on_first_rank(group: dist.ProcessGroup, path: Path, content: Json) -> 
     """
 
     def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_json(path, content)
 
     on_first_rank(group, write)
@@ -217,7 +217,7 @@ def keep_on_first_rank(
     def keep() -> str:
         name = ""
         with best_effort(f"The {what} of the guard at step {step} are not kept for an audit"):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             path = free_file(folder, what, step)
             write_json(path, content)
             name = path.name

@@ -9,7 +9,8 @@
                                    weight directory, KL targets, free space
 
 A run and `--dry_run` pass the same gate.  Every rank checks what it needs to know its
-configuration.  The first rank alone checks what reads more than that; a run agrees on its findings
+configuration, and the caches of its node.  The first rank alone checks what reads more than that;
+a run agrees on its findings
 once there is a process group (`PassedGate.refuse`).
 
 Three checks come later, because they read whole files or need them to exist: the contents of weight
@@ -26,7 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cpt.checkpoint.reader import list_steps
+from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.config import LaunchInfo, RunConfig, RunYaml, load, readable_parts, resolve
 from cpt.deepspeed_adapter.engine import check_internals
 from cpt.deepspeed_adapter.json_values import block_problems
@@ -36,6 +37,7 @@ from cpt.guard.generation.requirements import generation_problems
 from cpt.guard.kept_files import missing_files
 from cpt.guard.requirements import documents_by_domain, guard_problems
 from cpt.guard.traces.requirements import trace_problems
+from cpt.job.caches import check_caches
 from cpt.job.data import build_folder, check_mix, check_plan, open_current_build, plan_of
 from cpt.job.findings import Findings, joined
 from cpt.job.passed_gate import PassedGate
@@ -65,6 +67,7 @@ from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.strict_yaml import Located, nearest
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import DataPlan
+from data_pipeline.store.ownership import RUN_FOLDERS, refuse_foreign
 
 log = logging.getLogger("cpt.job.gate")
 
@@ -130,8 +133,8 @@ class _Gate:
         self.resume = resume_word(options.resume, environment.restarts)
         self.found = Findings()
         """Refusals of the checks that every rank makes."""
-        self.found_by_first = Findings()
-        """Refusals of the checks that only the first rank makes."""
+        self.found_by_one = Findings()
+        """Refusals of the checks that only the first rank makes, and of those of its own node."""
         self.model_config: Any = None
         self.config: RunConfig | None = None
         self.mix: MixConfig | None = None
@@ -152,16 +155,18 @@ class _Gate:
         """
         self._check_model()
         self._check_mix()
+        self.found_by_one.attempt(lambda: check_caches(os.environ))
         if self.environment.rank == 0:
             self._check_fit()
             self._check_trackers()
             self._check_weights()
             self._check_kl_targets()
-            self._check_checkpoint()
-            self._check_run_dir()
+            if self._may_use_run_dir():
+                self._check_checkpoint()
+                self._check_run_dir()
             self._check_data()
         if self.found.errors:
-            _raise_any(self.found, self.found_by_first)
+            _raise_any(self.found, self.found_by_one)
         assert self.config is not None and self.mix is not None
         return PassedGate(
             config=self.config,
@@ -175,7 +180,7 @@ class _Gate:
             room=self.room,
             card=self.card,
             environment=self.environment,
-            refusal=joined(self.found_by_first),
+            refusal=joined(self.found_by_one),
         )
 
     def _check_model(self) -> None:
@@ -222,7 +227,7 @@ class _Gate:
         start = PlannedStart.of(self.run_yaml, self.json_file, self.model_config, self._launch())
         problem = fit_problem(start, self.card)
         if problem is not None:
-            self.found_by_first.add([problem])
+            self.found_by_one.add([problem])
         memory = start.memory()
         warning = None if memory is None else fit_warning(memory, self.card)
         if warning is not None:
@@ -240,13 +245,13 @@ class _Gate:
 
     def _check_trackers(self) -> None:
         if self.trains:
-            self.found_by_first.add(tracker_problems(self.run_yaml))
+            self.found_by_one.add(tracker_problems(self.run_yaml))
 
     def _check_weights(self) -> None:
         path = self.run_yaml.model.path
         if path is None or self.model_config is None:
             return
-        found = self.found_by_first
+        found = self.found_by_one
         shapes = parameter_shapes(self.model_config)
         found.attempt(lambda: check_directory(path, shapes))
         problems = found.attempt(lambda: tokenizer_problems(path, self.model_config.vocab_size))
@@ -255,14 +260,24 @@ class _Gate:
     def _check_kl_targets(self) -> None:
         folder = self.run_yaml.train.kl_targets
         if folder is not None:
-            problems = self.found_by_first.attempt(lambda: presence_problems(folder))
-            self.found_by_first.add(problems or [])
+            problems = self.found_by_one.attempt(lambda: presence_problems(folder))
+            self.found_by_one.add(problems or [])
+
+    def _may_use_run_dir(self) -> bool:
+        """Return whether what lies in the run directory may be read, and something written there.
+
+        Otherwise it is refused unread.
+        """
+        found = self.found_by_one
+        num_before = len(found.errors)
+        found.attempt(lambda: refuse_foreign(self.run_dir, "run directory", RUN_FOLDERS))
+        return len(found.errors) == num_before
 
     def _check_run_dir(self) -> None:
         config = self.config
         if config is None:
             return
-        found = self.found_by_first
+        found = self.found_by_one
         numels = parameter_numels(self.model_config)
         num_before = len(found.errors)
         found.attempt(lambda: check_place(self.run_dir, config, numels))
@@ -279,13 +294,16 @@ class _Gate:
 
     def _check_checkpoint(self) -> None:
         """Find the checkpoint to go on from and compare it with the model and the schedule."""
-        found = self.found_by_first
+        found = self.found_by_one
         num_before = len(found.errors)
         checkpoint = found.attempt(lambda: expected_checkpoint(self.run_dir, self.resume))
         self.starts_fresh = checkpoint is None and len(found.errors) == num_before
         self.checkpoint = checkpoint
         if checkpoint is None or self.config is None:
             return
+        found.attempt(
+            lambda: refuse_foreign(step_folder(self.run_dir, checkpoint.step), "checkpoint")
+        )
         found.attempt(lambda: checkpoint.check_model(self.model_config))
         seam = Seam.of(checkpoint.state, checkpoint.name, checkpoint.step, self.config)
         self.seam = seam
@@ -297,12 +315,12 @@ class _Gate:
         mix = self.mix
         if mix is None:
             return
-        self.found_by_first.add(generation_problems(self.run_yaml.guard, mix))
-        self.found_by_first.add(trace_problems(self.run_yaml.guard, mix, self.run_yaml.train))
+        self.found_by_one.add(generation_problems(self.run_yaml.guard, mix))
+        self.found_by_one.add(trace_problems(self.run_yaml.guard, mix, self.run_yaml.train))
         data = self._open_build(mix)
         guard = self.run_yaml.guard
         num_documents = documents_by_domain(mix, None if data is None else data.manifest)
-        self.found_by_first.add(
+        self.found_by_one.add(
             guard_problems(
                 guard,
                 self.run_yaml.train.total_steps,
@@ -325,7 +343,7 @@ class _Gate:
         problems = missing_files(
             self.run_dir, mix, seam.step, has_held_out=any(num_documents.values())
         )
-        self.found_by_first.add(problems)
+        self.found_by_one.add(problems)
 
     def _start(self, mix: MixConfig, data: BuiltData | None) -> StartingPoint | None:
         """Return where the run goes on; None if that is refused, or cannot be known yet."""
@@ -334,7 +352,7 @@ class _Gate:
             return None
         checkpoint = self.checkpoint
         if checkpoint is not None:
-            return self.found_by_first.attempt(
+            return self.found_by_one.attempt(
                 lambda: start_from(checkpoint, self.run_dir, config, self.model_config, mix, data)
             )
         if data is None or not self.starts_fresh:
@@ -343,7 +361,7 @@ class _Gate:
 
     def _open_build(self, mix: MixConfig) -> BuiltData | None:
         """Return the build of a mix; None if it is refused, or not built yet."""
-        found = self.found_by_first
+        found = self.found_by_one
         settings = self.run_yaml.data
         folder = found.attempt(lambda: build_folder(settings, mix))
         if folder is None or not folder.exists():
@@ -353,11 +371,11 @@ class _Gate:
     def _check_plan(self, mix: MixConfig, data: BuiltData, start: StartingPoint) -> None:
         config = self.config
         assert config is not None
-        plan = self.found_by_first.attempt(
+        plan = self.found_by_one.attempt(
             lambda: plan_of(config, data, mix, start.ledger, start.progress)
         )
         if plan is not None:
-            self.found_by_first.attempt(lambda: check_plan(config, plan))
+            self.found_by_one.attempt(lambda: check_plan(config, plan))
         self.plan = plan
 
 

@@ -10,13 +10,13 @@ All are UTF-8, with text as people write it.
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import yaml
 
 from cpt.config import RunConfig
-from data_pipeline.store.files import write_text
+from data_pipeline.bounded.files import read_small_file
+from data_pipeline.store.files import make_folder, write_text
 
 NEWEST = "config.resolved.yaml"
 FOLDER = "configs"
@@ -37,9 +37,9 @@ def keep_config(run_dir: Path, config: RunConfig) -> Path:
     newest = run_dir / NEWEST
     folder = run_dir / FOLDER
     if not folder.exists() and newest.exists():
-        folder.mkdir()
-        shutil.copy2(newest, folder / "start-0000.yaml")
-    folder.mkdir(exist_ok=True)
+        make_folder(folder)
+        write_text(folder / "start-0000.yaml", read_small_file(newest, follow_links=False).decode())
+    make_folder(folder)
     file = folder / f"start-{_last_start(folder) + 1:04d}.yaml"
     write_text(file, text)
     write_text(newest, text)

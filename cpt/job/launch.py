@@ -32,7 +32,7 @@ from cpt.job.run_report import draw_report_of_leaving
 from cpt.job.samples import print_continuations
 from cpt.job.summary import describe, describe_data, describe_memory
 from cpt.model.parameters import parameter_numels
-from cpt.parallel.agreement import gather_json, on_first_rank
+from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.resilience.best_effort import best_effort
 from cpt.resilience.devices import this_device
@@ -70,7 +70,7 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
     topology = create_topology(
         sp_size=passed.config.sp_size, ep_size=passed.config.ep_size, device=device
     )
-    on_first_rank(topology.control_group, passed.refuse)
+    together(topology.control_group, passed.refuse)
     check_same_everywhere(passed.config, topology)
     run(options, passed, topology, stop)
     dist.destroy_process_group()

@@ -11,10 +11,12 @@ from __future__ import annotations
 import faulthandler
 import logging
 import sys
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from data_pipeline.console.log_lines import LineFormatter, keep_traces_in, show_traces
+from data_pipeline.store.files import no_links
 
 FOLDER = "logs"
 MAX_BYTES = 64 * 2**20
@@ -42,6 +44,9 @@ class _RankFile(RotatingFileHandler):
             exc_info=trace,
         )
 
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=no_links)
+
     def doRollover(self) -> None:
         super().doRollover()
         self.take_crashes()
@@ -49,7 +54,7 @@ class _RankFile(RotatingFileHandler):
     def take_crashes(self) -> None:
         """Let Python write its stack into this file if it is ended by a signal such as SIGSEGV."""
         # a stream of its own, which stays open while this one changes
-        faulthandler.enable(open(self.baseFilename, "a", encoding="utf-8"))  # noqa: SIM115
+        faulthandler.enable(self._open())
 
 
 def log_path(run_dir: Path, rank: int) -> Path:

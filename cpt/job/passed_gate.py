@@ -46,10 +46,10 @@ class PassedGate:
     environment: LaunchEnvironment
     """What the launcher tells this rank."""
     refusal: CptError | None
-    """Everything that the first rank refuses; None on the others."""
+    """Everything that the first rank refuses; on the others, what is wrong with their node."""
 
     def refuse(self) -> None:
-        """Raise the findings of the first rank.
+        """Raise what this rank refuses; a run makes it known to all ranks.
 
         Raises:
             CptError: everything found, in one message.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
+import secrets
 import shutil
-import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,9 +19,12 @@ from cpt.parallel.topology import Topology
 from cpt.resilience.lock import LOCK, RunLock, take_lock
 from cpt.storage.space import check_checkpoint_space, size_text
 from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES
+from data_pipeline.store.files import FILE_MODE, make_folder
+from data_pipeline.store.ownership import refuse_foreign
 
 log = logging.getLogger("cpt.job.run_dir")
 
+RUN_DIR_MODE = 0o700
 EXPORT_BYTES = 2
 """Bytes of a parameter in an export, which is bf16."""
 
@@ -58,19 +60,16 @@ def make_run_dir(run_dir: Path) -> None:
     """Create the run directory, for its owner only, and try to write there.
 
     Raises:
+        ConfigError: it is there and not this user's alone.
         StorageError: it cannot be created or written.
     """
     try:
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        run_dir.mkdir(exist_ok=True, mode=0o700)
-        probe = run_dir / f".write-probe-{os.getpid()}"
-        probe.touch()
+        make_folder(run_dir, RUN_DIR_MODE)
+        # another user may have made it since the gate has looked
+        refuse_foreign(run_dir, "run directory")
+        probe = run_dir / f".write-probe-{secrets.token_hex(8)}"
+        probe.touch(mode=FILE_MODE, exist_ok=False)
         probe.unlink()
-        if run_dir.stat().st_mode & stat.S_IWOTH:
-            log.warning(
-                "%s is writable by everybody, but a run loads what lies there; chmod o-w.",
-                run_dir,
-            )
     except (FileExistsError, NotADirectoryError) as error:
         raise StorageError(
             f"run directory {run_dir}: {error.filename} is not a directory. "
@@ -94,13 +93,13 @@ def move_aside(run_dir: Path) -> None:
         if entry.name.startswith("previous-"):
             number = entry.name.removeprefix("previous-")
             numbers.append(int(number) if number.isdigit() else 0)
-        elif entry.name != LOCK:
+        elif not entry.name.startswith(LOCK):
             kept.append(entry)
     if not kept:
         return
     try:
         aside = run_dir / f"previous-{max(numbers) + 1}"
-        aside.mkdir()
+        aside.mkdir(mode=RUN_DIR_MODE)
         for entry in kept:
             shutil.move(str(entry), str(aside / entry.name))
     except OSError as error:

@@ -45,6 +45,7 @@ from cpt.training.kl_target_format import (
 from cpt.training.loader import NO_SOURCE, filler_row, make_micro_batch
 from data_pipeline.config.strict_yaml import nearest
 from data_pipeline.dataset import BuiltData
+from data_pipeline.store.files import make_folder
 
 LARGEST_TOP_K = 1024
 """Largest value that `--top_k` accepts."""
@@ -110,7 +111,7 @@ def write_targets(request: TargetsRequest, options: RankOptions | None = None) -
 def _check_place(request: TargetsRequest, data: BuiltData) -> None:
     """Refuse a place that exists or is too small; the result is there twice for a moment."""
     refuse_existing(request.out)
-    request.out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(request.out.parent)
     num_bytes = _num_tokens(request, data) * bytes_per_token(request.top_k)
     kept = 0
     folder = partial_folder(request.out)

@@ -43,7 +43,7 @@ from cpt.resilience.faults import fault_point
 from cpt.resilience.lock import RunLock, take_lock
 from cpt.training.generate import GenerationStopped
 from data_pipeline.console.progress import ProgressBar, show_progress
-from data_pipeline.store.files import PARTIAL_SUFFIX, atomic_write, write_json
+from data_pipeline.store.files import PARTIAL_SUFFIX, atomic_write, make_folder, write_json
 
 IDENTITY_FILE = "work.json"
 FORMAT_VERSION = 1
@@ -367,7 +367,7 @@ def kept_pieces(out: Path, identity: Mapping[str, Any], ranks: OfflineRanks) -> 
     locks: list[RunLock] = []
 
     def begin() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         locks.append(take_lock(folder, "--out"))
         _identify(folder, identity)
 

@@ -1,6 +1,10 @@
 """The lock that keeps a run directory to one job: <run_dir>/.lock names the process at work, and a
 thread keeps its time stamp fresh.
 
+Two starts that find the same stale lock are kept apart by a lock of the kernel on another file,
+which is there for that moment only.  Each user has one of his own: in a directory that is shared on
+purpose, nobody else could open it.
+
 How a start decides whether the holder is alive
     on this machine: its process exists and was started at the recorded time;
     an earlier start of the same job: it is over by definition;
@@ -10,7 +14,6 @@ How a start decides whether the holder is alive
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -26,9 +29,14 @@ from cpt.errors import ConfigError
 from cpt.resilience.environment import job_id, restarts_of_job
 from cpt.resilience.processes import pid_namespace, start_ticks_of
 from data_pipeline.bounded.files import read_small_file
-from data_pipeline.store.files import write_json
+from data_pipeline.store.file_lock import LockHeld, file_lock
+from data_pipeline.store.files import FILE_MODE, write_json
 
 LOCK = ".lock"
+ENTRANCE = ".lock-entrance"
+"""Prefix of the file that is locked while the lock is taken."""
+ENTRANCE_SECONDS = 60.0
+"""How long a start waits for another one that is taking the lock, which takes milliseconds."""
 REFRESH_SECONDS = 15.0
 STALE_SECONDS = 120.0
 
@@ -129,21 +137,24 @@ def take_lock(run_dir: Path, option: str = "--run_dir") -> RunLock:
 def _one_at_a_time(run_dir: Path) -> Iterator[None]:
     """Keep two processes that find the same stale lock from both taking it.
 
-    Where the file system has no flock, nothing keeps them from it.
+    Raises:
+        ConfigError: another process did not let go in time, or the file is another user's.
     """
-    descriptor = os.open(run_dir, os.O_RDONLY)
+    path = run_dir / f"{ENTRANCE}-{os.geteuid()}"
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        with file_lock(path, limit_seconds=ENTRANCE_SECONDS, is_kept=False):
+            yield
+    except LockHeld as held:
+        raise ConfigError(
+            f"{run_dir}: {held}, for {ENTRANCE_SECONDS:.0f} s. A start holds it for a moment only: "
+            "see what that process does, and end it if it hangs."
+        ) from None
 
 
 def _read(path: Path) -> Holder | None:
     """Return who holds a lock, or None if the file cannot be understood."""
     try:
-        return Holder(**json.loads(read_small_file(path)))
+        return Holder(**json.loads(read_small_file(path, follow_links=False)))
     except (ValueError, TypeError, RecursionError):
         return None
 
@@ -189,7 +200,7 @@ def _is_earlier_start(holder: Holder, own: Holder) -> bool:
 def _age_seconds(path: Path) -> float:
     """Return the age of a file by the clock of the file system, which may not be this machine's."""
     probe = path.with_name(f"{LOCK}-probe-{uuid.uuid4().hex}")
-    probe.touch()
+    probe.touch(mode=FILE_MODE, exist_ok=False)
     try:
         return probe.stat().st_mtime - path.stat().st_mtime
     finally:

@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch.distributed as dist
 
@@ -57,6 +57,7 @@ from cpt.resilience.neighbors import Death, Neighbors, describe_kill
 from cpt.resilience.out_of_memory import kill_counts
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.processes import kernel_report_of
+from data_pipeline.store.files import make_folder, no_links
 
 LEAVE_SECONDS = 10.0
 """How long the last to leave wait for the others."""
@@ -513,14 +514,18 @@ class Watchdog:
     def _write_stacks(self, ruling: Ruling) -> None:
         """Write this rank's stacks, and what the kernel says about the hung ranks of this node."""
         rank = self._topology.rank
-        self._stacks.mkdir(parents=True, exist_ok=True)
+        make_folder(self._stacks)
         for other, pid in self._hung_neighbors(ruling).items():
-            with open(self._stacks / f"rank-{other}.txt", "a", encoding="utf-8") as file:
+            with self._open_stacks(other) as file:
                 file.write("\n".join([*kernel_report_of(pid), ""]))
-        with open(self._stacks / f"rank-{rank}.txt", "a", encoding="utf-8") as file:
+        with self._open_stacks(rank) as file:
             file.write(f"{ruling.text}\nstacks of rank {rank} in {self._location()}:\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
+
+    def _open_stacks(self, rank: int) -> IO[str]:
+        """Open the file of a rank's stacks for appending."""
+        return open(self._stacks / f"rank-{rank}.txt", "a", encoding="utf-8", opener=no_links)
 
     def _keep(self, ruling: Ruling) -> None:
         """Record a ruling, unless the file system does not answer in time."""

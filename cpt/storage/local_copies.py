@@ -14,7 +14,6 @@ Decisions
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -26,11 +25,16 @@ from pathlib import Path
 
 from cpt.errors import StorageError
 from cpt.storage.space import check_space
+from data_pipeline.store.file_lock import LockHeld, file_lock
+from data_pipeline.store.files import make_folder
+from data_pipeline.store.ownership import refuse_foreign
 
 VARIABLE = "CPT_STAGED"
 """Environment variable: a JSON object from paths on shared storage to those of copies."""
 SPACE_MARGIN = 1.02
 """Free space that a copy must find, as a multiple of its size."""
+LONGEST_WAIT_SECONDS = 3600.0
+"""How long a job waits for another one that copies to the same folder."""
 COPIES_AT_ONCE = 8
 """Files that are copied at the same time: one stream does not fill a parallel file system."""
 _PARTIAL = ".partial-"
@@ -51,15 +55,24 @@ def alone_in(root: Path) -> Iterator[None]:
     done.
 
     Raises:
-        StorageError: the directory cannot be made or written.
+        ConfigError: the directory is not this user's alone.
+        StorageError: the directory cannot be made or written, or another job does not let go of it.
     """
-    try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (root / ".lock").touch()
-    except OSError as error:
-        raise StorageError(f"{root}: {error.strerror}. Set CPT_STAGE_DIR to another.") from error
-    with open(root / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        try:
+            make_folder(root, 0o700)
+            refuse_foreign(root, "folder of copies")
+            lock = file_lock(root / ".lock", limit_seconds=LONGEST_WAIT_SECONDS)
+            held.enter_context(lock)
+        except LockHeld as error:
+            raise StorageError(
+                f"{root}: {error}, for more than {LONGEST_WAIT_SECONDS:.0f} s. Set CPT_STAGE_DIR "
+                "to another."
+            ) from None
+        except OSError as error:
+            raise StorageError(
+                f"{root}: {error.strerror}. Set CPT_STAGE_DIR to another."
+            ) from error
         for leftover in root.glob(f"{_PARTIAL}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield

@@ -87,7 +87,7 @@ class EventReader:
         self.is_caught_up = True
         if self._offset >= self._size:
             return []
-        with open_regular(self._path) as file:
+        with open_regular(self._path, follow_links=False) as file:
             file.seek(self._offset)
             data = file.read(max_bytes)
         self.is_caught_up = len(data) < max_bytes

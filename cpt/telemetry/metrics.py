@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from cpt.resilience.best_effort import reason_of
 from cpt.telemetry.json_values import finite
+from data_pipeline.store.files import no_links
 
 log = logging.getLogger("cpt.telemetry.metrics")
 
@@ -147,7 +148,7 @@ def append_bytes(path: Path, data: bytes) -> None:
     Raises:
         OSError: nothing was appended, or a cut-off line that the next call ends.
     """
-    with open(path, "a+b", buffering=0) as file:
+    with open(path, "a+b", buffering=0, opener=no_links) as file:
         size = file.seek(0, 2)
         if size:
             file.seek(size - 1)

@@ -24,6 +24,7 @@ from typing import Any
 from cpt.resilience.environment import node_name
 from cpt.telemetry.metrics import append_bytes
 from data_pipeline.bounded.files import read_small_file
+from data_pipeline.store.files import no_links
 
 METRICS = "metrics.jsonl"
 LAST_FAILURE = "last_failure.json"
@@ -119,7 +120,8 @@ def record_failure(run_dir: Path, end: EndRecord) -> bool:
     """
     path = run_dir / LAST_FAILURE
     temporary = run_dir / f".{LAST_FAILURE}.{secrets.token_hex(4)}"
-    temporary.write_text(json.dumps(asdict(end), indent=2) + "\n", encoding="utf-8")
+    with open(temporary, "x", encoding="utf-8", opener=no_links) as file:
+        file.write(json.dumps(asdict(end), indent=2) + "\n")
     try:
         os.link(temporary, path)  # fails if the name is taken, unlike a rename
     except FileExistsError:
@@ -142,7 +144,7 @@ def forget_failure(run_dir: Path) -> None:
 def read_failure(run_dir: Path) -> EndRecord | None:
     """Return how the newest start of a run failed; None if it did not, or if it cannot be read."""
     try:
-        values = json.loads(read_small_file(run_dir / LAST_FAILURE))
+        values = json.loads(read_small_file(run_dir / LAST_FAILURE, follow_links=False))
         return EndRecord(**values)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None

@@ -410,7 +410,7 @@ def read_small_yaml(path: Path) -> dict[str, Any]:
         ValueError: it is too large, no map, or uses aliases, which could make it explode.
         yaml.YAMLError: it is no YAML.
     """
-    text = read_small_file(path)
+    text = read_small_file(path, follow_links=False)
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
         if isinstance(token, yaml.AliasToken):
             raise ValueError("it uses aliases")

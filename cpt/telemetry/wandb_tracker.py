@@ -26,7 +26,7 @@ from cpt.resilience.best_effort import best_effort, reason_of
 from cpt.resilience.processes import command_of, parent_of, process_ids
 from cpt.telemetry.shown import Event, StepTable, StepTables, distributions, scalars
 from cpt.telemetry.wandb_settings import Mode, WandbSettings
-from data_pipeline.store.files import write_json
+from data_pipeline.store.files import make_folder, write_json
 
 if TYPE_CHECKING:
     import wandb
@@ -103,7 +103,7 @@ class WandbTracker:
         import wandb
 
         settings = self._settings
-        settings.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(settings.folder)
         # tables wait here until they are sent; a home directory may be small or read-only
         os.environ.setdefault("WANDB_DATA_DIR", str(settings.folder / "wandb" / "data"))
         return wandb.init(

@@ -31,15 +31,22 @@ class MalformedInput(ValueError):
         return f"{source}{line}: {self._problem}."
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
     """Open a regular file for reading, and wait for nothing.
 
+    Args:
+        path: The file.
+        follow_links: False inside a run directory: a link there could lead to another file.
+
     Raises:
-        OSError: it cannot be opened, or is a folder, a pipe or a device.
+        OSError: it cannot be opened, or is a folder, a pipe or a device, or a link.
     """
+    # without O_NONBLOCK the opening of a pipe waits until somebody writes
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    if not follow_links:
+        flags |= os.O_NOFOLLOW
     try:
-        # without O_NONBLOCK the opening of a pipe waits until somebody writes
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, flags)
     except ValueError as error:  # a NUL, or a character that a file name cannot have
         raise OSError(errno.EINVAL, f"Not a file name ({error})", str(path)) from error
     mode = os.fstat(descriptor).st_mode
@@ -51,14 +58,21 @@ def open_regular(path: Path) -> BinaryIO:
     raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
-def read_small_file(path: Path, max_bytes: int = SMALL_BYTES) -> bytes:
+def read_small_file(
+    path: Path, max_bytes: int = SMALL_BYTES, *, follow_links: bool = True
+) -> bytes:
     """Return the content of a regular file that should be small.
 
+    Args:
+        path: The file.
+        max_bytes: The largest size that is read.
+        follow_links: See `open_regular`.
+
     Raises:
-        OSError: it cannot be read, or is a folder, a pipe or a device.
+        OSError: it cannot be read, or is a folder, a pipe or a device, or a link.
         MalformedInput: it is larger than `max_bytes`.
     """
-    with open_regular(path) as file:
+    with open_regular(path, follow_links=follow_links) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise MalformedInput(f"larger than {max_bytes:,} bytes")

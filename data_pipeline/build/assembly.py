@@ -24,7 +24,7 @@ from data_pipeline.build.self_replay import base_model_of
 from data_pipeline.build.source_parts import SourceParts
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.errors import DataError
-from data_pipeline.store.files import atomic_write, sha256_of, sync_directory
+from data_pipeline.store.files import atomic_write, make_folder, sha256_of, sync_directory
 from data_pipeline.store.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
@@ -152,7 +152,7 @@ def _pack_split(
     directory: Path, documents: Integers, document_tokens: Integers, mix: MixConfig
 ) -> RowIndex:
     rows = pack(documents, document_tokens, mix.seq_len, mix.packing)
-    directory.mkdir(exist_ok=True)
+    make_folder(directory)
     for name in ARRAY_NAMES:
         _save_array(directory / f"{name}.npy", getattr(rows, name))
     return rows

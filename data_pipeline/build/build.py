@@ -20,9 +20,9 @@ Decisions
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from itertools import chain
@@ -40,20 +40,20 @@ from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.console.progress import show_progress
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.descriptors import reserve_descriptors
-from data_pipeline.store.files import (
-    PARTIAL_SUFFIX,
-    sync_directory,
-    write_json,
-)
+from data_pipeline.store.file_lock import LockHeld, file_lock
+from data_pipeline.store.files import PARTIAL_SUFFIX, make_folder, sync_directory, write_json
 from data_pipeline.store.manifest import (
     FILE_NAME,
     BuildManifest,
     check_files,
     read_manifest,
 )
+from data_pipeline.store.ownership import refuse_foreign
 
 DEFAULT_ROOT = Path("data")
 """Directory for builds and audit pages that are given no place of their own."""
+WORK = "unfinished build"
+"""The name of a work directory in messages."""
 _WORK_FILE = "work.json"
 
 
@@ -71,13 +71,18 @@ def build(
     Raises:
         DataError: the input cannot be used, `out_dir` holds another mix or something else, or
             another process is building there.
+        ConfigError: what lies there is not this user's alone.
         StorageError: the input has more files than this process may have open.
     """
     out_dir = Path(out_dir).absolute()
     origin = read_origin(mix)
     wanted = origin.fingerprint
     work_dir = _work_dir(out_dir)
-    with _locked(out_dir, fcntl.LOCK_EX):
+    if _is_of_another_user(out_dir):
+        # named as shared, or refused by who reads its manifest: nothing is written there
+        return _read_existing(out_dir, mix, wanted)
+    with _locked(out_dir):
+        refuse_foreign(work_dir, WORK)
         if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
             manifest = _read_existing(out_dir, mix, wanted)
             shutil.rmtree(work_dir, ignore_errors=True)
@@ -113,7 +118,8 @@ def build_share(
     out_dir = Path(out_dir).absolute()
     wanted = fingerprint(mix)
     work_dir = _work_dir(out_dir)
-    with _locked(out_dir, fcntl.LOCK_SH):
+    with _locked(out_dir, is_shared=True):
+        refuse_foreign(work_dir, WORK)
         if (out_dir / FILE_NAME).exists():
             _read_existing(out_dir, mix, wanted)
             return 0
@@ -202,6 +208,14 @@ def _work_dir(out_dir: Path) -> Path:
     return out_dir.with_name(f".{out_dir.name}.building")
 
 
+def _is_of_another_user(out_dir: Path) -> bool:
+    """Return whether another user has made a build, so that this one may only read it."""
+    try:
+        return out_dir.stat().st_uid != os.geteuid() and any(out_dir.iterdir())
+    except OSError:
+        return False
+
+
 def _holds_work(work_dir: Path, wanted: str) -> bool:
     """Return whether a build of the same fingerprint was begun here."""
     try:
@@ -213,7 +227,8 @@ def _holds_work(work_dir: Path, wanted: str) -> bool:
 
 def _prepare(work_dir: Path, mix: MixConfig, wanted: str) -> list[list[Part]]:
     """Make the work directory, and return the parts of every source."""
-    work_dir.mkdir(exist_ok=True)
+    make_folder(work_dir)
+    refuse_foreign(work_dir, WORK)
     write_json(work_dir / _WORK_FILE, {"fingerprint": wanted})
     return [_source_parts(work_dir, mix, source) for source in mix.sources]
 
@@ -260,19 +275,16 @@ def _make_parts(parts: list[Part], progress: bool, workers: int) -> None:
 
 
 @contextlib.contextmanager
-def _locked(out_dir: Path, kind: int) -> Iterator[None]:
+def _locked(out_dir: Path, *, is_shared: bool = False) -> Iterator[None]:
     """Hold the lock of `out_dir`; the kernel drops it when the process dies, however it dies."""
     try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        path = out_dir.with_name(f".{out_dir.name}.lock")
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"{out_dir}: another process is building it. Wait for that one."
-                ) from None
+        make_folder(out_dir.parent)
+        with file_lock(out_dir.with_name(f".{out_dir.name}.lock"), is_shared=is_shared):
             yield
+    except LockHeld as held:
+        raise DataError(
+            f"{out_dir}: another process is building it ({held}). Wait for that one."
+        ) from None
     except PermissionError as error:
         raise DataError(
             f"{error.filename}: cannot be written ({error.strerror}). Choose another --out."

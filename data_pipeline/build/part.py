@@ -38,7 +38,7 @@ from data_pipeline.build.sources import read_documents
 from data_pipeline.build.units import Unit
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
-from data_pipeline.store.files import atomic_write, sha256_of, write_json
+from data_pipeline.store.files import atomic_write, make_folder, sha256_of, write_json
 from data_pipeline.store.packing import ARRAY_ERRORS, why_no_array
 from data_pipeline.store.shards import SUFFIX, write_shard
 from data_pipeline.text.cleaning import Tally
@@ -170,8 +170,8 @@ def make_part(part: Part) -> Account:
     Raises:
         DataError: the input cannot be used.
     """
-    part.shard_path.parent.mkdir(parents=True, exist_ok=True)
-    part.account_path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(part.shard_path.parent)
+    make_folder(part.account_path.parent)
     tally = Tally()
     facts = _DocumentFacts(part.near_duplicates)
     has_shard = _write_shard(part, tally, facts)

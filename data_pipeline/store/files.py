@@ -4,6 +4,10 @@ Decisions
     Everything in this repository that replaces a file does it here: the bytes go to a temporary
     name in the same folder, are synced, and are renamed; then the folder is synced, because a
     rename survives a power cut only once its folder is on disk, too.
+    What is made here can be written to by its owner alone, whatever the umask: `FILE_MODE` and
+    `FOLDER_MODE` are asked for explicitly, and a umask can only take more away.
+    A link in the place of a file is never followed: whoever can make a link there could let us
+    write to, or read, another file of the user.
     sha256 is for files that others check with their own tools; xxh3_128 is some ten times faster
     and is for large files that nobody would forge.
 """
@@ -11,6 +15,7 @@ Decisions
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -23,6 +28,8 @@ from typing import IO, Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 import xxhash
 
 PARTIAL_SUFFIX = ".partial"
+FILE_MODE = 0o644
+FOLDER_MODE = 0o755
 _CHUNK_BYTES = 4 * 2**20
 
 P = ParamSpec("P")
@@ -38,8 +45,8 @@ class AtomicFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         # The random part keeps two processes that write the same file from mixing their bytes.
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
-        self.file: BinaryIO = self._temporary.open("wb")
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
+        self.file: BinaryIO = open(self._temporary, "xb", opener=no_links)  # noqa: SIM115
 
     def publish(self) -> None:
         """Sync the content, and let the file appear under its name."""
@@ -79,6 +86,51 @@ def write_json(
 ) -> None:
     """Write a JSON file atomically: ASCII, and a newline at the end."""
     write_text(path, json.dumps(value, indent=indent, sort_keys=sort_keys) + "\n")
+
+
+def no_links(path: str | Path, flags: int, mode: int = FILE_MODE) -> int:
+    """Open a file as `open(..., opener=no_links)` does, unless its name is that of a link.
+
+    Links among the folders above it are followed.
+
+    Args:
+        path: The file.
+        flags: As for `os.open`.
+        mode: Permissions of a file that is made; the umask narrows them.
+
+    Raises:
+        OSError: it is a link, or cannot be opened.
+    """
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not os.path.islink(path):
+            raise
+        reason = "It is a symbolic link, which is not followed here"
+        raise OSError(errno.ELOOP, reason, str(path)) from error
+
+
+def make_folder(path: Path, mode: int = FOLDER_MODE) -> None:
+    """Make a folder and those above it, unless it is there; only their owner can write to them.
+
+    Args:
+        path: The folder.
+        mode: Permissions of the folder itself; the umask narrows them.
+
+    Raises:
+        OSError: it cannot be made, or something else has its name.
+    """
+    try:
+        path.mkdir(mode=mode)
+    except FileNotFoundError:
+        if path.parent == path:
+            raise
+        make_folder(path.parent)
+        make_folder(path, mode)
+    except OSError:
+        # a file system may say EROFS or EACCES of what is there
+        if not path.is_dir():
+            raise
 
 
 def sync_directory(path: Path) -> None:

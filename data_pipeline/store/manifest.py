@@ -19,6 +19,7 @@ from data_pipeline.config.mix_config import GuardDomain
 from data_pipeline.console.progress import show_progress
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import sha256_of, write_json
+from data_pipeline.store.ownership import refuse_foreign
 from data_pipeline.store.shards import SUFFIX
 
 FORMAT_VERSION = 4
@@ -203,6 +204,7 @@ def read_manifest(directory: Path) -> BuildManifest:
     Raises:
         DataError: The file is missing, damaged, of another format, or names a file outside the
             build.
+        ConfigError: The build is not this user's alone.
     """
     path = directory / FILE_NAME
     content = _read_content(path)
@@ -224,6 +226,7 @@ def read_manifest(directory: Path) -> BuildManifest:
 def _read_content(path: Path) -> dict[str, Any]:
     """Read the JSON of a manifest and compare it with its checksum."""
     try:
+        refuse_foreign(path.parent, "build")
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise DataError(f"{path}: {size} bytes, more than any manifest has.")

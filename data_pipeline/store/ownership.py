@@ -41,7 +41,11 @@ _MAX_TOLD = 5
 """Entries of a directory that a message names."""
 
 
-def refuse_foreign(path: Path, what: str) -> None:
+RUN_FOLDERS = ("checkpoints", "guard", "configs", "logs", "stacks")
+"""Folders of a run directory whose entries are read back or written to."""
+
+
+def refuse_foreign(path: Path, what: str, folders: Iterable[str] = ()) -> None:
     """Refuse a file or directory that another user owns, or that others may write to.
 
     A path that does not exist is refused only for a link on the way to it.
@@ -49,12 +53,13 @@ def refuse_foreign(path: Path, what: str) -> None:
     Args:
         path: The file or directory.
         what: What it is in the message, such as "run directory".
+        folders: Names of folders in it whose entries are looked at as well as its own.
 
     Raises:
         ConfigError: it is not this user's alone, or CPT_SHARED_DIRS is wrong.
         OSError: it cannot be looked at.
     """
-    problems = foreign_problems(path, what)
+    problems = foreign_problems(path, what, folders)
     if problems:
         raise ConfigError(problems)
 
@@ -93,7 +98,10 @@ def foreign_problems(path: Path, what: str, folders: Iterable[str] = ()) -> list
     told = "\n  ".join(found[:_MAX_TOLD])
     if len(found) > _MAX_TOLD:
         told += f"\n  and {len(found) - _MAX_TOLD} more"
-    return [f"{what} {path} holds what other users may change:\n  {told}\n{_cure(path)}"]
+    return [
+        f"{what} {path} holds what other users may change:\n  {told}\nRemove what is not yours, "
+        f"take the right from others (chmod -R g-w,o-w {path}), or: {_cure(path)}"
+    ]
 
 
 def owner_problem(path: Path, status: os.stat_result, what: str) -> str | None:
@@ -241,7 +249,7 @@ def _reason_of_link(entry: Path, own: os.stat_result, shared: tuple[Path, ...]) 
 def _problem(path: Path, what: str, status: os.stat_result, reason: str) -> str:
     cure = _cure(path)
     if _is_trusted(status.st_uid):
-        cure = f"Take the right from them (chmod g-w,o-w {path}), or: {cure}"
+        cure = f"Take the right from them (chmod -R g-w,o-w {path}), or: {cure}"
     else:
         cure = f"Take one of your own, or: {cure}"
     return f"{what} {path} {reason}. Who can write there can change what is read back. {cure}"

@@ -27,7 +27,7 @@ from cpt.training.kl_target_format import (
     hash_target_file,
     target_file,
 )
-from data_pipeline.store.files import write_json
+from data_pipeline.store.files import make_folder, write_json
 
 FORMAT_VERSION = 1
 TRACE_FOLDER = "traces"
@@ -168,7 +168,7 @@ class TraceFolder:
 
     def write_chunk(self, origin: TraceOrigin, number: int, replies: Sequence[Tokens]) -> None:
         """Keep the replies of a chunk of prompts."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         content = {"origin": asdict(origin), "replies": [list(reply) for reply in replies]}
         write_json(self._chunk_file(origin.name, number), content)
 
@@ -177,7 +177,7 @@ class TraceFolder:
 
     def open_targets(self, name: str, num_tokens: int, top_k: int) -> TargetFileWriter:
         """Begin the file of a domain's targets."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         return TargetFileWriter(self.folder, name, num_tokens, top_k)
 
     def complete(

@@ -10,10 +10,15 @@ Source: safetensors, README, section Format.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import math
 import os
+import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +32,16 @@ from cpt.errors import ConfigError, InternalError
 from cpt.model.weights.checksums import write_sums
 from cpt.model.weights.hf_layout import INDEX_FILE, SINGLE_FILE
 from cpt.storage.space import check_space, write_error
-from data_pipeline.store.files import AtomicFile, sync_directory, write_json
+from data_pipeline.store.files import (
+    FOLDER_MODE,
+    AtomicFile,
+    make_folder,
+    sync_directory,
+    write_json,
+)
 
+LEFTOVER_SECONDS = 24 * 3600.0
+"""Age at which an unfinished directory counts as left by a killed process."""
 LARGEST_FILE_BYTES = 4 * 2**30
 """A file holds at least one tensor, and more as long as it stays below this."""
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8", torch.int32: "I32"}
@@ -174,15 +187,19 @@ def refuse_existing(out: Path) -> None:
 def published(out: Path) -> Iterator[Path]:
     """Give a directory to fill, and rename it to `out` at the end; after a failure nothing is left.
 
+    Its name until then cannot be guessed, and is not that of another process that writes `out`.
+    What a killed process has left is removed once nothing has changed in it for a day.
+
     Raises:
         ConfigError: `out` exists.
         StorageError: A file could not be written.
     """
     refuse_existing(out)
-    temporary = out.with_name(f".tmp-{out.name}")
+    _remove_leftovers(out)
+    temporary = out.with_name(f".tmp-{out.name}-{secrets.token_hex(8)}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        make_folder(out.parent)
+        temporary.mkdir(mode=FOLDER_MODE)
         yield temporary
         sync_directory(temporary)
         os.rename(temporary, out)
@@ -192,6 +209,27 @@ def published(out: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise write_error(error, out.parent) from error
         raise
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what processes of this user that were killed have left beside `out`."""
+    for folder in out.parent.glob(f".tmp-{glob.escape(out.name)}-*"):
+        suffix = folder.name.removeprefix(f".tmp-{out.name}-")
+        if not re.fullmatch(r"[0-9a-f]{16}", suffix) or folder.is_symlink():
+            continue
+        with contextlib.suppress(OSError):
+            # two clocks may differ, that of the file system and this machine's, but not by a day
+            is_stale = time.time() - _last_change(folder) > LEFTOVER_SECONDS
+            if is_stale and folder.stat().st_uid == os.geteuid():
+                shutil.rmtree(folder)
+
+
+def _last_change(folder: Path) -> float:
+    """Return when a folder or anything in it was written last, as Unix time."""
+    newest = folder.stat().st_mtime
+    for path in folder.rglob("*"):
+        newest = max(newest, path.lstat().st_mtime)
+    return newest
 
 
 def check_weights_space(folder: Path, num_bytes: int) -> None:

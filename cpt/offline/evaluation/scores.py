@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpt.errors import ConfigError
-from data_pipeline.store.files import atomic_write
+from data_pipeline.store.files import atomic_write, make_folder
 
 FORMAT_VERSION = 1
 
@@ -151,7 +151,7 @@ def write_result(path: Path, result: Result) -> None:
         "tasks": {name: asdict(score) for name, score in result.scores.items()},
         "verdicts": [asdict(verdict) for verdict in result.verdicts],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=1).encode("ascii") + b"\n")
 

@@ -23,7 +23,7 @@ from cpt.errors import ConfigError, InternalError
 from cpt.model.weights.checksums import model_hash
 from cpt.offline.evaluation.benchmark_commands import Programs, ServedModel, command_of
 from cpt.offline.evaluation.suite import Benchmark, Suite
-from data_pipeline.store.files import write_json
+from data_pipeline.store.files import make_folder, no_links, write_json
 
 DONE_FILE = "done.json"
 LOG_FILE = "log.txt"
@@ -195,10 +195,10 @@ def _run(
     benchmark: Benchmark, suite: Suite, model: ServedModel, programs: Programs, folder: Path
 ) -> tuple[int, float]:
     """Run one benchmark, and return its exit code and the seconds it took."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     command = command_of(benchmark, suite, model, programs, folder)
     started = time.monotonic()
-    with open(folder / LOG_FILE, "ab") as log:
+    with open(folder / LOG_FILE, "ab", opener=no_links) as log:
         log.write(f"{json.dumps(command)}\n".encode())
         log.flush()
         environment = environment_of(benchmark, suite, os.environ)

@@ -173,7 +173,7 @@ def _comparisons(run: Run) -> tuple[TextPair, ...]:
 def _read_examples(path: Path) -> dict[str, Any]:
     """Return the examples of a look by domain; none if the file is not there or damaged."""
     try:
-        content = json.loads(read_small_file(path, MAX_EXAMPLES_BYTES))
+        content = json.loads(read_small_file(path, MAX_EXAMPLES_BYTES, follow_links=False))
     except (OSError, ValueError, RecursionError):
         return {}
     domains = content.get("domains") if isinstance(content, dict) else None

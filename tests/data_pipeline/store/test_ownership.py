@@ -66,7 +66,7 @@ def test_directory_that_others_may_write_to_is_refused(tmp_path: Path, mode: int
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(mode)
-    with pytest.raises(ConfigError, match=f"may be written to by {who}.*chmod g-w,o-w"):
+    with pytest.raises(ConfigError, match=f"may be written to by {who}.*chmod -R g-w,o-w"):
         refuse_foreign(folder, "build")
 
 

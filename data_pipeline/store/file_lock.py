@@ -1,0 +1,161 @@
+"""Locks on files, which the kernel drops when their process dies, however it dies.
+
+Decisions
+    Whoever can open a file, if only for reading, can hold its lock for ever.  So a lock is a file
+    of its own with mode 0600, never a directory that others may read.
+    Nobody waits without end and without a word: after `TELL_SECONDS` a waiting process names who
+    holds the lock, if that can be known, and after its own limit it gives up.
+    /proc/locks knows the holder if it is a process of this machine; those of others are not known.
+    Where the file system has no flock, nothing keeps two processes apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.store.files import no_links
+from data_pipeline.store.ownership import user_name
+
+PRIVATE_MODE = 0o600
+TELL_SECONDS = 2.0
+_RETRY_SECONDS = 0.1
+
+log = logging.getLogger("data_pipeline.file_lock")
+
+
+class LockHeld(Exception):
+    """A lock that another process still holds at the end of the time that was given."""
+
+
+@contextlib.contextmanager
+def file_lock(
+    path: Path, *, is_shared: bool = False, limit_seconds: float = 0.0, is_kept: bool = True
+) -> Iterator[None]:
+    """Hold the lock of a file, which is made if it is not there.
+
+    Args:
+        path: The file; nothing else is ever written to it.
+        is_shared: Hold it together with others that do so.
+        limit_seconds: How long to wait for others.
+        is_kept: False removes the file at the end.
+
+    Raises:
+        LockHeld: another process still holds it; the message names it, if it is known.
+        ConfigError: the file belongs to another user.
+        OSError: it cannot be made, or is a link.
+    """
+    descriptor = _locked_descriptor(path, is_shared, limit_seconds)
+    try:
+        yield
+    finally:
+        if not is_kept:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        os.close(descriptor)
+
+
+def _locked_descriptor(path: Path, is_shared: bool, limit_seconds: float) -> int:
+    """Open and lock the file that has the name now; another process may have removed it."""
+    deadline = time.monotonic() + limit_seconds
+    while True:
+        descriptor = _open_private(path)
+        try:
+            _wait_for(descriptor, path, is_shared, deadline)
+            if _is_still(path, descriptor):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _open_private(path: Path) -> int:
+    """Open a lock file of this user that nobody else can open.
+
+    Raises:
+        ConfigError: it belongs to another user.
+        OSError: it cannot be opened, or is a link.
+    """
+    try:
+        owner = path.lstat().st_uid
+    except FileNotFoundError:
+        owner = os.geteuid()
+    if owner not in (os.geteuid(), 0):
+        raise ConfigError(
+            f"the lock {path} belongs to {user_name(owner)}, not to {user_name(os.geteuid())}. "
+            "Wait until that user is done, then let the file be removed; or choose another place."
+        )
+    descriptor = no_links(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, PRIVATE_MODE)
+    status = os.fstat(descriptor)
+    if stat.S_IMODE(status.st_mode) & 0o077 and status.st_uid == os.geteuid():
+        os.fchmod(descriptor, PRIVATE_MODE)
+    return descriptor
+
+
+def _wait_for(descriptor: int, path: Path, is_shared: bool, deadline: float) -> None:
+    """Lock an open file.
+
+    Raises:
+        LockHeld: another process holds it at the deadline.
+    """
+    kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+    tell_at = time.monotonic() + TELL_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            now = time.monotonic()
+        except OSError:  # a file system without flock
+            return
+        if now >= deadline:
+            raise LockHeld(f"the lock {path} is held by {_holder_of(descriptor)}")
+        if now >= tell_at:
+            tell_at = deadline
+            log.warning(
+                "waiting for the lock %s, held by %s, for at most %.0f s more",
+                path,
+                _holder_of(descriptor),
+                deadline - now,
+            )
+        time.sleep(_RETRY_SECONDS)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Return whether a name is still that of an open file."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _holder_of(descriptor: int) -> str:
+    """Return who holds the lock of an open file, for people."""
+    status = os.fstat(descriptor)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        lines = Path("/proc/locks").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        words = line.split()
+        # 1: FLOCK  ADVISORY  WRITE 1234 fd:01:5678 0 EOF; one that waits has -> behind its number
+        if len(words) >= 6 and words[1] == "FLOCK" and words[5] == device:
+            return _process_text(words[4])
+    return "a process that cannot be named, perhaps on another machine"
+
+
+def _process_text(pid: str) -> str:
+    try:
+        owner = os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return f"process {pid} of this machine"
+    return f"process {pid} of {user_name(owner)} on this machine"
