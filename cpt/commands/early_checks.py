@@ -13,6 +13,7 @@ from pathlib import Path
 from cpt.errors import ConfigError
 from cpt.model.missing_model import CONFIG, why_no_model
 from cpt.resilience.environment import is_launched
+from data_pipeline.store.ownership import RUN_FOLDERS, foreign_problems
 
 
 def refuse(*problems: Sequence[str]) -> None:
@@ -33,6 +34,17 @@ def run_dir_problems(run_dir: Path | None) -> list[str]:
     if run_dir is None or run_dir.is_dir():
         return []
     return [f"--run_dir {run_dir} does not exist."]
+
+
+def own_run_dir_problems(run_dir: Path | None) -> list[str]:
+    """Return why a command may not read back, or write to, a run directory; None was not given.
+
+    Commands that only show a run (status, watch, compare, checkpoints, guard audit) take those of
+    other users, too.
+    """
+    if run_dir is None or not run_dir.is_dir():
+        return run_dir_problems(run_dir)
+    return foreign_problems(run_dir, "run directory", RUN_FOLDERS)
 
 
 def model_problems(option: str, path: Path | None) -> list[str]:

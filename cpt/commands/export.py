@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
-from cpt.commands.early_checks import out_problems, refuse, run_dir_problems
+from cpt.commands.early_checks import out_problems, own_run_dir_problems, refuse
 from cpt.commands.shared_options import add_ranks, add_step, checkpoint_folder, rank_options
 from cpt.resilience.environment import rank_of_environment
 
@@ -36,7 +36,7 @@ def _run(options: argparse.Namespace) -> None:
     problems = []
     if options.format not in FORMATS:
         problems.append(f"--format {options.format} is none of {', '.join(FORMATS)}.")
-    refuse(problems, run_dir_problems(options.run_dir), out_problems(options.out))
+    refuse(problems, own_run_dir_problems(options.run_dir), out_problems(options.out))
     from cpt.export.run_export import describe_export, export_run
 
     folder = checkpoint_folder(options.run_dir, options.step)

@@ -10,7 +10,12 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
-from cpt.commands.early_checks import model_problems, refuse, run_dir_problems
+from cpt.commands.early_checks import (
+    model_problems,
+    own_run_dir_problems,
+    refuse,
+    run_dir_problems,
+)
 from cpt.commands.shared_options import add_ranks, rank_options, tell
 
 
@@ -44,7 +49,7 @@ def _run_audit(options: argparse.Namespace) -> None:
 
 
 def _run_divergence(options: argparse.Namespace) -> None:
-    refuse(run_dir_problems(options.run_dir), model_problems("--model", options.model))
+    refuse(own_run_dir_problems(options.run_dir), model_problems("--model", options.model))
     from cpt.offline.trace_divergence import divergence_report
 
     tell(divergence_report(options.run_dir, options.model, rank_options(options)))

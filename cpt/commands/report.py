@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
+from cpt.commands.early_checks import own_run_dir_problems, refuse
 
 
 def add_parser(commands: Commands) -> None:
@@ -18,6 +19,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    refuse(own_run_dir_problems(options.run_dir))
     from cpt.telemetry.report.page import write_report
 
     print(write_report(options.run_dir))

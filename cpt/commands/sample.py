@@ -7,7 +7,7 @@ import datetime
 from pathlib import Path
 
 from cpt.commands import Commands
-from cpt.commands.early_checks import model_problems, refuse, run_dir_problems
+from cpt.commands.early_checks import model_problems, own_run_dir_problems, refuse
 from cpt.commands.shared_options import (
     add_device_map,
     add_sampling,
@@ -51,7 +51,9 @@ def _run(options: argparse.Namespace) -> None:
         problems.append("--prompt is empty. Give some text to continue.")
     if not options.chat and (options.developer or options.effort):
         problems.append("--developer and --effort are for --chat only.")
-    refuse(problems, run_dir_problems(options.run_dir), model_problems("--model", options.model))
+    refuse(
+        problems, own_run_dir_problems(options.run_dir), model_problems("--model", options.model)
+    )
     from cpt.offline.plain_model import load_checkpoint, load_export
     from cpt.offline.sampling import decode_channels, decode_tokens, generate
     from data_pipeline.text.harmony import encode_prompt

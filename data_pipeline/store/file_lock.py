@@ -27,6 +27,7 @@ from data_pipeline.store.ownership import user_name
 PRIVATE_MODE = 0o600
 TELL_SECONDS = 2.0
 _RETRY_SECONDS = 0.1
+LOCK_LIST = Path("/proc/locks")
 
 log = logging.getLogger("data_pipeline.file_lock")
 
@@ -38,11 +39,13 @@ class LockHeld(Exception):
 @contextlib.contextmanager
 def file_lock(
     path: Path, *, is_shared: bool = False, limit_seconds: float = 0.0, is_kept: bool = True
-) -> Iterator[None]:
+) -> Iterator[bool]:
     """Hold the lock of a file, which is made if it is not there.
 
+    Yields whether others are kept out: not where the file system has no flock.
+
     Args:
-        path: The file; nothing else is ever written to it.
+        path: The file; its content is never changed here.
         is_shared: Hold it together with others that do so.
         limit_seconds: How long to wait for others.
         is_kept: False removes the file at the end.
@@ -52,9 +55,9 @@ def file_lock(
         ConfigError: the file belongs to another user.
         OSError: it cannot be made, or is a link.
     """
-    descriptor = _locked_descriptor(path, is_shared, limit_seconds)
+    descriptor, is_locked = _locked_descriptor(path, is_shared, limit_seconds)
     try:
-        yield
+        yield is_locked
     finally:
         if not is_kept:
             with contextlib.suppress(OSError):
@@ -62,15 +65,15 @@ def file_lock(
         os.close(descriptor)
 
 
-def _locked_descriptor(path: Path, is_shared: bool, limit_seconds: float) -> int:
+def _locked_descriptor(path: Path, is_shared: bool, limit_seconds: float) -> tuple[int, bool]:
     """Open and lock the file that has the name now; another process may have removed it."""
     deadline = time.monotonic() + limit_seconds
     while True:
         descriptor = _open_private(path)
         try:
-            _wait_for(descriptor, path, is_shared, deadline)
+            is_locked = _wait_for(descriptor, path, is_shared, deadline)
             if _is_still(path, descriptor):
-                return descriptor
+                return descriptor, is_locked
         except BaseException:
             os.close(descriptor)
             raise
@@ -100,8 +103,8 @@ def _open_private(path: Path) -> int:
     return descriptor
 
 
-def _wait_for(descriptor: int, path: Path, is_shared: bool, deadline: float) -> None:
-    """Lock an open file.
+def _wait_for(descriptor: int, path: Path, is_shared: bool, deadline: float) -> bool:
+    """Lock an open file; return whether that is possible.
 
     Raises:
         LockHeld: another process holds it at the deadline.
@@ -111,11 +114,11 @@ def _wait_for(descriptor: int, path: Path, is_shared: bool, deadline: float) -> 
     while True:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            return
+            return True
         except BlockingIOError:
             now = time.monotonic()
         except OSError:  # a file system without flock
-            return
+            return False
         if now >= deadline:
             raise LockHeld(f"the lock {path} is held by {_holder_of(descriptor)}")
         if now >= tell_at:
@@ -142,7 +145,7 @@ def _holder_of(descriptor: int) -> str:
     status = os.fstat(descriptor)
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     try:
-        lines = Path("/proc/locks").read_text(encoding="ascii", errors="replace").splitlines()
+        lines = LOCK_LIST.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         lines = []
     for line in lines:

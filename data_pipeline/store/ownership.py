@@ -206,14 +206,15 @@ def _foreign_link(path: Path, shared: tuple[Path, ...]) -> Path | None:
 
 
 def _foreign_entries(folder: Path, shared: tuple[Path, ...]) -> list[str]:
-    """Return the entries of a folder that are not this user's alone."""
+    """Return the entries of a folder that are not this user's alone.
+
+    Where nobody else can get in, only the owner of an entry says who put it there.
+    """
     try:
-        status = folder.stat()
-        # Where nobody else can get in, only the owner of an entry says who put it there.
-        is_open = bool(status.st_mode & (stat.S_IXGRP | stat.S_IXOTH))
         entries = sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+    is_open = _is_open(folder)
     found = []
     for entry in entries:
         try:
@@ -228,6 +229,15 @@ def _foreign_entries(folder: Path, shared: tuple[Path, ...]) -> list[str]:
         if reason is not None:
             found.append(f"{entry} {reason}")
     return found
+
+
+def _is_open(folder: Path) -> bool:
+    """Return whether others can get into a folder: into it, and into those above it."""
+    real = Path(os.path.realpath(folder))
+    for place in (real, *real.parents):
+        if not place.stat().st_mode & (stat.S_IXGRP | stat.S_IXOTH):
+            return False
+    return True
 
 
 def _reason_of_link(entry: Path, own: os.stat_result, shared: tuple[Path, ...]) -> str | None:

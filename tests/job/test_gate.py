@@ -5,11 +5,13 @@ The same faults are told by `--dry_run` and by a run, and each of them alone is 
 
 from __future__ import annotations
 
+import getpass
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from cpt.checkpoint.manifest import Manifest, TensorRecord, read_manifest, write_manifest
+from cpt.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    TensorRecord,
+    read_manifest,
+    write_manifest,
+)
 from cpt.errors import CheckpointError, ConfigError, DataError, InternalError, StorageError
+from cpt.job.caches import check_caches
 from cpt.job.findings import Findings, joined
 from cpt.job.progress import Progress
 from cpt.model.configuration import PRESETS, load_config
@@ -33,6 +42,7 @@ from data_pipeline.build.build import build
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger
+from data_pipeline.store.ownership import SHARED_VARIABLE
 from tests.support.launcher import ROOT, free_port, rank_environment
 
 DS_CONFIG = ROOT / "ds_configs" / "z3_ulysses.json"
@@ -391,6 +401,62 @@ def test_run_directory_that_cannot_be_read_hides_no_other_refusal(
     assert dry_run("guard.domains={wev: {tolerance_percent: 2}}") == 78
     told = capsys.readouterr().err
     assert told.count(refusal) == 1 and "guard.domains.wev" in told
+
+
+def test_directories_that_others_may_change_are_refused_unread_in_one_message(
+    dry_run: DryRun,
+    own_copy: Path,
+    trained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    run_dir = trained.parents[1]
+    cache = own_copy / "triton"
+    cache.mkdir()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    # a checkpoint that nobody can read shows whether it is read
+    (trained / MANIFEST).write_text("no manifest", encoding="utf-8")
+    for folder in (run_dir, own_copy / "built", cache):
+        folder.chmod(0o777)
+    settings = settings_of(own_copy)
+    try:
+        assert dry_run(*settings) == 78
+        told = capsys.readouterr().err
+        assert f"run directory {run_dir} may be written to by everybody" in told
+        assert f"build {own_copy / 'built'} may be written to by everybody" in told
+        assert f"cache TRITON_CACHE_DIR {cache} may be written to by everybody" in told
+        assert MANIFEST not in told
+        monkeypatch.setenv(SHARED_VARIABLE, f"{own_copy}:{run_dir}:relative")
+        assert dry_run(*settings) == 78
+        assert "CPT_SHARED_DIRS names 'relative'" in capsys.readouterr().err
+    finally:
+        run_dir.chmod(0o700)
+
+
+def test_directories_that_are_named_as_shared_pass_the_gate(
+    dry_run: DryRun, own_copy: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = trained.parents[1]
+    for folder in (run_dir, own_copy / "built"):
+        folder.chmod(0o777)
+    monkeypatch.setenv(SHARED_VARIABLE, f"{own_copy}:{run_dir}")
+    try:
+        assert dry_run(*settings_of(own_copy)) == 0
+    finally:
+        run_dir.chmod(0o700)
+
+
+def test_cache_that_is_not_there_is_made_for_its_user_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(getpass, "getuser", lambda: "taro")
+    check_caches({"TORCH_EXTENSIONS_DIR": str(tmp_path / "deep" / "extensions")})
+    for name in ("deep/extensions", "torchinductor_taro"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o700
+    (tmp_path / "torchinductor_taro").chmod(0o770)
+    with pytest.raises(ConfigError, match=r"its default.*may be written to by its group"):
+        check_caches({})
 
 
 def test_room_for_checkpoints_is_told(dry_run: DryRun, capsys: Any) -> None:

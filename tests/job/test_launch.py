@@ -387,7 +387,6 @@ def test_dry_run_refuses_a_missing_data_file(
 # the run directory
 
 
-@pytest.mark.case("X7", "run directory 0700")
 @pytest.mark.parametrize("has_log", [True, False])
 def test_finished_run_is_told_even_if_nobody_knows_since_when(has_log: bool) -> None:
     def events() -> list[dict[str, Any]]:
@@ -427,6 +426,7 @@ def test_trackers_of_a_stopped_run_are_closed_while_all_ranks_wait(
     assert closed == ([] if is_alone else [launch.STOPPED_CLOSE_SECONDS])
 
 
+@pytest.mark.case("X7", "run directory 0700")
 def test_run_directory_is_private(tmp_path: Path) -> None:
     make_run_dir(tmp_path / "a" / "run")
     assert (tmp_path / "a" / "run").stat().st_mode & 0o777 == 0o700

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -11,8 +12,21 @@ from typing import Any, cast
 import pytest
 
 from cpt.config import CheckpointSection, RunConfig
-from cpt.errors import StorageError
-from cpt.job.run_dir import RoomNeeded, existing_folder, probe, room_needed
+from cpt.errors import ConfigError, StorageError
+from cpt.job.run_dir import RoomNeeded, existing_folder, make_run_dir, probe, room_needed
+from cpt.telemetry.metrics import append_bytes
+from data_pipeline.commands import prepare_process
+from data_pipeline.store.files import make_folder, write_text
+from data_pipeline.store.ownership import RUN_FOLDERS, SHARED_VARIABLE, foreign_problems
+from tests.support.other_users import (
+    ATTACKER,
+    VICTIM,
+    as_user,
+    common_folder,
+    needs_root,
+    owned_folder,
+    owned_link,
+)
 
 NUMELS = {"a": 1000}
 
@@ -88,3 +102,66 @@ def test_folder_that_takes_no_file_is_refused() -> None:
     run_dir = Path("/proc/runs/a")
     with pytest.raises(StorageError, match=r"run directory /proc/runs/a: /proc: .* --run_dir"):
         probe(run_dir, existing_folder(run_dir))
+
+
+@needs_root
+def test_run_directory_of_another_user_is_refused_and_no_link_in_it_is_written_through() -> None:
+    """Finding 2: the victim's own file must not get a line of the run."""
+    with common_folder() as common:
+        home = owned_folder(common / "home", VICTIM, 0o700)
+        secret = home / "startup-file"
+        secret.write_text("mine\n", encoding="utf-8")
+        os.chown(secret, VICTIM, VICTIM)
+        run = owned_folder(common / "run", ATTACKER, 0o2777)
+        owned_link(run / "metrics.jsonl", secret, ATTACKER)
+
+        def use() -> list[str]:
+            told = []
+            for action in (
+                lambda: make_run_dir(run),
+                lambda: append_bytes(run / "metrics.jsonl", b"{}\n"),
+                lambda: write_text(run / "metrics.jsonl", "replaced"),
+            ):
+                try:
+                    action()
+                except (ConfigError, OSError) as error:
+                    told.append(str(error))
+            return told
+
+        told = as_user(VICTIM, use)
+        assert f"belongs to uid {ATTACKER}" in told[0]
+        assert "symbolic link" in told[1]
+        # what is replaced as a whole replaces the link, not what it leads to
+        assert len(told) == 2
+        assert secret.read_text(encoding="utf-8") == "mine\n"
+
+
+@needs_root
+def test_group_writable_directory_of_the_user_is_refused_unless_it_is_named_as_shared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    run.chmod(0o2770)
+    with pytest.raises(ConfigError, match="may be written to by its group"):
+        make_run_dir(run)
+    monkeypatch.setenv(SHARED_VARIABLE, str(tmp_path))
+    make_run_dir(run)
+    assert list(run.iterdir()) == []
+
+
+def test_what_is_made_under_a_loose_umask_passes_the_check(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        run = tmp_path / "runs" / "own"
+        make_run_dir(run)
+        make_folder(run / "guard" / "looks")
+        write_text(run / "guard" / "looks" / "one.json", "{}")
+        append_bytes(run / "metrics.jsonl", b"{}\n")
+        prepare_process()
+        (run / "made-by-a-library").mkdir()
+    finally:
+        os.umask(before)
+    for path in (run.parent, *run.parent.rglob("*")):
+        assert path.stat().st_mode & 0o022 == 0, path
+    assert foreign_problems(run, "run directory", RUN_FOLDERS) == []

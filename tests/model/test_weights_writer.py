@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +19,13 @@ from cpt.errors import ConfigError, InternalError, StorageError
 from cpt.model.weights import writer as tensor_writer
 from cpt.model.weights.checksums import SUMS_FILE
 from cpt.model.weights.hf_layout import INDEX_FILE, SINGLE_FILE, tensor_files
-from cpt.model.weights.writer import DirectoryWriter, Entry, check_weights_space, published
+from cpt.model.weights.writer import (
+    LEFTOVER_SECONDS,
+    DirectoryWriter,
+    Entry,
+    check_weights_space,
+    published,
+)
 
 TENSORS = {
     "a": torch.arange(24, dtype=torch.float32).view(2, 3, 4),
@@ -90,6 +99,52 @@ def test_directory_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no space left"):
         fill()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_that_write_one_directory_do_not_touch_each_other(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with published(out) as first:
+        (first / "weights").write_text("first", encoding="utf-8")
+        with suppress(StorageError), published(out) as second:
+            assert first != second
+            (second / "weights").write_text("second", encoding="utf-8")
+            raise OSError(28, "No space left on device")
+        assert (first / "weights").read_text(encoding="utf-8") == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "weights").read_text(encoding="utf-8") == "first"
+
+
+def test_what_a_killed_process_has_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    killed = os.fork()
+    if killed == 0:
+        with published(tmp_path / "out") as folder:
+            (folder / "weights").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(killed, 0)
+    assert len(list(tmp_path.iterdir())) == 2
+    with published(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_another_machine_has_left_is_removed_after_a_day_and_other_names_never(
+    tmp_path: Path,
+) -> None:
+    left = tmp_path / ".tmp-out-0123456789abcdef"
+    kept = [tmp_path / ".tmp-out-of-a-person", tmp_path / ".tmp-other-0123456789abcdef"]
+    for folder in (left, *kept):
+        folder.mkdir()
+    (tmp_path / f"{left.name}.lock").write_text("another machine", encoding="ascii")
+    with published(tmp_path / "out"):
+        pass
+    assert left.exists()
+    (tmp_path / "out").rmdir()
+    then = time.time() - LEFTOVER_SECONDS - 60
+    for folder in (left, *kept):
+        os.utime(folder, (then, then))
+    with published(tmp_path / "out"):
+        pass
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "out"])
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_written(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -14,7 +16,17 @@ from pathlib import Path
 import pytest
 
 from cpt.errors import ConfigError
+from cpt.resilience import lock
 from cpt.resilience.lock import LOCK, STALE_SECONDS, Holder, take_lock, this_process
+from data_pipeline.store.file_lock import file_lock
+from tests.support.other_users import (
+    ATTACKER,
+    VICTIM,
+    as_user,
+    common_folder,
+    needs_root,
+    owned_folder,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +45,7 @@ def make_old(run_dir: Path) -> None:
 
 @pytest.mark.case("C11", "exit 78; host and pid of the holder are named")
 def test_second_job_is_refused_and_told_who_is_at_work(tmp_path: Path) -> None:
-    lock = take_lock(tmp_path)
+    taken = take_lock(tmp_path)
     with pytest.raises(ConfigError) as caught:
         take_lock(tmp_path)
     text = str(caught.value)
@@ -42,7 +54,7 @@ def test_second_job_is_refused_and_told_who_is_at_work(tmp_path: Path) -> None:
         f"in use by process {os.getpid()} on {socket.gethostname()}: the process is running" in text
     )
     assert str(tmp_path / LOCK) in text
-    lock.release()
+    taken.release()
     take_lock(tmp_path).release()
     assert list(tmp_path.iterdir()) == []
 
@@ -97,7 +109,50 @@ def test_lock_that_says_nothing_sensible_holds_while_it_is_fresh(tmp_path: Path)
 
 
 def test_release_leaves_the_lock_of_a_successor_alone(tmp_path: Path) -> None:
-    lock = take_lock(tmp_path)
+    taken = take_lock(tmp_path)
     other = leave_lock(tmp_path, token="other")
-    lock.release()
+    taken.release()
     assert json.loads((tmp_path / LOCK).read_text(encoding="utf-8"))["token"] == other.token
+
+
+@needs_root
+def test_user_who_may_only_read_a_run_directory_keeps_no_start_waiting() -> None:
+    """Finding 8: uid 3001 holds the lock of a 0755 run directory that it can open for reading."""
+    with common_folder() as common:
+        run = owned_folder(common / "run", VICTIM, 0o755)
+        context = multiprocessing.get_context("fork")
+        held, done = context.Event(), context.Event()
+
+        def hold() -> None:
+            os.setgroups([])
+            os.setgid(ATTACKER)
+            os.setuid(ATTACKER)
+            fcntl.flock(os.open(run, os.O_RDONLY), fcntl.LOCK_EX)
+            held.set()
+            done.wait(60)
+
+        def take() -> float:
+            started = time.monotonic()
+            take_lock(run).release()
+            return time.monotonic() - started
+
+        attacker = context.Process(target=hold)
+        attacker.start()
+        try:
+            assert held.wait(60)
+            assert as_user(VICTIM, take) < 20
+        finally:
+            done.set()
+            attacker.join()
+        assert list(run.iterdir()) == []
+
+
+def test_start_that_hangs_while_it_takes_the_lock_is_told_and_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "ENTRANCE_SECONDS", 0.3)
+    entrance = tmp_path / f"{lock.ENTRANCE}-{os.geteuid()}"
+    with file_lock(entrance), pytest.raises(ConfigError) as caught:
+        take_lock(tmp_path)
+    assert str(entrance) in str(caught.value) and "is held by" in str(caught.value)
+    take_lock(tmp_path).release()

@@ -32,13 +32,16 @@ from cpt.errors import ConfigError, InternalError
 from cpt.model.weights.checksums import write_sums
 from cpt.model.weights.hf_layout import INDEX_FILE, SINGLE_FILE
 from cpt.storage.space import check_space, write_error
+from data_pipeline.store.file_lock import LockHeld, file_lock
 from data_pipeline.store.files import (
     FOLDER_MODE,
     AtomicFile,
     make_folder,
+    no_links,
     sync_directory,
     write_json,
 )
+from data_pipeline.store.foreign_files import read_small_file
 
 LEFTOVER_SECONDS = 24 * 3600.0
 """Age at which an unfinished directory counts as left by a killed process."""
@@ -188,7 +191,8 @@ def published(out: Path) -> Iterator[Path]:
     """Give a directory to fill, and rename it to `out` at the end; after a failure nothing is left.
 
     Its name until then cannot be guessed, and is not that of another process that writes `out`.
-    What a killed process has left is removed once nothing has changed in it for a day.
+    What a killed process has left is removed: at once if it was one of this machine, which the lock
+    beside the directory tells, and else when nothing has changed in it for a day.
 
     Raises:
         ConfigError: `out` exists.
@@ -199,11 +203,14 @@ def published(out: Path) -> Iterator[Path]:
     temporary = out.with_name(f".tmp-{out.name}-{secrets.token_hex(8)}")
     try:
         make_folder(out.parent)
-        temporary.mkdir(mode=FOLDER_MODE)
-        yield temporary
-        sync_directory(temporary)
-        os.rename(temporary, out)
-        sync_directory(out.parent)
+        with file_lock(_lock_of(temporary), is_kept=False):
+            with open(_lock_of(temporary), "w", encoding="ascii", opener=no_links) as lock:
+                lock.write(_this_machine())
+            temporary.mkdir(mode=FOLDER_MODE)
+            yield temporary
+            sync_directory(temporary)
+            os.rename(temporary, out)
+            sync_directory(out.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
@@ -217,11 +224,39 @@ def _remove_leftovers(out: Path) -> None:
         suffix = folder.name.removeprefix(f".tmp-{out.name}-")
         if not re.fullmatch(r"[0-9a-f]{16}", suffix) or folder.is_symlink():
             continue
-        with contextlib.suppress(OSError):
-            # two clocks may differ, that of the file system and this machine's, but not by a day
-            is_stale = time.time() - _last_change(folder) > LEFTOVER_SECONDS
-            if is_stale and folder.stat().st_uid == os.geteuid():
+        with contextlib.suppress(OSError, ConfigError):
+            if folder.stat().st_uid == os.geteuid() and _is_left(folder):
                 shutil.rmtree(folder)
+                _lock_of(folder).unlink(missing_ok=True)
+
+
+def _is_left(folder: Path) -> bool:
+    """Return whether the process that was filling a directory is certainly gone."""
+    lock = _lock_of(folder)
+    with contextlib.suppress(OSError, ValueError):
+        machine = read_small_file(lock, follow_links=False).decode()
+        if machine and machine == _this_machine():
+            try:
+                with file_lock(lock) as is_locked:
+                    if is_locked:
+                        return True
+            except LockHeld:
+                return False
+    # the clocks of the file system and of this machine may differ, but not by a day
+    return time.time() - _last_change(folder) > LEFTOVER_SECONDS
+
+
+def _lock_of(temporary: Path) -> Path:
+    """Return the file that is locked while a directory is filled; it names the machine."""
+    return temporary.with_name(f"{temporary.name}.lock")
+
+
+def _this_machine() -> str:
+    """Return what tells this machine from others; empty if nothing does."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _last_change(folder: Path) -> float:
