@@ -32,6 +32,7 @@ from cpt.errors import ConfigError, InternalError
 from cpt.model.weights.checksums import write_sums
 from cpt.model.weights.hf_layout import INDEX_FILE, SINGLE_FILE
 from cpt.storage.space import check_space, write_error
+from data_pipeline.bounded.files import read_small_file
 from data_pipeline.store.file_lock import LockHeld, file_lock
 from data_pipeline.store.files import (
     FOLDER_MODE,
@@ -41,7 +42,6 @@ from data_pipeline.store.files import (
     sync_directory,
     write_json,
 )
-from data_pipeline.store.foreign_files import read_small_file
 
 LEFTOVER_SECONDS = 24 * 3600.0
 """Age at which an unfinished directory counts as left by a killed process."""
