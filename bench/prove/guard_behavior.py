@@ -15,9 +15,10 @@ seen; replay is English of other packages than it has read, and whole packages a
     English only         a change that should do no harm
 
 Every run is the product: `deepspeed cpt/run.py`, ZeRO, the mixture, the guard.  In the end each
-model answers held-out items, 1,000 of each task.  docs/guard.md names the primary measure, which
-was written down before the runs.  What is done is not repeated, so the script can be stopped and
-started again.  `--smoke` shows that all parts work, at a size whose figures mean nothing.
+model answers held-out items, 1,000 of each task where there are so many.  docs/guard.md names the
+primary measure, which was written down before the runs.  What is done is not repeated, so the
+script can be stopped and started again.  `--smoke` shows that all parts work, at a size whose
+figures mean nothing.
 
 The script needs a Debian system with a package mirror (for the texts) and about 2 GB of disk.
 """

@@ -21,8 +21,9 @@ HELD_OUT_SHARE = 0.25
 """Share of all items that are asked only and never trained on."""
 LANGUAGES = ("en", "ja")
 FAMILIES = ("addition", "sorting", "lookup")
-NUM_PLACES = 400
-"""Facts of the table: one keeper of each place."""
+NUM_PLACES = 60
+"""Facts of the table: one keeper of each place.  A small model needs to meet a fact some hundred
+times to know it."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NUM_LETTERS = 5
 _ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t")
@@ -52,6 +53,14 @@ _LOOKUP_PHRASES = {
         "I am on my way to {place}. Who watches over it?",
         "Do you know the keeper of {place}?",
         "Say who guards {place}.",
+        "I look for the keeper of {place}.",
+        "Who is on guard at {place}?",
+        "{place} has a keeper. Which one?",
+        "Who would I meet at the gate of {place}?",
+        "Whose task is it to guard {place}?",
+        "Please name whoever keeps {place}.",
+        "Who has been set to watch {place}?",
+        "Under whose care is {place}?",
     ),
     "ja": (
         "{place}の番人は誰ですか。",
@@ -62,6 +71,14 @@ _LOOKUP_PHRASES = {
         "{place}へ行きます。番人は誰ですか。",
         "{place}の番人を知っていますか。",
         "{place}を守る者の名前を言ってください。",
+        "{place}の番人を探しています。",
+        "{place}で番をしているのは誰ですか。",
+        "{place}には番人がいます。誰ですか。",
+        "{place}の門では誰に会いますか。",
+        "{place}を守る役目は誰のものですか。",
+        "{place}の番をする者を答えてください。",
+        "{place}を見守っているのはどの動物ですか。",
+        "{place}は誰に守られていますか。",
     ),
 }
 
