@@ -5,6 +5,7 @@
 #   make faults   every fault case, and the table in docs/reliability.md
 #   make gpu      ten minutes of checks and measurements on a machine with a GPU;  make gpu-wheels   wheels for an offline one
 #   make bench    all benchmarks;  make prove   slow proofs;  make corpus   a real corpus
+#   make sbom     a bill of materials of .venv;  make audit   known vulnerabilities;  make licenses   docs/licenses.md
 PYTHON ?= python3
 VENV   := .venv
 TEST_WORKERS ?= 2
@@ -13,7 +14,7 @@ READY  := $(VENV)/.installed
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: train test faults check format bench prove gpu gpu-wheels corpus install clean
+.PHONY: train test faults check format bench prove gpu gpu-wheels corpus sbom audit licenses install clean
 train: $(READY)
 	deepspeed cpt/run.py --ds_config ds_configs/z3_ulysses.json
 
@@ -58,13 +59,41 @@ corpus: $(READY)
 
 install: $(READY)
 
-# torch is installed first and pinned: a range that another package asks for would install another build
-$(READY): constraints.txt setup.cfg pyproject.toml
+# Every package with its hash and nothing that is not listed.  TORCH=cpu or TORCH=cuda chooses; by default torch's build for
+# CPUs is taken where pip is offered one, and that of the package index, with CUDA's libraries, elsewhere.
+TORCH ?= cpu cuda
+PIP := python -m pip install --quiet --disable-pip-version-check --no-deps
+$(READY): $(wildcard requirements/*.txt) constraints.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,tensorboard]'
+	$(PIP) --require-hashes -r requirements/build.txt
+	$(PIP) --require-hashes --no-build-isolation --use-pep517 -r requirements/test.txt
+	for build in $(TORCH); do $(PIP) --require-hashes -r requirements/torch-$$build.txt && exit 0; done; exit 1
+	$(PIP) --no-build-isolation --use-pep517 -e .
+	python -m pip check --disable-pip-version-check
 	touch $(READY)
 
+# tools of a release, in an environment of their own
+RELEASE := .venv-release
+RELEASE_READY := $(RELEASE)/.installed
+$(RELEASE_READY): requirements/release.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/release.txt
+	touch $(RELEASE_READY)
+
+# CycloneDX JSON: what is installed in .venv, with versions and licenses
+sbom: $(READY) $(RELEASE_READY)
+	$(RELEASE)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o sbom.json $(BIN)/python
+
+# asks a database of advisories over the network
+audit: $(RELEASE_READY)
+	for file in run test torch-cuda build; do \
+	    $(RELEASE)/bin/pip-audit --disable-pip --require-hashes -r requirements/$$file.txt || exit 1; done
+
+# asks the package index for the metadata of every pinned package
+licenses: $(RELEASE_READY)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=23.3'
+	$(RELEASE)/bin/python requirements/licenses.py
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(RELEASE) sbom.json .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from cpt.commands.init import FOLDERS
@@ -48,3 +50,20 @@ def test_image_has_what_nccl_needs_for_infiniband() -> None:
     installed = " ".join(words_of("RUN")).split()
     for package in ("libibverbs1", "ibverbs-providers", "librdmacm1", "ibverbs-utils"):
         assert package in installed
+
+
+def test_base_image_is_named_by_its_digest() -> None:
+    (base,) = [words for words in words_of("ARG") if words.startswith("BASE=")]
+    assert re.fullmatch(r"BASE=nvidia/cuda:[\w.-]+@sha256:[0-9a-f]{64}", base)
+    assert words_of("FROM") == ["${BASE}"]
+
+
+def test_image_installs_only_listed_packages_with_their_hashes() -> None:
+    installs = []
+    for words in words_of("RUN"):
+        installs += [part.split() for part in words.split("&&") if "pip install" in part]
+    assert len(installs) == 3
+    for install in installs:
+        assert "--no-deps" in install
+        assert "--require-hashes" in install or install[-2:] == ["-e", "."]
+    assert "pdsh" not in " ".join(words_of("RUN"))
