@@ -18,6 +18,7 @@ def add_parser(commands: Commands) -> None:
         "suite", help="run benchmarks against a served model, compare and plot their scores"
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
+    _add_check(actions)
     _add_run(actions)
     _add_collect(actions)
     _add_compare(actions)
@@ -31,6 +32,14 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", default="", help="names of benchmarks, with commas; default: all of the suite"
     )
+
+
+def _add_check(actions: Commands) -> None:
+    parser = actions.add_parser(
+        "check", help="refuse a model's directory that holds code, before it is served"
+    )
+    parser.add_argument("--model", type=Path, required=True, help="directory to serve")
+    parser.set_defaults(run=_check)
 
 
 def _add_run(actions: Commands) -> None:
@@ -81,12 +90,20 @@ def _suite(options: argparse.Namespace) -> Suite:
     return load_suite(options.suite, [name for name in options.only.split(",") if name])
 
 
+def _check(options: argparse.Namespace) -> None:
+    from cpt.model.foreign_code import refuse_foreign_code
+
+    refuse_foreign_code(options.model, "--model")
+
+
 def _run(options: argparse.Namespace) -> None:
+    from cpt.model.foreign_code import refuse_foreign_code
     from cpt.offline.evaluation.benchmark_commands import Programs
     from cpt.offline.evaluation.scores import read_result
     from cpt.offline.evaluation.suite_run import check_suite, find_model, run_suite
     from cpt.offline.evaluation.verdict import check_baseline
 
+    refuse_foreign_code(options.model, "--model")
     suite = _suite(options)
     if options.baseline is not None:
         check_baseline(suite.limits, {}, read_result(options.baseline).scores)

@@ -10,7 +10,7 @@ is whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import torch
 from transformers import GptOssConfig
 
 from cpt.checkpoint.manifest import Manifest, read_manifest, verify_files
-from cpt.checkpoint.run_state import RunState
+from cpt.checkpoint.model_config import model_config_of
 from cpt.checkpoint.weights import stored_pieces
 from cpt.errors import CheckpointError, ConfigError
 from cpt.export.quantization_error import TensorError, quantization_report
-from cpt.export.reader_forms import generation_config, with_old_keys
+from cpt.export.reader_forms import exported_config, generation_config
 from cpt.export.tokenizer import save_tokenizer
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights import mxfp4
@@ -52,8 +52,6 @@ QUANTIZATION_CONFIG = {
 """Part of config.json, as in the released model."""
 REPORT_FILE = "mxfp4_report.json"
 """Rounding error of every tensor of an MXFP4 export."""
-NOT_EXPORTED = ("quantization_config", "_name_or_path")
-"""Keys of the model's configuration that do not hold for the exported weights."""
 MAX_PROBLEMS = 5
 """Tensors that a refusal names."""
 
@@ -85,23 +83,24 @@ def export_checkpoint(
         raise ConfigError(f"--format {format_name} is not one of: {', '.join(DTYPES)}.")
     refuse_existing(out)  # before the checkpoint is hashed, which takes minutes
     manifest = read_manifest(folder)
+    config = model_config_of(manifest)
     verify_files(folder, manifest)
-    _check_tensors(folder, manifest)
+    _check_tensors(folder, manifest, config)
     with published(out) as temporary:
         entries = _entries(manifest, format_name)
         check_weights_space(temporary, sum(entry.num_bytes for entry in entries.values()))
         errors = _write_weights(folder, manifest, temporary, entries)
         if format_name == "mxfp4":
             _write_json(temporary / REPORT_FILE, quantization_report(errors))
-        _write_other_files(temporary, RunState.of(manifest).model_config, format_name)
+        _write_other_files(temporary, config, format_name)
         if complete is not None:
             complete(temporary)
     return out
 
 
-def _check_tensors(folder: Path, manifest: Manifest) -> None:
+def _check_tensors(folder: Path, manifest: Manifest, config: GptOssConfig) -> None:
     """Refuse a checkpoint that does not hold exactly the tensors of its model, in their shapes."""
-    expected = parameter_shapes(GptOssConfig(**RunState.of(manifest).model_config))
+    expected = parameter_shapes(config)
     stored = manifest.tensors
     problems = []
     for name in sorted(expected.keys() - stored.keys()):
@@ -174,17 +173,14 @@ def _write_quantized(
         error.add(exact, mxfp4.decode(blocks, scales))
 
 
-def _write_other_files(out: Path, model_config: Mapping[str, Any], format_name: str) -> None:
-    config = dict(model_config)
-    for key in NOT_EXPORTED:
-        config.pop(key, None)
-    config["architectures"] = ["GptOssForCausalLM"]
-    config = with_old_keys(config, str(DTYPES[format_name]).removeprefix("torch."))
+def _write_other_files(out: Path, config: GptOssConfig, format_name: str) -> None:
+    dtype = str(DTYPES[format_name]).removeprefix("torch.")
+    values = exported_config(config, dtype)
     if format_name == "mxfp4":
-        config["quantization_config"] = QUANTIZATION_CONFIG
-    _write_json(out / "config.json", config)
-    _write_json(out / "generation_config.json", generation_config(model_config))
-    save_tokenizer(out, model_config["max_position_embeddings"])
+        values["quantization_config"] = QUANTIZATION_CONFIG
+    _write_json(out / "config.json", values)
+    _write_json(out / "generation_config.json", generation_config(values))
+    save_tokenizer(out, config.max_position_embeddings)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

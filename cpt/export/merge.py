@@ -9,6 +9,7 @@ base model and alpha 1 the tuned one, bit for bit.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import shutil
@@ -21,26 +22,22 @@ import torch
 from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
-from cpt.export.reader_forms import with_old_keys
+from cpt.export.reader_forms import exported_config, generation_config
+from cpt.export.tokenizer import save_tokenizer
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
-from cpt.model.weights.hf_layout import is_expert_matrix, read_json
+from cpt.model.weights.hf_layout import is_expert_matrix
 from cpt.model.weights.source import WeightSource
+from cpt.model.weights.tokenizer_check import tokenizer_problems
 from cpt.model.weights.writer import DirectoryWriter, Entry, check_weights_space
 from data_pipeline.console.progress import show_progress
 from data_pipeline.store.files import write_json
 
+log = logging.getLogger("cpt.export.merge")
+
 WINDOW_NUMEL = 2**24
 """Elements of each model that are in memory at once."""
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-"""Files of the tuned model that go into every directory."""
 NOT_COMPARED = {
     "quantization_config",
     "dtype",
@@ -228,11 +225,10 @@ def write_merged(pair: Pair, alphas: Sequence[float], out: Path, base: Path, tun
             dtype = "float32"
     for alpha in alphas:
         folder = out / folder_name(alpha)
-        _write_config(folder, tuned, dtype)
+        _write_config(folder, pair.config, dtype)
         _write_card(folder, alpha, base, tuned)
-        for name in COPIED:
-            if (tuned / name).is_file():
-                shutil.copyfile(tuned / name, folder / name)
+    if _fits_our_tokenizer(tuned, pair.config.vocab_size):
+        _write_tokenizers([out / folder_name(alpha) for alpha in alphas], pair.config)
 
 
 def check_merged_space(pair: Pair, alphas: Sequence[float], folder: Path) -> None:
@@ -259,10 +255,39 @@ def _dtype(pair: Pair, name: str) -> torch.dtype:
     return torch.promote_types(base.dtype, tuned.dtype)
 
 
-def _write_config(folder: Path, tuned: Path, dtype: str) -> None:
-    config = with_old_keys(read_json(tuned / "config.json"), dtype)
-    config.pop("quantization_config", None)
-    write_json(folder / "config.json", config, indent=2, sort_keys=True)
+def _fits_our_tokenizer(tuned: Path, vocab_size: int) -> bool:
+    """Return whether the merged models get our tokenizer, and tell of one that is not carried on.
+
+    Files of the tuned model are not copied: a tokenizer_config.json, a chat template or a
+    generation_config.json of another may hold code.
+    """
+    problems = tokenizer_problems(tuned, vocab_size)
+    if problems:
+        log.warning(
+            "the merged models get no tokenizer: that of %s is not o200k_harmony. Copy its files "
+            "by hand if they are yours. %s",
+            tuned,
+            problems[0],
+        )
+    return not problems
+
+
+def _write_tokenizers(folders: Sequence[Path], config: GptOssConfig) -> None:
+    """Write our tokenizer into the first directory, and copy it to the others: it takes seconds."""
+    first = folders[0]
+    before = set(first.iterdir())
+    save_tokenizer(first, config.max_position_embeddings)
+    written = sorted(set(first.iterdir()) - before)
+    for folder in folders[1:]:
+        for file in written:
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write_config(folder: Path, config: GptOssConfig, dtype: str) -> None:
+    values = exported_config(config, dtype)
+    write_json(folder / "config.json", values, indent=2, sort_keys=True)
+    settings = generation_config(values)
+    write_json(folder / "generation_config.json", settings, indent=2, sort_keys=True)
 
 
 def _write_card(folder: Path, alpha: float, base: Path, tuned: Path) -> None:
@@ -270,6 +295,7 @@ def _write_card(folder: Path, alpha: float, base: Path, tuned: Path) -> None:
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         "tags: [gpt-oss, merge]\n---\n\n"
         f"# {1 - alpha:g} x `{base.name}` + {alpha:g} x `{tuned.name}`\n\n"
-        "Every tensor is the linear interpolation of the two models' tensors.\n"
+        "Every tensor is the linear interpolation of the two models' tensors. The tokenizer and "
+        "the chat template are those of gpt-oss (o200k_harmony, Harmony), not files of a model.\n"
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import GptOssConfig
 
 from cpt.checkpoint.manifest import MANIFEST, Manifest
+from cpt.checkpoint.model_config import model_config_of
 from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.weights import CheckpointWeights
 from cpt.errors import ConfigError, DataError
@@ -66,7 +66,7 @@ def write_scored(
     sets = _sets_to_score(manifest, score)
     if not sets:
         return False
-    config = GptOssConfig(**RunState.of(manifest).model_config)
+    config = model_config_of(manifest)
     with offline_ranks(config, partial_folder(out), options) as ranks:
         ranks.on_first(lambda: refuse_existing(out))
         model = OfflineModel(config, ranks.topology)
@@ -126,7 +126,7 @@ def _too_large(manifest: Manifest) -> str:
             return "there is no GPU. --score always measures them on the CPU."
         return ""
     try:
-        check_fit(GptOssConfig(**RunState.of(manifest).model_config))
+        check_fit(model_config_of(manifest))
     except ConfigError as error:
         return str(error)
     return ""

@@ -10,15 +10,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import GptOssConfig
+from transformers import GptOssConfig, __version__
 
+from cpt.model.configuration_keys import ARCHITECTURES, MODEL_TYPE, known_values
+from cpt.offline.plain_tokenizer import BOS, PAD
 from data_pipeline.text.harmony import STOP_IDS
 from data_pipeline.text.tokenizer import encoding
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 """Known to transformers 4 and 5; 5 itself writes a name that 4 does not know."""
-BOS = "<|startoftext|>"
-PAD = "<|endoftext|>"
+
+
+def exported_config(config: GptOssConfig, dtype: str) -> dict[str, Any]:
+    """Return the config.json of weights that are written in a dtype.
+
+    It has the keys of the architecture and nothing else that the directory or the checkpoint of
+    another may have named: no code, no other files, no kernels.
+
+    Args:
+        config: The model's configuration.
+        dtype: The dtype of the weights, `bfloat16` or `float32`.
+    """
+    full = with_old_keys(known_values(config.to_dict()), dtype)
+    full["architectures"] = ARCHITECTURES
+    full["model_type"] = MODEL_TYPE
+    full["transformers_version"] = __version__
+    return full
 
 
 def with_old_keys(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
 from cpt.model.configuration_check import config_problems
+from cpt.model.configuration_keys import MODEL_TYPE, known_values
 from cpt.model.missing_model import CONFIG, why_no_config, why_no_model
 from cpt.model.weights.hf_layout import read_json
 
@@ -94,17 +96,31 @@ def load_config(
     if not file.is_file():
         raise ConfigError(f"{option}: {why_no_model(path)}")
     values = read_json(file)
-    if values.get("model_type") != "gpt_oss":
+    if values.get("model_type") != MODEL_TYPE:
         raise ConfigError(why_no_config(path, values.get("model_type")))
+    return config_of_values(values, str(file))
+
+
+def config_of_values(values: Mapping[str, Any], where: str) -> GptOssConfig:
+    """Return the configuration that a JSON object describes, after the one check of it.
+
+    Only the keys of the architecture go into it (`cpt.model.configuration_keys`).
+
+    Args:
+        values: The object, from a config.json or from a checkpoint of another.
+        where: Where it is from, for the message.
+
+    Raises:
+        ConfigError: It is not sound, or names code.
+    """
     problems = config_problems(values)
     if problems:
-        raise ConfigError([f"{file}: {problem}" for problem in problems])
-    values.pop("quantization_config", None)
+        raise ConfigError([f"{where}: {problem}" for problem in problems])
     try:
-        return GptOssConfig(**values)
+        return GptOssConfig(**known_values(values))
     except Exception as error:  # transformers raises whatever it comes across
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{file}: transformers refuses it ({type(error).__name__}: {reason}). Correct the key "
+            f"{where}: transformers refuses it ({type(error).__name__}: {reason}). Correct the key "
             "that this names, or fetch the file again."
         ) from error

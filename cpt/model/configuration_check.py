@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import GptOssConfig
 
+from cpt.model.configuration_keys import ARCHITECTURES, MODEL_TYPE, key_problems
 from data_pipeline.config.strict_yaml import nearest
 
 LAYER_TYPES = ("sliding_attention", "full_attention")
@@ -32,6 +33,8 @@ WHOLE_NUMBERS = {
     "num_labels": (0, 10_000),
 }
 """Smallest and largest values; the largest are far beyond any model, and keep checks quick."""
+MAX_PARAMETERS = 10**13
+"""Parameters of the largest model; each value of one without end may be within its own bounds."""
 NUMBERS = {
     "rms_norm_eps": (0.0, 1.0),
     "initializer_range": (0.0, 100.0),
@@ -87,7 +90,8 @@ SHOWN_CHARACTERS = 80
 
 def config_problems(values: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the content of a gpt-oss config.json; empty if nothing is."""
-    problems = []
+    problems = key_problems(values)
+    problems += _class_problems(values)
     for key, (low, high) in WHOLE_NUMBERS.items():
         if key in values and not is_whole(values[key], low, high):
             problems.append(must_be(key, values[key], f"a whole number from {low} to {high}"))
@@ -147,6 +151,18 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
     return values.get(key, getattr(GptOssConfig, key, None))
 
 
+def _class_problems(values: Mapping[str, Any]) -> list[str]:
+    """Return why another class than that of gpt-oss would be taken."""
+    problems = []
+    model_type = values.get("model_type", MODEL_TYPE)
+    if model_type != MODEL_TYPE:
+        problems.append(must_be("model_type", model_type, f"'{MODEL_TYPE}'"))
+    architectures = values.get("architectures")
+    if architectures is not None and architectures != ARCHITECTURES:
+        problems.append(must_be("architectures", architectures, f"{ARCHITECTURES} or null"))
+    return problems
+
+
 def _dtype_problems(values: Mapping[str, Any]) -> list[str]:
     problems = []
     for key in ("dtype", "torch_dtype"):
@@ -200,6 +216,15 @@ def _size_problems(values: Mapping[str, Any]) -> list[str]:
     if top_k > experts:
         problems.append(
             must_be("num_experts_per_tok", top_k, f"at most the number of experts ({experts})")
+        )
+    experts_numel = (
+        3 * experts * _value(values, "hidden_size") * _value(values, "intermediate_size")
+    )
+    numel = _value(values, "num_hidden_layers") * experts_numel
+    if numel > MAX_PARAMETERS:
+        problems.append(
+            f"num_hidden_layers, hidden_size, intermediate_size and num_local_experts make "
+            f"{numel:.1e} parameters of experts, must be at most {MAX_PARAMETERS:.0e} in all."
         )
     return problems
 

@@ -13,15 +13,19 @@ from typing import Any, Literal
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
-from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers import GenerationConfig, GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
-from transformers.utils.quantization_config import Mxfp4Config
 
 from cpt.checkpoint.manifest import read_manifest
-from cpt.checkpoint.run_state import RunState
+from cpt.checkpoint.model_config import model_config_of
 from cpt.checkpoint.weights import CheckpointWeights
 from cpt.model.configuration import load_config
-from cpt.model.weights.hf_layout import read_json, tensor_files
+from cpt.model.parameters import parameter_shapes
+from cpt.model.weights.directory import DirectoryWeights
+from cpt.model.weights.source import WeightSource, fill_parts
+from cpt.offline.plain_tokenizer import BOS
+from data_pipeline.text.harmony import STOP_IDS
+from data_pipeline.text.tokenizer import END_OF_TEXT, encoding
 
 LAYER = "GptOssDecoderLayer"
 """Class of the modules that are not divided between devices."""
@@ -32,22 +36,20 @@ DeviceMap = Literal["one", "auto"] | Mapping[str, str | int]
 def load_export(path: Path, device_map: DeviceMap = "one") -> Any:
     """Return the model of a Hugging Face directory.
 
+    Its config.json is checked and its weights are read as training reads them. No loader of
+    transformers sees the directory, so that nothing in it can name code, adapters or other files.
+
     Args:
         path: The directory.
         device_map: `one` is the first GPU, or memory if there is no GPU.
 
     Raises:
-        ConfigError: the directory holds no sound configuration, no weights, or pickled ones.
+        ConfigError: the directory holds no sound configuration or weights, or pickled ones.
     """
-    load_config(path, None, option="--model")  # transformers itself checks little of it
-    tensor_files(path)  # refuses pickles and names missing files
-    settings = {}
-    if read_json(path / "config.json").get("quantization_config") is not None:
-        # MXFP4 kernels are for some GPUs only; decoded weights give the same on every machine
-        settings["quantization_config"] = Mxfp4Config(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(path), dtype="auto", use_safetensors=True, **settings
-    )
+    config = load_config(path, None, option="--model")
+    source = DirectoryWeights(path, parameter_shapes(config))
+    model = _filled(config, source, config.dtype or _stored_dtype(source))
+    source.refuse_unusable([source.seen_json()])
     return _placed(model, device_map)
 
 
@@ -57,22 +59,44 @@ def load_checkpoint(folder: Path, device_map: DeviceMap = "one") -> Any:
     Args:
         folder: The checkpoint.
         device_map: See `load_export`.
+
+    Raises:
+        CheckpointError: its manifest holds no sound configuration.
     """
     manifest = read_manifest(folder)
-    with torch.device("meta"):
-        model = GptOssForCausalLM(GptOssConfig(**RunState.of(manifest).model_config))
     source = CheckpointWeights(folder, manifest, torch.bfloat16)
+    return _placed(_filled(model_config_of(manifest), source, torch.bfloat16), device_map)
+
+
+def _stored_dtype(source: DirectoryWeights) -> torch.dtype:
+    """Return the dtype of the embedding, which MXFP4 does not touch."""
+    _, values = next(source.pieces("model.embed_tokens.weight", 0, 1))
+    return values.dtype
+
+
+def _filled(config: GptOssConfig, source: WeightSource, dtype: torch.dtype) -> Any:
+    """Return a model in memory with the weights of a source, in one dtype."""
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = GptOssForCausalLM(config)
     weights = {}
+    targets = {}
     for name, parameter in model.named_parameters():
-        flat = torch.empty(parameter.numel(), dtype=torch.bfloat16)
-        for start, values in source.pieces(name, 0, flat.numel()):
-            flat[start : start + values.numel()] = values
+        flat = torch.empty(parameter.numel(), dtype=dtype)
         weights[name] = flat.view(parameter.shape)
+        targets[name] = (flat, 0)
+    fill_parts(targets, source)
     model.load_state_dict(weights, assign=True)
     # rotary frequencies are no weights: they are built again, in fp32
     rotary_class = type(model.model.rotary_emb)
     model.model.rotary_emb = rotary_class(config=model.config)
-    return _placed(model, device_map)
+    # the settings of our own exports, whatever a generation_config.json beside the weights says
+    model.generation_config = GenerationConfig(
+        bos_token_id=encoding()._special_tokens[BOS],
+        eos_token_id=list(STOP_IDS),
+        pad_token_id=END_OF_TEXT,
+    )
+    return model
 
 
 def _placed(model: Any, device_map: DeviceMap) -> Any:

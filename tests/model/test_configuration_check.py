@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ ONE_WRONG = [
     ("rope_theta", 10_000.0, "rope_theta of RoPE is 150000.0 in rope_parameters, 10000.0 in"),
     ("partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5, must be 1"),
     ("to_dict", 1, "'to_dict' is no key of a configuration"),
+    ("auto_map", {"AutoConfig": "x.Y"}, "auto_map names Python files"),
+    ("custom_pipelines", {}, "custom_pipelines names Python files"),
+    ("attribute_map", {"hidden_size": "vocab_size"}, "attribute_map gives other keys another"),
+    ("fusion_config", {}, "fusion_config replaces parts of the model"),
+    ("per_layer_config", {"0": {"head_dim": 64}}, "per_layer_config gives single layers"),
+    ("transformers_weights", "../x.safetensors", "transformers_weights names another file"),
+    ("attn_implementation", "a/b@main:c", "attn_implementation names code that is to be fetched"),
+    ("_attn_implementation_internal", "a/b", "_attn_implementation_internal names code"),
+    ("experts_implementation", {"": "a/b"}, "experts_implementation names code"),
+    ("architectures", ["LlamaForCausalLM"], "architectures is ['LlamaForCausalLM'], must be"),
 ]
 
 
@@ -93,6 +104,35 @@ def test_wrong_value_is_refused_with_file_key_and_value(
 def test_all_problems_are_in_one_message(tmp_path: Path) -> None:
     changes = {"hidden_size": "32", "dtype": "bf16", "attention_dropout": 0.1}
     assert len(refusal(tmp_path, **changes)) == 3
+
+
+def test_sizes_without_end_in_all_are_refused_before_a_model_is_made(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1024, "hidden_size": 2**17, "intermediate_size": 2**18}
+    started = time.process_time()
+    (told,) = refusal(tmp_path, **sizes, num_local_experts=4096)
+    assert "make 4.3e+17 parameters of experts, must be at most 1e+13" in told
+    assert time.process_time() - started < 0.5
+
+
+def test_what_says_nothing_about_the_model_is_left_aside(tmp_path: Path) -> None:
+    """Keys that re-uploads carry, and names of attention code that transformers itself has."""
+    plain = load(tmp_path).to_dict()
+    aside = {
+        "unsloth_fixed": True,
+        "unsloth_version": "2026.3.3",
+        "_name_or_path": "somebody/model",
+        "_attn_implementation_autoset": True,
+        "attn_implementation": "eager",
+        "transformers_version": "4.55.0",
+        "architectures": ["GptOssForCausalLM"],
+        "_auto_class": "AutoModel",
+        "base_model_tp_plan": {"layers.*": "x"},
+        "tokenizer_class": "Evil",
+        "name_or_path": "somebody/model",
+        "id2label": {"0": "a"},
+    }
+    config = load(tmp_path, **aside)
+    assert config.to_dict() == plain and config._attn_implementation is None
 
 
 def test_unquantized_weights_may_say_so_with_null(tmp_path: Path) -> None:

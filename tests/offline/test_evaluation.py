@@ -310,7 +310,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, right: int) -> list[dict[str, Any]
         module = types.ModuleType(name)
         vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: None)
+    monkeypatch.setattr("cpt.offline.evaluation.harness.harness_tokenizer", lambda _: None)
     monkeypatch.setattr(
         "cpt.offline.evaluation.comparison.load_export", lambda *_: torch.nn.Identity()
     )

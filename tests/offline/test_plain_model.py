@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GptOssForCausalLM
 
 from cpt.offline.plain_model import LAYER, load_export
 from cpt.offline.sampling import generate
@@ -22,6 +23,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     decoding_model(512, num_layers=4).save_pretrained(str(folder))
     return folder
+
+
+def test_a_directory_gives_what_transformers_itself_gives(folder: Path) -> None:
+    theirs = GptOssForCausalLM.from_pretrained(folder)
+    ours = load_export(folder)
+    assert ours.dtype == theirs.dtype and ours.config.dtype == theirs.config.dtype
+    with torch.no_grad():
+        assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
 
 
 def test_parts_in_files_and_in_memory_give_the_numbers_of_one_device(

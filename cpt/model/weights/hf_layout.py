@@ -13,11 +13,15 @@ from safetensors import SafetensorError, safe_open
 from cpt.errors import ConfigError
 from data_pipeline.config.links import dangling_link
 from data_pipeline.store.file_kinds import FileKind, describe_head, kind_of_file
+from data_pipeline.store.foreign_files import read_small_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+MAX_JSON_BYTES = 2**24
+"""Bytes of a config.json or an index; those of the released 120b have some 50 kB."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 EXPERT_TENSORS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """The expert parameters of a layer, under `mlp.experts.`; their first axis counts experts."""
@@ -69,7 +73,16 @@ def tensor_files(path: Path) -> dict[str, Path]:
 
 
 def _check_one_set(path: Path, used: set[Path]) -> None:
-    """Refuse weights beside those that would be read: readers differ in which they take."""
+    """Refuse weights beside those that would be read: readers differ in which they take.
+
+    transformers adds an adapter to them, if peft is installed.
+    """
+    if (path / ADAPTER_CONFIG).exists():
+        raise ConfigError(
+            f"{path}: holds an adapter ({ADAPTER_CONFIG}) beside the weights, which other programs "
+            "add to them and this project does not. Merge it into the model, or move its files "
+            "away."
+        )
     others = []
     for file in sorted(path.glob("*.safetensors")):
         if file not in used and (file.name == SINGLE_FILE or _SHARD.search(file.name)):
@@ -122,14 +135,18 @@ def _pickles_in(path: Path) -> str:
     return f" It holds {', '.join(sorted(names))}: pickles can run code and are not read."
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Return a JSON object; UTF-16, UTF-32 and a byte order mark are read, too.
 
+    Args:
+        file: A regular file; nothing else is opened.
+        max_bytes: Bytes of the largest file that is read.
+
     Raises:
-        ConfigError: The file cannot be read, or holds something else.
+        ConfigError: The file cannot be read, is larger, or holds something else.
     """
     try:
-        values = json.loads(file.read_bytes())
+        values = json.loads(read_small_file(file, max_bytes))
     except OSError as error:
         reason = dangling_link(file) or f"{file}: cannot be read ({error.strerror or error})."
         raise ConfigError(reason) from error

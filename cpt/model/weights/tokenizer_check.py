@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cpt.errors import ConfigError
 from cpt.model.weights.hf_layout import read_json
 from data_pipeline.text.tokenizer import VOCAB_SIZE, encoding
 
 TOKENIZER_FILE = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 2**28
+"""The released tokenizer.json has 28 MB."""
 LARGEST_RELEASED_ID = 200_018
 """The released tokenizer names control tokens up to this id."""
 
@@ -35,9 +38,7 @@ def tokenizer_problems(folder: Path, vocab_size: int) -> list[str]:
     file = folder / TOKENIZER_FILE
     if not file.is_file():
         return problems
-    ids: dict[str, int] = {}
-    for token in read_json(file).get("added_tokens", []):
-        ids[token["content"]] = token["id"]
+    ids = _added_tokens(file)
     for name, number in encoding()._special_tokens.items():
         if number <= LARGEST_RELEASED_ID and ids.get(name, number) != number:
             problems.append(
@@ -45,3 +46,16 @@ def tokenizer_problems(folder: Path, vocab_size: int) -> list[str]:
                 "(o200k_harmony). Give the weights of a gpt-oss model."
             )
     return problems
+
+
+def _added_tokens(file: Path) -> dict[str, int]:
+    """Return the ids of the control tokens that a tokenizer.json adds, by name."""
+    ids: dict[str, int] = {}
+    try:
+        for token in read_json(file, MAX_TOKENIZER_BYTES).get("added_tokens", []):
+            ids[str(token["content"])] = int(token["id"])
+    except (TypeError, LookupError, ValueError) as error:
+        raise ConfigError(
+            f"{file}: added_tokens is no list of objects with content and id. Fetch it again."
+        ) from error
+    return ids

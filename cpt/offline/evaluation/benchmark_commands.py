@@ -62,7 +62,11 @@ def _lm_eval(
         "seed": asking.seed,
     }
     if not chat:
-        model_arguments |= {"tokenizer_backend": "huggingface", "tokenizer": str(model.directory)}
+        model_arguments |= {
+            "tokenizer_backend": "huggingface",
+            "tokenizer": str(model.directory),
+            "trust_remote_code": False,
+        }
     words = [*shlex.split(programs.lm_eval), "run"]
     words += ["--model", "local-chat-completions" if chat else "local-completions"]
     words += ["--model_args", json.dumps(model_arguments)]
