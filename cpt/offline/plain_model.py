@@ -48,7 +48,8 @@ def load_export(path: Path, device_map: DeviceMap = "one") -> Any:
     """
     config = load_config(path, None, option="--model")
     source = DirectoryWeights(path, parameter_shapes(config))
-    model = _filled(config, source, config.dtype or _stored_dtype(source))
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(source)
+    model = _filled(config, source, dtype)
     source.refuse_unusable([source.seen_json()])
     return _placed(model, device_map)
 
