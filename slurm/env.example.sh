@@ -46,10 +46,13 @@ CPT_VLLM_ARGUMENTS=()                           # further options of vllm serve,
 : "${CPT_STAGE_KEEP:=0}"                        # 1: the copies stay, and the next job on the node reads them if nothing has changed
 : "${CPT_STAGE_SECONDS:=7200}"                  # how long a node waits for the others to copy
 
-# --- caches; node-local ones keep many nodes from compiling into one folder
+# --- caches; what is compiled is loaded and run, so never name a folder here that others could make first
 #export HF_HOME=/scratch/hf
-#export TRITON_CACHE_DIR=/tmp/triton-$USER
-#export TORCH_EXTENSIONS_DIR=/tmp/torch-extensions-$USER
+: "${CPT_JOB_CACHES:=0}"                        # 1: compile into a new private folder of the job on each node ($TMPDIR), removed at its end;
+                                                # 0: into the home directory, or where TRITON_CACHE_DIR and TORCH_EXTENSIONS_DIR say
+
+# --- directories of other users, or writable by a group, that runs and builds may be in all the same (docs/slurm.md)
+#export CPT_SHARED_DIRS=/groups/lab/built:/groups/lab/runs
 
 # --- PBS and AGE only: the run saves before the time limit, and the job is submitted again
 : "${CPT_STOP_MARGIN_SECONDS:=600}"             # how long before the limit; the limit is read from qstat

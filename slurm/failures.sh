@@ -60,7 +60,8 @@ may_restart() {
         return 1
     fi
     FAILED_NODE=$(failed_node)
-    # what cannot be counted is not repeated
+    # what cannot be counted is not repeated; a link is not written through
+    [[ ! -L "$(failed_starts_file)" ]] || return 1
     mkdir -p "$CPT_RUN_DIR" && printf '%s %s %s\n' "$step" "$code" "${FAILED_NODE:--}" >>"$(failed_starts_file)"
 }
 

@@ -41,7 +41,7 @@ load_settings() {
     : "${CPT_MODULE_PATHS:=}" "${CPT_RANKS_PER_NODE:=}" "${CPT_MASTER_INTERFACE:=}" "${CPT_SUBMIT:=qsub}" "${CPT_MPIRUN:=}"
     : "${CPT_STOP_AFTER_SECONDS:=}" "${CPT_STOP_MARGIN_SECONDS:=600}" "${CPT_KEEP_RESOURCES=filesystems}"
     : "${CPT_KEEP_VARIABLES=RTYPE USE_SSH}" "${CPT_MAX_RESTARTS:=20}" "${CPT_RESTART_ON_FAILURE:=0}" "${CPT_SAVE_SECONDS:=600}"
-    : "${CPT_STAGE_DIR:=}" "${CPT_STAGE_KEEP:=0}" "${CPT_STAGE_SECONDS:=7200}"
+    : "${CPT_STAGE_DIR:=}" "${CPT_STAGE_KEEP:=0}" "${CPT_STAGE_SECONDS:=7200}" "${CPT_JOB_CACHES:=0}"
     : "${CPT_SUITE:=configs/suites/gpt-oss.yaml}" "${CPT_VLLM:=vllm}" "${CPT_VLLM_START_SECONDS:=1800}"
     : "${CPT_VLLM_CONTEXT:=40960}" "${CPT_LM_EVAL:=lm_eval}" "${CPT_LIGHTEVAL:=lighteval}"
     local name
@@ -49,7 +49,7 @@ load_settings() {
         [[ -n "${!name:-}" ]] || refuse "$file: $name is empty. slurm/env.example.sh says what it is."
     done
     for name in CPT_MAX_RESTARTS CPT_RESTART_ON_FAILURE CPT_SAVE_SECONDS CPT_STOP_MARGIN_SECONDS CPT_STOP_AFTER_SECONDS \
-        CPT_STAGE_KEEP CPT_STAGE_SECONDS CPT_VLLM_START_SECONDS CPT_VLLM_CONTEXT; do
+        CPT_STAGE_KEEP CPT_STAGE_SECONDS CPT_JOB_CACHES CPT_VLLM_START_SECONDS CPT_VLLM_CONTEXT; do
         [[ "$name" == CPT_STOP_AFTER_SECONDS && -z "${!name}" || "${!name}" =~ ^[0-9]+$ ]] || refuse "$file: $name is '${!name}', must be a whole number."
     done
     case $CPT_CONTAINER in
@@ -203,7 +203,9 @@ stop_server() {
 # Ask the run to stop.  The file names who asked, so that a later start knows whether it is a leftover.
 ask_to_stop() {
     mkdir -p "$CPT_RUN_DIR"
-    printf 'job %s: %s\n' "$JOB" "$*" >"$STOP_FILE"
+    rm -f "$STOP_FILE"
+    # noclobber: a link that somebody has put there in between is not written through
+    (set -o noclobber && printf 'job %s: %s\n' "$JOB" "$*" >"$STOP_FILE")
     say "$*: wrote $STOP_FILE; the run saves and stops"
 }
 

@@ -70,7 +70,7 @@ stage_inputs() {
     local folder=$CPT_STAGE_DIR/gpt-oss-cpt word
     local -a settings=(--config "$CPT_CONFIG" --run_dir "$CPT_RUN_DIR")
     # copies that are not kept are this job's own: another job may end while this one reads
-    ((CPT_STAGE_KEEP)) || folder+=-$JOB
+    if ((CPT_STAGE_KEEP)); then folder+=-uid-$UID; else folder+=-$JOB; fi
     for ((word = 0; word + 1 < ${#CPT_RUN_ARGUMENTS[@]}; word++)); do
         [[ "${CPT_RUN_ARGUMENTS[word]}" != --set ]] || settings+=(--set "${CPT_RUN_ARGUMENTS[word + 1]}")
     done
@@ -147,16 +147,30 @@ judge() {
     return "$code"
 }
 
+# Compile into a folder of this job, whose name nobody can guess and which nobody else can enter.
+make_caches() {
+    local name
+    ((CPT_JOB_CACHES)) || return 0
+    CACHES=$(mktemp -d -t cpt-caches-XXXXXXXXXX) || refuse "no folder for CPT_JOB_CACHES=1 can be made in ${TMPDIR:-/tmp}."
+    for name in TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR TORCH_EXTENSIONS_DIR; do
+        mkdir "$CACHES/$name"
+        export "$name=$CACHES/$name"
+    done
+}
+
 HOSTS=$(mktemp)
 readonly HOSTS
 STAGED_FOLDER=
+CACHES=
 # shellcheck disable=SC2317  # called by the trap
 clean_up() {
     rm -f "$HOSTS"
     [[ -z "$STAGED_FOLDER" ]] || rm -rf "$STAGED_FOLDER"
+    [[ -z "$CACHES" ]] || rm -rf "$CACHES"
 }
 trap clean_up EXIT
 [[ -n "${CPT_MEASURE:-}" ]] || listen_for_signals TERM USR1 INT
+make_caches
 stage_inputs
 start_launcher
 wait_for "$LAUNCHER"

@@ -118,3 +118,13 @@ def test_job_on_all_ranks_of_a_command_is_not_tried_again(bench: Bench) -> None:
         "offline.sbatch", *words, DEEPSPEED_EXIT="70", CPT_RESTART_ON_FAILURE="1"
     )
     assert code == 70 and "not queued again" in output
+
+
+def test_link_in_place_of_the_list_of_failed_starts_is_not_written_through(bench: Bench) -> None:
+    victim = bench.folder / "victim"
+    victim.write_text("mine\n", encoding="utf-8")
+    bench.run_dir.mkdir()
+    (bench.run_dir / "failed-starts").symlink_to(victim)
+    again, _ = fail(bench, 70, SLURM_RESTART_COUNT="1")
+    assert not again
+    assert victim.read_text(encoding="utf-8") == "mine\n"

@@ -107,6 +107,17 @@ def test_signal_to_the_job_script_becomes_a_stop_file_and_reaches_no_launcher(be
     assert bench.calls("job") == ["17: got SIGTERM"]
 
 
+def test_link_in_place_of_the_stop_file_is_not_written_through(bench: Bench) -> None:
+    bench.run_dir.mkdir()
+    (bench.run_dir / "STOP").symlink_to(bench.folder / "victim")
+    process = bench.start("train.sbatch", DEEPSPEED_OBEYS=str(bench.run_dir))
+    bench.wait_for("deepspeed")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75 and bench.calls("job") == ["17: got SIGTERM"]
+    assert not (bench.folder / "victim").exists()
+
+
 def test_own_stop_file_of_an_earlier_start_is_removed_and_that_of_a_person_obeyed(
     bench: Bench,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -34,7 +35,17 @@ def test_copies_that_are_kept_lie_where_the_next_job_finds_them(
     bench: Bench, tmp_path: Path
 ) -> None:
     run(bench, tmp_path, CPT_STAGE_KEEP="1")
-    assert (tmp_path / "gpt-oss-cpt" / "copy").exists()
+    assert (tmp_path / f"gpt-oss-cpt-uid-{os.getuid()}" / "copy").exists()
+
+
+def test_job_compiles_into_a_private_folder_that_goes_with_it(bench: Bench, tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir(mode=0o777)
+    run(bench, tmp_path / "disk", CPT_JOB_CACHES="1", TMPDIR=str(folder))
+    ((cache, mode),) = [call.split() for call in bench.calls("caches")]
+    assert Path(cache).is_relative_to(folder / Path(cache).parts[-2])
+    assert Path(cache).parts[-2].startswith("cpt-caches-") and mode == "700"
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("keep", ["0", "1"])

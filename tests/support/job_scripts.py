@@ -21,6 +21,7 @@ DEEPSPEED = (
     + r"""
 echo "host file $(tr "\n" " " <"$2")" >>"$CALLS"
 echo "staged ${CPT_STAGED:-nothing}" >>"$CALLS"
+echo "caches ${TRITON_CACHE_DIR:-unset} $(stat -c %a "${TRITON_CACHE_DIR:-/}/..")" >>"$CALLS"
 echo "job_of_lock ${CPT_JOB:-unset}" >>"$CALLS"
 echo "gpus ${CPT_VISIBLE_DEVICES:-unset}" >>"$CALLS"
 echo $$ >"$CALLS.pid"
