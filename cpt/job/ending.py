@@ -17,7 +17,7 @@ from cpt.checkpoint.reader import list_steps
 from cpt.errors import RequeueRequested, SlowNodeError, cause_and_code
 from cpt.job.progress import Progress
 from cpt.parallel.topology import Topology
-from cpt.resilience.watchdog import Ruling
+from cpt.resilience.ruling import Ruling
 from cpt.telemetry.metrics import Telemetry
 from cpt.telemetry.run_end import (
     EndRecord,

@@ -36,6 +36,7 @@ from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.resilience.best_effort import best_effort
 from cpt.resilience.devices import this_device
+from cpt.resilience.job_secret import take_job_secret
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
@@ -62,6 +63,7 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
         CptError: with the exit code of the run.
     """
     passed = pass_gate(options)
+    secret = take_job_secret()
     if options.dry_run:
         dry_run(passed)
         return
@@ -72,7 +74,7 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
     )
     together(topology.control_group, passed.refuse)
     check_same_everywhere(passed.config, topology)
-    run(options, passed, topology, stop)
+    run(options, passed, topology, stop, secret)
     dist.destroy_process_group()
 
 
@@ -93,9 +95,21 @@ def dry_run(passed: PassedGate) -> None:
 
 
 def run(
-    options: argparse.Namespace, passed: PassedGate, topology: Topology, stop: StopRequest
+    options: argparse.Namespace,
+    passed: PassedGate,
+    topology: Topology,
+    stop: StopRequest,
+    secret: bytes | None,
 ) -> None:
-    """Train, or only look at the weights of a run, as the command line asks."""
+    """Train, or only look at the weights of a run, as the command line asks.
+
+    Args:
+        options: The command line.
+        passed: The configuration.
+        topology: The layout.
+        stop: Requests to stop.
+        secret: The secret of the job from the environment; None if it has none.
+    """
     config = passed.config
     watch_launcher(stop, config.checkpoint.stop_budget_seconds)
     observe = bool(options.sample or options.measure)
@@ -122,6 +136,7 @@ def run(
         context.clock,
         context.mailbox.post,
         ending.record_ruling,
+        secret=secret,
     )
     with held, ending.recording(), watched:
         if not context.observe:

@@ -35,6 +35,7 @@ from cpt.planning.memory import parameter_counts
 from cpt.resilience.agreed_stop import agreed_reason
 from cpt.resilience.devices import this_device
 from cpt.resilience.environment import LaunchEnvironment, is_launched, read_environment
+from cpt.resilience.job_secret import take_job_secret
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import watch_launcher
 from cpt.resilience.watchdog import watching
@@ -131,7 +132,7 @@ def offline_ranks(
         # the watchdog needs the store of a launcher, and one process waits for nobody
         watchdog = WatchdogSection(enabled=environment is not None, straggler_ratio=0)
         clock = PhaseClock()
-        with watching(folder, topology, watchdog, clock, _log_event):
+        with watching(folder, topology, watchdog, clock, _log_event, secret=take_job_secret()):
             yield OfflineRanks(topology=topology, options=options, clock=clock)
 
 

@@ -21,6 +21,10 @@ from cpt.errors import ConfigError
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 """Ranks on this node: torchrun sets the first, DeepSpeed the second."""
+JOB_SECRET = "CPT_JOB_SECRET"
+"""The variable with a secret that all ranks of a job share; see cpt.resilience.job_secret."""
+MIN_SECRET_LENGTH = 32
+"""Characters of a secret that nobody guesses."""
 _LARGEST = 2**31 - 1
 _MOST_DIGITS = 18
 _LEFTOVER_SECONDS = 3600
@@ -72,6 +76,7 @@ def read_environment(
     restarts = reader.number("SLURM_RESTART_COUNT", default=0)
     gpu_ids = reader.gpu_ids(local_size)
     reader.check_job_end(time.time() if now is None else now)
+    reader.check_secret()
     reader.check_places(rank, world_size, local_rank, local_size)
     if reader.problems:
         raise ConfigError(reader.problems)
@@ -234,6 +239,15 @@ class _Reader:
                 name,
                 f"which was {hours:.0f} hours ago: it is left over from a job that has ended. "
                 "Unset the SLURM_* variables, or start in a new shell.",
+            )
+
+    def check_secret(self) -> None:
+        """Refuse a secret that can be guessed, without showing it."""
+        length = len(self.text(JOB_SECRET))
+        if 0 < length < MIN_SECRET_LENGTH:
+            self.problems.append(
+                f"environment variable {JOB_SECRET} has {length} characters, must have at least "
+                f"{MIN_SECRET_LENGTH} random ones: openssl rand -hex 32. Or unset it."
             )
 
     def gpu_ids(self, local_size: int) -> tuple[str, ...] | None:

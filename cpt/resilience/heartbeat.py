@@ -5,13 +5,15 @@ Decisions
     A rank hangs if it has not entered another phase for as long as its phase may take. When one
     rank is stuck in a collective, all ranks stand still together. Then the ranks that no longer
     publish are named, or, if all publish, those that are furthest behind.
+    A hung rank holds up all others within a step, so a run in which another rank moves and is two
+    steps ahead does not hang: somebody keeps the beats of the rank that seems to stand still from
+    the observer.
     A rank is a straggler in a step if most ranks were ahead of it, and hence waited, for long
     compared with a usual step.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections import Counter
@@ -21,12 +23,16 @@ from typing import Any
 
 from cpt.resilience.environment import node_name
 from cpt.resilience.phase import PhaseRecord
-from cpt.resilience.processes import pid_namespace
+from cpt.resilience.processes import pid_namespace, start_ticks_of
+from cpt.resilience.record_fields import MAX_NAME_LENGTH, RecordFields
 
 LONG_PHASES = frozenset({"load", "save", "evaluate", "sample", "rollback", "export"})
 """Phases that may take the longer timeout."""
 MOST_NAMED_RANKS = 8
 """Number of hung ranks that a message names one by one."""
+MOST_STEPS_AHEAD = 1
+"""How many steps a rank can be ahead of one that hangs."""
+_LARGEST_NUMBER = 2**53
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +60,18 @@ class Process:
     """What the batch system calls this machine."""
     machine: str
     """Boot of the machine and pid namespace in which `pid` means something."""
+    started: str
+    """Start of the process in clock ticks since boot, because process ids are used again."""
 
     @classmethod
     def this(cls) -> Process:
         """Return the present process."""
         return cls(
-            pid=os.getpid(), host=socket.gethostname(), node=node_name(), machine=pid_namespace()
+            pid=os.getpid(),
+            host=socket.gethostname()[:MAX_NAME_LENGTH],
+            node=node_name()[:MAX_NAME_LENGTH],
+            machine=pid_namespace()[:MAX_NAME_LENGTH],
+            started=start_ticks_of(os.getpid()),
         )
 
 
@@ -83,6 +95,8 @@ class Beat:
     """What the batch system calls this machine."""
     machine: str = ""
     """Boot of the machine and pid namespace in which `pid` means something."""
+    started: str = ""
+    """Start of the process in clock ticks since boot, because process ids are used again."""
 
     @classmethod
     def of(cls, record: PhaseRecord, tick: float, process: Process) -> Beat:
@@ -96,16 +110,34 @@ class Beat:
             host=process.host,
             node=process.node,
             machine=process.machine,
+            started=process.started,
         )
 
-    def dump(self) -> str:
-        """Return the beat as JSON."""
-        return json.dumps(asdict(self))
+    def to_record(self) -> dict[str, Any]:
+        """Return the beat as JSON values."""
+        return asdict(self)
 
     @classmethod
-    def load(cls, text: str | bytes) -> Beat:
-        """Return the beat that `dump` turned into JSON."""
-        return cls(**json.loads(text))
+    def from_record(cls, record: Any) -> Beat:
+        """Return the beat that `to_record` turned into JSON values.
+
+        Raises:
+            ValueError: a field has a type or a value that no beat has.
+        """
+        fields = RecordFields(record)
+        beat = cls(
+            count=fields.integer("count", 0, _LARGEST_NUMBER),
+            phase=fields.text("phase"),
+            step=fields.integer("step", 0, _LARGEST_NUMBER),
+            tick=fields.number("tick"),
+            pid=fields.integer("pid", 1, 2**31 - 1),
+            host=fields.text("host"),
+            node=fields.text("node"),
+            machine=fields.text("machine"),
+            started=fields.text("started"),
+        )
+        fields.end()
+        return beat
 
     def location(self) -> str:
         """Return the phase and the step for people."""
@@ -254,6 +286,8 @@ class Observer:
         for rank in last:
             if now - self._seen[rank].moved_at <= self._timeouts.of(self._seen[rank].beat.phase):
                 return None
+        if self._is_another_ahead(now, last):
+            return None
         waited = min(now - self._seen[rank].moved_at for rank in last)
         # A rank that is alive but blocked ticks at every look. None misses looks for half of the
         # whole wait.
@@ -267,6 +301,15 @@ class Observer:
         how = "not running" if silent else "not moving"
         text = f"{self._name_ranks(named)}, {how} for {waited:.0f} s; {self._name_others(named)}"
         return Hang(ranks=named, text=text)
+
+    def _is_another_ahead(self, now: float, ranks: Sequence[int]) -> bool:
+        """Return whether a rank moves that is further ahead of these than a hang lets it be."""
+        newest_step = max(self._seen[rank].beat.step for rank in ranks)
+        for seen in self._seen:
+            moves = now - seen.moved_at <= self._timeouts.of(seen.beat.phase)
+            if moves and seen.beat.step > newest_step + MOST_STEPS_AHEAD:
+                return True
+        return False
 
     def find_lost(self, now: float, seconds: float) -> list[int]:
         """Return the ranks whose process has given no sign of life for a time."""

@@ -7,6 +7,7 @@ imported. Every function takes a process that is gone as a normal case.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -58,6 +59,46 @@ def exit_status_of(pid: int) -> int | None:
     if len(fields) <= _EXIT_STATUS or fields[_STATE] != "Z":
         return None
     return int(fields[_EXIT_STATUS])
+
+
+def is_own_process(pid: int, started: str) -> bool:
+    """Return whether a process lives, was started at that time, and belongs to this user.
+
+    Args:
+        pid: Its id.
+        started: Its start as `start_ticks_of` gave it.
+    """
+    try:
+        owner = os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return False
+    return owner == os.geteuid() and started != "" and start_ticks_of(pid) == started
+
+
+def send_signal(pid: int, started: str, number: signal.Signals) -> bool:
+    """Send a signal to a process of this user that was started at a known time.
+
+    Returns:
+        Whether it was sent. It is not if the id belongs to another process by now.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except (OSError, AttributeError):
+        pidfd = -1  # the process is gone, the kernel is old, or Python was built for an old one
+    try:
+        # an open descriptor means the process that is looked at here, even if it ends meanwhile
+        if not is_own_process(pid, started):
+            return False
+        if pidfd >= 0:
+            signal.pidfd_send_signal(pidfd, number)
+        else:
+            os.kill(pid, number)
+        return True
+    except OSError:
+        return False
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
 
 
 def age_seconds() -> float:

@@ -11,12 +11,15 @@ Decisions
     Rank 0 sees the phases of all ranks and judges them (`cpt.resilience.heartbeat`); the others
     watch that rank 0 answers. A ruling is one record in the store. The first one written holds, and
     every rank obeys it.
+    Whoever reaches the port of the store can write into it. Records that this job has not signed
+    are passed over and counted (`cpt.resilience.signed_store`).
     A rank that fails alone writes such a record, too. Otherwise its peers would wait for it in a
     collective, with NCCL until a timeout, and the error of the connection would hide the cause.
     A rank that is killed cannot write one. The ranks of its node see its process end and write it
     (`cpt.resilience.neighbors`). A rank that lost a connection waits for such a record before it
     speaks for itself.
-    A stopped rank (SIGSTOP) on this node is sent SIGCONT: it wakes up, finds the ruling, writes its
+    A stopped rank (SIGSTOP) on this node is sent SIGCONT, if the process is still the one that the
+    rank itself named: it wakes up, finds the ruling, writes its
     own stack, and leaves with the same code. If it cannot, the launcher kills it.
     The rank that caused the ruling and rank 0, which holds the store, leave last.
 """
@@ -24,55 +27,43 @@ Decisions
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 
 from cpt.config import WatchdogSection
 from cpt.errors import (
-    ConfigError,
     CptError,
-    DataError,
     HungRankError,
     InternalError,
     RequeueRequested,
-    StorageError,
     cause_and_code,
 )
 from cpt.parallel.topology import Topology
+from cpt.resilience.conversation import RankConversation, connect
 from cpt.resilience.environment import ranks_of_node
 from cpt.resilience.heartbeat import Beat, Observer, PhaseTimeouts, Process
+from cpt.resilience.job_secret import agree_on_key
 from cpt.resilience.neighbors import Death, Neighbors, describe_kill
 from cpt.resilience.out_of_memory import kill_counts
 from cpt.resilience.phase import PhaseClock
-from cpt.resilience.processes import kernel_report_of
-from data_pipeline.store.files import make_folder, no_links
+from cpt.resilience.processes import is_own_process, kernel_report_of, send_signal
+from cpt.resilience.ruling import PASSED_ON, SIGNAL_CODE, Ruling, failure_code
+from cpt.resilience.signed_store import SignedStore
+from cpt.resilience.stack_files import append_stacks, append_text
+from data_pipeline.escaping import escaped_line
 
 LEAVE_SECONDS = 10.0
 """How long the last to leave wait for the others."""
 GONE_SECONDS = 30.0
 """How long the store may refuse connections before a rank that is not done leaves."""
 POLL_SECONDS = 0.1
-SIGNAL_CODE = 128
-"""Added to a signal for an exit code, as shells do."""
-PASSED_ON = (
-    ConfigError.exit_code,
-    DataError.exit_code,
-    HungRankError.exit_code,
-    StorageError.exit_code,
-)
-"""Codes of a rank that ended without a word, which the others take over."""
 LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -82,50 +73,6 @@ LOST_PEER = (
     "remote process exit",
 )
 """Words of gloo's and NCCL's errors about a peer that is gone."""
-RULING = "verdict"
-"""Key of the ruling in the store."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ruling:
-    """The decision that the run ends, which every rank obeys."""
-
-    kind: Literal["hung", "failed", "killed"]
-    """Whether a rank hangs, has raised an error, or was ended from outside."""
-    rank: int
-    """The rank that decided, failed or was killed."""
-    code: int
-    """Exit code of all ranks."""
-    text: str
-    """Cause, in one line."""
-    wake: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """Host and process id of the hung ranks, by rank."""
-    agreed: bool = False
-    """Whether the error was one that all ranks raise together."""
-    host: str = ""
-    """Host name of the machine of the rank that is to blame."""
-    node: str = ""
-    """What the batch system calls this machine."""
-    signal: int = 0
-    """The signal that killed the rank; 0 if none did."""
-
-    def to_blame(self) -> int | None:
-        """Return the rank that is to blame: the first hung one, or the one that failed.
-
-        None if all ranks stand still together.
-        """
-        if self.kind == "hung":
-            return min(map(int, self.wake), default=None)
-        return self.rank
-
-    def dump(self) -> str:
-        """Return the ruling as JSON."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def load(cls, text: str | bytes) -> Ruling:
-        """Return the ruling that `dump` turned into JSON."""
-        return cls(**json.loads(text))
 
 
 class Watchdog:
@@ -139,6 +86,8 @@ class Watchdog:
         clock: PhaseClock,
         report: Callable[[dict[str, Any]], None],
         record: Callable[[Ruling], None] | None = None,
+        *,
+        key: bytes,
     ) -> None:
         """Prepare to watch.
 
@@ -150,7 +99,9 @@ class Watchdog:
             report: Takes an event for metrics.jsonl; called from the talking thread of rank 0.
             record: Keeps a ruling in the run directory; called once, from the thread that ends the
                 process, on rank 0 or, if that is gone, on those that notice.
+            key: Signs what the ranks say to each other; the same on all ranks.
         """
+        self._key = key
         self._stacks = run_dir / "stacks"
         self._topology = topology
         self._settings = settings
@@ -164,6 +115,9 @@ class Watchdog:
         self._process = Process.this()
         self._neighbors = Neighbors()
         self._unmet = set(ranks_of_node()) - {topology.rank}
+        self._met: dict[int, Beat] = {}
+        self._num_foreign = 0
+        self._next_told = 1
         self._ended: list[Death] = []
         self._killed: set[int] = set()
         self._has_told_death = False
@@ -248,7 +202,7 @@ class Watchdog:
         return Ruling(
             kind="failed",
             rank=rank,
-            code=code,
+            code=failure_code(code),
             text=f"rank {rank} failed in {self._location()}: {cause}",
             agreed=isinstance(error, CptError),
             host=self._process.host,
@@ -347,63 +301,85 @@ class Watchdog:
     def _talk(self) -> None:
         """Do everything that may block on the store."""
         try:
-            store = self._connect()
+            talk = self._join()
             interval = self._settings.interval_seconds
             while not self._all_leaving.is_set() and not self._closed.wait(interval):
-                self._exchange(store)
+                self._look(talk)
                 self._heard_at = time.monotonic()
         except Exception as error:
             # The store's errors have no common class. The watching thread decides what follows.
             first_line = str(error).partition("\n")[0]
             self._store_error = f"{type(error).__name__}: {first_line}"
 
-    def _connect(self) -> dist.Store:
-        host = os.environ["MASTER_ADDR"]
-        port = int(os.environ["MASTER_PORT"])
-        client = dist.TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)
-        )
-        return dist.PrefixStore("cpt/watchdog", client)
+    def _join(self) -> RankConversation:
+        store = SignedStore(connect(self._key), self._key, self._note_foreign)
+        world_size = self._topology.world_size
+        return RankConversation(self._topology.rank, world_size, store, self._note_foreign)
 
-    def _exchange(self, store: dist.Store) -> None:
+    def _note_foreign(self, name: str, why: str) -> None:
+        """Count a record that this job did not write; rank 0 tells of the 1st, 10th, 100th ..."""
+        self._num_foreign += 1
+        if self._num_foreign < self._next_told:
+            return
+        self._next_told *= 10
+        if self._topology.rank != 0:
+            return
+        _say(
+            f"somebody writes into the store of this run, port {os.environ['MASTER_PORT']}: record "
+            f"{name} is not one of this job ({why}). Such records are passed over, "
+            f"{self._num_foreign} so far. Others can reach the port: see docs/security.md."
+        )
+        self._report(
+            {"event": "foreign_record", "key": name, "reason": why, "count": self._num_foreign}
+        )
+
+    def _look(self, talk: RankConversation) -> None:
         """Publish this rank's beat; read the ruling if there is one, else look at the others."""
         rank = self._topology.rank
-        world_size = self._topology.world_size
         if self._leaving.is_set():
-            store.set(f"left/{rank}", "1")
-            alive = [other for other in range(world_size) if other not in self._killed]
-            if store.check([f"left/{other}" for other in alive]):
-                self._all_leaving.set()
+            self._look_at_farewells(talk)
             return
         beat = Beat.of(self._clock.now(), time.monotonic(), self._process)
-        store.set(f"beat/{rank}", beat.dump())
-        self._meet_neighbors(store)
-        if self._own_ruling is not None:
-            _publish(store, self._own_ruling)
-        if store.check([RULING]):
-            self._ruling = Ruling.load(store.get(RULING))
-            self._told.set()
+        talk.publish(beat)
+        self._meet_neighbors(talk)
+        own = self._own_ruling
+        ruling = talk.ruling() if own is None else talk.settle(own)
+        if ruling is not None:
+            self._obey(ruling)
             return
         if rank != 0:
-            if store.check(["beat/0"]):
-                self._first_rank_beat = Beat.load(store.get("beat/0"))
+            self._first_rank_beat = talk.beat_of(0)
             return
-        names = [f"beat/{other}" for other in range(world_size)]
-        if store.check(names):
-            self._observe(store, [Beat.load(text) for text in store.multi_get(names)])
+        beats = talk.beats()
+        if beats is not None:
+            self._observe(talk, beats)
 
-    def _meet_neighbors(self, store: dist.Store) -> None:
+    def _look_at_farewells(self, talk: RankConversation) -> None:
+        """Say that this rank leaves, and note whether all do."""
+        if self._ruling is not None:
+            talk.settle(self._ruling)  # those who do not know it find it, whoever removed it
+        talk.say_farewell()
+        ranks = range(self._topology.world_size)
+        if talk.have_left(rank for rank in ranks if rank not in self._killed):
+            self._all_leaving.set()
+
+    def _obey(self, ruling: Ruling) -> None:
+        """Let the other threads know the ruling."""
+        self._ruling = ruling
+        self._told.set()
+
+    def _meet_neighbors(self, talk: RankConversation) -> None:
         """Begin to watch the processes of the other ranks of this node, once they have spoken."""
         for rank in sorted(self._unmet):
-            name = f"beat/{rank}"
-            if not store.check([name]):
+            beat = talk.beat_of(rank)
+            if beat is None:
                 return
-            beat = Beat.load(store.get(name))
             self._unmet.discard(rank)
             if beat.machine == self._process.machine:
+                self._met[rank] = beat
                 self._neighbors.meet(rank, beat.pid)
 
-    def _observe(self, store: dist.Store, beats: list[Beat]) -> None:
+    def _observe(self, talk: RankConversation, beats: list[Beat]) -> None:
         now = time.monotonic()
         self._observer.see(now, beats, self._clock.median_step_seconds())
         for straggler in self._observer.take_stragglers():
@@ -416,11 +392,11 @@ class Watchdog:
                 rank=0,
                 code=HungRankError.exit_code,
                 text=hang.text,
-                wake={str(rank): (beats[rank].host, beats[rank].pid) for rank in hang.ranks},
+                hung_ranks=tuple(hang.ranks),
                 host=beats[hang.ranks[0]].host if hang.ranks else "",
                 node=beats[hang.ranks[0]].node if hang.ranks else "",
             )
-            _publish(store, ruling)
+            self._obey(talk.settle(ruling))
 
     def _watch(self) -> None:
         """Decide whether this rank leaves; never blocks on another process."""
@@ -445,12 +421,10 @@ class Watchdog:
     def _rule_without_store(self, silent_seconds: float) -> Ruling:
         """Return the ruling of a rank that cannot ask anybody."""
         beat = self._first_rank_beat
-        wake = {}
         seen = "never seen"
         host = ""
         node = ""
         if beat is not None:
-            wake["0"] = (beat.host, beat.pid)
             host = beat.host
             node = beat.node
             seen = f"last seen in {beat.location()}"
@@ -463,7 +437,7 @@ class Watchdog:
             rank=self._topology.rank,
             code=HungRankError.exit_code,
             text=text.strip(),
-            wake=wake,
+            hung_ranks=() if beat is None else (0,),
             host=host,
             node=node,
         )
@@ -479,7 +453,7 @@ class Watchdog:
             pass
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             _say(f"rank {rank} leaves: {ruling.text}")
-        if str(rank) in ruling.wake:
+        if rank in ruling.hung_ranks:
             _say(f"rank {rank} runs again; it stands in {self._location()}")
         if ruling.kind == "hung":
             with contextlib.suppress(OSError):  # a full disk must not keep a hung run alive
@@ -487,9 +461,8 @@ class Watchdog:
             if self._ruling is None:
                 # The store answers once rank 0 runs again, and rank 0 must find the ruling there.
                 self._rule(ruling)
-            for pid in self._hung_neighbors(ruling).values():
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGCONT)
+            for neighbor in self._hung_neighbors(ruling).values():
+                send_signal(neighbor.pid, neighbor.started, signal.SIGCONT)
             self._told.wait(LEAVE_SECONDS / 2)
         # the first rank writes for all, unless it is gone itself
         is_first_gone = ruling.kind != "failed" and ruling.to_blame() == 0
@@ -503,29 +476,25 @@ class Watchdog:
             self._all_leaving.wait(2 * self._settings.interval_seconds)
         os._exit(ruling.code)
 
-    def _hung_neighbors(self, ruling: Ruling) -> dict[int, int]:
-        """Return the process ids of the other hung ranks on this node, by rank."""
+    def _hung_neighbors(self, ruling: Ruling) -> dict[int, Beat]:
+        """Return what the other hung ranks of this node have said of their processes, by rank.
+
+        A ruling names no process: only the rank itself can have said which one is its own.
+        """
         neighbors = {}
-        for name, (host, pid) in ruling.wake.items():
-            if host == socket.gethostname() and int(name) != self._topology.rank:
-                neighbors[int(name)] = pid
+        for rank in ruling.hung_ranks:
+            if rank in self._met and rank != self._topology.rank:
+                neighbors[rank] = self._met[rank]
         return neighbors
 
     def _write_stacks(self, ruling: Ruling) -> None:
         """Write this rank's stacks, and what the kernel says about the hung ranks of this node."""
         rank = self._topology.rank
-        make_folder(self._stacks)
-        for other, pid in self._hung_neighbors(ruling).items():
-            with self._open_stacks(other) as file:
-                file.write("\n".join([*kernel_report_of(pid), ""]))
-        with self._open_stacks(rank) as file:
-            file.write(f"{ruling.text}\nstacks of rank {rank} in {self._location()}:\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-
-    def _open_stacks(self, rank: int) -> IO[str]:
-        """Open the file of a rank's stacks for appending."""
-        return open(self._stacks / f"rank-{rank}.txt", "a", encoding="utf-8", opener=no_links)
+        for other, neighbor in self._hung_neighbors(ruling).items():
+            if is_own_process(neighbor.pid, neighbor.started):
+                append_text(self._stacks, other, "\n".join(kernel_report_of(neighbor.pid)))
+        heading = f"{escaped_line(ruling.text)}\nstacks of rank {rank} in {self._location()}:"
+        append_stacks(self._stacks, rank, heading)
 
     def _keep(self, ruling: Ruling) -> None:
         """Record a ruling, unless the file system does not answer in time."""
@@ -561,11 +530,29 @@ def watching(
     clock: PhaseClock,
     report: Callable[[dict[str, Any]], None],
     record: Callable[[Ruling], None] | None = None,
+    *,
+    secret: bytes | None,
 ) -> Iterator[None]:
     """Watch all ranks while the body runs, and tell them of an error of the body before it is
-    raised; the arguments are those of `Watchdog`.
+    raised; all ranks call this together.
+
+    Args:
+        run_dir: Receives stacks and, for a moment, the secret of the job; it need not exist.
+        topology: The ranks to watch.
+        settings: The `watchdog` section of the run YAML.
+        clock: As for `Watchdog`.
+        report: As for `Watchdog`.
+        record: As for `Watchdog`.
+        secret: The secret of the job from the environment; None if it has none.
+
+    Raises:
+        ConfigError: not all ranks have the same secret.
+        StorageError: they cannot share one through the run directory.
     """
-    watchdog = Watchdog(run_dir, topology, settings, clock, report, record)
+    key = b""
+    if settings.enabled:
+        key = agree_on_key(secret, run_dir, topology.control_group)
+    watchdog = Watchdog(run_dir, topology, settings, clock, report, record, key=key)
     watchdog.start()
     try:
         yield
@@ -587,15 +574,10 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_PEER)
 
 
-def _publish(store: dist.Store, ruling: Ruling) -> None:
-    """Write a ruling unless the store has one already."""
-    store.compare_set(RULING, "", ruling.dump())
-
-
 def _say(text: str) -> None:
-    """Print one line without logging, whose lock a hung thread may hold.
+    """Print one line, escaped, without logging, whose lock a hung thread may hold.
 
     A line that cannot be written is dropped: the watchdog watches without being heard.
     """
     with contextlib.suppress(OSError):
-        os.write(2, f"watchdog: {text}\n".encode())
+        os.write(2, f"watchdog: {escaped_line(text)}\n".encode())

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from cpt.checkpoint.manifest import PARTS
 from cpt.checkpoint.reader import list_steps, step_folder
+from cpt.resilience.processes import kernel_report_of
 from cpt.telemetry.goodput import goodput
 from cpt.telemetry.metrics import read_events
 from cpt.telemetry.run_end import read_failure
@@ -178,3 +184,59 @@ def test_slow_rank_is_reported_and_failing_rank_takes_all_along_with_the_cause_f
     failure = read_failure(run.run_dir)
     assert failure is not None and (failure.exit_code, failure.rank) == (70, 1)
     run.check_no_secret()
+
+
+def write_verdicts(port: int, pid: int, is_over: threading.Event) -> None:
+    """Write a ruling that would end the run with 0 and wake a process, wherever one could be."""
+    verdict = {"kind": "hung", "rank": 0, "code": 0, "text": "\x1b]0;owned\x07"}
+    verdict["wake"] = {"7": [socket.gethostname(), pid]}
+    client = dist.TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=20),
+    )
+    while not is_over.wait(0.05):
+        keys = {"cpt/watchdog/verdict"}
+        for key in client.list_keys():
+            if "/beat/" in key and "cpt/watchdog" in key:
+                keys |= {f"{key.partition('/beat/')[0]}/verdict", key}
+        for key in keys:
+            client.set(key, json.dumps(verdict))
+
+
+@pytest.mark.case(
+    "H4",
+    "told and counted, no process is woken, trained to the end; the secret of the job is in no "
+    "file and no output",
+)
+def test_stranger_at_the_port_neither_ends_the_run_nor_wakes_a_process(workplace) -> None:
+    secret = "canary-of-cpt-job-secret-0123456789abcdef"
+    own = {"CPT_JOB_SECRET": secret}
+    watch = ("--set", "watchdog.interval_seconds=0.2")
+    is_over = threading.Event()
+    with (
+        subprocess.Popen(["sleep", "600"]) as stopped,
+        service(workplace, "attacked", *watch, fault="data:1:4:sleep=4", environment=own) as run,
+    ):
+        stopped.send_signal(signal.SIGSTOP)
+        run.wait_for("fault injected")
+        port = int(next(iter(run.pids().values()))["MASTER_PORT"])
+        attack = threading.Thread(target=write_verdicts, args=(port, stopped.pid, is_over))
+        attack.start()
+        time.sleep(4)
+        is_over.set()
+        attack.join()
+        code = run.wait()
+        run.check_nothing_left()
+        report = "\n".join(kernel_report_of(stopped.pid))
+        stopped.kill()
+    assert code == 0, run.output
+    assert "State:\tT (stopped)" in report
+    assert run.step_numbers() == list(range(1, STEPS + 1))
+    assert run.events("foreign_record")[0]["count"] == 1
+    assert run.output.count("somebody writes into the store of this run") <= 3
+    assert "\x1b]0" not in run.output and not (run.run_dir / "stacks").exists()
+    for path in [run.log, *run.run_dir.rglob("*")]:
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path

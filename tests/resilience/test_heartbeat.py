@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import pytest
@@ -115,4 +116,37 @@ def test_nobody_is_a_straggler_when_half_the_ranks_lag_or_the_ratio_is_off() -> 
 
 
 def test_beat_goes_through_json() -> None:
-    assert Beat.load(beat(3, tick=1.5).dump()) == beat(3, tick=1.5)
+    record = json.loads(json.dumps(beat(3, tick=1.5).to_record()))
+    assert Beat.from_record(record) == beat(3, tick=1.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pid": 0},
+        {"pid": -1},
+        {"pid": True},
+        {"pid": "1"},
+        {"pid": 2**31},
+        {"count": 1.5},
+        {"tick": float("nan")},
+        {"tick": None},
+        {"step": -1},
+        {"phase": "x" * 1000},
+        {"host": ["h"]},
+        {"wake": 1},
+    ],
+    ids=lambda change: "-".join(f"{name} {value!r:.9}" for name, value in change.items()),
+)
+def test_record_that_no_rank_can_have_written_is_no_beat(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        Beat.from_record(beat(3).to_record() | change)
+
+
+def test_rank_whose_beats_are_held_back_does_not_hang_while_the_others_go_on() -> None:
+    """Who can write into the store can repeat the newest beat of a rank."""
+    looks = [[beat(40 + 6 * now, step=12 + now, tick=now), beat(40, step=12)] for now in range(20)]
+    assert watch(looks).find_hang(19.0) is None
+    stopped = [[beat(160, step=32, tick=now), beat(40, step=12)] for now in range(20, 40)]
+    found = watch(looks + stopped).find_hang(39.0)
+    assert found is not None and found.ranks == [1]

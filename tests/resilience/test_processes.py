@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+
+import pytest
 
 from cpt.resilience import processes
+from tests.support.other_users import ATTACKER, as_user, needs_root
 
 
 def gone() -> int:
@@ -51,3 +56,35 @@ def test_ended_process_that_nobody_has_waited_for_is_not_alive() -> None:
     assert processes.start_ticks_of(child.pid) == ""
     assert processes.parent_of(child.pid) == os.getpid()
     child.wait()
+
+
+@pytest.fixture(params=["pidfd", "Python without it"])
+def signaled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways of sending a signal."""
+    if request.param == "Python without it":
+        monkeypatch.delattr(os, "pidfd_open")
+
+
+@pytest.mark.usefixtures("signaled")
+def test_signal_is_sent_to_the_process_that_was_started_then_and_to_no_other() -> None:
+    with subprocess.Popen(["sleep", "600"]) as child:
+        started = processes.start_ticks_of(child.pid)
+        assert not processes.send_signal(child.pid, str(int(started) - 1), signal.SIGTERM)
+        assert not processes.send_signal(child.pid, "", signal.SIGTERM)
+        time.sleep(0.05)
+        assert child.poll() is None
+        assert processes.send_signal(child.pid, started, signal.SIGTERM)
+        assert child.wait() == -signal.SIGTERM
+    assert not processes.send_signal(child.pid, started, signal.SIGTERM)
+
+
+@needs_root
+def test_process_of_another_user_is_not_signaled() -> None:
+    with subprocess.Popen(["sleep", "600"], user=ATTACKER, group=ATTACKER) as child:
+        deadline = time.monotonic() + 10
+        while os.stat(f"/proc/{child.pid}").st_uid != ATTACKER and time.monotonic() < deadline:
+            time.sleep(0.01)
+        started = processes.start_ticks_of(child.pid)
+        assert not processes.send_signal(child.pid, started, signal.SIGTERM)
+        assert as_user(ATTACKER, lambda: processes.is_own_process(child.pid, started))
+        child.kill()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +15,12 @@ import torch.distributed as dist
 from cpt.config import WatchdogSection
 from cpt.errors import ConfigError, cause_and_code
 from cpt.resilience.environment import node_name, ranks_of_node
-from cpt.resilience.heartbeat import Beat
+from cpt.resilience.heartbeat import Beat, Process
 from cpt.resilience.neighbors import Death
 from cpt.resilience.phase import PhaseClock
-from cpt.resilience.watchdog import Ruling, Watchdog, _say, is_lost_peer
+from cpt.resilience.ruling import Ruling
+from cpt.resilience.stack_files import append_stacks, append_text
+from cpt.resilience.watchdog import Watchdog, _say, is_lost_peer
 
 
 @pytest.mark.parametrize(
@@ -43,13 +47,10 @@ def test_own_error_does_not(error: Exception) -> None:
 
 
 def test_ruling_names_who_is_to_blame() -> None:
-    hung = Ruling(kind="hung", rank=0, code=71, text="", wake={"12": ("h", 1), "9": ("h", 2)})
+    hung = Ruling(kind="hung", rank=0, code=71, text="", hung_ranks=(9, 12))
     assert hung.to_blame() == 9
     assert Ruling(kind="hung", rank=0, code=71, text="").to_blame() is None
-    assert Ruling(kind="killed", rank=5, code=137, text="").to_blame() == 5
-    assert Ruling.load(hung.dump()) == Ruling(
-        kind="hung", rank=0, code=71, text="", wake={"12": ["h", 1], "9": ["h", 2]}
-    )
+    assert Ruling(kind="killed", rank=5, code=137, text="", signal=9).to_blame() == 5
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,8 @@ LOST = RuntimeError("[gloo] Connection closed by peer\nframe #0")
 def watchdog(tmp_path: Path, rank: int) -> Watchdog:
     """The watchdog of a rank that has not been started."""
     topology: Any = SimpleNamespace(rank=rank, world_size=4)
-    return Watchdog(tmp_path, topology, WatchdogSection(), PhaseClock(), lambda event: None)
+    settings = WatchdogSection()
+    return Watchdog(tmp_path, topology, settings, PhaseClock(), lambda event: None, key=b"k")
 
 
 @pytest.mark.parametrize(("code", "passed_on"), [(74, 74), (3, 70), (None, 70)])
@@ -133,9 +135,7 @@ def test_node_without_a_sign_of_life_is_blamed_by_the_first_rank(tmp_path: Path)
 
 def test_connection_that_is_lost_after_a_ruling_makes_no_other_one(tmp_path: Path) -> None:
     watched = watchdog(tmp_path, rank=0)
-    watched._ruling = Ruling(
-        kind="hung", rank=0, code=71, text="rank 1 hangs", wake={"1": ("h", 5)}
-    )
+    watched._ruling = Ruling(kind="hung", rank=0, code=71, text="rank 1 hangs", hung_ranks=(1,))
     watched._told.set()
     watched._closed.set()  # in a run the watching thread ends the process instead
     watched.report_failure(LOST)
@@ -160,7 +160,7 @@ def test_own_error_blames_nobody_else(tmp_path: Path) -> None:
 
 def test_first_ruling_of_a_rank_holds(tmp_path: Path) -> None:
     watched = watchdog(tmp_path, rank=2)
-    first = Ruling(kind="killed", rank=1, code=137, text="killed")
+    first = Ruling(kind="killed", rank=1, code=137, text="killed", signal=9)
     assert watched._rule(first) is first
     assert watched._rule(Ruling(kind="failed", rank=2, code=70, text="later")) is first
 
@@ -173,3 +173,50 @@ def test_line_that_cannot_be_written_does_not_stop_the_watchdog(
 
     monkeypatch.setattr("cpt.resilience.watchdog.os.write", full)
     _say("rank 1 does not answer")
+
+
+class Talk:
+    """The beats of other ranks as the store gave them."""
+
+    def __init__(self, **beats: Beat) -> None:
+        self._beats = beats
+
+    def beat_of(self, rank: int) -> Beat | None:
+        return self._beats.get(f"rank{rank}")
+
+
+def test_signal_goes_only_to_the_process_that_the_hung_rank_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 is here, rank 2 on another machine, rank 3 has not said which process it is."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    watched = watchdog(tmp_path, rank=0)
+    here = Beat.of(PhaseClock().now(), 0.0, Process.this())
+    talk: Any = Talk(rank1=here, rank2=replace(here, machine="another boot"))
+    watched._meet_neighbors(talk)
+    hung = Ruling(kind="hung", rank=0, code=71, text="", hung_ranks=(0, 1, 2, 3))
+    assert watched._hung_neighbors(hung) == {1: here}
+    watched._neighbors.close()
+
+
+def test_stacks_follow_no_link_and_hold_nothing_that_steers_a_terminal(tmp_path: Path) -> None:
+    victim = tmp_path / "bashrc"
+    victim.write_text("mine\n")
+    stacks = tmp_path / "stacks"
+    stacks.mkdir()
+    (stacks / "rank-1.txt").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic link"):
+        append_text(stacks, 1, "text")
+    assert victim.read_text() == "mine\n"
+    os.mkfifo(stacks / "rank-2.txt")
+    with pytest.raises(OSError, match="No such device"):
+        append_text(stacks, 2, "nobody reads this pipe")
+    append_stacks(stacks, 3, "\x1b]0;owned\x07")
+    text = (stacks / "rank-3.txt").read_text()
+    assert text.startswith("\\x1b]0;owned\\x07\n") and "test_watchdog.py" in text
+
+
+def test_line_of_the_watchdog_is_escaped(capfd: pytest.CaptureFixture[str]) -> None:
+    _say("all\x1b[2J is \udcff\nwell")
+    assert capfd.readouterr().err == "watchdog: all\\x1b[2J is \\udcff\\nwell\n"

@@ -38,6 +38,7 @@ CASES = {
     "H1": "SIGSTOP to one rank",
     "H2": "one rank slower than the others",
     "H3": "one rank raises while it loads data",
+    "H4": "a stranger at the port writes rulings and beats",
     "D1": "disk full during a save",
     "D2": "too little space at start",
     "D3": "run directory read-only, missing, or not a directory",
