@@ -88,8 +88,9 @@ class SignedStore:
                 return found
             if value is None or len(value) > MAX_RECORD_BYTES:
                 value = b""  # the store takes this for "absent"
-            # pybind takes bytes where the stub says str
-            if self._store.compare_set(name, value, own) == own:  # type: ignore[arg-type]
+            # what others wrote need not be text; pybind takes bytes where the stub says str
+            stored = self._store.compare_set(name, value, own)  # type: ignore[arg-type]
+            if stored == own.encode():
                 return record
         self._store.set(name, own)
         return record
@@ -103,14 +104,14 @@ class SignedStore:
         value = self._store.compare_set(name, self._absent, self._absent)
         return None if value == self._absent.encode() else value
 
-    def _sign(self, name: str, number: int, record: dict[str, Any]) -> bytes:
-        body = json.dumps({"number": number, "record": record}).encode()
-        return self._signature(name, body) + body
+    def _sign(self, name: str, number: int, record: dict[str, Any]) -> str:
+        body = json.dumps({"number": number, "record": record})
+        return self._signature(name, body.encode()) + body
 
-    def _signature(self, name: str, body: bytes) -> bytes:
+    def _signature(self, name: str, body: bytes) -> str:
         named = name.encode()
         message = len(named).to_bytes(4, "big") + named + body
-        return hmac.new(self._key, message, hashlib.sha256).hexdigest().encode()
+        return hmac.new(self._key, message, hashlib.sha256).hexdigest()
 
     def _open(self, name: str, value: bytes | None) -> dict[str, Any] | None:
         """Return the record of a value; None if there is none, or if it is not one of this job."""
@@ -124,7 +125,7 @@ class SignedStore:
             return None
         signature = value[:_SIGNATURE_LENGTH]
         body = value[_SIGNATURE_LENGTH:]
-        if not hmac.compare_digest(signature, self._signature(name, body)):
+        if not hmac.compare_digest(signature, self._signature(name, body).encode()):
             self._tell(name, value, "its signature is wrong")
             return None
         signed = json.loads(body)
