@@ -54,6 +54,7 @@ from data_pipeline.commands import (  # noqa: E402
     start_telling,
     with_home_folders,
 )
+from data_pipeline.console.say import complain, say  # noqa: E402
 
 COMMANDS = (
     init,
@@ -91,9 +92,9 @@ class Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         for name in VERSIONED:
             try:
-                print(name, version(name))
+                say(f"{name} {version(name)}")
             except PackageNotFoundError:
-                print(name, "(not installed)")
+                say(f"{name} (not installed)")
         parser.exit(EXIT_DONE)
 
 
@@ -142,9 +143,7 @@ def _current_words(arguments: list[str]) -> list[str]:
     if deprecated not in RENAMED:
         return arguments
     words = RENAMED[deprecated]
-    print(
-        f"'cpt {' '.join(deprecated)}' is deprecated: use 'cpt {' '.join(words)}'.", file=sys.stderr
-    )
+    complain(f"'cpt {' '.join(deprecated)}' is deprecated: use 'cpt {' '.join(words)}'.")
     return [*words, *arguments[2:]]
 
 

@@ -40,6 +40,7 @@ from data_pipeline.commands import (  # noqa: E402
 )
 from data_pipeline.console.lasting_output import make_output_lasting  # noqa: E402
 from data_pipeline.console.log_lines import log_to_terminal  # noqa: E402
+from data_pipeline.console.say import complain  # noqa: E402
 
 
 class _Parser(CommandParser):
@@ -78,7 +79,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         trace_to_file(error)
         # once on every node: the cause may lie on that node alone
         if speaks_for_node():
-            print(f"\n{error}\n", file=sys.stderr, flush=True)
+            complain(f"\n{error}\n", flush=True)
         return error.exit_code
     except Exception as error:
         cause, code = cause_and_code(error)

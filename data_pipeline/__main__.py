@@ -30,6 +30,7 @@ from data_pipeline.commands import (
 )
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
+from data_pipeline.console.say import say
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.mixture.data_plan import make_data_plan
@@ -92,16 +93,16 @@ def _build(options: argparse.Namespace) -> None:
     if options.share:
         index, count = options.share
         num_parts = build_share(mix, out_dir, index, count, options.workers)
-        print(
+        say(
             f"{out_dir}: share {index} of {count} has {num_parts} parts. When all are done, build "
             "without --share."
         )
         return
     manifest = build(mix, out_dir, workers=options.workers)
-    print(describe_build(manifest.sources))
+    say(describe_build(manifest.sources))
     if manifest.guard_domains:
-        print(describe_guard_sets(manifest))
-    print(f"{out_dir}: manifest {manifest.hash[:16]}, fingerprint {manifest.fingerprint[:10]}")
+        say(describe_guard_sets(manifest))
+    say(f"{out_dir}: manifest {manifest.hash[:16]}, fingerprint {manifest.fingerprint[:10]}")
 
 
 def _add_plan(commands: Commands) -> None:
@@ -124,7 +125,7 @@ def _plan(options: argparse.Namespace) -> None:
     steps = options.steps or _steps_of_one_pass(built, options.global_batch_size)
     _check_run_size(steps, options.global_batch_size)
     plan = make_data_plan(built, mix, steps, options.global_batch_size)
-    print(plan.describe())
+    say(plan.describe())
     if options.json:
         _write(options.json, json.dumps(plan.to_json(), indent=1) + "\n")
     if options.plot:
@@ -150,7 +151,7 @@ def _diff(options: argparse.Namespace) -> None:
     old = load_mix(options.old)
     new = load_mix(options.new)
     changes = describe_changes(mix_settings(old), mix_settings(new))
-    print("\n".join(changes) or "no setting differs")
+    say("\n".join(changes) or "no setting differs")
     old_built = _open_build(old, None, options.workers)
     new_built = _open_build(new, None, options.workers)
     batch_size = options.global_batch_size
@@ -165,8 +166,8 @@ def _diff(options: argparse.Namespace) -> None:
         edit = f", the edit made at step {options.at_step:,}"
     old_plan = make_data_plan(old_built, old, steps, batch_size)
     new_plan = make_data_plan(new_built, new, steps, batch_size, ledger)
-    print(f"\nover {steps:,} steps of {batch_size:,} rows{edit}:")
-    print(compare_plans(old_plan, new_plan))
+    say(f"\nover {steps:,} steps of {batch_size:,} rows{edit}:")
+    say(compare_plans(old_plan, new_plan))
 
 
 def _add_audit(commands: Commands) -> None:
@@ -190,13 +191,13 @@ def _add_audit(commands: Commands) -> None:
 def _audit(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
     result = audit(mix, options.documents, options.workers)
-    print(result.describe())
+    say(result.describe())
     page = options.out or DEFAULT_ROOT / f"{mix.name}-audit.html"
     _write(page, audit_page(result))
     if options.json:
         figures = [source.to_json() for source in result.sources]
         _write(options.json, json.dumps(figures, indent=1) + "\n")
-    print(f"page: {page}")
+    say(f"page: {page}")
     problems = result.problems()
     if problems:
         raise DataError("\n".join(problems))

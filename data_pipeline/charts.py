@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+from data_pipeline.escaping import escaped_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -127,7 +129,7 @@ def as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
             figure = draw(*args, **kwargs)
             file = io.StringIO()
             figure.savefig(file, format="svg", metadata=dict.fromkeys(METADATA))
-        return file.getvalue()
+        return escaped_text(file.getvalue())
 
     return drawn
 

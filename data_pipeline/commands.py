@@ -15,7 +15,9 @@ from data_pipeline.console.log_lines import (
     mute_libraries,
     verbosity_of,
 )
+from data_pipeline.console.say import complain
 from data_pipeline.errors import EXIT_INTERNAL, ConfigError, explain, keep_trace
+from data_pipeline.escaping import escaped_text
 from data_pipeline.store.descriptors import raise_descriptor_limit
 
 
@@ -46,6 +48,9 @@ class CommandParser(argparse.ArgumentParser):
         self.print_usage(sys.stderr)
         self.exit(ConfigError.exit_code, f"{self.prog}: {message}. {self.prog} --help helps.\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(escaped_text(message), file)
+
 
 def with_home_folders(options: argparse.Namespace) -> argparse.Namespace:
     """Fill in `~` in the paths of a command line, which shells leave alone in `--option=~/x`."""
@@ -63,7 +68,7 @@ def end_with_reason(error: BaseException, program: str) -> int:
     if explained is None:
         explained = keep_trace(error, program), EXIT_INTERNAL
     message, code = explained
-    print(message, file=sys.stderr)
+    complain(message)
     try:
         sys.stdout.flush()
     except OSError:

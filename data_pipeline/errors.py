@@ -17,6 +17,8 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 
+from data_pipeline.escaping import escaped_line, escaped_text
+
 EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells report it."""
@@ -73,7 +75,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         reason = "not enough memory. Use fewer --workers, or a machine with more memory."
         return reason, StorageError.exit_code
     if isinstance(error, OSError):
-        place = error.filename or "storage"
+        place = escaped_line(error.filename or "storage")
         cure = _CURES.get(error.errno or 0, "")
         return f"{place}: {error.strerror or error}.{cure}", StorageError.exit_code
     if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
@@ -91,7 +93,7 @@ def is_of_storage(error: BaseException) -> bool:
 def unnamable(name: str) -> str:
     """Return what to say of a file name that the locale of this process has no bytes for."""
     return (
-        f"'{name:.200}' is no file name in this locale, whose encoding is "
+        f"'{escaped_line(name, 200)}' is no file name in this locale, whose encoding is "
         f"{sys.getfilesystemencoding()}. Set PYTHONUTF8=1 or LC_ALL=C.UTF-8 in the environment."
     )
 
@@ -99,11 +101,11 @@ def unnamable(name: str) -> str:
 def keep_trace(error: BaseException, program: str) -> str:
     """Write the stack trace of a bug to a file of its own, and return what to tell a person."""
     trace = "".join(traceback.format_exception(error))
-    words = f"{type(error).__name__}: {error}".splitlines()[0]
+    words = escaped_line(f"{type(error).__name__}: {error}".splitlines()[0])
     try:
         descriptor, path = tempfile.mkstemp(prefix=f"{program}-", suffix=".log")
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(trace)
+            file.write(escaped_text(trace))
     except OSError:
         return f"{trace}internal error: {words}. This is a bug of {program}: please report it."
     return (

@@ -1,8 +1,10 @@
-"""Tables for terminals."""
+"""Tables for terminals; a cell may hold a text from outside."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from data_pipeline.escaping import escaped_line
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -10,6 +12,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     A column holds numbers if every cell below its header starts with a digit or a sign.
     """
+    rows = [[escaped_line(cell) for cell in row] for row in rows]
     is_number = [all(map(_starts_like_a_number, column)) for column in zip(*rows, strict=True)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = []

@@ -19,8 +19,8 @@ SOURCES = sorted([*(ROOT / "cpt").rglob("*.py"), *(ROOT / "data_pipeline").rglob
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 ROOMS = {
-    "data_pipeline/errors.py": "exceptions with their exit codes",
     "data_pipeline/escaping.py": "text from outside, made safe to show",
+    "data_pipeline/errors.py": "exceptions with their exit codes",
     "data_pipeline/tables.py": "tables for terminals",
     "data_pipeline/charts.py": "figures as SVG",
     "data_pipeline/bounded/": "JSON and YAML of others: limits on bytes, depth, digits",
@@ -170,6 +170,16 @@ def test_nothing_directly_in_cpt_shadows_another_module(path: Path) -> None:
 def calls(path: Path) -> set[str]:
     """Return the dotted names of all that is called, such as `eval` and `model.eval`."""
     return {ast.unparse(node.func) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)}
+
+
+MAY_PRINT = {"data_pipeline/console/say.py"}
+PRINTS = {"print", "sys.stdout.write", "sys.stderr.write"}
+
+
+@by_path(SOURCES)
+def test_what_is_printed_goes_through_the_module_that_escapes_it(path: Path) -> None:
+    if relative(path) not in MAY_PRINT:
+        assert not calls(path) & PRINTS, "say() and complain() make texts safe to show"
 
 
 KNOWS_OPCODES = "cpt/checkpoint/inert_pickle.py"

@@ -13,6 +13,7 @@ from cpt.checkpoint.manifest import MANIFEST, Manifest, check_listing, read_mani
 from cpt.checkpoint.range_index import read_range_index
 from cpt.checkpoint.reader import list_steps, reason_of, step_folder
 from cpt.errors import CheckpointError
+from data_pipeline.escaping import escaped_line
 
 SET_ASIDE = {"rejected": "damaged, set aside", "superseded": "of an abandoned branch, set aside"}
 LAYOUT_KEYS = ("world_size", "sp_size", "ep_size", "zero_stage")
@@ -91,7 +92,7 @@ def checkpoint_table(listed: list[ListedCheckpoint], *, now: float | None = None
         now = time.time()
     rows: list[tuple[str, ...]] = [HEAD]
     for one in listed:
-        rows.append(_row(one, now))
+        rows.append(tuple(escaped_line(cell) for cell in _row(one, now)))
     columns = list(zip(*rows, strict=True))[:-1]
     widths = [max(map(len, column)) for column in columns]
     lines = []

@@ -28,6 +28,7 @@ from cpt.checkpoint.manifest import (
 from cpt.checkpoint.range_index import RangeIndex, read_range_index
 from cpt.errors import CheckpointError, ConfigError
 from cpt.storage.state_bytes import FP32_BYTES
+from data_pipeline.escaping import escaped_line
 from data_pipeline.store.ownership import refuse_foreign
 
 MOST_LISTED = 20
@@ -155,7 +156,7 @@ def reason_of(check: Callable[[], object]) -> str | None:
     try:
         check()
     except (CheckpointError, OSError) as error:
-        return str(error)
+        return escaped_line(error)  # it may name a file that nobody here has named
     return None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from cpt.commands import Commands
 from cpt.commands.early_checks import refuse, run_dir_problems
 from cpt.errors import CheckpointError
+from data_pipeline.console.say import say
 
 
 def add_parser(commands: Commands) -> None:
@@ -28,8 +29,8 @@ def _run(options: argparse.Namespace) -> None:
 
     listed = list_checkpoints(options.run_dir, verify=options.verify)
     if not listed:
-        print(f"{options.run_dir} holds no checkpoint yet.")
+        say(f"{options.run_dir} holds no checkpoint yet.")
         return
-    print(checkpoint_table(listed))
+    say(checkpoint_table(listed))
     if not any(one.is_usable for one in listed):
         raise CheckpointError("none of them is usable.")

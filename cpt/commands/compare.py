@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
+from data_pipeline.console.say import say
+from data_pipeline.escaping import escaped_line
 
 
 def add_parser(commands: Commands) -> None:
@@ -24,4 +26,4 @@ def add_parser(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> None:
     from cpt.telemetry.report.comparison import write_comparison
 
-    print(write_comparison(options.run_dirs, options.out, options.axis))
+    say(escaped_line(write_comparison(options.run_dirs, options.out, options.axis)))

@@ -18,6 +18,7 @@ from cpt.model.attention.probe import (
     measure,
     probe_shape,
 )
+from data_pipeline.console.say import say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,14 +45,14 @@ def print_probes(head_dim: int, num_query_heads: int, num_kv_heads: int, window:
     """
     _check_sizes(head_dim, num_query_heads, num_kv_heads, window)
     shape = probe_shape(num_query_heads, num_kv_heads, head_dim, window, sp_size=1)
-    print(
+    say(
         f"attention against an explicit softmax in float64: head size {head_dim}, "
         f"{num_query_heads} query heads, {num_kv_heads} key/value heads, window {window}.\n"
         "Relative l2 errors, `!` where above the limit."
     )
     failed = []
     for case in usable_cases(head_dim):
-        print(f"\n{case}")
+        say(f"\n{case}")
         if not _agrees(case, shape):
             failed.append(str(case))
     if failed:
@@ -80,9 +81,9 @@ def _agrees(case: Case, shape: ProbeShape) -> bool:
     try:
         report: ProbeReport = measure(setting, shape)
     except Exception as error:  # a backend that breaks must not hide the others
-        print(f"does not run: {type(error).__name__}: {error}")
+        say(f"does not run: {type(error).__name__}: {error}")
         return False
-    print(report.table())
+    say(report.table())
     return report.passed
 
 

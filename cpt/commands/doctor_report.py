@@ -14,6 +14,7 @@ from cpt.errors import ConfigError, DataError
 from cpt.model.attention import choice
 from cpt.model.attention.machine import Machine, installed_version
 from cpt.parallel.transport import gpus_apart, nccl_version, read_transport
+from data_pipeline.console.say import say
 from data_pipeline.text.tokenizer import encoding
 
 PACKAGES = (
@@ -125,7 +126,7 @@ def main() -> None:
         ConfigError: Training cannot start here.
     """
     text, ready = report()
-    print(text)
+    say(text)
     if not ready:
         raise ConfigError(
             "this machine cannot train; the lines above with 'no:' say why and what would help."

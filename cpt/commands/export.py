@@ -9,6 +9,7 @@ from cpt.commands import Commands
 from cpt.commands.early_checks import out_problems, own_run_dir_problems, refuse
 from cpt.commands.shared_options import add_ranks, add_step, checkpoint_folder, rank_options
 from cpt.resilience.environment import rank_of_environment
+from data_pipeline.console.say import say
 
 FORMATS = ("bf16", "mxfp4", "fp32")
 """What `cpt.export.huggingface.export_checkpoint` writes."""
@@ -44,4 +45,4 @@ def _run(options: argparse.Namespace) -> None:
         options.run_dir, folder, options.out, options.format, options.score, rank_options(options)
     )
     if rank_of_environment() == 0:
-        print(f"{describe_export(out)}{folder} -> {out}")
+        say(f"{describe_export(out)}{folder} -> {out}")

@@ -17,6 +17,7 @@ from cpt.commands.early_checks import (
     run_dir_problems,
 )
 from cpt.commands.shared_options import add_ranks, rank_options, tell
+from data_pipeline.console.say import say
 
 
 def add_parser(commands: Commands) -> None:
@@ -45,7 +46,7 @@ def _run_audit(options: argparse.Namespace) -> None:
     refuse(run_dir_problems(options.run_dir))
     from cpt.guard.audit import audit, check_agreement
 
-    print(check_agreement(audit(options.run_dir)))
+    say(check_agreement(audit(options.run_dir)))
 
 
 def _run_divergence(options: argparse.Namespace) -> None:

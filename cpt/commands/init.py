@@ -22,6 +22,7 @@ from pathlib import Path
 from cpt.commands import Commands
 from cpt.commands.project_files import project_files, sample_folder
 from cpt.errors import ConfigError
+from data_pipeline.console.say import say
 
 FOLDERS = ("configs", "ds_configs", "slurm")
 SAMPLE_IN_REPOSITORY = "../../data_pipeline/sample/"
@@ -59,7 +60,7 @@ def add_parser(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     write_project(options.folder, options.preset)
-    print(f"{options.folder} is ready. Its README.md has the first commands.")
+    say(f"{options.folder} is ready. Its README.md has the first commands.")
 
 
 def write_project(folder: Path, preset: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cpt.commands import Commands
 from cpt.errors import ConfigError
+from data_pipeline.console.say import say
 
 GPU_NAMES = ("h100", "h100-94gb", "h200", "b200", "gh200-96gb", "gh200-144gb")
 """Keys of `cpt.planning.hardware.GPUS`, whose import would cost every command a second."""
@@ -148,8 +149,8 @@ def _plan_mix(options: argparse.Namespace) -> None:
             "probe runs."
         )
     probes = read_probes(options.probe)
-    print(describe(probes, options.english_tolerance, options.steps))
+    say(describe(probes, options.english_tolerance, options.steps))
     if options.plot:
         figure = draw(probes, options.english_tolerance, options.steps)
         options.plot.write_text(figure, encoding="utf-8")
-        print(f"-> {options.plot}")
+        say(f"-> {options.plot}")

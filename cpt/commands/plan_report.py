@@ -25,6 +25,7 @@ from cpt.planning.routing import read_routing
 from cpt.planning.search import Layout, search
 from cpt.planning.table import HEADER, comparison, line
 from data_pipeline.config.strict_yaml import Located
+from data_pipeline.console.say import say
 
 EXAMPLE_PRESET = "gpt-oss-20b"
 DEFAULT_GPU = "h100"
@@ -77,12 +78,12 @@ def plan(options: argparse.Namespace) -> None:
         points.append(Point(architecture=architecture, seq_len=seq_len, gpus=gpus))
     planner = _Planner(run, ds_json, options.batch_tokens, gpu, assumed)
     if len(points) == 1:
-        print(planner.in_full(points[0]))
+        say(planner.in_full(points[0]))
     else:
-        print(planner.over_many(points, options.plot))
-    print("assumptions")
+        say(planner.over_many(points, options.plot))
+    say("assumptions")
     for text in assumed.describe(gpu):
-        print(f"  {text}")
+        say(f"  {text}")
 
 
 def assumptions(options: argparse.Namespace) -> Assumptions:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from cpt.commands import Commands
 from cpt.commands.early_checks import own_run_dir_problems, refuse
+from data_pipeline.console.say import say
+from data_pipeline.escaping import escaped_line
 
 
 def add_parser(commands: Commands) -> None:
@@ -22,4 +24,4 @@ def _run(options: argparse.Namespace) -> None:
     refuse(own_run_dir_problems(options.run_dir))
     from cpt.telemetry.report.page import write_report
 
-    print(write_report(options.run_dir))
+    say(escaped_line(write_report(options.run_dir)))

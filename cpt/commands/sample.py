@@ -15,6 +15,7 @@ from cpt.commands.shared_options import (
     checkpoint_folder,
     sampling_of,
 )
+from data_pipeline.console.say import say
 
 
 def add_parser(commands: Commands) -> None:
@@ -76,4 +77,4 @@ def _run(options: argparse.Namespace) -> None:
             reply = decode_channels(generate(model, ids, sampling))
         else:
             reply = decode_tokens(generate(model, encode(prompt).tolist(), sampling))
-        print(f"--- {prompt}\n{reply}")
+        say(f"--- {prompt}\n{reply}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt.errors import CheckpointError, ConfigError
 from cpt.resilience.environment import rank_of_environment, restore_gpu_ids
+from data_pipeline.console.say import complain, say
 
 if TYPE_CHECKING:
     from cpt.offline.rank_options import RankOptions
@@ -37,7 +37,7 @@ def checkpoint_folder(run_dir: Path, step: int | None) -> Path:
         raise ConfigError(f"--run_dir {run_dir} does not exist.")
     found, rejected = find_checkpoint(run_dir, "auto" if step is None else str(step))
     for reason in rejected:
-        print(f"checkpoint rejected: {reason}", file=sys.stderr)
+        complain(f"checkpoint rejected: {reason}")
     if found is None:
         raise CheckpointError(f"{run_dir} holds no checkpoint yet.")
     return step_folder(run_dir, found)
@@ -113,4 +113,4 @@ def rank_options(options: argparse.Namespace) -> RankOptions:
 def tell(text: str) -> None:
     """Print on the first rank."""
     if rank_of_environment() == 0:
-        print(text)
+        say(text)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cpt.commands import Commands
 from cpt.errors import CptError
+from data_pipeline.console.say import say
 
 if TYPE_CHECKING:
     from cpt.config import DataSection
@@ -62,7 +63,7 @@ def _run(options: argparse.Namespace) -> None:
         path = parts.model.path if parts.model is not None else None
         if path is not None and not list_steps(options.run_dir):
             attempt(lambda: _stage_weights(path, options.to))
-    print(json.dumps(staged))
+    say(json.dumps(staged))
 
 
 def _stage_build(settings: DataSection, root: Path) -> tuple[Path, Path] | None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cpt.commands import Commands
+from data_pipeline.console.say import say
 
 
 def add_parser(commands: Commands) -> None:
@@ -24,5 +25,5 @@ def _run(options: argparse.Namespace) -> None:
     from cpt.telemetry.overview_text import describe_overview
     from cpt.telemetry.run_overview import run_overview
 
-    print(describe_overview(run_overview(options.run_dir), time.time()), flush=True)
-    print(check_finished(options.run_dir))
+    say(describe_overview(run_overview(options.run_dir), time.time()), flush=True)
+    say(check_finished(options.run_dir))

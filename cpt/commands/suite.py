@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpt.commands import Commands
+from data_pipeline.console.say import say
 
 if TYPE_CHECKING:
     from cpt.offline.evaluation.suite import Suite
@@ -121,7 +122,7 @@ def _collect(options: argparse.Namespace) -> None:
     refuse_same_file(options.out, {"--suite": options.suite})
     result = collect(_suite(options), options.results, options.model, options.step)
     write_result(options.out, result)
-    print(f"{score_table(result.scores, ())}\n-> {options.out}")
+    say(f"{score_table(result.scores, ())}\n-> {options.out}")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -137,7 +138,7 @@ def _compare(options: argparse.Namespace) -> None:
     baseline = read_result(options.baseline)
     verdicts = compare_with_baseline(limits, result.scores, baseline.scores)
     write_result(options.result, replace(result, verdicts=verdicts))
-    print(f"{score_table(result.scores, verdicts)}\n-> {options.result}")
+    say(f"{score_table(result.scores, verdicts)}\n-> {options.result}")
     refuse_drops(verdicts)
 
 
@@ -150,4 +151,4 @@ def _plot(options: argparse.Namespace) -> None:
     results = read_results(options.results)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, checkpoint_figure(results, baseline))
-    print(options.out)
+    say(options.out)

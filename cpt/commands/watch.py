@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from cpt.commands import Commands
+from data_pipeline.console.say import complain, say
 
 LOOPBACK = "127.0.0.1"
 
@@ -42,14 +42,13 @@ def _run(options: argparse.Namespace) -> None:
     if options.interval < 1 or options.depth < 0 or not 0 <= options.port < 65536:
         raise ConfigError("--interval is at least 1, --depth at least 0, --port below 65536.")
     if options.host not in LOOPBACK_NAMES:
-        print(
+        complain(
             f"--host {options.host}: whoever can reach this machine can read the state, the "
             "samples and the configuration of these runs. There is no password.",
-            file=sys.stderr,
         )
 
     def told(address: str) -> None:
-        print(f"watching {options.root}: {address} (Ctrl-C ends it)", flush=True)
+        say(f"watching {options.root}: {address} (Ctrl-C ends it)", flush=True)
 
     serve(
         options.root,

@@ -33,6 +33,7 @@ from data_pipeline.config.generation_config import GenerationDomain
 from data_pipeline.config.mix_config import GuardConfig, GuardDomain, LanguageLimits, MixConfig
 from data_pipeline.config.source_config import LANGUAGES, SourceConfig
 from data_pipeline.config.traces_config import TraceDomain
+from data_pipeline.console.say import say
 
 PAGE = Path("docs/configuration.md")
 RUN_SCHEMA = Path("docs/run.schema.json")
@@ -289,7 +290,7 @@ def main() -> None:
     """Write all files below the current directory, which is the repository."""
     for path, content in written_files().items():
         path.write_text(content, encoding="utf-8")
-        print(f"-> {path}")
+        say(f"-> {path}")
 
 
 if __name__ == "__main__":

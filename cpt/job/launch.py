@@ -42,6 +42,7 @@ from cpt.resilience.stop import StopRequest, watch_launcher
 from cpt.resilience.watchdog import watching
 from cpt.telemetry.mailbox import EventMailbox
 from cpt.telemetry.run_end import finish_time
+from data_pipeline.console.say import say
 
 log = logging.getLogger("cpt.job.launch")
 
@@ -85,12 +86,12 @@ def dry_run(passed: PassedGate) -> None:
         CptError: see `cpt.job.gate.pass_gate`.
     """
     if passed.environment.rank == 0:
-        print(describe(passed))
+        say(describe(passed))
         if passed.seam is not None:
-            print(passed.seam.describe())
-        print(describe_memory(passed))
+            say(passed.seam.describe())
+        say(describe_memory(passed))
         if passed.refusal is None or passed.plan is not None:
-            print(describe_data(passed), flush=True)
+            say(describe_data(passed), flush=True)
     passed.refuse()
 
 
@@ -207,7 +208,7 @@ def measure_once(job: Job) -> None:
     job.clock.enter("evaluate", job.progress.step)
     file = job.guard.measure_apart(job.progress.step, job.engine)
     if job.topology.rank == 0:
-        print(f"\nweights after step {job.progress.step}\n{job.guard.table()}\n-> {file}")
+        say(f"\nweights after step {job.progress.step}\n{job.guard.table()}\n-> {file}")
 
 
 def check_same_everywhere(config: RunConfig, topology: Topology) -> None:

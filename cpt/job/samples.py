@@ -10,6 +10,7 @@ from cpt.job.job import Job
 from cpt.offline.sampling import decode_tokens
 from cpt.training.generate import GenerationStopped, generate, reporting
 from cpt.training.sampling import Sampling
+from data_pipeline.console.say import say
 from data_pipeline.text.tokenizer import encode
 
 log = logging.getLogger("cpt.job.samples")
@@ -26,9 +27,9 @@ def print_continuations(job: Job, prompts: Sequence[str]) -> None:
     except GenerationStopped as stopped:
         raise RequeueRequested("stopped on request while texts were continued.") from stopped
     if job.topology.rank == 0:
-        print(f"\nweights after step {job.progress.step}")
+        say(f"\nweights after step {job.progress.step}")
         for prompt, tokens in zip(prompts, continuations, strict=True):
-            print(f"{prompt}|{decode_tokens(tokens)}", flush=True)
+            say(f"{prompt}|{decode_tokens(tokens)}", flush=True)
 
 
 def continue_prompts(job: Job, prompts: Sequence[str]) -> list[list[int]]:

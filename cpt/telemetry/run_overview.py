@@ -39,6 +39,7 @@ from cpt.telemetry.run_tally import (
     whole_number,
 )
 from data_pipeline.bounded.files import read_small_file
+from data_pipeline.escaping import escaped_line
 
 RunState = Literal["running", "stopped", "paused", "failed", "finished", "never started", "unknown"]
 ORDERLY_CODES = (EXIT_DONE, RequeueRequested.exit_code)
@@ -427,6 +428,5 @@ def utc(seconds: float) -> str:
 
 def one_line(text: object, limit: int = 300) -> str:
     """Return a text in one printable line that is not too long."""
-    joined = " ".join(str(text).split())
-    printable = "".join(c if c.isprintable() else "?" for c in joined)
-    return printable if len(printable) <= limit else printable[: limit - 3] + "..."
+    shown = escaped_line(" ".join(str(text).split())[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_pipeline.escaping import escaped_line, escaped_text
+
 Event = dict[str, Any]
 
 GUARD_COLUMNS = (
@@ -117,7 +119,7 @@ def _cell(value: object) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}"
-    return " ".join(str(value).replace("|", "\\|").split())
+    return escaped_line(" ".join(str(value).replace("|", "\\|").split()))
 
 
 @dataclass(kw_only=True)
@@ -137,7 +139,8 @@ class StepTables:
         kind = event["event"]
         if kind == "sample":
             self._sample_step = event["step"]
-            self._samples.append([event["number"], event["prompt"], event["text"]])
+            texts = [escaped_text(str(event[key])) for key in ("prompt", "text")]
+            self._samples.append([event["number"], *texts])
             return []
         tables = self.rest()
         if kind == "guard_decision":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.audit.audit import LENGTH_EDGES, Audit, SourceAudit
 from data_pipeline.charts import Bar, as_svg, draw_bars, draw_columns, inline, new_figure
+from data_pipeline.escaping import escaped_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ def audit_page(audit: Audit) -> str:
     """Return the whole page."""
     mix = html.escape(audit.mix)
     sources = "".join(_source(source) for source in audit.sources)
-    return (
+    return escaped_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Audit of {mix}</title>'
         f"<style>{_STYLE}</style></head><body><h1>Audit of the mix {mix}</h1>{_verdict(audit)}"
         f"{_table(audit)}{_figure(_draw_overview(audit), 'shares and token rates of all sources')}"

@@ -6,8 +6,8 @@
 
 Decisions
     A line above a progress bar is written through tqdm, so that the two never share a line.
-    A log line holds no carriage return, whatever is logged: in a file it would hide what stands
-    before it.
+    A log line holds nothing that steers a terminal, whatever is logged, and the lines after the
+    first are indented: no text from outside can pass for a line of ours.
     DeepSpeed prints on stdout by a handler of its own. Its records are taken over, so that they
     reach the terminal and the file of a rank as all others do.
     Libraries read what they may say from environment variables when they are imported. So these
@@ -27,11 +27,15 @@ from enum import Enum
 from pathlib import Path
 from typing import TextIO
 
+from data_pipeline.escaping import escaped_text
+
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 """A line of a command."""
 RANK_FORMAT = "%(asctime)s rank %(rank)s %(name)s:%(lineno)d %(levelname)s %(message)s"
 """A line of a process that has a rank."""
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+INDENTED_BREAK = "\n    "
+"""Between the first line of a record and those that belong to it, such as a stack trace."""
 OWN_LOGGERS = ("cpt", "data_pipeline")
 """The first words of the names of this project's loggers."""
 MOST_WARNINGS = 10_000
@@ -78,7 +82,7 @@ def verbosity_of(options: argparse.Namespace) -> Verbosity:
 
 
 class LineFormatter(logging.Formatter):
-    """Adds the rank to every record, whoever logs it, and spells carriage returns out."""
+    """Adds the rank to every record, whoever logs it, and makes its text safe to show."""
 
     def __init__(self, rank: int | None = None) -> None:
         super().__init__(FORMAT if rank is None else RANK_FORMAT, DATE_FORMAT)
@@ -86,7 +90,7 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         record.rank = self._rank
-        return super().format(record).replace("\r", "\\r")
+        return escaped_text(super().format(record)).replace("\n", INDENTED_BREAK)
 
 
 class TerminalHandler(logging.Handler):

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from data_pipeline.console.log_lines import terminal_shows
+from data_pipeline.escaping import escaped_line
 
 SECONDS_BETWEEN_LINES = 30.0
 """Least time between two log lines about the same work."""
@@ -66,6 +67,7 @@ def show_progress(
         lines: Where there is no terminal, write log lines.
         leave: The bar stays on the terminal when the work is done.
     """
+    what = escaped_line(what)
     if hidden or not terminal_shows(logging.INFO):
         return ProgressLines(None, unit, initial=initial, tell=None)
     if sys.stderr.isatty():

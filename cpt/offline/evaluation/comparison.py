@@ -40,6 +40,7 @@ from cpt.offline.rank_options import RankOptions
 from cpt.offline.ranks import offline_ranks
 from cpt.resilience.environment import is_launched
 from cpt.resilience.faults import fault_point
+from data_pipeline.console.say import say
 
 Conclude = Callable[[dict[str, Score]], list[dict[str, Any]]]
 """Takes the scores of all tasks; returns the verdicts as JSON values."""
@@ -91,7 +92,7 @@ def evaluate(
         if baseline is not None:
             verdicts = compare_with_baseline(limits, scores, baseline)
         write_result(out, Result(model=str(model_dir), scores=scores, verdicts=verdicts))
-        print(f"{score_table(scores, verdicts)}\n-> {out}")
+        say(f"{score_table(scores, verdicts)}\n-> {out}")
         return [asdict(verdict) for verdict in verdicts]
 
     local = [task for task in tasks if task.kind != "harness"]

@@ -23,6 +23,7 @@ from cpt.errors import ConfigError, InternalError
 from cpt.model.weights.checksums import model_hash
 from cpt.offline.evaluation.benchmark_commands import Programs, ServedModel, command_of
 from cpt.offline.evaluation.suite import Benchmark, Suite
+from data_pipeline.console.say import say
 from data_pipeline.store.files import make_folder, no_links, write_json
 
 DONE_FILE = "done.json"
@@ -123,7 +124,7 @@ def run_suite(suite: Suite, model: ServedModel, programs: Programs, out: Path) -
     for benchmark in suite.benchmarks:
         folder = out / benchmark.name
         if benchmark not in waiting:
-            print(f"{benchmark.name}: done before", flush=True)
+            say(f"{benchmark.name}: done before", flush=True)
             continue
         _check_health(model)
         code, seconds = _run(benchmark, suite, model, programs, folder)
@@ -132,13 +133,13 @@ def run_suite(suite: Suite, model: ServedModel, programs: Programs, out: Path) -
         if code == 0 and any(folder.rglob("results_*.json")):
             done = _identity(suite, benchmark, identity) | {"seconds": seconds}
             write_json(folder / DONE_FILE, done, indent=1)
-            print(f"{benchmark.name}: done after {seconds:.0f} s", flush=True)
+            say(f"{benchmark.name}: done after {seconds:.0f} s", flush=True)
         else:
             reason = f"ended with {code}" if code else "wrote no results_*.json"
             failed.append(
                 f"benchmark '{benchmark.name}': {benchmark.tool} {reason}. See {folder / LOG_FILE}."
             )
-            print(f"{benchmark.name}: failed after {seconds:.0f} s", flush=True)
+            say(f"{benchmark.name}: failed after {seconds:.0f} s", flush=True)
     if failed:
         raise InternalError("\n".join([*failed, "The same command runs what is not done."]))
 

@@ -50,6 +50,7 @@ from cpt.telemetry.report.token_axis import token_axis
 from cpt.telemetry.report.trace_panel import trace_panel
 from cpt.telemetry.run_overview import METRICS, RunOverview, RunState, run_overview
 from data_pipeline.charts import MUTED
+from data_pipeline.escaping import escaped_text
 from data_pipeline.store.files import write_text
 
 if TYPE_CHECKING:
@@ -191,10 +192,16 @@ def environment() -> Environment:
     """Return the templates of this folder; every text that they show is escaped."""
     from jinja2 import Environment, FileSystemLoader
 
-    templates = Environment(autoescape=True, loader=FileSystemLoader(FOLDER))
+    templates = Environment(autoescape=True, finalize=shown_value, loader=FileSystemLoader(FOLDER))
     templates.globals.update(dark_of=dark_of, glyphs=GLYPHS, mark_color=MUTED)
     templates.tests["moment"] = lambda value: isinstance(value, datetime)
     return templates
+
+
+def shown_value(value: object) -> object:
+    """Return what a template shows for a value: a text with nothing hidden in it."""
+    # markup is a subclass of str, and this project's own
+    return escaped_text(value) if type(value) is str else value
 
 
 def _own_text(name: str) -> str:

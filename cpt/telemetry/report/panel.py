@@ -21,6 +21,7 @@ from cpt.telemetry.report.series import MAX_POINTS
 from cpt.telemetry.run_tally import number
 from data_pipeline.bounded.files import read_small_file
 from data_pipeline.charts import PALETTE
+from data_pipeline.escaping import escaped_line
 
 KNOWN_LANGUAGES = ("en", "ja", "code", "math")
 """Languages that keep their color from run to run; others follow in alphabetical order."""
@@ -189,8 +190,8 @@ def binning_text(run: Run) -> str:
 
 
 def clean(value: object, limit: int = 28) -> str:
-    """Replace unprintable characters and cut overlong text; the template escapes what is left."""
-    text = "".join(c if c.isprintable() else "?" for c in str(value))
+    """Make a text safe to show and cut what is overlong; the template escapes what HTML needs."""
+    text = escaped_line(str(value)[: limit + 1])
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 
 from cpt.telemetry.report.comparison import AXES, Axis, render_comparison
 from cpt.telemetry.report.history import read_run
-from cpt.telemetry.report.page import render_report
+from cpt.telemetry.report.page import render_report, shown_value
 from cpt.telemetry.report.panel import clean
 from cpt.telemetry.report.theme import css_variables
 from cpt.telemetry.run_end import METRICS
@@ -122,7 +122,7 @@ def _report_style() -> str:
 def _templates() -> Environment:
     from jinja2 import Environment, FileSystemLoader
 
-    return Environment(autoescape=True, loader=FileSystemLoader(FOLDER))
+    return Environment(autoescape=True, finalize=shown_value, loader=FileSystemLoader(FOLDER))
 
 
 def _listed(board: Board) -> dict[str, object]:
