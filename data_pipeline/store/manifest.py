@@ -18,6 +18,7 @@ from typing import Any
 from data_pipeline.config.mix_config import GuardDomain
 from data_pipeline.console.progress import show_progress
 from data_pipeline.errors import DataError
+from data_pipeline.store.entry_types import check_types
 from data_pipeline.store.files import sha256_of, write_json
 from data_pipeline.store.ownership import refuse_foreign
 from data_pipeline.store.shards import SUFFIX
@@ -264,7 +265,30 @@ def _from_content(content: dict[str, Any]) -> BuildManifest:
         listed = tuple(tuple(facts) for facts in entry["listed"])
         values["inputs"][name] = InputFiles(**{**entry, "listed": listed})
     values["files"] = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-    return BuildManifest(**values)
+    manifest = BuildManifest(**values)
+    _check_entries(manifest)
+    return manifest
+
+
+def _check_entries(manifest: BuildManifest) -> None:
+    """Refuse values of other types, and guard domains of sources that are not there.
+
+    Raises:
+        ValueError: the first one that is wrong.
+    """
+    check_types(manifest, "the manifest")
+    for number, source in enumerate(manifest.sources):
+        check_types(source, f"sources[{number}]")
+    known = {source.name for source in manifest.sources}
+    for number, domain in enumerate(manifest.guard_domains):
+        check_types(domain, f"guard_domains[{number}]")
+        unknown = sorted(set(domain.sources) - known)
+        if unknown:
+            raise ValueError(f"guard_domains[{number}].sources names {unknown}: no such source")
+    for name, inputs in manifest.inputs.items():
+        check_types(inputs, f"inputs.{name}")
+    for name, entry in manifest.files.items():
+        check_types(entry, f"files.{name}")
 
 
 def _guard_domain(content: dict[str, Any]) -> GuardDomain:

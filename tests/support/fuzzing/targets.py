@@ -112,7 +112,10 @@ def sign_build(folder: Path, tree: Any) -> str:
 
 def read_build(folder: Path) -> None:
     built = folder / "built"
-    check_files(built, read_build_manifest(built), verify=True)
+    manifest = read_build_manifest(built)
+    manifest.guard_sets()
+    manifest.row_hashes()
+    check_files(built, manifest, verify=True)
 
 
 # configurations

@@ -1,0 +1,73 @@
+"""A manifest of a build whose checksum fits is still no valid manifest: anybody can compute it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.build.build import build
+from data_pipeline.errors import DataError
+from data_pipeline.store.manifest import FILE_NAME, check_files, read_manifest
+from tests.data_pipeline.inputs import MakeMix, make_texts
+
+
+@pytest.fixture
+def built(make_mix: MakeMix, tmp_path: Path) -> Path:
+    mix = make_mix({"en": make_texts(20, "e")}, held_out_share=0.3)
+    build(mix, tmp_path / "built")
+    return tmp_path / "built"
+
+
+def forge(built: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a manifest and give it a checksum that fits."""
+    content = json.loads((built / FILE_NAME).read_text())
+    del content["checksum"]
+    change(content)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    (built / FILE_NAME).write_text(json.dumps(content))
+
+
+def first_file(content: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(content["files"].values()))  # type: ignore[no-any-return]
+
+
+FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a size that is a text": (lambda c: first_file(c).update(bytes="7"), r"\.bytes is '7'"),
+    "a size beyond 64 bits": (lambda c: first_file(c).update(bytes=2**64), r"\.bytes is 1844"),
+    "a size below 0": (lambda c: first_file(c).update(bytes=-1), r"\.bytes is -1"),
+    "a hash that is a list": (lambda c: first_file(c).update(sha256=[]), r"\.sha256 is \[\]"),
+    "a count that is a mapping": (
+        lambda c: c["sources"][0].update(tokens={}),
+        r"sources\[0\]\.tokens is \{\}, must be a whole number",
+    ),
+    "counts that are texts": (
+        lambda c: c["sources"][0].update(rejects={"x": "y"}),
+        r"sources\[0\]\.rejects",
+    ),
+    "a listing of another form": (
+        lambda c: c["inputs"]["en"].update(listed=[["a", 1]]),
+        r"inputs\.en\.listed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_value_of_another_type_is_named(built: Path, name: str) -> None:
+    check_files(built, read_manifest(built), verify=True)
+    change, message = FORGERIES[name]
+    forge(built, change)
+    with pytest.raises(DataError, match=message):
+        read_manifest(built)
+
+
+def test_guard_domain_of_an_unknown_source_is_named(built: Path) -> None:
+    domain = {"name": "d", "language": "en", "sources": ["nowhere"]}
+    forge(built, lambda content: content.update(guard_domains=[domain]))
+    with pytest.raises(DataError, match=r"guard_domains\[0\]\.sources names \['nowhere'\]"):
+        read_manifest(built)
