@@ -29,6 +29,7 @@ from cpt.errors import ConfigError
 from cpt.resilience.environment import job_id, restarts_of_job
 from cpt.resilience.processes import pid_namespace, start_ticks_of
 from data_pipeline.bounded.files import read_small_file
+from data_pipeline.store.entry_types import check_types
 from data_pipeline.store.file_lock import LockHeld, file_lock
 from data_pipeline.store.files import FILE_MODE, write_json
 
@@ -154,9 +155,11 @@ def _one_at_a_time(run_dir: Path) -> Iterator[None]:
 def _read(path: Path) -> Holder | None:
     """Return who holds a lock, or None if the file cannot be understood."""
     try:
-        return Holder(**json.loads(read_small_file(path, follow_links=False)))
+        holder = Holder(**json.loads(read_small_file(path, follow_links=False)))
+        check_types(holder, LOCK)
     except (ValueError, TypeError, RecursionError):
         return None
+    return holder
 
 
 def why_alive(holder: Holder | None, own: Holder, path: Path) -> str:

