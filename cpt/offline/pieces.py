@@ -44,6 +44,7 @@ from cpt.resilience.lock import RunLock, take_lock
 from cpt.training.generate import GenerationStopped
 from data_pipeline.console.progress import ProgressBar, show_progress
 from data_pipeline.store.files import PARTIAL_SUFFIX, atomic_write, make_folder, write_json
+from data_pipeline.store.ownership import refuse_foreign
 
 IDENTITY_FILE = "work.json"
 FORMAT_VERSION = 1
@@ -368,6 +369,7 @@ def kept_pieces(out: Path, identity: Mapping[str, Any], ranks: OfflineRanks) -> 
 
     def begin() -> None:
         make_folder(folder)
+        refuse_foreign(folder, "folder of pieces")
         locks.append(take_lock(folder, "--out"))
         _identify(folder, identity)
 

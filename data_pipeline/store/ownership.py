@@ -30,6 +30,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.escaping import escaped_line
 
 SHARED_VARIABLE = "CPT_SHARED_DIRS"
 """Environment variable: absolute paths, separated by colons, of directories that are shared on
@@ -99,8 +100,9 @@ def foreign_problems(path: Path, what: str, folders: Iterable[str] = ()) -> list
     if len(found) > _MAX_TOLD:
         told += f"\n  and {len(found) - _MAX_TOLD} more"
     return [
-        f"{what} {path} holds what other users may change:\n  {told}\nRemove what is not yours, "
-        f"take the right from others (chmod -R g-w,o-w {path}), or: {_cure(path)}"
+        f"{what} {escaped_line(path)} holds what other users may change:\n  {told}\n"
+        "Remove what is not yours, take the right from others "
+        f"(chmod -R g-w,o-w {escaped_line(path)}), or: {_cure(path)}"
     ]
 
 
@@ -117,7 +119,7 @@ def owner_problem(path: Path, status: os.stat_result, what: str) -> str | None:
     reason = _reason_of(status)
     if reason is None:
         return None
-    return f"{what} {path} {reason}."
+    return f"{what} {escaped_line(path)} {reason}."
 
 
 def shared_dirs(variables: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
@@ -132,8 +134,8 @@ def shared_dirs(variables: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
             continue
         if not os.path.isabs(entry):
             raise ConfigError(
-                f"{SHARED_VARIABLE} names '{entry}', which is not an absolute path. It takes "
-                "absolute paths of directories, separated by colons."
+                f"{SHARED_VARIABLE} names '{escaped_line(entry)}', which is not an absolute path. "
+                "It takes absolute paths of directories, separated by colons."
             )
         resolved = Path(os.path.realpath(entry))
         if resolved == Path("/"):
@@ -227,7 +229,7 @@ def _foreign_entries(folder: Path, shared: tuple[Path, ...]) -> list[str]:
         elif _is_trusted(own.st_uid) and not is_open:
             reason = None
         if reason is not None:
-            found.append(f"{entry} {reason}")
+            found.append(f"{escaped_line(entry)} {reason}")
     return found
 
 
@@ -248,35 +250,40 @@ def _reason_of_link(entry: Path, own: os.stat_result, shared: tuple[Path, ...]) 
         return None
     link = _foreign_link(entry, shared)
     if link is not None:
-        return f"leads over {link}, a link of another user"
+        return f"leads over {escaped_line(link)}, a link of another user"
     try:
         reason = _reason_of(entry.stat())
     except OSError:
         return None
-    return None if reason is None else f"leads to {os.path.realpath(entry)}, which {reason}"
+    if reason is None:
+        return None
+    return f"leads to {escaped_line(os.path.realpath(entry))}, which {reason}"
 
 
 def _problem(path: Path, what: str, status: os.stat_result, reason: str) -> str:
     cure = _cure(path)
     if _is_trusted(status.st_uid):
-        cure = f"Take the right from them (chmod -R g-w,o-w {path}), or: {cure}"
+        cure = f"Take the right from them (chmod -R g-w,o-w {escaped_line(path)}), or: {cure}"
     else:
         cure = f"Take one of your own, or: {cure}"
-    return f"{what} {path} {reason}. Who can write there can change what is read back. {cure}"
+    return (
+        f"{what} {escaped_line(path)} {reason}. "
+        f"Who can write there can change what is read back. {cure}"
+    )
 
 
 def _link_problem(path: Path, what: str, link: Path) -> str:
     owner = user_name(link.lstat().st_uid)
     return (
-        f"{what} {path}: the way to it leads over {link}, a link of {owner}, who can let it lead "
-        f"elsewhere. Give the path that is meant, without the link: {os.path.realpath(path)}. Or, "
-        f"if you trust that user, name the folder of the link as shared: "
-        f"{SHARED_VARIABLE}={link.parent}"
+        f"{what} {escaped_line(path)}: the way to it leads over {escaped_line(link)}, a link of "
+        f"{owner}, who can let it lead elsewhere. Give the path that is meant, without the link: "
+        f"{escaped_line(os.path.realpath(path))}. Or, if you trust that user, name the folder of "
+        f"the link as shared: {SHARED_VARIABLE}={escaped_line(link.parent)}"
     )
 
 
 def _cure(path: Path) -> str:
     return (
         f"if you trust all who can write there, name it as shared: "
-        f"{SHARED_VARIABLE}={os.path.realpath(path)}"
+        f"{SHARED_VARIABLE}={escaped_line(os.path.realpath(path))}"
     )

@@ -27,10 +27,12 @@ from data_pipeline.build.origin import fingerprint
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData, PackedRow
-from data_pipeline.errors import DataError
+from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.manifest import FILE_NAME, read_manifest
+from data_pipeline.store.ownership import SHARED_VARIABLE
 from data_pipeline.text.tokenizer import END_OF_TEXT, decode, encode
 from tests.data_pipeline.inputs import MakeMix, make_texts, write_jsonl
+from tests.support.other_users import ATTACKER, needs_root
 
 ROOT = Path(__file__).parents[3]
 
@@ -382,3 +384,33 @@ def test_the_shipped_mock_mix_builds(tmp_path: Path) -> None:
     manifest = build(mix, tmp_path / "out", progress=False)
     assert [entry.documents + entry.held_out_documents for entry in manifest.sources] == [400, 1600]
     assert input_bytes(mix) == 4 * (400 * 2000 + 1600 * 500)
+
+
+@needs_root
+def test_build_of_another_user_is_refused_and_only_read_if_it_is_named_as_shared(
+    mix: MixConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    manifest = build(mix, out, progress=False)
+    for path in (out, *out.rglob("*")):
+        os.chown(path, ATTACKER, ATTACKER)
+    (tmp_path / ".out.lock").unlink()
+    before = files_of(tmp_path)
+    for read in (lambda: build(mix, out, progress=False), lambda: BuiltData.open(out)):
+        with pytest.raises(ConfigError, match=f"build {out} belongs to uid {ATTACKER}"):
+            read()
+    monkeypatch.setenv(SHARED_VARIABLE, str(tmp_path))
+    assert build(mix, out, progress=False) == manifest
+    BuiltData.open(out)
+    assert files_of(tmp_path) == before
+
+
+def test_unfinished_build_that_others_may_write_to_is_refused(
+    mix: MixConfig, tmp_path: Path
+) -> None:
+    work = tmp_path / ".out.building"
+    work.mkdir()
+    work.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"unfinished build .* may be written to by everybody"):
+        build(mix, tmp_path / "out", progress=False)
+    assert list(work.iterdir()) == []

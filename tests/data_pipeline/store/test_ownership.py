@@ -208,3 +208,12 @@ def test_open_file_is_judged_by_its_status(tmp_path: Path) -> None:
     assert owner_problem(file, os.stat(file), "secret") is None
     file.chmod(0o620)
     assert "may be written to by its group" in str(owner_problem(file, os.stat(file), "secret"))
+
+
+@needs_root
+def test_names_that_another_user_has_given_steer_no_terminal(common: Path) -> None:
+    run = owned_folder(common / "run", VICTIM, 0o755)
+    owned_folder(run / "x\x1b]0;owned\x07\nFAKE: fine", ATTACKER, 0o755)
+    (message,) = problems_for(VICTIM, run)
+    assert "\x1b" not in message and "\nFAKE" not in message
+    assert "x\\x1b]0;owned\\x07\\nFAKE: fine belongs to" in message
