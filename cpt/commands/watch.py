@@ -31,6 +31,11 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--interval", type=float, default=5.0, help="seconds between two looks at the runs"
     )
+    parser.add_argument(
+        "--no_token",
+        action="store_true",
+        help="answer everybody who reaches the port; by default only who opens the printed address",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -41,10 +46,10 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.interval < 1 or options.depth < 0 or not 0 <= options.port < 65536:
         raise ConfigError("--interval is at least 1, --depth at least 0, --port below 65536.")
-    if options.host not in LOOPBACK_NAMES:
+    if options.host not in LOOPBACK_NAMES and options.no_token:
         complain(
             f"--host {options.host}: whoever can reach this machine can read the state, the "
-            "samples and the configuration of these runs. There is no password.",
+            "samples and the configuration of these runs.",
         )
 
     def told(address: str) -> None:
@@ -56,5 +61,6 @@ def _run(options: argparse.Namespace) -> None:
         port=options.port,
         depth=options.depth,
         interval_seconds=options.interval,
+        needs_token=not options.no_token,
         told=told,
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 
@@ -64,13 +64,26 @@ class Served:
 
     root: Path
     address: str
+    """What was printed, with the token."""
+
+    @property
+    def token(self) -> str:
+        """The token of this start."""
+        return self.address.partition("?token=")[2]
 
     def ask(
-        self, path: str, *, method: str = "GET", host: str | None = None
+        self, path: str, *, method: str = "GET", host: str | None = None, cookie: str | None = None
     ) -> tuple[int, dict[str, str], str]:
-        """Return status, headers and text of an answer; the path is sent as it is."""
-        connection = http.client.HTTPConnection(urlsplit(self.address).netloc, timeout=60)
-        headers = {} if host is None else {"Host": host}
+        """Return status, headers and text of an answer; the path is sent as it is.
+
+        The cookie is the one that a browser has been given, unless another one is given.
+        """
+        place = urlsplit(self.address)
+        connection = http.client.HTTPConnection(place.netloc, timeout=60)
+        own = f"cpt-watch-{place.port}={self.token}"
+        headers = {"Cookie": own if cookie is None else cookie}
+        if host is not None:
+            headers["Host"] = host
         connection.request(method, path, headers=headers)
         answer = connection.getresponse()
         text = answer.read().decode()
@@ -101,6 +114,42 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/rows", "/run/going", "/report/going", "/compare?run=going"]
+)
+@pytest.mark.parametrize("known", ["", "x" * 32, "\xe9"], ids=["none", "wrong", "no-ascii"])
+def test_another_user_of_the_machine_gets_no_page_without_the_token(
+    served: Served, path: str, known: str
+) -> None:
+    joint = "&" if "?" in path else "?"
+    quoted = quote(known)
+    for cookie in ("", f"cpt-watch-{urlsplit(served.address).port}={quoted}"):
+        for asked in (path, f"{path}{joint}token={quoted}"):
+            status, headers, page = served.ask(asked, cookie=cookie)
+            assert status == 403 and "going" not in page and "Set-Cookie" not in headers
+            assert served.token not in page
+
+
+@pytest.mark.parametrize("path", ["/api/runs", "/api/run/going", "/version?run=going"])
+def test_numbers_are_not_given_without_the_token_either(served: Served, path: str) -> None:
+    assert served.ask(path, cookie="")[0] == 403
+
+
+def test_address_that_was_printed_gives_a_cookie_and_leads_to_one_without_the_token(
+    served: Served,
+) -> None:
+    assert len(served.token) >= 32
+    path = f"/compare?run=going&token={served.token}&run=ja%2Fpaused"
+    status, headers, page = served.ask(path, cookie="")
+    assert status == 303 and page == ""
+    assert headers["Location"] == "/compare?run=going&run=ja%2Fpaused"
+    cookie, *settings = headers["Set-Cookie"].split("; ")
+    assert {"HttpOnly", "SameSite=Lax", "Path=/"} <= set(settings)
+    assert served.ask(headers["Location"], cookie=cookie)[0] == 200
+    status, headers, text = served.ask(f"/api/runs?token={served.token}", cookie="")
+    assert status == 200 and "going" in json.loads(text) and "Set-Cookie" not in headers
 
 
 def test_index_lists_every_run_with_its_state(served: Served) -> None:
@@ -349,7 +398,8 @@ def test_pages_live_in_a_browser(served: Served) -> None:
         page.evaluate("document.querySelector('#compare button').click()")
         page.wait_for("location.pathname === '/compare'")
         page.wait_for("document.querySelector('iframe')?.contentDocument?.title.includes('going')")
-        run = browser.open(f"{served.address}run/going", width=390, dark=True)
+        address = served.address.replace("/?token=", "/run/going?token=")
+        run = browser.open(address, width=390, dark=True)
         framed = "document.querySelector('iframe')?.contentDocument"
         run.wait_for(f"{framed}?.querySelector('html.ready') != null")
         with (served.root / "going" / "metrics.jsonl").open("a") as file:

@@ -11,6 +11,9 @@ Decisions
     An address names a run that was found below the folder (`Board.find`), or nothing.
     A server on the loopback device answers only requests that were sent to it by such a name, so
     that no foreign web page can read it through a name of its own (DNS rebinding).
+    The loopback device is not private: all users of a login node share it. So only who knows the
+    token of this start is answered, as with Jupyter. The address that is printed has it; a
+    browser that opens it gets a cookie and is sent on to the address without it.
     Looking and drawing happen in a thread, one at a time, and only when somebody asks; what was
     seen less than `interval` seconds ago is shown again.
 """
@@ -18,8 +21,10 @@ Decisions
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
+import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 import tornado.httpserver
 import tornado.netutil
@@ -75,6 +81,10 @@ class Watch:
     """How old a look at the runs may be, and how often pages ask."""
     hosts: tuple[str, ...]
     """Names by which requests must be addressed; empty for any."""
+    token: str
+    """What requests must know; empty for nothing."""
+    cookie: str
+    """Name of the cookie with the token; servers on other ports of a host share its cookies."""
     _looked: float = -1e9
     _drawn: dict[str, _DrawnPage] = field(default_factory=dict)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
@@ -144,8 +154,36 @@ class _Handler(tornado.web.RequestHandler):
         hosts = self.watch.hosts
         if hosts and self.request.host_name.strip("[]") not in hosts:
             raise tornado.web.HTTPError(403, reason="Ask for localhost")
+        if not self._admit():
+            return
         if self.request.method in ("GET", "HEAD"):
             await self.watch.look()
+
+    def _admit(self) -> bool:
+        """Refuse who does not know the token.
+
+        A browser that opens the address with the token is given the cookie and sent on to the
+        address without it.
+
+        Returns:
+            Whether an answer is still to be given.
+
+        Raises:
+            HTTPError: the token is missing or wrong.
+        """
+        token = self.watch.token
+        if not token or _is_same(self.get_cookie(self.watch.cookie) or "", token):
+            return True
+        asked = self.get_query_argument("token", "")
+        if not _is_same(asked, token):
+            raise tornado.web.HTTPError(403, reason="Open the address that cpt watch has printed")
+        if self.request.path.startswith("/api/"):
+            return True
+        self.set_cookie(self.watch.cookie, token, httponly=True, samesite="Lax", path="/")
+        others = [pair for pair in parse_qsl(self.request.query) if pair[0] != "token"]
+        query = f"?{urlencode(others)}" if others else ""
+        self.redirect(f"{self.request.path}{query}", status=303)
+        return False
 
     async def head(self, *path: str) -> None:
         answer = self.get(*path)
@@ -316,7 +354,12 @@ def application(watch: Watch) -> tornado.web.Application:
 
 def _log_request(handler: tornado.web.RequestHandler) -> None:
     milliseconds = 1000 * handler.request.request_time()
-    log.debug("%d %s %.0f ms", handler.get_status(), handler.request.uri, milliseconds)
+    # the query of an address may hold the token
+    log.debug("%d %s %.0f ms", handler.get_status(), handler.request.path, milliseconds)
+
+
+def _is_same(given: str, token: str) -> bool:
+    return hmac.compare_digest(given.encode(errors="replace"), token.encode())
 
 
 def serve(
@@ -326,6 +369,7 @@ def serve(
     port: int,
     depth: int,
     interval_seconds: float,
+    needs_token: bool,
     told: Callable[[str], None],
 ) -> None:
     """Serve until the process is interrupted or terminated.
@@ -336,6 +380,7 @@ def serve(
         port: Port; 0 takes a free one.
         depth: Levels of folders below the root that may be run directories.
         interval_seconds: How often pages ask for news.
+        needs_token: Answer only to who knows the token of the address that is told.
         told: Is given the address once the server answers.
 
     Raises:
@@ -351,6 +396,7 @@ def serve(
             "(0 takes a free one) or --host."
         ) from error
     taken = sockets[0].getsockname()[1]
+    token = secrets.token_urlsafe(24) if needs_token else ""
 
     async def run() -> None:
         watch = Watch(
@@ -358,10 +404,13 @@ def serve(
             pages=Pages(),
             interval_seconds=interval_seconds,
             hosts=LOOPBACK if host in LOOPBACK else (),
+            token=token,
+            cookie=f"cpt-watch-{taken}",
         )
         server = tornado.httpserver.HTTPServer(application(watch), max_body_size=0)
         server.add_sockets(sockets)
-        told(f"http://{f'[{host}]' if ':' in host else host}:{taken}/")
+        named = f"[{host}]" if ":" in host else host
+        told(f"http://{named}:{taken}/{f'?token={token}' if token else ''}")
         asked_to_end = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, asked_to_end.set)
