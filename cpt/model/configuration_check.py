@@ -140,8 +140,6 @@ def _shown(value: object) -> str:
     names = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return names[value]
-    if isinstance(value, int) and abs(value) > 10**SHOWN_CHARACTERS:
-        return "a number of more than 80 digits"
     text = ascii(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 

@@ -25,9 +25,11 @@ from cpt.export.huggingface import QUANTIZATION_CONFIG, REPORT_FILE, export_chec
 from cpt.model.weights import mxfp4
 from cpt.model.weights import writer as tensor_writer
 from cpt.model.weights.hf_layout import BLOCKS, INDEX_FILE, SCALES, SINGLE_FILE, tensor_files
+from cpt.offline.plain_model import load_checkpoint
 from data_pipeline.text.tokenizer import encode
 from tests.dist.cases import NEW_TOKENS, PROMPTS, model_config, reference_model, rows_of_step
 from tests.dist.test_layout_parity import explicit_masks
+from tests.support.checkpoints import sign_again
 from tests.support.launcher import ROOT, launch
 
 pytestmark = pytest.mark.dist
@@ -101,6 +103,44 @@ def test_bf16_export_is_the_rounded_master_weights(folder: Path) -> None:
     rounded = load_file(export_checkpoint(step, folder / "bf16", "bf16") / "model.safetensors")
     assert exact.keys() == rounded.keys()
     assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
+
+
+def with_model_config(folder: Path, place: Path, **values: Any) -> Path:
+    """Return a copy of a checkpoint whose manifest says more about the model, well signed."""
+    copy = place / "checkpoints" / "step-00000002"
+    shutil.copytree(step_folder(folder / "run", 2), copy)
+    sign_again(copy, lambda body: body["state"]["model_config"].update(values))
+    return copy
+
+
+def test_what_a_manifest_of_others_says_beside_the_architecture_is_not_exported(
+    folder: Path, tmp_path: Path
+) -> None:
+    planted = {"_auto_class": "AutoModel", "tokenizer_class": "Evil", "base_model_tp_plan": {}}
+    copy = with_model_config(folder, tmp_path, **planted)
+    out = export_checkpoint(copy, tmp_path / "out", "bf16")
+    told = {}
+    for name in ("config.json", "generation_config.json"):
+        told.update(json.loads((out / name).read_text()))
+    assert not told.keys() & planted.keys()
+    assert told["architectures"] == ["GptOssForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("auto_map", {"AutoConfig": "evil.Config"}), ("attn_implementation", "somebody/kernel")],
+)
+def test_code_that_a_manifest_of_others_names_is_refused(
+    folder: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    copy = with_model_config(folder, tmp_path, **{key: value})
+    for use in (
+        lambda: export_checkpoint(copy, tmp_path / "out", "bf16"),
+        lambda: load_checkpoint(copy),
+    ):
+        with pytest.raises(CheckpointError, match=f"checkpoint of step 2, .*: {key} names"):
+            use()
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_never_overwrites(folder: Path) -> None:

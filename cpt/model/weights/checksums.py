@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cpt.errors import ConfigError
+from data_pipeline.bounded.files import MalformedInput, read_small_text
 from data_pipeline.console.progress import show_progress
 from data_pipeline.store.files import sha256_of, write_text
 
@@ -72,7 +73,13 @@ def known_sums(path: Path, files: Iterable[Path]) -> dict[Path, str]:
     if not listed.is_file():
         return _sums_of_links(files)
     sums: dict[str, str] = {}
-    for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = read_small_text(listed)
+    except (OSError, MalformedInput) as error:
+        raise ConfigError(
+            f"{listed}: cannot be read ({error}). Write it anew or remove it."
+        ) from error
+    for number, line in enumerate(text.splitlines(), start=1):
         value, _, name = line.partition(" ")
         if not _HASH.fullmatch(value) or not name.strip():
             raise ConfigError(f"{listed}:{number}: is not '<sha256>  <file name>'.")

@@ -11,9 +11,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cpt.errors import ConfigError
+from data_pipeline.bounded.files import read_small_file
+from data_pipeline.bounded.json_text import parse_json
 from data_pipeline.config.links import dangling_link
 from data_pipeline.store.file_kinds import FileKind, describe_head, kind_of_file
-from data_pipeline.store.foreign_files import read_small_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -139,18 +140,20 @@ def read_json(file: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Return a JSON object; UTF-16, UTF-32 and a byte order mark are read, too.
 
     Args:
-        file: A regular file; nothing else is opened.
+        file: A regular file; nothing else is read.
         max_bytes: Bytes of the largest file that is read.
 
     Raises:
-        ConfigError: The file cannot be read, is larger, or holds something else.
+        ConfigError: The file cannot be read, is larger, nested deeply or with endless numbers, or
+            holds something else.
     """
     try:
-        values = json.loads(read_small_file(file, max_bytes))
+        content = read_small_file(file, max_bytes)
+        values = parse_json(content.decode(json.detect_encoding(content)))
     except OSError as error:
         reason = dangling_link(file) or f"{file}: cannot be read ({error.strerror or error})."
         raise ConfigError(reason) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         kind = kind_of_file(file)
         if kind is not FileKind.TEXT:
             raise ConfigError(f"{file}: is {kind.words}, not JSON. {kind.cure}") from error
