@@ -17,6 +17,8 @@ from data_pipeline.escaping import escaped_line
 
 SET_ASIDE = {"rejected": "damaged, set aside", "superseded": "of an abandoned branch, set aside"}
 LAYOUT_KEYS = ("world_size", "sp_size", "ep_size", "zero_stage")
+MAX_LISTED = 1000
+"""Folders that are looked at: the newest; a run that keeps more is none of ours."""
 HEAD = ("step", "tokens", "size", "world", "sp", "ep", "stage", "saved", "age", "verdict")
 
 
@@ -41,8 +43,9 @@ def list_checkpoints(run_dir: Path, *, verify: bool) -> list[ListedCheckpoint]:
         run_dir: The run directory.
         verify: Read and hash every file; else only manifests, names and sizes are compared.
     """
-    found = [_inspect(step_folder(run_dir, step), verify) for step in list_steps(run_dir)]
-    for folder in sorted((run_dir / "checkpoints").glob(".*-step-*")):
+    steps = list_steps(run_dir)
+    found = [_inspect(step_folder(run_dir, step), verify) for step in steps[:MAX_LISTED]]
+    for folder in sorted((run_dir / "checkpoints").glob(".*-step-*"))[:MAX_LISTED]:
         kind = folder.name[1:].partition("-step-")[0]
         condition = SET_ASIDE.get(kind, "incomplete: being written, or left by a crash")
         found.append(

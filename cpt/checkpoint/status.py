@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from cpt.checkpoint.manifest import read_manifest
 from cpt.errors import InternalError
+from data_pipeline.bounded.yaml_text import read_yaml
 
 
 def check_finished(run_dir: Path) -> str:
@@ -29,15 +28,15 @@ def check_finished(run_dir: Path) -> str:
     """
     plan = run_dir / "config.resolved.yaml"
     try:
-        train = yaml.safe_load(plan.read_text(encoding="utf-8"))["train"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        train = read_yaml(plan)["train"]
+        planned = train.get("stop_at_step")
+        if planned is None:
+            planned = train["total_steps"]
+        planned = int(planned)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise InternalError(
             f"{plan}: no plan to compare with ({error}); the run has not started."
         ) from error
-    planned = train.get("stop_at_step")
-    if planned is None:
-        planned = train["total_steps"]
-    planned = int(planned)
     folders = sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8))
     saved = read_manifest(folders[-1]).step if folders else 0
     if not folders or saved < planned:

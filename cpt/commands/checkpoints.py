@@ -25,12 +25,14 @@ def add_parser(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     refuse(run_dir_problems(options.run_dir))
-    from cpt.checkpoint.listing import checkpoint_table, list_checkpoints
+    from cpt.checkpoint.listing import MAX_LISTED, checkpoint_table, list_checkpoints
 
     listed = list_checkpoints(options.run_dir, verify=options.verify)
     if not listed:
         say(f"{options.run_dir} holds no checkpoint yet.")
         return
     say(checkpoint_table(listed))
+    if len(listed) >= MAX_LISTED:
+        say(f"Only the newest {MAX_LISTED:,} folders of a kind are listed.")
     if not any(one.is_usable for one in listed):
         raise CheckpointError("none of them is usable.")

@@ -9,7 +9,6 @@ must also be known: the state after an earlier decision, or the one that a rollb
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from cpt.guard.text_judge import USED, TextJudge
 from cpt.guard.traces.judge import TraceJudge
 from cpt.guard.yardstick import Evidence, Judge, Kind, Look
 from cpt.telemetry.metrics import read_events
+from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.console.progress import show_progress
 
 TOLERANCE = 1e-9
@@ -138,7 +138,7 @@ def _audit_decision(
     scores = run_dir / "guard" / Path(event["scores"]).name
     scores_checked = scores.is_file() and not _is_old(event)
     if scores_checked:
-        stored = json.loads(scores.read_text(encoding="utf-8"))
+        stored = read_json(scores, LARGE_BYTES)
         look = Look(step=event["step"], last=event["last"], settings=settings, **stored["look"])
         seen, _ = judged(judges, stored["yardsticks"], before, look)
         problems += _reading_problems(seen, evidence)

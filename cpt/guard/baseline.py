@@ -7,7 +7,6 @@ later steps lie beside it, so that `cpt guard audit` can compute every bound aga
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from cpt.errors import ConfigError
 from cpt.guard.score import DomainScore, Floats, as_floats
 from cpt.parallel.agreement import on_first_rank
 from cpt.resilience.best_effort import best_effort
+from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.store.files import make_folder, write_json
 from data_pipeline.store.packing import Integers
 
@@ -73,7 +73,7 @@ def read_baseline(path: Path) -> Json:
     """Return the content of baseline.json; empty if there is no file."""
     if not path.is_file():
         return {}
-    content: Json = json.loads(path.read_text(encoding="utf-8"))
+    content: Json = read_json(path, LARGE_BYTES)
     return content
 
 

@@ -15,12 +15,12 @@ from an earlier step on.  guard_rollbacks.json keeps the guard's state after eac
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.store.files import write_json
 
 FILE = "rollbacks.json"
@@ -144,5 +144,5 @@ def newest_guard_state(
 def _read_list(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    content: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    content: list[dict[str, Any]] = read_json(path, LARGE_BYTES)
     return content

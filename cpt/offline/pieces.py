@@ -42,6 +42,7 @@ from cpt.parallel.agreement import gather_json
 from cpt.resilience.faults import fault_point
 from cpt.resilience.lock import RunLock, take_lock
 from cpt.training.generate import GenerationStopped
+from data_pipeline.bounded.json_text import read_json
 from data_pipeline.console.progress import ProgressBar, show_progress
 from data_pipeline.store.files import PARTIAL_SUFFIX, atomic_write, make_folder, write_json
 from data_pipeline.store.ownership import refuse_foreign
@@ -407,7 +408,7 @@ def _identify(folder: Path, identity: Mapping[str, Any]) -> None:
         write_json(path, content, indent=1)
         return
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json(path)
     except (OSError, ValueError):
         found = {}
     differences = []

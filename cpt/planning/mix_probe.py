@@ -8,7 +8,6 @@ config.resolved.yaml        what probes must have in common (mix_probe_check.py)
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,13 +17,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from cpt.errors import ConfigError
 from cpt.guard.baseline import BASELINE_FILE, read_baseline, stored_baselines
 from cpt.guard.paired_test import cluster_sums
 from cpt.guard.score import as_floats
 from cpt.telemetry.metrics import read_events
+from data_pipeline.bounded.files import MalformedInput
+from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
+from data_pipeline.bounded.yaml_text import read_yaml
 from data_pipeline.config.mix_file import load_mix
 
 Floats = npt.NDArray[np.float64]
@@ -134,13 +135,17 @@ def read_probes(run_dirs: Sequence[Path]) -> list[Probe]:
 def _read_run(run_dir: Path) -> _FinishedRun:
     try:
         events = read_events(run_dir / "metrics.jsonl")
-        config = yaml.safe_load((run_dir / "config.resolved.yaml").read_text(encoding="utf-8"))
+        config = read_yaml(run_dir / "config.resolved.yaml")
+        total_steps = config["train"]["total_steps"]
     except OSError as error:
         raise ConfigError(
             f"probe {run_dir}: {error.strerror}: {error.filename}. Is it a run directory?"
         ) from error
+    except (MalformedInput, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"probe {run_dir}: config.resolved.yaml is not that of a run ({error})."
+        ) from error
     decisions = _last_by_step(events, "guard_decision")
-    total_steps = config["train"]["total_steps"]
     if total_steps not in decisions:
         raise ConfigError(
             f"probe {run_dir}: the guard has not measured step {total_steps}, the last of the "
@@ -265,7 +270,7 @@ def _last_nats(run_dir: Path, name: str) -> dict[str, Floats]:
     """Return the nats of every document at the end of a run, by domain."""
     path = run_dir / "guard" / name
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path, LARGE_BYTES)
     except OSError as error:
         raise ConfigError(
             f"probe {run_dir}: {error.strerror}: {path}. A curve needs the scores of every "

@@ -14,7 +14,6 @@ How a start decides whether the holder is alive
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -28,7 +27,7 @@ from pathlib import Path
 from cpt.errors import ConfigError
 from cpt.resilience.environment import job_id, restarts_of_job
 from cpt.resilience.processes import pid_namespace, start_ticks_of
-from data_pipeline.bounded.files import read_small_file
+from data_pipeline.bounded.json_text import read_json
 from data_pipeline.store.entry_types import check_types
 from data_pipeline.store.file_lock import LockHeld, file_lock
 from data_pipeline.store.files import FILE_MODE, write_json
@@ -155,9 +154,9 @@ def _one_at_a_time(run_dir: Path) -> Iterator[None]:
 def _read(path: Path) -> Holder | None:
     """Return who holds a lock, or None if the file cannot be understood."""
     try:
-        holder = Holder(**json.loads(read_small_file(path, follow_links=False)))
+        holder = Holder(**read_json(path, follow_links=False))
         check_types(holder, LOCK)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError):
         return None
     return holder
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.bounded.files import open_regular
+from data_pipeline.bounded.files import MalformedInput, open_regular
+from data_pipeline.bounded.json_text import parse_json
+
+Event = dict[str, Any]
 
 CHUNK_BYTES = 8 * 2**20
 """Most bytes that one look reads; a line that is longer is passed over."""
+MAX_LOG_BYTES = 2**28
+"""Size of a file that is read as a whole: 250,000 steps and more."""
+MAX_LINE_BYTES = 2**20
+"""Size of an event; that of a decision of the guard over many domains has some 100 kB."""
+MAX_COLLECTIONS = 20_000
+"""Lists and objects in an event: each takes some sixty bytes of memory and two of the file."""
 
 
 class EventReader:
@@ -108,12 +116,41 @@ class EventReader:
         for line in lines:
             if not line.strip():
                 continue
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
-                event = None
+            event = _parsed_line(line)
             if isinstance(event, dict):
                 events.append(event)
             else:
                 self.num_damaged += 1
         return events
+
+
+def _parsed_line(line: bytes) -> Any:
+    """Return the JSON value of a line; None if it is none, or beyond a limit."""
+    if len(line) > MAX_LINE_BYTES or line.count(b"[") + line.count(b"{") > MAX_COLLECTIONS:
+        return None
+    try:
+        return parse_json(line, lone_surrogates=True)
+    except MalformedInput:
+        return None
+
+
+def read_all_events(path: Path, *, tail_bytes: int | None = None) -> tuple[list[Event], bool]:
+    """Read the events of a metrics.jsonl; lines that are none are passed over.
+
+    Args:
+        path: The file.
+        tail_bytes: Read only so much of its end.
+
+    Returns:
+        The events, and whether the file was read from its beginning.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    reader = EventReader(path, tail_bytes=tail_bytes)
+    path.stat()
+    reader.find_file()
+    events = reader.read()
+    while not reader.is_caught_up:
+        events += reader.read()
+    return events, reader.is_whole

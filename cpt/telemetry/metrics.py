@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from cpt.errors import DataError
 from cpt.resilience.best_effort import reason_of
+from cpt.telemetry.event_reader import MAX_LOG_BYTES, read_all_events
 from cpt.telemetry.json_values import finite
 from data_pipeline.store.files import no_links
 
@@ -175,13 +177,12 @@ def _time_of(path: Path) -> float | None:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Read all events of a metrics.jsonl; a line that a crash cut off is passed over, and so is one
     that a damaged disk changed.
+
+    Raises:
+        OSError: it cannot be read.
+        DataError: it is larger than the log of any run.
     """
-    events = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            event = json.loads(line)
-        except ValueError:  # of JSON and of UTF-8
-            continue
-        if isinstance(event, dict):
-            events.append(event)
+    if path.stat().st_size > MAX_LOG_BYTES:
+        raise DataError(f"{path}: larger than {MAX_LOG_BYTES:,} bytes. No run logs as much.")
+    events, _ = read_all_events(path)
     return events

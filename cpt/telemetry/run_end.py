@@ -23,7 +23,7 @@ from typing import Any
 
 from cpt.resilience.environment import node_name
 from cpt.telemetry.metrics import append_bytes
-from data_pipeline.bounded.files import read_small_file
+from data_pipeline.bounded.json_text import read_json
 from data_pipeline.store.files import no_links
 
 METRICS = "metrics.jsonl"
@@ -144,7 +144,6 @@ def forget_failure(run_dir: Path) -> None:
 def read_failure(run_dir: Path) -> EndRecord | None:
     """Return how the newest start of a run failed; None if it did not, or if it cannot be read."""
     try:
-        values = json.loads(read_small_file(run_dir / LAST_FAILURE, follow_links=False))
-        return EndRecord(**values)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return EndRecord(**read_json(run_dir / LAST_FAILURE, follow_links=False))
+    except (OSError, ValueError, TypeError, AttributeError):
         return None

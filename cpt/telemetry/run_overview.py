@@ -23,8 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from cpt.errors import EXIT_DONE, RequeueRequested
 from cpt.resilience.lock import describe, look_at_lock
 from cpt.telemetry.event_reader import CHUNK_BYTES, EventReader
@@ -38,7 +36,8 @@ from cpt.telemetry.run_tally import (
     number,
     whole_number,
 )
-from data_pipeline.bounded.files import read_small_file
+from data_pipeline.bounded.files import MalformedInput
+from data_pipeline.bounded.yaml_text import read_yaml
 from data_pipeline.escaping import escaped_line
 
 RunState = Literal["running", "stopped", "paused", "failed", "finished", "never started", "unknown"]
@@ -282,7 +281,7 @@ class RunFollower:
             self._config, self._config_stamp = {}, None
             if self._tally.step > 0:
                 self._config_problem = f"{CONFIG} is missing"
-        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        except (OSError, MalformedInput) as error:
             self._config_problem = f"{CONFIG} cannot be read: {one_line(error)}"
 
 
@@ -408,16 +407,11 @@ def read_small_yaml(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is too large, no map, or uses aliases, which could make it explode.
-        yaml.YAMLError: it is no YAML.
+        MalformedInput: it is no YAML, beyond a limit, or no map.
     """
-    text = read_small_file(path, follow_links=False)
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        if isinstance(token, yaml.AliasToken):
-            raise ValueError("it uses aliases")
-    content = yaml.safe_load(text)
+    content = read_yaml(path, follow_links=False)
     if not isinstance(content, dict):
-        raise ValueError("it is no map")
+        raise MalformedInput("it is no map")
     return content
 
 

@@ -12,7 +12,6 @@ Decisions
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -26,6 +25,7 @@ from cpt.resilience.best_effort import best_effort, reason_of
 from cpt.resilience.processes import command_of, parent_of, process_ids
 from cpt.telemetry.shown import Event, StepTable, StepTables, distributions, scalars
 from cpt.telemetry.wandb_settings import Mode, WandbSettings
+from data_pipeline.bounded.json_text import read_json
 from data_pipeline.store.files import make_folder, write_json
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def kept_id(run_dir: Path, settings: WandbSettings) -> str:
     path = run_dir / ID_FILE
     known = ""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        known = str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
+        known = str(read_json(path)["run_id"])
     wanted = settings.run_id or known or secrets.token_hex(4)
     if wanted != known:
         with best_effort("The next start will begin another W&B run, since its id was not kept"):

@@ -14,38 +14,54 @@ from typing import Any
 
 from data_pipeline.bounded.files import SMALL_BYTES, MalformedInput, decoded, read_small_file
 
+LARGE_BYTES = 2**28
+"""Size of a file with a value for each of many documents, such as the scores of a yardstick."""
 MAX_DEPTH = 64
 """Levels of nesting."""
 MAX_DIGITS = 40
 """Digits of a whole number: those of 128 bits, which the state of a random generator has."""
-_LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(
-    path: Path, max_bytes: int = SMALL_BYTES, *, max_depth: int = MAX_DEPTH, unique: bool = False
+    path: Path,
+    max_bytes: int = SMALL_BYTES,
+    *,
+    unique: bool = False,
+    lone_surrogates: bool = False,
+    follow_links: bool = True,
 ) -> Any:
     """Return the content of a JSON file that anybody may have written.
 
     Args:
         path: The file.
         max_bytes: Its largest size.
-        max_depth: Levels of nesting.
         unique: Refuse an object that gives a key twice.
+        lone_surrogates: Take texts that are no Unicode, for a reader that only shows them.
+        follow_links: Read what a symbolic link leads to; else it is an error.
 
     Raises:
         OSError: it cannot be read, or is a folder, a pipe or a device.
         MalformedInput: it is no JSON, or beyond a limit; see `parse_json`.
     """
-    return parse_json(read_small_file(path, max_bytes), max_depth=max_depth, unique=unique)
+    content = read_small_file(path, max_bytes, follow_links=follow_links)
+    return parse_json(content, unique=unique, lone_surrogates=lone_surrogates)
 
 
-def parse_json(content: bytes | str, *, max_depth: int = MAX_DEPTH, unique: bool = False) -> Any:
+def parse_json(
+    content: bytes | str,
+    *,
+    max_depth: int = MAX_DEPTH,
+    unique: bool = False,
+    lone_surrogates: bool = False,
+) -> Any:
     """Return the value of a JSON text.
 
     Args:
         content: The text; its size is for the caller to limit.
         max_depth: Levels of nesting.
         unique: Refuse an object that gives a key twice.
+        lone_surrogates: Take texts that are no Unicode, for a reader that only shows them.
 
     Raises:
         MalformedInput: it is no JSON in UTF-8, is nested too deeply, has a number of more than
@@ -54,7 +70,7 @@ def parse_json(content: bytes | str, *, max_depth: int = MAX_DEPTH, unique: bool
     text = decoded(content) if isinstance(content, bytes) else content
     try:
         value = (_STRICT if unique else _PLAIN).decode(text)
-        if _LONE_SURROGATE.search(text):
+        if not lone_surrogates and _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         words = f"not valid JSON: {error.msg} (column {error.colno})"

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.bounded.files import MalformedInput, read_small_text
+from data_pipeline.bounded.files import MalformedInput, decoded, read_small_file
 from data_pipeline.bounded.json_text import MAX_DIGITS
 
 MAX_BYTES = 2**20
@@ -140,14 +140,14 @@ def repeated_values(root: yaml.Node) -> int:
     return repeated
 
 
-def read_yaml(path: Path, max_bytes: int = MAX_BYTES) -> Any:
+def read_yaml(path: Path, *, follow_links: bool = True) -> Any:
     """Return the content of a YAML file that anybody may have written.
 
     Raises:
         OSError: it cannot be read, or is a folder, a pipe or a device.
         MalformedInput: it is no YAML in UTF-8, or beyond a limit.
     """
-    return plain_yaml(read_small_text(path, max_bytes))
+    return plain_yaml(decoded(read_small_file(path, MAX_BYTES, follow_links=follow_links)))
 
 
 def plain_yaml(text: str) -> Any:

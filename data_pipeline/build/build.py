@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from data_pipeline.bounded.json_text import read_json
 from data_pipeline.build import units
 from data_pipeline.build.assembly import assemble_build
 from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
@@ -219,7 +219,7 @@ def _is_of_another_user(out_dir: Path) -> bool:
 def _holds_work(work_dir: Path, wanted: str) -> bool:
     """Return whether a build of the same fingerprint was begun here."""
     try:
-        value = json.loads((work_dir / _WORK_FILE).read_bytes())
+        value = read_json(work_dir / _WORK_FILE)
     except (OSError, ValueError):
         return False
     return isinstance(value, dict) and value.get("fingerprint") == wanted

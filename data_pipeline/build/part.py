@@ -21,7 +21,6 @@ from __future__ import annotations
 import array
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.build.clusters import Hashes64
 from data_pipeline.build.deduplication import HASH_DTYPE, Hashes
 from data_pipeline.build.document import Document
@@ -125,7 +125,7 @@ class Account:
 def read_account(part: Part) -> Account | None:
     """Return the account of a part that is complete, or None if the part is still to be made."""
     try:
-        value = json.loads(part.account_path.read_bytes())
+        value = read_json(part.account_path, LARGE_BYTES)
         account = Account(**{**value, "tally": Tally.from_json(value["tally"])})
         if account.num_documents and part.shard_path.stat().st_size != account.shard_bytes:
             return None

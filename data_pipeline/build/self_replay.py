@@ -17,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import write_json, xxh3_of
@@ -81,7 +82,7 @@ def _model_that_wrote(path: Path, source_name: str) -> str:
     where = f"source '{source_name}' (kind: self_replay): {path}"
     sidecar = path.with_name(SIDECAR)
     try:
-        content = json.loads(sidecar.read_bytes())
+        content = read_json(sidecar, LARGE_BYTES)
         hashes = content["files"]
         base_model = str(content["base_model"])
     except OSError as error:

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data_pipeline.bounded.files import MalformedInput
+from data_pipeline.bounded.json_text import read_json
 from data_pipeline.config.mix_config import GuardDomain
 from data_pipeline.console.progress import show_progress
 from data_pipeline.errors import DataError
@@ -231,12 +233,12 @@ def _read_content(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise DataError(f"{path}: {size} bytes, more than any manifest has.")
-        content = json.loads(path.read_bytes())
+        content = read_json(path, _MAX_BYTES)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}). The build is incomplete: build it again."
         ) from None
-    except (ValueError, RecursionError) as error:
+    except MalformedInput as error:
         raise DataError(
             f"{path}: not JSON. The build is damaged: delete it and build it again."
         ) from error

@@ -30,6 +30,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.bounded.json_text import parse_json
 from data_pipeline.errors import DataError
 from data_pipeline.store.descriptors import reserve_descriptors
 from data_pipeline.store.files import atomic_write
@@ -191,7 +192,7 @@ class Shard:
         if version != VERSION:
             raise self._error(f"has format version {version}, this code reads {VERSION}")
         try:
-            header = json.loads(block[16 : 16 + min(length, HEADER_BYTES - 16)])
+            header = parse_json(block[16 : 16 + min(length, HEADER_BYTES - 16)])
         except ValueError as error:
             raise self._error("has a header that is not JSON") from error
         if not isinstance(header, dict) or header.get("dtype") != _DTYPE:

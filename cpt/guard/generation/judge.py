@@ -9,7 +9,6 @@ say what was lost; they decide nothing by themselves.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from cpt.guard.yardstick import (
     State,
     state_of,
 )
+from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 
 QUANTILES = (0.1, 0.5, 0.9)
 """Quantiles of the length of thinking that are logged."""
@@ -134,7 +134,7 @@ class GenerationJudge:
         path = self._replies_folder / Path(scores["replies"]).name
         if not path.is_file():
             return measures_of(measured["now"])
-        replies = json.loads(path.read_text(encoding="utf-8"))["domains"][name]["replies"]
+        replies = read_json(path, LARGE_BYTES)["domains"][name]["replies"]
         return self.untouched[name].measure(measured["prompts"], replies)
 
     def restarted(self, state: Json, domains: Collection[str]) -> Json:

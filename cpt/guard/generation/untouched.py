@@ -9,7 +9,6 @@ weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from cpt.errors import ConfigError
 from cpt.guard.generation.measures import FORM_MEASURES, ReplyMeasures, measure_reply
 from cpt.guard.generation.prompts import PromptPool
+from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 
 Json = dict[str, Any]
 FOLDER = "generation"
@@ -142,7 +142,7 @@ def read_untouched(guard_folder: Path) -> dict[str, Untouched]:
     found = {}
     for path in sorted((guard_folder / FOLDER).glob("untouched-*.json")):
         name = path.stem.removeprefix("untouched-")
-        found[name] = Untouched.from_json(json.loads(path.read_text(encoding="utf-8")))
+        found[name] = Untouched.from_json(read_json(path, LARGE_BYTES))
     return found
 
 
@@ -150,7 +150,7 @@ def read_stored(path: Path) -> Json | None:
     """Return the content of the file of a domain; None if there is none."""
     if not path.is_file():
         return None
-    content: Json = json.loads(path.read_text(encoding="utf-8"))
+    content: Json = read_json(path, LARGE_BYTES)
     return content
 
 

@@ -27,6 +27,7 @@ from cpt.training.kl_target_format import (
     hash_target_file,
     target_file,
 )
+from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.store.files import make_folder, write_json
 
 FORMAT_VERSION = 1
@@ -135,7 +136,7 @@ class TraceFolder:
         if not path.is_file():
             return None
         try:
-            kept = KeptTraces.from_json(json.loads(path.read_text(encoding="utf-8")))
+            kept = KeptTraces.from_json(read_json(path, LARGE_BYTES))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not the traces of a run ({error}). {_RESTORE}") from error
         targets = target_file(self.folder, name)
@@ -158,7 +159,7 @@ class TraceFolder:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, LARGE_BYTES)
             stored = TraceOrigin(**content["origin"])
             replies: list[Tokens] = content["replies"]
         except (KeyError, TypeError, ValueError) as error:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpt.errors import ConfigError
+from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.store.files import atomic_write, make_folder
 
 FORMAT_VERSION = 1
@@ -167,7 +168,7 @@ def read_result(path: Path, option: str = "--baseline") -> Result:
         ConfigError: the file is missing, or is not a result of `cpt evaluate` or `cpt suite`.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path, LARGE_BYTES)
         if content["format_version"] != FORMAT_VERSION:
             raise ConfigError(
                 f"{path}: format version {content['format_version']}, must be {FORMAT_VERSION}."

@@ -24,6 +24,7 @@ from cpt.offline.evaluation.harness_results import leaf_tasks, score_of_results
 from cpt.offline.evaluation.scores import Result, Score
 from cpt.offline.evaluation.suite import Benchmark, Suite
 from cpt.offline.evaluation.suite_run import is_done
+from data_pipeline.bounded.json_text import LARGE_BYTES, parse_json, read_json
 
 Json = dict[str, Any]
 
@@ -86,7 +87,7 @@ def _newest_results(benchmark: Benchmark, folder: Path) -> tuple[Path, str, Json
         raise DataError(f"benchmark '{benchmark.name}': {folder} holds no results_*.json.")
     path = found[-1]
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path, LARGE_BYTES)
         content["results"].items()
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not the results of {benchmark.tool} ({error}).") from error
@@ -127,7 +128,7 @@ def _json_lines(path: Path) -> list[Json]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                rows.append(json.loads(line))
+                rows.append(parse_json(line))
             except ValueError as error:
                 raise DataError(f"{path}:{number}: not JSON ({error}).") from error
     return rows

@@ -23,6 +23,7 @@ from cpt.errors import ConfigError, InternalError
 from cpt.model.weights.checksums import model_hash
 from cpt.offline.evaluation.benchmark_commands import Programs, ServedModel, command_of
 from cpt.offline.evaluation.suite import Benchmark, Suite
+from data_pipeline.bounded.json_text import read_json
 from data_pipeline.console.say import say
 from data_pipeline.store.files import make_folder, no_links, write_json
 
@@ -159,7 +160,7 @@ def is_done(folder: Path, suite: Suite, benchmark: Benchmark, model: str) -> boo
     path = folder / DONE_FILE
     if not path.exists():
         return False
-    done = json.loads(path.read_bytes())
+    done = read_json(path)
     differences = []
     for key, wanted in json.loads(json.dumps(_identity(suite, benchmark, model))).items():
         if done.get(key) != wanted:

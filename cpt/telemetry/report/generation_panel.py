@@ -7,7 +7,6 @@ side.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,8 @@ from cpt.telemetry.report.history import Run
 from cpt.telemetry.report.panel import Cell, LegendEntry, Panel, Table, TableRow, TextPair, clean
 from cpt.telemetry.report.series import AxisRange, Series, bin_series
 from cpt.telemetry.run_tally import number
-from data_pipeline.bounded.files import read_small_file
+from data_pipeline.bounded.files import MalformedInput
+from data_pipeline.bounded.json_text import read_json
 from data_pipeline.charts import MUTED, PALETTE
 
 if TYPE_CHECKING:
@@ -173,8 +173,8 @@ def _comparisons(run: Run) -> tuple[TextPair, ...]:
 def _read_examples(path: Path) -> dict[str, Any]:
     """Return the examples of a look by domain; none if the file is not there or damaged."""
     try:
-        content = json.loads(read_small_file(path, MAX_EXAMPLES_BYTES, follow_links=False))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path, MAX_EXAMPLES_BYTES, lone_surrogates=True, follow_links=False)
+    except (OSError, MalformedInput):
         return {}
     domains = content.get("domains") if isinstance(content, dict) else None
     return domains if isinstance(domains, dict) else {}

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from cpt.telemetry.event_reader import EventReader
+from cpt.telemetry.event_reader import MAX_LOG_BYTES, read_all_events
 from cpt.telemetry.goodput import Goodput, goodput
 from cpt.telemetry.report.series import Array
 from cpt.telemetry.report.starts import Mark, Start, marks, starts
 from cpt.telemetry.run_overview import CONFIG, METRICS, read_small_yaml
 from cpt.telemetry.run_tally import number
+from data_pipeline.bounded.files import MalformedInput
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ class Run:
 
 def read_run(run_dir: Path) -> Run:
     """Read metrics.jsonl and config.resolved.yaml."""
-    events = _read_events(run_dir / METRICS)
+    events, is_whole = read_all_events(run_dir / METRICS, tail_bytes=MAX_LOG_BYTES)
     kept, repeated = current_branch(events)
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for event in kept:
@@ -88,6 +88,8 @@ def read_run(run_dir: Path) -> Run:
     guard = by_kind.get("guard", [])
     router = {event["step"]: event for event in by_kind.get("router", [])}
     config, notes = _read_config(run_dir / CONFIG)
+    if not is_whole:
+        notes.append(f"Only the last {MAX_LOG_BYTES // 2**20} MiB of {METRICS} are shown.")
     lost = [event["step"] for event in steps if not math.isfinite(number(event.get("loss")))]
     if lost:
         notes.append(
@@ -110,16 +112,6 @@ def read_run(run_dir: Path) -> Run:
         run_dir=run_dir,
         notes=notes,
     )
-
-
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file; other lines are passed over."""
-    reader = EventReader(path)
-    reader.find_file()
-    events = reader.read()
-    while not reader.is_caught_up:
-        events += reader.read()
-    return events
 
 
 def last_measurements(events: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -168,7 +160,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the content of the file, and a note where it cannot be read."""
     try:
         return read_small_yaml(path), []
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+    except (OSError, MalformedInput):
         return {}, [
             f"{path.name} is missing or damaged: tolerance, clipping and planned steps are not "
             "shown."

@@ -13,13 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cpt.telemetry.report.chart import StepChart
 from cpt.telemetry.report.history import Run
 from cpt.telemetry.report.series import MAX_POINTS
 from cpt.telemetry.run_tally import number
-from data_pipeline.bounded.files import read_small_file
+from data_pipeline.bounded.files import MalformedInput
+from data_pipeline.bounded.yaml_text import read_yaml
 from data_pipeline.charts import PALETTE
 from data_pipeline.escaping import escaped_line
 
@@ -136,10 +135,9 @@ def source_languages(run: Run) -> dict[str, str]:
     The result is empty where that file is not at hand.
     """
     try:
-        text = read_small_file(Path(str(run.setting("data", "mix"))))
-        sources = yaml.safe_load(text)["sources"]
+        sources = read_yaml(Path(str(run.setting("data", "mix"))))["sources"]
         labels = [(source["name"], source["language"]) for source in sources]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError):
+    except (OSError, MalformedInput, KeyError, TypeError):
         return {}
     languages = {}
     for name, language in labels:

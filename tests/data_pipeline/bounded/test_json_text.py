@@ -63,6 +63,10 @@ def test_a_message_has_the_file_and_the_line() -> None:
     assert caught.value.of("f.json").startswith("f.json:3: not valid JSON: ")
 
 
+def test_a_reader_that_only_shows_texts_may_take_half_a_surrogate_pair() -> None:
+    assert parse_json('"\\ud800"', lone_surrogates=True) == "\ud800"
+
+
 def test_a_key_that_is_given_twice_is_refused_on_request() -> None:
     assert parse_json('{"a": 1, "a": 2}') == {"a": 2}
     with pytest.raises(MalformedInput, match="'a' is given twice"):
