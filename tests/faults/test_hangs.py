@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -186,6 +187,16 @@ def test_slow_rank_is_reported_and_failing_rank_takes_all_along_with_the_cause_f
     run.check_no_secret()
 
 
+@pytest.fixture
+def stopped_process() -> Iterator[int]:
+    """A process of this user that is stopped, and none of the run."""
+    process = subprocess.Popen(["sleep", "600"])
+    process.send_signal(signal.SIGSTOP)
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
 def write_verdicts(port: int, pid: int, is_over: threading.Event) -> None:
     """Write a ruling that would end the run with 0 and wake a process, wherever one could be."""
     verdict = {"kind": "hung", "rank": 0, "code": 0, "text": "\x1b]0;owned\x07"}
@@ -211,29 +222,25 @@ def write_verdicts(port: int, pid: int, is_over: threading.Event) -> None:
     "told and counted, no process is woken, trained to the end; the secret of the job is in no "
     "file and no output",
 )
-def test_stranger_at_the_port_neither_ends_the_run_nor_wakes_a_process(workplace) -> None:
+def test_stranger_at_the_port_neither_ends_the_run_nor_wakes_a_process(
+    workplace, stopped_process: int
+) -> None:
     secret = "canary-of-cpt-job-secret-0123456789abcdef"
     own = {"CPT_JOB_SECRET": secret}
     watch = ("--set", "watchdog.interval_seconds=0.2")
     is_over = threading.Event()
-    with (
-        subprocess.Popen(["sleep", "600"]) as stopped,
-        service(workplace, "attacked", *watch, fault="data:1:4:sleep=4", environment=own) as run,
-    ):
-        stopped.send_signal(signal.SIGSTOP)
+    with service(workplace, "attacked", *watch, fault="data:1:4:sleep=4", environment=own) as run:
         run.wait_for("fault injected")
-        port = int(next(iter(run.pids().values()))["MASTER_PORT"])
-        attack = threading.Thread(target=write_verdicts, args=(port, stopped.pid, is_over))
+        port = int(run.pids()[run.rank_pids()[0]]["MASTER_PORT"])
+        attack = threading.Thread(target=write_verdicts, args=(port, stopped_process, is_over))
         attack.start()
         time.sleep(4)
         is_over.set()
         attack.join()
         code = run.wait()
         run.check_nothing_left()
-        report = "\n".join(kernel_report_of(stopped.pid))
-        stopped.kill()
     assert code == 0, run.output
-    assert "State:\tT (stopped)" in report
+    assert "State:\tT (stopped)" in "\n".join(kernel_report_of(stopped_process))
     assert run.step_numbers() == list(range(1, STEPS + 1))
     assert run.events("foreign_record")[0]["count"] == 1
     assert run.output.count("somebody writes into the store of this run") <= 3
