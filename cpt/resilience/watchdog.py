@@ -38,23 +38,25 @@ from typing import Any
 import torch.distributed as dist
 
 from cpt.config import WatchdogSection
-from cpt.errors import (
-    CptError,
-    HungRankError,
-    InternalError,
-    RequeueRequested,
-    cause_and_code,
-)
+from cpt.errors import CptError, RequeueRequested
 from cpt.parallel.topology import Topology
+from cpt.resilience.causes import (
+    ruling_on_dead_store,
+    ruling_on_error,
+    ruling_on_hang,
+    ruling_on_kill,
+    ruling_on_silence,
+    ruling_on_wordless_end,
+)
 from cpt.resilience.conversation import RankConversation, connect
 from cpt.resilience.environment import ranks_of_node
 from cpt.resilience.heartbeat import Beat, Observer, PhaseTimeouts, Process
 from cpt.resilience.job_secret import agree_on_key
-from cpt.resilience.neighbors import Death, Neighbors, describe_kill
+from cpt.resilience.neighbors import Death, Neighbors
 from cpt.resilience.out_of_memory import kill_counts
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.processes import is_own_process, kernel_report_of, send_signal
-from cpt.resilience.ruling import PASSED_ON, SIGNAL_CODE, Ruling, failure_code
+from cpt.resilience.ruling import Ruling
 from cpt.resilience.signed_store import SignedStore
 from cpt.resilience.stack_files import append_stacks, append_text
 from data_pipeline.escaping import escaped_line
@@ -193,54 +195,25 @@ class Watchdog:
 
     def _ruling_on_failure(self, error: Exception) -> Ruling:
         """Return the ruling of a rank whose main thread has met an error."""
-        rank = self._topology.rank
-        cause, code = cause_and_code(error)
         if is_lost_peer(error):
             lost = self._ruling_on_lost_ranks()
             if lost is not None:
                 return lost
-        return Ruling(
-            kind="failed",
-            rank=rank,
-            code=failure_code(code),
-            text=f"rank {rank} failed in {self._location()}: {cause}",
-            agreed=isinstance(error, CptError),
-            host=self._process.host,
-            node=self._process.node,
-        )
+        return ruling_on_error(error, self._topology.rank, self._location(), self._process)
 
     def _ruling_on_lost_ranks(self) -> Ruling | None:
         """Return the ruling if other ranks are gone without a word; None if none is known to be."""
         for death in self._ended:
-            if death.code == 0:
-                continue
-            how = "in an unknown way" if death.code is None else f"with exit code {death.code}"
-            return Ruling(
-                kind="killed",
-                rank=death.rank,
-                code=death.code if death.code in PASSED_ON else InternalError.exit_code,
-                text=(
-                    f"rank {death.rank} (process {death.pid} on {self._process.node}) ended {how} "
-                    "and said nothing; the lines above may say why."
-                ),
-                host=self._process.host,
-                node=self._process.node,
-            )
+            if death.code != 0:
+                return ruling_on_wordless_end(death, self._process)
         seconds = 2.5 * self._settings.interval_seconds
         silent = self._observer.find_lost(time.monotonic(), seconds)
         lost = [rank for rank in silent if rank != self._topology.rank]
-        if not lost:
-            if self._store_error and self._topology.rank != 0:
-                return self._rule_without_store(time.monotonic() - self._heard_at)
-            return None
-        return Ruling(
-            kind="killed",
-            rank=lost[0],
-            code=HungRankError.exit_code,
-            text=f"{self._observer.describe_lost(lost)}.",
-            host=self._observer.beat_of(lost[0]).host,
-            node=self._observer.beat_of(lost[0]).node,
-        )
+        if lost:
+            return ruling_on_silence(lost, self._observer)
+        if self._store_error and self._topology.rank != 0:
+            return self._rule_without_store(time.monotonic() - self._heard_at)
+        return None
 
     def _rule(self, ruling: Ruling) -> Ruling:
         """Make a ruling this rank's, unless it has one; return the one that it has."""
@@ -260,20 +233,8 @@ class Watchdog:
         self._ended.append(death)
         if not death.signal or self._ruling is not None:
             return
-        ruling = Ruling(
-            kind="killed",
-            rank=death.rank,
-            code=SIGNAL_CODE + death.signal,
-            text=describe_kill(
-                death,
-                node=self._process.node,
-                step=self._clock.now().step,
-                cause=kill_counts().since(self._kills_before),
-            ),
-            host=self._process.host,
-            node=self._process.node,
-            signal=death.signal,
-        )
+        cause = kill_counts().since(self._kills_before)
+        ruling = ruling_on_kill(death, self._clock.now().step, cause, self._process)
         if self._rule(ruling) is not ruling:
             return
         if self._topology.rank < min(self._neighbors.ranks, default=self._topology.world_size):
@@ -387,16 +348,7 @@ class Watchdog:
             self._report(straggler.event())
         hang = self._observer.find_hang(now)
         if hang is not None:
-            ruling = Ruling(
-                kind="hung",
-                rank=0,
-                code=HungRankError.exit_code,
-                text=hang.text,
-                hung_ranks=tuple(hang.ranks),
-                host=beats[hang.ranks[0]].host if hang.ranks else "",
-                node=beats[hang.ranks[0]].node if hang.ranks else "",
-            )
-            self._obey(talk.settle(ruling))
+            self._obey(talk.settle(ruling_on_hang(hang, beats)))
 
     def _watch(self) -> None:
         """Decide whether this rank leaves; never blocks on another process."""
@@ -420,27 +372,8 @@ class Watchdog:
 
     def _rule_without_store(self, silent_seconds: float) -> Ruling:
         """Return the ruling of a rank that cannot ask anybody."""
-        beat = self._first_rank_beat
-        seen = "never seen"
-        host = ""
-        node = ""
-        if beat is not None:
-            host = beat.host
-            node = beat.node
-            seen = f"last seen in {beat.location()}"
-        text = (
-            f"rank 0, which holds the store, {seen}, has not answered for {silent_seconds:.0f} s. "
-            f"{self._store_error}"
-        )
-        return Ruling(
-            kind="hung",
-            rank=self._topology.rank,
-            code=HungRankError.exit_code,
-            text=text.strip(),
-            hung_ranks=() if beat is None else (0,),
-            host=host,
-            node=node,
-        )
+        rank = self._topology.rank
+        return ruling_on_dead_store(rank, self._first_rank_beat, silent_seconds, self._store_error)
 
     def _leave(self, ruling: Ruling) -> None:
         """Obey a ruling: say why, write stacks if a rank hangs, and end this process."""
