@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -49,6 +50,8 @@ from data_pipeline.store.manifest import (
     read_manifest,
 )
 from data_pipeline.store.ownership import refuse_foreign
+
+log = logging.getLogger(__name__)
 
 DEFAULT_ROOT = Path("data")
 """Directory for builds and audit pages that are given no place of their own."""
@@ -279,7 +282,13 @@ def _locked(out_dir: Path, *, is_shared: bool = False) -> Iterator[None]:
     """Hold the lock of `out_dir`; the kernel drops it when the process dies, however it dies."""
     try:
         make_folder(out_dir.parent)
-        with file_lock(out_dir.with_name(f".{out_dir.name}.lock"), is_shared=is_shared):
+        path = out_dir.with_name(f".{out_dir.name}.lock")
+        with file_lock(path, is_shared=is_shared) as is_locked:
+            if not is_locked:
+                log.warning(
+                    "%s: this file system has no locks (flock). Start one build of it at a time.",
+                    out_dir,
+                )
             yield
     except LockHeld as held:
         raise DataError(

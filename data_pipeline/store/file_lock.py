@@ -6,12 +6,13 @@ Decisions
     Nobody waits without end and without a word: after `TELL_SECONDS` a waiting process names who
     holds the lock, if that can be known, and after its own limit it gives up.
     /proc/locks knows the holder if it is a process of this machine; those of others are not known.
-    Where the file system has no flock, nothing keeps two processes apart.
+    Where the file system has no flock, nothing keeps two processes apart, and callers are told.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -27,9 +28,11 @@ from data_pipeline.store.ownership import user_name
 PRIVATE_MODE = 0o600
 TELL_SECONDS = 2.0
 _RETRY_SECONDS = 0.1
+_NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""Errors of file systems that have no flock, such as Lustre without its mount option."""
 LOCK_LIST = Path("/proc/locks")
 
-log = logging.getLogger("data_pipeline.file_lock")
+log = logging.getLogger(__name__)
 
 
 class LockHeld(Exception):
@@ -117,7 +120,9 @@ def _wait_for(descriptor: int, path: Path, is_shared: bool, deadline: float) -> 
             return True
         except BlockingIOError:
             now = time.monotonic()
-        except OSError:  # a file system without flock
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise
             return False
         if now >= deadline:
             raise LockHeld(f"the lock {path} is held by {_holder_of(descriptor)}")

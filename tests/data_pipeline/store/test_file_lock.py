@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import multiprocessing
@@ -181,3 +182,14 @@ def test_other_users_cannot_hold_a_lock_nor_plant_one() -> None:
         path.touch(mode=0o666)
         os.chown(path, ATTACKER, ATTACKER)
         assert f"belongs to uid {ATTACKER}" in as_user(VICTIM, use)
+
+
+def test_file_system_without_flock_is_told_to_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    with file_lock(tmp_path / "lock") as is_locked:
+        assert not is_locked

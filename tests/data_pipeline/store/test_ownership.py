@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.store.files import make_folder, write_text
 from data_pipeline.store.ownership import (
     SHARED_VARIABLE,
     foreign_problems,
@@ -25,6 +28,9 @@ from tests.support.other_users import (
     owned_folder,
     owned_link,
 )
+
+NO_ID = 0xFFFFFFFF
+"""The id of an entry of an ACL that names nobody."""
 
 
 @pytest.fixture
@@ -217,3 +223,44 @@ def test_names_that_another_user_has_given_steer_no_terminal(common: Path) -> No
     (message,) = problems_for(VICTIM, run)
     assert "\x1b" not in message and "\nFAKE" not in message
     assert "x\\x1b]0;owned\\x07\\nFAKE: fine belongs to" in message
+
+
+ACL_OF_ATTACKER = (
+    (0x01, 7, NO_ID),
+    (0x02, 7, ATTACKER),
+    (0x04, 0, NO_ID),
+    (0x10, 7, NO_ID),
+    (0x20, 0, NO_ID),
+)
+"""Tag, permissions and id of each entry: rwx for the owner, for one more user, and as the mask
+(linux/posix_acl.h, linux/posix_acl_xattr.h).
+"""
+
+
+def set_acl(path: Path, kind: str) -> None:
+    entries = b"".join(struct.pack("<HHI", *entry) for entry in ACL_OF_ATTACKER)
+    try:
+        os.setxattr(path, f"system.posix_acl_{kind}", struct.pack("<I", 2) + entries)
+    except OSError as error:
+        pytest.skip(f"no POSIX ACLs here: {error.strerror}")
+
+
+def test_acl_that_lets_another_user_write_is_seen_and_the_cure_takes_it_away(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir(mode=0o700)
+    set_acl(folder, "access")
+    with pytest.raises(ConfigError, match="may be written to by its group"):
+        refuse_foreign(folder, "build")
+    folder.chmod(stat.S_IMODE(folder.stat().st_mode) & ~0o022)
+    refuse_foreign(folder, "build")
+
+
+def test_what_is_made_under_a_default_acl_passes_the_check(tmp_path: Path) -> None:
+    set_acl(tmp_path, "default")
+    make_folder(tmp_path / "run" / "guard")
+    write_text(tmp_path / "run" / "guard" / "one.json", "{}")
+    refuse_foreign(tmp_path / "run", "run directory")
+    for path in (tmp_path / "run").rglob("*"):
+        refuse_foreign(path, "file")
