@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
+import io
 import json
+import os
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,6 @@ from cpt import cli
 from cpt.checkpoint.listing import checkpoint_table, list_checkpoints
 from cpt.checkpoint.manifest import read_manifest as read_checkpoint_manifest
 from cpt.config import LaunchInfo, load, resolve
-from cpt.errors import EXIT_INTERNAL
 from cpt.model.configuration import PRESETS, load_config
 from cpt.resilience.lock import LOCK, describe, look_at_lock
 from data_pipeline.build.build import build
@@ -49,19 +52,26 @@ sources:
 """
 
 
-class InternalErrorTold(BaseException):
-    """A command that told of a bug of its own."""
+class BadOutput(BaseException):
+    """A command that told of a bug of its own, or showed a control character of others."""
 
 
 def run_command(*words: str) -> None:
     """Run a subcommand of cpt in this process.
 
     Raises:
-        InternalErrorTold: it ended with 70, which a file of others must not cause.
+        BadOutput: it shows a stack trace, calls something a bug, or sends a control character.
     """
-    code = cli.main(list(words))
-    if code == EXIT_INTERNAL:
-        raise InternalErrorTold(f"cpt {words[0]} ended with {code}")
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+        cli.main(list(words))
+    text = shown.getvalue()
+    for line in text.split("\n"):
+        if "This is a bug" in line or line.startswith("Traceback"):
+            raise BadOutput(f"cpt {words[0]}: {line[:200]}")
+        raw = [character for character in line if unicodedata.category(character) in ("Cc", "Cf")]
+        if raw:
+            raise BadOutput(f"cpt {words[0]} shows {raw[:5]!r} raw")
 
 
 # checkpoints and builds
@@ -236,6 +246,39 @@ def read_lock(folder: Path) -> None:
     describe(None if sight is None else sight.holder)
 
 
+def make_names(folder: Path) -> Path:
+    make_metrics(folder)
+    names = ["run/notes", "run/checkpoints/step-00000031", "run/logs", "run/.lock", "run/export"]
+    (folder / "names.json").write_text(json.dumps(names))
+    return folder / "names.json"
+
+
+def read_names(folder: Path) -> None:
+    """Make files of the names that a changed list holds, and look at the run directory."""
+    for name in names_in(folder / "names.json"):
+        path = os.path.join(folder, name)
+        if os.path.realpath(path).startswith(f"{folder}/run/"):
+            with contextlib.suppress(OSError, ValueError):
+                os.makedirs(path)
+    read_status(folder)
+    run_command("report", "--run_dir", str(folder / "run"))
+
+
+def names_in(path: Path) -> list[str]:
+    """Return the relative paths of a list, each with an odd last part as well."""
+    try:
+        names = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        names = []
+    if not isinstance(names, list):
+        names = [names]
+    found = []
+    for name in names:
+        if isinstance(name, str) and not name.startswith("/"):
+            found += [name, f"run/{name}"[:200], f"run/checkpoints/step-{name}"[:200]]
+    return found
+
+
 def texts_of(name: str, **keys: Any) -> Any:
     """Return a reader of a data file of an attacked folder."""
 
@@ -274,6 +317,7 @@ TARGETS = (
     Target(name="Parquet", make=make_parquet, read=texts_of("texts.parquet"), is_tree=False),
     Target(name="metrics.jsonl", make=make_metrics, read=read_status, is_lines=True),
     Target(name="config.resolved.yaml", make=make_resolved, read=read_status, load=yaml.safe_load),
+    Target(name="names of files", make=make_names, read=read_names),
     Target(name="lock", make=make_lock, read=read_lock),
     Target(name="report", make=make_metrics, read=read_report, is_lines=True),
 )
