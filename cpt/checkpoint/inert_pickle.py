@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import pickle
 import pickletools
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +65,7 @@ class _Machine:
         operations = _operations(self)
         content = self._content
         stack = self._stack
-        for _ in range(MOST_OPCODES):
+        for count in range(MOST_OPCODES):
             code = content[self._at]
             self._at += 1
             operation = operations[code]
@@ -75,7 +74,7 @@ class _Machine:
                     return self._last()
                 raise ValueError(f"it has the opcode {_opcode_name(code)}; it was not run")
             operation()
-            if len(stack) > MOST_WAITING or len(self._marks) > MOST_WAITING:
+            if count % 256 == 0 and max(len(stack), len(self._marks)) > MOST_WAITING:
                 raise ValueError(f"more than {MOST_WAITING:,} values wait on its stack")
         raise ValueError(f"more than {MOST_OPCODES:,} opcodes")
 
@@ -84,6 +83,11 @@ class _Machine:
             raise ValueError("it does not end with one value")
         return self._stack[0]
 
+    def _byte(self) -> int:
+        number = self._content[self._at]
+        self._at += 1
+        return number
+
     def _take(self, size: int) -> bytes:
         taken = self._content[self._at : self._at + size]
         if len(taken) != size:
@@ -91,9 +95,8 @@ class _Machine:
         self._at += size
         return taken
 
-    def _number(self, form: struct.Struct) -> int:
-        (number,) = form.unpack(self._take(form.size))
-        return int(number)
+    def _unsigned(self, size: int) -> int:
+        return int.from_bytes(self._take(size), "little")
 
     def _since_mark(self) -> list[Any]:
         """Take what lies above the newest mark."""
@@ -114,7 +117,7 @@ class _Machine:
     # what an opcode does
 
     def protocol(self) -> None:
-        number = self._number(_BYTE)
+        number = self._byte()
         if number not in (4, 5):
             raise ValueError(f"it is of protocol {number}; 4 and 5 are read")
 
@@ -125,25 +128,25 @@ class _Machine:
         self._marks.append(len(self._stack))
 
     def short_text(self) -> None:
-        self._stack.append(self._take(self._number(_BYTE)).decode("utf-8"))
+        self._stack.append(self._take(self._byte()).decode("utf-8"))
 
     def text(self) -> None:
-        size = self._number(_UNSIGNED)
+        size = self._unsigned(4)
         if size > _LARGEST_TEXT_BYTES:
             raise ValueError(f"it has a text of {size:,} bytes")
         self._stack.append(self._take(size).decode("utf-8"))
 
     def byte(self) -> None:
-        self._stack.append(self._number(_BYTE))
+        self._stack.append(self._byte())
 
     def two_bytes(self) -> None:
-        self._stack.append(self._number(_SHORT))
+        self._stack.append(self._unsigned(2))
 
     def four_bytes(self) -> None:
-        self._stack.append(self._number(_SIGNED))
+        self._stack.append(int.from_bytes(self._take(4), "little", signed=True))
 
     def long(self) -> None:
-        size = self._number(_BYTE)
+        size = self._byte()
         if size > _LARGEST_LONG_BYTES:
             raise ValueError(f"it has a whole number of {size} bytes")
         self._stack.append(int.from_bytes(self._take(size), "little", signed=True))
@@ -159,6 +162,9 @@ class _Machine:
 
     def empty_tuple(self) -> None:
         self._stack.append(())
+
+    def tuple_of_one(self) -> None:
+        self._stack[-1] = (self._stack[-1],)
 
     def tuple_of(self, size: int) -> None:
         taken = tuple(self._stack[-size:])
@@ -196,10 +202,10 @@ class _Machine:
         self._memo.append(self._stack[-1])
 
     def recall(self) -> None:
-        self._stack.append(self._memo[self._number(_BYTE)])
+        self._stack.append(self._memo[self._byte()])
 
     def recall_far(self) -> None:
-        self._stack.append(self._memo[self._number(_UNSIGNED)])
+        self._stack.append(self._memo[self._unsigned(4)])
 
     def name(self) -> None:
         name = self._stack.pop()
@@ -220,12 +226,6 @@ class _Machine:
         self._top(Call).state = state
 
 
-_BYTE = struct.Struct("<B")
-_SHORT = struct.Struct("<H")
-_SIGNED = struct.Struct("<i")
-_UNSIGNED = struct.Struct("<I")
-
-
 def _operations(machine: _Machine) -> list[Callable[[], None] | None]:
     """Return what each opcode does, by its number; None for those that are refused."""
     known: dict[bytes, Callable[[], None]] = {
@@ -242,7 +242,7 @@ def _operations(machine: _Machine) -> list[Callable[[], None] | None]:
         pickle.NEWTRUE: machine.true,
         pickle.NEWFALSE: machine.false,
         pickle.EMPTY_TUPLE: machine.empty_tuple,
-        pickle.TUPLE1: lambda: machine.tuple_of(1),
+        pickle.TUPLE1: machine.tuple_of_one,
         pickle.TUPLE2: lambda: machine.tuple_of(2),
         pickle.TUPLE3: lambda: machine.tuple_of(3),
         pickle.TUPLE: machine.marked_tuple,

@@ -24,7 +24,6 @@ The room divides the work as follows:
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -32,13 +31,15 @@ import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 
 from cpt.errors import CheckpointError
 from cpt.parallel.division import divide_among_all
 from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES
+from data_pipeline.bounded.files import open_regular
+from data_pipeline.bounded.json_text import parse_json
 from data_pipeline.console.progress import show_progress
 from data_pipeline.store.files import write_text, xxh3_of_open
 
@@ -110,21 +111,9 @@ class Manifest:
     """Version of the form in which the checkpoint is stored."""
 
 
-def open_unlinked(path: Path) -> BinaryIO:
-    """Open a regular file for reading.
-
-    Symbolic links are not followed, and nothing is opened that would block or has side effects.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file")
-    return os.fdopen(descriptor, "rb")
-
-
 def hash_file(path: Path) -> str:
     """Return the xxh3-128 of a file's content."""
-    with open_unlinked(path) as file:
+    with open_regular(path, follow_links=False) as file:
         return xxh3_of_open(file)
 
 
@@ -162,12 +151,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _read_small_file(path: Path) -> bytes:
-    with open_unlinked(path) as file:
-        if os.fstat(file.fileno()).st_size > _LARGEST_MANIFEST_BYTES:
+    with open_regular(path, follow_links=False) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _LARGEST_MANIFEST_BYTES:
             raise CheckpointError(
                 f"{path}: larger than {_LARGEST_MANIFEST_BYTES} bytes; not one of ours."
             )
-        return file.read()
+        return file.read(size)
 
 
 def _parse(path: Path, content: bytes) -> Manifest:
@@ -175,7 +165,7 @@ def _parse(path: Path, content: bytes) -> Manifest:
     num_values = content.count(b",") + content.count(b"[") + content.count(b"{")
     if num_values > _MOST_VALUES:
         raise CheckpointError(f"{path}: more than {_MOST_VALUES} values; not one of ours.")
-    body = json.loads(content.decode("utf-8"))  # the interpreter's recursion limit bounds the depth
+    body = parse_json(content, unique=True)
     checksum = body.pop("checksum")
     if type(body["format"]) is not int or body["format"] not in READABLE_FORMATS:
         raise CheckpointError(

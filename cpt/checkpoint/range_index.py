@@ -36,11 +36,11 @@ from cpt.checkpoint.manifest import (
     FileRecord,
     Manifest,
     TensorRecord,
-    open_unlinked,
 )
 from cpt.checkpoint.old_metadata import OldRange, read_old_metadata
 from cpt.errors import CheckpointError, InternalError
 from cpt.storage.state_bytes import FP32_BYTES
+from data_pipeline.bounded.files import open_regular
 from data_pipeline.store.files import write_text
 
 Integers = npt.NDArray[np.int64]
@@ -200,7 +200,7 @@ def _listed_content(folder: Path, name: str, manifest: Manifest) -> bytes:
             f"{record.bytes:,} bytes, more than the {limit:,} that the manifest's "
             f"{len(manifest.tensors)} tensors in {len(manifest.files)} files could need."
         )
-    with open_unlinked(folder / name) as file:
+    with open_regular(folder / name, follow_links=False) as file:
         content = file.read(record.bytes + 1)
     if len(content) != record.bytes or xxhash.xxh3_128_hexdigest(content) != record.xxh3_128:
         raise CheckpointError("its content does not match the manifest's hash.")

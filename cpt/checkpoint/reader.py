@@ -21,13 +21,13 @@ from cpt.checkpoint.manifest import (
     Manifest,
     TensorRecord,
     check_listing,
-    open_unlinked,
     read_manifest,
     verify_files,
 )
 from cpt.checkpoint.range_index import RangeIndex, read_range_index
 from cpt.errors import CheckpointError, ConfigError
 from cpt.storage.state_bytes import FP32_BYTES
+from data_pipeline.bounded.files import open_regular
 from data_pipeline.escaping import escaped_line
 from data_pipeline.store.ownership import refuse_foreign
 
@@ -216,7 +216,7 @@ def read_ranges(folder: Path, index: RangeIndex, ranges: dict[str, FlatRange]) -
     for file, in_file in sorted(pieces.items()):
         where = f"{folder.name}/{index.files[file]}"
         try:
-            with open_unlinked(folder / index.files[file]) as opened:
+            with open_regular(folder / index.files[file], follow_links=False) as opened:
                 for piece in sorted(in_file, key=lambda piece: piece.offset):
                     _fill(opened.fileno(), piece, index.are_archives, buffer)
         except (OSError, CheckpointError) as error:

@@ -21,7 +21,6 @@ from cpt.checkpoint.manifest import (
     FileRecord,
     Manifest,
     TensorRecord,
-    open_unlinked,
     record_file,
     write_manifest,
 )
@@ -30,6 +29,7 @@ from cpt.checkpoint.range_index import WrittenRange, group_ranges, write_range_i
 from cpt.parallel.division import divide
 from cpt.resilience.faults import fault_point
 from cpt.storage.space import write_error
+from data_pipeline.bounded.files import open_regular
 from data_pipeline.store.files import sync_directory
 
 
@@ -55,7 +55,7 @@ def write_ranges(folder: Path, ranges: dict[str, FlatRange], rank: int, step: in
     fault_point("save_hash", step)
     path = folder / f"__{rank}_0.distcp"
     entries = []
-    with open_unlinked(path) as file:
+    with open_regular(path, follow_links=False) as file:
         for result in results:
             part = ranges[result.index.fqn]
             numel = part.tensor.numel()

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from cpt.checkpoint.manifest import PARTS
+from cpt.checkpoint.reader import step_folder
 from tests.dist.cases import Scenario, parameter_file
 from tests.dist.test_layout_parity import Reference, assert_alike, assert_same_tensors, stored
+from tests.support.checkpoints import as_format_1
 from tests.support.launcher import ROOT, launch
 
 pytestmark = pytest.mark.dist
@@ -68,6 +70,7 @@ def reference(folder: Path) -> Reference:
 def results(folder: Path, reference: Reference) -> dict[str, list[dict[str, Any]]]:
     run(folder, [FIRST])
     run(folder, [FIRST_STAGE1])
+    as_format_1(step_folder(folder / FIRST_STAGE1.name, HALF))  # old checkpoints are resumed, too
     scenarios = [*RESUMED, UNTOUCHED]
     for world_size in (1, 2, 4):
         run(folder, [scenario for scenario in scenarios if scenario.world_size == world_size])

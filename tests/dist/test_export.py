@@ -29,7 +29,7 @@ from cpt.offline.plain_model import load_checkpoint
 from data_pipeline.text.tokenizer import encode
 from tests.dist.cases import NEW_TOKENS, PROMPTS, model_config, reference_model, rows_of_step
 from tests.dist.test_layout_parity import explicit_masks
-from tests.support.checkpoints import sign_again
+from tests.support.checkpoints import as_format_1, sign_again
 from tests.support.launcher import ROOT, launch
 
 pytestmark = pytest.mark.dist
@@ -227,6 +227,16 @@ def test_transformers_decodes_the_mxfp4_export_as_this_project_does(folder: Path
     config = json.loads((exported / "config.json").read_text())
     assert config["quantization_config"] == QUANTIZATION_CONFIG
     assert "quantization_config" not in json.loads((folder / "plain" / "config.json").read_text())
+
+
+def test_checkpoint_of_the_older_format_gives_the_same_export(folder: Path) -> None:
+    step = step_folder(folder / "run", 2)
+    older = Path(shutil.copytree(step, step_folder(folder / "older", 2)))
+    as_format_1(older)
+    expected = load_file(export_checkpoint(step, folder / "of-format-2", "bf16") / SINGLE_FILE)
+    found = load_file(export_checkpoint(older, folder / "of-format-1", "bf16") / SINGLE_FILE)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_memory_is_bounded_by_a_piece_and_several_files_hold_the_same(
