@@ -120,7 +120,7 @@ def nested(levels: int) -> str:
             '{"model_type": "gpt_oss", "hidden_size": ' + 5000 * "9" + "}",
             "a number has 5,000 digits",
         ),
-        ("[" + 2**24 * " " + "]", "larger than 16,777,216 bytes"),
+        ("[" + 2**22 * " " + "]", "larger than 4,194,304 bytes"),
         ('{"model_type": "gpt_oss", "x": "\\ud800"}', "half a surrogate pair"),
         ("[]", "must be a JSON object"),
     ],

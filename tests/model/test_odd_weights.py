@@ -17,7 +17,10 @@ from safetensors.torch import save_file
 from cpt.errors import ConfigError
 from cpt.model.configuration import PRESETS, load_config
 from cpt.model.weights.byte_ranges import TensorFile
+from cpt.model.weights.directory import check_directory
 from cpt.model.weights.hf_layout import INDEX_FILE, SINGLE_FILE, read_json, tensor_files
+from cpt.model.weights.tokenizer_check import tokenizer_problems
+from data_pipeline.text.tokenizer import VOCAB_SIZE
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12\n"
 PAGE = b"<!DOCTYPE html>\n<html><body>Sign in</body></html>\n"
@@ -163,3 +166,31 @@ def test_damaged_weights_end_in_a_value_or_a_message(place: int, mask: int, cut:
         except ConfigError as error:
             failure = error
         assert failure is None or str(file) in str(failure)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"added_tokens": 5}', "added_tokens is no list of objects with content and id"),
+        ('{"added_tokens": [1]}', "added_tokens is no list of objects"),
+        ('{"added_tokens": [{"content": "a", "id": "x"}]}', "added_tokens is no list of objects"),
+        ('{"added_tokens": ' + 3000 * "[" + 3000 * "]" + "}", "nested deeper than 64 levels"),
+        ("[" + 2**21 * "[]," + "[]]", "more than 2,097,152 lists and objects"),
+        ("{" + 2**26 * " " + "}", "larger than 67,108,864 bytes"),
+    ],
+    ids=["number", "numbers", "text", "deep", "many", "large"],
+)
+def test_tokenizer_that_is_made_to_hurt_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ConfigError, match=told) as caught:
+        tokenizer_problems(tmp_path, VOCAB_SIZE)
+    assert str(tmp_path / "tokenizer.json") in str(caught.value)
+
+
+def test_index_with_names_without_end_is_told_in_a_bounded_message(tmp_path: Path) -> None:
+    names = {f"x{number}": "model-1.safetensors" for number in range(20_000)}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": names}))
+    save_file({"x0": torch.zeros(1)}, str(tmp_path / "model-1.safetensors"))
+    with pytest.raises(ConfigError, match="more problems with tensors") as caught:
+        check_directory(tmp_path, {})
+    assert len(caught.value.problems) <= 1001

@@ -33,6 +33,8 @@ from cpt.model.weights.values import MAX_TENSORS, ValuesSeen, describe_values, j
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 CODE_DTYPES = ("U8",)
 """Dtypes, in the words of safetensors, of plain tensors and of MXFP4 codes."""
+MAX_PROBLEMS = 1000
+"""Problems with tensors that a message tells; an index of others may name any number of them."""
 PIECE_NUMEL = 2**20
 """Elements that are in memory at once while weights are read."""
 
@@ -86,6 +88,9 @@ def check_directory(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
         except ConfigError as error:  # it is no whole file; the others are looked at all the same
             problems += [*error.problems, *unfinished_hint(path)]
     problems = list(dict.fromkeys(problems))
+    left = len(problems) - MAX_PROBLEMS
+    if left > 0:
+        problems = [*problems[:MAX_PROBLEMS], f"{path}: {left:,} more problems with tensors."]
     if problems:
         raise ConfigError(problems)
     return files

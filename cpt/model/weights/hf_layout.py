@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cpt.errors import ConfigError
-from data_pipeline.bounded.files import read_small_file
+from data_pipeline.bounded.files import MalformedInput, read_small_file
 from data_pipeline.bounded.json_text import parse_json
 from data_pipeline.config.links import dangling_link
 from data_pipeline.store.file_kinds import FileKind, describe_head, kind_of_file
@@ -21,8 +21,13 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
-MAX_JSON_BYTES = 2**24
+MAX_JSON_BYTES = 2**22
 """Bytes of a config.json or an index; those of the released 120b have some 50 kB."""
+MAX_JSON_CONTAINERS = 2**21
+"""Lists and objects of a JSON file; the released tokenizer.json has fewer than 10^6.
+
+Each takes some 70 bytes of memory for two in the file.
+"""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 EXPERT_TENSORS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """The expert parameters of a layer, under `mlp.experts.`; their first axis counts experts."""
@@ -149,7 +154,10 @@ def read_json(file: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """
     try:
         content = read_small_file(file, max_bytes)
-        values = parse_json(content.decode(json.detect_encoding(content)))
+        text = content.decode(json.detect_encoding(content))
+        if text.count("[") + text.count("{") > MAX_JSON_CONTAINERS:
+            raise MalformedInput(f"more than {MAX_JSON_CONTAINERS:,} lists and objects")
+        values = parse_json(text)
     except OSError as error:
         reason = dangling_link(file) or f"{file}: cannot be read ({error.strerror or error})."
         raise ConfigError(reason) from error

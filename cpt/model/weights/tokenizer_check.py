@@ -13,7 +13,7 @@ from cpt.model.weights.hf_layout import read_json
 from data_pipeline.text.tokenizer import VOCAB_SIZE, encoding
 
 TOKENIZER_FILE = "tokenizer.json"
-MAX_TOKENIZER_BYTES = 2**28
+MAX_TOKENIZER_BYTES = 2**26
 """The released tokenizer.json has 28 MB."""
 LARGEST_RELEASED_ID = 200_018
 """The released tokenizer names control tokens up to this id."""

@@ -126,6 +126,19 @@ def test_a_hub_dataset_is_asked_for_by_name_and_commit(monkeypatch: pytest.Monke
     assert asked == {"name": "some/name", "subset": "ja", "split": "train", "revision": "0" * 40}
 
 
+@pytest.mark.parametrize("name", ["planted.py", "folder"])
+def test_a_dataset_with_a_loading_script_is_refused_unrun(tmp_path: Path, name: str) -> None:
+    """`datasets` up to 3 ran such scripts; setup.cfg asks for 5."""
+    folder = tmp_path / "planted"
+    folder.mkdir()
+    mark = tmp_path / "mark"
+    (folder / "planted.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    place = folder if name == "folder" else folder / name
+    with pytest.raises((RuntimeError, FileNotFoundError, ValueError)):
+        datasets.load_dataset(str(place), split="train", cache_dir=str(tmp_path / "cache"))
+    assert not mark.exists()
+
+
 @pytest.mark.case("X3", "a hub data set without a commit is refused")
 def test_a_hub_dataset_without_a_commit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mix.yaml").write_text(
