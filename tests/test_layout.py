@@ -317,3 +317,29 @@ def test_no_test_hides_another_of_the_same_name(path: Path) -> None:
     named = [node for node in tree(path).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     counts = Counter(node.name for node in named)
     assert [name for name, count in counts.items() if count > 1] == []
+
+
+READERS = ("open_regular", "read_small_file", "read_small_text", "read_json", "read_yaml")
+ROOMS_OF_RUN_DIRECTORIES = ("guard", "job", "resilience", "checkpoint", "telemetry")
+READS_WHAT_A_RUN_NAMES = {"cpt/telemetry/report/panel.py"}
+"""Files that read what lies outside of the run directory: the mix."""
+
+
+@pytest.mark.parametrize("room", ROOMS_OF_RUN_DIRECTORIES)
+def test_files_of_a_run_directory_are_read_without_following_links(room: str) -> None:
+    """A link that another user has put there could lead to any file of whoever reads."""
+    following = []
+    num_calls = 0
+    for path in sorted((ROOT / "cpt" / room).rglob("*.py")):
+        for node in ast.walk(tree(path)):
+            if not isinstance(node, ast.Call) or ast.unparse(node.func) not in READERS:
+                continue
+            num_calls += 1
+            words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if (
+                words.get("follow_links") != "False"
+                and relative(path) not in READS_WHAT_A_RUN_NAMES
+            ):
+                following.append(f"{relative(path)}:{node.lineno}")
+    assert num_calls > 0
+    assert following == []

@@ -28,7 +28,7 @@ def check_finished(run_dir: Path) -> str:
     """
     plan = run_dir / "config.resolved.yaml"
     try:
-        train = read_yaml(plan)["train"]
+        train = read_yaml(plan, follow_links=False)["train"]
         planned = train.get("stop_at_step")
         if planned is None:
             planned = train["total_steps"]

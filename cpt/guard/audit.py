@@ -138,7 +138,7 @@ def _audit_decision(
     scores = run_dir / "guard" / Path(event["scores"]).name
     scores_checked = scores.is_file() and not _is_old(event)
     if scores_checked:
-        stored = read_json(scores, LARGE_BYTES)
+        stored = read_json(scores, LARGE_BYTES, follow_links=False)
         look = Look(step=event["step"], last=event["last"], settings=settings, **stored["look"])
         seen, _ = judged(judges, stored["yardsticks"], before, look)
         problems += _reading_problems(seen, evidence)

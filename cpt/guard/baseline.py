@@ -73,7 +73,7 @@ def read_baseline(path: Path) -> Json:
     """Return the content of baseline.json; empty if there is no file."""
     if not path.is_file():
         return {}
-    content: Json = read_json(path, LARGE_BYTES)
+    content: Json = read_json(path, LARGE_BYTES, follow_links=False)
     return content
 
 

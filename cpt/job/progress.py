@@ -144,5 +144,5 @@ def newest_guard_state(
 def _read_list(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    content: list[dict[str, Any]] = read_json(path, LARGE_BYTES)
+    content: list[dict[str, Any]] = read_json(path, LARGE_BYTES, follow_links=False)
     return content

@@ -135,7 +135,7 @@ def read_probes(run_dirs: Sequence[Path]) -> list[Probe]:
 def _read_run(run_dir: Path) -> _FinishedRun:
     try:
         events = read_events(run_dir / "metrics.jsonl")
-        config = read_yaml(run_dir / "config.resolved.yaml")
+        config = read_yaml(run_dir / "config.resolved.yaml", follow_links=False)
         total_steps = config["train"]["total_steps"]
     except OSError as error:
         raise ConfigError(

@@ -257,7 +257,7 @@ def kept_id(run_dir: Path, settings: WandbSettings) -> str:
     path = run_dir / ID_FILE
     known = ""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        known = str(read_json(path)["run_id"])
+        known = str(read_json(path, follow_links=False)["run_id"])
     wanted = settings.run_id or known or secrets.token_hex(4)
     if wanted != known:
         with best_effort("The next start will begin another W&B run, since its id was not kept"):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 SMALL_BYTES = 2**20
+LINK_REASON = "It is a symbolic link, which is not followed here"
+"""Why a file is not opened where links could have been put by others."""
 
 
 class MalformedInput(ValueError):
@@ -47,6 +49,10 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
         flags |= os.O_NOFOLLOW
     try:
         descriptor = os.open(path, flags)
+    except OSError as error:
+        if follow_links or error.errno != errno.ELOOP or not os.path.islink(path):
+            raise
+        raise OSError(errno.ELOOP, LINK_REASON, str(path)) from error
     except ValueError as error:  # a NUL, or a character that a file name cannot have
         raise OSError(errno.EINVAL, f"Not a file name ({error})", str(path)) from error
     mode = os.fstat(descriptor).st_mode

@@ -27,6 +27,8 @@ from typing import IO, Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
 import xxhash
 
+from data_pipeline.bounded.files import LINK_REASON
+
 PARTIAL_SUFFIX = ".partial"
 FILE_MODE = 0o644
 FOLDER_MODE = 0o755
@@ -106,8 +108,7 @@ def no_links(path: str | Path, flags: int, mode: int = FILE_MODE) -> int:
     except OSError as error:
         if error.errno != errno.ELOOP or not os.path.islink(path):
             raise
-        reason = "It is a symbolic link, which is not followed here"
-        raise OSError(errno.ELOOP, reason, str(path)) from error
+        raise OSError(errno.ELOOP, LINK_REASON, str(path)) from error
 
 
 def make_folder(path: Path, mode: int = FOLDER_MODE) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_every_decision_can_be_made_again(resumed: Service) -> None:
 
 def test_a_reply_that_was_tampered_with_is_found(resumed: Service, tmp_path: Path) -> None:
     """A file of the untouched model in which every reply was right makes the loss another one."""
-    (tmp_path / "metrics.jsonl").symlink_to(resumed.run_dir / "metrics.jsonl")
+    shutil.copy2(resumed.run_dir / "metrics.jsonl", tmp_path)
     guard = tmp_path / "guard"
     (guard / "generation").mkdir(parents=True)
     for path in (resumed.run_dir / "guard").rglob("*.json"):

@@ -134,7 +134,7 @@ class GenerationJudge:
         path = self._replies_folder / Path(scores["replies"]).name
         if not path.is_file():
             return measures_of(measured["now"])
-        replies = read_json(path, LARGE_BYTES)["domains"][name]["replies"]
+        replies = read_json(path, LARGE_BYTES, follow_links=False)["domains"][name]["replies"]
         return self.untouched[name].measure(measured["prompts"], replies)
 
     def restarted(self, state: Json, domains: Collection[str]) -> Json:

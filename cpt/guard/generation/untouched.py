@@ -142,7 +142,7 @@ def read_untouched(guard_folder: Path) -> dict[str, Untouched]:
     found = {}
     for path in sorted((guard_folder / FOLDER).glob("untouched-*.json")):
         name = path.stem.removeprefix("untouched-")
-        found[name] = Untouched.from_json(read_json(path, LARGE_BYTES))
+        found[name] = Untouched.from_json(read_json(path, LARGE_BYTES, follow_links=False))
     return found
 
 
@@ -150,7 +150,7 @@ def read_stored(path: Path) -> Json | None:
     """Return the content of the file of a domain; None if there is none."""
     if not path.is_file():
         return None
-    content: Json = read_json(path, LARGE_BYTES)
+    content: Json = read_json(path, LARGE_BYTES, follow_links=False)
     return content
 
 

@@ -136,7 +136,7 @@ class TraceFolder:
         if not path.is_file():
             return None
         try:
-            kept = KeptTraces.from_json(read_json(path, LARGE_BYTES))
+            kept = KeptTraces.from_json(read_json(path, LARGE_BYTES, follow_links=False))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not the traces of a run ({error}). {_RESTORE}") from error
         targets = target_file(self.folder, name)
@@ -159,7 +159,7 @@ class TraceFolder:
         if not path.is_file():
             return None
         try:
-            content = read_json(path, LARGE_BYTES)
+            content = read_json(path, LARGE_BYTES, follow_links=False)
             stored = TraceOrigin(**content["origin"])
             replies: list[Tokens] = content["replies"]
         except (KeyError, TypeError, ValueError) as error:
