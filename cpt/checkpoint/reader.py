@@ -244,7 +244,8 @@ def _pieces(key: str, part: FlatRange, index: RangeIndex) -> Iterator[tuple[int,
         raise CheckpointError(f"tensor '{key}' is not in the checkpoint.")
     stored = index.tensors[key]
     numel = int(stored.starts[-1])
-    end = part.offset + part.tensor.numel()
+    whole = part.tensor.detach()  # a parameter is filled in place, too
+    end = part.offset + whole.numel()
     if numel != part.global_numel or end > numel:
         raise CheckpointError(
             f"tensor '{key}': elements {part.offset} to {end} of {part.global_numel} are asked "
@@ -260,7 +261,7 @@ def _pieces(key: str, part: FlatRange, index: RangeIndex) -> Iterator[tuple[int,
             length=int(stored.lengths[number]),
             numel=int(stored.starts[number + 1]) - first,
             skipped=low - first,
-            target=part.tensor[low - part.offset : high - part.offset],
+            target=whole[low - part.offset : high - part.offset],
         )
         yield int(stored.files[number]), piece
         low = high

@@ -84,6 +84,16 @@ def test_reading_into_another_dtype_rounds(tmp_path: Path) -> None:
     assert torch.equal(target, values[10:40].bfloat16())
 
 
+def test_parameter_is_filled_in_place(tmp_path: Path) -> None:
+    values = torch.randn(50)
+    written_checkpoint(tmp_path / "c", {"a": values}, 20)
+    index = read_range_index(tmp_path / "c", read_manifest(tmp_path / "c"))
+    target = torch.nn.Parameter(torch.zeros(50))
+    part = FlatRange(tensor=target, offset=0, global_numel=50)
+    read_ranges(tmp_path / "c", index, {"master/a": part})
+    assert torch.equal(target, values) and target.grad_fn is None
+
+
 def test_file_that_lost_its_end_after_the_check_is_named(tmp_path: Path) -> None:
     written_checkpoint(tmp_path / "c", {"a": torch.randn(5000)}, 2500)
     manifest = read_manifest(tmp_path / "c")
