@@ -16,7 +16,7 @@ Decisions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,8 @@ NUM_BANDS = 32
 SHINGLE_TOKENS = 5
 _BAND_HASHES = NUM_HASHES // NUM_BANDS
 _SEED = 42
+_SIGNED_TOKENS = 1 << 20
+"""Tokens of a document that are hashed at once, which bounds the memory."""
 _COMPARE_DOCUMENTS = 1 << 16
 """Number of candidate pairs whose signatures are in memory at once."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -85,10 +87,43 @@ def minhash_signatures(documents: Sequence[Tokens]) -> Signatures:
     """
     if not documents:
         return np.zeros((0, NUM_HASHES), np.uint32)
-    padded = [_pad(tokens) for tokens in documents]
-    lengths = np.array([len(tokens) for tokens in padded])
-    # all documents at once; windows that span two of them are taken out again
-    hashes = window_hashes(np.concatenate(padded), SHINGLE_TOKENS)
+    stretches: list[Tokens] = []
+    first_stretches = []
+    for tokens in documents:
+        first_stretches.append(len(stretches))
+        stretches += _stretches(tokens)
+    signatures = _signatures_of_stretches(stretches)
+    # each number is the smallest hash of all shingles, whatever stretch they are in
+    return np.minimum.reduceat(signatures, first_stretches, axis=0)
+
+
+def _stretches(tokens: Tokens) -> Iterator[Tokens]:
+    """Yield stretches of a document that together have each of its shingles once."""
+    tokens = _pad(tokens)
+    for start in range(0, len(tokens) - SHINGLE_TOKENS + 1, _SIGNED_TOKENS):
+        yield tokens[start : start + _SIGNED_TOKENS + SHINGLE_TOKENS - 1]
+
+
+def _signatures_of_stretches(stretches: Sequence[Tokens]) -> Signatures:
+    """Return the signature of each stretch, [stretches, NUM_HASHES]."""
+    gathered: list[Tokens] = []
+    num_gathered = 0
+    signatures = []
+    for stretch in stretches:
+        if gathered and num_gathered + len(stretch) > 2 * _SIGNED_TOKENS:
+            signatures.append(_signatures_at_once(gathered))
+            gathered = []
+            num_gathered = 0
+        gathered.append(stretch)
+        num_gathered += len(stretch)
+    signatures.append(_signatures_at_once(gathered))
+    return np.concatenate(signatures)
+
+
+def _signatures_at_once(stretches: Sequence[Tokens]) -> Signatures:
+    lengths = np.array([len(tokens) for tokens in stretches])
+    # all stretches at once; windows that span two of them are taken out again
+    hashes = window_hashes(np.concatenate(stretches), SHINGLE_TOKENS)
     ends = np.cumsum(lengths)
     spanning = (ends[:-1, None] - np.arange(1, SHINGLE_TOKENS)).ravel()
     kept = np.delete(hashes, spanning)

@@ -17,7 +17,6 @@ Decisions
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -26,30 +25,31 @@ from typing import IO, TYPE_CHECKING, Any
 
 from data_pipeline.build.clusters import NO_CLUSTER, cluster_of
 from data_pipeline.build.document import Document
+from data_pipeline.build.json_records import parse_record, record_fields
 from data_pipeline.build.mock_documents import invent_documents
+from data_pipeline.build.parquet_files import parquet_batches
 from data_pipeline.build.stored_rows import read_build_texts, read_dataset_rows
-from data_pipeline.build.table_columns import check_columns, column_bytes, decoded_records
+from data_pipeline.build.table_columns import text_records
 from data_pipeline.build.units import Unit, split_into_units
-from data_pipeline.build.unreadable_files import (
-    parquet_errors,
-    unreadable,
-    unreadable_parquet,
-    why_no_text,
-)
-from data_pipeline.config.source_config import CLUSTER_PLACES, SourceConfig, template_fields
+from data_pipeline.build.unreadable_files import unreadable, why_no_text
+from data_pipeline.config.source_config import CLUSTER_PLACES, SourceConfig
 from data_pipeline.store.text_files import open_text, text_layers
-from data_pipeline.text.cleaning import Place, Tally, normalize, why_unusable
+from data_pipeline.text.cleaning import (
+    MAX_DOCUMENT_BYTES,
+    Place,
+    Tally,
+    normalize,
+    why_unusable,
+)
 from data_pipeline.text.harmony import read_conversation
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MAX_LINE_BYTES = 64 * 2**20
+MAX_LINE_BYTES = MAX_DOCUMENT_BYTES
 """Length of the longest JSONL line or text file that is read."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BUFFER_BYTES = 1 << 20
-_PARQUET_ROWS = 256
-"""Rows of a Parquet file that are decoded at once."""
 
 
 def read_texts(source: SourceConfig, tally: Tally) -> Iterator[str]:
@@ -82,13 +82,6 @@ def read_documents(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[D
         yield from _READERS[unit.format](source, unit, tally)
     except OSError as error:
         raise unreadable(unit.paths[0] if unit.paths else source.name, error) from error
-
-
-def record_fields(source: SourceConfig) -> tuple[str, ...]:
-    """Return the names of the fields that a record must have."""
-    if source.template is not None:
-        return template_fields(source.template)
-    return (source.text_field,)
 
 
 def columns_to_read(source: SourceConfig) -> tuple[str, ...]:
@@ -175,68 +168,13 @@ def _read_jsonl(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Docu
     with open_text(path, layers) as file:
         for number, line in _lines(file, path, unit, stop, tally):
             place = Place(str(path), number)
-            record, reason = _parse_line(source, line, tally)
+            record, reason = parse_record(source, line, tally)
             if reason is not None:
                 tally.reject(reason, place)
                 continue
             document = _accept_record(source, record, place, tally)
             if document is not None:
                 yield _in_cluster(document, source, str(path), record, tally)
-
-
-class _RepeatedKeys:
-    """A hook of `json.loads` that notes the keys that an object gives twice."""
-
-    def __init__(self) -> None:
-        self.outermost: list[str] = []
-        """Those of the object that ended last: of the record, once it is read."""
-        self.inner: list[str] = []
-        """Those of the objects before it."""
-
-    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        self.inner += self.outermost
-        self.outermost = []
-        value = dict(pairs)
-        if len(value) < len(pairs):
-            seen: set[str] = set()
-            for key, _ in pairs:
-                if key in seen:
-                    self.outermost.append(key)
-                seen.add(key)
-        return value
-
-
-def _parse_line(
-    source: SourceConfig, line: bytes, tally: Tally
-) -> tuple[dict[str, Any], str | None]:
-    """Return (record, None), or ({}, reason)."""
-    repeated = _RepeatedKeys()
-    try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=repeated)
-    except UnicodeDecodeError:
-        return {}, "invalid UTF-8"
-    except (ValueError, RecursionError):
-        if line.endswith(b"\n"):
-            return {}, "broken JSON"
-        return {}, "last line cut off"
-    if not isinstance(record, dict):
-        return {}, "not a JSON object"
-    if repeated.outermost or repeated.inner:
-        key = _repeated_key_that_counts(source, repeated)
-        if key is not None:
-            return {}, f"key '{key:.40}' given twice"
-        tally.notes["record with a key given twice, not one that is read"] += 1
-    return record, None
-
-
-def _repeated_key_that_counts(source: SourceConfig, repeated: _RepeatedKeys) -> str | None:
-    """Return a repeated key that the document is made of; None if there is none."""
-    if source.format == "harmony":
-        return (repeated.outermost + repeated.inner)[0]
-    for field in record_fields(source):
-        if field in repeated.outermost:
-            return field
-    return None
 
 
 def _lines(
@@ -293,30 +231,9 @@ def _seek_first_line(file: IO[bytes], unit: Unit) -> int:
 
 def _read_parquet(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
     (path,) = unit.paths
-    for rows_before, batch in _parquet_batches(path, unit, columns_to_read(source)):
+    groups = range(unit.start, unit.stop)
+    for rows_before, batch in parquet_batches(path, groups, columns_to_read(source)):
         yield from _table_documents(source, batch, str(path), rows_before, tally)
-
-
-def _parquet_batches(
-    path: Path, unit: Unit, fields: tuple[str, ...]
-) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yield (rows of the file before it, batch) for the rows of a unit."""
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            check_columns(str(path), file.schema_arrow, fields, "Set text_field or template.")
-            number = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
-            batches = file.iter_batches(
-                batch_size=_PARQUET_ROWS,
-                row_groups=list(range(unit.start, unit.stop)),
-                columns=list(fields),
-            )
-            for batch in batches:
-                yield number, batch
-                number += batch.num_rows
-    except parquet_errors() as error:
-        raise unreadable_parquet(path, error) from error
 
 
 def _table_documents(
@@ -327,12 +244,11 @@ def _table_documents(
     tally: Tally,
 ) -> Iterator[Document]:
     """Yield the usable documents of a batch or table of rows."""
-    fields = columns_to_read(source)
-    columns = [column_bytes(table.column(field)) for field in fields]
-    for number, record in enumerate(decoded_records(columns, fields), rows_before + 1):
+    records = text_records(name, table, columns_to_read(source))
+    for number, (record, reason) in enumerate(records, rows_before + 1):
         place = Place(f"{name}: row {number}")
-        if record is None:
-            tally.reject("invalid UTF-8", place)
+        if reason is not None:
+            tally.reject(reason, place)
             continue
         document = _accept_record(source, record, place, tally)
         if document is not None:

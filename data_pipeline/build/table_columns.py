@@ -6,6 +6,9 @@ Decisions
     are all null and are counted as such.
     Anything else is refused with the type that was found, because to write a number or a list as
     text would be a choice that the mix does not name.
+    The sizes of the values are known before Python makes objects of them: a row that is too long is
+    rejected, and only as many rows become objects at once as fit in the size of one document. Many
+    rows of a dictionary may be the same long text.
 """
 
 from __future__ import annotations
@@ -13,7 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from data_pipeline.errors import DataError
+from data_pipeline.text.cleaning import MAX_DOCUMENT_BYTES, TOO_LONG
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -92,21 +99,117 @@ def _is_binary(kind: pa.DataType) -> bool:
     return any(check(kind) for check in checks)
 
 
-def column_bytes(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
-    """Return the values of a column that `check_columns` accepted, null as None.
+def text_records(
+    place: str, table: pa.RecordBatch | pa.Table, fields: Sequence[str]
+) -> Iterator[tuple[dict[str, str | None], str | None]]:
+    """Yield (texts of a row by field, None), or ({}, why the row cannot be used).
+
+    Args:
+        place: What the rows belong to, for the message.
+        table: Rows; `check_columns` has accepted its columns.
+        fields: The columns to read.
+
+    Raises:
+        DataError: a column points outside of its memory. An Arrow file can say so.
+    """
+    import pyarrow as pa
+
+    sizes = np.zeros(table.num_rows, np.int64)
+    for field in fields:
+        chunks = _storage_chunks(table.column(field))
+        try:
+            for chunk in chunks:
+                _as_binary(chunk).validate(full=True)
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{place}: column '{field}' is damaged: {str(error).rstrip('.')}. Write it again."
+            ) from error
+        sizes += np.concatenate([_value_bytes(chunk) for chunk in chunks])
+    for start, stop in _stretches(sizes.tolist()):
+        if sizes[start] > MAX_DOCUMENT_BYTES:
+            yield {}, TOO_LONG
+            continue
+        values = []
+        for field in fields:
+            values.append(_column_bytes(table.column(field).slice(start, stop - start)))
+        yield from _decoded_records(values, fields)
+
+
+def _stretches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of rows that together are no larger than the longest document.
+
+    A row that is larger stands alone.
+    """
+    start = 0
+    gathered = 0
+    for row, size in enumerate(sizes):
+        if row > start and gathered + size > MAX_DOCUMENT_BYTES:
+            yield start, row
+            start = row
+            gathered = 0
+        gathered += size
+    if start < len(sizes):
+        yield start, len(sizes)
+
+
+def _storage_chunks(column: pa.Array | pa.ChunkedArray) -> list[pa.Array]:
+    """Return the arrays that a column consists of, without extension types."""
+    import pyarrow as pa
+
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    found = []
+    for chunk in chunks:
+        found.append(chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk)
+    return found
+
+
+def _as_binary(chunk: pa.Array) -> pa.Array:
+    """Return a column of strings as one of bytes, so that invalid UTF-8 is no damage."""
+    import pyarrow as pa
+
+    kind = chunk.type
+    if pa.types.is_string(kind):
+        return chunk.view(pa.binary())
+    if pa.types.is_large_string(kind):
+        return chunk.view(pa.large_binary())
+    if pa.types.is_string_view(kind):
+        return chunk.view(pa.binary_view())
+    if pa.types.is_dictionary(kind):
+        values = _as_binary(chunk.dictionary)
+        return pa.DictionaryArray.from_arrays(chunk.indices, values, safe=False)
+    return chunk
+
+
+def _value_bytes(chunk: pa.Array) -> npt.NDArray[np.int64]:
+    """Return the number of bytes of each value, null as 0, [values]."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = chunk.type
+    if pa.types.is_null(kind):
+        return np.zeros(len(chunk), np.int64)
+    if pa.types.is_dictionary(kind):
+        sizes = np.append(_value_bytes(chunk.dictionary), 0)
+        null = len(sizes) - 1
+        return sizes[chunk.indices.cast(pa.int64()).fill_null(null).to_numpy()]
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        views = [value.as_buffer() for value in chunk]
+        return np.array([0 if view is None else view.size for view in views], np.int64)
+    lengths = pc.binary_length(chunk).cast(pa.int64()).fill_null(0)
+    return lengths.to_numpy()  # type: ignore[no-any-return]
+
+
+def _column_bytes(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
+    """Return the values of a column, null as None.
 
     They come as bytes, because one string that is not UTF-8 must not cost the whole column.
     """
     import pyarrow as pa
 
-    kind = column.type
-    if pa.types.is_null(kind):
+    if pa.types.is_null(column.type):
         return [None] * len(column)
     values: list[bytes | None] = []
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    for chunk in chunks:
-        if isinstance(chunk, pa.ExtensionArray):
-            chunk = chunk.storage
+    for chunk in _storage_chunks(column):
         if isinstance(chunk, pa.DictionaryArray):
             # a cast to strings would refuse the whole column for one that is not UTF-8
             decoded = chunk.dictionary.cast(pa.large_binary()).take(chunk.indices)
@@ -116,16 +219,16 @@ def column_bytes(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
     return values
 
 
-def decoded_records(
+def _decoded_records(
     columns: Sequence[list[bytes | None]], fields: Sequence[str]
-) -> Iterator[dict[str, str | None] | None]:
-    """Yield each row as a record of texts, or None where a value is not UTF-8."""
+) -> Iterator[tuple[dict[str, str | None], str | None]]:
+    """Yield what `text_records` does for columns of bytes."""
     for values in zip(*columns, strict=True):
         record: dict[str, str | None] = {}
         try:
             for field, value in zip(fields, values, strict=True):
                 record[field] = None if value is None else value.decode("utf-8")
         except UnicodeDecodeError:
-            yield None
+            yield {}, "invalid UTF-8"
         else:
-            yield record
+            yield record, None

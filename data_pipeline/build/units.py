@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
+from data_pipeline.build.parquet_files import row_group_bytes
 from data_pipeline.build.stored_rows import count_rows
 from data_pipeline.build.unreadable_files import (
     check_jsonl,
     check_not_empty,
     check_parquet,
-    parquet_errors,
     unreadable,
-    unreadable_parquet,
 )
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
@@ -156,7 +155,7 @@ def _file_units(
 
 
 def _parquet_units(path: Path, unit_bytes: int) -> Iterator[Unit]:
-    sizes = _row_group_bytes(path)
+    sizes = row_group_bytes(path)
     if not sizes:
         raise DataError(f"{path}: has no rows. Remove it or fetch it again.")
     start = 0
@@ -169,20 +168,6 @@ def _parquet_units(path: Path, unit_bytes: int) -> Iterator[Unit]:
             )
             start = number + 1
             gathered = 0
-
-
-def _row_group_bytes(path: Path) -> list[int]:
-    """Return the size of each row group of a Parquet file, uncompressed; none if it has no row."""
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            metadata = file.metadata
-            if not metadata.num_rows:
-                return []
-            return [metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
-    except parquet_errors() as error:
-        raise unreadable_parquet(path, error) from error
 
 
 def _row_units(source: SourceConfig, num_rows: int, size_bytes: int) -> Iterator[Unit]:

@@ -40,8 +40,15 @@ MAX_PLACES = 3
 MAX_REASONS = 100
 """Number of different reasons that are counted apart: some name a key that a record holds."""
 OTHER_REASONS = "unusable for another reason"
+MAX_DOCUMENT_BYTES = 64 * 2**20
+"""UTF-8 bytes of the longest document that is read."""
+TOO_LONG = f"text longer than {MAX_DOCUMENT_BYTES} bytes"
+"""Reason why a longer document cannot be used."""
 MAX_WHITESPACE_RUN = 100_000
 """Whitespace characters in a row; the tokenizer's pattern overflows its stack near 1,000,000."""
+MAX_UNBROKEN_RUN = 1 << 21
+"""Letters, or symbols, in a row. The tokenizer takes such a run as one piece, and some 45 bytes of
+memory for each of its bytes."""
 _LINE_END = re.compile("\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 _FULL_WIDTH_OFFSET = 0xFEE0
@@ -266,14 +273,33 @@ def why_unusable(text: Any) -> str | None:
         return "text is null"
     if not isinstance(text, str):
         return "text is not a string"
+    if len(text) > MAX_DOCUMENT_BYTES:
+        return TOO_LONG
     if not text or text.isspace():
         return "empty text"
     if "\0" in text:
         return "NUL character"
     try:
-        text.encode("utf-8")
+        num_bytes = len(text.encode("utf-8"))
     except UnicodeEncodeError:
         return "lone surrogate"
+    if num_bytes > MAX_DOCUMENT_BYTES:
+        return TOO_LONG
     if any(long_runs(text, str.isspace, MAX_WHITESPACE_RUN + 1)):
         return f"more than {MAX_WHITESPACE_RUN} whitespace characters in a row"
+    for belongs in (_is_letter, _is_symbol):
+        if any(long_runs(text, belongs, MAX_UNBROKEN_RUN + 1)):
+            return f"more than {MAX_UNBROKEN_RUN} letters or symbols in a row"
     return None
+
+
+def _is_letter(character: str) -> bool:
+    """Return whether the tokenizer may take a character into a word."""
+    return unicodedata.category(character)[0] in "LM"
+
+
+def _is_symbol(character: str) -> bool:
+    """Return whether the tokenizer may take a character into a run of symbols."""
+    if character in "\r\n":
+        return True
+    return not character.isspace() and unicodedata.category(character)[0] not in "LN"

@@ -44,7 +44,7 @@ from data_pipeline.config.source_config import (
     THINKING_KEYS,
     TOOL_CALL_KEYS,
 )
-from data_pipeline.text.cleaning import why_unusable
+from data_pipeline.text.cleaning import MAX_DOCUMENT_BYTES, TOO_LONG, why_unusable
 from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens, encode
 
 Effort = Literal["low", "medium", "high"]
@@ -128,14 +128,18 @@ class Conversation:
 
     def tokens(self) -> Tokens:
         """Return the ids, from <|start|> of the system message to <|return|>."""
-        ids = system_message(self.effort, self.date)
+        pieces = [np.array(system_message(self.effort, self.date), dtype=np.uint32)]
         for message in self.messages:
             text = message.text
             if message.role == "developer":
                 text = _instructions(text)
-            ids += _message(message.role, text, message.channel)
-        ids[-1] = RETURN
-        return np.array(ids, dtype=np.uint32)
+            header = [*_header(message.role, message.channel), MESSAGE]
+            pieces.append(np.array(header, dtype=np.uint32))
+            pieces.append(encode(text))
+            pieces.append(np.array([END], dtype=np.uint32))
+        tokens = np.concatenate(pieces)
+        tokens[-1] = RETURN
+        return tokens
 
 
 def body(tokens: Tokens) -> Tokens:
@@ -182,7 +186,10 @@ def _conversation_of(record: dict[str, Any], ignored_keys: Sequence[str]) -> Con
         messages += _messages_of(message, is_first=number == 0)
     if (messages[-1].role, messages[-1].channel) != ("assistant", "final"):
         raise _UnusableError("the last message is not an answer of the assistant")
-    return Conversation(effort=effort, date=date, messages=_without_old_analysis(messages))
+    conversation = Conversation(effort=effort, date=date, messages=_without_old_analysis(messages))
+    if conversation.num_bytes > MAX_DOCUMENT_BYTES:
+        raise _UnusableError(TOO_LONG)
+    return conversation
 
 
 def _refuse_tool_calls(message: dict[str, Any]) -> None:
@@ -303,10 +310,14 @@ def _instructions(text: str) -> str:
 
 
 def _message(role: str, text: str, channel: str = "") -> list[int]:
+    return [*_header(role, channel), MESSAGE, *_plain(text), END]
+
+
+def _header(role: str, channel: str) -> list[int]:
     header = [START, *_plain(role)]
     if channel:
         header += [CHANNEL, *_plain(channel)]
-    return [*header, MESSAGE, *_plain(text), END]
+    return header
 
 
 def _plain(text: str) -> list[int]:

@@ -1,0 +1,111 @@
+"""One line of JSONL -> a record, whose structure is bounded before Python makes objects of it.
+
+Decisions
+    A small object takes some 200 bytes of memory for 3 bytes of its text, so the number of values
+    counts, not the length of the line. It is counted in the bytes, and only for lines that are long
+    enough to hold too many.
+    Depth and digits are bounded by the interpreter: its limit of recursion, and the 4,300 digits of
+    the longest whole number that it converts. Both make broken JSON.
+    A record that gives a key twice is rejected if the key decides its text: JSON does not say which
+    value is meant.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from data_pipeline.config.source_config import SourceConfig, template_fields
+from data_pipeline.text.cleaning import Tally
+
+MAX_VALUES = 1_000_000
+"""Values in a record: texts, numbers, lists and objects."""
+_STRING_OR_MARK = re.compile(rb'"(?:[^"\\]++|\\.)*+\\?(?:"|\Z)|[,\[{]', re.DOTALL)
+"""Matches a string, the last one even if it does not end, or a mark that stands before a value."""
+
+
+_QUOTE = ord('"')
+
+
+def record_fields(source: SourceConfig) -> tuple[str, ...]:
+    """Return the names of the fields that a record must have."""
+    if source.template is not None:
+        return template_fields(source.template)
+    return (source.text_field,)
+
+
+class _RepeatedKeys:
+    """A hook of `json.loads` that notes the keys that an object gives twice."""
+
+    def __init__(self) -> None:
+        self.outermost: list[str] = []
+        """Those of the object that ended last: of the record, once it is read."""
+        self.inner: list[str] = []
+        """Those of the objects before it."""
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        self.inner += self.outermost
+        self.outermost = []
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            seen: set[str] = set()
+            for key, _ in pairs:
+                if key in seen:
+                    self.outermost.append(key)
+                seen.add(key)
+        return value
+
+
+def parse_record(
+    source: SourceConfig, line: bytes, tally: Tally
+) -> tuple[dict[str, Any], str | None]:
+    """Return (record, None), or ({}, why it cannot be used); notes go to `tally`."""
+    if _has_too_many_values(line):
+        return {}, f"more than {MAX_VALUES} values in a record"
+    repeated = _RepeatedKeys()
+    try:
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=repeated)
+    except UnicodeDecodeError:
+        return {}, "invalid UTF-8"
+    except (ValueError, RecursionError):
+        if line.endswith(b"\n"):
+            return {}, "broken JSON"
+        return {}, "last line cut off"
+    if not isinstance(record, dict):
+        return {}, "not a JSON object"
+    if repeated.outermost or repeated.inner:
+        key = _repeated_key_that_counts(source, repeated)
+        if key is not None:
+            return {}, f"key '{key:.40}' given twice"
+        tally.notes["record with a key given twice, not one that is read"] += 1
+    return record, None
+
+
+def _repeated_key_that_counts(source: SourceConfig, repeated: _RepeatedKeys) -> str | None:
+    """Return a repeated key that the document is made of; None if there is none."""
+    if source.format == "harmony":
+        return (repeated.outermost + repeated.inner)[0]
+    for field in record_fields(source):
+        if field in repeated.outermost:
+            return field
+    return None
+
+
+def _has_too_many_values(line: bytes) -> bool:
+    """Return whether a line of JSON can hold more than MAX_VALUES values."""
+    if len(line) <= 2 * MAX_VALUES:
+        return False
+    if line.count(b",") + line.count(b"[") + line.count(b"{") < MAX_VALUES:
+        return False
+    # Most of them may stand in texts, where they count for nothing.
+    num_marks = 0
+    num_strings = 0
+    for match in _STRING_OR_MARK.finditer(line):
+        if line[match.start()] == _QUOTE:
+            num_strings += 1
+        else:
+            num_marks += 1
+        if num_marks >= MAX_VALUES or num_strings > 2 * MAX_VALUES:
+            return True
+    return False

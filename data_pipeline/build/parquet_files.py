@@ -1,0 +1,111 @@
+"""Parquet files: opened with bounds on their footer, read in batches of bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_pipeline.build.table_columns import check_columns
+from data_pipeline.build.unreadable_files import parquet_errors, unreadable_parquet
+from data_pipeline.store.parquet_pages import (
+    MAX_FOOTER_BYTES,
+    MAX_THRIFT_ITEMS,
+    check_footer,
+    largest_page,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+_BATCH_ROWS = 256
+"""Most rows that are decoded at once."""
+_BATCH_BYTES = 128 * 2**20
+"""Bytes that the rows which are decoded at once can take, however they are encoded."""
+_BUFFER_BYTES = 2**20
+
+
+@contextlib.contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file.
+
+    Raises:
+        DataError: it is damaged, or larger in one of its parts than what is read.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        check_footer(path)
+        # Without a buffer, and with `pre_buffer`, all of a row group would be read at once.
+        with pq.ParquetFile(
+            path,
+            pre_buffer=False,
+            buffer_size=_BUFFER_BYTES,
+            thrift_string_size_limit=MAX_FOOTER_BYTES,
+            thrift_container_size_limit=MAX_THRIFT_ITEMS,
+        ) as file:
+            yield file
+    except parquet_errors() as error:
+        raise unreadable_parquet(path, error) from error
+
+
+def row_group_bytes(path: Path) -> list[int]:
+    """Return the size of each row group of a file, uncompressed; none if the file has no row.
+
+    The sizes are what the file claims: they divide work, and bound nothing.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with open_parquet(path) as file:
+        metadata = file.metadata
+        if metadata.num_rows <= 0:
+            return []
+        sizes = []
+        for group in range(metadata.num_row_groups):
+            sizes.append(max(metadata.row_group(group).total_byte_size, 0))
+        return sizes
+
+
+def parquet_batches(
+    path: Path, groups: range, fields: tuple[str, ...]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield (rows of the file before it, batch) for the rows of some row groups.
+
+    Args:
+        path: The file.
+        groups: Numbers of the row groups.
+        fields: Columns that are read; they must hold text.
+
+    Raises:
+        DataError: it cannot be read, or lacks a column.
+    """
+    with open_parquet(path) as file:
+        check_columns(str(path), file.schema_arrow, fields, "Set text_field or template.")
+        rows = [file.metadata.row_group(group).num_rows for group in range(groups.stop)]
+        number = sum(rows[: groups.start])
+        batches = file.iter_batches(
+            batch_size=_batch_rows(path, file, groups, fields),
+            row_groups=list(groups),
+            columns=list(fields),
+        )
+        for batch in batches:
+            yield number, batch
+            number += batch.num_rows
+        if number != sum(rows):
+            raise ValueError(f"it claims {sum(rows):,} rows and holds {number:,}")
+
+
+def _batch_rows(path: Path, file: pq.ParquetFile, groups: range, fields: tuple[str, ...]) -> int:
+    """Return how many rows are decoded at once: so many that they fit in _BATCH_BYTES."""
+    numbers = []
+    for number in range(file.metadata.num_columns):
+        if file.schema.column(number).path in fields:
+            numbers.append(number)
+    row_bytes = 1
+    for group in groups:
+        pages = [largest_page(path, file.metadata, group, number) for number in numbers]
+        row_bytes = max(row_bytes, sum(pages))
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes))
