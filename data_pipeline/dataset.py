@@ -87,9 +87,12 @@ class _Rows:
             return True
         if documents.min() < 0 or documents.max() >= self.shards.num_documents:
             return False
-        if starts.min() < 0 or pairs.min() < 1:
+        if starts.min() < 0 or pairs.min() < 1 or pairs.max() > self.seq_len:
             return False
-        if (starts + pairs >= self.shards.document_tokens[documents]).any():
+        lengths = self.shards.document_tokens[documents]
+        if (starts > lengths).any():  # so the sum below cannot wrap around
+            return False
+        if (starts + pairs >= lengths).any():
             return False
         return bool(packed.row_tokens().max() <= self.seq_len)
 

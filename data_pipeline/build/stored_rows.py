@@ -96,12 +96,15 @@ def _built_sources(source: SourceConfig) -> list[_BuiltSource]:
 
 
 def _check_build(directory: Path) -> None:
-    """Refuse an earlier build that is damaged: its tokens would become another text.
+    """Refuse an earlier build that is damaged: its tokens would become another text, or none.
 
     Raises:
-        DataError: a file is missing, or not the one that the manifest lists.
+        DataError: a file is missing, not the one that the manifest lists, or no token shard.
     """
-    check_files(directory, read_manifest(directory), verify=True)
+    manifest = read_manifest(directory)
+    check_files(directory, manifest, verify=True)
+    for entry in manifest.sources:
+        Shards(directory / entry.name, manifest.shard_names(entry.name), verify=True)
 
 
 @functools.lru_cache(maxsize=8)

@@ -14,10 +14,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from data_pipeline.config.file_patterns import expand
 from data_pipeline.config.generation_config import read_prompts
 from data_pipeline.config.links import dangling_link
 from data_pipeline.config.mix_config import MAX_SEQ_LEN, OWN_PREFIX, WEIGHT_SUM_TOLERANCE
-from data_pipeline.config.source_config import LANGUAGES, SUFFIXES, expand, suffix_format
+from data_pipeline.config.source_config import LANGUAGES, SUFFIXES, suffix_format
 from data_pipeline.config.strict_yaml import KeyPath, Reader, nearest
 from data_pipeline.errors import unnamable
 
@@ -207,7 +208,7 @@ def _check_files(reader: Reader, section: RawSection, path: KeyPath, base: Path)
         if files is None:
             continue
         if not files:
-            reader.problem(path, f"is '{pattern}', which matches no file (looked in {base}).")
+            reader.problem(path, f"is '{pattern}', which {_why_no_file(base / pattern, base)}.")
         twice = [file for file in files if file in seen]
         if twice:
             reader.problem(path, f"names {twice[0]} twice. Remove one.")
@@ -227,6 +228,12 @@ def _expand(reader: Reader, pattern: str, path: KeyPath, base: Path) -> list[Pat
     except OSError as error:
         reader.problem(path, f"is '{pattern:.200}', which cannot be looked for: {error.strerror}.")
     return None
+
+
+def _why_no_file(path: Path, base: Path) -> str:
+    if path.exists() and not path.is_dir():
+        return "is a pipe, a socket or a device. Only regular files are read"
+    return f"matches no file (looked in {base})"
 
 
 def _check_suffixes(reader: Reader, files: list[Path], path: KeyPath) -> None:

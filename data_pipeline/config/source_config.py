@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import glob
 import re
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.config.links import dangling_link
+from data_pipeline.config.file_patterns import expand, plain_files
 from data_pipeline.config.strict_yaml import nearest
 
 NATURAL_LANGUAGES = {
@@ -305,7 +304,7 @@ class SourceConfig:
                 files += expand(pattern)
             return files
         for folder in self.patterns():
-            files += _plain_files(Path(folder).rglob("*"))
+            files += plain_files(Path(folder).rglob("*"))
         return sorted(files)
 
     def format_of(self, path: Path) -> str | None:
@@ -313,23 +312,6 @@ class SourceConfig:
         if self.format == "auto":
             return suffix_format(path)
         return self.format
-
-
-def expand(pattern: str) -> list[Path]:
-    """Return the files that an absolute path or glob names, sorted."""
-    path = Path(pattern)
-    if path.exists() or not glob.has_magic(pattern):
-        return _plain_files([path])
-    return _plain_files(map(Path, glob.glob(pattern, recursive=True)))
-
-
-def _plain_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the files among `paths`, and the links to nothing, which must not go unnoticed."""
-    files = []
-    for path in paths:
-        if path.is_file() or dangling_link(path):
-            files.append(path)
-    return sorted(files)
 
 
 def suffix_format(path: Path) -> str | None:

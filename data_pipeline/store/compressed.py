@@ -16,7 +16,6 @@ import contextlib
 import importlib
 import io
 import lzma
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,8 +30,8 @@ _HEAD_BYTES = 32
 """Bytes that tell whether another member follows."""
 _MAX_WINDOW_LOG = 31
 """Binary logarithm of the largest window of zstd (`--long=31`)."""
-_MAX_XZ_BYTES = 2 * 2**30
-"""Memory that an xz file may ask for; xz itself never makes one that needs more than 1.6 GiB."""
+_MAX_XZ_BYTES = 256 * 2**20
+"""Memory that an xz file may ask for: four times what `xz -9` makes it need."""
 _ZSTD_MODULES = ("compression.zstd", "backports.zstd")
 
 
@@ -159,7 +158,12 @@ class _NamedErrors(io.RawIOBase):
 
 def _reason(error: Exception) -> str:
     """Return what a decompressor found, with the cure where there is one."""
-    text = re.sub(r"[.\s]+$", "", str(error)) or type(error).__name__
+    text = str(error).rstrip(". \n") or type(error).__name__
+    if "emory usage limit" in text:
+        return (
+            f"its xz dictionary needs more than the {_MAX_XZ_BYTES // 2**20} MiB that are given to "
+            "it. Compress it anew: xz -dc FILE | xz > NEW"
+        )
     if "too much memory" in text:
         return (
             "its zstd window is larger than the 128 MiB that pyarrow reads. Install "

@@ -155,3 +155,12 @@ def test_rows_that_leave_their_document_are_refused_even_without_hashing(built: 
     np.save(path, values)
     with pytest.raises(DataError, match="row arrays do not fit the documents"):
         BuiltData.open(built.directory, verify=False)
+
+
+def test_rows_whose_end_wraps_around_are_refused(built: BuiltData) -> None:
+    path = built.directory / "en" / "train" / "piece_start.npy"
+    values = np.load(path)
+    values[0] = 2**63 - 1
+    np.save(path, values)
+    with pytest.raises(DataError, match="row arrays do not fit the documents"):
+        BuiltData.open(built.directory, verify=False)

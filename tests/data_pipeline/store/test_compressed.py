@@ -145,3 +145,15 @@ def test_zstd_with_a_wide_window_names_the_cure_where_only_pyarrow_reads_it(
     wide_zstd(tmp_path / "a")
     with pytest.raises(OSError, match=r"window is larger .* Install backports.zstd .*--long=31"):
         read(tmp_path / "a")
+
+
+def test_an_xz_file_that_asks_for_a_gigabyte_is_refused(tmp_path: Path) -> None:
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2**30}]
+    compressor = lzma.LZMACompressor(lzma.FORMAT_XZ, filters=filters)
+    path = tmp_path / "a.xz"
+    path.write_bytes(compressor.compress(b"hello") + compressor.flush())
+    with (
+        pytest.raises(OSError, match="its xz dictionary needs more than the 256 MiB"),
+        open_decompressed(path, FileKind.XZ) as file,
+    ):
+        file.read()

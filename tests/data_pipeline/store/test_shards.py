@@ -113,6 +113,7 @@ def one_byte_more(path: Path) -> None:
         (offset_is(1, 8), "offsets that do not rise"),
         (offset_is(3, 99), "offsets that do not rise"),
         (offset_is(1, 2**64 - 1), "offsets that do not rise"),
+        (bytes_at(16, b"[" * (HEADER_BYTES - 16)), "header that is not JSON"),
         (Path.unlink, "cannot be read"),
     ],
 )
@@ -125,3 +126,15 @@ def test_damage_is_a_data_error_that_names_the_file(
         Shard(path)
     assert str(caught.value).startswith(str(path))
     assert caught.value.exit_code == 65
+
+
+def test_offsets_that_rise_once_around_the_range_of_integers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "documents.tokens"
+    with write_shard(path) as shard:
+        for _ in range(4):
+            shard.add(np.array([1, 2], dtype=np.uint32), 1)
+    offsets = [0, 2**62, 2**63, 2**63 + 2**62, 12]
+    overwrite(path, HEADER_BYTES + 4 * 12, struct.pack("<5Q", *offsets))
+    assert (np.diff(np.array(offsets, np.uint64).astype(np.int64)) > 0).all()
+    with pytest.raises(DataError, match="offsets that do not rise"):
+        Shard(path)

@@ -1,0 +1,101 @@
+"""The files that a path or a glob of a mix names: regular files only, each folder looked into once.
+
+Decisions
+    Links to folders are followed, because corpora are often linked together. Under `**` a folder is
+    entered once, whatever leads to it: a link to a folder above would otherwise show each file some
+    40 times, and two such links more often than can be counted.
+    Pipes, sockets and devices are no files: reading one waits, or never ends.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from data_pipeline.config.links import dangling_link
+
+MAX_FILES = 1_000_000
+"""Files that one pattern may name; every file becomes a token shard or a part of one."""
+_ANY_DEPTH = "**"
+
+
+def expand(pattern: str) -> list[Path]:
+    """Return the files that an absolute path or glob names, sorted.
+
+    Raises:
+        OSError: there are more than MAX_FILES of them, or a folder cannot be read.
+    """
+    path = Path(pattern)
+    if path.exists() or not glob.has_magic(pattern):
+        return plain_files([path])
+    return plain_files(map(Path, _matches(pattern)))
+
+
+def plain_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the files among `paths`, and the links to nothing, which must not go unnoticed.
+
+    Raises:
+        OSError: there are more than MAX_FILES.
+    """
+    files = []
+    for path in paths:
+        if path.is_file() or dangling_link(path):
+            files.append(path)
+        if len(files) > MAX_FILES:
+            raise OSError(
+                0, f"it names more than {MAX_FILES:,} files; join small files to larger ones"
+            )
+    return sorted(files)
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """Yield what a glob matches, as `glob.glob` does with `recursive`, but no path twice."""
+    parts = pattern.split(os.sep)
+    if _ANY_DEPTH not in parts:
+        yield from glob.iglob(pattern)
+        return
+    if not parts[-1]:  # only folders match
+        return
+    first = parts.index(_ANY_DEPTH)
+    rest = parts[first + 1 :]
+    while rest and rest[0] in ("", _ANY_DEPTH):
+        rest = rest[1:]
+    visited: set[tuple[int, int]] = set()
+    found: set[str] = set()
+    for top in sorted(glob.glob(os.sep.join(parts[:first]) or os.sep)):
+        for folder in _folders(top, visited):
+            # `**` alone matches all files
+            below = _matches(os.path.join(glob.escape(folder), *(rest or ["*"])))
+            for path in below:
+                if path not in found:
+                    found.add(path)
+                    yield path
+
+
+def _folders(top: str, visited: set[tuple[int, int]]) -> Iterator[str]:
+    """Yield a folder and those below it, hidden ones aside, each one once.
+
+    A folder is met under its own path rather than under a link to it, if it has one below `top`.
+    """
+    waiting = [top]
+    links: list[str] = []
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.pop()
+        try:
+            status = os.stat(folder)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+        except OSError:  # a file, or a folder that cannot be read; glob passes over it, too
+            continue
+        if (status.st_dev, status.st_ino) in visited:
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        yield folder
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink():
+                links.append(entry.path)
+            elif entry.is_dir():
+                waiting.append(entry.path)
