@@ -208,7 +208,7 @@ def _check_files(reader: Reader, section: RawSection, path: KeyPath, base: Path)
         if files is None:
             continue
         if not files:
-            reader.problem(path, f"is '{pattern}', which {_why_no_file(base / pattern, base)}.")
+            reader.problem(path, f"is '{pattern}', {_why_no_file(base / pattern, base)}.")
         twice = [file for file in files if file in seen]
         if twice:
             reader.problem(path, f"names {twice[0]} twice. Remove one.")
@@ -232,8 +232,8 @@ def _expand(reader: Reader, pattern: str, path: KeyPath, base: Path) -> list[Pat
 
 def _why_no_file(path: Path, base: Path) -> str:
     if path.exists() and not path.is_dir():
-        return "is a pipe, a socket or a device. Only regular files are read"
-    return f"matches no file (looked in {base})"
+        return "which is a pipe, a socket or a device. Only regular files are read"
+    return f"which matches no file (looked in {base})"
 
 
 def _check_suffixes(reader: Reader, files: list[Path], path: KeyPath) -> None:
