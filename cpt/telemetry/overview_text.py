@@ -10,6 +10,7 @@ from cpt.telemetry.report.panel import duration, plural
 from cpt.telemetry.report.tiles import amount
 from cpt.telemetry.run_overview import RunOverview, utc
 from cpt.telemetry.run_tally import GuardStanding
+from data_pipeline.escaping import escaped_line
 
 MISSING = "-"
 """Stands where a run has logged no such number."""
@@ -24,7 +25,7 @@ def describe_overview(seen: RunOverview, now: float) -> str:
     """
     rows = list(_rows(seen, now))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+    return "\n".join(f"  {name:<{width}}  {escaped_line(text)}" for name, text in rows)
 
 
 def _rows(seen: RunOverview, now: float) -> Iterator[tuple[str, str]]:

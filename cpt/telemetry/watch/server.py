@@ -34,13 +34,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-import tornado.httpserver
 import tornado.netutil
 import tornado.web
 
 from cpt.errors import ConfigError
 from cpt.telemetry.report.comparison import AXES, Axis
 from cpt.telemetry.watch.board import Board, ListedRun
+from cpt.telemetry.watch.bounded_server import BoundedServer
 from cpt.telemetry.watch.pages import Pages, static_file
 
 log = logging.getLogger("cpt.watch")
@@ -407,7 +407,7 @@ def serve(
             token=token,
             cookie=f"cpt-watch-{taken}",
         )
-        server = tornado.httpserver.HTTPServer(application(watch), max_body_size=0)
+        server = BoundedServer(application(watch))
         server.add_sockets(sockets)
         named = f"[{host}]" if ":" in host else host
         told(f"http://{named}:{taken}/{f'?token={token}' if token else ''}")
