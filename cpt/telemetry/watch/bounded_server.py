@@ -11,6 +11,7 @@ from typing import Any
 import tornado.httpserver
 import tornado.ioloop
 import tornado.iostream
+import tornado.web
 
 MAX_CONNECTIONS = 128
 """Connections at the same time; more are closed at once."""
@@ -25,14 +26,13 @@ CONNECTION_SECONDS = 600.0
 class BoundedServer(tornado.httpserver.HTTPServer):
     """Takes requests without a body."""
 
-    def initialize(self, *arguments: Any, **settings: Any) -> None:
-        """Set the limits of tornado; see `HTTPServer.initialize`."""
+    def initialize(self, application: tornado.web.Application) -> None:  # type: ignore[override]
+        """Set the limits that tornado knows, for requests to an application."""
         super().initialize(
-            *arguments,
+            application,
             max_header_size=HEADER_BYTES,
             idle_connection_timeout=HEADER_SECONDS,
             max_body_size=0,
-            **settings,
         )
         self._ends: dict[tornado.iostream.IOStream, object] = {}
         """What closes each open connection in time."""
