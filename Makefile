@@ -18,9 +18,9 @@ export PATH := $(BIN):$(PATH)
 train: $(READY)
 	deepspeed cpt/run.py --ds_config ds_configs/z3_ulysses.json
 
-# one worker runs all tests of a file, which may share a launch
+# one worker runs all tests of a file, which may share a launch; the longest files come first (tests/conftest.py)
 test: $(READY)
-	python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # every test that shows a fault case, or those of FAULTS=FILES; rewrites the table in docs/reliability.md
 FAULTS ?= tests

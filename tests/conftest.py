@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.fast import is_fast
+from tests.support.fast import FOLDERS_LEFT_OUT, TESTS, is_fast
 from tests.support.fault_table import FaultTable, update
 
 torch.set_num_threads(
@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
     # read when Triton is imported: its kernels then run on CPU tensors, slowly
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-FAULTS = Path(__file__).parent / "faults"
+FAULTS = TESTS / "faults"
 LEFT_OUT = pytest.StashKey[int]()
 TABLE = pytest.StashKey[FaultTable]()
 
@@ -71,11 +71,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     else:
         kept = [item for item in items if not is_slow(item)]
-    left_out = [item for item in items if item not in set(kept)]
+    chosen = set(kept)
+    left_out = [item for item in items if item not in chosen]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = kept
+    items[:] = sorted(kept, key=lambda item: is_short(item.path))
     config.stash[LEFT_OUT] = sum(is_slow(item) for item in left_out)
+
+
+def is_short(path: Path) -> bool:
+    """Whether the tests of a file come after the whole runs and clusters, which take longest.
+
+    A worker that began with one of those at the end would work on while the other waits.
+    """
+    return path.relative_to(TESTS).parts[0] not in (*FOLDERS_LEFT_OUT, "gpu_rehearsal")
 
 
 def is_slow(item: pytest.Item) -> bool:

@@ -62,8 +62,8 @@ LAYOUTS = [
 FULL = [Scenario(world_size=w, sp=s, ep=e, stage=z, saves_first=True) for w, s, e, z in LAYOUTS]
 CHECKPOINTED = Scenario(world_size=2, sp=1, ep=2, stage=3, micro_batch_size=4, checkpointing=True)
 VARIANTS = [
-    Scenario(world_size=2, sp=2, ep=1, stage=3, exchange="ulysses"),
-    Scenario(world_size=4, sp=4, ep=1, stage=3, exchange="ulysses"),
+    Scenario(world_size=2, sp=2, ep=1, stage=3, micro_batch_size=2, exchange="ulysses"),
+    Scenario(world_size=4, sp=4, ep=1, stage=3, micro_batch_size=2, exchange="ulysses"),
     Scenario(world_size=1, sp=1, ep=1, stage=3, micro_batch_size=8),
     Scenario(world_size=4, sp=2, ep=2, stage=3, micro_batch_size=2, checkpointing=True),
     replace(CHECKPOINTED, expert_recompute="keep"),

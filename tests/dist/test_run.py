@@ -32,11 +32,13 @@ from cpt.training.sampling import Sampling
 from data_pipeline.text.harmony import CHANNEL, END, MESSAGE, RETURN
 from data_pipeline.text.tokenizer import encode
 from tests.dist.test_layout_parity import assert_same_tensors, stored_tensors
-from tests.support.launcher import ROOT, free_port, rank_environment
+from tests.support.launcher import ROOT, Launch, free_port, rank_environment
+from tests.support.launcher import start as start_ranks
 from tests.support.service import SMALL_GUARD
 
 pytestmark = pytest.mark.dist
 STEPS = 8
+RUN = ROOT / "cpt" / "run.py"
 
 
 @pytest.fixture(scope="module")
@@ -83,25 +85,20 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(
-    workplace: Path, run_dir: str, *arguments: str, world_size: int = 2
-) -> list[subprocess.Popen[str]]:
-    """Start the ranks of one run in the workplace."""
+def arguments_of(run_dir: str, *arguments: str) -> list[str]:
+    """Return the command line of a run in the workplace."""
+    return ["--ds_config", "ds.json", "--config", "run.yaml", "--run_dir", run_dir, *arguments]
+
+
+def environments(world_size: int = 2) -> list[dict[str, str]]:
+    """Return the environment of each rank of one run."""
     port = free_port()
-    command = [sys.executable, str(ROOT / "cpt" / "run.py")]
-    command += ["--ds_config", "ds.json", "--config", "run.yaml", "--run_dir", run_dir, *arguments]
-    processes = []
-    for rank in range(world_size):
-        process = subprocess.Popen(
-            command,
-            cwd=workplace,
-            env=rank_environment(rank, world_size, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        processes.append(process)
-    return processes
+    return [rank_environment(rank, world_size, port) for rank in range(world_size)]
+
+
+def start(workplace: Path, run_dir: str, *arguments: str) -> Launch:
+    """Start two ranks of a run in the workplace, forked from a process with all imports."""
+    return start_ranks(RUN, arguments_of(run_dir, *arguments), environments(), workplace)
 
 
 def set_options(*settings: str) -> list[str]:
@@ -112,16 +109,28 @@ def set_options(*settings: str) -> list[str]:
     return arguments
 
 
-def wait(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
-    """Return exit codes and rank 0's output."""
+def finish(workplace: Path, run_dir: str, *arguments: str) -> tuple[list[int], str]:
+    """Do a run; return exit codes and rank 0's output."""
+    codes, outputs = start(workplace, run_dir, *arguments).wait()
+    return codes, outputs[0]
+
+
+def finish_new_processes(workplace: Path, run_dir: str, *arguments: str) -> tuple[list[int], str]:
+    """Do a run as `finish` does, on processes that import everything themselves."""
+    command = [sys.executable, str(RUN), *arguments_of(run_dir, *arguments)]
+    processes = []
+    for environment in environments():
+        process = subprocess.Popen(
+            command,
+            cwd=workplace,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     return [process.returncode for process in processes], outputs[0]
-
-
-def finish(
-    workplace: Path, run_dir: str, *arguments: str, world_size: int = 2
-) -> tuple[list[int], str]:
-    return wait(start(workplace, run_dir, *arguments, world_size=world_size))
 
 
 def events_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
@@ -142,7 +151,7 @@ def whole(workplace: Path) -> Path:
         "telemetry.sample_tokens=3",
         "telemetry.memory_report=true",
     )
-    codes, output = finish(workplace, "whole", *arguments)
+    codes, output = finish_new_processes(workplace, "whole", *arguments)
     assert codes == [0, 0], output
     (workplace / "whole.log").write_text(output, encoding="utf-8")
     return workplace / "whole"
@@ -401,15 +410,15 @@ def test_stop_before_the_first_step_leaves_with_75_and_nothing_to_save(
 
 
 def test_signal_to_one_rank_stops_all_at_the_same_step(workplace: Path) -> None:
-    processes = start(workplace, "signalled")
+    started = start(workplace, "signalled")
     deadline = time.monotonic() + 120
     metrics = workplace / "signalled" / "metrics.jsonl"
     while time.monotonic() < deadline:
         if metrics.exists() and '"event": "step"' in metrics.read_text():
             break
         time.sleep(0.1)
-    processes[1].send_signal(signal.SIGUSR1)
-    codes, output = wait(processes)
+    os.kill(started.pids[1], signal.SIGUSR1)
+    codes, (output, _) = started.wait()
     assert codes == [75, 75] and "SIGUSR1 (rank 1). Saved; start again to go on." in output, output
     assert list_steps(workplace / "signalled") == [steps_of(workplace / "signalled")[-1]["step"]]
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +27,7 @@ from cpt.resilience.environment import LaunchEnvironment
 from cpt.resilience.stop import StopRequest
 from cpt.run import main, parse_arguments
 from tests.support.launcher import ROOT, free_port, rank_environment
+from tests.support.launcher import start as start_ranks
 
 DS_CONFIG = ROOT / "ds_configs" / "z3_ulysses.json"
 LAUNCHER_NAMES = (
@@ -456,19 +455,12 @@ class Started:
 
     def __init__(self, folder: Path, arguments: list[str], environment: dict[str, str]) -> None:
         self.run_dir = folder / "run"
-        command = [
-            sys.executable,
-            str(ROOT / "cpt" / "run.py"),
-            "--ds_config",
-            str(DS_CONFIG),
-            *arguments,
-        ]
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self._process = subprocess.Popen(command, cwd=folder, env=environment, **output)  # type: ignore[call-overload]
+        options = ["--ds_config", str(DS_CONFIG), *arguments]
+        self._launch = start_ranks(ROOT / "cpt" / "run.py", options, [environment], folder)
 
     def finish(self) -> tuple[int, str]:
-        text, _ = self._process.communicate(timeout=200)
-        return self._process.returncode, text
+        (code,), (output,) = self._launch.wait(timeout_seconds=200)
+        return code, output
 
 
 @pytest.fixture(scope="module")

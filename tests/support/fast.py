@@ -25,11 +25,13 @@ FILES_LEFT_OUT = (
 STARTS_PROCESSES = (
     "subprocess",
     "multiprocessing",
+    "tests.support.launcher.launch",
+    "tests.support.launcher.start",
     "tests.support.service",
     "tests.support.browser",
     "cpt.telemetry.report.periodic",
 )
-"""Imported modules by which a test file that starts processes is recognized."""
+"""Imported modules and functions by which a test file that starts processes is recognized."""
 
 
 @functools.cache
@@ -38,15 +40,16 @@ def is_fast(path: Path) -> bool:
     relative = path.relative_to(TESTS)
     if relative.parts[0] in FOLDERS_LEFT_OUT or relative.as_posix() in FILES_LEFT_OUT:
         return False
-    return not imported_modules(path) & set(STARTS_PROCESSES)
+    return not imported_names(path) & set(STARTS_PROCESSES)
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Return the names of the modules that a Python file imports, at any depth."""
+def imported_names(path: Path) -> set[str]:
+    """Return the modules that a Python file imports, at any depth, and what it takes from them."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,61 @@ def _zygote() -> _Zygote:
     return _Zygote()
 
 
+@dataclass(kw_only=True)
+class Launch:
+    """The ranks of one launch, which run."""
+
+    pids: list[int]
+    """By rank."""
+    logs: list[Path]
+    """What each rank prints."""
+
+    def wait(self, timeout_seconds: float = 300) -> tuple[list[int], list[str]]:
+        """Wait for all ranks.
+
+        Returns:
+            Exit codes and outputs by rank.
+
+        Raises:
+            AssertionError: the time is up; all ranks are killed and their output is shown.
+        """
+        answer = _zygote().ask({"pids": self.pids, "timeout_seconds": timeout_seconds})
+        codes = [int(code) for code in answer["codes"]]
+        outputs = []
+        for log in self.logs:
+            outputs.append(log.read_text(errors="replace"))
+            log.unlink()
+        told = ""
+        for rank, output in enumerate(outputs):
+            told += f"--- rank {rank}\n{output[-4000:]}\n"
+        assert not answer["timed_out"] or any(code > 0 for code in codes), f"ranks hung:\n{told}"
+        if any(codes):
+            print(told)
+        return codes, outputs
+
+
+def start(
+    script: Path,
+    arguments: list[str],
+    environments: list[dict[str, str]],
+    folder: Path = ROOT,
+) -> Launch:
+    """Start a script in a folder, once for each of the environments."""
+    logs = []
+    for rank in range(len(environments)):
+        handle, name = tempfile.mkstemp(prefix=f"cpt-test-rank{rank}-", suffix=".log")
+        os.close(handle)
+        logs.append(Path(name))
+    request = {
+        "script": str(script),
+        "arguments": arguments,
+        "environments": environments,
+        "folder": str(folder),
+        "logs": [str(log) for log in logs],
+    }
+    return Launch(pids=_zygote().ask(request)["pids"], logs=logs)
+
+
 def launch(
     script: Path, world_size: int, arguments: list[str], timeout_seconds: float = 300
 ) -> list[int]:
@@ -94,25 +150,6 @@ def launch(
         AssertionError: the time is up; all ranks are killed and their output is shown.
     """
     port = free_port()
-    logs: list[Path] = []
-    environments = []
-    for rank in range(world_size):
-        logs.append(Path(tempfile.gettempdir()) / f"cpt-test-{port}-rank{rank}.log")
-        environments.append(rank_environment(rank, world_size, port))
-    request = {
-        "script": str(script),
-        "arguments": arguments,
-        "environments": environments,
-        "logs": [str(log) for log in logs],
-        "timeout_seconds": timeout_seconds,
-    }
-    answer = _zygote().ask(request)
-    codes = [int(code) for code in answer["codes"]]
-    output = ""
-    for rank, log in enumerate(logs):
-        output += f"--- rank {rank}\n{log.read_text(errors='replace')[-4000:]}\n"
-        log.unlink()
-    assert not answer["timed_out"] or any(code > 0 for code in codes), f"ranks hung:\n{output}"
-    if any(codes):
-        print(output)
+    environments = [rank_environment(rank, world_size, port) for rank in range(world_size)]
+    codes, _ = start(script, arguments, environments).wait(timeout_seconds)
     return codes

@@ -2,8 +2,9 @@
 
 Importing torch, transformers and DeepSpeed takes several seconds per process, most of the time of a
 small multi-process test. This process imports them, starts no thread and no collective, and forks,
-so that a rank begins where its imports would have ended. Requests and replies are JSON lines;
-`tests.support.launcher.launch` is the only client.
+so that a rank begins where its imports would have ended.  Requests and replies are JSON lines, one
+to start the ranks of a launch and one to wait for them; tests/support/launcher.py is the only
+client.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def become_rank(request: dict[str, Any], rank: int) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.clear()
         os.environ.update(request["environments"][rank])
+        os.chdir(request["folder"])
         sys.argv = [request["script"], *request["arguments"]]
         runpy.run_path(request["script"], run_name="__main__")
         code = 0
@@ -46,38 +48,44 @@ def become_rank(request: dict[str, Any], rank: int) -> NoReturn:
         os._exit(code)
 
 
-def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Fork the ranks, wait for them, and kill those that are left at the deadline."""
-    running: dict[int, int] = {}
-    codes: list[int | None] = [None] * len(request["environments"])
-    for rank in range(len(codes)):
+def start(request: dict[str, Any]) -> dict[str, Any]:
+    """Fork the ranks of a launch and return their pids."""
+    pids = []
+    for rank in range(len(request["environments"])):
         pid = os.fork()
         if pid == 0:
             become_rank(request, rank)
-        running[pid] = rank
+        pids.append(pid)
+    return {"pids": pids}
+
+
+def wait(request: dict[str, Any]) -> dict[str, Any]:
+    """Wait for the ranks of a launch, and kill those that are left at the deadline."""
+    pids = request["pids"]
+    codes: dict[int, int] = {}
     deadline = time.monotonic() + request["timeout_seconds"]
     timed_out = False
-    while running:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in running:
-            rank = running.pop(pid)
-            codes[rank] = os.waitstatus_to_exitcode(status)
-            if codes[rank] != 0:
-                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        elif time.monotonic() > deadline:
-            timed_out = True
-            for pid in running:
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid in codes:
+                continue
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended == pid:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                if codes[pid] != 0:
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            elif time.monotonic() > deadline:
+                timed_out = True
                 os.kill(pid, signal.SIGKILL)
-            deadline = float("inf")
-        else:
-            time.sleep(0.02)
-    return {"codes": codes, "timed_out": timed_out}
+        time.sleep(0.02)
+    return {"codes": [codes[pid] for pid in pids], "timed_out": timed_out}
 
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is not a reply
-    import deepspeed  # noqa: F401
+    # DeepSpeed imports this with the first engine, which takes two seconds
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     import torch
     import torch.distributed.checkpoint
     from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: F401
@@ -86,7 +94,9 @@ def main() -> None:
 
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
     for line in sys.stdin:
-        replies.write(json.dumps(run(json.loads(line))) + "\n")
+        request = json.loads(line)
+        reply = wait(request) if "pids" in request else start(request)
+        replies.write(json.dumps(reply) + "\n")
 
 
 if __name__ == "__main__":
