@@ -157,11 +157,24 @@ is_healthy() {
     [[ "$code" == 200 ]]
 } 2>/dev/null
 
+# Return 0 if only this user, or root, listens on a port of 127.0.0.1.
+is_own_port() {
+    local port users user
+    printf -v port '%04X' "$1"
+    users=$(awk -v port="$port" '$4 == "0A" && $2 ~ "^(0100007F|00000000):" port "$" { print $8 }' /proc/net/tcp)
+    for user in $users; do
+        [[ "$user" == "$UID" || "$user" == 0 ]] || return 1
+    done
+    [[ -n "$users" ]]
+}
+
 # Serve a Hugging Face directory with vLLM on a free port of 127.0.0.1, and wait until it answers.  It ends with the job.
+# Another user may take the port before vLLM does: what answers must belong to this user.  cpt suite run asks for its model.
 #   start_server DIRECTORY GPUS LOG      sets SERVER_URL
 start_server() {
-    local directory=$1 gpus=$2 log=$3 port deadline
+    local directory gpus=$2 log=$3 port deadline
     local -a command
+    directory=$(realpath "$1")
     port=$(free_port)
     SERVER_URL=http://127.0.0.1:$port
     read -r -a command <<<"$CPT_VLLM"
@@ -183,6 +196,7 @@ start_server() {
         ((SECONDS < deadline)) || { say "vLLM does not answer after CPT_VLLM_START_SECONDS=$CPT_VLLM_START_SECONDS:"; tail -n 20 "$log" >&2; exit "$EXIT_INTERNAL"; }
         sleep 1
     done
+    is_own_port "$port" || { say "port $port of 127.0.0.1 belongs to another user, who took it before vLLM did. Submit again."; exit "$EXIT_INTERNAL"; }
     say "vLLM answers"
 }
 

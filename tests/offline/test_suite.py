@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -347,6 +348,65 @@ def test_a_model_without_weights_has_no_identity(tmp_path: Path) -> None:
 def test_a_server_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r"http://127.0.0.1:9: /v1/models names no model"):
         find_model("http://127.0.0.1:9/", Path("export"))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The address of a server, and what it lists in /v1/models."""
+    listed: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": listed}).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", listed
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_model_that_is_asked_for_is_taken_of_those_that_a_server_lists(
+    models: tuple[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    url, listed = models
+    (tmp_path / "step-40").mkdir()
+    # one in a container with mounts of its own, one by its path, as vllm serve names it by default
+    for entry in (
+        {"id": "step-40", "root": "/in/the/container"},
+        {"id": str(tmp_path / "step-40")},
+    ):
+        listed[:] = [{"id": "other"}, {**entry, "max_model_len": 800}]
+        found = find_model(f"{url}/", tmp_path / "step-40")
+        assert (found.url, found.name, found.context_tokens) == (url, entry["id"], 800)
+
+
+def test_a_server_of_another_model_is_refused_also_under_the_same_name(
+    models: tuple[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    url, listed = models
+    for run in ("one", "two"):
+        (tmp_path / run / "step-40").mkdir(parents=True)
+    asked = tmp_path / "one" / "step-40"
+    for entry in ({"id": "step-80"}, {"id": "step-40", "root": str(tmp_path / "two" / "step-40")}):
+        listed[:] = [entry]
+        with pytest.raises(ConfigError, match=f"serves '{entry['id']}', not --model {asked}"):
+            find_model(url, asked)
+
+
+@pytest.mark.parametrize("listed_now", [[], [{"name": "step-40"}], ["step-40"]])
+def test_an_answer_that_names_no_model_is_refused(
+    models: tuple[str, list[Any]], tmp_path: Path, listed_now: list[Any]
+) -> None:
+    url, listed = models
+    listed[:] = listed_now
+    with pytest.raises(ConfigError, match="/v1/models names no model"):
+        find_model(url, tmp_path)
 
 
 TOOL = """

@@ -230,6 +230,11 @@ def test_a_benchmark_that_fails_is_named_and_the_others_are_kept(workplace: Work
             {"CPT_LIGHTEVAL": "/no/lighteval", "CPT_VLLM_CONTEXT": "700"},
             "the server has a context of 700 tokens, the suite needs 800",
         ),
+        (
+            ["out", "--export", "DIR"],
+            {"CPT_LIGHTEVAL": "bash", "VLLM_SERVES": str(ROOT)},
+            "serves 'export', not --model",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -24,6 +27,39 @@ def test_script_is_sound_bash(path: Path) -> None:
         command = ["shellcheck", "-x", str(path)]
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert found.returncode == 0, found.stdout
+
+
+def answers_as_own(port: int) -> bool:
+    """Return whether slurm/lib.sh takes the listener of a port for one of this user."""
+    command = f"source slurm/lib.sh; is_own_port {port}"
+    return subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 0
+
+
+def test_a_server_of_another_user_is_not_taken_for_ones_own() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mine:
+        port = mine.getsockname()[1]
+        assert answers_as_own(port)
+    assert not answers_as_own(port), "nobody listens"
+    if os.getuid() != 0:
+        pytest.skip("only root can become another user")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            taken = socket.create_server(("127.0.0.1", 0))
+            os.write(writing, str(taken.getsockname()[1]).encode())
+            signal.pause()
+        os._exit(1)
+    try:
+        assert not answers_as_own(int(os.read(reading, 16)))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
 
 
 def test_there_is_a_template_for_every_scheduler() -> None:

@@ -47,6 +47,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/v1/models":
             model = {"id": options.served_model_name, "max_model_len": options.max_model_len}
+            model["root"] = os.environ.get("VLLM_SERVES", options.model)
             return self.answer({"object": "list", "data": [model]})
         self.answer({})
 

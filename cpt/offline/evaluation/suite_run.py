@@ -31,42 +31,65 @@ DONE_FILE = "done.json"
 LOG_FILE = "log.txt"
 ANSWER_SECONDS = 30
 """Time within which a living server answers a question about itself."""
+LARGEST_ANSWER_BYTES = 2**20
+"""Bytes that are read of an answer: a list of models takes a thousand."""
 KEYS_OF_OTHERS = ("OPENAI_API_KEY",)
 """Variables that only a benchmark that names them in `needs` may see."""
 _LOCAL_HOSTS = "127.0.0.1,localhost"
 
 
 def find_model(url: str, directory: Path) -> ServedModel:
-    """Ask a server what it serves.
+    """Ask a server whether it serves a model, and under which name.
 
     Args:
         url: Its address without a path.
         directory: Directory of the model, for its tokenizer.
 
     Raises:
-        ConfigError: it does not answer, or serves no model.
+        ConfigError: it does not answer, or serves no model or another one.
     """
     url = url.rstrip("/")
     try:
-        served = json.loads(_get(f"{url}/v1/models"))["data"][0]
-        return ServedModel(
-            url=url,
-            name=str(served["id"]),
-            context_tokens=served.get("max_model_len"),
-            directory=directory,
-        )
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        listed = json.loads(_get(f"{url}/v1/models"))["data"]
+        names = [str(model["id"]) for model in listed]
+        found = [model for model in listed if _is_served_from(model, directory)]
+        if not names:
+            raise LookupError("an empty list")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--server {url}: /v1/models names no model ({error}). Start one with vllm serve, "
             "or submit slurm/evaluate.sbatch, which does."
         ) from error
+    if not found:
+        raise ConfigError(
+            f"--server {url} serves {', '.join(map(repr, names))}, not --model {directory}. "
+            f"Start it with vllm serve {directory} --served-model-name {directory.resolve().name}."
+        )
+    return ServedModel(
+        url=url,
+        name=str(found[0]["id"]),
+        context_tokens=found[0].get("max_model_len"),
+        directory=directory,
+    )
+
+
+def _is_served_from(model: dict[str, Any], directory: Path) -> bool:
+    """Return whether an entry of /v1/models is of a directory.
+
+    vLLM says in `root` what it loads.  That is no path of this machine if the server runs in a
+    container with mounts of its own; then the names must be equal.
+    """
+    root = str(model.get("root"))
+    if os.path.isdir(root):
+        return os.path.samefile(root, directory)
+    return Path(str(model["id"])).name == directory.resolve().name
 
 
 def _get(url: str) -> bytes:
     """Return what a server answers, around any proxy of the site."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(url, timeout=ANSWER_SECONDS) as answer:
-        return bytes(answer.read())
+        return bytes(answer.read(LARGEST_ANSWER_BYTES))
 
 
 def check_suite(suite: Suite, model: ServedModel, programs: Programs) -> None:
