@@ -1,6 +1,7 @@
 """The replies of the untouched model, which every later reply is paired with.
 
     <run_dir>/guard/generation/untouched-NAME.json     one file per domain
+    <run_dir>/guard/generation/answered-NAME.json      the replies so far, while they are made
 
 A file is written before step 0 and never again; a run that goes on reads it. It holds the tokens of
 the replies, so that a measure can be computed again, with a hash of the prompts and one of the
@@ -135,6 +136,43 @@ class Untouched:
 def untouched_file(guard_folder: Path, domain: str) -> Path:
     """Return the file of a domain."""
     return guard_folder / FOLDER / f"untouched-{domain}.json"
+
+
+def answered_file(guard_folder: Path, domain: str) -> Path:
+    """Return the file of the first replies to a domain, which is gone once all are there."""
+    return guard_folder / FOLDER / f"answered-{domain}.json"
+
+
+def answered_so_far(pool: PromptPool, replies: Sequence[Sequence[int]], weights: str) -> Json:
+    """Return what `answered_file` holds.
+
+    Args:
+        pool: The prompts.
+        replies: Replies to the first of them.
+        weights: Hash of the weights of the untouched model.
+    """
+    prompts = [record.prompt for record in pool.records[: len(replies)]]
+    return {
+        "content_hash": pool.content_hash,
+        "weights": weights,
+        "prompts": prompts,
+        "replies": [list(reply) for reply in replies],
+    }
+
+
+def read_answered(path: Path, pool: PromptPool, weights: str) -> list[list[int]]:
+    """Return replies to the first prompts of a pool; none if the file has those of another run.
+
+    Args:
+        path: An `answered_file`.
+        pool: The prompts.
+        weights: Hash of the weights of the untouched model.
+    """
+    content = read_stored(path)
+    if content is None:
+        return []
+    replies: list[list[int]] = content["replies"]
+    return replies if content == answered_so_far(pool, replies, weights) else []
 
 
 def read_untouched(guard_folder: Path) -> dict[str, Untouched]:

@@ -3,9 +3,10 @@
     prompts (prompts.py) -> greedy replies, by all ranks -> measures (measures.py)
         -> judge (judge.py)
 
-Files, all in <run_dir>/guard/generation and never written again:
+Files, all in <run_dir>/guard/generation and but for `answered` never written again:
 
     untouched-NAME.json      replies of the untouched model to the prompts of one domain
+    answered-NAME.json       the same while it answers
     replies-STEP.json        replies of a look, from which its measures can be computed again
     examples-STEP.json       those that changed for the worse, for report.html
     measured-...             the same of a measurement apart from training
@@ -13,7 +14,8 @@ Files, all in <run_dir>/guard/generation and never written again:
 Decisions
     Replies are greedy, so those of the same weights are the same, and every difference from the
     untouched model is one of the weights.
-    A domain that the untouched model has answered is not answered again after a stop before step 0.
+    A prompt that the untouched model has answered is not asked again after a stop before step 0,
+    but for those of the part in which it was stopped.
 """
 
 from __future__ import annotations
@@ -39,9 +41,12 @@ from cpt.guard.generation.table import generation_table
 from cpt.guard.generation.untouched import (
     FOLDER,
     Untouched,
+    answered_file,
+    answered_so_far,
     columns_of,
     measures_of,
     missing_untouched,
+    read_answered,
     read_stored,
     untouched_file,
 )
@@ -52,13 +57,17 @@ from cpt.parallel.topology import Topology
 from cpt.resilience.phase import PhaseClock
 from cpt.resilience.stop import StopRequest
 from cpt.training.engine import TrainingEngine
-from cpt.training.generate import GenerationStopped, generate, reporting
+from cpt.training.generate import MAX_ROWS, GenerationStopped, generate, reporting
 from cpt.training.sampling import Sampling
 from data_pipeline.config.generation_config import GenerationDomain, PromptRecord
 from data_pipeline.config.mix_config import MixConfig
 
 log = logging.getLogger("cpt.guard")
 
+PART_OF_A_RANK = MAX_ROWS
+"""Prompts of a rank between two saves of the untouched model's replies: as many as it can answer at
+once, since what is being written is lost by a stop anyway.
+"""
 LEAST_PASSED = 0.5
 """Share of the untouched model's replies that should be in good form, and right."""
 
@@ -232,17 +241,28 @@ class Generation(GenerationJudge):
     def _answer_pool(
         self, pool: PromptPool, weights: str, engine: TrainingEngine, stop: StopRequest | None
     ) -> Untouched | None:
-        """Have the untouched model answer all prompts of a domain, and keep its replies."""
-        indices = list(range(len(pool.records)))
-        replies = self._replies(pool, indices, 0, engine, stop)
-        if replies is None:
-            return None
+        """Have the untouched model answer all prompts of a domain, and keep its replies.
+
+        Returns:
+            None if a stop was requested; what was answered before is kept.
+        """
         group = self._topology.control_group
+        answered = answered_file(self._folder, pool.domain.name)
+        replies = on_first_rank(group, lambda: read_answered(answered, pool, weights))
+        part = PART_OF_A_RANK * self._topology.world_size
+        for first in range(len(replies), len(pool.records), part):
+            indices = range(first, min(first + part, len(pool.records)))
+            more = self._replies(pool, indices, 0, engine, stop)
+            if more is None:
+                return None
+            replies += more
+            write_on_first_rank(group, answered, answered_so_far(pool, replies, weights))
         content = on_first_rank(
             group,
             lambda: Untouched.of(pool, replies, model=self._model, weights=weights).to_json(),
         )
         write_on_first_rank(group, untouched_file(self._folder, pool.domain.name), content)
+        on_first_rank(group, lambda: answered.unlink(missing_ok=True))
         untouched = Untouched.from_json(content)
         self._warn_of_little_to_lose(pool, untouched)
         return untouched

@@ -82,6 +82,8 @@ class FakeModel:
 def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     fake = FakeModel()
     monkeypatch.setattr(yardstick, "generate", fake.generate)
+    # a place in a call is one in the domain
+    monkeypatch.setattr(yardstick, "PART_OF_A_RANK", 1000)
     return fake
 
 
@@ -298,6 +300,42 @@ def test_a_stop_keeps_the_domains_that_are_done(workplace: Path, model: FakeMode
     assert open_yardstick(workplace).measure(look(INTERVAL), engine, None) is None
     folder = workplace / "guard" / "generation"
     assert not list(folder.glob("replies-*"))
+
+
+def test_a_stop_within_a_domain_keeps_the_replies_that_are_there(
+    workplace: Path, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Any = None
+    folder = workplace / "guard" / "generation"
+    kept = folder / "untouched-maths.json"
+    judged(open_yardstick(workplace, names=["maths"]), 0)
+    in_one_go = kept.read_bytes()
+    asked_in_one_go = list(model.asked)
+    kept.unlink()
+    model.asked.clear()
+
+    monkeypatch.setattr(yardstick, "PART_OF_A_RANK", 40)
+    model.stops_after = 2
+    assert open_yardstick(workplace, names=["maths"]).measure(look(0), engine, None) is None
+    assert len(model.asked) == 80 and not kept.exists()
+    model.stops_after = None
+    judged(open_yardstick(workplace, names=["maths"]), 0)
+    assert model.asked == asked_in_one_go
+    assert kept.read_bytes() == in_one_go
+    assert not list(folder.glob("answered-*"))
+
+
+def test_replies_to_other_prompts_are_not_continued(
+    workplace: Path, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Any = None
+    monkeypatch.setattr(yardstick, "PART_OF_A_RANK", 40)
+    model.stops_after = 2
+    assert open_yardstick(workplace, names=["maths"]).measure(look(0), engine, None) is None
+    model.stops_after = None
+    model.asked.clear()
+    judged(open_yardstick(workplace, names=["maths"], max_new_tokens=7), 0)
+    assert len(model.asked) == 150
 
 
 def test_other_prompts_another_model_and_a_missing_file_are_refused(
