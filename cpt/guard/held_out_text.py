@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from cpt.guard.requirements import (
     domain_problems,
     tolerance_problems,
 )
-from cpt.guard.score import DomainScore, Floats, ScoredSet, score_domain
+from cpt.guard.score import DomainScore, Floats, ScoredSet, content_hashes, score_domain
 from cpt.guard.text_judge import TextJudge
 from cpt.guard.yardstick import Json, Kind, Look
 from cpt.model.weights.checksums import sampled_hash
@@ -48,7 +48,7 @@ from cpt.resilience.agreed_stop import agreed_reason
 from cpt.resilience.best_effort import best_effort
 from cpt.resilience.stop import StopRequest
 from cpt.training.engine import TrainingEngine
-from data_pipeline.dataset import BuiltData
+from data_pipeline.dataset import BuiltData, HeldOutSet
 from data_pipeline.store.files import write_json
 from data_pipeline.store.packing import Integers
 
@@ -207,8 +207,9 @@ class HeldOutText(TextJudge):
         self._check_tolerances(look, baselines)
         content = {}
         weights = self._base_weights()
+        hashes = self._content_hashes(baselines)
         for name, baseline in baselines.items():
-            entry = {"model": self._model, "weights": weights, **self._content_hashes(name)}
+            entry = {"model": self._model, "weights": weights, **hashes[name]}
             content[name] = {**entry, **baseline.to_json()}
         if not self._observe:
             write_on_first_rank(self._topology.control_group, self._baseline_file, content)
@@ -225,13 +226,20 @@ class HeldOutText(TextJudge):
             scores.append(self._score(name, block, engine))
         return np.concatenate(scores)
 
-    def _content_hashes(self, name: str) -> Json:
-        """Return hashes of the documents of the panel and of the fresh ones."""
-        drawing = self._drawings[name]
-        hashes = {"content_hash": ScoredSet(self._data[name], drawing.panel).content_hash()}
-        if len(drawing.fresh):
-            fresh = ScoredSet(self._data[name], drawing.fresh)
-            hashes["fresh_content_hash"] = fresh.content_hash()
+    def _content_hashes(self, names: Iterable[str]) -> dict[str, Json]:
+        """Return hashes of the documents of the panel, and of the fresh ones, by domain."""
+        fields: list[tuple[str, str]] = []
+        sets: list[tuple[HeldOutSet, Integers]] = []
+        for name in names:
+            drawing = self._drawings[name]
+            fields.append((name, "content_hash"))
+            sets.append((self._data[name], drawing.panel))
+            if len(drawing.fresh):
+                fields.append((name, "fresh_content_hash"))
+                sets.append((self._data[name], drawing.fresh))
+        hashes: dict[str, Json] = {}
+        for (name, field), digest in zip(fields, content_hashes(sets, self._topology), strict=True):
+            hashes.setdefault(name, {})[field] = digest
         return hashes
 
     def _check_tolerances(self, look: Look, baselines: Mapping[str, DomainBaseline]) -> None:
@@ -302,12 +310,10 @@ class HeldOutText(TextJudge):
                 ", ".join(added),
             )
         baselines = stored_baselines(known)
-        hashes = {}
         for name, baseline in baselines.items():
             self._drawings[name] = self._drawing_of(name, baseline)
-            hashes[name] = self._content_hashes(name)
         if known:
-            check_same_text(self._baseline_file, known, hashes)
+            check_same_text(self._baseline_file, known, self._content_hashes(baselines))
             check_same_weights(self._baseline_file, known, self._model, self._base_weights())
         check_finite(
             baselines,

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from cpt.parallel.agreement import gather_json, together
 from cpt.parallel.topology import Topology
 from cpt.training.loader import NO_SOURCE, MicroBatch, filler_row, make_micro_batch
 from data_pipeline.dataset import HeldOutSet, PackedRow
@@ -108,6 +109,34 @@ class ScoredSet:
             digest.update(row.input_ids.astype("<i8").tobytes())
             digest.update(row.documents.astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+def content_hashes(sets: Sequence[tuple[HeldOutSet, Integers]], topology: Topology) -> list[str]:
+    """Return the content hash of each set of documents on every rank.
+
+    All ranks call it together and divide the sets, because all text of a set is read.
+
+    Args:
+        sets: Held-out domains, and the numbers of documents within them.
+        topology: The layout.
+
+    Raises:
+        CptError: on all ranks: a document cannot be read.
+    """
+
+    def hash_own() -> list[str]:
+        own = []
+        for domain, documents in sets[topology.rank :: topology.world_size]:
+            own.append(ScoredSet(domain, documents).content_hash())
+        return own
+
+    group = topology.control_group
+    by_rank = gather_json(together(group, hash_own), group)
+    hashes = []
+    for place in range(len(sets)):
+        round_number, rank = divmod(place, topology.world_size)
+        hashes.append(by_rank[rank][round_number])
+    return hashes
 
 
 class Scorer(Protocol):
