@@ -225,11 +225,13 @@ class _Gate:
         if self.card is None:
             return
         start = PlannedStart.of(self.run_yaml, self.json_file, self.model_config, self._launch())
-        problem = fit_problem(start, self.card)
+        memory = start.memory()
+        if memory is None:
+            return
+        problem = fit_problem(start, memory, self.card)
         if problem is not None:
             self.found_by_one.add([problem])
-        memory = start.memory()
-        warning = None if memory is None else fit_warning(memory, self.card)
+        warning = fit_warning(memory, self.card)
         if warning is not None:
             log.warning("%s", warning)
 

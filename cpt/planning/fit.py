@@ -124,15 +124,15 @@ class Cure:
     """The start after the change."""
 
 
-def fit_problem(start: PlannedStart, card: Card) -> str | None:
+def fit_problem(start: PlannedStart, memory: dict[str, int], card: Card) -> str | None:
     """Return why a start does not fit on a GPU, with cures; None if it does.
 
     Args:
         start: A start that can be resolved.
+        memory: Its `memory`.
         card: The GPU of every rank.
     """
-    memory = start.memory()
-    if memory is None or sum(memory.values()) <= card.memory_bytes:
+    if sum(memory.values()) <= card.memory_bytes:
         return None
     largest = sorted(memory.items(), key=lambda part: -part[1])[:NUM_PARTS]
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in largest)

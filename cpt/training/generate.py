@@ -157,7 +157,14 @@ def generate(
     longest = max(map(len, prompts)) + sampling.max_new_tokens
     row_bytes = cache_bytes(decoder.model_config, longest, decoder.dtype)
     num_rows = max(1, min(max_rows, max_cache_bytes // row_bytes, len(waiting)))
-    rank = _Rank(decoder, waiting, sampling, frozenset(stop_ids), num_rows)
+    cache = KeyValueCache(
+        decoder.model_config,
+        num_rows,
+        decoder.dtype,
+        topology.device,
+        longest_tokens=longest,
+    )
+    rank = _Rank(decoder, waiting, sampling, frozenset(stop_ids), cache)
     _run(rank, topology, stop, report)
     return _gather(rank.finished, len(prompts), topology)
 
@@ -229,7 +236,7 @@ class _Rank:
         waiting: Sequence[_Reply],
         sampling: Sampling,
         stop_ids: frozenset[int],
-        num_rows: int,
+        cache: KeyValueCache,
     ) -> None:
         self._decoder = decoder
         self._sampling = sampling
@@ -239,9 +246,7 @@ class _Rank:
         self._running: list[_Reply] = []
         """The text of each row in use."""
         self._num_drawn = 0
-        self._cache = KeyValueCache(
-            decoder.model_config, num_rows, decoder.dtype, decoder.topology.device
-        )
+        self._cache = cache
         self.finished: list[_Reply] = []
         """Texts that have ended."""
 

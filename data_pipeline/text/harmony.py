@@ -84,6 +84,8 @@ DEFAULT_DATE = datetime.date(2025, 8, 5)
 """Date in the system message where a record names none: the day gpt-oss came out."""
 
 RETURN = 200_002
+CONSTRAIN = 200_003
+"""<|constrain|>, before the format of a tool call's content in a header."""
 CHANNEL = 200_005
 START = 200_006
 END = 200_007

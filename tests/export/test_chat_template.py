@@ -17,6 +17,7 @@ from cpt.export.tokenizer import TEMPLATE
 from data_pipeline.text.harmony import (
     CALL,
     CHANNEL,
+    CONSTRAIN,
     END,
     MESSAGE,
     RETURN,
@@ -209,7 +210,7 @@ def test_tool_call_names_its_recipient() -> None:
         *ids(" to=functions.f"),
         CHANNEL,
         *ids("commentary "),
-        200_003,
+        CONSTRAIN,
         *ids("json"),
         MESSAGE,
         *ids("{}"),

@@ -36,15 +36,23 @@ def start_of(
     return PlannedStart.of(run, json, load_config(None, model), launch)
 
 
-def total(start: PlannedStart) -> int:
+def memory_of(start: PlannedStart) -> dict[str, int]:
     memory = start.memory()
     assert memory is not None
-    return sum(memory.values())
+    return memory
+
+
+def total(start: PlannedStart) -> int:
+    return sum(memory_of(start).values())
+
+
+def problem_of(start: PlannedStart, card: Card) -> str | None:
+    return fit_problem(start, memory_of(start), card)
 
 
 def test_20b_on_one_rank_is_refused_with_the_sum_the_parts_and_the_cures() -> None:
     start = start_of(1)
-    problem = fit_problem(start, H100)
+    problem = problem_of(start, H100)
     assert problem is not None
     assert f"a rank needs {total(start) / GIB:.1f} GiB" in problem
     assert "H100 SXM 80 GB has 74.5 GiB" in problem
@@ -53,7 +61,7 @@ def test_20b_on_one_rank_is_refused_with_the_sum_the_parts_and_the_cures() -> No
 
 
 def test_recipe_on_its_ranks_fits() -> None:
-    assert fit_problem(start_of(8), H100) is None
+    assert problem_of(start_of(8), H100) is None
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -92,16 +100,15 @@ def test_cures_are_joined_where_none_suffices_alone() -> None:
 
 def test_nothing_is_proposed_where_nothing_helps() -> None:
     tiny = Card(name="a tiny GPU", memory_bytes=2**20)
-    problem = fit_problem(start_of(2), tiny)
+    problem = problem_of(start_of(2), tiny)
     assert problem is not None and "Nothing was found with which it fits" in problem
 
 
 def test_run_that_fills_the_last_tenth_is_warned_and_not_refused() -> None:
     start = start_of(8)
-    memory = start.memory()
-    assert memory is not None
+    memory = memory_of(start)
     card = Card(name="a GPU", memory_bytes=1.05 * total(start))
-    assert fit_problem(start, card) is None
+    assert fit_problem(start, memory, card) is None
     assert "little is left" in str(fit_warning(memory, card))
     assert fit_warning(memory, replace(card, memory_bytes=2 * total(start))) is None
 

@@ -91,7 +91,7 @@ def test_cached_logits_are_those_of_a_whole_forward_after_a_row_has_moved(
 ) -> None:
     """Three texts are read, two are extended, the first one ends, and its row is taken over."""
     texts = [list(SHORT), list(LONG), list(AT_THE_WINDOW)]
-    cache = KeyValueCache(decoder.model_config, 3, torch.float32, torch.device("cpu"))
+    cache = small_cache(decoder, longest_tokens=len(LONG) + WINDOW + 3)
     cache.reserve(len(LONG))
     found = decoder.next_token_logits(PromptPass(cache, texts[:2], 0))
     assert_logits(found, texts[:2])
@@ -111,12 +111,44 @@ def test_cached_logits_are_those_of_a_whole_forward_after_a_row_has_moved(
             assert_logits(found, texts)
 
 
+def small_cache(decoder: OfflineModel, *, longest_tokens: int) -> KeyValueCache:
+    """Return a cache of three rows."""
+    device = torch.device("cpu")
+    return KeyValueCache(
+        decoder.model_config, 3, decoder.dtype, device, longest_tokens=longest_tokens
+    )
+
+
+def test_a_cache_grows_by_half_but_not_beyond_the_longest_text(decoder: OfflineModel) -> None:
+    cache = small_cache(decoder, longest_tokens=100)
+    for needed, capacity in ((40, 40), (41, 60), (55, 60), (61, 90), (91, 100), (100, 100)):
+        cache.reserve(needed)
+        assert cache.capacity_tokens == capacity
+    cache.reserve(104)  # a row that has ended runs on until the ranks agree again
+    assert cache.capacity_tokens == 104
+
+
 def assert_logits(found_BV: torch.Tensor, texts: list[list[int]]) -> None:
     for logits_V, text in zip(found_BV, texts, strict=True):
         expected_V = plain_logits(text)
         difference_V = (logits_V - expected_V).abs()
         # fp32 sums are taken in another order; the logits have a standard deviation of about 1.5
         assert float(difference_V.max()) <= 1e-4, f"{len(text)} tokens: {difference_V.max()}"
+
+
+def test_logits_of_bf16_weights_are_fp32_before_a_token_is_chosen(decoder: OfflineModel) -> None:
+    texts = [SHORT, AT_THE_WINDOW, LONG]
+    rounded = OfflineModel(decoder.model_config, decoder.topology)
+    rounded._model.load_state_dict(decoder._model.state_dict())
+    rounded._model.bfloat16()
+    rounded.dtype = torch.bfloat16
+    cache = small_cache(rounded, longest_tokens=len(LONG))
+    cache.reserve(len(LONG))
+    found_BV = rounded.next_token_logits(PromptPass(cache, texts, 0))
+    greedy = generate(rounded, texts, Sampling(max_new_tokens=1), stop_ids=[])
+    assert found_BV.dtype == torch.float32
+    assert torch.equal(found_BV, found_BV.bfloat16().float()), "the product is that of the weights"
+    assert greedy == [[int(token)] for token in found_BV.argmax(-1)]
 
 
 def test_replies_do_not_depend_on_what_is_decoded_beside_them(decoder: OfflineModel) -> None:
@@ -141,9 +173,11 @@ def test_little_memory_makes_fewer_rows_and_the_same_replies(
     sizes = []
 
     class Watched(KeyValueCache):
-        def __init__(self, config: GptOssConfig, num_rows: int, *others: Any) -> None:
+        def __init__(
+            self, config: GptOssConfig, num_rows: int, *others: Any, longest_tokens: int
+        ) -> None:
             sizes.append(num_rows)
-            super().__init__(config, num_rows, *others)
+            super().__init__(config, num_rows, *others, longest_tokens=longest_tokens)
 
     monkeypatch.setattr(generate_module, "KeyValueCache", Watched)
     sampling = Sampling(max_new_tokens=6)

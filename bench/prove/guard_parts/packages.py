@@ -46,6 +46,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 
 Only a package that holds both languages serves two uses, one with each.
 """
+DOCUMENT_CHARACTERS = 1500
+"""Of a document, about."""
 _FOLDER = re.compile(r"/([a-z]{2})(?:[-_][A-Z]{2})?(?:\.utf8)?/")
 _SUFFIX = re.compile(r"\.([a-z]{2})\.html(?:\.gz)?$")
 _MANUAL = re.compile(r"usr/share/man/(ja/)?man\d[a-z]*/[^/]+\.gz")
@@ -122,7 +124,7 @@ def _write(path: Path, texts: Sequence[str], max_bytes: int) -> None:
     for text in texts:
         if path.stem.endswith("ja") and not is_japanese(text):
             continue
-        for document in cut(text):
+        for document in cut(text, DOCUMENT_CHARACTERS):
             if document not in seen:
                 seen.add(document)
                 documents.append(document)

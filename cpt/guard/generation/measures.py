@@ -28,7 +28,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from data_pipeline.text.harmony import CALL, CHANNEL, END, MESSAGE, RETURN, START, STOP_IDS
+from data_pipeline.text.harmony import (
+    CALL,
+    CHANNEL,
+    CONSTRAIN,
+    END,
+    MESSAGE,
+    RETURN,
+    START,
+    STOP_IDS,
+)
 from data_pipeline.text.language import disagrees
 from data_pipeline.text.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, encoding
 
@@ -44,7 +53,6 @@ MIN_LOOP_COPIES = 5
 MAX_HEADER_TOKENS = 32
 """Tokens of the longest header of a message; more is text that stands outside of every message."""
 
-_CONSTRAIN = 200_003
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _MARKED = re.compile(r"(?:answer(?: is)?|\u7b54\u3048(?:\u306f)?|\u7b54)\s*[:\uff1a]?\s*(.+)", re.I)
@@ -271,10 +279,10 @@ def _channel_of(header: list[int]) -> tuple[str, bool]:
     if CHANNEL not in header or len(header) > MAX_HEADER_TOKENS:
         return "", False
     name = header[header.index(CHANNEL) + 1 :]
-    if _CONSTRAIN in name:
-        name = name[: name.index(_CONSTRAIN)]
+    if CONSTRAIN in name:
+        name = name[: name.index(CONSTRAIN)]
     control = [token for token in header if token >= NUM_TEXT_TOKENS]
-    follows = follows and control in ([CHANNEL], [CHANNEL, _CONSTRAIN])
+    follows = follows and control in ([CHANNEL], [CHANNEL, CONSTRAIN])
     words = _decode(name).split()
     return (words[0] if words else ""), follows and bool(words)
 

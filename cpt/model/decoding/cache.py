@@ -21,6 +21,11 @@ from transformers import GptOssConfig
 
 from cpt.storage.transfer import to_device
 
+GROWTH = 1.5
+"""Least factor by which a cache grows.  It is copied whenever it grows, so texts of n tokens cost
+at most about 2 n copied positions; growing by the 8 tokens that are needed would cost n^2 / 16.
+"""
+
 
 def cache_bytes(config: GptOssConfig, num_tokens: int, dtype: torch.dtype) -> int:
     """Return the bytes that a row of so many tokens takes in the caches of all layers.
@@ -48,7 +53,13 @@ class KeyValueCache:
     """The cache of all layers for a number of rows."""
 
     def __init__(
-        self, config: GptOssConfig, num_rows: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: GptOssConfig,
+        num_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        longest_tokens: int,
     ) -> None:
         """Allocate the rings of the window layers; `reserve` allocates the rest.
 
@@ -57,8 +68,10 @@ class KeyValueCache:
             num_rows: Rows that are decoded at once, at most.
             dtype: Type of keys and values.
             device: Where the model computes.
+            longest_tokens: Positions beyond which no text goes; more are allocated on demand only.
         """
         self.device = device
+        self._longest_tokens = longest_tokens
         self.num_rows = num_rows
         self.windows = layer_windows(config)
         """Keys that a query sees in each layer; None for no limit."""
@@ -75,11 +88,13 @@ class KeyValueCache:
     def reserve(self, num_tokens: int) -> None:
         """Make room for so many positions of each row.
 
-        More than asked for is allocated when the cache grows, so that it seldom grows.
+        More than asked for is allocated when the cache grows, but not more than the longest text
+        takes: the memory of that is what `num_rows` was chosen for.
         """
         if num_tokens <= self.capacity_tokens:
             return
-        self.capacity_tokens = max(num_tokens, self.capacity_tokens * 3 // 2)
+        roomy = min(int(GROWTH * self.capacity_tokens), self._longest_tokens)
+        self.capacity_tokens = max(num_tokens, roomy)
         for layer, window in enumerate(self.windows):
             if window is None:
                 self._keys_RKUD[layer] = self._grown(self._keys_RKUD[layer])

@@ -184,6 +184,10 @@ def next_token_logits(
 ) -> torch.Tensor:
     """Run a pass and return the fp32 logits of the tokens that come next, on the device.
 
+    The last product is taken in the dtype of the model, and its result made fp32 before anything
+    is chosen or drawn, as `generate` of transformers does.  In bf16 that rounds logits to 8 bits:
+    tokens that are nearly as likely as each other become equal, and the first of them is chosen.
+
     Args:
         model: A `GptOssForCPT`, or an engine around one, in evaluation mode.
         cache_pass: The tokens to read.

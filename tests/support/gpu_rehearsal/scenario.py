@@ -287,9 +287,12 @@ class Rehearsal:
         num_rows = 2 * self.scenario.ep_size
         sampling = Sampling(temperature=1.0, top_p=0.9)
         uniforms = to_device(torch.zeros(2, num_rows, dtype=torch.float64), device)
-        cache = KeyValueCache(self.model_config, num_rows, engine.dtype, device)
         lengths = [window + 8, *[8] * (num_rows - 1)]
-        cache.reserve(max(lengths) + 1)
+        longest = max(lengths) + 1
+        cache = KeyValueCache(
+            self.model_config, num_rows, engine.dtype, device, longest_tokens=longest
+        )
+        cache.reserve(longest)
         self._tokens = sum(lengths)
         prompts = [[1] * length for length in lengths]
         logits = engine.next_token_logits(PromptPass(cache, prompts, first_row=0))
