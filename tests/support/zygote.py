@@ -90,7 +90,7 @@ def main() -> None:
     import torch.distributed.checkpoint
     from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: F401
 
-    import cpt.job.job  # noqa: F401
+    import cpt.job.launch  # noqa: F401
 
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
     for line in sys.stdin:
