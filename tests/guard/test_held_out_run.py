@@ -40,7 +40,7 @@ SETTINGS = GuardSection(
 def topology() -> Iterator[Any]:
     """One rank that knows as much as scoring asks for."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    layout = {"dp_size": 1, "dp_rank": 0, "sp_size": 1, "sp_rank": 0, "rank": 0}
+    layout = {"dp_size": 1, "dp_rank": 0, "sp_size": 1, "sp_rank": 0, "rank": 0, "world_size": 1}
     place = SimpleNamespace(enter=lambda *_: None)
     yield SimpleNamespace(
         **layout, control_group=dist.group.WORLD, device=torch.device("cpu"), place=place
