@@ -41,7 +41,7 @@ format: $(READY)
 bench: $(READY)
 	for script in $(filter-out bench/corpus.py bench/gpu_counts.py,$(wildcard bench/*.py)); do python $$script || exit 1; done
 
-# slow proofs: memory at full length, memory of loading
+# slow proofs: memory at full length, memory of loading, hostile files
 prove: $(READY)
 	python -m pytest -m slow tests --ignore tests/faults
 	for script in bench/prove/*.py; do python $$script || exit 1; done

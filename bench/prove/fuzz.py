@@ -1,6 +1,6 @@
 """Prove that no file of others ends a command in a stack trace, in a hang, or without memory.
 
-    python bench/prove/fuzz.py [--cases 400] [--seconds 30] [--target NAME] [--number N]
+    python bench/prove/fuzz.py [--cases 400] [--seconds 20] [--target NAME] [--number N]
 
 Good files of each kind that others may have made (tests/support/fuzzing/targets.py) are changed by
 value and by byte (tests/support/fuzzing/mutations.py) and read as the product reads them.  Each
@@ -32,7 +32,7 @@ BATCH = 20
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=400, help="cases of each kind, at most")
-    parser.add_argument("--seconds", type=float, default=30.0, help="seconds for each kind")
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds for each kind")
     parser.add_argument("--target", help="the only kind to attack")
     parser.add_argument("--number", type=int, help="the only case")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

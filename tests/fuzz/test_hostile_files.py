@@ -11,6 +11,8 @@ from tests.support.fuzzing.targets import TARGETS
 
 QUICK = (
     "checkpoint manifest",
+    "range index",
+    "metadata of format 1",
     "build manifest",
     "config.json",
     "prompts",

@@ -42,6 +42,7 @@ VALUES: tuple[Any, ...] = (
     "a/b\0c",
     "\x1b]0;owned\x07\x1b[2J\nFAKE: verified ok",
     "\ud800",
+    "not UTF-8: \udcff\udc80",
     "\u202e\u2066right to left",
     "%s%n{0.__class__}{x!r:>1000000000}",
     "x" * 200_000,

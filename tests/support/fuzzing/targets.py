@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ import yaml
 
 from cpt import cli
 from cpt.checkpoint.listing import checkpoint_table, list_checkpoints
+from cpt.checkpoint.manifest import METADATA, RANGES
 from cpt.checkpoint.manifest import read_manifest as read_checkpoint_manifest
 from cpt.config import LaunchInfo, load, resolve
 from cpt.model.configuration import PRESETS, load_config
+from cpt.offline.evaluation.local import local_contents
+from cpt.offline.evaluation.tasks import load_tasks
 from cpt.resilience.lock import LOCK, describe, look_at_lock
 from data_pipeline.build.build import build
 from data_pipeline.build.sources import read_texts
@@ -32,7 +36,7 @@ from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.store.manifest import check_files
 from data_pipeline.store.manifest import read_manifest as read_build_manifest
 from data_pipeline.text.cleaning import Tally
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import old_checkpoint, sign_file, write_checkpoint
 from tests.support.fuzzing.attack import Target
 from tests.support.fuzzing.mutations import text_of
 from tests.support.run_events import long_run, traces
@@ -98,6 +102,25 @@ def read_checkpoint(folder: Path) -> None:
     checkpoint_table(list_checkpoints(folder, verify=True))
     for step in sorted((folder / "checkpoints").iterdir()):
         read_checkpoint_manifest(step)
+
+
+def make_range_index(folder: Path) -> Path:
+    return write_checkpoint(folder, STEP) / RANGES
+
+
+def make_old_metadata(folder: Path) -> Path:
+    return old_checkpoint(folder) / METADATA
+
+
+def signed_reader(name: str) -> Callable[[Path], None]:
+    """Return a reader of a checkpoint whose manifest names the true hash of a changed file."""
+
+    def read(folder: Path) -> None:
+        (step,) = (folder / "checkpoints").iterdir()
+        sign_file(step, name)
+        read_checkpoint(folder)
+
+    return read
 
 
 def make_build(folder: Path) -> Path:
@@ -170,6 +193,20 @@ def make_model_config(folder: Path) -> Path:
 
 def read_model_config(folder: Path) -> None:
     load_config(folder, None)
+
+
+def make_tasks(folder: Path) -> Path:
+    shutil.copytree(ROOT / "configs" / "tasks", folder, dirs_exist_ok=True)
+    return folder / "sample.yaml"
+
+
+def make_task_lines(folder: Path) -> Path:
+    make_tasks(folder)
+    return folder / "english_choice.jsonl"
+
+
+def read_tasks(folder: Path) -> None:
+    local_contents(load_tasks(folder / "sample.yaml"))
 
 
 def make_prompts(folder: Path) -> Path:
@@ -257,8 +294,8 @@ def read_names(folder: Path) -> None:
     """Make files of the names that a changed list holds, and look at the run directory."""
     for name in names_in(folder / "names.json"):
         path = os.path.join(folder, name)
-        if os.path.realpath(path).startswith(f"{folder}/run/"):
-            with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # it cannot be a name
+            if os.path.realpath(path).startswith(f"{folder}/run/"):
                 os.makedirs(path)
     read_status(folder)
     run_command("report", "--run_dir", str(folder / "run"))
@@ -295,6 +332,13 @@ TARGETS = (
         read=read_checkpoint,
         sign=sign_checkpoint,
     ),
+    Target(name="range index", make=make_range_index, read=signed_reader(RANGES)),
+    Target(
+        name="metadata of format 1",
+        make=make_old_metadata,
+        read=signed_reader(METADATA),
+        is_tree=False,
+    ),
     Target(name="build manifest", make=make_build, read=read_build, sign=sign_build),
     Target(name="mix", make=make_mix, read=read_mix, load=yaml.safe_load),
     Target(name="run YAML", make=make_run_yaml, read=read_run_files, load=yaml.safe_load),
@@ -306,6 +350,8 @@ TARGETS = (
         read=lambda folder: read_prompts(folder / "prompts.jsonl"),
         is_lines=True,
     ),
+    Target(name="tasks", make=make_tasks, read=read_tasks, load=yaml.safe_load),
+    Target(name="lines of a task", make=make_task_lines, read=read_tasks, is_lines=True),
     Target(name="JSONL", make=make_jsonl, read=texts_of("texts.jsonl"), is_lines=True),
     Target(
         name="conversations",
