@@ -7,6 +7,7 @@ Read in deepspeed 0.19.8: utils/groups.py.
 
 from __future__ import annotations
 
+import errno
 import os
 from datetime import timedelta
 
@@ -17,6 +18,7 @@ from deepspeed.utils import groups
 
 from cpt.deepspeed_adapter.experts import expert_group_name
 from cpt.errors import ConfigError
+from cpt.parallel.rendezvous import init_method
 from cpt.parallel.topology import Topology
 
 CONTROL_TIMEOUT = timedelta(hours=6)
@@ -37,10 +39,13 @@ def init_distributed(device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            verbose=False,
+            init_method=init_method(),
         )
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
+    except (dist.DistNetworkError, OSError) as error:
+        is_taken = "EADDRINUSE" in str(error) or getattr(error, "errno", 0) == errno.EADDRINUSE
+        if not is_taken:
             raise
         port = os.environ.get("MASTER_PORT")
         raise ConfigError(
