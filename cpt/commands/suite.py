@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cpt.commands import Commands
 from data_pipeline.console.say import say
+from data_pipeline.escaping import escaped_line
 
 if TYPE_CHECKING:
     from cpt.offline.evaluation.suite import Suite
@@ -151,4 +152,4 @@ def _plot(options: argparse.Namespace) -> None:
     results = read_results(options.results)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, checkpoint_figure(results, baseline))
-    say(options.out)
+    say(escaped_line(options.out))
