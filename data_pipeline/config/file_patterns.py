@@ -5,27 +5,33 @@ Decisions
     entered once, whatever leads to it: a link to a folder above would otherwise show each file some
     40 times, and two such links more often than can be counted.
     Pipes, sockets and devices are no files: reading one waits, or never ends.
+    A name with a control character is refused. Names stand in messages, manifests and reports,
+    where a line break in one would begin a line that looks like ours.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_pipeline.config.links import dangling_link
+from data_pipeline.escaping import escaped_line
 
 MAX_FILES = 1_000_000
 """Files that one pattern may name; every file becomes a token shard or a part of one."""
 _ANY_DEPTH = "**"
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def expand(pattern: str) -> list[Path]:
     """Return the files that an absolute path or glob names, sorted.
 
     Raises:
-        OSError: there are more than MAX_FILES of them, or a folder cannot be read.
+        OSError: there are more than MAX_FILES of them, a folder cannot be read, or a name has a
+            control character.
     """
     path = Path(pattern)
     if path.exists() or not glob.has_magic(pattern):
@@ -37,10 +43,12 @@ def plain_files(paths: Iterable[Path]) -> list[Path]:
     """Return the files among `paths`, and the links to nothing, which must not go unnoticed.
 
     Raises:
-        OSError: there are more than MAX_FILES.
+        OSError: there are more than MAX_FILES, or a name has a control character.
     """
     files = []
     for path in paths:
+        if _CONTROL.search(str(path)):
+            raise OSError(0, f"the name '{escaped_line(path)}' has a control character; rename it")
         if path.is_file() or dangling_link(path):
             files.append(path)
         if len(files) > MAX_FILES:

@@ -120,6 +120,13 @@ def test_the_table_tells_what_nfkc_would_do_and_no_chart_is_all_zero(make_mix: M
     assert ">Share of documents" not in clean_page and ">Tokens per character" in clean_page
 
 
+def test_no_text_gets_into_the_page_unseen(make_mix: MakeMix) -> None:
+    hostile = "This is English text\x1b[2J\x9b and it \u202estands in the wrong source. " * 3
+    page = audit_page(audit(make_mix({"ja": [*sample("ja_essay")[:3], hostile]})))
+    assert not set(page) & set("\x1b\x9b\u202e")
+    assert r"text\x1b[2J\x9b and it \u202estands" in page
+
+
 def test_the_page_stands_alone_and_shows_no_markup_of_the_text(make_mix: MakeMix) -> None:
     english = (
         "<script>alert(1)</script> This is English text and it stands in the wrong source. " * 3

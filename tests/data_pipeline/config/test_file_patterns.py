@@ -75,3 +75,12 @@ def test_a_pipe_or_a_device_is_refused_at_once(name: str, tmp_path: Path) -> Non
     mix.write_text(f"seq_len: 16\nseed: 1\nsources: [{{{source}}}]\n")
     with pytest.raises(ConfigError, match="is a pipe, a socket or a device"):
         load_mix(mix)
+
+
+@pytest.mark.parametrize("character", ["\n", "\x1b", "\x9b", "\u2028"])
+def test_a_name_that_could_forge_a_line_is_refused_and_shown_as_it_is(
+    character: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"a{character}FAKE: verified ok.jsonl").write_text("{}")
+    with pytest.raises(OSError, match=r"'[^\x1b\n]*a\\[^\x1b\n]*' has a control character"):
+        expand(str(tmp_path / "*.jsonl"))

@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -116,6 +117,23 @@ def test_carriage_return_in_a_text_does_not_reach_the_log(
     start()
     log.info("sampled: one\rtwo")
     assert "one\\rtwo" in capsys.readouterr().err
+
+
+def test_no_record_steers_the_terminal_or_begins_a_line_of_its_own(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "x\x1b]0;owned\x07\x1b[2J\n2026-11-27 00:00:00 INFO verified ok\x9b\u202e\ud800"
+    start()
+    log.info("read %s", Path(hostile))
+    try:
+        raise RuntimeError(hostile)
+    except RuntimeError:
+        logging.getLogger("some_library").exception("failed: %s", hostile)
+    told = capsys.readouterr().err
+    assert not set(told) & set("\x1b\x07\x9b\u202e\ud800")
+    assert r"x\x1b]0;owned\x07\x1b[2J" in told
+    starts = [line for line in told.splitlines() if not line.startswith("    ")]
+    assert len(starts) == 2 and "INFO read" in starts[0] and "ERROR failed" in starts[1]
 
 
 def test_deepspeed_prints_nothing_by_itself_and_its_errors_are_told(
