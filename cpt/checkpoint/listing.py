@@ -121,7 +121,8 @@ def _row(one: ListedCheckpoint, now: float) -> tuple[str, ...]:
     if one.manifest is not None:
         layout = one.manifest.layout
         progress = one.manifest.state.get("progress", {})
-        if isinstance(progress, dict) and "tokens" in progress:
+        # only the run state knows what is in it, and anybody may have written it
+        if isinstance(progress, dict) and type(progress.get("tokens")) is int:
             tokens = f"{progress['tokens']:,}"
     sizes = [str(layout.get(key, "-")) for key in LAYOUT_KEYS]
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(saved))

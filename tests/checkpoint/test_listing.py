@@ -12,7 +12,7 @@ from cpt.checkpoint.listing import age, checkpoint_table, list_checkpoints, read
 from cpt.checkpoint.manifest import MANIFEST
 from cpt.checkpoint.reader import step_folder
 from cpt.cli import main
-from tests.support.checkpoints import flip, write_checkpoint
+from tests.support.checkpoints import flip, sign_again, write_checkpoint
 
 
 @pytest.fixture
@@ -59,6 +59,14 @@ def test_table_shows_step_tokens_size_layout_and_age(tmp_path: Path) -> None:
     words = lines[1].split()
     assert words[:2] == ["100", "123"] and words[3] == "kB" and words[4:8] == ["2", "2", "1", "3"]
     assert lines[1].endswith("2 h  verified")
+
+
+@pytest.mark.parametrize("tokens", [{}, [], "7", None, 1.5], ids=repr)
+def test_tokens_that_are_no_number_are_left_out(tmp_path: Path, tokens: object) -> None:
+    folder = write_checkpoint(tmp_path, 100)
+    sign_again(folder, lambda body: body["state"]["progress"].update(tokens=tokens))
+    table = checkpoint_table(list_checkpoints(tmp_path, verify=False))
+    assert table.splitlines()[1].split()[:2] == ["100", "-"]
 
 
 def test_command_fails_if_none_is_usable(

@@ -23,6 +23,7 @@ from cpt import cli
 from cpt.checkpoint.listing import checkpoint_table, list_checkpoints
 from cpt.checkpoint.manifest import METADATA, RANGES
 from cpt.checkpoint.manifest import read_manifest as read_checkpoint_manifest
+from cpt.checkpoint.run_state import RunState
 from cpt.config import LaunchInfo, load, resolve
 from cpt.model.configuration import PRESETS, load_config
 from cpt.offline.evaluation.local import local_contents
@@ -101,7 +102,8 @@ def sign_checkpoint(folder: Path, tree: Any) -> str:
 def read_checkpoint(folder: Path) -> None:
     checkpoint_table(list_checkpoints(folder, verify=True))
     for step in sorted((folder / "checkpoints").iterdir()):
-        read_checkpoint_manifest(step)
+        manifest = read_checkpoint_manifest(step)
+        RunState.from_json(manifest.state, step.name)
 
 
 def make_range_index(folder: Path) -> Path:
