@@ -128,11 +128,11 @@ def changed_tree(random_source: random.Random, tree: Any) -> Any:
 def _change_tree(random_source: random.Random, tree: Any) -> Any:
     places = _places(tree)
     if not places or random_source.random() < 0.02:
-        return random_source.choice(VALUES)
+        return copy.deepcopy(random_source.choice(VALUES))
     holder, key = random_source.choice(places)
     kind = random_source.choice(("replace", "replace", "replace", "remove", "move", "wrap", "name"))
     if kind == "replace":
-        holder[key] = random_source.choice(VALUES)
+        holder[key] = copy.deepcopy(random_source.choice(VALUES))
     elif kind == "remove":
         del holder[key]
     elif kind == "move":
