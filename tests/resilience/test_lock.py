@@ -156,3 +156,11 @@ def test_start_that_hangs_while_it_takes_the_lock_is_told_and_not_waited_for_wit
         take_lock(tmp_path)
     assert str(entrance) in str(caught.value) and "is held by" in str(caught.value)
     take_lock(tmp_path).release()
+
+
+@pytest.mark.parametrize("pid", ["1/a\0b", "../1", 1.5, -1, [1], None], ids=repr)
+def test_lock_whose_holder_has_no_process_id_tells_nobody(tmp_path: Path, pid: object) -> None:
+    values = dataclasses.asdict(this_process())
+    (tmp_path / LOCK).write_text(json.dumps({**values, "pid": pid}))
+    sight = lock.look_at_lock(tmp_path)
+    assert sight is not None and sight.holder is None

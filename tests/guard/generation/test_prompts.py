@@ -141,3 +141,20 @@ def test_answers_are_texts_numbers_or_a_list_of_them(tmp_path: Path) -> None:
     records, problems = read_prompts(write(tmp_path / "a.jsonl", given))
     assert not problems
     assert [record.answers for record in records] == [(), ("0.5",), ("x", "2")]
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 30_000, '{"prompt": ' + "9" * 6000 + "}"], ids=["nested", "digits"]
+)
+def test_line_that_is_made_to_hurt_is_told(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(line + "\n")
+    records, (problem,) = read_prompts(path)
+    assert records == [] and problem.startswith(f"{path}:1: not JSON that can be read (")
+
+
+def test_device_is_no_file_of_prompts() -> None:
+    assert read_prompts(Path("/dev/zero")) == (
+        [],
+        ["/dev/zero: cannot be read: Not a regular file. Give another path."],
+    )
