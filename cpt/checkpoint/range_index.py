@@ -239,6 +239,8 @@ def _parse(content: bytes, manifest: Manifest) -> RangeIndex:
     if content.count(b'"') > 8 * num_keys + 2 * len(manifest.files) + 4:
         raise CheckpointError("more names than the manifest's tensors and files could need.")
     body = json.loads(content.decode("ascii"))
+    if type(body) is not dict or type(body.get("tensors")) is not dict:
+        raise ValueError("its top or its tensors are no mapping")
     files = tuple(body["files"])
     if not all(type(name) is str for name in files):
         raise ValueError("a file's name is no text")

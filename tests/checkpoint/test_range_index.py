@@ -199,6 +199,12 @@ def test_range_that_is_none_is_refused(
     assert message in refusal(folder)
 
 
+@pytest.mark.parametrize("content", [b"[]", b"3", b'{"files": [], "tensors": 3}', b"{}"], ids=repr)
+def test_index_of_another_form_is_refused(folder: Path, content: bytes) -> None:
+    replace_index(folder, content)
+    assert "its top or its tensors are no mapping" in refusal(folder)
+
+
 @pytest.mark.parametrize("name", ["../victim/__0_0.distcp", "manifest.json", "other", ""])
 @pytest.mark.case("X1", "a range index that leads out of the checkpoint is refused")
 def test_file_outside_the_manifest_is_refused(folder: Path, name: str) -> None:
