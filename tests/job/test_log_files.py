@@ -168,7 +168,8 @@ def test_stack_traces_are_on_the_terminal_once_the_file_cannot_be_written(
                 log.exception("no step was done")
     printed = capsys.readouterr().err
     assert printed.count("Traceback") == 2
-    assert "\nRuntimeError: cable cut\n" in printed and "\nRuntimeError: fan stopped\n" in printed
+    assert "\n    RuntimeError: cable cut\n" in printed
+    assert "\n    RuntimeError: fan stopped\n" in printed
 
 
 def test_record_whose_arguments_do_not_fit_costs_no_other(

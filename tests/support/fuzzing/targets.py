@@ -72,7 +72,7 @@ def run_command(*words: str) -> None:
         cli.main(list(words))
     text = shown.getvalue()
     for line in text.split("\n"):
-        if "This is a bug" in line or line.startswith("Traceback"):
+        if "This is a bug" in line or line.lstrip().startswith("Traceback"):
             raise BadOutput(f"cpt {words[0]}: {line[:200]}")
         raw = [character for character in line if unicodedata.category(character) in ("Cc", "Cf")]
         if raw:
