@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 MOST_OPCODES = 2**25
-"""gpt-oss-120b on 256 ranks takes about 28 million."""
+"""gpt-oss-120b on 256 ranks takes about 30 million."""
 MOST_WAITING = 2**12
 """Values on the stack. Python hands over lists and dictionaries in batches of 1,000."""
 _LARGEST_TEXT_BYTES = 2**16

@@ -246,7 +246,7 @@ def _parse(content: bytes, manifest: Manifest) -> RangeIndex:
         raise ValueError("a file's name is no text")
     tensors = {}
     for key, entry in body["tensors"].items():
-        if set(entry) != set(_LISTS):
+        if type(entry) is not dict or set(entry) != set(_LISTS):
             raise ValueError(f"{key!r} does not have the lists {', '.join(_LISTS)}")
         tensors[key] = _stored_tensor(key, *(_integers(entry[name], key) for name in _LISTS))
     return RangeIndex(files=files, tensors=tensors, are_archives=False)

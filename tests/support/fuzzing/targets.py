@@ -23,6 +23,7 @@ from cpt import cli
 from cpt.checkpoint.listing import checkpoint_table, list_checkpoints
 from cpt.checkpoint.manifest import METADATA, RANGES
 from cpt.checkpoint.manifest import read_manifest as read_checkpoint_manifest
+from cpt.checkpoint.reader import read_weights
 from cpt.checkpoint.run_state import RunState
 from cpt.config import LaunchInfo, load, resolve
 from cpt.model.configuration import PRESETS, load_config
@@ -112,6 +113,17 @@ def make_range_index(folder: Path) -> Path:
 
 def make_old_metadata(folder: Path) -> Path:
     return old_checkpoint(folder) / METADATA
+
+
+def make_old_shard(folder: Path) -> Path:
+    return old_checkpoint(folder) / "__0_0.distcp"
+
+
+def read_old_shard(folder: Path) -> None:
+    (step,) = (folder / "checkpoints").iterdir()
+    sign_file(step, "__0_0.distcp")
+    manifest = read_checkpoint_manifest(step)
+    read_weights(step, list(manifest.tensors), manifest)
 
 
 def signed_reader(name: str) -> Callable[[Path], None]:
@@ -341,6 +353,7 @@ TARGETS = (
         read=signed_reader(METADATA),
         is_tree=False,
     ),
+    Target(name="shard of format 1", make=make_old_shard, read=read_old_shard, is_tree=False),
     Target(name="build manifest", make=make_build, read=read_build, sign=sign_build),
     Target(name="mix", make=make_mix, read=read_mix, load=yaml.safe_load),
     Target(name="run YAML", make=make_run_yaml, read=read_run_files, load=yaml.safe_load),
