@@ -68,7 +68,8 @@ $(READY): $(wildcard requirements/*.txt) constraints.txt setup.cfg pyproject.tom
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --require-hashes -r requirements/build.txt
 	$(PIP) --require-hashes --no-build-isolation --use-pep517 -r requirements/test.txt
-	for build in $(TORCH); do $(PIP) --require-hashes -r requirements/torch-$$build.txt && exit 0; done; exit 1
+	for build in $(TORCH); do $(PIP) --require-hashes -r requirements/torch-$$build.txt && exit 0; \
+	    echo "pip is offered no torch for $$build here"; done; exit 1
 	$(PIP) --no-build-isolation --use-pep517 -e .
 	python -m pip check --disable-pip-version-check
 	touch $(READY)

@@ -131,7 +131,7 @@ def cpu_build(block: str) -> str:
     version = block.split()[0].removeprefix("torch==")
     if version not in CPU_BUILDS:
         sys.exit(f"CPU_BUILDS in {__file__} lacks torch {version}: add the hashes of its wheels.")
-    lines = [f"torch=={version}+cpu ; sys_platform == 'linux'"]
+    lines = [f"torch=={version}+cpu"]
     for digest in CPU_BUILDS[version]:
         lines.append(f"    --hash=sha256:{digest}")
     return " \\\n".join(lines) + "\n"
