@@ -32,7 +32,7 @@ VARIABLES = (
 VERBS = ("libibverbs.so", "libibverbs.so.1")
 """Names under which NCCL opens the library."""
 INSTALL_VERBS = "Install libibverbs1, ibverbs-providers and librdmacm1 (Debian, Ubuntu)"
-_RATE = re.compile(r"([0-9.]+) Gb/sec")
+_RATE = re.compile(r"([0-9.]{1,20}) Gb/sec")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,7 +55,9 @@ MAX_HEADER_TOKENS = 32
 
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-_MARKED = re.compile(r"(?:answer(?: is)?|\u7b54\u3048(?:\u306f)?|\u7b54)\s*[:\uff1a]?\s*(.+)", re.I)
+_MARKED = re.compile(
+    r"(?:answer(?: is)?|\u7b54\u3048(?:\u306f)?|\u7b54)\s*+[:\uff1a]?\s*+(.+)", re.I
+)
 _NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?")
 _EDGES = " \t\n*_`$\"'.,:;!()[]\u3002\u3001\u300c\u300d"
 
