@@ -105,8 +105,8 @@ def _run(options: argparse.Namespace) -> None:
     from cpt.offline.evaluation.suite_run import check_suite, find_model, run_suite
     from cpt.offline.evaluation.verdict import check_baseline
 
-    refuse_foreign_code(options.model, "--model")
     suite = _suite(options)
+    refuse_foreign_code(options.model, "--model")
     if options.baseline is not None:
         check_baseline(suite.limits, {}, read_result(options.baseline).scores)
     model = find_model(options.server, options.model)
