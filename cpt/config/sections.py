@@ -14,6 +14,8 @@ import torch
 
 from cpt.config.guard_section import GuardSection
 
+MAX_STEPS = 10**8
+"""Steps of the longest run that anybody has planned, many times over; checks go through them."""
 LARGEST_LR = 0.1
 """Largest learning rate that is not taken for a slip of the pen: AdamW's first step is about as
 long as `lr`, and weights of gpt-oss begin with a standard deviation of 0.02.
@@ -180,6 +182,8 @@ class TrainSection:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 yield name, f"is {getattr(self, name)}, must be >= {least}."
+        if self.total_steps > MAX_STEPS:
+            yield "total_steps", f"is {self.total_steps}, must be <= {MAX_STEPS}."
         for name in ("lr", "eps"):
             if getattr(self, name) <= 0:
                 yield name, f"is {getattr(self, name)}, must be > 0."

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from cpt.cli import main
+from cpt.config.sections import TrainSection
+from cpt.errors import ConfigError
 from cpt.telemetry.report.history import read_run
 from cpt.telemetry.report.panel import source_languages
+from data_pipeline.config.strict_yaml import parse_yaml, read_file
 from tests.support.checkpoints import write_checkpoint
 from tests.support.run_events import checkpoint, end, guard, start, step
 from tests.support.run_folders import make_run
@@ -171,3 +174,9 @@ def test_of_many_checkpoints_the_newest_are_listed_and_the_command_says_so(
     told = bounded(["checkpoints", "--run_dir", str(run_dir)], capfd, seconds=10.0)
     steps = [line.split()[0] for line in told.splitlines() if "incomplete" in line]
     assert steps == ["8", "7", "6"] and "Only the newest 3 folders" in told
+
+
+def test_a_run_of_more_steps_than_any_is_refused_before_they_are_counted() -> None:
+    run = parse_yaml("{total_steps: 9000000000000000000}", "run.yaml")
+    with pytest.raises(ConfigError, match="total_steps is 9000000000000000000, must be <="):
+        read_file(TrainSection, run)
