@@ -177,6 +177,7 @@ def test_of_many_checkpoints_the_newest_are_listed_and_the_command_says_so(
 
 
 def test_a_run_of_more_steps_than_any_is_refused_before_they_are_counted() -> None:
-    run = parse_yaml("{total_steps: 9000000000000000000}", "run.yaml")
+    sizes = "seq_len: 8, global_batch_size: 1, lr: 1.0e-5"
+    run = parse_yaml(f"{{{sizes}, total_steps: 9000000000000000000}}", "run.yaml")
     with pytest.raises(ConfigError, match="total_steps is 9000000000000000000, must be <="):
         read_file(TrainSection, run)
