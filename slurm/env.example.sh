@@ -51,7 +51,7 @@ CPT_VLLM_ARGUMENTS=()                           # further options of vllm serve,
 : "${CPT_JOB_CACHES:=0}"                        # 1: compile into a new private folder of the job on each node ($TMPDIR), removed at its end;
                                                 # 0: into the home directory, or where TRITON_CACHE_DIR and TORCH_EXTENSIONS_DIR say
 
-# --- directories of other users, or writable by a group, that runs and builds may be in all the same (docs/slurm.md)
+# --- directories of other users, or writable by a group, that runs and builds may be in all the same (docs/reliability.md)
 #export CPT_SHARED_DIRS=/groups/lab/built:/groups/lab/runs
 
 # --- PBS and AGE only: the run saves before the time limit, and the job is submitted again

@@ -186,7 +186,7 @@ start_server() {
     trap 'exit 143' TERM
     # its own process group, so that its workers end with it
     set -m
-    "${command[@]}" </dev/null >>"$log" 2>&1 &
+    env --unset=CPT_JOB_SECRET "${command[@]}" </dev/null >>"$log" 2>&1 &
     SERVER=$!
     set +m
     say "serving $directory on $SERVER_URL, log $log"
@@ -219,8 +219,11 @@ ask_to_stop() {
     mkdir -p "$CPT_RUN_DIR"
     rm -f "$STOP_FILE"
     # noclobber: a link that somebody has put there in between is not written through
-    (set -o noclobber && printf 'job %s: %s\n' "$JOB" "$*" >"$STOP_FILE")
-    say "$*: wrote $STOP_FILE; the run saves and stops"
+    if (set -o noclobber && printf 'job %s: %s\n' "$JOB" "$*" >"$STOP_FILE"); then
+        say "$*: wrote $STOP_FILE; the run saves and stops"
+    else
+        say "$*: $STOP_FILE cannot be written, so the run goes on. Look what lies there; then touch $STOP_FILE"
+    fi
 }
 
 # Remove a STOP file of this job that no run has obeyed, so that it does not stop the next start.  One from a person stays.

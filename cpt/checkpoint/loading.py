@@ -136,7 +136,7 @@ def agreed_refusal(folder: Path, topology: Topology) -> str | None:
             check_listing(folder, manifests[0])
         check_hashes(folder, share_of_files(manifests[0].files, topology.rank, topology.world_size))
 
-    on_first_rank(group, lambda: refuse_foreign(folder, "checkpoint"))
+    on_first_rank(group, lambda: refuse_foreign(folder, "checkpoint", in_run_dir=True))
     reasons = gather_json(reason_of(read_share), group)
     if not any(reasons):
         reasons = on_first_rank(

@@ -69,7 +69,7 @@ def find_checkpoint(run_dir: Path, resume: str) -> tuple[int | None, list[str]]:
     """
 
     def refusal(folder: Path) -> str | None:
-        refuse_foreign(folder, "checkpoint")
+        refuse_foreign(folder, "checkpoint", in_run_dir=True)
         return refusal_of(folder)
 
     return first_sound(run_dir, candidates(run_dir, resume), refusal)

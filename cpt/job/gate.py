@@ -146,6 +146,7 @@ class _Gate:
         self.card: Card | None = None
         self.seam: Seam | None = None
         self.trains = not (options.sample or options.measure)
+        self.is_dry_run: bool = options.dry_run
 
     def result(self) -> PassedGate:
         """Make all checks.
@@ -155,7 +156,7 @@ class _Gate:
         """
         self._check_model()
         self._check_mix()
-        self.found_by_one.attempt(lambda: check_caches(os.environ))
+        self.found_by_one.attempt(lambda: check_caches(os.environ, is_dry_run=self.is_dry_run))
         if self.environment.rank == 0:
             self._check_fit()
             self._check_trackers()
@@ -303,9 +304,8 @@ class _Gate:
         self.checkpoint = checkpoint
         if checkpoint is None or self.config is None:
             return
-        found.attempt(
-            lambda: refuse_foreign(step_folder(self.run_dir, checkpoint.step), "checkpoint")
-        )
+        folder = step_folder(self.run_dir, checkpoint.step)
+        found.attempt(lambda: refuse_foreign(folder, "checkpoint", in_run_dir=True))
         found.attempt(lambda: checkpoint.check_model(self.model_config))
         seam = Seam.of(checkpoint.state, checkpoint.name, checkpoint.step, self.config)
         self.seam = seam

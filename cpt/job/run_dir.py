@@ -20,7 +20,7 @@ from cpt.resilience.lock import LOCK, RunLock, take_lock
 from cpt.storage.space import check_checkpoint_space, size_text
 from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES
 from data_pipeline.store.files import FILE_MODE, make_folder
-from data_pipeline.store.ownership import refuse_foreign
+from data_pipeline.store.ownership import RUN_FOLDERS, refuse_foreign
 
 log = logging.getLogger("cpt.job.run_dir")
 
@@ -66,7 +66,7 @@ def make_run_dir(run_dir: Path) -> None:
     try:
         make_folder(run_dir, RUN_DIR_MODE)
         # another user may have made it since the gate has looked
-        refuse_foreign(run_dir, "run directory")
+        refuse_foreign(run_dir, "run directory", RUN_FOLDERS)
         probe = run_dir / f".write-probe-{secrets.token_hex(8)}"
         probe.touch(mode=FILE_MODE, exist_ok=False)
         probe.unlink()

@@ -12,7 +12,9 @@ Decisions
     can move a directory away, but what he puts in its place is his own and is refused.
     A link is the exception: it may lead to another directory of the user himself, which would pass.
     So every link on the way must belong to this user or to root, too.
-    What is inside is looked at only as far as others can get in.
+    What is inside is looked at as deep as it goes, but only as far as others can get in: a file
+    that others may write to does not show in the mode of the folder above it.  Of run directories
+    only the folders that are read back are looked at, because the rest may be large.
     The sticky bit lets nobody replace a file of another user, but lets everybody make one that is
     not there yet: a directory that others may write to is refused with it, too.
     One setting for all commands names what is meant to be shared: an environment variable, because
@@ -40,13 +42,18 @@ _MAX_LINKS = 40
 """Links that are followed on the way to a path; Linux follows as many."""
 _MAX_TOLD = 5
 """Entries of a directory that a message names."""
-
+MOST_ENTRIES = 2**20
+"""Entries of a directory, in all folders in it, that are looked at: some ten seconds on a disk."""
+_ENTER = stat.S_IXGRP | stat.S_IXOTH
+"""Bits of the mode of a folder that let others get in."""
 
 RUN_FOLDERS = ("checkpoints", "guard", "configs", "logs", "stacks")
 """Folders of a run directory whose entries are read back or written to."""
 
 
-def refuse_foreign(path: Path, what: str, folders: Iterable[str] = ()) -> None:
+def refuse_foreign(
+    path: Path, what: str, folders: Iterable[str] | None = None, *, in_run_dir: bool = False
+) -> None:
     """Refuse a file or directory that another user owns, or that others may write to.
 
     A path that does not exist is refused only for a link on the way to it.
@@ -54,24 +61,34 @@ def refuse_foreign(path: Path, what: str, folders: Iterable[str] = ()) -> None:
     Args:
         path: The file or directory.
         what: What it is in the message, such as "run directory".
-        folders: Names of folders in it whose entries are looked at as well as its own.
+        folders: Names of folders in it whose entries are looked at as well as its own; None for all
+            folders, and those in them.
+        in_run_dir: It lies in a run directory, which is looked at by itself: where others cannot
+            get in, only its owner matters.  Earlier versions left folders of checkpoints with the
+            mode of the umask.
 
     Raises:
         ConfigError: it is not this user's alone, or CPT_SHARED_DIRS is wrong.
         OSError: it cannot be looked at.
     """
-    problems = foreign_problems(path, what, folders)
+    problems = foreign_problems(path, what, folders, in_run_dir=in_run_dir)
     if problems:
         raise ConfigError(problems)
 
 
-def foreign_problems(path: Path, what: str, folders: Iterable[str] = ()) -> list[str]:
+def foreign_problems(
+    path: Path, what: str, folders: Iterable[str] | None = None, *, in_run_dir: bool = False
+) -> list[str]:
     """Return why a directory is not this user's alone; nothing if it is, or is named as shared.
 
     Args:
         path: The file or directory.
         what: What it is in the message, such as "run directory".
-        folders: Names of folders in it whose entries are looked at as well as its own.
+        folders: Names of folders in it whose entries are looked at as well as its own; None for all
+            folders, and those in them.
+        in_run_dir: It lies in a run directory, which is looked at by itself: where others cannot
+            get in, only its owner matters.  Earlier versions left folders of checkpoints with the
+            mode of the umask.
 
     Raises:
         ConfigError: CPT_SHARED_DIRS is wrong.
@@ -88,38 +105,28 @@ def foreign_problems(path: Path, what: str, folders: Iterable[str] = ()) -> list
     except (FileNotFoundError, NotADirectoryError):
         return []
     reason = _reason_of(status)
+    if in_run_dir and _is_trusted(status.st_uid) and not _is_open(path.parent):
+        reason = None
     if reason is not None:
         return [_problem(path, what, status, reason)]
+    if not stat.S_ISDIR(status.st_mode):
+        return []
     found = []
-    if stat.S_ISDIR(status.st_mode):
+    if folders is None:
+        found = _foreign_in_tree(path, shared)
+    else:
         for folder in (path, *(path / name for name in folders)):
-            found += _foreign_entries(folder, shared)
+            found += _foreign_entries(folder, shared)[0]
     if not found:
         return []
     told = "\n  ".join(found[:_MAX_TOLD])
     if len(found) > _MAX_TOLD:
         told += f"\n  and {len(found) - _MAX_TOLD} more"
     return [
-        f"{what} {escaped_line(path)} holds what other users may change:\n  {told}\n"
+        f"{what} {escaped_line(path)} holds what is not yours alone:\n  {told}\n"
         "Remove what is not yours, take the right from others "
         f"(chmod -R g-w,o-w {escaped_line(path)}), or: {_cure(path)}"
     ]
-
-
-def owner_problem(path: Path, status: os.stat_result, what: str) -> str | None:
-    """Return why a file that is open is not this user's alone; None if it is.
-
-    For files that no setting shares, such as one with a secret.
-
-    Args:
-        path: Its name in the message.
-        status: From `os.fstat`.
-        what: What it is in the message.
-    """
-    reason = _reason_of(status)
-    if reason is None:
-        return None
-    return f"{what} {escaped_line(path)} {reason}."
 
 
 def shared_dirs(variables: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
@@ -207,39 +214,88 @@ def _foreign_link(path: Path, shared: tuple[Path, ...]) -> Path | None:
     return None
 
 
-def _foreign_entries(folder: Path, shared: tuple[Path, ...]) -> list[str]:
+def _foreign_in_tree(top: Path, shared: tuple[Path, ...]) -> list[str]:
+    """Return the entries of a folder and of all folders in it that are not this user's alone.
+
+    Links are not followed.
+    """
+    found: list[str] = []
+    num_entries = 0
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
+        # what waits beside the top is known to be open
+        entries, folders, num_seen = _foreign_entries(folder, shared, is_open=folder != top)
+        found += entries
+        waiting += folders
+        num_entries += num_seen
+        if num_entries > MOST_ENTRIES:
+            found.append(
+                f"more than {MOST_ENTRIES} entries, too many to look at. Let nobody else get in "
+                f"(chmod go-rwx {escaped_line(top)})"
+            )
+            break
+    return found
+
+
+def _foreign_entries(
+    folder: Path, shared: tuple[Path, ...], *, is_open: bool = False
+) -> tuple[list[str], list[Path], int]:
     """Return the entries of a folder that are not this user's alone.
 
     Where nobody else can get in, only the owner of an entry says who put it there.
+
+    Args:
+        folder: The folder.
+        shared: What is shared on purpose.
+        is_open: It is known that others can get in.
+
+    Returns:
+        What is wrong; the folders in it that others can get into and that are not refused
+        themselves; the number of its entries.
     """
     try:
-        entries = sorted(folder.iterdir())
+        with os.scandir(folder) as listed:
+            entries = sorted(listed, key=lambda entry: entry.name)
+        is_open = is_open or _is_open(folder)
     except (FileNotFoundError, NotADirectoryError):
-        return []
-    is_open = _is_open(folder)
+        return [], [], 0
+    except PermissionError:
+        return [_unreadable(folder)], [], 0
     found = []
+    folders = []
     for entry in entries:
         try:
-            own = entry.lstat()
+            own = entry.stat(follow_symlinks=False)
         except FileNotFoundError:
             continue
+        except PermissionError:
+            found.append(_unreadable(folder))
+            break
         reason = _reason_of(own)
         if stat.S_ISLNK(own.st_mode):
-            reason = _reason_of_link(entry, own, shared)
+            reason = _reason_of_link(Path(entry.path), own, shared)
         elif _is_trusted(own.st_uid) and not is_open:
             reason = None
         if reason is not None:
-            found.append(f"{escaped_line(entry)} {reason}")
-    return found
+            found.append(f"{escaped_line(entry.path)} {reason}")
+        elif is_open and stat.S_ISDIR(own.st_mode) and own.st_mode & _ENTER:
+            folders.append(Path(entry.path))
+    return found, folders, len(entries)
+
+
+def _unreadable(folder: Path) -> str:
+    """Return that this user cannot look into a folder, and whose it is."""
+    status = folder.lstat()
+    owner = user_name(status.st_uid)
+    mode = stat.filemode(status.st_mode)
+    return f"{escaped_line(folder)} cannot be looked into (owner {owner}, mode {mode})"
 
 
 def _is_open(folder: Path) -> bool:
     """Return whether others can get into a folder: into it, and into those above it."""
     real = Path(os.path.realpath(folder))
-    for place in (real, *real.parents):
-        if not place.stat().st_mode & (stat.S_IXGRP | stat.S_IXOTH):
-            return False
-    return True
+    return all(place.stat().st_mode & _ENTER for place in (real, *real.parents))
 
 
 def _reason_of_link(entry: Path, own: os.stat_result, shared: tuple[Path, ...]) -> str | None:

@@ -267,6 +267,12 @@ def test_newest_checkpoint_is_taken(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "auto") == (1000, [])
 
 
+def test_mode_of_a_checkpoint_does_not_matter_where_nobody_else_can_get_in(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    write_checkpoint(tmp_path, 50).chmod(0o775)  # as versions under umask 002 left it
+    assert find_checkpoint(tmp_path, "auto") == (50, [])
+
+
 def test_checkpoint_before_a_damaged_one_is_taken_and_the_damage_told(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 50)
     damage(write_checkpoint(tmp_path, 100))

@@ -454,9 +454,60 @@ def test_cache_that_is_not_there_is_made_for_its_user_only(
     check_caches({"TORCH_EXTENSIONS_DIR": str(tmp_path / "deep" / "extensions")})
     for name in ("deep/extensions", "torchinductor_taro"):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o700
-    (tmp_path / "torchinductor_taro").chmod(0o770)
-    with pytest.raises(ConfigError, match=r"its default.*may be written to by its group"):
-        check_caches({})
+
+
+def test_default_cache_that_others_may_write_to_ends_no_run_and_is_not_compiled_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(getpass, "getuser", lambda: "taro")
+    default = tmp_path / "torchinductor_taro"
+    default.mkdir()
+    default.chmod(0o775)
+    variables: dict[str, str] = {}
+    check_caches(variables)
+    private = Path(variables["TORCHINDUCTOR_CACHE_DIR"])
+    assert private.parent == tmp_path and private != default
+    assert private.stat().st_mode & 0o777 == 0o700
+    check_caches(variables)
+    assert variables == {"TORCHINDUCTOR_CACHE_DIR": str(private)}
+    default.chmod(0o755)
+    good: dict[str, str] = {}
+    check_caches(good)
+    assert good == {}
+
+
+def test_default_cache_is_the_one_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(getpass, "getuser", lambda: "lab/taro")
+    check_caches({})
+    assert [str(path) for path in tmp_path.iterdir()] == [default_cache_dir()]
+
+
+def test_dry_run_makes_no_cache_and_judges_those_that_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(getpass, "getuser", lambda: "taro")
+    variables = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    check_caches(variables, is_dry_run=True)
+    assert list(tmp_path.iterdir()) == [] and list(variables) == ["TORCH_EXTENSIONS_DIR"]
+    (tmp_path / "extensions").mkdir()
+    (tmp_path / "extensions").chmod(0o777)
+    with pytest.raises(ConfigError, match=r"written to by everybody.*\n.*CPT_JOB_CACHES=1"):
+        check_caches(variables, is_dry_run=True)
+
+
+def test_home_of_triton_may_hold_what_others_may_change_beside_its_cache(tmp_path: Path) -> None:
+    variables = {"TRITON_HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "own")}
+    tmp_path.chmod(0o775)
+    check_caches(variables)
+    assert (tmp_path / ".triton").stat().st_mode & 0o777 == 0o700
+    (tmp_path / ".triton").chmod(0o770)
+    with pytest.raises(ConfigError, match=r"cache TRITON_HOME .*/\.triton may be written to"):
+        check_caches(variables)
 
 
 def test_room_for_checkpoints_is_told(dry_run: DryRun, capsys: Any) -> None:

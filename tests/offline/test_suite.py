@@ -114,9 +114,10 @@ def test_lighteval_is_told_model_server_and_sampling_in_its_own_words(tmp_path: 
 def test_a_tool_sees_only_the_keys_that_its_benchmark_needs(tmp_path: Path) -> None:
     judged = BENCHMARK | {"name": "judged", "needs": ["OPENAI_API_KEY"]}
     suite = suite_of(tmp_path, BENCHMARK, judged)
-    given = {"OPENAI_API_KEY": "k", "HF_TOKEN": "t", "NO_PROXY": "site"}
+    given = {"OPENAI_API_KEY": "k", "HF_TOKEN": "t", "NO_PROXY": "site", "CPT_JOB_SECRET": "s"}
     plain, with_key = (environment_of(item, suite, given) for item in suite.benchmarks)
     assert "OPENAI_API_KEY" not in plain and with_key["OPENAI_API_KEY"] == "k"
+    assert "CPT_JOB_SECRET" not in plain and "CPT_JOB_SECRET" not in with_key
     assert plain["HF_TOKEN"] == "t" and plain["NO_PROXY"] == "site,127.0.0.1,localhost"
     assert plain["LITELLM_CONCURRENT_CALLS"] == "64"
 

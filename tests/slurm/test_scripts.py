@@ -62,6 +62,43 @@ def test_a_server_of_another_user_is_not_taken_for_ones_own() -> None:
         os.close(writing)
 
 
+def ask_to_stop(run_dir: Path) -> str:
+    """Ask a run to stop as the job templates do, and return what is said."""
+    command = "source slurm/lib.sh; JOB=7 CPT_RUN_DIR=$1 STOP_FILE=$1/STOP; ask_to_stop 'got USR1'"
+    done = subprocess.run(
+        ["bash", "-c", command, "test", str(run_dir)], cwd=ROOT, capture_output=True, text=True
+    )
+    return done.stderr
+
+
+def test_request_to_stop_is_said_to_be_written_only_if_it_is(tmp_path: Path) -> None:
+    stop = tmp_path / "run" / "STOP"
+    assert f"wrote {stop}; the run saves and stops" in ask_to_stop(tmp_path / "run")
+    assert stop.read_text() == "job 7: got USR1\n"
+    stop.unlink()
+    stop.mkdir()
+    told = ask_to_stop(tmp_path / "run")
+    assert "wrote" not in told
+    assert f"got USR1: {stop} cannot be written, so the run goes on" in told
+
+
+def test_server_does_not_get_the_secret_of_the_job(tmp_path: Path) -> None:
+    write_program(tmp_path / "bin" / "vllm", "env")
+    command = "source slurm/lib.sh; start_server . 1 $1"
+    variables = {
+        **os.environ,
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "CPT_JOB_SECRET": "s" * 32,
+        "CPT_VLLM": "vllm",
+        "CPT_VLLM_CONTEXT": "800",
+        "CPT_VLLM_START_SECONDS": "20",
+    }
+    log = tmp_path / "log"
+    subprocess.run(["bash", "-c", command, "test", str(log)], cwd=ROOT, env=variables)
+    assert f"PATH={tmp_path}/bin" in log.read_text(), "the server has run"
+    assert "CPT_JOB_SECRET" not in log.read_text()
+
+
 def test_there_is_a_template_for_every_scheduler() -> None:
     names = {path.relative_to(ROOT / "slurm").as_posix() for path in SCRIPTS}
     assert {

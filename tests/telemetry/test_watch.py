@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from cpt.cli import main
 from cpt.errors import ConfigError
 from cpt.telemetry.run_overview import RunFollower
 from cpt.telemetry.watch.board import Board, find_runs
+from cpt.telemetry.watch.bounded_server import MAX_CONNECTIONS
 from cpt.telemetry.watch.pages import Pages
 from tests.support.browser import running_browser
 from tests.support.launcher import ROOT
@@ -114,6 +118,25 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
+
+
+def test_silent_connections_of_others_do_not_lock_the_owner_out(served: Served) -> None:
+    place = urlsplit(served.address)
+    assert place.hostname is not None and place.port is not None
+    owner = http.client.HTTPConnection(place.netloc, timeout=60)
+    cookie = {"Cookie": f"cpt-watch-{place.port}={served.token}"}
+    owner.request("GET", "/rows", headers=cookie)
+    assert owner.getresponse().read()
+    first = owner.sock
+    with contextlib.ExitStack() as held:
+        for _ in range(MAX_CONNECTIONS + 12):
+            held.enter_context(socket.create_connection((place.hostname, place.port)))
+        time.sleep(0.3)
+        assert served.ask("/rows")[0] == 200, "a new connection"
+        owner.request("GET", "/rows", headers=cookie)
+        assert owner.getresponse().status == 200
+        assert owner.sock is first, "the old connection"
+    owner.close()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import tornado.netutil
 import tornado.web
 
 from cpt.telemetry.watch import bounded_server
-from cpt.telemetry.watch.bounded_server import BoundedServer
+from cpt.telemetry.watch.bounded_server import BoundedServer, admit_connection
 
 
 class Greeting(tornado.web.RequestHandler):
@@ -18,9 +18,15 @@ class Greeting(tornado.web.RequestHandler):
         self.write("hello")
 
 
+class Admitting(tornado.web.RequestHandler):
+    def get(self) -> None:
+        admit_connection(self)
+        self.write("hello")
+
+
 async def answers(*requests: bytes | None) -> list[bytes]:
     """Send each request over a connection of its own, all open together; None sends nothing."""
-    server = BoundedServer(tornado.web.Application([("/", Greeting)]))
+    server = BoundedServer(tornado.web.Application([("/", Greeting), ("/known", Admitting)]))
     sockets = tornado.netutil.bind_sockets(0, "127.0.0.1", family=socket.AF_INET)
     server.add_sockets(sockets)
     opened = []
@@ -40,14 +46,26 @@ async def answers(*requests: bytes | None) -> list[bytes]:
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
 
 
-def test_a_client_beyond_the_limit_is_sent_away_and_the_others_are_answered(
+KNOWN = b"GET /known HTTP/1.1\r\nHost: localhost\r\n\r\n"
+"""From who has the token; the connection stays open."""
+
+
+def test_silent_connections_do_not_keep_a_new_client_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_server, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(bounded_server, "HEADER_SECONDS", 1.0)
+    found = asyncio.run(answers(None, None, None, GET + b"\r\n"))
+    assert found[:2] == [b"", b""] and found[3].endswith(b"hello")
+    whole = GET + b"\r\n"
+    assert asyncio.run(answers(whole, whole, whole))[2].endswith(b"hello")
+
+
+def test_a_client_with_the_token_is_kept_and_others_are_sent_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bounded_server, "MAX_CONNECTIONS", 2)
     monkeypatch.setattr(bounded_server, "HEADER_SECONDS", 1.0)
-    silent, refused_when_full = asyncio.run(answers(None, None, GET + b"\r\n"))[1:]
-    assert silent == b"" and refused_when_full == b""
-    assert asyncio.run(answers(GET + b"\r\n", GET + b"\r\n", GET + b"\r\n"))[2].endswith(b"hello")
+    one, other, new = asyncio.run(answers(KNOWN, KNOWN, GET + b"\r\n"))
+    assert one.endswith(b"hello") and other.endswith(b"hello") and new == b""
 
 
 def test_a_client_that_never_ends_its_headers_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from cpt.errors import ConfigError, InternalError
 from cpt.model.weights.checksums import model_hash
 from cpt.offline.evaluation.benchmark_commands import Programs, ServedModel, command_of
 from cpt.offline.evaluation.suite import Benchmark, Suite
+from cpt.resilience.environment import JOB_SECRET
 from data_pipeline.bounded.json_text import read_json
 from data_pipeline.console.say import say
 from data_pipeline.store.files import make_folder, no_links, write_json
@@ -241,6 +242,7 @@ def environment_of(
     for name in KEYS_OF_OTHERS:
         if name not in benchmark.needs:
             chosen.pop(name, None)
+    chosen.pop(JOB_SECRET, None)
     for name in ("NO_PROXY", "no_proxy"):
         chosen[name] = ",".join([*filter(None, [chosen.get(name)]), _LOCAL_HOSTS])
     chosen["LITELLM_CONCURRENT_CALLS"] = str(suite.concurrency)

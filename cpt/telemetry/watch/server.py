@@ -40,7 +40,7 @@ import tornado.web
 from cpt.errors import ConfigError
 from cpt.telemetry.report.comparison import AXES, Axis
 from cpt.telemetry.watch.board import Board, ListedRun
-from cpt.telemetry.watch.bounded_server import BoundedServer
+from cpt.telemetry.watch.bounded_server import BoundedServer, admit_connection
 from cpt.telemetry.watch.pages import Pages, static_file
 
 log = logging.getLogger("cpt.watch")
@@ -173,10 +173,12 @@ class _Handler(tornado.web.RequestHandler):
         """
         token = self.watch.token
         if not token or _is_same(self.get_cookie(self.watch.cookie) or "", token):
+            admit_connection(self)
             return True
         asked = self.get_query_argument("token", "")
         if not _is_same(asked, token):
             raise tornado.web.HTTPError(403, reason="Open the address that cpt watch has printed")
+        admit_connection(self)
         if self.request.path.startswith("/api/"):
             return True
         self.set_cookie(self.watch.cookie, token, httponly=True, samesite="Lax", path="/")

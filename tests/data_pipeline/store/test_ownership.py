@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.store import ownership
 from data_pipeline.store.files import make_folder, write_text
 from data_pipeline.store.ownership import (
     SHARED_VARIABLE,
     foreign_problems,
-    owner_problem,
     refuse_foreign,
     shared_dirs,
 )
@@ -208,12 +208,76 @@ def test_many_foreign_entries_are_counted(common: Path) -> None:
     assert "and 7 more" in message
 
 
-def test_open_file_is_judged_by_its_status(tmp_path: Path) -> None:
-    file = tmp_path / "secret"
-    file.touch(mode=0o600)
-    assert owner_problem(file, os.stat(file), "secret") is None
-    file.chmod(0o620)
-    assert "may be written to by its group" in str(owner_problem(file, os.stat(file), "secret"))
+def open_tree(common: Path) -> Path:
+    """A folder with a file two folders down; all of it can be entered by others."""
+    (common / "built" / "web" / "shards").mkdir(parents=True)
+    (common / "built" / "web" / "shards" / "documents-00000.tokens").write_bytes(b"")
+    for path in (common / "built").rglob("*"):
+        path.chmod(0o755)
+    (common / "built").chmod(0o755)
+    return common / "built"
+
+
+def test_file_that_others_may_write_to_is_found_however_deep(common: Path) -> None:
+    built = open_tree(common)
+    refuse_foreign(built, "build")
+    shard = built / "web" / "shards" / "documents-00000.tokens"
+    shard.chmod(0o666)
+    with pytest.raises(ConfigError, match=f"{shard} may be written to by everybody"):
+        refuse_foreign(built, "build")
+    (built / "web").chmod(0o700)
+    refuse_foreign(built, "build")
+
+
+def test_folders_are_not_entered_through_links(common: Path) -> None:
+    built = open_tree(common)
+    (built / "web" / "around").symlink_to(built)
+    refuse_foreign(built, "build")
+
+
+def test_very_many_entries_are_refused_with_a_cure(
+    common: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "MOST_ENTRIES", 10)
+    built = open_tree(common)
+    for number in range(10):
+        (built / "web" / f"{number}").touch(0o644)
+    with pytest.raises(ConfigError, match=f"more than 10 entries.*chmod go-rwx {built}"):
+        refuse_foreign(built, "build")
+    built.chmod(0o700)
+    refuse_foreign(built, "build")
+
+
+def test_mode_in_a_run_directory_that_nobody_else_can_enter_does_not_matter(common: Path) -> None:
+    step = common / "run" / "checkpoints" / "step-00000001"
+    step.mkdir(parents=True)
+    step.chmod(0o775)
+    (common / "run" / "checkpoints").chmod(0o755)
+    (common / "run").chmod(0o700)
+    refuse_foreign(step, "checkpoint", in_run_dir=True)
+    (common / "run").chmod(0o755)
+    with pytest.raises(ConfigError, match="may be written to by its group"):
+        refuse_foreign(step, "checkpoint", in_run_dir=True)
+
+
+@needs_root
+def test_folder_of_another_user_in_a_closed_run_directory_is_refused(common: Path) -> None:
+    run = owned_folder(common / "run", VICTIM, 0o700)
+    step = owned_folder(run / "step-00000001", ATTACKER, 0o755)
+    (message,) = as_user(VICTIM, lambda: foreign_problems(step, "checkpoint", in_run_dir=True))
+    assert f"belongs to uid {ATTACKER}" in message
+
+
+@needs_root
+def test_folder_that_cannot_be_looked_into_is_named_with_its_owner(common: Path) -> None:
+    run = owned_folder(common / "run", VICTIM, 0o700)
+    owned_folder(run / "logs", 0, 0o700)
+    (message,) = problems_for(VICTIM, run, ("logs",))
+    assert f"{run}/logs cannot be looked into (owner root (uid 0), mode drwx------)" in message
+    locked = owned_folder(common / "built", VICTIM, 0o755)
+    owned_folder(locked / "web", 0, 0o711)
+    (message,) = as_user(VICTIM, lambda: foreign_problems(locked, "build"))
+    assert f"{locked}/web cannot be looked into (owner root (uid 0), mode drwx--x--x)" in message
 
 
 @needs_root
