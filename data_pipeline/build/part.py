@@ -125,7 +125,8 @@ class Account:
 def read_account(part: Part) -> Account | None:
     """Return the account of a part that is complete, or None if the part is still to be made."""
     try:
-        value = read_json(part.account_path, LARGE_BYTES)
+        # it names input files, whose names may be no Unicode
+        value = read_json(part.account_path, LARGE_BYTES, lone_surrogates=True)
         account = Account(**{**value, "tally": Tally.from_json(value["tally"])})
         if account.num_documents and part.shard_path.stat().st_size != account.shard_bytes:
             return None
