@@ -233,7 +233,8 @@ def _read_content(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise DataError(f"{path}: {size} bytes, more than any manifest has.")
-        content = read_json(path, _MAX_BYTES)
+        # it names input files, whose names may be no Unicode
+        content = read_json(path, _MAX_BYTES, lone_surrogates=True)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}). The build is incomplete: build it again."

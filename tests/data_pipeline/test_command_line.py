@@ -202,6 +202,10 @@ def test_a_file_name_that_is_not_utf_8_is_read_and_told(tmp_path: Path) -> None:
     )
     done = run_in({}, "build", tmp_path / "mix.yaml", "--out", tmp_path / "out")
     assert done.returncode == 65 and "jsonl:21" in done.stderr and "Traceback" not in done.stderr
+    write_jsonl(tmp_path / name, make_texts(20, "ja"))
+    for _ in range(2):  # the second time, what the first has written is read
+        done = run_in({}, "build", tmp_path / "mix.yaml", "--out", tmp_path / "out")
+        assert done.returncode == 0, done.stderr
     done = run_in({}, "audit", tmp_path / "mix.yaml", "--out", tmp_path / "page.html")
     assert "Traceback" not in done.stderr and (tmp_path / "page.html").exists()
 
