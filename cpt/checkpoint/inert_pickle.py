@@ -5,7 +5,7 @@ class is its name, a call is the note that it is asked for, and a dictionary is 
 that no key is ever hashed. Any other opcode is refused: those that name a place in the memo could
 ask for any amount of memory, and the rest is not needed to describe tensors.
 
-Memory is bounded by the number of opcodes: each makes at most one small value.
+Memory and time are bounded by the number of opcodes: each makes at most one small value.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class Call:
 class _Machine:
     """The state of one reading."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, most_opcodes: int) -> None:
         self._content = content
+        self._most_opcodes = most_opcodes
         self._at = 0
         self._stack: list[Any] = []
         self._marks: list[int] = []
@@ -65,7 +66,7 @@ class _Machine:
         operations = _operations(self)
         content = self._content
         stack = self._stack
-        for count in range(MOST_OPCODES):
+        for count in range(self._most_opcodes):
             code = content[self._at]
             self._at += 1
             operation = operations[code]
@@ -76,7 +77,7 @@ class _Machine:
             operation()
             if count % 256 == 0 and max(len(stack), len(self._marks)) > MOST_WAITING:
                 raise ValueError(f"more than {MOST_WAITING:,} values wait on its stack")
-        raise ValueError(f"more than {MOST_OPCODES:,} opcodes")
+        raise ValueError(f"more than {self._most_opcodes:,} opcodes")
 
     def _last(self) -> Any:
         if len(self._stack) != 1 or self._marks or self._at != len(self._content):
@@ -271,14 +272,18 @@ def _opcode_name(code: int) -> str:
     return names.get(chr(code), f"0x{code:02x}")
 
 
-def read_pickle(content: bytes) -> Any:
+def read_pickle(content: bytes, most_opcodes: int = MOST_OPCODES) -> Any:
     """Return what a pickle describes, in the types of this module, text, numbers, lists and tuples.
+
+    Args:
+        content: The pickle.
+        most_opcodes: How many opcodes are read, if that is less than `MOST_OPCODES`.
 
     Raises:
         ValueError: it has an opcode, a size or a structure that descriptions of tensors do not
-            have.
+            have, or too many opcodes.
     """
     try:
-        return _Machine(content).run()
+        return _Machine(content, min(most_opcodes, MOST_OPCODES)).run()
     except (IndexError, UnicodeDecodeError) as error:
         raise ValueError(f"it is damaged ({error})") from error

@@ -8,6 +8,7 @@ compared both ways before any tensor is read.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,14 +103,17 @@ def load_checkpoint(
     """
     group = topology.control_group
     steps = on_first_rank(group, lambda: candidates(run_dir, resume))
-    step, rejected = first_sound(run_dir, steps, lambda folder: agreed_refusal(folder, topology))
+    wanted = tensor_records(engine, topology)
+    step, rejected = first_sound(
+        run_dir, steps, lambda folder: agreed_refusal(folder, topology, wanted)
+    )
     if step is None:
         return None
     folder = step_folder(run_dir, step)
     manifest = together(group, lambda: read_manifest(folder))
-    check_same_tensors(folder.name, manifest.tensors, tensor_records(engine, topology))
+    check_same_tensors(folder.name, manifest.tensors, wanted)
     ranges = _stored_ranges(flat_ranges(engine, topology), manifest.tensors)
-    _log_freezing(manifest.tensors, tensor_records(engine, topology))
+    _log_freezing(manifest.tensors, wanted)
     together(group, lambda: read_ranges(folder, read_range_index(folder, manifest), ranges))
     set_optimizer_step(engine, step)
     publish_master_weights(engine)
@@ -119,10 +123,18 @@ def load_checkpoint(
     return LoadedState(step=step, state=RunState.of(manifest), folder=folder, rejected=rejected)
 
 
-def agreed_refusal(folder: Path, topology: Topology) -> str | None:
+def agreed_refusal(
+    folder: Path, topology: Topology, wanted: Mapping[str, TensorRecord]
+) -> str | None:
     """Return why a checkpoint is not to be used, or None; the same on all ranks.
 
-    Each rank reads its share of the files.
+    Each rank reads its share of the files.  Those of another model are not read, since their sizes
+    may be anything; whether it is another one is not a reason here.
+
+    Args:
+        folder: The checkpoint.
+        topology: The ranks.
+        wanted: The tensors of the model.
 
     Raises:
         ConfigError: it is not this user's alone.
@@ -134,6 +146,8 @@ def agreed_refusal(folder: Path, topology: Topology) -> str | None:
         manifests.append(read_manifest(folder))
         if topology.rank == 0:
             check_listing(folder, manifests[0])
+        if reason_of(lambda: check_same_tensors(folder.name, manifests[0].tensors, wanted)):
+            return
         check_hashes(folder, share_of_files(manifests[0].files, topology.rank, topology.world_size))
 
     on_first_rank(group, lambda: refuse_foreign(folder, "checkpoint", in_run_dir=True))

@@ -57,6 +57,12 @@ _LARGEST_MANIFEST_BYTES = 64 * 2**20
 _MOST_VALUES = 2**22
 _LARGEST_RANK = 8
 _LONGEST_NAME = 512
+_BYTES_PER_FOLDER = 2**20
+_BYTES_PER_TENSOR = 2**12
+_BYTES_PER_RANGE = 2**13
+"""More than a checkpoint takes besides the values: an archive of a range takes 1.5 kB around them,
+and its place in `ranges.json` and `.metadata` a few hundred bytes.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +192,33 @@ def _parse(path: Path, content: bytes) -> Manifest:
             raise CheckpointError(
                 f"{path.parent.name}: the manifest names {name!r}, which is not a plain file name."
             )
+    _check_total(path, manifest)
     return manifest
+
+
+def _check_total(path: Path, manifest: Manifest) -> None:
+    """Refuse files that are larger than the tensors need; a sparse one costs its author nothing."""
+    listed = sum(file.bytes for file in manifest.files)
+    needed = sum(tensor.stored_bytes for tensor in manifest.tensors.values())
+    allowed = needed + _BYTES_PER_FOLDER
+    allowed += _BYTES_PER_TENSOR * len(manifest.tensors)
+    allowed += _BYTES_PER_RANGE * most_ranges(manifest)
+    if listed > allowed:
+        raise CheckpointError(
+            f"{path}: lists files of {listed:,} bytes, though its tensors need {needed:,}."
+        )
+
+
+def most_ranges(manifest: Manifest) -> int:
+    """Return the number of ranges that a checkpoint has at most.
+
+    A tensor has at most one range in each file, and each range has an element.
+    """
+    num_ranges = 0
+    for record in manifest.tensors.values():
+        num_parts = len(PARTS) if record.trained else 1
+        num_ranges += num_parts * min(len(manifest.files), math.prod(record.shape))
+    return num_ranges
 
 
 def _check_types(manifest: Manifest) -> None:

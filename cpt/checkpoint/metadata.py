@@ -6,12 +6,16 @@ project does not read what it writes here: `ranges.json` says the same.
 
 from __future__ import annotations
 
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -23,6 +27,19 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from cpt.checkpoint.range_index import WrittenRange
+from data_pipeline.store.files import no_links
+
+
+class _OwnFiles(FileSystem):
+    """Opens files as everything here does, so that others never may write to them.
+
+    A default ACL of a folder replaces the umask: what torch opens would have the mode 0664 there.
+    """
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with open(path, mode, opener=no_links) as stream:
+            yield cast(io.IOBase, stream)
 
 
 class FolderWriter(dcp.FileSystemWriter):
@@ -33,6 +50,7 @@ class FolderWriter(dcp.FileSystemWriter):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, single_file_per_rank=True, sync_files=True, overwrite=False)
+        self.fs = _OwnFiles()
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from cpt.checkpoint.inert_pickle import Call, Name, Pairs, read_pickle
+from cpt.checkpoint.inert_pickle import MOST_OPCODES, Call, Name, Pairs, read_pickle
 from cpt.errors import CheckpointError
 
+_ATTRIBUTES = {"state_dict_metadata", "planner_data", "storage_data", "storage_meta", "version"}
 _DESCRIPTIONS = "torch.distributed.checkpoint.metadata."
 _PLACE = "torch.distributed.checkpoint.filesystem._StorageInfo"
 
@@ -30,17 +31,27 @@ class OldRange(NamedTuple):
     """Bytes of the archive."""
 
 
-def read_old_metadata(content: bytes) -> dict[str, list[OldRange]]:
+def read_old_metadata(
+    content: bytes, most_opcodes: int = MOST_OPCODES
+) -> dict[str, list[OldRange]]:
     """Return the ranges of every tensor that a `.metadata` describes, by key, in order.
 
     Only the form is checked, and that each range has one place; the numbers are not negative.
+
+    Args:
+        content: The file.
+        most_opcodes: See `read_pickle`.
 
     Raises:
         CheckpointError: the file does not describe fp32 tensors in one dimension, or holds anything
             else.
     """
     try:
-        root = _state(read_pickle(content), _DESCRIPTIONS + "Metadata")
+        root = _state(read_pickle(content, most_opcodes), _DESCRIPTIONS + "Metadata")
+        if unknown := root.keys() - _ATTRIBUTES:
+            raise ValueError(f"it has the attribute {min(unknown)!r}, which none of ours has")
+        if root.get("planner_data") is not None:
+            raise ValueError("its planner_data is not empty, as that of ours is")
         places = _places(root["storage_data"])
         found = {}
         for key, entry in _items(root["state_dict_metadata"]):

@@ -36,6 +36,7 @@ from cpt.checkpoint.manifest import (
     FileRecord,
     Manifest,
     TensorRecord,
+    most_ranges,
 )
 from cpt.checkpoint.old_metadata import OldRange, read_old_metadata
 from cpt.errors import CheckpointError, InternalError
@@ -47,8 +48,10 @@ Integers = npt.NDArray[np.int64]
 
 MOST_INDEX_BYTES = 256 * 2**20
 """About ten million ranges: gpt-oss-120b on 5,000 ranks."""
-_BYTES_PER_RANGE = 64
+_BYTES_PER_RANGE = {RANGES: 64, METADATA: 256}
 _BYTES_PER_TENSOR = 2048
+_OPCODES_PER_RANGE = 96
+_OPCODES_PER_TENSOR = 256
 _LISTS = ("file", "offset", "numel")
 
 
@@ -176,7 +179,8 @@ def read_range_index(folder: Path, manifest: Manifest) -> RangeIndex:
     try:
         content = _listed_content(folder, name, manifest)
         if manifest.format == 1:
-            index = index_of_archives(read_old_metadata(content))
+            old = read_old_metadata(content, most_opcodes=_expected_opcodes(manifest))
+            index = index_of_archives(old)
         else:
             index = _parse(content, manifest)
         _check_ranges(index, manifest)
@@ -192,9 +196,7 @@ def read_range_index(folder: Path, manifest: Manifest) -> RangeIndex:
 def _listed_content(folder: Path, name: str, manifest: Manifest) -> bytes:
     """Return the bytes that the manifest lists, whatever has happened to the file since."""
     record = _record_of(name, manifest)
-    limit = MOST_INDEX_BYTES
-    if name == RANGES:
-        limit = min(limit, _expected_bytes(manifest))
+    limit = min(MOST_INDEX_BYTES, _expected_bytes(name, manifest))
     if record.bytes > limit:
         raise CheckpointError(
             f"{record.bytes:,} bytes, more than the {limit:,} that the manifest's "
@@ -214,10 +216,16 @@ def _record_of(name: str, manifest: Manifest) -> FileRecord:
     raise CheckpointError("not in the manifest, so the tensors cannot be found.")
 
 
-def _expected_bytes(manifest: Manifest) -> int:
+def _expected_bytes(name: str, manifest: Manifest) -> int:
     """Return more bytes than an honest index of these tensors in these files can have."""
-    num_keys = len(stored_tensors(manifest))
-    return 2**16 + num_keys * (_BYTES_PER_TENSOR + _BYTES_PER_RANGE * len(manifest.files))
+    for_tensors = _BYTES_PER_TENSOR * len(stored_tensors(manifest))
+    return 2**16 + for_tensors + _BYTES_PER_RANGE[name] * most_ranges(manifest)
+
+
+def _expected_opcodes(manifest: Manifest) -> int:
+    """Return more opcodes than an honest `.metadata` of these tensors in these files can have."""
+    for_tensors = _OPCODES_PER_TENSOR * len(stored_tensors(manifest))
+    return 2**12 + for_tensors + _OPCODES_PER_RANGE * most_ranges(manifest)
 
 
 def stored_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
@@ -244,6 +252,9 @@ def _parse(content: bytes, manifest: Manifest) -> RangeIndex:
     files = tuple(body["files"])
     if not all(type(name) is str for name in files):
         raise ValueError("a file's name is no text")
+    # under two numbers, the same bytes would count as those of two files
+    if len(set(files)) != len(files):
+        raise ValueError("a file is listed twice")
     tensors = {}
     for key, entry in body["tensors"].items():
         if type(entry) is not dict or set(entry) != set(_LISTS):

@@ -8,8 +8,9 @@
 Decisions
     The file proves what the environment would prove: whoever reads it is this user. It has an
     unpredictable name and mode 0600, is created without following links, and is gone before
-    training begins. A rank refuses a file that is a link, has another owner, or that others may
-    read.
+    training begins. If rank 0 is killed in between, it stays until a later start removes it; by
+    then it opens nothing. A rank refuses a file that is a link, has another owner, or that others
+    may read.
     The secret is no argument of a command and is in no message. It is removed from the environment,
     so that programs which this process starts do not get it.
     The key holds for one start: what an earlier one has signed does not verify.
@@ -39,6 +40,8 @@ from data_pipeline.store.ownership import user_name
 
 SHARE_SECONDS = 30.0
 """How long a shared file system may take to show a new file to the other nodes."""
+LEFTOVER_SECONDS = 3600.0
+"""From which age on the file of an earlier start is removed; a start needs it for seconds."""
 _SECRET_BYTES = 32
 _FILE_NAME = re.compile(r"\.job-secret-[0-9a-f]{32}")
 _CURE = f"Or set {JOB_SECRET} to the same random text on all ranks: openssl rand -hex 32."
@@ -112,6 +115,7 @@ def _secret_file(folder: Path) -> Iterator[tuple[int, str]]:
     path = existing / f".job-secret-{secrets.token_hex(16)}"
     try:
         write_secret(path, secrets.token_bytes(_SECRET_BYTES))
+        _remove_leftovers(existing, path.stat().st_mtime)
     except OSError as error:
         raise StorageError(
             f"the secret of the job cannot be written to {existing}: {error.strerror}. Make room "
@@ -122,6 +126,24 @@ def _secret_file(folder: Path) -> Iterator[tuple[int, str]]:
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _remove_leftovers(folder: Path, now: float) -> None:
+    """Remove the files of this user's starts that were killed before they could do so.
+
+    Only old ones: the folder may be that of another run that starts at this moment.
+
+    Args:
+        folder: Where a secret has just been written.
+        now: Unix time by the clock of its file system.
+    """
+    for path in folder.glob(".job-secret-*"):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            is_own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+            is_old = now - status.st_mtime > LEFTOVER_SECONDS
+            if is_own and is_old and _FILE_NAME.fullmatch(path.name):
+                path.unlink()
 
 
 def write_secret(path: Path, secret: bytes) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 SMALL_BYTES = 2**20
 LINK_REASON = "It is a symbolic link, which is not followed here"
@@ -33,7 +33,7 @@ class MalformedInput(ValueError):
         return f"{source}{line}: {self._problem}."
 
 
-def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
+def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
     """Open a regular file for reading, and wait for nothing.
 
     Args:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
+from data_pipeline.bounded.files import open_regular
+
 HEAD_BYTES = 4096
 """Number of bytes that decide the kind of a file."""
 
@@ -154,9 +156,9 @@ def kind_of_file(path: Path) -> FileKind:
     """Return the kind of a file.
 
     Raises:
-        OSError: The file cannot be read.
+        OSError: The file cannot be read, or is no regular file.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return kind_of(file.read(HEAD_BYTES))
 
 
@@ -195,7 +197,7 @@ _TESTS: tuple[tuple[Callable[[bytes], bool], FileKind], ...] = (
 def describe_head(path: Path) -> str:
     """Return what a file is, or how it begins, to stand behind "is"; empty if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(HEAD_BYTES)
     except OSError:
         return ""

@@ -56,7 +56,7 @@ def file_lock(
     Raises:
         LockHeld: another process still holds it; the message names it, if it is known.
         ConfigError: the file belongs to another user.
-        OSError: it cannot be made, or is a link.
+        OSError: it cannot be made, or is a link or something else than a file.
     """
     descriptor, is_locked = _locked_descriptor(path, is_shared, limit_seconds)
     try:
@@ -90,20 +90,28 @@ def _open_private(path: Path) -> int:
         ConfigError: it belongs to another user.
         OSError: it cannot be opened, or is a link.
     """
+    with contextlib.suppress(FileNotFoundError):
+        _refuse_owner(path, path.lstat().st_uid)  # it may be one that cannot be opened
+    descriptor = no_links(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, PRIVATE_MODE)
     try:
-        owner = path.lstat().st_uid
-    except FileNotFoundError:
-        owner = os.geteuid()
+        status = os.fstat(descriptor)
+        _refuse_owner(path, status.st_uid)  # it may be another one than a moment ago
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        if stat.S_IMODE(status.st_mode) & 0o077 and status.st_uid == os.geteuid():
+            os.fchmod(descriptor, PRIVATE_MODE)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _refuse_owner(path: Path, owner: int) -> None:
     if owner not in (os.geteuid(), 0):
         raise ConfigError(
             f"the lock {path} belongs to {user_name(owner)}, not to {user_name(os.geteuid())}. "
             "Wait until that user is done, then let the file be removed; or choose another place."
         )
-    descriptor = no_links(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, PRIVATE_MODE)
-    status = os.fstat(descriptor)
-    if stat.S_IMODE(status.st_mode) & 0o077 and status.st_uid == os.geteuid():
-        os.fchmod(descriptor, PRIVATE_MODE)
-    return descriptor
 
 
 def _wait_for(descriptor: int, path: Path, is_shared: bool, deadline: float) -> bool:

@@ -27,7 +27,7 @@ from typing import IO, Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
 import xxhash
 
-from data_pipeline.bounded.files import LINK_REASON
+from data_pipeline.bounded.files import LINK_REASON, open_regular
 
 PARTIAL_SUFFIX = ".partial"
 FILE_MODE = 0o644
@@ -144,14 +144,14 @@ def sync_directory(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the hex sha256 of a file."""
-    with path.open("rb") as file:
+    """Return the hex sha256 of a regular file."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def xxh3_of(path: Path) -> str:
-    """Return the hex xxh3_128 of a file."""
-    with path.open("rb") as file:
+    """Return the hex xxh3_128 of a regular file."""
+    with open_regular(path) as file:
         return xxh3_of_open(file)
 
 

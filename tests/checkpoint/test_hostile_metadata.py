@@ -173,6 +173,42 @@ def test_bomb_is_refused_at_once(tmp_path: Path, content: bytes) -> None:
     refusal(tmp_path, content)
 
 
+def opcodes(count: int) -> bytes:
+    """Return a list of that many empty dictionaries, in batches."""
+    batch = b"(" + b"}" * 4000 + b"e"
+    return b"\x80\x04]" + batch * (count // 4000) + b"."
+
+
+def with_planner_data(size: int) -> bytes:
+    metadata = honest()
+    metadata.planner_data = [{} for _ in range(size)]
+    return pickle.dumps(metadata, 4)
+
+
+def with_attribute() -> bytes:
+    metadata = honest()
+    metadata.extra = {}
+    return pickle.dumps(metadata, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (opcodes(40_000), "opcodes"),
+        (opcodes(1_000_000), "tensors in 3 files could need"),
+        (with_planner_data(30_000), "opcodes"),
+        (with_planner_data(1), "its planner_data is not empty"),
+        (with_attribute(), "it has the attribute 'extra', which none of ours has"),
+    ],
+    ids=["cheap opcodes", "many bytes", "planner data", "little planner data", "attribute"],
+)
+@pytest.mark.case("X1", "more than the tensors of the manifest need is refused at once")
+def test_metadata_holds_no_more_than_its_tensors_need(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
+    assert words in refusal(tmp_path, content)
+
+
 @settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

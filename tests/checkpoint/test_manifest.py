@@ -7,11 +7,13 @@ import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import xxhash
 
+from cpt.checkpoint import loading
 from cpt.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
@@ -347,3 +349,35 @@ def test_checkpoint_of_another_model_is_refused_by_key(
 
 def test_checkpoint_of_the_same_model_is_accepted(tmp_path: Path) -> None:
     check_same_tensors("step-00000100", dict(TENSORS), dict(reversed(TENSORS.items())))
+
+
+def list_sparse_file(folder: Path, size: int) -> None:
+    with open(folder / "big", "wb") as file:
+        file.truncate(size)
+    record = {"name": "big", "bytes": size, "xxh3_128": "0" * 32}
+    sign_again(folder, lambda manifest: manifest["files"].append(record))
+
+
+@pytest.mark.case("X1", "a sparse file of terabytes is not hashed")
+def test_files_larger_than_the_tensors_need_are_refused_unread(folder: Path) -> None:
+    list_sparse_file(folder, 2**40)
+    with pytest.raises(CheckpointError, match=r"lists files of 1,099,511,[\d,]+ bytes, though"):
+        read_manifest(folder)
+
+
+@pytest.mark.case("X1", "tensors of another model are not hashed either")
+def test_checkpoint_of_another_model_is_not_hashed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign_again(
+        folder, lambda manifest: manifest["tensors"]["model.norm.weight"].update(shape=[2**40])
+    )
+    topology: Any = SimpleNamespace(rank=0, world_size=1, control_group=None)
+    monkeypatch.setattr(loading, "gather_json", lambda value, group: [value])
+    monkeypatch.setattr(loading, "on_first_rank", lambda group, call: call())
+    hashed: list[FileRecord] = []
+    monkeypatch.setattr(loading, "check_hashes", lambda folder, files: hashed.extend(files))
+    loading.agreed_refusal(folder, topology, TENSORS)
+    assert hashed == []
+    loading.agreed_refusal(folder, topology, read_manifest(folder).tensors)
+    assert {record.name for record in hashed} == set(FILES)

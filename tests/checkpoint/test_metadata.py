@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,23 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from cpt.checkpoint.flat_planner import FlatRange
-from cpt.checkpoint.manifest import METADATA, PARTS, read_manifest
+from cpt.checkpoint.manifest import (
+    METADATA,
+    PARTS,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    read_manifest,
+    record_file,
+)
 from cpt.checkpoint.metadata import write_metadata
 from cpt.checkpoint.old_metadata import OldRange, read_old_metadata
-from cpt.checkpoint.range_index import group_ranges, index_of_archives, read_range_index
+from cpt.checkpoint.range_index import (
+    WrittenRange,
+    group_ranges,
+    index_of_archives,
+    read_range_index,
+)
 from cpt.checkpoint.reader import read_ranges, read_weights, refusal_of
 from cpt.checkpoint.writer import write_ranges, written_by
 from cpt.errors import CheckpointError
@@ -260,3 +274,48 @@ def test_what_several_ranks_hold_is_written_once_and_evenly() -> None:
     assert first & second == {"exp_avg/z"}, "ranges at different offsets are different ranges"
     assert first | second == held[0].keys()
     assert len(first) == len(second) == 3
+
+
+def test_metadata_of_long_names_and_many_ranges_stays_within_the_bounds_of_its_reader(
+    tmp_path: Path,
+) -> None:
+    num_ranks = 40
+    numel = 2**35
+    tensors = {}
+    written = []
+    for number in range(4):
+        name = f"{number}." + "n" * 500
+        tensors[name] = TensorRecord(shape=(num_ranks, numel), dtype="float32", trained=True)
+        for part in PARTS:
+            for rank in range(num_ranks):
+                file = f"__{rank}_0.distcp"
+                place = 2**50 + (number * 3 + PARTS.index(part)) * numel * 4
+                where = (rank * numel, numel, num_ranks * numel, file, place, numel * 4, place)
+                written.append(WrittenRange(f"{part}/{name}", *where))
+    write_metadata(tmp_path, group_ranges(written))
+    files = [record_file(tmp_path / METADATA)]
+    for rank in range(num_ranks):
+        files.append(FileRecord(name=f"__{rank}_0.distcp", bytes=2**62, xxh3_128=""))
+    manifest = Manifest(
+        step=1, files=tuple(files), tensors=tensors, layout={}, versions={}, state={}, format=1
+    )
+    index = read_range_index(tmp_path, manifest)
+    assert len(index.tensors) == 12 and len(index.files) == num_ranks
+
+
+def test_nothing_is_written_that_others_may_change_where_a_folder_has_a_default_acl(
+    tmp_path: Path,
+) -> None:
+    # everybody may do everything with what is made here, whatever the umask
+    entries = b"".join(struct.pack("<HHI", tag, 7, 2**32 - 1) for tag in (0x01, 0x04, 0x10, 0x20))
+    folder = tmp_path / "c"
+    folder.mkdir()
+    try:
+        os.setxattr(folder, "system.posix_acl_default", struct.pack("<I", 2) + entries)
+    except OSError as error:
+        pytest.skip(f"the file system has no ACLs ({error.strerror})")
+    part = FlatRange(tensor=torch.ones(4), offset=0, global_numel=4)
+    written = write_ranges(folder, {"master/a": part}, 0, step=1)
+    write_metadata(folder, group_ranges(written.ranges))
+    modes = {path.name: path.stat().st_mode & 0o022 for path in folder.iterdir()}
+    assert modes == {METADATA: 0, "__0_0.distcp": 0}

@@ -214,6 +214,16 @@ def test_file_outside_the_manifest_is_refused(folder: Path, name: str) -> None:
     assert f"points to {name!r}, which is not in the manifest" in refusal(folder)
 
 
+@pytest.mark.case("X1", "bytes that pose as those of many files are refused")
+def test_file_under_two_numbers_is_refused(folder: Path) -> None:
+    body = json.loads((folder / RANGES).read_bytes())
+    body["files"].append(body["files"][0])
+    entry = body["tensors"][KEY]
+    entry["file"][1], entry["offset"][1] = 2, entry["offset"][0]  # the other half, once more
+    replace_index(folder, json.dumps(body).encode())
+    assert "a file is listed twice" in refusal(folder)
+
+
 def test_tensor_that_only_one_of_both_has_is_named(folder: Path) -> None:
     body = json.loads((folder / RANGES).read_bytes())
     body["tensors"]["master/extra"] = body["tensors"].pop(KEY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from cpt.model.weights.checksums import (
     SUMS_FILE,
     damaged,
     known_sums,
+    model_hash,
     sampled_hash,
     write_sums,
 )
+from cpt.model.weights.hf_layout import open_tensors
 from cpt.model.weights.writer import DirectoryWriter, Entry
 
 NAMES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -101,3 +104,20 @@ def test_sampled_hash_tells_weights_apart_and_reads_little(
     assert sampled_hash(copies) != before
     copies[1].write_bytes(bytes([1]) * 1001)
     assert sampled_hash(copies) != before
+
+
+def test_pipe_among_the_weights_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    pipe = tmp_path / "model.safetensors"
+    os.mkfifo(pipe)
+    # with a writer the old code would read nothing for ever; without one it would wait for one
+    keep_open = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        os.write(keep_open, bytes(2**16))
+        for read in (lambda: model_hash(tmp_path), lambda: open_tensors(pipe)):
+            with pytest.raises(ConfigError, match=r"model\.safetensors: cannot be read"):
+                read()
+        with pytest.raises(OSError, match="Not a regular file"):
+            damaged({pipe: "0" * 64}, [pipe])
+    finally:
+        os.close(keep_open)

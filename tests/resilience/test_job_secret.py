@@ -81,6 +81,22 @@ def test_ranks_share_a_new_key_at_each_start_and_no_file_is_left(
     assert len(keys) == 2 and list(tmp_path.iterdir()) == []
 
 
+def test_file_of_a_start_that_was_killed_is_removed_by_a_later_one(
+    ranks: Threads, tmp_path: Path
+) -> None:
+    names = {"old": "0" * 32, "new": "1" * 32, "link": "2" * 32, "another": "3" * 31}
+    paths = {kind: tmp_path / f".job-secret-{name}" for kind, name in names.items()}
+    for kind in ("old", "new", "another"):
+        write_secret(paths[kind], b"s" * 32)
+    paths["link"].symlink_to(paths["new"])
+    before = paths["old"].stat().st_mtime - 2 * 3600
+    for kind in ("old", "another", "link"):
+        os.utime(paths[kind], (before, before), follow_symlinks=False)
+    ranks.run(lambda rank: agree_on_key(None, tmp_path, GROUP))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {paths[kind].name for kind in ("new", "link", "another")}
+
+
 def test_secret_of_the_environment_gives_another_key_at_each_start_and_no_file(
     ranks: Threads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,12 +8,13 @@ hash.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from cpt.errors import ConfigError
-from data_pipeline.bounded.files import MalformedInput, read_small_text
+from data_pipeline.bounded.files import MalformedInput, open_regular, read_small_text
 from data_pipeline.console.progress import show_progress
 from data_pipeline.store.files import sha256_of, write_text
 
@@ -28,17 +29,30 @@ def sampled_hash(files: Iterable[Path]) -> str:
 
     The header is among the blocks. This tells one set of weights from another without reading tens
     of GiB; damage to single values is for `damaged` to find.
+
+    Raises:
+        ConfigError: a file cannot be read, or is no regular file.
     """
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with open(file, "rb") as opened:
-            starts = {size * block // SAMPLED_BLOCKS for block in range(SAMPLED_BLOCKS)}
-            for start in sorted(starts):
-                opened.seek(start)
-                digest.update(opened.read(SAMPLED_BLOCK_BYTES))
+        try:
+            _hash_samples(file, digest)
+        except OSError as error:
+            raise ConfigError(
+                f"{file}: cannot be read ({error.strerror or error}). Fetch it again."
+            ) from error
     return digest.hexdigest()
+
+
+def _hash_samples(file: Path, digest: hashlib._Hash) -> None:
+    """Add a file's name, size and samples to a hash."""
+    with open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        digest.update(f"{file.name}:{size}:".encode())
+        starts = {size * block // SAMPLED_BLOCKS for block in range(SAMPLED_BLOCKS)}
+        for start in sorted(starts):
+            opened.seek(start)
+            digest.update(opened.read(SAMPLED_BLOCK_BYTES))
 
 
 def model_hash(path: Path, files: Iterable[Path] | None = None) -> str:

@@ -184,6 +184,40 @@ def test_other_users_cannot_hold_a_lock_nor_plant_one() -> None:
         assert f"belongs to uid {ATTACKER}" in as_user(VICTIM, use)
 
 
+@needs_root
+def test_file_that_another_user_puts_there_while_it_is_opened_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with common_folder() as common:
+        own = owned_folder(common / "own", VICTIM, 0o755)
+        path = own / "lock"
+        opened = module.no_links
+
+        def swap(name: Path, flags: int, mode: int) -> int:
+            (own / "planted").rename(name)
+            return opened(name, flags, mode)
+
+        (own / "planted").touch()
+        (own / "planted").chmod(0o666)
+        os.chown(own / "planted", ATTACKER, ATTACKER)
+        monkeypatch.setattr(module, "no_links", swap)
+
+        def use() -> str:
+            try:
+                with file_lock(path):
+                    return "used"
+            except ConfigError as error:
+                return str(error)
+
+        assert f"belongs to uid {ATTACKER}" in as_user(VICTIM, use)
+
+
+def test_pipe_in_place_of_a_lock_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(OSError, match="Not a regular file"), file_lock(tmp_path / "lock"):
+        pass
+
+
 def test_file_system_without_flock_is_told_to_the_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
