@@ -12,16 +12,19 @@ from data_pipeline.build.unreadable_files import parquet_errors, unreadable_parq
 from data_pipeline.store.parquet_pages import (
     MAX_FOOTER_BYTES,
     MAX_THRIFT_ITEMS,
+    ROW_COUNTS,
+    ColumnBounds,
     check_footer,
-    largest_page,
 )
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-_BATCH_ROWS = 256
-"""Most rows that are decoded at once."""
+_BATCH_ROWS = 1024
+"""Most rows that are decoded at once, unless Arrow keeps every column as a dictionary."""
+_LARGE_PAGE_ROWS = 256
+"""Most rows that are decoded at once where pages alone take more than _BATCH_BYTES."""
 _BATCH_BYTES = 128 * 2**20
 """Bytes that the rows which are decoded at once can take, however they are encoded."""
 _BUFFER_BYTES = 2**20
@@ -99,13 +102,29 @@ def parquet_batches(
 
 
 def _batch_rows(path: Path, file: pq.ParquetFile, groups: range, fields: tuple[str, ...]) -> int:
-    """Return how many rows are decoded at once: so many that they fit in _BATCH_BYTES."""
-    numbers = []
+    """Return how many rows are decoded at once: so many that they fit in _BATCH_BYTES.
+
+    Where single pages are larger, as many rows as two of them hold: rows may be in the end of one
+    and the start of the next.
+    """
+    import pyarrow as pa
+
+    columns = []
+    most_rows = ROW_COUNTS[0]
     for number in range(file.metadata.num_columns):
-        if file.schema.column(number).path in fields:
-            numbers.append(number)
-    row_bytes = 1
-    for group in groups:
-        pages = [largest_page(path, file.metadata, group, number) for number in numbers]
-        row_bytes = max(row_bytes, sum(pages))
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes))
+        name = file.schema.column(number).path
+        if name not in fields:
+            continue
+        keeps = pa.types.is_dictionary(file.schema_arrow.field(name).type)
+        if not keeps:
+            most_rows = _BATCH_ROWS
+        columns.append(ColumnBounds(path, file.metadata, number, keeps=keeps))
+    for column in columns:
+        for group in groups:
+            column.add_group(group)
+    large_pages = 2 * sum(column.largest_page for column in columns)
+    for limit, most in ((_BATCH_BYTES, most_rows), (large_pages, _LARGE_PAGE_ROWS)):
+        for rows in ROW_COUNTS:
+            if rows <= most and sum(column.bytes_of(rows) for column in columns) <= limit:
+                return rows
+    return 1

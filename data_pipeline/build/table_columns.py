@@ -115,23 +115,25 @@ def text_records(
     import pyarrow as pa
 
     sizes = np.zeros(table.num_rows, np.int64)
+    columns = []
     for field in fields:
-        chunks = _storage_chunks(table.column(field))
+        chunks = [_as_binary(chunk) for chunk in _storage_chunks(table.column(field))]
         try:
             for chunk in chunks:
-                _as_binary(chunk).validate(full=True)
+                chunk.validate(full=True)
         except pa.ArrowException as error:
             raise DataError(
                 f"{place}: column '{field}' is damaged: {str(error).rstrip('.')}. Write it again."
             ) from error
         sizes += np.concatenate([_value_bytes(chunk) for chunk in chunks])
+        columns.append(pa.chunked_array(chunks))
     for start, stop in _stretches(sizes.tolist()):
         if sizes[start] > MAX_DOCUMENT_BYTES:
             yield {}, TOO_LONG
             continue
         values = []
-        for field in fields:
-            values.append(_column_bytes(table.column(field).slice(start, stop - start)))
+        for column in columns:
+            values.append(_column_bytes(column.slice(start, stop - start)))
         yield from _decoded_records(values, fields)
 
 

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +106,7 @@ def test_bombs_take_less_than_a_gigabyte_and_are_told(tmp_path: Path) -> None:
     assert found["dictionary"][:2] == [80, {}]
     assert found["pages"][:2] == [16, {}]
     assert found["prefixes"][:2] == [16, {}]
-    assert found["one_text"][0] == 0 and "smaller pages" in found["one_text"][1]
+    assert found["one_text"][0] == 0 and "write_batch_size" in found["one_text"][1]
     assert found["objects"][:2] == [1, {"more than 1000000 values in a record": 1}]
     assert found["letters"][:2] == [1, {"more than 2097152 letters or symbols in a row": 1}]
 
@@ -125,19 +127,105 @@ def test_a_row_that_is_too_long_is_rejected_and_the_next_one_read(
     assert rejects == {TOO_LONG: 2, "text is null": 1}
 
 
+def batch_rows(path: Path, column: str = "text") -> int:
+    """Return the rows of the largest batch."""
+    batches = parquet_files.parquet_batches(path, range(1), (column,))
+    return max(batch.num_rows for _, batch in batches)
+
+
 def test_as_many_rows_are_decoded_at_once_as_fit_whatever_their_encoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_files, "_BATCH_BYTES", 50_000)
+    monkeypatch.setattr(parquet_files, "_BATCH_BYTES", 80_000)
     path = tmp_path / "a.parquet"
-    same = pa.DictionaryArray.from_arrays(pa.array([0] * 50, pa.int32()), ["a " * 8_000])
-    columns = {"other": pa.array(["b"] * 50), "text": same}
-    pq.write_table(pa.table(columns), path)
+    same = ["a " * 8_000] * 50
+    pq.write_table(pa.table({"other": ["b"] * 50, "text": same}), path)
     batches = list(parquet_files.parquet_batches(path, range(1), ("text",)))
-    assert max(batch.num_rows for _, batch in batches) == 50_000 // 16_004
-    assert [before for before, _ in batches][:3] == [0, 3, 6]
-    batches = list(parquet_files.parquet_batches(path, range(1), ("other",)))
-    assert [batch.num_rows for _, batch in batches] == [50]
+    assert max(batch.num_rows for _, batch in batches) == 4
+    assert [before for before, _ in batches][:3] == [0, 4, 8]
+    assert batch_rows(path, "other") == 50
+    kept = pa.array(same).dictionary_encode()
+    pq.write_table(pa.table({"text": kept}), path)
+    assert batch_rows(path) == 50
+    encoding = {"text": "DELTA_BYTE_ARRAY"}
+    table = pa.table({"text": same})
+    pq.write_table(table, path, use_dictionary=False, column_encoding=encoding)
+    assert batch_rows(path) == 4
+
+
+def test_rows_in_plain_pages_take_what_their_pages_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["a " * 500] * 400})
+    pq.write_table(table, path, use_dictionary=False, data_page_size=1, write_batch_size=10)
+    for limit, rows in ((10**6, 400), (400_000, 256), (100_000, 64), (90_000, 64), (31_000, 16)):
+        monkeypatch.setattr(parquet_files, "_BATCH_BYTES", limit)
+        assert batch_rows(path) == rows
+    # rows of two pages at once, if a page is larger than the limit
+    monkeypatch.setattr(parquet_files, "_BATCH_BYTES", 5000)
+    assert batch_rows(path) == 4
+    assert read(path)[0] == table["text"].to_pylist()
+
+
+def test_a_window_of_pages_is_as_large_as_the_worst_rows() -> None:
+    generator = np.random.default_rng(0)
+    pages = [(int(rows), int(size)) for rows, size in generator.integers(1, 9, (60, 2))]
+    sizes_of_rows = []
+    for number, (rows, _) in enumerate(pages):
+        sizes_of_rows += [number] * rows
+    for rows in (4, 16, 64):
+        window = parquet_pages._Window(rows)
+        for page in pages:
+            window.add(*page)
+        most = 0
+        for start in range(len(sizes_of_rows) - rows + 1):
+            touched = set(sizes_of_rows[start : start + rows])
+            most = max(most, sum(pages[number][1] for number in touched))
+        assert window.most == most
+
+
+def test_honest_long_documents_of_the_default_writer_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # pyarrow looks at the size of a page every 1,024 rows: this one holds all rows
+    monkeypatch.setattr(parquet_pages, "FREE_PAGE_BYTES", 100_000)
+    path = tmp_path / "books.parquet"
+    books = [f"{n} " + "a long text " * 200 for n in range(300)]
+    pq.write_table(pa.table({"text": books}), path)
+    assert read(path) == (books, {})
+    bomb = tmp_path / "bomb.parquet"
+    pq.write_table(pa.table({"text": books}), bomb, compression="zstd", use_dictionary=False)
+    with pytest.raises(DataError, match="write_batch_size=16"):
+        read(bomb)
+    monkeypatch.setattr(parquet_pages, "MAX_PAGE_BYTES", 200_000)
+    with pytest.raises(DataError, match=r"at most 200,000 are read: write it with smaller row gr"):
+        read(path)
+
+
+def _seconds_to_read(num_rows: int, folder: Path) -> float:
+    """Return the processor time for a column of pandas categories, all of them different."""
+    texts = pa.array([f"{n} " + "some words " * 10 for n in range(num_rows)])
+    path = folder / f"{num_rows}.parquet"
+    limit = {"dictionary_pagesize_limit": 64 * MIB}
+    pq.write_table(pa.table({"text": texts.dictionary_encode()}), path, **limit)
+    seconds = []
+    for _ in range(2):
+        start = time.process_time()
+        assert sum(batch.num_rows for batch in _batches(path)) == num_rows
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    for _, batch in parquet_files.parquet_batches(path, range(1), ("text",)):
+        assert len(list(table_columns.text_records("place", batch, ["text"]))) == batch.num_rows
+        yield batch
+
+
+def test_a_column_of_categories_takes_time_in_proportion_to_its_rows(tmp_path: Path) -> None:
+    ratio = _seconds_to_read(100_000, tmp_path) / _seconds_to_read(25_000, tmp_path)
+    assert ratio < 12  # 16 if each batch went through the whole dictionary
 
 
 def test_an_array_that_points_outside_of_its_memory_is_refused() -> None:
@@ -241,7 +329,10 @@ def test_the_largest_page_is_found_with_statistics_and_in_every_encoding(tmp_pat
             metadata = pq.ParquetFile(path).metadata
             for group in range(metadata.num_row_groups):
                 chunk = metadata.row_group(group).column(0)
-                largest = parquet_pages.largest_page(path, metadata, group, 0)
-                assert 0 < largest <= chunk.total_uncompressed_size
-            assert parquet_pages.largest_page(path, metadata, 0, 0) >= 50_000
+                bounds = parquet_pages.ColumnBounds(path, metadata, 0, keeps=False)
+                bounds.add_group(group)
+                assert 0 < bounds.largest_page <= chunk.total_uncompressed_size
+                assert bounds.largest_page >= (50_000 if group == 0 else 0)
+                longest = 50_000 if group == 0 else 250
+                assert bounds.bytes_of(4) >= (4 * longest if use_dictionary else longest)
             assert read(path)[0] == texts
