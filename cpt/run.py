@@ -79,7 +79,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         trace_to_file(error)
         # once on every node: the cause may lie on that node alone
         if speaks_for_node():
-            complain(f"\n{error}\n", flush=True)
+            complain(f"\n{error.shown()}\n", flush=True)
         return error.exit_code
     except Exception as error:
         cause, code = cause_and_code(error)

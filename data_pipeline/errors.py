@@ -24,10 +24,25 @@ EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells report it."""
 
 
+INDENTED_BREAK = "\n    "
+"""Between the first line of a message and those that belong to it: a text from outside that holds
+line breaks cannot pass for a line of ours.
+"""
+
+
+def indented(text: str) -> str:
+    """Return a text whose lines after the first are indented."""
+    return text.replace("\n", INDENTED_BREAK)
+
+
 class CptError(Exception):
     """Base of every error that this project raises on purpose; shown without a stack trace."""
 
     exit_code = EXIT_INTERNAL
+
+    def shown(self) -> str:
+        """Return the message for a terminal: what it names from outside begins no line."""
+        return indented(str(self))
 
 
 class ConfigError(CptError):
@@ -40,6 +55,10 @@ class ConfigError(CptError):
             problems = [problems]
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
+
+    def shown(self) -> str:
+        """Return the problems for a terminal, each beginning a line."""
+        return "\n".join(map(indented, self.problems))
 
 
 class DataError(CptError):
@@ -68,7 +87,7 @@ _CURES = {
 def explain(error: BaseException) -> tuple[str, int] | None:
     """Return (message, exit code) of an error that is no bug of this project; None for a bug."""
     if isinstance(error, CptError):
-        return str(error), error.exit_code
+        return error.shown(), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted.", EXIT_INTERRUPTED
     if isinstance(error, MemoryError):

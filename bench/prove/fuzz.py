@@ -30,17 +30,18 @@ BATCH = 20
 
 
 def main() -> int:
+    from tests.support.fuzzing.targets import TARGETS
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=400, help="cases of each kind, at most")
     parser.add_argument("--seconds", type=float, default=20.0, help="seconds for each kind")
-    parser.add_argument("--target", help="the only kind to attack")
+    names = [target.name for target in TARGETS]
+    parser.add_argument("--target", choices=names, help="the only kind to attack")
     parser.add_argument("--number", type=int, help="the only case")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         return attack_one(options)
-    from tests.support.fuzzing.targets import TARGETS
-
     found = 0
     for target in TARGETS:
         if options.target in (None, target.name):

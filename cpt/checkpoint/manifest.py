@@ -41,6 +41,7 @@ from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES
 from data_pipeline.bounded.files import open_regular
 from data_pipeline.bounded.json_text import parse_json
 from data_pipeline.console.progress import show_progress
+from data_pipeline.escaping import escaped_line
 from data_pipeline.store.files import write_text, xxh3_of_open
 
 MANIFEST = "manifest.json"
@@ -153,7 +154,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: missing, so the directory is not a complete checkpoint."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable manifest ({error}).") from error
+        raise CheckpointError(
+            f"{path}: not a readable manifest ({escaped_line(error, 500)})."
+        ) from error
 
 
 def _read_small_file(path: Path) -> bytes:
@@ -268,19 +271,20 @@ def check_listing(folder: Path, manifest: Manifest) -> None:
     listed = {record.name: record for record in manifest.files}
     present = {entry.name for entry in os.scandir(folder)} - {MANIFEST}
     if unknown := sorted(present - listed.keys()):
-        raise CheckpointError(f"{folder.name}/{unknown[0]}: not in the manifest.")
+        raise CheckpointError(f"{folder.name}/{escaped_line(unknown[0])}: not in the manifest.")
     for name, record in sorted(listed.items()):
         try:
             status = (folder / name).lstat()
         except FileNotFoundError:
             raise CheckpointError(
-                f"{folder.name}/{name}: missing, though the manifest lists it."
+                f"{folder.name}/{escaped_line(name)}: missing, though the manifest lists it."
             ) from None
         if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{folder.name}/{name}: not a regular file.")
+            raise CheckpointError(f"{folder.name}/{escaped_line(name)}: not a regular file.")
         if status.st_size != record.bytes:
             raise CheckpointError(
-                f"{folder.name}/{name}: {status.st_size} bytes, manifest says {record.bytes}."
+                f"{folder.name}/{escaped_line(name)}: {status.st_size} bytes, manifest says "
+                f"{record.bytes}."
             )
 
 
@@ -304,11 +308,12 @@ def _check_hash(folder: Path, record: FileRecord) -> None:
         differs = hash_file(folder / record.name) != record.xxh3_128
     except OSError as error:
         raise CheckpointError(
-            f"{folder.name}/{record.name}: cannot be read ({error.strerror})."
+            f"{folder.name}/{escaped_line(record.name)}: cannot be read ({error.strerror})."
         ) from error
     if differs:
         raise CheckpointError(
-            f"{folder.name}/{record.name}: its content does not match the manifest's hash."
+            f"{folder.name}/{escaped_line(record.name)}: its content does not match the "
+            "manifest's hash."
         )
 
 

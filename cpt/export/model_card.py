@@ -6,14 +6,13 @@ training machine stay out of it; files appear with their own names only.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cpt.checkpoint.manifest import Manifest
 from cpt.checkpoint.run_state import RunState
-from cpt.telemetry.metrics import read_events
+from cpt.export.logged_facts import LoggedFacts
 from data_pipeline.text.language import UNTESTABLE
 
 Json = dict[str, Any]
@@ -37,27 +36,34 @@ TRAINING_KEYS = (
     "dtype",
 )
 """Keys of the run YAML's `train` section that are shown."""
+NO_FACTS = (
+    "The log of the run could not be read when this was written, so the predicted tokens of each "
+    "source and the results on held-out text are not shown."
+)
 
 
 def model_card(
-    manifest: Manifest, metrics: Path, format_name: str, sections: Sequence[str] = ()
+    manifest: Manifest,
+    facts: LoggedFacts | None,
+    format_name: str,
+    sections: Sequence[str] = (),
 ) -> str:
     """Return the README.md of an exported checkpoint.
 
     Args:
         manifest: The checkpoint's manifest.
-        metrics: The run's metrics.jsonl; may be missing.
+        facts: What the run's log says; None if it cannot be read, and the card says so.
         format_name: `bf16`, `mxfp4` or `fp32`.
         sections: Further sections.
     """
-    events = read_events(metrics) if metrics.is_file() else []
     sources = _sources(manifest)
     parts = [
         _front_matter(sources),
         "# gpt-oss after continual pretraining",
         _origin(manifest, format_name),
-        _data(manifest, sources, tokens_by_source(events, manifest.step)),
-        _held_out(events, manifest.step),
+        _data(manifest, sources, facts),
+        _held_out(facts),
+        NO_FACTS if facts is None else "",
         *sections,
         _training(manifest),
     ]
@@ -75,22 +81,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _escape(cell: str) -> str:
     return cell.replace("|", "\\|")
-
-
-def tokens_by_source(events: list[Json], last_step: int) -> dict[str, int]:
-    """Return the predicted tokens of each source up to a step.
-
-    A step that was done twice, because the run went back to a checkpoint, counts once: its last
-    event is the one that led to the weights.
-    """
-    counts_of_step: dict[int, dict[str, int]] = {}
-    for event in events:
-        if event["event"] == "step" and event["step"] <= last_step:
-            counts_of_step[event["step"]] = event["tokens_by_source"]
-    total: Counter[str] = Counter()
-    for counts in counts_of_step.values():
-        total.update(counts)
-    return dict(total)
 
 
 def _sources(manifest: Manifest) -> dict[str, Json]:
@@ -143,10 +133,11 @@ def _origin(manifest: Manifest, format_name: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def _data(manifest: Manifest, sources: dict[str, Json], num_tokens: dict[str, int]) -> str:
+def _data(manifest: Manifest, sources: dict[str, Json], facts: LoggedFacts | None) -> str:
     segments = _segments(manifest)
     if not segments:
         return ""
+    num_tokens = facts.tokens if facts is not None else {}
     total = sum(num_tokens.values())
     rows = []
     for name, source in sources.items():
@@ -161,7 +152,7 @@ def _data(manifest: Manifest, sources: dict[str, Json], num_tokens: dict[str, in
                 str(source["language"]),
                 str(source["domain"]),
                 " -> ".join(weights),
-                f"{count:,}",
+                f"{count:,}" if facts is not None else "not known",
                 share,
             )
         )
@@ -178,26 +169,20 @@ def _data(manifest: Manifest, sources: dict[str, Json], num_tokens: dict[str, in
     return text
 
 
-def _held_out(events: list[Json], last_step: int) -> str:
+def _held_out(facts: LoggedFacts | None) -> str:
     """Return the last measurement of every held-out domain."""
-    latest: dict[str, Json] = {}
-    for event in events:
-        is_text = event.get("kind", "text") == "text"
-        if event["event"] == "guard" and is_text and 0 < event["step"] <= last_step:
-            latest[event["domain"]] = event
-    if not latest:
+    if facts is None or not facts.held_out:
         return ""
     rows = []
-    for name, event in latest.items():
-        interval = f"{event['ci_low']:+.2f} to {event['ci_high']:+.2f}"
+    for name, result in facts.held_out.items():
         rows.append(
             (
                 name,
-                str(event["language"]),
-                str(event["step"]),
-                f"{event['baseline']:.4f}",
-                f"{event['bits_per_byte']:.4f}",
-                f"{event['delta_percent']:+.2f} ({interval})",
+                result.language,
+                str(result.step),
+                f"{result.baseline:.4f}",
+                f"{result.bits_per_byte:.4f}",
+                f"{result.delta_percent:+.2f} ({result.ci_low:+.2f} to {result.ci_high:+.2f})",
             )
         )
     header = ("domain", "language", "step", "before training", "now", "change in % (95 % interval)")

@@ -12,10 +12,12 @@ from typing import Any, Literal
 from cpt.checkpoint.manifest import Manifest, read_manifest
 from cpt.errors import ConfigError
 from cpt.export.huggingface import REPORT_FILE, export_checkpoint
+from cpt.export.logged_facts import read_logged_facts
 from cpt.export.model_card import markdown_table, model_card
 from cpt.export.quantization_error import report_rows
 from cpt.offline.rank_options import RankOptions
 from cpt.resilience.environment import is_launched, rank_of_environment, read_environment
+from data_pipeline.escaping import escaped_text
 from data_pipeline.store.files import write_json
 from data_pipeline.tables import table
 
@@ -92,7 +94,13 @@ def _export(
     format_name: str,
     costs: list[dict[str, Any]],
 ) -> None:
-    """Write weights, costs and model card."""
+    """Write weights, costs and model card.
+
+    All that the card is made of is read and put into words before the weights, which may take
+    hours: what is wrong with it must not cost them.
+    """
+    facts = read_logged_facts(run_dir / "metrics.jsonl", manifest.step)
+    model_card(manifest, facts, format_name)
 
     def complete(temporary: Path) -> None:
         sections = []
@@ -101,7 +109,7 @@ def _export(
         if costs:
             write_json(temporary / COST_FILE, {"domains": costs}, indent=2, sort_keys=True)
             sections.append(_cost_section(costs))
-        card = model_card(manifest, run_dir / "metrics.jsonl", format_name, sections)
+        card = escaped_text(model_card(manifest, facts, format_name, sections))
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
     export_checkpoint(folder, out, format_name, complete)

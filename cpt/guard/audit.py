@@ -24,7 +24,7 @@ from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.text_judge import USED, TextJudge
 from cpt.guard.traces.judge import TraceJudge
 from cpt.guard.yardstick import Evidence, Judge, Kind, Look
-from cpt.telemetry.metrics import read_events
+from cpt.telemetry.event_reader import iter_events
 from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.console.progress import show_progress
 
@@ -70,9 +70,8 @@ def audit(run_dir: Path) -> list[AuditedDecision]:
     known_states = [_without_step(GuardState())]
     audited = []
     kinds = ("guard_rollback", "guard_decision")
-    events = [event for event in read_events(metrics) if event.get("event") in kinds]
-    with show_progress(len(events), "audit", "decision") as bar:
-        for event in events:
+    with show_progress(None, "audit", "decision") as bar:
+        for event in iter_events(metrics, kinds):
             if event["event"] == "guard_decision":
                 audited.append(_audit_decision(event, run_dir, judges, known_states))
             known_states.append(_without_step(GuardState.from_json(event["after"])))

@@ -14,6 +14,7 @@ from transformers import GptOssConfig
 
 from cpt.model.configuration_keys import ARCHITECTURES, MODEL_TYPE, key_problems
 from data_pipeline.config.strict_yaml import nearest
+from data_pipeline.escaping import escaped_line
 
 LAYER_TYPES = ("sliding_attention", "full_attention")
 DTYPES = ("bfloat16", "float32", "float16", "float64")
@@ -179,8 +180,9 @@ def _quantization_problems(values: Mapping[str, Any]) -> list[str]:
     method = quantization.get("quant_method", "mxfp4")
     if method == "mxfp4":
         return []
+    words = escaped_line(method if isinstance(method, str) else _shown(method), SHOWN_CHARACTERS)
     return [
-        f"the weights are quantized by {method if isinstance(method, str) else _shown(method)}; "
+        f"the weights are quantized by {words}; "
         "training starts from bf16, fp32 or the released MXFP4."
     ]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cpt.errors import ConfigError
 from cpt.guard.baseline import BASELINE_FILE, read_baseline, stored_baselines
 from cpt.guard.paired_test import cluster_sums
 from cpt.guard.score import as_floats
-from cpt.telemetry.metrics import read_events
+from cpt.telemetry.event_reader import iter_events
 from data_pipeline.bounded.files import MalformedInput
 from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.bounded.yaml_text import read_yaml
@@ -134,7 +134,7 @@ def read_probes(run_dirs: Sequence[Path]) -> list[Probe]:
 
 def _read_run(run_dir: Path) -> _FinishedRun:
     try:
-        events = read_events(run_dir / "metrics.jsonl")
+        decisions, tokens_of_steps = _read_log(run_dir / "metrics.jsonl")
         config = read_yaml(run_dir / "config.resolved.yaml", follow_links=False)
         total_steps = config["train"]["total_steps"]
     except OSError as error:
@@ -145,14 +145,13 @@ def _read_run(run_dir: Path) -> _FinishedRun:
         raise ConfigError(
             f"probe {run_dir}: config.resolved.yaml is not that of a run ({error})."
         ) from error
-    decisions = _last_by_step(events, "guard_decision")
     if total_steps not in decisions:
         raise ConfigError(
             f"probe {run_dir}: the guard has not measured step {total_steps}, the last of the "
             "schedule. Let the run finish."
         )
     _check_no_action(run_dir, decisions)
-    tokens = _tokens_by_source(events)
+    tokens = _summed(tokens_of_steps.values())
     return _FinishedRun(
         folder=run_dir,
         config=config,
@@ -182,13 +181,16 @@ def _probe_of(run: _FinishedRun, main_language: str) -> Probe:
     )
 
 
-def _last_by_step(events: Sequence[Json], kind: str) -> dict[int, Json]:
-    """Return the events of one kind by step; the last line of a step counts."""
-    found = {}
-    for event in events:
-        if event["event"] == kind:
-            found[event["step"]] = event
-    return found
+def _read_log(metrics: Path) -> tuple[dict[int, Json], dict[int, Json]]:
+    """Return the guard's decisions, and the tokens by source, by step; its last line counts."""
+    decisions = {}
+    tokens = {}
+    for event in iter_events(metrics, ("guard_decision", "step")):
+        if event["event"] == "step":
+            tokens[event["step"]] = event["tokens_by_source"]
+        else:
+            decisions[event["step"]] = event
+    return decisions, tokens
 
 
 def _check_no_action(run_dir: Path, decisions: Mapping[int, Json]) -> None:
@@ -201,11 +203,11 @@ def _check_no_action(run_dir: Path, decisions: Mapping[int, Json]) -> None:
             )
 
 
-def _tokens_by_source(events: Sequence[Json]) -> dict[str, float]:
+def _summed(tokens_of_steps: Iterable[Json]) -> dict[str, float]:
     """Return the predicted tokens of a run by source."""
     tokens: dict[str, float] = defaultdict(float)
-    for event in _last_by_step(events, "step").values():
-        for source, count in event["tokens_by_source"].items():
+    for counts in tokens_of_steps:
+        for source, count in counts.items():
             tokens[source] += count
     return dict(tokens)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cpt.errors import ConfigError
-from cpt.telemetry.metrics import read_events
+from cpt.telemetry.event_reader import iter_events
 
 LAST_EVENTS = 20
 """Measurements at the end of a run that are averaged."""
@@ -54,25 +56,29 @@ def read_routing(run_dir: Path) -> Routing:
         ConfigError: the directory holds no metrics.jsonl, or no router was measured.
     """
     try:
-        events = read_events(run_dir / "metrics.jsonl")
+        measured = _measured(run_dir / "metrics.jsonl")
     except OSError as error:
         raise ConfigError(
             f"--routing_of {run_dir}: {error.strerror}: {error.filename}. Is it a run directory?"
         ) from error
-    measured = []
-    for event in events:
-        if event["event"] == "router" and None not in event["load_max_over_mean"]:
-            measured.append(event)
     if not measured:
         raise ConfigError(
             f"--routing_of {run_dir}: metrics.jsonl has no router event. Set "
             "telemetry.router_interval_steps in the run, or give --imbalance."
         )
-    last = measured[-LAST_EVENTS:]
-    layers = zip(*(event["load_max_over_mean"] for event in last), strict=True)
+    layers = zip(*(event["load_max_over_mean"] for event in measured), strict=True)
     busiest = []
     for loads in layers:
         busiest.append(sum(loads) / len(loads))
     return Routing(
-        run=run_dir.name, steps=(last[0]["step"], last[-1]["step"]), busiest=tuple(busiest)
+        run=run_dir.name, steps=(measured[0]["step"], measured[-1]["step"]), busiest=tuple(busiest)
     )
+
+
+def _measured(metrics: Path) -> list[dict[str, Any]]:
+    """Return the last `LAST_EVENTS` measurements of the router that are whole."""
+    last: deque[dict[str, Any]] = deque(maxlen=LAST_EVENTS)
+    for event in iter_events(metrics, ("router",)):
+        if None not in event["load_max_over_mean"]:
+            last.append(event)
+    return list(last)

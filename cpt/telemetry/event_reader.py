@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ Event = dict[str, Any]
 
 CHUNK_BYTES = 8 * 2**20
 """Most bytes that one look reads; a line that is longer is passed over."""
-MAX_LOG_BYTES = 2**28
-"""Size of a file that is read as a whole: 250,000 steps and more."""
+SHOWN_BYTES = 2**28
+"""Most of a log that a page draws, because it keeps every event; long runs write more."""
 MAX_LINE_BYTES = 2**20
 """Size of an event; that of a decision of the guard over many domains has some 100 kB."""
 MAX_COLLECTIONS = 20_000
@@ -134,12 +135,12 @@ def _parsed_line(line: bytes) -> Any:
         return None
 
 
-def read_all_events(path: Path, *, tail_bytes: int | None = None) -> tuple[list[Event], bool]:
-    """Read the events of a metrics.jsonl; lines that are none are passed over.
+def read_last_events(path: Path, tail_bytes: int) -> tuple[list[Event], bool]:
+    """Read the events at the end of a metrics.jsonl; lines that are none are passed over.
 
     Args:
         path: The file.
-        tail_bytes: Read only so much of its end.
+        tail_bytes: How much of its end is read.
 
     Returns:
         The events, and whether the file was read from its beginning.
@@ -150,7 +151,32 @@ def read_all_events(path: Path, *, tail_bytes: int | None = None) -> tuple[list[
     reader = EventReader(path, tail_bytes=tail_bytes)
     path.stat()
     reader.find_file()
-    events = reader.read()
-    while not reader.is_caught_up:
-        events += reader.read()
+    events = list(_events_left(reader))
     return events, reader.is_whole
+
+
+def iter_events(path: Path, kinds: Collection[str] | None = None) -> Iterator[Event]:
+    """Yield the events of a metrics.jsonl, whatever its size; lines that are none are passed over.
+
+    One piece of the file is in memory at a time, so a caller that keeps little needs little.
+
+    Args:
+        path: The file.
+        kinds: Values of `event` that are wanted; None yields all.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    reader = EventReader(path)
+    path.stat()
+    reader.find_file()
+    for event in _events_left(reader):
+        kind = event.get("event")
+        if kinds is None or (isinstance(kind, str) and kind in kinds):
+            yield event
+
+
+def _events_left(reader: EventReader) -> Iterator[Event]:
+    yield from reader.read()
+    while not reader.is_caught_up:
+        yield from reader.read()

@@ -11,13 +11,12 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from cpt.errors import DataError
 from cpt.resilience.best_effort import reason_of
-from cpt.telemetry.event_reader import MAX_LOG_BYTES, read_all_events
+from cpt.telemetry.event_reader import iter_events
 from cpt.telemetry.json_values import finite
 from data_pipeline.store.files import no_links
 
@@ -60,9 +59,14 @@ class Telemetry:
         for tracker in self._trackers:
             tracker.log(event)
 
-    def events(self) -> list[dict[str, Any]]:
-        """Return all events of the run, those that wait to be written included."""
-        return [] if self._file is None else self._file.events()
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield all events of the run, those that wait to be written included.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if self._file is not None:
+            yield from self._file.events()
 
     def close(self, longest_seconds: float = math.inf) -> None:
         """Close file and trackers.
@@ -105,16 +109,15 @@ class MetricsFile:
             self._waiting_bytes -= len(self._waiting.popleft())
             self._num_lost += 1
 
-    def events(self) -> list[dict[str, Any]]:
-        """Return the events of the file and those that wait.
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield the events of the file and those that wait.
 
         Raises:
             OSError: the file cannot be read.
         """
-        found = read_events(self._path)
+        yield from iter_events(self._path)
         for line in self._waiting:
-            found.append(json.loads(line))
-        return found
+            yield json.loads(line)
 
     def close(self) -> None:
         """Try a last time to write what waits, and tell what was lost."""
@@ -175,14 +178,9 @@ def _time_of(path: Path) -> float | None:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Read all events of a metrics.jsonl; a line that a crash cut off is passed over, and so is one
-    that a damaged disk changed.
+    """Read all events of a metrics.jsonl; see `iter_events`, which needs less memory.
 
     Raises:
         OSError: it cannot be read.
-        DataError: it is larger than the log of any run.
     """
-    if path.stat().st_size > MAX_LOG_BYTES:
-        raise DataError(f"{path}: larger than {MAX_LOG_BYTES:,} bytes. No run logs as much.")
-    events, _ = read_all_events(path)
-    return events
+    return list(iter_events(path))

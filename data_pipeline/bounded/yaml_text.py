@@ -33,6 +33,8 @@ TOO_DEEP = f"nested too deeply. At most {MAX_DEPTH} levels are read"
 TOO_MANY = f"more than {MAX_VALUES:,} values. Write less into one file"
 TOO_MANY_REPEATED = f"its aliases add more than {MAX_REPEATED:,} values. Write less into one file"
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+"""How JSON writes a character beyond the first 65,536, such as an emoji: as two escapes."""
 CORE_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 _TAG = "tag:yaml.org,2002:"
 _FLOAT = (
@@ -46,6 +48,10 @@ _SCALARS = {
     "null": (re.compile(r"^(?:~|null|Null|NULL|)$"), [*"~nN", ""]),
 }
 """What a scalar of each tag looks like, and the characters that it may start with."""
+
+
+def _joined(pair: re.Match[str]) -> str:
+    return pair[0].encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 class _PassedLimit(yaml.MarkedYAMLError):
@@ -89,6 +95,8 @@ class BoundedLoader(yaml.SafeLoader):
             yaml.MarkedYAMLError: No file can have it as its name or in its content.
         """
         text = super().construct_scalar(node)
+        if isinstance(text, str):
+            text = _PAIR.sub(_joined, text)
         if isinstance(text, str) and _UNWRITABLE.search(text):
             problem = "a text has a NUL or half a surrogate pair"
             raise _PassedLimit(None, None, problem, node.start_mark)

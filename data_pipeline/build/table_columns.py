@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.errors import DataError
+from data_pipeline.escaping import escaped_line
 from data_pipeline.text.cleaning import MAX_DOCUMENT_BYTES, TOO_LONG
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ def check_columns(place: str, schema: pa.Schema, fields: Sequence[str], cure: st
                 "out when you write it."
             )
         if not count:
+            names = escaped_line(", ".join(schema.names), 2000)
             raise DataError(
-                f"{place}: no column '{field}'. It has: {', '.join(schema.names)}."
+                f"{place}: no column '{field}'. It has: {names}."
                 f"{_nested_hint(schema, field)} {cure}"
             )
         kind = schema.field(field).type
@@ -71,8 +73,7 @@ def _type_hint(kind: pa.DataType) -> str:
 
 
 def _shown(kind: pa.DataType) -> str:
-    text = str(kind)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    return escaped_line(kind, 100)
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -27,6 +27,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TextIO
 
+from data_pipeline.errors import indented
 from data_pipeline.escaping import escaped_text
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -34,8 +35,6 @@ FORMAT = "%(asctime)s %(levelname)s %(message)s"
 RANK_FORMAT = "%(asctime)s rank %(rank)s %(name)s:%(lineno)d %(levelname)s %(message)s"
 """A line of a process that has a rank."""
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
-INDENTED_BREAK = "\n    "
-"""Between the first line of a record and those that belong to it, such as a stack trace."""
 OWN_LOGGERS = ("cpt", "data_pipeline")
 """The first words of the names of this project's loggers."""
 MOST_WARNINGS = 10_000
@@ -90,7 +89,7 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         record.rank = self._rank
-        return escaped_text(super().format(record)).replace("\n", INDENTED_BREAK)
+        return indented(escaped_text(super().format(record)))
 
 
 class TerminalHandler(logging.Handler):

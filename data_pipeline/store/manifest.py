@@ -20,6 +20,7 @@ from data_pipeline.bounded.json_text import read_json
 from data_pipeline.config.mix_config import GuardDomain
 from data_pipeline.console.progress import show_progress
 from data_pipeline.errors import DataError
+from data_pipeline.escaping import escaped_line
 from data_pipeline.store.entry_types import check_types
 from data_pipeline.store.files import sha256_of, write_json
 from data_pipeline.store.ownership import refuse_foreign
@@ -214,15 +215,19 @@ def read_manifest(directory: Path) -> BuildManifest:
     found = content.get("format_version")
     if found != FORMAT_VERSION:
         raise DataError(
-            f"{path}: has format version {found}, this code reads {FORMAT_VERSION}. Build it again."
+            f"{path}: has format version {escaped_line(found, 100)}, this code reads "
+            f"{FORMAT_VERSION}. Build it again."
         )
     try:
         manifest = _from_content(content)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise DataError(f"{path}: lacks or misnames a key: {error}. Build it again.") from error
+        reason = escaped_line(error, 500)
+        raise DataError(f"{path}: lacks or misnames a key: {reason}. Build it again.") from error
     for name in manifest.files:
         if not _is_inside(name):
-            raise DataError(f"{path}: lists '{name}', which is not a path inside the build.")
+            raise DataError(
+                f"{path}: lists '{escaped_line(name, 200)}', which is not a path inside the build."
+            )
     return manifest
 
 
@@ -324,9 +329,11 @@ def check_files(directory: Path, manifest: BuildManifest, *, verify: bool) -> No
         if not path.is_dir():
             found.add(path.relative_to(directory).as_posix())
     listed = set(manifest.files)
-    problems = [f"{directory / name}: missing" for name in sorted(listed - found)]
+    problems = []
+    for name in sorted(listed - found):
+        problems.append(f"{escaped_line(directory / name)}: missing")
     for name in sorted(found - listed - {FILE_NAME}):
-        problems.append(f"{directory / name}: not in the manifest")
+        problems.append(f"{escaped_line(directory / name)}: not in the manifest")
     compared = sorted(found & listed)
     total = sum(manifest.files[name].bytes for name in compared)
     hidden = not verify  # names and sizes take no time
@@ -337,7 +344,7 @@ def check_files(directory: Path, manifest: BuildManifest, *, verify: bool) -> No
             problem = _file_problem(path, manifest.files[name], verify)
             bar.update(manifest.files[name].bytes)
             if problem:
-                problems.append(f"{path}: {problem}")
+                problems.append(f"{escaped_line(path)}: {problem}")
     if problems:
         raise DataError(
             "\n".join([*problems, "The build is damaged: delete it and build it again."])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cpt.export.model_card import markdown_table, model_card, tokens_by_source
+from cpt.export.logged_facts import LoggedFacts, logged_facts, read_logged_facts
+from cpt.export.model_card import markdown_table, model_card
 
 
 def manifest_of(*languages: str) -> Any:
@@ -28,7 +30,7 @@ def manifest_of(*languages: str) -> Any:
 
 
 def front_matter(*languages: str) -> str:
-    card = model_card(manifest_of(*languages), Path("no-metrics.jsonl"), "bf16")
+    card = model_card(manifest_of(*languages), LoggedFacts(tokens={}, held_out={}), "bf16")
     return card.split("---\n")[1]
 
 
@@ -57,7 +59,40 @@ def test_step_that_was_done_twice_counts_once() -> None:
         {"event": "step", "step": 2, "tokens_by_source": {"a": 4, "b": 6}},
         {"event": "step", "step": 3, "tokens_by_source": {"a": 10}},
     ]
-    assert tokens_by_source(events, last_step=2) == {"a": 14, "b": 6}
+    assert logged_facts(events, last_step=2).tokens == {"a": 14, "b": 6}
+
+
+def test_log_that_cannot_be_read_is_named_in_the_card_and_costs_no_export(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = read_logged_facts(tmp_path / "metrics.jsonl", last_step=8)
+    card = model_card(manifest_of("ja"), facts, "bf16")
+    assert "| source_0 | ja | web | 1 | not known |  |" in card
+    assert "The log of the run could not be read" in card
+    assert "The model card will not show the predicted tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {},
+        {"event": ["step"], "step": 1},
+        {"event": "step"},
+        {"event": "step", "step": 1, "tokens_by_source": 3},
+        {"event": "step", "step": 1, "tokens_by_source": {"source_0": "many"}},
+        {"event": "step", "step": 10**30, "tokens_by_source": {"source_0": 1}},
+        {"event": "guard", "step": 1, "domain": "x\ud800"},
+        {"event": "guard", "step": 1, "domain": "a", "ci_low": "x", "language": "en"},
+    ],
+    ids=lambda line: "-".join(map(str, line)) or "empty",
+)
+def test_damaged_event_costs_no_export(tmp_path: Path, line: dict[str, Any]) -> None:
+    sound = {"event": "step", "step": 2, "tokens_by_source": {"source_0": 5}}
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(f"{json.dumps(line)}\n{json.dumps(sound)}\n")
+    card = model_card(manifest_of("ja"), read_logged_facts(metrics, last_step=8), "bf16")
+    assert "| source_0 | ja | web | 1 | 5 | 100.00 % |" in card
+    card.encode()
 
 
 def test_bar_in_a_name_does_not_end_a_cell() -> None:

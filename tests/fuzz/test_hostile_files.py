@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,14 @@ def test_same_number_makes_the_same_file_and_another_makes_another(tmp_path: Pat
     made = [hostile_content(target, tmp_path, good, number) for number in range(50)]
     assert made == [hostile_content(target, tmp_path, good, number) for number in range(50)]
     assert len(set(made)) > 25
+
+
+def test_unknown_kind_of_file_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = Path(__file__).resolve().parents[2] / "bench" / "prove" / "fuzz.py"
+    monkeypatch.setattr(sys, "argv", [str(program), "--target", "nosuch"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(program))["main"]()
+    assert end.value.code == 2
+    assert "invalid choice: 'nosuch'" in capsys.readouterr().err

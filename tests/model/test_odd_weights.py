@@ -113,6 +113,16 @@ def test_a_directory_with_other_files_says_what_to_do_with_them(
     assert message in refusal(tensor_files, tmp_path)
 
 
+@pytest.mark.parametrize("named_by", [INDEX_FILE, SINGLE_FILE])
+def test_weights_without_a_tensor_beside_others_are_refused(named_by: str, tmp_path: Path) -> None:
+    save_file({}, tmp_path / "model-00001-of-00002.safetensors")
+    if named_by == INDEX_FILE:
+        (tmp_path / INDEX_FILE).write_text('{"weight_map": {}}')
+    else:
+        save_file({}, tmp_path / SINGLE_FILE)
+    assert f"{tmp_path / named_by}: names no tensor" in refusal(tensor_files, tmp_path)
+
+
 def load(path: Path) -> object:
     return load_config(path, None)
 

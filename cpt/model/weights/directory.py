@@ -29,6 +29,7 @@ from cpt.model.weights.hf_layout import (
     tensor_files,
 )
 from cpt.model.weights.values import MAX_TENSORS, ValuesSeen, describe_values, joined
+from data_pipeline.escaping import escaped_line
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 CODE_DTYPES = ("U8",)
@@ -87,7 +88,7 @@ def check_directory(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
             problems += _problems_of_file(file, listed, expected)
         except ConfigError as error:  # it is no whole file; the others are looked at all the same
             problems += [*error.problems, *unfinished_hint(path)]
-    problems = list(dict.fromkeys(problems))
+    problems = list(dict.fromkeys(map(escaped_line, problems)))  # names of tensors hold anything
     left = len(problems) - MAX_PROBLEMS
     if left > 0:
         problems = [*problems[:MAX_PROBLEMS], f"{path}: {left:,} more problems with tensors."]

@@ -14,6 +14,7 @@ from cpt.errors import ConfigError
 from data_pipeline.bounded.files import MalformedInput, read_small_file
 from data_pipeline.bounded.json_text import parse_json
 from data_pipeline.config.links import dangling_link
+from data_pipeline.escaping import escaped_line
 from data_pipeline.store.file_kinds import FileKind, describe_head, kind_of_file
 
 SINGLE_FILE = "model.safetensors"
@@ -74,8 +75,13 @@ def tensor_files(path: Path) -> dict[str, Path]:
     missing = sorted({file for file in files.values() if not file.is_file()})
     if missing:
         raise ConfigError([_why_missing(file, index) for file in missing])
+    if not files:
+        raise ConfigError(f"{index if index.is_file() else path / SINGLE_FILE}: {_NO_TENSOR}")
     _check_one_set(path, set(files.values()))
     return files
+
+
+_NO_TENSOR = "names no tensor, so the directory holds no model. Fetch it again."
 
 
 def _check_one_set(path: Path, used: set[Path]) -> None:
@@ -94,10 +100,11 @@ def _check_one_set(path: Path, used: set[Path]) -> None:
         if file not in used and (file.name == SINGLE_FILE or _SHARD.search(file.name)):
             others.append(file.name)
     if others:
-        mine = min(used).name
+        mine = escaped_line(min(used).name)
+        other = escaped_line(others[0])
         counted = f"{len(others)} file{'s' if len(others) > 1 else ''}"
         raise ConfigError(
-            f"{path}: holds two sets of weights, that of {mine} and that of {others[0]} "
+            f"{path}: holds two sets of weights, that of {mine} and that of {other} "
             f"({counted}). This project reads the first, other programs may read the second. Move "
             "one of them away."
         )
@@ -105,12 +112,12 @@ def _check_one_set(path: Path, used: set[Path]) -> None:
 
 def _why_missing(file: Path, index: Path) -> str:
     link = dangling_link(file)
-    return link or f"{index} names {file}, which does not exist. Fetch it too."
+    return link or f"{index} names {escaped_line(file)}, which does not exist. Fetch it too."
 
 
 def _why_no_weights(path: Path) -> str:
     """Return why a directory has no weights, as far as the files that it holds tell."""
-    found = sorted(file.name for file in path.glob("*.safetensors"))
+    found = sorted(escaped_line(file.name) for file in path.glob("*.safetensors"))
     shards = [name for name in found if _SHARD.search(name)]
     if shards:
         return (
@@ -135,7 +142,7 @@ def _why_no_weights(path: Path) -> str:
 
 def _pickles_in(path: Path) -> str:
     """Return a sentence on the pickles of a directory, which are not read; empty without any."""
-    names = [file.name for file in path.glob("*") if file.suffix in PICKLE_SUFFIXES]
+    names = [escaped_line(file.name) for file in path.glob("*") if file.suffix in PICKLE_SUFFIXES]
     if not names:
         return ""
     return f" It holds {', '.join(sorted(names))}: pickles can run code and are not read."
@@ -192,5 +199,5 @@ def open_tensors(file: Path) -> Any:
         raise ConfigError(reason) from error
     except SafetensorError as error:
         raise ConfigError(
-            f"{file}: not a whole safetensors file ({error}). Fetch it again."
+            f"{file}: not a whole safetensors file ({escaped_line(error)}). Fetch it again."
         ) from error

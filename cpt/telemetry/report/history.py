@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cpt.telemetry.event_reader import MAX_LOG_BYTES, read_all_events
+from cpt.telemetry.event_reader import SHOWN_BYTES, read_last_events
 from cpt.telemetry.goodput import Goodput, goodput
 from cpt.telemetry.report.series import Array
 from cpt.telemetry.report.starts import Mark, Start, marks, starts
@@ -79,7 +79,7 @@ class Run:
 
 def read_run(run_dir: Path) -> Run:
     """Read metrics.jsonl and config.resolved.yaml."""
-    events, is_whole = read_all_events(run_dir / METRICS, tail_bytes=MAX_LOG_BYTES)
+    events, is_whole = read_last_events(run_dir / METRICS, SHOWN_BYTES)
     kept, repeated = current_branch(events)
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for event in kept:
@@ -89,7 +89,7 @@ def read_run(run_dir: Path) -> Run:
     router = {event["step"]: event for event in by_kind.get("router", [])}
     config, notes = _read_config(run_dir / CONFIG)
     if not is_whole:
-        notes.append(f"Only the last {MAX_LOG_BYTES // 2**20} MiB of {METRICS} are shown.")
+        notes.append(f"Only the last {SHOWN_BYTES // 2**20} MiB of {METRICS} are shown.")
     lost = [event["step"] for event in steps if not math.isfinite(number(event.get("loss")))]
     if lost:
         notes.append(

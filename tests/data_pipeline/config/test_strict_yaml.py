@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,3 +208,19 @@ def test_cross_field_rules_name_their_key() -> None:
     reader = Reader(parse_yaml("parts:\n  - {}\n  - lr: 3\n", "f.yaml"))
     assert reader.read(Checked) is None
     assert reader.problems == ["f.yaml:3: parts[1].lr is too large."]
+
+
+def test_json_with_characters_written_as_pairs_is_read(tmp_path: Path) -> None:
+    """As json.dumps writes them unless it is told otherwise."""
+    path = tmp_path / "ds.json"
+    values = {"path": "/data/\U00020bb7\u91ce", "\U0001f600": "\U0001f600\U0001f601"}
+    path.write_text(json.dumps(values))
+    assert "\\ud83d\\ude00" in path.read_text()
+    assert load_json(path).value == values
+
+
+@pytest.mark.parametrize("half", ["\\ud83d", "\\ude00", "\\ude00\\ud83d", "\\ud83d\\ud83d\\ude00"])
+def test_half_a_pair_is_refused(half: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(f'{{"path": "{half}"}}')
+    with pytest.raises(ConfigError, match="half a surrogate pair"):
+        load_json(tmp_path / "ds.json")
