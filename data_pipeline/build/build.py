@@ -283,7 +283,8 @@ def _locked(out_dir: Path, *, is_shared: bool = False) -> Iterator[None]:
     try:
         make_folder(out_dir.parent)
         path = out_dir.with_name(f".{out_dir.name}.lock")
-        with file_lock(path, is_shared=is_shared) as is_locked:
+        # a file that stays would shut out the other users of a shared folder
+        with file_lock(path, is_shared=is_shared, is_kept=False) as is_locked:
             if not is_locked:
                 log.warning(
                     "%s: this file system has no locks (flock). Start one build of it at a time.",

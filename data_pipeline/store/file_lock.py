@@ -51,7 +51,7 @@ def file_lock(
         path: The file; its content is never changed here.
         is_shared: Hold it together with others that do so.
         limit_seconds: How long to wait for others.
-        is_kept: False removes the file at the end.
+        is_kept: False removes the file at the end, unless others hold the lock as well.
 
     Raises:
         LockHeld: another process still holds it; the message names it, if it is known.
@@ -63,9 +63,17 @@ def file_lock(
         yield is_locked
     finally:
         if not is_kept:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            _remove(path, descriptor, is_locked)
         os.close(descriptor)
+
+
+def _remove(path: Path, descriptor: int, is_locked: bool) -> None:
+    """Remove a lock file that this process holds, unless others hold it together with it."""
+    with contextlib.suppress(OSError):
+        if is_locked:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_still(path, descriptor):
+            path.unlink()
 
 
 def _locked_descriptor(path: Path, is_shared: bool, limit_seconds: float) -> tuple[int, bool]:
@@ -90,9 +98,16 @@ def _open_private(path: Path) -> int:
         ConfigError: it belongs to another user.
         OSError: it cannot be opened, or is a link.
     """
+    owner = os.geteuid()
     with contextlib.suppress(FileNotFoundError):
-        _refuse_owner(path, path.lstat().st_uid)  # it may be one that cannot be opened
-    descriptor = no_links(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, PRIVATE_MODE)
+        owner = path.lstat().st_uid
+    _refuse_owner(path, owner)  # it may be one that cannot be opened
+    try:
+        descriptor = no_links(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, PRIVATE_MODE)
+    except PermissionError:
+        if owner != os.geteuid():
+            raise _foreign(path, owner) from None
+        raise
     try:
         status = os.fstat(descriptor)
         _refuse_owner(path, status.st_uid)  # it may be another one than a moment ago
@@ -108,10 +123,15 @@ def _open_private(path: Path) -> int:
 
 def _refuse_owner(path: Path, owner: int) -> None:
     if owner not in (os.geteuid(), 0):
-        raise ConfigError(
-            f"the lock {path} belongs to {user_name(owner)}, not to {user_name(os.geteuid())}. "
-            "Wait until that user is done, then let the file be removed; or choose another place."
-        )
+        raise _foreign(path, owner)
+
+
+def _foreign(path: Path, owner: int) -> ConfigError:
+    return ConfigError(
+        f"the lock {path} belongs to {user_name(owner)}, not to {user_name(os.geteuid())}. Wait "
+        "until that user is done. If nothing of that user is at work there any more, have the file "
+        "removed; or choose another place."
+    )
 
 
 def _wait_for(descriptor: int, path: Path, is_shared: bool, deadline: float) -> bool:

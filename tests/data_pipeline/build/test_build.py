@@ -20,6 +20,7 @@ import pytest
 from data_pipeline.build.build import (
     DEFAULT_ROOT,
     build,
+    build_share,
     input_bytes,
     resolve_build_dir,
 )
@@ -246,6 +247,15 @@ def test_two_builds_of_one_directory_do_not_mix(mix: MixConfig, tmp_path: Path) 
     build(mix, tmp_path / "out", progress=False)
 
 
+def test_a_build_leaves_no_lock_that_would_shut_out_others_who_share_the_folder(
+    mix: MixConfig, tmp_path: Path
+) -> None:
+    build_share(mix, tmp_path / "out", 0, 1)
+    assert not (tmp_path / ".out.lock").exists()
+    build(mix, tmp_path / "out", progress=False)
+    assert not (tmp_path / ".out.lock").exists()
+
+
 @pytest.mark.parametrize("point", ["documents", "rows", "manifest", "rename"])
 @pytest.mark.case("B12", "rerun gives the manifest of an undisturbed build")
 def test_a_build_killed_anywhere_leaves_nothing_and_its_rerun_gives_the_same_manifest(
@@ -394,7 +404,6 @@ def test_build_of_another_user_is_refused_and_only_read_if_it_is_named_as_shared
     manifest = build(mix, out, progress=False)
     for path in (out, *out.rglob("*")):
         os.chown(path, ATTACKER, ATTACKER)
-    (tmp_path / ".out.lock").unlink()
     before = files_of(tmp_path)
     for read in (lambda: build(mix, out, progress=False), lambda: BuiltData.open(out)):
         with pytest.raises(ConfigError, match=f"build {out} belongs to uid {ATTACKER}"):

@@ -133,6 +133,34 @@ def test_shared_locks_are_held_together_and_keep_others_out(tmp_path: Path) -> N
             held.enter_context(file_lock(path))
 
 
+def test_file_of_a_shared_lock_stays_until_the_last_holder_lets_go(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with file_lock(path, is_shared=True, is_kept=False):
+        with file_lock(path, is_shared=True, is_kept=False):
+            pass
+        assert path.exists()
+        with pytest.raises(LockHeld), file_lock(path):
+            pass
+    assert not path.exists()
+
+
+@needs_root
+def test_lock_that_root_has_left_is_told_with_its_owner_and_a_cure() -> None:
+    with common_folder() as common:
+        own = owned_folder(common / "own", VICTIM, 0o755)
+        (own / "lock").touch(mode=0o600)
+
+        def use() -> str:
+            try:
+                with file_lock(own / "lock"):
+                    return "used"
+            except ConfigError as error:
+                return str(error)
+
+        told = as_user(VICTIM, use)
+        assert "belongs to root (uid 0)" in told and "have the file removed" in told
+
+
 @pytest.mark.parametrize("mode", [None, 0o644, 0o666])
 def test_lock_file_is_private_whatever_the_umask_and_whatever_it_was(
     tmp_path: Path, mode: int | None
