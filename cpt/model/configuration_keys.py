@@ -59,6 +59,7 @@ REFUSED_KEYS = {
     "kernel_config": "names kernels that are to be fetched and run",
     "per_layer_config": "gives single layers other sizes; the layers of gpt-oss differ in their "
     "window only",
+    "speculators_config": "names another model, which vLLM fetches and serves in place of this one",
     "transformers_weights": "names another file of weights, which this project does not read",
 }
 """Keys that name code or files, or change what others mean, and what each of them does."""
@@ -100,6 +101,12 @@ def key_problems(values: Mapping[str, Any]) -> list[str]:
     for key, what in REFUSED_KEYS.items():
         if values.get(key) is not None:
             problems.append(f"{key} {what}. {_cure('the key')}")
+    return problems + implementation_problems(values)
+
+
+def implementation_problems(values: Mapping[str, Any]) -> list[str]:
+    """Return the keys that name an implementation which is to be fetched."""
+    problems = []
     for key in IMPLEMENTATION_KEYS:
         value = values.get(key)
         if value is not None and value not in LIBRARY_IMPLEMENTATIONS:

@@ -254,17 +254,55 @@ def test_harness_gets_our_own_tokenizer(
         ("tokenizer_config.json", {"auto_map": TOKENIZER_MAP}),
         ("processor_config.json", {"auto_map": {}}),
         ("generation_config.json", {"custom_generate": "somebody/method"}),
-        ("adapter_config.json", {"auto_map": {"base_model_class": "x"}}),
+        ("image_processor_config.json", {"auto_map": {}}),
+        ("tokenizer_config.json", {"init": [{"auto_map": TOKENIZER_MAP}]}),
+        ("config.json", {"text_config": {"auto_map": TOKENIZER_MAP}}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_a_directory_with_code_is_not_handed_to_servers(
     plants: Plants, file: str, values: dict[str, Any]
 ) -> None:
     refuse_foreign_code(plants.model, "--model")
     plants.change(file, **values)
-    with pytest.raises(ConfigError, match=f"{file}: {next(iter(values))} names Python code"):
+    with pytest.raises(ConfigError, match=f"{file}: (auto_map|custom_generate) names Python"):
         refuse_foreign_code(plants.model, "--model")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"text_config": {"attn_implementation": "a/b"}}, "attn_implementation names code"),
+        ({"speculators_config": {"verifier": {}}}, "speculators_config names another model"),
+    ],
+    ids=["kernel", "speculators"],
+)
+def test_a_configuration_that_has_something_fetched_is_not_handed_to_servers(
+    plants: Plants, values: dict[str, Any], words: str
+) -> None:
+    plants.change("config.json", **values)
+    with pytest.raises(ConfigError, match=words):
+        refuse_foreign_code(plants.model, "--model")
+
+
+def test_an_adapter_is_not_handed_to_servers(plants: Plants) -> None:
+    plants.change("adapter_config.json", peft_type="LORA", base_model_name_or_path="somebody/x")
+    with pytest.raises(ConfigError, match="for which another model is fetched"):
+        refuse_foreign_code(plants.model, "--model")
+
+
+def test_pickles_alone_are_not_handed_to_servers(plants: Plants) -> None:
+    plants.add("pytorch_model.bin", "x")
+    refuse_foreign_code(plants.model, "--model")
+    for file in plants.model.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"weights are pickles \(pytorch_model.bin\)"):
+        refuse_foreign_code(plants.model, "--model")
+
+
+def test_model_of_another_architecture_may_be_scored(plants: Plants) -> None:
+    plants.change("config.json", model_type="llama", architectures=["LlamaForCausalLM"])
+    refuse_foreign_code(plants.model, "--model")
 
 
 def test_folder_with_a_writer_of_replies_is_not_handed_to_servers(plants: Plants) -> None:
