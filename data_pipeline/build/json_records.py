@@ -21,10 +21,13 @@ from data_pipeline.text.cleaning import Tally
 
 MAX_VALUES = 1_000_000
 """Values in a record: texts, numbers, lists and objects."""
-_STRING_OR_MARK = re.compile(rb'"(?:[^"\\]++|\\.)*+\\?(?:"|\Z)|[,\[{]', re.DOTALL)
-"""Matches a string, the last one even if it does not end, or a mark that stands before a value."""
+_STRING_OR_MARK = re.compile(
+    rb'"(?:[^"\\]++|\\.)*+\\?(?:"|\Z)|,|[\[{](?![ \t\r\n]*+[\]}])', re.DOTALL
+)
+"""Matches a string, the last one even if it does not end, or a mark that stands before a value.
 
-
+Before an empty list or object's end stands no value.
+"""
 _QUOTE = ord('"')
 
 

@@ -5,8 +5,10 @@ Decisions
     entered once, whatever leads to it: a link to a folder above would otherwise show each file some
     40 times, and two such links more often than can be counted.
     Pipes, sockets and devices are no files: reading one waits, or never ends.
-    A name with a control character is refused. Names stand in messages, manifests and reports,
-    where a line break in one would begin a line that looks like ours.
+    A file whose path has a control character is refused. Paths stand in messages, manifests and
+    reports, where a line break in one would begin a line that looks like ours. What is no file is
+    passed over whatever its name, and so is the empty file in which macOS notes that a folder has
+    an icon: it holds no text, and shared folders are full of them.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from data_pipeline.escaping import escaped_line
 MAX_FILES = 1_000_000
 """Files that one pattern may name; every file becomes a token shard or a part of one."""
 _ANY_DEPTH = "**"
+_MACOS_ICON = "Icon\r"
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -30,8 +33,8 @@ def expand(pattern: str) -> list[Path]:
     """Return the files that an absolute path or glob names, sorted.
 
     Raises:
-        OSError: there are more than MAX_FILES of them, a folder cannot be read, or a name has a
-            control character.
+        OSError: there are more than MAX_FILES of them, a folder cannot be read, or the path of a
+            file has a control character.
     """
     path = Path(pattern)
     if path.exists() or not glob.has_magic(pattern):
@@ -47,10 +50,13 @@ def plain_files(paths: Iterable[Path]) -> list[Path]:
     """
     files = []
     for path in paths:
+        if not path.is_file() and not dangling_link(path):
+            continue
         if _CONTROL.search(str(path)):
+            if path.name == _MACOS_ICON and path.is_file() and not path.stat().st_size:
+                continue
             raise OSError(0, f"the name '{escaped_line(path)}' has a control character; rename it")
-        if path.is_file() or dangling_link(path):
-            files.append(path)
+        files.append(path)
         if len(files) > MAX_FILES:
             raise OSError(
                 0, f"it names more than {MAX_FILES:,} files; join small files to larger ones"

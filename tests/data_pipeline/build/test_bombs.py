@@ -262,7 +262,11 @@ def test_only_values_outside_of_texts_count(monkeypatch: pytest.MonkeyPatch) -> 
     assert reason_of({"text": ',[{"\\' * 50}) is None
     assert reason_of({"text": "a", "more": list(range(7))}) is None
     assert reason_of({"text": "a", "more": list(range(8))}) == ("more than 10 values in a record")
-    assert reason_of({"text": "a", "more": [{}] * 20}) == "more than 10 values in a record"
+    # the record, the text, the list and seven objects: ten values
+    assert reason_of({"text": "a", "more": [{}] * 7}) is None
+    assert reason_of({"text": "a", "more": [{}] * 8}) == "more than 10 values in a record"
+    assert reason_of({"text": "a", "more": [{"k": []}] * 3}) is None
+    assert reason_of({"text": "a", "more": [{"k": []}] * 4}) == "more than 10 values in a record"
 
 
 def test_a_long_document_has_the_signature_that_it_would_have_at_once(

@@ -84,3 +84,20 @@ def test_a_name_that_could_forge_a_line_is_refused_and_shown_as_it_is(
     (tmp_path / f"a{character}FAKE: verified ok.jsonl").write_text("{}")
     with pytest.raises(OSError, match=r"'[^\x1b\n]*a\\[^\x1b\n]*' has a control character"):
         expand(str(tmp_path / "*.jsonl"))
+
+
+def test_what_is_no_file_may_have_any_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "folder\n").mkdir()
+    os.mkfifo(tmp_path / "pipe\n")
+    icon = tmp_path / "Icon\r"  # macOS puts it into folders with icons of their own
+    icon.write_bytes(b"")
+    assert expand(str(tmp_path / "*")) == [tmp_path / "a.jsonl"]
+    assert expand(str(tmp_path / "**")) == [tmp_path / "a.jsonl"]
+    icon.write_text("text")
+    with pytest.raises(OSError, match=r"Icon\\r' has a control character"):
+        expand(str(tmp_path / "*"))
+    icon.unlink()
+    (tmp_path / "folder\n" / "b.jsonl").write_text("{}")
+    with pytest.raises(OSError, match="has a control character"):
+        expand(str(tmp_path / "*" / "*"))
