@@ -21,6 +21,7 @@ from data_pipeline.build.table_columns import check_columns
 from data_pipeline.config.links import dangling_link
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
+from data_pipeline.store.arrow_streams import check_saved_dataset
 from data_pipeline.store.file_kinds import FileKind, describe_head, kind_of_file
 from data_pipeline.store.manifest import check_files, read_manifest
 from data_pipeline.store.packing import Integers, load_array
@@ -157,6 +158,7 @@ def _open_dataset(
     place = path[0] if path else f"{name} at {revision}"
     try:
         if path:
+            check_saved_dataset(Path(path[0]))
             loaded = datasets.load_from_disk(path[0])
         else:
             assert name is not None, "load_mix refuses a dataset without path and name"
