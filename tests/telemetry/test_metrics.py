@@ -282,7 +282,7 @@ def test_other_events_keep_their_own_name() -> None:
     }
 
 
-def test_log_of_a_long_run_is_read_whatever_its_size(path: Path) -> None:
+def test_log_of_a_long_run_is_read_as_a_whole(path: Path) -> None:
     """A run of 100,000 steps with 50 sources and KL targets writes 590 MiB."""
     first = json.dumps(step(1)) + "\n"
     last = json.dumps(step(2)) + "\n"
