@@ -756,7 +756,7 @@ def test_run_without_a_usable_checkpoint_is_refused_before_weights_are_read(
     (trained / "half-a-file").write_bytes(b"")
     assert dry_run() == 74
     message = capsys.readouterr().err
-    assert f"no usable checkpoint:\n{trained.name}/half-a-file: not in the manifest." in message
+    assert f"no usable checkpoint:\n    {trained.name}/half-a-file: not in the manifest." in message
 
 
 def test_checkpoint_with_files_of_wrong_sizes_is_passed_over_and_told(
