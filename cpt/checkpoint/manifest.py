@@ -90,6 +90,11 @@ class TensorRecord:
     """Whether Adam's moments are stored; a frozen parameter has none."""
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Those of `PARTS` that are stored of it."""
+        return PARTS if self.trained else PARTS[:1]
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of the tensor and its moments, all in fp32."""
         bytes_per_element = OPTIMIZER_BYTES if self.trained else FP32_BYTES
@@ -219,8 +224,7 @@ def most_ranges(manifest: Manifest) -> int:
     """
     num_ranges = 0
     for record in manifest.tensors.values():
-        num_parts = len(PARTS) if record.trained else 1
-        num_ranges += num_parts * min(len(manifest.files), math.prod(record.shape))
+        num_ranges += len(record.parts) * min(len(manifest.files), math.prod(record.shape))
     return num_ranges
 
 

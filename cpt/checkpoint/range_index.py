@@ -31,7 +31,6 @@ import xxhash
 
 from cpt.checkpoint.manifest import (
     METADATA,
-    PARTS,
     RANGES,
     FileRecord,
     Manifest,
@@ -232,8 +231,7 @@ def stored_tensors(manifest: Manifest) -> dict[str, TensorRecord]:
     """Return the record of every stored tensor by its key, `part/parameter name`."""
     wanted = {}
     for name, record in manifest.tensors.items():
-        parts = PARTS if record.trained else PARTS[:1]
-        for part in parts:
+        for part in record.parts:
             wanted[f"{part}/{name}"] = record
     return wanted
 

@@ -36,6 +36,8 @@ import torch.distributed as dist
 from cpt.errors import ConfigError, StorageError
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.resilience.environment import JOB_SECRET
+from data_pipeline.store.file_lock import PRIVATE_MODE
+from data_pipeline.store.files import no_links
 from data_pipeline.store.ownership import user_name
 
 SHARE_SECONDS = 30.0
@@ -152,8 +154,7 @@ def write_secret(path: Path, secret: bytes) -> None:
     Raises:
         OSError: the file exists, or cannot be written.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o600)
+    descriptor = no_links(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE_MODE)
     try:
         os.write(descriptor, secret)
         os.fsync(descriptor)

@@ -11,6 +11,8 @@ import signal
 import time
 from pathlib import Path
 
+from data_pipeline.store.boot import this_boot
+
 _STATE = 0
 _PARENT = 1
 _START_TICKS = 19
@@ -130,12 +132,11 @@ def kernel_report_of(pid: int) -> list[str]:
 
 def pid_namespace() -> str:
     """Return the boot and the pid namespace in which process ids of this process mean something."""
-    boot = _read(Path("/proc/sys/kernel/random/boot_id")).strip()
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         namespace = ""
-    return f"{boot} {namespace}"
+    return f"{this_boot()} {namespace}"
 
 
 def _stat_fields(pid: int) -> list[str]:

@@ -202,7 +202,7 @@ def _value_bytes(chunk: pa.Array) -> npt.NDArray[np.int64]:
     return lengths.to_numpy()  # type: ignore[no-any-return]
 
 
-def _column_bytes(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
+def _column_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
     """Return the values of a column, null as None.
 
     They come as bytes, because one string that is not UTF-8 must not cost the whole column.
@@ -212,9 +212,8 @@ def _column_bytes(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
     if pa.types.is_null(column.type):
         return [None] * len(column)
     values: list[bytes | None] = []
-    for chunk in _storage_chunks(column):
+    for chunk in column.chunks:
         if isinstance(chunk, pa.DictionaryArray):
-            # a cast to strings would refuse the whole column for one that is not UTF-8
             decoded = chunk.dictionary.cast(pa.large_binary()).take(chunk.indices)
         else:
             decoded = chunk.cast(pa.large_binary())

@@ -56,16 +56,8 @@ def refuse_foreign(
 ) -> None:
     """Refuse a file or directory that another user owns, or that others may write to.
 
-    A path that does not exist is refused only for a link on the way to it.
-
-    Args:
-        path: The file or directory.
-        what: What it is in the message, such as "run directory".
-        folders: Names of folders in it whose entries are looked at as well as its own; None for all
-            folders, and those in them.
-        in_run_dir: It lies in a run directory, which is looked at by itself: where others cannot
-            get in, only its owner matters.  Earlier versions left folders of checkpoints with the
-            mode of the umask.
+    A path that does not exist is refused only for a link on the way to it.  The arguments are those
+    of `foreign_problems`.
 
     Raises:
         ConfigError: it is not this user's alone, or CPT_SHARED_DIRS is wrong.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from cpt.errors import ConfigError
 from cpt.telemetry.report.history import read_run
 from cpt.telemetry.report.panel import source_languages
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
+from tests.support.bombs import alias_bomb
 from tests.support.checkpoints import write_checkpoint
 from tests.support.run_events import checkpoint, end, guard, start, step
 from tests.support.run_folders import make_run
@@ -71,14 +71,6 @@ def test_no_text_of_a_run_gets_into_a_page_unseen(tmp_path: Path) -> None:
         text = page.read_text(encoding="utf-8")
         shown = set(text) & SHOWN_RAW
         assert not shown, f"{page.name} holds {shown}"
-
-
-def alias_bomb() -> str:
-    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
-    for former, name in itertools.pairwise("abcdefghi"):
-        nine_times = ", ".join([f"*{former}"] * 9)
-        lines.append(f"{name}: &{name} [{nine_times}]")
-    return "\n".join(lines)
 
 
 CONFIGS = {

@@ -33,6 +33,7 @@ from cpt.model.weights.checksums import write_sums
 from cpt.model.weights.hf_layout import INDEX_FILE, SINGLE_FILE
 from cpt.storage.space import check_space, write_error
 from data_pipeline.bounded.files import read_small_file
+from data_pipeline.store.boot import this_boot
 from data_pipeline.store.file_lock import LockHeld, file_lock
 from data_pipeline.store.files import (
     FOLDER_MODE,
@@ -205,7 +206,7 @@ def published(out: Path) -> Iterator[Path]:
         make_folder(out.parent)
         with file_lock(_lock_of(temporary), is_kept=False):
             with open(_lock_of(temporary), "w", encoding="ascii", opener=no_links) as lock:
-                lock.write(_this_machine())
+                lock.write(this_boot())
             temporary.mkdir(mode=FOLDER_MODE)
             yield temporary
             sync_directory(temporary)
@@ -235,7 +236,7 @@ def _is_left(folder: Path) -> bool:
     lock = _lock_of(folder)
     with contextlib.suppress(OSError, ValueError):
         machine = read_small_file(lock, follow_links=False).decode()
-        if machine and machine == _this_machine():
+        if machine and machine == this_boot():
             try:
                 with file_lock(lock) as is_locked:
                     if is_locked:
@@ -249,14 +250,6 @@ def _is_left(folder: Path) -> bool:
 def _lock_of(temporary: Path) -> Path:
     """Return the file that is locked while a directory is filled; it names the machine."""
     return temporary.with_name(f"{temporary.name}.lock")
-
-
-def _this_machine() -> str:
-    """Return what tells this machine from others; empty if nothing does."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
 
 
 def _last_change(folder: Path) -> float:

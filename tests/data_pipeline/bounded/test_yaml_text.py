@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from pathlib import Path
 
@@ -10,15 +9,7 @@ import pytest
 
 from data_pipeline.bounded.files import MalformedInput
 from data_pipeline.bounded.yaml_text import plain_yaml, read_yaml
-
-
-def alias_bomb() -> str:
-    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
-    for former, name in itertools.pairwise("abcdefghi"):
-        nine_times = ", ".join([f"*{former}"] * 9)
-        lines.append(f"{name}: &{name} [{nine_times}]")
-    return "\n".join(lines)
-
+from tests.support.bombs import alias_bomb
 
 BOMBS = {
     "aliases": alias_bomb(),

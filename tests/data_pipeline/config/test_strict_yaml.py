@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import pytest
 
 from data_pipeline.config.strict_yaml import Reader, load_json, load_yaml, parse_yaml, read_file
 from data_pipeline.errors import ConfigError
+from tests.support.bombs import alias_bomb
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,12 +133,8 @@ def test_hostile_yaml_is_a_configuration_error(text: str, message: str) -> None:
 
 @pytest.mark.case("X6", "aliases cannot blow a file up")
 def test_aliases_cannot_blow_a_file_up() -> None:
-    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
-    for former, name in itertools.pairwise("abcdefghi"):
-        nine_times = ", ".join([f"*{former}"] * 9)
-        lines.append(f"{name}: &{name} [{nine_times}]")
     with pytest.raises(ConfigError, match="aliases add more than 10,000 values"):
-        parse_yaml("\n".join(lines), "f.yaml")
+        parse_yaml(alias_bomb(), "f.yaml")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

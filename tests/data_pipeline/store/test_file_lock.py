@@ -50,6 +50,15 @@ def held_by_another_process(path: Path) -> Iterator[int]:
         child.join()
 
 
+def use(path: Path) -> str:
+    """Hold a lock; return why that is refused, or "used"."""
+    try:
+        with file_lock(path):
+            return "used"
+    except ConfigError as error:
+        return str(error)
+
+
 def test_lock_that_is_held_is_refused_and_its_holder_is_named(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with held_by_another_process(path) as pid, pytest.raises(LockHeld) as caught, file_lock(path):
@@ -150,14 +159,7 @@ def test_lock_that_root_has_left_is_told_with_its_owner_and_a_cure() -> None:
         own = owned_folder(common / "own", VICTIM, 0o755)
         (own / "lock").touch(mode=0o600)
 
-        def use() -> str:
-            try:
-                with file_lock(own / "lock"):
-                    return "used"
-            except ConfigError as error:
-                return str(error)
-
-        told = as_user(VICTIM, use)
+        told = as_user(VICTIM, lambda: use(own / "lock"))
         assert "belongs to root (uid 0)" in told and "have the file removed" in told
 
 
@@ -197,19 +199,12 @@ def test_other_users_cannot_hold_a_lock_nor_plant_one() -> None:
                 return str(error.strerror)
             return "held"
 
-        def use() -> str:
-            try:
-                with file_lock(path):
-                    return "used"
-            except ConfigError as error:
-                return str(error)
-
-        assert as_user(VICTIM, use) == "used"
+        assert as_user(VICTIM, lambda: use(path)) == "used"
         assert as_user(ATTACKER, steal) == "Permission denied"
         path.unlink()
         path.touch(mode=0o666)
         os.chown(path, ATTACKER, ATTACKER)
-        assert f"belongs to uid {ATTACKER}" in as_user(VICTIM, use)
+        assert f"belongs to uid {ATTACKER}" in as_user(VICTIM, lambda: use(path))
 
 
 @needs_root
@@ -230,14 +225,7 @@ def test_file_that_another_user_puts_there_while_it_is_opened_is_refused(
         os.chown(own / "planted", ATTACKER, ATTACKER)
         monkeypatch.setattr(module, "no_links", swap)
 
-        def use() -> str:
-            try:
-                with file_lock(path):
-                    return "used"
-            except ConfigError as error:
-                return str(error)
-
-        assert f"belongs to uid {ATTACKER}" in as_user(VICTIM, use)
+        assert f"belongs to uid {ATTACKER}" in as_user(VICTIM, lambda: use(path))
 
 
 def test_pipe_in_place_of_a_lock_is_refused(tmp_path: Path) -> None:
