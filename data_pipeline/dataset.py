@@ -25,6 +25,7 @@ from data_pipeline.store.packing import (
     CLUSTERS_FILE,
     Integers,
     RowIndex,
+    Segments,
     load_array,
     pack,
 )
@@ -164,7 +165,8 @@ class PackedDocuments:
         self._domain = domain
         self._documents = documents
         tokens = domain.document_tokens[documents]
-        self._packed = pack(np.arange(len(documents)), tokens, domain.seq_len)
+        segments = Segments.whole(np.arange(len(documents)), tokens)
+        self._packed = pack(segments, domain.seq_len)
 
     @property
     def num_rows(self) -> int:

@@ -32,7 +32,14 @@ from data_pipeline.store.manifest import (
     FileEntry,
     SourceEntry,
 )
-from data_pipeline.store.packing import ARRAY_NAMES, CLUSTERS_FILE, Integers, RowIndex, pack
+from data_pipeline.store.packing import (
+    ARRAY_NAMES,
+    CLUSTERS_FILE,
+    Integers,
+    RowIndex,
+    Segments,
+    pack,
+)
 from data_pipeline.text.tokenizer import NAME, RANKS_SHA256
 
 log = logging.getLogger(__name__)
@@ -119,8 +126,10 @@ def _pack_source(directory: Path, mix: MixConfig, decided: DecidedSource) -> Sou
     shards = decided.parts.open_shards()
     folder = directory / source.name
     tokens = shards.document_tokens
-    train = _pack_split(folder / "train", fates.train, tokens[fates.train], mix)
-    held_out = _pack_split(folder / "held_out", fates.held_out, tokens[fates.held_out], mix)
+    trained = Segments.whole(fates.train, tokens[fates.train])
+    measured = Segments.whole(fates.held_out, tokens[fates.held_out])
+    train = _pack_split(folder / "train", trained, mix)
+    held_out = _pack_split(folder / "held_out", measured, mix)
     if source.cluster_by is not None:
         clusters = first_of_cluster(decided.parts.clusters()[fates.held_out])
         _save_array(folder / "held_out" / CLUSTERS_FILE, clusters)
@@ -148,10 +157,8 @@ def _pack_source(directory: Path, mix: MixConfig, decided: DecidedSource) -> Sou
     )
 
 
-def _pack_split(
-    directory: Path, documents: Integers, document_tokens: Integers, mix: MixConfig
-) -> RowIndex:
-    rows = pack(documents, document_tokens, mix.seq_len, mix.packing)
+def _pack_split(directory: Path, segments: Segments, mix: MixConfig) -> RowIndex:
+    rows = pack(segments, mix.seq_len, mix.packing)
     make_folder(directory)
     for name in ARRAY_NAMES:
         _save_array(directory / f"{name}.npy", getattr(rows, name))

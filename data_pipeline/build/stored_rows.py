@@ -4,18 +4,18 @@ Decisions
     A dataset from the hub is named with a commit, so its text cannot change under a run; one on
     disk is a folder that `datasets.save_to_disk` made.
     An earlier build gives its training documents, decoded; what it held out stays out. Decoding is
-    exact, so cleaning, hashing and cutting work as for any other text.
+    exact, so cleaning, hashing and cutting work as for any other text. Of a document that lost a
+    stretch each side is a document of its own, without the characters that the cut goes through.
 """
 
 from __future__ import annotations
 
+import codecs
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from data_pipeline.build.table_columns import check_columns
 from data_pipeline.config.links import dangling_link
@@ -24,7 +24,13 @@ from data_pipeline.errors import DataError
 from data_pipeline.store.arrow_streams import check_saved_dataset
 from data_pipeline.store.file_kinds import FileKind, describe_head, kind_of_file
 from data_pipeline.store.manifest import check_files, read_manifest
-from data_pipeline.store.packing import Integers, load_array
+from data_pipeline.store.packing import (
+    ARRAY_NAMES,
+    RowIndex,
+    Segments,
+    load_array,
+    segments_of,
+)
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.tokenizer import decode_bytes
 
@@ -39,12 +45,12 @@ class _BuiltSource:
     """A source of an earlier build."""
 
     shards: Shards
-    train: Integers
-    """Numbers of the documents that the build trains on, in ascending order."""
+    train: Segments
+    """What the build trains on: documents, or stretches of them, in their order."""
 
 
 def count_rows(source: SourceConfig) -> tuple[int, int]:
-    """Return (rows or documents, bytes) of a source.
+    """Return (rows, documents or stretches of them, bytes) of a source.
 
     Raises:
         DataError: the dataset or build cannot be read.
@@ -57,7 +63,7 @@ def count_rows(source: SourceConfig) -> tuple[int, int]:
     num_bytes = 0
     for built in _built_sources(source):
         num_documents += len(built.train)
-        num_bytes += int(built.shards.document_bytes[built.train].sum())
+        num_bytes += _num_bytes(built)
     return num_documents, num_bytes
 
 
@@ -78,18 +84,48 @@ def read_dataset_rows(
 
 
 def read_build_texts(source: SourceConfig, start: int, stop: int) -> Iterator[bytes]:
-    """Yield the UTF-8 texts of the documents [start, stop) of an earlier build.
+    """Yield the UTF-8 texts of the segments [start, stop) of an earlier build.
 
-    Documents are counted through all sources that are taken from the build.
+    Segments are counted through all sources that are taken from the build.
     """
     num_before = 0
     for built in _built_sources(source):
         first = max(start - num_before, 0)
         last = max(stop - num_before, 0)
-        for number in built.train[first:last].tolist():
-            num_tokens = int(built.shards.document_tokens[number]) - 1  # without END_OF_TEXT
-            yield decode_bytes(built.shards.tokens(number, 0, num_tokens))
+        for number in range(first, min(last, len(built.train))):
+            yield _segment_text(built, number)
         num_before += len(built.train)
+
+
+def _num_bytes(built: _BuiltSource) -> int:
+    """Return the UTF-8 bytes of all segments; of cut documents in proportion to their tokens."""
+    train = built.train
+    document_bytes = built.shards.document_bytes[train.document]
+    document_tokens = built.shards.document_tokens[train.document]
+    return int((document_bytes * train.tokens // document_tokens).sum())
+
+
+def _segment_text(built: _BuiltSource, number: int) -> bytes:
+    """Return the UTF-8 text of a segment, without END_OF_TEXT."""
+    document = int(built.train.document[number])
+    start = int(built.train.start[number])
+    stop = start + int(built.train.tokens[number])
+    is_end = stop == int(built.shards.document_tokens[document])
+    if is_end:
+        stop -= 1
+    content = decode_bytes(built.shards.tokens(document, start, stop))
+    if start == 0 and is_end:
+        return content
+    return _whole_characters(content)
+
+
+def _whole_characters(content: bytes) -> bytes:
+    """Return a stretch of UTF-8 text without the characters that its ends cut."""
+    start = 0
+    while start < len(content) and content[start] & 0xC0 == 0x80:
+        start += 1
+    # a decoder keeps back what needs more bytes
+    return codecs.getincrementaldecoder("utf-8")().decode(content[start:]).encode()
 
 
 def _built_sources(source: SourceConfig) -> list[_BuiltSource]:
@@ -128,15 +164,38 @@ def _open_build(directory: Path, names: tuple[str, ...]) -> list[_BuiltSource]:
                 "be taken as text. List the other sources in build_sources, and take the "
                 "conversations from their own files."
             )
-        path = directory / name / "train" / "piece_document.npy"
-        train = np.unique(load_array(path))
-        if len(train) and not 0 <= train[0] <= train[-1] < shards.num_documents:
-            raise DataError(
-                f"{path}: names document {train[-1]}, but the source has "
-                f"{shards.num_documents}. The build is damaged: delete it and build it again."
-            )
-        found.append(_BuiltSource(shards, train))
+        found.append(_BuiltSource(shards, _training_segments(directory / name / "train", shards)))
     return found
+
+
+def _training_segments(folder: Path, shards: Shards) -> Segments:
+    """Return what the rows in `folder` were packed from.
+
+    Raises:
+        DataError: they do not fit the documents.
+    """
+    rows = RowIndex(**{name: load_array(folder / f"{name}.npy") for name in ARRAY_NAMES})
+    if not len(rows.piece_document) == len(rows.piece_start) == len(rows.piece_pairs):
+        raise _misfit(folder)
+    train = segments_of(rows)
+    if not len(train):
+        return train
+    if not 0 <= train.document[0] <= train.document[-1] < shards.num_documents:
+        raise DataError(
+            f"{folder}: names document {train.document[-1]}, but the source has "
+            f"{shards.num_documents}. The build is damaged: delete it and build it again."
+        )
+    stops = train.start + train.tokens
+    if train.start.min() < 0 or (stops > shards.document_tokens[train.document]).any():
+        raise _misfit(folder)
+    return train
+
+
+def _misfit(folder: Path) -> DataError:
+    return DataError(
+        f"{folder}: its row arrays do not fit the documents. The build is damaged: delete it and "
+        "build it again."
+    )
 
 
 def _dataset(source: SourceConfig) -> Any:

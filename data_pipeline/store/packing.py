@@ -4,10 +4,12 @@ A document of n tokens (END_OF_TEXT included) has n - 1 pairs (input t[i], label
 n - 1 slots of a row. So every used slot has a label, no label belongs to another document, and
 END_OF_TEXT is never an input.
 
-    document lengths -> pieces of at most seq_len pairs -> rows (best fit) -> arrays
+    segments -> pieces of at most seq_len pairs -> rows (best fit) -> arrays
 
 Decisions
-    A document of more than seq_len pairs is cut into pieces of exactly seq_len pairs and a rest.
+    What is packed are segments: whole documents, or what is left of a document that lost a stretch.
+    A segment that stops before its document does gets no END_OF_TEXT; nor does a cut at seq_len.
+    A segment of more than seq_len pairs is cut into pieces of exactly seq_len pairs and a rest.
     Neighboring pieces share one token, the last label of one and the first input of the next, so no
     pair is lost. Nothing else is ever cut.
     Rows are filled by best-fit decreasing: pieces from long to short, each into the fullest row
@@ -29,7 +31,7 @@ from data_pipeline.errors import DataError
 
 Integers = npt.NDArray[np.int64]
 BLOCK_DOCUMENTS = 1 << 20
-"""Documents that are packed together, which bounds the memory."""
+"""Segments that are packed together, which bounds the memory."""
 ARRAY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, TokenError, TypeError, OverflowError)
 """What NumPy raises on a file that is no array, or one with a damaged header."""
 ARRAY_NAMES = ("row_offsets", "piece_document", "piece_start", "piece_pairs")
@@ -38,6 +40,36 @@ CLUSTERS_FILE = "clusters.npy"
 """For each held-out document the position of the first one of its cluster; absent if the source
 has no `cluster_by`.
 """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segments:
+    """Stretches of documents, in the order in which they are packed."""
+
+    document: Integers
+    """Number of the document of each segment, [num_segments]."""
+    start: Integers
+    """Tokens of the document before each segment, [num_segments]."""
+    tokens: Integers
+    """Tokens of each segment, at least 2; END_OF_TEXT included if the document ends there,
+    [num_segments].
+    """
+
+    @classmethod
+    def whole(cls, documents: Integers, document_tokens: Integers) -> Segments:
+        """Return one segment for each document, all of it."""
+        return cls(document=documents, start=np.zeros_like(documents), tokens=document_tokens)
+
+    def __len__(self) -> int:
+        """Return the number of segments."""
+        return len(self.document)
+
+    def part(self, first: int, last: int) -> Segments:
+        """Return the segments [first, last)."""
+        chosen = slice(first, last)
+        return Segments(
+            document=self.document[chosen], start=self.start[chosen], tokens=self.tokens[chosen]
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,27 +99,40 @@ class RowIndex:
         return np.diff(totals[self.row_offsets])
 
 
-def pack(
-    documents: Integers, document_tokens: Integers, seq_len: int, method: str = "best_fit"
-) -> RowIndex:
-    """Pack documents into rows.
+def pack(segments: Segments, seq_len: int, method: str = "best_fit") -> RowIndex:
+    """Pack segments into rows.
 
     Args:
-        documents: Document numbers, which only label the pieces.
-        document_tokens: Tokens of each document, END_OF_TEXT included; at least 2.
+        segments: What to pack; their document numbers only label the pieces.
         seq_len: Slots of a row.
-        method: `best_fit`, or `concatenate`: documents one after the other, cut wherever a row
-            ends.
+        method: `best_fit`, or `concatenate`: segments one after the other, cut wherever a row ends.
     """
-    assert len(document_tokens) == 0 or document_tokens.min() >= 2
-    pairs = document_tokens - 1
+    assert len(segments) == 0 or segments.tokens.min() >= 2
     if method == "concatenate":
-        return _concatenate(documents, pairs, seq_len)
+        return _concatenate(segments, seq_len)
     blocks = []
-    for first in range(0, max(len(documents), 1), BLOCK_DOCUMENTS):
-        block = slice(first, first + BLOCK_DOCUMENTS)
-        blocks.append(_pack_block(documents[block], pairs[block], seq_len))
+    for first in range(0, max(len(segments), 1), BLOCK_DOCUMENTS):
+        blocks.append(_pack_block(segments.part(first, first + BLOCK_DOCUMENTS), seq_len))
     return _join(blocks)
+
+
+def segments_of(rows: RowIndex) -> Segments:
+    """Return the segments that rows were packed from, in the order of documents and of starts.
+
+    Two pieces of one segment share a token, so a piece that begins where another one's pairs end
+    continues it; between two segments of a document at least one token is in neither.
+    """
+    order = np.lexsort((rows.piece_start, rows.piece_document))
+    documents = rows.piece_document[order]
+    starts = rows.piece_start[order]
+    ends = starts + rows.piece_pairs[order]
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = (documents[1:] != documents[:-1]) | (starts[1:] != ends[:-1])
+    first = np.flatnonzero(is_first)
+    last = np.append(first[1:], len(order))[: len(first)] - 1
+    return Segments(
+        document=documents[first], start=starts[first], tokens=ends[last] - starts[first] + 1
+    )
 
 
 def _join(blocks: Sequence[RowIndex]) -> RowIndex:
@@ -106,12 +151,14 @@ def _join(blocks: Sequence[RowIndex]) -> RowIndex:
     )
 
 
-def _pack_block(documents: Integers, pairs: Integers, seq_len: int) -> RowIndex:
-    """Pack documents by best fit: first the rows that a single piece fills, then the others."""
+def _pack_block(segments: Segments, seq_len: int) -> RowIndex:
+    """Pack segments by best fit: first the rows that a single piece fills, then the others."""
+    pairs = segments.tokens - 1
     num_full, rest = np.divmod(pairs, seq_len)
     owner_of_full = np.repeat(np.arange(len(pairs)), num_full)
     num_full_before = np.repeat(np.cumsum(num_full) - num_full, num_full)
     start_of_full = (np.arange(len(owner_of_full)) - num_full_before) * seq_len
+    start_of_full += segments.start[owner_of_full]
 
     owner_of_rest = np.flatnonzero(rest)
     by_size = np.argsort(-rest[owner_of_rest], kind="stable")
@@ -119,7 +166,7 @@ def _pack_block(documents: Integers, pairs: Integers, seq_len: int) -> RowIndex:
     rows = _best_fit(rest[owner_of_rest].tolist(), seq_len)
     if rows:
         owner_of_rest = owner_of_rest[list(itertools.chain.from_iterable(rows))]
-    start_of_rest = num_full[owner_of_rest] * seq_len
+    start_of_rest = segments.start[owner_of_rest] + num_full[owner_of_rest] * seq_len
 
     pieces_in_full_rows = np.ones(len(owner_of_full), np.int64)
     pieces_in_other_rows = np.array([len(row) for row in rows], np.int64)
@@ -127,26 +174,27 @@ def _pack_block(documents: Integers, pairs: Integers, seq_len: int) -> RowIndex:
     full_pairs = np.full(len(owner_of_full), seq_len, np.int64)
     return RowIndex(
         row_offsets=np.concatenate([np.zeros(1, np.int64), row_ends]),
-        piece_document=documents[np.concatenate([owner_of_full, owner_of_rest])],
+        piece_document=segments.document[np.concatenate([owner_of_full, owner_of_rest])],
         piece_start=np.concatenate([start_of_full, start_of_rest]).astype(np.int64),
         piece_pairs=np.concatenate([full_pairs, rest[owner_of_rest]]),
     )
 
 
-def _concatenate(documents: Integers, pairs: Integers, seq_len: int) -> RowIndex:
-    """Lay documents end to end; a piece ends where its document or its row does."""
-    document_ends = np.cumsum(pairs)
-    total = int(document_ends[-1]) if len(document_ends) else 0
+def _concatenate(segments: Segments, seq_len: int) -> RowIndex:
+    """Lay segments end to end; a piece ends where its segment or its row does."""
+    pairs = segments.tokens - 1
+    segment_ends = np.cumsum(pairs)
+    total = int(segment_ends[-1]) if len(segment_ends) else 0
     row_borders = np.arange(seq_len, total, seq_len)
-    piece_ends = np.unique(np.concatenate([document_ends, row_borders]).astype(np.int64))
+    piece_ends = np.unique(np.concatenate([segment_ends, row_borders]).astype(np.int64))
     piece_starts = np.concatenate([np.zeros(min(len(piece_ends), 1), np.int64), piece_ends[:-1]])
-    owner = np.searchsorted(document_ends, piece_starts, side="right")
+    owner = np.searchsorted(segment_ends, piece_starts, side="right")
     row_ends = np.append(row_borders, total)[: len(piece_ends)]
     pieces_until_row_end = np.searchsorted(piece_ends, row_ends) + 1
     return RowIndex(
         row_offsets=np.concatenate([np.zeros(1, np.int64), pieces_until_row_end]),
-        piece_document=documents[owner],
-        piece_start=piece_starts - (document_ends - pairs)[owner],
+        piece_document=segments.document[owner],
+        piece_start=segments.start[owner] + piece_starts - (segment_ends - pairs)[owner],
         piece_pairs=piece_ends - piece_starts,
     )
 

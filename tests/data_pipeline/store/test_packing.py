@@ -11,13 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.store.packing import RowIndex, pack
+from data_pipeline.store.packing import RowIndex, Segments, pack, segments_of
 
 lengths_and_seq_len = st.tuples(st.lists(st.integers(2, 60), max_size=60), st.integers(2, 25))
 
 
+def whole(lengths: list[int]) -> Segments:
+    return Segments.whole(np.arange(len(lengths)), np.array(lengths, dtype=np.int64))
+
+
 def packed(lengths: list[int], seq_len: int) -> RowIndex:
-    return pack(np.arange(len(lengths), dtype=np.int64), np.array(lengths, dtype=np.int64), seq_len)
+    return pack(whole(lengths), seq_len)
 
 
 def pairs_of_rows(rows: RowIndex) -> list[tuple[int, int]]:
@@ -90,7 +94,7 @@ def test_equal_lengths_give_equal_rows() -> None:
 
 
 def test_document_numbers_are_passed_through() -> None:
-    rows = pack(np.array([7, 3], dtype=np.int64), np.array([3, 12], dtype=np.int64), 5)
+    rows = pack(Segments.whole(np.array([7, 3]), np.array([3, 12])), 5)
     assert sorted(rows.piece_document.tolist()) == [3, 3, 3, 7]
 
 
@@ -99,7 +103,7 @@ def test_padding_is_rare_and_packing_quick(seq_len: int) -> None:
     generator = np.random.default_rng(0)
     lengths = np.minimum(generator.lognormal(6.5, 1.1, 20_000).astype(np.int64) + 2, 200_000)
     start = time.process_time()
-    rows = pack(np.arange(len(lengths)), lengths, seq_len)
+    rows = pack(Segments.whole(np.arange(len(lengths)), lengths), seq_len)
     assert time.process_time() - start < 1.0
     assert 1 - rows.row_tokens().sum() / (rows.num_rows * seq_len) < 0.002
 
@@ -110,7 +114,7 @@ def test_concatenation_fills_every_row_but_the_last_and_loses_no_pair(
     case: tuple[list[int], int],
 ) -> None:
     lengths, seq_len = case
-    rows = pack(np.arange(len(lengths)), np.array(lengths, dtype=np.int64), seq_len, "concatenate")
+    rows = pack(whole(lengths), seq_len, "concatenate")
     totals = rows.row_tokens().tolist()
     assert all(total == seq_len for total in totals[:-1])
     assert sum(totals) == num_pairs(lengths)
@@ -123,7 +127,7 @@ def test_concatenation_cuts_documents_that_would_fit_and_best_fit_does_not() -> 
     fitting = np.flatnonzero(lengths <= 4097)
     cut = {}
     for method in ("best_fit", "concatenate"):
-        rows = pack(np.arange(5000), lengths, 4096, method)
+        rows = pack(Segments.whole(np.arange(5000), lengths), 4096, method)
         counts = np.bincount(rows.piece_document, minlength=5000)
         cut[method] = float((counts[fitting] > 1).mean())
     assert cut["best_fit"] == 0 and cut["concatenate"] > 0.1
@@ -140,3 +144,38 @@ def test_packing_in_blocks_keeps_every_pair(case: tuple[list[int], int], block: 
     assert rows.row_tokens().sum() == num_pairs(lengths)
     assert rows.row_offsets[-1] == len(rows.piece_document)
     assert (np.diff(rows.row_offsets) > 0).all()
+
+
+@st.composite
+def cut_documents(draw: st.DrawFn) -> Segments:
+    """Draw documents with one or more segments each, between which tokens are left out."""
+    documents: list[int] = []
+    starts: list[int] = []
+    tokens: list[int] = []
+    for document in range(draw(st.integers(0, 12))):
+        place = 0
+        for _ in range(draw(st.integers(1, 4))):
+            place += draw(st.integers(0, 5))
+            length = draw(st.integers(2, 40))
+            documents.append(document)
+            starts.append(place)
+            tokens.append(length)
+            place += length + 1
+    columns = [np.array(values, dtype=np.int64) for values in (documents, starts, tokens)]
+    return Segments(document=columns[0], start=columns[1], tokens=columns[2])
+
+
+@settings(max_examples=200, deadline=None)
+@given(cut_documents(), st.integers(2, 25), st.sampled_from(["best_fit", "concatenate"]))
+def test_rows_hold_the_pairs_of_every_segment_and_tell_the_segments(
+    segments: Segments, seq_len: int, method: str
+) -> None:
+    rows = pack(segments, seq_len, method)
+    expected = []
+    stretches = zip(segments.document, segments.start, segments.tokens, strict=True)
+    for document, start, tokens in stretches:
+        expected += [(int(document), int(place)) for place in range(start, start + tokens - 1)]
+    assert Counter(pairs_of_rows(rows)) == Counter(expected)
+    found = segments_of(rows)
+    for name in ("document", "start", "tokens"):
+        assert getattr(found, name).tolist() == getattr(segments, name).tolist()
