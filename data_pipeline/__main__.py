@@ -20,7 +20,6 @@ from data_pipeline.build.build import (
 from data_pipeline.build.guard_sets import describe_guard_sets
 from data_pipeline.build.origin import fingerprint
 from data_pipeline.build.summary import describe_build
-from data_pipeline.build.workers import available_cores
 from data_pipeline.commands import (
     CommandParser,
     end_with_reason,
@@ -32,6 +31,7 @@ from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.console.say import say
 from data_pipeline.dataset import BuiltData
+from data_pipeline.engine.local import available_cores
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.mixture.data_plan import make_data_plan
 from data_pipeline.mixture.ledger import Ledger, resume_ledger

@@ -28,6 +28,7 @@ ROOMS = {
     "data_pipeline/config/": "data-mix YAML -> MixConfig; the strict YAML reader",
     "data_pipeline/text/": "cleaning, language, tokenizer, the Harmony format",
     "data_pipeline/store/": "files, shards, packed rows, manifest of a build",
+    "data_pipeline/engine/": "where the tasks of a build run",
     "data_pipeline/commands.py": "parser, start and end of every command line",
     "data_pipeline/build/": "documents -> shards: reading, copies, held-out text, packing",
     "data_pipeline/dataset.py": "what training reads",

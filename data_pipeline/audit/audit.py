@@ -25,10 +25,10 @@ from typing import Any
 from data_pipeline.build.document import Document
 from data_pipeline.build.sources import read_documents
 from data_pipeline.build.units import split_into_units
-from data_pipeline.build.workers import spread
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.console.progress import show_progress
+from data_pipeline.engine.local import LocalExecutor
 from data_pipeline.tables import table
 from data_pipeline.text.cleaning import Tally, compose_compatible
 from data_pipeline.text.language import UNTESTABLE, language_of
@@ -174,8 +174,9 @@ def audit(mix: MixConfig, limit: int = DEFAULT_LIMIT, workers: int = 1) -> Audit
     """
     jobs = [(source, limit) for source in mix.sources if source.format != "mock"]
     found = {}
-    with show_progress(len(jobs), "audit", "source") as bar:
-        for (source, _), result in spread(_audit_source, jobs, workers):
+    bar = show_progress(len(jobs), "audit", "source")
+    with bar, LocalExecutor(workers) as executor:
+        for (source, _), result in executor.run(_audit_source, jobs):
             found[source.name] = result
             bar.update()
     sources = tuple(found[source.name] for source, _ in jobs)

@@ -23,6 +23,7 @@ from data_pipeline.build.part import Part
 from data_pipeline.build.self_replay import base_model_of
 from data_pipeline.build.source_parts import SourceParts
 from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.engine.executor import Executor
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import atomic_write, make_folder, sha256_of, sync_directory
 from data_pipeline.store.manifest import (
@@ -46,7 +47,11 @@ log = logging.getLogger(__name__)
 
 
 def assemble_build(
-    work_dir: Path, mix: MixConfig, origin: Origin, parts: Sequence[Sequence[Part]], workers: int
+    work_dir: Path,
+    mix: MixConfig,
+    origin: Origin,
+    parts: Sequence[Sequence[Part]],
+    executor: Executor,
 ) -> BuildManifest:
     """Turn the parts in `work_dir` into a whole build in its folder `build`.
 
@@ -55,7 +60,7 @@ def assemble_build(
         mix: The mix to build.
         origin: Rules of the mix and its input files.
         parts: All parts of each source, made.
-        workers: Number of processes.
+        executor: Runs what is spread over workers.
 
     Raises:
         DataError: a source has too many rejects or no documents to train on, or a guard domain is
@@ -66,7 +71,7 @@ def assemble_build(
         gathered.append(SourceParts.gather(source, source_parts))
     for one in gathered:
         one.check_rejects(mix.max_reject_share)
-    decided = decide_all_fates(mix, gathered, work_dir, workers)
+    decided = decide_all_fates(mix, gathered, work_dir, executor)
     check_dropped(mix, [one.fates for one in decided])
     _check_every_source_is_trained_on(mix, decided)
     _check_every_domain_is_measured(mix, decided)

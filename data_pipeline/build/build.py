@@ -34,11 +34,12 @@ from data_pipeline.build.assembly import assemble_build
 from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
 from data_pipeline.build.origin import absent_sources, compare, fingerprint, read_origin
 from data_pipeline.build.part import Part, make_part, read_account
-from data_pipeline.build.workers import spread
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.console.progress import show_progress
+from data_pipeline.engine.executor import Executor
+from data_pipeline.engine.local import LocalExecutor
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.descriptors import reserve_descriptors
 from data_pipeline.store.file_lock import LockHeld, file_lock
@@ -96,10 +97,11 @@ def build(
         num_parts = sum(map(len, parts))
         # the last stage maps the shard of every part, and its signatures
         reserve_descriptors(2 * num_parts, f"{out_dir}: {num_parts:,} parts")
-        _make_parts(list(chain.from_iterable(parts)), progress, workers)
-        for path in work_dir.rglob(f".*{PARTIAL_SUFFIX}"):
-            path.unlink()
-        manifest = assemble_build(work_dir, mix, origin, parts, workers)
+        with LocalExecutor(workers) as executor:
+            _make_parts(list(chain.from_iterable(parts)), progress, executor)
+            for path in work_dir.rglob(f".*{PARTIAL_SUFFIX}"):
+                path.unlink()
+            manifest = assemble_build(work_dir, mix, origin, parts, executor)
         (work_dir / "build").rename(out_dir)
         sync_directory(out_dir.parent)
         shutil.rmtree(work_dir, ignore_errors=True)
@@ -132,7 +134,8 @@ def build_share(
             )
         parts = _prepare(work_dir, mix, wanted)
         own_parts = list(chain.from_iterable(parts))[index::count]
-        _make_parts(own_parts, True, workers)
+        with LocalExecutor(workers) as executor:
+            _make_parts(own_parts, True, executor)
         return len(own_parts)
 
 
@@ -252,7 +255,7 @@ def _source_parts(work_dir: Path, mix: MixConfig, source: SourceConfig) -> list[
     return parts
 
 
-def _make_parts(parts: list[Part], progress: bool, workers: int) -> None:
+def _make_parts(parts: list[Part], progress: bool, executor: Executor) -> None:
     """Make those of the parts that are not there yet."""
     missing = []
     for part in parts:
@@ -270,7 +273,7 @@ def _make_parts(parts: list[Part], progress: bool, workers: int) -> None:
         hidden=not progress,
     )
     with bar:
-        for part, account in spread(make_part, missing, workers):
+        for part, account in executor.run(make_part, missing):
             num_tokens += account.num_tokens
             state = f"{part.source.name}, {num_tokens / 1e6:,.1f} M tokens"
             bar.set_postfix_str(state, refresh=False)

@@ -26,9 +26,9 @@ from data_pipeline.build.deduplication import Fate, Fates, SourceFates, decide_f
 from data_pipeline.build.guard_sets import find_copied, has_found_run, held_out_hash
 from data_pipeline.build.near_duplicates import Signatures, mark_near_duplicates
 from data_pipeline.build.source_parts import SourceParts
-from data_pipeline.build.workers import spread
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.console.progress import show_progress
+from data_pipeline.engine.executor import Executor
 from data_pipeline.store.files import atomic_write, cached_per_file
 from data_pipeline.store.packing import Integers
 from data_pipeline.store.shards import Shard
@@ -54,7 +54,7 @@ class DecidedSource:
 
 
 def decide_all_fates(
-    mix: MixConfig, gathered: Sequence[SourceParts], work_dir: Path, workers: int
+    mix: MixConfig, gathered: Sequence[SourceParts], work_dir: Path, executor: Executor
 ) -> list[DecidedSource]:
     """Decide what becomes of every document of every source."""
     hashes = [source.hashes() for source in gathered]
@@ -77,7 +77,7 @@ def decide_all_fates(
         log.info("looking for near copies")
         _mark_near_duplicates(real_sources, mix.near_duplicates)
     if mix.decontaminate_tokens and real_sources:
-        _decontaminate(real_sources, mix.decontaminate_tokens, work_dir, workers)
+        _decontaminate(real_sources, mix.decontaminate_tokens, work_dir, executor)
     return sources
 
 
@@ -96,7 +96,7 @@ def _mark_near_duplicates(sources: Sequence[DecidedSource], threshold: float) ->
 
 
 def _decontaminate(
-    sources: Sequence[DecidedSource], length: int, work_dir: Path, workers: int
+    sources: Sequence[DecidedSource], length: int, work_dir: Path, executor: Executor
 ) -> None:
     """Turn TRAIN into CONTAMINATED where a document shares a run with a held-out document.
 
@@ -105,7 +105,7 @@ def _decontaminate(
             held-out documents were found.
         length: Tokens in a row that count as a run.
         work_dir: Folder for the file of runs.
-        workers: Number of processes.
+        executor: Runs the searches.
     """
     texts_by_source = [_held_out_texts(source) for source in sources]
     if not any(texts_by_source):
@@ -121,11 +121,11 @@ def _decontaminate(
     counts = np.zeros(len(runs.hashes), np.int64)
     contaminated: dict[Path, Mask] = {}
     with show_progress(2 * len(scans), "search for held-out text", "scan") as bar:
-        for _, shard_counts in spread(_count_runs, scans, workers):
+        for _, shard_counts in executor.run(_count_runs, scans):
             counts += shard_counts
             bar.update()
         _save_runs(work_dir, runs.without_common(counts))
-        for scan, mask in spread(_find_contaminated, scans, workers):
+        for scan, mask in executor.run(_find_contaminated, scans):
             contaminated[scan.shard_path] = mask
             bar.update()
     for source, texts in zip(sources, texts_by_source, strict=True):

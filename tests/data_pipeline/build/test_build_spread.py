@@ -202,9 +202,9 @@ def test_killed_at_any_moment_a_rerun_gives_the_same_manifest(
 
 def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from data_pipeline.build.workers import spread\n"
+        "import os, sys, time; from data_pipeline.engine.local import LocalExecutor\n"
         "if __name__ == '__main__':\n"
-        "    for _ in spread(time.sleep, [60.0, 60.0], 2): pass\n"
+        "    for _ in LocalExecutor(2).run(time.sleep, [60.0, 60.0]): pass\n"
     )
     (tmp_path / "parent.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
