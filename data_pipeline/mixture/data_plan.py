@@ -296,8 +296,8 @@ def _count_drawn_tokens(mixture: Mixture, row_tokens: Integers, source: int, num
     if not len(row_tokens):
         return 0
     epochs, rest = divmod(num_drawn, len(row_tokens))
-    rest_tokens = mixture.epoch_tokens(source, epochs)[:rest]
-    return epochs * int(row_tokens.sum()) + int(rest_tokens.sum())
+    whole_epochs = epochs * int(row_tokens.sum(dtype=np.int64))
+    return whole_epochs + mixture.epoch_tokens(source, epochs, rest)
 
 
 def _check_limits(

@@ -33,13 +33,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.mixture.ledger import Ledger, Segment
-from data_pipeline.store.hashing import splitmix64
+from data_pipeline.store.hashing import splitmix64, splitmix64_inverse
 from data_pipeline.store.packing import Integers
 
 SNAPSHOT_ROWS = 1 << 14
@@ -47,6 +48,14 @@ SNAPSHOT_ROWS = 1 << 14
 KEPT_EPOCHS = 3
 """Number of epochs per source, on average, whose orders stay in memory."""
 _CURSOR_ROWS = 1 << 10
+_BLOCK_ROWS = 1 << 20
+"""Rows that are worked on at once, which bounds the memory."""
+_MOST_INT32_ROWS = 2**31
+
+RowNumbers: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+"""Numbers of rows, in 4 bytes each where they fit: an order of 40 million rows is held by every
+rank.
+"""
 
 
 class RowCounts(Protocol):
@@ -110,7 +119,7 @@ class Mixture:
         self._ledger = ledger
         self.seed = seed
         self._check_sources()
-        self._orders = _EpochOrders(self._names, self._row_tokens, seed)
+        self._orders = _EpochOrders(self._names, list(map(len, self._row_tokens)), seed)
         self._forget_snapshots(global_batch_size=0)
 
     def _check_sources(self) -> None:
@@ -142,8 +151,8 @@ class Mixture:
         batch = np.empty((4, global_batch_size), dtype=np.int64)
         for index, (source, num_before) in enumerate(drawn):
             epoch, place = divmod(num_before, len(self._row_tokens[source]))
-            rows, tokens = self._orders.get(source, epoch)
-            batch[:, index] = source, rows[place], tokens[place], epoch
+            row = self._orders.get(source, epoch)[place]
+            batch[:, index] = source, row, self._row_tokens[source][row], epoch
         return GlobalBatch(
             step=step, sources=batch[0], rows=batch[1], predicted_tokens=batch[2], epochs=batch[3]
         )
@@ -155,10 +164,14 @@ class Mixture:
         """
         return self._position_at(step * global_batch_size, global_batch_size)
 
-    def epoch_tokens(self, source: int, epoch: int) -> Integers:
-        """Return the predicted tokens of the rows of a source, in the order of an epoch."""
-        _, tokens = self._orders.get(source, epoch)
-        return tokens
+    def epoch_tokens(self, source: int, epoch: int, num_rows: int) -> int:
+        """Return the predicted tokens of the first rows that a source gives in an epoch."""
+        order = self._orders.get(source, epoch)[:num_rows]
+        total = 0
+        for first in range(0, num_rows, _BLOCK_ROWS):
+            rows = order[first : first + _BLOCK_ROWS]
+            total += int(self._row_tokens[source][rows].sum(dtype=np.int64))
+        return total
 
     def _origin(self) -> Position:
         zeros = (0,) * len(self._names)
@@ -268,7 +281,7 @@ class Mixture:
         return Position(drawn_rows=tuple(drawn_rows), segment_tokens=tuple(given))
 
     def _cursor(self, source: int, num_drawn: int) -> _Cursor:
-        return _Cursor(self._orders, source, len(self._row_tokens[source]), num_drawn)
+        return _Cursor(self._orders, source, self._row_tokens[source], num_drawn)
 
     def _weights(self, segment: Segment) -> dict[int, float]:
         """Return the weight of each source, scaled to sum to 1, without those of weight 0."""
@@ -298,19 +311,18 @@ _BEHIND_EVERY_RUN = 2**62
 class _EpochOrders:
     """The orders in which the rows of each source come; the latest ones stay in memory."""
 
-    def __init__(self, names: Sequence[str], row_tokens: Sequence[Integers], seed: int) -> None:
+    def __init__(self, names: Sequence[str], num_rows: Sequence[int], seed: int) -> None:
         self._names = names
-        self._row_tokens = row_tokens
+        self._num_rows = num_rows
         self._seed = seed
-        self._kept: OrderedDict[tuple[int, int], tuple[Integers, Integers]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], RowNumbers] = OrderedDict()
 
-    def get(self, source: int, epoch: int) -> tuple[Integers, Integers]:
-        """Return (row numbers, predicted tokens) of a source in the order of an epoch."""
+    def get(self, source: int, epoch: int) -> RowNumbers:
+        """Return the row numbers of a source in the order of an epoch."""
         key = (source, epoch)
         if key not in self._kept:
-            tokens = self._row_tokens[source]
-            rows = epoch_order(len(tokens), self._seed, self._names[source], epoch)
-            self._kept[key] = (rows, tokens[rows])
+            name = self._names[source]
+            self._kept[key] = epoch_order(self._num_rows[source], self._seed, name, epoch)
             while len(self._kept) > KEPT_EPOCHS * len(self._names):
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
@@ -320,10 +332,13 @@ class _EpochOrders:
 class _Cursor:
     """The token counts of one source's rows, in the order in which they are drawn."""
 
-    def __init__(self, orders: _EpochOrders, source: int, num_rows: int, num_drawn: int) -> None:
+    def __init__(
+        self, orders: _EpochOrders, source: int, row_tokens: Integers, num_drawn: int
+    ) -> None:
         self._orders = orders
         self._source = source
-        self._num_rows = num_rows
+        self._row_tokens = row_tokens
+        self._num_rows = len(row_tokens)
         self._num_drawn = num_drawn
         self._tokens: list[int] = []
         self._place = -1
@@ -339,19 +354,29 @@ class _Cursor:
             # a stretch of the epoch as a list: indexing an array item by item is several times
             # slower
             epoch, place = divmod(self._num_drawn, self._num_rows)
-            _, tokens = self._orders.get(self._source, epoch)
-            self._tokens = tokens[place : place + _CURSOR_ROWS].tolist()
+            rows = self._orders.get(self._source, epoch)[place : place + _CURSOR_ROWS]
+            self._tokens = self._row_tokens[rows].tolist()
             self._num_drawn += len(self._tokens)
             self._place = 0
         self.next_tokens = self._tokens[self._place]
 
 
-def epoch_order(num_rows: int, seed: int, source_name: str, epoch: int) -> Integers:
+def epoch_order(num_rows: int, seed: int, source_name: str, epoch: int) -> RowNumbers:
     """Return the row numbers of a source in the order of one epoch.
 
     They are sorted by splitmix64(row ^ key), with a key from (seed, source, epoch).
     """
     digest = hashlib.sha256(f"{seed}:{source_name}:{epoch}".encode()).digest()
     key = np.uint64(int.from_bytes(digest[:8], "little"))
-    # splitmix64 is a bijection: no two keys are equal, so any sort gives the same order
-    return np.argsort(splitmix64(np.arange(num_rows, dtype=np.uint64) ^ key)).astype(np.int64)
+    scattered = np.empty(num_rows, np.uint64)
+    for first in range(0, num_rows, _BLOCK_ROWS):
+        rows = np.arange(first, min(first + _BLOCK_ROWS, num_rows), dtype=np.uint64)
+        scattered[first : first + len(rows)] = splitmix64(rows ^ key)
+    # splitmix64 is a bijection: no two are equal, so any sort gives the same order, and the rows
+    # follow from what was sorted. That needs half the memory of an argsort.
+    scattered.sort()
+    order = np.empty(num_rows, np.int32 if num_rows <= _MOST_INT32_ROWS else np.int64)
+    for first in range(0, num_rows, _BLOCK_ROWS):
+        block = scattered[first : first + _BLOCK_ROWS]
+        order[first : first + len(block)] = splitmix64_inverse(block) ^ key
+    return order

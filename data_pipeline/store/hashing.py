@@ -9,12 +9,28 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+_FIRST_FACTOR = 0xBF58476D1CE4E5B9
+_SECOND_FACTOR = 0x94D049BB133111EB
+_FIRST_FACTOR_INVERSE = np.uint64(pow(_FIRST_FACTOR, -1, 2**64))
+_SECOND_FACTOR_INVERSE = np.uint64(pow(_SECOND_FACTOR, -1, 2**64))
+
 
 def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Scatter 64-bit integers with the finalizer of SplitMix64 (Steele et al. 2014), a
     bijection.
     """
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    values = values + _INCREMENT
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(_FIRST_FACTOR)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(_SECOND_FACTOR)
     return values ^ (values >> np.uint64(31))
+
+
+def splitmix64_inverse(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return the integers that `splitmix64` scatters to these."""
+    values = values ^ (values >> np.uint64(31)) ^ (values >> np.uint64(62))
+    values *= _SECOND_FACTOR_INVERSE
+    values = values ^ (values >> np.uint64(27)) ^ (values >> np.uint64(54))
+    values *= _FIRST_FACTOR_INVERSE
+    values = values ^ (values >> np.uint64(30)) ^ (values >> np.uint64(60))
+    return values - _INCREMENT

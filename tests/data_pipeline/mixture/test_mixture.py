@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.mixture import mixture as mixture_module
 from data_pipeline.mixture.ledger import Ledger, Segment
 from data_pipeline.mixture.mixture import GlobalBatch, Mixture, epoch_order
+from data_pipeline.store.hashing import splitmix64
 from data_pipeline.store.packing import Integers
 
 GOLDEN_ORDER = [1, 7, 5, 0, 9, 3, 8, 6, 11, 10, 2, 4]
@@ -211,6 +214,28 @@ def test_epochs_sources_and_seeds_have_orders_of_their_own() -> None:
 
 def test_the_order_never_changes_between_versions() -> None:
     assert epoch_order(12, 1234, "ja_web", 0).tolist() == GOLDEN_ORDER
+
+
+def test_order_of_an_epoch_is_that_of_its_keyed_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixture_module, "_BLOCK_ROWS", 64)
+    digest = hashlib.sha256(b"7:en:3").digest()
+    key = np.uint64(int.from_bytes(digest[:8], "little"))
+    expected = np.argsort(splitmix64(np.arange(1000, dtype=np.uint64) ^ key))
+    assert np.array_equal(epoch_order(1000, 7, "en", 3), expected)
+
+
+def test_order_of_an_epoch_takes_four_bytes_a_row_and_twelve_while_it_is_made() -> None:
+    num_rows = 4_000_000
+    tracemalloc.start()
+    try:
+        order = epoch_order(num_rows, 0, "ja", 0)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    blocks = 5 * 8 * mixture_module._BLOCK_ROWS  # what is worked on at once
+    assert order.nbytes == 4 * num_rows
+    assert kept < 4.1 * num_rows
+    assert peak < 12 * num_rows + blocks
 
 
 def test_the_hash_chain_never_changes_between_versions() -> None:
