@@ -375,7 +375,11 @@ def epoch_order(num_rows: int, seed: int, source_name: str, epoch: int) -> RowNu
     # splitmix64 is a bijection: no two are equal, so any sort gives the same order, and the rows
     # follow from what was sorted. That needs half the memory of an argsort.
     scattered.sort()
-    order = np.empty(num_rows, np.int32 if num_rows <= _MOST_INT32_ROWS else np.int64)
+    order: RowNumbers
+    if num_rows <= _MOST_INT32_ROWS:
+        order = np.empty(num_rows, np.int32)
+    else:
+        order = np.empty(num_rows, np.int64)
     for first in range(0, num_rows, _BLOCK_ROWS):
         block = scattered[first : first + _BLOCK_ROWS]
         order[first : first + len(block)] = splitmix64_inverse(block) ^ key
