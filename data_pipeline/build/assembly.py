@@ -88,7 +88,7 @@ def assemble_build(
         sources=entries,
         guard_domains=mix.guard_domains(),
         rules=origin.rules,
-        inputs=origin.inputs(),
+        inputs=origin.listed_inputs(),
         files=_file_entries(directory, gathered),
     )
     check_guard_sets(manifest, mix)

@@ -24,7 +24,7 @@ import glob
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -32,17 +32,26 @@ from data_pipeline.bounded.json_text import read_json
 from data_pipeline.build import units
 from data_pipeline.build.assembly import assemble_build
 from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
-from data_pipeline.build.origin import absent_sources, compare, fingerprint, read_origin
+from data_pipeline.build.input_files import InputFile
+from data_pipeline.build.origin import (
+    Origin,
+    absent_sources,
+    compare,
+    fingerprint,
+    read_origin,
+)
 from data_pipeline.build.part import Part, make_part, read_account
+from data_pipeline.build.stored_rows import hub_files
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
-from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.config.source_config import FILE_FORMATS, SourceConfig
 from data_pipeline.console.progress import show_progress
 from data_pipeline.engine.executor import Executor
 from data_pipeline.engine.local import LocalExecutor
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.descriptors import reserve_descriptors
 from data_pipeline.store.file_lock import LockHeld, file_lock
+from data_pipeline.store.file_states import state_of
 from data_pipeline.store.files import PARTIAL_SUFFIX, make_folder, sync_directory, write_json
 from data_pipeline.store.manifest import (
     FILE_NAME,
@@ -93,7 +102,7 @@ def build(
             return manifest
         if not _holds_work(work_dir, wanted):
             shutil.rmtree(work_dir, ignore_errors=True)
-        parts = _prepare(work_dir, mix, wanted)
+        parts = _prepare(work_dir, mix, origin)
         num_parts = sum(map(len, parts))
         # the last stage maps the shard of every part, and its signatures
         reserve_descriptors(2 * num_parts, f"{out_dir}: {num_parts:,} parts")
@@ -121,7 +130,8 @@ def build_share(
     """
     assert 0 <= index < count
     out_dir = Path(out_dir).absolute()
-    wanted = fingerprint(mix)
+    origin = read_origin(mix)
+    wanted = origin.fingerprint
     work_dir = _work_dir(out_dir)
     with _locked(out_dir, is_shared=True):
         refuse_foreign(work_dir, WORK)
@@ -132,7 +142,7 @@ def build_share(
             raise DataError(
                 f"{work_dir}: holds parts of another mix or of other input files. Delete it first."
             )
-        parts = _prepare(work_dir, mix, wanted)
+        parts = _prepare(work_dir, mix, origin)
         own_parts = list(chain.from_iterable(parts))[index::count]
         with LocalExecutor(workers) as executor:
             _make_parts(own_parts, True, executor)
@@ -231,16 +241,22 @@ def _holds_work(work_dir: Path, wanted: str) -> bool:
     return isinstance(value, dict) and value.get("fingerprint") == wanted
 
 
-def _prepare(work_dir: Path, mix: MixConfig, wanted: str) -> list[list[Part]]:
+def _prepare(work_dir: Path, mix: MixConfig, origin: Origin) -> list[list[Part]]:
     """Make the work directory, and return the parts of every source."""
     make_folder(work_dir)
     refuse_foreign(work_dir, WORK)
-    write_json(work_dir / _WORK_FILE, {"fingerprint": wanted})
-    return [_source_parts(work_dir, mix, source) for source in mix.sources]
-
-
-def _source_parts(work_dir: Path, mix: MixConfig, source: SourceConfig) -> list[Part]:
+    write_json(work_dir / _WORK_FILE, {"fingerprint": origin.fingerprint})
     parts = []
+    for source in mix.sources:
+        parts.append(_source_parts(work_dir, mix, source, origin.inputs[source.name]))
+    return parts
+
+
+def _source_parts(
+    work_dir: Path, mix: MixConfig, source: SourceConfig, inputs: Sequence[InputFile]
+) -> list[Part]:
+    parts = []
+    files_of = _files_by_unit(source, inputs)
     for number, unit in enumerate(units.split_into_units(source)):
         parts.append(
             Part(
@@ -250,9 +266,24 @@ def _source_parts(work_dir: Path, mix: MixConfig, source: SourceConfig) -> list[
                 work_dir=work_dir,
                 near_duplicates=mix.near_duplicates > 0 and source.format != "mock",
                 seq_len=mix.seq_len,
+                inputs=files_of(unit),
             )
         )
     return parts
+
+
+def _files_by_unit(
+    source: SourceConfig, inputs: Sequence[InputFile]
+) -> Callable[[units.Unit], tuple[InputFile, ...]]:
+    """Return a function that gives the input files that a unit is read from."""
+    if source.format in FILE_FORMATS:
+        by_path = {file.path: file for file in inputs}
+        return lambda unit: tuple(by_path[path] for path in unit.paths)
+    all_files = tuple(inputs)
+    if source.format == "huggingface" and not all_files:
+        paths = hub_files(source)
+        all_files = tuple(InputFile(path, state_of(path), "") for path in paths)
+    return lambda unit: all_files
 
 
 def _make_parts(parts: list[Part], progress: bool, executor: Executor) -> None:

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.build import units
+from data_pipeline.build.input_files import HashNotes, Inputs, look_at_inputs, read_inputs
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
-from data_pipeline.console.progress import show_progress
-from data_pipeline.errors import DataError
-from data_pipeline.store.files import cached_per_file, xxh3_of
+from data_pipeline.engine.executor import Executor
 from data_pipeline.store.manifest import FORMAT_VERSION, BuildManifest, InputFiles
 from data_pipeline.text.cleaning import STEP_VERSIONS
 from data_pipeline.text.harmony import RULES_VERSION
@@ -73,47 +72,48 @@ class Origin:
 
     rules: Rules
     """`build_rules` of the mix."""
-    files: Mapping[str, Sequence[FileFacts]]
-    """Input files of each source, in order."""
+    inputs: Inputs
+    """Input files of each source, in order, with their hashes."""
 
     @property
     def fingerprint(self) -> str:
         """Hex sha256 of everything that decides the tokens and rows of the build."""
         sources = []
         for rules in self.rules["sources"]:
-            sources.append({**rules, "files": self.files[rules["name"]]})
+            facts = [file.facts for file in self.inputs[rules["name"]]]
+            sources.append({**rules, "files": facts})
         return _hash_of({**self.rules, "sources": sources})
 
-    def inputs(self) -> dict[str, InputFiles]:
+    def listed_inputs(self) -> dict[str, InputFiles]:
         """Return the input files of each source, for the manifest."""
-        return {name: _input_files(facts) for name, facts in self.files.items()}
+        listed = {}
+        for name, files in self.inputs.items():
+            listed[name] = _input_files([file.facts for file in files])
+        return listed
 
 
-def read_origin(mix: MixConfig) -> Origin:
-    """Read all input files of a mix.
+def read_origin(
+    mix: MixConfig, executor: Executor | None = None, notes: HashNotes | None = None
+) -> Origin:
+    """Read all input files of a mix whose hashes are not noted.
 
-    Raises:
-        DataError: an input file cannot be read.
-    """
-    files = {}
-    num_files = sum(len(source.files()) for source in mix.sources)
-    with show_progress(num_files, "hashes of the input", "file", leave=False) as bar:
-        for source in mix.sources:
-            facts = []
-            for file_facts in _file_facts(source, read_contents=True):
-                facts.append(file_facts)
-                bar.update()
-            files[source.name] = facts
-    return Origin(rules=build_rules(mix), files=files)
-
-
-def fingerprint(mix: MixConfig) -> str:
-    """Return the fingerprint of a build of the mix, reading all input files.
+    The arguments are those of `input_files.read_inputs`.
 
     Raises:
-        DataError: an input file cannot be read.
+        DataError: an input file cannot be read, or is written to.
     """
-    return read_origin(mix).fingerprint
+    return Origin(rules=build_rules(mix), inputs=read_inputs(mix.sources, executor, notes))
+
+
+def fingerprint(
+    mix: MixConfig, executor: Executor | None = None, notes: HashNotes | None = None
+) -> str:
+    """Return the fingerprint of a build of the mix; see `read_origin`.
+
+    Raises:
+        DataError: an input file cannot be read, or is written to.
+    """
+    return read_origin(mix, executor, notes).fingerprint
 
 
 def build_rules(mix: MixConfig) -> Rules:
@@ -222,7 +222,7 @@ def _show(value: Any) -> str:
 def _file_differences(
     source: SourceConfig, before: InputFiles, read_contents: bool
 ) -> Iterator[str]:
-    now = _input_files(list(_file_facts(source, read_contents)))
+    now = _input_files(_file_facts(source, read_contents))
     same_contents = not read_contents or now.contents_hash == before.contents_hash
     if now.sizes_hash == before.sizes_hash and same_contents:
         return
@@ -286,19 +286,9 @@ def _input_files(files: Sequence[FileFacts]) -> InputFiles:
     )
 
 
-def _file_facts(source: SourceConfig, read_contents: bool) -> Iterator[FileFacts]:
-    for path in source.files():
-        try:
-            content_hash = _file_hash(path) if read_contents else ""
-            yield path.name, path.stat().st_size, content_hash
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read: {error.strerror or error}. It is a file of source "
-                f"'{source.name}'."
-            ) from error
-
-
-_file_hash = cached_per_file(max_files=2**16)(xxh3_of)
+def _file_facts(source: SourceConfig, read_contents: bool) -> list[FileFacts]:
+    read = read_inputs if read_contents else look_at_inputs
+    return [file.facts for file in read([source])[source.name]]
 
 
 def _hash_of(value: Any) -> str:

@@ -11,6 +11,8 @@ unit.
 Decisions
     A part is complete if and only if its account is there: it is written last. A rerun makes only
     what is missing.
+    The files of the unit are as they were hashed, before it is read and after: so the part is that
+    of the fingerprint.
     A conversation that is longer than a row is left out, and counted as a reject.
     Nothing here depends on other units, so parts may be made in any order, by any number of
     processes or machines.
@@ -33,6 +35,7 @@ from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.build.clusters import Hashes64
 from data_pipeline.build.deduplication import HASH_DTYPE, Hashes
 from data_pipeline.build.document import Document
+from data_pipeline.build.input_files import InputFile, check_unchanged
 from data_pipeline.build.near_duplicates import NUM_HASHES, Signatures, minhash_signatures
 from data_pipeline.build.sources import read_documents
 from data_pipeline.build.units import Unit
@@ -70,6 +73,8 @@ class Part:
     """Whether signatures are needed."""
     seq_len: int
     """Tokens: input slots of a packed row."""
+    inputs: tuple[InputFile, ...] = ()
+    """Files that the unit is read from, as they were hashed; all of a dataset or earlier build."""
 
     @property
     def shard_path(self) -> Path:
@@ -169,13 +174,19 @@ def make_part(part: Part) -> Account:
     """Read, clean, hash and tokenize one unit, and write its part.
 
     Raises:
-        DataError: the input cannot be used.
+        DataError: the input cannot be used, or somebody writes to it.
     """
+    check_unchanged(part.inputs, part.source.name)
     make_folder(part.shard_path.parent)
     make_folder(part.account_path.parent)
     tally = Tally()
     facts = _DocumentFacts(part.near_duplicates)
-    has_shard = _write_shard(part, tally, facts)
+    try:
+        has_shard = _write_shard(part, tally, facts)
+    except (DataError, OSError):
+        check_unchanged(part.inputs, part.source.name)  # it may be what went wrong
+        raise
+    check_unchanged(part.inputs, part.source.name)
     with atomic_write(part.hashes_path) as file:
         np.save(file, facts.hashes())
     if part.source.cluster_by is not None:

@@ -67,6 +67,15 @@ def count_rows(source: SourceConfig) -> tuple[int, int]:
     return num_documents, num_bytes
 
 
+def hub_files(source: SourceConfig) -> list[Path]:
+    """Return the files in which `datasets` keeps a dataset of the Hub on this machine.
+
+    Raises:
+        DataError: it cannot be fetched or read.
+    """
+    return [Path(file["filename"]) for file in _dataset(source).cache_files]
+
+
 def read_dataset_rows(
     source: SourceConfig, start: int, stop: int, fields: tuple[str, ...]
 ) -> Iterator[pa.Table]:

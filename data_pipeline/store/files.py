@@ -168,7 +168,7 @@ def cached_per_file(
 ) -> Callable[[Callable[Concatenate[Path, P], T]], Callable[Concatenate[Path, P], T]]:
     """Make a decorator that remembers what a function of a file returned, in this process.
 
-    The file is read again once its size, time of modification or inode is another. Further
+    The file is read again once its size, one of its times or its inode is another. Further
     arguments must be hashable.
 
     Args:
@@ -178,14 +178,19 @@ def cached_per_file(
     def decorate(read: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
         @functools.lru_cache(maxsize=max_files)
         def read_version(
-            version: tuple[int, int, int], path: Path, *args: P.args, **kwargs: P.kwargs
+            version: tuple[int, int, int, int], path: Path, *args: P.args, **kwargs: P.kwargs
         ) -> T:
             return read(path, *args, **kwargs)
 
         @functools.wraps(read)
         def read_cached(path: Path, *args: P.args, **kwargs: P.kwargs) -> T:
             status = path.stat()
-            version = (status.st_size, status.st_mtime_ns, status.st_ino)
+            version = (
+                status.st_size,
+                status.st_mtime_ns,
+                status.st_ctime_ns,  # nobody can set it
+                status.st_ino,
+            )
             return read_version(version, path, *args, **kwargs)  # type: ignore[arg-type]  # hashable
 
         return read_cached

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from data_pipeline.build import build as build_module
-from data_pipeline.build import origin
+from data_pipeline.build import input_files, origin
 from data_pipeline.build.build import build, matching_builds
 from data_pipeline.build.origin import compare, fingerprint
 from data_pipeline.config.mix_config import MixConfig
@@ -195,7 +195,7 @@ def test_an_unreadable_file_is_bad_data(make_mix: MakeMix, monkeypatch: pytest.M
         raise PermissionError(13, "Permission denied", str(path))
 
     mix = make_mix(TEXTS)
-    monkeypatch.setattr(origin, "_file_hash", refuse)
+    monkeypatch.setattr(input_files, "file_hash", refuse)
     with pytest.raises(DataError, match=r"en.jsonl: cannot be read: Permission denied.*'en'"):
         fingerprint(mix)
 
