@@ -31,6 +31,7 @@ from cpt.config.guard_section import DomainLimits
 from cpt.config.sections import ExpertParallelJson, RunYaml
 from data_pipeline.config.generation_config import GenerationDomain
 from data_pipeline.config.mix_config import GuardConfig, GuardDomain, LanguageLimits, MixConfig
+from data_pipeline.config.record_filters import FilterRule
 from data_pipeline.config.source_config import LANGUAGES, SourceConfig
 from data_pipeline.config.traces_config import TraceDomain
 from data_pipeline.console.say import say
@@ -89,6 +90,7 @@ def configuration_page() -> str:
     parts.append("## Data-mix YAML\n")
     parts.append(_section("Top level", MixConfig, ""))
     parts.append(_section("`sources[]`: one source", SourceConfig, "sources[]."))
+    parts.append(_section("`sources[].filters[]`: one condition", FilterRule, "filters[]."))
     parts.append(_wrapped(f"Languages: {_code_list(LANGUAGES)}.") + "\n")
     parts.append(_section("`languages.LANGUAGE`: limits", LanguageLimits, "languages.LANGUAGE."))
     parts.append(_section("`guard`: held-out text", GuardConfig, "guard."))

@@ -9,6 +9,7 @@ Decisions
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from data_pipeline.store.packing import (
     Segments,
     pack,
 )
+from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.tokenizer import NAME, RANKS_SHA256
 
 log = logging.getLogger(__name__)
@@ -158,8 +160,16 @@ def _pack_source(directory: Path, mix: MixConfig, decided: DecidedSource) -> Sou
         held_out_copies=fates.num_held_out_copies,
         base_model=base_model_of(source),
         rejects=dict(sorted(decided.parts.tally.rejects.items())),
-        notes=dict(sorted(decided.parts.tally.notes.items())),
+        notes=_notes(decided.parts.tally),
     )
+
+
+def _notes(tally: Tally) -> dict[str, int]:
+    """Return the oddities of a source, and what its filters left out, by kind."""
+    notes = Counter(tally.notes)
+    for condition, count in tally.filtered.items():
+        notes[f"filtered: {condition}"] += count
+    return dict(sorted(notes.items()))
 
 
 def _pack_split(directory: Path, segments: Segments, mix: MixConfig) -> RowIndex:

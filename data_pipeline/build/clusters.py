@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from data_pipeline.build.record_fields import find_field
 from data_pipeline.store.packing import Integers
 
 NO_CLUSTER = 0
@@ -40,7 +41,7 @@ def cluster_of(cluster_by: str | None, path: str, record: Mapping[str, Any]) -> 
     elif cluster_by == "folder":
         name = str(Path(path).parent)
     else:
-        value = record.get(cluster_by)
+        value = find_field(record, cluster_by)
         if not isinstance(value, str) or not value.strip():
             return NO_CLUSTER
         name = host_of(value.strip())

@@ -16,7 +16,8 @@ import json
 import re
 from typing import Any
 
-from data_pipeline.config.source_config import SourceConfig, template_fields
+from data_pipeline.build.record_fields import text_fields, value_fields
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.text.cleaning import Tally
 
 MAX_VALUES = 1_000_000
@@ -29,13 +30,6 @@ _STRING_OR_MARK = re.compile(
 Before an empty list or object's end stands no value.
 """
 _QUOTE = ord('"')
-
-
-def record_fields(source: SourceConfig) -> tuple[str, ...]:
-    """Return the names of the fields that a record must have."""
-    if source.template is not None:
-        return template_fields(source.template)
-    return (source.text_field,)
 
 
 class _RepeatedKeys:
@@ -89,8 +83,12 @@ def _repeated_key_that_counts(source: SourceConfig, repeated: _RepeatedKeys) -> 
     """Return a repeated key that the document is made of; None if there is none."""
     if source.format == "harmony":
         return (repeated.outermost + repeated.inner)[0]
-    for field in record_fields(source):
-        if field in repeated.outermost:
+    for field in (*text_fields(source), *value_fields(source)):
+        parent, _, inner = field.partition(".")
+        for key in (field, parent):
+            if key in repeated.outermost:
+                return key
+        if inner and inner.rpartition(".")[2] in repeated.inner:
             return field
     return None
 

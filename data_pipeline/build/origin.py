@@ -11,6 +11,7 @@ Decisions
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,6 +143,11 @@ def _source_rules(source: SourceConfig) -> Rules:
         rules["ignored_keys"] = sorted(source.ignored_keys)
     if source.cluster_by is not None:
         rules["cluster_by"] = source.cluster_by
+    if source.filters:
+        rules["filters"] = [dataclasses.asdict(rule) for rule in source.filters]
+    for key in ("min_characters", "min_tokens", "max_tokens"):
+        if getattr(source, key) is not None:
+            rules[key] = getattr(source, key)
     versions = {}
     for step, version in STEP_VERSIONS.items():
         if step in source.normalise:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.build.table_columns import check_columns
+from data_pipeline.build.table_columns import check_columns, field_type
 from data_pipeline.build.unreadable_files import parquet_errors, unreadable_parquet
 from data_pipeline.store.parquet_pages import (
     MAX_FOOTER_BYTES,
@@ -73,26 +73,28 @@ def row_group_bytes(path: Path) -> list[int]:
 
 
 def parquet_batches(
-    path: Path, groups: range, fields: tuple[str, ...]
+    path: Path, groups: range, fields: tuple[str, ...], values: tuple[str, ...] = ()
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Yield (rows of the file before it, batch) for the rows of some row groups.
 
     Args:
         path: The file.
         groups: Numbers of the row groups.
-        fields: Columns that are read; they must hold text.
+        fields: Columns that are read and must hold text.
+        values: Columns that are read and may hold numbers.
 
     Raises:
         DataError: it cannot be read, or lacks a column.
     """
     with open_parquet(path) as file:
-        check_columns(str(path), file.schema_arrow, fields, "Set text_field or template.")
+        check_columns(str(path), file.schema_arrow, fields, values, "Set text_field or template.")
+        read = (*fields, *values)
         rows = [file.metadata.row_group(group).num_rows for group in range(groups.stop)]
         number = sum(rows[: groups.start])
         batches = file.iter_batches(
-            batch_size=_batch_rows(path, file, groups, fields),
+            batch_size=_batch_rows(path, file, groups, read),
             row_groups=list(groups),
-            columns=list(fields),
+            columns=list(read),
         )
         for batch in batches:
             yield number, batch
@@ -115,7 +117,7 @@ def _batch_rows(path: Path, file: pq.ParquetFile, groups: range, fields: tuple[s
         name = file.schema.column(number).path
         if name not in fields:
             continue
-        keeps = pa.types.is_dictionary(file.schema_arrow.field(name).type)
+        keeps = pa.types.is_dictionary(field_type(file.schema_arrow, name))
         if not keeps:
             most_rows = _BATCH_ROWS
         columns.append(ColumnBounds(path, file.metadata, number, keeps=keeps))

@@ -23,6 +23,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +211,7 @@ def make_part(part: Part) -> Account:
 def _write_shard(part: Part, tally: Tally, facts: _DocumentFacts) -> bool:
     """Write the documents of the unit, each once, and return whether there are any."""
     documents = facts.without_copies(read_documents(part.source, part.unit, tally))
-    tokenized = _tokenize(documents, part.seq_len, tally)
+    tokenized = _within_limits(_tokenize(documents, part.seq_len, tally), part.source, tally)
     first = next(tokenized, None)
     if first is None:
         return False
@@ -234,6 +235,21 @@ def _tokenize(
         if document.is_conversation and len(tokens) - 1 > seq_len:
             assert document.place is not None, "a conversation comes from a record"
             tally.withdraw(f"{TOO_LONG} of {seq_len} tokens", document.place)
+        else:
+            yield document, tokens
+
+
+def _within_limits(
+    documents: Iterator[tuple[Document, Tokens]], source: SourceConfig, tally: Tally
+) -> Iterator[tuple[Document, Tokens]]:
+    """Yield the documents that have as many tokens as the source wants, and count the others."""
+    least = source.min_tokens or 0
+    most = source.max_tokens or math.inf
+    for document, tokens in documents:
+        if len(tokens) < least:
+            tally.withdraw_filtered(f"fewer than {least} tokens", len(tokens))
+        elif len(tokens) > most:
+            tally.withdraw_filtered(f"more than {most} tokens", len(tokens))
         else:
             yield document, tokens
 

@@ -88,6 +88,14 @@ class SourceParts:
                 f"be used, more than max_reject_share {max_reject_share:g}: "
                 f"{self.tally.describe_rejects()}. {self._advice()}"
             )
+        if not self.parts and self.tally.filtered:
+            conditions = []
+            for condition, count in self.tally.filtered.most_common():
+                conditions.append(f"{count} {condition}")
+            raise DataError(
+                f"source '{name}': its filters leave no document: {'; '.join(conditions)}. "
+                "Correct the names of the fields, or loosen the filters."
+            )
         if not self.parts:
             raise DataError(
                 f"source '{name}': its files hold no documents. Remove the source, or check its "

@@ -25,14 +25,21 @@ from typing import IO, TYPE_CHECKING, Any
 
 from data_pipeline.build.clusters import NO_CLUSTER, cluster_of
 from data_pipeline.build.document import Document
-from data_pipeline.build.json_records import parse_record, record_fields
+from data_pipeline.build.json_records import parse_record
 from data_pipeline.build.mock_documents import invent_documents
 from data_pipeline.build.parquet_files import parquet_batches
+from data_pipeline.build.record_fields import (
+    ABSENT,
+    find_field,
+    text_fields,
+    value_fields,
+    why_filtered,
+)
 from data_pipeline.build.stored_rows import read_build_texts, read_dataset_rows
-from data_pipeline.build.table_columns import text_records
+from data_pipeline.build.table_columns import table_records
 from data_pipeline.build.units import Unit, split_into_units
 from data_pipeline.build.unreadable_files import unreadable, why_no_text
-from data_pipeline.config.source_config import CLUSTER_PLACES, SourceConfig
+from data_pipeline.config.source_config import RECORD_KEYS, SourceConfig, fill_template
 from data_pipeline.store.text_files import open_text, text_layers
 from data_pipeline.text.cleaning import (
     MAX_DOCUMENT_BYTES,
@@ -84,15 +91,6 @@ def read_documents(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[D
         raise unreadable(unit.paths[0] if unit.paths else source.name, error) from error
 
 
-def columns_to_read(source: SourceConfig) -> tuple[str, ...]:
-    """Return the columns of a table that are read: those of the text, and that of the cluster."""
-    fields = record_fields(source)
-    by = source.cluster_by
-    if by is None or by in CLUSTER_PLACES or by in fields:
-        return fields
-    return (*fields, by)
-
-
 def _in_cluster(
     document: Document, source: SourceConfig, path: str, record: Mapping[str, Any], tally: Tally
 ) -> Document:
@@ -109,8 +107,14 @@ def _accept_record(
     source: SourceConfig, record: dict[str, Any], place: Place, tally: Tally
 ) -> Document | None:
     """Return the document of a record, or count why it cannot be used and return None."""
+    filtered = why_filtered(source, record)
+    if filtered is not None:
+        tally.filter(filtered)
+        return None
     if source.format == "harmony":
-        conversation, reason = read_conversation(record, source.ignored_keys)
+        conversation, reason = read_conversation(
+            _without_filters(source, record), source.ignored_keys
+        )
         if conversation is not None:
             tally.accepted += 1
             return Document.from_conversation(conversation, place)
@@ -123,19 +127,29 @@ def _accept_record(
     return None
 
 
+def _without_filters(source: SourceConfig, record: dict[str, Any]) -> dict[str, Any]:
+    """Return a conversation without the keys that filters read, which it would not know."""
+    if not source.filters:
+        return record
+    read = {rule.field for rule in source.filters}
+    read |= {rule.field.partition(".")[0] for rule in source.filters}
+    return {key: value for key, value in record.items() if key not in read - set(RECORD_KEYS)}
+
+
 def _record_text(source: SourceConfig, record: dict[str, Any]) -> tuple[Any, str | None]:
     """Return (value of the text field or filled template, None), or (None, reason)."""
-    fields = record_fields(source)
-    for field in fields:
-        if field not in record:
+    values = {}
+    for field in text_fields(source):
+        values[field] = find_field(record, field)
+        if values[field] is ABSENT:
             return None, f"no field '{field}'"
     if source.template is None:
-        return record[source.text_field], None
-    for field in fields:
-        reason = why_unusable(record[field])
+        return values[source.text_field], None
+    for field, value in values.items():
+        reason = why_unusable(value)
         if reason is not None:
             return None, f"field '{field}': {reason}"
-    return source.template.format_map(record), None
+    return fill_template(source.template, values), None
 
 
 def _accept_text(source: SourceConfig, text: Any, place: Place, tally: Tally) -> Document | None:
@@ -143,6 +157,9 @@ def _accept_text(source: SourceConfig, text: Any, place: Place, tally: Tally) ->
     if source.normalise and why_unusable(text) is None:
         text = normalize(text, source.normalise, tally.notes)
     if not tally.take(text, place):
+        return None
+    if source.min_characters is not None and len(text) < source.min_characters:
+        tally.withdraw_filtered(f"fewer than {source.min_characters} characters", 0)
         return None
     return Document.from_text(text)
 
@@ -232,7 +249,8 @@ def _seek_first_line(file: IO[bytes], unit: Unit) -> int:
 def _read_parquet(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
     (path,) = unit.paths
     groups = range(unit.start, unit.stop)
-    for rows_before, batch in parquet_batches(path, groups, columns_to_read(source)):
+    fields = (text_fields(source), value_fields(source))
+    for rows_before, batch in parquet_batches(path, groups, *fields):
         yield from _table_documents(source, batch, str(path), rows_before, tally)
 
 
@@ -244,7 +262,7 @@ def _table_documents(
     tally: Tally,
 ) -> Iterator[Document]:
     """Yield the usable documents of a batch or table of rows."""
-    records = text_records(name, table, columns_to_read(source))
+    records = table_records(name, table, (*text_fields(source), *value_fields(source)))
     for number, (record, reason) in enumerate(records, rows_before + 1):
         place = Place(f"{name}: row {number}")
         if reason is not None:
@@ -291,7 +309,8 @@ def _unify_text_file(content: bytes, tally: Tally) -> bytes:
 def _read_dataset(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
     name = str(unit.paths[0] if unit.paths else source.dataset)
     number = unit.start
-    for table in read_dataset_rows(source, unit.start, unit.stop, columns_to_read(source)):
+    fields = (text_fields(source), value_fields(source))
+    for table in read_dataset_rows(source, unit.start, unit.stop, *fields):
         yield from _table_documents(source, table, name, number, tally)
         number += table.num_rows
 

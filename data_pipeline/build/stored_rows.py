@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.build.table_columns import check_columns
+from data_pipeline.build.table_columns import check_columns, column_path
 from data_pipeline.config.links import dangling_link
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
@@ -77,17 +77,30 @@ def hub_files(source: SourceConfig) -> list[Path]:
 
 
 def read_dataset_rows(
-    source: SourceConfig, start: int, stop: int, fields: tuple[str, ...]
+    source: SourceConfig, start: int, stop: int, fields: tuple[str, ...], values: tuple[str, ...]
 ) -> Iterator[pa.Table]:
-    """Yield the rows [start, stop) of a dataset as tables that have the columns `fields`.
+    """Yield the rows [start, stop) of a dataset as tables that have the columns to read.
+
+    Args:
+        source: The source.
+        start: The first row.
+        stop: One past the last row.
+        fields: Columns, or fields inside them, that must hold text.
+        values: Those that may hold numbers.
 
     Raises:
-        DataError: the dataset lacks a column, or has it not as text.
+        DataError: the dataset lacks a column, or holds something else in it.
     """
     dataset = _dataset(source)
+    schema = dataset.data.schema
     place = f"source '{source.name}': the dataset"
-    check_columns(place, dataset.data.schema, fields, "Set text_field or template.")
-    chosen = dataset.select_columns(list(fields))
+    check_columns(place, schema, fields, values, "Set text_field or template.")
+    columns: dict[str, None] = {}
+    for field in (*fields, *values):
+        path = column_path(schema, field)
+        assert path is not None, "check_columns has found it"
+        columns[path[0]] = None
+    chosen = dataset.select_columns(list(columns))
     for first in range(start, stop, _BATCH_ROWS):
         yield chosen[first : min(first + _BATCH_ROWS, stop)]
 

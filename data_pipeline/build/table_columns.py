@@ -3,7 +3,8 @@
 Decisions
     A column is taken if it is text without loss: strings of every layout, dictionaries of strings,
     binary values (each is checked to be UTF-8), JSON, and a column without any type, whose values
-    are all null and are counted as such.
+    are all null and are counted as such. Fields inside a column (structures) are read like columns.
+    Columns of filters may hold numbers, times, and true or false as well.
     Anything else is refused with the type that was found, because to write a number or a list as
     text would be a choice that the mix does not name.
     The sizes of the values are known before Python makes objects of them: a row that is too long is
@@ -14,7 +15,7 @@ Decisions
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,48 +28,122 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def check_columns(place: str, schema: pa.Schema, fields: Sequence[str], cure: str) -> None:
-    """Refuse a table that lacks one of the columns `fields`, has it twice, or not as text.
+def check_columns(
+    place: str, schema: pa.Schema, fields: Sequence[str], values: Sequence[str], cure: str
+) -> None:
+    """Refuse a table that lacks a column, has it twice, or holds what is not read there.
+
+    Args:
+        place: What has the columns, for messages.
+        schema: The columns.
+        fields: Those that must hold text.
+        values: Those that may hold numbers and times as well.
+        cure: End of a message about a column of text.
 
     Raises:
-        DataError: It does; the message names `place`, and ends with `cure`.
+        DataError: It does.
     """
     for field in fields:
-        count = schema.names.count(field)
-        if count > 1:
-            raise DataError(
-                f"{place}: {count} columns are named '{field}'. Rename all but one, or leave them "
-                "out when you write it."
-            )
-        if not count:
-            names = escaped_line(", ".join(schema.names), 2000)
-            raise DataError(
-                f"{place}: no column '{field}'. It has: {names}."
-                f"{_nested_hint(schema, field)} {cure}"
-            )
-        kind = schema.field(field).type
+        kind = _type_of(place, schema, field, cure)
         if not _is_text(kind):
             raise DataError(
                 f"{place}: column '{field}' holds {_shown(kind)}, must hold strings."
-                f"{_type_hint(kind)} {cure}"
+                f"{_type_hint(field, kind)} {cure}"
             )
+    for field in values:
+        kind = _type_of(place, schema, field, "Correct filters or cluster_by.")
+        if not (_is_text(kind) or _is_value(kind)):
+            raise DataError(
+                f"{place}: column '{field}' holds {_shown(kind)}, must hold numbers, texts, times "
+                f"or true and false.{_type_hint(field, kind)} Correct filters or cluster_by."
+            )
+
+
+def _type_of(place: str, schema: pa.Schema, field: str, cure: str) -> pa.DataType:
+    """Return the type of a column, or of a field inside one.
+
+    Raises:
+        DataError: there is none of that name, or more than one.
+    """
+    path = column_path(schema, field)
+    if path is None:
+        names = escaped_line(", ".join(schema.names), 2000)
+        raise DataError(
+            f"{place}: no column '{field}'. It has: {names}.{_nested_hint(schema, field)} {cure}"
+        )
+    count = schema.names.count(path[0])
+    if count > 1:
+        raise DataError(
+            f"{place}: {count} columns are named '{path[0]}'. Rename all but one, or leave them "
+            "out when you write it."
+        )
+    return field_type(schema, field)
+
+
+def field_type(schema: pa.Schema, field: str) -> pa.DataType:
+    """Return the type of a column, or of a field inside one, which is there."""
+    path = column_path(schema, field)
+    assert path is not None, "check_columns has found it"
+    kind = schema.field(path[0]).type
+    for name in path[1:]:
+        kind = kind.field(name).type
+    return kind
+
+
+def column_path(schema: pa.Schema, field: str) -> tuple[str, ...] | None:
+    """Return the names that lead to a field, from its column inwards; None if it is not there.
+
+    A column whose own name has dots comes before a field inside another one.
+    """
+    if field in schema.names:
+        return (field,)
+    dot = field.find(".")
+    while dot >= 0:
+        if field[:dot] in schema.names:
+            inner = _path_inside(schema.field(field[:dot]).type, field[dot + 1 :])
+            if inner is not None:
+                return (field[:dot], *inner)
+        dot = field.find(".", dot + 1)
+    return None
+
+
+def _path_inside(kind: pa.DataType, field: str) -> tuple[str, ...] | None:
+    import pyarrow as pa
+
+    if not pa.types.is_struct(kind):
+        return None
+    return column_path(pa.schema(list(kind)), field)
+
+
+def _column_of(table: pa.RecordBatch | pa.Table, field: str) -> list[pa.Array]:
+    """Return the arrays of a column, or of a field inside one; null where that column is null."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    path = column_path(table.schema, field)
+    assert path is not None, "check_columns has found it"
+    column = table.column(path[0])
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    for name in path[1:]:
+        chunks = [pc.struct_field(chunk, [name]) for chunk in chunks]
+    return _storage_chunks(chunks)
 
 
 def _nested_hint(schema: pa.Schema, field: str) -> str:
     parent = field.partition(".")[0]
     if parent not in schema.names or parent == field:
         return ""
-    return (
-        f" '{parent}' holds {_shown(schema.field(parent).type)}, and a field inside a column is "
-        "not read: write it as a column of its own."
-    )
+    return f" '{parent}' holds {_shown(schema.field(parent).type)}, which has no such field."
 
 
-def _type_hint(kind: pa.DataType) -> str:
+def _type_hint(field: str, kind: pa.DataType) -> str:
     import pyarrow as pa
 
+    if pa.types.is_struct(kind) and kind.num_fields:
+        inner = escaped_line(kind.field(0).name, 60)
+        return f" Name a field inside it, such as '{field}.{inner}'."
     if pa.types.is_nested(kind):
-        return " A text inside a column is not read: write it as a column of its own."
+        return " A text inside a list is not read: write it as a column of its own."
     return ""
 
 
@@ -86,6 +161,20 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_null(kind) or _is_string(kind) or _is_binary(kind)
 
 
+def _is_value(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    checks = (
+        pa.types.is_integer,
+        pa.types.is_floating,
+        pa.types.is_decimal,
+        pa.types.is_boolean,
+        pa.types.is_date,
+        pa.types.is_timestamp,
+    )
+    return any(check(kind) for check in checks)
+
+
 def _is_string(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
@@ -100,10 +189,10 @@ def _is_binary(kind: pa.DataType) -> bool:
     return any(check(kind) for check in checks)
 
 
-def text_records(
+def table_records(
     place: str, table: pa.RecordBatch | pa.Table, fields: Sequence[str]
-) -> Iterator[tuple[dict[str, str | None], str | None]]:
-    """Yield (texts of a row by field, None), or ({}, why the row cannot be used).
+) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """Yield (values of a row by field, None), or ({}, why the row cannot be used).
 
     Args:
         place: What the rows belong to, for the message.
@@ -118,7 +207,7 @@ def text_records(
     sizes = np.zeros(table.num_rows, np.int64)
     columns = []
     for field in fields:
-        chunks = [_as_binary(chunk) for chunk in _storage_chunks(table.column(field))]
+        chunks = [_as_binary(chunk) for chunk in _column_of(table, field)]
         try:
             for chunk in chunks:
                 chunk.validate(full=True)
@@ -134,7 +223,7 @@ def text_records(
             continue
         values = []
         for column in columns:
-            values.append(_column_bytes(column.slice(start, stop - start)))
+            values.append(_column_values(column.slice(start, stop - start)))
         yield from _decoded_records(values, fields)
 
 
@@ -155,11 +244,10 @@ def _stretches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, len(sizes)
 
 
-def _storage_chunks(column: pa.Array | pa.ChunkedArray) -> list[pa.Array]:
-    """Return the arrays that a column consists of, without extension types."""
+def _storage_chunks(chunks: Sequence[pa.Array]) -> list[pa.Array]:
+    """Return the arrays of a column without extension types."""
     import pyarrow as pa
 
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     found = []
     for chunk in chunks:
         found.append(chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk)
@@ -189,7 +277,7 @@ def _value_bytes(chunk: pa.Array) -> npt.NDArray[np.int64]:
     import pyarrow.compute as pc
 
     kind = chunk.type
-    if pa.types.is_null(kind):
+    if pa.types.is_null(kind) or _is_value(kind):
         return np.zeros(len(chunk), np.int64)
     if pa.types.is_dictionary(kind):
         sizes = np.append(_value_bytes(chunk.dictionary), 0)
@@ -202,8 +290,8 @@ def _value_bytes(chunk: pa.Array) -> npt.NDArray[np.int64]:
     return lengths.to_numpy()  # type: ignore[no-any-return]
 
 
-def _column_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
-    """Return the values of a column, null as None.
+def _column_values(column: pa.ChunkedArray) -> list[Any]:
+    """Return the values of a column: texts as bytes, null as None.
 
     They come as bytes, because one string that is not UTF-8 must not cost the whole column.
     """
@@ -211,6 +299,8 @@ def _column_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
 
     if pa.types.is_null(column.type):
         return [None] * len(column)
+    if _is_value(column.type):
+        return _scalars(column)
     values: list[bytes | None] = []
     for chunk in column.chunks:
         if isinstance(chunk, pa.DictionaryArray):
@@ -221,15 +311,26 @@ def _column_bytes(column: pa.ChunkedArray) -> list[bytes | None]:
     return values
 
 
+def _scalars(column: pa.ChunkedArray) -> list[Any]:
+    """Return numbers as Python's, and times as texts."""
+    import pyarrow as pa
+
+    if pa.types.is_decimal(column.type):
+        column = column.cast(pa.float64())
+    elif pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
+        column = column.cast(pa.string())
+    return column.to_pylist()  # type: ignore[no-any-return]
+
+
 def _decoded_records(
-    columns: Sequence[list[bytes | None]], fields: Sequence[str]
-) -> Iterator[tuple[dict[str, str | None], str | None]]:
-    """Yield what `text_records` does for columns of bytes."""
+    columns: Sequence[list[Any]], fields: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """Yield what `table_records` does for columns of values."""
     for values in zip(*columns, strict=True):
-        record: dict[str, str | None] = {}
+        record: dict[str, Any] = {}
         try:
             for field, value in zip(fields, values, strict=True):
-                record[field] = None if value is None else value.decode("utf-8")
+                record[field] = value.decode("utf-8") if isinstance(value, bytes) else value
         except UnicodeDecodeError:
             yield {}, "invalid UTF-8"
         else:

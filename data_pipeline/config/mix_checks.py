@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -26,6 +27,7 @@ RawSection = dict[str, Any]
 """A section of the file as it was parsed."""
 PROMPT_LISTS = ("generation", "traces")
 """Lists of the guard section whose entries name files of prompts."""
+_ADDRESS = re.compile(r"([a-z][a-z0-9+]*)://", re.IGNORECASE)
 
 
 def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool = True) -> None:
@@ -170,13 +172,20 @@ def _check_folder(reader: Reader, source: RawSection, path: KeyPath, base: Path)
     try:
         os.fsencode(folder)
         if not (base / folder).is_dir():
-            reader.problem(path, f"is '{folder}', which is no folder (looked in {base}).")
+            reader.problem(path, f"is '{folder}', {_why_no_folder(folder, base)}.")
             return
         _check_links(reader, sorted((base / folder).rglob("*")), path)
     except UnicodeEncodeError:
         reader.problem(path, f"names a folder that cannot be opened: {unnamable(folder)}")
     except OSError as error:
         reader.problem(path, f"is '{folder}', which cannot be looked at: {error.strerror}.")
+
+
+def _why_no_folder(folder: str, base: Path) -> str:
+    if (base / folder).exists():
+        return "which is a file, and the folder that holds it is asked for"
+    reason = why_no_file(folder, base)
+    return reason.replace("which matches no file", "which is no folder")
 
 
 def _check_links(reader: Reader, files: list[Path], path: KeyPath) -> None:
@@ -200,7 +209,7 @@ def _check_files(reader: Reader, section: RawSection, path: KeyPath, base: Path)
     if not isinstance(patterns, list):
         return
     by_suffix = section.get("format", "auto") == "auto"
-    seen: set[Path] = set()
+    seen: dict[tuple[int, int], Path] = {}
     for pattern in patterns:
         if not isinstance(pattern, str):
             continue
@@ -208,14 +217,41 @@ def _check_files(reader: Reader, section: RawSection, path: KeyPath, base: Path)
         if files is None:
             continue
         if not files:
-            reader.problem(path, f"is '{pattern}', {_why_no_file(base / pattern, base)}.")
-        twice = [file for file in files if file in seen]
-        if twice:
-            reader.problem(path, f"names {twice[0]} twice. Remove one.")
-        seen.update(files)
+            reader.problem(path, f"is '{pattern}', {why_no_file(pattern, base)}.")
+        _check_twice(reader, files, seen, path)
         _check_links(reader, files, path)
         if by_suffix:
             _check_suffixes(reader, files, path)
+
+
+def _check_twice(
+    reader: Reader, files: list[Path], seen: dict[tuple[int, int], Path], path: KeyPath
+) -> None:
+    """Report the first file that was named before, also under another name that is a link to it.
+
+    Args:
+        reader: Takes the problem.
+        files: Files of a pattern.
+        seen: Files of the patterns before it, by device and number; those of this one are added.
+        path: The key.
+    """
+    reported = False
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError:  # a link to nothing, which is reported as such
+            continue
+        before = seen.setdefault((status.st_dev, status.st_ino), file)
+        if reported or before is file:
+            continue
+        reported = True
+        if before == file:
+            reader.problem(path, f"names {file} twice. Remove one.")
+        else:
+            reader.problem(
+                path,
+                f"names {before} and {file}, which are one file under two names. Leave one out.",
+            )
 
 
 def _expand(reader: Reader, pattern: str, path: KeyPath, base: Path) -> list[Path] | None:
@@ -230,10 +266,35 @@ def _expand(reader: Reader, pattern: str, path: KeyPath, base: Path) -> list[Pat
     return None
 
 
-def _why_no_file(path: Path, base: Path) -> str:
-    if path.exists() and not path.is_dir():
+def why_no_file(pattern: str, base: Path) -> str:
+    """Return why a path or glob of a mix names no file, and what to write instead.
+
+    Args:
+        pattern: The path as it is written.
+        base: Folder that it is relative to.
+    """
+    path = base / pattern
+    if path.is_dir():
+        inside = pattern.rstrip("/") or "."
+        return (
+            "which is a folder. Name its files: "
+            f"'{inside}/*.jsonl', or '{inside}/**/*.jsonl' for those in folders below it as well"
+        )
+    if path.exists():
         return "which is a pipe, a socket or a device. Only regular files are read"
-    return f"which matches no file (looked in {base})"
+    address = _ADDRESS.match(pattern)
+    if address:
+        return (
+            f"which is an address. {address[1]}:// is not read: copy the files here, and name them"
+        )
+    if pattern.startswith("~"):
+        return "but ~ is not replaced in a mix. Write the whole path of the home folder"
+    if "$" in pattern:
+        return "but variables are not replaced in a mix. Write the whole path"
+    looked = f"which matches no file (looked in {base})"
+    if "[" in pattern:
+        return f"{looked}. Brackets match one character of those inside: write [[] for a bracket"
+    return looked
 
 
 def _check_suffixes(reader: Reader, files: list[Path], path: KeyPath) -> None:

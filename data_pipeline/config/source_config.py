@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from data_pipeline.config.file_patterns import expand, plain_files
+from data_pipeline.config.record_filters import FilterRule, is_field_name
 from data_pipeline.config.strict_yaml import nearest
 
 NATURAL_LANGUAGES = {
@@ -123,9 +125,20 @@ class SourceConfig:
     """self_replay is text that the base model wrote (`cpt replay`): its sidecar is verified, and
     training refuses it if the run starts from another model."""
     text_field: str = "text"
-    """Key (JSONL) or column (Parquet, datasets) that holds the text."""
+    """Key (JSONL) or column (Parquet, datasets) that holds the text. `a.b` is the field b inside
+    the field a, unless there is a field whose own name is `a.b`."""
     template: str | None = None
-    """Text composed of several fields, for example "{title}: {body}"; replaces `text_field`."""
+    """Text composed of several fields, for example "{title}: {meta.body}"; replaces
+    `text_field`."""
+    filters: tuple[FilterRule, ...] = ()
+    """Conditions on fields of a record, all of which a document must meet. Documents that do not
+    are counted by condition, and are no rejects."""
+    min_characters: int | None = None
+    """Characters that a cleaned text must have; shorter ones are filtered out."""
+    min_tokens: int | None = None
+    """Tokens that a document must have; shorter ones are filtered out."""
+    max_tokens: int | None = None
+    """Tokens that a document may have; longer ones are filtered out."""
     cluster_by: str | None = None
     """What documents that belong together have in common: `file`, `folder`, or the key or column
     that names it, for example url, of which the host counts. The guard measures one held-out
@@ -180,6 +193,7 @@ class SourceConfig:
             )
         yield from self._check_template()
         yield from self._check_text()
+        yield from self._check_filters()
         yield from self._check_clusters()
         yield from check_ignored_keys(self.ignored_keys, self.format)
         yield from self._check_hub()
@@ -220,6 +234,28 @@ class SourceConfig:
             yield "normalise", "lists nfc and nfkc. Choose one."
         if self.normalise and self.format in ("mock", "harmony"):
             yield "normalise", f"is given, but format: {self.format} has no plain text. Remove it."
+
+    def _check_filters(self) -> Iterator[Problem]:
+        if self.filters and self.format in ("text", "build", "mock"):
+            yield "filters", f"is given, but format: {self.format} has no fields. Remove it."
+        if not is_field_name(self.text_field):
+            yield "text_field", f"is '{self.text_field}', which names no field."
+        limits = {
+            "min_characters": self.min_characters,
+            "min_tokens": self.min_tokens,
+            "max_tokens": self.max_tokens,
+        }
+        for key, value in limits.items():
+            if value is not None and value < 1:
+                yield key, f"is {value}, must be at least 1. Remove it to set no limit."
+            elif value is not None and self.format == "mock":
+                yield key, "is given, but format: mock invents documents. Remove it."
+        if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
+            yield (
+                "min_tokens",
+                f"is {self.min_tokens}, above max_tokens {self.max_tokens}: no document would "
+                "pass.",
+            )
 
     def _check_clusters(self) -> Iterator[Problem]:
         if self.cluster_by is None:
@@ -334,7 +370,29 @@ def template_fields(template: str) -> tuple[str, ...]:
     for _, name, spec, conversion in string.Formatter().parse(template):
         if name is None:
             continue
-        if not name or spec or conversion or set(".[]") & set(name):
+        if not is_field_name(name) or spec or conversion or set("[]") & set(name):
             raise ValueError(f"'{{{name}}}' is not a plain field name")
         names.append(name)
     return tuple(names)
+
+
+def fill_template(template: str, texts: Mapping[str, str]) -> str:
+    """Return a template with its fields replaced.
+
+    Args:
+        template: One whose fields `template_fields` accepts.
+        texts: Text of each field by its whole name, dots included: nothing is looked up in an
+            object, as `str.format` would do.
+    """
+    pieces = []
+    for literal, name in _template_pieces(template):
+        pieces.append(literal)
+        if name is not None:
+            pieces.append(texts[name])
+    return "".join(pieces)
+
+
+@functools.lru_cache(maxsize=64)
+def _template_pieces(template: str) -> tuple[tuple[str, str | None], ...]:
+    """Return (text, name of the field behind it or None) for each piece of a template."""
+    return tuple((literal, name) for literal, name, _, _ in string.Formatter().parse(template))

@@ -149,9 +149,9 @@ def _wait_for(descriptor: int, path: Path, is_shared: bool, deadline: float) -> 
         except BlockingIOError:
             now = time.monotonic()
         except OSError as error:
-            if error.errno not in _NO_FLOCK:
-                raise
-            return False
+            if error.errno in _NO_FLOCK:
+                return False
+            raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from error
         if now >= deadline:
             raise LockHeld(f"the lock {path} is held by {_holder_of(descriptor)}")
         if now >= tell_at:

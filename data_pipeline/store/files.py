@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,9 @@ PARTIAL_SUFFIX = ".partial"
 FILE_MODE = 0o644
 FOLDER_MODE = 0o755
 _CHUNK_BYTES = 4 * 2**20
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+"""What NumPy says when a file takes less than an array has, which it does without a number."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,8 +77,20 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     try:
         yield atomic.file
         atomic.publish()
+    except OSError as error:
+        raise _with_path(error, path) from error
     finally:
         atomic.discard()
+
+
+def _with_path(error: OSError, path: Path) -> OSError:
+    """Return an error of writing a file that names the file: write and fsync know only a number."""
+    if error.filename is None:
+        if error.errno in _OF_WRITING:
+            return OSError(error.errno, error.strerror, str(path))
+        if error.errno is None and _SHORT_WRITE.search(str(error)):
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    return error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -56,6 +56,9 @@ _DATA, _DICTIONARY, _DATA_2 = 0, 2, 3
 _HEADER_FIELDS = {_DATA: 5, _DICTIONARY: 7, _DATA_2: 8}
 """Where the header of a page has that of its type."""
 _ENCODING_FIELDS = {_DATA: 2, _DICTIONARY: 2, _DATA_2: 4}
+_FIXED_WIDTH = ("BOOLEAN", "INT32", "INT64", "INT96", "FLOAT", "DOUBLE")
+_WIDEST_VALUE = 16
+"""Bytes that a value of _FIXED_WIDTH takes at most."""
 _IN_FULL = (0, 6)
 """PLAIN and DELTA_LENGTH_BYTE_ARRAY."""
 _BY_DICTIONARY = (2, 8)
@@ -148,6 +151,7 @@ class ColumnBounds:
         self._metadata = metadata
         self._column = column
         self._keeps = keeps
+        self._has_width = metadata.schema.column(column).physical_type in _FIXED_WIDTH
         self._windows = [_Window(rows) for rows in ROW_COUNTS]
         self._longest_value = 0
         self._largest_dictionary = 0
@@ -181,7 +185,9 @@ class ColumnBounds:
                 self.largest_page = max(self.largest_page, page.size)
                 if page.type == _DICTIONARY:
                     dictionary_size = page.size
-                    longest = _longest_value(file.fileno(), page, chunk.compression)
+                    longest = _WIDEST_VALUE
+                    if not self._has_width:
+                        longest = _longest_value(file.fileno(), page, chunk.compression)
                     self._largest_dictionary = max(self._largest_dictionary, dictionary_size)
                 elif page.values > 0:
                     self._add_page(page, dictionary_size, longest)
@@ -197,7 +203,8 @@ class ColumnBounds:
         elif page.encoding in _IN_FULL:
             size = page.size
         else:
-            self._longest_value = max(self._longest_value, page.size)
+            widest = _WIDEST_VALUE if self._has_width else page.size
+            self._longest_value = max(self._longest_value, widest)
         if self._keeps:
             size += dictionary_size
         for window in self._windows:

@@ -177,6 +177,10 @@ class Tally:
     """Number of unusable documents by reason."""
     places: dict[str, list[Place]] = field(default_factory=dict)
     """Places of the first few rejects by reason."""
+    filtered: Counter[str] = field(default_factory=Counter)
+    """Number of documents that a filter of the source left out, by condition."""
+    filtered_tokens: Counter[str] = field(default_factory=Counter)
+    """Tokens of those that were tokenized before, by condition."""
     notes: Counter[str] = field(default_factory=Counter)
     """Number of oddities that cost no document, by kind."""
 
@@ -192,6 +196,16 @@ class Tally:
         """Count as unusable a document that was counted as accepted before."""
         self.accepted -= 1
         self.reject(reason, place)
+
+    def filter(self, condition: str) -> None:
+        """Count one document that the source does not want."""
+        self.filtered[condition] += 1
+
+    def withdraw_filtered(self, condition: str, num_tokens: int) -> None:
+        """Count as filtered a document that was counted as accepted before."""
+        self.accepted -= 1
+        self.filtered[condition] += 1
+        self.filtered_tokens[condition] += num_tokens
 
     def _counted_reason(self, reason: str) -> str:
         """Return the reason, or OTHER_REASONS if there are too many different ones."""
@@ -213,6 +227,8 @@ class Tally:
         self.accepted += other.accepted
         self.lines += other.lines
         self.notes += other.notes
+        self.filtered += other.filtered
+        self.filtered_tokens += other.filtered_tokens
         for reason, count in other.rejects.items():
             self.rejects[self._counted_reason(reason)] += count
         for reason, places in other.places.items():
@@ -230,6 +246,8 @@ class Tally:
             "lines": self.lines,
             "rejects": dict(self.rejects),
             "places": places,
+            "filtered": dict(self.filtered),
+            "filtered_tokens": dict(self.filtered_tokens),
             "notes": dict(self.notes),
         }
 
@@ -244,6 +262,8 @@ class Tally:
             lines=value["lines"],
             rejects=Counter(value["rejects"]),
             places=places,
+            filtered=Counter(value["filtered"]),
+            filtered_tokens=Counter(value["filtered_tokens"]),
             notes=Counter(value["notes"]),
         )
 

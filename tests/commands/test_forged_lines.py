@@ -68,12 +68,12 @@ def pickle_of_weights(folder: Path) -> None:
 
 
 def column_of_a_table(folder: Path) -> None:
-    check_columns("a.parquet", pa.schema([(FORGED, pa.string())]), ["text"], "Set text_field.")
+    check_columns("a.parquet", pa.schema([(FORGED, pa.string())]), ["text"], [], "Set text_field.")
 
 
 def type_of_a_column(folder: Path) -> None:
     schema = pa.schema([("text", pa.struct([(FORGED, pa.string())]))])
-    check_columns("a.parquet", schema, ["text"], "Set text_field.")
+    check_columns("a.parquet", schema, ["text"], [], "Set text_field.")
 
 
 def read_build(folder: Path, **changes: Any) -> None:

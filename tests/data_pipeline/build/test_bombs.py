@@ -219,7 +219,7 @@ def _seconds_to_read(num_rows: int, folder: Path) -> float:
 
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
     for _, batch in parquet_files.parquet_batches(path, range(1), ("text",)):
-        assert len(list(table_columns.text_records("place", batch, ["text"]))) == batch.num_rows
+        assert len(list(table_columns.table_records("place", batch, ["text"]))) == batch.num_rows
         yield batch
 
 
@@ -233,7 +233,7 @@ def test_an_array_that_points_outside_of_its_memory_is_refused() -> None:
     array = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"abc")])
     table = pa.table({"text": array})
     with pytest.raises(DataError, match="place: column 'text' is damaged"):
-        list(table_columns.text_records("place", table, ["text"]))
+        list(table_columns.table_records("place", table, ["text"]))
 
 
 def test_the_document_limit_counts_bytes() -> None:

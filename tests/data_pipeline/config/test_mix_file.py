@@ -294,3 +294,39 @@ def test_a_file_that_is_no_mapping_is_refused(folder: Path) -> None:
     assert problems_of(folder, "- 1\n") == [
         "mix.yaml:1: the file is [1], must be a mapping of keys to values."
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("en", "which is a folder. Name its files: 'en/*.jsonl', or 'en/**/*.jsonl'"),
+        ("en/", "which is a folder. Name its files: 'en/*.jsonl', or 'en/**/*.jsonl'"),
+        ("s3://bucket/x/*.jsonl", "which is an address. s3:// is not read: copy the files here"),
+        ("https://a.example/x.jsonl", "which is an address. https:// is not read"),
+        ("~/x.jsonl", "~ is not replaced in a mix. Write the whole path"),
+        ("$HOME/x.jsonl", "variables are not replaced in a mix. Write the whole path"),
+        ("'[x].jsonl'", "write [[] for a bracket"),
+    ],
+)
+def test_a_path_that_names_no_file_is_refused_with_what_to_write_instead(
+    folder: Path, given: str, message: str
+) -> None:
+    (problem,) = changed(folder, "ja.jsonl", given)
+    assert message in problem
+
+
+def test_a_folder_that_is_asked_for_and_is_none_is_told_likewise(folder: Path) -> None:
+    for given, message in (
+        ("ja.jsonl", "which is a file, and the folder that holds it is asked for"),
+        ("none", "which is no folder (looked in"),
+        ("~/x", "~ is not replaced in a mix"),
+    ):
+        new = f"path: {given}\n    format: build"
+        problems = changed(folder, "path: ja.jsonl", new)
+        assert message in problems[0]
+
+
+def test_one_file_under_two_names_is_refused_with_both(folder: Path) -> None:
+    (folder / "link.jsonl").symlink_to("ja.jsonl")
+    (problem,) = changed(folder, "path: ja.jsonl", "path: [ja.jsonl, link.jsonl]")
+    assert f"names {folder}/ja.jsonl and {folder}/link.jsonl, which are one file" in problem

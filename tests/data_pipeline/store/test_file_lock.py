@@ -243,3 +243,15 @@ def test_file_system_without_flock_is_told_to_the_caller(
     monkeypatch.setattr(module.fcntl, "flock", flock)
     with file_lock(tmp_path / "lock") as is_locked:
         assert not is_locked
+
+
+def test_a_lock_that_the_file_system_fails_to_take_is_told_with_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, kind: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    with pytest.raises(OSError, match="cannot be locked") as caught, file_lock(tmp_path / "lock"):
+        pass
+    assert caught.value.filename == str(tmp_path / "lock")

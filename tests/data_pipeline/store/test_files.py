@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import resource
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xxhash
 
@@ -121,3 +124,35 @@ def test_unchanged_file_is_read_once_and_a_changed_one_again(tmp_path: Path) -> 
     write_text(path, "two")  # as long as before, but another inode
     assert read(path, "!") == "two!"
     assert reads == ["file", "file", "file"]
+
+
+def write_large(path: Path, what: str) -> None:
+    with atomic_write(path) as file:
+        if what == "array":
+            np.save(file, np.zeros(99_999))
+        else:
+            file.write(bytes(99_999))
+
+
+@pytest.mark.parametrize("what", ["bytes", "array"])
+def test_a_disk_that_is_full_is_told_with_the_path(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "file"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            write_large(path, what)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(path)
+    assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_reading_while_a_file_is_written_keeps_its_own_path(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "file"):
+        open(tmp_path / "input")  # noqa: SIM115  # it is not there
+    assert caught.value.filename == str(tmp_path / "input")
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "file"):
+        raise OSError(errno.EIO, "Input/output error")
+    assert caught.value.filename is None
