@@ -29,10 +29,12 @@ from cpt.config.sections import (
     ModelSection,
     RunConfig,
     RunYaml,
+    StageSection,
     TelemetrySection,
     TrainSection,
     WatchdogSection,
 )
+from cpt.config.stages import files_of_stage, resolve_stages
 from cpt.errors import ConfigError
 from data_pipeline.config.strict_yaml import Located, Reader, load_json, load_yaml
 
@@ -54,12 +56,15 @@ __all__ = [
     "ReadableParts",
     "RunConfig",
     "RunYaml",
+    "StageSection",
     "TelemetrySection",
     "TrainSection",
     "WatchdogSection",
+    "files_of_stage",
     "load",
     "readable_parts",
     "resolve",
+    "resolve_stages",
 ]
 
 

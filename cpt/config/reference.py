@@ -28,11 +28,12 @@ from cpt.config.engine_json import (
     REFUSED_ZERO_KEYS,
 )
 from cpt.config.guard_section import DomainLimits
-from cpt.config.sections import ExpertParallelJson, RunYaml
+from cpt.config.sections import ExpertParallelJson, RunYaml, StageSection
 from data_pipeline.config.generation_config import GenerationDomain
 from data_pipeline.config.mix_config import GuardConfig, GuardDomain, LanguageLimits, MixConfig
 from data_pipeline.config.record_filters import FilterRule
 from data_pipeline.config.source_config import LANGUAGES, SourceConfig
+from data_pipeline.config.stage_config import StageConfig
 from data_pipeline.config.traces_config import TraceDomain
 from data_pipeline.console.say import say
 
@@ -83,6 +84,9 @@ def configuration_page() -> str:
     """Return docs/configuration.md."""
     parts = [INTRODUCTION, "## Run YAML\n"]
     for name, section in typing.get_type_hints(RunYaml).items():
+        if name == "stages":
+            parts.append(_section("`stages[]`: rows of several lengths", StageSection, "stages[]."))
+            continue
         parts.append(_section(f"`{name}`", section, f"{name}."))
         if name == "guard":
             title = "`guard.domains.NAME`: limits of one domain"
@@ -92,6 +96,7 @@ def configuration_page() -> str:
     parts.append(_section("`sources[]`: one source", SourceConfig, "sources[]."))
     parts.append(_section("`sources[].filters[]`: one condition", FilterRule, "filters[]."))
     parts.append(_wrapped(f"Languages: {_code_list(LANGUAGES)}.") + "\n")
+    parts.append(_section("`stages[]`: rows of several lengths", StageConfig, "stages[]."))
     parts.append(_section("`languages.LANGUAGE`: limits", LanguageLimits, "languages.LANGUAGE."))
     parts.append(_section("`guard`: held-out text", GuardConfig, "guard."))
     parts.append(_section("`guard.domains[]`: one domain", GuardDomain, "guard.domains[]."))

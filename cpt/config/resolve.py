@@ -18,19 +18,27 @@ from cpt.errors import ConfigError
 from data_pipeline.config.strict_yaml import Located
 
 
-def resolve(run: RunYaml, json_file: Located, model_config: Any, launch: LaunchInfo) -> RunConfig:
+def resolve(
+    run: RunYaml,
+    json_file: Located,
+    model_config: Any,
+    launch: LaunchInfo,
+    measured_seq_len: int | None = None,
+) -> RunConfig:
     """Bring files, model and world size together.
 
     Args:
-        run: The run YAML.
+        run: The run YAML, of one stage (`cpt.config.stages`).
         json_file: The DeepSpeed JSON.
         model_config: The model's GptOssConfig.
         launch: World size and ranks per node.
+        measured_seq_len: Tokens of the rows in which held-out text is measured; None if they are
+            those of training.
 
     Raises:
         ConfigError: everything that does not fit together, with the nearest valid values.
     """
-    return _Resolver(run, json_file, model_config, launch).resolve()
+    return _Resolver(run, json_file, model_config, launch, measured_seq_len).resolve()
 
 
 def nearest_multiples(value: int, step: int) -> str:
@@ -44,8 +52,16 @@ def nearest_multiples(value: int, step: int) -> str:
 class _Resolver:
     """Collects the problems of one configuration while its values are resolved."""
 
-    def __init__(self, run: RunYaml, file: Located, model: Any, launch: LaunchInfo) -> None:
+    def __init__(
+        self,
+        run: RunYaml,
+        file: Located,
+        model: Any,
+        launch: LaunchInfo,
+        measured_seq_len: int | None,
+    ) -> None:
         self.run = run
+        self.measured_seq_len = measured_seq_len or run.train.seq_len
         self.file = file
         self.model = model
         self.launch = launch
@@ -92,11 +108,20 @@ class _Resolver:
         rules = sequence_rules(self.model, self.launch)
         if wanted == "auto":
             rules.append(divides(seq_len, "seq_len"))
+            if self.measured_seq_len != seq_len:
+                rules.append(divides(self.measured_seq_len, "seq_len of the first stage"))
         elif seq_len % wanted:
             self.problems.append(
                 f"train.seq_len={seq_len} cannot be cut into {wanted} equal parts "
                 "(sequence_parallel_size). "
                 f"Nearest that can: {nearest_multiples(seq_len, wanted)}."
+            )
+        elif self.measured_seq_len % wanted:
+            measured = self.measured_seq_len
+            self.problems.append(
+                f"sequence_parallel_size {wanted} cannot cut the rows of {measured} tokens in "
+                "which held-out text is measured, those of the first stage, into equal parts. "
+                f"Nearest that can be cut: {nearest_multiples(measured, wanted)}."
             )
         chooser = SizeChooser(rules, self.model, self.launch)
         return self._choose("sequence_parallel_size", wanted, chooser)
@@ -122,14 +147,15 @@ class _Resolver:
 
     def _use_halo(self, sp_size: int) -> bool:
         wanted = self.run.model.window_exchange
-        local_tokens = self.run.train.seq_len // sp_size
+        shortest = min(self.run.train.seq_len, self.measured_seq_len)
+        local_tokens = shortest // sp_size
         reach = window_tokens(self.model) - 1
         if sp_size == 1:
             return False
         if wanted == "halo" and local_tokens < reach:
             self.problems.append(
                 f"model.window_exchange=halo needs {reach} tokens on each rank, but train.seq_len "
-                f"{self.run.train.seq_len} / sequence_parallel_size {sp_size} is {local_tokens}. "
+                f"{shortest} / sequence_parallel_size {sp_size} is {local_tokens}. "
                 "Use auto or ulysses."
             )
         return wanted != "ulysses" and local_tokens >= reach

@@ -377,6 +377,33 @@ class TelemetrySection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StageSection:
+    """An entry of `stages`: the layout of one stretch of the run, with rows of one length."""
+
+    seq_len: int
+    """Tokens of a packed row; that of the mix's stage at the same place."""
+    global_batch_size: int | None = None
+    """Packed rows of one optimizer step; the default has as many tokens as a step of the first
+    stage."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Packed rows of one forward pass; the default is `train.micro_batch_size`."""
+    sequence_parallel_size: int | Literal["auto"] | None = None
+    """Ranks that share one packed row; the default is that of the DeepSpeed JSON."""
+    activation_checkpointing: bool | None = None
+    """Recompute layers in the backward pass; the default is `model.activation_checkpointing`."""
+    offload_checkpoints: bool | None = None
+    """Keep what that stores in host memory; the default is `model.offload_checkpoints`."""
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if self.seq_len < 2:
+            yield "seq_len", f"is {self.seq_len}, must be >= 2."
+        for name in ("global_batch_size", "micro_batch_size", "sequence_parallel_size"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                yield name, f"is {value}, must be >= 1."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunYaml:
     """The run YAML as written."""
 
@@ -388,8 +415,20 @@ class RunYaml:
     telemetry: TelemetrySection = field(default_factory=TelemetrySection)
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
     network: NetworkSection = field(default_factory=NetworkSection)
+    stages: tuple[StageSection, ...] = ()
+
+    def rows_of_stage(self, number: int) -> int:
+        """Return the packed rows of a step of a stage: as given, or with as many tokens as before.
+
+        `check` refuses what is no whole number of rows.
+        """
+        stage = self.stages[number]
+        if stage.global_batch_size is not None:
+            return stage.global_batch_size
+        return max(1, self.train.global_batch_size * self.train.seq_len // stage.seq_len)
 
     def check(self) -> Iterator[tuple[str, str]]:
+        yield from self._check_stages()
         if self.train.total_steps == 0 and not self.telemetry.export_at_end:
             yield (
                 "train.total_steps",
@@ -397,6 +436,40 @@ class RunYaml:
                 "telemetry.export_at_end: true to only load the model, save it and export it.",
             )
         yield from self._check_levers()
+
+    def _check_stages(self) -> Iterator[tuple[str, str]]:
+        if not self.stages:
+            return
+        train = self.train
+        first = self.stages[0]
+        if first.seq_len != train.seq_len:
+            yield (
+                "stages[0].seq_len",
+                f"is {first.seq_len}, but train.seq_len is {train.seq_len}, which is that of the "
+                "first stage. Make them equal.",
+            )
+        if first.global_batch_size not in (None, train.global_batch_size):
+            yield (
+                "stages[0].global_batch_size",
+                f"is {first.global_batch_size}, but train.global_batch_size is "
+                f"{train.global_batch_size}, which is that of the first stage. Remove one.",
+            )
+        if train.kl_targets is not None:
+            yield (
+                "train.kl_targets",
+                "are for rows of one length, and with stages there are several. Remove one of the "
+                "two.",
+            )
+        tokens = train.global_batch_size * train.seq_len
+        for number, stage in enumerate(self.stages):
+            rows, rest = divmod(tokens, stage.seq_len)
+            if rest and stage.global_batch_size is None:
+                nearest = f"{rows} or {rows + 1}" if rows else "1"
+                yield (
+                    f"stages[{number}].global_batch_size",
+                    f"is not given, and the {tokens} tokens of a step of the first stage are no "
+                    f"whole number of rows of {stage.seq_len}. Give it; nearest: {nearest}.",
+                )
 
     def _check_levers(self) -> Iterator[tuple[str, str]]:
         guard = self.guard
@@ -473,6 +546,18 @@ class RunConfig:
     """Forward passes of one optimizer step."""
     engine_json: dict[str, Any]
     """Configuration of the DeepSpeed engine."""
+    stages: tuple[StageSection, ...] = ()
+    """Every stage of the run, with nothing left open; empty without `stages`."""
+    stage: int = 0
+    """The stage that this configuration is for: its number, counted from 0."""
+
+    @property
+    def measured_seq_len(self) -> int:
+        """Tokens of the rows in which held-out text is measured: those of the first stage.
+
+        So every measurement of a run compares like with like.
+        """
+        return self.stages[0].seq_len if self.stages else self.train.seq_len
 
     @property
     def zero_stage(self) -> int:

@@ -265,7 +265,7 @@ def _source_parts(
                 number=number,
                 work_dir=work_dir,
                 near_duplicates=mix.near_duplicates > 0 and source.format != "mock",
-                seq_len=mix.seq_len,
+                seq_len=mix.longest_conversation(source),
                 inputs=files_of(unit),
             )
         )

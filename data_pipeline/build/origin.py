@@ -129,6 +129,8 @@ def build_rules(mix: MixConfig) -> Rules:
         "unit_bytes": units.MIN_UNIT_BYTES,
         "sources": [_source_rules(source) for source in mix.sources],
     }
+    if mix.stages:
+        rules["stages"] = [dataclasses.asdict(stage) for stage in mix.stages]
     return json.loads(json.dumps(rules))  # type: ignore[no-any-return]
 
 

@@ -18,8 +18,9 @@ from typing import Any, TypeGuard
 from data_pipeline.config.file_patterns import expand
 from data_pipeline.config.generation_config import read_prompts
 from data_pipeline.config.links import dangling_link
-from data_pipeline.config.mix_config import MAX_SEQ_LEN, OWN_PREFIX, WEIGHT_SUM_TOLERANCE
+from data_pipeline.config.mix_config import OWN_PREFIX, WEIGHT_SUM_TOLERANCE
 from data_pipeline.config.source_config import LANGUAGES, SUFFIXES, suffix_format
+from data_pipeline.config.stage_config import MAX_SEQ_LEN
 from data_pipeline.config.strict_yaml import KeyPath, Reader, nearest
 from data_pipeline.errors import unnamable
 
@@ -39,11 +40,7 @@ def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool =
         base: Folder that the paths in the file are relative to.
         need_files: Whether the files that the mix names must be here.
     """
-    seq_len = raw.get("seq_len")
-    if type(seq_len) is int and not 2 <= seq_len <= MAX_SEQ_LEN:
-        reader.problem(
-            ("seq_len",), f"is {seq_len}, must be from 2 to {MAX_SEQ_LEN} (the context of gpt-oss)."
-        )
+    _check_seq_len(reader, raw)
     listed = raw.get("sources")
     if listed == []:
         reader.problem(("sources",), "is an empty list. Add at least one source.")
@@ -72,6 +69,22 @@ def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool =
                 _check_files(reader, domain, (*path, "path"), base)
             _check_own_source(reader, domain, path, by_name)
             _check_decontamination(reader, raw, path)
+
+
+def _check_seq_len(reader: Reader, raw: RawSection) -> None:
+    """Check that the length of a row is given once, and that gpt-oss reads rows of that length."""
+    seq_len = raw.get("seq_len")
+    stages = raw.get("stages")
+    if seq_len is None and not stages:
+        reader.problem(("seq_len",), "is missing. It has no default: add it.")
+    if seq_len is not None and stages:
+        reader.problem(
+            ("seq_len",), "is given together with stages, each of which has its own. Remove one."
+        )
+    if type(seq_len) is int and not 2 <= seq_len <= MAX_SEQ_LEN:
+        reader.problem(
+            ("seq_len",), f"is {seq_len}, must be from 2 to {MAX_SEQ_LEN} (the context of gpt-oss)."
+        )
 
 
 def _sections(listed: Any) -> dict[int, RawSection]:

@@ -18,10 +18,8 @@ from data_pipeline.config.source_config import (
     check_language,
     check_name,
 )
+from data_pipeline.config.stage_config import StageConfig, stage_problems
 from data_pipeline.config.traces_config import TraceDomain
-
-MAX_SEQ_LEN = 131_072
-"""Tokens; the longest context that gpt-oss was trained for."""
 
 WEIGHT_SUM_TOLERANCE = 1e-6
 """Largest distance of a sum of weights from 1 that counts as rounding."""
@@ -145,8 +143,9 @@ class MixConfig:
 
     name: str = ""
     """Name of the mix; empty takes the file's name without its suffix."""
-    seq_len: int
-    """Tokens: input slots of a packed row."""
+    seq_len: int = 0
+    """Tokens: input slots of a packed row; required, unless `stages` gives it. With stages it is
+    that of the first one, in which held-out text is measured."""
     seed: int
     """Seed of the order of the rows."""
     sources: tuple[SourceConfig, ...]
@@ -169,11 +168,15 @@ class MixConfig:
     max_mislabelled_share: float = 0.05
     """Share of a source's documents that may be in another language than its label before `audit`
     fails, 0 to 1."""
+    stages: tuple[StageConfig, ...] = ()
+    """Instead of `seq_len`: rows of several lengths, one after the other in a run. Every training
+    document is in one stage."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield (key, problem) for each broken rule on the top-level keys alone."""
         if self.name:
             yield from check_name(self.name)
+        yield from stage_problems(self.stages)
         if not 0 <= self.seed < 2**63:
             yield "seed", f"is {self.seed}, must be from 0 to 2^63 - 1."
         if not 0 <= self.max_reject_share <= 1:
@@ -193,6 +196,16 @@ class MixConfig:
                 "decontaminate_tokens",
                 f"is {self.decontaminate_tokens}, must be 0 (off), or from 16 to 1024 tokens.",
             )
+
+    def longest_conversation(self, source: SourceConfig) -> int:
+        """Return the tokens of the longest conversation that a source may have.
+
+        A conversation is never cut. One that may be held out has to fit the rows in which it would
+        be measured, which are those of the first stage.
+        """
+        if not self.stages or source.held_out_share > 0:
+            return self.seq_len
+        return self.stages[-1].seq_len
 
     def guard_domains(self) -> tuple[GuardDomain, ...]:
         """Return the domains of the guard section, or one per source with held-out documents."""

@@ -48,6 +48,7 @@ def load_mix(path: Path | str, *, need_files: bool = True) -> MixConfig:
     return dataclasses.replace(
         mix,
         name=mix.name or path.stem,
+        seq_len=mix.stages[0].seq_len if mix.stages else mix.seq_len,
         sources=sources,
         guard=dataclasses.replace(
             mix.guard, domains=domains, generation=tuple(generation), traces=tuple(traces)

@@ -25,6 +25,8 @@ def mix_settings(mix: MixConfig) -> Settings:
     """Return a mix as JSON values, without paths and its name; sources and domains by name."""
     settings: Settings = json.loads(json.dumps(dataclasses.asdict(mix)))
     del settings["name"]
+    if not settings["stages"]:
+        del settings["stages"]  # so that the hash of a mix without them stays what it was
     for source in settings["sources"]:
         del source["path"]
     domains = settings.pop("guard")["domains"]
