@@ -10,6 +10,7 @@ Decisions
 from __future__ import annotations
 
 import bisect
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -253,23 +254,31 @@ class HeldOutSet:
 
 
 class BuiltData:
-    """A build that is open for reading; a `source` argument is a position in `source_names`."""
+    """A build that is open for reading; a `source` argument is a position in `source_names`.
+
+    Training rows are those of one stage, the first one unless `of_stage` says otherwise. Held-out
+    rows are the same in all stages.
+    """
 
     def __init__(self, directory: Path, manifest: BuildManifest, verify: bool) -> None:
         """Open the files; callers use `BuiltData.open`, which checks them first."""
         self.directory = directory
         self.manifest = manifest
         self.seq_len = manifest.seq_len
+        """Slots of a packed training row."""
         self.source_names = tuple(source.name for source in manifest.sources)
         self.languages = tuple(source.language for source in manifest.sources)
         self.domains = tuple(source.domain for source in manifest.sources)
-        self._train: list[_Rows] = []
+        self._stages: list[list[_Rows]] = [[] for _ in manifest.row_lengths]
         held_out: dict[str, _Rows] = {}
-        for name in self.source_names:
-            folder = directory / name
-            shards = Shards(folder, manifest.shard_names(name), verify=verify)
-            self._train.append(_Rows(folder, "train", shards, self.seq_len))
-            held_out[name] = _Rows(folder, "held_out", shards, self.seq_len)
+        for source in manifest.sources:
+            folder = directory / source.name
+            shards = Shards(folder, manifest.shard_names(source.name), verify=verify)
+            splits = zip(source.train_folders, manifest.row_lengths, strict=True)
+            for number, (split, seq_len) in enumerate(splits):
+                self._stages[number].append(_Rows(folder, split, shards, seq_len))
+            held_out[source.name] = _Rows(folder, "held_out", shards, self.seq_len)
+        self._train = self._stages[0]
         self._row_tokens = [rows.packed.row_tokens() for rows in self._train]
         self.held_out = tuple(
             HeldOutSet(domain, [held_out[name] for name in domain.sources])
@@ -300,6 +309,23 @@ class BuiltData:
         check_files(directory, manifest, verify=verify)
         return cls(directory, manifest, verify)
 
+    @property
+    def num_stages(self) -> int:
+        """Number of stages of sequence length; 1 without `stages` in the mix."""
+        return len(self._stages)
+
+    def of_stage(self, number: int) -> BuiltData:
+        """Return the same build with the training rows of a stage; the files are not opened again.
+
+        Args:
+            number: Number of the stage, counted from 0.
+        """
+        other = copy.copy(self)
+        other.seq_len = self.manifest.row_lengths[number]
+        other._train = self._stages[number]
+        other._row_tokens = [rows.packed.row_tokens() for rows in other._train]
+        return other
+
     def num_rows(self, source: int) -> int:
         """Return the number of training rows of a source."""
         return self._train[source].packed.num_rows
@@ -322,15 +348,20 @@ class BuiltData:
         return self._train[source].read(row)
 
 
+def _list(lengths: Sequence[int]) -> str:
+    return ", ".join(map(str, lengths))
+
+
 def _relabel(directory: Path, manifest: BuildManifest, mix: MixConfig) -> BuildManifest:
     """Return the manifest with the labels and guard domains of a mix over the same sources."""
     built = [source.name for source in manifest.sources]
     wanted = [source.name for source in mix.sources]
-    if built != wanted or manifest.seq_len != mix.seq_len:
+    lengths = tuple(stage.seq_len for stage in mix.stages) or (mix.seq_len,)
+    if built != wanted or manifest.row_lengths != lengths:
         raise DataError(
-            f"{directory}: built for seq_len {manifest.seq_len} and sources {', '.join(built)}; "
-            f"mix '{mix.name}' has seq_len {mix.seq_len} and sources {', '.join(wanted)}. "
-            "Build the mix again."
+            f"{directory}: built for seq_len {_list(manifest.row_lengths)} and sources "
+            f"{', '.join(built)}; mix '{mix.name}' has seq_len {_list(lengths)} and sources "
+            f"{', '.join(wanted)}. Build the mix again."
         )
     sources = tuple(
         replace(entry, language=source.language, domain=source.domain)

@@ -41,9 +41,7 @@ def resolve_stages(
     for number, stage in enumerate(run.stages):
         of_run, of_json = files_of_stage(run, json_file, number)
         try:
-            configs.append(
-                resolve(of_run, of_json, model_config, launch, run.stages[0].seq_len)
-            )
+            configs.append(resolve(of_run, of_json, model_config, launch, run.stages[0].seq_len))
         except ConfigError as error:
             for problem in error.problems:
                 problems.append(f"stages[{number}] (rows of {stage.seq_len}): {problem}")
@@ -58,9 +56,7 @@ def resolve_stages(
 def files_of_stage(run: RunYaml, json_file: Located, number: int) -> tuple[RunYaml, Located]:
     """Return the run YAML and the DeepSpeed JSON as one stage reads them, without `stages`."""
     stage = run.stages[number]
-    train = replace(
-        run.train, seq_len=stage.seq_len, global_batch_size=run.rows_of_stage(number)
-    )
+    train = replace(run.train, seq_len=stage.seq_len, global_batch_size=run.rows_of_stage(number))
     if stage.micro_batch_size is not None:
         train = replace(train, micro_batch_size=stage.micro_batch_size)
     model = run.model

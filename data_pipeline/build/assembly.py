@@ -23,6 +23,7 @@ from data_pipeline.build.origin import Origin
 from data_pipeline.build.part import Part
 from data_pipeline.build.self_replay import base_model_of
 from data_pipeline.build.source_parts import SourceParts
+from data_pipeline.build.stage_choice import split_by_stage
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.engine.executor import Executor
 from data_pipeline.errors import DataError
@@ -30,9 +31,11 @@ from data_pipeline.store.files import atomic_write, make_folder, sha256_of, sync
 from data_pipeline.store.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
+    TRAIN_FOLDER,
     BuildManifest,
     FileEntry,
     SourceEntry,
+    StageEntry,
 )
 from data_pipeline.store.packing import (
     ARRAY_NAMES,
@@ -42,6 +45,7 @@ from data_pipeline.store.packing import (
     Segments,
     pack,
 )
+from data_pipeline.store.shards import Shards
 from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.tokenizer import NAME, RANKS_SHA256
 
@@ -79,7 +83,8 @@ def assemble_build(
     _check_every_domain_is_measured(mix, decided)
     directory = work_dir / "build"
     (directory / FILE_NAME).unlink(missing_ok=True)  # left by a build killed just before its end
-    log.info("packing rows of %d tokens", mix.seq_len)
+    lengths = [stage.seq_len for stage in mix.stages] or [mix.seq_len]
+    log.info("packing rows of %s tokens", ", ".join(map(str, lengths)))
     entries = tuple(_pack_source(directory, mix, one) for one in decided)
     manifest = BuildManifest(
         format_version=FORMAT_VERSION,
@@ -135,8 +140,16 @@ def _pack_source(directory: Path, mix: MixConfig, decided: DecidedSource) -> Sou
     tokens = shards.document_tokens
     trained = Segments.whole(fates.train, tokens[fates.train])
     measured = Segments.whole(fates.held_out, tokens[fates.held_out])
-    train = _pack_split(folder / "train", trained, mix)
-    held_out = _pack_split(folder / "held_out", measured, mix)
+    stages: tuple[StageEntry, ...] = ()
+    if mix.stages:
+        stages = _pack_stages(folder, mix, decided, trained, shards)
+        num_rows = sum(stage.rows for stage in stages)
+        predicted_tokens = sum(stage.predicted_tokens for stage in stages)
+    else:
+        train = _pack_split(folder / TRAIN_FOLDER, trained, mix.seq_len, mix.packing)
+        num_rows = train.num_rows
+        predicted_tokens = int(train.piece_pairs.sum())
+    held_out = _pack_split(folder / "held_out", measured, mix.seq_len, mix.packing)
     if source.cluster_by is not None:
         clusters = first_of_cluster(decided.parts.clusters()[fates.held_out])
         _save_array(folder / "held_out" / CLUSTERS_FILE, clusters)
@@ -146,9 +159,9 @@ def _pack_source(directory: Path, mix: MixConfig, decided: DecidedSource) -> Sou
         domain=source.domain,
         documents=len(fates.train),
         tokens=int(tokens[fates.train].sum()),
-        predicted_tokens=int(train.piece_pairs.sum()),
+        predicted_tokens=predicted_tokens,
         bytes=int(shards.document_bytes[fates.train].sum()),
-        rows=train.num_rows,
+        rows=num_rows,
         held_out_documents=len(fates.held_out),
         held_out_rows=held_out.num_rows,
         held_out_tokens=int(held_out.piece_pairs.sum()),
@@ -161,6 +174,7 @@ def _pack_source(directory: Path, mix: MixConfig, decided: DecidedSource) -> Sou
         base_model=base_model_of(source),
         rejects=dict(sorted(decided.parts.tally.rejects.items())),
         notes=_notes(decided.parts.tally),
+        stages=stages,
     )
 
 
@@ -172,8 +186,44 @@ def _notes(tally: Tally) -> dict[str, int]:
     return dict(sorted(notes.items()))
 
 
-def _pack_split(directory: Path, segments: Segments, mix: MixConfig) -> RowIndex:
-    rows = pack(segments, mix.seq_len, mix.packing)
+def _pack_stages(
+    folder: Path, mix: MixConfig, decided: DecidedSource, trained: Segments, shards: Shards
+) -> tuple[StageEntry, ...]:
+    """Pack the training documents of a source into the rows of the stages.
+
+    Raises:
+        DataError: the source is trained on, and a stage gets none of its documents.
+    """
+    source = decided.parts.source
+    hashes = decided.parts.hashes()
+    splits = split_by_stage(trained, hashes, mix.stages, is_chat=shards.chat)
+    entries = []
+    for stage, segments in zip(mix.stages, splits, strict=True):
+        if not len(segments) and source.weight > 0:
+            raise DataError(
+                f"source '{source.name}': no document is left for the stage of rows of "
+                f"{stage.seq_len} tokens. It has {len(np.unique(trained.document))} documents, and "
+                f"each of the {len(mix.stages)} stages needs one at least. Give it more text, or "
+                "weight 0."
+            )
+        folder_name = f"{TRAIN_FOLDER}-{stage.seq_len}"
+        rows = _pack_split(folder / folder_name, segments, stage.seq_len, mix.packing)
+        documents = np.unique(segments.document)
+        entries.append(
+            StageEntry(
+                seq_len=stage.seq_len,
+                documents=len(documents),
+                tokens=int(segments.tokens.sum()),
+                predicted_tokens=int(rows.piece_pairs.sum()),
+                bytes=int(shards.document_bytes[documents].sum()),
+                rows=rows.num_rows,
+            )
+        )
+    return tuple(entries)
+
+
+def _pack_split(directory: Path, segments: Segments, seq_len: int, method: str) -> RowIndex:
+    rows = pack(segments, seq_len, method)
     make_folder(directory)
     for name in ARRAY_NAMES:
         _save_array(directory / f"{name}.npy", getattr(rows, name))

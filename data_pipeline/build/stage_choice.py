@@ -26,12 +26,30 @@ import numpy.typing as npt
 from data_pipeline.build.deduplication import Hashes
 from data_pipeline.config.stage_config import StageConfig
 from data_pipeline.store.hashing import splitmix64
-from data_pipeline.store.packing import Integers
+from data_pipeline.store.packing import Integers, Segments
 
 StageNumbers = npt.NDArray[np.uint8]
 """Number of the stage of each document."""
 Mask = npt.NDArray[np.bool_]
 _SALT = "stages of sequence length 1"
+
+
+def split_by_stage(
+    segments: Segments, hashes: Hashes, stages: Sequence[StageConfig], *, is_chat: bool
+) -> list[Segments]:
+    """Return the segments of each stage; those of one document are in one stage.
+
+    Args:
+        segments: What a source trains on.
+        hashes: Content hash of every document of the source, by its number.
+        stages: The stages of the mix.
+        is_chat: Whether the documents are conversations.
+    """
+    documents, position = np.unique(segments.document, return_inverse=True)
+    tokens = np.zeros(len(documents), np.int64)
+    np.add.at(tokens, position, segments.tokens)
+    chosen = choose_stages(hashes[documents], tokens, stages, is_chat=is_chat)[position]
+    return [segments.chosen(chosen == number) for number in range(len(stages))]
 
 
 def choose_stages(

@@ -28,6 +28,7 @@ from data_pipeline.store.packing import (
     ARRAY_NAMES,
     RowIndex,
     Segments,
+    join_segments,
     load_array,
     segments_of,
 )
@@ -170,7 +171,7 @@ def _check_build(directory: Path) -> None:
 def _open_build(directory: Path, names: tuple[str, ...]) -> list[_BuiltSource]:
     """Open the sources `names` of a build, or all of them if there are no names."""
     manifest = read_manifest(directory)
-    known = [entry.name for entry in manifest.sources]
+    known = {entry.name: entry for entry in manifest.sources}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise DataError(
@@ -186,7 +187,10 @@ def _open_build(directory: Path, names: tuple[str, ...]) -> list[_BuiltSource]:
                 "be taken as text. List the other sources in build_sources, and take the "
                 "conversations from their own files."
             )
-        found.append(_BuiltSource(shards, _training_segments(directory / name / "train", shards)))
+        stages = []
+        for folder in known[name].train_folders:
+            stages.append(_training_segments(directory / name / folder, shards))
+        found.append(_BuiltSource(shards, join_segments(stages)))
     return found
 
 

@@ -102,13 +102,14 @@ class Position:
 class Mixture:
     """The rows of every step, in whatever order the steps are asked for."""
 
-    def __init__(self, built: RowCounts, ledger: Ledger, seed: int) -> None:
+    def __init__(self, built: RowCounts, ledger: Ledger, seed: int, *, first_step: int = 0) -> None:
         """Check the ledger against the build.
 
         Args:
             built: Gives the sizes of the rows.
             ledger: Weights over the run.
             seed: Decides the order of the rows within each source.
+            first_step: Step at which drawing from these rows begins; none is asked for before it.
 
         Raises:
             ConfigError: the ledger names a source that is not built.
@@ -118,6 +119,7 @@ class Mixture:
         self._row_tokens = [built.row_tokens(source) for source in range(len(self._names))]
         self._ledger = ledger
         self.seed = seed
+        self._first_step = first_step
         self._check_sources()
         self._orders = _EpochOrders(self._names, list(map(len, self._row_tokens)), seed)
         self._forget_snapshots(global_batch_size=0)
@@ -180,12 +182,14 @@ class Mixture:
     def _forget_snapshots(self, global_batch_size: int) -> None:
         # borders of segments are steps, so the batch size decides where they lie among the rows
         self._global_batch_size = global_batch_size
-        self._snapshots = {0: self._origin()}
-        self._snapshot_indices = [0]
-        self._latest = (0, self._origin())
+        first = self._first_step * global_batch_size
+        self._snapshots = {first: self._origin()}
+        self._snapshot_indices = [first]
+        self._latest = (first, self._origin())
 
     def _position_at(self, index: int, global_batch_size: int) -> Position:
         """Return the position before row `index` of the run."""
+        assert index >= self._first_step * global_batch_size, "a step of an earlier stage"
         if global_batch_size != self._global_batch_size:
             self._forget_snapshots(global_batch_size)
         start = self._snapshot_indices[bisect.bisect_right(self._snapshot_indices, index) - 1]

@@ -28,6 +28,8 @@ from data_pipeline.store.shards import SUFFIX
 
 FORMAT_VERSION = 4
 FILE_NAME = "manifest.json"
+TRAIN_FOLDER = "train"
+"""Folder with the training rows of a source; the row length follows if the mix has stages."""
 _MAX_BYTES = 64 * 2**20
 
 
@@ -39,6 +41,29 @@ class FileEntry:
     """Size of the file."""
     sha256: str
     """Hex sha256 of its content."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageEntry:
+    """The training rows of one stage of one source."""
+
+    seq_len: int
+    """Tokens: input slots of a packed row."""
+    documents: int
+    """Documents in the rows."""
+    tokens: int
+    """Tokens of those documents, END_OF_TEXT included."""
+    predicted_tokens: int
+    """Labels in the rows."""
+    bytes: int
+    """UTF-8 bytes of those documents."""
+    rows: int
+    """Number of rows."""
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder with the rows, in that of the source."""
+        return f"{TRAIN_FOLDER}-{self.seq_len}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +110,13 @@ class SourceEntry:
     """Number of unusable documents by reason."""
     notes: Mapping[str, int]
     """Number of oddities that cost no document, by kind."""
+    stages: tuple[StageEntry, ...] = ()
+    """The training rows by stage, which `documents` to `rows` add up; empty if the mix has none."""
+
+    @property
+    def train_folders(self) -> tuple[str, ...]:
+        """Names of the folders with training rows, in that of the source: one for each stage."""
+        return tuple(stage.folder for stage in self.stages) or (TRAIN_FOLDER,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +188,11 @@ class BuildManifest:
         """Hex sha256 of the content, which identifies the build."""
         return _checksum(self.content())
 
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Slots of the training rows of each stage; one number if the mix has no stages."""
+        return tuple(stage.seq_len for stage in self.sources[0].stages) or (self.seq_len,)
+
     def shard_names(self, source: str) -> list[str]:
         """Return the names of the token shards in a source's folder, in order."""
         names = []
@@ -188,10 +225,12 @@ class BuildManifest:
         """Return, by source, a hex sha256 over the files that its training rows come from."""
         hashes = {}
         for source in self.sources:
-            prefixes = (f"{source.name}/train/", f"{source.name}/documents")
+            prefixes = [f"{source.name}/documents"]
+            for folder in source.train_folders:
+                prefixes.append(f"{source.name}/{folder}/")
             files = []
             for name, entry in self.files.items():
-                if name.startswith(prefixes):
+                if name.startswith(tuple(prefixes)):
                     files.append((name, entry.sha256))
             hashes[source.name] = _hash_of(sorted(files))
         return hashes
@@ -266,7 +305,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 def _from_content(content: dict[str, Any]) -> BuildManifest:
     values = dict(content)
-    values["sources"] = tuple(SourceEntry(**source) for source in content["sources"])
+    values["sources"] = tuple(map(_source_entry, content["sources"]))
     values["guard_domains"] = tuple(map(_guard_domain, content["guard_domains"]))
     values["inputs"] = {}
     for name, entry in content.get("inputs", {}).items():
@@ -278,6 +317,11 @@ def _from_content(content: dict[str, Any]) -> BuildManifest:
     return manifest
 
 
+def _source_entry(content: dict[str, Any]) -> SourceEntry:
+    stages = tuple(StageEntry(**stage) for stage in content.get("stages", ()))
+    return SourceEntry(**{**content, "stages": stages})
+
+
 def _check_entries(manifest: BuildManifest) -> None:
     """Refuse values of other types, and guard domains of sources that are not there.
 
@@ -287,6 +331,10 @@ def _check_entries(manifest: BuildManifest) -> None:
     check_types(manifest, "the manifest")
     for number, source in enumerate(manifest.sources):
         check_types(source, f"sources[{number}]")
+        for stage_number, stage in enumerate(source.stages):
+            check_types(stage, f"sources[{number}].stages[{stage_number}]")
+        if source.train_folders != manifest.sources[0].train_folders:
+            raise ValueError(f"sources[{number}].stages are others than those of sources[0]")
     known = {source.name for source in manifest.sources}
     for number, domain in enumerate(manifest.guard_domains):
         check_types(domain, f"guard_domains[{number}]")

@@ -71,6 +71,12 @@ class Segments:
             document=self.document[chosen], start=self.start[chosen], tokens=self.tokens[chosen]
         )
 
+    def chosen(self, mask: npt.NDArray[np.bool_]) -> Segments:
+        """Return the segments where a mask is True."""
+        return Segments(
+            document=self.document[mask], start=self.start[mask], tokens=self.tokens[mask]
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowIndex:
@@ -133,6 +139,17 @@ def segments_of(rows: RowIndex) -> Segments:
     return Segments(
         document=documents[first], start=starts[first], tokens=ends[last] - starts[first] + 1
     )
+
+
+def join_segments(parts: Sequence[Segments]) -> Segments:
+    """Return the segments of several lists in the order of documents and of starts."""
+    if len(parts) == 1:
+        return parts[0]
+    document = np.concatenate([part.document for part in parts])
+    start = np.concatenate([part.start for part in parts])
+    tokens = np.concatenate([part.tokens for part in parts])
+    order = np.lexsort((start, document))
+    return Segments(document=document[order], start=start[order], tokens=tokens[order])
 
 
 def _join(blocks: Sequence[RowIndex]) -> RowIndex:

@@ -49,6 +49,8 @@ def make_mix(tmp_path: Path) -> MakeMix:
             }
             listed.append(source | (sources or {}).get(name, {}))
         content = {"seq_len": 32, "seed": 7, **EXACT_ONLY, **keys, "sources": listed}
+        if keys.get("stages"):
+            del content["seq_len"]  # each stage has its own
         content["guard"] = {"min_documents": 1, "min_tokens": 1, **keys.get("guard", {})}
         path = base / "mix.yaml"
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
