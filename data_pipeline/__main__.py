@@ -33,11 +33,11 @@ from data_pipeline.console.say import say
 from data_pipeline.dataset import BuiltData
 from data_pipeline.engine.local import available_cores
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.mixture.data_plan import make_data_plan
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
 from data_pipeline.mixture.plan_comparison import compare_plans
 from data_pipeline.mixture.plan_figure import draw_plan
 from data_pipeline.mixture.settings import describe_changes, mix_settings
+from data_pipeline.mixture.staged_plan import plan_mix, steps_of_one_pass
 from data_pipeline.store.files import write_text
 from data_pipeline.store.manifest import FILE_NAME, read_manifest
 
@@ -122,14 +122,14 @@ def _add_plan(commands: Commands) -> None:
 def _plan(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
     built = _open_build(mix, options.out, options.workers)
-    steps = options.steps or _steps_of_one_pass(built, options.global_batch_size)
+    steps = options.steps or steps_of_one_pass(built, mix, options.global_batch_size)
     _check_run_size(steps, options.global_batch_size)
-    plan = make_data_plan(built, mix, steps, options.global_batch_size)
+    plan = plan_mix(built, mix, steps, options.global_batch_size)
     say(plan.describe())
     if options.json:
         _write(options.json, json.dumps(plan.to_json(), indent=1) + "\n")
     if options.plot:
-        _write(options.plot, draw_plan(plan))
+        _write(options.plot, draw_plan(plan.whole()))
     if plan.problems:
         raise DataError("\n".join(plan.problems))
 
@@ -155,7 +155,7 @@ def _diff(options: argparse.Namespace) -> None:
     old_built = _open_build(old, None, options.workers)
     new_built = _open_build(new, None, options.workers)
     batch_size = options.global_batch_size
-    steps = options.steps or _steps_of_one_pass(old_built, batch_size)
+    steps = options.steps or steps_of_one_pass(old_built, old, batch_size)
     _check_run_size(max(steps, options.at_step or 0), batch_size)
     ledger = None
     edit = ""
@@ -164,8 +164,8 @@ def _diff(options: argparse.Namespace) -> None:
         rows = new_built.manifest.row_hashes()
         ledger = resume_ledger(stored, new, options.at_step, accept_change=True, rows=rows)
         edit = f", the edit made at step {options.at_step:,}"
-    old_plan = make_data_plan(old_built, old, steps, batch_size)
-    new_plan = make_data_plan(new_built, new, steps, batch_size, ledger)
+    old_plan = plan_mix(old_built, old, steps, batch_size).whole()
+    new_plan = plan_mix(new_built, new, steps, batch_size, ledger).whole()
     say(f"\nover {steps:,} steps of {batch_size:,} rows{edit}:")
     say(compare_plans(old_plan, new_plan))
 
@@ -244,7 +244,10 @@ def _add_run_size(parser: argparse.ArgumentParser) -> None:
         help="optimizer steps of the run (default: one pass over the rows)",
     )
     parser.add_argument(
-        "--global_batch_size", type=_positive, default=8, help="packed rows per step (default: 8)"
+        "--global_batch_size",
+        type=_positive,
+        default=8,
+        help="packed rows per step, in the first of several stages (default: 8)",
     )
 
 
@@ -271,12 +274,6 @@ def _check_run_size(steps: int, global_batch_size: int) -> None:
             f"--steps {steps:,} times --global_batch_size {global_batch_size:,} is "
             f"{steps * global_batch_size:,} rows; at most {MAX_ROWS:,} are planned. Lower one."
         )
-
-
-def _steps_of_one_pass(built: BuiltData, global_batch_size: int) -> int:
-    """Return the number of steps that draw as many rows as the build has."""
-    num_rows = sum(built.num_rows(source) for source in range(len(built.source_names)))
-    return max(-(-num_rows // global_batch_size), 1)
 
 
 def _write(path: Path, text: str) -> None:

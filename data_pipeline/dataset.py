@@ -20,7 +20,13 @@ import numpy as np
 from data_pipeline.build.guard_sets import check_guard_sets
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.errors import DataError
-from data_pipeline.store.manifest import BuildManifest, check_files, read_manifest
+from data_pipeline.store.manifest import (
+    BuildManifest,
+    SourceEntry,
+    StageEntry,
+    check_files,
+    read_manifest,
+)
 from data_pipeline.store.packing import (
     ARRAY_NAMES,
     CLUSTERS_FILE,
@@ -264,6 +270,8 @@ class BuiltData:
         """Open the files; callers use `BuiltData.open`, which checks them first."""
         self.directory = directory
         self.manifest = manifest
+        self.stage = 0
+        """Number of the stage that training rows are of."""
         self.seq_len = manifest.seq_len
         """Slots of a packed training row."""
         self.source_names = tuple(source.name for source in manifest.sources)
@@ -321,10 +329,16 @@ class BuiltData:
             number: Number of the stage, counted from 0.
         """
         other = copy.copy(self)
+        other.stage = number
         other.seq_len = self.manifest.row_lengths[number]
         other._train = self._stages[number]
         other._row_tokens = [rows.packed.row_tokens() for rows in other._train]
         return other
+
+    def train_entry(self, source: int) -> SourceEntry | StageEntry:
+        """Return what the manifest says of the training rows of a source, in this stage."""
+        entry = self.manifest.sources[source]
+        return entry.stages[self.stage] if entry.stages else entry
 
     def num_rows(self, source: int) -> int:
         """Return the number of training rows of a source."""

@@ -416,6 +416,7 @@ class RunYaml:
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
     network: NetworkSection = field(default_factory=NetworkSection)
     stages: tuple[StageSection, ...] = ()
+    """One layout for each of the mix's `stages`, in the same order; none for a mix without them."""
 
     def rows_of_stage(self, number: int) -> int:
         """Return the packed rows of a step of a stage: as given, or with as many tokens as before.
@@ -440,6 +441,7 @@ class RunYaml:
     def _check_stages(self) -> Iterator[tuple[str, str]]:
         if not self.stages:
             return
+        yield "stages", "are not trained yet. Remove them."
         train = self.train
         first = self.stages[0]
         if first.seq_len != train.seq_len:

@@ -59,6 +59,11 @@ def check_mix(settings: DataSection, seq_len: int | None) -> MixConfig:
         rows = written.get("seq_len") if isinstance(written, dict) else None
         raise ConfigError([*error.problems, *seq_len_problems(mix_file, rows, seq_len)]) from error
     problems = seq_len_problems(mix_file, mix.seq_len, seq_len)
+    if mix.stages:
+        problems.append(
+            f"{mix_file} has stages, which can be built and planned, and not yet trained. Give the "
+            "mix one seq_len."
+        )
     if problems:
         raise ConfigError(problems)
     return mix

@@ -105,9 +105,13 @@ class DataPlan:
         """Predicted tokens of the run."""
         return sum(source.drawn_tokens for source in self.sources)
 
+    def whole(self) -> DataPlan:
+        """Return the plan of the whole run, which this is; one with stages adds them up."""
+        return self
+
     def language_shares(self) -> dict[str, float]:
         """Return the share of the predicted tokens by language, 0 to 1."""
-        return _language_shares(self.sources)
+        return language_shares_of(self.sources)
 
     def content_shares(self) -> dict[str, float]:
         """Return the share of the content by language, 0 to 1.
@@ -190,7 +194,8 @@ def _table_row(source: PlannedSource) -> tuple[str, ...]:
     )
 
 
-def _language_shares(sources: Sequence[PlannedSource]) -> dict[str, float]:
+def language_shares_of(sources: Sequence[PlannedSource]) -> dict[str, float]:
+    """Return the share of the predicted tokens by language, 0 to 1."""
     shares: dict[str, float] = {}
     for source in sources:
         shares[source.language] = shares.get(source.language, 0.0) + source.share
@@ -203,8 +208,9 @@ def make_data_plan(
     steps: int,
     global_batch_size: int,
     ledger: Ledger | None = None,
+    first_step: int = 0,
 ) -> DataPlan:
-    """Plan a run of `steps` steps without reading a token.
+    """Plan a run of `steps` steps, or a stage of one, without reading a token.
 
     Args:
         built: The build of `mix`.
@@ -212,15 +218,17 @@ def make_data_plan(
         steps: Number of steps of the run.
         global_batch_size: Packed rows per step.
         ledger: The mix over the run, if it was edited on the way; None: `mix` from start to end.
+        first_step: Step of the run at which the rows of `built` begin to be drawn.
     """
     ledger = ledger or Ledger.start(mix)
-    mixture = Mixture(built, ledger, mix.seed)
+    mixture = Mixture(built, ledger, mix.seed, first_step=first_step)
     num_points = min(steps, _CURVE_POINTS) + 1
-    curve_steps = tuple(np.unique(np.linspace(0, steps, num_points).astype(int)).tolist())
+    points = first_step + np.linspace(0, steps, num_points).astype(int)
+    curve_steps = tuple(np.unique(points).tolist())
     positions = [mixture.position(step, global_batch_size) for step in curve_steps]
     drawn_rows = np.array([position.drawn_rows for position in positions])  # [points, sources]
     sources = _plan_sources(built, mix, mixture, curve_steps, drawn_rows)
-    limits = _check_limits(mix, ledger, sources)
+    limits = _check_limits(mix, ledger, sources, built.seq_len)
     problems = []
     warnings = []
     for source in sources:
@@ -262,10 +270,9 @@ def _plan_sources(
             _count_drawn_tokens(mixture, built.row_tokens(number), number, num_drawn)
         )
     total_tokens = max(sum(drawn_tokens), 1)
-    entries = {entry.name: entry for entry in built.manifest.sources}
     sources = []
     for number, config in enumerate(mix.sources):
-        entry = entries[config.name]
+        entry = built.train_entry(number)
         num_rows = built.num_rows(number)
         read_once_at_step = None
         if num_rows and end_rows[number] >= num_rows:
@@ -301,15 +308,15 @@ def _count_drawn_tokens(mixture: Mixture, row_tokens: Integers, source: int, num
 
 
 def _check_limits(
-    mix: MixConfig, ledger: Ledger, sources: Sequence[PlannedSource]
+    mix: MixConfig, ledger: Ledger, sources: Sequence[PlannedSource], seq_len: int
 ) -> tuple[PlannedLimit, ...]:
     """Return the bounds of each language, and whether the run keeps them up to whole rows."""
-    shares = _language_shares(sources)
+    shares = language_shares_of(sources)
     drawn_tokens = sum(source.drawn_tokens for source in sources)
     limits = []
     for language, bounds in mix.languages.items():
         share = shares.get(language, 0.0)
-        slack = ledger.slack_rows(language) * mix.seq_len / max(drawn_tokens, 1)
+        slack = ledger.slack_rows(language) * seq_len / max(drawn_tokens, 1)
         limits.append(
             PlannedLimit(
                 language=language,

@@ -16,9 +16,10 @@ from cpt.config.reference import (
     run_schema,
     written_files,
 )
-from cpt.config.sections import ExpertParallelJson
+from cpt.config.sections import ExpertParallelJson, StageSection
 from data_pipeline.config.mix_config import GuardConfig, GuardDomain, LanguageLimits, MixConfig
 from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.config.stage_config import StageConfig
 from data_pipeline.config.strict_yaml import load_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,8 @@ DATACLASSES = [
     GuardConfig,
     GuardDomain,
     LanguageLimits,
+    StageConfig,
+    StageSection,
 ]
 JSON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
@@ -60,8 +63,10 @@ def test_every_key_has_a_docstring_that_the_page_shows(cls: type) -> None:
 
 def test_every_key_of_the_run_yaml_is_on_the_page() -> None:
     page = configuration_page()
-    sections = run_schema()["properties"]
-    keys = [f"{name}.{key}" for name, section in sections.items() for key in section["properties"]]
+    keys = []
+    for name, section in run_schema()["properties"].items():
+        for key in section.get("items", section)["properties"]:
+            keys.append(f"{name}[].{key}" if "items" in section else f"{name}.{key}")
     assert len(keys) > 60
     assert [key for key in keys if f"**`{key}`**" not in page] == []
 
