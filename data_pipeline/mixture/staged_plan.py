@@ -75,7 +75,7 @@ class StagedPlan:
                     epoch_curve=tuple(curve),
                 )
             )
-        curve_steps = []
+        curve_steps: list[int] = []
         for plan in self.plans:
             curve_steps += plan.curve_steps
         shares = language_shares_of(sources)
