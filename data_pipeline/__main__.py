@@ -31,6 +31,7 @@ from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.console.say import say
 from data_pipeline.dataset import BuiltData
+from data_pipeline.engine.choice import ENGINES, LOCAL
 from data_pipeline.engine.local import available_cores
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
@@ -77,7 +78,7 @@ def _add_build(commands: Commands) -> None:
     parser = commands.add_parser("build", help=text, description=text)
     parser.set_defaults(run=_build)
     _add_mix(parser, "mix")
-    _add_workers(parser)
+    _add_engine(parser)
     _add_build_dir(parser)
     parser.add_argument(
         "--share",
@@ -91,6 +92,11 @@ def _build(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
     out_dir = resolve_build_dir(mix, options.out)
     if options.share:
+        if options.engine != LOCAL:
+            raise ConfigError(
+                f"--share makes its parts on one machine, and --engine {options.engine} those of a "
+                "whole build on many. Leave one of them away."
+            )
         index, count = options.share
         num_parts = build_share(mix, out_dir, index, count, options.workers)
         say(
@@ -98,7 +104,7 @@ def _build(options: argparse.Namespace) -> None:
             "without --share."
         )
         return
-    manifest = build(mix, out_dir, workers=options.workers)
+    manifest = build(mix, out_dir, workers=options.workers, engine=options.engine)
     say(describe_build(manifest.sources))
     if manifest.guard_domains:
         say(describe_guard_sets(manifest))
@@ -228,6 +234,21 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=available_cores(),
         help="number of processes; the output is the same",
+    )
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=LOCAL,
+        help="where tasks run: processes of this machine, or the Ray cluster at RAY_ADDRESS; the "
+        "output is the same",
+    )
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        help="tasks at once; the output is the same (default: as many as the engine has cores)",
     )
 
 

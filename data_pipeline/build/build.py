@@ -46,8 +46,8 @@ from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.config.source_config import FILE_FORMATS, SourceConfig
 from data_pipeline.console.progress import show_progress
+from data_pipeline.engine.choice import LOCAL, open_executor
 from data_pipeline.engine.executor import Executor
-from data_pipeline.engine.local import LocalExecutor
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.descriptors import reserve_descriptors
 from data_pipeline.store.file_lock import LockHeld, file_lock
@@ -71,7 +71,11 @@ _WORK_FILE = "work.json"
 
 
 def build(
-    mix: MixConfig, out_dir: Path | str, progress: bool = True, workers: int = 1
+    mix: MixConfig,
+    out_dir: Path | str,
+    progress: bool = True,
+    workers: int | None = 1,
+    engine: str = LOCAL,
 ) -> BuildManifest:
     """Build `mix` into `out_dir`, or return the manifest if it is built there already.
 
@@ -79,12 +83,14 @@ def build(
         mix: The mix, from `load_mix`.
         out_dir: The directory to make, with its parents.
         progress: Show a progress bar on a terminal, or lines in a log.
-        workers: Number of processes; the output is the same for every number.
+        workers: Number of processes; the output is the same for every number. None is as many as
+            the engine has cores.
+        engine: Where tasks run, one of `engine.choice.ENGINES`.
 
     Raises:
         DataError: the input cannot be used, `out_dir` holds another mix or something else, or
             another process is building there.
-        ConfigError: what lies there is not this user's alone.
+        ConfigError: what lies there is not this user's alone, or the engine cannot be used.
         StorageError: the input has more files than this process may have open.
     """
     out_dir = Path(out_dir).absolute()
@@ -106,7 +112,7 @@ def build(
         num_parts = sum(map(len, parts))
         # the last stage maps the shard of every part, and its signatures
         reserve_descriptors(2 * num_parts, f"{out_dir}: {num_parts:,} parts")
-        with LocalExecutor(workers) as executor:
+        with open_executor(engine, workers, work_dir) as executor:
             _make_parts(list(chain.from_iterable(parts)), progress, executor)
             for path in work_dir.rglob(f".*{PARTIAL_SUFFIX}"):
                 path.unlink()
@@ -118,7 +124,7 @@ def build(
 
 
 def build_share(
-    mix: MixConfig, out_dir: Path | str, index: int, count: int, workers: int = 1
+    mix: MixConfig, out_dir: Path | str, index: int, count: int, workers: int | None = 1
 ) -> int:
     """Make every `count`-th part, beginning with part `index`, for a later `build` to finish.
 
@@ -144,7 +150,7 @@ def build_share(
             )
         parts = _prepare(work_dir, mix, origin)
         own_parts = list(chain.from_iterable(parts))[index::count]
-        with LocalExecutor(workers) as executor:
+        with open_executor(LOCAL, workers, work_dir) as executor:
             _make_parts(own_parts, True, executor)
         return len(own_parts)
 

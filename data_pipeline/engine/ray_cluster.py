@@ -20,6 +20,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ ADDRESS_VARIABLE = "RAY_ADDRESS"
 MODE_VARIABLE = "RAY_AUTH_MODE"
 MAX_RETRIES = 3
 """Times that a task is started again because its worker or node was lost."""
+_ADDRESS = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\]):\d+")
 _CHECK_SECONDS = 120
 """Time in which every node must answer before work begins."""
 _LOOK_SECONDS = 60
@@ -227,8 +229,9 @@ class RayExecutor(Executor):
             ) from error
         except exceptions.RayError as error:
             raise CptError(
-                f"a task on the Ray cluster was lost {MAX_RETRIES + 1} times: "
-                f"{_first_line(error)}. What is done is kept, and a rerun goes on from there."
+                f"the Ray cluster has lost a task: {_first_line(error)} (a task is started "
+                f"{MAX_RETRIES + 1} times at most, and none after the node of this process is "
+                "lost). What is done is kept, and a rerun goes on from there."
             ) from error
 
 
@@ -251,9 +254,8 @@ def _cluster_address() -> str:
         ConfigError: the environment has none, or it does not say how the cluster is protected.
     """
     address = os.environ.get(ADDRESS_VARIABLE, "")
-    host, _, port = address.rpartition(":")
     problems = []
-    if not host or not port.isdigit():
+    if not _ADDRESS.fullmatch(address):
         problems.append(
             f"{ADDRESS_VARIABLE} is '{address}', must be HOST:PORT of a running Ray cluster. "
             "slurm/prepare_data.sbatch starts one with CPT_DATA_ENGINE=ray. On one machine leave "
