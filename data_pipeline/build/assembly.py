@@ -151,7 +151,7 @@ def _pack_source(directory: Path, mix: MixConfig, decided: DecidedSource) -> Sou
         predicted_tokens = int(train.piece_pairs.sum())
     held_out = _pack_split(folder / "held_out", measured, mix.seq_len, mix.packing)
     if source.cluster_by is not None:
-        clusters = first_of_cluster(decided.parts.clusters()[fates.held_out])
+        clusters = first_of_cluster(decided.parts.clusters_of(fates.held_out))
         _save_array(folder / "held_out" / CLUSTERS_FILE, clusters)
     return SourceEntry(
         name=source.name,

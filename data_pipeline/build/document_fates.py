@@ -1,14 +1,14 @@
 """Decide what becomes of every document of a build.
 
-    content hashes -> held out, trained on, or a copy     (deduplication)
-    signatures     -> a near copy                         (near_duplicates)
+    content hashes -> held out, trained on, or a copy     (exact_copies)
+    signatures     -> a near copy                         (near_copies)
     tokens         -> contaminated with held-out text     (decontamination)
 
 Decisions
     Fates follow from content alone, before any row exists.
     Invented documents stand for no text: they are neither near copies nor contaminated.
-    Only the search for held-out text is spread over processes. The runs to search for go to a file
-    in the work directory, which every process reads once.
+    Fates are one byte a document in this process. All else is work of tasks, which read and write
+    files of the work directory.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.build.decontamination import HeldOutRuns, count_runs, find_contaminated
-from data_pipeline.build.deduplication import Fate, Fates, SourceFates, decide_fates
-from data_pipeline.build.guard_sets import find_copied, has_found_run, held_out_hash
-from data_pipeline.build.near_duplicates import Signatures, mark_near_duplicates
+from data_pipeline.build.deduplication import Fate, SourceFates
+from data_pipeline.build.exact_copies import decide_exact
+from data_pipeline.build.guard_sets import has_found_run, held_out_hash
+from data_pipeline.build.near_copies import mark_near_copies
+from data_pipeline.build.part_groups import document_ends
 from data_pipeline.build.source_parts import SourceParts
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.console.progress import show_progress
@@ -57,42 +59,31 @@ def decide_all_fates(
     mix: MixConfig, gathered: Sequence[SourceParts], work_dir: Path, executor: Executor
 ) -> list[DecidedSource]:
     """Decide what becomes of every document of every source."""
-    hashes = [source.hashes() for source in gathered]
-    log.info("looking for copies among %d documents", sum(map(len, hashes)))
-    fates = decide_fates(hashes, [source.held_out_share for source in mix.sources])
-    found = find_copied(hashes, fates)
+    ends = document_ends(gathered)
+    log.info("looking for copies among %d documents", ends[-1])
+    shares = [source.held_out_share for source in mix.sources]
+    fates, is_copied = decide_exact(gathered, shares, work_dir, executor)
     sources = []
-    for number, parts in enumerate(gathered):
+    first = 0
+    for parts, end in zip(gathered, ends, strict=True):
+        source_fates = SourceFates(fates=fates[first:end])
+        held_out = source_fates.held_out
         sources.append(
             DecidedSource(
                 parts=parts,
-                fates=fates[number],
-                held_out_hash=held_out_hash(hashes[number], fates[number]),
-                held_out_found=found[number],
+                fates=source_fates,
+                held_out_hash=held_out_hash(parts.hashes_of(held_out)),
+                held_out_found=is_copied[first:end][held_out],
             )
         )
-    del hashes  # the largest arrays of this stage
+        first = end
     real_sources = [source for source in sources if not source.parts.is_mock]
     if mix.near_duplicates > 0 and real_sources:
         log.info("looking for near copies")
-        _mark_near_duplicates(real_sources, mix.near_duplicates)
+        mark_near_copies(fates, gathered, mix.near_duplicates, work_dir, executor)
     if mix.decontaminate_tokens and real_sources:
         _decontaminate(real_sources, mix.decontaminate_tokens, work_dir, executor)
     return sources
-
-
-def _mark_near_duplicates(sources: Sequence[DecidedSource], threshold: float) -> None:
-    """Turn TRAIN into NEAR_DUPLICATE where a document is a near copy, in all sources at once."""
-    signatures: list[Signatures] = []
-    for source in sources:
-        signatures += source.parts.signatures()
-    joined: Fates = np.concatenate([source.fates.fates for source in sources])
-    mark_near_duplicates(joined, signatures, threshold)
-    start = 0
-    for source in sources:
-        stop = start + len(source.fates.fates)
-        source.fates.fates[:] = joined[start:stop]
-        start = stop
 
 
 def _decontaminate(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_pipeline.build.decontamination import EDGE_TOKENS, MAX_COMMON, HeldOutRuns
-from data_pipeline.build.deduplication import Fate, Hashes, Mask, SourceFates
+from data_pipeline.build.deduplication import Fate, Hashes, SourceFates
 from data_pipeline.build.near_duplicates import window_hashes
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.errors import DataError
@@ -26,26 +26,9 @@ MAX_DROPPED_SHARE = 0.5
 """Largest share of a training source's documents that may be held-out text of other sources."""
 
 
-def held_out_hash(hashes: Hashes, fates: SourceFates) -> str:
+def held_out_hash(hashes: Hashes) -> str:
     """Return the hex sha256 of the content hashes of a source's held-out documents, sorted."""
-    return hashlib.sha256(np.sort(hashes[fates.held_out]).tobytes()).hexdigest()
-
-
-def find_copied(hashes: Sequence[Hashes], fates: Sequence[SourceFates]) -> list[Mask]:
-    """Return whether another source had a copy of each held-out document to train on.
-
-    Returns:
-        One mask per source, over its held-out documents.
-    """
-    dropped: set[bytes] = set()
-    for source_hashes, source_fates in zip(hashes, fates, strict=True):
-        for value in source_hashes[source_fates.numbers(Fate.HELD_OUT_COPY)]:
-            dropped.add(value.tobytes())
-    masks = []
-    for source_hashes, source_fates in zip(hashes, fates, strict=True):
-        copied = [value.tobytes() in dropped for value in source_hashes[source_fates.held_out]]
-        masks.append(np.array(copied, dtype=bool))
-    return masks
+    return hashlib.sha256(np.sort(hashes).tobytes()).hexdigest()
 
 
 def has_found_run(document: Tokens, runs: HeldOutRuns, counts: Integers) -> bool:

@@ -1,4 +1,4 @@
-"""Near copies: MinHash signatures, and which documents are near copies of which.
+"""What near copies have in common: MinHash signatures, and the bands that make candidates.
 
     tokens -> 5-token shingles -> signature of 128 numbers (rensa) -> 32 bands of 4 -> candidates
     -> similar enough?
@@ -8,10 +8,7 @@ Decisions
     Two documents become candidates if a band is equal (probability above 0.999 at similarity 0.8),
     and count as near copies if at least `threshold` of their 128 numbers agree, which estimates
     their Jaccard similarity (Broder 1997).
-    Near copies form groups. The first document of a group, in the order of the mix, is trained on,
-    unless one of the group is held out: then none is.
-    Bands are compared one after the other, so memory holds one number per document and band, not
-    the signatures.
+    `near_copies` compares the documents of a build.
 """
 
 from __future__ import annotations
@@ -22,8 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import rensa
 
-from data_pipeline.build.deduplication import Fate, Fates
-from data_pipeline.store.packing import Integers
 from data_pipeline.text.tokenizer import Tokens
 
 NUM_HASHES = 128
@@ -33,8 +28,6 @@ _BAND_HASHES = NUM_HASHES // NUM_BANDS
 _SEED = 42
 _SIGNED_TOKENS = 1 << 20
 """Tokens of a document that are hashed at once, which bounds the memory."""
-_COMPARE_DOCUMENTS = 1 << 16
-"""Number of candidate pairs whose signatures are in memory at once."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _OFFSET = np.uint64(0xD1B54A32D192ED03)
 _BASE = 0xBF58476D1CE4E5B9
@@ -138,78 +131,11 @@ def _pad(tokens: Tokens) -> Tokens:
     return np.pad(tokens, (0, SHINGLE_TOKENS - len(tokens)), mode="edge")
 
 
-def mark_near_duplicates(fates: Fates, parts: Sequence[Signatures], threshold: float) -> None:
-    """Turn TRAIN into NEAR_DUPLICATE where a document is a near copy.
-
-    Args:
-        fates: Fates of all documents of all sources, in the order of the mix; changed in place.
-        parts: Their signatures, in the same order; these may be memory maps.
-        threshold: Similarity from which on documents are near copies, 0 to 1.
-    """
-    starts = np.cumsum([0, *map(len, parts)])
-    alive = np.flatnonzero((fates == Fate.TRAIN) | (fates == Fate.HELD_OUT))
-    parents = np.arange(len(alive))
-    for band in range(NUM_BANDS):
-        pairs = _candidate_pairs(_band_keys(parts, band)[alive], parents)
-        for first in range(0, len(pairs), _COMPARE_DOCUMENTS):
-            some = pairs[first : first + _COMPARE_DOCUMENTS]
-            left = _gather(parts, starts, alive[some[:, 0]])
-            right = _gather(parts, starts, alive[some[:, 1]])
-            similar = (left == right).mean(axis=1) >= threshold
-            for one, other in some[similar].tolist():
-                _join(parents, one, other)
-    roots = _roots(parents, np.arange(len(alive)))
-    group_held = np.zeros(len(alive), dtype=bool)
-    group_held[roots[fates[alive] == Fate.HELD_OUT]] = True
-    is_first = roots == np.arange(len(alive))
-    copies = (fates[alive] == Fate.TRAIN) & (group_held[roots] | ~is_first)
-    fates[alive[copies]] = Fate.NEAR_DUPLICATE
-
-
-def _candidate_pairs(keys: Hashes64, parents: Integers) -> Integers:
-    """Return pairs of documents with the same key that are not yet in one group, [pairs, 2]."""
-    order = np.argsort(keys, kind="stable")
-    equal = np.flatnonzero(keys[order][1:] == keys[order][:-1])
-    pairs = np.stack([order[equal], order[equal + 1]], axis=1)
-    return pairs[_roots(parents, pairs[:, 0]) != _roots(parents, pairs[:, 1])]
-
-
-def _band_keys(parts: Sequence[Signatures], band: int) -> Hashes64:
-    """Return one hash of the band per document."""
+def band_keys(signatures: Signatures, band: int) -> Hashes64:
+    """Return one hash of a band for each document, [documents]."""
     columns = slice(band * _BAND_HASHES, (band + 1) * _BAND_HASHES)
-    keys = [np.zeros(0, np.uint64)]
-    for part in parts:
-        key = np.zeros(len(part), np.uint64)
-        for column in np.asarray(part[:, columns]).T:
-            key = (key ^ column) * _MULTIPLIER
-            key ^= key >> np.uint64(32)
-        keys.append(key)
-    return np.concatenate(keys)
-
-
-def _gather(parts: Sequence[Signatures], starts: Integers, numbers: Integers) -> Signatures:
-    """Return the signatures of documents by number."""
-    result = np.empty((len(numbers), NUM_HASHES), np.uint32)
-    owner = np.searchsorted(starts, numbers, side="right") - 1
-    for part in np.unique(owner).tolist():
-        chosen = owner == part
-        result[chosen] = parts[part][numbers[chosen] - starts[part]]
-    return result
-
-
-def _roots(parents: Integers, numbers: Integers) -> Integers:
-    """Return the first document of the group of each document."""
-    while True:
-        above = parents[numbers]
-        if (above == numbers).all():
-            return numbers
-        numbers = above
-
-
-def _join(parents: Integers, one: int, other: int) -> None:
-    """Make two groups one, led by the smaller number."""
-    while parents[one] != one:
-        one = int(parents[one])
-    while parents[other] != other:
-        other = int(parents[other])
-    parents[max(one, other)] = min(one, other)
+    keys = np.zeros(len(signatures), np.uint64)
+    for column in np.asarray(signatures[:, columns]).T:
+        keys = (keys ^ column) * _MULTIPLIER
+        keys ^= keys >> np.uint64(32)
+    return keys

@@ -143,21 +143,25 @@ def read_account(part: Part) -> Account | None:
 
 def read_hashes(part: Part) -> Hashes:
     """Return the content hashes of the documents in a part's shard, as a memory map."""
-    return _read_side_file(part, part.hashes_path)
+    return read_side_file(part.hashes_path, part.work_dir)
 
 
 def read_signatures(part: Part) -> Signatures:
     """Return the MinHash signatures of the documents in a part's shard, as a memory map."""
-    return _read_side_file(part, part.signatures_path)
+    return read_side_file(part.signatures_path, part.work_dir)
 
 
 def read_clusters(part: Part) -> Hashes64:
     """Return the clusters of the documents in a part's shard, as a memory map."""
-    return _read_side_file(part, part.clusters_path)
+    return read_side_file(part.clusters_path, part.work_dir)
 
 
-def _read_side_file(part: Part, path: Path) -> npt.NDArray[Any]:
-    """Return the array of a file that `make_part` wrote before the account.
+def read_side_file(path: Path, work_dir: Path) -> npt.NDArray[Any]:
+    """Return the array of a file that `make_part` wrote before the account, as a memory map.
+
+    Args:
+        path: The file.
+        work_dir: Folder of the build in progress, which the message of an error names.
 
     Raises:
         DataError: it is missing or damaged.
@@ -166,7 +170,7 @@ def _read_side_file(part: Part, path: Path) -> npt.NDArray[Any]:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except ARRAY_ERRORS as error:
         raise DataError(
-            f"{path}: not what the build wrote ({why_no_array(error)}). Delete {part.work_dir}, "
+            f"{path}: not what the build wrote ({why_no_array(error)}). Delete {work_dir}, "
             "which holds the work of an unfinished build, and build again."
         ) from error
 

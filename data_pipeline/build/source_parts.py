@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from data_pipeline.build.clusters import Hashes64
 from data_pipeline.build.deduplication import HASH_DTYPE, Hashes
-from data_pipeline.build.near_duplicates import Signatures
 from data_pipeline.build.part import (
     TOO_LONG,
     Account,
@@ -17,10 +16,10 @@ from data_pipeline.build.part import (
     read_account,
     read_clusters,
     read_hashes,
-    read_signatures,
 )
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
+from data_pipeline.store.packing import Integers
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.harmony import UNKNOWN_KEY
@@ -112,17 +111,29 @@ class SourceParts:
             advice += " Longer conversations need a larger seq_len."
         return advice
 
-    def hashes(self) -> Hashes:
-        """Return the content hashes of all documents."""
-        return np.concatenate([np.zeros(0, HASH_DTYPE), *map(read_hashes, self.parts)])
+    def hashes_of(self, documents: Integers) -> Hashes:
+        """Return the content hashes of documents, whose numbers rise."""
+        chosen = [np.zeros(0, HASH_DTYPE)]
+        for part, numbers in self._by_part(documents):
+            chosen.append(read_hashes(part)[numbers])
+        return np.concatenate(chosen)
 
-    def clusters(self) -> Hashes64:
-        """Return the clusters of all documents of a source that names them."""
-        return np.concatenate(list(map(read_clusters, self.parts)))
+    def clusters_of(self, documents: Integers) -> Hashes64:
+        """Return the clusters of documents, whose numbers rise, of a source that names them."""
+        chosen = [np.zeros(0, np.uint64)]
+        for part, numbers in self._by_part(documents):
+            chosen.append(read_clusters(part)[numbers])
+        return np.concatenate(chosen)
 
-    def signatures(self) -> list[Signatures]:
-        """Return the MinHash signatures of all documents, part by part."""
-        return [read_signatures(part) for part in self.parts]
+    def _by_part(self, documents: Integers) -> Iterator[tuple[Part, Integers]]:
+        """Yield the parts that hold some of the documents, and their numbers within the part."""
+        first = 0
+        for part, account in zip(self.parts, self.accounts, strict=True):
+            stop = first + account.num_documents
+            begin, end = np.searchsorted(documents, [first, stop])
+            if begin < end:
+                yield part, documents[begin:end] - first
+            first = stop
 
     def open_shards(self) -> Shards:
         """Return all documents, through memory maps."""

@@ -18,7 +18,6 @@ from data_pipeline.build.decontamination import (
 )
 from data_pipeline.build.deduplication import Fate
 from data_pipeline.build.near_duplicates import (
-    mark_near_duplicates,
     minhash_signatures,
     window_hashes,
 )
@@ -26,6 +25,7 @@ from data_pipeline.dataset import BuiltData
 from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens
 from tests.data_pipeline.build.test_build import trained_texts
 from tests.data_pipeline.inputs import MakeMix
+from tests.support.fates_in_memory import mark_near_duplicates
 
 
 def make_documents(count: int, length: int, seed: int = 0) -> list[Tokens]:

@@ -1,0 +1,83 @@
+"""Consecutive parts of a mix that one task of the last stage reads.
+
+Documents are numbered through all parts of all sources, in the order of the mix, from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.build.part import Part
+from data_pipeline.build.source_parts import SourceParts
+from data_pipeline.errors import DataError
+
+MAX_DOCUMENTS = 2**32
+"""Documents of a mix: their numbers are stored in 32 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class NumberedPart:
+    """A part, and which documents of the mix it holds."""
+
+    part: Part
+    source: int
+    """Position of its source in the mix."""
+    first: int
+    """Number of its first document."""
+    stop: int
+    """One past the number of its last document."""
+
+
+def numbered_parts(gathered: Sequence[SourceParts]) -> list[NumberedPart]:
+    """Return all parts that hold documents, in the order of the mix.
+
+    Raises:
+        DataError: there are more documents than numbers.
+    """
+    numbered = []
+    first = 0
+    for source, parts in enumerate(gathered):
+        for part, account in zip(parts.parts, parts.accounts, strict=True):
+            stop = first + account.num_documents
+            numbered.append(NumberedPart(part, source, first, stop))
+            first = stop
+    if first > MAX_DOCUMENTS:
+        raise DataError(
+            f"the mix has {first:,} documents, more than {MAX_DOCUMENTS:,}. Split it in two mixes."
+        )
+    return numbered
+
+
+def group_parts(
+    parts: Sequence[NumberedPart], max_documents: int
+) -> Iterator[tuple[NumberedPart, ...]]:
+    """Yield groups of at most `max_documents`, or of one part that has more."""
+    group: list[NumberedPart] = []
+    for part in parts:
+        if group and part.stop - group[0].first > max_documents:
+            yield tuple(group)
+            group = []
+        group.append(part)
+    if group:
+        yield tuple(group)
+
+
+def identity_of(gathered: Sequence[SourceParts]) -> list[Any]:
+    """Return JSON values that tell the documents of a mix, and where their parts lie."""
+    identity: list[Any] = []
+    for parts in gathered:
+        for part, account in zip(parts.parts, parts.accounts, strict=True):
+            identity.append([str(part.shard_path), account.num_documents, account.shard_sha256])
+    return identity
+
+
+def document_ends(gathered: Sequence[SourceParts]) -> list[int]:
+    """Return the number of documents up to the end of each source."""
+    counts = []
+    for parts in gathered:
+        counts.append(sum(account.num_documents for account in parts.accounts))
+    return [int(end) for end in np.cumsum(counts)]
