@@ -195,7 +195,7 @@ def _pack_stages(
         DataError: the source is trained on, and a stage gets none of its documents.
     """
     source = decided.parts.source
-    hashes = decided.parts.hashes()
+    hashes = decided.parts.hashes_of(np.unique(trained.document))
     splits = split_by_stage(trained, hashes, mix.stages, is_chat=shards.chat)
     entries = []
     for stage, segments in zip(mix.stages, splits, strict=True):

@@ -41,14 +41,14 @@ def split_by_stage(
 
     Args:
         segments: What a source trains on.
-        hashes: Content hash of every document of the source, by its number.
+        hashes: Content hash of each of those documents, in the order of their numbers.
         stages: The stages of the mix.
         is_chat: Whether the documents are conversations.
     """
     documents, position = np.unique(segments.document, return_inverse=True)
     tokens = np.zeros(len(documents), np.int64)
     np.add.at(tokens, position, segments.tokens)
-    chosen = choose_stages(hashes[documents], tokens, stages, is_chat=is_chat)[position]
+    chosen = choose_stages(hashes, tokens, stages, is_chat=is_chat)[position]
     return [segments.chosen(chosen == number) for number in range(len(stages))]
 
 
