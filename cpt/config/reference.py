@@ -30,8 +30,10 @@ from cpt.config.engine_json import (
 from cpt.config.guard_section import DomainLimits
 from cpt.config.sections import ExpertParallelJson, RunYaml, StageSection
 from data_pipeline.config.generation_config import GenerationDomain
-from data_pipeline.config.mix_config import GuardConfig, GuardDomain, LanguageLimits, MixConfig
+from data_pipeline.config.language_limits import LanguageLimits
+from data_pipeline.config.mix_config import GuardConfig, GuardDomain, MixConfig
 from data_pipeline.config.record_filters import FilterRule
+from data_pipeline.config.schedule_config import SchedulePhase
 from data_pipeline.config.source_config import LANGUAGES, SourceConfig
 from data_pipeline.config.stage_config import StageConfig
 from data_pipeline.config.traces_config import TraceDomain

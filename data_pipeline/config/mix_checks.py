@@ -17,8 +17,10 @@ from typing import Any, TypeGuard
 
 from data_pipeline.config.file_patterns import expand
 from data_pipeline.config.generation_config import read_prompts
+from data_pipeline.config.language_limits import WEIGHT_SUM_TOLERANCE
 from data_pipeline.config.links import dangling_link
-from data_pipeline.config.mix_config import OWN_PREFIX, WEIGHT_SUM_TOLERANCE
+from data_pipeline.config.mix_config import OWN_PREFIX
+from data_pipeline.config.schedule_config import check_schedule
 from data_pipeline.config.source_config import LANGUAGES, SUFFIXES, suffix_format
 from data_pipeline.config.stage_config import MAX_SEQ_LEN
 from data_pipeline.config.strict_yaml import KeyPath, Reader, nearest
@@ -57,6 +59,7 @@ def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool =
     _check_packing(reader, raw, [*sources.values(), *domains.values()])
     _check_unique(reader, domains, ("guard", "domains"))
     by_name = _by_name(sources)
+    check_schedule(reader, raw, by_name)
     _check_prompt_domains(reader, raw, domains, by_name)
     if need_files:
         _check_prompts(reader, raw, base)

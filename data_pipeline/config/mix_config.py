@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_pipeline.config.generation_config import GenerationDomain
+from data_pipeline.config.language_limits import LanguageLimits
+from data_pipeline.config.schedule_config import SchedulePhase
 from data_pipeline.config.source_config import (
     SourceConfig,
     check_ignored_keys,
@@ -21,8 +23,6 @@ from data_pipeline.config.source_config import (
 from data_pipeline.config.stage_config import StageConfig, stage_problems
 from data_pipeline.config.traces_config import TraceDomain
 
-WEIGHT_SUM_TOLERANCE = 1e-6
-"""Largest distance of a sum of weights from 1 that counts as rounding."""
 OWN_PREFIX = "guard-"
 """Prefix of the source that holds the files of a guard domain; the domain's name follows."""
 
@@ -117,27 +117,6 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LanguageLimits:
-    """Bounds on the share of the predicted tokens that a language may have."""
-
-    min_share: float = 0.0
-    """Smallest share, 0 to 1."""
-    max_share: float = 1.0
-    """Largest share, 0 to 1."""
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yield (key, problem) for each broken rule within one language."""
-        for key, value in (("min_share", self.min_share), ("max_share", self.max_share)):
-            if not 0 <= value <= 1:
-                yield key, f"is {value:g}, must be from 0 to 1 (a share of the tokens)."
-        if self.min_share > self.max_share:
-            yield (
-                "min_share",
-                f"is {self.min_share:g}, above max_share {self.max_share:g}. No mix can meet both.",
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class MixConfig:
     """The data-mix YAML as a whole."""
 
@@ -156,6 +135,9 @@ class MixConfig:
     """Share of a source's documents that may be unusable before the build stops, 0 to 1."""
     languages: dict[str, LanguageLimits] = field(default_factory=dict)
     """Bounds on the share of a language, by language; a mix outside them is refused."""
+    schedule: tuple[SchedulePhase, ...] = ()
+    """Phases of the run, each with its own weights; without them the weights of the sources hold
+    throughout."""
     packing: Literal["best_fit", "concatenate"] = "best_fit"
     """best_fit keeps documents whole; concatenate fills each row to the end and cuts documents
     there, for comparison."""

@@ -14,6 +14,24 @@ Choice of the source (WF2Q: Bennett and Zhang, INFOCOM 1996)
     while small ones catch up: 1.4 rows with weights .855, .093, .048, .004
     (tests/data_pipeline/mixture/test_mixture.py).
 
+Linear changes
+    In a phase that goes from weights a to b the target of source i after E tokens of the phase is
+        W_i(E) = integral of w_i from 0 to E,   w_i(x) = a_i + (b_i - a_i) x / D,   b_i beyond D
+    where D is the number of tokens that the rows of the phase hold on average, known before the
+    first is drawn. So the change goes by tokens, and reaches b at the end of the phase as nearly as
+    rows are equally full. A source is not ahead if e_i <= W_i(E), and its next row is due at the E
+    at which W_i(E) = e_i + l_i: a root of a quadratic. With constant weights these are the rules
+    above. The bound L holds for any weights >= 0 that sum to 1 at every E and are known in advance.
+    Proof: rows are served by due time among those that the fluid schedule W has begun.
+    Ahead: a row is begun only if e_i <= W_i, and W_i never falls, so e_i - W_i <= l_i <= L.
+    Behind: let row k of source i be due at F. Before it begins, let r be the last row begun that
+    is due after F (or none: then all rows before k are due by F, and fit into F). After r only
+    rows due by F are taken; none of them had begun in W when r was taken, for it would have been
+    taken instead. So W gives all of them within F, and k ends by F + (length of r) <= F + L.
+    W_i grows by at most one token a token, and k has l_k of them, so W_i - e_i <= L when it begins.
+    Some source is always not ahead, because the W_i sum to E.
+    What decides is (e_i, l_i, E) in the segment, as before: pure in (ledger, seed, step).
+
 Decisions
     Nothing here knows ranks, workers or accumulation: they slice what `global_batch` returns.
     Tokens are counted as labels, the ones that bear loss, so a row with padding counts for what it
@@ -31,7 +49,7 @@ import hashlib
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -126,7 +144,7 @@ class Mixture:
 
     def _check_sources(self) -> None:
         for segment in self._ledger.segments:
-            for name, weight in segment.weights.items():
+            for name, weight in _largest_weights(segment).items():
                 if name not in self._names:
                     raise ConfigError(
                         f"mix ledger: source '{name}' is not in the build "
@@ -257,22 +275,23 @@ class Mixture:
         drawn_rows = list(position.drawn_rows)
         given = list(position.segment_tokens)  # e
         total = sum(given)  # E
-        weights = self._weights(segment)  # w
+        target = self._target(segment)
         cursors = [self._cursor(source, num) for source, num in enumerate(drawn_rows)]
         # Ties go by name, so the order of the sources in the mix does not matter.
-        by_name = sorted(weights, key=self._names.__getitem__)
+        by_name = sorted(target.sources, key=self._names.__getitem__)
         ranks = {source: rank for rank, source in enumerate(by_name)}
-        # (e / w, rank, source): sources that may be ahead of their share
-        waiting = [(given[source] / weights[source], ranks[source], source) for source in by_name]
+        reached_at = target.reached_at
+        # (begins at, rank, source): sources that may be ahead of their share
+        waiting = [(reached_at(source, given[source]), ranks[source], source) for source in by_name]
         heapq.heapify(waiting)
-        # ((e + l) / w, rank, source): sources that are not
+        # (due at, rank, source): sources that are not
         due: list[tuple[float, int, int]] = []
         for _ in range(num_rows):
             # Some source is always at or behind its share. Rounding may hide that; then the one
             # that is nearest to its share is taken.
             while waiting and (waiting[0][0] <= total or not due):
                 _, rank, source = heapq.heappop(waiting)
-                due_at = (given[source] + cursors[source].next_tokens) / weights[source]
+                due_at = reached_at(source, given[source] + cursors[source].next_tokens)
                 heapq.heappush(due, (due_at, rank, source))
             _, rank, source = heapq.heappop(due)
             if drawn is not None:
@@ -281,17 +300,32 @@ class Mixture:
             given[source] += cursors[source].next_tokens
             drawn_rows[source] += 1
             cursors[source].step()
-            heapq.heappush(waiting, (given[source] / weights[source], rank, source))
+            heapq.heappush(waiting, (reached_at(source, given[source]), rank, source))
         return Position(drawn_rows=tuple(drawn_rows), segment_tokens=tuple(given))
 
     def _cursor(self, source: int, num_drawn: int) -> _Cursor:
         return _Cursor(self._orders, source, self._row_tokens[source], num_drawn)
 
-    def _weights(self, segment: Segment) -> dict[int, float]:
+    def _target(self, segment: Segment) -> _Target:
+        """Return the target of a segment, without the sources that it never draws from."""
+        first = self._weights(segment.weights)
+        if segment.to_weights is None or segment.stop_step is None:
+            return _Target(first)
+        last = self._weights(segment.to_weights)
+        num_rows = (segment.stop_step - segment.start_step) * self._global_batch_size
+        rows_per_token = []
+        for source in first.keys() | last.keys():
+            mean_weight = (first.get(source, 0.0) + last.get(source, 0.0)) / 2
+            sizes = self._row_tokens[source]
+            # whole numbers until the division, so the same on every machine
+            rows_per_token.append(mean_weight * len(sizes) / int(sizes.sum()))
+        return _ChangingTarget(first, last, num_rows / math.fsum(rows_per_token))
+
+    def _weights(self, shares: Mapping[str, float]) -> dict[int, float]:
         """Return the weight of each source, scaled to sum to 1, without those of weight 0."""
-        total = math.fsum(segment.weights.values())
+        total = math.fsum(shares.values())
         weights = {}
-        for name, weight in segment.weights.items():
+        for name, weight in shares.items():
             if weight > 0:
                 weights[self._names.index(name)] = weight / total
         return weights
@@ -310,6 +344,60 @@ class Mixture:
 
 
 _BEHIND_EVERY_RUN = 2**62
+
+
+def _largest_weights(segment: Segment) -> dict[str, float]:
+    """Return the largest weight that each source has in a segment."""
+    largest = dict(segment.weights)
+    for name, weight in (segment.to_weights or {}).items():
+        largest[name] = max(weight, largest.get(name, 0.0))
+    return largest
+
+
+class _Target:
+    """Tokens that each source should have given after E tokens of a segment, turned around."""
+
+    def __init__(self, weights: Mapping[int, float]) -> None:
+        self._weights = weights
+        self.sources = list(weights)
+        """Sources that have a weight somewhere in the segment."""
+
+    def reached_at(self, source: int, tokens: int) -> float:
+        """Return the E at which the target of a source is `tokens`; infinite if it never is."""
+        return tokens / self._weights[source]
+
+
+class _ChangingTarget(_Target):
+    """The target of a linear change; see the module's docstring."""
+
+    def __init__(
+        self, first: Mapping[int, float], last: Mapping[int, float], length: float
+    ) -> None:
+        """Prepare the targets of all sources.
+
+        Args:
+            first: Weights at the beginning, a.
+            last: Weights at the end, b.
+            length: Tokens of the change, D.
+        """
+        sources = sorted(first.keys() | last.keys())
+        super().__init__(dict.fromkeys(sources, 0.0))
+        self._length = length
+        self._ends: dict[int, tuple[float, float]] = {}
+        for source in sources:
+            self._ends[source] = (first.get(source, 0.0), last.get(source, 0.0))
+
+    def reached_at(self, source: int, tokens: int) -> float:
+        if not tokens:
+            return 0.0
+        first, last = self._ends[source]
+        within = (first + last) / 2 * self._length  # W(D)
+        if tokens > within:
+            return self._length + (tokens - within) / last if last > 0 else math.inf
+        slope = (last - first) / self._length
+        # a E + slope E^2 / 2 = tokens; the form of the root that does not cancel
+        root = math.sqrt(max(0.0, first * first + 2 * slope * tokens))
+        return 2 * tokens / (first + root)
 
 
 class _EpochOrders:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
+from data_pipeline.config.schedule_config import SchedulePhase
 from data_pipeline.config.source_config import SourceConfig
 
 Settings = dict[str, Any]
@@ -35,6 +36,8 @@ def mix_settings(mix: MixConfig) -> Settings:
             del domain["served_by"]  # so that the hash of a mix without it stays what it was
     settings["sources"] = {source.pop("name"): source for source in settings["sources"]}
     settings["guard"] = {domain.pop("name"): domain for domain in domains}
+    if not settings["schedule"]:
+        del settings["schedule"]  # likewise
     return settings
 
 
@@ -42,11 +45,12 @@ def describe_changes(old: Settings, new: Settings) -> list[str]:
     """Return one line per setting that differs, then one per language share that moves."""
     lines: list[str] = []
     for key, default in _defaults(MixConfig).items():
-        if key in ("sources", "guard", "name"):
+        if key in ("sources", "guard", "name", "schedule"):
             continue
         lines += _describe_change(key, old.get(key, default), new.get(key, default))
     for key, kind in (("sources", SourceConfig), ("guard", GuardDomain)):
         lines += _describe_named(key, old.get(key, {}), new.get(key, {}), _defaults(kind))
+    lines += _describe_schedule(old.get("schedule", []), new.get("schedule", []))
     old_shares = language_shares(old)
     new_shares = language_shares(new)
     for language in sorted(old_shares | new_shares):
@@ -90,6 +94,21 @@ def _describe_named(
             yield from _describe_change(
                 f"{kind}[{name}].{key}", old[name].get(key, default), new[name].get(key, default)
             )
+
+
+def _describe_schedule(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Yield the changes of phases, by name, and of their order."""
+    old_phases = {}
+    for phase in old:
+        old_phases[phase["name"]] = phase
+    new_phases = {}
+    for phase in new:
+        new_phases[phase["name"]] = phase
+    yield from _describe_named("schedule", old_phases, new_phases, _defaults(SchedulePhase))
+    if old_phases.keys() == new_phases.keys() and list(old_phases) != list(new_phases):
+        yield f"order of schedule: {', '.join(old_phases)} -> {', '.join(new_phases)}"
 
 
 def _describe_change(key: str, old: Any, new: Any) -> Iterator[str]:

@@ -17,7 +17,9 @@ from cpt.config.reference import (
     written_files,
 )
 from cpt.config.sections import ExpertParallelJson, StageSection
-from data_pipeline.config.mix_config import GuardConfig, GuardDomain, LanguageLimits, MixConfig
+from data_pipeline.config.language_limits import LanguageLimits
+from data_pipeline.config.mix_config import GuardConfig, GuardDomain, MixConfig
+from data_pipeline.config.schedule_config import SchedulePhase
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.config.stage_config import StageConfig
 from data_pipeline.config.strict_yaml import load_yaml

@@ -12,7 +12,8 @@ import pytest
 
 from data_pipeline.__main__ import main
 from data_pipeline.build.build import build
-from data_pipeline.config.mix_config import LanguageLimits, MixConfig
+from data_pipeline.config.language_limits import LanguageLimits
+from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import make_data_plan
 from data_pipeline.mixture.ledger import Ledger
