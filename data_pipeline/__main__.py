@@ -166,9 +166,11 @@ def _diff(options: argparse.Namespace) -> None:
     ledger = None
     edit = ""
     if options.at_step is not None:
-        stored = Ledger.start(old, old_built.manifest.row_hashes()).to_json()
+        stored = Ledger.start(old, old_built.manifest.row_hashes(), steps).to_json()
         rows = new_built.manifest.row_hashes()
-        ledger = resume_ledger(stored, new, options.at_step, accept_change=True, rows=rows)
+        ledger = resume_ledger(
+            stored, new, options.at_step, accept_change=True, rows=rows, total_steps=steps
+        )
         edit = f", the edit made at step {options.at_step:,}"
     old_plan = plan_mix(old_built, old, steps, batch_size).whole()
     new_plan = plan_mix(new_built, new, steps, batch_size, ledger).whole()

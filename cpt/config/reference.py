@@ -100,6 +100,7 @@ def configuration_page() -> str:
     parts.append(_wrapped(f"Languages: {_code_list(LANGUAGES)}.") + "\n")
     parts.append(_section("`stages[]`: rows of several lengths", StageConfig, "stages[]."))
     parts.append(_section("`languages.LANGUAGE`: limits", LanguageLimits, "languages.LANGUAGE."))
+    parts.append(_section("`schedule[]`: one phase", SchedulePhase, "schedule[]."))
     parts.append(_section("`guard`: held-out text", GuardConfig, "guard."))
     parts.append(_section("`guard.domains[]`: one domain", GuardDomain, "guard.domains[]."))
     parts.append(_section("`guard.generation[]`: prompts", GenerationDomain, "guard.generation[]."))

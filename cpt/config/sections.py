@@ -131,6 +131,9 @@ class TrainSection:
     """Optimizer steps of the linear warm-up from 0."""
     decay_steps: int = 0
     """Optimizer steps of the decay of `schedule: wsd`."""
+    decay_phase: str | None = None
+    """Instead of `decay_steps`: the phase of the mix's `schedule` with whose first step the decay
+    of `schedule: wsd` begins; it ends with the run."""
     accept_schedule_change: bool = False
     """Go on from a checkpoint although the steps to come have another learning rate than they had
     in its configuration; every start tells what differs."""
@@ -224,6 +227,17 @@ class TrainSection:
             yield (
                 "decay_steps",
                 f"is {self.decay_steps}, but only schedule: wsd has one; remove it.",
+            )
+        if self.decay_phase is not None and self.schedule != "wsd":
+            yield (
+                "decay_phase",
+                f"is '{self.decay_phase}', but only schedule: wsd has a decay; remove it.",
+            )
+        if self.decay_phase is not None and self.decay_steps:
+            yield (
+                "decay_phase",
+                "and decay_steps: give one of them, the phase that the decay begins with or its "
+                "length.",
             )
 
 

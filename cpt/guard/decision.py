@@ -3,7 +3,8 @@
     guard.controller: two_way -> cpt/guard/controller.py
     guard.controller: ladder  -> cpt/guard/ladder.py
 
-Freezing the routers (`guard.router_lever`) works with both.
+Under a schedule the shares in the state are moved to the present plan first (`on_plan`). Freezing
+the routers (`guard.router_lever`) works with both.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from cpt.guard import ladder
 from cpt.guard.controller import decide_two_way, replay_after_pause, routers_drifted
 from cpt.guard.ladder import SEVERITY, Decision, GuardState
 from cpt.guard.lever_limits import LeverLimits
+from cpt.guard.plan_shift import on_plan
 from cpt.guard.yardstick import Evidence
 
 ROUTERS = "(routers)"
@@ -39,6 +41,7 @@ def decide(
         limits: How far the levers can still move.
         last: Whether the run is over, so that nothing but a warning makes sense.
     """
+    state = on_plan(state, limits.planned, limits.served_by)
     if settings.controller == "ladder":
         state, decision = ladder.decide(
             state, evidence, settings, replay_room=limits.room, last=last
@@ -81,6 +84,7 @@ def after_pause(
         settings: The run's guard section.
         limits: How far the levers can still move.
     """
+    state = on_plan(state, limits.planned, limits.served_by)
     after = ladder.after_pause(state, suffering, settings, replay_room=limits.room)
     if settings.controller == "ladder":
         return after

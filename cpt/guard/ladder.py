@@ -98,6 +98,9 @@ class GuardState(Plain):
     """Weight of the divergence, if the guard has moved it."""
     routers_frozen: bool = False
     """Whether the routers are no longer trained."""
+    planned: Mapping[str, float] = field(default_factory=dict)
+    """Share that the schedule of the mix planned for each replayed source where `shares`, `replay`
+    and `asked` were last looked at (cpt/guard/plan_shift.py); empty without a schedule."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,6 +43,9 @@ class LeverLimits:
     """Share of the newest routing choices that the untouched routers would make too, mean over the
     layers; None if none was measured since the start.
     """
+    planned: Mapping[str, float] = field(default_factory=dict)
+    """Share of each replayed source in the schedule of the mix, at the present step; empty without
+    a schedule."""
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Self:

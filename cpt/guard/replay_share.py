@@ -6,10 +6,15 @@ that the YAML or the guard gave them.
 
 The ladder raises the share of a domain (`GuardState.shares`), which its sources divide as in the
 mix. The two-way controller moves single sources (`GuardState.replay`).
+
+Under a schedule all of this holds at every place of the plan, with the weights and bounds of the
+mix that are planned there (`ReplayShares.at`); the main language is that of the sources' weights.
+What the guard gives to a source is kept in points on top of the plan (cpt/guard/plan_shift.py).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,6 +22,8 @@ import numpy as np
 
 from cpt.guard.ladder import GuardState
 from cpt.guard.lever_limits import LeverLimits, SourceLimits
+from cpt.guard.plan_shift import on_plan
+from data_pipeline.config.language_limits import LanguageLimits
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.mixture import Mixture
@@ -60,13 +67,44 @@ class ReplayShares:
             if source.language == self.main_language:
                 self._givers.add(source.name)
         self._serving = self._replayed_by_domain()
+        self._max_replay_share = max_replay_share
+        self._least_replay = least_replay
+        self._has_schedule = False
+        self._set_bounds(mix.languages)
+
+    def _set_bounds(self, languages: Mapping[str, LanguageLimits]) -> None:
+        self._languages = languages
         floor = 0.0
         self._main_ceiling = 1.0
-        if self.main_language in mix.languages:
-            floor = mix.languages[self.main_language].min_share
-            self._main_ceiling = mix.languages[self.main_language].max_share
-        self._limit = min(max_replay_share, 1 - floor)
-        self._least_replay = least_replay
+        if self.main_language in languages:
+            floor = languages[self.main_language].min_share
+            self._main_ceiling = languages[self.main_language].max_share
+        self._limit = min(self._max_replay_share, 1 - floor)
+
+    def at(
+        self, planned: Mapping[str, float], languages: Mapping[str, Mapping[str, float]]
+    ) -> ReplayShares:
+        """Return the shares at a place of a schedule: other weights and bounds, the same sources.
+
+        Args:
+            planned: Weight of every source that the schedule plans there.
+            languages: Bounds on languages there (`Segment.languages`).
+        """
+        there = copy.copy(self)
+        there._configured = dict(planned)
+        there._has_schedule = True
+        bounds = {}
+        for language, limits in languages.items():
+            bounds[language] = LanguageLimits(**limits)
+        there._set_bounds(bounds)
+        return there
+
+    def _planned(self) -> dict[str, float]:
+        """Return the planned share of each replayed source; none without a schedule."""
+        if not self._has_schedule:
+            return {}
+        names = {name for names in self._serving.values() for name in names}
+        return {name: self._configured[name] for name in sorted(names)}
 
     def _replayed_by_domain(self) -> dict[str, tuple[str, ...]]:
         """Return the sources that serve each guard domain, have rows, and do not give."""
@@ -85,6 +123,10 @@ class ReplayShares:
     def weights(self, state: GuardState) -> dict[str, float]:
         """Return the share of every source under the guard's state; together they are 1."""
         weights = dict(self._configured)
+        given = _total(self._configured, self._givers)
+        if given <= 0:  # nobody gives
+            return weights
+        state = on_plan(state, self._planned(), self._serving)
         for name, share in self._known(state.replay).items():
             weights[name] = max(share, self._least_replay * self._configured[name])
         for domain, share in state.shares.items():
@@ -95,7 +137,6 @@ class ReplayShares:
                 weights[name] = max(weights[name], share * part)
         self._keep_within_limit(weights)
         kept = _total(weights, weights.keys() - self._givers)
-        given = _total(self._configured, self._givers)
         for name in self._givers:
             weights[name] = (1 - kept) * self._configured[name] / given
         return weights
@@ -135,6 +176,7 @@ class ReplayShares:
         batch: int,
         batches_left: int,
         batch_size: int,
+        mean_shares: Mapping[str, float] | None = None,
     ) -> LeverLimits:
         """Return how far replay may still be moved.
 
@@ -145,11 +187,16 @@ class ReplayShares:
             batch: The next batch.
             batches_left: Batches until the run ends.
             batch_size: Packed rows of a batch.
+            mean_shares: Mean share of every source until the run ends, under a schedule; None if
+                they stay what they are.
         """
         weights = self.weights(state)
         drawn = mixture.position(batch, batch_size).drawn_rows
         tokens_left = batches_left * batch_size * self._data.seq_len
         ceilings = self._ceilings_by_epochs(drawn, tokens_left)
+        for name, mean in (mean_shares or {}).items():
+            # what the plan takes later is not left for now
+            ceilings[name] = max(0.0, ceilings[name] + weights[name] - mean)
         shares: dict[str, tuple[float | None, float]] = {}
         served_by = {}
         for domain in domains:
@@ -170,6 +217,7 @@ class ReplayShares:
             served_by=served_by,
             sources=self._source_limits(weights, ceilings),
             main_share=_total(weights, self._givers),
+            planned=self._planned(),
         )
 
     def _source_limits(
@@ -213,9 +261,9 @@ class ReplayShares:
         """Return the part of a language's share in the mix that its `min_share` demands."""
         names = [name for name, of in self._language_of.items() if of == language]
         total = _total(self._configured, names)
-        if language not in self._mix.languages or total <= 0:
+        if language not in self._languages or total <= 0:
             return 0.0
-        return min(1.0, self._mix.languages[language].min_share / total)
+        return min(1.0, self._languages[language].min_share / total)
 
     def _ceilings_by_epochs(self, drawn: Sequence[int], tokens_left: int) -> dict[str, float]:
         """Return the largest share of each source that its epochs allow until the run ends."""
@@ -236,12 +284,12 @@ class ReplayShares:
         """Return what the max_share of each language leaves to some of its sources."""
         names = set(names)
         limits = []
-        for language in {self._language_of[name] for name in names} & self._mix.languages.keys():
+        for language in {self._language_of[name] for name in names} & self._languages.keys():
             others = []
             for name, weight in weights.items():
                 if self._language_of[name] == language and name not in names:
                     others.append(weight)
-            limits.append(self._mix.languages[language].max_share - math.fsum(others))
+            limits.append(self._languages[language].max_share - math.fsum(others))
         return limits
 
 

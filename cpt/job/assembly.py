@@ -62,7 +62,7 @@ def assemble(context: RunContext) -> Job:
         fill_weights(engine, source)
     if config.telemetry.router_interval_steps:
         watch_drift(engine, context.run_dir, untouched=loaded is None)
-    start = fresh_start(context.mix, data)
+    start = fresh_start(context.mix, data, config.train.total_steps)
     job = Job(
         context=context,
         data=data,
@@ -118,7 +118,7 @@ def check_expected_plan(context: RunContext, data: BuiltData) -> None:
     """
     plan = context.plan
     if plan is None:
-        start = fresh_start(context.mix, data)
+        start = fresh_start(context.mix, data, context.config.train.total_steps)
         checkpoint = expected_checkpoint(context.run_dir, context.resume)
         if checkpoint is not None:
             start = start_from(

@@ -24,6 +24,7 @@ import argparse
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,12 @@ from cpt.resilience.devices import memory_of_gpu
 from cpt.resilience.environment import LaunchEnvironment
 from cpt.telemetry.trackers import tracker_problems
 from cpt.training.kl_targets import presence_problems
+from cpt.training.schedule import with_decay_steps
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.strict_yaml import Located, nearest
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import DataPlan
+from data_pipeline.mixture.phases import phase_problems
 from data_pipeline.store.ownership import RUN_FOLDERS, refuse_foreign
 
 log = logging.getLogger("cpt.job.gate")
@@ -156,6 +159,7 @@ class _Gate:
         """
         self._check_model()
         self._check_mix()
+        self._check_phases()
         self.found_by_one.attempt(lambda: check_caches(os.environ, is_dry_run=self.is_dry_run))
         if self.environment.rank == 0:
             self._check_fit()
@@ -217,6 +221,18 @@ class _Gate:
     def _check_mix(self) -> None:
         data = self.run_yaml.data
         self.mix = self.found.attempt(lambda: check_mix(data, self.run_yaml.train.seq_len))
+
+    def _check_phases(self) -> None:
+        """Lay the schedule of the mix over the run, and tie the learning rate to it."""
+        mix = self.mix
+        if mix is None:
+            return
+        train = self.run_yaml.train
+        if train.total_steps:
+            self.found.add(phase_problems(mix, train.total_steps))
+        tied = self.found.attempt(lambda: with_decay_steps(train, mix))
+        if tied is not None and self.config is not None:
+            self.config = replace(self.config, train=tied)
 
     def _check_fit(self) -> None:
         """Compare the memory of a rank with that of its GPU."""
@@ -359,7 +375,7 @@ class _Gate:
             )
         if data is None or not self.starts_fresh:
             return None
-        return fresh_start(mix, data)
+        return fresh_start(mix, data, config.train.total_steps)
 
     def _open_build(self, mix: MixConfig) -> BuiltData | None:
         """Return the build of a mix; None if it is refused, or not built yet."""

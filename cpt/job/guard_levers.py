@@ -1,6 +1,7 @@
 """The guard's levers: how a decision changes the run.
 
-    raise_replay, lower_replay   one more segment of the mix ledger, from the next batch on
+    raise_replay, lower_replay   one more segment of the mix ledger, from the next batch on, and as
+                                 many points of share more or less in every phase to come
     lower_lr, raise_lr           `GuardState.lr_scale`, a factor on the schedule
     raise_kl, lower_kl           `GuardState.kl_weight`, in place of `train.kl_weight`
     freeze_routers               rate 0 for the routers from the next step on
@@ -41,13 +42,17 @@ def lever_limits(job: Job) -> LeverLimits:
     train = job.config.train
     batch = job.progress.next_batch
     last_batch = batch_of_step(train.total_steps - 1, job.progress.skip_ranges)
-    limits = job.replay.limits(
+    mean_shares = None
+    if job.ledger.has_phases and last_batch >= batch:
+        mean_shares = job.ledger.mean_weights(batch, last_batch + 1)
+    limits = job.present_replay().limits(
         job.guard.state,
         job.guard.domain_names,
         job.mixture,
         batch,
         batches_left=max(0, last_batch + 1 - batch),
         batch_size=train.global_batch_size,
+        mean_shares=mean_shares,
     )
     return replace(
         limits,
@@ -84,7 +89,7 @@ def steer(job: Job, guard: Guard, decision: Decision) -> None:
         pause(job, decision.reason)
     if not set(decision.actions.values()) & {*LEVERS, *RELIEFS}:
         return
-    job.reweigh(job.replay.weights(guard.state))
+    job.reweigh(guard.state)
     if job.topology.rank == 0:
         log.info("from step %d on: %s", job.progress.step + 1, describe_levers(job, guard.state))
 
@@ -143,7 +148,7 @@ def go_on_after_pause(job: Job) -> None:
     guard.return_to(job.progress.step, after, saved)
     state = guard.state
     keep_rollback(job, state)
-    job.reweigh(job.replay.weights(state))
+    job.reweigh(state)
     event = {"event": "guard_rollback", "step": job.progress.step, "from_step": from_step}
     event |= {"reason": paused.paused, "after": state.to_json()}
     job.telemetry.log({**event, "seconds": time.perf_counter() - started})

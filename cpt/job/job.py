@@ -43,7 +43,7 @@ from cpt.training.read_ahead import ReadAhead
 from cpt.training.stability import Stability
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
-from data_pipeline.mixture.ledger import Ledger, same_weights
+from data_pipeline.mixture.ledger import Ledger, Segment
 from data_pipeline.mixture.mixture import GlobalBatch, Mixture
 
 
@@ -64,6 +64,7 @@ class Job:
     engine: TrainingEngine
     guard: Guard | None
     replay: ReplayShares
+    """Of the mix as it is written; `present_replay` is that of the phase."""
     saver: Saver
     telemetry: Telemetry
     progress: Progress
@@ -188,10 +189,25 @@ class Job:
         self.data_wait_seconds = 0.0
         return taken
 
-    def reweigh(self, weights: Mapping[str, float]) -> None:
-        """Mix with these weights from the next batch on, as one more segment of the ledger."""
-        if not same_weights(self.ledger.segments[-1].weights, weights):
-            self._follow(self.ledger.reweigh(self.progress.next_batch, weights))
+    def reweigh(self, state: GuardState) -> None:
+        """Mix as the guard's state says from the next batch on, in all phases to come."""
+
+        def adjusted(segment: Segment, planned: Mapping[str, float]) -> Mapping[str, float]:
+            return self._replay_in(segment, planned).weights(state)
+
+        ledger = self.ledger.adjust(self.mix, self.progress.next_batch, adjusted)
+        if ledger is not self.ledger:
+            self._follow(ledger)
+
+    def present_replay(self) -> ReplayShares:
+        """Return the shares of replay where the plan of the mix is at the next batch."""
+        segment = self.ledger.planned_segment(self.mix, self.progress.next_batch)
+        return self._replay_in(segment, segment.weights)
+
+    def _replay_in(self, segment: Segment, planned: Mapping[str, float]) -> ReplayShares:
+        if not segment.phase:
+            return self.replay
+        return self.replay.at(planned, segment.languages())
 
     def restore(
         self, loaded: LoadedState, *, accept_mix_change: bool, given_up: Ranges = ()
@@ -237,7 +253,7 @@ class Job:
         )
         newest = newest_guard_state(_dict(state.guard), after_rollbacks)
         self.guard.state = GuardState.from_json(newest)
-        self.reweigh(self.replay.weights(self.guard.state))
+        self.reweigh(self.guard.state)
 
     def _follow(self, ledger: Ledger) -> None:
         """Take the rows of the next batches from a ledger."""

@@ -114,9 +114,13 @@ class StartingPoint:
     progress: Progress
 
 
-def fresh_start(mix: MixConfig, data: BuiltData) -> StartingPoint:
-    """Return the beginning of a run."""
-    ledger = Ledger.start(mix, data.manifest.row_hashes())
+def fresh_start(mix: MixConfig, data: BuiltData, total_steps: int) -> StartingPoint:
+    """Return the beginning of a run of so many steps.
+
+    Raises:
+        ConfigError: it cannot follow the schedule of the mix.
+    """
+    ledger = Ledger.start(mix, data.manifest.row_hashes(), total_steps)
     return StartingPoint(ledger=ledger, progress=Progress())
 
 
@@ -160,6 +164,7 @@ def starting_point(
             progress.next_batch,
             accept_change=accept_mix_change,
             rows=None if data is None else data.manifest.row_hashes(),
+            total_steps=config.train.total_steps,
         )
     except ConfigError as error:
         problems += error.problems

@@ -38,6 +38,7 @@ FREE_SETTINGS = {
     "stop_at_step",
     "warmup_steps",
     "decay_steps",
+    "decay_phase",
     "seed",
     "micro_batch_size",
     "threads",

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from cpt.config import TrainSection
+from cpt.errors import ConfigError
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.strict_yaml import nearest
+from data_pipeline.mixture.phases import phases_of
 
 
 def learning_rate(step: int, train: TrainSection) -> float:
@@ -26,3 +31,31 @@ def learning_rate(step: int, train: TrainSection) -> float:
             0.0, min(1.0, (decayed + 1) / max(1, train.decay_steps))
         )
     return train.lr
+
+
+def with_decay_steps(train: TrainSection, mix: MixConfig) -> TrainSection:
+    """Return the section with the `decay_steps` that its `decay_phase` means, if it has one.
+
+    The decay counts steps, and phases count batches: after a rollback that gave up n batches the
+    phase begins n steps before the decay.
+
+    Raises:
+        ConfigError: the mix has no such phase, it begins during the warm-up, or the run cannot
+            follow the schedule of the mix.
+    """
+    name = train.decay_phase
+    if name is None or not train.total_steps:
+        return train
+    starts = {}
+    for phase in phases_of(mix, train.total_steps):
+        starts[phase.name] = phase.start_step
+    if name not in starts:
+        why = nearest(name, starts) if starts else " The mix has no schedule."
+        raise ConfigError(f"train.decay_phase is '{name}', which is no phase of the mix.{why}")
+    start = starts[name]
+    if start < train.warmup_steps:
+        raise ConfigError(
+            f"train.decay_phase is '{name}', which begins after step {start}, but the warm-up "
+            f"takes {train.warmup_steps} (train.warmup_steps). Shorten it, or name a later phase."
+        )
+    return replace(train, decay_steps=train.total_steps - start)

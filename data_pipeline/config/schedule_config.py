@@ -72,7 +72,7 @@ def check_schedule(reader: Reader, raw: RawSection, sources: Mapping[str, RawSec
     listed = raw.get("schedule")
     if listed == []:
         reader.problem(("schedule",), "is an empty list. Add a phase, or remove it.")
-    if not isinstance(listed, list):
+    if not isinstance(listed, list) or not listed:
         return
     phases: dict[int, RawSection] = {}
     for index, phase in enumerate(listed):

@@ -12,7 +12,7 @@ Decisions
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,17 +70,39 @@ class PlannedLimit:
     min_share: float
     max_share: float
     share: float
-    """Share of the run's predicted tokens that the language has, 0 to 1."""
+    """Share of the run's or the phase's predicted tokens that the language has, 0 to 1."""
     met: bool
+    phase: str = ""
+    """Phase that has the bounds; empty for those of the whole run."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the limit as JSON values; the shares of all languages stand beside it."""
-        return {
+        plain = {
             "language": self.language,
             "min_share": self.min_share,
             "max_share": self.max_share,
             "met": self.met,
         }
+        return {**plain, "phase": self.phase, "share": self.share} if self.phase else plain
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedPhase:
+    """What one phase of a schedule draws from each source."""
+
+    name: str
+    start_step: int
+    """First step, counted from 0."""
+    stop_step: int
+    """Step after the last one."""
+    weights: Mapping[str, float]
+    """Share of the predicted tokens by source at the beginning."""
+    end_weights: Mapping[str, float]
+    """The shares at the end; the same unless they change."""
+    drawn_tokens: Mapping[str, int]
+    """Predicted tokens by source."""
+    epochs: Mapping[str, float]
+    """Rows drawn over rows in one epoch, by source."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +121,8 @@ class DataPlan:
     """Reasons why the run cannot be done; empty if it can."""
     warnings: tuple[str, ...]
     """Things that a person should think about."""
+    phases: tuple[PlannedPhase, ...] = ()
+    """Phases of the schedule in their order; empty without one."""
 
     @property
     def drawn_tokens(self) -> int:
@@ -126,7 +150,7 @@ class DataPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
-        return {
+        plain = {
             "steps": self.steps,
             "global_batch_size": self.global_batch_size,
             "curve_steps": self.curve_steps,
@@ -138,12 +162,16 @@ class DataPlan:
             "content_shares": self.content_shares(),
             "limits": [limit.to_json() for limit in self.limits],
         }
+        if self.phases:
+            plain["phases"] = [dataclasses.asdict(phase) for phase in self.phases]
+        return plain
 
     def describe(self) -> str:
         """Return a table for people, then shares, limits and warnings."""
         shares = self.language_shares()
         lines = [
             table(_COLUMNS, [_table_row(source) for source in self.sources]),
+            *self._phase_tables(),
             f"{self.steps:,} steps of {self.global_batch_size:,} rows: {self.drawn_tokens:,} "
             "predicted tokens",
             "languages: " + ", ".join(f"{name} {share:.2%}" for name, share in shares.items()),
@@ -157,11 +185,20 @@ class DataPlan:
         for limit in self.limits:
             verdict = "met" if limit.met else "NOT MET"
             lines.append(
-                f"limit: {limit.language} from {limit.min_share:.0%} to {limit.max_share:.0%}: "
+                f"limit: {_name_of(limit)} from {limit.min_share:.0%} to {limit.max_share:.0%}: "
                 f"{verdict}"
             )
         lines += [f"warning: {line}" for line in self.warnings]
         return "\n".join(lines)
+
+    def _phase_tables(self) -> list[str]:
+        """Return a table of what each phase draws from each source, if there are phases."""
+        rows = []
+        for phase in self.phases:
+            for name, tokens in phase.drawn_tokens.items():
+                if tokens:
+                    rows.append(_phase_row(phase, name))
+        return [table(_PHASE_COLUMNS, rows)] if rows else []
 
 
 _COLUMNS = (
@@ -194,6 +231,26 @@ def _table_row(source: PlannedSource) -> tuple[str, ...]:
     )
 
 
+_PHASE_COLUMNS = ("phase", "steps", "source", "weight", "drawn tokens", "epochs")
+
+
+def _phase_row(phase: PlannedPhase, source: str) -> tuple[str, ...]:
+    first = f"{phase.weights[source]:.2%}"
+    last = f"{phase.end_weights[source]:.2%}"
+    return (
+        phase.name or "-",
+        f"{phase.start_step + 1:,} to {phase.stop_step:,}",
+        source,
+        first if first == last else f"{first} -> {last}",
+        f"{phase.drawn_tokens[source]:,}",
+        f"{phase.epochs[source]:.2f}",
+    )
+
+
+def _name_of(limit: PlannedLimit) -> str:
+    return f"{limit.language} in phase {limit.phase}" if limit.phase else limit.language
+
+
 def language_shares_of(sources: Sequence[PlannedSource]) -> dict[str, float]:
     """Return the share of the predicted tokens by language, 0 to 1."""
     shares: dict[str, float] = {}
@@ -220,15 +277,22 @@ def make_data_plan(
         ledger: The mix over the run, if it was edited on the way; None: `mix` from start to end.
         first_step: Step of the run at which the rows of `built` begin to be drawn.
     """
-    ledger = ledger or Ledger.start(mix)
+    end = first_step + steps
+    ledger = ledger or Ledger.start(mix, total_steps=end)
     mixture = Mixture(built, ledger, mix.seed, first_step=first_step)
     num_points = min(steps, _CURVE_POINTS) + 1
-    points = first_step + np.linspace(0, steps, num_points).astype(int)
-    curve_steps = tuple(np.unique(points).tolist())
+    points = set((first_step + np.linspace(0, steps, num_points).astype(int)).tolist())
+    if ledger.has_phases:
+        points.update(segment.start_step for segment in ledger.segments)
+    curve_steps = tuple(sorted(point for point in points if first_step <= point <= end))
     positions = [mixture.position(step, global_batch_size) for step in curve_steps]
     drawn_rows = np.array([position.drawn_rows for position in positions])  # [points, sources]
     sources = _plan_sources(built, mix, mixture, curve_steps, drawn_rows)
     limits = _check_limits(mix, ledger, sources, built.seq_len)
+    phases = ()
+    if ledger.has_phases:
+        phases = _plan_phases(built, mixture, ledger, curve_steps, drawn_rows)
+        limits += _check_phase_limits(mix, ledger, sources, phases, built.seq_len)
     problems = []
     warnings = []
     for source in sources:
@@ -244,7 +308,54 @@ def make_data_plan(
         curve_steps=curve_steps,
         problems=tuple(problems),
         warnings=tuple(warnings),
+        phases=phases,
     )
+
+
+def _plan_phases(
+    built: BuiltData,
+    mixture: Mixture,
+    ledger: Ledger,
+    curve_steps: tuple[int, ...],
+    drawn_rows: Integers,
+) -> tuple[PlannedPhase, ...]:
+    """Return what each segment of a scheduled ledger draws; arguments as in `_plan_sources`."""
+    starts = [segment.start_step for segment in ledger.segments]
+    phases = []
+    for segment, next_start in zip(ledger.segments, [*starts[1:], curve_steps[-1]], strict=True):
+        start = max(segment.start_step, curve_steps[0])
+        stop = min(next_start, curve_steps[-1])
+        if start >= stop:
+            continue
+        before = drawn_rows[curve_steps.index(start)]
+        after = drawn_rows[curve_steps.index(stop)]
+        tokens = {}
+        epochs = {}
+        for number, name in enumerate(built.source_names):
+            row_tokens = built.row_tokens(number)
+            until = []
+            for num_rows in (before, after):
+                num_drawn = int(num_rows[number])
+                until.append(_count_drawn_tokens(mixture, row_tokens, number, num_drawn))
+            tokens[name] = until[1] - until[0]
+            epochs[name] = int(after[number] - before[number]) / max(len(row_tokens), 1)
+        names = tokens.keys()
+        phases.append(
+            PlannedPhase(
+                name=segment.phase,
+                start_step=start,
+                stop_step=stop,
+                weights=_of_all(names, segment.weights_at(start)),
+                end_weights=_of_all(names, segment.weights_at(stop)),
+                drawn_tokens=tokens,
+                epochs=epochs,
+            )
+        )
+    return tuple(phases)
+
+
+def _of_all(names: Iterable[str], weights: Mapping[str, float]) -> dict[str, float]:
+    return {name: weights.get(name, 0.0) for name in names}
 
 
 def _plan_sources(
@@ -313,8 +424,11 @@ def _check_limits(
     """Return the bounds of each language, and whether the run keeps them up to whole rows."""
     shares = language_shares_of(sources)
     drawn_tokens = sum(source.drawn_tokens for source in sources)
+    of_phases = {language for phase in mix.schedule for language in phase.languages}
     limits = []
     for language, bounds in mix.languages.items():
+        if ledger.has_phases and language in of_phases:
+            continue  # each phase keeps its own
         share = shares.get(language, 0.0)
         slack = ledger.slack_rows(language) * seq_len / max(drawn_tokens, 1)
         limits.append(
@@ -329,12 +443,46 @@ def _check_limits(
     return tuple(limits)
 
 
+def _check_phase_limits(
+    mix: MixConfig,
+    ledger: Ledger,
+    sources: Sequence[PlannedSource],
+    phases: Sequence[PlannedPhase],
+    seq_len: int,
+) -> tuple[PlannedLimit, ...]:
+    """Return the bounds of each phase that has its own, and whether it keeps them."""
+    languages = {source.name: source.language for source in sources}
+    own = {phase.name: phase.languages for phase in mix.schedule}
+    limits = []
+    for phase in phases:
+        total = max(sum(phase.drawn_tokens.values()), 1)
+        for language, bounds in own.get(phase.name, {}).items():
+            tokens = 0
+            for name, count in phase.drawn_tokens.items():
+                if languages[name] == language:
+                    tokens += count
+            rows = ledger.segment_at(phase.start_step).slack_rows(language)
+            slack = rows * seq_len / total
+            is_met = bounds.min_share - slack <= tokens / total <= bounds.max_share + slack
+            limits.append(
+                PlannedLimit(
+                    language=language,
+                    min_share=bounds.min_share,
+                    max_share=bounds.max_share,
+                    share=tokens / total,
+                    met=is_met,
+                    phase=phase.name,
+                )
+            )
+    return tuple(limits)
+
+
 def _broken_limit(limit: PlannedLimit) -> list[str]:
     """Return the problem of a limit that is not met."""
     if limit.met:
         return []
     return [
-        f"language '{limit.language}': has {limit.share:.2%} of the tokens, must have from "
+        f"language '{_name_of(limit)}': has {limit.share:.2%} of the tokens, must have from "
         f"{limit.min_share:.2%} to {limit.max_share:.2%}. Change the weights."
     ]
 

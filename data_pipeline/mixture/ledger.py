@@ -82,6 +82,15 @@ class Segment:
         part = (step - self.start_step) / (self.stop_step - self.start_step)
         return between(self.weights, self.to_weights, part)
 
+    def from_step(self, step: int) -> Segment:
+        """Return what is left of the segment from a step on; all of it if it begins later."""
+        if self.to_weights is None or self.stop_step is None or step <= self.start_step:
+            return self
+        to_weights = self.to_weights if step < self.stop_step else None
+        return dataclasses.replace(
+            self, start_step=step, weights=self.weights_at(step), to_weights=to_weights
+        )
+
     def drawn_sources(self) -> list[str]:
         """Return the sources that have a weight somewhere in the segment."""
         return [name for name in self.weights if any(end[name] > 0 for end in self.ends())]
@@ -110,6 +119,11 @@ class Segment:
             if labels.get(name, {}).get("language") == language:
                 found.append(name)
         return found
+
+    def slack_rows(self, language: str) -> int:
+        """Return by how many rows the tokens of a language may miss their share; see `Ledger`."""
+        num_own = len(self.sources_of(language))
+        return min(num_own, len(self.drawn_sources()) - num_own)
 
     def broken_limits(self) -> Iterator[str]:
         """Yield a problem for each floor or ceiling of the mix that the weights do not keep.
@@ -213,6 +227,19 @@ class Ledger:
                 sums[name] = sums.get(name, 0.0) + weight * (stop - start)
         return {name: total / (stop_step - first_step) for name, total in sums.items()}
 
+    def planned_segment(self, mix: MixConfig, step: int) -> Segment:
+        """Return the segment at a step as the mix plans it, without what the guard did.
+
+        Args:
+            mix: The mix of the last segment.
+            step: The step at which the segment is to begin.
+        """
+        return self._planned_from(mix, step)[0]
+
+    def _planned_from(self, mix: MixConfig, step: int) -> list[Segment]:
+        last = self.segments[-1]
+        return _segments(mix, step, last.rows, last.total_steps or 0)
+
     def adjust(
         self,
         mix: MixConfig,
@@ -231,14 +258,13 @@ class Ledger:
             start_step: First step with the adjusted weights.
             adjusted: (segment, planned weights) -> the weights in their place.
         """
-        last = self.segments[-1]
         present = self.segment_at(start_step)
         kept = self.segments[: self.segments.index(present)]
         stored = self.segments[len(kept) :]
 
         def plan_from(step: int) -> list[Segment]:
             found = []
-            for segment in _segments(mix, step, last.rows, last.total_steps):
+            for segment in self._planned_from(mix, step):
                 weights = [dict(adjusted(segment, end)) for end in segment.ends()]
                 to_weights = weights[1] if len(weights) > 1 else None
                 found.append(
@@ -284,12 +310,7 @@ class Ledger:
         rows, and also within as many rows as there are other sources, because the others have what
         these miss. A segment starts a new account.
         """
-        rows = 0
-        for segment in self.segments:
-            num_sources = len(segment.drawn_sources())
-            num_own = len(segment.sources_of(language))
-            rows += min(num_own, num_sources - num_own)
-        return rows
+        return sum(segment.slack_rows(language) for segment in self.segments)
 
     @property
     def has_phases(self) -> bool:

@@ -308,6 +308,7 @@ class Mixture:
 
     def _target(self, segment: Segment) -> _Target:
         """Return the target of a segment, without the sources that it never draws from."""
+        segment = segment.from_step(self._first_step)
         first = self._weights(segment.weights)
         if segment.to_weights is None or segment.stop_step is None:
             return _Target(first)

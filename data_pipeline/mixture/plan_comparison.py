@@ -18,6 +18,15 @@ _SOURCE_COLUMNS = (
     "share before",
     "after",
 )
+_PHASE_COLUMNS = (
+    "phase",
+    "source",
+    "steps before",
+    "after",
+    "tokens before",
+    "after",
+    "change",
+)
 _LANGUAGE_COLUMNS = ("language", "share before", "after", "change")
 
 
@@ -32,6 +41,8 @@ def compare_plans(old: DataPlan, new: DataPlan) -> str:
         table(_SOURCE_COLUMNS, rows),
         _language_table(old.language_shares(), new.language_shares()),
     ]
+    if old.phases or new.phases:
+        lines.append(_phase_table(old, new))
     lines += [f"problem after: {line}" for line in new.problems]
     lines += [f"warning after: {line}" for line in new.warnings if line not in old.warnings]
     return "\n".join(lines)
@@ -57,6 +68,38 @@ def _figures(source: PlannedSource | None) -> tuple[int, float, float]:
     if source is None:
         return 0, 0.0, 0.0
     return source.drawn_tokens, source.epochs, source.share
+
+
+def _phase_table(old: DataPlan, new: DataPlan) -> str:
+    """Return the steps and tokens of every phase and source, old and new."""
+    old_figures = _phase_figures(old)
+    new_figures = _phase_figures(new)
+    rows = []
+    for key in dict.fromkeys([*old_figures, *new_figures]):
+        old_steps, old_tokens = old_figures.get(key, ("-", 0))
+        new_steps, new_tokens = new_figures.get(key, ("-", 0))
+        change = f"{new_tokens - old_tokens:+,}"
+        rows.append((*key, old_steps, new_steps, f"{old_tokens:,}", f"{new_tokens:,}", change))
+    return table(_PHASE_COLUMNS, rows)
+
+
+def _phase_figures(plan: DataPlan) -> dict[tuple[str, str], tuple[str, int]]:
+    """Return (steps, drawn tokens) by phase and source."""
+    figures: dict[tuple[str, str], tuple[int, int]] = {}
+    last_steps: dict[tuple[str, str], int] = {}
+    for phase in plan.phases:
+        for name, tokens in phase.drawn_tokens.items():
+            if not tokens:
+                continue
+            # a phase that was cut, by an edit for example, is one again
+            key = (phase.name or "-", name)
+            first_step, before = figures.get(key, (phase.start_step + 1, 0))
+            figures[key] = (first_step, before + tokens)
+            last_steps[key] = phase.stop_step
+    shown = {}
+    for key, (first_step, tokens) in figures.items():
+        shown[key] = (f"{first_step:,} to {last_steps[key]:,}", tokens)
+    return shown
 
 
 def _language_table(old: Mapping[str, float], new: Mapping[str, float]) -> str:

@@ -36,10 +36,18 @@ def draw_plan(plan: DataPlan) -> Figure:
         f"Epochs by source (tick: max_epochs; orange: above {WARN_EPOCHS:g})": _epoch_bars(plan),
     }
     heights = [HEADING_HEIGHT + BAR_HEIGHT * len(items) for items in bars.values()]
-    heights.append(CURVES_HEIGHT)
+    heights += [CURVES_HEIGHT] * (2 if plan.phases else 1)
     figure, charts = new_figure(WIDTH, sum(heights), rows=len(heights), height_ratios=heights)
     for axes, (title, items) in zip(charts, bars.items(), strict=False):
         draw_bars(axes, title, items)
+    if plan.phases:
+        draw_lines(
+            charts[-2],
+            _weight_lines(plan),
+            title=f"Weights over the run: {', '.join(phase.name for phase in plan.phases)}",
+            x_label="step",
+            y_label="share",
+        )
     draw_lines(
         charts[-1],
         _epoch_curves(plan),
@@ -68,6 +76,30 @@ def _epoch_bars(plan: DataPlan) -> list[Bar]:
         text = f"{source.epochs:.2f}"
         bars.append(Bar(source.name, source.epochs, text, source.max_epochs, alarm))
     return bars
+
+
+def _weight_lines(plan: DataPlan) -> list[Line]:
+    """Return the share of every source over the steps, with a jump where a phase begins."""
+    steps = []
+    for phase in plan.phases:
+        steps += [phase.start_step, phase.stop_step]
+    lines = []
+    for index, source in enumerate(plan.sources):
+        shares = []
+        for phase in plan.phases:
+            shares += [phase.weights[source.name], phase.end_weights[source.name]]
+        if any(shares):
+            lines.append(
+                Line(
+                    label=source.name,
+                    x=steps,
+                    y=shares,
+                    color=PALETTE[index % len(PALETTE)],
+                    dash=DASHES[index // len(PALETTE) % len(DASHES)],
+                    dots=False,
+                )
+            )
+    return lines
 
 
 def _epoch_curves(plan: DataPlan) -> list[Line]:

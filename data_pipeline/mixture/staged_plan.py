@@ -8,7 +8,12 @@ from typing import Any
 
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
-from data_pipeline.mixture.data_plan import DataPlan, language_shares_of, make_data_plan
+from data_pipeline.mixture.data_plan import (
+    DataPlan,
+    PlannedLimit,
+    language_shares_of,
+    make_data_plan,
+)
 from data_pipeline.mixture.ledger import Ledger
 from data_pipeline.mixture.stages import StagePlan, plan_stages, rows_of_equal_tokens
 from data_pipeline.tables import table
@@ -79,15 +84,23 @@ class StagedPlan:
         for plan in self.plans:
             curve_steps += plan.curve_steps
         shares = language_shares_of(sources)
-        limits = []
-        for of_stages in zip(*(plan.limits for plan in self.plans), strict=True):
-            first = of_stages[0]
-            share = shares.get(first.language, 0.0)
-            met = all(limit.met for limit in of_stages)
-            limits.append(dataclasses.replace(first, share=share, met=met))
+        by_language: dict[str, PlannedLimit] = {}
+        of_phases = []
+        phases = []
+        for plan in self.plans:
+            phases += plan.phases
+            for limit in plan.limits:
+                if limit.phase:
+                    of_phases.append(limit)
+                    continue
+                share = shares.get(limit.language, 0.0)
+                before = by_language.get(limit.language, limit)
+                met = limit.met and before.met
+                by_language[limit.language] = dataclasses.replace(limit, share=share, met=met)
         return dataclasses.replace(
             self.plans[0],
-            limits=tuple(limits),
+            limits=(*by_language.values(), *of_phases),
+            phases=tuple(phases),
             steps=sum(plan.steps for plan in self.plans),
             sources=tuple(sources),
             curve_steps=tuple(curve_steps),
@@ -182,6 +195,7 @@ def make_staged_plan(
         total_batches: Steps of the run.
         ledger: As for `make_data_plan`.
     """
+    ledger = ledger or Ledger.start(mix, total_steps=total_batches)
     plans = []
     for number, span in enumerate(stages.spans):
         first, last = stages.batches_of(number, total_batches)

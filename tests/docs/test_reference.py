@@ -37,6 +37,7 @@ DATACLASSES = [
     LanguageLimits,
     StageConfig,
     StageSection,
+    SchedulePhase,
 ]
 JSON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),

@@ -58,14 +58,13 @@ class FakeJob:
         self.telemetry = SimpleNamespace(log=self.events.append)
         self.clock = SimpleNamespace(enter=lambda *_: None)
         self.engine = SimpleNamespace(deepspeed=None)
-        self.replay = SimpleNamespace(weights=lambda _: {})
         saved = newest_guard_state(STOPPED.to_json(), read_guard_rollbacks(run_dir))
         self.guard.state = GuardState.from_json(saved)
 
     def restore(self, loaded: Any, *, accept_mix_change: bool) -> None:
         self.progress.step = loaded.step
 
-    def reweigh(self, weights: Any) -> None:
+    def reweigh(self, state: Any) -> None:
         pass
 
 

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from cpt.guard.ladder import GuardState
 from cpt.job.job import Job
 from cpt.job.progress import Progress
 from cpt.resilience.phase import PhaseClock
 from cpt.training.loader import MicroBatch, filler_row, places_of_rank
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.dataset import PackedRow
 from data_pipeline.errors import DataError
 from data_pipeline.mixture.ledger import Ledger, Segment
@@ -25,6 +28,16 @@ ROWS = 40
 MICRO_STEPS = 3
 GLOBAL_BATCH_SIZE = 2 * MICRO_STEPS * 2
 """Two rows a pass, three passes a step, two data-parallel ranks."""
+
+
+MIX = MixConfig(
+    seq_len=SEQ_LEN,
+    seed=3,
+    sources=(
+        SourceConfig(name="en", language="en", domain="web", format="mock", weight=0.5),
+        SourceConfig(name="ja", language="ja", domain="web", format="mock", weight=0.5),
+    ),
+)
 
 
 class Data:
@@ -64,12 +77,10 @@ def make_job(data: Data, *, total_steps: int = 6, max_epochs: float = 100.0) -> 
     topology = SimpleNamespace(
         rank=1, sp_size=1, sp_rank=0, dp_size=2, dp_rank=1, device=torch.device("cpu")
     )
-    context: Any = SimpleNamespace(
-        config=config, topology=topology, clock=PhaseClock(), mix=SimpleNamespace(seed=3)
-    )
+    context: Any = SimpleNamespace(config=config, topology=topology, clock=PhaseClock(), mix=MIX)
     ledger = Ledger((segment({"en": 0.5, "ja": 0.5}, max_epochs),))
     parts: dict[str, Any] = dict.fromkeys(
-        ("kl_targets", "guard", "replay", "saver", "telemetry", "stability")
+        ("kl_targets", "guard", "saver", "telemetry", "stability")
     )
     return Job(
         context=context,
@@ -78,6 +89,7 @@ def make_job(data: Data, *, total_steps: int = 6, max_epochs: float = 100.0) -> 
         mixture=Mixture(data, ledger, 3),
         engine=SimpleNamespace(send=lambda batch: batch),  # type: ignore[arg-type]
         progress=Progress(),
+        replay=SimpleNamespace(weights=lambda state: state.replay),  # type: ignore[arg-type]
         **parts,
     )
 
@@ -126,7 +138,7 @@ def test_a_mix_that_changes_between_two_steps_is_not_served_rows_of_the_old_one(
     do_step(job)
     do_step(job)
     before = rows_of_batch(plain_mixture(job), 2)
-    job.reweigh({"en": 0.1, "ja": 0.9})
+    job.reweigh(GuardState(replay={"en": 0.1, "ja": 0.9}))
     after = rows_of_batch(plain_mixture(job), 2)
     assert after != before
     assert do_step(job) == after

@@ -213,9 +213,13 @@ def test_no_segment_may_break_a_floor_whoever_makes_it(make_mix: MakeMix) -> Non
     limits = {"languages": {"en": {"min_share": 0.3}, "ja": {"min_share": 0.2, "max_share": 0.7}}}
     mix = make_mix(texts, weights={"ja": 0.6, "en": 0.4}, **limits)
     ledger = Ledger.start(mix)
-    assert ledger.reweigh(5, {"ja": 0.2, "en": 0.8}).segments[1].weights["en"] == 0.8
+
+    def reweigh(weights: dict[str, float]) -> Ledger:
+        return ledger.adjust(mix, 5, lambda segment, planned: weights)
+
+    assert reweigh({"ja": 0.2, "en": 0.8}).segments[1].weights["en"] == 0.8
     with pytest.raises(ConfigError) as caught:
-        ledger.reweigh(5, {"ja": 0.75, "en": 0.25})
+        reweigh({"ja": 0.75, "en": 0.25})
     assert [line.split(". Change")[0] for line in caught.value.problems] == [
         "mix ledger: weights from step 5 give language 'en' a share of 25.00%, "
         "the mix allows 30.00% to 100.00%",
@@ -223,7 +227,7 @@ def test_no_segment_may_break_a_floor_whoever_makes_it(make_mix: MakeMix) -> Non
         "the mix allows 20.00% to 70.00%",
     ]
     with pytest.raises(ConfigError, match="'ja' a share of 10"):
-        ledger.reweigh(5, {"ja": 0.1, "en": 0.9})
+        reweigh({"ja": 0.1, "en": 0.9})
     edited = dataclasses.replace(
         mix,
         sources=tuple(
