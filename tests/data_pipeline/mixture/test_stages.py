@@ -83,7 +83,8 @@ def test_batches_are_pure_and_every_stage_is_exact_at_every_prefix(
 ) -> None:
     built, mix = opened
     plan = plan_stages(mix.stages, [4, 2], 60)
-    ledger = Ledger.start(mix).reweigh(10, {"ja_web": 0.5, "en_web": 0.5})
+    halves = {"ja_web": 0.5, "en_web": 0.5}
+    ledger = Ledger.start(mix).adjust(mix, 10, lambda segment, planned: halves)
     for number in range(2):
         rows = built.of_stage(number)
         size = plan.spans[number].global_batch_size
