@@ -289,7 +289,7 @@ def make_data_plan(
     drawn_rows = np.array([position.drawn_rows for position in positions])  # [points, sources]
     sources = _plan_sources(built, mix, mixture, curve_steps, drawn_rows)
     limits = _check_limits(mix, ledger, sources, built.seq_len)
-    phases = ()
+    phases: tuple[PlannedPhase, ...] = ()
     if ledger.has_phases:
         phases = _plan_phases(built, mixture, ledger, curve_steps, drawn_rows)
         limits += _check_phase_limits(mix, ledger, sources, phases, built.seq_len)

@@ -11,6 +11,7 @@ from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import (
     DataPlan,
     PlannedLimit,
+    PlannedPhase,
     language_shares_of,
     make_data_plan,
 )
@@ -86,7 +87,7 @@ class StagedPlan:
         shares = language_shares_of(sources)
         by_language: dict[str, PlannedLimit] = {}
         of_phases = []
-        phases = []
+        phases: list[PlannedPhase] = []
         for plan in self.plans:
             phases += plan.phases
             for limit in plan.limits:
