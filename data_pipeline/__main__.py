@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +12,26 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.audit.audit import DEFAULT_LIMIT, audit
 from data_pipeline.audit.page import audit_page
-from data_pipeline.build.build import (
+from data_pipeline.build.build import build, build_share
+from data_pipeline.build.cache_folder import (
+    CACHE_NAME,
+    CACHE_VARIABLE,
+    default_cache,
+    describe_cache,
+    list_entries,
+    notes_for_reading,
+    notes_in,
+    open_cache,
+    prune,
+)
+from data_pipeline.build.found_builds import (
     DEFAULT_ROOT,
-    build,
-    build_share,
+    NotBuilt,
+    find_build,
+    load_built_mix,
     resolve_build_dir,
 )
 from data_pipeline.build.guard_sets import describe_guard_sets
-from data_pipeline.build.origin import fingerprint
 from data_pipeline.build.summary import describe_build
 from data_pipeline.commands import (
     CommandParser,
@@ -40,7 +53,6 @@ from data_pipeline.mixture.plan_figure import draw_plan
 from data_pipeline.mixture.settings import describe_changes, mix_settings
 from data_pipeline.mixture.staged_plan import plan_mix, steps_of_one_pass
 from data_pipeline.store.files import write_text
-from data_pipeline.store.manifest import FILE_NAME, read_manifest
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -61,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_plan(commands)
     _add_diff(commands)
     _add_audit(commands)
+    _add_cache(commands)
     _add_moved_corpus(commands)
     options = with_home_folders(parser.parse_args(arguments))
     prepare_process()
@@ -80,6 +93,10 @@ def _add_build(commands: Commands) -> None:
     _add_mix(parser, "mix")
     _add_engine(parser)
     _add_build_dir(parser)
+    _add_cache_dir(parser)
+    parser.add_argument(
+        "--no_cache", action="store_true", help="neither take parts from a cache nor keep them"
+    )
     parser.add_argument(
         "--share",
         type=_share,
@@ -90,7 +107,11 @@ def _add_build(commands: Commands) -> None:
 
 def _build(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
-    out_dir = resolve_build_dir(mix, options.out)
+    cache_dir = None
+    if not options.no_cache:
+        cache_dir = open_cache(_folder_of_builds(options.out), options.cache)
+    notes = None if cache_dir is None else notes_in(cache_dir)
+    out_dir = resolve_build_dir(mix, options.out, notes, options.workers)
     if options.share:
         if options.engine != LOCAL:
             raise ConfigError(
@@ -98,13 +119,15 @@ def _build(options: argparse.Namespace) -> None:
                 "whole build on many. Leave one of them away."
             )
         index, count = options.share
-        num_parts = build_share(mix, out_dir, index, count, options.workers)
+        num_parts = build_share(mix, out_dir, index, count, options.workers, cache_dir)
         say(
             f"{out_dir}: share {index} of {count} has {num_parts} parts. When all are done, build "
             "without --share."
         )
         return
-    manifest = build(mix, out_dir, workers=options.workers, engine=options.engine)
+    manifest = build(
+        mix, out_dir, workers=options.workers, engine=options.engine, cache_dir=cache_dir
+    )
     say(describe_build(manifest.sources))
     if manifest.guard_domains:
         say(describe_guard_sets(manifest))
@@ -112,12 +135,13 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _add_plan(commands: Commands) -> None:
-    text = "show what a run draws from each source; builds what is missing"
+    text = "show what a run draws from each source of a mix that is built"
     parser = commands.add_parser("plan", help=text, description=text)
     parser.set_defaults(run=_plan)
     _add_mix(parser, "mix")
     _add_workers(parser)
     _add_build_dir(parser)
+    _add_build_if_missing(parser)
     _add_run_size(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
     parser.add_argument(
@@ -126,8 +150,8 @@ def _add_plan(commands: Commands) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    mix = load_mix(options.mix)
-    built = _open_build(mix, options.out, options.workers)
+    mix = load_built_mix(options.mix, options.out)
+    built = _open_build(options, mix, options.mix, options.out)
     steps = options.steps or steps_of_one_pass(built, mix, options.global_batch_size)
     _check_run_size(steps, options.global_batch_size)
     plan = plan_mix(built, mix, steps, options.global_batch_size)
@@ -147,6 +171,14 @@ def _add_diff(commands: Commands) -> None:
     _add_mix(parser, "old")
     _add_mix(parser, "new")
     _add_workers(parser)
+    for name in ("old", "new"):
+        parser.add_argument(
+            f"--{name}_out",
+            type=Path,
+            metavar="DIR",
+            help=f"build directory of {name.upper()}.yaml (default: looked for in {DEFAULT_ROOT}/)",
+        )
+    _add_build_if_missing(parser)
     _add_run_size(parser)
     parser.add_argument(
         "--at_step", type=_positive, metavar="STEP", help="first step with the new mix (default: 0)"
@@ -154,12 +186,12 @@ def _add_diff(commands: Commands) -> None:
 
 
 def _diff(options: argparse.Namespace) -> None:
-    old = load_mix(options.old)
-    new = load_mix(options.new)
+    old = load_built_mix(options.old, options.old_out)
+    new = load_built_mix(options.new, options.new_out)
     changes = describe_changes(mix_settings(old), mix_settings(new))
     say("\n".join(changes) or "no setting differs")
-    old_built = _open_build(old, None, options.workers)
-    new_built = _open_build(new, None, options.workers)
+    old_built = _open_build(options, old, options.old, options.old_out)
+    new_built = _open_build(options, new, options.new, options.new_out)
     batch_size = options.global_batch_size
     steps = options.steps or steps_of_one_pass(old_built, old, batch_size)
     _check_run_size(max(steps, options.at_step or 0), batch_size)
@@ -211,6 +243,38 @@ def _audit(options: argparse.Namespace) -> None:
         raise DataError("\n".join(problems))
 
 
+def _add_cache(commands: Commands) -> None:
+    text = "show the parts that builds share, or remove those that no build shares"
+    parser = commands.add_parser("cache", help=text, description=text)
+    parser.set_defaults(run=_cache)
+    _add_cache_dir(parser)
+    parser.add_argument(
+        "--older_than",
+        type=_days,
+        metavar="DAYS",
+        help="remove parts that no build shares and that were not used for longer",
+    )
+    parser.add_argument(
+        "--max_gb",
+        type=_gigabytes,
+        metavar="GB",
+        help="remove parts that no build shares, the least recently used first, until the others "
+        "take no more",
+    )
+
+
+def _cache(options: argparse.Namespace) -> None:
+    folder = default_cache(DEFAULT_ROOT, options.cache)
+    if options.older_than is None and options.max_gb is None:
+        say(f"{folder}:")
+        say(describe_cache(list_entries(folder)))
+        return
+    max_bytes = None if options.max_gb is None else int(options.max_gb * 1e9)
+    removed = prune(folder, options.older_than, max_bytes)
+    freed = sum(entry.own_bytes for entry in removed)
+    say(f"{folder}: removed {len(removed):,} parts, {freed / 1e9:,.2f} GB")
+
+
 def _add_moved_corpus(commands: Commands) -> None:
     """Add an old word, which `--help` does not show."""
     parser = commands.add_parser("corpus", add_help=False)
@@ -260,6 +324,16 @@ def _add_build_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_cache_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help=f"folder of the parts that builds share (default: {CACHE_VARIABLE}, or {CACHE_NAME} "
+        "beside the builds)",
+    )
+
+
 def _add_run_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps",
@@ -274,16 +348,42 @@ def _add_run_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _open_build(mix: MixConfig, build_dir: Path | None, workers: int) -> BuiltData:
-    """Open the build of a mix, and make it first if it is missing.
+def _add_build_if_missing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--build", action="store_true", help="build what is not built yet, instead of refusing"
+    )
+
+
+def _open_build(
+    options: argparse.Namespace, mix: MixConfig, mix_file: Path, build_dir: Path | None
+) -> BuiltData:
+    """Open the build of a mix, and name it; it is made only if the command line says so.
 
     A build that is there is not read to its end.
+
+    Raises:
+        NotBuilt: there is none; the message says how to make one.
     """
-    build_dir = resolve_build_dir(mix, build_dir)
-    is_built = (build_dir / FILE_NAME).exists()
-    if not is_built or read_manifest(build_dir).fingerprint != fingerprint(mix):
-        build(mix, build_dir, workers=workers)
-    return BuiltData.open(build_dir, verify=False, mix=mix)
+    notes = notes_for_reading(_folder_of_builds(build_dir))
+    try:
+        found = find_build(mix, build_dir, notes, options.workers)
+    except NotBuilt as error:
+        if not options.build:
+            out = "" if build_dir is None else f" --out {build_dir}"
+            raise NotBuilt(
+                f"{error} Build it: python -m data_pipeline build {mix_file}{out}, or add --build "
+                "to do both. A build elsewhere is named with --out (diff: --old_out, --new_out)."
+            ) from None
+        cache_dir = open_cache(_folder_of_builds(build_dir))
+        found = resolve_build_dir(mix, build_dir, notes, options.workers)
+        build(mix, found, workers=options.workers, cache_dir=cache_dir)
+    say(f"build of {mix_file}: {found}")
+    return BuiltData.open(found, verify=False, mix=mix)
+
+
+def _folder_of_builds(build_dir: Path | None) -> Path:
+    """Return the folder that a build lies in, and the cache beside it."""
+    return DEFAULT_ROOT if build_dir is None else build_dir.absolute().parent
 
 
 def _check_run_size(steps: int, global_batch_size: int) -> None:
@@ -316,6 +416,21 @@ def _positive(text: str) -> int:
     value = int(text)
     if not 1 <= value <= MAX_ROWS:
         raise argparse.ArgumentTypeError(f"{value} is not from 1 to {MAX_ROWS:,}")
+    return value
+
+
+def _days(text: str) -> float:
+    return _at_least_zero(text, "days")
+
+
+def _gigabytes(text: str) -> float:
+    return _at_least_zero(text, "gigabytes")
+
+
+def _at_least_zero(text: str, unit: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of {unit} from 0 upwards")
     return value
 
 

@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> None:
 def _stage_build(settings: DataSection, root: Path) -> tuple[Path, Path] | None:
     """Copy the build of a mix; nothing if it is still to be built."""
     from cpt.storage.local_copies import stage
-    from data_pipeline.build.build import load_built_mix, matching_builds
+    from data_pipeline.build.found_builds import load_built_mix, matching_builds
     from data_pipeline.store.manifest import FILE_NAME, read_manifest
 
     folder = settings.build_dir

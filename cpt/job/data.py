@@ -18,8 +18,8 @@ from cpt.parallel.agreement import on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.storage.local_copies import local_copy
 from cpt.training.kl_targets import KLTargets, check_targets
-from data_pipeline.build.build import (
-    build,
+from data_pipeline.build.build import build
+from data_pipeline.build.found_builds import (
     can_be_read,
     input_bytes,
     load_built_mix,

@@ -14,7 +14,7 @@ from cpt.model.freezing import frozen_names
 from cpt.model.parameters import parameter_numels
 from cpt.planning.fit import fitting_gpus
 from cpt.planning.memory import GIB, count_parameters, device_memory, memory_tables
-from data_pipeline.build.build import input_bytes
+from data_pipeline.build.found_builds import input_bytes
 
 
 def describe(passed: PassedGate) -> str:

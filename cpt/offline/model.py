@@ -24,7 +24,7 @@ from cpt.model.weights.source import WeightSource, fill_model
 from cpt.parallel.agreement import gather_json, together
 from cpt.parallel.topology import Topology
 from cpt.training.loader import MicroBatch
-from data_pipeline.build.build import load_built_mix, matching_builds, resolve_build_dir
+from data_pipeline.build.found_builds import load_built_mix, matching_builds, resolve_build_dir
 from data_pipeline.build.origin import absent_sources, compare
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData

@@ -20,38 +20,30 @@ Decisions
 from __future__ import annotations
 
 import contextlib
-import glob
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 from data_pipeline.bounded.json_text import read_json
-from data_pipeline.build import units
 from data_pipeline.build.assembly import assemble_build
-from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
-from data_pipeline.build.input_files import InputFile
+from data_pipeline.build.cache_folder import notes_in
+from data_pipeline.build.found_builds import other_build_error
 from data_pipeline.build.origin import (
     Origin,
-    absent_sources,
     compare,
-    fingerprint,
     read_origin,
 )
-from data_pipeline.build.part import Part, make_part, read_account
-from data_pipeline.build.stored_rows import hub_files
+from data_pipeline.build.part import Part
+from data_pipeline.build.part_making import make_parts, source_parts
 from data_pipeline.config.mix_config import MixConfig
-from data_pipeline.config.mix_file import load_mix
-from data_pipeline.config.source_config import FILE_FORMATS, SourceConfig
-from data_pipeline.console.progress import show_progress
 from data_pipeline.engine.choice import LOCAL, open_executor
-from data_pipeline.engine.executor import Executor
+from data_pipeline.engine.local import LocalExecutor, available_cores
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.descriptors import reserve_descriptors
 from data_pipeline.store.file_lock import LockHeld, file_lock
-from data_pipeline.store.file_states import state_of
 from data_pipeline.store.files import PARTIAL_SUFFIX, make_folder, sync_directory, write_json
 from data_pipeline.store.manifest import (
     FILE_NAME,
@@ -63,8 +55,6 @@ from data_pipeline.store.ownership import refuse_foreign
 
 log = logging.getLogger(__name__)
 
-DEFAULT_ROOT = Path("data")
-"""Directory for builds and audit pages that are given no place of their own."""
 WORK = "unfinished build"
 """The name of a work directory in messages."""
 _WORK_FILE = "work.json"
@@ -76,6 +66,7 @@ def build(
     progress: bool = True,
     workers: int | None = 1,
     engine: str = LOCAL,
+    cache_dir: Path | None = None,
 ) -> BuildManifest:
     """Build `mix` into `out_dir`, or return the manifest if it is built there already.
 
@@ -86,6 +77,7 @@ def build(
         workers: Number of processes; the output is the same for every number. None is as many as
             the engine has cores.
         engine: Where tasks run, one of `engine.choice.ENGINES`.
+        cache_dir: Folder of parts that builds share, from `cache_folder.open_cache`; None for none.
 
     Raises:
         DataError: the input cannot be used, `out_dir` holds another mix or something else, or
@@ -94,7 +86,7 @@ def build(
         StorageError: the input has more files than this process may have open.
     """
     out_dir = Path(out_dir).absolute()
-    origin = read_origin(mix)
+    origin = _hashed_origin(mix, cache_dir, workers)
     wanted = origin.fingerprint
     work_dir = _work_dir(out_dir)
     if _is_of_another_user(out_dir):
@@ -108,12 +100,12 @@ def build(
             return manifest
         if not _holds_work(work_dir, wanted):
             shutil.rmtree(work_dir, ignore_errors=True)
-        parts = _prepare(work_dir, mix, origin)
+        parts = _prepare(work_dir, mix, origin, cache_dir)
         num_parts = sum(map(len, parts))
         # the last stage maps the shard of every part, and its signatures
         reserve_descriptors(2 * num_parts, f"{out_dir}: {num_parts:,} parts")
         with open_executor(engine, workers, work_dir) as executor:
-            _make_parts(list(chain.from_iterable(parts)), progress, executor)
+            make_parts(list(chain.from_iterable(parts)), progress, executor)
             for path in work_dir.rglob(f".*{PARTIAL_SUFFIX}"):
                 path.unlink()
             manifest = assemble_build(work_dir, mix, origin, parts, executor)
@@ -124,9 +116,16 @@ def build(
 
 
 def build_share(
-    mix: MixConfig, out_dir: Path | str, index: int, count: int, workers: int | None = 1
+    mix: MixConfig,
+    out_dir: Path | str,
+    index: int,
+    count: int,
+    workers: int | None = 1,
+    cache_dir: Path | None = None,
 ) -> int:
     """Make every `count`-th part, beginning with part `index`, for a later `build` to finish.
+
+    Of several processes that begin together one hashes the input, and the others wait for it.
 
     Returns:
         Number of parts that this share has.
@@ -136,11 +135,11 @@ def build_share(
     """
     assert 0 <= index < count
     out_dir = Path(out_dir).absolute()
-    origin = read_origin(mix)
-    wanted = origin.fingerprint
     work_dir = _work_dir(out_dir)
     with _locked(out_dir, is_shared=True):
         refuse_foreign(work_dir, WORK)
+        origin = _hashed_origin(mix, cache_dir or work_dir, workers)
+        wanted = origin.fingerprint
         if (out_dir / FILE_NAME).exists():
             _read_existing(out_dir, mix, wanted)
             return 0
@@ -148,79 +147,18 @@ def build_share(
             raise DataError(
                 f"{work_dir}: holds parts of another mix or of other input files. Delete it first."
             )
-        parts = _prepare(work_dir, mix, origin)
+        parts = _prepare(work_dir, mix, origin, cache_dir)
         own_parts = list(chain.from_iterable(parts))[index::count]
         with open_executor(LOCAL, workers, work_dir) as executor:
-            _make_parts(own_parts, True, executor)
+            make_parts(own_parts, True, executor)
         return len(own_parts)
 
 
-def resolve_build_dir(mix: MixConfig, build_dir: Path | None) -> Path:
-    """Return `build_dir`, or the default directory of the mix if it is None.
-
-    The default is `DEFAULT_ROOT/<name of the mix>-<first 10 digits of its fingerprint>`, so another
-    mix or changed input never meets a stale build.
-    """
-    if build_dir is not None:
-        return build_dir
-    return DEFAULT_ROOT / f"{mix.name}-{fingerprint(mix)[:10]}"
-
-
-def matching_builds(mix: MixConfig) -> list[Path]:
-    """Return the default directories that hold a build of the mix, without reading its files.
-
-    Rules, and names and sizes of the files that are here, are those of the mix.
-    """
-    found = []
-    for path in sorted(DEFAULT_ROOT.glob(f"{glob.escape(mix.name)}-*/{FILE_NAME}")):
-        try:
-            manifest = read_manifest(path.parent)
-        except DataError:
-            continue
-        if not compare(manifest, mix, read_contents=False).differences:
-            found.append(path.parent)
-    return found
-
-
-def load_built_mix(mix_file: Path, build_dir: Path | None) -> MixConfig:
-    """Read a data-mix YAML; where the mix is built, the files that it names need not be here.
-
-    Args:
-        mix_file: The YAML file.
-        build_dir: Directory of the build; None looks for it among the default ones.
-
-    Raises:
-        ConfigError: the mix is wrong, or neither its files nor its build are here.
-    """
-    try:
-        return load_mix(mix_file)
-    except ConfigError as error:
-        try:
-            mix = load_mix(mix_file, need_files=False)
-        except ConfigError:
-            raise error from None
-        if build_dir is None:
-            is_built = bool(matching_builds(mix))
-        else:
-            is_built = (build_dir / FILE_NAME).is_file()
-        if not is_built:
-            raise
-        return mix
-
-
-def can_be_read(mix: MixConfig, max_bytes: int) -> bool:
-    """Return whether all input is here, and not more than `max_bytes` of it."""
-    return not absent_sources(mix) and input_bytes(mix) <= max_bytes
-
-
-def input_bytes(mix: MixConfig) -> int:
-    """Return the number of bytes that a build reads, or invents."""
-    total = 0
-    for source in mix.sources:
-        num_tokens = (source.num_documents or 0) * (source.mean_tokens or 0)
-        total += num_tokens * BYTES_PER_INVENTED_TOKEN
-        total += sum(path.stat().st_size for path in source.files())
-    return total
+def _hashed_origin(mix: MixConfig, notes_dir: Path | None, workers: int | None) -> Origin:
+    """Return the rules and input files of a mix; hashes are noted in a cache or work directory."""
+    notes = notes_in(notes_dir) if notes_dir is not None else None
+    with LocalExecutor(workers or available_cores()) as executor:
+        return read_origin(mix, executor, notes)
 
 
 def _work_dir(out_dir: Path) -> Path:
@@ -247,74 +185,18 @@ def _holds_work(work_dir: Path, wanted: str) -> bool:
     return isinstance(value, dict) and value.get("fingerprint") == wanted
 
 
-def _prepare(work_dir: Path, mix: MixConfig, origin: Origin) -> list[list[Part]]:
+def _prepare(
+    work_dir: Path, mix: MixConfig, origin: Origin, cache_dir: Path | None
+) -> list[list[Part]]:
     """Make the work directory, and return the parts of every source."""
     make_folder(work_dir)
     refuse_foreign(work_dir, WORK)
     write_json(work_dir / _WORK_FILE, {"fingerprint": origin.fingerprint})
     parts = []
     for source in mix.sources:
-        parts.append(_source_parts(work_dir, mix, source, origin.inputs[source.name]))
+        inputs = origin.inputs[source.name]
+        parts.append(source_parts(work_dir, mix, source, inputs, cache_dir))
     return parts
-
-
-def _source_parts(
-    work_dir: Path, mix: MixConfig, source: SourceConfig, inputs: Sequence[InputFile]
-) -> list[Part]:
-    parts = []
-    files_of = _files_by_unit(source, inputs)
-    for number, unit in enumerate(units.split_into_units(source)):
-        parts.append(
-            Part(
-                source=source,
-                unit=unit,
-                number=number,
-                work_dir=work_dir,
-                near_duplicates=mix.near_duplicates > 0 and source.format != "mock",
-                seq_len=mix.longest_conversation(source),
-                inputs=files_of(unit),
-            )
-        )
-    return parts
-
-
-def _files_by_unit(
-    source: SourceConfig, inputs: Sequence[InputFile]
-) -> Callable[[units.Unit], tuple[InputFile, ...]]:
-    """Return a function that gives the input files that a unit is read from."""
-    if source.format in FILE_FORMATS:
-        by_path = {file.path: file for file in inputs}
-        return lambda unit: tuple(by_path[path] for path in unit.paths)
-    all_files = tuple(inputs)
-    if source.format == "huggingface" and not all_files:
-        paths = hub_files(source)
-        all_files = tuple(InputFile(path, state_of(path), "") for path in paths)
-    return lambda unit: all_files
-
-
-def _make_parts(parts: list[Part], progress: bool, executor: Executor) -> None:
-    """Make those of the parts that are not there yet."""
-    missing = []
-    for part in parts:
-        if read_account(part) is None:
-            missing.append(part)
-    total_bytes = sum(part.unit.size_bytes for part in parts)
-    missing_bytes = sum(part.unit.size_bytes for part in missing)
-    num_tokens = 0
-    bar = show_progress(
-        total_bytes,
-        "build",
-        "B",
-        initial=total_bytes - missing_bytes,
-        unit_scale=True,
-        hidden=not progress,
-    )
-    with bar:
-        for part, account in executor.run(make_part, missing):
-            num_tokens += account.num_tokens
-            state = f"{part.source.name}, {num_tokens / 1e6:,.1f} M tokens"
-            bar.set_postfix_str(state, refresh=False)
-            bar.update(part.unit.size_bytes)
 
 
 @contextlib.contextmanager
@@ -354,15 +236,6 @@ def _read_existing(out_dir: Path, mix: MixConfig, wanted: str) -> BuildManifest:
     manifest = read_manifest(out_dir)
     if manifest.fingerprint != wanted:
         found = compare(manifest, mix, read_contents=True)
-        raise DataError(
-            "\n  ".join(
-                [
-                    f"{out_dir}: holds a build of another mix or of other input files (fingerprint "
-                    f"{manifest.fingerprint[:10]}, this mix has {wanted[:10]}):",
-                    *found.differences,
-                ]
-            )
-            + "\nChoose another --out, or delete it."
-        )
+        raise other_build_error(out_dir, manifest, found.differences)
     check_files(out_dir, manifest, verify=True)
     return manifest

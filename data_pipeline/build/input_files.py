@@ -64,6 +64,8 @@ class InputFile:
         return self.path.name, self.state.size_bytes, self.content_hash
 
 
+_HASHED_HERE: dict[Path, InputFile] = {}
+"""What this process or its workers hashed, so that no command reads the input twice."""
 Inputs = dict[str, tuple[InputFile, ...]]
 """Input files by source, in the order in which they are read."""
 
@@ -216,14 +218,17 @@ def changed_error(path: Path, source_name: str, before: FileState, now: FileStat
 
 
 def _known_files(inputs: Inputs, notes: HashNotes | None) -> dict[Path, InputFile]:
-    """Return the files whose hashes are noted."""
+    """Return the files whose hashes are noted, or were made by this process."""
     known = {}
-    if notes is not None:
-        for files in inputs.values():
-            for file in files:
-                content_hash = notes.find(file.path, file.state)
-                if content_hash:
-                    known[file.path] = InputFile(file.path, file.state, content_hash)
+    for files in inputs.values():
+        for file in files:
+            found = _HASHED_HERE.get(file.path)
+            if found is not None and found.state == file.state:
+                known[file.path] = found
+                continue
+            content_hash = notes.find(file.path, file.state) if notes is not None else ""
+            if content_hash:
+                known[file.path] = InputFile(file.path, file.state, content_hash)
     return known
 
 
@@ -263,6 +268,7 @@ def _hash_missing(
         for files in _hashed_batches(batches, total_bytes, executor):
             for file in files:
                 known[file.path] = file
+                _HASHED_HERE[file.path] = file
                 if notes is not None:
                     notes.add(file)
                 bar.update(file.state.size_bytes)

@@ -49,11 +49,18 @@ from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.harmony import body
 from data_pipeline.text.tokenizer import Tokens
 
+VERSION = 1
+"""Raised when a unit gives other files than before under the same settings.
+
+It belongs to what a part is known by in a cache, beside the versions of cleaning and conversations.
+"""
 MAX_SEEN = 1 << 20
 """Number of content hashes kept to find copies within a unit.
 
 Copies that are further apart are found at the end of the build.
 """
+SHARD = f"documents{SUFFIX}"
+"""Name of the shard among the files of a part."""
 TOO_LONG = "conversation longer than a row"
 """Beginning of the reason why a conversation is left out."""
 SIGNATURE_TOKENS = 1 << 17
@@ -76,6 +83,8 @@ class Part:
     """Tokens: input slots of a packed row."""
     inputs: tuple[InputFile, ...] = ()
     """Files that the unit is read from, as they were hashed; all of a dataset or earlier build."""
+    cache_dir: Path | None = None
+    """Folder of the parts that builds share; None for none."""
 
     @property
     def shard_path(self) -> Path:
@@ -102,6 +111,15 @@ class Part:
         """MinHash signatures of the documents in the shard; absent if they are not needed."""
         return self._side_path("minhash")
 
+    def file_paths(self) -> dict[str, Path]:
+        """Return the files of the part but for the account, by names without source and number."""
+        paths = {SHARD: self.shard_path, "hashes": self.hashes_path}
+        if self.source.cluster_by is not None:
+            paths["clusters"] = self.clusters_path
+        if self.near_duplicates:
+            paths["minhash"] = self.signatures_path
+        return paths
+
     def _side_path(self, suffix: str) -> Path:
         return self.work_dir / "parts" / self.source.name / f"{self.number:05d}.{suffix}"
 
@@ -121,6 +139,22 @@ class Account:
     """Size of the shard; 0 if there is none."""
     shard_sha256: str
     """Hex digest of the shard; empty if there is none."""
+    longest_conversation: int = 0
+    """Pairs of input and label of the longest conversation in the shard; 0 if there is none."""
+
+    @property
+    def left_out_conversations(self) -> bool:
+        """Whether a conversation was longer than a row, so that the part is that of a seq_len."""
+        return any(reason.startswith(TOO_LONG) for reason in self.tally.rejects)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Account:
+        """Return the account that `to_json` made the values of.
+
+        Raises:
+            ValueError, KeyError, TypeError or AttributeError: they are of something else.
+        """
+        return cls(**{**value, "tally": Tally.from_json(value["tally"])})
 
     def to_json(self) -> dict[str, Any]:
         """Return the account as JSON values."""
@@ -133,7 +167,7 @@ def read_account(part: Part) -> Account | None:
     try:
         # it names input files, whose names may be no Unicode
         value = read_json(part.account_path, LARGE_BYTES, lone_surrogates=True)
-        account = Account(**{**value, "tally": Tally.from_json(value["tally"])})
+        account = Account.from_json(value)
         if account.num_documents and part.shard_path.stat().st_size != account.shard_bytes:
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -207,6 +241,7 @@ def make_part(part: Part) -> Account:
         num_duplicates=facts.num_duplicates,
         shard_bytes=part.shard_path.stat().st_size if has_shard else 0,
         shard_sha256=sha256_of(part.shard_path) if has_shard else "",
+        longest_conversation=facts.longest_conversation,
     )
     write_json(part.account_path, account.to_json())
     return account
@@ -271,6 +306,7 @@ class _DocumentFacts:
         self._signatures: list[Signatures] = [np.zeros((0, NUM_HASHES), np.uint32)]
         self.num_tokens = 0
         self.num_duplicates = 0
+        self.longest_conversation = 0
 
     @property
     def num_documents(self) -> int:
@@ -295,7 +331,9 @@ class _DocumentFacts:
         self._low.append(document.content_hash & 2**64 - 1)
         self._clusters.append(document.cluster)
         self.num_tokens += len(tokens)
-        if not document.is_conversation:
+        if document.is_conversation:
+            self.longest_conversation = max(self.longest_conversation, len(tokens) - 1)
+        else:
             self.num_tokens += 1  # END_OF_TEXT
         if self._need_signatures:
             self._waiting.append(body(tokens) if document.is_conversation else tokens)

@@ -41,6 +41,80 @@ def test_build_shows_every_source_and_the_manifest_hash(
     assert read_manifest(tmp_path / "out").hash[:16] in shown
 
 
+def test_plan_builds_nothing_unless_it_is_asked_to(
+    mix_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = ["plan", str(mix_path), "--steps", "5", "--global_batch_size", "4"]
+    assert main(plan) == 78
+    told = capsys.readouterr().err
+    assert f"Build it: python -m data_pipeline build {mix_path}, or add --build" in told
+    assert not (tmp_path / "data").exists()
+    assert main([*plan, "--out", "here"]) == 78
+    assert f"build {mix_path} --out here, or add" in capsys.readouterr().err
+    assert not (tmp_path / "here").exists()
+
+
+def test_diff_builds_nothing_and_compares_the_builds_that_it_is_given(
+    mix_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    edited = mix_path.with_name("edited.yaml")
+    edited.write_text(mix_path.read_text().replace("weight: 0.5", "weight: 0.25", 1))
+    edited.write_text(edited.read_text().replace("weight: 0.5", "weight: 0.75", 1))
+    diff = ["diff", str(mix_path), str(edited), "--steps", "2", "--global_batch_size", "2"]
+    assert main(diff) == 78
+    assert "sources[ja].weight: 0.5 -> 0.25" in capsys.readouterr().out
+    assert not (tmp_path / "data").exists()
+    assert main(["build", str(mix_path), "--out", "built"]) == 0
+    # both mixes have one fingerprint, so one build is that of both
+    assert main([*diff, "--old_out", "built", "--new_out", "built"]) == 0
+    assert f"build of {edited}: built" in capsys.readouterr().out
+    assert not (tmp_path / "data").exists()
+
+
+def test_plan_finds_a_build_of_any_name_and_needs_no_raw_files(
+    mix_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = mix_path.with_name("other.yaml")
+    other.write_text(mix_path.read_text())
+    assert main(["build", str(other)]) == 0
+    (built,) = [path for path in Path("data").iterdir() if path.name.startswith("other-")]
+    run = ["--steps", "2", "--global_batch_size", "2"]
+    capsys.readouterr()
+    assert main(["plan", str(mix_path), *run]) == 0
+    assert f"build of {mix_path}: {built}" in capsys.readouterr().out
+    for path in mix_path.parent.glob("*.jsonl"):
+        path.unlink()
+    assert main(["plan", str(other), *run]) == 0
+    assert main(["plan", str(mix_path), *run, "--out", str(built)]) == 0
+    assert main(["diff", str(mix_path), str(other), *run, "--old_out", str(built)]) == 0
+
+
+def test_files_of_equal_names_and_sizes_are_not_taken_for_those_of_a_build(
+    mix_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["build", str(mix_path)]) == 0
+    path = tmp_path / "in" / "en.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"river", b"RIVER"))
+    assert main(["plan", str(mix_path)]) == 78
+    assert "of the same names and sizes, but of other content" in capsys.readouterr().err
+
+
 def test_plan_builds_what_is_missing_and_shows_shares(
     mix_path: Path,
     tmp_path: Path,
@@ -48,12 +122,11 @@ def test_plan_builds_what_is_missing_and_shows_shares(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["plan", str(mix_path), "--steps", "5", "--global_batch_size", "4"]) == 0
+    assert main(["plan", str(mix_path), "--build", "--steps", "5", "--global_batch_size", "4"]) == 0
     shown = capsys.readouterr().out
     assert "5 steps of 4 rows" in shown and "ja 5" in shown
-    assert [
-        path.name[:4] for path in (tmp_path / "data").iterdir() if not path.name.startswith(".")
-    ] == ["mix-"]
+    names = [path.name for path in (tmp_path / "data").iterdir() if path.name[0] != "."]
+    assert sorted(name[:4] for name in names) == ["mix-", "part"]
 
 
 def test_a_plan_beyond_the_epoch_limit_is_refused(
@@ -62,6 +135,7 @@ def test_a_plan_beyond_the_epoch_limit_is_refused(
     arguments = [
         "plan",
         str(mix_path),
+        "--build",
         "--out",
         str(tmp_path / "out"),
         "--steps",
@@ -288,7 +362,7 @@ def test_what_a_person_or_a_machine_causes_has_a_code_and_a_cure(
 
 def test_output_that_nobody_reads_or_that_has_no_room_ends_with_a_code(mix_path: Path) -> None:
     for target in ("| head -c 0", "> /dev/full"):
-        program = f"{sys.executable} -m data_pipeline plan {mix_path} {target}"
+        program = f"{sys.executable} -m data_pipeline plan {mix_path} --build {target}"
         command = program + "; exit ${PIPESTATUS[0]}"
         done = subprocess.run(
             ["bash", "-c", command], check=False, capture_output=True, text=True, cwd=ROOT
@@ -332,7 +406,7 @@ def test_a_device_is_written_to_and_never_replaced(
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    plan = ["plan", str(mix_path), "--out", str(tmp_path / "out"), "--steps", "3"]
+    plan = ["plan", str(mix_path), "--build", "--out", str(tmp_path / "out"), "--steps", "3"]
     assert main([*plan, "--json", str(pipe)]) == 0
     assert json.loads(os.read(reader, 1 << 20))["steps"] == 3
     os.close(reader)
@@ -362,7 +436,7 @@ def test_arguments_that_cannot_be_right_end_at_once_with_a_code(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     try:
-        found = main(["plan", str(mix_path), *arguments])
+        found = main(["plan", str(mix_path), "--build", *arguments])
     except SystemExit as stop:
         found = int(str(stop.code))
     assert found == code and message in capsys.readouterr().err

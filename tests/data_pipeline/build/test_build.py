@@ -17,13 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.build.build import (
-    DEFAULT_ROOT,
-    build,
-    build_share,
-    input_bytes,
-    resolve_build_dir,
-)
+from data_pipeline.build.build import build, build_share
+from data_pipeline.build.found_builds import DEFAULT_ROOT, input_bytes, resolve_build_dir
 from data_pipeline.build.origin import fingerprint
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix

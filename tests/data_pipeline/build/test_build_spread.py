@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.build.build import build, build_share, units
+from data_pipeline.build import units
+from data_pipeline.build.build import build, build_share
 from data_pipeline.build.sources import read_texts
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
@@ -149,7 +150,7 @@ def test_shares_of_different_mixes_do_not_meet(
 def test_a_rerun_makes_only_what_is_missing(
     mix: MixConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data_pipeline.build import build as module
+    from data_pipeline.build import part_cache as module
 
     build_share(mix, tmp_path / "out", 0, 2)
     made: list[int] = []

@@ -5,6 +5,7 @@ The writer stands at a named place of the build, so nothing here depends on timi
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from data_pipeline.build import build as build_module
-from data_pipeline.build import input_files
+from data_pipeline.build import input_files, stored_rows
 from data_pipeline.build import part as part_module
 from data_pipeline.build.build import build
 from data_pipeline.build.input_files import HashNotes, read_inputs
@@ -166,16 +167,21 @@ def test_a_dataset_or_build_that_is_written_to_while_it_is_read_is_refused(
 def test_files_of_the_hub_cache_are_watched_like_others(
     make_mix: MakeMix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dataclasses
-
     mix, path = stored_mix(tmp_path, make_mix, "huggingface")
     (source,) = mix.sources
     hub = dataclasses.replace(source, path=None, dataset="lab/texts", revision="0" * 40)
-    stored = build_module.units.count_rows.__globals__["_dataset"](source)
-    monkeypatch.setattr("data_pipeline.build.stored_rows._dataset", lambda source: stored)
+    stored = stored_rows._dataset(source)
+    monkeypatch.setattr(stored_rows, "_dataset", lambda source: stored)
     write_between(monkeypatch, "while a unit is read", lambda: os.utime(path))
     with pytest.raises(DataError, match=rf"{path.name}: changed while the build"):
         build(dataclasses.replace(mix, sources=(hub,)), tmp_path / "out", progress=False)
+
+
+class Forgetful(dict[Path, Any]):
+    """The memory of a process that has just started, whenever it is asked."""
+
+    def get(self, key: Path, default: Any = None) -> Any:
+        return default
 
 
 def counted_hashing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
@@ -188,6 +194,7 @@ def counted_hashing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return original(path)
 
     monkeypatch.setattr(input_files, "file_hash", count)
+    monkeypatch.setattr(input_files, "_HASHED_HERE", Forgetful())
     return hashed
 
 
@@ -209,11 +216,14 @@ def test_notes_spare_the_reading_of_all_files_that_did_not_change(
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"files": 1}', '{"folder": "/x", "files": {}}'])
-def test_damaged_notes_only_cost_time(make_mix: MakeMix, tmp_path: Path, content: str) -> None:
+def test_damaged_notes_only_cost_time(
+    make_mix: MakeMix, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mix = make_mix(TEXTS)
     expected = fingerprint(mix, notes=HashNotes(tmp_path / "notes"))
     for path in (tmp_path / "notes").iterdir():
         path.write_text(content)
+    monkeypatch.setattr(input_files, "_HASHED_HERE", {})
     assert fingerprint(mix, notes=HashNotes(tmp_path / "notes")) == expected
 
 
@@ -226,6 +236,7 @@ def test_much_input_is_hashed_by_workers_under_a_lock_with_the_same_result(
     expected = read_inputs(mix.sources)
     monkeypatch.setattr(input_files, "SPREAD_BYTES", 1)
     monkeypatch.setattr(input_files, "_BATCH_FILES", 2)
+    monkeypatch.setattr(input_files, "_HASHED_HERE", {})
     with LocalExecutor(2) as executor:
         assert read_inputs(mix.sources, executor, HashNotes(tmp_path / "notes")) == expected
     assert (tmp_path / "notes" / ".lock").exists()
@@ -251,10 +262,14 @@ def test_whoever_waits_for_the_lock_finds_the_hashes_of_who_held_it(
 
 
 def test_hashes_survive_a_folder_of_notes_that_cannot_be_written(
-    make_mix: MakeMix, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_mix: MakeMix,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mix = make_mix(TEXTS)
     (tmp_path / "file").touch()
     notes = HashNotes(tmp_path / "file" / "notes")
+    monkeypatch.setattr(input_files, "_HASHED_HERE", {})
     assert fingerprint(mix, notes=notes) == fingerprint(mix)
     assert "hashes of the input cannot be noted" in caplog.text

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from data_pipeline.build import build as build_module
-from data_pipeline.build import input_files, origin
-from data_pipeline.build.build import build, matching_builds
+from data_pipeline.build import found_builds, input_files, origin
+from data_pipeline.build.build import build
+from data_pipeline.build.found_builds import matching_builds
 from data_pipeline.build.origin import compare, fingerprint
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
@@ -203,7 +203,7 @@ def test_an_unreadable_file_is_bad_data(make_mix: MakeMix, monkeypatch: pytest.M
 def test_default_builds_are_found_by_names_and_sizes(
     make_mix: MakeMix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "DEFAULT_ROOT", tmp_path / "data")
+    monkeypatch.setattr(found_builds, "DEFAULT_ROOT", tmp_path / "data")
     mix = make_mix(TEXTS)
     assert matching_builds(mix) == []
     build(mix, tmp_path / "data" / "mix-1", progress=False)

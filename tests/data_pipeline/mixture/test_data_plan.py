@@ -117,6 +117,7 @@ def test_the_command_writes_a_table_json_and_a_plot(
     paths = tmp_path / "plan.json", tmp_path / "plan.svg"
     arguments = [
         "plan",
+        "--build",
         str(tmp_path / "in" / "mix.yaml"),
         "--out",
         str(tmp_path / "out"),
@@ -144,7 +145,7 @@ def test_diff_shows_settings_tokens_epochs_and_shares(
         folder="new",
         weights={"ja": 0.7, "en": 0.2, "new": 0.1},
     )
-    run = ["--steps", "20", "--global_batch_size", "4", "--workers", "1"]
+    run = ["--steps", "20", "--global_batch_size", "4", "--workers", "1", "--build"]
     assert main(["diff", "old/mix.yaml", "new/mix.yaml", *run]) == 0
     whole = capsys.readouterr().out
     assert (

@@ -1,0 +1,204 @@
+"""Builds that are there already: where they are, and which of them is that of a mix.
+
+Decisions
+    Looking for a build never makes one.
+    A build is that of a mix if their fingerprints are equal, whatever it is called. Names and sizes
+    of files are compared first, so where no build has them nothing is read. Where none of a
+    source's files is here, its rules decide alone.
+"""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
+from data_pipeline.build.input_files import HashNotes
+from data_pipeline.build.origin import absent_sources, compare, fingerprint
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.mix_file import load_mix
+from data_pipeline.engine.local import LocalExecutor, available_cores
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.store.manifest import FILE_NAME, BuildManifest, read_manifest
+
+DEFAULT_ROOT = Path("data")
+"""Directory for builds and audit pages that are given no place of their own."""
+
+
+class NotBuilt(ConfigError):
+    """A mix of which no build was found."""
+
+
+def resolve_build_dir(
+    mix: MixConfig,
+    build_dir: Path | None,
+    notes: HashNotes | None = None,
+    workers: int | None = 1,
+) -> Path:
+    """Return `build_dir`, or the default directory of the mix if it is None.
+
+    Args:
+        mix: The mix.
+        build_dir: The directory that somebody named.
+        notes: Hashes of input files that were read before.
+        workers: Processes that hash the others; None for as many as there are cores.
+
+    The default is `DEFAULT_ROOT/<name of the mix>-<first 10 digits of its fingerprint>`, so another
+    mix or changed input never meets a stale build.
+    """
+    if build_dir is not None:
+        return build_dir
+    return DEFAULT_ROOT / f"{mix.name}-{_fingerprint(mix, notes, workers)[:10]}"
+
+
+def find_build(
+    mix: MixConfig,
+    build_dir: Path | None = None,
+    notes: HashNotes | None = None,
+    workers: int | None = 1,
+) -> Path:
+    """Return the directory of the build of a mix, which is not made here.
+
+    The arguments are those of `resolve_build_dir`; without `build_dir` it is looked for in
+    `DEFAULT_ROOT`.
+
+    Raises:
+        NotBuilt: there is none.
+        ConfigError: several may be it, because the files of the mix are not here.
+        DataError: `build_dir` holds the build of another mix or of other files, or a file cannot be
+            read.
+    """
+    if build_dir is not None:
+        _check_named_build(build_dir, mix, notes, workers)
+        return build_dir
+    found = builds_by_names(mix)
+    if not found:
+        raise NotBuilt(f"{mix.name}: {DEFAULT_ROOT}/ holds no build of this mix.")
+    if absent_sources(mix):
+        if len(set(found.values())) > 1:
+            raise ConfigError(
+                f"{', '.join(map(str, found))}: each may be the build of mix '{mix.name}', whose "
+                "files are not here. Name the one that is meant."
+            )
+        return next(iter(found))
+    wanted = _fingerprint(mix, notes, workers)
+    for path, of_build in found.items():
+        if of_build == wanted:
+            return path
+    raise NotBuilt(
+        f"{mix.name}: {', '.join(map(str, found))} was built from files of the same names and "
+        "sizes, but of other content."
+    )
+
+
+def _check_named_build(
+    build_dir: Path, mix: MixConfig, notes: HashNotes | None, workers: int | None
+) -> None:
+    """Refuse a directory that does not hold the build of a mix."""
+    if not (build_dir / FILE_NAME).is_file():
+        raise NotBuilt(f"{mix.name}: {build_dir} holds no build.")
+    manifest = read_manifest(build_dir)
+    if absent_sources(mix):
+        found = compare(manifest, mix, read_contents=False)
+        if found.differences:
+            raise other_build_error(build_dir, manifest, found.differences)
+        return
+    if manifest.fingerprint != _fingerprint(mix, notes, workers):
+        found = compare(manifest, mix, read_contents=True)
+        raise other_build_error(build_dir, manifest, found.differences)
+
+
+def other_build_error(
+    build_dir: Path, manifest: BuildManifest, differences: tuple[str, ...]
+) -> DataError:
+    """Return the error that says that a directory holds the build of another mix."""
+    lines = [
+        f"{build_dir}: holds a build of another mix or of other input files (fingerprint "
+        f"{manifest.fingerprint[:10]}):",
+        *differences,
+    ]
+    return DataError("\n  ".join(lines) + "\nChoose another --out, or delete it.")
+
+
+def _fingerprint(mix: MixConfig, notes: HashNotes | None, workers: int | None) -> str:
+    with LocalExecutor(workers or available_cores()) as executor:
+        return fingerprint(mix, executor, notes)
+
+
+def builds_by_names(mix: MixConfig) -> dict[Path, str]:
+    """Return the builds in `DEFAULT_ROOT` that may be of a mix, and the fingerprint of each.
+
+    Rules, and names and sizes of the files that are here, are those of the mix. Builds that have
+    its name come first.
+    """
+    found = {}
+    for path in sorted(DEFAULT_ROOT.glob(f"*/{FILE_NAME}"), key=lambda path: _rank(path, mix)):
+        try:
+            manifest = read_manifest(path.parent)
+        except (DataError, ConfigError):  # damaged, of another version, or another user's
+            continue
+        if not compare(manifest, mix, read_contents=False).differences:
+            found[path.parent] = manifest.fingerprint
+    return found
+
+
+def _rank(manifest_path: Path, mix: MixConfig) -> tuple[bool, Path]:
+    folder = manifest_path.parent
+    return not folder.name.startswith(f"{mix.name}-"), folder
+
+
+def matching_builds(mix: MixConfig) -> list[Path]:
+    """Return the default directories that hold a build of the mix, without reading its files.
+
+    Rules, and names and sizes of the files that are here, are those of the mix.
+    """
+    found = []
+    for path in sorted(DEFAULT_ROOT.glob(f"{glob.escape(mix.name)}-*/{FILE_NAME}")):
+        try:
+            manifest = read_manifest(path.parent)
+        except DataError:
+            continue
+        if not compare(manifest, mix, read_contents=False).differences:
+            found.append(path.parent)
+    return found
+
+
+def load_built_mix(mix_file: Path, build_dir: Path | None) -> MixConfig:
+    """Read a data-mix YAML; where the mix is built, the files that it names need not be here.
+
+    Args:
+        mix_file: The YAML file.
+        build_dir: Directory of the build; None looks for it among the default ones.
+
+    Raises:
+        ConfigError: the mix is wrong, or neither its files nor its build are here.
+    """
+    try:
+        return load_mix(mix_file)
+    except ConfigError as error:
+        try:
+            mix = load_mix(mix_file, need_files=False)
+        except ConfigError:
+            raise error from None
+        if build_dir is None:
+            is_built = bool(matching_builds(mix))
+        else:
+            is_built = (build_dir / FILE_NAME).is_file()
+        if not is_built:
+            raise
+        return mix
+
+
+def can_be_read(mix: MixConfig, max_bytes: int) -> bool:
+    """Return whether all input is here, and not more than `max_bytes` of it."""
+    return not absent_sources(mix) and input_bytes(mix) <= max_bytes
+
+
+def input_bytes(mix: MixConfig) -> int:
+    """Return the number of bytes that a build reads, or invents."""
+    total = 0
+    for source in mix.sources:
+        num_tokens = (source.num_documents or 0) * (source.mean_tokens or 0)
+        total += num_tokens * BYTES_PER_INVENTED_TOKEN
+        total += sum(path.stat().st_size for path in source.files())
+    return total
