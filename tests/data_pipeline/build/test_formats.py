@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.build.build import build, units
+from data_pipeline.build import units
+from data_pipeline.build.build import build
 from data_pipeline.build.origin import fingerprint
 from data_pipeline.build.sources import read_texts
 from data_pipeline.config.mix_file import load_mix

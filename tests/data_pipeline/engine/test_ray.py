@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.build.build import build, units
+from data_pipeline.build import units
+from data_pipeline.build.build import build
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.engine import ray_cluster
 from data_pipeline.engine.choice import open_executor
