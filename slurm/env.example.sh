@@ -27,6 +27,9 @@ CPT_RUN_ARGUMENTS=()                            # further options of cpt/run.py,
 : "${CPT_IMAGE:=}"                              # apptainer: file.sif; pyxis: file.sqsh or registry#name
 : "${CPT_BINDS:=}"                              # folders that the container needs besides the repository, e.g. "/data /scratch"
 
+# --- data (slurm/prepare_data.sbatch)
+: "${CPT_DATA_ENGINE:=local}"                   # ray: one job on several nodes, which starts Ray on them (docs/data.md)
+
 # --- evaluation (slurm/evaluate.sbatch): each tool in an environment of its own; docs/evaluate.md says how to install them
 : "${CPT_SUITE:=configs/suites/gpt-oss.yaml}"   # benchmarks, and how the model is asked
 : "${CPT_VLLM:=vllm}"                           # words that start vLLM, e.g. /opt/vllm/bin/vllm, "apptainer exec --nv vllm.sif vllm"

@@ -4,6 +4,7 @@
 #   train.sbatch, pbs/train.pbs, age/train.sh    one job: starts node.sh on every node, waits, decides what comes next
 #     node.sh                                    one node: starts `deepspeed`, leaves no process behind
 #   offline.sbatch                               the same for a command of cpt/cli.py
+#   prepare_data.sbatch                          a data job; starts ray_node.sh on every node with CPT_DATA_ENGINE=ray
 #   failures.sh                                  whether a job that failed is started again
 #   resubmit.sh                                  what PBS and AGE jobs know about themselves
 #
@@ -42,6 +43,7 @@ load_settings() {
     : "${CPT_STOP_AFTER_SECONDS:=}" "${CPT_STOP_MARGIN_SECONDS:=600}" "${CPT_KEEP_RESOURCES=filesystems}"
     : "${CPT_KEEP_VARIABLES=RTYPE USE_SSH}" "${CPT_MAX_RESTARTS:=20}" "${CPT_RESTART_ON_FAILURE:=0}" "${CPT_SAVE_SECONDS:=600}"
     : "${CPT_STAGE_DIR:=}" "${CPT_STAGE_KEEP:=0}" "${CPT_STAGE_SECONDS:=7200}" "${CPT_JOB_CACHES:=0}"
+    : "${CPT_DATA_ENGINE:=local}"
     : "${CPT_SUITE:=configs/suites/gpt-oss.yaml}" "${CPT_VLLM:=vllm}" "${CPT_VLLM_START_SECONDS:=1800}"
     : "${CPT_VLLM_CONTEXT:=40960}" "${CPT_LM_EVAL:=lm_eval}" "${CPT_LIGHTEVAL:=lighteval}"
     local name
@@ -126,6 +128,55 @@ run_inside() {
     else
         (enter_environment && exec "${CONTAINER[@]}" "$@")
     fi
+}
+
+# Start Ray on all nodes of a Slurm job, run one command with it, and end it, however the command ends.
+#   run_on_ray COMMAND...      returns the exit code of the command
+run_on_ray() {
+    local address port second code
+    address=$(master_address) || exit
+    port=$(free_port)
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0 CPT_RAY_NODES=$SLURM_NNODES
+    RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+    trap stop_ray EXIT
+    trap 'exit 143' TERM INT USR1
+    # a process group of its own, so that a signal to the job ends Ray after the build and not before
+    set -m
+    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --export=ALL --overlap --kill-on-bad-exit=0 \
+        --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --cpu-bind=none "${SRUN_CONTAINER[@]}" \
+        "${CONTAINER[@]}" env CPT_ENV="${CPT_ENV:-slurm/env.sh}" bash slurm/ray_node.sh "$address" "$port" </dev/null &
+    RAY_NODES=$!
+    set +m
+    for ((second = 0; second < 300; second++)); do
+        kill -0 "$RAY_NODES" 2>/dev/null || { say "Ray ended while it started."; exit "$EXIT_INTERNAL"; }
+        # shellcheck disable=SC2188  # only whether it opens
+        ! (: <"/dev/tcp/$address/$port") 2>/dev/null || break
+        sleep 1
+    done
+    export RAY_ADDRESS=$address:$port SLURM_OVERLAP=1
+    set -m
+    run_inside "$@" </dev/null &
+    RAY_CLIENT=$!
+    set +m
+    wait "$RAY_CLIENT"
+    code=$?
+    RAY_CLIENT=
+    return "$code"
+}
+
+# End the build, if it still runs, and Ray on all nodes.
+stop_ray() {
+    local second
+    [[ -z "${RAY_CLIENT:-}" ]] || { kill -TERM -- -"$RAY_CLIENT" 2>/dev/null; wait "$RAY_CLIENT" 2>/dev/null; }
+    [[ -n "${RAY_NODES:-}" ]] || return 0
+    kill -TERM -- -"$RAY_NODES" 2>/dev/null
+    for ((second = 0; second < 30; second++)); do
+        kill -0 -- -"$RAY_NODES" 2>/dev/null || break
+        sleep 1
+    done
+    kill -KILL -- -"$RAY_NODES" 2>/dev/null
+    wait "$RAY_NODES" 2>/dev/null
+    RAY_NODES=
 }
 
 # Print the address at which all nodes reach this one, which must be the node of rank 0.

@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,13 @@ log = logging.getLogger(__name__)
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 MODE_VARIABLE = "RAY_AUTH_MODE"
+NODES_VARIABLE = "CPT_RAY_NODES"
+"""Number of nodes to wait for, if whoever has started Ray says so."""
 MAX_RETRIES = 3
 """Times that a task is started again because its worker or node was lost."""
 _ADDRESS = re.compile(r"([\w.-]+|\[[\da-fA-F:.]+\]):\d+")
+_START_SECONDS = 300
+"""Time in which all nodes must have come."""
 _CHECK_SECONDS = 120
 """Time in which every node must answer before work begins."""
 _LOOK_SECONDS = 60
@@ -67,7 +72,7 @@ class RayExecutor(Executor):
         self._ray = _import_ray()
         self._connect(address)
         try:
-            nodes = self._living_nodes()
+            nodes = self._wait_for_nodes()
             self._check_nodes(nodes, shared_dir)
         except BaseException:
             self.close()
@@ -129,6 +134,22 @@ class RayExecutor(Executor):
                 "with which it was started (RAY_AUTH_TOKEN_PATH)."
             ) from error
 
+    def _wait_for_nodes(self) -> list[_Node]:
+        """Return the nodes that can run tasks, when all that are expected have come."""
+        expected = os.environ.get(NODES_VARIABLE, "1")
+        if not expected.isdigit():
+            raise ConfigError(f"{NODES_VARIABLE} is '{expected}', must be a number of nodes.")
+        deadline = time.monotonic() + _START_SECONDS
+        while len(nodes := self._living_nodes()) < max(int(expected), 1):
+            if time.monotonic() > deadline:
+                names = ", ".join(node.name for node in nodes) or "none"
+                raise ConfigError(
+                    f"the Ray cluster has {len(nodes)} of {expected} nodes with a CPU after "
+                    f"{_START_SECONDS} s: {names}. Look into the log of the job for the others."
+                )
+            time.sleep(0.5)
+        return nodes
+
     def _living_nodes(self) -> list[_Node]:
         """Return the nodes that can run tasks."""
         nodes = []
@@ -143,10 +164,6 @@ class RayExecutor(Executor):
                         memory_bytes=resources.get("memory", 0),
                     )
                 )
-        if not nodes:
-            raise ConfigError(
-                "the Ray cluster has no node with a CPU. Start its nodes with --num-cpus."
-            )
         return nodes
 
     def _check_nodes(self, nodes: Sequence[_Node], shared_dir: Path) -> None:
@@ -196,7 +213,7 @@ class RayExecutor(Executor):
 
     def _check_memory(self, memory_bytes: int) -> None:
         """Refuse a task that no node has the memory for: Ray would wait for one without end."""
-        largest = max(node.memory_bytes for node in self._living_nodes())
+        largest = max((node.memory_bytes for node in self._living_nodes()), default=0)
         if memory_bytes > largest:
             raise ConfigError(
                 f"a task needs {memory_bytes / 2**30:.1f} GiB, and the largest node of the Ray "
@@ -210,7 +227,11 @@ class RayExecutor(Executor):
             done, _ = self._ray.wait(references, num_returns=1, timeout=_LOOK_SECONDS)
             if done:
                 return done[0]
-            self._living_nodes()
+            if not self._living_nodes():
+                raise CptError(
+                    "the Ray cluster has lost all its nodes. What is done is kept, and a rerun "
+                    "goes on from there."
+                )
 
     def _result(self, reference: Any) -> Any:
         """Return the result of a task that is done, or raise its error as it was raised."""
