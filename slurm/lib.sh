@@ -169,7 +169,7 @@ stop_ray() {
     local second
     [[ -z "${RAY_CLIENT:-}" ]] || { kill -TERM -- -"$RAY_CLIENT" 2>/dev/null; wait "$RAY_CLIENT" 2>/dev/null; }
     [[ -n "${RAY_NODES:-}" ]] || return 0
-    kill -TERM -- -"$RAY_NODES" 2>/dev/null
+    kill -USR1 "$RAY_NODES" 2>/dev/null # srun hands it on; SIGTERM would make it kill what it runs
     for ((second = 0; second < 30; second++)); do
         kill -0 -- -"$RAY_NODES" 2>/dev/null || break
         sleep 1

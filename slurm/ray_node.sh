@@ -19,19 +19,29 @@ readonly RAY_OWN_MIB=3072 # kept for Ray itself and for the process that builds
 command -v ray >/dev/null || refuse "CPT_DATA_ENGINE=ray, but ${CPT_IMAGE:-$CPT_VENV} has no program ray. Install gpt-oss-cpt[ray] there."
 
 # Ray makes its folders and sockets writable by everyone: they stand in one that nobody else can enter.  The name of a
-# socket has at most 107 characters, so this is not $TMPDIR.
+# socket has at most 107 characters, so this is not $TMPDIR; the folder below it becomes everyone's.
 FOLDER=$(mktemp -d -p /tmp ray-XXXXXXXXXX) || refuse "no folder for Ray can be made in /tmp."
 RAY=
 # shellcheck disable=SC2317  # called by the traps
 clean_up() {
-    [[ -z "$RAY" ]] || { kill -TERM "$RAY" 2>/dev/null; wait "$RAY" 2>/dev/null; }
+    local tenth
+    if [[ -n "$RAY" ]]; then
+        kill -TERM "$RAY" 2>/dev/null
+        # Slurm signals all processes of Ray at once, and then its autoscaler may not end by itself
+        for ((tenth = 0; tenth < 50; tenth++)); do
+            kill -0 "$RAY" 2>/dev/null || break
+            sleep 0.1
+        done
+        kill -KILL -- -"$RAY" 2>/dev/null
+    fi
     rm -rf "$FOLDER"
+    say "Ray has ended on node $NODE"
 }
 trap clean_up EXIT
 trap 'exit 143' TERM INT HUP USR1
 
 # objects of a build are small: what is large goes through files
-options=(--block --temp-dir="$FOLDER" --disable-usage-stats --include-log-monitor=false --object-store-memory=$((256 << 20))
+options=(--block --temp-dir="$FOLDER/r" --disable-usage-stats --include-log-monitor=false --object-store-memory=$((256 << 20))
     --num-cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}")
 # without --mem Ray looks at the node, and not at the job
 if ((${SLURM_MEM_PER_NODE:-0} > 2 * RAY_OWN_MIB)); then
@@ -54,8 +64,10 @@ else
     done
 fi
 export RAY_TMPDIR=$FOLDER
+set -m
 ray start "${options[@]}" </dev/null >"$FOLDER/start.log" 2>&1 &
 RAY=$!
+set +m
 wait "$RAY"
 code=$?
 RAY=

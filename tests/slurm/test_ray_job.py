@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.build.build import build
+from data_pipeline.config.mix_file import load_mix
 from tests.support.job_scripts import RECORD, Bench, write_program
+from tests.support.slurm_cluster import Cluster
 
 RAY = (
     RECORD
@@ -141,3 +145,38 @@ def test_without_the_extra_the_job_says_what_to_install(bench: Bench) -> None:
     ended, output = bench.run(*BUILD, **ON_RAY, PATH=path)
     assert ended == 70
     assert "has no program ray. Install gpt-oss-cpt[ray] there" in output
+
+
+@pytest.mark.slow
+def test_real_ray_on_two_slurm_nodes_builds_the_bytes_of_one_process(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    texts = [f"document {number} of a small source " * 9 for number in range(200)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "en.jsonl").write_text("".join(lines))
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(
+        "seq_len: 256\nseed: 1\n"
+        "sources: [{name: en, language: en, domain: web, path: en.jsonl, weight: 1.0}]\n"
+    )
+    (tmp_path / "env.sh").write_text(
+        f"CPT_RUN_DIR={tmp_path}/run\nCPT_CONFIG=none\nCPT_DS_CONFIG=none\n"
+        "CPT_DATA_ENGINE=ray\nexport PYTHONPATH=$PWD\n"
+    )
+    job = cluster.submit(
+        "--nodes=2",
+        "--cpus-per-task=1",
+        "--mem=0",
+        "slurm/prepare_data.sbatch",
+        str(mix),
+        f"{tmp_path}/by-ray",
+        CPT_ENV=f"{tmp_path}/env.sh",
+    )
+    fields = cluster.wait(job)
+    output = cluster.output(job)
+    assert (fields["JobState"], fields["ExitCode"]) == ("COMPLETED", "0:0"), output
+    assert "2 nodes, 2 CPUs" in output
+    assert output.count("Ray has ended on node") == 2, output
+    build(load_mix(mix), tmp_path / "alone", progress=False)
+    manifest = (tmp_path / "alone" / "manifest.json").read_bytes()
+    assert (tmp_path / "by-ray" / "manifest.json").read_bytes() == manifest
