@@ -20,6 +20,7 @@ from data_pipeline.build.deduplication import Fate
 from data_pipeline.build.document_fates import DecidedSource, decide_all_fates
 from data_pipeline.build.guard_sets import check_dropped, check_guard_sets
 from data_pipeline.build.origin import Origin
+from data_pipeline.build.packed_split import pack_split
 from data_pipeline.build.part import Part
 from data_pipeline.build.self_replay import base_model_of
 from data_pipeline.build.source_parts import SourceParts
@@ -27,7 +28,7 @@ from data_pipeline.build.stage_choice import split_by_stage
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.engine.executor import Executor
 from data_pipeline.errors import DataError
-from data_pipeline.store.files import atomic_write, make_folder, sha256_of, sync_directory
+from data_pipeline.store.files import atomic_write, sha256_of, sync_directory
 from data_pipeline.store.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
@@ -37,14 +38,7 @@ from data_pipeline.store.manifest import (
     SourceEntry,
     StageEntry,
 )
-from data_pipeline.store.packing import (
-    ARRAY_NAMES,
-    CLUSTERS_FILE,
-    Integers,
-    RowIndex,
-    Segments,
-    pack,
-)
+from data_pipeline.store.packing import CLUSTERS_FILE, Integers, Segments
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.tokenizer import NAME, RANKS_SHA256
@@ -85,7 +79,7 @@ def assemble_build(
     (directory / FILE_NAME).unlink(missing_ok=True)  # left by a build killed just before its end
     lengths = [stage.seq_len for stage in mix.stages] or [mix.seq_len]
     log.info("packing rows of %s tokens", ", ".join(map(str, lengths)))
-    entries = tuple(_pack_source(directory, mix, one) for one in decided)
+    entries = tuple(_pack_source(work_dir, mix, one, executor) for one in decided)
     manifest = BuildManifest(
         format_version=FORMAT_VERSION,
         fingerprint=origin.fingerprint,
@@ -131,25 +125,31 @@ def _check_every_domain_is_measured(mix: MixConfig, decided: Sequence[DecidedSou
             )
 
 
-def _pack_source(directory: Path, mix: MixConfig, decided: DecidedSource) -> SourceEntry:
+def _pack_source(
+    work_dir: Path, mix: MixConfig, decided: DecidedSource, executor: Executor
+) -> SourceEntry:
     """Pack the training and the held-out documents of a source, and describe it."""
     source = decided.parts.source
     fates = decided.fates
     shards = decided.parts.open_shards()
-    folder = directory / source.name
+    folder = work_dir / "build" / source.name
     tokens = shards.document_tokens
     trained = Segments.whole(fates.train, tokens[fates.train])
     measured = Segments.whole(fates.held_out, tokens[fates.held_out])
     stages: tuple[StageEntry, ...] = ()
     if mix.stages:
-        stages = _pack_stages(folder, mix, decided, trained, shards)
+        stages = _pack_stages(work_dir, mix, decided, trained, shards, executor)
         num_rows = sum(stage.rows for stage in stages)
         predicted_tokens = sum(stage.predicted_tokens for stage in stages)
     else:
-        train = _pack_split(folder / TRAIN_FOLDER, trained, mix.seq_len, mix.packing)
+        train = pack_split(
+            folder / TRAIN_FOLDER, trained, mix.seq_len, mix.packing, work_dir, executor
+        )
         num_rows = train.num_rows
-        predicted_tokens = int(train.piece_pairs.sum())
-    held_out = _pack_split(folder / "held_out", measured, mix.seq_len, mix.packing)
+        predicted_tokens = train.num_pairs
+    held_out = pack_split(
+        folder / "held_out", measured, mix.seq_len, mix.packing, work_dir, executor
+    )
     if source.cluster_by is not None:
         clusters = first_of_cluster(decided.parts.clusters_of(fates.held_out))
         _save_array(folder / "held_out" / CLUSTERS_FILE, clusters)
@@ -164,7 +164,7 @@ def _pack_source(directory: Path, mix: MixConfig, decided: DecidedSource) -> Sou
         rows=num_rows,
         held_out_documents=len(fates.held_out),
         held_out_rows=held_out.num_rows,
-        held_out_tokens=int(held_out.piece_pairs.sum()),
+        held_out_tokens=held_out.num_pairs,
         held_out_hash=decided.held_out_hash,
         held_out_found=int(decided.held_out_found.sum()),
         duplicates=decided.parts.num_duplicates + fates.num_duplicates,
@@ -187,7 +187,12 @@ def _notes(tally: Tally) -> dict[str, int]:
 
 
 def _pack_stages(
-    folder: Path, mix: MixConfig, decided: DecidedSource, trained: Segments, shards: Shards
+    work_dir: Path,
+    mix: MixConfig,
+    decided: DecidedSource,
+    trained: Segments,
+    shards: Shards,
+    executor: Executor,
 ) -> tuple[StageEntry, ...]:
     """Pack the training documents of a source into the rows of the stages.
 
@@ -206,28 +211,20 @@ def _pack_stages(
                 f"each of the {len(mix.stages)} stages needs one at least. Give it more text, or "
                 "weight 0."
             )
-        folder_name = f"{TRAIN_FOLDER}-{stage.seq_len}"
-        rows = _pack_split(folder / folder_name, segments, stage.seq_len, mix.packing)
+        folder = work_dir / "build" / source.name / f"{TRAIN_FOLDER}-{stage.seq_len}"
+        rows = pack_split(folder, segments, stage.seq_len, mix.packing, work_dir, executor)
         documents = np.unique(segments.document)
         entries.append(
             StageEntry(
                 seq_len=stage.seq_len,
                 documents=len(documents),
                 tokens=int(segments.tokens.sum()),
-                predicted_tokens=int(rows.piece_pairs.sum()),
+                predicted_tokens=rows.num_pairs,
                 bytes=int(shards.document_bytes[documents].sum()),
                 rows=rows.num_rows,
             )
         )
     return tuple(entries)
-
-
-def _pack_split(directory: Path, segments: Segments, seq_len: int, method: str) -> RowIndex:
-    rows = pack(segments, seq_len, method)
-    make_folder(directory)
-    for name in ARRAY_NAMES:
-        _save_array(directory / f"{name}.npy", getattr(rows, name))
-    return rows
 
 
 def _save_array(path: Path, values: Integers) -> None:

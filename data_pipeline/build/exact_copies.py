@@ -38,7 +38,7 @@ from data_pipeline.build.shuffle import (
     write_records,
 )
 from data_pipeline.build.source_parts import SourceParts
-from data_pipeline.build.steps import Marks, Step
+from data_pipeline.build.steps import Step
 from data_pipeline.engine.executor import Executor
 from data_pipeline.store.files import atomic_write
 
@@ -134,9 +134,8 @@ def decide_exact(
         found = _compare(step, groups, held_digests, bits, executor)
         marks = _gather_marks(num_documents, found)
         step.finish(marks)
-    is_copied = marks >= _COPIED
-    marks &= _COPIED - 1
-    return marks, is_copied
+    is_copied = np.asarray(marks >= _COPIED)
+    return marks & np.uint8(_COPIED - 1), is_copied
 
 
 def _held_digests(
@@ -258,7 +257,7 @@ def _slot_records(task: _Compare) -> Iterator[Columns]:
         yield dict(zip(("high", "low", "number", "held"), columns, strict=True))
 
 
-def _gather_marks(num_documents: int, files: Sequence[Path]) -> Marks:
+def _gather_marks(num_documents: int, files: Sequence[Path]) -> Fates:
     marks = np.full(num_documents, Fate.TRAIN, np.uint8)
     for path in files:
         found = np.load(path, mmap_mode="r", allow_pickle=False)

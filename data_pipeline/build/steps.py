@@ -1,6 +1,6 @@
 """Steps of the last stage that a killed build does not repeat.
 
-    tasks of a step -> one file each -> the result of the step, one byte a document
+    tasks of a step -> one file each -> the result of the step, one array
 
 Decisions
     The folder of a step has a name that is a hash of all that goes into the step, so what another
@@ -30,8 +30,8 @@ STEPS_FOLDER = "last_stage"
 """Folder of all steps in the work directory of a build."""
 _RESULT_FILE = "result.npy"
 _TASKS_FOLDER = "tasks"
-Marks = npt.NDArray[np.uint8]
-"""One byte a document, in the order of the mix."""
+Result = npt.NDArray[Any]
+"""An array: one byte a document in the order of the mix, or a few counts."""
 
 
 class StepTask(Protocol):
@@ -74,7 +74,7 @@ class Step:
         """Folder for the files of the tasks."""
         return self.folder / _TASKS_FOLDER
 
-    def result(self) -> Marks | None:
+    def result(self) -> Result | None:
         """Return the result of the step; None if it is not done."""
         try:
             return np.asarray(np.load(self.folder / _RESULT_FILE, allow_pickle=False))
@@ -98,7 +98,7 @@ class Step:
             for _ in executor.run(work, missing):
                 bar.update()
 
-    def finish(self, result: Marks) -> None:
+    def finish(self, result: Result) -> None:
         """Keep the result, and remove the files of the tasks."""
         with atomic_write(self.folder / _RESULT_FILE) as file:
             np.save(file, result, allow_pickle=False)

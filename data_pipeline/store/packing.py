@@ -18,6 +18,7 @@ Decisions
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,13 +114,37 @@ def pack(segments: Segments, seq_len: int, method: str = "best_fit") -> RowIndex
         seq_len: Slots of a row.
         method: `best_fit`, or `concatenate`: segments one after the other, cut wherever a row ends.
     """
+    blocks = []
+    pairs_before = 0
+    for first in range(0, max(len(segments), 1), BLOCK_DOCUMENTS):
+        block = segments.part(first, first + BLOCK_DOCUMENTS)
+        blocks.append(pack_block(block, seq_len, method, pairs_before))
+        pairs_before += int(block.tokens.sum()) - len(block)
+    return close_last_row(_join(blocks))
+
+
+def pack_block(segments: Segments, seq_len: int, method: str, pairs_before: int) -> RowIndex:
+    """Pack the segments of one block.
+
+    Args:
+        segments: What to pack.
+        seq_len: Slots of a row.
+        method: As for `pack`. `concatenate` goes on in the row that the block before left open, and
+            lists only the rows that end in this block.
+        pairs_before: Pairs of all blocks before this one.
+    """
     assert len(segments) == 0 or segments.tokens.min() >= 2
     if method == "concatenate":
-        return _concatenate(segments, seq_len)
-    blocks = []
-    for first in range(0, max(len(segments), 1), BLOCK_DOCUMENTS):
-        blocks.append(_pack_block(segments.part(first, first + BLOCK_DOCUMENTS), seq_len))
-    return _join(blocks)
+        return _concatenate(segments, seq_len, pairs_before % seq_len)
+    return _fit_best(segments, seq_len)
+
+
+def close_last_row(rows: RowIndex) -> RowIndex:
+    """End the last row where the last piece ends."""
+    num_pieces = len(rows.piece_pairs)
+    if rows.row_offsets[-1] == num_pieces:
+        return rows
+    return dataclasses.replace(rows, row_offsets=np.append(rows.row_offsets, num_pieces))
 
 
 def segments_of(rows: RowIndex) -> Segments:
@@ -157,9 +182,10 @@ def _join(blocks: Sequence[RowIndex]) -> RowIndex:
     if len(blocks) == 1:
         return blocks[0]
     offsets = [np.zeros(1, np.int64)]
+    num_pieces_before = 0
     for block in blocks:
-        num_pieces_before = offsets[-1][-1]
         offsets.append(block.row_offsets[1:] + num_pieces_before)
+        num_pieces_before += len(block.piece_pairs)
     return RowIndex(
         row_offsets=np.concatenate(offsets),
         piece_document=np.concatenate([block.piece_document for block in blocks]),
@@ -168,7 +194,7 @@ def _join(blocks: Sequence[RowIndex]) -> RowIndex:
     )
 
 
-def _pack_block(segments: Segments, seq_len: int) -> RowIndex:
+def _fit_best(segments: Segments, seq_len: int) -> RowIndex:
     """Pack segments by best fit: first the rows that a single piece fills, then the others."""
     pairs = segments.tokens - 1
     num_full, rest = np.divmod(pairs, seq_len)
@@ -197,17 +223,23 @@ def _pack_block(segments: Segments, seq_len: int) -> RowIndex:
     )
 
 
-def _concatenate(segments: Segments, seq_len: int) -> RowIndex:
-    """Lay segments end to end; a piece ends where its segment or its row does."""
+def _concatenate(segments: Segments, seq_len: int, taken: int) -> RowIndex:
+    """Lay segments end to end; a piece ends where its segment or its row does.
+
+    Args:
+        segments: What to pack.
+        seq_len: Slots of a row.
+        taken: Slots of the first row that other segments have.
+    """
     pairs = segments.tokens - 1
-    segment_ends = np.cumsum(pairs)
-    total = int(segment_ends[-1]) if len(segment_ends) else 0
+    segment_ends = np.cumsum(pairs) + taken
+    total = int(segment_ends[-1]) if len(segment_ends) else taken
     row_borders = np.arange(seq_len, total, seq_len)
     piece_ends = np.unique(np.concatenate([segment_ends, row_borders]).astype(np.int64))
-    piece_starts = np.concatenate([np.zeros(min(len(piece_ends), 1), np.int64), piece_ends[:-1]])
+    first_start = np.full(min(len(piece_ends), 1), taken, np.int64)
+    piece_starts = np.concatenate([first_start, piece_ends[:-1]])
     owner = np.searchsorted(segment_ends, piece_starts, side="right")
-    row_ends = np.append(row_borders, total)[: len(piece_ends)]
-    pieces_until_row_end = np.searchsorted(piece_ends, row_ends) + 1
+    pieces_until_row_end = np.flatnonzero(piece_ends % seq_len == 0) + 1
     return RowIndex(
         row_offsets=np.concatenate([np.zeros(1, np.int64), pieces_until_row_end]),
         piece_document=segments.document[owner],
