@@ -24,6 +24,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == ROOT / "cpt":
 from cpt.commands import (  # noqa: E402
     checkpoints,
     compare,
+    data,
     doctor,
     evaluate,
     export,
@@ -67,6 +68,7 @@ COMMANDS = (
     watch,
     compare,
     checkpoints,
+    data,
     guard,
     plan,
     evaluate,

@@ -9,10 +9,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from cpt.checkpoint.given_up_batches import batch_of_step
 from cpt.config import DataSection, RunConfig
 from cpt.errors import ConfigError, DataError
 from cpt.job.context import RunContext
-from cpt.job.progress import Progress, batch_of_step
+from cpt.job.progress import Progress
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.parallel.topology import Topology

@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 from typing import NoReturn
 
+from cpt.checkpoint.given_up_batches import batch_of_step
 from cpt.checkpoint.loading import load_checkpoint, set_newer_aside
 from cpt.checkpoint.reader import list_steps
 from cpt.config import GuardSection
@@ -28,7 +29,7 @@ from cpt.guard.ladder import LEVERS, RELIEFS, Decision, GuardState
 from cpt.guard.lever_limits import LeverLimits
 from cpt.guard.yardstick import Evidence, Reading
 from cpt.job.job import Job
-from cpt.job.progress import batch_of_step, read_guard_rollbacks, write_guard_rollbacks
+from cpt.job.progress import read_guard_rollbacks, write_guard_rollbacks
 from cpt.job.run_report import draw_report_together
 from cpt.job.saving import end, final_save
 from cpt.parallel.agreement import on_first_rank

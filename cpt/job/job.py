@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpt.checkpoint.given_up_batches import Ranges, batch_of_step, read_rollbacks, skipped_by
 from cpt.checkpoint.loading import LoadedState
 from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.saver import Saver
@@ -18,15 +19,7 @@ from cpt.guard.guard import Guard
 from cpt.guard.ladder import GuardState
 from cpt.guard.replay_share import ReplayShares
 from cpt.job.context import RunContext
-from cpt.job.progress import (
-    Progress,
-    Ranges,
-    batch_of_step,
-    newest_guard_state,
-    read_guard_rollbacks,
-    read_rollbacks,
-    skipped_by,
-)
+from cpt.job.progress import Progress, newest_guard_state, read_guard_rollbacks
 from cpt.job.resumption import RunIdentity, starting_point
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology

@@ -15,18 +15,15 @@ from an earlier step on.  guard_rollbacks.json keeps the guard's state after eac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
+from cpt.checkpoint.given_up_batches import FILE, Ranges, batch_of_step, merged, read_list
 from data_pipeline.store.files import write_json
 
-FILE = "rollbacks.json"
 GUARD_FILE = "guard_rollbacks.json"
-Ranges = tuple[tuple[int, int], ...]
-"""Half-open ranges of batches, ascending and disjoint."""
 
 
 @dataclass(kw_only=True)
@@ -77,40 +74,6 @@ class Progress:
         return batch_of_step(self.step, self.skip_ranges)
 
 
-def batch_of_step(step: int, skip_ranges: Ranges) -> int:
-    """Return the batch that a step trains on; steps count from 0 here."""
-    batch = step
-    for first, last in skip_ranges:
-        if batch < first:
-            break
-        batch += last - first
-    return batch
-
-
-def merged(ranges: Sequence[tuple[int, int]]) -> Ranges:
-    """Return the same batches as ascending, disjoint ranges."""
-    result: list[tuple[int, int]] = []
-    for first, last in sorted(ranges):
-        if result and first <= result[-1][1]:
-            result[-1] = (result[-1][0], max(last, result[-1][1]))
-        elif first < last:
-            result.append((first, last))
-    return tuple(result)
-
-
-def skipped_by(rollbacks: list[dict[str, int]]) -> list[tuple[int, int]]:
-    """Return the batches that rollbacks have given up."""
-    return [(rollback["first_batch"], rollback["last_batch"]) for rollback in rollbacks]
-
-
-def read_rollbacks(run_dir: Path) -> list[dict[str, int]]:
-    """Return the rollbacks of a run so far.
-
-    Each has `from_step`, `to_step`, `first_batch` and `last_batch` (excluded).
-    """
-    return _read_list(run_dir / FILE)
-
-
 def write_rollbacks(run_dir: Path, rollbacks: list[dict[str, int]]) -> None:
     """Write all rollbacks of a run."""
     write_json(run_dir / FILE, rollbacks, indent=1)
@@ -118,7 +81,7 @@ def write_rollbacks(run_dir: Path, rollbacks: list[dict[str, int]]) -> None:
 
 def read_guard_rollbacks(run_dir: Path) -> list[dict[str, Any]]:
     """Return the guard's state after each of its rollbacks, as `GuardState.to_json` gave it."""
-    return _read_list(run_dir / GUARD_FILE)
+    return read_list(run_dir / GUARD_FILE)
 
 
 def write_guard_rollbacks(run_dir: Path, states: list[dict[str, Any]]) -> None:
@@ -139,10 +102,3 @@ def newest_guard_state(
     if (saved or {}).get("paused") and len(rollbacks) == known + 1:
         return saved
     return rollbacks[-1] if len(rollbacks) > known else saved
-
-
-def _read_list(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    content: list[dict[str, Any]] = read_json(path, LARGE_BYTES, follow_links=False)
-    return content

@@ -10,11 +10,12 @@ import logging
 import time
 from typing import Any
 
+from cpt.checkpoint.given_up_batches import batch_of_step, read_rollbacks
 from cpt.checkpoint.loading import load_checkpoint
 from cpt.checkpoint.reader import list_steps
 from cpt.errors import InternalError
 from cpt.job.job import Job
-from cpt.job.progress import Progress, batch_of_step, read_rollbacks, write_rollbacks
+from cpt.job.progress import Progress, write_rollbacks
 from cpt.job.saving import publish
 from cpt.parallel.agreement import on_first_rank
 from cpt.training.engine import StepResult

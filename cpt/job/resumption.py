@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import GptOssConfig
 
+from cpt.checkpoint.given_up_batches import merged, read_rollbacks, skipped_by
 from cpt.checkpoint.manifest import TensorRecord, read_manifest
 from cpt.checkpoint.reader import (
     candidates,
@@ -24,7 +25,7 @@ from cpt.checkpoint.reader import (
 from cpt.checkpoint.run_state import RunState
 from cpt.config import RunConfig
 from cpt.errors import ConfigError
-from cpt.job.progress import Progress, merged, read_rollbacks, skipped_by
+from cpt.job.progress import Progress
 from cpt.model.parameters import parameter_shapes
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData

@@ -22,6 +22,7 @@ from data_pipeline.build.guard_sets import check_dropped, check_guard_sets
 from data_pipeline.build.origin import Origin
 from data_pipeline.build.packed_split import pack_split
 from data_pipeline.build.part import Part
+from data_pipeline.build.provenance import write_provenance
 from data_pipeline.build.self_replay import base_model_of
 from data_pipeline.build.source_parts import SourceParts
 from data_pipeline.build.stage_choice import split_by_stage
@@ -80,6 +81,8 @@ def assemble_build(
     lengths = [stage.seq_len for stage in mix.stages] or [mix.seq_len]
     log.info("packing rows of %s tokens", ", ".join(map(str, lengths)))
     entries = tuple(_pack_source(work_dir, mix, one, executor) for one in decided)
+    for one in gathered:
+        write_provenance(directory, one)
     manifest = BuildManifest(
         format_version=FORMAT_VERSION,
         fingerprint=origin.fingerprint,

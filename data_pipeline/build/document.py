@@ -33,6 +33,11 @@ class Document:
     """Whether the tokens are in the Harmony format and end with <|return|>."""
     cluster: int = NO_CLUSTER
     """Hash of what it has in common with documents that it belongs to (`cluster_by`)."""
+    origin: int = 0
+    """Number of the file within the unit and of the record, as `store.provenance.place_of` packs
+    them; lines are counted from the start of the unit."""
+    kept: tuple[str | None, ...] = ()
+    """Values of the fields that the source keeps."""
     place: Place | None = None
     """Place of a conversation in the input, for the account of those that fit no row."""
     tokenize: Callable[[], Tokens]

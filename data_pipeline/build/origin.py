@@ -147,6 +147,8 @@ def _source_rules(source: SourceConfig) -> Rules:
         rules["cluster_by"] = source.cluster_by
     if source.filters:
         rules["filters"] = [dataclasses.asdict(rule) for rule in source.filters]
+    if source.keep:
+        rules["keep"] = list(source.keep)
     for key in ("min_characters", "min_tokens", "max_tokens"):
         if getattr(source, key) is not None:
             rules[key] = getattr(source, key)

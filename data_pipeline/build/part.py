@@ -21,6 +21,7 @@ Decisions
 from __future__ import annotations
 
 import array
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -37,6 +38,7 @@ from data_pipeline.build.clusters import Hashes64
 from data_pipeline.build.deduplication import HASH_DTYPE, Hashes
 from data_pipeline.build.document import Document
 from data_pipeline.build.input_files import InputFile, check_unchanged
+from data_pipeline.build.kept_fields import KeptWriter
 from data_pipeline.build.near_duplicates import NUM_HASHES, Signatures, minhash_signatures
 from data_pipeline.build.sources import read_documents
 from data_pipeline.build.units import Unit
@@ -44,6 +46,7 @@ from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import atomic_write, make_folder, sha256_of, write_json
 from data_pipeline.store.packing import ARRAY_ERRORS, why_no_array
+from data_pipeline.store.provenance import Places
 from data_pipeline.store.shards import SUFFIX, write_shard
 from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.harmony import body
@@ -111,11 +114,27 @@ class Part:
         """MinHash signatures of the documents in the shard; absent if they are not needed."""
         return self._side_path("minhash")
 
+    @property
+    def places_path(self) -> Path:
+        """Origins of the documents in the shard, counted from the start of the unit."""
+        return self._side_path("places")
+
+    @property
+    def kept_path(self) -> Path:
+        """Fields that the source keeps, as Parquet; absent if it keeps none."""
+        return self._side_path("kept")
+
     def file_paths(self) -> dict[str, Path]:
         """Return the files of the part but for the account, by names without source and number."""
-        paths = {SHARD: self.shard_path, "hashes": self.hashes_path}
+        paths = {
+            SHARD: self.shard_path,
+            "hashes": self.hashes_path,
+            "places": self.places_path,
+        }
         if self.source.cluster_by is not None:
             paths["clusters"] = self.clusters_path
+        if self.source.keep:
+            paths["kept"] = self.kept_path
         if self.near_duplicates:
             paths["minhash"] = self.signatures_path
         return paths
@@ -170,6 +189,7 @@ def read_account(part: Part) -> Account | None:
         account = Account.from_json(value)
         if account.num_documents and part.shard_path.stat().st_size != account.shard_bytes:
             return None
+        part.places_path.stat()  # an earlier version wrote none
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return account
@@ -188,6 +208,11 @@ def read_signatures(part: Part) -> Signatures:
 def read_clusters(part: Part) -> Hashes64:
     """Return the clusters of the documents in a part's shard, as a memory map."""
     return read_side_file(part.clusters_path, part.work_dir)
+
+
+def read_places(part: Part) -> Places:
+    """Return the origins of the documents in a part's shard, as a memory map."""
+    return read_side_file(part.places_path, part.work_dir)
 
 
 def read_side_file(path: Path, work_dir: Path) -> npt.NDArray[Any]:
@@ -228,6 +253,8 @@ def make_part(part: Part) -> Account:
     check_unchanged(part.inputs, part.source.name)
     with atomic_write(part.hashes_path) as file:
         np.save(file, facts.hashes())
+    with atomic_write(part.places_path) as file:
+        np.save(file, facts.places())
     if part.source.cluster_by is not None:
         with atomic_write(part.clusters_path) as file:
             np.save(file, facts.clusters())
@@ -251,14 +278,38 @@ def _write_shard(part: Part, tally: Tally, facts: _DocumentFacts) -> bool:
     """Write the documents of the unit, each once, and return whether there are any."""
     documents = facts.without_copies(read_documents(part.source, part.unit, tally))
     tokenized = _within_limits(_tokenize(documents, part.seq_len, tally), part.source, tally)
-    first = next(tokenized, None)
-    if first is None:
-        return False
+    with _kept_writer(part) as kept:
+        first = next(tokenized, None)
+        if first is None:
+            return False
+        _write_documents(part, itertools.chain([first], tokenized), facts, kept)
+    return True
+
+
+def _write_documents(
+    part: Part,
+    documents: Iterator[tuple[Document, Tokens]],
+    facts: _DocumentFacts,
+    kept: KeptWriter | None,
+) -> None:
     with write_shard(part.shard_path) as shard:
-        for document, tokens in itertools.chain([first], tokenized):
+        for document, tokens in documents:
             facts.note(document, tokens)
             shard.add(tokens, document.num_bytes, document.is_conversation)
-    return True
+            if kept is not None:
+                kept.add(document.kept)
+
+
+@contextlib.contextmanager
+def _kept_writer(part: Part) -> Iterator[KeptWriter | None]:
+    """Yield what writes the fields that a source keeps; None if it keeps none."""
+    if not part.source.keep:
+        yield None
+        return
+    with atomic_write(part.kept_path) as file:
+        writer = KeptWriter(file, part.source.keep)
+        yield writer
+        writer.finish()
 
 
 def _tokenize(
@@ -301,6 +352,7 @@ class _DocumentFacts:
         self._high = array.array("Q")
         self._low = array.array("Q")
         self._clusters = array.array("Q")
+        self._places = array.array("Q")
         self._waiting: list[Tokens] = []
         self._num_waiting_tokens = 0
         self._signatures: list[Signatures] = [np.zeros((0, NUM_HASHES), np.uint32)]
@@ -330,6 +382,7 @@ class _DocumentFacts:
         self._high.append(document.content_hash >> 64)
         self._low.append(document.content_hash & 2**64 - 1)
         self._clusters.append(document.cluster)
+        self._places.append(document.origin)
         self.num_tokens += len(tokens)
         if document.is_conversation:
             self.longest_conversation = max(self.longest_conversation, len(tokens) - 1)
@@ -351,6 +404,10 @@ class _DocumentFacts:
     def clusters(self) -> Hashes64:
         """Return the clusters of the documents noted."""
         return np.array(self._clusters, dtype=np.uint64)
+
+    def places(self) -> Places:
+        """Return the origins of the documents noted."""
+        return np.array(self._places, dtype=np.uint64)
 
     def signatures(self) -> Signatures:
         """Return the MinHash signatures of the documents noted."""

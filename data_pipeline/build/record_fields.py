@@ -29,8 +29,8 @@ def text_fields(source: SourceConfig) -> tuple[str, ...]:
 
 
 def value_fields(source: SourceConfig) -> tuple[str, ...]:
-    """Return the names of the other fields that are read: those of filters and of the cluster."""
-    names = [rule.field for rule in source.filters]
+    """Return the names of the other fields that are read: of filters, of the cluster, and kept."""
+    names = [*source.keep, *(rule.field for rule in source.filters)]
     if source.cluster_by is not None and source.cluster_by not in CLUSTER_PLACES:
         names.append(source.cluster_by)
     read = text_fields(source)

@@ -34,6 +34,8 @@ class SourceParts:
     """Parts that have documents."""
     accounts: Sequence[Account]
     """Account of each of those parts."""
+    lines_before: Sequence[int]
+    """Lines of the same file before each of those parts; 0 in files without lines."""
     tally: Tally
     """Counts of all documents of the source, by what became of them."""
     num_duplicates: int
@@ -48,6 +50,7 @@ class SourceParts:
         num_duplicates = 0
         full_parts = []
         full_accounts = []
+        full_lines_before = []
         for part in parts:
             account = read_account(part)
             assert account is not None, f"{part.account_path}: parts are made before this"
@@ -55,15 +58,17 @@ class SourceParts:
                 lines_before = 0
             previous_paths = part.unit.paths
             tally.add(account.tally, lines_before)
-            lines_before += account.tally.lines
             num_duplicates += account.num_duplicates
             if account.num_documents:
+                full_lines_before.append(lines_before)
                 full_parts.append(part)
                 full_accounts.append(account)
+            lines_before += account.tally.lines
         return cls(
             source=source,
             parts=full_parts,
             accounts=full_accounts,
+            lines_before=full_lines_before,
             tally=tally,
             num_duplicates=num_duplicates,
         )

@@ -26,6 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 from data_pipeline.build.clusters import NO_CLUSTER, cluster_of
 from data_pipeline.build.document import Document
 from data_pipeline.build.json_records import parse_record
+from data_pipeline.build.kept_fields import kept_values
 from data_pipeline.build.mock_documents import invent_documents
 from data_pipeline.build.parquet_files import parquet_batches
 from data_pipeline.build.record_fields import (
@@ -40,6 +41,7 @@ from data_pipeline.build.table_columns import table_records
 from data_pipeline.build.units import Unit, split_into_units
 from data_pipeline.build.unreadable_files import unreadable, why_no_text
 from data_pipeline.config.source_config import RECORD_KEYS, SourceConfig, fill_template
+from data_pipeline.store.provenance import place_of
 from data_pipeline.store.text_files import open_text, text_layers
 from data_pipeline.text.cleaning import (
     MAX_DOCUMENT_BYTES,
@@ -91,16 +93,25 @@ def read_documents(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[D
         raise unreadable(unit.paths[0] if unit.paths else source.name, error) from error
 
 
-def _in_cluster(
-    document: Document, source: SourceConfig, path: str, record: Mapping[str, Any], tally: Tally
+def _located(
+    document: Document,
+    source: SourceConfig,
+    path: str,
+    number: int,
+    record: Mapping[str, Any],
+    tally: Tally,
 ) -> Document:
-    """Return a document with the cluster that it belongs to; count one without the key of it."""
-    if source.cluster_by is None:
-        return document
-    cluster = cluster_of(source.cluster_by, path, record)
-    if cluster == NO_CLUSTER:
-        tally.notes[f"document without '{source.cluster_by:.40}' (cluster_by)"] += 1
-    return replace(document, cluster=cluster)
+    """Return a document with its origin, the fields to keep, and the cluster that it belongs to.
+
+    A document without the key of its cluster is counted.
+    """
+    cluster = NO_CLUSTER
+    if source.cluster_by is not None:
+        cluster = cluster_of(source.cluster_by, path, record)
+        if cluster == NO_CLUSTER:
+            tally.notes[f"document without '{source.cluster_by:.40}' (cluster_by)"] += 1
+    kept = kept_values(source.keep, record) if source.keep else ()
+    return replace(document, origin=number, cluster=cluster, kept=kept)
 
 
 def _accept_record(
@@ -113,7 +124,7 @@ def _accept_record(
         return None
     if source.format == "harmony":
         conversation, reason = read_conversation(
-            _without_filters(source, record), source.ignored_keys
+            _without_own_fields(source, record), source.ignored_keys
         )
         if conversation is not None:
             tally.accepted += 1
@@ -127,12 +138,12 @@ def _accept_record(
     return None
 
 
-def _without_filters(source: SourceConfig, record: dict[str, Any]) -> dict[str, Any]:
-    """Return a conversation without the keys that filters read, which it would not know."""
-    if not source.filters:
+def _without_own_fields(source: SourceConfig, record: dict[str, Any]) -> dict[str, Any]:
+    """Return a conversation without the keys of filters and of `keep`, which it would not know."""
+    if not (source.filters or source.keep):
         return record
-    read = {rule.field for rule in source.filters}
-    read |= {rule.field.partition(".")[0] for rule in source.filters}
+    read = {*source.keep, *(rule.field for rule in source.filters)}
+    read |= {field.partition(".")[0] for field in read}
     return {key: value for key, value in record.items() if key not in read - set(RECORD_KEYS)}
 
 
@@ -191,7 +202,7 @@ def _read_jsonl(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Docu
                 continue
             document = _accept_record(source, record, place, tally)
             if document is not None:
-                yield _in_cluster(document, source, str(path), record, tally)
+                yield _located(document, source, str(path), number, record, tally)
 
 
 def _lines(
@@ -270,11 +281,11 @@ def _table_documents(
             continue
         document = _accept_record(source, record, place, tally)
         if document is not None:
-            yield _in_cluster(document, source, name, record, tally)
+            yield _located(document, source, name, number, record, tally)
 
 
 def _read_text_files(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
-    for path in unit.paths:
+    for file_number, path in enumerate(unit.paths):
         place = Place(str(path))
         layers = text_layers(path)
         reason = why_no_text(path, layers)
@@ -289,7 +300,8 @@ def _read_text_files(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator
             continue
         document = _accept_bytes(source, _unify_text_file(content, tally), place, tally)
         if document is not None:
-            yield _in_cluster(document, source, str(path), {}, tally)
+            origin = place_of(file_number, 1)
+            yield _located(document, source, str(path), origin, {}, tally)
 
 
 def _unify_text_file(content: bytes, tally: Tally) -> bytes:
@@ -321,13 +333,14 @@ def _read_build(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Docu
         place = Place(f"{unit.paths[0]}: document {number}")
         document = _accept_bytes(source, content, place, tally)
         if document is not None:
-            yield document
+            yield replace(document, origin=number)
 
 
 def _read_mock(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
-    for tokens in invent_documents(source, unit.start, unit.stop):
+    invented = invent_documents(source, unit.start, unit.stop)
+    for number, tokens in enumerate(invented, unit.start + 1):
         tally.accepted += 1
-        yield Document.from_invented_tokens(tokens)
+        yield replace(Document.from_invented_tokens(tokens), origin=number)
 
 
 _READERS: dict[str, Callable[[SourceConfig, Unit, Tally], Iterator[Document]]] = {

@@ -139,6 +139,9 @@ class SourceConfig:
     """Tokens that a document must have; shorter ones are filtered out."""
     max_tokens: int | None = None
     """Tokens that a document may have; longer ones are filtered out."""
+    keep: tuple[str, ...] = ()
+    """Fields of a record that the build keeps beside the tokens, such as url and id, for `cpt data
+    where`; each is cut to 2,000 characters."""
     cluster_by: str | None = None
     """What documents that belong together have in common: `file`, `folder`, or the key or column
     that names it, for example url, of which the host counts. The guard measures one held-out
@@ -236,8 +239,12 @@ class SourceConfig:
             yield "normalise", f"is given, but format: {self.format} has no plain text. Remove it."
 
     def _check_filters(self) -> Iterator[Problem]:
-        if self.filters and self.format in ("text", "build", "mock"):
-            yield "filters", f"is given, but format: {self.format} has no fields. Remove it."
+        for key, given in (("filters", self.filters), ("keep", self.keep)):
+            if given and self.format in ("text", "build", "mock"):
+                yield key, f"is given, but format: {self.format} has no fields. Remove it."
+        for name in self.keep:
+            if not is_field_name(name) or self.keep.count(name) > 1:
+                yield "keep", f"lists '{name}', which names no field, or one that it lists twice."
         if not is_field_name(self.text_field):
             yield "text_field", f"is '{self.text_field}', which names no field."
         limits = {

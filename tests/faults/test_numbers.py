@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from cpt.checkpoint.given_up_batches import read_rollbacks
 from cpt.checkpoint.manifest import PARTS, read_manifest
 from cpt.checkpoint.reader import list_steps, step_folder
-from cpt.job.progress import read_rollbacks
 from tests.dist.test_layout_parity import stored_tensors
 from tests.support.service import run_to_end
 from tests.support.tensors import differing

@@ -8,7 +8,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpt.job.progress import Progress, batch_of_step, merged, read_rollbacks, write_rollbacks
+from cpt.checkpoint.given_up_batches import batch_of_step, merged, read_rollbacks
+from cpt.job.progress import Progress, write_rollbacks
 
 
 def test_without_a_rollback_step_and_batch_are_the_same() -> None:
