@@ -43,6 +43,23 @@ class Document:
     tokenize: Callable[[], Tokens]
     """Function that returns the tokens, without END_OF_TEXT."""
 
+    def located(
+        self, origin: int, cluster: int = NO_CLUSTER, kept: tuple[str | None, ...] = ()
+    ) -> Document:
+        """Return the document with what is known of its record."""
+        # some microseconds less than dataclasses.replace, for every document
+        return Document(
+            text=self.text,
+            content_hash=self.content_hash,
+            num_bytes=self.num_bytes,
+            is_conversation=self.is_conversation,
+            cluster=cluster,
+            origin=origin,
+            kept=kept,
+            place=self.place,
+            tokenize=self.tokenize,
+        )
+
     @classmethod
     def from_text(cls, text: str) -> Document:
         """Return the document of a usable text."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -111,7 +110,7 @@ def _located(
         if cluster == NO_CLUSTER:
             tally.notes[f"document without '{source.cluster_by:.40}' (cluster_by)"] += 1
     kept = kept_values(source.keep, record) if source.keep else ()
-    return replace(document, origin=number, cluster=cluster, kept=kept)
+    return document.located(number, cluster, kept)
 
 
 def _accept_record(
@@ -333,14 +332,14 @@ def _read_build(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Docu
         place = Place(f"{unit.paths[0]}: document {number}")
         document = _accept_bytes(source, content, place, tally)
         if document is not None:
-            yield replace(document, origin=number)
+            yield document.located(number)
 
 
 def _read_mock(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
     invented = invent_documents(source, unit.start, unit.stop)
     for number, tokens in enumerate(invented, unit.start + 1):
         tally.accepted += 1
-        yield replace(Document.from_invented_tokens(tokens), origin=number)
+        yield Document.from_invented_tokens(tokens).located(number)
 
 
 _READERS: dict[str, Callable[[SourceConfig, Unit, Tally], Iterator[Document]]] = {
