@@ -81,7 +81,13 @@ def open_run_data(run_dir: Path, build_dir: Path | None) -> RunData:
             )
         folder = found[0]
     data = BuiltData.open(folder, verify=False)
-    step, ledger, skip_ranges = _newest_state(run_dir, mix, data)
+    if mix.stages:
+        raise ConfigError(
+            f"{mix_file}: has stages, and the rows of a step in stages are not told. Ask for a "
+            "document: --build_dir, --source and --document."
+        )
+    total_steps = int(config["train"].get("total_steps", 0))
+    step, ledger, skip_ranges = _newest_state(run_dir, mix, data, total_steps)
     _check_rows(run_dir, ledger, data)
     return RunData(
         data=data,
@@ -113,7 +119,7 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def _newest_state(
-    run_dir: Path, mix: MixConfig, data: BuiltData
+    run_dir: Path, mix: MixConfig, data: BuiltData, total_steps: int
 ) -> tuple[int, Ledger, list[tuple[int, int]]]:
     """Return (step, ledger, batches given up) of the newest checkpoint, or of a fresh run.
 
@@ -122,7 +128,7 @@ def _newest_state(
     """
     step, _ = first_sound(run_dir, list_steps(run_dir), refusal_unread)
     if step is None:
-        return 0, Ledger.start(mix, data.manifest.row_hashes()), []
+        return 0, Ledger.start(mix, data.manifest.row_hashes(), total_steps), []
     folder = step_folder(run_dir, step)
     state = RunState.of(read_manifest(folder))
     progress = state.part("progress", folder.name)
