@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ def test_the_ledger_and_the_batches_given_up_are_those_of_the_checkpoint(
 ) -> None:
     data = BuiltData.open(tmp_path / "build")
     ledger = Ledger.start(mix, data.manifest.row_hashes())
-    ledger = ledger.reweigh(2, {"ja": 0.05, "en": 0.95})
+    (segment,) = ledger.segments
+    later = dataclasses.replace(segment, start_step=2, weights={"ja": 0.05, "en": 0.95})
+    ledger = Ledger((segment, later))
     save(run_dir, ledger, 6, [[1, 3]])
     rollback = {"from_step": 5, "to_step": 4, "first_batch": 6, "last_batch": 8}
     (run_dir / "rollbacks.json").write_text(json.dumps([rollback]))
