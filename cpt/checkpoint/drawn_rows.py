@@ -17,7 +17,7 @@ from cpt.checkpoint.run_state import RunState
 from cpt.errors import CheckpointError, ConfigError
 from data_pipeline.bounded.files import MalformedInput
 from data_pipeline.bounded.yaml_text import read_yaml
-from data_pipeline.build.build import load_built_mix, matching_builds
+from data_pipeline.build.found_builds import load_built_mix, matching_builds
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger
