@@ -92,9 +92,23 @@ def _sources(manifest: Manifest) -> dict[str, Json]:
 
 
 def _segments(manifest: Manifest) -> list[Json]:
-    """Return the parts of the run that had one data mix each."""
-    segments: list[Json] = (RunState.of(manifest).ledger or {}).get("segments", [])
-    return segments
+    """Return the parts of the run that had one data mix each, without phases still to come."""
+    state = RunState.of(manifest)
+    num_batches = manifest.step
+    for first, last in (state.progress or {}).get("skip_ranges", []):
+        num_batches += last - first
+    begun = []
+    for segment in (state.ledger or {}).get("segments", []):
+        if not segment.get("phase") or segment["start_step"] < num_batches:
+            begun.append(segment)
+    return begun
+
+
+def _weight(segment: Json, source: str) -> str:
+    """Return the weight of a source in a part of the run, or both ends of its change."""
+    first = f"{segment['weights'].get(source, 0):.4g}"
+    last = f"{(segment.get('to_weights') or segment['weights']).get(source, 0):.4g}"
+    return first if first == last else f"{first} to {last}"
 
 
 def _front_matter(sources: dict[str, Json]) -> str:
@@ -143,7 +157,7 @@ def _data(manifest: Manifest, sources: dict[str, Json], facts: LoggedFacts | Non
     for name, source in sources.items():
         weights = []
         for segment in segments:
-            weights.append(f"{segment['weights'].get(name, 0):.4g}")
+            weights.append(_weight(segment, name))
         count = num_tokens.get(name, 0)
         share = f"{100 * count / total:.2f} %" if total else ""
         rows.append(

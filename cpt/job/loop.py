@@ -171,6 +171,9 @@ def do_step(
     progress.tokens += sum(result.tokens_by_source)
     progress.batch_chain = batch.chain_hash(progress.batch_chain)
     event = step_event(job, result, lr, time.perf_counter() - started)
+    phase = job.ledger.segment_at(batch.step).phase
+    if phase:
+        event["phase"] = phase
     job.telemetry.log(event)
     log_waits(job, event["seconds"])
     if result.router is not None:

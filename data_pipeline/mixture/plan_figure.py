@@ -47,6 +47,7 @@ def draw_plan(plan: DataPlan) -> Figure:
             title=f"Weights over the run: {', '.join(phase.name for phase in plan.phases)}",
             x_label="step",
             y_label="share",
+            from_zero=True,
         )
     draw_lines(
         charts[-1],
@@ -61,7 +62,7 @@ def draw_plan(plan: DataPlan) -> Figure:
 def _language_bars(plan: DataPlan) -> list[Bar]:
     floors = {}
     for limit in plan.limits:
-        if limit.min_share > 0:
+        if limit.min_share > 0 and not limit.phase:
             floors[limit.language] = limit.min_share
     return [
         Bar(name, share, f"{share:.1%}", floors.get(name))

@@ -26,6 +26,8 @@ MAX_WINDOWS = 150
 """Windows of steps over which shares are averaged."""
 MAX_SOURCES = 12
 """Areas that are told apart; if there are more sources, the smallest are one area."""
+MAX_PHASES = 4
+"""Newest phases of a schedule that are named."""
 REST_COLOR = "#cbd5e1"
 
 
@@ -68,14 +70,30 @@ def mixture_panel(run: Run, steps: Range1d, colors: dict[str, str], height: int)
     edges = np.repeat(np.append(run.steps[starts] - 1, run.steps[-1]), 2)[1:-1]
     legend = _stack(chart, edges, areas, area_colors)
     width = round(len(run.steps) / len(starts))
+    detail = f"mean of {plural(width, 'step')}"
+    phases = _phase_starts(run)
+    if phases:
+        chart.verticals([step for _, step in phases[1:]])
+        shown = [f"{clean(name, 24)} from step {step:,}" for name, step in phases[-MAX_PHASES:]]
+        detail += f"; phases: {', '.join(shown)}"
     return Panel(
         title="Data mixture",
         width=4,
-        detail=f"mean of {plural(width, 'step')}",
+        detail=detail,
         legend=tuple(legend),
         legend_beside=True,
         cells=(Cell(chart=chart),),
     )
+
+
+def _phase_starts(run: Run) -> list[tuple[str, int]]:
+    """Return the phases of the mix's schedule so far, each with its first step that is known."""
+    starts: list[tuple[str, int]] = []
+    for event in run.step_events:
+        name = event.get("phase")
+        if isinstance(name, str) and (not starts or starts[-1][0] != name):
+            starts.append((name, int(event["step"])))
+    return starts
 
 
 def _stack(
