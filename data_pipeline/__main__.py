@@ -24,6 +24,7 @@ from data_pipeline.build.cache_folder import (
     open_cache,
     prune,
 )
+from data_pipeline.build.dropped import describe_dropped, describe_stock_text
 from data_pipeline.build.found_builds import (
     DEFAULT_ROOT,
     NotBuilt,
@@ -53,6 +54,7 @@ from data_pipeline.mixture.plan_figure import draw_plan
 from data_pipeline.mixture.settings import describe_changes, mix_settings
 from data_pipeline.mixture.staged_plan import plan_mix, steps_of_one_pass
 from data_pipeline.store.files import write_text
+from data_pipeline.store.manifest import BuildManifest
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -129,9 +131,17 @@ def _build(options: argparse.Namespace) -> None:
         mix, out_dir, workers=options.workers, engine=options.engine, cache_dir=cache_dir
     )
     say(describe_build(manifest.sources))
+    _say_dropped(manifest)
     if manifest.guard_domains:
         say(describe_guard_sets(manifest))
     say(f"{out_dir}: manifest {manifest.hash[:16]}, fingerprint {manifest.fingerprint[:10]}")
+
+
+def _say_dropped(manifest: BuildManifest) -> None:
+    """Tell what a build did not take, and what it takes against a rule."""
+    for text in (describe_dropped(manifest.sources), describe_stock_text(manifest.stock_text)):
+        if text:
+            say(text)
 
 
 def _add_plan(commands: Commands) -> None:
@@ -156,6 +166,7 @@ def _plan(options: argparse.Namespace) -> None:
     _check_run_size(steps, options.global_batch_size)
     plan = plan_mix(built, mix, steps, options.global_batch_size)
     say(plan.describe())
+    _say_dropped(built.manifest)
     if options.json:
         _write(options.json, json.dumps(plan.to_json(), indent=1) + "\n")
     if options.plot:

@@ -29,6 +29,7 @@ from cpt.config.engine_json import (
 )
 from cpt.config.guard_section import DomainLimits
 from cpt.config.sections import ExpertParallelJson, RunYaml, StageSection
+from data_pipeline.config.decontamination_config import DecontaminationConfig
 from data_pipeline.config.generation_config import GenerationDomain
 from data_pipeline.config.language_limits import LanguageLimits
 from data_pipeline.config.mix_config import GuardConfig, GuardDomain, MixConfig
@@ -98,6 +99,7 @@ def configuration_page() -> str:
     parts.append(_section("`sources[]`: one source", SourceConfig, "sources[]."))
     parts.append(_section("`sources[].filters[]`: one condition", FilterRule, "filters[]."))
     parts.append(_wrapped(f"Languages: {_code_list(LANGUAGES)}.") + "\n")
+    parts.append(_section("`decontamination`", DecontaminationConfig, "decontamination."))
     parts.append(_section("`stages[]`: rows of several lengths", StageConfig, "stages[]."))
     parts.append(_section("`languages.LANGUAGE`: limits", LanguageLimits, "languages.LANGUAGE."))
     parts.append(_section("`schedule[]`: one phase", SchedulePhase, "schedule[]."))

@@ -16,8 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.build.clusters import first_of_cluster
+from data_pipeline.build.copied_sources import CopiedSource, find_copied_sources
+from data_pipeline.build.decided_source import DecidedSource
 from data_pipeline.build.deduplication import Fate
-from data_pipeline.build.document_fates import DecidedSource, decide_all_fates
+from data_pipeline.build.document_fates import decide_all_fates
+from data_pipeline.build.dropped import count_dropped, count_exempted, count_read
 from data_pipeline.build.guard_sets import check_dropped, check_guard_sets
 from data_pipeline.build.origin import Origin
 from data_pipeline.build.packed_split import pack_split
@@ -72,9 +75,12 @@ def assemble_build(
         gathered.append(SourceParts.gather(source, source_parts))
     for one in gathered:
         one.check_rejects(mix.max_reject_share)
-    decided = decide_all_fates(mix, gathered, work_dir, executor)
-    check_dropped(mix, [one.fates for one in decided])
-    _check_every_source_is_trained_on(mix, decided)
+    decided, stock_text = decide_all_fates(mix, gathered, work_dir, executor)
+    copied = find_copied_sources(decided, mix.near_duplicates)
+    for one_copied in copied:
+        log.warning("%s", one_copied.describe())
+    check_dropped(mix, decided)
+    _check_every_source_is_trained_on(mix, decided, copied)
     _check_every_domain_is_measured(mix, decided)
     directory = work_dir / "build"
     (directory / FILE_NAME).unlink(missing_ok=True)  # left by a build killed just before its end
@@ -94,6 +100,7 @@ def assemble_build(
         rules=origin.rules,
         inputs=origin.listed_inputs(),
         files=_file_entries(directory, gathered),
+        stock_text=stock_text,
     )
     check_guard_sets(manifest, mix)
     for folder in {path.parent for path in directory.rglob("*")}:
@@ -103,7 +110,10 @@ def assemble_build(
     return manifest
 
 
-def _check_every_source_is_trained_on(mix: MixConfig, decided: Sequence[DecidedSource]) -> None:
+def _check_every_source_is_trained_on(
+    mix: MixConfig, decided: Sequence[DecidedSource], copied: Sequence[CopiedSource]
+) -> None:
+    reasons = {one.name: f" The {one.describe()}" for one in copied}
     for one in decided:
         fates = one.fates
         source = one.parts.source
@@ -113,8 +123,9 @@ def _check_every_source_is_trained_on(mix: MixConfig, decided: Sequence[DecidedS
                 f"({fates.num_duplicates} are copies of other documents, "
                 f"{fates.num_held_out_copies} are held out by other sources, "
                 f"{fates.count(Fate.NEAR_DUPLICATE)} are near copies, "
-                f"{fates.count(Fate.CONTAMINATED)} share {mix.decontaminate_tokens} tokens with a "
-                "held-out document). Remove the source, or give it other text."
+                f"{fates.count(Fate.CONTAMINATED)} share {mix.decontamination_rules.tokens} tokens "
+                "with a held-out document). Remove the source, or give it other text."
+                f"{reasons.get(source.name, '')}"
             )
 
 
@@ -137,7 +148,7 @@ def _pack_source(
     shards = decided.parts.open_shards()
     folder = work_dir / "build" / source.name
     tokens = shards.document_tokens
-    trained = Segments.whole(fates.train, tokens[fates.train])
+    trained = decided.training_segments(tokens)
     measured = Segments.whole(fates.held_out, tokens[fates.held_out])
     stages: tuple[StageEntry, ...] = ()
     if mix.stages:
@@ -156,14 +167,15 @@ def _pack_source(
     if source.cluster_by is not None:
         clusters = first_of_cluster(decided.parts.clusters_of(fates.held_out))
         _save_array(folder / "held_out" / CLUSTERS_FILE, clusters)
+    read_documents, read_tokens = count_read(decided)
     return SourceEntry(
         name=source.name,
         language=source.language,
         domain=source.domain,
         documents=len(fates.train),
-        tokens=int(tokens[fates.train].sum()),
+        tokens=int(trained.tokens.sum()),
         predicted_tokens=predicted_tokens,
-        bytes=int(shards.document_bytes[fates.train].sum()),
+        bytes=_num_bytes(trained, tokens, shards.document_bytes),
         rows=num_rows,
         held_out_documents=len(fates.held_out),
         held_out_rows=held_out.num_rows,
@@ -178,7 +190,17 @@ def _pack_source(
         rejects=dict(sorted(decided.parts.tally.rejects.items())),
         notes=_notes(decided.parts.tally),
         stages=stages,
+        read_documents=read_documents,
+        read_tokens=read_tokens,
+        dropped=count_dropped(decided, tokens, trained),
+        exempted=count_exempted(decided),
     )
+
+
+def _num_bytes(trained: Segments, document_tokens: Integers, document_bytes: Integers) -> int:
+    """Return the UTF-8 bytes of segments; of cut documents in proportion to their tokens."""
+    whole_bytes = document_bytes[trained.document]
+    return int((whole_bytes * trained.tokens // document_tokens[trained.document]).sum())
 
 
 def _notes(tally: Tally) -> dict[str, int]:
@@ -223,7 +245,7 @@ def _pack_stages(
                 documents=len(documents),
                 tokens=int(segments.tokens.sum()),
                 predicted_tokens=rows.num_pairs,
-                bytes=int(shards.document_bytes[documents].sum()),
+                bytes=_num_bytes(segments, shards.document_tokens, shards.document_bytes),
                 rows=rows.num_rows,
             )
         )

@@ -13,14 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipeline.build.decontamination import EDGE_TOKENS, MAX_COMMON, HeldOutRuns
-from data_pipeline.build.deduplication import Fate, Hashes, SourceFates
-from data_pipeline.build.near_duplicates import window_hashes
+from data_pipeline.build.decided_source import DecidedSource
+from data_pipeline.build.deduplication import Fate, Hashes
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.manifest import BuildManifest
-from data_pipeline.store.packing import Integers
-from data_pipeline.text.tokenizer import Tokens
 
 MAX_DROPPED_SHARE = 0.5
 """Largest share of a training source's documents that may be held-out text of other sources."""
@@ -31,42 +28,47 @@ def held_out_hash(hashes: Hashes) -> str:
     return hashlib.sha256(np.sort(hashes).tobytes()).hexdigest()
 
 
-def has_found_run(document: Tokens, runs: HeldOutRuns, counts: Integers) -> bool:
-    """Return whether training text has a long run of a held-out document that is no stock text.
-
-    Args:
-        document: Tokens of the held-out document, without the one that ends it.
-        runs: Runs of all held-out documents.
-        counts: Number of training documents that have each of the runs.
-    """
-    needed = EDGE_TOKENS + 1
-    if len(document) < runs.window + EDGE_TOKENS:
-        return False
-    numbers = np.searchsorted(runs.hashes, window_hashes(document, runs.window))
-    found = (counts[numbers] > 0) & (counts[numbers] <= MAX_COMMON)
-    sums = np.cumsum(np.concatenate([[0], found]))
-    return bool((sums[needed:] - sums[:-needed] == needed).any())
-
-
-def check_dropped(mix: MixConfig, fates: Sequence[SourceFates]) -> None:
+def check_dropped(mix: MixConfig, sources: Sequence[DecidedSource]) -> None:
     """Refuse a mix whose held-out text is most of a training source.
 
     Raises:
         DataError: it is; the message names every such source, with the figure.
     """
     problems = []
-    for source, source_fates in zip(mix.sources, fates, strict=True):
-        num_dropped = source_fates.num_held_out_copies + source_fates.count(Fate.CONTAMINATED)
-        num_documents = num_dropped + len(source_fates.train)
-        if source.weight > 0 and num_dropped > MAX_DROPPED_SHARE * num_documents:
+    for config, source in zip(mix.sources, sources, strict=True):
+        fates = source.fates
+        num_dropped = fates.num_held_out_copies + fates.count(Fate.CONTAMINATED)
+        num_documents = len(fates.fates) - len(fates.held_out)
+        if config.weight > 0 and num_dropped > MAX_DROPPED_SHARE * num_documents:
+            num_own = source.contaminated_by.get(config.name, 0)
             problems.append(
-                f"source '{source.name}': {num_dropped} of {num_documents} training documents are, "
-                "or hold, text that other sources hold out or guard files have; the guard set was "
-                "made from this source. Take other text for the guard, or remove the guard files "
-                "and set held_out_share on this source."
+                f"source '{config.name}': {num_dropped} of {num_documents} training documents are, "
+                f"or hold, text that is held out. {_why_dropped(num_own, num_dropped, mix)}"
             )
     if problems:
         raise DataError("\n".join(problems))
+
+
+def _why_dropped(num_own: int, num_dropped: int, mix: MixConfig) -> str:
+    """Return why most of a source was dropped, and what to do.
+
+    Args:
+        num_own: Documents that share text with what the source itself holds out.
+        num_dropped: Documents dropped.
+        mix: The mix.
+    """
+    if 2 * num_own > num_dropped:
+        return (
+            f"{num_own} of them share {mix.decontamination_rules.tokens} tokens in a row with what "
+            "the source itself holds out: its documents repeat each other's text. Remove what they "
+            "repeat, set cluster_by and hold out fewer, or let text that many documents have stay "
+            "(decontamination.stock_text)."
+        )
+    return (
+        "Other sources hold it out or guard files have it; the guard set was made from this "
+        "source. Take other text for the guard, or remove the guard files and set held_out_share "
+        "on this source."
+    )
 
 
 def check_guard_sets(manifest: BuildManifest, mix: MixConfig) -> None:

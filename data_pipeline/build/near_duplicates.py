@@ -45,8 +45,7 @@ def window_hashes(tokens: Tokens, length: int) -> Hashes64:
     num_windows = len(tokens) - length + 1
     if num_windows <= 0:
         return np.zeros(0, np.uint64)
-    values = tokens.astype(np.uint64) * _MULTIPLIER + _OFFSET
-    values ^= values >> np.uint64(29)
+    values = scattered(tokens)
     result: Hashes64 | None = None
     result_length = 0
     size = 1  # tokens that one of `values` stands for
@@ -57,11 +56,11 @@ def window_hashes(tokens: Tokens, length: int) -> Hashes64:
             else:
                 count = min(len(result), len(values) - result_length)
                 following = values[result_length : result_length + count]
-                result = result[:count] * _power(size) + following
+                result = result[:count] * power_of_base(size) + following
             result_length += size
         if size * 2 > length:
             break
-        values = values[:-size] * _power(size) + values[size:]
+        values = values[:-size] * power_of_base(size) + values[size:]
         size *= 2
     assert result is not None, "a positive length has a bit that is set"
     result = result[:num_windows].copy()
@@ -69,7 +68,17 @@ def window_hashes(tokens: Tokens, length: int) -> Hashes64:
     return result
 
 
-def _power(exponent: int) -> np.uint64:
+def scattered(tokens: Tokens) -> Hashes64:
+    """Return a 64-bit number for each token; these are the digits of `window_hashes`."""
+    values = tokens.astype(np.uint64)
+    values *= _MULTIPLIER
+    values += _OFFSET
+    values ^= values >> np.uint64(29)
+    return values
+
+
+def power_of_base(exponent: int) -> np.uint64:
+    """Return the base of `window_hashes` to a power, modulo 2^64."""
     return np.uint64(pow(_BASE, exponent, 2**64))
 
 

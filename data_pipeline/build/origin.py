@@ -23,7 +23,7 @@ from data_pipeline.build.input_files import HashNotes, Inputs, look_at_inputs, r
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.engine.executor import Executor
-from data_pipeline.store.manifest import FORMAT_VERSION, BuildManifest, InputFiles
+from data_pipeline.store.manifest import BuildManifest, InputFiles
 from data_pipeline.text.cleaning import STEP_VERSIONS
 from data_pipeline.text.harmony import RULES_VERSION
 from data_pipeline.text.tokenizer import RANKS_SHA256
@@ -32,6 +32,10 @@ MAX_LISTED_FILES = 1000
 """Files of a source that a manifest lists one by one."""
 MAX_SHOWN_FILES = 5
 """Files of a source that a message names."""
+_FORMAT = 4
+"""Format of the tokens and rows. The manifest has a version of its own."""
+_DECONTAMINATION_VERSION = 2
+"""Version of the rules by which held-out text is taken out."""
 _SOURCE_KEYS = (
     "name",
     "format",
@@ -119,18 +123,24 @@ def fingerprint(
 
 def build_rules(mix: MixConfig) -> Rules:
     """Return the settings and versions that decide the tokens and rows of a build, as JSON."""
-    rules = {
-        "format_version": FORMAT_VERSION,
+    rules: Rules = {
+        "format_version": _FORMAT,
         "seq_len": mix.seq_len,
         "packing": mix.packing,
         "near_duplicates": mix.near_duplicates,
-        "decontaminate_tokens": mix.decontaminate_tokens,
+        "decontaminate_tokens": mix.decontamination_rules.tokens,
         "tokenizer": RANKS_SHA256,
         "unit_bytes": units.MIN_UNIT_BYTES,
         "sources": [_source_rules(source) for source in mix.sources],
     }
     if mix.stages:
         rules["stages"] = [dataclasses.asdict(stage) for stage in mix.stages]
+    if mix.decontamination_rules.tokens:
+        rules["decontamination"] = {
+            "version": _DECONTAMINATION_VERSION,
+            "min_kept_tokens": mix.decontamination_rules.min_kept_tokens,
+            "stock_text": mix.decontamination_rules.stock_text,
+        }
     return json.loads(json.dumps(rules))  # type: ignore[no-any-return]
 
 

@@ -154,6 +154,8 @@ class Account:
     """Tokens of those documents, END_OF_TEXT included."""
     num_duplicates: int
     """Documents left out because the unit has the same content before."""
+    num_duplicate_tokens: int
+    """Tokens of those documents, counted as those of the first."""
     shard_bytes: int
     """Size of the shard; 0 if there is none."""
     shard_sha256: str
@@ -266,6 +268,7 @@ def make_part(part: Part) -> Account:
         num_documents=facts.num_documents,
         num_tokens=facts.num_tokens,
         num_duplicates=facts.num_duplicates,
+        num_duplicate_tokens=facts.num_duplicate_tokens,
         shard_bytes=part.shard_path.stat().st_size if has_shard else 0,
         shard_sha256=sha256_of(part.shard_path) if has_shard else "",
         longest_conversation=facts.longest_conversation,
@@ -357,8 +360,10 @@ class _DocumentFacts:
         self._num_waiting_tokens = 0
         self._signatures: list[Signatures] = [np.zeros((0, NUM_HASHES), np.uint32)]
         self.num_tokens = 0
+        self._tokens_of_seen: dict[int, int] = {}
         self.num_duplicates = 0
         self.longest_conversation = 0
+        self.num_duplicate_tokens = 0
 
     @property
     def num_documents(self) -> int:
@@ -366,16 +371,14 @@ class _DocumentFacts:
         return len(self._high)
 
     def without_copies(self, documents: Iterator[Document]) -> Iterator[Document]:
-        """Yield each document whose content was not seen before, and count the others."""
-        seen: set[int] = set()
+        """Yield each document whose content was not noted before, and count the others."""
         for document in documents:
-            if document.content_hash in seen:
+            num_tokens = self._tokens_of_seen.get(document.content_hash)
+            if num_tokens is None:
+                yield document
+            else:
                 self.num_duplicates += 1
-                continue
-            if len(seen) >= MAX_SEEN:
-                seen.clear()
-            seen.add(document.content_hash)
-            yield document
+                self.num_duplicate_tokens += num_tokens
 
     def note(self, document: Document, tokens: Tokens) -> None:
         """Add one document of the shard."""
@@ -383,11 +386,15 @@ class _DocumentFacts:
         self._low.append(document.content_hash & 2**64 - 1)
         self._clusters.append(document.cluster)
         self._places.append(document.origin)
-        self.num_tokens += len(tokens)
+        num_tokens = len(tokens)
         if document.is_conversation:
-            self.longest_conversation = max(self.longest_conversation, len(tokens) - 1)
+            self.longest_conversation = max(self.longest_conversation, num_tokens - 1)
         else:
-            self.num_tokens += 1  # END_OF_TEXT
+            num_tokens += 1  # END_OF_TEXT
+        self.num_tokens += num_tokens
+        if len(self._tokens_of_seen) >= MAX_SEEN:
+            self._tokens_of_seen.clear()
+        self._tokens_of_seen[document.content_hash] = num_tokens
         if self._need_signatures:
             self._waiting.append(body(tokens) if document.is_conversation else tokens)
             self._num_waiting_tokens += len(tokens)

@@ -9,6 +9,7 @@ import numpy as np
 
 from data_pipeline.build.clusters import Hashes64
 from data_pipeline.build.deduplication import HASH_DTYPE, Hashes
+from data_pipeline.build.near_duplicates import NUM_HASHES, Signatures
 from data_pipeline.build.part import (
     TOO_LONG,
     Account,
@@ -16,6 +17,7 @@ from data_pipeline.build.part import (
     read_account,
     read_clusters,
     read_hashes,
+    read_signatures,
 )
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
@@ -40,6 +42,8 @@ class SourceParts:
     """Counts of all documents of the source, by what became of them."""
     num_duplicates: int
     """Copies that were left out of the shards."""
+    num_duplicate_tokens: int
+    """Tokens of those copies."""
 
     @classmethod
     def gather(cls, source: SourceConfig, parts: Sequence[Part]) -> SourceParts:
@@ -48,6 +52,7 @@ class SourceParts:
         lines_before = 0
         previous_paths = None
         num_duplicates = 0
+        num_duplicate_tokens = 0
         full_parts = []
         full_accounts = []
         full_lines_before = []
@@ -59,6 +64,7 @@ class SourceParts:
             previous_paths = part.unit.paths
             tally.add(account.tally, lines_before)
             num_duplicates += account.num_duplicates
+            num_duplicate_tokens += account.num_duplicate_tokens
             if account.num_documents:
                 full_lines_before.append(lines_before)
                 full_parts.append(part)
@@ -71,6 +77,7 @@ class SourceParts:
             lines_before=full_lines_before,
             tally=tally,
             num_duplicates=num_duplicates,
+            num_duplicate_tokens=num_duplicate_tokens,
         )
 
     @property
@@ -121,6 +128,13 @@ class SourceParts:
         chosen = [np.zeros(0, HASH_DTYPE)]
         for part, numbers in self._by_part(documents):
             chosen.append(read_hashes(part)[numbers])
+        return np.concatenate(chosen)
+
+    def signatures_of(self, documents: Integers) -> Signatures:
+        """Return the MinHash signatures of documents, whose numbers rise."""
+        chosen = [np.zeros((0, NUM_HASHES), np.uint32)]
+        for part, numbers in self._by_part(documents):
+            chosen.append(read_signatures(part)[numbers])
         return np.concatenate(chosen)
 
     def clusters_of(self, documents: Integers) -> Hashes64:

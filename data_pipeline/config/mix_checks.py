@@ -43,6 +43,7 @@ def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool =
         need_files: Whether the files that the mix names must be here.
     """
     _check_seq_len(reader, raw)
+    _check_given_once(reader, raw)
     listed = raw.get("sources")
     if listed == []:
         reader.problem(("sources",), "is an empty list. Add at least one source.")
@@ -479,9 +480,24 @@ def _check_own_source(
 
 
 def _check_decontamination(reader: Reader, raw: RawSection, path: KeyPath) -> None:
-    if raw.get("decontaminate_tokens") == 0:
+    section = raw.get("decontamination")
+    by_key = {"decontaminate_tokens": raw.get("decontaminate_tokens")}
+    if isinstance(section, dict):
+        by_key["decontamination.tokens"] = section.get("tokens")
+    for key, tokens in by_key.items():
+        if tokens == 0:
+            reader.problem(
+                (*path, "path"),
+                f"names guard files, but {key} is 0: training text that holds them would stay. "
+                f"Remove {key}.",
+            )
+
+
+def _check_given_once(reader: Reader, raw: RawSection) -> None:
+    section = raw.get("decontamination")
+    is_old = raw.get("decontaminate_tokens") is not None
+    if is_old and isinstance(section, dict) and "tokens" in section:
         reader.problem(
-            (*path, "path"),
-            "names guard files, but decontaminate_tokens is 0: training text that holds them would "
-            "stay. Remove decontaminate_tokens.",
+            ("decontaminate_tokens",),
+            "is an older name of decontamination.tokens, which is given, too. Remove it.",
         )

@@ -8,9 +8,10 @@ Decisions
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from data_pipeline.config.decontamination_config import DecontaminationConfig
 from data_pipeline.config.generation_config import GenerationDomain
 from data_pipeline.config.language_limits import LanguageLimits
 from data_pipeline.config.schedule_config import SchedulePhase
@@ -144,9 +145,10 @@ class MixConfig:
     near_duplicates: float = 0.8
     """Jaccard similarity of 5-token shingles from which on a document counts as a copy; 0 finds
     exact copies only."""
-    decontaminate_tokens: int = 50
-    """A document that shares a run of this many tokens with a held-out document is not trained on;
-    0 turns this off. Runs that occur in more than 10 documents are boilerplate and do not count."""
+    decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
+    """What is too close to held-out text to be trained on."""
+    decontaminate_tokens: int | None = None
+    """An older name of `decontamination.tokens`."""
     max_mislabelled_share: float = 0.05
     """Share of a source's documents that may be in another language than its label before `audit`
     fails, 0 to 1."""
@@ -173,11 +175,17 @@ class MixConfig:
                 "near_duplicates",
                 f"is {self.near_duplicates:g}, must be 0 (off), or from 0.5 to 1.",
             )
-        if self.decontaminate_tokens != 0 and not 16 <= self.decontaminate_tokens <= 1024:
-            yield (
-                "decontaminate_tokens",
-                f"is {self.decontaminate_tokens}, must be 0 (off), or from 16 to 1024 tokens.",
-            )
+        if self.decontaminate_tokens is not None:
+            for key, problem in self.decontamination_rules.check():
+                if key == "tokens":
+                    yield "decontaminate_tokens", problem
+
+    @property
+    def decontamination_rules(self) -> DecontaminationConfig:
+        """The `decontamination` section, with the tokens under whichever name they were given."""
+        if self.decontaminate_tokens is None:
+            return self.decontamination
+        return replace(self.decontamination, tokens=self.decontaminate_tokens)
 
     def longest_conversation(self, source: SourceConfig) -> int:
         """Return the tokens of the longest conversation that a source may have.

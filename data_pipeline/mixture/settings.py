@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from data_pipeline.config.decontamination_config import DecontaminationConfig
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.config.schedule_config import SchedulePhase
 from data_pipeline.config.source_config import SourceConfig
@@ -28,6 +29,8 @@ def mix_settings(mix: MixConfig) -> Settings:
     del settings["name"]
     if not settings["stages"]:
         del settings["stages"]  # so that the hash of a mix without them stays what it was
+    del settings["decontamination"]
+    settings |= _decontamination(mix)
     for source in settings["sources"]:
         del source["path"]
     domains = settings.pop("guard")["domains"]
@@ -41,13 +44,29 @@ def mix_settings(mix: MixConfig) -> Settings:
     return settings
 
 
+def _decontamination(mix: MixConfig) -> Settings:
+    """Return the tokens under their older name, and of the other rules those that somebody set.
+
+    So the hash of a mix without the section stays what it was.
+    """
+    rules = mix.decontamination_rules
+    found: Settings = {"decontaminate_tokens": rules.tokens}
+    for key, default in _defaults(DecontaminationConfig).items():
+        if key != "tokens" and getattr(rules, key) != default:
+            found[f"decontamination.{key}"] = getattr(rules, key)
+    return found
+
+
 def describe_changes(old: Settings, new: Settings) -> list[str]:
     """Return one line per setting that differs, then one per language share that moves."""
     lines: list[str] = []
     for key, default in _defaults(MixConfig).items():
-        if key in ("sources", "guard", "name", "schedule"):
+        if key in ("sources", "guard", "name", "schedule", "decontamination"):
             continue
         lines += _describe_change(key, old.get(key, default), new.get(key, default))
+    for key, default in _defaults(DecontaminationConfig).items():
+        name = f"decontamination.{key}"
+        lines += _describe_change(name, old.get(name, default), new.get(name, default))
     for key, kind in (("sources", SourceConfig), ("guard", GuardDomain)):
         lines += _describe_named(key, old.get(key, {}), new.get(key, {}), _defaults(kind))
     lines += _describe_schedule(old.get("schedule", []), new.get("schedule", []))

@@ -32,6 +32,14 @@ def _are_counts(value: object) -> bool:
     return all(isinstance(key, str) for key in value) and all(map(_is_count, value.values()))
 
 
+def _are_counts_by_reason(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and all(isinstance(key, str) for key in value)
+        and all(map(_are_counts, value.values()))
+    )
+
+
 def _are_files(value: object) -> bool:
     """Return whether this is a tuple of names, sizes and hashes of files."""
     if not isinstance(value, tuple):
@@ -54,6 +62,7 @@ _CHECKS: dict[object, tuple[Callable[[object], bool], str]] = {
     str: (_is_text, "a text"),
     tuple[str, ...]: (_are_texts, "a list of texts"),
     Mapping[str, int]: (_are_counts, "a mapping from texts to whole numbers"),
+    Mapping[str, Mapping[str, int]]: (_are_counts_by_reason, "a mapping to mappings of counts"),
     Mapping[str, Any]: (_is_mapping, "a mapping"),
     tuple[tuple[str, int, str], ...]: (_are_files, "a list of names, sizes and hashes"),
 }

@@ -26,7 +26,9 @@ from data_pipeline.store.files import sha256_of, write_json
 from data_pipeline.store.ownership import refuse_foreign
 from data_pipeline.store.shards import SUFFIX
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+READABLE_VERSIONS = (4, 5)
+"""Versions that this code reads. Version 5 counts what was dropped, and cuts documents."""
 FILE_NAME = "manifest.json"
 TRAIN_FOLDER = "train"
 """Folder with the training rows of a source; the row length follows if the mix has stages."""
@@ -118,6 +120,32 @@ class SourceEntry:
         """Names of the folders with training rows, in that of the source: one for each stage."""
         return tuple(stage.folder for stage in self.stages) or (TRAIN_FOLDER,)
 
+    read_documents: int = 0
+    """Documents that could be used, before any was dropped; 0 in builds that did not count them."""
+    read_tokens: int = 0
+    """Tokens of those documents, END_OF_TEXT included."""
+    dropped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """What was dropped, by reason: `documents`, `tokens` (absent where nobody knows them), and for
+    stretches the number of `cut_documents` that lost one."""
+    exempted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """What stays against a rule, by the reason why: `documents`, and `tokens` of it in them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StockText:
+    """Held-out text that stays in training documents because very many have it."""
+
+    held_out_by: str
+    """Source of a held-out document that has it."""
+    text: str
+    """Its beginning."""
+    tokens: int
+    """Tokens of it."""
+    documents: int
+    """Training documents that have it."""
+    examples: tuple[str, ...]
+    """Some of those documents."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputFiles:
@@ -178,6 +206,8 @@ class BuildManifest:
     """Input files by source; empty in builds of versions that did not keep them."""
     files: Mapping[str, FileEntry]
     """Files by path relative to the build."""
+    stock_text: tuple[StockText, ...] = ()
+    """Held-out text that the mix lets through, the most frequent ones."""
 
     def content(self) -> dict[str, Any]:
         """Return the manifest as JSON values, without the checksum."""
@@ -252,10 +282,10 @@ def read_manifest(directory: Path) -> BuildManifest:
     path = directory / FILE_NAME
     content = _read_content(path)
     found = content.get("format_version")
-    if found != FORMAT_VERSION:
+    if found not in READABLE_VERSIONS:
         raise DataError(
             f"{path}: has format version {escaped_line(found, 100)}, this code reads "
-            f"{FORMAT_VERSION}. Build it again."
+            f"{READABLE_VERSIONS[0]} to {FORMAT_VERSION}. Build it again."
         )
     try:
         manifest = _from_content(content)
@@ -307,6 +337,7 @@ def _from_content(content: dict[str, Any]) -> BuildManifest:
     values = dict(content)
     values["sources"] = tuple(map(_source_entry, content["sources"]))
     values["guard_domains"] = tuple(map(_guard_domain, content["guard_domains"]))
+    values["stock_text"] = tuple(map(_stock_text, content.get("stock_text", ())))
     values["inputs"] = {}
     for name, entry in content.get("inputs", {}).items():
         listed = tuple(tuple(facts) for facts in entry["listed"])
@@ -341,6 +372,8 @@ def _check_entries(manifest: BuildManifest) -> None:
         unknown = sorted(set(domain.sources) - known)
         if unknown:
             raise ValueError(f"guard_domains[{number}].sources names {unknown}: no such source")
+    for number, stock in enumerate(manifest.stock_text):
+        check_types(stock, f"stock_text[{number}]")
     for name, inputs in manifest.inputs.items():
         check_types(inputs, f"inputs.{name}")
     for name, entry in manifest.files.items():
@@ -352,6 +385,10 @@ def _guard_domain(content: dict[str, Any]) -> GuardDomain:
     for key in ("sources", "ignored_keys", "served_by"):
         values[key] = tuple(content.get(key, ()))
     return GuardDomain(**values)
+
+
+def _stock_text(content: dict[str, Any]) -> StockText:
+    return StockText(**{**content, "examples": tuple(content["examples"])})
 
 
 def _is_inside(name: str) -> bool:

@@ -17,6 +17,7 @@ from cpt.config.reference import (
     written_files,
 )
 from cpt.config.sections import ExpertParallelJson, StageSection
+from data_pipeline.config.decontamination_config import DecontaminationConfig
 from data_pipeline.config.language_limits import LanguageLimits
 from data_pipeline.config.mix_config import GuardConfig, GuardDomain, MixConfig
 from data_pipeline.config.schedule_config import SchedulePhase
@@ -32,6 +33,7 @@ DATACLASSES = [
     DomainLimits,
     MixConfig,
     SourceConfig,
+    DecontaminationConfig,
     GuardConfig,
     GuardDomain,
     LanguageLimits,

@@ -168,7 +168,9 @@ def test_killed_at_any_moment_a_rerun_gives_the_same_manifest(
     tmp_path: Path, make_mix: MakeMix
 ) -> None:
     texts = {"ja": make_texts(4000, "ja"), "en": make_texts(4000, "en")}
-    make_mix(texts, held_out_share=0.01, decontaminate_tokens=50)
+    make_mix(
+        texts, held_out_share=0.01, decontamination={"stock_text": 1e-4}, decontaminate_tokens=50
+    )
     path = tmp_path / "in" / "mix.yaml"
     undisturbed = run(path, tmp_path / "undisturbed", "--workers", "1", unit_bytes=30_000)
     assert undisturbed.returncode == 0, undisturbed.stderr

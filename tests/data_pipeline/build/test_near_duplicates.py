@@ -1,4 +1,4 @@
-"""Near copies and pieces of held-out text are found, exactly as brute force would find them."""
+"""Near copies are found, exactly as brute force would find them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.build.build import build
-from data_pipeline.build.decontamination import (
-    EDGE_TOKENS,
-    HeldOutRuns,
-    count_runs,
-    find_contaminated,
-)
 from data_pipeline.build.deduplication import Fate
 from data_pipeline.build.near_duplicates import (
     minhash_signatures,
     window_hashes,
 )
-from data_pipeline.dataset import BuiltData
-from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens
-from tests.data_pipeline.build.test_build import trained_texts
+from data_pipeline.text.tokenizer import Tokens
 from tests.data_pipeline.inputs import MakeMix
 from tests.support.fates_in_memory import mark_near_duplicates
 
@@ -104,55 +96,8 @@ def test_documents_that_share_little_are_all_kept() -> None:
     assert not fates.any()
 
 
-@given(st.data())
-@settings(max_examples=40, deadline=None)
-def test_contamination_is_what_brute_force_finds(data: st.DataObject) -> None:
-    window, length = 4, 4 + EDGE_TOKENS
-    token_lists = st.lists(st.integers(0, 1), min_size=1, max_size=60)
-    held = data.draw(st.lists(token_lists, min_size=1, max_size=3))
-    train = data.draw(st.lists(token_lists, min_size=1, max_size=6))
-    runs = HeldOutRuns.from_documents([np.array(d, np.uint32) for d in held], length)
-    known = {tuple(d[i : i + window]) for d in held for i in range(len(d) - window + 1)}
-    tokens = np.array([t for d in train for t in [*d, END_OF_TEXT]], np.uint32)
-    offsets = np.cumsum([0, *(len(d) + 1 for d in train)])
-    hits = [[tuple(d[i : i + window]) in known for i in range(len(d) - window + 1)] for d in train]
-    expected = [any(all(h[i : i + 9]) for i in range(len(h) - 8)) for h in hits]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "data_pipeline.build.decontamination._BLOCK_TOKENS", data.draw(st.integers(1, 50))
-        )
-        assert find_contaminated(tokens, offsets, runs).tolist() == expected
-    windows = [
-        {tuple(d[i : i + window]) for i in range(len(d) - window + 1)} & known for d in train
-    ]
-    counts = count_runs(tokens, offsets, np.ones(len(train), bool), runs)
-    assert sorted(counts.tolist()) == sorted(
-        sum(run in found for found in windows) for run in known
-    )
-
-
 def _prose(rng: np.random.Generator, words: int) -> str:
     return " ".join(f"w{number}" for number in rng.integers(0, 10_000, words))
-
-
-def test_a_build_drops_what_holds_a_piece_of_a_held_out_text_but_not_stock_texts(
-    make_mix: MakeMix, tmp_path: Path
-) -> None:
-    rng = np.random.default_rng(0)
-    secret, licence = _prose(rng, 300), _prose(rng, 40)
-    held = [f"{secret} {licence}", f"{_prose(rng, 100)} {licence}"]
-    clean = [f"{_prose(rng, 300)} {licence}" for _ in range(30)]
-    quotes = [f"{_prose(rng, 500)} {secret[200:900]} {_prose(rng, 500)}"]
-    mix = make_mix(
-        {"held": held, "en": [*clean, *quotes]},
-        held_out_share={"held": 1.0},
-        weights={"held": 0.0, "en": 1.0},
-        decontaminate_tokens=50,
-        seq_len=256,
-    )
-    _, entry = build(mix, tmp_path / "out", progress=False).sources
-    assert (entry.documents, entry.contaminated) == (30, 1)
-    assert sorted(trained_texts(BuiltData.open(tmp_path / "out"))) == sorted(clean)
 
 
 def test_a_build_drops_near_copies_across_sources(make_mix: MakeMix, tmp_path: Path) -> None:
