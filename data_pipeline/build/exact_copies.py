@@ -21,7 +21,6 @@ import numpy as np
 
 from data_pipeline.build.deduplication import Fate, Fates, Hashes, Mask, held_out_digests
 from data_pipeline.build.embedded_engine import Columns, open_engine
-from data_pipeline.build.part import read_hashes
 from data_pipeline.build.part_groups import (
     NumberedPart,
     document_ends,
@@ -168,7 +167,7 @@ def _find_extremes(group: _Group) -> dict[int, tuple[int, int]]:
     """Return the smallest and the largest digest of each source in a group of parts."""
     found: dict[int, tuple[int, int]] = {}
     for part in group.parts:
-        hashes = read_hashes(part.part)
+        hashes = part.hashes()
         digests = salted_digests(hashes["high"], hashes["low"])
         low = int(digests.min())
         high = int(digests.max())
@@ -208,7 +207,7 @@ def _layout(bits: int) -> RecordLayout:
 
 
 def _write_hashes(task: _MapHashes) -> None:
-    hashes: Hashes = np.concatenate([read_hashes(part.part) for part in task.parts])
+    hashes: Hashes = np.concatenate([part.hashes() for part in task.parts])
     held = [_is_held(part, task.held_digests[part.source]) for part in task.parts]
     first = task.parts[0].first
     slots = leading_bits(hashes["high"], task.bits)
@@ -232,7 +231,7 @@ def _is_held(part: NumberedPart, held_digests: tuple[int, int]) -> Mask:
         return np.ones(num_documents, dtype=bool)
     if first > last:
         return np.zeros(num_documents, dtype=bool)
-    hashes = read_hashes(part.part)
+    hashes = part.hashes()
     digests = salted_digests(hashes["high"], hashes["low"])
     return np.asarray((digests >= np.uint64(first)) & (digests <= np.uint64(last)))
 

@@ -41,7 +41,7 @@ from data_pipeline.build.near_duplicates import (
     Signatures,
     band_keys,
 )
-from data_pipeline.build.part import read_side_file, read_signatures
+from data_pipeline.build.part import read_side_file
 from data_pipeline.build.part_groups import (
     NumberedPart,
     group_parts,
@@ -206,7 +206,7 @@ def _find_edges(
                 pairs=tuple(task.output.name for task in pairs),
                 stretches=stretches,
                 stretch=stretch,
-                work_dir=parts[0].part.work_dir,
+                work_dir=parts[0].work_dir,
                 threshold=threshold,
                 output=folder / f"edges-{stretch:05d}.npy",
             )
@@ -243,7 +243,7 @@ def _write_places(folder: Path, parts: Sequence[NumberedPart]) -> None:
     """Write where the signatures of all documents are, and the numbers of the documents."""
     places = []
     for part in parts:
-        places.append([str(part.part.signatures_path), part.first, part.stop])
+        places.append([str(part.signatures_path), part.first, part.stop])
     write_json(folder / _PLACES_FILE, places)
 
 
@@ -259,7 +259,7 @@ def _write_keys(task: _MapKeys) -> None:
         part_fates = fates[part.first : part.stop]
         living = np.flatnonzero((part_fates == Fate.TRAIN) | (part_fates == Fate.HELD_OUT))
         numbers.append((living + part.first).astype(np.uint32))
-        signatures.append(read_signatures(part.part)[living])
+        signatures.append(part.signatures()[living])
     all_numbers = np.concatenate(numbers)
     count = len(all_numbers)
     layout = _key_layout(task.bits)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.build.part import Part
+from data_pipeline.build.deduplication import Hashes
+from data_pipeline.build.near_duplicates import Signatures
+from data_pipeline.build.part import read_side_file
 from data_pipeline.build.source_parts import SourceParts
 from data_pipeline.errors import DataError
 
@@ -19,17 +22,28 @@ MAX_DOCUMENTS = 2**32
 """Documents of a mix: their numbers are stored in 32 bits."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NumberedPart:
-    """A part, and which documents of the mix it holds."""
+    """Files of a part that tasks read, and which documents of the mix it holds."""
 
-    part: Part
+    hashes_path: Path
+    signatures_path: Path
+    work_dir: Path
+    """Folder of the build in progress."""
     source: int
     """Position of its source in the mix."""
     first: int
     """Number of its first document."""
     stop: int
     """One past the number of its last document."""
+
+    def hashes(self) -> Hashes:
+        """Return the content hashes of the documents, as a memory map."""
+        return read_side_file(self.hashes_path, self.work_dir)
+
+    def signatures(self) -> Signatures:
+        """Return the MinHash signatures of the documents, as a memory map."""
+        return read_side_file(self.signatures_path, self.work_dir)
 
 
 def numbered_parts(gathered: Sequence[SourceParts]) -> list[NumberedPart]:
@@ -43,7 +57,16 @@ def numbered_parts(gathered: Sequence[SourceParts]) -> list[NumberedPart]:
     for source, parts in enumerate(gathered):
         for part, account in zip(parts.parts, parts.accounts, strict=True):
             stop = first + account.num_documents
-            numbered.append(NumberedPart(part, source, first, stop))
+            numbered.append(
+                NumberedPart(
+                    hashes_path=part.hashes_path,
+                    signatures_path=part.signatures_path,
+                    work_dir=part.work_dir,
+                    source=source,
+                    first=first,
+                    stop=stop,
+                )
+            )
             first = stop
     if first > MAX_DOCUMENTS:
         raise DataError(

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
+import duckdb
 import numpy as np
 import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.build import exact_copies, near_copies
 from data_pipeline.build.deduplication import Fate, Hashes
+from data_pipeline.build.embedded_engine import open_engine
 from data_pipeline.build.exact_copies import decide_exact
 from data_pipeline.build.near_copies import Sizes, mark_near_copies
 from data_pipeline.build.near_duplicates import NUM_BANDS, NUM_HASHES, Signatures
+from data_pipeline.build.part_groups import group_parts, numbered_parts
 from data_pipeline.build.salted_digests import SALT, salted_digests
 from data_pipeline.build.source_parts import SourceParts
+from data_pipeline.build.steps import STEPS_FOLDER
 from data_pipeline.engine.local import LocalExecutor
+from data_pipeline.store.hashing import splitmix64
 from tests.support.array_parts import write_source
 from tests.support.fates_in_memory import decide_fates, mark_near_duplicates
 
@@ -177,3 +186,151 @@ def test_a_long_chain_of_near_copies_is_one_group(tmp_path: Path) -> None:
     with LocalExecutor() as executor:
         mark_near_copies(fates, gathered, 0.8, tmp_path, executor)
     assert fates.tolist() == [Fate.TRAIN] + [Fate.NEAR_DUPLICATE] * (count - 1)
+
+
+def count_runs_of(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, names: Sequence[str], stop_in: str | None
+) -> Counter[str]:
+    """Count the tasks of a module by name; the second one of `stop_in` is interrupted."""
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, original: Callable[[object], object]) -> Callable[[object], object]:
+        def work(task: object) -> object:
+            counts[name] += 1
+            if name == stop_in and counts[name] == 2:
+                raise KeyboardInterrupt
+            return original(task)
+
+        return work
+
+    for name in names:
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, counted(name, original))
+    return counts
+
+
+@pytest.mark.parametrize("stop_in", ["_write_hashes", "_compare_slot"])
+def test_a_killed_search_for_copies_repeats_nothing_that_was_done(
+    stop_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered, hashes, signatures = draw_sources(np.random.default_rng(5), tmp_path, [30, 30], None)
+    exact, _ = in_memory(gathered, hashes, signatures, [0.1, 0.0])
+    names = ("_write_hashes", "_compare_slot")
+
+    def decide() -> list[int]:
+        with LocalExecutor() as executor:
+            found, _ = decide_exact(
+                gathered, [0.1, 0.0], tmp_path, executor, group_documents=20, slot_documents=20
+            )
+        return found.tolist()
+
+    with monkeypatch.context() as patch:
+        before = count_runs_of(patch, exact_copies, names, stop_in)
+        with pytest.raises(KeyboardInterrupt):
+            decide()
+    with monkeypatch.context() as patch:
+        after = count_runs_of(patch, exact_copies, names, None)
+        assert decide() == exact
+        # the interrupted one was begun twice
+        assert before[stop_in] + after[stop_in] == num_tasks(stop_in, gathered) + 1
+        assert decide() == exact
+        assert before[stop_in] + after[stop_in] == num_tasks(stop_in, gathered) + 1
+    assert not list(tmp_path.rglob("spill-*"))
+
+
+def num_tasks(name: str, gathered: Sequence[SourceParts]) -> int:
+    """Return how many tasks of a kind the search for copies has, with 20 documents each."""
+    if name == "_compare_slot":
+        return 4
+    return len(list(group_parts(numbered_parts(gathered), 20)))
+
+
+@pytest.mark.parametrize("stop_in", ["_write_keys", "_write_pairs", "_verify_pairs"])
+def test_a_killed_search_for_near_copies_gives_the_same_fates_in_the_end(
+    stop_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered, hashes, signatures = draw_sources(np.random.default_rng(6), tmp_path, [60], None)
+    exact, near = in_memory(gathered, hashes, signatures, [0.1])
+    names = ("_write_keys", "_write_pairs", "_verify_pairs")
+    sizes = Sizes(group_documents=20, slot_records=60, task_records=600, stretch_documents=20)
+
+    def mark() -> list[int]:
+        fates = np.array(exact, np.uint8)
+        with LocalExecutor() as executor:
+            mark_near_copies(fates, gathered, 0.8, tmp_path, executor, sizes)
+        return fates.tolist()
+
+    with monkeypatch.context() as patch:
+        before = count_runs_of(patch, near_copies, names, stop_in)
+        with pytest.raises(KeyboardInterrupt):
+            mark()
+    with monkeypatch.context() as patch:
+        after = count_runs_of(patch, near_copies, names, None)
+        assert mark() == near
+        for name in names[: names.index(stop_in)]:
+            assert after[name] == 0
+        done = +after
+        assert mark() == near
+        assert after == done
+    assert sum(before.values()) + sum(after.values()) == 1 + sum(
+        count_all_tasks(tmp_path, gathered, exact, sizes, monkeypatch).values()
+    )
+
+
+def count_all_tasks(
+    tmp_path: Path,
+    gathered: Sequence[SourceParts],
+    exact: Sequence[int],
+    sizes: Sizes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Counter[str]:
+    """Return the tasks of a search for near copies that nothing interrupts."""
+    shutil.rmtree(tmp_path / STEPS_FOLDER)
+    with monkeypatch.context() as patch, LocalExecutor() as executor:
+        names = ("_write_keys", "_write_pairs", "_verify_pairs")
+        counts = count_runs_of(patch, near_copies, names, None)
+        mark_near_copies(np.array(exact, np.uint8), gathered, 0.8, tmp_path, executor, sizes)
+    return counts
+
+
+def test_what_other_hashes_left_is_never_used(tmp_path: Path) -> None:
+    """A step whose inputs changed starts anew, though all its files are there."""
+    shares = [0.1]
+    with LocalExecutor() as executor:
+        for seed in (1, 2):
+            work_dir = tmp_path / "work"
+            shutil.rmtree(work_dir / "parts", ignore_errors=True)
+            rng = np.random.default_rng(seed)
+            gathered, hashes, signatures = draw_sources(rng, work_dir, [40 + seed], None)
+            exact, near = in_memory(gathered, hashes, signatures, shares)
+            fates, _ = decide_exact(gathered, shares, work_dir, executor)
+            assert fates.tolist() == exact
+            mark_near_copies(fates, gathered, 0.8, work_dir, executor)
+            assert fates.tolist() == near
+    assert len(list((tmp_path / "work" / STEPS_FOLDER).iterdir())) == 2
+
+
+def test_a_text_that_half_of_the_corpus_repeats_goes_to_disk(tmp_path: Path) -> None:
+    """The engine's limit holds, and the answer is right, though one group exceeds the memory."""
+    count = 400_000
+    numbers = np.arange(count, dtype=np.uint32)
+    same = np.where(numbers % 2 == 0, 7, splitmix64(numbers.astype(np.uint64)))
+    with open_engine(tmp_path, 2**24) as engine:
+        for start in range(8):
+            batch = {"value": same, "number": numbers + start * count}
+            engine.load(f"t{start}", [batch])
+        union = " UNION ALL ".join(f"SELECT * FROM t{start}" for start in range(8))
+        found = 0
+        for columns in engine.query(f"SELECT value, count(*) AS n FROM ({union}) GROUP BY value"):
+            found += int(columns["n"].sum())
+            assert set(columns["n"].tolist()) <= {8, 4 * count}
+        spilled = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert found == 8 * count
+    assert spilled > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_opens_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x\n1\n")
+    with open_engine(tmp_path) as engine, pytest.raises(duckdb.PermissionException):
+        list(engine.query(f"SELECT * FROM read_csv('{tmp_path / 'a.csv'}')"))
