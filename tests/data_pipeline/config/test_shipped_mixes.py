@@ -15,7 +15,7 @@ from data_pipeline.config.mix_file import load_mix
 from tests.support.mix_corpora import template_with_corpora
 
 ROOT = Path(__file__).parents[3]
-TEMPLATES = ("swallow_like", "gpt-oss-20b", "gpt-oss-120b")
+TEMPLATES = ("swallow_like", "gpt_oss_swallow", "gpt-oss-20b", "gpt-oss-120b")
 
 
 @pytest.fixture
@@ -58,3 +58,20 @@ def test_shares_are_those_that_the_comments_promise(
     assert shares["en"] + shares["math"] == pytest.approx(0.296)
     assert shares["code"] == pytest.approx(0.16, abs=0.0005)
     assert shares["parallel"] == pytest.approx(0.0044)
+
+
+def test_the_sources_of_gpt_oss_swallow_have_nearly_half_japanese(
+    load_template: Callable[[str], MixConfig],
+) -> None:
+    mix = load_template("gpt_oss_swallow")
+    shares: dict[str, float] = defaultdict(float)
+    for source in mix.sources:
+        shares[source.language] += source.weight
+    assert shares["ja"] == pytest.approx(0.48)
+    assert shares["en"] == pytest.approx(0.31)
+    # what kept reasoning, by the published account: conversations that gpt-oss wrote
+    assert {s.name for s in mix.sources if s.format == "harmony"} == {
+        "chat_ja",
+        "chat_en",
+        "reasoning_en",
+    }
