@@ -9,7 +9,6 @@ Decisions
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +43,6 @@ from data_pipeline.store.manifest import (
 )
 from data_pipeline.store.packing import CLUSTERS_FILE, Integers, Segments
 from data_pipeline.store.shards import Shards
-from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.tokenizer import NAME, RANKS_SHA256
 
 log = logging.getLogger(__name__)
@@ -188,7 +186,7 @@ def _pack_source(
         held_out_copies=fates.num_held_out_copies,
         base_model=base_model_of(source),
         rejects=dict(sorted(decided.parts.tally.rejects.items())),
-        notes=_notes(decided.parts.tally),
+        notes=dict(sorted(decided.parts.tally.notes.items())),
         stages=stages,
         read_documents=read_documents,
         read_tokens=read_tokens,
@@ -201,14 +199,6 @@ def _num_bytes(trained: Segments, document_tokens: Integers, document_bytes: Int
     """Return the UTF-8 bytes of segments; of cut documents in proportion to their tokens."""
     whole_bytes = document_bytes[trained.document]
     return int((whole_bytes * trained.tokens // document_tokens[trained.document]).sum())
-
-
-def _notes(tally: Tally) -> dict[str, int]:
-    """Return the oddities of a source, and what its filters left out, by kind."""
-    notes = Counter(tally.notes)
-    for condition, count in tally.filtered.items():
-        notes[f"filtered: {condition}"] += count
-    return dict(sorted(notes.items()))
 
 
 def _pack_stages(

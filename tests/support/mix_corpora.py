@@ -50,7 +50,9 @@ def _records(source: dict[str, Any]) -> list[dict[str, Any]]:
     if source.get("format") == "harmony":
         answer = {"role": "assistant", "content": "yes"}
         return [{"messages": [{"role": "user", "content": text}, answer]} for text in texts]
-    return [{key: text for key in ("text", "title", "content", "en", "ja", "url")} for text in texts]
+    return [
+        {key: text for key in ("text", "title", "content", "en", "ja", "url")} for text in texts
+    ]
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:

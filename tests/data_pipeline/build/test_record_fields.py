@@ -297,7 +297,9 @@ def test_conditions_belong_to_the_fingerprint_only_where_they_are_used(
     condition = {"filters": [{"field": "id", "one_of": ["1", "2", "3"]}], "min_tokens": 2}
     filtered = build(make_mix(texts, sources={"en": condition}), tmp_path / "filtered", workers=1)
     assert filtered.fingerprint != manifest.fingerprint
-    assert filtered.sources[0].documents == 3
+    entry = filtered.sources[0]
+    assert entry.documents == 3
+    assert entry.dropped["filtered: id is not one of 1, 2, 3"] == {"documents": 27}
 
 
 def test_a_source_of_which_conditions_leave_nothing_says_so(
