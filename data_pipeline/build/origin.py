@@ -21,7 +21,7 @@ from typing import Any
 from data_pipeline.build import units
 from data_pipeline.build.input_files import HashNotes, Inputs, look_at_inputs, read_inputs
 from data_pipeline.config.mix_config import MixConfig
-from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.config.source_config import FILE_FORMATS, SourceConfig
 from data_pipeline.engine.executor import Executor
 from data_pipeline.store.manifest import BuildManifest, InputFiles
 from data_pipeline.text.cleaning import STEP_VERSIONS
@@ -107,7 +107,8 @@ def read_origin(
     Raises:
         DataError: an input file cannot be read, or is written to.
     """
-    return Origin(rules=build_rules(mix), inputs=read_inputs(mix.sources, executor, notes))
+    inputs = read_inputs(mix.sources, executor, notes)
+    return Origin(rules=_with_unit_rules(mix, inputs), inputs=inputs)
 
 
 def fingerprint(
@@ -171,6 +172,16 @@ def _source_rules(source: SourceConfig) -> Rules:
     return rules
 
 
+def _with_unit_rules(mix: MixConfig, inputs: Inputs) -> Rules:
+    """Return the rules of a mix; large sources name those by which they are cut into units."""
+    rules = build_rules(mix)
+    for source, of_source in zip(mix.sources, rules["sources"], strict=True):
+        sizes = [file.state.size_bytes for file in inputs.get(source.name, ())]
+        if source.format in FILE_FORMATS and units.is_large(sizes):
+            of_source["unit_rules"] = units.LARGE_RULES
+    return rules
+
+
 def absent_sources(mix: MixConfig) -> tuple[str, ...]:
     """Return the names of the sources that name files, none of which is here."""
     names = []
@@ -194,7 +205,14 @@ def compare(manifest: BuildManifest, mix: MixConfig, *, read_contents: bool) -> 
     absent = absent_sources(mix)
     lines: list[str] = []
     if manifest.rules:
-        lines += _rule_differences(manifest.rules, build_rules(mix))
+        present = [source for source in mix.sources if source.name not in absent]
+        rules = _with_unit_rules(mix, look_at_inputs(present))
+        built = {of_build["name"]: of_build for of_build in manifest.rules["sources"]}
+        for of_mix in rules["sources"]:
+            name = of_mix["name"]
+            if name in absent and "unit_rules" in built.get(name, {}):
+                of_mix["unit_rules"] = built[name]["unit_rules"]
+        lines += _rule_differences(manifest.rules, rules)
         for source in mix.sources:
             before = manifest.inputs.get(source.name)
             if before is not None and source.name not in absent:

@@ -87,7 +87,8 @@ def read_documents(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[D
         DataError: a file is missing or unreadable, or a table lacks the column.
     """
     try:
-        yield from _READERS[unit.format](source, unit, tally)
+        for piece in unit.pieces():
+            yield from _READERS[unit.format](source, piece, tally)
     except OSError as error:
         raise unreadable(unit.paths[0] if unit.paths else source.name, error) from error
 
@@ -212,6 +213,7 @@ def _lines(
     A line belongs to the unit if it begins before `stop`.
     """
     position = _seek_first_line(file, unit)
+    lines_before = tally.lines  # of other files of a group
     while position < stop:
         line = file.readline(MAX_LINE_BYTES + 1)
         if not line:
@@ -226,11 +228,12 @@ def _lines(
             while line and not line.endswith(b"\n") and position < stop:
                 line = file.readline(_BUFFER_BYTES)
                 position += len(line)
-            tally.reject(f"line longer than {MAX_LINE_BYTES} bytes", Place(str(path), tally.lines))
+            place = Place(str(path), tally.lines - lines_before)
+            tally.reject(f"line longer than {MAX_LINE_BYTES} bytes", place)
         elif not line.strip():
             tally.notes["blank line"] += 1
         else:
-            yield tally.lines, line
+            yield tally.lines - lines_before, line
 
 
 def _without_marks(content: bytes) -> bytes:

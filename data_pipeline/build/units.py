@@ -8,14 +8,20 @@ Decisions
     gathered until they make a unit. A file that is compressed, in UTF-16 or UTF-32, or has CR line
     ends cannot be cut.
     Every file is looked at before the first one is read: what it is decides, not what it is called.
-    Units are large enough that no source has many more than MAX_UNITS of them.
+    A source of many files or bytes is cut by rules of its own, because a unit that stays as it is
+    is found in the cache: the size of its units has few steps, and its small files, of any format,
+    are gathered to groups whose ends follow from the name and size of one file. So a file that is
+    added or changed leaves the groups before and after its own as they are. These rules are named
+    in the fingerprint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import xxhash
 
 from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
 from data_pipeline.build.parquet_files import row_group_bytes
@@ -34,7 +40,17 @@ from data_pipeline.store.text_files import TextLayers, text_layers
 MIN_UNIT_BYTES = 16 * 2**20
 """Bytes of input that make a unit: some seconds of work, which is what a kill costs at most."""
 MAX_UNITS = 1024
-"""Number of units per source, about; every unit becomes a token shard."""
+"""Files of a source, or units of MIN_UNIT_BYTES in it, beyond which it is cut as a large one; and
+the number of units of a dataset or earlier build, about.
+"""
+LARGE_UNITS = 4096
+"""Number of units that the bytes of a large source make at most; every unit becomes a shard."""
+LARGE_RULES = 1
+"""Version of the rules by which a large source is cut."""
+_STEP = 4
+"""Ratio between the sizes that units of large sources have."""
+_LARGEST_GROUP = 4
+"""Units that a group of small files has at most, by its bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +68,19 @@ class Unit:
     size_bytes: int
     """Bytes of input, for the progress bar."""
 
+    def pieces(self) -> tuple[Unit, ...]:
+        """Return a unit for each file of a group; this unit if it is none.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        if self.format == "text" or len(self.paths) < 2:
+            return (self,)
+        return tuple(_whole_file(path, self.format) for path in self.paths)
+
 
 def split_into_units(source: SourceConfig) -> list[Unit]:
-    """Return the units of a source, in order.
+    """Return the units of a source, in order; the time is in proportion to the number of files.
 
     Raises:
         DataError: a file is missing, empty or unreadable.
@@ -66,22 +92,34 @@ def split_into_units(source: SourceConfig) -> list[Unit]:
     return list(_files_units(source))
 
 
+def is_large(sizes: Sequence[int]) -> bool:
+    """Return whether files of these sizes in bytes are cut by the rules of large sources."""
+    return len(sizes) > MAX_UNITS or sum(sizes) > MAX_UNITS * MIN_UNIT_BYTES
+
+
 def _files_units(source: SourceConfig) -> Iterator[Unit]:
     files = source.files()
     sizes = [_size_bytes(path, source) for path in files]
-    unit_bytes = max(MIN_UNIT_BYTES, sum(sizes) // MAX_UNITS)
-    texts = _TextFiles()
+    if is_large(sizes):
+        waiting: _SmallFiles = _Groups(_large_unit_bytes(sum(sizes)))
+    else:
+        waiting = _SmallFiles(MIN_UNIT_BYTES)
     for path, size_bytes in zip(files, sizes, strict=True):
         layers = _layers(path)
         kind = _format_of(path, source, layers)
-        if kind == "text" and layers.is_plain:
-            texts.add(path, size_bytes)
-            if texts.size_bytes >= unit_bytes:
-                yield from texts.take()
+        if waiting.takes(kind, size_bytes, layers):
+            yield from waiting.add(path, kind, size_bytes)
         else:
-            yield from texts.take()  # documents stay in the order of the files
-            yield from _file_units(path, kind, size_bytes, unit_bytes, layers)
-    yield from texts.take()
+            yield from waiting.take()  # documents stay in the order of the files
+            yield from _file_units(path, kind, size_bytes, waiting.unit_bytes, layers)
+    yield from waiting.take()
+
+
+def _large_unit_bytes(total_bytes: int) -> int:
+    unit_bytes = MIN_UNIT_BYTES
+    while total_bytes > LARGE_UNITS * unit_bytes:
+        unit_bytes *= _STEP
+    return unit_bytes
 
 
 def _layers(path: Path) -> TextLayers:
@@ -109,24 +147,69 @@ def _format_of(path: Path, source: SourceConfig, layers: TextLayers) -> str:
     return kind
 
 
-class _TextFiles:
-    """Text files that wait to become one unit."""
+class _SmallFiles:
+    """Plain text files that wait to become one unit: until they are large enough."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit_bytes: int) -> None:
+        self.unit_bytes = unit_bytes
         self._paths: list[Path] = []
-        self.size_bytes = 0
+        self._size_bytes = 0
+        self._format = ""
 
-    def add(self, path: Path, size_bytes: int) -> None:
-        """Let one more file wait."""
+    def takes(self, kind: str, size_bytes: int, layers: TextLayers) -> bool:
+        """Return whether a file may wait here."""
+        del size_bytes
+        return kind == "text" and layers.is_plain
+
+    def add(self, path: Path, kind: str, size_bytes: int) -> Iterator[Unit]:
+        """Let one more file wait, and yield the unit that is complete, if one is."""
+        if kind != self._format:
+            yield from self.take()
+        self._format = kind
         self._paths.append(path)
-        self.size_bytes += size_bytes
+        self._size_bytes += size_bytes
+        if self._is_end(path, size_bytes):
+            yield from self.take()
 
     def take(self) -> Iterator[Unit]:
         """Yield the waiting files as a unit, if there are any, and start anew."""
-        if self._paths:
-            yield Unit(paths=tuple(self._paths), format="text", size_bytes=self.size_bytes)
+        paths = tuple(self._paths)
+        size_bytes = self._size_bytes
         self._paths = []
-        self.size_bytes = 0
+        self._size_bytes = 0
+        if len(paths) > 1 or (paths and self._format == "text"):
+            yield Unit(paths=paths, format=self._format, size_bytes=size_bytes)
+        elif paths:
+            yield _whole_file(paths[0], self._format)
+
+    def _is_end(self, path: Path, size_bytes: int) -> bool:
+        del path, size_bytes
+        return self._size_bytes >= self.unit_bytes
+
+
+class _Groups(_SmallFiles):
+    """Small files of a large source, of any format, that wait to become one unit.
+
+    A file ends its group with a probability of its share in a unit, by a hash of its name, so a
+    group has about the bytes of a unit. What stands before and after a group does not touch it.
+    """
+
+    def takes(self, kind: str, size_bytes: int, layers: TextLayers) -> bool:
+        """Return whether a file may wait here."""
+        del kind, layers
+        return size_bytes < self.unit_bytes
+
+    def _is_end(self, path: Path, size_bytes: int) -> bool:
+        drawn = xxhash.xxh3_64_intdigest(path.name.encode("utf-8", "surrogatepass"))
+        is_drawn = drawn * self.unit_bytes < size_bytes * 2**64
+        return is_drawn or self._size_bytes >= _LARGEST_GROUP * self.unit_bytes
+
+
+def _whole_file(path: Path, kind: str) -> Unit:
+    """Return the unit that is one file, whole."""
+    size_bytes = path.stat().st_size
+    stop = len(row_group_bytes(path)) if kind == "parquet" else size_bytes
+    return Unit(paths=(path,), format=kind, stop=stop, size_bytes=size_bytes)
 
 
 def _size_bytes(path: Path, source: SourceConfig) -> int:
