@@ -47,6 +47,14 @@ def reserve_descriptors(count: int, place: str) -> None:
     )
 
 
+def num_spare_descriptors() -> int:
+    """Return how many more files this process may open, without those left for everything else."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return 2**31
+    return soft - _num_open() - _SPARE
+
+
 def _set_soft_limit(soft: int, hard: int) -> bool:
     """Set the soft limit; return whether the system let us."""
     try:

@@ -1,4 +1,4 @@
-"""Token shards: the documents of a source as one file that is read through a memory map.
+"""Token shards: the documents of a source as one file each, read by position or through a map.
 
     bytes 0..7      magic
     bytes 8..11     version, uint32
@@ -21,19 +21,23 @@ from __future__ import annotations
 import array
 import bisect
 import contextlib
+import functools
 import json
+import os
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.bounded.files import open_regular
 from data_pipeline.bounded.json_text import parse_json
 from data_pipeline.errors import DataError
-from data_pipeline.store.descriptors import reserve_descriptors
 from data_pipeline.store.files import atomic_write
+from data_pipeline.store.open_files import OpenFiles
 from data_pipeline.text.harmony import RETURN
 from data_pipeline.text.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, VOCAB_SIZE, Tokens
 
@@ -41,8 +45,11 @@ MAGIC = b"CPTSHARD"
 VERSION = 1
 HEADER_BYTES = 4096
 SUFFIX = ".tokens"
+Integers = npt.NDArray[np.int64]
 _DTYPE = "uint32"
 _SCAN_TOKENS = 1 << 24
+_FILES_OF_A_SOURCE = 16
+_TWO_OFFSETS = struct.Struct("<2Q")
 
 
 class ShardWriter:
@@ -122,6 +129,90 @@ def _padding_bytes(num_tokens: int) -> int:
     return -4 * num_tokens % 8
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardLayout:
+    """Where everything lies in a shard, by its header."""
+
+    num_tokens: int
+    """Tokens of all documents."""
+    num_documents: int
+    """Number of documents."""
+    num_control_tokens: int | None
+    """Control tokens of conversations; None if the documents are text."""
+
+    @property
+    def offsets_at(self) -> int:
+        """Position of the offsets in the file."""
+        return HEADER_BYTES + 4 * self.num_tokens + _padding_bytes(self.num_tokens)
+
+    @property
+    def bytes_at(self) -> int:
+        """Position of the UTF-8 bytes of each document in the file."""
+        return self.offsets_at + 8 * (self.num_documents + 1)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return self.bytes_at + 8 * self.num_documents
+
+
+def read_layout(path: Path) -> ShardLayout:
+    """Read the header of a shard, and compare it with the size of the file.
+
+    Raises:
+        DataError: The file is missing, cut off, or of another format.
+    """
+    try:
+        with open_regular(path) as file:
+            block = os.pread(file.fileno(), HEADER_BYTES, 0)
+            found = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from error
+    header = _header(path, block)
+    num_control_tokens = None
+    if "num_control_tokens" in header:
+        num_control_tokens = _count(path, header, "num_control_tokens")
+    layout = ShardLayout(
+        num_tokens=_count(path, header, "num_tokens"),
+        num_documents=_count(path, header, "num_documents"),
+        num_control_tokens=num_control_tokens,
+    )
+    if found != layout.file_bytes:
+        raise _damaged(path, f"{found} bytes, its header says {layout.file_bytes}")
+    return layout
+
+
+def _damaged(path: Path, problem: str) -> DataError:
+    return DataError(
+        f"{path}: {problem}. The token shard is damaged: delete the build and build it again."
+    )
+
+
+def _header(path: Path, block: bytes) -> dict[str, Any]:
+    """Return the JSON in the first bytes of a shard."""
+    if block[:8] != MAGIC:
+        raise _damaged(path, f"starts with {block[:8]!r}, must start with {MAGIC!r}")
+    if len(block) < HEADER_BYTES:
+        raise _damaged(path, f"{len(block)} bytes, too short for its header of {HEADER_BYTES}")
+    version, length = struct.unpack("<II", block[8:16])
+    if version != VERSION:
+        raise _damaged(path, f"has format version {version}, this code reads {VERSION}")
+    try:
+        header = parse_json(block[16 : 16 + min(length, HEADER_BYTES - 16)])
+    except ValueError as error:
+        raise _damaged(path, "has a header that is not JSON") from error
+    if not isinstance(header, dict) or header.get("dtype") != _DTYPE:
+        raise _damaged(path, f"has a header without dtype {_DTYPE}: {header!r:.100}")
+    return header
+
+
+def _count(path: Path, header: dict[str, Any], key: str) -> int:
+    value = header.get(key)
+    if type(value) is not int or not 0 < value < 2**48:
+        raise _damaged(path, f"has {key} {value!r:.40} in its header, must be above 0")
+    return value
+
+
 class Shard:
     """The documents of one shard file, read through a memory map."""
 
@@ -136,23 +227,22 @@ class Shard:
             DataError: The file is missing, damaged, or of another format; the message names it.
         """
         self.path = path
-        header = self._read_header()
-        self.num_tokens = self._count(header, "num_tokens")
-        self.num_documents = self._count(header, "num_documents")
-        self.chat = "num_control_tokens" in header
+        layout = read_layout(path)
+        self.num_tokens = layout.num_tokens
+        self.num_documents = layout.num_documents
+        self.chat = layout.num_control_tokens is not None
         """Whether the documents are conversations."""
-        self._num_control_tokens = self.num_documents
-        if self.chat:
-            self._num_control_tokens = self._count(header, "num_control_tokens")
-        offsets_at = HEADER_BYTES + 4 * self.num_tokens + _padding_bytes(self.num_tokens)
-        bytes_at = offsets_at + 8 * (self.num_documents + 1)
-        expected = bytes_at + 8 * self.num_documents
-        found = path.stat().st_size
-        if found != expected:
-            raise self._error(f"{found} bytes, its header says {expected}")
-        self._tokens = np.memmap(path, "<u4", "r", HEADER_BYTES, (self.num_tokens,))
-        self.offsets: npt.NDArray[np.int64] = self._read_array(offsets_at, self.num_documents + 1)
-        self.document_bytes: npt.NDArray[np.int64] = self._read_array(bytes_at, self.num_documents)
+        self._num_control_tokens = layout.num_documents
+        if layout.num_control_tokens is not None:
+            self._num_control_tokens = layout.num_control_tokens
+        # one map: each keeps a descriptor
+        file = np.memmap(path, np.uint8, "r")
+        offsets_at = layout.offsets_at
+        self._tokens = file[HEADER_BYTES : HEADER_BYTES + 4 * self.num_tokens].view("<u4")
+        self.offsets: npt.NDArray[np.int64] = file[offsets_at : layout.bytes_at].view("<i8")
+        """Tokens before each document, and of all, [num_documents + 1]."""
+        self.document_bytes: npt.NDArray[np.int64] = file[layout.bytes_at :].view("<i8")
+        """UTF-8 bytes of each document, [num_documents]."""
         self._check_offsets()
         if verify:
             self._check_tokens()
@@ -173,40 +263,7 @@ class Shard:
         return np.diff(self.offsets)
 
     def _error(self, problem: str) -> DataError:
-        return DataError(
-            f"{self.path}: {problem}. "
-            "The token shard is damaged: delete the build and build it again."
-        )
-
-    def _read_header(self) -> dict[str, Any]:
-        try:
-            with self.path.open("rb") as file:
-                block = file.read(HEADER_BYTES)
-        except OSError as error:
-            raise self._error(f"cannot be read ({error.strerror})") from error
-        if block[:8] != MAGIC:
-            raise self._error(f"starts with {block[:8]!r}, must start with {MAGIC!r}")
-        if len(block) < HEADER_BYTES:
-            raise self._error(f"{len(block)} bytes, too short for its header of {HEADER_BYTES}")
-        version, length = struct.unpack("<II", block[8:16])
-        if version != VERSION:
-            raise self._error(f"has format version {version}, this code reads {VERSION}")
-        try:
-            header = parse_json(block[16 : 16 + min(length, HEADER_BYTES - 16)])
-        except ValueError as error:
-            raise self._error("has a header that is not JSON") from error
-        if not isinstance(header, dict) or header.get("dtype") != _DTYPE:
-            raise self._error(f"has a header without dtype {_DTYPE}: {header!r:.100}")
-        return header
-
-    def _count(self, header: dict[str, Any], key: str) -> int:
-        value = header.get(key)
-        if type(value) is not int or not 0 < value < 2**48:
-            raise self._error(f"has {key} {value!r:.40} in its header, must be above 0")
-        return value
-
-    def _read_array(self, position: int, count: int) -> npt.NDArray[np.int64]:
-        return np.fromfile(self.path, "<u8", count, offset=position).astype(np.int64)
+        return _damaged(self.path, problem)
 
     def _check_offsets(self) -> None:
         # numbers far outside could wrap around in the differences
@@ -257,51 +314,133 @@ class Shard:
 class Shards:
     """The documents of a source, numbered through all its shards in order."""
 
-    def __init__(self, directory: Path, names: Sequence[str], *, verify: bool = True) -> None:
-        """Open the shards `names` in `directory`.
+    def __init__(
+        self,
+        directory: Path,
+        names: Sequence[str],
+        *,
+        verify: bool = True,
+        num_documents: Integers | None = None,
+        files: OpenFiles | None = None,
+    ) -> None:
+        """Take the shards `names` in `directory`.
 
         Args:
             directory: Folder of the source in the build.
             names: Names of its shards, in order.
-            verify: See `Shard`.
+            verify: Whether to check every token; see `Shard`.
+            num_documents: Documents of each shard, [shards], if they are known: then nothing is
+                read before it is asked for. Otherwise the header of every shard is.
+            files: What reads the shards; None keeps a few of them open.
 
         Raises:
             DataError: There is no shard, or one is damaged.
-            StorageError: There are more shards than files that may be open.
         """
-        reserve_descriptors(len(names), str(directory))
         if not names:
             raise DataError(
                 f"{directory}: holds no token shard. Delete the build and build it again."
             )
-        self._shards: list[Shard] = []
-        self._ends: list[int] = []  # number of documents up to the end of each shard
-        self.chat = False
-        """Whether the documents are conversations."""
-        document_tokens = []
-        document_bytes = []
-        num_documents = 0
-        for name in names:
-            shard = Shard(directory / name, verify=verify)
-            num_documents += shard.num_documents
-            self._shards.append(shard)
-            self._ends.append(num_documents)
-            self.chat |= shard.chat
-            document_tokens.append(shard.document_tokens)
-            document_bytes.append(shard.document_bytes)
-        self.document_tokens = np.concatenate(document_tokens)
-        """Tokens of each document, END_OF_TEXT included, [num_documents]."""
-        self.document_bytes = np.concatenate(document_bytes)
-        """UTF-8 bytes of each document, [num_documents]."""
+        self._paths = [f"{directory}/{name}" for name in names]
+        self._files = files or OpenFiles(_FILES_OF_A_SOURCE)
+        self._layouts: dict[int, ShardLayout] = {}
+        if verify:
+            for path in self._paths:
+                Shard(Path(path))
+        if num_documents is None:
+            counts = []
+            for number in range(len(names)):
+                counts.append(self._layout(number).num_documents)
+            num_documents = np.array(counts, np.int64)
+        if len(num_documents) != len(names):
+            raise DataError(
+                f"{directory}: has {len(names)} token shards, and numbers of documents for "
+                f"{len(num_documents)}. Delete the build and build it again."
+            )
+        # number of documents up to the end of each shard
+        self._ends: list[int] = np.cumsum(num_documents).tolist()
 
     @property
     def num_documents(self) -> int:
         """Number of documents."""
-        return len(self.document_tokens)
+        return self._ends[-1]
+
+    @property
+    def chat(self) -> bool:
+        """Whether there are conversations among the documents; reads the headers."""
+        return any(
+            self._layout(number).num_control_tokens is not None
+            for number in range(len(self._paths))
+        )
+
+    @functools.cached_property
+    def document_tokens(self) -> Integers:
+        """Tokens of each document, END_OF_TEXT included, [num_documents]; reads all offsets."""
+        return self.lengths(0, self.num_documents)
+
+    @functools.cached_property
+    def document_bytes(self) -> Integers:
+        """UTF-8 bytes of each document, [num_documents]; reads all of them."""
+        parts = []
+        for number, path in enumerate(self._paths):
+            layout = self._layout(number)
+            content = self._files.read(path, 8 * layout.num_documents, layout.bytes_at)
+            parts.append(np.frombuffer(content, "<i8"))
+        return np.concatenate(parts)
+
+    def lengths(self, first: int, stop: int) -> Integers:
+        """Return the tokens of the documents [first, stop), END_OF_TEXT included.
+
+        Raises:
+            DataError: A shard is damaged.
+        """
+        parts = [np.zeros(0, np.int64)]
+        document = first
+        while document < stop:
+            number, place = self._place(document)
+            layout = self._layout(number)
+            last = min(layout.num_documents, place + stop - document)
+            offsets_at = layout.offsets_at + 8 * place
+            content = self._files.read(self._paths[number], 8 * (last - place + 1), offsets_at)
+            lengths = np.diff(np.frombuffer(content, "<i8"))
+            if (lengths < 2).any():
+                bad = place + int(np.argmax(lengths < 2))
+                raise self._error(number, f"has document offsets that do not rise (document {bad})")
+            parts.append(lengths)
+            document += last - place
+        return np.concatenate(parts)
 
     def tokens(self, document: int, start: int, stop: int) -> npt.NDArray[np.uint32]:
-        """Return the tokens [start, stop) of a document."""
+        """Return the tokens [start, stop) of a document.
+
+        Raises:
+            DataError: The document has no such tokens: its shard is damaged.
+        """
+        number, place = self._place(document)
+        layout = self._layout(number)
+        path = self._paths[number]
+        offsets = self._files.read(path, 16, layout.offsets_at + 8 * place)
+        first, last = _TWO_OFFSETS.unpack(offsets)
+        if not 0 <= start <= stop <= last - first or last > layout.num_tokens:
+            raise self._error(
+                number,
+                f"document {place} has the tokens {first} to {last} of {layout.num_tokens}; "
+                f"{start} to {stop} of them are asked for",
+            )
+        content = self._files.read(path, 4 * (stop - start), HEADER_BYTES + 4 * (first + start))
+        return np.frombuffer(content, "<u4")
+
+    def _place(self, document: int) -> tuple[int, int]:
+        """Return the shard of a document, and its number there."""
         number = bisect.bisect_right(self._ends, document)
-        shard = self._shards[number]
-        first_document = self._ends[number] - shard.num_documents
-        return shard.tokens(document - first_document, start, stop)
+        first = self._ends[number - 1] if number else 0
+        return number, document - first
+
+    def _layout(self, number: int) -> ShardLayout:
+        layout = self._layouts.get(number)
+        if layout is None:
+            layout = read_layout(Path(self._paths[number]))
+            self._layouts[number] = layout
+        return layout
+
+    def _error(self, number: int, problem: str) -> DataError:
+        return _damaged(Path(self._paths[number]), problem)
