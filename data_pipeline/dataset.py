@@ -1,8 +1,12 @@
 """A finished build, open for reading: rows for training and rows that are held out.
 
 Decisions
-    `BuiltData.open` refuses a build that is not complete; after that a row is a few reads of memory
-    maps, without checks.
+    `BuiltData.open` refuses a build that is not complete; after that a row is a few reads of byte
+    ranges. Nothing is held for a document or a row but the predicted tokens of each training row,
+    which the ranks of a node share, and the sizes of the held-out documents.
+    Each reading of a row checks where it reads, so that a build that was damaged since it was
+    verified is an error, and never a row of other tokens than those of its documents.
+    The open files are bounded, whatever the number of shards.
     Labels and guard domains are no part of the tokens, so those of the current mix replace those
     from build time.
 """
@@ -24,28 +28,36 @@ from data_pipeline.store.manifest import (
     BuildManifest,
     SourceEntry,
     StageEntry,
-    check_files,
     read_manifest,
 )
+from data_pipeline.store.open_files import OpenFiles
 from data_pipeline.store.packing import (
-    ARRAY_NAMES,
     CLUSTERS_FILE,
     Integers,
-    RowIndex,
+    Pieces,
     Segments,
     load_array,
     pack,
 )
+from data_pipeline.store.row_files import (
+    DOCUMENT_BYTES_FILE,
+    DOCUMENT_TOKENS_FILE,
+    SHARD_DOCUMENTS_FILE,
+    RowFiles,
+    RowTokens,
+)
 from data_pipeline.store.shards import Shards
+from data_pipeline.store.verification import check_files, check_stored_rows, unverified_rows
 from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens
 
 IGNORED_LABEL = -100
 """Label of a slot without a next token, which bears no loss."""
+_WHOLE_ROW = slice(None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedRow:
-    """One row as the model sees it, T = seq_len slots."""
+    """One row as the model sees it, or T of its seq_len slots."""
 
     input_ids: Integers
     """[T] inputs; END_OF_TEXT in the padding and nowhere else."""
@@ -54,7 +66,9 @@ class PackedRow:
     position_ids: Integers
     """[T] positions, counted from 0 in every document piece and in the padding."""
     bounds: list[int]
-    """Borders of the pieces: 0, the end of each piece, and T if there is padding."""
+    """Borders of the pieces of the whole row: 0, the end of each, and seq_len if there is
+    padding.
+    """
     documents: Integers
     """[pieces] number of the document that each piece belongs to."""
 
@@ -62,105 +76,108 @@ class PackedRow:
 class _Rows:
     """The rows of one split of one source."""
 
-    def __init__(self, directory: Path, split: str, shards: Shards, seq_len: int) -> None:
-        folder = directory / split
-        self._folder = folder
-        arrays = {name: load_array(folder / f"{name}.npy") for name in ARRAY_NAMES}
-        self.packed = RowIndex(**arrays)
+    def __init__(self, folder: Path, shards: Shards, seq_len: int, files: OpenFiles) -> None:
+        self.files = RowFiles(folder, files)
         self.shards = shards
         self.seq_len = seq_len
-        if not self._fits():
-            raise DataError(
-                f"{folder}: its row arrays do not fit the documents. "
-                "Delete the build and build it again."
-            )
+        self.num_rows = self.files.num_rows
 
-    def _fits(self) -> bool:
-        """Return whether the arrays fit each other, the documents and seq_len.
+    def read(self, row: int, slots: slice = _WHOLE_ROW) -> PackedRow:
+        """Read one row; its documents have the numbers of `shards`."""
+        return _read_row(self.files.pieces(row), self.seq_len, self.shards.tokens, slots)
 
-        If they do, no read can leave its document.
+
+class _HeldOutRows(_Rows):
+    """The held-out rows of one source, and the sizes of their documents."""
+
+    def __init__(self, folder: Path, shards: Shards, seq_len: int, files: OpenFiles) -> None:
+        super().__init__(folder, shards, seq_len, files)
+        self._folder = folder
+        self.documents: Integers = np.unique(self.files.load().piece_document)
+        """Numbers of the documents in `shards`, ascending."""
+        self.document_tokens = self._sizes(DOCUMENT_TOKENS_FILE, "document_tokens")
+        """Tokens of each document, END_OF_TEXT included."""
+        self.document_bytes = self._sizes(DOCUMENT_BYTES_FILE, "document_bytes")
+        """UTF-8 bytes of each document."""
+
+    def _sizes(self, file_name: str, of_shards: str) -> Integers:
+        """Return sizes of the documents; from the shards if the build has no file of them.
+
+        Raises:
+            DataError: the file does not fit the documents.
         """
-        packed = self.packed
-        documents = packed.piece_document
-        starts = packed.piece_start
-        pairs = packed.piece_pairs
-        num_pieces = len(documents)
-        if len(starts) != num_pieces or len(pairs) != num_pieces:
-            return False
-        if packed.num_rows < 0 or packed.row_offsets[0] != 0:
-            return False
-        if packed.row_offsets[-1] != num_pieces or (np.diff(packed.row_offsets) <= 0).any():
-            return False
-        if num_pieces == 0:
-            return True
-        if documents.min() < 0 or documents.max() >= self.shards.num_documents:
-            return False
-        if starts.min() < 0 or pairs.min() < 1 or pairs.max() > self.seq_len:
-            return False
-        lengths = self.shards.document_tokens[documents]
-        if (starts > lengths).any():  # so the sum below cannot wrap around
-            return False
-        if (starts + pairs >= lengths).any():
-            return False
-        return bool(packed.row_tokens().max() <= self.seq_len)
+        path = self._folder / file_name
+        if path.exists():
+            sizes = np.array(load_array(path))
+            if len(sizes) != len(self.documents) or (sizes < 0).any():
+                raise self._misfit(path)
+            return sizes
+        if not len(self.documents):
+            return self.documents
+        if self.documents[0] < 0 or self.documents[-1] >= self.shards.num_documents:
+            raise self.files.misfit()
+        of_all: Integers = getattr(self.shards, of_shards)
+        return of_all[self.documents]
 
-    def clusters(self, num_documents: int) -> Integers:
+    def clusters(self) -> Integers:
         """Return for each document the position of the first one of its cluster.
 
         Raises:
             DataError: the file with the clusters does not fit the documents.
         """
         path = self._folder / CLUSTERS_FILE
-        positions = np.arange(num_documents)
+        positions = np.arange(len(self.documents))
         if not path.exists():
             return positions
-        clusters = load_array(path)
-        if len(clusters) != num_documents or (clusters < 0).any() or (clusters > positions).any():
-            raise DataError(
-                f"{path}: does not fit the {num_documents} held-out documents. Delete the build "
-                "and build it again."
-            )
+        clusters = np.array(load_array(path))
+        fits = len(clusters) == len(positions)
+        if not fits or (clusters < 0).any() or (clusters > positions).any():
+            raise self._misfit(path)
         return clusters
 
-    def read(self, row: int) -> PackedRow:
-        """Read one row; its documents have the numbers of `shards`."""
-        return _read_row(self.packed, row, self.seq_len, self.shards.tokens)
+    def _misfit(self, path: Path) -> DataError:
+        return DataError(
+            f"{path}: does not fit the {len(self.documents)} held-out documents. Delete the build "
+            "and build it again."
+        )
 
 
 def _read_row(
-    packed: RowIndex, row: int, seq_len: int, tokens_of: Callable[[int, int, int], Tokens]
+    pieces: Pieces, seq_len: int, tokens_of: Callable[[int, int, int], Tokens], slots: slice
 ) -> PackedRow:
-    """Fill one row with the tokens of its documents.
+    """Fill slots of one row with the tokens of its documents.
 
     Args:
-        packed: Pieces of documents by row.
-        row: Number of the row.
+        pieces: The pieces of documents that make up the row.
         seq_len: Slots of the row.
         tokens_of: Returns the tokens of a document from a first to before a last one.
+        slots: Which slots; of the other ones no token is read.
     """
-    first, last = packed.row_offsets[row : row + 2].tolist()
-    documents = packed.piece_document[first:last]
-    starts = packed.piece_start[first:last].tolist()
-    pairs = packed.piece_pairs[first:last].tolist()
-    input_ids = np.full(seq_len, END_OF_TEXT, dtype=np.int64)
-    labels = np.full(seq_len, IGNORED_LABEL, dtype=np.int64)
+    first, stop, _ = slots.indices(seq_len)
+    input_ids = np.full(stop - first, END_OF_TEXT, dtype=np.int64)
+    labels = np.full(stop - first, IGNORED_LABEL, dtype=np.int64)
+    starts = pieces.start.tolist()
+    pairs = pieces.pairs.tolist()
     bounds = [0]
-    for document, start, count in zip(documents.tolist(), starts, pairs, strict=True):
+    for document, start, count in zip(pieces.document.tolist(), starts, pairs, strict=True):
         begin = bounds[-1]
-        end = begin + count
-        tokens = tokens_of(document, start, start + count + 1)
-        input_ids[begin:end] = tokens[:-1]
-        labels[begin:end] = tokens[1:]
-        bounds.append(end)
+        bounds.append(begin + count)
+        before = max(first - begin, 0)
+        after = min(stop - begin, count)
+        if before < after:
+            tokens = tokens_of(document, start + before, start + after + 1)
+            span = slice(begin + before - first, begin + after - first)
+            input_ids[span] = tokens[:-1]
+            labels[span] = tokens[1:]
     if bounds[-1] < seq_len:
         bounds.append(seq_len)
     position_ids = np.arange(seq_len) - np.repeat(bounds[:-1], np.diff(bounds))
     return PackedRow(
         input_ids=input_ids,
         labels=labels,
-        position_ids=position_ids,
+        position_ids=position_ids[first:stop],
         bounds=bounds,
-        documents=np.array(documents),
+        documents=np.array(pieces.document),
     )
 
 
@@ -182,7 +199,8 @@ class PackedDocuments:
 
     def read_row(self, row: int) -> PackedRow:
         """Read one row; its `documents` are positions in the list of documents."""
-        return _read_row(self._packed, row, self._domain.seq_len, self._tokens)
+        pieces = self._packed.pieces(row)
+        return _read_row(pieces, self._domain.seq_len, self._tokens, _WHOLE_ROW)
 
     def _tokens(self, position: int, start: int, stop: int) -> Tokens:
         return self._domain.tokens(int(self._documents[position]), start, stop)
@@ -191,12 +209,12 @@ class PackedDocuments:
 class HeldOutSet:
     """The held-out documents of one guard domain, over all its sources."""
 
-    def __init__(self, domain: GuardDomain, parts: Sequence[_Rows]) -> None:
+    def __init__(self, domain: GuardDomain, parts: Sequence[_HeldOutRows]) -> None:
         self.name = domain.name
         self.language = domain.language
         self.sources = domain.sources
         self._parts = parts
-        self._row_ends = np.cumsum([part.packed.num_rows for part in parts])
+        self._row_ends = np.cumsum([part.num_rows for part in parts])
         # Documents are numbered through the domain in ascending order of (source, document).
         self._stored_numbers: list[Integers] = []
         self._first_numbers: list[int] = []
@@ -207,13 +225,12 @@ class HeldOutSet:
         clusters: list[Integers] = []
         num_documents = 0
         for part in parts:
-            stored = np.unique(part.packed.piece_document)
-            clusters.append(num_documents + part.clusters(len(stored)))
-            self._stored_numbers.append(stored)
+            clusters.append(num_documents + part.clusters())
+            self._stored_numbers.append(part.documents)
             self._first_numbers.append(num_documents)
-            sizes.append(part.shards.document_bytes[stored])
-            lengths.append(part.shards.document_tokens[stored])
-            num_documents += len(stored)
+            sizes.append(part.document_bytes)
+            lengths.append(part.document_tokens)
+            num_documents += len(part.documents)
         self.document_bytes: Integers = np.concatenate(sizes)
         """UTF-8 bytes of each document."""
         self.document_tokens: Integers = np.concatenate(lengths)
@@ -243,7 +260,7 @@ class HeldOutSet:
             )
         part = int(np.searchsorted(self._row_ends, row, side="right"))
         rows = self._parts[part]
-        first_row = int(self._row_ends[part]) - rows.packed.num_rows
+        first_row = int(self._row_ends[part]) - rows.num_rows
         packed = rows.read(row - first_row)
         within_source = np.searchsorted(self._stored_numbers[part], packed.documents)
         return replace(packed, documents=within_source + self._first_numbers[part])
@@ -266,7 +283,7 @@ class BuiltData:
     rows are the same in all stages.
     """
 
-    def __init__(self, directory: Path, manifest: BuildManifest, verify: bool) -> None:
+    def __init__(self, directory: Path, manifest: BuildManifest) -> None:
         """Open the files; callers use `BuiltData.open`, which checks them first."""
         self.directory = directory
         self.manifest = manifest
@@ -278,16 +295,18 @@ class BuiltData:
         self.languages = tuple(source.language for source in manifest.sources)
         self.domains = tuple(source.domain for source in manifest.sources)
         self._stages: list[list[_Rows]] = [[] for _ in manifest.row_lengths]
-        held_out: dict[str, _Rows] = {}
+        held_out: dict[str, _HeldOutRows] = {}
+        files = OpenFiles()
         for source in manifest.sources:
             folder = directory / source.name
-            shards = Shards(folder, manifest.shard_names(source.name), verify=verify)
+            shards = _open_shards(folder, manifest.shard_names(source.name), files)
             splits = zip(source.train_folders, manifest.row_lengths, strict=True)
             for number, (split, seq_len) in enumerate(splits):
-                self._stages[number].append(_Rows(folder, split, shards, seq_len))
-            held_out[source.name] = _Rows(folder, "held_out", shards, self.seq_len)
+                self._stages[number].append(_Rows(folder / split, shards, seq_len, files))
+            rows = _HeldOutRows(folder / "held_out", shards, self.seq_len, files)
+            held_out[source.name] = rows
         self._train = self._stages[0]
-        self._row_tokens = [rows.packed.row_tokens() for rows in self._train]
+        self._row_tokens = [rows.files.row_tokens() for rows in self._train]
         self.held_out = tuple(
             HeldOutSet(domain, [held_out[name] for name in domain.sources])
             for domain in manifest.guard_domains
@@ -295,27 +314,37 @@ class BuiltData:
 
     @classmethod
     def open(
-        cls, directory: Path | str, *, verify: bool = True, mix: MixConfig | None = None
+        cls,
+        directory: Path | str,
+        *,
+        verify: bool = True,
+        mix: MixConfig | None = None,
+        is_checked: bool = False,
     ) -> BuiltData:
         """Open a build.
 
         Args:
             directory: A directory that `build` made.
-            verify: Whether to hash every file and check every token; otherwise names, sizes,
-                headers and row arrays are checked.
+            verify: Whether to hash every file and check every token, unless the build's note says
+                that this was done (`data_pipeline.store.verification`); otherwise names and sizes
+                are checked, and the rows of what the note does not know.
             mix: Mix whose languages, domains and guard domains replace those from build time.
+            is_checked: Another rank has just verified this build: nothing is checked.
 
         Raises:
             DataError: The build is missing, incomplete or damaged, or has other sources or another
                 seq_len than `mix`.
         """
         directory = Path(directory)
-        manifest = read_manifest(directory)
+        manifest = read_manifest(directory, is_known=is_checked)
         if mix is not None:
             manifest = _relabel(directory, manifest, mix)
             check_guard_sets(manifest, mix)
-        check_files(directory, manifest, verify=verify)
-        return cls(directory, manifest, verify)
+        if not is_checked:
+            found = check_files(directory, manifest, verify=verify)
+            for source, split in unverified_rows(manifest, found.unverified):
+                check_stored_rows(directory, manifest, source, split)
+        return cls(directory, manifest)
 
     @property
     def num_stages(self) -> int:
@@ -332,7 +361,7 @@ class BuiltData:
         other.stage = number
         other.seq_len = self.manifest.row_lengths[number]
         other._train = self._stages[number]
-        other._row_tokens = [rows.packed.row_tokens() for rows in other._train]
+        other._row_tokens = [rows.files.row_tokens() for rows in other._train]
         return other
 
     def train_entry(self, source: int) -> SourceEntry | StageEntry:
@@ -342,16 +371,22 @@ class BuiltData:
 
     def num_rows(self, source: int) -> int:
         """Return the number of training rows of a source."""
-        return self._train[source].packed.num_rows
+        return self._train[source].num_rows
 
-    def row_tokens(self, source: int) -> Integers:
+    def row_tokens(self, source: int) -> RowTokens:
         """Return the predicted tokens of each training row of a source, [num_rows]."""
         return self._row_tokens[source]
 
-    def read_row(self, source: int, row: int) -> PackedRow:
+    def read_row(self, source: int, row: int, slots: slice = _WHOLE_ROW) -> PackedRow:
         """Read a training row; its `documents` are document numbers in the source's shards.
 
+        Args:
+            source: Position in `source_names`.
+            row: Number of the row.
+            slots: Which slots of the row to read; `bounds` and `documents` are those of all.
+
         Raises:
+            DataError: The build was damaged since it was verified.
             IndexError: There is no such row.
         """
         if not 0 <= row < self.num_rows(source):
@@ -359,7 +394,14 @@ class BuiltData:
             raise IndexError(
                 f"source '{name}' has {self.num_rows(source)} rows, asked for row {row}"
             )
-        return self._train[source].read(row)
+        return self._train[source].read(row, slots)
+
+
+def _open_shards(folder: Path, names: Sequence[str], files: OpenFiles) -> Shards:
+    """Open the shards of a source; their headers are read if the build has no list of documents."""
+    path = folder / SHARD_DOCUMENTS_FILE
+    num_documents = np.array(load_array(path)) if path.exists() else None
+    return Shards(folder, names, verify=False, num_documents=num_documents, files=files)
 
 
 def _list(lengths: Sequence[int]) -> str:

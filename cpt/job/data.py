@@ -9,13 +9,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from cpt.checkpoint.given_up_batches import batch_of_step
 from cpt.config import DataSection, RunConfig
-from cpt.errors import ConfigError, DataError
+from cpt.errors import ConfigError, DataError, StorageError
+from cpt.job.build_check import verify_together
 from cpt.job.context import RunContext
 from cpt.job.progress import Progress
 from cpt.model.weights.hf_layout import tensor_files
-from cpt.parallel.agreement import on_first_rank, together
+from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.storage.local_copies import local_copy
 from cpt.training.kl_targets import KLTargets, check_targets
@@ -193,10 +196,32 @@ def open_data(context: RunContext) -> BuiltData:
             build(mix, folder, progress=True)
         return str(folder)
 
-    folder = Path(on_first_rank(context.control_group, build_if_missing))
-    data = together(context.control_group, lambda: BuiltData.open(local_copy(folder), mix=mix))
+    built = Path(on_first_rank(context.control_group, build_if_missing))
+    folder = verified_place(context.control_group, built)
+    data = together(context.control_group, lambda: BuiltData.open(folder, mix=mix, is_checked=True))
     on_first_rank(context.control_group, lambda: check_replay(config, data))
     return data
+
+
+def verified_place(group: dist.ProcessGroup, folder: Path) -> Path:
+    """Return where this rank reads a build: this node's copy, or the build itself.
+
+    If the copy of any node is not what it should be, all ranks read the build itself.
+
+    Raises:
+        DataError: on all ranks: the build is incomplete or damaged.
+    """
+    copy = local_copy(folder)
+    has_copies = any(gather_json(copy != folder, group))
+    try:
+        verify_together(group, copy)
+        return copy
+    except (DataError, StorageError, ConfigError) as error:
+        if not has_copies:
+            raise
+        log.warning("%s\nAll nodes read the build from shared storage: %s", error, folder)
+    verify_together(group, folder)
+    return folder
 
 
 def check_replay(config: RunConfig, data: BuiltData) -> None:

@@ -6,8 +6,9 @@
          document bounds of the whole rows
       -> on the device: the same, by copies for which the host does not wait
 
-Every rank reads what it needs from the memory-mapped shards itself; no data is broadcast. Labels
-were shifted when the row was packed, so cutting a row between ranks loses no prediction.
+Every rank reads what it needs from the shards itself; no data is broadcast. Of a row that several
+ranks share each reads its own slots and the token after them, which is the last label: so cutting a
+row between ranks loses no prediction.
 
 Shape letters: B rows of the micro batch, T tokens of a row, S local tokens.
 """
@@ -76,13 +77,23 @@ def places_of_rank(
 def read_micro_batch(
     data: BuiltData, places: Places, topology: Topology, kl_targets: KLTargets | None = None
 ) -> MicroBatch:
-    """Read this rank's part of rows, with its targets where there are any, on the host."""
-    rows = [data.read_row(source, row) for source, row in places]
+    """Read this rank's part of rows, with its targets where there are any, on the host.
+
+    Of the tokens of the other ranks of a row none is read.
+    """
+    span = span_of_rank(data.seq_len, topology)
+    rows = [data.read_row(source, row, span) for source, row in places]
     sources = [source for source, _ in places]
     targets = None
     if kl_targets is not None:
         targets = kl_targets.of_rows(places, topology, data.seq_len)
-    return cut_rows(rows, sources, topology, targets)
+    return _stacked(rows, sources, data.seq_len, slice(None), targets)
+
+
+def span_of_rank(seq_len: int, topology: Topology) -> slice:
+    """Return the slots of a row that are this rank's."""
+    local = seq_len // topology.sp_size
+    return slice(topology.sp_rank * local, (topology.sp_rank + 1) * local)
 
 
 def make_micro_batch(
@@ -110,8 +121,17 @@ def cut_rows(
         targets: The base model's distribution for some of the local tokens, on the CPU.
     """
     seq_len = len(rows[0].input_ids)
-    local = seq_len // topology.sp_size
-    span = slice(topology.sp_rank * local, (topology.sp_rank + 1) * local)
+    return _stacked(rows, source_of_row, seq_len, span_of_rank(seq_len, topology), targets)
+
+
+def _stacked(
+    rows: Sequence[PackedRow],
+    source_of_row: Sequence[int],
+    seq_len: int,
+    span: slice,
+    targets: TopKTargets | None,
+) -> MicroBatch:
+    """Return the slots `span` of what was read of rows of `seq_len` tokens."""
 
     def stack(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(row, name)[span] for row in rows]))

@@ -31,7 +31,7 @@ from data_pipeline.build.stage_choice import split_by_stage
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.engine.executor import Executor
 from data_pipeline.errors import DataError
-from data_pipeline.store.files import atomic_write, sha256_of, sync_directory
+from data_pipeline.store.files import sha256_of, sync_directory
 from data_pipeline.store.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
@@ -41,8 +41,16 @@ from data_pipeline.store.manifest import (
     SourceEntry,
     StageEntry,
 )
-from data_pipeline.store.packing import CLUSTERS_FILE, Integers, Segments
+from data_pipeline.store.packing import CLUSTERS_FILE, Segments
+from data_pipeline.store.row_files import (
+    DOCUMENT_BYTES_FILE,
+    DOCUMENT_TOKENS_FILE,
+    SHARD_DOCUMENTS_FILE,
+    save_array,
+    save_row_tokens,
+)
 from data_pipeline.store.shards import Shards
+from data_pipeline.store.verification import NOTE_FILE, Facts, inspect, leave_note
 from data_pipeline.text.tokenizer import NAME, RANKS_SHA256
 
 log = logging.getLogger(__name__)
@@ -81,7 +89,8 @@ def assemble_build(
     _check_every_source_is_trained_on(mix, decided, copied)
     _check_every_domain_is_measured(mix, decided)
     directory = work_dir / "build"
-    (directory / FILE_NAME).unlink(missing_ok=True)  # left by a build killed just before its end
+    for name in (FILE_NAME, NOTE_FILE):  # left by a build killed just before its end
+        (directory / name).unlink(missing_ok=True)
     lengths = [stage.seq_len for stage in mix.stages] or [mix.seq_len]
     log.info("packing rows of %s tokens", ", ".join(map(str, lengths)))
     entries = tuple(_pack_source(work_dir, mix, one, executor) for one in decided)
@@ -105,6 +114,7 @@ def assemble_build(
         sync_directory(folder)
     manifest.write(directory)
     sync_directory(directory)
+    leave_note(directory, manifest, _hashed_facts(directory, manifest, gathered))
     return manifest
 
 
@@ -164,7 +174,10 @@ def _pack_source(
     )
     if source.cluster_by is not None:
         clusters = first_of_cluster(decided.parts.clusters_of(fates.held_out))
-        _save_array(folder / "held_out" / CLUSTERS_FILE, clusters)
+        save_array(folder / "held_out" / CLUSTERS_FILE, clusters)
+    _save_sizes(folder, decided, shards)
+    for offsets in folder.glob("*/row_offsets.npy"):
+        save_row_tokens(offsets.parent)
     read_documents, read_tokens = count_read(decided)
     return SourceEntry(
         name=source.name,
@@ -242,9 +255,31 @@ def _pack_stages(
     return tuple(entries)
 
 
-def _save_array(path: Path, values: Integers) -> None:
-    with atomic_write(path) as file:
-        np.save(file, values.astype("<i8"), allow_pickle=False)
+def _save_sizes(folder: Path, decided: DecidedSource, shards: Shards) -> None:
+    """Write what training would otherwise gather from all shards of a source."""
+    held_out = np.sort(decided.fates.held_out)
+    counts = [account.num_documents for account in decided.parts.accounts]
+    save_array(folder / "held_out" / DOCUMENT_TOKENS_FILE, shards.document_tokens[held_out])
+    save_array(folder / "held_out" / DOCUMENT_BYTES_FILE, shards.document_bytes[held_out])
+    save_array(folder / SHARD_DOCUMENTS_FILE, np.array(counts, np.int64))
+
+
+def _hashed_facts(
+    directory: Path, manifest: BuildManifest, gathered: Sequence[SourceParts]
+) -> dict[str, Facts]:
+    """Return the facts of the files that have not changed since they were hashed.
+
+    A shard was hashed before its account was written, perhaps by a build that was killed long ago.
+    """
+    facts = dict(inspect(directory, manifest).facts)
+    for source in gathered:
+        for part in source.parts:
+            hashed_ns = part.account_path.stat().st_mtime_ns
+            name = part.shard_path.relative_to(directory).as_posix()
+            _, modified_ns, changed_ns, _ = facts[name]
+            if max(modified_ns, changed_ns) > hashed_ns:
+                del facts[name]
+    return facts
 
 
 def _file_entries(directory: Path, gathered: Sequence[SourceParts]) -> dict[str, FileEntry]:

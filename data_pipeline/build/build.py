@@ -48,10 +48,10 @@ from data_pipeline.store.files import PARTIAL_SUFFIX, make_folder, sync_director
 from data_pipeline.store.manifest import (
     FILE_NAME,
     BuildManifest,
-    check_files,
     read_manifest,
 )
 from data_pipeline.store.ownership import refuse_foreign
+from data_pipeline.store.verification import check_files
 
 log = logging.getLogger(__name__)
 

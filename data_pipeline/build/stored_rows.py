@@ -23,7 +23,7 @@ from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
 from data_pipeline.store.arrow_streams import check_saved_dataset
 from data_pipeline.store.file_kinds import FileKind, describe_head, kind_of_file
-from data_pipeline.store.manifest import check_files, read_manifest
+from data_pipeline.store.manifest import read_manifest
 from data_pipeline.store.packing import (
     ARRAY_NAMES,
     RowIndex,
@@ -33,6 +33,7 @@ from data_pipeline.store.packing import (
     segments_of,
 )
 from data_pipeline.store.shards import Shards
+from data_pipeline.store.verification import check_files
 from data_pipeline.text.tokenizer import decode_bytes
 
 if TYPE_CHECKING:
@@ -161,10 +162,7 @@ def _check_build(directory: Path) -> None:
     Raises:
         DataError: a file is missing, not the one that the manifest lists, or no token shard.
     """
-    manifest = read_manifest(directory)
-    check_files(directory, manifest, verify=True)
-    for entry in manifest.sources:
-        Shards(directory / entry.name, manifest.shard_names(entry.name), verify=True)
+    check_files(directory, read_manifest(directory), verify=True)
 
 
 @functools.lru_cache(maxsize=8)

@@ -21,7 +21,7 @@ import numpy as np
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger
-from data_pipeline.mixture.mixture import Mixture
+from data_pipeline.mixture.mixture import Mixture, RowNumbers
 from data_pipeline.store.packing import Integers
 from data_pipeline.tables import table
 
@@ -409,7 +409,9 @@ def _plan_sources(
     return tuple(sources)
 
 
-def _count_drawn_tokens(mixture: Mixture, row_tokens: Integers, source: int, num_drawn: int) -> int:
+def _count_drawn_tokens(
+    mixture: Mixture, row_tokens: RowNumbers, source: int, num_drawn: int
+) -> int:
     """Return the predicted tokens in the first `num_drawn` rows that are drawn from a source."""
     if not len(row_tokens):
         return 0

@@ -51,7 +51,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -70,9 +70,9 @@ _BLOCK_ROWS = 1 << 20
 """Rows that are worked on at once, which bounds the memory."""
 _MOST_INT32_ROWS = 2**31
 
-RowNumbers: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
-"""Numbers of rows, in 4 bytes each where they fit: an order of 40 million rows is held by every
-rank.
+RowNumbers: TypeAlias = npt.NDArray[np.signedinteger[Any]]
+"""Numbers of rows or of their tokens, in 4 bytes each where they fit: every rank holds an order of
+all rows.
 """
 
 
@@ -81,7 +81,7 @@ class RowCounts(Protocol):
 
     source_names: tuple[str, ...]
 
-    def row_tokens(self, source: int) -> Integers:
+    def row_tokens(self, source: int) -> RowNumbers:
         """Return the predicted tokens of each training row of a source."""
 
 
@@ -426,7 +426,7 @@ class _Cursor:
     """The token counts of one source's rows, in the order in which they are drawn."""
 
     def __init__(
-        self, orders: _EpochOrders, source: int, row_tokens: Integers, num_drawn: int
+        self, orders: _EpochOrders, source: int, row_tokens: RowNumbers, num_drawn: int
     ) -> None:
         self._orders = orders
         self._source = source

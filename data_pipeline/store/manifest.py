@@ -18,12 +18,12 @@ from typing import Any
 from data_pipeline.bounded.files import MalformedInput
 from data_pipeline.bounded.json_text import read_json
 from data_pipeline.config.mix_config import GuardDomain
-from data_pipeline.console.progress import show_progress
 from data_pipeline.errors import DataError
 from data_pipeline.escaping import escaped_line
 from data_pipeline.store.entry_types import check_types
-from data_pipeline.store.files import sha256_of, write_json
+from data_pipeline.store.files import write_json
 from data_pipeline.store.ownership import refuse_foreign
+from data_pipeline.store.row_files import DERIVED_FILES
 from data_pipeline.store.shards import SUFFIX
 
 FORMAT_VERSION = 5
@@ -225,11 +225,15 @@ class BuildManifest:
 
     def shard_names(self, source: str) -> list[str]:
         """Return the names of the token shards in a source's folder, in order."""
+        folder = f"{source}/"
         names = []
-        for path in map(PurePosixPath, self.files):
-            if path.parent.as_posix() == source and path.suffix == SUFFIX:
-                names.append(path.name)
-        return sorted(names)
+        for path in self.files:
+            if path.startswith(folder) and path.endswith(SUFFIX):
+                name = path.removeprefix(folder)
+                if "/" not in name:
+                    names.append(name)
+        # a number of more digits comes after one of fewer
+        return sorted(names, key=lambda name: (len(name), name))
 
     def guard_sets(self) -> dict[str, GuardSet]:
         """Return the held-out text of each guard domain, by the domain's name."""
@@ -260,7 +264,8 @@ class BuildManifest:
                 prefixes.append(f"{source.name}/{folder}/")
             files = []
             for name, entry in self.files.items():
-                if name.startswith(tuple(prefixes)):
+                is_derived = PurePosixPath(name).name in DERIVED_FILES
+                if name.startswith(tuple(prefixes)) and not is_derived:
                     files.append((name, entry.sha256))
             hashes[source.name] = _hash_of(sorted(files))
         return hashes
@@ -271,8 +276,12 @@ class BuildManifest:
         write_json(directory / FILE_NAME, content, indent=1, sort_keys=True)
 
 
-def read_manifest(directory: Path) -> BuildManifest:
+def read_manifest(directory: Path, *, is_known: bool = False) -> BuildManifest:
     """Read and check `manifest.json`.
+
+    Args:
+        directory: The build.
+        is_known: Another rank has just looked at who may write to the build.
 
     Raises:
         DataError: The file is missing, damaged, of another format, or names a file outside the
@@ -280,7 +289,7 @@ def read_manifest(directory: Path) -> BuildManifest:
         ConfigError: The build is not this user's alone.
     """
     path = directory / FILE_NAME
-    content = _read_content(path)
+    content = _read_content(path, is_known)
     found = content.get("format_version")
     if found not in READABLE_VERSIONS:
         raise DataError(
@@ -300,10 +309,11 @@ def read_manifest(directory: Path) -> BuildManifest:
     return manifest
 
 
-def _read_content(path: Path) -> dict[str, Any]:
+def _read_content(path: Path, is_known: bool) -> dict[str, Any]:
     """Read the JSON of a manifest and compare it with its checksum."""
     try:
-        refuse_foreign(path.parent, "build")
+        if not is_known:
+            refuse_foreign(path.parent, "build")
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise DataError(f"{path}: {size} bytes, more than any manifest has.")
@@ -395,54 +405,3 @@ def _is_inside(name: str) -> bool:
     """Return whether a listed path stays inside the build."""
     parts = PurePosixPath(name).parts
     return bool(parts) and not name.startswith("/") and ".." not in parts and "\\" not in name
-
-
-def check_files(directory: Path, manifest: BuildManifest, *, verify: bool) -> None:
-    """Compare the files of a build with its manifest.
-
-    Args:
-        directory: The build.
-        manifest: What it should hold.
-        verify: Whether to compare the contents, not only names and sizes.
-
-    Raises:
-        DataError: A file is missing, extra, a link, of another size or of other content; the
-            message names every such file.
-    """
-    found = set()
-    for path in directory.rglob("*"):
-        if not path.is_dir():
-            found.add(path.relative_to(directory).as_posix())
-    listed = set(manifest.files)
-    problems = []
-    for name in sorted(listed - found):
-        problems.append(f"{escaped_line(directory / name)}: missing")
-    for name in sorted(found - listed - {FILE_NAME}):
-        problems.append(f"{escaped_line(directory / name)}: not in the manifest")
-    compared = sorted(found & listed)
-    total = sum(manifest.files[name].bytes for name in compared)
-    hidden = not verify  # names and sizes take no time
-    what = f"hashes of {directory.name}"
-    with show_progress(total, what, "B", unit_scale=True, leave=False, hidden=hidden) as bar:
-        for name in compared:
-            path = directory / name
-            problem = _file_problem(path, manifest.files[name], verify)
-            bar.update(manifest.files[name].bytes)
-            if problem:
-                problems.append(f"{escaped_line(path)}: {problem}")
-    if problems:
-        raise DataError(
-            "\n".join([*problems, "The build is damaged: delete it and build it again."])
-        )
-
-
-def _file_problem(path: Path, entry: FileEntry, verify: bool) -> str:
-    """Return how a file differs from its entry, or an empty string."""
-    if path.is_symlink() or not path.is_file():
-        return "not a plain file"
-    size = path.stat().st_size
-    if size != entry.bytes:
-        return f"{size} bytes, manifest says {entry.bytes}"
-    if verify and sha256_of(path) != entry.sha256:
-        return "content differs from the manifest (sha256)"
-    return ""

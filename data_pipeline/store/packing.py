@@ -80,6 +80,18 @@ class Segments:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Pieces:
+    """The pieces of documents that make up one row."""
+
+    document: Integers
+    """Number of the document that each piece belongs to."""
+    start: Integers
+    """Tokens of the document before each piece."""
+    pairs: Integers
+    """Pairs, and so slots, of each piece."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RowIndex:
     """Which pieces of documents make up each row of a source.
 
@@ -99,6 +111,15 @@ class RowIndex:
     def num_rows(self) -> int:
         """Number of rows."""
         return len(self.row_offsets) - 1
+
+    def pieces(self, row: int) -> Pieces:
+        """Return the pieces of one row."""
+        first, last = self.row_offsets[row : row + 2].tolist()
+        return Pieces(
+            document=self.piece_document[first:last],
+            start=self.piece_start[first:last],
+            pairs=self.piece_pairs[first:last],
+        )
 
     def row_tokens(self) -> Integers:
         """Return the predicted tokens of each row, [num_rows]."""

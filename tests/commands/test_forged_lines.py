@@ -19,6 +19,7 @@ from cpt.model.weights.hf_layout import tensor_files
 from data_pipeline.build.table_columns import check_columns
 from data_pipeline.commands import end_with_reason
 from data_pipeline.store import manifest as build_manifest
+from data_pipeline.store.verification import check_files
 
 FORGED = "x\nFAKE: verified ok\x1b[31m"
 SHOWN = r"x\nFAKE: verified ok"
@@ -101,7 +102,7 @@ def version_of_a_build(folder: Path) -> None:
 def file_in_a_build(folder: Path) -> None:
     (folder / FORGED).write_text("")
     read_build(folder)
-    build_manifest.check_files(folder, build_manifest.read_manifest(folder), verify=False)
+    check_files(folder, build_manifest.read_manifest(folder), verify=False)
 
 
 CASES: list[Callable[[Path], None]] = [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import save_file
 from transformers import GptOssConfig
@@ -23,6 +25,15 @@ from cpt.storage.local_copies import VARIABLE, local_copy
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
+from data_pipeline.store.verification import NOTE_FILE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def control_group() -> Iterator[Any]:
+    """A group of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -54,25 +65,29 @@ def staged(
     return json.loads(printed.out), printed.err
 
 
+def opened_by_a_run(workplace: Path, control_group: Any) -> BuiltData:
+    """Open the data as a run does, on one rank."""
+    section = DataSection(mix=workplace / "mix.yaml", build_dir=workplace / "built")
+    context: Any = SimpleNamespace(
+        config=SimpleNamespace(data=section),
+        mix=load_mix(workplace / "mix.yaml"),
+        control_group=control_group,
+    )
+    return job_data.open_data(context)
+
+
 def test_build_and_weights_are_read_from_the_copies_and_are_the_same(
-    workplace: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, control_group: Any
 ) -> None:
     found, _ = staged(workplace, tmp_path, capsys)
     build, model = workplace / "built", workplace / "model"
     assert set(found) == {str(build), str(model)}
     monkeypatch.setenv(VARIABLE, json.dumps(found))
-    # as a run opens its data, on one rank
-    monkeypatch.setattr(job_data, "on_first_rank", lambda group, call: call())
-    monkeypatch.setattr(job_data, "together", lambda group, call: call())
-    section = DataSection(mix=workplace / "mix.yaml", build_dir=build)
-    context: Any = SimpleNamespace(
-        config=SimpleNamespace(data=section),
-        mix=load_mix(workplace / "mix.yaml"),
-        control_group=None,
-    )
-    opened = job_data.open_data(context)
+    opened = opened_by_a_run(workplace, control_group)
     assert opened.directory == local_copy(build) and opened.directory.is_relative_to(tmp_path)
     assert opened.manifest == BuiltData.open(build).manifest
+    # a copy has no note of its own until it was verified
+    assert (local_copy(build) / NOTE_FILE).is_file()
     names = {path.name for path in local_copy(model).iterdir()}
     assert names == {"model.safetensors", "SHA256SUMS"}
     # as a run opens its first weights, on one rank
@@ -84,6 +99,26 @@ def test_build_and_weights_are_read_from_the_copies_and_are_the_same(
     assert isinstance(weights, DirectoryWeights) and weights.path == local_copy(model)
     ((_, values),) = weights.pieces("a", 0, 64)
     assert values.tolist() == [1.0] * 64
+
+
+def test_damaged_copy_of_a_build_is_told_and_the_build_itself_is_read(
+    workplace: Path,
+    tmp_path: Path,
+    capsys,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    control_group: Any,
+) -> None:
+    found, _ = staged(workplace, tmp_path, capsys)
+    monkeypatch.setenv(VARIABLE, json.dumps(found))
+    (shard,) = local_copy(workplace / "built").rglob("*.tokens")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    opened = opened_by_a_run(workplace, control_group)
+    assert opened.directory == workplace / "built"
+    assert f"{shard}: content differs from the manifest" in caplog.text
+    assert "All nodes read the build from shared storage" in caplog.text
 
 
 def test_run_that_goes_on_from_a_checkpoint_copies_no_weights(

@@ -53,7 +53,8 @@ class Data:
     def row_tokens(self, source: int) -> Any:
         return np.full(ROWS, SEQ_LEN)
 
-    def read_row(self, source: int, row: int) -> PackedRow:
+    def read_row(self, source: int, row: int, slots: slice) -> PackedRow:
+        assert slots == slice(0, SEQ_LEN)
         self.read.append(((source, row), threading.current_thread().name))
         if (source, row) == self.broken:
             raise DataError(f"row {row} of source {source} is damaged")

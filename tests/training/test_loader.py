@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,10 +57,21 @@ def test_every_row_of_a_global_batch_is_of_one_rank_and_micro_step() -> None:
 
 
 def test_a_rank_reads_its_part_of_the_rows_on_the_host() -> None:
-    data: Any = SimpleNamespace(
-        seq_len=SEQ_LEN, read_row=lambda source, row: packed_row(100 * source + row)
-    )
+    asked: list[slice] = []
+
+    def read_row(source: int, row: int, slots: slice) -> PackedRow:
+        asked.append(slots)
+        whole = packed_row(100 * source + row)
+        return dataclasses.replace(
+            whole,
+            input_ids=whole.input_ids[slots],
+            labels=whole.labels[slots],
+            position_ids=whole.position_ids[slots],
+        )
+
+    data: Any = SimpleNamespace(seq_len=SEQ_LEN, read_row=read_row)
     batch = read_micro_batch(data, ((0, 5), (2, 7)), part(sp_size=2, sp_rank=1))
+    assert asked == [slice(4, 8)] * 2
     assert batch.input_ids.tolist() == [[9, 10, 11, 12], [211, 212, 213, 214]]
     assert batch.labels.tolist() == [[10, 11, 12, 13], [212, 213, 214, 215]]
     assert batch.position_ids.tolist() == [[4, 5, 6, 7]] * 2

@@ -26,6 +26,7 @@ from data_pipeline.dataset import BuiltData, PackedRow
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.manifest import FILE_NAME, read_manifest
 from data_pipeline.store.ownership import SHARED_VARIABLE
+from data_pipeline.store.verification import NOTE_FILE
 from data_pipeline.text.tokenizer import END_OF_TEXT, decode, encode
 from tests.data_pipeline.inputs import MakeMix, make_texts, write_jsonl
 from tests.support.other_users import ATTACKER, needs_root
@@ -41,10 +42,11 @@ def mix(make_mix: MakeMix) -> MixConfig:
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
+    """Return the content of all files but the note, which holds the times of the others."""
     return {
         p.relative_to(directory).as_posix(): p.read_bytes()
         for p in directory.rglob("*")
-        if p.is_file()
+        if p.is_file() and p.name != NOTE_FILE
     }
 
 

@@ -15,6 +15,7 @@ from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import EXIT_INTERNAL, DataError, explain
+from data_pipeline.store.verification import NOTE_FILE
 from tests.data_pipeline.inputs import MakeMix, make_texts
 
 DAMAGES = ("flip", "cut", "empty", "garbage", "delete", "folder", "list")
@@ -42,8 +43,12 @@ def damage(path: Path, how: str, chance: random.Random) -> None:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the files that hold something."""
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    """Return the files that hold something, without the note, which only saves a verification."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.stat().st_size and path.name != NOTE_FILE:
+            found.append(path)
+    return found
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import pytest
 
 from data_pipeline.build.build import build
 from data_pipeline.errors import DataError
-from data_pipeline.store.manifest import FILE_NAME, check_files, read_manifest
+from data_pipeline.store.manifest import FILE_NAME, read_manifest
+from data_pipeline.store.verification import check_files
 from tests.data_pipeline.inputs import MakeMix, make_texts
 
 

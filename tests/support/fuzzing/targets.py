@@ -35,8 +35,8 @@ from data_pipeline.build.sources import read_texts
 from data_pipeline.config.generation_config import read_prompts
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.config.source_config import SourceConfig
-from data_pipeline.store.manifest import check_files
 from data_pipeline.store.manifest import read_manifest as read_build_manifest
+from data_pipeline.store.verification import check_files
 from data_pipeline.text.cleaning import Tally
 from tests.support.checkpoints import old_checkpoint, sign_file, write_checkpoint
 from tests.support.fuzzing.attack import Target
