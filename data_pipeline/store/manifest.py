@@ -264,8 +264,8 @@ class BuildManifest:
                 prefixes.append(f"{source.name}/{folder}/")
             files = []
             for name, entry in self.files.items():
-                is_derived = PurePosixPath(name).name in DERIVED_FILES
-                if name.startswith(tuple(prefixes)) and not is_derived:
+                is_row_file = name.startswith(tuple(prefixes))
+                if is_row_file and PurePosixPath(name).name not in DERIVED_FILES:
                     files.append((name, entry.sha256))
             hashes[source.name] = _hash_of(sorted(files))
         return hashes
