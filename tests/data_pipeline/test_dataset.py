@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,17 @@ from data_pipeline.build.build import build
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.dataset import IGNORED_LABEL, BuiltData, PackedRow
 from data_pipeline.errors import DataError
-from data_pipeline.text.tokenizer import END_OF_TEXT
+from data_pipeline.store.files import sha256_of
+from data_pipeline.store.manifest import FORMAT_VERSION, BuildManifest, FileEntry, SourceEntry
+from data_pipeline.store.packing import Segments, pack
+from data_pipeline.store.row_files import (
+    DERIVED_FILES,
+    SHARD_DOCUMENTS_FILE,
+    save_array,
+    save_rows,
+)
+from data_pipeline.store.shards import HEADER_BYTES, Shards, ShardWriter
+from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens
 from tests.data_pipeline.inputs import MakeMix, make_texts
 
 SEQ_LEN = 32
@@ -164,3 +176,173 @@ def test_rows_whose_end_wraps_around_are_refused(built: BuiltData) -> None:
     np.save(path, values)
     with pytest.raises(DataError, match="row arrays do not fit the documents"):
         BuiltData.open(built.directory, verify=False)
+
+
+def test_slots_of_a_row_are_those_of_the_whole_row(built: BuiltData) -> None:
+    for source in range(len(built.source_names)):
+        for number in range(built.num_rows(source)):
+            whole = built.read_row(source, number)
+            for first in range(0, SEQ_LEN, 8):
+                slots = slice(first, first + 8)
+                part = built.read_row(source, number, slots)
+                for name in ("input_ids", "labels", "position_ids"):
+                    assert np.array_equal(getattr(part, name), getattr(whole, name)[slots])
+                assert part.bounds == whole.bounds
+                assert np.array_equal(part.documents, whole.documents)
+
+
+def test_ranks_that_share_a_row_read_no_more_tokens_than_one_that_reads_it_all(
+    built: BuiltData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Besides a token for each border between two of them."""
+    asked: list[int] = []
+    tokens = Shards.tokens
+
+    def counted(shards: Shards, document: int, start: int, stop: int) -> Tokens:
+        asked.append(stop - start)
+        return tokens(shards, document, start, stop)
+
+    monkeypatch.setattr(Shards, "tokens", counted)
+    built.read_row(0, 0)
+    whole = sum(asked)
+    asked.clear()
+    for first in range(0, SEQ_LEN, 8):
+        built.read_row(0, 0, slice(first, first + 8))
+    assert whole <= sum(asked) <= whole + SEQ_LEN // 8 - 1
+
+
+def test_opening_reads_nothing_of_the_shards(built: BuiltData) -> None:
+    """Whoever verified the build has read them; a rank that starts need not."""
+    for path in built.directory.rglob("*.tokens"):
+        path.write_bytes(b"")
+    again = BuiltData.open(built.directory, is_checked=True)
+    assert again.held_out[0].document_tokens.tolist() == built.held_out[0].document_tokens.tolist()
+    with pytest.raises(DataError, match=r"documents-00000\.tokens: starts with b''"):
+        again.read_row(0, 0)
+
+
+def test_build_without_the_arrays_of_later_versions_is_read_all_the_same(built: BuiltData) -> None:
+    manifest = built.manifest
+    files = {}
+    for name, entry in manifest.files.items():
+        if Path(name).name in DERIVED_FILES:
+            (built.directory / name).unlink()
+        else:
+            files[name] = entry
+    assert len(manifest.files) - len(files) == 5 * len(built.source_names)
+    dataclasses.replace(manifest, files=files).write(built.directory)
+    again = BuiltData.open(built.directory)
+    for source in range(len(built.source_names)):
+        assert again.row_tokens(source).tolist() == built.row_tokens(source).tolist()
+    for mine, theirs in zip(again.held_out, built.held_out, strict=True):
+        assert mine.document_bytes.tolist() == theirs.document_bytes.tolist()
+        assert mine.document_tokens.tolist() == theirs.document_tokens.tolist()
+    for mine, theirs in zip(all_rows(again), all_rows(built), strict=True):
+        assert np.array_equal(mine.labels, theirs.labels)
+    assert again.manifest.row_hashes() == manifest.row_hashes()
+
+
+@pytest.mark.parametrize("name", ["row_tokens", "document_tokens", "document_bytes"])
+def test_array_that_does_not_fit_the_rows_is_refused(built: BuiltData, name: str) -> None:
+    split = "train" if name == "row_tokens" else "held_out"
+    path = built.directory / "ja_a" / split / f"{name}.npy"
+    values = np.load(path)
+    np.save(path, values[1:])
+    manifest = built.manifest
+    entry = FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
+    relative = path.relative_to(built.directory).as_posix()
+    dataclasses.replace(manifest, files={**manifest.files, relative: entry}).write(built.directory)
+    with pytest.raises(DataError, match="fit the"):
+        BuiltData.open(built.directory)
+
+
+def test_row_of_a_build_that_was_cut_off_since_is_an_error_and_no_other_row(
+    built: BuiltData,
+) -> None:
+    path = built.directory / "en" / "documents-00000.tokens"
+    row = built.read_row(2, 0)
+    content = path.read_bytes()
+    path.write_bytes(content[: HEADER_BYTES + 8])
+    with pytest.raises(DataError, match=r"documents-00000\.tokens: ends \d+ bytes before"):
+        built.read_row(2, 0)
+    path.write_bytes(content)
+    assert np.array_equal(built.read_row(2, 0).labels, row.labels)
+
+
+SMALL_PROCESS = """
+import os, resource, sys, threading
+import numpy as np
+from data_pipeline.dataset import BuiltData
+soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+assert soft == 256
+data = BuiltData.open(sys.argv[1])
+num_rows = data.num_rows(0)
+seen = [0, 0, 0, 0]
+def read(first):
+    for row in range(first, num_rows, 4):
+        seen[first] += int((data.read_row(0, row).labels >= 0).sum())
+threads = [threading.Thread(target=read, args=(first,)) for first in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert len(os.listdir("/proc/self/fd")) < 256
+print(sum(seen), int(data.row_tokens(0).sum()))
+"""
+
+
+def test_build_of_1100_shards_is_read_with_256_open_files(tmp_path: Path) -> None:
+    num_tokens = write_small_shards(tmp_path / "out", 1100)
+    limited = 'ulimit -n 256; exec "$0" -c "$1" "$2"'
+    run = subprocess.run(
+        ["bash", "-c", limited, sys.executable, SMALL_PROCESS, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [str(num_tokens)] * 2
+
+
+def write_small_shards(directory: Path, num_shards: int) -> int:
+    """Write a build of one source with two documents a shard; return its predicted tokens."""
+    folder = directory / "en"
+    folder.mkdir(parents=True)
+    for number in range(num_shards):
+        # without a sync of each file
+        with (folder / f"documents-{number:05d}.tokens").open("wb") as file:
+            writer = ShardWriter(file)
+            for length in (3, 5):
+                writer.add(np.arange(length, dtype=np.uint32), length)
+            writer.finish()
+    lengths = np.tile(np.array([4, 6]), num_shards)
+    rows = pack(Segments.whole(np.arange(2 * num_shards), lengths), SEQ_LEN)
+    save_rows(folder / "train", rows)
+    nothing = np.zeros(0, np.int64)
+    save_rows(folder / "held_out", pack(Segments.whole(nothing, nothing), SEQ_LEN))
+    save_array(folder / SHARD_DOCUMENTS_FILE, np.full(num_shards, 2))
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            entry = FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
+            files[path.relative_to(directory).as_posix()] = entry
+    manifest_of(files, int(rows.piece_pairs.sum()), rows.num_rows).write(directory)
+    return int(rows.piece_pairs.sum())
+
+
+def manifest_of(files: dict[str, FileEntry], num_tokens: int, num_rows: int) -> BuildManifest:
+    counts = dict.fromkeys(("documents", "tokens", "bytes", "duplicates", "near_duplicates"), 0)
+    counts |= dict.fromkeys(("held_out_documents", "held_out_rows", "held_out_tokens"), 0)
+    counts |= dict.fromkeys(("contaminated", "held_out_copies", "held_out_found"), 0)
+    texts = {"name": "en", "language": "en", "domain": "web", "held_out_hash": "", "base_model": ""}
+    source = SourceEntry(
+        **texts, **counts, predicted_tokens=num_tokens, rows=num_rows, rejects={}, notes={}
+    )
+    return BuildManifest(
+        format_version=FORMAT_VERSION,
+        fingerprint="",
+        tokenizer="",
+        tokenizer_sha256="",
+        seq_len=SEQ_LEN,
+        sources=(source,),
+        guard_domains=(),
+        files=files,
+    )
