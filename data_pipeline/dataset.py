@@ -34,7 +34,7 @@ from data_pipeline.store.open_files import OpenFiles
 from data_pipeline.store.packing import (
     CLUSTERS_FILE,
     Integers,
-    Pieces,
+    RowPieces,
     Segments,
     load_array,
     pack,
@@ -143,7 +143,7 @@ class _HeldOutRows(_Rows):
 
 
 def _read_row(
-    pieces: Pieces, seq_len: int, tokens_of: Callable[[int, int, int], Tokens], slots: slice
+    pieces: RowPieces, seq_len: int, tokens_of: Callable[[int, int, int], Tokens], slots: slice
 ) -> PackedRow:
     """Fill slots of one row with the tokens of its documents.
 

@@ -80,7 +80,7 @@ class Segments:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pieces:
+class RowPieces:
     """The pieces of documents that make up one row."""
 
     document: Integers
@@ -112,10 +112,10 @@ class RowIndex:
         """Number of rows."""
         return len(self.row_offsets) - 1
 
-    def pieces(self, row: int) -> Pieces:
+    def pieces(self, row: int) -> RowPieces:
         """Return the pieces of one row."""
         first, last = self.row_offsets[row : row + 2].tolist()
-        return Pieces(
+        return RowPieces(
             document=self.piece_document[first:last],
             start=self.piece_start[first:last],
             pairs=self.piece_pairs[first:last],

@@ -31,8 +31,8 @@ from data_pipeline.store.packing import (
     ARRAY_ERRORS,
     ARRAY_NAMES,
     Integers,
-    Pieces,
     RowIndex,
+    RowPieces,
     load_array,
     why_no_array,
 )
@@ -53,7 +53,7 @@ DERIVED_FILES = (
 RowTokens = npt.NDArray[np.int32]
 
 _BLOCK_PIECES = 1 << 20
-"""Pieces that are worked on at once."""
+"""RowPieces that are worked on at once."""
 _BLOCK_ROWS = 1 << 18
 _MOST_ROW_TOKENS = 2**31 - 1
 _MAPPED_BYTES = 1 << 20
@@ -127,12 +127,12 @@ class RowFiles:
         if self.num_rows < 0:
             raise self.misfit()
 
-    def pieces(self, row: int) -> Pieces:
+    def pieces(self, row: int) -> RowPieces:
         """Return the pieces of one row."""
         first, last = self._offsets.read(self._files, row, row + 2).tolist()
         if not 0 <= first < last <= self._document.length:
             raise self.misfit()
-        return Pieces(
+        return RowPieces(
             document=self._document.read(self._files, first, last),
             start=self._start.read(self._files, first, last),
             pairs=self._pairs.read(self._files, first, last),

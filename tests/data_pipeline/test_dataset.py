@@ -16,12 +16,12 @@ from data_pipeline.dataset import IGNORED_LABEL, BuiltData, PackedRow
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import sha256_of
 from data_pipeline.store.manifest import FORMAT_VERSION, BuildManifest, FileEntry, SourceEntry
-from data_pipeline.store.packing import Segments, pack
+from data_pipeline.store.packing import ARRAY_NAMES, Segments, pack
 from data_pipeline.store.row_files import (
     DERIVED_FILES,
     SHARD_DOCUMENTS_FILE,
     save_array,
-    save_rows,
+    save_row_tokens,
 )
 from data_pipeline.store.shards import HEADER_BYTES, Shards, ShardWriter
 from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens
@@ -314,10 +314,14 @@ def write_small_shards(directory: Path, num_shards: int) -> int:
                 writer.add(np.arange(length, dtype=np.uint32), length)
             writer.finish()
     lengths = np.tile(np.array([4, 6]), num_shards)
-    rows = pack(Segments.whole(np.arange(2 * num_shards), lengths), SEQ_LEN)
-    save_rows(folder / "train", rows)
     nothing = np.zeros(0, np.int64)
-    save_rows(folder / "held_out", pack(Segments.whole(nothing, nothing), SEQ_LEN))
+    rows = pack(Segments.whole(np.arange(2 * num_shards), lengths), SEQ_LEN)
+    no_rows = pack(Segments.whole(nothing, nothing), SEQ_LEN)
+    for split, packed in (("train", rows), ("held_out", no_rows)):
+        (folder / split).mkdir()
+        for name in ARRAY_NAMES:
+            save_array(folder / split / f"{name}.npy", getattr(packed, name))
+        save_row_tokens(folder / split)
     save_array(folder / SHARD_DOCUMENTS_FILE, np.full(num_shards, 2))
     files = {}
     for path in sorted(directory.rglob("*")):

@@ -86,6 +86,6 @@ CASES = {
 NOT_HERE: dict[str, str] = {
     "C12": "no name or path holds the time: the run directory is given, and nothing is left to "
     "disagree about",
-    "S7": "the loader has no worker processes: a row is a memory map away",
+    "S7": "the loader has no worker processes: a thread of the rank reads ahead",
 }
 """Why no test on one machine without a GPU can show some cases."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 
 from data_pipeline.build.build import build
 from data_pipeline.errors import DataError
-from data_pipeline.store.manifest import FILE_NAME, read_manifest
+from data_pipeline.store.manifest import FILE_NAME, FileEntry, read_manifest
 from data_pipeline.store.verification import check_files
 from tests.data_pipeline.inputs import MakeMix, make_texts
 
@@ -72,3 +73,12 @@ def test_guard_domain_of_an_unknown_source_is_named(built: Path) -> None:
     forge(built, lambda content: content.update(guard_domains=[domain]))
     with pytest.raises(DataError, match=r"guard_domains\[0\]\.sources names \['nowhere'\]"):
         read_manifest(built)
+
+
+def test_shards_are_in_the_order_of_their_numbers_beyond_five_digits(built: Path) -> None:
+    entry = FileEntry(bytes=1, sha256="")
+    names = [f"documents-{number:05d}.tokens" for number in (9, 99_999, 100_000, 100_001)]
+    files = {f"en/{name}": entry for name in reversed(names)}
+    files |= {"en/train/documents-00000.tokens": entry, "en2/documents-00000.tokens": entry}
+    manifest = dataclasses.replace(read_manifest(built), files=files)
+    assert manifest.shard_names("en") == names
