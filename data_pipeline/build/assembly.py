@@ -41,7 +41,7 @@ from data_pipeline.store.manifest import (
     SourceEntry,
     StageEntry,
 )
-from data_pipeline.store.packing import CLUSTERS_FILE, Segments
+from data_pipeline.store.packing import CLUSTERS_FILE, Integers, Segments
 from data_pipeline.store.row_files import (
     DOCUMENT_BYTES_FILE,
     DOCUMENT_TOKENS_FILE,
