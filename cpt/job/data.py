@@ -41,6 +41,9 @@ from data_pipeline.store.manifest import read_manifest
 
 log = logging.getLogger("cpt.job.data")
 
+WORTHLESS_EPOCHS = 40
+"""Epochs beyond which repeated text teaches almost nothing."""
+
 
 def check_mix(settings: DataSection, seq_len: int | None) -> MixConfig:
     """Read the data-mix YAML and compare it with the run.
@@ -276,6 +279,27 @@ def plan_of(
     last_step = max(1, config.train.total_steps) - 1
     batches = batch_of_step(last_step, progress.skip_ranges) + 1
     return make_data_plan(data, mix, batches, config.train.global_batch_size, ledger)
+
+
+def warn_of_little_text(config: RunConfig, plan: DataPlan) -> None:
+    """Warn of a trained model that reads so little text that most of the run teaches nothing.
+
+    Random weights are no loss. Repetition adds almost nothing beyond some 40 epochs (Muennighoff et
+    al., arXiv 2305.16264).
+    """
+    available = sum(source.tokens for source in plan.sources if source.drawn_tokens)
+    drawn = sum(source.drawn_tokens for source in plan.sources)
+    if config.model.path is None or drawn <= WORTHLESS_EPOCHS * available:
+        return
+    log.warning(
+        "the mix has %s tokens and the run takes %s: every text is read %.0f times on average. "
+        "More than %d add almost nothing, and the model forgets the rest. Add data (the sample mix "
+        "is for trying the program), or lower train.total_steps.",
+        f"{available:,}",
+        f"{drawn:,}",
+        drawn / max(available, 1),
+        WORTHLESS_EPOCHS,
+    )
 
 
 def check_plan(config: RunConfig, plan: DataPlan) -> None:

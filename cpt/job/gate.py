@@ -39,7 +39,14 @@ from cpt.guard.kept_files import missing_files
 from cpt.guard.requirements import documents_by_domain, guard_problems
 from cpt.guard.traces.requirements import trace_problems
 from cpt.job.caches import check_caches
-from cpt.job.data import build_folder, check_mix, check_plan, open_current_build, plan_of
+from cpt.job.data import (
+    build_folder,
+    check_mix,
+    check_plan,
+    open_current_build,
+    plan_of,
+    warn_of_little_text,
+)
 from cpt.job.findings import Findings, joined
 from cpt.job.passed_gate import PassedGate
 from cpt.job.resumption import (
@@ -394,6 +401,7 @@ class _Gate:
         )
         if plan is not None:
             self.found_by_one.attempt(lambda: check_plan(config, plan))
+            warn_of_little_text(config, plan)
         self.plan = plan
 
 

@@ -162,6 +162,8 @@ class SourceConfig:
     normalise: tuple[Normalization, ...] = ()
     """Cleaning steps, done in the order of `STEPS` in data_pipeline/text/cleaning.py; empty leaves
     the text unchanged."""
+    fill_in_the_middle: float | None = None
+    """Refused with the reason: gpt-oss's vocabulary (o200k_harmony) has no tokens for it."""
     weight: float
     """Share of the predicted tokens, 0 to 1; all weights sum to 1."""
     held_out_share: float = 0.0
@@ -197,6 +199,7 @@ class SourceConfig:
         yield from self._check_template()
         yield from self._check_text()
         yield from self._check_filters()
+        yield from self._check_fill_in_the_middle()
         yield from self._check_clusters()
         yield from check_ignored_keys(self.ignored_keys, self.format)
         yield from self._check_hub()
@@ -262,6 +265,15 @@ class SourceConfig:
                 "min_tokens",
                 f"is {self.min_tokens}, above max_tokens {self.max_tokens}: no document would "
                 "pass.",
+            )
+
+    def _check_fill_in_the_middle(self) -> Iterator[Problem]:
+        if self.fill_in_the_middle is not None:
+            yield (
+                "fill_in_the_middle",
+                "is given, but the vocabulary of gpt-oss (o200k_harmony) has no token that marks a "
+                "prefix, a middle or a suffix, and a reserved one would mean nothing to the "
+                "programs that run the model. Remove it: code is learned from left to right.",
             )
 
     def _check_clusters(self) -> Iterator[Problem]:

@@ -277,6 +277,7 @@ def test_records_are_kept_or_counted_by_a_reason(lines: list[str]) -> None:
         ("filters", [{"field": "q", "one_of": [0.5]}], "must be text or a whole number"),
         ("min_tokens", 0, "must be at least 1"),
         ("text_field", "a.", "names no field"),
+        ("fill_in_the_middle", 0.5, "has no token that marks a prefix, a middle or a suffix"),
     ],
 )
 def test_a_condition_that_cannot_be_meant_is_refused(
