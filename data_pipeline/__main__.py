@@ -24,10 +24,11 @@ from data_pipeline.build.cache_folder import (
     open_cache,
     prune,
 )
-from data_pipeline.build.dropped import describe_dropped, describe_stock_text
+from data_pipeline.build.dropped import describe_dropped, describe_stock_text, dropped_rows
 from data_pipeline.build.found_builds import (
     DEFAULT_ROOT,
     NotBuilt,
+    builds_by_names,
     find_build,
     load_built_mix,
     resolve_build_dir,
@@ -54,7 +55,7 @@ from data_pipeline.mixture.plan_figure import draw_plan
 from data_pipeline.mixture.settings import describe_changes, mix_settings
 from data_pipeline.mixture.staged_plan import plan_mix, steps_of_one_pass
 from data_pipeline.store.files import write_text
-from data_pipeline.store.manifest import BuildManifest
+from data_pipeline.store.manifest import BuildManifest, SourceEntry, read_manifest
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -243,8 +244,15 @@ def _audit(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
     result = audit(mix, options.documents, options.workers)
     say(result.describe())
+    entries: tuple[SourceEntry, ...] = ()
+    built = next(iter(builds_by_names(mix)), None)
+    if built is not None:
+        manifest = read_manifest(built)
+        entries = manifest.sources
+        say(f"dropped by the build of this mix in {built}:")
+        _say_dropped(manifest)
     page = options.out or DEFAULT_ROOT / f"{mix.name}-audit.html"
-    _write(page, audit_page(result))
+    _write(page, audit_page(result, dropped_rows(entries)))
     if options.json:
         figures = [source.to_json() for source in result.sources]
         _write(options.json, json.dumps(figures, indent=1) + "\n")

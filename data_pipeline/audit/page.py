@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data_pipeline.audit.audit import LENGTH_EDGES, Audit, SourceAudit
+from data_pipeline.build.dropped import DROPPED_COLUMNS
 from data_pipeline.charts import Bar, as_svg, draw_bars, draw_columns, inline, new_figure
 from data_pipeline.escaping import escaped_text
 
@@ -41,14 +43,20 @@ _HEADER = (
 )
 
 
-def audit_page(audit: Audit) -> str:
-    """Return the whole page."""
+def audit_page(audit: Audit, dropped: Sequence[Sequence[str]] = ()) -> str:
+    """Return the whole page.
+
+    Args:
+        audit: The figures.
+        dropped: Rows of what a build of the mix dropped (`dropped.dropped_rows`).
+    """
     mix = html.escape(audit.mix)
     sources = "".join(_source(source) for source in audit.sources)
     return escaped_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Audit of {mix}</title>'
         f"<style>{_STYLE}</style></head><body><h1>Audit of the mix {mix}</h1>{_verdict(audit)}"
-        f"{_table(audit)}{_figure(_draw_overview(audit), 'shares and token rates of all sources')}"
+        f"{_audit_table(audit)}{_dropped_table(dropped)}"
+        f"{_figure(_draw_overview(audit), 'shares and token rates of all sources')}"
         f"{sources}</body></html>\n"
     )
 
@@ -61,11 +69,21 @@ def _verdict(audit: Audit) -> str:
     return "".join(f'<p class="bad">{html.escape(line)}</p>' for line in problems)
 
 
-def _table(audit: Audit) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in _HEADER)
+def _audit_table(audit: Audit) -> str:
+    return _table(_HEADER, [_cells(source) for source in audit.sources])
+
+
+def _dropped_table(rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    return f"<h2>What the build of this mix dropped</h2>{_table(DROPPED_COLUMNS, rows)}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = ""
-    for source in audit.sources:
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(source))
+    for row in rows:
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
         body += f"<tr>{cells}</tr>"
     return f"<table><tr>{head}</tr>{body}</table>"
 

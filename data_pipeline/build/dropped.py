@@ -37,7 +37,7 @@ _REASON_OF_FATE = {
 }
 _FILTERED = "filtered: "
 _UNKNOWN = "unknown"
-_COLUMNS = ("source", "dropped", "documents", "tokens", "share of tokens")
+DROPPED_COLUMNS = ("source", "dropped", "documents", "tokens", "share of tokens")
 
 
 def count_read(source: DecidedSource) -> tuple[int, int]:
@@ -121,13 +121,19 @@ def count_exempted(source: DecidedSource) -> Counts:
 
 def describe_dropped(entries: Sequence[SourceEntry]) -> str:
     """Return a table of what was dropped, and of what stays against a rule; empty if nothing is."""
+    rows = dropped_rows(entries)
+    return table(DROPPED_COLUMNS, rows) if rows else ""
+
+
+def dropped_rows(entries: Sequence[SourceEntry]) -> list[tuple[str, ...]]:
+    """Return the rows of that table, in the columns DROPPED_COLUMNS."""
     rows = []
     for entry in entries:
         for reason, counts in entry.dropped.items():
             rows.append(_row(entry, reason, counts))
         for reason, counts in entry.exempted.items():
             rows.append(_row(entry, f"kept all the same: {reason}", counts))
-    return table(_COLUMNS, rows) if rows else ""
+    return rows
 
 
 def describe_stock_text(listed: Sequence[StockText]) -> str:

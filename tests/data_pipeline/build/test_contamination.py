@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.__main__ import main
 from data_pipeline.build.build import build
 from data_pipeline.build.dropped import (
     CONTAMINATED,
@@ -316,3 +317,22 @@ def test_the_older_key_means_the_tokens_and_both_are_refused(make_mix: MakeMix) 
         make_mix(texts, decontaminate_tokens=60, decontamination=section)
     with pytest.raises(ConfigError, match="tokens is 5, must be 0"):
         make_mix(texts, decontaminate_tokens=None, decontamination={"tokens": 5})
+
+
+def test_build_plan_and_audit_show_what_was_dropped(
+    make_mix: MakeMix,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = [prose(100 + number, 60) for number in range(10)]
+    make_mix({"en": [*texts, *texts[:3]]}, seq_len=256, max_mislabelled_share=1)
+    mix_file = str(tmp_path / "in" / "mix.yaml")
+    monkeypatch.chdir(tmp_path)
+    shown = "en      exact copies  "
+    for command in ("build", "plan", "audit"):
+        assert main([command, mix_file, "--workers", "1"]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "exact copies" in line]
+        assert line.startswith(shown) and line.split()[3] == "3"
+    page = (tmp_path / "data" / "mix-audit.html").read_text(encoding="utf-8")
+    assert "What the build of this mix dropped" in page and "<td>exact copies</td>" in page
