@@ -64,43 +64,6 @@ def write_parts(work_dir: Path, documents: int, near_share: float) -> None:
         (folder / f"{number:05d}.npy").rename(folder / f"{number:05d}.minhash")
 
 
-def source_parts(work_dir: Path, documents: int) -> Any:
-    """Return the parts that `write_parts` wrote as those of one source."""
-    from data_pipeline.build.part import Account, Part
-    from data_pipeline.build.source_parts import SourceParts
-    from data_pipeline.build.units import Unit
-    from data_pipeline.config.source_config import SourceConfig
-    from data_pipeline.text.cleaning import Tally
-
-    source = SourceConfig(name="s", language="en", domain="web", path="absent.jsonl", weight=1.0)
-    parts = []
-    accounts = []
-    for number, first in enumerate(range(0, documents, PART_DOCUMENTS)):
-        parts.append(
-            Part(
-                source=source,
-                unit=Unit(format="jsonl", size_bytes=1),
-                number=number,
-                work_dir=work_dir,
-                near_duplicates=True,
-                seq_len=SEQ_LEN,
-            )
-        )
-        accounts.append(
-            Account(
-                tally=Tally(),
-                num_documents=min(PART_DOCUMENTS, documents - first),
-                num_tokens=0,
-                num_duplicates=0,
-                shard_bytes=0,
-                shard_sha256="",
-            )
-        )
-    return SourceParts(
-        source=source, parts=parts, accounts=accounts, tally=Tally(), num_duplicates=0
-    )
-
-
 def run_step(work_dir: Path, documents: int, step: str) -> str:
     """Run one step, and return a hash of what it gives."""
     from data_pipeline.build.exact_copies import decide_exact
@@ -108,10 +71,14 @@ def run_step(work_dir: Path, documents: int, step: str) -> str:
     from data_pipeline.build.packed_split import pack_split
     from data_pipeline.engine.local import LocalExecutor
     from data_pipeline.store.packing import Segments
+    from tests.support.array_parts import source_of_arrays
     from tests.support.fates_in_memory import decide_fates, mark_near_duplicates
 
     executor = LocalExecutor(1)
-    gathered = [source_parts(work_dir, documents)]
+    counts = []
+    for first in range(0, documents, PART_DOCUMENTS):
+        counts.append(min(PART_DOCUMENTS, documents - first))
+    gathered = [source_of_arrays(work_dir, "s", counts)]
     parts = [(part.hashes_path, part.signatures_path) for part in gathered[0].parts]
     if step == "exact":
         fates, _ = decide_exact(gathered, SHARES, work_dir, executor)

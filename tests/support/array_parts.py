@@ -7,19 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.build.deduplication import HASH_DTYPE, Hashes
+from data_pipeline.build.deduplication import Hashes
 from data_pipeline.build.near_duplicates import Signatures
 from data_pipeline.build.part import Account, Part
 from data_pipeline.build.source_parts import SourceParts
 from data_pipeline.build.units import Unit
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.text.cleaning import Tally
-
-
-def make_hashes(values: Sequence[int]) -> Hashes:
-    """Return 128-bit integers as content hashes."""
-    pairs = [(value >> 64, value & 2**64 - 1) for value in values]
-    return np.array(pairs, dtype=HASH_DTYPE)
 
 
 def write_source(
@@ -39,6 +33,29 @@ def write_source(
         signatures: Signatures of each part.
         is_mock: Whether the documents are invented.
     """
+    counts = [len(values) for values in hashes]
+    gathered = source_of_arrays(
+        work_dir, name, counts, has_signatures=signatures is not None, is_mock=is_mock
+    )
+    for number, part in enumerate(gathered.parts):
+        part.hashes_path.parent.mkdir(parents=True, exist_ok=True)
+        with part.hashes_path.open("wb") as file:
+            np.save(file, hashes[number])
+        if signatures is not None:
+            with part.signatures_path.open("wb") as file:
+                np.save(file, signatures[number])
+    return gathered
+
+
+def source_of_arrays(
+    work_dir: Path,
+    name: str,
+    counts: Sequence[int],
+    *,
+    has_signatures: bool = True,
+    is_mock: bool = False,
+) -> SourceParts:
+    """Return a source whose parts have `counts` documents; their files are written apart."""
     source = SourceConfig(
         name=name,
         language="en",
@@ -48,26 +65,24 @@ def write_source(
         weight=1.0,
     )
     parts = []
-    accounts = []
-    for number, values in enumerate(hashes):
+    for number in range(len(counts)):
         part = Part(
             source=source,
             unit=Unit(format=source.format, size_bytes=1),
             number=number,
             work_dir=work_dir,
-            near_duplicates=signatures is not None,
+            near_duplicates=has_signatures,
             seq_len=8,
         )
-        part.hashes_path.parent.mkdir(parents=True, exist_ok=True)
-        with part.hashes_path.open("wb") as file:
-            np.save(file, values)
-        if signatures is not None:
-            with part.signatures_path.open("wb") as file:
-                np.save(file, signatures[number])
         parts.append(part)
-        accounts.append(_account_of(len(values)))
     return SourceParts(
-        source=source, parts=parts, accounts=accounts, tally=Tally(), num_duplicates=0
+        source=source,
+        parts=parts,
+        accounts=[_account_of(count) for count in counts],
+        lines_before=[0] * len(parts),
+        tally=Tally(),
+        num_duplicates=0,
+        num_duplicate_tokens=0,
     )
 
 
@@ -77,6 +92,7 @@ def _account_of(num_documents: int) -> Account:
         num_documents=num_documents,
         num_tokens=2 * num_documents,
         num_duplicates=0,
+        num_duplicate_tokens=0,
         shard_bytes=0,
         shard_sha256="",
     )
