@@ -97,7 +97,7 @@ def _located(
     document: Document,
     source: SourceConfig,
     path: str,
-    number: int,
+    origin: int,
     record: Mapping[str, Any],
     tally: Tally,
 ) -> Document:
@@ -111,7 +111,7 @@ def _located(
         if cluster == NO_CLUSTER:
             tally.notes[f"document without '{source.cluster_by:.40}' (cluster_by)"] += 1
     kept = kept_values(source.keep, record) if source.keep else ()
-    return document.located(number, cluster, kept)
+    return document.located(origin, cluster, kept)
 
 
 def _accept_record(
@@ -202,7 +202,8 @@ def _read_jsonl(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Docu
                 continue
             document = _accept_record(source, record, place, tally)
             if document is not None:
-                yield _located(document, source, str(path), number, record, tally)
+                origin = place_of(unit.file_number, number)
+                yield _located(document, source, str(path), origin, record, tally)
 
 
 def _lines(
@@ -264,7 +265,7 @@ def _read_parquet(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Do
     groups = range(unit.start, unit.stop)
     fields = (text_fields(source), value_fields(source))
     for rows_before, batch in parquet_batches(path, groups, *fields):
-        yield from _table_documents(source, batch, str(path), rows_before, tally)
+        yield from _table_documents(source, batch, str(path), rows_before, tally, unit.file_number)
 
 
 def _table_documents(
@@ -273,6 +274,7 @@ def _table_documents(
     name: str,
     rows_before: int,
     tally: Tally,
+    file_number: int = 0,
 ) -> Iterator[Document]:
     """Yield the usable documents of a batch or table of rows."""
     records = table_records(name, table, (*text_fields(source), *value_fields(source)))
@@ -283,7 +285,8 @@ def _table_documents(
             continue
         document = _accept_record(source, record, place, tally)
         if document is not None:
-            yield _located(document, source, name, number, record, tally)
+            origin = place_of(file_number, number)
+            yield _located(document, source, name, origin, record, tally)
 
 
 def _read_text_files(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:

@@ -67,6 +67,8 @@ class Unit:
     """One past the last byte, row group, row or document."""
     size_bytes: int
     """Bytes of input, for the progress bar."""
+    file_number: int = 0
+    """Number of the file within the group that this is a piece of, from 0."""
 
     def pieces(self) -> tuple[Unit, ...]:
         """Return a unit for each file of a group; this unit if it is none.
@@ -76,7 +78,10 @@ class Unit:
         """
         if self.format == "text" or len(self.paths) < 2:
             return (self,)
-        return tuple(_whole_file(path, self.format) for path in self.paths)
+        pieces = []
+        for number, path in enumerate(self.paths):
+            pieces.append(_whole_file(path, self.format, number))
+        return tuple(pieces)
 
 
 def split_into_units(source: SourceConfig) -> list[Unit]:
@@ -205,11 +210,11 @@ class _Groups(_SmallFiles):
         return is_drawn or self._size_bytes >= _LARGEST_GROUP * self.unit_bytes
 
 
-def _whole_file(path: Path, kind: str) -> Unit:
+def _whole_file(path: Path, kind: str, number: int = 0) -> Unit:
     """Return the unit that is one file, whole."""
     size_bytes = path.stat().st_size
     stop = len(row_group_bytes(path)) if kind == "parquet" else size_bytes
-    return Unit(paths=(path,), format=kind, stop=stop, size_bytes=size_bytes)
+    return Unit(paths=(path,), format=kind, stop=stop, size_bytes=size_bytes, file_number=number)
 
 
 def _size_bytes(path: Path, source: SourceConfig) -> int:

@@ -104,11 +104,21 @@ def record_at(found: PieceOrigin) -> str:
     return str(json.loads(content.splitlines()[number])["text"])
 
 
-@pytest.mark.parametrize("unit_bytes", [700, units.MIN_UNIT_BYTES])
+@pytest.mark.parametrize(
+    ("unit_bytes", "most_files"),
+    [(700, units.MAX_UNITS), (units.MIN_UNIT_BYTES, units.MAX_UNITS), (units.MIN_UNIT_BYTES, 0)],
+    ids=["small units", "large units", "groups of files"],
+)
 def test_every_document_is_found_at_the_place_that_is_named(
-    mix: MixConfig, tmp_path: Path, unit_bytes: int, monkeypatch: pytest.MonkeyPatch
+    mix: MixConfig,
+    tmp_path: Path,
+    unit_bytes: int,
+    most_files: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(units, "MIN_UNIT_BYTES", unit_bytes)
+    if most_files != units.MAX_UNITS:
+        monkeypatch.setattr(units, "is_large", lambda sizes: True)
     out = tmp_path / "out"
     build(mix, out, workers=1)
     data = BuiltData.open(out)
