@@ -283,6 +283,22 @@ def set_rule(folder: Path, key: str, value: Any) -> None:
     (folder / "mix.yaml").write_text(yaml.safe_dump(mix))
 
 
+def test_schedule_that_the_run_cannot_follow_is_refused_with_the_phase_that_is_not_there(
+    dry_run: DryRun, own_copy: Path, capsys: Any
+) -> None:
+    phases = [{"name": "main", "until_step": 1}, {"name": "anneal", "share": "rest"}]
+    set_rule(own_copy, "schedule", phases)
+    tied = settings_of(own_copy, "train.schedule=wsd", "train.decay_phase=anneal")
+    assert dry_run(*tied) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"anneal +2 to 2 +web +100.00%", output)
+    assert dry_run(*tied, "train.total_steps=1", "train.decay_phase=main2") == 78
+    message = capsys.readouterr().err
+    assert message.count("phase 'anneal' has no step in a run of 1 steps") == 1
+    assert dry_run(*tied, "train.decay_phase=main2") == 78
+    assert "train.decay_phase is 'main2', which is no phase of the mix" in capsys.readouterr().err
+
+
 def test_build_of_other_rules_or_files_is_refused_with_what_differs(
     dry_run: DryRun, own_copy: Path, capsys: Any
 ) -> None:

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 
 from cpt.config import TrainSection
-from cpt.training.schedule import learning_rate
+from cpt.errors import ConfigError
+from cpt.training.schedule import learning_rate, with_decay_steps
+from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.schedule_config import SchedulePhase
+from data_pipeline.config.source_config import SourceConfig
 
 PEAK = 1e-3
 FLOOR = 1e-4
@@ -96,3 +100,44 @@ def test_floor_of_one_keeps_the_peak(schedule: str) -> None:
     keys = {"decay_steps": 50} if schedule == "wsd" else {}
     train = settings(schedule=schedule, min_lr_ratio=1.0, **keys)
     assert rates(train, range(100)) == pytest.approx([PEAK] * 100)
+
+
+def mix_of(*phases: SchedulePhase) -> MixConfig:
+    web = SourceConfig(name="web", language="en", domain="web", format="mock", weight=1.0)
+    return MixConfig(seq_len=8, seed=1, sources=(web,), schedule=phases)
+
+
+PHASES = (SchedulePhase(name="main", share=0.9), SchedulePhase(name="anneal", share="rest"))
+
+
+def test_the_decay_begins_with_the_first_step_of_its_phase() -> None:
+    train = settings(schedule="wsd", decay_phase="anneal", min_lr_ratio=0.0)
+    tied = with_decay_steps(train, mix_of(*PHASES))
+    assert tied.decay_steps == 10
+    assert rates(tied, (88, 89)) == [PEAK, PEAK]
+    assert rates(tied, (90, 99)) == pytest.approx([0.9 * PEAK, 0.0])
+    constant = settings(schedule="constant")
+    assert with_decay_steps(constant, mix_of()) is constant
+
+
+@pytest.mark.parametrize(
+    ("keys", "phases", "message"),
+    [
+        ({"decay_phase": "aneal"}, PHASES, "is no phase of the mix. Did you mean 'anneal'"),
+        ({"decay_phase": "anneal"}, (), "The mix has no schedule"),
+        ({"decay_phase": "anneal", "warmup_steps": 95}, PHASES, "begins after step 90, but the"),
+        ({"decay_phase": "anneal", "total_steps": 3}, PHASES, "has no step in a run of 3 steps"),
+    ],
+)
+def test_a_phase_that_no_decay_can_begin_with_is_refused(
+    keys: dict[str, Any], phases: tuple[SchedulePhase, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_decay_steps(settings(schedule="wsd", **keys), mix_of(*phases))
+
+
+def test_a_decay_phase_stands_alone_and_needs_a_decay() -> None:
+    both = settings(schedule="wsd", decay_phase="anneal", decay_steps=5)
+    assert ("decay_phase", "and decay_steps") in [(key, text[:15]) for key, text in both.check()]
+    cosine = settings(schedule="cosine", decay_phase="anneal")
+    assert "only schedule: wsd has a decay" in dict(cosine.check())["decay_phase"]
