@@ -101,8 +101,8 @@ class DataSection:
     """Train on a build whose rules or files are not those of the mix as it is; what differs is
     logged."""
     accept_mix_change: bool = False
-    """Continue with a mix that was edited since the last checkpoint; it becomes a new segment of
-    the ledger."""
+    """Continue with a mix that was edited since the last checkpoint, or whose phases another
+    `train.total_steps` moves; it becomes a new segment of the ledger."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

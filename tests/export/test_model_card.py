@@ -48,6 +48,18 @@ def test_every_language_of_the_mix_is_listed_and_other_labels_are_not(
     assert listed in front_matter(*labels).splitlines()
 
 
+def test_phases_still_to_come_are_not_told_and_changes_show_both_ends() -> None:
+    manifest = manifest_of("ja", "en")
+    (first,) = manifest.state["ledger"]["segments"]
+    first["to_weights"] = {"source_0": 0.25, "source_1": 0.75}
+    for start in (6, 8):
+        later = {"start_step": start, "phase": "later", "weights": {"source_0": 1.0}}
+        manifest.state["ledger"]["segments"].append({**first, "to_weights": None, **later})
+    card = model_card(manifest, LoggedFacts(tokens={}, held_out={}), "bf16")
+    assert "0.5 to 0.25 -> 1" in card and "0.5 to 0.75 -> 0" in card
+    assert "weights hold from step 0, 6 on" in card
+
+
 def test_mix_of_code_alone_has_no_language() -> None:
     assert "language:" not in front_matter("code")
 

@@ -325,6 +325,14 @@ def test_sources_take_the_color_of_their_language(tmp_path: Path) -> None:
     assert f"--light:{PALETTE[0]}" in mixture and f"--light:{PALETTE[1]}" in mixture
 
 
+def test_phases_of_the_mix_are_named_with_their_first_steps(tmp_path: Path) -> None:
+    phases = ["main"] * 3 + ["shift"] * 4 + ["anneal"]
+    events = [step(number, phase=name) for number, name in enumerate(phases, 1)]
+    text = page(tmp_path, *events)
+    assert "phases: main from step 1, shift from step 4, anneal from step 8" in text
+    assert "phases:" not in page(tmp_path, step(1))
+
+
 @pytest.mark.parametrize("mix", ["/dev/zero", "pipe", "large"])
 def test_mix_that_is_no_small_file_is_not_read(mix: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")

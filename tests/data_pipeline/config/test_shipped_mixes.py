@@ -15,7 +15,13 @@ from data_pipeline.config.mix_file import load_mix
 from tests.support.mix_corpora import template_with_corpora
 
 ROOT = Path(__file__).parents[3]
-TEMPLATES = ("swallow_like", "gpt_oss_swallow", "gpt-oss-20b", "gpt-oss-120b")
+TEMPLATES = (
+    "swallow_like",
+    "gpt_oss_swallow",
+    "gpt-oss-20b",
+    "gpt-oss-120b",
+    "ja_annealing",
+)
 
 
 @pytest.fixture

@@ -18,6 +18,9 @@ from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import make_data_plan
 from data_pipeline.mixture.ledger import Ledger
 from data_pipeline.mixture.mixture import Mixture
+from data_pipeline.mixture.plan_comparison import compare_plans
+from data_pipeline.mixture.plan_figure import draw_plan
+from data_pipeline.mixture.settings import describe_changes, mix_settings
 from tests.data_pipeline.inputs import MakeMix, make_texts
 
 STEPS, ROWS = 37, 8
@@ -129,6 +132,77 @@ def test_the_command_writes_a_table_json_and_a_plot(
     assert "limit: en from 30% to 100%: met" in shown
     assert value["language_shares"].keys() == {"ja", "en"} and len(value["sources"]) == 3
     xml.dom.minidom.parse(str(paths[1]))
+
+
+SCHEDULE = [
+    {"name": "main", "until_step": 10},
+    {
+        "name": "shift",
+        "share": 0.5,
+        "weights": {"ja": 0.7, "en": 0.3},
+        "to": {"ja": 0.4, "en": 0.3, "unused": 0.3},
+    },
+    {
+        "name": "anneal",
+        "share": "rest",
+        "weights": {"en": 0.8, "ja": 0.2},
+        "languages": {"en": {"min_share": 0.8}, "ja": {"max_share": 0.2}},
+    },
+]
+
+
+def test_a_plan_tells_tokens_epochs_and_bounds_of_every_phase(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    texts = {"ja": make_texts(90, "ja"), "en": make_texts(40, "en"), "unused": make_texts(19, "x")}
+    weights = {"ja": 0.7, "en": 0.3, "unused": 0.0}
+    mix = make_mix(texts, weights=weights, schedule=SCHEDULE)
+    build(mix, tmp_path / "out", progress=False)
+    built = BuiltData.open(tmp_path / "out", mix=mix)
+    plan = make_data_plan(built, mix, STEPS, ROWS)
+    spans = [(phase.name, phase.start_step, phase.stop_step) for phase in plan.phases]
+    assert spans == [("main", 0, 10), ("shift", 10, 29), ("anneal", 29, STEPS)]
+    expected = drawn_tokens(built, Ledger.start(mix, total_steps=STEPS), mix)
+    for source in plan.sources:
+        tokens = [phase.drawn_tokens[source.name] for phase in plan.phases]
+        assert sum(tokens) == source.drawn_tokens == expected[source.name]
+        epochs = [phase.epochs[source.name] for phase in plan.phases]
+        assert sum(epochs) == pytest.approx(source.epochs)
+    (english, japanese) = plan.limits
+    assert (english.phase, english.language, english.met) == ("anneal", "en", True)
+    assert english.share == pytest.approx(0.8, abs=0.1) and japanese.met
+    text = plan.describe()
+    assert "11 to 29" in text and "0.00% -> 30.00%" in text
+    assert "limit: en in phase anneal from 80% to 100%: met" in text
+    stored = plan.to_json()["phases"]
+    assert stored[1]["end_weights"] == {"ja": 0.4, "en": 0.3, "unused": 0.3}
+    assert "Weights over the run: main, shift, anneal" in draw_plan(plan)
+    assert "phases" not in make_data_plan(built, _unscheduled(mix), STEPS, ROWS).to_json()
+
+
+def _unscheduled(mix: MixConfig) -> MixConfig:
+    return dataclasses.replace(mix, schedule=())
+
+
+def test_two_schedules_are_compared_phase_by_phase(make_mix: MakeMix, tmp_path: Path) -> None:
+    texts = {"ja": make_texts(90, "ja"), "en": make_texts(40, "en"), "unused": make_texts(19, "x")}
+    mix = make_mix(texts, weights={"ja": 0.7, "en": 0.3, "unused": 0.0}, schedule=SCHEDULE)
+    build(mix, tmp_path / "out", progress=False)
+    built = BuiltData.open(tmp_path / "out", mix=mix)
+    longer = dataclasses.replace(mix.schedule[0], until_step=15)
+    edited = dataclasses.replace(mix, schedule=(longer, *mix.schedule[1:]))
+    changes = describe_changes(mix_settings(mix), mix_settings(edited))
+    assert changes == ["schedule[main].until_step: 10 -> 15"]
+    swapped = dataclasses.replace(mix, schedule=(mix.schedule[1], mix.schedule[0]))
+    assert "schedule[anneal]: removed" in describe_changes(mix_settings(mix), mix_settings(swapped))
+    old = make_data_plan(built, mix, STEPS, ROWS)
+    new = make_data_plan(built, edited, STEPS, ROWS)
+    lines = [line.split() for line in compare_plans(old, new).splitlines()]
+    assert ["main", "ja", "1", "to", "10", "1", "to", "15"] in [line[:8] for line in lines]
+    before = old.phases[2].drawn_tokens["en"]
+    after = new.phases[2].drawn_tokens["en"]
+    row = ["anneal", "en", "30", "to", "37", "35", "to", "37", f"{before:,}", f"{after:,}"]
+    assert row in [line[:10] for line in lines]
 
 
 def test_diff_shows_settings_tokens_epochs_and_shares(
