@@ -199,7 +199,8 @@ def find_stock_text(
     num_tokens = 0
     staying = []
     for document in np.unique(documents[stock.is_stock[hits.numbers]]).tolist():
-        places = hits.places[documents == document] - shard.offsets[document]
+        first, last = np.searchsorted(documents, [document, document + 1])
+        places = hits.places[first:last] - shard.offsets[document]
         length = int(shard.document_tokens[document])
         kept = left.get(document, [(0, length)])
         found = _covered_tokens(places, window, length, kept)

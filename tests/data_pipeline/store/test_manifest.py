@@ -39,6 +39,7 @@ def first_file(content: dict[str, Any]) -> dict[str, Any]:
     return next(iter(content["files"].values()))  # type: ignore[no-any-return]
 
 
+STOCK_TEXT = {"held_out_by": "en", "text": "x", "tokens": 60, "documents": 9, "examples": []}
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a size that is a text": (lambda c: first_file(c).update(bytes="7"), r"\.bytes is '7'"),
     "a size beyond 64 bits": (lambda c: first_file(c).update(bytes=2**64), r"\.bytes is 1844"),
@@ -51,6 +52,18 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "counts that are texts": (
         lambda c: c["sources"][0].update(rejects={"x": "y"}),
         r"sources\[0\]\.rejects",
+    ),
+    "dropped text without counts": (
+        lambda c: c["sources"][0].update(dropped={"exact copies": 3}),
+        r"sources\[0\]\.dropped",
+    ),
+    "stock text with a negative count": (
+        lambda c: c.update(stock_text=[STOCK_TEXT | {"documents": -1}]),
+        r"stock_text\[0\]\.documents is -1",
+    ),
+    "stock text without its examples": (
+        lambda c: c.update(stock_text=[{"text": "x"}]),
+        r"lacks or misnames a key",
     ),
     "a listing of another form": (
         lambda c: c["inputs"]["en"].update(listed=[["a", 1]]),
@@ -82,3 +95,18 @@ def test_shards_are_in_the_order_of_their_numbers_beyond_five_digits(built: Path
     files |= {"en/train/documents-00000.tokens": entry, "en2/documents-00000.tokens": entry}
     manifest = dataclasses.replace(read_manifest(built), files=files)
     assert manifest.shard_names("en") == names
+
+
+def test_a_manifest_of_version_4_is_read_without_what_it_did_not_count(built: Path) -> None:
+    def make_older(content: dict[str, Any]) -> None:
+        content["format_version"] = 4
+        del content["stock_text"]
+        for source in content["sources"]:
+            for key in ("read_documents", "read_tokens", "dropped", "exempted", "stages"):
+                del source[key]
+
+    tokens = read_manifest(built).sources[0].tokens
+    forge(built, make_older)
+    manifest = read_manifest(built)
+    assert manifest.sources[0].tokens == tokens
+    assert manifest.sources[0].dropped == {} and manifest.stock_text == ()
