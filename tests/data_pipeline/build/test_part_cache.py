@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.build import part_cache
+from data_pipeline.build import input_files, part_cache
 from data_pipeline.build.build import build, build_share
 from data_pipeline.build.cache_folder import (
     CACHE_VARIABLE,
@@ -376,6 +376,25 @@ def test_shares_of_an_array_use_one_cache(
     for index in range(2):
         build_share(mix, tmp_path / "shared", index, 2, cache_dir=cache)
     assert built(mix, tmp_path / "shared", cache).hash == expected and made == []
+
+
+def test_the_input_is_hashed_once_for_all_shares_of_an_array_and_the_build_after_them(
+    mix: MixConfig, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    original = input_files.xxh3_of
+
+    def count(path: Path) -> str:
+        hashed.append(path)
+        return original(path)
+
+    monkeypatch.setattr(input_files, "file_hash", count)
+    for index in range(3):
+        monkeypatch.setattr(input_files, "_HASHED_HERE", {})  # each is a process of its own
+        build_share(mix, tmp_path / "out", index, 3, cache_dir=cache)
+    monkeypatch.setattr(input_files, "_HASHED_HERE", {})
+    built(mix, tmp_path / "out", cache)
+    assert sorted(path.name for path in hashed) == ["en.jsonl", "ja.jsonl"]
 
 
 def test_only_parts_that_no_build_shares_are_pruned(
