@@ -59,6 +59,13 @@ class RequeueRequested(CptError):
     exit_code = 75
 
 
+class StageFinished(RequeueRequested):
+    """A run that has saved and goes on in the layout of another stage, in the same processes.
+
+    Its exit code is that of who cannot go on by itself.
+    """
+
+
 def cause_and_code(error: BaseException) -> tuple[str, int]:
     """Return what an error of a run says, and the exit code that it leads to.
 
@@ -86,6 +93,7 @@ __all__ = [
     "InternalError",
     "RequeueRequested",
     "SlowNodeError",
+    "StageFinished",
     "StorageError",
     "cause_and_code",
 ]

@@ -455,7 +455,6 @@ class RunYaml:
     def _check_stages(self) -> Iterator[tuple[str, str]]:
         if not self.stages:
             return
-        yield "stages", "are not trained yet. Remove them."
         train = self.train
         first = self.stages[0]
         if first.seq_len != train.seq_len:
@@ -470,6 +469,8 @@ class RunYaml:
                 f"is {first.global_batch_size}, but train.global_batch_size is "
                 f"{train.global_batch_size}, which is that of the first stage. Remove one.",
             )
+        if not train.total_steps:
+            yield "stages", "need steps to be divided, but train.total_steps is 0. Remove one."
         if train.kl_targets is not None:
             yield (
                 "train.kl_targets",

@@ -63,6 +63,11 @@ def create_expert_groups(ep_size: int) -> dist.ProcessGroup:
     return groups._get_expert_parallel_group(expert_group_name(ep_size))
 
 
+def create_control_group() -> dist.ProcessGroup:
+    """Create a group of all ranks over gloo; every rank must call this."""
+    return dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+
+
 def create_topology(*, sp_size: int, ep_size: int, device: torch.device) -> Topology:
     """Create all groups of a run; every rank calls this once, after `init_distributed`.
 
@@ -89,5 +94,5 @@ def create_topology(*, sp_size: int, ep_size: int, device: torch.device) -> Topo
         device=device,
         sp_group=sp_group,
         ep_group=create_expert_groups(ep_size),
-        control_group=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
+        control_group=create_control_group(),
     )

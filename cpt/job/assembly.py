@@ -34,7 +34,7 @@ from cpt.training.engine import TrainingEngine
 from cpt.training.original_router import watch_drift
 from cpt.training.stability import Stability
 from data_pipeline.dataset import BuiltData
-from data_pipeline.mixture.mixture import Mixture
+from data_pipeline.mixture.stages import mixture_of
 
 log = logging.getLogger("cpt.job.assembly")
 
@@ -62,13 +62,14 @@ def assemble(context: RunContext) -> Job:
         fill_weights(engine, source)
     if config.telemetry.router_interval_steps:
         watch_drift(engine, context.run_dir, untouched=loaded is None)
-    start = fresh_start(context.mix, data, config.train.total_steps)
+    start = fresh_start(context.mix, data, config)
     job = Job(
         context=context,
         data=data,
         kl_targets=kl_targets,
         ledger=start.ledger,
-        mixture=Mixture(data, start.ledger, context.mix.seed),
+        stages=start.stages,
+        mixture=mixture_of(data, start.ledger, context.mix.seed, start.stages),
         engine=engine,
         guard=make_guard(context, data),
         replay=ReplayShares(
@@ -118,7 +119,7 @@ def check_expected_plan(context: RunContext, data: BuiltData) -> None:
     """
     plan = context.plan
     if plan is None:
-        start = fresh_start(context.mix, data, context.config.train.total_steps)
+        start = fresh_start(context.mix, data, context.config)
         checkpoint = expected_checkpoint(context.run_dir, context.resume)
         if checkpoint is not None:
             start = start_from(
@@ -129,7 +130,7 @@ def check_expected_plan(context: RunContext, data: BuiltData) -> None:
                 context.mix,
                 data,
             )
-        plan = plan_of(context.config, data, context.mix, start.ledger, start.progress)
+        plan = plan_of(context.config, data, context.mix, start)
         check_plan(context.config, plan)
     for warning in plan.warnings:
         log.warning("data plan: %s", warning)

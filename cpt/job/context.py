@@ -16,6 +16,7 @@ from cpt.resilience.stop import StopRequest
 from cpt.telemetry.mailbox import EventMailbox
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.mixture.data_plan import DataPlan
+from data_pipeline.mixture.staged_plan import StagedPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +33,7 @@ class RunContext:
     """`auto`, `never` or a step."""
     observe: bool
     """Nothing in the run directory is changed: another job may be at work there."""
-    plan: DataPlan | None
+    plan: DataPlan | StagedPlan | None
     """The data plan of the gate; None on other ranks than the first, or for a mix not built yet."""
     topology: Topology
     clock: PhaseClock

@@ -6,6 +6,7 @@ The functions that need no process group are also those of the gate (`cpt.job.ga
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cpt.config import DataSection, RunConfig
 from cpt.errors import ConfigError, DataError, StorageError
 from cpt.job.build_check import verify_together
 from cpt.job.context import RunContext
-from cpt.job.progress import Progress
+from cpt.job.resumption import StartingPoint
 from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
@@ -36,7 +37,7 @@ from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.strict_yaml import load_yaml
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import DataPlan, make_data_plan
-from data_pipeline.mixture.ledger import Ledger
+from data_pipeline.mixture.staged_plan import StagedPlan, make_staged_plan
 from data_pipeline.store.manifest import read_manifest
 
 log = logging.getLogger("cpt.job.data")
@@ -45,12 +46,16 @@ WORTHLESS_EPOCHS = 40
 """Epochs beyond which repeated text teaches almost nothing."""
 
 
-def check_mix(settings: DataSection, seq_len: int | None) -> MixConfig:
+def check_mix(
+    settings: DataSection, seq_len: int | None, stage_lengths: Sequence[int] | None = None
+) -> MixConfig:
     """Read the data-mix YAML and compare it with the run.
 
     Args:
         settings: The `data` section of the run YAML.
         seq_len: Tokens of a packed row in the run; None if that is not known.
+        stage_lengths: The same in each stage of the run, none for a run without stages; None if
+            that is not known.
 
     Returns:
         The mix; where it is built, its files need not be here.
@@ -66,11 +71,8 @@ def check_mix(settings: DataSection, seq_len: int | None) -> MixConfig:
         rows = written.get("seq_len") if isinstance(written, dict) else None
         raise ConfigError([*error.problems, *seq_len_problems(mix_file, rows, seq_len)]) from error
     problems = seq_len_problems(mix_file, mix.seq_len, seq_len)
-    if mix.stages:
-        problems.append(
-            f"{mix_file} has stages, which can be built and planned, and not yet trained. Give the "
-            "mix one seq_len."
-        )
+    if stage_lengths is not None:
+        problems += stage_problems(mix_file, [stage.seq_len for stage in mix.stages], stage_lengths)
     if problems:
         raise ConfigError(problems)
     return mix
@@ -89,6 +91,25 @@ def seq_len_problems(mix_file: Path, of_mix: Any, of_run: int | None) -> list[st
     return [
         f"train.seq_len is {of_run}, but rows of {mix_file} have seq_len {of_mix}. "
         "Make them equal: rows are packed when the data is built."
+    ]
+
+
+def stage_problems(mix_file: Path, of_mix: Sequence[int], of_run: Sequence[int]) -> list[str]:
+    """Return the problem of stages that only one of mix and run has, or that differ.
+
+    Args:
+        mix_file: The data-mix YAML.
+        of_mix: Tokens of a row in each of its stages.
+        of_run: Tokens of a row in each stage of the run YAML.
+    """
+    if list(of_mix) == list(of_run):
+        return []
+    told = []
+    for lengths in (of_run, of_mix):
+        told.append(f"rows of {', '.join(map(str, lengths))}" if lengths else "none")
+    return [
+        f"stages: the run YAML has {told[0]}, {mix_file} has {told[1]}. Give both the same lengths "
+        "in the same order; the entries of the run YAML say in which layout each is trained."
     ]
 
 
@@ -203,7 +224,7 @@ def open_data(context: RunContext) -> BuiltData:
     folder = verified_place(context.control_group, built)
     data = together(context.control_group, lambda: BuiltData.open(folder, mix=mix, is_checked=True))
     on_first_rank(context.control_group, lambda: check_replay(config, data))
-    return data
+    return data.of_stage(config.stage)
 
 
 def verified_place(group: dist.ProcessGroup, folder: Path) -> Path:
@@ -273,22 +294,26 @@ def open_kl_targets(config: RunConfig, data: BuiltData, topology: Topology) -> K
 
 
 def plan_of(
-    config: RunConfig, data: BuiltData, mix: MixConfig, ledger: Ledger, progress: Progress
-) -> DataPlan:
+    config: RunConfig, data: BuiltData, mix: MixConfig, start: StartingPoint
+) -> DataPlan | StagedPlan:
     """Return what a run draws from each source until its last step."""
+    ledger = start.ledger
     last_step = max(1, config.train.total_steps) - 1
-    batches = batch_of_step(last_step, progress.skip_ranges) + 1
+    batches = batch_of_step(last_step, start.progress.skip_ranges) + 1
+    if start.stages is not None:
+        return make_staged_plan(data, mix, start.stages, batches, ledger)
     return make_data_plan(data, mix, batches, config.train.global_batch_size, ledger)
 
 
-def warn_of_little_text(config: RunConfig, plan: DataPlan) -> None:
+def warn_of_little_text(config: RunConfig, plan: DataPlan | StagedPlan) -> None:
     """Warn of a trained model that reads so little text that most of the run teaches nothing.
 
     Random weights are no loss. Repetition adds almost nothing beyond some 40 epochs (Muennighoff et
     al., arXiv 2305.16264).
     """
-    available = sum(source.tokens for source in plan.sources if source.drawn_tokens)
-    drawn = sum(source.drawn_tokens for source in plan.sources)
+    sources = plan.whole().sources
+    available = sum(source.tokens for source in sources if source.drawn_tokens)
+    drawn = sum(source.drawn_tokens for source in sources)
     if config.model.path is None or drawn <= WORTHLESS_EPOCHS * available:
         return
     log.warning(
@@ -302,7 +327,7 @@ def warn_of_little_text(config: RunConfig, plan: DataPlan) -> None:
     )
 
 
-def check_plan(config: RunConfig, plan: DataPlan) -> None:
+def check_plan(config: RunConfig, plan: DataPlan | StagedPlan) -> None:
     """Refuse a run that its data cannot feed, instead of stopping at the step where it runs dry.
 
     Raises:

@@ -21,6 +21,7 @@ the functions that this gate uses.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -29,7 +30,15 @@ from pathlib import Path
 from typing import Any
 
 from cpt.checkpoint.reader import list_steps, step_folder
-from cpt.config import LaunchInfo, RunConfig, RunYaml, load, readable_parts, resolve
+from cpt.config import (
+    LaunchInfo,
+    RunConfig,
+    RunYaml,
+    files_of_stage,
+    load,
+    readable_parts,
+    resolve_stages,
+)
 from cpt.deepspeed_adapter.engine import check_internals
 from cpt.deepspeed_adapter.json_values import block_problems
 from cpt.deepspeed_adapter.version import check_version
@@ -77,6 +86,7 @@ from data_pipeline.config.strict_yaml import Located, nearest
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.data_plan import DataPlan
 from data_pipeline.mixture.phases import phase_problems
+from data_pipeline.mixture.staged_plan import StagedPlan
 from data_pipeline.store.ownership import RUN_FOLDERS, refuse_foreign
 
 log = logging.getLogger("cpt.job.gate")
@@ -147,8 +157,11 @@ class _Gate:
         """Refusals of the checks that only the first rank makes, and of those of its own node."""
         self.model_config: Any = None
         self.config: RunConfig | None = None
+        """The configuration of the stage in which the run goes on."""
+        self.configs: tuple[RunConfig, ...] = ()
+        """The configurations of all stages; one for a run without stages."""
         self.mix: MixConfig | None = None
-        self.plan: DataPlan | None = None
+        self.plan: DataPlan | StagedPlan | None = None
         self.checkpoint: ExpectedCheckpoint | None = None
         self.starts_fresh = False
         self.room: RoomNeeded | None = None
@@ -182,6 +195,7 @@ class _Gate:
         assert self.config is not None and self.mix is not None
         return PassedGate(
             config=self.config,
+            configs=self.configs,
             model_config=self.model_config,
             mix=self.mix,
             run_dir=self.run_dir,
@@ -212,12 +226,14 @@ class _Gate:
         self.found.add(
             freeze_problems(self.run_yaml.train.freeze, parameter_numels(self.model_config))
         )
-        self.config = self.found.attempt(
-            lambda: resolve(self.run_yaml, self.json_file, self.model_config, self._launch())
+        configs = self.found.attempt(
+            lambda: resolve_stages(self.run_yaml, self.json_file, self.model_config, self._launch())
         )
-        config = self.config
-        if config is not None:
-            self.found.attempt(lambda: check_internals(config.engine_json))
+        self.configs = configs or ()
+        for config in self.configs:
+            self.found.attempt(functools.partial(check_internals, config.engine_json))
+        if self.configs:
+            self.config = self.configs[0]
 
     def _launch(self) -> LaunchInfo:
         return LaunchInfo(
@@ -226,8 +242,9 @@ class _Gate:
         )
 
     def _check_mix(self) -> None:
-        data = self.run_yaml.data
-        self.mix = self.found.attempt(lambda: check_mix(data, self.run_yaml.train.seq_len))
+        run = self.run_yaml
+        lengths = [stage.seq_len for stage in run.stages]
+        self.mix = self.found.attempt(lambda: check_mix(run.data, run.train.seq_len, lengths))
 
     def _check_phases(self) -> None:
         """Lay the schedule of the mix over the run, and tie the learning rate to it."""
@@ -238,26 +255,40 @@ class _Gate:
         if train.total_steps:
             self.found.add(phase_problems(mix, train.total_steps))
         tied = self.found.attempt(lambda: with_decay_steps(train, mix))
-        if tied is not None and self.config is not None:
-            self.config = replace(self.config, train=tied)
+        if tied is None or self.config is None:
+            return
+        configs = []
+        for config in self.configs:
+            of_stage = replace(config.train, decay_steps=tied.decay_steps)
+            configs.append(replace(config, train=of_stage))
+        self.configs = tuple(configs)
+        self.config = self.configs[0]
 
     def _check_fit(self) -> None:
-        """Compare the memory of a rank with that of its GPU."""
+        """Compare the memory of a rank with that of its GPU, in every stage."""
         if self.config is None or self.gpu == ANY_GPU:
             return
         self.card = self._card()
         if self.card is None:
             return
-        start = PlannedStart.of(self.run_yaml, self.json_file, self.model_config, self._launch())
+        if not self.run_yaml.stages:
+            self._check_fit_of(self.run_yaml, self.json_file, self.card, "")
+        for number, stage in enumerate(self.run_yaml.stages):
+            run, json_file = files_of_stage(self.run_yaml, self.json_file, number)
+            where = f"stages[{number}] (rows of {stage.seq_len}): "
+            self._check_fit_of(run, json_file, self.card, where)
+
+    def _check_fit_of(self, run: RunYaml, json_file: Located, card: Card, where: str) -> None:
+        start = PlannedStart.of(run, json_file, self.model_config, self._launch())
         memory = start.memory()
         if memory is None:
             return
-        problem = fit_problem(start, memory, self.card)
+        problem = fit_problem(start, memory, card)
         if problem is not None:
-            self.found_by_one.add([problem])
-        warning = fit_warning(memory, self.card)
+            self.found_by_one.add([where + problem])
+        warning = fit_warning(memory, card)
         if warning is not None:
-            log.warning("%s", warning)
+            log.warning("%s%s", where, warning)
 
     def _card(self) -> Card | None:
         """Return the GPU that was named, or that of this rank; None if there is neither."""
@@ -327,6 +358,9 @@ class _Gate:
         self.checkpoint = checkpoint
         if checkpoint is None or self.config is None:
             return
+        first = self.config
+        stage = found.attempt(lambda: checkpoint.stage(self.run_dir, first))
+        self.config = self.configs[stage or 0]
         folder = step_folder(self.run_dir, checkpoint.step)
         found.attempt(lambda: refuse_foreign(folder, "checkpoint", in_run_dir=True))
         found.attempt(lambda: checkpoint.check_model(self.model_config))
@@ -382,7 +416,7 @@ class _Gate:
             )
         if data is None or not self.starts_fresh:
             return None
-        return fresh_start(mix, data, config.train.total_steps)
+        return self.found_by_one.attempt(lambda: fresh_start(mix, data, config))
 
     def _open_build(self, mix: MixConfig) -> BuiltData | None:
         """Return the build of a mix; None if it is refused, or not built yet."""
@@ -396,9 +430,7 @@ class _Gate:
     def _check_plan(self, mix: MixConfig, data: BuiltData, start: StartingPoint) -> None:
         config = self.config
         assert config is not None
-        plan = self.found_by_one.attempt(
-            lambda: plan_of(config, data, mix, start.ledger, start.progress)
-        )
+        plan = self.found_by_one.attempt(lambda: plan_of(config, data, mix, start))
         if plan is not None:
             self.found_by_one.attempt(lambda: check_plan(config, plan))
             warn_of_little_text(config, plan)

@@ -18,7 +18,6 @@ import time
 from dataclasses import replace
 from typing import NoReturn
 
-from cpt.checkpoint.given_up_batches import batch_of_step
 from cpt.checkpoint.loading import load_checkpoint, set_newer_aside
 from cpt.checkpoint.reader import list_steps
 from cpt.config import GuardSection
@@ -42,7 +41,7 @@ def lever_limits(job: Job) -> LeverLimits:
     assert job.guard is not None
     train = job.config.train
     batch = job.progress.next_batch
-    last_batch = batch_of_step(train.total_steps - 1, job.progress.skip_ranges)
+    last_batch = job.last_batch
     mean_shares = None
     if job.ledger.has_phases and last_batch >= batch:
         mean_shares = job.ledger.mean_weights(batch, last_batch + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger, Segment
 from data_pipeline.mixture.mixture import GlobalBatch, Mixture
+from data_pipeline.mixture.stages import StagePlan, mixture_of
 
 
 @dataclass(kw_only=True)
@@ -68,6 +69,8 @@ class Job:
     """
     data_wait_seconds: float = 0.0
     """Time that this rank has waited for rows since the last `take_data_wait`."""
+    stages: StagePlan | None = None
+    """Where the stages of the run begin; None for a run without stages."""
     report: PeriodicReport | None = None
     """Draws report.html while the run goes on; only the first rank has it."""
     reader: ReadAhead[Places, MicroBatch] = field(init=False)
@@ -127,6 +130,21 @@ class Job:
         settings = self.config.train
         return settings.total_steps if settings.stop_at_step is None else settings.stop_at_step
 
+    @property
+    def next_stage(self) -> int:
+        """Number of the stage of the next batch; that of another one needs another layout."""
+        return 0 if self.stages is None else self.stages.stage_of(self.progress.next_batch)
+
+    @property
+    def last_batch(self) -> int:
+        """The last batch of the run, or of the present stage."""
+        last_step = self.config.train.total_steps - 1
+        last = batch_of_step(last_step, self.progress.skip_ranges)
+        if self.stages is None:
+            return last
+        _, stop = self.stages.batches_of(self.config.stage, last + 1)
+        return stop - 1
+
     def next_global_batch(self) -> GlobalBatch:
         """Return the rows of the next step."""
         foreseen = self._foreseen
@@ -157,10 +175,11 @@ class Job:
     def _foresee_next_step(self) -> None:
         """Begin to read for the step after the one in progress, if there will be one."""
         following = self.progress.step + 1
-        if following >= self.last_step:
+        number = batch_of_step(following, self.progress.skip_ranges)
+        if following >= self.last_step or number > self.last_batch:
             return
         try:
-            batch = self._global_batch(batch_of_step(following, self.progress.skip_ranges))
+            batch = self._global_batch(number)
         except DataError:
             return  # the step itself will refuse it, unless the mix changes before
         self._foreseen = batch
@@ -230,6 +249,7 @@ class Job:
             accept_mix_change=accept_mix_change,
         )
         self.saver.trust(loaded.step)
+        self.stages = start.stages
         # in place: the loop holds the same object
         self.progress.restore(start.progress, start.progress.skip_ranges)
         self.stability.restore(_dict(state.stability))
@@ -252,14 +272,14 @@ class Job:
         """Take the rows of the next batches from a ledger."""
         self.ledger = ledger
         self._foreseen = None
-        self.mixture = Mixture(self.data, ledger, self.mix.seed)
+        self.mixture = mixture_of(self.data, ledger, self.mix.seed, self.stages)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps besides tensors, as JSON values."""
         state = RunState(
             model_config=self.context.model_config.to_dict(),
             config=self.config.to_plain(),
-            identity=asdict(RunIdentity.of(self.config)),
+            identity=RunIdentity.of(self.config).to_json(self.stages),
             progress=self.progress.to_json(),
             ledger=self.ledger.to_json(),
             guard=None if self.guard is None else self.guard.state.to_json(),

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from cpt.checkpoint.reader import step_folder
 from cpt.config import RunConfig
 from cpt.deepspeed_adapter.groups import create_topology, init_distributed
-from cpt.errors import ConfigError, RequeueRequested
+from cpt.errors import ConfigError, RequeueRequested, StageFinished
 from cpt.export.run_export import export_run
 from cpt.job.assembly import assemble
 from cpt.job.context import RunContext
@@ -30,6 +30,7 @@ from cpt.job.passed_gate import PassedGate
 from cpt.job.run_dir import held_run_dir
 from cpt.job.run_report import draw_report_of_leaving
 from cpt.job.samples import print_continuations
+from cpt.job.stage_switch import agree_on_stage, start_again
 from cpt.job.summary import describe, describe_data, describe_memory
 from cpt.model.parameters import parameter_numels
 from cpt.parallel.agreement import gather_json, on_first_rank, together
@@ -70,12 +71,16 @@ def launch(options: argparse.Namespace, stop: StopRequest) -> None:
         return
     device = this_device(passed.environment, passed.config.train.threads)
     init_distributed(device)
+    passed = agree_on_stage(passed)
     topology = create_topology(
         sp_size=passed.config.sp_size, ep_size=passed.config.ep_size, device=device
     )
     together(topology.control_group, passed.refuse)
     check_same_everywhere(passed.config, topology)
-    run(options, passed, topology, stop, secret)
+    try:
+        run(options, passed, topology, stop, secret)
+    except StageFinished as finished:
+        start_again(stop, secret, finished)
     dist.destroy_process_group()
 
 

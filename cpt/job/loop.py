@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import closing
-from typing import Any
+from typing import Any, NoReturn
 
 from cpt.errors import EXIT_DONE
 from cpt.job.guard_levers import (
@@ -20,6 +20,7 @@ from cpt.job.memory_report import report_memory
 from cpt.job.recovery import after_step
 from cpt.job.samples import show_continuations
 from cpt.job.saving import end, final_save, leave, periodic_save, publish
+from cpt.job.stage_switch import change_stage
 from cpt.job.step_event import step_event, tokens_by_source
 from cpt.job.step_lines import StepLines
 from cpt.resilience.agreed_stop import leave_if_asked
@@ -63,6 +64,8 @@ def train(job: Job) -> bool:
         if not is_measured or job.context.ending.has_failed_before:
             end(job, EXIT_DONE, f"finished: step {progress.step} of {last_step}")
         return False
+    if job.next_stage != job.config.stage:  # the checkpoint that was found is of another stage
+        change_stage(job)
     begin(job, last_step)
     # the second step after a start is the first whose memory is that of all others
     reported_step = progress.step + 2 if job.config.telemetry.memory_report else None
@@ -86,6 +89,8 @@ def train(job: Job) -> bool:
                 break  # the end of the run answers a request to stop, too
             if result.votes.stop:
                 leave(job)
+            if job.next_stage != job.config.stage:
+                finish_stage(job, went_back=went_back)
             if not went_back:  # the step gone back to was measured and saved when it was done
                 do_due_work(job)
     job.stop.consume()
@@ -197,6 +202,28 @@ def do_due_work(job: Job) -> None:
     if is_due(step, job.config.checkpoint.interval_steps) and is_sound:
         note_green(job)
         periodic_save(job)
+
+
+def finish_stage(job: Job, *, went_back: bool) -> NoReturn:
+    """Do what is due after the last step of a stage, save, and leave for the next one.
+
+    Args:
+        job: The run, whose next batch is of another stage.
+        went_back: The run has just gone back to a checkpoint, so there is nothing to save.
+
+    Raises:
+        StageFinished: saved.
+        RequeueRequested: a stop was asked for meanwhile, or the guard paused the run.
+        StorageError: it could not be saved.
+    """
+    if not went_back:
+        if is_due(job.progress.step, job.config.guard.interval_steps) and not measure(
+            job, job.stop
+        ):
+            leave(job)
+        note_green(job)
+        final_save(job)
+    change_stage(job)
 
 
 def measure(job: Job, stop: StopRequest | None = None, *, last: bool = False) -> bool:

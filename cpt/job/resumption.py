@@ -10,10 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import GptOssConfig
 
-from cpt.checkpoint.given_up_batches import merged, read_rollbacks, skipped_by
+from cpt.checkpoint.given_up_batches import batch_of_step, merged, read_rollbacks, skipped_by
 from cpt.checkpoint.manifest import TensorRecord, read_manifest
 from cpt.checkpoint.reader import (
     candidates,
@@ -30,6 +31,7 @@ from cpt.model.parameters import parameter_shapes
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
+from data_pipeline.mixture.stages import StagePlan, plan_stages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,17 +40,24 @@ class RunIdentity:
 
     seed: int
     seq_len: int
-    """Tokens of a packed row."""
+    """Tokens of a packed row, in the first of several stages."""
     global_batch_size: int
-    """Packed rows of one optimizer step."""
+    """Packed rows of one optimizer step, in the first of several stages."""
 
     @classmethod
     def of(cls, config: RunConfig) -> RunIdentity:
         """Return the identity of a run."""
-        train = config.train
-        return cls(
-            seed=train.seed, seq_len=train.seq_len, global_batch_size=train.global_batch_size
-        )
+        rows = config.train.global_batch_size
+        if config.stages:
+            rows = config.stages[0].global_batch_size or rows
+        return cls(seed=config.train.seed, seq_len=config.measured_seq_len, global_batch_size=rows)
+
+    def to_json(self, stages: StagePlan | None) -> dict[str, Any]:
+        """Return the identity, and where the stages of the run begin, as JSON values."""
+        plain: dict[str, Any] = asdict(self)
+        if stages is not None:
+            plain["stages"] = stages.to_json()
+        return plain
 
     def problems(self, state: RunState, checkpoint: str) -> list[str]:
         """Return every value that differs from that of a checkpoint, and the advice.
@@ -66,6 +75,39 @@ class RunIdentity:
         if problems:
             problems.append("Change it back, or start another run with a new --run_dir.")
         return problems
+
+
+def planned_stages(config: RunConfig, mix: MixConfig) -> StagePlan | None:
+    """Return where the stages of a new run begin; None for a run without stages.
+
+    Raises:
+        ConfigError: a stage has no step.
+    """
+    if not config.stages:
+        return None
+    sizes = [stage.global_batch_size or 1 for stage in config.stages]
+    return plan_stages(mix.stages, sizes, config.train.total_steps)
+
+
+def stored_stages(state: RunState, checkpoint: str, config: RunConfig) -> StagePlan | None:
+    """Return where the stages of a run begin that goes on from a checkpoint, as it was planned.
+
+    Raises:
+        ConfigError: the run has other stages now.
+        CheckpointError: the checkpoint does not tell its identity.
+    """
+    saved = state.part("identity", checkpoint).get("stages")
+    plan = None if saved is None else StagePlan.from_json(saved)
+    before = []
+    if plan is not None:
+        before = [(span.seq_len, span.global_batch_size) for span in plan.spans]
+    now = [(stage.seq_len, stage.global_batch_size) for stage in config.stages]
+    if before != now:
+        raise ConfigError(
+            f"{checkpoint} was trained with stages of (seq_len, global_batch_size) {before}, now "
+            f"they are {now}. Change them back, or start another run with a new --run_dir."
+        )
+    return plan
 
 
 ARCHITECTURE_KEYS = (
@@ -113,16 +155,24 @@ class StartingPoint:
 
     ledger: Ledger
     progress: Progress
+    stages: StagePlan | None
+    """Where the stages of the run begin; None for a run without stages."""
+
+    @property
+    def stage(self) -> int:
+        """Number of the stage of the next batch, counted from 0."""
+        return 0 if self.stages is None else self.stages.stage_of(self.progress.next_batch)
 
 
-def fresh_start(mix: MixConfig, data: BuiltData, total_steps: int) -> StartingPoint:
-    """Return the beginning of a run of so many steps.
+def fresh_start(mix: MixConfig, data: BuiltData, config: RunConfig) -> StartingPoint:
+    """Return the beginning of a run.
 
     Raises:
-        ConfigError: it cannot follow the schedule of the mix.
+        ConfigError: it cannot follow the schedule of the mix, or has not as many steps as stages.
     """
-    ledger = Ledger.start(mix, data.manifest.row_hashes(), total_steps)
-    return StartingPoint(ledger=ledger, progress=Progress())
+    ledger = Ledger.start(mix, data.manifest.row_hashes(), config.train.total_steps)
+    stages = planned_stages(config, mix)
+    return StartingPoint(ledger=ledger, progress=Progress(), stages=stages)
 
 
 def starting_point(
@@ -158,6 +208,11 @@ def starting_point(
     problems = RunIdentity.of(config).problems(state, checkpoint)
     problems += architecture_problems(state, checkpoint, model_config)
     ledger = None
+    stages = None
+    try:
+        stages = stored_stages(state, checkpoint, config)
+    except ConfigError as error:
+        problems += error.problems
     try:
         ledger = resume_ledger(
             state.part("ledger", checkpoint),
@@ -172,7 +227,7 @@ def starting_point(
     if problems:
         raise ConfigError(problems)
     assert ledger is not None
-    return StartingPoint(ledger=ledger, progress=progress)
+    return StartingPoint(ledger=ledger, progress=progress, stages=stages)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,6 +244,21 @@ class ExpectedCheckpoint:
     """Its tensors by name of the parameter."""
     rejected: tuple[str, ...]
     """Reasons why newer ones are passed over."""
+
+    def stage(self, run_dir: Path, config: RunConfig) -> int:
+        """Return the number of the stage in which a run goes on from here, counted from 0.
+
+        Raises:
+            ConfigError: the run has other stages now.
+            CheckpointError: the checkpoint lacks what a run needs.
+        """
+        stages = stored_stages(self.state, self.name, config)
+        if stages is None:
+            return 0
+        progress = Progress.from_json(self.state.part("progress", self.name))
+        given_up = skipped_by(read_rollbacks(run_dir))
+        skipped = merged([*progress.skip_ranges, *given_up])
+        return stages.stage_of(batch_of_step(progress.step, skipped))
 
     def check_model(self, model_config: GptOssConfig) -> None:
         """Refuse a checkpoint of another model.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpt.config import RunConfig
-from cpt.errors import StorageError
+from cpt.errors import StageFinished, StorageError
 from cpt.model.freezing import frozen_names
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
@@ -35,6 +35,9 @@ def held_run_dir(
 ) -> Iterator[None]:
     """Make the run directory ready and keep other jobs out of it; the first rank does this for all.
 
+    A run that goes on in another stage keeps the directory: the next program of this process takes
+    it over.
+
     Raises:
         StorageError: it cannot be written, or a checkpoint does not fit.
         ConfigError: another job is at work there.
@@ -51,6 +54,11 @@ def held_run_dir(
     try:
         on_first_rank(topology.control_group, take)
         yield
+    except StageFinished:
+        for lock in locks:
+            lock.hand_over()
+        locks.clear()
+        raise
     finally:
         for lock in locks:
             lock.release()

@@ -52,6 +52,9 @@ def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[
         "time": time.time(),
         "peak_memory_bytes": peak_memory_bytes(job.topology.device),
     }
+    if job.stages is not None:
+        event["stage"] = job.config.stage + 1
+        event["seq_len"] = job.config.train.seq_len
     share = share_of_peak(job, num_tokens / seconds)
     if share is not None:
         event["utilization"] = share

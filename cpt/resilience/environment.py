@@ -23,6 +23,8 @@ LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 """Ranks on this node: torchrun sets the first, DeepSpeed the second."""
 JOB_SECRET = "CPT_JOB_SECRET"
 """The variable with a secret that all ranks of a job share; see cpt.resilience.job_secret."""
+STAGE_STARTS = "CPT_STAGE_STARTS"
+"""The variable in which a process counts its starts for another stage (cpt.job.stage_switch)."""
 MIN_SECRET_LENGTH = 32
 """Characters of a secret that nobody guesses."""
 _LARGEST = 2**31 - 1
@@ -48,7 +50,8 @@ class LaunchEnvironment:
     """Ranks on this node."""
     master_port: int
     restarts: int
-    """How often Slurm has put the job back into its queue."""
+    """How often Slurm has put the job back into its queue, and this process has started again for
+    another stage."""
     gpu_ids: tuple[str, ...] | None
     """What CUDA_VISIBLE_DEVICES names; None if it is not set."""
 
@@ -73,7 +76,7 @@ def read_environment(
     port = reader.number("MASTER_PORT", least=1, most=65535)
     if not reader.text("MASTER_ADDR"):
         reader.missing("MASTER_ADDR")
-    restarts = reader.number("SLURM_RESTART_COUNT", default=0)
+    restarts = reader.number("SLURM_RESTART_COUNT", default=0) + stage_starts(variables)
     gpu_ids = reader.gpu_ids(local_size)
     reader.check_job_end(time.time() if now is None else now)
     reader.check_secret()
@@ -117,6 +120,11 @@ def speaks_for_node(variables: Mapping[str, str] = os.environ) -> bool:
     text = variables.get("LOCAL_RANK", "")
     no_place = bool(text) and not _number(text)
     return rank_of_environment(variables) == 0 or no_place
+
+
+def stage_starts(variables: Mapping[str, str] = os.environ) -> int:
+    """Return how often this process has started its program again for another stage."""
+    return _number(variables.get(STAGE_STARTS, "")) or 0
 
 
 def restarts_of_job(variables: Mapping[str, str] = os.environ) -> int:

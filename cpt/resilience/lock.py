@@ -8,6 +8,7 @@ purpose, nobody else could open it.
 How a start decides whether the holder is alive
     on this machine: its process exists and was started at the recorded time;
     an earlier start of the same job: it is over by definition;
+    the program that this one has replaced in its process: it handed the lock over;
     elsewhere: its time stamp is younger than `STALE_SECONDS` by the clock of the file system.
 """
 
@@ -37,6 +38,9 @@ ENTRANCE = ".lock-entrance"
 """Prefix of the file that is locked while the lock is taken."""
 ENTRANCE_SECONDS = 60.0
 """How long a start waits for another one that is taking the lock, which takes milliseconds."""
+LOCK_TOKEN = "CPT_LOCK_TOKEN"
+"""Variable in which a program tells the one that takes its place in the process that it held the
+lock."""
 REFRESH_SECONDS = 15.0
 STALE_SECONDS = 120.0
 
@@ -91,6 +95,13 @@ class RunLock:
             if _read(self._path) == self._holder:
                 self._path.unlink()
 
+    def hand_over(self) -> None:
+        """Keep the directory for the program that is about to take the place of this one."""
+        self._released.set()
+        os.environ[LOCK_TOKEN] = self._holder.token
+        with contextlib.suppress(OSError):
+            os.utime(self._path)
+
     def _keep_fresh(self) -> None:
         while not self._released.wait(REFRESH_SECONDS):
             try:
@@ -119,16 +130,19 @@ def take_lock(run_dir: Path, option: str = "--run_dir") -> RunLock:
     """
     path = run_dir / LOCK
     own = this_process()
+    handed_over = os.environ.pop(LOCK_TOKEN, "")
     with _one_at_a_time(run_dir):
         if path.exists():
             holder = _read(path)
-            why = why_alive(holder, own, path)
+            is_own = holder is not None and holder.token == handed_over
+            why = "" if is_own else why_alive(holder, own, path)
             if why:
                 raise ConfigError(
                     f"{run_dir} is in use by {describe(holder)}: {why}. Wait for it, stop it, or "
                     f"give another {option}. If you are sure that it is gone, remove {path}."
                 )
-            log.info("%s was left by %s; taken over", path, describe(holder))
+            if not is_own:
+                log.info("%s was left by %s; taken over", path, describe(holder))
         write_json(path, asdict(own))
     return RunLock(path, own)
 

@@ -62,12 +62,15 @@ class StopRequest:
     def listen(self) -> None:
         """Note the stop signals of this process instead of ending it.
 
-        A SIGHUP that is ignored stays ignored: `nohup` asks to go on without the terminal.
+        A SIGHUP that is ignored stays ignored: `nohup` asks to go on without the terminal. Signals
+        that came while this program took the place of another one were held back, and arrive now
+        (cpt.job.stage_switch).
         """
         for number in SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

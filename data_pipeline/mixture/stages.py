@@ -1,6 +1,6 @@
 """Stages of a run: rows of several lengths, one after the other.
 
-    batch -> stage (`StagePlan`) -> rows of that stage (`stage_mixture`)
+    batch -> stage (`StagePlan`) -> rows of that stage (`mixture_of`)
 
 Decisions
     The borders are batches. They follow from the shares, the tokens of a step and the steps of the
@@ -143,19 +143,19 @@ def rows_of_equal_tokens(stages: Sequence[StageConfig], global_batch_size: int) 
     return sizes
 
 
-def stage_mixture(
-    built: BuiltData, ledger: Ledger, seed: int, plan: StagePlan, stage: int
-) -> Mixture:
-    """Return the mixture of one stage, which knows its batches by their numbers in the run.
+def mixture_of(built: BuiltData, ledger: Ledger, seed: int, plan: StagePlan | None) -> Mixture:
+    """Return the mixture of a run, or of one of its stages.
+
+    That of a stage knows its batches by their numbers in the run, and none of another stage.
 
     Args:
-        built: The build, of this stage (`BuiltData.of_stage`).
+        built: The build, of the stage (`BuiltData.of_stage`).
         ledger: The weights over the whole run.
         seed: Decides the order of the rows.
-        plan: The stages.
-        stage: Number of the stage.
+        plan: The stages; None for a run without them.
 
     Raises:
         ConfigError, DataError: see `Mixture`.
     """
-    return Mixture(built, ledger, seed, first_step=plan.spans[stage].first_batch)
+    first_step = 0 if plan is None else plan.spans[built.stage].first_batch
+    return Mixture(built, ledger, seed, first_step=first_step)

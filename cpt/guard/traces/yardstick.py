@@ -81,7 +81,7 @@ class OwnTraces(TraceJudge):
         self._passes = Passes(
             topology=topology,
             micro_batch_size=config.micro_batch_size,
-            seq_len=config.train.seq_len,
+            seq_len=config.measured_seq_len,
         )
         self._kept: dict[str, KeptTraces] = {}
 

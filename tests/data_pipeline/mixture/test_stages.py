@@ -18,7 +18,7 @@ from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError
 from data_pipeline.mixture.ledger import Ledger
 from data_pipeline.mixture.staged_plan import StagedPlan, make_staged_plan, plan_mix
-from data_pipeline.mixture.stages import StagePlan, plan_stages, stage_mixture
+from data_pipeline.mixture.stages import StagePlan, mixture_of, plan_stages
 from tests.data_pipeline.inputs import MakeMix, make_texts
 
 STAGES = (StageConfig(seq_len=32, share=0.6), StageConfig(seq_len=64, share=0.4))
@@ -89,13 +89,13 @@ def test_batches_are_pure_and_every_stage_is_exact_at_every_prefix(
         rows = built.of_stage(number)
         size = plan.spans[number].global_batch_size
         first, last = plan.batches_of(number, 60)
-        mixture = stage_mixture(rows, ledger, mix.seed, plan, number)
+        mixture = mixture_of(rows, ledger, mix.seed, plan)
         in_order = [mixture.global_batch(batch, size) for batch in range(first, last)]
         shuffled = list(range(first, last))
         random.Random(3).shuffle(shuffled)
         for batch in shuffled:
             # a start in the middle of the stage knows only the number of its batch
-            fresh = stage_mixture(rows, ledger, mix.seed, plan, number)
+            fresh = mixture_of(rows, ledger, mix.seed, plan)
             again = fresh.global_batch(batch, size)
             assert again.chain_hash("") == in_order[batch - first].chain_hash("")
         given_tokens = np.zeros(2)
@@ -119,7 +119,7 @@ def test_first_epoch_of_all_stages_has_every_training_document_once(
     stages_of: dict[tuple[int, int], set[int]] = {}
     for number in range(2):
         rows = built.of_stage(number)
-        mixture = stage_mixture(rows, Ledger.start(mix), mix.seed, plan, number)
+        mixture = mixture_of(rows, Ledger.start(mix), mix.seed, plan)
         for batch in range(*plan.batches_of(number, 200)):
             drawn = mixture.global_batch(batch, plan.spans[number].global_batch_size)
             for source, row, epoch in zip(drawn.sources, drawn.rows, drawn.epochs, strict=True):
