@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import GptOssConfig
 
-from cpt.config import LaunchInfo, RunYaml, load, resolve
+from cpt.config import LaunchInfo, RunYaml, files_of_stage, load, resolve
 from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
 from cpt.planning.estimate import Estimate, estimate
@@ -71,19 +71,31 @@ def plan(options: argparse.Namespace) -> None:
     assumed = replace(assumed, ranks_per_node=gpu.ranks_per_node)
     overrides = dict(map(_key_and_value, options.set))
     run, ds_json = load(options.config, options.ds_config, overrides)
+    if not run.stages or options.seq_len:
+        _plan_rows(_Planner(run, ds_json, options.batch_tokens, gpu, assumed), options)
+    elif options.plot:
+        raise ConfigError("--plot draws one kind of rows, and the run has stages. Give --seq_len.")
+    else:
+        for number, stage in enumerate(run.stages):
+            of_run, of_json = files_of_stage(run, ds_json, number)
+            say(f"stage {number + 1} of {len(run.stages)}: rows of {stage.seq_len:,} tokens")
+            _plan_rows(_Planner(of_run, of_json, options.batch_tokens, gpu, assumed), options)
+    say("assumptions")
+    for text in assumed.describe(gpu):
+        say(f"  {text}")
+
+
+def _plan_rows(planner: _Planner, options: argparse.Namespace) -> None:
+    """Print the plan of rows of one or several lengths; arguments as for `plan`."""
     points = []
     for architecture, seq_len, gpus in itertools.product(
-        options.model or [None], options.seq_len or [run.train.seq_len], options.gpus
+        options.model or [None], options.seq_len or [planner.seq_len], options.gpus
     ):
         points.append(Point(architecture=architecture, seq_len=seq_len, gpus=gpus))
-    planner = _Planner(run, ds_json, options.batch_tokens, gpu, assumed)
     if len(points) == 1:
         say(planner.in_full(points[0]))
     else:
         say(planner.over_many(points, options.plot))
-    say("assumptions")
-    for text in assumed.describe(gpu):
-        say(f"  {text}")
 
 
 def assumptions(options: argparse.Namespace) -> Assumptions:
@@ -164,6 +176,11 @@ class _Planner:
         self._gpu = gpu
         self._assumed = assumed
         self._architectures: dict[str | None, Architecture] = {}
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a packed row, as configured."""
+        return self._run.train.seq_len
 
     def in_full(self, point: Point) -> str:
         """Return the run as configured beside the best layout."""

@@ -69,6 +69,16 @@ def change_stage(job: Job) -> NoReturn:
         f"{len(stages)}: rows of {following.seq_len} tokens, sequence_parallel_size "
         f"{following.sequence_parallel_size}. Saved."
     )
+    job.telemetry.log(
+        {
+            "event": "stage",
+            "step": job.progress.step,
+            "stage": job.next_stage + 1,
+            "seq_len": following.seq_len,
+            "global_batch_size": following.global_batch_size,
+            "sequence_parallel_size": following.sequence_parallel_size,
+        }
+    )
     end(job, finished.exit_code, str(finished))
     if job.topology.rank == 0:
         log.info("%s", finished)

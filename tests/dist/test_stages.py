@@ -13,6 +13,7 @@ import yaml
 from cpt.checkpoint.manifest import read_manifest
 from cpt.checkpoint.reader import list_steps, step_folder
 from cpt.telemetry.metrics import read_events
+from cpt.telemetry.report.starts import marks
 from tests.support.launcher import ROOT, free_port, rank_environment, start
 from tests.support.service import SMALL_GUARD
 
@@ -88,6 +89,9 @@ def test_run_changes_rows_and_layout_at_the_border(unbroken: Path) -> None:
     events = read_events(unbroken / "metrics.jsonl")
     starts = [event for event in events if event["event"] == "start"]
     assert [event["step"] for event in starts] == [0, BORDER]
+    (border,) = [event for event in events if event["event"] == "stage"]
+    assert (border["step"], border["stage"], border["seq_len"]) == (BORDER, 2, 128)
+    assert [(mark.step, mark.kind) for mark in marks(events)] == [(BORDER, "stage")]
     state = read_manifest(step_folder(unbroken, STEPS)).state
     assert state["config"]["sp_size"] == 2
     assert state["identity"]["stages"] == [

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cpt.errors import EXIT_DONE, ConfigError, StageFinished
-from cpt.job.start_options import resume_word
 from cpt.job.stage_switch import next_environment
+from cpt.job.start_options import resume_word
 from cpt.resilience.environment import read_environment
 from cpt.resilience.lock import LOCK_TOKEN, take_lock
 from tests.support.launcher import ROOT, rank_environment

@@ -66,7 +66,7 @@ GLYPHS = {
     "star": "\N{BLACK STAR}",
 }
 """The shapes of `chart.MARKERS` in the legend."""
-MARK_DASHES = {"start": "dotted", "rollback": "dashed"}
+MARK_DASHES = {"start": "dotted", "rollback": "dashed", "stage": "solid"}
 """Style of the line across all charts by kind of `starts.Mark`."""
 
 
@@ -123,6 +123,7 @@ def render_report(overview: RunOverview, run: Run) -> str:
             notes=[clean(note, 200) for note in run.notes],
             has_starts=any(mark.kind == "start" for mark in run.marks),
             has_rollbacks=any(mark.kind == "rollback" for mark in run.marks),
+            has_stages=any(mark.kind == "stage" for mark in run.marks),
             tiles=tiles(run, overview),
             panels=panels,
             drawn=drawn,

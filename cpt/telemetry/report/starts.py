@@ -11,7 +11,7 @@ from cpt.telemetry.run_tally import number
 
 MAX_MARKS = 40
 """Newest marks of a chart; more would be a hatching."""
-MarkKind = Literal["start", "rollback"]
+MarkKind = Literal["start", "rollback", "stage"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +21,8 @@ class Mark:
     step: int
     """Optimizer steps done."""
     kind: MarkKind
-    """`start`: a process began there; `rollback`: the run went back to it in mid run."""
+    """`start`: a process began there; `rollback`: the run went back to it in mid run; `stage`: it
+    goes on with rows of another length."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +52,10 @@ def marks(events: Iterable[Any]) -> list[Mark]:
             continue
         kind, step = event.get("event"), event["step"]
         if kind == "start" and last >= 0:
-            found[step] = "start"
+            if found.get(step) != "stage":
+                found[step] = "start"
+        elif kind == "stage":
+            found[step] = "stage"
         elif kind == "rollback" and type(event.get("to_step")) is int:
             found[event["to_step"]] = "rollback"
         elif kind == "guard_rollback":
