@@ -442,6 +442,15 @@ class RunYaml:
             return stage.global_batch_size
         return max(1, self.train.global_batch_size * self.train.seq_len // stage.seq_len)
 
+    def model_of_stage(self, number: int) -> ModelSection:
+        """Return the `model` section as a stage reads it."""
+        given: dict[str, Any] = {}
+        for name in ("activation_checkpointing", "offload_checkpoints"):
+            value = getattr(self.stages[number], name)
+            if value is not None:
+                given[name] = value
+        return dataclasses.replace(self.model, **given)
+
     def check(self) -> Iterator[tuple[str, str]]:
         yield from self._check_stages()
         if self.train.total_steps == 0 and not self.telemetry.export_at_end:
@@ -479,6 +488,8 @@ class RunYaml:
             )
         tokens = train.global_batch_size * train.seq_len
         for number, stage in enumerate(self.stages):
+            for key, message in self.model_of_stage(number).check():
+                yield f"stages[{number}].{key}", message
             rows, rest = divmod(tokens, stage.seq_len)
             if rest and stage.global_batch_size is None:
                 nearest = f"{rows} or {rows + 1}" if rows else "1"

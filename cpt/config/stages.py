@@ -59,15 +59,11 @@ def files_of_stage(run: RunYaml, json_file: Located, number: int) -> tuple[RunYa
     train = replace(run.train, seq_len=stage.seq_len, global_batch_size=run.rows_of_stage(number))
     if stage.micro_batch_size is not None:
         train = replace(train, micro_batch_size=stage.micro_batch_size)
-    model = run.model
-    if stage.activation_checkpointing is not None:
-        model = replace(model, activation_checkpointing=stage.activation_checkpointing)
-    if stage.offload_checkpoints is not None:
-        model = replace(model, offload_checkpoints=stage.offload_checkpoints)
     value = dict(json_file.value)
     if stage.sequence_parallel_size is not None:
         value["sequence_parallel_size"] = stage.sequence_parallel_size
-    return replace(run, train=train, model=model, stages=()), replace(json_file, value=value)
+    of_stage = replace(run, train=train, model=run.model_of_stage(number), stages=())
+    return of_stage, replace(json_file, value=value)
 
 
 def _resolved(config: RunConfig) -> StageSection:

@@ -38,7 +38,7 @@ def opened(make_mix: MakeMix, tmp_path: Path) -> tuple[BuiltData, MixConfig]:
     return BuiltData.open(tmp_path / "build", mix=mix), mix
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     parts=st.lists(st.integers(1, 20), min_size=2, max_size=4),
     sizes=st.lists(st.integers(1, 64), min_size=4, max_size=4),
