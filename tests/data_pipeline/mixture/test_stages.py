@@ -168,9 +168,9 @@ def test_epochs_of_a_stage_are_limited_by_themselves(make_mix: MakeMix, tmp_path
 def test_command_plans_stages(
     make_mix: MakeMix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    staged_mix(make_mix)
+    build(staged_mix(make_mix), tmp_path / "build", progress=False)
     mix = str(tmp_path / "in" / "mix.yaml")
-    command = ["plan", mix, "--out", str(tmp_path / "build"), "--workers", "1"]
+    command = ["plan", mix, "--out", str(tmp_path / "build")]
     plot = ["--plot", str(tmp_path / "plan.svg")]
     assert main([*command, "--steps", "50", "--global_batch_size", "4", *plot]) == 0
     told = capsys.readouterr().out
