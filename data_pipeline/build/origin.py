@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.build import units
+from data_pipeline.build.hooks import hook_rules
 from data_pipeline.build.input_files import HashNotes, Inputs, look_at_inputs, read_inputs
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import FILE_FORMATS, SourceConfig
@@ -158,6 +159,8 @@ def _source_rules(source: SourceConfig) -> Rules:
         rules["cluster_by"] = source.cluster_by
     if source.filters:
         rules["filters"] = [dataclasses.asdict(rule) for rule in source.filters]
+    if source.hook is not None:
+        rules["hook"] = hook_rules(source)
     if source.keep:
         rules["keep"] = list(source.keep)
     for key in ("min_characters", "min_tokens", "max_tokens"):

@@ -34,6 +34,7 @@ from typing import Any
 
 from data_pipeline.bounded.files import open_regular
 from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
+from data_pipeline.build.hooks import hook_rules
 from data_pipeline.build.near_duplicates import NUM_HASHES, SHINGLE_TOKENS
 from data_pipeline.build.part import SHARD, VERSION, Account, Part, make_part
 from data_pipeline.config.source_config import CLUSTER_PLACES, SourceConfig, suffix_format
@@ -60,6 +61,7 @@ _DECIDED_LATER = frozenset(
         "domain",
         "path",
         "kind",
+        "hook",  # its place; what it does is in the identity
         "weight",
         "held_out_share",
         "max_epochs",
@@ -145,6 +147,8 @@ def _identity(part: Part) -> Identity:
     }
     if source.format == "harmony":
         identity["conversation_rules"] = RULES_VERSION
+    if source.hook is not None:
+        identity["hook"] = hook_rules(source)
     if source.normalise:
         identity["step_versions"] = {step: STEP_VERSIONS.get(step) for step in source.normalise}
     if part.near_duplicates:

@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from data_pipeline.build.clusters import NO_CLUSTER, cluster_of
 from data_pipeline.build.document import Document
+from data_pipeline.build.hooks import DROPPED, run_hook
 from data_pipeline.build.json_records import parse_record
 from data_pipeline.build.kept_fields import kept_values
 from data_pipeline.build.mock_documents import invent_documents
@@ -132,7 +133,7 @@ def _accept_record(
     else:
         text, reason = _record_text(source, record)
         if reason is None:
-            return _accept_text(source, text, place, tally)
+            return _accept_text(source, text, place, tally, record)
     assert reason is not None, "a record that gives no document comes with a reason"
     tally.reject(reason, place)
     return None
@@ -163,10 +164,20 @@ def _record_text(source: SourceConfig, record: dict[str, Any]) -> tuple[Any, str
     return fill_template(source.template, values), None
 
 
-def _accept_text(source: SourceConfig, text: Any, place: Place, tally: Tally) -> Document | None:
+def _accept_text(
+    source: SourceConfig, text: Any, place: Place, tally: Tally, record: Mapping[str, Any]
+) -> Document | None:
     """Normalize a text and return its document, or count why it cannot be used and return None."""
     if source.normalise and why_unusable(text) is None:
         text = normalize(text, source.normalise, tally.notes)
+    if source.hook is not None and why_unusable(text) is None:
+        text, reason = run_hook(source, text, record)
+        if reason is not None:
+            tally.reject(reason, place)
+            return None
+        if text is None:
+            tally.filter(DROPPED)
+            return None
     if not tally.take(text, place):
         return None
     if source.min_characters is not None and len(text) < source.min_characters:
@@ -184,7 +195,7 @@ def _accept_bytes(
     except UnicodeDecodeError:
         tally.reject("invalid UTF-8", place)
         return None
-    return _accept_text(source, text, place, tally)
+    return _accept_text(source, text, place, tally, {})
 
 
 def _read_jsonl(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:

@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from data_pipeline.config.document_hook import hook_problem
 from data_pipeline.config.file_patterns import expand
 from data_pipeline.config.generation_config import read_prompts
 from data_pipeline.config.language_limits import WEIGHT_SUM_TOLERANCE
@@ -55,6 +56,7 @@ def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool =
     if need_files:
         for index, source in sources.items():
             _check_place(reader, source, ("sources", index, "path"), base)
+    _check_hooks(reader, sources, base, need_files)
     _check_languages(reader, raw.get("languages"), list(sources.values()))
     domains = _guard_domains(raw)
     _check_packing(reader, raw, [*sources.values(), *domains.values()])
@@ -172,6 +174,18 @@ def _check_weights(reader: Reader, sources: dict[int, RawSection]) -> None:
             ("sources",),
             f"have weights that sum to {total:.9g}, must be 1. Scaled to 1: {', '.join(scaled)}.",
         )
+
+
+def _check_hooks(
+    reader: Reader, sources: dict[int, RawSection], base: Path, need_files: bool
+) -> None:
+    for index, source in sources.items():
+        hook = source.get("hook")
+        if not isinstance(hook, str):
+            continue
+        problem = hook_problem(base, hook, need_file=need_files)
+        if problem is not None:
+            reader.problem(("sources", index, "hook"), problem)
 
 
 def _check_place(reader: Reader, source: RawSection, path: KeyPath, base: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from data_pipeline.config.document_hook import resolved_hook
 from data_pipeline.config.mix_checks import check_across
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.config.source_config import SourceConfig
@@ -58,7 +59,8 @@ def load_mix(path: Path | str, *, need_files: bool = True) -> MixConfig:
 
 def _with_absolute_paths(source: SourceConfig, base: Path) -> SourceConfig:
     patterns = tuple(str(base / pattern) for pattern in source.patterns())
-    return dataclasses.replace(source, path=patterns or None)
+    hook = None if source.hook is None else resolved_hook(base, source.hook)
+    return dataclasses.replace(source, path=patterns or None, hook=hook)
 
 
 def _over_sources(domain: GuardDomain) -> GuardDomain:

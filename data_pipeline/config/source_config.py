@@ -133,6 +133,9 @@ class SourceConfig:
     filters: tuple[FilterRule, ...] = ()
     """Conditions on fields of a record, all of which a document must meet. Documents that do not
     are counted by condition, and are no rejects."""
+    hook: str | None = None
+    """Function of your own that every cleaned text passes through, as "clean.py:function", relative
+    to the YAML file: function(text, record) returns the text, or None to leave the document out."""
     min_characters: int | None = None
     """Characters that a cleaned text must have; shorter ones are filtered out."""
     min_tokens: int | None = None
@@ -245,6 +248,8 @@ class SourceConfig:
         for key, given in (("filters", self.filters), ("keep", self.keep)):
             if given and self.format in ("text", "build", "mock"):
                 yield key, f"is given, but format: {self.format} has no fields. Remove it."
+        if self.hook is not None and self.format in ("harmony", "mock"):
+            yield "hook", f"is given, but format: {self.format} has no plain text. Remove it."
         for name in self.keep:
             if not is_field_name(name) or self.keep.count(name) > 1:
                 yield "keep", f"lists '{name}', which names no field, or one that it lists twice."
