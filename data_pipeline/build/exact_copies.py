@@ -7,7 +7,7 @@
 Decisions
     The rules are those of `deduplication`; equal hashes meet in one slot.
     What a task holds does not grow with the corpus: hashes of GROUP_DOCUMENTS documents, or the
-    memory of the engine. The parent holds 2 bytes a document. On disk the records take 21 bytes a
+    memory of the engine. The parent holds 3 bytes a document. On disk the records take 21 bytes a
     document until the step is done.
 """
 
