@@ -155,6 +155,6 @@ class SourceParts:
             first = stop
 
     def open_shards(self) -> Shards:
-        """Return all documents, through memory maps."""
+        """Return all documents; they are read by position."""
         paths = [part.shard_path for part in self.parts]
         return Shards(paths[0].parent, [path.name for path in paths], verify=False)

@@ -1,4 +1,4 @@
-"""File descriptors: every memory map of a token shard keeps one open.
+"""File descriptors: how many this process may have, and how many are left.
 
 Decisions
     The soft limit is a default for programs that use select(), which this project does not: it is
