@@ -253,7 +253,7 @@ def test_a_build_leaves_no_lock_that_would_shut_out_others_who_share_the_folder(
     assert not (tmp_path / ".out.lock").exists()
 
 
-@pytest.mark.parametrize("point", ["documents", "rows", "manifest", "rename"])
+@pytest.mark.parametrize("point", ["documents", "copies", "rows", "manifest", "rename"])
 @pytest.mark.case("B12", "rerun gives the manifest of an undisturbed build")
 def test_a_build_killed_anywhere_leaves_nothing_and_its_rerun_gives_the_same_manifest(
     mix: MixConfig, tmp_path: Path, point: str
@@ -262,7 +262,8 @@ def test_a_build_killed_anywhere_leaves_nothing_and_its_rerun_gives_the_same_man
     undisturbed = build(mix, tmp_path / "undisturbed", progress=False).hash
     place = {
         "documents": "data_pipeline.store.shards.ShardWriter.add",
-        "rows": "data_pipeline.build.assembly.pack",
+        "rows": "data_pipeline.build.assembly.pack_split",
+        "copies": "data_pipeline.build.exact_copies._compare_slot",
         "manifest": "data_pipeline.store.manifest.BuildManifest.write",
         "rename": "pathlib.Path.rename",
     }[point]
