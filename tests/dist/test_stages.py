@@ -104,11 +104,14 @@ def test_run_changes_rows_and_layout_at_the_border(unbroken: Path) -> None:
     assert rows.keys() == before.keys()
 
 
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_run_that_is_resumed_in_a_stage_has_the_losses_of_one_that_never_stopped(
     workplace: Path, unbroken: Path, step: int
 ) -> None:
-    """From step 4 on this is an ordinary start in the layout of the second stage."""
+    """From step 4 on this is an ordinary start in the layout of the second stage.
+
+    From step 2 on it crosses the border once more, which takes another start of two processes.
+    """
     name = f"resumed-{step}"
     folder = step_folder(workplace / name, step)
     shutil.copytree(step_folder(unbroken, step), folder)
