@@ -262,7 +262,7 @@ def test_a_build_killed_anywhere_leaves_nothing_and_its_rerun_gives_the_same_man
     undisturbed = build(mix, tmp_path / "undisturbed", progress=False).hash
     place = {
         "documents": "data_pipeline.store.shards.ShardWriter.add",
-        "rows": "data_pipeline.build.assembly.pack_split",
+        "rows": "data_pipeline.build.packed_split.pack_block",
         "copies": "data_pipeline.build.exact_copies._compare_slot",
         "manifest": "data_pipeline.store.manifest.BuildManifest.write",
         "rename": "pathlib.Path.rename",
