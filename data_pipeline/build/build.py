@@ -42,7 +42,6 @@ from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.engine.choice import LOCAL, open_executor
 from data_pipeline.engine.local import LocalExecutor, available_cores
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.store.descriptors import reserve_descriptors
 from data_pipeline.store.file_lock import LockHeld, file_lock
 from data_pipeline.store.files import PARTIAL_SUFFIX, make_folder, sync_directory, write_json
 from data_pipeline.store.manifest import (
@@ -101,9 +100,6 @@ def build(
         if not _holds_work(work_dir, wanted):
             shutil.rmtree(work_dir, ignore_errors=True)
         parts = _prepare(work_dir, mix, origin, cache_dir)
-        num_parts = sum(map(len, parts))
-        # the last stage maps the shard of every part, and its signatures
-        reserve_descriptors(2 * num_parts, f"{out_dir}: {num_parts:,} parts")
         with open_executor(engine, workers, work_dir) as executor:
             make_parts(list(chain.from_iterable(parts)), progress, executor)
             for path in work_dir.rglob(f".*{PARTIAL_SUFFIX}"):

@@ -207,7 +207,8 @@ def _layout(bits: int) -> RecordLayout:
 
 
 def _write_hashes(task: _MapHashes) -> None:
-    hashes: Hashes = np.concatenate([part.hashes() for part in task.parts])
+    # copies: every map would keep a file open
+    hashes: Hashes = np.concatenate([np.array(part.hashes()) for part in task.parts])
     held = [_is_held(part, task.held_digests[part.source]) for part in task.parts]
     first = task.parts[0].first
     slots = leading_bits(hashes["high"], task.bits)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import array
 import contextlib
 import dataclasses
+import errno
 import itertools
 import math
 from collections.abc import Iterator
@@ -230,6 +231,8 @@ def read_side_file(path: Path, work_dir: Path) -> npt.NDArray[Any]:
     try:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except ARRAY_ERRORS as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # the file may be sound
         raise DataError(
             f"{path}: not what the build wrote ({why_no_array(error)}). Delete {work_dir}, "
             "which holds the work of an unfinished build, and build again."

@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import resource
 
-from data_pipeline.errors import StorageError
-
 _SPARE = 128
 """Descriptors left for everything else: libraries, pipes, logs, files that are being written."""
 
@@ -21,30 +19,6 @@ def raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and soft != resource.RLIM_INFINITY and soft < hard:
         _set_soft_limit(hard, hard)
-
-
-def reserve_descriptors(count: int, place: str) -> None:
-    """Make sure that `count` more files can be opened; raise the soft limit if they cannot.
-
-    Args:
-        count: Number of files.
-        place: What they belong to, for the message.
-
-    Raises:
-        StorageError: The hard limit is too low.
-    """
-    needed = _num_open() + count + _SPARE
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or needed <= soft:
-        return
-    allowed = needed <= hard or hard == resource.RLIM_INFINITY
-    if allowed and _set_soft_limit(needed, hard):
-        return
-    raise StorageError(
-        f"{place}: needs {count:,} open files, but this process may have {hard:,} (hard limit on "
-        f"open files; `ulimit -Hn` shows it) and {needed:,} are needed in all. Raise the limit, "
-        "or join small input files to larger ones: each becomes a token shard."
-    )
 
 
 def num_spare_descriptors() -> int:
