@@ -21,6 +21,7 @@ not read tokens need none.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -327,8 +328,7 @@ def prepare_decontamination(held_out_tokens: int, is_old: bool) -> Callable[[], 
     search: Callable[[], Any]
     before = read_status()["RssAnon"]
     if is_old:
-        from data_pipeline import decontaminate as old
-
+        old = old_module("decontaminate")
         old_runs = old.HeldOutRuns.from_documents(texts, RUN_TOKENS)
 
         def search() -> None:
@@ -354,9 +354,14 @@ def prepare_decontamination(held_out_tokens: int, is_old: bool) -> Callable[[], 
 # --- the stages of b2a4cc9
 
 
+def old_module(name: str) -> Any:
+    """Return a module of data_pipeline that only the old checkout has."""
+    return importlib.import_module(f"data_pipeline.{name}")
+
+
 def prepare_old(stage: str, folder: Path) -> Callable[[], dict[str, Any] | None]:
     """Return the work of a stage as it was: whole arrays in one process."""
-    from data_pipeline import dedup, near, pack, shards
+    dedup, near, pack, shards = map(old_module, ("dedup", "near", "pack", "shards"))
 
     places = sorted((folder / "parts" / SOURCE).glob("*.hashes"))
     names = [f"documents-{path.stem}{shards.SUFFIX}" for path in places]
