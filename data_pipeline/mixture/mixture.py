@@ -281,6 +281,8 @@ class Mixture:
         by_name = sorted(target.sources, key=self._names.__getitem__)
         ranks = {source: rank for rank, source in enumerate(by_name)}
         reached_at = target.reached_at
+        # without a change a division says it, and a call would take a third of the walk's time
+        constant = target.constant_weights
         # (begins at, rank, source): sources that may be ahead of their share
         waiting = [(reached_at(source, given[source]), ranks[source], source) for source in by_name]
         heapq.heapify(waiting)
@@ -291,7 +293,11 @@ class Mixture:
             # that is nearest to its share is taken.
             while waiting and (waiting[0][0] <= total or not due):
                 _, rank, source = heapq.heappop(waiting)
-                due_at = reached_at(source, given[source] + cursors[source].next_tokens)
+                due_tokens = given[source] + cursors[source].next_tokens
+                if constant is None:
+                    due_at = reached_at(source, due_tokens)
+                else:
+                    due_at = due_tokens / constant[source]
                 heapq.heappush(due, (due_at, rank, source))
             _, rank, source = heapq.heappop(due)
             if drawn is not None:
@@ -300,7 +306,11 @@ class Mixture:
             given[source] += cursors[source].next_tokens
             drawn_rows[source] += 1
             cursors[source].step()
-            heapq.heappush(waiting, (reached_at(source, given[source]), rank, source))
+            if constant is None:
+                begins_at = reached_at(source, given[source])
+            else:
+                begins_at = given[source] / constant[source]
+            heapq.heappush(waiting, (begins_at, rank, source))
         return Position(drawn_rows=tuple(drawn_rows), segment_tokens=tuple(given))
 
     def _cursor(self, source: int, num_drawn: int) -> _Cursor:
@@ -360,6 +370,8 @@ class _Target:
 
     def __init__(self, weights: Mapping[int, float]) -> None:
         self._weights = weights
+        self.constant_weights: Mapping[int, float] | None = weights
+        """Weight of each source; None if weights change."""
         self.sources = list(weights)
         """Sources that have a weight somewhere in the segment."""
 
@@ -383,6 +395,7 @@ class _ChangingTarget(_Target):
         """
         sources = sorted(first.keys() | last.keys())
         super().__init__(dict.fromkeys(sources, 0.0))
+        self.constant_weights = None
         self._length = length
         self._ends: dict[int, tuple[float, float]] = {}
         for source in sources:
