@@ -248,3 +248,13 @@ def test_two_sources_of_a_language_miss_its_share_by_two_rows_at_most(make_mix: 
     ledger = Ledger.start(mix)
     assert (ledger.slack_rows("ja"), ledger.slack_rows("en"), ledger.slack_rows("fr")) == (2, 2, 0)
     assert ledger.append(mix, 4).slack_rows("ja") == 4
+
+
+def test_key_that_an_earlier_version_did_not_know_is_no_edit(make_mix: MakeMix) -> None:
+    mix = make_mix({"ja_web": ["text"]})
+    stored = Ledger.start(mix).to_json()
+    segment = stored["segments"][0]
+    del segment["settings"]["sources"]["ja_web"]["cluster_by"]
+    segment["mix_hash"] = "of other keys"
+    ledger = resume_ledger(stored, mix, 3, accept_change=False)
+    assert len(ledger.segments) == 1
