@@ -24,6 +24,7 @@ from data_pipeline.engine import ray_cluster
 from data_pipeline.engine.choice import open_executor
 from data_pipeline.engine.ray_cluster import RayExecutor
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.store.manifest import FILE_NAME, read_manifest
 from tests.data_pipeline.engine import tasks
 from tests.data_pipeline.inputs import MakeMix, make_texts
 
@@ -84,10 +85,10 @@ def mix(make_mix: MakeMix, monkeypatch: pytest.MonkeyPatch) -> MixConfig:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
+    """Return the manifest and all files that it lists; notes about the files are left out."""
     found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            found[path.relative_to(folder).as_posix()] = path.read_bytes()
+    for name in (FILE_NAME, *read_manifest(folder).files):
+        found[name] = (folder / name).read_bytes()
     return found
 
 
