@@ -228,6 +228,7 @@ def draw(num_documents: int, folder: Path) -> None:
             num_documents=count,
             num_tokens=int(lengths.sum()),
             num_duplicates=0,
+            num_duplicate_tokens=0,
             shard_bytes=part.shard_path.stat().st_size,
             shard_sha256="0" * 64,
         )
