@@ -219,7 +219,12 @@ def draw(num_documents: int, folder: Path) -> None:
         lengths = 2 + generator.lognormal(math.log(MEAN_TOKENS) - 0.5, 1.0, count).astype(np.int64)
         part.shard_path.parent.mkdir(parents=True, exist_ok=True)
         part.account_path.parent.mkdir(parents=True, exist_ok=True)
-        for path, values in ((part.hashes_path, hashes), (part.signatures_path, signatures)):
+        arrays = {
+            part.hashes_path: hashes,
+            part.signatures_path: signatures,
+            part.places_path: np.arange(count, dtype=np.uint64),
+        }
+        for path, values in arrays.items():
             with path.open("wb") as file:
                 np.save(file, values)
         write_sparse_shard(part.shard_path, lengths)
