@@ -193,6 +193,8 @@ class _Gate:
         if self.found.errors:
             _raise_any(self.found, self.found_by_one)
         assert self.config is not None and self.mix is not None
+        if self.plan is not None and not self.found_by_one.errors:
+            warn_of_little_text(self.config, self.plan)
         return PassedGate(
             config=self.config,
             configs=self.configs,
@@ -433,7 +435,6 @@ class _Gate:
         plan = self.found_by_one.attempt(lambda: plan_of(config, data, mix, start))
         if plan is not None:
             self.found_by_one.attempt(lambda: check_plan(config, plan))
-            warn_of_little_text(config, plan)
         self.plan = plan
 
 

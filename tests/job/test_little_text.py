@@ -17,7 +17,8 @@ def told(caplog: pytest.LogCaptureFixture, *, path: str | None, drawn: int) -> s
         SimpleNamespace(tokens=1000, drawn_tokens=drawn),
         SimpleNamespace(tokens=10**9, drawn_tokens=0),  # built, and not trained on
     ]
-    plan: Any = SimpleNamespace(sources=sources)
+    whole = SimpleNamespace(sources=sources)
+    plan: Any = SimpleNamespace(whole=lambda: whole)
     with caplog.at_level(logging.WARNING):
         warn_of_little_text(config, plan)
     return caplog.text
