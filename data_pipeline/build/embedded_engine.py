@@ -11,6 +11,7 @@ Decisions
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,7 +37,8 @@ def open_engine(folder: Path, memory_bytes: int = MEMORY_BYTES) -> Iterator[Embe
     """Yield an engine that may spill into a new folder within `folder`.
 
     Raises:
-        StorageError: the disk is full, or the query needs more memory than it has.
+        StorageError: the disk is full, the query needs more memory than it has, or the folder has a
+            name that DuckDB cannot take.
     """
     import duckdb
 
@@ -50,7 +52,7 @@ def open_engine(folder: Path, memory_bytes: int = MEMORY_BYTES) -> Iterator[Embe
     with tempfile.TemporaryDirectory(prefix=_SPILL_PREFIX, dir=folder) as spill:
         try:
             with duckdb.connect(config=settings) as connection:
-                connection.execute("SET temp_directory = $path", {"path": spill})
+                connection.execute("SET temp_directory = $path", {"path": _utf8_name(spill)})
                 connection.execute("SET enable_external_access = false")
                 connection.execute("SET lock_configuration = true")
                 yield EmbeddedEngine(connection)
@@ -59,6 +61,21 @@ def open_engine(folder: Path, memory_bytes: int = MEMORY_BYTES) -> Iterator[Embe
                 f"{folder}: the engine that compares documents stopped: {error}. Free space there; "
                 "what is done is kept, and a rerun goes on from there."
             ) from error
+
+
+def _utf8_name(path: str) -> str:
+    """Return a path as DuckDB wants it, in UTF-8 whatever the locale says.
+
+    Raises:
+        StorageError: its bytes are no UTF-8.
+    """
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise StorageError(
+            f"{path}: its name is not UTF-8, which the engine that compares documents needs. Build "
+            "in a folder with another name: --out."
+        ) from None
 
 
 class EmbeddedEngine:

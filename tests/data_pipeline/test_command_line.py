@@ -297,7 +297,7 @@ def limited(soft: int, hard: int, *arguments: object) -> subprocess.CompletedPro
     )
 
 
-def test_more_files_than_descriptors_are_built_or_told(tmp_path: Path) -> None:
+def test_more_files_than_descriptors_are_built_and_planned(tmp_path: Path) -> None:
     for number in range(150):
         write_jsonl(tmp_path / f"{number:03}.jsonl", [f"text {number} {'word ' * 9}"])
     mix = tmp_path / "mix.yaml"
@@ -305,13 +305,9 @@ def test_more_files_than_descriptors_are_built_or_told(tmp_path: Path) -> None:
         "seq_len: 64\nseed: 1\nnear_duplicates: 0\ndecontaminate_tokens: 0\nsources:\n"
         "  - {name: en, language: en, domain: web, path: '*.jsonl', weight: 1.0}\n"
     )
-    done = limited(100, 1000, "build", mix, "--out", tmp_path / "out", "--workers", "1")
-    assert done.returncode == 0, done.stderr
-    done = limited(100, 200, "plan", mix, "--out", tmp_path / "out", "--workers", "1")
-    assert done.returncode == 74 and "Traceback" not in done.stderr
-    assert "needs 150 open files, but this process may have 200 (hard limit" in done.stderr
-    done = limited(100, 200, "build", mix, "--out", tmp_path / "other", "--workers", "1")
-    assert done.returncode == 74 and "150 parts: needs 300 open files" in done.stderr
+    for command in ("build", "plan"):
+        done = limited(100, 100, command, mix, "--out", tmp_path / "out", "--workers", "1")
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_bug_exits_70_and_keeps_its_trace_in_a_file(
