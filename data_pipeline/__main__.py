@@ -245,14 +245,12 @@ def _audit(options: argparse.Namespace) -> None:
     result = audit(mix, options.documents, options.workers)
     say(result.describe())
     entries: tuple[SourceEntry, ...] = ()
-    built = next(iter(builds_by_names(mix)), None)
-    if built is not None:
-        manifest = read_manifest(built)
+    built, manifest = _find_manifest(mix, options.workers)
+    if manifest is not None:
         entries = manifest.sources
-        say(f"dropped by the build of this mix in {built}:")
         _say_dropped(manifest)
     page = options.out or DEFAULT_ROOT / f"{mix.name}-audit.html"
-    _write(page, audit_page(result, dropped_rows(entries)))
+    _write(page, audit_page(result, dropped_rows(entries), built))
     if options.json:
         figures = [source.to_json() for source in result.sources]
         _write(options.json, json.dumps(figures, indent=1) + "\n")
@@ -260,6 +258,28 @@ def _audit(options: argparse.Namespace) -> None:
     problems = result.problems()
     if problems:
         raise DataError("\n".join(problems))
+
+
+def _find_manifest(mix: MixConfig, workers: int | None) -> tuple[str, BuildManifest | None]:
+    """Tell and return (which build was found, its manifest) for a mix; None if there is none.
+
+    Where no cache has the hashes of the input, an audit does not read all of it for them.
+    """
+    notes = notes_for_reading(DEFAULT_ROOT)
+    if notes is None:
+        found = next(iter(builds_by_names(mix)), None)
+        told = "a build of files of the same names and sizes (contents were not compared)"
+    else:
+        try:
+            found = find_build(mix, None, notes, workers)
+        except NotBuilt as error:
+            say(f"{error} Nothing is known of what a build drops.")
+            return "", None
+        told = "the build of this mix"
+    if found is None:
+        return "", None
+    say(f"dropped by {told} in {found}:")
+    return told, read_manifest(found)
 
 
 def _add_cache(commands: Commands) -> None:

@@ -43,19 +43,22 @@ _HEADER = (
 )
 
 
-def audit_page(audit: Audit, dropped: Sequence[Sequence[str]] = ()) -> str:
+def audit_page(
+    audit: Audit, dropped: Sequence[Sequence[str]] = (), built: str = "the build of this mix"
+) -> str:
     """Return the whole page.
 
     Args:
         audit: The figures.
         dropped: Rows of what a build of the mix dropped (`dropped.dropped_rows`).
+        built: Which build that is.
     """
     mix = html.escape(audit.mix)
     sources = "".join(_source(source) for source in audit.sources)
     return escaped_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Audit of {mix}</title>'
         f"<style>{_STYLE}</style></head><body><h1>Audit of the mix {mix}</h1>{_verdict(audit)}"
-        f"{_audit_table(audit)}{_dropped_table(dropped)}"
+        f"{_audit_table(audit)}{_dropped_table(dropped, built)}"
         f"{_figure(_draw_overview(audit), 'shares and token rates of all sources')}"
         f"{sources}</body></html>\n"
     )
@@ -73,10 +76,10 @@ def _audit_table(audit: Audit) -> str:
     return _table(_HEADER, [_cells(source) for source in audit.sources])
 
 
-def _dropped_table(rows: Sequence[Sequence[str]]) -> str:
+def _dropped_table(rows: Sequence[Sequence[str]], built: str) -> str:
     if not rows:
         return ""
-    return f"<h2>What the build of this mix dropped</h2>{_table(DROPPED_COLUMNS, rows)}"
+    return f"<h2>What {html.escape(built)} dropped</h2>{_table(DROPPED_COLUMNS, rows)}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

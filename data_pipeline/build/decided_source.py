@@ -34,7 +34,7 @@ class DecidedSource:
     left: Segments = field(default_factory=no_segments)
     """What is trained on of documents that lost a stretch, in the order of documents."""
     contaminated_by: Mapping[str, int] = field(default_factory=dict)
-    """Documents dropped or cut for text of each source that holds it out."""
+    """Documents dropped for text of each source that holds it out; one that was cut is no such."""
     exempted_documents: int = 0
     """Training documents that have stock text which is held out, too."""
     exempted_tokens: int = 0

@@ -40,7 +40,7 @@ from data_pipeline.build.deduplication import Fate
 from data_pipeline.build.near_duplicates import window_hashes
 from data_pipeline.build.part import Part
 from data_pipeline.build.stock_text import (
-    Example,
+    FoundPassage,
     FoundStockText,
     StockRuns,
     find_stock_runs,
@@ -127,10 +127,10 @@ def decontaminate(
     results = []
     for source, source_scans in zip(sources, _by_source(sources, scans), strict=True):
         results.append(_apply(source, source_scans, decided, names))
-    examples: list[Example] = []
+    passages: list[FoundPassage] = []
     for scan in hit_scans:
-        examples += decided[scan].stock.examples
-    return results, list_stock_text(stock, examples)
+        passages += decided[scan].stock.passages
+    return results, list_stock_text(stock, passages)
 
 
 def _held_out_texts(source: DecidedSource) -> list[Tokens]:
@@ -224,7 +224,7 @@ class _Decided:
     """What one shard comes to, besides its file."""
 
     by_owner: tuple[int, ...]
-    """Documents dropped or cut, by the number of the source that holds out the text."""
+    """Documents dropped, by the number of the source that holds out the text."""
     stock: FoundStockText
 
 
@@ -254,10 +254,12 @@ def _decide(scan: _Scan) -> _Decided:
             rows.append((document, 0, 0))
         left_by_document[document] = left
     _save(scan.file("left"), np.array(rows, np.int64).reshape(-1, 3))
-    found = FoundStockText(num_documents=0, num_tokens=0, examples=())
+    found = FoundStockText(num_documents=0, num_tokens=0, passages=())
     if is_stock.any():
         found = find_stock_text(shard, scan.place, hits, stock, window, left_by_document)
-    return _Decided(by_owner=_count_owners(scan, counted, shard.offsets), stock=found)
+    gone = [document for document, left in left_by_document.items() if not left]
+    dropping = counted.chosen(np.isin(documents_at(shard.offsets, counted.places), gone))
+    return _Decided(by_owner=_count_owners(scan, dropping, shard.offsets), stock=found)
 
 
 def _count_owners(scan: _Scan, hits: Hits, offsets: Integers) -> tuple[int, ...]:

@@ -7,10 +7,12 @@ Decisions
     A run must also be in more than MAX_ORDINARY documents (Brown et al., arXiv 2005.14165, appendix
     C), so that a share of a small mix means something.
     What is let through is counted by source and listed as text, with some documents that have it.
+    A run counts where it stays: not in documents that go, nor in what is cut out of others.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,8 @@ MAX_ORDINARY = 10
 """Largest number of training documents that may have a run that is no stock text."""
 MAX_LISTED = 50
 """Stock texts that are listed, the most frequent ones."""
+_MAX_COUNTED = 20 * MAX_LISTED
+"""Stock texts that are counted where they stay; those of which nothing stays are not listed."""
 MAX_EXAMPLES = 3
 """Documents that are named for each."""
 MAX_CHARACTERS = 200
@@ -56,7 +60,7 @@ class Passage:
     key: int
     """Run in it that the most training documents have."""
     documents: int
-    """Training documents that have this run."""
+    """Training documents that have this run, before any was dropped."""
     tokens: int
     """Tokens of the stretch."""
     text: str
@@ -70,7 +74,7 @@ class StockRuns:
     is_stock: Mask
     """[runs]"""
     keys: Integers
-    """Runs of which documents are named, the `key` of each passage, [passages]."""
+    """Runs that are counted where they stay, the `key` of each passage, [passages]."""
     passages: tuple[Passage, ...] = ()
 
     def save(self, folder: Path) -> None:
@@ -120,7 +124,7 @@ def find_stock_runs(
             for passage in _passages(source.parts.source.name, text, runs, is_stock, counts):
                 passages.setdefault(passage.key, passage)
     listed = sorted(passages.values(), key=lambda passage: (-passage.documents, passage.key))
-    listed = listed[:MAX_LISTED]
+    listed = listed[:_MAX_COUNTED]
     keys = np.array([passage.key for passage in listed], np.int64)
     return StockRuns(is_stock=is_stock, keys=keys, passages=tuple(listed))
 
@@ -158,13 +162,15 @@ def _passages(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """A training document that has the run of a passage."""
+class FoundPassage:
+    """A passage in the documents of one shard that stay."""
 
     key: int
     """The `key` of the passage."""
-    place: str
-    """Name of the document."""
+    documents: int
+    """Documents in which this run stays."""
+    examples: tuple[str, ...]
+    """Names of some of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +179,7 @@ class FoundStockText:
 
     num_documents: int
     num_tokens: int
-    examples: tuple[Example, ...]
+    passages: tuple[FoundPassage, ...]
 
 
 def find_stock_text(
@@ -195,64 +201,71 @@ def find_stock_text(
         left: For each document that was cut or dropped the stretches (start, stop) that stay.
     """
     documents = documents_at(shard.offsets, hits.places)
+    is_stock = stock.is_stock[hits.numbers]
+    stays = np.zeros(len(documents), dtype=bool)
     num_documents = 0
     num_tokens = 0
-    staying = []
-    for document in np.unique(documents[stock.is_stock[hits.numbers]]).tolist():
+    for document in np.unique(documents[is_stock]).tolist():
         first, last = np.searchsorted(documents, [document, document + 1])
         places = hits.places[first:last] - shard.offsets[document]
         length = int(shard.document_tokens[document])
-        kept = left.get(document, [(0, length)])
-        found = _covered_tokens(places, window, length, kept)
-        if found:
+        inside = _lie_within(places, window, left.get(document, [(0, length)]))
+        inside &= is_stock[first:last]
+        if inside.any():
             num_documents += 1
-            num_tokens += found
-            staying.append(document)
-    examples = []
-    for key in stock.keys.tolist():
-        having = documents[(hits.numbers == key) & np.isin(documents, staying)]
-        for document in np.unique(having)[:MAX_EXAMPLES].tolist():
-            examples.append(Example(key=key, place=f"{place}, document {document}"))
+            num_tokens += _covered_tokens(places[inside], window, length)
+            stays[first:last] = inside
+    passages = []
+    listed = stays & np.isin(hits.numbers, stock.keys)
+    for key in np.unique(hits.numbers[listed]).tolist():
+        having = np.unique(documents[listed & (hits.numbers == key)]).tolist()
+        examples = [f"{place}, document {document}" for document in having[:MAX_EXAMPLES]]
+        passages.append(FoundPassage(key=key, documents=len(having), examples=tuple(examples)))
     return FoundStockText(
-        num_documents=num_documents, num_tokens=num_tokens, examples=tuple(examples)
+        num_documents=num_documents, num_tokens=num_tokens, passages=tuple(passages)
     )
 
 
-def _covered_tokens(
-    places: Integers, window: int, length: int, kept: Sequence[tuple[int, int]]
-) -> int:
-    """Return the tokens in the windows at `places` that lie in one of the kept stretches."""
-    total = 0
+def _lie_within(places: Integers, window: int, kept: Sequence[tuple[int, int]]) -> Mask:
+    """Return which windows of a document lie within one of the stretches that stay."""
+    inside = np.zeros(len(places), dtype=bool)
     for start, stop in kept:
-        inside = places[(places >= start) & (places + window <= stop)]
-        changes = np.zeros(length + 1, np.int64)
-        changes[inside] += 1
-        changes[inside + window] -= 1
-        total += int(np.count_nonzero(np.cumsum(changes)))
-    return total
+        inside |= (places >= start) & (places + window <= stop)
+    return inside
 
 
-def list_stock_text(stock: StockRuns, examples: Sequence[Example]) -> tuple[StockText, ...]:
-    """Return the stock text that was let through, for the manifest.
+def _covered_tokens(places: Integers, window: int, length: int) -> int:
+    """Return the tokens in the windows at `places` of a document of `length` tokens."""
+    changes = np.zeros(length + 1, np.int64)
+    changes[places] += 1
+    changes[places + window] -= 1
+    return int(np.count_nonzero(np.cumsum(changes)))
+
+
+def list_stock_text(stock: StockRuns, found: Sequence[FoundPassage]) -> tuple[StockText, ...]:
+    """Return the stock text that was let through, the most frequent first, for the manifest.
 
     Args:
         stock: The runs and their passages.
-        examples: Documents that have them, in the order of the mix.
+        found: Passages that stay, by shard, in the order of the mix.
     """
+    documents: Counter[int] = Counter()
     places: dict[int, list[str]] = {}
-    for example in examples:
-        named = places.setdefault(example.key, [])
-        if len(named) < MAX_EXAMPLES:
-            named.append(example.place)
+    for one in found:
+        documents[one.key] += one.documents
+        named = places.setdefault(one.key, [])
+        named.extend(one.examples[: MAX_EXAMPLES - len(named)])
+    staying = [passage for passage in stock.passages if documents[passage.key]]
+    staying.sort(key=lambda passage: -documents[passage.key])
     listed = []
-    for passage in stock.passages:
+    for passage in staying[:MAX_LISTED]:
         listed.append(
             StockText(
                 held_out_by=passage.source,
                 text=passage.text,
                 tokens=passage.tokens,
-                documents=passage.documents,
-                examples=tuple(places.get(passage.key, ())),
+                documents=documents[passage.key],
+                examples=tuple(places[passage.key]),
             )
         )
     return tuple(listed)

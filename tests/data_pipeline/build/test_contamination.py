@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,35 @@ def test_stock_text_stays_only_if_the_mix_says_so_and_is_listed(
     assert read_manifest(tmp_path / "out") == manifest
 
 
+def test_stock_text_is_counted_where_it_stays(make_mix: MakeMix, tmp_path: Path) -> None:
+    secret, stock, beside = prose(2, 200), prose(1, 22), prose(3, 22)
+    held = []
+    for number in range(8):
+        held.append(f"{prose(50 + number, 100)} {stock} {prose(60 + number, 100)} {beside}")
+    whole = [f"{prose(100 + number, 600)} {stock}" for number in range(20)]
+    cut = []
+    for number in range(20):
+        sides = prose(200 + number, 900), prose(300 + number, 900)
+        cut.append(f"{sides[0]} {stock} {secret} {beside} {sides[1]}")
+    keys = guard_files(tmp_path, [secret, *(prose(400 + n, 200) for n in range(7))], stock_text=0.2)
+    keys |= {"held_out_share": {"held": 0.9}, "weights": {"held": 0.0, "en": 1.0}}
+    texts = {"held": held, "en": [*cut, *whole]}
+    manifest = build(make_mix(texts, **keys), tmp_path / "out", False)
+    entry = manifest.sources[1]
+    assert entry.dropped[STRETCHES]["cut_documents"] == 20
+    assert entry.exempted[STOCK_TEXT]["documents"] == 20
+    listed = {}
+    for one in manifest.stock_text:
+        listed[one.text.strip()[10:90]] = one
+    # one document of 'held' is trained on, whole
+    assert [one.documents for one in manifest.stock_text] == [21, 1]
+    assert listed[beside[10:90]].examples == (
+        "held/documents-00000.tokens (from held.jsonl), document 2",
+    )
+    for example in listed[stock[10:90]].examples[1:]:
+        assert int(example.split()[-1]) >= len(cut)
+
+
 def test_stock_text_goes_by_default(make_mix: MakeMix, tmp_path: Path) -> None:
     texts, keys = licensed(tmp_path)
     manifest = build(make_mix(texts, **keys), tmp_path / "out", False)
@@ -307,6 +337,18 @@ def test_a_source_that_repeats_its_own_held_out_text_is_told_so(
         build(mix, tmp_path / "out", False)
 
 
+def test_a_copied_guard_set_is_told_so_although_documents_were_cut_for_own_text(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    secrets = [prose(number, 60) for number in range(60)]
+    paragraph = prose(99, 40)
+    quotes = [f"{secret} so it says" for secret in secrets]
+    long = [f"{prose(100 + number, 900)} {paragraph}" for number in range(50)]
+    keys = guard_files(tmp_path, secrets) | {"held_out_share": 0.1, "near_duplicates": 0}
+    with pytest.raises(DataError, match="Other sources hold it out or guard files have it"):
+        build(make_mix({"en": [*quotes, *long]}, **keys), tmp_path / "out", False)
+
+
 def test_the_older_key_means_the_tokens_and_both_are_refused(make_mix: MakeMix) -> None:
     texts = {"en": ["a"]}
     assert make_mix(texts, decontaminate_tokens=60).decontamination_rules.tokens == 60
@@ -336,3 +378,32 @@ def test_build_plan_and_audit_show_what_was_dropped(
         assert line.startswith(shown) and line.split()[3] == "3"
     page = (tmp_path / "data" / "mix-audit.html").read_text(encoding="utf-8")
     assert "What the build of this mix dropped" in page and "<td>exact copies</td>" in page
+
+
+def test_audit_shows_no_losses_of_a_build_of_other_contents(
+    make_mix: MakeMix,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = [prose(100 + number, 60) for number in range(10)]
+    make_mix({"en": [*texts, *texts[:3]]}, seq_len=256, max_mislabelled_share=1)
+    monkeypatch.chdir(tmp_path)
+    input_file = tmp_path / "in" / "en.jsonl"
+    page = tmp_path / "data" / "mix-audit.html"
+    arguments = [str(tmp_path / "in" / "mix.yaml"), "--workers", "1"]
+    for cache in ([], ["--no_cache"]):
+        assert main(["build", *arguments, *cache, "--out", str(tmp_path / "data" / "mix-1")]) == 0
+        content = input_file.read_bytes()
+        input_file.write_bytes(content.replace(b"w1", b"w2"))
+        capsys.readouterr()
+        assert main(["audit", *arguments]) == 0
+        told = capsys.readouterr().out
+        if cache:
+            assert "names and sizes (contents were not compared)" in told
+            assert "contents were not compared" in page.read_text(encoding="utf-8")
+        else:
+            assert "but of other content" in told and "exact copies" not in told
+            assert "dropped" not in page.read_text(encoding="utf-8")
+        input_file.write_bytes(content)
+        shutil.rmtree(tmp_path / "data")
