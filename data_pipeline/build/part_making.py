@@ -42,7 +42,9 @@ def source_parts(
     """
     parts = []
     files_of = _files_by_unit(source, inputs)
-    for number, unit in enumerate(split_into_units(source)):
+    # the files that were hashed: a folder may have got or lost some since
+    files = [file.path for file in inputs]
+    for number, unit in enumerate(split_into_units(source, files)):
         parts.append(
             Part(
                 source=source,

@@ -68,7 +68,7 @@ def write_provenance(directory: Path, source: SourceParts) -> None:
 
 def _places(source: SourceParts) -> Iterator[Places]:
     """Yield the places of the documents of each part, counted through the source."""
-    numbers = {path: number for number, path in enumerate(input_paths(source.source))}
+    numbers = {path: number for number, path in enumerate(_kinds_by_path(source))}
     for part, lines_before in zip(source.parts, source.lines_before, strict=True):
         first_file = numbers[part.unit.paths[0]] if part.unit.paths else 0
         before = (first_file << RECORD_BITS) + lines_before
@@ -82,14 +82,21 @@ def input_paths(source: SourceConfig) -> list[Path]:
     return [Path(folder) for folder in source.patterns()]
 
 
-def _file_names(source: SourceParts) -> list[InputName]:
+def _kinds_by_path(source: SourceParts) -> dict[Path, str]:
+    """Return the name of a record in each file that was read, in the order of `input_paths`.
+
+    The files are those of the parts: a folder may have got others since the build began.
+    """
     kinds: dict[Path, str] = {}
     for part in source.parts:
         for path in part.unit.paths:
             kinds[path] = _KINDS[part.unit.format]
-    paths = input_paths(source.source)
-    if not paths:  # a dataset of the hub, or invented documents
+    return kinds
+
+
+def _file_names(source: SourceParts) -> list[InputName]:
+    kinds = _kinds_by_path(source)
+    if not kinds:  # a dataset of the hub, or invented documents
         name = source.source.dataset or source.source.format
         return [(name, _KINDS[source.source.format])]
-    # a file of which no document is left has no kind
-    return [(name, kinds.get(path, "")) for name, path in zip(names_of(paths), paths, strict=True)]
+    return list(zip(names_of(list(kinds)), kinds.values(), strict=True))

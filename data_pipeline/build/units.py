@@ -84,8 +84,12 @@ class Unit:
         return tuple(pieces)
 
 
-def split_into_units(source: SourceConfig) -> list[Unit]:
+def split_into_units(source: SourceConfig, files: Sequence[Path] | None = None) -> list[Unit]:
     """Return the units of a source, in order; the time is in proportion to the number of files.
+
+    Args:
+        source: The source.
+        files: Its input files, as they were found before; None looks for them now.
 
     Raises:
         DataError: a file is missing, empty or unreadable.
@@ -94,7 +98,7 @@ def split_into_units(source: SourceConfig) -> list[Unit]:
         return list(_mock_units(source))
     if source.format in ("huggingface", "build"):
         return list(_row_units(source, *count_rows(source)))
-    return list(_files_units(source))
+    return list(_files_units(source, source.files() if files is None else files))
 
 
 def is_large(sizes: Sequence[int]) -> bool:
@@ -102,8 +106,7 @@ def is_large(sizes: Sequence[int]) -> bool:
     return len(sizes) > MAX_UNITS or sum(sizes) > MAX_UNITS * MIN_UNIT_BYTES
 
 
-def _files_units(source: SourceConfig) -> Iterator[Unit]:
-    files = source.files()
+def _files_units(source: SourceConfig, files: Sequence[Path]) -> Iterator[Unit]:
     sizes = [_size_bytes(path, source) for path in files]
     if is_large(sizes):
         waiting: _SmallFiles = _Groups(_large_unit_bytes(sum(sizes)))

@@ -17,7 +17,7 @@ import yaml
 from data_pipeline.build import build as build_module
 from data_pipeline.build import input_files, stored_rows
 from data_pipeline.build import part as part_module
-from data_pipeline.build.build import build
+from data_pipeline.build.build import build, build_share
 from data_pipeline.build.input_files import HashNotes, read_inputs
 from data_pipeline.build.origin import fingerprint
 from data_pipeline.config.mix_config import MixConfig
@@ -124,6 +124,44 @@ def test_a_file_that_only_gets_another_link_or_mode_is_no_other_file(
 
     write_between(monkeypatch, "while a unit is read", link)
     assert build(mix, tmp_path / "out", progress=False).hash == expected
+
+
+def mix_over_a_folder(tmp_path: Path, make_mix: MakeMix) -> tuple[MixConfig, Path]:
+    """Return a mix whose only source is a glob over three files, and their folder."""
+    folder = tmp_path / "in" / "many"
+    for number in range(3):
+        write_jsonl(folder / f"{number}.jsonl", make_texts(20, f"x{number}"))
+    return make_mix({"en": ["unused"]}, sources={"en": {"path": "many/*.jsonl"}}), folder
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["build", "share"])
+def test_a_file_that_goes_away_after_the_fingerprint_is_refused(
+    make_mix: MakeMix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: bool
+) -> None:
+    mix, folder = mix_over_a_folder(tmp_path, make_mix)
+    write_between(monkeypatch, "after the fingerprint", (folder / "1.jsonl").unlink)
+    with pytest.raises(DataError, match=r"1\.jsonl: cannot be read: No such file"):
+        if share:
+            build_share(mix, tmp_path / "out", 0, 1)
+        else:
+            build(mix, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["build", "share"])
+def test_a_file_that_appears_after_the_fingerprint_is_in_no_part(
+    make_mix: MakeMix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: bool
+) -> None:
+    mix, folder = mix_over_a_folder(tmp_path, make_mix)
+    expected = build(mix, tmp_path / "undisturbed", progress=False)
+    late = folder / "0a.jsonl"  # between others, so that it would move their numbers
+    write_between(
+        monkeypatch, "after the fingerprint", lambda: write_jsonl(late, make_texts(5, "late"))
+    )
+    if share:
+        build_share(mix, tmp_path / "out", 0, 1)
+        late.unlink()
+    assert build(mix, tmp_path / "out", progress=False).hash == expected.hash
 
 
 def stored_mix(tmp_path: Path, make_mix: MakeMix, kind: str) -> tuple[MixConfig, Path]:
