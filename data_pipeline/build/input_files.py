@@ -32,6 +32,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.store.file_lock import LockHeld, file_lock
 from data_pipeline.store.file_states import FileState, settled_state_of, state_of
 from data_pipeline.store.files import cached_per_file, make_folder, write_json, xxh3_of
+from data_pipeline.store.verification import is_note
 
 SPREAD_BYTES = 256 * 2**20
 """Bytes to hash from which on it is worth starting processes, and keeping others from doing it."""
@@ -148,11 +149,23 @@ def look_at_inputs(sources: Iterable[SourceConfig]) -> Inputs:
     inputs = {}
     for source in sources:
         files = []
-        for path in source.files():
+        for path in _files_that_decide(source):
             with _named(path, source.name):
                 files.append(InputFile(path, state_of(path), ""))
         inputs[source.name] = tuple(files)
     return inputs
+
+
+def _files_that_decide(source: SourceConfig) -> list[Path]:
+    """Return the files of a source; of an earlier build those that decide what it holds.
+
+    Whoever reads a build may leave a note in it of what he verified.
+    """
+    files = source.files()
+    if source.format != "build":
+        return files
+    (folder,) = source.patterns()
+    return [path for path in files if not is_note(path.relative_to(folder).as_posix())]
 
 
 def read_inputs(

@@ -127,13 +127,13 @@ def _files_in(directory: Path) -> dict[str, os.stat_result]:
                 name = f"{folder}{entry.name}"
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(f"{name}/")
-                elif not _is_note(name):
+                elif not is_note(name):
                     found[name] = entry.stat(follow_symlinks=False)
     return found
 
 
-def _is_note(name: str) -> bool:
-    """Return whether a name is that of the note, or of one that is being written."""
+def is_note(name: str) -> bool:
+    """Return whether a name in a build is that of the note, or of one that is being written."""
     is_partial = name.startswith(f".{NOTE_FILE}.") and name.endswith(PARTIAL_SUFFIX)
     return name == NOTE_FILE or is_partial
 

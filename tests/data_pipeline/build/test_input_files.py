@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from data_pipeline.config.mix_file import load_mix
 from data_pipeline.engine.local import LocalExecutor
 from data_pipeline.errors import DataError
 from data_pipeline.store.file_states import settled_state_of, state_of
+from data_pipeline.store.files import PARTIAL_SUFFIX
+from data_pipeline.store.verification import NOTE_FILE
 from tests.data_pipeline.inputs import MakeMix, make_texts, write_jsonl
 
 TEXTS = {"en": make_texts(30, "en"), "ja": make_texts(30, "ja")}
@@ -141,10 +144,7 @@ def test_a_file_that_goes_away_after_the_fingerprint_is_refused(
     mix, folder = mix_over_a_folder(tmp_path, make_mix)
     write_between(monkeypatch, "after the fingerprint", (folder / "1.jsonl").unlink)
     with pytest.raises(DataError, match=r"1\.jsonl: cannot be read: No such file"):
-        if share:
-            build_share(mix, tmp_path / "out", 0, 1)
-        else:
-            build(mix, tmp_path / "out", progress=False)
+        build_share(mix, tmp_path / "out", 0, 1) if share else build(mix, tmp_path / "out", False)
     assert not (tmp_path / "out").exists()
 
 
@@ -200,6 +200,26 @@ def test_a_dataset_or_build_that_is_written_to_while_it_is_read_is_refused(
     write_between(monkeypatch, "while a unit is read", write)
     with pytest.raises(DataError, match=rf"{path.name}: changed while the build"):
         build(mix, tmp_path / "out", progress=False)
+
+
+def test_a_copy_of_a_build_has_the_fingerprint_of_the_build_whatever_was_verified(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    mix, _ = stored_mix(tmp_path, make_mix, "build")
+    of_build = fingerprint(mix)
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "stored", copy)
+    note = copy / NOTE_FILE
+    note.write_text("{}")
+    (copy / f".{NOTE_FILE}.0{PARTIAL_SUFFIX}").touch()
+    other = dataclasses.replace(mix, sources=(dataclasses.replace(mix.sources[0], path=str(copy)),))
+    assert fingerprint(other) == of_build
+    # the reading of the copy writes a note while the build is at work
+    first = build(other, tmp_path / "first", progress=False)
+    assert note.read_text() != "{}"
+    assert build(other, tmp_path / "second", progress=False).hash == first.hash
+    (copy / "en" / NOTE_FILE).touch()  # no note there, so it is a file like any other
+    assert fingerprint(other) != of_build
 
 
 def test_files_of_the_hub_cache_are_watched_like_others(
