@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.build.input_files import HashNotes
-from data_pipeline.build.part_cache import ENTRY_FILE, PARTS_FOLDER
+from data_pipeline.build.part_cache import ENTRY_FILE, PARTS_FOLDER, PRIVATE_FOLDER, WHAT
 from data_pipeline.errors import ConfigError
 from data_pipeline.store.files import PARTIAL_SUFFIX, make_folder
 from data_pipeline.store.ownership import foreign_problems, refuse_foreign
@@ -33,8 +33,6 @@ CACHE_VARIABLE = "CPT_PART_CACHE"
 """Environment variable: the folder of the cache, instead of the one beside the builds."""
 CACHE_NAME = "part-cache"
 DAY_SECONDS = 86_400.0
-_WHAT = "part cache"
-_PRIVATE_FOLDER = 0o700
 _HASHES_FOLDER = "hashes"
 _AGES = (("a day", 1.0), ("a week", 7.0), ("30 days", 30.0))
 """Ages that a list tells apart, in days."""
@@ -87,13 +85,13 @@ def open_cache(builds: Path, given: Path | None = None) -> Path | None:
     was_asked_for = folder != (builds / CACHE_NAME).absolute()
     try:
         if was_asked_for:
-            refuse_foreign(folder, _WHAT)
+            refuse_foreign(folder, WHAT)
         else:
-            problems = foreign_problems(folder, _WHAT)
+            problems = foreign_problems(folder, WHAT)
             if problems:
                 log.warning("no parts are shared with other builds: %s", problems[0])
                 return None
-        make_folder(folder, _PRIVATE_FOLDER)
+        make_folder(folder, PRIVATE_FOLDER)
     except OSError as error:
         if was_asked_for:
             raise
@@ -111,7 +109,7 @@ def notes_for_reading(builds: Path, given: Path | None = None) -> HashNotes | No
     """Return the notes of a cache that is there and is this user's alone; None if it is not."""
     folder = default_cache(builds, given)
     try:
-        if not folder.is_dir() or foreign_problems(folder, _WHAT):
+        if not folder.is_dir() or foreign_problems(folder, WHAT):
             return None
     except OSError:
         return None
@@ -129,10 +127,11 @@ def list_entries(folder: Path) -> list[CacheEntry]:
             f"{folder}: no part cache is there. Name its folder with --cache DIR, or set "
             f"{CACHE_VARIABLE}."
         )
-    refuse_foreign(folder, _WHAT)
+    refuse_foreign(folder, WHAT)
     entries = []
     for path in _entry_paths(folder):
-        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+        # another process has just removed it, or it is no entry
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             entries.append(_entry_of(path))
     entries.sort(key=lambda entry: (entry.used_at, entry.path))
     return entries

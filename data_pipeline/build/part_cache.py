@@ -27,6 +27,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ from data_pipeline.store.files import (
     sync_directory,
     write_json,
 )
+from data_pipeline.store.ownership import refuse_foreign
 from data_pipeline.text.cleaning import MAX_DOCUMENT_BYTES, STEP_VERSIONS
 from data_pipeline.text.harmony import RULES_VERSION
 from data_pipeline.text.tokenizer import RANKS_SHA256
@@ -71,6 +73,12 @@ _DECIDED_LATER = frozenset(
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES)
 """Errors of file systems, or between two of them, that cannot give a file another name."""
 
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors that say nothing about what is read."""
+PRIVATE_FOLDER = 0o700
+WHAT = "part cache"
+"""The name of a cache in messages."""
+
 Identity = dict[str, Any]
 
 
@@ -91,10 +99,13 @@ def provide_part(part: Part) -> ProvidedPart:
 
     Raises:
         DataError: the input cannot be used, or somebody writes to it.
+        ConfigError: the cache, as this machine sees it, is not this user's alone.
         OSError: the part cannot be written.
     """
     if part.cache_dir is None or part.source.format == "mock":
         return ProvidedPart(num_tokens=make_part(part).num_tokens, is_reused=False)
+    # who began the build has looked at all of it, but perhaps on another machine
+    refuse_foreign(part.cache_dir, WHAT, folders=())
     problem = ""
     for identity in _identities(part):
         try:
@@ -199,22 +210,27 @@ def _take(part: Part, identity: Identity) -> Account | None:
         OSError: the files of the part cannot be written.
     """
     entry = entry_dir(_cache_of(part), key_of(identity))
+    make_folder(part.shard_path.parent)
+    make_folder(part.account_path.parent)
     try:
         content = _read_entry(entry, identity)
         account = Account.from_json(_moved_account(content, part))
         if account.longest_conversation > part.seq_len:
             return None
-        make_folder(part.shard_path.parent)
-        make_folder(part.account_path.parent)
         _take_files(part, entry, content["files"])
     except FileNotFoundError:
         if (entry / ENTRY_FILE).exists():
             _remove(entry)
             raise _DamagedEntry(f"{entry}: a file is missing; the part is made again") from None
         return None  # never there, or pruned since
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno in _OF_WRITING:
+            raise
         _remove(entry)
-        raise _DamagedEntry(f"{entry}: damaged ({error}); the part is made again") from None
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
+        raise _DamagedEntry(f"{entry}: damaged ({reason}); the part is made again") from None
     write_json(part.account_path, account.to_json())
     with contextlib.suppress(OSError):
         os.utime(entry / ENTRY_FILE)  # the time of its last use, by which a cache is pruned
@@ -295,10 +311,10 @@ def _keep(part: Part, account: Account) -> str:
     """Add a part to the cache; return what is wrong if that is not possible."""
     seq_len = part.seq_len if account.left_out_conversations else None
     identity = {**_identity(part), "seq_len": seq_len}
-    key = key_of(identity)
-    entry = entry_dir(_cache_of(part), key)
-    temporary = entry.with_name(f".{key[:16]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
+    entry = entry_dir(_cache_of(part), key_of(identity))
+    temporary = _leftover_name(entry)
     try:
+        make_folder(_cache_of(part), PRIVATE_FOLDER)
         make_folder(temporary)
         content = {
             "identity": identity,
@@ -341,9 +357,11 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Give a file of this user another name; copy it where that is not possible.
 
     Raises:
-        OSError: the file is missing or is a link, or the other one cannot be written.
+        OSError: the file is missing, a link or no regular file, or the other one cannot be written.
     """
-    if source.lstat().st_uid == os.geteuid():
+    status = source.lstat()
+    # a link can have another name as well; open_regular says what is wrong with it
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
         try:
             os.link(source, target, follow_symlinks=False)
             return
@@ -355,9 +373,22 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def _remove(entry: Path) -> None:
-    """Take a damaged entry away; its own file goes first, so nobody takes half of it."""
+    """Take a damaged entry away, whatever it is; all of it at once, so nobody takes half of it.
+
+    What cannot be deleted is left under a name of leftovers.
+    """
+    leftover = _leftover_name(entry)
     try:
-        (entry / ENTRY_FILE).unlink(missing_ok=True)
+        entry.rename(leftover)
     except OSError:
         return
-    shutil.rmtree(entry, ignore_errors=True)
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+def _leftover_name(entry: Path) -> Path:
+    """Return a name for what is not an entry yet, or no longer."""
+    return entry.with_name(f".{entry.name[:16]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")

@@ -26,6 +26,7 @@ from data_pipeline.build.cache_folder import (
     prune,
 )
 from data_pipeline.build.part_cache import _DECIDED_LATER, ENTRY_FILE
+from data_pipeline.build.part_making import source_parts
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import ConfigError
@@ -244,6 +245,92 @@ def test_no_damaged_entry_gets_into_a_build(
         assert len(entry_files(cache)) == num_files, "the entry was not repaired"
 
 
+def file_for_entry(entry: Path) -> None:
+    shutil.rmtree(entry)
+    entry.write_text("x")
+
+
+def folder_for(name: str) -> Callable[[Path], None]:
+    def damage(entry: Path) -> None:
+        (entry / name).unlink()
+        (entry / name).mkdir()
+
+    return damage
+
+
+def link_for(name: str) -> Callable[[Path], None]:
+    def damage(entry: Path) -> None:
+        moved = entry.parent.parent.parent / "moved"
+        (entry / name).rename(moved)
+        (entry / name).symlink_to(moved)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        file_for_entry,
+        folder_for("hashes"),
+        folder_for(ENTRY_FILE),
+        link_for("documents.tokens"),
+        link_for(ENTRY_FILE),
+    ],
+    ids=["file for entry", "folder for file", "folder for own", "link for file", "link for own"],
+)
+def test_an_entry_that_is_something_else_is_made_again(
+    mix: MixConfig, tmp_path: Path, cache: Path, made: list[str], damage: Callable[[Path], None]
+) -> None:
+    expected = built(mix, tmp_path / "first", cache).hash
+    damage(list_entries(cache)[0].path)
+    made.clear()
+    assert built(mix, tmp_path / "second", cache).hash == expected
+    assert len(made) == 1
+    assert len(list_entries(cache)) == 2
+    assert built(mix, tmp_path / "third", cache).hash == expected
+    assert len(made) == 1, "the entry was not repaired"
+    assert not list((cache / "parts").rglob(".*"))
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: OSError) -> None:
+    """Let the next call of a function fail."""
+    original = getattr(owner, name)
+
+    def fail(*arguments: Any, **keys: Any) -> Any:
+        monkeypatch.setattr(owner, name, original)
+        raise error
+
+    monkeypatch.setattr(owner, name, fail)
+
+
+def test_an_entry_that_cannot_be_read_is_made_again(
+    mix: MixConfig,
+    tmp_path: Path,
+    cache: Path,
+    made: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = built(mix, tmp_path / "first", cache).hash
+    made.clear()
+    error = OSError(errno.EIO, "Input/output error")
+    fail_once(monkeypatch, part_cache, "sha256_of", error)
+    assert built(mix, tmp_path / "second", cache).hash == expected
+    assert len(made) == 1
+    assert "damaged (Input/output error); the part is made again" in caplog.text
+
+
+def test_a_full_disk_of_the_build_ends_it_and_costs_no_entry(
+    mix: MixConfig, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(mix, tmp_path / "first", cache)
+    error = OSError(errno.ENOSPC, "No space left on device", "f")
+    fail_once(monkeypatch, part_cache.os, "link", error)
+    with pytest.raises(OSError, match="No space left"):
+        built(mix, tmp_path / "second", cache)
+    assert len(list_entries(cache)) == 2
+
+
 def test_a_damaged_entry_is_told(
     mix: MixConfig, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -447,5 +534,21 @@ def test_a_cache_of_another_user_is_not_used(
         open_cache(tmp_path / "elsewhere", foreign)
 
 
-def test_nobody_else_can_look_into_a_cache(cache: Path) -> None:
+@needs_root
+def test_a_worker_that_sees_the_cache_of_another_user_refuses_it(
+    mix: MixConfig, tmp_path: Path, cache: Path
+) -> None:
+    # on another machine the path of the cache may lead to something else
+    os.chown(cache, ATTACKER, ATTACKER)
+    with pytest.raises(ConfigError, match=r"part cache .* belongs to"):
+        built(mix, tmp_path / "out", cache)
+
+
+def test_nobody_else_can_look_into_a_cache(mix: MixConfig, tmp_path: Path, cache: Path) -> None:
     assert cache.stat().st_mode & 0o777 == 0o700
+    # on a machine that did not begin the build a worker makes it
+    other = tmp_path / "other"
+    inputs = input_files.read_inputs(mix.sources)["ja"]
+    (part,) = source_parts(tmp_path / "work", mix, mix.sources[0], inputs, other)
+    assert not part_cache.provide_part(part).problem
+    assert other.stat().st_mode & 0o777 == 0o700
