@@ -7,8 +7,8 @@ Decisions
     another user, or that others may write to, is refused.
     The mix knows the file by its content. A worker runs the bytes that have that hash, or nothing:
     a file that is edited during a build does not make two kinds of parts.
-    An exception costs its document, and is counted by its type. Its message may hold the text that
-    the hook was to keep out of the world, so it is not shown.
+    An exception costs its document, that of `sys.exit()` too, and is counted by its type. Its
+    message may hold the text that the hook was to keep out of the world, so it is not shown.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run_hook(
     hook = _load(source.hook)
     try:
         result = hook(text, record)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         return None, f"the hook raised {type(error).__name__}"
     if result is None or isinstance(result, str):
         return result, None
@@ -93,7 +93,7 @@ def _load(hook: str) -> Hook:
     module = importlib.util.module_from_spec(spec)
     try:
         loader.exec_module(module)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise DataError(
             f"{path}: cannot be run as a hook: {type(error).__name__}: {error}. Correct it."
         ) from error

@@ -57,6 +57,23 @@ def test_a_hook_changes_texts_and_leaves_documents_out(hooked: Hooked) -> None:
     assert "person" not in tally.describe_rejects()
 
 
+@pytest.mark.parametrize("call", ["sys.exit()", "raise SystemExit(0)"])
+def test_a_hook_that_exits_costs_its_document_and_not_the_build(hooked: Hooked, call: str) -> None:
+    code = (
+        "import sys\ndef clean(text, record):\n"
+        f"    if int(record['id']) == 4:\n        {call}\n    return text\n"
+    )
+    tally = Tally()
+    assert len(list(read_texts(hooked(code).sources[0], tally))) == 9
+    assert dict(tally.rejects) == {"the hook raised SystemExit": 1}
+
+
+def test_a_hook_whose_file_exits_is_no_hook(hooked: Hooked) -> None:
+    mix = hooked("import sys\nsys.exit(0)\ndef clean(text, record):\n    return text\n")
+    with pytest.raises(DataError, match="cannot be run as a hook: SystemExit"):
+        list(read_texts(mix.sources[0], Tally()))
+
+
 def test_a_hook_that_fails_too_often_stops_the_build(hooked: Hooked, tmp_path: Path) -> None:
     mix = hooked("def clean(text, record):\n    raise KeyError(text)\n")
     with pytest.raises(DataError, match=r"10 of 10 documents .*the hook raised KeyError"):
