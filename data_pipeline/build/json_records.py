@@ -36,22 +36,42 @@ class _RepeatedKeys:
     """A hook of `json.loads` that notes the keys that an object gives twice."""
 
     def __init__(self) -> None:
-        self.outermost: list[str] = []
-        """Those of the object that ended last: of the record, once it is read."""
-        self.inner: list[str] = []
-        """Those of the objects before it."""
+        self.first: str | None = None
+        """The first of them; None if no object gives a key twice."""
+        self._keys: dict[int, set[str]] = {}
+        self._objects: list[dict[str, Any]] = []  # kept, so that no other one gets their ids
 
     def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        self.inner += self.outermost
-        self.outermost = []
         value = dict(pairs)
         if len(value) < len(pairs):
             seen: set[str] = set()
+            repeated: set[str] = set()
             for key, _ in pairs:
                 if key in seen:
-                    self.outermost.append(key)
+                    self.first = key if self.first is None else self.first
+                    repeated.add(key)
                 seen.add(key)
+            self._keys[id(value)] = repeated
+            self._objects.append(value)
         return value
+
+    def on_the_way_to(self, field: str, value: dict[str, Any]) -> str | None:
+        """Return the repeated key through which a field of an object is found, or None.
+
+        The key is that of the field itself, or of an object that holds it, in dots.
+        """
+        repeated = self._keys.get(id(value), ())
+        parts = field.split(".")
+        for stop in range(1, len(parts) + 1):
+            name = ".".join(parts[:stop])
+            if name in repeated:
+                return name
+            inner = value.get(name)
+            if isinstance(inner, dict) and stop < len(parts):
+                key = self.on_the_way_to(".".join(parts[stop:]), inner)
+                if key is not None:
+                    return f"{name}.{key}"
+        return None
 
 
 def parse_record(
@@ -71,25 +91,24 @@ def parse_record(
         return {}, "last line cut off"
     if not isinstance(record, dict):
         return {}, "not a JSON object"
-    if repeated.outermost or repeated.inner:
-        key = _repeated_key_that_counts(source, repeated)
+    if repeated.first is not None:
+        key = _repeated_key_that_counts(source, record, repeated)
         if key is not None:
             return {}, f"key '{key:.40}' given twice"
         tally.notes["record with a key given twice, not one that is read"] += 1
     return record, None
 
 
-def _repeated_key_that_counts(source: SourceConfig, repeated: _RepeatedKeys) -> str | None:
+def _repeated_key_that_counts(
+    source: SourceConfig, record: dict[str, Any], repeated: _RepeatedKeys
+) -> str | None:
     """Return a repeated key that the document is made of; None if there is none."""
     if source.format == "harmony":
-        return (repeated.outermost + repeated.inner)[0]
+        return repeated.first
     for field in (*text_fields(source), *value_fields(source)):
-        parent, _, inner = field.partition(".")
-        for key in (field, parent):
-            if key in repeated.outermost:
-                return key
-        if inner and inner.rpartition(".")[2] in repeated.inner:
-            return field
+        key = repeated.on_the_way_to(field, record)
+        if key is not None:
+            return key
     return None
 
 

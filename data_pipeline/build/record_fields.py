@@ -80,7 +80,9 @@ def _problem(rule: FilterRule, value: Any) -> str | None:
 
 
 def _number_problem(rule: FilterRule, value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "is not a number"
+    if isinstance(value, float) and math.isnan(value):
         return "is not a number"
     if rule.min is not None and value < rule.min:
         return f"< {rule.min:g}"

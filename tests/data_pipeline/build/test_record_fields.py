@@ -161,6 +161,7 @@ def test_a_template_looks_up_no_attribute_of_an_object(tmp_path: Path) -> None:
         ('{"text": "a", "q": 1, "q": 9}', "q"),
         ('{"text": "a", "m": {"v": 1, "v": 9}, "q": 9}', "m.v"),
         ('{"text": "a", "m": {"v": 1}, "m": {"v": 9}, "q": 9}', "m"),
+        ('{"text": "a", "m.v": 1, "m.v": 9, "q": 9}', "m.v"),
     ],
 )
 def test_a_key_given_twice_is_refused_where_a_condition_reads_it(
@@ -170,6 +171,43 @@ def test_a_key_given_twice_is_refused_where_a_condition_reads_it(
     path.write_text(line + "\n")
     rules = (FilterRule(field="q", min=5), FilterRule(field="m.v", min=5))
     assert dict(read(path, filters=rules)[1].rejects) == {f"key '{key}' given twice": 1}
+
+
+@pytest.mark.parametrize(
+    ("record", "key"),
+    [
+        ('{"a": {"b": {"c": "x", "c": "y"}}}', "a.b.c"),
+        ('{"a": {"b": {"c": "x"}, "b": {"c": "y"}}}', "a.b"),
+        ('{"a": {"b": {"c": "x"}}, "a": {"b": {"c": "y"}}}', "a"),
+        ('{"a.b": {"c": "x"}, "a.b": {"c": "y"}}', "a.b"),
+        ('{"a": {"b.c": "x", "b.c": "y"}}', "a.b.c"),
+        ('{"a": {"b": {"c": "y"}}, "m": {"b": 1, "b": 2, "c": 1, "c": 2}}', None),
+        ('{"a": {"b": {"c": "y"}, "": 1, "": 2}}', None),
+    ],
+)
+def test_a_key_given_twice_is_refused_wherever_the_way_to_the_text_passes_it(
+    tmp_path: Path, record: str, key: str | None
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(record + "\n")
+    texts, tally = read(path, text_field="a.b.c")
+    if key is None:
+        assert texts == ["y"] and not tally.rejects
+        assert tally.notes["record with a key given twice, not one that is read"] == 1
+    else:
+        assert texts == [] and dict(tally.rejects) == {f"key '{key}' given twice": 1}
+
+
+def test_a_number_that_no_float_holds_is_compared_like_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    huge = "9" * 310
+    path.write_text(
+        f'{{"text": "high", "q": {huge}}}\n{{"text": "low", "q": -{huge}}}\n'
+        '{"text": "none", "q": NaN}\n'
+    )
+    texts, tally = read(path, filters=(FilterRule(field="q", min=0.5),))
+    assert texts == ["high"]
+    assert dict(tally.filtered) == {"q < 0.5": 1, "q is not a number": 1}
 
 
 @pytest.mark.parametrize(
