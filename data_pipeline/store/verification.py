@@ -151,7 +151,15 @@ def _read_note(directory: Path, manifest: BuildManifest) -> dict[str, Facts]:
             noted[name] = (size, modified, changed, inode)
     except FileNotFoundError:
         return {}
-    except (OSError, MalformedInput, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        OSError,
+        MalformedInput,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         log.info("%s is not used: %s", path, escaped_line(error, 200))
         return {}
     return noted

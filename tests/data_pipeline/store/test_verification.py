@@ -110,10 +110,26 @@ def test_shard_that_gets_another_name_is_not_hashed_again(
     assert hashed == []
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"manifest": 1}', '{"files": {"a": [1]}}'])
+FACTS = '{"manifest": "%s", "files": {"a": %s}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        '{"manifest": 1}',
+        FACTS % ("HASH", "[1]"),
+        FACTS % ("HASH", "[1, 2, 3, null]"),
+        FACTS % ("HASH", "[1, 2, 3, 1e999]"),
+        FACTS % ("HASH", "[1, 2, 3, -Infinity]"),
+    ],
+)
 def test_damaged_note_only_costs_a_verification(
     built: Path, content: str, hashed: list[str]
 ) -> None:
+    content = content.replace("HASH", manifest_of(built).hash)
     (built / NOTE_FILE).write_text(content)
     BuiltData.open(built)
     assert hashed
