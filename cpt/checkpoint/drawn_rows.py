@@ -148,8 +148,9 @@ def _check_rows(run_dir: Path, ledger: Ledger, data: BuiltData) -> None:
     now = data.manifest.row_hashes()
     other = []
     for segment in ledger.segments:
-        for name, rows in segment.rows.items():
-            if now.get(name) != rows and segment.weights.get(name, 0) > 0 and name not in other:
+        for name in segment.drawn_sources():
+            rows = segment.rows.get(name)
+            if rows is not None and now.get(name) != rows and name not in other:
                 other.append(name)
     if other:
         raise ConfigError(

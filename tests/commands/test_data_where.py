@@ -121,6 +121,24 @@ def test_a_build_with_other_rows_is_refused(
     assert "the rows of en are others" in capsys.readouterr().err
 
 
+def test_other_rows_of_a_source_that_comes_later_in_a_phase_are_refused(
+    run_dir: Path, mix: MixConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = BuiltData.open(tmp_path / "build").manifest.row_hashes()
+    (segment,) = Ledger.start(mix, {**rows, "en": "others"}).segments
+    changing = dataclasses.replace(
+        segment,
+        weights={"ja": 1.0, "en": 0.0},
+        to_weights={"ja": 0.0, "en": 1.0},
+        phase="change",
+        stop_step=8,
+        total_steps=8,
+    )
+    save(run_dir, Ledger((changing,)), 6, [])
+    assert main(["data", "where", "--run_dir", str(run_dir), "--step", "6"]) == 78
+    assert "the rows of en are others" in capsys.readouterr().err
+
+
 def test_a_document_of_a_build_is_shown_to_people(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
