@@ -23,6 +23,7 @@ ROOMS = {
     "data_pipeline/errors.py": "exceptions with their exit codes",
     "data_pipeline/tables.py": "tables for terminals",
     "data_pipeline/charts.py": "figures as SVG",
+    "data_pipeline/objects/": "objects of S3 as paths that open by requests",
     "data_pipeline/bounded/": "JSON and YAML of others: limits on bytes, depth, digits",
     "data_pipeline/console/": "log lines, --quiet and --verbose, progress of long commands",
     "data_pipeline/config/": "data-mix YAML -> MixConfig; the strict YAML reader",

@@ -8,6 +8,8 @@ import stat
 from io import BufferedReader
 from pathlib import Path
 
+from data_pipeline.objects.object_paths import ObjectPath
+
 SMALL_BYTES = 2**20
 LINK_REASON = "It is a symbolic link, which is not followed here"
 """Why a file is not opened where links could have been put by others."""
@@ -34,7 +36,7 @@ class MalformedInput(ValueError):
 
 
 def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
-    """Open a regular file for reading, and wait for nothing.
+    """Open a regular file or an object for reading, and wait for nothing that is no file.
 
     Args:
         path: The file.
@@ -43,6 +45,8 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
     Raises:
         OSError: it cannot be opened, or is a folder, a pipe or a device, or a link.
     """
+    if isinstance(path, ObjectPath):
+        return path.open("rb")
     # without O_NONBLOCK the opening of a pipe waits until somebody writes
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     if not follow_links:

@@ -18,7 +18,7 @@ from data_pipeline.build.origin import absent_sources, compare, fingerprint
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.engine.local import LocalExecutor, available_cores
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, StorageError
 from data_pipeline.store.manifest import FILE_NAME, BuildManifest, read_manifest
 
 DEFAULT_ROOT = Path("data")
@@ -175,7 +175,7 @@ def load_built_mix(mix_file: Path, build_dir: Path | None) -> MixConfig:
     """
     try:
         return load_mix(mix_file)
-    except ConfigError as error:
+    except (ConfigError, StorageError) as error:
         try:
             mix = load_mix(mix_file, need_files=False)
         except ConfigError:

@@ -29,8 +29,14 @@ from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.console.progress import show_progress
 from data_pipeline.engine.executor import Executor
 from data_pipeline.errors import DataError
+from data_pipeline.objects.object_paths import ObjectPath
 from data_pipeline.store.file_lock import LockHeld, file_lock
-from data_pipeline.store.file_states import FileState, settled_state_of, state_of
+from data_pipeline.store.file_states import (
+    FileState,
+    listed_state_of,
+    settled_state_of,
+    state_of,
+)
 from data_pipeline.store.files import cached_per_file, make_folder, write_json, xxh3_of
 from data_pipeline.store.verification import is_note
 
@@ -151,7 +157,7 @@ def look_at_inputs(sources: Iterable[SourceConfig]) -> Inputs:
         files = []
         for path in _files_that_decide(source):
             with _named(path, source.name):
-                files.append(InputFile(path, state_of(path), ""))
+                files.append(InputFile(path, listed_state_of(path), ""))
         inputs[source.name] = tuple(files)
     return inputs
 
@@ -213,6 +219,8 @@ def check_unchanged(files: Sequence[InputFile], source_name: str) -> None:
             if state == file.state:
                 continue
             may_be_equal = bool(file.content_hash) and state.has_size_and_mtime_of(file.state)
+            # nothing but its content gives an object another state
+            may_be_equal = may_be_equal and not isinstance(file.path, ObjectPath)
             if may_be_equal and file_hash(file.path) == file.content_hash:
                 continue
         raise changed_error(file.path, source_name, file.state, state)

@@ -24,6 +24,8 @@ from data_pipeline.build.input_files import HashNotes, Inputs, look_at_inputs, r
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import FILE_FORMATS, SourceConfig
 from data_pipeline.engine.executor import Executor
+from data_pipeline.errors import StorageError
+from data_pipeline.objects.object_paths import is_address
 from data_pipeline.store.manifest import BuildManifest, InputFiles
 from data_pipeline.text.cleaning import STEP_VERSIONS
 from data_pipeline.text.harmony import RULES_VERSION
@@ -189,9 +191,22 @@ def absent_sources(mix: MixConfig) -> tuple[str, ...]:
     """Return the names of the sources that name files, none of which is here."""
     names = []
     for source in mix.sources:
-        if source.patterns() and not source.files():
+        if source.patterns() and is_absent(source):
             names.append(source.name)
     return tuple(names)
+
+
+def is_absent(source: SourceConfig) -> bool:
+    """Return whether no file of a source is here; objects are not if their store is out of reach.
+
+    A whole build is trained on where nothing leads to the store, or without its credentials.
+    """
+    try:
+        return not source.files()
+    except (OSError, StorageError):
+        if not any(map(is_address, source.patterns())):
+            raise
+        return True
 
 
 def compare(manifest: BuildManifest, mix: MixConfig, *, read_contents: bool) -> Comparison:

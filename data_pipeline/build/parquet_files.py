@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from data_pipeline.build.table_columns import check_columns, field_type
-from data_pipeline.build.unreadable_files import parquet_errors, unreadable_parquet
+from data_pipeline.build.unreadable_files import parquet_errors, unreadable, unreadable_parquet
+from data_pipeline.objects.object_paths import ObjectPath
 from data_pipeline.store.parquet_pages import (
     MAX_FOOTER_BYTES,
     MAX_THRIFT_ITEMS,
@@ -42,16 +43,31 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         check_footer(path)
         # Without a buffer, and with `pre_buffer`, all of a row group would be read at once.
-        with pq.ParquetFile(
-            path,
-            pre_buffer=False,
-            buffer_size=_BUFFER_BYTES,
-            thrift_string_size_limit=MAX_FOOTER_BYTES,
-            thrift_container_size_limit=MAX_THRIFT_ITEMS,
-        ) as file:
+        with (
+            _source_of(path) as source,
+            pq.ParquetFile(
+                source,
+                pre_buffer=False,
+                buffer_size=_BUFFER_BYTES,
+                thrift_string_size_limit=MAX_FOOTER_BYTES,
+                thrift_container_size_limit=MAX_THRIFT_ITEMS,
+            ) as file,
+        ):
             yield file
     except parquet_errors() as error:
+        if isinstance(error, OSError) and isinstance(path, ObjectPath) and error.filename:
+            raise unreadable(path, error) from error
         raise unreadable_parquet(path, error) from error
+
+
+@contextlib.contextmanager
+def _source_of(path: Path) -> Iterator[Path | IO[bytes]]:
+    """Yield what pyarrow reads: the path of a file, or an object that is open."""
+    if not isinstance(path, ObjectPath):
+        yield path
+        return
+    with path.open("rb") as file:
+        yield file
 
 
 def row_group_bytes(path: Path) -> list[int]:

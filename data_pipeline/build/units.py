@@ -18,6 +18,7 @@ Decisions
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from data_pipeline.build.unreadable_files import (
 )
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
+from data_pipeline.objects.object_paths import ObjectPath
+from data_pipeline.objects.s3_store import REQUESTS_AT_ONCE
 from data_pipeline.store.file_kinds import FileKind
 from data_pipeline.store.text_files import TextLayers, text_layers
 
@@ -112,8 +115,8 @@ def _files_units(source: SourceConfig, files: Sequence[Path]) -> Iterator[Unit]:
         waiting: _SmallFiles = _Groups(_large_unit_bytes(sum(sizes)))
     else:
         waiting = _SmallFiles(MIN_UNIT_BYTES)
-    for path, size_bytes in zip(files, sizes, strict=True):
-        layers = _layers(path)
+    all_layers = _all_layers(files)
+    for path, size_bytes, layers in zip(files, sizes, all_layers, strict=True):
         kind = _format_of(path, source, layers)
         if waiting.takes(kind, size_bytes, layers):
             yield from waiting.add(path, kind, size_bytes)
@@ -128,6 +131,15 @@ def _large_unit_bytes(total_bytes: int) -> int:
     while total_bytes > LARGE_UNITS * unit_bytes:
         unit_bytes *= _STEP
     return unit_bytes
+
+
+def _all_layers(files: Sequence[Path]) -> Iterator[TextLayers]:
+    """Yield the layers of each file; objects are looked at many at a time."""
+    if not any(isinstance(path, ObjectPath) for path in files):
+        yield from map(_layers, files)
+        return
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        yield from pool.map(_layers, files)
 
 
 def _layers(path: Path) -> TextLayers:

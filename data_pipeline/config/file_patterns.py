@@ -16,11 +16,12 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.config.links import dangling_link
 from data_pipeline.escaping import escaped_line
+from data_pipeline.objects.object_paths import find_objects, is_address
 
 MAX_FILES = 1_000_000
 """Files that one pattern may name; every file becomes a token shard or a part of one."""
@@ -30,16 +31,24 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def expand(pattern: str) -> list[Path]:
-    """Return the files that an absolute path or glob names, sorted.
+    """Return the files or objects that an absolute path, a glob or an address names, sorted.
 
     Raises:
         OSError: there are more than MAX_FILES of them, a folder cannot be read, or the path of a
             file has a control character.
+        StorageError: the store of the objects does not answer.
     """
+    if is_address(pattern):
+        return _checked(find_objects(pattern))
     path = Path(pattern)
     if path.exists() or not glob.has_magic(pattern):
         return plain_files([path])
     return plain_files(map(Path, _matches(pattern)))
+
+
+def absolute_pattern(pattern: str, base: Path) -> str:
+    """Return a pattern of a mix, which is relative to the folder `base` unless it is an address."""
+    return pattern if is_address(pattern) else str(base / pattern)
 
 
 def plain_files(paths: Iterable[Path]) -> list[Path]:
@@ -52,16 +61,22 @@ def plain_files(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.is_file() and not dangling_link(path):
             continue
-        if _CONTROL.search(str(path)):
-            if path.name == _MACOS_ICON and path.is_file() and not path.stat().st_size:
-                continue
-            raise OSError(0, f"the name '{escaped_line(path)}' has a control character; rename it")
+        if path.name == _MACOS_ICON and path.is_file() and not path.stat().st_size:
+            continue
         files.append(path)
         if len(files) > MAX_FILES:
-            raise OSError(
-                0, f"it names more than {MAX_FILES:,} files; join small files to larger ones"
-            )
-    return sorted(files)
+            break
+    return sorted(_checked(files))
+
+
+def _checked(paths: Sequence[Path]) -> list[Path]:
+    """Return paths that are not too many, and have names that can be shown."""
+    if len(paths) > MAX_FILES:
+        raise OSError(0, f"it names more than {MAX_FILES:,} files; join small files to larger ones")
+    for path in paths:
+        if _CONTROL.search(str(path)):
+            raise OSError(0, f"the name '{escaped_line(path)}' has a control character; rename it")
+    return list(paths)
 
 
 def _matches(pattern: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from data_pipeline.config.document_hook import hook_problem
-from data_pipeline.config.file_patterns import expand
+from data_pipeline.config.file_patterns import absolute_pattern, expand
 from data_pipeline.config.generation_config import read_prompts
 from data_pipeline.config.language_limits import WEIGHT_SUM_TOLERANCE
 from data_pipeline.config.links import dangling_link
@@ -26,6 +26,7 @@ from data_pipeline.config.source_config import LANGUAGES, SUFFIXES, suffix_forma
 from data_pipeline.config.stage_config import MAX_SEQ_LEN
 from data_pipeline.config.strict_yaml import KeyPath, Reader, nearest
 from data_pipeline.errors import unnamable
+from data_pipeline.objects.object_paths import address_problem, is_address
 
 RawSection = dict[str, Any]
 """A section of the file as it was parsed."""
@@ -213,6 +214,8 @@ def _check_folder(reader: Reader, source: RawSection, path: KeyPath, base: Path)
 
 
 def _why_no_folder(folder: str, base: Path) -> str:
+    if is_address(folder):
+        return "which is an address, and this format reads a folder of a disk. Copy it here"
     if (base / folder).exists():
         return "which is a file, and the folder that holds it is asked for"
     reason = why_no_file(folder, base)
@@ -239,10 +242,18 @@ def _check_files(reader: Reader, section: RawSection, path: KeyPath, base: Path)
         patterns = [patterns]
     if not isinstance(patterns, list):
         return
+    of_objects = {is_address(pattern) for pattern in patterns if isinstance(pattern, str)}
+    if len(of_objects) > 1:
+        reader.problem(path, "names both files and objects (s3://). Make a source of each.")
+        return
     by_suffix = section.get("format", "auto") == "auto"
     seen: dict[tuple[int, int], Path] = {}
     for pattern in patterns:
         if not isinstance(pattern, str):
+            continue
+        problem = address_problem(pattern) if is_address(pattern) else None
+        if problem is not None:
+            reader.problem(path, problem)
             continue
         files = _expand(reader, pattern, path, base)
         if files is None:
@@ -289,7 +300,7 @@ def _expand(reader: Reader, pattern: str, path: KeyPath, base: Path) -> list[Pat
     """Return the files of a pattern; None if it cannot be looked for, which is reported."""
     try:
         os.fsencode(pattern)
-        return expand(str(base / pattern)) if pattern else []
+        return expand(absolute_pattern(pattern, base)) if pattern else []
     except UnicodeEncodeError:
         reader.problem(path, f"names a file that cannot be opened: {unnamable(pattern)}")
     except OSError as error:
@@ -304,6 +315,12 @@ def why_no_file(pattern: str, base: Path) -> str:
         pattern: The path as it is written.
         base: Folder that it is relative to.
     """
+    if is_address(pattern):
+        inside = pattern.rstrip("/")
+        return (
+            "which matches no object. A folder alone names none: name its objects, as in "
+            f"'{inside}/*.jsonl', or '{inside}/**/*.jsonl'"
+        )
     path = base / pattern
     if path.is_dir():
         inside = pattern.rstrip("/") or "."

@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 
 from data_pipeline.config.document_hook import resolved_hook
+from data_pipeline.config.file_patterns import absolute_pattern
 from data_pipeline.config.mix_checks import check_across
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.config.source_config import SourceConfig
@@ -58,7 +59,7 @@ def load_mix(path: Path | str, *, need_files: bool = True) -> MixConfig:
 
 
 def _with_absolute_paths(source: SourceConfig, base: Path) -> SourceConfig:
-    patterns = tuple(str(base / pattern) for pattern in source.patterns())
+    patterns = tuple(absolute_pattern(pattern, base) for pattern in source.patterns())
     hook = None if source.hook is None else resolved_hook(base, source.hook)
     return dataclasses.replace(source, path=patterns or None, hook=hook)
 

@@ -13,6 +13,7 @@ from typing import Literal
 from data_pipeline.config.file_patterns import expand, plain_files
 from data_pipeline.config.record_filters import FilterRule, is_field_name
 from data_pipeline.config.strict_yaml import nearest
+from data_pipeline.objects.object_paths import is_address
 
 NATURAL_LANGUAGES = {
     "ar": "Arabic",
@@ -113,8 +114,8 @@ class SourceConfig:
     domain: str
     """Kind of text in your own words, for example web, encyclopedia or code."""
     path: str | tuple[str, ...] | None = None
-    """File, glob, or a list of them, relative to the YAML file; a folder for the formats
-    huggingface and build."""
+    """File, glob, or a list of them, relative to the YAML file, or s3://BUCKET/KEY with the same
+    patterns; a folder for the formats huggingface and build."""
     format: Literal[
         "auto", "jsonl", "parquet", "text", "harmony", "huggingface", "build", "mock"
     ] = "auto"
@@ -239,6 +240,11 @@ class SourceConfig:
                 f"is self_replay, but cpt replay writes JSONL, not format: {self.format}. "
                 "Remove one of them.",
             )
+        if self.kind == "self_replay" and any(map(is_address, self.patterns())):
+            yield (
+                "kind",
+                "is self_replay, but path names objects. Copy the files and their sidecar here.",
+            )
         if "nfc" in self.normalise and "nfkc" in self.normalise:
             yield "normalise", "lists nfc and nfkc. Choose one."
         if self.normalise and self.format in ("mock", "harmony"):
@@ -353,7 +359,7 @@ class SourceConfig:
         return self.path
 
     def files(self) -> list[Path]:
-        """Return the input files.
+        """Return the input files, or the objects of a store as paths that open by requests.
 
         Patterns keep the order in which they are given; the files of one glob or folder are sorted
         by name.

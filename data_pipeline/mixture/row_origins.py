@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.build.origin import is_absent
 from data_pipeline.build.parquet_files import open_parquet
 from data_pipeline.build.provenance import input_paths
 from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import DataError
 from data_pipeline.escaping import escaped_line
@@ -127,10 +130,16 @@ def _path_of(mix: MixConfig, source: str, origin: DocumentOrigin, num_files: int
     """Return the file of a document, if as many files are here as the build was made from."""
     for config in mix.sources:
         if config.name == source:
-            paths = input_paths(config)
+            paths = _paths_here(config)
             if len(paths) == num_files and paths[origin.file_number].name == Path(origin.file).name:
                 return paths[origin.file_number]
     return None
+
+
+@functools.lru_cache(maxsize=64)
+def _paths_here(source: SourceConfig) -> tuple[Path, ...]:
+    """Return the files of a source, looked for once; none if they cannot be reached from here."""
+    return () if is_absent(source) else tuple(input_paths(source))
 
 
 def _row_group(path: Path | None, origin: DocumentOrigin) -> tuple[int, int] | None:

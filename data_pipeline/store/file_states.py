@@ -5,6 +5,8 @@ Decisions
     (ctime), so a file that was rewritten and dated back is noticed.
     A file that was changed in the last tick of its file system's clock could be changed once more
     without another time.  So the content of such a file is read only after the tick is over.
+    The state of an object of S3 has a number made of its ETag in place of the inode, so content
+    that was written within the same second is another state.
     The device is no part of a state: nodes of a cluster number a shared file system differently.
 """
 
@@ -14,6 +16,8 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from data_pipeline.objects.object_paths import ObjectPath
 
 _TICK_SECONDS = 0.02
 """Longer than a tick of the clocks of file systems that keep fractions of a second."""
@@ -39,12 +43,25 @@ class FileState:
 
 
 def state_of(path: Path) -> FileState:
-    """Return the state of a file, or of the file that a link leads to.
+    """Return the state that a file, or the file that a link leads to, or an object has now.
+
+    Raises:
+        OSError: it is not there, or cannot be looked at.
+        StorageError: the store of the object does not answer.
+    """
+    return _state(path.current_status() if isinstance(path, ObjectPath) else os.stat(path))
+
+
+def listed_state_of(path: Path) -> FileState:
+    """Return the state of a file, or that which an object had when it was listed.
 
     Raises:
         OSError: it is not there, or cannot be looked at.
     """
-    status = os.stat(path)
+    return _state(path.stat())
+
+
+def _state(status: os.stat_result) -> FileState:
     return FileState(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
@@ -57,6 +74,8 @@ def settled_state_of(path: Path) -> FileState:
         OSError: it is not there, or cannot be looked at.
     """
     state = state_of(path)
+    if isinstance(path, ObjectPath):
+        return state
     tick_seconds = _TICK_SECONDS
     if state.ctime_ns % _SECOND_NS == 0:
         tick_seconds = _COARSE_TICK_SECONDS

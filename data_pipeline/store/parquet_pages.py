@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -180,14 +180,14 @@ class ColumnBounds:
             if start < 0 or stop > file.seek(0, os.SEEK_END):
                 raise ValueError(f"row group {group} claims bytes {start:,} to {stop:,}")
             while start < stop:
-                page = _read_page(file.fileno(), start, stop)
+                page = _read_page(file, start, stop)
                 _check_size(page, group)
                 self.largest_page = max(self.largest_page, page.size)
                 if page.type == _DICTIONARY:
                     dictionary_size = page.size
                     longest = _WIDEST_VALUE
                     if not self._has_width:
-                        longest = _longest_value(file.fileno(), page, chunk.compression)
+                        longest = _longest_value(file, page, chunk.compression)
                     self._largest_dictionary = max(self._largest_dictionary, dictionary_size)
                 elif page.values > 0:
                     self._add_page(page, dictionary_size, longest)
@@ -232,13 +232,13 @@ def _check_size(page: _Page, group: int) -> None:
         )
 
 
-def _longest_value(descriptor: int, page: _Page, codec: str) -> int:
+def _longest_value(file: IO[bytes], page: _Page, codec: str) -> int:
     """Return the bytes of the longest value of a dictionary, or a number that is larger."""
     import pyarrow as pa
 
     if page.size > FREE_PAGE_BYTES or page.values > _MOST_WALKED:
         return page.size
-    data = os.pread(descriptor, page.compressed_size, page.start)
+    data = _read_at(file, page.start, page.compressed_size)
     if codec in _CODECS:
         data = pa.decompress(data, page.size, codec.lower(), asbytes=True)
     elif codec != "UNCOMPRESSED":
@@ -252,7 +252,12 @@ def _longest_value(descriptor: int, page: _Page, codec: str) -> int:
     return min(longest, page.size)
 
 
-def _read_page(descriptor: int, start: int, stop: int) -> _Page:
+def _read_at(file: IO[bytes], start: int, num_bytes: int) -> bytes:
+    file.seek(start)
+    return file.read(num_bytes)
+
+
+def _read_page(file: IO[bytes], start: int, stop: int) -> _Page:
     """Return what the header at `start` says.
 
     Raises:
@@ -260,7 +265,7 @@ def _read_page(descriptor: int, start: int, stop: int) -> _Page:
     """
     num_bytes = _FIRST_BYTES
     while True:
-        data = os.pread(descriptor, min(num_bytes, stop - start), start)
+        data = _read_at(file, start, min(num_bytes, stop - start))
         try:
             fields, length = _parse_struct(data, 0, 0)
             break

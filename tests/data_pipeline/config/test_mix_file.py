@@ -301,7 +301,7 @@ def test_a_file_that_is_no_mapping_is_refused(folder: Path) -> None:
     [
         ("en", "which is a folder. Name its files: 'en/*.jsonl', or 'en/**/*.jsonl'"),
         ("en/", "which is a folder. Name its files: 'en/*.jsonl', or 'en/**/*.jsonl'"),
-        ("s3://bucket/x/*.jsonl", "which is an address. s3:// is not read: copy the files here"),
+        ("gs://bucket/x.jsonl", "which is an address. gs:// is not read: copy the files here"),
         ("https://a.example/x.jsonl", "which is an address. https:// is not read"),
         ("~/x.jsonl", "~ is not replaced in a mix. Write the whole path"),
         ("$HOME/x.jsonl", "variables are not replaced in a mix. Write the whole path"),
