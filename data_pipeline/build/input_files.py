@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from data_pipeline.bounded.json_text import LARGE_BYTES, read_json
 from data_pipeline.config.source_config import SourceConfig
@@ -107,7 +110,8 @@ class HashNotes:
             notes = self._read(parent) | self._known[parent]
             try:
                 make_folder(self.folder)
-                write_json(self._path_of(parent), {"folder": str(parent), "files": notes})
+                content = {"folder": str(parent), "files": notes}
+                write_json(self._path_of(parent), {**content, "checksum": _checksum(content)})
             except OSError as error:
                 log.warning(
                     "%s: hashes of the input cannot be noted (%s), so they are read again next "
@@ -134,16 +138,23 @@ class HashNotes:
             content = read_json(
                 self._path_of(parent), LARGE_BYTES, lone_surrogates=True, follow_links=False
             )
+            checksum = content.pop("checksum")
             files = content["files"]
-            if content["folder"] != str(parent) or not isinstance(files, dict):
+            is_sound = checksum == _checksum(content) and isinstance(files, dict)
+            if content["folder"] != str(parent) or not is_sound:
                 return {}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
         return files
 
     def _path_of(self, parent: Path) -> Path:
         name = hashlib.sha256(str(parent).encode("utf-8", "surrogatepass")).hexdigest()
         return self.folder / f"{name[:32]}.json"
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Return the hex xxh3_128 of JSON values: a hash that lost a bit looks like any other."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def look_at_inputs(sources: Iterable[SourceConfig]) -> Inputs:

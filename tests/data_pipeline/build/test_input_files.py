@@ -6,6 +6,7 @@ The writer stands at a named place of the build, so nothing here depends on timi
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -283,6 +284,21 @@ def test_damaged_notes_only_cost_time(
         path.write_text(content)
     monkeypatch.setattr(input_files, "_HASHED_HERE", {})
     assert fingerprint(mix, notes=HashNotes(tmp_path / "notes")) == expected
+
+
+def test_a_hash_that_was_damaged_in_its_note_is_not_believed(
+    make_mix: MakeMix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mix = make_mix(TEXTS)
+    expected = fingerprint(mix, notes=HashNotes(tmp_path / "notes"))
+    (note,) = (tmp_path / "notes").glob("*.json")
+    content = json.loads(note.read_text())
+    values = content["files"]["en.jsonl"]
+    values[-1] = f"{int(values[-1], 16) ^ 1:032x}"
+    note.write_text(json.dumps(content))
+    hashed = counted_hashing(monkeypatch)
+    assert fingerprint(mix, notes=HashNotes(tmp_path / "notes")) == expected
+    assert len(hashed) == 2
 
 
 def test_much_input_is_hashed_by_workers_under_a_lock_with_the_same_result(
