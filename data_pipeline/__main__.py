@@ -46,7 +46,7 @@ from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.console.say import say
 from data_pipeline.dataset import BuiltData
-from data_pipeline.engine.choice import ENGINES, LOCAL
+from data_pipeline.engine.choice import ENGINES, LOCAL, check_engine
 from data_pipeline.engine.local import available_cores
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.mixture.ledger import Ledger, resume_ledger
@@ -110,17 +110,18 @@ def _add_build(commands: Commands) -> None:
 
 def _build(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
+    if options.share and options.engine != LOCAL:
+        raise ConfigError(
+            f"--share makes its parts on one machine, and --engine {options.engine} those of a "
+            "whole build on many. Leave one of them away."
+        )
+    check_engine(options.engine)
     cache_dir = None
     if not options.no_cache:
         cache_dir = open_cache(_folder_of_builds(options.out), options.cache)
     notes = None if cache_dir is None else notes_in(cache_dir)
     out_dir = resolve_build_dir(mix, options.out, notes, options.workers)
     if options.share:
-        if options.engine != LOCAL:
-            raise ConfigError(
-                f"--share makes its parts on one machine, and --engine {options.engine} those of a "
-                "whole build on many. Leave one of them away."
-            )
         index, count = options.share
         num_parts = build_share(mix, out_dir, index, count, options.workers, cache_dir)
         say(

@@ -39,7 +39,7 @@ from data_pipeline.build.origin import (
 from data_pipeline.build.part import Part
 from data_pipeline.build.part_making import make_parts, source_parts
 from data_pipeline.config.mix_config import MixConfig
-from data_pipeline.engine.choice import LOCAL, open_executor
+from data_pipeline.engine.choice import LOCAL, check_engine, open_executor
 from data_pipeline.engine.local import LocalExecutor, available_cores
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.file_lock import LockHeld, file_lock
@@ -84,6 +84,7 @@ def build(
         ConfigError: what lies there is not this user's alone, or the engine cannot be used.
         StorageError: the input has more files than this process may have open.
     """
+    check_engine(engine)  # before hours of hashing
     out_dir = Path(out_dir).absolute()
     origin = _hashed_origin(mix, cache_dir, workers)
     wanted = origin.fingerprint
@@ -100,10 +101,10 @@ def build(
         if not _holds_work(work_dir, wanted):
             shutil.rmtree(work_dir, ignore_errors=True)
         parts = _prepare(work_dir, mix, origin, cache_dir)
-        with open_executor(engine, workers, work_dir) as executor:
+        with open_executor(engine, workers, work_dir, cache_dir) as executor:
             make_parts(list(chain.from_iterable(parts)), progress, executor)
             for path in work_dir.rglob(f".*{PARTIAL_SUFFIX}"):
-                path.unlink()
+                path.unlink(missing_ok=True)  # a task of a killed build may just have ended
             manifest = assemble_build(work_dir, mix, origin, parts, executor)
         (work_dir / "build").rename(out_dir)
         sync_directory(out_dir.parent)

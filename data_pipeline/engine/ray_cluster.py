@@ -5,7 +5,8 @@ Decisions
     starts it over the nodes of a job. On one machine local processes do the same.
     Who reaches an unprotected cluster runs code as its owner, so a cluster without a token is used
     only if the environment says so.
-    Every node must see the work directory and have the same code: each is asked before work begins.
+    Every node must see the work directory and the cache, and have the same code: each is asked
+    before work begins.
     A task whose worker or node is lost runs again elsewhere. One that raised does not: its error
     arrives as it was raised.
     As on one machine, few tasks per worker are submitted at once, and a result is dropped once it
@@ -14,6 +15,7 @@ Decisions
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -23,7 +25,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,22 +60,32 @@ _QUIET = {
 class RayExecutor(Executor):
     """Runs tasks on the workers of a Ray cluster."""
 
-    def __init__(self, shared_dir: Path, max_workers: int | None = None) -> None:
+    def __init__(
+        self, work_dir: Path, max_workers: int | None = None, cache_dir: Path | None = None
+    ) -> None:
         """Connect to the cluster of the environment, and check its nodes.
 
         Args:
-            shared_dir: A folder that exists, which every node must see.
+            work_dir: Folder of the build in progress, which every node must see.
             max_workers: Tasks that may run at once; None is as many as the cluster has CPUs.
+            cache_dir: Folder of the parts that builds share, which every node must see; None for
+                none.
 
         Raises:
             ConfigError: there is no cluster, it is not protected, or its nodes do not fit.
         """
-        address = _cluster_address()
+        check_environment()
+        address = os.environ[ADDRESS_VARIABLE]
+        if os.environ[MODE_VARIABLE] == "disabled":
+            log.warning(
+                "%s=disabled: whoever reaches a port of this Ray cluster runs code as this user.",
+                MODE_VARIABLE,
+            )
         self._ray = _import_ray()
         self._connect(address)
         try:
             nodes = self._wait_for_nodes()
-            self._check_nodes(nodes, shared_dir)
+            self._check_nodes(nodes, work_dir, cache_dir)
         except BaseException:
             self.close()
             raise
@@ -166,19 +178,33 @@ class RayExecutor(Executor):
                 )
         return nodes
 
-    def _check_nodes(self, nodes: Sequence[_Node], shared_dir: Path) -> None:
-        """Refuse a cluster whose nodes do not share `shared_dir`, or have other code."""
+    def _check_nodes(self, nodes: Sequence[_Node], work_dir: Path, cache_dir: Path | None) -> None:
+        """Refuse a cluster whose nodes do not share these folders, or have other code."""
         token = secrets.token_hex(16)
-        path = shared_dir / f".seen-{token[:8]}"
-        path.write_text(token, encoding="ascii")
+        cures = {work_dir: "in which this build is made. Choose an --out"}
+        if cache_dir is not None:
+            cures[cache_dir] = "the part cache. Leave it away (--no_cache), or choose a --cache"
+        marks = {folder / f".seen-{token[:8]}": cure for folder, cure in cures.items()}
         try:
-            problems = self._problems_of_nodes(nodes, path, token)
+            for path in marks:
+                path.write_text(token, encoding="ascii")
+            problems = self._problems_of_nodes(nodes, marks, token)
         finally:
-            path.unlink(missing_ok=True)
+            for path in marks:
+                path.unlink(missing_ok=True)
         if problems:
             raise ConfigError(problems)
 
-    def _problems_of_nodes(self, nodes: Sequence[_Node], path: Path, token: str) -> list[str]:
+    def _problems_of_nodes(
+        self, nodes: Sequence[_Node], marks: Mapping[Path, str], token: str
+    ) -> list[str]:
+        """Return what is wrong with the nodes.
+
+        Args:
+            nodes: The nodes.
+            marks: Files with the token that each node must see, and what their folders are.
+            token: Random digits.
+        """
         task = self._ray.remote(_look_around)
         answers = []
         for node in nodes:
@@ -186,7 +212,7 @@ class RayExecutor(Executor):
                 node_id=node.id, soft=False
             )
             settings = {"num_cpus": 0, "scheduling_strategy": place}
-            answers.append(task.options(**settings).remote(path, token))
+            answers.append(task.options(**settings).remote(tuple(marks), token))
         own_code = digest_of_code()
         problems = []
         for node, answer in zip(nodes, answers, strict=True):
@@ -199,11 +225,12 @@ class RayExecutor(Executor):
                     "with the package installed or its folder in PYTHONPATH."
                 )
                 continue
-            if not seen:
-                problems.append(
-                    f"node {node.name} of the Ray cluster does not see {path.parent}, in which "
-                    "this build is made. Choose an --out on storage that all nodes share."
-                )
+            for path, cure in marks.items():
+                if path not in seen:
+                    problems.append(
+                        f"node {node.name} of the Ray cluster does not see {path.parent}, {cure} "
+                        "on storage that all nodes share."
+                    )
             if code != own_code:
                 problems.append(
                     f"node {node.name} of the Ray cluster has other code of data_pipeline than "
@@ -268,11 +295,12 @@ class _Node:
     """Memory that Ray gives to tasks."""
 
 
-def _cluster_address() -> str:
-    """Return the address of the cluster.
+def check_environment() -> None:
+    """Refuse an environment in which no cluster can be used; nothing is started or asked.
 
     Raises:
-        ConfigError: the environment has none, or it does not say how the cluster is protected.
+        ConfigError: it names no cluster or does not say how that is protected, or Ray is not
+            installed.
     """
     address = os.environ.get(ADDRESS_VARIABLE, "")
     problems = []
@@ -283,30 +311,24 @@ def _cluster_address() -> str:
             "--engine ray away: local processes do the same."
         )
     mode = os.environ.get(MODE_VARIABLE, "")
-    if mode == "disabled":
-        log.warning(
-            "%s=disabled: whoever reaches a port of this Ray cluster runs code as this user.",
-            MODE_VARIABLE,
-        )
-    elif mode != "token":
+    if mode not in ("token", "disabled"):
         problems.append(
             f"{MODE_VARIABLE} is '{mode}', must be 'token': whoever reaches a port of a Ray "
             "cluster without a token runs code as this user. Start Ray and this process with "
             f"{MODE_VARIABLE}=token and the same RAY_AUTH_TOKEN_PATH; {MODE_VARIABLE}=disabled "
             "goes without, on a network that nobody else reaches."
         )
+    if importlib.util.find_spec("ray") is None:
+        problems.append(
+            "--engine ray needs the package ray, which is not installed. "
+            "Install it: pip install 'gpt-oss-cpt[ray]'."
+        )
     if problems:
         raise ConfigError(problems)
-    return address
 
 
 def _import_ray() -> Any:
     """Return the package `ray`, which reads its environment when it is imported."""
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError(
-            "--engine ray needs the package ray, which is not installed. "
-            "Install it: pip install 'gpt-oss-cpt[ray]'."
-        )
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     importlib.import_module("ray.util.scheduling_strategies")
@@ -320,12 +342,13 @@ def _run_task(work: Callable[[Item], Result], umask: int, item: Item) -> Result:
     return work(item)
 
 
-def _look_around(path: Path, token: str) -> tuple[bool, str]:
-    """Return whether this node has a file with `token`, and the digest of its code."""
-    try:
-        seen = path.read_text(encoding="ascii") == token
-    except OSError:
-        seen = False
+def _look_around(paths: Sequence[Path], token: str) -> tuple[set[Path], str]:
+    """Return which files have `token` in them on this node, and the digest of its code."""
+    seen = set()
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            if path.read_text(encoding="ascii") == token:
+                seen.add(path)
     return seen, digest_of_code()
 
 

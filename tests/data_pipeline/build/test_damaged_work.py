@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import EXIT_INTERNAL, DataError, explain
+from data_pipeline.store.files import PARTIAL_SUFFIX
 from data_pipeline.store.verification import NOTE_FILE
 from tests.data_pipeline.inputs import MakeMix, make_texts
 
@@ -55,6 +57,30 @@ def files_of(folder: Path) -> list[Path]:
 def mix(make_mix: MakeMix) -> MixConfig:
     texts = {"ja": make_texts(30, "ja"), "en": make_texts(30, "en", 10)}
     return make_mix(texts, near_duplicates=0.99, held_out_share=0.2)
+
+
+def test_a_half_written_file_that_goes_while_leftovers_are_removed_ends_no_build(
+    mix: MixConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a task of a killed build may still be at work on another machine
+    expected = build(mix, tmp_path / "undisturbed", progress=False).hash
+    original = Path.rglob
+    gone = []
+
+    def list_and_rename(folder: Path, pattern: str) -> Iterator[Path]:
+        if pattern == f".*{PARTIAL_SUFFIX}":
+            half = folder / f".00000.{len(gone)}{PARTIAL_SUFFIX}"
+            half.touch()
+            for path in list(original(folder, pattern)):
+                path.unlink()
+                gone.append(path)
+                yield path
+        else:
+            yield from original(folder, pattern)
+
+    monkeypatch.setattr(Path, "rglob", list_and_rename)
+    assert build(mix, tmp_path / "out", progress=False).hash == expected
+    assert gone
 
 
 def outcome(mix: MixConfig, out: Path) -> int:

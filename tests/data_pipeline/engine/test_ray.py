@@ -12,13 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from data_pipeline.build import units
+from data_pipeline.__main__ import main
+from data_pipeline.build import input_files, units
 from data_pipeline.build.build import build
+from data_pipeline.build.cache_folder import open_cache
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.engine import ray_cluster
 from data_pipeline.engine.choice import open_executor
@@ -186,7 +189,8 @@ def test_a_node_without_the_folder_or_with_other_code_is_named(
 ) -> None:
     with RayExecutor(tmp_path) as executor:
         missing = tmp_path / "elsewhere" / ".seen-0"
-        problems = executor._problems_of_nodes(executor._living_nodes(), missing, "0")
+        marks = {missing: "in which this build is made. Choose an --out"}
+        problems = executor._problems_of_nodes(executor._living_nodes(), marks, "0")
     assert len(problems) == 2
     for problem in problems:
         assert f"does not see {missing.parent}, in which this build is made" in problem
@@ -194,6 +198,47 @@ def test_a_node_without_the_folder_or_with_other_code_is_named(
     monkeypatch.setattr(ray_cluster, "digest_of_code", lambda: "0")
     with pytest.raises(ConfigError, match=r"has other code of data_pipeline than this process"):
         RayExecutor(tmp_path)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_node_that_does_not_see_the_part_cache_is_named(
+    mix: MixConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache(tmp_path)
+    original = RayExecutor._problems_of_nodes
+
+    def ask_without_cache(
+        self: RayExecutor, nodes: Sequence[Any], marks: Mapping[Path, str], token: str
+    ) -> list[str]:
+        for path in marks:
+            if path.parent == cache:
+                path.unlink()  # as if the node had another folder there
+        return original(self, nodes, marks, token)
+
+    monkeypatch.setattr(RayExecutor, "_problems_of_nodes", ask_without_cache)
+    with pytest.raises(ConfigError, match=r"does not see .*part-cache, the part cache") as refusal:
+        build(mix, tmp_path / "out", progress=False, workers=None, engine="ray", cache_dir=cache)
+    assert len(refusal.value.problems) == 2  # one for each node, and none about --out
+    assert not list(tmp_path.rglob(".seen-*"))
+
+
+def test_an_engine_that_cannot_be_used_is_refused_before_the_input_is_read(
+    mix: MixConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*arguments: Any, **keys: Any) -> None:
+        raise AssertionError("the input is read")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(input_files, "look_at_inputs", read)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as refusal:
+        build(mix, tmp_path / "out", progress=False, engine="ray")
+    assert len(refusal.value.problems) == 3  # address, mode and package
+    monkeypatch.chdir(tmp_path)
+    for extra in ([], ["--share", "0/2"]):
+        command = ["build", str(tmp_path / "in" / "mix.yaml"), "--engine", "ray", *extra]
+        assert main(command) == ConfigError.exit_code
 
 
 def test_a_cluster_that_is_not_named_or_not_protected_is_refused(
