@@ -135,30 +135,44 @@ class ReplayShares:
             for name in names:
                 part = self._configured[name] / before if before > 0 else 1 / len(names)
                 weights[name] = max(weights[name], share * part)
-        self._keep_within_limit(weights)
+        self._keep_within_bounds(weights)
         kept = _total(weights, weights.keys() - self._givers)
         for name in self._givers:
             weights[name] = (1 - kept) * self._configured[name] / given
         return weights
 
-    def _keep_within_limit(self, weights: dict[str, float]) -> None:
-        """Take from what the guard raised what is more than the limit.
+    def _keep_within_bounds(self, weights: dict[str, float]) -> None:
+        """Take back as much of what the guard did as the bounds of this place ask for.
 
-        The guard raises within the limit of the mix that it knew; an edit of the mix may give more
-        to the other sources.
+        The guard moves replay within the bounds that hold when it decides. An edit of the mix, or a
+        later phase, may have tighter ones, or plan so much that nothing is left. The plan itself
+        keeps them. So the sources of each language go back towards it as far as its own bounds ask
+        for, and after that those of all languages that gained, or lost, as far as the bounds of the
+        main language do. A language that is between its plan and a share that was allowed is
+        allowed, so the second step undoes nothing of the first.
         """
-        replayed = weights.keys() - self._givers
-        raises = {}
+        replayed = sorted(weights.keys() - self._givers)
+        planned = self._configured
+        names_of: dict[str, list[str]] = {}
         for name in replayed:
-            if weights[name] > self._configured[name]:
-                raises[name] = weights[name] - self._configured[name]
-        most = max(self._limit, _total(self._configured, replayed))
-        excess = _total(weights, replayed) - most
-        if excess <= ROUNDING:
-            return
-        part = min(1.0, excess / math.fsum(raises.values()))
-        for name, raised in raises.items():
-            weights[name] -= part * raised
+            names_of.setdefault(self._language_of[name], []).append(name)
+        for language, names in names_of.items():
+            if language in self._languages:
+                limits = self._languages[language]
+                total = _total(planned, names)
+                most = max(limits.max_share, total)
+                least = min(limits.min_share, total)
+                _go_back(weights, planned, names, least, most)
+        gained: list[str] = []
+        lost: list[str] = []
+        for names in names_of.values():
+            has_gained = _total(weights, names) > _total(planned, names)
+            (gained if has_gained else lost).extend(names)
+        total = _total(planned, replayed)
+        most = max(self._limit, total) - _total(weights, lost)
+        _go_back(weights, planned, gained, 0.0, most)
+        least = min(1 - self._main_ceiling, total) - _total(weights, gained)
+        _go_back(weights, planned, lost, least, 1.0)
 
     def _known(self, replay: Mapping[str, float]) -> dict[str, float]:
         """Return the shares of those sources that the mix still has and that do not give."""
@@ -299,6 +313,26 @@ def _main_language(mix: MixConfig) -> str:
     for source in mix.sources:
         shares[source.language] = shares.get(source.language, 0.0) + source.weight
     return max(shares, key=shares.__getitem__)
+
+
+def _go_back(
+    weights: dict[str, float],
+    planned: Mapping[str, float],
+    names: Sequence[str],
+    least: float,
+    most: float,
+) -> None:
+    """Move sources towards their planned shares until their sum is within bounds, as the plan's is.
+
+    All of them give up the same part of what sets them off from the plan.
+    """
+    total = _total(weights, names)
+    bound = min(max(total, least), most)
+    if abs(total - bound) <= ROUNDING:
+        return
+    part = min(1.0, (total - bound) / (total - _total(planned, names)))
+    for name in names:
+        weights[name] += part * (planned[name] - weights[name])
 
 
 def _total(weights: Mapping[str, float], names: Iterable[str]) -> float:
