@@ -23,6 +23,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import NoReturn
@@ -105,7 +106,9 @@ def start_again(stop: StopRequest, secret: bytes | None, finished: StageFinished
     sys.stderr.flush()
     _close_on_exec()
     if stop.requested():
-        os.kill(os.getpid(), signal.SIGTERM)
+        # to this thread, where it stays pending through execve; one for the process would go to a
+        # thread that does not block it, and end with that thread
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
     try:
         os.execve(sys.executable, _command(), environment)
     except OSError as error:
