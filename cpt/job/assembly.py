@@ -19,9 +19,9 @@ from cpt.guard.yardstick import Yardstick
 from cpt.job.context import RunContext
 from cpt.job.data import check_plan, open_data, open_kl_targets, plan_of
 from cpt.job.engine_setup import build_engine, fill_weights, verify_checksums, weight_source
-from cpt.job.job import Job
+from cpt.job.job import Job, start_from_loaded
 from cpt.job.kept_config import keep_config
-from cpt.job.resumption import expected_checkpoint, fresh_start, start_from
+from cpt.job.resumption import StartingPoint, expected_checkpoint, fresh_start, start_from
 from cpt.job.seam import Seam
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.resilience.agreed_stop import leave_if_asked
@@ -62,7 +62,7 @@ def assemble(context: RunContext) -> Job:
         fill_weights(engine, source)
     if config.telemetry.router_interval_steps:
         watch_drift(engine, context.run_dir, untouched=loaded is None)
-    start = fresh_start(context.mix, data, config)
+    start = beginning(context, data, loaded)
     job = Job(
         context=context,
         data=data,
@@ -86,6 +86,21 @@ def assemble(context: RunContext) -> Job:
         log.info("resuming from %s", loaded.folder)
         tell_seam(context, loaded)
     return job
+
+
+def beginning(context: RunContext, data: BuiltData, loaded: LoadedState | None) -> StartingPoint:
+    """Return where the run begins or goes on.
+
+    A run that goes on keeps the phases and stages that it was begun with. Those that a new run of
+    its length would have may not even exist.
+
+    Raises:
+        CptError: see `fresh_start` and `start_from_loaded`.
+    """
+    config = context.config
+    if loaded is None:
+        return fresh_start(context.mix, data, config)
+    return start_from_loaded(context, data, loaded, accept_mix_change=config.data.accept_mix_change)
 
 
 def periodic_report(context: RunContext) -> PeriodicReport | None:
@@ -119,9 +134,10 @@ def check_expected_plan(context: RunContext, data: BuiltData) -> None:
     """
     plan = context.plan
     if plan is None:
-        start = fresh_start(context.mix, data, context.config)
         checkpoint = expected_checkpoint(context.run_dir, context.resume)
-        if checkpoint is not None:
+        if checkpoint is None:
+            start = fresh_start(context.mix, data, context.config)
+        else:
             start = start_from(
                 checkpoint,
                 context.run_dir,

@@ -20,7 +20,7 @@ from cpt.guard.ladder import GuardState
 from cpt.guard.replay_share import ReplayShares
 from cpt.job.context import RunContext
 from cpt.job.progress import Progress, newest_guard_state, read_guard_rollbacks
-from cpt.job.resumption import RunIdentity, starting_point
+from cpt.job.resumption import RunIdentity, StartingPoint, starting_point
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.faults import fault_point
@@ -235,18 +235,13 @@ class Job:
             ConfigError: the checkpoint belongs to another run, or its mix was edited and that is
                 not accepted.
         """
-        name = loaded.folder.name
         state = loaded.state
-        rollbacks = on_first_rank(self.context.control_group, lambda: read_rollbacks(self.run_dir))
-        start = starting_point(
-            state,
-            name,
-            self.config,
-            self.context.model_config,
-            self.mix,
+        start = start_from_loaded(
+            self.context,
             self.data,
-            given_up=[*skipped_by(rollbacks), *given_up],
+            loaded,
             accept_mix_change=accept_mix_change,
+            given_up=given_up,
         )
         self.saver.trust(loaded.step)
         self.stages = start.stages
@@ -287,6 +282,39 @@ class Job:
             router_load=self.engine.router_watch.state(),
         )
         return state.to_json()
+
+
+def start_from_loaded(
+    context: RunContext,
+    data: BuiltData,
+    loaded: LoadedState,
+    *,
+    accept_mix_change: bool,
+    given_up: Ranges = (),
+) -> StartingPoint:
+    """Return where a run goes on from a checkpoint that was loaded; all ranks call this.
+
+    Args:
+        context: The start of the run.
+        data: The build of its mix.
+        loaded: The checkpoint.
+        accept_mix_change: As in `Job.restore`.
+        given_up: As in `Job.restore`.
+
+    Raises:
+        ConfigError, CheckpointError: see `starting_point`.
+    """
+    rollbacks = on_first_rank(context.control_group, lambda: read_rollbacks(context.run_dir))
+    return starting_point(
+        loaded.state,
+        loaded.folder.name,
+        context.config,
+        context.model_config,
+        context.mix,
+        data,
+        given_up=[*skipped_by(rollbacks), *given_up],
+        accept_mix_change=accept_mix_change,
+    )
 
 
 def _dict(part: Mapping[str, Any] | None) -> dict[str, Any] | None:

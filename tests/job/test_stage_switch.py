@@ -27,7 +27,7 @@ if "CPT_STAGE_STARTS" not in os.environ:
     from cpt.errors import StageFinished
     from cpt.job.stage_switch import start_again
     dist.init_process_group("gloo")
-    # the watch of the launcher, read-ahead and the trackers all have a thread, with no signal blocked
+    # as the launcher watch and the trackers do, which block no signal
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
     signal.raise_signal(signal.SIGUSR1)
     start_again(stop, None, StageFinished("saved"))
