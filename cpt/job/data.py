@@ -186,7 +186,7 @@ def check_origin(settings: DataSection, mix: MixConfig, folder: Path) -> None:
     found = compare(manifest, mix, read_contents=is_small)
     if found.absent:
         log.info(
-            "%s: the files of %s are not here; their rules alone were compared with the mix",
+            "%s: files of %s are not here; what is here was compared with the mix",
             folder,
             ", ".join(found.absent),
         )

@@ -4,7 +4,7 @@ Decisions
     Looking for a build never makes one.
     A build is that of a mix if their fingerprints are equal, whatever it is called. Names and sizes
     of files are compared first, so where no build has them nothing is read. Where none of a
-    source's files is here, its rules decide alone.
+    source's files is here, its rules decide alone, and so where the file of its hook is not.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Decisions
     fingerprint. A run compares names and sizes alone where there is too much input to read it at
     every start.
     A whole build needs no raw files. Where all files of a source are gone, they are not compared.
+    Nor does it need the file of a hook: where that is gone, the name of the function is compared.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from data_pipeline.build import units
 from data_pipeline.build.hooks import hook_rules
 from data_pipeline.build.input_files import HashNotes, Inputs, look_at_inputs, read_inputs
+from data_pipeline.config.document_hook import has_hook_file
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import FILE_FORMATS, SourceConfig
 from data_pipeline.engine.executor import Executor
@@ -69,7 +71,7 @@ class Comparison:
     differences: tuple[str, ...]
     """One line for each rule or file that differs; empty if the build is that of the mix."""
     absent: tuple[str, ...]
-    """Sources whose files are not here, so only their rules were compared."""
+    """Sources whose files, or hook, are not here, so their rules, or fewer of them, decide."""
     read_contents: bool
     """Whether files were compared by content, not only by name and size."""
 
@@ -188,12 +190,17 @@ def _with_unit_rules(mix: MixConfig, inputs: Inputs) -> Rules:
 
 
 def absent_sources(mix: MixConfig) -> tuple[str, ...]:
-    """Return the names of the sources that name files, none of which is here."""
+    """Return the names of the sources that cannot be read: no file, or no hook, is here."""
     names = []
     for source in mix.sources:
-        if source.patterns() and is_absent(source):
+        if _lacks_files(source) or (source.hook is not None and not has_hook_file(source.hook)):
             names.append(source.name)
     return tuple(names)
+
+
+def _lacks_files(source: SourceConfig) -> bool:
+    """Return whether a source names files, none of which is here."""
+    return bool(source.patterns()) and is_absent(source)
 
 
 def is_absent(source: SourceConfig) -> bool:
@@ -223,17 +230,13 @@ def compare(manifest: BuildManifest, mix: MixConfig, *, read_contents: bool) -> 
     absent = absent_sources(mix)
     lines: list[str] = []
     if manifest.rules:
-        present = [source for source in mix.sources if source.name not in absent]
+        present = [source for source in mix.sources if not _lacks_files(source)]
         rules = _with_unit_rules(mix, look_at_inputs(present))
-        built = {of_build["name"]: of_build for of_build in manifest.rules["sources"]}
-        for of_mix in rules["sources"]:
-            name = of_mix["name"]
-            if name in absent and "unit_rules" in built.get(name, {}):
-                of_mix["unit_rules"] = built[name]["unit_rules"]
+        _take_what_is_unknown(rules, manifest.rules, {source.name for source in present})
         lines += _rule_differences(manifest.rules, rules)
-        for source in mix.sources:
+        for source in present:
             before = manifest.inputs.get(source.name)
-            if before is not None and source.name not in absent:
+            if before is not None:
                 lines += _file_differences(source, before, read_contents)
     elif absent or not read_contents or fingerprint(mix) != manifest.fingerprint:
         lines.append(
@@ -241,6 +244,24 @@ def compare(manifest: BuildManifest, mix: MixConfig, *, read_contents: bool) -> 
             "this package made it, and kept their fingerprint only)"
         )
     return Comparison(differences=tuple(lines), absent=absent, read_contents=read_contents)
+
+
+def _take_what_is_unknown(rules: Rules, of_build: Rules, present: set[str]) -> None:
+    """Take the rules that only absent files could tell from those of a build.
+
+    Args:
+        rules: The rules of the mix, which are changed.
+        of_build: The rules of the build.
+        present: Names of the sources whose files are here.
+    """
+    built = {source["name"]: source for source in of_build["sources"]}
+    for of_mix in rules["sources"]:
+        before = built.get(of_mix["name"], {})
+        if of_mix["name"] not in present and "unit_rules" in before:
+            of_mix["unit_rules"] = before["unit_rules"]
+        function, digest = of_mix.get("hook", ("", ""))
+        if function and not digest and before.get("hook", [""])[0] == function:
+            of_mix["hook"] = before["hook"]
 
 
 def _rule_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

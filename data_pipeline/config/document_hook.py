@@ -55,3 +55,9 @@ def split_hook(hook: str) -> tuple[str, str, str]:
     """Return (path, function, hash of the file) of a resolved hook."""
     path, function, digest = hook.rsplit(":", 2)
     return path, function, digest
+
+
+def has_hook_file(hook: str) -> bool:
+    """Return whether the file of a resolved hook was here when the mix was read."""
+    _, _, digest = split_hook(hook)
+    return bool(digest)

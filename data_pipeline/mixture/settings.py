@@ -2,6 +2,7 @@
 
 Decisions
     Paths are no settings: a change of what the files hold is for `origin.fingerprint` to notice.
+    So the setting of a hook is the name of its function, wherever its file is and whatever it does.
     Sources and guard domains are compared by name, so moving one in the list changes nothing.
     A setting that one side does not have, because another version wrote it, counts as its default.
 """
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipeline.config.decontamination_config import DecontaminationConfig
+from data_pipeline.config.document_hook import split_hook
 from data_pipeline.config.mix_config import GuardDomain, MixConfig
 from data_pipeline.config.schedule_config import SchedulePhase
 from data_pipeline.config.source_config import SourceConfig
@@ -33,6 +35,8 @@ def mix_settings(mix: MixConfig) -> Settings:
     settings |= _decontamination(mix)
     for source in settings["sources"]:
         del source["path"]
+        if source["hook"] is not None:
+            _, source["hook"], _ = split_hook(source["hook"])
     domains = settings.pop("guard")["domains"]
     for domain in domains:
         if not domain["served_by"]:

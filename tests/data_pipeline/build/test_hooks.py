@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import pytest
 
 from data_pipeline.build import hooks
 from data_pipeline.build.build import build
+from data_pipeline.build.found_builds import NotBuilt, find_build, load_built_mix
+from data_pipeline.build.origin import compare
 from data_pipeline.build.sources import read_texts
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.mixture.ledger import Ledger, resume_ledger
 from data_pipeline.text.cleaning import Tally
 from tests.data_pipeline.inputs import MakeMix, make_texts
 
@@ -93,6 +97,44 @@ def test_the_code_of_a_hook_belongs_to_the_fingerprint_and_its_place_does_not(
     (tmp_path / "moved" / "clean.py").write_text(CODE)
     moved = load_mix(tmp_path / "moved" / "mix.yaml")
     assert build(moved, tmp_path / "again", workers=1).fingerprint == first.fingerprint
+
+
+def test_a_whole_build_and_a_run_need_no_file_of_the_hook(hooked: Hooked, tmp_path: Path) -> None:
+    mix = hooked(CODE)
+    built = build(mix, tmp_path / "out", workers=1)
+    rows = built.row_hashes()
+    stored = Ledger.start(mix, rows).to_json()
+    path = tmp_path / "in" / "mix.yaml"
+    with pytest.raises(NotBuilt):
+        find_build(mix, tmp_path / "none")
+
+    os.rename(tmp_path / "in" / "clean.py", tmp_path / "gone.py")
+    found = load_built_mix(path, tmp_path / "out")
+    assert find_build(found, tmp_path / "out") == tmp_path / "out"
+    assert compare(built, found, read_contents=True).absent == ("en",)
+    assert resume_ledger(stored, found, 5, accept_change=False, rows=rows).to_json() == stored
+
+    path.write_text(path.read_text().replace("clean.py:clean", "clean.py:other"))
+    other = load_built_mix(path, tmp_path / "out")
+    (line,) = compare(built, other, read_contents=True).differences
+    assert line.startswith("sources[en].hook: ")
+    path.write_text(path.read_text().replace("clean.py:other", "clean.py:clean"))
+    (tmp_path / "in" / "en.jsonl").write_text('{"text": "more"}\n')
+    (line,) = compare(built, found, read_contents=False).differences
+    assert line.startswith("sources[en].path: en.jsonl has ")
+
+
+def test_a_run_goes_on_with_the_hook_in_another_folder_and_not_with_another_function(
+    hooked: Hooked, tmp_path: Path
+) -> None:
+    mix = hooked(CODE + "def other(text, record):\n    return text\n")
+    stored = Ledger.start(mix).to_json()
+    shutil.copytree(tmp_path / "in", tmp_path / "moved")
+    path = tmp_path / "moved" / "mix.yaml"
+    assert resume_ledger(stored, load_mix(path), 5, accept_change=False).to_json() == stored
+    path.write_text(path.read_text().replace("clean.py:clean", "clean.py:other"))
+    with pytest.raises(ConfigError, match=r'sources\[en\]\.hook: "clean" -> "other"'):
+        resume_ledger(stored, load_mix(path), 5, accept_change=False)
 
 
 def test_a_hook_that_is_edited_after_the_mix_was_read_is_not_run(
