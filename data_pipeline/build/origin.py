@@ -246,7 +246,7 @@ def compare(manifest: BuildManifest, mix: MixConfig, *, read_contents: bool) -> 
     return Comparison(differences=tuple(lines), absent=absent, read_contents=read_contents)
 
 
-def _take_what_is_unknown(rules: Rules, of_build: Rules, present: set[str]) -> None:
+def _take_what_is_unknown(rules: Rules, of_build: Mapping[str, Any], present: set[str]) -> None:
     """Take the rules that only absent files could tell from those of a build.
 
     Args:
