@@ -1,8 +1,9 @@
 """The last stage of a build: parts -> checks, packed rows, manifest.
 
 Decisions
-    This stage sees all documents and runs once, in one process. It needs some tens of bytes of
-    memory per document, and never their text or tokens.
+    This stage sees all documents, when all parts are made. What grows with them is done by tasks of
+    the engine, through files; the process that leads them holds some bytes of each document, and
+    never its text or tokens.
     The manifest is written last, so a build with a manifest is complete.
 """
 

@@ -36,7 +36,7 @@ from data_pipeline.build.origin import (
     compare,
     read_origin,
 )
-from data_pipeline.build.part import Part
+from data_pipeline.build.part import VERSION, Part
 from data_pipeline.build.part_making import make_parts, source_parts
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.engine.choice import LOCAL, check_engine, open_executor
@@ -142,7 +142,8 @@ def build_share(
             return 0
         if (work_dir / _WORK_FILE).exists() and not _holds_work(work_dir, wanted):
             raise DataError(
-                f"{work_dir}: holds parts of another mix or of other input files. Delete it first."
+                f"{work_dir}: holds parts of another mix, of other input files or of another "
+                "version. Delete it first."
             )
         parts = _prepare(work_dir, mix, origin, cache_dir)
         own_parts = list(chain.from_iterable(parts))[index::count]
@@ -174,12 +175,14 @@ def _is_of_another_user(out_dir: Path) -> bool:
 
 
 def _holds_work(work_dir: Path, wanted: str) -> bool:
-    """Return whether a build of the same fingerprint was begun here."""
+    """Return whether a build of the same fingerprint and version of parts was begun here."""
     try:
         value = read_json(work_dir / _WORK_FILE)
     except (OSError, ValueError):
         return False
-    return isinstance(value, dict) and value.get("fingerprint") == wanted
+    if not isinstance(value, dict) or value.get("fingerprint") != wanted:
+        return False
+    return value.get("part_version", 1) == VERSION  # the first version noted none
 
 
 def _prepare(
@@ -188,7 +191,8 @@ def _prepare(
     """Make the work directory, and return the parts of every source."""
     make_folder(work_dir)
     refuse_foreign(work_dir, WORK)
-    write_json(work_dir / _WORK_FILE, {"fingerprint": origin.fingerprint})
+    work = {"fingerprint": origin.fingerprint, "part_version": VERSION}
+    write_json(work_dir / _WORK_FILE, work)
     parts = []
     for source in mix.sources:
         inputs = origin.inputs[source.name]

@@ -30,6 +30,8 @@ STEPS_FOLDER = "last_stage"
 """Folder of all steps in the work directory of a build."""
 _RESULT_FILE = "result.npy"
 _TASKS_FOLDER = "tasks"
+_SEPARATOR = "@"
+"""Stands in no name of a source, so the steps of one are not taken for those of another."""
 Result = npt.NDArray[Any]
 """An array: one byte a document in the order of the mix, or a few counts."""
 
@@ -57,14 +59,17 @@ class Step:
 
         Args:
             work_dir: Folder of the build in progress.
-            name: Name of the step.
+            name: Name of the step, without '@'.
             inputs: JSON values that tell all that goes into the step.
         """
         text = json.dumps(inputs, sort_keys=True)
         digest = xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
-        folder = work_dir / STEPS_FOLDER / f"{name}-{digest}"
+        folder = work_dir / STEPS_FOLDER / f"{name}{_SEPARATOR}{digest}"
+        if (folder / _RESULT_FILE).exists():
+            # left by a build that was killed just behind the result
+            shutil.rmtree(folder / _TASKS_FOLDER, ignore_errors=True)
         make_folder(folder / _TASKS_FOLDER)
-        for other in folder.parent.glob(f"{name}-*"):
+        for other in folder.parent.glob(f"{name}{_SEPARATOR}*"):
             if other != folder:
                 shutil.rmtree(other)
         return cls(folder)

@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 TASK_MEMORY_BYTES = 2**30
-"""Memory that a task needs unless it says otherwise."""
+"""Memory that one task takes at most, so that an engine can place tasks by it."""
 
 
 class Executor(abc.ABC):
@@ -33,16 +33,12 @@ class Executor(abc.ABC):
         self,
         work: Callable[[Item], Result],
         items: Sequence[Item],
-        *,
-        memory_bytes: int = TASK_MEMORY_BYTES,
     ) -> Iterator[tuple[Item, Result]]:
         """Yield (item, result) of each item as it is done.
 
         Args:
             work: A function of a module, which may run more than once on an item.
             items: Small values that can be pickled.
-            memory_bytes: Memory that one task needs. An engine over several machines places tasks
-                by it; on one machine the number of workers decides how many run at once.
 
         Raises:
             CptError: `work` raised it, or a worker died.

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
-from data_pipeline.engine.executor import TASK_MEMORY_BYTES, Executor, Item, Result
+from data_pipeline.engine.executor import Executor, Item, Result
 from data_pipeline.errors import CptError
 
 SUBMITTED_PER_WORKER = 2
@@ -47,11 +47,8 @@ class LocalExecutor(Executor):
         self,
         work: Callable[[Item], Result],
         items: Sequence[Item],
-        *,
-        memory_bytes: int = TASK_MEMORY_BYTES,
     ) -> Iterator[tuple[Item, Result]]:
         """Yield (item, result) of each item as it is done; see `Executor`."""
-        del memory_bytes
         if self.num_workers == 1 or len(items) <= 1:
             for item in items:
                 yield item, work(item)

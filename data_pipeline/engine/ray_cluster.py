@@ -98,13 +98,11 @@ class RayExecutor(Executor):
         self,
         work: Callable[[Item], Result],
         items: Sequence[Item],
-        *,
-        memory_bytes: int = TASK_MEMORY_BYTES,
     ) -> Iterator[tuple[Item, Result]]:
         """Yield (item, result) of each item as it is done; see `Executor`."""
-        self._check_memory(memory_bytes)
+        self._check_memory()
         task = self._ray.remote(_run_task).options(
-            num_cpus=1, memory=memory_bytes, max_retries=MAX_RETRIES, name=_name_of(work)
+            num_cpus=1, memory=TASK_MEMORY_BYTES, max_retries=MAX_RETRIES, name=_name_of(work)
         )
         submit = functools.partial(task.remote, work, os.umask(os.umask(0o077)))
         submitted: dict[Any, Item] = {}
@@ -238,14 +236,14 @@ class RayExecutor(Executor):
                 )
         return problems
 
-    def _check_memory(self, memory_bytes: int) -> None:
+    def _check_memory(self) -> None:
         """Refuse a task that no node has the memory for: Ray would wait for one without end."""
         largest = max((node.memory_bytes for node in self._living_nodes()), default=0)
-        if memory_bytes > largest:
+        if largest < TASK_MEMORY_BYTES:
             raise ConfigError(
-                f"a task needs {memory_bytes / 2**30:.1f} GiB, and the largest node of the Ray "
-                f"cluster has {largest / 2**30:.1f} GiB. Start Ray with more --memory, on nodes "
-                "that have it."
+                f"a task needs {TASK_MEMORY_BYTES / 2**30:.1f} GiB, and the largest node of the "
+                f"Ray cluster has {largest / 2**30:.1f} GiB. Start Ray with more --memory, on "
+                "nodes that have it."
             )
 
     def _first_done(self, references: list[Any]) -> Any:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipeline.build import stored_rows
+from data_pipeline.build import build as build_module
+from data_pipeline.build import part_cache, stored_rows
 from data_pipeline.build.build import build, build_share
+from data_pipeline.build.part import Account, Part
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.dataset import BuiltData
@@ -57,6 +59,27 @@ def files_of(folder: Path) -> list[Path]:
 def mix(make_mix: MakeMix) -> MixConfig:
     texts = {"ja": make_texts(30, "ja"), "en": make_texts(30, "en", 10)}
     return make_mix(texts, near_duplicates=0.99, held_out_share=0.2)
+
+
+def test_parts_of_another_version_are_not_taken_from_unfinished_work(
+    mix: MixConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = build(mix, tmp_path / "undisturbed", progress=False).hash
+    build_share(mix, tmp_path / "out", 0, 1)
+    made = []
+    original = part_cache.make_part
+
+    def make(part: Part) -> Account:
+        made.append(part.source.name)
+        return original(part)
+
+    monkeypatch.setattr(part_cache, "make_part", make)
+    monkeypatch.setattr(build_module, "VERSION", 10**6)
+    with pytest.raises(DataError, match=r"or of another version\. Delete it first"):
+        build_share(mix, tmp_path / "out", 0, 1)
+    assert made == []
+    assert build(mix, tmp_path / "out", progress=False).hash == expected
+    assert made == ["ja", "en"]
 
 
 def test_a_half_written_file_that_goes_while_leftovers_are_removed_ends_no_build(

@@ -169,7 +169,9 @@ def test_a_build_whose_workers_are_killed_ends_with_the_same_manifest(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_lost_task_runs_again_and_an_error_of_ours_arrives_as_itself(tmp_path: Path) -> None:
+def test_a_lost_task_runs_again_and_an_error_of_ours_arrives_as_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = [tmp_path / str(number) for number in range(6)]
     with open_executor("ray", None, tmp_path) as executor:
         assert executor.num_workers == 4
@@ -178,8 +180,9 @@ def test_a_lost_task_runs_again_and_an_error_of_ours_arrives_as_itself(tmp_path:
         with pytest.raises(DataError, match=r"^file-3\.jsonl: cannot be used\.$"):
             list(executor.run(tasks.refuse_three, range(20)))
         assert len(list(executor.run(tasks.square, range(30)))) == 30
+        monkeypatch.setattr(ray_cluster, "TASK_MEMORY_BYTES", 2**36)
         with pytest.raises(ConfigError, match=r"a task needs 64\.0 GiB.*has 3\.0 GiB"):
-            list(executor.run(tasks.square, [1, 2], memory_bytes=2**36))
+            list(executor.run(tasks.square, [1, 2]))
     assert not list(tmp_path.glob(".seen-*"))
 
 
