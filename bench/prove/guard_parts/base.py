@@ -1,7 +1,7 @@
 """The base of the behavior proof: a small model that knows two languages and solves tasks.
 
-    random weights -> English 50 %, Japanese 20 %, tasks 30 % -> rounds of tasks alone, until raw
-    English is 5 % worse, as it is after post-training, and the gates are passed
+    random weights -> English 50 %, Japanese 20 %, tasks 30 % -> rounds of tasks, at last of tasks
+    alone, until raw English is 5 % worse, as it is after post-training, and the gates are passed
 
 A base that does not pass the gates ends the proof, with its figures: a model that cannot do a task
 cannot forget it.
@@ -29,7 +29,7 @@ from guard_parts.tasks import FAMILIES
 
 TASKS_SHARE = 0.3
 WORSE_PERCENT = 5.0
-"""Rise of raw English bits per byte that the rounds on tasks alone must reach."""
+"""Rise of raw English bits per byte that a round must reach."""
 LEAST_ACCURACY = 0.95
 LEAST_FORMAT = 0.99
 _HEADS = {"num_attention_heads": 4, "num_local_experts": 4, "max_position_embeddings": 4096}
@@ -109,15 +109,16 @@ def run_yaml(
 
 
 def _post_train(work_dir: Path, scale: Scale, number: int, weights: Path) -> tuple[Path, list[str]]:
-    """Train on tasks alone until the gates are passed; return the weights and what is missing."""
+    """Train on tasks until the gates are passed; return the weights and what is missing."""
     folder = work_dir / f"base-{number}"
     before: dict[str, float] = {}
     problems: list[str] = []
-    for turn in range(1, scale.max_rounds + 1):
+    for turn, part in enumerate(scale.rounds, 1):
         seed = 100 * number + turn
-        mix = write_base_mix(folder / f"tasks-{turn}.mix.yaml", work_dir, scale, seed, tasks=1.0)
-        schedule = {"lr": scale.task_lr, "warmup_steps": 10, "schedule": "constant"}
-        run = run_yaml(scale, weights, mix, work_dir / "build-base", scale.task_steps, schedule)
+        path = folder / f"tasks-{turn}.mix.yaml"
+        mix = write_base_mix(path, work_dir, scale, seed, tasks=part.tasks_share)
+        schedule = {"lr": part.lr, "warmup_steps": part.steps // 20, "schedule": "cosine"}
+        run = run_yaml(scale, weights, mix, work_dir / "build-base", part.steps, schedule)
         run["guard"] = {**scale.guard, "policy": "warn", "domains": {JAPANESE: JAPANESE_LIMITS}}
         run_dir = launching.train(folder / f"tasks-{turn}", run)
         events = read_events(run_dir / "metrics.jsonl")

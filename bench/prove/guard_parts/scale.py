@@ -7,6 +7,17 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """One round of post-training."""
+
+    steps: int
+    tasks_share: float
+    """Share of tasks in the tokens; the rest is text."""
+    lr: float
+    """Peak of the learning rate, which ends at 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
     """Sizes of all parts of the proof."""
 
@@ -25,12 +36,8 @@ class Scale:
     """Rows of a step."""
     pretrain_steps: int
     """Steps on text and tasks."""
-    task_steps: int
-    """Steps of one round on tasks alone."""
-    task_lr: float
-    """Learning rate of these rounds."""
-    max_rounds: int
-    """Rounds after which the base is given up."""
+    rounds: tuple[Round, ...]
+    """Rounds of post-training; it ends after the first one whose model passes the gates."""
     steps: int
     """Steps of continual pretraining."""
     looks: int
@@ -67,9 +74,10 @@ REAL = Scale(
     seq_len=512,
     global_batch_size=8,
     pretrain_steps=2400,
-    task_steps=100,
-    task_lr=1e-3,
-    max_rounds=10,
+    rounds=(
+        *(3 * (Round(steps=600, tasks_share=0.8, lr=3e-3),)),
+        *(6 * (Round(steps=100, tasks_share=1.0, lr=1e-3),)),
+    ),
     steps=120,
     looks=6,
     num_training_items=12_000,
@@ -91,9 +99,7 @@ SMOKE = Scale(
     seq_len=256,
     global_batch_size=4,
     pretrain_steps=40,
-    task_steps=300,
-    task_lr=3e-3,
-    max_rounds=2,
+    rounds=2 * (Round(steps=300, tasks_share=1.0, lr=3e-3),),
     steps=8,
     looks=2,
     num_training_items=600,
