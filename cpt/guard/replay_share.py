@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,6 +34,18 @@ EPOCH_MARGIN = 0.98
 
 ROUNDING = 1e-9
 """Share that sums of shares may be off by."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaterStage:
+    """A stage of sequence length that is still to come, with rows of its own."""
+
+    slots: int
+    """Tokens that fit into the rows that the run takes in it."""
+    source_tokens: Mapping[str, int]
+    """Predicted tokens of its rows, by source."""
+    mean_shares: Mapping[str, float]
+    """Mean share of every source in it, with what the guard has done so far."""
 
 
 class ReplayShares:
@@ -191,6 +204,7 @@ class ReplayShares:
         batches_left: int,
         batch_size: int,
         mean_shares: Mapping[str, float] | None = None,
+        later_stages: Sequence[LaterStage] = (),
     ) -> LeverLimits:
         """Return how far replay may still be moved.
 
@@ -199,10 +213,11 @@ class ReplayShares:
             domains: The domains of the guard.
             mixture: The mixture, which knows the rows drawn so far.
             batch: The next batch.
-            batches_left: Batches until the run ends.
+            batches_left: Batches until the run, or its present stage, ends.
             batch_size: Packed rows of a batch.
-            mean_shares: Mean share of every source until the run ends, under a schedule; None if
+            mean_shares: Mean share of every source in these batches, under a schedule; None if
                 they stay what they are.
+            later_stages: The stages after the present one, in which a raise holds on.
         """
         weights = self.weights(state)
         drawn = mixture.position(batch, batch_size).drawn_rows
@@ -211,6 +226,9 @@ class ReplayShares:
         for name, mean in (mean_shares or {}).items():
             # what the plan takes later is not left for now
             ceilings[name] = max(0.0, ceilings[name] + weights[name] - mean)
+        for later in later_stages:
+            for name, left in self._left_by(later).items():
+                ceilings[name] = min(ceilings[name], max(0.0, weights[name] + left))
         shares: dict[str, tuple[float | None, float]] = {}
         served_by = {}
         for domain in domains:
@@ -293,6 +311,18 @@ class ReplayShares:
             source_tokens_left = EPOCH_MARGIN * rows_left * float(np.mean(row_tokens))
             ceilings[name] = source_tokens_left / tokens_left
         return ceilings
+
+    def _left_by(self, later: LaterStage) -> dict[str, float]:
+        """Return by how much the share of each source may grow before a later stage lacks rows."""
+        left = {}
+        for name, max_epochs in self._max_epochs.items():
+            tokens = later.source_tokens[name]
+            if not tokens:
+                left[name] = -later.mean_shares[name]
+            elif max_epochs is not None:
+                ceiling = EPOCH_MARGIN * max_epochs * tokens / later.slots
+                left[name] = ceiling - later.mean_shares[name]
+        return left
 
     def _language_limits(self, names: Iterable[str], weights: Mapping[str, float]) -> list[float]:
         """Return what the max_share of each language leaves to some of its sources."""

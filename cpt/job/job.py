@@ -138,12 +138,16 @@ class Job:
     @property
     def last_batch(self) -> int:
         """The last batch of the run, or of the present stage."""
-        last_step = self.config.train.total_steps - 1
-        last = batch_of_step(last_step, self.progress.skip_ranges)
         if self.stages is None:
-            return last
-        _, stop = self.stages.batches_of(self.config.stage, last + 1)
+            return self.num_batches - 1
+        _, stop = self.stages.batches_of(self.config.stage, self.num_batches)
         return stop - 1
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of the whole run, with those that were given up."""
+        last_step = self.config.train.total_steps - 1
+        return batch_of_step(last_step, self.progress.skip_ranges) + 1
 
     def next_global_batch(self) -> GlobalBatch:
         """Return the rows of the next step."""

@@ -1,0 +1,159 @@
+"""A raise of replay in one stage of sequence length leaves each later stage rows enough."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cpt.guard.ladder import GuardState
+from cpt.guard.lever_limits import LeverLimits
+from cpt.guard.replay_share import EPOCH_MARGIN, LaterStage, ReplayShares
+from cpt.job.guard_levers import lever_limits
+from cpt.job.job import Job
+from data_pipeline.config.mix_config import GuardConfig, GuardDomain, MixConfig
+from data_pipeline.config.source_config import SourceConfig
+from data_pipeline.config.stage_config import StageConfig
+from data_pipeline.errors import DataError
+from data_pipeline.mixture.ledger import Ledger
+from data_pipeline.mixture.mixture import Mixture
+from data_pipeline.mixture.stages import StagePlan, StageSpan
+from tests.job.test_micro_batches import make_job
+
+PLAN = StagePlan(
+    (
+        StageSpan(first_batch=0, seq_len=8, global_batch_size=12),
+        StageSpan(first_batch=20, seq_len=16, global_batch_size=6),
+    )
+)
+TOTAL_STEPS = 30
+ENGLISH_ROWS = (400, 24)
+"""Full rows of English in each stage; the second takes 60 rows of all sources."""
+SHARE = 0.3
+
+
+def mix_of(max_epochs: float | None) -> MixConfig:
+    return MixConfig(
+        seed=3,
+        stages=(StageConfig(seq_len=8, share=2 / 3), StageConfig(seq_len=16, share=1 / 3)),
+        sources=(
+            SourceConfig(
+                name="en",
+                language="en",
+                domain="web",
+                format="mock",
+                weight=SHARE,
+                held_out_share=0.1,
+                max_epochs=max_epochs,
+            ),
+            SourceConfig(name="ja", language="ja", domain="web", format="mock", weight=1 - SHARE),
+        ),
+        guard=GuardConfig(domains=(GuardDomain(name="english", language="en", sources=("en",)),)),
+    )
+
+
+class StagedData:
+    """A build of two sources with the rows of one stage."""
+
+    source_names = ("en", "ja")
+
+    def __init__(self, stage: int) -> None:
+        self.stage = stage
+        self.seq_len = PLAN.spans[stage].seq_len
+        entries = []
+        for name in self.source_names:
+            stages = []
+            for number, span in enumerate(PLAN.spans):
+                rows = self.rows(name, number)
+                stages.append(SimpleNamespace(predicted_tokens=rows * span.seq_len))
+            entries.append(SimpleNamespace(name=name, stages=tuple(stages)))
+        self.manifest = SimpleNamespace(sources=tuple(entries))
+
+    @staticmethod
+    def rows(name: str, stage: int) -> int:
+        return ENGLISH_ROWS[stage] if name == "en" else 1000
+
+    def row_tokens(self, source: int) -> Any:
+        return np.full(self.rows(self.source_names[source], self.stage), self.seq_len)
+
+
+def staged_job(mix: MixConfig, step: int) -> Job:
+    """Return a run that has done some steps of its first stage."""
+    data: Any = StagedData(0)
+    job = make_job(data, total_steps=TOTAL_STEPS)
+    context: Any = job.context
+    context.mix = mix
+    context.config.stage = 0
+    context.config.train.warmup_steps = 0
+    context.config.train.kl_weight = None
+    job.stages = PLAN
+    data.manifest.row_lengths = (8, 16)
+    job.progress.step = step
+    job.replay = ReplayShares(mix, data, 0.75)
+    guard: Any = SimpleNamespace(domain_names=("english",), state=GuardState())
+    job.guard = guard
+    job._follow(Ledger.start(mix, total_steps=TOTAL_STEPS))
+    return job
+
+
+def limits_at(step: int, max_epochs: float | None) -> tuple[Job, LeverLimits]:
+    job = staged_job(mix_of(max_epochs), step)
+    return job, lever_limits(job)
+
+
+@pytest.mark.parametrize("step", [5, 15, 19])
+def test_raise_is_limited_by_the_epochs_of_a_later_stage(step: int) -> None:
+    job, limits = limits_at(step, max_epochs=1.0)
+    largest = limits.shares["english"][1]
+    assert largest == pytest.approx(EPOCH_MARGIN * 24 / 60)
+    assert limits.sources["en"].largest == pytest.approx(largest)
+    job.reweigh(GuardState(shares={"english": largest}))
+    second: Any = StagedData(1)
+    mixture = Mixture(second, job.ledger, 3, first_step=20)
+    batch = mixture.global_batch(TOTAL_STEPS - 1, 6)  # the last one of the run: rows are left
+    assert int(batch.epochs.max()) == 0
+    job.reweigh(GuardState(shares={"english": 0.45}))
+    beyond = Mixture(second, job.ledger, 3, first_step=20)
+    with pytest.raises(DataError, match="max_epochs"):
+        beyond.global_batch(TOTAL_STEPS - 1, 6)
+
+
+def test_source_that_may_repeat_is_not_limited_by_a_later_stage() -> None:
+    _, limits = limits_at(5, max_epochs=None)
+    assert limits.shares["english"][1] == 1.0
+
+
+def test_schedule_that_takes_less_in_a_later_stage_leaves_more_for_a_raise() -> None:
+    mix = mix_of(max_epochs=1.0)
+    data: Any = StagedData(0)
+    later = LaterStage(slots=960, source_tokens={"en": 24 * 16, "ja": 16000}, mean_shares={})
+    drawn = SimpleNamespace(drawn_rows=(0, 0))
+    mixture: Any = SimpleNamespace(position=lambda batch, batch_size: drawn)
+    for mean, left in ((0.1, 0.292), (0.35, 0.042), (0.5, 0.0)):
+        limits = ReplayShares(mix, data, 0.75).limits(
+            GuardState(),
+            ["english"],
+            mixture,
+            0,
+            batches_left=20,
+            batch_size=12,
+            later_stages=[replace(later, mean_shares={"en": mean, "ja": 1 - mean})],
+        )
+        assert limits.shares["english"][1] == pytest.approx(SHARE + left)
+
+
+def test_source_without_rows_in_a_later_stage_is_not_raised() -> None:
+    mix = mix_of(max_epochs=None)
+    data: Any = StagedData(0)
+    plan = {"en": 0.0, "ja": 1.0}
+    later = LaterStage(slots=960, source_tokens={"en": 0, "ja": 16000}, mean_shares=plan)
+    drawn = SimpleNamespace(drawn_rows=(0, 0))
+    mixture: Any = SimpleNamespace(position=lambda batch, batch_size: drawn)
+    shares = ReplayShares(mix, data, 0.75).at(plan, {})
+    limits = shares.limits(
+        GuardState(), ["english"], mixture, 0, batches_left=20, batch_size=12, later_stages=[later]
+    )
+    assert limits.shares["english"] == (0.0, 0.0)
