@@ -1,7 +1,8 @@
 """The rows that a step of a run took: a function of its ledger, seed and step.
 
-newest checkpoint -> ledger, batches given up;  config.resolved.yaml -> rows of a step, mix
-    -> Mixture -> (source, row) of each row of the global batch
+newest checkpoint -> ledger, batches given up, borders of stages
+config.resolved.yaml -> rows of a step, mix
+    -> batch -> stage -> Mixture -> (source, row) of each row of the global batch
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from data_pipeline.build.found_builds import load_built_mix, matching_builds
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger
-from data_pipeline.mixture.mixture import GlobalBatch, Mixture
+from data_pipeline.mixture.mixture import GlobalBatch
+from data_pipeline.mixture.stages import StagePlan, mixture_of, plan_stages
 
 CONFIG = "config.resolved.yaml"
 
@@ -31,7 +33,7 @@ class RunData:
     """What decides the rows of a run's steps."""
 
     data: BuiltData
-    """The build that the run reads."""
+    """The build that the run reads, of its first stage."""
     mix: MixConfig
     """The mix as its file is now; only its paths are used, and its seed before a checkpoint."""
     ledger: Ledger
@@ -39,20 +41,45 @@ class RunData:
     skip_ranges: tuple[tuple[int, int], ...]
     """Batches that rollbacks have given up."""
     global_batch_size: int
-    """Packed rows of a step."""
+    """Packed rows of a step of a run without stages."""
+    stages: StagePlan | None
+    """Where the stages of the run begin; None for a run without stages."""
     saved_step: int
     """Step of the newest checkpoint; 0 if there is none."""
 
-    def batch(self, step: int) -> GlobalBatch:
-        """Return the rows of a step, counted from 1 as in metrics.jsonl.
+    def at_step(self, step: int) -> StepData:
+        """Return what decides the rows of a step, counted from 1 as in metrics.jsonl."""
+        batch = batch_of_step(step - 1, self.skip_ranges)
+        if self.stages is None:
+            return StepData(run=self, data=self.data, batch=batch, num_rows=self.global_batch_size)
+        stage = self.stages.stage_of(batch)
+        num_rows = self.stages.spans[stage].global_batch_size
+        return StepData(run=self, data=self.data.of_stage(stage), batch=batch, num_rows=num_rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepData:
+    """What decides the rows of one step."""
+
+    run: RunData
+    """The run."""
+    data: BuiltData
+    """Its build, of the stage that the step is in."""
+    batch: int
+    """Number of the batch that the step took, counted from 0."""
+    num_rows: int
+    """Packed rows of the step."""
+
+    def draw(self) -> GlobalBatch:
+        """Return the rows.
 
         Raises:
             DataError: the data does not last so long.
         """
-        seed = self.ledger.segments[0].settings.get("seed", self.mix.seed)
-        mixture = Mixture(self.data, self.ledger, seed)
-        batch = batch_of_step(step - 1, self.skip_ranges)
-        return mixture.global_batch(batch, self.global_batch_size)
+        ledger = self.run.ledger
+        seed = ledger.segments[0].settings.get("seed", self.run.mix.seed)
+        mixture = mixture_of(self.data, ledger, seed, self.run.stages)
+        return mixture.global_batch(self.batch, self.num_rows)
 
 
 def open_run_data(run_dir: Path, build_dir: Path | None) -> RunData:
@@ -81,21 +108,17 @@ def open_run_data(run_dir: Path, build_dir: Path | None) -> RunData:
             )
         folder = found[0]
     data = BuiltData.open(folder, verify=False)
-    if mix.stages:
-        raise ConfigError(
-            f"{mix_file}: has stages, and the rows of a step in stages are not told. Ask for a "
-            "document: --build_dir, --source and --document."
-        )
-    total_steps = int(config["train"].get("total_steps", 0))
-    step, ledger, skip_ranges = _newest_state(run_dir, mix, data, total_steps)
-    _check_rows(run_dir, ledger, data)
+    found = _newest_state(run_dir, mix, data, config)
+    _check_rows(run_dir, found.ledger, data)
+    _check_stages(run_dir, found.stages, data)
     return RunData(
         data=data,
         mix=mix,
-        ledger=ledger,
-        skip_ranges=merged([*skip_ranges, *skipped_by(read_rollbacks(run_dir))]),
+        ledger=found.ledger,
+        skip_ranges=merged([*found.skip_ranges, *skipped_by(read_rollbacks(run_dir))]),
         global_batch_size=int(config["train"]["global_batch_size"]),
-        saved_step=step,
+        stages=found.stages,
+        saved_step=found.step,
     )
 
 
@@ -118,17 +141,38 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
     raise ConfigError(f"{path}: not the configuration of a run that has started ({reason}).")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _DrawState:
+    """What a checkpoint knows of the rows of a run."""
+
+    step: int
+    """Its step; 0 for a run that has saved nothing."""
+    ledger: Ledger
+    """The mixture."""
+    skip_ranges: list[tuple[int, int]]
+    """Batches given up."""
+    stages: StagePlan | None
+    """Where stages begin."""
+
+
 def _newest_state(
-    run_dir: Path, mix: MixConfig, data: BuiltData, total_steps: int
-) -> tuple[int, Ledger, list[tuple[int, int]]]:
-    """Return (step, ledger, batches given up) of the newest checkpoint, or of a fresh run.
+    run_dir: Path, mix: MixConfig, data: BuiltData, config: dict[str, Any]
+) -> _DrawState:
+    """Return what the newest checkpoint knows, or what a fresh run begins with.
 
     Raises:
         CheckpointError: it lacks its ledger.
+        ConfigError: the run cannot begin so.
     """
     step, _ = first_sound(run_dir, list_steps(run_dir), refusal_unread)
     if step is None:
-        return 0, Ledger.start(mix, data.manifest.row_hashes(), total_steps), []
+        total_steps = int(config["train"].get("total_steps", 0))
+        return _DrawState(
+            step=0,
+            ledger=Ledger.start(mix, data.manifest.row_hashes(), total_steps),
+            skip_ranges=[],
+            stages=_planned_stages(run_dir, mix, config, total_steps),
+        )
     folder = step_folder(run_dir, step)
     state = RunState.of(read_manifest(folder))
     progress = state.part("progress", folder.name)
@@ -136,7 +180,50 @@ def _newest_state(
         ranges = [(int(first), int(last)) for first, last in progress.get("skip_ranges", [])]
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder.name}: its skip_ranges are no ranges: {error}.") from error
-    return step, Ledger.from_json(state.part("ledger", folder.name)), ranges
+    stages = state.part("identity", folder.name).get("stages")
+    return _DrawState(
+        step=step,
+        ledger=Ledger.from_json(state.part("ledger", folder.name)),
+        skip_ranges=ranges,
+        stages=None if stages is None else StagePlan.from_json(stages),
+    )
+
+
+def _planned_stages(
+    run_dir: Path, mix: MixConfig, config: dict[str, Any], total_steps: int
+) -> StagePlan | None:
+    """Return where the stages of a run begin that has saved nothing; None without stages.
+
+    Raises:
+        ConfigError: its configuration has other stages than the mix.
+    """
+    listed = config.get("stages") or []
+    if not listed and not mix.stages:
+        return None
+    if len(listed) != len(mix.stages):
+        raise ConfigError(
+            f"{run_dir / CONFIG}: has {len(listed)} stages, its mix {mix.name} has "
+            f"{len(mix.stages)}. Change the mix back."
+        )
+    sizes = [int(stage["global_batch_size"]) for stage in listed]
+    return plan_stages(mix.stages, sizes, total_steps)
+
+
+def _check_stages(run_dir: Path, stages: StagePlan | None, data: BuiltData) -> None:
+    """Refuse a build with rows of other lengths than the run took.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if stages is None:
+        return
+    of_run = [span.seq_len for span in stages.spans]
+    of_build = list(data.manifest.row_lengths)
+    if of_run != of_build:
+        raise ConfigError(
+            f"{data.directory} is not the build of {run_dir}: its rows have {of_build} tokens, "
+            f"those of the run {of_run}. Name the right one with --build_dir."
+        )
 
 
 def _check_rows(run_dir: Path, ledger: Ledger, data: BuiltData) -> None:

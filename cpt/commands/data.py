@@ -59,7 +59,8 @@ def _rows_of_step(options: argparse.Namespace) -> list[tuple[int | None, list[Pi
     from data_pipeline.mixture.row_origins import row_origins
 
     run = open_run_data(options.run_dir, options.build_dir)
-    size = run.global_batch_size
+    step = run.at_step(options.step)
+    size = step.num_rows
     if options.row is not None:
         row_out = not 0 <= options.row < size
         refuse([f"--row {options.row}: a step has the rows 0 to {size - 1}."] if row_out else [])
@@ -68,12 +69,12 @@ def _rows_of_step(options: argparse.Namespace) -> list[tuple[int | None, list[Pi
             f"step {options.step} is not in a checkpoint (the newest is of step {run.saved_step}): "
             "this is what it takes unless the mix is changed before it, by an edit or by the guard"
         )
-    batch = run.batch(options.step)
+    batch = step.draw()
     rows = range(size) if options.row is None else [options.row]
     found: list[tuple[int | None, list[PieceOrigin]]] = []
     for row in rows:
         source = int(batch.sources[row])
-        found.append((row, row_origins(run.data, source, int(batch.rows[row]), run.mix)))
+        found.append((row, row_origins(step.data, source, int(batch.rows[row]), run.mix)))
     return found
 
 

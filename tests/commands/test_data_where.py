@@ -16,7 +16,7 @@ from data_pipeline.build.build import build
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.mixture.ledger import Ledger
-from data_pipeline.mixture.mixture import Mixture
+from data_pipeline.mixture.stages import StagePlan, mixture_of, plan_stages
 from data_pipeline.text.tokenizer import decode_bytes
 from tests.data_pipeline.conftest import make_mix as make_mix
 from tests.data_pipeline.inputs import MakeMix, make_texts
@@ -50,19 +50,35 @@ def ask(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def save(run_dir: Path, ledger: Ledger, step: int, skip_ranges: list[list[int]]) -> None:
+def save(
+    run_dir: Path,
+    ledger: Ledger,
+    step: int,
+    skip_ranges: list[list[int]],
+    stages: StagePlan | None = None,
+) -> None:
     folder = write_checkpoint(run_dir, step)
 
     def add(manifest: dict[str, Any]) -> None:
         manifest["state"]["ledger"] = ledger.to_json()
         manifest["state"]["progress"]["skip_ranges"] = skip_ranges
+        manifest["state"]["identity"] = {} if stages is None else {"stages": stages.to_json()}
 
     sign_again(folder, add)
 
 
-def check(found: Any, data: BuiltData, ledger: Ledger, batch: int, folder: Path) -> None:
+def check(
+    found: Any,
+    data: BuiltData,
+    ledger: Ledger,
+    batch: int,
+    folder: Path,
+    stages: StagePlan | None = None,
+) -> None:
     """Compare an answer with the batch itself."""
-    drawn = Mixture(data, ledger, 7).global_batch(batch, BATCH)
+    if stages is not None:
+        data = data.of_stage(stages.stage_of(batch))
+    drawn = mixture_of(data, ledger, 7, stages).global_batch(batch, BATCH)
     assert [row["row"] for row in found["rows"]] == list(range(BATCH))
     for number, row in enumerate(found["rows"]):
         packed = data.read_row(int(drawn.sources[number]), int(drawn.rows[number]))
@@ -149,6 +165,57 @@ def test_a_document_of_a_build_is_shown_to_people(
     shown = capsys.readouterr()
     assert shown.out.startswith("step 1, row 0:\nslots 0 to ") and ".jsonl:" in shown.out
     assert "step 1 is not in a checkpoint" in shown.err
+
+
+STAGES = [{"seq_len": 32, "share": 0.5}, {"seq_len": 64, "share": 0.5}]
+
+
+def test_the_rows_of_a_step_in_stages_are_those_of_its_stage(
+    run_dir: Path, make_mix: MakeMix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {"ja": make_texts(80, "ja"), "en": make_texts(80, "en")}
+    mix = make_mix(texts, folder="staged", sources={"en": {"keep": ["id"]}}, stages=STAGES)
+    build(mix, tmp_path / "staged-build", workers=1)
+    config = yaml.safe_load((run_dir / "config.resolved.yaml").read_text())
+    config["data"] = {
+        "mix": str(tmp_path / "staged" / "mix.yaml"),
+        "build_dir": str(tmp_path / "staged-build"),
+    }
+    config["train"]["total_steps"] = 8
+    config["stages"] = [
+        {"seq_len": 32, "global_batch_size": BATCH},
+        {"seq_len": 64, "global_batch_size": BATCH},
+    ]
+    (run_dir / "config.resolved.yaml").write_text(yaml.safe_dump(config))
+    data = BuiltData.open(tmp_path / "staged-build", mix=mix)
+    ledger = Ledger.start(mix, data.manifest.row_hashes(), 8)
+    planned = plan_stages(mix.stages, [BATCH, BATCH], 8)
+    first = planned.spans[1].first_batch
+    assert 1 < first < 7
+    for batch in (0, first - 1, first, 7):
+        found = ask(capsys, "--run_dir", run_dir, "--step", batch + 1)
+        check(found, data, ledger, batch, tmp_path / "staged", planned)
+
+    # a run goes on with the borders of its checkpoint, whatever its configuration says by then
+    spans = (planned.spans[0], dataclasses.replace(planned.spans[1], first_batch=first - 1))
+    save(run_dir, ledger, 8, [[0, 1]], StagePlan(spans))
+    for batch in (first - 2, first - 1, first):
+        found = ask(capsys, "--run_dir", run_dir, "--step", batch)  # one batch was given up
+        check(found, data, ledger, batch, tmp_path / "staged", StagePlan(spans))
+
+    longer = (planned.spans[0], dataclasses.replace(planned.spans[1], seq_len=128))
+    save(run_dir, ledger, 9, [], StagePlan(longer))
+    assert main(["data", "where", "--run_dir", str(run_dir), "--step", "1"]) == 78
+    assert "its rows have [32, 64] tokens, those of the run [32, 128]" in capsys.readouterr().err
+
+
+def test_a_mix_that_got_stages_after_the_run_began_is_refused(
+    run_dir: Path, make_mix: MakeMix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {"ja": make_texts(80, "ja"), "en": make_texts(80, "en")}
+    make_mix(texts, sources={"en": {"keep": ["id"]}}, stages=STAGES)
+    assert main(["data", "where", "--run_dir", str(run_dir), "--step", "1"]) == 78
+    assert "has 0 stages, its mix mix has 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
