@@ -108,17 +108,17 @@ def open_run_data(run_dir: Path, build_dir: Path | None) -> RunData:
             )
         folder = found[0]
     data = BuiltData.open(folder, verify=False)
-    found = _newest_state(run_dir, mix, data, config)
-    _check_rows(run_dir, found.ledger, data)
-    _check_stages(run_dir, found.stages, data)
+    state = _newest_state(run_dir, mix, data, config)
+    _check_rows(run_dir, state.ledger, data)
+    _check_stages(run_dir, state.stages, data)
     return RunData(
         data=data,
         mix=mix,
-        ledger=found.ledger,
-        skip_ranges=merged([*found.skip_ranges, *skipped_by(read_rollbacks(run_dir))]),
+        ledger=state.ledger,
+        skip_ranges=merged([*state.skip_ranges, *skipped_by(read_rollbacks(run_dir))]),
         global_batch_size=int(config["train"]["global_batch_size"]),
-        stages=found.stages,
-        saved_step=found.step,
+        stages=state.stages,
+        saved_step=state.step,
     )
 
 
