@@ -35,7 +35,8 @@ ATTEMPTS = 4
 REQUESTS_AT_ONCE = 32
 """Requests that wait for the store at the same time while objects are looked at."""
 _CONNECT_SECONDS = 10.0
-_SILENT_SECONDS = 60.0
+_SILENT_SECONDS = 15.0
+"""How long a request may wait for its next byte."""
 _FIRST_READ_BYTES = 2**16
 _LARGEST_READ_BYTES = 2**23
 _BUFFER_BYTES = 2**16

@@ -8,6 +8,7 @@ import json
 import lzma
 import pickle
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,26 @@ def test_a_store_that_does_not_answer_is_an_error_of_storage(
     with pytest.raises(StorageError):
         mix_of(tmp_path)
     assert len(s3.requests) == num_requests
+
+
+def test_a_store_that_falls_silent_is_given_up(s3: FakeS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_store, "ATTEMPTS", 1)
+    monkeypatch.setattr(s3_store, "_SILENT_SECONDS", 1.0)
+    s3.put("corpus", "a.jsonl", b"{}")
+    (path,) = find_objects("s3://corpus/a.jsonl")
+    is_over = threading.Event()
+
+    def wait(key: str) -> None:
+        del key
+        is_over.wait(60)
+
+    s3.before_read = wait
+    try:
+        with path.open("rb") as file, pytest.raises(StorageError, match="does not answer"):
+            file.read()
+        assert not is_over.is_set()
+    finally:
+        is_over.set()
 
 
 def test_a_build_is_trained_on_where_its_store_is_out_of_reach(
