@@ -134,14 +134,17 @@ def _build(options: argparse.Namespace) -> None:
     )
     say(describe_build(manifest.sources))
     _say_dropped(manifest)
-    if manifest.guard_domains:
-        say(describe_guard_sets(manifest))
     say(f"{out_dir}: manifest {manifest.hash[:16]}, fingerprint {manifest.fingerprint[:10]}")
 
 
 def _say_dropped(manifest: BuildManifest) -> None:
-    """Tell what a build did not take, and what it takes against a rule."""
-    for text in (describe_dropped(manifest.sources), describe_stock_text(manifest.stock_text)):
+    """Tell what a build did not take, what it takes against a rule, and what measures it."""
+    texts = (
+        describe_dropped(manifest.sources),
+        describe_stock_text(manifest.stock_text),
+        describe_guard_sets(manifest),
+    )
+    for text in texts:
         if text:
             say(text)
 

@@ -206,6 +206,7 @@ def _pack_source(
         read_tokens=read_tokens,
         dropped=count_dropped(decided, tokens, trained),
         exempted=count_exempted(decided),
+        held_out_unsearched=decided.held_out_unsearched,
     )
 
 

@@ -33,12 +33,19 @@ class DecidedSource:
     """For each held-out document, whether training text had a copy or a long run of it."""
     left: Segments = field(default_factory=no_segments)
     """What is trained on of documents that lost a stretch, in the order of documents."""
+    held_out_unsearched: int = 0
+    """Held-out documents that are too short to be searched for in training text."""
     contaminated_by: Mapping[str, int] = field(default_factory=dict)
     """Documents dropped for text of each source that holds it out; one that was cut is no such."""
     exempted_documents: int = 0
     """Training documents that have stock text which is held out, too."""
     exempted_tokens: int = 0
     """Tokens of that text in them."""
+
+    @property
+    def is_only_measured(self) -> bool:
+        """Whether the source is a guard file, or held out as a whole."""
+        return self.parts.source.held_out_share >= 1
 
     def training_segments(self, document_tokens: Integers) -> Segments:
         """Return what is trained on, in the order of documents.

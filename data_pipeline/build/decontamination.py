@@ -190,7 +190,7 @@ def documents_at(offsets: Integers, places: Integers) -> Integers:
 def _all_hits(tokens: Tokens, runs: HeldOutRuns) -> Hits:
     places = [np.zeros(0, np.int64)]
     numbers = [np.zeros(0, np.int64)]
-    for start, stop in _surroundings(_sampled_hits(tokens, runs), len(tokens) - runs.window + 1):
+    for start, stop in _surroundings(sampled_hits(tokens, runs), len(tokens) - runs.window + 1):
         # a document that is all held-out text is one long surrounding
         for first in range(start, stop, _BLOCK_TOKENS):
             last = min(first + _BLOCK_TOKENS, stop)
@@ -201,7 +201,7 @@ def _all_hits(tokens: Tokens, runs: HeldOutRuns) -> Hits:
     return Hits(places=np.concatenate(places), numbers=np.concatenate(numbers)).in_rows()
 
 
-def _sampled_hits(tokens: Tokens, runs: HeldOutRuns) -> Integers:
+def sampled_hits(tokens: Tokens, runs: HeldOutRuns) -> Integers:
     """Return the multiples of NEEDED_WINDOWS at which a held-out window begins."""
     hits = [np.zeros(0, np.int64)]
     for start in range(0, len(tokens) - runs.window + 1, _BLOCK_TOKENS):

@@ -106,5 +106,10 @@ def describe_guard_sets(manifest: BuildManifest) -> str:
         )
         if found.found:
             line += f", {found.found} found in training text, which was dropped"
+        if found.unsearched:
+            line += (
+                f", {found.unsearched} too short to be searched for in training text (only copies "
+                "of them were dropped)"
+            )
         lines.append(line)
     return "\n".join(lines)

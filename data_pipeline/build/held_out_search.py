@@ -2,6 +2,7 @@
 
     held-out documents -> tables of runs, files that all tasks map
     search: a shard -> its hits, and how many documents have each run        one task a shard
+            and the short held-out documents in it, as a whole (short_texts)
     stock text, if the mix allows any: runs that very many documents have
     decide: the hits of a shard -> which documents go, and what is left of those that are cut
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,16 @@ from data_pipeline.build.decontamination import (
 from data_pipeline.build.deduplication import Fate
 from data_pipeline.build.near_duplicates import window_hashes
 from data_pipeline.build.part import Part
+from data_pipeline.build.short_texts import (
+    FoundTexts,
+    ShortTexts,
+    find_short_texts,
+    hash_of_whole,
+    note_unsearched,
+    owners_of_wholes,
+    short_documents,
+    short_of,
+)
 from data_pipeline.build.stock_text import (
     FoundPassage,
     FoundStockText,
@@ -58,6 +69,7 @@ from data_pipeline.text.harmony import body
 from data_pipeline.text.tokenizer import Tokens
 
 _FOLDER = "held_out"
+_SHORT_FOLDER = "short"
 _TRAIN_FILE = "train.npy"
 _OWNERS_FILE = "owners.npy"
 
@@ -106,11 +118,15 @@ def decontaminate(
     folder = work_dir / _FOLDER
     make_folder(folder)
     runs = HeldOutRuns.from_documents([text for some in texts for text in some], rules.tokens)
-    if not len(runs.hashes):
-        return list(sources), ()
+    short = ShortTexts.from_documents(short_documents(sources, texts, rules))
+    sources = note_unsearched(sources, texts, rules)
+    if not len(runs.hashes) and not len(short.wholes):
+        return sources, ()
     runs.save(folder)
+    short.save(folder / _SHORT_FOLDER)
     _save(folder / _TRAIN_FILE, np.concatenate([s.fates.fates == Fate.TRAIN for s in sources]))
     _save(folder / _OWNERS_FILE, _owners(texts, runs))
+    _save(folder / _SHORT_FOLDER / _OWNERS_FILE, owners_of_wholes(sources, texts, rules, short))
     scans = _scans(sources, folder, rules)
     with show_progress(len(scans), "search for held-out text", "scan") as bar:
         hit = set()
@@ -124,6 +140,7 @@ def decontaminate(
     stock.save(folder)
     decided = dict(executor.run(_decide, hit_scans))
     _note_found(sources, texts, runs, (counts > 0) & ~stock.is_stock)
+    _note_short(sources, texts, rules, short, hit_scans)
     results = []
     for source, source_scans in zip(sources, _by_source(sources, scans), strict=True):
         results.append(_apply(source, source_scans, decided, names))
@@ -193,16 +210,28 @@ def _by_source(sources: Sequence[DecidedSource], scans: Sequence[_Scan]) -> list
 
 
 def _search(scan: _Scan) -> int:
-    """Write the hits of a shard and the documents that have each run; return how many hits."""
+    """Write what a shard has of held-out text; return how many hits there are.
+
+    These are its hits, the number of documents that have each run, and short held-out documents.
+    """
     shard = Shard(scan.shard_path, verify=False)
     runs = _load_runs(scan.folder / "held_out_hashes.npy", scan.rules.tokens)
     train = np.load(scan.folder / _TRAIN_FILE, mmap_mode="r", allow_pickle=False)
     own = np.asarray(train[scan.first_document : scan.first_document + shard.num_documents])
     hits = find_hits(shard.all_tokens, shard.offsets, own, runs)
-    if len(hits.places):
+    texts = _load_short(scan.folder / _SHORT_FOLDER / "held_out_hashes.npy")
+    short = find_short_texts(shard.all_tokens, shard.offsets, own, texts)
+    num_hits = len(hits.places) + len(short.places)
+    if num_hits:
         _save(scan.file("hits"), np.stack([hits.places, hits.numbers]))
         _save(scan.file("runs"), np.stack(count_documents(hits, shard.offsets)))
-    return len(hits.places)
+        _save(scan.file("short"), np.stack([short.places, short.tokens, short.numbers]))
+    return num_hits
+
+
+@cached_per_file(max_files=1)
+def _load_short(hashes_path: Path) -> ShortTexts:
+    return ShortTexts.load(hashes_path.parent)
 
 
 @cached_per_file(max_files=1)
@@ -241,9 +270,11 @@ def _decide(scan: _Scan) -> _Decided:
     is_stock = stock.is_stock[hits.numbers]
     window = HeldOutRuns.window_of(scan.rules.tokens)
     counted = hits.chosen(~is_stock).in_rows()
+    short = _found_short(scan)
     left_by_document: dict[int, list[tuple[int, int]]] = {}
     rows = []
-    for document, stretches in Stretches.of_hits(counted, shard.offsets, window).by_document():
+    long_stretches = Stretches.of_hits(counted, shard.offsets, window)
+    for document, stretches in _with_short(long_stretches, short, shard.offsets):
         left = []
         if not shard.chat:  # what is left of a conversation would lack what came before it
             num_tokens = int(shard.document_tokens[document])
@@ -258,17 +289,41 @@ def _decide(scan: _Scan) -> _Decided:
     if is_stock.any():
         found = find_stock_text(shard, scan.place, hits, stock, window, left_by_document)
     gone = [document for document, left in left_by_document.items() if not left]
-    dropping = counted.chosen(np.isin(documents_at(shard.offsets, counted.places), gone))
-    return _Decided(by_owner=_count_owners(scan, dropping, shard.offsets), stock=found)
+    return _Decided(by_owner=_count_owners(scan, gone, counted, short, shard.offsets), stock=found)
 
 
-def _count_owners(scan: _Scan, hits: Hits, offsets: Integers) -> tuple[int, ...]:
-    """Return the documents with hits by the source that holds out the first of them."""
-    if not len(hits.places):
-        return ()
-    _, first = np.unique(documents_at(offsets, hits.places), return_index=True)
+def _found_short(scan: _Scan) -> FoundTexts:
+    places, tokens, numbers = np.load(scan.file("short"), allow_pickle=False)
+    return FoundTexts(places=places, tokens=tokens, numbers=numbers)
+
+
+def _with_short(
+    stretches: Stretches, short: FoundTexts, offsets: Integers
+) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Yield (document, its stretches as (start, stop)), with those of short texts, in order."""
+    document = documents_at(offsets, short.places)
+    start = short.places - offsets[document]
+    document = np.concatenate([stretches.document, document])
+    starts = np.concatenate([stretches.start, start])
+    stops = np.concatenate([stretches.stop, start + short.tokens])
+    order = np.lexsort((stops, starts, document))
+    together = Stretches(document=document[order], start=starts[order], stop=stops[order])
+    return together.by_document()
+
+
+def _count_owners(
+    scan: _Scan, gone: Sequence[int], hits: Hits, short: FoundTexts, offsets: Integers
+) -> tuple[int, ...]:
+    """Return the documents that go by the source that holds out the first text in them."""
     owners = np.load(scan.folder / _OWNERS_FILE, mmap_mode="r", allow_pickle=False)
-    return tuple(np.bincount(owners[hits.numbers[first]]).tolist())
+    path = scan.folder / _SHORT_FOLDER / _OWNERS_FILE
+    short_owners = np.load(path, mmap_mode="r", allow_pickle=False)
+    places = np.concatenate([hits.places, short.places])
+    by_place = np.concatenate([owners[hits.numbers], short_owners[short.numbers]])
+    order = np.argsort(places, kind="stable")
+    documents, first = np.unique(documents_at(offsets, places[order]), return_index=True)
+    is_gone = np.isin(documents, gone)
+    return tuple(np.bincount(by_place[order][first[is_gone]]).tolist())
 
 
 def _note_found(
@@ -283,6 +338,25 @@ def _note_found(
     for source, source_texts in zip(sources, texts, strict=True):
         for number, text in enumerate(source_texts):
             source.held_out_found[number] |= has_found_run(text, runs, found)
+
+
+def _note_short(
+    sources: Sequence[DecidedSource],
+    texts: Sequence[Sequence[Tokens]],
+    rules: DecontaminationConfig,
+    short: ShortTexts,
+    scans: Sequence[_Scan],
+) -> None:
+    """Note which of the short held-out documents were found in training text."""
+    is_found = np.zeros(len(short.wholes), dtype=bool)
+    for scan in scans:
+        is_found[_found_short(scan).numbers] = True
+    if not is_found.any():
+        return
+    for source, source_texts in zip(sources, texts, strict=True):
+        for number, text in short_of(source, source_texts, rules):
+            whole = np.searchsorted(short.wholes, hash_of_whole(text))
+            source.held_out_found[number] |= is_found[whole]
 
 
 def has_found_run(document: Tokens, runs: HeldOutRuns, found: Mask) -> bool:

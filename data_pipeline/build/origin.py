@@ -22,6 +22,7 @@ from typing import Any
 from data_pipeline.build import units
 from data_pipeline.build.hooks import hook_rules
 from data_pipeline.build.input_files import HashNotes, Inputs, look_at_inputs, read_inputs
+from data_pipeline.config.decontamination_config import MIN_WHOLE_TOKENS
 from data_pipeline.config.document_hook import has_hook_file
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import FILE_FORMATS, SourceConfig
@@ -147,6 +148,8 @@ def build_rules(mix: MixConfig) -> Rules:
             "min_kept_tokens": mix.decontamination_rules.min_kept_tokens,
             "stock_text": mix.decontamination_rules.stock_text,
         }
+        if any(source.held_out_share >= 1 for source in mix.sources):
+            rules["decontamination"]["whole_texts"] = MIN_WHOLE_TOKENS
     return json.loads(json.dumps(rules))  # type: ignore[no-any-return]
 
 

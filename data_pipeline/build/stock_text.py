@@ -113,9 +113,10 @@ def find_stock_runs(
     num_train = sum(source.fates.count(Fate.TRAIN) for source in sources)
     is_stock = (counts > MAX_ORDINARY) & (counts >= rules.stock_text * num_train)
     for source, source_texts in zip(sources, texts, strict=True):
-        if _is_only_measured(source):
+        if source.is_only_measured:
             for text in source_texts:
-                is_stock[runs.numbers(window_hashes(text, runs.window))] = False
+                numbers = runs.numbers(window_hashes(text, runs.window))
+                is_stock[numbers[numbers >= 0]] = False  # a short text has windows of no run
     if not is_stock.any():
         return none
     passages: dict[int, Passage] = {}
@@ -127,11 +128,6 @@ def find_stock_runs(
     listed = listed[:_MAX_COUNTED]
     keys = np.array([passage.key for passage in listed], np.int64)
     return StockRuns(is_stock=is_stock, keys=keys, passages=tuple(listed))
-
-
-def _is_only_measured(source: DecidedSource) -> bool:
-    """Return whether a source is a guard file, or held out as a whole."""
-    return source.parts.source.held_out_share >= 1
 
 
 def _passages(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+MIN_WHOLE_TOKENS = 20
+"""Tokens from which on a document that is only there to be measured is searched for as a whole."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecontaminationConfig:
@@ -22,6 +25,14 @@ class DecontaminationConfig:
     license, and may stay although a held-out document of a training source has it, 0 to 1; it must
     also be in more than 10 documents. 0: no text may. Text of guard files never may, nor text of a
     source with held_out_share 1. `build` prints what was let through."""
+
+    def min_searched_tokens(self, is_only_measured: bool) -> int:
+        """Return the tokens from which on a held-out document is searched for in training text.
+
+        Args:
+            is_only_measured: Whether its source is never trained on.
+        """
+        return min(self.tokens, MIN_WHOLE_TOKENS) if is_only_measured else self.tokens
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield (key, problem) for each broken rule."""

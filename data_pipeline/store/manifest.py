@@ -129,6 +129,9 @@ class SourceEntry:
     stretches the number of `cut_documents` that lost one."""
     exempted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """What stays against a rule, by the reason why: `documents`, and `tokens` of it in them."""
+    held_out_unsearched: int = 0
+    """Held-out documents too short to be searched for in training text: only documents that are
+    copies of one were dropped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +181,8 @@ class GuardSet:
     """Predicted tokens of the documents."""
     found: int
     """Documents whose copy or long run stood in training text, which was dropped."""
+    unsearched: int
+    """Documents too short to be searched for in training text."""
     hash: str
     """Hex sha256 over the `held_out_hash` of the domain's sources."""
 
@@ -243,15 +248,21 @@ class BuildManifest:
             documents = 0
             tokens = 0
             found = 0
+            unsearched = 0
             hashes = []
             for name in domain.sources:
                 entry = entries[name]
                 documents += entry.held_out_documents
                 tokens += entry.held_out_tokens
                 found += entry.held_out_found
+                unsearched += entry.held_out_unsearched
                 hashes.append(entry.held_out_hash)
             sets[domain.name] = GuardSet(
-                documents=documents, tokens=tokens, found=found, hash=_hash_of(hashes)
+                documents=documents,
+                tokens=tokens,
+                found=found,
+                unsearched=unsearched,
+                hash=_hash_of(hashes),
             )
         return sets
 

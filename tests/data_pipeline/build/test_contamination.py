@@ -27,7 +27,7 @@ from data_pipeline.build.dropped import (
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.manifest import BuildManifest, SourceEntry, read_manifest
-from data_pipeline.text.tokenizer import decode
+from data_pipeline.text.tokenizer import decode, encode
 from tests.data_pipeline.inputs import MakeMix, write_jsonl
 
 KANA = "\u3042\u3044\u3046\u3048\u304a\u304b\u304d\u304f\u3051\u3053\u3055\u3057\u3059\u305b\u305d"
@@ -102,6 +102,38 @@ def test_guard_text_is_dropped_however_many_documents_have_it(
     assert entry.exempted == {} and manifest.stock_text == ()
     assert adds_up(entry)
     assert not any(secret[20:60] in text for text in training_texts(tmp_path / "out"))
+
+
+def test_short_guard_documents_are_searched_whole_and_shorter_ones_are_told(
+    make_mix: MakeMix,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    short = [prose(number, 8 + number % 4) for number in range(20)]
+    shorter = [prose(700 + number, 4) for number in range(3)]
+    japanese = [kana(number, 45) for number in range(5)]
+    lengths = [len(encode(text)) for text in short + japanese]
+    assert min(lengths) >= 20 and max(lengths) < 50 and len(set(lengths)) > 5
+    clean = [prose(100 + number, 150) for number in range(60)]
+    quotes = []
+    for number, text in enumerate([*short, *japanese]):
+        quotes.append(f"{prose(900 + number, 20)}: {text}. {prose(950 + number, 20)}")
+    book = f"{prose(1, 900)} {short[0]} {prose(2, 900)}"
+    keys = guard_files(tmp_path, [*short, *shorter, *japanese]) | {"max_mislabelled_share": 1}
+    make_mix({"en": [*clean, *quotes, book]}, **keys)
+    monkeypatch.chdir(tmp_path)
+    for command in ("build", "plan", "audit"):
+        assert main([command, str(tmp_path / "in" / "mix.yaml"), "--workers", "1"]) == 0
+        assert "3 too short to be searched for in training text" in capsys.readouterr().out
+    (directory,) = (tmp_path / "data").glob("mix-*/manifest.json")
+    entry, own = read_manifest(directory.parent).sources
+    assert (entry.documents, entry.contaminated) == (61, len(quotes))
+    assert entry.dropped[STRETCHES]["cut_documents"] == 1 and adds_up(entry)
+    assert (own.held_out_found, own.held_out_unsearched) == (25, 3)
+    joined = "".join(training_texts(directory.parent))
+    for text in short + japanese:
+        assert text[4:-4] not in joined
 
 
 @pytest.mark.slow
