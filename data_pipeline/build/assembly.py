@@ -83,7 +83,7 @@ def assemble_build(
     for one in gathered:
         one.check_rejects(mix.max_reject_share)
     decided, stock_text = decide_all_fates(mix, gathered, work_dir, executor)
-    copied = find_copied_sources(decided, mix.near_duplicates)
+    copied = find_copied_sources(decided)
     for one_copied in copied:
         log.warning("%s", one_copied.describe())
     check_dropped(mix, decided)

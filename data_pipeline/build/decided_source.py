@@ -31,6 +31,8 @@ class DecidedSource:
     """Hex sha256 of the content hashes of its held-out documents."""
     held_out_found: Mask
     """For each held-out document, whether training text had a copy or a long run of it."""
+    near_copies_of: tuple[int, ...] = ()
+    """Near copies that were dropped, by the source of their original; empty if none was sought."""
     left: Segments = field(default_factory=no_segments)
     """What is trained on of documents that lost a stretch, in the order of documents."""
     held_out_unsearched: int = 0

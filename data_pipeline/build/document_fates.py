@@ -13,6 +13,7 @@ Decisions
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,9 @@ def decide_all_fates(
     real_sources = [source for source in sources if not source.parts.is_mock]
     if mix.near_duplicates > 0 and real_sources:
         log.info("looking for near copies")
-        mark_near_copies(fates, gathered, mix.near_duplicates, work_dir, executor)
+        originals = mark_near_copies(fates, gathered, mix.near_duplicates, work_dir, executor)
+        for number, counts in enumerate(originals.tolist()):
+            sources[number] = dataclasses.replace(sources[number], near_copies_of=tuple(counts))
     stock_text: tuple[StockText, ...] = ()
     rules = mix.decontamination_rules
     if rules.tokens and real_sources:

@@ -6,13 +6,15 @@
                                                               (task per stretch of slots, SQL)
     pairs that begin in a stretch of documents -> pairs that are similar
                                                               (task per stretch of documents)
-    similar pairs -> groups -> fates                          (the parent)
+    similar pairs -> groups -> fates, and whose copies they are
+                                                              (the parent)
 
 Decisions
     A living document is trained on or held out so far; a slot belongs to one band. Of the living
     documents with an equal key, each one and the next, in the order of the mix, are a pair.
     Near copies form groups: the connected documents. The first document of a group, in the order of
-    the mix, is trained on, unless one of the group is held out: then none is.
+    the mix, is trained on, unless one of the group is held out: then none is. That document, or the
+    first one that is held out, is the original of the others.
     Nearly all keys of a corpus are unique. One sort of integers finds the records that may share
     theirs, and only those go to the engine, which pairs them and drops pairs that other bands gave.
     What a task holds does not grow with the corpus, unless a key is in very many documents: a slot
@@ -44,6 +46,7 @@ from data_pipeline.build.near_duplicates import (
 from data_pipeline.build.part import read_side_file
 from data_pipeline.build.part_groups import (
     NumberedPart,
+    document_ends,
     group_parts,
     identity_of,
     numbered_parts,
@@ -66,6 +69,7 @@ _KEY_DTYPES = ("<u8", "<u4")
 _PAIR_DTYPES = ("<u4", "<u4")
 """Numbers of two documents, the smaller one first."""
 _PLACES_FILE = "signatures.json"
+_ORIGINALS_FILE = "originals.npy"
 _COMPARE_PAIRS = 1 << 19
 """Pairs whose second signatures are in memory at once."""
 _SLICE_DOCUMENTS = 1 << 22
@@ -77,6 +81,7 @@ _QUERY = """
     ) WHERE previous IS NOT NULL
 """
 Numbers = npt.NDArray[np.uint32]
+Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +146,7 @@ def mark_near_copies(
     work_dir: Path,
     executor: Executor,
     sizes: Sizes | None = None,
-) -> None:
+) -> Counts:
     """Turn TRAIN into NEAR_DUPLICATE where a document is a near copy.
 
     Args:
@@ -151,11 +156,16 @@ def mark_near_copies(
         work_dir: Folder of the build in progress.
         executor: Runs the tasks.
         sizes: How much one task has.
+
+    Returns:
+        Number of documents that are near copies, by their source and that of their original,
+        [sources, sources].
     """
     sizes = sizes or Sizes()
     digest = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(fates).data)
-    inputs = [identity_of(gathered), digest, threshold, repr(sizes)]
+    inputs = [identity_of(gathered), digest, threshold, repr(sizes), _ORIGINALS_FILE]
     step = Step.begin(work_dir, "near", inputs)
+    originals_path = step.folder / _ORIGINALS_FILE
     result = step.result()
     if result is None:
         parts = []
@@ -163,9 +173,12 @@ def mark_near_copies(
             if not gathered[part.source].is_mock:
                 parts.append(part)
         edges = _find_edges(step, parts, fates, threshold, executor, sizes)
-        result = _fates_of_groups(fates, edges)
+        result, originals = _fates_of_groups(fates, edges, document_ends(gathered))
+        with atomic_write(originals_path) as file:  # before the result, which says that all is done
+            np.save(file, originals, allow_pickle=False)
         step.finish(result)
     fates[:] = result
+    return np.asarray(np.load(originals_path, allow_pickle=False))
 
 
 def _find_edges(
@@ -375,8 +388,16 @@ def _signatures_of(task: _Verify, numbers: Numbers) -> Iterator[tuple[Integers, 
         yield order[chosen], signatures[ordered[chosen] - np.uint32(first)]
 
 
-def _fates_of_groups(fates: Fates, edges: Sequence[Path]) -> Fates:
-    """Return the fates after near copies were dropped."""
+def _fates_of_groups(
+    fates: Fates, edges: Sequence[Path], ends: Sequence[int]
+) -> tuple[Fates, Counts]:
+    """Return the fates after near copies were dropped, and the copies by source and original.
+
+    Args:
+        fates: Fates of all documents so far.
+        edges: Files of the pairs that are near copies.
+        ends: Number of documents up to the end of each source.
+    """
     parents = np.arange(len(fates), dtype=np.uint32)
     for path in edges:
         pairs = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -384,14 +405,28 @@ def _fates_of_groups(fates: Fates, edges: Sequence[Path]) -> Fates:
             some = pairs[start : start + _SLICE_DOCUMENTS]
             _join(parents, some[:, 0], some[:, 1])
     group_held = np.zeros(len(fates), dtype=bool)
+    held_roots = [np.zeros(0, np.uint32)]
+    held_sources = [np.zeros(0, np.int64)]
     for numbers, roots in _all_roots(parents):
-        group_held[roots[fates[numbers] == Fate.HELD_OUT]] = True
+        is_held = fates[numbers] == Fate.HELD_OUT
+        group_held[roots[is_held]] = True
+        held_roots.append(roots[is_held])
+        held_sources.append(np.searchsorted(ends, numbers[is_held], side="right"))
+    led_by_held, first = np.unique(np.concatenate(held_roots), return_index=True)
+    held_leaders = np.concatenate(held_sources)[first]
+    originals = np.zeros((len(ends), len(ends)), np.int64)
     result = fates.copy()
     for numbers, roots in _all_roots(parents):
         is_first = roots == numbers
         copies = (fates[numbers] == Fate.TRAIN) & (group_held[roots] | ~is_first)
         result[numbers[copies]] = Fate.NEAR_DUPLICATE
-    return result
+        roots = roots[copies]
+        leaders = np.searchsorted(ends, roots, side="right")
+        is_held = group_held[roots]
+        leaders[is_held] = held_leaders[np.searchsorted(led_by_held, roots[is_held])]
+        own = np.searchsorted(ends, numbers[copies], side="right")
+        np.add.at(originals, (own, leaders), 1)
+    return result, originals
 
 
 def _all_roots(parents: Numbers) -> Iterator[tuple[Numbers, Numbers]]:

@@ -203,11 +203,6 @@ def read_hashes(part: Part) -> Hashes:
     return read_side_file(part.hashes_path, part.work_dir)
 
 
-def read_signatures(part: Part) -> Signatures:
-    """Return the MinHash signatures of the documents in a part's shard, as a memory map."""
-    return read_side_file(part.signatures_path, part.work_dir)
-
-
 def read_clusters(part: Part) -> Hashes64:
     """Return the clusters of the documents in a part's shard, as a memory map."""
     return read_side_file(part.clusters_path, part.work_dir)

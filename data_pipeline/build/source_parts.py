@@ -9,7 +9,6 @@ import numpy as np
 
 from data_pipeline.build.clusters import Hashes64
 from data_pipeline.build.deduplication import HASH_DTYPE, Hashes
-from data_pipeline.build.near_duplicates import NUM_HASHES, Signatures
 from data_pipeline.build.part import (
     TOO_LONG,
     Account,
@@ -17,7 +16,6 @@ from data_pipeline.build.part import (
     read_account,
     read_clusters,
     read_hashes,
-    read_signatures,
 )
 from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.errors import DataError
@@ -128,13 +126,6 @@ class SourceParts:
         chosen = [np.zeros(0, HASH_DTYPE)]
         for part, numbers in self._by_part(documents):
             chosen.append(read_hashes(part)[numbers])
-        return np.concatenate(chosen)
-
-    def signatures_of(self, documents: Integers) -> Signatures:
-        """Return the MinHash signatures of documents, whose numbers rise."""
-        chosen = [np.zeros((0, NUM_HASHES), np.uint32)]
-        for part, numbers in self._by_part(documents):
-            chosen.append(read_signatures(part)[numbers])
         return np.concatenate(chosen)
 
     def clusters_of(self, documents: Integers) -> Hashes64:

@@ -359,6 +359,23 @@ def test_a_source_that_is_another_one_is_refused_by_the_name_of_that_one(
         build(mix, tmp_path / "out", False)
 
 
+def test_near_copies_are_all_counted_by_the_source_of_their_original(
+    make_mix: MakeMix, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = [prose(100 + number, 100) for number in range(40)]
+    second = [prose(300 + number, 100) for number in range(30)]
+    odd = iter([f"{text} and one more word" for text in first])
+    even = iter([f"{text} and one more word" for text in second])
+    copies = []
+    for number in range(70):
+        copies.append(next(odd) if number % 2 or number >= 60 else next(even))
+    texts = {"a": first, "b": second, "c": [*copies, prose(1, 100)]}
+    mix = make_mix(texts, held_out_share={"b": 0.5}, near_duplicates=0.8)
+    manifest = build(mix, tmp_path / "out", False)
+    assert manifest.sources[2].near_duplicates == 70
+    assert "source 'c' copies source 'a': 40 of 71 documents" in caplog.text
+
+
 def test_a_source_that_repeats_its_own_held_out_text_is_told_so(
     make_mix: MakeMix, tmp_path: Path
 ) -> None:

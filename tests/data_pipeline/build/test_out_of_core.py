@@ -172,6 +172,26 @@ def test_fates_depend_neither_on_workers_nor_on_the_size_of_tasks(
     assert near.count(Fate.NEAR_DUPLICATE) > 50
 
 
+def test_near_copies_are_counted_by_source_and_that_of_the_original(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    one, other, third = rng.integers(0, 2**32, (3, NUM_HASHES), np.uint32)
+    hashes = draw_hashes(rng, 7)
+    signatures = np.stack([one, other, one, other, third, third, one])
+    gathered = [
+        write_source(tmp_path, "a", [hashes[:2]], [signatures[:2]]),
+        write_source(tmp_path, "b", [hashes[2:]], [signatures[2:]]),
+    ]
+    before = np.zeros(7, np.uint8)
+    before[3] = Fate.HELD_OUT
+    with LocalExecutor() as executor:
+        for _ in range(2):  # the second time the result is there
+            fates = before.copy()
+            counts = mark_near_copies(fates, gathered, 0.8, tmp_path, executor)
+            # 'one' is first in a, 'other' is held out by b, 'third' repeats within b
+            assert counts.tolist() == [[0, 1], [2, 1]]
+    assert np.flatnonzero(fates == Fate.NEAR_DUPLICATE).tolist() == [1, 2, 5, 6]
+
+
 def test_a_long_chain_of_near_copies_is_one_group(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     count = 1500
