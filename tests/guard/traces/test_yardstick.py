@@ -23,7 +23,7 @@ def test_missing_traces_are_refused_when_a_run_goes_on(
     monkeypatch.setattr(yardstick, "asked_prompts", lambda _: SimpleNamespace(prompts=["a"]))
     domain = TraceDomain(name="maths", language="en", path="prompts.jsonl")
     mix: Any = SimpleNamespace(guard=SimpleNamespace(traces=(domain,)))
-    config: Any = SimpleNamespace(micro_batch_size=1, train=SimpleNamespace(seq_len=64))
+    config: Any = SimpleNamespace(micro_batch_size=1, measured_seq_len=64)
     topology: Any = SimpleNamespace(rank=0, control_group=None)
     clock: Any = None
     traces = OwnTraces(mix, config, topology, tmp_path, clock)
