@@ -380,7 +380,7 @@ def test_the_process_that_leads_holds_few_bytes_a_document(
     with (tmp_path / "edges.npy").open("wb") as file:
         np.save(file, pairs)
     edges = [tmp_path / "edges.npy"]
-    near = peak_bytes(lambda: near_copies._fates_of_groups(fates, edges))
+    near = peak_bytes(lambda: near_copies._fates_of_groups(fates, edges, [count]))
     assert near < 6.5 * count
     hashes = np.zeros(count, np.dtype([("high", "<u8"), ("low", "<u8")]))
     hashes["high"] = splitmix64(np.arange(count, dtype=np.uint64))
