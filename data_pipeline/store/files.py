@@ -35,7 +35,7 @@ FILE_MODE = 0o644
 FOLDER_MODE = 0o755
 _CHUNK_BYTES = 4 * 2**20
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+_SHORT_WRITE = re.compile(r"(?<!\d)\d+ requested and \d+ written")
 """What NumPy says when a file takes less than an array has, which it does without a number."""
 
 P = ParamSpec("P")

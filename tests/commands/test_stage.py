@@ -69,7 +69,7 @@ def opened_by_a_run(workplace: Path, control_group: Any) -> BuiltData:
     """Open the data as a run does, on one rank."""
     section = DataSection(mix=workplace / "mix.yaml", build_dir=workplace / "built")
     context: Any = SimpleNamespace(
-        config=SimpleNamespace(data=section),
+        config=SimpleNamespace(data=section, stage=0),
         mix=load_mix(workplace / "mix.yaml"),
         control_group=control_group,
     )

@@ -263,6 +263,7 @@ def test_the_divergence_has_a_field_of_its_own_in_metrics() -> None:
     )
     job: Any = types.SimpleNamespace(
         data=data,
+        stages=None,
         progress=progress,
         kl_targets=types.SimpleNamespace(sources=["replay"]),
         kl_weight=0.3,
