@@ -21,6 +21,7 @@ TEMPLATES = (
     "gpt-oss-20b",
     "gpt-oss-120b",
     "ja_annealing",
+    "ja_long_context",
 )
 
 
