@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import hashlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ def fake_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
     class Handler(_Handler):
         s3 = store
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     store.url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
@@ -87,6 +88,12 @@ def fake_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that gave up
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
