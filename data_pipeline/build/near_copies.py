@@ -18,10 +18,9 @@ Decisions
     Nearly all keys of a corpus are unique. One sort of integers finds the records that may share
     theirs, and only those go to the engine, which pairs them and drops pairs that other bands gave.
     What a task holds does not grow with the corpus, unless a key is in very many documents: a slot
-    takes 20 bytes for each record of such a key. The parent holds 6 bytes a document, and about 30
-    for one that is held out. On disk the
-    records take 384 bytes a document, 12 for each band, until the step is done. Signatures are read
-    once, and again where a document is in a pair.
+    takes 20 bytes for each record of such a key. The parent holds 6 bytes a document, and 45 more
+    for one that is held out. On disk the records take 384 bytes a document, 12 for each band, until
+    the step is done. Signatures are read once, and again where a document is in a pair.
 """
 
 from __future__ import annotations
