@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -307,15 +308,28 @@ def load_array(path: Path) -> Integers:
     Raises:
         DataError: the file is no array of whole numbers.
     """
+    return np.asarray(load_integers(path, "int64"))
+
+
+def load_integers(path: Path, dtype: str) -> npt.NDArray[Any]:
+    """Return an array of a build, as a memory map.
+
+    Args:
+        path: A file that NumPy wrote.
+        dtype: Name of the type that its numbers must have.
+
+    Raises:
+        DataError: it holds something else.
+    """
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        values: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except ARRAY_ERRORS as error:
         raise DataError(
             f"{path}: not a readable array ({why_no_array(error)}). Delete the build and build it "
             "again."
         ) from error
-    if values.dtype != np.dtype("<i8") or values.ndim != 1:
+    if values.dtype != np.dtype(dtype).newbyteorder("<") or values.ndim != 1:
         raise DataError(
-            f"{path}: holds {values.ndim}-d {values.dtype}, must be 1-d int64. Build it again."
+            f"{path}: holds {values.ndim}-d {values.dtype}, must be 1-d {dtype}. Build it again."
         )
-    return np.asarray(values)
+    return values

@@ -28,13 +28,12 @@ from data_pipeline.errors import DataError
 from data_pipeline.store.files import atomic_write
 from data_pipeline.store.open_files import OpenFiles
 from data_pipeline.store.packing import (
-    ARRAY_ERRORS,
     ARRAY_NAMES,
     Integers,
     RowIndex,
     RowPieces,
     load_array,
-    why_no_array,
+    load_integers,
 )
 from data_pipeline.store.shards import Shards
 
@@ -192,17 +191,7 @@ def load_row_tokens(path: Path) -> RowTokens:
     Raises:
         DataError: the file is no array of 4-byte whole numbers.
     """
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ARRAY_ERRORS as error:
-        raise DataError(
-            f"{path}: not a readable array ({why_no_array(error)}). Delete the build and build it "
-            "again."
-        ) from error
-    if values.dtype != np.dtype("<i4") or values.ndim != 1:
-        raise DataError(
-            f"{path}: holds {values.ndim}-d {values.dtype}, must be 1-d int32. Build it again."
-        )
+    values = load_integers(path, "int32")
     if values.nbytes < _MAPPED_BYTES:
         return np.array(values)
     return np.asarray(values)
