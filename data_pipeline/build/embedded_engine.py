@@ -40,27 +40,17 @@ def open_engine(folder: Path, memory_bytes: int = MEMORY_BYTES) -> Iterator[Embe
         StorageError: the disk is full, the query needs more memory than it has, or the folder has a
             name that DuckDB cannot take.
     """
-    import duckdb
-
-    settings: dict[str, str | bool | int | float | list[str]] = {
-        "threads": 1,
-        "memory_limit": f"{memory_bytes}B",
-        "preserve_insertion_order": False,
-        "autoinstall_known_extensions": False,
-        "autoload_known_extensions": False,
-    }
     with tempfile.TemporaryDirectory(prefix=_SPILL_PREFIX, dir=folder) as spill:
+        engine = EmbeddedEngine(spill, memory_bytes)
         try:
-            with duckdb.connect(config=settings) as connection:
-                connection.execute("SET temp_directory = $path", {"path": _utf8_name(spill)})
-                connection.execute("SET enable_external_access = false")
-                connection.execute("SET lock_configuration = true")
-                yield EmbeddedEngine(connection)
-        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+            yield engine
+        except engine.storage_errors as error:
             raise StorageError(
                 f"{folder}: the engine that compares documents stopped: {error}. Free space there; "
                 "what is done is kept, and a rerun goes on from there."
             ) from error
+        finally:
+            engine.close()
 
 
 def _utf8_name(path: str) -> str:
@@ -79,10 +69,46 @@ def _utf8_name(path: str) -> str:
 
 
 class EmbeddedEngine:
-    """One connection to DuckDB; `open_engine` makes it."""
+    """One connection to DuckDB; `open_engine` makes it.
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
-        self._connection = connection
+    It is opened when there are records, which a bucket of a small build often has none of.
+    """
+
+    def __init__(self, spill: str, memory_bytes: int) -> None:
+        self._spill = spill
+        self._memory_bytes = memory_bytes
+        self._opened: duckdb.DuckDBPyConnection | None = None
+        self.storage_errors: tuple[type[Exception], ...] = ()
+        """What DuckDB raises for want of disk or memory."""
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    @property
+    def _connection(self) -> duckdb.DuckDBPyConnection:
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _open(self) -> duckdb.DuckDBPyConnection:
+        import duckdb  # takes longer than a small build
+
+        self.storage_errors = (duckdb.IOException, duckdb.OutOfMemoryException)
+        settings: dict[str, str | bool | int | float | list[str]] = {
+            "threads": 1,
+            "memory_limit": f"{self._memory_bytes}B",
+            "preserve_insertion_order": False,
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        }
+        connection = duckdb.connect(config=settings)
+        connection.execute("SET temp_directory = $path", {"path": _utf8_name(self._spill)})
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+        return connection
 
     def load(self, table: str, batches: Iterable[Columns]) -> bool:
         """Make a table of records, and return whether there are any.

@@ -104,7 +104,8 @@ def test_run_changes_rows_and_layout_at_the_border(unbroken: Path) -> None:
     assert rows.keys() == before.keys()
 
 
-@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 4])
 def test_run_that_is_resumed_in_a_stage_has_the_losses_of_one_that_never_stopped(
     workplace: Path, unbroken: Path, step: int
 ) -> None:
