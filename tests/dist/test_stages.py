@@ -17,7 +17,7 @@ from cpt.telemetry.report.starts import marks
 from tests.support.launcher import ROOT, free_port, rank_environment, start
 from tests.support.service import SMALL_GUARD
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 STEPS = 6
 BORDER = 3
 """Steps of the first stage: both have half of the tokens, and steps of equally many."""
@@ -104,7 +104,6 @@ def test_run_changes_rows_and_layout_at_the_border(unbroken: Path) -> None:
     assert rows.keys() == before.keys()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4])
 def test_run_that_is_resumed_in_a_stage_has_the_losses_of_one_that_never_stopped(
     workplace: Path, unbroken: Path, step: int

@@ -334,7 +334,7 @@ def test_whole_build_needs_no_raw_files(
     (own_copy / "text.jsonl").unlink()
     with caplog.at_level("INFO", "cpt.job.data"):
         assert dry_run(*settings_of(own_copy)) == 0
-    assert "the files of web are not here" in caplog.text
+    assert "files of web are not here; what is here was compared" in caplog.text
     set_rule(own_copy, "decontaminate_tokens", 60)
     assert dry_run(*settings_of(own_copy)) == 65
     assert "decontaminate_tokens: 0 in the build, 60 in the mix" in capsys.readouterr().err
