@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,14 @@ BOMBS = {
     "list as a key": "? [a]\n: b",
     "control character": "a: \x07",
 }
+
+
+@pytest.fixture(autouse=True)
+def no_collection() -> Iterator[None]:
+    """Collect no garbage meanwhile: with the leavings of many tests it takes long."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
