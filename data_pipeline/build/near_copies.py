@@ -80,6 +80,8 @@ _QUERY = """
         FROM sharing
     ) WHERE previous IS NOT NULL
 """
+_Places = Sequence[tuple[str, int, int]]
+"""File of signatures, first document and one past the last one, of each part."""
 Numbers = npt.NDArray[np.uint32]
 Counts = npt.NDArray[np.int64]
 
@@ -343,10 +345,11 @@ def _that_may_share(keys: Hashes64) -> Integers:
 
 def _verify_pairs(task: _Verify) -> None:
     left, right = _distinct_pairs(task)
+    places = read_json(task.output.with_name(_PLACES_FILE), LARGE_BYTES, lone_surrogates=True)
     kept = [np.zeros((0, 2), np.uint32)]
     for start in range(0, len(left), _COMPARE_PAIRS):
         some = slice(start, start + _COMPARE_PAIRS)
-        is_similar = _are_similar(task, left[some], right[some])
+        is_similar = _are_similar(task, places, left[some], right[some])
         kept.append(np.stack([left[some][is_similar], right[some][is_similar]], axis=1))
     with atomic_write(task.output) as file:
         np.save(file, np.concatenate(kept), allow_pickle=False)
@@ -363,27 +366,30 @@ def _distinct_pairs(task: _Verify) -> tuple[Numbers, Numbers]:
     return (distinct >> np.uint64(32)).astype(np.uint32), distinct.astype(np.uint32)
 
 
-def _are_similar(task: _Verify, left: Numbers, right: Numbers) -> npt.NDArray[np.bool_]:
+def _are_similar(
+    task: _Verify, places: _Places, left: Numbers, right: Numbers
+) -> npt.NDArray[np.bool_]:
     """Return which pairs have enough equal numbers in their signatures, [pairs]."""
     others = np.empty((len(right), NUM_HASHES), np.uint32)
-    for places, signatures in _signatures_of(task, right):
-        others[places] = signatures
+    for chosen, signatures in _signatures_of(task, places, right):
+        others[chosen] = signatures
     result = np.zeros(len(left), dtype=bool)
-    for places, signatures in _signatures_of(task, left):
-        result[places] = (signatures == others[places]).mean(axis=1) >= task.threshold
+    for chosen, signatures in _signatures_of(task, places, left):
+        result[chosen] = (signatures == others[chosen]).mean(axis=1) >= task.threshold
     return result
 
 
-def _signatures_of(task: _Verify, numbers: Numbers) -> Iterator[tuple[Integers, Signatures]]:
+def _signatures_of(
+    task: _Verify, places: _Places, numbers: Numbers
+) -> Iterator[tuple[Integers, Signatures]]:
     """Yield (places in `numbers`, signatures of those documents), part by part."""
     order = np.argsort(numbers, kind="stable")
     ordered = numbers[order]
-    parts = read_json(task.output.with_name(_PLACES_FILE), LARGE_BYTES, lone_surrogates=True)
-    begins = np.searchsorted(ordered, [first for _, first, _ in parts])
-    ends = np.searchsorted(ordered, [stop for _, _, stop in parts])
-    for place in np.flatnonzero(begins < ends).tolist():
-        path, first, _ = parts[place]
-        chosen = slice(begins[place], ends[place])
+    begins = np.searchsorted(ordered, [first for _, first, _ in places])
+    ends = np.searchsorted(ordered, [stop for _, _, stop in places])
+    for number in np.flatnonzero(begins < ends).tolist():
+        path, first, _ = places[number]
+        chosen = slice(begins[number], ends[number])
         signatures = read_side_file(Path(path), task.work_dir)
         yield order[chosen], signatures[ordered[chosen] - np.uint32(first)]
 
