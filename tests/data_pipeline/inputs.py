@@ -6,6 +6,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+
+from data_pipeline.build import units
 from data_pipeline.config.mix_config import MixConfig
 
 WORDS = (
@@ -45,3 +48,16 @@ def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
             record = {"id": str(number), "title": "t", "text": text}
             file.write(json.dumps(record) + "\n")
     return path
+
+
+def mix_of_several_units(make_mix: MakeMix, monkeypatch: pytest.MonkeyPatch) -> MixConfig:
+    """Return a mix of several units per source; copies and bad lines are in other units."""
+    monkeypatch.setattr(units, "MIN_UNIT_BYTES", 4000)
+    ja, en = make_texts(120, "ja"), make_texts(150, "en", 20)
+    return make_mix(
+        {"ja": [*ja, ja[3], ja[70], ""], "en": [*en, *ja[:5], "", *en[:9]]},
+        held_out_share=0.1,
+        near_duplicates=0.8,
+        decontaminate_tokens=50,
+        max_reject_share=0.2,
+    )

@@ -25,23 +25,14 @@ from data_pipeline.config.source_config import SourceConfig
 from data_pipeline.dataset import BuiltData
 from data_pipeline.errors import DataError
 from data_pipeline.text.cleaning import Tally
-from tests.data_pipeline.inputs import MakeMix, make_texts, write_jsonl
+from tests.data_pipeline.inputs import MakeMix, make_texts, mix_of_several_units, write_jsonl
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
 def mix(make_mix: MakeMix, monkeypatch: pytest.MonkeyPatch) -> MixConfig:
-    """Return a mix of several units per source; copies and bad lines are in other units."""
-    monkeypatch.setattr(units, "MIN_UNIT_BYTES", 4000)
-    ja, en = make_texts(120, "ja"), make_texts(150, "en", 20)
-    return make_mix(
-        {"ja": [*ja, ja[3], ja[70], ""], "en": [*en, *ja[:5], "", *en[:9]]},
-        held_out_share=0.1,
-        near_duplicates=0.8,
-        decontaminate_tokens=50,
-        max_reject_share=0.2,
-    )
+    return mix_of_several_units(make_mix, monkeypatch)
 
 
 def run(

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.__main__ import main
-from data_pipeline.build import input_files, units
+from data_pipeline.build import input_files
 from data_pipeline.build.build import build
 from data_pipeline.build.cache_folder import open_cache
 from data_pipeline.config.mix_config import MixConfig
@@ -29,7 +29,7 @@ from data_pipeline.engine.ray_cluster import RayExecutor
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.store.manifest import FILE_NAME, read_manifest
 from tests.data_pipeline.engine import tasks
-from tests.data_pipeline.inputs import MakeMix, make_texts
+from tests.data_pipeline.inputs import MakeMix, make_texts, mix_of_several_units
 
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
@@ -75,16 +75,7 @@ def cluster() -> Iterator[int]:
 
 @pytest.fixture
 def mix(make_mix: MakeMix, monkeypatch: pytest.MonkeyPatch) -> MixConfig:
-    """Return a mix of several units per source; copies and bad lines are in other units."""
-    monkeypatch.setattr(units, "MIN_UNIT_BYTES", 4000)
-    ja, en = make_texts(120, "ja"), make_texts(150, "en", 20)
-    return make_mix(
-        {"ja": [*ja, ja[3], ja[70], ""], "en": [*en, *ja[:5], "", *en[:9]]},
-        held_out_share=0.1,
-        near_duplicates=0.8,
-        decontaminate_tokens=50,
-        max_reject_share=0.2,
-    )
+    return mix_of_several_units(make_mix, monkeypatch)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
