@@ -10,6 +10,7 @@ Decisions
 from __future__ import annotations
 
 import glob
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_pipeline.build.document import BYTES_PER_INVENTED_TOKEN
@@ -18,7 +19,7 @@ from data_pipeline.build.origin import absent_sources, compare, fingerprint
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.engine.local import LocalExecutor, available_cores
-from data_pipeline.errors import ConfigError, DataError, StorageError
+from data_pipeline.errors import ConfigError, CptError, DataError, StorageError
 from data_pipeline.store.manifest import FILE_NAME, BuildManifest, read_manifest
 
 DEFAULT_ROOT = Path("data")
@@ -131,15 +132,9 @@ def builds_by_names(mix: MixConfig) -> dict[Path, str]:
     Rules, and names and sizes of the files that are here, are those of the mix. Builds that have
     its name come first.
     """
-    found = {}
-    for path in sorted(DEFAULT_ROOT.glob(f"*/{FILE_NAME}"), key=lambda path: _rank(path, mix)):
-        try:
-            manifest = read_manifest(path.parent)
-        except (DataError, ConfigError):  # damaged, of another version, or another user's
-            continue
-        if not compare(manifest, mix, read_contents=False).differences:
-            found[path.parent] = manifest.fingerprint
-    return found
+    paths = sorted(DEFAULT_ROOT.glob(f"*/{FILE_NAME}"), key=lambda path: _rank(path, mix))
+    # damaged, of another version, or another user's
+    return dict(_builds_that_fit(mix, paths, (DataError, ConfigError)))
 
 
 def _rank(manifest_path: Path, mix: MixConfig) -> tuple[bool, Path]:
@@ -152,15 +147,27 @@ def matching_builds(mix: MixConfig) -> list[Path]:
 
     Rules, and names and sizes of the files that are here, are those of the mix.
     """
-    found = []
-    for path in sorted(DEFAULT_ROOT.glob(f"{glob.escape(mix.name)}-*/{FILE_NAME}")):
+    paths = sorted(DEFAULT_ROOT.glob(f"{glob.escape(mix.name)}-*/{FILE_NAME}"))
+    return [folder for folder, _ in _builds_that_fit(mix, paths, (DataError,))]
+
+
+def _builds_that_fit(
+    mix: MixConfig, paths: Iterable[Path], passed_over: tuple[type[CptError], ...]
+) -> Iterator[tuple[Path, str]]:
+    """Yield folder and fingerprint of the builds whose rules, names and sizes are those of a mix.
+
+    Args:
+        mix: The mix.
+        paths: Manifests to look at.
+        passed_over: Errors of reading a manifest for which a build is none.
+    """
+    for path in paths:
         try:
             manifest = read_manifest(path.parent)
-        except DataError:
+        except passed_over:
             continue
         if not compare(manifest, mix, read_contents=False).differences:
-            found.append(path.parent)
-    return found
+            yield path.parent, manifest.fingerprint
 
 
 def load_built_mix(mix_file: Path, build_dir: Path | None) -> MixConfig:
