@@ -67,6 +67,9 @@ IDENTIFIERS = (
 )
 """SPDX identifiers of what packages say in free text; the first that is found counts."""
 
+OF_LICENSE_FILES = {"openai-harmony": "Apache-2.0"}
+"""The licenses of packages that have a license file, and no word on it in their metadata."""
+
 HEAD = """# Licenses
 
 The packages that the project installs, their pinned versions, and the licenses that their metadata
@@ -138,7 +141,7 @@ def license_of(metadata: Mapping[str, Any]) -> str:
         for pattern, identifier in IDENTIFIERS:
             if re.search(pattern, text):
                 return identifier
-    return "not stated"
+    return OF_LICENSE_FILES.get(normalized(str(metadata.get("name"))), "not stated")
 
 
 def is_allowed(license_name: str, use: str) -> bool:
