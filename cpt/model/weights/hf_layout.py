@@ -32,6 +32,13 @@ Each takes some 70 bytes of memory for two in the file.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 EXPERT_TENSORS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """The expert parameters of a layer, under `mlp.experts.`; their first axis counts experts."""
+EXPERT_ADAPTERS = (
+    "gate_up_proj_lora_A",
+    "gate_up_proj_lora_B",
+    "down_proj_lora_A",
+    "down_proj_lora_B",
+)
+"""The adapters of the experts of a layer, beside them; their first axis counts experts, too."""
 
 BLOCKS = "_blocks"
 SCALES = "_scales"
@@ -40,12 +47,13 @@ SCALES = "_scales"
 
 def is_expert_name(name: str) -> bool:
     """Return whether a parameter of this name has an expert axis."""
-    return ".experts." in name and name.rsplit(".", 1)[1] in EXPERT_TENSORS
+    last = name.rpartition(".")[2]
+    return ".experts." in name and last in (*EXPERT_TENSORS, *EXPERT_ADAPTERS)
 
 
 def is_expert_matrix(name: str, shape: Sequence[int]) -> bool:
     """Return whether a tensor holds one matrix per expert, which MXFP4 may stand for."""
-    return is_expert_name(name) and len(shape) == 3
+    return is_expert_name(name) and len(shape) == 3 and not name.endswith(EXPERT_ADAPTERS)
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
