@@ -34,16 +34,20 @@ import torch
 
 from cpt.model import recomputation
 from cpt.model.experts.grouped import Groups, is_served, outer, product
+from cpt.model.experts.packed import Matrices
 from cpt.model.kernels.expert_output import expert_output, expert_output_backward
 from cpt.model.kernels.gated_unit import gated_unit, gated_unit_backward
 
 
 class Parameters(NamedTuple):
-    """The tensors of the experts, in the order of `hf_layout.EXPERT_TENSORS`."""
+    """The tensors of the experts, in the order of `hf_layout.EXPERT_TENSORS`.
 
-    gate_up_EM2I: torch.Tensor
+    Packed matrices are frozen: there is no gradient for them.
+    """
+
+    gate_up_EM2I: Matrices
     gate_up_bias_E2I: torch.Tensor
-    down_EIM: torch.Tensor
+    down_EIM: Matrices
     down_bias_EM: torch.Tensor
 
 

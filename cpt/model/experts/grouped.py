@@ -6,6 +6,7 @@ Decisions
       device, so the host does not wait. Elsewhere (float64, odd sizes, no rows at all) a loop over
       the experts does the same.
     - Rows are never padded. An expert without rows has zero gradients.
+    - Matrices may be packed (packed.py). They are decoded here, a few experts at a time.
 
 Shape letters: R rows sorted by expert, E experts, K and N the two sizes of a matrix.
 """
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cpt.model.experts.packed import Matrices, PackedMatrices
 from cpt.model.kernels.empty_experts import clear_empty_experts
 from cpt.model.kernels.expert_rows import spans
 
@@ -48,16 +50,45 @@ def is_served(rows: torch.Tensor, *sizes: int) -> bool:
 
 
 def product(
-    rows_RK: torch.Tensor, matrices_EKN: torch.Tensor, groups: Groups, *, grouped: bool
+    rows_RK: torch.Tensor, matrices_EKN: Matrices, groups: Groups, *, grouped: bool
 ) -> torch.Tensor:
     """Return each row times the matrix of its expert, (R, N)."""
     if rows_RK.shape[0] == 0:
         return rows_RK.new_empty(0, matrices_EKN.shape[2])
+    if isinstance(matrices_EKN, PackedMatrices):
+        return _product_with_packed(rows_RK, matrices_EKN, groups, grouped=grouped)
     if grouped:
         return torch._grouped_mm(rows_RK, matrices_EKN, offs=groups.ends_E)
     out_RN = rows_RK.new_empty(rows_RK.shape[0], matrices_EKN.shape[2])
     for (first, end), matrix_KN in zip(spans(groups.ends_E), matrices_EKN, strict=True):
         torch.mm(rows_RK[first:end], matrix_KN, out=out_RN[first:end])
+    return out_RN
+
+
+def _product_with_packed(
+    rows_RK: torch.Tensor, packed_EKN: PackedMatrices, groups: Groups, *, grouped: bool
+) -> torch.Tensor:
+    """Return each row times the matrix of its expert, (R, N), decoding the matrices in pieces."""
+    counts_E = groups.counts_E
+    if not rows_RK.is_cuda or rows_RK.shape[0] < counts_E.numel():
+        present = counts_E.nonzero().flatten()
+        if present.numel() < counts_E.numel():
+            packed_EKN = packed_EKN[present]
+            counts_E = counts_E[present]
+            groups = Groups(counts_E)
+    size = packed_EKN.experts_at_a_time(rows_RK.dtype)
+    if size >= counts_E.numel():
+        return product(rows_RK, packed_EKN.decoded(rows_RK.dtype), groups, grouped=grouped)
+    of_experts = spans(groups.ends_E)
+    out_RN = rows_RK.new_empty(rows_RK.shape[0], packed_EKN.shape[2])
+    for first in range(0, len(of_experts), size):
+        piece = slice(first, first + size)
+        rows = slice(of_experts[piece][0][0], of_experts[piece][-1][1])
+        if rows.start == rows.stop:
+            continue
+        decoded = packed_EKN[piece].decoded(rows_RK.dtype)
+        done = product(rows_RK[rows], decoded, Groups(counts_E[piece]), grouped=grouped)
+        out_RN[rows] = done
     return out_RN
 
 

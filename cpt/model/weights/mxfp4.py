@@ -20,20 +20,43 @@ _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 _EXPONENT_BIAS = 127
 _LARGEST_EXPONENT = 2
 """Exponent of the largest power of two among the code values (4)."""
+_AS_WIDE_AS_A_PAIR = {
+    torch.bfloat16: torch.int32,
+    torch.float32: torch.int64,
+    torch.float64: torch.complex128,
+}
+"""A dtype that moves two values at once."""
 
 
 def decode(
     blocks_ERb16: torch.Tensor, scales_ERb: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """Return values (E, C, R), in the orientation of Hugging Face's expert parameters."""
-    magnitudes = torch.tensor(_VALUES, dtype=torch.float32, device=blocks_ERb16.device)
+    """Return values (E, C, R), in the orientation of Hugging Face's expert parameters.
+
+    A byte is looked up as the pair of values that it stands for.
+    """
+    experts, rows, num_blocks, _ = blocks_ERb16.shape
+    device = blocks_ERb16.device
+    pairs_256 = _pairs(dtype, device).view(_AS_WIDE_AS_A_PAIR[dtype]).flatten()
+    values = pairs_256.index_select(0, blocks_ERb16.flatten().int()).view(dtype)
+    values_ERb32 = values.view(experts, rows, num_blocks, BLOCK)
+    factors = _powers_of_two(dtype, device).index_select(0, scales_ERb.flatten().int())
+    values_ERb32.mul_(factors.view(experts, rows, num_blocks, 1))
+    return values_ERb32.flatten(-2).transpose(1, 2).contiguous()
+
+
+def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the two code values of every byte, (256, 2)."""
+    magnitudes = torch.tensor(_VALUES, dtype=dtype, device=device)
     table = torch.cat([magnitudes, -magnitudes])
-    low = blocks_ERb16 & 0x0F
-    high = blocks_ERb16 >> 4
-    codes_ERb32 = torch.stack([low, high], dim=-1).flatten(-2)
-    exponent_ERb1 = scales_ERb.to(torch.int32).unsqueeze(-1) - _EXPONENT_BIAS
-    values = torch.ldexp(table[codes_ERb32.long()], exponent_ERb1).to(dtype)
-    return values.flatten(-2).transpose(1, 2).contiguous()
+    byte = torch.arange(256, device=device)
+    return torch.stack([table[byte & 0x0F], table[byte >> 4]], dim=-1)
+
+
+def _powers_of_two(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the factor of every scale, (256,); the last is infinite in fp32 and bf16."""
+    exponents = torch.arange(256, device=device) - _EXPONENT_BIAS
+    return torch.ldexp(torch.ones(256, device=device), exponents).to(dtype)
 
 
 def encode(values_ECR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

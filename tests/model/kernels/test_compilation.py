@@ -117,8 +117,17 @@ def launch_loss_tiles() -> None:
         triton_loss_tiles.gradient(logits, labels, wide, wide, pull, 0, out_Nv=logits)
 
 
+def launch_decoding() -> None:
+    from cpt.model.kernels import triton_packed_weights
+
+    blocks = torch.zeros(EXPERTS, SIZE, SIZE // 32, 16, dtype=torch.uint8)
+    scales = torch.zeros(EXPERTS, SIZE, SIZE // 32, dtype=torch.uint8)
+    triton_packed_weights.decode(blocks, scales, bf16(EXPERTS, SIZE, SIZE))
+
+
 def launch_all() -> None:
     launch_experts()
+    launch_decoding()
     launch_rows()
     launch_norms()
     launch_rotation()
