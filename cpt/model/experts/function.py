@@ -50,6 +50,15 @@ class Parameters(NamedTuple):
     down_EIM: Matrices
     down_bias_EM: torch.Tensor
 
+    def of_experts(self, experts: slice) -> Parameters:
+        """Return views of some of the experts."""
+        return Parameters(
+            self.gate_up_EM2I[experts],
+            self.gate_up_bias_E2I[experts],
+            self.down_EIM[experts],
+            self.down_bias_EM[experts],
+        )
+
 
 class Activation(NamedTuple):
     """The gated unit of gpt-oss."""

@@ -87,7 +87,7 @@ class LocalExperts(nn.Module):
         done = []
         for expert in range(self.num_experts):
             own = slice(expert, expert + 1)
-            of_expert = Parameters(*(tensor[own] for tensor in parameters))
+            of_expert = parameters.of_experts(own)
             groups = Groups(counts_E[own])
             done.append(
                 apply_experts(

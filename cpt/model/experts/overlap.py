@@ -86,7 +86,7 @@ class _Gradients:
         """
         layer = self._layer
         plan = half.plan
-        parameters = Parameters(*(parameter[half.experts] for parameter in layer.parameters))
+        parameters = layer.parameters.of_experts(half.experts)
         rows = self._arrived[half.arrived]
         weights_A = rows[:, layer.model_size]
         d_out_AM = self.d_out_AM[half.arrived]
