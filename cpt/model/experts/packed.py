@@ -39,6 +39,32 @@ class PackedMatrices:
     transposed: bool = False
     """Whether these are the matrices (E, N, K) of the same codes."""
 
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], device: torch.device | str) -> PackedMatrices:
+        """Allocate codes of matrices (E, K, N) without values.
+
+        Raises:
+            ValueError: the number of inputs is not a multiple of 32.
+        """
+        experts, inputs, outputs = shape
+        if inputs % BLOCK:
+            raise ValueError(f"MXFP4 needs a multiple of {BLOCK} inputs, got {inputs}.")
+        scales_shape = (experts, outputs, inputs // BLOCK)
+        return cls(
+            torch.empty(*scales_shape, BLOCK // 2, dtype=torch.uint8, device=device),
+            torch.empty(scales_shape, dtype=torch.uint8, device=device),
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """How many matrices there are."""
+        return self.scales_ENb.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes: 4.25 bits a weight."""
+        return self.blocks_ENb16.nbytes + self.scales_ENb.nbytes
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of the decoded matrices."""

@@ -28,6 +28,7 @@ from cpt.model.weights.hf_layout import (
     open_tensors,
     tensor_files,
 )
+from cpt.model.weights.packed_codes import look_at_codes, packed_exactly
 from cpt.model.weights.values import MAX_TENSORS, ValuesSeen, describe_values, joined
 from data_pipeline.escaping import escaped_line
 
@@ -167,6 +168,29 @@ class DirectoryWeights:
         for position, values in self._pieces(name, start, stop):
             seen.look(position, values)
             yield position, values
+
+    def codes(self, name: str, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the MXFP4 codes of an expert: blocks (R, b, 16) and scales (R, b).
+
+        Raises:
+            StorageError: The file could not be read.
+            ConfigError: It is stored in floating point, with values that MXFP4 does not have.
+        """
+        seen = self.seen.setdefault(name, ValuesSeen())
+        _, inputs, rows = self._shapes[name]
+        numel = inputs * rows
+        if name in self._files:
+            file = self._files[name]
+            values = file.elements(name, expert * numel, (expert + 1) * numel)
+            seen.look(expert * numel, values)
+            if seen.first_bad >= 0:  # it is refused with the others that are not finite
+                values = torch.zeros_like(values)
+            return packed_exactly(values.view(inputs, rows), name, expert, file.file)
+        num_blocks = inputs // mxfp4.BLOCK
+        blocks_Rb16 = self._columns(name + BLOCKS, expert, 0, num_blocks, mxfp4.BLOCK // 2)
+        scales_Rb = self._columns(name + SCALES, expert, 0, num_blocks, 1)[..., 0]
+        look_at_codes(seen, expert * numel, blocks_Rb16, scales_Rb)
+        return blocks_Rb16, scales_Rb
 
     def refuse_unusable(self, of_ranks: Iterable[Mapping[str, list[float | int | str]]]) -> None:
         """Refuse the tensors whose values cannot be weights.
