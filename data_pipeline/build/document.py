@@ -76,7 +76,7 @@ class Document:
         """Return the document of a conversation; effort and date do not count as its content."""
         return cls(
             text=conversation.text,
-            content_hash=content_hash(repr(conversation.messages).encode("utf-8")),
+            content_hash=content_hash(conversation.content.encode("utf-8")),
             num_bytes=conversation.num_bytes,
             is_conversation=True,
             place=place,

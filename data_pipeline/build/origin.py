@@ -31,7 +31,7 @@ from data_pipeline.errors import StorageError
 from data_pipeline.objects.object_paths import is_address
 from data_pipeline.store.manifest import BuildManifest, InputFiles
 from data_pipeline.text.cleaning import STEP_VERSIONS
-from data_pipeline.text.harmony import RULES_VERSION
+from data_pipeline.text.harmony_records import RULES_VERSION
 from data_pipeline.text.tokenizer import RANKS_SHA256
 
 MAX_LISTED_FILES = 1000

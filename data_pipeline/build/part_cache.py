@@ -50,7 +50,7 @@ from data_pipeline.store.files import (
 )
 from data_pipeline.store.ownership import refuse_foreign
 from data_pipeline.text.cleaning import MAX_DOCUMENT_BYTES, STEP_VERSIONS
-from data_pipeline.text.harmony import RULES_VERSION
+from data_pipeline.text.harmony_records import RULES_VERSION
 from data_pipeline.text.tokenizer import RANKS_SHA256
 
 ENTRY_FILE = "entry.json"

@@ -50,7 +50,7 @@ from data_pipeline.text.cleaning import (
     normalize,
     why_unusable,
 )
-from data_pipeline.text.harmony import read_conversation
+from data_pipeline.text.harmony_records import read_conversation
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -55,14 +55,16 @@ COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 FILE_FORMATS = ("auto", "jsonl", "parquet", "text", "harmony")
 """Formats whose `path` names files; the others read a folder or nothing."""
 
-RECORD_KEYS = ("messages", "reasoning_effort", "current_date")
+DECIDING_RECORD_KEYS = ("messages", "reasoning_effort", "current_date")
+RECORD_KEYS = (*DECIDING_RECORD_KEYS, "tools")
 """Keys of a conversation that are read."""
 THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
 """Names of an assistant's analysis: the chat template's, and those of inference servers."""
-MESSAGE_KEYS = ("role", "channel", "content", *THINKING_KEYS)
-"""Keys of a message that are read."""
 TOOL_CALL_KEYS = ("tool_calls", "function_call")
 """Keys of a message that say that it calls a tool."""
+DECIDING_MESSAGE_KEYS = ("role", "channel", "content", *THINKING_KEYS, *TOOL_CALL_KEYS)
+MESSAGE_KEYS = (*DECIDING_MESSAGE_KEYS, "recipient", "name", "tool_call_id", "loss")
+"""Keys of a message that are read. Those that do not decide may be listed in `ignored_keys`."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -95,7 +97,7 @@ def check_ignored_keys(keys: tuple[str, ...], file_format: str) -> Iterator[Prob
             f"is given, but format: {file_format} has no conversations. Remove it.",
         )
     for key in keys:
-        if key in (*RECORD_KEYS, *MESSAGE_KEYS, *TOOL_CALL_KEYS):
+        if key in (*DECIDING_RECORD_KEYS, *DECIDING_MESSAGE_KEYS):
             yield (
                 "ignored_keys",
                 f"lists '{key}', which decides what a conversation says. Remove it from the list.",

@@ -38,7 +38,7 @@ from data_pipeline.bounded.json_text import parse_json
 from data_pipeline.errors import DataError
 from data_pipeline.store.files import atomic_write
 from data_pipeline.store.open_files import OpenFiles
-from data_pipeline.text.harmony import RETURN
+from data_pipeline.text.harmony import CALL, RETURN
 from data_pipeline.text.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, VOCAB_SIZE, Tokens
 
 MAGIC = b"CPTSHARD"
@@ -300,15 +300,14 @@ class Shard:
             )
 
     def _check_ends(self) -> None:
-        last = END_OF_TEXT
-        name = "END_OF_TEXT"
+        ends = {END_OF_TEXT: "END_OF_TEXT"}
         if self.chat:
-            last = RETURN
-            name = "<|return|>"
-        differs = self._tokens[self.offsets[1:] - 1] != last
+            ends = {RETURN: "<|return|>", CALL: "<|call|>"}
+        differs = ~np.isin(self._tokens[self.offsets[1:] - 1], list(ends))
         if differs.any():
             bad = int(np.argmax(differs))
-            raise self._error(f"document {bad} does not end with {name} ({last})")
+            names = " or ".join(f"{name} ({token})" for token, name in ends.items())
+            raise self._error(f"document {bad} does not end with {names}")
 
 
 class Shards:

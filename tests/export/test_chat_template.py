@@ -23,8 +23,8 @@ from data_pipeline.text.harmony import (
     RETURN,
     START,
     encode_prompt,
-    read_conversation,
 )
+from data_pipeline.text.harmony_records import read_conversation
 from data_pipeline.text.harmony_reply import ReplyMessage, parse_reply
 from data_pipeline.text.tokenizer import NUM_TEXT_TOKENS, encode, encoding
 

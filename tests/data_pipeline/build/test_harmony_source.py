@@ -22,12 +22,11 @@ from data_pipeline.text.cleaning import MAX_REASONS, Place, Tally
 from data_pipeline.text.harmony import (
     END,
     MESSAGE,
-    METADATA_KEYS,
     RETURN,
     START,
     body,
-    read_conversation,
 )
+from data_pipeline.text.harmony_records import METADATA_KEYS, read_conversation
 from data_pipeline.text.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, decode, encode
 from tests.data_pipeline.inputs import MakeMix, make_texts
 
@@ -39,6 +38,20 @@ RECORDS = [
 ANSWER = {"role": "assistant", "thinking": "hm", "content": "A"}
 QUESTION = {"role": "user", "content": "Q"}
 INSTRUCTIONS = {"role": "system", "content": "x"}
+BARE = {"role": "assistant", "content": "A"}
+COMMENT = {"channel": "commentary"}
+
+
+def call(name: str, arguments: Any) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+
+
+CALL = call("f", {})
+CALLS = {"tool_calls": CALL["tool_calls"]}
+TWO_CALLS = {**CALL, "tool_calls": [*CALL["tool_calls"], *call("g", "{}")["tool_calls"]]}
+RESULT = {"role": "tool", "name": "f", "content": "1"}
+TOOL_G = {"name": "g", "description": "G."}
 
 
 def tokens_of(*messages: dict[str, Any], **keys: Any) -> list[int]:
@@ -71,14 +84,34 @@ def test_control_tokens_written_in_a_message_stay_text() -> None:
     [
         ({"text": "plain"}, "no list of objects 'messages'"),
         ({"messages": [QUESTION]}, "the last message is not an answer"),
-        ({"messages": [QUESTION, {**ANSWER, "tool_calls": [{}]}]}, "tool calls"),
-        ({"messages": [QUESTION, {**ANSWER, "function_call": {"name": "f"}}]}, "tool calls"),
-        ({"messages": [QUESTION, {"role": "function", "name": "f", "content": "1"}]}, "tool calls"),
+        ({"messages": [QUESTION, {**ANSWER, "tool_calls": [{}]}]}, "function without a name"),
+        ({"messages": [QUESTION, {**ANSWER, "tool_calls": 1}]}, "'tool_calls' is not a list"),
+        ({"messages": [QUESTION, {**ANSWER, "function_call": {"name": "f"}}]}, "old form of tool"),
+        ({"messages": [QUESTION, {"role": "function", "name": "f", "content": "1"}]}, "old form"),
+        ({"messages": [QUESTION, CALL, QUESTION, ANSWER]}, "tool call without its result"),
+        ({"messages": [QUESTION, CALL, ANSWER]}, "tool call without its result"),
+        ({"messages": [QUESTION, CALL, RESULT]}, "the last message is not an answer"),
+        ({"messages": [QUESTION, RESULT, ANSWER]}, "tool result without its call"),
+        ({"messages": [QUESTION, CALL, RESULT, RESULT, ANSWER]}, "tool result without its call"),
+        ({"messages": [QUESTION, CALL, {**RESULT, "name": "g"}, ANSWER]}, "result without its"),
+        ({"messages": [QUESTION, TWO_CALLS, {**RESULT, "name": None}, RESULT, ANSWER]}, "none of"),
+        ({"messages": [QUESTION, call("f", "[]"), RESULT, ANSWER]}, "that are no JSON object"),
+        ({"messages": [QUESTION, call("f", "{"), RESULT, ANSWER]}, "that are no JSON object"),
+        ({"messages": [QUESTION, call("f g", "{}"), RESULT, ANSWER]}, "function without a name"),
+        ({"messages": [QUESTION, CALL, RESULT, ANSWER], "tools": [TOOL_G]}, "does not define"),
+        ({"messages": [QUESTION, ANSWER], "tools": [TOOL_G, TOOL_G]}, "two tools of one name"),
+        ({"messages": [QUESTION, ANSWER], "tools": [{"type": "browser"}]}, "that is no function"),
+        ({"messages": [QUESTION, ANSWER], "tools": [{"name": "f", "returns": 1}]}, "'returns'"),
+        ({"messages": [QUESTION, {**ANSWER, "channel": "final", **CALLS}]}, "another channel"),
+        ({"messages": [{**QUESTION, **CALLS}, ANSWER]}, "not the assistant's"),
+        ({"messages": [{**QUESTION, "loss": True}, ANSWER]}, "'loss: true' on a message"),
+        ({"messages": [QUESTION, {**ANSWER, "loss": 0}]}, "neither true nor false"),
         ({"messages": [QUESTION, {**ANSWER, "weight": 0}]}, "unknown key 'weight' in a message"),
         ({"messages": [QUESTION, {**ANSWER, "thinkng": "x"}]}, "unknown key 'thinkng'"),
         ({"messages": [{**QUESTION, "name": "Ann"}, ANSWER]}, "unknown key 'name'"),
-        ({"messages": [QUESTION, {**ANSWER, "recipient": "functions.f"}]}, "key 'recipient'"),
-        ({"messages": [QUESTION, ANSWER], "tools": [{"name": "f"}]}, "'tools' in a record"),
+        ({"messages": [QUESTION, {**ANSWER, "recipient": "functions.f"}]}, "'thinking' beside"),
+        ({"messages": [QUESTION, {**BARE, "recipient": "functions.f"}]}, "'recipient' outside"),
+        ({"messages": [QUESTION, {**BARE, **COMMENT, "recipient": "python"}]}, "no function"),
         ({"messages": [QUESTION, ANSWER], "system": "Be kind."}, "unknown key 'system'"),
         ({"messages": [QUESTION, ANSWER], "effort": "high"}, "unknown key 'effort'"),
         ({"messages": [QUESTION, ANSWER], "model_identity": "I"}, "unknown key 'model_identity'"),
@@ -347,3 +380,19 @@ def test_the_body_is_what_follows_the_system_message() -> None:
     tokens = np.array(tokens_of(QUESTION, ANSWER), np.uint32)
     assert decode(body(tokens)).startswith("<|start|>user<|message|>Q<|end|>")
     assert END_OF_TEXT not in tokens and len(encode("x")) == 1
+
+
+def test_a_conversation_that_ends_with_a_call_is_built_and_read(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    records = [{"messages": [QUESTION, CALL]}, {"messages": [QUESTION, CALL, RESULT, ANSWER]}]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "chat.jsonl").write_text(text)
+    chat = {"chat": {"path": "../chat.jsonl", "format": "harmony"}}
+    mix = make_mix({"chat": ["unused"]}, seq_len=256, sources=chat)
+    assert build(mix, tmp_path / "out", progress=False).sources[0].documents == 2
+    BuiltData.open(tmp_path / "out", mix=mix)
+    shard = Shard(tmp_path / "out" / "chat" / "documents-00000.tokens")
+    assert decode(shard.tokens(0, 0, int(shard.document_tokens[0]))).endswith(
+        "<|start|>assistant to=functions.f<|channel|>commentary <|constrain|>json<|message|>{}<|call|>"
+    )
