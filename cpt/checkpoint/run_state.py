@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,6 +22,8 @@ class RunState:
 
     model_config: Plain
     """Hugging Face's configuration of the model."""
+    lineage: Sequence[Plain] | None = None
+    """The models that the first weights came from (`cpt.checkpoint.lineage`)."""
     config: Plain | None = None
     """`RunConfig.to_plain` of the run that wrote the checkpoint."""
     identity: Plain | None = None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import GptOssConfig
 
+from cpt.checkpoint.starting_model import located, starting_config
 from cpt.config import LaunchInfo, RunYaml, files_of_stage, load, resolve
 from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
@@ -241,12 +242,13 @@ class _Planner:
         if name is not None:
             return name, load_config(None, name)
         model = self._run.model
-        if model.path is not None and not model.path.exists():
+        path = None if model.path is None else located(model.path)
+        if path is not None and not path.exists():
             raise ConfigError(
                 f"model.path {model.path} does not exist here. Name its architecture: "
                 f"--model {EXAMPLE_PRESET}"
             )
-        return str(model.path or model.init), load_config(model.path, model.init)
+        return str(path or model.init), starting_config(path, model.init)
 
     def _with_rows(self, seq_len: int) -> RunYaml:
         """Return the run with rows of another length and as many tokens in a step."""

@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> None:
             attempt(lambda: _stage_build(data, options.to))
         path = parts.model.path if parts.model is not None else None
         if path is not None and not list_steps(options.run_dir):
-            attempt(lambda: _stage_weights(path, options.to))
+            attempt(lambda: _stage_model(path, options.to))
     say(json.dumps(staged))
 
 
@@ -80,6 +80,17 @@ def _stage_build(settings: DataSection, root: Path) -> tuple[Path, Path] | None:
         log.info("%s is not built yet: there is nothing to copy", settings.mix)
         return None
     return folder, stage(folder, [FILE_NAME, *read_manifest(folder).files], root)
+
+
+def _stage_model(path: Path, root: Path) -> tuple[Path, Path] | None:
+    """Copy a model; nothing of a checkpoint, of which a rank reads a third, and its part only."""
+    from cpt.checkpoint.starting_model import is_checkpoint, located
+
+    found = located(path)
+    if is_checkpoint(found):
+        log.info("%s is read from where it lies", found)
+        return None
+    return _stage_weights(found, root)
 
 
 def _stage_weights(path: Path, root: Path) -> tuple[Path, Path]:

@@ -41,7 +41,13 @@ from data_pipeline.config.strict_yaml import Located, Reader, load_json, load_ya
 EXCLUSIVE_KEYS = {"model.path": "model.init", "model.init": "model.path"}
 """Keys of the run YAML of which a file has one: `--set` of either replaces the other."""
 
-PATH_KEYS = ("model.path", "data.mix", "data.build_dir", "train.kl_targets")
+PATH_KEYS = (
+    "model.path",
+    "data.mix",
+    "data.build_dir",
+    "train.kl_targets",
+    "guard.baseline_model",
+)
 """Keys of the run YAML that are paths."""
 
 __all__ = [
@@ -173,11 +179,13 @@ def _with_paths_beside(parsed: RunYaml, run_yaml: Path) -> RunYaml:
     """Read relative paths of the run YAML relative to the file."""
     folder = run_yaml.parent
     train = replace(parsed.train, kl_targets=_beside(parsed.train.kl_targets, folder))
+    guard = replace(parsed.guard, baseline_model=_beside(parsed.guard.baseline_model, folder))
     return replace(
         parsed,
         model=_model_beside(parsed.model, folder),
         data=_data_beside(parsed.data, folder),
         train=train,
+        guard=guard,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 
@@ -26,6 +27,10 @@ class GuardSection:
 
     enabled: bool = True
     """Measure held-out bits per byte before step 0, every `interval_steps` and at the end."""
+    baseline_model: Path | None = None
+    """Model that every measurement is compared with, as `model.path` names one, relative to the run
+    YAML; the default is the model that the run starts from. Fine-tuning after continual pretraining
+    names the original release here, so that English is judged against it through both."""
     interval_steps: int = 0
     """Optimizer steps between measurements; 0 measures only before step 0 and at the end."""
     generation_interval_steps: int = 0

@@ -29,8 +29,9 @@ class ModelSection:
     """The `model` section: which model is trained, and how it computes."""
 
     path: Path | None = None
-    """Hugging Face directory of safetensors, relative to the run YAML; give either this or `init`.
-    """
+    """Hugging Face directory of safetensors, or a run of this project, relative to the run YAML;
+    give either this or `init`. A run directory means its newest complete checkpoint,
+    `RUN_DIR@STEP` that of a step."""
     init: Literal["tiny", "gpt-oss-20b", "gpt-oss-120b"] | None = None
     """Architecture to start from random weights; give either this or `path`."""
     attention: str = "auto"

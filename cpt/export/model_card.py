@@ -7,9 +7,9 @@ training machine stay out of it; files appear with their own names only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from cpt.checkpoint.lineage import lineage_of_checkpoint, lineage_text
 from cpt.checkpoint.manifest import Manifest
 from cpt.checkpoint.run_state import RunState
 from cpt.export.logged_facts import LoggedFacts
@@ -127,11 +127,7 @@ def _front_matter(sources: dict[str, Json]) -> str:
 
 def _origin(manifest: Manifest, format_name: str) -> str:
     config = RunState.of(manifest).config or {}
-    model = config.get("model", {})
-    if model.get("path"):
-        base = f"`{Path(model['path']).name}`"
-    else:
-        base = f"random weights (`{model.get('init')}`)"
+    base = lineage_text(lineage_of_checkpoint(manifest), quote="`")
     num_tokens = (RunState.of(manifest).progress or {}).get("tokens", 0)
     paragraphs = [
         f"Started from {base}. {manifest.step:,} optimizer steps, {num_tokens:,} predicted tokens. "

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from cpt.checkpoint.lineage import LINEAGE_FILE, lineage_with
 from cpt.checkpoint.manifest import Manifest, read_manifest
 from cpt.errors import ConfigError
 from cpt.export.huggingface import REPORT_FILE, export_checkpoint
@@ -109,6 +110,8 @@ def _export(
         if costs:
             write_json(temporary / COST_FILE, {"domains": costs}, indent=2, sort_keys=True)
             sections.append(_cost_section(costs))
+        models = lineage_with(manifest, run_dir.resolve().name)
+        write_json(temporary / LINEAGE_FILE, {"models": models}, indent=2, sort_keys=True)
         card = escaped_text(model_card(manifest, facts, format_name, sections))
         (temporary / "README.md").write_text(card, encoding="utf-8")
 

@@ -119,6 +119,20 @@ class Guard:
         for yardstick in self._yardsticks:
             yardstick.open_untouched(step)
 
+    def keep_untouched(self, engine: TrainingEngine, stop: StopRequest | None) -> bool:
+        """Measure the untouched model, whose weights the engine has now, and keep the baselines.
+
+        Only a run with `guard.baseline_model` needs this: otherwise `measure` does it at step 0.
+
+        Returns:
+            False if a stop was requested before all was measured.
+
+        Raises:
+            ConfigError: what an earlier start kept is of another model or other content.
+        """
+        look = self.look_at(0, last=False)
+        return all(one.keep_untouched(look, engine, stop) for one in self._yardsticks)
+
     def measure(
         self,
         step: int,
@@ -131,7 +145,7 @@ class Guard:
         """Measure with every yardstick that is due, decide, and log it.
 
         All ranks call it together and get the same decision. At step 0 the scores become the
-        baselines.
+        baselines, unless there are some (`keep_untouched`), and nothing follows from them.
 
         Args:
             step: Optimizer steps done.
@@ -266,6 +280,10 @@ class Guard:
         evidence = evidence_at(look.step, self.domain_names, seen.readings, limits)
         after, decision = decide(seen, evidence, look.settings, limits, last=look.last)
         after = restarted(self._judges(), after, decision)
+        if look.step == 0:  # this run has changed nothing yet, whatever one before it has
+            decision = Decision(
+                action="none", actions=dict.fromkeys(self.domain_names, "none"), reason=""
+            )
         return {
             "lines": lines,
             "decision": asdict(decision),

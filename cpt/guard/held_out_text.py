@@ -39,9 +39,8 @@ from cpt.guard.requirements import (
 )
 from cpt.guard.score import DomainScore, Floats, ScoredSet, content_hashes, score_domain
 from cpt.guard.text_judge import TextJudge
+from cpt.guard.untouched_model import untouched_name, untouched_weights
 from cpt.guard.yardstick import Json, Kind, Look
-from cpt.model.weights.checksums import sampled_hash
-from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.agreed_stop import agreed_reason
@@ -97,7 +96,7 @@ class HeldOutText(TextJudge):
         self._topology = topology
         self._data = {domain.name: domain for domain in data.held_out}
         self.domain_names = [domain.name for domain in data.held_out]
-        self._model = str(config.model.path or f"{config.model.init}, seed {config.train.seed}")
+        self._model = untouched_name(config)
         self._folder = run_dir / "guard"
         self._baseline_file = self._folder / BASELINE_FILE
         self._drawings: dict[str, Drawing] = {}
@@ -115,6 +114,17 @@ class HeldOutText(TextJudge):
         if not self.baseline and step:
             raise missing_baseline(self._baseline_file, step)
 
+    def keep_untouched(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> bool:
+        """Measure the baseline; see `cpt.guard.yardstick.Yardstick.keep_untouched`."""
+        self.open_untouched(0)
+        if self.baseline:
+            return True
+        baseline = self._measure_baseline(look, engine, stop)
+        if baseline is None:
+            return False
+        self.baseline = baseline
+        return True
+
     def measure(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> Json | None:
         """Score the domains that have a baseline, all of them at step 0.
 
@@ -127,11 +137,9 @@ class HeldOutText(TextJudge):
         """
         self.open_untouched(look.step)
         if not self.baseline:
-            baseline = self._measure_baseline(look, engine, stop)
-            if baseline is None:
+            if not self.keep_untouched(look, engine, stop):
                 return None
-            self.baseline = baseline
-            return {"nats": {name: one.panel.nats.tolist() for name, one in baseline.items()}}
+            return {"nats": {name: one.panel.nats.tolist() for name, one in self.baseline.items()}}
         panels: dict[str, Floats] = {}
         fresh: dict[str, Floats] = {}
         for name in self.baseline:
@@ -200,7 +208,7 @@ class HeldOutText(TextJudge):
         """Write the baseline, unless nothing can be told from it."""
         check_finite(
             baselines,
-            f"model.path {self._model}" if self._config.model.path else f"model {self._model}",
+            self._model_in_words(),
             "Look at the weights: a value that is not finite or far too large, or a file that is "
             "damaged. Compare their SHA-256 with the published ones, or give another model.",
         )
@@ -336,20 +344,12 @@ class HeldOutText(TextJudge):
         )
 
     def _base_weights(self) -> str:
-        return base_weights(self._config, self._topology)
+        return untouched_weights(self._config, self._topology)
 
-
-def base_weights(config: RunConfig, topology: Topology) -> str:
-    """Return a hash of the untouched weights, which does not depend on where they lie.
-
-    Of random weights it is the name of the preset with the seed.
-    """
-    path = config.model.path
-    if path is None:
-        return f"{config.model.init}, seed {config.train.seed}"
-    return on_first_rank(
-        topology.control_group, lambda: sampled_hash(set(tensor_files(path).values()))
-    )
+    def _model_in_words(self) -> str:
+        if self._config.guard.baseline_model is not None:
+            return f"guard.baseline_model {self._model}"
+        return f"model.path {self._model}" if self._config.model.path else f"model {self._model}"
 
 
 def change_table(events: Sequence[Mapping[str, Any]]) -> str:

@@ -252,6 +252,25 @@ class Yardstick(Judge, Protocol):
         """
         ...
 
+    def keep_untouched(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> bool:
+        """Measure the untouched model, whose weights the engine has, and keep what is measured.
+
+        What an earlier start kept is read instead. A run with `guard.baseline_model` calls it
+        before it reads the weights that it starts from; otherwise `measure` does so at step 0.
+
+        Args:
+            look: The look of step 0.
+            engine: The untouched model.
+            stop: Looked at on the way.
+
+        Returns:
+            False if a stop was requested before everything was measured.
+
+        Raises:
+            ConfigError: what was kept is of another model or other content.
+        """
+        ...
+
     def measure(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> Json | None:
         """Measure the present weights.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from cpt.checkpoint.lineage import lineage_of_run
 from cpt.checkpoint.loading import LoadedState, load_checkpoint
 from cpt.checkpoint.saver import Saver
 from cpt.guard.generation.yardstick import Generation
@@ -18,7 +19,13 @@ from cpt.guard.traces.yardstick import OwnTraces
 from cpt.guard.yardstick import Yardstick
 from cpt.job.context import RunContext
 from cpt.job.data import check_plan, open_data, open_kl_targets, plan_of
-from cpt.job.engine_setup import build_engine, fill_weights, verify_checksums, weight_source
+from cpt.job.engine_setup import (
+    build_engine,
+    fill_weights,
+    stored_weights,
+    verify_checksums,
+    weight_source,
+)
 from cpt.job.job import Job, start_from_loaded
 from cpt.job.kept_config import keep_config
 from cpt.job.resumption import StartingPoint, expected_checkpoint, fresh_start, start_from
@@ -56,7 +63,10 @@ def assemble(context: RunContext) -> Job:
     leave_if_asked(context.stop, group, "before the checkpoint was loaded")
     fault_point("load", 0)
     loaded = load_newest(context, engine)
+    guard = make_guard(context, data)
     if loaded is None:
+        if guard is not None:
+            keep_baseline_model(context, engine, guard)
         if config.model.verify_checksums:
             verify_checksums(source, context.topology)
         fill_weights(engine, source)
@@ -71,7 +81,7 @@ def assemble(context: RunContext) -> Job:
         stages=start.stages,
         mixture=mixture_of(data, start.ledger, context.mix.seed, start.stages),
         engine=engine,
-        guard=make_guard(context, data),
+        guard=guard,
         replay=ReplayShares(
             context.mix, data, config.guard.max_replay_share, config.guard.least_replay
         ),
@@ -80,6 +90,7 @@ def assemble(context: RunContext) -> Job:
         progress=start.progress,
         stability=Stability(),
         report=periodic_report(context),
+        lineage=on_first_rank(group, lambda: lineage_of_run(config)),
     )
     if loaded is not None:
         job.restore(loaded, accept_mix_change=config.data.accept_mix_change)
@@ -167,6 +178,29 @@ def load_newest(context: RunContext, engine: TrainingEngine) -> LoadedState | No
         context.resume,
         set_aside=not context.observe,
     )
+
+
+def keep_baseline_model(context: RunContext, engine: TrainingEngine, guard: Guard) -> None:
+    """Measure the model of `guard.baseline_model`, if the run names one, with the run's engine.
+
+    The engine holds its weights afterwards.
+
+    Raises:
+        RequeueRequested: on all ranks: a stop was asked for meanwhile.
+        ConfigError, CheckpointError: on all ranks: the model cannot be read.
+    """
+    path = context.config.guard.baseline_model
+    if path is None:
+        return
+    source = stored_weights(path, context.model_config, context.topology)
+    if context.config.model.verify_checksums:
+        verify_checksums(source, context.topology)
+    fill_weights(engine, source)
+    context.clock.enter("evaluate", 0)
+    is_kept = guard.keep_untouched(engine, context.stop)
+    if not is_kept:
+        leave_if_asked(context.stop, context.control_group, "before the first step")
+    log.info("guard: %s is the model that this run is compared with", path)
 
 
 def make_guard(context: RunContext, data: BuiltData) -> Guard | None:

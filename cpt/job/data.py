@@ -13,12 +13,12 @@ from typing import Any
 import torch.distributed as dist
 
 from cpt.checkpoint.given_up_batches import batch_of_step
+from cpt.checkpoint.starting_model import weight_files
 from cpt.config import DataSection, RunConfig
 from cpt.errors import ConfigError, DataError, StorageError
 from cpt.job.build_check import verify_together
 from cpt.job.context import RunContext
 from cpt.job.resumption import StartingPoint
-from cpt.model.weights.hf_layout import tensor_files
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.storage.local_copies import local_copy
@@ -263,10 +263,10 @@ def check_replay(config: RunConfig, data: BuiltData) -> None:
 
 
 def base_files(config: RunConfig) -> list[Path]:
-    """Return the weight files of the model that a run starts from; none for random weights."""
+    """Return the files that the model a run starts from is known by; none for random weights."""
     if config.model.path is None:
         return []
-    return sorted(set(tensor_files(config.model.path).values()))
+    return weight_files(config.model.path)
 
 
 def base_name(config: RunConfig) -> str:

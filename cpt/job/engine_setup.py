@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import GptOssConfig
 
 from cpt.checkpoint.loading import flat_ranges
+from cpt.checkpoint.starting_model import StartingCheckpoint, is_checkpoint
 from cpt.config import RunConfig
 from cpt.config.window import window_tokens
 from cpt.deepspeed_adapter.partition import materialize_partitioned
@@ -137,8 +139,24 @@ def weight_source(
     path = config.model.path
     if path is None:
         return RandomWeights(config.train.seed, float(model_config.initializer_range))
+    return stored_weights(path, model_config, topology)
+
+
+def stored_weights(path: Path, model_config: GptOssConfig, topology: Topology) -> WeightSource:
+    """Return the weights of a directory, or of a checkpoint of another run; its files are opened.
+
+    Raises:
+        ConfigError: on all ranks: the directory does not hold this model.
+        CheckpointError: on all ranks: the checkpoint is damaged, or of another model.
+    """
     shapes = parameter_shapes(model_config)
-    return together(topology.control_group, lambda: DirectoryWeights(local_copy(path), shapes))
+
+    def opened() -> WeightSource:
+        if is_checkpoint(path):
+            return StartingCheckpoint(path, shapes)
+        return DirectoryWeights(local_copy(path), shapes)
+
+    return together(topology.control_group, opened)
 
 
 def verify_checksums(source: WeightSource, topology: Topology) -> None:
@@ -146,7 +164,11 @@ def verify_checksums(source: WeightSource, topology: Topology) -> None:
 
     Raises:
         ConfigError: on all ranks, naming every file whose SHA-256 is not the known one.
+        CheckpointError: on all ranks: a file of a checkpoint is not the one that was written.
     """
+    if isinstance(source, StartingCheckpoint):
+        num_files = source.verify(topology)
+        log.info("weights: %d files of %s verified", num_files, source.folder)
     if not isinstance(source, DirectoryWeights):
         return
     group = topology.control_group

@@ -30,8 +30,15 @@ from pathlib import Path
 from typing import Any
 
 from cpt.checkpoint.reader import list_steps, step_folder
+from cpt.checkpoint.starting_model import (
+    check_starting_weights,
+    located,
+    starting_config,
+    unfinished_warning,
+)
 from cpt.config import (
     LaunchInfo,
+    ModelSection,
     RunConfig,
     RunYaml,
     files_of_stage,
@@ -57,6 +64,7 @@ from cpt.job.data import (
     warn_of_little_text,
 )
 from cpt.job.findings import Findings, joined
+from cpt.job.kept_config import kept_models
 from cpt.job.passed_gate import PassedGate
 from cpt.job.resumption import (
     ExpectedCheckpoint,
@@ -69,10 +77,9 @@ from cpt.job.run_dir import RoomNeeded, check_place, room_needed
 from cpt.job.seam import Seam
 from cpt.job.start_options import check_start, resume_word
 from cpt.model import attention
-from cpt.model.configuration import load_config
+from cpt.model.configuration import differing_keys
 from cpt.model.freezing import freeze_problems
 from cpt.model.parameters import parameter_numels, parameter_shapes
-from cpt.model.weights.directory import check_directory
 from cpt.model.weights.tokenizer_check import tokenizer_problems
 from cpt.planning.fit import Card, PlannedStart, fit_problem, fit_warning
 from cpt.planning.hardware import ANY_GPU
@@ -130,7 +137,7 @@ def check_named_files(run_yaml: Path, overrides: dict[str, str], found: Findings
     parts = readable_parts(run_yaml, overrides)
     model = parts.model
     if model is not None:
-        found.attempt(lambda: load_config(model.path, model.init))
+        found.attempt(lambda: _located_config(model))
     data = parts.data
     if data is not None:
         found.attempt(lambda: check_mix(data, parts.seq_len))
@@ -147,12 +154,12 @@ class _Gate:
         environment: LaunchEnvironment,
     ) -> None:
         self.environment = environment
-        self.run_yaml = run_yaml
         self.json_file = json_file
         self.run_dir: Path = options.run_dir or Path("runs") / options.config.stem
         self.resume = resume_word(options.resume, environment.restarts)
         self.found = Findings()
         """Refusals of the checks that every rank makes."""
+        self.run_yaml = self._with_models_located(run_yaml)
         self.found_by_one = Findings()
         """Refusals of the checks that only the first rank makes, and of those of its own node."""
         self.model_config: Any = None
@@ -211,10 +218,24 @@ class _Gate:
             refusal=joined(self.found_by_one),
         )
 
+    def _with_models_located(self, run_yaml: RunYaml) -> RunYaml:
+        """Return the run YAML with one checkpoint in place of each run that it names as a model."""
+        kept = {} if self.resume == "never" else kept_models(self.run_dir)
+
+        def found(key: str, path: Path | None) -> Path | None:
+            if path is None:
+                return None
+            return self.found.attempt(lambda: located(path, key, kept.get(key))) or path
+
+        model = replace(run_yaml.model, path=found("model.path", run_yaml.model.path))
+        baseline = found("guard.baseline_model", run_yaml.guard.baseline_model)
+        guard = replace(run_yaml.guard, baseline_model=baseline)
+        return replace(run_yaml, model=model, guard=guard)
+
     def _check_model(self) -> None:
         """Read the architecture, and bring files, model and world size together."""
         model = self.run_yaml.model
-        self.model_config = self.found.attempt(lambda: load_config(model.path, model.init))
+        self.model_config = self.found.attempt(lambda: starting_config(model.path, model.init))
         known = attention.known_names()
         if model.attention not in known:
             self.found.add(
@@ -307,14 +328,39 @@ class _Gate:
             self.found_by_one.add(tracker_problems(self.run_yaml))
 
     def _check_weights(self) -> None:
-        path = self.run_yaml.model.path
-        if path is None or self.model_config is None:
+        if self.model_config is None:
             return
+        path = self.run_yaml.model.path
+        if path is not None:
+            self._check_weights_in(path)
+            warning = self.found_by_one.attempt(lambda: unfinished_warning(path))
+            if warning and self.trains:
+                log.warning("%s", warning)
+        baseline = self.run_yaml.guard.baseline_model
+        if baseline is not None and self.run_yaml.guard.enabled:
+            self.found_by_one.add(self._problems_of_baseline(baseline))
+            self._check_weights_in(baseline)
+
+    def _check_weights_in(self, path: Path) -> None:
+        """Compare the tensors and the tokenizer of a model that the run YAML names with the run."""
         found = self.found_by_one
         shapes = parameter_shapes(self.model_config)
-        found.attempt(lambda: check_directory(path, shapes))
+        found.attempt(lambda: check_starting_weights(path, shapes))
         problems = found.attempt(lambda: tokenizer_problems(path, self.model_config.vocab_size))
         found.add(problems or [])
+
+    def _problems_of_baseline(self, path: Path) -> list[str]:
+        """Return why a model cannot be measured with the architecture of the run."""
+        config = self.found_by_one.attempt(lambda: starting_config(path, None))
+        if config is None:
+            return []
+        differing = differing_keys(config, self.model_config)
+        if not differing:
+            return []
+        return [
+            f"guard.baseline_model {path} is of another architecture than model.path: "
+            f"{', '.join(differing)} differ. Name the release that the model was trained from."
+        ]
 
     def _check_kl_targets(self) -> None:
         folder = self.run_yaml.train.kl_targets
@@ -436,6 +482,16 @@ class _Gate:
         if plan is not None:
             self.found_by_one.attempt(lambda: check_plan(config, plan))
         self.plan = plan
+
+
+def _located_config(model: ModelSection) -> None:
+    """Read the architecture that a `model` section names.
+
+    Raises:
+        CptError: there is none.
+    """
+    path = None if model.path is None else located(model.path)
+    starting_config(path, model.init)
 
 
 def _raise_any(*findings: Findings) -> None:

@@ -73,6 +73,8 @@ class Job:
     """Where the stages of the run begin; None for a run without stages."""
     report: PeriodicReport | None = None
     """Draws report.html while the run goes on; only the first rank has it."""
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    """The models that the first weights came from (`cpt.checkpoint.lineage`)."""
     reader: ReadAhead[Places, MicroBatch] = field(init=False)
     """Reads the micro batch after the one that is computed."""
     _foreseen: GlobalBatch | None = field(default=None, init=False)
@@ -277,6 +279,7 @@ class Job:
         """Return what a checkpoint keeps besides tensors, as JSON values."""
         state = RunState(
             model_config=self.context.model_config.to_dict(),
+            lineage=self.lineage,
             config=self.config.to_plain(),
             identity=RunIdentity.of(self.config).to_json(self.stages),
             progress=self.progress.to_json(),

@@ -15,7 +15,9 @@ from pathlib import Path
 import yaml
 
 from cpt.config import RunConfig
+from cpt.errors import ConfigError
 from data_pipeline.bounded.files import read_small_file
+from data_pipeline.config.strict_yaml import load_yaml
 from data_pipeline.store.files import make_folder, write_text
 
 NEWEST = "config.resolved.yaml"
@@ -44,6 +46,26 @@ def keep_config(run_dir: Path, config: RunConfig) -> Path:
     write_text(file, text)
     write_text(newest, text)
     return file
+
+
+def kept_models(run_dir: Path) -> dict[str, Path]:
+    """Return the models that the newest start has named, by key of the run YAML.
+
+    A file that is missing or cannot be read gives none: a start depends on it only where a path of
+    the run YAML means one of several checkpoints.
+    """
+    try:
+        values = load_yaml(run_dir / NEWEST).value
+    except ConfigError:
+        return {}
+    found = {}
+    for key in ("model.path", "guard.baseline_model"):
+        section, _, name = key.partition(".")
+        block = values.get(section) if isinstance(values, dict) else None
+        text = block.get(name) if isinstance(block, dict) else None
+        if isinstance(text, str):
+            found[key] = Path(text)
+    return found
 
 
 def _last_start(folder: Path) -> int:

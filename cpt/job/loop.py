@@ -250,7 +250,9 @@ def measure(job: Job, stop: StopRequest | None = None, *, last: bool = False) ->
     seconds = time.perf_counter() - started
     job.telemetry.log({"event": "evaluation", "step": step, "seconds": seconds})
     if decision is not None and job.topology.rank == 0:
-        verdict = job.guard.verdict() if step else "the untouched model is measured"
+        verdict = job.guard.verdict()
+        if step == 0 and job.config.guard.baseline_model is None:
+            verdict = "the untouched model is measured"
         log.info("guard at step %d: %s; %.1f s", step, verdict, seconds)
     if decision is not None and not last:
         steer(job, job.guard, decision)

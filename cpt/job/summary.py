@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from typing import Any
 
 from transformers import GptOssConfig
 
+from cpt.checkpoint.lineage import lineage_of_run, lineage_text
 from cpt.config import RunConfig
+from cpt.errors import CptError
 from cpt.job.passed_gate import PassedGate
 from cpt.job.run_dir import existing_folder
 from cpt.model.freezing import frozen_names
@@ -23,7 +26,7 @@ def describe(passed: PassedGate) -> str:
     rows_per_step, seq_len = config.train.global_batch_size, config.train.seq_len
     accumulation = config.gradient_accumulation_steps
     rows: dict[str, Any] = {
-        "model": config.model.path or config.model.init,
+        "model": describe_model(config),
         "architecture": (
             f"{model.num_hidden_layers} layers, {model.num_local_experts} experts, "
             f"{model.num_attention_heads}/{model.num_key_value_heads} heads"
@@ -35,6 +38,7 @@ def describe(passed: PassedGate) -> str:
         "ZeRO stage": config.zero_stage,
         "dtype": config.train.dtype,
         "frozen": describe_frozen(config, model),
+        "guard compares with": describe_untouched(config),
         "tokens per step": f"{rows_per_step} rows x {seq_len} = {rows_per_step * seq_len} slots",
         "accumulation": f"{accumulation} x micro batch {config.micro_batch_size}",
         "steps": config.train.total_steps,
@@ -48,6 +52,26 @@ def describe(passed: PassedGate) -> str:
     for name, value in rows.items():
         lines.append(f"  {name:<{width}}  {value}")
     return "\n".join(lines)
+
+
+def describe_model(config: RunConfig) -> str:
+    """Return what the run starts from; of a run or an export, also where that came from."""
+    path = config.model.path
+    if path is None:
+        return str(config.model.init)
+    lineage: list[dict[str, Any]] = []
+    with contextlib.suppress(CptError):  # the gate refuses what cannot be read
+        lineage = lineage_of_run(config)
+    if len(lineage) < 2:
+        return str(path)
+    return f"{path}: {lineage_text(lineage)}"
+
+
+def describe_untouched(config: RunConfig) -> str:
+    """Return the model that the guard compares with."""
+    if not config.guard.enabled:
+        return "nothing: guard.enabled is false"
+    return str(config.guard.baseline_model or "the model that the run starts from")
 
 
 def describe_sequence_parallel(config: RunConfig) -> str:

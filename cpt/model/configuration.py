@@ -10,7 +10,7 @@ from transformers import GptOssConfig
 
 from cpt.errors import ConfigError
 from cpt.model.configuration_check import config_problems
-from cpt.model.configuration_keys import MODEL_TYPE, known_values
+from cpt.model.configuration_keys import COMPUTING_KEYS, MODEL_TYPE, known_values
 from cpt.model.missing_model import CONFIG, why_no_config, why_no_model
 from cpt.model.weights.hf_layout import read_json
 
@@ -124,3 +124,10 @@ def config_of_values(values: Mapping[str, Any], where: str) -> GptOssConfig:
             f"{where}: transformers refuses it ({type(error).__name__}: {reason}). Correct the key "
             "that this names, or fetch the file again."
         ) from error
+
+
+def differing_keys(one: GptOssConfig, other: GptOssConfig) -> list[str]:
+    """Return the keys of the architecture in which two configurations differ, in order."""
+    mine = one.to_dict()
+    theirs = other.to_dict()
+    return [key for key in COMPUTING_KEYS if mine.get(key) != theirs.get(key)]

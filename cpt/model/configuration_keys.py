@@ -50,6 +50,28 @@ KNOWN_KEYS = (
     "vocab_size",
 )
 """The keys that say what a gpt-oss computes, in the words of transformers 4 and 5."""
+COMPUTING_KEYS = (
+    "attention_bias",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "layer_types",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "num_local_experts",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+    "swiglu_alpha",
+    "swiglu_limit",
+    "vocab_size",
+)
+"""Those of `KNOWN_KEYS`, as transformers 5 has them, in which two models may not differ if the same
+code is to compute both.
+"""
 REFUSED_KEYS = {
     "auto_map": "names Python files that are to run in place of transformers' own classes",
     "custom_pipelines": "names Python files that are to run in place of transformers' own",

@@ -117,7 +117,8 @@ def _of_run(path: Path) -> str:
     if run_dir is None:
         return ""
     return (
-        "It belongs to a run of this project. Export its weights first: "
+        "It belongs to a run of this project, which only model.path of another run takes as it is. "
+        "Export its weights first: "
         f"cpt export --run_dir {run_dir} --out DIRECTORY"
     )
 

@@ -50,7 +50,7 @@ from cpt.guard.generation.untouched import (
     read_stored,
     untouched_file,
 )
-from cpt.guard.held_out_text import base_weights
+from cpt.guard.untouched_model import untouched_name, untouched_weights
 from cpt.guard.yardstick import Json, Kind, Look
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
@@ -125,7 +125,7 @@ class Generation(GenerationJudge):
                 domain, self._read(domain), seed=config.train.seed, num_looks=num_looks
             )
         self.domain_names = list(self._pools)
-        self._model = str(config.model.path or f"{config.model.init}, seed {config.train.seed}")
+        self._model = untouched_name(config)
 
     def _read(self, domain: GenerationDomain) -> list[PromptRecord]:
         """Return the prompts of a domain, as the first rank reads them.
@@ -157,7 +157,7 @@ class Generation(GenerationJudge):
             ConfigError: see `cpt.guard.yardstick.Yardstick.measure`.
         """
         self.open_untouched(look.step)
-        if not self.untouched and not self._answer_untouched(engine, stop):
+        if not self.untouched and not self.keep_untouched(look, engine, stop):
             return None
         number = look_of_step(look.step, self._interval)
         step = look.step
@@ -188,11 +188,10 @@ class Generation(GenerationJudge):
             )
         self.untouched = found
 
-    def _answer_untouched(self, engine: TrainingEngine, stop: StopRequest | None) -> bool:
+    def keep_untouched(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> bool:
         """Generate the replies of the untouched model that are not there yet.
 
-        Returns:
-            False if a stop was requested before everything was answered.
+        See `cpt.guard.yardstick.Yardstick.keep_untouched`.
         """
         weights = self._base_weights()
         found = self._all_stored()
@@ -207,7 +206,7 @@ class Generation(GenerationJudge):
         return True
 
     def _base_weights(self) -> str:
-        return base_weights(self._config, self._topology)
+        return untouched_weights(self._config, self._topology)
 
     def _all_stored(self) -> dict[str, Untouched]:
         """Return the stored replies of the untouched model by domain; see `_stored`."""
@@ -289,11 +288,13 @@ class Generation(GenerationJudge):
     def _answer_look(
         self, name: str, number: int, step: int, engine: TrainingEngine, stop: StopRequest | None
     ) -> _DomainReplies | None:
-        """Answer the prompts of a look; the untouched model has answered those of look 0."""
+        """Answer the prompts of a look; those of look 0 the untouched model has answered, unless
+        the run starts from another model.
+        """
         pool = self._pools[name]
         untouched = self.untouched[name]
         asked = pool.of_look(number)
-        if number == 0:
+        if number == 0 and self._config.guard.baseline_model is None:
             return _DomainReplies(
                 indices=asked.indices,
                 pass_number=asked.pass_number,

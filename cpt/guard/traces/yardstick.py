@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpt.config import RunConfig
-from cpt.guard.held_out_text import base_weights
 from cpt.guard.traces.divergence import Passes, measure_divergence
 from cpt.guard.traces.judge import TraceJudge, divergence_table, scores_of
 from cpt.guard.traces.sampling import (
@@ -35,6 +34,7 @@ from cpt.guard.traces.store import (
     check_origin,
     missing_traces,
 )
+from cpt.guard.untouched_model import untouched_name, untouched_weights
 from cpt.guard.yardstick import Json, Kind, Look
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
@@ -102,7 +102,7 @@ class OwnTraces(TraceJudge):
             DataError: they are damaged.
         """
         self.open_untouched(look.step)
-        if not self._kept and not self._prepare(engine, stop):
+        if not self._kept and not self.keep_untouched(look, engine, stop):
             return None
         scores: Json = {}
         for name, kept in self._kept.items():
@@ -122,7 +122,7 @@ class OwnTraces(TraceJudge):
         """Read the traces; see `cpt.guard.yardstick.Yardstick.open_untouched`."""
         if self._kept or step == 0:
             return
-        weights = base_weights(self._config, self._topology)
+        weights = untouched_weights(self._config, self._topology)
         found: dict[str, KeptTraces] = {}
         for name, domain in self._domains.items():
             kept = self._read(self._asked(domain), weights)
@@ -131,13 +131,12 @@ class OwnTraces(TraceJudge):
         self._refuse_none(found, step)
         self._kept = found
 
-    def _prepare(self, engine: TrainingEngine, stop: StopRequest | None) -> bool:
+    def keep_untouched(self, look: Look, engine: TrainingEngine, stop: StopRequest | None) -> bool:
         """Read the traces of all domains, and sample those that are not there yet.
 
-        Returns:
-            False if a stop was requested meanwhile.
+        See `cpt.guard.yardstick.Yardstick.keep_untouched`.
         """
-        weights = base_weights(self._config, self._topology)
+        weights = untouched_weights(self._config, self._topology)
         found: dict[str, KeptTraces] = {}
         for name, domain in self._domains.items():
             asked = self._asked(domain)
@@ -190,7 +189,7 @@ class OwnTraces(TraceJudge):
         config = self._config
         base = BaseModel(
             model=engine,
-            name=str(config.model.path or f"{config.model.init}, seed {config.train.seed}"),
+            name=untouched_name(config),
             weights=weights,
             top_k=min(TOP_K, engine.model_config.vocab_size - 1),
         )

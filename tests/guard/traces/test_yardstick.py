@@ -19,7 +19,7 @@ def test_missing_traces_are_refused_when_a_run_goes_on(
 ) -> None:
     for module in (sampling, yardstick):
         monkeypatch.setattr(module, "on_first_rank", lambda _, do: do())
-    monkeypatch.setattr(yardstick, "base_weights", lambda *_: "w")
+    monkeypatch.setattr(yardstick, "untouched_weights", lambda *_: "w")
     monkeypatch.setattr(yardstick, "asked_prompts", lambda _: SimpleNamespace(prompts=["a"]))
     domain = TraceDomain(name="maths", language="en", path="prompts.jsonl")
     mix: Any = SimpleNamespace(guard=SimpleNamespace(traces=(domain,)))
