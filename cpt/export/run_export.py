@@ -16,6 +16,7 @@ from cpt.export.huggingface import REPORT_FILE, export_checkpoint
 from cpt.export.logged_facts import read_logged_facts
 from cpt.export.model_card import markdown_table, model_card
 from cpt.export.quantization_error import report_rows
+from cpt.export.vllm_constants import vllm_differences
 from cpt.offline.rank_options import RankOptions
 from cpt.resilience.environment import is_launched, rank_of_environment, read_environment
 from data_pipeline.escaping import escaped_text
@@ -104,7 +105,7 @@ def _export(
     model_card(manifest, facts, format_name)
 
     def complete(temporary: Path) -> None:
-        sections = []
+        sections = _vllm_sentences(temporary)
         if format_name == "mxfp4":
             sections.append(_error_section(_read_json(temporary / REPORT_FILE)))
         if costs:
@@ -119,8 +120,10 @@ def _export(
 
 
 def describe_export(out: Path) -> str:
-    """Return the cost of an MXFP4 export as tables for people; empty for other formats."""
+    """Return what to know of an export: what vLLM would not read, and the cost of MXFP4."""
     text = ""
+    for sentence in _vllm_sentences(out):
+        text += f"{sentence}\n"
     if (out / REPORT_FILE).is_file():
         rows = report_rows(_read_json(out / REPORT_FILE))
         text += table(("tensor", "relative l2 error, %", "largest error"), rows) + "\n\n"
@@ -157,6 +160,11 @@ def _error_section(report: dict[str, Any]) -> str:
         f"Rounding the expert matrices to MXFP4 has a relative l2 error of {100 * error:.3f} %; "
         f"`{REPORT_FILE}` has the error of every tensor."
     )
+
+
+def _vllm_sentences(out: Path) -> list[str]:
+    file = out / "config.json"
+    return vllm_differences(_read_json(file)) if file.is_file() else []
 
 
 def _read_json(path: Path) -> Any:

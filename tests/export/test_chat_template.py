@@ -84,11 +84,69 @@ TOOLS = [
     },
 ]
 
+ODD_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "s": {"type": ["string", "null"], "title": "Name", "examples": ["a", 3, "b"]},
+        "n": {"type": "string", "nullable": True, "default": "x"},
+        "k": {"type": "integer", "enum": [1, 2], "default": 1},
+        "one": {
+            "oneOf": [
+                {"type": "string", "default": "a"},
+                {"type": "integer", "description": "count"},
+            ],
+            "description": "either",
+        },
+        "any": {},
+        "list": {"type": "array", "description": "first\nsecond"},
+        "free": {"type": "object", "description": "free", "default": {"b": 1}},
+    },
+    "required": ["s"],
+}
+ODD_TYPE = """(_: {
+// Name
+//
+// Examples:
+// - "a"
+// - "b"
+s: string | null,
+n?: string | null, // default: "x"
+k?: number, // default: 1
+// either
+one?:
+ | string // default: "a"
+ | number // count
+,
+any?: any,
+// first
+second
+list?: Array<any>,
+// free
+free?:     // free
+{
+    }, // default: {"b":1}
+}) => any;"""
+CALLS = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
+CALLED = (
+    "<|start|>assistant to=functions.f<|channel|>commentary <|constrain|>json<|message|>{}<|call|>"
+)
+RESULT = "<|start|>functions.f to=assistant<|channel|>commentary<|message|>{}<|end|>"
+PYTHON_TOOL = (
+    "# Tools\n\n## python\n\nUse this tool to execute Python code in your chain of thought."
+)
+
 
 def render(messages: list[dict[str, Any]], *, prompt: bool = True, **arguments: Any) -> str:
     arguments = {"reasoning_effort": "high", "current_date": "2025-06-28", **arguments}
     found, _ = render_jinja_template(
-        [messages], chat_template=TEMPLATE.read_text(), add_generation_prompt=prompt, **arguments
+        [messages],
+        chat_template=TEMPLATE.read_text("utf-8"),
+        add_generation_prompt=prompt,
+        **arguments,
     )
     return str(found[0])
 
@@ -138,6 +196,109 @@ def test_closed_conversation_ends_with_return_and_keeps_its_last_analysis() -> N
     ]
     assert render(messages, prompt=False).endswith(
         "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>A<|return|>"
+    )
+
+
+def test_every_kind_of_schema_keeps_its_type_and_comments() -> None:
+    tools = [
+        {"type": "function", "function": {"name": "n", "parameters": ODD_SCHEMA}},
+        {"name": "m", "description": "", "parameters": {"type": "object", "properties": {}}},
+    ]
+    text = render([{"role": "user", "content": "Q"}], tools=tools)
+    expected = (
+        f"namespace functions {{\n\ntype n = {ODD_TYPE}\n\ntype m = (_: {{\n}}) => any;\n\n}}"
+    )
+    assert expected in text
+
+
+def test_text_beside_a_call_is_a_preamble_after_the_analysis() -> None:
+    messages = [
+        {"role": "user", "content": "Q"},
+        {**CALLS, "thinking": "hm", "content": "let me look"},
+        {"role": "tool", "name": "functions.f", "content": "{}"},
+    ]
+    assert render(messages).endswith(
+        "Q<|end|><|start|>assistant<|channel|>analysis<|message|>hm<|end|>"
+        "<|start|>assistant<|channel|>commentary<|message|>let me look<|end|>"
+        f"{CALLED}{RESULT}<|start|>assistant"
+    )
+
+
+def test_analysis_stays_across_the_calls_of_the_turn_under_way() -> None:
+    messages = [
+        {"role": "user", "content": "Q"},
+        {**CALLS, "reasoning_content": "one"},
+        {"role": "tool", "tool_call_id": "a", "content": {}},
+        {"role": "assistant", "reasoning": "two", "content": "A"},
+    ]
+    assert render(messages, prompt=False).endswith(
+        "<|start|>assistant<|channel|>analysis<|message|>one<|end|>"
+        f"{CALLED}{RESULT}<|start|>assistant<|channel|>analysis<|message|>two<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>A<|return|>"
+    )
+    later = [*messages, {"role": "user", "content": "Q2"}]
+    assert render(later).endswith(
+        f"Q<|end|>{CALLED}{RESULT}<|start|>assistant<|channel|>final<|message|>A<|end|>"
+        "<|start|>user<|message|>Q2<|end|><|start|>assistant"
+    )
+
+
+@pytest.mark.parametrize("blank", ["", " \n", None])
+def test_blank_thinking_is_none(blank: str | None) -> None:
+    question = {"role": "user", "content": "Q"}
+    answer = {"role": "assistant", "content": "A"}
+    expected = render([question, answer], prompt=False)
+    assert render([question, {**answer, "thinking": blank}], prompt=False) == expected
+    conversation, _ = read_conversation({"messages": [question, {**answer, "thinking": blank}]})
+    assert conversation is not None
+    assert [message.channel for message in conversation.messages] == ["", "final"]
+
+
+def test_messages_may_name_their_channel() -> None:
+    messages = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "channel": "analysis", "content": "hm"},
+        {"role": "assistant", "channel": "commentary", "content": "let me look"},
+        {"role": "assistant", "channel": "final", "content": "A"},
+    ]
+    answer = "<|start|>assistant<|channel|>final<|message|>A"
+    preamble = "<|start|>assistant<|channel|>commentary<|message|>let me look<|end|>"
+    analysis = "<|start|>assistant<|channel|>analysis<|message|>hm<|end|>"
+    text = render(messages, prompt=False)
+    assert text.endswith(f"Q<|end|>{analysis}{preamble}{answer}<|return|>")
+    text = render([*messages, {"role": "user", "content": "Q2"}])
+    assert f"Q<|end|>{preamble}{answer}<|end|><|start|>user" in text
+
+
+def test_builtin_tools_stand_in_the_system_message() -> None:
+    question = [{"role": "user", "content": "Q"}]
+    text = render(question, builtin_tools=["python"])
+    assert f"Reasoning: high\n\n{PYTHON_TOOL}" in text
+    assert "Depends on the cluster.\n\n# Valid channels" in text
+    both = render(question, builtin_tools=["python", "browser"])
+    assert "# Tools\n\n## browser\n\n// Tool for browsing." in both
+    assert "} // namespace browser\n\n## python\n\n" in both
+    with pytest.raises(Exception, match="builtin tool bash is not one of: browser, python"):
+        render(question, builtin_tools=["bash"])
+
+
+def test_generation_tags_mark_what_is_generated_in_the_last_turn() -> None:
+    messages = [
+        {"role": "user", "content": "Q1"},
+        {"role": "assistant", "content": "A1"},
+        {"role": "user", "content": "Q2"},
+        {**CALLS, "thinking": "hm"},
+        {"role": "tool", "content": "{}"},
+        {"role": "assistant", "content": "A2"},
+    ]
+    found, spans = render_jinja_template(
+        [messages], chat_template=TEMPLATE.read_text("utf-8"), return_assistant_tokens_mask=True
+    )
+    generated = ""
+    for start, end in spans[0]:
+        generated += found[0][start:end]
+    assert generated == (
+        f"<|channel|>analysis<|message|>hm<|end|>{CALLED}<|channel|>final<|message|>A2<|return|>"
     )
 
 
