@@ -36,6 +36,7 @@ from cpt.checkpoint.run_state import RunState
 from cpt.deepspeed_adapter.experts import is_expert
 from cpt.deepspeed_adapter.partition import full_local_numel, full_local_shape
 from cpt.deepspeed_adapter.shards import local_shards, publish_master_weights, set_optimizer_step
+from cpt.model.adapters.layout import is_adapter_name
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
 from data_pipeline.store.ownership import refuse_foreign
@@ -58,7 +59,7 @@ class LoadedState:
 
 
 def flat_ranges(engine: Any, topology: Topology) -> dict[str, FlatRange]:
-    """Return this rank's range of every stored tensor, by key `part/parameter name`."""
+    """Return this rank's range of every tensor, by key `part/parameter name`."""
     parameters = dict(engine.module.named_parameters())
     ranges = {}
     for name, shard in local_shards(engine).items():
@@ -76,10 +77,32 @@ def flat_ranges(engine: Any, topology: Topology) -> dict[str, FlatRange]:
     return ranges
 
 
+def stored_names(engine: Any) -> set[str]:
+    """Return the parameters that a checkpoint holds: those of the adapter, or all without one.
+
+    The weights below an adapter stay as they are, in the files of the base.
+    """
+    names = {name for name, _ in engine.module.named_parameters()}
+    return {name for name in names if is_adapter_name(name)} or names
+
+
+def stored_ranges(engine: Any, topology: Topology) -> dict[str, FlatRange]:
+    """Return this rank's range of every tensor that a checkpoint holds, as `flat_ranges` does."""
+    names = stored_names(engine)
+    ranges = {}
+    for key, part in flat_ranges(engine, topology).items():
+        if key.split("/", 1)[1] in names:
+            ranges[key] = part
+    return ranges
+
+
 def tensor_records(engine: Any, topology: Topology) -> dict[str, TensorRecord]:
-    """Return the record of every parameter's global tensor, by name."""
+    """Return the record of the global tensor of every parameter that a checkpoint holds."""
+    names = stored_names(engine)
     records = {}
     for name, parameter in engine.module.named_parameters():
+        if name not in names:
+            continue
         shape = full_local_shape(parameter)
         if is_expert(parameter):
             shape = (shape[0] * topology.ep_size, *shape[1:])
@@ -91,6 +114,8 @@ def load_checkpoint(
     run_dir: Path, engine: Any, topology: Topology, resume: str, *, set_aside: bool = True
 ) -> LoadedState | None:
     """Restore weights and optimizer state of a run; all ranks call it together.
+
+    Of a run with an adapter, the adapter is restored: the weights below it come from the base.
 
     Unless `set_aside` is false, newer checkpoints are set aside, because the run will come to their
     steps again.
@@ -112,15 +137,17 @@ def load_checkpoint(
     folder = step_folder(run_dir, step)
     manifest = together(group, lambda: read_manifest(folder))
     check_same_tensors(folder.name, manifest.tensors, wanted)
-    ranges = _stored_ranges(flat_ranges(engine, topology), manifest.tensors)
-    _log_freezing(manifest.tensors, wanted)
+    state = RunState.of(manifest)
+    ranges = _filled_ranges(stored_ranges(engine, topology), manifest.tensors)
+    if not state.begins_a_run:  # what was imported has no moments
+        _log_freezing(manifest.tensors, wanted)
     together(group, lambda: read_ranges(folder, read_range_index(folder, manifest), ranges))
     set_optimizer_step(engine, step)
     publish_master_weights(engine)
     engine.global_steps = step
     if set_aside:
         on_first_rank(group, lambda: set_newer_aside(run_dir, step, resume))
-    return LoadedState(step=step, state=RunState.of(manifest), folder=folder, rejected=rejected)
+    return LoadedState(step=step, state=state, folder=folder, rejected=rejected)
 
 
 def agreed_refusal(
@@ -162,12 +189,13 @@ def agreed_refusal(
     return reason
 
 
-def _stored_ranges(
+def _filled_ranges(
     ranges: dict[str, FlatRange], stored: dict[str, TensorRecord]
 ) -> dict[str, FlatRange]:
     """Return the ranges that the checkpoint can fill.
 
-    Moments of parameters that were frozen when it was written are set to zero.
+    Moments that it does not hold, because the parameters were frozen or come from elsewhere, are
+    set to zero.
     """
     kept = {}
     for key, part in ranges.items():

@@ -38,6 +38,15 @@ class RunState:
     """Recent losses and gradient norms (`cpt.training.stability.Stability`)."""
     router_load: list[list[float]] | None = None
     """Load of the experts in the last step, by layer; None without a load-balancing loss."""
+    adapter: Plain | None = None
+    """The adapter and its base (`cpt.checkpoint.adapter_state.AdapterState`); None if the tensors
+    are those of a whole model.
+    """
+
+    @property
+    def begins_a_run(self) -> bool:
+        """Whether no run has trained what the checkpoint holds: its tensors came from elsewhere."""
+        return self.progress is None and (self.adapter or {}).get("imported") is True
 
     def to_json(self) -> dict[str, Any]:
         """Return the parts by name."""

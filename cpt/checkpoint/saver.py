@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.checkpoint.flat_planner import FlatRange
-from cpt.checkpoint.loading import flat_ranges, tensor_records
+from cpt.checkpoint.loading import stored_ranges, tensor_records
 from cpt.checkpoint.manifest import MANIFEST
 from cpt.checkpoint.pruning import prune
 from cpt.checkpoint.reader import refusal_of, step_folder
@@ -139,7 +139,7 @@ class Saver:
 
     def _ranges(self) -> dict[str, FlatRange]:
         """Return the ranges that this rank writes; those that several ranks hold are shared out."""
-        ranges = flat_ranges(self._engine, self._topology)
+        ranges = stored_ranges(self._engine, self._topology)
         if self._written_here is None:  # the layout of a run does not change
             held = {key: (part.offset, part.tensor.numel()) for key, part in ranges.items()}
             self._written_here = written_by(

@@ -2,6 +2,9 @@
 
     stored fp32 pieces -> bf16, fp32, or MXFP4 codes -> weight files -> the other files -> rename
 
+The checkpoint of an adapter is exported as the model that it makes: its base with the adapter
+added, in fp32.
+
 Tensors are read and written in pieces, so that memory holds a few of them whatever the size of the
 model; neither an engine nor a process group is needed. The directory appears under its name once it
 is whole.
@@ -10,7 +13,7 @@ is whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from transformers import GptOssConfig
 
 from cpt.checkpoint.manifest import Manifest, read_manifest, verify_files
 from cpt.checkpoint.model_config import model_config_of
-from cpt.checkpoint.weights import stored_pieces
+from cpt.checkpoint.weights import adapter_of, merged_weights, stored_pieces, whole_expert_pieces
 from cpt.errors import CheckpointError, ConfigError
 from cpt.export.quantization_error import TensorError, quantization_report
 from cpt.export.reader_forms import exported_config, generation_config
@@ -35,7 +38,7 @@ from cpt.model.weights.writer import (
     refuse_existing,
 )
 from cpt.resilience.faults import fault_point
-from data_pipeline.console.progress import show_progress
+from data_pipeline.console.progress import ProgressBar, show_progress
 from data_pipeline.store.files import write_json
 
 DTYPES = {"bf16": torch.bfloat16, "mxfp4": torch.bfloat16, "fp32": torch.float32}
@@ -59,8 +62,18 @@ CompleteDirectory = Callable[[Path], None]
 """Adds files to a directory that is about to be published."""
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shape of every tensor of the model by name."""
+WeightPieces = Iterable[tuple[str, int, torch.Tensor]]
+"""(name, first element, 1-D fp32 values) of all tensors."""
+
+
 def export_checkpoint(
-    folder: Path, out: Path, format_name: str, complete: CompleteDirectory | None = None
+    folder: Path,
+    out: Path,
+    format_name: str,
+    complete: CompleteDirectory | None = None,
+    base: Path | None = None,
 ) -> Path:
     """Write the weights of a checkpoint as a Hugging Face directory.
 
@@ -70,12 +83,14 @@ def export_checkpoint(
         format_name: `bf16`; `mxfp4` (expert matrices rounded to the released layout, the rest in
             bf16, with a report of the error of every tensor); or `fp32` (the master weights).
         complete: Called with the directory when only its publication is left.
+        base: Directory of the model below an adapter; None for where it was in training.
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: the format is unknown, or `out` exists.
+        ConfigError: the format is unknown, `out` exists, or the base of an adapter is not there or
+            is another model.
         StorageError: the directory could not be written; nothing is left behind.
         CheckpointError: the checkpoint is damaged, or lacks a tensor of its model.
     """
@@ -84,12 +99,26 @@ def export_checkpoint(
     refuse_existing(out)  # before the checkpoint is hashed, which takes minutes
     manifest = read_manifest(folder)
     config = model_config_of(manifest)
+    shapes = parameter_shapes(config)
+    adapter = adapter_of(folder, manifest)
+    source = None
+    if adapter is None:
+        _check_tensors(folder, manifest, shapes)
+    else:
+        source = merged_weights(folder, manifest, adapter, torch.float32, base)
     verify_files(folder, manifest)
-    _check_tensors(folder, manifest, config)
     with published(out) as temporary:
-        entries = _entries(manifest, format_name)
+        entries = _entries(shapes, format_name)
         check_weights_space(temporary, sum(entry.num_bytes for entry in entries.values()))
-        errors = _write_weights(folder, manifest, temporary, entries)
+        pieces: WeightPieces = stored_pieces(folder, manifest)
+        if source is not None:
+            pieces = whole_expert_pieces(source, source.shapes)
+        total = sum(math.prod(shape) for shape in shapes.values())
+        with show_progress(total, f"export of {folder.name}", "value", unit_scale=True) as bar:
+            errors = _write_weights(pieces, shapes, temporary, entries, bar)
+            fault_point("export", manifest.step)
+        if source is not None:
+            source.refuse_unusable()
         if format_name == "mxfp4":
             _write_json(temporary / REPORT_FILE, quantization_report(errors))
         _write_other_files(temporary, config, format_name)
@@ -98,9 +127,8 @@ def export_checkpoint(
     return out
 
 
-def _check_tensors(folder: Path, manifest: Manifest, config: GptOssConfig) -> None:
+def _check_tensors(folder: Path, manifest: Manifest, expected: Shapes) -> None:
     """Refuse a checkpoint that does not hold exactly the tensors of its model, in their shapes."""
-    expected = parameter_shapes(config)
     stored = manifest.tensors
     problems = []
     for name in sorted(expected.keys() - stored.keys()):
@@ -116,15 +144,15 @@ def _check_tensors(folder: Path, manifest: Manifest, config: GptOssConfig) -> No
         raise CheckpointError(f"{folder.name} is not exported: {shown}")
 
 
-def _entries(manifest: Manifest, format_name: str) -> dict[str, Entry]:
+def _entries(shapes: Shapes, format_name: str) -> dict[str, Entry]:
     """Return everything that the weight files will hold, in order of writing."""
     dtype = DTYPES[format_name]
     entries: dict[str, Entry] = {}
-    for name, record in sorted(manifest.tensors.items()):
-        if format_name != "mxfp4" or not is_expert_matrix(name, record.shape):
-            entries[name] = Entry(shape=record.shape, dtype=dtype)
+    for name, shape in sorted(shapes.items()):
+        if format_name != "mxfp4" or not is_expert_matrix(name, shape):
+            entries[name] = Entry(shape=shape, dtype=dtype)
             continue
-        experts, inputs, rows = record.shape
+        experts, inputs, rows = shape
         if inputs % mxfp4.BLOCK:
             raise ConfigError(
                 f"{name} has {inputs} inputs; MXFP4 needs a multiple of {mxfp4.BLOCK}. Use bf16."
@@ -136,24 +164,21 @@ def _entries(manifest: Manifest, format_name: str) -> dict[str, Entry]:
 
 
 def _write_weights(
-    folder: Path, manifest: Manifest, out: Path, entries: dict[str, Entry]
+    pieces: WeightPieces, shapes: Shapes, out: Path, entries: dict[str, Entry], bar: ProgressBar
 ) -> dict[str, TensorError]:
     """Write all weights and return the errors of the quantized tensors."""
     errors: dict[str, TensorError] = {}
-    total = sum(math.prod(record.shape) for record in manifest.tensors.values())
-    bar = show_progress(total, f"export of {folder.name}", "value", unit_scale=True)
-    with DirectoryWriter(out, entries) as writer, bar:
-        for name, start, values in stored_pieces(folder, manifest):
+    with DirectoryWriter(out, entries) as writer:
+        for name, start, values in pieces:
             bar.update(values.numel())
             if name in entries:
                 writer.write(name, start, values.to(entries[name].dtype))
                 continue
-            _, inputs, rows = manifest.tensors[name].shape
+            _, inputs, rows = shapes[name]
             first_expert = start // (inputs * rows)
             experts = values.view(-1, inputs, rows)
             error = errors.setdefault(name, TensorError())
             _write_quantized(writer, name, first_expert, experts, error)
-        fault_point("export", manifest.step)
     return errors
 
 

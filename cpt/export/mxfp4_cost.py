@@ -6,7 +6,6 @@ All ranks of a launcher score together, the bf16 weights first and the rounded o
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +15,13 @@ import torch
 from cpt.checkpoint.manifest import MANIFEST, Manifest
 from cpt.checkpoint.model_config import model_config_of
 from cpt.checkpoint.run_state import RunState
-from cpt.checkpoint.weights import CheckpointWeights
+from cpt.checkpoint.weights import CheckpointWeights, open_weights
 from cpt.errors import ConfigError, DataError
 from cpt.export.rounded_weights import RoundedWeights
 from cpt.guard.paired_test import compare_scores
 from cpt.guard.score import ScoredSet
+from cpt.model.adapters.merged import MergedWeights
+from cpt.model.parameters import parameter_numels
 from cpt.model.weights.writer import refuse_existing
 from cpt.offline.model import OfflineModel, held_out_sets
 from cpt.offline.pieces import kept_pieces, partial_folder
@@ -43,6 +44,7 @@ def write_scored(
     score: Literal["auto", "always"],
     options: RankOptions,
     write: Callable[[list[dict[str, Any]]], None],
+    base: Path | None = None,
 ) -> bool:
     """Score the rounded weights of a checkpoint and call `write` with the costs.
 
@@ -55,6 +57,7 @@ def write_scored(
         score: `auto` scores if the text is there and the model is small enough for the device.
         options: How the ranks work together.
         write: Takes the costs by domain, as JSON values.
+        base: Directory of the model below an adapter; None for where it was in training.
 
     Returns:
         False if there is nothing to score, so that nothing was written.
@@ -71,7 +74,7 @@ def write_scored(
         ranks.on_first(lambda: refuse_existing(out))
         model = OfflineModel(config, ranks.topology)
         with kept_pieces(out, _identity(folder, manifest, sets, model), ranks) as pieces:
-            weights = CheckpointWeights(folder, manifest, torch.bfloat16)
+            weights = open_weights(folder, manifest, torch.bfloat16, base)
             costs = quantization_cost(weights, SetScorer(model, sets, pieces))
 
             def publish() -> None:
@@ -120,7 +123,7 @@ def _sets_to_score(manifest: Manifest, score: Literal["auto", "always"]) -> list
 
 def _too_large(manifest: Manifest) -> str:
     """Return why a model is too large to be scored without being asked for; empty if it is not."""
-    numel = sum(math.prod(record.shape) for record in manifest.tensors.values())
+    numel = sum(parameter_numels(model_config_of(manifest)).values())
     if not torch.cuda.is_available():
         if numel > LARGEST_CPU_MODEL:
             return "there is no GPU. --score always measures them on the CPU."
@@ -132,7 +135,9 @@ def _too_large(manifest: Manifest) -> str:
     return ""
 
 
-def quantization_cost(weights: CheckpointWeights, scorer: SetScorer) -> list[dict[str, Any]]:
+def quantization_cost(
+    weights: CheckpointWeights | MergedWeights, scorer: SetScorer
+) -> list[dict[str, Any]]:
     """Return bits per byte of bf16 weights and of the same rounded to MXFP4, paired by document.
 
     All ranks call it together and get the same.

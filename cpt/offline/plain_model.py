@@ -18,7 +18,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.checkpoint.manifest import read_manifest
 from cpt.checkpoint.model_config import model_config_of
-from cpt.checkpoint.weights import CheckpointWeights
+from cpt.checkpoint.weights import open_weights
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
@@ -54,18 +54,22 @@ def load_export(path: Path, device_map: DeviceMap = "one") -> Any:
     return _placed(model, device_map)
 
 
-def load_checkpoint(folder: Path, device_map: DeviceMap = "one") -> Any:
+def load_checkpoint(
+    folder: Path, device_map: DeviceMap = "one", base: Path | None = None
+) -> Any:
     """Return the model of a verified checkpoint in bf16, as its export would be.
 
     Args:
         folder: The checkpoint.
         device_map: See `load_export`.
+        base: Directory of the model below an adapter; None for where it was in training.
 
     Raises:
         CheckpointError: its manifest holds no sound configuration.
+        ConfigError: the base of an adapter is not there, or is another model.
     """
     manifest = read_manifest(folder)
-    source = CheckpointWeights(folder, manifest, torch.bfloat16)
+    source = open_weights(folder, manifest, torch.bfloat16, base)
     return _placed(_filled(model_config_of(manifest), source, torch.bfloat16), device_map)
 
 

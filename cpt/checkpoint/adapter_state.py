@@ -1,0 +1,244 @@
+"""What a checkpoint of an adapter knows besides its tensors: which adapter, and on which base.
+
+A checkpoint of a run with `adapter.kind` lora or dora holds the adapter alone.  The weights below
+it stay in the files of the base, and a hash of these files tells whether a base that is given later
+is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import GptOssConfig
+
+from cpt.checkpoint.run_state import RunState
+from cpt.config import AdapterSection
+from cpt.errors import CheckpointError, ConfigError
+from cpt.model.adapters.layout import adapted_matrices, expert_rank
+from cpt.model.parameters import parameter_shapes
+from cpt.model.weights.checksums import sampled_hash
+from cpt.model.weights.directory import DirectoryWeights
+from cpt.model.weights.hf_layout import tensor_files
+from cpt.model.weights.random_init import RandomWeights
+from cpt.model.weights.source import WeightSource
+
+COMPARED = ("kind", "rank", "expert_rank", "alpha", "share_experts")
+"""Keys of the section that may not change when a run goes on; targets and layers show in the names
+of the tensors.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseModel:
+    """The model below an adapter."""
+
+    path: str | None
+    """Its directory; None for random weights."""
+    seed: int | None
+    """Seed of random weights; None for a directory."""
+    hash: str
+    """Hash of its weight files (`sampled_hash`), or of what random weights are drawn from."""
+
+    @property
+    def name(self) -> str:
+        """Its name for people: the last part of the path."""
+        if self.path is None:
+            return f"random weights (seed {self.seed})"
+        return Path(self.path).name
+
+    @classmethod
+    def of(cls, path: Path | None, seed: int, config: GptOssConfig) -> BaseModel:
+        """Describe a base; samples of its weight files are read.
+
+        Args:
+            path: A Hugging Face directory; None for random weights.
+            seed: Seed of random weights.
+            config: The model's configuration.
+
+        Raises:
+            ConfigError: the directory holds no weights that can be read.
+        """
+        if path is not None:
+            files = set(tensor_files(path).values())
+            return cls(path=str(path), seed=None, hash=sampled_hash(files))
+        drawn = f"{seed}:{float(config.initializer_range)}:{sorted(parameter_shapes(config).items())}"
+        return cls(path=None, seed=seed, hash=hashlib.sha256(drawn.encode()).hexdigest())
+
+    def open(self, config: GptOssConfig) -> WeightSource:
+        """Return its weights.
+
+        Raises:
+            ConfigError: the directory is gone, or holds another model.
+        """
+        if self.path is None:
+            assert self.seed is not None
+            return RandomWeights(self.seed, float(config.initializer_range))
+        return DirectoryWeights(Path(self.path), parameter_shapes(config))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterState:
+    """The adapter of a checkpoint."""
+
+    section: AdapterSection
+    """The `adapter` section that it was made with."""
+    base: BaseModel
+    """The model below it."""
+    dtype: str
+    """The dtype in which training held the weights of the base: `bf16` or `fp32`."""
+    imported: bool = False
+    """Whether it came from elsewhere and no run has trained it yet."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values, for `RunState.adapter`."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, state: RunState, checkpoint: str) -> AdapterState | None:
+        """Return the adapter of a checkpoint; None if it holds a whole model.
+
+        Raises:
+            CheckpointError: what it says of its adapter cannot be used.
+        """
+        plain = state.adapter
+        if plain is None:
+            return None
+        try:
+            return cls(
+                section=_section(plain["section"]),
+                base=_base(plain["base"]),
+                dtype=_one_of(plain["dtype"], ("bf16", "fp32")),
+                imported=plain["imported"] is True,
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{checkpoint}: state.adapter of its manifest is not readable ({error!r})."
+            ) from error
+
+    def problems(self, now: AdapterSection, config: GptOssConfig, checkpoint: str) -> list[str]:
+        """Return what differs between this adapter and that of a run, with both values.
+
+        Args:
+            now: The `adapter` section of the run.
+            config: The model's configuration.
+            checkpoint: Name of the checkpoint.
+        """
+        problems = []
+        before = self.section
+        for key in COMPARED:
+            old = _value(before, key, config)
+            new = _value(now, key, config)
+            if old != new:
+                problems.append(f"{checkpoint} has adapter.{key} {old}, now it is {new}.")
+        old_names = {matrix.name for matrix in adapted_matrices(before, config)}
+        new_names = {matrix.name for matrix in adapted_matrices(now, config)}
+        for names, told in (
+            (old_names - new_names, "which this run does not adapt"),
+            (new_names - old_names, "which it has no adapter of"),
+        ):
+            if names:
+                problems.append(
+                    f"{checkpoint}: adapter.targets or adapter.layers were changed: "
+                    f"{len(names)} matrices, such as {min(names)}, {told}."
+                )
+        if problems:
+            problems.append(
+                "Change the adapter section back, or start another run with a new --run_dir."
+            )
+        return problems
+
+    def base_problems(self, now: BaseModel, checkpoint: str) -> list[str]:
+        """Return a problem if a base is not the one below this adapter."""
+        if now.hash == self.base.hash:
+            return []
+        return [
+            f"{checkpoint} is an adapter of another base: that of {self.base.name} has the hash "
+            f"{self.base.hash}, {now.name} has {now.hash}. Give the base that it was trained on as "
+            "model.path."
+        ]
+
+
+def whole_model_problem(checkpoint: str) -> str:
+    """Return what to say of a run with an adapter and a checkpoint without one."""
+    return (
+        f"{checkpoint} holds a whole model, and the run has an adapter. Start the adapter with a "
+        "new --run_dir, and model.path for the model below it."
+    )
+
+
+def no_adapter_problem(checkpoint: str) -> str:
+    """Return what to say of a run without an adapter and a checkpoint with one."""
+    return (
+        f"{checkpoint} holds an adapter, and adapter.kind is none. Give the adapter section that "
+        "it was trained with. To train the merged model, write it with cpt export and give it as "
+        "model.path of a new --run_dir."
+    )
+
+
+def _value(section: AdapterSection, key: str, config: GptOssConfig) -> Any:
+    if key == "expert_rank":
+        return expert_rank(section, config)
+    return getattr(section, key)
+
+
+def _section(plain: Mapping[str, Any]) -> AdapterSection:
+    """Read a section as a manifest holds it; a key that this version does not know is refused."""
+    known = {field.name for field in fields(AdapterSection)}
+    values: dict[str, Any] = {}
+    for key, value in plain.items():
+        if key not in known:
+            raise ValueError(f"unknown key '{key}'")
+        values[key] = tuple(value) if isinstance(value, list) else value
+    section = AdapterSection(**values)
+    _one_of(section.kind, ("lora", "dora"))
+    wrong = [f"{key} {message}" for key, message in section.check()]
+    if wrong:
+        raise ValueError(wrong[0])
+    return section
+
+
+def _base(plain: Mapping[str, Any]) -> BaseModel:
+    base = BaseModel(path=plain["path"], seed=plain["seed"], hash=plain["hash"])
+    is_path = isinstance(base.path, str) and base.seed is None
+    is_seed = base.path is None and type(base.seed) is int
+    if not (is_path or is_seed) or not isinstance(base.hash, str):
+        raise ValueError("base is neither a directory nor random weights")
+    return base
+
+
+def _one_of(value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{value!r} is none of {', '.join(choices)}")
+    return str(value)
+
+
+def base_from(state: AdapterState, given: Path | None, config: GptOssConfig, where: str) -> BaseModel:
+    """Return the base of an adapter: the one that is given, or the one that it was trained on.
+
+    Args:
+        state: The adapter.
+        given: A directory given by the user (`--base`); None for the one in the checkpoint.
+        config: The model's configuration.
+        where: Name of the checkpoint.
+
+    Raises:
+        ConfigError: it is not there, or is another model.
+    """
+    told = state.base
+    path = given
+    if path is None and told.path is not None:
+        path = Path(told.path)
+        if not path.is_dir():
+            raise ConfigError(
+                f"{where} is an adapter, and the base that it was trained on is not there: {path}. "
+                "Give its directory with --base."
+            )
+    base = BaseModel.of(path, told.seed or 0, config)
+    problems = state.base_problems(base, where)
+    if problems:
+        raise ConfigError([problem.replace("as model.path", "with --base") for problem in problems])
+    return base
