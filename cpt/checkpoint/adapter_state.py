@@ -16,13 +16,13 @@ from typing import Any
 from transformers import GptOssConfig
 
 from cpt.checkpoint.run_state import RunState
-from cpt.config import AdapterSection
+from cpt.checkpoint.starting_model import StartingCheckpoint, is_checkpoint, weight_files
+from cpt.config.adapter_section import AdapterSection
 from cpt.errors import CheckpointError, ConfigError
 from cpt.model.adapters.layout import adapted_matrices, expert_rank
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.checksums import sampled_hash
 from cpt.model.weights.directory import DirectoryWeights
-from cpt.model.weights.hf_layout import tensor_files
 from cpt.model.weights.random_init import RandomWeights
 from cpt.model.weights.source import WeightSource
 
@@ -37,7 +37,7 @@ class BaseModel:
     """The model below an adapter."""
 
     path: str | None
-    """Its directory; None for random weights."""
+    """Its directory, or the checkpoint of another run; None for random weights."""
     seed: int | None
     """Seed of random weights; None for a directory."""
     hash: str
@@ -45,17 +45,26 @@ class BaseModel:
 
     @property
     def name(self) -> str:
-        """Its name for people: the last part of the path."""
+        """Its name for people: that on the Hub if it lies in the Hub's cache, or the last part of
+        the path.
+        """
         if self.path is None:
             return f"random weights (seed {self.seed})"
-        return Path(self.path).name
+        path = Path(self.path)
+        if path.parent.name == "checkpoints":
+            return f"{path.parent.parent.name} ({path.name})"
+        cached = path.parent.parent.name
+        if path.parent.name == "snapshots" and cached.startswith("models--"):
+            return cached.removeprefix("models--").replace("--", "/")
+        return path.name
 
     @classmethod
     def of(cls, path: Path | None, seed: int, config: GptOssConfig) -> BaseModel:
         """Describe a base; samples of its weight files are read.
 
         Args:
-            path: A Hugging Face directory; None for random weights.
+            path: A Hugging Face directory or a checkpoint (`starting_model.located`); None for
+                random weights.
             seed: Seed of random weights.
             config: The model's configuration.
 
@@ -63,9 +72,10 @@ class BaseModel:
             ConfigError: the directory holds no weights that can be read.
         """
         if path is not None:
-            files = set(tensor_files(path).values())
-            return cls(path=str(path), seed=None, hash=sampled_hash(files))
-        drawn = f"{seed}:{float(config.initializer_range)}:{sorted(parameter_shapes(config).items())}"
+            found = sampled_hash(weight_files(path))
+            return cls(path=str(path.absolute()), seed=None, hash=found)
+        shapes = sorted(parameter_shapes(config).items())
+        drawn = f"{seed}:{float(config.initializer_range)}:{shapes}"
         return cls(path=None, seed=seed, hash=hashlib.sha256(drawn.encode()).hexdigest())
 
     def open(self, config: GptOssConfig) -> WeightSource:
@@ -77,7 +87,10 @@ class BaseModel:
         if self.path is None:
             assert self.seed is not None
             return RandomWeights(self.seed, float(config.initializer_range))
-        return DirectoryWeights(Path(self.path), parameter_shapes(config))
+        path = Path(self.path)
+        if is_checkpoint(path):
+            return StartingCheckpoint(path, parameter_shapes(config))
+        return DirectoryWeights(path, parameter_shapes(config))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +229,9 @@ def _one_of(value: Any, choices: tuple[str, ...]) -> str:
     return str(value)
 
 
-def base_from(state: AdapterState, given: Path | None, config: GptOssConfig, where: str) -> BaseModel:
+def base_from(
+    state: AdapterState, given: Path | None, config: GptOssConfig, where: str
+) -> BaseModel:
     """Return the base of an adapter: the one that is given, or the one that it was trained on.
 
     Args:

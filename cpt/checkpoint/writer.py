@@ -8,10 +8,13 @@ import os
 import platform
 import shutil
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cpt.checkpoint.archives import values_offset
 from cpt.checkpoint.flat_planner import FlatRange, FlatSavePlanner
@@ -26,11 +29,12 @@ from cpt.checkpoint.manifest import (
 )
 from cpt.checkpoint.metadata import FolderWriter, write_metadata
 from cpt.checkpoint.range_index import WrittenRange, group_ranges, write_range_index
+from cpt.checkpoint.reader import step_folder
 from cpt.parallel.division import divide
 from cpt.resilience.faults import fault_point
-from cpt.storage.space import write_error
+from cpt.storage.space import check_checkpoint_space, write_error
 from data_pipeline.bounded.files import open_regular
-from data_pipeline.store.files import sync_directory
+from data_pipeline.store.files import FOLDER_MODE, make_folder, sync_directory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +124,53 @@ def complete_folder(
         write_manifest(folder, manifest)
     except OSError as error:
         raise write_error(error, folder) from error
+
+
+def write_alone(
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    records: Mapping[str, TensorRecord],
+    state: dict[str, Any],
+) -> Path:
+    """Write a checkpoint in one process, without an engine.
+
+    Args:
+        run_dir: The run directory; it holds no checkpoint of this step.
+        step: Optimizer steps done.
+        tensors: Whole fp32 tensors by key `part/parameter name`.
+        records: Record of each parameter by name.
+        state: JSON values to restore besides the tensors.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        StorageError: it could not be written; nothing is left behind.
+    """
+    final = step_folder(run_dir, step)
+    temporary = final.with_name(f".tmp-{final.name}")
+    needed = sum(record.stored_bytes for record in records.values())
+    ranges = {}
+    for key, tensor in tensors.items():
+        ranges[key] = FlatRange(tensor=tensor.view(-1), offset=0, global_numel=tensor.numel())
+    try:
+        make_folder(final.parent)
+        check_checkpoint_space(final.parent, needed, largest_file_bytes=needed)
+        temporary.mkdir(mode=FOLDER_MODE)
+        written = write_ranges(temporary, ranges, 0, step)
+        parts = [{"file": asdict(written.file), "ranges": written.ranges}]
+        layout = {"world_size": 1, "sp_size": 1, "ep_size": 1, "zero_stage": 0}
+        complete_folder(
+            temporary, parts, step=step, layout=layout, tensors=dict(records), state=state
+        )
+        publish_folder(temporary, final)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise write_error(error, final.parent) from error
+        raise
+    return final
 
 
 def publish_folder(temporary: Path, final: Path) -> None:

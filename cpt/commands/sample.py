@@ -9,6 +9,7 @@ from pathlib import Path
 from cpt.commands import Commands
 from cpt.commands.early_checks import model_problems, own_run_dir_problems, refuse
 from cpt.commands.shared_options import (
+    add_base,
     add_device_map,
     add_sampling,
     add_step,
@@ -27,6 +28,7 @@ def add_parser(commands: Commands) -> None:
     where.add_argument("--run_dir", type=Path, help="run directory, for a checkpoint")
     where.add_argument("--model", type=Path, help="exported directory")
     add_step(parser)
+    add_base(parser)
     parser.add_argument(
         "--prompt",
         action="append",
@@ -52,8 +54,13 @@ def _run(options: argparse.Namespace) -> None:
         problems.append("--prompt is empty. Give some text to continue.")
     if not options.chat and (options.developer or options.effort):
         problems.append("--developer and --effort are for --chat only.")
+    if options.base is not None and options.run_dir is None:
+        problems.append("--base is for the checkpoint of an adapter (--run_dir) only.")
     refuse(
-        problems, own_run_dir_problems(options.run_dir), model_problems("--model", options.model)
+        problems,
+        own_run_dir_problems(options.run_dir),
+        model_problems("--model", options.model),
+        model_problems("--base", options.base),
     )
     from cpt.offline.plain_model import load_checkpoint, load_export
     from cpt.offline.sampling import decode_channels, decode_tokens, generate
@@ -63,9 +70,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.model is not None:
         model = load_export(options.model, options.device_map)
     else:
-        model = load_checkpoint(
-            checkpoint_folder(options.run_dir, options.step), options.device_map
-        )
+        folder = checkpoint_folder(options.run_dir, options.step)
+        model = load_checkpoint(folder, options.device_map, options.base)
     for prompt in options.prompt:
         if options.chat:
             ids = encode_prompt(

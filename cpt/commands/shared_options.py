@@ -20,6 +20,16 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="default: the newest complete checkpoint")
 
 
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Add `--base`, the model below the adapter of a checkpoint."""
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="of an adapter's checkpoint: directory of the model below it; default: where it was "
+        "in training",
+    )
+
+
 def checkpoint_folder(run_dir: Path, step: int | None) -> Path:
     """Return the folder of a verified checkpoint; print on stderr why newer ones were rejected.
 

@@ -22,7 +22,8 @@ from transformers import GptOssConfig
 
 from cpt.checkpoint.manifest import Manifest, read_manifest, verify_files
 from cpt.checkpoint.model_config import model_config_of
-from cpt.checkpoint.weights import adapter_of, merged_weights, stored_pieces, whole_expert_pieces
+from cpt.checkpoint.model_weights import adapter_of, merged_weights, whole_expert_pieces
+from cpt.checkpoint.weights import stored_pieces
 from cpt.errors import CheckpointError, ConfigError
 from cpt.export.quantization_error import TensorError, quantization_report
 from cpt.export.reader_forms import exported_config, generation_config

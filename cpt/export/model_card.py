@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from cpt.checkpoint.adapter_state import AdapterState
 from cpt.checkpoint.lineage import lineage_of_checkpoint, lineage_text
 from cpt.checkpoint.manifest import Manifest
 from cpt.checkpoint.run_state import RunState
@@ -23,6 +24,7 @@ STORAGE = {
     "mxfp4": (
         "Expert matrices are rounded to MXFP4 (round to nearest), the rest is stored in bf16."
     ),
+    "peft": "The files hold the adapter alone, in PEFT's format.",
 }
 """How the weights are stored, by format."""
 TRAINING_KEYS = (
@@ -53,12 +55,12 @@ def model_card(
     Args:
         manifest: The checkpoint's manifest.
         facts: What the run's log says; None if it cannot be read, and the card says so.
-        format_name: `bf16`, `mxfp4` or `fp32`.
+        format_name: `bf16`, `mxfp4`, `fp32` or `peft`.
         sections: Further sections.
     """
     sources = _sources(manifest)
     parts = [
-        _front_matter(sources),
+        _front_matter(sources, "peft" if format_name == "peft" else "transformers"),
         "# gpt-oss after continual pretraining",
         _origin(manifest, format_name),
         _data(manifest, sources, facts),
@@ -111,14 +113,14 @@ def _weight(segment: Json, source: str) -> str:
     return first if first == last else f"{first} to {last}"
 
 
-def _front_matter(sources: dict[str, Json]) -> str:
+def _front_matter(sources: dict[str, Json], library: str) -> str:
     """Return the YAML head that the Hugging Face hub reads."""
     languages: list[str] = []
     for source in sources.values():
         label = str(source["language"])
         if label not in UNTESTABLE and label not in languages:
             languages.append(label)
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     if languages:
         lines.append(f"language: [{', '.join(sorted(languages))}]")
     lines += ["tags: [gpt-oss, continual-pretraining]", "---"]
@@ -136,11 +138,28 @@ def _origin(manifest: Manifest, format_name: str) -> str:
     frozen = config.get("train", {}).get("freeze")
     if frozen:
         paragraphs.append(f"These weights were not trained: `{'`, `'.join(frozen)}`.")
+    adapter = AdapterState.of(RunState.of(manifest), f"step {manifest.step}")
+    if adapter is not None:
+        paragraphs.append(_adapter_text(adapter, format_name))
     paragraphs.append(
         "This is the result of training on raw text: no instruction tuning or safety evaluation "
         "followed."
     )
     return "\n\n".join(paragraphs)
+
+
+def _adapter_text(adapter: AdapterState, format_name: str) -> str:
+    """Return what the card says of an adapter."""
+    section = adapter.section
+    how = "This is" if format_name == "peft" else "It is that model with"
+    added = "" if format_name == "peft" else " added in fp32"
+    layers = "all layers"
+    if section.layers:
+        layers = f"layers {', '.join(map(str, section.layers))}"
+    return (
+        f"{how} an adapter ({section.kind}, rank {section.rank}, alpha {section.alpha:g}, "
+        f"{', '.join(section.targets)}, {layers}){added}. Nothing else was trained."
+    )
 
 
 def _data(manifest: Manifest, sources: dict[str, Json], facts: LoggedFacts | None) -> str:

@@ -14,8 +14,9 @@ import torch
 
 from cpt.checkpoint.manifest import MANIFEST, Manifest
 from cpt.checkpoint.model_config import model_config_of
+from cpt.checkpoint.model_weights import open_weights
 from cpt.checkpoint.run_state import RunState
-from cpt.checkpoint.weights import CheckpointWeights, open_weights
+from cpt.checkpoint.weights import CheckpointWeights
 from cpt.errors import ConfigError, DataError
 from cpt.export.rounded_weights import RoundedWeights
 from cpt.guard.paired_test import compare_scores

@@ -1,17 +1,21 @@
 """`cpt export`: a checkpoint of a run with its model card and, for MXFP4, the cost of rounding.
 
-The weight files are those of cpt/export/huggingface.py; this file adds what only the run knows.
+The weight files are those of cpt/export/huggingface.py, or of cpt/export/adapter.py for an adapter
+alone; this file adds what only the run knows.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cpt.checkpoint.lineage import LINEAGE_FILE, lineage_with
 from cpt.checkpoint.manifest import Manifest, read_manifest
+from cpt.checkpoint.model_weights import adapter_of
 from cpt.errors import ConfigError
+from cpt.export.adapter import BASE_FILE, export_adapter, serving_section
 from cpt.export.huggingface import REPORT_FILE, export_checkpoint
 from cpt.export.logged_facts import read_logged_facts
 from cpt.export.model_card import markdown_table, model_card
@@ -27,14 +31,32 @@ COST_FILE = "mxfp4_cost.json"
 """Bits per byte of held-out text before and after rounding to MXFP4."""
 COST_HEADER = ("domain", "bf16", "MXFP4", "change in % (95 % interval)")
 
+UNROUNDED = (
+    "The adapter of this model alone (`cpt export --format peft`), loaded over the released MXFP4 "
+    "weights, rounds nothing."
+)
+"""What the card of a rounded model says of its adapter."""
+
 Score = Literal["auto", "always", "never"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportForm:
+    """What is written of a checkpoint."""
+
+    format_name: str
+    """`peft` for an adapter alone, or a format of `export_checkpoint`."""
+    adapter_dtype: str = "bf16"
+    """Dtype of an adapter alone: `bf16` or `fp32`."""
+    base: Path | None = None
+    """Directory of the model below an adapter; None for where it was in training."""
 
 
 def export_run(
     run_dir: Path,
     folder: Path,
     out: Path,
-    format_name: str,
+    form: ExportForm,
     score: Score = "never",
     options: RankOptions | None = None,
 ) -> Path:
@@ -46,28 +68,29 @@ def export_run(
         run_dir: The run directory; its metrics.jsonl goes into the model card.
         folder: The checkpoint.
         out: The new directory.
-        format_name: See `export_checkpoint`.
+        form: What is written.
         score: Whether an MXFP4 export is scored on the run's held-out text; `auto` does it if the
             text is there and the model is small enough for the device; one process only.
         options: How the ranks work together.
 
     Raises:
-        ConfigError: see `export_checkpoint`; or `score` is `always` and there is no held-out text,
-            or it is `auto` on several ranks.
+        ConfigError: see `export_checkpoint` and `export_adapter`; or `score` is `always` and there
+            is no held-out text, or it is `auto` on several ranks.
         RequeueRequested: a stop was asked for; what is scored stays for the next start.
     """
-    if format_name == "mxfp4" and score == "auto" and is_launched():
+    rounds = form.format_name == "mxfp4"
+    if rounds and score == "auto" and is_launched():
         _refuse_ranks_that_decide_alone()
     manifest = read_manifest(folder)
 
     def write(costs: list[dict[str, Any]]) -> None:
-        _export(run_dir, folder, manifest, out, format_name, costs)
+        _export(run_dir, folder, manifest, out, form, costs)
 
-    if format_name == "mxfp4" and score != "never":
+    if rounds and score != "never":
         # it imports DeepSpeed, which nothing else here needs
         from cpt.export.mxfp4_cost import write_scored
 
-        if write_scored(folder, manifest, out, score, options or RankOptions(), write):
+        if write_scored(folder, manifest, out, score, options or RankOptions(), write, form.base):
             return out
     if rank_of_environment() == 0:
         write([])
@@ -93,7 +116,7 @@ def _export(
     folder: Path,
     manifest: Manifest,
     out: Path,
-    format_name: str,
+    form: ExportForm,
     costs: list[dict[str, Any]],
 ) -> None:
     """Write weights, costs and model card.
@@ -101,13 +124,21 @@ def _export(
     All that the card is made of is read and put into words before the weights, which may take
     hours: what is wrong with it must not cost them.
     """
+    format_name = form.format_name
     facts = read_logged_facts(run_dir / "metrics.jsonl", manifest.step)
     model_card(manifest, facts, format_name)
+    adapter = adapter_of(folder, manifest)
 
     def complete(temporary: Path) -> None:
-        sections = _vllm_sentences(temporary)
+        sections = []
+        if adapter is not None and format_name == "peft":
+            sections.append(serving_section(manifest, adapter))
+        else:
+            sections += _vllm_sentences(temporary)
         if format_name == "mxfp4":
             sections.append(_error_section(_read_json(temporary / REPORT_FILE)))
+            if adapter is not None:
+                sections.append(UNROUNDED)
         if costs:
             write_json(temporary / COST_FILE, {"domains": costs}, indent=2, sort_keys=True)
             sections.append(_cost_section(costs))
@@ -116,12 +147,19 @@ def _export(
         card = escaped_text(model_card(manifest, facts, format_name, sections))
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
-    export_checkpoint(folder, out, format_name, complete)
+    if format_name == "peft":
+        export_adapter(folder, out, form.adapter_dtype, complete)
+    else:
+        export_checkpoint(folder, out, format_name, complete, form.base)
 
 
 def describe_export(out: Path) -> str:
     """Return what to know of an export: what vLLM would not read, and the cost of MXFP4."""
     text = ""
+    if (out / BASE_FILE).is_file():
+        for note in _read_json(out / BASE_FILE)["vllm"]:
+            text += f"{note}\n"
+        return text
     for sentence in _vllm_sentences(out):
         text += f"{sentence}\n"
     if (out / REPORT_FILE).is_file():

@@ -17,7 +17,7 @@ from cpt.checkpoint.reader import step_folder
 from cpt.config import RunConfig
 from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.errors import ConfigError, RequeueRequested, StageFinished
-from cpt.export.run_export import export_run
+from cpt.export.run_export import ExportForm, export_run
 from cpt.job.assembly import assemble
 from cpt.job.context import RunContext
 from cpt.job.ending import Ending
@@ -289,7 +289,8 @@ def export_at_end(job: Job, checkpoint: Path, out: Path) -> bool:
     started = time.perf_counter()
     if job.topology.rank == 0:
         log.info("export of %s begun", checkpoint.name)
-    on_first_rank(group, lambda: str(export_run(job.run_dir, checkpoint, out, "bf16")))
+    form = ExportForm(format_name="bf16")
+    on_first_rank(group, lambda: str(export_run(job.run_dir, checkpoint, out, form)))
     if job.topology.rank == 0:
         log.info("export finished in %.1f s: %s", time.perf_counter() - started, out)
     return True

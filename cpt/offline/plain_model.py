@@ -18,7 +18,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from cpt.checkpoint.manifest import read_manifest
 from cpt.checkpoint.model_config import model_config_of
-from cpt.checkpoint.weights import open_weights
+from cpt.checkpoint.model_weights import open_weights
 from cpt.model.configuration import load_config
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
@@ -54,9 +54,7 @@ def load_export(path: Path, device_map: DeviceMap = "one") -> Any:
     return _placed(model, device_map)
 
 
-def load_checkpoint(
-    folder: Path, device_map: DeviceMap = "one", base: Path | None = None
-) -> Any:
+def load_checkpoint(folder: Path, device_map: DeviceMap = "one", base: Path | None = None) -> Any:
     """Return the model of a verified checkpoint in bf16, as its export would be.
 
     Args:

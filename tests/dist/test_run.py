@@ -25,7 +25,7 @@ from cpt.checkpoint.reader import find_checkpoint, list_steps, step_folder
 from cpt.cli import main
 from cpt.errors import CheckpointError
 from cpt.export.huggingface import export_checkpoint
-from cpt.export.run_export import export_run
+from cpt.export.run_export import ExportForm, export_run
 from cpt.model.weights import mxfp4
 from cpt.telemetry.metrics import read_events
 from cpt.training.sampling import Sampling
@@ -324,7 +324,8 @@ def test_mxfp4_export_is_read_by_transformers_as_the_rounded_weights_and_says_wh
 ) -> None:
     checkpoint = step_folder(whole, STEPS)
     monkeypatch.chdir(workplace)  # where the run found its built data
-    exported = export_run(whole, checkpoint, tmp_path / "mxfp4", "mxfp4", "always")
+    form = ExportForm(format_name="mxfp4")
+    exported = export_run(whole, checkpoint, tmp_path / "mxfp4", form, "always")
     written = json.loads((exported / "mxfp4_cost.json").read_text())["domains"]
     costs = {cost["domain"]: cost for cost in written}
     # the last event of a domain counts: that of the final weights, computed in bf16

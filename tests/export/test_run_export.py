@@ -12,7 +12,9 @@ import pytest
 
 from cpt.errors import ConfigError
 from cpt.export import run_export
-from cpt.export.run_export import export_run
+from cpt.export.run_export import ExportForm, export_run
+
+BF16 = ExportForm(format_name="bf16")
 
 
 def test_ranks_do_not_decide_alone_whether_they_score(
@@ -22,7 +24,7 @@ def test_ranks_do_not_decide_alone_whether_they_score(
     for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"--score auto on 2 ranks.*Give --score always"):
-        export_run(tmp_path, tmp_path, tmp_path / "out", "mxfp4", "auto")
+        export_run(tmp_path, tmp_path, tmp_path / "out", ExportForm(format_name="mxfp4"), "auto")
 
 
 def test_export_without_scores_needs_no_deepspeed() -> None:
@@ -39,7 +41,7 @@ def weights(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Stand for the writing of weights by an empty directory; holds those that were completed."""
     written: list[Path] = []
 
-    def write(folder: Path, out: Path, format_name: str, complete: Any) -> None:
+    def write(folder: Path, out: Path, format_name: str, complete: Any, base: Any) -> None:
         out.mkdir()
         written.append(out)
         complete(out)
@@ -60,7 +62,7 @@ def test_export_is_whole_whatever_became_of_the_log_of_the_run(
             '{"event": "step", "step": "a"}\n{"event": "guard", "step": 3}\n[]\n{}\n'
         )
     monkeypatch.setattr(run_export, "read_manifest", lambda folder: manifest({}))
-    export_run(tmp_path, tmp_path, tmp_path / "out", "bf16")
+    export_run(tmp_path, tmp_path, tmp_path / "out", BF16)
     assert (weights[0] / "README.md").read_text().startswith("---\nlibrary_name: transformers")
 
 
@@ -69,7 +71,7 @@ def test_card_that_cannot_be_made_is_noticed_before_the_weights_are_written(
 ) -> None:
     monkeypatch.setattr(run_export, "read_manifest", lambda folder: manifest({"segments": [{}]}))
     with pytest.raises(KeyError):
-        export_run(tmp_path, tmp_path, tmp_path / "out", "bf16")
+        export_run(tmp_path, tmp_path, tmp_path / "out", BF16)
     assert weights == []
 
 
