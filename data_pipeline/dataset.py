@@ -18,6 +18,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -46,12 +47,12 @@ from data_pipeline.store.row_files import (
     RowFiles,
     RowTokens,
 )
-from data_pipeline.store.shards import Shards
+from data_pipeline.store.shards import LossMask, Shards
 from data_pipeline.store.verification import check_files, check_stored_rows, unverified_rows
 from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens
 
 IGNORED_LABEL = -100
-"""Label of a slot without a next token, which bears no loss."""
+"""Label of a slot whose next token bears no loss, or that has none."""
 _WHOLE_ROW = slice(None)
 
 
@@ -62,7 +63,9 @@ class PackedRow:
     input_ids: Integers
     """[T] inputs; END_OF_TEXT in the padding and nowhere else."""
     labels: Integers
-    """[T] token after each input; IGNORED_LABEL in the padding."""
+    """[T] token after each input; IGNORED_LABEL in the padding, and where that token bears no
+    loss.
+    """
     position_ids: Integers
     """[T] positions, counted from 0 in every document piece and in the padding."""
     bounds: list[int]
@@ -84,7 +87,8 @@ class _Rows:
 
     def read(self, row: int, slots: slice = _WHOLE_ROW) -> PackedRow:
         """Read one row; its documents have the numbers of `shards`."""
-        return _read_row(self.files.pieces(row), self.seq_len, self.shards.tokens, slots)
+        pieces = self.files.pieces(row)
+        return _read_row(pieces, self.seq_len, self.shards.tokens_and_loss, slots)
 
 
 class _HeldOutRows(_Rows):
@@ -97,8 +101,8 @@ class _HeldOutRows(_Rows):
         """Numbers of the documents in `shards`, ascending."""
         self.document_tokens = self._sizes(DOCUMENT_TOKENS_FILE, "document_tokens")
         """Tokens of each document, END_OF_TEXT included."""
-        self.document_bytes = self._sizes(DOCUMENT_BYTES_FILE, "document_bytes")
-        """UTF-8 bytes of each document."""
+        self.document_bytes = self._sizes(DOCUMENT_BYTES_FILE, "learned_bytes")
+        """UTF-8 bytes of each document; with a loss mask, of what bears loss."""
 
     def _sizes(self, file_name: str, of_shards: str) -> Integers:
         """Return sizes of the documents; from the shards if the build has no file of them.
@@ -142,15 +146,17 @@ class _HeldOutRows(_Rows):
         )
 
 
-def _read_row(
-    pieces: RowPieces, seq_len: int, tokens_of: Callable[[int, int, int], Tokens], slots: slice
-) -> PackedRow:
+_TokensOf: TypeAlias = Callable[[int, int, int], tuple[Tokens, LossMask | None]]
+
+
+def _read_row(pieces: RowPieces, seq_len: int, tokens_of: _TokensOf, slots: slice) -> PackedRow:
     """Fill slots of one row with the tokens of its documents.
 
     Args:
         pieces: The pieces of documents that make up the row.
         seq_len: Slots of the row.
-        tokens_of: Returns the tokens of a document from a first to before a last one.
+        tokens_of: Returns the tokens of a document from a first to before a last one, and which of
+            them bear loss; None if all do.
         slots: Which slots; of the other ones no token is read.
     """
     first, stop, _ = slots.indices(seq_len)
@@ -165,10 +171,12 @@ def _read_row(
         before = max(first - begin, 0)
         after = min(stop - begin, count)
         if before < after:
-            tokens = tokens_of(document, start + before, start + after + 1)
+            tokens, loss = tokens_of(document, start + before, start + after + 1)
             span = slice(begin + before - first, begin + after - first)
             input_ids[span] = tokens[:-1]
             labels[span] = tokens[1:]
+            if loss is not None:
+                labels[span][~loss[1:]] = IGNORED_LABEL
     if bounds[-1] < seq_len:
         bounds.append(seq_len)
     position_ids = np.arange(seq_len) - np.repeat(bounds[:-1], np.diff(bounds))
@@ -202,8 +210,8 @@ class PackedDocuments:
         pieces = self._packed.pieces(row)
         return _read_row(pieces, self._domain.seq_len, self._tokens, _WHOLE_ROW)
 
-    def _tokens(self, position: int, start: int, stop: int) -> Tokens:
-        return self._domain.tokens(int(self._documents[position]), start, stop)
+    def _tokens(self, position: int, start: int, stop: int) -> tuple[Tokens, LossMask | None]:
+        return self._domain.tokens_and_loss(int(self._documents[position]), start, stop)
 
 
 class HeldOutSet:
@@ -232,7 +240,7 @@ class HeldOutSet:
             lengths.append(part.document_tokens)
             num_documents += len(part.documents)
         self.document_bytes: Integers = np.concatenate(sizes)
-        """UTF-8 bytes of each document."""
+        """UTF-8 bytes of each document; with a loss mask, of what bears loss."""
         self.document_tokens: Integers = np.concatenate(lengths)
         """Tokens of each document, END_OF_TEXT included."""
         self.document_clusters: Integers = np.concatenate(clusters)
@@ -265,11 +273,13 @@ class HeldOutSet:
         within_source = np.searchsorted(self._stored_numbers[part], packed.documents)
         return replace(packed, documents=within_source + self._first_numbers[part])
 
-    def tokens(self, document: int, start: int, stop: int) -> Tokens:
-        """Return the tokens [start, stop) of a document."""
+    def tokens_and_loss(
+        self, document: int, start: int, stop: int
+    ) -> tuple[Tokens, LossMask | None]:
+        """Return the tokens [start, stop) of a document, and which bear loss; None if all do."""
         part = bisect.bisect_right(self._first_numbers, document) - 1
         stored = self._stored_numbers[part][document - self._first_numbers[part]]
-        return self._parts[part].shards.tokens(int(stored), start, stop)
+        return self._parts[part].shards.tokens_and_loss(int(stored), start, stop)
 
     def pack(self, documents: Integers) -> PackedDocuments:
         """Pack some of the documents into rows of their own."""
@@ -374,7 +384,7 @@ class BuiltData:
         return self._train[source].num_rows
 
     def row_tokens(self, source: int) -> RowTokens:
-        """Return the predicted tokens of each training row of a source, [num_rows]."""
+        """Return the predicted tokens of each training row, those that bear loss, [num_rows]."""
         return self._row_tokens[source]
 
     def read_row(self, source: int, row: int, slots: slice = _WHOLE_ROW) -> PackedRow:

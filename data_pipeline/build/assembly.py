@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ from data_pipeline.store.row_files import (
     DOCUMENT_TOKENS_FILE,
     SHARD_DOCUMENTS_FILE,
     save_array,
+    save_piece_loss,
     save_row_tokens,
 )
 from data_pipeline.store.shards import Shards
@@ -159,20 +161,14 @@ def _pack_source(
     tokens = shards.document_tokens
     trained = decided.training_segments(tokens)
     measured = Segments.whole(fates.held_out, tokens[fates.held_out])
+    packer = _Packer(mix.packing, shards, work_dir, executor)
     stages: tuple[StageEntry, ...] = ()
     if mix.stages:
-        stages = _pack_stages(work_dir, mix, decided, trained, shards, executor)
-        num_rows = sum(stage.rows for stage in stages)
-        predicted_tokens = sum(stage.predicted_tokens for stage in stages)
+        stages = _pack_stages(work_dir, mix, decided, trained, packer)
+        train = _sum_of_stages(stages)
     else:
-        train = pack_split(
-            folder / TRAIN_FOLDER, trained, mix.seq_len, mix.packing, work_dir, executor
-        )
-        num_rows = train.num_rows
-        predicted_tokens = train.num_pairs
-    held_out = pack_split(
-        folder / "held_out", measured, mix.seq_len, mix.packing, work_dir, executor
-    )
+        train = packer.pack(folder / TRAIN_FOLDER, trained, mix.seq_len)
+    held_out = packer.pack(folder / "held_out", measured, mix.seq_len)
     if source.cluster_by is not None:
         clusters = first_of_cluster(decided.parts.clusters_of(fates.held_out))
         save_array(folder / "held_out" / CLUSTERS_FILE, clusters)
@@ -186,12 +182,12 @@ def _pack_source(
         domain=source.domain,
         documents=len(fates.train),
         tokens=int(trained.tokens.sum()),
-        predicted_tokens=predicted_tokens,
+        predicted_tokens=train.labels,
         bytes=_num_bytes(trained, tokens, shards.document_bytes),
-        rows=num_rows,
+        rows=train.rows,
         held_out_documents=len(fates.held_out),
-        held_out_rows=held_out.num_rows,
-        held_out_tokens=held_out.num_pairs,
+        held_out_rows=held_out.rows,
+        held_out_tokens=held_out.labels,
         held_out_hash=decided.held_out_hash,
         held_out_found=int(decided.held_out_found.sum()),
         duplicates=decided.parts.num_duplicates + fates.num_duplicates,
@@ -207,6 +203,45 @@ def _pack_source(
         dropped=count_dropped(decided, tokens, trained),
         exempted=count_exempted(decided),
         held_out_unsearched=decided.held_out_unsearched,
+        slots=train.slots,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Packed:
+    """How much the rows of a split hold."""
+
+    rows: int
+    labels: int
+    """Labels that bear loss."""
+    slots: int
+    """Slots that hold a token of a document; 0 if the documents have no loss masks."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Packer:
+    """Packs splits of one source."""
+
+    method: str
+    """As for `store.packing.pack`."""
+    shards: Shards
+    work_dir: Path
+    executor: Executor
+
+    def pack(self, folder: Path, segments: Segments, seq_len: int) -> _Packed:
+        """Pack segments into the rows of a split, and write their arrays into a folder."""
+        packed = pack_split(folder, segments, seq_len, self.method, self.work_dir, self.executor)
+        if not self.shards.has_loss:
+            return _Packed(rows=packed.num_rows, labels=packed.num_pairs, slots=0)
+        num_labels = save_piece_loss(folder, self.shards)
+        return _Packed(rows=packed.num_rows, labels=num_labels, slots=packed.num_pairs)
+
+
+def _sum_of_stages(stages: Sequence[StageEntry]) -> _Packed:
+    return _Packed(
+        rows=sum(stage.rows for stage in stages),
+        labels=sum(stage.predicted_tokens for stage in stages),
+        slots=sum(stage.slots for stage in stages),
     )
 
 
@@ -221,8 +256,7 @@ def _pack_stages(
     mix: MixConfig,
     decided: DecidedSource,
     trained: Segments,
-    shards: Shards,
-    executor: Executor,
+    packer: _Packer,
 ) -> tuple[StageEntry, ...]:
     """Pack the training documents of a source into the rows of the stages.
 
@@ -230,6 +264,7 @@ def _pack_stages(
         DataError: the source is trained on, and a stage gets none of its documents.
     """
     source = decided.parts.source
+    shards = packer.shards
     hashes = decided.parts.hashes_of(np.unique(trained.document))
     splits = split_by_stage(trained, hashes, mix.stages, is_chat=shards.chat)
     entries = []
@@ -242,16 +277,17 @@ def _pack_stages(
                 "weight 0."
             )
         folder = work_dir / "build" / source.name / f"{TRAIN_FOLDER}-{stage.seq_len}"
-        rows = pack_split(folder, segments, stage.seq_len, mix.packing, work_dir, executor)
+        packed = packer.pack(folder, segments, stage.seq_len)
         documents = np.unique(segments.document)
         entries.append(
             StageEntry(
                 seq_len=stage.seq_len,
                 documents=len(documents),
                 tokens=int(segments.tokens.sum()),
-                predicted_tokens=rows.num_pairs,
+                predicted_tokens=packed.labels,
                 bytes=_num_bytes(segments, shards.document_tokens, shards.document_bytes),
-                rows=rows.num_rows,
+                rows=packed.rows,
+                slots=packed.slots,
             )
         )
     return tuple(entries)
@@ -262,7 +298,7 @@ def _save_sizes(folder: Path, decided: DecidedSource, shards: Shards) -> None:
     held_out = np.sort(decided.fates.held_out)
     counts = [account.num_documents for account in decided.parts.accounts]
     save_array(folder / "held_out" / DOCUMENT_TOKENS_FILE, shards.document_tokens[held_out])
-    save_array(folder / "held_out" / DOCUMENT_BYTES_FILE, shards.document_bytes[held_out])
+    save_array(folder / "held_out" / DOCUMENT_BYTES_FILE, shards.learned_bytes[held_out])
     save_array(folder / SHARD_DOCUMENTS_FILE, np.array(counts, np.int64))
 
 

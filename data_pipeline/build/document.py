@@ -8,6 +8,7 @@ from functools import partial
 
 from data_pipeline.build.clusters import NO_CLUSTER
 from data_pipeline.build.deduplication import content_hash
+from data_pipeline.store.shards import LossMask
 from data_pipeline.text.cleaning import Place
 from data_pipeline.text.harmony import Conversation
 from data_pipeline.text.tokenizer import Tokens, encode
@@ -42,6 +43,10 @@ class Document:
     """Place of a conversation in the input, for the account of those that fit no row."""
     tokenize: Callable[[], Tokens]
     """Function that returns the tokens, without END_OF_TEXT."""
+    loss: Callable[[], LossMask] | None = None
+    """Function that returns whether each of those tokens bears loss as a label; None if all do."""
+    learned_bytes: int = 0
+    """UTF-8 bytes of what bears loss, if there is a mask."""
 
     def located(
         self, origin: int, cluster: int = NO_CLUSTER, kept: tuple[str | None, ...] = ()
@@ -58,6 +63,8 @@ class Document:
             kept=kept,
             place=self.place,
             tokenize=self.tokenize,
+            loss=self.loss,
+            learned_bytes=self.learned_bytes,
         )
 
     @classmethod

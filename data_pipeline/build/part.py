@@ -13,7 +13,8 @@ Decisions
     what is missing.
     The files of the unit are as they were hashed, before it is read and after: so the part is that
     of the fingerprint.
-    A conversation that is longer than a row is left out, and counted as a reject.
+    A conversation that is longer than a row is left out, and counted as a reject; so is a document
+    whose loss mask leaves nothing to learn.
     Nothing here depends on other units, so parts may be made in any order, by any number of
     processes or machines.
 """
@@ -29,7 +30,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.store.files import atomic_write, make_folder, sha256_of, write_json
 from data_pipeline.store.packing import ARRAY_ERRORS, why_no_array
 from data_pipeline.store.provenance import Places
-from data_pipeline.store.shards import SUFFIX, write_shard
+from data_pipeline.store.shards import SUFFIX, LossMask, write_shard
 from data_pipeline.text.cleaning import Tally
 from data_pipeline.text.harmony import body
 from data_pipeline.text.tokenizer import Tokens
@@ -67,6 +68,8 @@ SHARD = f"documents{SUFFIX}"
 """Name of the shard among the files of a part."""
 TOO_LONG = "conversation longer than a row"
 """Beginning of the reason why a conversation is left out."""
+NOTHING_LEARNED = "no token bears loss"
+"""The reason why a document with a loss mask is left out."""
 SIGNATURE_TOKENS = 1 << 17
 """Number of tokens whose signatures are computed at once."""
 
@@ -275,10 +278,19 @@ def make_part(part: Part) -> Account:
     return account
 
 
+class _Encoded(NamedTuple):
+    """A document and its tokens, without END_OF_TEXT."""
+
+    document: Document
+    tokens: Tokens
+    loss: LossMask | None
+    """Whether each token bears loss as a label; None if all do."""
+
+
 def _write_shard(part: Part, tally: Tally, facts: _DocumentFacts) -> bool:
     """Write the documents of the unit, each once, and return whether there are any."""
     documents = facts.without_copies(read_documents(part.source, part.unit, tally))
-    tokenized = _within_limits(_tokenize(documents, part.seq_len, tally), part.source, tally)
+    tokenized = _within_limits(_encode(documents, part.seq_len, tally), part.source, tally)
     with _kept_writer(part) as kept:
         first = next(tokenized, None)
         if first is None:
@@ -288,15 +300,18 @@ def _write_shard(part: Part, tally: Tally, facts: _DocumentFacts) -> bool:
 
 
 def _write_documents(
-    part: Part,
-    documents: Iterator[tuple[Document, Tokens]],
-    facts: _DocumentFacts,
-    kept: KeptWriter | None,
+    part: Part, documents: Iterator[_Encoded], facts: _DocumentFacts, kept: KeptWriter | None
 ) -> None:
     with write_shard(part.shard_path) as shard:
-        for document, tokens in documents:
+        for document, tokens, loss in documents:
             facts.note(document, tokens)
-            shard.add(tokens, document.num_bytes, document.is_conversation)
+            shard.add(
+                tokens,
+                document.num_bytes,
+                document.is_conversation,
+                loss,
+                document.learned_bytes,
+            )
             if kept is not None:
                 kept.add(document.kept)
 
@@ -313,36 +328,40 @@ def _kept_writer(part: Part) -> Iterator[KeptWriter | None]:
         writer.finish()
 
 
-def _tokenize(
-    documents: Iterator[Document], seq_len: int, tally: Tally
-) -> Iterator[tuple[Document, Tokens]]:
-    """Yield the documents with their tokens, without the conversations that fit no row.
+def _encode(documents: Iterator[Document], seq_len: int, tally: Tally) -> Iterator[_Encoded]:
+    """Yield the documents with their tokens, but no conversation without a row or a loss.
 
     A text that is cut goes on as text. The rest of a conversation would lack what the model sees
-    before every message, and be trained on all the same.
+    before every message, and be trained on all the same. One that no token of bears loss would
+    take slots of a row for nothing.
     """
     for document in documents:
         tokens = document.tokenize()
+        loss = None if document.loss is None else document.loss()
         if document.is_conversation and len(tokens) - 1 > seq_len:
             assert document.place is not None, "a conversation comes from a record"
             tally.withdraw(f"{TOO_LONG} of {seq_len} tokens", document.place)
+        elif document.is_conversation and loss is not None and not loss[1:].any():
+            assert document.place is not None, "a conversation comes from a record"
+            tally.withdraw(NOTHING_LEARNED, document.place)
         else:
-            yield document, tokens
+            yield _Encoded(document, tokens, loss)
 
 
 def _within_limits(
-    documents: Iterator[tuple[Document, Tokens]], source: SourceConfig, tally: Tally
-) -> Iterator[tuple[Document, Tokens]]:
+    documents: Iterator[_Encoded], source: SourceConfig, tally: Tally
+) -> Iterator[_Encoded]:
     """Yield the documents that have as many tokens as the source wants, and count the others."""
     least = source.min_tokens or 0
     most = source.max_tokens or math.inf
-    for document, tokens in documents:
-        if len(tokens) < least:
-            tally.withdraw_filtered(f"fewer than {least} tokens", len(tokens))
-        elif len(tokens) > most:
-            tally.withdraw_filtered(f"more than {most} tokens", len(tokens))
+    for encoded in documents:
+        num_tokens = len(encoded.tokens)
+        if num_tokens < least:
+            tally.withdraw_filtered(f"fewer than {least} tokens", num_tokens)
+        elif num_tokens > most:
+            tally.withdraw_filtered(f"more than {most} tokens", num_tokens)
         else:
-            yield document, tokens
+            yield encoded
 
 
 class _DocumentFacts:

@@ -56,11 +56,14 @@ class StageEntry:
     tokens: int
     """Tokens of those documents, END_OF_TEXT included."""
     predicted_tokens: int
-    """Labels in the rows."""
+    """Labels in the rows that bear loss."""
     bytes: int
     """UTF-8 bytes of those documents."""
     rows: int
     """Number of rows."""
+    slots: int = 0
+    """Slots of the rows that hold a token of a document, if the documents have loss masks, so that
+    not each of them has a label; 0, and absent from the file, if they have none."""
 
     @property
     def folder(self) -> str:
@@ -83,7 +86,7 @@ class SourceEntry:
     tokens: int
     """Tokens of those documents, END_OF_TEXT included."""
     predicted_tokens: int
-    """Labels in training rows."""
+    """Labels in training rows that bear loss."""
     bytes: int
     """UTF-8 bytes of those documents."""
     rows: int
@@ -93,7 +96,7 @@ class SourceEntry:
     held_out_rows: int
     """Rows of those documents."""
     held_out_tokens: int
-    """Labels in those rows."""
+    """Labels in those rows that bear loss."""
     held_out_hash: str
     """Hex sha256 of the sorted content hashes of the held-out documents."""
     held_out_found: int
@@ -132,6 +135,19 @@ class SourceEntry:
     held_out_unsearched: int = 0
     """Held-out documents too short to be searched for in training text: only documents that are
     copies of one were dropped."""
+    slots: int = 0
+    """Slots of the training rows that hold a token of a document, if the documents have loss masks,
+    so that not each of them has a label; 0, and absent from the file, if they have none."""
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the documents have loss masks."""
+        return self.slots > 0
+
+    @property
+    def used_slots(self) -> int:
+        """Slots of the training rows that hold a token of a document."""
+        return self.slots or self.predicted_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +232,12 @@ class BuildManifest:
 
     def content(self) -> dict[str, Any]:
         """Return the manifest as JSON values, without the checksum."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        for source in content["sources"]:
+            for entry in (source, *source["stages"]):
+                if not entry["slots"]:  # builds without masks are those of earlier versions
+                    del entry["slots"]
+        return content
 
     @property
     def hash(self) -> str:

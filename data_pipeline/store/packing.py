@@ -12,6 +12,8 @@ Decisions
     A segment of more than seq_len pairs is cut into pieces of exactly seq_len pairs and a rest.
     Neighboring pieces share one token, the last label of one and the first input of the next, so no
     pair is lost. Nothing else is ever cut.
+    With loss masks not every label bears loss. How many of a piece do is counted afterwards: rows
+    are filled by slots, and the tokens of a row are the labels that bear loss.
     Rows are filled by best-fit decreasing: pieces from long to short, each into the fullest row
     that still has room (arXiv 2404.10830). The same lengths always give the same rows.
 """
@@ -38,6 +40,8 @@ ARRAY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, TokenError, TypeErro
 """What NumPy raises on a file that is no array, or one with a damaged header."""
 ARRAY_NAMES = ("row_offsets", "piece_document", "piece_start", "piece_pairs")
 """Fields of `RowIndex`, which are also the names of its files."""
+LOSS_NAME = "piece_loss"
+"""Field of `RowIndex`, and name of its file, where the documents have loss masks."""
 CLUSTERS_FILE = "clusters.npy"
 """For each held-out document the position of the first one of its cluster; absent if the source
 has no `cluster_by`.
@@ -107,6 +111,10 @@ class RowIndex:
     """Tokens of the document before each piece, [num_pieces]."""
     piece_pairs: Integers
     """Pairs, and so slots, of each piece, [num_pieces]."""
+    piece_loss: Integers | None = None
+    """Labels of each piece that bear loss, [num_pieces]; None if all do, or before they are
+    counted.
+    """
 
     @property
     def num_rows(self) -> int:
@@ -123,8 +131,17 @@ class RowIndex:
         )
 
     def row_tokens(self) -> Integers:
-        """Return the predicted tokens of each row, [num_rows]."""
-        totals = np.concatenate([[0], np.cumsum(self.piece_pairs)])
+        """Return the predicted tokens of each row, those that bear loss, [num_rows]."""
+        if self.piece_loss is None:
+            return self.row_slots()
+        return self._row_sums(self.piece_loss)
+
+    def row_slots(self) -> Integers:
+        """Return the slots of each row that hold a token of a document, [num_rows]."""
+        return self._row_sums(self.piece_pairs)
+
+    def _row_sums(self, of_pieces: Integers) -> Integers:
+        totals = np.concatenate([[0], np.cumsum(of_pieces)])
         return np.diff(totals[self.row_offsets])
 
 

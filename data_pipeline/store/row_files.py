@@ -1,7 +1,8 @@
 """The packed rows of one split of a source, as files.
 
     row_offsets.npy, piece_document.npy, piece_start.npy, piece_pairs.npy    a `RowIndex`
-    row_tokens.npy         predicted tokens of each row, int32
+    piece_loss.npy         its labels that bear loss, if the documents have loss masks
+    row_tokens.npy         predicted tokens of each row, those that bear loss, int32
     document_tokens.npy, document_bytes.npy    of the held-out documents, in ascending order
 
 and in the folder of the source
@@ -29,6 +30,7 @@ from data_pipeline.store.files import atomic_write
 from data_pipeline.store.open_files import OpenFiles
 from data_pipeline.store.packing import (
     ARRAY_NAMES,
+    LOSS_NAME,
     Integers,
     RowIndex,
     RowPieces,
@@ -41,7 +43,9 @@ ROW_TOKENS_FILE = "row_tokens.npy"
 DOCUMENT_TOKENS_FILE = "document_tokens.npy"
 DOCUMENT_BYTES_FILE = "document_bytes.npy"
 SHARD_DOCUMENTS_FILE = "shard_documents.npy"
+LOSS_FILE = f"{LOSS_NAME}.npy"
 DERIVED_FILES = (
+    LOSS_FILE,
     ROW_TOKENS_FILE,
     DOCUMENT_TOKENS_FILE,
     DOCUMENT_BYTES_FILE,
@@ -64,6 +68,19 @@ _RANGE_DOCUMENTS = 1 << 24
 def save_row_tokens(folder: Path) -> None:
     """Write the predicted tokens of the rows whose arrays lie in a folder."""
     save_array(folder / ROW_TOKENS_FILE, RowFiles(folder, OpenFiles(4)).count_row_tokens())
+
+
+def save_piece_loss(folder: Path, shards: Shards) -> int:
+    """Write how many labels of each piece bear loss, and return how many those of all pieces are.
+
+    Args:
+        folder: Folder with the other arrays of the rows.
+        shards: The documents of the source, which have loss masks.
+    """
+    index = RowFiles(folder, OpenFiles(4)).load()
+    counts = shards.count_learned(index.piece_document, index.piece_start, index.piece_pairs)
+    save_array(folder / LOSS_FILE, counts)
+    return int(counts.sum())
 
 
 def save_array(path: Path, values: npt.NDArray[np.integer]) -> None:
@@ -119,9 +136,15 @@ class RowFiles:
         self._document = arrays["piece_document"]
         self._start = arrays["piece_start"]
         self._pairs = arrays["piece_pairs"]
+        self._learned = self._pairs
+        """Labels of each piece that bear loss."""
+        if (folder / LOSS_FILE).exists():
+            self._learned = _ArrayFile.open(folder / LOSS_FILE)
         self.num_rows = self._offsets.length - 1
         """Number of rows."""
         if not self._document.length == self._start.length == self._pairs.length:
+            raise self.misfit()
+        if self._learned.length != self._pairs.length:
             raise self.misfit()
         if self.num_rows < 0:
             raise self.misfit()
@@ -139,10 +162,13 @@ class RowFiles:
 
     def load(self) -> RowIndex:
         """Return all rows, as memory maps."""
-        return RowIndex(**{name: load_array(self.folder / f"{name}.npy") for name in ARRAY_NAMES})
+        arrays = {name: load_array(self.folder / f"{name}.npy") for name in ARRAY_NAMES}
+        if self._learned is not self._pairs:
+            arrays[LOSS_NAME] = load_array(self.folder / LOSS_FILE)
+        return RowIndex(**arrays)
 
     def row_tokens(self) -> RowTokens:
-        """Return the predicted tokens of each row, [num_rows].
+        """Return the predicted tokens of each row, those that bear loss, [num_rows].
 
         It is a memory map, which the ranks of a node share, where the build has the array.
 
@@ -163,15 +189,26 @@ class RowFiles:
         Raises:
             DataError: the arrays do not fit each other.
         """
+        return self._row_sums(self._learned)
+
+    def count_row_slots(self) -> RowTokens:
+        """Return the slots of each row that hold a token of a document, [num_rows].
+
+        Raises:
+            DataError: the arrays do not fit each other.
+        """
+        return self._row_sums(self._pairs)
+
+    def _row_sums(self, of_pieces: _ArrayFile) -> RowTokens:
         totals = np.zeros(self.num_rows, np.int32)
         for first in range(0, self.num_rows, _BLOCK_ROWS):
             last = min(first + _BLOCK_ROWS, self.num_rows)
             offsets = self._offsets.read(self._files, first, last + 1)
-            rising = offsets[0] >= 0 and offsets[-1] <= self._pairs.length
+            rising = offsets[0] >= 0 and offsets[-1] <= of_pieces.length
             if not rising or (np.diff(offsets) <= 0).any():
                 raise self.misfit()
-            pairs = self._pairs.read(self._files, int(offsets[0]), int(offsets[-1]))
-            sums = np.add.reduceat(pairs, offsets[:-1] - offsets[0])
+            values = of_pieces.read(self._files, int(offsets[0]), int(offsets[-1]))
+            sums = np.add.reduceat(values, offsets[:-1] - offsets[0])
             if sums.max() > _MOST_ROW_TOKENS:
                 raise self.misfit()
             totals[first:last] = sums
@@ -200,8 +237,9 @@ def load_row_tokens(path: Path) -> RowTokens:
 def check_rows(rows: RowFiles, shards: Shards, seq_len: int) -> None:
     """Check that the rows fit each other, the documents and seq_len; all arrays are read.
 
-    If they do, no row leaves its documents. The memory is bounded: the lengths of a range of
-    documents are compared with all pieces, then those of the next range.
+    If they do, no row leaves its documents, and its tokens are those that bear loss in them. The
+    memory is bounded: the lengths of a range of documents are compared with all pieces, then those
+    of the next range.
 
     Raises:
         DataError: they do not.
@@ -217,6 +255,7 @@ def check_rows(rows: RowFiles, shards: Shards, seq_len: int) -> None:
     for first in range(0, shards.num_documents, _RANGE_DOCUMENTS):
         last = min(first + _RANGE_DOCUMENTS, shards.num_documents)
         _check_ends(rows, index, shards, first, last)
+    _check_loss(rows, index, shards)
     if not np.array_equal(rows.row_tokens(), rows.count_row_tokens()):
         raise rows.misfit()
 
@@ -231,7 +270,7 @@ def _check_sizes(rows: RowFiles, index: RowIndex, num_documents: int, seq_len: i
             raise rows.misfit()
         if index.piece_start[block].min() < 0 or pairs.min() < 1 or pairs.max() > seq_len:
             raise rows.misfit()
-    if rows.num_rows and rows.count_row_tokens().max() > seq_len:
+    if rows.num_rows and rows.count_row_slots().max() > seq_len:
         raise rows.misfit()
 
 
@@ -248,3 +287,16 @@ def _check_ends(rows: RowFiles, index: RowIndex, shards: Shards, first: int, las
             raise rows.misfit()
         if (starts + index.piece_pairs[block][inside] >= ends).any():
             raise rows.misfit()
+
+
+def _check_loss(rows: RowFiles, index: RowIndex, shards: Shards) -> None:
+    """Check how many labels of each piece bear loss, and that each row has one that does."""
+    if not rows.num_rows:
+        return
+    if shards.has_loss != (index.piece_loss is not None):
+        raise rows.misfit()
+    if index.piece_loss is None:
+        return
+    counts = shards.count_learned(index.piece_document, index.piece_start, index.piece_pairs)
+    if not np.array_equal(counts, index.piece_loss) or rows.count_row_tokens().min() < 1:
+        raise rows.misfit()

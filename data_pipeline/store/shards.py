@@ -1,16 +1,22 @@
 """Token shards: the documents of a source as one file each, read by position or through a map.
 
     bytes 0..7      magic
-    bytes 8..11     version, uint32
+    bytes 8..11     version, uint32: 2 if the documents have loss masks, else 1
     bytes 12..15    length of the JSON header in bytes, uint32
-    bytes 16..4095  JSON header, padded with spaces: dtype, num_tokens, num_documents, and
-                    num_control_tokens if the documents are conversations
+    bytes 16..4095  JSON header, padded with spaces: dtype, num_tokens, num_documents,
+                    num_control_tokens if the documents are conversations, and loss_bits (true) if
+                    they have loss masks
     4096            tokens, uint32 each, padded to a multiple of 8 bytes; every document ends with
                     END_OF_TEXT, a conversation with <|return|>
     then            offset of each document in tokens, uint64, num_documents + 1 of them
     then            UTF-8 bytes of each document, uint64
+    then            if there are loss masks: UTF-8 bytes of what is learned of each document, uint64
 
 Decisions
+    A loss mask says of each token whether it bears loss as a label. It is bit 31 of the token: an
+    id needs 18 bits. Readers give ids without it, so that nothing that hashes or compares tokens
+    sees the mask. The first token of a document is nobody's label and bears none; at least one
+    other token does.
     All numbers are little-endian. The size of the file follows from the header, so a cut-off file
     is always noticed.
     The reader trusts nothing: what does not add up is a DataError that names the file.
@@ -43,10 +49,16 @@ from data_pipeline.text.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, VOCAB_SIZ
 
 MAGIC = b"CPTSHARD"
 VERSION = 1
+MASKED_VERSION = 2
+"""Version of a shard whose documents have loss masks."""
 HEADER_BYTES = 4096
 SUFFIX = ".tokens"
 Integers = npt.NDArray[np.int64]
+LossMask = npt.NDArray[np.bool_]
+"""Whether each token of a document bears loss as a label."""
 _DTYPE = "uint32"
+_LOSS_BIT = 1 << 31
+_ID_BITS = np.uint32(_LOSS_BIT - 1)
 _SCAN_TOKENS = 1 << 24
 _FILES_OF_A_SOURCE = 16
 _TWO_OFFSETS = struct.Struct("<2Q")
@@ -59,6 +71,7 @@ class ShardWriter:
         self._file = file
         self._offsets = array.array("Q", [0])
         self._document_bytes = array.array("Q")
+        self._learned_bytes = array.array("Q")
         self._num_control_tokens = 0
         self._chat = False
         file.write(bytes(HEADER_BYTES))
@@ -73,7 +86,14 @@ class ShardWriter:
         """Number of tokens written so far, END_OF_TEXT included."""
         return self._offsets[-1]
 
-    def add(self, tokens: Tokens, num_bytes: int, chat: bool = False) -> None:
+    def add(
+        self,
+        tokens: Tokens,
+        num_bytes: int,
+        chat: bool = False,
+        loss: LossMask | None = None,
+        learned_bytes: int = 0,
+    ) -> None:
         """Append one document.
 
         Args:
@@ -81,38 +101,67 @@ class ShardWriter:
                 end of its own.
             num_bytes: UTF-8 bytes of the document.
             chat: Whether it is a conversation; a shard holds conversations or text, never both.
+            loss: Whether each token bears loss as a label, [tokens]; a text's END_OF_TEXT does. At
+                least one after the first must. None if all do; a shard holds documents with masks
+                or without, never both.
+            learned_bytes: UTF-8 bytes of what the mask lets the model learn.
         """
         assert tokens.dtype == np.uint32
         assert len(tokens) > 0
         assert chat or not self._chat
-        self._file.write(tokens.astype("<u4", copy=False).tobytes())
+        assert (loss is not None) == self._is_masked or not self.num_documents
         num_tokens = len(tokens)
+        written = tokens
+        if loss is not None:
+            written = _marked(tokens, loss)
+            self._learned_bytes.append(learned_bytes)
+        self._file.write(written.astype("<u4", copy=False).tobytes())
         if chat:
             self._chat = True
             self._num_control_tokens += int(np.count_nonzero(tokens >= NUM_TEXT_TOKENS))
         else:
-            self._file.write(struct.pack("<I", END_OF_TEXT))
+            end = END_OF_TEXT if loss is None else END_OF_TEXT | _LOSS_BIT
+            self._file.write(struct.pack("<I", end))
             num_tokens += 1
         self._offsets.append(self._offsets[-1] + num_tokens)
         self._document_bytes.append(num_bytes)
+
+    @property
+    def _is_masked(self) -> bool:
+        """Whether the documents written so far have loss masks."""
+        return len(self._learned_bytes) > 0
 
     def finish(self) -> None:
         """Write what follows the tokens, and the header."""
         self._file.write(bytes(_padding_bytes(self.num_tokens)))
         self._file.write(np.asarray(self._offsets, dtype="<u8").tobytes())
         self._file.write(np.asarray(self._document_bytes, dtype="<u8").tobytes())
-        content = {
+        self._file.write(np.asarray(self._learned_bytes, dtype="<u8").tobytes())
+        content: dict[str, Any] = {
             "dtype": _DTYPE,
             "num_documents": self.num_documents,
             "num_tokens": self.num_tokens,
         }
         if self._chat:
             content["num_control_tokens"] = self._num_control_tokens
+        version = VERSION
+        if self._is_masked:
+            content["loss_bits"] = True
+            version = MASKED_VERSION
         header = json.dumps(content).encode("ascii")
         self._file.seek(0)
         self._file.write(MAGIC)
-        self._file.write(struct.pack("<II", VERSION, len(header)))
+        self._file.write(struct.pack("<II", version, len(header)))
         self._file.write(header.ljust(HEADER_BYTES - 16))
+
+
+def _marked(tokens: Tokens, loss: LossMask) -> Tokens:
+    """Return tokens with the bit of those that bear loss."""
+    assert loss.dtype == np.bool_
+    assert len(loss) == len(tokens)
+    bits = loss.astype(np.uint32) << np.uint32(31)
+    bits[0] = 0  # nobody's label
+    return tokens | bits
 
 
 @contextlib.contextmanager
@@ -139,6 +188,8 @@ class ShardLayout:
     """Number of documents."""
     num_control_tokens: int | None
     """Control tokens of conversations; None if the documents are text."""
+    has_loss: bool
+    """Whether the documents have loss masks."""
 
     @property
     def offsets_at(self) -> int:
@@ -151,9 +202,14 @@ class ShardLayout:
         return self.offsets_at + 8 * (self.num_documents + 1)
 
     @property
+    def learned_bytes_at(self) -> int:
+        """Position of the UTF-8 bytes of what is learned of each document, with loss masks."""
+        return self.bytes_at + 8 * self.num_documents
+
+    @property
     def file_bytes(self) -> int:
         """Size of the file."""
-        return self.bytes_at + 8 * self.num_documents
+        return self.learned_bytes_at + (8 * self.num_documents if self.has_loss else 0)
 
 
 def read_layout(path: Path) -> ShardLayout:
@@ -176,6 +232,7 @@ def read_layout(path: Path) -> ShardLayout:
         num_tokens=_count(path, header, "num_tokens"),
         num_documents=_count(path, header, "num_documents"),
         num_control_tokens=num_control_tokens,
+        has_loss="loss_bits" in header,
     )
     if found != layout.file_bytes:
         raise _damaged(path, f"{found} bytes, its header says {layout.file_bytes}")
@@ -195,14 +252,21 @@ def _header(path: Path, block: bytes) -> dict[str, Any]:
     if len(block) < HEADER_BYTES:
         raise _damaged(path, f"{len(block)} bytes, too short for its header of {HEADER_BYTES}")
     version, length = struct.unpack("<II", block[8:16])
-    if version != VERSION:
-        raise _damaged(path, f"has format version {version}, this code reads {VERSION}")
+    if version not in (VERSION, MASKED_VERSION):
+        raise _damaged(
+            path,
+            f"has format version {version}, this code reads {VERSION} and {MASKED_VERSION}",
+        )
     try:
         header = parse_json(block[16 : 16 + min(length, HEADER_BYTES - 16)])
     except ValueError as error:
         raise _damaged(path, "has a header that is not JSON") from error
     if not isinstance(header, dict) or header.get("dtype") != _DTYPE:
         raise _damaged(path, f"has a header without dtype {_DTYPE}: {header!r:.100}")
+    if header.get("loss_bits") is not (True if version == MASKED_VERSION else None):
+        raise _damaged(
+            path, f"has format version {version} and loss_bits {header.get('loss_bits')!r:.40}"
+        )
     return header
 
 
@@ -232,17 +296,21 @@ class Shard:
         self.num_documents = layout.num_documents
         self.chat = layout.num_control_tokens is not None
         """Whether the documents are conversations."""
+        self.has_loss = layout.has_loss
+        """Whether the documents have loss masks."""
         self._num_control_tokens = layout.num_documents
         if layout.num_control_tokens is not None:
             self._num_control_tokens = layout.num_control_tokens
         # one map: each keeps a descriptor
         file = np.memmap(path, np.uint8, "r")
         offsets_at = layout.offsets_at
-        self._tokens = file[HEADER_BYTES : HEADER_BYTES + 4 * self.num_tokens].view("<u4")
+        self._stored = file[HEADER_BYTES : HEADER_BYTES + 4 * self.num_tokens].view("<u4")
         self.offsets: npt.NDArray[np.int64] = file[offsets_at : layout.bytes_at].view("<i8")
         """Tokens before each document, and of all, [num_documents + 1]."""
-        self.document_bytes: npt.NDArray[np.int64] = file[layout.bytes_at :].view("<i8")
+        document_bytes = file[layout.bytes_at : layout.learned_bytes_at].view("<i8")
+        self.document_bytes: npt.NDArray[np.int64] = document_bytes
         """UTF-8 bytes of each document, [num_documents]."""
+        self._learned_bytes = file[layout.learned_bytes_at :].view("<i8")
         self._check_offsets()
         if verify:
             self._check_tokens()
@@ -250,12 +318,30 @@ class Shard:
     def tokens(self, document: int, start: int, stop: int) -> npt.NDArray[np.uint32]:
         """Return the tokens [start, stop) of a document."""
         first = self.offsets[document]
-        return self._tokens[first + start : first + stop]
+        return _ids(self._stored[first + start : first + stop], self.has_loss)
 
-    @property
+    def loss(self, document: int, start: int, stop: int) -> LossMask | None:
+        """Return whether the tokens [start, stop) of a document bear loss; None if all do."""
+        if not self.has_loss:
+            return None
+        first = self.offsets[document]
+        return _loss_bits(self._stored[first + start : first + stop])
+
+    def count_loss(self, first: Integers, stop: Integers) -> Integers:
+        """Return how many of some ranges of all tokens bear loss.
+
+        Args:
+            first: Number of the first token of each range, counted through the shard, [ranges].
+            stop: Number of the token after the last one of each range, [ranges].
+        """
+        before = np.zeros(self.num_tokens + 1, np.int64)
+        np.cumsum(_loss_bits(self._stored), out=before[1:])
+        return np.asarray(before[stop] - before[first])
+
+    @functools.cached_property
     def all_tokens(self) -> npt.NDArray[np.uint32]:
-        """Tokens of all documents, one after the other, [num_tokens]."""
-        return self._tokens
+        """Tokens of all documents, one after the other, [num_tokens]; a copy if they have masks."""
+        return _ids(self._stored, self.has_loss)
 
     @property
     def document_tokens(self) -> npt.NDArray[np.int64]:
@@ -276,19 +362,21 @@ class Shard:
                 f"has document offsets that do not rise from 0 to {self.num_tokens} "
                 f"(document {bad})"
             )
-        if (self.document_bytes < 0).any():
+        if (self.document_bytes < 0).any() or (self._learned_bytes < 0).any():
             raise self._error("has a document of negative size")
 
     def _check_tokens(self) -> None:
-        """Check the end of each document, every id, and the number of control tokens."""
+        """Check the end of each document, every id and mask, and the number of control tokens."""
         self._check_ends()
+        if self.has_loss:
+            self._check_masks()
         num_control = 0
         for start in range(0, self.num_tokens, _SCAN_TOKENS):
-            block = self._tokens[start : start + _SCAN_TOKENS]
+            block = _ids(self._stored[start : start + _SCAN_TOKENS], self.has_loss)
             if block.max() >= VOCAB_SIZE:
-                bad = start + int(np.argmax(block >= VOCAB_SIZE))
+                bad = int(np.argmax(block >= VOCAB_SIZE))
                 raise self._error(
-                    f"token {bad} has id {self._tokens[bad]}, must be below {VOCAB_SIZE}"
+                    f"token {start + bad} has id {block[bad]}, must be below {VOCAB_SIZE}"
                 )
             num_control += int(np.count_nonzero(block >= NUM_TEXT_TOKENS))
         if num_control != self._num_control_tokens:
@@ -303,11 +391,36 @@ class Shard:
         ends = {END_OF_TEXT: "END_OF_TEXT"}
         if self.chat:
             ends = {RETURN: "<|return|>", CALL: "<|call|>"}
-        differs = ~np.isin(self._tokens[self.offsets[1:] - 1], list(ends))
+        last = _ids(self._stored[self.offsets[1:] - 1], self.has_loss)
+        differs = ~np.isin(last, list(ends))
         if differs.any():
             bad = int(np.argmax(differs))
             names = " or ".join(f"{name} ({token})" for token, name in ends.items())
             raise self._error(f"document {bad} does not end with {names}")
+
+    def _check_masks(self) -> None:
+        """Check that each document has a token that bears loss, and that its first one does not."""
+        if _loss_bits(self._stored[self.offsets[:-1]]).any():
+            raise self._error("has a document whose first token bears loss")
+        places = [np.zeros(0, np.int64)]
+        for start in range(0, self.num_tokens, _SCAN_TOKENS):
+            bits = _loss_bits(self._stored[start : start + _SCAN_TOKENS])
+            # one place of each document is enough
+            documents = np.searchsorted(self.offsets, start + np.flatnonzero(bits), side="right")
+            places.append(np.unique(documents) - 1)
+        missing = np.setdiff1d(np.arange(self.num_documents), np.concatenate(places))
+        if len(missing):
+            raise self._error(f"document {missing[0]} has no token that bears loss")
+
+
+def _ids(stored: npt.NDArray[np.uint32], has_loss: bool) -> npt.NDArray[np.uint32]:
+    """Return the ids of tokens as they stand in a shard."""
+    return stored & _ID_BITS if has_loss else stored
+
+
+def _loss_bits(stored: npt.NDArray[np.uint32]) -> LossMask:
+    """Return the loss mask of tokens as they stand in a shard that has masks."""
+    return stored >= _LOSS_BIT
 
 
 class Shards:
@@ -372,6 +485,18 @@ class Shards:
         )
 
     @functools.cached_property
+    def has_loss(self) -> bool:
+        """Whether documents have loss masks; reads the headers.
+
+        Raises:
+            DataError: Some have, and some have not.
+        """
+        found = {self._layout(number).has_loss for number in range(len(self._paths))}
+        if len(found) > 1:
+            raise self._error(0, "has other documents than its neighbors: only some have masks")
+        return found == {True}
+
+    @functools.cached_property
     def document_tokens(self) -> Integers:
         """Tokens of each document, END_OF_TEXT included, [num_documents]; reads all offsets."""
         return self.lengths(0, self.num_documents)
@@ -383,6 +508,18 @@ class Shards:
         for number, path in enumerate(self._paths):
             layout = self._layout(number)
             content = self._files.read(path, 8 * layout.num_documents, layout.bytes_at)
+            parts.append(np.frombuffer(content, "<i8"))
+        return np.concatenate(parts)
+
+    @functools.cached_property
+    def learned_bytes(self) -> Integers:
+        """UTF-8 bytes of what is learned of each document, [num_documents]: all without a mask."""
+        if not self.has_loss:
+            return self.document_bytes
+        parts = []
+        for number, path in enumerate(self._paths):
+            layout = self._layout(number)
+            content = self._files.read(path, 8 * layout.num_documents, layout.learned_bytes_at)
             parts.append(np.frombuffer(content, "<i8"))
         return np.concatenate(parts)
 
@@ -414,6 +551,27 @@ class Shards:
         Raises:
             DataError: The document has no such tokens: its shard is damaged.
         """
+        return self.tokens_and_loss(document, start, stop)[0]
+
+    def loss(self, document: int, start: int, stop: int) -> LossMask | None:
+        """Return whether the tokens [start, stop) of a document bear loss; None if all do.
+
+        Raises:
+            DataError: The document has no such tokens: its shard is damaged.
+        """
+        return self.tokens_and_loss(document, start, stop)[1]
+
+    def tokens_and_loss(
+        self, document: int, start: int, stop: int
+    ) -> tuple[npt.NDArray[np.uint32], LossMask | None]:
+        """Return the tokens [start, stop) of a document, and whether each bears loss.
+
+        Returns:
+            The ids, and the mask; None instead of a mask if all bear loss.
+
+        Raises:
+            DataError: The document has no such tokens: its shard is damaged.
+        """
         number, place = self._place(document)
         layout = self._layout(number)
         path = self._paths[number]
@@ -426,7 +584,40 @@ class Shards:
                 f"{start} to {stop} of them are asked for",
             )
         content = self._files.read(path, 4 * (stop - start), HEADER_BYTES + 4 * (first + start))
-        return np.frombuffer(content, "<u4")
+        stored = np.frombuffer(content, "<u4")
+        if not layout.has_loss:
+            return stored, None
+        return _ids(stored, True), _loss_bits(stored)
+
+    def count_learned(self, document: Integers, start: Integers, pairs: Integers) -> Integers:
+        """Return how many labels of pieces of documents bear loss, [pieces].
+
+        All tokens are read, one shard after the other.
+
+        Args:
+            document: Number of the document of each piece, [pieces].
+            start: Tokens of the document before each piece, [pieces].
+            pairs: Pairs of input and label of each piece, [pieces]; they lie in the document.
+
+        Raises:
+            DataError: A shard is damaged.
+        """
+        if not self.has_loss:
+            return pairs
+        counts = np.zeros(len(document), np.int64)
+        order = np.argsort(document, kind="stable")
+        borders = np.searchsorted(document[order], self._ends)
+        first_document = 0
+        first = 0
+        for number, last in enumerate(borders.tolist()):
+            chosen = order[first:last]
+            if len(chosen):
+                shard = Shard(Path(self._paths[number]), verify=False)
+                first_label = shard.offsets[document[chosen] - first_document] + start[chosen] + 1
+                counts[chosen] = shard.count_loss(first_label, first_label + pairs[chosen])
+            first = last
+            first_document = self._ends[number]
+        return counts
 
     def _place(self, document: int) -> tuple[int, int]:
         """Return the shard of a document, and its number there."""

@@ -22,6 +22,11 @@ def make_mix(tmp_path: Path) -> MakeMix:
 
     Call it as `make_mix({name: texts}, seq_len=32, weights=..., **keys)`.
     """
+    return mix_maker(tmp_path)
+
+
+def mix_maker(directory: Path) -> MakeMix:
+    """Return the function of `make_mix`, which writes into a directory."""
 
     def make(
         texts: dict[str, list[str]],
@@ -32,7 +37,7 @@ def make_mix(tmp_path: Path) -> MakeMix:
         sources: dict[str, dict[str, Any]] | None = None,
         **keys: Any,
     ) -> MixConfig:
-        base = tmp_path / folder
+        base = directory / folder
         weights = weights or dict.fromkeys(texts, 1 / len(texts))
         if not isinstance(held_out_share, dict):
             held_out_share = dict.fromkeys(texts, held_out_share)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_pipeline.build import units
+from data_pipeline.build.document import Document
 from data_pipeline.config.mix_config import MixConfig
 
 WORDS = (
@@ -61,3 +64,18 @@ def mix_of_several_units(make_mix: MakeMix, monkeypatch: pytest.MonkeyPatch) -> 
         decontaminate_tokens=50,
         max_reject_share=0.2,
     )
+
+
+def mask_texts(monkeypatch: pytest.MonkeyPatch, share: float = 0.4) -> None:
+    """Give each text a loss mask that its content alone decides; END_OF_TEXT always bears loss."""
+    plain = Document.from_text
+
+    def masked(text: str) -> Document:
+        document = plain(text)
+        generator = np.random.default_rng(document.content_hash)
+        num_tokens = len(document.tokenize())
+        loss = generator.random(num_tokens) < share
+        learned_bytes = 1 + document.num_bytes // 3
+        return dataclasses.replace(document, loss=lambda: loss, learned_bytes=learned_bytes)
+
+    monkeypatch.setattr(Document, "from_text", masked)

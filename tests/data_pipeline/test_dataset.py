@@ -23,7 +23,7 @@ from data_pipeline.store.row_files import (
     save_array,
     save_row_tokens,
 )
-from data_pipeline.store.shards import HEADER_BYTES, Shards, ShardWriter
+from data_pipeline.store.shards import HEADER_BYTES, LossMask, Shards, ShardWriter
 from data_pipeline.text.tokenizer import END_OF_TEXT, Tokens
 from tests.data_pipeline.inputs import MakeMix, make_texts
 
@@ -196,13 +196,15 @@ def test_ranks_that_share_a_row_read_no_more_tokens_than_one_that_reads_it_all(
 ) -> None:
     """Besides a token for each border between two of them."""
     asked: list[int] = []
-    tokens = Shards.tokens
+    read = Shards.tokens_and_loss
 
-    def counted(shards: Shards, document: int, start: int, stop: int) -> Tokens:
+    def counted(
+        shards: Shards, document: int, start: int, stop: int
+    ) -> tuple[Tokens, LossMask | None]:
         asked.append(stop - start)
-        return tokens(shards, document, start, stop)
+        return read(shards, document, start, stop)
 
-    monkeypatch.setattr(Shards, "tokens", counted)
+    monkeypatch.setattr(Shards, "tokens_and_loss", counted)
     built.read_row(0, 0)
     whole = sum(asked)
     asked.clear()

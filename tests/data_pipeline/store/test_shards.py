@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.store.shards import HEADER_BYTES, Shard, write_shard
+from data_pipeline.store.shards import HEADER_BYTES, Shard, Shards, write_shard
 from data_pipeline.text.tokenizer import END_OF_TEXT, VOCAB_SIZE
 
 DOCUMENTS = [[1, 2, 3], [4], [5, 6]]
@@ -100,7 +100,9 @@ def one_byte_more(path: Path) -> None:
         (cut_to(100), "too short for its header"),
         (cut_to(0), "must start with b'CPTSHARD'"),
         (bytes_at(0, b"XPTSHARD"), "must start with b'CPTSHARD'"),
-        (uint32_at(8, 2), "has format version 2, this code reads 1"),
+        (uint32_at(8, 3), "has format version 3, this code reads 1 and 2"),
+        (uint32_at(8, 2), "has format version 2 and loss_bits None"),
+        (header_with(loss_bits=True), "has format version 1 and loss_bits True"),
         (bytes_at(20, b"\xff"), "header that is not JSON"),
         (header_with(dtype="uint16"), "without dtype uint32"),
         (header_with(num_tokens=8), "bytes, its header says"),
@@ -138,3 +140,90 @@ def test_offsets_that_rise_once_around_the_range_of_integers_are_refused(tmp_pat
     assert (np.diff(np.array(offsets, np.uint64).astype(np.int64)) > 0).all()
     with pytest.raises(DataError, match="offsets that do not rise"):
         Shard(path)
+
+
+MASKS = [[True, False, True], [False], [False, False]]
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Path:
+    path = tmp_path / "masked.tokens"
+    with write_shard(path) as shard:
+        for number, (tokens, mask) in enumerate(zip(DOCUMENTS, MASKS, strict=True)):
+            ids = np.array(tokens, np.uint32)
+            shard.add(ids, 10 + number, False, np.array(mask), 5 + number)
+    return path
+
+
+def test_masks_are_read_beside_the_ids_and_never_in_them(masked: Path, path: Path) -> None:
+    shard = Shard(masked)
+    shards = Shards(masked.parent, [masked.name])
+    plain = Shard(path)
+    assert shard.has_loss
+    assert shards.has_loss
+    assert np.array_equal(shard.all_tokens, plain.all_tokens)
+    for number, mask in enumerate(MASKS):
+        length = len(mask) + 1
+        expected = [False, *mask[1:], True]  # the first token is nobody's label
+        assert np.array_equal(shard.tokens(number, 0, length), plain.tokens(number, 0, length))
+        assert np.array_equal(shards.tokens(number, 0, length), plain.tokens(number, 0, length))
+        loss = shard.loss(number, 0, length)
+        assert loss is not None
+        assert loss.tolist() == expected
+        again = shards.loss(number, 1, length)
+        assert again is not None
+        assert again.tolist() == expected[1:]
+    assert shards.document_bytes.tolist() == [10, 11, 12]
+    assert shards.learned_bytes.tolist() == [5, 6, 7]
+
+
+def test_shard_without_masks_says_that_all_tokens_bear_loss(path: Path) -> None:
+    shards = Shards(path.parent, [path.name])
+    assert not shards.has_loss
+    assert shards.loss(0, 0, 3) is None
+    assert shards.learned_bytes.tolist() == shards.document_bytes.tolist()
+    pairs = np.array([2, 1])
+    counted = shards.count_learned(np.array([0, 2]), np.array([1, 0]), pairs)
+    assert counted.tolist() == pairs.tolist()
+
+
+def test_learned_labels_of_pieces_are_counted_over_several_shards(
+    masked: Path, tmp_path: Path
+) -> None:
+    with write_shard(tmp_path / "more.tokens") as shard:
+        shard.add(np.arange(6, dtype=np.uint32), 9, False, np.arange(6) % 2 == 0, 4)
+    shards = Shards(tmp_path, [masked.name, "more.tokens"])
+    document = np.array([3, 0, 2, 0, 3])
+    start = np.array([0, 0, 0, 1, 3])
+    pairs = np.array([6, 3, 2, 1, 2])
+    expected = []
+    for piece in range(len(document)):
+        first = int(start[piece]) + 1
+        loss = shards.loss(int(document[piece]), first, first + int(pairs[piece]))
+        expected.append(np.count_nonzero(loss))
+    assert shards.count_learned(document, start, pairs).tolist() == expected == [3, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (uint32_at(HEADER_BYTES, 1 | 1 << 31), "document whose first token bears loss"),
+        (uint32_at(HEADER_BYTES + 20, END_OF_TEXT), "document 1 has no token that bears loss"),
+        (uint32_at(HEADER_BYTES + 4, VOCAB_SIZE | 1 << 31), "token 1 has id 201088"),
+        (bytes_at(OFFSETS_AT + 8 * 8 - 1, b"\xff"), "document of negative size"),
+        (one_byte_more, "bytes, its header says"),
+    ],
+)
+def test_damaged_masks_are_an_error_that_names_the_file(
+    masked: Path, damage: Damage, message: str
+) -> None:
+    damage(masked)
+    with pytest.raises(DataError, match=r"masked\.tokens") as caught:
+        Shard(masked)
+    assert message in str(caught.value)
+
+
+def test_documents_of_which_only_some_have_masks_are_refused(masked: Path, path: Path) -> None:
+    shards = Shards(path.parent, [path.name, masked.name])
+    with pytest.raises(DataError, match="only some have masks"):
+        _ = shards.has_loss
