@@ -162,6 +162,8 @@ def _source_rules(source: SourceConfig) -> Rules:
     if source.format == "harmony":
         rules["conversation_rules"] = RULES_VERSION
         rules["ignored_keys"] = sorted(source.ignored_keys)
+        if source.shape != "auto":
+            rules["shape"] = source.shape
     if source.cluster_by is not None:
         rules["cluster_by"] = source.cluster_by
     if source.filters:

@@ -22,7 +22,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.store.packing import Integers
 from data_pipeline.store.shards import Shards
 from data_pipeline.text.cleaning import Tally
-from data_pipeline.text.harmony_records import UNKNOWN_KEY
+from data_pipeline.text.record_keys import UNKNOWN_KEY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ Decisions
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ from data_pipeline.build.stored_rows import read_build_texts, read_dataset_rows
 from data_pipeline.build.table_columns import table_records
 from data_pipeline.build.units import Unit, split_into_units
 from data_pipeline.build.unreadable_files import unreadable, why_no_text
-from data_pipeline.config.source_config import RECORD_KEYS, SourceConfig, fill_template
+from data_pipeline.config.source_config import SourceConfig, fill_template
 from data_pipeline.store.provenance import place_of
 from data_pipeline.store.text_files import open_text, text_layers
 from data_pipeline.text.cleaning import (
@@ -50,7 +50,8 @@ from data_pipeline.text.cleaning import (
     normalize,
     why_unusable,
 )
-from data_pipeline.text.harmony_records import read_conversation
+from data_pipeline.text.conversation_reader import read_conversations
+from data_pipeline.text.record_shapes import keys_read
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -117,26 +118,33 @@ def _located(
 
 def _accept_record(
     source: SourceConfig, record: dict[str, Any], place: Place, tally: Tally
-) -> Document | None:
-    """Return the document of a record, or count why it cannot be used and return None."""
+) -> Sequence[Document]:
+    """Return the documents of a record, and count why it, or a part of it, cannot be used."""
     filtered = why_filtered(source, record)
     if filtered is not None:
         tally.filter(filtered)
-        return None
+        return ()
     if source.format == "harmony":
-        conversation, reason = read_conversation(
-            _without_own_fields(source, record), source.ignored_keys
-        )
-        if conversation is not None:
-            tally.accepted += 1
-            return Document.from_conversation(conversation, place)
-    else:
-        text, reason = _record_text(source, record)
-        if reason is None:
-            return _accept_text(source, text, place, tally, record)
-    assert reason is not None, "a record that gives no document comes with a reason"
-    tally.reject(reason, place)
-    return None
+        return _accept_conversations(source, record, place, tally)
+    text, reason = _record_text(source, record)
+    if reason is not None:
+        tally.reject(reason, place)
+        return ()
+    document = _accept_text(source, text, place, tally, record)
+    return () if document is None else (document,)
+
+
+def _accept_conversations(
+    source: SourceConfig, record: dict[str, Any], place: Place, tally: Tally
+) -> Sequence[Document]:
+    reading = read_conversations(_without_own_fields(source, record), source)
+    for reason in reading.rejects:
+        tally.reject(reason, place)
+    documents = []
+    for conversation in reading.conversations:
+        tally.accepted += 1
+        documents.append(Document.from_conversation(conversation, place))
+    return documents
 
 
 def _without_own_fields(source: SourceConfig, record: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +153,8 @@ def _without_own_fields(source: SourceConfig, record: dict[str, Any]) -> dict[st
         return record
     read = {*source.keep, *(rule.field for rule in source.filters)}
     read |= {field.partition(".")[0] for field in read}
-    return {key: value for key, value in record.items() if key not in read - set(RECORD_KEYS)}
+    read -= keys_read(record, source.shape, source.template)
+    return {key: value for key, value in record.items() if key not in read}
 
 
 def _record_text(source: SourceConfig, record: dict[str, Any]) -> tuple[Any, str | None]:
@@ -211,8 +220,7 @@ def _read_jsonl(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Docu
             if reason is not None:
                 tally.reject(reason, place)
                 continue
-            document = _accept_record(source, record, place, tally)
-            if document is not None:
+            for document in _accept_record(source, record, place, tally):
                 origin = place_of(unit.file_number, number)
                 yield _located(document, source, str(path), origin, record, tally)
 
@@ -294,8 +302,7 @@ def _table_documents(
         if reason is not None:
             tally.reject(reason, place)
             continue
-        document = _accept_record(source, record, place, tally)
-        if document is not None:
+        for document in _accept_record(source, record, place, tally):
             origin = place_of(file_number, number)
             yield _located(document, source, name, origin, record, tally)
 

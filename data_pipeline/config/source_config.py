@@ -69,6 +69,8 @@ MESSAGE_KEYS = (*DECIDING_MESSAGE_KEYS, "recipient", "name", "tool_call_id", "lo
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
+Shape = Literal["auto", "harmony", "openai", "sharegpt", "alpaca"]
+"""Shapes of records of conversations; `text.record_shapes` says what each is."""
 Normalization = Literal["newlines", "nfc", "nfkc", "width", "control", "spaces"]
 """Names of the cleaning steps; `text.cleaning` says what each does, and what it destroys."""
 CLUSTER_PLACES = ("file", "folder")
@@ -132,7 +134,7 @@ class SourceConfig:
     the field a, unless there is a field whose own name is `a.b`."""
     template: str | None = None
     """Text composed of several fields, for example "{title}: {meta.body}"; replaces
-    `text_field`."""
+    `text_field`. With `shape: alpaca` it is the question."""
     filters: tuple[FilterRule, ...] = ()
     """Conditions on fields of a record, all of which a document must meet. Documents that do not
     are counted by condition, and are no rejects."""
@@ -162,6 +164,11 @@ class SourceConfig:
     """Split of a Hugging Face dataset."""
     build_sources: tuple[str, ...] = ()
     """Sources to take from an earlier build; empty takes all of them."""
+    shape: Shape = "auto"
+    """Shape of the records of `format: harmony`: harmony is that of this project; openai has parts
+    of content, `weight` and `function_call`; sharegpt has `conversations` of `from` and `value`;
+    alpaca has `instruction`, `input` and `output`, or a `template`. auto takes `messages` as
+    harmony, and the other two as what they are."""
     ignored_keys: tuple[str, ...] = ()
     """Keys of conversations and their messages that may be dropped, for `format: harmony`; any
     other key that is not known rejects its record."""
@@ -230,9 +237,11 @@ class SourceConfig:
             )
 
     def _check_text(self) -> Iterator[Problem]:
+        if self.shape != "auto" and self.format != "harmony":
+            yield "shape", f"is given, but format: {self.format} has no conversations. Remove it."
         if self.format in ("text", "harmony", "build", "mock"):
             problem = f"is given, but format: {self.format} has no fields. Remove it."
-            if self.template is not None:
+            if self.template is not None and self.shape != "alpaca":
                 yield "template", problem
             elif self.text_field != "text":
                 yield "text_field", problem

@@ -35,36 +35,18 @@ from data_pipeline.config.source_config import (
 from data_pipeline.text.cleaning import MAX_DOCUMENT_BYTES, TOO_LONG, why_unusable
 from data_pipeline.text.harmony import CHANNELS, DEFAULT_DATE, EFFORTS, Conversation, Message
 from data_pipeline.text.harmony_tools import FUNCTION_NAME, NAMESPACE, Tool, tools_section
+from data_pipeline.text.record_keys import (
+    METADATA_KEYS,
+    UnusableRecordError,
+    is_blank,
+    refuse_unknown_keys,
+    says_nothing,
+)
 
 RULES_VERSION = 3
 """Version of the rules by which records become conversations. It belongs to the fingerprint of a
 build, so a change of what is read, ignored or rejected must raise it."""
-METADATA_KEYS = frozenset(
-    (
-        "category",
-        "conversation_id",
-        "dataset",
-        "id",
-        "lang",
-        "language",
-        "license",
-        "meta",
-        "metadata",
-        "number",
-        "prompt_id",
-        "source",
-        "split",
-        "tags",
-        "timestamp",
-        "url",
-        "uuid",
-    )
-)
-"""Keys beside `messages` that name or sort a record, and change nothing of what it says."""
-UNKNOWN_KEY = "unknown key"
-"""Beginning of the reason why a record with a key that is not known is rejected."""
 TOO_DEEP = "values nested too deeply"
-_MAX_KEY_CHARACTERS = 40
 _KEYS_OF_ROLE = {
     "assistant": frozenset(MESSAGE_KEYS) - {"name", "tool_call_id"},
     "tool": frozenset(("role", "content", "name", "tool_call_id", "loss")),
@@ -74,10 +56,6 @@ _KEYS_OF_OTHERS = frozenset(("role", "content", "channel", "loss", *THINKING_KEY
 _CALL_KEYS = frozenset(("id", "type", "index", "function"))
 _FUNCTION_KEYS = frozenset(("name", "arguments"))
 _TOOL_KEYS = frozenset(("name", "description", "parameters", "strict"))
-
-
-class UnusableRecordError(Exception):
-    """A record that cannot become a conversation; the message is the reason."""
 
 
 def read_conversation(
@@ -141,28 +119,6 @@ def _without(given: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if key not in keys}
 
 
-def refuse_unknown_keys(given: dict[str, Any], known: Set[str], kind: str) -> None:
-    """Raise if an object has a key that is not known, with a value that says something.
-
-    Args:
-        given: The object.
-        known: Keys that are read, or that may be passed over.
-        kind: What the object is, for the reason.
-
-    Raises:
-        UnusableRecordError: there is such a key.
-    """
-    for key, value in given.items():
-        if key not in known and not says_nothing(value):
-            name = repr(key[:_MAX_KEY_CHARACTERS])
-            raise UnusableRecordError(f"{UNKNOWN_KEY} {name} in a {kind}")
-
-
-def says_nothing(value: Any) -> bool:
-    """Return whether a value is null, or an empty text, list or object."""
-    return value is None or value in ("", [], {})
-
-
 def _date_of(value: Any) -> datetime.date:
     if value is None:
         return DEFAULT_DATE
@@ -173,9 +129,17 @@ def _date_of(value: Any) -> datetime.date:
 
 
 def _tools_of(value: Any) -> list[Tool]:
-    """Return the functions that a record defines, as OpenAI's API takes them, or plain."""
+    """Return the functions that a record defines, as OpenAI's API takes them, or plain.
+
+    The list may be JSON text, too.
+    """
     if says_nothing(value):
         return []
+    if isinstance(value, str):  # as tables keep what differs from row to row
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise UnusableRecordError("'tools' is text that is no JSON") from None
     if not isinstance(value, list):
         raise UnusableRecordError("'tools' is not a list")
     tools: list[Tool] = []
@@ -290,7 +254,7 @@ class _MessageReader:
         if not calls:
             self._add(channel or "final", message.get("content"), bears_loss)
             return
-        if not _is_blank(message.get("content")):
+        if not is_blank(message.get("content")):
             self._add("commentary", message["content"], bears_loss)
         if not isinstance(calls, list):
             raise UnusableRecordError("'tool_calls' is not a list")
@@ -400,16 +364,12 @@ def _arguments_of(value: Any) -> str:
     return text
 
 
-def _is_blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
 def _thinking_of(message: dict[str, Any]) -> Any:
     """Return the analysis that stands in a message, under whatever name; None if it is blank."""
     found: list[Any] = []
     for key in THINKING_KEYS:
         value = message.get(key)
-        if not _is_blank(value) and value not in found:
+        if not is_blank(value) and value not in found:
             found.append(value)
     if len(found) > 1:
         raise UnusableRecordError(f"different texts under {', '.join(THINKING_KEYS)}")

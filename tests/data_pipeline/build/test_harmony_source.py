@@ -26,7 +26,8 @@ from data_pipeline.text.harmony import (
     START,
     body,
 )
-from data_pipeline.text.harmony_records import METADATA_KEYS, read_conversation
+from data_pipeline.text.harmony_records import read_conversation
+from data_pipeline.text.record_keys import METADATA_KEYS
 from data_pipeline.text.tokenizer import END_OF_TEXT, NUM_TEXT_TOKENS, decode, encode
 from tests.data_pipeline.inputs import MakeMix, make_texts
 

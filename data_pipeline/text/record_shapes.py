@@ -1,0 +1,265 @@
+"""Conversations in the shapes of other tools -> records of `messages`.
+
+    openai     messages as OpenAI's API takes them: parts of content, weight, function_call
+    sharegpt   {"conversations": [{"from", "value"}], "system", "tools"}
+    alpaca     {"instruction", "input", "output", "system", "history"}, or a template's fields
+
+Decisions
+    A shape only renames. What the renamed record says, `text.harmony_records` judges, so nothing is
+    accepted in one shape that is refused in another.
+    `auto` takes a record as `harmony` if it has `messages`; without them, as `sharegpt` if it has a
+    list `conversations`, and as `alpaca` if it has both texts `instruction` and `output`. What only
+    `openai` gives a meaning to (weight, parts, function_call) is not guessed: such a record is
+    rejected, and the reason names the key.
+    Text that a person or a model said before a call, in a turn of its own as ShareGPT has it, is
+    the preamble of that call and not an answer.
+
+Sources: OpenAI's API reference, Chat Completions and fine-tuning (`weight`); LLaMA-Factory,
+    data/README.md (tags of ShareGPT, `system`, `tools`, `history`); Stanford Alpaca (fields).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from data_pipeline.config.source_config import (
+    RECORD_KEYS,
+    Shape,
+    fill_template,
+    template_fields,
+)
+from data_pipeline.text.cleaning import why_unusable
+from data_pipeline.text.record_keys import (
+    METADATA_KEYS,
+    UnusableRecordError,
+    is_blank,
+    refuse_unknown_keys,
+    says_nothing,
+)
+
+Record = dict[str, Any]
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "function_call": "call",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""Role by the tag `from` of a turn in ShareGPT's shape; a call is the assistant's."""
+_COMMON_KEYS = {*METADATA_KEYS, *RECORD_KEYS} - {"messages"}
+_OPENAI_KEYS = ("functions", "parallel_tool_calls")
+_SHAREGPT_KEYS = ("conversations", "system")
+_ALPACA_KEYS = ("output", "system", "history")
+_ALPACA_TEXTS = ("instruction", "input")
+
+
+def as_messages(
+    record: Record, shape: Shape, template: str | None, ignored_keys: Sequence[str] = ()
+) -> Record:
+    """Return a record with `messages` as `text.harmony_records` reads them.
+
+    Args:
+        record: A JSON record.
+        shape: Its shape.
+        template: Text of the question made of named fields, for `alpaca`; None for instruction and
+            input.
+        ignored_keys: Keys of the record and of its messages that may be dropped.
+
+    Raises:
+        UnusableRecordError: The record is not of that shape.
+    """
+    if shape == "auto":
+        shape = _certain_shape(record)
+    if shape == "harmony":
+        return record
+    if ignored_keys:
+        record = {key: value for key, value in record.items() if key not in ignored_keys}
+    if shape == "openai":
+        return _from_openai(record)
+    if shape == "sharegpt":
+        return _from_sharegpt(record, ignored_keys)
+    return _from_alpaca(record, template)
+
+
+def _certain_shape(record: Record) -> Shape:
+    if "messages" in record:
+        return "harmony"
+    if isinstance(record.get("conversations"), list):
+        return "sharegpt"
+    if isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
+        return "alpaca"
+    return "harmony"
+
+
+def keys_read(record: Record, shape: Shape, template: str | None) -> set[str]:
+    """Return the keys that a record of a shape is made of, metadata aside.
+
+    Args:
+        record: A JSON record, which `auto` looks at.
+        shape: Its shape.
+        template: As for `as_messages`.
+    """
+    if shape == "auto":
+        shape = _certain_shape(record)
+    if shape == "openai":
+        return {*RECORD_KEYS, *_OPENAI_KEYS}
+    if shape == "sharegpt":
+        return {*RECORD_KEYS, *_SHAREGPT_KEYS}
+    if shape == "alpaca":
+        return {*RECORD_KEYS, *_alpaca_fields(template), *_ALPACA_KEYS}
+    return set(RECORD_KEYS)
+
+
+def _alpaca_fields(template: str | None) -> tuple[str, ...]:
+    return _ALPACA_TEXTS if template is None else template_fields(template)
+
+
+def _from_openai(record: Record) -> Record:
+    messages = record.get("messages")
+    if not isinstance(messages, list):
+        return record
+    rest = {key: value for key, value in record.items() if key != "parallel_tool_calls"}
+    functions = rest.pop("functions", None)
+    if not says_nothing(functions):
+        if not says_nothing(rest.get("tools")):
+            raise UnusableRecordError("both 'tools' and 'functions'")
+        rest["tools"] = functions
+    renamed = []
+    for message in messages:
+        renamed.append(_openai_message(message) if isinstance(message, dict) else message)
+    return {**rest, "messages": renamed}
+
+
+def _openai_message(message: Record) -> Record:
+    message = _with_loss(message)
+    if isinstance(message.get("content"), list):
+        message["content"] = _text_of_parts(message["content"])
+    call = message.pop("function_call", None)
+    if not says_nothing(call):
+        if not says_nothing(message.get("tool_calls")):
+            raise UnusableRecordError("both 'tool_calls' and 'function_call'")
+        message["tool_calls"] = [call]
+    if message.get("role") == "function":
+        message["role"] = "tool"
+    return message
+
+
+def _with_loss(message: Record) -> Record:
+    """Return a copy of a message with `weight`, 0 or 1, as `loss`."""
+    message = dict(message)
+    weight = message.pop("weight", None)
+    if weight is None:
+        return message
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise UnusableRecordError("'weight' of a message is neither 0 nor 1")
+    if weight == 0:
+        message["loss"] = False
+    return message
+
+
+def _text_of_parts(parts: list[Any]) -> str:
+    texts = []
+    for part in parts:
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        if not is_text or not isinstance(part.get("text"), str) or len(part) > 2:
+            raise UnusableRecordError("part of a message that is no text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _from_sharegpt(record: Record, ignored_keys: Sequence[str]) -> Record:
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise UnusableRecordError("no list of objects 'conversations'")
+    refuse_unknown_keys(record, {*_COMMON_KEYS, *_SHAREGPT_KEYS}, "record")
+    messages = _instructions_of(record)
+    preamble: Record | None = None
+    for turn in turns:
+        turn = {key: value for key, value in turn.items() if key not in ignored_keys}
+        message = _sharegpt_message(turn)
+        if message.get("tool_calls") and preamble is not None and preamble is messages[-1]:
+            message = _joined(messages.pop(), message)
+        is_answer = message.get("role") == "assistant" and "tool_calls" not in message
+        preamble = message if is_answer else None
+        messages.append(message)
+    return {**_common(record), "messages": messages}
+
+
+def _sharegpt_message(turn: Record) -> Record:
+    if "from" not in turn and "role" in turn:
+        return turn  # the names of OpenAI under the key of ShareGPT
+    message = _with_loss(turn)
+    tag = message.pop("from", None)
+    value = message.pop("value", None)
+    role = ROLES.get(tag) if isinstance(tag, str) else None
+    if role is None:
+        raise UnusableRecordError("turn of an unknown 'from'")
+    if role != "call":
+        return {**message, "role": role, "content": value}
+    try:
+        calls = json.loads(value)
+    except (TypeError, ValueError):
+        raise UnusableRecordError("function_call that is no JSON") from None
+    if not isinstance(calls, list):
+        calls = [calls]
+    return {**message, "role": "assistant", "tool_calls": calls}
+
+
+def _joined(preamble: Record, call: Record) -> Record:
+    """Return one message of a text and of the calls in the next turn."""
+    if preamble.get("loss") != call.get("loss"):
+        raise UnusableRecordError("a call with another 'loss' than the text before it")
+    return {**preamble, **call}
+
+
+def _from_alpaca(record: Record, template: str | None) -> Record:
+    fields = _alpaca_fields(template)
+    refuse_unknown_keys(record, {*_COMMON_KEYS, *_ALPACA_KEYS, *fields}, "record")
+    messages = _instructions_of(record)
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise UnusableRecordError("'history' is not a list")
+    for pair in history:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UnusableRecordError("'history' that is not of pairs")
+        messages.append({"role": "user", "content": pair[0]})
+        messages.append({"role": "assistant", "content": pair[1]})
+    messages.append({"role": "user", "content": _alpaca_question(record, fields, template)})
+    messages.append({"role": "assistant", "content": record.get("output")})
+    return {**_common(record), "messages": messages}
+
+
+def _alpaca_question(record: Record, fields: Sequence[str], template: str | None) -> str:
+    texts = {}
+    for field in fields:
+        value = record.get(field)
+        if template is None and field == "input" and is_blank(value):
+            continue
+        reason = why_unusable(value)
+        if reason is not None:
+            raise UnusableRecordError(f"field '{field}': {reason}")
+        texts[field] = value
+    if template is not None:
+        return fill_template(template, texts)
+    return "\n\n".join(texts.values())
+
+
+def _instructions_of(record: Record) -> list[Record]:
+    """Return the message of a record's `system`, if it says something."""
+    if is_blank(record.get("system")):
+        return []
+    return [{"role": "system", "content": record["system"]}]
+
+
+def _common(record: Record) -> Record:
+    """Return what all shapes have: effort, date, tools and metadata."""
+    return {key: value for key, value in record.items() if key in _COMMON_KEYS}

@@ -1,0 +1,192 @@
+"""Conversations in the shapes of other tools give the tokens of the same conversation in ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from data_pipeline.config.source_config import Shape, SourceConfig
+from data_pipeline.text.conversation_reader import Reading, read_conversations
+from data_pipeline.text.harmony_records import read_conversation
+
+ARGUMENTS = '{"city": "Tokyo"}'
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells it.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALLS = [{"id": "c", "type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}]
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Q1"},
+    {"role": "assistant", "content": "A1"},
+    {"role": "user", "content": "Q2"},
+    {"role": "assistant", "content": "A2"},
+]
+WITH_CALL = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": "I look.", "tool_calls": CALLS},
+    {"role": "tool", "name": "weather", "content": "sunny"},
+    {"role": "assistant", "content": "It is sunny."},
+]
+CALL_AS_TEXT = '{"name": "weather", "arguments": {"city": "Tokyo"}}'
+
+
+def source(shape: Shape, **keys: Any) -> SourceConfig:
+    return SourceConfig(
+        name="c", language="en", domain="chat", format="harmony", shape=shape, weight=1.0, **keys
+    )
+
+
+def read(record: dict[str, Any], shape: Shape = "auto", **keys: Any) -> Reading:
+    return read_conversations(record, source(shape, **keys))
+
+
+def tokens_of(reading: Reading) -> list[int]:
+    assert not reading.rejects
+    (conversation,) = reading.conversations
+    return conversation.tokens().tolist()
+
+
+def expected(messages: list[dict[str, Any]], **keys: Any) -> list[int]:
+    conversation, reason = read_conversation({"messages": messages, **keys})
+    assert conversation is not None, reason
+    return conversation.tokens().tolist()
+
+
+def share_turn(tag: str, value: str) -> dict[str, Any]:
+    return {"from": tag, "value": value}
+
+
+SHARED = [
+    share_turn("human", "Q1"),
+    share_turn("gpt", "A1"),
+    share_turn("user", "Q2"),
+    share_turn("assistant", "A2"),
+]
+
+
+@pytest.mark.parametrize("shape", ["auto", "sharegpt"])
+def test_sharegpt_gives_the_same_conversation(shape: Shape) -> None:
+    for record in (
+        {"conversations": [share_turn("system", "Be kind."), *SHARED]},
+        {"conversations": SHARED, "system": "Be kind.", "id": "7"},
+        {"conversations": CHAT},
+    ):
+        assert tokens_of(read(record, shape)) == expected(CHAT)
+
+
+def test_sharegpt_with_calls_gives_the_same_conversation() -> None:
+    turns = [
+        share_turn("human", "Weather?"),
+        share_turn("gpt", "I look."),
+        share_turn("function_call", CALL_AS_TEXT),
+        share_turn("observation", "sunny"),
+        share_turn("gpt", "It is sunny."),
+    ]
+    record = {"conversations": turns, "tools": '[{"name": "weather", "description": "Tells it."}]'}
+    plain = {"name": "weather", "description": "Tells it."}
+    assert tokens_of(read(record)) == expected(WITH_CALL, tools=[plain])
+    without_preamble = {"conversations": [turns[0], *turns[2:]]}
+    call = {"role": "assistant", "tool_calls": CALLS}
+    assert tokens_of(read(without_preamble)) == expected([WITH_CALL[0], call, *WITH_CALL[2:]])
+
+
+@pytest.mark.parametrize("shape", ["auto", "alpaca"])
+def test_alpaca_gives_the_same_conversation(shape: Shape) -> None:
+    record = {"instruction": "Q2", "input": "", "output": "A2", "system": "Be kind."}
+    assert tokens_of(read({**record, "history": [["Q1", "A1"]]}, shape)) == expected(CHAT)
+    with_input = {"instruction": "Translate.", "input": "yes", "output": "A", "category": "x"}
+    question = {"role": "user", "content": "Translate.\n\nyes"}
+    answer = {"role": "assistant", "content": "A"}
+    assert tokens_of(read(with_input, shape)) == expected([question, answer])
+
+
+def test_the_question_of_alpaca_may_be_a_template() -> None:
+    record = {"context": "C", "question": "Q", "output": "A"}
+    found = read(record, "alpaca", template="{context}\n---\n{question}")
+    messages = [
+        {"role": "user", "content": "C\n---\nQ"},
+        {"role": "assistant", "content": "A"},
+    ]
+    assert tokens_of(found) == expected(messages)
+
+
+def test_what_only_openai_has_is_read_under_its_name_alone() -> None:
+    parts = [{"type": "text", "text": "Wea"}, {"type": "text", "text": "ther?"}]
+    function = {"name": "weather", "arguments": ARGUMENTS}
+    record = {
+        "messages": [
+            {"role": "user", "content": parts, "name": None},
+            {"role": "assistant", "content": "I look.", "function_call": function, "weight": 0},
+            {"role": "function", "name": "weather", "content": "sunny"},
+            {"role": "assistant", "content": "It is sunny.", "weight": 1, "refusal": None},
+        ],
+        "functions": [TOOL["function"]],
+        "parallel_tool_calls": False,
+    }
+    found = read(record, "openai")
+    assert tokens_of(found) == expected(WITH_CALL, tools=[TOOL])
+    bear_loss = [message.bears_loss for message in found.conversations[0].messages]
+    assert bear_loss == [True, False, False, True, True]
+    assert read(record).rejects  # auto guesses nothing
+
+
+def test_openai_messages_of_tools_need_no_name_of_a_shape() -> None:
+    result = {"role": "tool", "tool_call_id": "c", "content": "sunny"}
+    messages = [*WITH_CALL[:2], result, WITH_CALL[3]]
+    for shape in ("auto", "harmony", "openai"):
+        found = read({"messages": messages, "tools": [TOOL]}, shape)  # type: ignore[arg-type]
+        assert tokens_of(found) == expected(WITH_CALL, tools=[TOOL])
+
+
+@pytest.mark.parametrize(
+    ("record", "shape", "reason"),
+    [
+        ({"conversations": [share_turn("alien", "x")]}, "auto", "turn of an unknown 'from'"),
+        ({"conversations": [*SHARED, {"from": "gpt"}]}, "auto", "message: text is null"),
+        ({"conversations": [share_turn("function_call", "x")]}, "auto", "that is no JSON"),
+        ({"conversations": SHARED, "score": 1}, "auto", "unknown key 'score' in a record"),
+        ({"conversations": [{**SHARED[0], "mood": "x"}, SHARED[1]]}, "auto", "unknown key 'mood'"),
+        ({"conversations": SHARED[:1]}, "auto", "the last message is not an answer"),
+        ({"messages": CHAT}, "sharegpt", "no list of objects 'conversations'"),
+        ({"conversations": SHARED}, "harmony", "no list of objects 'messages'"),
+        ({"instruction": "Q", "output": "A", "score": 1}, "auto", "unknown key 'score'"),
+        ({"instruction": "Q", "output": "A", "history": [["Q"]]}, "auto", "not of pairs"),
+        ({"instruction": " ", "output": "A"}, "auto", "field 'instruction': empty text"),
+        ({"instruction": "Q", "output": ""}, "auto", "message: empty text"),
+        ({"instruction": "Q"}, "auto", "no list of objects 'messages'"),
+        ({"messages": [{**CHAT[1], "weight": 1}, CHAT[2]]}, "auto", "unknown key 'weight'"),
+        ({"messages": [CHAT[1], {**CHAT[2], "weight": 0.5}]}, "openai", "neither 0 nor 1"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, CHAT[2]]},
+            "openai",
+            "part of a message that is no text",
+        ),
+        ({"messages": [*CHAT, {"role": "user", "content": "Q"}]}, "openai", "is not an answer"),
+    ],
+)
+def test_a_record_that_is_not_of_the_shape_is_rejected_with_its_reason(
+    record: dict[str, Any], shape: Shape, reason: str
+) -> None:
+    found = read(record, shape)
+    assert not found.conversations
+    assert reason in found.rejects[0]
+
+
+def test_keys_may_be_ignored_in_every_shape() -> None:
+    turns = [{**turn, "mood": "x"} for turn in SHARED]
+    record = {"conversations": turns, "system": "Be kind.", "score": 3}
+    assert tokens_of(read(record, ignored_keys=("mood", "score"))) == expected(CHAT)
+
+
+def test_a_shape_without_conversations_is_refused() -> None:
+    wrong = dataclasses.replace(source("openai"), format="jsonl")
+    assert "format: jsonl has no conversations" in dict(wrong.check())["shape"]
+    assert "template" in dict(source("sharegpt", template="{a}").check())
+    assert "template" not in dict(source("alpaca", template="{a}").check())
