@@ -239,7 +239,7 @@ def _from_alpaca(record: Record, template: str | None) -> Record:
 
 
 def _alpaca_question(record: Record, fields: Sequence[str], template: str | None) -> str:
-    texts = {}
+    texts: dict[str, str] = {}
     for field in fields:
         value = record.get(field)
         if template is None and field == "input" and is_blank(value):
@@ -247,7 +247,7 @@ def _alpaca_question(record: Record, fields: Sequence[str], template: str | None
         reason = why_unusable(value)
         if reason is not None:
             raise UnusableRecordError(f"field '{field}': {reason}")
-        texts[field] = value
+        texts[field] = str(value)
     if template is not None:
         return fill_template(template, texts)
     return "\n\n".join(texts.values())
