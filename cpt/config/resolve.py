@@ -85,6 +85,7 @@ class _Resolver:
             model=self.run.model,
             data=self.run.data,
             train=self.run.train,
+            adapter=self.run.adapter,
             guard=self.run.guard,
             checkpoint=self.run.checkpoint,
             telemetry=self.run.telemetry,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from cpt.config.adapter_section import AdapterSection
 from cpt.config.guard_section import GuardSection
 
 MAX_STEPS = 10**8
@@ -425,6 +426,7 @@ class RunYaml:
     model: ModelSection
     data: DataSection
     train: TrainSection
+    adapter: AdapterSection = field(default_factory=AdapterSection)
     guard: GuardSection = field(default_factory=GuardSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     telemetry: TelemetrySection = field(default_factory=TelemetrySection)
@@ -461,6 +463,24 @@ class RunYaml:
                 "telemetry.export_at_end: true to only load the model, save it and export it.",
             )
         yield from self._check_levers()
+        yield from self._check_adapter()
+
+    def _check_adapter(self) -> Iterator[tuple[str, str]]:
+        if not self.adapter.is_on:
+            return
+        if self.train.freeze:
+            yield (
+                "train.freeze",
+                f"is given, but with adapter.kind: {self.adapter.kind} everything below the "
+                "adapters is frozen. Remove it; adapter.targets and adapter.layers choose what is "
+                "trained.",
+            )
+        if self.guard.router_lever == "freeze":
+            yield (
+                "guard.router_lever",
+                f"is freeze, but with adapter.kind: {self.adapter.kind} the routers are never "
+                "trained. Remove it, or give raise_replay.",
+            )
 
     def _check_stages(self) -> Iterator[tuple[str, str]]:
         if not self.stages:
@@ -556,6 +576,7 @@ class RunConfig:
     model: ModelSection
     data: DataSection
     train: TrainSection
+    adapter: AdapterSection
     guard: GuardSection
     checkpoint: CheckpointSection
     telemetry: TelemetrySection

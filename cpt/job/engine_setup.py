@@ -17,6 +17,9 @@ from cpt.deepspeed_adapter.partition import materialize_partitioned
 from cpt.deepspeed_adapter.shards import publish_master_weights
 from cpt.errors import ConfigError
 from cpt.model import attention, gpt_oss
+from cpt.model.adapters.attach import attach_adapters
+from cpt.model.adapters.initial_values import WithInitialAdapters
+from cpt.model.adapters.layout import adapted_matrices
 from cpt.model.attention import Attention
 from cpt.model.attention.probe import run_probe
 from cpt.model.freezing import freeze
@@ -58,6 +61,10 @@ def build_engine(
     report = gpt_oss.patch(
         model, topology, experts_in_halves=config.model.expert_overlap == "halves"
     )
+    adapted = adapted_matrices(config.adapter, model_config)
+    if adapted:
+        attached = attach_adapters(model, adapted, config.adapter.scale, topology.ep_size)
+        log.info("adapter: %s, rank %d, %s", config.adapter.kind, config.adapter.rank, attached)
     if config.zero_stage == 3:
         materialize_partitioned(model, config.engine_json, config.dtype)
         gpt_oss.restore_rotary_frequencies(model, topology.device)
@@ -196,11 +203,13 @@ def fill_weights(engine: TrainingEngine, source: WeightSource) -> None:
         ConfigError: on all ranks: values are not finite, or tensors hold only zeros.
     """
     topology = engine.topology
+    adapted = adapted_matrices(engine.adapter, engine.model_config)
+    with_adapters = WithInitialAdapters(source, adapted, engine.seed, engine.dtype)
     targets = {}
     for key, part in flat_ranges(engine.deepspeed, topology).items():
         if key.startswith(MASTER):
             targets[key.removeprefix(MASTER)] = (part.tensor, part.offset)
-    together(topology.control_group, lambda: fill_parts(targets, source))
+    together(topology.control_group, lambda: fill_parts(targets, with_adapters))
     if isinstance(source, DirectoryWeights):
         source.refuse_unusable(gather_json(source.seen_json(), topology.control_group))
     publish_master_weights(engine.deepspeed)

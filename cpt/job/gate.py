@@ -77,6 +77,7 @@ from cpt.job.run_dir import RoomNeeded, check_place, room_needed
 from cpt.job.seam import Seam
 from cpt.job.start_options import check_start, resume_word
 from cpt.model import attention
+from cpt.model.adapters.layout import adapter_problems
 from cpt.model.configuration import differing_keys
 from cpt.model.freezing import freeze_problems
 from cpt.model.parameters import parameter_numels, parameter_shapes
@@ -249,6 +250,7 @@ class _Gate:
         self.found.add(
             freeze_problems(self.run_yaml.train.freeze, parameter_numels(self.model_config))
         )
+        self.found.add(adapter_problems(self.run_yaml.adapter, self.model_config))
         configs = self.found.attempt(
             lambda: resolve_stages(self.run_yaml, self.json_file, self.model_config, self._launch())
         )

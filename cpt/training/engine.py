@@ -189,6 +189,8 @@ class TrainingEngine:
         self.topology = topology
         self.model_config = model.config
         self.dtype = config.dtype
+        self.adapter = config.adapter
+        self.seed = config.train.seed
         self._clock = clock
         self._sequence_parallel = exchange
         self._kernel = kernel

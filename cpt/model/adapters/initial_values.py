@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from cpt.model.adapters.layout import AdaptedMatrix
+from cpt.model.adapters.linear import row_norms
 from cpt.model.weights.source import WeightSource
 
 BLOCK_NUMEL = 2**16
@@ -86,8 +87,8 @@ class WithInitialAdapters:
         size = matrix.in_size
         for first in range(start, stop, NORM_ROWS):
             end = min(stop, first + NORM_ROWS)
-            rows_OI = torch.empty((end - first) * size)
+            rows_OI = torch.empty((end - first) * size, dtype=self._dtype)
             for position, values in self.base.pieces(matrix.weight_name, first * size, end * size):
                 low = position - first * size
-                rows_OI[low : low + values.numel()] = values.to(self._dtype)
-            yield first, torch.linalg.norm(rows_OI.view(-1, size), dim=1)
+                rows_OI[low : low + values.numel()] = values
+            yield first, row_norms(rows_OI.view(-1, size))

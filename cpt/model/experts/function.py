@@ -5,6 +5,8 @@
     hidden  = (up + 1) * gate * sigmoid(alpha * gate)
     out     = weight * (hidden @ down_proj + down_proj_bias)
 
+With adapters each product has a second term, which adapter_products.py computes.
+
 Decisions
     - Kept for the backward are the rows, their weights and gate_up (without its bias), R * (M + 2I)
       values. The activations are computed again in passing (elementwise, under 4 % of the time).
@@ -33,6 +35,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cpt.model import recomputation
+from cpt.model.experts.adapter_products import NO_ADAPTERS, ExpertAdapter, ExpertAdapters
 from cpt.model.experts.grouped import Groups, is_served, outer, product
 from cpt.model.experts.packed import Matrices
 from cpt.model.kernels.expert_output import expert_output, expert_output_backward
@@ -74,24 +77,43 @@ class _GateUp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_RM: torch.Tensor, groups: Groups, grouped: bool, gate_up_EM2I: torch.Tensor
+        ctx: Any,
+        rows_RM: torch.Tensor,
+        groups: Groups,
+        grouped: bool,
+        adapter: ExpertAdapter | None,
+        gate_up_EM2I: Matrices,
+        *_a_and_b: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(rows_RM)
         ctx.groups = groups
         ctx.grouped = grouped
+        ctx.adapter = adapter
         ctx.held = gate_up_EM2I  # not saved: see the module's docstring
-        return product(rows_RM, gate_up_EM2I, groups, grouped=grouped)
+        gate_up_R2I = product(rows_RM, gate_up_EM2I, groups, grouped=grouped)
+        if adapter is not None:
+            adapter.add_to(gate_up_R2I, rows_RM, groups, grouped=grouped)
+        return gate_up_R2I
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (rows_RM,) = ctx.saved_tensors
-        need_rows, _, _, need_gate_up = ctx.needs_input_grad
-        d_gate_up = d_rows = None
+        groups = ctx.groups
+        grouped = ctx.grouped
+        adapter: ExpertAdapter | None = ctx.adapter
+        need_rows, _, _, _, need_gate_up, need_a, need_b = ctx.needs_input_grad
+        d_gate_up = d_rows = d_inner = d_a = d_b = None
         if need_gate_up:
-            d_gate_up = outer(rows_RM, grads[0], ctx.groups, grouped=ctx.grouped)
+            d_gate_up = outer(rows_RM, grads[0], groups, grouped=grouped)
+        if adapter is not None:
+            d_inner = adapter.inner_gradient(grads[0], groups, grouped=grouped)
+            if need_a or need_b:
+                d_a, d_b = adapter.gradients(rows_RM, d_inner, grads[0], groups, grouped=grouped)
         if need_rows:
-            d_rows = product(grads[0], ctx.held.transpose(1, 2), ctx.groups, grouped=ctx.grouped)
-        return d_rows, None, None, d_gate_up
+            d_rows = product(grads[0], ctx.held.transpose(1, 2), groups, grouped=grouped)
+            if adapter is not None and d_inner is not None:
+                adapter.add_gradient_of_rows(d_rows, d_inner, groups, grouped=grouped)
+        return d_rows, None, None, None, d_gate_up, d_a, d_b
 
 
 class _GatedDown(torch.autograd.Function):
@@ -106,19 +128,26 @@ class _GatedDown(torch.autograd.Function):
         activation: Activation,
         grouped: bool,
         skip_output: bool,
-        *biases_and_down: torch.Tensor,
+        adapter: ExpertAdapter | None,
+        gate_up_bias_E2I: torch.Tensor,
+        down_EIM: Matrices,
+        down_bias_EM: torch.Tensor,
+        *_a_and_b: torch.Tensor | None,
     ) -> torch.Tensor:
-        gate_up_bias_E2I, down_EIM, down_bias_EM = biases_and_down
         ctx.save_for_backward(gate_up_R2I, weights_R)
         ctx.groups = groups
         ctx.activation = activation
         ctx.grouped = grouped
-        ctx.held = biases_and_down  # not saved: see the module's docstring
+        ctx.adapter = adapter
+        # not saved: see the module's docstring
+        ctx.held = gate_up_bias_E2I, down_EIM, down_bias_EM
         if skip_output:
             return recomputation.unread(gate_up_R2I, gate_up_R2I.shape[0], down_EIM.shape[2])
         ends_E = groups.ends_E
         hidden_RI = gated_unit(gate_up_R2I, gate_up_bias_E2I, ends_E, *activation)
         out_RM = product(hidden_RI, down_EIM, groups, grouped=grouped)
+        if adapter is not None:
+            adapter.add_to(out_RM, hidden_RI, groups, grouped=grouped)
         del hidden_RI
         expert_output(out_RM, down_bias_EM, weights_R, ends_E)
         return out_RM
@@ -129,9 +158,14 @@ class _GatedDown(torch.autograd.Function):
         groups = ctx.groups
         gate_up_R2I, weights_R = ctx.saved_tensors
         gate_up_bias_E2I, down_EIM, _ = ctx.held
-        need_gate_up_bias, need_down, _ = ctx.needs_input_grad[6:]
+        adapter: ExpertAdapter | None = ctx.adapter
+        need_gate_up_bias, need_down, _, need_a, need_b = ctx.needs_input_grad[7:]
         # This is the gradient for the unweighted output: the weights come in below, in fp32.
         d_hidden_RI = product(d_out_RM, down_EIM.transpose(1, 2), groups, grouped=ctx.grouped)
+        d_inner = None
+        if adapter is not None:
+            d_inner = adapter.inner_gradient(d_out_RM, groups, grouped=ctx.grouped)
+            adapter.add_gradient_of_rows(d_hidden_RI, d_inner, groups, grouped=ctx.grouped)
         d_gate_up_R2I = gate_up_R2I.detach()
         products_R, d_gate_up_bias = gated_unit_backward(
             d_gate_up_R2I,
@@ -144,14 +178,21 @@ class _GatedDown(torch.autograd.Function):
         )
         weighted_RI = d_hidden_RI  # the buffer's second life
         del d_hidden_RI
-        d_down = None
+        d_down = d_a = d_b = None
         if need_down:
             d_down = outer(weighted_RI, d_out_RM, groups, grouped=ctx.grouped)
+        if adapter is not None and d_inner is not None and (need_a or need_b):
+            # The weight of a row is in `weighted`, so it is in neither of the other factors.
+            d_a, d_b = adapter.gradients(
+                weighted_RI, d_inner, d_out_RM, groups, grouped=ctx.grouped
+            )
         del weighted_RI
         d_weights, d_down_bias = _gradients_of_output(ctx, d_out_RM, weights_R, products_R)
         if not need_gate_up_bias:
             d_gate_up_bias = None
-        return d_gate_up_R2I, d_weights, None, None, None, None, d_gate_up_bias, d_down, d_down_bias
+        settings = (None,) * 5
+        of_parameters = (d_gate_up_bias, d_down, d_down_bias, d_a, d_b)
+        return d_gate_up_R2I, d_weights, *settings, *of_parameters
 
 
 def _gradients_of_output(
@@ -160,7 +201,7 @@ def _gradients_of_output(
     """Return the gradients of the routing weights and of the second bias, as far as needed."""
     down_bias_EM = ctx.held[2]
     need_weights = ctx.needs_input_grad[1]
-    need_bias = ctx.needs_input_grad[8]
+    need_bias = ctx.needs_input_grad[9]
     if not (need_weights or need_bias):
         return None, None
     d_weights_R, d_bias_EM = expert_output_backward(
@@ -182,12 +223,13 @@ def apply_experts(
     parameters: Parameters,
     activation: Activation,
     *,
+    adapters: ExpertAdapters = NO_ADAPTERS,
     grouped: bool | None = None,
     skip_output: bool = False,
 ) -> torch.Tensor:
     """Put each row through its expert and multiply by its weight.
 
-    The result is differentiable in rows, weights and parameters.
+    The result is differentiable in rows, weights, parameters and adapters.
 
     Args:
         rows_RM: Inputs sorted by expert.
@@ -195,6 +237,7 @@ def apply_experts(
         groups: The rows of each expert.
         parameters: The experts' tensors; leaves, read again when the backward runs.
         activation: The gated unit.
+        adapters: What is added to the two products; leaves, too.
         grouped: Whether to use grouped products; by default, where they are right.
         skip_output: Whether to return zeros. That is enough for a recomputation, which runs for
             what the backward needs, not for the output.
@@ -204,9 +247,21 @@ def apply_experts(
     """
     if grouped is None:
         expert_size = parameters.down_EIM.shape[1]
-        grouped = is_served(rows_RM, rows_RM.shape[1], 2 * expert_size, expert_size)
+        sizes = (rows_RM.shape[1], 2 * expert_size, expert_size, *adapters.ranks())
+        grouped = is_served(rows_RM, *sizes)
     gate_up_EM2I, *others = parameters
-    gate_up_R2I = _GateUp.apply(rows_RM, groups, grouped, gate_up_EM2I)
+    a_of_gate_up, b_of_gate_up, *a_and_b_of_down = adapters.tensors()
+    gate_up_R2I = _GateUp.apply(
+        rows_RM, groups, grouped, adapters.gate_up, gate_up_EM2I, a_of_gate_up, b_of_gate_up
+    )
     return _GatedDown.apply(
-        gate_up_R2I, weights_R, groups, activation, grouped, skip_output, *others
+        gate_up_R2I,
+        weights_R,
+        groups,
+        activation,
+        grouped,
+        skip_output,
+        adapters.down,
+        *others,
+        *a_and_b_of_down,
     )

@@ -23,6 +23,7 @@ from torch import nn
 
 from cpt.deepspeed_adapter.experts import ExpertLayerBase, expert_group_name, mark_expert
 from cpt.model import recomputation
+from cpt.model.experts.adapter_products import ExpertAdapter, ExpertAdapters
 from cpt.model.experts.dispatch import Assignment, Exchange, ExchangePlan, label_by_half
 from cpt.model.experts.function import Activation, Parameters, apply_experts
 from cpt.model.experts.grouped import Groups
@@ -44,6 +45,43 @@ class LocalExperts(nn.Module):
             whole = getattr(source, name)
             part = whole.detach()[first_expert : first_expert + num_experts].clone()
             self.register_parameter(name, nn.Parameter(part))
+        self._adapter_names: dict[str, tuple[str, str]] = {}
+        self._adapter_scale = 1.0
+
+    def add_adapter(
+        self, matrix: str, a_name: str, a: nn.Parameter, b_name: str, b: nn.Parameter, scale: float
+    ) -> None:
+        """Put an adapter beside one of the two products.
+
+        Args:
+            matrix: gate_up_proj or down_proj.
+            a_name: Name of A in this module.
+            a: (E, in, r), or (in, r) if the experts share it.
+            b_name: Name of B in this module.
+            b: (E, r, out), or (r, out).
+            scale: The factor of every adapter of this layer.
+        """
+        self.register_parameter(a_name, a)
+        self.register_parameter(b_name, b)
+        self._adapter_names[matrix] = (a_name, b_name)
+        self._adapter_scale = scale
+
+    @property
+    def parameters_of_experts(self) -> Parameters:
+        """The tensors of the experts."""
+        return Parameters(*(getattr(self, name) for name in EXPERT_TENSORS))
+
+    @property
+    def adapters(self) -> ExpertAdapters:
+        """The adapters beside them."""
+        return ExpertAdapters(self._adapter_of("gate_up_proj"), self._adapter_of("down_proj"))
+
+    def _adapter_of(self, matrix: str) -> ExpertAdapter | None:
+        names = self._adapter_names.get(matrix)
+        if names is None:
+            return None
+        a_name, b_name = names
+        return ExpertAdapter(getattr(self, a_name), getattr(self, b_name), self._adapter_scale)
 
     def forward(
         self,
@@ -53,13 +91,13 @@ class LocalExperts(nn.Module):
         grouped: bool | None = None,
     ) -> torch.Tensor:
         """Apply each expert to its rows and multiply by their weights; see `apply_experts`."""
-        parameters = Parameters(*(getattr(self, name) for name in EXPERT_TENSORS))
         return apply_experts(
             rows_RM,
             weights_R,
             groups,
-            parameters,
+            self.parameters_of_experts,
             self.activation,
+            adapters=self.adapters,
             grouped=grouped,
             skip_output=recomputation.is_second_run(),
         )
@@ -80,7 +118,8 @@ class LocalExperts(nn.Module):
         Returns:
             The outputs (R, M).
         """
-        parameters = Parameters(*(getattr(self, name) for name in EXPERT_TENSORS))
+        parameters = self.parameters_of_experts
+        adapters = self.adapters
         sizes = counts_E.tolist()
         rows_of = rows_RM.split(sizes)
         weights_of = weights_R.split(sizes)
@@ -91,7 +130,12 @@ class LocalExperts(nn.Module):
             groups = Groups(counts_E[own])
             done.append(
                 apply_experts(
-                    rows_of[expert], weights_of[expert], groups, of_expert, self.activation
+                    rows_of[expert],
+                    weights_of[expert],
+                    groups,
+                    of_expert,
+                    self.activation,
+                    adapters=adapters.of_experts(own),
                 )
             )
         return torch.cat(done)
@@ -104,8 +148,14 @@ class LocalExpertsInHalves(LocalExperts):
         self, payload: torch.Tensor, counts_E: torch.Tensor, exchange: Exchange
     ) -> tuple[torch.Tensor, int]:
         """Send rows to their experts, compute and send back; see `apply_in_halves`."""
-        parameters = Parameters(*(getattr(self, name) for name in EXPERT_TENSORS))
-        return apply_in_halves(payload, counts_E, exchange, parameters, self.activation)
+        return apply_in_halves(
+            payload,
+            counts_E,
+            exchange,
+            self.parameters_of_experts,
+            self.activation,
+            self.adapters,
+        )
 
 
 class ExpertParallelMLP(ExpertLayerBase):  # type: ignore[misc]

@@ -13,9 +13,10 @@ Decisions
       weights in one call of the module that ZeRO-3 gathers them for. As in function.py, it
       remembers the parameters and saves none of their values.
     - The gradient of a weight is one product over the rows of both halves, as in the undivided
-      layer: nothing is added up, padded or copied. For this the operands of these products are
-      buffers of all rows, and each half writes its part. That costs the backward 2.5 I values a row
-      at its peak beyond function.py, which overwrites gate_up with its gradient.
+      layer: nothing is added up, padded or copied but the r values a row of an adapter. For this
+      the operands of these products are buffers of all rows, and each half writes its part. That
+      costs the backward 2.5 I values a row at its peak beyond function.py, which overwrites gate_up
+      with its gradient.
     - An exchange is waited for by the device's stream, not by the host. Both of its buffers are
       referenced until then.
 
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 
 from cpt.model import recomputation
+from cpt.model.experts.adapter_products import NO_ADAPTERS, ExpertAdapters
 from cpt.model.experts.dispatch import Exchange, Half, PlanInHalves
 from cpt.model.experts.function import Activation, Parameters
 from cpt.model.experts.grouped import is_served, outer, product
@@ -46,6 +48,7 @@ class _OverlappedLayer:
     plan: PlanInHalves
     exchange: Exchange
     parameters: Parameters
+    adapters: ExpertAdapters
     activation: Activation
     grouped: bool
     """Whether to use grouped products."""
@@ -55,12 +58,26 @@ class _OverlappedLayer:
         """Columns of a row without the weight beside it."""
         return self.parameters.down_EIM.shape[2]
 
+    def gate_up(self, rows_AM: torch.Tensor, half: Half) -> torch.Tensor:
+        """Return the first product (A, 2I) of one half, without its bias."""
+        groups = half.plan.groups
+        matrices = self.parameters.gate_up_EM2I[half.experts]
+        gate_up_A2I = product(rows_AM, matrices, groups, grouped=self.grouped)
+        adapter = self.adapters.of_experts(half.experts).gate_up
+        if adapter is not None:
+            adapter.add_to(gate_up_A2I, rows_AM, groups, grouped=self.grouped)
+        return gate_up_A2I
+
     def outputs(self, gate_up_A2I: torch.Tensor, rows_A: torch.Tensor, half: Half) -> torch.Tensor:
         """Return the outputs (A, M) of one half, times their weights."""
-        ends_E = half.plan.groups.ends_E
+        groups = half.plan.groups
+        ends_E = groups.ends_E
         _, gate_up_bias, down, down_bias = self.parameters
         hidden_AI = gated_unit(gate_up_A2I, gate_up_bias[half.experts], ends_E, *self.activation)
-        out_AM = product(hidden_AI, down[half.experts], half.plan.groups, grouped=self.grouped)
+        out_AM = product(hidden_AI, down[half.experts], groups, grouped=self.grouped)
+        adapter = self.adapters.of_experts(half.experts).down
+        if adapter is not None:
+            adapter.add_to(out_AM, hidden_AI, groups, grouped=self.grouped)
         expert_output(out_AM, down_bias[half.experts], rows_A[:, self.model_size], ends_E)
         return out_AM
 
@@ -68,16 +85,21 @@ class _OverlappedLayer:
 class _Gradients:
     """The operands of the weights' gradients, of which each half writes its rows."""
 
-    def __init__(self, layer: _OverlappedLayer, needs: Parameters, arrived: torch.Tensor) -> None:
+    def __init__(
+        self, layer: _OverlappedLayer, needs: tuple[bool, ...], arrived: torch.Tensor
+    ) -> None:
         num_rows = arrived.shape[0]
         expert_size, model_size = layer.parameters.down_EIM.shape[1:]
         self._layer = layer
-        self._needs = needs
+        self._needs = Parameters(*needs[:4])  # type: ignore[arg-type]
+        self._need_adapters = any(needs[4:])
         self._arrived = arrived
         self.d_out_AM = arrived.new_empty(num_rows, model_size)
         self._d_gate_up_A2I = arrived.new_empty(num_rows, 2 * expert_size)
         self._weighted_AI = arrived.new_empty(num_rows, expert_size)
         self._bias_parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._inner_gate_up: list[torch.Tensor] = []
+        self._inner_down: list[torch.Tensor] = []
 
     def go_back(self, gate_up_A2I: torch.Tensor, half: Half, *, need_rows: bool) -> torch.Tensor:
         """Return the gradient of one half's rows with their weights beside them, by origin.
@@ -93,9 +115,7 @@ class _Gradients:
         d_gate_up_A2I = self._d_gate_up_A2I[half.arrived]
         products_A, d_gate_up_bias = gated_unit_backward_into(
             gate_up_A2I,
-            product(
-                d_out_AM, parameters.down_EIM.transpose(1, 2), plan.groups, grouped=layer.grouped
-            ),
+            self._d_hidden(d_out_AM, half),
             parameters.gate_up_bias_E2I,
             weights_A,
             plan.groups.ends_E,
@@ -114,16 +134,44 @@ class _Gradients:
             bool(self._needs.down_bias_EM),
         )
         self._bias_parts.append((d_gate_up_bias, d_down_bias))
-        if not need_rows:
+        d_rows_AM = self._d_rows(d_gate_up_A2I, half, need_rows=need_rows)
+        if d_rows_AM is None:
             return rows.new_empty(0)
-        d_rows_AM = product(
-            d_gate_up_A2I,
-            parameters.gate_up_EM2I.transpose(1, 2),
-            plan.groups,
-            grouped=layer.grouped,
-        )
         columns = rows.shape[1] - layer.model_size
         return pack_rows(d_rows_AM, d_weights_A[:, None], plan.by_origin_A, columns)
+
+    def _d_hidden(self, d_out_AM: torch.Tensor, half: Half) -> torch.Tensor:
+        """Return the gradient of hidden, (A, I)."""
+        layer = self._layer
+        groups = half.plan.groups
+        down_EMI = layer.parameters.down_EIM[half.experts].transpose(1, 2)
+        d_hidden_AI = product(d_out_AM, down_EMI, groups, grouped=layer.grouped)
+        adapter = layer.adapters.of_experts(half.experts).down
+        if adapter is not None:
+            d_inner = adapter.inner_gradient(d_out_AM, groups, grouped=layer.grouped)
+            adapter.add_gradient_of_rows(d_hidden_AI, d_inner, groups, grouped=layer.grouped)
+            self._inner_down.append(d_inner)
+        return d_hidden_AI
+
+    def _d_rows(
+        self, d_gate_up_A2I: torch.Tensor, half: Half, *, need_rows: bool
+    ) -> torch.Tensor | None:
+        """Return the gradient of the rows, (A, M); None if it is not needed."""
+        layer = self._layer
+        groups = half.plan.groups
+        adapter = layer.adapters.of_experts(half.experts).gate_up
+        if adapter is not None:
+            d_inner = adapter.inner_gradient(d_gate_up_A2I, groups, grouped=layer.grouped)
+            self._inner_gate_up.append(d_inner)
+        if not need_rows:
+            return None
+        gate_up_E2IM = layer.parameters.gate_up_EM2I[half.experts].transpose(1, 2)
+        d_rows_AM = product(d_gate_up_A2I, gate_up_E2IM, groups, grouped=layer.grouped)
+        if adapter is not None:
+            adapter.add_gradient_of_rows(
+                d_rows_AM, self._inner_gate_up[-1], groups, grouped=layer.grouped
+            )
+        return d_rows_AM
 
     def of_parameters(self) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of the parameters, in their order, where they are needed."""
@@ -140,7 +188,24 @@ class _Gradients:
             d_gate_up_bias = torch.cat(gate_up_parts)
         if self._needs.down_bias_EM:
             d_down_bias = torch.cat(down_parts)
-        return d_gate_up, d_gate_up_bias, d_down, d_down_bias
+        return d_gate_up, d_gate_up_bias, d_down, d_down_bias, *self._of_adapters(rows_AM)
+
+    def _of_adapters(self, rows_AM: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of A and B of the first product and of the second."""
+        layer = self._layer
+        found: list[torch.Tensor | None] = []
+        for adapter, rows, inner_parts, d_out in (
+            (layer.adapters.gate_up, rows_AM, self._inner_gate_up, self._d_gate_up_A2I),
+            (layer.adapters.down, self._weighted_AI, self._inner_down, self.d_out_AM),
+        ):
+            if adapter is None or not self._need_adapters:
+                found += [None, None]
+                continue
+            d_inner = torch.cat(inner_parts)
+            found += adapter.gradients(
+                rows, d_inner, d_out, layer.plan.groups, grouped=layer.grouped
+            )
+        return tuple(found)
 
 
 class _InHalves(torch.autograd.Function):
@@ -153,7 +218,7 @@ class _InHalves(torch.autograd.Function):
         layer: _OverlappedLayer,
         arrived: torch.Tensor,
         is_filled: bool,
-        *parameters: torch.Tensor,
+        *_parameters_and_adapters: torch.Tensor | None,
     ) -> torch.Tensor:
         halves = layer.plan.halves
         second = recomputation.is_second_run()
@@ -168,12 +233,7 @@ class _InHalves(torch.autograd.Function):
             rows = arrived[half.arrived]
             if ways_out:
                 gather_rows_into(ways_out.pop(0).wait(), half.plan.by_expert_A, rows)
-            gate_up_A2I = product(
-                rows[:, : layer.model_size],
-                layer.parameters.gate_up_EM2I[half.experts],
-                half.plan.groups,
-                grouped=layer.grouped,
-            )
+            gate_up_A2I = layer.gate_up(rows[:, : layer.model_size], half)
             gate_ups.append(gate_up_A2I)
             if not second:
                 out_AM = layer.outputs(gate_up_A2I, rows, half)
@@ -194,7 +254,7 @@ class _InHalves(torch.autograd.Function):
         halves = layer.plan.halves
         arrived, *gate_ups = ctx.saved_tensors
         need_rows = ctx.needs_input_grad[0]
-        gradients = _Gradients(layer, Parameters(*ctx.needs_input_grad[4:]), arrived)
+        gradients = _Gradients(layer, ctx.needs_input_grad[4:], arrived)
         ways_out = []
         for half in halves:
             ways_out.append(layer.exchange.start_out(d_done_RM, half))
@@ -220,6 +280,7 @@ def apply_in_halves(
     exchange: Exchange,
     parameters: Parameters,
     activation: Activation,
+    adapters: ExpertAdapters = NO_ADAPTERS,
 ) -> tuple[torch.Tensor, int]:
     """Send rows to their experts, compute, and send the results back, in two halves.
 
@@ -231,6 +292,7 @@ def apply_in_halves(
         exchange: The exchanges of the layer.
         parameters: The local experts' tensors; leaves, read again when the backward runs.
         activation: The gated unit.
+        adapters: What is added to the two products; leaves, too.
 
     Returns:
         The results (R, M) in the order of the payload, and the number of rows computed here.
@@ -251,8 +313,9 @@ def apply_in_halves(
         plan=plan,
         exchange=exchange,
         parameters=parameters,
+        adapters=adapters,
         activation=activation,
-        grouped=is_served(arrived, model_size, 2 * expert_size, expert_size),
+        grouped=is_served(arrived, model_size, 2 * expert_size, expert_size, *adapters.ranks()),
     )
-    done_RM = _InHalves.apply(payload, layer, arrived, takes, *parameters)
+    done_RM = _InHalves.apply(payload, layer, arrived, takes, *parameters, *adapters.tensors())
     return done_RM, plan.num_arrived
