@@ -19,6 +19,7 @@ from cpt.model import recomputation
 from cpt.model.experts import overlap
 from cpt.model.experts.dispatch import label_by_half
 from cpt.model.experts.layer import EXPERT_TENSORS, ExpertParallelMLP
+from tests.support.expert_adapters import add_adapters, fill_adapters
 from tests.support.threaded_ranks import ThreadedRanks
 
 MODEL_SIZE = 32
@@ -43,6 +44,8 @@ class Case:
     input_needs_gradient: bool = True
     recompute: str = ""
     """recompute or keep, with activation checkpointing; empty without it."""
+    adapters: str = ""
+    """own or shared, for those of each expert or of all; empty without adapters."""
 
 
 CASES = {
@@ -62,6 +65,13 @@ CASES = {
     "recomputed": Case(recompute="recompute"),
     "recomputed with rows kept": Case(recompute="keep"),
     "recomputed with rows kept, frozen": Case(recompute="keep", frozen=tuple(EXPERT_TENSORS)),
+    "adapters": Case(adapters="own", frozen=tuple(EXPERT_TENSORS)),
+    "adapters in bf16": Case(adapters="own", dtype=torch.bfloat16),
+    "adapters of experts without rows": Case(adapters="own", idle=(0, 1, 4, 5)),
+    "adapters, recomputed": Case(adapters="own", recompute="recompute"),
+    "adapters, recomputed with rows kept": Case(adapters="own", recompute="keep"),
+    "adapters, input without gradient": Case(adapters="own", input_needs_gradient=False),
+    "shared adapters": Case(adapters="shared", frozen=tuple(EXPERT_TENSORS)),
 }
 
 
@@ -93,6 +103,10 @@ def run_rank(
     mlp = ExpertParallelMLP(draw_layer(case), topology, in_halves=in_halves).train()
     for name in case.frozen:
         getattr(mlp.experts, name).requires_grad_(False)
+    if case.adapters:
+        fill_adapters(
+            add_adapters(mlp.experts, shared=case.adapters == "shared"), mlp.experts.first_expert
+        )
     watched: list[int] = []
     mlp.watch = SimpleNamespace(  # type: ignore[assignment]
         observe=lambda index, hidden, logits, weights, choice: weights, computed=watched.append

@@ -71,7 +71,7 @@ def attach_adapters(
 def _adapt_experts(
     experts: LocalExperts, matrix: AdaptedMatrix, last: str, scale: float, ep_size: int
 ) -> None:
-    like = experts.down_proj_bias
+    like = next(experts.parameters())
     tensors = []
     for name, shape in matrix.shapes().items():
         has_axis = matrix.num_experts is not None

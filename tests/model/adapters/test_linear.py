@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -16,7 +17,6 @@ SCALE = 2.0
 
 
 def peft_layer(source: nn.Linear, *, use_dora: bool) -> Any:
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=RANK, lora_alpha=SCALE * RANK, target_modules=["0"], use_dora=use_dora
     )
