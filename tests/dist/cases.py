@@ -105,6 +105,10 @@ class Scenario:
     """Parameters that DeepSpeed updates at a time; 0 for its default."""
     ds_config: str = ""
     """A shipped file of ds_configs/, whose stage, SP and EP give way to those here."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """The `adapter` section; its tensors begin as `adapter_value` gives them."""
+    weight_decay: float = SETTINGS["weight_decay"]
+    """`train.weight_decay`."""
 
     @property
     def name(self) -> str:
@@ -139,6 +143,9 @@ class Scenario:
             parts.append(f"groups-{self.sub_group_size}")
         if self.ds_config:
             parts.append(Path(self.ds_config).stem)
+        if self.adapter:
+            parts += [self.adapter["kind"], *map(str, self.adapter.get("layers", ()))]
+            parts += ["shared"] if self.adapter.get("share_experts") else []
         return "-".join(parts)
 
     def dump(self) -> str:
@@ -298,6 +305,15 @@ def write_targets(folder: Path) -> None:
         base_model="", computed_in="float32", build="", top_k=KL_TOP_K, sources={SOURCES[0]: stored}
     )
     (folder / SIDECAR).write_text(json.dumps(sidecar.content()))
+
+
+def adapter_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the first value of an adapter tensor of all ranks.
+
+    B is not zero, as A had no gradient then; magnitudes keep the row norms that they begin with.
+    """
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return torch.randn(shape, generator=generator) * 0.05
 
 
 def parameter_file(folder: Path, scenario: Scenario) -> Path:

@@ -107,7 +107,7 @@ class Reference:
         self.norms: list[float] = []
         self.nll_by_source: list[list[float]] = []
         for step in range(num_steps):
-            loss, by_source = self._backward(model, step)
+            loss, by_source = backward_of_step(model, step)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
             optimizer.step()
             self.losses.append(loss)
@@ -117,20 +117,22 @@ class Reference:
                 self.first_moments = first_moments(model, optimizer)
         self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    def _backward(self, model: torch.nn.Module, step: int) -> tuple[float, list[float]]:
-        model.zero_grad()
-        rows = rows_of_step(step)
-        tokens = num_predicted(rows)
-        total = 0.0
-        by_source = [0.0, 0.0]
-        for index, row in enumerate(rows):
-            labels = torch.from_numpy(row.labels)
-            logits = eager_logits(model, row)
-            nll = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
-            (nll / tokens).backward()
-            total += nll.item()
-            by_source[index % 2] += nll.item()
-        return total / tokens, by_source
+
+def backward_of_step(model: torch.nn.Module, step: int) -> tuple[float, list[float]]:
+    """Leave the gradients of a step; return its loss, and the sum of nats of each source."""
+    model.zero_grad()
+    rows = rows_of_step(step)
+    tokens = num_predicted(rows)
+    total = 0.0
+    by_source = [0.0, 0.0]
+    for index, row in enumerate(rows):
+        labels = torch.from_numpy(row.labels)
+        logits = eager_logits(model, row)
+        nll = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+        (nll / tokens).backward()
+        total += nll.item()
+        by_source[index % 2] += nll.item()
+    return total / tokens, by_source
 
 
 def first_moments(

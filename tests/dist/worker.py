@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import GptOssConfig
 
-from cpt.checkpoint.loading import load_checkpoint
+from cpt.checkpoint.loading import flat_ranges, load_checkpoint
 from cpt.checkpoint.saver import Saver
 from cpt.config import CheckpointSection, LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.config.engine_json import OFFLOADS
 from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.deepspeed_adapter.offload import nvme_paths
-from cpt.deepspeed_adapter.shards import state_tensors
+from cpt.deepspeed_adapter.shards import publish_master_weights, state_tensors
 from cpt.job.engine_setup import build_engine, fill_weights, weight_source
+from cpt.model.adapters.layout import adapter_shapes
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
 from cpt.planning.memory import count_parameters, host_memory
@@ -37,6 +39,7 @@ from tests.dist.cases import (
     SETTINGS,
     SOURCES,
     Scenario,
+    adapter_value,
     even_row_tokens,
     model_config,
     num_predicted,
@@ -73,10 +76,17 @@ def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
         "gradient_clipping": CLIPPING,
         "freeze": list(scenario.freeze),
         **SETTINGS,
+        "weight_decay": scenario.weight_decay,
     }
     if scenario.kl:
         train |= {"kl_targets": str(model_dir.parent / "targets"), "kl_weight": KL_WEIGHT}
-    text = json.dumps({"model": model, "data": {"mix": "unused.yaml"}, "train": train})
+    content = {
+        "model": model,
+        "data": {"mix": "unused.yaml"},
+        "train": train,
+        "adapter": scenario.adapter,
+    }
+    text = json.dumps(content)
     return read_file(RunYaml, parse_yaml(text, "scenario"))
 
 
@@ -160,6 +170,19 @@ def write_files_report(
         (folder / f"{scenario.name}.files.json").write_text(json.dumps(files))
 
 
+@torch.no_grad()
+def fill_adapters(engine: TrainingEngine, config: RunConfig, of_model: GptOssConfig) -> None:
+    """Give A and B of every adapter the values of `adapter_value`."""
+    shapes = adapter_shapes(config.adapter, of_model)
+    for key, part in flat_ranges(engine.deepspeed, engine.topology).items():
+        kind, name = key.split("/", 1)
+        if kind == "master" and name.endswith(("lora_A", "lora_B")):
+            values = adapter_value(name, shapes[name]).flatten()
+            part.tensor.copy_(values[part.offset : part.offset + part.tensor.numel()])
+    if shapes:
+        publish_master_weights(engine.deepspeed)
+
+
 def run(scenario: Scenario, folder: Path) -> None:
     """Train a scenario; leave its checkpoint and the results of its steps."""
     config = config_of(scenario, folder)
@@ -175,6 +198,7 @@ def run(scenario: Scenario, folder: Path) -> None:
         assert loaded is not None and loaded.step == scenario.start
     else:
         fill_weights(engine, weight_source(config, of_model, topology))
+        fill_adapters(engine, config, of_model)
     targets = None
     if scenario.kl:
         targets = KLTargets(folder / "targets", SOURCES, {SOURCES[0]: even_row_tokens()})

@@ -1,0 +1,297 @@
+"""Adapters train in every layout as PEFT trains them on Hugging Face's eager code.
+
+The oracle is peft (target_modules and target_parameters) on transformers' eager gpt-oss with
+explicit masks for packed documents and torch's AdamW. Tolerances as in test_layout_parity: 2e-5 in
+loss and 1e-4 in the norm and in every gradient. `make test` has one launch of two ranks; the table
+of layouts is slow.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from cpt.checkpoint.reader import step_folder
+from cpt.config.adapter_section import AdapterSection
+from cpt.model.adapters.layout import ATTENTION, EXPERTS, adapter_shapes
+from tests.dist.cases import (
+    CLIPPING,
+    SETTINGS,
+    STEPS,
+    Scenario,
+    adapter_value,
+    model_config,
+    parameter_file,
+    reference_model,
+)
+from tests.dist.test_layout_parity import (
+    assert_alike,
+    backward_of_step,
+    key_of,
+    run_all,
+    stored_tensors,
+)
+from tests.support.launcher import ROOT, launch
+
+pytestmark = pytest.mark.dist
+
+RANK = 8
+LORA: dict[str, Any] = {"kind": "lora", "rank": RANK, "expert_rank": RANK, "alpha": 16.0}
+DORA: dict[str, Any] = {"kind": "dora", "rank": RANK, "alpha": 16.0, "targets": ["attention"]}
+SHARED: dict[str, Any] = {**LORA, "share_experts": True}
+SCALE = 2.0
+
+
+def scenario(world_size: int, sp: int, ep: int, stage: int, **given: Any) -> Scenario:
+    adapter = given.pop("adapter", LORA)
+    return Scenario(
+        world_size=world_size,
+        sp=sp,
+        ep=ep,
+        stage=stage,
+        adapter=adapter,
+        saves_first=True,
+        weight_decay=0.0,
+        **given,
+    )
+
+
+QUICK = [
+    scenario(2, 1, 2, 3, checkpointing=True, micro_batch_size=2),
+    scenario(2, 2, 1, 2),
+    scenario(2, 2, 2, 3, adapter=DORA, checkpointing=True),
+    scenario(2, 1, 2, 3, adapter=SHARED),
+]
+TABLE = [
+    scenario(1, 1, 1, 3),
+    scenario(2, 2, 1, 3),
+    scenario(2, 1, 2, 3),
+    scenario(4, 2, 2, 3),
+    scenario(1, 1, 1, 2),
+    scenario(2, 1, 2, 2),
+    scenario(2, 1, 2, 1),
+    scenario(4, 2, 2, 2),
+    scenario(4, 1, 4, 2, checkpointing=True, expert_recompute="keep"),
+    scenario(4, 2, 2, 3, checkpointing=True, micro_batch_size=2),
+    scenario(4, 1, 2, 3, expert_overlap="halves"),
+    scenario(2, 1, 2, 3, offloads={"optimizer": "cpu"}),
+    scenario(2, 1, 2, 3, offloads={"optimizer": "cpu", "param": "cpu"}),
+    scenario(1, 1, 1, 3, adapter=DORA),
+    scenario(4, 2, 2, 3, adapter=DORA),
+    scenario(1, 1, 1, 3, adapter=SHARED),
+    scenario(4, 2, 2, 2, adapter=SHARED),
+    scenario(2, 1, 1, 3, adapter={**LORA, "layers": [0, "2-3"]}),
+]
+
+
+class Trained(NamedTuple):
+    """A parameter of an oracle, and how its layout is turned into ours and back."""
+
+    parameter: nn.Parameter
+    to_ours: Callable[[torch.Tensor], torch.Tensor]
+    from_ours: Callable[[torch.Tensor], torch.Tensor]
+
+
+def as_it_is(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def peft_model(section: AdapterSection) -> tuple[nn.Module, dict[str, Trained]]:
+    """Return PEFT's model, and what it trains by our names."""
+    model = reference_model()
+    model.config._experts_implementation = "eager"
+    experts = [f"mlp.experts.{name}" for name in EXPERTS]
+    config = peft.LoraConfig(
+        r=section.rank,
+        lora_alpha=section.alpha,
+        use_dora=section.kind == "dora",
+        target_modules=list(ATTENTION),
+        target_parameters=experts if "experts" in section.targets else None,
+        layers_to_transform=[0, 2, 3] if section.layers else None,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    trained = {}
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            ours, *functions = _ours(name, model_config().num_local_experts)
+            trained[ours] = Trained(parameter, *functions)
+    return wrapped, trained
+
+
+def _ours(name: str, experts: int) -> tuple[str, Any, Any]:
+    """Return our name of a tensor of PEFT, and the functions of `Trained`.
+
+    PEFT stacks an expert's A behind those of other experts, and has the expert as the fastest index
+    of the columns of B. The matrix is told by the nesting of its wrapper alone.
+    """
+    name = name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".default")
+    module, _, kind = name.rpartition(".")
+    if ".experts" not in module:
+        return f"{module}.{kind.replace('magnitude_vector', 'magnitude')}", as_it_is, as_it_is
+    matrix = "gate_up_proj" if module.endswith(".base_layer") else "down_proj"
+    ours = f"{module.removesuffix('.base_layer')}.{matrix}_{kind}"
+    if kind == "lora_A":
+        return (
+            ours,
+            lambda w: w.view(experts, -1, w.shape[1]).transpose(1, 2),
+            lambda w: w.transpose(1, 2).reshape(-1, w.shape[1]),
+        )
+    return (
+        ours,
+        lambda w: w.view(w.shape[0], -1, experts).permute(2, 1, 0),
+        lambda w: w.permute(2, 1, 0).reshape(w.shape[2], -1),
+    )
+
+
+class AddShared(nn.Module):
+    """W + s A B of every expert, with one A and B."""
+
+    def __init__(self, weight: torch.Tensor, rank: int) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(weight.shape[1], rank))
+        self.lora_B = nn.Parameter(torch.empty(rank, weight.shape[2]))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + SCALE * (self.lora_A @ self.lora_B)
+
+
+def model_with_shared(section: AdapterSection) -> tuple[nn.Module, dict[str, Trained]]:
+    """Return PEFT's model with adapters of attention, and shared ones beside its experts."""
+    wrapped, trained = peft_model(replace(section, share_experts=False, targets=("attention",)))
+    for index, layer in enumerate(wrapped.base_model.model.model.layers):
+        experts = layer.mlp.experts
+        for matrix in EXPERTS:
+            added = AddShared(getattr(experts, matrix), RANK)
+            register_parametrization(experts, matrix, added)
+            for kind, parameter in added.named_parameters():
+                name = f"model.layers.{index}.mlp.experts.{matrix}_shared_{kind}"
+                trained[name] = Trained(parameter, as_it_is, as_it_is)
+    return wrapped, trained
+
+
+class PeftReference:
+    """Losses, norms, gradients and final values of one process with PEFT, by our names."""
+
+    def __init__(self, section: AdapterSection) -> None:
+        torch.set_num_threads(1)  # the other pytest worker needs the other core
+        build = model_with_shared if section.share_experts else peft_model
+        model, trained = build(section)
+        shapes = adapter_shapes(section, model_config())
+        assert trained.keys() == shapes.keys()
+        with torch.no_grad():
+            for name, one in trained.items():
+                if not name.endswith("magnitude"):
+                    one.parameter.copy_(one.from_ours(adapter_value(name, shapes[name])))
+        self.first = {
+            name: one.to_ours(one.parameter.detach().clone()) for name, one in trained.items()
+        }
+        parameters = [one.parameter for one in trained.values()]
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=SETTINGS["lr"],
+            betas=(SETTINGS["beta1"], SETTINGS["beta2"]),
+            eps=SETTINGS["eps"],
+            weight_decay=0.0,
+        )
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        for step in range(STEPS):
+            loss, _ = backward_of_step(model, step)
+            self.losses.append(loss)
+            self.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIPPING)))
+            if step == 0:
+                self.gradients = {}
+                for name, one in trained.items():
+                    assert one.parameter.grad is not None
+                    self.gradients[name] = one.to_ours(one.parameter.grad.clone())
+            optimizer.step()
+        self.last = {name: one.to_ours(one.parameter.detach()) for name, one in trained.items()}
+
+
+def section_of(chosen: Scenario) -> AdapterSection:
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.adapter.items()}
+    return AdapterSection(**given)
+
+
+class References:
+    """The oracle of each section, run once."""
+
+    def __init__(self, folder: Path) -> None:
+        reference_model().save_pretrained(str(folder / "model"))
+        self._by_section: dict[str, PeftReference] = {}
+
+    def of(self, chosen: Scenario) -> PeftReference:
+        key = json.dumps(chosen.adapter)
+        if key not in self._by_section:
+            self._by_section[key] = PeftReference(section_of(chosen))
+        return self._by_section[key]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def references(folder: Path) -> References:
+    return References(folder)
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, references: References) -> dict[str, list[dict[str, Any]]]:
+    arguments = [str(folder), *(chosen.dump() for chosen in QUICK)]
+    assert launch(ROOT / "tests" / "dist" / "worker.py", 2, arguments) == [0, 0]
+    return {key_of(s): json.loads(parameter_file(folder, s).read_text()) for s in QUICK}
+
+
+@pytest.fixture(scope="module")
+def table(folder: Path, references: References) -> dict[str, list[dict[str, Any]]]:
+    return run_all(folder, TABLE)
+
+
+def assert_equal_to_peft(
+    chosen: Scenario, steps: list[dict[str, Any]], references: References, folder: Path
+) -> None:
+    """Assert that losses, norms, first gradients and last values are those of the oracle."""
+    oracle = references.of(chosen)
+    assert_alike(steps, oracle.losses, oracle.norms)
+    moments = stored_tensors(step_folder(folder / chosen.name, 1), "exp_avg")
+    values = stored_tensors(step_folder(folder / chosen.name, STEPS), "master")
+    clip = min(1.0, CLIPPING / oracle.norms[0])
+    for name, gradient in oracle.gradients.items():
+        expected = gradient * clip * (1 - SETTINGS["beta1"])
+        found = moments[name]
+        error = float((found - expected).norm() / expected.norm().clamp(min=1e-9))
+        assert error <= 1e-4, f"gradient of {name}: relative error {error}"
+        moved = (oracle.last[name] - oracle.first[name]).norm()
+        error = float((values[name] - oracle.last[name]).norm() / moved)
+        assert error <= 1e-3, f"{name} after training: error {error} of its movement"
+
+
+def named(scenarios: list[Scenario]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("chosen", scenarios, ids=lambda s: s.name)
+
+
+@named(QUICK)
+def test_losses_norms_and_every_gradient_are_those_of_peft(
+    chosen, results, references, folder
+) -> None:
+    assert_equal_to_peft(chosen, results[key_of(chosen)], references, folder)
+
+
+@pytest.mark.slow
+@named(TABLE)
+def test_every_layout_gives_the_numbers_of_peft(chosen, table, references, folder) -> None:
+    assert_equal_to_peft(chosen, table[key_of(chosen)], references, folder)
