@@ -14,6 +14,7 @@ from cpt.checkpoint.lineage import lineage_of_checkpoint, lineage_text
 from cpt.checkpoint.manifest import Manifest
 from cpt.checkpoint.run_state import RunState
 from cpt.export.logged_facts import LoggedFacts
+from cpt.telemetry.model_label import model_label
 from data_pipeline.text.language import UNTESTABLE
 
 Json = dict[str, Any]
@@ -64,7 +65,7 @@ def model_card(
         "# gpt-oss after continual pretraining",
         _origin(manifest, format_name),
         _data(manifest, sources, facts),
-        _held_out(facts),
+        _held_out(manifest, facts),
         NO_FACTS if facts is None else "",
         *sections,
         _training(manifest),
@@ -198,7 +199,7 @@ def _data(manifest: Manifest, sources: dict[str, Json], facts: LoggedFacts | Non
     return text
 
 
-def _held_out(facts: LoggedFacts | None) -> str:
+def _held_out(manifest: Manifest, facts: LoggedFacts | None) -> str:
     """Return the last measurement of every held-out domain."""
     if facts is None or not facts.held_out:
         return ""
@@ -214,7 +215,9 @@ def _held_out(facts: LoggedFacts | None) -> str:
                 f"{result.delta_percent:+.2f} ({result.ci_low:+.2f} to {result.ci_high:+.2f})",
             )
         )
-    header = ("domain", "language", "step", "before training", "now", "change in % (95 % interval)")
+    baseline = ((RunState.of(manifest).config or {}).get("guard") or {}).get("baseline_model")
+    before = f"`{model_label(baseline)}`" if baseline else "before training"
+    header = ("domain", "language", "step", before, "now", "change in % (95 % interval)")
     return f"## Held-out text, bits per byte\n\n{markdown_table(header, rows)}"
 
 

@@ -412,6 +412,8 @@ def decision_event(
     limits: LeverLimits,
 ) -> Json:
     """Return a decision with everything that it follows from, as one line of metrics.jsonl."""
+    settings = asdict(look.settings)
+    del settings["baseline_model"]  # the model whose scores baseline.json holds and names
     return {
         "event": "guard_decision",
         "step": look.step,
@@ -422,7 +424,7 @@ def decision_event(
         "replay_room": limits.room,
         "limits": limits.to_json(),
         "last": look.last,
-        "settings": asdict(look.settings),
+        "settings": settings,
         "before": before.to_json(),
         "after": after.to_json(),
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cpt.telemetry.model_label import model_label
 from cpt.telemetry.report.chart import MARKERS, StepChart
 from cpt.telemetry.report.history import Run
 from cpt.telemetry.report.panel import Cell, LegendEntry, Panel, action_of, change_text, clean
@@ -82,10 +83,14 @@ def guard_panel(run: Run, steps: Range1d, colors: dict[str, str]) -> Panel | Non
     for action, marker in style.markers.items():
         color = MUTED if action in RELIEFS else ALARM
         legend.append(LegendEntry(text=clean(action), color=color, marker=marker))
+    detail = "change in %, 95 % interval; up is worse"
+    baseline = run.setting("guard", "baseline_model")
+    if baseline:
+        detail += f"; the untouched model is {clean(model_label(str(baseline)), 60)}"
     return Panel(
         title=title,
         width=7,
-        detail="change in %, 95 % interval; up is worse",
+        detail=detail,
         legend=tuple(legend),
         cells=tuple(cells),
         num_columns=num_columns,
