@@ -63,7 +63,7 @@ def test_model_directory_is_no_run_though_its_name_looks_like_one(tmp_path: Path
 
 def test_run_that_has_saved_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ConfigError, match="has no complete checkpoint .* saved none yet"):
+    with pytest.raises(ConfigError, match=r"has no complete checkpoint .* saved none yet"):
         located(tmp_path)
 
 
