@@ -90,6 +90,12 @@ class _Rows:
         pieces = self.files.pieces(row)
         return _read_row(pieces, self.seq_len, self.shards.tokens_and_loss, slots)
 
+    def labels_before(self, row: int, slot: int) -> int:
+        """Return how many labels the slots [0, slot) of a row have."""
+        if not self.files.has_loss:
+            return min(slot, int(self.files.pieces(row).pairs.sum()))
+        return int(np.count_nonzero(self.read(row, slice(slot)).labels != IGNORED_LABEL))
+
 
 class _HeldOutRows(_Rows):
     """The held-out rows of one source, and the sizes of their documents."""
@@ -317,6 +323,7 @@ class BuiltData:
             held_out[source.name] = rows
         self._train = self._stages[0]
         self._row_tokens = [rows.files.row_tokens() for rows in self._train]
+        self._row_slots = [rows.files.row_slots() for rows in self._train]
         self.held_out = tuple(
             HeldOutSet(domain, [held_out[name] for name in domain.sources])
             for domain in manifest.guard_domains
@@ -372,6 +379,7 @@ class BuiltData:
         other.seq_len = self.manifest.row_lengths[number]
         other._train = self._stages[number]
         other._row_tokens = [rows.files.row_tokens() for rows in other._train]
+        other._row_slots = [rows.files.row_slots() for rows in other._train]
         return other
 
     def train_entry(self, source: int) -> SourceEntry | StageEntry:
@@ -386,6 +394,10 @@ class BuiltData:
     def row_tokens(self, source: int) -> RowTokens:
         """Return the predicted tokens of each training row, those that bear loss, [num_rows]."""
         return self._row_tokens[source]
+
+    def row_slots(self, source: int) -> RowTokens:
+        """Return the slots of each training row that hold a token of a document, [num_rows]."""
+        return self._row_slots[source]
 
     def read_row(self, source: int, row: int, slots: slice = _WHOLE_ROW) -> PackedRow:
         """Read a training row; its `documents` are document numbers in the source's shards.
@@ -405,6 +417,13 @@ class BuiltData:
                 f"source '{name}' has {self.num_rows(source)} rows, asked for row {row}"
             )
         return self._train[source].read(row, slots)
+
+    def labels_before(self, source: int, row: int, slot: int) -> int:
+        """Return how many labels the slots [0, slot) of a training row have.
+
+        With loss masks the tokens of these slots are read.
+        """
+        return self._train[source].labels_before(row, slot)
 
 
 def _open_shards(folder: Path, names: Sequence[str], files: OpenFiles) -> Shards:

@@ -3,8 +3,9 @@
     rows of a domain -> spread over data-parallel ranks -> token losses -> summed per document
 
 Filler rows are added so that all ranks make equally many forward passes. A document's score is the
-sum of nats over its predicted tokens: all but its first, end of text included. Bits per byte
-divides it by ln 2 and by the document's UTF-8 bytes, which makes domains and tokenizers comparable.
+sum of nats over its predicted tokens: all but its first, end of text included; with a loss mask
+those that bear loss. Bits per byte divides it by ln 2 and by the UTF-8 bytes of the document, or of
+what its mask lets the model learn, which makes domains and tokenizers comparable.
 
 Shape letters: B rows, S local tokens.
 """
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from cpt.parallel.agreement import gather_json, together
 from cpt.parallel.topology import Topology
 from cpt.training.loader import NO_SOURCE, MicroBatch, filler_row, make_micro_batch
-from data_pipeline.dataset import HeldOutSet, PackedRow
+from data_pipeline.dataset import IGNORED_LABEL, HeldOutSet, PackedRow
 from data_pipeline.store.packing import Integers
 
 Floats = npt.NDArray[np.float64]
@@ -42,7 +43,7 @@ class DomainScore:
     nats: Floats
     """(documents,) summed negative log-likelihood of each scored document."""
     bytes: Floats
-    """(documents,) UTF-8 bytes of each scored document."""
+    """(documents,) UTF-8 bytes of each scored document; with a loss mask, of what bears loss."""
 
     @property
     def bits_per_byte(self) -> float:
@@ -102,12 +103,15 @@ class ScoredSet:
         return self._packed.read_row(index)
 
     def content_hash(self) -> str:
-        """Return a hex sha256 of the documents."""
+        """Return a hex sha256 of the documents, and of what of them is scored."""
         digest = hashlib.sha256(str(self.num_documents).encode())
         for index in range(self.num_rows):
             row = self.read_row(index)
             digest.update(row.input_ids.astype("<i8").tobytes())
             digest.update(row.documents.astype("<i8").tobytes())
+            used = row.bounds[len(row.documents)]
+            if (row.labels[:used] == IGNORED_LABEL).any():  # a loss mask
+                digest.update(row.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ from cpt.job.recovery import after_step
 from cpt.job.samples import show_continuations
 from cpt.job.saving import end, final_save, leave, periodic_save, publish
 from cpt.job.stage_switch import change_stage
-from cpt.job.step_event import step_event, tokens_by_source
+from cpt.job.step_event import count_slots, step_event, tokens_by_source
 from cpt.job.step_lines import StepLines
 from cpt.resilience.agreed_stop import leave_if_asked
 from cpt.resilience.faults import fault_point
@@ -175,7 +175,8 @@ def do_step(
     progress.step = step
     progress.tokens += sum(result.tokens_by_source)
     progress.batch_chain = batch.chain_hash(progress.batch_chain)
-    event = step_event(job, result, lr, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    event = step_event(job, result, lr, seconds, count_slots(batch, job))
     phase = job.ledger.segment_at(batch.step).phase
     if phase:
         event["phase"] = phase

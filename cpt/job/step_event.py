@@ -24,7 +24,18 @@ def tokens_by_source(batch: GlobalBatch, job: Job) -> list[int]:
     return [int(count) for count in counts]
 
 
-def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+def count_slots(batch: GlobalBatch, job: Job) -> int:
+    """Return the slots of a global batch that hold a token of a document."""
+    total = 0
+    for source in np.unique(batch.sources).tolist():
+        rows = batch.rows[batch.sources == source]
+        total += int(job.data.row_slots(source)[rows].sum(dtype=np.int64))
+    return total
+
+
+def step_event(
+    job: Job, result: StepResult, lr: float, seconds: float, num_slots: int
+) -> dict[str, Any]:
     """Return the event of the step that `job.progress` has just counted.
 
     Args:
@@ -32,6 +43,8 @@ def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[
         result: The step.
         lr: Its learning rate.
         seconds: Its duration on this rank.
+        num_slots: Slots of its rows that hold a token of a document. They are what takes time,
+            whether their labels bear loss or not.
     """
     names, tokens = job.data.source_names, result.tokens_by_source
     num_tokens = sum(tokens)
@@ -42,9 +55,10 @@ def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[
         "grad_norm": result.grad_norm,
         "lr": lr,
         "tokens": num_tokens,
+        "slots": num_slots,
         "total_tokens": job.progress.tokens,
         "seconds": seconds,
-        "tokens_per_second": num_tokens / seconds,
+        "tokens_per_second": num_slots / seconds,
         "loss_by_source": means(names, result.nll_by_source, tokens),
         "loss_by_language": means(job.data.languages, result.nll_by_source, tokens),
         "tokens_by_source": dict(zip(names, tokens, strict=True)),
@@ -55,7 +69,7 @@ def step_event(job: Job, result: StepResult, lr: float, seconds: float) -> dict[
     if job.stages is not None:
         event["stage"] = job.config.stage + 1
         event["seq_len"] = job.config.train.seq_len
-    share = share_of_peak(job, num_tokens / seconds)
+    share = share_of_peak(job, num_slots / seconds)
     if share is not None:
         event["utilization"] = share
     if job.kl_targets is not None and result.kl_by_source is not None:
@@ -71,7 +85,7 @@ def share_of_peak(job: Job, tokens_per_second: float) -> float | None:
 
     Args:
         job: The run.
-        tokens_per_second: Predicted tokens of a second, of all ranks together.
+        tokens_per_second: Slots of a second that hold a token, of all ranks together.
     """
     device = job.topology.device
     if device.type != "cuda":

@@ -53,7 +53,7 @@ class StepLines:
         self._memory_kind = memory_kind
         self._goodput = goodput
         self._clock = clock
-        self._tokens = 0
+        self._slots = 0
         self._seconds = 0.0
         self._times: deque[tuple[int, float]] = deque([(first_step, clock())], PACE_STEPS + 1)
 
@@ -63,12 +63,12 @@ class StepLines:
         if step <= self._times[-1][0]:  # a rollback: the pace begins anew
             self._times.clear()
         self._times.append((step, self._clock()))
-        self._tokens += event["tokens"]
+        self._slots += event["slots"]
         self._seconds += event["seconds"]
         if not self._is_due(step):
             return
         log.info("%s", self._line(event))
-        self._tokens = 0
+        self._slots = 0
         self._seconds = 0.0
 
     def _is_due(self, step: int) -> bool:
@@ -80,10 +80,12 @@ class StepLines:
     def _line(self, event: dict[str, Any]) -> str:
         parts = [
             f"loss {event['loss']:.4f}",
-            f"{self._tokens / self._seconds:,.0f} tokens/s",
+            f"{self._slots / self._seconds:,.0f} tokens/s",
             f"{self._time_left(event['step'])} left",
             f"peak memory {event['peak_memory_bytes'] / 2**30:.1f} GiB ({self._memory_kind})",
         ]
+        if event["tokens"] < event["slots"]:  # loss masks
+            parts.insert(1, f"of {100 * event['tokens'] / event['slots']:.0f} % of the tokens")
         if "utilization" in event:
             parts.append(f"utilization {100 * event['utilization']:.1f} %")
         goodput = self._goodput()

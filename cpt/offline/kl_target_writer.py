@@ -150,11 +150,10 @@ def _top_k_of(model: OfflineModel, data: BuiltData, series: ItemSeries, k: int) 
 
     def compute(row: int | None) -> TopK:
         packed = filler_row(data.seq_len) if row is None else data.read_row(number, row)
-        num_predicted = int((packed.labels >= 0).sum())
         batch = make_micro_batch([packed], [NO_SOURCE], model.topology)
-        found = model.top_k(batch, num_predicted, k)
+        found = model.top_k(batch, k)
         if row is not None:
-            assert num_predicted == row_tokens[row], (row, num_predicted, row_tokens[row])
+            assert batch.num_labels == row_tokens[row], (row, batch.num_labels, row_tokens[row])
         return found
 
     return compute

@@ -27,7 +27,7 @@ from cpt.training.loader import MicroBatch
 from data_pipeline.build.found_builds import load_built_mix, matching_builds, resolve_build_dir
 from data_pipeline.build.origin import absent_sources, compare
 from data_pipeline.config.mix_config import MixConfig
-from data_pipeline.dataset import BuiltData
+from data_pipeline.dataset import IGNORED_LABEL, BuiltData
 
 log = logging.getLogger("cpt.offline.model")
 
@@ -149,14 +149,11 @@ class OfflineModel:
         return losses.cpu()
 
     @torch.no_grad()
-    def top_k(
-        self, batch: MicroBatch, num_predicted: int, k: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the likeliest next tokens of the first tokens of a batch of one row.
+    def top_k(self, batch: MicroBatch, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the likeliest next tokens of the tokens of a batch that have a label.
 
         Args:
             batch: The batch.
-            num_predicted: How many tokens of the row are asked for.
             k: Tokens listed per token.
 
         Returns:
@@ -169,7 +166,8 @@ class OfflineModel:
                 packed_rows=batch.packed_rows,
                 kernel=self._kernel,
             )
-        ids, log_p = self._model.lm_head.top_k(hidden_BSM[0, :num_predicted], k)
+        has_label_BS = batch.labels != IGNORED_LABEL
+        ids, log_p = self._model.lm_head.top_k(hidden_BSM[has_label_BS], k)
         return ids.cpu(), log_p.cpu()
 
     @torch.no_grad()

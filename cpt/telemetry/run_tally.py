@@ -158,11 +158,11 @@ class RunTally:
         return sum(seconds for _, seconds in self._recent) / len(self._recent)
 
     def tokens_per_second(self) -> float:
-        """Return the speed over the last steps; NaN if there are none."""
+        """Return the slots with a token per second over the last steps; NaN if there are none."""
         seconds = sum(seconds for _, seconds in self._recent)
         if seconds <= 0:
             return math.nan
-        return sum(tokens for tokens, _ in self._recent) / seconds
+        return sum(slots for slots, _ in self._recent) / seconds
 
     def goodput(self) -> float:
         """Return the productive share of the time of all starts so far; NaN if none was logged."""
@@ -201,7 +201,8 @@ class RunTally:
         self._tokens.append(tokens)
         seconds = number(event.get("seconds"))
         if math.isfinite(seconds):
-            self._recent.append((tokens, seconds))
+            slots = whole_number(event.get("slots"))  # absent in logs of earlier versions
+            self._recent.append((tokens if slots is None else slots, seconds))
 
     def _go_back_before(self, step: int) -> None:
         """Forget what a restart or a rollback took back."""

@@ -3,9 +3,9 @@
     folder: <source>.safetensors   ids: (tokens, k) int32; log_p: (tokens, k + 1) fp32
             kl_targets.json        what the targets were computed from, and the hash of every file
 
-The predicted tokens of a source stand in the order of its rows, so a row's part of both tensors
-follows from the row number. The last column of `log_p` is the log-probability of all tokens that
-are not listed.
+The predicted tokens of a source, those that bear loss, stand in the order of its rows and of their
+slots, so a row's part of both tensors follows from the row number. The last column of `log_p` is
+the log-probability of all tokens that are not listed.
 
 `cpt kl_targets` writes the folder (cpt/offline/kl_target_writer.py), and training reads it
 (cpt/training/kl_targets.py). Both know the format from here alone.

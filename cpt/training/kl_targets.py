@@ -7,11 +7,13 @@ Decisions
     The sidecar names the hash of the base model's weight files, and for every source the hash of
     what its rows are made of and the hash of its file. An edit of another source leaves the targets
     good. Other rows, another base model or damaged files are refused before the first step.
+    A target stands where its label is: with a loss mask those of a row are fewer than its slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ import torch
 
 from cpt.errors import ConfigError, DataError
 from cpt.model.loss.divergence import TopKTargets
-from cpt.parallel.topology import Topology
 from cpt.training.kl_target_format import (
     SIDECAR,
     Sidecar,
@@ -30,7 +31,8 @@ from cpt.training.kl_target_format import (
     target_file,
 )
 from data_pipeline.build.self_replay import weights_hash
-from data_pipeline.dataset import BuiltData
+from data_pipeline.dataset import IGNORED_LABEL, BuiltData
+from data_pipeline.store.packing import Integers
 
 
 def mismatches(
@@ -110,6 +112,20 @@ def check_targets(
             )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabeledSlots:
+    """A rank's part of a training row."""
+
+    source: int
+    """Number of the source."""
+    row: int
+    """Number of the row within the source."""
+    labels: Integers
+    """Labels of the part, [T]; IGNORED_LABEL where there is none."""
+    labels_before: int
+    """Labels of the row before the part."""
+
+
 class KLTargets:
     """Targets that `check_targets` found good, open for reading."""
 
@@ -139,41 +155,33 @@ class KLTargets:
         """Names of the sources that have targets."""
         return list(self._names.values())
 
-    def of_rows(
-        self, places: Sequence[tuple[int, int]], topology: Topology, seq_len: int
-    ) -> TopKTargets | None:
-        """Return the targets of this rank's tokens.
+    def has_source(self, source: int) -> bool:
+        """Return whether the rows of a source have targets."""
+        return source in self._files
 
-        Args:
-            places: Source and row number of each row of a micro batch.
-            topology: Which part of a row is this rank's.
-            seq_len: Slots of a row.
+    def of_rows(self, rows: Sequence[LabeledSlots]) -> TopKTargets | None:
+        """Return the targets of this rank's part of the rows of a micro batch.
 
         Returns:
-            The targets on the CPU; None if there is none for any token.
+            The targets on the CPU, for each label in its order; None if there is none for any.
         """
-        local = seq_len // topology.sp_size
         at, ids, log_p = [], [], []
-        for index, (source, row) in enumerate(places):
-            begin, end = self._token_range(source, row, topology.sp_rank * local, local)
-            if begin < end:
-                row_ids, row_log_p = self._files[source].read(begin, end)
-                at.append(torch.arange(end - begin) + index * local)
+        num_slots_before = 0
+        for slots in rows:
+            places = np.flatnonzero(slots.labels != IGNORED_LABEL)
+            if len(places) and self.has_source(slots.source):
+                begin = self._first_token(slots.source, slots.row) + slots.labels_before
+                row_ids, row_log_p = self._files[slots.source].read(begin, begin + len(places))
+                at.append(torch.from_numpy(places + num_slots_before))
                 ids.append(row_ids)
                 log_p.append(row_log_p)
+            num_slots_before += len(slots.labels)
         if not at:
             return None
         return TopKTargets(
             at_n=torch.cat(at), ids_nk=torch.cat(ids).to(torch.int64), log_p_nK=torch.cat(log_p)
         )
 
-    def _token_range(self, source: int, row: int, first: int, slots: int) -> tuple[int, int]:
-        """Return the tokens of the source's file that the slots [first, first + slots) of a row
-        predict; the range is empty if there are none.
-        """
-        if source not in self._ends:
-            return 0, 0
-        ends = self._ends[source]
-        row_begin = int(ends[row - 1]) if row > 0 else 0
-        row_end = int(ends[row])
-        return row_begin + first, min(row_end, row_begin + first + slots)
+    def _first_token(self, source: int, row: int) -> int:
+        """Return the number, in the source's file, of the first predicted token of a row."""
+        return int(self._ends[source][row - 1]) if row > 0 else 0

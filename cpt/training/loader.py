@@ -27,7 +27,7 @@ from cpt.model.loss.divergence import TopKTargets
 from cpt.parallel.halo import WindowHalo
 from cpt.parallel.topology import Topology
 from cpt.storage.transfer import pinned, to_device
-from cpt.training.kl_targets import KLTargets
+from cpt.training.kl_targets import KLTargets, LabeledSlots
 from data_pipeline.dataset import IGNORED_LABEL, BuiltData, PackedRow
 from data_pipeline.mixture.mixture import GlobalBatch
 from data_pipeline.text.tokenizer import END_OF_TEXT
@@ -86,8 +86,27 @@ def read_micro_batch(
     sources = [source for source, _ in places]
     targets = None
     if kl_targets is not None:
-        targets = kl_targets.of_rows(places, topology, data.seq_len)
+        targets = kl_targets.of_rows(_labeled_slots(data, places, rows, span, kl_targets))
     return _stacked(rows, sources, data.seq_len, slice(None), targets)
+
+
+def _labeled_slots(
+    data: BuiltData,
+    places: Places,
+    rows: Sequence[PackedRow],
+    span: slice,
+    kl_targets: KLTargets,
+) -> list[LabeledSlots]:
+    """Return what the targets of the slots `span` of some rows are found by."""
+    found = []
+    for (source, row), packed in zip(places, rows, strict=True):
+        before = 0
+        if kl_targets.has_source(source):
+            before = data.labels_before(source, row, span.start)
+        found.append(
+            LabeledSlots(source=source, row=row, labels=packed.labels, labels_before=before)
+        )
+    return found
 
 
 def span_of_rank(seq_len: int, topology: Topology) -> slice:

@@ -3,6 +3,8 @@
     row_offsets.npy, piece_document.npy, piece_start.npy, piece_pairs.npy    a `RowIndex`
     piece_loss.npy         its labels that bear loss, if the documents have loss masks
     row_tokens.npy         predicted tokens of each row, those that bear loss, int32
+    row_slots.npy          slots of each row that hold a token of a document, int32, if the
+                           documents have loss masks; without, they are its predicted tokens
     document_tokens.npy, document_bytes.npy    of the held-out documents, in ascending order
 
 and in the folder of the source
@@ -19,6 +21,7 @@ Decisions
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +43,7 @@ from data_pipeline.store.packing import (
 from data_pipeline.store.shards import Shards
 
 ROW_TOKENS_FILE = "row_tokens.npy"
+ROW_SLOTS_FILE = "row_slots.npy"
 DOCUMENT_TOKENS_FILE = "document_tokens.npy"
 DOCUMENT_BYTES_FILE = "document_bytes.npy"
 SHARD_DOCUMENTS_FILE = "shard_documents.npy"
@@ -47,6 +51,7 @@ LOSS_FILE = f"{LOSS_NAME}.npy"
 DERIVED_FILES = (
     LOSS_FILE,
     ROW_TOKENS_FILE,
+    ROW_SLOTS_FILE,
     DOCUMENT_TOKENS_FILE,
     DOCUMENT_BYTES_FILE,
     SHARD_DOCUMENTS_FILE,
@@ -66,8 +71,11 @@ _RANGE_DOCUMENTS = 1 << 24
 
 
 def save_row_tokens(folder: Path) -> None:
-    """Write the predicted tokens of the rows whose arrays lie in a folder."""
-    save_array(folder / ROW_TOKENS_FILE, RowFiles(folder, OpenFiles(4)).count_row_tokens())
+    """Write the predicted tokens of the rows whose arrays lie in a folder, and their slots."""
+    rows = RowFiles(folder, OpenFiles(4))
+    save_array(folder / ROW_TOKENS_FILE, rows.count_row_tokens())
+    if rows.has_loss:
+        save_array(folder / ROW_SLOTS_FILE, rows.count_row_slots())
 
 
 def save_piece_loss(folder: Path, shards: Shards) -> int:
@@ -149,6 +157,11 @@ class RowFiles:
         if self.num_rows < 0:
             raise self.misfit()
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether the documents have loss masks."""
+        return self._learned is not self._pairs
+
     def pieces(self, row: int) -> RowPieces:
         """Return the pieces of one row."""
         first, last = self._offsets.read(self._files, row, row + 2).tolist()
@@ -163,7 +176,7 @@ class RowFiles:
     def load(self) -> RowIndex:
         """Return all rows, as memory maps."""
         arrays = {name: load_array(self.folder / f"{name}.npy") for name in ARRAY_NAMES}
-        if self._learned is not self._pairs:
+        if self.has_loss:
             arrays[LOSS_NAME] = load_array(self.folder / LOSS_FILE)
         return RowIndex(**arrays)
 
@@ -175,9 +188,23 @@ class RowFiles:
         Raises:
             DataError: the file does not fit the rows.
         """
-        path = self.folder / ROW_TOKENS_FILE
+        return self._of_rows(ROW_TOKENS_FILE, self.count_row_tokens)
+
+    def row_slots(self) -> RowTokens:
+        """Return the slots of each row that hold a token of a document, [num_rows].
+
+        Raises:
+            DataError: the file does not fit the rows.
+        """
+        if not self.has_loss:
+            return self.row_tokens()
+        return self._of_rows(ROW_SLOTS_FILE, self.count_row_slots)
+
+    def _of_rows(self, name: str, count: Callable[[], RowTokens]) -> RowTokens:
+        """Return the array of a file with a number for each row, or count it if there is none."""
+        path = self.folder / name
         if not path.exists():
-            return self.count_row_tokens()
+            return count()
         values = load_row_tokens(path)
         if len(values) != self.num_rows:
             raise self.misfit()
@@ -257,6 +284,8 @@ def check_rows(rows: RowFiles, shards: Shards, seq_len: int) -> None:
         _check_ends(rows, index, shards, first, last)
     _check_loss(rows, index, shards)
     if not np.array_equal(rows.row_tokens(), rows.count_row_tokens()):
+        raise rows.misfit()
+    if rows.has_loss and not np.array_equal(rows.row_slots(), rows.count_row_slots()):
         raise rows.misfit()
 
 

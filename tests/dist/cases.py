@@ -17,6 +17,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from cpt.training.kl_target_format import SIDECAR, Sidecar, TargetsOfSource, target_file
 from cpt.training.sampling import Sampling
 from data_pipeline.dataset import PackedRow
+from data_pipeline.store.packing import Integers
 from data_pipeline.text.tokenizer import encode
 
 SEQ_LEN = 128
@@ -88,6 +89,8 @@ class Scenario:
     """Whether both router losses are on."""
     kl: bool = False
     """Whether the divergence from the targets of `write_targets` is in the loss."""
+    masked: bool = False
+    """Whether the rows have loss masks; see `mask_labels`."""
     steps: int = STEPS
     resume_from: str = ""
     """Name of the scenario whose checkpoint is loaded first."""
@@ -135,6 +138,8 @@ class Scenario:
             parts.append("penalties")
         if self.kl:
             parts.append("kl")
+        if self.masked:
+            parts.append("masked")
         if self.freeze:
             parts.append(f"frozen-{len(self.freeze)}")
         for what, device in self.offloads.items():
@@ -229,10 +234,14 @@ def decoding_model(vocab_size: int, num_layers: int) -> GptOssForCausalLM:
     return model.eval()
 
 
-def rows_of_step(step: int) -> list[PackedRow]:
+def rows_of_step(step: int, *, masked: bool = False) -> list[PackedRow]:
     """Return packed documents of all lengths.
 
     One row is padding only, one is short, and one is a single repeated token.
+
+    Args:
+        step: Number of the step.
+        masked: Whether the labels have gone through `mask_labels`.
     """
     generator = np.random.default_rng(100 + step)
     rows = []
@@ -253,6 +262,8 @@ def rows_of_step(step: int) -> list[PackedRow]:
             tokens[:] = 7
         labels = generator.integers(0, 500, size=SEQ_LEN)
         labels[used:] = -100
+        if masked:
+            mask_labels(labels, index)
         tokens[used:] = 511
         positions = np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(bounds)])
         documents = np.arange(sum(1 for start in bounds[:-1] if start < used))
@@ -267,36 +278,57 @@ def rows_of_step(step: int) -> list[PackedRow]:
     return rows
 
 
+def mask_labels(labels: Integers, index: int) -> None:
+    """Take labels of a row away, as a loss mask does.
+
+    Row 3 keeps none; rows 0 and 1 keep none in one half, so that a rank that shares them has none;
+    the others lose stretches.
+
+    Args:
+        labels: Labels of the row, [T]; changed in place.
+        index: Number of the row in its step.
+    """
+    generator = np.random.default_rng(700 + index)
+    if index == 0:
+        labels[: SEQ_LEN // 2] = -100
+    elif index == 1:
+        labels[SEQ_LEN // 2 :] = -100
+    elif index == 3:
+        labels[:] = -100
+    else:
+        labels[np.repeat(generator.random(SEQ_LEN // 8) < 0.6, 8)] = -100
+
+
 def num_predicted(rows: list[PackedRow]) -> int:
     """Return the number of tokens that rows predict."""
     return sum(int((row.labels >= 0).sum()) for row in rows)
 
 
-def even_row_tokens() -> list[int]:
+def even_row_tokens(*, masked: bool = False) -> list[int]:
     """Return the predicted tokens of each row of the even source, step after step."""
     counts = []
     for step in range(STEPS):
-        counts += [num_predicted([row]) for row in rows_of_step(step)[0::2]]
+        counts += [num_predicted([row]) for row in rows_of_step(step, masked=masked)[0::2]]
     return counts
 
 
-def targets_of_step(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def targets_of_step(step: int, *, masked: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return made-up ids and log-probabilities of the even rows of a step."""
     generator = torch.Generator().manual_seed(900 + step)
     targets = []
-    for count in even_row_tokens()[step * ROWS // 2 : (step + 1) * ROWS // 2]:
+    for count in even_row_tokens(masked=masked)[step * ROWS // 2 : (step + 1) * ROWS // 2]:
         ids = torch.rand(count, 500, generator=generator).topk(KL_TOP_K).indices
         log_p = torch.randn(count, KL_TOP_K + 1, generator=generator).log_softmax(1)
         targets.append((ids, log_p))
     return targets
 
 
-def write_targets(folder: Path) -> None:
+def write_targets(folder: Path, *, masked: bool = False) -> None:
     """Write `targets_of_step` of all steps as `cpt kl_targets` would."""
     folder.mkdir()
     parts = []
     for step in range(STEPS):
-        parts += targets_of_step(step)
+        parts += targets_of_step(step, masked=masked)
     ids = torch.cat([part[0] for part in parts])
     log_p = torch.cat([part[1] for part in parts])
     save_file({"ids": ids.int(), "log_p": log_p}, target_file(folder, SOURCES[0]))

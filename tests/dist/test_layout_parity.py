@@ -7,7 +7,7 @@ Every layout takes fp32 sums in another order, which the tolerances allow for: 2
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,13 @@ SMALL = [
 ]
 PENALIZED = [replace(scenario, router_penalties=True) for scenario in SMALL]
 WITH_KL = [replace(scenario, steps=2, kl=True) for scenario in SMALL]
+MASKED = [
+    Scenario(world_size=1, sp=1, ep=1, stage=3, steps=1, masked=True),
+    Scenario(world_size=2, sp=2, ep=1, stage=3, steps=1, masked=True),
+    Scenario(world_size=2, sp=2, ep=1, stage=2, steps=1, masked=True, kl=True),
+    Scenario(world_size=2, sp=1, ep=2, stage=1, steps=1, masked=True, micro_batch_size=2),
+    Scenario(world_size=4, sp=2, ep=2, stage=3, steps=1, masked=True, checkpointing=True),
+]
 BF16_LAYOUTS = [(2, 2, 1, 3), (2, 1, 2, 1), (4, 2, 2, 3)]
 """Those in bf16; tests/dist/test_bf16_layouts.py has the others."""
 BF16 = [
@@ -192,7 +199,8 @@ def reference(folder: Path) -> Reference:
 def results(folder: Path, reference: Reference) -> dict[str, list[dict[str, Any]]]:
     """Results of all scenarios, by name and number of steps."""
     write_targets(folder / "targets")
-    return run_all(folder, [*FULL, *VARIANTS, *PENALIZED, *WITH_KL, *BF16])
+    write_targets(folder / "targets-masked", masked=True)
+    return run_all(folder, [*FULL, *VARIANTS, *PENALIZED, *WITH_KL, *MASKED, *BF16])
 
 
 def run_all(folder: Path, scenarios: list[Scenario]) -> dict[str, list[dict[str, Any]]]:
@@ -272,25 +280,78 @@ def test_router_penalties_train_alike_in_every_layout(scenario, results, referen
     assert min(without) > 1e-3, f"the penalties did nothing: {without}"
 
 
-@pytest.fixture(scope="module")
-def first_step_with_kl() -> tuple[float, float]:
-    """Divergence in nats and gradient norm of the eager model's first step, from all logits."""
+@dataclass(frozen=True, kw_only=True)
+class FirstStep:
+    """The first step of the eager model, from all logits."""
+
+    loss: float
+    """Nats per label."""
+    divergence: float
+    """Sum of nats."""
+    norm: float
+    """Norm of all gradients before they are clipped."""
+    gradients: dict[str, torch.Tensor]
+    """Clipped gradients by name."""
+
+
+def eager_first_step(*, masked: bool, kl_weight: float) -> FirstStep:
     model = reference_model()
-    rows = rows_of_step(0)
+    rows = rows_of_step(0, masked=masked)
     tokens = num_predicted(rows)
-    total = 0.0
+    nats = 0.0
+    divergence = 0.0
     for index, row in enumerate(rows):
         log_q = eager_logits(model, row).log_softmax(1)
-        loss = F.nll_loss(log_q, torch.from_numpy(row.labels), reduction="sum", ignore_index=-100)
+        labels = torch.from_numpy(row.labels)
+        loss = F.nll_loss(log_q, labels, reduction="sum", ignore_index=-100)
+        nats += loss.item()
         if index % 2 == 0:
-            ids, log_p = targets_of_step(0)[index // 2]
-            q = log_q[: len(ids)].exp().gather(1, ids)
+            ids, log_p = targets_of_step(0, masked=masked)[index // 2]
+            q = log_q[labels >= 0].exp().gather(1, ids)
             log_parts = torch.cat([q, 1 - q.sum(1, keepdim=True)], 1).log()
             kl = F.kl_div(log_parts, log_p, reduction="sum", log_target=True)
-            loss = loss + KL_WEIGHT * kl
-            total += kl.item()
+            loss = loss + kl_weight * kl
+            divergence += kl.item()
         (loss / tokens).backward()
-    return total, float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING))
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING))
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        gradients[name] = parameter.grad
+    return FirstStep(loss=nats / tokens, divergence=divergence, norm=norm, gradients=gradients)
+
+
+@pytest.fixture(scope="module")
+def first_step_with_kl() -> FirstStep:
+    return eager_first_step(masked=False, kl_weight=KL_WEIGHT)
+
+
+@pytest.fixture(scope="module")
+def masked_first_steps() -> dict[bool, FirstStep]:
+    """The first step with loss masks, with and without the divergence from targets."""
+    return {
+        False: eager_first_step(masked=True, kl_weight=0.0),
+        True: eager_first_step(masked=True, kl_weight=KL_WEIGHT),
+    }
+
+
+@named(MASKED)
+def test_masked_labels_give_the_loss_and_every_gradient_of_the_single_process(
+    scenario, results, masked_first_steps, folder
+) -> None:
+    """Whole rows, and a rank's part of a row, have no label at all."""
+    expected = masked_first_steps[scenario.kl]
+    (step,) = results[key_of(scenario)]
+    assert_alike([step], [expected.loss], [expected.norm])
+    if scenario.kl:
+        assert step["kl_by_source"][0] == pytest.approx(expected.divergence, rel=2e-5)
+    moments = stored_tensors(step_folder(folder / scenario.name, 1), "exp_avg")
+    errors = {}
+    for name, gradient in expected.gradients.items():
+        moment = (1 - SETTINGS["beta1"]) * gradient
+        errors[name] = float((moments[name] - moment).norm() / moment.norm().clamp(min=1e-9))
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= 1e-4, f"largest relative error {errors[worst]} in {worst}"
 
 
 @named(WITH_KL)
@@ -305,8 +366,8 @@ def test_divergence_from_targets_trains_alike_in_every_layout(
         assert other["kl_by_source"] == pytest.approx(one["kl_by_source"], rel=2e-5, abs=2e-5)
     nats, others = found[0]["kl_by_source"]
     norm = found[0]["grad_norm"]
-    assert nats == pytest.approx(first_step_with_kl[0], rel=2e-5) and others == 0
-    assert norm == pytest.approx(first_step_with_kl[1], rel=1e-4)
+    assert nats == pytest.approx(first_step_with_kl.divergence, rel=2e-5) and others == 0
+    assert norm == pytest.approx(first_step_with_kl.norm, rel=1e-4)
     assert found[0]["loss"] == pytest.approx(reference.losses[0], abs=2e-5), (
         "the divergence is in the loss that is reported"
     )

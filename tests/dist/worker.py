@@ -28,9 +28,10 @@ from cpt.planning.memory import count_parameters, host_memory
 from cpt.resilience.faults import install_faults
 from cpt.resilience.phase import PhaseClock
 from cpt.training.engine import TrainingEngine
-from cpt.training.kl_targets import KLTargets
-from cpt.training.loader import MicroBatch, make_micro_batch
+from cpt.training.kl_targets import KLTargets, LabeledSlots
+from cpt.training.loader import MicroBatch, make_micro_batch, span_of_rank
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
+from data_pipeline.store.packing import Integers
 from tests.dist.cases import (
     CLIPPING,
     KL_WEIGHT,
@@ -50,6 +51,11 @@ from tests.support.launcher import ROOT
 from tests.support.mapped_files import mapped_files
 
 STATE = {"model_config": model_config().to_dict()}
+
+
+def targets_folder(scenario: Scenario) -> str:
+    """Return the name of the folder with the targets of a scenario."""
+    return "targets-masked" if scenario.masked else "targets"
 
 
 def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
@@ -79,7 +85,10 @@ def run_yaml(scenario: Scenario, model_dir: Path) -> RunYaml:
         "weight_decay": scenario.weight_decay,
     }
     if scenario.kl:
-        train |= {"kl_targets": str(model_dir.parent / "targets"), "kl_weight": KL_WEIGHT}
+        train |= {
+            "kl_targets": str(model_dir.parent / targets_folder(scenario)),
+            "kl_weight": KL_WEIGHT,
+        }
     content = {
         "model": model,
         "data": {"mix": "unused.yaml"},
@@ -134,10 +143,15 @@ def parts_outside(nvme: Path, engine: TrainingEngine) -> list[str]:
 
 
 def micro_batches_of(
-    step: int, config: RunConfig, topology: Topology, targets: KLTargets | None
+    step: int,
+    config: RunConfig,
+    topology: Topology,
+    targets: KLTargets | None,
+    *,
+    masked: bool = False,
 ) -> list[MicroBatch]:
     """Return this rank's part of the rows of a step."""
-    rows = rows_of_step(step)
+    rows = rows_of_step(step, masked=masked)
     per_pass = config.micro_batch_size * topology.dp_size
     micro_batches = []
     for first in range(0, ROWS, per_pass):
@@ -145,12 +159,23 @@ def micro_batches_of(
         mine = range(start, start + config.micro_batch_size)
         found = None
         if targets is not None:
-            places = [(i % 2, (step * ROWS + i) // 2) for i in mine]
-            found = targets.of_rows(places, topology, SEQ_LEN)
+            parts = []
+            for i in mine:
+                place = (i % 2, (step * ROWS + i) // 2)
+                parts.append(labeled_slots(place, rows[i].labels, topology))
+            found = targets.of_rows(parts)
         sources = [i % 2 for i in mine]
         batch = make_micro_batch([rows[i] for i in mine], sources, topology, found)
         micro_batches.append(batch)
     return micro_batches
+
+
+def labeled_slots(place: tuple[int, int], labels: Integers, topology: Topology) -> LabeledSlots:
+    """Return this rank's part of a row."""
+    span = span_of_rank(SEQ_LEN, topology)
+    source, row = place
+    before = int((labels[: span.start] >= 0).sum())
+    return LabeledSlots(source=source, row=row, labels=labels[span], labels_before=before)
 
 
 def write_files_report(
@@ -201,14 +226,16 @@ def run(scenario: Scenario, folder: Path) -> None:
         fill_adapters(engine, config, of_model)
     targets = None
     if scenario.kl:
-        targets = KLTargets(folder / "targets", SOURCES, {SOURCES[0]: even_row_tokens()})
+        row_tokens = {SOURCES[0]: even_row_tokens(masked=scenario.masked)}
+        targets = KLTargets(folder / targets_folder(scenario), SOURCES, row_tokens)
     saver = Saver(folder / scenario.name, engine.deepspeed, topology, CheckpointSection())
     results = []
     for step in range(scenario.start, scenario.steps):
         if step in scenario.omit:
             continue
-        micro_batches = micro_batches_of(step, config, topology, targets)
-        rows = rows_of_step(step)
+        masked = scenario.masked
+        micro_batches = micro_batches_of(step, config, topology, targets, masked=masked)
+        rows = rows_of_step(step, masked=masked)
         tokens = [num_predicted(rows[0::2]), num_predicted(rows[1::2])]
         result = engine.step(micro_batches, tokens, step=step + 1)
         results.append(asdict(result))

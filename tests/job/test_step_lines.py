@@ -27,6 +27,7 @@ def step(number: int, **more: Any) -> dict[str, Any]:
         "step": number,
         "loss": 2.5,
         "tokens": 1000,
+        "slots": 1000,
         "seconds": 0.5,
         "peak_memory_bytes": 2**31,
     }
@@ -83,6 +84,16 @@ def test_line_has_every_figure(log: pytest.LogCaptureFixture) -> None:
         "step 1/30: loss 2.5000, 2,000 tokens/s, 0:29:00 left, peak memory 2.0 GiB (GPU), "
         "utilization 33.1 %, goodput 81.3 %"
     ]
+
+
+def test_speed_is_that_of_all_slots_and_the_share_that_bears_loss_is_told(
+    log: pytest.LogCaptureFixture,
+) -> None:
+    clock = Clock()
+    lines(clock).take(step(1, slots=4000))
+    assert log.messages[0].startswith(
+        "step 1/30: loss 2.5000, of 25 % of the tokens, 8,000 tokens/s, "
+    )
 
 
 def test_figures_that_nobody_knows_are_left_out(log: pytest.LogCaptureFixture) -> None:

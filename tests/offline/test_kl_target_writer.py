@@ -18,6 +18,7 @@ from cpt.errors import ConfigError, DataError
 from cpt.job.data import open_kl_targets
 from cpt.job.loop import step_event
 from cpt.model.configuration import load_config
+from cpt.model.loss.divergence import TopKTargets
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.directory import DirectoryWeights
 from cpt.offline.model import OfflineModel
@@ -28,9 +29,10 @@ from cpt.training.kl_targets import KLTargets, check_targets
 from cpt.training.loader import MicroBatch, places_of_rank, read_micro_batch, send
 from data_pipeline.build.build import build
 from data_pipeline.config.mix_file import load_mix
-from data_pipeline.dataset import BuiltData
+from data_pipeline.dataset import IGNORED_LABEL, BuiltData
 from data_pipeline.mixture.mixture import GlobalBatch
 from data_pipeline.text.tokenizer import VOCAB_SIZE
+from tests.data_pipeline.inputs import mask_texts
 from tests.support.records import write_jsonl
 
 SEQ_LEN = 16
@@ -94,6 +96,12 @@ def opened(folder: Path, data: BuiltData) -> KLTargets:
     return KLTargets(folder, data.source_names, row_tokens)
 
 
+def targets_of(
+    targets: KLTargets, data: BuiltData, places: list[tuple[int, int]], topology: Any
+) -> TopKTargets | None:
+    return read_micro_batch(data, tuple(places), topology, targets).targets
+
+
 def part(sp_size: int, sp_rank: int) -> Any:
     return types.SimpleNamespace(sp_size=sp_size, sp_rank=sp_rank, device=torch.device("cpu"))
 
@@ -118,7 +126,7 @@ def test_stored_distributions_are_those_of_plain_transformers(
         with torch.no_grad():
             logits = model(torch.from_numpy(packed.input_ids[None, :count])).logits[0]
         log_q = logits.double().log_softmax(1)
-        found = targets.of_rows([(0, row)], part(1, 0), SEQ_LEN)
+        found = targets_of(targets, data, [(0, row)], part(1, 0))
         assert found is not None and found.at_n.tolist() == list(range(count))
         assert torch.equal(found.ids_nk, log_q.topk(TOP_K).indices)
         others = log_q.scatter(1, found.ids_nk, float("-inf")).logsumexp(1, keepdim=True)
@@ -132,10 +140,11 @@ def test_ranks_that_share_a_row_read_its_parts_and_other_sources_have_none(
     written: tuple[Path, BuiltData],
 ) -> None:
     targets = opened(*written)
+    data = written[1]
     places = [(1, 0), (0, 2), (0, 0)]
-    whole = targets.of_rows(places, part(1, 0), SEQ_LEN)
-    halves = [targets.of_rows(places, part(2, rank), SEQ_LEN) for rank in (0, 1)]
-    assert whole is not None and targets.of_rows([(1, 0), (1, 1)], part(1, 0), SEQ_LEN) is None
+    whole = targets_of(targets, data, places, part(1, 0))
+    halves = [targets_of(targets, data, places, part(2, rank)) for rank in (0, 1)]
+    assert whole is not None and targets_of(targets, data, [(1, 0), (1, 1)], part(1, 0)) is None
     joined = {}
     for rank, half in enumerate(halves):
         assert half is not None
@@ -147,6 +156,38 @@ def test_ranks_that_share_a_row_read_its_parts_and_other_sources_have_none(
     assert sorted(joined) == whole.at_n.tolist()
     expected = zip(whole.ids_nk.tolist(), whole.log_p_nK.tolist(), strict=True)
     assert [joined[at] for at in sorted(joined)] == list(expected)
+
+
+def test_targets_stand_where_the_labels_of_a_masked_row_are(
+    written: tuple[Path, BuiltData], base: Path, tmp_path: Path
+) -> None:
+    """They are those of the same slots without a mask, on each rank that shares the row."""
+    plain = written[1]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        mask_texts(monkeypatch)
+        build_dir = built(tmp_path / "data")
+    assert targets_command(base, build_dir, tmp_path / "targets", "--source", "replay") == 0
+    data = BuiltData.open(build_dir)
+    targets = opened(tmp_path / "targets", data)
+    of_all = opened(*written)
+    compared = 0
+    for row in range(data.num_rows(0)):
+        expected = targets_of(of_all, plain, [(0, row)], part(1, 0))
+        assert expected is not None
+        for sp_size, sp_rank in ((1, 0), (2, 0), (2, 1)):
+            local = SEQ_LEN // sp_size
+            labels = data.read_row(0, row).labels[sp_rank * local : (sp_rank + 1) * local]
+            slots = np.flatnonzero(labels != IGNORED_LABEL)
+            found = targets_of(targets, data, [(0, row)], part(sp_size, sp_rank))
+            if not len(slots):
+                assert found is None
+                continue
+            assert found is not None and found.at_n.tolist() == slots.tolist()
+            at_n = torch.from_numpy(slots + sp_rank * local)
+            assert torch.equal(found.ids_nk, expected.ids_nk[at_n])
+            assert torch.allclose(found.log_p_nK, expected.log_p_nK[at_n], rtol=0, atol=1e-5)
+            compared += len(slots)
+    assert compared > 2 * 40
 
 
 def micro_batch(data: BuiltData, targets: KLTargets | None, topology: Topology) -> MicroBatch:
@@ -269,8 +310,9 @@ def test_the_divergence_has_a_field_of_its_own_in_metrics() -> None:
         kl_weight=0.3,
         topology=types.SimpleNamespace(device=torch.device("cpu")),
     )
-    event = step_event(job, result, 1e-3, 1.0)  # type: ignore[arg-type]
+    event = step_event(job, result, 1e-3, 1.0, 80)  # type: ignore[arg-type]
     assert event["kl_by_source"] == {"replay": 0.5} and event["loss"] == 2.0
     assert event["kl_weight"] == 0.3
+    assert (event["tokens"], event["slots"], event["tokens_per_second"]) == (20, 80, 80.0)
     job.kl_targets = None
-    assert "kl_by_source" not in step_event(job, result, 1e-3, 1.0)  # type: ignore[arg-type]
+    assert "kl_by_source" not in step_event(job, result, 1e-3, 1.0, 80)  # type: ignore[arg-type]

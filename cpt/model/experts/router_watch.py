@@ -13,7 +13,8 @@ Decisions
       micro batch, and those of a part of it would make the gradient depend on how the batch is cut.
       With the previous shares every layout has the same gradient, and nothing is exchanged in the
       forward.
-    - The means are over all positions of the global batch, padding included.
+    - The means are over all positions of the global batch, padding included, and tokens whose
+      labels bear no loss: experts compute for them all.
     - A penalty rides on the routing weights: its gradient starts when theirs arrives. So it needs
       no place in the outputs of the layers and is right under activation checkpointing.
     - Counting happens only in the first run of a checkpointed layer, only in training, and only in

@@ -45,6 +45,9 @@ def tiles(run: Run, overview: RunOverview) -> list[Tile]:
 def _tokens_tile(run: Run) -> Tile:
     tokens = run.column("tokens")
     detail = f"{amount(_median(tokens))} per step, predicted"
+    slots = np.nansum(run.column("slots"))
+    if slots > np.nansum(tokens):  # loss masks
+        detail += f"; {amount(float(slots))} were read"
     return Tile(name="Tokens", value=amount(float(np.nansum(tokens))), detail=detail)
 
 

@@ -44,8 +44,8 @@ from cpt.training.kl_target_format import (
     TargetsOfSource,
     write_sidecar,
 )
-from cpt.training.kl_targets import KLTargets
-from cpt.training.loader import MicroBatch, cut_rows
+from cpt.training.kl_targets import KLTargets, LabeledSlots
+from cpt.training.loader import MicroBatch, cut_rows, span_of_rank
 from cpt.training.read_ahead import ReadAhead
 from cpt.training.sampling import Sampling, draw_tokens
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
@@ -332,9 +332,13 @@ class Rehearsal:
 
         def read(number: int) -> MicroBatch:
             found = None
+            row = packed_row(self.scenario)
             if targets is not None:
-                found = targets.of_rows([(0, 0)], topology, self.scenario.seq_len)
-            return cut_rows([packed_row(self.scenario)], [0], topology, found)
+                span = span_of_rank(self.scenario.seq_len, topology)
+                labels = row.labels[span]
+                part = LabeledSlots(source=0, row=0, labels=labels, labels_before=span.start)
+                found = targets.of_rows([part])
+            return cut_rows([row], [0], topology, found)
 
         reader = ReadAhead(read)
         for number in range(self.scenario.micro_batches):
