@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import functools
 import pickle
 import re
 import sys
@@ -68,14 +69,21 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Return all nodes of a file; kept, since most of the tests look at all files."""
+    return tuple(ast.walk(tree(path)))
 
 
 def imported_names(path: Path) -> set[str]:
     """Return absolute names of all that a file imports; `from a import b` gives `a.b`."""
     names = set()
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -97,8 +105,9 @@ def room_of(name: str) -> str | None:
     return None
 
 
-def by_path(paths: list[Path]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("path", paths, ids=relative)
+def room_of_file(path: Path) -> str | None:
+    """Return the room that a file of the code belongs to."""
+    return room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
 PACKAGES = {ROOT / "cpt" / "__init__.py", ROOT / "data_pipeline" / "__init__.py"}
@@ -106,18 +115,24 @@ PACKAGES = {ROOT / "cpt" / "__init__.py", ROOT / "data_pipeline" / "__init__.py"
 MODULES = [path for path in SOURCES if path not in PACKAGES]
 
 
-@by_path(MODULES)
-def test_room_imports_only_from_rooms_before_it(path: Path) -> None:
-    own = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    assert own is not None, f"{relative(path)} is in no room: give it a place in ROOMS"
+def test_every_module_is_in_a_room() -> None:
+    homeless = [relative(path) for path in MODULES if room_of_file(path) is None]
+    assert homeless == [], "give them a place in ROOMS"
+
+
+def test_room_imports_only_from_rooms_before_it() -> None:
     refused = []
-    for name in sorted(imported_names(path)):
-        if name.split(".")[0] not in ("cpt", "data_pipeline") or name in ("cpt", "data_pipeline"):
+    for path in MODULES:
+        own = room_of_file(path)
+        if own is None:
             continue
-        room = room_of(name)
-        if room is None or ORDER.index(room) > ORDER.index(own):
-            refused.append(name)
-    assert not refused, f"{relative(path)} ({own}) imports {refused}"
+        for name in sorted(imported_names(path)):
+            if name in ("cpt", "data_pipeline") or not name.startswith(("cpt.", "data_pipeline.")):
+                continue
+            room = room_of(name)
+            if room is None or ORDER.index(room) > ORDER.index(own):
+                refused.append(f"{relative(path)} ({own}) imports {name}")
+    assert refused == []
 
 
 def test_every_room_exists_and_the_readme_draws_the_same_map() -> None:
@@ -129,16 +144,26 @@ def test_every_room_exists_and_the_readme_draws_the_same_map() -> None:
     )
 
 
-@by_path([path for path in SOURCES if path.is_relative_to(ROOT / "data_pipeline")])
-def test_data_pipeline_imports_neither_training_nor_its_libraries(path: Path) -> None:
+def importers(paths: list[Path], packages: set[str]) -> dict[str, set[str]]:
+    """Return the files that import one of some packages, and which."""
+    found = {}
+    for path in paths:
+        imported = imported_packages(path) & packages
+        if imported:
+            found[relative(path)] = imported
+    return found
+
+
+def test_data_pipeline_imports_neither_training_nor_its_libraries() -> None:
     forbidden = {"cpt", "torch", "deepspeed", "transformers", "accelerate", "flash_attn", "wandb"}
-    assert not imported_packages(path) & forbidden
+    paths = [path for path in SOURCES if path.is_relative_to(ROOT / "data_pipeline")]
+    assert importers(paths, forbidden) == {}
 
 
-@by_path(SOURCES)
-def test_deepspeed_is_imported_in_one_room_only(path: Path) -> None:
-    if not relative(path).startswith(MAY_IMPORT_DEEPSPEED):
-        assert "deepspeed" not in imported_packages(path)
+def test_deepspeed_is_imported_in_one_room_only() -> None:
+    found = importers(SOURCES, {"deepspeed"})
+    assert found
+    assert [path for path in found if not path.startswith(MAY_IMPORT_DEEPSPEED)] == []
 
 
 def dependency_modules() -> set[str]:
@@ -164,24 +189,24 @@ def importable(folder: Path) -> list[Path]:
     return entries
 
 
-@by_path(importable(ROOT / "cpt"))
-def test_nothing_directly_in_cpt_shadows_another_module(path: Path) -> None:
-    assert path.stem not in sys.stdlib_module_names | dependency_modules()
+def test_nothing_directly_in_cpt_shadows_another_module() -> None:
+    names = {path.stem for path in importable(ROOT / "cpt")}
+    assert names & (sys.stdlib_module_names | dependency_modules()) == set()
 
 
+@functools.cache
 def calls(path: Path) -> set[str]:
     """Return the dotted names of all that is called, such as `eval` and `model.eval`."""
-    return {ast.unparse(node.func) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)}
+    return {ast.unparse(node.func) for node in nodes(path) if isinstance(node, ast.Call)}
 
 
 MAY_PRINT = {"data_pipeline/console/say.py"}
 PRINTS = {"print", "sys.stdout.write", "sys.stderr.write"}
 
 
-@by_path(SOURCES)
-def test_what_is_printed_goes_through_the_module_that_escapes_it(path: Path) -> None:
-    if relative(path) not in MAY_PRINT:
-        assert not calls(path) & PRINTS, "say() and complain() make texts safe to show"
+def test_what_is_printed_goes_through_the_module_that_escapes_it() -> None:
+    printing = {relative(path) for path in SOURCES if calls(path) & PRINTS}
+    assert printing == MAY_PRINT, "say() and complain() make texts safe to show"
 
 
 KNOWS_OPCODES = "cpt/checkpoint/inert_pickle.py"
@@ -192,7 +217,7 @@ RUNS_TEXT = {"eval", "exec", "compile", "torch.load", "yaml.load", "yaml.unsafe_
 def names_from_pickle(path: Path) -> set[str]:
     """Return every `name` that a file uses as `pickle.name`."""
     used = set()
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if not isinstance(node, ast.Attribute):
             continue
         if isinstance(node.value, ast.Name) and node.value.id == "pickle":
@@ -200,17 +225,20 @@ def names_from_pickle(path: Path) -> set[str]:
     return used
 
 
-@by_path(SOURCES)
 @pytest.mark.case("X1", "no pickle, torch.load, eval or exec in the code")
-def test_no_pickle_is_read_and_no_text_becomes_code(path: Path) -> None:
-    modules = imported_packages(path) & PICKLES
-    if relative(path) == KNOWS_OPCODES:
-        modules -= {"pickle"}
-        for name in names_from_pickle(path):
-            assert isinstance(getattr(pickle, name), bytes), "only the numbers of opcodes"
-    called = calls(path) & RUNS_TEXT
-    unpickles = "allow_pickle=True" in path.read_text(encoding="utf-8")
-    assert not modules and not called and not unpickles, (modules, called)
+def test_no_pickle_is_read_and_no_text_becomes_code() -> None:
+    found = {}
+    for path in SOURCES:
+        dangerous = (imported_packages(path) & PICKLES) | (calls(path) & RUNS_TEXT)
+        if relative(path) == KNOWS_OPCODES:
+            dangerous -= {"pickle"}
+            for name in names_from_pickle(path):
+                assert isinstance(getattr(pickle, name), bytes), "only the numbers of opcodes"
+        if "allow_pickle=True" in path.read_text(encoding="utf-8"):
+            dangerous.add("allow_pickle=True")
+        if dangerous:
+            found[relative(path)] = dangerous
+    assert found == {}
 
 
 LOADER_WORDS = re.compile(r"from_pretrained|\bAuto[A-Z]|\bpipeline\(")
@@ -232,11 +260,13 @@ def test_no_loader_of_transformers_chooses_a_class_by_what_a_directory_says() ->
     assert found == {}
 
 
-@by_path(SOURCES)
-def test_code_is_ascii(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = [number for number, line in enumerate(lines, 1) if not line.isascii()]
-    assert not found, f"{relative(path)}: lines {found[:5]}"
+def test_code_is_ascii() -> None:
+    found = []
+    for path in SOURCES:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.isascii():
+                found.append(f"{relative(path)}:{number}")
+    assert found == []
 
 
 SHIPPED = [
@@ -248,17 +278,21 @@ SHIPPED = [
 ]
 
 
-@by_path(SHIPPED)
-def test_no_path_of_one_machine_is_written_down(path: Path) -> None:
+def test_no_path_of_one_machine_is_written_down() -> None:
     folders = "work|home|root|Users|mnt|scratch|workspace"
-    found = re.findall(rf"[\"'\s=](/(?:{folders})/[\w./-]*)", path.read_text(encoding="utf-8"))
-    assert not found, f"{relative(path)} names {found}"
+    found = {}
+    for path in SHIPPED:
+        text = path.read_text(encoding="utf-8")
+        names = re.findall(rf"[\"'\s=](/(?:{folders})/[\w./-]*)", text)
+        if names:
+            found[relative(path)] = names
+    assert found == {}
 
 
 def test_no_two_classes_have_the_same_name() -> None:
     places: dict[str, list[str]] = {}
     for path in SOURCES:
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(relative(path))
     assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
@@ -275,38 +309,53 @@ def test_lines_carry_no_more_than_those_of_comparable_projects() -> None:
     assert found.long_lines_percent() <= density.MAX_LONG_LINES_PERCENT
 
 
-@by_path([path for path in SOURCES if path.read_text(encoding="utf-8").strip()])
-def test_module_says_what_it_owns(path: Path) -> None:
-    assert ast.get_docstring(tree(path))
+def has_no_docstring(path: Path) -> bool:
+    module = tree(path)
+    return bool(module.body) and not ast.get_docstring(module)
+
+
+def test_module_says_what_it_owns() -> None:
+    assert [relative(path) for path in SOURCES if has_no_docstring(path)] == []
 
 
 TEST_MODULES = [path for path in TESTS if path.name.startswith("test_")]
 
 
-@by_path(TEST_MODULES)
-def test_test_module_says_what_it_promises(path: Path) -> None:
-    assert ast.get_docstring(tree(path))
+def test_test_module_says_what_it_promises() -> None:
+    assert [relative(path) for path in TEST_MODULES if has_no_docstring(path)] == []
 
 
-@by_path([path for path in TESTS if path.is_relative_to(ROOT / "tests" / "data_pipeline")])
-def test_data_tests_need_neither_training_nor_its_libraries(path: Path) -> None:
-    assert not imported_packages(path) & {"cpt", "torch", "deepspeed", "transformers"}
+def test_data_tests_need_neither_training_nor_its_libraries() -> None:
+    paths = [path for path in TESTS if path.is_relative_to(ROOT / "tests" / "data_pipeline")]
+    assert importers(paths, {"cpt", "torch", "deepspeed", "transformers"}) == {}
 
 
-@by_path([path for path in TEST_MODULES if path.parent == ROOT / "tests" / "dist"])
-def test_tests_that_start_several_processes_are_marked(path: Path) -> None:
-    marks = ""
-    for node in tree(path).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
-            marks = ast.unparse(node.value)
-    assert re.search(r"pytest\.mark\.dist\b", marks)
+def test_tests_that_start_several_processes_are_marked() -> None:
+    unmarked = []
+    for path in TEST_MODULES:
+        if path.parent != ROOT / "tests" / "dist":
+            continue
+        marks = ""
+        for node in tree(path).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
+                marks = ast.unparse(node.value)
+        if not re.search(r"pytest\.mark\.dist\b", marks):
+            unmarked.append(relative(path))
+    assert unmarked == []
 
 
-@by_path([path for path in TESTS if path.parent == ROOT / "tests" / "support"])
-def test_support_holds_no_tests(path: Path) -> None:
-    assert not path.name.startswith("test_")
-    for node in ast.walk(tree(path)):
-        assert not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_")
+def test_support_holds_no_tests() -> None:
+    found = []
+    for path in TESTS:
+        if path.parent != ROOT / "tests" / "support":
+            continue
+        names = [path.name]
+        for node in nodes(path):
+            if isinstance(node, ast.FunctionDef):
+                names.append(node.name)
+        if any(name.startswith("test_") for name in names):
+            found.append(relative(path))
+    assert found == []
 
 
 def test_tests_are_no_package() -> None:
@@ -314,11 +363,17 @@ def test_tests_are_no_package() -> None:
     assert not list((ROOT / "tests").rglob("__init__.py"))
 
 
-@by_path(TEST_MODULES)
-def test_no_test_hides_another_of_the_same_name(path: Path) -> None:
-    named = [node for node in tree(path).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    counts = Counter(node.name for node in named)
-    assert [name for name, count in counts.items() if count > 1] == []
+def test_no_test_hides_another_of_the_same_name() -> None:
+    hidden = []
+    for path in TEST_MODULES:
+        counts: Counter[str] = Counter()
+        for node in tree(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                counts[node.name] += 1
+        for name, count in counts.items():
+            if count > 1:
+                hidden.append(f"{relative(path)}: {name}")
+    assert hidden == []
 
 
 READERS = ("open_regular", "read_small_file", "read_small_text", "read_json", "read_yaml")
@@ -333,7 +388,7 @@ def test_files_of_a_run_directory_are_read_without_following_links(room: str) ->
     following = []
     num_calls = 0
     for path in sorted((ROOT / "cpt" / room).rglob("*.py")):
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             if not isinstance(node, ast.Call) or ast.unparse(node.func) not in READERS:
                 continue
             num_calls += 1
