@@ -9,6 +9,7 @@ import pickle
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,14 @@ def tree(path: Path) -> ast.Module:
 def nodes(path: Path) -> tuple[ast.AST, ...]:
     """Return all nodes of a file; kept, since most of the tests look at all files."""
     return tuple(ast.walk(tree(path)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_nodes() -> Iterator[None]:
+    """Drop a million nodes, which the garbage collector would look at in all later tests."""
+    yield
+    for kept in (calls, nodes, tree):
+        kept.cache_clear()
 
 
 def imported_names(path: Path) -> set[str]:

@@ -6,6 +6,7 @@
 
 Decisions
     The rules are those of `deduplication`; equal hashes meet in one slot.
+    A small slot without equal hashes opens no engine.
     What a task holds does not grow with the corpus: hashes of GROUP_DOCUMENTS documents, or the
     memory of the engine. The parent holds 3 bytes a document. On disk the records take 21 bytes a
     document until the step is done.
@@ -16,8 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from data_pipeline.build.deduplication import Fate, Fates, Hashes, Mask, held_out_digests
 from data_pipeline.build.embedded_engine import Columns, open_engine
@@ -45,6 +48,8 @@ GROUP_DOCUMENTS = 1 << 21
 """Documents whose hashes one task reads."""
 SLOT_DOCUMENTS = 1 << 22
 """Documents that one task compares, about."""
+_FEW_DOCUMENTS = 1 << 16
+"""Documents of a slot that are looked at without an engine, whose start takes longer: 1.4 MB."""
 _DTYPES = ("<u8", "<u8", "<u4", "u1")
 """Halves of the hash, number of the document, whether its own source holds it out."""
 _FOUND = np.dtype([("number", "<u4"), ("mark", "u1")])
@@ -238,15 +243,48 @@ def _is_held(part: NumberedPart, held_digests: tuple[int, int]) -> Mask:
 
 
 def _compare_slot(task: _Compare) -> None:
-    with open_engine(task.output.parent) as engine, atomic_write(task.output) as file:
-        found = [np.zeros(0, _FOUND)]
+    found = _found_without_copies(task)
+    if found is None:
+        found = _found_by_engine(task)
+    with atomic_write(task.output) as file:
+        np.save(file, found, allow_pickle=False)
+
+
+def _found_without_copies(task: _Compare) -> npt.NDArray[np.void] | None:
+    """Return what is found in a slot of few documents, or None where some may be copies.
+
+    Documents that all differ keep their own fate: they are held out, or simply trained on.
+    """
+    batches = []
+    num_documents = 0
+    for columns in _slot_records(task):
+        batches.append(columns)
+        num_documents += len(columns["number"])
+        if num_documents > _FEW_DOCUMENTS:
+            return None
+    high = np.concatenate([columns["high"] for columns in batches])
+    if len(np.unique(high)) < num_documents:
+        return None
+    numbers = np.concatenate([columns["number"] for columns in batches])
+    held = np.concatenate([columns["held"] for columns in batches])
+    return _found(numbers[held == 1], np.uint8(Fate.HELD_OUT))
+
+
+def _found_by_engine(task: _Compare) -> npt.NDArray[np.void]:
+    """Return what is found in a slot of any size, copies among it."""
+    found = [np.zeros(0, _FOUND)]
+    with open_engine(task.output.parent) as engine:
         if engine.load("documents", _slot_records(task)):
             for columns in engine.query(_QUERY):
-                records = np.empty(len(columns["number"]), _FOUND)
-                records["number"] = columns["number"]
-                records["mark"] = columns["mark"]
-                found.append(records)
-        np.save(file, np.concatenate(found), allow_pickle=False)
+                found.append(_found(columns["number"], columns["mark"]))
+    return np.concatenate(found)
+
+
+def _found(numbers: npt.NDArray[Any], marks: npt.NDArray[Any] | np.uint8) -> npt.NDArray[np.void]:
+    records = np.empty(len(numbers), _FOUND)
+    records["number"] = numbers
+    records["mark"] = marks
+    return records
 
 
 def _slot_records(task: _Compare) -> Iterator[Columns]:

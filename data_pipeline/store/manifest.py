@@ -304,7 +304,8 @@ class BuildManifest:
 
     def write(self, directory: Path) -> None:
         """Write `manifest.json` atomically."""
-        content = {**self.content(), "checksum": self.hash}
+        content = self.content()
+        content["checksum"] = _checksum(content)
         write_json(directory / FILE_NAME, content, indent=1, sort_keys=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def text_of(node: ast.expr) -> str:
     return "0"
 
 
+@functools.cache
 def messages() -> str:
     """Return all strings of the code, one a line, and the job templates."""
     lines = []
@@ -38,12 +40,9 @@ def messages() -> str:
     return "\n".join(lines)
 
 
-MESSAGES = messages()
-
-
 @pytest.mark.parametrize("quoted", QUOTED)
 def test_quoted_message_stands_in_the_code(quoted: str) -> None:
-    assert quoted in MESSAGES
+    assert quoted in messages()
 
 
 def test_every_exit_code_is_explained() -> None:

@@ -29,6 +29,7 @@ STARTS_PROCESSES = (
     "tests.support.launcher.start",
     "tests.support.service",
     "tests.support.browser",
+    "tests.support.gpu_rehearsal.launch.rehearse",
     "cpt.telemetry.report.periodic",
 )
 """Imported modules and functions by which a test file that starts processes is recognized."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import duckdb
 import numpy as np
@@ -170,6 +171,28 @@ def test_fates_depend_neither_on_workers_nor_on_the_size_of_tasks(
         mark_near_copies(fates, gathered, 0.8, tmp_path, executor, sizes)
     assert fates.tolist() == near
     assert near.count(Fate.NEAR_DUPLICATE) > 50
+
+
+def test_documents_that_all_differ_open_no_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening one takes as long as all else that a small build does."""
+
+    def refuse(folder: Path) -> NoReturn:
+        raise AssertionError("an engine was opened")
+
+    monkeypatch.setattr(exact_copies, "open_engine", refuse)
+    hashes = np.zeros(60, np.dtype([("high", "<u8"), ("low", "<u8")]))
+    hashes["high"] = splitmix64(np.arange(60, dtype=np.uint64))
+    parts = np.split(hashes, [20, 40])
+    shares = [0.0, 0.3, 1.0]
+    gathered = [write_source(tmp_path, f"s{n}", [part]) for n, part in enumerate(parts)]
+    with LocalExecutor() as executor:
+        fates, is_copied = decide_exact(gathered, shares, tmp_path, executor)
+    expected = np.concatenate([one.fates for one in decide_fates(parts, shares)])
+    assert fates.tolist() == expected.tolist()
+    assert np.count_nonzero(fates == Fate.HELD_OUT) > 20
+    assert not is_copied.any()
 
 
 def test_near_copies_are_counted_by_source_and_that_of_the_original(tmp_path: Path) -> None:
