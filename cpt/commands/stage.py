@@ -61,7 +61,10 @@ def _run(options: argparse.Namespace) -> None:
         if data is not None:
             attempt(lambda: _stage_build(data, options.to))
         path = parts.model.path if parts.model is not None else None
-        if path is not None and not list_steps(options.run_dir):
+        adapter = parts.adapter
+        has_adapter = adapter is not None and adapter.is_on
+        # a checkpoint holds all weights, but not what lies below an adapter
+        if path is not None and (has_adapter or not list_steps(options.run_dir)):
             attempt(lambda: _stage_model(path, options.to))
     say(json.dumps(staged))
 

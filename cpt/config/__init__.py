@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cpt.config.adapter_section import AdapterSection
 from cpt.config.engine_json import OWN_KEYS, REFUSED_KEYS, json_problems
 from cpt.config.guard_section import DomainLimits, GuardSection
 from cpt.config.resolve import resolve
@@ -68,6 +69,7 @@ __all__ = [
     "WatchdogSection",
     "files_of_stage",
     "load",
+    "load_run_yaml",
     "readable_parts",
     "resolve",
     "resolve_stages",
@@ -117,6 +119,24 @@ def load(
     return _with_paths_beside(parsed, run_yaml), json_file
 
 
+def load_run_yaml(run_yaml: Path, overrides: dict[str, str]) -> RunYaml:
+    """Read a run YAML without its DeepSpeed JSON.
+
+    Args:
+        run_yaml: The run YAML.
+        overrides: Values of `--set` by dotted key.
+
+    Raises:
+        ConfigError: everything that is wrong in it alone.
+    """
+    reader = Reader(with_overrides(load_yaml(run_yaml), overrides, run_yaml.parent))
+    parsed = reader.read(RunYaml)
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    assert parsed is not None
+    return _with_paths_beside(parsed, run_yaml)
+
+
 def with_overrides(file: Located, overrides: dict[str, str], folder: Path) -> Located:
     """Apply `--set`: a value replaces the file's, and one of `EXCLUSIVE_KEYS` replaces its rival.
 
@@ -150,6 +170,8 @@ class ReadableParts:
     """None if something in it is wrong."""
     data: DataSection | None
     """None if something in it is wrong."""
+    adapter: AdapterSection | None
+    """None if something in it is wrong."""
     seq_len: int | None
     """`train.seq_len`; None if it is no whole number."""
 
@@ -165,12 +187,14 @@ def readable_parts(run_yaml: Path, overrides: dict[str, str]) -> ReadableParts:
     reader = Reader(located)
     model = reader.read(ModelSection, sections.get("model"), ("model",))
     data = reader.read(DataSection, sections.get("data"), ("data",))
+    adapter = reader.read(AdapterSection, sections.get("adapter") or {}, ("adapter",))
     train = sections.get("train")
     seq_len = train.get("seq_len") if isinstance(train, dict) else None
     folder = run_yaml.parent
     return ReadableParts(
         model=None if model is None else _model_beside(model, folder),
         data=None if data is None else _data_beside(data, folder),
+        adapter=adapter,
         seq_len=seq_len if type(seq_len) is int else None,
     )
 

@@ -7,7 +7,9 @@ data (built by the first rank if it is missing and small) -> engine -> checkpoin
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 
+from cpt.checkpoint.adapter_state import AdapterState, BaseModel
 from cpt.checkpoint.lineage import lineage_of_run
 from cpt.checkpoint.loading import LoadedState, load_checkpoint
 from cpt.checkpoint.saver import Saver
@@ -20,6 +22,7 @@ from cpt.guard.yardstick import Yardstick
 from cpt.job.context import RunContext
 from cpt.job.data import check_plan, open_data, open_kl_targets, plan_of
 from cpt.job.engine_setup import (
+    base_of,
     build_engine,
     fill_weights,
     stored_weights,
@@ -28,7 +31,14 @@ from cpt.job.engine_setup import (
 )
 from cpt.job.job import Job, start_from_loaded
 from cpt.job.kept_config import keep_config
-from cpt.job.resumption import StartingPoint, expected_checkpoint, fresh_start, start_from
+from cpt.job.resumption import (
+    StartingPoint,
+    expected_checkpoint,
+    fresh_start,
+    refuse_other_adapter,
+    refuse_other_base,
+    start_from,
+)
 from cpt.job.seam import Seam
 from cpt.parallel.agreement import on_first_rank, together
 from cpt.resilience.agreed_stop import leave_if_asked
@@ -62,16 +72,25 @@ def assemble(context: RunContext) -> Job:
     install_faults(engine.deepspeed, context.clock)
     leave_if_asked(context.stop, group, "before the checkpoint was loaded")
     fault_point("load", 0)
+    adapter = adapter_of_run(context)
     loaded = load_newest(context, engine)
     guard = make_guard(context, data)
-    if loaded is None:
-        if guard is not None:
+    begins = loaded is None or loaded.state.begins_a_run
+    if begins or adapter is not None:  # no checkpoint holds what lies below an adapter
+        if begins and guard is not None:
             keep_baseline_model(context, engine, guard)
         if config.model.verify_checksums:
             verify_checksums(source, context.topology)
-        fill_weights(engine, source)
+        fill_weights(engine, source, below_adapter=not begins)
+    if loaded is not None:
+        refuse_other_adapter(loaded.state, loaded.folder.name, config.adapter, context.model_config)
+        if adapter is not None:
+            refuse_other_base(loaded.state, loaded.folder.name, adapter.base)
+        if begins:  # what was imported takes the place of the first values
+            loaded = load_newest(context, engine)
+            assert loaded is not None
     if config.telemetry.router_interval_steps:
-        watch_drift(engine, context.run_dir, untouched=loaded is None)
+        watch_drift(engine, context.run_dir, untouched=begins)
     start = beginning(context, data, loaded)
     job = Job(
         context=context,
@@ -90,13 +109,30 @@ def assemble(context: RunContext) -> Job:
         progress=start.progress,
         stability=Stability(),
         report=periodic_report(context),
+        adapter=adapter,
         lineage=on_first_rank(group, lambda: lineage_of_run(config)),
     )
     if loaded is not None:
         job.restore(loaded, accept_mix_change=config.data.accept_mix_change)
         log.info("resuming from %s", loaded.folder)
-        tell_seam(context, loaded)
+        if not begins:
+            tell_seam(context, loaded)
     return job
+
+
+def adapter_of_run(context: RunContext) -> AdapterState | None:
+    """Return what checkpoints of this run tell of its adapter; None without one.
+
+    Raises:
+        ConfigError: on all ranks: the base cannot be read.
+    """
+    config = context.config
+    if not config.adapter.is_on:
+        return None
+    base = on_first_rank(
+        context.control_group, lambda: asdict(base_of(config, context.model_config))
+    )
+    return AdapterState(section=config.adapter, base=BaseModel(**base), dtype=config.train.dtype)
 
 
 def beginning(context: RunContext, data: BuiltData, loaded: LoadedState | None) -> StartingPoint:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import GptOssConfig
 
+from cpt.checkpoint.adapter_state import BaseModel
 from cpt.checkpoint.loading import flat_ranges
 from cpt.checkpoint.starting_model import StartingCheckpoint, is_checkpoint
 from cpt.config import RunConfig
@@ -19,7 +20,7 @@ from cpt.errors import ConfigError
 from cpt.model import attention, gpt_oss
 from cpt.model.adapters.attach import attach_adapters
 from cpt.model.adapters.initial_values import WithInitialAdapters
-from cpt.model.adapters.layout import adapted_matrices
+from cpt.model.adapters.layout import adapted_matrices, is_adapter_name
 from cpt.model.attention import Attention
 from cpt.model.attention.probe import run_probe
 from cpt.model.freezing import freeze
@@ -166,6 +167,15 @@ def stored_weights(path: Path, model_config: GptOssConfig, topology: Topology) -
     return together(topology.control_group, opened)
 
 
+def base_of(config: RunConfig, model_config: GptOssConfig) -> BaseModel:
+    """Return the model below the adapter of a run; samples of its weight files are read.
+
+    Raises:
+        ConfigError: the directory holds no weights that can be read.
+    """
+    return BaseModel.of(config.model.path, config.train.seed, model_config)
+
+
 def verify_checksums(source: WeightSource, topology: Topology) -> None:
     """Hash the weight files, each on one rank, and refuse damaged ones.
 
@@ -193,10 +203,17 @@ def verify_checksums(source: WeightSource, topology: Topology) -> None:
     log.info("weights: SHA-256 of %d files of %d verified", len(sums), len(source.files))
 
 
-def fill_weights(engine: TrainingEngine, source: WeightSource) -> None:
+def fill_weights(
+    engine: TrainingEngine, source: WeightSource, *, below_adapter: bool = False
+) -> None:
     """Give the engine its first weights.
 
     Every rank reads or draws its own part, in fp32 where the source has fp32.
+
+    Args:
+        engine: The engine.
+        source: Weights of the model.
+        below_adapter: Leave the adapter as it is.
 
     Raises:
         StorageError: on all ranks, if one could not read.
@@ -207,8 +224,9 @@ def fill_weights(engine: TrainingEngine, source: WeightSource) -> None:
     with_adapters = WithInitialAdapters(source, adapted, engine.seed, engine.dtype)
     targets = {}
     for key, part in flat_ranges(engine.deepspeed, topology).items():
-        if key.startswith(MASTER):
-            targets[key.removeprefix(MASTER)] = (part.tensor, part.offset)
+        name = key.removeprefix(MASTER)
+        if key.startswith(MASTER) and not (below_adapter and is_adapter_name(name)):
+            targets[name] = (part.tensor, part.offset)
     together(topology.control_group, lambda: fill_parts(targets, with_adapters))
     if isinstance(source, DirectoryWeights):
         source.refuse_unusable(gather_json(source.seen_json(), topology.control_group))

@@ -63,6 +63,7 @@ from cpt.job.data import (
     plan_of,
     warn_of_little_text,
 )
+from cpt.job.engine_setup import base_of
 from cpt.job.findings import Findings, joined
 from cpt.job.kept_config import kept_models
 from cpt.job.passed_gate import PassedGate
@@ -73,7 +74,7 @@ from cpt.job.resumption import (
     fresh_start,
     start_from,
 )
-from cpt.job.run_dir import RoomNeeded, check_place, room_needed
+from cpt.job.run_dir import RoomNeeded, check_place, room_needed, stored_numels
 from cpt.job.seam import Seam
 from cpt.job.start_options import check_start, resume_word
 from cpt.model import attention
@@ -385,7 +386,7 @@ class _Gate:
         if config is None:
             return
         found = self.found_by_one
-        numels = parameter_numels(self.model_config)
+        numels = stored_numels(config, self.model_config)
         num_before = len(found.errors)
         found.attempt(lambda: check_place(self.run_dir, config, numels))
         existing: list[int] | None = []
@@ -413,7 +414,11 @@ class _Gate:
         self.config = self.configs[stage or 0]
         folder = step_folder(self.run_dir, checkpoint.step)
         found.attempt(lambda: refuse_foreign(folder, "checkpoint", in_run_dir=True))
-        found.attempt(lambda: checkpoint.check_model(self.model_config))
+        found.attempt(lambda: checkpoint.check_model(self.model_config, self.run_yaml.adapter))
+        if self.run_yaml.adapter.is_on:
+            found.attempt(lambda: checkpoint.check_base(base_of(first, self.model_config)))
+        if checkpoint.state.begins_a_run:
+            return  # nothing was trained yet that a change could part from what comes
         seam = Seam.of(checkpoint.state, checkpoint.name, checkpoint.step, self.config)
         self.seam = seam
         if self.trains:

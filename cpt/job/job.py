@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpt.checkpoint.adapter_state import AdapterState
 from cpt.checkpoint.given_up_batches import Ranges, batch_of_step, read_rollbacks, skipped_by
 from cpt.checkpoint.loading import LoadedState
 from cpt.checkpoint.run_state import RunState
@@ -71,6 +72,8 @@ class Job:
     """Time that this rank has waited for rows since the last `take_data_wait`."""
     stages: StagePlan | None = None
     """Where the stages of the run begin; None for a run without stages."""
+    adapter: AdapterState | None = None
+    """The adapter that is trained and its base; None if the model itself is trained."""
     report: PeriodicReport | None = None
     """Draws report.html while the run goes on; only the first rank has it."""
     lineage: list[dict[str, Any]] = field(default_factory=list)
@@ -287,6 +290,7 @@ class Job:
             guard=None if self.guard is None else self.guard.state.to_json(),
             stability=self.stability.to_json(),
             router_load=self.engine.router_watch.state(),
+            adapter=None if self.adapter is None else self.adapter.to_json(),
         )
         return state.to_json()
 

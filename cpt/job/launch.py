@@ -27,12 +27,11 @@ from cpt.job.log_files import log_to_file
 from cpt.job.loop import train
 from cpt.job.network import look_at_network
 from cpt.job.passed_gate import PassedGate
-from cpt.job.run_dir import held_run_dir
+from cpt.job.run_dir import held_run_dir, stored_numels
 from cpt.job.run_report import draw_report_of_leaving
 from cpt.job.samples import print_continuations
 from cpt.job.stage_switch import agree_on_stage, start_again
 from cpt.job.summary import describe, describe_data, describe_memory
-from cpt.model.parameters import parameter_numels
 from cpt.parallel.agreement import gather_json, on_first_rank, together
 from cpt.parallel.topology import Topology
 from cpt.resilience.best_effort import best_effort
@@ -196,7 +195,7 @@ def close_together(job: Job) -> None:
 
 def hold(context: RunContext) -> AbstractContextManager[None]:
     """Hold the run directory of a run; see `held_run_dir`."""
-    numels = parameter_numels(context.model_config)
+    numels = stored_numels(context.config, context.model_config)
     return held_run_dir(context.run_dir, context.resume, context.config, numels, context.topology)
 
 
@@ -289,7 +288,7 @@ def export_at_end(job: Job, checkpoint: Path, out: Path) -> bool:
     started = time.perf_counter()
     if job.topology.rank == 0:
         log.info("export of %s begun", checkpoint.name)
-    form = ExportForm(format_name="bf16")
+    form = ExportForm(format_name="peft" if job.config.adapter.is_on else "bf16")
     on_first_rank(group, lambda: str(export_run(job.run_dir, checkpoint, out, form)))
     if job.topology.rank == 0:
         log.info("export finished in %.1f s: %s", time.perf_counter() - started, out)

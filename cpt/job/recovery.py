@@ -117,7 +117,9 @@ def roll_back(job: Job) -> None:
     check_rollback(job, len(rollbacks), first_step)
     loaded = load_checkpoint(job.run_dir, job.engine.deepspeed, job.topology, "auto")
     assert loaded is not None
-    saved = Progress.from_json(loaded.state.part("progress", loaded.folder.name))
+    saved = Progress()
+    if not loaded.state.begins_a_run:
+        saved = Progress.from_json(loaded.state.part("progress", loaded.folder.name))
     # a checkpoint of the streak itself has consumed some of its batches already
     given_up = (max(first_batch, saved.next_batch), last_batch)
     # the mix of this run was accepted when it started

@@ -14,6 +14,12 @@ from typing import Any
 
 from transformers import GptOssConfig
 
+from cpt.checkpoint.adapter_state import (
+    AdapterState,
+    BaseModel,
+    no_adapter_problem,
+    whole_model_problem,
+)
 from cpt.checkpoint.given_up_batches import batch_of_step, merged, read_rollbacks, skipped_by
 from cpt.checkpoint.manifest import TensorRecord, read_manifest
 from cpt.checkpoint.reader import (
@@ -25,8 +31,10 @@ from cpt.checkpoint.reader import (
 )
 from cpt.checkpoint.run_state import RunState
 from cpt.config import RunConfig
+from cpt.config.adapter_section import AdapterSection
 from cpt.errors import ConfigError
 from cpt.job.progress import Progress
+from cpt.model.adapters.layout import adapter_shapes
 from cpt.model.parameters import parameter_shapes
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import BuiltData
@@ -203,6 +211,8 @@ def starting_point(
             it.
         CheckpointError: the checkpoint lacks what a run needs.
     """
+    if state.begins_a_run:
+        return _imported_start(state, checkpoint, config, model_config, mix, data, given_up)
     progress = Progress.from_json(state.part("progress", checkpoint))
     progress.skip_ranges = merged([*progress.skip_ranges, *given_up])
     problems = RunIdentity.of(config).problems(state, checkpoint)
@@ -230,6 +240,27 @@ def starting_point(
     return StartingPoint(ledger=ledger, progress=progress, stages=stages)
 
 
+def _imported_start(
+    state: RunState,
+    checkpoint: str,
+    config: RunConfig,
+    model_config: GptOssConfig,
+    mix: MixConfig,
+    data: BuiltData | None,
+    given_up: Sequence[tuple[int, int]],
+) -> StartingPoint:
+    """Return the beginning of a run whose first weights were imported; see `starting_point`."""
+    problems = architecture_problems(state, checkpoint, model_config)
+    if problems:
+        raise ConfigError(problems)
+    rows = None if data is None else data.manifest.row_hashes()
+    return StartingPoint(
+        ledger=Ledger.start(mix, rows or {}, config.train.total_steps),
+        progress=Progress(skip_ranges=merged(given_up)),
+        stages=planned_stages(config, mix),
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpectedCheckpoint:
     """The checkpoint that a run will probably go on from; its files have the right sizes."""
@@ -252,6 +283,8 @@ class ExpectedCheckpoint:
             ConfigError: the run has other stages now.
             CheckpointError: the checkpoint lacks what a run needs.
         """
+        if self.state.begins_a_run:
+            return 0
         stages = stored_stages(self.state, self.name, config)
         if stages is None:
             return 0
@@ -260,16 +293,71 @@ class ExpectedCheckpoint:
         skipped = merged([*progress.skip_ranges, *given_up])
         return stages.stage_of(batch_of_step(progress.step, skipped))
 
-    def check_model(self, model_config: GptOssConfig) -> None:
-        """Refuse a checkpoint of another model.
+    def check_model(self, model_config: GptOssConfig, adapter: AdapterSection) -> None:
+        """Refuse a checkpoint of another model, or of another adapter.
+
+        Args:
+            model_config: The model as it is now.
+            adapter: The `adapter` section as it is now.
 
         Raises:
+            ConfigError: it is an adapter and the run has none, or another one, or the reverse.
             CheckpointError: the parameters are others.
         """
+        refuse_other_adapter(self.state, self.name, adapter, model_config)
         wanted = {}
-        for name, shape in parameter_shapes(model_config).items():
+        shapes = adapter_shapes(adapter, model_config) or parameter_shapes(model_config)
+        for name, shape in shapes.items():
             wanted[name] = TensorRecord(shape=shape, dtype="float32")
         check_same_tensors(self.name, self.tensors, wanted)
+
+    def check_base(self, base: BaseModel) -> None:
+        """Refuse an adapter of another base.
+
+        Raises:
+            ConfigError: with both hashes.
+        """
+        refuse_other_base(self.state, self.name, base)
+
+
+def refuse_other_adapter(
+    state: RunState, checkpoint: str, adapter: AdapterSection, model_config: GptOssConfig
+) -> None:
+    """Refuse a checkpoint whose adapter is not that of a run.
+
+    Args:
+        state: The checkpoint's.
+        checkpoint: Its name.
+        adapter: The `adapter` section of the run.
+        model_config: The model's configuration.
+
+    Raises:
+        ConfigError: all that differs, with both values.
+        CheckpointError: what the checkpoint says of its adapter cannot be used.
+    """
+    saved = AdapterState.of(state, checkpoint)
+    problems = []
+    if saved is None and adapter.is_on:
+        problems.append(whole_model_problem(checkpoint))
+    elif saved is not None and not adapter.is_on:
+        problems.append(no_adapter_problem(checkpoint))
+    elif saved is not None:
+        problems += saved.problems(adapter, model_config, checkpoint)
+    if problems:
+        raise ConfigError(problems)
+
+
+def refuse_other_base(state: RunState, checkpoint: str, base: BaseModel) -> None:
+    """Refuse a checkpoint whose adapter was trained on another base.
+
+    Raises:
+        ConfigError: with both hashes.
+        CheckpointError: what the checkpoint says of its adapter cannot be used.
+    """
+    saved = AdapterState.of(state, checkpoint)
+    problems = [] if saved is None else saved.base_problems(base, checkpoint)
+    if problems:
+        raise ConfigError(problems)
 
 
 def expected_checkpoint(run_dir: Path, resume: str) -> ExpectedCheckpoint | None:

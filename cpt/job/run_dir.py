@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import shutil
 import tempfile
@@ -11,9 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import GptOssConfig
+
 from cpt.config import RunConfig
 from cpt.errors import StageFinished, StorageError
+from cpt.model.adapters.layout import adapter_shapes
 from cpt.model.freezing import frozen_names
+from cpt.model.parameters import parameter_numels
 from cpt.parallel.agreement import on_first_rank
 from cpt.parallel.topology import Topology
 from cpt.resilience.lock import LOCK, RunLock, take_lock
@@ -158,6 +163,16 @@ def probe(run_dir: Path, existing: Path) -> None:
         raise StorageError(
             f"run directory {run_dir}: {existing}: {error.strerror}. Give another with --run_dir."
         ) from error
+
+
+def stored_numels(config: RunConfig, model_config: GptOssConfig) -> Mapping[str, int]:
+    """Return the number of elements of every parameter that a checkpoint holds: those of the
+    adapter, or of the model without one.
+    """
+    if not config.adapter.is_on:
+        return parameter_numels(model_config)
+    shapes = adapter_shapes(config.adapter, model_config)
+    return {name: math.prod(shape) for name, shape in shapes.items()}
 
 
 def checkpoint_bytes(config: RunConfig, numels: Mapping[str, int]) -> int:
