@@ -18,12 +18,17 @@ from typing import Any, NamedTuple
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from cpt.checkpoint.manifest import read_manifest
+from cpt.checkpoint.model_weights import open_weights
 from cpt.checkpoint.reader import step_folder
 from cpt.config.adapter_section import AdapterSection
+from cpt.export.adapter import export_adapter
 from cpt.model.adapters.layout import ATTENTION, EXPERTS, adapter_shapes
+from cpt.model.weights.source import fill_parts
 from tests.dist.cases import (
     CLIPPING,
     SETTINGS,
@@ -31,12 +36,15 @@ from tests.dist.cases import (
     Scenario,
     adapter_value,
     model_config,
+    num_predicted,
     parameter_file,
     reference_model,
+    rows_of_step,
 )
 from tests.dist.test_layout_parity import (
     assert_alike,
     backward_of_step,
+    eager_logits,
     key_of,
     run_all,
     stored_tensors,
@@ -72,6 +80,13 @@ QUICK = [
     scenario(2, 2, 2, 3, adapter=DORA, checkpointing=True),
     scenario(2, 1, 2, 3, adapter=SHARED),
 ]
+RESUMED = [
+    replace(QUICK[0], sp=2, ep=1, stage=2, start=1, resume_from=QUICK[0].name),
+    replace(QUICK[1], sp=1, ep=2, stage=3, start=1, resume_from=QUICK[1].name),
+    replace(QUICK[2], sp=1, ep=1, stage=1, start=1, resume_from=QUICK[2].name),
+    replace(QUICK[3], sp=2, ep=2, stage=2, start=1, resume_from=QUICK[3].name),
+]
+"""Every scenario of `QUICK` from its first step on, in another layout."""
 TABLE = [
     scenario(1, 1, 1, 3),
     scenario(2, 2, 1, 3),
@@ -251,9 +266,12 @@ def references(folder: Path) -> References:
 
 @pytest.fixture(scope="module")
 def results(folder: Path, references: References) -> dict[str, list[dict[str, Any]]]:
-    arguments = [str(folder), *(chosen.dump() for chosen in QUICK)]
+    arguments = [str(folder), *(chosen.dump() for chosen in [*QUICK, *RESUMED])]
     assert launch(ROOT / "tests" / "dist" / "worker.py", 2, arguments) == [0, 0]
-    return {key_of(s): json.loads(parameter_file(folder, s).read_text()) for s in QUICK}
+    found = {}
+    for chosen in [*QUICK, *RESUMED]:
+        found[key_of(chosen)] = json.loads(parameter_file(folder, chosen).read_text())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +307,52 @@ def test_losses_norms_and_every_gradient_are_those_of_peft(
     chosen, results, references, folder
 ) -> None:
     assert_equal_to_peft(chosen, results[key_of(chosen)], references, folder)
+
+
+@named(RESUMED)
+def test_a_run_goes_on_in_another_layout_from_the_adapter_alone(
+    chosen, results, references, folder
+) -> None:
+    oracle = references.of(chosen)
+    assert_alike(results[key_of(chosen)], oracle.losses[1:], oracle.norms[1:])
+    last = stored_tensors(step_folder(folder / chosen.name, STEPS), "master")
+    assert last.keys() == adapter_shapes(section_of(chosen), model_config()).keys()
+    for name, expected in oracle.last.items():
+        moved = (expected - oracle.first[name]).norm()
+        error = float((last[name] - expected).norm() / moved)
+        assert error <= 1e-3, f"{name} after training: error {error} of its movement"
+
+
+@named([QUICK[0], QUICK[2], QUICK[3]])
+def test_merged_model_and_peft_have_the_loss_of_the_next_step(
+    chosen, results, folder, tmp_path: Path
+) -> None:
+    step = step_folder(folder / chosen.name, 1)
+    merged = reference_model()
+    source = open_weights(step, read_manifest(step), torch.float32)
+    parameters = dict(merged.named_parameters())
+    fill_parts({name: (p.detach().view(-1), 0) for name, p in parameters.items()}, source)
+    exported = export_adapter(step, tmp_path / "peft", "fp32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = peft.PeftModel.from_pretrained(
+            reference_model(), str(exported), autocast_adapter_dtype=False
+        )
+    expected = results[key_of(chosen)][1]["loss"]
+    for model in (merged, loaded):
+        assert abs(loss_of_step(model, 1) - expected) <= 2e-5
+
+
+def loss_of_step(model: nn.Module, step: int) -> float:
+    """Return the loss of a model on the rows of a step, without gradients."""
+    nats = 0.0
+    rows = rows_of_step(step)
+    with torch.no_grad():
+        for row in rows:
+            labels = torch.from_numpy(row.labels)
+            logits = eager_logits(model, row)
+            nats += F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100).item()
+    return nats / num_predicted(rows)
 
 
 @pytest.mark.slow

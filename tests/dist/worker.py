@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import GptOssConfig
 
+from cpt.checkpoint.adapter_state import AdapterState
 from cpt.checkpoint.loading import flat_ranges, load_checkpoint
 from cpt.checkpoint.saver import Saver
 from cpt.config import CheckpointSection, LaunchInfo, RunConfig, RunYaml, resolve
@@ -20,7 +21,7 @@ from cpt.config.engine_json import OFFLOADS
 from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.deepspeed_adapter.offload import nvme_paths
 from cpt.deepspeed_adapter.shards import publish_master_weights, state_tensors
-from cpt.job.engine_setup import build_engine, fill_weights, weight_source
+from cpt.job.engine_setup import base_of, build_engine, fill_weights, weight_source
 from cpt.model.adapters.layout import adapter_shapes
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
@@ -50,7 +51,16 @@ from tests.dist.cases import (
 from tests.support.launcher import ROOT
 from tests.support.mapped_files import mapped_files
 
-STATE = {"model_config": model_config().to_dict()}
+
+def state_of(config: RunConfig) -> dict[str, Any]:
+    """Return what checkpoints keep besides tensors, as far as tests read it."""
+    state = {"model_config": model_config().to_dict()}
+    if config.adapter.is_on:
+        adapter = AdapterState(
+            section=config.adapter, base=base_of(config, model_config()), dtype=config.train.dtype
+        )
+        state["adapter"] = adapter.to_json()
+    return state
 
 
 def targets_folder(scenario: Scenario) -> str:
@@ -217,12 +227,13 @@ def run(scenario: Scenario, folder: Path) -> None:
     of_model = model_config(scenario.expert_size)
     engine = build_engine(config, of_model, topology, clock)
     install_faults(engine.deepspeed, clock)
+    if not scenario.resume_from or config.adapter.is_on:
+        fill_weights(engine, weight_source(config, of_model, topology))
     if scenario.resume_from:
         run_dir = folder / scenario.resume_from
         loaded = load_checkpoint(run_dir, engine.deepspeed, topology, str(scenario.start))
         assert loaded is not None and loaded.step == scenario.start
     else:
-        fill_weights(engine, weight_source(config, of_model, topology))
         fill_adapters(engine, config, of_model)
     targets = None
     if scenario.kl:
@@ -240,10 +251,10 @@ def run(scenario: Scenario, folder: Path) -> None:
         result = engine.step(micro_batches, tokens, step=step + 1)
         results.append(asdict(result))
         if scenario.saves_first and step == 0:
-            saver.save_now(1, STATE)
+            saver.save_now(1, state_of(config))
     if nvme_paths(config.engine_json):
         write_files_report(scenario, folder, config, topology, engine)
-    saver.save_now(scenario.steps, STATE)
+    saver.save_now(scenario.steps, state_of(config))
     if topology.rank == 0:
         parameter_file(folder, scenario).write_text(json.dumps(results))
     engine.deepspeed.destroy()

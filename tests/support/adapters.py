@@ -30,14 +30,14 @@ def random_adapter(
 
 def write_adapter(
     run_dir: Path,
-    base: Path,
+    base: Path | None,
     section: AdapterSection,
     config: GptOssConfig,
     *,
     step: int = 3,
     dtype: str = "fp32",
 ) -> dict[str, torch.Tensor]:
-    """Write the checkpoint of a random adapter and return its tensors."""
+    """Write the checkpoint of a random adapter and return its tensors; its base may be random."""
     values = random_adapter(section, config)
     state = RunState(
         model_config=config.to_dict(),

@@ -1,0 +1,119 @@
+"""A checkpoint of an adapter knows what it is an adapter of, and says what differs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cpt.checkpoint.adapter_state import AdapterState, BaseModel, base_from
+from cpt.checkpoint.run_state import RunState
+from cpt.config.adapter_section import AdapterSection
+from cpt.errors import CheckpointError, ConfigError
+from cpt.model.configuration import load_config
+
+CONFIG = load_config(None, "tiny")
+SECTION = AdapterSection(kind="lora", rank=16, layers=(0, "1-2"))
+STATE = AdapterState(section=SECTION, base=BaseModel.of(None, 7, CONFIG), dtype="bf16")
+
+
+def read(plain: Any) -> AdapterState | None:
+    state = RunState(model_config={}, adapter=plain)
+    return AdapterState.of(RunState.from_json(state.to_json(), "step-3"), "step-3")
+
+
+def test_what_is_written_is_read_and_a_whole_model_has_none() -> None:
+    assert read(STATE.to_json()) == STATE
+    assert read(None) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("section", {"kind": "none"}),
+        ("section", {"kind": "lora", "rank": 0}),
+        ("section", {"kind": "lora", "unknown": 1}),
+        ("section", [1]),
+        ("base", {"path": None, "seed": None, "hash": "a"}),
+        ("base", {"path": "/base", "seed": 3, "hash": "a"}),
+        ("base", {"path": "/base", "seed": None}),
+        ("dtype", "fp8"),
+    ],
+)
+def test_damaged_state_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"step-3: state\.adapter"):
+        read({**STATE.to_json(), key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rank": 8}, "step-3 has adapter.rank 16, now it is 8."),
+        ({"alpha": 16.0}, "step-3 has adapter.alpha 32.0, now it is 16.0."),
+        ({"kind": "dora", "targets": ("attention",)}, "step-3 has adapter.kind lora, now it is"),
+        ({"expert_rank": 24}, "step-3 has adapter.expert_rank 8, now it is 24."),
+        ({"share_experts": True}, "step-3 has adapter.share_experts False, now it is True."),
+        (
+            {"layers": (0, 1)},
+            "6 matrices, such as model.layers.2.mlp.experts.down_proj, which this run does not",
+        ),
+        (
+            {"layers": ()},
+            "6 matrices, such as model.layers.3.mlp.experts.down_proj, which it has no adapter of",
+        ),
+    ],
+)
+def test_every_difference_is_told_with_both_values(changes: dict[str, Any], told: str) -> None:
+    now = dataclasses.replace(SECTION, **changes)
+    problems = STATE.problems(now, CONFIG, "step-3")
+    assert any(told in problem for problem in problems), problems
+    assert "new --run_dir" in problems[-1]
+
+
+def test_the_same_adapter_in_other_words_is_the_same() -> None:
+    """The packed base has the same numbers, and a default is what it stands for."""
+    now = dataclasses.replace(SECTION, base="mxfp4", expert_rank=8, layers=("0-2",))
+    assert STATE.problems(now, CONFIG, "step-3") == []
+
+
+def directory(path: Path, value: float) -> Path:
+    path.mkdir(parents=True)
+    tensors = {"model.norm.weight": torch.full((64,), value)}
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def test_a_base_is_known_by_its_weights_and_not_by_its_place(tmp_path: Path) -> None:
+    base = BaseModel.of(directory(tmp_path / "base", 1.0), 0, CONFIG)
+    state = dataclasses.replace(STATE, base=base)
+    copy = directory(tmp_path / "copy", 1.0)
+    other = directory(tmp_path / "other", 2.0)
+    assert base_from(state, copy, CONFIG, "step-3").path == str(copy)
+    with pytest.raises(ConfigError) as caught:
+        base_from(state, other, CONFIG, "step-3")
+    told = str(caught.value)
+    assert base.hash in told and BaseModel.of(other, 0, CONFIG).hash in told and "--base" in told
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"is not there: .*base\. Give its directory with --base"):
+        base_from(state, None, CONFIG, "step-3")
+
+
+def test_random_weights_of_another_seed_or_size_are_another_base() -> None:
+    wider = load_config(None, "tiny")
+    wider.vocab_size += 64
+    others = [BaseModel.of(None, 8, CONFIG), BaseModel.of(None, 7, wider)]
+    for other in others:
+        assert STATE.base_problems(other, "step-3") != []
+    assert STATE.base_problems(BaseModel.of(None, 7, CONFIG), "step-3") == []
+
+
+def test_a_base_in_the_cache_of_the_hub_has_its_name_there() -> None:
+    cached = "/cache/models--openai--gpt-oss-20b/snapshots/6cee5e81ee83917806bbde320786a8fb61efebee"
+    assert BaseModel(path=cached, seed=None, hash="").name == "openai/gpt-oss-20b"
+    assert BaseModel(path="/data/gpt-oss-20b", seed=None, hash="").name == "gpt-oss-20b"
+    of_run = BaseModel(path="/runs/cpt/checkpoints/step-00000100", seed=None, hash="")
+    assert of_run.name == "cpt (step-00000100)"

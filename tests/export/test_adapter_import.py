@@ -1,0 +1,161 @@
+"""A PEFT directory is imported if it is the adapter that the run YAML tells of, and else refused
+with the cure.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cpt.checkpoint.reader import step_folder
+from cpt.config.adapter_section import AdapterSection
+from cpt.errors import ConfigError
+from cpt.export.adapter import BASE_FILE, export_adapter, vllm_notes
+from cpt.export.adapter_import import ImportRequest, import_adapter
+from cpt.model.adapters.layout import adapted_matrices
+from cpt.model.configuration import load_config
+from cpt.model.weights.hf_layout import ADAPTER_CONFIG, ADAPTER_FILE
+from tests.support.adapters import write_adapter
+
+CONFIG = load_config(None, "tiny")
+SECTION = AdapterSection(kind="lora", rank=16, expert_rank=8, alpha=8.0, layers=(0,))
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_adapter(tmp_path / "run", None, SECTION, CONFIG)
+    return export_adapter(step_folder(tmp_path / "run", 3), tmp_path / "peft", "bf16")
+
+
+def request(source: Path, section: AdapterSection = SECTION, seed: int = 0) -> ImportRequest:
+    return ImportRequest(
+        source=source,
+        run_dir=source.parent / "new",
+        section=section,
+        base_path=None,
+        seed=seed,
+        dtype="fp32",
+        config=CONFIG,
+    )
+
+
+def edit(source: Path, **changes: Any) -> None:
+    file = source / ADAPTER_CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def refused(asked: ImportRequest) -> str:
+    with pytest.raises(ConfigError) as caught:
+        import_adapter(asked)
+    assert not (asked.run_dir / "checkpoints").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', must be LORA"),
+        ({"use_dora": True}, "Give adapter.kind: dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"init_lora_weights": "pissa_niter_16"}, "belongs to a changed base"),
+        ({"r": 8}, "has rank 8, this run has 16. Give adapter.rank: 8."),
+        ({"rank_pattern": {}}, "has rank 16, this run has 8. Give adapter.expert_rank: 16."),
+        ({"alpha_pattern": {}}, "different scales alpha / rank: 1 (model.layers.0.mlp"),
+        ({"lora_alpha": 16, "alpha_pattern": {"mlp.experts.down_proj": 8,
+          "mlp.experts.gate_up_proj": 8}}, "Give adapter.alpha: 16."),
+        ({"use_rslora": True}, "different scales"),
+        ({"alpha_pattern": {".*down_proj": 4}}, "which is no end of the name of a matrix"),
+        ({"r": "16"}, "has rank '16' and alpha"),
+    ],
+)  # fmt: skip
+def test_settings_that_differ_are_refused_with_the_cure(
+    source: Path, changes: dict[str, Any], told: str
+) -> None:
+    edit(source, **changes)
+    assert told in refused(request(source))
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        (AdapterSection(kind="none"), "Give it an adapter section"),
+        (AdapterSection(kind="lora", rank=16, expert_rank=8, alpha=8.0), "Set adapter.targets"),
+        (
+            AdapterSection(
+                kind="lora", rank=16, expert_rank=8, alpha=8.0, layers=(0,), share_experts=True
+            ),
+            "the experts have different adapters",
+        ),
+    ],
+)
+def test_another_section_of_the_run_is_refused(
+    source: Path, section: AdapterSection, told: str
+) -> None:
+    assert told in refused(request(source, section))
+
+
+def test_adapter_of_another_base_is_refused_with_both_hashes(source: Path) -> None:
+    known = json.loads((source / BASE_FILE).read_text())["sampled_hash"]
+    told = refused(request(source, seed=1))
+    assert "another base" in told and known in told and "random weights (seed 1) has" in told
+
+
+def test_base_of_another_name_is_told_where_nothing_else_is_known(
+    source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (source / BASE_FILE).unlink()
+    edit(source, base_model_name_or_path="someone/else")
+    import_adapter(request(source))
+    assert "'someone/else'" in caplog.text
+
+
+def test_pickled_tensors_are_not_read(source: Path) -> None:
+    (source / ADAPTER_FILE).rename(source / "adapter_model.bin")
+    assert "safe_serialization=True" in refused(request(source))
+
+
+def test_values_that_are_not_finite_and_wrong_shapes_are_refused(source: Path) -> None:
+    tensors = load_file(source / ADAPTER_FILE)
+    tensors[Q_PROJ][0, 0] = torch.nan
+    save_file(tensors, source / ADAPTER_FILE)
+    assert "not finite" in refused(request(source))
+    tensors[Q_PROJ] = tensors[Q_PROJ].t().contiguous()
+    save_file(tensors, source / ADAPTER_FILE)
+    assert "has shape" in refused(request(source))
+
+
+def test_run_with_checkpoints_is_left_alone(source: Path) -> None:
+    first = import_adapter(request(source))
+    before = sorted(file.read_bytes() for file in first.iterdir())
+    with pytest.raises(ConfigError, match="has checkpoints already"):
+        import_adapter(request(source))
+    assert sorted(file.read_bytes() for file in first.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        (AdapterSection(kind="lora", rank=16), []),
+        (AdapterSection(kind="lora", rank=24), ["--max-lora-rank 32"]),
+        (AdapterSection(kind="lora", rank=1000), ["Serve the merged model"]),
+        (AdapterSection(kind="dora", targets=("attention",)), ["does not load DoRA"]),
+        (
+            AdapterSection(kind="lora", targets=("gate_up_proj",)),
+            ["both matrices of the experts of a layer or on neither"],
+        ),
+    ],
+)
+def test_what_vllm_does_not_take_is_told_with_the_cure(
+    section: AdapterSection, told: list[str]
+) -> None:
+    notes = vllm_notes(adapted_matrices(section, CONFIG))
+    assert len(notes) == len(told)
+    for note, part in zip(notes, told, strict=True):
+        assert part in note
