@@ -67,7 +67,7 @@ def refused(asked: ImportRequest) -> str:
         ({"init_lora_weights": "pissa_niter_16"}, "belongs to a changed base"),
         ({"r": 8}, "has rank 8, this run has 16. Give adapter.rank: 8."),
         ({"rank_pattern": {}}, "has rank 16, this run has 8. Give adapter.expert_rank: 16."),
-        ({"alpha_pattern": {}}, "different scales alpha / rank: 1 (model.layers.0.mlp"),
+        ({"alpha_pattern": {}}, "different scales alpha / rank: 0.5 (model.layers.0.self_attn"),
         ({"lora_alpha": 16, "alpha_pattern": {"mlp.experts.down_proj": 8,
           "mlp.experts.gate_up_proj": 8}}, "Give adapter.alpha: 16."),
         ({"use_rslora": True}, "different scales"),
