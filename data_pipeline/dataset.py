@@ -88,7 +88,7 @@ class _Rows:
     def read(self, row: int, slots: slice = _WHOLE_ROW) -> PackedRow:
         """Read one row; its documents have the numbers of `shards`."""
         pieces = self.files.pieces(row)
-        return _read_row(pieces, self.seq_len, self.shards.tokens_and_loss, slots)
+        return read_row(pieces, self.seq_len, self.shards.tokens_and_loss, slots)
 
     def labels_before(self, row: int, slot: int) -> int:
         """Return how many labels the slots [0, slot) of a row have."""
@@ -155,7 +155,7 @@ class _HeldOutRows(_Rows):
 _TokensOf: TypeAlias = Callable[[int, int, int], tuple[Tokens, LossMask | None]]
 
 
-def _read_row(pieces: RowPieces, seq_len: int, tokens_of: _TokensOf, slots: slice) -> PackedRow:
+def read_row(pieces: RowPieces, seq_len: int, tokens_of: _TokensOf, slots: slice) -> PackedRow:
     """Fill slots of one row with the tokens of its documents.
 
     Args:
@@ -214,7 +214,7 @@ class PackedDocuments:
     def read_row(self, row: int) -> PackedRow:
         """Read one row; its `documents` are positions in the list of documents."""
         pieces = self._packed.pieces(row)
-        return _read_row(pieces, self._domain.seq_len, self._tokens, _WHOLE_ROW)
+        return read_row(pieces, self._domain.seq_len, self._tokens, _WHOLE_ROW)
 
     def _tokens(self, position: int, start: int, stop: int) -> tuple[Tokens, LossMask | None]:
         return self._domain.tokens_and_loss(int(self._documents[position]), start, stop)

@@ -161,6 +161,7 @@ def _pack_source(
     tokens = shards.document_tokens
     trained = decided.training_segments(tokens)
     measured = Segments.whole(fates.held_out, tokens[fates.held_out])
+    _check_nothing_is_cut(mix, source.name, shards)
     packer = _Packer(mix.packing, shards, work_dir, executor)
     stages: tuple[StageEntry, ...] = ()
     if mix.stages:
@@ -205,6 +206,21 @@ def _pack_source(
         held_out_unsearched=decided.held_out_unsearched,
         slots=train.slots,
     )
+
+
+def _check_nothing_is_cut(mix: MixConfig, name: str, shards: Shards) -> None:
+    """Refuse to lay documents with loss masks end to end, which cuts them where a row ends.
+
+    Raises:
+        DataError: the mix asks for it. Rows without a single label would come of it, and answers
+            without their questions.
+    """
+    if mix.packing == "concatenate" and shards.has_loss:
+        raise DataError(
+            f"source '{name}': its documents have loss masks (loss: assistant), but packing is "
+            "concatenate, which cuts a document wherever a row ends: a row could hold questions "
+            "alone and teach nothing, or an answer without its question. Set packing: best_fit."
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

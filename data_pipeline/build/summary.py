@@ -31,7 +31,7 @@ def _row(entry: SourceEntry) -> tuple[str, ...]:
         entry.name,
         entry.language,
         f"{entry.documents:,}",
-        f"{entry.predicted_tokens:,}",
+        _tokens(entry),
         f"{entry.rows:,}",
         f"{entry.held_out_documents:,}",
         f"{entry.duplicates + entry.held_out_copies:,}",
@@ -39,6 +39,13 @@ def _row(entry: SourceEntry) -> tuple[str, ...]:
         f"{entry.contaminated:,}",
         _rejects(entry),
     )
+
+
+def _tokens(entry: SourceEntry) -> str:
+    """Return the predicted tokens, and of how many they are if a loss mask left others out."""
+    if not entry.has_loss:
+        return f"{entry.predicted_tokens:,}"
+    return f"{entry.predicted_tokens:,} of {entry.slots:,}"
 
 
 def _rejects(entry: SourceEntry) -> str:

@@ -44,6 +44,8 @@ class PlannedSource:
     """Documents to train on."""
     tokens: int
     """Predicted tokens in one epoch."""
+    slots: int
+    """Slots in one epoch that hold a token of a document; more than `tokens` with loss masks."""
     rows: int
     """Rows in one epoch."""
     bytes_per_token: float
@@ -182,6 +184,12 @@ class DataPlan:
                 f"the same text costs about {JAPANESE_PREMIUM:g} times the tokens in Japanese: by "
                 f"content {', '.join(content)}"
             )
+        for source in self.sources:
+            if source.tokens < source.slots:
+                lines.append(
+                    f"{source.name}: {source.tokens / source.slots:.1%} of its tokens bear loss; "
+                    "weights and shares are of these"
+                )
         for limit in self.limits:
             verdict = "met" if limit.met else "NOT MET"
             lines.append(
@@ -396,6 +404,7 @@ def _plan_sources(
                 language=built.languages[number],
                 documents=entry.documents,
                 tokens=entry.predicted_tokens,
+                slots=entry.used_slots,
                 rows=num_rows,
                 bytes_per_token=entry.bytes / max(entry.tokens, 1),
                 drawn_tokens=drawn_tokens[number],

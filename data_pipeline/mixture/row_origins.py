@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_pipeline.build.origin import is_absent
 from data_pipeline.build.parquet_files import open_parquet
 from data_pipeline.build.provenance import input_paths
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.source_config import SourceConfig
-from data_pipeline.dataset import BuiltData
+from data_pipeline.dataset import IGNORED_LABEL, BuiltData
 from data_pipeline.errors import DataError
 from data_pipeline.escaping import escaped_line
 from data_pipeline.store.provenance import DocumentOrigin, Provenance
@@ -32,8 +34,10 @@ class PieceOrigin:
     """Number of the document in the shards of the source."""
     first_slot: int
     """First slot of the row that it takes; 0 if no row was asked for."""
+    slots: int
+    """Slots of the row that it takes; 0 if no row was asked for."""
     predicted_tokens: int
-    """Labels of it in the row; 0 if no row was asked for."""
+    """Labels of it in the row that bear loss; 0 if no row was asked for."""
     origin: DocumentOrigin
     """Where it comes from."""
     path: Path | None
@@ -51,8 +55,8 @@ class PieceOrigin:
         if self.row_group is not None:
             place += f" (row group {self.row_group[0]}, its row {self.row_group[1]} from 0)"
         line = f"source {self.source}, document {self.document}: {place}"
-        if self.predicted_tokens:
-            stop = self.first_slot + self.predicted_tokens
+        if self.slots:
+            stop = self.first_slot + self.slots
             line = f"slots {self.first_slot} to {stop - 1}: {line}"
         lines = [escaped_line(line, 4000)]
         for field, value in origin.kept.items():
@@ -85,7 +89,8 @@ def row_origins(data: BuiltData, source: int, row: int, mix: MixConfig | None) -
     found = []
     for number, document in enumerate(packed.documents.tolist()):
         start, stop = packed.bounds[number : number + 2]
-        found.append(_piece(provenance, name, document, mix, (start, stop - start)))
+        num_labels = int(np.count_nonzero(packed.labels[start:stop] != IGNORED_LABEL))
+        found.append(_piece(provenance, name, document, mix, (start, stop - start, num_labels)))
     return found
 
 
@@ -103,7 +108,7 @@ def document_origin(
     Raises:
         DataError: there is no such document, or the build does not say where it comes from.
     """
-    return _piece(Provenance(directory, source), source, document, mix, (0, 0))
+    return _piece(Provenance(directory, source), source, document, mix, (0, 0, 0))
 
 
 def _piece(
@@ -111,7 +116,7 @@ def _piece(
     source: str,
     document: int,
     mix: MixConfig | None,
-    slots: tuple[int, int],
+    slots: tuple[int, int, int],
 ) -> PieceOrigin:
     origin = provenance.of(document)
     path = None if mix is None else _path_of(mix, source, origin, provenance.num_files)
@@ -119,7 +124,8 @@ def _piece(
         source=source,
         document=document,
         first_slot=slots[0],
-        predicted_tokens=slots[1],
+        slots=slots[1],
+        predicted_tokens=slots[2],
         origin=origin,
         path=path,
         row_group=_row_group(path, origin),

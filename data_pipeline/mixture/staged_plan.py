@@ -73,6 +73,7 @@ class StagedPlan:
                     parts[0],
                     documents=sum(part.documents for part in parts),
                     tokens=tokens,
+                    slots=sum(part.slots for part in parts),
                     rows=sum(part.rows for part in parts),
                     drawn_tokens=drawn,
                     epochs=drawn_before,

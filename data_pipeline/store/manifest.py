@@ -66,6 +66,11 @@ class StageEntry:
     not each of them has a label; 0, and absent from the file, if they have none."""
 
     @property
+    def used_slots(self) -> int:
+        """Slots of the rows that hold a token of a document."""
+        return self.slots or self.predicted_tokens
+
+    @property
     def folder(self) -> str:
         """Name of the folder with the rows, in that of the source."""
         return f"{TRAIN_FOLDER}-{self.seq_len}"

@@ -88,7 +88,7 @@ def check(
             assert one["source"] == name and one["path"] == str(folder / f"{name}.jsonl")
             lines = (folder / f"{name}.jsonl").read_text().splitlines()
             record = json.loads(lines[one["origin"]["record"] - 1])
-            stop = one["first_slot"] + one["predicted_tokens"]
+            stop = one["first_slot"] + one["slots"]
             tokens = packed.input_ids[one["first_slot"] : stop].astype("uint32")
             assert decode_bytes(tokens) in record["text"].encode()
             assert one["origin"]["kept"] == ({"id": record["id"]} if name == "en" else {})

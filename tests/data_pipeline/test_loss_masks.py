@@ -13,15 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.build.build import build
+from data_pipeline.build.summary import describe_build
 from data_pipeline.config.mix_config import MixConfig
-from data_pipeline.dataset import IGNORED_LABEL, BuiltData, PackedRow
+from data_pipeline.dataset import IGNORED_LABEL, BuiltData, PackedRow, read_row
 from data_pipeline.errors import DataError
 from data_pipeline.mixture.ledger import Ledger, Segment
 from data_pipeline.mixture.mixture import Mixture
+from data_pipeline.mixture.row_origins import row_origins
 from data_pipeline.store.files import sha256_of
 from data_pipeline.store.manifest import FileEntry
-from data_pipeline.store.packing import Integers, Segments, pack
-from data_pipeline.store.shards import Shards
+from data_pipeline.store.packing import Integers, RowPieces, Segments, pack
+from data_pipeline.store.shards import LossMask, Shards
+from data_pipeline.text.tokenizer import Tokens
 from tests.data_pipeline.conftest import mix_maker
 from tests.data_pipeline.inputs import MakeMix, make_texts, mask_texts
 
@@ -253,6 +256,49 @@ def test_shares_hold_at_every_row_for_learned_tokens_whatever_the_slots(
             wanted = np.array(list(weights.values())) * given_tokens.sum()
             assert np.abs(given_tokens - wanted).max() <= largest + 1e-6
             assert 1 <= tokens <= rows.row_slots[source].max()
+
+
+def test_documents_with_masks_are_not_laid_end_to_end(make_mix: MakeMix, tmp_path: Path) -> None:
+    mix = make_mix({"ja": make_texts(20, "a")}, packing="concatenate")
+    with pytest.raises(DataError, match="source 'ja': its documents have loss masks"):
+        make_two_builds(mix, tmp_path)
+
+
+def test_label_that_bears_no_loss_is_nowhere_in_a_row() -> None:
+    """The last token of a document is a label only: another one there changes no bit of a row."""
+    pieces = RowPieces(
+        document=np.array([0, 1]), start=np.array([0, 0]), pairs=np.array([4, 3], np.int64)
+    )
+    loss = np.array([False, True, False, True, False])
+
+    def row(last: int) -> PackedRow:
+        def read(document: int, start: int, stop: int) -> tuple[Tokens, LossMask]:
+            tokens = np.array([5, 6, 7, 8, last] if document == 0 else [1, 2, 3, last], np.uint32)
+            return tokens[start:stop], loss[-len(tokens) :][start:stop]
+
+        return read_row(pieces, 10, read, slice(None))
+
+    one, other = row(100), row(199_999)
+    assert one.labels.tolist() == [6, -100, 8, -100, -100, 3, -100, -100, -100, -100]
+    for field in ("input_ids", "labels", "position_ids"):
+        assert getattr(one, field).tobytes() == getattr(other, field).tobytes()
+
+
+def test_tables_say_how_much_of_a_source_bears_loss(builds: TwoBuilds) -> None:
+    plain, masked = builds
+    entry = masked.manifest.sources[0]
+    expected = f"{entry.predicted_tokens:,} of {entry.slots:,}"
+    assert expected in describe_build(masked.manifest.sources)
+    assert " of " not in describe_build(plain.manifest.sources)
+
+
+def test_origin_of_a_piece_has_its_slots_and_its_labels(builds: TwoBuilds) -> None:
+    _, masked = builds
+    row = masked.read_row(0, 0)
+    for number, piece in enumerate(row_origins(masked, 0, 0, None)):
+        start, stop = row.bounds[number : number + 2]
+        assert (piece.first_slot, piece.slots) == (start, stop - start)
+        assert piece.predicted_tokens == np.count_nonzero(row.labels[start:stop] >= 0)
 
 
 def other_counts(path: Path) -> None:

@@ -128,7 +128,7 @@ def test_every_document_is_found_at_the_place_that_is_named(
         for found in row_origins(data, 0, row, mix):
             text = record_at(found)
             seen.add(text)
-            stop = found.first_slot + found.predicted_tokens
+            stop = found.first_slot + found.slots
             tokens = packed.input_ids[found.first_slot : stop].astype(np.uint32)
             assert decode_bytes(tokens) in text.encode()
             assert found.describe().count("\n") == len(found.origin.kept)
