@@ -20,7 +20,7 @@ from cpt.errors import ConfigError
 from cpt.model import attention, gpt_oss
 from cpt.model.adapters.attach import attach_adapters
 from cpt.model.adapters.initial_values import WithInitialAdapters
-from cpt.model.adapters.layout import adapted_matrices, is_adapter_name
+from cpt.model.adapters.layout import adapted_matrices, adapter_summary, is_adapter_name
 from cpt.model.attention import Attention
 from cpt.model.attention.probe import run_probe
 from cpt.model.freezing import freeze
@@ -64,8 +64,8 @@ def build_engine(
     )
     adapted = adapted_matrices(config.adapter, model_config)
     if adapted:
-        attached = attach_adapters(model, adapted, config.adapter.scale, topology.ep_size)
-        log.info("adapter: %s, rank %d, %s", config.adapter.kind, config.adapter.rank, attached)
+        attach_adapters(model, adapted, config.adapter.scale, topology.ep_size)
+        log.info("adapter: %s", adapter_summary(config.adapter, model_config))
     if config.zero_stage == 3:
         materialize_partitioned(model, config.engine_json, config.dtype)
         gpt_oss.restore_rotary_frequencies(model, topology.device)

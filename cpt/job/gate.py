@@ -54,6 +54,7 @@ from cpt.guard.generation.requirements import generation_problems
 from cpt.guard.kept_files import missing_files
 from cpt.guard.requirements import documents_by_domain, guard_problems
 from cpt.guard.traces.requirements import trace_problems
+from cpt.job.adapter_advice import warn_of_settings
 from cpt.job.caches import check_caches
 from cpt.job.data import (
     build_folder,
@@ -191,6 +192,7 @@ class _Gate:
         self._check_phases()
         self.found_by_one.attempt(lambda: check_caches(os.environ, is_dry_run=self.is_dry_run))
         if self.environment.rank == 0:
+            warn_of_settings(self.run_yaml)
             self._check_fit()
             self._check_trackers()
             self._check_weights()

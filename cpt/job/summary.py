@@ -13,6 +13,7 @@ from cpt.config import RunConfig
 from cpt.errors import CptError
 from cpt.job.passed_gate import PassedGate
 from cpt.job.run_dir import existing_folder
+from cpt.model.adapters.layout import adapter_summary
 from cpt.model.freezing import frozen_names
 from cpt.model.parameters import parameter_numels
 from cpt.planning.fit import fitting_gpus
@@ -37,6 +38,7 @@ def describe(passed: PassedGate) -> str:
         "data parallel": config.world_size // config.sp_size,
         "ZeRO stage": config.zero_stage,
         "dtype": config.train.dtype,
+        "adapter": adapter_summary(config.adapter, model),
         "frozen": describe_frozen(config, model),
         "guard compares with": describe_untouched(config),
         "tokens per step": f"{rows_per_step} rows x {seq_len} = {rows_per_step * seq_len} slots",
@@ -103,6 +105,8 @@ def describe_room(passed: PassedGate) -> str:
 
 def describe_frozen(config: RunConfig, model_config: GptOssConfig) -> str:
     """Return the share of the model that training leaves as it is."""
+    if config.adapter.is_on:
+        return "everything below the adapter"
     numels = parameter_numels(model_config)
     frozen = sum(numels[name] for name in frozen_names(config.train.freeze, numels))
     if not frozen:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -12,31 +11,11 @@ from cpt.model.adapters.layout import AdaptedMatrix, is_adapter_name
 from cpt.model.adapters.linear import AdaptedLinear
 from cpt.model.experts.layer import LocalExperts
 from cpt.model.gpt_oss import GptOssForCPT
-from cpt.model.parameters import parameter_numels
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttachReport:
-    """The adapters of a model over all ranks, for the log."""
-
-    matrices: int
-    """Matrices with an adapter; those of all experts of a layer count as one."""
-    adapter_values: int
-    """Values that are trained."""
-    model_values: int
-    """Values below the adapters."""
-
-    def __str__(self) -> str:
-        share = self.adapter_values / self.model_values
-        return (
-            f"{self.matrices} matrices, {self.adapter_values:,} trained parameters, "
-            f"{share:.3%} of the {self.model_values:,} below them, which stay as they are"
-        )
 
 
 def attach_adapters(
-    model: GptOssForCPT, matrices: list[AdaptedMatrix], scale: float, ep_size: int
-) -> AttachReport:
+    model: GptOssForCPT, matrices: Iterable[AdaptedMatrix], scale: float, ep_size: int
+) -> None:
     """Give matrices of a patched model their adapters, without values, and freeze the rest.
 
     Args:
@@ -44,11 +23,7 @@ def attach_adapters(
         matrices: What `adapted_matrices` returns.
         scale: The factor s of every adapter.
         ep_size: Ranks that together hold all experts of a layer.
-
-    Returns:
-        What there is now over all ranks.
     """
-    adapter_values = 0
     for matrix in matrices:
         module_name, _, last = matrix.name.rpartition(".")
         owner = model.get_submodule(module_name)
@@ -59,13 +34,7 @@ def attach_adapters(
             with_magnitude = matrix.has_magnitude
             adapted = AdaptedLinear(linear, matrix.rank, scale, with_magnitude=with_magnitude)
             setattr(owner, last, adapted)
-        adapter_values += sum(math.prod(shape) for shape in matrix.shapes().values())
     freeze_below_adapters(model)
-    return AttachReport(
-        matrices=len(matrices),
-        adapter_values=adapter_values,
-        model_values=sum(parameter_numels(model.config).values()),
-    )
 
 
 def _adapt_experts(

@@ -23,6 +23,7 @@ Shape letters: E experts, r rank.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -200,6 +201,25 @@ def adapter_shapes(section: AdapterSection, config: Any) -> dict[str, tuple[int,
 def shapes_with_adapters(section: AdapterSection, config: Any) -> Mapping[str, tuple[int, ...]]:
     """Return the shape of every parameter of the whole model, adapters included."""
     return {**parameter_shapes(config), **adapter_shapes(section, config)}
+
+
+def adapter_summary(section: AdapterSection, config: Any) -> str:
+    """Return what the adapters are and how much is trained, for the log and `--dry_run`."""
+    matrices = adapted_matrices(section, config)
+    if not matrices:
+        return "none"
+    parts = []
+    for of_experts, what in ((False, "attention matrices"), (True, "stacks of expert matrices")):
+        ranks = [matrix.rank for matrix in matrices if matrix.of_experts == of_experts]
+        if ranks:
+            parts.append(f"{len(ranks)} {what} (rank {ranks[0]})")
+    shared = ", shared by the experts" if section.share_experts else ""
+    trained = sum(math.prod(shape) for shape in adapter_shapes(section, config).values())
+    below = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    return (
+        f"{section.kind} beside {' and '.join(parts)}{shared}, scale {section.scale:g}: "
+        f"{trained:,} parameters are trained, {trained / below:.2%} of the {below:,} below them"
+    )
 
 
 def _candidates(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
