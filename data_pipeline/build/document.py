@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -91,6 +92,30 @@ class Document:
         )
 
     @classmethod
+    def from_turn(cls, conversation: Conversation, whole: str, place: Place) -> Document:
+        """Return the document of a conversation of which only the last turn is learned.
+
+        Args:
+            conversation: The conversation up to that turn.
+            whole: All that tells the record from others. The high half of the hash is made of it,
+                so it is that of all turns of a record, which one fate may await.
+            place: Place of the record.
+        """
+        own = content_hash(conversation.content.encode("utf-8"))
+        shared = content_hash(whole.encode("utf-8"))
+        rendering = _Rendering(conversation)
+        return cls(
+            text=conversation.text,
+            content_hash=(shared >> 64) << 64 | own & 2**64 - 1,
+            num_bytes=conversation.num_bytes,
+            is_conversation=True,
+            place=place,
+            tokenize=rendering.tokens,
+            loss=rendering.learned,
+            learned_bytes=conversation.num_learned_bytes,
+        )
+
+    @classmethod
     def from_invented_tokens(cls, tokens: Tokens) -> Document:
         """Return the document of tokens that stand for no text."""
         return cls(
@@ -99,3 +124,20 @@ class Document:
             num_bytes=len(tokens) * BYTES_PER_INVENTED_TOKEN,
             tokenize=lambda: tokens,
         )
+
+
+class _Rendering:
+    """Tokens and loss mask of a conversation, rendered once."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+
+    @functools.cached_property
+    def _both(self) -> tuple[Tokens, LossMask]:
+        return self._conversation.tokens_and_learned()
+
+    def tokens(self) -> Tokens:
+        return self._both[0]
+
+    def learned(self) -> LossMask:
+        return self._both[1]

@@ -31,7 +31,6 @@ from data_pipeline.build.part_groups import (
     identity_of,
     numbered_parts,
 )
-from data_pipeline.build.salted_digests import salted_digests
 from data_pipeline.build.shuffle import (
     RecordLayout,
     leading_bits,
@@ -172,8 +171,7 @@ def _find_extremes(group: _Group) -> dict[int, tuple[int, int]]:
     """Return the smallest and the largest digest of each source in a group of parts."""
     found: dict[int, tuple[int, int]] = {}
     for part in group.parts:
-        hashes = part.hashes()
-        digests = salted_digests(hashes["high"], hashes["low"])
+        digests = part.digests()
         low = int(digests.min())
         high = int(digests.max())
         if part.source in found:
@@ -237,8 +235,7 @@ def _is_held(part: NumberedPart, held_digests: tuple[int, int]) -> Mask:
         return np.ones(num_documents, dtype=bool)
     if first > last:
         return np.zeros(num_documents, dtype=bool)
-    hashes = part.hashes()
-    digests = salted_digests(hashes["high"], hashes["low"])
+    digests = part.digests()
     return np.asarray((digests >= np.uint64(first)) & (digests <= np.uint64(last)))
 
 

@@ -65,7 +65,7 @@ from data_pipeline.store.files import atomic_write, cached_per_file, make_folder
 from data_pipeline.store.manifest import StockText
 from data_pipeline.store.packing import Integers, Segments
 from data_pipeline.store.shards import Shard
-from data_pipeline.text.harmony import body
+from data_pipeline.text.harmony import body, learned_turn
 from data_pipeline.text.tokenizer import Tokens
 
 _FOLDER = "held_out"
@@ -153,15 +153,18 @@ def decontaminate(
 def _held_out_texts(source: DecidedSource) -> list[Tokens]:
     """Return the tokens of each held-out document, without the token that ends it.
 
-    A conversation is returned without its system message, which all conversations share.
+    A conversation is returned without its system message, which all conversations share; one of
+    which only a turn is learned, as that turn, without the tools and instructions that many share.
     """
     if not len(source.fates.held_out):
         return []
     shards = source.parts.open_shards()
     texts = []
     for number in source.fates.held_out.tolist():
-        text = shards.tokens(number, 0, int(shards.document_tokens[number]) - 1)
-        texts.append(body(text) if shards.chat else text)
+        text, loss = shards.tokens_and_loss(number, 0, int(shards.document_tokens[number]) - 1)
+        if shards.chat:
+            text = body(text) if loss is None else learned_turn(text, loss)
+        texts.append(text)
     return texts
 
 

@@ -162,8 +162,7 @@ def _source_rules(source: SourceConfig) -> Rules:
     if source.format == "harmony":
         rules["conversation_rules"] = RULES_VERSION
         rules["ignored_keys"] = sorted(source.ignored_keys)
-        if source.shape != "auto":
-            rules["shape"] = source.shape
+        rules |= _conversation_rules(source)
     if source.cluster_by is not None:
         rules["cluster_by"] = source.cluster_by
     if source.filters:
@@ -181,6 +180,20 @@ def _source_rules(source: SourceConfig) -> Rules:
             versions[step] = version
     if versions:
         rules["step_versions"] = versions
+    return rules
+
+
+def _conversation_rules(source: SourceConfig) -> Rules:
+    """Return the rules that a source of conversations has beside those of every one."""
+    rules: Rules = {}
+    if source.shape != "auto":
+        rules["shape"] = source.shape
+    if source.loss != "all":
+        rules["loss"] = source.loss
+    if source.turns != "last":
+        rules["turns"] = source.turns
+    if source.require_analysis:
+        rules["require_analysis"] = True
     return rules
 
 

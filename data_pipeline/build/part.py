@@ -51,7 +51,7 @@ from data_pipeline.store.packing import ARRAY_ERRORS, why_no_array
 from data_pipeline.store.provenance import Places
 from data_pipeline.store.shards import SUFFIX, LossMask, write_shard
 from data_pipeline.text.cleaning import Tally
-from data_pipeline.text.harmony import body
+from data_pipeline.text.harmony import body, learned_turn
 from data_pipeline.text.tokenizer import Tokens
 
 VERSION = 1
@@ -304,7 +304,7 @@ def _write_documents(
 ) -> None:
     with write_shard(part.shard_path) as shard:
         for document, tokens, loss in documents:
-            facts.note(document, tokens)
+            facts.note(document, tokens, loss)
             shard.add(
                 tokens,
                 document.num_bytes,
@@ -364,6 +364,17 @@ def _within_limits(
             yield encoded
 
 
+def _compared(document: Document, tokens: Tokens, loss: LossMask | None) -> Tokens:
+    """Return the tokens by which a document is told from near copies of it.
+
+    What many conversations begin with makes none of them a copy: the system message; and where only
+    a turn is learned, the tools, the instructions and the history.
+    """
+    if not document.is_conversation:
+        return tokens
+    return body(tokens) if loss is None else learned_turn(tokens, loss)
+
+
 class _DocumentFacts:
     """Facts about the documents of one unit that the end of the build needs."""
 
@@ -397,7 +408,7 @@ class _DocumentFacts:
                 self.num_duplicates += 1
                 self.num_duplicate_tokens += num_tokens
 
-    def note(self, document: Document, tokens: Tokens) -> None:
+    def note(self, document: Document, tokens: Tokens, loss: LossMask | None) -> None:
         """Add one document of the shard."""
         self._high.append(document.content_hash >> 64)
         self._low.append(document.content_hash & 2**64 - 1)
@@ -413,7 +424,7 @@ class _DocumentFacts:
             self._tokens_of_seen.clear()
         self._tokens_of_seen[document.content_hash] = num_tokens
         if self._need_signatures:
-            self._waiting.append(body(tokens) if document.is_conversation else tokens)
+            self._waiting.append(_compared(document, tokens, loss))
             self._num_waiting_tokens += len(tokens)
             if self._num_waiting_tokens >= SIGNATURE_TOKENS:
                 self._sign()

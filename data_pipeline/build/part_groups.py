@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.build.deduplication import Hashes
-from data_pipeline.build.near_duplicates import Signatures
+from data_pipeline.build.near_duplicates import Hashes64, Signatures
 from data_pipeline.build.part import read_side_file
+from data_pipeline.build.salted_digests import salted_digests
 from data_pipeline.build.source_parts import SourceParts
 from data_pipeline.errors import DataError
 
@@ -36,10 +37,18 @@ class NumberedPart:
     """Number of its first document."""
     stop: int
     """One past the number of its last document."""
+    by_record: bool
+    """Whether all documents of a record are held out, or none (`turns: each`)."""
 
     def hashes(self) -> Hashes:
         """Return the content hashes of the documents, as a memory map."""
         return read_side_file(self.hashes_path, self.work_dir)
+
+    def digests(self) -> Hashes64:
+        """Return what decides which documents are held out, [documents]."""
+        hashes = self.hashes()
+        low = hashes["high"] if self.by_record else hashes["low"]
+        return salted_digests(hashes["high"], low)
 
     def signatures(self) -> Signatures:
         """Return the MinHash signatures of the documents, as a memory map."""
@@ -65,6 +74,7 @@ def numbered_parts(gathered: Sequence[SourceParts]) -> list[NumberedPart]:
                     source=source,
                     first=first,
                     stop=stop,
+                    by_record=parts.source.turns == "each",
                 )
             )
             first = stop

@@ -140,10 +140,14 @@ def _accept_conversations(
     reading = read_conversations(_without_own_fields(source, record), source)
     for reason in reading.rejects:
         tally.reject(reason, place)
+    tally.notes.update(reading.notes)
     documents = []
     for conversation in reading.conversations:
         tally.accepted += 1
-        documents.append(Document.from_conversation(conversation, place))
+        if source.loss == "all":
+            documents.append(Document.from_conversation(conversation, place))
+        else:
+            documents.append(Document.from_turn(conversation, reading.content, place))
     return documents
 
 

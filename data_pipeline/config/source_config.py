@@ -169,6 +169,18 @@ class SourceConfig:
     of content, `weight` and `function_call`; sharegpt has `conversations` of `from` and `value`;
     alpaca has `instruction`, `input` and `output`, or a `template`. auto takes `messages` as
     harmony, and the other two as what they are."""
+    loss: Literal["all", "assistant"] = "all"
+    """Tokens of conversations that are learned: all; or assistant, those that the model generates
+    at inference in the last turn, up to <|call|> or <|return|>."""
+    turns: Literal["last", "each"] = "last"
+    """Documents that a conversation becomes with `loss: assistant`: one, whose last turn is learned;
+    or each, one for every turn, with the history as inference shows it."""
+    require_analysis: bool = False
+    """Whether a conversation whose last turn has no analysis is rejected and counted. Answers
+    without analysis teach the model not to think."""
+    too_long: Literal["reject"] | None = None
+    """What becomes of a conversation longer than a row: reject, also if it is not given, leaves it
+    out and counts it. A conversation is never cut."""
     ignored_keys: tuple[str, ...] = ()
     """Keys of conversations and their messages that may be dropped, for `format: harmony`; any
     other key that is not known rejects its record."""
@@ -215,6 +227,7 @@ class SourceConfig:
         yield from self._check_fill_in_the_middle()
         yield from self._check_clusters()
         yield from check_ignored_keys(self.ignored_keys, self.format)
+        yield from self._check_conversations()
         yield from self._check_hub()
         yield from self._check_folder()
         yield from self._check_mock()
@@ -237,8 +250,6 @@ class SourceConfig:
             )
 
     def _check_text(self) -> Iterator[Problem]:
-        if self.shape != "auto" and self.format != "harmony":
-            yield "shape", f"is given, but format: {self.format} has no conversations. Remove it."
         if self.format in ("text", "harmony", "build", "mock"):
             problem = f"is given, but format: {self.format} has no fields. Remove it."
             if self.template is not None and self.shape != "alpaca":
@@ -260,6 +271,25 @@ class SourceConfig:
             yield "normalise", "lists nfc and nfkc. Choose one."
         if self.normalise and self.format in ("mock", "harmony"):
             yield "normalise", f"is given, but format: {self.format} has no plain text. Remove it."
+
+    def _check_conversations(self) -> Iterator[Problem]:
+        """Yield the broken rules on the keys of conversations."""
+        given = {
+            "shape": self.shape != "auto",
+            "loss": self.loss != "all",
+            "turns": self.turns != "last",
+            "require_analysis": self.require_analysis,
+            "too_long": self.too_long is not None,
+        }
+        for key, is_given in given.items():
+            if is_given and self.format != "harmony":
+                yield key, f"is given, but format: {self.format} has no conversations. Remove it."
+        if self.turns == "each" and self.loss == "all":
+            yield (
+                "turns",
+                "is each, but loss is all: every document would teach all earlier turns again, "
+                "without their analysis. Set loss: assistant, or turns: last.",
+            )
 
     def _check_filters(self) -> Iterator[Problem]:
         for key, given in (("filters", self.filters), ("keep", self.keep)):

@@ -141,11 +141,8 @@ class Conversation:
     @property
     def num_learned_bytes(self) -> int:
         """Number of UTF-8 bytes of the contents that `learned` marks."""
-        num_bytes = 0
-        for message, in_last_turn in self._by_turn():
-            if in_last_turn and message.role == "assistant" and message.bears_loss:
-                num_bytes += len(message.text.encode("utf-8"))
-        return num_bytes
+        sizes = [len(message.text.encode("utf-8")) for message in self.learned_messages()]
+        return sum(sizes)
 
     def tokens(self) -> Tokens:
         """Return the ids, from <|start|> of the system message to <|return|> or <|call|>."""
@@ -198,6 +195,18 @@ class Conversation:
         for number, message in enumerate(self.messages):
             yield message, number >= begin
 
+    def last_turn(self) -> tuple[Message, ...]:
+        """Return the messages after the last answer but the one that ends the conversation."""
+        return tuple(message for message, in_last_turn in self._by_turn() if in_last_turn)
+
+    def learned_messages(self) -> list[Message]:
+        """Return the messages whose contents `learned` marks."""
+        found = []
+        for message in self.last_turn():
+            if message.role == "assistant" and message.bears_loss:
+                found.append(message)
+        return found
+
     def as_seen(self) -> Conversation:
         """Return the conversation as inference shows it: without the analysis of earlier turns."""
         kept = []
@@ -225,6 +234,17 @@ def body(tokens: Tokens) -> Tokens:
     """Return a conversation's tokens after its system message, which most of them share."""
     end_of_system_message = int(np.argmax(tokens == END))
     return tokens[end_of_system_message + 1 :]
+
+
+def learned_turn(tokens: Tokens, learned: Learned) -> Tokens:
+    """Return a conversation's tokens from the message before the first learned one on.
+
+    That is a question and all that is learned as the answer to it, without instructions, tools and
+    history, which it may share with any number of conversations.
+    """
+    first = int(np.argmax(learned))
+    starts = np.flatnonzero(tokens[: max(first - 2, 1)] == START)  # not <|start|>assistant itself
+    return tokens[int(starts[-1]) :]
 
 
 def encode_prompt(
