@@ -173,8 +173,8 @@ class SourceConfig:
     """Tokens of conversations that are learned: all; or assistant, those that the model generates
     at inference in the last turn, up to <|call|> or <|return|>."""
     turns: Literal["last", "each"] = "last"
-    """Documents that a conversation becomes with `loss: assistant`: one, whose last turn is learned;
-    or each, one for every turn, with the history as inference shows it."""
+    """Documents that a conversation becomes with `loss: assistant`: one, of which the last turn is
+    learned; or each, one for every turn, with the history as inference shows it."""
     require_analysis: bool = False
     """Whether a conversation whose last turn has no analysis is rejected and counted. Answers
     without analysis teach the model not to think."""
