@@ -1,7 +1,7 @@
 """Compare a training step of this project with the Hugging Face Trainer under DeepSpeed ZeRO-3.
 
-    python bench/step.py [--lengths 1024 4096 8192] [--ranks 1 2] [--rounds 5] [--json FILE]
-        [--svg FILE]
+    python bench/step.py [--lengths 1024 4096 8192] [--ranks 1 2] [--rounds 5] [--lora]
+        [--json FILE] [--svg FILE]
 
 A step is forward, backward and AdamW of a small gpt-oss in bf16 with fp32 master weights under
 ZeRO-3, with one packed row per process and the same rows for all.  The contenders are this project,
@@ -17,6 +17,9 @@ freed memory back at once there, which costs time.
 
 With several processes, a contender is left out and named if the machine has too little memory for
 its processes, going by the peaks of one process.  `--only` chooses the contenders.
+
+With `--lora` all train adapters on attention and on every expert, the Trainer those of PEFT
+(bench/adapters.py).
 
 On a machine that others use at the same time, `--clock cpu --threads 1` counts the CPU seconds of
 the first rank.
@@ -43,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import measuring  # noqa: E402
 from step_parts import drawing  # noqa: E402
-from step_parts.cases import NAMES, OURS, WARM_UP_STEPS, Case  # noqa: E402
+from step_parts.cases import EXPERT_RANK, NAMES, OURS, RANK, WARM_UP_STEPS, Case  # noqa: E402
 
 WORKER = ROOT / "bench" / "step_parts" / "worker.py"
 STEP_LIMIT_SECONDS = 1200
@@ -134,6 +137,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="*", choices=NAMES, default=NAMES, help="contenders besides this project"
     )
+    parser.add_argument("--lora", action="store_true", help="train adapters in place of the model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of each process; default: cores / processes")
     parser.add_argument(
@@ -186,6 +190,7 @@ def measure(
         "experts": options.experts,
         "layers": options.layers,
         "clock": options.clock,
+        "lora": options.lora,
         "threads": options.threads or max(1, (os.cpu_count() or 1) // ranks),
     }
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -267,6 +272,8 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     import transformers
 
     shape = f"{options.layers} layers, hidden 512, {options.experts} experts of 384, top 4"
+    if options.lora:
+        shape += f", LoRA of rank {RANK} on attention and {EXPERT_RANK} on every expert"
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": measuring.device_name(torch.device("cpu")),

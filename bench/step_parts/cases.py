@@ -25,6 +25,9 @@ GROUPED = "Trainer, grouped_mm"
 NAMES = (OURS, EAGER, GROUPED)
 WARM_UP_STEPS = 2
 LR = 1e-4
+RANK = 32
+EXPERT_RANK = 8
+"""Ranks of adapters of attention and of every expert: RANK / experts of a token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +50,10 @@ class Case:
     """Layers of the model."""
     clock: str
     """`wall`, or `cpu` for the CPU seconds of a process."""
+    lora: bool = False
+    """Whether adapters of RANK and EXPERT_RANK are trained in place of the model: those of this
+    project, or PEFT's.
+    """
     measures_memory: bool = False
     """Whether its steps report peak memory, in an environment that would spoil their times."""
 

@@ -15,7 +15,7 @@ from cpt.parallel.topology import Topology
 from cpt.resilience.phase import PhaseClock
 from cpt.training.engine import TrainingEngine
 from data_pipeline.config.strict_yaml import parse_yaml, read_file
-from step_parts.cases import LR, Case, model_config
+from step_parts.cases import EXPERT_RANK, LR, RANK, Case, model_config
 
 
 def build(case: Case, offload: dict[str, Any] | None = None) -> tuple[TrainingEngine, Topology]:
@@ -31,6 +31,8 @@ data: {{mix: unused.yaml}}
 train: {{seq_len: {case.tokens}, global_batch_size: {case.ranks}, total_steps: 1000,
   schedule: constant, lr: {LR}}}
 """
+    if case.lora:
+        text += f"adapter: {{kind: lora, rank: {RANK}, expert_rank: {EXPERT_RANK}, alpha: {RANK}}}"
     zero = {"stage": 3, **(offload or {})}
     engine_text = json.dumps({"zero_optimization": zero, "sequence_parallel_size": 1})
     engine_json = parse_yaml(engine_text, "ds.json")

@@ -16,7 +16,18 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import measuring  # noqa: E402
 
-from step_parts.cases import GROUPED, LR, OURS, WARM_UP_STEPS, Baton, Case, model_config, row  # noqa: E402
+from step_parts.cases import (  # noqa: E402
+    EXPERT_RANK,
+    GROUPED,
+    LR,
+    OURS,
+    RANK,
+    WARM_UP_STEPS,
+    Baton,
+    Case,
+    model_config,
+    row,
+)
 
 
 class Clock:
@@ -59,8 +70,8 @@ def run_ours(case: Case, baton: Baton, rank: int) -> None:
 def run_trainer(case: Case, baton: Baton, rank: int, folder: Path) -> None:
     """Train with the Hugging Face Trainer, set up as its documentation says.
 
-    It runs DeepSpeed ZeRO-3 and eager attention, for which restarting positions go unseen: packed
-    documents are not kept apart.
+    It runs DeepSpeed ZeRO-3, without DeepSpeed PEFT's adapters, and eager attention, for which
+    restarting positions go unseen: packed documents are not kept apart.
     """
     from transformers import GptOssForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -88,7 +99,9 @@ def run_trainer(case: Case, baton: Baton, rank: int, folder: Path) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             baton.done(state.global_step - 1, self.clock.stop())
 
-    zero = {"stage": 3, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": False}
+    engine: dict[str, Any] = {}
+    if not case.lora:
+        engine["deepspeed"] = deepspeed_settings()
     settings = TrainingArguments(
         output_dir=str(folder / "trainer"),
         per_device_train_batch_size=1,
@@ -106,21 +119,47 @@ def run_trainer(case: Case, baton: Baton, rank: int, folder: Path) -> None:
         logging_strategy="no",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        deepspeed={
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "bf16": {"enabled": "auto"},
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-        },
+        **engine,
     )
     config = model_config(case)
     config._attn_implementation = "eager"
     config._experts_implementation = "grouped_mm" if case.contender == GROUPED else "eager"
     torch.manual_seed(0)
-    model = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model: Any = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
+    if case.lora:
+        model = with_peft(model)
     Trainer(model=model, args=settings, train_dataset=Rows(), callbacks=[TakeTurns()]).train()
+
+
+def deepspeed_settings() -> dict[str, Any]:
+    """Return ZeRO-3 as the documentation of the Trainer has it."""
+    zero = {"stage": 3, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": False}
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def with_peft(model: Any) -> Any:
+    """Return a model with PEFT's adapters on attention and on every expert."""
+    from peft import LoraConfig, get_peft_model
+
+    experts = ("experts.gate_up_proj", "experts.down_proj")
+    settings = LoraConfig(
+        r=RANK,
+        lora_alpha=RANK,
+        lora_dropout=0.0,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=[f"mlp.{name}" for name in experts],
+        rank_pattern=dict.fromkeys(experts, EXPERT_RANK),
+        alpha_pattern=dict.fromkeys(experts, EXPERT_RANK),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, settings)
 
 
 def main() -> None:
