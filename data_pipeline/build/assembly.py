@@ -209,17 +209,18 @@ def _pack_source(
 
 
 def _check_nothing_is_cut(mix: MixConfig, name: str, shards: Shards) -> None:
-    """Refuse to lay documents with loss masks end to end, which cuts them where a row ends.
+    """Refuse to lay conversations end to end, which cuts them where a row ends.
 
     Raises:
-        DataError: the mix asks for it. Rows without a single label would come of it, and answers
-            without their questions.
+        DataError: the mix asks for it. Answers without their questions would come of it, and with
+            loss masks rows without a single label. What a mix itself says is refused when it is
+            read; an earlier build is looked at here.
     """
-    if mix.packing == "concatenate" and shards.has_loss:
+    if mix.packing == "concatenate" and (shards.chat or shards.has_loss):
         raise DataError(
-            f"source '{name}': its documents have loss masks (loss: assistant), but packing is "
-            "concatenate, which cuts a document wherever a row ends: a row could hold questions "
-            "alone and teach nothing, or an answer without its question. Set packing: best_fit."
+            f"source '{name}' holds conversations or loss masks, but packing is concatenate, which "
+            "cuts a document wherever a row ends: an answer would be learned without its question, "
+            "and a row of questions would teach nothing. Set packing: best_fit."
         )
 
 

@@ -9,10 +9,11 @@ from functools import partial
 
 from data_pipeline.build.clusters import NO_CLUSTER
 from data_pipeline.build.deduplication import content_hash
+from data_pipeline.build.stored_rows import StoredConversation
 from data_pipeline.store.shards import LossMask
 from data_pipeline.text.cleaning import Place
-from data_pipeline.text.harmony import Conversation
-from data_pipeline.text.tokenizer import Tokens, encode
+from data_pipeline.text.harmony import Conversation, body
+from data_pipeline.text.tokenizer import Tokens, decode, encode
 
 BYTES_PER_INVENTED_TOKEN = 4
 """UTF-8 bytes that an invented token counts as; about what a token of real text stands for."""
@@ -113,6 +114,29 @@ class Document:
             tokenize=rendering.tokens,
             loss=rendering.learned,
             learned_bytes=conversation.num_learned_bytes,
+        )
+
+    @classmethod
+    def from_stored_conversation(cls, stored: StoredConversation, place: Place) -> Document:
+        """Return the document of a conversation of an earlier build.
+
+        With a loss mask the high half of its hash is that of its record, as for the turns of one
+        that is read from its file.
+        """
+        own = content_hash(body(stored.tokens).tobytes())
+        loss = stored.loss
+        if loss is not None:
+            shared = content_hash(stored.record.encode("utf-8", "surrogateescape"))
+            own = (shared >> 64) << 64 | own & 2**64 - 1
+        return cls(
+            text=decode(body(stored.tokens)),
+            content_hash=own,
+            num_bytes=stored.num_bytes,
+            is_conversation=True,
+            place=place,
+            tokenize=lambda: stored.tokens,
+            loss=None if loss is None else lambda: loss,
+            learned_bytes=stored.learned_bytes,
         )
 
     @classmethod

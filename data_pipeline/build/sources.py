@@ -36,11 +36,17 @@ from data_pipeline.build.record_fields import (
     value_fields,
     why_filtered,
 )
-from data_pipeline.build.stored_rows import read_build_texts, read_dataset_rows
+from data_pipeline.build.stored_rows import (
+    holds_conversations,
+    read_build_conversations,
+    read_build_texts,
+    read_dataset_rows,
+)
 from data_pipeline.build.table_columns import table_records
 from data_pipeline.build.units import Unit, split_into_units
 from data_pipeline.build.unreadable_files import unreadable, why_no_text
 from data_pipeline.config.source_config import SourceConfig, fill_template
+from data_pipeline.errors import DataError
 from data_pipeline.store.provenance import place_of
 from data_pipeline.store.text_files import open_text, text_layers
 from data_pipeline.text.cleaning import (
@@ -355,12 +361,28 @@ def _read_dataset(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Do
 
 
 def _read_build(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
+    if holds_conversations(source):
+        yield from _read_build_conversations(source, unit, tally)
+        return
     contents = read_build_texts(source, unit.start, unit.stop)
     for number, content in enumerate(contents, unit.start + 1):
         place = Place(f"{unit.paths[0]}: document {number}")
         document = _accept_bytes(source, content, place, tally)
         if document is not None:
             yield document.located(number)
+
+
+def _read_build_conversations(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:
+    if source.hook is not None or source.normalise or source.min_characters is not None:
+        raise DataError(
+            f"source '{source.name}': the build holds conversations, which have no plain text for "
+            "hook, normalise or min_characters. Remove these keys."
+        )
+    stored = read_build_conversations(source, unit.start, unit.stop)
+    for number, conversation in enumerate(stored, unit.start + 1):
+        tally.accepted += 1
+        place = Place(f"{unit.paths[0]}: document {number}")
+        yield Document.from_stored_conversation(conversation, place).located(number)
 
 
 def _read_mock(source: SourceConfig, unit: Unit, tally: Tally) -> Iterator[Document]:

@@ -6,16 +6,20 @@ Decisions
     An earlier build gives its training documents, decoded; what it held out stays out. Decoding is
     exact, so cleaning, hashing and cutting work as for any other text. Of a document that lost a
     stretch each side is a document of its own, without the characters that the cut goes through.
+    Conversations are taken as they stand there, tokens and loss masks, since their text alone would
+    not say who speaks. Of several sources either all hold conversations or none.
 """
 
 from __future__ import annotations
 
 import codecs
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from data_pipeline.build.table_columns import check_columns, column_path
 from data_pipeline.config.links import dangling_link
@@ -32,9 +36,10 @@ from data_pipeline.store.packing import (
     load_array,
     segments_of,
 )
-from data_pipeline.store.shards import Shards
+from data_pipeline.store.provenance import Provenance
+from data_pipeline.store.shards import LossMask, Shards
 from data_pipeline.store.verification import check_files
-from data_pipeline.text.tokenizer import decode_bytes
+from data_pipeline.text.tokenizer import Tokens, decode_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,9 +51,27 @@ _BATCH_ROWS = 256
 class _BuiltSource:
     """A source of an earlier build."""
 
+    folder: Path
+    """Folder of the source in the build."""
     shards: Shards
     train: Segments
     """What the build trains on: documents, or stretches of them, in their order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredConversation:
+    """A conversation of an earlier build, as it stands there."""
+
+    tokens: Tokens
+    """Ids, up to the one that ends it."""
+    loss: LossMask | None
+    """Whether each of them bears loss as a label; None if all do, and in all others, too."""
+    num_bytes: int
+    """UTF-8 bytes of its contents."""
+    learned_bytes: int
+    """UTF-8 bytes of the contents that bear loss."""
+    record: str
+    """What names the record that it comes from: several of its turns may be documents."""
 
 
 def count_rows(source: SourceConfig) -> tuple[int, int]:
@@ -121,6 +144,51 @@ def read_build_texts(source: SourceConfig, start: int, stop: int) -> Iterator[by
         num_before += len(built.train)
 
 
+def holds_conversations(source: SourceConfig) -> bool:
+    """Return whether the documents of an earlier build are conversations."""
+    return any(built.shards.chat for built in _built_sources(source))
+
+
+def read_build_conversations(
+    source: SourceConfig, start: int, stop: int
+) -> Iterator[StoredConversation]:
+    """Yield the conversations [start, stop) of an earlier build, as `read_build_texts` counts.
+
+    If only some sources of the build have loss masks, the others get masks in which all tokens bear
+    loss: so they are learned as they were there.
+    """
+    sources = _built_sources(source)
+    has_loss = any(built.shards.has_loss for built in sources)
+    num_before = 0
+    for built in sources:
+        first = max(start - num_before, 0)
+        last = min(max(stop - num_before, 0), len(built.train))
+        origins = Provenance(built.folder.parent, built.folder.name) if first < last else None
+        for number in range(first, last):
+            assert origins is not None
+            yield _stored_conversation(built, number, has_loss, origins)
+        num_before += len(built.train)
+
+
+def _stored_conversation(
+    built: _BuiltSource, number: int, has_loss: bool, origins: Provenance
+) -> StoredConversation:
+    document = int(built.train.document[number])
+    length = int(built.train.tokens[number])
+    assert built.train.start[number] == 0, "a conversation is never cut"
+    tokens, loss = built.shards.tokens_and_loss(document, 0, length)
+    if has_loss and loss is None:
+        loss = np.ones(len(tokens), np.bool_)
+    origin = origins.of(document)
+    return StoredConversation(
+        tokens=tokens.astype(np.uint32),
+        loss=loss,
+        num_bytes=int(built.shards.document_bytes[document]),
+        learned_bytes=int(built.shards.learned_bytes[document]),
+        record=f"{built.folder.name}\n{origin.file}\n{origin.record}",
+    )
+
+
 def _num_bytes(built: _BuiltSource) -> int:
     """Return the UTF-8 bytes of all segments; of cut documents in proportion to their tokens."""
     train = built.train
@@ -179,17 +247,34 @@ def _open_build(directory: Path, names: tuple[str, ...]) -> list[_BuiltSource]:
     found = []
     for name in names or known:
         shards = Shards(directory / name, manifest.shard_names(name), verify=False)
-        if shards.chat:
-            raise DataError(
-                f"{directory}: source '{name}' holds conversations (format: harmony), which cannot "
-                "be taken as text. List the other sources in build_sources, and take the "
-                "conversations from their own files."
-            )
         stages = []
         for folder in known[name].train_folders:
             stages.append(_training_segments(directory / name / folder, shards))
-        found.append(_BuiltSource(shards, join_segments(stages)))
+        found.append(_BuiltSource(directory / name, shards, join_segments(stages)))
+    _check_one_kind(directory, found)
     return found
+
+
+def _check_one_kind(directory: Path, sources: Sequence[_BuiltSource]) -> None:
+    """Refuse to take text and conversations as one source.
+
+    Raises:
+        DataError: some sources hold text and others conversations.
+    """
+    chats = [built.folder.name for built in sources if built.shards.chat]
+    texts = [built.folder.name for built in sources if not built.shards.chat]
+    if chats and texts:
+        raise DataError(
+            f"{directory}: source '{chats[0]}' holds conversations (format: harmony), and "
+            f"'{texts[0]}' text. One source is either: write a source for each, and list in its "
+            f"build_sources {', '.join(chats)}, or {', '.join(texts)}."
+        )
+    for built in sources:
+        if built.shards.has_loss and not built.shards.chat:
+            raise DataError(
+                f"{built.folder}: its texts have loss masks, which would be lost when they are "
+                "read as text. Take them from their own files."
+            )
 
 
 def _training_segments(folder: Path, shards: Shards) -> Segments:

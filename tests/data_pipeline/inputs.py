@@ -13,6 +13,8 @@ import pytest
 from data_pipeline.build import units
 from data_pipeline.build.document import Document
 from data_pipeline.config.mix_config import MixConfig
+from data_pipeline.text.cleaning import Place
+from data_pipeline.text.harmony import Conversation
 
 WORDS = (
     "river",
@@ -79,3 +81,17 @@ def mask_texts(monkeypatch: pytest.MonkeyPatch, share: float = 0.4) -> None:
         return dataclasses.replace(document, loss=lambda: loss, learned_bytes=learned_bytes)
 
     monkeypatch.setattr(Document, "from_text", masked)
+
+
+def mask_conversations(monkeypatch: pytest.MonkeyPatch, share: float = 0.4) -> None:
+    """Give each conversation a loss mask that its content alone decides; its last token is True."""
+    plain = Document.from_conversation
+
+    def masked(conversation: Conversation, place: Place) -> Document:
+        document = plain(conversation, place)
+        loss = np.random.default_rng(document.content_hash).random(len(document.tokenize())) < share
+        loss[-1] = True
+        learned_bytes = 1 + document.num_bytes // 3
+        return dataclasses.replace(document, loss=lambda: loss, learned_bytes=learned_bytes)
+
+    monkeypatch.setattr(Document, "from_conversation", masked)

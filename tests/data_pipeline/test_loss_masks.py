@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data_pipeline
 from data_pipeline.build.build import build
+from data_pipeline.build.document import Document
 from data_pipeline.build.summary import describe_build
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.dataset import IGNORED_LABEL, BuiltData, PackedRow, read_row
@@ -24,9 +27,11 @@ from data_pipeline.store.files import sha256_of
 from data_pipeline.store.manifest import FileEntry
 from data_pipeline.store.packing import Integers, RowPieces, Segments, pack
 from data_pipeline.store.shards import LossMask, Shards
+from data_pipeline.text.cleaning import Place
+from data_pipeline.text.harmony import Conversation
 from data_pipeline.text.tokenizer import Tokens
 from tests.data_pipeline.conftest import mix_maker
-from tests.data_pipeline.inputs import MakeMix, make_texts, mask_texts
+from tests.data_pipeline.inputs import MakeMix, make_texts, mask_conversations, mask_texts
 
 SEQ_LEN = 32
 GUARD = {"domains": [{"name": "japanese", "language": "ja", "sources": ["ja"]}]}
@@ -260,7 +265,7 @@ def test_shares_hold_at_every_row_for_learned_tokens_whatever_the_slots(
 
 def test_documents_with_masks_are_not_laid_end_to_end(make_mix: MakeMix, tmp_path: Path) -> None:
     mix = make_mix({"ja": make_texts(20, "a")}, packing="concatenate")
-    with pytest.raises(DataError, match="source 'ja': its documents have loss masks"):
+    with pytest.raises(DataError, match="source 'ja' holds conversations or loss masks"):
         make_two_builds(mix, tmp_path)
 
 
@@ -299,6 +304,67 @@ def test_origin_of_a_piece_has_its_slots_and_its_labels(builds: TwoBuilds) -> No
         start, stop = row.bounds[number : number + 2]
         assert (piece.first_slot, piece.slots) == (start, stop - start)
         assert piece.predicted_tokens == np.count_nonzero(row.labels[start:stop] >= 0)
+
+
+def conversations(directory: Path, name: str) -> dict[bytes, tuple[bytes, int, int]]:
+    """Return mask, bytes and learned bytes of the documents that a source trains on, by tokens."""
+    built = BuiltData.open(directory)
+    folder = directory / name
+    shards = Shards(folder, built.manifest.shard_names(name))
+    found = {}
+    for document in np.unique(np.load(folder / "train" / "piece_document.npy")).tolist():
+        tokens, loss = shards.tokens_and_loss(document, 0, int(shards.document_tokens[document]))
+        mask = b"" if loss is None else loss.tobytes()
+        sizes = int(shards.document_bytes[document]), int(shards.learned_bytes[document])
+        found[tokens.tobytes()] = (mask, *sizes)
+    return found
+
+
+@pytest.fixture
+def chat(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A source of conversations that get masks."""
+    mask_conversations(monkeypatch)
+    sample = Path(data_pipeline.__file__).parent / "sample" / "en_chat.jsonl"
+    return {"format": "harmony", "path": str(sample)}
+
+
+def test_conversations_of_an_earlier_build_keep_their_tokens_and_masks(
+    make_mix: MakeMix, tmp_path: Path, chat: dict[str, str]
+) -> None:
+    first = make_mix({"chat": [], "en": make_texts(20, "e")}, seq_len=2048, sources={"chat": chat})
+    build(first, tmp_path / "first", progress=False)
+    earlier = {"format": "build", "path": str(tmp_path / "first"), "build_sources": ["chat"]}
+    second = make_mix({"again": []}, folder="x", seq_len=2048, sources={"again": earlier})
+    build(second, tmp_path / "second", progress=False)
+    expected = conversations(tmp_path / "first", "chat")
+    assert len(expected) > 40
+    assert conversations(tmp_path / "second", "again") == expected
+    entry = BuiltData.open(tmp_path / "second").manifest.sources[0]
+    assert entry.slots > entry.predicted_tokens
+    cut = make_mix({"again": []}, folder="y", packing="concatenate", sources={"again": earlier})
+    with pytest.raises(DataError, match="source 'again' holds conversations or loss masks"):
+        build(dataclasses.replace(cut, seq_len=2048), tmp_path / "third", progress=False)
+
+
+def test_conversation_of_which_nothing_is_learned_is_rejected_and_counted(
+    make_mix: MakeMix, tmp_path: Path, chat: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masked = Document.from_conversation
+    number = itertools.count()
+
+    def sometimes_empty(conversation: Conversation, place: Place) -> Document:
+        document = masked(conversation, place)
+        if next(number) % 15:
+            return document
+        nothing = np.zeros(len(document.tokenize()), bool)
+        nothing[0] = True  # the first token is nobody's label
+        return dataclasses.replace(document, loss=lambda: nothing)
+
+    monkeypatch.setattr(Document, "from_conversation", sometimes_empty)
+    mix = make_mix({"chat": []}, seq_len=2048, sources={"chat": chat}, max_reject_share=0.2)
+    (entry,) = build(mix, tmp_path / "out", progress=False).sources
+    assert entry.rejects == {"no token bears loss": 3}
+    assert len(conversations(tmp_path / "out", "chat")) == entry.documents
 
 
 def other_counts(path: Path) -> None:

@@ -363,7 +363,7 @@ def test_a_shard_whose_control_tokens_are_others_than_its_header_says_is_refused
         Shard(path)
 
 
-def test_conversations_of_an_earlier_build_are_not_taken_as_text(
+def test_conversations_and_text_of_an_earlier_build_are_not_one_source(
     chat_mix: Any, make_mix: MakeMix, tmp_path: Path
 ) -> None:
     build(chat_mix(), tmp_path / "first", progress=False)
