@@ -21,7 +21,7 @@ from cpt.model.configuration import load_config
 from cpt.planning.estimate import Estimate, estimate
 from cpt.planning.figure import PlannedPoint, draw
 from cpt.planning.hardware import CLUSTERS, GPUS, Assumptions, Gpu, with_fabric
-from cpt.planning.memory import ParameterCounts, count_parameters
+from cpt.planning.memory import ParameterCounts, counts_of
 from cpt.planning.routing import read_routing
 from cpt.planning.search import Layout, search
 from cpt.planning.table import HEADER, comparison, line
@@ -233,7 +233,7 @@ class _Planner:
     def _architecture(self, name: str | None) -> Architecture:
         if name not in self._architectures:
             title, config = self._load_config(name)
-            counts = count_parameters(config, self._run.train.freeze)
+            counts = counts_of(self._run, config)
             self._architectures[name] = Architecture(title=title, config=config, counts=counts)
         return self._architectures[name]
 

@@ -21,7 +21,7 @@ from cpt.config import RunConfig
 from cpt.deepspeed_adapter.shards import state_tensors
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
-from cpt.planning.memory import count_parameters, device_memory
+from cpt.planning.memory import counts_of, device_memory
 from cpt.telemetry.mailbox import EventMailbox
 from cpt.training.engine import TrainingEngine
 
@@ -100,7 +100,7 @@ def predicted(config: RunConfig, model: GptOssConfig, device_type: str) -> dict[
     ZeRO 1 and 2 allocate the gradients and the buffers of reductions in every step, so there they
     belong to its peak; those buffers of ZeRO-3 are there before.
     """
-    counts = count_parameters(model, config.train.freeze)
+    counts = counts_of(config, model)
     parts = device_memory(config, model, counts, device_type)
     kept: tuple[str, ...] = ("weights", "optimizer")
     if config.zero_stage == 3:

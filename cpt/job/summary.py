@@ -17,7 +17,7 @@ from cpt.model.adapters.layout import adapter_summary
 from cpt.model.freezing import frozen_names
 from cpt.model.parameters import parameter_numels
 from cpt.planning.fit import fitting_gpus
-from cpt.planning.memory import GIB, count_parameters, device_memory, memory_tables
+from cpt.planning.memory import GIB, counts_of, device_memory, memory_tables
 from data_pipeline.build.found_builds import input_bytes
 
 
@@ -117,7 +117,7 @@ def describe_frozen(config: RunConfig, model_config: GptOssConfig) -> str:
 def describe_memory(passed: PassedGate) -> str:
     """Return what a rank takes by part, and which GPUs have that much."""
     config, model = passed.config, passed.model_config
-    memory = device_memory(config, model, count_parameters(model, config.train.freeze))
+    memory = device_memory(config, model, counts_of(config, model))
     if passed.card is None:
         fit = fitting_gpus(memory)
     else:

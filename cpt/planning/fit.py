@@ -21,7 +21,7 @@ from transformers import GptOssConfig
 from cpt.config import LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.errors import ConfigError
 from cpt.planning.hardware import ANY_GPU, GPUS, Assumptions
-from cpt.planning.memory import GIB, ParameterCounts, count_parameters, device_memory, host_memory
+from cpt.planning.memory import GIB, ParameterCounts, counts_of, device_memory, host_memory
 from data_pipeline.config.strict_yaml import Located
 
 MOST_RANKS = 1024
@@ -74,7 +74,7 @@ class PlannedStart:
         cls, run: RunYaml, json: Located, model: GptOssConfig, launch: LaunchInfo
     ) -> PlannedStart:
         """Count the parameters of a start."""
-        counts = count_parameters(model, run.train.freeze)
+        counts = counts_of(run, model)
         return cls(run=run, json=json, model=model, launch=launch, counts=counts)
 
     def config(self) -> RunConfig | None:

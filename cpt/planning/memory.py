@@ -8,18 +8,31 @@ moment with the largest sum.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import GptOssConfig
 
-from cpt.config import RunConfig
+from cpt.config import RunConfig, RunYaml
+from cpt.config.adapter_section import AdapterSection
+from cpt.model.adapters.layout import is_adapter_name, shapes_with_adapters
+from cpt.model.experts.packed import packed_bytes
 from cpt.model.freezing import frozen_names
-from cpt.model.parameters import parameter_numels
-from cpt.model.weights.hf_layout import is_expert_name
+from cpt.model.weights.hf_layout import is_expert_matrix, is_expert_name
 from cpt.planning.step_memory import StepSizes, local_tokens, mask_bytes, step_moments
 from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES, host_gradient_bytes
 
 GIB = 2**30
+STEP_PARTS = (
+    "gathered weights",
+    "decoded experts",
+    "weight gradients",
+    "activations",
+    "logits",
+    "update",
+)
+"""What a step takes beyond the state, by part."""
 SUB_GROUP_SIZE = 10**9
 """Parameters after which ZeRO-3 begins another group for the update, unless the DeepSpeed JSON says
 otherwise.
@@ -28,6 +41,8 @@ EXPERT_GROUP_SIZE = 178_956_971
 """Parameters of an optimizer group of experts, at most, unless it is a single one (deepspeed
 0.19.8, moe/utils.py).
 """
+SMALL = ("bias", "sinks", "lora_magnitude")
+"""Ends of the names of parameters that are no matrices; norms are the others."""
 REDUCE_BUCKET_SIZE = 5 * 10**8
 """Numbers of a buffer in which DeepSpeed reduces gradients, unless the DeepSpeed JSON says
 otherwise.
@@ -36,7 +51,7 @@ otherwise.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterCounts:
-    """Parameters of the whole model."""
+    """Parameters of the whole model, adapters included."""
 
     dense: int
     """Parameters that every rank needs."""
@@ -50,20 +65,43 @@ class ParameterCounts:
     """The sizes of the matrices among `trained_dense`, in the model's order."""
     expert_matrices: tuple[int, ...]
     """The sizes of the matrices among `trained_experts`, in the model's order."""
+    packed: int = 0
+    """Weights of experts that stay in 4 bits. They are no parameters, and not among `experts`."""
 
 
-def count_parameters(model: GptOssConfig, freeze: tuple[str, ...]) -> ParameterCounts:
-    """Count the parameters of a model, and those that `train.freeze` leaves trainable."""
-    dense, experts = parameter_counts(model)
-    trained_dense, trained_experts = parameter_counts(model, freeze)
-    dense_matrices, expert_matrices = _trained_matrices(model, freeze)
+def counts_of(run: RunYaml | RunConfig, model: GptOssConfig) -> ParameterCounts:
+    """Count the parameters that a run trains and those that it leaves as they are."""
+    return count_parameters(model, run.train.freeze, run.adapter)
+
+
+def count_parameters(
+    model: GptOssConfig, freeze: tuple[str, ...], adapter: AdapterSection | None = None
+) -> ParameterCounts:
+    """Count the parameters of a model, and those that are trained.
+
+    Args:
+        model: The model.
+        freeze: Patterns of `train.freeze`.
+        adapter: The adapters; with them, nothing below them is trained.
+    """
+    adapter = adapter or AdapterSection()
+    packed, shapes = _split_packed(model, adapter)
+    trained = _trained_names(freeze, adapter, shapes)
+    sums = {"dense": 0, "experts": 0, "trained_dense": 0, "trained_experts": 0}
+    matrices: dict[str, list[int]] = {"dense": [], "experts": []}
+    for name, shape in shapes.items():
+        kind = "experts" if is_expert_name(name) else "dense"
+        numel = math.prod(shape)
+        sums[kind] += numel
+        if name in trained:
+            sums[f"trained_{kind}"] += numel
+            if not name.endswith(SMALL) and "norm" not in name:
+                matrices[kind].append(numel)
     return ParameterCounts(
-        dense=dense,
-        experts=experts,
-        trained_dense=trained_dense,
-        trained_experts=trained_experts,
-        dense_matrices=dense_matrices,
-        expert_matrices=expert_matrices,
+        **sums,
+        dense_matrices=tuple(matrices["dense"]),
+        expert_matrices=tuple(matrices["experts"]),
+        packed=packed,
     )
 
 
@@ -74,32 +112,31 @@ def parameter_counts(model: GptOssConfig, left_out: tuple[str, ...] = ()) -> tup
         model: The model.
         left_out: Patterns of parameters that are not counted.
     """
-    numels = _numels_without(model, left_out)
-    experts = sum(numel for name, numel in numels.items() if is_expert_name(name))
-    return sum(numels.values()) - experts, experts
+    counts = count_parameters(model, left_out)
+    return counts.trained_dense, counts.trained_experts
 
 
-def _numels_without(model: GptOssConfig, left_out: tuple[str, ...]) -> dict[str, int]:
-    numels = parameter_numels(model)
-    for name in frozen_names(left_out, numels):
-        del numels[name]
-    return numels
-
-
-def _trained_matrices(
-    model: GptOssConfig, freeze: tuple[str, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the sizes of dense and expert matrices, without biases, norms and sinks."""
-    dense = []
-    experts = []
-    for name, numel in _numels_without(model, freeze).items():
-        if name.endswith(("bias", "sinks")) or "norm" in name:
-            continue
-        if is_expert_name(name):
-            experts.append(numel)
+def _split_packed(
+    model: GptOssConfig, adapter: AdapterSection
+) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Return the number of packed weights, and the shapes of the parameters."""
+    packed = 0
+    shapes = {}
+    for name, shape in shapes_with_adapters(adapter, model).items():
+        if adapter.base == "mxfp4" and is_expert_matrix(name, shape):
+            packed += math.prod(shape)
         else:
-            dense.append(numel)
-    return tuple(dense), tuple(experts)
+            shapes[name] = shape
+    return packed, shapes
+
+
+def _trained_names(
+    freeze: tuple[str, ...], adapter: AdapterSection, names: Iterable[str]
+) -> set[str]:
+    if adapter.is_on:
+        return {name for name in names if is_adapter_name(name)}
+    names = set(names)
+    return names - frozen_names(freeze, names)
 
 
 def device_memory(
@@ -115,13 +152,13 @@ def device_memory(
             moment["gradients"] = 0
     moments["update"] = {"gradients": gradients, "update": _device_update(config, counts, sizes)}
     largest = max(moments.values(), key=lambda moment: sum(moment.values()))
-    parts = ("gathered weights", "weight gradients", "activations", "logits", "update")
     return {
         "weights": _device_weights(config, counts),
+        "packed experts": packed_bytes(counts.packed) // config.ep_size,
         "gradients": largest["gradients"],
         "optimizer": _device_optimizer(config, counts),
         "reduce buffers": _reduce_buffers(config),
-        **{part: largest.get(part, 0) for part in parts},
+        **{part: largest.get(part, 0) for part in STEP_PARTS},
     }
 
 
@@ -259,7 +296,7 @@ def _offloads(config: RunConfig, what: str) -> bool:
 
 def memory_tables(config: RunConfig, model: GptOssConfig) -> str:
     """Return what one rank takes, on its device and, if state is offloaded, elsewhere."""
-    counts = count_parameters(model, config.train.freeze)
+    counts = counts_of(config, model)
     places = {
         "memory": device_memory(config, model, counts),
         "host memory": host_memory(config, model, counts),

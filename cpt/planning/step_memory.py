@@ -6,6 +6,7 @@ The tensors are added up for each moment at which a step can need most:
                 gradient is being made, and tiles of logits are worked on
     table       that gradient is reduced: this rank's part of it is copied to fp32
     experts     the backward of the last layer's experts, up to the gradient of their second matrix
+    decoding    that moment over a packed base: their first matrices are decoded
     rows        the same up to the gradient of their first matrix
     reduction   that gradient is reduced, as the table's
     attention   the backward of attention in the last layer
@@ -13,21 +14,27 @@ The tensors are added up for each moment at which a step can need most:
 
 The largest is found by `cpt.planning.memory`, which knows the update, too.
 
+With adapters, the weights below them have no gradients, and a layer keeps the inputs of their
+products and what A makes of these. Layers before the first adapter keep nothing.
+
 Experts are taken to be evenly routed, and rows to hold documents longer than the window; allocator
 fragmentation and library workspaces are not included.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
 from cpt.config.window import window_tokens
+from cpt.model.adapters.layout import AdaptedMatrix, adapted_matrices
 from cpt.model.attention.cpu import BACKWARD_BLOCK_ROWS, FORWARD_BLOCK_ROWS, block_tokens
 from cpt.model.attention.function import PIECE_ELEMENTS_CPU, PIECE_ELEMENTS_GPU
 from cpt.model.experts.grouped import ALIGNMENT_BYTES
+from cpt.model.experts.packed import experts_in_scratch
 from cpt.model.loss.tiles import work_bytes
 from cpt.storage.state_bytes import FP32_BYTES
 
@@ -38,6 +45,59 @@ REUSE_DISTANCE = 10**9
 """Parameters between two uses up to which DeepSpeed keeps a gathered parameter, unless the
 DeepSpeed JSON says otherwise.
 """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterSizes:
+    """The adapters of a layer, on one rank; of several layers, of one that has most of them."""
+
+    attention: int
+    """Their parameters beside the matrices of attention."""
+    gate_up: int
+    """Those beside the first matrices of the experts."""
+    down: int
+    """Those beside the second."""
+    attention_ranks: int
+    """The ranks of all adapters of attention together."""
+    expert_rank: int
+    """The largest rank of an adapter of experts; 0 without any."""
+    scaled_columns: int
+    """Values of a token in all outputs that DoRA scales."""
+    first_layer: int
+    """The first layer that has any; those before it keep nothing for a backward."""
+
+    @classmethod
+    def of(cls, config: RunConfig, model: GptOssConfig) -> AdapterSizes:
+        """Return the sizes of the adapters of a run; all are 0 without adapters."""
+        by_layer: dict[int, list[AdaptedMatrix]] = {}
+        for matrix in adapted_matrices(config.adapter, model):
+            by_layer.setdefault(matrix.layer, []).append(matrix)
+        most = max(by_layer.values(), key=lambda matrices: len(matrices), default=[])
+        numels = {"attention": 0, "gate_up": 0, "down": 0}
+        ranks = scaled = expert_rank = 0
+        for matrix in most:
+            numel = sum(math.prod(shape) for shape in matrix.shapes().values())
+            if not matrix.of_experts:
+                numels["attention"] += numel
+                ranks += matrix.rank
+                scaled += matrix.out_size if matrix.has_magnitude else 0
+                continue
+            if matrix.num_experts is not None:
+                numel //= config.ep_size
+            numels["gate_up" if "gate_up" in matrix.name else "down"] += numel
+            expert_rank = max(expert_rank, matrix.rank)
+        return cls(
+            **numels,
+            attention_ranks=ranks,
+            expert_rank=expert_rank,
+            scaled_columns=scaled,
+            first_layer=min(by_layer, default=0),
+        )
+
+    @property
+    def experts(self) -> int:
+        """Parameters of the adapters of a layer's experts."""
+        return self.gate_up + self.down
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +122,8 @@ class StepSizes:
     """Values of a token in all query heads."""
     key: int
     """Values of a token in all key heads."""
+    adapters: AdapterSizes
+    """The adapters of a layer."""
 
     @classmethod
     def of(cls, config: RunConfig, model: GptOssConfig, device_type: str) -> StepSizes:
@@ -81,6 +143,7 @@ class StepSizes:
             experts=model.num_local_experts // config.ep_size * expert,
             query=query,
             key=key,
+            adapters=AdapterSizes.of(config, model),
         )
 
     @property
@@ -92,6 +155,46 @@ class StepSizes:
     def heads_per_group(self) -> int:
         """Query heads that share one key head."""
         return self.model.num_attention_heads // self.model.num_key_value_heads
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained, and nothing else."""
+        return self.config.adapter.is_on
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the matrices of the experts are kept in 4 bits."""
+        return self.config.adapter.base == "mxfp4"
+
+    @property
+    def trained_table(self) -> int:
+        """Parameters of a vocabulary table that have a gradient."""
+        return 0 if self.has_adapters else self.table
+
+    @property
+    def trained_attention(self) -> int:
+        """Parameters of a layer's attention that have a gradient."""
+        return self.adapters.attention if self.has_adapters else self.attention
+
+    @property
+    def trained_gate_up(self) -> int:
+        """Parameters beside or in the first matrices of a layer's experts that have a gradient."""
+        return self.adapters.gate_up if self.has_adapters else self.experts - self.experts // 3
+
+    @property
+    def trained_down(self) -> int:
+        """Parameters beside or in the second matrices of a layer's experts that have a gradient."""
+        return self.adapters.down if self.has_adapters else self.experts // 3
+
+    @property
+    def layer_attention(self) -> int:
+        """Parameters of a layer's attention, adapters included."""
+        return self.attention + self.adapters.attention
+
+    @property
+    def layer_experts(self) -> int:
+        """Parameters of a layer's experts, adapters included; packed weights are none."""
+        return (0 if self.is_packed else self.experts) + self.adapters.experts
 
     @property
     def copy_itemsize(self) -> int:
@@ -117,6 +220,8 @@ def step_moments(sizes: StepSizes) -> dict[str, dict[str, int]]:
         "reduction": _at_reduction(sizes),
         "attention": _at_attention(sizes),
     }
+    if sizes.is_packed:
+        moments["decoding"] = _at_decoding(sizes)
     kinds = list(sizes.model.layer_types or ())
     if sizes.device_type == "cpu" and WINDOW in kinds:
         last = max(layer for layer, kind in enumerate(kinds) if kind == WINDOW)
@@ -132,7 +237,7 @@ def _at_loss(sizes: StepSizes) -> dict[str, int]:
     gathered, _ = _gathered_numels(sizes)
     return {
         "gathered weights": sizes.itemsize * gathered,
-        "weight gradients": sizes.itemsize * sizes.table,
+        "weight gradients": sizes.itemsize * sizes.trained_table,
         "activations": activations + mask_bytes(sizes, backward=False),
         "logits": work_bytes(sizes.device_type, sizes.tokens, sizes.itemsize),
     }
@@ -143,10 +248,10 @@ def _at_table(sizes: StepSizes) -> dict[str, int]:
     # layer's output is left of the head.
     activations = _kept_by_all(sizes) + sizes.hidden_bytes
     gathered, _ = _gathered_numels(sizes)
-    reduced = sizes.copy_itemsize * (sizes.table // sizes.config.world_size)
+    reduced = sizes.copy_itemsize * (sizes.trained_table // sizes.config.world_size)
     return {
         "gathered weights": sizes.itemsize * gathered,
-        "weight gradients": sizes.itemsize * sizes.table + reduced,
+        "weight gradients": sizes.itemsize * sizes.trained_table + reduced,
         "activations": activations + mask_bytes(sizes, backward=False),
         "logits": 0,
     }
@@ -156,31 +261,51 @@ def _at_experts(sizes: StepSizes) -> dict[str, int]:
     # of each row: the gradient of its output, and that of the activated values, in whose place
     # these values come; the gradient of gate and up is written over gate and up
     row = _row_bytes(sizes) + sizes.itemsize * sizes.model.intermediate_size
-    gradients = sizes.experts // 3
+    if sizes.adapters.down:
+        # what the adapter adds to the gradient of the activated values, and to that of x A
+        row += sizes.itemsize * (sizes.model.intermediate_size + sizes.adapters.expert_rank)
+    gradients = sizes.trained_down
     if sizes.config.model.expert_overlap == "halves":
         # gate and up stay, the gradient of half of the activated values goes beside its own, and
         # the gradients of both matrices leave together
         row += sizes.itemsize * 5 * sizes.model.intermediate_size // 2
-        gradients = sizes.experts
+        gradients = sizes.trained_gate_up + sizes.trained_down
     rows = sizes.tokens * sizes.model.num_experts_per_tok * row
     return _in_last_layer(sizes, gradients, _experts_bytes(sizes) + rows)
 
 
 def _at_rows(sizes: StepSizes) -> dict[str, int]:
-    rows = sizes.tokens * sizes.model.num_experts_per_tok * _row_bytes(sizes)
-    down = sizes.experts // 3
-    moment = _in_last_layer(sizes, sizes.experts - down, _experts_bytes(sizes) + rows)
+    row = _row_bytes(sizes)
+    if sizes.adapters.gate_up:
+        # what the adapter adds to the gradient of the rows, and to that of x A
+        row += sizes.itemsize * (sizes.model.hidden_size + sizes.adapters.expert_rank)
+    rows = sizes.tokens * sizes.model.num_experts_per_tok * row
+    moment = _in_last_layer(sizes, sizes.trained_gate_up, _experts_bytes(sizes) + rows)
     if sizes.device_type != "cpu":
         # the host runs ahead of the device, which is still reducing the second matrix's gradient
-        reduced = _reduced_experts_bytes(sizes, down)
-        moment["weight gradients"] += sizes.itemsize * down + reduced
+        reduced = _reduced_experts_bytes(sizes, sizes.trained_down)
+        moment["weight gradients"] += sizes.itemsize * sizes.trained_down + reduced
+    return moment
+
+
+def _at_decoding(sizes: StepSizes) -> dict[str, int]:
+    """Return the product for the gradient of the rows, which decodes the first matrices."""
+    rows = sizes.tokens * sizes.model.num_experts_per_tok * _row_bytes(sizes)
+    moment = _in_last_layer(sizes, 0, _experts_bytes(sizes) + rows)
+    experts = sizes.model.num_local_experts // sizes.config.ep_size
+    matrix = 2 * sizes.model.hidden_size * sizes.model.intermediate_size
+    held = min(experts, experts_in_scratch(matrix, sizes.config.dtype, sizes.device_type))
+    # the eager body puts the values into their places in one more copy
+    copies = 2 if sizes.device_type == "cpu" else 1
+    moment["decoded experts"] = copies * sizes.itemsize * held * matrix
     return moment
 
 
 def _at_reduction(sizes: StepSizes) -> dict[str, int]:
     # the rows have become the gradient of the norm's output
-    gate_up = 2 * sizes.experts // 3
-    norm = sizes.tokens * _norm_bytes(sizes) + sizes.hidden_bytes
+    gate_up = sizes.trained_gate_up
+    norm = sizes.tokens * _norm_bytes(sizes, keeps_output=not sizes.has_adapters)
+    norm += sizes.hidden_bytes
     moment = _in_last_layer(sizes, gate_up, norm)
     moment["weight gradients"] += _reduced_experts_bytes(sizes, gate_up)
     return moment
@@ -193,11 +318,11 @@ def _reduced_experts_bytes(sizes: StepSizes, numel: int) -> int:
 
 
 def _at_attention(sizes: StepSizes) -> dict[str, int]:
-    return _in_last_layer(sizes, sizes.attention, _attention_backward_bytes(sizes))
+    return _in_last_layer(sizes, sizes.trained_attention, _attention_backward_bytes(sizes))
 
 
 def _at_window(sizes: StepSizes, layer: int) -> dict[str, int]:
-    moment = _in_layer(sizes, layer, sizes.attention, _window_backward_bytes(sizes))
+    moment = _in_layer(sizes, layer, sizes.trained_attention, _window_backward_bytes(sizes))
     # the backward's own mask has been made
     masks = mask_bytes(sizes, backward=True) - mask_bytes(sizes, backward=False)
     moment["activations"] += masks
@@ -245,15 +370,15 @@ def _gathered_numels(sizes: StepSizes) -> tuple[int, int]:
     layer = 0
     if config.world_size > 1:
         table = sizes.table
-        layer = sizes.attention
+        layer = sizes.layer_attention
     if config.world_size > config.ep_size:
-        layer += sizes.experts
+        layer += sizes.layer_experts
     # forward and backward; with activation checkpointing, the forward runs again
     runs = 3 if config.model.activation_checkpointing else 2
     between = 2 * sizes.table
     staying = 0
     while staying < sizes.model.num_hidden_layers and between < reach:
-        between += runs * (sizes.attention + sizes.experts)
+        between += runs * (sizes.layer_attention + sizes.layer_experts)
         staying += 1
     embedding = table if between < reach else 0
     return table + staying * layer + embedding, max(staying, 2) * layer + embedding
@@ -269,11 +394,12 @@ def _kept_by_all(sizes: StepSizes) -> int:
 
 def _kept_before(sizes: StepSizes, layer: int) -> int:
     """Return what the layers before this one keep while it goes backward."""
+    layer = max(0, layer - sizes.adapters.first_layer)
     if not sizes.config.model.activation_checkpointing:
         return layer * (_attention_bytes(sizes) + _experts_bytes(sizes))
     inputs_on_device = layer
     if sizes.config.model.offload_checkpoints:
-        inputs_on_device = 1
+        inputs_on_device = min(layer, 1)
     return inputs_on_device * sizes.hidden_bytes + _kept_rows(sizes, layer)
 
 
@@ -301,7 +427,10 @@ def _attention_bytes(sizes: StepSizes) -> int:
     if sizes.config.sp_size > 1:
         # Ulysses returns the output as another tensor
         kept += sizes.itemsize * sizes.query
-    return sizes.tokens * (_norm_bytes(sizes) + kept)
+    # x A of every adapter, and what DoRA scales
+    kept += sizes.itemsize * (sizes.adapters.attention_ranks + sizes.adapters.scaled_columns)
+    norm = _norm_bytes(sizes, keeps_output=not sizes.has_adapters or sizes.adapters.attention > 0)
+    return sizes.tokens * (norm + kept)
 
 
 def _experts_bytes(sizes: StepSizes) -> int:
@@ -311,16 +440,18 @@ def _experts_bytes(sizes: StepSizes) -> int:
     num_indices = 5 if sizes.config.ep_size > 1 else 4
     gate_and_up = sizes.itemsize * 2 * sizes.model.intermediate_size
     row = _row_bytes(sizes) + gate_and_up + INDEX_BYTES * num_indices
-    return sizes.tokens * (_norm_bytes(sizes) + sizes.model.num_experts_per_tok * row)
+    # the rows are copies; a router that is trained keeps the output of the norm
+    norm = _norm_bytes(sizes, keeps_output=not sizes.has_adapters)
+    return sizes.tokens * (norm + sizes.model.num_experts_per_tok * row)
 
 
-def _norm_bytes(sizes: StepSizes) -> int:
+def _norm_bytes(sizes: StepSizes, *, keeps_output: bool) -> int:
     """Return what is kept of a token around a norm.
 
-    The norm keeps its input, which is the layer's own or the sum that goes around the experts; the
-    products after it keep its output.
+    The norm keeps its input, which is the layer's own or the sum that goes around the experts;
+    products that are trained, or that have an adapter, keep its output.
     """
-    return 2 * sizes.itemsize * sizes.model.hidden_size
+    return (2 if keeps_output else 1) * sizes.itemsize * sizes.model.hidden_size
 
 
 def _attention_backward_bytes(sizes: StepSizes) -> int:

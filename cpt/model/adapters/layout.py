@@ -89,6 +89,11 @@ class AdaptedMatrix:
         return ".experts." in self.name
 
     @property
+    def layer(self) -> int:
+        """Index of its layer."""
+        return _layer_of(self.name)
+
+    @property
     def weight_name(self) -> str:
         """Name of the parameter that the adapter is added to."""
         return self.name if self.of_experts else f"{self.name}.weight"

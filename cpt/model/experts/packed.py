@@ -98,6 +98,11 @@ class PackedMatrices:
         return experts_in_scratch(self.shape[1] * self.shape[2], dtype, self.scales_ENb.device.type)
 
 
+def packed_bytes(numel: int) -> int:
+    """Return the bytes of the codes of this many weights."""
+    return numel * (BLOCK // 2 + 1) // BLOCK
+
+
 def experts_in_scratch(numel: int, dtype: torch.dtype, device_type: str) -> int:
     """Return how many decoded experts with this many weights the scratch holds, at least one."""
     return max(1, SCRATCH_BYTES[device_type] // (numel * dtype.itemsize))
