@@ -23,6 +23,7 @@ from cpt.model.adapters.initial_values import WithInitialAdapters
 from cpt.model.adapters.layout import adapted_matrices, adapter_summary, is_adapter_name
 from cpt.model.attention import Attention
 from cpt.model.attention.probe import run_probe
+from cpt.model.experts.packed_base import fill_packed, materialize_packed, pack
 from cpt.model.freezing import freeze
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.checksums import damaged, known_sums
@@ -62,6 +63,10 @@ def build_engine(
     report = gpt_oss.patch(
         model, topology, experts_in_halves=config.model.expert_overlap == "halves"
     )
+    is_packed = config.adapter.base == "mxfp4"
+    if is_packed:
+        num_packed = pack(model)
+        log.info("packed: %d expert matrices stay in MXFP4", num_packed)
     adapted = adapted_matrices(config.adapter, model_config)
     if adapted:
         attach_adapters(model, adapted, config.adapter.scale, topology.ep_size)
@@ -71,6 +76,8 @@ def build_engine(
         gpt_oss.restore_rotary_frequencies(model, topology.device)
     else:
         gpt_oss.materialize(model, topology.device)
+    if is_packed:
+        materialize_packed(model, topology.device)
     log.info("patched: %s", report)
     if config.train.freeze:
         num_frozen = freeze(model, config.train.freeze)
@@ -206,7 +213,7 @@ def verify_checksums(source: WeightSource, topology: Topology) -> None:
 def fill_weights(
     engine: TrainingEngine, source: WeightSource, *, below_adapter: bool = False
 ) -> None:
-    """Give the engine its first weights.
+    """Give the engine its first weights, and the packed ones that stay as they are.
 
     Every rank reads or draws its own part, in fp32 where the source has fp32.
 
@@ -217,7 +224,8 @@ def fill_weights(
 
     Raises:
         StorageError: on all ranks, if one could not read.
-        ConfigError: on all ranks: values are not finite, or tensors hold only zeros.
+        ConfigError: on all ranks: values are not finite, tensors hold only zeros, or experts that
+            stay packed are not MXFP4.
     """
     topology = engine.topology
     adapted = adapted_matrices(engine.adapter, engine.model_config)
@@ -228,6 +236,20 @@ def fill_weights(
         if key.startswith(MASTER) and not (below_adapter and is_adapter_name(name)):
             targets[name] = (part.tensor, part.offset)
     together(topology.control_group, lambda: fill_parts(targets, with_adapters))
+    _fill_packed(engine, source)
     if isinstance(source, DirectoryWeights):
         source.refuse_unusable(gather_json(source.seen_json(), topology.control_group))
     publish_master_weights(engine.deepspeed)
+
+
+def _fill_packed(engine: TrainingEngine, source: WeightSource) -> None:
+    """Read the packed expert matrices of this rank, if there are any.
+
+    Raises:
+        StorageError: on all ranks, if one could not read.
+        ConfigError: on all ranks: the source has values that MXFP4 does not have.
+    """
+    if engine.adapter.base != "mxfp4":
+        return
+    assert isinstance(source, DirectoryWeights), "the gate lets packed experts come from files only"
+    together(engine.topology.control_group, lambda: fill_packed(engine.deepspeed.module, source))

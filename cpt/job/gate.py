@@ -67,6 +67,7 @@ from cpt.job.data import (
 from cpt.job.engine_setup import base_of
 from cpt.job.findings import Findings, joined
 from cpt.job.kept_config import kept_models
+from cpt.job.packed_base import check_one_expert, packed_base_problems
 from cpt.job.passed_gate import PassedGate
 from cpt.job.resumption import (
     ExpectedCheckpoint,
@@ -254,6 +255,7 @@ class _Gate:
             freeze_problems(self.run_yaml.train.freeze, parameter_numels(self.model_config))
         )
         self.found.add(adapter_problems(self.run_yaml.adapter, self.model_config))
+        self.found.add(packed_base_problems(self.run_yaml, self.model_config))
         configs = self.found.attempt(
             lambda: resolve_stages(self.run_yaml, self.json_file, self.model_config, self._launch())
         )
@@ -353,6 +355,9 @@ class _Gate:
         found.attempt(lambda: check_starting_weights(path, shapes))
         problems = found.attempt(lambda: tokenizer_problems(path, self.model_config.vocab_size))
         found.add(problems or [])
+        is_packed = self.run_yaml.adapter.base == "mxfp4"
+        if is_packed and not self.found.errors and not found.errors:
+            found.attempt(lambda: check_one_expert(path, self.model_config))
 
     def _problems_of_baseline(self, path: Path) -> list[str]:
         """Return why a model cannot be measured with the architecture of the run."""

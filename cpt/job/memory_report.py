@@ -19,6 +19,7 @@ from transformers import GptOssConfig
 
 from cpt.config import RunConfig
 from cpt.deepspeed_adapter.shards import state_tensors
+from cpt.model.experts.packed_base import packed_matrices
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
 from cpt.planning.memory import counts_of, device_memory
@@ -106,6 +107,7 @@ def predicted(config: RunConfig, model: GptOssConfig, device_type: str) -> dict[
     if config.zero_stage == 3:
         kept = STATE
         del parts["reduce buffers"]
+    parts["weights"] += parts.pop("packed experts")
     groups = {name: parts[name] for name in kept}
     groups[PEAK] = sum(parts.values()) - sum(groups.values())
     return groups
@@ -115,7 +117,10 @@ def measured(engine: TrainingEngine, peak: Peak) -> dict[str, int]:
     """Return the same groups as this rank holds them; state on another device is left out."""
     device = engine.topology.device.type
     sizes = {}
-    for name, tensors in state_tensors(engine.deepspeed).items():
+    state = state_tensors(engine.deepspeed)
+    for matrices in packed_matrices(engine.deepspeed.module).values():
+        state["weights"] += [matrices.blocks_ENb16, matrices.scales_ENb]
+    for name, tensors in state.items():
         sizes[name] = bytes_on(device, tensors)
     sizes[PEAK] = peak.num_bytes
     return sizes

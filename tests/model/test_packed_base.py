@@ -114,8 +114,9 @@ def test_packed_experts_take_four_and_a_quarter_bits() -> None:
         assert packed.nbytes * 8 == 4.25 * numel
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["as trained", "as scored"])
 def test_the_layers_compute_what_those_of_the_decoded_model_compute(
-    path: Path, values: dict[str, Tensor]
+    path: Path, apart: bool
 ) -> None:
     """The output of the experts of all layers, and the gradient of what goes in."""
     results = []
@@ -133,6 +134,7 @@ def test_the_layers_compute_what_those_of_the_decoded_model_compute(
         hidden.requires_grad_()
         out = hidden
         for layer in model.model.layers:
+            layer.mlp.apart = apart
             out = out + layer.mlp(out)[0]
         out.float().square().sum().backward()
         results.append((out.detach(), hidden.grad))

@@ -18,6 +18,11 @@ from cpt.errors import ConfigError
 from cpt.model.weights import mxfp4
 from cpt.model.weights.values import ValuesSeen
 
+CURE = (
+    "Give adapter.base: bf16, or a model.path that is MXFP4: the released model, or what "
+    "cpt export --format mxfp4 writes."
+)
+"""What to do about a base that is not MXFP4."""
 SURELY_FINITE = 252
 """The largest scale with which the largest code, 6, is finite in bf16."""
 
@@ -57,8 +62,7 @@ def packed_exactly(
             f"{file}: tensor '{name}' is not MXFP4: {wrong.numel():,} of {values_CR.numel():,} "
             f"values of expert {expert} have no code, the first is {value:g} (nearest {nearest:g}) "
             f"at element {expert * values_CR.numel() + first}. adapter.base: mxfp4 rounds no "
-            "weights. Give adapter.base: bf16, or a model.path that is MXFP4: the released model, "
-            "or what cpt export --format mxfp4 writes."
+            f"weights. {CURE}"
         )
     return blocks_1Rb16[0], scales_1Rb[0]
 
