@@ -107,7 +107,7 @@ def predicted(config: RunConfig, model: GptOssConfig, device_type: str) -> dict[
     if config.zero_stage == 3:
         kept = STATE
         del parts["reduce buffers"]
-    parts["weights"] += parts.pop("packed experts")
+    parts["weights"] += parts.pop("packed experts", 0)
     groups = {name: parts[name] for name in kept}
     groups[PEAK] = sum(parts.values()) - sum(groups.values())
     return groups

@@ -24,15 +24,8 @@ from cpt.planning.step_memory import StepSizes, local_tokens, mask_bytes, step_m
 from cpt.storage.state_bytes import FP32_BYTES, OPTIMIZER_BYTES, host_gradient_bytes
 
 GIB = 2**30
-STEP_PARTS = (
-    "gathered weights",
-    "decoded experts",
-    "weight gradients",
-    "activations",
-    "logits",
-    "update",
-)
-"""What a step takes beyond the state, by part."""
+STEP_PARTS = ("gathered weights", "weight gradients", "activations", "logits", "update")
+"""What a step takes beyond the state, by part; over a packed base, also decoded experts."""
 SUB_GROUP_SIZE = 10**9
 """Parameters after which ZeRO-3 begins another group for the update, unless the DeepSpeed JSON says
 otherwise.
@@ -152,14 +145,17 @@ def device_memory(
             moment["gradients"] = 0
     moments["update"] = {"gradients": gradients, "update": _device_update(config, counts, sizes)}
     largest = max(moments.values(), key=lambda moment: sum(moment.values()))
-    return {
-        "weights": _device_weights(config, counts),
-        "packed experts": packed_bytes(counts.packed) // config.ep_size,
+    parts = {"weights": _device_weights(config, counts)}
+    if counts.packed:
+        parts["packed experts"] = packed_bytes(counts.packed) // config.ep_size
+    parts |= {
         "gradients": largest["gradients"],
         "optimizer": _device_optimizer(config, counts),
         "reduce buffers": _reduce_buffers(config),
-        **{part: largest.get(part, 0) for part in STEP_PARTS},
     }
+    if counts.packed:
+        parts["decoded experts"] = largest.get("decoded experts", 0)
+    return {**parts, **{part: largest.get(part, 0) for part in STEP_PARTS}}
 
 
 def _device_weights(config: RunConfig, counts: ParameterCounts) -> int:

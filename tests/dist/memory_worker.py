@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from transformers import GptOssConfig
 
 from cpt.config import LaunchInfo, RunYaml, resolve
@@ -19,6 +20,9 @@ from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.job.engine_setup import build_engine, fill_weights, weight_source
 from cpt.job.memory_report import measured, peak_within, predicted
 from cpt.model.configuration import PRESETS
+from cpt.model.parameters import parameter_shapes
+from cpt.model.weights import mxfp4
+from cpt.model.weights.hf_layout import BLOCKS, SCALES, SINGLE_FILE, is_expert_matrix
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
 from cpt.resilience.phase import PhaseClock
@@ -62,11 +66,34 @@ def batch(topology: Topology, rows: int, seq_len: int, step: int) -> MicroBatch:
     return make_micro_batch([packed_row(seq_len, seed) for seed in seeds], [0] * rows, topology)
 
 
+def released_model(folder: Path) -> Path:
+    """Return a directory with random weights of the model, its experts in MXFP4."""
+    path = folder / "model"
+    if dist.get_rank() == 0 and not path.exists():
+        generator = torch.Generator().manual_seed(1)
+        stored = {}
+        for name, sizes in parameter_shapes(GptOssConfig(**MODEL)).items():
+            values = torch.randn(sizes, generator=generator) / 8
+            if is_expert_matrix(name, sizes):
+                stored[name + BLOCKS], stored[name + SCALES] = mxfp4.encode(values)
+            else:
+                stored[name] = values.bfloat16()
+        path.mkdir()
+        save_file(stored, str(path / SINGLE_FILE))
+    dist.barrier()
+    return path
+
+
 def run(shape: dict[str, Any], folder: Path) -> None:
     rows = shape["rows"]
     seq_len = shape["seq_len"]
+    adapter = shape.get("adapter", {})
+    start: dict[str, Any] = {"init": "tiny"}
+    if adapter.get("base") == "mxfp4":
+        start = {"path": str(released_model(folder))}
     run = {
-        "model": {"init": "tiny", "activation_checkpointing": shape["checkpointing"]},
+        "model": {**start, "activation_checkpointing": shape["checkpointing"]},
+        "adapter": adapter,
         "data": {"mix": "unused.yaml"},
         "train": {
             "seq_len": seq_len,

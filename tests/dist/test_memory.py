@@ -20,10 +20,25 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 WITHIN = 0.15
 
 
-def shape(rows: int, seq_len: int, checkpointing: bool, stage: int = 3) -> dict[str, Any]:
+LORA = {"kind": "lora", "rank": 16, "expert_rank": 8}
+PACKED = {**LORA, "base": "mxfp4"}
+ATTENTION = {"kind": "lora", "rank": 16, "targets": ["attention"]}
+
+
+def shape(
+    rows: int,
+    seq_len: int,
+    checkpointing: bool,
+    stage: int = 3,
+    adapter: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     kept = "checkpointing" if checkpointing else "all-kept"
+    name = f"{rows}x{seq_len}-{kept}-zero{stage}"
+    if adapter is not None:
+        name += f"-{adapter.get('base', 'bf16')}-{'-'.join(adapter.get('targets', ['all']))}"
     return {
-        "name": f"{rows}x{seq_len}-{kept}-zero{stage}",
+        "name": name,
+        "adapter": adapter or {},
         "rows": rows,
         "seq_len": seq_len,
         "checkpointing": checkpointing,
@@ -40,6 +55,13 @@ SHAPES = [
     shape(8, 256, True, stage=2),
     shape(4, 1024, False, stage=1),
     shape(8, 256, True, stage=1),
+    shape(4, 1024, False, stage=2, adapter=LORA),
+    shape(4, 1024, True, stage=2, adapter=LORA),
+    shape(4, 1024, False, stage=3, adapter=LORA),
+    shape(4, 1024, False, stage=2, adapter=ATTENTION),
+    shape(4, 1024, False, stage=2, adapter=PACKED),
+    shape(4, 1024, True, stage=2, adapter=PACKED),
+    shape(4, 1024, True, stage=3, adapter=PACKED),
 ]
 
 
