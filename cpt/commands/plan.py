@@ -9,7 +9,17 @@ from cpt.commands import Commands
 from cpt.errors import ConfigError
 from data_pipeline.console.say import say
 
-GPU_NAMES = ("h100", "h100-94gb", "h200", "b200", "gh200-96gb", "gh200-144gb")
+GPU_NAMES = (
+    "h100",
+    "h100-94gb",
+    "h200",
+    "b200",
+    "gh200-96gb",
+    "gh200-144gb",
+    "a100-80gb",
+    "l40s",
+    "rtx4090",
+)
 """Keys of `cpt.planning.hardware.GPUS`, whose import would cost every command a second."""
 CLUSTER_NAMES = ("abci3", "tsubame4", "miyabi")
 """Keys of `cpt.planning.hardware.CLUSTERS`."""
@@ -106,7 +116,8 @@ def _add_node_options(parser: argparse.ArgumentParser) -> None:
         "--ranks_per_node",
         type=int,
         metavar="N",
-        help="ranks that NVLink connects; default: 8, h100-94gb 4, gh200 1",
+        help="ranks that NVLink connects, or PCIe where there is none; default: 8, h100-94gb, l40s "
+        "and rtx4090 4, gh200 1",
     )
     parser.add_argument(
         "--fabric_gbit",

@@ -3,10 +3,11 @@
 What a GPU attains was measured on one H100 (bench/gpu/acceptance.py; the figures are in
 bench/gpu/results); for another GPU it is that, times the ratio of the data sheets. Nothing that
 links several GPUs was measured by this project.  Sources: NVIDIA data sheets of H100 SXM, H200 SXM,
-HGX B200 and GH200 (dense bf16, without sparsity); 400 Gbit/s InfiniBand per GPU as in DGX H100 and
-DGX B200; collective rates as published for NCCL and DeepEP on such nodes (bus bandwidth of 350 of
-450 GB/s over NVLink, 43 to 47 of 50 GB/s over InfiniBand).  Figures of clusters are those of their
-operators' pages (docs/clusters.md has the links).
+HGX B200, GH200, A100 SXM, L40S and RTX 4090 (dense bf16 with sums in fp32, without sparsity); 400
+Gbit/s InfiniBand per GPU as in DGX H100 and DGX B200, 200 as in DGX A100; collective rates as
+published for NCCL and DeepEP on such nodes (bus bandwidth of 350 of 450 GB/s over NVLink, 43 to 47
+of 50 GB/s over InfiniBand).  Figures of clusters are those of their operators' pages
+(docs/clusters.md has the links).
 """
 
 from __future__ import annotations
@@ -139,6 +140,23 @@ def _gh200(name: str, *, memory_bytes: float, hbm_bytes_per_second: float) -> Gp
     )
 
 
+def _without_nvlink(
+    name: str, *, bf16_flops: float, memory_bytes: float, memory_bytes_per_second: float
+) -> Gpu:
+    """Return a card whose neighbors are reached over PCIe 4.0 x16, which has 32 GB/s."""
+    return Gpu(
+        name=name,
+        bf16_flops=bf16_flops,
+        memory_bytes=memory_bytes,
+        hbm_bytes_per_second=memory_bytes_per_second,
+        nvlink_bytes_per_second=27e9,
+        network_bytes_per_second=12.5e9,
+        pcie_bytes_per_second=27e9,
+        host_memory_bytes=128e9,
+        ranks_per_node=4,
+    )
+
+
 GPUS = {
     "h100": Gpu(
         name="H100 SXM 80 GB",
@@ -169,6 +187,21 @@ GPUS = {
         memory_bytes=180e9,
         hbm_bytes_per_second=8.0e12,
         nvlink_bytes_per_second=900e9,
+    ),
+    "a100-80gb": Gpu(
+        name="A100 SXM 80 GB",
+        bf16_flops=312e12,
+        memory_bytes=80e9,
+        hbm_bytes_per_second=2.039e12,
+        nvlink_bytes_per_second=300e9,
+        network_bytes_per_second=25e9,
+        pcie_bytes_per_second=27e9,
+    ),
+    "l40s": _without_nvlink(
+        "L40S 48 GB", bf16_flops=362e12, memory_bytes=48e9, memory_bytes_per_second=864e9
+    ),
+    "rtx4090": _without_nvlink(
+        "RTX 4090 24 GB", bf16_flops=165e12, memory_bytes=24e9, memory_bytes_per_second=1.008e12
     ),
     "gh200-96gb": _gh200("GH200 96 GB", memory_bytes=96e9, hbm_bytes_per_second=4.0e12),
     "gh200-144gb": _gh200("GH200 144 GB", memory_bytes=144e9, hbm_bytes_per_second=4.9e12),

@@ -18,6 +18,8 @@ PEAKS = (
     (r"\bH100 PCIe\b", 756e12),
     (r"\bGH200\b|\bH200\b|\bH100\b|\bH800\b", 989e12),
     (r"\bA100\b|\bA800\b", 312e12),
+    (r"\bL40S\b", 362e12),
+    (r"\bRTX 4090\b", 165e12),
 )
 """Patterns of names with the operations per second; the first that matches counts."""
 

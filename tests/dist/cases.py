@@ -151,6 +151,7 @@ class Scenario:
         if self.adapter:
             parts += [self.adapter["kind"], *map(str, self.adapter.get("layers", ()))]
             parts += ["shared"] if self.adapter.get("share_experts") else []
+            parts += ["packed"] if self.adapter.get("base") == "mxfp4" else []
         return "-".join(parts)
 
     def dump(self) -> str:
