@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from transformers import GptOssConfig
 
 from cpt.config import RunConfig
+from cpt.planning.adapter_work import AdapterWork
 from cpt.planning.flops import TokenFlops, flops_per_token
 from cpt.planning.hardware import Assumptions, Gpu
 from cpt.planning.memory import ParameterCounts, device_memory, host_memory
@@ -173,7 +174,12 @@ def _part_seconds(
     if not config.model.activation_checkpointing:
         passes = ("forward", "backward")
     once = micro_step_parts(
-        ModelSizes.of(model), share, _held(config, counts), passes, gpu.attainable()
+        ModelSizes.of(model),
+        share,
+        _held(config, counts),
+        passes,
+        gpu.attainable(),
+        AdapterWork.of(config, model, counts.packed),
     )
     return {part: micro_steps * seconds for part, seconds in once.items()}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from cpt.planning.adapter_work import ADAPTERS, DECODING, AdapterWork
 from cpt.planning.hardware import Attainable
 from cpt.planning.step_work import ModelSizes, Share, Work, work_of_micro_step
 
@@ -26,6 +27,8 @@ NAMES = {
     "rope": "rope",
     "dispatch": "dispatch",
     "router": "router",
+    ADAPTERS: "adapters",
+    DECODING: "experts: decoding",
 }
 """Names of a plan for parts of the table; `experts` are two parts here, the rest is OTHER."""
 PRODUCTS = "experts: products"
@@ -35,6 +38,8 @@ BOOKKEEPING = "ZeRO bookkeeping"
 PARTS = (
     PRODUCTS,
     REST,
+    "experts: decoding",
+    "adapters",
     "loss head",
     "attention core",
     "projections",
@@ -81,7 +86,12 @@ it 8, clipping 8, AdamW 28, the bf16 weight 6.
 
 
 def micro_step_parts(
-    model: ModelSizes, share: Share, held: Held, passes: tuple[str, ...], rates: Attainable
+    model: ModelSizes,
+    share: Share,
+    held: Held,
+    passes: tuple[str, ...],
+    rates: Attainable,
+    adapters: AdapterWork | None = None,
 ) -> dict[str, float]:
     """Return the seconds of one micro step by part, in the order of PARTS.
 
@@ -91,8 +101,9 @@ def micro_step_parts(
         held: The parameters that it computes with and owns.
         passes: The passes of a layer that are made.
         rates: What the GPU attains.
+        adapters: The adapters that are trained in place of the model.
     """
-    seconds, launches = _computing(model, share, passes, rates)
+    seconds, launches = _computing(model, share, passes, rates, adapters)
     moved = GATHERED_BYTES * held.gathered + REDUCED_BYTES * held.computed_with
     moved += ADDED_BYTES * held.owned
     parts = {**seconds, BOOKKEEPING: moved / rates.memory_bytes_per_second}
@@ -103,12 +114,19 @@ def micro_step_parts(
 
 @functools.lru_cache(maxsize=4096)
 def _computing(
-    model: ModelSizes, share: Share, passes: tuple[str, ...], rates: Attainable
+    model: ModelSizes,
+    share: Share,
+    passes: tuple[str, ...],
+    rates: Attainable,
+    adapters: AdapterWork | None,
 ) -> tuple[dict[str, float], float]:
     """Return the seconds of the model's parts, and the kernels that are started."""
+    works = work_of_micro_step(model, share)
+    if adapters is not None:
+        works = adapters.changed(works, share)
     seconds: dict[str, float] = {}
     launches = 0.0
-    for part, by_pass in work_of_micro_step(model, share).items():
+    for part, by_pass in works.items():
         for name, work in by_pass.items():
             if name not in passes:
                 continue

@@ -139,8 +139,13 @@ def _zero(config: RunConfig, counts: ParameterCounts, ranks_per_node: int) -> tu
         grad_itemsize = FP32_BYTES
     gather_bytes = gathers * config.itemsize
     reduce_bytes = reduces * grad_itemsize
-    gather = _dense_ring(gather_bytes * counts.dense, config, ranks_per_node)
-    gather += _expert_ring(gather_bytes * counts.experts, config, ranks_per_node)
+    gathered_dense = counts.dense
+    gathered_experts = counts.experts
+    if config.zero_stage != 3:  # what is not updated is not gathered
+        gathered_dense = counts.trained_dense
+        gathered_experts = counts.trained_experts
+    gather = _dense_ring(gather_bytes * gathered_dense, config, ranks_per_node)
+    gather += _expert_ring(gather_bytes * gathered_experts, config, ranks_per_node)
     reduce = _dense_ring(reduce_bytes * counts.trained_dense, config, ranks_per_node)
     reduce += _expert_ring(reduce_bytes * counts.trained_experts, config, ranks_per_node)
     return gather, reduce
