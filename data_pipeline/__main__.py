@@ -44,7 +44,7 @@ from data_pipeline.commands import (
 )
 from data_pipeline.config.mix_config import MixConfig
 from data_pipeline.config.mix_file import load_mix
-from data_pipeline.console.say import say
+from data_pipeline.console.say import say, say_marked
 from data_pipeline.dataset import BuiltData
 from data_pipeline.engine.choice import ENGINES, LOCAL, check_engine
 from data_pipeline.engine.local import available_cores
@@ -248,6 +248,10 @@ def _audit(options: argparse.Namespace) -> None:
     mix = load_mix(options.mix)
     result = audit(mix, options.documents, options.workers)
     say(result.describe())
+    for source in result.sources:
+        if source.conversation is not None:
+            say(f"{source.name}, a conversation; {source.conversation.title}")
+            say_marked(source.conversation.pieces)
     entries: tuple[SourceEntry, ...] = ()
     built, manifest = _find_manifest(mix, options.workers)
     if manifest is not None:

@@ -10,6 +10,8 @@ Decisions
     Only a wrong language fails an audit; the other figures need a person's judgment.
     Damage by normalization is what NFKC, which people often apply without looking, would do to a
     source. It is shown whether or not the mix asks for NFKC.
+    Tokens are those that a row would hold, but for the one that ends a text. Of each source of
+    conversations one is shown with its learned tokens marked: the one that has most to look at.
 """
 
 from __future__ import annotations
@@ -22,7 +24,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from data_pipeline.audit.shown_conversation import (
+    ShownConversation,
+    learned_tokens,
+    show_conversation,
+    tells_more,
+)
 from data_pipeline.build.document import Document
+from data_pipeline.build.part import TOO_LONG
 from data_pipeline.build.sources import read_documents
 from data_pipeline.build.units import split_into_units
 from data_pipeline.config.mix_config import MixConfig
@@ -61,8 +72,6 @@ class SourceAudit:
     """Label of the source in the mix."""
     documents: int = 0
     """Documents looked at."""
-    rejected: int = 0
-    """Documents that a build could not use."""
     judged: int = 0
     """Documents whose language can be told."""
     mislabelled: int = 0
@@ -80,6 +89,15 @@ class SourceAudit:
     characters: int = 0
     bytes: int = 0
     tokens: int = 0
+    """Tokens of the texts alone, for their fertility."""
+    document_tokens: int = 0
+    """Tokens of the documents: of conversations those of the format, too."""
+    learned_tokens: int = 0
+    """Those of them that bear loss as labels."""
+    rejects: Counter[str] = field(default_factory=Counter)
+    """Documents that a build could not use, by the reason."""
+    conversation: ShownConversation | None = None
+    """A conversation of the source, to look at what is learned; None if it has none."""
     nfkc_changed: int = 0
     """Documents that NFKC would change."""
     nfkc_damaged: int = 0
@@ -88,6 +106,11 @@ class SourceAudit:
     """Documents that the mix's own normalization changed, and oddities of the files, by kind."""
     lengths: list[int] = field(default_factory=lambda: [0] * len(LENGTH_EDGES))
     """Documents by length, in the columns of LENGTH_EDGES."""
+
+    @property
+    def rejected(self) -> int:
+        """Documents that a build could not use."""
+        return self.rejects.total()
 
     @property
     def mislabelled_share(self) -> float:
@@ -99,16 +122,25 @@ class SourceAudit:
         """The fertility of the tokenizer on this source."""
         return self.tokens / max(self.characters, 1)
 
+    def describe_rejects(self) -> str:
+        """Return the reasons why documents cannot be used, with their counts."""
+        reasons = sorted(self.rejects.items(), key=lambda item: (-item[1], item[0]))
+        return "; ".join(f"{count:,} {reason}" for reason, count in reasons)
+
     def to_json(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
-        value = dataclasses.asdict(dataclasses.replace(self, languages=Counter(), notes=Counter()))
-        value["languages"] = dict(self.languages)
-        value["notes"] = dict(self.notes)
+        counts = {"languages": self.languages, "notes": self.notes, "rejects": self.rejects}
+        value = dataclasses.asdict(
+            dataclasses.replace(self, languages=Counter(), notes=Counter(), rejects=Counter())
+        )
+        for name, counter in counts.items():
+            value[name] = dict(counter)
+        value["rejected"] = self.rejected
         value["mislabelled_share"] = self.mislabelled_share
         value["tokens_per_character"] = self.tokens_per_character
         return value
 
-    def add(self, text: str, num_tokens: int) -> None:
+    def add(self, text: str) -> None:
         """Add one document to the figures."""
         self._add_language(text)
         self.mojibake += _MOJIBAKE.search(text) is not None
@@ -118,9 +150,38 @@ class SourceAudit:
             self.nfkc_damaged += _LOST_BY_NFKC.search(text) is not None
         self.characters += len(text)
         self.bytes += len(text.encode("utf-8"))
-        self.tokens += num_tokens
         column = len(text).bit_length() - LENGTH_EDGES[0].bit_length()
         self.lengths[max(min(column, len(LENGTH_EDGES) - 1), 0)] += 1
+
+    def add_tokens(self, document: Document, seq_len: int, unit_start: int) -> bool:
+        """Add the tokens of one document, and show it if it is a conversation that tells more.
+
+        Args:
+            document: The document.
+            seq_len: Pairs of input and label of the longest conversation that is used.
+            unit_start: Where the unit that the document was read from begins in its file.
+
+        Returns:
+            Whether it is used: a conversation that is too long for a row is counted as a reject.
+        """
+        if not document.is_conversation:
+            num_tokens = len(encode(document.text))
+            self.document_tokens += num_tokens
+            self.learned_tokens += num_tokens
+            self.tokens += num_tokens
+            return True
+        tokens, learned = learned_tokens(document)
+        if len(tokens) - 1 > seq_len:
+            self.rejects[f"{TOO_LONG} of {seq_len} tokens"] += 1
+            return False
+        self.tokens += len(encode(document.text))
+        self.document_tokens += len(tokens)
+        self.learned_tokens += int(np.count_nonzero(learned))
+        if not unit_start:  # lines of other units are counted from within the file
+            shown = show_conversation(document, tokens, learned)
+            if tells_more(shown, self.conversation):
+                self.conversation = shown
+        return True
 
     def _add_language(self, text: str) -> None:
         if self.language in UNTESTABLE:
@@ -162,8 +223,12 @@ class Audit:
         return problems
 
     def describe(self) -> str:
-        """Return a table for people."""
-        return table(_COLUMNS, [_table_row(source) for source in self.sources])
+        """Return a table for people, and below it what cannot be used, by source and reason."""
+        text = table(_COLUMNS, [_table_row(source) for source in self.sources])
+        for source in self.sources:
+            if source.rejects:
+                text += f"\n{source.name}: {source.describe_rejects()}"
+        return text
 
 
 def audit(mix: MixConfig, limit: int = DEFAULT_LIMIT, workers: int = 1) -> Audit:
@@ -172,39 +237,50 @@ def audit(mix: MixConfig, limit: int = DEFAULT_LIMIT, workers: int = 1) -> Audit
     Raises:
         DataError: the input cannot be read.
     """
-    jobs = [(source, limit) for source in mix.sources if source.format != "mock"]
+    jobs = []
+    for source in mix.sources:
+        if source.format != "mock":
+            jobs.append((source, limit, mix.longest_conversation(source)))
     found = {}
     bar = show_progress(len(jobs), "audit", "source")
     with bar, LocalExecutor(workers) as executor:
-        for (source, _), result in executor.run(_audit_source, jobs):
+        for (source, _, _), result in executor.run(_audit_source, jobs):
             found[source.name] = result
             bar.update()
-    sources = tuple(found[source.name] for source, _ in jobs)
+    sources = tuple(found[source.name] for source, _, _ in jobs)
     return Audit(mix=mix.name, max_mislabelled_share=mix.max_mislabelled_share, sources=sources)
 
 
-def _audit_source(job: tuple[SourceConfig, int]) -> SourceAudit:
-    source, limit = job
+def _audit_source(job: tuple[SourceConfig, int, int]) -> SourceAudit:
+    source, limit, seq_len = job
     result = SourceAudit(name=source.name, language=source.language)
     seen: set[int] = set()
-    for document in _some_documents(source, limit, result):
+    for document, unit_start in _some_documents(source, limit, result):
+        if not result.add_tokens(document, seq_len, unit_start):
+            continue
         result.documents += 1
         result.duplicates += document.content_hash in seen
         seen.add(document.content_hash)
-        result.add(document.text, len(encode(document.text)))
+        result.add(document.text)
     return result
 
 
-def _some_documents(source: SourceConfig, limit: int, result: SourceAudit) -> Iterator[Document]:
-    """Yield up to `limit` documents, as many from each unit, and note what a build rejects."""
+def _some_documents(
+    source: SourceConfig, limit: int, result: SourceAudit
+) -> Iterator[tuple[Document, int]]:
+    """Yield up to `limit` documents, as many from each unit, and note what a build rejects.
+
+    Each comes with the place in its file at which its unit begins.
+    """
     units = split_into_units(source)
     if len(units) > limit:
         units = units[:: -(-len(units) // limit)]
     for number, unit in enumerate(units):
         tally = Tally()
         wanted = (limit - result.documents) // (len(units) - number)
-        yield from itertools.islice(read_documents(source, unit, tally), max(wanted, 1))
-        result.rejected += tally.rejects.total()
+        for document in itertools.islice(read_documents(source, unit, tally), max(wanted, 1)):
+            yield document, unit.start
+        result.rejects += tally.rejects
         result.notes += tally.notes
 
 
@@ -212,6 +288,8 @@ _COLUMNS = (
     "source",
     "label",
     "documents",
+    "tokens",
+    "learned",
     "mislabelled",
     "mojibake",
     "control",
@@ -228,6 +306,8 @@ def _table_row(source: SourceAudit) -> tuple[str, ...]:
         source.name,
         source.language,
         f"{source.documents:,}",
+        f"{source.document_tokens:,}",
+        f"{source.learned_tokens:,}",
         _share(source.mislabelled, source.judged),
         _share(source.mojibake, source.documents),
         _share(source.control, source.documents),

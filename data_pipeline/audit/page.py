@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data_pipeline.audit.audit import LENGTH_EDGES, Audit, SourceAudit
+from data_pipeline.audit.shown_conversation import ShownConversation
 from data_pipeline.build.dropped import DROPPED_COLUMNS
 from data_pipeline.charts import Bar, as_svg, draw_bars, draw_columns, inline, new_figure
 from data_pipeline.escaping import escaped_text
@@ -27,6 +28,7 @@ td, th { padding: 3px 10px; text-align: right; border-bottom: 1px solid #e2e8f0 
 td:first-child, th:first-child { text-align: left } .bad { color: #c53030; font-weight: bold }
 figure { margin: 1em 0 } figure svg { max-width: 100%; height: auto }
 pre { white-space: pre-wrap; background: #f7fafc; padding: .6em }
+mark { background: #c6f6d5; color: inherit; border-bottom: 2px solid #38a169 }
 """
 _HEADER = (
     "source",
@@ -40,6 +42,7 @@ _HEADER = (
     "NFKC changes",
     "NFKC damages",
     "tokens",
+    "learned tokens",
 )
 
 
@@ -104,7 +107,8 @@ def _cells(source: SourceAudit) -> list[str]:
         f"{source.rejected / max(source.documents + source.rejected, 1):.2%}",
         f"{source.nfkc_changed / documents:.2%}",
         f"{source.nfkc_damaged / documents:.2%}",
-        f"{source.tokens:,}",
+        f"{source.document_tokens:,}",
+        f"{source.learned_tokens:,}",
     ]
 
 
@@ -116,7 +120,19 @@ def _source(source: SourceAudit) -> str:
     examples = "".join(f"<pre>{html.escape(example)}</pre>" for example in source.examples)
     if examples:
         page += f"<p>In another language than the label, first few:</p>{examples}"
+    if source.conversation is not None:
+        page += _conversation(source.conversation)
     return page
+
+
+def _conversation(shown: ShownConversation) -> str:
+    """Return a conversation with its learned tokens marked."""
+    pieces = ""
+    for text, is_learned in shown.pieces:
+        piece = html.escape(text)
+        pieces += f"<mark>{piece}</mark>" if is_learned else piece
+    title = html.escape(shown.title)
+    return f"<p>A conversation; <mark>what is learned</mark>. {title}</p><pre>{pieces}</pre>"
 
 
 def _facts(source: SourceAudit) -> list[str]:
@@ -126,6 +142,8 @@ def _facts(source: SourceAudit) -> list[str]:
         f"NFKC would change {source.nfkc_changed:,} documents and take the meaning of characters "
         f"in {source.nfkc_damaged:,}",
     ]
+    if source.rejects:
+        facts.append(f"cannot be used: {source.describe_rejects()}")
     for kind, count in sorted(source.notes.items()):
         facts.append(f"{kind}: {count:,} documents")
     return facts

@@ -33,7 +33,7 @@ UNLEARNED_TURN = "turn of which no message bears loss"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class ReadRecord:
     """What one record gives."""
 
     conversations: tuple[Conversation, ...] = ()
@@ -46,7 +46,7 @@ class Reading:
     """All that tells the whole record from others, its other turns included."""
 
 
-def read_conversations(record: dict[str, Any], source: SourceConfig) -> Reading:
+def read_conversations(record: dict[str, Any], source: SourceConfig) -> ReadRecord:
     """Return the conversations of a record, or why it gives none.
 
     Args:
@@ -59,9 +59,9 @@ def read_conversations(record: dict[str, Any], source: SourceConfig) -> Reading:
         if source.loss == "all":
             _require_loss(whole.messages)
     except UnusableRecordError as error:
-        return Reading(rejects=(str(error),))
+        return ReadRecord(rejects=(str(error),))
     except RecursionError:
-        return Reading(rejects=(TOO_DEEP,))
+        return ReadRecord(rejects=(TOO_DEEP,))
     candidates = [whole.as_seen()]
     if source.turns == "each":
         candidates = list(whole.turns())
@@ -70,7 +70,7 @@ def read_conversations(record: dict[str, Any], source: SourceConfig) -> Reading:
         if source.loss == "all" or conversation.learned_messages():
             learned.append(conversation)
     if not learned:
-        return Reading(rejects=(NO_LOSS,))
+        return ReadRecord(rejects=(NO_LOSS,))
     kept = []
     rejects = []
     for conversation in learned:
@@ -79,7 +79,7 @@ def read_conversations(record: dict[str, Any], source: SourceConfig) -> Reading:
             kept.append(conversation)
         else:
             rejects.append(reason)
-    return Reading(
+    return ReadRecord(
         conversations=tuple(kept),
         rejects=tuple(rejects),
         notes=(UNLEARNED_TURN,) * (len(candidates) - len(learned)),

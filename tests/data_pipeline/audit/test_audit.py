@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from data_pipeline.__main__ import main
 from data_pipeline.audit.audit import SourceAudit, audit
 from data_pipeline.audit.page import audit_page
+from data_pipeline.audit.shown_conversation import MAX_TOKENS
 from data_pipeline.build.sources import read_texts
 from data_pipeline.config.mix_file import load_mix
 from data_pipeline.text.cleaning import Tally
@@ -142,3 +145,88 @@ def test_the_page_stands_alone_and_shows_no_markup_of_the_text(make_mix: MakeMix
         "Language found, documents",
     ):
         assert f">{chart}" in page
+
+
+QUESTION = {"role": "user", "content": "What <b>now</b>?"}
+CHAT = [
+    {
+        "messages": [
+            QUESTION,
+            {"role": "assistant", "content": "First."},
+            QUESTION,
+            {"role": "assistant", "thinking": "Hm.", "content": "Then \x1b[2J that."},
+        ]
+    },
+    {"messages": [QUESTION, {"role": "assistant", "thinking": "Hm.", "content": "Yes."}]},
+    {"messages": [QUESTION, {"role": "assistant", "content": "Without a thought."}]},
+    {"messages": [QUESTION, {"role": "assistant", "thinking": "Hm.", "content": "word " * 300}]},
+    {"messages": [QUESTION]},
+]
+LEARNED_END = r"<|channel|>final<|message|>Then \x1b[2J that.<|return|>"
+
+
+@pytest.fixture
+def chat_mix_path(make_mix: MakeMix, tmp_path: Path) -> Path:
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in CHAT), encoding="utf-8")
+    keys = {"format": "harmony", "path": "../chat.jsonl", "loss": "assistant"}
+    chat = {**keys, "require_analysis": True}
+    make_mix({"en": ["unused"]}, seq_len=256, sources={"en": chat})
+    (mix,) = tmp_path.rglob("*.yaml")
+    return mix
+
+
+def test_an_audit_marks_what_is_learned_of_a_conversation_and_counts_rejects(
+    chat_mix_path: Path,
+) -> None:
+    result = audit(load_mix(chat_mix_path))
+    (found,) = result.sources
+    assert found.rejects == {
+        "last turn without analysis": 1,
+        "conversation longer than a row of 256 tokens": 1,
+        "the last message is not an answer or call of the assistant": 1,
+    }
+    assert (found.documents, found.rejected) == (2, 3)
+    assert 0 < found.learned_tokens < found.document_tokens / 2
+    assert "en: 1 conversation longer than a row of 256 tokens; 1 last turn" in result.describe()
+    assert f"{found.document_tokens:,}" in result.describe()
+    shown = found.conversation
+    assert shown is not None and shown.place.endswith("chat.jsonl:1")
+    assert [is_learned for _, is_learned in shown.pieces] == [False, True]
+    text, learned = shown.pieces[0][0], shown.pieces[1][0]
+    assert text.endswith("<|start|>assistant") and "final<|message|>First.<|end|>" in text
+    assert learned.startswith("<|channel|>analysis<|message|>Hm.<|end|>")
+    page = audit_page(result)
+    assert f"{html.escape(LEARNED_END)}</mark>" in page
+    assert "<td>2</td>" in page and "cannot be used: 1 conversation longer" in page
+    assert "&lt;b&gt;now&lt;/b&gt;" in page and "\x1b" not in page
+
+
+def test_the_marks_are_brackets_but_on_a_terminal(
+    chat_mix_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    arguments = ["audit", str(chat_mix_path), "--out", str(tmp_path / "audit.html")]
+    assert main(arguments) == 0
+    plain = capsys.readouterr().out
+    assert f"{LEARNED_END}]]" in plain and "<|start|>assistant[[<|channel|>analysis" in plain
+    assert "\x1b" not in plain
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(arguments) == 0
+    colored = capsys.readouterr().out
+    # only what marks a piece is obeyed by the terminal, not what a text holds
+    assert f"{LEARNED_END}\x1b[0m" in colored and "\x1b[2J" not in colored
+
+
+def test_a_long_conversation_is_shown_from_its_end(make_mix: MakeMix, tmp_path: Path) -> None:
+    record = {"messages": [QUESTION, {"role": "assistant", "content": "word " * 2000}]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(record) + "\n")
+    chat = {"format": "harmony", "path": "../chat.jsonl"}
+    (found,) = audit(make_mix({"en": ["unused"]}, seq_len=4096, sources={"en": chat})).sources
+    shown = found.conversation
+    assert shown is not None and shown.num_left_out == shown.num_tokens - MAX_TOKENS
+    assert shown.num_learned == shown.num_tokens - 1 == found.learned_tokens
+    assert shown.pieces[-1][0].endswith("<|return|>") and "are not shown" in shown.title

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.config.source_config import Shape, SourceConfig
-from data_pipeline.text.conversation_reader import Reading, read_conversations
+from data_pipeline.text.conversation_reader import ReadRecord, read_conversations
 from data_pipeline.text.harmony_records import read_conversation
 
 ARGUMENTS = '{"city": "Tokyo"}'
@@ -43,11 +43,11 @@ def source(shape: Shape, **keys: Any) -> SourceConfig:
     )
 
 
-def read(record: dict[str, Any], shape: Shape = "auto", **keys: Any) -> Reading:
+def read(record: dict[str, Any], shape: Shape = "auto", **keys: Any) -> ReadRecord:
     return read_conversations(record, source(shape, **keys))
 
 
-def tokens_of(reading: Reading) -> list[int]:
+def tokens_of(reading: ReadRecord) -> list[int]:
     assert not reading.rejects
     (conversation,) = reading.conversations
     return conversation.tokens().tolist()
