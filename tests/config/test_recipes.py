@@ -21,9 +21,11 @@ from cpt.run import main
 from tests.support.launcher import ROOT
 from tests.support.mix_corpora import template_with_corpora
 
-RECIPES = sorted(
+ALL = sorted(
     path for path in (ROOT / "configs").glob("gpt-oss-*.yaml") if "By cpt plan" in path.read_text()
 )
+TUNING = [path for path in ALL if "-sft" in path.stem]
+RECIPES = [path for path in ALL if path not in TUNING]
 WANTED = {("20b", 4096, 8), ("20b", 8192, 8), ("20b", 32768, 8), ("20b", 131072, 16)} | {
     ("120b", seq_len, gpus) for seq_len in (4096, 32768) for gpus in (16, 32, 64)
 }
@@ -54,6 +56,14 @@ def test_recipes_are_there_for_every_machine_that_is_promised() -> None:
     assert found == WANTED
 
 
+@pytest.mark.parametrize("path", TUNING, ids=lambda path: path.stem)
+def test_recipe_of_fine_tuning_is_judged_against_the_release(path: Path) -> None:
+    run, _ = load(path, Recipe(path).ds_config, {})
+    release = run.guard.baseline_model
+    assert release is not None and release.name == Recipe(path).model
+    assert run.model.path is not None and run.model.path.parent.name == "runs"
+
+
 @pytest.fixture
 def dry_run(monkeypatch: pytest.MonkeyPatch, large_disk: None) -> Callable[..., int]:
     """`dry_run(recipe, setting, ...)`: the exit code of the recipe's dry run, on its GPUs."""
@@ -71,14 +81,18 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, large_disk: None) -> Callable[..., 
         for name, value in ranks.items():
             monkeypatch.setenv(name, str(value))
         files = ["--ds_config", str(recipe.ds_config), "--config", str(recipe.path)]
-        no_weights_ship = [f"model.init={recipe.model}", "model.path=null"]
+        no_weights_ship = [
+            f"model.init={recipe.model}",
+            "model.path=null",
+            "guard.baseline_model=null",
+        ]
         options = [word for item in [*no_weights_ship, *settings] for word in ("--set", item)]
         return main([*files, "--dry_run", *options], StopRequest())
 
     return run
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_recipe_passes_its_dry_run_once_its_corpora_are_there(
     path: Path, dry_run: Callable[..., int], capsys: Any, tmp_path: Path
 ) -> None:
@@ -92,17 +106,18 @@ def test_recipe_passes_its_dry_run_once_its_corpora_are_there(
     assert f"--config {path.relative_to(ROOT)}" in recipe.comment
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_recipe_trains_on_no_sample_and_names_the_corpora_that_are_missing(
     path: Path, dry_run: Callable[..., int], capsys: Any
 ) -> None:
     assert dry_run(Recipe(path)) == 78
     refusal = capsys.readouterr().err
-    assert re.search(r"configs/mixes/gpt-oss-\d+b.yaml:\d+: sources\[0\].path", refusal)
-    assert "'../../corpora/ja_web/*.jsonl.zst', which matches no file" in refusal
+    template = r"configs/mixes/gpt-oss-(\d+b|sft).yaml"
+    assert re.search(rf"{template}:\d+: sources\[0\].path", refusal)
+    assert re.search(r"'../../corpora/ja_(web|chat)/\S+', which matches no file", refusal)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_recipe_says_which_seq_len_its_template_needs(path: Path) -> None:
     run, _ = load(path, Recipe(path).ds_config, {})
     template = re.search(r"(?m)^seq_len: (\d+)$", run.data.mix.read_text(encoding="utf-8"))
@@ -111,7 +126,7 @@ def test_recipe_says_which_seq_len_its_template_needs(path: Path) -> None:
         assert f"set its seq_len to {run.train.seq_len}" in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_figures_of_the_comment_are_those_of_the_planner(path: Path) -> None:
     """Within 10 %: when the estimate changes by more, so must the comment."""
     recipe = Recipe(path)

@@ -48,7 +48,7 @@ def template_with_corpora(name: str, root: Path, seq_len: int | None = None) -> 
 def _records(source: dict[str, Any]) -> list[dict[str, Any]]:
     texts = make_texts(30, source["name"])
     if source.get("format") == "harmony":
-        answer = {"role": "assistant", "content": "yes"}
+        answer = {"role": "assistant", "thinking": "One word is enough.", "content": "yes"}
         return [{"messages": [{"role": "user", "content": text}, answer]} for text in texts]
     return [
         {key: text for key in ("text", "title", "content", "en", "ja", "url")} for text in texts

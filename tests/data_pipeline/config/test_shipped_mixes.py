@@ -20,6 +20,7 @@ TEMPLATES = (
     "gpt_oss_swallow",
     "gpt-oss-20b",
     "gpt-oss-120b",
+    "gpt-oss-sft",
     "ja_annealing",
     "ja_long_context",
 )
