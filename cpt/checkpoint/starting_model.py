@@ -35,6 +35,7 @@ from cpt.checkpoint.reader import (
     refusal_unread,
     step_folder,
 )
+from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.weights import CheckpointWeights
 from cpt.errors import ConfigError
 from cpt.model.configuration import load_config
@@ -129,6 +130,12 @@ def check_starting_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def _check_tensors(path: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if RunState.of(manifest).adapter is not None:
+        run_dir = path.parent.parent
+        raise ConfigError(
+            f"{path} holds an adapter alone, without the model below it. Write the merged model and "
+            f"give that: cpt export --run_dir {run_dir} --step {manifest.step} --out DIRECTORY"
+        )
     wanted = {}
     for name, shape in shapes.items():
         wanted[name] = TensorRecord(shape=shape, dtype="float32")
