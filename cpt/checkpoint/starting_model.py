@@ -133,8 +133,8 @@ def _check_tensors(path: Path, manifest: Manifest, shapes: Mapping[str, tuple[in
     if RunState.of(manifest).adapter is not None:
         run_dir = path.parent.parent
         raise ConfigError(
-            f"{path} holds an adapter alone, without the model below it. Write the merged model and "
-            f"give that: cpt export --run_dir {run_dir} --step {manifest.step} --out DIRECTORY"
+            f"{path} holds an adapter alone, without the model below it. Write the merged model, "
+            f"and give that: cpt export --run_dir {run_dir} --step {manifest.step} --out DIRECTORY"
         )
     wanted = {}
     for name, shape in shapes.items():
