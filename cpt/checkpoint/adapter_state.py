@@ -33,7 +33,7 @@ of the tensors.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BaseModel:
+class AdapterBase:
     """The model below an adapter."""
 
     path: str | None
@@ -59,7 +59,7 @@ class BaseModel:
         return path.name
 
     @classmethod
-    def of(cls, path: Path | None, seed: int, config: GptOssConfig) -> BaseModel:
+    def of(cls, path: Path | None, seed: int, config: GptOssConfig) -> AdapterBase:
         """Describe a base; samples of its weight files are read.
 
         Args:
@@ -99,7 +99,7 @@ class AdapterState:
 
     section: AdapterSection
     """The `adapter` section that it was made with."""
-    base: BaseModel
+    base: AdapterBase
     """The model below it."""
     dtype: str
     """The dtype in which training held the weights of the base: `bf16` or `fp32`."""
@@ -164,7 +164,7 @@ class AdapterState:
             )
         return problems
 
-    def base_problems(self, now: BaseModel, checkpoint: str) -> list[str]:
+    def base_problems(self, now: AdapterBase, checkpoint: str) -> list[str]:
         """Return a problem if a base is not the one below this adapter."""
         if now.hash == self.base.hash:
             return []
@@ -214,8 +214,8 @@ def _section(plain: Mapping[str, Any]) -> AdapterSection:
     return section
 
 
-def _base(plain: Mapping[str, Any]) -> BaseModel:
-    base = BaseModel(path=plain["path"], seed=plain["seed"], hash=plain["hash"])
+def _base(plain: Mapping[str, Any]) -> AdapterBase:
+    base = AdapterBase(path=plain["path"], seed=plain["seed"], hash=plain["hash"])
     is_path = isinstance(base.path, str) and base.seed is None
     is_seed = base.path is None and type(base.seed) is int
     if not (is_path or is_seed) or not isinstance(base.hash, str):
@@ -231,7 +231,7 @@ def _one_of(value: Any, choices: tuple[str, ...]) -> str:
 
 def base_from(
     state: AdapterState, given: Path | None, config: GptOssConfig, where: str
-) -> BaseModel:
+) -> AdapterBase:
     """Return the base of an adapter: the one that is given, or the one that it was trained on.
 
     Args:
@@ -252,7 +252,7 @@ def base_from(
                 f"{where} is an adapter, and the base that it was trained on is not there: {path}. "
                 "Give its directory with --base."
             )
-    base = BaseModel.of(path, told.seed or 0, config)
+    base = AdapterBase.of(path, told.seed or 0, config)
     problems = state.base_problems(base, where)
     if problems:
         raise ConfigError([problem.replace("as model.path", "with --base") for problem in problems])

@@ -165,7 +165,11 @@ def _newest_state(
         ConfigError: the run cannot begin so.
     """
     step, _ = first_sound(run_dir, list_steps(run_dir), refusal_unread)
-    if step is None:
+    state = None
+    if step is not None:
+        folder = step_folder(run_dir, step)
+        state = RunState.of(read_manifest(folder))
+    if step is None or state is None or state.begins_a_run:
         total_steps = int(config["train"].get("total_steps", 0))
         return _DrawState(
             step=0,
@@ -173,8 +177,6 @@ def _newest_state(
             skip_ranges=[],
             stages=_planned_stages(run_dir, mix, config, total_steps),
         )
-    folder = step_folder(run_dir, step)
-    state = RunState.of(read_manifest(folder))
     progress = state.part("progress", folder.name)
     try:
         ranges = [(int(first), int(last)) for first, last in progress.get("skip_ranges", [])]

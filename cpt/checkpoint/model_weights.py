@@ -19,7 +19,7 @@ from cpt.checkpoint.reader import check_same_tensors
 from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.weights import PIECE_NUMEL, CheckpointWeights
 from cpt.model.adapters.layout import adapted_matrices, adapter_shapes
-from cpt.model.adapters.merged import MergedWeights
+from cpt.model.adapters.merged import AdaptedWeights
 from cpt.model.parameters import parameter_shapes
 from cpt.model.weights.hf_layout import is_expert_name
 from cpt.model.weights.source import WeightSource
@@ -50,7 +50,7 @@ def merged_weights(
     adapter: AdapterState,
     dtype: torch.dtype,
     base: Path | None = None,
-) -> MergedWeights:
+) -> AdaptedWeights:
     """Return the weights of an adapter's base with the adapter added.
 
     Args:
@@ -65,7 +65,7 @@ def merged_weights(
     """
     config = model_config_of(manifest)
     opened = base_from(adapter, base, config, folder.name).open(config)
-    return MergedWeights(
+    return AdaptedWeights(
         opened,
         CheckpointWeights(folder, manifest, torch.float32),
         adapted_matrices(adapter.section, config),
@@ -78,7 +78,7 @@ def merged_weights(
 
 def open_weights(
     folder: Path, manifest: Manifest, dtype: torch.dtype, base: Path | None = None
-) -> CheckpointWeights | MergedWeights:
+) -> CheckpointWeights | AdaptedWeights:
     """Return the weights of a checkpoint's model as a source, rounded to a dtype.
 
     The arguments and errors are those of `merged_weights`.

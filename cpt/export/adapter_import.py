@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import GptOssConfig
 
-from cpt.checkpoint.adapter_state import AdapterState, BaseModel
+from cpt.checkpoint.adapter_state import AdapterBase, AdapterState
 from cpt.checkpoint.manifest import TensorRecord
 from cpt.checkpoint.reader import list_steps
 from cpt.checkpoint.run_state import RunState
@@ -99,7 +99,7 @@ def import_adapter(request: ImportRequest) -> Path:
         )
     matrices = adapted_matrices(request.section, request.config)
     tensors = peft_tensors(matrices, request.config.num_local_experts)
-    base = BaseModel.of(request.base_path, request.seed, request.config)
+    base = AdapterBase.of(request.base_path, request.seed, request.config)
     settings = _read_settings(request.source)
     problems = _config_problems(settings, request.section, matrices)
     problems += _file_problems(request.source / ADAPTER_FILE, tensors)
@@ -265,7 +265,7 @@ def _file_problems(file: Path, tensors: Sequence[PeftTensor]) -> list[str]:
     return problems
 
 
-def _base_problems(source: Path, settings: Mapping[str, Any], base: BaseModel) -> list[str]:
+def _base_problems(source: Path, settings: Mapping[str, Any], base: AdapterBase) -> list[str]:
     """Return a problem if the adapter is known to be of another base; warn if its name differs."""
     if (source / BASE_FILE).is_file():
         told = read_json(source / BASE_FILE)

@@ -21,7 +21,7 @@ from cpt.errors import ConfigError, DataError
 from cpt.export.rounded_weights import RoundedWeights
 from cpt.guard.paired_test import compare_scores
 from cpt.guard.score import ScoredSet
-from cpt.model.adapters.merged import MergedWeights
+from cpt.model.adapters.merged import AdaptedWeights
 from cpt.model.parameters import parameter_numels
 from cpt.model.weights.writer import refuse_existing
 from cpt.offline.model import OfflineModel, held_out_sets
@@ -101,7 +101,13 @@ def _identity(
 
 def _sets_to_score(manifest: Manifest, score: Literal["auto", "always"]) -> list[ScoredSet]:
     """Return the held-out sets of the run, or none, with a warning that says why."""
-    config = RunState.of(manifest).config or {}
+    config = RunState.of(manifest).config
+    if config is None:  # an adapter that was imported, before its first step
+        told = f"the checkpoint of step {manifest.step} is of no run, so there is no held-out text."
+        if score == "always":
+            raise ConfigError(f"--score always: {told} Give --score never.")
+        log.warning("bits per byte of the quantized weights are not measured: %s", told)
+        return []
     build_dir = config["data"].get("build_dir")
     try:
         sets = held_out_sets(
@@ -137,7 +143,7 @@ def _too_large(manifest: Manifest) -> str:
 
 
 def quantization_cost(
-    weights: CheckpointWeights | MergedWeights, scorer: SetScorer
+    weights: CheckpointWeights | AdaptedWeights, scorer: SetScorer
 ) -> list[dict[str, Any]]:
     """Return bits per byte of bf16 weights and of the same rounded to MXFP4, paired by document.
 

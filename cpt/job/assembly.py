@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 
-from cpt.checkpoint.adapter_state import AdapterState, BaseModel
+from cpt.checkpoint.adapter_state import AdapterBase, AdapterState
 from cpt.checkpoint.lineage import lineage_of_run
 from cpt.checkpoint.loading import LoadedState, load_checkpoint
 from cpt.checkpoint.saver import Saver
@@ -132,7 +132,7 @@ def adapter_of_run(context: RunContext) -> AdapterState | None:
     base = on_first_rank(
         context.control_group, lambda: asdict(base_of(config, context.model_config))
     )
-    return AdapterState(section=config.adapter, base=BaseModel(**base), dtype=config.train.dtype)
+    return AdapterState(section=config.adapter, base=AdapterBase(**base), dtype=config.train.dtype)
 
 
 def beginning(context: RunContext, data: BuiltData, loaded: LoadedState | None) -> StartingPoint:

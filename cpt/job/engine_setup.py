@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import GptOssConfig
 
-from cpt.checkpoint.adapter_state import BaseModel
+from cpt.checkpoint.adapter_state import AdapterBase
 from cpt.checkpoint.loading import flat_ranges
 from cpt.checkpoint.starting_model import StartingCheckpoint, is_checkpoint
 from cpt.config import RunConfig
@@ -174,13 +174,13 @@ def stored_weights(path: Path, model_config: GptOssConfig, topology: Topology) -
     return together(topology.control_group, opened)
 
 
-def base_of(config: RunConfig, model_config: GptOssConfig) -> BaseModel:
+def base_of(config: RunConfig, model_config: GptOssConfig) -> AdapterBase:
     """Return the model below the adapter of a run; samples of its weight files are read.
 
     Raises:
         ConfigError: the directory holds no weights that can be read.
     """
-    return BaseModel.of(config.model.path, config.train.seed, model_config)
+    return AdapterBase.of(config.model.path, config.train.seed, model_config)
 
 
 def verify_checksums(source: WeightSource, topology: Topology) -> None:

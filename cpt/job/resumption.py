@@ -15,8 +15,8 @@ from typing import Any
 from transformers import GptOssConfig
 
 from cpt.checkpoint.adapter_state import (
+    AdapterBase,
     AdapterState,
-    BaseModel,
     no_adapter_problem,
     whole_model_problem,
 )
@@ -255,7 +255,7 @@ def _imported_start(
         raise ConfigError(problems)
     rows = None if data is None else data.manifest.row_hashes()
     return StartingPoint(
-        ledger=Ledger.start(mix, rows or {}, config.train.total_steps),
+        ledger=Ledger.start(mix, rows, config.train.total_steps),
         progress=Progress(skip_ranges=merged(given_up)),
         stages=planned_stages(config, mix),
     )
@@ -311,7 +311,7 @@ class ExpectedCheckpoint:
             wanted[name] = TensorRecord(shape=shape, dtype="float32")
         check_same_tensors(self.name, self.tensors, wanted)
 
-    def check_base(self, base: BaseModel) -> None:
+    def check_base(self, base: AdapterBase) -> None:
         """Refuse an adapter of another base.
 
         Raises:
@@ -347,7 +347,7 @@ def refuse_other_adapter(
         raise ConfigError(problems)
 
 
-def refuse_other_base(state: RunState, checkpoint: str, base: BaseModel) -> None:
+def refuse_other_base(state: RunState, checkpoint: str, base: AdapterBase) -> None:
     """Refuse a checkpoint whose adapter was trained on another base.
 
     Raises:

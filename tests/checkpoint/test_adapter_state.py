@@ -10,15 +10,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cpt.checkpoint.adapter_state import AdapterState, BaseModel, base_from
+from cpt.checkpoint.adapter_state import AdapterBase, AdapterState, base_from
+from cpt.checkpoint.reader import step_folder
 from cpt.checkpoint.run_state import RunState
+from cpt.checkpoint.starting_model import check_starting_weights
 from cpt.config.adapter_section import AdapterSection
 from cpt.errors import CheckpointError, ConfigError
 from cpt.model.configuration import load_config
+from cpt.model.parameters import parameter_shapes
+from tests.support.adapters import write_adapter
 
 CONFIG = load_config(None, "tiny")
 SECTION = AdapterSection(kind="lora", rank=16, layers=(0, "1-2"))
-STATE = AdapterState(section=SECTION, base=BaseModel.of(None, 7, CONFIG), dtype="bf16")
+STATE = AdapterState(section=SECTION, base=AdapterBase.of(None, 7, CONFIG), dtype="bf16")
 
 
 def read(plain: Any) -> AdapterState | None:
@@ -88,7 +92,7 @@ def directory(path: Path, value: float) -> Path:
 
 
 def test_a_base_is_known_by_its_weights_and_not_by_its_place(tmp_path: Path) -> None:
-    base = BaseModel.of(directory(tmp_path / "base", 1.0), 0, CONFIG)
+    base = AdapterBase.of(directory(tmp_path / "base", 1.0), 0, CONFIG)
     state = dataclasses.replace(STATE, base=base)
     copy = directory(tmp_path / "copy", 1.0)
     other = directory(tmp_path / "other", 2.0)
@@ -96,7 +100,7 @@ def test_a_base_is_known_by_its_weights_and_not_by_its_place(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as caught:
         base_from(state, other, CONFIG, "step-3")
     told = str(caught.value)
-    assert base.hash in told and BaseModel.of(other, 0, CONFIG).hash in told and "--base" in told
+    assert base.hash in told and AdapterBase.of(other, 0, CONFIG).hash in told and "--base" in told
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match=r"is not there: .*base\. Give its directory with --base"):
         base_from(state, None, CONFIG, "step-3")
@@ -105,15 +109,22 @@ def test_a_base_is_known_by_its_weights_and_not_by_its_place(tmp_path: Path) -> 
 def test_random_weights_of_another_seed_or_size_are_another_base() -> None:
     wider = load_config(None, "tiny")
     wider.vocab_size += 64
-    others = [BaseModel.of(None, 8, CONFIG), BaseModel.of(None, 7, wider)]
+    others = [AdapterBase.of(None, 8, CONFIG), AdapterBase.of(None, 7, wider)]
     for other in others:
         assert STATE.base_problems(other, "step-3") != []
-    assert STATE.base_problems(BaseModel.of(None, 7, CONFIG), "step-3") == []
+    assert STATE.base_problems(AdapterBase.of(None, 7, CONFIG), "step-3") == []
 
 
 def test_a_base_in_the_cache_of_the_hub_has_its_name_there() -> None:
     cached = "/cache/models--openai--gpt-oss-20b/snapshots/6cee5e81ee83917806bbde320786a8fb61efebee"
-    assert BaseModel(path=cached, seed=None, hash="").name == "openai/gpt-oss-20b"
-    assert BaseModel(path="/data/gpt-oss-20b", seed=None, hash="").name == "gpt-oss-20b"
-    of_run = BaseModel(path="/runs/cpt/checkpoints/step-00000100", seed=None, hash="")
+    assert AdapterBase(path=cached, seed=None, hash="").name == "openai/gpt-oss-20b"
+    assert AdapterBase(path="/data/gpt-oss-20b", seed=None, hash="").name == "gpt-oss-20b"
+    of_run = AdapterBase(path="/runs/cpt/checkpoints/step-00000100", seed=None, hash="")
     assert of_run.name == "cpt (step-00000100)"
+
+
+def test_a_run_does_not_start_from_an_adapter_as_if_it_were_a_model(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "run", None, SECTION, CONFIG)
+    told = r"holds an adapter alone.*cpt export --run_dir .*run --step 3 --out DIRECTORY"
+    with pytest.raises(ConfigError, match=told):
+        check_starting_weights(step_folder(tmp_path / "run", 3), parameter_shapes(CONFIG))

@@ -227,13 +227,15 @@ def run(scenario: Scenario, folder: Path) -> None:
     of_model = model_config(scenario.expert_size)
     engine = build_engine(config, of_model, topology, clock)
     install_faults(engine.deepspeed, clock)
-    if not scenario.resume_from or config.adapter.is_on:
-        fill_weights(engine, weight_source(config, of_model, topology))
+    source = weight_source(config, of_model, topology)
     if scenario.resume_from:
         run_dir = folder / scenario.resume_from
         loaded = load_checkpoint(run_dir, engine.deepspeed, topology, str(scenario.start))
         assert loaded is not None and loaded.step == scenario.start
+        if config.adapter.is_on:
+            fill_weights(engine, source, below_adapter=True)
     else:
+        fill_weights(engine, source)
         fill_adapters(engine, config, of_model)
     targets = None
     if scenario.kl:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GptOssConfig
 
-from cpt.checkpoint.adapter_state import AdapterState, BaseModel
+from cpt.checkpoint.adapter_state import AdapterBase, AdapterState
 from cpt.checkpoint.manifest import TensorRecord
 from cpt.checkpoint.run_state import RunState
 from cpt.checkpoint.writer import write_alone
@@ -42,7 +42,7 @@ def write_adapter(
     state = RunState(
         model_config=config.to_dict(),
         adapter=AdapterState(
-            section=section, base=BaseModel.of(base, 0, config), dtype=dtype
+            section=section, base=AdapterBase.of(base, 0, config), dtype=dtype
         ).to_json(),
     )
     records = {}

@@ -20,7 +20,7 @@ from cpt.model.weights.directory import DirectoryWeights
 from cpt.model.weights.source import WeightSource
 
 
-class MergedWeights:
+class AdaptedWeights:
     """A `WeightSource` of a whole model: another one, with an adapter added to some matrices."""
 
     def __init__(
