@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +16,8 @@ from cpt.model.attention.machine import Machine
 from cpt.model.experts.dispatch import Assignment
 from cpt.model.experts.grouped import Groups
 from cpt.model.experts.layer import LocalExperts
+from cpt.model.experts.packed import PackedMatrices
+from cpt.model.kernels.packed_weights import decode_mxfp4
 from cpt.model.weights import mxfp4
 from cpt.model.weights.hf_layout import EXPERT_TENSORS
 from gpu.stages import Options, Planned, milliseconds, relative_error
@@ -195,11 +200,69 @@ def _products_ms(case: ExpertCase, options: Options) -> float:
 
 
 def mxfp4_decodes_alike(options: Options) -> dict[str, bool]:
-    """Compare decoding on the device with decoding on the host."""
-    blocks, scales = mxfp4.encode(torch.randn(2, 64, 64) * 0.1)
-    on_host = mxfp4.decode(blocks, scales)
-    on_device = mxfp4.decode(blocks.to(options.device), scales.to(options.device)).cpu()
-    return {"same bits": torch.equal(on_host, on_device)}
+    """Compare decoding on the device with decoding on the host, with every scale that is finite."""
+    found = {}
+    for name, shape in {"whole tiles": (2, 128, 8), "beside a tile": (3, 70, 5)}.items():
+        blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        scales = torch.randint(0, 253, shape, dtype=torch.uint8)
+        for dtype, as_bits in {torch.bfloat16: torch.int16, torch.float32: torch.int32}.items():
+            on_host = mxfp4.decode(blocks, scales, dtype)
+            on_device = decode_mxfp4(blocks.to(options.device), scales.to(options.device), dtype)
+            same = torch.equal(on_host.view(as_bits), on_device.cpu().view(as_bits))
+            found[f"{name}, {dtype}: same bits"] = same
+    return found
+
+
+class PackedCase:
+    """The experts of a case with frozen MXFP4 values, decoded and packed."""
+
+    def __init__(self, case: ExpertCase) -> None:
+        self.case = case
+        self.packed = copy.deepcopy(case.layer)
+        for name in ("gate_up_proj", "down_proj"):
+            parameter = getattr(case.layer, name)
+            parts = []
+            for expert in parameter.detach():  # fp32 copies of all of them would not fit
+                parts.append(mxfp4.encode(expert[None]))
+            blocks, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            matrices = PackedMatrices(blocks, scales)
+            parameter.data = matrices.decoded(parameter.dtype)
+            delattr(self.packed, name)
+            setattr(self.packed, name, matrices)
+        for layer in (case.layer, self.packed):
+            layer.requires_grad_(False)
+
+    def solve(self, layer: LocalExperts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the output and the gradient of the rows."""
+        rows = self.case.rows.detach().clone().requires_grad_()
+        out = layer(rows, self.case.weights, self.case.groups)
+        out.backward(self.case.d_out)
+        assert rows.grad is not None
+        return out.detach(), rows.grad
+
+
+def packed_experts(options: Options) -> dict[str, Any]:
+    """Compare one layer of frozen experts in 4 bits with the same one decoded: bits and time."""
+    found: dict[str, Any] = {}
+    for tokens in (options.size(4096, 64), options.size(16384, 128)):
+        case = PackedCase(ExpertCase(options, experts=options.size(32, 4), tokens=tokens))
+        decoded = case.solve(case.case.layer)
+        packed = case.solve(case.packed)
+        gate_up = case.packed.gate_up_proj
+        decode_ms = milliseconds(lambda m=gate_up: m.decoded(BF16), options)  # type: ignore[misc]
+        moved = gate_up.nbytes + 2 * math.prod(gate_up.shape)
+        found[str(tokens)] = {
+            "same bits": all(torch.equal(a, b) for a, b in zip(decoded, packed, strict=True)),
+            "decode_ms": decode_ms,
+            "decode_TB_s": moved / decode_ms / 1e9,
+            "decoded_forward_backward_ms": milliseconds(
+                functools.partial(case.solve, case.case.layer), options
+            ),
+            "packed_forward_backward_ms": milliseconds(
+                functools.partial(case.solve, case.packed), options
+            ),
+        }
+    return found
 
 
 STAGES = (
@@ -209,4 +272,5 @@ STAGES = (
     Planned(attention_is_right, 15),
     Planned(experts_speed, 15),
     Planned(mxfp4_decodes_alike, 5),
+    Planned(packed_experts, 15),
 )

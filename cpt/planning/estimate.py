@@ -92,7 +92,7 @@ def estimate(
     memory = device_memory(config, model, counts)
     host = host_memory(config, model, counts)
     wire = traffic(config, model, counts, assumed.ranks_per_node)
-    flops = flops_per_token(model, config.train.seq_len)
+    flops = flops_per_token(model, config.train.seq_len, trains_weights=not config.adapter.is_on)
     parts: dict[str, float] = {}
     if assumed.mfu is None:
         parts = _part_seconds(config, model, counts, flops, gpu, assumed)
@@ -144,8 +144,10 @@ def _seconds_at_peak(
     assumed: Assumptions,
 ) -> float:
     """Return the time of all operations at one speed."""
-    # activation checkpointing runs the forward, a third of the whole, once more
-    recomputed = 4 / 3 if config.model.activation_checkpointing else 1.0
+    # activation checkpointing runs the forward, a third of the whole, once more; it is a half where
+    # weights have no gradients
+    share_of_forward = 1 / 2 if config.adapter.is_on else 1 / 3
+    recomputed = 1 + share_of_forward if config.model.activation_checkpointing else 1.0
     imbalance = assumed.rank_imbalance(config.ep_size, model.num_local_experts)
     per_token = flops.dense + flops.attention + flops.experts * imbalance
     return _tokens_per_rank(config) * recomputed * per_token / flops_per_second

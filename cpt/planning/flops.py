@@ -2,6 +2,9 @@
 
     6 * (parameters that a token multiplies with) + 3 * (attention, forward)
 
+Without gradients of the weights, below adapters, it is 4 in place of 6; the adapters' own products
+are few and left out.
+
 A product with a weight costs 2 operations per parameter forward and 4 backward.  Attention costs 4
 per key, query head and head size forward (scores and values): a full layer sees seq_len / 2 keys on
 average, a window layer `window`. The embedding is a look-up and costs nothing; recomputation is not
@@ -36,11 +39,19 @@ class TokenFlops:
         return self.dense + self.experts + self.attention
 
 
-def flops_per_token(model: GptOssConfig, seq_len: int) -> TokenFlops:
+def flops_per_token(
+    model: GptOssConfig, seq_len: int, *, trains_weights: bool = True
+) -> TokenFlops:
     """Return the operations of one token in rows that hold one document of `seq_len` tokens.
 
     Shorter documents cost less.
+
+    Args:
+        model: The architecture.
+        seq_len: Tokens of a row.
+        trains_weights: Whether weights have gradients; below adapters they have none.
     """
+    per_weight = 6.0 if trains_weights else 4.0
     hidden = model.hidden_size
     layers = model.num_hidden_layers
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
@@ -53,8 +64,8 @@ def flops_per_token(model: GptOssConfig, seq_len: int) -> TokenFlops:
     windows = layer_types.count("sliding_attention") * min(window_tokens(model), seq_len / 2)
     full = layer_types.count("full_attention") * seq_len / 2
     return TokenFlops(
-        dense=6.0 * (layers * (projections + router) + hidden * model.vocab_size),
-        experts=6.0 * layers * model.num_experts_per_tok * expert,
+        dense=per_weight * (layers * (projections + router) + hidden * model.vocab_size),
+        experts=per_weight * layers * model.num_experts_per_tok * expert,
         attention=per_key * (full + windows),
         window_attention=per_key * windows,
     )
