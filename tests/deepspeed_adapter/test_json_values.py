@@ -125,7 +125,7 @@ KEYS = st.sampled_from([key for key in KNOWN_KEYS if key not in OWN_KEYS])
 
 
 @settings(
-    max_examples=40,
+    max_examples=20,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )

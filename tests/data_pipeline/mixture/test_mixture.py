@@ -80,7 +80,7 @@ def mixes(draw: st.DrawFn) -> tuple[Rows, list[float]]:
     ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(mixes())
 def test_every_prefix_is_within_one_packed_row_of_every_target(
     mix: tuple[Rows, list[float]],
@@ -119,7 +119,7 @@ def ledgers_with_a_floor(draw: st.DrawFn) -> tuple[Rows, Ledger, float]:
     return Rows(dict(zip(names, sizes, strict=True))), Ledger(tuple(segments)), floor
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ledgers_with_a_floor())
 def test_a_language_has_its_floor_at_every_prefix_of_all_segments(
     case: tuple[Rows, Ledger, float],
