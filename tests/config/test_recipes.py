@@ -24,8 +24,9 @@ from tests.support.mix_corpora import template_with_corpora
 ALL = sorted(
     path for path in (ROOT / "configs").glob("gpt-oss-*.yaml") if "By cpt plan" in path.read_text()
 )
-TUNING = [path for path in ALL if "-sft" in path.stem]
+TUNING = [path for path in ALL if "-sft" in path.stem or "-lora-" in path.stem]
 RECIPES = [path for path in ALL if path not in TUNING]
+CARDS = {"RTX 4090 24 GB": "rtx4090", "L40S 48 GB": "l40s", "H100 80 GB": "h100"}
 WANTED = {("20b", 4096, 8), ("20b", 8192, 8), ("20b", 32768, 8), ("20b", 131072, 16)} | {
     ("120b", seq_len, gpus) for seq_len in (4096, 32768) for gpus in (16, 32, 64)
 }
@@ -39,6 +40,10 @@ class Recipe:
         self.path, self.comment = path, text[: text.index("model:")].replace("\n# ", " ")
         nodes = re.search(r"--num_nodes (\d+) --num_gpus 8", self.comment)
         self.world_size = 8 * int(nodes[1]) if nodes else 8
+        if "--num_gpus 1 " in self.comment:
+            self.world_size = 1
+        self.gpu = CARDS[self.find(r"By cpt plan for (.+?), computed")]
+        """Its name in the planner."""
         self.ds_config = ROOT / self.find(r"--ds_config (\S+)")
         self.model = self.find(r"(gpt-oss-\d+b)")
 
@@ -59,9 +64,25 @@ def test_recipes_are_there_for_every_machine_that_is_promised() -> None:
 @pytest.mark.parametrize("path", TUNING, ids=lambda path: path.stem)
 def test_recipe_of_fine_tuning_is_judged_against_the_release(path: Path) -> None:
     run, _ = load(path, Recipe(path).ds_config, {})
-    release = run.guard.baseline_model
+    release = run.guard.baseline_model or run.model.path
     assert release is not None and release.name == Recipe(path).model
-    assert run.model.path is not None and run.model.path.parent.name == "runs"
+    assert release.parent.name == "models"
+
+
+def test_recipes_of_fine_tuning_are_there_for_every_machine_that_is_promised() -> None:
+    found = set()
+    for recipe in map(Recipe, TUNING):
+        run, _ = load(recipe.path, recipe.ds_config, {})
+        found.add((recipe.model, run.adapter.kind, recipe.gpu, recipe.world_size))
+    assert found == {
+        ("gpt-oss-20b", "lora", "rtx4090", 1),
+        ("gpt-oss-20b", "lora", "l40s", 1),
+        ("gpt-oss-20b", "lora", "h100", 1),
+        ("gpt-oss-20b", "none", "h100", 8),
+        ("gpt-oss-120b", "lora", "h100", 1),
+        ("gpt-oss-120b", "lora", "h100", 8),
+        ("gpt-oss-120b", "none", "h100", 16),
+    }
 
 
 @pytest.fixture
@@ -73,7 +94,7 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, large_disk: None) -> Callable[..., 
             "RANK": 0,
             "LOCAL_RANK": 0,
             "WORLD_SIZE": recipe.world_size,
-            "LOCAL_SIZE": 8,
+            "LOCAL_SIZE": min(8, recipe.world_size),
             "MASTER_PORT": 1,
         }
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
@@ -86,6 +107,8 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, large_disk: None) -> Callable[..., 
             "model.path=null",
             "guard.baseline_model=null",
         ]
+        if load(recipe.path, recipe.ds_config, {})[0].adapter.base == "mxfp4":
+            no_weights_ship.append("adapter.base=bf16")  # random weights cannot be packed
         options = [word for item in [*no_weights_ship, *settings] for word in ("--set", item)]
         return main([*files, "--dry_run", *options], StopRequest())
 
@@ -133,11 +156,17 @@ def test_figures_of_the_comment_are_those_of_the_planner(path: Path) -> None:
     model = load_config(None, recipe.model)
     run, ds_json = load(path, recipe.ds_config, {})
     config = resolve(
-        run, ds_json, model, LaunchInfo(world_size=recipe.world_size, local_world_size=8)
+        run,
+        ds_json,
+        model,
+        LaunchInfo(world_size=recipe.world_size, local_world_size=min(8, recipe.world_size)),
     )
-    found = estimate(config, model, count_parameters(model, ()), GPUS["h100"], Assumptions())
+    gpu = GPUS[recipe.gpu]
+    counts = count_parameters(model, (), run.adapter)
+    found = estimate(config, model, counts, gpu, Assumptions())
     assert found.fits
-    assert float(recipe.find(r"([\d.]+) GiB of 67.1")) == pytest.approx(
+    room = Assumptions().memory_share * gpu.memory_bytes / 2**30
+    assert float(recipe.find(rf"([\d.]+) GiB of {room:.1f}")) == pytest.approx(
         sum(found.memory.values()) / 2**30, rel=0.1
     )
     tokens = float(recipe.find(r"([\d,]+) tokens/s/GPU").replace(",", ""))

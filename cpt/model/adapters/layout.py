@@ -286,8 +286,6 @@ def adapter_problems(section: AdapterSection, config: Any) -> list[str]:
     if not section.is_on:
         return []
     problems = _layer_problems(section, int(config.num_hidden_layers))
-    if section.base == "mxfp4":
-        problems.append("adapter.base is mxfp4, but the experts are kept in bf16. Give bf16.")
     names = [name for name, _ in _candidates(config)]
     for index, target in enumerate(section.targets):
         reason = _target_problem(target, names, parameter_shapes(config))
