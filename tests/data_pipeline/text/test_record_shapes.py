@@ -130,7 +130,7 @@ def test_what_only_openai_has_is_read_under_its_name_alone() -> None:
         "functions": [TOOL["function"]],
         "parallel_tool_calls": False,
     }
-    found = read(record, "openai")
+    found = read(record, "openai", loss="assistant")
     assert tokens_of(found) == expected(WITH_CALL, tools=[TOOL])
     bear_loss = [message.bears_loss for message in found.conversations[0].messages]
     assert bear_loss == [True, False, False, True, True]
