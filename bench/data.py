@@ -14,6 +14,10 @@ ratios mean something.
     read    ours: the mixture's choice of rows and BuiltData.read_row, which gives ids, labels,
                 positions and document bounds
             theirs: interleave_datasets of the shuffled saved datasets, as numpy: ids alone
+    chat    conversations with tools -> tokens, and which of them are learned
+            ours: the reader of `format: harmony`, its checks included
+            theirs: apply_chat_template of the exported template with return_assistant_tokens_mask
+    --only chat needs no corpus.
 """
 
 from __future__ import annotations
@@ -39,6 +43,23 @@ SEQ_LEN = 4096
 LANGUAGES = ("ja", "en")
 DEFAULT_CORPUS = ROOT / "data" / "corpus"
 READ_ROWS = 20_000
+NUM_CHATS = 1_500
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "Searches a collection of documents.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "query": {"type": "string", "description": "Words to look for"},
+                "limit": {"type": "integer", "default": 10},
+                "language": {"type": "string", "enum": ["ja", "en"]},
+            },
+            "required": ["query"],
+        },
+    },
+}
 
 
 def ours_build(work: Path) -> int:
@@ -126,9 +147,73 @@ def theirs_read(work: Path) -> int:
     return tokens
 
 
+def ours_chat(work: Path) -> int:
+    from data_pipeline.build.sources import read_documents
+    from data_pipeline.build.units import split_into_units
+    from data_pipeline.config.source_config import SourceConfig
+    from data_pipeline.text.cleaning import Tally
+
+    source = SourceConfig(
+        name="chat",
+        language="en",
+        domain="chat",
+        path=str(work / "chat.jsonl"),
+        format="harmony",
+        loss="assistant",
+        weight=1.0,
+    )
+    total = 0
+    for unit in split_into_units(source):
+        for document in read_documents(source, unit, Tally()):
+            assert document.loss is not None
+            tokens = document.tokenize()
+            assert document.loss().any()
+            total += len(tokens)
+    return total
+
+
+def theirs_chat(work: Path) -> int:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    total = 0
+    with (work / "chat.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            found = tokenizer.apply_chat_template(
+                record["messages"],
+                tools=record["tools"],
+                reasoning_effort=record.get("reasoning_effort", "medium"),
+                current_date="2025-08-05",
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+            assert any(found["assistant_masks"])
+            total += len(found["input_ids"])
+    return total
+
+
+def write_chats(path: Path) -> None:
+    """Write conversations of the sample, each with a tool that is called before its last answer."""
+    sample = ROOT / "data_pipeline" / "sample" / "en_chat.jsonl"
+    records = [json.loads(line) for line in sample.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for number in range(NUM_CHATS):
+        *before, answer = records[number % len(records)]["messages"]
+        arguments = {"query": f"question {number}", "limit": number % 7}
+        call = {"type": "function", "function": {"name": "search", "arguments": arguments}}
+        calling = {"role": "assistant", "thinking": "I look it up.", "tool_calls": [call]}
+        result = {"role": "tool", "name": "search", "content": f"document {number}: as asked"}
+        messages = [*before, calling, result, answer]
+        lines.append(json.dumps({"messages": messages, "tools": [TOOL]}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 CONTESTANTS: dict[str, Callable[[Path], int]] = {
-    f.__name__: f for f in (ours_build, theirs_build, ours_read, theirs_read)
+    f.__name__: f
+    for f in (ours_build, theirs_build, ours_read, theirs_read, ours_chat, theirs_chat)
 }
+KINDS = ("build", "read", "chat")
 
 
 def measure(name: str, work: Path) -> None:
@@ -162,7 +247,7 @@ def save_tokenizer(directory: Path) -> None:
     """Write the tokenizer in a process of its own: a child starts with its parent's peak memory."""
     code = (
         "import sys; from pathlib import Path; from cpt.export.tokenizer import save_tokenizer; "
-        "save_tokenizer(Path(sys.argv[1]))"
+        "save_tokenizer(Path(sys.argv[1]), 131072)"
     )
     subprocess.run([sys.executable, "-c", code, str(directory)], cwd=ROOT, check=True)
 
@@ -178,16 +263,22 @@ def write_mix(path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def measure_all(corpus: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
+def measure_all(
+    corpus: Path, rounds: int, kinds: tuple[str, ...]
+) -> dict[str, list[dict[str, Any]]]:
     """Return the measurements of each contestant, who take turns."""
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in CONTESTANTS:
+        if name.endswith(kinds):
+            results[name] = []
     with tempfile.TemporaryDirectory(prefix="bench-data-") as temporary:
         work = Path(temporary)
         (work / "corpus").symlink_to(corpus.resolve())
         save_tokenizer(work / "tokenizer")
         write_mix(work / "mix.yaml")
+        write_chats(work / "chat.jsonl")
         for _ in range(rounds):
-            for name in CONTESTANTS:
+            for name in results:
                 results[name].append(call(name, work))
     return results
 
@@ -206,7 +297,9 @@ def show(results: dict[str, list[dict[str, Any]]]) -> None:
             f"(from {min(rates) / 1e6:.2f} to {max(rates) / 1e6:.2f}), "
             f"peak {peak / 2**20:,.0f} MiB, {runs[0]['tokens']:,} tokens"
         )
-    for kind in ("build", "read"):
+    for kind in KINDS:
+        if f"ours_{kind}" not in medians:
+            continue
         ratio = medians[f"ours_{kind}"] / medians[f"theirs_{kind}"]
         print(f"{kind}: ours / theirs = {ratio:.1f}")
 
@@ -222,16 +315,18 @@ def main() -> None:
         help="folder with ja.jsonl and en.jsonl (default: data/corpus)",
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=KINDS, help="measure only this")
     parser.add_argument("--run", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
         measure(options.run, options.work)
         return
-    if options.corpus == DEFAULT_CORPUS and not options.corpus.exists():
+    kinds = KINDS if options.only is None else (options.only,)
+    if kinds != ("chat",) and options.corpus == DEFAULT_CORPUS and not options.corpus.exists():
         print(f"skipped: there is no {options.corpus}. `make corpus` fetches one.")
         return
-    show(measure_all(options.corpus, options.rounds))
+    show(measure_all(options.corpus, options.rounds, kinds))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -94,19 +95,27 @@ class Message:
         """Whether the assistant calls a function with it."""
         return self.role == "assistant" and bool(self.function)
 
-    def header(self) -> list[int]:
+    def header(self) -> Tokens:
         """Return the ids from <|start|> to <|message|>."""
-        if self.role == "tool":
-            header = [START, *_plain(self.function), *_plain(" to=assistant")]
-        elif self.function:
-            header = [START, *_plain(self.role), *_plain(f" to={self.function}")]
-        else:
-            header = [START, *_plain(self.role)]
-        if self.channel:
-            header += [CHANNEL, *_plain(self.channel)]
-        if self.is_call:
-            header += [*_plain(" "), CONSTRAIN, *_plain("json")]
-        return [*header, MESSAGE]
+        return _header(self.role, self.channel, self.function)
+
+
+@functools.lru_cache(maxsize=4096)
+def _header(role: str, channel: str, function: str) -> Tokens:
+    """Return a header, of which a source has few; the array is shared and must not be written."""
+    header = [START]
+    if role == "tool":
+        header += [*_plain(function), *_plain(" to=assistant")]
+    else:
+        header += _plain(role)
+    is_call = role == "assistant" and function
+    if is_call:
+        header += _plain(f" to={function}")
+    if channel:
+        header += [CHANNEL, *_plain(channel)]
+    if is_call:
+        header += [*_plain(" "), CONSTRAIN, *_plain("json")]
+    return np.array([*header, MESSAGE], np.uint32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +172,7 @@ class Conversation:
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the ids in pieces of which all tokens are learned, or none."""
-        yield system_message(self.effort, self.date, has_tools=bool(self.tools)), False
+        yield _shared_system_message(self.effort, self.date, bool(self.tools)), False
         if self.tools and self.messages[0].role != "developer":
             yield _message("developer", self.tools), False
         in_run = False
@@ -282,6 +291,12 @@ def system_message(effort: Effort, date: datetime.date, *, has_tools: bool = Fal
     if has_tools:
         text += "\nCalls to these tools must go to the commentary channel: 'functions'."
     return _message("system", text)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared_system_message(effort: Effort, date: datetime.date, has_tools: bool) -> Tokens:
+    """Return the system message of many conversations; the array must not be written."""
+    return np.array(system_message(effort, date, has_tools=has_tools), np.uint32)
 
 
 def _instructions(text: str, tools: str = "") -> str:
