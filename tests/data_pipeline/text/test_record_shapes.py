@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.config.source_config import Shape, SourceConfig
 from data_pipeline.text.conversation_reader import ReadRecord, read_conversations
@@ -177,6 +180,45 @@ def test_a_record_that_is_not_of_the_shape_is_rejected_with_its_reason(
     found = read(record, shape)
     assert not found.conversations
     assert reason in found.rejects[0]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+SHAPES = st.sampled_from(["auto", "harmony", "openai", "sharegpt", "alpaca"])
+RECORDS = (
+    {"messages": WITH_CALL, "tools": [TOOL]},
+    {"conversations": SHARED, "system": "Be kind."},
+    {"instruction": "Q", "input": "I", "output": "A", "history": [["Q", "A"]]},
+)
+
+
+def places_in(value: Any) -> list[tuple[Any, Any]]:
+    """Return (list or object, index or key) for every value within a value."""
+    found = []
+    if isinstance(value, dict | list):
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        for key in keys:
+            found.append((value, key))
+            found += places_in(value[key])
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), SHAPES, st.sampled_from(RECORDS), JSON, st.booleans())
+def test_a_record_with_any_value_in_any_place_gives_a_conversation_or_a_reason(
+    data: st.DataObject, shape: Shape, record: dict[str, Any], value: Any, each: bool
+) -> None:
+    record = copy.deepcopy(record)
+    places = places_in(record)
+    holder, key = places[data.draw(st.integers(0, len(places) - 1))]
+    holder[key] = value
+    found = read(record, shape, loss="assistant", turns="each" if each else "last")
+    assert bool(found.conversations) or bool(found.rejects)
+    for conversation in found.conversations:
+        assert conversation.learned().any()
 
 
 def test_keys_may_be_ignored_in_every_shape() -> None:
