@@ -36,13 +36,17 @@ def write_adapter(
     *,
     step: int = 3,
     dtype: str = "fp32",
+    imported: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Write the checkpoint of a random adapter and return its tensors; its base may be random."""
     values = random_adapter(section, config)
     state = RunState(
         model_config=config.to_dict(),
         adapter=AdapterState(
-            section=section, base=AdapterBase.of(base, 0, config), dtype=dtype
+            section=section,
+            base=AdapterBase.of(base, 0, config),
+            dtype=dtype,
+            imported=imported,
         ).to_json(),
     )
     records = {}
