@@ -122,6 +122,12 @@ class Job:
         return self.context.mix
 
     @property
+    def loss_weights(self) -> tuple[float, ...] | None:
+        """How much the loss of each token of a source counts; None if all count alike."""
+        weights = tuple(source.loss_weight for source in self.mix.sources)
+        return None if set(weights) == {1.0} else weights
+
+    @property
     def kl_weight(self) -> float:
         """The weight of the divergence in the next step: the run YAML's, or the guard's."""
         configured = self.config.train.kl_weight or 0.0

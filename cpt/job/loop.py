@@ -171,6 +171,7 @@ def do_step(
             step=step,
             votes=votes,
             measure_routers=is_due(step, job.config.telemetry.router_interval_steps),
+            loss_weights=job.loss_weights,
         )
     progress.step = step
     progress.tokens += sum(result.tokens_by_source)

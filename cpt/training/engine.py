@@ -9,6 +9,10 @@ global batch in every layout. With targets of another model (`train.kl_targets`)
 from them is added in the same way, times `train.kl_weight` or what the guard makes of it.
 `backward` is told not to divide by the accumulation steps.
 
+With loss weights of sources the mean is a weighted one: the nll of a token is multiplied by the
+weight of its source, and divided by the sum of the weights of all predicted tokens of the global
+batch. The divergence is not weighted, nor is anything that is reported.
+
 The decision whether to make an update is taken before it, from the loss and the squared gradient
 norm summed over all ranks. So all ranks decide alike, and nothing that is not finite reaches the
 weights or Adam's state.
@@ -23,7 +27,7 @@ V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,6 +50,7 @@ from cpt.parallel.traffic import KINDS
 from cpt.parallel.ulysses import Ulysses
 from cpt.resilience.faults import fault_point
 from cpt.resilience.phase import PhaseClock
+from cpt.storage.transfer import to_device
 from cpt.training.activation_checkpointing import enable_checkpointing
 from cpt.training.loader import MicroBatch, send
 from cpt.training.optimizer import ROUTER_GROUPS, create_optimizer, reserve_files
@@ -154,6 +159,20 @@ def _router_watch(model: GptOssForCPT, config: RunConfig, topology: Topology) ->
     return watch
 
 
+def loss_factors(loss_weights: Sequence[float], tokens_by_source: Sequence[int]) -> torch.Tensor:
+    """Return what the mean loss of a batch becomes a weighted mean by, (sources,) fp64 on the CPU.
+
+    With weights w_i and predicted tokens t_i it is w_i * sum_j t_j / sum_j (w_j t_j): so the mean
+    over the tokens of a batch is 1, whatever the weights are. It is 0 for all if no token counts.
+    """
+    weights = torch.tensor(loss_weights, dtype=torch.float64)
+    tokens = torch.tensor(tokens_by_source, dtype=torch.float64)
+    total = float((weights * tokens).sum())
+    if total == 0:
+        return torch.zeros_like(weights)
+    return weights * (float(tokens.sum()) / total)
+
+
 class TrainingEngine:
     """A patched model in a DeepSpeed engine, with the attention kernel and the exchanges it was
     built for.
@@ -248,6 +267,7 @@ class TrainingEngine:
         step: int,
         votes: Callable[[], Votes] = Votes,
         measure_routers: bool = False,
+        loss_weights: Sequence[float] | None = None,
     ) -> StepResult:
         """Do forward, backward and update on one global batch.
 
@@ -258,6 +278,8 @@ class TrainingEngine:
             step: The optimizer step in progress, counted from 1.
             votes: Called once, when the ranks exchange their sums; all ranks learn the sums.
             measure_routers: Fill `StepResult.router`.
+            loss_weights: How much the loss of each token of a source counts; None if all count
+                alike.
 
         Returns:
             The sums over all ranks. If loss or gradient norm is not finite anywhere, no rank has
@@ -272,7 +294,10 @@ class TrainingEngine:
             measure=measure_routers,
         )
         loss_scale = self.topology.world_size / total_tokens
-        passes = self._accumulate(micro_batches, step, loss_scale)
+        factors = None
+        if loss_weights is not None:
+            factors = loss_factors(loss_weights, tokens_by_source)
+        passes = self._accumulate(micro_batches, step, loss_scale, factors)
         self._clock.enter("gradient", step)
         sums = self._sum_over_ranks(self._read(passes, num_sources), votes())
         router = self.router_watch.finish(self.topology.control_group)
@@ -297,7 +322,11 @@ class TrainingEngine:
         )
 
     def _accumulate(
-        self, micro_batches: Iterable[MicroBatch], step: int, loss_scale: float
+        self,
+        micro_batches: Iterable[MicroBatch],
+        step: int,
+        loss_scale: float,
+        loss_factors: torch.Tensor | None,
     ) -> list[_Pass]:
         """Add up the gradients of all micro batches, and return what is to be read of each.
 
@@ -308,7 +337,7 @@ class TrainingEngine:
             if micro_step > 0:
                 # Between accumulation steps this only advances the engine's counter.
                 self.deepspeed.step()
-            nats_LB = self._backward(batch, step, loss_scale)
+            nats_LB = self._backward(batch, step, loss_scale, loss_factors)
             passes.append(_Pass(nats_LB=nats_LB, source_of_row=batch.source_of_row))
         return passes
 
@@ -327,13 +356,20 @@ class TrainingEngine:
             first += nats_LB.numel()
         return _Own(nats_by_source=nats_by_source, squared_grad_norm=float(values[first]))
 
-    def _backward(self, batch: MicroBatch, step: int, loss_scale: float) -> torch.Tensor:
+    def _backward(
+        self,
+        batch: MicroBatch,
+        step: int,
+        loss_scale: float,
+        loss_factors: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Do forward and backward of one micro batch.
 
         Args:
             batch: The micro batch.
             step: The optimizer step in progress.
             loss_scale: Factor of a token's loss; see the module's docstring.
+            loss_factors: What `loss_factors` returns; None if all tokens count alike.
 
         Returns:
             (L, B) fp64 on the device: sums of nats per row, of the loss and, if the batch has
@@ -343,7 +379,12 @@ class TrainingEngine:
         self.router_watch.enter(batch.source_of_row)
         losses_LBS = self.token_losses(batch).view(-1, *batch.labels.shape)
         self._clock.enter("backward", step)
-        total = losses_LBS[0].sum() + self._kl_weight * losses_LBS[1:].sum()
+        if loss_factors is None:
+            nats = losses_LBS[0].sum()
+        else:
+            factor_B = to_device(loss_factors[batch.source_of_row], self.topology.device)
+            nats = (losses_LBS[0].sum(1) * factor_B.to(losses_LBS.dtype)).sum()
+        total = nats + self._kl_weight * losses_LBS[1:].sum()
         self.deepspeed.backward(total * loss_scale, scale_wrt_gas=False)
         return losses_LBS.detach().sum(2).double()
 

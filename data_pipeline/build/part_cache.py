@@ -65,6 +65,7 @@ _DECIDED_LATER = frozenset(
         "kind",
         "hook",  # its place; what it does is in the identity
         "weight",
+        "loss_weight",
         "held_out_share",
         "max_epochs",
     }

@@ -54,6 +54,7 @@ def check_across(reader: Reader, raw: RawSection, base: Path, need_files: bool =
         return
     _check_unique(reader, sources, ("sources",))
     _check_weights(reader, sources)
+    _check_loss_weights(reader, sources)
     if need_files:
         for index, source in sources.items():
             _check_place(reader, source, ("sources", index, "path"), base)
@@ -174,6 +175,16 @@ def _check_weights(reader: Reader, sources: dict[int, RawSection]) -> None:
         reader.problem(
             ("sources",),
             f"have weights that sum to {total:.9g}, must be 1. Scaled to 1: {', '.join(scaled)}.",
+        )
+
+
+def _check_loss_weights(reader: Reader, sources: dict[int, RawSection]) -> None:
+    """Check that some source is learned from."""
+    values = [source.get("loss_weight", 1.0) for source in sources.values()]
+    if all(_is_number(value) and value == 0 for value in values):
+        reader.problem(
+            ("sources",),
+            "have a loss_weight of 0 each: nothing would be learned. Remove it from one at least.",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import string
 from collections.abc import Iterator, Mapping
@@ -191,6 +192,9 @@ class SourceConfig:
     """Refused with the reason: gpt-oss's vocabulary (o200k_harmony) has no tokens for it."""
     weight: float
     """Share of the predicted tokens, 0 to 1; all weights sum to 1."""
+    loss_weight: float = 1.0
+    """How much the loss of each of its predicted tokens counts, at least 0: the loss that is
+    trained is the mean over the tokens of a batch, weighted by it. What is logged is not."""
     held_out_share: float = 0.0
     """Share of the documents that are held out for measurement and never trained on, 0 to 1."""
     max_epochs: float | None = None
@@ -215,6 +219,12 @@ class SourceConfig:
             yield (
                 "held_out_share",
                 "is 1, which leaves nothing to train on. Set weight: 0, or hold out less.",
+            )
+        if not (math.isfinite(self.loss_weight) and self.loss_weight >= 0):
+            yield (
+                "loss_weight",
+                f"is {self.loss_weight:g}, must be a number of at least 0. Remove it to count each "
+                "token once.",
             )
         if self.max_epochs is not None and self.max_epochs <= 0:
             yield (

@@ -89,6 +89,8 @@ class Scenario:
     """Whether both router losses are on."""
     kl: bool = False
     """Whether the divergence from the targets of `write_targets` is in the loss."""
+    loss_weights: tuple[float, ...] = ()
+    """Loss weight of each source; empty for none."""
     masked: bool = False
     """Whether the rows have loss masks; see `mask_labels`."""
     steps: int = STEPS
@@ -140,6 +142,8 @@ class Scenario:
             parts.append("kl")
         if self.masked:
             parts.append("masked")
+        if self.loss_weights:
+            parts.append("weighted")
         if self.freeze:
             parts.append(f"frozen-{len(self.freeze)}")
         for what, device in self.offloads.items():

@@ -6,6 +6,7 @@ Every layout takes fp32 sums in another order, which the tolerances allow for: 2
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,6 +84,11 @@ MASKED = [
     Scenario(world_size=2, sp=2, ep=1, stage=2, steps=1, masked=True, kl=True),
     Scenario(world_size=2, sp=1, ep=2, stage=1, steps=1, masked=True, micro_batch_size=2),
     Scenario(world_size=4, sp=2, ep=2, stage=3, steps=1, masked=True, checkpointing=True),
+]
+LOSS_WEIGHTS = (0.25, 3.0)
+WEIGHTED = [
+    replace(MASKED[2], loss_weights=LOSS_WEIGHTS),
+    replace(MASKED[4], loss_weights=LOSS_WEIGHTS, micro_batch_size=2),
 ]
 BF16_LAYOUTS = [(2, 2, 1, 3), (2, 1, 2, 1), (4, 2, 2, 3)]
 """Those in bf16; tests/dist/test_bf16_layouts.py has the others."""
@@ -200,7 +206,7 @@ def results(folder: Path, reference: Reference) -> dict[str, list[dict[str, Any]
     """Results of all scenarios, by name and number of steps."""
     write_targets(folder / "targets")
     write_targets(folder / "targets-masked", masked=True)
-    return run_all(folder, [*FULL, *VARIANTS, *PENALIZED, *WITH_KL, *MASKED, *BF16])
+    return run_all(folder, [*FULL, *VARIANTS, *PENALIZED, *WITH_KL, *MASKED, *WEIGHTED, *BF16])
 
 
 def run_all(folder: Path, scenarios: list[Scenario]) -> dict[str, list[dict[str, Any]]]:
@@ -294,10 +300,16 @@ class FirstStep:
     """Clipped gradients by name."""
 
 
-def eager_first_step(*, masked: bool, kl_weight: float) -> FirstStep:
+def eager_first_step(
+    *, masked: bool, kl_weight: float, loss_weights: tuple[float, float] = (1.0, 1.0)
+) -> FirstStep:
+    """Do the first step; loss and divergence of the result are not weighted."""
     model = reference_model()
     rows = rows_of_step(0, masked=masked)
     tokens = num_predicted(rows)
+    sum_of_weights = 0.0
+    for source, loss_weight in enumerate(loss_weights):
+        sum_of_weights += loss_weight * num_predicted(rows[source::2])
     nats = 0.0
     divergence = 0.0
     for index, row in enumerate(rows):
@@ -305,14 +317,15 @@ def eager_first_step(*, masked: bool, kl_weight: float) -> FirstStep:
         labels = torch.from_numpy(row.labels)
         loss = F.nll_loss(log_q, labels, reduction="sum", ignore_index=-100)
         nats += loss.item()
+        trained = loss_weights[index % 2] * loss / sum_of_weights
         if index % 2 == 0:
             ids, log_p = targets_of_step(0, masked=masked)[index // 2]
             q = log_q[labels >= 0].exp().gather(1, ids)
             log_parts = torch.cat([q, 1 - q.sum(1, keepdim=True)], 1).log()
             kl = F.kl_div(log_parts, log_p, reduction="sum", log_target=True)
-            loss = loss + kl_weight * kl
+            trained = trained + kl_weight * kl / tokens
             divergence += kl.item()
-        (loss / tokens).backward()
+        trained.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING))
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -327,20 +340,24 @@ def first_step_with_kl() -> FirstStep:
 
 
 @pytest.fixture(scope="module")
-def masked_first_steps() -> dict[bool, FirstStep]:
-    """The first step with loss masks, with and without the divergence from targets."""
-    return {
-        False: eager_first_step(masked=True, kl_weight=0.0),
-        True: eager_first_step(masked=True, kl_weight=KL_WEIGHT),
-    }
+def masked_first_steps() -> dict[tuple[bool, bool], FirstStep]:
+    """The first step with loss masks; with the divergence from targets, with loss weights."""
+    found = {}
+    for kl, weighted in itertools.product((False, True), repeat=2):
+        found[kl, weighted] = eager_first_step(
+            masked=True,
+            kl_weight=KL_WEIGHT if kl else 0.0,
+            loss_weights=LOSS_WEIGHTS if weighted else (1.0, 1.0),
+        )
+    return found
 
 
-@named(MASKED)
-def test_masked_labels_give_the_loss_and_every_gradient_of_the_single_process(
+@named([*MASKED, *WEIGHTED])
+def test_masked_and_weighted_labels_give_the_loss_and_every_gradient_of_the_single_process(
     scenario, results, masked_first_steps, folder
 ) -> None:
     """Whole rows, and a rank's part of a row, have no label at all."""
-    expected = masked_first_steps[scenario.kl]
+    expected = masked_first_steps[scenario.kl, bool(scenario.loss_weights)]
     (step,) = results[key_of(scenario)]
     assert_alike([step], [expected.loss], [expected.norm])
     if scenario.kl:

@@ -250,7 +250,8 @@ def run(scenario: Scenario, folder: Path) -> None:
         micro_batches = micro_batches_of(step, config, topology, targets, masked=masked)
         rows = rows_of_step(step, masked=masked)
         tokens = [num_predicted(rows[0::2]), num_predicted(rows[1::2])]
-        result = engine.step(micro_batches, tokens, step=step + 1)
+        weights = scenario.loss_weights or None
+        result = engine.step(micro_batches, tokens, step=step + 1, loss_weights=weights)
         results.append(asdict(result))
         if scenario.saves_first and step == 0:
             saver.save_now(1, state_of(config))

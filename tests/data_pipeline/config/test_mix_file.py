@@ -63,6 +63,17 @@ def test_a_good_mix_loads_with_absolute_sorted_files(folder: Path) -> None:
     assert all(path.is_absolute() for source in mix.sources for path in source.files())
 
 
+def test_loss_weights_that_mean_nothing_are_refused(folder: Path) -> None:
+    for value in ("-0.5", ".inf", ".nan"):
+        problems = changed(folder, "weight: 0.5\n", f"weight: 0.5\n    loss_weight: {value}\n")
+        assert any("loss_weight" in problem for problem in problems), problems
+    text = GOOD.replace("weight: 0.5\n", "weight: 0.5\n    loss_weight: 0\n")
+    (problem,) = problems_of(folder, text)
+    assert "nothing would be learned" in problem
+    one = GOOD.replace("weight: 0.5\n", "weight: 0.5\n    loss_weight: 0\n", 1)
+    assert [source.loss_weight for source in load_mix(write(folder, one)).sources] == [0.0, 1.0]
+
+
 def test_paths_are_relative_to_the_mix_and_not_to_the_working_directory(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
