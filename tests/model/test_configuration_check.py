@@ -244,7 +244,7 @@ KEYS = st.sampled_from(
 ROPE = st.dictionaries(st.sampled_from([*YARN, "type", "short_factor", "low_freq_factor"]), JSON)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(KEYS | st.text(max_size=10), JSON | ROPE, max_size=4))
 def test_any_json_ends_in_a_configuration_or_in_such_a_message(changes: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:

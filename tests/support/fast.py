@@ -19,6 +19,7 @@ FILES_LEFT_OUT = (
     "model/attention/test_gpu_backends.py",
     "model/attention/test_probe.py",
     "model/attention/test_sink_attention.py",
+    "telemetry/test_report.py",
 )
 """Files of tests/ that start no process but compute for more than 20 seconds."""
 
