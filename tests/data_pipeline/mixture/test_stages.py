@@ -109,6 +109,52 @@ def test_batches_are_pure_and_every_stage_is_exact_at_every_prefix(
                 assert np.abs(target - given_tokens).max() <= rows.seq_len
 
 
+PHASES = [
+    {"name": "main", "share": 0.4},
+    {
+        "name": "shift",
+        "share": 0.4,
+        "weights": {"ja_web": 0.7, "en_web": 0.3},
+        "to": {"ja_web": 0.3, "en_web": 0.7},
+    },
+    {"name": "end", "share": "rest", "weights": {"en_web": 1.0}},
+]
+SHARES_OF_JA = {("main", 0): 0.7, ("shift", 0): 0.6, ("shift", 1): 0.4, ("end", 1): 0.0}
+"""By phase and stage; the border of the stages is in the middle of the linear change."""
+
+
+def test_phases_of_a_schedule_go_on_over_the_border_of_stages(
+    make_mix: MakeMix, tmp_path: Path
+) -> None:
+    mix = staged_mix(make_mix, schedule=PHASES)
+    build(mix, tmp_path / "build", progress=False)
+    built = BuiltData.open(tmp_path / "build", mix=mix)
+    plan = plan_stages(mix.stages, [4, 2], 60)
+    ledger = Ledger.start(mix, total_steps=60)
+    tokens_of: dict[tuple[str, int], list[int]] = {}
+    for number in range(2):
+        rows = built.of_stage(number)
+        size = plan.spans[number].global_batch_size
+        mixture = mixture_of(rows, ledger, mix.seed, plan)
+        drawn = {}
+        for batch in range(*plan.batches_of(number, 60)):
+            drawn[batch] = mixture.global_batch(batch, size)
+            phase = ledger.segment_at(batch).phase
+            tokens = tokens_of.setdefault((phase, number), [0, 0])
+            for source, count in zip(
+                drawn[batch].sources, drawn[batch].predicted_tokens, strict=True
+            ):
+                tokens[source] += int(count)
+        for batch in random.Random(5).sample(sorted(drawn), 6):
+            fresh = mixture_of(rows, ledger, mix.seed, plan).global_batch(batch, size)
+            assert fresh.chain_hash("") == drawn[batch].chain_hash("")
+    assert tokens_of.keys() == SHARES_OF_JA.keys()
+    for (phase, number), tokens in tokens_of.items():
+        expected = SHARES_OF_JA[phase, number] * sum(tokens)
+        # a row at the beginning and one at the end of what the phase has of the stage
+        assert abs(tokens[0] - expected) <= 2 * mix.stages[number].seq_len, (phase, number, tokens)
+
+
 def test_first_epoch_of_all_stages_has_every_training_document_once(
     opened: tuple[BuiltData, MixConfig],
 ) -> None:
