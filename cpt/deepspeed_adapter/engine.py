@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
 
+from cpt.deepspeed_adapter.experts import experts_may_be_frozen
 from cpt.deepspeed_adapter.offload import (
     move_frozen_weights,
     nvme_paths,
@@ -55,7 +57,9 @@ def initialize(
     """
     # DeepSpeed's own clock makes the host wait for the device twice in every micro step.
     config = {**on_host(engine_json), "timers": {"throughput": {"enabled": False}}}
-    with state_in_files(files):
+    is_stage3 = engine_json["zero_optimization"]["stage"] == 3
+    frozen_experts = nullcontext() if is_stage3 else experts_may_be_frozen(model)
+    with state_in_files(files), frozen_experts:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if "offload_optimizer" in files:
         place_gradients(engine.optimizer, files["offload_optimizer"])

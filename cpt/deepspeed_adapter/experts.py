@@ -4,16 +4,24 @@ Expert parallelism uses the engine's AutoEP support without patching it: the eng
 `AutoEPMoELayer` by its class and reads four marks on its expert parameters. If either is missing,
 ZeRO-3 shards *different* experts over the whole world as if they were replicas, without an error.
 
+ZeRO 1 and 2 refuse a model with expert layers of which no expert is trained, as with adapters of
+attention alone. `experts_may_be_frozen` replaces the method that does; its source is compared with
+the one that was read before an engine is built (`RELIED_ON` in cpt/deepspeed_adapter/version.py).
+
 Read in deepspeed 0.19.8: runtime/engine.py (`_configure_distributed_model`,
-`_configure_zero_optimizer`), moe/utils.py, module_inject/auto_ep_layer.py.
+`_configure_zero_optimizer`), runtime/zero/stage_1_and_2.py (`_configure_moe_settings`),
+moe/utils.py, module_inject/auto_ep_layer.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 ExpertLayerBase = AutoEPMoELayer
@@ -45,3 +53,24 @@ def separate_experts(parameter_groups: list[dict[str, Any]]) -> list[dict[str, A
     """
     groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
     return [group for group in groups if group["params"]]
+
+
+@contextmanager
+def experts_may_be_frozen(model: nn.Module) -> Iterator[None]:
+    """Let an engine with ZeRO 1 or 2 be built inside the block though no expert is trained.
+
+    All parameter groups are of replicated parameters then, as in a model without expert layers.
+    """
+    if any(is_expert(parameter) and parameter.requires_grad for parameter in model.parameters()):
+        yield
+        return
+
+    def no_group_is_of_experts(optimizer: Any) -> None:
+        optimizer.is_moe_param_group = [False] * len(optimizer.optimizer.param_groups)
+
+    original = DeepSpeedZeroOptimizer._configure_moe_settings
+    DeepSpeedZeroOptimizer._configure_moe_settings = no_group_is_of_experts
+    try:
+        yield
+    finally:
+        DeepSpeedZeroOptimizer._configure_moe_settings = original

@@ -4,8 +4,8 @@
 DeepSpeed's own swapper holds such state in files of which it reads a group at a time: no save,
 resume or gradient norm would see it.
 
-`state_in_files` is the one place of the project that replaces methods of DeepSpeed. The sources of
-the replaced methods are compared with those that were read before an engine is built
+`state_in_files` replaces methods of DeepSpeed while an engine is built. The sources of the replaced
+methods are compared with those that were read before an engine is built
 (`RELIED_ON` in cpt/deepspeed_adapter/version.py).
 
 Read in deepspeed 0.19.8: runtime/zero/stage3.py, runtime/zero/offload_config.py.

@@ -53,12 +53,13 @@ RELIED_ON: dict[Feature, tuple[PrivateCode, ...]] = {
         PrivateCode(groups, "_get_expert_parallel_group", "84bd9f88060e3503"),
         PrivateCode(groups, "_get_expert_data_parallel_group", "5436fd39680df5fd"),
     ),
-    # gradients.py shadows `scaled_global_norm`; shards.py reads `_hp_mapping`, which the other two
-    # set.
+    # gradients.py shadows `scaled_global_norm`; shards.py reads `_hp_mapping`, which the next two
+    # set; experts.py replaces the last.
     "ZeRO-1 or 2": (
         PrivateCode(DeepSpeedZeroOptimizer, "scaled_global_norm", "63c6a6fe100c4e49"),
         PrivateCode(DeepSpeedZeroOptimizer, "_link_all_hp_params", "e91c2f7e8f29ef11"),
         PrivateCode(mixed_precision_linkage, "_init_lp_to_hp_mapping", "a16320677bbbcee4"),
+        PrivateCode(DeepSpeedZeroOptimizer, "_configure_moe_settings", "1266af584e83dfa1"),
     ),
     # gradients.py shadows `_get_norm_groups`; partition.py overrides the first method of Init and
     # calls the second.

@@ -6,9 +6,12 @@ from typing import Any
 
 import deepspeed
 import pytest
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.config import get_timers_config
+from torch import nn
 
 from cpt.deepspeed_adapter.engine import initialize
+from cpt.deepspeed_adapter.experts import experts_may_be_frozen, mark_expert
 
 
 def test_the_clock_that_waits_for_the_device_in_every_micro_step_is_off(
@@ -25,3 +28,15 @@ def test_the_clock_that_waits_for_the_device_in_every_micro_step_is_off(
     initialize(None, None, engine_json, {})  # type: ignore[arg-type]
     assert given[0].items() >= engine_json.items() and "timers" not in engine_json
     assert not get_timers_config(given[0]).enabled
+
+
+@pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "frozen"])
+def test_groups_of_experts_are_looked_for_only_if_experts_are_trained(is_trained: bool) -> None:
+    """DeepSpeed refuses a model with expert layers that has no such group."""
+    model = nn.Linear(2, 2)
+    mark_expert(model.weight, ep_size=1)
+    model.weight.requires_grad_(is_trained)
+    own = DeepSpeedZeroOptimizer._configure_moe_settings
+    with experts_may_be_frozen(model):
+        assert (DeepSpeedZeroOptimizer._configure_moe_settings is own) == is_trained
+    assert DeepSpeedZeroOptimizer._configure_moe_settings is own

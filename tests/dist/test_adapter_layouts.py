@@ -9,6 +9,7 @@ of layouts is slow.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +29,8 @@ from cpt.checkpoint.reader import step_folder
 from cpt.config.adapter_section import AdapterSection
 from cpt.export.adapter import export_adapter
 from cpt.model.adapters.layout import ATTENTION, EXPERTS, adapter_shapes
+from cpt.model.parameters import parameter_numels
+from cpt.model.weights.hf_layout import is_expert_name
 from cpt.model.weights.source import fill_parts
 from tests.dist.cases import (
     CLIPPING,
@@ -83,9 +86,10 @@ QUICK = [
 RESUMED = [
     replace(QUICK[0], sp=2, ep=1, stage=2, start=1, resume_from=QUICK[0].name),
     replace(QUICK[2], sp=1, ep=1, stage=1, start=1, resume_from=QUICK[2].name),
-    replace(QUICK[3], sp=2, ep=2, stage=3, start=1, resume_from=QUICK[3].name),
+    replace(QUICK[3], sp=2, ep=2, stage=2, start=1, resume_from=QUICK[3].name),
 ]
 """Scenarios of `QUICK` from their first step on, in other layouts."""
+BF16 = scenario(2, 1, 2, 2, dtype="bf16", steps=1)
 TABLE = [
     scenario(1, 1, 1, 3),
     scenario(2, 2, 1, 3),
@@ -265,11 +269,12 @@ def references(folder: Path) -> References:
 
 @pytest.fixture(scope="module")
 def results(folder: Path, references: References) -> dict[str, list[dict[str, Any]]]:
-    arguments = [str(folder), *(chosen.dump() for chosen in [*QUICK, *RESUMED])]
+    launched = [*QUICK, *RESUMED, BF16]
+    arguments = [str(folder), *(chosen.dump() for chosen in launched)]
     worker = ROOT / "tests" / "dist" / "worker.py"
     assert launch(worker, 2, arguments, timeout_seconds=900) == [0, 0]
     found = {}
-    for chosen in [*QUICK, *RESUMED]:
+    for chosen in launched:
         found[key_of(chosen)] = json.loads(parameter_file(folder, chosen).read_text())
     return found
 
@@ -355,7 +360,68 @@ def loss_of_step(model: nn.Module, step: int) -> float:
     return nats / num_predicted(rows)
 
 
+def report_of(chosen: Scenario, folder: Path) -> list[dict[str, Any]]:
+    """Return what every rank of a scenario held."""
+    found: list[dict[str, Any]] = json.loads((folder / f"{chosen.name}.adapter.json").read_text())
+    return found
+
+
+def assert_base_is_unchanged(chosen: Scenario, folder: Path) -> None:
+    """Assert that training left every bit below the adapters, and one value of each replica."""
+    ranks = report_of(chosen, folder)
+    for rank in ranks:
+        assert rank["base_after"] == rank["base_before"]
+        assert rank["gradients_of_frozen"] == []
+    assert len({rank["replicated"] for rank in ranks}) == 1
+
+
+@named([*QUICK, BF16])
+def test_base_is_unchanged_and_replicas_are_equal(chosen, results, folder) -> None:
+    assert_base_is_unchanged(chosen, folder)
+
+
+PADDING_BYTES = 4096
+"""DeepSpeed fills up the partitions of a group of parameters to equal sizes."""
+
+
+@named([*QUICK, BF16])
+def test_optimizer_state_is_that_of_adapters_and_frozen_weights_have_one_copy(
+    chosen, results, folder
+) -> None:
+    """Bytes of all ranks: 12 for a trained value, and those of the working dtype for the rest."""
+    ranks = report_of(chosen, folder)
+    shapes = adapter_shapes(section_of(chosen), model_config())
+    trained = sum(math.prod(shape) for shape in shapes.values())
+    optimizer = sum(rank["optimizer_bytes"] for rank in ranks)
+    assert 0 <= optimizer - 12 * trained <= PADDING_BYTES * chosen.world_size
+    dense = experts = 0
+    for name, numel in parameter_numels(model_config()).items():
+        if is_expert_name(name):
+            experts += numel
+        else:
+            dense += numel
+    copies_of_dense = 1 if chosen.stage == 3 else chosen.world_size
+    copies_of_experts = 1 if chosen.stage == 3 else chosen.world_size // chosen.ep
+    itemsize = 2 if chosen.dtype == "bf16" else 4
+    expected = itemsize * (dense * copies_of_dense + experts * copies_of_experts)
+    frozen = sum(rank["frozen_bytes"] for rank in ranks)
+    assert 0 <= frozen - expected <= PADDING_BYTES * chosen.world_size
+
+
+def test_an_expert_without_tokens_keeps_its_adapter(results, references, folder) -> None:
+    """Expert 5 of layer 1 is never chosen; without decay nothing moves its adapter."""
+    chosen = QUICK[0]
+    values = stored_tensors(step_folder(folder / chosen.name, STEPS), "master")
+    first = references.of(chosen).first
+    for matrix in EXPERTS:
+        for part in ("lora_A", "lora_B"):
+            name = f"model.layers.1.mlp.experts.{matrix}_{part}"
+            assert torch.equal(values[name][5], first[name][5])
+            assert not torch.equal(values[name][4], first[name][4])
+
+
 @pytest.mark.slow
 @named(TABLE)
 def test_every_layout_gives_the_numbers_of_peft(chosen, table, references, folder) -> None:
     assert_equal_to_peft(chosen, table[key_of(chosen)], references, folder)
+    assert_base_is_unchanged(chosen, folder)

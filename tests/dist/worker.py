@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from cpt.checkpoint.loading import flat_ranges, load_checkpoint
 from cpt.checkpoint.saver import Saver
 from cpt.config import CheckpointSection, LaunchInfo, RunConfig, RunYaml, resolve
 from cpt.config.engine_json import OFFLOADS
+from cpt.deepspeed_adapter.experts import is_expert
 from cpt.deepspeed_adapter.groups import create_topology, init_distributed
 from cpt.deepspeed_adapter.offload import nvme_paths
+from cpt.deepspeed_adapter.partition import gathered
 from cpt.deepspeed_adapter.shards import publish_master_weights, state_tensors
 from cpt.job.engine_setup import base_of, build_engine, fill_weights, weight_source
-from cpt.model.adapters.layout import adapter_shapes
+from cpt.model.adapters.layout import adapter_shapes, is_adapter_name
 from cpt.parallel.agreement import gather_json
 from cpt.parallel.topology import Topology
 from cpt.planning.memory import count_parameters, host_memory
@@ -218,6 +221,55 @@ def fill_adapters(engine: TrainingEngine, config: RunConfig, of_model: GptOssCon
         publish_master_weights(engine.deepspeed)
 
 
+def held(parameter: Any) -> torch.Tensor:
+    """Return what this rank holds of a parameter between steps."""
+    partition = getattr(parameter, "ds_tensor", None)
+    if partition is None:
+        return parameter.data  # type: ignore[no-any-return]
+    return partition.data[: partition.ds_numel]  # type: ignore[no-any-return]
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """Return a hash of the bits of tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def frozen_weights(engine: TrainingEngine) -> list[torch.Tensor]:
+    """Return what this rank holds of the weights below the adapters."""
+    named = engine.deepspeed.module.named_parameters()
+    return [held(parameter) for name, parameter in named if not is_adapter_name(name)]
+
+
+def write_adapter_report(
+    scenario: Scenario, folder: Path, engine: TrainingEngine, base_before: str
+) -> None:
+    """Write what every rank holds of adapters and of the weights below them."""
+    state = state_tensors(engine.deepspeed)
+    frozen = frozen_weights(engine)
+    replicated = []
+    gradients = []
+    for name, parameter in engine.deepspeed.module.named_parameters():
+        if not is_adapter_name(name) and parameter.grad is not None:
+            gradients.append(name)
+        if is_adapter_name(name) and not is_expert(parameter):
+            with gathered([parameter]):
+                replicated.append(parameter.detach().clone())
+    report = {
+        "frozen_bytes": sum(tensor.nbytes for tensor in frozen),
+        "optimizer_bytes": sum(tensor.nbytes for tensor in state["optimizer"]),
+        "gradients_of_frozen": gradients,
+        "base_before": base_before,
+        "base_after": digest(frozen),
+        "replicated": digest(replicated),
+    }
+    by_rank = gather_json(report, engine.topology.control_group)
+    if engine.topology.rank == 0:
+        (folder / f"{scenario.name}.adapter.json").write_text(json.dumps(by_rank))
+
+
 def run(scenario: Scenario, folder: Path) -> None:
     """Train a scenario; leave its checkpoint and the results of its steps."""
     config = config_of(scenario, folder)
@@ -230,7 +282,8 @@ def run(scenario: Scenario, folder: Path) -> None:
     source = weight_source(config, of_model, topology)
     if scenario.resume_from:
         run_dir = folder / scenario.resume_from
-        loaded = load_checkpoint(run_dir, engine.deepspeed, topology, str(scenario.start))
+        start = str(scenario.start)
+        loaded = load_checkpoint(run_dir, engine.deepspeed, topology, start, set_aside=False)
         assert loaded is not None and loaded.step == scenario.start
         if config.adapter.is_on:
             fill_weights(engine, source, below_adapter=True)
@@ -241,6 +294,7 @@ def run(scenario: Scenario, folder: Path) -> None:
     if scenario.kl:
         row_tokens = {SOURCES[0]: even_row_tokens(masked=scenario.masked)}
         targets = KLTargets(folder / targets_folder(scenario), SOURCES, row_tokens)
+    base_before = digest(frozen_weights(engine)) if scenario.adapter else ""
     saver = Saver(folder / scenario.name, engine.deepspeed, topology, CheckpointSection())
     results = []
     for step in range(scenario.start, scenario.steps):
@@ -257,6 +311,8 @@ def run(scenario: Scenario, folder: Path) -> None:
             saver.save_now(1, state_of(config))
     if nvme_paths(config.engine_json):
         write_files_report(scenario, folder, config, topology, engine)
+    if scenario.adapter:
+        write_adapter_report(scenario, folder, engine, base_before)
     saver.save_now(scenario.steps, state_of(config))
     if topology.rank == 0:
         parameter_file(folder, scenario).write_text(json.dumps(results))
