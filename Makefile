@@ -4,6 +4,7 @@
 #   make test     all tests but the slow ones
 #   make faults   every fault case, and the table in docs/reliability.md
 #   make gpu      ten minutes of checks and measurements on a machine with a GPU;  make gpu-wheels   wheels for an offline one
+#   make oracle   other people's programs on the exports (docs/weights.md)
 #   make bench    all benchmarks;  make prove   slow proofs;  make corpus   a real corpus
 #   make sbom     a bill of materials of .venv;  make audit   known vulnerabilities;  make licenses   docs/licenses.md
 PYTHON ?= python3
@@ -14,7 +15,7 @@ READY  := $(VENV)/.installed
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: train test faults check format bench prove gpu gpu-wheels corpus sbom audit licenses install clean
+.PHONY: train test faults check format bench prove oracle gpu gpu-wheels corpus sbom audit licenses install clean
 train: $(READY)
 	deepspeed cpt/run.py --ds_config ds_configs/z3_ulysses.json
 
@@ -45,6 +46,10 @@ bench: $(READY)
 prove: $(READY)
 	python -m pytest -m slow tests --ignore tests/faults
 	for script in bench/prove/*.py; do python $$script || exit 1; done
+
+# docs/weights.md says what it does; its environments lie in .venv-oracle
+oracle: $(READY)
+	python bench/oracle/run.py
 
 # docs/gpu.md says what it does
 gpu: $(READY)
@@ -97,4 +102,4 @@ licenses: $(RELEASE_READY)
 	$(RELEASE)/bin/python requirements/licenses.py
 
 clean:
-	rm -rf $(VENV) $(RELEASE) sbom.json .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(RELEASE) .venv-oracle sbom.json .mypy_cache .pytest_cache .ruff_cache *.egg-info
