@@ -104,6 +104,11 @@ class PlannedStart:
         """Return the start with other keys of the section `train`."""
         return replace(self, run=replace(self.run, train=replace(self.run.train, **keys)))
 
+    def with_packed_base(self) -> PlannedStart:
+        """Return the start with experts in 4 bits below its adapters."""
+        run = replace(self.run, adapter=replace(self.run.adapter, base="mxfp4"))
+        return replace(self, run=run, counts=counts_of(run, self.model))
+
     def with_json(self, **keys: Any) -> PlannedStart:
         """Return the start with other top-level keys of the DeepSpeed JSON."""
         value = {**copy.deepcopy(self.json.value), **keys}
@@ -248,6 +253,14 @@ def checkpointing(start: PlannedStart) -> Iterator[Cure]:
         )
 
 
+def packed_base(start: PlannedStart) -> Iterator[Cure]:
+    """Yield experts in 4 bits, if there are adapters beside them and they are not packed."""
+    if start.run.adapter.is_on and start.run.adapter.base != "mxfp4":
+        yield Cure(
+            words="adapter.base: mxfp4, for a model.path in MXFP4", start=start.with_packed_base()
+        )
+
+
 def small_micro_batches(start: PlannedStart) -> Iterator[Cure]:
     """Yield one row for each forward pass, if there are more."""
     config = start.config()
@@ -323,6 +336,7 @@ KINDS_AT_THIS_SIZE = (
     small_micro_batches,
     full_sharding,
     checkpointing,
+    packed_base,
     expert_parallelism,
     sequence_parallelism,
     offloading,

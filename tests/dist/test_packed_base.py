@@ -1,7 +1,8 @@
 """Adapters over a packed base train bit for bit as over the same base decoded, in every layout.
 
 The model's expert matrices are MXFP4 values. Each layout is run twice, with adapter.base bf16 (the
-decoded matrices are parameters) and mxfp4 (they stay packed).
+decoded matrices are parameters) and mxfp4 (they stay packed). One run goes on from its first
+checkpoint.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def scenario(world_size: int, sp: int, ep: int, stage: int, **given: Any) -> Sce
         adapter=DECODED,
         weight_decay=0.0,
         expert_size=EXPERT_SIZE,
+        saves_first=True,
         **given,
     )
 
@@ -78,25 +80,34 @@ def packed(one: Scenario) -> Scenario:
     return replace(one, adapter=PACKED)
 
 
+def resumed(one: Scenario) -> Scenario:
+    return replace(packed(one), resume_from=packed(one).name, start=1, saves_first=False)
+
+
 def run(folder: Path, scenarios: list[Scenario]) -> None:
     """Run each scenario over both forms of the base, in one launch."""
     write_released(folder / "model")
     arguments = [str(folder)]
     for one in scenarios:
         arguments += [one.dump(), packed(one).dump()]
+    arguments.append(resumed(scenarios[0]).dump())
     assert launch(WORKER, 2, arguments, timeout_seconds=400) == [0, 0]
 
 
-def assert_bit_equal(folder: Path, one: Scenario) -> None:
-    """Compare losses, gradient norms and the stored adapters of the two forms."""
-    of_decoded, of_packed = (
-        json.loads(parameter_file(folder, form).read_text()) for form in (one, packed(one))
-    )
+def assert_bit_equal(folder: Path, one: Scenario, *, goes_on: bool) -> None:
+    """Compare losses, gradient norms and the last adapters of the two forms.
+
+    Args:
+        folder: Where they ran.
+        one: The scenario over the decoded base.
+        goes_on: Whether it is the one that was resumed, which sets its later checkpoints aside.
+    """
+    of_decoded = json.loads(parameter_file(folder, one).read_text())
+    of_packed = json.loads(parameter_file(folder, packed(one)).read_text())
     assert of_decoded == of_packed
-    decoded, held = (
-        stored_tensors(step_folder(folder / form.name, STEPS), "master")
-        for form in (one, packed(one))
-    )
+    last = resumed(one) if goes_on else packed(one)
+    decoded = stored_tensors(step_folder(folder / one.name, STEPS), "master")
+    held = stored_tensors(step_folder(folder / last.name, STEPS), "master")
     trained = [name for name in decoded if is_adapter_name(name)]
     assert trained
     for name in trained:
@@ -112,11 +123,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("one", QUICK, ids=lambda one: one.name)
 def test_packed_base_trains_as_the_decoded_one_bit_for_bit(one: Scenario, folder: Path) -> None:
-    assert_bit_equal(folder, one)
+    assert_bit_equal(folder, one, goes_on=one == QUICK[0])
+
+
+def test_packed_base_is_read_again_when_a_run_goes_on(folder: Path) -> None:
+    """The checkpoint holds the adapter alone."""
+    before = json.loads(parameter_file(folder, packed(QUICK[0])).read_text())
+    after = json.loads(parameter_file(folder, resumed(QUICK[0])).read_text())
+    assert len(after) == STEPS - 1
+    assert after == before[1:]
+    stored = stored_tensors(step_folder(folder / packed(QUICK[0]).name, 1), "master")
+    assert all(is_adapter_name(name) for name in stored)
 
 
 @pytest.mark.slow
 def test_packed_base_trains_as_the_decoded_one_in_all_layouts(tmp_path: Path) -> None:
     run(tmp_path, TABLE)
     for one in TABLE:
-        assert_bit_equal(tmp_path, one)
+        assert_bit_equal(tmp_path, one, goes_on=one == TABLE[0])

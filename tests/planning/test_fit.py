@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cpt.config import LaunchInfo, load
+from cpt.config.adapter_section import AdapterSection
 from cpt.model.configuration import load_config
 from cpt.planning.fit import (
     KINDS,
@@ -19,6 +20,7 @@ from cpt.planning.fit import (
     fit_problem,
     fit_warning,
     fitting_gpus,
+    packed_base,
 )
 from cpt.planning.hardware import GPUS, gpu_problems
 from cpt.planning.memory import GIB
@@ -82,6 +84,19 @@ def test_changes_of_a_kind_leave_the_start_as_it_was_and_make_another(kind: Any)
     for change in changes:
         assert change.words
         assert (change.start.run, change.start.json.value, change.start.launch) != before
+
+
+def test_experts_in_4_bits_are_a_cure_for_adapters_and_for_nothing_else() -> None:
+    card = Card.named("rtx4090")
+    start = start_of(1, micro_batch_size=1, seq_len=4096)
+    adapted = replace(start.run, adapter=AdapterSection(kind="lora"))
+    start = PlannedStart.of(adapted, start.json, start.model, start.launch)
+    assert not start.fits(card)
+    told = cures(start, card)
+    assert any("adapter.base: mxfp4, for a model.path in MXFP4" in cure for cure in told), told
+    (change,) = packed_base(start)
+    assert change.start.counts.packed > 0 == start.counts.packed
+    assert list(packed_base(change.start)) == list(packed_base(start_of(1))) == []
 
 
 def test_number_of_ranks_is_the_smallest_power_that_fits() -> None:
